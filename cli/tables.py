@@ -1,0 +1,196 @@
+"""Results as tables on stdout."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lrc.compressors.estimate import Estimate
+from lrc.compressors.plan import Plan
+
+OUT = Console(soft_wrap=True, highlight=False)
+
+
+def print_plan(plan: Plan, expected: Estimate) -> None:
+    """Print what will happen to every matrix, the totals, and what it will take."""
+    table = _table(f"{plan.source} ({plan.architecture}, {plan.dtype})")
+    table.add_column("matrix", overflow="fold")
+    for column in ("shape", "method", "form", "rank", "MiB", "kept"):
+        table.add_column(column, justify="right")
+    for m in plan.matrices:
+        table.add_row(
+            m.name,
+            f"{m.shape[0]} x {m.shape[1]}",
+            m.method,
+            m.form if m.note is None else f"{m.form}: {m.note}",
+            str(m.rank or ""),
+            f"{m.bits / 8 / 2**20:.2f}",
+            f"{m.bits / m.source_bits:.1%}",
+        )
+    OUT.print(table)
+    _print_sizes(plan.to_json(), plan.compressed_bytes)
+    for warning in plan.warnings:
+        OUT.print(f"[yellow]warning[/]: {warning}")
+    parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
+    OUT.print(
+        f"estimate: {parts}; memory {_size(expected.memory_bytes)}; disk "
+        f"{_size(expected.disk_bytes)} while it runs"
+    )
+    if expected.not_estimated:
+        OUT.print(f"not estimated: {', '.join(expected.not_estimated)}")
+
+
+def print_report(report: dict[str, Any], output: str) -> None:
+    """Print the summary of a finished run."""
+    size = report["size"]
+    table = _table("size")
+    table.add_column("")
+    for column in ("dense", "compressed", "kept"):
+        table.add_column(column, justify="right")
+    parameters, files = size["model"]["parameters"], size["model"]["file_bytes"]
+    targeted = size["targeted"]
+    table.add_row(
+        "parameters",
+        f"{parameters['dense']:,}",
+        f"{parameters['compressed']:,}",
+        f"{parameters['compressed'] / parameters['dense']:.1%}",
+    )
+    table.add_row(
+        "weight files",
+        _size(files["dense"]),
+        _size(files["compressed"]),
+        f"{files['compressed'] / files['dense']:.1%}",
+    )
+    table.add_row(
+        "targeted matrices",
+        _size(targeted["source_bits"] // 8),
+        _size(targeted["bits"] // 8),
+        f"{targeted['kept']:.1%}",
+    )
+    OUT.print(table)
+    if size["source"]["quantized"]:
+        OUT.print(f"the source file is itself quantized: {_size(size['source']['file_bytes'])}")
+    _print_comparison(report["evaluation"])
+    fallbacks = [layer for layer in report["layers"] if layer["fallback"]]
+    for layer in fallbacks[:10]:
+        OUT.print(f"[yellow]fallback[/]: {layer['name']}: {layer['fallback']}")
+    if len(fallbacks) > 10:
+        OUT.print(f"... and {len(fallbacks) - 10} more fallbacks in report.json")
+    seconds = report["timing"]["seconds"]
+    OUT.print(
+        f"{sum(seconds.values()):.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}), "
+        f"peak memory {_size(report['memory']['peak_rss_bytes'])}"
+    )
+    OUT.print(f"checkpoint: {output}/checkpoint   report: {output}/report.json")
+
+
+def _print_comparison(evaluation: dict[str, Any]) -> None:
+    rows = []
+    for name, p in evaluation["perplexity"].items():
+        change = "" if p["ratio"] is None else f"x {p['ratio']:.3f}"
+        rows.append((f"perplexity {name}", _number(p["dense"]), _number(p["compressed"]), change))
+    for task, metrics in evaluation["tasks"].items():
+        for metric, v in metrics.items():
+            if not isinstance(v, dict):
+                continue
+            recovery = "" if v["recovery"] is None else f"{v['recovery']:.1f} % of dense"
+            rows.append(
+                (
+                    f"{task} {metric}",
+                    _with_error(v["dense"], v["stderr"]["dense"]),
+                    _with_error(v["compressed"], v["stderr"]["compressed"]),
+                    recovery,
+                )
+            )
+    if not rows:
+        return
+    table = _table("quality")
+    for column in ("", "dense", "compressed", ""):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row)
+    OUT.print(table)
+
+
+def print_evaluation(blocks: dict[str, Any]) -> None:
+    """Print one column a checkpoint, one row a measure."""
+    table = _table("")
+    table.add_column("")
+    for checkpoint in blocks:
+        table.add_column(checkpoint, justify="right", overflow="fold")
+    first = next(iter(blocks.values()))
+    for name, p in first["perplexity"].items():
+        cells = [_number(block["perplexity"][name]["perplexity"]) for block in blocks.values()]
+        table.add_row(f"perplexity {name} ({p['tokens']:,} tokens)", *cells)
+    for task, metrics in first["tasks"].items():
+        for metric, v in metrics.items():
+            if not isinstance(v, dict):
+                continue
+            values = [block["tasks"][task][metric] for block in blocks.values()]
+            table.add_row(
+                f"{task} {metric}", *[_with_error(v["value"], v["stderr"]) for v in values]
+            )
+    OUT.print(table)
+
+
+def print_inspection(facts: dict[str, Any]) -> None:
+    """Print the facts of a checkpoint."""
+    table = _table(f"{facts['path']} ({facts['architecture']})")
+    table.add_column("matrix", overflow="fold")
+    for column in ("shape", "form", "rank"):
+        table.add_column(column, justify="right")
+    for m in facts["modules"]:
+        table.add_row(m["name"], f"{m['shape'][0]} x {m['shape'][1]}", m["form"], str(m["rank"]))
+    OUT.print(table)
+    OUT.print(
+        f"{facts['parameters']:,} parameters, {_size(facts['file_bytes'])} of weights, format "
+        f"version {facts['format_version']}"
+        + (", every hash verified" if facts["verified"] else "")
+    )
+    if facts["totals"]:
+        OUT.print(f"kept {facts['totals']['kept']:.1%} of the bits of the targeted matrices")
+    if facts["environment"]:
+        versions = facts["environment"]["versions"]
+        OUT.print(
+            f"made from {facts['recipe']['model']['path']} with lrc {versions['lrc']}, torch "
+            f"{versions['torch']}, transformers {versions['transformers']}"
+        )
+    if facts["evaluation"]:
+        _print_comparison(facts["evaluation"])
+
+
+def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:
+    totals = plan["totals"]
+    OUT.print(
+        f"targeted matrices: {_size(totals['source_bits'] // 8)} -> {_size(totals['bits'] // 8)} "
+        f"(kept {totals['kept']:.1%})"
+    )
+    OUT.print(
+        f"whole model: {_size(plan['bytes'])} -> {_size(compressed_bytes)}, "
+        f"{plan['parameters']:,} -> {totals['compressed_parameters']:,} parameters"
+    )
+    if plan["source_quantized"]:
+        OUT.print(
+            f"the source file is itself quantized and takes {_size(plan['source_file_bytes'])}; "
+            f"sizes above compare with the model at {plan['dtype']}"
+        )
+
+
+def _table(title: str) -> Table:
+    return Table(title=title or None, title_justify="left", header_style="bold", box=None)
+
+
+def _size(n_bytes: int | None) -> str:
+    if n_bytes is None:
+        return "unknown"
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if value < 1e4 else f"{value:.3e}"
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")

@@ -1,0 +1,1 @@
+"""Tokens in, statistics per linear layer out: streamed, additive, resumable."""

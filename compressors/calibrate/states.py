@@ -1,0 +1,65 @@
+"""The hidden states of every calibration window between two decoder layers.
+
+One buffer, rewritten in place layer after layer; on disk when it is larger than the recipe's
+limit. Now and then the chain is saved verbatim: recomputing it after a restart would repeat hours
+of work, and a chain that is recomputed in another way is another chain.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.journal import Journal, publish, storage_errors
+
+SNAPSHOT_SECONDS = 30.0
+GIB = 2**30
+
+
+class HiddenStates:
+    """Hidden states [n_windows, length, d_model] in float32, before layer `next_layer`."""
+
+    def __init__(self, journal: Journal, shape: tuple[int, int, int], limit_gib: float) -> None:
+        self._journal = journal
+        self._saved = time.monotonic()
+        self.next_layer = 0
+        n_bytes = shape[0] * shape[1] * shape[2] * 4
+        if n_bytes <= limit_gib * GIB:
+            self.tensor = torch.empty(shape)
+        else:
+            path = journal.path("states.live")
+            with storage_errors(path):
+                flat = torch.from_file(str(path), shared=True, size=n_bytes // 4)
+            self.tensor = flat.view(shape)
+
+    def finish_layer(self, layer: int, *, last: bool) -> None:
+        """Note that `layer` has been applied to every window; save the chain when it is time."""
+        self.next_layer = layer + 1
+        if not last and time.monotonic() - self._saved > SNAPSHOT_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Save the chain, then drop the snapshot before it."""
+        earlier = self._snapshots()
+        partial = self._journal.path(".states.partial")
+        with storage_errors(partial), partial.open("wb") as file:
+            self.tensor.numpy().tofile(file)
+        publish(partial, self._journal.path(f"states-{self.next_layer:04d}.f32"))
+        for path in earlier:
+            path.unlink()
+        self._saved = time.monotonic()
+
+    def resume(self) -> bool:
+        """Load the newest snapshot; say whether there was one."""
+        snapshots = self._snapshots()
+        if not snapshots:
+            return False
+        newest = snapshots[-1]
+        stored: Tensor = torch.from_file(str(newest), shared=False, size=self.tensor.numel())
+        self.tensor.copy_(stored.view_as(self.tensor))
+        self.next_layer = int(newest.stem.removeprefix("states-"))
+        return True
+
+    def _snapshots(self) -> list[Path]:
+        return sorted(self._journal.work.glob("states-*.f32"))

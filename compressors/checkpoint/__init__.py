@@ -1,0 +1,1 @@
+"""Writing compressed checkpoints, and teaching transformers to read them."""

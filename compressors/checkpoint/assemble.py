@@ -1,0 +1,91 @@
+"""Put a compressed checkpoint together from the source, the factors and the plan."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.writer import write_config, write_manifest, write_weights
+from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.source import Source
+from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.plan import Plan
+from lrc.configs.load import LoadedRecipe, dump_recipe
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    plan: Plan,
+    loaded: LoadedRecipe,
+    source: Source,
+    architecture: Architecture,
+    reader: WeightReader,
+    tokenizer: Any,
+    factors: Callable[[int, str], Tensor],
+) -> None:
+    """Fill an empty folder with a checkpoint that `from_pretrained` loads.
+
+    Parameters
+    ----------
+    plan : Plan
+        As executed.
+    factors : callable
+        Returns a factor by decoder layer and the name it is stored with.
+    """
+    modules = plan.modules()
+    layer_of = {matrix.name: matrix.layer for matrix in plan.matrices}
+    origin: dict[str, Callable[[], Tensor]] = {}
+    meta: dict[str, Tensor] = {}
+
+    def from_source(name: str) -> Callable[[], Tensor]:
+        return lambda: reader.read(name)
+
+    def from_factors(name: str, layer: int) -> Callable[[], Tensor]:
+        return lambda: factors(layer, name)
+
+    bits = {name: t.dtype for name, t in architecture.stored_parameters().items()}
+    for name, parameter in architecture.stored_parameters().items():
+        module, _, leaf = name.rpartition(".")
+        if module not in modules:
+            meta[name], origin[name] = parameter, from_source(name)
+        elif leaf == "bias":
+            meta[f"{module}.b.bias"], origin[f"{module}.b.bias"] = parameter, from_source(name)
+        else:
+            d_out, d_in = parameter.shape
+            shapes = layout.low_rank_shapes(
+                module, d_out, d_in, modules[module]["rank"], bias=False
+            )
+            for stored, shape in shapes.items():
+                if stored == name:  # the sentinel under the name of the dense weight
+                    meta[stored] = torch.empty(shape, dtype=torch.uint8, device="meta")
+                    origin[stored] = lambda: torch.zeros(1, dtype=torch.uint8)
+                else:
+                    meta[stored] = torch.empty(shape, dtype=bits[name], device="meta")
+                    origin[stored] = from_factors(stored, layer_of[module])
+    write_weights(folder, meta, lambda name: origin[name]())
+    write_config(folder, architecture.model.config, modules, plan.dtype)
+    generation = getattr(architecture.model, "generation_config", None)
+    stored_generation = reader.folder / "generation_config.json"
+    if stored_generation.is_file():
+        shutil.copy(stored_generation, folder)
+    elif generation is not None:
+        generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if source.spec.trust_remote_code:
+        for code in source.folder.glob("*.py"):
+            shutil.copy(code, folder)
+    (folder / layout.FOLDER).mkdir()
+    _write(folder / layout.RECIPE_GIVEN, loaded.text)
+    _write(folder / layout.RECIPE, dump_recipe(loaded.recipe))
+    _write(folder / layout.PLAN, json.dumps(plan.to_json(), indent=1) + "\n")
+    write_manifest(folder)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,158 @@
+"""How stock transformers loads a compressed checkpoint: an out-of-tree quantization method.
+
+`from_pretrained` builds the original architecture on the meta device, asks the quantizer to swap
+modules, and then loads tensors by name. All that is ours is the swap and, before it, a look at the
+headers of the files, because transformers itself only warns about a missing tensor and leaves
+whatever was in memory.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.layers import LowRank
+from lrc.configs.errors import CheckpointError
+
+
+class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc, unused-ignore]
+    """The `quantization_config` block of a compressed checkpoint."""
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        format_version: int = layout.FORMAT_VERSION,
+        **_: Any,
+    ) -> None:
+        self.quant_method = layout.QUANT_METHOD  # type: ignore[assignment]  # an out-of-tree name
+        self.format_version = format_version
+        self.modules = modules or {}
+        layout.check_version(format_version, "config.json: quantization_config")
+        layout.check_modules(self.modules, "config.json: quantization_config")
+
+
+class LrcQuantizer(HfQuantizer):
+    """Put the compressed forms in the places of the linears they replaced."""
+
+    requires_calibration = True  # checkpoints only; quantizing while loading is another thing
+    quantization_config: LrcConfig
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> nn.Module:
+        expected = swap_in_forms(model, self.quantization_config.modules)
+        if checkpoint_files:
+            check_headers(expected, checkpoint_files)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, LowRank):
+                set_module(model, name, module.dense())
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Answer `save_pretrained`: the state dict is the file."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Answer Trainer and PEFT: the factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Let Trainer tune the factors themselves, without adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Answer `generate`: nothing here breaks a graph."""
+        return True
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` is."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def swap_in_forms(model: nn.Module, modules: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
+    """Replace linears by empty compressed forms; return the tensors they expect, name -> shape.
+
+    Raises
+    ------
+    CheckpointError
+        If the model has no linear of that name.
+    """
+    expected: dict[str, list[int]] = {}
+    for name, spec in modules.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(
+                f"config.json: quantization_config.modules names {name!r}, which is no linear "
+                f"layer of {type(model).__name__}; the config was edited or belongs to another model"
+            )
+        d_out, d_in, bias = linear.out_features, linear.in_features, linear.bias is not None
+        weight = linear.weight
+        form = LowRank(
+            d_in, d_out, spec["rank"], bias=bias, device=weight.device, dtype=weight.dtype
+        )
+        form.requires_grad_(weight.requires_grad)
+        set_module(model, name, form)
+        expected |= layout.low_rank_shapes(name, d_out, d_in, spec["rank"], bias=bias)
+    return expected
+
+
+def check_headers(expected: dict[str, list[int]], files: list[str]) -> None:
+    """Hold the tensors a checkpoint must have against the headers of its files.
+
+    Raises
+    ------
+    CheckpointError
+        Truncated file, missing tensor or wrong shape, each by name.
+    """
+    found: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():
+                    found[name] = list(shard.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{Path(file).name}: not a whole safetensors file ({error}); copy or download the "
+                "checkpoint again"
+            ) from error
+    wrong = [
+        f"{name}: expected {shape}, found {found.get(name, 'nothing')}"
+        for name, shape in expected.items()
+        if found.get(name) != shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise CheckpointError(
+            "the weights do not fit config.json: "
+            + "; ".join(wrong[:5])
+            + more
+            + "; copy or download the checkpoint again, or compress again"
+        )
+
+
+def register() -> None:
+    """Make `from_pretrained` know lrc; does nothing the second time."""
+    if layout.QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(layout.QUANT_METHOD)(LrcConfig)
+        register_quantizer(layout.QUANT_METHOD)(LrcQuantizer)

@@ -1,0 +1,100 @@
+"""Write a compressed checkpoint, one shard in memory at a time."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.journal import publish, storage_errors
+
+INDEX = "model.safetensors.index.json"
+
+
+def write_weights(
+    folder: Path,
+    meta: dict[str, Tensor],
+    read: Callable[[str], Tensor],
+    *,
+    max_shard_bytes: int = 2 * 10**9,
+) -> None:
+    """Write safetensors shards under the names and with the index that transformers expects.
+
+    Parameters
+    ----------
+    folder : Path
+        Existing folder.
+    meta : dict of str to Tensor
+        Every tensor of the checkpoint, in order, on the meta device: sizes decide the shards.
+    read : callable
+        Returns the tensor of a name; called once each, shard after shard.
+    max_shard_bytes : int
+        A shard is held in memory while it is written.
+    """
+    split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: read(name).contiguous() for name in names}
+        with storage_errors(folder / file):
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_config(folder: Path, config: Any, modules: dict[str, dict[str, Any]], dtype: str) -> None:
+    """Write ``config.json``: the original architecture's, plus the block that names our forms."""
+    content = json.loads(config.to_json_string(use_diff=True))
+    content.pop("_name_or_path", None)
+    content["dtype"] = dtype
+    content["quantization_config"] = {
+        "quant_method": layout.QUANT_METHOD,
+        "format_version": layout.FORMAT_VERSION,
+        "modules": modules,
+    }
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the SHA-256 of every file of the checkpoint but the report, which is added later."""
+    later = {layout.MANIFEST, layout.REPORT, "README.md"}
+    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+    hashes = {name: sha256(folder / name) for name in names if name not in later}
+    text = json.dumps({"format_version": layout.FORMAT_VERSION, "sha256": hashes}, indent=1)
+    (folder / layout.MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class FolderWriter:
+    """A folder that gets its name only when it is complete.
+
+    Use as a context manager: its value is the folder to write into. On a clean exit it is flushed
+    and renamed; on an error it is removed and nothing carries the final name.
+    """
+
+    def __init__(self, final: Path) -> None:
+        self._final = final
+        self._partial = final.with_name(f".{final.name}.partial")
+
+    def __enter__(self) -> Path:
+        with storage_errors(self._final):
+            shutil.rmtree(self._partial, ignore_errors=True)  # of a run that was killed
+            self._partial.mkdir(parents=True)
+        return self._partial
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is None:
+            publish(self._partial, self._final)
+        else:
+            shutil.rmtree(self._partial, ignore_errors=True)

@@ -1,0 +1,159 @@
+"""Tokens -> windows: what calibration and perplexity see of a text."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.corpus.documents import read_documents
+from lrc.compressors.corpus.tokens import default_bos, join_documents, tokenize
+from lrc.configs.errors import DataError
+from lrc.configs.recipe import Calibration, Perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STREAMED_CHARACTERS_PER_TOKEN = 12
+"""How much of an endless source to read: English has about four characters a token, and random
+windows should come from about three times the text they cover."""
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Token windows and where they come from."""
+
+    tokens: Tensor
+    """Shape [n, length], int64, on the CPU; `length` counts the BOS token where there is one."""
+    source: str
+    """Name or path of the text, as in the recipe."""
+    sha256: str
+    """Of the whole text as tokenized, in UTF-8."""
+    bos: bool
+    """Whether every window starts with the tokenizer's BOS token."""
+    text_tokens: int
+    """Tokens of the whole text."""
+
+
+def random_windows(
+    ids: Tensor, *, samples: int, length: int, generator: torch.Generator, bos: int | None
+) -> Tensor:
+    """Draw windows that start anywhere in the text.
+
+    Parameters
+    ----------
+    ids : Tensor, shape [n_tokens], int64
+    samples, length : int
+        Number of windows; tokens a window.
+    generator : torch.Generator
+        On the CPU. One draw: `torch.randint(0, n_tokens - length, (samples,))`.
+    bos : int, optional
+        Token to start every window with; it takes the place of the window's last text token.
+
+    Returns
+    -------
+    Tensor, shape [samples, length], int64
+
+    Raises
+    ------
+    DataError
+        If the text holds fewer than `samples * length` tokens.
+    """
+    n_tokens, wanted = ids.numel(), samples * length
+    if n_tokens < wanted:
+        at_most = n_tokens // length
+        lower = (
+            f"calibration.samples to at most {at_most}"
+            if at_most
+            else f"calibration.length to at most {n_tokens}"
+        )
+        raise DataError(
+            f"calibration text holds {n_tokens:,} tokens, samples x length asks for"
+            f" {samples:,} x {length:,} = {wanted:,}; lower {lower} or give more text"
+        )
+    # max: a text of exactly one window has one start, which randint's open end would leave out
+    starts = torch.randint(0, max(1, n_tokens - length), (samples,), generator=generator)
+    windows = ids[starts[:, None] + torch.arange(length)]  # [samples, length]
+    return windows if bos is None else _with_bos(windows[:, :-1], bos)
+
+
+def disjoint_windows(ids: Tensor, *, window: int, limit: int | None, bos: int | None) -> Tensor:
+    """Cut the text into windows from its start; the last incomplete one is dropped.
+
+    Parameters
+    ----------
+    ids : Tensor, shape [n_tokens], int64
+    window : int
+        Text tokens a window.
+    limit : int, optional
+        Keep only the first so many windows.
+    bos : int, optional
+        Token to put in front of every window. It makes the window one longer, so that each of
+        its text tokens, the first one too, is predicted.
+
+    Returns
+    -------
+    Tensor, shape [n, window] or, with `bos`, [n, window + 1], int64
+
+    Raises
+    ------
+    DataError
+        If the text is shorter than one window.
+    """
+    count = ids.numel() // window
+    if not count:
+        raise DataError(
+            f"evaluation text holds {ids.numel():,} tokens, fewer than one window of {window:,};"
+            f" lower the window to at most {ids.numel():,} or give more text"
+        )
+    windows = ids[: count * window].view(count, window)[:limit]
+    return windows.clone() if bos is None else _with_bos(windows, bos)
+
+
+def _with_bos(windows: Tensor, bos: int) -> Tensor:
+    return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+
+
+def calibration_windows(
+    calibration: Calibration, tokenizer: "PreTrainedTokenizerBase", *, generator: torch.Generator
+) -> Windows:
+    """Read the calibration text of a recipe and draw its windows.
+
+    Source `self` is sampled from the model and not handled here.
+    """
+    documents = read_documents(
+        calibration.source,
+        part="calibration",
+        field=calibration.field,
+        chat=calibration.chat_template,
+        characters=calibration.samples * calibration.length * STREAMED_CHARACTERS_PER_TOKEN,
+    )
+    text = join_documents(documents, tokenizer, chat_template=calibration.chat_template)
+    ids, bos = tokenize(text, tokenizer), default_bos(tokenizer)
+    tokens = random_windows(
+        ids,
+        samples=calibration.samples,
+        length=calibration.length,
+        generator=generator,
+        bos=bos,
+    )
+    return Windows(tokens, calibration.source, _sha256(text), bos is not None, ids.numel())
+
+
+def evaluation_windows(spec: Perplexity, tokenizer: "PreTrainedTokenizerBase") -> Windows:
+    """Read the text of a perplexity and cut it into disjoint windows."""
+    documents = read_documents(spec.source, part="evaluation", field=spec.field)
+    text = join_documents(documents, tokenizer, chat_template=False)
+    ids, bos = tokenize(text, tokenizer), default_bos(tokenizer)
+    try:
+        tokens = disjoint_windows(
+            ids[: spec.tokens], window=spec.window, limit=spec.windows, bos=bos
+        )
+    except DataError as error:
+        raise DataError(f"evaluate.perplexity {spec.name}: {error}") from error
+    return Windows(tokens, spec.source, _sha256(text), bos is not None, ids.numel())
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

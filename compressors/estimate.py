@@ -1,0 +1,101 @@
+"""How long, how much memory and how much disk a plan will take; from shapes and two small probes.
+
+Rough by design: within a factor of two where the machine is otherwise idle. The probes are a
+matrix product and a symmetric eigenproblem of the sizes that matter, run for a fraction of a
+second on the device that will be used.
+"""
+
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from lrc.compressors.decompose import METHODS
+from lrc.compressors.prepare import Prepared
+
+PROBE = 512
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds a stage, and peaks in bytes. What depends on data unread so far is not in it."""
+
+    seconds: dict[str, float]
+    memory_bytes: int
+    disk_bytes: int
+    not_estimated: list[str]
+
+
+def estimate(prepared: Prepared, device: str) -> Estimate:
+    """Estimate a run on `device`."""
+    recipe, plan = prepared.recipe, prepared.plan
+    products, eigenproblems = _probe(device)
+    in_layers = sum(m.numel() for layer in prepared.architecture.layers for m in layer.parameters())
+    n_layers = len(prepared.architecture.layers)
+    planned = [m for m in plan.matrices if m.rank]
+    measured = [m for m in planned if METHODS[m.method].needs_inputs]
+    # Linears of one module with one input width mostly share their input: counted once.
+    inputs = {(m.name.rpartition(".")[0], m.shape[1]) for m in measured}
+    gram = sum(width**2 for _, width in inputs)
+    tokens = recipe.calibration.samples * recipe.calibration.length if measured else 0
+
+    seconds = {}
+    if measured:
+        seconds["calibrate"] = tokens * (2 * in_layers + 2 * gram) / products
+    small = [(min(m.shape), max(m.shape)) for m in planned]
+    seconds["decompose"] = sum(s**3 / eigenproblems for s, _ in small) + sum(
+        2 * s * b * (s + b) / (products / 2) for s, b in small
+    )
+    seconds["save"] = plan.compressed_bytes / 0.5e9
+    not_estimated = []
+    judged = 0
+    for spec in recipe.evaluate.perplexity:
+        if spec.windows:
+            judged += spec.windows * spec.window
+        else:
+            not_estimated.append(f"perplexity on the whole of {spec.name}")
+    not_estimated += [f"task {name}" for name in recipe.evaluate.tasks.names]
+    if judged:
+        models = 2 if recipe.evaluate.dense else 1
+        seconds["evaluate"] = models * judged * 2 * plan.parameters / products
+
+    hidden = _width(prepared) * tokens * 4
+    layer = 4 * in_layers // n_layers
+    statistics = 4 * gram
+    whole = plan.parameters * (4 if device == "cpu" else prepared.source.dtype.itemsize)
+    evaluates = bool(recipe.evaluate.perplexity or recipe.evaluate.tasks.names)
+    calibrating = min(hidden, int(recipe.calibration.memory_limit_gib * GIB)) + layer
+    calibrating += 4 * max((w for _, w in inputs), default=0) ** 2 * 3
+    now = psutil.Process().memory_info().rss
+    converted = plan.bytes if plan.source_quantized else 0
+    # Snapshots of the hidden states: the one that is kept and the one that replaces it.
+    disk = statistics + 2 * hidden + plan.bits // 8 + plan.compressed_bytes + converted
+    memory = now + max(calibrating, whole if evaluates else 0, plan.compressed_bytes)
+    return Estimate(seconds, memory, disk, not_estimated)
+
+
+def _width(prepared: Prepared) -> int:
+    config = prepared.source.config.get_text_config()
+    return int(getattr(config, "hidden_size", 0) or 0)
+
+
+def _probe(device: str) -> tuple[float, float]:
+    """Return float32 operations a second, and n^3 a second of a float64 eigenproblem."""
+    a = torch.randn(2 * PROBE, 2 * PROBE, device=device)
+    s = torch.randn(PROBE, PROBE, dtype=torch.float64, device=device)
+    products = 2 * (2 * PROBE) ** 3 / _best_of(lambda: a @ a, device)
+    eigenproblems = PROBE**3 / _best_of(lambda: torch.linalg.eigh(s + s.T), device)
+    return products, eigenproblems
+
+
+def _best_of(run: object, device: str, tries: int = 4) -> float:
+    times = []
+    for _ in range(tries):  # the first pays for start-up
+        start = time.perf_counter()
+        run()  # type: ignore[operator]
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,125 @@
+"""Bars that a compressed model must clear."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from lrc.compressors.evaluate.harness import declared_metrics
+from lrc.configs.errors import RecipeError
+from lrc.configs.recipe import Evaluate, Gate
+
+
+def check_gate_names(gates: Sequence[Gate], evaluate: Evaluate) -> None:
+    """Refuse gates on metrics that the evaluation will not give, before hours are spent.
+
+    Members of task groups, and tasks that compute their metrics in Python, are known only after
+    the run; `check_gates` checks those.
+
+    Raises
+    ------
+    RecipeError
+        With all problems at once.
+    """
+    problems = []
+    for number, gate in enumerate(gates):
+        where = f"evaluate.gates[{number}]"
+        kind, _, name = gate.metric.partition(".")
+        if kind == "perplexity":
+            names = [f"perplexity.{spec.name}" for spec in evaluate.perplexity]
+            if gate.metric not in names:
+                problems.append(_unknown(where, gate.metric, names))
+        elif kind == "tasks" and "." in name:
+            problems += _task_problems(where, gate.metric, evaluate)
+        else:
+            problems.append(
+                f"{where}.metric: must be perplexity.NAME or tasks.NAME.METRIC, got '{gate.metric}'"
+            )
+        if gate.relative and not evaluate.dense:
+            problems.append(
+                f"{where}.relative: compares with the dense model, but evaluate.dense is false;"
+                " set it to true or drop relative"
+            )
+    if problems:
+        raise RecipeError(problems)
+
+
+def _task_problems(where: str, metric: str, evaluate: Evaluate) -> list[str]:
+    task, _, name = metric.removeprefix("tasks.").rpartition(".")
+    declared = declared_metrics(evaluate.tasks, task)
+    if declared is None or name.partition(",")[0] in declared:
+        return []
+    known = [
+        f"tasks.{task}.{declared_name}"
+        for task in evaluate.tasks.names
+        for declared_name in declared_metrics(evaluate.tasks, task) or []
+    ]
+    return [_unknown(where, metric, known)]
+
+
+def check_gates(gates: Sequence[Gate], evaluation: dict[str, Any]) -> list[str]:
+    """Find the bars that were missed.
+
+    Parameters
+    ----------
+    gates : sequence of Gate
+    evaluation : dict
+        Of `compare`.
+
+    Returns
+    -------
+    list of str
+        One sentence for every missed bar; empty if all were cleared.
+
+    Raises
+    ------
+    RecipeError
+        If a gate names a metric that is not there, or compares with a dense score that is not.
+    """
+    metrics = {
+        **{f"perplexity.{name}": entry for name, entry in evaluation["perplexity"].items()},
+        **{
+            f"tasks.{task}.{metric}": entry
+            for task, entries in evaluation["tasks"].items()
+            for metric, entry in entries.items()
+        },
+    }
+    problems: list[str] = []
+    missed: list[str] = []
+    for number, gate in enumerate(gates):
+        entry = metrics.get(gate.metric)
+        if entry is None:
+            problems.append(_unknown(f"evaluate.gates[{number}]", gate.metric, metrics))
+        elif gate.relative and entry["dense"] is None:
+            problems.append(
+                f"evaluate.gates[{number}].relative: the dense model was not scored on"
+                f" {gate.metric}; set evaluate.dense: true or drop relative"
+            )
+        else:
+            missed += _missed(gate, entry)
+    if problems:
+        raise RecipeError(problems)
+    return missed
+
+
+def _missed(gate: Gate, entry: dict[str, Any]) -> list[str]:
+    value, dense = entry["compressed"], entry["dense"]
+    beside = "" if dense is None else f" (dense {dense:.4g})"
+    got = f"{gate.metric} is {value:.4g}{beside}"
+    if gate.relative:
+        if dense == 0:
+            return [f"{got}: nothing can be compared with a dense score of 0"]
+        value = value / dense
+        got = f"{got}, compressed / dense {value:.4g}"
+    sentences = []
+    if gate.at_most is not None and value > gate.at_most:
+        sentences.append(f"{got}: must be at most {gate.at_most:g}")
+    if gate.at_least is not None and value < gate.at_least:
+        sentences.append(f"{got}: must be at least {gate.at_least:g}")
+    return sentences
+
+
+def _unknown(where: str, metric: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = get_close_matches(metric, known, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"there is {', '.join(known) or 'none'}"
+    return f"{where}.metric: nothing of the name '{metric}' is evaluated; {hint}"

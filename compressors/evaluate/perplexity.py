@@ -1,0 +1,206 @@
+"""Perplexity per token, as the compression papers define it.
+
+The text is tokenized once and cut into disjoint windows (`lrc.compressors.corpus`); the mean is
+taken over every predicted token of all of them. lm-eval's `word_perplexity` is another quantity.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lrc.compressors.corpus import Windows
+from lrc.configs.errors import DataError, ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROTOCOL = (
+    "documents joined by a blank line, tokenized once, disjoint windows, "
+    "exp of the mean negative log-likelihood of every predicted token"
+)
+PIECE = 256  # positions whose logits exist at once; 256 x 262,144 in fp32 are 0.25 GiB
+FALLBACK_LOGITS = 2**28  # the same where the decoder must run again for each piece: 1 GiB in fp32
+PROBE = 16  # positions that decide whether the head alone gives the model's logits
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """A perplexity and what it was taken over."""
+
+    perplexity: float
+    nll_mean: float
+    """Mean negative log-likelihood, nats a token."""
+    tokens: int
+    """Predicted tokens: `windows * window` with BOS, `windows * (window - 1)` without."""
+    window: int
+    """Text tokens a window, not counting BOS."""
+    windows: int
+    bos: bool
+    dtype: str
+    """Precision of the model's weights; the softmax is taken in float32, the mean in float64."""
+
+
+def perplexity(
+    model: "PreTrainedModel",
+    windows: Windows | Tensor,
+    *,
+    on_window: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """Measure the perplexity of a causal language model.
+
+    Logits are taken in pieces, so a vocabulary of 262,144 costs megabytes, not gigabytes.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        On any device or several; returned in the mode (train or eval) it came in.
+    windows : Windows or Tensor, shape [n, length], int64
+        A bare tensor is taken to have no BOS token.
+    on_window : callable, optional
+        Called with (done, total) after every window; may raise to stop.
+
+    Raises
+    ------
+    RecipeError
+        If a window is longer than the model's context, or too short to predict anything.
+    DataError
+        If the tokens are not the model's.
+    ModelError
+        If the likelihood of a window is not finite. No window is ever left out.
+    """
+    tokens = windows.tokens if isinstance(windows, Windows) else windows
+    bos = isinstance(windows, Windows) and windows.bos
+    count, length = tokens.shape
+    check_window(model.config, length - bos)
+    if length < 2:
+        raise RecipeError(["evaluate.perplexity.window: must be at least 2 to predict a token"])
+    _check_vocabulary(model, tokens)
+
+    training = model.training
+    model.train(False)
+    total = 0.0  # a Python float is a float64
+    try:
+        with torch.inference_mode():
+            device = input_device(model)
+            head_only = _head_gives_logits(model, tokens[0, :PROBE].to(device))
+            for number, ids in enumerate(tokens, 1):
+                nll = _window_nll(model, ids.to(device), head_only)
+                if not math.isfinite(nll):
+                    raise ModelError(
+                        f"perplexity: the likelihood of window {number} of {count} is {nll}: the"
+                        " model's logits are not finite; compress less, or evaluate in bfloat16"
+                        " or float32 where float16 overflows"
+                    )
+                total += nll
+                if on_window is not None:
+                    on_window(number, count)
+    finally:
+        model.train(training)
+
+    predicted = count * (length - 1)
+    mean = total / predicted
+    if mean > math.log(torch.finfo(torch.float64).max):
+        raise ModelError(
+            f"perplexity: the mean negative log-likelihood is {mean:.1f} nats a token, its"
+            " exponential overflows; compress less"
+        )
+    return PerplexityResult(
+        perplexity=math.exp(mean),
+        nll_mean=mean,
+        tokens=predicted,
+        window=length - bos,
+        windows=count,
+        bos=bos,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def check_window(config: Any, window: int) -> None:
+    """Refuse windows that are longer than the context the model was made for."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    context = getattr(text_config, "max_position_embeddings", None)
+    if isinstance(context, int) and window > context:
+        raise RecipeError(
+            [
+                f"evaluate.perplexity.window: must be at most {context:,}, the model's context,"
+                f" got {window:,}; lower window"
+            ]
+        )
+
+
+def _check_vocabulary(model: "PreTrainedModel", tokens: Tensor) -> None:
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    largest = int(tokens.max())
+    if isinstance(rows, int) and largest >= rows:  # on a GPU an index error kills the process
+        raise DataError(
+            f"perplexity: the tokenizer gives token {largest}, the model knows {rows} tokens;"
+            " use the tokenizer that belongs to the model"
+        )
+
+
+def input_device(model: "PreTrainedModel") -> torch.device:
+    """Find where token ids go: to the embedding, or to where accelerate will bring it."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    if place is not None:
+        return torch.device(place)
+    return next(embedding.parameters()).device
+
+
+def _head_gives_logits(model: "PreTrainedModel", ids: Tensor) -> bool:
+    """Check on a few positions that decoder and output embedding are the whole model.
+
+    A model may cap or scale its logits after the head (Gemma 2, Granite, Cohere). Equality is
+    exact, both sides being the same operations; a false alarm costs time, not correctness.
+    """
+    decoder, head = model.base_model, _head(model)
+    if head is None or decoder is model:
+        return False
+    ids = ids[None]  # [1, n]
+    hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if hidden is None:  # a wrapper, as PEFT's, whose base model has the head already
+        return False
+    logits = model(input_ids=ids, use_cache=False).logits
+    return torch.equal(head(hidden).float().cpu(), logits.float().cpu())
+
+
+def _head(model: "PreTrainedModel") -> Any:
+    return cast(Any, model).get_output_embeddings()  # not annotated in transformers
+
+
+def _window_nll(model: "PreTrainedModel", ids: Tensor, head_only: bool) -> float:
+    """Sum the negative log-likelihood of tokens 1, 2, ... given those before."""
+    pieces = _head_pieces(model, ids) if head_only else _model_pieces(model, ids)
+    total = 0.0
+    for start, logits in pieces:  # logits: [k, vocabulary]
+        target = ids[start + 1 : start + 1 + len(logits)].to(logits.device)
+        nll = cross_entropy(logits.float(), target, reduction="none")  # [k]
+        total += float(nll.double().sum())
+    return total
+
+
+def _head_pieces(model: "PreTrainedModel", ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Run the decoder once, the output embedding in pieces."""
+    hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
+    head = _head(model)
+    for start in range(0, len(hidden), PIECE):
+        yield start, head(hidden[start : start + PIECE])
+
+
+def _model_pieces(model: "PreTrainedModel", ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Run the whole model, once for every piece of logits that fits in memory."""
+    predicted = len(ids) - 1
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        yield 0, model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        return
+    step = max(PIECE, FALLBACK_LOGITS // model.config.get_text_config().vocab_size)
+    for start in range(0, predicted, step):
+        keep = torch.arange(start, min(start + step, predicted), device=ids.device)
+        yield start, model(input_ids=ids[None], logits_to_keep=keep, use_cache=False).logits[0]

@@ -1,0 +1,85 @@
+"""Second moments, whitening and symmetric eigenproblems, with the care that real activations need.
+
+Activations have massive channels, dead channels and fewer directions than dimensions. What follows
+from that: products in full float32 (no TF32), eigenproblems in float64, symmetric, on the smaller
+side only; damping relative to the mean diagonal; and no failure that is only a log line.
+"""
+
+import torch
+from torch import Tensor
+
+# Raising the damping stops here: at 1e-2 of the mean diagonal (GPTQ's default) the optimum itself
+# is visibly another one, so a matrix that needs more is factored through its eigenvectors instead.
+MAX_DAMP = 1e-2
+
+
+def add_second_moment_(H: Tensor, x: Tensor) -> None:
+    """Add the Gram matrix of some tokens to a running one, in place.
+
+    Parameters
+    ----------
+    H : Tensor, shape [d_in, d_in]
+        Running sum over tokens of ``x x^T``; float32 or float64.
+    x : Tensor, shape [..., d_in]
+        Inputs of a linear layer; every leading position is a token.
+    """
+    x = x.reshape(-1, x.shape[-1]).to(H.dtype)  # [n_tokens, d_in]
+    H.addmm_(x.T, x)
+
+
+def damped(H: Tensor, damp: float) -> Tensor:
+    """Return ``H + damp * mean(diag(H)) * I``; `H` is left alone."""
+    result = H.clone()
+    result.diagonal().add_(damp * H.diagonal().mean())
+    return result
+
+
+def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
+    """Factor a second moment as ``L @ L.T == H + damp * mean(diag(H)) * I``.
+
+    Parameters
+    ----------
+    H : Tensor, shape [d, d]
+        Symmetric positive semi-definite matrix, float64.
+    damp : float
+        Fraction of the mean diagonal that is added. Raised tenfold, up to `MAX_DAMP`, while the
+        Cholesky factorisation fails.
+
+    Returns
+    -------
+    L : Tensor, shape [d, d]
+        Lower Cholesky factor; where none exists, the eigenvector form ``Q * sqrt(e)``, which is
+        square and invertible too, but not triangular.
+    fallback : str or None
+        What had to be done beyond the request; None if nothing.
+    """
+    used = damp
+    while True:
+        L, info = torch.linalg.cholesky_ex(damped(H, used))
+        if int(info) == 0:
+            return L, None if used == damp else f"damping raised from {damp:g} to {used:g}"
+        if used >= MAX_DAMP:
+            break
+        used = max(used * 10, 1e-10)
+    energies, vectors = torch.linalg.eigh(damped(H, damp))
+    floor = energies[-1].clamp_min(torch.finfo(H.dtype).tiny) * 1e-12
+    return vectors * energies.clamp_min(floor).sqrt(), "Cholesky failed; whitened by eigenvectors"
+
+
+def descending_eigh(S: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (clamped at 0) and eigenvectors of a symmetric matrix, largest first."""
+    energies, vectors = torch.linalg.eigh((S + S.T) / 2)
+    return energies.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def weighted_error(W: Tensor, W_hat: Tensor, H: Tensor | None = None) -> float:
+    """Measure ``||(W - W_hat) L||_F^2`` with ``L @ L.T == H``, the summed squared output error.
+
+    Parameters
+    ----------
+    W, W_hat : Tensor, shape [d_out, d_in]
+    H : Tensor, shape [d_in, d_in], optional
+        Input second moment; the identity if left out.
+    """
+    E = (W - W_hat).double()
+    return float((E * E).sum() if H is None else torch.einsum("ij,jk,ik->", E, H.double(), E))

@@ -1,0 +1,125 @@
+"""What a model is made of, found from its module tree, not from its name.
+
+The skeleton is the real model class with every parameter on the meta device: shapes, names and
+buffers, but no weights. Decoder layers are the `ModuleList` that holds most of the parameters;
+what can be compressed is every `nn.Linear` inside.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from lrc.compressors.models.source import Source
+from lrc.configs.errors import ModelError
+
+TESTED = "Llama, Mistral, Qwen2, Qwen3, Gemma-3, OPT and GPT-NeoX"
+SUPPORTED = f"decoder-only models whose layers hold torch.nn.Linear (tested: {TESTED})"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer inside a decoder layer; its weight is [d_out, d_in]."""
+
+    name: str
+    layer: int
+    d_out: int
+    d_in: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A skeleton and what was found in it.
+
+    `tied` maps a parameter's name to the name of the one it shares its tensor with.
+    """
+
+    model: Any
+    layer_names: list[str]
+    linears: list[Linear]
+    tied: dict[str, str]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, in order."""
+        return [self.model.get_submodule(name) for name in self.layer_names]
+
+    def stored_parameters(self) -> dict[str, torch.Tensor]:
+        """Return name -> meta tensor of everything a checkpoint holds: tied parameters once."""
+        state: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if name not in self.tied}
+
+
+def build(source: Source) -> Architecture:
+    """Build the skeleton of a model and look for what can be compressed.
+
+    Raises
+    ------
+    ModelError
+        If the architecture is unknown, or keeps its weights in a form that is not supported yet.
+    """
+    config = source.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise _unsupported(config, "it is an encoder-decoder model")
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=source.dtype, trust_remote_code=source.spec.trust_remote_code
+            )
+    except (ValueError, KeyError, AttributeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise _unsupported(config, reason) from error
+    list_name, layers = _decoder_layers(model, config)
+    names = [f"{list_name}.{index}" for index in range(len(layers))]
+    linears = []
+    for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
+        _refuse_unsupported_weights(name, layer, config)
+        linears += [
+            Linear(f"{name}.{n}", index, m.out_features, m.in_features, m.bias is not None)
+            for n, m in layer.named_modules()
+            if isinstance(m, nn.Linear)
+        ]
+    if not linears:
+        raise _unsupported(config, f"its layers ({type(layers[0]).__name__}) hold no nn.Linear")
+    return Architecture(model.eval(), names, linears, dict(model.all_tied_weights_keys))
+
+
+def _decoder_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
+    """Find the repeated layers: of all module lists of one class, the one with most parameters."""
+    candidates = [
+        (sum(p.numel() for p in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and len({type(child) for child in module}) == 1
+    ]
+    if not candidates:
+        raise _unsupported(config, "it has no list of repeated layers")
+    _, name, layers = max(candidates, key=lambda candidate: candidate[0])
+    return name, layers
+
+
+def _refuse_unsupported_weights(name: str, layer: nn.Module, config: Any) -> None:
+    for child_name, child in layer.named_modules():
+        if isinstance(child, Conv1D):
+            raise _unsupported(config, f"{name}.{child_name} is a Conv1D, not an nn.Linear")
+        for parameter_name, parameter in child.named_parameters(recurse=False):
+            if parameter.ndim >= 3 and not isinstance(child, nn.Conv1d | nn.Conv2d):
+                raise _unsupported(
+                    config,
+                    f"{name}.{child_name}.{parameter_name} holds fused experts "
+                    f"{list(parameter.shape)}",
+                )
+
+
+def _unsupported(config: Any, reason: str) -> ModelError:
+    architectures = getattr(config, "architectures", None) or [type(config).__name__]
+    return ModelError(
+        f"model: {architectures[0]} (model_type {config.model_type!r}) is not supported yet: "
+        f"{reason}; supported are {SUPPORTED}"
+    )

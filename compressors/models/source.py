@@ -1,0 +1,247 @@
+"""Where a model lies: a Hub id, a folder of safetensors, or a GGUF file. Touches no weight."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import hf_hub_download, snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.quantization_config import GgufConfig
+
+from lrc.configs.errors import ModelError, RecipeError
+from lrc.configs.recipe import Model
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+# Everything a tokenizer, a config and safe weights can consist of; never a pickle.
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that has been found but not read.
+
+    `folder` holds config and tokenizer; `gguf` is the name of the GGUF file in it, None for
+    safetensors. `weights_local` is False while the weights are still on the Hub.
+    """
+
+    spec: Model
+    folder: Path
+    config: PreTrainedConfig
+    gguf: str | None = None
+    weights_local: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the reference model."""
+        dtype: torch.dtype = getattr(torch, self.spec.dtype)
+        return dtype
+
+    @property
+    def file_bytes(self) -> int | None:
+        """Bytes of the weight files as they lie in the source; None if not here yet."""
+        files = [self.folder / self.gguf] if self.gguf else list(self.folder.glob("*.safetensors"))
+        return sum(f.stat().st_size for f in files) if self.weights_local else None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what changes when the source does: file names, sizes and times of change."""
+        names = (
+            [self.gguf] if self.gguf else sorted(f.name for f in self.folder.glob("*.safetensors"))
+        )
+        stats = [(name, (self.folder / name).stat()) for name in names if name]
+        return {
+            "path": self.spec.path,
+            "revision": self.spec.revision,
+            "files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats],
+        }
+
+
+def locate(spec: Model, *, weights: bool = True) -> Source:
+    """Find a model and read its config.
+
+    Parameters
+    ----------
+    spec : Model
+    weights : bool
+        Whether weights on the Hub are fetched too; local ones are where they are.
+
+    Raises
+    ------
+    RecipeError
+        A local path that does not exist.
+    ModelError
+        Not reachable, no safetensors, already quantized, unknown or remote architecture.
+    """
+    path = Path(spec.path).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(
+                f"model.path: {path} is a file, but only .gguf files are read as a single file; "
+                "give the folder that holds config.json and *.safetensors"
+            )
+        source = Source(spec, path.parent, _read_config(path.parent, spec, path.name), path.name)
+    elif path.is_dir():
+        if spec.file:
+            return locate(spec.model_copy(update={"path": str(path / spec.file), "file": None}))
+        source = Source(spec, path, _read_config(path, spec, None))
+    elif HUB_ID.match(spec.path) and not spec.path.endswith(".gguf"):
+        source = _from_hub(spec, weights=weights)
+    else:
+        raise RecipeError(
+            [
+                f"model.path: no file or folder {spec.path!r}, and it is no Hub id (org/name) "
+                "either; check the path (it is relative to the current folder)"
+            ]
+        )
+    _refuse_unsafe(source)
+    return source
+
+
+def _from_hub(spec: Model, *, weights: bool) -> Source:
+    patterns = [*SMALL_FILES, *(["*.py"] if spec.trust_remote_code else [])]
+    try:
+        if spec.file:
+            file = Path(hf_hub_download(spec.path, spec.file, revision=spec.revision))
+            return Source(spec, file.parent, _read_config(file.parent, spec, file.name), file.name)
+        if weights:
+            patterns.append("*.safetensors")
+        folder = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
+    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model.path: {spec.path!r} is no local folder and could not be fetched from the Hub "
+            f"({_first_line(error)}); check the name, log in for a gated model, or download it "
+            "elsewhere and give the folder"
+        ) from error
+    return Source(spec, folder, _read_config(folder, spec, None), weights_local=weights)
+
+
+def _read_config(folder: Path, spec: Model, gguf: str | None) -> PreTrainedConfig:
+    if gguf is None and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model.path: {folder} has no config.json; give a folder written by save_pretrained, "
+            "a Hub id, or a .gguf file"
+        )
+    try:
+        if gguf is not None:
+            config = AutoConfig.from_pretrained(folder, gguf_file=gguf)
+        else:
+            raw, _ = PreTrainedConfig.get_config_dict(folder)
+            _refuse_remote_code(raw, spec)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    except ModelError:
+        raise
+    except Exception as error:  # the readers of transformers and gguf raise nearly anything
+        what = gguf or "config.json"
+        raise ModelError(
+            f"model.path: {folder / what} could not be read ({_first_line(error)}); it may be "
+            "truncated: copy or download it again"
+        ) from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
+        raise ModelError(
+            f"model.path: {folder} is already compressed (quant_method {method!r}); lrc starts "
+            "from full-precision weights: give the original model"
+        )
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def _refuse_remote_code(raw: dict[str, Any], spec: Model) -> None:
+    known = raw.get("model_type") in CONFIG_MAPPING
+    if "auto_map" in raw and not known and not spec.trust_remote_code:
+        raise ModelError(
+            f"model.path: {spec.path} needs Python code of its own (auto_map in config.json); "
+            "read that code, then set model.trust_remote_code: true to run it"
+        )
+
+
+def _refuse_unsafe(source: Source) -> None:
+    if source.gguf or not source.weights_local or any(source.folder.glob("*.safetensors")):
+        return
+    pickles = sorted(f.name for f in source.folder.iterdir() if f.suffix in UNSAFE)
+    if pickles:
+        raise ModelError(
+            f"model.path: {source.folder} holds {pickles[0]} but no safetensors; pickled weights "
+            "can run code and are never read: convert them once with transformers "
+            "(AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)) and give FOLDER"
+        )
+    raise ModelError(
+        f"model.path: {source.folder} holds no weights (*.safetensors); give a folder written by "
+        "save_pretrained, a Hub id, or a .gguf file"
+    )
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Load the tokenizer of a model.
+
+    Raises
+    ------
+    ModelError
+        If there is none.
+    """
+    where = source.spec.tokenizer or source.folder
+    try:
+        if source.gguf and not source.spec.tokenizer:
+            return AutoTokenizer.from_pretrained(where, gguf_file=source.gguf)
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=source.spec.trust_remote_code)
+    except Exception as error:  # as above
+        raise ModelError(
+            f"model: no tokenizer could be loaded from {where} ({_first_line(error)}); put "
+            "tokenizer.json beside the model or name its place in model.tokenizer"
+        ) from error
+
+
+def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str) -> Any:
+    """Load the whole reference model, at the recipe's precision and then in `dtype`.
+
+    Parameters
+    ----------
+    source : Source
+    weights : Path
+        Folder of safetensors (for GGUF, the converted one).
+    dtype : torch.dtype
+        Precision to run in.
+    device : str
+        A device, or ``auto`` to spread over what there is.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        weights,
+        dtype=source.dtype,
+        device_map=device,
+        trust_remote_code=source.spec.trust_remote_code,
+        use_safetensors=True,
+    )
+    return model.to(dtype).eval() if dtype != source.dtype else model.eval()
+
+
+def convert_gguf(source: Source, folder: Path) -> None:
+    """De-quantise a GGUF file into a folder of safetensors at the recipe's precision.
+
+    `GgufConfig(dequantize=True)` clears the quantizer state that would forbid saving.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            gguf_file=source.gguf,
+            dtype=source.dtype,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    except Exception as error:  # as above
+        raise ModelError(
+            f"model.path: {source.folder / str(source.gguf)} could not be de-quantised "
+            f"({_first_line(error)}); it may be truncated, or of an architecture that "
+            "transformers does not read from GGUF"
+        ) from error
+    model.save_pretrained(folder)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

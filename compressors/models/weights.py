@@ -1,0 +1,159 @@
+"""Weights from safetensors, one tensor at a time, under the names of the module tree."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lrc.compressors.models.architecture import Architecture
+from lrc.configs.errors import ModelError
+
+
+class WeightReader:
+    """Reads the tensors of a model by the names its modules give them.
+
+    Checkpoints of a bare decoder lack the prefix that the causal model gives it (`layers.0...` for
+    `model.layers.0...`), or carry one more; both are found.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder with ``*.safetensors``.
+    architecture : Architecture
+        The skeleton; its parameters give names, shapes and the precision to read in.
+
+    Raises
+    ------
+    ModelError
+        A file that is not whole, a missing tensor or a wrong shape; all of them at once.
+    """
+
+    def __init__(self, folder: Path, architecture: Architecture) -> None:
+        self.folder = folder
+        self._architecture = architecture
+        self._files, shapes = _index(folder)
+        self._parameters = architecture.stored_parameters()
+        prefix = f"{architecture.model.base_model_prefix}."
+        self._keys: dict[str, str] = {}
+        problems = []
+        for name, parameter in self._parameters.items():
+            candidates = [name, name.removeprefix(prefix), prefix + name]
+            # A tied tensor may have been saved under its other name only.
+            candidates += [tied for tied, main in architecture.tied.items() if main == name]
+            key = next((key for key in candidates if key in self._files), None)
+            if key is None:
+                problems.append(f"{name} is missing")
+                continue
+            if shapes[key] != list(parameter.shape):
+                problems.append(f"{name} is {shapes[key]}, not {list(parameter.shape)}")
+            self._keys[name] = key
+        if problems:
+            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+            raise ModelError(
+                f"model.path: the weights in {folder} do not fit config.json: "
+                + "; ".join(problems[:5])
+                + more
+                + "; the folder may be incomplete, or its tensor names need a conversion that "
+                "lrc does not know: load and save it once with transformers"
+            )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys
+
+    def read(self, name: str, *, device: str | torch.device = "cpu") -> Tensor:
+        """Read one tensor at the precision of the reference model.
+
+        Raises
+        ------
+        ModelError
+            If a number in it is not finite.
+        """
+        key = self._keys[name]
+        # Opened anew each time and copied: a file that stays mapped keeps every page that was ever
+        # touched resident, and in the end the whole model.
+        with safe_open(self._files[key], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+            tensor = tensor.to(device, self._parameters[name].dtype, copy=True)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(
+                f"model.path: {name} holds NaN or Inf; the source is damaged (or overflows "
+                f"{self._parameters[name].dtype}): copy or download it again, or try another "
+                "model.dtype"
+            )
+        return tensor
+
+    def fill_(
+        self,
+        name: str,
+        *,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        skip: Collection[str] = (),
+    ) -> None:
+        """Give the module `name` of the skeleton its weights, on `device` in `dtype`.
+
+        Modules named in `skip`, and what is below them, stay as they are.
+        """
+        for full, owner, leaf in self._entries(name, skip):
+            stored = self._architecture.tied.get(full, full)
+            if stored in self._keys:
+                tensor = self.read(stored, device=device)
+                tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            else:  # a buffer that is not stored has its value already
+                tensor = getattr(owner, leaf).to(device)
+            _set(owner, leaf, tensor)
+
+    def empty_(self, name: str, *, skip: Collection[str] = ()) -> None:
+        """Put the weights of the module `name` back on the meta device."""
+        for full, owner, leaf in self._entries(name, skip):
+            if self._architecture.tied.get(full, full) in self._keys:
+                _set(owner, leaf, getattr(owner, leaf).to("meta"))
+
+    def _entries(self, name: str, skip: Collection[str]) -> list[tuple[str, nn.Module, str]]:
+        """Return (full name, owner, attribute) of every parameter and buffer below a module."""
+        result = []
+        module = self._architecture.model.get_submodule(name)
+        for prefix, owner in module.named_modules(prefix=name):
+            if any(prefix == other or prefix.startswith(f"{other}.") for other in skip):
+                continue
+            result += [
+                (f"{prefix}.{leaf}" if prefix else leaf, owner, leaf)
+                for leaf in [*owner._parameters, *owner._buffers]
+                if getattr(owner, leaf) is not None
+            ]
+        return result
+
+
+def _set(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _index(folder: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
+    """Read the header of every shard; return tensor name -> file, and -> shape."""
+    files: dict[str, Path] = {}
+    shapes: dict[str, list[int]] = {}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif (folder / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    else:
+        names = sorted(f.name for f in folder.glob("*.safetensors"))
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt") as shard:
+                for key in shard.keys():
+                    files[key] = folder / name
+                    shapes[key] = list(shard.get_slice(key).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"model.path: {folder / name} is not a whole safetensors file "
+                f"({str(error).strip()[:200]}); copy or download it again"
+            ) from error
+    return files, shapes

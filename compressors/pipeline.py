@@ -1,0 +1,237 @@
+"""One run, from recipe to report; this file is the table of contents of the library."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrc.compressors import report
+from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.windows import take_windows
+from lrc.compressors.checkpoint.assemble import write_checkpoint
+from lrc.compressors.checkpoint.reader import load_checkpoint
+from lrc.compressors.checkpoint.writer import FolderWriter
+from lrc.compressors.decompose import METHODS, Statistics
+from lrc.compressors.evaluate import check_gates, compare, evaluate_model
+from lrc.compressors.execute import decompose, factors_file
+from lrc.compressors.journal import Journal, open_journal
+from lrc.compressors.memory import release_memory
+from lrc.compressors.models.source import Source, convert_gguf, load_dense, load_tokenizer
+from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.plan import Matrix, Plan
+from lrc.compressors.prepare import Prepared, prepare
+from lrc.configs.errors import GateMissed
+from lrc.configs.load import LoadedRecipe
+
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How to run, as opposed to what: the same recipe gives the same result elsewhere.
+
+    `device` is a torch device or ``auto``; `on_step` is told (stage, done, total) and may raise
+    `Stopped`.
+    """
+
+    device: str = "auto"
+    overwrite: bool = False
+    on_step: OnStep = field(default=lambda stage, done, total: None)
+
+    @property
+    def chosen(self) -> str:
+        """The device that ``auto`` stands for."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, Any]:
+    """Run a recipe: calibrate, decompose, save, evaluate, report.
+
+    What an earlier, interrupted run of the same recipe has finished is taken over.
+
+    Returns
+    -------
+    dict
+        The report, as written to ``OUTPUT/report.json``.
+
+    Raises
+    ------
+    LrcError
+        One of its kinds; the state is saved, and the same call continues.
+    """
+    machine = machine or Machine()
+    recipe = loaded.recipe
+    prepared = prepare(recipe)
+    output = Path(recipe.output).expanduser()
+    with open_journal(output, _identity(prepared), overwrite=machine.overwrite) as journal:
+        clock = _Clock(journal)
+        if not (output / "checkpoint").is_dir():
+            weights = _weights(prepared.source, journal, clock)
+            reader = WeightReader(weights, prepared.architecture)
+            tokenizer = load_tokenizer(prepared.source)
+            with clock("calibrate"):
+                _calibrate(prepared, reader, tokenizer, journal, machine)
+            with clock("decompose"):
+                plan = _decompose(prepared, reader, journal, machine)
+            with clock("save"), FolderWriter(output / "checkpoint") as folder:
+                write_checkpoint(
+                    folder,
+                    plan=plan,
+                    loaded=loaded,
+                    source=prepared.source,
+                    architecture=prepared.architecture,
+                    reader=reader,
+                    tokenizer=tokenizer,
+                    factors=lambda layer, name: journal.read_tensor(factors_file(layer), name),
+                )
+            journal.write_json("plan.json", plan.to_json())
+            journal.forget("statistics", "states.live", *_snapshots(journal))
+        with clock("evaluate"):
+            evaluation = _evaluate(prepared, journal, clock, machine)
+        result = report.write(prepared, journal, evaluation, clock.seconds, machine.chosen)
+        journal.forget("factors", "source")
+    missed = check_gates(recipe.evaluate.gates, evaluation)
+    if missed:
+        raise GateMissed("\n".join(missed))
+    return result
+
+
+def _calibrate(
+    prepared: Prepared, reader: WeightReader, tokenizer: Any, journal: Journal, machine: Machine
+) -> None:
+    recipe = prepared.recipe
+    targets = [m.name for m in prepared.plan.matrices if m.rank and METHODS[m.method].needs_inputs]
+    if not targets:
+        return
+    windows = take_windows(
+        recipe.calibration,
+        tokenizer,
+        journal,
+        seed=recipe.seed,
+        dense=lambda: load_dense(
+            prepared.source, reader.folder, dtype=_dtype(prepared, machine), device=machine.chosen
+        ),
+        on_step=machine.on_step,
+    )
+    statistics.collect(
+        prepared.architecture,
+        reader,
+        windows,
+        targets,
+        journal,
+        device=machine.chosen,
+        memory_limit_gib=recipe.calibration.memory_limit_gib,
+        on_step=machine.on_step,
+    )
+
+
+def _decompose(
+    prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
+) -> Plan:
+    def known(matrix: Matrix) -> Statistics:
+        return statistics.load(journal, matrix.layer, matrix.name)
+
+    return decompose(
+        prepared.plan,
+        prepared.recipe,
+        reader,
+        journal,
+        known,
+        device=machine.chosen,
+        on_step=machine.on_step,
+    )
+
+
+def _evaluate(
+    prepared: Prepared, journal: Journal, clock: "_Clock", machine: Machine
+) -> dict[str, Any]:
+    """Judge dense and compressed model one after the other; what is judged already is kept."""
+    recipe, chosen = prepared.recipe, machine.chosen
+    dtype = _dtype(prepared, machine)
+    if not recipe.evaluate.perplexity and not recipe.evaluate.tasks.names:
+        return compare(None, {"perplexity": {}, "tasks": {}})
+
+    def dense() -> Any:
+        weights = _weights(prepared.source, journal, clock)
+        return load_dense(prepared.source, weights, dtype=dtype, device=chosen)
+
+    def compressed() -> Any:
+        return load_checkpoint(journal.output / "checkpoint", dtype=dtype, device=chosen)
+
+    blocks: dict[str, dict[str, Any]] = {}
+    loaders = {"dense": dense, "compressed": compressed}
+    for name, load in loaders.items():
+        file = f"evaluation-{name}.json"
+        asked = recipe.evaluate.model_dump(mode="json", exclude={"gates", "dense"})
+        if name == "dense" and not recipe.evaluate.dense:
+            continue
+        if not journal.has(file) or journal.read_json(file)["asked"] != asked:
+            tokenizer = load_tokenizer(prepared.source)
+
+            def on_step(stage: str, done: int, total: int, name: str = name) -> None:
+                machine.on_step(f"evaluate {name}: {stage}", done, total)
+
+            block = evaluate_model(
+                load(), tokenizer, recipe.evaluate, seed=recipe.seed, on_step=on_step
+            )
+            journal.write_json(file, {"asked": asked, "block": block})
+            release_memory()
+        blocks[name] = journal.read_json(file)["block"]
+    return compare(blocks.get("dense"), blocks["compressed"])
+
+
+def _weights(source: Source, journal: Journal, clock: "_Clock") -> Path:
+    """Return a folder of safetensors for the source; a GGUF file is converted once."""
+    if source.gguf is None:
+        return source.folder
+    if not journal.has("source"):
+        with clock("convert"), FolderWriter(journal.path("source")) as folder:
+            convert_gguf(source, folder)
+    return journal.path("source")
+
+
+def _dtype(prepared: Prepared, machine: Machine) -> torch.dtype:
+    """Choose what a whole model runs in: CPUs are slow and inexact in 16 bits."""
+    return torch.float32 if machine.chosen == "cpu" else prepared.source.dtype
+
+
+def _identity(prepared: Prepared) -> dict[str, Any]:
+    """Return what decides the bytes of the checkpoint."""
+    recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
+    source = prepared.source
+    versions = {"lrc": report.versions()["lrc"], "torch": torch.__version__}
+    return {
+        "model": source.fingerprint() | {"dtype": source.spec.dtype},
+        **recipe,
+        "versions": versions,
+    }
+
+
+def _snapshots(journal: Journal) -> list[str]:
+    return [path.name for path in journal.work.glob("states-*")]
+
+
+class _Clock:
+    """Seconds of each stage, summed over the runs it took."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self.seconds: dict[str, float] = (
+            journal.read_json("seconds.json") if journal.has("seconds.json") else {}
+        )
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            release_memory()
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+            self._journal.write_json("seconds.json", self.seconds)

@@ -1,0 +1,174 @@
+"""From facts to `report.json` and the model card.
+
+`SCHEMA` documents every key of the report; a test holds a real report against it.
+"""
+
+import json
+import os
+import platform
+import resource
+import sys
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from lrc.compressors.calibrate.windows import provenance
+from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.journal import Journal, write_text
+from lrc.compressors.prepare import Prepared
+
+SCHEMA_VERSION = 1
+SCHEMA = {
+    "schema_version": "1; raised when a key changes its meaning or goes away",
+    "recipe": "the recipe, written out in full",
+    "seed": "the recipe's seed",
+    "size.targeted.{bits,source_bits}": "of the matrices a stage names, stored and in the source",
+    "size.targeted.{kept,removed}": "bits / source_bits, and 1 - that",
+    "size.model.parameters.{dense,compressed}": "numbers in the whole model; tied ones once",
+    "size.model.file_bytes.{dense,compressed}": "safetensors files; dense: at the recipe's dtype",
+    "size.source.{file_bytes,quantized}": "the weights as the source stores them; null if on a Hub",
+    "size.alternatives.NAME": "file bytes of plain forms of the same model, not measured here",
+    "layers[].{name,shape,method,form}": "one record a targeted matrix",
+    "layers[].{rank,bits,source_bits}": "as stored; rank is null where the matrix stays dense",
+    "layers[].predicted_loss": "share of the (weighted) energy of the matrix that is lost, [0, 1]",
+    "layers[].{note,fallback}": "why it stays dense; what deviated from the plan; null if nothing",
+    "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
+    "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
+    "evaluation.tasks.NAME.METRIC": "dense, compressed, stderr, recovery in percent of dense",
+    "timing.seconds.STAGE": "wall time, summed over the runs that an interrupted one took",
+    "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
+    "environment": "versions, processor, threads, device",
+    "warnings": "what was planned although it is not advised",
+}
+
+
+def write(
+    prepared: Prepared,
+    journal: Journal,
+    evaluation: dict[str, Any],
+    seconds: dict[str, float],
+    device: str,
+) -> dict[str, Any]:
+    """Gather the facts of a finished run and write them beside and into its checkpoint.
+
+    Returns
+    -------
+    dict
+        What ``report.json`` holds.
+    """
+    checkpoint = journal.output / "checkpoint"
+    plan = journal.read_json("plan.json")
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "recipe": prepared.recipe.model_dump(mode="json"),
+        "seed": prepared.recipe.seed,
+        "size": _size(plan, checkpoint),
+        "layers": [_layer(matrix) for matrix in plan["matrices"]],
+        "calibration": provenance(journal),
+        "evaluation": evaluation,
+        "timing": {"seconds": {stage: round(s, 2) for stage, s in seconds.items()}},
+        "memory": _memory(device),
+        "environment": _environment(device),
+        "warnings": plan["warnings"],
+    }
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    card = model_card(report, plan)
+    write_text(checkpoint / layout.REPORT, text)
+    write_text(checkpoint / "README.md", card)
+    write_text(journal.output / "README.md", card)
+    write_text(journal.output / "report.json", text)
+    return report
+
+
+def model_card(report: dict[str, Any], plan: dict[str, Any]) -> str:
+    """Render the model card: what it is, how it compares, how to load it, how to make it again."""
+    base = report["recipe"]["model"]["path"]
+    on_hub = not Path(base).exists() and not base.endswith(".gguf")
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["lrc", "low-rank", "compressed"],
+        **({"base_model": base} if on_hub else {}),
+    )
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["mib"] = lambda n: "unknown" if n is None else f"{n / 2**20:,.1f} MiB"
+    template = resources.files("lrc.compressors").joinpath("card.md.j2").read_text("utf-8")
+    name = Path(base).stem if base.endswith(".gguf") else base.rstrip("/").rpartition("/")[2]
+    return environment.from_string(template).render(
+        header=header.to_yaml(), name=name, report=report, plan=plan, base=base
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    names = ["torch", "transformers", "safetensors", "accelerate", "datasets", "lm_eval"]
+    return {"lrc": metadata.version("lrc-compress")} | {n: metadata.version(n) for n in names}
+
+
+def _size(plan: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    totals = plan["totals"]
+    files = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
+    return {
+        "targeted": {
+            "bits": totals["bits"],
+            "source_bits": totals["source_bits"],
+            "kept": totals["kept"],
+            "removed": 1 - totals["kept"],
+        },
+        "model": {
+            "parameters": {
+                "dense": plan["parameters"],
+                "compressed": totals["compressed_parameters"],
+            },
+            "file_bytes": {"dense": plan["bytes"], "compressed": files},
+        },
+        "source": {
+            "file_bytes": plan["source_file_bytes"],
+            "quantized": plan["source_quantized"],
+        },
+        "alternatives": _alternatives(plan),
+    }
+
+
+def _alternatives(plan: dict[str, Any]) -> dict[str, int]:
+    """Count the bytes of plain quantization of the same matrices, so that a size can be judged."""
+    shapes = [matrix["shape"] for matrix in plan["matrices"]]
+    rest = plan["bytes"] - plan["totals"]["source_bits"] // 8
+    return {
+        "int8_per_channel": rest + sum(m * n + 2 * m for m, n in shapes),
+        # 4 bits a weight, a 16-bit scale and a 4-bit zero point a group of 64
+        "int4_groups_of_64": rest + sum((m * n * 4 + m * -(-n // 64) * 20) // 8 for m, n in shapes),
+    }
+
+
+def _layer(matrix: dict[str, Any]) -> dict[str, Any]:
+    keys = ["name", "shape", "stage", "method", "form", "rank", "bits", "source_bits"]
+    record = {key: matrix[key] for key in keys}
+    return record | {
+        "predicted_loss": matrix["loss"],
+        "note": matrix["note"],
+        "fallback": matrix["fallback"],
+    }
+
+
+def _memory(device: str) -> dict[str, int | None]:
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    gpu = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
+    return {"peak_rss_bytes": peak, "peak_gpu_bytes": gpu}
+
+
+def _environment(device: str) -> dict[str, Any]:
+    on_gpu = device.startswith("cuda")
+    return {
+        "versions": versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+    }

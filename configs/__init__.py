@@ -1,0 +1,1 @@
+"""What may be asked of lrc, and the errors that answer it. Needs no tensor library."""

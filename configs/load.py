@@ -1,0 +1,135 @@
+"""From the YAML text of a recipe to a checked `Recipe`, with every problem at once."""
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lrc.configs.errors import RecipeError
+from lrc.configs.explain import explain
+from lrc.configs.overrides import apply_overrides, read_overrides
+from lrc.configs.places import Places
+from lrc.configs.recipe import Recipe
+from lrc.configs.schema import recipe_schema
+from lrc.configs.shape import Shape, closest
+from lrc.configs.shipped import names
+from lrc.configs.words import got
+from lrc.configs.yaml_text import Document, YamlError, read_yaml, write_yaml
+
+MAX_BYTES = 1_000_000
+"""A recipe is a page; what is larger is another file, named by mistake."""
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe and what it was read from."""
+
+    recipe: Recipe
+    text: str
+    """The file as given."""
+    overrides: tuple[str, ...]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read and check a recipe file.
+
+    Parameters
+    ----------
+    path : str or Path
+        A YAML file.
+    overrides : Sequence[str]
+        `key.path=value` texts, applied in order before the recipe is checked.
+
+    Raises
+    ------
+    RecipeError
+        With every problem of the file and of the overrides.
+    """
+    try:
+        text = _read(Path(path))
+    except RecipeError as error:
+        problems = [problem.text for problem in read_overrides(overrides)[1]]
+        raise RecipeError(error.problems + problems) from None
+    recipe = parse_recipe(text, name=str(path), overrides=overrides)
+    return LoadedRecipe(recipe, text, tuple(overrides))
+
+
+def parse_recipe(text: str, *, name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Check the text of a recipe; `name` is what messages call it."""
+    assignments, problems = read_overrides(overrides)
+    try:
+        document = _read_mapping(text, name)
+    except RecipeError as error:
+        raise RecipeError(error.problems + [problem.text for problem in problems]) from None
+    shape = Shape(recipe_schema())
+    places = Places(name, document.lines)
+    problems += [places.problem(path, said, line) for line, path, said in document.problems]
+    problems += apply_overrides(document.value, assignments, shape, places)
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate(document.value, strict=True)
+    except ValidationError as error:
+        found = explain(error, document.value, shape)
+        problems += [places.problem(path, said) for path, said in found]
+    if recipe is None or problems:
+        raise RecipeError([each.text for each in sorted(problems, key=lambda each: each.order)])
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a recipe out in full; the text parses back to an equal recipe."""
+    return write_yaml(recipe.model_dump(mode="json"))
+
+
+def _read_mapping(text: str, name: str) -> Document:
+    try:
+        document = read_yaml(text)
+    except YamlError as error:
+        where = f"{name}:{error.line}:{error.column}"
+        raise RecipeError([f"{where}: not valid YAML: {error.text}"]) from None
+    if document.value is None:
+        raise RecipeError([f"{name}: is empty; `lrc recipes show svd-llm` prints a recipe"])
+    if not isinstance(document.value, dict):
+        text = "must be a mapping with the keys model, stages, output and others"
+        hint = "start it with 'model: ...'"
+        raise RecipeError([f"{name}: {text}, got {got(document.value)}; {hint}"])
+    return document
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise RecipeError([f"{path}: no such file; {_what_instead(path)}"]) from None
+    except IsADirectoryError:
+        recipes = sorted(each.name for each in path.glob("*.y*ml"))
+        inside = f"one of those inside: {', '.join(recipes)}" if recipes else "a recipe file"
+        raise RecipeError([f"{path}: is a folder; name {inside}"]) from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise RecipeError(
+            [f"{path}: cannot be read: {reason}; check the path and its permissions"]
+        ) from None
+    if len(data) > MAX_BYTES:
+        size = f"larger than {MAX_BYTES:,} bytes"
+        raise RecipeError([f"{path}: is {size}; name the recipe, a short YAML text"])
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        text = f"is not UTF-8 text (byte {error.start}); a recipe is a YAML text, save it as UTF-8"
+        raise RecipeError([f"{path}: {text}"]) from None
+
+
+def _what_instead(path: Path) -> str:
+    beside = {each.name: each for each in path.parent.glob("*.y*ml")}
+    same = next((name for name, each in beside.items() if each.stem == path.stem), None)
+    shipped = str(path).removesuffix(".yaml")
+    if same is None and shipped in names():
+        return f"'{shipped}' is a shipped recipe, `lrc recipes copy {shipped}` puts it here"
+    near = same or closest(path.name, beside)
+    if near is not None:
+        return f"did you mean '{path.with_name(near)}'?"
+    return "check the path, or start from a shipped one: `lrc recipes list`"

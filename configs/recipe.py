@@ -1,0 +1,257 @@
+"""What may be asked: the schema of a recipe.
+
+Short forms (`model: path`, `calibration: c4`, `tasks: [piqa]`) are for people; a parsed recipe is
+always fully written out. `Recipe.model_dump()` gives the form that is saved with a checkpoint.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Text = Annotated[str, Field(min_length=1)]
+Keep = Annotated[
+    float,
+    Field(gt=0, le=1, description="Stored bits over the bits of the matrix in the source, (0, 1]"),
+]
+
+
+def _allow_short_form(schema: dict[str, Any], part: type["Strict"]) -> None:
+    """Say in the JSON Schema what `Strict.short_form` says here."""
+    if part.short_form is not None:
+        kind, key = part.short_form
+        short: dict[str, Any] = {"description": f"Short for `{{{key}: ...}}`."}
+        if kind is str:
+            short |= {"type": "string", "minLength": 1}
+        else:
+            short |= {"type": "array", "items": schema["properties"][key]["items"]}
+        full = dict(schema)
+        schema.clear()
+        schema |= {"title": full["title"], "description": full["description"]}
+        schema |= {"anyOf": [short, full], "x-short-form": key}
+
+
+class Strict(BaseModel):
+    """Base of every part of a recipe: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        json_schema_extra=_allow_short_form,
+    )
+
+    short_form: ClassVar[tuple[type[str] | type[list[Any]], str] | None] = None
+    """`(type, key)`: a bare value of that type stands for a mapping with that one key."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _write_out(cls, value: Any) -> Any:
+        if cls.short_form is not None and isinstance(value, cls.short_form[0]):
+            return {cls.short_form[1]: value}
+        return value
+
+
+class Model(Strict):
+    """The model to compress. Short form: its path."""
+
+    short_form = (str, "path")
+
+    path: Text
+    """Hub id (`org/name`), local folder with safetensors, or `.gguf` file."""
+    file: str | None = None
+    """Name of a `.gguf` file inside the Hub repository `path`."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub repository."""
+    dtype: Dtype = "bfloat16"
+    """Precision of the reference model; bits are counted against it."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, where it does not lie with the model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless said here."""
+
+
+class Calibration(Strict):
+    """The text that the statistics are taken over. Short form: its source."""
+
+    short_form = (str, "source")
+
+    source: Text = "python-docs"
+    """`python-docs` (packaged), `self` (sampled from the model), `c4`, `wikitext2`, or a path to a
+    `.jsonl` or `.txt` file."""
+    samples: PositiveInt = 128
+    """Number of windows."""
+    length: PositiveInt = 1024
+    """Tokens a window."""
+    field: str = "text"
+    """The key that holds the text of a `.jsonl` row."""
+    chat_template: bool = False
+    """Render every document with the tokenizer's chat template (rows with `messages`, or plain
+    text as one user turn)."""
+    memory_limit_gib: Annotated[float, Field(gt=0)] = 2.0
+    """Hidden states larger than this (GiB) are kept on disk."""
+
+
+class Override(Strict):
+    """Another budget for the matrices whose name matches."""
+
+    match: Text
+    """Shell pattern over full module names, e.g. `*.down_proj` or `model.layers.0.*`."""
+    keep: Keep | None = None
+    """Stored bits over the bits of the matrix in the source, (0, 1]."""
+    rank: PositiveInt | None = None
+    """Inner size of the factors."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Override":
+        if (self.keep is None) == (self.rank is None):
+            given = "neither" if self.keep is None else "both"
+            raise ValueError(f"give exactly one of 'keep' and 'rank', got {given}")
+        return self
+
+
+class DecomposeBase(Strict):
+    """What every decomposition method understands."""
+
+    method: str
+    """How the factors are found."""
+    keep: Keep
+    targets: list[str] = ["*"]
+    """Shell patterns over module names; every linear of a decoder layer that matches one."""
+    skip: list[str] = []
+    """Shell patterns of linears to leave as they are; they do not count in `keep`."""
+    overrides: list[Override] = []
+    """Budgets by name; the first that matches wins."""
+
+
+class Svd(DecomposeBase):
+    """Plain truncated SVD: the closest matrix of that rank, blind to the data."""
+
+    method: Literal["svd"]
+    """Plain truncated SVD."""
+
+
+class SvdLlm(DecomposeBase):
+    """Whitened truncated SVD (SVD-LLM): the smallest output error on the calibration tokens."""
+
+    method: Literal["svd-llm"]
+    """Whitened truncated SVD."""
+    damp: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    """Fraction of the mean diagonal of the input second moment that is added to it."""
+
+
+Decompose = Annotated[Svd | SvdLlm, Field(discriminator="method")]
+
+
+class DecomposeStage(Strict):
+    """Replace weight matrices by smaller factors."""
+
+    decompose: Decompose
+    """How the factors are found, and how small they get."""
+
+
+Stage = DecomposeStage  # a union, as soon as there is a second kind
+
+
+class Perplexity(Strict):
+    """Perplexity per token on disjoint windows. Short form: its source."""
+
+    short_form = (str, "source")
+
+    source: Text
+    """`python-docs`, `wikitext2`, `c4`, or a path to a `.jsonl` or `.txt` file."""
+    name: str = ""
+    """Name in the report; the source's own name if left out."""
+    window: PositiveInt = 2048
+    """Tokens a window."""
+    windows: PositiveInt | None = None
+    """Use only the first so many windows."""
+    tokens: PositiveInt | None = None
+    """Use only the first so many tokens of the text."""
+    field: str = "text"
+    """The key that holds the text of a `.jsonl` row."""
+
+    @model_validator(mode="after")
+    def _default_name(self) -> "Perplexity":
+        if not self.name:
+            stem = self.source.replace("\\", "/").rsplit("/", 1)[-1]
+            object.__setattr__(self, "name", stem.rsplit(".", 1)[0] if "." in stem else stem)
+        return self
+
+
+class Tasks(Strict):
+    """lm-eval tasks. Short form: a list of names."""
+
+    short_form = (list, "names")
+
+    names: list[str] = []
+    """Tasks and groups, as `lm-eval ls tasks` lists them."""
+    include_path: str | None = None
+    """Folder of task files of one's own; names are looked up there first."""
+    limit: PositiveInt | None = None
+    """Use only the first so many documents of each task."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples in front of every question; each task's own number if left out."""
+    batch_size: PositiveInt = 8
+    """Requests that are scored together."""
+    apply_chat_template: bool = False
+    """Ask through the tokenizer's chat template."""
+
+
+class Gate(Strict):
+    """A bar that the compressed model must clear, or the command exits with 4."""
+
+    metric: Text
+    """`perplexity.NAME` or `tasks.NAME.METRIC`."""
+    at_most: float | None = None
+    """Highest value that passes."""
+    at_least: float | None = None
+    """Lowest value that passes."""
+    relative: bool = False
+    """Compare compressed / dense instead of the compressed value itself."""
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> "Gate":
+        if self.at_most is None and self.at_least is None:
+            raise ValueError("give 'at_most', 'at_least' or both, got neither")
+        return self
+
+
+class Evaluate(Strict):
+    """How dense and compressed model are compared, in one run."""
+
+    perplexity: list[Perplexity] = []
+    """Texts to measure perplexity on."""
+    tasks: Tasks = Tasks()
+    """lm-eval tasks to score."""
+    gates: list[Gate] = []
+    """Bars that the compressed model must clear."""
+    dense: bool = True
+    """Evaluate the dense model beside the compressed one."""
+
+    @model_validator(mode="after")
+    def _results_have_one_name(self) -> "Evaluate":
+        names = [each.name for each in self.perplexity]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            text = f"the names of the 'perplexity' entries must differ, got twice: {twice}"
+            raise ValueError(f"{text}; give one of each pair another 'name'")
+        return self
+
+
+class Recipe(Strict):
+    """One run: a model, the text to calibrate on, the stages in order, and how to judge."""
+
+    model: Model
+    """The model to compress."""
+    calibration: Calibration = Calibration()
+    """The text that the statistics are taken over."""
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    """What is done to the model, in order."""
+    evaluate: Evaluate = Evaluate()
+    """How dense and compressed model are compared."""
+    output: Text
+    """Folder for checkpoint and report."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Start of every random choice; same seed, same machine: same bytes."""

@@ -1,0 +1,310 @@
+"""Names -> documents -> text -> tokens -> windows."""
+
+import gzip
+import hashlib
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lrc.compressors.corpus import (
+    calibration_windows,
+    check_source,
+    default_bos,
+    disjoint_windows,
+    evaluation_windows,
+    hub,
+    join_documents,
+    random_windows,
+    read_documents,
+    tokenize,
+)
+from lrc.compressors.corpus.python_docs import paragraphs, without_repeats
+from lrc.configs.errors import DataError, RecipeError
+from lrc.configs.recipe import Calibration, Perplexity
+
+CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# Documents
+
+
+def test_no_paragraph_of_python_docs_is_in_both_parts():
+    parts = [
+        [
+            " ".join(p.split())
+            for text in read_documents("python-docs", part=part)
+            for p in paragraphs(text)
+        ]
+        for part in ("calibration", "evaluation")
+    ]
+    assert not set(parts[0]) & set(parts[1])
+    assert len(parts[0]) + len(parts[1]) == len(set(parts[0])) + len(set(parts[1])) > 1000
+
+
+def test_python_docs_gives_about_two_thirds_to_calibration():
+    sizes = [
+        sum(map(len, read_documents("python-docs", part=part)))
+        for part in ("calibration", "evaluation")
+    ]
+    assert sizes[0] / sum(sizes) == pytest.approx(0.65, abs=0.01)
+    assert sum(sizes) > 300_000
+
+
+def test_repeats_are_dropped_whatever_their_white_space():
+    documents = {"a": "one\n\ntwo  words\n\none", "b": "two\n   words\n\nthree", "c": "one\n"}
+    assert without_repeats(documents) == {"a": "one\n\ntwo  words", "b": "three"}
+
+
+def test_jsonl_rows_are_read_and_blank_lines_ignored(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"body": "one"}\r\n\n   \n{"body": "", "n": 1}\n{"body": "tw\\u00f6"}'
+    )
+    assert read_documents(str(path), part="calibration", field="body") == ["one", "", "twö"]
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    path = tmp_path / "book.TXT"
+    path.write_text("a\n\nb\n", encoding="utf-8")
+    assert read_documents(str(path), part="evaluation") == ["a\n\nb\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.jsonl", b"", ["empty"]),
+        ("blank.jsonl", b"\n \n", ["no text"]),
+        ("blank.txt", b" \n", ["no text"]),
+        ("nul.txt", b"abc\0def", ["NUL", "UTF-16"]),
+        ("nul.jsonl", b'{"text": "a"}\n\0', ["NUL"]),
+        ("latin.txt", b"caf\xe9", ["UTF-8", "0xe9", "offset 3"]),
+        ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', ["line 2", "0xe9"]),
+        ("bad.jsonl", b'{"text": "a"}\n\n{"text": ', ["line 3", "one JSON object"]),
+        ("deep.jsonl", b"[" * 100_000, ["line 1", "one JSON object"]),
+        ("list.jsonl", b'["a"]', ["line 1", "JSON object", '["a"]']),
+        ("other.jsonl", b'{"body": "a", "n": 1}', ["line 1", "'text'", "'body', 'n'", "field"]),
+        ("chat.jsonl", b'{"messages": []}', ["chat_template: true"]),
+        ("number.jsonl", b'{"text": 7}', ["line 1", "string", "'7'"]),
+        ("half.jsonl", b'{"text": "\\ud800"}', ["line 1", "surrogate"]),
+    ],
+)
+def test_damaged_files_are_refused_in_one_clear_sentence(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_documents(str(path), part="calibration")
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+
+
+def test_a_directory_is_refused(tmp_path):
+    with pytest.raises(DataError, match="is a directory"):
+        check_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("wikitex2", "did you mean 'wikitext2'?"),
+        ("C4", "did you mean 'c4'?"),
+        ("python-doc", "did you mean 'python-docs'?"),
+        ("wikitext.jsonl", "did you mean 'wikitext2'?"),
+        ("nowhere/text.jsonl", "no such file: nowhere/text.jsonl"),
+        ("news.csv", "path of a .jsonl or .txt file"),
+    ],
+)
+def test_unknown_sources_are_refused_with_a_hint(source, hint):
+    with pytest.raises(RecipeError) as caught:
+        check_source(source, part="calibration")
+    assert hint in str(caught.value)
+    assert str(caught.value).startswith("calibration.source: ")
+
+
+def test_a_misspelt_file_suggests_its_neighbour(tmp_path):
+    (tmp_path / "harvest.jsonl").touch()
+    with pytest.raises(RecipeError, match=r"did you mean '.*harvest\.jsonl'"):
+        check_source(str(tmp_path / "havrest.jsonl"))
+
+
+def test_self_is_for_calibration_only():
+    check_source("self", part="calibration")
+    with pytest.raises(RecipeError, match="calibration only"):
+        check_source("self", part="evaluation")
+
+
+# Hub sources, through the real `datasets` on local files
+
+
+@pytest.fixture
+def local_hub(tmp_path, monkeypatch):
+    """Folders laid out as the two Hub repositories are."""
+    wikitext = tmp_path / "wikitext"
+    for split in ("train", "test"):
+        file = wikitext / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps({"text": f" {split} {i}\n"}) + "\n" for i in range(3)))
+    (wikitext / "README.md").write_text(
+        "---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n"
+        "  - split: train\n    path: wikitext-2-raw-v1/train-*\n"
+        "  - split: test\n    path: wikitext-2-raw-v1/test-*\n---\n"
+    )
+    c4 = tmp_path / "c4"
+    for place in (hub.HUB_SOURCES["c4"].calibration, hub.HUB_SOURCES["c4"].evaluation):
+        file = c4 / place.file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = (json.dumps({"text": f"{place.split} {i:05}", "url": ""}) for i in range(1200))
+        with gzip.open(file, "wt") as zipped:
+            zipped.write("\n".join(rows))
+    for name, folder in (("wikitext2", wikitext), ("c4", c4)):
+        monkeypatch.setitem(hub.HUB_SOURCES, name, replace(hub.HUB_SOURCES[name], path=str(folder)))
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path
+
+
+def test_wikitext2_calibrates_on_train_and_evaluates_on_test(local_hub):
+    assert read_documents("wikitext2", part="calibration") == [f" train {i}\n" for i in range(3)]
+    assert read_documents("wikitext2", part="evaluation") == [f" test {i}\n" for i in range(3)]
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_c4_is_read_as_far_as_needed(local_hub, monkeypatch, offline):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+    rows = read_documents("c4", part="calibration", characters=30)
+    assert rows == ["train 00000", "train 00001", "train 00002"]
+    rows = read_documents("c4", part="evaluation")
+    assert (len(rows), rows[0], rows[-1]) == (1100, "validation 00000", "validation 01099")
+
+
+def test_an_unreachable_hub_says_what_to_do_instead():
+    with pytest.raises(DataError) as caught:
+        read_documents("wikitext2", part="evaluation")
+    for word in ("Salesforce/wikitext", ".jsonl or .txt", "HF_HUB_OFFLINE=1"):
+        assert word in str(caught.value)
+
+
+# Text and tokens
+
+
+def test_documents_are_joined_by_a_blank_line_and_tokenized_once(tiny_tokenizer, caplog):
+    text = join_documents(["one", "", "two"], tiny_tokenizer, chat_template=False)
+    assert text == "one\n\n\n\ntwo"
+    with caplog.at_level(logging.WARNING):
+        ids = tokenize(text * 200, tiny_tokenizer)  # far longer than model_max_length
+    assert tiny_tokenizer.decode(ids) == text * 200
+    assert ids.dtype == torch.int64
+    assert not caplog.records
+
+
+def test_the_chat_template_takes_messages_and_makes_text_a_user_turn(make_tokenizer, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    path.write_text(json.dumps({"messages": messages}) + '\n{"text": "why"}\n{"text": " "}\n')
+    documents = read_documents(str(path), part="calibration", chat=True)
+    tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
+    text = join_documents(documents, tokenizer, chat_template=True)
+    assert text == "<s>user: hi</s><s>assistant: ho</s>\n\n<s>user: why</s>"
+    assert tokenize(text, tokenizer)[0] == tokenizer.bos_token_id
+
+
+def test_bad_conversations_are_refused(make_tokenizer, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"messages": [{"role": "user"}]}')
+    with pytest.raises(DataError, match=r"line 1.*'messages' must be"):
+        read_documents(str(path), part="calibration", chat=True)
+    strict = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(DataError, match=r"refuses document 1.*roles must alternate"):
+        join_documents(["a"], strict, chat_template=True)
+    with pytest.raises(DataError, match=r"no chat template.*chat_template: false"):
+        join_documents(["a"], make_tokenizer(), chat_template=True)
+
+
+def test_bos_is_found_where_the_tokenizer_adds_it(make_tokenizer):
+    assert default_bos(make_tokenizer()) is None
+    assert default_bos(make_tokenizer(bos=True)) == 0
+
+
+# Windows
+
+
+def test_random_windows_follow_the_published_draw():
+    ids = torch.arange(5000)
+    windows = random_windows(ids, samples=128, length=32, generator=generator(), bos=None)
+    starts = torch.randint(0, 5000 - 32, (128,), generator=generator())
+    assert torch.equal(windows, torch.stack([ids[s : s + 32] for s in starts]))
+    assert windows.dtype == torch.int64
+
+
+def test_bos_takes_the_place_of_a_calibration_window_s_last_token():
+    draws = {"samples": 4, "length": 8}
+    plain = random_windows(torch.arange(100), **draws, generator=generator(), bos=None)
+    windows = random_windows(torch.arange(100), **draws, generator=generator(), bos=7)
+    assert windows.shape == plain.shape
+    assert torch.equal(windows[:, 1:], plain[:, :-1])
+    assert (windows[:, 0] == 7).all()
+
+
+def test_a_text_of_exactly_one_window_is_enough():
+    windows = random_windows(torch.arange(8), samples=1, length=8, generator=generator(), bos=None)
+    assert windows.tolist() == [list(range(8))]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "remedy"), [(20, "samples to at most 2"), (7, "length to at most 7")]
+)
+def test_too_little_calibration_text_says_how_much_there_is(tokens, remedy):
+    with pytest.raises(DataError) as caught:
+        random_windows(torch.arange(tokens), samples=3, length=8, generator=generator(), bos=None)
+    assert f"holds {tokens} tokens" in str(caught.value)
+    assert "3 x 8 = 24" in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+def test_disjoint_windows_cover_the_text_and_drop_the_rest():
+    ids = torch.arange(23)
+    assert torch.equal(disjoint_windows(ids, window=5, limit=None, bos=None).flatten(), ids[:20])
+    assert torch.equal(disjoint_windows(ids, window=5, limit=2, bos=None).flatten(), ids[:10])
+    windows = disjoint_windows(ids, window=5, limit=None, bos=7)
+    assert torch.equal(windows[:, 1:].flatten(), ids[:20])
+    assert windows[:, 0].tolist() == [7] * 4
+
+
+def test_too_little_evaluation_text_is_refused(tmp_path, tiny_tokenizer):
+    path = tmp_path / "short.txt"
+    path.write_text("short")
+    with pytest.raises(DataError, match=r"evaluate\.perplexity short: .* one window of 2,048"):
+        evaluation_windows(Perplexity(source=str(path)), tiny_tokenizer)
+
+
+def test_calibration_windows_say_where_they_come_from(make_tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(100)))
+    recipe = Calibration(source=str(path), samples=3, length=16)
+    tokenizer = make_tokenizer(bos=True)
+    windows = calibration_windows(recipe, tokenizer, generator=generator())
+    text = "\n\n".join(f"row {i}" for i in range(100))
+    assert windows.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert windows.text_tokens == len(tokenize(text, tokenizer))
+    assert (windows.source, windows.bos, windows.tokens.shape) == (str(path), True, (3, 16))
+    again = calibration_windows(recipe, tokenizer, generator=generator())
+    assert torch.equal(windows.tokens, again.tokens)
+
+
+def test_the_tokens_of_a_perplexity_limit_its_windows(tiny_tokenizer):
+    whole = evaluation_windows(Perplexity(source="python-docs", window=64), tiny_tokenizer)
+    some = evaluation_windows(
+        Perplexity(source="python-docs", window=64, tokens=1000), tiny_tokenizer
+    )
+    assert some.tokens.shape == (15, 64)
+    assert torch.equal(some.tokens, whole.tokens[:15])
+    assert some.text_tokens == whole.text_tokens

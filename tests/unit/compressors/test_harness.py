@@ -1,0 +1,417 @@
+"""lm-eval on local task files, dense against compressed, and quality gates."""
+
+import importlib
+import json
+import random
+
+import accelerate
+import pytest
+import torch
+import yaml
+
+from lrc.compressors.evaluate import (
+    check_gate_names,
+    check_gates,
+    check_tasks,
+    compare,
+    evaluate_model,
+    recovery,
+    run_tasks,
+)
+from lrc.configs.errors import DataError, ModelError, RecipeError
+from lrc.configs.recipe import Evaluate, Gate, Perplexity, Tasks
+
+harness = importlib.import_module("lrc.compressors.evaluate.harness")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Hold task files of four kinds, a group and a tag, over local data."""
+    root = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"question": f"What is {i} + 1?", "choices": ["seven", "a cat", str(i)], "gold": i % 3}
+        for i in range(12)
+    ]
+    texts = [{"text": f"The statement {'is executed again. ' * i}", "last": "ok"} for i in range(8)]
+    for name, data in (("rows", rows), ("texts", texts)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    choice = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    rolling = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    }
+    last_word = {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{last}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }
+    filters = [{"name": "first", "filter": [{"function": "take_first"}]}]
+    generated = {
+        "output_type": "generate_until",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{last}}",
+        "generation_kwargs": {"max_gen_toks": 2, "until": ["\n"]},
+        "filter_list": filters,
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    tasks = {
+        "toy_choice": (choice, "rows"),
+        "toy_choice_b": (choice, "rows"),
+        "toy_text": (rolling, "texts"),
+        "toy_word": (last_word, "texts"),
+        "toy_generate": (generated, "texts"),
+        "toy_unreachable": (rolling, None),
+    }
+    for name, (task, data) in tasks.items():
+        place = (
+            {"dataset_path": "nobody/has-this"}
+            if data is None
+            else {
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": str(root / f"{data}.jsonl")}},
+            }
+        )
+        tag = {"tag": "toy_tag"} if task is choice else {}
+        content = {"task": name, "test_split": "test", **place, **tag, **task}
+        content["metadata"] = {"version": 1.5}
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    group = {
+        "group": "toy_group",
+        "task": ["toy_choice", "toy_choice_b"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+        "metadata": {"version": 2},
+    }
+    (root / "_group.yaml").write_text(yaml.safe_dump(group))
+    return str(root)
+
+
+@pytest.fixture(autouse=True)
+def _local_tasks_only(monkeypatch, tmp_path_factory):
+    """Index no built-in task (half a minute), and cache data sets out of the home folder."""
+    build = harness._manager
+    monkeypatch.setattr(harness, "_manager", lambda path, defaults: build(path, False))
+    import datasets
+
+    cache = tmp_path_factory.getbasetemp() / "datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+
+
+def tasks(folder, *names, **changes):
+    return Tasks(names=list(names), include_path=folder, **changes)
+
+
+def test_a_model_recovers_all_of_itself(tiny_llama, tiny_tokenizer, folder):
+    asked = Evaluate(
+        perplexity=[Perplexity(source="python-docs", window=64, windows=2)],
+        tasks=tasks(folder, "toy_choice", "toy_text", "toy_word"),
+    )
+    blocks = [evaluate_model(tiny_llama(), tiny_tokenizer, asked, seed=0) for _ in range(2)]
+    report = json.loads(json.dumps(compare(*blocks), allow_nan=False))
+    entry = report["perplexity"]["python-docs"]
+    assert entry["ratio"] == 1
+    assert entry["dense"] == entry["compressed"] > 1
+    assert (entry["window"], entry["windows"], entry["tokens"]) == (64, 2, 126)
+    assert (entry["bos"], entry["dtype"], len(entry["text_sha256"])) == (False, "float32", 64)
+    recovered = {
+        f"{task}.{metric}": score["recovery"]
+        for task, metrics in report["tasks"].items()
+        for metric, score in metrics.items()
+    }
+    assert recovered.pop("toy_word.acc") is None  # a score of 0 cannot be recovered
+    assert recovered == {
+        "toy_choice.acc": 100,
+        "toy_choice.acc_norm": 100,
+        "toy_text.word_perplexity": 100,
+        "toy_text.bits_per_byte": 100,
+        "toy_word.perplexity": 100,
+    }
+    assert report["tasks"]["toy_text"]["bits_per_byte"]["higher_is_better"] is False
+
+
+def test_scores_carry_error_documents_and_version(tiny_llama, tiny_tokenizer, folder):
+    asked = tasks(folder, "toy_choice", "toy_text", "toy_word", limit=5)
+    results = run_tasks(tiny_llama(), tiny_tokenizer, asked, seed=0)
+    choice = results["toy_choice"]
+    accuracy = choice.metrics["acc"]
+    assert (choice.documents, choice.version) == (5, "1.5")
+    spread = (accuracy.value * (1 - accuracy.value) / 4) ** 0.5  # of a mean of five 0s and 1s
+    assert accuracy.stderr == pytest.approx(spread)
+    assert accuracy.higher_is_better is True
+    assert results["toy_text"].metrics["bits_per_byte"].stderr is None
+    assert results["toy_word"].metrics["perplexity"].stderr > 0  # bootstrapped
+
+
+def test_offloaded_weights_change_no_score(tiny_llama, tiny_tokenizer, folder):
+    asked = tasks(folder, "toy_word", limit=4)
+    expected = run_tasks(tiny_llama(), tiny_tokenizer, asked, seed=0)
+    model = accelerate.cpu_offload(tiny_llama(), execution_device=torch.device("cpu"))
+    assert run_tasks(model, tiny_tokenizer, asked, seed=0) == expected
+
+
+def test_a_single_document_has_no_error(tiny_llama, tiny_tokenizer, folder):
+    results = run_tasks(tiny_llama(), tiny_tokenizer, tasks(folder, "toy_choice", limit=1), seed=0)
+    assert results["toy_choice"].metrics["acc"].stderr is None
+
+
+def test_a_rolling_score_is_the_models_own_likelihood(tiny_llama, tiny_tokenizer, folder):
+    model = tiny_llama()
+    result = run_tasks(model, tiny_tokenizer, tasks(folder, "toy_text"), seed=0)["toy_text"]
+    nats = size = 0.0
+    for i in range(8):
+        text = f"The statement {'is executed again. ' * i}"
+        ids = torch.tensor([[0, *tiny_tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        with torch.no_grad():
+            logp = model(ids).logits.double().log_softmax(-1)[:, :-1]
+        nats -= logp.gather(-1, ids[:, 1:, None]).sum().item()
+        size += len(text.encode())
+    bits = nats / size / torch.tensor(2.0).log().item()
+    assert result.metrics["bits_per_byte"].value == pytest.approx(bits, rel=1e-5)
+
+
+def test_a_group_gives_its_aggregate_and_a_tag_its_members(tiny_llama, tiny_tokenizer, folder):
+    group = run_tasks(tiny_llama(), tiny_tokenizer, tasks(folder, "toy_group"), seed=0)
+    assert list(group) == ["toy_group"]
+    assert (group["toy_group"].documents, group["toy_group"].version) == (24, "2")
+    tag = run_tasks(tiny_llama(), tiny_tokenizer, tasks(folder, "toy_tag"), seed=0)
+    assert list(tag) == ["toy_choice", "toy_choice_b"]
+    mean = sum(result.metrics["acc"].value for result in tag.values()) / 2
+    assert group["toy_group"].metrics["acc"].value == pytest.approx(mean)
+
+
+def test_filters_stay_in_the_name(tiny_llama, tiny_tokenizer, folder):
+    asked = tasks(folder, "toy_generate", limit=2)
+    result = run_tasks(tiny_llama(), tiny_tokenizer, asked, seed=0)["toy_generate"]
+    assert list(result.metrics) == ["exact_match,first"]
+
+
+def test_nothing_is_printed_and_nothing_is_changed(tiny_llama, tiny_tokenizer, folder, capfd):
+    random_before, torch_before = random.getstate(), torch.get_rng_state()
+    run_tasks(tiny_llama(), tiny_tokenizer, tasks(folder, "toy_word", "toy_text"), seed=3)
+    assert capfd.readouterr() == ("", "")
+    assert random.getstate() == random_before
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert tiny_tokenizer.pad_token is None  # lm-eval sets one on the tokenizer it is given
+
+
+def test_progress_counts_requests_and_may_stop(tiny_llama, tiny_tokenizer, folder):
+    steps = []
+    asked = tasks(folder, "toy_choice", "toy_text", batch_size=4)
+    run_tasks(tiny_llama(), tiny_tokenizer, asked, seed=0, on_step=lambda *step: steps.append(step))
+    choice = [step[1:] for step in steps if step[0] == "toy_choice"]
+    assert choice[0] == (0, 1)
+    assert choice[1:] == [(n, 36) for n in range(1, 37)]
+    assert [step for step in steps if step[0] == "toy_text"][-1] == ("toy_text", 8, 8)
+
+    def stop(label, done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(tiny_llama(), tiny_tokenizer, asked, seed=0, on_step=stop)
+
+
+def test_unknown_tasks_are_refused_all_at_once_with_hints(folder):
+    with pytest.raises(RecipeError) as caught:
+        check_tasks(tasks(folder, "toy_choise", "toy_text", "zzz"))
+    assert len(caught.value.problems) == 2
+    assert "unknown task 'toy_choise'" in caught.value.problems[0]
+    assert "did you mean 'toy_choice'" in caught.value.problems[0]
+    assert folder in caught.value.problems[0]
+    with pytest.raises(RecipeError, match="include_path: no such folder"):
+        check_tasks(tasks(folder + "x", "toy_text"))
+    check_tasks(tasks(folder, "toy_text", "toy_group", "toy_tag"))
+    check_tasks(Tasks())
+
+
+def test_data_that_cannot_be_had_is_found_early_and_says_what_to_do(
+    tiny_llama, tiny_tokenizer, folder
+):
+    asked = tasks(folder, "toy_unreachable")
+    check_tasks(asked)
+    with pytest.raises(DataError, match=r"toy_unreachable.*include_path"):
+        check_tasks(asked, data=True)
+    with pytest.raises(DataError, match=r"toy_unreachable.*include_path"):
+        run_tasks(tiny_llama(), tiny_tokenizer, asked, seed=0)
+
+
+def test_chat_templates_are_applied_or_refused(tiny_llama, make_tokenizer, folder):
+    asked = tasks(folder, "toy_choice", apply_chat_template=True, limit=4)
+    with pytest.raises(RecipeError, match="has no chat template"):
+        run_tasks(tiny_llama(), make_tokenizer(), asked, seed=0)
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    plain = asked.model_copy(update={"apply_chat_template": False})
+    results = [
+        evaluate_model(
+            tiny_llama(), make_tokenizer(chat_template=template), Evaluate(tasks=a), seed=0
+        )
+        for a in (asked, plain)
+    ]
+    assert results[0]["tasks"].keys() == results[1]["tasks"].keys()
+
+
+def test_a_score_that_is_not_finite_is_an_error(tiny_llama, tiny_tokenizer, folder):
+    model = tiny_llama()
+    model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(ModelError, match="word_perplexity of task 'toy_text' is nan"):
+        run_tasks(model, tiny_tokenizer, tasks(folder, "toy_text"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("dense", "compressed", "higher", "expected"),
+    [
+        (0.6, 0.54, True, 90.0),
+        (10.0, 12.5, False, 80.0),
+        (0.5, 0.6, True, 120.0),
+        (0.6, 0.6, True, 100.0),
+        (0.0, 0.1, True, None),
+        (0.2, -0.1, True, None),
+        (0.5, 0.5, None, None),
+    ],
+)
+def test_recovery_is_the_share_of_the_dense_score(dense, compressed, higher, expected):
+    assert recovery(dense, compressed, higher) == pytest.approx(expected)
+
+
+# Dense and compressed side by side
+
+
+def block(perplexity, accuracy, **changes):
+    shared = {"tokens": 10, "window": 5, "windows": 2, "bos": False, "protocol": "p"}
+    score = {"stderr": 0.1, "higher_is_better": True, "documents": 5, "version": "1"}
+    return {
+        "perplexity": {
+            "w": {
+                "perplexity": perplexity,
+                **shared,
+                "dtype": "float32",
+                "text_sha256": "0",
+                **changes,
+            }
+        },
+        "tasks": {"t": {"acc": {"value": accuracy, **score}}},
+    }
+
+
+def test_compare_gives_the_shape_of_the_report():
+    assert compare(block(20.0, 0.5), block(25.0, 0.4)) == {
+        "perplexity": {
+            "w": {
+                "dense": 20.0,
+                "compressed": 25.0,
+                "ratio": 1.25,
+                "tokens": 10,
+                "window": 5,
+                "windows": 2,
+                "bos": False,
+                "protocol": "p",
+                "text_sha256": "0",
+                "dtype": "float32",
+            }
+        },
+        "tasks": {
+            "t": {
+                "acc": {
+                    "dense": 0.5,
+                    "compressed": 0.4,
+                    "stderr": {"dense": 0.1, "compressed": 0.1},
+                    "recovery": 80.0,
+                    "higher_is_better": True,
+                    "documents": 5,
+                    "version": "1",
+                }
+            }
+        },
+    }
+
+
+def test_without_a_dense_model_nothing_is_relative():
+    report = compare(None, block(25.0, 0.4))
+    assert report["perplexity"]["w"]["dense"] is report["perplexity"]["w"]["ratio"] is None
+    assert report["tasks"]["t"]["acc"]["stderr"] == {"dense": None, "compressed": 0.1}
+    assert report["tasks"]["t"]["acc"]["recovery"] is None
+
+
+def test_scores_on_different_texts_are_not_compared():
+    with pytest.raises(DataError, match=r"perplexity\.w: .*text_sha256"):
+        compare(block(20.0, 0.5, text_sha256="1"), block(25.0, 0.4))
+
+
+# Gates
+
+
+@pytest.mark.parametrize(
+    ("gate", "missed"),
+    [
+        ({"metric": "perplexity.w", "at_most": 25}, []),
+        ({"metric": "perplexity.w", "at_most": 24}, ["is 25 (dense 20): must be at most 24"]),
+        ({"metric": "perplexity.w", "at_most": 1.25, "relative": True}, []),
+        (
+            {"metric": "perplexity.w", "at_most": 1.2, "relative": True},
+            ["compressed / dense 1.25: must be at most 1.2"],
+        ),
+        ({"metric": "tasks.t.acc", "at_least": 0.4}, []),
+        ({"metric": "tasks.t.acc", "at_least": 0.9, "relative": True}, ["must be at least 0.9"]),
+        (
+            {"metric": "tasks.t.acc", "at_least": 0.5, "at_most": 0.3},
+            ["must be at most 0.3", "must be at least 0.5"],
+        ),
+    ],
+)
+def test_missed_gates_are_sentences(gate, missed):
+    found = check_gates([Gate(**gate)], compare(block(20.0, 0.5), block(25.0, 0.4)))
+    assert len(found) == len(missed)
+    for sentence, words in zip(found, missed, strict=True):
+        assert words in sentence
+        assert gate["metric"] in sentence
+
+
+def test_gates_on_what_is_not_there_are_errors():
+    evaluation = compare(None, block(25.0, 0.4))
+    gates = [
+        Gate(metric="tasks.t.accc", at_least=0.1),
+        Gate(metric="perplexity.w", at_most=2, relative=True),
+    ]
+    with pytest.raises(RecipeError) as caught:
+        check_gates(gates, evaluation)
+    assert "did you mean 'tasks.t.acc'" in caught.value.problems[0]
+    assert "dense model was not scored" in caught.value.problems[1]
+
+
+def test_gate_names_are_checked_before_the_run(folder):
+    good = ["perplexity.w.x", "tasks.toy_choice.acc_norm", "tasks.toy_generate.exact_match,first"]
+    bad = {
+        "perplexity.wx": "did you mean 'perplexity.w.x'",
+        "tasks.toy_choice.ac": "did you mean 'tasks.toy_choice.acc'",
+        "tasks.toy_choise.acc": "did you mean 'tasks.toy_choice.acc'",
+        "tasks.toy_choice": "must be perplexity.NAME or tasks.NAME.METRIC",
+        "size.kept": "must be perplexity.NAME or tasks.NAME.METRIC",
+    }
+    asked = Evaluate(
+        perplexity=[Perplexity(source="python-docs", name="w.x")],
+        tasks=tasks(folder, "toy_choice", "toy_generate"),
+        dense=False,
+    )
+    check_gate_names([Gate(metric=name, at_most=1) for name in good], asked)
+    with pytest.raises(RecipeError) as caught:
+        check_gate_names([Gate(metric=name, at_most=1) for name in bad], asked)
+    assert len(caught.value.problems) == len(bad)
+    for problem, hint in zip(caught.value.problems, bad.values(), strict=True):
+        assert hint in problem
+    with pytest.raises(RecipeError, match=r"gates\[0\]\.relative: .*evaluate\.dense"):
+        check_gate_names([Gate(metric="perplexity.w.x", at_most=1, relative=True)], asked)
+
+
+def test_members_of_a_group_may_have_gates(folder):
+    asked = Evaluate(tasks=tasks(folder, "toy_tag"))
+    check_gate_names([Gate(metric="tasks.toy_choice.acc", at_least=0.1)], asked)
+    with pytest.raises(RecipeError, match="there is none"):
+        check_gate_names([Gate(metric="tasks.toy_choice.acc", at_least=0.1)], Evaluate())

@@ -1,0 +1,62 @@
+from importlib.resources import files
+
+import pytest
+
+from lrc.configs import shipped
+from lrc.configs.errors import RecipeError
+from lrc.configs.load import dump_recipe, parse_recipe
+
+NAMES = shipped.names()
+
+
+def test_every_recipe_file_is_shipped_under_its_own_name() -> None:
+    assert {"demo", "svd", "svd-llm", "offline"} <= set(NAMES)
+    assert list(files("lrc.recipes").iterdir())  # the folder that is searched
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_is_valid_and_does_something(name: str) -> None:
+    recipe = parse_recipe(shipped.read(name), name=name)
+    assert recipe.stages
+    assert recipe.evaluate.perplexity or recipe.evaluate.tasks.names
+    assert recipe.output == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_survives_being_written_out(name: str) -> None:
+    recipe = parse_recipe(shipped.read(name), name=name)
+    written = dump_recipe(recipe)
+    assert parse_recipe(written, name=name) == recipe
+    assert dump_recipe(parse_recipe(written, name=name)) == written
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_opens_with_its_purpose_and_its_command(name: str) -> None:
+    lines = shipped.read(name).splitlines()
+    assert shipped.summary(name).endswith(".")
+    assert lines[0] == f"# {shipped.summary(name)}"
+    assert lines[1] == "#"
+    assert lines[2].startswith("#   ")
+    assert f"lrc compress {'recipes/' if name == 'demo' else ''}{name}.yaml" in lines[2]
+
+
+def test_summaries_tell_recipes_apart() -> None:
+    assert len({shipped.summary(name) for name in NAMES}) == len(NAMES)
+
+
+def test_the_ending_of_the_file_may_be_given() -> None:
+    assert shipped.read("svd.yaml") == shipped.read("svd")
+
+
+def test_an_unknown_name_gets_a_suggestion() -> None:
+    with pytest.raises(RecipeError, match="no shipped recipe is called 'svdllm'; did you mean"):
+        shipped.read("svdllm")
+
+
+@pytest.mark.parametrize("name", ["zzz", "", "../configs/recipe", "/etc/hostname"])
+def test_a_hopeless_name_gets_the_list(name: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        shipped.read(name)
+    assert caught.value.problems == [
+        f"no shipped recipe is called '{name}'; choose another. Shipped: {', '.join(NAMES)}"
+    ]
