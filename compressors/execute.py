@@ -1,4 +1,4 @@
-"""Carry out the decomposition stages of a plan: weights in, factors on disk, one layer at a time."""
+"""Carry out the decomposition stages of a plan: weights in, factors on disk, layer by layer."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace

@@ -104,7 +104,7 @@ def swap_in_forms(model: nn.Module, modules: dict[str, dict[str, Any]]) -> dict[
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(
                 f"config.json: quantization_config.modules names {name!r}, which is no linear "
-                f"layer of {type(model).__name__}; the config was edited or belongs to another model"
+                f"layer of {type(model).__name__}; the config was edited, or is another model's"
             )
         d_out, d_in, bias = linear.out_features, linear.in_features, linear.bias is not None
         weight = linear.weight

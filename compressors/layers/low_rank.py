@@ -101,7 +101,7 @@ def _empty_linear(
     dtype: torch.dtype | None,
 ) -> nn.Linear:
     """Make a linear layer without spending time on initial values."""
-    linear: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+    linear: nn.Linear = nn.utils.skip_init(
         nn.Linear, d_in, d_out, bias=bias, device=device or "cpu", dtype=dtype
     )
     return linear
