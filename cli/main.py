@@ -57,6 +57,9 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     device: Device = "auto",
+    every: Annotated[
+        bool, typer.Option("--all", help="One row a matrix, not one for all layers alike.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a recipe would do, before any weight is touched."""
@@ -74,7 +77,7 @@ def plan(
     if as_json:
         _print_json(prepared.plan.to_json() | {"estimate": vars(expected)})
     else:
-        tables.print_plan(prepared.plan, expected)
+        tables.print_plan(prepared.plan, expected, every=every)
 
 
 @app.command()

@@ -1,30 +1,39 @@
 """Results as tables on stdout."""
 
+import re
+import sys
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lrc.compressors.estimate import Estimate
-from lrc.compressors.plan import Plan
+from lrc.compressors.plan import Matrix, Plan
 
-OUT = Console(soft_wrap=True, highlight=False)
+# A pipe or a file is not 80 columns wide.
+OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 
-def print_plan(plan: Plan, expected: Estimate) -> None:
-    """Print what will happen to every matrix, the totals, and what it will take."""
+def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
+    """Print what will happen to the matrices, the totals, and what it will take.
+
+    Matrices that differ in the number of their layer only share a row, unless `every` is set.
+    """
     table = _table(f"{plan.source} ({plan.architecture}, {plan.dtype})")
     table.add_column("matrix", overflow="fold")
-    for column in ("shape", "method", "form", "rank", "MiB", "kept"):
+    for column in ("layers", "shape", "method", "form", "rank", "MiB", "kept"):
         table.add_column(column, justify="right")
-    for m in plan.matrices:
+    for name, group in _alike(plan.matrices, every=every).items():
+        m = group[0]
         table.add_row(
-            m.name,
+            name[0],
+            str(len(group)),
             f"{m.shape[0]} x {m.shape[1]}",
             m.method,
             m.form if m.note is None else f"{m.form}: {m.note}",
             str(m.rank or ""),
-            f"{m.bits / 8 / 2**20:.2f}",
+            f"{sum(m.bits for m in group) / 8 / 2**20:.2f}",
             f"{m.bits / m.source_bits:.1%}",
         )
     OUT.print(table)
@@ -157,6 +166,16 @@ def print_inspection(facts: dict[str, Any]) -> None:
         )
     if facts["evaluation"]:
         _print_comparison(facts["evaluation"])
+
+
+def _alike(matrices: list[Matrix], *, every: bool) -> dict[tuple[str, ...], list[Matrix]]:
+    """Group matrices by name without layer number, and everything the table shows of them."""
+    groups: dict[tuple[str, ...], list[Matrix]] = {}
+    for m in matrices:
+        name = m.name if every else LAYER_NUMBER.sub(".*.", m.name, count=1)
+        facts = (m.shape, m.method, m.form, m.rank, m.note)
+        groups.setdefault((name, *map(str, facts)), []).append(m)
+    return groups
 
 
 def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:

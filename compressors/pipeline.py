@@ -11,9 +11,11 @@ import torch
 
 from lrc.compressors import report
 from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.states import state_files
 from lrc.compressors.calibrate.windows import take_windows
 from lrc.compressors.checkpoint.assemble import write_checkpoint
 from lrc.compressors.checkpoint.reader import load_checkpoint
+from lrc.compressors.checkpoint.reader import load_tokenizer as load_checkpoint_tokenizer
 from lrc.compressors.checkpoint.writer import FolderWriter
 from lrc.compressors.decompose import METHODS, Statistics
 from lrc.compressors.evaluate import check_gates, compare, evaluate_model
@@ -79,6 +81,7 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
                 _calibrate(prepared, reader, tokenizer, journal, machine)
             with clock("decompose"):
                 plan = _decompose(prepared, reader, journal, machine)
+            journal.write_json("plan.json", plan.to_json())
             with clock("save"), FolderWriter(output / "checkpoint") as folder:
                 write_checkpoint(
                     folder,
@@ -90,8 +93,7 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
                     tokenizer=tokenizer,
                     factors=lambda layer, name: journal.read_tensor(factors_file(layer), name),
                 )
-            journal.write_json("plan.json", plan.to_json())
-            journal.forget("statistics", "states.live", *_snapshots(journal))
+        journal.forget("statistics", *state_files(journal))
         with clock("evaluate"):
             evaluation = _evaluate(prepared, journal, clock, machine)
         result = report.write(prepared, journal, evaluation, clock.seconds, machine.chosen)
@@ -172,7 +174,7 @@ def _evaluate(
         if name == "dense" and not recipe.evaluate.dense:
             continue
         if not journal.has(file) or journal.read_json(file)["asked"] != asked:
-            tokenizer = load_tokenizer(prepared.source)
+            tokenizer = load_checkpoint_tokenizer(journal.output / "checkpoint")
 
             def on_step(stage: str, done: int, total: int, name: str = name) -> None:
                 machine.on_step(f"evaluate {name}: {stage}", done, total)
@@ -211,10 +213,6 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
         **recipe,
         "versions": versions,
     }
-
-
-def _snapshots(journal: Journal) -> list[str]:
-    return [path.name for path in journal.work.glob("states-*")]
 
 
 class _Clock:

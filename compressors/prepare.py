@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lrc.compressors.corpus import check_source
-from lrc.compressors.evaluate import check_gate_names, check_tasks
+from lrc.compressors.evaluate import check_gate_names, check_tasks, check_window
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source, locate
 from lrc.compressors.plan import Plan, make_plan
@@ -34,10 +34,12 @@ def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
     """
     check_gate_names(recipe.evaluate.gates, recipe.evaluate)
     for spec in recipe.evaluate.perplexity:
-        check_source(spec.source)
+        check_source(spec.source, part="evaluation")
     if recipe.calibration.source != "self":
-        check_source(recipe.calibration.source)
+        check_source(recipe.calibration.source, part="calibration")
     source = locate(recipe.model, weights=weights)
+    for spec in recipe.evaluate.perplexity:
+        check_window(source.config, spec.window)
     architecture = build(source)
     plan = make_plan(recipe, source, architecture)
     if recipe.evaluate.tasks.names:

@@ -80,7 +80,7 @@ class Calibration(Strict):
     source: Text = "python-docs"
     """`python-docs` (packaged), `self` (sampled from the model), `c4`, `wikitext2`, or a path to a
     `.jsonl` or `.txt` file."""
-    samples: PositiveInt = 128
+    samples: PositiveInt = 32
     """Number of windows."""
     length: PositiveInt = 1024
     """Tokens a window."""

@@ -6,9 +6,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -56,7 +59,7 @@ def tiny_tokenizer(
     return make_tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., LlamaForCausalLM]:
     """Random Llama of 512 tokens and two layers, in eval mode; keywords go to its configuration."""
 
@@ -81,3 +84,35 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
             return LlamaForCausalLM(config).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Folder with the tiny Llama and its tokenizer. Shared: copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_llama().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> Callable[..., Path]:
+    """Write a recipe for a tiny model beside its output folder; keywords replace top-level keys."""
+
+    def write(folder: Path, output: Path, **changes: Any) -> Path:
+        recipe = {
+            "model": str(folder),
+            "calibration": {"source": "python-docs", "samples": 4, "length": 64},
+            "stages": [{"decompose": {"method": "svd-llm", "keep": 0.6}}],
+            "output": str(output),
+            **changes,
+        }
+        path = output.with_name(f"{output.name}.yaml")
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write

@@ -15,6 +15,7 @@ from lrc.compressors.journal import Journal, publish, storage_errors
 
 SNAPSHOT_SECONDS = 30.0
 GIB = 2**30
+LIVE, PARTIAL = "states.live", ".states.partial"
 
 
 class HiddenStates:
@@ -28,7 +29,7 @@ class HiddenStates:
         if n_bytes <= limit_gib * GIB:
             self.tensor = torch.empty(shape)
         else:
-            path = journal.path("states.live")
+            path = journal.path(LIVE)
             with storage_errors(path):
                 flat = torch.from_file(str(path), shared=True, size=n_bytes // 4)
             self.tensor = flat.view(shape)
@@ -42,7 +43,7 @@ class HiddenStates:
     def save(self) -> None:
         """Save the chain, then drop the snapshot before it."""
         earlier = self._snapshots()
-        partial = self._journal.path(".states.partial")
+        partial = self._journal.path(PARTIAL)
         with storage_errors(partial), partial.open("wb") as file:
             self.tensor.numpy().tofile(file)
         publish(partial, self._journal.path(f"states-{self.next_layer:04d}.f32"))
@@ -63,3 +64,8 @@ class HiddenStates:
 
     def _snapshots(self) -> list[Path]:
         return sorted(self._journal.work.glob("states-*.f32"))
+
+
+def state_files(journal: Journal) -> list[str]:
+    """Return the journal's names of everything that hidden states may have left behind."""
+    return [LIVE, PARTIAL, *(path.name for path in journal.work.glob("states-*.f32"))]

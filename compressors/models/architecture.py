@@ -69,11 +69,13 @@ def build(source: Source) -> Architecture:
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=source.dtype, trust_remote_code=source.spec.trust_remote_code
+                config, dtype=torch.float32, trust_remote_code=source.spec.trust_remote_code
             )
     except (ValueError, KeyError, AttributeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise _unsupported(config, reason) from error
+    for parameter in model.parameters():  # not the buffers: computed tables and scales stay exact
+        parameter.data = parameter.data.to(source.dtype)
     list_name, layers = _decoder_layers(model, config)
     names = [f"{list_name}.{index}" for index in range(len(layers))]
     linears = []

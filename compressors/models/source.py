@@ -1,6 +1,7 @@
 """Where a model lies: a Hub id, a folder of safetensors, or a GGUF file. Touches no weight."""
 
 import re
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str) -> Any:
-    """Load the whole reference model, at the recipe's precision and then in `dtype`.
+    """Load the whole reference model: weights of the recipe's precision, run in `dtype`.
 
     Parameters
     ----------
@@ -213,23 +214,29 @@ def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str
     """
     model: Any = AutoModelForCausalLM.from_pretrained(
         weights,
-        dtype=source.dtype,
+        dtype=dtype,
         device_map=device,
         trust_remote_code=source.spec.trust_remote_code,
         use_safetensors=True,
     )
-    return model.to(dtype).eval() if dtype != source.dtype else model.eval()
+    if dtype != source.dtype:  # parameters only, as a checkpoint does: no table or scale is rounded
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(source.dtype))
+    return model.eval()
 
 
 def convert_gguf(source: Source, folder: Path) -> None:
     """De-quantise a GGUF file into a folder of safetensors at the recipe's precision.
 
-    `GgufConfig(dequantize=True)` clears the quantizer state that would forbid saving.
+    `GgufConfig(dequantize=True)` clears the quantizer state that would forbid saving. The config
+    is handed on, because every look into the file's metadata takes seconds.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.folder,
             gguf_file=source.gguf,
+            config=deepcopy(source.config),
             dtype=source.dtype,
             quantization_config=GgufConfig(dequantize=True),
         )

@@ -1,12 +1,15 @@
 """Weights from safetensors, one tensor at a time, under the names of the module tree."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lrc.compressors.models.architecture import Architecture
 from lrc.configs.errors import ModelError
@@ -15,8 +18,9 @@ from lrc.configs.errors import ModelError
 class WeightReader:
     """Reads the tensors of a model by the names its modules give them.
 
-    Checkpoints of a bare decoder lack the prefix that the causal model gives it (`layers.0...` for
-    `model.layers.0...`), or carry one more; both are found.
+    Where a file uses other names, they are renamed as transformers would: a bare decoder lacks the
+    prefix that the causal model gives it (`layers.0...` for `model.layers.0...`), and some
+    architectures were published under older names (GPT-NeoX: `embed_out` for `lm_head`).
 
     Parameters
     ----------
@@ -36,14 +40,13 @@ class WeightReader:
         self._architecture = architecture
         self._files, shapes = _index(folder)
         self._parameters = architecture.stored_parameters()
-        prefix = f"{architecture.model.base_model_prefix}."
+        found = _renamed(self._files, architecture.model)
         self._keys: dict[str, str] = {}
         problems = []
         for name, parameter in self._parameters.items():
-            candidates = [name, name.removeprefix(prefix), prefix + name]
             # A tied tensor may have been saved under its other name only.
-            candidates += [tied for tied, main in architecture.tied.items() if main == name]
-            key = next((key for key in candidates if key in self._files), None)
+            names = [name, *(tied for tied, main in architecture.tied.items() if main == name)]
+            key = next((found[n] for n in names if n in found), None)
             if key is None:
                 problems.append(f"{name} is missing")
                 continue
@@ -132,6 +135,23 @@ def _set(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
+
+
+def _renamed(keys: Iterable[str], model: Any) -> dict[str, str]:
+    """Return name in the module tree -> key in the file.
+
+    Left out are keys whose tensors transformers would not only rename, but split or merge.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    tree, prefix = model.state_dict(), model.base_model_prefix
+    result: dict[str, str] = {}
+    for key in keys:
+        name, converted = rename_source_key(key, renamings, converters, prefix, tree)
+        if converted is None:
+            result[name] = key
+    return result
 
 
 def _index(folder: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:

@@ -1,0 +1,234 @@
+"""Tiny random models of every supported family, each compressed once through the real pipeline."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lrc.compressors.calibrate import statistics
+from lrc.compressors.checkpoint import assemble
+from lrc.compressors.checkpoint.writer import write_weights
+from lrc.compressors.layers import LowRank
+from lrc.compressors.pipeline import Machine, compress
+from lrc.configs.load import load_recipe
+
+SAMPLES, LENGTH = 6, 48
+WINDOW = 24  # of local attention: shorter than the calibration windows
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+# Large enough that predictions differ from uniform.
+GATED = {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.2, "head_dim": 8}
+LLAMA = {"model_type": "llama", **SIZES, **GATED}
+OPT = {"model_type": "opt", **SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model to make, how its source is saved, and what the recipe says about it."""
+
+    config: dict[str, Any]
+    dtype: str = "bfloat16"
+    source_dtype: torch.dtype = torch.bfloat16
+    bos: bool = False  # whether its tokenizer starts every text with <s>
+    bare: bool = False  # whether the source is the decoder alone, without the causal model's prefix
+    source_shard: str = "1GB"
+    shard_bytes: int = 2 * 10**9
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+FAMILIES = {
+    "llama": Family(LLAMA),
+    "llama-tied": Family({**LLAMA, "tie_word_embeddings": True}),
+    "mistral": Family({**LLAMA, "model_type": "mistral", "sliding_window": WINDOW}),
+    "qwen2": Family({**LLAMA, "model_type": "qwen2"}),
+    "qwen3": Family({**LLAMA, "model_type": "qwen3"}),
+    "gemma3": Family(
+        {
+            **LLAMA,
+            "model_type": "gemma3_text",
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        bos=True,
+    ),
+    "opt": Family(OPT),
+    "gpt-neox": Family(
+        {
+            "model_type": "gpt_neox",
+            **SIZES,
+            "intermediate_size": 48,
+            "initializer_range": 0.2,
+            "use_parallel_residual": True,
+        }
+    ),
+    # The same through other files and precisions.
+    "opt-bare": Family(OPT, bare=True),
+    "llama-bare-tied": Family({**LLAMA, "tie_word_embeddings": True}, bare=True),
+    "llama-from-float32": Family(LLAMA, source_dtype=torch.float32),
+    "llama-float32": Family(LLAMA, "float32", torch.float32),
+    "qwen2-float16": Family({**LLAMA, "model_type": "qwen2"}, "float16"),
+    "qwen3-sharded": Family(
+        {**LLAMA, "model_type": "qwen3"}, source_shard="20KB", shard_bytes=20_000
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A finished run, and what the run would have thrown away."""
+
+    family: Family
+    source: Path
+    output: Path
+    report: dict[str, Any]
+    tokens: Tensor  # the calibration windows
+    work: Path  # statistics and factors
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output / "checkpoint"
+
+    def plan(self) -> dict[str, Any]:
+        plan: dict[str, Any] = json.loads((self.checkpoint / "lrc/plan.json").read_text())
+        return plan
+
+    def dense(self) -> Any:
+        """Load the reference model with transformers: the recipe's precision, run in float32."""
+        model = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(getattr(torch, self.family.dtype)))
+        return model.eval()
+
+    def load(self, **options: Any) -> Any:
+        options = {"dtype": torch.float32, **options}
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint, **options).eval()
+
+    def in_memory(self) -> Any:
+        """Make the compressed model without any checkpoint: factors put into the dense one."""
+        model = self.dense()
+        factors = {}
+        for file in sorted((self.work / "factors").glob("*.safetensors")):
+            factors |= {name: t.float() for name, t in load_file(file).items()}
+        for matrix in self.plan()["matrices"]:
+            if matrix["rank"] is None:
+                continue
+            name = matrix["name"]
+            parent, _, leaf = name.rpartition(".")
+            bias = model.get_submodule(name).bias
+            B, A = factors[f"{name}.b.weight"], factors[f"{name}.a.weight"]
+            setattr(model.get_submodule(parent), leaf, LowRank.from_factors(B, A, bias))
+        return model.eval()
+
+
+@pytest.fixture(scope="session")
+def sample() -> Tensor:
+    """Tokens [2, 40] to compare logits on."""
+    return torch.randint(2, 512, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def families(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+) -> Callable[[str], Compressed]:
+    """Compress a family of the table at the first request."""
+    gc.freeze()  # the pipeline collects garbage after every stage: leave out what imports made
+    done: dict[str, Compressed] = {}
+
+    def compressed(name: str) -> Compressed:
+        if name not in done:
+            folder = tmp_path_factory.mktemp(name)
+            done[name] = _compress(folder, FAMILIES[name], make_tokenizer)
+        return done[name]
+
+    return compressed
+
+
+@pytest.fixture(params=FAMILIES)
+def run(request: pytest.FixtureRequest, families: Callable[[str], Compressed]) -> Compressed:
+    return families(request.param)
+
+
+@pytest.fixture(scope="session")
+def all_families(families: Callable[[str], Compressed]) -> dict[str, Compressed]:
+    return {name: families(name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def write_recipe() -> Callable[..., Path]:
+    return _write_recipe
+
+
+def _compress(
+    folder: Path, family: Family, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+) -> Compressed:
+    source = _make_source(folder / "source", family)
+    make_tokenizer(bos=family.bos).save_pretrained(source)
+    recipe = _write_recipe(folder, source, model={"path": str(source), "dtype": family.dtype})
+    work = folder / "kept"
+
+    def keep_work(stage: str, done: int, total: int) -> None:
+        if stage == "decompose" and done == total:  # the last moment that both exist
+            shutil.copytree(folder / "run/work", work)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            statistics.BATCH_TOKENS, "cpu", 2 * LENGTH
+        )  # several batches: masks come back
+        patch.setattr(
+            assemble,
+            "write_weights",
+            lambda *args: write_weights(*args, max_shard_bytes=family.shard_bytes),
+        )
+        report = compress(load_recipe(recipe), Machine(device="cpu", on_step=keep_work))
+    tokens = load_file(work / "windows.safetensors")["tokens"]
+    return Compressed(family, source, folder / "run", report, tokens, work)
+
+
+def _make_source(folder: Path, family: Family, seed: int = 0) -> Path:
+    """Save a random model of a family as its users would find it."""
+    options = dict(family.config)
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):  # zero when new; what does not show cannot be missed
+                torch.nn.init.normal_(parameter, std=0.1)
+    model = model.to(family.source_dtype)
+    saved = model.base_model if family.bare else model
+    saved.save_pretrained(folder, max_shard_size=family.source_shard)
+    return folder
+
+
+def _write_recipe(folder: Path, source: Path, **changes: Any) -> Path:
+    """Write a recipe for a source into `folder`; it puts its output there as ``run``."""
+    recipe = {
+        "model": str(source),
+        "calibration": {"source": "python-docs", "samples": SAMPLES, "length": LENGTH},
+        "stages": [{"decompose": {"method": "svd-llm", "keep": 0.6}}],
+        "output": str(folder / "run"),
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path

@@ -1,0 +1,220 @@
+"""Every supported family, from a source on disk to a checkpoint that stock transformers loads."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+BITS = {"BF16": 16, "F16": 16, "F32": 32, "U8": 8}
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def stored_bits(folder: Path) -> dict[str, int]:
+    """Read name -> bits from the headers of all shards."""
+    bits = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():
+                part = shard.get_slice(name)
+                bits[name] = prod(part.get_shape()) * BITS[part.get_dtype()]
+    return bits
+
+
+def test_streamed_moments_are_those_of_the_whole_model(run):
+    model = run.dense()
+    moments: dict[str, Tensor] = {}
+
+    def add(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]).double()
+            moments[name] = moments.get(name, 0) + x.T @ x
+
+        return hook
+
+    targets = [matrix["name"] for matrix in run.plan()["matrices"]]
+    for name in targets:
+        model.get_submodule(name).register_forward_pre_hook(add(name))
+    with torch.no_grad():
+        model(run.tokens)
+
+    compared = 0
+    for file in sorted((run.work / "statistics").glob("*.safetensors")):
+        tensors = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            leaders = json.loads(opened.metadata()["leaders"])
+            assert json.loads(opened.metadata()["n_tokens"]) == run.tokens.numel()
+        assert set(tensors) == set(leaders.values())
+        for name, leader in leaders.items():
+            scale = moments[name].diagonal().mean()
+            torch.testing.assert_close(
+                tensors[leader].double() / scale, moments[name] / scale, rtol=1e-4, atol=1e-5
+            )
+            compared += 1
+    assert compared == len(targets)
+
+
+def test_linears_of_one_input_share_one_moment(run):
+    """Query, key and value; gate and up. Nothing else: a parallel residual has two norms."""
+    for file in sorted((run.work / "statistics").glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            leaders = json.loads(opened.metadata()["leaders"])
+        groups: dict[str, set[str]] = {}
+        for name, leader in leaders.items():
+            groups.setdefault(leader, set()).add(name.rpartition(".")[2])
+        shared = [group for group in groups.values() if len(group) > 1]
+        expected = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
+        present = {name.rpartition(".")[2] for name in leaders}
+        assert shared == [group for group in expected if group <= present]
+
+
+def test_loaded_logits_equal_those_of_the_model_in_memory(run, sample):
+    loaded = run.load()
+    with torch.no_grad():
+        a, b = loaded(sample).logits, run.in_memory()(sample).logits
+        dense = run.dense()(sample).logits
+    assert largest_difference(a, b) <= 1e-5  # 0 is usual
+    assert torch.equal(a.argmax(-1), b.argmax(-1))
+    assert largest_difference(a, dense) > 1e-2  # something was compressed
+
+
+def test_generates(run, sample):
+    out = run.load().generate(sample, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert out.shape == (2, 44)
+
+
+def test_bits_on_disk_are_those_of_the_plan(run):
+    plan = run.plan()
+    stored = stored_bits(run.checkpoint)
+    for matrix in plan["matrices"]:
+        names = [f"{matrix['name']}.{leaf}" for leaf in ("weight", "a.weight", "b.weight")]
+        assert sum(stored.get(name, 0) for name in names) == matrix["bits"], matrix["name"]
+    totals = plan["totals"]
+    assert totals["kept"] <= 0.6
+    assert run.report["size"]["targeted"]["bits"] == totals["bits"]
+    assert sum(stored.values()) == 8 * totals["compressed_bytes"]
+    whole = sum(file.stat().st_size for file in run.checkpoint.glob("*.safetensors"))
+    assert run.report["size"]["model"]["file_bytes"]["compressed"] == whole
+
+
+def test_parameters_of_the_report_are_those_of_the_models(run):
+    parameters = run.report["size"]["model"]["parameters"]
+    assert parameters["dense"] == sum(p.numel() for p in run.dense().parameters())
+    assert parameters["compressed"] == sum(p.numel() for p in run.load().parameters())
+
+
+def test_stored_precision_is_the_recipes(run):
+    dtype = getattr(torch, run.family.dtype)
+    assert {p.dtype for p in run.load(dtype="auto").parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["qwen3-sharded"])
+def test_small_shards_are_split_and_indexed(families, name):
+    run = families(name)
+    shards = sorted(file.name for file in run.checkpoint.glob("*.safetensors"))
+    index = json.loads((run.checkpoint / "model.safetensors.index.json").read_text())
+    assert len(shards) > 2
+    assert sorted(set(index["weight_map"].values())) == shards
+    assert set(index["weight_map"]) == set(stored_bits(run.checkpoint))
+    assert len(list(run.source.glob("*.safetensors"))) > 2
+
+
+def test_gemma_windows_start_with_bos(families):
+    run = families("gemma3")
+    assert bool((run.tokens[:, 0] == 0).all())
+    assert run.report["calibration"]["bos"]
+    assert not families("llama").report["calibration"]["bos"]
+
+
+COMMON = """
+import json, sys
+{imports}
+folders, tensors = json.loads(sys.argv[1]), load_file(sys.argv[2])
+
+def load(name):
+    return AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float32).eval()
+
+def difference(name):
+    with torch.no_grad():
+        return float((load(name)(tensors["sample"]).logits - tensors[name]).abs().max())
+"""
+IMPORTS = """
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+"""
+WITH_LRC = (
+    COMMON.format(imports=f"import lrc\n{IMPORTS}")
+    + """
+print(json.dumps({name: difference(name) for name in folders}))
+"""
+)
+WITHOUT_THEN_WITH = (
+    COMMON.format(imports=IMPORTS)
+    + """
+loaded = []
+for name in folders:
+    try:
+        load(name)
+        loaded.append(name)
+    except RuntimeError as error:
+        assert "mismatched" in str(error), error
+assert not any(module.split(".")[0] == "lrc" for module in sys.modules)
+import lrc
+print(json.dumps({"loaded": loaded, "difference": difference("llama")}))
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def fresh(
+    all_families: dict[str, Any], sample: Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Any]]:
+    """Run the two scripts, side by side, over the checkpoints and the logits they should give."""
+    file = tmp_path_factory.mktemp("logits") / "logits.safetensors"
+    with torch.no_grad():
+        logits = {name: run.in_memory()(sample).logits for name, run in all_families.items()}
+    save_file({"sample": sample, **logits}, file)
+    folders = json.dumps({name: str(run.checkpoint) for name, run in all_families.items()})
+    processes = {
+        script: subprocess.Popen(
+            [sys.executable, "-c", script, folders, str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for script in (WITH_LRC, WITHOUT_THEN_WITH)
+    }
+
+    def answer(script: str) -> Any:
+        out, err = processes[script].communicate(timeout=120)
+        assert processes[script].returncode == 0, err
+        return json.loads(out)
+
+    yield answer
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
+def test_a_fresh_process_gives_the_same_logits(fresh, all_families):
+    differences = fresh(WITH_LRC)
+    assert set(differences) == set(all_families)
+    assert max(differences.values()) <= 1e-5, differences
+
+
+def test_a_process_without_lrc_refuses_and_a_late_import_helps(fresh):
+    answer = fresh(WITHOUT_THEN_WITH)
+    assert answer["loaded"] == []
+    assert answer["difference"] <= 1e-5

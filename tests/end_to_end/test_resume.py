@@ -1,0 +1,273 @@
+"""A run that is killed at any moment continues, and ends with the bytes of one that was not.
+
+Runs are forked from this process, which has paid for the imports and calculates on one thread: a
+forked OpenMP would hang on two.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lrc.compressors import journal
+from lrc.compressors.calibrate import states
+from lrc.compressors.pipeline import Machine, compress
+from lrc.configs.errors import Stopped
+from lrc.configs.load import load_recipe
+
+# Newer Pythons warn of any fork beside threads; those of torch are idle.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+KILLS = 20
+LAYERS = 4
+OWN_EACH_TIME = {"lrc/report.json", "README.md"}  # they hold times and peaks
+CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settings() -> Iterator[None]:
+    """Calculate on one thread, and save the chain of hidden states at every layer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(states, "SNAPSHOT_SECONDS", 0.0)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def new_recipe(
+    write_recipe: Callable[..., Path],
+    tiny_llama: Callable[..., Any],
+    make_tokenizer: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """Write a recipe for a Llama of four layers into a folder of its own; keywords go into it."""
+    source = tmp_path_factory.mktemp("source")
+    tiny_llama(num_hidden_layers=LAYERS).save_pretrained(source)
+    make_tokenizer(chat_template=CHAT).save_pretrained(source)
+
+    def write(**changes: Any) -> Path:
+        return write_recipe(tmp_path_factory.mktemp("resume"), source, **changes)
+
+    return write
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A recipe, and what an undisturbed run of it left behind."""
+
+    recipe: Path
+    files: dict[str, bytes]
+    work: set[str]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def undisturbed(new_recipe: Callable[..., Path]) -> Undisturbed:
+    perplexity = {"source": "python-docs", "window": 32, "windows": 2}
+    recipe = new_recipe(evaluate={"perplexity": [perplexity]})
+    run = recipe.with_name("run")
+    finish(recipe)  # pays for what is imported late and read from the disk first
+    shutil.rmtree(run)
+    start = time.monotonic()
+    finish(recipe)
+    seconds = time.monotonic() - start
+    return Undisturbed(recipe, checkpoint_of(run), work_of(run), seconds)
+
+
+def start(recipe: Path, before: Callable[[], None] = lambda: None) -> int:
+    """Fork a process that runs a recipe; return its id."""
+    child = os.fork()
+    return child if child else _run(recipe, before)
+
+
+def _run(recipe: Path, before: Callable[[], None]) -> NoReturn:
+    status = 1
+    try:
+        before()
+        compress(load_recipe(recipe), Machine(device="cpu"))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # past every handler of pytest's
+
+
+def finish(recipe: Path) -> None:
+    _, status = os.waitpid(start(recipe), 0)
+    assert status == 0
+
+
+def was_killed(child: int) -> bool:
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status == signal.SIGKILL
+
+
+def checkpoint_of(run: Path) -> dict[str, bytes]:
+    folder = run / "checkpoint"
+    files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    assert set(files) >= OWN_EACH_TIME
+    return {name: data for name, data in files.items() if name not in OWN_EACH_TIME}
+
+
+def work_of(run: Path) -> set[str]:
+    """Name what lies in the output folder, apart from the checkpoint's files."""
+    names = {str(f.relative_to(run)) for f in run.rglob("*")}
+    return {name for name in names if not name.startswith("checkpoint/")}
+
+
+def stage_of(run: Path) -> str:
+    """Say how far a killed run has come, from what it left."""
+    work = run / "work"
+    marks = {
+        "reported": run / "report.json",
+        "evaluating": run / "checkpoint",
+        "saving": run / ".checkpoint.partial",
+        "decomposing": work / "factors",
+        "calibrating": work / "statistics",
+        "windows": work / "windows.safetensors",
+        "claimed": work / "run.json",
+    }
+    return next((stage for stage, path in marks.items() if path.exists()), "preparing")
+
+
+def test_twenty_kills_at_random_moments_give_twenty_equal_checkpoints(undisturbed):
+    run = undisturbed.recipe.with_name("run")
+    random_ = random.Random(0)
+    stages, snapshots, kills, attempts = set(), set(), 0, 0
+    while kills < KILLS:
+        attempts += 1
+        assert attempts < 4 * KILLS, "runs finish before they can be killed"
+        shutil.rmtree(run, ignore_errors=True)
+        child = start(undisturbed.recipe)
+        # One moment of each twentieth of a run, in turn.
+        time.sleep((kills + random_.random()) / KILLS * undisturbed.seconds)
+        os.kill(child, signal.SIGKILL)
+        if not was_killed(child):
+            continue  # this run was quicker
+        kills += 1
+        stages.add(stage_of(run))
+        snapshots |= {f.name for f in run.glob("work/states-*")}
+        finish(undisturbed.recipe)
+        assert checkpoint_of(run) == undisturbed.files
+        assert work_of(run) == undisturbed.work
+    print("killed while", stages, "with", snapshots)
+    assert len(stages) >= 4, stages
+
+
+def test_a_kill_after_any_file_gives_the_same_checkpoint(undisturbed):
+    """Files appear by `os.replace`: kill right after the first, the second ... the last."""
+    run = undisturbed.recipe.with_name("run")
+    replace = os.replace
+    published = []
+    for count in range(1, 100):
+
+        def kill_after(*names: Path, count: int = count, done: list[Path] = []) -> None:  # noqa: B006
+            replace(*names)
+            done.append(names[1])
+            if len(done) == count:
+                (run / "last").write_text(str(names[1].relative_to(run)))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def arm(kill_after: Callable[..., None] = kill_after) -> None:
+            journal.os.replace = kill_after
+
+        shutil.rmtree(run, ignore_errors=True)
+        if not was_killed(start(undisturbed.recipe, arm)):
+            break
+        published.append((run / "last").read_text())
+        (run / "last").unlink()
+        finish(undisturbed.recipe)
+        assert checkpoint_of(run) == undisturbed.files, published[-1]
+        assert work_of(run) == undisturbed.work, published[-1]
+    assert {"checkpoint", "report.json", "work/plan.json", "work/states-0001.f32"} <= set(published)
+    assert f"work/factors/layer-{LAYERS - 1:04d}.safetensors" in published
+
+
+def test_a_stopped_run_continues_with_the_layer_after(new_recipe):
+    recipe = load_recipe(new_recipe())
+    seen: list[tuple[str, int]] = []
+
+    def stop_after(*place: Any) -> Callable[[str, int, int], None]:
+        def on_step(stage: str, done: int, total: int) -> None:
+            seen.append((stage, done))
+            if (stage, done) == place:
+                raise Stopped("asked to")
+
+        return on_step
+
+    for place in (("calibrate", 2), ("decompose", 3)):
+        with pytest.raises(Stopped):
+            compress(recipe, Machine(device="cpu", on_step=stop_after(*place)))
+    compress(recipe, Machine(device="cpu", on_step=stop_after()))
+    assert seen == [
+        *(("calibrate", n) for n in (1, 2, 3, 4)),
+        *(("decompose", n) for n in (1, 2, 3)),
+        *(("decompose", n) for n in (1, 2, 3, 4)),  # layers that are done are counted, not redone
+    ]
+
+
+def test_states_on_disk_give_the_same_weights(new_recipe):
+    on_disk = []
+
+    def look(stage: str, done: int, total: int) -> None:
+        if stage == "calibrate":
+            on_disk.append((Path(recipe.recipe.output) / "work/states.live").is_file())
+
+    weights = []
+    for limit in (1.0, 1e-9):
+        calibration = {"source": "python-docs", "samples": 4, "length": 32}
+        recipe = load_recipe(new_recipe(calibration={**calibration, "memory_limit_gib": limit}))
+        compress(recipe, Machine(device="cpu", on_step=look))
+        weights.append((Path(recipe.recipe.output) / "checkpoint/model.safetensors").read_bytes())
+        assert not list(Path(recipe.recipe.output).glob("work/*states*"))
+    assert on_disk == [False] * LAYERS + [True] * LAYERS
+    assert weights[0] == weights[1]
+
+
+def test_text_sampled_from_the_model_is_the_same_twice(new_recipe):
+    results = []
+    for seed in (0, 0, 1):
+        recipe = new_recipe(calibration={"source": "self", "samples": 4, "length": 24}, seed=seed)
+        report = compress(load_recipe(recipe), Machine(device="cpu"))
+        assert report["calibration"]["source"] == "self"
+        assert report["calibration"]["tokens"] == 4 * 24
+        weights = (recipe.with_name("run") / "checkpoint/model.safetensors").read_bytes()
+        results.append((report["calibration"]["tokens_sha256"], weights))
+    assert results[0] == results[1]
+    assert results[0][0] != results[2][0]
+    assert results[0][1] != results[2][1]
+
+
+def test_chat_calibration_sees_the_template(new_recipe, tmp_path):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i}?"},
+                {"role": "bot", "content": "."},
+            ]
+        }
+        for i in range(60)
+    ]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    calibration = {"source": str(file), "chat_template": True, "samples": 6, "length": 48}
+    recipe = new_recipe(calibration=calibration)
+    compress(load_recipe(recipe), Machine(device="cpu"))
+    tokens = load_file(recipe.with_name("run") / "work/windows.safetensors")["tokens"]
+    assert tokens.shape == (6, 48)
+    for special in (0, 1):  # <s> and </s>, which only the template puts there
+        assert bool((tokens == special).any(dim=1).all())

@@ -1,0 +1,99 @@
+"""The journal: whole or not there, one process at a time, nothing of others touched."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrc.compressors.journal import Journal, open_journal, storage_errors, write_text
+from lrc.configs.errors import OutputError
+
+
+def test_a_piece_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path)
+    journal.write_json("a.json", {"n": 1})
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    for write in (
+        lambda: journal.write_json("a.json", {"n": 2}),
+        lambda: journal.write_tensors("b.safetensors", {"x": torch.ones(2)}),
+    ):
+        with pytest.raises(OutputError, match=r"disk is full: free space and run the same"):
+            write()
+    assert journal.read_json("a.json") == {"n": 1}
+    assert not journal.has("b.safetensors")
+
+
+def test_tensors_and_facts_come_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    x = torch.arange(6.0).view(2, 3).T  # not contiguous
+    journal.write_tensors("t.safetensors", {"x": x}, {"facts": {"list": [1, None, "ü"]}})
+    assert torch.equal(journal.read_tensor("t.safetensors", "x"), x)
+    assert journal.read_facts("t.safetensors") == {"facts": {"list": [1, None, "ü"]}}
+
+
+def test_the_same_run_continues_and_another_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "out"
+    with open_journal(output, {"seed": 0, "model": "m"}) as journal:
+        journal.write_json("piece.json", 1)
+    with open_journal(output, {"seed": 0, "model": "m"}) as journal:
+        assert journal.has("piece.json")
+    with (
+        pytest.raises(OutputError, match="differs in seed; choose another folder, or pass"),
+        open_journal(output, {"seed": 1, "model": "m"}),
+    ):
+        pass
+    assert (output / "work" / "piece.json").exists()
+
+
+def test_overwrite_takes_away_what_lrc_wrote_and_nothing_else(tmp_path: Path) -> None:
+    with open_journal(tmp_path, {"seed": 0}) as journal:
+        journal.write_json("piece.json", 1)
+    (tmp_path / "checkpoint").mkdir()
+    write_text(tmp_path / "report.json", "{}")
+    write_text(tmp_path / "notes.txt", "mine")
+    with open_journal(tmp_path, {"seed": 1}, overwrite=True) as journal:
+        assert not journal.has("piece.json")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "work"]
+
+
+def test_a_second_process_is_refused_while_the_first_runs(tmp_path: Path) -> None:
+    with (
+        open_journal(tmp_path, {}),
+        pytest.raises(OutputError, match="in use by another lrc compress"),
+        open_journal(tmp_path, {}),
+    ):
+        pass
+    with open_journal(tmp_path, {}):  # released
+        pass
+
+
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    write_text(tmp_path / "thesis.tex", "precious")
+    for overwrite in (False, True):
+        with (
+            pytest.raises(OutputError, match="not empty and was not written by lrc"),
+            open_journal(tmp_path, {}, overwrite=overwrite),
+        ):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "")
+    with pytest.raises(OutputError, match="is a file"), open_journal(tmp_path / "file", {}):
+        pass
+    with (
+        pytest.raises(OutputError, match="a part of the path is a file"),
+        open_journal(tmp_path / "file" / "below", {}),
+    ):
+        pass
+
+
+def test_errors_that_are_not_about_storage_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="strange"), storage_errors(tmp_path):
+        raise OSError(errno.EIO, "strange")

@@ -1,0 +1,67 @@
+"""Second moments and whitening factors."""
+
+import pytest
+import torch
+
+from lrc.compressors.linalg import (
+    MAX_DAMP,
+    add_second_moment_,
+    damped,
+    descending_eigh,
+    weighted_error,
+    whitening_factor,
+)
+
+
+def test_second_moments_add_up_over_batches_and_leading_dimensions() -> None:
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    H = torch.zeros(8, 8)
+    add_second_moment_(H, x[:1])
+    add_second_moment_(H, x[1:])
+    rows = x.reshape(-1, 8)
+    torch.testing.assert_close(H, rows.T @ rows)
+
+
+def test_16_bit_inputs_are_summed_in_32_bits() -> None:
+    x = torch.full((4096, 1), 1.0, dtype=torch.bfloat16)  # a bfloat16 sum stops at 256
+    H = torch.zeros(1, 1)
+    add_second_moment_(H, x)
+    assert H.item() == 4096
+
+
+def test_whitening_factor_reproduces_the_damped_matrix() -> None:
+    X = torch.randn(50, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    H = X.T @ X
+    L, fallback = whitening_factor(H, 1e-3)
+    assert fallback is None
+    torch.testing.assert_close(L @ L.T, damped(H, 1e-3), rtol=1e-12, atol=1e-12)
+    assert torch.equal(L, L.tril())
+
+
+def test_damping_is_relative_to_the_mean_diagonal() -> None:
+    H = torch.diag(torch.tensor([1.0, 3.0]))
+    assert torch.equal(damped(H, 0.5), torch.diag(torch.tensor([2.0, 4.0])))
+
+
+def test_an_indefinite_matrix_is_whitened_by_eigenvectors() -> None:
+    H = torch.diag(torch.tensor([1.0, 1.0, -0.5], dtype=torch.float64))  # beyond any damping
+    L, fallback = whitening_factor(H, 0.0)
+    assert fallback == "Cholesky failed; whitened by eigenvectors"
+    torch.testing.assert_close((L @ L.T).diagonal()[:2], H.diagonal()[:2])
+    assert torch.linalg.matrix_rank(L) == 3
+    assert MAX_DAMP == 1e-2
+
+
+def test_eigenvalues_descend_and_are_not_negative() -> None:
+    S = torch.diag(torch.tensor([2.0, -1e-18, 5.0], dtype=torch.float64))
+    energies, vectors = descending_eigh(S)
+    assert energies.tolist() == [5, 2, 0]
+    torch.testing.assert_close(vectors @ torch.diag(energies) @ vectors.T, S.clamp_min(0))
+
+
+def test_weighted_error_is_the_output_error_on_the_tokens() -> None:
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(30, 6, generator=g, dtype=torch.float64)
+    W, W_hat = torch.randn(2, 4, 6, generator=g, dtype=torch.float64)
+    outputs = float((X @ (W - W_hat).T).square().sum())
+    assert weighted_error(W, W_hat, X.T @ X) == pytest.approx(outputs, rel=1e-12)
