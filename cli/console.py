@@ -26,7 +26,7 @@ class Steps:
         self._quiet = quiet
         self._signal: int | None = None
         self._stage = ""
-        self._started = self._spoke = time.monotonic()
+        self._started = self._spoke = time.monotonic()  # of the stage, and of the last line
         self._bars: Any = None
         self._task: Any = None
 
@@ -41,11 +41,9 @@ class Steps:
             self._draw(stage, done, total)
             return
         now = time.monotonic()
-        if stage != self._stage:
-            self._stage, self._started, self._spoke = stage, now, now
         if done == total:
-            self._stage = ""
-            say(f"{stage}: {total} of {total}, {now - self._started:.1f} s after its first step")
+            say(f"{stage}: {total} of {total}, {now - self._started:.1f} s")
+            self._started = self._spoke = now
         elif now - self._spoke > HEARTBEAT_SECONDS:
             self._spoke = now
             say(f"{stage}: {done} of {total}")
@@ -90,7 +88,8 @@ class Steps:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:  # asked twice: leave now; what is finished is on disk
-            raise KeyboardInterrupt
+            say("stopped: at once; the same command continues from the last finished step")
+            os._exit(Stopped.exit_code)
         self._signal = number
         say("stopping after this step; a second signal stops at once")
 
@@ -134,9 +133,6 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
         text = str(error).removeprefix("stopped ") if label == "stopped" else str(error)
         say(f"{label}: {text}")
         return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        say("stopped: at once; the same command continues from the last finished step")
-        return Stopped.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         say(
             f"error: out of memory ({str(error).strip().splitlines()[0][:200]}); lower "

@@ -245,5 +245,5 @@ def main() -> None:
     console.hush()
     try:
         app(standalone_mode=True)
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         sys.exit(console.exit_code_of(error, debug="--debug" in sys.argv))

@@ -9,6 +9,7 @@ dies with the process that holds it.
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ IDENTITY = "run.json"
 REMEDIES = {
     errno.ENOSPC: "the disk is full: free space and run the same command again, it continues",
     errno.EDQUOT: "the disk quota is used up: free space and run the same command again",
-    errno.EFBIG: "the file is larger than this system allows: raise the limit or lower shard sizes",
+    errno.EFBIG: "larger than files may be here: raise the limit and run the same command again",
     errno.EROFS: "the file system is read-only: choose another 'output'",
     errno.EACCES: "permission denied: choose another 'output'",
     errno.EPERM: "permission denied: choose another 'output'",
@@ -34,6 +35,11 @@ REMEDIES = {
     errno.EEXIST: "a file of that name is in the way: choose another 'output'",
     errno.ENOENT: "the folder cannot be made there: choose another 'output'",
 }
+OS_ERROR = re.compile(r"(?:code: |os error )(\d+)")  # how safetensors writes an errno
+# What a run leaves in its output folder, beside `work`; nothing else is ever deleted there.
+RESULTS = ("checkpoint", "report.json", "README.md")
+# No work worth keeping: a run that left only these gives way to a corrected recipe.
+CLAIMS = ("lock", IDENTITY, "seconds.json")
 
 
 @contextmanager
@@ -52,12 +58,12 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise
         raise OutputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
     except SafetensorError as error:  # its writer reports the errno in its text only
-        for code, remedy in REMEDIES.items():
-            if f"code: {code}," in str(error):
-                raise OutputError(
-                    f"{path}: cannot be written ({os.strerror(code)}); {remedy}"
-                ) from error
-        raise
+        code = OS_ERROR.search(str(error))
+        remedy = REMEDIES.get(int(code[1])) if code else None
+        if code is None or remedy is None:
+            raise
+        reason = os.strerror(int(code[1]))
+        raise OutputError(f"{path}: cannot be written ({reason}); {remedy}") from error
 
 
 class Journal:
@@ -87,7 +93,8 @@ class Journal:
 
     def read_json(self, name: str) -> Any:
         """Read a finished JSON piece."""
-        return json.loads(self.path(name).read_text(encoding="utf-8"))
+        with _damage(self.path(name)):
+            return json.loads(self.path(name).read_text(encoding="utf-8"))
 
     def write_tensors(
         self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
@@ -97,15 +104,15 @@ class Journal:
 
     def read_tensor(self, name: str, key: str) -> Tensor:
         """Read one tensor of a finished set into memory."""
-        with safe_open(self.path(name), framework="pt") as file:
+        with _damage(self.path(name)), safe_open(self.path(name), framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
             return tensor.clone()  # what stays mapped stays resident
 
     def read_facts(self, name: str) -> dict[str, Any]:
         """Read the facts about a finished set of tensors."""
-        with safe_open(self.path(name), framework="pt") as file:
+        with _damage(self.path(name)), safe_open(self.path(name), framework="pt") as file:
             metadata = file.metadata() or {}
-        return {key: json.loads(value) for key, value in metadata.items()}
+            return {key: json.loads(value) for key, value in metadata.items()}
 
     def forget(self, *names: str) -> None:
         """Delete pieces that nothing needs any more."""
@@ -135,19 +142,7 @@ def open_journal(
     """
     journal = Journal(output)
     with storage_errors(output):
-        if output.exists() and not output.is_dir():
-            raise OutputError(f"output: {output} is a file; choose another folder")
-        ours = (journal.work / IDENTITY).is_file()
-        foreign = (
-            output.is_dir()
-            and not ours
-            and any(entry.name != journal.work.name for entry in output.iterdir())
-        )
-        if foreign:
-            raise OutputError(
-                f"output: {output} is not empty and was not written by lrc compress; choose "
-                "another folder, or move what is in it"
-            )
+        _refuse_foreign(journal)
         journal.work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(journal.work / "lock")
         try:
@@ -157,42 +152,100 @@ def open_journal(
                 f"output: {output} is in use by another lrc compress; wait for it, or choose "
                 "another folder"
             ) from None
-        try:
-            if ours and overwrite:
+    try:
+        with storage_errors(output):
+            if overwrite:
                 _clear(journal)
-            _claim(journal, identity)
-            yield journal
-        finally:
-            lock.release()
+            _claim(journal, json.loads(json.dumps(identity)))
+        yield journal
+    finally:
+        lock.release()
 
 
-def _claim(journal: Journal, identity: Mapping[str, Any]) -> None:
-    identity = json.loads(json.dumps(identity))
-    if not journal.has(IDENTITY):
-        journal.write_json(IDENTITY, identity)
+def _refuse_foreign(journal: Journal) -> None:
+    output, work = journal.output, journal.work
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"output: {output} is a file; choose another folder")
+    if not output.is_dir() or (work / IDENTITY).is_file():
         return
-    found = journal.read_json(IDENTITY)
-    different = [key for key in identity if identity[key] != found.get(key)]
-    if different:
+    others = [f for f in output.iterdir() if f != work]
+    if work.is_dir():
+        others += [f for f in work.iterdir() if f.name not in ("lock", _partial(IDENTITY))]
+    elif work.exists():
+        others.append(work)
+    if others:
         raise OutputError(
-            f"output: {journal.output} holds a run that differs in {', '.join(different)}; choose "
-            "another folder, or pass --overwrite to throw that run away"
+            f"output: {output} is not empty and was not written by lrc compress (it holds "
+            f"{min(others).relative_to(output)}); choose another folder, or move what is in it"
         )
 
 
+def _claim(journal: Journal, identity: dict[str, Any]) -> None:
+    found = journal.read_json(IDENTITY) if journal.has(IDENTITY) else None
+    if found == identity:
+        return
+    if found is not None and not _begun(journal):
+        _clear(journal)
+    elif found is not None:
+        differences = "; ".join(_differences(found, identity))
+        raise OutputError(
+            f"output: {journal.output} holds a run that differs in {differences}; choose another "
+            "folder, or pass --overwrite to throw that run away"
+        )
+    journal.write_json(IDENTITY, identity)
+
+
+def _begun(journal: Journal) -> bool:
+    return (journal.output / "checkpoint").exists() or any(
+        path.name not in CLAIMS and not path.name.endswith(".partial")
+        for path in journal.work.iterdir()
+    )
+
+
+def _differences(there: Any, here: Any, key: str = "") -> list[str]:
+    """Say where two JSON values differ, mappings key by key."""
+    if there == here:
+        return []
+    if isinstance(there, dict) and isinstance(here, dict):
+        inner = [(f"{key}.{k}".removeprefix("."), k) for k in [*there, *(here.keys() - there)]]
+        return [d for name, k in inner for d in _differences(there.get(k), here.get(k), name)]
+    values = [json.dumps(value, ensure_ascii=False) for value in (there, here)]
+    short = max(map(len, values)) <= 60
+    return [f"{key} ({values[0]} there, {values[1]} here)" if short else key]
+
+
 def _clear(journal: Journal) -> None:
-    for path in [*journal.work.iterdir(), *journal.output.iterdir()]:
-        if path.name in ("lock", journal.work.name):
-            continue
-        if path.parent == journal.work or path.name in ("checkpoint", "report.json", "README.md"):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    """Delete what an earlier run has written; files of others stay."""
+    results = [journal.output / name for name in RESULTS]
+    results += [journal.output / _partial(name) for name in RESULTS]
+    for path in [*journal.work.iterdir(), *results]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink(missing_ok=True)
+
+
+def _partial(name: str) -> str:
+    return f".{name}.partial"
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, SafetensorError) as error:
+        remedy = "delete it and run the same command again, which makes it anew"
+        if path.name == IDENTITY:
+            remedy = "choose another folder, or pass --overwrite to throw that run away"
+        reason = str(error).strip()[:200]
+        raise OutputError(f"{path}: is damaged ({reason}); {remedy}") from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is either whole or not there."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path.with_name(_partial(path.name))
         partial.write_text(text, encoding="utf-8")
         publish(partial, path)
 
@@ -203,7 +256,7 @@ def write_tensors(
     """Write a safetensors file that is either whole or not there; `metadata` as JSON values."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path.with_name(_partial(path.name))
         facts = {key: json.dumps(value) for key, value in (metadata or {}).items()}
         save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=facts)
         publish(partial, path)

@@ -16,7 +16,7 @@ from lrc.compressors.calibrate.windows import take_windows
 from lrc.compressors.checkpoint.assemble import write_checkpoint
 from lrc.compressors.checkpoint.reader import load_checkpoint
 from lrc.compressors.checkpoint.reader import load_tokenizer as load_checkpoint_tokenizer
-from lrc.compressors.checkpoint.writer import FolderWriter
+from lrc.compressors.checkpoint.writer import new_folder
 from lrc.compressors.decompose import METHODS, Statistics
 from lrc.compressors.evaluate import check_gates, compare, evaluate_model
 from lrc.compressors.execute import decompose, factors_file
@@ -82,7 +82,7 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
             with clock("decompose"):
                 plan = _decompose(prepared, reader, journal, machine)
             journal.write_json("plan.json", plan.to_json())
-            with clock("save"), FolderWriter(output / "checkpoint") as folder:
+            with clock("save"), new_folder(output / "checkpoint") as folder:
                 write_checkpoint(
                     folder,
                     plan=plan,
@@ -193,7 +193,7 @@ def _weights(source: Source, journal: Journal, clock: "_Clock") -> Path:
     if source.gguf is None:
         return source.folder
     if not journal.has("source"):
-        with clock("convert"), FolderWriter(journal.path("source")) as folder:
+        with clock("convert"), new_folder(journal.path("source")) as folder:
             convert_gguf(source, folder)
     return journal.path("source")
 

@@ -40,6 +40,7 @@ def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
     source = locate(recipe.model, weights=weights)
     for spec in recipe.evaluate.perplexity:
         check_window(source.config, spec.window)
+    check_window(source.config, recipe.calibration.length, "calibration.length")
     architecture = build(source)
     plan = make_plan(recipe, source, architecture)
     if recipe.evaluate.tasks.names:

@@ -5,6 +5,7 @@ limit. Now and then the chain is saved verbatim: recomputing it after a restart 
 of work, and a chain that is recomputed in another way is another chain.
 """
 
+import os
 import time
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class HiddenStates:
         else:
             path = journal.path(LIVE)
             with storage_errors(path):
+                _reserve(path, n_bytes)
                 flat = torch.from_file(str(path), shared=True, size=n_bytes // 4)
             self.tensor = flat.view(shape)
 
@@ -45,7 +47,7 @@ class HiddenStates:
         earlier = self._snapshots()
         partial = self._journal.path(PARTIAL)
         with storage_errors(partial), partial.open("wb") as file:
-            self.tensor.numpy().tofile(file)
+            file.write(self.tensor.numpy().data)  # tofile would not say which error it met
         publish(partial, self._journal.path(f"states-{self.next_layer:04d}.f32"))
         for path in earlier:
             path.unlink()
@@ -64,6 +66,13 @@ class HiddenStates:
 
     def _snapshots(self) -> list[Path]:
         return sorted(self._journal.work.glob("states-*.f32"))
+
+
+def _reserve(path: Path, n_bytes: int) -> None:
+    """Take the space now: on a disk that fills up later, writing to the map kills the process."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
 
 
 def state_files(journal: Journal) -> list[str]:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ def write_weights(
     split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_bytes)
     for file, names in split.filename_to_tensors.items():
         tensors = {name: read(name).contiguous() for name in names}
-        with storage_errors(folder / file):
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -76,25 +76,24 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class FolderWriter:
-    """A folder that gets its name only when it is complete.
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Give a folder to write into, which gets its name only when it is complete.
 
-    Use as a context manager: its value is the folder to write into. On a clean exit it is flushed
-    and renamed; on an error it is removed and nothing carries the final name.
+    On a clean exit it is flushed and renamed; on an error it is removed and nothing carries the
+    final name.
+
+    Raises
+    ------
+    OutputError
+        If something could not be written.
     """
-
-    def __init__(self, final: Path) -> None:
-        self._final = final
-        self._partial = final.with_name(f".{final.name}.partial")
-
-    def __enter__(self) -> Path:
-        with storage_errors(self._final):
-            shutil.rmtree(self._partial, ignore_errors=True)  # of a run that was killed
-            self._partial.mkdir(parents=True)
-        return self._partial
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if kind is None:
-            publish(self._partial, self._final)
-        else:
-            shutil.rmtree(self._partial, ignore_errors=True)
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        with storage_errors(final):
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            partial.mkdir(parents=True)
+            yield partial
+            publish(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

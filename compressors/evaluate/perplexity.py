@@ -121,15 +121,21 @@ def perplexity(
     )
 
 
-def check_window(config: Any, window: int) -> None:
-    """Refuse windows that are longer than the context the model was made for."""
+def check_window(config: Any, window: int, key: str = "evaluate.perplexity.window") -> None:
+    """Refuse windows that are longer than the context the model was made for.
+
+    Parameters
+    ----------
+    key : str
+        The key of the recipe that asked for them.
+    """
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     context = getattr(text_config, "max_position_embeddings", None)
     if isinstance(context, int) and window > context:
         raise RecipeError(
             [
-                f"evaluate.perplexity.window: must be at most {context:,}, the model's context,"
-                f" got {window:,}; lower window"
+                f"{key}: must be at most {context:,}, the model's context, got {window:,}; lower"
+                f" {key.rpartition('.')[2]}"
             ]
         )
 
