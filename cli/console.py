@@ -13,6 +13,7 @@ from typing import Any
 from lrc.configs.errors import LrcError, RecipeError, Stopped
 
 HEARTBEAT_SECONDS = 60.0
+AT_ONCE = "stopped: at once; the same command continues from the last finished step"
 
 
 class Steps:
@@ -24,6 +25,7 @@ class Steps:
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
+        self.taken = 0
         self._signal: int | None = None
         self._stage = ""
         self._started = self._spoke = time.monotonic()  # of the stage, and of the last line
@@ -32,6 +34,7 @@ class Steps:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Note that `done` of `total` steps of a stage are finished."""
+        self.taken += 1
         if self._signal is not None:
             name = signal.Signals(self._signal).name
             raise Stopped(f"stopped on {name}; the same command continues from here")
@@ -88,7 +91,9 @@ class Steps:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:  # asked twice: leave now; what is finished is on disk
-            say("stopped: at once; the same command continues from the last finished step")
+            if self._bars is not None:
+                say("\x1b[?25h")  # the cursor, which the bars have hidden
+            say(AT_ONCE)
             os._exit(Stopped.exit_code)
         self._signal = number
         say("stopping after this step; a second signal stops at once")
@@ -102,6 +107,7 @@ def say(text: str) -> None:
 def hush() -> None:
     """Keep the libraries below from talking over us; call before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -120,29 +126,52 @@ def quiet_transformers() -> None:
 
 def exit_code_of(error: BaseException, *, debug: bool) -> int:
     """Print an error as its user should see it and return the exit code it stands for."""
-    if debug:
+    if debug and not isinstance(error, KeyboardInterrupt):
         import traceback
 
         traceback.print_exception(error)
-    if isinstance(error, RecipeError):
-        for problem in error.problems:
-            say(f"error: {problem}")
+    if isinstance(error, KeyboardInterrupt):
+        say(AT_ONCE)
+        return Stopped.exit_code
+    if isinstance(error, Stopped):
+        say(f"stopped: {str(error).removeprefix('stopped ')}")
         return error.exit_code
     if isinstance(error, LrcError):
-        label = "stopped" if isinstance(error, Stopped) else "error"
-        text = str(error).removeprefix("stopped ") if label == "stopped" else str(error)
-        say(f"{label}: {text}")
+        problems = error.problems if isinstance(error, RecipeError) else str(error).splitlines()
+        for problem in problems:
+            say(f"error: {problem}")
         return error.exit_code
+    if hasattr(error, "format_message"):  # typer's: the command line is wrong
+        return _usage(error)
+    if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        reason = " ".join(str(error).split())[:200]
         say(
-            f"error: out of memory ({str(error).strip().splitlines()[0][:200]}); lower "
-            "calibration.samples, calibration.length or calibration.memory_limit_gib, or use "
-            "--device cpu; the same command continues"
+            f"error: out of memory ({reason or 'no more to be had'}); lower "
+            "calibration.memory_limit_gib or use --device cpu, and the same command continues; "
+            "or lower calibration.samples or length and pass --overwrite"
         )
         return 1
-    if not debug:
+    text = " ".join(str(error).split())[:500]
+    if isinstance(error, OSError) and error.errno is not None:
         say(
-            f"error: unexpected {type(error).__name__}: {str(error).strip()[:500]}; this is a "
-            "fault of lrc: run `lrc --debug ...` and report the traceback"
+            f"error: the operating system reports {text}; check the disk and run the same command "
+            "again, it continues"
+        )
+    elif not debug:
+        say(
+            f"error: unexpected {type(error).__name__}: {text}; this is a fault of lrc: run "
+            "`lrc --debug ...` and report the traceback"
         )
     return 1
+
+
+def _usage(error: Any) -> int:
+    text = " ".join(error.format_message().split()).removesuffix(".")
+    command = getattr(error.ctx, "command_path", "lrc")
+    if text:  # none where the help was shown instead
+        end = "" if text.endswith("?") else ";"
+        say(f"error: {text[0].lower()}{text[1:]}{end} `{command} --help` says what it takes")
+    return int(error.exit_code)

@@ -1,13 +1,21 @@
 """`lrc eval`: load what is pointed at, and measure it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Evaluate, Perplexity, Tasks
 
 OnStep = Callable[[str, int, int], None]
+OPTIONS = {
+    "evaluate.perplexity.source": "--perplexity",
+    "evaluate.perplexity.window": "--window",
+    "evaluate.tasks.names": "--tasks",
+    "evaluate.tasks.include_path": "--include-path",
+    "model.path: ": "",
+}
 
 
 def build_request(
@@ -52,21 +60,53 @@ def run(
     from lrc.compressors.evaluate import check_tasks, evaluate_model
     from lrc.compressors.pipeline import Machine
 
-    for spec in request.perplexity:
-        check_source(spec.source)
-    if request.tasks.names:
+    with _as_options():
+        for spec in request.perplexity:
+            check_source(spec.source, part="evaluation")
         check_tasks(request.tasks)
-    chosen = Machine(device=device).chosen
-    blocks = {}
-    for checkpoint in checkpoints:
+        for checkpoint in checkpoints:
+            _look_at(checkpoint)
+        chosen = Machine(device=device).chosen
+        blocks = {}
+        for checkpoint in checkpoints:
 
-        def step(stage: str, done: int, total: int, name: str = checkpoint) -> None:
-            on_step(f"{name}: {stage}", done, total)
+            def step(stage: str, done: int, total: int, name: str = checkpoint) -> None:
+                on_step(f"{name}: {stage}", done, total)
 
-        model, tokenizer = _load(checkpoint, chosen)
-        blocks[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
-        del model
+            model, tokenizer = _load(checkpoint, chosen)
+            blocks[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
+            del model
     return blocks
+
+
+@contextmanager
+def _as_options() -> Iterator[None]:
+    """Say the name of the option where an error names the key of a recipe."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError([_in_options(problem) for problem in error.problems]) from error
+    except (ModelError, DataError) as error:
+        raise type(error)(_in_options(str(error))) from error
+
+
+def _in_options(text: str) -> str:
+    for key, option in OPTIONS.items():
+        text = text.replace(key, option)
+    return text
+
+
+def _look_at(checkpoint: str) -> None:
+    """Refuse a checkpoint that cannot be loaded, before another one is measured for hours."""
+    from lrc.compressors.checkpoint.reader import check_files, read_config
+    from lrc.compressors.models.source import locate
+    from lrc.configs.recipe import Model
+
+    if Path(checkpoint).is_dir():
+        read_config(Path(checkpoint))
+        check_files(Path(checkpoint))
+    else:
+        locate(Model(path=checkpoint))
 
 
 def _load(path: str, device: str) -> tuple[Any, Any]:

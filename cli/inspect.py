@@ -1,11 +1,10 @@
 """`lrc inspect`: what is inside a checkpoint, read from its headers alone."""
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from lrc.configs.errors import CheckpointError
+from lrc.configs.errors import CheckpointError, RecipeError
 
 
 def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
@@ -17,29 +16,41 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         No checkpoint of lrc, damaged, of a newer format, or, with `verify`, changed.
     """
     from lrc.compressors.checkpoint import format as layout
-    from lrc.compressors.checkpoint.reader import check_files, read_config, verify_hashes
+    from lrc.compressors.checkpoint.reader import (
+        AGAIN,
+        check_files,
+        read_config,
+        read_object,
+        verify_hashes,
+    )
 
+    if not folder.is_dir():
+        raise RecipeError(
+            [f"{folder}: no such folder; the checkpoint of a run is its folder OUTPUT/checkpoint"]
+        )
     config = read_config(folder)
-    block = config.get("quantization_config") or {}
-    if block.get("quant_method") != layout.QUANT_METHOD:
+    block = config.get("quantization_config")
+    if not isinstance(block, dict) or block.get("quant_method") != layout.QUANT_METHOD:
         raise CheckpointError(
-            f"{folder}: a model, but not one that lrc compressed (quant_method "
-            f"{block.get('quant_method')!r})"
+            f"{folder}: a model, but not one that lrc compressed; give the folder "
+            "OUTPUT/checkpoint of a run, or measure a dense model with `lrc eval`"
         )
     shapes = check_files(folder)
     if verify:
         problems = verify_hashes(folder)
         if problems:
-            raise CheckpointError(f"{folder}: {'; '.join(problems)}")
-    plan = _json(folder / layout.PLAN)
-    report = _json(folder / layout.REPORT)
+            raise CheckpointError(f"{folder}: {'; '.join(problems)}; {AGAIN}")
+    plan, report = (
+        read_object(path) if path.is_file() else None
+        for path in (folder / layout.PLAN, folder / layout.REPORT)
+    )
     modules = []
     for name, spec in block["modules"].items():
         a, b = shapes.get(f"{name}.a.weight"), shapes.get(f"{name}.b.weight")
         if a is None or b is None or a[0] != spec["rank"] or b[1] != spec["rank"]:
             raise CheckpointError(
                 f"{folder}: the tensors of {name} do not fit config.json (rank {spec['rank']}, "
-                f"found {a} and {b}); copy or download the checkpoint again"
+                f"found {a or 'no'} and {b or 'no'} factor); {AGAIN}"
             )
         modules.append(
             {"name": name, "form": spec["form"], "rank": spec["rank"], "shape": [b[0], a[1]]}
@@ -61,13 +72,3 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
 
 def _sentinel(name: str, modules: dict[str, Any]) -> bool:
     return name.removesuffix(".weight") in modules
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not readable ({error}); it was edited") from error
-    return value

@@ -1,6 +1,7 @@
 """The `lrc` command. Nothing heavy is imported here: `lrc --help` answers at once."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lrc.cli import console
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import GateMissed, RecipeError
 
 app = typer.Typer(
     name="lrc",
@@ -100,12 +101,20 @@ def compress(
     from lrc.compressors.pipeline import compress as run
 
     console.quiet_transformers()
+    missed: GateMissed | None = None
     with console.Steps(quiet=quiet).running() as steps:
-        report = run(loaded, Machine(_device(device), overwrite=overwrite, on_step=steps))
+        try:
+            report = run(loaded, Machine(_device(device), overwrite=overwrite, on_step=steps))
+        except GateMissed as error:
+            missed, report = error, error.report
     if as_json:
         _print_json(report)
     else:
         tables.print_report(report, loaded.recipe.output)
+    if missed is not None:
+        raise missed
+    if not (steps.taken or quiet):
+        console.say("finished earlier, nothing was left to do; --overwrite runs it again")
 
 
 @app.command("eval")
@@ -213,7 +222,9 @@ def recipes_copy(
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RecipeError([f"{target} cannot be written ({error.strerror})"]) from error
+        raise RecipeError(
+            [f"{target} cannot be written ({error.strerror}); name another file"]
+        ) from error
     console.say(f"wrote {target}")
 
 
@@ -243,7 +254,15 @@ def _print_json(value: Any) -> None:
 def main() -> None:
     """Run the command line and exit with the code the result stands for."""
     console.hush()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from the first moment
+    command = typer.main.get_command(app)
     try:
-        app(standalone_mode=True)
-    except Exception as error:
+        # Not app(): it would turn Ctrl-C into a code of its own, and draw boxes around errors.
+        with command.make_context("lrc", sys.argv[1:]) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as done:  # --help, --version
+        sys.exit(done.exit_code)
+    except (Exception, KeyboardInterrupt) as error:
         sys.exit(console.exit_code_of(error, debug="--debug" in sys.argv))
+    sys.exit(0)

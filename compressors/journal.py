@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -243,23 +243,31 @@ def _damage(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file that is either whole or not there."""
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(_partial(path.name))
+    with _whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        publish(partial, path)
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Write a safetensors file that is either whole or not there; `metadata` as JSON values."""
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(_partial(path.name))
-        facts = {key: json.dumps(value) for key, value in (metadata or {}).items()}
+    facts = {key: json.dumps(value) for key, value in (metadata or {}).items()}
+    with _whole(path) as partial:
         save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=facts)
-        publish(partial, path)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    partial = path.with_name(_partial(path.name))
+    try:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            publish(partial, path)
+    except BaseException:
+        with suppress(OSError):  # on a full disk it takes the space that is needed
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -17,12 +17,13 @@ from lrc.compressors.checkpoint.assemble import write_checkpoint
 from lrc.compressors.checkpoint.reader import load_checkpoint
 from lrc.compressors.checkpoint.reader import load_tokenizer as load_checkpoint_tokenizer
 from lrc.compressors.checkpoint.writer import new_folder
+from lrc.compressors.corpus import fingerprint
 from lrc.compressors.decompose import METHODS, Statistics
-from lrc.compressors.evaluate import check_gates, compare, evaluate_model
+from lrc.compressors.evaluate import check_gates, check_texts, compare, evaluate_model
 from lrc.compressors.execute import decompose, factors_file
 from lrc.compressors.journal import Journal, open_journal
 from lrc.compressors.memory import release_memory
-from lrc.compressors.models.source import Source, convert_gguf, load_dense, load_tokenizer
+from lrc.compressors.models.source import Source, convert_gguf, load_dense
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.plan import Matrix, Plan
 from lrc.compressors.prepare import Prepared, prepare
@@ -72,40 +73,48 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
     prepared = prepare(recipe)
     output = Path(recipe.output).expanduser()
     with open_journal(output, _identity(prepared), overwrite=machine.overwrite) as journal:
-        clock = _Clock(journal)
-        if not (output / "checkpoint").is_dir():
-            weights = _weights(prepared.source, journal, clock)
-            reader = WeightReader(weights, prepared.architecture)
-            tokenizer = load_tokenizer(prepared.source)
-            with clock("calibrate"):
-                _calibrate(prepared, reader, tokenizer, journal, machine)
-            with clock("decompose"):
-                plan = _decompose(prepared, reader, journal, machine)
-            journal.write_json("plan.json", plan.to_json())
-            with clock("save"), new_folder(output / "checkpoint") as folder:
-                write_checkpoint(
-                    folder,
-                    plan=plan,
-                    loaded=loaded,
-                    source=prepared.source,
-                    architecture=prepared.architecture,
-                    reader=reader,
-                    tokenizer=tokenizer,
-                    factors=lambda layer, name: journal.read_tensor(factors_file(layer), name),
-                )
-        journal.forget("statistics", *state_files(journal))
-        with clock("evaluate"):
-            evaluation = _evaluate(prepared, journal, clock, machine)
-        result = report.write(prepared, journal, evaluation, clock.seconds, machine.chosen)
+        result = report.stored(prepared, journal)
+        if result is None:
+            clock = _Clock(journal)
+            if not (output / "checkpoint").is_dir():
+                _make_checkpoint(loaded, prepared, journal, clock, machine)
+            journal.forget("statistics", *state_files(journal))
+            with clock("evaluate"):
+                evaluation = _evaluate(prepared, journal, clock, machine)
+            result = report.write(prepared, journal, evaluation, clock.seconds, machine.chosen)
         journal.forget("factors", "source")
-    missed = check_gates(recipe.evaluate.gates, evaluation)
+    missed = check_gates(recipe.evaluate.gates, result["evaluation"])
     if missed:
-        raise GateMissed("\n".join(missed))
+        raise GateMissed(missed, result)
     return result
 
 
+def _make_checkpoint(
+    loaded: LoadedRecipe, prepared: Prepared, journal: Journal, clock: "_Clock", machine: Machine
+) -> None:
+    check_texts(prepared.recipe.evaluate, prepared.tokenizer)
+    weights = _weights(prepared.source, journal, clock)
+    reader = WeightReader(weights, prepared.architecture)
+    with clock("calibrate"):
+        _calibrate(prepared, reader, journal, machine)
+    with clock("decompose"):
+        plan = _decompose(prepared, reader, journal, machine)
+    journal.write_json("plan.json", plan.to_json())
+    with clock("save"), new_folder(journal.output / "checkpoint") as folder:
+        write_checkpoint(
+            folder,
+            plan=plan,
+            loaded=loaded,
+            source=prepared.source,
+            architecture=prepared.architecture,
+            reader=reader,
+            tokenizer=prepared.tokenizer,
+            factors=lambda layer, name: journal.read_tensor(factors_file(layer), name),
+        )
+
+
 def _calibrate(
-    prepared: Prepared, reader: WeightReader, tokenizer: Any, journal: Journal, machine: Machine
+    prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
 ) -> None:
     recipe = prepared.recipe
     targets = [m.name for m in prepared.plan.matrices if m.rank and METHODS[m.method].needs_inputs]
@@ -113,7 +122,7 @@ def _calibrate(
         return
     windows = take_windows(
         recipe.calibration,
-        tokenizer,
+        prepared.tokenizer,
         journal,
         seed=recipe.seed,
         dense=lambda: load_dense(
@@ -206,13 +215,12 @@ def _dtype(prepared: Prepared, machine: Machine) -> torch.dtype:
 def _identity(prepared: Prepared) -> dict[str, Any]:
     """Return what decides the bytes of the checkpoint."""
     recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
+    del recipe["calibration"]["memory_limit_gib"]
     source = prepared.source
     versions = {"lrc": report.versions()["lrc"], "torch": torch.__version__}
-    return {
-        "model": source.fingerprint() | {"dtype": source.spec.dtype},
-        **recipe,
-        "versions": versions,
-    }
+    model = source.fingerprint() | {"dtype": source.spec.dtype, "tokenizer": source.spec.tokenizer}
+    text = {"calibration_text": fingerprint(prepared.recipe.calibration.source)}
+    return {"model": model, **recipe, **text, "versions": versions}
 
 
 class _Clock:

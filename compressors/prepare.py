@@ -1,12 +1,18 @@
 """Look up every name in a recipe before anything expensive starts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from lrc.compressors.corpus import check_source
 from lrc.compressors.evaluate import check_gate_names, check_tasks, check_window
 from lrc.compressors.models.architecture import Architecture, build
-from lrc.compressors.models.source import Source, locate
+from lrc.compressors.models.source import Source, load_tokenizer, locate
+from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.plan import Plan, make_plan
+from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Recipe
 
 
@@ -18,6 +24,11 @@ class Prepared:
     source: Source
     architecture: Architecture
     plan: Plan
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the source, loaded once."""
+        return load_tokenizer(self.source)
 
 
 def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
@@ -32,17 +43,40 @@ def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
     ------
     RecipeError, ModelError, DataError
     """
-    check_gate_names(recipe.evaluate.gates, recipe.evaluate)
+    problems: list[str] = []
     for spec in recipe.evaluate.perplexity:
-        check_source(spec.source, part="evaluation")
-    if recipe.calibration.source != "self":
+        with _noted(problems):
+            check_source(spec.source, part="evaluation")
+    with _noted(problems):
         check_source(recipe.calibration.source, part="calibration")
-    source = locate(recipe.model, weights=weights)
-    for spec in recipe.evaluate.perplexity:
-        check_window(source.config, spec.window)
-    check_window(source.config, recipe.calibration.length, "calibration.length")
+    with _noted(problems):
+        source = locate(recipe.model, weights=weights)
+    if problems:
+        raise RecipeError(problems)
+    for number, spec in enumerate(recipe.evaluate.perplexity):
+        with _noted(problems):
+            check_window(source.config, spec.window, f"evaluate.perplexity[{number}].window")
+    with _noted(problems):
+        check_window(source.config, recipe.calibration.length, "calibration.length")
     architecture = build(source)
-    plan = make_plan(recipe, source, architecture)
-    if recipe.evaluate.tasks.names:
+    with _noted(problems):
+        plan = make_plan(recipe, source, architecture)
+    with _noted(problems):
         check_tasks(recipe.evaluate.tasks)
-    return Prepared(recipe, source, architecture, plan)
+        check_gate_names(recipe.evaluate.gates, recipe.evaluate)
+    if problems:
+        raise RecipeError(problems)
+    prepared = Prepared(recipe, source, architecture, plan)
+    if source.gguf is None and source.weights_local:
+        WeightReader(source.folder, architecture)  # the headers: every file whole, every tensor
+        _ = prepared.tokenizer
+    return prepared
+
+
+@contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Let the checks after this one run too: all problems of a recipe are shown at once."""
+    try:
+        yield
+    except RecipeError as error:
+        problems += error.problems

@@ -84,6 +84,20 @@ def write(
     return report
 
 
+def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
+    """Return the report of an earlier run if nothing is left to do for this recipe."""
+    path = journal.output / "report.json"
+    if not path.is_file() or not (journal.output / "checkpoint").is_dir():
+        return None
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        asked = prepared.recipe.model_dump(mode="json")
+        known = (report["schema_version"], report["recipe"]) == (SCHEMA_VERSION, asked)
+    except (ValueError, TypeError, KeyError):  # edited: written again
+        return None
+    return report if known else None
+
+
 def model_card(report: dict[str, Any], plan: dict[str, Any]) -> str:
     """Render the model card: what it is, how it compares, how to load it, how to make it again."""
     base = report["recipe"]["model"]["path"]

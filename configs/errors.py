@@ -4,6 +4,8 @@ A message says what is wrong, where, what is allowed, what was found, and what t
 The command line prints it without a traceback (`lrc --debug` shows one).
 """
 
+from typing import Any
+
 
 class LrcError(Exception):
     """Base of every error that is the user's to fix."""
@@ -44,9 +46,21 @@ class OutputError(LrcError):
 
 
 class GateMissed(LrcError):
-    """The run is complete and saved, but a quality gate of the recipe was missed."""
+    """The run is complete and saved, but a quality gate of the recipe was missed.
+
+    Parameters
+    ----------
+    missed : list of str
+        One sentence for every missed gate.
+    report : dict
+        The report of the run.
+    """
 
     exit_code = 4
+
+    def __init__(self, missed: list[str], report: dict[str, Any]) -> None:
+        self.report = report
+        super().__init__("\n".join(missed))
 
 
 class Stopped(LrcError):

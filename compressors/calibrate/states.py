@@ -16,18 +16,26 @@ from lrc.compressors.journal import Journal, publish, storage_errors
 
 SNAPSHOT_SECONDS = 30.0
 GIB = 2**30
+GPU_SHARE = 0.2  # of the free memory: a layer, its moments and a batch need the rest
 LIVE, PARTIAL = "states.live", ".states.partial"
 
 
 class HiddenStates:
-    """Hidden states [n_windows, length, d_model] in float32, before layer `next_layer`."""
+    """Hidden states [n_windows, length, d_model] in float32, before layer `next_layer`.
 
-    def __init__(self, journal: Journal, shape: tuple[int, int, int], limit_gib: float) -> None:
+    They stay on a GPU that has room for them, else in memory, else on disk.
+    """
+
+    def __init__(
+        self, journal: Journal, shape: tuple[int, int, int], limit_gib: float, device: str
+    ) -> None:
         self._journal = journal
         self._saved = time.monotonic()
         self.next_layer = 0
         n_bytes = shape[0] * shape[1] * shape[2] * 4
-        if n_bytes <= limit_gib * GIB:
+        if device.startswith("cuda") and n_bytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+            self.tensor = torch.empty(shape, device=device)
+        elif n_bytes <= limit_gib * GIB:
             self.tensor = torch.empty(shape)
         else:
             path = journal.path(LIVE)
@@ -47,7 +55,7 @@ class HiddenStates:
         earlier = self._snapshots()
         partial = self._journal.path(PARTIAL)
         with storage_errors(partial), partial.open("wb") as file:
-            file.write(self.tensor.numpy().data)  # tofile would not say which error it met
+            file.write(self.tensor.cpu().numpy().data)  # tofile would not say which error it met
         publish(partial, self._journal.path(f"states-{self.next_layer:04d}.f32"))
         for path in earlier:
             path.unlink()

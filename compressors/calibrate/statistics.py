@@ -58,7 +58,7 @@ def collect(
         calls = stream.trace(tokens[:batch])
         first = stream.embed(tokens[:batch])
         shape = (len(tokens), tokens.shape[1], first.shape[-1])
-        states = HiddenStates(journal, shape, memory_limit_gib)
+        states = HiddenStates(journal, shape, memory_limit_gib, device)
         if not states.resume():
             for start in range(0, len(tokens), batch):
                 states.tensor[start : start + batch] = stream.embed(tokens[start : start + batch])
@@ -119,7 +119,7 @@ def _apply_layer(
         for start in range(0, len(hidden), batch):
             rows = slice(start, start + batch)
             out = apply(layer, call, hidden[rows].to(stream.device))
-            hidden[rows] = out.to(hidden.device)
+            hidden[rows] = out
     for name, H in moments.items():
         if not bool(torch.isfinite(H).all()):
             raise ModelError(

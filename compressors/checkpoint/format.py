@@ -51,16 +51,25 @@ def check_version(version: Any, where: str) -> None:
     CheckpointError
         If `version` is not a whole number, or above `FORMAT_VERSION`.
     """
-    if isinstance(version, int) and 1 <= version <= FORMAT_VERSION:
-        return
-    raise CheckpointError(
-        f"{where}: format_version must be a whole number in [1, {FORMAT_VERSION}], got "
-        f"{version!r}; if it was written by a newer lrc, upgrade lrc to read it"
-    )
+    if version is True or not isinstance(version, int) or version < 1:
+        raise CheckpointError(
+            f"{where}: format_version must be a whole number in [1, {FORMAT_VERSION}], got "
+            f"{version!r}; the file was edited: copy or download the checkpoint again"
+        )
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format_version is {version}, this lrc reads up to {FORMAT_VERSION}; the "
+            "checkpoint was written by a newer lrc: upgrade lrc to read it"
+        )
 
 
-def check_modules(modules: Mapping[str, Any], where: str) -> None:
+def check_modules(modules: Any, where: str) -> None:
     """Refuse a module table that this version cannot have written."""
+    if not isinstance(modules, Mapping):
+        raise CheckpointError(
+            f"{where}: modules must map names to forms, got {modules!r:.60}; the file was edited: "
+            "copy or download the checkpoint again"
+        )
     for name, spec in modules.items():
         rank = spec.get("rank") if isinstance(spec, Mapping) else None
         if (
@@ -71,5 +80,5 @@ def check_modules(modules: Mapping[str, Any], where: str) -> None:
         ):
             raise CheckpointError(
                 f"{where}: modules[{name!r}] must be {{'form': 'low_rank', 'rank': N >= 1}}, "
-                f"got {spec!r}; the file was edited, compress again"
+                f"got {spec!r}; the file was edited: copy or download the checkpoint again"
             )

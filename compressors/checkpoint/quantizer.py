@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -22,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.layers import LowRank
+from lrc.compressors.shards import read_headers
 from lrc.configs.errors import CheckpointError
 
 
@@ -125,21 +125,15 @@ def check_headers(expected: dict[str, list[int]], files: list[str]) -> None:
     CheckpointError
         Truncated file, missing tensor or wrong shape, each by name.
     """
-    found: dict[str, list[int]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():
-                    found[name] = list(shard.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{Path(file).name}: not a whole safetensors file ({error}); copy or download the "
-                "checkpoint again"
-            ) from error
+    try:
+        found = read_headers(map(Path, files))
+    except ValueError as error:
+        raise CheckpointError(f"{error}; copy or download the checkpoint again") from error
+    shapes = {name: header.shape for name, header in found.items()}
     wrong = [
-        f"{name}: expected {shape}, found {found.get(name, 'nothing')}"
+        f"{name}: expected {shape}, found {shapes.get(name, 'nothing')}"
         for name, shape in expected.items()
-        if found.get(name) != shape
+        if shapes.get(name) != shape
     ]
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.writer import sha256
+from lrc.compressors.shards import read_headers, shard_files
 from lrc.configs.errors import CheckpointError
+
+AGAIN = "copy or download the checkpoint again, or compress again"
 
 
 def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
@@ -31,15 +34,23 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
     read_config(folder)
     check_files(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", device_map=device, use_safetensors=True
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            device_map=device,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+        model, loading = found
+    except CheckpointError as error:  # of our own quantizer, which does not know the folder
+        raise CheckpointError(f"{folder}: {error}") from error
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
-        raise CheckpointError(
-            f"{folder}: cannot be loaded ({lines[0][:200]}); copy or download it again, or "
-            "compress again"
-        ) from error
+        raise CheckpointError(f"{folder}: cannot be loaded ({lines[0][:200]}); {AGAIN}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would go on with random numbers
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(f"{folder}: the weights lack {', '.join(missing[:3])}{more}; {AGAIN}")
     return model.eval()
 
 
@@ -67,22 +78,38 @@ def read_config(folder: Path) -> dict[str, Any]:
     CheckpointError
     """
     path = folder / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
+        what = "no checkpoint here (no config.json)" if folder.is_dir() else "no such folder"
         raise CheckpointError(
-            f"{folder}: no checkpoint here (no config.json); the checkpoint of a run is its folder "
-            "OUTPUT/checkpoint"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable JSON file ({error}); copy the checkpoint again"
-        ) from error
+            f"{folder}: {what}; the checkpoint of a run is its folder OUTPUT/checkpoint"
+        )
+    config = read_object(path)
     block = config.get("quantization_config") or {}
-    if block.get("quant_method") == layout.QUANT_METHOD:
+    ours = isinstance(block, dict) and block.get("quant_method") == layout.QUANT_METHOD
+    if ours:
         layout.check_version(block.get("format_version"), f"{path}: quantization_config")
         layout.check_modules(block.get("modules", {}), f"{path}: quantization_config")
+    elif (folder / layout.MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path}: has lost its quantization_config, which names the matrices; {AGAIN}"
+        )
     return config
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file ({error}); {AGAIN}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must be a JSON object, got {value!r:.60}; {AGAIN}")
+    return value
 
 
 def check_files(folder: Path) -> dict[str, list[int]]:
@@ -93,18 +120,15 @@ def check_files(folder: Path) -> dict[str, list[int]]:
     CheckpointError
         If a file is truncated or a shard named by the index is missing.
     """
-    shapes: dict[str, list[int]] = {}
-    for path in _shards(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    shapes[name] = list(file.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: not a whole safetensors file ({str(error).strip()[:200]}); copy or "
-                "download the checkpoint again"
-            ) from error
-    return shapes
+    try:
+        headers = read_headers(shard_files(folder))
+    except ValueError as error:
+        raise CheckpointError(f"{error}; {AGAIN}") from error
+    if not headers:
+        raise CheckpointError(
+            f"{folder}: holds no weights as safetensors, the only form read; {AGAIN}"
+        )
+    return {name: header.shape for name, header in headers.items()}
 
 
 def verify_hashes(folder: Path) -> list[str]:
@@ -117,8 +141,12 @@ def verify_hashes(folder: Path) -> list[str]:
     """
     path = folder / layout.MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no {layout.MANIFEST}; it was not written by lrc compress")
-    hashes: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        raise CheckpointError(
+            f"{folder}: has no {layout.MANIFEST}, the hashes to compare with; {AGAIN}"
+        )
+    hashes = read_object(path).get("sha256")
+    if not isinstance(hashes, dict):
+        raise CheckpointError(f"{path}: holds no hashes; {AGAIN}")
     problems = []
     for name, expected in hashes.items():
         file = folder / name
@@ -127,14 +155,3 @@ def verify_hashes(folder: Path) -> list[str]:
         elif sha256(file) != expected:
             problems.append(f"{name} has changed since it was written")
     return problems
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return [folder / name for name in sorted(set(weight_map.values()))]
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise CheckpointError(f"{folder}: holds no weights (*.safetensors)")
-    return shards

@@ -5,7 +5,14 @@ source, `tokens` what a tokenizer makes of them, `windows` how the tokens are cu
 tokenizers, not models.
 """
 
-from lrc.compressors.corpus.documents import SOURCES, Document, Part, check_source, read_documents
+from lrc.compressors.corpus.documents import (
+    SOURCES,
+    Document,
+    Part,
+    check_source,
+    fingerprint,
+    read_documents,
+)
 from lrc.compressors.corpus.tokens import default_bos, join_documents, tokenize
 from lrc.compressors.corpus.windows import (
     Windows,
@@ -25,6 +32,7 @@ __all__ = [
     "default_bos",
     "disjoint_windows",
     "evaluation_windows",
+    "fingerprint",
     "join_documents",
     "random_windows",
     "read_documents",

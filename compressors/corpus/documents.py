@@ -90,12 +90,20 @@ def check_source(source: str, *, part: Part | None = None) -> None:
     if source == "self":
         raise RecipeError([f"{key}: 'self' stands for calibration only; allowed: {_allowed()}"])
     if path.is_dir():
-        raise DataError(f"{key}: {source} is a directory; give a .jsonl or .txt file in it")
+        raise RecipeError([f"{key}: {source} is a folder; give a .jsonl or .txt file in it"])
     if path.suffix.lower() not in SUFFIXES:
         got = f"a file ending '{path.suffix}'" if path.exists() else f"'{source}'"
         raise RecipeError([f"{key}: must be {_allowed()}, got {got}{_hint(path)}"])
     if not path.exists():
         raise RecipeError([f"{key}: no such file: {source}{_hint(path)}; allowed: {_allowed()}"])
+
+
+def fingerprint(source: str) -> list[int] | None:
+    """Return what changes when a file does, size and time of change; None for named sources."""
+    if source in SOURCES or source == "self":
+        return None
+    found = Path(source).expanduser().stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _allowed() -> str:

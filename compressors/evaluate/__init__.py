@@ -1,6 +1,6 @@
 """How good a model is: perplexity, benchmark tasks, dense against compressed, quality gates."""
 
-from lrc.compressors.evaluate.compare import compare, evaluate_model, recovery
+from lrc.compressors.evaluate.compare import check_texts, compare, evaluate_model, recovery
 from lrc.compressors.evaluate.gates import check_gate_names, check_gates
 from lrc.compressors.evaluate.harness import (
     MetricValue,
@@ -19,6 +19,7 @@ __all__ = [
     "check_gate_names",
     "check_gates",
     "check_tasks",
+    "check_texts",
     "check_window",
     "compare",
     "evaluate_model",

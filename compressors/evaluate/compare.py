@@ -58,6 +58,17 @@ def evaluate_model(
     }
 
 
+def check_texts(evaluate: Evaluate, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse texts that cannot be had or are too short, before hours are spent.
+
+    Raises
+    ------
+    DataError
+    """
+    for spec in evaluate.perplexity:
+        evaluation_windows(spec, tokenizer)
+
+
 def _perplexity_entry(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",

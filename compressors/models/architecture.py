@@ -14,11 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lrc.compressors.models.source import Source
+from lrc.compressors.models.source import SUPPORTED, Source
 from lrc.configs.errors import ModelError
-
-TESTED = "Llama, Mistral, Qwen2, Qwen3, Gemma-3, OPT and GPT-NeoX"
-SUPPORTED = f"decoder-only models whose layers hold torch.nn.Linear (tested: {TESTED})"
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,8 @@ def build(source: Source) -> Architecture:
     config = source.config
     if getattr(config, "is_encoder_decoder", False):
         raise _unsupported(config, "it is an encoder-decoder model")
+    if any(name.endswith("ForMaskedLM") for name in config.architectures or []):
+        raise _unsupported(config, "it predicts masked tokens, not the next one")
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(

@@ -1,6 +1,9 @@
 """Where a model lies: a Hub id, a folder of safetensors, or a GGUF file. Touches no weight."""
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +13,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import __version__ as transformers_version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.quantization_config import GgufConfig
 
@@ -19,6 +23,8 @@ from lrc.configs.recipe import Model
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 # Everything a tokenizer, a config and safe weights can consist of; never a pickle.
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+TESTED = "Llama, Mistral, Qwen2, Qwen3, Gemma-3, OPT and GPT-NeoX"
+SUPPORTED = f"decoder-only models whose layers hold torch.nn.Linear (tested: {TESTED})"
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -79,16 +85,11 @@ def locate(spec: Model, *, weights: bool = True) -> Source:
     """
     path = Path(spec.path).expanduser()
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ModelError(
-                f"model.path: {path} is a file, but only .gguf files are read as a single file; "
-                "give the folder that holds config.json and *.safetensors"
-            )
-        source = Source(spec, path.parent, _read_config(path.parent, spec, path.name), path.name)
+        source = _from_file(spec, path)
     elif path.is_dir():
         if spec.file:
             return locate(spec.model_copy(update={"path": str(path / spec.file), "file": None}))
-        source = Source(spec, path, _read_config(path, spec, None))
+        source = Source(spec, path, _read_config(path, spec))
     elif HUB_ID.match(spec.path) and not spec.path.endswith(".gguf"):
         source = _from_hub(spec, weights=weights)
     else:
@@ -102,56 +103,105 @@ def locate(spec: Model, *, weights: bool = True) -> Source:
     return source
 
 
+def _from_file(spec: Model, path: Path) -> Source:
+    if path.suffix.lower() == ".gguf":
+        return Source(spec, path.parent, _read_gguf_config(path), path.name)
+    if path.suffix in UNSAFE:
+        raise ModelError(_pickled(path))
+    raise ModelError(
+        f"model.path: {path} is a file, but only .gguf files are read as a single file; "
+        "give the folder that holds config.json and *.safetensors"
+    )
+
+
 def _from_hub(spec: Model, *, weights: bool) -> Source:
     patterns = [*SMALL_FILES, *(["*.py"] if spec.trust_remote_code else [])]
-    try:
+    patterns += ["*.safetensors"] if weights else []
+    with _reaching(spec.path, "model.path"):
         if spec.file:
-            file = Path(hf_hub_download(spec.path, spec.file, revision=spec.revision))
-            return Source(spec, file.parent, _read_config(file.parent, spec, file.name), file.name)
-        if weights:
-            patterns.append("*.safetensors")
-        folder = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
+            path = Path(hf_hub_download(spec.path, spec.file, revision=spec.revision))
+        else:
+            path = Path(
+                snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns)
+            )
+    if spec.file:
+        return _from_file(spec, path)
+    return Source(spec, path, _read_config(path, spec), weights_local=weights)
+
+
+@contextmanager
+def _reaching(name: str, where: str) -> Iterator[None]:
+    try:
+        yield
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"model.path: {spec.path!r} is no local folder and could not be fetched from the Hub "
-            f"({_first_line(error)}); check the name, log in for a gated model, or download it "
+            f"{where}: {name!r} is no local folder and could not be fetched from the Hub "
+            f"({first_line(error)}); check the name, log in for a gated model, or download it "
             "elsewhere and give the folder"
         ) from error
-    return Source(spec, folder, _read_config(folder, spec, None), weights_local=weights)
 
 
-def _read_config(folder: Path, spec: Model, gguf: str | None) -> PreTrainedConfig:
-    if gguf is None and not (folder / "config.json").is_file():
+def _read_gguf_config(path: Path) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # the readers of transformers and gguf raise nearly anything
+        raise ModelError(
+            f"model.path: {path} could not be read ({first_line(error)}); it may be truncated, or "
+            "of an architecture that transformers does not read from GGUF: copy or download it "
+            "again, or give the original model"
+        ) from error
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def _read_config(folder: Path, spec: Model) -> PreTrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
         raise ModelError(
             f"model.path: {folder} has no config.json; give a folder written by save_pretrained, "
             "a Hub id, or a .gguf file"
         )
     try:
-        if gguf is not None:
-            config = AutoConfig.from_pretrained(folder, gguf_file=gguf)
-        else:
-            raw, _ = PreTrainedConfig.get_config_dict(folder)
-            _refuse_remote_code(raw, spec)
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    except ModelError:
-        raise
-    except Exception as error:  # the readers of transformers and gguf raise nearly anything
-        what = gguf or "config.json"
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.path: {folder / what} could not be read ({_first_line(error)}); it may be "
+            f"model.path: {path} could not be read as JSON ({first_line(error)}); it may be "
             "truncated: copy or download it again"
         ) from error
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = (
-            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        )
+    if not isinstance(raw, dict):
         raise ModelError(
-            f"model.path: {folder} is already compressed (quant_method {method!r}); lrc starts "
-            "from full-precision weights: give the original model"
+            f"model.path: {path} must hold a JSON object, got {type(raw).__name__}; copy or "
+            "download it again"
         )
+    _refuse_quantized(raw, folder)
+    _refuse_remote_code(raw, spec)
+    kind = raw.get("model_type")
+    if kind not in CONFIG_MAPPING and not spec.trust_remote_code:
+        raise ModelError(
+            f"model.path: {path} names the model_type {kind!r}, which transformers "
+            f"{transformers_version} does not know; supported are {SUPPORTED}"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    except Exception as error:  # as above
+        raise ModelError(
+            f"model.path: {path} could not be read ({first_line(error)}); it was edited, or needs "
+            "another version of transformers: copy or download it again"
+        ) from error
     assert isinstance(config, PreTrainedConfig)
     return config
+
+
+def _refuse_quantized(raw: dict[str, Any], folder: Path) -> None:
+    quantization = raw.get("quantization_config")
+    if not quantization:
+        return
+    known = isinstance(quantization, dict)
+    method = quantization.get("quant_method", "unnamed") if known else quantization
+    raise ModelError(
+        f"model.path: {folder} is already compressed (quant_method {method!r}); lrc starts "
+        "from full-precision weights: give the original model"
+    )
 
 
 def _refuse_remote_code(raw: dict[str, Any], spec: Model) -> None:
@@ -168,14 +218,18 @@ def _refuse_unsafe(source: Source) -> None:
         return
     pickles = sorted(f.name for f in source.folder.iterdir() if f.suffix in UNSAFE)
     if pickles:
-        raise ModelError(
-            f"model.path: {source.folder} holds {pickles[0]} but no safetensors; pickled weights "
-            "can run code and are never read: convert them once with transformers "
-            "(AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)) and give FOLDER"
-        )
+        raise ModelError(_pickled(source.folder / pickles[0]))
     raise ModelError(
         f"model.path: {source.folder} holds no weights (*.safetensors); give a folder written by "
         "save_pretrained, a Hub id, or a .gguf file"
+    )
+
+
+def _pickled(path: Path) -> str:
+    return (
+        f"model.path: {path} is not safetensors; pickled weights can run code and are never read: "
+        "convert them once with transformers "
+        "(AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)) and give FOLDER"
     )
 
 
@@ -184,19 +238,37 @@ def load_tokenizer(source: Source) -> Any:
 
     Raises
     ------
+    RecipeError
+        A local path that does not exist.
     ModelError
         If there is none.
     """
-    where = source.spec.tokenizer or source.folder
+    spec = source.spec
+    folder = _tokenizer_folder(spec.tokenizer) if spec.tokenizer else source.folder
     try:
-        if source.gguf and not source.spec.tokenizer:
-            return AutoTokenizer.from_pretrained(where, gguf_file=source.gguf)
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=source.spec.trust_remote_code)
+        if source.gguf and not spec.tokenizer:
+            return AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # as above
         raise ModelError(
-            f"model: no tokenizer could be loaded from {where} ({_first_line(error)}); put "
+            f"model: no tokenizer could be loaded from {folder} ({first_line(error)}); put "
             "tokenizer.json beside the model or name its place in model.tokenizer"
         ) from error
+
+
+def _tokenizer_folder(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not HUB_ID.match(name):
+        raise RecipeError(
+            [
+                f"model.tokenizer: no folder {name!r}, and it is no Hub id (org/name) either; "
+                "give the folder that holds tokenizer.json"
+            ]
+        )
+    with _reaching(name, "model.tokenizer"):
+        return Path(snapshot_download(name, allow_patterns=SMALL_FILES))
 
 
 def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str) -> Any:
@@ -243,12 +315,13 @@ def convert_gguf(source: Source, folder: Path) -> None:
     except Exception as error:  # as above
         raise ModelError(
             f"model.path: {source.folder / str(source.gguf)} could not be de-quantised "
-            f"({_first_line(error)}); it may be truncated, or of an architecture that "
+            f"({first_line(error)}); it may be truncated, or of an architecture that "
             "transformers does not read from GGUF"
         ) from error
     model.save_pretrained(folder)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Name an error of another library in a few words."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

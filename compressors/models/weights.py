@@ -1,6 +1,5 @@
 """Weights from safetensors, one tensor at a time, under the names of the module tree."""
 
-import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.shards import read_headers, shard_files
 from lrc.configs.errors import ModelError
 
 
@@ -38,10 +38,13 @@ class WeightReader:
     def __init__(self, folder: Path, architecture: Architecture) -> None:
         self.folder = folder
         self._architecture = architecture
-        self._files, shapes = _index(folder)
+        try:
+            headers = read_headers(shard_files(folder))
+        except ValueError as error:
+            raise ModelError(f"model.path: {error}; copy or download it again") from error
         self._parameters = architecture.stored_parameters()
-        found = _renamed(self._files, architecture.model)
-        self._keys: dict[str, str] = {}
+        found = _renamed(headers, architecture.model)
+        self._keys: dict[str, tuple[str, Path]] = {}
         problems = []
         for name, parameter in self._parameters.items():
             # A tied tensor may have been saved under its other name only.
@@ -50,9 +53,9 @@ class WeightReader:
             if key is None:
                 problems.append(f"{name} is missing")
                 continue
-            if shapes[key] != list(parameter.shape):
-                problems.append(f"{name} is {shapes[key]}, not {list(parameter.shape)}")
-            self._keys[name] = key
+            if headers[key].shape != list(parameter.shape):
+                problems.append(f"{name} is {headers[key].shape}, not {list(parameter.shape)}")
+            self._keys[name] = key, headers[key].file
         if problems:
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise ModelError(
@@ -72,14 +75,20 @@ class WeightReader:
         Raises
         ------
         ModelError
-            If a number in it is not finite.
+            If a number in it is not finite, or the file has gone.
         """
-        key = self._keys[name]
+        key, path = self._keys[name]
         # Opened anew each time and copied: a file that stays mapped keeps every page that was ever
         # touched resident, and in the end the whole model.
-        with safe_open(self._files[key], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-            tensor = tensor.to(device, self._parameters[name].dtype, copy=True)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(key)
+                tensor = tensor.to(device, self._parameters[name].dtype, copy=True)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"model.path: {path} can no longer be read ({str(error).strip()[:200]}); put it "
+                "back unchanged and run the same command again, it continues"
+            ) from error
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(
                 f"model.path: {name} holds NaN or Inf; the source is damaged (or overflows "
@@ -152,28 +161,3 @@ def _renamed(keys: Iterable[str], model: Any) -> dict[str, str]:
         if converted is None:
             result[name] = key
     return result
-
-
-def _index(folder: Path) -> tuple[dict[str, Path], dict[str, list[int]]]:
-    """Read the header of every shard; return tensor name -> file, and -> shape."""
-    files: dict[str, Path] = {}
-    shapes: dict[str, list[int]] = {}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif (folder / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    else:
-        names = sorted(f.name for f in folder.glob("*.safetensors"))
-    for name in names:
-        try:
-            with safe_open(folder / name, framework="pt") as shard:
-                for key in shard.keys():
-                    files[key] = folder / name
-                    shapes[key] = list(shard.get_slice(key).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"model.path: {folder / name} is not a whole safetensors file "
-                f"({str(error).strip()[:200]}); copy or download it again"
-            ) from error
-    return files, shapes

@@ -105,7 +105,7 @@ def test_damaged_files_are_refused_in_one_clear_sentence(tmp_path, name, content
 
 
 def test_a_directory_is_refused(tmp_path):
-    with pytest.raises(DataError, match="is a directory"):
+    with pytest.raises(RecipeError, match="is a folder"):
         check_source(str(tmp_path))
 
 

@@ -43,7 +43,7 @@ def test_the_same_run_continues_and_another_is_refused(tmp_path: Path) -> None:
     with open_journal(output, {"seed": 0, "model": "m"}) as journal:
         assert journal.has("piece.json")
     with (
-        pytest.raises(OutputError, match="differs in seed; choose another folder, or pass"),
+        pytest.raises(OutputError, match=r"differs in seed \(0 there, 1 here\); choose another"),
         open_journal(output, {"seed": 1, "model": "m"}),
     ):
         pass

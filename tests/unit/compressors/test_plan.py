@@ -124,13 +124,9 @@ def test_a_plan_that_makes_nothing_smaller_is_refused() -> None:
 def test_few_calibration_tokens_are_a_warning() -> None:
     assert plan_of({"keep": 0.5, "method": "svd"}, samples=1, length=8).warnings == []
     warnings = plan_of({"keep": 0.5, "method": "svd-llm"}, samples=1, length=8).warnings
-    assert (
-        warnings
-        == [
-            "calibration: 8 tokens are few for 6 matrices of input width 64; 256 or more are advised",
-            "calibration: 8 tokens are few for 2 matrices of input width 2; 8 or more are advised",
-        ][:1]
-    )
+    assert len(warnings) == 1  # the tiny matrices stay dense but would have had enough
+    assert "8 tokens are few" in warnings[0]
+    assert "input width 64; 256 or more are advised" in warnings[0]
 
 
 def test_a_plan_is_json() -> None:

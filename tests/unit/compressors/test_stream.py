@@ -1,0 +1,202 @@
+"""One decoder layer at a time, with the result of the whole model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.stream import LayerStream, apply, watch_inputs
+from lrc.compressors.journal import Journal
+from lrc.compressors.models.architecture import Architecture, build
+from lrc.compressors.models.source import locate
+from lrc.compressors.models.weights import WeightReader
+from lrc.configs.errors import ModelError
+from lrc.configs.recipe import Model
+
+LAYERS = 3
+
+
+@pytest.fixture
+def source(tiny_llama, tmp_path):
+    tiny_llama(num_hidden_layers=LAYERS).save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def architecture(source) -> Architecture:
+    return build(locate(Model(path=str(source), dtype="float32")))
+
+
+@pytest.fixture
+def reader(source, architecture) -> WeightReader:
+    return WeightReader(source, architecture)
+
+
+@pytest.fixture
+def stream(architecture, reader) -> LayerStream:
+    return LayerStream(architecture, reader, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(2, 512, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+def resident(architecture: Architecture) -> set[int]:
+    """Name the decoder layers that are not wholly on the meta device."""
+    return {
+        index
+        for index, layer in enumerate(architecture.layers)
+        if not all(p.is_meta for p in layer.parameters())
+    }
+
+
+@contextmanager
+def residents_seen(architecture: Architecture) -> Iterator[list[tuple[int, set[int]]]]:
+    """Note, whenever a linear is applied, its layer and which layers are resident."""
+    seen: list[tuple[int, set[int]]] = []
+    hooks = [
+        architecture.model.get_submodule(linear.name).register_forward_hook(
+            lambda *_, layer=linear.layer: seen.append((layer, resident(architecture)))
+        )
+        for linear in architecture.linears
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def test_only_the_layer_at_work_is_off_the_meta_device(architecture, reader, tokens, tmp_path):
+    with residents_seen(architecture) as seen:
+        statistics.collect(
+            architecture,
+            reader,
+            tokens,
+            [linear.name for linear in architecture.linears],
+            Journal(tmp_path / "out"),
+            device="cpu",
+            memory_limit_gib=1.0,
+            on_step=lambda *_: None,
+        )
+    assert all(layers == {layer} for layer, layers in seen)
+    assert {layer for layer, _ in seen} == set(range(LAYERS))
+    assert len(seen) == 2 * len(architecture.linears)  # traced once, applied once
+    assert all(p.is_meta for p in architecture.model.parameters())
+
+
+def test_the_head_is_never_read(architecture, stream, tokens):
+    with stream.around_layers():
+        assert resident(architecture) == set()
+        assert not architecture.model.model.embed_tokens.weight.is_meta
+        assert architecture.model.lm_head.weight.is_meta
+        stream.trace(tokens)
+    assert architecture.model.model.embed_tokens.weight.is_meta
+
+
+def test_layers_applied_in_turn_give_the_states_of_the_whole_model(source, stream, tokens):
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(tokens, output_hidden_states=True).hidden_states
+    with stream.around_layers():
+        calls = stream.trace(tokens[:2])
+        hidden = torch.cat([stream.embed(tokens[:2]), stream.embed(tokens[2:])])
+    for index, call in enumerate(calls):
+        torch.testing.assert_close(hidden, expected[index], rtol=1e-5, atol=1e-5)
+        with stream.layer(index) as layer, torch.no_grad():
+            hidden = torch.cat([apply(layer, call, hidden[:2]), apply(layer, call, hidden[2:])])
+    final = model.model.norm(hidden)
+    torch.testing.assert_close(final, expected[-1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_trace_finds_what_shares_an_input(stream, tokens):
+    with stream.around_layers():
+        calls = stream.trace(tokens)
+    for index, call in enumerate(calls):
+        prefix = f"model.layers.{index}"
+        assert call.groups == [
+            [f"{prefix}.self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj")],
+            [f"{prefix}.self_attn.o_proj"],
+            [f"{prefix}.mlp.{leaf}" for leaf in ("gate_proj", "up_proj")],
+            [f"{prefix}.mlp.down_proj"],
+        ]
+
+
+def test_another_view_of_the_same_memory_is_another_input(architecture, stream, tokens):
+    """Same address, other columns: one second moment cannot stand for both."""
+
+    class Halves(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = inner.gate_proj, inner.up_proj
+            self.down_proj = inner.down_proj
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.gate_proj(x)
+            self.up_proj(x.flatten(0, 1)[:4].view(1, 4, -1))
+            return x
+
+    for layer in architecture.layers:
+        layer.mlp = Halves(layer.mlp)
+    with stream.around_layers():
+        calls = stream.trace(tokens)
+    assert ["model.layers.0.mlp.gate_proj"] in calls[0].groups
+    assert ["model.layers.0.mlp.up_proj"] in calls[0].groups
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_model_that_skips_layers_is_refused(architecture, stream, tokens, monkeypatch, calls):
+    def forward(**_: Any) -> None:
+        for layer in architecture.layers[:calls]:
+            layer.forward = lambda x: x
+            layer(torch.zeros(1, 1, 32))
+
+    monkeypatch.setattr(architecture.model.model, "forward", forward)
+    with stream.around_layers():
+        with pytest.raises(ModelError, match="does not call every decoder layer"):
+            stream.trace(tokens)
+        if not calls:
+            with pytest.raises(ModelError, match="never calls the first decoder layer"):
+                stream.embed(tokens)
+
+
+def test_an_error_in_a_layer_leaves_no_hook_and_no_weight(architecture, stream, tokens):
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("in the second layer")
+
+    architecture.layers[1].mlp.forward = fail
+    with stream.around_layers(), pytest.raises(RuntimeError, match="second layer"):
+        stream.trace(tokens)
+    hooks = [
+        hook
+        for module in architecture.model.modules()
+        for hook in (*module._forward_pre_hooks, *module._forward_hooks)
+    ]
+    assert hooks == []
+    assert all(p.is_meta for p in architecture.model.parameters())
+
+
+def test_watching_ends_with_its_context(architecture, stream):
+    seen = []
+    name = "model.layers.0.mlp.up_proj"
+    x = torch.ones(2, 32)
+    with stream.layer(0) as layer:
+        with watch_inputs(layer, "model.layers.0", [name], lambda *args: seen.append(args)):
+            layer.mlp.up_proj(x)
+        layer.mlp.up_proj(x)
+    assert len(seen) == 1
+    assert seen[0][0] == name
+    assert seen[0][1] is x
+
+
+@pytest.mark.parametrize(
+    ("n_windows", "length", "expected"),
+    [(128, 1024, 2), (6, 48, 6), (7, 1024, 1), (10, 512, 2), (1, 8192, 1), (9, 700, 1)],
+)
+def test_a_batch_is_a_divisor_within_the_token_budget(n_windows, length, expected):
+    """All batches have one shape, because the recorded masks have it."""
+    assert statistics._batch_size(n_windows, length, "cpu") == expected

@@ -1,0 +1,113 @@
+"""Four top-level folders are one import package, and its lists hold all that is in them."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("cli", "compressors", "configs", "recipes")
+HEAVY = ("torch", "transformers", "datasets", "lm_eval", "accelerate", "numpy")
+
+
+@pytest.fixture(scope="module")
+def setuptools() -> dict[str, Any]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        table: dict[str, Any] = tomllib.load(file)["tool"]["setuptools"]
+    return table
+
+
+def answer(code: str, folder: Path) -> Any:
+    """Run code in a fresh Python in another folder; return what it prints as JSON."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, text=True
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_package_is_listed(setuptools):
+    """What is not goes missing from the wheel, and works everywhere else."""
+    inner = [
+        ".".join(("lrc", *path.parent.relative_to(ROOT).parts))
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("__init__.py")
+    ]
+    assert len(inner) > 8
+    assert setuptools["packages"] == sorted(["lrc", *inner])
+
+
+def test_every_folder_with_code_is_a_package():
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            assert (path.parent / "__init__.py").is_file(), path
+
+
+def test_every_data_file_is_listed(setuptools):
+    listed = {
+        path
+        for package, patterns in setuptools["package-data"].items()
+        if package != "lrc"
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")[1:]).glob(pattern)
+    }
+    present = {
+        path
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert present == listed
+    assert (ROOT / ".package/lrc/py.typed").is_file()
+
+
+def test_every_folder_is_linked_into_the_package(setuptools):
+    package = ROOT / ".package/lrc"
+    assert setuptools["package-dir"] == {
+        "lrc": ".package/lrc",
+        **{f"lrc.{folder}": folder for folder in FOLDERS},
+    }
+    for folder in FOLDERS:
+        assert (package / folder).resolve() == ROOT / folder
+        assert not Path(package / folder).readlink().is_absolute()
+
+
+def test_no_part_is_a_global_name(tmp_path):
+    code = (
+        "import importlib.util, json;"
+        f"print(json.dumps([n for n in {FOLDERS} if importlib.util.find_spec(n)]))"
+    )
+    assert answer(code, tmp_path) == []
+    assert not set(FOLDERS) & set(sys.modules)
+
+
+def test_importing_lrc_loads_nothing_heavy(tmp_path):
+    code = f"import json, sys, lrc; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
+    assert answer(code, tmp_path) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(tmp_path, arguments):
+    code = f"""
+import json, sys
+from lrc.cli.main import main
+sys.argv = ["lrc", *{arguments}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print()
+print(json.dumps([m for m in {HEAVY} if m in sys.modules]))
+"""
+    assert answer(code, tmp_path) == []
+
+
+def test_the_command_is_installed():
+    (entry,) = metadata.entry_points(group="console_scripts", name="lrc")
+    assert entry.value == "lrc.cli.main:main"
+    assert entry.dist is not None
+    assert entry.dist.name == "lrc-compress"
