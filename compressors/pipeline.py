@@ -92,7 +92,7 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
 def _make_checkpoint(
     loaded: LoadedRecipe, prepared: Prepared, journal: Journal, clock: "_Clock", machine: Machine
 ) -> None:
-    check_texts(prepared.recipe.evaluate, prepared.tokenizer)
+    check_texts(prepared.architecture.model, prepared.tokenizer, prepared.recipe.evaluate)
     weights = _weights(prepared.source, journal, clock)
     reader = WeightReader(weights, prepared.architecture)
     with clock("calibrate"):
@@ -125,6 +125,7 @@ def _calibrate(
         prepared.tokenizer,
         journal,
         seed=recipe.seed,
+        embedding=prepared.architecture.model.get_input_embeddings(),
         dense=lambda: load_dense(
             prepared.source, reader.folder, dtype=_dtype(prepared, machine), device=machine.chosen
         ),
@@ -217,7 +218,8 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
     recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
     del recipe["calibration"]["memory_limit_gib"]
     source = prepared.source
-    versions = {"lrc": report.versions()["lrc"], "torch": torch.__version__}
+    installed = report.versions()
+    versions = {name: installed[name] for name in ("lrc", "torch", "transformers")}
     model = source.fingerprint() | {"dtype": source.spec.dtype, "tokenizer": source.spec.tokenizer}
     text = {"calibration_text": fingerprint(prepared.recipe.calibration.source)}
     return {"model": model, **recipe, **text, "versions": versions}

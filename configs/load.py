@@ -129,7 +129,8 @@ def _what_instead(path: Path) -> str:
     shipped = str(path).removesuffix(".yaml")
     if same is None and shipped in names():
         return f"'{shipped}' is a shipped recipe, `lrc recipes copy {shipped}` puts it here"
-    near = same or closest(path.name, beside)
+    stems = {each.stem: name for name, each in beside.items()}
+    near = same or stems.get(closest(path.stem, stems) or "")
     if near is not None:
         return f"did you mean '{path.with_name(near)}'?"
     return "check the path, or start from a shipped one: `lrc recipes list`"

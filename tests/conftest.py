@@ -5,9 +5,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+import gc
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -100,13 +104,22 @@ def tiny_model_folder(
 
 
 @pytest.fixture(scope="session")
-def tiny_recipe() -> Callable[..., Path]:
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """File of a few thousand tokens of English: quicker to read than all of python-docs."""
+    path = tmp_path_factory.mktemp("texts") / "english.txt"
+    text = "\n\n".join(map(str, read_documents("python-docs", part="evaluation")))
+    path.write_text(text[:20_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_text: Path) -> Callable[..., Path]:
     """Write a recipe for a tiny model beside its output folder; keywords replace top-level keys."""
 
     def write(folder: Path, output: Path, **changes: Any) -> Path:
         recipe = {
             "model": str(folder),
-            "calibration": {"source": "python-docs", "samples": 4, "length": 64},
+            "calibration": {"source": str(tiny_text), "samples": 4, "length": 64},
             "stages": [{"decompose": {"method": "svd-llm", "keep": 0.6}}],
             "output": str(output),
             **changes,
@@ -116,3 +129,116 @@ def tiny_recipe() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """What stderr says in lines that start with ``error:``."""
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+    def refuses(self, code: int, *words: str, count: int = 1) -> None:
+        """Demand this exit code, nothing on stdout, no traceback, and `count` errors with words."""
+        assert (self.code, self.out) == (code, ""), self.err
+        assert "Traceback" not in self.err
+        assert "fault of lrc" not in self.err
+        assert len(self.errors) == count, self.err
+        for word in words:
+            assert any(word in error for error in self.errors), self.err
+
+
+@pytest.fixture
+def lrc(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Ended]]:
+    """Run the command line in this process: starting one of its own takes seconds."""
+    from transformers.utils import logging
+
+    from lrc.cli import console
+    from lrc.cli.main import main
+
+    gc.freeze()  # the pipeline collects garbage after every stage: leave out what imports made
+    monkeypatch.setattr(console, "hush", lambda: None)  # it sets variables for the whole process
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr("sys.argv", ["lrc", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Ended(code, captured.out, captured.err)
+
+    yield run
+    logging.set_verbosity(verbosity)
+    if bars:
+        logging.enable_progress_bar()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+class Child:
+    """The command line in a process forked from this one, which has paid for the imports."""
+
+    def __init__(self, folder: Path, arguments: tuple[object, ...], before: Callable[[], None]):
+        self._out, self._err = folder / "child.out", folder / "child.err"
+        self.id = os.fork() or self._run([str(a) for a in arguments], before)
+
+    def _run(self, arguments: list[str], before: Callable[[], None]) -> NoReturn:
+        code = 70
+        try:
+            for stream, path in ((1, self._out), (2, self._err)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            sys.argv = ["lrc", *arguments]
+            from lrc.cli.main import main
+
+            before()
+            main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 70
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # past every handler of pytest's
+
+    def ended(self) -> Ended:
+        """Wait for the end; code 70 stands for an exception, -N for a signal."""
+        _, status = os.waitpid(self.id, 0)
+        self.id = 0
+        return Ended(
+            os.waitstatus_to_exitcode(status), self._out.read_text(), self._err.read_text()
+        )
+
+
+@pytest.fixture
+def fork_lrc(tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    """Start the command line in a child; `before` runs there first.
+
+    Parent and child calculate on one thread: a forked OpenMP would hang on two.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    children: list[Child] = []
+
+    def start(*arguments: object, before: Callable[[], None] = lambda: None) -> Child:
+        children.append(Child(tmp_path, arguments, before))
+        return children[-1]
+
+    yield start
+    for child in children:
+        if child.id:  # of a test that failed
+            os.kill(child.id, signal.SIGKILL)
+            os.waitpid(child.id, 0)
+    torch.set_num_threads(threads)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate.sampling import sample_windows
-from lrc.compressors.corpus import calibration_windows, default_bos
+from lrc.compressors.corpus import calibration_windows, check_vocabulary, default_bos
 from lrc.compressors.journal import Journal
 from lrc.configs.recipe import Calibration
 
@@ -22,6 +22,7 @@ def take_windows(
     journal: Journal,
     *,
     seed: int,
+    embedding: Any,
     dense: Callable[[], Any],
     on_step: OnStep,
 ) -> Tensor:
@@ -29,6 +30,8 @@ def take_windows(
 
     Parameters
     ----------
+    embedding : Embedding
+        Of the model: it must have a row for every token.
     dense : callable
         Loads the whole dense model; called for the source ``self`` only, which samples from it.
     """
@@ -52,6 +55,7 @@ def take_windows(
                 "text_sha256": windows.sha256,
                 "text_tokens": windows.text_tokens,
             }
+        check_vocabulary(tokens, embedding)
         facts["bos"] = default_bos(tokenizer) is not None
         facts["tokens"] = tokens.numel()
         facts["tokens_sha256"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()

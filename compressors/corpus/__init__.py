@@ -13,7 +13,12 @@ from lrc.compressors.corpus.documents import (
     fingerprint,
     read_documents,
 )
-from lrc.compressors.corpus.tokens import default_bos, join_documents, tokenize
+from lrc.compressors.corpus.tokens import (
+    check_vocabulary,
+    default_bos,
+    join_documents,
+    tokenize,
+)
 from lrc.compressors.corpus.windows import (
     Windows,
     calibration_windows,
@@ -29,6 +34,7 @@ __all__ = [
     "Windows",
     "calibration_windows",
     "check_source",
+    "check_vocabulary",
     "default_bos",
     "disjoint_windows",
     "evaluation_windows",

@@ -1,7 +1,7 @@
 """Documents -> text -> token ids."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -76,3 +76,18 @@ def default_bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     probe = tokenizer("a", verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id
     return bos if isinstance(bos, int) and probe and probe[0] == bos else None
+
+
+def check_vocabulary(tokens: Tensor, embedding: Any) -> None:
+    """Refuse tokens that a model's embedding has no row for.
+
+    Raises
+    ------
+    DataError
+    """
+    rows, largest = getattr(embedding, "num_embeddings", None), int(tokens.max())
+    if isinstance(rows, int) and largest >= rows:  # on a GPU an index error kills the process
+        raise DataError(
+            f"model.tokenizer: the tokenizer gives token {largest}, the model knows {rows} tokens;"
+            " use the tokenizer that belongs to the model"
+        )

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrc.compressors.corpus import evaluation_windows
 from lrc.compressors.evaluate.harness import OnStep, TaskResult, run_tasks
-from lrc.compressors.evaluate.perplexity import PROTOCOL, check_window, perplexity
+from lrc.compressors.evaluate.perplexity import PROTOCOL, check_fit, check_window, perplexity
 from lrc.configs.errors import DataError
 from lrc.configs.recipe import Evaluate, Perplexity
 
@@ -58,15 +58,20 @@ def evaluate_model(
     }
 
 
-def check_texts(evaluate: Evaluate, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse texts that cannot be had or are too short, before hours are spent.
+def check_texts(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", evaluate: Evaluate
+) -> None:
+    """Refuse texts that cannot be had, are too short or not the model's, before hours are spent.
+
+    The model may be a skeleton without weights.
 
     Raises
     ------
-    DataError
+    RecipeError, DataError
     """
     for spec in evaluate.perplexity:
-        evaluation_windows(spec, tokenizer)
+        windows = evaluation_windows(spec, tokenizer)
+        check_fit(model, windows.tokens, bos=windows.bos)
 
 
 def _perplexity_entry(

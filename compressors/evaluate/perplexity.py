@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Embedding
 from torch.nn.functional import cross_entropy
 
-from lrc.compressors.corpus import Windows
-from lrc.configs.errors import DataError, ModelError, RecipeError
+from lrc.compressors.corpus import Windows, check_vocabulary
+from lrc.configs.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,10 +78,7 @@ def perplexity(
     tokens = windows.tokens if isinstance(windows, Windows) else windows
     bos = isinstance(windows, Windows) and windows.bos
     count, length = tokens.shape
-    check_window(model.config, length - bos)
-    if length < 2:
-        raise RecipeError(["evaluate.perplexity.window: must be at least 2 to predict a token"])
-    _check_vocabulary(model, tokens)
+    check_fit(model, tokens, bos=bos)
 
     training = model.training
     model.train(False)
@@ -140,14 +138,44 @@ def check_window(config: Any, window: int, key: str = "evaluate.perplexity.windo
         )
 
 
-def _check_vocabulary(model: "PreTrainedModel", tokens: Tensor) -> None:
-    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    largest = int(tokens.max())
-    if isinstance(rows, int) and largest >= rows:  # on a GPU an index error kills the process
-        raise DataError(
-            f"perplexity: the tokenizer gives token {largest}, the model knows {rows} tokens;"
-            " use the tokenizer that belongs to the model"
+def check_fit(model: "PreTrainedModel", tokens: Tensor, *, bos: bool) -> None:
+    """Refuse windows that a model cannot read; it may be a skeleton without weights.
+
+    Parameters
+    ----------
+    tokens : Tensor, shape [n, length], int64
+        With the BOS token in front of every window, if `bos`.
+    """
+    length = tokens.shape[1]
+    check_window(model.config, length - bos)
+    if length < 2:
+        raise RecipeError(
+            ["evaluate.perplexity.window: must be at least 2 to predict a token, got 1; raise it"]
         )
+    context = _learned_positions(model)
+    if context is not None and length > context:
+        raise RecipeError(
+            [
+                f"evaluate.perplexity.window: must be at most {context - 1:,}, the model has"
+                f" learned {context:,} positions and every window starts with a BOS token, got"
+                f" {length - bos:,}; lower window"
+            ]
+        )
+    check_vocabulary(tokens, model.get_input_embeddings())
+
+
+def _learned_positions(model: "PreTrainedModel") -> int | None:
+    """Say how many positions a table of them holds; None where they are calculated."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    if isinstance(context, int) and any(
+        # OPT's table has two rows more
+        isinstance(module, Embedding) and context <= module.num_embeddings <= context + 2
+        for module in model.modules()
+        if module is not words
+    ):
+        return context
+    return None
 
 
 def input_device(model: "PreTrainedModel") -> torch.device:

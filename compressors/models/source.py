@@ -17,6 +17,7 @@ from transformers import __version__ as transformers_version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.quantization_config import GgufConfig
 
+from lrc.compressors.shards import shard_files
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.recipe import Model
 
@@ -51,20 +52,25 @@ class Source:
     @property
     def file_bytes(self) -> int | None:
         """Bytes of the weight files as they lie in the source; None if not here yet."""
-        files = [self.folder / self.gguf] if self.gguf else list(self.folder.glob("*.safetensors"))
-        return sum(f.stat().st_size for f in files) if self.weights_local else None
+        return sum(f.stat().st_size for f in self._files()) if self.weights_local else None
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what changes when the source does: file names, sizes and times of change."""
-        names = (
-            [self.gguf] if self.gguf else sorted(f.name for f in self.folder.glob("*.safetensors"))
-        )
-        stats = [(name, (self.folder / name).stat()) for name in names if name]
+        stats = [(file.name, file.stat()) for file in self._files()]
         return {
             "path": self.spec.path,
             "revision": self.spec.revision,
             "files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats],
         }
+
+    def _files(self) -> list[Path]:
+        """Name the files that the weights are read from; whatever else lies there does not count."""
+        if self.gguf:
+            return [self.folder / self.gguf]
+        try:
+            return shard_files(self.folder)
+        except ValueError:  # `WeightReader` says what is wrong with them
+            return []
 
 
 def locate(spec: Model, *, weights: bool = True) -> Source:

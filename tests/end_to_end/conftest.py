@@ -4,7 +4,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,6 @@ class Family:
     bare: bool = False  # whether the source is the decoder alone, without the causal model's prefix
     source_shard: str = "1GB"
     shard_bytes: int = 2 * 10**9
-    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 FAMILIES = {

@@ -39,7 +39,8 @@ def expected(run, sample):
 
 def logits_of(model: Any, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(tokens).logits
+        device = model.get_input_embeddings().weight.device
+        logits: Tensor = model(tokens.to(device if device.type == "cuda" else "cpu")).logits
         return logits.float().cpu()
 
 
@@ -65,7 +66,11 @@ def test_every_device_map_gives_the_same_logits(run, sample, expected, tmp_path,
     model = run.load(device_map=device_map, offload_folder=tmp_path / "offload")
     offloaded = any(p.is_meta for p in model.parameters())
     assert offloaded == ("disk" in str(device_map))
-    assert torch.equal(logits_of(model, sample), expected)
+    logits = logits_of(model, sample)
+    if device_map == "auto" and torch.cuda.is_available():  # a GPU adds in another order
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(logits, expected)
 
 
 # transformers warns that saving needs memory for one shard.
