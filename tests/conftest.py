@@ -158,7 +158,10 @@ class Ended:
 def lrc(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Ended]]:
-    """Run the command line in this process: starting one of its own takes seconds."""
+    """Run the command line in this process: starting one of its own takes seconds.
+
+    On one thread, because two would mostly wait for each other over matrices this small.
+    """
     from transformers.utils import logging
 
     from lrc.cli import console
@@ -168,6 +171,8 @@ def lrc(
     monkeypatch.setattr(console, "hush", lambda: None)  # it sets variables for the whole process
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr("sys.argv", ["lrc", *map(str, arguments)])
@@ -180,6 +185,7 @@ def lrc(
         return Ended(code, captured.out, captured.err)
 
     yield run
+    torch.set_num_threads(threads)
     logging.set_verbosity(verbosity)
     if bars:
         logging.enable_progress_bar()
@@ -203,6 +209,9 @@ class Child:
             sys.argv = ["lrc", *arguments]
             from lrc.cli.main import main
 
+            torch.set_num_threads(
+                1
+            )  # makes torch's pool anew, before threads that load race for it
             before()
             main()
         except SystemExit as ended:

@@ -1,6 +1,5 @@
 """Where a model lies: a Hub id, a folder of safetensors, or a GGUF file. Touches no weight."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +11,10 @@ from typing import Any
 import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download, snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers import __version__ as transformers_version
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils.quantization_config import GgufConfig
 
+from lrc.compressors.models.configuration import first_line, read_config, read_gguf_config
 from lrc.compressors.shards import shard_files
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.recipe import Model
@@ -24,8 +22,6 @@ from lrc.configs.recipe import Model
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 # Everything a tokenizer, a config and safe weights can consist of; never a pickle.
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-TESTED = "Llama, Mistral, Qwen2, Qwen3, Gemma-3, OPT and GPT-NeoX"
-SUPPORTED = f"decoder-only models whose layers hold torch.nn.Linear (tested: {TESTED})"
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -64,7 +60,7 @@ class Source:
         }
 
     def _files(self) -> list[Path]:
-        """Name the files that the weights are read from; whatever else lies there does not count."""
+        """Name the files that the weights are read from, and no others that lie there."""
         if self.gguf:
             return [self.folder / self.gguf]
         try:
@@ -95,7 +91,7 @@ def locate(spec: Model, *, weights: bool = True) -> Source:
     elif path.is_dir():
         if spec.file:
             return locate(spec.model_copy(update={"path": str(path / spec.file), "file": None}))
-        source = Source(spec, path, _read_config(path, spec))
+        source = Source(spec, path, read_config(path, spec))
     elif HUB_ID.match(spec.path) and not spec.path.endswith(".gguf"):
         source = _from_hub(spec, weights=weights)
     else:
@@ -111,7 +107,7 @@ def locate(spec: Model, *, weights: bool = True) -> Source:
 
 def _from_file(spec: Model, path: Path) -> Source:
     if path.suffix.lower() == ".gguf":
-        return Source(spec, path.parent, _read_gguf_config(path), path.name)
+        return Source(spec, path.parent, read_gguf_config(path), path.name)
     if path.suffix in UNSAFE:
         raise ModelError(_pickled(path))
     raise ModelError(
@@ -132,7 +128,7 @@ def _from_hub(spec: Model, *, weights: bool) -> Source:
             )
     if spec.file:
         return _from_file(spec, path)
-    return Source(spec, path, _read_config(path, spec), weights_local=weights)
+    return Source(spec, path, read_config(path, spec), weights_local=weights)
 
 
 @contextmanager
@@ -145,78 +141,6 @@ def _reaching(name: str, where: str) -> Iterator[None]:
             f"({first_line(error)}); check the name, log in for a gated model, or download it "
             "elsewhere and give the folder"
         ) from error
-
-
-def _read_gguf_config(path: Path) -> PreTrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # the readers of transformers and gguf raise nearly anything
-        raise ModelError(
-            f"model.path: {path} could not be read ({first_line(error)}); it may be truncated, or "
-            "of an architecture that transformers does not read from GGUF: copy or download it "
-            "again, or give the original model"
-        ) from error
-    assert isinstance(config, PreTrainedConfig)
-    return config
-
-
-def _read_config(folder: Path, spec: Model) -> PreTrainedConfig:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(
-            f"model.path: {folder} has no config.json; give a folder written by save_pretrained, "
-            "a Hub id, or a .gguf file"
-        )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.path: {path} could not be read as JSON ({first_line(error)}); it may be "
-            "truncated: copy or download it again"
-        ) from error
-    if not isinstance(raw, dict):
-        raise ModelError(
-            f"model.path: {path} must hold a JSON object, got {type(raw).__name__}; copy or "
-            "download it again"
-        )
-    _refuse_quantized(raw, folder)
-    _refuse_remote_code(raw, spec)
-    kind = raw.get("model_type")
-    if kind not in CONFIG_MAPPING and not spec.trust_remote_code:
-        raise ModelError(
-            f"model.path: {path} names the model_type {kind!r}, which transformers "
-            f"{transformers_version} does not know; supported are {SUPPORTED}"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    except Exception as error:  # as above
-        raise ModelError(
-            f"model.path: {path} could not be read ({first_line(error)}); it was edited, or needs "
-            "another version of transformers: copy or download it again"
-        ) from error
-    assert isinstance(config, PreTrainedConfig)
-    return config
-
-
-def _refuse_quantized(raw: dict[str, Any], folder: Path) -> None:
-    quantization = raw.get("quantization_config")
-    if not quantization:
-        return
-    known = isinstance(quantization, dict)
-    method = quantization.get("quant_method", "unnamed") if known else quantization
-    raise ModelError(
-        f"model.path: {folder} is already compressed (quant_method {method!r}); lrc starts "
-        "from full-precision weights: give the original model"
-    )
-
-
-def _refuse_remote_code(raw: dict[str, Any], spec: Model) -> None:
-    known = raw.get("model_type") in CONFIG_MAPPING
-    if "auto_map" in raw and not known and not spec.trust_remote_code:
-        raise ModelError(
-            f"model.path: {spec.path} needs Python code of its own (auto_map in config.json); "
-            "read that code, then set model.trust_remote_code: true to run it"
-        )
 
 
 def _refuse_unsafe(source: Source) -> None:
@@ -325,9 +249,3 @@ def convert_gguf(source: Source, folder: Path) -> None:
             "transformers does not read from GGUF"
         ) from error
     model.save_pretrained(folder)
-
-
-def first_line(error: BaseException) -> str:
-    """Name an error of another library in a few words."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

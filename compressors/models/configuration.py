@@ -1,0 +1,106 @@
+"""What a model says of itself, and which of them are refused for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers import __version__ as transformers_version
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lrc.configs.errors import ModelError
+from lrc.configs.recipe import Model
+
+TESTED = "Llama, Mistral, Qwen2, Qwen3, Gemma-3, OPT and GPT-NeoX"
+SUPPORTED = f"decoder-only models whose layers hold torch.nn.Linear (tested: {TESTED})"
+
+
+def read_gguf_config(path: Path) -> PreTrainedConfig:
+    """Read what the metadata of a GGUF file say of its model.
+
+    Raises
+    ------
+    ModelError
+    """
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # the readers of transformers and gguf raise nearly anything
+        raise ModelError(
+            f"model.path: {path} could not be read ({first_line(error)}); it may be truncated, or "
+            "of an architecture that transformers does not read from GGUF: copy or download it "
+            "again, or give the original model"
+        ) from error
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def read_config(folder: Path, spec: Model) -> PreTrainedConfig:
+    """Read ``config.json``.
+
+    Raises
+    ------
+    ModelError
+        Missing, damaged, already quantized, of an unknown type, or in need of remote code.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"model.path: {folder} has no config.json; give a folder written by save_pretrained, "
+            "a Hub id, or a .gguf file"
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path: {path} could not be read as JSON ({first_line(error)}); it may be "
+            "truncated: copy or download it again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ModelError(
+            f"model.path: {path} must hold a JSON object, got {type(raw).__name__}; copy or "
+            "download it again"
+        )
+    _refuse_quantized(raw, folder)
+    _refuse_remote_code(raw, spec)
+    kind = raw.get("model_type")
+    if kind not in CONFIG_MAPPING and not spec.trust_remote_code:
+        raise ModelError(
+            f"model.path: {path} names the model_type {kind!r}, which transformers "
+            f"{transformers_version} does not know; supported are {SUPPORTED}"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    except Exception as error:  # as above
+        raise ModelError(
+            f"model.path: {path} could not be read ({first_line(error)}); it was edited, or needs "
+            "another version of transformers: copy or download it again"
+        ) from error
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def _refuse_quantized(raw: dict[str, Any], folder: Path) -> None:
+    quantization = raw.get("quantization_config")
+    if not quantization:
+        return
+    known = isinstance(quantization, dict)
+    method = quantization.get("quant_method", "unnamed") if known else quantization
+    raise ModelError(
+        f"model.path: {folder} is already compressed (quant_method {method!r}); lrc starts "
+        "from full-precision weights: give the original model"
+    )
+
+
+def _refuse_remote_code(raw: dict[str, Any], spec: Model) -> None:
+    known = raw.get("model_type") in CONFIG_MAPPING
+    if "auto_map" in raw and not known and not spec.trust_remote_code:
+        raise ModelError(
+            f"model.path: {spec.path} needs Python code of its own (auto_map in config.json); "
+            "read that code, then set model.trust_remote_code: true to run it"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """Name an error of another library in a few words."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

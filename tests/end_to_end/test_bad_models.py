@@ -1,0 +1,210 @@
+"""A source model that cannot be compressed: one clear error each, and no checkpoint."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def model(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def set_config(**changes: Any) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def write_config(content: str) -> Callable[[Path], object]:
+    return lambda model: (model / "config.json").write_text(content)
+
+
+def change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def rewrite(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    return rewrite
+
+
+def remove(pattern: str) -> Callable[[Path], object]:
+    return lambda model: [file.unlink() for file in model.glob(pattern)]
+
+
+def cut(length: int) -> Callable[[Path], object]:
+    return lambda model: os.truncate(model / "model.safetensors", length)
+
+
+def pickle_weights(model: Path) -> None:
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def lose_a_shard(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    weight_map = {name: names[index % 2] for index, name in enumerate(tensors)}
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def break_the_index(model: Path) -> None:
+    lose_a_shard(model)
+    (model / "model.safetensors.index.json").write_text('{"weight_map"')
+
+
+SUPPORTED = "supported are decoder-only models whose layers hold torch.nn.Linear (tested: Llama"
+REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "no config": (remove("config.json"), ("has no config.json", "save_pretrained")),
+    "config not JSON": (write_config("{"), ("config.json could not be read as JSON", "again")),
+    "config empty": (write_config(""), ("config.json could not be read as JSON",)),
+    "config a list": (write_config("[1]"), ("config.json must hold a JSON object, got list",)),
+    "config damaged": (set_config(hidden_size="wide"), ("config.json could not be read",)),
+    "no weights": (remove("*.safetensors"), ("holds no weights (*.safetensors)",)),
+    "pickled": (
+        pickle_weights,
+        ("pytorch_model.bin is not safetensors", "save_pretrained(FOLDER)"),
+    ),
+    "no tokenizer": (remove("token*"), ("no tokenizer could be loaded", "model.tokenizer")),
+    "truncated": (cut(50_000), ("model.safetensors: not a whole safetensors file", "again")),
+    "cut in its header": (cut(1_000), ("model.safetensors: not a whole safetensors file",)),
+    "empty": (cut(0), ("model.safetensors: not a whole safetensors file",)),
+    "a shard missing": (lose_a_shard, ("model-00002-of-00002.safetensors: missing",)),
+    "index damaged": (break_the_index, ("index.json: not an index of shards", "again")),
+    "a tensor missing": (
+        change_weights(lambda tensors: tensors.pop("model.norm.weight")),
+        ("do not fit config.json: model.norm.weight is missing",),
+    ),
+    "another size": (
+        set_config(intermediate_size=40),
+        ("model.layers.0.mlp.gate_proj.weight is [48, 32], not [40, 32]", "(and 1 more)"),
+    ),
+    "quantized": (
+        set_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        ("is already compressed (quant_method 'gptq')", "give the original model"),
+    ),
+    "remote code": (
+        set_config(model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
+        ("needs Python code of its own", "set model.trust_remote_code: true"),
+    ),
+    "unknown type": (
+        set_config(model_type="zebra"),
+        ("names the model_type 'zebra', which transformers", SUPPORTED),
+    ),
+    "Conv1D": (
+        set_config(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_layer=1),
+        ("GPT2LMHeadModel (model_type 'gpt2')", "attn.c_attn is a Conv1D", SUPPORTED),
+    ),
+    "fused experts": (
+        set_config(model_type="mixtral", architectures=["MixtralForCausalLM"]),
+        ("MixtralForCausalLM", "experts.gate_up_proj holds fused experts", SUPPORTED),
+    ),
+    "fused experts of Qwen": (
+        set_config(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], num_experts=4),
+        ("Qwen3MoeForCausalLM", "experts.gate_up_proj holds fused experts", SUPPORTED),
+    ),
+    "encoder and decoder": (
+        set_config(model_type="t5", is_encoder_decoder=True, architectures=["T5Model"]),
+        ("T5Model", "it is an encoder-decoder model", SUPPORTED),
+    ),
+    "masked": (
+        set_config(model_type="bert", architectures=["BertForMaskedLM"]),
+        ("BertForMaskedLM", "predicts masked tokens", SUPPORTED),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_before_anything_is_written(
+    lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path], case: str
+) -> None:
+    spoil, words = REFUSED[case]
+    spoil(model)
+    lrc("compress", tiny_recipe(model, output)).refuses(1, *words)
+    assert not output.exists()
+    lrc("plan", tiny_recipe(model, output)).refuses(1, *words)
+
+
+def test_a_checkpoint_of_lrc_is_not_compressed_again(
+    lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path]
+) -> None:
+    assert lrc("compress", tiny_recipe(model, output), "-q").code == 0
+    again = tiny_recipe(output / "checkpoint", output.with_name("again"))
+    lrc("compress", again).refuses(1, "is already compressed (quant_method 'lrc')")
+
+
+NOT_FINITE: dict[str, tuple[str, float, tuple[str, ...]]] = {
+    "nan": ("model.layers.1.mlp.up_proj", float("nan"), ("holds NaN or Inf", "model.dtype")),
+    "inf": ("model.layers.0.self_attn.o_proj", float("inf"), ("holds NaN or Inf",)),
+    "inf outside the layers": ("lm_head", float("inf"), ("holds NaN or Inf",)),
+    # The weights are finite, what they make of the text is not.
+    "overflow": ("model.layers.0.mlp.up_proj", 3e38, ("not finite on the calibration text",)),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_numbers_that_are_not_finite_name_the_layer(
+    lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path], case: str
+) -> None:
+    name, value, words = NOT_FINITE[case]
+    change_weights(lambda tensors: tensors[f"{name}.weight"].fill_(value))(model)
+    lrc("compress", tiny_recipe(model, output), "-q").refuses(1, name.rpartition(".")[0], *words)
+    assert not (output / "checkpoint").exists()
+    assert not list(output.rglob("*.partial"))
+
+
+def test_a_single_file_must_be_gguf(
+    lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path]
+) -> None:
+    weights = model / "model.safetensors"
+    lrc("compress", tiny_recipe(weights, output)).refuses(1, "only .gguf files", "config.json")
+    pickle_weights(model)
+    pickled = model / "pytorch_model.bin"
+    lrc("compress", tiny_recipe(pickled, output)).refuses(1, "is not safetensors", "never read")
+    missing = tiny_recipe("nowhere.gguf", output)
+    lrc("compress", missing).refuses(2, "no file or folder 'nowhere.gguf'")
+    assert not output.exists()
+
+
+def write_gguf(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {"block_count": 1, "context_length": 64, "embedding_length": 32}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_tensor("token_embd.weight", np.zeros((512, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("length", [0, 20, 150, 30_000])
+def test_a_truncated_gguf(lrc, output: Path, tiny_recipe: Callable[..., Path], length: int) -> None:
+    path = output.with_name("model.gguf")
+    write_gguf(path)
+    assert path.stat().st_size > 60_000
+    os.truncate(path, length)
+    lrc("compress", tiny_recipe(path, output)).refuses(
+        1, str(path), "could not be read", "truncated"
+    )
+    path.write_bytes(b"no GGUF at all" * 100)
+    lrc("compress", tiny_recipe(path, output)).refuses(1, "could not be read", "GGUF")
+    assert not output.exists()

@@ -1,0 +1,270 @@
+"""The command line itself: help at once, results on stdout, everything else on stderr."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+COLOR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
+HEAVY = ("torch", "transformers", "lm_eval", "datasets", "safetensors", "numpy")
+WINDOW = ("--window", 32, "--windows", 2)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def recipe(
+    tiny_model_folder: Path, tiny_text: Path, tiny_recipe: Callable[..., Path], output: Path
+) -> Path:
+    perplexity = {"source": str(tiny_text), "name": "english", "window": 32, "windows": 2}
+    return tiny_recipe(tiny_model_folder, output, evaluate={"perplexity": [perplexity]})
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a Python of its own, whose streams are no terminal."""
+    ours = ("FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TERM", "COLUMNS")
+    environment = {k: v for k, v in os.environ.items() if k not in ours} | variables
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+HELP = """
+import sys
+from lrc.cli.main import main
+sys.argv = ["lrc", *{arguments}]
+try:
+    main()
+except SystemExit as ended:
+    print(ended.code, [name for name in {heavy} if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["compress", "--help"], ["--version"], ["recipes", "list"], ["schema"]],
+)
+def test_what_needs_no_model_loads_no_library_for_models(arguments: list[str]) -> None:
+    done = python(HELP.format(arguments=arguments, heavy=HEAVY))
+    assert done.stderr == "0 []\n"
+    assert done.stdout
+
+
+def test_a_wrong_recipe_is_refused_without_loading_them_either(tmp_path: Path) -> None:
+    arguments = ["compress", str(tmp_path / "no.yaml")]
+    done = python(HELP.format(arguments=arguments, heavy=HEAVY))
+    assert done.stderr.splitlines()[-1] == "2 []"
+    assert "no such file" in done.stderr
+
+
+def test_help_names_every_command_and_exit_code() -> None:
+    done = python(HELP.format(arguments=["--help"], heavy=HEAVY), COLUMNS="100")
+    for word in ("plan", "compress", "eval", "inspect", "recipes", "schema", "75 stopped"):
+        assert word in " ".join(done.stdout.split())
+
+
+def test_colors_are_for_terminals_that_want_them() -> None:
+    code = HELP.format(arguments=["--help"], heavy=HEAVY)
+    assert "\x1b" not in python(code).stdout
+    assert COLOR.search(python(code, FORCE_COLOR="1", TERM="xterm-256color").stdout)
+    assert not COLOR.search(
+        python(code, FORCE_COLOR="1", TERM="xterm-256color", NO_COLOR="1").stdout
+    )
+
+
+USAGE: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "no recipe": (["compress"], ("missing argument", "recipe", "`lrc compress --help`")),
+    "no checkpoint": (["eval"], ("missing argument", "`lrc eval --help`")),
+    "misspelt command": (["compres"], ("no such command 'compres'", "'compress'")),
+    "unknown option": (["plan", "a.yaml", "--quick"], ("no such option: --quick",)),
+    "unknown option of lrc": (["--quick"], ("no such option: --quick", "`lrc --help`")),
+    "no value": (["plan", "a.yaml", "--device"], ("'--device' requires an argument",)),
+    "no number": (["eval", "a", "--window", "wide"], ("invalid value for '--window'",)),
+    "too much": (["schema", "more"], ("unexpected extra argument", "more")),
+    "no such recipe": (["recipes", "show", "dmo"], ("demo", "svd-llm")),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_wrong_command_lines_exit_with_2(lrc, case: str) -> None:
+    arguments, words = USAGE[case]
+    lrc(*arguments).refuses(2, *words)
+
+
+def test_no_command_shows_the_help(lrc) -> None:
+    ended = lrc()
+    assert (ended.code, ended.err) == (2, "")
+    assert "Usage: lrc" in ended.out
+
+
+@pytest.mark.parametrize("command", ["compress", "plan"])
+def test_devices_are_checked_against_the_machine(
+    lrc, recipe: Path, output: Path, command: str
+) -> None:
+    lrc(command, recipe, "--device", "gpu").refuses(2, "--device: must be auto, cpu, cuda or")
+    lrc(command, recipe, "--device", "cuda:99").refuses(2, "cuda:99", "torch sees", "--device cpu")
+    assert not output.exists()
+
+
+EVAL: dict[str, tuple[list[object], int, tuple[str, ...]]] = {
+    "nothing to measure": ([], 2, ("nothing to measure", "--perplexity python-docs")),
+    "no such text": (["--perplexity", "no.txt"], 2, ("--perplexity: no such file: no.txt",)),
+    "unknown text": (["--perplexity", "c5"], 2, ("--perplexity: must be python-docs",)),
+    "window of nothing": (["--perplexity", "python-docs", "--window", 0], 2, ("--window: must",)),
+    "window of one": (["--perplexity", "python-docs", "--window", 1], 2, ("--window: must be at",)),
+    "window beyond": (
+        ["--perplexity", "python-docs", "--window", 512],
+        2,
+        ("--window: must be at most 256", "got 512"),
+    ),
+    "no task files": (
+        ["--tasks", "a", "--include-path", "nowhere"],
+        2,
+        ("--include-path: no such folder: nowhere",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EVAL)
+def test_eval_speaks_of_its_options_not_of_a_recipe(
+    lrc, tiny_model_folder: Path, case: str
+) -> None:
+    options, code, words = EVAL[case]
+    ended = lrc("eval", tiny_model_folder, *options)
+    ended.refuses(code, *words)
+    assert "evaluate." not in ended.err
+
+
+def test_eval_of_what_is_not_there(lrc, tmp_path: Path) -> None:
+    text = ("--perplexity", "python-docs")
+    lrc("eval", tmp_path / "no", *text).refuses(2, f"no file or folder '{tmp_path / 'no'}'")
+    lrc("eval", "no-such/model", *text).refuses(1, "'no-such/model'", "no local folder", "Hub")
+    lrc("eval", tmp_path, *text).refuses(1, "no checkpoint here (no config.json)")
+
+
+def test_results_go_to_stdout_and_everything_else_to_stderr(
+    lrc, recipe: Path, output: Path, tiny_model_folder: Path, tiny_text: Path
+) -> None:
+    planned = lrc("plan", recipe, "--json")
+    assert (planned.code, planned.err) == (0, "")
+    assert json.loads(planned.out)["totals"]["kept"] < 0.6
+    assert not output.exists()
+
+    done = lrc("compress", recipe, "--json")
+    assert done.code == 0
+    assert json.loads(done.out) == json.loads((output / "report.json").read_text())
+    stages = [line.partition(":")[0] for line in done.err.splitlines()]
+    assert stages == ["calibrate", "decompose", "evaluate dense", "evaluate compressed"]
+    assert "\x1b" not in done.err
+
+    checkpoint = output / "checkpoint"
+    options = ("--perplexity", tiny_text, *WINDOW, "--json")
+    measured = lrc("eval", tiny_model_folder, checkpoint, *options)
+    assert measured.code == 0
+    blocks = json.loads(measured.out)["checkpoints"]
+    report = json.loads(done.out)["evaluation"]["perplexity"]["english"]
+    assert [block["perplexity"]["english"]["perplexity"] for block in blocks.values()] == [
+        pytest.approx(report["dense"], rel=1e-2),  # there in bfloat16, here as it is stored
+        pytest.approx(report["compressed"], rel=1e-6),
+    ]
+    assert len(measured.err.splitlines()) == 2
+
+    inspected = lrc("inspect", checkpoint, "--verify", "--json")
+    assert (inspected.code, inspected.err) == (0, "")
+    assert json.loads(inspected.out)["verified"] is True
+    for command in (["schema"], ["recipes", "list", "--json"]):
+        ended = lrc(*command)
+        assert (ended.code, ended.err) == (0, "")
+        assert isinstance(json.loads(ended.out), dict)
+
+
+def test_quiet_says_nothing_on_stderr(lrc, recipe: Path, output: Path, tiny_text: Path) -> None:
+    for command in (
+        ("compress", recipe),
+        ("compress", recipe),  # finished already
+        ("eval", output / "checkpoint", "--perplexity", tiny_text, *WINDOW),
+    ):
+        ended = lrc(*command, "-q")
+        assert (ended.code, ended.err) == (0, "")
+        assert ended.out
+        assert "\x1b" not in ended.out
+
+
+def test_a_missed_gate_exits_with_4_after_everything_is_written_and_shown(
+    lrc, recipe: Path, output: Path
+) -> None:
+    gates = (
+        "evaluate.gates=[{metric: perplexity.english, at_most: 1.5},"
+        " {metric: perplexity.english, relative: true, at_most: 0.1}]"
+    )
+    for _ in range(2):  # a finished run is not forgiven its gates
+        ended = lrc("compress", recipe, gates, "--json", "-q")
+        assert ended.code == 4
+        assert [error.partition(" is ")[0] for error in ended.errors] == [
+            "error: perplexity.english"
+        ] * 2
+        assert "must be at most 1.5" in ended.errors[0]
+        assert "compressed / dense" in ended.errors[1]
+        assert json.loads(ended.out) == json.loads((output / "report.json").read_text())
+        assert (output / "checkpoint" / "config.json").exists()
+    assert lrc("compress", recipe, gates, "evaluate.gates=[]", "-q").code == 0
+
+
+def test_a_fault_of_lrc_is_no_traceback_unless_asked_for(
+    lrc, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lrc.compressors import pipeline
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a\nb")
+
+    monkeypatch.setattr(pipeline, "prepare", fail)
+    ended = lrc("compress", recipe)
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.splitlines() == [
+        "error: unexpected ZeroDivisionError: a b; this is a fault of lrc: run `lrc --debug ...` "
+        "and report the traceback"
+    ]
+    debugged = lrc("--debug", "compress", recipe)
+    assert debugged.code == 1
+    assert "Traceback" in debugged.err
+
+
+def test_running_out_of_memory_says_what_to_lower(
+    lrc, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lrc.compressors import pipeline
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline, "prepare", fail)
+    lrc("compress", recipe).refuses(1, "out of memory", "lower calibration.memory_limit_gib")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    code = (
+        "import subprocess, sys; run = [sys.executable, '-m', 'lrc', 'schema']; "
+        "p = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True); "
+        "p.stdout.close(); print(p.stderr.read(), p.wait())"
+    )
+    assert python(code).stdout.split() == ["1"]
+
+
+def test_copies_of_recipes_do_not_replace_files(lrc, tmp_path: Path) -> None:
+    target = tmp_path / "mine.yaml"
+    ended = lrc("recipes", "copy", "demo", target)
+    assert (ended.code, ended.out, ended.err) == (0, "", f"wrote {target}\n")
+    assert target.read_text() == lrc("recipes", "show", "demo").out
+    target.write_text("mine")
+    lrc("recipes", "copy", "demo", target).refuses(2, "exists already; name another file")
+    assert target.read_text() == "mine"
+    lrc("recipes", "copy", "demo", target / "below").refuses(2, "cannot be written", "another file")

@@ -1,0 +1,183 @@
+"""Ctrl-C and SIGTERM: the step is finished, the state is saved, the same command continues.
+
+Real signals to real processes, forked from this one.
+"""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Newer Pythons warn of any fork beside threads; those of torch are idle.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+FOREVER = 60.0
+CONTINUES = "the same command continues from here"
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def recipe(
+    tiny_model_folder: Path, tiny_text: Path, tiny_recipe: Callable[..., Path], output: Path
+) -> Path:
+    perplexity = {"source": str(tiny_text), "name": "english", "window": 32, "windows": 3}
+    return tiny_recipe(tiny_model_folder, output, evaluate={"perplexity": [perplexity]})
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Callable[..., Callable[[], None]]:
+    """Make a child wait at the first step whose stage starts so, after it has said it is there."""
+
+    def make(stage: str, seconds: float) -> Callable[[], None]:
+        def before() -> None:
+            from lrc.cli.console import Steps
+
+            original = Steps.__call__
+
+            def slow(self: Steps, name: str, done: int, total: int) -> None:
+                if name.startswith(stage) and not (tmp_path / "there").exists():
+                    (tmp_path / "there").touch()
+                    end = time.monotonic() + seconds
+                    while time.monotonic() < end and self._signal is None:
+                        time.sleep(0.01)
+                    if seconds == FOREVER:
+                        time.sleep(FOREVER)
+                original(self, name, done, total)
+
+            Steps.__call__ = slow
+
+        return before
+
+    return make
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + FOREVER
+    while not path.exists():
+        assert time.monotonic() < end, f"{path.name} never came"
+        time.sleep(0.01)
+
+
+def checkpoint_of(output: Path) -> dict[str, bytes]:
+    folder = output / "checkpoint"
+    files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    own_each_time = {"README.md", "lrc/report.json"}  # they hold times and peaks
+    return {name: content for name, content in files.items() if name not in own_each_time}
+
+
+@pytest.mark.parametrize(
+    ("number", "stage"),
+    [
+        (signal.SIGINT, "calibrate"),
+        (signal.SIGTERM, "decompose"),
+        (signal.SIGINT, "evaluate dense"),
+        (signal.SIGTERM, "evaluate compressed"),
+    ],
+)
+def test_a_signal_stops_after_the_step_and_the_same_command_continues(
+    fork_lrc: Callable[..., Any],
+    hold: Callable[..., Callable[[], None]],
+    recipe: Path,
+    output: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    stage: str,
+) -> None:
+    assert fork_lrc("compress", recipe, "-q").ended().code == 0
+    undisturbed = checkpoint_of(output)
+    shutil.rmtree(output)
+
+    child = fork_lrc("compress", recipe, before=hold(stage, 30.0))
+    wait_for(tmp_path / "there")
+    os.kill(child.id, number)
+    ended = child.ended()
+    assert (ended.code, ended.out) == (75, "")
+    said = ended.err.splitlines()[-2:]
+    assert said[0] == "stopping after this step; a second signal stops at once"
+    assert said[1] == f"stopped: on {number.name}; {CONTINUES}"
+    assert "Traceback" not in ended.err
+    assert not (output / "report.json").exists()
+    assert not list(output.rglob("*.partial"))
+    work = output / "work"
+    if stage == "calibrate":
+        assert [f.name for f in (work / "statistics").iterdir()] == ["layer-0000.safetensors"]
+    assert (output / "checkpoint").exists() == stage.startswith("evaluate")
+    assert (work / "evaluation-dense.json").exists() == (stage == "evaluate compressed")
+
+    assert fork_lrc("compress", recipe, "-q").ended().code == 0
+    assert checkpoint_of(output) == undisturbed
+    assert (output / "report.json").exists()
+
+
+def test_a_second_signal_leaves_at_once(
+    lrc: Callable[..., Any],
+    fork_lrc: Callable[..., Any],
+    hold: Callable[..., Callable[[], None]],
+    recipe: Path,
+    output: Path,
+    tmp_path: Path,
+) -> None:
+    child = fork_lrc("compress", recipe, before=hold("calibrate", FOREVER))
+    wait_for(tmp_path / "there")
+    lrc("compress", recipe).refuses(1, "is in use by another lrc compress")  # while it is at work
+    os.kill(child.id, signal.SIGINT)
+    time.sleep(0.1)  # two of a kind in one moment would arrive as one
+    start = time.monotonic()
+    os.kill(child.id, signal.SIGINT)
+    ended = child.ended()
+    assert time.monotonic() - start < FOREVER / 2
+    assert ended.code == 75
+    assert ended.err.splitlines()[-1].startswith("stopped: at once; the same command continues")
+    assert lrc("compress", recipe, "-q").code == 0  # the lock has gone with its process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_leaves_at_once(
+    fork_lrc: Callable[..., Any], recipe: Path, output: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    def before() -> None:
+        from lrc.configs import load
+
+        def slow(*_: object) -> None:
+            (tmp_path / "there").touch()
+            time.sleep(FOREVER)
+
+        load.load_recipe = slow
+
+    child = fork_lrc("compress", recipe, before=before)
+    wait_for(tmp_path / "there")
+    os.kill(child.id, number)
+    ended = child.ended()
+    assert ended.code == 75
+    assert ended.err.splitlines() == [
+        "stopped: at once; the same command continues from the last finished step"
+    ]
+    assert not output.exists()
+
+
+def test_an_evaluation_of_its_own_stops_too(
+    fork_lrc: Callable[..., Any],
+    hold: Callable[..., Callable[[], None]],
+    tiny_model_folder: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+) -> None:
+    window = ("--window", 32, "--windows", 3)
+    child = fork_lrc(
+        *("eval", tiny_model_folder, "--perplexity", tiny_text, *window),
+        before=hold(str(tiny_model_folder), 30.0),
+    )
+    wait_for(tmp_path / "there")
+    os.kill(child.id, signal.SIGTERM)
+    ended = child.ended()
+    assert (ended.code, ended.out) == (75, "")
+    assert ended.err.splitlines()[-1].startswith("stopped: on SIGTERM")
