@@ -45,9 +45,11 @@ class _RegisterAfter(Loader):
 
 
 def _register() -> None:
-    from lrc.compressors.checkpoint.quantizer import register
+    # Where that module is what imports the registry, it is not complete yet, and registers itself.
+    from lrc.compressors.checkpoint import quantizer
 
-    register()
+    if hasattr(quantizer, "register"):
+        quantizer.register()
 
 
 def register_with_transformers() -> None:

@@ -150,3 +150,6 @@ def register() -> None:
     if layout.QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(layout.QUANT_METHOD)(LrcConfig)
         register_quantizer(layout.QUANT_METHOD)(LrcQuantizer)
+
+
+register()

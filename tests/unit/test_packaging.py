@@ -111,3 +111,13 @@ def test_the_command_is_installed():
     assert entry.value == "lrc.cli.main:main"
     assert entry.dist is not None
     assert entry.dist.name == "lrc-compress"
+
+
+def test_the_loader_can_be_imported_first() -> None:
+    """It imports the registry, which calls for the loader while that is half done."""
+    code = (
+        "from lrc.compressors.checkpoint.quantizer import LrcQuantizer\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert AUTO_QUANTIZER_MAPPING['lrc'] is LrcQuantizer"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
