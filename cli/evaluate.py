@@ -1,14 +1,14 @@
 """`lrc eval`: load what is pointed at, and measure it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lrc.compressors.progress import OnStep
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Evaluate, Perplexity, Tasks
 
-OnStep = Callable[[str, int, int], None]
 OPTIONS = {
     "evaluate.perplexity.source": "--perplexity",
     "evaluate.perplexity.window": "--window",

@@ -16,8 +16,8 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         No checkpoint of lrc, damaged, of a newer format, or, with `verify`, changed.
     """
     from lrc.compressors.checkpoint import format as layout
+    from lrc.compressors.checkpoint.format import AGAIN
     from lrc.compressors.checkpoint.reader import (
-        AGAIN,
         check_files,
         read_config,
         read_object,

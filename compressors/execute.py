@@ -11,9 +11,8 @@ from lrc.compressors.decompose import METHODS, Factors, Statistics
 from lrc.compressors.journal import Journal
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.plan import Matrix, Plan
+from lrc.compressors.progress import OnStep
 from lrc.configs.recipe import Recipe
-
-OnStep = Callable[[str, int, int], None]
 
 
 def decompose(

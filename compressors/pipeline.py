@@ -1,7 +1,7 @@
 """One run, from recipe to report; this file is the table of contents of the library."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +27,9 @@ from lrc.compressors.models.source import Source, convert_gguf, load_dense
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.plan import Matrix, Plan
 from lrc.compressors.prepare import Prepared, prepare
+from lrc.compressors.progress import OnStep
 from lrc.configs.errors import GateMissed
 from lrc.configs.load import LoadedRecipe
-
-OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

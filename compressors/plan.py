@@ -152,7 +152,7 @@ def make_plan(recipe: Recipe, source: Source, architecture: Architecture) -> Pla
     if problems:
         raise RecipeError(_without_repeats(problems))
     stored = architecture.stored_parameters()
-    ordered = sorted(matrices.values(), key=lambda m: _position(architecture, m.name))
+    ordered = [matrices[lin.name] for lin in architecture.linears if lin.name in matrices]
     return Plan(
         matrices=ordered,
         parameters=sum(t.numel() for t in stored.values()),
@@ -244,10 +244,6 @@ def _no_match(key: str, pattern: str, names: list[str]) -> str:
 
 def _bits(source: Source) -> int:
     return source.dtype.itemsize * 8
-
-
-def _position(architecture: Architecture, name: str) -> int:
-    return next(i for i, linear in enumerate(architecture.linears) if linear.name == name)
 
 
 def _warnings(recipe: Recipe, matrices: list[Matrix]) -> list[str]:

@@ -5,13 +5,13 @@ was trained on. Every window starts with the BOS token, or a random token where 
 continues by sampling from the model's own distribution.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-OnStep = Callable[[str, int, int], None]
+from lrc.compressors.progress import OnStep
+
 BATCH = 16
 
 

@@ -1,6 +1,6 @@
 """Input second moments of every targeted linear, one decoder layer at a time."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from lrc.compressors.journal import Journal
 from lrc.compressors.linalg import add_second_moment_
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.progress import OnStep
 from lrc.configs.errors import ModelError
 
-OnStep = Callable[[str, int, int], None]
 # Enough tokens a batch to keep matrix products efficient, few enough to keep attention small.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from lrc.compressors.calibrate.sampling import sample_windows
 from lrc.compressors.corpus import calibration_windows, check_vocabulary, default_bos
 from lrc.compressors.journal import Journal
+from lrc.compressors.progress import OnStep
 from lrc.configs.recipe import Calibration
 
 FILE = "windows.safetensors"
-OnStep = Callable[[str, int, int], None]
 
 
 def take_windows(

@@ -19,6 +19,7 @@ from lrc.configs.errors import CheckpointError
 
 QUANT_METHOD = "lrc"
 FORMAT_VERSION = 1
+AGAIN = "copy or download the checkpoint again, or compress again"
 FOLDER = "lrc"
 RECIPE, RECIPE_GIVEN, PLAN, REPORT, MANIFEST = (
     f"{FOLDER}/recipe.yaml",

@@ -128,7 +128,7 @@ def check_headers(expected: dict[str, list[int]], files: list[str]) -> None:
     try:
         found = read_headers(map(Path, files))
     except ValueError as error:
-        raise CheckpointError(f"{error}; copy or download the checkpoint again") from error
+        raise CheckpointError(f"{error}; {layout.AGAIN}") from error
     shapes = {name: header.shape for name, header in found.items()}
     wrong = [
         f"{name}: expected {shape}, found {shapes.get(name, 'nothing')}"
@@ -141,7 +141,7 @@ def check_headers(expected: dict[str, list[int]], files: list[str]) -> None:
             "the weights do not fit config.json: "
             + "; ".join(wrong[:5])
             + more
-            + "; copy or download the checkpoint again, or compress again"
+            + f"; {layout.AGAIN}"
         )
 
 

@@ -9,11 +9,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.format import AGAIN
 from lrc.compressors.checkpoint.writer import sha256
 from lrc.compressors.shards import read_headers, shard_files
 from lrc.configs.errors import CheckpointError
-
-AGAIN = "copy or download the checkpoint again, or compress again"
 
 
 def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:

@@ -4,7 +4,6 @@ from lrc.compressors.evaluate.compare import check_texts, compare, evaluate_mode
 from lrc.compressors.evaluate.gates import check_gate_names, check_gates
 from lrc.compressors.evaluate.harness import (
     MetricValue,
-    OnStep,
     TaskResult,
     check_tasks,
     run_tasks,
@@ -13,7 +12,6 @@ from lrc.compressors.evaluate.perplexity import PerplexityResult, check_window, 
 
 __all__ = [
     "MetricValue",
-    "OnStep",
     "PerplexityResult",
     "TaskResult",
     "check_gate_names",

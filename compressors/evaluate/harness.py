@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 from lrc.compressors.corpus.hub import quiet_datasets
 from lrc.compressors.evaluate.perplexity import input_device
 from lrc.compressors.evaluate.quiet import quiet_harness, seeded
+from lrc.compressors.progress import OnStep
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OnStep = Callable[[str, int, int], None]
-"""Called with (label, done, total) between steps; may raise to stop. Must not print to stdout,
-which is redirected while a task runs."""
 
 BOOTSTRAP_DRAWS = 1000
 """For the metrics whose standard error has no formula. lm-eval's 100,000 give the same two digits

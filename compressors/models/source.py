@@ -179,7 +179,7 @@ def load_tokenizer(source: Source) -> Any:
         if source.gguf and not spec.tokenizer:
             return AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    except Exception as error:  # as above
+    except Exception as error:  # transformers and gguf raise nearly anything
         raise ModelError(
             f"model: no tokenizer could be loaded from {folder} ({first_line(error)}); put "
             "tokenizer.json beside the model or name its place in model.tokenizer"
@@ -242,7 +242,7 @@ def convert_gguf(source: Source, folder: Path) -> None:
             dtype=source.dtype,
             quantization_config=GgufConfig(dequantize=True),
         )
-    except Exception as error:  # as above
+    except Exception as error:  # transformers and gguf raise nearly anything
         raise ModelError(
             f"model.path: {source.folder / str(source.gguf)} could not be de-quantised "
             f"({first_line(error)}); it may be truncated, or of an architecture that "

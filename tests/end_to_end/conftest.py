@@ -231,3 +231,17 @@ def _write_recipe(folder: Path, source: Path, **changes: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def recipe(
+    tiny_model_folder: Path, tiny_text: Path, tiny_recipe: Callable[..., Path], output: Path
+) -> Path:
+    """Return a recipe that works, for tests to run, spoil or interrupt; it writes to `output`."""
+    perplexity = {"source": str(tiny_text), "name": "english", "window": 32, "windows": 2}
+    return tiny_recipe(tiny_model_folder, output, evaluate={"perplexity": [perplexity]})

@@ -7,21 +7,6 @@ from typing import Any
 
 import pytest
 
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def recipe(
-    tiny_model_folder: Path, tiny_text: Path, tiny_recipe: Callable[..., Path], output: Path
-) -> Path:
-    """Return a recipe that works, and that all of these tests spoil."""
-    perplexity = {"source": str(tiny_text), "name": "english", "window": 32, "windows": 2}
-    return tiny_recipe(tiny_model_folder, output, evaluate={"perplexity": [perplexity]})
-
-
 FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "empty": (b"", ("is empty", "lrc recipes show svd-llm")),
     "only a comment": (b"# later\n", ("is empty",)),

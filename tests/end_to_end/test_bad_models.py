@@ -19,11 +19,6 @@ def model(tiny_model_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def set_config(**changes: Any) -> Callable[[Path], None]:
     def change(model: Path) -> None:
         config = json.loads((model / "config.json").read_text())

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,19 +12,6 @@ import pytest
 COLOR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
 HEAVY = ("torch", "transformers", "lm_eval", "datasets", "safetensors", "numpy")
 WINDOW = ("--window", 32, "--windows", 2)
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def recipe(
-    tiny_model_folder: Path, tiny_text: Path, tiny_recipe: Callable[..., Path], output: Path
-) -> Path:
-    perplexity = {"source": str(tiny_text), "name": "english", "window": 32, "windows": 2}
-    return tiny_recipe(tiny_model_folder, output, evaluate={"perplexity": [perplexity]})
 
 
 def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:

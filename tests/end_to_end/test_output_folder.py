@@ -15,19 +15,6 @@ import pytest
 FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def recipe(
-    tiny_model_folder: Path, tiny_text: Path, tiny_recipe: Callable[..., Path], output: Path
-) -> Path:
-    perplexity = {"source": str(tiny_text), "name": "english", "window": 32, "windows": 2}
-    return tiny_recipe(tiny_model_folder, output, evaluate={"perplexity": [perplexity]})
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 

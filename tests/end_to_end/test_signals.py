@@ -21,19 +21,6 @@ CONTINUES = "the same command continues from here"
 
 
 @pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def recipe(
-    tiny_model_folder: Path, tiny_text: Path, tiny_recipe: Callable[..., Path], output: Path
-) -> Path:
-    perplexity = {"source": str(tiny_text), "name": "english", "window": 32, "windows": 3}
-    return tiny_recipe(tiny_model_folder, output, evaluate={"perplexity": [perplexity]})
-
-
-@pytest.fixture
 def hold(tmp_path: Path) -> Callable[..., Callable[[], None]]:
     """Make a child wait at the first step whose stage starts so, after it has said it is there."""
 
