@@ -1,0 +1,121 @@
+"""Lossless storage of a low-rank product: some of its own rows, and how the others follow.
+
+A matrix of rank r has r independent rows, and every other row is a combination of them. Those rows
+and the coefficients are ``r (d_out + d_in - r)`` numbers where two factors are
+``r (d_out + d_in)``: more rank for the same bytes, and less arithmetic. For language models the
+idea is PIFA's (arXiv:2501.19090); in linear algebra it is the interpolative decomposition.
+"""
+
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+# No coefficient is larger than this, so that rounding them to 16 bits stays harmless. Error of the
+# product in bfloat16, relative, under spectra and metrics of condition up to 1e6:
+#
+#                             factors    LU alone   bound 2    1.5        1.1        pivoted QR
+#   [576, 576] of rank 318    0.2-0.4 %  0.2-1.1 %  0.2-0.9 %  0.2-0.9 %  0.2-0.7 %  0.2-0.8 %
+#   [1536, 576] of rank 436   0.3 %      1.2-1.4 %  1.2-1.3 %  1.1-1.2 %  0.9 %
+#   swaps after LU                                  0-2        0-8        5-38
+#
+# Pivoted QR takes 40 times as long as LU. What a bound is there for are the matrices on which
+# elimination grows without end; 2 does that and costs next to nothing.
+BOUND = 2.0
+# Swaps update the coefficients; the rounding that gathers goes when they are solved anew.
+MAX_SWAPS, MAX_SOLUTIONS = 100, 5
+
+
+def pivot_rows(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Write ``B @ A`` as its pivot rows and the coefficients of the others.
+
+    Parameters
+    ----------
+    B : Tensor, shape [d_out, rank]
+        Left factor, of full column rank.
+    A : Tensor, shape [rank, d_in]
+        Right factor.
+
+    Returns
+    -------
+    R : Tensor, shape [rank, d_in], float64
+        The pivot rows of the product.
+    C : Tensor, shape [d_out - rank, rank], float64
+        Coefficients: row i of the remaining rows is ``C[i] @ R``; no entry above `BOUND`.
+    order : Tensor, shape [d_out], int64
+        Row j of the product is row ``order[j]`` of ``cat([R, C @ R])``.
+
+    Raises
+    ------
+    ValueError
+        If B has fewer rows than columns, holds what is no number, is numerically of lower rank
+        than it has columns, or if the swaps do not come to an end.
+
+    Notes
+    -----
+    Pivots come from LU with partial pivoting, ``B[rows] = L @ U``. U cancels in the coefficients,
+    ``B[rest] @ B[pivots]^-1 = L[rest] @ L[pivots]^-1``, so the scales of the columns of B, which
+    differ by orders of magnitude, do not matter. Pivots are then exchanged for rows with a
+    coefficient above the bound. Every exchange multiplies the volume ``|det B[pivots]|`` by that
+    coefficient, so it ends (maxvol: Goreinov et al., "How to find a good submatrix", 2010).
+    """
+    d_out, rank = B.shape
+    if d_out < rank:
+        raise ValueError(f"rank must be at most the number of rows, {d_out}, got {rank}")
+    B, A = B.double(), A.double()
+    L, rows = _lower_factor(B)  # [d_out, rank] in the order of `rows`, pivots first
+    here = torch.arange(d_out, device=B.device)  # rows of L: the pivots, then the rest
+    for _ in range(MAX_SOLUTIONS):
+        C = torch.linalg.solve(L[here[:rank]], L[here[rank:]], left=False)  # [d_out - rank, rank]
+        if not _exchange_(here, C):
+            break
+    else:
+        raise ValueError(f"no pivot rows with coefficients up to {BOUND} were found")
+    rows = rows[here]
+    order = torch.empty_like(rows)
+    order[rows] = torch.arange(d_out, device=B.device)
+    return B[rows[:rank]] @ A, C, order
+
+
+def _lower_factor(B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the unit lower factor of LU with partial pivoting, and the order of its rows."""
+    d_out, rank = B.shape
+    if not bool(torch.isfinite(B).all()):
+        raise ValueError("the factors hold infinities or NaN")
+    LU, swaps, _ = torch.linalg.lu_factor_ex(B)
+    # What elimination leaves of a column that depends on those before it is rounding.
+    rounding = d_out * torch.finfo(B.dtype).eps * B.abs().amax(dim=0)  # [rank]
+    dependent = int((LU.diagonal().abs() <= rounding).sum())
+    if dependent:
+        raise ValueError(
+            f"the left factor [{d_out}, {rank}] is numerically of rank {rank - dependent}; lower "
+            f"the rank or store the factors as they are"
+        )
+    rows = list(range(d_out))
+    for k, other in enumerate((swaps - 1).tolist()):  # LAPACK counts from 1
+        rows[k], rows[other] = rows[other], rows[k]
+    L = LU.tril(-1)
+    L.diagonal().fill_(1)
+    return L, torch.tensor(rows, device=B.device)
+
+
+def _exchange_(here: Tensor, C: Tensor) -> bool:
+    """Swap rows into the pivots until no coefficient is above the bound; say whether any was.
+
+    `here` [d_out], pivots first, and `C` [d_out - rank, rank] are updated in place.
+    """
+    rank = C.shape[1]
+    for done in range(MAX_SWAPS if len(C) else 0):
+        i, j = divmod(int(C.abs().argmax()), rank)  # finds a NaN, if there is one
+        value = float(C[i, j])
+        if not isfinite(value):
+            raise ValueError("no pivot rows were found: elimination overflows")
+        if abs(value) <= BOUND:
+            return done > 0
+        # Row i of the rest takes the place of pivot j: Sherman-Morrison on the coefficients.
+        column, row = C[:, j].clone(), C[i].clone()
+        column[i] += 1
+        row[j] -= 1
+        C.addr_(column, row, alpha=-1 / value)
+        here[[j, rank + i]] = here[[rank + i, j]]
+    return len(C) > 0
