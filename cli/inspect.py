@@ -2,9 +2,12 @@
 
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lrc.configs.errors import CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from lrc.compressors.shards import Header
 
 
 def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
             f"{folder}: a model, but not one that lrc compressed; give the folder "
             "OUTPUT/checkpoint of a run, or measure a dense model with `lrc eval`"
         )
-    shapes = check_files(folder)
+    headers = check_files(folder)
     if verify:
         problems = verify_hashes(folder)
         if problems:
@@ -44,23 +47,14 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         read_object(path) if path.is_file() else None
         for path in (folder / layout.PLAN, folder / layout.REPORT)
     )
-    modules = []
-    for name, spec in block["modules"].items():
-        a, b = shapes.get(f"{name}.a.weight"), shapes.get(f"{name}.b.weight")
-        if a is None or b is None or a[0] != spec["rank"] or b[1] != spec["rank"]:
-            raise CheckpointError(
-                f"{folder}: the tensors of {name} do not fit config.json (rank {spec['rank']}, "
-                f"found {a or 'no'} and {b or 'no'} factor); {AGAIN}"
-            )
-        modules.append(
-            {"name": name, "form": spec["form"], "rank": spec["rank"], "shape": [b[0], a[1]]}
-        )
+    table = block["modules"]
+    modules = [_module(folder, name, spec, headers) for name, spec in table.items()]
     return {
         "path": str(folder),
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
         "format_version": block["format_version"],
         "file_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
-        "parameters": sum(prod(s) for n, s in shapes.items() if not _sentinel(n, block["modules"])),
+        "parameters": sum(prod(header.shape) for header in headers.values() if _counts(header)),
         "verified": verify,
         "modules": modules,
         "totals": plan.get("totals") if plan else None,
@@ -70,5 +64,33 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
     }
 
 
-def _sentinel(name: str, modules: dict[str, Any]) -> bool:
-    return name.removesuffix(".weight") in modules
+def _module(
+    folder: Path, name: str, spec: dict[str, Any], headers: "dict[str, Header]"
+) -> dict[str, Any]:
+    """Return the facts of one compressed matrix, once its tensors are what its form prescribes."""
+    from lrc.compressors.checkpoint import format as layout
+    from lrc.compressors.layers import FORMS
+
+    form = FORMS[spec["form"]]
+    shapes = {tensor: header.shape for tensor, header in headers.items()}
+    try:
+        d_out, d_in = form.dense_shape(name, spec, shapes)
+        bias = f"{name}.{form.BIAS}" in headers
+        problems = layout.misfits(
+            layout.expected_tensors(name, d_out, d_in, spec, bias=bias), headers
+        )
+    except KeyError as error:
+        problems = [f"{error.args[0]}: found nothing"]
+    except (IndexError, ValueError) as error:
+        problems = [f"{name}: {error}"]
+    if problems:
+        raise CheckpointError(
+            f"{folder}: the tensors of {name} do not fit config.json: {'; '.join(problems)}; "
+            f"{layout.AGAIN}"
+        )
+    return {"name": name, "form": spec["form"], "rank": spec["rank"], "shape": [d_out, d_in]}
+
+
+def _counts(header: "Header") -> bool:
+    """Say whether a tensor holds parameters: sentinels and indices are integers."""
+    return not header.dtype.startswith(("U", "I"))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrc.compressors.decompose import METHODS, Factors, Statistics
 from lrc.compressors.journal import Journal
+from lrc.compressors.layers import FORMS
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.plan import Matrix, Plan
 from lrc.compressors.progress import OnStep
@@ -87,7 +88,7 @@ def _factor(
     W = reader.read(f"{matrix.name}.weight", device=device)
     arguments = {key: getattr(options, key) for key in method.options}
     factors = method.solve(W, known, **arguments).truncate(matrix.rank)
-    stored = _stored(matrix.name, factors, W.dtype)
+    stored = _stored(matrix, factors, W.dtype)
     if not all(bool(torch.isfinite(t).all()) for t in stored.values()):
         note = f"factors overflow {W.dtype}; stays dense"
         return matrix.executed(rank=None, loss=None, fallback=note), {}
@@ -95,8 +96,9 @@ def _factor(
     return record, stored
 
 
-def _stored(name: str, factors: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
+def _stored(matrix: Matrix, factors: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = FORMS[matrix.form].encode(factors.B, factors.A)
     return {
-        f"{name}.a.weight": factors.A.to("cpu", dtype),
-        f"{name}.b.weight": factors.B.to("cpu", dtype),
+        f"{matrix.name}.{leaf}": t.to("cpu", dtype if t.is_floating_point() else t.dtype)
+        for leaf, t in tensors.items()
     }

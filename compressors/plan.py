@@ -11,7 +11,7 @@ from typing import Any
 
 from lrc.compressors.allocate import rank_for_budget
 from lrc.compressors.decompose import METHODS
-from lrc.compressors.layers import LowRank
+from lrc.compressors.layers import FORMS
 from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.models.source import Source
 from lrc.configs.errors import RecipeError
@@ -24,7 +24,7 @@ PLAN_VERSION = 1
 class Matrix:
     """What is planned for one targeted weight, and, once it is done, what came of it.
 
-    `form` is ``dense`` or ``low_rank``; `bits` are those of the file, `source_bits` those of the
+    `form` is ``dense`` or one of `FORMS`; `bits` are those of the file, `source_bits` those of the
     matrix at the precision of the reference model. `note` says why a matrix stays dense; after
     execution `loss` is the predicted loss (share of weighted energy) and `fallback` what had to
     deviate from the plan.
@@ -50,7 +50,7 @@ class Matrix:
             return replace(
                 self, form="dense", rank=None, bits=self.source_bits, fallback=fallback, loss=loss
             )
-        bits = LowRank.stored_bits(*self.shape, rank, bits=bits_each)
+        bits = FORMS[self.form].stored_bits(*self.shape, rank, bits=bits_each)
         return replace(self, rank=rank, bits=bits, loss=loss, fallback=fallback)
 
 
@@ -95,7 +95,7 @@ class Plan:
         for m in self.matrices:
             if m.rank is not None:
                 d_out, d_in = m.shape
-                removed += d_out * d_in - m.rank * (d_out + d_in)
+                removed += d_out * d_in - FORMS[m.form].parameters_stored(d_out, d_in, m.rank)
         return self.parameters - removed
 
     @property
@@ -204,7 +204,7 @@ def _plan_matrix(
         rank = rank_for_budget(d_out, d_in, keep, bits=bits)
         if rank == 0:
             return replace(dense, note=f"too small: rank 1 needs more than {keep:.0%} of its bits")
-    stored = LowRank.stored_bits(d_out, d_in, rank, bits=bits)
+    stored = FORMS["low_rank"].stored_bits(d_out, d_in, rank, bits=bits)
     if stored >= dense.bits:
         note = f"factors of rank {rank} would be larger than the matrix"
         return replace(dense, note=note)

@@ -12,10 +12,11 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Header:
-    """Where a tensor lies, and its shape."""
+    """Where a tensor lies, its shape, and its type as safetensors calls it (``BF16``, ``I16``)."""
 
     file: Path
     shape: list[int]
+    dtype: str
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -55,7 +56,8 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():
-                    headers[name] = Header(file, list(shard.get_slice(name).get_shape()))
+                    tensor = shard.get_slice(name)
+                    headers[name] = Header(file, list(tensor.get_shape()), tensor.get_dtype())
         except (SafetensorError, OSError) as error:
             reason = str(error).strip()[:200]
             raise ValueError(f"{file}: not a whole safetensors file ({reason})") from error

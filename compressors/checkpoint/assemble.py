@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.writer import write_config, write_manifest, write_weights
+from lrc.compressors.layers import FORMS
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
 from lrc.compressors.models.weights import WeightReader
@@ -49,25 +50,22 @@ def write_checkpoint(
     def from_factors(name: str, layer: int) -> Callable[[], Tensor]:
         return lambda: factors(layer, name)
 
-    bits = {name: t.dtype for name, t in architecture.stored_parameters().items()}
     for name, parameter in architecture.stored_parameters().items():
         module, _, leaf = name.rpartition(".")
         if module not in modules:
             meta[name], origin[name] = parameter, from_source(name)
-        elif leaf == "bias":
-            meta[f"{module}.b.bias"], origin[f"{module}.b.bias"] = parameter, from_source(name)
-        else:
-            d_out, d_in = parameter.shape
-            shapes = layout.low_rank_shapes(
-                module, d_out, d_in, modules[module]["rank"], bias=False
-            )
-            for stored, shape in shapes.items():
-                if stored == name:  # the sentinel under the name of the dense weight
-                    meta[stored] = torch.empty(shape, dtype=torch.uint8, device="meta")
-                    origin[stored] = lambda: torch.zeros(1, dtype=torch.uint8)
-                else:
-                    meta[stored] = torch.empty(shape, dtype=bits[name], device="meta")
-                    origin[stored] = from_factors(stored, layer_of[module])
+            continue
+        spec = modules[module]
+        if leaf == "bias":
+            if not spec.get("bias"):  # one of the spec's own comes with the factors
+                stored = f"{module}.{FORMS[spec['form']].BIAS}"
+                meta[stored], origin[stored] = parameter, from_source(name)
+            continue
+        d_out, d_in = parameter.shape
+        tensors = layout.expected_tensors(module, d_out, d_in, spec, bias=False)
+        for stored, (shape, dtype) in tensors.items():
+            meta[stored] = torch.empty(shape, dtype=dtype or parameter.dtype, device="meta")
+            origin[stored] = from_factors(stored, layer_of[module])
     write_weights(folder, meta, lambda name: origin[name]())
     write_config(folder, architecture.model.config, modules, plan.dtype)
     generation = getattr(architecture.model, "generation_config", None)

@@ -4,10 +4,24 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
 `config.json` of the original architecture, tokenizer. What is ours:
 
 * ``config.json: quantization_config`` = ``{"quant_method": "lrc", "format_version": 1,
-  "modules": {NAME: {"form": "low_rank", "rank": R}}}``;
-* for a ``low_rank`` module the tensors ``NAME.a.weight`` [rank, d_in], ``NAME.b.weight``
-  [d_out, rank], ``NAME.b.bias`` where the dense layer had a bias, and ``NAME.weight``, a sentinel
-  of one uint8 that makes loaders without lrc stop instead of starting from random weights;
+  "modules": {NAME: {"form": FORM, "rank": R}}}``, with ``"bias": true`` where the method made a
+  bias, in place of the dense layer's or where that had none;
+* for every module the tensors of its form, below, and ``NAME.weight``, a sentinel of one uint8 that
+  makes loaders without lrc stop instead of starting from random weights;
+
+  ==================== ========================================================================
+  ``low_rank``         ``a.weight`` [rank, d_in], ``b.weight`` [d_out, rank], ``b.bias`` [d_out];
+                       the weight is ``b @ a``
+  ``pivoted_low_rank`` ``a.weight`` [rank, d_in], ``c.weight`` [d_out - rank, rank], not there
+                       where rank is d_out; ``order`` [d_out], int16, or int32 where d_out >
+                       32767; ``bias`` [d_out]; row j of the weight is row ``order[j]`` of
+                       ``cat([a, c @ a])``
+  ``shared_low_rank``  ``b.weight`` [d_out, rank], ``b.bias`` [d_out]; the weight is ``b @ a`` with
+                       the ``a`` of the ``low_rank`` module that the entry names as ``"shares"``
+  ==================== ========================================================================
+
+  A bias is there where the dense layer had one or the entry says so; what is no integer has the
+  precision of the model;
 * the folder ``lrc/``: the recipe as given and written out, the executed plan, the report, and
   ``manifest.json`` with the SHA-256 of every other file.
 """
@@ -15,11 +29,17 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from lrc.compressors.layers import FORMS, SharedLowRank
+from lrc.compressors.shards import Header
 from lrc.configs.errors import CheckpointError
 
 QUANT_METHOD = "lrc"
 FORMAT_VERSION = 1
 AGAIN = "copy or download the checkpoint again, or compress again"
+# What safetensors calls the types that a form prescribes.
+STORED = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}
 FOLDER = "lrc"
 RECIPE, RECIPE_GIVEN, PLAN, REPORT, MANIFEST = (
     f"{FOLDER}/recipe.yaml",
@@ -30,18 +50,36 @@ RECIPE, RECIPE_GIVEN, PLAN, REPORT, MANIFEST = (
 )
 
 
-def low_rank_shapes(
-    name: str, d_out: int, d_in: int, rank: int, *, bias: bool
-) -> dict[str, list[int]]:
-    """Return tensor name -> shape of one ``low_rank`` module, as the file holds them."""
-    shapes = {
-        f"{name}.weight": [1],
-        f"{name}.a.weight": [rank, d_in],
-        f"{name}.b.weight": [d_out, rank],
-    }
-    if bias:
-        shapes[f"{name}.b.bias"] = [d_out]
-    return shapes
+Expected = dict[str, tuple[list[int], torch.dtype | None]]
+"""Tensor name -> the shape it must have, and the dtype where it is not the model's."""
+
+
+def expected_tensors(
+    name: str, d_out: int, d_in: int, spec: Mapping[str, Any], *, bias: bool
+) -> Expected:
+    """Return the tensors of one module, by their names in the file.
+
+    Raises
+    ------
+    ValueError
+        If no weight of that shape can have that spec.
+    """
+    shapes = FORMS[spec["form"]].shapes(d_out, d_in, spec, bias=bias)
+    return {f"{name}.{leaf}": facts for leaf, facts in shapes.items()}
+
+
+def misfits(expected: Expected, found: Mapping[str, Header]) -> list[str]:
+    """Return one sentence for every tensor that is missing or not of the right kind."""
+    problems = []
+    for name, (shape, dtype) in expected.items():
+        header = found.get(name)
+        if header is None:
+            problems.append(f"{name}: expected {shape}, found nothing")
+        elif header.shape != shape:
+            problems.append(f"{name}: expected {shape}, found {header.shape}")
+        elif dtype is not None and header.dtype != STORED[dtype]:
+            problems.append(f"{name}: expected {STORED[dtype]}, found {header.dtype}")
+    return problems
 
 
 def check_version(version: Any, where: str) -> None:
@@ -72,14 +110,26 @@ def check_modules(modules: Any, where: str) -> None:
             "copy or download the checkpoint again"
         )
     for name, spec in modules.items():
-        rank = spec.get("rank") if isinstance(spec, Mapping) else None
-        if (
-            not isinstance(spec, Mapping)
-            or spec.get("form") != "low_rank"
-            or not isinstance(rank, int)
-            or rank < 1
-        ):
-            raise CheckpointError(
-                f"{where}: modules[{name!r}] must be {{'form': 'low_rank', 'rank': N >= 1}}, "
-                f"got {spec!r}; the file was edited: copy or download the checkpoint again"
-            )
+        problem = _problem(spec, modules)
+        if problem:
+            what, remedy = problem
+            raise CheckpointError(f"{where}: modules[{name!r}] {what}, got {spec!r:.200}; {remedy}")
+
+
+def _problem(spec: Any, modules: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Say what is wrong with one entry of a module table and what helps; None if nothing is."""
+    edited = f"the file was edited: {AGAIN}"
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("form"), str):
+        return "must be {'form': NAME, 'rank': N >= 1}", edited
+    form = FORMS.get(spec["form"])
+    if form is None:
+        remedy = "a newer lrc may have written it: upgrade lrc to read it"
+        return f"has none of the forms that this lrc reads, {', '.join(FORMS)}", remedy
+    problem = form.problem(spec)
+    if problem is None and issubclass(form, SharedLowRank):
+        owner = modules.get(spec["shares"])
+        if not isinstance(owner, Mapping) or owner.get("form") != "low_rank":
+            problem = f"must share with a low_rank module of the table, not {owner!r:.60}"
+        elif owner.get("rank") != spec["rank"]:
+            problem = f"must have the rank of the module it shares, {owner.get('rank')}"
+    return (problem, edited) if problem else None

@@ -6,6 +6,8 @@ headers of the files, because transformers itself only warns about a missing ten
 whatever was in memory.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.layers import LowRank
+from lrc.compressors.layers import FORMS, Form
 from lrc.compressors.shards import read_headers
 from lrc.configs.errors import CheckpointError
 
@@ -57,7 +59,7 @@ class LrcQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, module in list(model.named_modules()):
-            if isinstance(module, LowRank):
+            if isinstance(module, Form):
                 set_module(model, name, module.dense())
         return model
 
@@ -87,15 +89,16 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def swap_in_forms(model: nn.Module, modules: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
-    """Replace linears by empty compressed forms; return the tensors they expect, name -> shape.
+def swap_in_forms(model: nn.Module, modules: dict[str, dict[str, Any]]) -> layout.Expected:
+    """Replace linears by empty compressed forms; return the tensors that these expect.
 
     Raises
     ------
     CheckpointError
-        If the model has no linear of that name.
+        If the model has no linear of that name, or one that cannot have that form.
     """
-    expected: dict[str, list[int]] = {}
+    expected: layout.Expected = {}
+    forms: dict[str, Form] = {}
     for name, spec in modules.items():
         try:
             linear = model.get_submodule(name)
@@ -107,34 +110,42 @@ def swap_in_forms(model: nn.Module, modules: dict[str, dict[str, Any]]) -> dict[
                 f"layer of {type(model).__name__}; the config was edited, or is another model's"
             )
         d_out, d_in, bias = linear.out_features, linear.in_features, linear.bias is not None
-        weight = linear.weight
-        form = LowRank(
-            d_in, d_out, spec["rank"], bias=bias, device=weight.device, dtype=weight.dtype
-        )
-        form.requires_grad_(weight.requires_grad)
-        set_module(model, name, form)
-        expected |= layout.low_rank_shapes(name, d_out, d_in, spec["rank"], bias=bias)
+        with _naming(name):
+            expected |= layout.expected_tensors(name, d_out, d_in, spec, bias=bias)
+        forms[name] = FORMS[spec["form"]].empty(linear, spec)
+        forms[name].requires_grad_(linear.weight.requires_grad)
+        set_module(model, name, forms[name])
+    for name, form in forms.items():  # once all are there: an owner may come after its members
+        with _naming(name):
+            form.attach(model, modules[name])
     return expected
 
 
-def check_headers(expected: dict[str, list[int]], files: list[str]) -> None:
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say which module a form refused."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(
+            f"config.json: quantization_config.modules[{name!r}]: {error}; the config was edited, "
+            "or is another model's"
+        ) from error
+
+
+def check_headers(expected: layout.Expected, files: list[str]) -> None:
     """Hold the tensors a checkpoint must have against the headers of its files.
 
     Raises
     ------
     CheckpointError
-        Truncated file, missing tensor or wrong shape, each by name.
+        Truncated file, missing tensor, wrong shape or an index of the wrong type, each by name.
     """
     try:
         found = read_headers(map(Path, files))
     except ValueError as error:
         raise CheckpointError(f"{error}; {layout.AGAIN}") from error
-    shapes = {name: header.shape for name, header in found.items()}
-    wrong = [
-        f"{name}: expected {shape}, found {shapes.get(name, 'nothing')}"
-        for name, shape in expected.items()
-        if shapes.get(name) != shape
-    ]
+    wrong = layout.misfits(expected, found)
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise CheckpointError(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.format import AGAIN
 from lrc.compressors.checkpoint.writer import sha256
-from lrc.compressors.shards import read_headers, shard_files
+from lrc.compressors.shards import Header, read_headers, shard_files
 from lrc.configs.errors import CheckpointError
 
 
@@ -111,8 +111,8 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_files(folder: Path) -> dict[str, list[int]]:
-    """Read the header of every shard; return tensor name -> shape.
+def check_files(folder: Path) -> dict[str, Header]:
+    """Read the header of every shard; return tensor name -> header.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def check_files(folder: Path) -> dict[str, list[int]]:
         raise CheckpointError(
             f"{folder}: holds no weights as safetensors, the only form read; {AGAIN}"
         )
-    return {name: header.shape for name, header in headers.items()}
+    return headers
 
 
 def verify_hashes(folder: Path) -> list[str]:

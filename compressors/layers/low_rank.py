@@ -1,31 +1,21 @@
 """A linear layer as the product of two thinner ones: ``y = b(a(x))``."""
 
+from collections.abc import Mapping
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-SENTINEL_BITS = 8
+from lrc.compressors.layers.form import SENTINEL, Form, Shapes, Spec, empty_linear, sentinel
 
 
-class LowRank(nn.Module):
+class LowRank(Form):
     """Compute ``y = x @ (B @ A).T + bias`` as two products, never forming ``B @ A``.
 
-    The factors are plain `nn.Linear` children, so that adapters (PEFT, target ``a`` and ``b``) and
-    weight quantizers find them. `weight` is a sentinel of one byte under the name of the dense
-    weight: a loader that does not know this layer meets a shape mismatch and stops, where it would
-    otherwise start from random weights with no more than a warning.
-
-    Parameters
-    ----------
-    d_in, d_out, rank : int
-    bias : bool
-        Whether ``b`` has a bias; it is the bias of the layer that was replaced.
-    device, dtype : optional
-        As for `nn.Linear`. Weights are left uninitialised.
+    Parameters are those of `Form`; a bias is that of ``b``.
     """
 
-    weight: Tensor
+    BIAS = "b.bias"
 
     def __init__(
         self,
@@ -37,11 +27,9 @@ class LowRank(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = d_in, d_out, rank
-        self.a = _empty_linear(d_in, rank, bias=False, device=device, dtype=dtype)
-        self.b = _empty_linear(rank, d_out, bias=bias, device=device, dtype=dtype)
-        self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8, device=device))
+        super().__init__(d_in, d_out, rank, bias=bias, device=device, dtype=dtype)
+        self.a = empty_linear(d_in, rank, bias=False, device=device, dtype=dtype)
+        self.b = empty_linear(rank, d_out, bias=bias, device=device, dtype=dtype)
 
     @classmethod
     def from_factors(cls, B: Tensor, A: Tensor, bias: Tensor | None = None) -> Self:
@@ -61,47 +49,36 @@ class LowRank(nn.Module):
                 layer.b.bias.copy_(bias)
         return layer
 
+    @classmethod
+    def shapes(cls, d_out: int, d_in: int, spec: Spec, *, bias: bool) -> Shapes:
+        """Return the tensors of one module: two factors, and the bias with the second."""
+        rank = spec["rank"]
+        tensors: Shapes = {**SENTINEL, "a.weight": ([rank, d_in], None)}
+        tensors["b.weight"] = [d_out, rank], None
+        if bias or spec.get("bias"):
+            tensors[cls.BIAS] = [d_out], None
+        return tensors
+
+    @classmethod
+    def dense_shape(cls, name: str, spec: Spec, found: Mapping[str, list[int]]) -> tuple[int, int]:
+        """Read ``(d_out, d_in)`` off the two factors."""
+        return found[f"{name}.b.weight"][0], found[f"{name}.a.weight"][1]
+
+    @classmethod
+    def multiply_adds(cls, d_out: int, d_in: int, rank: int) -> int:
+        """Count those of the two products."""
+        return rank * (d_out + d_in)
+
+    @staticmethod
+    def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """Return the two factors as they are."""
+        return {"weight": sentinel(A), "a.weight": A, "b.weight": B}
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
         y: Tensor = self.b(self.a(x))
         return y
 
-    def dense(self) -> nn.Linear:
-        """Return the ordinary linear layer that computes the same function."""
-        W = (self.b.weight.float() @ self.a.weight.float()).to(self.a.weight.dtype)
-        linear = _empty_linear(
-            self.in_features,
-            self.out_features,
-            bias=self.b.bias is not None,
-            device=W.device,
-            dtype=W.dtype,
-        )
-        with torch.no_grad():
-            linear.weight.copy_(W)
-            if self.b.bias is not None:
-                linear.bias.copy_(self.b.bias)
-        return linear
-
-    def extra_repr(self) -> str:
-        """Show the three sizes in a printed model."""
-        return f"d_in={self.in_features}, d_out={self.out_features}, rank={self.rank}"
-
-    @staticmethod
-    def stored_bits(d_out: int, d_in: int, rank: int, *, bits: int) -> int:
-        """Count the bits in the file that stand for the weight; `bits` is of one number."""
-        return rank * (d_out + d_in) * bits + SENTINEL_BITS
-
-
-def _empty_linear(
-    d_in: int,
-    d_out: int,
-    *,
-    bias: bool,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> nn.Linear:
-    """Make a linear layer without spending time on initial values."""
-    linear: nn.Linear = nn.utils.skip_init(
-        nn.Linear, d_in, d_out, bias=bias, device=device or "cpu", dtype=dtype
-    )
-    return linear
+    def product(self) -> Tensor:
+        """Return ``B @ A`` [d_out, d_in] in float32."""
+        return self.b.weight.float() @ self.a.weight.float()

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.checkpoint import assemble
 from lrc.compressors.checkpoint.writer import write_weights
-from lrc.compressors.layers import LowRank
+from lrc.compressors.layers import FORMS
 from lrc.compressors.pipeline import Machine, compress
 from lrc.configs.load import load_recipe
 
@@ -126,15 +126,19 @@ class Compressed:
         model = self.dense()
         factors = {}
         for file in sorted((self.work / "factors").glob("*.safetensors")):
-            factors |= {name: t.float() for name, t in load_file(file).items()}
+            factors |= load_file(file)
         for matrix in self.plan()["matrices"]:
             if matrix["rank"] is None:
                 continue
             name = matrix["name"]
             parent, _, leaf = name.rpartition(".")
-            bias = model.get_submodule(name).bias
-            B, A = factors[f"{name}.b.weight"], factors[f"{name}.a.weight"]
-            setattr(model.get_submodule(parent), leaf, LowRank.from_factors(B, A, bias))
+            linear = model.get_submodule(name)
+            form = FORMS[matrix["form"]].empty(linear, matrix)
+            stored = {k.removeprefix(f"{name}."): t for k, t in factors.items() if f"{name}." in k}
+            if linear.bias is not None:
+                stored[form.BIAS] = linear.bias
+            form.load_state_dict(stored)
+            setattr(model.get_submodule(parent), leaf, form)
         return model.eval()
 
 

@@ -97,7 +97,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no version": (edit_block(format_version="a"), ("format_version must be a whole number",)),
     "rank edited": (edit_first_module(rank=3), ("do not fit config.json",)),
     "rank no number": (edit_first_module(rank="3"), ("'rank': N >= 1", "was edited")),
-    "form unknown": (edit_first_module(form="tensor_train"), ("'form': 'low_rank'",)),
+    "form unknown": (
+        edit_first_module(form="tensor_train"),
+        ("none of the forms", "low_rank, pivoted_low_rank", "newer lrc", "upgrade"),
+    ),
     "modules a list": (edit_block(modules=[1]), ("modules must map names to forms",)),
     "block lost": (
         edit(lambda config: config.pop("quantization_config")),

@@ -1,0 +1,213 @@
+"""What every run-time form of a compressed linear layer answers, and what all of them share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from math import prod
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+Spec = Mapping[str, Any]
+"""A module's entry in config.json, such as ``{"form": "low_rank", "rank": 12}``."""
+Shapes = dict[str, tuple[list[int], torch.dtype | None]]
+"""Tensor name within the module -> shape, and dtype where it is not the model's."""
+
+
+class Form(nn.Module, ABC):
+    """A linear layer ``y = x @ W_hat.T + bias`` that stores something else than ``W_hat``.
+
+    What is a question of sizes alone is answered by the class, so that plans and checks need no
+    module. Parameters are plain `nn.Linear` children where they can be, for adapters and weight
+    quantizers to find. `weight` is a sentinel of one byte under the name of the dense weight: a
+    loader that does not know the form meets a shape mismatch and stops, where it would otherwise
+    start from random weights with no more than a warning.
+
+    A spec holds ``form``, ``rank`` and what a form adds. With ``"bias": true`` the layer has a bias
+    that the method made and that is stored with the module; without, the bias is that of the
+    dense layer, if it had one.
+
+    Parameters
+    ----------
+    d_in, d_out, rank : int
+    bias : bool
+        Whether the layer has a bias.
+    device, dtype : optional
+        As for `nn.Linear`. Weights are left uninitialised.
+    """
+
+    BIAS: ClassVar[str]
+    """Name of the bias within the module."""
+
+    in_features: int
+    out_features: int
+    rank: int
+    weight: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = d_in, d_out, rank
+        self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8, device=device))
+
+    @classmethod
+    @abstractmethod
+    def shapes(cls, d_out: int, d_in: int, spec: Spec, *, bias: bool) -> Shapes:
+        """Return the tensors of one module as the file holds them.
+
+        Parameters
+        ----------
+        d_out, d_in : int
+            Shape of the dense weight.
+        bias : bool
+            Whether the dense layer has one; a spec with a bias of its own needs none to be so.
+
+        Raises
+        ------
+        ValueError
+            If no weight of that shape can have that spec.
+        """
+
+    @classmethod
+    @abstractmethod
+    def dense_shape(cls, name: str, spec: Spec, found: Mapping[str, list[int]]) -> tuple[int, int]:
+        """Read ``(d_out, d_in)`` off the shapes of a checkpoint's tensors, by their full names.
+
+        Raises
+        ------
+        KeyError, IndexError
+            If a tensor that tells is not there, or has too few dimensions to tell.
+        """
+
+    @classmethod
+    @abstractmethod
+    def multiply_adds(cls, d_out: int, d_in: int, rank: int) -> int:
+        """Count the multiplications with a weight that one token costs."""
+
+    @staticmethod
+    @abstractmethod
+    def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """Write ``W_hat = B @ A`` as the tensors of the file, but for a bias.
+
+        Parameters
+        ----------
+        B : Tensor, shape [d_out, rank], float64
+        A : Tensor, shape [rank, d_in], float64
+
+        Returns
+        -------
+        dict of str to Tensor
+            By the names of `shapes`. Those without a dtype there are unrounded: rounding them to
+            the model's is for the caller.
+
+        Raises
+        ------
+        ValueError
+            If the form cannot hold this product.
+        """
+
+    @classmethod
+    def empty(cls, linear: nn.Linear, spec: Spec) -> Self:
+        """Make the module that takes the place of `linear`, on its device and at its precision.
+
+        Its weights are uninitialised: they are about to be loaded.
+        """
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            spec["rank"],
+            bias=linear.bias is not None or bool(spec.get("bias")),
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+
+    @abstractmethod
+    def product(self) -> Tensor:
+        """Return ``W_hat`` [d_out, d_in] in float32."""
+
+    def attach(self, model: nn.Module, spec: Spec) -> None:
+        """Find what the form borrows from other modules of `model`; most forms borrow nothing.
+
+        Raises
+        ------
+        ValueError
+            If what is there cannot be borrowed.
+        """
+
+    def dense(self) -> nn.Linear:
+        """Return the ordinary linear layer that computes the same function."""
+        like = next(self.parameters())
+        holder, _, leaf = self.BIAS.rpartition(".")
+        bias = getattr(self.get_submodule(holder), leaf)
+        linear = empty_linear(
+            self.in_features,
+            self.out_features,
+            bias=bias is not None,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.product())
+            if bias is not None:
+                linear.bias.copy_(bias)
+        return linear
+
+    def extra_repr(self) -> str:
+        """Show the three sizes in a printed model."""
+        return f"d_in={self.in_features}, d_out={self.out_features}, rank={self.rank}"
+
+    @classmethod
+    def problem(cls, spec: Spec) -> str | None:
+        """Say what is wrong with a spec that was read from a config; None if nothing."""
+        rank = spec.get("rank")
+        if not isinstance(rank, int) or rank is True or rank < 1:
+            return "must hold 'rank': N >= 1"
+        if not isinstance(spec.get("bias", False), bool):
+            return "must hold true or false as 'bias'"
+        return None
+
+    @classmethod
+    def stored_bits(cls, d_out: int, d_in: int, rank: int, *, bits: int) -> int:
+        """Count all bits in the file that stand for the weight; `bits` is of one number.
+
+        Indices and the sentinel count; a bias does not, as it does not in the dense layer.
+        """
+        shapes = cls.shapes(d_out, d_in, {"rank": rank}, bias=False).values()
+        return sum(prod(shape) * (dtype.itemsize * 8 if dtype else bits) for shape, dtype in shapes)
+
+    @classmethod
+    def parameters_stored(cls, d_out: int, d_in: int, rank: int) -> int:
+        """Count the numbers that stand for the weight: no indices, no sentinel."""
+        shapes = cls.shapes(d_out, d_in, {"rank": rank}, bias=False).values()
+        return sum(prod(shape) for shape, dtype in shapes if dtype is None)
+
+
+SENTINEL: Shapes = {"weight": ([1], torch.uint8)}
+
+
+def sentinel(like: Tensor) -> Tensor:
+    """Return the content of the sentinel, on the device of `like`."""
+    return torch.zeros(1, dtype=torch.uint8, device=like.device)
+
+
+def empty_linear(
+    d_in: int,
+    d_out: int,
+    *,
+    bias: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Linear:
+    """Make a linear layer without spending time on initial values."""
+    linear: nn.Linear = nn.utils.skip_init(
+        nn.Linear, d_in, d_out, bias=bias, device=device or "cpu", dtype=dtype
+    )
+    return linear
