@@ -81,10 +81,10 @@ def _factor(
     method = METHODS[matrix.method]
     options = recipe.stages[matrix.stage].decompose
     known = statistics(matrix) if method.needs_inputs else Statistics()
-    if method.needs_inputs and known.H is None:
+    if method.needs_inputs and known.inputs is None:
         note = "saw no calibration token; stays dense"
         return matrix.executed(rank=None, loss=None, fallback=note), {}
-    known = replace(known, H=None if known.H is None else known.H.to(device))
+    known = known.to(device)
     W = reader.read(f"{matrix.name}.weight", device=device)
     arguments = {key: getattr(options, key) for key in method.options}
     factors = method.solve(W, known, **arguments).truncate(matrix.rank)

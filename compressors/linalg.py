@@ -11,6 +11,8 @@ from torch import Tensor
 # Raising the damping stops here: at 1e-2 of the mean diagonal (GPTQ's default) the optimum itself
 # is visibly another one, so a matrix that needs more is factored through its eigenvectors instead.
 MAX_DAMP = 1e-2
+# Directions below this share of the largest energy are rounding of float64 Gram matrices, not rank.
+RANK_TOLERANCE = 1e-14
 
 
 def add_second_moment_(H: Tensor, x: Tensor) -> None:
@@ -48,8 +50,8 @@ def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
     Returns
     -------
     L : Tensor, shape [d, d]
-        Lower Cholesky factor; where none exists, the eigenvector form ``Q * sqrt(e)``, which is
-        square and invertible too, but not triangular.
+        Lower triangular, and invertible: the Cholesky factor, or where none exists the one that
+        the eigenvectors give, with eigenvalues raised to 1e-12 of the largest.
     fallback : str or None
         What had to be done beyond the request; None if nothing.
     """
@@ -63,7 +65,9 @@ def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
         used = max(used * 10, 1e-10)
     energies, vectors = torch.linalg.eigh(damped(H, damp))
     floor = energies[-1].clamp_min(torch.finfo(H.dtype).tiny) * 1e-12
-    return vectors * energies.clamp_min(floor).sqrt(), "Cholesky failed; whitened by eigenvectors"
+    root = vectors * energies.clamp_min(floor).sqrt()  # [d, d], root @ root.T == H
+    # With root.T = Q R the product is R^T R, so R^T serves: triangular like every other factor.
+    return torch.linalg.qr(root.T, mode="r").R.T, "Cholesky failed; whitened by eigenvectors"
 
 
 def descending_eigh(S: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,14 +76,33 @@ def descending_eigh(S: Tensor) -> tuple[Tensor, Tensor]:
     return energies.flip(0).clamp_min(0), vectors.flip(1)
 
 
-def weighted_error(W: Tensor, W_hat: Tensor, H: Tensor | None = None) -> float:
-    """Measure ``||(W - W_hat) L||_F^2`` with ``L @ L.T == H``, the summed squared output error.
+def descending_eigvalsh(S: Tensor) -> Tensor:
+    """Return the eigenvalues alone (clamped at 0) of a symmetric matrix, largest first."""
+    energies: Tensor = torch.linalg.eigvalsh((S + S.T) / 2)
+    return energies.flip(0).clamp_min(0)
+
+
+def numerical_rank(energies: Tensor) -> int:
+    """Count the energies (squared singular values, largest first) that are more than rounding."""
+    return int((energies > RANK_TOLERANCE * energies[0]).sum())
+
+
+def weighted_error(
+    W: Tensor, W_hat: Tensor, H: Tensor | None = None, G: Tensor | None = None
+) -> float:
+    """Measure ``||K^T (W - W_hat) L||_F^2`` with ``L @ L.T == H`` and ``K @ K.T == G``.
+
+    Without `G` this is the squared error of the output, summed over the tokens of `H`.
 
     Parameters
     ----------
     W, W_hat : Tensor, shape [d_out, d_in]
     H : Tensor, shape [d_in, d_in], optional
-        Input second moment; the identity if left out.
+        Second moment of the inputs; the identity if left out.
+    G : Tensor, shape [d_out, d_out], optional
+        Second moment of the output gradients; the identity if left out.
     """
     E = (W - W_hat).double()
-    return float((E * E).sum() if H is None else torch.einsum("ij,jk,ik->", E, H.double(), E))
+    right = E if H is None else E @ H.double()  # [d_out, d_in]
+    left = E if G is None else G.double() @ E  # [d_out, d_in]
+    return float((left * right).sum())

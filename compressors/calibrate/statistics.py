@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lrc.compressors.calibrate.states import HiddenStates
 from lrc.compressors.calibrate.stream import LayerCall, LayerStream, apply, watch_inputs
-from lrc.compressors.decompose import Statistics
+from lrc.compressors.decompose import Moment, Statistics
 from lrc.compressors.journal import Journal
 from lrc.compressors.linalg import add_second_moment_
 from lrc.compressors.models.architecture import Architecture
@@ -87,7 +87,7 @@ def load(journal: Journal, layer: int, name: str) -> Statistics:
     leader = facts["leaders"].get(name)
     if leader is None:
         return Statistics()
-    return Statistics(journal.read_tensor(file, leader), facts["n_tokens"])
+    return Statistics(facts["n_tokens"], Moment.of(journal.read_tensor(file, leader)))
 
 
 def statistics_file(layer: int) -> str:

@@ -1,0 +1,166 @@
+"""What calibration knows of one linear layer: second moments of its two sides, and plain sums.
+
+Everything is a sum over tokens, so that batches add up; `n_tokens` is kept beside it.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.linalg import damped
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Second moment of one side of a linear layer, summed over tokens.
+
+    At least one of `full` and `image` is there. The image is the same moment seen through the
+    weight: for a side that is much wider than the other (the 14336 inputs of a down projection to
+    4096) it is all that the solver needs, and all that is ever accumulated: the Gram matrix of the
+    layer's *outputs*, or of the gradients at its inputs.
+
+    Raises
+    ------
+    ValueError
+        If neither `full` nor `image` is given.
+    """
+
+    diagonal: Tensor
+    """[d]; its mean is the unit of damping."""
+    full: Tensor | None = None
+    """[d, d]"""
+    image: Tensor | None = None
+    """For inputs ``W M W^T`` [d_out, d_out]; for output gradients ``W^T M W`` [d_in, d_in]."""
+
+    def __post_init__(self) -> None:
+        if self.full is None and self.image is None:
+            raise ValueError("a moment needs 'full' or 'image', got neither")
+
+    @classmethod
+    def of(cls, full: Tensor) -> Self:
+        """Wrap a whole second moment ``[d, d]``."""
+        return cls(full.diagonal(), full=full)
+
+    @classmethod
+    def weighted(cls, weights: Tensor, W: Tensor) -> Self:
+        """Make the moment ``diag(weights)`` of the columns of `W`, in the form the solver reads.
+
+        Parameters
+        ----------
+        weights : Tensor, shape [d]
+            One non-negative number a column.
+        W : Tensor, shape [other, d]
+            The weight, or its transpose where the moment is that of the output gradients.
+        """
+        other, d = W.shape
+        W, weights = W.double(), weights.double()
+        return cls(
+            weights,
+            full=torch.diag(weights) if d <= other else None,
+            image=(W * weights) @ W.T if d >= other else None,
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing but zeros was seen."""
+        return not bool(self.diagonal.any())
+
+    def damped(self, damp: float) -> Tensor:
+        """Return ``M + damp * mean(diag(M)) * I`` [d, d].
+
+        Raises
+        ------
+        ValueError
+            If only the image was accumulated.
+        """
+        return damped(self.whole(), damp)
+
+    def whole(self) -> Tensor:
+        """Return `full` in float64.
+
+        Raises
+        ------
+        ValueError
+            If only the image was accumulated.
+        """
+        if self.full is None:
+            raise ValueError(
+                f"the whole second moment of {len(self.diagonal)} channels is needed, but only "
+                "its image through the weight was accumulated; accumulate 'full' on the narrow side"
+            )
+        return self.full.double()
+
+    def through(self, W: Tensor, damp: float = 0.0) -> Tensor:
+        """Return ``W (M + damp * mean(diag(M)) * I) W^T`` [other, other] in float64.
+
+        Parameters
+        ----------
+        W : Tensor, shape [other, d]
+            The weight, or its transpose where the moment is that of the output gradients.
+        damp : float
+            Fraction of the mean diagonal that is added to the diagonal.
+        """
+        W = W.double()
+        seen = W @ self.whole() @ W.T if self.image is None else self.image.double()
+        if damp == 0:
+            return seen
+        return seen + damp * self.diagonal.double().mean() * (W @ W.T)  # [other, other]
+
+    def centred(self, total: Tensor, n_tokens: int, W: Tensor) -> "Moment":
+        """Return the moment about the mean, ``M - s s^T / n`` with ``s`` the sum over tokens.
+
+        Parameters
+        ----------
+        total : Tensor, shape [d]
+            Sum over `n_tokens` tokens.
+        W : Tensor, shape [other, d]
+            As for `through`; the image is centred by the image of the mean.
+        """
+        s = total.double()
+        seen = W.double() @ s  # [other]
+        # Sums taken in float32 may leave a channel that never varied slightly below zero.
+        return Moment(
+            (self.diagonal.double() - s * s / n_tokens).clamp_min(0),
+            full=None if self.full is None else self.whole() - torch.outer(s, s / n_tokens),
+            image=(
+                None
+                if self.image is None
+                else self.image.double() - torch.outer(seen, seen / n_tokens)
+            ),
+        )
+
+    def to(self, device: torch.device | str) -> "Moment":
+        """Return the same moment on another device."""
+        return Moment(*(_to(getattr(self, f.name), device) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration knows of one linear layer; None where it was not asked or saw no token."""
+
+    n_tokens: int = 0
+    inputs: Moment | None = None
+    """Of the inputs ``x``."""
+    gradients: Moment | None = None
+    """Of the gradients of the summed token losses at the layer's output."""
+    input_mean: Tensor | None = None
+    """[d_in], sum of ``x`` over tokens; divide by `n_tokens` for the mean."""
+    input_magnitude: Tensor | None = None
+    """[d_in], sum of ``|x|`` over tokens."""
+    row_fisher: Tensor | None = None
+    """[d_out], sum over samples of the squared weight gradients of each row."""
+
+    def missing(self, needs: Collection[str]) -> list[str]:
+        """Name what is needed and not there, in alphabetical order."""
+        return sorted(name for name in needs if getattr(self, name) is None)
+
+    def to(self, device: torch.device | str) -> "Statistics":
+        """Return the same statistics on another device."""
+        return Statistics(*(_to(getattr(self, f.name), device) for f in fields(self)))
+
+
+def _to(value: Any, device: torch.device | str) -> Any:
+    return value.to(device) if isinstance(value, Tensor | Moment) else value

@@ -1,0 +1,68 @@
+"""Moments: the forms of one quantity agree."""
+
+import pytest
+import torch
+
+from lrc.compressors.decompose.moments import Moment, Statistics
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(60, 8, generator=g, dtype=torch.float64) + 3
+
+
+@pytest.fixture(name="W")
+def weight() -> torch.Tensor:
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("damp", [0.0, 0.1])
+def test_seen_through_the_weight_it_is_the_moment_of_the_outputs(
+    tokens: torch.Tensor, W: torch.Tensor, damp: float
+) -> None:
+    whole = Moment.of(tokens.T @ tokens)
+    outputs = tokens @ W.T
+    image = Moment(whole.diagonal, image=outputs.T @ outputs)
+    torch.testing.assert_close(whole.through(W, damp), image.through(W, damp), rtol=1e-10, atol=0)
+    expected = W @ whole.damped(damp) @ W.T
+    torch.testing.assert_close(whole.through(W, damp), expected, rtol=1e-10, atol=0)
+
+
+def test_centred_it_is_the_moment_about_the_mean(tokens: torch.Tensor, W: torch.Tensor) -> None:
+    outputs = tokens @ W.T
+    both = Moment(
+        tokens.square().sum(0), full=tokens.T @ tokens, image=outputs.T @ outputs
+    ).centred(tokens.sum(0), len(tokens), W)
+    x, y = tokens - tokens.mean(0), outputs - outputs.mean(0)
+    torch.testing.assert_close(both.full, x.T @ x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(both.image, y.T @ y, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(both.diagonal, x.square().sum(0), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)])
+def test_weights_of_columns_are_a_diagonal_moment(shape: tuple[int, int]) -> None:
+    g = torch.Generator().manual_seed(2)
+    W = torch.randn(shape, generator=g, dtype=torch.float64)
+    weights = torch.rand(shape[1], generator=g, dtype=torch.float64)
+    moment = Moment.weighted(weights, W)
+    torch.testing.assert_close(moment.through(W, 0.1), Moment.of(weights.diag()).through(W, 0.1))
+    assert (moment.full is None) == (shape[1] > shape[0])  # never the larger of the two squares
+    assert (moment.image is None) == (shape[1] < shape[0])
+
+
+def test_a_moment_without_content_is_refused_and_an_image_is_not_the_whole() -> None:
+    with pytest.raises(ValueError, match="'full' or 'image'"):
+        Moment(torch.ones(3))
+    with pytest.raises(ValueError, match="only its image"):
+        Moment(torch.ones(3), image=torch.eye(2)).damped(0.1)
+
+
+def test_statistics_name_what_is_missing_and_move_as_a_whole() -> None:
+    known = Statistics(7, inputs=Moment.of(torch.eye(3)), input_mean=torch.ones(3))
+    assert known.missing({"row_fisher", "inputs", "gradients"}) == ["gradients", "row_fisher"]
+    moved = known.to("meta")
+    assert moved.n_tokens == 7
+    assert moved.inputs is not None
+    assert moved.inputs.full.device.type == moved.input_mean.device.type == "meta"
+    assert moved.gradients is None
