@@ -16,6 +16,9 @@ Keep = Annotated[
 ]
 
 
+SIZE = r"^\d+(\.\d+)? ?(B|kB|MB|GB|KiB|MiB|GiB)$"
+
+
 def _allow_short_form(schema: dict[str, Any], part: type["Strict"]) -> None:
     """Say in the JSON Schema what `Strict.short_form` says here."""
     if part.short_form is not None:
@@ -89,6 +92,9 @@ class Calibration(Strict):
     chat_template: bool = False
     """Render every document with the tokenizer's chat template (rows with `messages`, or plain
     text as one user turn)."""
+    labels: Literal["model", "sampled", "real"] = "model"
+    """What the loss of the output gradients compares with: the model's own distribution as a whole
+    (`model`), one token drawn from it (`sampled`), or the token that follows (`real`)."""
     memory_limit_gib: Annotated[float, Field(gt=0)] = 2.0
     """Hidden states larger than this (GiB) are kept on disk."""
 
@@ -111,12 +117,43 @@ class Override(Strict):
         return self
 
 
+class Compensate(Strict):
+    """Let every layer make up for what the compressed layers before it lost."""
+
+    mix: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of the dense model's outputs in what the layer aims at; the rest are its own outputs
+    on the inputs it will really see."""
+    damp: Annotated[float, Field(ge=0, lt=1)] = 1e-4
+    """Fraction of the mean diagonal of the input second moment that is added to it."""
+
+
 class DecomposeBase(Strict):
     """What every decomposition method understands."""
 
     method: str
     """How the factors are found."""
-    keep: Keep
+    keep: Keep | None = None
+    """Stored bits over the bits of the matrices in the source, (0, 1]."""
+    size: Annotated[str, Field(pattern=SIZE)] | None = None
+    """Bytes of the whole model's weight files instead of `keep`, such as `180MiB`."""
+    measure: Literal["bits", "macs"] = "bits"
+    """What `keep` is a share of: stored bits, or multiply-adds a token."""
+    allocation: Literal["uniform", "heavy-tail", "lagrangian"] = "uniform"
+    """How the budget is spread: the same share for every matrix, by one threshold on normalised
+    singular values (WeLore, data-free), or where the method predicts the least loss."""
+    rank_multiple: PositiveInt = 1
+    """Ranks are multiples of it: 8 to 128 suit tensor cores and group sizes."""
+    min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """No matrix keeps a smaller share than this."""
+    max_loss: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """No matrix loses a larger share of its weighted energy; `lagrangian` only."""
+    plan: str | None = None
+    """A plan (JSON) that an earlier run wrote, edited at will: its ranks replace the allocation."""
+    storage: Literal["factors", "pivot"] = "factors"
+    """Two factors, or some rows of their product and how the others follow (PIFA): lossless, and
+    more rank for the same bits."""
+    compensate: Compensate | None = None
+    """Refit every layer on the inputs that the compressed layers before it produce."""
     targets: list[str] = ["*"]
     """Shell patterns over module names; every linear of a decoder layer that matches one."""
     skip: list[str] = []
@@ -124,12 +161,43 @@ class DecomposeBase(Strict):
     overrides: list[Override] = []
     """Budgets by name; the first that matches wins."""
 
+    @model_validator(mode="after")
+    def _one_budget(self) -> "DecomposeBase":
+        given = [name for name in ("keep", "size") if getattr(self, name) is not None]
+        if len(given) == 2 or not (given or self.plan):
+            text = "give exactly one of 'keep' and 'size', or a 'plan' that has the ranks"
+            raise ValueError(f"{text}; got {' and '.join(given) or 'none of them'}")
+        if self.size is not None and self.measure != "bits":
+            raise ValueError("'size' counts bytes and cannot be measured in 'macs'; give 'keep'")
+        if self.keep is not None and self.min_keep > self.keep:
+            raise ValueError(
+                f"'min_keep' must be at most 'keep', {self.keep:g}, got {self.min_keep:g}; "
+                "lower min_keep or raise keep"
+            )
+        return self
+
 
 class Svd(DecomposeBase):
     """Plain truncated SVD: the closest matrix of that rank, blind to the data."""
 
     method: Literal["svd"]
     """Plain truncated SVD."""
+
+
+class Fwsvd(DecomposeBase):
+    """FWSVD: rows weighted by their Fisher information; the paper takes `labels: real`."""
+
+    method: Literal["fwsvd"]
+    """Rows weighted by their Fisher information."""
+
+
+class Asvd(DecomposeBase):
+    """ASVD: columns scaled by the mean magnitude of their inputs."""
+
+    method: Literal["asvd"]
+    """Columns scaled by the magnitude of their inputs."""
+    alpha: Annotated[float, Field(ge=0, le=2)] = 0.5
+    """Power of the mean magnitude."""
 
 
 class SvdLlm(DecomposeBase):
@@ -141,7 +209,51 @@ class SvdLlm(DecomposeBase):
     """Fraction of the mean diagonal of the input second moment that is added to it."""
 
 
-Decompose = Annotated[Svd | SvdLlm, Field(discriminator="method")]
+class Lord(DecomposeBase):
+    """LoRD: principal components of the outputs about their mean, which a bias restores."""
+
+    method: Literal["lord"]
+    """Principal components of the outputs, with a bias."""
+    damp: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    """Fraction of the mean diagonal of the input second moment that is added to it."""
+
+
+class Kfac(DecomposeBase):
+    """Two-sided: the least predicted loss, by second moments of inputs and output gradients."""
+
+    method: Literal["kfac"]
+    """Least predicted loss, from inputs and output gradients."""
+    damp: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    """Fraction of the mean diagonal of the input second moment that is added to it."""
+    gradient_damp: Annotated[float, Field(ge=0, lt=10)] = 0.1
+    """Fraction of the mean diagonal of the gradient second moment that is added to it: the fewer
+    calibration tokens, the more is needed."""
+    allocation: Literal["uniform", "heavy-tail", "lagrangian"] = "lagrangian"
+    """How the budget is spread: the same share for every matrix, by one threshold on normalised
+    singular values (WeLore, data-free), or where the method predicts the least loss."""
+    storage: Literal["factors", "pivot"] = "pivot"
+    """Two factors, or some rows of their product and how the others follow (PIFA): lossless, and
+    more rank for the same bits."""
+
+
+class BasisSharing(DecomposeBase):
+    """Basis Sharing: one right factor for the same matrix of several layers in a row."""
+
+    method: Literal["basis-sharing"]
+    """One right factor for several layers."""
+    damp: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    """Fraction of the mean diagonal of the input second moment that is added to it."""
+    group_size: Annotated[int, Field(ge=2)] = 2
+    """Layers that share."""
+    storage: Literal["factors"] = "factors"
+    """Two factors; the shared one is stored once."""
+    compensate: None = None
+    """Not with this method: its layers are solved together."""
+
+
+Decompose = Annotated[
+    Svd | Fwsvd | Asvd | SvdLlm | Lord | Kfac | BasisSharing, Field(discriminator="method")
+]
 
 
 class DecomposeStage(Strict):
