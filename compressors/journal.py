@@ -108,6 +108,12 @@ class Journal:
             tensor: Tensor = file.get_tensor(key)
             return tensor.clone()  # what stays mapped stays resident
 
+    def read_tensors(self, name: str, keys: Mapping[str, str]) -> dict[str, Tensor]:
+        """Read those tensors of a finished set that are in it; `keys` maps to their new names."""
+        with _damage(self.path(name)), safe_open(self.path(name), framework="pt") as file:
+            there = [key for key in file.keys() if key in keys]
+            return {keys[key]: file.get_tensor(key).clone() for key in there}
+
     def read_facts(self, name: str) -> dict[str, Any]:
         """Read the facts about a finished set of tensors."""
         with _damage(self.path(name)), safe_open(self.path(name), framework="pt") as file:

@@ -116,8 +116,8 @@ def _calibrate(
     prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
 ) -> None:
     recipe = prepared.recipe
-    targets = [m.name for m in prepared.plan.matrices if m.rank and METHODS[m.method].needs_inputs]
-    if not targets:
+    needs = _needs(prepared.plan)
+    if not needs:
         return
     windows = take_windows(
         recipe.calibration,
@@ -134,12 +134,24 @@ def _calibrate(
         prepared.architecture,
         reader,
         windows,
-        targets,
+        needs,
         journal,
+        labels=recipe.calibration.labels,
+        seed=recipe.seed,
         device=machine.chosen,
         memory_limit_gib=recipe.calibration.memory_limit_gib,
         on_step=machine.on_step,
     )
+
+
+def _needs(plan: Plan) -> dict[str, frozenset[str]]:
+    """Return linear -> what its method wants to know of it, for those that are not kept dense."""
+    needs = {}
+    for matrix in plan.matrices:
+        method = METHODS[matrix.method]
+        if matrix.rank and method.needs:
+            needs[matrix.name] = method.needs | ({"whole_inputs"} if method.shared else set())
+    return needs
 
 
 def _decompose(

@@ -1,8 +1,9 @@
-"""The hidden states of every calibration window between two decoder layers.
+"""What travels between decoder layers for every calibration window, and where it is kept.
 
-One buffer, rewritten in place layer after layer; on disk when it is larger than the recipe's
-limit. Now and then the chain is saved verbatim: recomputing it after a restart would repeat hours
-of work, and a chain that is recomputed in another way is another chain.
+One buffer for hidden states on their way up or gradients on their way down, rewritten in place
+layer after layer. Now and then the chain is saved verbatim: recomputing it after a restart would
+repeat hours of work, and a chain that is recomputed in another way is another chain. Beside it the
+tape, which keeps the input of every layer until the gradients come by.
 """
 
 import os
@@ -17,46 +18,46 @@ from lrc.compressors.journal import Journal, publish, storage_errors
 SNAPSHOT_SECONDS = 30.0
 GIB = 2**30
 GPU_SHARE = 0.2  # of the free memory: a layer, its moments and a batch need the rest
-LIVE, PARTIAL = "states.live", ".states.partial"
+LIVE = ".live"
+NAMES = ("states", "gradients", "tape", "dense", "prefix")
+"""What a run may leave behind while it calibrates."""
+Shape = tuple[int, int, int]
 
 
-class HiddenStates:
-    """Hidden states [n_windows, length, d_model] in float32, before layer `next_layer`.
+class Chain:
+    """States or gradients [n_windows, length, d_model] in float32, `done` layers on their way.
 
     They stay on a GPU that has room for them, else in memory, else on disk.
+
+    Parameters
+    ----------
+    name : str
+        One of `NAMES`: snapshots and the file on disk are called so.
+    limit_gib : float
+        What is larger goes to disk.
     """
 
     def __init__(
-        self, journal: Journal, shape: tuple[int, int, int], limit_gib: float, device: str
+        self, journal: Journal, name: str, shape: Shape, limit_gib: float, device: str
     ) -> None:
-        self._journal = journal
+        self._journal, self._name = journal, name
         self._saved = time.monotonic()
-        self.next_layer = 0
-        n_bytes = shape[0] * shape[1] * shape[2] * 4
-        if device.startswith("cuda") and n_bytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
-            self.tensor = torch.empty(shape, device=device)
-        elif n_bytes <= limit_gib * GIB:
-            self.tensor = torch.empty(shape)
-        else:
-            path = journal.path(LIVE)
-            with storage_errors(path):
-                _reserve(path, n_bytes)
-                flat = torch.from_file(str(path), shared=True, size=n_bytes // 4)
-            self.tensor = flat.view(shape)
+        self.done = 0
+        self.tensor = _reserve(journal, name, shape, torch.float32, limit_gib, device)
 
-    def finish_layer(self, layer: int, *, last: bool) -> None:
-        """Note that `layer` has been applied to every window; save the chain when it is time."""
-        self.next_layer = layer + 1
-        if not last and time.monotonic() - self._saved > SNAPSHOT_SECONDS:
+    def finish_layer(self, *, save: bool) -> None:
+        """Note that one more layer is behind every window; save the chain when it is time."""
+        self.done += 1
+        if save and time.monotonic() - self._saved > SNAPSHOT_SECONDS:
             self.save()
 
     def save(self) -> None:
         """Save the chain, then drop the snapshot before it."""
         earlier = self._snapshots()
-        partial = self._journal.path(PARTIAL)
+        partial = self._journal.path(f".{self._name}.partial")
         with storage_errors(partial), partial.open("wb") as file:
             file.write(self.tensor.cpu().numpy().data)  # tofile would not say which error it met
-        publish(partial, self._journal.path(f"states-{self.next_layer:04d}.f32"))
+        publish(partial, self._journal.path(f"{self._name}-{self.done:04d}.f32"))
         for path in earlier:
             path.unlink()
         self._saved = time.monotonic()
@@ -69,20 +70,67 @@ class HiddenStates:
         newest = snapshots[-1]
         stored: Tensor = torch.from_file(str(newest), shared=False, size=self.tensor.numel())
         self.tensor.copy_(stored.view_as(self.tensor))
-        self.next_layer = int(newest.stem.removeprefix("states-"))
+        self.done = int(newest.stem.removeprefix(f"{self._name}-"))
         return True
 
     def _snapshots(self) -> list[Path]:
-        return sorted(self._journal.work.glob("states-*.f32"))
+        return sorted(self._journal.work.glob(f"{self._name}-*.f32"))
 
 
-def _reserve(path: Path, n_bytes: int) -> None:
-    """Take the space now: on a disk that fills up later, writing to the map kills the process."""
-    with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):  # macOS has none
-            os.posix_fallocate(file.fileno(), 0, n_bytes)
+class Tape:
+    """The input of every decoder layer, kept on the way up for the way down.
+
+    In bfloat16 where the model itself computes in 16 bits: half the room, and the rounding is one
+    that the model was trained with. It is never part of a snapshot; after a restart the way up is
+    gone again.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        n_layers: int,
+        shape: Shape,
+        dtype: torch.dtype,
+        limit_gib: float,
+        device: str,
+    ) -> None:
+        dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        whole = (n_layers * shape[0], *shape[1:])
+        tensor = _reserve(journal, "tape", whole, dtype, limit_gib, device)
+        self._layers = tensor.view(n_layers, *shape)
+
+    def write(self, layer: int, states: Tensor) -> None:
+        """Keep the input [n_windows, length, d_model] of a layer."""
+        self._layers[layer].copy_(states)
+
+    def read(self, layer: int, rows: slice, device: str) -> Tensor:
+        """Return the input of a layer for some windows, in float32."""
+        return self._layers[layer, rows].to(device, torch.float32)
+
+
+def _reserve(
+    journal: Journal, name: str, shape: Shape, dtype: torch.dtype, limit_gib: float, device: str
+) -> Tensor:
+    """Find room: on a GPU that has it, else in memory up to the limit, else on disk."""
+    size = shape[0] * shape[1] * shape[2]
+    n_bytes = size * dtype.itemsize
+    if device.startswith("cuda") and n_bytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if n_bytes <= limit_gib * GIB:
+        return torch.empty(shape, dtype=dtype)
+    path = journal.path(f"{name}{LIVE}")
+    with storage_errors(path):
+        with path.open("wb") as file:
+            # Now: on a disk that fills up later, writing to the map kills the process.
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, n_bytes)
+            else:
+                file.truncate(n_bytes)
+        flat: Tensor = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+    return flat.view(shape)
 
 
 def state_files(journal: Journal) -> list[str]:
-    """Return the journal's names of everything that hidden states may have left behind."""
-    return [LIVE, PARTIAL, *(path.name for path in journal.work.glob("states-*.f32"))]
+    """Return the journal's names of everything that calibration may have left behind."""
+    snapshots = [path.name for name in NAMES for path in journal.work.glob(f"{name}-*.f32")]
+    return [*(f"{n}{LIVE}" for n in NAMES), *(f".{n}.partial" for n in NAMES), *snapshots]

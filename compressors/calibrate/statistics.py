@@ -1,155 +1,228 @@
-"""Input second moments of every targeted linear, one decoder layer at a time."""
+"""Statistics of every targeted linear: up through the model for inputs, down for gradients."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.calibrate.states import HiddenStates
-from lrc.compressors.calibrate.stream import LayerCall, LayerStream, apply, watch_inputs
+from lrc.compressors.calibrate.gradients import GRADIENT_NEEDS, descend_layer, start_at_logits
+from lrc.compressors.calibrate.inputs import InputSums, Needs, apply_layer
+from lrc.compressors.calibrate.labels import Labels
+from lrc.compressors.calibrate.states import Chain, Tape
+from lrc.compressors.calibrate.stream import LayerCall, LayerStream
 from lrc.compressors.decompose import Moment, Statistics
 from lrc.compressors.journal import Journal
-from lrc.compressors.linalg import add_second_moment_
+from lrc.compressors.linalg import tensor_cores
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.progress import OnStep
-from lrc.configs.errors import ModelError
 
 # Enough tokens a batch to keep matrix products efficient, few enough to keep attention small.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 def collect(
     architecture: Architecture,
     reader: WeightReader,
     tokens: Tensor,
-    targets: Collection[str],
+    needs: Needs,
     journal: Journal,
     *,
+    labels: Labels,
+    seed: int,
     device: str,
     memory_limit_gib: float,
     on_step: OnStep,
 ) -> None:
-    """Write the input second moments of the targeted linears to the journal, layer by layer.
+    """Write what the targeted linears' methods need to know to the journal, layer by layer.
 
-    Inputs are those of the dense model. Linears that are given the same tensor (query, key and
-    value; gate and up) share one matrix.
+    Inputs and gradients are those of the dense model.
 
     Parameters
     ----------
     tokens : Tensor, shape [n_windows, length]
         Calibration windows, int64.
-    targets : collection of str
-        Names of the linears to watch; layers without any are only passed through.
+    needs : mapping of str to collection of str
+        Linear -> what to collect; layers without any are only passed through.
+    labels, seed
+        As for `start_at_logits`.
     on_step : callable
         Told (stage, layers done, layers) after each layer; what it raises stops the work there.
 
     Raises
     ------
     ModelError
-        If hidden states or inputs are not finite; names the layer.
+        If hidden states, inputs or gradients are not finite; names the layer.
     """
-    n_layers = len(architecture.layer_names)
-    if all(journal.has(statistics_file(index)) for index in range(n_layers)):
-        return
-    batch = _batch_size(len(tokens), tokens.shape[1], device)
-    stream = LayerStream(architecture, reader, device=device, dtype=torch.float32)
-    with stream.around_layers():
-        calls = stream.trace(tokens[:batch])
-        first = stream.embed(tokens[:batch])
-        shape = (len(tokens), tokens.shape[1], first.shape[-1])
-        states = HiddenStates(journal, shape, memory_limit_gib, device)
-        if not states.resume():
-            for start in range(0, len(tokens), batch):
-                states.tensor[start : start + batch] = stream.embed(tokens[start : start + batch])
-    for index in range(states.next_layer, n_layers):
-        wanted = {name for name in targets if name in _members(calls[index])}
-        known = journal.has(statistics_file(index))
-        moments = _apply_layer(
-            stream,
-            architecture,
-            index,
-            calls[index],
-            states.tensor,
-            batch,
-            set() if known else wanted,
-        )
-        if not known:
-            _write(journal, index, calls[index], moments, n_tokens=tokens.numel())
-        states.finish_layer(index, last=index == n_layers - 1)
-        on_step("calibrate", index + 1, n_layers)
+    work = _Collection(
+        architecture, reader, tokens, needs, journal, device, memory_limit_gib, on_step
+    )
+    with tensor_cores() if device.startswith("cuda") else nullcontext():
+        work.run(labels, seed)
 
 
 def load(journal: Journal, layer: int, name: str) -> Statistics:
     """Return what calibration knows of one linear; empty if it saw no token."""
-    file = statistics_file(layer)
-    facts = journal.read_facts(file)
-    leader = facts["leaders"].get(name)
-    if leader is None:
+    up, down = inputs_file(layer), gradients_file(layer)
+    if not journal.has(up):
         return Statistics()
-    return Statistics(facts["n_tokens"], Moment.of(journal.read_tensor(file, leader)))
+    facts = journal.read_facts(up)
+    if name not in facts["leaders"]:
+        return Statistics()
+    known = journal.read_tensors(up, _keys(name, facts["leaders"][name]))
+    learnt = journal.read_tensors(down, _keys(name, name)) if journal.has(down) else {}
+    return Statistics(
+        facts["n_tokens"],
+        inputs=_moment(known, "inputs"),
+        gradients=_moment(learnt, "gradients"),
+        input_mean=known.get("input_mean"),
+        input_magnitude=known.get("input_magnitude"),
+        row_fisher=learnt.get("row_fisher"),
+    )
 
 
-def statistics_file(layer: int) -> str:
-    """Return the journal's name for the statistics of one decoder layer."""
-    return f"statistics/layer-{layer:04d}.safetensors"
+def inputs_file(layer: int) -> str:
+    """Return the journal's name for the input statistics of one decoder layer."""
+    return f"statistics/inputs-{layer:04d}.safetensors"
 
 
-@torch.no_grad()
-def _apply_layer(
-    stream: LayerStream,
-    architecture: Architecture,
-    index: int,
-    call: LayerCall,
-    hidden: Tensor,
-    batch: int,
-    wanted: set[str],
-) -> dict[str, Tensor]:
-    """Replace the hidden states by the layer's output; return leader -> H, summed over tokens."""
-    leaders = {group[0] for group in call.groups if wanted.intersection(group)}
-    moments: dict[str, Tensor] = {}
+def gradients_file(layer: int) -> str:
+    """Return the journal's name for the gradient statistics of one decoder layer."""
+    return f"statistics/gradients-{layer:04d}.safetensors"
 
-    def see(name: str, x: Tensor) -> None:
-        if name not in moments:
-            moments[name] = x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float32)
-        add_second_moment_(moments[name], x)
 
-    layer_name = architecture.layer_names[index]
-    with stream.layer(index) as layer, watch_inputs(layer, layer_name, sorted(leaders), see):
-        for start in range(0, len(hidden), batch):
-            rows = slice(start, start + batch)
-            out = apply(layer, call, hidden[rows].to(stream.device))
-            hidden[rows] = out
-    for name, H in moments.items():
-        if not bool(torch.isfinite(H).all()):
-            raise ModelError(
-                f"model: the inputs of {name} are not finite on the calibration text; "
-                "the weights before it overflow: check the source model"
+class _Collection:
+    """One run over the calibration windows: up, and down if a method asks for gradients."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        reader: WeightReader,
+        tokens: Tensor,
+        needs: Needs,
+        journal: Journal,
+        device: str,
+        limit_gib: float,
+        on_step: OnStep,
+    ) -> None:
+        self.architecture, self.tokens, self.journal = architecture, tokens, journal
+        self.device, self.limit_gib, self.on_step = device, limit_gib, on_step
+        self.n_layers = len(architecture.layer_names)
+        layer_of = {linear.name: linear.layer for linear in architecture.linears}
+        self.needs: list[Needs] = [
+            {name: asked for name, asked in needs.items() if layer_of[name] == index}
+            for index in range(self.n_layers)
+        ]
+        self.batch = batch_size(len(tokens), tokens.shape[1], device)
+        self.stream = LayerStream(architecture, reader, device=device, dtype=torch.float32)
+        self.dtype = next(iter(architecture.stored_parameters().values())).dtype
+
+    def run(self, labels: Labels, seed: int) -> None:
+        asked = [i for i, needs in enumerate(self.needs) if _of_gradients(needs)]
+        descents = range(self.n_layers - 1, asked[0] - 1, -1) if asked else range(0)
+        descends = not all(self.journal.has(gradients_file(index)) for index in descents)
+        ascends = not all(self.journal.has(inputs_file(index)) for index in range(self.n_layers))
+        if not (ascends or descends):
+            return
+        with self.stream.around_layers():
+            calls = self.stream.trace(self.tokens[: self.batch])
+            width = self.stream.embed(self.tokens[:1]).shape[-1]
+        shape = (*self.tokens.shape, width)
+        states = Chain(self.journal, "states", shape, self.limit_gib, self.device)
+        if not descends:
+            self._ascend(states, calls, None)
+            return
+        gradients = Chain(self.journal, "gradients", shape, self.limit_gib, self.device)
+        resumed = gradients.resume()
+        left = self.n_layers - gradients.done  # layers still to descend
+        tape = Tape(self.journal, left, shape, self.dtype, self.limit_gib, self.device)
+        self._ascend(states, calls[:left], tape)
+        if not resumed:
+            start_at_logits(
+                self.stream,
+                calls[-1],
+                states.tensor,
+                self.tokens,
+                gradients.tensor,
+                labels=labels,
+                seed=seed,
             )
-    if not bool(torch.isfinite(hidden).all()):
-        raise ModelError(
-            f"model: the output of {layer_name} is not finite on the calibration text; "
-            "its weights are damaged or overflow: check the source model"
-        )
-    return moments
+        del states
+        self._descend(gradients, calls, tape, stop=descents[-1])
+
+    def _ascend(self, states: Chain, calls: list[LayerCall], tape: Tape | None) -> None:
+        # The tape needs every layer's input: with one, a snapshot from half-way is of no use.
+        if tape is not None or not states.resume():
+            with self.stream.around_layers():
+                for start in range(0, len(self.tokens), self.batch):
+                    rows = slice(start, start + self.batch)
+                    states.tensor[rows] = self.stream.embed(self.tokens[rows])
+        for index in range(states.done, len(calls)):
+            if tape is not None:
+                tape.write(index, states.tensor)
+            known = self.journal.has(inputs_file(index))
+            sums = apply_layer(
+                self.stream,
+                self.architecture,
+                index,
+                calls[index],
+                states.tensor,
+                self.batch,
+                {} if known else self.needs[index],
+            )
+            if not known:
+                self._write_inputs(index, sums)
+            states.finish_layer(save=tape is None and index < self.n_layers - 1)
+            self.on_step("calibrate", index + 1, self.n_layers)
+
+    def _descend(self, gradients: Chain, calls: list[LayerCall], tape: Tape, stop: int) -> None:
+        total = self.n_layers - stop
+        for index in range(self.n_layers - 1 - gradients.done, stop - 1, -1):
+            known = self.journal.has(gradients_file(index))
+            sums = descend_layer(
+                self.stream,
+                self.architecture,
+                index,
+                calls[index],
+                tape,
+                gradients,
+                self.batch,
+                {} if known else self.needs[index],
+            )
+            if not known:
+                self._write(gradients_file(index), sums, {})
+            gradients.finish_layer(save=index > stop)
+            self.on_step("gradients", gradients.done, total)
+
+    def _write_inputs(self, index: int, sums: InputSums) -> None:
+        facts = {"leaders": sums.leaders, "n_tokens": self.tokens.numel()}
+        self._write(inputs_file(index), sums.sums, facts)
+
+    def _write(self, file: str, sums: Mapping[str, Tensor], facts: dict[str, object]) -> None:
+        tensors = {key: total.cpu() for key, total in sums.items()}
+        # A safetensors file wants at least one tensor.
+        self.journal.write_tensors(file, tensors or {"none": torch.zeros(1)}, facts)
 
 
-def _members(call: LayerCall) -> set[str]:
-    return {name for group in call.groups for name in group}
+def _of_gradients(needs: Needs) -> bool:
+    return any(GRADIENT_NEEDS & set(asked) for asked in needs.values())
 
 
-def _write(
-    journal: Journal, index: int, call: LayerCall, moments: dict[str, Tensor], *, n_tokens: int
-) -> None:
-    leaders = {name: group[0] for group in call.groups if group[0] in moments for name in group}
-    tensors = {name: H.cpu() for name, H in moments.items()}
-    if not tensors:  # a safetensors file wants at least one tensor
-        tensors = {"none": torch.zeros(1)}
-    facts = {"leaders": leaders, "n_tokens": n_tokens}
-    journal.write_tensors(statistics_file(index), tensors, facts)
+def _keys(name: str, leader: str) -> dict[str, str]:
+    """Map the tensors of a statistics file to what they are for one linear."""
+    own = {f"{name}.{what}": what for what in ("image", "gradients", "row_fisher")}
+    shared = ("inputs", "diagonal", "input_mean", "input_magnitude")
+    return own | {f"{leader}.{what}": what for what in shared}
 
 
-def _batch_size(n_windows: int, length: int, device: str) -> int:
+def _moment(known: Mapping[str, Tensor], full: str) -> Moment | None:
+    if "diagonal" not in known or not {full, "image"} & set(known):
+        return None
+    return Moment(known["diagonal"], full=known.get(full), image=known.get("image"))
+
+
+def batch_size(n_windows: int, length: int, device: str) -> int:
     """Choose the largest divisor of the number of windows that stays within the token budget.
 
     A divisor, because the masks recorded in the trace have the batch's shape.

@@ -8,7 +8,7 @@ states of all batches, one layer after another, without the model around them.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,13 +23,15 @@ from lrc.configs.errors import ModelError
 class LayerCall:
     """How a decoder layer is called, apart from its hidden states, and who shares an input in it.
 
-    `groups` lists the linears (full names) of each distinct input, in order of use.
+    `groups` lists the linears (full names) of each distinct input, in order of use;
+    `returns_tuple` says whether the hidden states come back in one.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     by_keyword: bool
     groups: list[list[str]]
+    returns_tuple: bool = False
 
 
 class _Reached(Exception):
@@ -58,17 +60,20 @@ class LayerStream:
         self._architecture, self._reader = architecture, reader
         self.device, self._dtype = device, dtype
         head = architecture.model.get_output_embeddings()
-        heads = [name for name, module in architecture.model.named_modules() if module is head]
-        self._around = [*architecture.layer_names, *heads]
+        self._heads = [n for n, module in architecture.model.named_modules() if module is head]
 
     @contextmanager
-    def around_layers(self) -> Iterator[None]:
-        """Hold everything outside the layers (embeddings, norms, rotary tables) on the device."""
-        self._reader.fill_("", device=self.device, dtype=self._dtype, skip=self._around)
+    def around_layers(self, *, head: bool = False) -> Iterator[None]:
+        """Hold everything outside the layers (embeddings, norms, rotary tables) on the device.
+
+        The head, which no layer needs and which can be larger than a layer, only if asked.
+        """
+        skip = [*self._architecture.layer_names, *([] if head else self._heads)]
+        self._reader.fill_("", device=self.device, dtype=self._dtype, skip=skip)
         try:
             yield
         finally:
-            self._reader.empty_("", skip=self._around)
+            self._reader.empty_("", skip=skip)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -96,6 +101,31 @@ class LayerStream:
         finally:
             hook.remove()
         raise ModelError("model: its forward never calls the first decoder layer")
+
+    def logits(self, hidden: Tensor, tokens: Tensor, call: LayerCall) -> Tensor:
+        """Return what the model predicts, [n, length, vocabulary], from its last layer's output.
+
+        Differentiable in `hidden` [n, length, d_model]. It is the model's own forward, with its
+        layers passing `hidden` on: whatever an architecture does behind them (norms, scaling,
+        soft-capping) is done. Needs ``around_layers(head=True)``.
+
+        Parameters
+        ----------
+        tokens : Tensor, shape [n, length]
+        call : LayerCall
+            Of the last layer.
+        """
+        layers = self._architecture.layers
+        passed = (hidden,) if call.returns_tuple else hidden
+        for layer in layers:
+            layer.forward = lambda *_, **__: passed
+        try:
+            model = self._architecture.model
+            result: Tensor = model(input_ids=tokens.to(self.device), use_cache=False).logits
+        finally:
+            for layer in layers:
+                del layer.forward  # the class's own shows again
+        return result
 
     @torch.no_grad()
     def trace(self, tokens: Tensor) -> list[LayerCall]:
@@ -149,6 +179,29 @@ def watch_inputs(
             hook.remove()
 
 
+@contextmanager
+def watch_outputs(
+    layer: nn.Module,
+    prefix: str,
+    names: list[str],
+    see: Callable[[str, Tensor, Tensor], None],
+) -> Iterator[None]:
+    """Call ``see(name, x, y)`` whenever a linear of the layer has made ``y`` of ``x``."""
+
+    def hook_for(name: str) -> Callable[..., None]:
+        return lambda _, args, y: see(name, args[0], y)
+
+    hooks = [
+        layer.get_submodule(name.removeprefix(f"{prefix}.")).register_forward_hook(hook_for(name))
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _record_call(
     stream: LayerStream, index: int, layer: nn.Module, calls: dict[int, LayerCall]
 ) -> list[Any]:
@@ -177,10 +230,11 @@ def _record_call(
             context.__enter__()
             residents.append(context)
 
-    def after(*_: Any) -> None:
+    def after(_: nn.Module, __: Any, out: Any) -> None:
         while residents:
             residents.pop().__exit__(None, None, None)
-        calls[index].groups.extend(members for _, members in inputs)
+        groups = [members for _, members in inputs]
+        calls[index] = replace(calls[index], groups=groups, returns_tuple=isinstance(out, tuple))
         inputs.clear()
 
     return [

@@ -77,8 +77,10 @@ def test_only_the_layer_at_work_is_off_the_meta_device(architecture, reader, tok
             architecture,
             reader,
             tokens,
-            [linear.name for linear in architecture.linears],
+            {linear.name: {"inputs"} for linear in architecture.linears},
             Journal(tmp_path / "out"),
+            labels="model",
+            seed=0,
             device="cpu",
             memory_limit_gib=1.0,
             on_step=lambda *_: None,
@@ -199,4 +201,4 @@ def test_watching_ends_with_its_context(architecture, stream):
 )
 def test_a_batch_is_a_divisor_within_the_token_budget(n_windows, length, expected):
     """All batches have one shape, because the recorded masks have it."""
-    assert statistics._batch_size(n_windows, length, "cpu") == expected
+    assert statistics.batch_size(n_windows, length, "cpu") == expected

@@ -1,0 +1,165 @@
+"""The calibration windows as the compressed model sees them, beside the dense model's view."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from lrc.compressors.calibrate.states import Chain
+from lrc.compressors.calibrate.statistics import batch_size
+from lrc.compressors.calibrate.stream import LayerStream, apply
+from lrc.compressors.journal import Journal
+from lrc.compressors.linalg import tensor_cores
+from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.weights import WeightReader
+from lrc.configs.errors import ModelError
+
+
+class _Reached(Exception):
+    """Ends a layer's forward at the linear whose input is wanted."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class CompressedPrefix:
+    """Inputs of linears behind layers that are compressed already, and of the same ones dense.
+
+    Two chains of hidden states climb through the model together: one through the dense weights,
+    one through those that `replace` has set. Within a layer, `measure` may be asked between
+    replacements, in the order in which the linears are called.
+
+    Parameters
+    ----------
+    tokens : Tensor, shape [n_windows, length]
+    memory_limit_gib : float
+        For both chains together; what is larger goes to disk.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        reader: WeightReader,
+        tokens: Tensor,
+        journal: Journal,
+        *,
+        device: str,
+        memory_limit_gib: float,
+    ) -> None:
+        self._architecture, self._device = architecture, device
+        self._stream = LayerStream(architecture, reader, device=device, dtype=torch.float32)
+        self._batch = batch_size(len(tokens), tokens.shape[1], device)
+        self._replaced: dict[tuple[str, str], nn.Parameter] = {}
+        with self._stream.around_layers():
+            self._calls = self._stream.trace(tokens[: self._batch])
+            first = self._stream.embed(tokens[: self._batch])
+            shape = (*tokens.shape, first.shape[-1])
+            self._dense, self._prefix = (
+                Chain(journal, name, shape, memory_limit_gib / 2, device).tensor
+                for name in ("dense", "prefix")
+            )
+            for start in range(0, len(tokens), self._batch):
+                rows = slice(start, start + self._batch)
+                self._dense[rows] = self._stream.embed(tokens[rows])
+            self._prefix.copy_(self._dense)
+
+    def groups(self, layer: int) -> list[list[str]]:
+        """Return the linears of a decoder layer that share an input, in the order of their use."""
+        return self._calls[layer].groups
+
+    def replace(self, name: str, W_hat: Tensor, bias: Tensor | None = None) -> None:
+        """Let the prefix compute with ``W_hat`` [d_out, d_in] in place of a linear's weight.
+
+        `bias` [d_out], if given, takes the place of its bias.
+        """
+        for leaf, tensor in (("weight", W_hat), ("bias", bias)):
+            if tensor is not None:
+                tensor = tensor.to(self._device, torch.float32)
+                self._replaced[name, leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    @torch.no_grad()
+    def measure(self, layer: int, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the second moments of the input that some linears of a layer share.
+
+        Parameters
+        ----------
+        names : sequence of str
+            One of `groups`.
+
+        Returns
+        -------
+        H : Tensor, shape [d_in, d_in]
+            ``X'.T @ X'`` of the inputs X' behind what is replaced so far.
+        cross : Tensor, shape [d_in, d_in]
+            ``X.T @ X'`` with the inputs X of the dense model.
+
+        Raises
+        ------
+        ModelError
+            If the inputs are not finite; names the linear.
+        """
+        call, leader = self._calls[layer], names[0]
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _Reached(args[0].reshape(-1, args[0].shape[-1]))
+
+        def inputs(module: nn.Module, hidden: Tensor) -> Tensor:
+            try:
+                apply(module, call, hidden.to(self._device))
+            except _Reached as reached:
+                return reached.x
+            raise AssertionError(f"{leader} was called in the trace and is no more")
+
+        moments: list[Tensor] = []
+        with self._resident(layer) as module:
+            hook = self._architecture.model.get_submodule(leader).register_forward_pre_hook(stop)
+            try:
+                for start in range(0, len(self._dense), self._batch):
+                    rows = slice(start, start + self._batch)
+                    x = inputs(module, self._dense[rows])  # [n_tokens, d_in]
+                    with self._compressed():
+                        behind = inputs(module, self._prefix[rows])
+                    if not moments:
+                        moments = [x.new_zeros(x.shape[1], x.shape[1]) for _ in range(2)]
+                    moments[0].addmm_(behind.T, behind)
+                    moments[1].addmm_(x.T, behind)
+            finally:
+                hook.remove()
+        if not all(bool(torch.isfinite(moment).all()) for moment in moments):
+            raise ModelError(
+                f"model: the inputs of {leader} are not finite behind the compressed layers; "
+                "raise 'keep', or leave out 'compensate'"
+            )
+        return moments[0], moments[1]
+
+    @torch.no_grad()
+    def advance(self, layer: int) -> None:
+        """Send both chains through a layer, and forget what was replaced in it."""
+        call = self._calls[layer]
+        with self._resident(layer) as module:
+            for start in range(0, len(self._dense), self._batch):
+                rows = slice(start, start + self._batch)
+                self._dense[rows] = apply(module, call, self._dense[rows].to(self._device))
+                with self._compressed():
+                    self._prefix[rows] = apply(module, call, self._prefix[rows].to(self._device))
+        self._replaced.clear()
+
+    @contextmanager
+    def _resident(self, layer: int) -> Iterator[nn.Module]:
+        fast = tensor_cores() if self._device.startswith("cuda") else nullcontext()
+        with fast, self._stream.layer(layer) as module:
+            yield module
+
+    @contextmanager
+    def _compressed(self) -> Iterator[None]:
+        """Compute with the replaced weights for a while."""
+        owners = {key: self._architecture.model.get_submodule(key[0]) for key in self._replaced}
+        dense = {key: owner._parameters[key[1]] for key, owner in owners.items()}
+        try:
+            for key, owner in owners.items():
+                owner._parameters[key[1]] = self._replaced[key]
+            yield
+        finally:
+            for key, owner in owners.items():
+                owner._parameters[key[1]] = dense[key]
