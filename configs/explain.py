@@ -7,7 +7,6 @@ of") are taken from pydantic's list.
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 
 from lrc.configs.places import Path
 from lrc.configs.shape import Shape, closest
-from lrc.configs.words import allowed, back_in_range, bounds, got, keys, remedy
+from lrc.configs.words import allowed, back_in_range, bounds, got, keys, meaning, remedy
 
 Finding = tuple[Path, str]
 
@@ -40,7 +39,7 @@ def explain(error: ValidationError, value: Any, shape: Shape) -> list[Finding]:
         elif each["type"] in ("missing", "extra_forbidden"):
             continue  # `_check` knows all keys, and which variant's keys are meant
         elif not any(_related(path, known) for known, _ in found):
-            # a constraint that `_check` does not know, such as a pattern
+            # a constraint that `_check` does not know, such as a pattern without a name
             found.append((path, f"this value is not allowed, got {got(here)}; write another"))
     return list(dict.fromkeys(found))
 
@@ -50,7 +49,7 @@ def _check(shape: Shape, value: Any, path: Path) -> Iterator[Finding]:
     if value is None and shape.nullable:
         return
     part = next((part for part in shape.parts if part.holds(value)), None)
-    if part is None or (part.options and value not in part.options):
+    if part is None or not part.admits(value):
         hint = remedy(shape, value)
         yield path, f"must be {allowed(shape)}, got {got(value)}" + (f"; {hint}" if hint else "")
     elif isinstance(value, dict):
@@ -114,9 +113,7 @@ def _unknown_key(
 
 
 def _missing(shape: Shape) -> str:
-    described = " ".join(str(shape.schema.get("description", "")).split())
-    meaning = re.split(r"\.(?: (?=[A-Z])|$)", described)[0]
-    return f"missing; add {allowed(shape)}" + (f" ({meaning})" if meaning else "")
+    return f"missing; add {allowed(shape)}{meaning(shape)}"
 
 
 def _check_list(shape: Shape, value: list[Any], path: Path) -> Iterator[Finding]:

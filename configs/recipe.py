@@ -8,15 +8,37 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from lrc.configs.size import SIZE, SIZE_REMEDY, SIZE_WORDS
+
 Dtype = Literal["bfloat16", "float16", "float32"]
 Text = Annotated[str, Field(min_length=1)]
-Keep = Annotated[
-    float,
-    Field(gt=0, le=1, description="Stored bits over the bits of the matrix in the source, (0, 1]"),
+Keep = Annotated[float, Field(gt=0, le=1)]
+Size = Annotated[
+    str, Field(pattern=SIZE, json_schema_extra={"x-words": SIZE_WORDS, "x-remedy": SIZE_REMEDY})
 ]
-
-
-SIZE = r"^\d+(\.\d+)? ?(B|kB|MB|GB|KiB|MiB|GiB)$"
+Damp = Annotated[
+    float,
+    Field(
+        ge=0,
+        lt=1,
+        description="Fraction of the mean diagonal of the input second moment that is added to it.",
+    ),
+]
+Allocation = Annotated[
+    Literal["uniform", "heavy-tail", "lagrangian"],
+    Field(
+        description="How the budget is spread: the same share for every matrix (`uniform`), by one "
+        "threshold on the normalised singular values (`heavy-tail`, WeLore), or where the method "
+        "predicts the least loss (`lagrangian`)."
+    ),
+]
+Storage = Annotated[
+    Literal["factors", "pivot"],
+    Field(
+        description="Two factors, or some rows of their product and how the others follow (`pivot`,"
+        " PIFA): lossless, and more rank for the same bits."
+    ),
+]
 
 
 def _allow_short_form(schema: dict[str, Any], part: type["Strict"]) -> None:
@@ -123,8 +145,7 @@ class Compensate(Strict):
     mix: Annotated[float, Field(gt=0, le=1)] = 0.3
     """Share of the dense model's outputs in what the layer aims at; the rest are its own outputs
     on the inputs it will really see."""
-    damp: Annotated[float, Field(ge=0, lt=1)] = 1e-4
-    """Fraction of the mean diagonal of the input second moment that is added to it."""
+    damp: Damp = 1e-4
 
 
 class DecomposeBase(Strict):
@@ -134,24 +155,20 @@ class DecomposeBase(Strict):
     """How the factors are found."""
     keep: Keep | None = None
     """Stored bits over the bits of the matrices in the source, (0, 1]."""
-    size: Annotated[str, Field(pattern=SIZE)] | None = None
-    """Bytes of the whole model's weight files instead of `keep`, such as `180MiB`."""
+    size: Size | None = None
+    """Instead of `keep`: size of the whole model's weight files, such as `180MiB`."""
     measure: Literal["bits", "macs"] = "bits"
     """What `keep` is a share of: stored bits, or multiply-adds a token."""
-    allocation: Literal["uniform", "heavy-tail", "lagrangian"] = "uniform"
-    """How the budget is spread: the same share for every matrix, by one threshold on normalised
-    singular values (WeLore, data-free), or where the method predicts the least loss."""
+    allocation: Allocation = "uniform"
     rank_multiple: PositiveInt = 1
     """Ranks are multiples of it: 8 to 128 suit tensor cores and group sizes."""
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """No matrix keeps a smaller share than this."""
     max_loss: Annotated[float, Field(gt=0, le=1)] = 1.0
     """No matrix loses a larger share of its weighted energy; `lagrangian` only."""
-    plan: str | None = None
+    plan: Text | None = None
     """A plan (JSON) that an earlier run wrote, edited at will: its ranks replace the allocation."""
-    storage: Literal["factors", "pivot"] = "factors"
-    """Two factors, or some rows of their product and how the others follow (PIFA): lossless, and
-    more rank for the same bits."""
+    storage: Storage = "factors"
     compensate: Compensate | None = None
     """Refit every layer on the inputs that the compressed layers before it produce."""
     targets: list[str] = ["*"]
@@ -168,7 +185,9 @@ class DecomposeBase(Strict):
             text = "give exactly one of 'keep' and 'size', or a 'plan' that has the ranks"
             raise ValueError(f"{text}; got {' and '.join(given) or 'none of them'}")
         if self.size is not None and self.measure != "bits":
-            raise ValueError("'size' counts bytes and cannot be measured in 'macs'; give 'keep'")
+            raise ValueError(
+                "'size' counts bytes and cannot be measured in 'macs'; give 'keep' instead"
+            )
         if self.keep is not None and self.min_keep > self.keep:
             raise ValueError(
                 f"'min_keep' must be at most 'keep', {self.keep:g}, got {self.min_keep:g}; "
@@ -205,8 +224,7 @@ class SvdLlm(DecomposeBase):
 
     method: Literal["svd-llm"]
     """Whitened truncated SVD."""
-    damp: Annotated[float, Field(ge=0, lt=1)] = 1e-6
-    """Fraction of the mean diagonal of the input second moment that is added to it."""
+    damp: Damp = 1e-6
 
 
 class Lord(DecomposeBase):
@@ -214,8 +232,7 @@ class Lord(DecomposeBase):
 
     method: Literal["lord"]
     """Principal components of the outputs, with a bias."""
-    damp: Annotated[float, Field(ge=0, lt=1)] = 1e-6
-    """Fraction of the mean diagonal of the input second moment that is added to it."""
+    damp: Damp = 1e-6
 
 
 class Kfac(DecomposeBase):
@@ -223,17 +240,12 @@ class Kfac(DecomposeBase):
 
     method: Literal["kfac"]
     """Least predicted loss, from inputs and output gradients."""
-    damp: Annotated[float, Field(ge=0, lt=1)] = 1e-6
-    """Fraction of the mean diagonal of the input second moment that is added to it."""
+    damp: Damp = 1e-6
     gradient_damp: Annotated[float, Field(ge=0, lt=10)] = 0.1
     """Fraction of the mean diagonal of the gradient second moment that is added to it: the fewer
     calibration tokens, the more is needed."""
-    allocation: Literal["uniform", "heavy-tail", "lagrangian"] = "lagrangian"
-    """How the budget is spread: the same share for every matrix, by one threshold on normalised
-    singular values (WeLore, data-free), or where the method predicts the least loss."""
-    storage: Literal["factors", "pivot"] = "pivot"
-    """Two factors, or some rows of their product and how the others follow (PIFA): lossless, and
-    more rank for the same bits."""
+    allocation: Allocation = "lagrangian"
+    storage: Storage = "pivot"
 
 
 class BasisSharing(DecomposeBase):
@@ -241,12 +253,11 @@ class BasisSharing(DecomposeBase):
 
     method: Literal["basis-sharing"]
     """One right factor for several layers."""
-    damp: Annotated[float, Field(ge=0, lt=1)] = 1e-6
-    """Fraction of the mean diagonal of the input second moment that is added to it."""
+    damp: Damp = 1e-6
     group_size: Annotated[int, Field(ge=2)] = 2
     """Layers that share."""
     storage: Literal["factors"] = "factors"
-    """Two factors; the shared one is stored once."""
+    """Two factors, of which the shared one is stored once: pivot rows cannot be shared."""
     compensate: None = None
     """Not with this method: its layers are solved together."""
 

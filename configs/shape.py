@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cached_property
 from math import inf
+from re import search
 from typing import Any
 
 Schema = dict[str, Any]
@@ -96,10 +97,27 @@ class Shape:
         return inside
 
     @property
+    def words(self) -> str:
+        """What a text of this part's pattern is called; empty without a pattern that has a name."""
+        return str(self.schema.get("x-words", ""))
+
+    def admits(self, value: Any) -> bool:
+        """Whether a value of this part's kind is one of its options and of its named pattern."""
+        if self.options:
+            return value in self.options
+        return not self.words or search(self.schema["pattern"], value) is not None
+
+    @property
     def options(self) -> list[Any]:
         """The allowed values, where they are few."""
         constant = [self.schema["const"]] if "const" in self.schema else []
         return list(self.schema.get("enum", constant))
+
+    @property
+    def fixed(self) -> bool:
+        """Whether there is but one value, so that the key can as well be left out."""
+        alternatives = sum(len(part.options) or 2 for part in self.parts)
+        return alternatives + self.nullable == 1
 
     @property
     def items(self) -> "Shape":

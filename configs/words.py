@@ -8,17 +8,31 @@ from lrc.configs.shape import Shape, closest
 
 _YES_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 
+_MOST_KEYS, _FIRST_KEYS = 8, 3
+"""A mapping with more keys than the first is named by as many as the second."""
+
 
 def allowed(shape: Shape) -> str:
     """Say what may stand at one place: `a number in (0, 1]`, `a list of strings`."""
     parts = [_allowed_part(part) for part in shape.parts]
-    return " or ".join([*parts, "null"] if shape.nullable else parts)
+    if shape.nullable:  # never behind a list of keys, of which it would seem to be one
+        parts.insert(0 if shape.mapping else len(parts), "null")
+    return " or ".join(parts)
+
+
+def meaning(shape: Shape) -> str:
+    """Say what a key is for, its description's first sentence in parentheses; empty without one."""
+    described = " ".join(str(shape.schema.get("description", "")).split())
+    first = re.split(r"\.(?: (?=[A-Z])|$)", described)[0]
+    return f" ({first})" if first else ""
 
 
 def _allowed_part(part: Shape) -> str:
     if part.options:
         one, *more = [str(option) for option in part.options]
         return f"one of {', '.join([one, *more])}" if more else f"'{one}'"
+    if part.words:
+        return part.words
     if part.kind == "string":
         return "a string that is not empty" if part.schema.get("minLength") else "a string"
     if part.kind in ("integer", "number"):
@@ -29,7 +43,7 @@ def _allowed_part(part: Shape) -> str:
     if part.kind == "array":
         return f"a list of {_allowed_entries(part.items)}"
     if part.kind == "object" and part.properties:
-        return f"a mapping with the {keys(list(part.properties))}"
+        return f"a mapping with the {_some_keys(list(part.properties))}"
     return "a mapping" if part.kind == "object" else "any value"
 
 
@@ -38,6 +52,12 @@ def _allowed_entries(items: Shape) -> str:
     if len(items.parts) == 1 and not items.options and items.kind in plurals:
         return f"{plurals[items.kind]} {bounds(items)}".rstrip()
     return f"entries, each {allowed(items)}"
+
+
+def _some_keys(names: list[str]) -> str:
+    if len(names) <= _MOST_KEYS:
+        return keys(names)
+    return f"{keys(names[:_FIRST_KEYS])} and others"
 
 
 def keys(names: list[str]) -> str:
@@ -94,9 +114,20 @@ def remedy(shape: Shape, value: Any) -> str:
     options = {str(option): option for part in shape.parts for option in part.options}
     if value is None:
         return "write a value or remove the key"
+    near = closest(value, options)
+    if near is not None:
+        return f"did you mean {got(options[near])}?"
+    if shape.fixed:
+        return f"remove the key{meaning(shape)}"
     if options:
-        near = closest(value, options)
-        return f"did you mean {got(options[near])}?" if near else ""
+        return ""
+    named = next((part for part in shape.parts if part.words), None)
+    if named is not None:
+        return str(named.schema["x-remedy"])
+    if shape.nullable and shape.mapping and not shape.mapping.required:
+        wish = _YES_NO.get(str(value).lower(), str(value).lower())
+        if wish in ("true", "false"):
+            return "write {} for the defaults" if wish == "true" else "remove the key"
     if "string" in kinds and isinstance(value, (bool, int, float)):
         return "put it in quotes"
     if "array" in kinds and isinstance(value, (str, int, float)):

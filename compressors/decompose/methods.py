@@ -135,7 +135,8 @@ def _kronecker(W: Tensor, statistics: Statistics, *, damp: float, gradient_damp:
 
 
 # Damping of the inputs: the optimum is unchanged to four digits up to 1e-4 and Cholesky rarely
-# needs more than 1e-6. Gradients are noisier: 1e-4 gave the perplexities of the two-sided metric.
+# needs more than 1e-6. Gradients are noisier: perplexity of SmolLM2-135M at 80 % kept, 131k tokens,
+# is 33.6 with 1e-4 to 0.1 and 34.5 with 1; with few tokens much more damping helps.
 _DAMP = {"damp": 1e-6}
 
 METHODS: dict[str, Method] = {
@@ -160,7 +161,7 @@ METHODS: dict[str, Method] = {
         _kronecker,
         frozenset({"inputs", "gradients"}),
         "K-FAC, arXiv:1503.05671; as a metric of low-rank compression, arXiv:2505.17974",
-        {**_DAMP, "gradient_damp": 1e-4},
+        {**_DAMP, "gradient_damp": 0.1},
     ),
     "basis-sharing": Method(
         _whitened, frozenset({"inputs"}), "Basis Sharing, arXiv:2410.03765", _DAMP, shared=True

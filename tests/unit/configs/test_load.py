@@ -42,14 +42,15 @@ seed: x
         f"recipe.yaml:1: modle: unknown key; did you mean 'model'? {TOP}",
         "recipe.yaml:1: modle.dtyp: unknown key; did you mean 'dtype'? "
         "Allowed: path, file, revision, dtype, tokenizer, trust_remote_code",
-        "recipe.yaml:3: stages[0].decompose.method: must be one of svd, svd-llm, got 'svdllm'; "
-        "did you mean 'svd-llm'?",
+        "recipe.yaml:3: stages[0].decompose.method: must be one of asvd, basis-sharing, fwsvd, "
+        "kfac, lord, svd, svd-llm, got 'svdllm'; did you mean 'svd-llm'?",
         "recipe.yaml:3: stages[0].decompose.keep: must be in (0, 1], got 1.3; lower it",
         "recipe.yaml:3: stages[0].decompose.damp: must be in [0, 1), got 1; lower it",
         "recipe.yaml:4: stages[1].decompse: unknown key; did you mean 'decompose'? "
         "Allowed: decompose",
         "recipe.yaml:4: stages[1].decompse.kep: unknown key; did you mean 'keep'? "
-        "Allowed: method, keep, targets, skip, overrides",
+        "Allowed: method, keep, size, measure, allocation, rank_multiple, min_keep, max_loss, "
+        "plan, storage, compensate, targets, skip, overrides",
         "recipe.yaml:6: seed: given twice, first in line 5; remove one of the two",
         "override 'seed.x=1': seed is 1, nothing can be set inside it; override seed itself",
         "override 'evaluate.tasks=': evaluate.tasks: must be a list of strings or a mapping with "

@@ -11,7 +11,7 @@ from lrc.configs import shipped
 from lrc.configs.errors import RecipeError
 from lrc.configs.explain import Finding, explain
 from lrc.configs.load import parse_recipe
-from lrc.configs.recipe import DecomposeStage, Recipe, Strict
+from lrc.configs.recipe import Compensate, DecomposeStage, Recipe, Strict
 from lrc.configs.schema import recipe_schema
 from lrc.configs.shape import Shape
 from lrc.configs.yaml_text import read_yaml
@@ -23,7 +23,11 @@ stages:
 output: out
 """
 TOP = "Allowed: model, calibration, stages, evaluate, output, seed"
-SVD_LLM = "Allowed: method, keep, targets, skip, overrides, damp"
+STAGE = "Allowed: method, keep, size, measure, allocation, rank_multiple, min_keep, max_loss, plan, storage, compensate, targets, skip, overrides"
+SVD_LLM = f"{STAGE}, damp"
+METHODS = "asvd, basis-sharing, fwsvd, kfac, lord, svd, svd-llm"
+UNITS = "write a number and a unit, one of B, kB, MB, GB, KiB, MiB, GiB"
+REFIT = ".decompose.compensate: must be null or a mapping with the keys mix, damp, got"
 
 
 def problems(text: str, *overrides: str) -> list[str]:
@@ -48,11 +52,12 @@ BAD_LINES = [
     ("calibration: {samples: 2.5}", "calibration.samples: must be a whole number >= 1, got 2.5"),
     ("calibration: {samples: '64'}", "calibration.samples: must be a whole number >= 1, got '64'; write 64"),
     ("calibration: {source: ''}", "calibration.source: must be a string that is not empty, got ''; write it out"),
-    ("calibration: ''", "calibration: must be a string that is not empty or a mapping with the keys source, samples, length, field, chat_template, memory_limit_gib, got ''; write it out"),
+    ("calibration: ''", "calibration: must be a string that is not empty or a mapping with the keys source, samples, length, field, chat_template, labels, memory_limit_gib, got ''; write it out"),
     ("calibration: {field: [text]}", "calibration.field: must be a string, got a list of 1 entry"),
     ("calibration: {chat_template: yes}", "calibration.chat_template: must be true or false, got 'yes'; write true"),
     ("calibration: {chat_template: off}", "calibration.chat_template: must be true or false, got 'off'; write false"),
     ("calibration: {chat_template: 1}", "calibration.chat_template: must be true or false, got 1; write true or false"),
+    ("calibration: {labels: reel}", "calibration.labels: must be one of model, sampled, real, got 'reel'; did you mean 'real'?"),
     ("calibration: {memory_limit_gib: 0}", "calibration.memory_limit_gib: must be > 0, got 0; raise it"),
     ("calibration: {memory_limit_gib: .inf}", "calibration.memory_limit_gib: must be finite, got inf; write a number > 0"),
     ("evaluate:", "evaluate: must be a mapping with the keys perplexity, tasks, gates, dense, got nothing; write a value or remove the key"),
@@ -81,22 +86,42 @@ BAD_STAGES = [
     ("{decompose: {method: svd-llm, keep: 1.3}}", ".decompose.keep: must be in (0, 1], got 1.3; lower it"),
     ("{decompose: {method: svd-llm, keep: 0}}", ".decompose.keep: must be in (0, 1], got 0; raise it"),
     ("{decompose: {method: svd-llm, keep: 80}}", ".decompose.keep: must be in (0, 1], got 80; for 80 % write 0.8"),
-    ("{decompose: {method: svd-llm, keep: 80%}}", ".decompose.keep: must be a number in (0, 1], got '80%'; write 0.8"),
-    ("{decompose: {method: svd-llm, keep: '0,8'}}", ".decompose.keep: must be a number in (0, 1], got '0,8'; write 0.8"),
-    ("{decompose: {method: svd-llm, keep: true}}", ".decompose.keep: must be a number in (0, 1], got true"),
-    ("{decompose: {method: svd-llm, keep: .nan}}", ".decompose.keep: must be finite, got nan; write a number in (0, 1]"),
-    ("{decompose: {method: svd-llm}}", ".decompose.keep: missing; add a number in (0, 1] (Stored bits over the bits of the matrix in the source, (0, 1])"),
-    ("{decompose: {method: svdllm, keep: 0.8}}", ".decompose.method: must be one of svd, svd-llm, got 'svdllm'; did you mean 'svd-llm'?"),
-    ("{decompose: {method: zzz, keep: 0.8, damp: 0.1}}", ".decompose.method: must be one of svd, svd-llm, got 'zzz'"),
-    ("{decompose: {keep: 0.8}}", ".decompose.method: missing; add one of svd, svd-llm"),
-    ("{decompose: {method: svd, keep: 0.8, damp: 0.1}}", ".decompose.damp: not a key of method 'svd'; remove it. Allowed: method, keep, targets, skip, overrides"),
+    ("{decompose: {method: svd-llm, keep: 80%}}", ".decompose.keep: must be a number in (0, 1] or null, got '80%'; write 0.8"),
+    ("{decompose: {method: svd-llm, keep: '0,8'}}", ".decompose.keep: must be a number in (0, 1] or null, got '0,8'; write 0.8"),
+    ("{decompose: {method: svd-llm, keep: true}}", ".decompose.keep: must be a number in (0, 1] or null, got true"),
+    ("{decompose: {method: svd-llm, keep: .nan}}", ".decompose.keep: must be finite, got nan; write a number in (0, 1] or null"),
+    ("{decompose: {method: svd-llm}}", ".decompose: give exactly one of 'keep' and 'size', or a 'plan' that has the ranks; got none of them"),
+    ("{decompose: {method: svd-llm, keep: 0.8, size: 1GB}}", ".decompose: give exactly one of 'keep' and 'size', or a 'plan' that has the ranks; got keep and size"),
+    ("{decompose: {method: svd-llm, size: '180'}}", f".decompose.size: must be a size such as 180MiB or null, got '180'; {UNITS}"),
+    ("{decompose: {method: svd-llm, size: 180M}}", f".decompose.size: must be a size such as 180MiB or null, got '180M'; {UNITS}"),
+    ("{decompose: {method: svd-llm, size: -1MiB}}", f".decompose.size: must be a size such as 180MiB or null, got '-1MiB'; {UNITS}"),
+    ("{decompose: {method: svd-llm, size: 180}}", f".decompose.size: must be a size such as 180MiB or null, got 180; {UNITS}"),
+    ("{decompose: {method: svd, size: 1GB, measure: macs}}", ".decompose: 'size' counts bytes and cannot be measured in 'macs'; give 'keep' instead"),
+    ("{decompose: {method: svd, keep: 0.5, measure: flops}}", ".decompose.measure: must be one of bits, macs, got 'flops'"),
+    ("{decompose: {method: svd, keep: 0.5, min_keep: 0.6}}", ".decompose: 'min_keep' must be at most 'keep', 0.5, got 0.6; lower min_keep or raise keep"),
+    ("{decompose: {method: svd, keep: 0.5, allocation: lagrangean}}", ".decompose.allocation: must be one of uniform, heavy-tail, lagrangian, got 'lagrangean'; did you mean 'lagrangian'?"),
+    ("{decompose: {method: svd, keep: 0.5, rank_multiple: 0}}", ".decompose.rank_multiple: must be >= 1, got 0; raise it"),
+    ("{decompose: {method: svd, plan: ''}}", ".decompose.plan: must be a string that is not empty or null, got ''; write it out"),
+    ("{decompose: {method: svd, keep: 0.5, compensate: true}}", f"{REFIT} true; write {{}} for the defaults"),
+    ("{decompose: {method: svd, keep: 0.5, compensate: yes}}", f"{REFIT} 'yes'; write {{}} for the defaults"),
+    ("{decompose: {method: svd, keep: 0.5, compensate: off}}", f"{REFIT} 'off'; remove the key"),
+    ("{decompose: {method: svd, keep: 0.5, compensate: 0.3}}", f"{REFIT} 0.3"),
+    ("{decompose: {method: svd, keep: 0.5, compensate: {mix: 0}}}", ".decompose.compensate.mix: must be in (0, 1], got 0; raise it"),
+    ("{decompose: {method: svd, keep: 0.5, compensate: {mx: 1}}}", ".decompose.compensate.mx: unknown key; did you mean 'mix'? Allowed: mix, damp"),
+    ("{decompose: {method: basis-sharing, keep: 0.5, compensate: {}}}", ".decompose.compensate: must be null, got {}; remove the key (Not with this method: its layers are solved together)"),
+    ("{decompose: {method: basis-sharing, keep: 0.5, storage: pivot}}", ".decompose.storage: must be 'factors', got 'pivot'; remove the key (Two factors, of which the shared one is stored once: pivot rows cannot be shared)"),
+    ("{decompose: {method: svdllm, keep: 0.8}}", f".decompose.method: must be one of {METHODS}, got 'svdllm'; did you mean 'svd-llm'?"),
+    ("{decompose: {method: kfca, keep: 0.8}}", f".decompose.method: must be one of {METHODS}, got 'kfca'; did you mean 'kfac'?"),
+    ("{decompose: {method: zzz, keep: 0.8, damp: 0.1}}", f".decompose.method: must be one of {METHODS}, got 'zzz'"),
+    ("{decompose: {keep: 0.8}}", f".decompose.method: missing; add one of {METHODS}"),
+    ("{decompose: {method: svd, keep: 0.8, damp: 0.1}}", f".decompose.damp: not a key of method 'svd'; remove it. {STAGE}"),
     ("{decompose: {method: svd, keep: 0.8, targets: '*'}}", ".decompose.targets: must be a list of strings, got '*'; write a list: ['*']"),
     ("{decompose: {method: svd, keep: 0.8, overrides: [{match: a, keep: 0.1, rank: 2}]}}", ".decompose.overrides[0]: give exactly one of 'keep' and 'rank', got both"),
     ("{decompse: {method: svd, keep: 0.8}}", ".decompse: unknown key; did you mean 'decompose'? Allowed: decompose"),
     ("decompose:svd", ": must be a mapping with the key decompose, got 'decompose:svd'; put a space after the colon"),
     ("svd", ": must be a mapping with the key decompose, got 'svd'"),
-    ("{}", ".decompose: missing; add a mapping with the keys method, keep, targets, skip, overrides, damp (How the factors are found, and how small they get)"),
-    ('{decompose: "a\\n\\eb' + "x" * 80 + '"}', ".decompose: must be a mapping with the keys method, keep, targets, skip, overrides, damp, got 'a\\n?b" + "x" * 52 + "...'"),
+    ("{}", ".decompose: missing; add a mapping with the keys method, keep, size and others (How the factors are found, and how small they get)"),
+    ('{decompose: "a\\n\\eb' + "x" * 80 + '"}', ".decompose: must be a mapping with the keys method, keep, size and others, got 'a\\n?b" + "x" * 52 + "...'"),
     ("{decompose: {method: svd, keep: 0.8, overrides: [{keep: 0.1}]}}", ".decompose.overrides[0].match: missing; add a string that is not empty (Shell pattern over full module names, e.g. `*.down_proj` or `model.layers.0.*`)"),
 ]  # fmt: skip
 
@@ -166,6 +191,18 @@ def test_text_that_is_no_recipe_gets_its_sentence(text: str, sentence: str) -> N
 @pytest.mark.parametrize(("override", "sentence"), BAD_OVERRIDES)
 def test_a_bad_override_gets_its_sentence(override: str, sentence: str) -> None:
     assert problems(GOOD, override) == [f"override '{override}': {sentence}"]
+
+
+def test_the_empty_mapping_asks_for_compensation_with_its_defaults() -> None:
+    text = GOOD.replace("0.8", "0.8, compensate: {}")
+    assert parse_recipe(text, name="recipe.yaml").stages[0].decompose.compensate == Compensate()
+    assert parse_recipe(GOOD, name="recipe.yaml").stages[0].decompose.compensate is None
+
+
+def test_a_budget_can_come_from_a_plan_alone_or_beside_a_share() -> None:
+    for budget in ("plan: a.json", "keep: 0.8, plan: a.json", "size: 1.5 GiB"):
+        text = GOOD.replace("keep: 0.8", budget)
+        parse_recipe(text, name="recipe.yaml")
 
 
 class QuantizeForTest(Strict):
@@ -287,10 +324,13 @@ def spoilt(value: Any, random_: random.Random) -> Any:
 def test_every_refusal_has_a_sentence_of_its_own() -> None:
     random_ = random.Random(0)
     shape = Shape(recipe_schema())
-    start = parse_recipe(shipped.read("svd-llm"), name="start").model_dump(mode="json")
+    starts = [
+        parse_recipe(shipped.read(name), name=name).model_dump(mode="json")
+        for name in ("svd-llm", "kfac", "basis-sharing")
+    ]
     refused = 0
     for _ in range(2000):
-        value = spoilt(start, random_)
+        value = spoilt(random_.choice(starts), random_)
         if random_.random() < 0.5 and isinstance(value, dict):
             value = spoilt(value, random_)
         try:

@@ -5,13 +5,22 @@ import pytest
 from lrc.configs import shipped
 from lrc.configs.errors import RecipeError
 from lrc.configs.load import dump_recipe, parse_recipe
+from lrc.configs.schema import recipe_schema
+from lrc.configs.shape import Shape
 
 NAMES = shipped.names()
 
 
 def test_every_recipe_file_is_shipped_under_its_own_name() -> None:
-    assert {"demo", "svd", "svd-llm", "offline"} <= set(NAMES)
+    assert {"demo", "offline", "size", "welore"} <= set(NAMES)
     assert list(files("lrc.recipes").iterdir())  # the folder that is searched
+
+
+def test_every_method_has_a_recipe_of_its_name() -> None:
+    methods = Shape(recipe_schema()).properties["stages"].items.properties["decompose"]
+    for method in methods.properties["method"].options:
+        recipe = parse_recipe(shipped.read(method), name=method)
+        assert recipe.stages[0].decompose.method == method
 
 
 @pytest.mark.parametrize("name", NAMES)

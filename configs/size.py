@@ -1,0 +1,38 @@
+"""Sizes of files as a recipe writes them: `180MiB`, `1.5 GB`."""
+
+import re
+from fractions import Fraction
+
+UNITS = {
+    "B": 1,
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+}
+"""Bytes of each unit."""
+
+SIZE = rf"^[0-9]{{1,15}}(\.[0-9]{{1,15}})? ?({'|'.join(UNITS)})$"
+"""Pattern of a size: a number and a unit, with at most one space between."""
+
+SIZE_WORDS = "a size such as 180MiB"
+SIZE_REMEDY = f"write a number and a unit, one of {', '.join(UNITS)}"
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a size stands for; a fraction of a byte is dropped.
+
+    Raises
+    ------
+    ValueError
+        If the text does not match `SIZE`.
+
+    >>> parse_size("1.5 KiB"), parse_size("2kB")
+    (1536, 2000)
+    """
+    if not re.search(SIZE, text) or text.endswith("\n"):  # `$` lets one line end pass
+        raise ValueError(f"must be {SIZE_WORDS}, got '{text}'; {SIZE_REMEDY}")
+    unit = text.lstrip("0123456789. ")
+    return int(Fraction(text.removesuffix(unit).strip()) * UNITS[unit])

@@ -1,0 +1,29 @@
+"""What a recipe offers and what the solver takes are two tables; they agree."""
+
+from typing import get_args
+
+from lrc.compressors.decompose import METHODS
+from lrc.configs.recipe import Decompose, DecomposeBase
+
+OPTIONS = {
+    name: model
+    for model in get_args(get_args(Decompose)[0])
+    for name in get_args(model.model_fields["method"].annotation)
+}
+
+
+def test_every_method_has_one_model_of_options_and_every_model_a_method() -> None:
+    assert len(OPTIONS) == len(get_args(get_args(Decompose)[0])) > 5
+    assert set(OPTIONS) == set(METHODS)
+
+
+def test_options_and_defaults_are_the_same_in_both() -> None:
+    for name, model in OPTIONS.items():
+        own = {
+            key: field.default
+            for key, field in model.model_fields.items()
+            if key not in DecomposeBase.model_fields
+        }
+        assert ("group_size" in own) == METHODS[name].shared
+        own.pop("group_size", None)  # which matrices are solved as one: not the metric's
+        assert own == dict(METHODS[name].options), name
