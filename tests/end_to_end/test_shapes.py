@@ -1,0 +1,76 @@
+"""The benchmark on real shapes, run on a tiny model so that it keeps working."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "shapes.py"
+QUICK = ["--method", "svd-llm", "--samples", "4", "--length", "32", "--device", "cpu", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def shapes() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("shapes", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_made_model_is_timed_and_leaves_nothing_behind(shapes, tmp_path, capsys):
+    override = "stages.0.decompose.overrides=[{match: '*.0.*', keep: 0.5}]"
+    shapes.main(["--preset", "tiny", "--folder", str(tmp_path), "--set", override, *QUICK])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"]["matrices"] == {"64 x 64": 4, "32 x 64": 4, "96 x 64": 4, "64 x 96": 2}
+    assert facts["model"]["parameters"]["dense"] == 2 * 512 * 64 + 5 * 64 + 2 * 64 * (3 * 64 + 288)
+    assert facts["kept"] < 0.7
+    seconds = facts["seconds"]
+    assert {"calibrate", "decompose", "save"} <= seconds["stages"].keys()
+    assert sum(seconds["stages"].values()) <= seconds["compress"] + 0.05
+    assert (facts["device"], facts["peak_gpu_bytes"], facts["folder"]) == ("cpu", None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_given_model_is_timed_on_text_of_its_own_tokens(
+    shapes, tiny_model_folder, tmp_path, capsys
+):
+    arguments = ["--model", str(tiny_model_folder), "--folder", str(tmp_path), "--keep-files"]
+    shapes.main([*arguments, *QUICK])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"]["name"] == str(tiny_model_folder)
+    folder = Path(facts["folder"])
+    assert folder.parent == tmp_path
+    assert (folder / "run" / "checkpoint" / "config.json").is_file()
+    assert not (folder / "model").exists()
+    text = (folder / "text.txt").read_text(encoding="utf-8")
+    assert len(text.split()) >= 4 * 32
+    assert text.isprintable()  # a byte-level vocabulary has control characters, which no text has
+
+
+def test_hidden_states_neither_vanish_nor_explode(shapes, tmp_path):
+    for tied in (False, True):
+        sizes = dict(zip(shapes.SIZES, shapes.PRESETS["tiny"], strict=True))
+        sizes |= {"num_hidden_layers": 16, "tie_word_embeddings": tied}
+        shapes.make_model(tmp_path / str(tied), sizes, "cpu")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / str(tied), dtype=torch.float32)
+        tokens = torch.arange(256).view(2, 128)
+        with torch.no_grad():
+            out = model(tokens, output_hidden_states=True)
+        sizes_of_states = [float(h.square().mean().sqrt()) for h in out.hidden_states]
+        assert min(sizes_of_states) > 0.05
+        assert max(sizes_of_states) < 3
+        assert 0.3 < float(out.logits.std()) < 3
+
+
+def test_singular_values_of_random_matrices_fall_as_a_power(shapes):
+    W = shapes.random_matrix(300, 200, torch.Generator().manual_seed(0))
+    assert float(W.square().mean()) == pytest.approx(1, rel=0.1)
+    values = torch.linalg.svdvals(W)
+    assert 5 < float(values[0] / values[100]) < 20  # 100 ** DECAY is 10
+    assert values[-1] > 0
