@@ -5,6 +5,7 @@ at its output to its input. On the way every targeted linear's output gradients 
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -122,8 +123,9 @@ def descend_layer(
 
         y.register_hook(add)
 
-    # The other kernels add up their backward pass in whatever order threads arrive.
-    exact = sdpa_kernel(SDPBackend.MATH)
+    # The other kernels of a GPU add up their backward pass in whatever order threads arrive.
+    on_gpu = stream.device.startswith("cuda")
+    exact = sdpa_kernel(SDPBackend.MATH) if on_gpu else nullcontext()
     with stream.layer(index) as layer, watch_outputs(layer, layer_name, sums.watched, see), exact:
         for start in range(0, len(gradients.tensor), batch):
             rows = slice(start, start + batch)
