@@ -32,7 +32,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
             f"{m.shape[0]} x {m.shape[1]}",
             m.method,
             m.form if m.note is None else f"{m.form}: {m.note}",
-            str(m.rank or ""),
+            f"by {m.pending}" if m.pending else str(m.rank or ""),
             f"{sum(m.bits for m in group) / 8 / 2**20:.2f}",
             f"{m.bits / m.source_bits:.1%}",
         )

@@ -1,7 +1,8 @@
 """One run, from recipe to report; this file is the table of contents of the library."""
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +22,14 @@ from lrc.compressors.corpus import fingerprint
 from lrc.compressors.decompose import METHODS, Statistics
 from lrc.compressors.evaluate import check_gates, check_texts, compare, evaluate_model
 from lrc.compressors.execute import decompose, factors_file
-from lrc.compressors.journal import Journal, open_journal
+from lrc.compressors.journal import Journal, open_journal, write_text
 from lrc.compressors.memory import release_memory
 from lrc.compressors.models.source import Source, convert_gguf, load_dense
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.plan import Matrix, Plan
+from lrc.compressors.plan import Matrix, Plan, read_matrices
 from lrc.compressors.prepare import Prepared, prepare
 from lrc.compressors.progress import OnStep
+from lrc.compressors.ranks import allocate_ranks
 from lrc.configs.errors import GateMissed
 from lrc.configs.load import LoadedRecipe
 
@@ -77,7 +79,7 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
             clock = _Clock(journal)
             if not (output / "checkpoint").is_dir():
                 _make_checkpoint(loaded, prepared, journal, clock, machine)
-            journal.forget("statistics", *state_files(journal))
+            journal.forget("statistics", "energies", *state_files(journal))
             with clock("evaluate"):
                 evaluation = _evaluate(prepared, journal, clock, machine)
             result = report.write(prepared, journal, evaluation, clock.seconds, machine.chosen)
@@ -96,9 +98,11 @@ def _make_checkpoint(
     reader = WeightReader(weights, prepared.architecture)
     with clock("calibrate"):
         _calibrate(prepared, reader, journal, machine)
+    with clock("allocate"):
+        plan = _allocate(prepared, reader, journal, machine)
     with clock("decompose"):
-        plan = _decompose(prepared, reader, journal, machine)
-    journal.write_json("plan.json", plan.to_json())
+        plan = _decompose(plan, prepared, reader, journal, machine)
+    journal.write_json("executed.json", plan.to_json())
     with clock("save"), new_folder(journal.output / "checkpoint") as folder:
         write_checkpoint(
             folder,
@@ -116,7 +120,9 @@ def _calibrate(
     prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
 ) -> None:
     recipe = prepared.recipe
-    targets = [m.name for m in prepared.plan.matrices if m.rank and METHODS[m.method].needs_inputs]
+    targets = [
+        m.name for m in prepared.plan.matrices if m.factored and METHODS[m.method].needs_inputs
+    ]
     if not targets:
         return
     windows = take_windows(
@@ -142,21 +148,42 @@ def _calibrate(
     )
 
 
-def _decompose(
-    prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
-) -> Plan:
-    def known(matrix: Matrix) -> Statistics:
-        return statistics.load(journal, matrix.layer, matrix.name)
-
-    return decompose(
+def _allocate(prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine) -> Plan:
+    """Fill in the ranks that shapes did not tell; the plan is written for its reader to edit."""
+    if journal.has("plan.json"):
+        return prepared.plan.with_matrices(
+            read_matrices(journal.read_json("plan.json")["matrices"])
+        )
+    plan = allocate_ranks(
         prepared.plan,
         prepared.recipe,
         reader,
         journal,
-        known,
+        _known(journal),
         device=machine.chosen,
         on_step=machine.on_step,
     )
+    write_text(journal.output / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
+    journal.write_json("plan.json", plan.to_json())
+    return plan
+
+
+def _decompose(
+    plan: Plan, prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
+) -> Plan:
+    return decompose(
+        plan,
+        prepared.recipe,
+        reader,
+        journal,
+        _known(journal),
+        device=machine.chosen,
+        on_step=machine.on_step,
+    )
+
+
+def _known(journal: Journal) -> Callable[[Matrix], Statistics]:
+    return lambda matrix: statistics.load(journal, matrix.layer, matrix.name)
 
 
 def _evaluate(
@@ -221,7 +248,8 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
     versions = {name: installed[name] for name in ("lrc", "torch", "transformers")}
     model = source.fingerprint() | {"dtype": source.spec.dtype, "tokenizer": source.spec.tokenizer}
     text = {"calibration_text": fingerprint(prepared.recipe.calibration.source)}
-    return {"model": model, **recipe, **text, "versions": versions}
+    plans = {"given_plans": prepared.plan.given_hashes()}
+    return {"model": model, **recipe, **text, **plans, "versions": versions}
 
 
 class _Clock:

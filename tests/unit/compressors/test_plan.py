@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 from lrc.compressors.layers import LowRank
 from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.models.source import Source
-from lrc.compressors.plan import Plan, make_plan
+from lrc.compressors.plan import Plan
+from lrc.compressors.planning import make_plan
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Model, Recipe
 
