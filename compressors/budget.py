@@ -160,10 +160,11 @@ def unreachable(
         key, least, got = "size", f"{needed:,} bytes", options.size
     else:
         assert options.keep is not None
-        share = (options.keep * total + smallest - budget) / total
+        share = (int(options.keep * total) + smallest - budget) / total
         key, got = "keep", f"{options.keep:g}"
         least = f"{ceil(share * 1e4) / 1e4:g} of the {WORDS[options.measure]}"
+    fixed = " beside what the overrides fix" if options.overrides else ""
     return (
-        f"{where}.{key}: must be at least {least}, which the cheapest choice of ranks takes with "
-        f"what the overrides fix, got {got}; {', '.join([f'raise {key}', *remedies])}"
+        f"{where}.{key}: must be at least {least}, which the cheapest choice of ranks takes{fixed}"
+        f", got {got}; {', '.join([f'raise {key}', *remedies])}"
     )
