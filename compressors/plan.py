@@ -161,7 +161,7 @@ class Plan:
         """Return the module table of the checkpoint's config."""
         table: dict[str, dict[str, Any]] = {}
         for m in self.matrices:
-            if m.form == "dense":
+            if m.rank is None:
                 continue
             table[m.name] = {"form": m.form, "rank": m.rank}
             if m.bias is not None:
