@@ -180,9 +180,10 @@ def _alike(matrices: list[Matrix], *, every: bool) -> dict[tuple[str, ...], list
 
 def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:
     totals = plan["totals"]
+    pending = any(m["pending"] for m in plan["matrices"])
     OUT.print(
         f"targeted matrices: {_size(totals['source_bits'] // 8)} -> {_size(totals['bits'] // 8)} "
-        f"(kept {totals['kept']:.1%})"
+        f"({'budget' if pending else 'kept'} {totals['kept']:.1%})"
     )
     OUT.print(
         f"whole model: {_size(plan['bytes'])} -> {_size(compressed_bytes)}, "

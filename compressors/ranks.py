@@ -187,7 +187,8 @@ def _curves(
     for done, layer in enumerate(layers, start=1):
         here = [unit for unit in units if unit.first.layer == layer]
         file = energies_file(layer)
-        if not journal.has(file):
+        known = journal.read_facts(file)["curves"] if journal.has(file) else {}
+        if any(unit.first.name not in known for unit in here):
             found = {
                 unit.first.name: _curve(
                     unit, recipe.stages[unit.first.stage].decompose, reader, statistics, device
