@@ -32,7 +32,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
             f"{m.shape[0]} x {m.shape[1]}",
             m.method,
             m.form if m.note is None else f"{m.form}: {m.note}",
-            str(m.rank or ""),
+            f"by {m.pending}" if m.pending else str(m.rank or ""),
             f"{sum(m.bits for m in group) / 8 / 2**20:.2f}",
             f"{m.bits / m.source_bits:.1%}",
         )
@@ -180,9 +180,10 @@ def _alike(matrices: list[Matrix], *, every: bool) -> dict[tuple[str, ...], list
 
 def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:
     totals = plan["totals"]
+    pending = any(m["pending"] for m in plan["matrices"])
     OUT.print(
         f"targeted matrices: {_size(totals['source_bits'] // 8)} -> {_size(totals['bits'] // 8)} "
-        f"(kept {totals['kept']:.1%})"
+        f"({'budget' if pending else 'kept'} {totals['kept']:.1%})"
     )
     OUT.print(
         f"whole model: {_size(plan['bytes'])} -> {_size(compressed_bytes)}, "

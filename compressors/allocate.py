@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers import LowRank
 from lrc.compressors.linalg import numerical_rank
 
 Cost = Callable[[int], int]
@@ -56,6 +55,17 @@ class Options:
         if not bool((self.costs.diff() > 0).all()):
             raise ValueError("the costs of options must ascend strictly")
 
+    @classmethod
+    def of(
+        cls, ranks: list[int], costs: list[int], losses: list[float], dense_cost: int
+    ) -> "Options":
+        """Put dense behind what factors cost and lose."""
+        return cls(
+            torch.tensor([*ranks, 0]),
+            torch.tensor([*costs, dense_cost]),
+            torch.tensor([*losses, 0.0], dtype=torch.float64),
+        )
+
 
 def options_of(
     energies: Tensor,
@@ -63,7 +73,7 @@ def options_of(
     dense_cost: int,
     *,
     multiple: int = 1,
-    min_cost: int = 0,
+    min_cost: float = 0,
     max_loss: float = 1.0,
 ) -> Options:
     """List the ranks of one matrix that are worth considering.
@@ -79,7 +89,7 @@ def options_of(
         Cost of the matrix as it is. Factors have to be cheaper.
     multiple : int
         Ranks are multiples of it, and at most the numerical rank of the matrix.
-    min_cost : int
+    min_cost : float
         Floor: cheaper factors are left out.
     max_loss : float
         Cap: factors that lose a larger share of all energy are left out.
@@ -101,8 +111,7 @@ def options_of(
         if price >= min_cost and lost[rank] <= max_loss * lost[0]:
             ranks.append(rank)
             costs.append(price)
-    losses = torch.cat([tails[torch.tensor(ranks, dtype=torch.int64)], tails.new_zeros(1)])
-    return Options(torch.tensor([*ranks, 0]), torch.tensor([*costs, dense_cost]), losses)
+    return Options.of(ranks, costs, [lost[rank] for rank in ranks], dense_cost)
 
 
 def lagrangian(options: Sequence[Options], budget: int) -> list[int]:
@@ -147,9 +156,7 @@ def lagrangian(options: Sequence[Options], budget: int) -> list[int]:
     return _spend(options, chosen, budget - spent)
 
 
-def uniform(
-    cost: Cost, dense_cost: int, keep: float, d_out: int, d_in: int, *, multiple: int = 1
-) -> int:
+def uniform(cost: Cost, dense_cost: int, keep: float, max_rank: int, *, multiple: int = 1) -> int:
     """Return the largest rank that costs at most `keep` of the dense matrix; 0 if none.
 
     Parameters
@@ -160,32 +167,20 @@ def uniform(
         Cost of the matrix as it is.
     keep : float
         Share of it that factors may cost, in (0, 1].
-    d_out, d_in : int
-        Shape of the weight.
+    max_rank : int
+        The largest rank there is: the shorter side of the weight.
     multiple : int
         The rank is a multiple of it.
     """
-    steps = range(1, min(d_out, d_in) // multiple + 1)
+    steps = range(1, max_rank // multiple + 1)
     return multiple * bisect_right(steps, keep * dense_cost, key=lambda k: cost(k * multiple))
 
 
-def rank_for_budget(d_out: int, d_in: int, keep: float, *, bits: int) -> int:
-    """Return the largest rank whose factors take at most `keep` of the dense bits; 0 if none.
-
-    Parameters
-    ----------
-    d_out, d_in : int
-        Shape of the weight.
-    keep : float
-        Stored bits over dense bits, in (0, 1].
-    bits : int
-        Bits of one number, dense and in the factors.
-    """
-
-    def stored(rank: int) -> int:
-        return LowRank.stored_bits(d_out, d_in, rank, bits=bits)
-
-    return uniform(stored, d_out * d_in * bits, keep, d_out, d_in)
+def smallest_rank(cost: Cost, floor: float, max_rank: int, *, multiple: int = 1) -> int:
+    """Return the smallest multiple of `multiple` that costs at least `floor`; 0 if none."""
+    steps = range(1, max_rank // multiple + 1)
+    index = bisect_left(steps, floor, key=lambda k: cost(k * multiple))
+    return steps[index] * multiple if index < len(steps) else 0
 
 
 def heavy_tail(
@@ -195,6 +190,7 @@ def heavy_tail(
     budget: int,
     *,
     multiple: int = 1,
+    min_costs: Sequence[float] | None = None,
 ) -> list[int]:
     """Choose ranks by one threshold for all matrices on their normalised singular values.
 
@@ -213,6 +209,8 @@ def heavy_tail(
         Upper limit of the summed cost.
     multiple : int
         Ranks are rounded up to a multiple of it.
+    min_costs : sequence of float, optional
+        Floors: a rank that costs less is raised to the first that does not.
 
     Returns
     -------
@@ -235,12 +233,16 @@ def heavy_tail(
        from Low-Rank Gradients", 2024. https://arxiv.org/abs/2407.11239
     """
     ascending = [_normalised(s.double().cpu()).flip(0).tolist() for s in singular_values]
+    floors = [
+        smallest_rank(cost, floor, len(values), multiple=multiple) or len(values) + 1
+        for values, cost, floor in zip(ascending, costs, min_costs or [0] * len(costs), strict=True)
+    ]
 
     def ranks_at(threshold: float) -> list[int]:
         ranks = []
-        for values, cost, dense in zip(ascending, costs, dense_costs, strict=True):
+        for values, cost, dense, least in zip(ascending, costs, dense_costs, floors, strict=True):
             at_least = len(values) - bisect_left(values, threshold)
-            rank = -(-at_least // multiple) * multiple
+            rank = max(-(-at_least // multiple) * multiple, least)
             ranks.append(rank if rank <= len(values) and cost(rank) < dense else 0)
         return ranks
 

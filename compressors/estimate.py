@@ -12,9 +12,16 @@ import psutil
 import torch
 
 from lrc.compressors.decompose import METHODS
+from lrc.compressors.plan import Matrix
 from lrc.compressors.prepare import Prepared
 
 PROBE = 512
+# In forward passes over the layers: a backward pass runs them again and takes two for the
+# gradients; compensation runs them as they were and as they become, once to measure every group of
+# an attention or MLP block, and once to go on.
+BACKWARD_PASSES, COMPENSATION_PASSES = 3, 5
+# Eigenvalues alone take about a third of what they take with their vectors.
+VALUES_ONLY = 1 / 3
 GIB = 2**30
 
 
@@ -34,20 +41,31 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     products, eigenproblems = _probe(device)
     in_layers = sum(m.numel() for layer in prepared.architecture.layers for m in layer.parameters())
     n_layers = len(prepared.architecture.layers)
-    planned = [m for m in plan.matrices if m.rank]
+    planned = [m for m in plan.matrices if m.factored]
     measured = [m for m in planned if METHODS[m.method].needs_inputs]
     # Linears of one module with one input width mostly share their input: counted once.
-    inputs = {(m.name.rpartition(".")[0], m.shape[1]) for m in measured}
+    inputs = {(m.name.rpartition(".")[0], m.shape[1]) for m in _needing(measured, "inputs")}
     gram = sum(width**2 for _, width in inputs)
-    tokens = recipe.calibration.samples * recipe.calibration.length if measured else 0
+    gradients = _needing(measured, "gradients")
+    outputs = sum(m.shape[0] ** 2 for m in gradients)
+    backward = bool(gradients or _needing(measured, "row_fisher"))
+    compensates = any(stage.decompose.compensate is not None for stage in recipe.stages)
+    read = measured or compensates
+    tokens = recipe.calibration.samples * recipe.calibration.length if read else 0
 
     seconds = {}
     if measured:
-        seconds["calibrate"] = tokens * (2 * in_layers + 2 * gram) / products
+        passes = 1 + (BACKWARD_PASSES if backward else 0)
+        seconds["calibrate"] = tokens * 2 * (passes * in_layers + gram + outputs) / products
+    pending = [min(m.shape) for m in planned if m.pending]
+    if pending:
+        seconds["allocate"] = VALUES_ONLY * sum(s**3 / eigenproblems for s in pending)
     small = [(min(m.shape), max(m.shape)) for m in planned]
     seconds["decompose"] = sum(s**3 / eigenproblems for s, _ in small) + sum(
         2 * s * b * (s + b) / (products / 2) for s, b in small
     )
+    if compensates:
+        seconds["decompose"] += COMPENSATION_PASSES * tokens * 2 * in_layers / products
     seconds["save"] = plan.compressed_bytes / 0.5e9
     not_estimated = []
     judged = 0
@@ -63,7 +81,7 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
 
     hidden = _width(prepared) * tokens * 4
     layer = 4 * in_layers // n_layers
-    statistics = 4 * gram
+    statistics = 4 * (gram + outputs)
     whole = plan.parameters * (4 if device == "cpu" else prepared.source.dtype.itemsize)
     evaluates = bool(recipe.evaluate.perplexity or recipe.evaluate.tasks.names)
     calibrating = min(hidden, int(recipe.calibration.memory_limit_gib * GIB)) + layer
@@ -74,6 +92,10 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     disk = statistics + 2 * hidden + plan.bits // 8 + plan.compressed_bytes + converted
     memory = now + max(calibrating, whole if evaluates else 0, plan.compressed_bytes)
     return Estimate(seconds, memory, disk, not_estimated)
+
+
+def _needing(matrices: list[Matrix], name: str) -> list[Matrix]:
+    return [m for m in matrices if name in METHODS[m.method].needs]
 
 
 def _width(prepared: Prepared) -> int:

@@ -1,19 +1,39 @@
 """Carry out the decomposition stages of a plan: weights in, factors on disk, layer by layer."""
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose import METHODS, Factors, Statistics
+from lrc.compressors.decompose import METHODS, Moment, Statistics, refit_target
+from lrc.compressors.factor import Done, factor, product, refitted
 from lrc.compressors.journal import Journal
-from lrc.compressors.layers import FORMS
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.plan import Matrix, Plan
+from lrc.compressors.plan import Matrix, Plan, read_matrices
 from lrc.compressors.progress import OnStep
-from lrc.configs.recipe import Recipe
+from lrc.compressors.units import Unit, units_of
+from lrc.configs.recipe import Compensate, DecomposeBase, Recipe
+
+
+class Prefix(Protocol):
+    """The model up to a layer, twice: as it was, and as it has become."""
+
+    def groups(self, layer: int) -> list[list[str]]:
+        """Return the linears of a decoder layer that share an input, in the order of use."""
+
+    def measure(self, layer: int, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the moments of a group's input: ``X'.T @ X'`` and ``X.T @ X'`` [d_in, d_in].
+
+        X' is the input behind everything that was replaced so far, X that of the dense model.
+        """
+
+    def replace(self, name: str, W_hat: Tensor) -> None:
+        """Put `W_hat` [d_out, d_in] in the place of a weight of the present layer."""
+
+    def advance(self, layer: int) -> None:
+        """Run a layer as it has become over X', and as it was over X."""
 
 
 def decompose(
@@ -25,43 +45,51 @@ def decompose(
     *,
     device: str,
     on_step: OnStep,
+    prefix: Prefix | None = None,
+    finished: Callable[[int], None] = lambda layer: None,
 ) -> Plan:
     """Factor every matrix of the plan and return the plan as it was executed.
 
     Parameters
     ----------
+    plan : Plan
+        With nothing pending.
     statistics : callable
         Returns what calibration knows of a matrix.
     on_step : callable
         Told (stage, layers done, layers) after each layer; what it raises stops the work there.
+    prefix : Prefix, optional
+        Needed where a stage compensates.
+    finished : callable
+        Told a layer whose statistics nobody will ask for again.
 
     Returns
     -------
     Plan
         With loss, rank and fallback of every matrix. The factors are in the journal, at the
-        precision of the reference model, under the names the checkpoint will give them.
+        precision of the reference model, under the names the checkpoint will give them; those of
+        matrices that share a factor in the file of the first one's layer.
     """
-    layers = [(index, list(group)) for index, group in groupby(plan.matrices, lambda m: m.layer)]
+    work = _Work(plan, recipe, reader, journal, statistics, device)
+    layers = sorted({m.layer for m in plan.matrices})
+    compensated = [m.layer for m in plan.matrices if work.compensate(m) is not None]
+    # What lies behind the last layer that has still to be refitted need not be known.
+    last = max((i for i in compensated if not journal.has(factors_file(i))), default=-1)
+    assert prefix is not None or last < 0
     executed: list[Matrix] = []
-    for done, (index, matrices) in enumerate(layers, start=1):
-        file = factors_file(index)
-        if not journal.has(file):
-            tensors: dict[str, Tensor] = {}
-            records = []
-            for matrix in matrices:
-                record, factors = _factor(matrix, recipe, reader, statistics, device)
-                records.append(record)
-                tensors |= factors
-            # A safetensors file wants at least one tensor, and a layer may stay dense as a whole.
-            journal.write_tensors(
-                file,
-                tensors or {"none": torch.zeros(1)},
-                {"matrices": [asdict(r) for r in records]},
-            )
-        facts = journal.read_facts(file)
-        executed += [Matrix(**m | {"shape": tuple(m["shape"])}) for m in facts["matrices"]]
-        on_step("decompose", done, len(layers))
-    return replace(plan, matrices=executed)
+    for index in range(max(layers[-1], last) + 1):
+        follows = prefix if index <= last else None
+        if index in layers:
+            if not journal.has(factors_file(index)):
+                work.write_layer(index, follows)
+            elif follows is not None:
+                work.restore(index, follows)
+            finished(index)
+            executed += work.records(index)
+            on_step("decompose", layers.index(index) + 1, len(layers))
+        if follows is not None and index < last:
+            follows.advance(index)
+    return plan.with_matrices(executed)
 
 
 def factors_file(layer: int) -> str:
@@ -69,36 +97,126 @@ def factors_file(layer: int) -> str:
     return f"factors/layer-{layer:04d}.safetensors"
 
 
-def _factor(
-    matrix: Matrix,
-    recipe: Recipe,
-    reader: WeightReader,
-    statistics: Callable[[Matrix], Statistics],
-    device: str,
-) -> tuple[Matrix, dict[str, Tensor]]:
-    if matrix.rank is None:
-        return matrix, {}
-    method = METHODS[matrix.method]
-    options = recipe.stages[matrix.stage].decompose
-    known = statistics(matrix) if method.needs_inputs else Statistics()
-    if method.needs_inputs and known.inputs is None:
-        note = "saw no calibration token; stays dense"
-        return matrix.executed(rank=None, loss=None, fallback=note), {}
-    known = known.to(device)
-    W = reader.read(f"{matrix.name}.weight", device=device)
-    arguments = {key: getattr(options, key) for key in method.options}
-    factors = method.solve(W, known, **arguments).truncate(matrix.rank)
-    stored = _stored(matrix, factors, W.dtype)
-    if not all(bool(torch.isfinite(t).all()) for t in stored.values()):
-        note = f"factors overflow {W.dtype}; stays dense"
-        return matrix.executed(rank=None, loss=None, fallback=note), {}
-    record = matrix.executed(rank=factors.rank, loss=factors.loss, fallback=factors.fallback)
-    return record, stored
+@dataclass(frozen=True)
+class _Work:
+    plan: Plan
+    recipe: Recipe
+    reader: WeightReader
+    journal: Journal
+    statistics: Callable[[Matrix], Statistics]
+    device: str
 
+    def options(self, matrix: Matrix) -> DecomposeBase:
+        return self.recipe.stages[matrix.stage].decompose
 
-def _stored(matrix: Matrix, factors: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors = FORMS[matrix.form].encode(factors.B, factors.A)
-    return {
-        f"{matrix.name}.{leaf}": t.to("cpu", dtype if t.is_floating_point() else t.dtype)
-        for leaf, t in tensors.items()
-    }
+    def compensate(self, matrix: Matrix) -> Compensate | None:
+        return self.options(matrix).compensate
+
+    def records(self, layer: int) -> list[Matrix]:
+        """Read what came of the units that begin in a layer."""
+        return read_matrices(self.journal.read_facts(factors_file(layer))["matrices"])
+
+    def write_layer(self, layer: int, prefix: Prefix | None) -> None:
+        """Factor what begins in a layer, and finish its file."""
+        records: list[Matrix] = []
+        tensors: dict[str, Tensor] = {}
+
+        def note(done: Done) -> None:
+            records.extend(done.unit.members)
+            tensors.update(done.tensors)
+
+        units = units_of(self.plan.matrices)
+        begins = [u for u in units if u.first.layer == layer]
+        alone = {
+            u.first.name: u.first for u in begins if self.compensate(u.first) and prefix is not None
+        }
+        for unit in begins:
+            if unit.first.name not in alone:
+                note(self._unit(unit))
+        if prefix is not None:
+            # What is solved already belongs to the prefix of what is measured now.
+            for group in prefix.groups(layer):
+                targets = [alone.pop(name) for name in group if name in alone]
+                if targets:
+                    H, cross = prefix.measure(layer, group)
+                    for matrix in targets:
+                        note(self._refit(matrix, H.to(self.device), cross.to(self.device)))
+                self._replace(group, records, tensors, prefix)
+            for matrix in alone.values():  # no input ever came to them
+                note(self._unit(Unit((matrix,))))
+        # A safetensors file wants at least one tensor, and a layer may stay dense as a whole.
+        self.journal.write_tensors(
+            factors_file(layer),
+            tensors or {"none": torch.zeros(1)},
+            {"matrices": [asdict(r) for r in records]},
+        )
+
+    def restore(self, layer: int, prefix: Prefix) -> None:
+        """Show the prefix a layer that an earlier run has finished."""
+        names = [name for group in prefix.groups(layer) for name in group]
+        self._replace(names, self.records(layer), {}, prefix)
+
+    def _replace(
+        self,
+        names: Sequence[str],
+        records: list[Matrix],
+        tensors: dict[str, Tensor],
+        prefix: Prefix,
+    ) -> None:
+        """Show the prefix what became of some matrices: of this layer, or begun in an earlier."""
+        present = {m.name: m for m in records}
+        homes = self.plan.homes()
+        for name in names:
+            if name not in homes:
+                continue
+            file = factors_file(homes[name])
+            matrix = present.get(name) or next(
+                m for m in self.records(homes[name]) if m.name == name
+            )
+
+            def read(key: str, file: str = file) -> Tensor:
+                return tensors[key] if key in tensors else self.journal.read_tensor(file, key)
+
+            if matrix.form != "dense" or matrix.refit:
+                prefix.replace(name, product(matrix, read))
+
+    def _unit(self, unit: Unit) -> Done:
+        """Factor a unit by what the dense model's calibration knows of it."""
+        if unit.first.rank is None:
+            return Done(unit, {})
+        known = [self._known(m) for m in unit.members]
+        weights = [self._weight(m) for m in unit.members]
+        return self._factor(unit, weights, known, weights[0].dtype)
+
+    def _refit(self, matrix: Matrix, H: Tensor, cross: Tensor) -> Done:
+        """Factor what brings a layer closest to the dense outputs, on the inputs it will see."""
+        compensate = self.compensate(matrix)
+        assert compensate is not None
+        W = self._weight(matrix)
+        V, note = refit_target(W, H, cross, mix=compensate.mix, damp=compensate.damp)
+        if matrix.rank is None:
+            return refitted(matrix, V, W.dtype, note)
+        known = self._known(matrix)
+        if "inputs" in METHODS[matrix.method].needs:
+            known = replace(known, inputs=Moment.of(H))
+        done = self._factor(Unit((matrix,)), [V], [known], W.dtype)
+        record = done.unit.first
+        fallback = "; ".join(filter(None, [note, record.fallback])) or None
+        if record.rank is None:
+            return refitted(record, V, W.dtype, fallback)
+        return Done(Unit((replace(record, refit=True, fallback=fallback),)), done.tensors)
+
+    def _factor(
+        self, unit: Unit, weights: list[Tensor], known: list[Statistics], dtype: torch.dtype
+    ) -> Done:
+        m, bias = unit.first, None
+        if m.bias == "replaced":
+            bias = self.reader.read(f"{m.name}.bias", device=self.device)
+        return factor(unit, self.options(m), weights, known, dtype=dtype, bias=bias)
+
+    def _known(self, matrix: Matrix) -> Statistics:
+        needed = METHODS[matrix.method].needs_inputs
+        return self.statistics(matrix).to(self.device) if needed else Statistics()
+
+    def _weight(self, matrix: Matrix) -> Tensor:
+        return self.reader.read(f"{matrix.name}.weight", device=self.device)

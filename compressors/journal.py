@@ -36,7 +36,8 @@ REMEDIES = {
     errno.ENOENT: "the folder cannot be made there: choose another 'output'",
 }
 OS_ERROR = re.compile(r"(?:code: |os error )(\d+)")  # how safetensors writes an errno
-# What a run leaves in its output folder, beside `work`; nothing else is ever deleted there.
+# What a run leaves in its output folder, beside `work`; nothing else is ever deleted there. Not the
+# plan.json: it is there to be edited, and may be the very plan that a recipe gives back.
 RESULTS = ("checkpoint", "report.json", "README.md")
 # No work worth keeping: a run that left only these gives way to a corrected recipe.
 CLAIMS = ("lock", IDENTITY, "seconds.json")

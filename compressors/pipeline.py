@@ -1,7 +1,8 @@
 """One run, from recipe to report; this file is the table of contents of the library."""
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from lrc.compressors import report
 from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.prefix import CompressedPrefix
 from lrc.compressors.calibrate.states import state_files
 from lrc.compressors.calibrate.windows import take_windows
 from lrc.compressors.checkpoint.assemble import write_checkpoint
@@ -21,15 +23,19 @@ from lrc.compressors.corpus import fingerprint
 from lrc.compressors.decompose import METHODS, Statistics
 from lrc.compressors.evaluate import check_gates, check_texts, compare, evaluate_model
 from lrc.compressors.execute import decompose, factors_file
-from lrc.compressors.journal import Journal, open_journal
+from lrc.compressors.journal import Journal, open_journal, write_text
 from lrc.compressors.memory import release_memory
 from lrc.compressors.models.source import Source, convert_gguf, load_dense
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.plan import Matrix, Plan
+from lrc.compressors.plan import Matrix, Plan, read_matrices
 from lrc.compressors.prepare import Prepared, prepare
 from lrc.compressors.progress import OnStep
+from lrc.compressors.ranks import allocate_ranks
 from lrc.configs.errors import GateMissed
 from lrc.configs.load import LoadedRecipe
+
+
+CALIBRATED = "calibrated.json"
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
             clock = _Clock(journal)
             if not (output / "checkpoint").is_dir():
                 _make_checkpoint(loaded, prepared, journal, clock, machine)
-            journal.forget("statistics", *state_files(journal))
+            journal.forget("statistics", "energies", *state_files(journal))
             with clock("evaluate"):
                 evaluation = _evaluate(prepared, journal, clock, machine)
             result = report.write(prepared, journal, evaluation, clock.seconds, machine.chosen)
@@ -96,9 +102,11 @@ def _make_checkpoint(
     reader = WeightReader(weights, prepared.architecture)
     with clock("calibrate"):
         _calibrate(prepared, reader, journal, machine)
+    with clock("allocate"):
+        plan = _allocate(prepared, reader, journal, machine)
     with clock("decompose"):
-        plan = _decompose(prepared, reader, journal, machine)
-    journal.write_json("plan.json", plan.to_json())
+        plan = _decompose(plan, prepared, reader, journal, machine)
+    journal.write_json("executed.json", plan.to_json())
     with clock("save"), new_folder(journal.output / "checkpoint") as folder:
         write_checkpoint(
             folder,
@@ -115,31 +123,38 @@ def _make_checkpoint(
 def _calibrate(
     prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
 ) -> None:
-    recipe = prepared.recipe
+    """Collect what the methods need to know; of a layer that is factored nothing is kept."""
     needs = _needs(prepared.plan)
-    if not needs:
+    if not needs or journal.has(CALIBRATED):
         return
-    windows = take_windows(
-        recipe.calibration,
+    statistics.collect(
+        prepared.architecture,
+        reader,
+        _windows(prepared, reader, journal, machine),
+        needs,
+        journal,
+        labels=prepared.recipe.calibration.labels,
+        seed=prepared.recipe.seed,
+        device=machine.chosen,
+        memory_limit_gib=prepared.recipe.calibration.memory_limit_gib,
+        on_step=machine.on_step,
+    )
+    journal.write_json(CALIBRATED, {})
+    journal.forget(*state_files(journal))
+
+
+def _windows(
+    prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
+) -> torch.Tensor:
+    return take_windows(
+        prepared.recipe.calibration,
         prepared.tokenizer,
         journal,
-        seed=recipe.seed,
+        seed=prepared.recipe.seed,
         embedding=prepared.architecture.model.get_input_embeddings(),
         dense=lambda: load_dense(
             prepared.source, reader.folder, dtype=_dtype(prepared, machine), device=machine.chosen
         ),
-        on_step=machine.on_step,
-    )
-    statistics.collect(
-        prepared.architecture,
-        reader,
-        windows,
-        needs,
-        journal,
-        labels=recipe.calibration.labels,
-        seed=recipe.seed,
-        device=machine.chosen,
-        memory_limit_gib=recipe.calibration.memory_limit_gib,
         on_step=machine.on_step,
     )
 
@@ -149,26 +164,74 @@ def _needs(plan: Plan) -> dict[str, frozenset[str]]:
     needs = {}
     for matrix in plan.matrices:
         method = METHODS[matrix.method]
-        if matrix.rank and method.needs:
+        if matrix.factored and method.needs:
             needs[matrix.name] = method.needs | ({"whole_inputs"} if method.shared else set())
     return needs
 
 
-def _decompose(
-    prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
+def _allocate(
+    prepared: Prepared,
+    reader: WeightReader,
+    journal: Journal,
+    machine: Machine,
 ) -> Plan:
-    def known(matrix: Matrix) -> Statistics:
-        return statistics.load(journal, matrix.layer, matrix.name)
-
-    return decompose(
+    """Fill in the ranks that shapes did not tell; the plan is written for its reader to edit."""
+    if journal.has("plan.json"):
+        return prepared.plan.with_matrices(
+            read_matrices(journal.read_json("plan.json")["matrices"])
+        )
+    plan = allocate_ranks(
         prepared.plan,
         prepared.recipe,
         reader,
         journal,
-        known,
+        _known(journal),
         device=machine.chosen,
         on_step=machine.on_step,
     )
+    write_text(journal.output / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
+    journal.write_json("plan.json", plan.to_json())
+    return plan
+
+
+def _decompose(
+    plan: Plan, prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
+) -> Plan:
+    def finished(layer: int) -> None:
+        journal.forget(statistics.inputs_file(layer), statistics.gradients_file(layer))
+
+    return decompose(
+        plan,
+        prepared.recipe,
+        reader,
+        journal,
+        _known(journal),
+        device=machine.chosen,
+        on_step=machine.on_step,
+        prefix=_prefix(plan, prepared, reader, journal, machine),
+        finished=finished,
+    )
+
+
+def _prefix(
+    plan: Plan, prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
+) -> CompressedPrefix | None:
+    stages = prepared.recipe.stages
+    refitted = {m.layer for m in plan.matrices if stages[m.stage].decompose.compensate is not None}
+    if all(journal.has(factors_file(layer)) for layer in refitted):
+        return None
+    return CompressedPrefix(
+        prepared.architecture,
+        reader,
+        _windows(prepared, reader, journal, machine),
+        journal,
+        device=machine.chosen,
+        memory_limit_gib=prepared.recipe.calibration.memory_limit_gib,
+    )
+
+
+def _known(journal: Journal) -> Callable[[Matrix], Statistics]:
+    return lambda matrix: statistics.load(journal, matrix.layer, matrix.name)
 
 
 def _evaluate(
@@ -233,7 +296,8 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
     versions = {name: installed[name] for name in ("lrc", "torch", "transformers")}
     model = source.fingerprint() | {"dtype": source.spec.dtype, "tokenizer": source.spec.tokenizer}
     text = {"calibration_text": fingerprint(prepared.recipe.calibration.source)}
-    return {"model": model, **recipe, **text, "versions": versions}
+    plans = {"given_plans": prepared.plan.given_hashes()}
+    return {"model": model, **recipe, **text, **plans, "versions": versions}
 
 
 class _Clock:

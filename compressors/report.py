@@ -35,6 +35,8 @@ SCHEMA = {
     "layers[].{name,shape,method,form}": "one record a targeted matrix",
     "layers[].{rank,bits,source_bits}": "as stored; rank is null where the matrix stays dense",
     "layers[].predicted_loss": "share of the (weighted) energy of the matrix that is lost, [0, 1]",
+    "layers[].predicted_nats": "rise of the loss, nats a token; null where the method cannot tell",
+    "layers[].refit": "whether it was fitted behind the compressed layers before it",
     "layers[].{note,fallback}": "why it stays dense; what deviated from the plan; null if nothing",
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
@@ -61,7 +63,7 @@ def write(
         What ``report.json`` holds.
     """
     checkpoint = journal.output / "checkpoint"
-    plan = journal.read_json("plan.json")
+    plan = journal.read_json("executed.json")
     report = {
         "schema_version": SCHEMA_VERSION,
         "recipe": prepared.recipe.model_dump(mode="json"),
@@ -164,6 +166,8 @@ def _layer(matrix: dict[str, Any]) -> dict[str, Any]:
     record = {key: matrix[key] for key in keys}
     return record | {
         "predicted_loss": matrix["loss"],
+        "predicted_nats": matrix["predicted_nats"],
+        "refit": matrix["refit"],
         "note": matrix["note"],
         "fallback": matrix["fallback"],
     }

@@ -40,7 +40,8 @@ def write_checkpoint(
         Returns a factor by decoder layer and the name it is stored with.
     """
     modules = plan.modules()
-    layer_of = {matrix.name: matrix.layer for matrix in plan.matrices}
+    layer_of = plan.homes()
+    refitted = {m.name for m in plan.matrices if m.form == "dense" and m.refit}
     origin: dict[str, Callable[[], Tensor]] = {}
     meta: dict[str, Tensor] = {}
 
@@ -53,7 +54,9 @@ def write_checkpoint(
     for name, parameter in architecture.stored_parameters().items():
         module, _, leaf = name.rpartition(".")
         if module not in modules:
-            meta[name], origin[name] = parameter, from_source(name)
+            refit = leaf == "weight" and module in refitted
+            meta[name] = parameter
+            origin[name] = from_factors(name, layer_of[module]) if refit else from_source(name)
             continue
         spec = modules[module]
         if leaf == "bias":
@@ -82,6 +85,8 @@ def write_checkpoint(
     _write(folder / layout.RECIPE_GIVEN, loaded.text)
     _write(folder / layout.RECIPE, dump_recipe(loaded.recipe))
     _write(folder / layout.PLAN, json.dumps(plan.to_json(), indent=1) + "\n")
+    for stage, text in plan.given.items():
+        _write(folder / layout.PLAN_GIVEN.format(stage=stage), text)
     write_manifest(folder)
 
 

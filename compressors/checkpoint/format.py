@@ -22,8 +22,8 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
 
   A bias is there where the dense layer had one or the entry says so; what is no integer has the
   precision of the model;
-* the folder ``lrc/``: the recipe as given and written out, the executed plan, the report, and
-  ``manifest.json`` with the SHA-256 of every other file.
+* the folder ``lrc/``: the recipe as given and written out, the plan file that a stage was given,
+  the executed plan, the report, and ``manifest.json`` with the SHA-256 of every other file.
 """
 
 from collections.abc import Mapping
@@ -41,10 +41,11 @@ AGAIN = "copy or download the checkpoint again, or compress again"
 # What safetensors calls the types that a form prescribes.
 STORED = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}
 FOLDER = "lrc"
-RECIPE, RECIPE_GIVEN, PLAN, REPORT, MANIFEST = (
+RECIPE, RECIPE_GIVEN, PLAN, PLAN_GIVEN, REPORT, MANIFEST = (
     f"{FOLDER}/recipe.yaml",
     f"{FOLDER}/recipe.given.yaml",
     f"{FOLDER}/plan.json",
+    f"{FOLDER}/plan.given.{{stage}}.json",
     f"{FOLDER}/report.json",
     f"{FOLDER}/manifest.json",
 )

@@ -41,6 +41,8 @@ class Method:
     """The method's own keys of the recipe, with the value each has if left out."""
     shared: bool = False
     """Whether weights of several layers are solved as one stack, see `shared_spectrum`."""
+    has_bias: bool = False
+    """Whether a bias makes up for what the factors lose of the mean output."""
 
     @property
     def needs_inputs(self) -> bool:
@@ -156,6 +158,7 @@ METHODS: dict[str, Method] = {
         frozenset({"inputs", "input_mean"}),
         "LoRD, arXiv:2309.14021; atomic feature mimicking, Yu and Wu 2023",
         _DAMP,
+        has_bias=True,
     ),
     "kfac": Method(
         _kronecker,

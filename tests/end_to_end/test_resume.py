@@ -88,10 +88,28 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def undisturbed(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
-    recipe = new_recipe(
-        calibration={"source": text, "samples": 4, "length": 32},
-        evaluate={"perplexity": [{"source": text, "window": 32, "windows": 2}]},
+    perplexity = [{"source": text, "window": 32, "windows": 2}]
+    return finished(
+        new_recipe(
+            calibration={"source": text, "samples": 4, "length": 32},
+            evaluate={"perplexity": perplexity},
+        )
     )
+
+
+@pytest.fixture(scope="module")
+def allocated(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
+    """Run a recipe whose ranks wait for the singular values, and whose layers share a factor."""
+    stage = {"method": "basis-sharing", "keep": 0.6, "allocation": "lagrangian"}
+    return finished(
+        new_recipe(
+            calibration={"source": text, "samples": 4, "length": 32},
+            stages=[{"decompose": stage}],
+        )
+    )
+
+
+def finished(recipe: Path) -> Undisturbed:
     run = recipe.with_name("run")
     finish(recipe)  # pays for what is imported late and read from the disk first
     shutil.rmtree(run)
@@ -184,8 +202,10 @@ def test_twenty_kills_at_random_moments_give_twenty_equal_checkpoints(undisturbe
     assert len(stages) >= 4, stages
 
 
-def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoint(undisturbed):
+@pytest.mark.parametrize("case", ["undisturbed", "allocated"])
+def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoint(case, request):
     """Files get their names by `os.replace`: kill right after each that has not been there yet."""
+    undisturbed: Undisturbed = request.getfixturevalue(case)
     run, replace = undisturbed.recipe.with_name("run"), os.replace
     log = undisturbed.recipe.with_name("published")
     log.write_text("work/seconds.json\n")  # rewritten by every stage
@@ -205,6 +225,7 @@ def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoi
     assert kills == len(published) - 1
     assert {"checkpoint", "report.json", "work/plan.json", "work/states-0001.f32"} <= {*published}
     assert f"work/factors/layer-{LAYERS - 1:04d}.safetensors" in published
+    assert ("work/energies/layer-0000.safetensors" in published) == (case == "allocated")
     assert checkpoint_of(run) == undisturbed.files
     assert work_of(run) == undisturbed.work
 

@@ -206,7 +206,7 @@ def test_uniform_is_the_largest_multiple_within_its_share(
             for rank in range(multiple, min(d_out, d_in) + 1, multiple)
             if price(rank) <= keep * d_out * d_in
         ]
-        rank = uniform(price, d_out * d_in, keep, d_out, d_in, multiple=multiple)
+        rank = uniform(price, d_out * d_in, keep, min(d_out, d_in), multiple=multiple)
         assert rank == max(fits, default=0)
 
 

@@ -1,10 +1,12 @@
 """The low-rank layer: what it computes, what it costs, what it becomes."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from lrc.compressors.allocate import rank_for_budget
+from lrc.compressors.allocate import uniform
 from lrc.compressors.layers import LowRank
 
 
@@ -47,7 +49,8 @@ def test_counted_bits_are_those_of_its_state(factors: tuple) -> None:
 @pytest.mark.parametrize("shape", [(576, 576), (192, 576), (1536, 576), (3, 5)])
 def test_the_rank_is_the_largest_within_the_budget(shape: tuple[int, int], keep: float) -> None:
     budget = keep * shape[0] * shape[1] * 16
-    rank = rank_for_budget(*shape, keep, bits=16)
+    stored = partial(LowRank.stored_bits, *shape, bits=16)
+    rank = uniform(stored, shape[0] * shape[1] * 16, keep, min(shape))
     assert rank == 0 or LowRank.stored_bits(*shape, rank, bits=16) <= budget
     if rank < min(shape):
         assert LowRank.stored_bits(*shape, rank + 1, bits=16) > budget

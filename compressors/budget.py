@@ -1,0 +1,170 @@
+"""What the matrices of a stage may cost together, and the sentences for budgets that cannot be."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+
+from torch import Tensor
+
+from lrc.compressors.layers import FORMS
+from lrc.compressors.plan import Matrix
+from lrc.compressors.units import WORDS, Unit
+from lrc.configs.recipe import DecomposeBase
+
+BYTES = {
+    "B": 1,
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+}
+# Two neighbouring shards exceed the 2e9 bytes that `write_weights` aims at: so many hold one more.
+SHARD_BYTES = 10**9
+
+
+def size_bytes(text: str) -> int:
+    """Return the bytes that a size such as ``180MiB`` stands for."""
+    number = text.rstrip("BkKMGi ")
+    return int(Fraction(number) * BYTES[text[len(number) :].strip()])
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The tensors of the whole model, as the file would hold them dense."""
+
+    stored: Mapping[str, Tensor]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the model; tied ones once."""
+        return sum(t.numel() for t in self.stored.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors, without the headers of the files."""
+        return sum(t.numel() * t.element_size() for t in self.stored.values())
+
+    def header_bytes(self, targeted: Collection[Matrix]) -> int:
+        """Return an upper bound of what safetensors writes before the tensors of all files.
+
+        Whatever rank the targeted matrices get, and whether they stay dense.
+        """
+        forms = {m.name: m for m in targeted}
+        total = self.bytes
+
+        def entry(name: str, dims: list[int]) -> int:
+            facts = {"dtype": "BF16", "shape": dims, "data_offsets": [total, total]}
+            return len(json.dumps({name: facts}, separators=(",", ":")).encode())
+
+        header = 0
+        for name, tensor in self.stored.items():
+            module, _, leaf = name.rpartition(".")
+            dense = entry(name, list(tensor.shape))
+            m = forms.get(module)
+            if m is None or m.form == "dense":
+                header += dense
+            elif leaf == "bias":
+                header += max(dense, entry(f"{module}.{FORMS[m.form].BIAS}", list(tensor.shape)))
+            else:
+                spec = {"rank": 1, "bias": m.bias == "added"}
+                leaves = FORMS[m.form].shapes(*m.shape, spec, bias=False)
+                widest = max(m.shape)
+                header += max(
+                    dense,
+                    sum(
+                        entry(f"{module}.{leaf}", [widest] * len(shape))
+                        for leaf, (shape, _) in leaves.items()
+                    ),
+                )
+        shards = total // SHARD_BYTES + 1
+        # A length of 8 bytes, the metadata, and up to 7 spaces to a multiple of 8.
+        return header + shards * (8 + entry("__metadata__", []) + 7)
+
+    def budget_bits(
+        self, size: str, targeted: Collection[Matrix], where: str, problems: list[str]
+    ) -> int:
+        """Return the bits that are left for the targeted matrices in files of `size`.
+
+        Refuses a size that the rest of the model exceeds alone, and one that no compression needs.
+        """
+        wanted = size_bytes(size)
+        dense = self.bytes + self.header_bytes([])
+        rest = self.bytes - sum(m.source_bits for m in targeted) // 8 + self.header_bytes(targeted)
+        if not rest < wanted < dense:
+            problems.append(
+                f"{where}.size: must be above {rest:,} bytes, which what is not targeted takes "
+                f"alone, and below the {dense:,} of the dense model, got {size} ({wanted:,}); "
+                f"{'raise size or target more' if wanted <= rest else 'lower size'}"
+            )
+        return (wanted - rest) * 8
+
+
+def even_share(budget: int, units: list[Unit], options: DecomposeBase) -> float:
+    """Return the share that, given to every unit alike, spends a budget of bits.
+
+    What is too small for the share stays dense, and the others share what that leaves.
+    """
+    left, others = budget, units
+    while others:
+        share = left / sum(unit.source_bits for unit in others)
+        if share <= 0:
+            return 0.0
+        rank_at = {
+            id(u): u.largest_rank(share, "bits", multiple=options.rank_multiple) for u in others
+        }
+        dense = [u for u in others if rank_at[id(u)] == 0]
+        if not dense:
+            return share
+        left -= sum(u.source_bits for u in dense)
+        others = [u for u in others if rank_at[id(u)]]
+    return 0.0
+
+
+def cheapest(units: list[Unit], options: DecomposeBase) -> int:
+    """Return the least that units can cost under the floors of a stage."""
+    multiple, floor = options.rank_multiple, options.min_keep
+    return sum(u.cheapest(options.measure, multiple=multiple, min_keep=floor) for u in units)
+
+
+def unreachable(
+    where: str, options: DecomposeBase, units: list[Unit], budget: int, smallest: int
+) -> str:
+    """Say that a stage cannot keep as little as it is asked to, and what would help.
+
+    Parameters
+    ----------
+    where : str
+        The stage's place in the recipe.
+    options : DecomposeBase
+    units : list of Unit
+        All of the stage.
+    budget, smallest : int
+        What the pending ones among them may cost, and what they cost at least.
+    """
+    total = sum(u.dense_cost(options.measure) for u in units)
+    remedies = []
+    if options.rank_multiple > 1:
+        remedies.append(f"lower 'rank_multiple' ({options.rank_multiple})")
+    if options.min_keep > 0:
+        remedies.append(f"lower 'min_keep' ({options.min_keep:g})")
+    if options.max_loss < 1:
+        remedies.append(f"raise 'max_loss' ({options.max_loss:g})")
+    if options.overrides:
+        remedies.append("lower the budgets of 'overrides'")
+    if options.size is not None:
+        needed = size_bytes(options.size) + ceil((smallest - budget) / 8)
+        key, least, got = "size", f"{needed:,} bytes", options.size
+    else:
+        assert options.keep is not None
+        share = (int(options.keep * total) + smallest - budget) / total
+        key, got = "keep", f"{options.keep:g}"
+        least = f"{ceil(share * 1e4) / 1e4:g} of the {WORDS[options.measure]}"
+    fixed = " beside what the overrides fix" if options.overrides else ""
+    return (
+        f"{where}.{key}: must be at least {least}, which the cheapest choice of ranks takes{fixed}"
+        f", got {got}; {', '.join([f'raise {key}', *remedies])}"
+    )

@@ -1,0 +1,176 @@
+"""One unit of a plan: weights and what calibration knows in, records and stored tensors out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.decompose import METHODS, Factors, Spectrum, Statistics, shared_spectrum, split
+from lrc.compressors.layers import FORMS, LowRank, SharedLowRank
+from lrc.compressors.plan import Matrix
+from lrc.compressors.ranks import summed_inputs, unknown
+from lrc.compressors.units import Unit
+from lrc.configs.recipe import DecomposeBase
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a unit, and its tensors by the names that the checkpoint gives them."""
+
+    unit: Unit
+    tensors: dict[str, Tensor]
+
+
+def factor(
+    unit: Unit,
+    options: DecomposeBase,
+    weights: Sequence[Tensor],
+    known: Sequence[Statistics],
+    *,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Done:
+    """Factor the weights of a unit at its planned rank, and round to the model's precision.
+
+    Parameters
+    ----------
+    unit : Unit
+        With a rank.
+    options : DecomposeBase
+        Of its stage.
+    weights : sequence of Tensor, each of shape [d_out, d_in]
+        One a member.
+    known : sequence of Statistics
+        One a member, on the device of the weights.
+    dtype : torch.dtype
+        Of the model.
+    bias : Tensor, shape [d_out], optional
+        That of the dense layer, for a method that changes it.
+
+    Returns
+    -------
+    Done
+        Dense, with the reason as `fallback`, where the factors cannot be had or stored.
+    """
+    note = unknown(known, options)
+    if note is not None:
+        return Done(unit.dense(fallback=note), {})
+    curve = _curve(options, weights, known)
+    unit, factors, tensors = _encoded(unit, curve, options)
+    if unit.first.rank is None:
+        return Done(unit, {})
+    tensors = _rounded(tensors, dtype)
+    if curve.mean is not None:
+        tensors |= _bias(unit.first, weights[0], tensors, curve.mean, bias, dtype)
+    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+        return Done(unit.dense(fallback=f"factors overflow {dtype}; stays dense"), {})
+    tail, n_tokens = curve.tail_energy(factors.rank), known[0].n_tokens
+    nats = METHODS[options.method].nats_per_token(tail, n_tokens) if n_tokens else None
+    return Done(unit.at(factors.rank, loss=factors.loss, predicted_nats=nats), tensors)
+
+
+def refitted(matrix: Matrix, V: Tensor, dtype: torch.dtype, note: str | None = None) -> Done:
+    """Store the refitted weight of a matrix that stays dense; `note` becomes its fallback."""
+    rounded = V.to("cpu", dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        note = _joined(note, f"the refitted weight overflows {dtype}; stays as it was")
+        return Done(Unit((replace(matrix, fallback=note),)), {})
+    record = replace(matrix, refit=True, fallback=note)
+    return Done(Unit((record,)), {f"{matrix.name}.weight": rounded})
+
+
+def product(matrix: Matrix, read: Callable[[str], Tensor]) -> Tensor:
+    """Return the weight [d_out, d_in] that the stored tensors of a matrix stand for.
+
+    Parameters
+    ----------
+    matrix : Matrix
+        As executed: factored, or refitted and dense.
+    read : callable
+        Returns a stored tensor by its name in the checkpoint.
+    """
+    if matrix.form == "dense":
+        return read(f"{matrix.name}.weight")
+    assert matrix.rank is not None
+    (d_out, d_in), rank = matrix.shape, matrix.rank
+    form = FORMS[matrix.form]
+    leaves = form.shapes(d_out, d_in, {"rank": rank}, bias=False)
+    tensors = {leaf: read(f"{matrix.name}.{leaf}") for leaf in leaves}
+    dtype = tensors[next(leaf for leaf, (_, kind) in leaves.items() if kind is None)].dtype
+    module = form(d_in, d_out, rank, bias=False, dtype=dtype)
+    module.load_state_dict(tensors)
+    if isinstance(module, SharedLowRank):
+        A = read(f"{matrix.group}.a.weight")
+        module.share(LowRank.from_factors(tensors["b.weight"], A))
+    with torch.no_grad():
+        return module.product()
+
+
+def _curve(
+    options: DecomposeBase, weights: Sequence[Tensor], known: Sequence[Statistics]
+) -> Spectrum:
+    method = METHODS[options.method]
+    arguments = {key: getattr(options, key) for key in method.options}
+    if len(weights) > 1:
+        return shared_spectrum(weights, summed_inputs(known), **arguments)
+    return method.solve(weights[0], known[0], **arguments)
+
+
+def _encoded(
+    unit: Unit, curve: Spectrum, options: DecomposeBase
+) -> tuple[Unit, Factors, dict[str, Tensor]]:
+    """Cut at the planned rank and write the cut in the planned form; or in two plain factors.
+
+    Plain factors of the same rank are larger: the rank is lowered to what the plan has bits for.
+    """
+    assert unit.first.rank is not None
+    factors = curve.truncate(unit.first.rank)
+    try:
+        tensors = _encode(unit, factors)
+        return unit.at(factors.rank, fallback=factors.fallback), factors, tensors
+    except ValueError as error:
+        reason, share = str(error), unit.bits(unit.first.rank) / unit.source_bits
+    plain = Unit(tuple(replace(m, form="low_rank") for m in unit.members))
+    rank = plain.largest_rank(share, "bits", multiple=options.rank_multiple)
+    if rank == 0:
+        note = _joined(factors.fallback, f"{reason}; stays dense")
+        return unit.dense(fallback=note), factors, {}
+    factors = curve.truncate(rank)
+    note = _joined(factors.fallback, f"stored as low_rank of rank {factors.rank}: {reason}")
+    return plain.at(factors.rank, fallback=note), factors, _encode(plain, factors)
+
+
+def _encode(unit: Unit, factors: Factors) -> dict[str, Tensor]:
+    parts = split(factors.B, len(unit.members))
+    return {
+        f"{m.name}.{leaf}": tensor
+        for m, B in zip(unit.members, parts, strict=True)
+        for leaf, tensor in FORMS[m.form].encode(B, factors.A).items()
+    }
+
+
+def _rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        name: t.to("cpu", dtype if t.is_floating_point() else t.dtype)
+        for name, t in tensors.items()
+    }
+
+
+def _bias(
+    matrix: Matrix,
+    W: Tensor,
+    tensors: dict[str, Tensor],
+    mean: Tensor,
+    dense: Tensor | None,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Return the bias that gives the mean input its dense output, behind the rounded factors."""
+    W_hat = product(matrix, tensors.__getitem__).to(W.device).double()
+    delta = (W.double() - W_hat) @ mean.double()  # [d_out]
+    whole = delta if dense is None else dense.double() + delta
+    return {f"{matrix.name}.{FORMS[matrix.form].BIAS}": whole.to("cpu", dtype)}
+
+
+def _joined(*notes: str | None) -> str:
+    return "; ".join(filter(None, notes))

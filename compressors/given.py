@@ -1,0 +1,187 @@
+"""Plans that an earlier run wrote and a user may have edited: read, and held against the model.
+
+Of a matrix only name, shape, form and rank matter; whatever else the file holds is passed over.
+"""
+
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrc.compressors.layers import FORMS
+from lrc.compressors.units import Unit
+
+SHOWN = 10
+MAX_BYTES = 10**8
+"""Half a kilobyte a matrix: what is larger than this is another file, named by mistake."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a plan file says of one matrix."""
+
+    shape: tuple[int, int]
+    form: str
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class GivenPlan:
+    """A plan file: its name, its text, and an entry a matrix."""
+
+    path: str
+    text: str
+    entries: dict[str, Entry]
+
+
+def read_given(path: str, where: str, problems: list[str]) -> GivenPlan | None:
+    """Read a plan file; None if it is none, with the reason among the problems."""
+    remedy = "name the plan.json that an earlier run of lrc compress wrote"
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        problems.append(f"{where}.plan: {path} cannot be read: {reason}; {remedy}")
+        return None
+    try:
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES:,} bytes")
+        text = data.decode("utf-8")
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{where}.plan: {path} is not JSON ({error}); {remedy}")
+        return None
+    matrices = value.get("matrices") if isinstance(value, dict) else None
+    if not isinstance(matrices, list):
+        problems.append(f"{where}.plan: {path} holds no list 'matrices'; {remedy}")
+        return None
+    entries: dict[str, Entry] = {}
+    found: list[str] = []
+    for number, record in enumerate(matrices):
+        name = record.get("name") if isinstance(record, dict) else None
+        if not isinstance(name, str):
+            found.append(f"{path}, matrices[{number}]: has no 'name'; {remedy}")
+        elif name in entries:
+            found.append(f"{path}, {name}: is there twice; delete one of the two")
+        else:
+            entry = _entry(record, f"{path}, {name}", found)
+            if entry is not None:
+                entries[name] = entry
+    problems += _first(found, path)
+    return None if found else GivenPlan(path, text, entries)
+
+
+def refuse_strangers(
+    plan: GivenPlan, targeted: Collection[str], names: Collection[str], problems: list[str]
+) -> None:
+    """Refuse matrices that no stage targets, or that the model does not have."""
+    found = []
+    for name in plan.entries:
+        if name not in names:
+            found.append(
+                f"{plan.path}, {name}: is no linear of a decoder layer of this model; give the "
+                "plan of a run on the same architecture"
+            )
+        elif name not in targeted:
+            found.append(
+                f"{plan.path}, {name}: is targeted by no stage; delete it there, or change "
+                "'targets' and 'skip'"
+            )
+    problems += _first(found, plan.path)
+
+
+def apply_given(plan: GivenPlan, units: Iterable[Unit], problems: list[str]) -> list[Unit]:
+    """Give units the forms and ranks of a plan file; those with a problem stay dense."""
+    decided: list[Unit] = []
+    found: list[str] = []
+    for unit in units:
+        before = len(found)
+        asked = [_checked(plan, unit, number, found) for number in range(len(unit.members))]
+        entries = [entry for entry in asked if entry is not None]
+        if len(entries) > 1 and len({entry.rank for entry in entries}) > 1:
+            ranks = ", ".join(str(entry.rank) for entry in entries)
+            found.append(
+                f"{plan.path}, {unit.first.name}: must have one rank with the "
+                f"{len(entries) - 1} that share its factor, got {ranks}; make them equal"
+            )
+        if len(found) > before:
+            decided.append(unit.dense())
+        elif entries[0].rank is None:
+            decided.append(unit.dense(note="dense in the given plan"))
+        elif len(entries) == 1:
+            decided.append(unit.at(entries[0].rank, form=entries[0].form))
+        else:
+            decided.append(unit.at(entries[0].rank))
+    problems += _first(found, plan.path)
+    return decided
+
+
+def _entry(record: dict[str, Any], where: str, found: list[str]) -> Entry | None:
+    shape, form, rank = (record.get(key) for key in ("shape", "form", "rank"))
+    sizes = shape if isinstance(shape, list) else []
+    problem = None
+    if len(sizes) != 2 or not all(_whole(size) for size in sizes):
+        problem = f"shape must be [d_out, d_in], got {shape!r:.60}; copy it from an unedited plan"
+    elif form not in ("dense", *FORMS):
+        problem = f"form must be one of dense, {', '.join(FORMS)}, got {form!r:.60}; correct it"
+    elif form == "dense" and rank is not None:
+        problem = f"a dense matrix has the rank null, got {rank!r:.60}; correct form or rank"
+    elif form != "dense" and not _whole(rank):
+        problem = f"rank must be a whole number for {form}, got {rank!r:.60}; give one, or dense"
+    if problem:
+        found.append(f"{where}: {problem}")
+        return None
+    return Entry((sizes[0], sizes[1]), str(form), rank)
+
+
+def _checked(plan: GivenPlan, unit: Unit, number: int, found: list[str]) -> Entry | None:
+    """Return what the plan says of one member, if that can be."""
+    m = unit.members[number]
+    entry, where = plan.entries.get(m.name), f"{plan.path}, {m.name}"
+    if entry is None:
+        found.append(f"{where}: is targeted but not there; add it, or list it under 'skip'")
+        return None
+    if entry.shape != m.shape:
+        found.append(
+            f"{where}: must have the shape {list(m.shape)} of the model, got {list(entry.shape)}; "
+            "give the plan of a run on the same model"
+        )
+        return None
+    if entry.rank is None:
+        return entry
+    alone = [form for form in FORMS if form != "shared_low_rank"]
+    allowed = [m.form] if len(unit.members) > 1 else alone
+    if entry.form not in allowed:
+        found.append(
+            f"{where}: form must be dense or {' or '.join(allowed)} here, got {entry.form}; "
+            "correct it, or change the method"
+        )
+        return None
+    if not 1 <= entry.rank <= unit.max_rank:
+        found.append(
+            f"{where}: rank must be in [1, {unit.max_rank}] for {list(m.shape)}, got "
+            f"{entry.rank}; lower it, or make it dense"
+        )
+        return None
+    as_asked = unit if len(unit.members) > 1 else unit.at(entry.rank, form=entry.form)
+    if as_asked.bits(entry.rank) >= unit.source_bits:
+        largest = as_asked.largest_rank(1, "bits")
+        found.append(
+            f"{where}: {entry.form} of rank {entry.rank} takes as much as the dense matrix; "
+            f"lower rank to at most {largest}, or make it dense"
+        )
+        return None
+    return entry
+
+
+def _first(found: list[str], path: str) -> list[str]:
+    """Keep a page of problems, and count the rest: a plan of another model is wrong everywhere."""
+    if len(found) <= SHOWN:
+        return found
+    return [*found[:SHOWN], f"{path}: and {len(found) - SHOWN} problems more"]
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,151 @@
+"""Which matrices a stage of a recipe is about, in which form, and which of them share a factor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from lrc.compressors.decompose import METHODS
+from lrc.compressors.models.architecture import Architecture, Linear
+from lrc.compressors.models.source import Source
+from lrc.compressors.plan import Matrix
+from lrc.compressors.units import Unit, units_of
+from lrc.configs.recipe import BasisSharing, DecomposeBase, Recipe
+
+FORM_OF = {"factors": "low_rank", "pivot": "pivoted_low_rank"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the recipe, and what it targets; forms are as asked, ranks still unknown.
+
+    `overrides` maps a matrix to the number of its override.
+    """
+
+    where: str
+    options: DecomposeBase
+    matrices: list[Matrix]
+    overrides: Mapping[str, int]
+
+    @property
+    def units(self) -> list[Unit]:
+        """What gets one rank each."""
+        return units_of(self.matrices)
+
+
+def find_stages(
+    recipe: Recipe, source: Source, architecture: Architecture, problems: list[str]
+) -> list[Stage]:
+    """Find what every stage targets; a matrix belongs to the first that claims it."""
+    bits = source.dtype.itemsize * 8
+    stages: list[Stage] = []
+    owner: dict[str, int] = {}
+    for index, stage in enumerate(recipe.stages):
+        options, where = stage.decompose, f"stages[{index}].decompose"
+        targeted = []
+        for linear in _targets(options, architecture.linears, where, problems):
+            if linear.name in owner:
+                problems.append(
+                    f"{where}.targets: {linear.name} is already compressed by "
+                    f"stages[{owner[linear.name]}]; list it under one of the two 'skip'"
+                )
+                continue
+            owner[linear.name] = index
+            targeted.append(linear)
+        overrides = {
+            linear.name: number
+            for linear in targeted
+            for number, override in reversed(list(enumerate(options.overrides)))
+            if fnmatchcase(linear.name, override.match)  # the first that matches is set last
+        }
+        matrices = [_as_asked(options, linear, index, bits) for linear in targeted]
+        if isinstance(options, BasisSharing):
+            matrices = _grouped(matrices, options, architecture.layer_names, overrides)
+            if options.group_size > len(architecture.layer_names):
+                problems.append(
+                    f"{where}.group_size: must be in [2, {len(architecture.layer_names)}], the "
+                    f"number of layers, got {options.group_size}; lower group_size"
+                )
+        stages.append(Stage(where, options, matrices, overrides))
+    return stages
+
+
+def _as_asked(options: DecomposeBase, linear: Linear, stage: int, bits: int) -> Matrix:
+    source_bits = linear.d_out * linear.d_in * bits
+    bias = None
+    if METHODS[options.method].has_bias:
+        bias = "replaced" if linear.bias else "added"
+    return Matrix(
+        name=linear.name,
+        layer=linear.layer,
+        shape=(linear.d_out, linear.d_in),
+        stage=stage,
+        method=options.method,
+        form=FORM_OF[options.storage],
+        rank=None,
+        bits=source_bits,
+        source_bits=source_bits,
+        bias=bias,
+    )
+
+
+def _grouped(
+    matrices: list[Matrix],
+    options: BasisSharing,
+    layer_names: list[str],
+    overrides: Mapping[str, int],
+) -> list[Matrix]:
+    """Let the same matrix of consecutive layers share a factor; a group of one stands alone."""
+    alike: dict[tuple[object, ...], list[list[Matrix]]] = {}
+    for m in matrices:
+        name = m.name.removeprefix(layer_names[m.layer])
+        groups = alike.setdefault((name, m.shape, overrides.get(m.name)), [])
+        consecutive = groups and groups[-1][-1].layer + 1 == m.layer
+        if consecutive and len(groups[-1]) < options.group_size:
+            groups[-1].append(m)
+        else:
+            groups.append([m])
+    owners = {
+        m.name: group[0].name
+        for groups in alike.values()
+        for group in groups
+        if len(group) > 1
+        for m in group
+    }
+
+    def placed(m: Matrix) -> Matrix:
+        owner = owners.get(m.name)
+        return m if owner is None else m.shared(owner)
+
+    return [placed(m) for m in matrices]
+
+
+def _targets(
+    options: DecomposeBase, linears: list[Linear], where: str, problems: list[str]
+) -> list[Linear]:
+    names = [linear.name for linear in linears]
+    patterns = [(f"{where}.targets", p) for p in options.targets]
+    patterns += [(f"{where}.skip", p) for p in options.skip]
+    patterns += [
+        (f"{where}.overrides[{i}].match", o.match) for i, o in enumerate(options.overrides)
+    ]
+    for key, pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            problems.append(_no_match(key, pattern, names))
+
+    def hit(name: str, patterns: list[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    return [
+        lin for lin in linears if hit(lin.name, options.targets) and not hit(lin.name, options.skip)
+    ]
+
+
+def _no_match(key: str, pattern: str, names: list[str]) -> str:
+    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    close = get_close_matches(pattern.strip("*").rpartition(".")[2], leaves, n=1)
+    hint = f"; did you mean '*.{close[0]}'?" if close else ""
+    return (
+        f"{key}: the pattern {pattern!r} matches no linear layer{hint} Names look like {names[0]}; "
+        f"the last parts are {', '.join(leaves)}"
+    )
