@@ -34,7 +34,6 @@ from lrc.compressors.ranks import allocate_ranks
 from lrc.configs.errors import GateMissed
 from lrc.configs.load import LoadedRecipe
 
-
 CALIBRATED = "calibrated.json"
 
 

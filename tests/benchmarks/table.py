@@ -65,7 +65,8 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         stage = {"method": method, "keep": keep}
         if method == "kfac":
             stage["compensate"] = {"mix": 0.3}
-        yield f"{method} on WikiText-2, {keep}", stage, {"source": "data/wikitext2/validation.jsonl"}
+        other = {"source": "data/wikitext2/validation.jsonl"}
+        yield f"{method} on WikiText-2, {keep}", stage, other
 
 
 def main() -> None:
