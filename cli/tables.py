@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrc.compressors.estimate import Estimate
-from lrc.compressors.plan import Matrix, Plan
+from lrc.compressors.planning.plan import Matrix, Plan
 
 # A pipe or a file is not 80 columns wide.
 OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 160)

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from lrc.compressors.decompose import METHODS
-from lrc.compressors.plan import Matrix
+from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.prepare import Prepared
 
 PROBE = 512

@@ -11,9 +11,9 @@ from lrc.compressors.decompose import METHODS, Moment, Statistics, refit_target
 from lrc.compressors.factor import Done, factor, product, refitted
 from lrc.compressors.journal import Journal
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.plan import Matrix, Plan, read_matrices
+from lrc.compressors.planning.plan import Matrix, Plan, read_matrices
+from lrc.compressors.planning.units import Unit, units_of
 from lrc.compressors.progress import OnStep
-from lrc.compressors.units import Unit, units_of
 from lrc.configs.recipe import Compensate, DecomposeBase, Recipe
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lrc.compressors.decompose import METHODS, Factors, Spectrum, Statistics, shared_spectrum, split
 from lrc.compressors.layers import FORMS, LowRank, SharedLowRank
-from lrc.compressors.plan import Matrix
-from lrc.compressors.ranks import summed_inputs, unknown
-from lrc.compressors.units import Unit
+from lrc.compressors.planning.plan import Matrix
+from lrc.compressors.planning.ranks import summed_inputs, unknown
+from lrc.compressors.planning.units import Unit
 from lrc.configs.recipe import DecomposeBase
 
 

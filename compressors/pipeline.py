@@ -27,10 +27,10 @@ from lrc.compressors.journal import Journal, open_journal, write_text
 from lrc.compressors.memory import release_memory
 from lrc.compressors.models.source import Source, convert_gguf, load_dense
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.plan import Matrix, Plan, read_matrices
+from lrc.compressors.planning.plan import Matrix, Plan, read_matrices
+from lrc.compressors.planning.ranks import allocate_ranks
 from lrc.compressors.prepare import Prepared, prepare
 from lrc.compressors.progress import OnStep
-from lrc.compressors.ranks import allocate_ranks
 from lrc.configs.errors import GateMissed
 from lrc.configs.load import LoadedRecipe
 

@@ -15,7 +15,7 @@ from lrc.compressors.layers import FORMS
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.plan import Plan
+from lrc.compressors.planning.plan import Plan
 from lrc.configs.load import LoadedRecipe, dump_recipe
 
 

@@ -14,8 +14,8 @@ from lrc.compressors.decompose import Moment, Statistics
 from lrc.compressors.execute import decompose, factors_file
 from lrc.compressors.factor import product
 from lrc.compressors.journal import Journal
-from lrc.compressors.plan import Matrix, Plan
-from lrc.compressors.ranks import allocate_ranks
+from lrc.compressors.planning.plan import Matrix, Plan
+from lrc.compressors.planning.ranks import allocate_ranks
 from lrc.configs.errors import Stopped
 from lrc.configs.recipe import Recipe
 

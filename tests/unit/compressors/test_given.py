@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lrc.compressors.given import SHOWN, apply_given, read_given, refuse_strangers
-from lrc.compressors.plan import Matrix
-from lrc.compressors.units import Unit, units_of
+from lrc.compressors.planning.given import SHOWN, apply_given, read_given, refuse_strangers
+from lrc.compressors.planning.plan import Matrix
+from lrc.compressors.planning.units import Unit, units_of
 
 BITS = 8 * 12 * 16
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.checkpoint.quantizer import swap_in_forms
-from lrc.compressors.decompose.spectrum import spectrum
+from lrc.compressors.decompose import Moment, spectrum
 from lrc.compressors.layers import LowRank, PivotedLowRank
 from lrc.compressors.layers.pivot import BOUND, pivot_rows
 from lrc.configs.errors import CheckpointError
@@ -31,7 +31,7 @@ def realistic(d_out: int, d_in: int, rank: int, seed: int = 0) -> tuple[Tensor, 
     size = min(d_out, d_in)
     W = (U[:, :size] / torch.arange(1, size + 1)) @ V[:, :size].T  # [d_out, d_in]
     H = Q * torch.logspace(0, -6, d_in, dtype=torch.float64) @ Q.T  # [d_in, d_in]
-    factors = spectrum(W, H).truncate(rank)
+    factors = spectrum(W, Moment.of(H)).truncate(rank)
     return factors.B, factors.A
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from lrc.compressors.budget import size_bytes
 from lrc.compressors.layers import LowRank, PivotedLowRank
 from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.models.source import Source
-from lrc.compressors.plan import Plan
-from lrc.compressors.planning import make_plan
+from lrc.compressors.planning.budget import size_bytes
+from lrc.compressors.planning.make import make_plan
+from lrc.compressors.planning.plan import Plan
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Model, Recipe
 

@@ -6,14 +6,14 @@ known are their budget and that it can be met.
 
 from collections import Counter
 
-from lrc.compressors.budget import Whole, cheapest, even_share, unreachable
 from lrc.compressors.decompose import METHODS
-from lrc.compressors.given import GivenPlan, apply_given, read_given, refuse_strangers
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
-from lrc.compressors.plan import Matrix, Plan
-from lrc.compressors.targets import Stage, find_stages
-from lrc.compressors.units import WORDS, Unit
+from lrc.compressors.planning.budget import Whole, cheapest, even_share, unreachable
+from lrc.compressors.planning.given import GivenPlan, apply_given, read_given, refuse_strangers
+from lrc.compressors.planning.plan import Matrix, Plan
+from lrc.compressors.planning.targets import Stage, find_stages
+from lrc.compressors.planning.units import WORDS, Unit
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import DecomposeBase, Recipe
 

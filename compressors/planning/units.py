@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from lrc.compressors.allocate import Options, smallest_rank, uniform
 from lrc.compressors.layers import FORMS
-from lrc.compressors.plan import Matrix
+from lrc.compressors.planning.plan import Matrix
 
 Measure = Literal["bits", "macs"]
 WORDS: dict[Measure, str] = {"bits": "bits", "macs": "multiply-adds"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.compressors.layers import FORMS
-from lrc.compressors.units import Unit
+from lrc.compressors.planning.units import Unit
 
 SHOWN = 10
 MAX_BYTES = 10**8

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from lrc.compressors.decompose import METHODS
 from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.models.source import Source
-from lrc.compressors.plan import Matrix
-from lrc.compressors.units import Unit, units_of
+from lrc.compressors.planning.plan import Matrix
+from lrc.compressors.planning.units import Unit, units_of
 from lrc.configs.recipe import BasisSharing, DecomposeBase, Recipe
 
 FORM_OF = {"factors": "low_rank", "pivot": "pivoted_low_rank"}

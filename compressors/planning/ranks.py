@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.allocate import BudgetError, heavy_tail, lagrangian, options_of
-from lrc.compressors.budget import unreachable
 from lrc.compressors.decompose import METHODS, Moment, Statistics, energies_only
 from lrc.compressors.journal import Journal
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.plan import Matrix, Plan
+from lrc.compressors.planning.budget import unreachable
+from lrc.compressors.planning.plan import Matrix, Plan
+from lrc.compressors.planning.units import Unit, units_of
 from lrc.compressors.progress import OnStep
-from lrc.compressors.units import Unit, units_of
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import DecomposeBase, Recipe
 

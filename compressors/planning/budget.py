@@ -9,8 +9,8 @@ from math import ceil
 from torch import Tensor
 
 from lrc.compressors.layers import FORMS
-from lrc.compressors.plan import Matrix
-from lrc.compressors.units import WORDS, Unit
+from lrc.compressors.planning.plan import Matrix
+from lrc.compressors.planning.units import WORDS, Unit
 from lrc.configs.recipe import DecomposeBase
 
 BYTES = {
