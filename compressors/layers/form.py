@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from math import prod
 from typing import Any, ClassVar, Self
 
@@ -175,6 +176,7 @@ class Form(nn.Module, ABC):
         return None
 
     @classmethod
+    @cache  # an allocation asks for every rank of every matrix, and matrices share their shapes
     def stored_bits(cls, d_out: int, d_in: int, rank: int, *, bits: int) -> int:
         """Count all bits in the file that stand for the weight; `bits` is of one number.
 
