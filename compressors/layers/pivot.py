@@ -22,7 +22,7 @@ from torch import Tensor
 # Pivoted QR takes 40 times as long as LU. What a bound is there for are the matrices on which
 # elimination grows without end; 2 does that and costs next to nothing.
 BOUND = 2.0
-# Swaps update the coefficients: a hundred updates of ordinary ones leave an error below 1e-11, where
+# Swaps update the coefficients: a hundred updates of ordinary ones leave an error of 1e-12, where
 # the file holds 16 bits. After more, or where elimination has grown, they are solved anew.
 MAX_SWAPS, MAX_SOLUTIONS = 100, 5
 ORDINARY = 1e3
