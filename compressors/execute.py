@@ -175,7 +175,8 @@ class _Work:
             )
 
             def read(key: str, file: str = file) -> Tensor:
-                return tensors[key] if key in tensors else self.journal.read_tensor(file, key)
+                known = tensors[key] if key in tensors else self.journal.read_tensor(file, key)
+                return known.to(self.device)
 
             if matrix.form != "dense" or matrix.refit:
                 prefix.replace(name, product(matrix, read))

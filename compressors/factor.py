@@ -97,8 +97,8 @@ def product(matrix: Matrix, read: Callable[[str], Tensor]) -> Tensor:
     form = FORMS[matrix.form]
     leaves = form.shapes(d_out, d_in, {"rank": rank}, bias=False)
     tensors = {leaf: read(f"{matrix.name}.{leaf}") for leaf in leaves}
-    dtype = tensors[next(leaf for leaf, (_, kind) in leaves.items() if kind is None)].dtype
-    module = form(d_in, d_out, rank, bias=False, dtype=dtype)
+    like = tensors[next(leaf for leaf, (_, kind) in leaves.items() if kind is None)]
+    module = form(d_in, d_out, rank, bias=False, device=like.device, dtype=like.dtype)
     module.load_state_dict(tensors)
     if isinstance(module, SharedLowRank):
         A = read(f"{matrix.group}.a.weight")

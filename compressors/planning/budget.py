@@ -3,7 +3,6 @@
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from math import ceil
 
 from torch import Tensor
@@ -12,24 +11,10 @@ from lrc.compressors.layers import FORMS
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import WORDS, Unit
 from lrc.configs.recipe import DecomposeBase
+from lrc.configs.size import parse_size
 
-BYTES = {
-    "B": 1,
-    "kB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-}
 # Two neighbouring shards exceed the 2e9 bytes that `write_weights` aims at: so many hold one more.
 SHARD_BYTES = 10**9
-
-
-def size_bytes(text: str) -> int:
-    """Return the bytes that a size such as ``180MiB`` stands for."""
-    number = text.rstrip("BkKMGi ")
-    return int(Fraction(number) * BYTES[text[len(number) :].strip()])
 
 
 @dataclass(frozen=True)
@@ -91,7 +76,7 @@ class Whole:
 
         Refuses a size that the rest of the model exceeds alone, and one that no compression needs.
         """
-        wanted = size_bytes(size)
+        wanted = parse_size(size)
         dense = self.bytes + self.header_bytes([])
         rest = self.bytes - sum(m.source_bits for m in targeted) // 8 + self.header_bytes(targeted)
         if not rest < wanted < dense:
@@ -156,7 +141,7 @@ def unreachable(
     if options.overrides:
         remedies.append("lower the budgets of 'overrides'")
     if options.size is not None:
-        needed = size_bytes(options.size) + ceil((smallest - budget) / 8)
+        needed = parse_size(options.size) + ceil((smallest - budget) / 8)
         key, least, got = "size", f"{needed:,} bytes", options.size
     else:
         assert options.keep is not None

@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 from lrc.compressors.layers import LowRank, PivotedLowRank
 from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.models.source import Source
-from lrc.compressors.planning.budget import size_bytes
 from lrc.compressors.planning.make import make_plan
 from lrc.compressors.planning.plan import Plan
 from lrc.configs.errors import RecipeError
@@ -194,14 +193,6 @@ def test_a_size_leaves_what_the_rest_of_the_file_does_not_take(allocation: str) 
     headers = 43_000 - rest - spent / 8
     assert 0 < headers < 6000  # of 20 and more tensors
     assert 0.3 < plan.kept < 0.7
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("180MiB", 180 * 2**20), ("1.5 GB", 1_500_000_000), ("7B", 7), ("2 kB", 2000)],
-)
-def test_sizes_are_read_in_both_kinds_of_units(text: str, expected: int) -> None:
-    assert size_bytes(text) == expected
 
 
 def test_biases_that_a_layer_had_not_are_counted() -> None:
