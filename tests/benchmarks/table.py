@@ -58,9 +58,15 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         yield f"svd-llm, uniform, pivot, {keep}", pivot, {}
         welore = {"method": "svd", "keep": keep, "allocation": "heavy-tail"}
         yield f"svd, heavy-tail, factors, {keep}", welore, {}
+    plain = {"method": "kfac", "keep": 0.8}
     for damp in (1e-4, 1e-2, 1.0):
-        stage = {"method": "kfac", "keep": 0.8, "gradient_damp": damp}
-        yield f"kfac, gradient damp {damp:g}, 0.8", stage, {}
+        yield f"kfac, gradient damp {damp:g}, 0.8", plain | {"gradient_damp": damp}, {}
+    for share in (0.3, 0.5):
+        yield f"kfac, min_keep {share}, 0.8", plain | {"min_keep": share}, {}
+    yield "kfac, max_loss 0.02, 0.8", plain | {"max_loss": 0.02}, {}
+    yield "kfac, rank multiples of 8, 0.8", plain | {"rank_multiple": 8}, {}
+    yield "kfac, factors, 0.8", plain | {"storage": "factors"}, {}
+    yield "kfac, sampled labels, 0.8", plain, {"labels": "sampled"}
     for method, keep in (("svd-llm", 0.8), ("kfac", 0.8), ("svd-llm", 0.6), ("kfac", 0.6)):
         stage = {"method": method, "keep": keep}
         if method == "kfac":
