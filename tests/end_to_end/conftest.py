@@ -165,7 +165,10 @@ def families(
     def compressed(name: str) -> Compressed:
         if name not in done:
             folder = tmp_path_factory.mktemp(name)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # two would mostly wait for each other
             done[name] = _compress(folder, FAMILIES[name], make_tokenizer)
+            torch.set_num_threads(threads)
         return done[name]
 
     return compressed
