@@ -20,23 +20,30 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
 
     Matrices that differ in the number of their layer only share a row, unless `every` is set.
     """
-    table = _table(f"{plan.source} ({plan.architecture}, {plan.dtype})")
+    methods = sorted({m.method for m in plan.matrices})
+    one = f", {methods[0]}" if len(methods) == 1 else ""
+    table = _table(f"{plan.source} ({plan.architecture}, {plan.dtype}{one})")
     table.add_column("matrix", overflow="fold")
-    for column in ("layers", "shape", "method", "form", "rank", "MiB", "kept"):
-        table.add_column(column, justify="right")
+    columns = ("layers", "shape", "method", "form", "rank", "MiB", "kept")
+    for column in columns:
+        if column != "method" or not one:
+            table.add_column(column, justify="right", no_wrap=column != "form", overflow="fold")
     for name, group in _alike(plan.matrices, every=every).items():
         m = group[0]
+        bits = sum(m.bits for m in group)
         table.add_row(
             name[0],
             str(len(group)),
             f"{m.shape[0]} x {m.shape[1]}",
-            m.method,
+            *([] if one else [m.method]),
             m.form if m.note is None else f"{m.form}: {m.note}",
-            f"by {m.pending}" if m.pending else str(m.rank or ""),
-            f"{sum(m.bits for m in group) / 8 / 2**20:.2f}",
-            f"{m.bits / m.source_bits:.1%}",
+            "pending" if m.pending else str(m.rank or ""),
+            "" if m.pending else f"{bits / 8 / 2**20:.2f}",
+            "" if m.pending else f"{bits / sum(m.source_bits for m in group):.1%}",
         )
     OUT.print(table)
+    for allocation in sorted({m.pending for m in plan.matrices if m.pending}):
+        OUT.print(f"pending: the {allocation} allocation will choose the rank within the budget")
     _print_sizes(plan.to_json(), plan.compressed_bytes)
     for warning in plan.warnings:
         OUT.print(f"[yellow]warning[/]: {warning}")
@@ -148,7 +155,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
     table.add_column("matrix", overflow="fold")
     for column in ("shape", "form", "rank"):
         table.add_column(column, justify="right")
-    for m in facts["modules"]:
+    for m in sorted(facts["modules"], key=lambda m: _natural(m["name"])):
         table.add_row(m["name"], f"{m['shape'][0]} x {m['shape'][1]}", m["form"], str(m["rank"]))
     OUT.print(table)
     OUT.print(
@@ -178,6 +185,11 @@ def _alike(matrices: list[Matrix], *, every: bool) -> dict[tuple[str, ...], list
     return groups
 
 
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order layer 10 behind layer 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
 def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:
     totals = plan["totals"]
     pending = any(m["pending"] for m in plan["matrices"])
@@ -203,6 +215,8 @@ def _table(title: str) -> Table:
 def _size(n_bytes: int | None) -> str:
     if n_bytes is None:
         return "unknown"
+    if n_bytes < 2**20:
+        return f"{n_bytes / 2**10:.1f} KiB"
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from lrc.compressors.decompose import METHODS, Factors, Spectrum, Statistics, shared_spectrum, split
 from lrc.compressors.layers import FORMS, LowRank, SharedLowRank
 from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.ranks import summed_inputs, unknown
+from lrc.compressors.planning.ranks import seen_nothing, summed_inputs, unknown
 from lrc.compressors.planning.units import Unit
 from lrc.configs.recipe import DecomposeBase
 
@@ -66,7 +66,8 @@ def factor(
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
         return Done(unit.dense(fallback=f"factors overflow {dtype}; stays dense"), {})
     tail, n_tokens = curve.tail_energy(factors.rank), known[0].n_tokens
-    nats = METHODS[options.method].nats_per_token(tail, n_tokens) if n_tokens else None
+    counts = n_tokens > 0 and not seen_nothing(known)  # else the energies are no losses
+    nats = METHODS[options.method].nats_per_token(tail, n_tokens) if counts else None
     return Done(unit.at(factors.rank, loss=factors.loss, predicted_nats=nats), tensors)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +33,6 @@ from lrc.compressors.prepare import Prepared, prepare
 from lrc.compressors.progress import OnStep
 from lrc.configs.errors import GateMissed
 from lrc.configs.load import LoadedRecipe
-
-CALIBRATED = "calibrated.json"
 
 
 @dataclass(frozen=True)
@@ -122,9 +120,12 @@ def _make_checkpoint(
 def _calibrate(
     prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
 ) -> None:
-    """Collect what the methods need to know; of a layer that is factored nothing is kept."""
-    needs = _needs(prepared.plan)
-    if not needs or journal.has(CALIBRATED):
+    """Collect what the methods need to know of layers that are not factored yet."""
+    plan = prepared.plan
+    homes = plan.homes()
+    left = {m.layer for m in plan.matrices if not journal.has(factors_file(homes[m.name]))}
+    needs = _needs(plan, left)
+    if not needs:
         return
     statistics.collect(
         prepared.architecture,
@@ -138,7 +139,6 @@ def _calibrate(
         memory_limit_gib=prepared.recipe.calibration.memory_limit_gib,
         on_step=machine.on_step,
     )
-    journal.write_json(CALIBRATED, {})
     journal.forget(*state_files(journal))
 
 
@@ -158,12 +158,12 @@ def _windows(
     )
 
 
-def _needs(plan: Plan) -> dict[str, frozenset[str]]:
+def _needs(plan: Plan, layers: Collection[int]) -> dict[str, frozenset[str]]:
     """Return linear -> what its method wants to know of it, for those that are not kept dense."""
     needs = {}
     for matrix in plan.matrices:
         method = METHODS[matrix.method]
-        if matrix.factored and method.needs:
+        if matrix.factored and method.needs and matrix.layer in layers:
             needs[matrix.name] = method.needs | ({"whole_inputs"} if method.shared else set())
     return needs
 

@@ -1,6 +1,6 @@
 """Statistics of every targeted linear: up through the model for inputs, down for gradients."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -120,9 +120,8 @@ class _Collection:
 
     def run(self, labels: Labels, seed: int) -> None:
         asked = [i for i, needs in enumerate(self.needs) if _of_gradients(needs)]
-        descents = range(self.n_layers - 1, asked[0] - 1, -1) if asked else range(0)
-        descends = not all(self.journal.has(gradients_file(index)) for index in descents)
-        ascends = not all(self.journal.has(inputs_file(index)) for index in range(self.n_layers))
+        descends = not all(self._known(gradients_file, index) for index in asked)
+        ascends = not all(self._known(inputs_file, index) for index in range(self.n_layers))
         if not (ascends or descends):
             return
         with self.stream.around_layers():
@@ -149,7 +148,7 @@ class _Collection:
                 seed=seed,
             )
         del states
-        self._descend(gradients, calls, tape, stop=descents[-1])
+        self._descend(gradients, calls, tape, stop=asked[0])
 
     def _ascend(self, states: Chain, calls: list[LayerCall], tape: Tape | None) -> None:
         # The tape needs every layer's input: with one, a snapshot from half-way is of no use.
@@ -161,7 +160,7 @@ class _Collection:
         for index in range(states.done, len(calls)):
             if tape is not None:
                 tape.write(index, states.tensor)
-            known = self.journal.has(inputs_file(index))
+            known = self._known(inputs_file, index)
             sums = apply_layer(
                 self.stream,
                 self.architecture,
@@ -179,7 +178,7 @@ class _Collection:
     def _descend(self, gradients: Chain, calls: list[LayerCall], tape: Tape, stop: int) -> None:
         total = self.n_layers - stop
         for index in range(self.n_layers - 1 - gradients.done, stop - 1, -1):
-            known = self.journal.has(gradients_file(index))
+            known = self._known(gradients_file, index)
             sums = descend_layer(
                 self.stream,
                 self.architecture,
@@ -194,6 +193,10 @@ class _Collection:
                 self._write(gradients_file(index), sums, {})
             gradients.finish_layer(save=index > stop)
             self.on_step("gradients", gradients.done, total)
+
+    def _known(self, file: Callable[[int], str], index: int) -> bool:
+        """Say whether a layer has nothing left to be asked."""
+        return not self.needs[index] or self.journal.has(file(index))
 
     def _write_inputs(self, index: int, sums: InputSums) -> None:
         facts = {"leaders": sums.leaders, "n_tokens": self.tokens.numel()}

@@ -21,7 +21,6 @@ from lrc.compressors.progress import OnStep
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import DecomposeBase, Recipe
 
-ZEROS = "the calibration text gives it zeros only; stays dense"
 NO_TOKEN = "saw no calibration token; stays dense"
 
 
@@ -29,12 +28,14 @@ NO_TOKEN = "saw no calibration token; stays dense"
 class Curve:
     """The energies of a unit, largest first, and the tokens they are summed over.
 
-    `note` says why there are none worth looking at.
+    `note` says why there are none. Those that are not `comparable` are no losses: one side of the
+    layer has only ever seen zeros, or its weights are zeros.
     """
 
     energies: Tensor
     n_tokens: int
     note: str | None = None
+    comparable: bool = True
 
 
 def allocate_ranks(
@@ -119,7 +120,15 @@ def summed_inputs(known: Sequence[Statistics]) -> Moment:
 def _allocate(
     pending: list[Unit], curves: dict[str, Curve], options: DecomposeBase, budget: int
 ) -> list[Unit]:
+    """Spend the budget; what compares with nothing gets the share that all have on average."""
     measure, multiple = options.measure, options.rank_multiple
+    share = budget / sum(unit.dense_cost(measure) for unit in pending)
+    apart = [u for u in pending if not curves[u.first.name].comparable]
+    even = [_even(unit, share, options) for unit in apart]
+    pending = [u for u in pending if curves[u.first.name].comparable]
+    budget -= sum(unit.spent(measure) for unit in even)
+    if not pending:
+        return even
     of = [curves[unit.first.name] for unit in pending]
     costs = [lambda rank, unit=unit: unit.cost(rank, measure) for unit in pending]
     dense = [unit.dense_cost(measure) for unit in pending]
@@ -145,10 +154,19 @@ def _allocate(
     else:
         values = [curve.energies.sqrt() for curve in of]
         ranks = heavy_tail(values, costs, dense, budget, multiple=multiple, min_costs=floors)
-    return [
+    return even + [
         _chosen(unit, rank, curve, options)
         for unit, rank, curve in zip(pending, ranks, of, strict=True)
     ]
+
+
+def _even(unit: Unit, share: float, options: DecomposeBase) -> Unit:
+    """Give a unit the largest rank within a share of its dense cost."""
+    measure, multiple = options.measure, options.rank_multiple
+    rank = unit.largest_rank(share, measure, multiple=multiple)
+    if rank == 0 or unit.cost(rank, measure) < options.min_keep * unit.dense_cost(measure):
+        return unit.dense(note="saw zeros only, and no rank fits its share of the budget")
+    return unit.at(rank)
 
 
 def _chosen(unit: Unit, rank: int, curve: Curve, options: DecomposeBase) -> Unit:
@@ -165,7 +183,7 @@ def _predicted(unit: Unit, curve: Curve, options: DecomposeBase) -> Unit:
     rank = unit.first.rank
     assert rank is not None
     total, tail = float(curve.energies.sum()), float(curve.energies[rank:].sum())
-    if curve.note or total == 0:
+    if curve.note or not curve.comparable or total == 0:
         return unit
     nats = METHODS[options.method].nats_per_token(tail, curve.n_tokens)
     return unit.at(rank, loss=tail / total, predicted_nats=nats)
@@ -195,7 +213,10 @@ def _curves(
                 )
                 for unit in here
             }
-            facts = {name: {"n_tokens": c.n_tokens, "note": c.note} for name, c in found.items()}
+            facts = {
+                name: {"n_tokens": c.n_tokens, "note": c.note, "comparable": c.comparable}
+                for name, c in found.items()
+            }
             journal.write_tensors(
                 file, {name: c.energies for name, c in found.items()}, {"curves": facts}
             )
@@ -231,8 +252,8 @@ def _curve(
     else:
         energies = method.energies(stack, known[0], **arguments)
     energies = energies.cpu()
-    zeros = _seen_nothing(known) or not bool(energies.any())
-    return Curve(energies, known[0].n_tokens, ZEROS if zeros else None)
+    comparable = bool(energies.any()) and not seen_nothing(known)
+    return Curve(energies, known[0].n_tokens, comparable=comparable)
 
 
 def unknown(known: Sequence[Statistics], options: DecomposeBase) -> str | None:
@@ -245,7 +266,7 @@ def unknown(known: Sequence[Statistics], options: DecomposeBase) -> str | None:
     return f"calibration has no {', '.join(sorted(lacking))} of it; stays dense"
 
 
-def _seen_nothing(known: Sequence[Statistics]) -> bool:
+def seen_nothing(known: Sequence[Statistics]) -> bool:
     """Say whether one side of a layer has only ever seen zeros.
 
     Its metric leaves that side out, and its energies, in another unit, compare with no others.

@@ -4,7 +4,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ SIZES = {
 GATED = {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.2, "head_dim": 8}
 LLAMA = {"model_type": "llama", **SIZES, **GATED}
 OPT = {"model_type": "opt", **SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2}
+SVD_LLM = {"method": "svd-llm", "keep": 0.6}
+KFAC = {"method": "kfac", "keep": 0.6, "compensate": {}}  # by the lagrangian, as pivot rows
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,11 @@ class Family:
     bare: bool = False  # whether the source is the decoder alone, without the causal model's prefix
     source_shard: str = "1GB"
     shard_bytes: int = 2 * 10**9
+    stage: dict[str, Any] = field(default_factory=lambda: KFAC)
 
 
 FAMILIES = {
-    "llama": Family(LLAMA),
+    "llama": Family(LLAMA, stage=SVD_LLM),
     "llama-tied": Family({**LLAMA, "tie_word_embeddings": True}),
     "mistral": Family({**LLAMA, "model_type": "mistral", "sliding_window": WINDOW}),
     "qwen2": Family({**LLAMA, "model_type": "qwen2"}),
@@ -79,9 +82,9 @@ FAMILIES = {
         }
     ),
     # The same through other files and precisions.
-    "opt-bare": Family(OPT, bare=True),
-    "llama-bare-tied": Family({**LLAMA, "tie_word_embeddings": True}, bare=True),
-    "llama-from-float32": Family(LLAMA, source_dtype=torch.float32),
+    "opt-bare": Family(OPT, bare=True, stage=SVD_LLM),
+    "llama-bare-tied": Family({**LLAMA, "tie_word_embeddings": True}, bare=True, stage=SVD_LLM),
+    "llama-from-float32": Family(LLAMA, source_dtype=torch.float32, stage=SVD_LLM),
     "llama-float32": Family(LLAMA, "float32", torch.float32),
     "qwen2-float16": Family({**LLAMA, "model_type": "qwen2"}, "float16"),
     "qwen3-sharded": Family(
@@ -128,11 +131,13 @@ class Compressed:
         for file in sorted((self.work / "factors").glob("*.safetensors")):
             factors |= load_file(file)
         for matrix in self.plan()["matrices"]:
-            if matrix["rank"] is None:
-                continue
             name = matrix["name"]
             parent, _, leaf = name.rpartition(".")
             linear = model.get_submodule(name)
+            if matrix["rank"] is None:
+                if matrix["refit"]:
+                    linear.weight.data.copy_(factors[f"{name}.weight"])
+                continue
             form = FORMS[matrix["form"]].empty(linear, matrix)
             stored = {k.removeprefix(f"{name}."): t for k, t in factors.items() if f"{name}." in k}
             if linear.bias is not None:
@@ -160,7 +165,10 @@ def families(
     def compressed(name: str) -> Compressed:
         if name not in done:
             folder = tmp_path_factory.mktemp(name)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # two would mostly wait for each other
             done[name] = _compress(folder, FAMILIES[name], make_tokenizer)
+            torch.set_num_threads(threads)
         return done[name]
 
     return compressed
@@ -186,12 +194,23 @@ def _compress(
 ) -> Compressed:
     source = _make_source(folder / "source", family)
     make_tokenizer(bos=family.bos).save_pretrained(source)
-    recipe = _write_recipe(folder, source, model={"path": str(source), "dtype": family.dtype})
+    recipe = _write_recipe(
+        folder,
+        source,
+        model={"path": str(source), "dtype": family.dtype},
+        calibration={
+            "source": "python-docs",
+            "samples": SAMPLES,
+            "length": LENGTH,
+            "labels": "real",  # whose gradients are those of the cross entropy
+        },
+        stages=[{"decompose": family.stage}],
+    )
     work = folder / "kept"
 
     def keep_work(stage: str, done: int, total: int) -> None:
-        if stage == "decompose" and done == total:  # the last moment that both exist
-            shutil.copytree(folder / "run/work", work)
+        if done == total and stage in ("calibrate", "gradients", "decompose"):  # still all there
+            shutil.copytree(folder / "run/work", work, dirs_exist_ok=True)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
@@ -228,7 +247,7 @@ def _write_recipe(folder: Path, source: Path, **changes: Any) -> Path:
     recipe = {
         "model": str(source),
         "calibration": {"source": "python-docs", "samples": SAMPLES, "length": LENGTH},
-        "stages": [{"decompose": {"method": "svd-llm", "keep": 0.6}}],
+        "stages": [{"decompose": SVD_LLM}],
         "output": str(folder / "run"),
         **changes,
     }

@@ -1,11 +1,14 @@
 """A recipe, text or name that cannot be used: one clear error each, and nothing half-written."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lrc.compressors.models.weights import WeightReader
 
 FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "empty": (b"", ("is empty", "lrc recipes show svd-llm")),
@@ -100,6 +103,143 @@ def test_what_a_recipe_cannot_ask_for(
     monkeypatch.chdir(recipe.parent)
     override, words = OVERRIDES[case]
     lrc("compress", recipe, override).refuses(2, *words)
+    assert not output.exists()
+
+
+BUDGETS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "a multiple beyond every rank": (
+        "{method: svd, keep: 0.6, rank_multiple: 64}",
+        ("decompose.rank_multiple: must be in [1, 19]", "got 64; lower rank_multiple"),
+    ),
+    "a multiple that leaves everything dense": (
+        "{method: svd, keep: 0.3, rank_multiple: 16}",
+        ("nothing would be smaller; lower 'rank_multiple'",),
+    ),
+    "a multiple above the budget": (
+        "{method: kfac, keep: 0.3, rank_multiple: 16}",
+        ("decompose.keep: must be at least 0.7587 of the bits", "lower 'rank_multiple' (16)"),
+    ),
+    "a multiple above the multiply-adds": (
+        "{method: kfac, keep: 0.3, rank_multiple: 16, measure: macs}",
+        ("of the multiply-adds, which the cheapest", "lower 'rank_multiple' (16)"),
+    ),
+    "a floor above the budget": (
+        "{method: kfac, keep: 0.3, min_keep: 0.4}",
+        ("'min_keep' must be at most 'keep', 0.3, got 0.4; lower min_keep or raise keep",),
+    ),
+    "a floor that multiples lift above the budget": (
+        "{method: kfac, keep: 0.4, min_keep: 0.39, rank_multiple: 7}",
+        ("must be at least 0.5693 of the bits", "'rank_multiple' (7), lower 'min_keep' (0.39)"),
+    ),
+    "a floor between two ranks": (
+        "{method: svd, keep: 0.6, min_keep: 0.59, rank_multiple: 4}",
+        ("min_keep: model.layers.0.", "keeps between 0.59 and 0.6", "lower min_keep or rank_"),
+    ),
+    "a cap without predictions": (
+        "{method: svd, keep: 0.6, max_loss: 0.1}",
+        ("max_loss: needs allocation: lagrangian, which predicts losses, got uniform",),
+    ),
+    "overrides above the budget": (
+        "{method: kfac, keep: 0.3, overrides: [{match: '*.mlp.*', keep: 0.9}]}",
+        ("must be at least", "beside what the overrides fix", "lower the budgets of 'overrides'"),
+    ),
+    "a size below the rest": (
+        "{method: kfac, size: 60kB}",
+        ("decompose.size: must be above 72,309 bytes, which what is not targeted takes", "60kB"),
+    ),
+    "a size barely above the rest": (
+        "{method: kfac, size: 73kB}",
+        ("decompose.size: must be at least", "bytes, which the cheapest choice of ranks takes"),
+    ),
+    "a size above the dense model": (
+        "{method: kfac, size: 1MiB}",
+        ("below the 98,769 of the dense model, got 1MiB (1,048,576); lower size",),
+    ),
+    "a size in multiply-adds": (
+        "{method: kfac, size: 90kB, measure: macs}",
+        ("'size' counts bytes and cannot be measured in 'macs'; give 'keep' instead",),
+    ),
+    "compensation of a shared factor": (
+        "{method: basis-sharing, keep: 0.6, compensate: {}}",
+        ("decompose.compensate: must be",),
+    ),
+    "compensation beside a bias": (
+        "{method: lord, keep: 0.6, compensate: {}}",
+        ("decompose.method: lord cannot stand beside 'compensate'",),
+    ),
+    "a group of more layers than there are": (
+        "{method: basis-sharing, keep: 0.6, group_size: 3}",
+        ("group_size: must be in [2, 2], the number of layers, got 3; lower group_size",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BUDGETS)
+def test_budgets_that_cannot_be_met_are_refused_before_any_weight_is_read(
+    lrc, recipe: Path, output: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, words = BUDGETS[case]
+    monkeypatch.setattr(WeightReader, "read", None)
+    for command in ("plan", "compress"):
+        lrc(command, recipe, f"stages=[{{decompose: {stage}}}]").refuses(2, *words)
+    assert not output.exists()
+
+
+def test_a_cap_on_losses_that_no_budget_allows(lrc, recipe: Path, output: Path) -> None:
+    """Only the weights tell: the last moment before they are factored."""
+    stage = "{method: svd, keep: 0.2, allocation: lagrangian, max_loss: 0.0001}"
+    words = ("keep: must be at least", "got 0.2; raise keep, raise 'max_loss' (0.0001)")
+    lrc("compress", recipe, f"stages=[{{decompose: {stage}}}]", "-q").refuses(2, *words)
+    assert not (output / "work/factors").exists()
+    assert not (output / "plan.json").exists()
+
+
+def of_first(**changes: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda plan: plan["matrices"][0].update(changes)
+
+
+PLANS: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, ...]]] = {
+    "a matrix missing": (lambda plan: plan["matrices"].pop(0), ("q_proj: is targeted but not",)),
+    "an unknown name": (
+        lambda plan: plan["matrices"].append({**plan["matrices"][0], "name": "model.layers.9.up"}),
+        ("model.layers.9.up: is no linear of a decoder layer of this model",),
+    ),
+    "another shape": (of_first(shape=[64, 32]), ("must have the shape [32, 32] of the model",)),
+    "a rank too large": (of_first(rank=40), ("rank must be in [1, 32] for [32, 32], got 40",)),
+    "a rank that saves nothing": (
+        of_first(rank=20),
+        ("low_rank of rank 20 takes as much as the dense matrix; lower rank to at most 15",),
+    ),
+    "an unknown form": (of_first(form="sparse"), ("form must be one of dense, low_rank",)),
+    "no list": (lambda plan: plan.pop("matrices"), ("holds no list 'matrices'",)),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_plan_that_does_not_fit_the_model(
+    lrc, recipe: Path, output: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil, words = PLANS[case]
+    plan = json.loads(lrc("plan", recipe, "--json").out)
+    spoil(plan)
+    file = recipe.with_name("plan.json")
+    file.write_text(json.dumps(plan))
+    monkeypatch.setattr(WeightReader, "read", None)
+    given = f"stages=[{{decompose: {{method: svd-llm, plan: {file}}}}}]"
+    for command in ("plan", "compress"):
+        lrc(command, recipe, given).refuses(2, str(file), *words)
+    assert not output.exists()
+
+
+def test_a_plan_that_is_none(lrc, recipe: Path, output: Path) -> None:
+    file = recipe.with_name("plan.json")
+    given = f"stages=[{{decompose: {{method: svd-llm, plan: {file}}}}}]"
+    remedy = "name the plan.json that an earlier run of lrc compress wrote"
+    lrc("compress", recipe, given).refuses(2, f"{file} cannot be read: no such file", remedy)
+    file.write_bytes(b"\xff\x00")
+    lrc("compress", recipe, given).refuses(2, f"{file} is not JSON", remedy)
+    file.write_text('{"matrices": [')
+    lrc("compress", recipe, given).refuses(2, f"{file} is not JSON", remedy)
     assert not output.exists()
 
 

@@ -167,6 +167,75 @@ def test_numbers_that_are_not_finite_name_the_layer(
     assert not list(output.rglob("*.partial"))
 
 
+def test_gradients_that_are_not_finite_name_the_layer(
+    lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path]
+) -> None:
+    """Every weight and every hidden state is finite, the loss is not."""
+    change_weights(lambda tensors: tensors["lm_head.weight"].fill_(3e38))(model)
+    stages = [{"decompose": {"method": "kfac", "keep": 0.6}}]
+    words = ("the gradients in model.layers.1 are not finite", "such as svd-llm")
+    lrc("compress", tiny_recipe(model, output, stages=stages), "-q").refuses(1, *words)
+    assert not (output / "checkpoint").exists()
+    assert not list(output.rglob("*.partial"))
+
+
+UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj"
+
+
+def repeat_rows(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{UP}.weight"][2:] = tensors[f"{UP}.weight"][:2].repeat(23, 1)  # rank 2
+
+
+def kill_a_matrix(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{DOWN}.weight"].zero_()
+
+
+def kill_channels(tensors: dict[str, torch.Tensor]) -> None:
+    """Zero some outputs and inputs of matrices, and one channel of all hidden states."""
+    tensors[f"{UP}.weight"][:5] = 0
+    tensors["model.layers.0.self_attn.q_proj.weight"][:, 3:6] = 0
+    tensors["model.embed_tokens.weight"][:, 4] = 0
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor[4] = 0
+
+
+DEGENERATE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], set[str]]] = {
+    "a lower rank than asked": (repeat_rows, {UP}),
+    "a matrix of zeros": (kill_a_matrix, {DOWN}),
+    "dead channels": (kill_channels, set()),
+}
+METHODS = {
+    "kfac": {"compensate": {}},
+    "svd-llm": {"storage": "pivot"},
+    "lord": {},
+    "svd": {"allocation": "heavy-tail"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_degenerate_weights_are_compressed_all_the_same(
+    lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path], tiny_text: Path, case, method
+) -> None:
+    spoil, lowered = DEGENERATE[case]
+    change_weights(spoil)(model)
+    stages = [{"decompose": {"method": method, "keep": 0.6, **METHODS[method]}}]
+    evaluate = {"perplexity": [{"source": str(tiny_text), "name": "it", "window": 32}]}
+    recipe = tiny_recipe(model, output, stages=stages, evaluate=evaluate)
+    ended = lrc("compress", recipe, "-q", "--json", "evaluate.perplexity.0.windows=2")
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    assert report["size"]["targeted"]["kept"] <= 0.6
+    assert np.isfinite(report["evaluation"]["perplexity"]["it"]["compressed"])
+    records = {layer["name"]: layer for layer in report["layers"]}
+    for name in lowered:
+        if method in ("svd-llm", "lord"):  # the others choose ranks that are there, or dense
+            assert "the numerical rank of the weight" in records[name]["fallback"]
+    nats = [layer["predicted_nats"] for layer in report["layers"]]
+    assert all(n is None or np.isfinite(n) for n in nats)
+
+
 def test_a_single_file_must_be_gguf(
     lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path]
 ) -> None:

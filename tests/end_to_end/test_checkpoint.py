@@ -132,7 +132,7 @@ def test_factors_learn_as_ordinary_parameters(run, sample):
 
 # PEFT asks for an attribute that the newest transformers has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("name", ["llama", "opt-bare"])
 def test_lora_on_the_factors_trains_and_merges(families, sample, tmp_path, name):
     model = families(name).load()
     before = logits_of(model, sample)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lrc.cli.inspect import describe
 from lrc.compressors.factor import product
 from lrc.compressors.pipeline import Machine, compress
 from lrc.compressors.planning.plan import Matrix, read_matrices
@@ -42,6 +43,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "keep": 0.6,
         "allocation": "lagrangian",
     },
+    "the recommended way": {"method": "kfac", "keep": 0.6, "compensate": {}},
     "bytes, alike": {"method": "svd", "size": "90kB"},
     "bytes, by the lagrangian": {"method": "svd", "size": "90 kB", "allocation": "lagrangian"},
 }
@@ -92,7 +94,7 @@ def test_the_checkpoint_computes_the_products_of_its_factors(
         for parameter in dense.parameters():
             parameter.copy_(parameter.bfloat16())
         for m in executed(run):
-            if m.form != "dense":
+            if m.form != "dense" or m.refit:
                 dense.get_submodule(m.name).weight.copy_(product(m, stored.__getitem__))
         expected = dense(sample).logits
         model = AutoModelForCausalLM.from_pretrained(run / "checkpoint", dtype=torch.float32)
@@ -158,7 +160,14 @@ def test_layers_of_a_group_hold_one_basis(compressed: Callable[..., Path]) -> No
 
 
 @pytest.mark.parametrize(
-    "case", ["by the lagrangian", "pivot rows", "a shared basis", "bytes, by the lagrangian"]
+    "case",
+    [
+        "by the lagrangian",
+        "pivot rows",
+        "a shared basis",
+        "the recommended way",
+        "bytes, by the lagrangian",
+    ],
 )
 def test_a_plan_given_back_gives_the_same_weights(
     case: str, compressed: Callable[..., Path]
@@ -182,10 +191,16 @@ def test_an_edited_plan_is_carried_out(compressed: Callable[..., Path], tmp_path
         minimal.append({"name": m["name"], "shape": m["shape"], "form": form, "rank": rank})
     file = tmp_path / "edited.json"
     file.write_text(json.dumps({"matrices": minimal, "comment": "mine"}))
-    by_name = {m.name: m for m in executed(compressed({"method": "svd-llm", "plan": str(file)}))}
+    run = compressed({"method": "svd-llm", "plan": str(file)})
+    by_name = {m.name: m for m in executed(run)}
+    shown = {
+        m["name"]: (m["form"], m["rank"])
+        for m in describe(run / "checkpoint", verify=True)["modules"]
+    }
     for m in minimal:
         got = by_name[m["name"]]
         assert (got.form, got.rank) == (m["form"], m["rank"])
+        assert shown.get(m["name"], ("dense", None)) == (m["form"], m["rank"])
     assert by_name["model.layers.0.mlp.up_proj"].note == "dense in the given plan"
 
 
@@ -201,7 +216,7 @@ def test_a_plan_that_was_edited_since_is_another_run(
     compress(load_recipe(recipe), Machine(device="cpu"))
     file.write_text(text + " ")
     (tmp_path / "run/report.json").unlink()
-    with pytest.raises(OutputError, match="given_plans"):
+    with pytest.raises(OutputError, match="holds a run that differs in given_plans"):
         compress(load_recipe(recipe), Machine(device="cpu"))
 
 

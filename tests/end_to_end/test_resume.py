@@ -26,13 +26,13 @@ from tqdm import tqdm
 from lrc.compressors.calibrate import states
 from lrc.compressors.corpus import read_documents
 from lrc.compressors.pipeline import Machine, compress
-from lrc.configs.errors import Stopped
+from lrc.configs.errors import OutputError, Stopped
 from lrc.configs.load import load_recipe
 
 # Newer Pythons warn of any fork beside threads; those of torch are idle.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
-KILLS = 20
+KILLS = {"recommended": 20, "allocated": 6}
 LAYERS = 3
 OWN_EACH_TIME = {"lrc/report.json", "README.md"}  # they hold times and peaks
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -92,6 +92,19 @@ def undisturbed(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
     return finished(
         new_recipe(
             calibration={"source": text, "samples": 4, "length": 32},
+            evaluate={"perplexity": perplexity},
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def recommended(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
+    """Run a recipe with every stage there is: up and down, allocation, compensation."""
+    perplexity = [{"source": text, "window": 32, "windows": 2}]
+    return finished(
+        new_recipe(
+            calibration={"source": text, "samples": 4, "length": 32},
+            stages=[{"decompose": {"method": "kfac", "keep": 0.6, "compensate": {}}}],
             evaluate={"perplexity": perplexity},
         )
     )
@@ -172,6 +185,7 @@ def stage_of(run: Path) -> str:
         "evaluating": run / "checkpoint",
         "saving": run / ".checkpoint.partial",
         "decomposing": work / "factors",
+        "allocating": work / "energies",
         "calibrating": work / "statistics",
         "windows": work / "windows.safetensors",
         "claimed": work / "run.json",
@@ -179,17 +193,19 @@ def stage_of(run: Path) -> str:
     return next((stage for stage, path in marks.items() if path.exists()), "preparing")
 
 
-def test_twenty_kills_at_random_moments_give_twenty_equal_checkpoints(undisturbed):
+@pytest.mark.parametrize("case", KILLS)
+def test_kills_at_random_moments_give_equal_checkpoints(case, request):
+    undisturbed: Undisturbed = request.getfixturevalue(case)
     run = undisturbed.recipe.with_name("run")
     random_ = random.Random(0)
     stages, seconds, kills, attempts = set(), undisturbed.seconds, 0, 0
-    while kills < KILLS:
+    while kills < KILLS[case]:
         attempts += 1
-        assert attempts < 4 * KILLS, "runs finish before they can be killed"
+        assert attempts < 4 * KILLS[case], "runs finish before they can be killed"
         shutil.rmtree(run, ignore_errors=True)
         child = start(undisturbed.recipe)
-        # One moment of each twentieth of a run, in turn.
-        time.sleep((kills + random_.random()) / KILLS * seconds)
+        # One moment of each equal part of a run, in turn.
+        time.sleep((kills + random_.random()) / KILLS[case] * seconds)
         os.kill(child, signal.SIGKILL)
         if not was_killed(child):
             seconds *= 0.8  # the machine has become quicker
@@ -199,10 +215,10 @@ def test_twenty_kills_at_random_moments_give_twenty_equal_checkpoints(undisturbe
         seconds = max(seconds, finish(undisturbed.recipe))  # or slower
         assert checkpoint_of(run) == undisturbed.files
         assert work_of(run) == undisturbed.work
-    assert len(stages) >= 4, stages
+    assert len(stages) >= min(4, KILLS[case] // 2), stages
 
 
-@pytest.mark.parametrize("case", ["undisturbed", "allocated"])
+@pytest.mark.parametrize("case", ["undisturbed", "recommended", "allocated"])
 def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoint(case, request):
     """Files get their names by `os.replace`: kill right after each that has not been there yet."""
     undisturbed: Undisturbed = request.getfixturevalue(case)
@@ -223,11 +239,44 @@ def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoi
         kills += 1
     published = log.read_text().split()
     assert kills == len(published) - 1
-    assert {"checkpoint", "report.json", "work/plan.json", "work/states-0001.f32"} <= {*published}
-    assert f"work/factors/layer-{LAYERS - 1:04d}.safetensors" in published
-    assert ("work/energies/layer-0000.safetensors" in published) == (case == "allocated")
+    assert {"checkpoint", "report.json", "work/plan.json"} <= {*published}
+    kinds = {"statistics/inputs", "factors/layer"}
+    if case == "recommended":
+        kinds |= {"statistics/gradients", "energies/layer"}
+    for kind in kinds:
+        assert {f"work/{kind}-{n:04d}.safetensors" for n in range(LAYERS)} <= {*published}
+    assert ("work/energies/layer-0000.safetensors" in published) == (case != "undisturbed")
+    chain = "gradients" if case == "recommended" else "states"
+    assert f"work/{chain}-0001.f32" in published
     assert checkpoint_of(run) == undisturbed.files
     assert work_of(run) == undisturbed.work
+
+
+def test_what_is_deleted_is_made_anew(recommended):
+    """A checkpoint that is no more, and a file that an error has called damaged."""
+    run = recommended.recipe.with_name("run")
+    shutil.rmtree(run, ignore_errors=True)
+    finish(recommended.recipe)
+    shutil.rmtree(run / "checkpoint")
+    finish(recommended.recipe)
+    assert checkpoint_of(run) == recommended.files
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("decompose", 1):
+            raise Stopped("asked to")
+
+    shutil.rmtree(run)
+    with pytest.raises(Stopped):
+        compress(load_recipe(recommended.recipe), Machine(device="cpu", on_step=stop))
+    assert not (run / "work/statistics/inputs-0000.safetensors").exists()  # its layer is factored
+    damaged = run / "work/statistics/gradients-0002.safetensors"
+    damaged.write_bytes(b"")
+    with pytest.raises(OutputError, match=r"gradients-0002.safetensors: is damaged .* delete it"):
+        compress(load_recipe(recommended.recipe), Machine(device="cpu"))
+    damaged.unlink()
+    finish(recommended.recipe)
+    assert checkpoint_of(run) == recommended.files
+    assert work_of(run) == recommended.work
 
 
 def test_a_stopped_run_continues_with_the_layer_after(new_recipe):

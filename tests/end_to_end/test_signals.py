@@ -4,7 +4,6 @@ Real signals to real processes, forked from this one.
 """
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -12,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from lrc.compressors.pipeline import Machine, compress
+from lrc.configs.load import load_recipe
 
 # Newer Pythons warn of any fork beside threads; those of torch are idle.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 FOREVER = 60.0
 CONTINUES = "the same command continues from here"
+EVERY_STAGE = ("stages=[{decompose: {method: kfac, keep: 0.6, compensate: {}}}]",)
 
 
 @pytest.fixture
@@ -55,16 +59,34 @@ def wait_for(path: Path) -> None:
 
 
 def checkpoint_of(output: Path) -> dict[str, bytes]:
+    """Read what does not depend on the name of the output folder, or on times and peaks."""
     folder = output / "checkpoint"
-    files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-    own_each_time = {"README.md", "lrc/report.json"}  # they hold times and peaks
-    return {name: content for name, content in files.items() if name not in own_each_time}
+    files = [f for f in folder.iterdir() if f.is_file() and f.name != "README.md"]
+    return {f.name: f.read_bytes() for f in [*files, folder / "lrc/plan.json"]}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_model_folder: Path,
+    tiny_text: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, bytes]:
+    """Return the checkpoint of a run that nobody stops."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    compress(load_recipe(tiny_recipe(tiny_model_folder, output), EVERY_STAGE), Machine("cpu"))
+    torch.set_num_threads(threads)
+    return checkpoint_of(output)
 
 
 @pytest.mark.parametrize(
     ("number", "stage"),
     [
         (signal.SIGINT, "calibrate"),
+        (signal.SIGTERM, "gradients"),
+        (signal.SIGINT, "allocate"),
         (signal.SIGTERM, "decompose"),
         (signal.SIGINT, "evaluate dense"),
         (signal.SIGTERM, "evaluate compressed"),
@@ -75,15 +97,12 @@ def test_a_signal_stops_after_the_step_and_the_same_command_continues(
     hold: Callable[..., Callable[[], None]],
     recipe: Path,
     output: Path,
+    undisturbed: dict[str, bytes],
     tmp_path: Path,
     number: signal.Signals,
     stage: str,
 ) -> None:
-    assert fork_lrc("compress", recipe, "-q").ended().code == 0
-    undisturbed = checkpoint_of(output)
-    shutil.rmtree(output)
-
-    child = fork_lrc("compress", recipe, before=hold(stage, 30.0))
+    child = fork_lrc("compress", recipe, *EVERY_STAGE, before=hold(stage, 30.0))
     wait_for(tmp_path / "there")
     os.kill(child.id, number)
     ended = child.ended()
@@ -96,11 +115,11 @@ def test_a_signal_stops_after_the_step_and_the_same_command_continues(
     assert not list(output.rglob("*.partial"))
     work = output / "work"
     if stage == "calibrate":
-        assert [f.name for f in (work / "statistics").iterdir()] == ["layer-0000.safetensors"]
+        assert [f.name for f in (work / "statistics").iterdir()] == ["inputs-0000.safetensors"]
     assert (output / "checkpoint").exists() == stage.startswith("evaluate")
     assert (work / "evaluation-dense.json").exists() == (stage == "evaluate compressed")
 
-    assert fork_lrc("compress", recipe, "-q").ended().code == 0
+    assert fork_lrc("compress", recipe, *EVERY_STAGE, "-q").ended().code == 0
     assert checkpoint_of(output) == undisturbed
     assert (output / "report.json").exists()
 

@@ -321,8 +321,10 @@ def test_a_stopped_compensation_continues_to_the_same_bytes(
     assert chain.log == []  # nothing left that needs it
 
 
-def test_zeros_stay_dense_and_spend_their_bits(tmp_path, reader, statistics) -> None:
-    """An allocation cannot weigh what calibration gave nothing but zeros."""
+def test_what_cannot_be_weighed_gets_an_even_share_or_stays_dense(
+    tmp_path, reader, statistics
+) -> None:
+    """Zeros on one side of a layer leave ranks possible, no token at all does not."""
     recipe = recipe_of({"method": "svd-llm", "allocation": "lagrangian", "keep": 0.6})
     plan = plan_of("svd-llm")
     pending = [replace(m, rank=None).undecided("lagrangian", 0.6) for m in plan.matrices]
@@ -336,7 +338,10 @@ def test_zeros_stay_dense_and_spend_their_bits(tmp_path, reader, statistics) -> 
 
     looked: Any = (plan, recipe, reader, Journal(tmp_path), known)
     done = allocate_ranks(*looked, device="cpu", on_step=lambda *_: None)
-    assert done.matrices[0].note == "the calibration text gives it zeros only; stays dense"
+    zeros = done.matrices[0]
+    assert zeros.rank is not None
+    assert zeros.bits <= 0.6 * zeros.source_bits < zeros.stored_bits(zeros.rank + 1)
+    assert (zeros.loss, zeros.predicted_nats) == (None, None)
     assert done.matrices[1].note == "saw no calibration token; stays dense"
     assert done.bits <= 0.6 * total
     assert all(m.rank for m in done.matrices[2:])

@@ -1,0 +1,51 @@
+"""Every shipped recipe, run to its end on a tiny model: only what is large is overridden."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrc.configs import shipped
+
+NAMES = shipped.names()
+
+
+def test_there_are_recipes() -> None:
+    assert len(NAMES) > 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_runs(
+    lrc: Callable[..., Any],
+    name: str,
+    tiny_model_folder: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+) -> None:
+    recipe, output = tmp_path / f"{name}.yaml", tmp_path / "run"
+    recipe.write_text(shipped.read(name), encoding="utf-8")
+    perplexity = f"{{source: {tiny_text}, name: english, window: 32, windows: 2}}"
+    overrides = [
+        f"model={tiny_model_folder}",
+        f"calibration.source={tiny_text}",
+        "calibration.samples=4",
+        "calibration.length=64",
+        f"evaluate={{perplexity: [{perplexity}]}}",
+        f"output={output}",
+    ]
+    if name == "size":
+        overrides.append("stages.0.decompose.size=90kB")
+    ended = lrc("compress", recipe, *overrides, "-q", "--json")
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    assert any(layer["rank"] for layer in report["layers"])
+    assert not any(layer["fallback"] for layer in report["layers"])
+    if name == "size":
+        assert report["size"]["model"]["file_bytes"]["compressed"] <= 90_000
+    else:
+        keep = max(s["decompose"]["keep"] for s in report["recipe"]["stages"])
+        assert keep - 0.1 < report["size"]["targeted"]["kept"] <= keep
+    assert report["evaluation"]["perplexity"]["english"]["compressed"] < 1e4
+    assert lrc("inspect", output / "checkpoint", "--verify").code == 0
