@@ -20,7 +20,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
 
     Matrices that differ in the number of their layer only share a row, unless `every` is set.
     """
-    table = _table(f"{plan.source} ({plan.architecture}, {plan.dtype})")
+    table = new_table(f"{plan.source} ({plan.architecture}, {plan.dtype})")
     table.add_column("matrix", overflow="fold")
     for column in ("layers", "shape", "method", "form", "rank", "MiB", "kept"):
         table.add_column(column, justify="right")
@@ -52,7 +52,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
 def print_report(report: dict[str, Any], output: str) -> None:
     """Print the summary of a finished run."""
     size = report["size"]
-    table = _table("size")
+    table = new_table("size")
     table.add_column("")
     for column in ("dense", "compressed", "kept"):
         table.add_column(column, justify="right")
@@ -113,7 +113,7 @@ def _print_comparison(evaluation: dict[str, Any]) -> None:
             )
     if not rows:
         return
-    table = _table("quality")
+    table = new_table("quality")
     for column in ("", "dense", "compressed", ""):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
@@ -123,7 +123,7 @@ def _print_comparison(evaluation: dict[str, Any]) -> None:
 
 def print_evaluation(blocks: dict[str, Any]) -> None:
     """Print one column a checkpoint, one row a measure."""
-    table = _table("")
+    table = new_table("")
     table.add_column("")
     for checkpoint in blocks:
         table.add_column(checkpoint, justify="right", overflow="fold")
@@ -144,7 +144,7 @@ def print_evaluation(blocks: dict[str, Any]) -> None:
 
 def print_inspection(facts: dict[str, Any]) -> None:
     """Print the facts of a checkpoint."""
-    table = _table(f"{facts['path']} ({facts['architecture']})")
+    table = new_table(f"{facts['path']} ({facts['architecture']})")
     table.add_column("matrix", overflow="fold")
     for column in ("shape", "form", "rank"):
         table.add_column(column, justify="right")
@@ -196,7 +196,8 @@ def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:
         )
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """Return an empty table in the style of all."""
     return Table(title=title or None, title_justify="left", header_style="bold", box=None)
 
 
