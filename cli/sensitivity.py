@@ -93,14 +93,15 @@ def print_sensitivity(plan: Plan) -> None:
     for quantity, matrices in _by_quantity(plan):
         title = f"predicted loss, {quantity.unit}"
         grid = Grid(matrices, _predicted(matrices, quantity), quantity)
-        table = _table(f"{title}, and rank", grid, grid.text, grid.rank, kept=True)
-        if _fits(table):
-            tables.OUT.print(table)
+        both = _table(grid, grid.text, grid.rank, kept=True)
+        if _fits(both):
+            _print(f"{title}, and rank", both)
         else:
-            tables.OUT.print(_table(title, grid, grid.text, kept=True))
-            tables.OUT.print(_table("rank", grid, grid.rank))
+            _print(title, _table(grid, grid.text, kept=True))
+            _print("rank", _table(grid, grid.rank, totals=False))
         tables.OUT.print(f"{quantity.total} of the predicted losses: {grid.text()} {quantity.unit}")
     tables.OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted matrices")
+    tables.print_warnings(plan)
 
 
 def print_profile(plan: Plan, profile: Profile) -> None:
@@ -113,19 +114,24 @@ def print_profile(plan: Plan, profile: Profile) -> None:
         }
         grid, beside = Grid(matrices, rises, NATS), Grid(matrices, predicted, quantity)
         title = f"measured rise of the loss, {NATS.unit}"
-        table = _table(f"{title}, and predicted", grid, grid.text, beside.text)
-        # Where that is too wide, predictions are in the table before.
-        tables.OUT.print(table if _fits(table) else _table(title, grid, grid.text))
+        both = _table(grid, grid.text, beside.text)
+        if _fits(both):
+            _print(f"{title}, and predicted", both)
+        else:  # the table before shows what was predicted
+            _print(title, _table(grid, grid.text))
         if any(m.group not in (None, m.name) for m in matrices):
             tables.OUT.print("matrices that share a factor count as one, in the row of the first")
         correlation = spearman(*profile.compared(predicted))
         tables.OUT.print(
             f"sum measured {grid.text()} {NATS.unit}, {quantity.total} predicted {beside.text()} "
-            f"{quantity.unit}, rank correlation (Spearman) "
-            + ("not defined" if correlation is None else f"{correlation:.3f}")
+            f"{quantity.unit}"
         )
-    dense = "" if profile.dense is None else f"; the dense model's loss is {profile.dense:.4f} nats"
-    tables.OUT.print(f"measured over {profile.tokens:,} tokens in {profile.windows} windows{dense}")
+        defined = "not defined" if correlation is None else f"{correlation:.3f}"
+        tables.OUT.print(f"rank correlation of measured and predicted (Spearman): {defined}")
+    dense = "" if profile.dense is None else f", where the dense model loses {profile.dense:.4f}"
+    tables.OUT.print(
+        f"measured over {profile.tokens:,} tokens (--profile {profile.windows}){dense}"
+    )
 
 
 def _by_quantity(plan: Plan) -> list[tuple[Quantity, list[Matrix]]]:
@@ -148,16 +154,24 @@ def _leaf(matrix: Matrix) -> str:
     return matrix.name.rpartition(".")[2]
 
 
+def _print(title: str, table: Table) -> None:
+    tables.OUT.print(title, style="italic")  # as a title of the table it could be wider than that
+    tables.OUT.print(table)
+
+
 def _table(
-    title: str,
     grid: Grid,
     text: Callable[[int | None, str | None], str],
     beside: Callable[[int | None, str | None], str] = lambda layer, column: "",
     *,
+    totals: bool = True,
     kept: bool = False,
 ) -> Table:
     """Lay out `text` of every place, with the text of `beside` next to it."""
-    rows, columns = [*grid.layers, None], [*grid.columns, None]
+    rows: list[int | None] = [*grid.layers]
+    columns: list[str | None] = [*grid.columns]
+    if totals:
+        rows, columns = [*rows, None], [*columns, None]
     width = max(len(beside(row, column)) for row in rows for column in columns)
 
     def cell(layer: int | None, column: str | None) -> str:
@@ -167,7 +181,7 @@ def _table(
         next_to = f" [dim]{beside(layer, column):>{width}}[/]" if width else ""
         return f"{text(layer, column)}{next_to}"
 
-    table = tables.new_table(title)
+    table = Table(header_style="bold", box=None)
     table.add_column("layer", justify="right")
     for column in columns:
         table.add_column(column or grid.quantity.total, justify="right", no_wrap=True)

@@ -20,7 +20,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
 
     Matrices that differ in the number of their layer only share a row, unless `every` is set.
     """
-    table = new_table(f"{plan.source} ({plan.architecture}, {plan.dtype})")
+    table = _table(f"{plan.source} ({plan.architecture}, {plan.dtype})")
     table.add_column("matrix", overflow="fold")
     for column in ("layers", "shape", "method", "form", "rank", "MiB", "kept"):
         table.add_column(column, justify="right")
@@ -38,8 +38,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
         )
     OUT.print(table)
     _print_sizes(plan.to_json(), plan.compressed_bytes)
-    for warning in plan.warnings:
-        OUT.print(f"[yellow]warning[/]: {warning}")
+    print_warnings(plan)
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
     OUT.print(
         f"estimate: {parts}; memory {_size(expected.memory_bytes)}; disk "
@@ -49,10 +48,16 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
         OUT.print(f"not estimated: {', '.join(expected.not_estimated)}")
 
 
+def print_warnings(plan: Plan) -> None:
+    """Print what is planned although it is not advised."""
+    for warning in plan.warnings:
+        OUT.print(f"[yellow]warning[/]: {warning}")
+
+
 def print_report(report: dict[str, Any], output: str) -> None:
     """Print the summary of a finished run."""
     size = report["size"]
-    table = new_table("size")
+    table = _table("size")
     table.add_column("")
     for column in ("dense", "compressed", "kept"):
         table.add_column(column, justify="right")
@@ -113,7 +118,7 @@ def _print_comparison(evaluation: dict[str, Any]) -> None:
             )
     if not rows:
         return
-    table = new_table("quality")
+    table = _table("quality")
     for column in ("", "dense", "compressed", ""):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
@@ -123,7 +128,7 @@ def _print_comparison(evaluation: dict[str, Any]) -> None:
 
 def print_evaluation(blocks: dict[str, Any]) -> None:
     """Print one column a checkpoint, one row a measure."""
-    table = new_table("")
+    table = _table("")
     table.add_column("")
     for checkpoint in blocks:
         table.add_column(checkpoint, justify="right", overflow="fold")
@@ -144,7 +149,7 @@ def print_evaluation(blocks: dict[str, Any]) -> None:
 
 def print_inspection(facts: dict[str, Any]) -> None:
     """Print the facts of a checkpoint."""
-    table = new_table(f"{facts['path']} ({facts['architecture']})")
+    table = _table(f"{facts['path']} ({facts['architecture']})")
     table.add_column("matrix", overflow="fold")
     for column in ("shape", "form", "rank"):
         table.add_column(column, justify="right")
@@ -196,8 +201,7 @@ def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:
         )
 
 
-def new_table(title: str) -> Table:
-    """Return an empty table in the style of all."""
+def _table(title: str) -> Table:
     return Table(title=title or None, title_justify="left", header_style="bold", box=None)
 
 
