@@ -106,7 +106,10 @@ def measure(loaded: LoadedRecipe, machine: Machine | None = None) -> Plan:
     machine = machine or Machine()
     prepared = prepare(loaded.recipe)
     with _opened(prepared, machine) as journal:
-        return _measure(prepared, journal, machine)
+        clock = _Clock(journal)
+        return _executed(prepared, journal) or _measure(
+            prepared, _reader(prepared, journal, clock), journal, clock, machine
+        )
 
 
 def profile(
@@ -127,8 +130,9 @@ def profile(
     machine = machine or Machine()
     prepared = prepare(loaded.recipe)
     with _opened(prepared, machine) as journal:
-        plan = _measure(prepared, journal, machine)
-        reader = _reader(prepared, journal, _Clock(journal))
+        clock = _Clock(journal)
+        reader = _reader(prepared, journal, clock)  # before calibration makes the skeleton float32
+        plan = _executed(prepared, journal) or _measure(prepared, reader, journal, clock, machine)
         measured = profile_plan(
             plan,
             prepared.recipe,
@@ -151,12 +155,20 @@ def _opened(prepared: Prepared, machine: Machine) -> AbstractContextManager[Jour
     return open_journal(output, _identity(prepared), overwrite=machine.overwrite)
 
 
-def _measure(prepared: Prepared, journal: Journal, machine: Machine) -> Plan:
-    if journal.has("executed.json"):
-        records = journal.read_json("executed.json")["matrices"]
-        return prepared.plan.with_matrices(read_matrices(records))
-    clock = _Clock(journal)
-    reader = _reader(prepared, journal, clock)
+def _executed(prepared: Prepared, journal: Journal) -> Plan | None:
+    if not journal.has("executed.json"):
+        return None
+    records = journal.read_json("executed.json")["matrices"]
+    return prepared.plan.with_matrices(read_matrices(records))
+
+
+def _measure(
+    prepared: Prepared,
+    reader: WeightReader,
+    journal: Journal,
+    clock: "_Clock",
+    machine: Machine,
+) -> Plan:
     with clock("calibrate"):
         _calibrate(prepared, reader, journal, machine)
     with clock("allocate"):
