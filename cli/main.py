@@ -4,12 +4,15 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lrc.cli import console
 from lrc.configs.errors import GateMissed, RecipeError
+
+if TYPE_CHECKING:
+    from lrc.configs.load import LoadedRecipe
 
 app = typer.Typer(
     name="lrc",
@@ -61,12 +64,35 @@ def plan(
     every: Annotated[
         bool, typer.Option("--all", help="One row a matrix, not one for all layers alike.")
     ] = False,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Calibrate, and show what every matrix is predicted to lose at its rank; `lrc "
+            "compress` goes on from there.",
+        ),
+    ] = False,
+    profile: Annotated[
+        int | None,
+        typer.Option(
+            help="With --sensitivity, which it implies: check the predictions on so many "
+            "calibration windows. It takes the whole dense model in float32, and runs it over the "
+            "windows once a matrix; small rises show over many windows only.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Show what a recipe would do, before any weight is touched."""
+    """Show what a recipe would do; without --sensitivity no weight is touched."""
     from lrc.configs.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    if sensitivity or profile is not None:
+        if every:
+            raise RecipeError(["--all: --sensitivity shows every matrix anyway; leave one out"])
+        _sensitivity(loaded, profile, _device(device), as_json=as_json, quiet=quiet)
+        return
     from lrc.cli import tables
     from lrc.compressors.estimate import estimate
     from lrc.compressors.pipeline import Machine
@@ -226,6 +252,36 @@ def recipes_copy(
             [f"{target} cannot be written ({error.strerror}); name another file"]
         ) from error
     console.say(f"wrote {target}")
+
+
+def _sensitivity(
+    loaded: "LoadedRecipe", windows: int | None, device: str, *, as_json: bool, quiet: bool
+) -> None:
+    samples = loaded.recipe.calibration.samples
+    if windows is not None and not 1 <= windows <= samples:
+        raise RecipeError(
+            [
+                f"--profile: must be in [1, {samples}], the windows of the calibration, got "
+                f"{windows}; change it, or raise calibration.samples"
+            ]
+        )
+    from lrc.cli.sensitivity import print_profile, print_sensitivity
+    from lrc.compressors import pipeline
+
+    console.quiet_transformers()
+    measured = None
+    with console.Steps(quiet=quiet).running() as steps:
+        machine = pipeline.Machine(device, on_step=steps)
+        if windows is None:
+            plan = pipeline.measure(loaded, machine)
+        else:
+            plan, measured = pipeline.profile(loaded, windows, machine)
+    if as_json:
+        _print_json(plan.to_json() | ({"profile": measured.to_json(plan)} if measured else {}))
+        return
+    print_sensitivity(plan)
+    if measured is not None:
+        print_profile(plan, measured)
 
 
 def _device(name: str) -> str:

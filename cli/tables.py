@@ -45,8 +45,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     for allocation in sorted({m.pending for m in plan.matrices if m.pending}):
         OUT.print(f"pending: the {allocation} allocation will choose the rank within the budget")
     _print_sizes(plan.to_json(), plan.compressed_bytes)
-    for warning in plan.warnings:
-        OUT.print(f"[yellow]warning[/]: {warning}")
+    print_warnings(plan)
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
     OUT.print(
         f"estimate: {parts}; memory {_size(expected.memory_bytes)}; disk "
@@ -54,6 +53,12 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     )
     if expected.not_estimated:
         OUT.print(f"not estimated: {', '.join(expected.not_estimated)}")
+
+
+def print_warnings(plan: Plan) -> None:
+    """Print what is planned although it is not advised."""
+    for warning in plan.warnings:
+        OUT.print(f"[yellow]warning[/]: {warning}")
 
 
 def print_report(report: dict[str, Any], output: str) -> None:

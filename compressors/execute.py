@@ -76,7 +76,7 @@ def decompose(
     # What lies behind the last layer that has still to be refitted need not be known.
     last = max((i for i in compensated if not journal.has(factors_file(i))), default=-1)
     assert prefix is not None or last < 0
-    executed: list[Matrix] = []
+    records: list[Matrix] = []
     for index in range(max(layers[-1], last) + 1):
         follows = prefix if index <= last else None
         if index in layers:
@@ -85,16 +85,35 @@ def decompose(
             elif follows is not None:
                 work.restore(index, follows)
             finished(index)
-            executed += work.records(index)
+            records += executed(journal, index)
             on_step("decompose", layers.index(index) + 1, len(layers))
         if follows is not None and index < last:
             follows.advance(index)
-    return plan.with_matrices(executed)
+    return plan.with_matrices(records)
 
 
 def factors_file(layer: int) -> str:
     """Return the journal's name for the factors of one decoder layer."""
     return f"factors/layer-{layer:04d}.safetensors"
+
+
+def executed(journal: Journal, layer: int) -> list[Matrix]:
+    """Read what came of the units that begin in a decoder layer, once its factors are there."""
+    return read_matrices(journal.read_facts(factors_file(layer))["matrices"])
+
+
+def factor_unit(
+    unit: Unit,
+    plan: Plan,
+    recipe: Recipe,
+    reader: WeightReader,
+    journal: Journal,
+    statistics: Callable[[Matrix], Statistics],
+    *,
+    device: str,
+) -> Done:
+    """Factor a unit by what the dense model's calibration knows of it; nothing is written."""
+    return _Work(plan, recipe, reader, journal, statistics, device).unit(unit)
 
 
 @dataclass(frozen=True)
@@ -112,10 +131,6 @@ class _Work:
     def compensate(self, matrix: Matrix) -> Compensate | None:
         return self.options(matrix).compensate
 
-    def records(self, layer: int) -> list[Matrix]:
-        """Read what came of the units that begin in a layer."""
-        return read_matrices(self.journal.read_facts(factors_file(layer))["matrices"])
-
     def write_layer(self, layer: int, prefix: Prefix | None) -> None:
         """Factor what begins in a layer, and finish its file."""
         records: list[Matrix] = []
@@ -132,7 +147,7 @@ class _Work:
         }
         for unit in begins:
             if unit.first.name not in alone:
-                note(self._unit(unit))
+                note(self.unit(unit))
         if prefix is not None:
             # What is solved already belongs to the prefix of what is measured now.
             for group in prefix.groups(layer):
@@ -143,7 +158,7 @@ class _Work:
                         note(self._refit(matrix, H.to(self.device), cross.to(self.device)))
                 self._replace(group, records, tensors, prefix)
             for matrix in alone.values():  # no input ever came to them
-                note(self._unit(Unit((matrix,))))
+                note(self.unit(Unit((matrix,))))
         # A safetensors file wants at least one tensor, and a layer may stay dense as a whole.
         self.journal.write_tensors(
             factors_file(layer),
@@ -154,7 +169,7 @@ class _Work:
     def restore(self, layer: int, prefix: Prefix) -> None:
         """Show the prefix a layer that an earlier run has finished."""
         names = [name for group in prefix.groups(layer) for name in group]
-        self._replace(names, self.records(layer), {}, prefix)
+        self._replace(names, executed(self.journal, layer), {}, prefix)
 
     def _replace(
         self,
@@ -171,7 +186,7 @@ class _Work:
                 continue
             file = factors_file(homes[name])
             matrix = present.get(name) or next(
-                m for m in self.records(homes[name]) if m.name == name
+                m for m in executed(self.journal, homes[name]) if m.name == name
             )
 
             def read(key: str, file: str = file) -> Tensor:
@@ -181,7 +196,7 @@ class _Work:
             if matrix.form != "dense" or matrix.refit:
                 prefix.replace(name, product(matrix, read))
 
-    def _unit(self, unit: Unit) -> Done:
+    def unit(self, unit: Unit) -> Done:
         """Factor a unit by what the dense model's calibration knows of it."""
         if unit.first.rank is None:
             return Done(unit, {})

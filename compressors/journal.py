@@ -156,8 +156,8 @@ def open_journal(
             lock.acquire(timeout=0)
         except Timeout:
             raise OutputError(
-                f"output: {output} is in use by another lrc compress; wait for it, or choose "
-                "another folder"
+                f"output: {output} is in use by another lrc compress or lrc plan; wait for it, "
+                "or choose another folder"
             ) from None
     try:
         with storage_errors(output):
@@ -197,7 +197,7 @@ def _claim(journal: Journal, identity: dict[str, Any]) -> None:
         differences = "; ".join(_differences(found, identity))
         raise OutputError(
             f"output: {journal.output} holds a run that differs in {differences}; choose another "
-            "folder, or pass --overwrite to throw that run away"
+            "folder, or pass --overwrite to lrc compress to throw that run away"
         )
     journal.write_json(IDENTITY, identity)
 
@@ -243,7 +243,9 @@ def _damage(path: Path) -> Iterator[None]:
     except (ValueError, SafetensorError) as error:
         remedy = "delete it and run the same command again, which makes it anew"
         if path.name == IDENTITY:
-            remedy = "choose another folder, or pass --overwrite to throw that run away"
+            remedy = (
+                "choose another folder, or pass --overwrite to lrc compress to throw that run away"
+            )
         reason = str(error).strip()[:200]
         raise OutputError(f"{path}: is damaged ({reason}); {remedy}") from error
 

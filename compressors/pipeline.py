@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from lrc.compressors.checkpoint.writer import new_folder
 from lrc.compressors.corpus import fingerprint
 from lrc.compressors.decompose import METHODS, Statistics
 from lrc.compressors.evaluate import check_gates, check_texts, compare, evaluate_model
-from lrc.compressors.execute import decompose, factors_file
+from lrc.compressors.execute import decompose, executed, factors_file
 from lrc.compressors.journal import Journal, open_journal, write_text
 from lrc.compressors.memory import release_memory
 from lrc.compressors.models.source import Source, convert_gguf, load_dense
@@ -30,6 +30,7 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Matrix, Plan, read_matrices
 from lrc.compressors.planning.ranks import allocate_ranks
 from lrc.compressors.prepare import Prepared, prepare
+from lrc.compressors.profile import Profile, profile_plan
 from lrc.compressors.progress import OnStep
 from lrc.configs.errors import GateMissed
 from lrc.configs.load import LoadedRecipe
@@ -73,12 +74,11 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
     machine = machine or Machine()
     recipe = loaded.recipe
     prepared = prepare(recipe)
-    output = Path(recipe.output).expanduser()
-    with open_journal(output, _identity(prepared), overwrite=machine.overwrite) as journal:
+    with _opened(prepared, machine) as journal:
         result = report.stored(prepared, journal)
         if result is None:
             clock = _Clock(journal)
-            if not (output / "checkpoint").is_dir():
+            if not (journal.output / "checkpoint").is_dir():
                 _make_checkpoint(loaded, prepared, journal, clock, machine)
             journal.forget("statistics", "energies", *state_files(journal))
             with clock("evaluate"):
@@ -91,12 +91,94 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
     return result
 
 
+def measure(loaded: LoadedRecipe, machine: Machine | None = None) -> Plan:
+    """Run a recipe as far as its ranks, and predict what every matrix loses at its rank.
+
+    `compress` goes on from there. Where it has been already, its own predictions are read.
+
+    Raises
+    ------
+    LrcError
+        One of its kinds; the state is saved, and the same call continues.
+    """
+    machine = machine or Machine()
+    prepared = prepare(loaded.recipe)
+    with _opened(prepared, machine) as journal:
+        clock = _Clock(journal)
+        return _executed(prepared, journal) or _measure(
+            prepared, _reader(prepared, journal, clock), journal, clock, machine
+        )
+
+
+def profile(
+    loaded: LoadedRecipe, windows: int, machine: Machine | None = None
+) -> tuple[Plan, Profile]:
+    """As `measure`; then hold the predictions against the dense model, see `profile_plan`.
+
+    Parameters
+    ----------
+    windows : int
+        How many of the calibration windows the losses are taken over, the first ones.
+
+    Raises
+    ------
+    LrcError
+        One of its kinds; the state is saved, and the same call continues.
+    """
+    machine = machine or Machine()
+    prepared = prepare(loaded.recipe)
+    with _opened(prepared, machine) as journal:
+        clock = _Clock(journal)
+        reader = _reader(prepared, journal, clock)  # before calibration makes the skeleton float32
+        plan = _executed(prepared, journal) or _measure(prepared, reader, journal, clock, machine)
+        measured = profile_plan(
+            plan,
+            prepared.recipe,
+            reader,
+            journal,
+            _known(journal),
+            _windows(prepared, reader, journal, machine)[:windows],
+            # In 16 bits, rounding would move the loss more than most matrices do.
+            dense=lambda: load_dense(
+                prepared.source, reader.folder, dtype=torch.float32, device=machine.chosen
+            ),
+            device=machine.chosen,
+            on_step=machine.on_step,
+        )
+        return plan, measured
+
+
+def _opened(prepared: Prepared, machine: Machine) -> AbstractContextManager[Journal]:
+    output = Path(prepared.recipe.output).expanduser()
+    return open_journal(output, _identity(prepared), overwrite=machine.overwrite)
+
+
+def _executed(prepared: Prepared, journal: Journal) -> Plan | None:
+    if not journal.has("executed.json"):
+        return None
+    records = journal.read_json("executed.json")["matrices"]
+    return prepared.plan.with_matrices(read_matrices(records))
+
+
+def _measure(
+    prepared: Prepared,
+    reader: WeightReader,
+    journal: Journal,
+    clock: "_Clock",
+    machine: Machine,
+) -> Plan:
+    with clock("calibrate"):
+        _calibrate(prepared, reader, journal, machine)
+    with clock("allocate"):
+        plan = _allocate(prepared, reader, journal, machine)
+    return _predict(plan, prepared, reader, journal, machine)
+
+
 def _make_checkpoint(
     loaded: LoadedRecipe, prepared: Prepared, journal: Journal, clock: "_Clock", machine: Machine
 ) -> None:
     check_texts(prepared.architecture.model, prepared.tokenizer, prepared.recipe.evaluate)
-    weights = _weights(prepared.source, journal, clock)
-    reader = WeightReader(weights, prepared.architecture)
+    reader = _reader(prepared, journal, clock)
     with clock("calibrate"):
         _calibrate(prepared, reader, journal, machine)
     with clock("allocate"):
@@ -193,6 +275,23 @@ def _allocate(
     return plan
 
 
+def _predict(
+    plan: Plan, prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
+) -> Plan:
+    """Fill in the losses that no allocation has asked for; layers that are done know theirs."""
+    done = {m.layer for m in plan.matrices if journal.has(factors_file(m.layer))}
+    return allocate_ranks(
+        plan.with_matrices(m for layer in done for m in executed(journal, layer)),
+        prepared.recipe,
+        reader,
+        journal,
+        _known(journal),
+        device=machine.chosen,
+        on_step=machine.on_step,
+        every=True,
+    )
+
+
 def _decompose(
     plan: Plan, prepared: Prepared, reader: WeightReader, journal: Journal, machine: Machine
 ) -> Plan:
@@ -269,6 +368,10 @@ def _evaluate(
             release_memory()
         blocks[name] = journal.read_json(file)["block"]
     return compare(blocks.get("dense"), blocks["compressed"])
+
+
+def _reader(prepared: Prepared, journal: Journal, clock: "_Clock") -> WeightReader:
+    return WeightReader(_weights(prepared.source, journal, clock), prepared.architecture)
 
 
 def _weights(source: Source, journal: Journal, clock: "_Clock") -> Path:

@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from lrc.compressors.calibrate.windows import provenance
 from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.decompose import METHODS
 from lrc.compressors.journal import Journal, write_text
 from lrc.compressors.prepare import Prepared
 
@@ -70,7 +71,7 @@ def write(
         "seed": prepared.recipe.seed,
         "size": _size(plan, checkpoint),
         "layers": [_layer(matrix) for matrix in plan["matrices"]],
-        "calibration": provenance(journal),
+        "calibration": provenance(journal) if _reads_text(prepared) else None,
         "evaluation": evaluation,
         "timing": {"seconds": {stage: round(s, 2) for stage, s in seconds.items()}},
         "memory": _memory(device),
@@ -123,6 +124,13 @@ def versions() -> dict[str, str]:
     """Return the versions of what a result depends on."""
     names = ["torch", "transformers", "safetensors", "accelerate", "datasets", "lm_eval"]
     return {"lrc": metadata.version("lrc-compress")} | {n: metadata.version(n) for n in names}
+
+
+def _reads_text(prepared: Prepared) -> bool:
+    """Say whether the result depends on calibration text; a profile alone reads some too."""
+    compensates = any(s.decompose.compensate is not None for s in prepared.recipe.stages)
+    factored = [m for m in prepared.plan.matrices if m.factored]
+    return compensates or any(METHODS[m.method].needs_inputs for m in factored)
 
 
 def _size(plan: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def allocate_ranks(
     on_step : callable
         Told (stage, layers done, layers) after each layer; what it raises stops the work there.
     every : bool
-        Predict losses of the matrices whose rank is fixed too.
+        Predict losses of the matrices whose rank is known too, where they have none yet.
 
     Returns
     -------
@@ -73,7 +73,7 @@ def allocate_ranks(
     wanted = [
         unit
         for unit in units_of(plan.matrices)
-        if unit.first.pending or (every and unit.first.rank is not None)
+        if unit.first.pending or (every and unit.first.rank is not None and unit.first.loss is None)
     ]
     curves = _curves(wanted, recipe, reader, journal, statistics, device=device, on_step=on_step)
     decided: list[Unit] = []
@@ -206,9 +206,9 @@ def _curves(
         here = [unit for unit in units if unit.first.layer == layer]
         file = energies_file(layer)
         known = journal.read_facts(file)["curves"] if journal.has(file) else {}
-        if any(unit.first.name not in known for unit in here):
+        if any(_key(unit) not in known for unit in here):
             found = {
-                unit.first.name: _curve(
+                _key(unit): _curve(
                     unit, recipe.stages[unit.first.stage].decompose, reader, statistics, device
                 )
                 for unit in here
@@ -222,10 +222,16 @@ def _curves(
             )
         facts = journal.read_facts(file)["curves"]
         for unit in here:
-            name = unit.first.name
-            curves[name] = Curve(journal.read_tensor(file, name), **facts[name])
+            key = _key(unit)
+            curves[unit.first.name] = Curve(journal.read_tensor(file, key), **facts[key])
         on_step("allocate", done, len(layers))
     return curves
+
+
+def _key(unit: Unit) -> str:
+    """Name the curve of a unit in the journal; one threshold is put to the bare weights."""
+    name = unit.first.name
+    return f"{name}.weight" if unit.first.pending == "heavy-tail" else name
 
 
 def _curve(

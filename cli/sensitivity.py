@@ -1,0 +1,198 @@
+"""What matrices lose, predicted and measured, as tables of decoder layers by projections."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rich.measure import Measurement
+from rich.table import Table
+
+from lrc.cli import tables
+from lrc.compressors.planning.plan import Matrix, Plan
+from lrc.compressors.profile import Profile, spearman
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A loss: its unit, what stands for several of them, how one is written and looked up."""
+
+    unit: str
+    total: str
+    write: Callable[[float], str]
+    predicted: Callable[[Matrix], float | None]
+
+
+def _nats(value: float) -> str:
+    """Write seven characters, eight with a sign, and two digits that count at least."""
+    return f"{value:.5f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+# Shares are of different energies: their sum would mean nothing.
+NATS = Quantity("nats a token", "sum", _nats, lambda m: m.predicted_nats)
+SHARE = Quantity("% of the energy", "mean", lambda x: f"{100 * x:.2f}", lambda m: m.loss)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values of matrices by the number of the layer and the last part of the name.
+
+    A place is a layer and a column; None stands for all of them.
+    """
+
+    matrices: list[Matrix]
+    values: Mapping[str, float]
+    quantity: Quantity
+
+    @property
+    def layers(self) -> list[int]:
+        """The rows."""
+        return sorted({m.layer for m in self.matrices})
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns, in the order of the model even if layers lack some of them."""
+        order: list[str] = []
+        for layer in self.layers:
+            place = len(order)
+            for leaf in reversed([_leaf(m) for m in self.matrices if m.layer == layer]):
+                if leaf not in order:
+                    order.insert(place, leaf)
+                place = order.index(leaf)
+        return order
+
+    def at(self, layer: int | None, column: str | None) -> list[Matrix]:
+        """Return the matrices of a place."""
+        return [m for m in self.matrices if layer in (None, m.layer) and column in (None, _leaf(m))]
+
+    def total(self, layer: int | None = None, column: str | None = None) -> float | None:
+        """Return what the values of a place come to; None where there are none."""
+        found = [self.values[m.name] for m in self.at(layer, column) if m.name in self.values]
+        if not found:
+            return None
+        return sum(found) if self.quantity.total == "sum" else sum(found) / len(found)
+
+    def text(self, layer: int | None = None, column: str | None = None) -> str:
+        """Return the total of a place as it is printed."""
+        total = self.total(layer, column)
+        return "" if total is None else self.quantity.write(total)
+
+    def rank(self, layer: int | None, column: str | None) -> str:
+        """Return the rank of a cell as it is printed, or its range."""
+        if layer is None or column is None:
+            return ""
+        ranks = [m.rank for m in self.at(layer, column) if m.rank is not None]
+        return "" if not ranks else "r" + "-".join(map(str, sorted({min(ranks), max(ranks)})))
+
+    def kept(self, column: str | None) -> str:
+        """Return the share of the bits of a column that is kept."""
+        there = self.at(None, column)
+        return f"{sum(m.bits for m in there) / sum(m.source_bits for m in there):.1%}"
+
+
+def print_sensitivity(plan: Plan) -> None:
+    """Print what every matrix loses by prediction, its rank, and what is kept of every column."""
+    for quantity, matrices in _by_quantity(plan):
+        title = f"predicted loss, {quantity.unit}"
+        grid = Grid(matrices, _predicted(matrices, quantity), quantity)
+        both = _table(grid, grid.text, grid.rank, kept=True)
+        if _fits(both):
+            _print(f"{title}, and rank", both)
+        else:
+            _print(title, _table(grid, grid.text, kept=True))
+            _print("rank", _table(grid, grid.rank, totals=False))
+        tables.OUT.print(f"{quantity.total} of the predicted losses: {grid.text()} {quantity.unit}")
+    tables.OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted matrices")
+    tables.print_warnings(plan)
+
+
+def print_profile(plan: Plan, profile: Profile) -> None:
+    """Print what every matrix alone was measured to cost, and how well that was predicted."""
+    for quantity, matrices in _by_quantity(plan):
+        names = {m.name for m in matrices}
+        rises = {name: rise for name, rise in profile.rises.items() if name in names}
+        predicted = {
+            name: value for name, value in _predicted(matrices, quantity).items() if name in rises
+        }
+        grid, beside = Grid(matrices, rises, NATS), Grid(matrices, predicted, quantity)
+        title = f"measured rise of the loss, {NATS.unit}"
+        both = _table(grid, grid.text, beside.text)
+        if _fits(both):
+            _print(f"{title}, and predicted", both)
+        else:  # the table before shows what was predicted
+            _print(title, _table(grid, grid.text))
+        if any(m.group not in (None, m.name) for m in matrices):
+            tables.OUT.print("matrices that share a factor count as one, in the row of the first")
+        correlation = spearman(*profile.compared(predicted))
+        tables.OUT.print(
+            f"sum measured {grid.text()} {NATS.unit}, {quantity.total} predicted {beside.text()} "
+            f"{quantity.unit}"
+        )
+        defined = "not defined" if correlation is None else f"{correlation:.3f}"
+        tables.OUT.print(f"rank correlation of measured and predicted (Spearman): {defined}")
+    dense = "" if profile.dense is None else f", where the dense model loses {profile.dense:.4f}"
+    tables.OUT.print(
+        f"measured over {profile.tokens:,} tokens (--profile {profile.windows}){dense}"
+    )
+
+
+def _by_quantity(plan: Plan) -> list[tuple[Quantity, list[Matrix]]]:
+    """Part the matrices by what their methods can predict."""
+    two_sided = {m.method for m in plan.matrices if m.predicted_nats is not None}
+    parts = [
+        (NATS, [m for m in plan.matrices if m.method in two_sided]),
+        (SHARE, [m for m in plan.matrices if m.method not in two_sided]),
+    ]
+    return [(quantity, matrices) for quantity, matrices in parts if matrices]
+
+
+def _predicted(matrices: list[Matrix], quantity: Quantity) -> dict[str, float]:
+    """Return the predictions by name; what stays dense loses nothing."""
+    known = {m.name: 0.0 if m.rank is None else quantity.predicted(m) for m in matrices}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _leaf(matrix: Matrix) -> str:
+    return matrix.name.rpartition(".")[2]
+
+
+def _print(title: str, table: Table) -> None:
+    tables.OUT.print(title, style="italic")  # as a title of the table it could be wider than that
+    tables.OUT.print(table)
+
+
+def _table(
+    grid: Grid,
+    text: Callable[[int | None, str | None], str],
+    beside: Callable[[int | None, str | None], str] = lambda layer, column: "",
+    *,
+    totals: bool = True,
+    kept: bool = False,
+) -> Table:
+    """Lay out `text` of every place, with the text of `beside` next to it."""
+    rows: list[int | None] = [*grid.layers]
+    columns: list[str | None] = [*grid.columns]
+    if totals:
+        rows, columns = [*rows, None], [*columns, None]
+    width = max(len(beside(row, column)) for row in rows for column in columns)
+
+    def cell(layer: int | None, column: str | None) -> str:
+        there = grid.at(layer, column)
+        if layer is not None and there and all(m.rank is None for m in there):
+            return "dense"
+        next_to = f" [dim]{beside(layer, column):>{width}}[/]" if width else ""
+        return f"{text(layer, column)}{next_to}"
+
+    table = Table(header_style="bold", box=None)
+    table.add_column("layer", justify="right")
+    for column in columns:
+        table.add_column(column or grid.quantity.total, justify="right", no_wrap=True)
+    for layer in rows:
+        name = grid.quantity.total if layer is None else str(layer)
+        table.add_row(name, *[cell(layer, column) for column in columns])
+    if kept:
+        table.add_row("kept", *[grid.kept(column) for column in columns])
+    return table
+
+
+def _fits(table: Table) -> bool:
+    measured = Measurement.get(tables.OUT, tables.OUT.options.update(max_width=10**4), table)
+    return measured.maximum <= tables.OUT.width

@@ -1,0 +1,214 @@
+"""`lrc plan --sensitivity` and `--profile`: predictions of a run that compress goes on with."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrc.cli.console import Steps
+from lrc.compressors.pipeline import Machine, compress, measure
+from lrc.configs.errors import Stopped
+from lrc.configs.load import load_recipe
+
+STAGES: dict[str, dict[str, Any]] = {
+    "ranks known from shapes": {"method": "svd-llm", "keep": 0.6},
+    "by predicted loss": {
+        "method": "kfac",
+        "keep": 0.6,
+        "overrides": [{"match": "*.0.*.q_proj", "rank": 3}],
+    },
+    "by one threshold": {"method": "svd-llm", "keep": 0.6, "allocation": "heavy-tail"},
+    "a shared basis": {"method": "basis-sharing", "keep": 0.6},
+    "compensated": {"method": "svd-llm", "keep": 0.6, "compensate": {}},
+}
+OWN_EACH_TIME = {"README.md", "lrc/report.json"}  # they hold times and peaks
+
+
+@pytest.fixture
+def of_stage(
+    tiny_model_folder: Path, tiny_recipe: Callable[..., Path], output: Path
+) -> Callable[[dict[str, Any]], Path]:
+    return lambda stage: tiny_recipe(tiny_model_folder, output, stages=[{"decompose": stage}])
+
+
+def checkpoint_of(output: Path) -> dict[str, bytes]:
+    folder = output / "checkpoint"
+    files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    return {name: data for name, data in files.items() if name not in OWN_EACH_TIME}
+
+
+def stamps(work: Path) -> dict[str, int]:
+    files = [work / "calibrated.json", work / "plan.json", *(work / "statistics").iterdir()]
+    return {file.name: file.stat().st_mtime_ns for file in files}
+
+
+def stages_of(err: str) -> list[str]:
+    return [line.partition(":")[0] for line in err.splitlines()]
+
+
+def losses(plan: dict[str, Any]) -> dict[str, float]:
+    return {m["name"]: m["loss"] for m in plan["matrices"] if m["rank"] is not None}
+
+
+@pytest.mark.parametrize("case", STAGES)
+def test_compress_goes_on_where_the_predictions_ended(
+    lrc, of_stage: Callable[..., Path], output: Path, case: str
+) -> None:
+    recipe, compensated = of_stage(STAGES[case]), case == "compensated"
+    assert lrc("compress", recipe, "-q").code == 0
+    undisturbed, report = checkpoint_of(output), json.loads((output / "report.json").read_text())
+    shutil.rmtree(output)
+
+    planned = lrc("plan", recipe, "--sensitivity", "--json")
+    assert planned.code == 0
+    assert stages_of(planned.err)[0] == "calibrate"
+    assert "allocate" in stages_of(planned.err)
+    assert not (output / "checkpoint").exists()
+    plan = json.loads(planned.out)
+    executed = {m["name"]: m for m in report["layers"] if m["rank"] is not None}
+    assert list(losses(plan)) == list(executed)
+    for m in plan["matrices"]:
+        if m["rank"] is None:
+            continue
+        there = executed[m["name"]]
+        assert m["rank"] == there["rank"]
+        assert m["loss"] > 0
+        if not compensated:  # those are of other inputs
+            assert m["loss"] == pytest.approx(there["predicted_loss"], rel=1e-6)
+        if case == "by predicted loss":
+            assert m["predicted_nats"] == pytest.approx(there["predicted_nats"], rel=1e-6)
+
+    before = stamps(output / "work")
+    again = lrc("plan", recipe, "--sensitivity", "--json", "-q")
+    assert (again.out, again.err) == (planned.out, "")
+    seen: list[str] = []
+
+    def look(stage: str, done: int, total: int) -> None:
+        if not seen:
+            now = stamps(output / "work")
+            assert now == {name: stamp for name, stamp in before.items() if name in now}
+        seen.append(stage)
+
+    compress(load_recipe(recipe), Machine(device="cpu", on_step=look))
+    assert seen[0] == "decompose"
+    assert checkpoint_of(output) == undisturbed
+
+    finished = lrc("plan", recipe, "--sensitivity", "--json")
+    assert (finished.code, finished.err) == (0, "")  # nothing was done
+    assert losses(json.loads(finished.out)) == {
+        name: m["predicted_loss"] for name, m in executed.items()
+    }
+
+
+def test_a_run_that_is_half_done_predicts_the_other_half(
+    lrc, of_stage: Callable[..., Path], output: Path
+) -> None:
+    recipe = of_stage(STAGES["ranks known from shapes"])
+    whole = losses(measure(load_recipe(recipe), Machine(device="cpu")).to_json())
+    shutil.rmtree(output)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "decompose":
+            raise Stopped("asked to")
+
+    with pytest.raises(Stopped):
+        compress(load_recipe(recipe), Machine(device="cpu", on_step=stop))
+    assert not (output / "work/statistics/inputs-0000.safetensors").exists()
+    planned = lrc("plan", recipe, "--sensitivity", "--json", "-q")
+    assert losses(json.loads(planned.out)) == pytest.approx(whole, rel=1e-6)
+    lrc("plan", recipe, "--profile", 1, "-q").refuses(
+        1, f"output: {output} holds a run that has factored", "choose another folder"
+    )
+
+
+def test_predictions_are_checked_and_what_is_measured_is_kept(
+    lrc, of_stage: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = of_stage(STAGES["by predicted loss"])
+    planned = lrc("plan", recipe, "--profile", 2, "--json")
+    assert planned.code == 0
+    assert stages_of(planned.err)[-1] == "profile"
+    plan = json.loads(planned.out)
+    profile = plan["profile"]
+    assert (profile["windows"], profile["tokens"]) == (2, 2 * 63)
+    assert set(profile["rises"]) == set(losses(plan))
+    assert profile["rise"] == pytest.approx(sum(profile["rises"].values()))
+    # Of random weights nothing comes true: their loss on real text is at no minimum.
+    assert -1 <= profile["spearman"]["predicted_nats"] <= 1
+    shutil.rmtree(output)
+
+    step = Steps.__call__
+
+    def with_signal(self: Steps, stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("profile", 1) and not (output / "there").exists():
+            (output / "there").touch()
+            self._signal = signal.SIGTERM
+        step(self, stage, done, total)
+
+    monkeypatch.setattr(Steps, "__call__", with_signal)
+    stopped = lrc("plan", recipe, "--profile", 2, "--json")
+    assert (stopped.code, stopped.out) == (75, "")
+    assert stopped.err.splitlines()[-1].endswith("the same command continues from here")
+    measured = [f.name for f in (output / "work/profile").iterdir()]
+    assert measured == ["layer-0000.json"]
+    (output / "there").unlink()
+    monkeypatch.setattr(Steps, "__call__", step)
+    continued = lrc("plan", recipe, "--profile", 2, "--json")
+    assert stages_of(continued.err) == ["allocate", "profile"]  # the first only reads
+    assert json.loads(continued.out)["profile"] == profile
+
+    assert lrc("compress", recipe, "-q").code == 0
+    finished = lrc("plan", recipe, "--profile", 2, "--json", "-q")  # measured already
+    assert json.loads(finished.out)["profile"]["rises"] == profile["rises"]
+    lrc("plan", recipe, "--profile", 1, "-q").refuses(1, "deleted its statistics")
+
+
+@pytest.mark.parametrize(
+    ("case", "unit"),
+    [("by predicted loss", "nats a token"), ("a shared basis", "% of the energy")],
+)
+def test_tables_are_printed_on_stdout(lrc, of_stage: Callable[..., Path], case: str, unit: str):
+    ended = lrc("plan", of_stage(STAGES[case]), "--profile", 1, "-q")
+    assert (ended.code, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    titles = [
+        f"predicted loss, {unit}, and rank",
+        "measured rise of the loss, nats a token, and predicted",
+    ]
+    assert [line for line in lines if line in titles] == titles
+    leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert [line.split()[1:-1] for line in lines if line.startswith(" layer")] == [leaves] * 2
+    shared = "matrices that share a factor count as one, in the row of the first"
+    assert (shared in lines) == (case == "a shared basis")
+
+
+def test_a_profile_is_no_calibration_of_a_method_that_needs_none(
+    lrc, of_stage: Callable[..., Path], output: Path
+) -> None:
+    recipe = of_stage({"method": "svd", "keep": 0.6})
+    assert lrc("plan", recipe, "--profile", 1, "-q").code == 0
+    assert (output / "work/windows.safetensors").exists()
+    assert lrc("compress", recipe, "-q").code == 0
+    assert json.loads((output / "report.json").read_text())["calibration"] is None
+
+
+def test_what_does_not_go_together_is_refused(lrc, recipe: Path, output: Path) -> None:
+    for windows in (0, 5):
+        lrc("plan", recipe, "--profile", windows).refuses(
+            2, f"--profile: must be in [1, 4], the windows of the calibration, got {windows}"
+        )
+    lrc("plan", recipe, "--sensitivity", "--all").refuses(2, "--all: --sensitivity shows every")
+    lrc("plan", recipe, "--sensitivity", "--device", "gpu").refuses(2, "--device: must be")
+    assert not output.exists()
+
+
+def test_the_folder_of_another_run_is_refused(lrc, recipe: Path, output: Path) -> None:
+    assert lrc("plan", recipe, "--sensitivity", "-q").code == 0
+    other = ("--sensitivity", "stages.0.decompose.keep=0.5")
+    lrc("plan", recipe, *other).refuses(
+        1, "holds a run that differs in stages", "pass --overwrite to lrc compress"
+    )

@@ -1,0 +1,146 @@
+"""Tables of losses: columns in the order of the model, totals that are sums, two widths."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lrc.cli import tables
+from lrc.cli.sensitivity import NATS, SHARE, Grid, print_profile, print_sensitivity
+from lrc.compressors.planning.plan import Matrix, Plan
+from lrc.compressors.profile import Profile
+
+LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LAYERS = 3
+
+
+def matrix(layer: int, leaf: str, method: str = "kfac", **changes: Any) -> Matrix:
+    bits = 576 * 576 * 16
+    name = f"model.layers.{layer}.{leaf}"
+    m = Matrix(name, layer, (576, 576), 0, method, "low_rank", None, bits, bits)
+    if changes.get("rank") is None:
+        return m.dense()
+    return m.at(**changes)
+
+
+@pytest.fixture
+def matrices() -> list[Matrix]:
+    """Make a model of which one matrix stays dense, and two are no target of the first layer."""
+    found = []
+    for layer in range(LAYERS):
+        for place, leaf in enumerate(LEAVES):
+            if layer == 0 and leaf in ("q_proj", "up_proj"):
+                continue
+            loss = (layer + 1) * (place + 1) / 100
+            dense = (layer, leaf) == (1, "k_proj")
+            rank = None if dense else 100 + place
+            found.append(matrix(layer, leaf, rank=rank, loss=loss, predicted_nats=loss / 10))
+    return found
+
+
+def plan_of(matrices: list[Matrix]) -> Plan:
+    return Plan(matrices, 0, 0, "s", None, False, "bfloat16", "Llama", warnings=["too few tokens"])
+
+
+def printed(width: int, monkeypatch: pytest.MonkeyPatch, show: Any, *about: Any) -> list[str]:
+    console = Console(highlight=False, width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    monkeypatch.setattr(tables, "OUT", console)
+    show(*about)
+    console.file.close()
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    return [" ".join(line.split()) for line in lines]
+
+
+def test_columns_are_in_the_order_of_the_model(matrices: list[Matrix]) -> None:
+    assert Grid(matrices, {}, NATS).columns == LEAVES
+    assert Grid(matrices[::-1], {}, NATS).columns == LEAVES[::-1]
+
+
+def test_totals_are_sums_of_nats_and_means_of_shares(matrices: list[Matrix]) -> None:
+    nats = Grid(matrices, {m.name: m.predicted_nats or 0.0 for m in matrices}, NATS)
+    rows = [nats.total(layer=layer) for layer in nats.layers]
+    columns = [nats.total(column=column) for column in nats.columns]
+    expected = sum(m.predicted_nats or 0 for m in matrices)
+    assert [sum(rows), sum(columns), nats.total()] == pytest.approx([expected] * 3, rel=1e-12)
+    assert rows[2] == pytest.approx(3 * 28 / 1000)
+    assert columns[2] == pytest.approx(3 * 6 / 1000)
+    assert nats.total(0, "q_proj") is None
+    shares = Grid(matrices, {m.name: m.loss or 0.0 for m in matrices}, SHARE)
+    assert shares.total(layer=2) == pytest.approx(3 * 4 / 100)
+    assert shares.text(2, "q_proj") == "3.00"
+
+
+def test_small_numbers_show_digits_that_count() -> None:
+    written = [NATS.write(x) for x in (0.0, 1.0, 0.0123, -0.0123, 0.00012345, -0.0001)]
+    assert written == ["0.00000", "1.00000", "0.01230", "-0.01230", "1.2e-04", "-1.0e-04"]
+
+
+def test_ranks_stand_beside_losses_where_there_is_room(
+    matrices: list[Matrix], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = printed(160, monkeypatch, print_sensitivity, plan_of(matrices))
+    assert wide[0] == "predicted loss, nats a token, and rank"
+    assert wide[1] == "layer " + " ".join(LEAVES) + " sum"
+    assert wide[2].startswith("0 0.00200 r101 0.00300 r102")
+    assert wide[3].startswith("1 0.00200 r100 dense 0.00600 r102")
+    assert wide[5].startswith("sum 0.00500 0.00800 0.01800")
+    assert wide[6] == "kept " + " ".join(
+        f"{sum(m.bits for m in c) / sum(m.source_bits for m in c):.1%}"
+        for c in [*([m for m in matrices if m.name.endswith(leaf)] for leaf in LEAVES), matrices]
+    )
+    kept = plan_of(matrices).kept
+    assert wide[7:] == [
+        "sum of the predicted losses: 0.15700 nats a token",
+        f"kept {kept:.1%} of the bits of the targeted matrices",
+        "warning: too few tokens",
+    ]
+    narrow = printed(100, monkeypatch, print_sensitivity, plan_of(matrices))
+    titles = ["predicted loss, nats a token", "rank"]
+    assert [line for line in narrow if line in titles] == titles
+    assert "1 0.00200 dense 0.00600 0.00800 0.01000 0.01200 0.01400 0.05200" in narrow
+    assert "1 r100 dense r102 r103 r104 r105 r106" in narrow
+
+
+def test_predictions_stand_beside_what_was_measured(
+    matrices: list[Matrix], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(matrices)
+    rises = {m.name: 2 * (m.predicted_nats or 0) for m in matrices if m.rank is not None}
+    profile = Profile(2, 100, 3.0, rises)
+    wide = printed(160, monkeypatch, print_profile, plan, profile)
+    assert wide[0] == "measured rise of the loss, nats a token, and predicted"
+    assert wide[3].startswith("1 0.00400 0.00200 dense 0.01200 0.00600")
+    assert wide[6:] == [
+        "sum measured 0.31400 nats a token, sum predicted 0.15700 nats a token",
+        "rank correlation of measured and predicted (Spearman): 1.000",
+        "measured over 100 tokens (--profile 2), where the dense model loses 3.0000",
+    ]
+    narrow = printed(100, monkeypatch, print_profile, plan, profile)
+    assert "1 0.00400 dense 0.01200 0.01600 0.02000 0.02400 0.02800 0.10400" in narrow
+
+
+def test_methods_that_predict_no_nats_have_a_table_of_shares(
+    matrices: list[Matrix], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_sided = [matrix(layer, "extra", "svd", rank=9, loss=0.5) for layer in range(LAYERS)]
+    lines = printed(160, monkeypatch, print_sensitivity, plan_of([*matrices, *one_sided]))
+    first, second = (lines.index(f"predicted loss, {u}, and rank") for u in (NATS.unit, SHARE.unit))
+    assert all("extra" not in line for line in lines[first:second])
+    assert lines[second + 1 : second + 3] == ["layer extra mean", "0 50.00 r9 50.00"]
+    assert "mean of the predicted losses: 50.00 % of the energy" in lines
+
+
+def test_matrices_of_one_place_share_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of experts, whose names end alike."""
+    alike = [
+        matrix(0, f"experts.{i}.up_proj", rank=10 + i, loss=0.1, predicted_nats=0.01)
+        for i in range(3)
+    ]
+    lines = printed(160, monkeypatch, print_sensitivity, plan_of(alike))
+    assert lines[2] == "0 0.03000 r10-12 0.03000"
+
+
+def test_rows_are_layers_in_order(matrices: list[Matrix]) -> None:
+    assert all(a < b for a, b in pairwise(Grid(matrices[::-1], {}, NATS).layers))
