@@ -58,7 +58,7 @@ def run(
     """Measure every checkpoint; return checkpoint -> block of results."""
     from lrc.compressors.corpus import check_source
     from lrc.compressors.evaluate import check_tasks, evaluate_model
-    from lrc.compressors.pipeline import Machine
+    from lrc.compressors.machine import Machine
 
     with _as_options():
         for spec in request.perplexity:

@@ -119,10 +119,14 @@ class WeightReader:
             _set(owner, leaf, tensor)
 
     def empty_(self, name: str, *, skip: Collection[str] = ()) -> None:
-        """Put the weights of the module `name` back on the meta device."""
+        """Put the weights of the module `name` back on the meta device, as they were."""
         for full, owner, leaf in self._entries(name, skip):
-            if self._architecture.tied.get(full, full) in self._keys:
-                _set(owner, leaf, getattr(owner, leaf).to("meta"))
+            stored = self._architecture.tied.get(full, full)
+            if stored in self._keys:
+                dtype = self._parameters[stored].dtype
+                _set(
+                    owner, leaf, torch.empty_like(getattr(owner, leaf), dtype=dtype, device="meta")
+                )
 
     def _entries(self, name: str, skip: Collection[str]) -> list[tuple[str, nn.Module, str]]:
         """Return (full name, owner, attribute) of every parameter and buffer below a module."""

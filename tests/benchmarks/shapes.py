@@ -26,9 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrc.cli import console
 from lrc.compressors.checkpoint.writer import write_weights
+from lrc.compressors.machine import Machine
 from lrc.compressors.memory import release_memory
 from lrc.compressors.models.source import load_tokenizer, locate
-from lrc.compressors.pipeline import Machine, compress
+from lrc.compressors.pipeline import compress
 from lrc.configs.errors import LrcError
 from lrc.configs.load import LoadedRecipe, parse_recipe
 from lrc.configs.recipe import Calibration, Model

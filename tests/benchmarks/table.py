@@ -29,6 +29,7 @@ from lrc.compressors.journal import Journal, open_journal
 from lrc.compressors.models.source import load_dense
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
+from lrc.compressors.run import identity
 from lrc.configs.load import LoadedRecipe, load_recipe
 
 METHODS = ["svd", "asvd", "fwsvd", "lord", "svd-llm", "basis-sharing", "kfac"]
@@ -148,7 +149,7 @@ def _run(name: str, loaded: LoadedRecipe, folder: Path) -> None:
         )
         print(f"statistics {key}: {time.monotonic() - started:.1f} s", flush=True)
     output = Path(loaded.recipe.output)
-    with open_journal(output, pipeline._identity(prepared)) as journal:
+    with open_journal(output, identity(prepared)) as journal:
         shutil.copytree(
             shared.path("statistics"), journal.path("statistics"), copy_function=os.link
         )

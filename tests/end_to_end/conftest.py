@@ -19,7 +19,8 @@ from lrc.compressors.calibrate import statistics
 from lrc.compressors.checkpoint import assemble
 from lrc.compressors.checkpoint.writer import write_weights
 from lrc.compressors.layers import FORMS
-from lrc.compressors.pipeline import Machine, compress
+from lrc.compressors.machine import Machine
+from lrc.compressors.pipeline import compress
 from lrc.configs.load import load_recipe
 
 SAMPLES, LENGTH = 6, 48

@@ -20,7 +20,8 @@ def sound(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Return a sound checkpoint. Shared: copy it before changing anything."""
-    from lrc.compressors.pipeline import Machine, compress
+    from lrc.compressors.machine import Machine
+    from lrc.compressors.pipeline import compress
     from lrc.configs.load import load_recipe
 
     output = tmp_path_factory.mktemp("sound") / "out"

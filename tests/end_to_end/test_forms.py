@@ -19,7 +19,8 @@ from lrc.compressors import prepare
 from lrc.compressors.checkpoint.writer import write_config, write_weights
 from lrc.compressors.decompose.spectrum import spectrum
 from lrc.compressors.layers import FORMS, Form
-from lrc.compressors.pipeline import Machine, compress
+from lrc.compressors.machine import Machine
+from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import Plan
 from lrc.configs.errors import CheckpointError
 from lrc.configs.load import load_recipe

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lrc.cli.inspect import describe
 from lrc.compressors.factor import product
-from lrc.compressors.pipeline import Machine, compress
+from lrc.compressors.machine import Machine
+from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import Matrix, read_matrices
 from lrc.configs.errors import OutputError, RecipeError, Stopped
 from lrc.configs.load import load_recipe

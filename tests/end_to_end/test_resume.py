@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from lrc.compressors.calibrate import states
 from lrc.compressors.corpus import read_documents
-from lrc.compressors.pipeline import Machine, compress
+from lrc.compressors.machine import Machine
+from lrc.compressors.pipeline import compress
 from lrc.configs.errors import OutputError, Stopped
 from lrc.configs.load import load_recipe
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lrc.cli.console import Steps
-from lrc.compressors.pipeline import Machine, compress, measure
+from lrc.compressors.machine import Machine
+from lrc.compressors.pipeline import compress, measure
 from lrc.configs.errors import Stopped
 from lrc.configs.load import load_recipe
 
@@ -42,7 +43,7 @@ def checkpoint_of(output: Path) -> dict[str, bytes]:
 
 
 def stamps(work: Path) -> dict[str, int]:
-    files = [work / "calibrated.json", work / "plan.json", *(work / "statistics").iterdir()]
+    files = [work / "plan.json", *(work / "statistics").iterdir()]
     return {file.name: file.stat().st_mtime_ns for file in files}
 
 

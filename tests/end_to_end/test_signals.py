@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from lrc.compressors.pipeline import Machine, compress
+from lrc.compressors.machine import Machine
+from lrc.compressors.pipeline import compress
 from lrc.configs.load import load_recipe
 
 # Newer Pythons warn of any fork beside threads; those of torch are idle.

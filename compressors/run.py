@@ -1,0 +1,281 @@
+"""The stages of one run: what each is given, and where what it makes is kept."""
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrc.compressors import report
+from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.prefix import CompressedPrefix
+from lrc.compressors.calibrate.states import state_files
+from lrc.compressors.calibrate.windows import take_windows
+from lrc.compressors.checkpoint.assemble import write_checkpoint
+from lrc.compressors.checkpoint.reader import load_checkpoint
+from lrc.compressors.checkpoint.reader import load_tokenizer as load_checkpoint_tokenizer
+from lrc.compressors.checkpoint.writer import new_folder
+from lrc.compressors.corpus import fingerprint
+from lrc.compressors.decompose import METHODS, Statistics
+from lrc.compressors.evaluate import compare, evaluate_model
+from lrc.compressors.execute import decompose, executed, factors_file
+from lrc.compressors.journal import Journal, open_journal, write_text
+from lrc.compressors.machine import Clock, Machine
+from lrc.compressors.memory import release_memory
+from lrc.compressors.models.source import convert_gguf, load_dense
+from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.planning.plan import Matrix, Plan, read_matrices
+from lrc.compressors.planning.ranks import allocate_ranks
+from lrc.compressors.prepare import Prepared
+from lrc.compressors.profile import Profile, profile_plan
+from lrc.compressors.progress import OnStep
+from lrc.configs.load import LoadedRecipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """A prepared recipe at work in its output folder."""
+
+    prepared: Prepared
+    journal: Journal
+    machine: Machine
+    clock: Clock
+
+    @cached_property
+    def weights(self) -> Path:
+        """Folder of safetensors for the source; a GGUF file is converted once."""
+        source = self.prepared.source
+        if source.gguf is None:
+            return source.folder
+        if not self.journal.has("source"):
+            with self.clock("convert"), new_folder(self.journal.path("source")) as folder:
+                convert_gguf(source, folder)
+        return self.journal.path("source")
+
+    @cached_property
+    def reader(self) -> WeightReader:
+        """Reads the source, at the precision of the reference model."""
+        return WeightReader(self.weights, self.prepared.architecture)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a whole model runs in: CPUs are slow and inexact in 16 bits."""
+        return torch.float32 if self.machine.chosen == "cpu" else self.prepared.source.dtype
+
+    @property
+    def executed(self) -> Plan | None:
+        """The plan as it was carried out, if it has been."""
+        if not self.journal.has("executed.json"):
+            return None
+        records = self.journal.read_json("executed.json")["matrices"]
+        return self.prepared.plan.with_matrices(read_matrices(records))
+
+    def windows(self) -> torch.Tensor:
+        """Return the calibration windows [samples, length]; drawn once."""
+        return take_windows(
+            self.prepared.recipe.calibration,
+            self.prepared.tokenizer,
+            self.journal,
+            seed=self.prepared.recipe.seed,
+            embedding=self.prepared.architecture.model.get_input_embeddings(),
+            dense=lambda: self.load_dense(self.dtype),
+            on_step=self.machine.on_step,
+        )
+
+    def load_dense(self, dtype: torch.dtype) -> Any:
+        """Load the whole dense model."""
+        return load_dense(
+            self.prepared.source, self.weights, dtype=dtype, device=self.machine.chosen
+        )
+
+    def calibrate(self) -> None:
+        """Collect what the methods need to know of layers that are not factored yet."""
+        plan = self.prepared.plan
+        homes = plan.homes()
+        left = {m.layer for m in plan.matrices if not self.journal.has(factors_file(homes[m.name]))}
+        needs = _needs(plan, left)
+        if not needs:
+            return
+        calibration = self.prepared.recipe.calibration
+        with self.clock("calibrate"):
+            statistics.collect(
+                self.prepared.architecture,
+                self.reader,
+                self.windows(),
+                needs,
+                self.journal,
+                labels=calibration.labels,
+                seed=self.prepared.recipe.seed,
+                device=self.machine.chosen,
+                memory_limit_gib=calibration.memory_limit_gib,
+                on_step=self.machine.on_step,
+            )
+            self.journal.forget(*state_files(self.journal))
+
+    def allocate(self) -> Plan:
+        """Fill in the ranks that shapes did not tell; the plan is written for people to edit."""
+        if self.journal.has("plan.json"):
+            records = self.journal.read_json("plan.json")["matrices"]
+            return self.prepared.plan.with_matrices(read_matrices(records))
+        with self.clock("allocate"):
+            plan = self._ranks(self.prepared.plan)
+            text = json.dumps(plan.to_json(), indent=1) + "\n"
+            write_text(self.journal.output / "plan.json", text)
+            self.journal.write_json("plan.json", plan.to_json())
+        return plan
+
+    def predict(self, plan: Plan) -> Plan:
+        """Fill in the losses that no allocation has asked for; layers that are done know theirs."""
+        done = {m.layer for m in plan.matrices if self.journal.has(factors_file(m.layer))}
+        known = plan.with_matrices(m for layer in done for m in executed(self.journal, layer))
+        return self._ranks(known, every=True)
+
+    def profile(self, plan: Plan, windows: int) -> Profile:
+        """Measure on the first `windows` calibration windows what every matrix really loses."""
+        return profile_plan(
+            plan,
+            self.prepared.recipe,
+            self.reader,
+            self.journal,
+            self._known,
+            self.windows()[:windows],
+            # In 16 bits, rounding would move the loss more than most matrices do.
+            dense=lambda: self.load_dense(torch.float32),
+            device=self.machine.chosen,
+            on_step=self.machine.on_step,
+        )
+
+    def decompose(self, plan: Plan) -> Plan:
+        """Factor every matrix; what is known of a layer is forgotten when it is done."""
+
+        def finished(layer: int) -> None:
+            self.journal.forget(statistics.inputs_file(layer), statistics.gradients_file(layer))
+
+        with self.clock("decompose"):
+            plan = decompose(
+                plan,
+                self.prepared.recipe,
+                self.reader,
+                self.journal,
+                self._known,
+                device=self.machine.chosen,
+                on_step=self.machine.on_step,
+                prefix=self._prefix(plan),
+                finished=finished,
+            )
+        self.journal.write_json("executed.json", plan.to_json())
+        return plan
+
+    def save(self, plan: Plan, loaded: LoadedRecipe) -> None:
+        """Write the checkpoint, whole or not at all."""
+        with self.clock("save"), new_folder(self.journal.output / "checkpoint") as folder:
+            write_checkpoint(
+                folder,
+                plan=plan,
+                loaded=loaded,
+                source=self.prepared.source,
+                architecture=self.prepared.architecture,
+                reader=self.reader,
+                tokenizer=self.prepared.tokenizer,
+                factors=lambda layer, name: self.journal.read_tensor(factors_file(layer), name),
+            )
+
+    def evaluate(self) -> dict[str, Any]:
+        """Judge dense and compressed model one after the other; what is judged already is kept."""
+        recipe = self.prepared.recipe
+        if not recipe.evaluate.perplexity and not recipe.evaluate.tasks.names:
+            return compare(None, {"perplexity": {}, "tasks": {}})
+        checkpoint = self.journal.output / "checkpoint"
+        loaders: dict[str, Callable[[], Any]] = {
+            "dense": lambda: self.load_dense(self.dtype),
+            "compressed": lambda: load_checkpoint(
+                checkpoint, dtype=self.dtype, device=self.machine.chosen
+            ),
+        }
+        if not recipe.evaluate.dense:
+            del loaders["dense"]
+        asked = recipe.evaluate.model_dump(mode="json", exclude={"gates", "dense"})
+        blocks: dict[str, dict[str, Any]] = {}
+        with self.clock("evaluate"):
+            for name, load in loaders.items():
+                file = f"evaluation-{name}.json"
+                if not self.journal.has(file) or self.journal.read_json(file)["asked"] != asked:
+                    tokenizer = load_checkpoint_tokenizer(checkpoint)
+                    block = evaluate_model(
+                        load(),
+                        tokenizer,
+                        recipe.evaluate,
+                        seed=recipe.seed,
+                        on_step=self._step_of(f"evaluate {name}"),
+                    )
+                    self.journal.write_json(file, {"asked": asked, "block": block})
+                    release_memory()
+                blocks[name] = self.journal.read_json(file)["block"]
+        return compare(blocks.get("dense"), blocks["compressed"])
+
+    def _ranks(self, plan: Plan, *, every: bool = False) -> Plan:
+        return allocate_ranks(
+            plan,
+            self.prepared.recipe,
+            self.reader,
+            self.journal,
+            self._known,
+            device=self.machine.chosen,
+            on_step=self.machine.on_step,
+            every=every,
+        )
+
+    def _known(self, matrix: Matrix) -> Statistics:
+        return statistics.load(self.journal, matrix.layer, matrix.name)
+
+    def _prefix(self, plan: Plan) -> CompressedPrefix | None:
+        stages = self.prepared.recipe.stages
+        refitted = {m.layer for m in plan.matrices if stages[m.stage].decompose.compensate}
+        if all(self.journal.has(factors_file(layer)) for layer in refitted):
+            return None
+        return CompressedPrefix(
+            self.prepared.architecture,
+            self.reader,
+            self.windows(),
+            self.journal,
+            device=self.machine.chosen,
+            memory_limit_gib=self.prepared.recipe.calibration.memory_limit_gib,
+        )
+
+    def _step_of(self, label: str) -> OnStep:
+        return lambda stage, done, total: self.machine.on_step(f"{label}: {stage}", done, total)
+
+
+@contextmanager
+def open_run(prepared: Prepared, machine: Machine) -> Iterator[Run]:
+    """Enter the output folder of a recipe, see `open_journal`; raises the same."""
+    output = Path(prepared.recipe.output).expanduser()
+    with open_journal(output, identity(prepared), overwrite=machine.overwrite) as journal:
+        yield Run(prepared, journal, machine, Clock(journal))
+
+
+def identity(prepared: Prepared) -> dict[str, Any]:
+    """Return what decides the bytes of the checkpoint."""
+    recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
+    del recipe["calibration"]["memory_limit_gib"]
+    source = prepared.source
+    installed = report.versions()
+    versions = {name: installed[name] for name in ("lrc", "torch", "transformers")}
+    model = source.fingerprint() | {"dtype": source.spec.dtype, "tokenizer": source.spec.tokenizer}
+    text = {"calibration_text": fingerprint(prepared.recipe.calibration.source)}
+    plans = {"given_plans": prepared.plan.given_hashes()}
+    return {"model": model, **recipe, **text, **plans, "versions": versions}
+
+
+def _needs(plan: Plan, layers: Collection[int]) -> dict[str, frozenset[str]]:
+    """Return linear -> what its method wants to know of it, for those that are not kept dense."""
+    needs = {}
+    for matrix in plan.matrices:
+        method = METHODS[matrix.method]
+        if matrix.factored and method.needs and matrix.layer in layers:
+            needs[matrix.name] = method.needs | ({"whole_inputs"} if method.shared else set())
+    return needs
