@@ -260,7 +260,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(stored, tmp_path, case) -> 
                 describe(tmp_path, verify=False)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt-bare"])
 def test_the_pipeline_carries_any_form_from_the_plan(
     family, families, write_recipe, tmp_path, sample, monkeypatch
 ) -> None:
