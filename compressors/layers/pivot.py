@@ -94,8 +94,8 @@ def _lower_factor(B: Tensor) -> tuple[Tensor, Tensor]:
     dependent = int((LU.diagonal().abs() <= rounding).sum())
     if dependent:
         raise ValueError(
-            f"the left factor [{d_out}, {rank}] is numerically of rank {rank - dependent}; lower "
-            f"the rank or store the factors as they are"
+            f"the left factor [{d_out}, {rank}] is numerically of rank {rank - dependent}: too few "
+            "pivot rows"
         )
     rows = list(range(d_out))
     for k, other in enumerate((swaps - 1).tolist()):  # LAPACK counts from 1
