@@ -77,7 +77,7 @@ def plan(
         typer.Option(
             help="With --sensitivity, which it implies: check the predictions on so many "
             "calibration windows. It takes the whole dense model in float32, and runs it over the "
-            "windows once a matrix; small rises show over many windows only.",
+            "windows twice a matrix.",
             show_default=False,
         ),
     ] = None,

@@ -105,15 +105,15 @@ def print_sensitivity(plan: Plan) -> None:
 
 
 def print_profile(plan: Plan, profile: Profile) -> None:
-    """Print what every matrix alone was measured to cost, and how well that was predicted."""
+    """Print how far every matrix alone moves the model, and how well that was predicted."""
     for quantity, matrices in _by_quantity(plan):
         names = {m.name for m in matrices}
-        rises = {name: rise for name, rise in profile.rises.items() if name in names}
+        real = {name: value for name, value in profile.divergences.items() if name in names}
         predicted = {
-            name: value for name, value in _predicted(matrices, quantity).items() if name in rises
+            name: value for name, value in _predicted(matrices, quantity).items() if name in real
         }
-        grid, beside = Grid(matrices, rises, NATS), Grid(matrices, predicted, quantity)
-        title = f"measured rise of the loss, {NATS.unit}"
+        grid, beside = Grid(matrices, real, NATS), Grid(matrices, predicted, quantity)
+        title = f"measured divergence from the dense model, {NATS.unit}"
         both = _table(grid, grid.text, beside.text)
         if _fits(both):
             _print(f"{title}, and predicted", both)
@@ -128,10 +128,12 @@ def print_profile(plan: Plan, profile: Profile) -> None:
         )
         defined = "not defined" if correlation is None else f"{correlation:.3f}"
         tables.OUT.print(f"rank correlation of measured and predicted (Spearman): {defined}")
-    dense = "" if profile.dense is None else f", where the dense model loses {profile.dense:.4f}"
-    tables.OUT.print(
-        f"measured over {profile.tokens:,} tokens (--profile {profile.windows}){dense}"
-    )
+    tables.OUT.print(f"measured over {profile.tokens:,} tokens (--profile {profile.windows})")
+    if profile.dense is not None:
+        tables.OUT.print(
+            f"the loss of the tokens that follow, dense {profile.dense:.4f}, rises by "
+            f"{sum(profile.rises.values()):.4f} {NATS.unit}, all matrices added"
+        )
 
 
 def _by_quantity(plan: Plan) -> list[tuple[Quantity, list[Matrix]]]:

@@ -25,34 +25,41 @@ from lrc.configs.recipe import Recipe
 
 @dataclass(frozen=True)
 class Profile:
-    """By how much every matrix alone raises the loss of the dense model.
+    """What every matrix alone does to the dense model's predictions.
 
-    Losses are nats, the mean over the predicted `tokens` of `windows` calibration windows. `rises`
-    go by the name of a matrix, or of the first of those that share a factor: they count as one.
+    Nats, the mean over the `tokens` predicted in `windows` calibration windows, by the name of a
+    matrix, or of the first of those that share a factor: they count as one.
     """
 
     windows: int
     tokens: int
     dense: float | None
-    """None where nothing is factored."""
+    """The dense model's loss; None where nothing is factored."""
+    divergences: dict[str, float]
+    """Of the changed model's distributions from the dense model's (Kullback-Leibler)."""
     rises: dict[str, float]
+    """Of the loss of the tokens that follow."""
 
     def compared(self, predicted: Mapping[str, float | None]) -> tuple[Tensor, Tensor]:
         """Return predicted and measured values [n], of the matrices that have both."""
-        pairs = [(predicted.get(name), rise) for name, rise in self.rises.items()]
-        both = [(value, rise) for value, rise in pairs if value is not None]
+        pairs = [(predicted.get(name), real) for name, real in self.divergences.items()]
+        both = [(value, real) for value, real in pairs if value is not None]
         table = torch.tensor(both, dtype=torch.float64).reshape(-1, 2)
         return table[:, 0], table[:, 1]
 
     def to_json(self, plan: Plan) -> dict[str, Any]:
-        """Return JSON values, with the rank correlations of the rises with what a plan predicts."""
+        """Return JSON values, with the rank correlations of divergences and predictions."""
         by_nats = {m.name: m.predicted_nats for m in plan.matrices}
         by_loss = {m.name: m.loss for m in plan.matrices}
         correlations = {
             "predicted_nats": spearman(*self.compared(by_nats)),
             "loss": spearman(*self.compared(by_loss)),
         }
-        return asdict(self) | {"rise": sum(self.rises.values()), "spearman": correlations}
+        sums = {
+            "divergence": sum(self.divergences.values()),
+            "rise": sum(self.rises.values()),
+        }
+        return asdict(self) | sums | {"spearman": correlations}
 
 
 def profile_plan(
@@ -67,7 +74,7 @@ def profile_plan(
     device: str,
     on_step: OnStep,
 ) -> Profile:
-    """Measure the loss of the dense model with one matrix after the other as it is planned.
+    """Measure the dense model with one matrix after the other as it is planned.
 
     Layer by layer, each one file of the journal. Nothing is compensated: the other matrices are
     those of the dense model.
@@ -92,9 +99,10 @@ def profile_plan(
 
     Notes
     -----
-    A small change of the weights that raises the loss by r moves that of one token at random, with
-    a variance of about 2 r (the log-ratio of two close distributions, whose divergence is r). The
-    mean over n tokens tells r from chance where ``n >> 2 / r``: 0.001 nats take many thousands.
+    What a method predicts is the divergence: the loss to second order, of the model's own labels.
+    The loss of real labels says the same in the mean, but that of one token moves at random with a
+    variance of about 2 r where the divergence is r (the log-ratio of two close distributions), so
+    that n tokens tell r from chance only where ``n >> 2 / r``: 0.001 nats take many thousands.
     """
     units = [unit for unit in units_of(plan.matrices) if unit.first.rank is not None]
     layers = sorted({unit.first.layer for unit in units})
@@ -104,20 +112,17 @@ def profile_plan(
     def factored(unit: Unit) -> Done:
         return factor_unit(unit, plan, recipe, reader, journal, statistics, device=device)
 
-    def loss_with(done: Done) -> float:
-        with _put_in(model, done):
-            return perplexity(model, tokens).nll_mean
-
     if left:
         model = dense()
         before = perplexity(model, tokens).nll_mean
     for done, layer in enumerate(layers, start=1):
         if layer in left:
-            rises = {}
-            for unit in units:
-                if unit.first.layer == layer:
-                    rises[unit.first.name] = loss_with(factored(unit)) - before
-            facts = {"windows": len(tokens), "dense": before, "rises": rises}
+            measured = {
+                unit.first.name: _compare(model, factored(unit), tokens)
+                for unit in units
+                if unit.first.layer == layer
+            }
+            facts = {"windows": len(tokens), "dense": before, "measured": measured}
             journal.write_json(profile_file(layer), facts)
         on_step("profile", done, len(layers))
     found = [journal.read_json(profile_file(layer)) for layer in layers]
@@ -125,7 +130,8 @@ def profile_plan(
         windows=len(tokens),
         tokens=tokens.shape[0] * (tokens.shape[1] - 1),
         dense=found[0]["dense"] if found else None,
-        rises={name: rise for facts in found for name, rise in facts["rises"].items()},
+        divergences={name: m[0] for facts in found for name, m in facts["measured"].items()},
+        rises={name: m[1] for facts in found for name, m in facts["measured"].items()},
     )
 
 
@@ -164,6 +170,27 @@ def _refuse_forgotten(units: list[Unit], journal: Journal) -> None:
                 f"output: {journal.output} holds a run that has factored {matrix.name} and deleted "
                 "its statistics, without which it cannot be profiled; choose another folder"
             )
+
+
+@torch.inference_mode()
+def _compare(model: Any, done: Done, tokens: Tensor) -> tuple[float, float]:
+    """Return divergence and rise of the loss, in nats a token, that a factored unit brings."""
+    divergence = rise = 0.0
+    for window in tokens:
+        row = window[None].to(model.device)
+
+        def predictions(row: Tensor = row) -> Tensor:
+            logits: Tensor = model(input_ids=row, use_cache=False).logits
+            return logits[0, :-1].float().log_softmax(dim=-1)  # [length - 1, vocabulary]
+
+        p = predictions()
+        with _put_in(model, done):
+            q = predictions()
+        change = p - q
+        divergence += float((p.exp() * change).sum(dtype=torch.float64))
+        rise += float(change.gather(1, row[0, 1:, None]).sum(dtype=torch.float64))
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
+    return divergence / count, rise / count
 
 
 @contextmanager

@@ -178,7 +178,7 @@ def test_tables_are_printed_on_stdout(lrc, of_stage: Callable[..., Path], case: 
     lines = ended.out.splitlines()
     titles = [
         f"predicted loss, {unit}, and rank",
-        "measured rise of the loss, nats a token, and predicted",
+        "measured divergence from the dense model, nats a token, and predicted",
     ]
     assert [line for line in lines if line in titles] == titles
     leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

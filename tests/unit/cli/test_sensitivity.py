@@ -107,15 +107,17 @@ def test_predictions_stand_beside_what_was_measured(
     matrices: list[Matrix], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(matrices)
-    rises = {m.name: 2 * (m.predicted_nats or 0) for m in matrices if m.rank is not None}
-    profile = Profile(2, 100, 3.0, rises)
+    moved = {m.name: 2 * (m.predicted_nats or 0) for m in matrices if m.rank is not None}
+    profile = Profile(2, 100, 3.0, moved, dict.fromkeys(moved, 0.01))
     wide = printed(160, monkeypatch, print_profile, plan, profile)
-    assert wide[0] == "measured rise of the loss, nats a token, and predicted"
+    assert wide[0] == "measured divergence from the dense model, nats a token, and predicted"
     assert wide[3].startswith("1 0.00400 0.00200 dense 0.01200 0.00600")
     assert wide[6:] == [
         "sum measured 0.31400 nats a token, sum predicted 0.15700 nats a token",
         "rank correlation of measured and predicted (Spearman): 1.000",
-        "measured over 100 tokens (--profile 2), where the dense model loses 3.0000",
+        "measured over 100 tokens (--profile 2)",
+        f"the loss of the tokens that follow, dense 3.0000, rises by {len(moved) / 100:.4f} nats a "
+        "token, all matrices added",
     ]
     narrow = printed(100, monkeypatch, print_profile, plan, profile)
     assert "1 0.00400 dense 0.01200 0.01600 0.02000 0.02400 0.02800 0.10400" in narrow

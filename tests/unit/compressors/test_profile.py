@@ -129,6 +129,17 @@ def test_a_rise_is_that_of_a_model_changed_by_hand(
                 linear.bias = nn.Parameter(journal.read_tensor(file, f"{m.name}.b.bias"))
         rise = loss_of(changed, tokens) - dense
         assert profile.rises[name] == pytest.approx(rise, abs=1e-5)
+        divergence = divergence_of(changed, model, tokens)
+        assert profile.divergences[name] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+
+
+def divergence_of(changed: Any, model: Any, tokens: Tensor) -> float:
+    with torch.no_grad():
+        p, q = (m(input_ids=tokens).logits[:, :-1].double() for m in (model, changed))
+    loss = nn.functional.kl_div(
+        q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum"
+    )
+    return float(loss) / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
 def test_a_rise_of_svd_is_that_of_the_truncated_weight(
@@ -195,7 +206,7 @@ def test_what_cannot_be_factored_raises_nothing(
 ) -> None:
     monkeypatch.setitem(measured.__globals__, "known", lambda matrix: Statistics())
     profile = measured(plan_of(model, "svd-llm"), model, tokens, journal_of(tmp_path))
-    assert set(profile.rises.values()) == {0.0}
+    assert set(profile.rises.values()) == set(profile.divergences.values()) == {0.0}
 
 
 def test_a_plan_of_dense_matrices_has_an_empty_profile(
@@ -204,7 +215,7 @@ def test_a_plan_of_dense_matrices_has_an_empty_profile(
     plan = plan_of(model, "svd")
     plan = plan.with_matrices(m.dense() for m in plan.matrices)
     profile = measured(plan, model, tokens, Journal(tmp_path))
-    assert (profile.dense, profile.rises) == (None, {})
+    assert (profile.dense, profile.rises, profile.divergences) == (None, {}, {})
     assert profile.to_json(plan)["spearman"] == {"predicted_nats": None, "loss": None}
 
 
