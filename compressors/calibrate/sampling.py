@@ -5,6 +5,7 @@ was trained on. Every window starts with the BOS token, or a random token where 
 continues by sampling from the model's own distribution.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -50,9 +51,12 @@ def sample_windows(
 
 def _continue(model: Any, tokens: Tensor, length: int, generator: torch.Generator) -> Tensor:
     """Extend tokens [n, 1] to [n, length]."""
+    # transformers 5.24 calls it `cache` and warns of the name that it had before.
+    parameters = inspect.signature(type(model).forward).parameters
+    key = "cache" if "cache" in parameters else "past_key_values"
     cache, last = None, tokens
     while tokens.shape[1] < length:
-        out = model(last.to(model.device), past_key_values=cache, use_cache=True)
+        out = model(last.to(model.device), use_cache=True, **{key: cache})
         cache = out.past_key_values
         p = out.logits[:, -1].float().softmax(-1).cpu()  # [n, vocabulary]
         last = torch.multinomial(p, 1, generator=generator)
