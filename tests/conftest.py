@@ -209,6 +209,8 @@ class Child:
             sys.argv = ["lrc", *arguments]
             from lrc.cli.main import main
 
+            # A shell starts what it puts in the background with this signal ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             torch.set_num_threads(
                 1
             )  # makes torch's pool anew, before threads that load race for it
