@@ -212,9 +212,7 @@ class _Work:
         V, note = refit_target(W, H, cross, mix=compensate.mix, damp=compensate.damp)
         if matrix.rank is None:
             return refitted(matrix, V, W.dtype, note)
-        known = self._known(matrix)
-        if "inputs" in METHODS[matrix.method].needs:
-            known = replace(known, inputs=Moment.of(H))
+        known = self._known(matrix, behind=Moment.of(H))
         done = self._factor(Unit((matrix,)), [V], [known], W.dtype)
         record = done.unit.first
         fallback = "; ".join(filter(None, [note, record.fallback])) or None
@@ -230,9 +228,13 @@ class _Work:
             bias = self.reader.read(f"{m.name}.bias", device=self.device)
         return factor(unit, self.options(m), weights, known, dtype=dtype, bias=bias)
 
-    def _known(self, matrix: Matrix) -> Statistics:
-        needed = METHODS[matrix.method].needs_inputs
-        return self.statistics(matrix).to(self.device) if needed else Statistics()
+    def _known(self, matrix: Matrix, *, behind: Moment | None = None) -> Statistics:
+        """Return what the method asked for; inputs as they are `behind` the compressed prefix."""
+        needs = METHODS[matrix.method].needs
+        known = self.statistics(matrix) if needs else Statistics()
+        if behind is not None and "inputs" in needs:
+            known = replace(known, inputs=behind)
+        return known.to(self.device)
 
     def _weight(self, matrix: Matrix) -> Tensor:
         return self.reader.read(f"{matrix.name}.weight", device=self.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lrc.compressors.decompose import METHODS, Factors, Spectrum, Statistics, shared_spectrum, split
 from lrc.compressors.layers import FORMS, LowRank, SharedLowRank
 from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.ranks import seen_nothing, summed_inputs, unknown
+from lrc.compressors.planning.ranks import arguments, seen_nothing, summed_inputs, unknown
 from lrc.compressors.planning.units import Unit
 from lrc.configs.recipe import DecomposeBase
 
@@ -111,11 +111,9 @@ def product(matrix: Matrix, read: Callable[[str], Tensor]) -> Tensor:
 def _curve(
     options: DecomposeBase, weights: Sequence[Tensor], known: Sequence[Statistics]
 ) -> Spectrum:
-    method = METHODS[options.method]
-    arguments = {key: getattr(options, key) for key in method.options}
     if len(weights) > 1:
-        return shared_spectrum(weights, summed_inputs(known), **arguments)
-    return method.solve(weights[0], known[0], **arguments)
+        return shared_spectrum(weights, summed_inputs(known), **arguments(options))
+    return METHODS[options.method].solve(weights[0], known[0], **arguments(options))
 
 
 def _encoded(

@@ -15,7 +15,7 @@ from lrc.compressors.calibrate.inputs import Needs
 from lrc.compressors.calibrate.labels import Labels, logit_gradient
 from lrc.compressors.calibrate.states import Chain, Tape
 from lrc.compressors.calibrate.stream import LayerCall, LayerStream, apply, watch_outputs
-from lrc.compressors.linalg import add_second_moment_
+from lrc.compressors.calibrate.sums import Sums
 from lrc.compressors.models.architecture import Architecture
 from lrc.configs.errors import ModelError
 
@@ -33,7 +33,7 @@ class GradientSums:
 
     def __init__(self, needs: Needs) -> None:
         self._needs = needs
-        self.sums: dict[str, Tensor] = {}
+        self.sums = Sums()
         self.watched = sorted(name for name, asked in needs.items() if GRADIENT_NEEDS & set(asked))
 
     def see(self, name: str, x: Tensor, g: Tensor, W: Tensor) -> None:
@@ -43,16 +43,11 @@ class GradientSums:
         if "gradients" in asked:
             tall = W.shape[0] > W.shape[1]
             key, seen = (f"{name}.image", tokens @ W) if tall else (f"{name}.gradients", tokens)
-            if key not in self.sums:
-                self.sums[key] = seen.new_zeros(seen.shape[-1], seen.shape[-1])
-            add_second_moment_(self.sums[key], seen)
-            self._add(f"{name}.diagonal", tokens.square().sum(dim=0))
+            self.sums.add_square(key, seen)
+            self.sums.add(f"{name}.diagonal", tokens.square().sum(dim=0))
         if "row_fisher" in asked:
             for one, of in zip(g, x, strict=True):  # a window is a sample
-                self._add(f"{name}.row_fisher", (one.T @ of).square().sum(dim=1))
-
-    def _add(self, key: str, total: Tensor) -> None:
-        self.sums[key] = self.sums[key] + total if key in self.sums else total
+                self.sums.add(f"{name}.row_fisher", (one.T @ of).square().sum(dim=1))
 
 
 def start_at_logits(

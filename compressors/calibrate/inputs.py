@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate.stream import LayerCall, LayerStream, apply, watch_outputs
-from lrc.compressors.linalg import add_second_moment_
+from lrc.compressors.calibrate.sums import Sums
 from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.configs.errors import ModelError
 
@@ -25,7 +25,7 @@ class InputSums:
     def __init__(self, call: LayerCall, linears: Mapping[str, Linear], needs: Needs) -> None:
         self.leaders: dict[str, str] = {}
         """Linear -> the one whose sums it shares."""
-        self.sums: dict[str, Tensor] = {}
+        self.sums = Sums()
         self._whole: set[str] = set()
         self._images: set[str] = set()
         self._means: set[str] = set()
@@ -58,26 +58,18 @@ class InputSums:
         leader = self.leaders.get(name, name)
         x = x.reshape(-1, x.shape[-1])  # [n_tokens, d_in]
         if name in self._whole:
-            self._square(f"{name}.inputs", x)
+            self.sums.add_square(f"{name}.inputs", x)
         if name in self._images:
-            self._square(f"{name}.image", y if bias is None else y - bias)
+            self.sums.add_square(f"{name}.image", y if bias is None else y - bias)
         if name == leader and (name in self._whole or self._images & self._led_by(name)):
-            self._add(f"{name}.diagonal", x.square().sum(dim=0))
+            self.sums.add(f"{name}.diagonal", x.square().sum(dim=0))
         if name in self._means:
-            self._add(f"{name}.input_mean", x.sum(dim=0))
+            self.sums.add(f"{name}.input_mean", x.sum(dim=0))
         if name in self._magnitudes:
-            self._add(f"{name}.input_magnitude", x.abs().sum(dim=0))
+            self.sums.add(f"{name}.input_magnitude", x.abs().sum(dim=0))
 
     def _led_by(self, leader: str) -> set[str]:
         return {name for name, other in self.leaders.items() if other == leader}
-
-    def _square(self, key: str, x: Tensor) -> None:
-        if key not in self.sums:
-            self.sums[key] = x.new_zeros(x.shape[-1], x.shape[-1])
-        add_second_moment_(self.sums[key], x)
-
-    def _add(self, key: str, total: Tensor) -> None:
-        self.sums[key] = self.sums[key] + total if key in self.sums else total
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lrc.compressors.calibrate.states import Chain
 from lrc.compressors.calibrate.statistics import batch_size
 from lrc.compressors.calibrate.stream import LayerStream, apply
+from lrc.compressors.calibrate.sums import Sums
 from lrc.compressors.journal import Journal
 from lrc.compressors.linalg import tensor_cores
 from lrc.compressors.models.architecture import Architecture
@@ -111,7 +112,7 @@ class CompressedPrefix:
                 return reached.x
             raise AssertionError(f"{leader} was called in the trace and is no more")
 
-        moments: list[Tensor] = []
+        sums = Sums()
         with self._resident(layer) as module:
             hook = self._architecture.model.get_submodule(leader).register_forward_pre_hook(stop)
             try:
@@ -120,18 +121,16 @@ class CompressedPrefix:
                     x = inputs(module, self._dense[rows])  # [n_tokens, d_in]
                     with self._compressed():
                         behind = inputs(module, self._prefix[rows])
-                    if not moments:
-                        moments = [x.new_zeros(x.shape[1], x.shape[1]) for _ in range(2)]
-                    moments[0].addmm_(behind.T, behind)
-                    moments[1].addmm_(x.T, behind)
+                    sums.add_square("H", behind)
+                    sums.add_product("cross", x, behind)
             finally:
                 hook.remove()
-        if not all(bool(torch.isfinite(moment).all()) for moment in moments):
+        if not all(bool(torch.isfinite(total).all()) for total in sums.values()):
             raise ModelError(
                 f"model: the inputs of {leader} are not finite behind the compressed layers; "
                 "raise 'keep', or leave out 'compensate'"
             )
-        return moments[0], moments[1]
+        return sums["H"], sums["cross"]
 
     @torch.no_grad()
     def advance(self, layer: int) -> None:

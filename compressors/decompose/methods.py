@@ -49,11 +49,6 @@ class Method:
         """Whether calibration text has to be read at all."""
         return bool(self.needs)
 
-    @property
-    def doc(self) -> str:
-        """What the method does, in a line."""
-        return (self.metric.__doc__ or "").partition("\n")[0]
-
     def solve(self, W: Tensor, statistics: Statistics, **options: float) -> Spectrum:
         """Decompose a weight [d_out, d_in].
 

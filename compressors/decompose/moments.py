@@ -10,8 +10,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lrc.compressors.linalg import damped
-
 
 @dataclass(frozen=True)
 class Moment:
@@ -67,16 +65,6 @@ class Moment:
     def empty(self) -> bool:
         """Whether nothing but zeros was seen."""
         return not bool(self.diagonal.any())
-
-    def damped(self, damp: float) -> Tensor:
-        """Return ``M + damp * mean(diag(M)) * I`` [d, d].
-
-        Raises
-        ------
-        ValueError
-            If only the image was accumulated.
-        """
-        return damped(self.whole(), damp)
 
     def whole(self) -> Tensor:
         """Return `full` in float64.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 Spec = Mapping[str, Any]
 """A module's entry in config.json, such as ``{"form": "low_rank", "rank": 12}``."""
+Device = torch.device | str | None
 Shapes = dict[str, tuple[list[int], torch.dtype | None]]
 """Tensor name within the module -> shape, and dtype where it is not the model's."""
 
@@ -52,12 +53,17 @@ class Form(nn.Module, ABC):
         rank: int,
         *,
         bias: bool,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = d_in, d_out, rank
         self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8, device=device))
+        self._build(bias=bias, device=device, dtype=dtype)
+
+    @abstractmethod
+    def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
+        """Make the parts, uninitialised; the three sizes are set."""
 
     @classmethod
     @abstractmethod
@@ -205,7 +211,7 @@ def empty_linear(
     d_out: int,
     *,
     bias: bool,
-    device: torch.device | str | None,
+    device: Device,
     dtype: torch.dtype | None,
 ) -> nn.Linear:
     """Make a linear layer without spending time on initial values."""

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.form import SENTINEL, Form, Shapes, Spec, empty_linear, sentinel
+from lrc.compressors.layers.form import SENTINEL, Device, Form, Shapes, Spec, empty_linear, sentinel
 
 
 class LowRank(Form):
@@ -17,17 +17,8 @@ class LowRank(Form):
 
     BIAS = "b.bias"
 
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        rank: int,
-        *,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(d_in, d_out, rank, bias=bias, device=device, dtype=dtype)
+    def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
+        d_in, d_out, rank = self.in_features, self.out_features, self.rank
         self.a = empty_linear(d_in, rank, bias=False, device=device, dtype=dtype)
         self.b = empty_linear(rank, d_out, bias=bias, device=device, dtype=dtype)
 

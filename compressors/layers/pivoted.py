@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.form import SENTINEL, Form, Shapes, Spec, empty_linear, sentinel
+from lrc.compressors.layers.form import SENTINEL, Device, Form, Shapes, Spec, empty_linear, sentinel
 from lrc.compressors.layers.pivot import pivot_rows
 
 INT16_ROWS = 2**15 - 1
@@ -33,17 +33,8 @@ class PivotedLowRank(Form):
     BIAS = "bias"
     order: Tensor
 
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        rank: int,
-        *,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(d_in, d_out, rank, bias=bias, device=device, dtype=dtype)
+    def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
+        d_in, d_out, rank = self.in_features, self.out_features, self.rank
         self.a = empty_linear(d_in, rank, bias=False, device=device, dtype=dtype)
         # Not a linear of no rows: offloading to disk cannot map an empty file.
         self.c = (

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.form import SENTINEL, Form, Shapes, Spec, empty_linear, sentinel
+from lrc.compressors.layers.form import SENTINEL, Device, Form, Shapes, Spec, empty_linear, sentinel
 from lrc.compressors.layers.low_rank import LowRank
 
 
@@ -27,17 +27,8 @@ class SharedLowRank(Form):
     BIAS = "b.bias"
     owner: LowRank
 
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        rank: int,
-        *,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(d_in, d_out, rank, bias=bias, device=device, dtype=dtype)
+    def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
+        d_out, rank = self.out_features, self.rank
         self.b = empty_linear(rank, d_out, bias=bias, device=device, dtype=dtype)
 
     def share(self, owner: LowRank) -> None:

@@ -6,6 +6,7 @@ layer one file of the journal, so that a killed run continues.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -252,14 +253,18 @@ def _curve(
     if note is not None:
         return Curve(none, 0, note)
     known = [each.to(device) for each in known]
-    arguments = {key: getattr(options, key) for key in method.options}
     if len(known) > 1:
-        energies = energies_only(stack, summed_inputs(known), **arguments)
+        energies = energies_only(stack, summed_inputs(known), **arguments(options))
     else:
-        energies = method.energies(stack, known[0], **arguments)
+        energies = method.energies(stack, known[0], **arguments(options))
     energies = energies.cpu()
     comparable = bool(energies.any()) and not seen_nothing(known)
     return Curve(energies, known[0].n_tokens, comparable=comparable)
+
+
+def arguments(options: DecomposeBase) -> dict[str, Any]:
+    """Return the keys of a stage that are its method's own."""
+    return {key: getattr(options, key) for key in METHODS[options.method].options}
 
 
 def unknown(known: Sequence[Statistics], options: DecomposeBase) -> str | None:

@@ -15,13 +15,11 @@ from lrc.compressors.calibrate.labels import logit_gradient
 from lrc.compressors.calibrate.prefix import CompressedPrefix
 from lrc.compressors.decompose import Statistics
 from lrc.compressors.journal import Journal
-from lrc.compressors.models.architecture import Architecture, build
-from lrc.compressors.models.source import locate
+from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
 from lrc.configs.errors import ModelError
-from lrc.configs.recipe import Model
 
-LAYERS = 3
+LAYERS = 3  # of the model in conftest.py
 EVERYTHING = frozenset({"inputs", "gradients", "input_mean", "input_magnitude", "row_fisher"})
 
 
@@ -32,22 +30,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def source(tiny_llama, tmp_path):
-    tiny_llama(num_hidden_layers=LAYERS).save_pretrained(tmp_path / "source")
-    return tmp_path / "source"
-
-
-@pytest.fixture
-def architecture(source) -> Architecture:
-    return build(locate(Model(path=str(source), dtype="float32")))
-
-
-@pytest.fixture
-def reader(source, architecture) -> WeightReader:
-    return WeightReader(source, architecture)
 
 
 @pytest.fixture

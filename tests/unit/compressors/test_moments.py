@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lrc.compressors.decompose.moments import Moment, Statistics
+from lrc.compressors.linalg import damped
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def test_seen_through_the_weight_it_is_the_moment_of_the_outputs(
     outputs = tokens @ W.T
     image = Moment(whole.diagonal, image=outputs.T @ outputs)
     torch.testing.assert_close(whole.through(W, damp), image.through(W, damp), rtol=1e-10, atol=0)
-    expected = W @ whole.damped(damp) @ W.T
+    expected = W @ damped(whole.whole(), damp) @ W.T
     torch.testing.assert_close(whole.through(W, damp), expected, rtol=1e-10, atol=0)
 
 
@@ -55,7 +56,7 @@ def test_a_moment_without_content_is_refused_and_an_image_is_not_the_whole() -> 
     with pytest.raises(ValueError, match="'full' or 'image'"):
         Moment(torch.ones(3))
     with pytest.raises(ValueError, match="only its image"):
-        Moment(torch.ones(3), image=torch.eye(2)).damped(0.1)
+        Moment(torch.ones(3), image=torch.eye(2)).whole()
 
 
 def test_statistics_name_what_is_missing_and_move_as_a_whole() -> None:

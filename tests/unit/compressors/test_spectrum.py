@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lrc.compressors.decompose.moments import Moment
 from lrc.compressors.decompose.spectrum import Factors, energies_only, spectrum
-from lrc.compressors.linalg import weighted_error
+from lrc.compressors.linalg import damped, weighted_error
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 16), (16, 1)]
 
@@ -250,7 +250,7 @@ def test_an_image_serves_as_well_as_the_whole_moment(shape: tuple[int, int], dam
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 def test_damping_is_the_identity_added_to_both_metrics(shape: tuple[int, int]) -> None:
     W, H, G = weight(*shape), correlated(shape[1]), correlated(shape[0], seed=2)
-    damped_by_hand = spectrum(W, of(of(H).damped(1e-2)), of(of(G).damped(1e-3)))
+    damped_by_hand = spectrum(W, of(damped(H, 1e-2)), of(damped(G, 1e-3)))
     s = spectrum(W, of(H), of(G), damp=1e-2, gradient_damp=1e-3)
     torch.testing.assert_close(s.energies, damped_by_hand.energies, rtol=1e-10, atol=0)
 

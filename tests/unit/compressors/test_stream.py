@@ -12,29 +12,10 @@ from transformers import AutoModelForCausalLM
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.stream import LayerStream, apply, watch_inputs
 from lrc.compressors.journal import Journal
-from lrc.compressors.models.architecture import Architecture, build
-from lrc.compressors.models.source import locate
-from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.models.architecture import Architecture
 from lrc.configs.errors import ModelError
-from lrc.configs.recipe import Model
 
-LAYERS = 3
-
-
-@pytest.fixture
-def source(tiny_llama, tmp_path):
-    tiny_llama(num_hidden_layers=LAYERS).save_pretrained(tmp_path / "source")
-    return tmp_path / "source"
-
-
-@pytest.fixture
-def architecture(source) -> Architecture:
-    return build(locate(Model(path=str(source), dtype="float32")))
-
-
-@pytest.fixture
-def reader(source, architecture) -> WeightReader:
-    return WeightReader(source, architecture)
+LAYERS = 3  # of the model in conftest.py
 
 
 @pytest.fixture

@@ -150,3 +150,11 @@ def test_filling_and_emptying_leaves_the_skeleton_as_it_was(source):
     assert tables
     for name, table in model.named_buffers():  # computed, not stored: they cannot be read again
         assert torch.equal(table, tables[name])
+
+
+def test_a_module_that_was_filled_in_another_precision_is_still_read_in_the_models(source):
+    architecture = skeleton(source, "bfloat16")
+    first = WeightReader(source, architecture)
+    first.fill_("model.layers.0", device="cpu", dtype=torch.float32)
+    first.empty_("model.layers.0")
+    assert WeightReader(source, architecture).read(UP).dtype == torch.bfloat16
