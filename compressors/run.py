@@ -32,7 +32,6 @@ from lrc.compressors.planning.plan import Matrix, Plan, read_matrices
 from lrc.compressors.planning.ranks import allocate_ranks
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.profile import Profile, profile_plan
-from lrc.compressors.progress import OnStep
 from lrc.configs.load import LoadedRecipe
 
 
@@ -94,14 +93,13 @@ class Run:
 
     def calibrate(self) -> None:
         """Collect what the methods need to know of layers that are not factored yet."""
-        plan = self.prepared.plan
+        plan, calibration = self.prepared.plan, self.prepared.recipe.calibration
         homes = plan.homes()
         left = {m.layer for m in plan.matrices if not self.journal.has(factors_file(homes[m.name]))}
         needs = _needs(plan, left)
-        if not needs:
-            return
-        calibration = self.prepared.recipe.calibration
         with self.clock("calibrate"):
+            if not needs:
+                return
             statistics.collect(
                 self.prepared.architecture,
                 self.reader,
@@ -118,10 +116,10 @@ class Run:
 
     def allocate(self) -> Plan:
         """Fill in the ranks that shapes did not tell; the plan is written for people to edit."""
-        if self.journal.has("plan.json"):
-            records = self.journal.read_json("plan.json")["matrices"]
-            return self.prepared.plan.with_matrices(read_matrices(records))
         with self.clock("allocate"):
+            if self.journal.has("plan.json"):
+                records = self.journal.read_json("plan.json")["matrices"]
+                return self.prepared.plan.with_matrices(read_matrices(records))
             plan = self._ranks(self.prepared.plan)
             text = json.dumps(plan.to_json(), indent=1) + "\n"
             write_text(self.journal.output / "plan.json", text)
@@ -172,7 +170,7 @@ class Run:
 
     def save(self, plan: Plan, loaded: LoadedRecipe) -> None:
         """Write the checkpoint, whole or not at all."""
-        with self.clock("save"), new_folder(self.journal.output / "checkpoint") as folder:
+        with self.clock("save"), new_folder(self._checkpoint) as folder:
             write_checkpoint(
                 folder,
                 plan=plan,
@@ -186,36 +184,45 @@ class Run:
 
     def evaluate(self) -> dict[str, Any]:
         """Judge dense and compressed model one after the other; what is judged already is kept."""
-        recipe = self.prepared.recipe
-        if not recipe.evaluate.perplexity and not recipe.evaluate.tasks.names:
-            return compare(None, {"perplexity": {}, "tasks": {}})
-        checkpoint = self.journal.output / "checkpoint"
-        loaders: dict[str, Callable[[], Any]] = {
-            "dense": lambda: self.load_dense(self.dtype),
-            "compressed": lambda: load_checkpoint(
-                checkpoint, dtype=self.dtype, device=self.machine.chosen
-            ),
-        }
-        if not recipe.evaluate.dense:
-            del loaders["dense"]
-        asked = recipe.evaluate.model_dump(mode="json", exclude={"gates", "dense"})
-        blocks: dict[str, dict[str, Any]] = {}
         with self.clock("evaluate"):
-            for name, load in loaders.items():
-                file = f"evaluation-{name}.json"
-                if not self.journal.has(file) or self.journal.read_json(file)["asked"] != asked:
-                    tokenizer = load_checkpoint_tokenizer(checkpoint)
-                    block = evaluate_model(
-                        load(),
-                        tokenizer,
-                        recipe.evaluate,
-                        seed=recipe.seed,
-                        on_step=self._step_of(f"evaluate {name}"),
-                    )
-                    self.journal.write_json(file, {"asked": asked, "block": block})
-                    release_memory()
-                blocks[name] = self.journal.read_json(file)["block"]
-        return compare(blocks.get("dense"), blocks["compressed"])
+            asked = self.prepared.recipe.evaluate
+            if not asked.perplexity and not asked.tasks.names:
+                return compare(None, {"perplexity": {}, "tasks": {}})
+            dense = None
+            if asked.dense:
+                dense = self._judged("dense", lambda: self.load_dense(self.dtype))
+            compressed = self._judged(
+                "compressed",
+                lambda: load_checkpoint(
+                    self._checkpoint, dtype=self.dtype, device=self.machine.chosen
+                ),
+            )
+            return compare(dense, compressed)
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.journal.output / "checkpoint"
+
+    def _judged(self, name: str, load: Callable[[], Any]) -> dict[str, Any]:
+        """Return the scores of one model, measured once."""
+        evaluate = self.prepared.recipe.evaluate
+        file = f"evaluation-{name}.json"
+        asked = evaluate.model_dump(mode="json", exclude={"gates", "dense"})
+        if not self.journal.has(file) or self.journal.read_json(file)["asked"] != asked:
+            tokenizer = load_checkpoint_tokenizer(self._checkpoint)
+            block = evaluate_model(
+                load(),
+                tokenizer,
+                evaluate,
+                seed=self.prepared.recipe.seed,
+                on_step=lambda stage, done, total: self.machine.on_step(
+                    f"evaluate {name}: {stage}", done, total
+                ),
+            )
+            self.journal.write_json(file, {"asked": asked, "block": block})
+            release_memory()
+        judged: dict[str, Any] = self.journal.read_json(file)["block"]
+        return judged
 
     def _ranks(self, plan: Plan, *, every: bool = False) -> Plan:
         return allocate_ranks(
@@ -245,9 +252,6 @@ class Run:
             device=self.machine.chosen,
             memory_limit_gib=self.prepared.recipe.calibration.memory_limit_gib,
         )
-
-    def _step_of(self, label: str) -> OnStep:
-        return lambda stage, done, total: self.machine.on_step(f"{label}: {stage}", done, total)
 
 
 @contextmanager

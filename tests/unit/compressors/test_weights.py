@@ -155,6 +155,6 @@ def test_filling_and_emptying_leaves_the_skeleton_as_it_was(source):
 def test_a_module_that_was_filled_in_another_precision_is_still_read_in_the_models(source):
     architecture = skeleton(source, "bfloat16")
     first = WeightReader(source, architecture)
-    first.fill_("model.layers.0", device="cpu", dtype=torch.float32)
-    first.empty_("model.layers.0")
+    first.fill_("model.layers.1", device="cpu", dtype=torch.float32)
+    first.empty_("model.layers.1")
     assert WeightReader(source, architecture).read(UP).dtype == torch.bfloat16
