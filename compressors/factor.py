@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lrc.compressors.decompose import METHODS, Factors, Spectrum, Statistics, shared_spectrum, split
 from lrc.compressors.layers import FORMS, LowRank, SharedLowRank
+from lrc.compressors.linalg import cusolver
+from lrc.compressors.memory import to_host
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.ranks import arguments, seen_nothing, summed_inputs, unknown
 from lrc.compressors.planning.units import Unit
@@ -65,6 +67,7 @@ def factor(
         tensors |= _bias(unit.first, weights[0], tensors, curve.mean, bias, dtype)
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
         return Done(unit.dense(fallback=f"factors overflow {dtype}; stays dense"), {})
+    tensors = {name: to_host(t) for name, t in tensors.items()}
     tail, n_tokens = curve.tail_energy(factors.rank), known[0].n_tokens
     counts = n_tokens > 0 and not seen_nothing(known)  # else the energies are no losses
     nats = METHODS[options.method].nats_per_token(tail, n_tokens) if counts else None
@@ -73,7 +76,7 @@ def factor(
 
 def refitted(matrix: Matrix, V: Tensor, dtype: torch.dtype, note: str | None = None) -> Done:
     """Store the refitted weight of a matrix that stays dense; `note` becomes its fallback."""
-    rounded = V.to("cpu", dtype)
+    rounded = to_host(V.to(dtype))
     if not bool(torch.isfinite(rounded).all()):
         note = _joined(note, f"the refitted weight overflows {dtype}; stays as it was")
         return Done(Unit((replace(matrix, fallback=note),)), {})
@@ -142,18 +145,16 @@ def _encoded(
 
 def _encode(unit: Unit, factors: Factors) -> dict[str, Tensor]:
     parts = split(factors.B, len(unit.members))
-    return {
-        f"{m.name}.{leaf}": tensor
-        for m, B in zip(unit.members, parts, strict=True)
-        for leaf, tensor in FORMS[m.form].encode(B, factors.A).items()
-    }
+    with cusolver():
+        return {
+            f"{m.name}.{leaf}": tensor
+            for m, B in zip(unit.members, parts, strict=True)
+            for leaf, tensor in FORMS[m.form].encode(B, factors.A).items()
+        }
 
 
 def _rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {
-        name: t.to("cpu", dtype if t.is_floating_point() else t.dtype)
-        for name, t in tensors.items()
-    }
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def _bias(
@@ -165,10 +166,10 @@ def _bias(
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Return the bias that gives the mean input its dense output, behind the rounded factors."""
-    W_hat = product(matrix, tensors.__getitem__).to(W.device).double()
+    W_hat = product(matrix, tensors.__getitem__).double()
     delta = (W.double() - W_hat) @ mean.double()  # [d_out]
     whole = delta if dense is None else dense.double() + delta
-    return {f"{matrix.name}.{FORMS[matrix.form].BIAS}": whole.to("cpu", dtype)}
+    return {f"{matrix.name}.{FORMS[matrix.form].BIAS}": whole.to(dtype)}
 
 
 def _joined(*notes: str | None) -> str:

@@ -17,7 +17,7 @@ from lrc.compressors.journal import Journal, publish, storage_errors
 
 SNAPSHOT_SECONDS = 30.0
 GIB = 2**30
-GPU_SHARE = 0.2  # of the free memory: a layer, its moments and a batch need the rest
+GPU_SHARE = 0.25  # of the free memory: a layer, its moments and a batch need the rest
 LIVE = ".live"
 NAMES = ("states", "gradients", "tape", "dense", "prefix")
 """What a run may leave behind while it calibrates."""
@@ -95,9 +95,15 @@ class Tape:
         device: str,
     ) -> None:
         dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
-        whole = (n_layers * shape[0], *shape[1:])
-        tensor = _reserve(journal, "tape", whole, dtype, limit_gib, device)
-        self._layers = tensor.view(n_layers, *shape)
+        layer = shape[0] * shape[1] * shape[2] * dtype.itemsize
+        # Layers are read and written one at a time: a GPU with room for some of them holds those.
+        near = min(n_layers, int(_room(device) // layer)) if layer else 0
+        parts = [torch.empty((near, *shape), dtype=dtype, device=device)] if near else []
+        if near < n_layers:
+            far = ((n_layers - near) * shape[0], *shape[1:])
+            kept = _reserve(journal, "tape", far, dtype, limit_gib, "cpu")
+            parts.append(kept.view(n_layers - near, *shape))
+        self._layers: list[Tensor] = [one for part in parts for one in part]
 
     def write(self, layer: int, states: Tensor) -> None:
         """Keep the input [n_windows, length, d_model] of a layer."""
@@ -105,7 +111,13 @@ class Tape:
 
     def read(self, layer: int, rows: slice, device: str) -> Tensor:
         """Return the input of a layer for some windows, in float32."""
-        return self._layers[layer, rows].to(device, torch.float32)
+        return self._layers[layer][rows].to(device, torch.float32)
+
+
+def _room(device: str) -> float:
+    """Return how many bytes of a GPU one of these buffers may take."""
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 0
+    return GPU_SHARE * free
 
 
 def _reserve(
@@ -114,7 +126,7 @@ def _reserve(
     """Find room: on a GPU that has it, else in memory up to the limit, else on disk."""
     size = shape[0] * shape[1] * shape[2]
     n_bytes = size * dtype.itemsize
-    if device.startswith("cuda") and n_bytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if n_bytes <= _room(device):
         return torch.empty(shape, dtype=dtype, device=device)
     if n_bytes <= limit_gib * GIB:
         return torch.empty(shape, dtype=dtype)

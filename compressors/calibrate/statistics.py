@@ -14,6 +14,7 @@ from lrc.compressors.calibrate.stream import LayerCall, LayerStream
 from lrc.compressors.decompose import Moment, Statistics
 from lrc.compressors.journal import Journal
 from lrc.compressors.linalg import tensor_cores
+from lrc.compressors.memory import to_host
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.progress import OnStep
@@ -203,7 +204,7 @@ class _Collection:
         self._write(inputs_file(index), sums.sums, facts)
 
     def _write(self, file: str, sums: Mapping[str, Tensor], facts: dict[str, object]) -> None:
-        tensors = {key: total.cpu() for key, total in sums.items()}
+        tensors = {key: to_host(total) for key, total in sums.items()}
         # A safetensors file wants at least one tensor.
         self.journal.write_tensors(file, tensors or {"none": torch.zeros(1)}, facts)
 

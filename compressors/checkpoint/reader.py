@@ -146,11 +146,9 @@ def verify_hashes(folder: Path) -> list[str]:
     hashes = read_object(path).get("sha256")
     if not isinstance(hashes, dict):
         raise CheckpointError(f"{path}: holds no hashes; {AGAIN}")
-    problems = []
-    for name, expected in hashes.items():
-        file = folder / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif sha256(file) != expected:
-            problems.append(f"{name} has changed since it was written")
-    return problems
+    there = [name for name in hashes if (folder / name).is_file()]
+    found = dict(zip(there, sha256(folder / name for name in there), strict=True))
+    problems = [f"{name} is missing" for name in hashes if name not in found]
+    return problems + [
+        f"{name} has changed since it was written" for name in found if found[name] != hashes[name]
+    ]

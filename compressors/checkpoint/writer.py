@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,15 +67,24 @@ def write_manifest(folder: Path) -> None:
     """Write the SHA-256 of every file of the checkpoint but the report, which is added later."""
     later = {layout.MANIFEST, layout.REPORT, "README.md"}
     names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-    hashes = {name: sha256(folder / name) for name in names if name not in later}
-    text = json.dumps({"format_version": layout.FORMAT_VERSION, "sha256": hashes}, indent=1)
+    names = [name for name in names if name not in later]
+    hashes = sha256([folder / name for name in names])
+    text = json.dumps(
+        {"format_version": layout.FORMAT_VERSION, "sha256": dict(zip(names, hashes, strict=True))},
+        indent=1,
+    )
     (folder / layout.MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(paths: Iterable[Path]) -> list[str]:
+    """Return the SHA-256 of every file, read in pieces, several files at a time."""
+
+    def of(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
+        return list(pool.map(of, paths))
 
 
 @contextmanager

@@ -1,20 +1,26 @@
 """Compress one model in many ways and print one table: the quality section of BENCHMARKS.md.
 
-usage: python tests/benchmarks/table.py RECIPE FOLDER [--seconds N] [--rows PATTERN] [KEY=VALUE ...]
+usage: python tests/benchmarks/table.py RECIPE FOLDER [KEY=VALUE ...]
+           [--seconds N] [--rows PATTERN] [--jobs N]
 
 RECIPE gives model, calibration text and evaluation, as tests/benchmarks/protocol_a.yaml does; the
 rows below replace its stage. Rows that want the same calibration share its statistics. A row that
 is finished in FOLDER is not run again, so that the table can be made in pieces of N seconds.
+A small model leaves most of a GPU idle: several rows may be made side by side, at the expense of
+the column of seconds.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,7 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
 from lrc.compressors.run import identity
 from lrc.configs.load import LoadedRecipe, load_recipe
+from lrc.configs.recipe import Recipe
 
 METHODS = ["svd", "asvd", "fwsvd", "lord", "svd-llm", "basis-sharing", "kfac"]
 EVERYTHING = frozenset(
@@ -81,25 +88,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--rows", default="*")
+    parser.add_argument("--jobs", type=int, default=1, help="rows made side by side")
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args()
-    start = time.monotonic()
+    deadline = time.time() + asked.seconds
     if not (asked.folder / "dense.json").is_file():
         _dense(load_recipe(asked.recipe, asked.overrides), asked.folder)
-    for name, stage, calibration in rows():
-        if not fnmatchcase(name, asked.rows) or (asked.folder / f"{name}.json").is_file():
-            continue
-        if time.monotonic() - start > asked.seconds:
+    wanted = [
+        (name, [f"calibration.{key}={value}" for key, value in calibration.items()], stage)
+        for name, stage, calibration in rows()
+        if fnmatchcase(name, asked.rows) and not (asked.folder / f"{name}.json").is_file()
+    ]
+    for changes in dict.fromkeys(tuple(changes) for _, changes, _ in wanted):
+        _calibrate(load_recipe(asked.recipe, [*asked.overrides, *changes]), asked.folder)
+    one = partial(_row, asked.recipe, asked.folder, asked.overrides, deadline)
+    context = multiprocessing.get_context("spawn")  # CUDA survives no fork
+    with ProcessPoolExecutor(asked.jobs, context, _share_threads, (asked.jobs,)) as pool:
+        if not all(pool.map(one, wanted)):
             print("time is up; the same command goes on", file=sys.stderr)
-            break
-        changes = [f"calibration.{key}={value}" for key, value in calibration.items()]
-        changes += [f"stages={json.dumps([{'decompose': stage}])}", "evaluate.dense=false"]
-        output = asked.folder / "run"
-        shutil.rmtree(output, ignore_errors=True)
-        recipe = load_recipe(asked.recipe, [*asked.overrides, *changes, f"output={output}"])
-        _run(name, recipe, asked.folder)
     _print(asked.folder)
 
 
@@ -115,40 +123,67 @@ def _dense(recipe: LoadedRecipe, folder: Path) -> None:
     (folder / "dense.json").write_text(json.dumps(block))
 
 
-def _run(name: str, loaded: LoadedRecipe, folder: Path) -> None:
-    """Compress and evaluate one row."""
-    prepared = prepare(loaded.recipe)
-    calibration = loaded.recipe.calibration
+def _share_threads(jobs: int) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+
+
+def _shared(recipe: Recipe, folder: Path) -> Journal:
+    calibration = recipe.calibration
     key = f"{Path(calibration.source).parent.name}-{calibration.labels}"
-    shared = Journal(folder / "calibration" / key)
+    return Journal(folder / "calibration" / key)
+
+
+def _calibrate(loaded: LoadedRecipe, folder: Path) -> None:
+    """Collect what any method may ask for, once for every calibration."""
+    shared = _shared(loaded.recipe, folder)
+    if shared.has("whole.json"):
+        return
+    shutil.rmtree(shared.work, ignore_errors=True)
+    prepared = prepare(loaded.recipe)
+    calibration, architecture = loaded.recipe.calibration, prepared.architecture
     started = time.monotonic()
-    if not shared.has("statistics"):
-        shared.work.mkdir(parents=True)
-        architecture = prepared.architecture
-        reader = WeightReader(prepared.source.folder, architecture)
-        windows = take_windows(
-            calibration,
-            prepared.tokenizer,
-            shared,
-            seed=loaded.recipe.seed,
-            embedding=architecture.model.get_input_embeddings(),
-            dense=lambda: None,
-            on_step=lambda *_: None,
-        )
-        statistics.collect(
-            architecture,
-            reader,
-            windows,
-            {linear.name: EVERYTHING for linear in architecture.linears},
-            shared,
-            labels=calibration.labels,
-            seed=loaded.recipe.seed,
-            device=DEVICE,
-            memory_limit_gib=32,
-            on_step=lambda *_: None,
-        )
-        print(f"statistics {key}: {time.monotonic() - started:.1f} s", flush=True)
-    output = Path(loaded.recipe.output)
+    shared.work.mkdir(parents=True)
+    windows = take_windows(
+        calibration,
+        prepared.tokenizer,
+        shared,
+        seed=loaded.recipe.seed,
+        embedding=architecture.model.get_input_embeddings(),
+        dense=lambda: None,
+        on_step=lambda *_: None,
+    )
+    statistics.collect(
+        architecture,
+        WeightReader(prepared.source.folder, architecture),
+        windows,
+        {linear.name: EVERYTHING for linear in architecture.linears},
+        shared,
+        labels=calibration.labels,
+        seed=loaded.recipe.seed,
+        device=DEVICE,
+        memory_limit_gib=32,
+        on_step=lambda *_: None,
+    )
+    shared.write_json("whole.json", {})
+    print(f"statistics {shared.output.name}: {time.monotonic() - started:.1f} s", flush=True)
+
+
+def _row(
+    recipe: Path,
+    folder: Path,
+    overrides: list[str],
+    deadline: float,
+    row: tuple[str, list[str], dict[str, Any]],
+) -> bool:
+    """Compress and evaluate one row; say whether there was time for it."""
+    if time.time() > deadline:
+        return False
+    name, changes, stage = row
+    output = folder / f"run-{os.getpid()}"
+    shutil.rmtree(output, ignore_errors=True)
+    changes = [*changes, f"stages={json.dumps([{'decompose': stage}])}", "evaluate.dense=false"]
+    loaded = load_recipe(recipe, [*overrides, *changes, f"output={output}"])
+    shared, prepared = _shared(loaded.recipe, folder), prepare(loaded.recipe)
     with open_journal(output, identity(prepared)) as journal:
         shutil.copytree(
             shared.path("statistics"), journal.path("statistics"), copy_function=os.link
@@ -166,6 +201,8 @@ def _run(name: str, loaded: LoadedRecipe, folder: Path) -> None:
     (folder / f"{name}.json").write_text(json.dumps(row))
     p = {k: round(v["compressed"], 2) for k, v in report["evaluation"]["perplexity"].items()}
     print(f"{name}: {p} {time.monotonic() - started:.1f} s", flush=True)
+    shutil.rmtree(output)
+    return True
 
 
 def _print(folder: Path) -> None:
