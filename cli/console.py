@@ -111,6 +111,8 @@ def hush() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # What CUDA would otherwise factor with (MAGMA) is slower, and prints advice to stdout.
+    os.environ.setdefault("TORCH_LINALG_PREFER_CUSOLVER", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore")

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose import METHODS, Moment, Statistics, refit_target
+from lrc.compressors.decompose import METHODS, Moment, PrefixMoments, Statistics, refit_target
 from lrc.compressors.factor import Done, factor, product, refitted
 from lrc.compressors.journal import Journal
 from lrc.compressors.models.weights import WeightReader
@@ -23,11 +23,8 @@ class Prefix(Protocol):
     def groups(self, layer: int) -> list[list[str]]:
         """Return the linears of a decoder layer that share an input, in the order of use."""
 
-    def measure(self, layer: int, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the moments of a group's input: ``X'.T @ X'`` and ``X.T @ X'`` [d_in, d_in].
-
-        X' is the input behind everything that was replaced so far, X that of the dense model.
-        """
+    def measure(self, layer: int, names: Sequence[str], *, deficit: bool) -> PrefixMoments:
+        """Return the moments of a group's input, and what the residual stream lacks if asked."""
 
     def replace(self, name: str, W_hat: Tensor) -> None:
         """Put `W_hat` [d_out, d_in] in the place of a weight of the present layer."""
@@ -153,9 +150,11 @@ class _Work:
             for group in prefix.groups(layer):
                 targets = [alone.pop(name) for name in group if name in alone]
                 if targets:
-                    H, cross = prefix.measure(layer, group)
+                    asked = [self.compensate(m) for m in targets]
+                    deficit = any(c is not None and c.residual > 0 for c in asked)
+                    measured = prefix.measure(layer, group, deficit=deficit)
                     for matrix in targets:
-                        note(self._refit(matrix, H.to(self.device), cross.to(self.device)))
+                        note(self._refit(matrix, measured))
                 self._replace(group, records, tensors, prefix)
             for matrix in alone.values():  # no input ever came to them
                 note(self.unit(Unit((matrix,))))
@@ -204,15 +203,23 @@ class _Work:
         weights = [self._weight(m) for m in unit.members]
         return self._factor(unit, weights, known, weights[0].dtype)
 
-    def _refit(self, matrix: Matrix, H: Tensor, cross: Tensor) -> Done:
+    def _refit(self, matrix: Matrix, measured: PrefixMoments) -> Done:
         """Factor what brings a layer closest to the dense outputs, on the inputs it will see."""
         compensate = self.compensate(matrix)
         assert compensate is not None
         W = self._weight(matrix)
-        V, note = refit_target(W, H, cross, mix=compensate.mix, damp=compensate.damp)
+        V, note = refit_target(
+            W,
+            measured.H,
+            measured.cross,
+            mix=compensate.mix,
+            damp=compensate.damp,
+            deficit=measured.deficit.get(matrix.name),
+            residual=compensate.residual,
+        )
         if matrix.rank is None:
             return refitted(matrix, V, W.dtype, note)
-        known = self._known(matrix, behind=Moment.of(H))
+        known = self._known(matrix, behind=Moment.of(measured.H))
         done = self._factor(Unit((matrix,)), [V], [known], W.dtype)
         record = done.unit.first
         fallback = "; ".join(filter(None, [note, record.fallback])) or None

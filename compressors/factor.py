@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lrc.compressors.decompose import METHODS, Factors, Spectrum, Statistics, shared_spectrum, split
 from lrc.compressors.layers import FORMS, LowRank, SharedLowRank
-from lrc.compressors.linalg import cusolver
 from lrc.compressors.memory import to_host
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.ranks import arguments, seen_nothing, summed_inputs, unknown
@@ -145,12 +144,11 @@ def _encoded(
 
 def _encode(unit: Unit, factors: Factors) -> dict[str, Tensor]:
     parts = split(factors.B, len(unit.members))
-    with cusolver():
-        return {
-            f"{m.name}.{leaf}": tensor
-            for m, B in zip(unit.members, parts, strict=True)
-            for leaf, tensor in FORMS[m.form].encode(B, factors.A).items()
-        }
+    return {
+        f"{m.name}.{leaf}": tensor
+        for m, B in zip(unit.members, parts, strict=True)
+        for leaf, tensor in FORMS[m.form].encode(B, factors.A).items()
+    }
 
 
 def _rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -33,20 +33,6 @@ def tensor_cores() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-@contextmanager
-def cusolver() -> Iterator[None]:
-    """Let CUDA factor tall matrices by cuSOLVER; MAGMA is slower and prints advice to stdout."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    before = torch.backends.cuda.preferred_linalg_library()
-    torch.backends.cuda.preferred_linalg_library("cusolver")
-    try:
-        yield
-    finally:
-        torch.backends.cuda.preferred_linalg_library(before)
-
-
 def add_second_moment_(H: Tensor, x: Tensor) -> None:
     """Add the Gram matrix of some tokens to a running one, in place.
 

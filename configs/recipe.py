@@ -142,9 +142,11 @@ class Override(Strict):
 class Compensate(Strict):
     """Let every layer make up for what the compressed layers before it lost."""
 
-    mix: Annotated[float, Field(gt=0, le=1)] = 0.3
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Share of the dense model's outputs in what the layer aims at; the rest are its own outputs
     on the inputs it will really see."""
+    residual: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of what the residual stream lacks that layers writing to it try to make up for."""
     damp: Damp = 1e-4
 
 

@@ -1,15 +1,17 @@
 """The calibration windows as the compressed model sees them, beside the dense model's view."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.calibrate.residual import find_writers, silenced
 from lrc.compressors.calibrate.states import Chain
 from lrc.compressors.calibrate.statistics import batch_size
 from lrc.compressors.calibrate.stream import LayerStream, apply
 from lrc.compressors.calibrate.sums import Sums
+from lrc.compressors.decompose import PrefixMoments
 from lrc.compressors.journal import Journal
 from lrc.compressors.linalg import tensor_cores
 from lrc.compressors.models.architecture import Architecture
@@ -19,9 +21,6 @@ from lrc.configs.errors import ModelError
 
 class _Reached(Exception):
     """Ends a layer's forward at the linear whose input is wanted."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
 
 
 class CompressedPrefix:
@@ -52,6 +51,7 @@ class CompressedPrefix:
         self._stream = LayerStream(architecture, reader, device=device, dtype=torch.float32)
         self._batch = batch_size(len(tokens), tokens.shape[1], device)
         self._replaced: dict[tuple[str, str], nn.Parameter] = {}
+        self._writers: dict[tuple[object, ...], list[str]] = {}  # by kind of layer
         with self._stream.around_layers():
             self._calls = self._stream.trace(tokens[: self._batch])
             first = self._stream.embed(tokens[: self._batch])
@@ -80,57 +80,80 @@ class CompressedPrefix:
                 self._replaced[name, leaf] = nn.Parameter(tensor, requires_grad=False)
 
     @torch.no_grad()
-    def measure(self, layer: int, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the second moments of the input that some linears of a layer share.
+    def measure(self, layer: int, names: Sequence[str], *, deficit: bool) -> PrefixMoments:
+        """Return sums over the tokens of the input that some linears of a layer share.
 
         Parameters
         ----------
         names : sequence of str
             One of `groups`.
-
-        Returns
-        -------
-        H : Tensor, shape [d_in, d_in]
-            ``X'.T @ X'`` of the inputs X' behind what is replaced so far.
-        cross : Tensor, shape [d_in, d_in]
-            ``X.T @ X'`` with the inputs X of the dense model.
+        deficit : bool
+            Whether to measure the residual stream too.
 
         Raises
         ------
         ModelError
             If the inputs are not finite; names the linear.
         """
-        call, leader = self._calls[layer], names[0]
-
-        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            raise _Reached(args[0].reshape(-1, args[0].shape[-1]))
-
-        def inputs(module: nn.Module, hidden: Tensor) -> Tensor:
-            try:
-                apply(module, call, hidden.to(self._device))
-            except _Reached as reached:
-                return reached.x
-            raise AssertionError(f"{leader} was called in the trace and is no more")
-
-        sums = Sums()
+        leader, sums = names[0], Sums()
         with self._resident(layer) as module:
-            hook = self._architecture.model.get_submodule(leader).register_forward_pre_hook(stop)
-            try:
-                for start in range(0, len(self._dense), self._batch):
-                    rows = slice(start, start + self._batch)
-                    x = inputs(module, self._dense[rows])  # [n_tokens, d_in]
-                    with self._compressed():
-                        behind = inputs(module, self._prefix[rows])
-                    sums.add_square("H", behind)
-                    sums.add_product("cross", x, behind)
-            finally:
-                hook.remove()
+            writers = self._writers_of(layer, module) if deficit else []
+            later = writers[writers.index(leader) :] if leader in writers else []
+            for start in range(0, len(self._dense), self._batch):
+                rows = slice(start, start + self._batch)
+                x, stream = self._reach(layer, module, self._dense[rows], leader, later)
+                with self._compressed():
+                    behind, here = self._reach(layer, module, self._prefix[rows], leader, later)
+                sums.add_square("H", behind)
+                sums.add_product("cross", x, behind)
+                if stream is not None and here is not None:
+                    sums.add_product("deficit", (stream - here).flatten(0, -2), behind)
         if not all(bool(torch.isfinite(total).all()) for total in sums.values()):
             raise ModelError(
                 f"model: the inputs of {leader} are not finite behind the compressed layers; "
                 "raise 'keep', or leave out 'compensate'"
             )
-        return sums["H"], sums["cross"]
+        lacking = {leader: sums["deficit"]} if later else {}
+        return PrefixMoments(sums["H"], sums["cross"], lacking)
+
+    def _reach(
+        self, layer: int, module: nn.Module, hidden: Tensor, leader: str, later: Sequence[str]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return a linear's input [n_tokens, d_in], and the stream without the `later` writers."""
+        seen: list[Tensor] = []
+
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0].reshape(-1, args[0].shape[-1]))
+            if not later:
+                raise _Reached
+
+        hook = self._linear(leader).register_forward_pre_hook(see)
+        stream = None
+        try:
+            with suppress(_Reached), silenced(map(self._linear, later)):
+                stream = apply(module, self._calls[layer], hidden.to(self._device))
+        finally:
+            hook.remove()
+        assert seen, f"{leader} was called in the trace and is no more"
+        return seen[0], stream
+
+    def _writers_of(self, layer: int, module: nn.Module) -> list[str]:
+        """Return the linears of a layer that write to the residual stream, in the order of use."""
+        names = [name for group in self.groups(layer) for name in group]
+        prefix = f"{self._architecture.layer_names[layer]}."
+        kind = (type(module), *(name.removeprefix(prefix) for name in names))
+        if kind not in self._writers:
+            hidden = self._dense[: self._batch].to(self._device)
+            found = find_writers(
+                lambda: apply(module, self._calls[layer], hidden),
+                [(name, self._linear(name)) for name in names],
+            )
+            self._writers[kind] = [name.removeprefix(prefix) for name in found]
+        return [prefix + name for name in self._writers[kind]]
+
+    def _linear(self, name: str) -> nn.Module:
+        module: nn.Module = self._architecture.model.get_submodule(name)
+        return module
 
     @torch.no_grad()
     def advance(self, layer: int) -> None:

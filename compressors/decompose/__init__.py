@@ -1,6 +1,6 @@
 """Decomposition: a weight and what calibration knows of it in, a rate-distortion curve out."""
 
-from lrc.compressors.decompose.compensate import refit_target
+from lrc.compressors.decompose.compensate import PrefixMoments, refit_target
 from lrc.compressors.decompose.methods import METHODS, Method, Metric
 from lrc.compressors.decompose.moments import Moment, Statistics
 from lrc.compressors.decompose.shared import shared_spectrum, split
@@ -12,6 +12,7 @@ __all__ = [
     "Method",
     "Metric",
     "Moment",
+    "PrefixMoments",
     "Spectrum",
     "Statistics",
     "energies_only",

@@ -32,6 +32,7 @@ from lrc.compressors.calibrate.windows import FILE as WINDOWS
 from lrc.compressors.calibrate.windows import take_windows
 from lrc.compressors.evaluate import evaluate_model
 from lrc.compressors.journal import Journal, open_journal
+from lrc.compressors.memory import release_memory
 from lrc.compressors.models.source import load_dense
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
@@ -53,7 +54,10 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         yield f"kfac, lagrangian, pivot, {keep}", best, {}
         for mix in (0.2, 0.3, 0.4, 0.5):
             name = f"kfac, lagrangian, pivot, compensate {mix}, {keep}"
-            yield name, best | {"compensate": {"mix": mix}}, {}
+            yield name, best | {"compensate": {"mix": mix, "residual": 0}}, {}
+        for mix, residual in ((0.3, 0.25), (0.3, 0.5), (0.3, 0.75), (0.5, 0.5)):
+            name = f"kfac, lagrangian, pivot, compensate {mix}, residual {residual}, {keep}"
+            yield name, best | {"compensate": {"mix": mix, "residual": residual}}, {}
         yield f"kfac, real labels, lagrangian, pivot, {keep}", best, {"labels": "real"}
         for method in METHODS:
             for allocation in ("uniform", "lagrangian"):
@@ -78,7 +82,7 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     for method, keep in (("svd-llm", 0.8), ("kfac", 0.8), ("svd-llm", 0.6), ("kfac", 0.6)):
         stage = {"method": method, "keep": keep}
         if method == "kfac":
-            stage["compensate"] = {"mix": 0.3}
+            stage["compensate"] = {}
         other = {"source": "data/wikitext2/validation.jsonl"}
         yield f"{method} on WikiText-2, {keep}", stage, other
 
@@ -103,6 +107,7 @@ def main() -> None:
     ]
     for changes in dict.fromkeys(tuple(changes) for _, changes, _ in wanted):
         _calibrate(load_recipe(asked.recipe, [*asked.overrides, *changes]), asked.folder)
+    release_memory()
     one = partial(_row, asked.recipe, asked.folder, asked.overrides, deadline)
     context = multiprocessing.get_context("spawn")  # CUDA survives no fork
     with ProcessPoolExecutor(asked.jobs, context, _share_threads, (asked.jobs,)) as pool:

@@ -26,6 +26,25 @@ def test_the_refitted_target_is_the_least_squares_solution(mix: float) -> None:
     torch.testing.assert_close(V, expected, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("mix", [0.0, 0.4])
+def test_the_deficit_of_the_stream_is_part_of_the_target(mix: float) -> None:
+    W, X, stream = normal(12, 20, seed=0), tokens(), normal(100, 12, seed=3)
+    behind = X + 0.3 * tokens(seed=7)
+    V, fallback = refit_target(
+        W,
+        behind.T @ behind,
+        X.T @ behind,
+        mix=mix,
+        damp=0.0,
+        deficit=stream.T @ behind,
+        residual=0.5,
+    )
+    target = (1 - mix) * behind @ W.T + mix * X @ W.T + 0.5 * stream
+    expected = torch.linalg.lstsq(behind, target, driver="gelsd").solution.T
+    assert fallback is None
+    torch.testing.assert_close(V, expected, rtol=1e-8, atol=1e-8)
+
+
 def test_nothing_is_refitted_without_mix_or_without_change() -> None:
     W, X = normal(12, 20, seed=0), tokens()
     H = X.T @ X
@@ -33,6 +52,8 @@ def test_nothing_is_refitted_without_mix_or_without_change() -> None:
     torch.testing.assert_close(refit_target(W, H, H, mix=0.5, damp=1e-2)[0], W)
     with pytest.raises(ValueError, match="mix must be in"):
         refit_target(W, H, H, mix=1.5, damp=0.0)
+    with pytest.raises(ValueError, match="residual must be in"):
+        refit_target(W, H, H, mix=0.5, damp=0.0, residual=-1)
 
 
 def test_refitting_leaves_directions_without_tokens_alone() -> None:

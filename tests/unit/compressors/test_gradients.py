@@ -217,10 +217,22 @@ def test_a_prefix_sees_what_the_replaced_model_sees(source, architecture, reader
 
     for layer in range(LAYERS):
         for names in prefix.groups(layer):
-            H, cross = prefix.measure(layer, names)
+            found = prefix.measure(layer, names, deficit=True)
             x, behind = (input_of(model, names[0]) for model in models)
-            close(H, behind.T @ behind)
-            close(cross, x.T @ behind)
+            close(found.H, behind.T @ behind)
+            close(found.cross, x.T @ behind)
+            # A layer's input, and what its second norm is given: what attention and MLP add to.
+            block, _, linear = names[0].rpartition(".")
+            added_to = {
+                "o_proj": f"model.layers.{layer}.input_layernorm",
+                "down_proj": f"model.layers.{layer}.post_attention_layernorm",
+            }
+            if linear in added_to:
+                stream, here = (input_of(model, added_to[linear]) for model in models)
+                close(found.deficit[names[0]], (stream - here).T @ behind)
+            assert set(found.deficit) <= {f"{block}.o_proj", f"{block}.down_proj"}
+            assert bool(found.deficit) == (linear in added_to)
+            assert not prefix.measure(layer, names, deficit=False).deficit
             for name in names:
                 module = models[1].get_submodule(name)
                 noise = torch.randn(module.weight.shape, generator=g)
