@@ -88,7 +88,16 @@ def _module(
             f"{folder}: the tensors of {name} do not fit config.json: {'; '.join(problems)}; "
             f"{layout.AGAIN}"
         )
-    return {"name": name, "form": spec["form"], "rank": spec["rank"], "shape": [d_out, d_in]}
+    form = FORMS[spec["form"]]
+    sizes = {size: spec[size] for size in form.SIZES}
+    written = form.written(d_out, d_in, sizes)
+    return {
+        "name": name,
+        "form": spec["form"],
+        **sizes,
+        "shape": [d_out, d_in],
+        "written": written,
+    }
 
 
 def _counts(header: "Header") -> bool:

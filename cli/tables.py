@@ -24,7 +24,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     one = f", {methods[0]}" if len(methods) == 1 else ""
     table = _table(f"{plan.source} ({plan.architecture}, {plan.dtype}{one})")
     table.add_column("matrix", overflow="fold")
-    columns = ("layers", "shape", "method", "form", "rank", "MiB", "kept")
+    columns = ("layers", "shape", "method", "form", "size", "MiB", "kept")
     for column in columns:
         if column != "method" or not one:
             table.add_column(column, justify="right", no_wrap=column != "form", overflow="fold")
@@ -37,7 +37,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
             f"{m.shape[0]} x {m.shape[1]}",
             *([] if one else [m.method]),
             m.form if m.note is None else f"{m.form}: {m.note}",
-            "pending" if m.pending else str(m.rank or ""),
+            "pending" if m.pending else m.written,
             "" if m.pending else f"{bits / 8 / 2**20:.2f}",
             "" if m.pending else f"{bits / sum(m.source_bits for m in group):.1%}",
         )
@@ -158,10 +158,10 @@ def print_inspection(facts: dict[str, Any]) -> None:
     """Print the facts of a checkpoint."""
     table = _table(f"{facts['path']} ({facts['architecture']})")
     table.add_column("matrix", overflow="fold")
-    for column in ("shape", "form", "rank"):
+    for column in ("shape", "form", "size"):
         table.add_column(column, justify="right")
     for m in sorted(facts["modules"], key=lambda m: _natural(m["name"])):
-        table.add_row(m["name"], f"{m['shape'][0]} x {m['shape'][1]}", m["form"], str(m["rank"]))
+        table.add_row(m["name"], f"{m['shape'][0]} x {m['shape'][1]}", m["form"], m["written"])
     OUT.print(table)
     OUT.print(
         f"{facts['parameters']:,} parameters, {_size(facts['file_bytes'])} of weights, format "
@@ -185,7 +185,7 @@ def _alike(matrices: list[Matrix], *, every: bool) -> dict[tuple[str, ...], list
     groups: dict[tuple[str, ...], list[Matrix]] = {}
     for m in matrices:
         name = m.name if every else LAYER_NUMBER.sub(".*.", m.name, count=1)
-        facts = (m.shape, m.method, m.form, m.rank, m.note)
+        facts = (m.shape, m.method, m.form, m.written, m.note)
         groups.setdefault((name, *map(str, facts)), []).append(m)
     return groups
 

@@ -1,7 +1,7 @@
 """Carry out the decomposition stages of a plan: weights in, factors on disk, layer by layer."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,7 +11,7 @@ from lrc.compressors.decompose import METHODS, Moment, PrefixMoments, Statistics
 from lrc.compressors.factor import Done, factor, product, refitted
 from lrc.compressors.journal import Journal
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.planning.plan import Matrix, Plan, read_matrices
+from lrc.compressors.planning.plan import Matrix, Plan, read_matrices, record_of
 from lrc.compressors.planning.units import Unit, units_of
 from lrc.compressors.progress import OnStep
 from lrc.configs.recipe import Compensate, DecomposeBase, Recipe
@@ -162,7 +162,7 @@ class _Work:
         self.journal.write_tensors(
             factors_file(layer),
             tensors or {"none": torch.zeros(1)},
-            {"matrices": [asdict(r) for r in records]},
+            {"matrices": [record_of(r) for r in records]},
         )
 
     def restore(self, layer: int, prefix: Prefix) -> None:
@@ -197,7 +197,7 @@ class _Work:
 
     def unit(self, unit: Unit) -> Done:
         """Factor a unit by what the dense model's calibration knows of it."""
-        if unit.first.rank is None:
+        if unit.sizes is None:
             return Done(unit, {})
         known = [self._known(m) for m in unit.members]
         weights = [self._weight(m) for m in unit.members]
@@ -217,13 +217,13 @@ class _Work:
             deficit=measured.deficit.get(matrix.name),
             residual=compensate.residual,
         )
-        if matrix.rank is None:
+        if matrix.sizes is None:
             return refitted(matrix, V, W.dtype, note)
         known = self._known(matrix, behind=Moment.of(measured.H))
         done = self._factor(Unit((matrix,)), [V], [known], W.dtype)
         record = done.unit.first
         fallback = "; ".join(filter(None, [note, record.fallback])) or None
-        if record.rank is None:
+        if record.sizes is None:
             return refitted(record, V, W.dtype, fallback)
         return Done(Unit((replace(record, refit=True, fallback=fallback),)), done.tensors)
 

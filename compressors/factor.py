@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.decompose import METHODS, Factors, Spectrum, Statistics, shared_spectrum, split
-from lrc.compressors.layers import FORMS, LowRank, SharedLowRank
+from lrc.compressors.layers import FORMS, LowRank, RankForm, SharedLowRank
 from lrc.compressors.memory import to_host
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.ranks import arguments, seen_nothing, summed_inputs, unknown
@@ -59,7 +59,7 @@ def factor(
         return Done(unit.dense(fallback=note), {})
     curve = _curve(options, weights, known)
     unit, factors, tensors = _encoded(unit, curve, options)
-    if unit.first.rank is None:
+    if unit.sizes is None:
         return Done(unit, {})
     tensors = _rounded(tensors, dtype)
     if curve.mean is not None:
@@ -95,13 +95,13 @@ def product(matrix: Matrix, read: Callable[[str], Tensor]) -> Tensor:
     """
     if matrix.form == "dense":
         return read(f"{matrix.name}.weight")
-    assert matrix.rank is not None
-    (d_out, d_in), rank = matrix.shape, matrix.rank
+    assert matrix.sizes is not None
+    d_out, d_in = matrix.shape
     form = FORMS[matrix.form]
-    leaves = form.shapes(d_out, d_in, {"rank": rank}, bias=False)
+    leaves = form.shapes(d_out, d_in, matrix.sizes, bias=False)
     tensors = {leaf: read(f"{matrix.name}.{leaf}") for leaf in leaves}
     like = tensors[next(leaf for leaf, (_, kind) in leaves.items() if kind is None)]
-    module = form(d_in, d_out, rank, bias=False, device=like.device, dtype=like.dtype)
+    module = form(d_in, d_out, bias=False, device=like.device, dtype=like.dtype, **matrix.sizes)
     module.load_state_dict(tensors)
     if isinstance(module, SharedLowRank):
         A = read(f"{matrix.group}.a.weight")
@@ -131,9 +131,9 @@ def _encoded(
         tensors = _encode(unit, factors)
         return unit.at(factors.rank, fallback=factors.fallback), factors, tensors
     except ValueError as error:
-        reason, share = str(error), unit.bits(unit.first.rank) / unit.source_bits
+        reason, share = str(error), unit.bits({"rank": unit.first.rank}) / unit.source_bits
     plain = Unit(tuple(replace(m, form="low_rank") for m in unit.members))
-    rank = plain.largest_rank(share, "bits", multiple=options.rank_multiple)
+    rank = plain.step_within(share, "bits", multiple=options.rank_multiple)
     if rank == 0:
         note = _joined(factors.fallback, f"{reason}; stays dense")
         return unit.dense(fallback=note), factors, {}
@@ -147,8 +147,14 @@ def _encode(unit: Unit, factors: Factors) -> dict[str, Tensor]:
     return {
         f"{m.name}.{leaf}": tensor
         for m, B in zip(unit.members, parts, strict=True)
-        for leaf, tensor in FORMS[m.form].encode(B, factors.A).items()
+        for leaf, tensor in _rank_form(m.form).encode(B, factors.A).items()
     }
+
+
+def _rank_form(name: str) -> type[RankForm]:
+    form = FORMS[name]
+    assert issubclass(form, RankForm)
+    return form
 
 
 def _rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

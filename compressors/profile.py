@@ -104,7 +104,7 @@ def profile_plan(
     variance of about 2 r where the divergence is r (the log-ratio of two close distributions), so
     that n tokens tell r from chance only where ``n >> 2 / r``: 0.001 nats take many thousands.
     """
-    units = [unit for unit in units_of(plan.matrices) if unit.first.rank is not None]
+    units = [unit for unit in units_of(plan.matrices) if unit.sizes is not None]
     layers = sorted({unit.first.layer for unit in units})
     left = [layer for layer in layers if not _measured(journal, layer, len(tokens))]
     _refuse_forgotten([unit for unit in units if unit.first.layer in left], journal)
@@ -206,7 +206,7 @@ def _put_in(model: Any, done: Done) -> Iterator[None]:
 
     try:
         for m in done.unit.members:
-            if m.rank is None:
+            if m.sizes is None:
                 continue
             put(m.name, "weight", product(m, done.tensors.__getitem__))
             bias = done.tensors.get(f"{m.name}.{FORMS[m.form].BIAS}")

@@ -20,6 +20,7 @@ from lrc.compressors.calibrate.windows import provenance
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.decompose import METHODS
 from lrc.compressors.journal import Journal, write_text
+from lrc.compressors.layers import FORMS
 from lrc.compressors.prepare import Prepared
 
 SCHEMA_VERSION = 1
@@ -34,7 +35,8 @@ SCHEMA = {
     "size.source.{file_bytes,quantized}": "the weights as the source stores them; null if on a Hub",
     "size.alternatives.NAME": "file bytes of plain forms of the same model, not measured here",
     "layers[].{name,shape,method,form}": "one record a targeted matrix",
-    "layers[].{rank,bits,source_bits}": "as stored; rank is null where the matrix stays dense",
+    "layers[].{bits,source_bits}": "as stored, and dense",
+    "layers[].{rank,nonzeros,atoms}": "those of its form; of a dense matrix rank, which is null",
     "layers[].predicted_loss": "share of the (weighted) energy of the matrix that is lost, [0, 1]",
     "layers[].predicted_nats": "rise of the loss, nats a token; null where the method cannot tell",
     "layers[].refit": "whether it was fitted behind the compressed layers before it",
@@ -170,7 +172,8 @@ def _alternatives(plan: dict[str, Any]) -> dict[str, int]:
 
 
 def _layer(matrix: dict[str, Any]) -> dict[str, Any]:
-    keys = ["name", "shape", "stage", "method", "form", "rank", "bits", "source_bits"]
+    sizes = FORMS[matrix["form"]].SIZES if matrix["form"] in FORMS else ("rank",)
+    keys = ["name", "shape", "stage", "method", "form", *sizes, "bits", "source_bits"]
     record = {key: matrix[key] for key in keys}
     return record | {
         "predicted_loss": matrix["loss"],

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 Spec = Mapping[str, Any]
 """A module's entry in config.json, such as ``{"form": "low_rank", "rank": 12}``."""
+Sizes = Mapping[str, int]
+"""The whole numbers of a spec that tell, with the shape, what a form stores: ``{"rank": 12}``."""
 Device = torch.device | str | None
 Shapes = dict[str, tuple[list[int], torch.dtype | None]]
 """Tensor name within the module -> shape, and dtype where it is not the model's."""
@@ -25,45 +27,50 @@ class Form(nn.Module, ABC):
     loader that does not know the form meets a shape mismatch and stops, where it would otherwise
     start from random weights with no more than a warning.
 
-    A spec holds ``form``, ``rank`` and what a form adds. With ``"bias": true`` the layer has a bias
-    that the method made and that is stored with the module; without, the bias is that of the
-    dense layer, if it had one.
+    A spec holds ``form``, the form's `SIZES` and what else it adds. With ``"bias": true`` the layer
+    has a bias that the method made and that is stored with the module; without, the bias is that of
+    the dense layer, if it had one.
 
     Parameters
     ----------
-    d_in, d_out, rank : int
+    d_in, d_out : int
     bias : bool
         Whether the layer has a bias.
     device, dtype : optional
         As for `nn.Linear`. Weights are left uninitialised.
+    **sizes : int
+        One for every name in `SIZES`.
     """
 
+    SIZES: ClassVar[tuple[str, ...]]
+    """Names of the sizes, which are attributes of a module too."""
     BIAS: ClassVar[str]
     """Name of the bias within the module."""
 
     in_features: int
     out_features: int
-    rank: int
     weight: Tensor
 
     def __init__(
         self,
         d_in: int,
         d_out: int,
-        rank: int,
         *,
         bias: bool,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        **sizes: int,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.rank = d_in, d_out, rank
+        self.in_features, self.out_features = d_in, d_out
+        for name in self.SIZES:
+            setattr(self, name, sizes[name])
         self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8, device=device))
         self._build(bias=bias, device=device, dtype=dtype)
 
     @abstractmethod
     def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
-        """Make the parts, uninitialised; the three sizes are set."""
+        """Make the parts, uninitialised; all sizes are set."""
 
     @classmethod
     @abstractmethod
@@ -96,30 +103,23 @@ class Form(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def multiply_adds(cls, d_out: int, d_in: int, rank: int) -> int:
-        """Count the multiplications with a weight that one token costs."""
+    def largest_step(cls, d_out: int, d_in: int) -> int:
+        """Return the number of the largest sizes there are: they are counted from 1."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """Write ``W_hat = B @ A`` as the tensors of the file, but for a bias.
+    def sizes_at(cls, step: int, d_out: int, d_in: int) -> Sizes:
+        """Return the sizes of a number; the larger, the more is stored."""
 
-        Parameters
-        ----------
-        B : Tensor, shape [d_out, rank], float64
-        A : Tensor, shape [rank, d_in], float64
+    @classmethod
+    def written(cls, d_out: int, d_in: int, sizes: Sizes) -> str:
+        """Return the sizes as a table shows them."""
+        return ", ".join(str(sizes[name]) for name in cls.SIZES)
 
-        Returns
-        -------
-        dict of str to Tensor
-            By the names of `shapes`. Those without a dtype there are unrounded: rounding them to
-            the model's is for the caller.
-
-        Raises
-        ------
-        ValueError
-            If the form cannot hold this product.
-        """
+    @classmethod
+    @abstractmethod
+    def multiply_adds(cls, d_out: int, d_in: int, **sizes: int) -> int:
+        """Count the multiplications with a weight that one token costs."""
 
     @classmethod
     def empty(cls, linear: nn.Linear, spec: Spec) -> Self:
@@ -130,7 +130,7 @@ class Form(nn.Module, ABC):
         return cls(
             linear.in_features,
             linear.out_features,
-            spec["rank"],
+            **{name: spec[name] for name in cls.SIZES},
             bias=linear.bias is not None or bool(spec.get("bias")),
             device=linear.weight.device,
             dtype=linear.weight.dtype,
@@ -168,34 +168,75 @@ class Form(nn.Module, ABC):
         return linear
 
     def extra_repr(self) -> str:
-        """Show the three sizes in a printed model."""
-        return f"d_in={self.in_features}, d_out={self.out_features}, rank={self.rank}"
+        """Show the sizes in a printed model."""
+        sizes = "".join(f", {name}={getattr(self, name)}" for name in self.SIZES)
+        return f"d_in={self.in_features}, d_out={self.out_features}{sizes}"
 
     @classmethod
     def problem(cls, spec: Spec) -> str | None:
         """Say what is wrong with a spec that was read from a config; None if nothing."""
-        rank = spec.get("rank")
-        if not isinstance(rank, int) or rank is True or rank < 1:
-            return "must hold 'rank': N >= 1"
+        for name in cls.SIZES:
+            size = spec.get(name)
+            if not isinstance(size, int) or size is True or size < 1:
+                return f"must hold '{name}': N >= 1"
         if not isinstance(spec.get("bias", False), bool):
             return "must hold true or false as 'bias'"
         return None
 
     @classmethod
-    @cache  # an allocation asks for every rank of every matrix, and matrices share their shapes
-    def stored_bits(cls, d_out: int, d_in: int, rank: int, *, bits: int) -> int:
+    @cache  # an allocation asks for every size of every matrix, and matrices share their shapes
+    def stored_bits(cls, d_out: int, d_in: int, *, bits: int, **sizes: int) -> int:
         """Count all bits in the file that stand for the weight; `bits` is of one number.
 
         Indices and the sentinel count; a bias does not, as it does not in the dense layer.
         """
-        shapes = cls.shapes(d_out, d_in, {"rank": rank}, bias=False).values()
+        shapes = cls.shapes(d_out, d_in, sizes, bias=False).values()
         return sum(prod(shape) * (dtype.itemsize * 8 if dtype else bits) for shape, dtype in shapes)
 
     @classmethod
-    def parameters_stored(cls, d_out: int, d_in: int, rank: int) -> int:
+    def parameters_stored(cls, d_out: int, d_in: int, **sizes: int) -> int:
         """Count the numbers that stand for the weight: no indices, no sentinel."""
-        shapes = cls.shapes(d_out, d_in, {"rank": rank}, bias=False).values()
+        shapes = cls.shapes(d_out, d_in, sizes, bias=False).values()
         return sum(prod(shape) for shape, dtype in shapes if dtype is None)
+
+
+class RankForm(Form):
+    """A form that holds a product of low rank, ``W_hat = B @ A``."""
+
+    SIZES = ("rank",)
+    rank: int
+
+    @classmethod
+    def largest_step(cls, d_out: int, d_in: int) -> int:
+        """Return the largest rank."""
+        return min(d_out, d_in)
+
+    @classmethod
+    def sizes_at(cls, step: int, d_out: int, d_in: int) -> Sizes:
+        """Return the rank."""
+        return {"rank": step}
+
+    @staticmethod
+    @abstractmethod
+    def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """Write ``W_hat = B @ A`` as the tensors of the file, but for a bias.
+
+        Parameters
+        ----------
+        B : Tensor, shape [d_out, rank], float64
+        A : Tensor, shape [rank, d_in], float64
+
+        Returns
+        -------
+        dict of str to Tensor
+            By the names of `shapes`. Those without a dtype there are unrounded: rounding them to
+            the model's is for the caller.
+
+        Raises
+        ------
+        ValueError
+            If the form cannot hold this product.
+        """
 
 
 SENTINEL: Shapes = {"weight": ([1], torch.uint8)}

@@ -6,10 +6,18 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.form import SENTINEL, Device, Form, Shapes, Spec, empty_linear, sentinel
+from lrc.compressors.layers.form import (
+    SENTINEL,
+    Device,
+    RankForm,
+    Shapes,
+    Spec,
+    empty_linear,
+    sentinel,
+)
 
 
-class LowRank(Form):
+class LowRank(RankForm):
     """Compute ``y = x @ (B @ A).T + bias`` as two products, never forming ``B @ A``.
 
     Parameters are those of `Form`; a bias is that of ``b``.
@@ -28,7 +36,7 @@ class LowRank(Form):
         layer = cls(
             A.shape[1],
             B.shape[0],
-            A.shape[0],
+            rank=A.shape[0],
             bias=bias is not None,
             device=A.device,
             dtype=A.dtype,
@@ -56,9 +64,9 @@ class LowRank(Form):
         return found[f"{name}.b.weight"][0], found[f"{name}.a.weight"][1]
 
     @classmethod
-    def multiply_adds(cls, d_out: int, d_in: int, rank: int) -> int:
+    def multiply_adds(cls, d_out: int, d_in: int, **sizes: int) -> int:
         """Count those of the two products."""
-        return rank * (d_out + d_in)
+        return sizes["rank"] * (d_out + d_in)
 
     @staticmethod
     def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:

@@ -5,14 +5,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.form import SENTINEL, Device, Form, Shapes, Spec, empty_linear, sentinel
+from lrc.compressors.layers.form import (
+    SENTINEL,
+    Device,
+    RankForm,
+    Shapes,
+    Spec,
+    empty_linear,
+    sentinel,
+)
 from lrc.compressors.layers.pivot import pivot_rows
 
 INT16_ROWS = 2**15 - 1
 """Rows that an int16 can number and count."""
 
 
-class PivotedLowRank(Form):
+class PivotedLowRank(RankForm):
     """Compute ``y = x @ W_hat.T + bias`` from the pivot rows R of ``W_hat`` and coefficients C.
 
     Outputs of the pivot rows are ``p = R x``; the others are combinations of them, ``C p``. That is
@@ -69,8 +77,9 @@ class PivotedLowRank(Form):
         return found[f"{name}.order"][0], found[f"{name}.a.weight"][1]
 
     @classmethod
-    def multiply_adds(cls, d_out: int, d_in: int, rank: int) -> int:
+    def multiply_adds(cls, d_out: int, d_in: int, **sizes: int) -> int:
         """Count those of the two products."""
+        rank = sizes["rank"]
         return rank * (d_out + d_in - rank)
 
     @staticmethod

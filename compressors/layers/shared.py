@@ -5,11 +5,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.form import SENTINEL, Device, Form, Shapes, Spec, empty_linear, sentinel
+from lrc.compressors.layers.form import (
+    SENTINEL,
+    Device,
+    RankForm,
+    Shapes,
+    Spec,
+    empty_linear,
+    sentinel,
+)
 from lrc.compressors.layers.low_rank import LowRank
 
 
-class SharedLowRank(Form):
+class SharedLowRank(RankForm):
     """A member of a group of layers that project their inputs on one common basis ``A``.
 
     The first of the group, the owner, is an ordinary `LowRank` and holds ``a``; a member holds its
@@ -67,9 +75,9 @@ class SharedLowRank(Form):
         return found[f"{name}.b.weight"][0], found[f"{spec['shares']}.a.weight"][1]
 
     @classmethod
-    def multiply_adds(cls, d_out: int, d_in: int, rank: int) -> int:
+    def multiply_adds(cls, d_out: int, d_in: int, **sizes: int) -> int:
         """Count those of the two products: layers of a group have inputs of their own."""
-        return rank * (d_out + d_in)
+        return sizes["rank"] * (d_out + d_in)
 
     @staticmethod
     def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:

@@ -99,7 +99,7 @@ def even_share(budget: int, units: list[Unit], options: DecomposeBase) -> float:
         if share <= 0:
             return 0.0
         rank_at = {
-            id(u): u.largest_rank(share, "bits", multiple=options.rank_multiple) for u in others
+            id(u): u.step_within(share, "bits", multiple=options.rank_multiple) for u in others
         }
         dense = [u for u in others if rank_at[id(u)] == 0]
         if not dense:

@@ -159,15 +159,15 @@ def _checked(plan: GivenPlan, unit: Unit, number: int, found: list[str]) -> Entr
             "correct it, or change the method"
         )
         return None
-    if not 1 <= entry.rank <= unit.max_rank:
+    if not 1 <= entry.rank <= unit.largest_step:
         found.append(
-            f"{where}: rank must be in [1, {unit.max_rank}] for {list(m.shape)}, got "
+            f"{where}: rank must be in [1, {unit.largest_step}] for {list(m.shape)}, got "
             f"{entry.rank}; lower it, or make it dense"
         )
         return None
     as_asked = unit if len(unit.members) > 1 else unit.at(entry.rank, form=entry.form)
-    if as_asked.bits(entry.rank) >= unit.source_bits:
-        largest = as_asked.largest_rank(1, "bits")
+    if as_asked.bits({"rank": entry.rank}) >= unit.source_bits:
+        largest = as_asked.step_within(1, "bits")
         found.append(
             f"{where}: {entry.form} of rank {entry.rank} takes as much as the dense matrix; "
             f"lower rank to at most {largest}, or make it dense"

@@ -150,14 +150,14 @@ def _overridden(unit: Unit, stage: Stage, problems: list[str]) -> Unit:
         assert override.keep is not None
         return _within(unit, override.keep, options)
     d_out, d_in = unit.first.shape
-    if override.rank > unit.max_rank:
+    if override.rank > unit.largest_step:
         problems.append(
-            f"{stage.where}.overrides[{number}].rank: must be in [1, {unit.max_rank}] for "
+            f"{stage.where}.overrides[{number}].rank: must be in [1, {unit.largest_step}] for "
             f"{unit.first.name} [{d_out}, {d_in}], got {override.rank}; lower rank or list the "
             "layer under 'skip'"
         )
         return unit.dense()
-    if unit.bits(override.rank) >= unit.source_bits:
+    if unit.bits({"rank": override.rank}) >= unit.source_bits:
         return unit.dense(note=f"factors of rank {override.rank} would be larger than the matrix")
     return unit.at(override.rank)
 
@@ -166,18 +166,18 @@ def _within(unit: Unit, keep: float, options: DecomposeBase) -> Unit:
     """Give a unit the largest rank within its share."""
     if keep == 1:
         return unit.dense(note="keep is 1")
-    rank = unit.largest_rank(keep, options.measure, multiple=options.rank_multiple)
-    if rank == 0:
+    step = unit.step_within(keep, options.measure, multiple=options.rank_multiple)
+    if step == 0:
         needed = f"rank {options.rank_multiple} needs more than {keep:.0%}"
         return unit.dense(note=f"too small: {needed} of its {WORDS[options.measure]}")
-    return unit.at(rank)
+    return unit.at(unit.sizes_at(step))
 
 
 def _even(unit: Unit, share: float, stage: Stage, problems: list[str]) -> Unit:
     options = stage.options
     decided = _within(unit, share, options)
     floor = options.min_keep * unit.dense_cost(options.measure)
-    if decided.first.rank is not None and decided.spent(options.measure) < floor:
+    if decided.sizes is not None and decided.spent(options.measure) < floor:
         problems.append(
             f"{stage.where}.min_keep: {unit.first.name} {list(unit.first.shape)} has no rank that "
             f"keeps between {options.min_keep:g} and {share:g}, with 'rank_multiple' "
@@ -189,7 +189,7 @@ def _even(unit: Unit, share: float, stage: Stage, problems: list[str]) -> Unit:
 def _refuse_multiple(stage: Stage, units: list[Unit], problems: list[str]) -> None:
     """Refuse a multiple beyond every rank that makes its matrix cheaper."""
     multiple = stage.options.rank_multiple
-    largest = max(u.largest_rank(1, stage.options.measure) for u in units)
+    largest = max(u.step_within(1, stage.options.measure) for u in units)
     if 0 < largest < multiple:
         problems.append(
             f"{stage.where}.rank_multiple: must be in [1, {largest}], the largest rank that makes "

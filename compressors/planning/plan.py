@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lrc.compressors.layers import FORMS
+from lrc.compressors.layers import FORMS, Sizes
 
 PLAN_VERSION = 1
 
@@ -25,7 +25,8 @@ class Matrix:
     method: str
     form: str
     """``dense`` or one of `FORMS`."""
-    rank: int | None
+    sizes: Sizes | None
+    """Those of the form, such as ``{"rank": 12}``; None if dense or not chosen yet."""
     bits: int
     """Of the file; of a pending matrix its even share of the budget."""
     source_bits: int
@@ -50,23 +51,34 @@ class Matrix:
 
     @property
     def factored(self) -> bool:
-        """Whether it gets factors, as far as is known by now."""
-        return self.rank is not None or self.pending is not None
+        """Whether it gets another form than dense, as far as is known by now."""
+        return self.sizes is not None or self.pending is not None
+
+    @property
+    def rank(self) -> int | None:
+        """The rank, of a form that has one."""
+        return None if self.sizes is None else self.sizes.get("rank")
+
+    @property
+    def written(self) -> str:
+        """The sizes as a table shows them; empty if there are none."""
+        return "" if self.sizes is None else FORMS[self.form].written(*self.shape, self.sizes)
 
     @property
     def number_bits(self) -> int:
         """Bits of one number of the reference model."""
         return self.source_bits // (self.shape[0] * self.shape[1])
 
-    def stored_bits(self, rank: int) -> int:
-        """Count the bits of its form at `rank`, with those of a bias that the layer had not."""
+    def stored_bits(self, sizes: Sizes) -> int:
+        """Count the bits of its form with `sizes`, with those of a bias that the layer had not."""
         added = self.shape[0] * self.number_bits if self.bias == "added" else 0
-        return FORMS[self.form].stored_bits(*self.shape, rank, bits=self.number_bits) + added
+        return FORMS[self.form].stored_bits(*self.shape, bits=self.number_bits, **sizes) + added
 
-    def at(self, rank: int, **changes: Any) -> "Matrix":
-        """Return the same matrix with factors of `rank`; `changes` are other fields."""
-        changed = replace(self, rank=rank, pending=None, **changes)
-        return replace(changed, bits=changed.stored_bits(rank))
+    def at(self, sizes: Sizes | int, **changes: Any) -> "Matrix":
+        """Return the same matrix with these sizes, or this rank; `changes` are other fields."""
+        sizes = {"rank": sizes} if isinstance(sizes, int) else dict(sizes)
+        changed = replace(self, sizes=sizes, pending=None, **changes)
+        return replace(changed, bits=changed.stored_bits(sizes))
 
     def undecided(self, allocation: str, share: float) -> "Matrix":
         """Return the same matrix with a rank that an allocation is going to choose."""
@@ -82,7 +94,7 @@ class Matrix:
         return replace(
             self,
             form="dense",
-            rank=None,
+            sizes=None,
             bits=self.source_bits,
             pending=None,
             group=None,
@@ -135,9 +147,10 @@ class Plan:
         removed = 0
         for m in self.matrices:
             d_out, d_in = m.shape
-            if m.rank is not None:
+            if m.sizes is not None:
                 added = d_out if m.bias == "added" else 0
-                removed += d_out * d_in - added - FORMS[m.form].parameters_stored(*m.shape, m.rank)
+                removed += d_out * d_in - added
+                removed -= FORMS[m.form].parameters_stored(*m.shape, **m.sizes)
             elif m.pending:
                 removed += d_out * d_in - m.bits // m.number_bits
         return self.parameters - removed
@@ -161,9 +174,9 @@ class Plan:
         """Return the module table of the checkpoint's config."""
         table: dict[str, dict[str, Any]] = {}
         for m in self.matrices:
-            if m.rank is None:
+            if m.sizes is None:
                 continue
-            table[m.name] = {"form": m.form, "rank": m.rank}
+            table[m.name] = {"form": m.form, **m.sizes}
             if m.bias is not None:
                 table[m.name]["bias"] = True
             if m.group not in (None, m.name):
@@ -179,7 +192,9 @@ class Plan:
             "compressed_parameters": self.compressed_parameters,
             "compressed_bytes": self.compressed_bytes,
         }
-        return asdict(self) | {"given": self.given_hashes(), "totals": totals}
+        matrices = [record_of(m) for m in self.matrices]
+        facts = asdict(self) | {"matrices": matrices, "given": self.given_hashes()}
+        return facts | {"totals": totals}
 
     def given_hashes(self) -> dict[str, str]:
         """Return the SHA-256 of the plan file of every stage that was given one."""
@@ -189,6 +204,21 @@ class Plan:
         }
 
 
+def record_of(matrix: Matrix) -> dict[str, Any]:
+    """Return a matrix as JSON values; its sizes stand beside the form, as people write them."""
+    record: dict[str, Any] = {}
+    for key, value in asdict(matrix).items():
+        record |= (value or {"rank": None}) if key == "sizes" else {key: value}
+    return record
+
+
 def read_matrices(records: Iterable[Mapping[str, Any]]) -> list[Matrix]:
-    """Read back matrices that `dataclasses.asdict` has turned into JSON values."""
-    return [Matrix(**{**record, "shape": tuple(record["shape"])}) for record in records]
+    """Read back matrices that `record_of` has turned into JSON values."""
+    return [_matrix(dict(record)) for record in records]
+
+
+def _matrix(record: dict[str, Any]) -> Matrix:
+    names = FORMS[record["form"]].SIZES if record["form"] in FORMS else ()
+    found = {name: record.pop(name) for name in {*names, "rank"} if name in record}
+    sizes = None if None in found.values() else found
+    return Matrix(**{**record, "shape": tuple(record["shape"]), "sizes": sizes})

@@ -74,7 +74,7 @@ def allocate_ranks(
     wanted = [
         unit
         for unit in units_of(plan.matrices)
-        if unit.first.pending or (every and unit.first.rank is not None and unit.first.loss is None)
+        if unit.first.pending or (every and unit.sizes is not None and unit.first.loss is None)
     ]
     curves = _curves(wanted, recipe, reader, journal, statistics, device=device, on_step=on_step)
     decided: list[Unit] = []
@@ -131,7 +131,7 @@ def _allocate(
     if not pending:
         return even
     of = [curves[unit.first.name] for unit in pending]
-    costs = [lambda rank, unit=unit: unit.cost(rank, measure) for unit in pending]
+    costs = [lambda rank, unit=unit: unit.step_cost(rank, measure) for unit in pending]
     dense = [unit.dense_cost(measure) for unit in pending]
     floors = [options.min_keep * cost for cost in dense]
     if options.allocation == "lagrangian":
@@ -164,10 +164,10 @@ def _allocate(
 def _even(unit: Unit, share: float, options: DecomposeBase) -> Unit:
     """Give a unit the largest rank within a share of its dense cost."""
     measure, multiple = options.measure, options.rank_multiple
-    rank = unit.largest_rank(share, measure, multiple=multiple)
-    if rank == 0 or unit.cost(rank, measure) < options.min_keep * unit.dense_cost(measure):
+    step = unit.step_within(share, measure, multiple=multiple)
+    if step == 0 or unit.step_cost(step, measure) < options.min_keep * unit.dense_cost(measure):
         return unit.dense(note="saw zeros only, and no rank fits its share of the budget")
-    return unit.at(rank)
+    return unit.at(unit.sizes_at(step))
 
 
 def _chosen(unit: Unit, rank: int, curve: Curve, options: DecomposeBase) -> Unit:
@@ -248,7 +248,7 @@ def _curve(
         return Curve(energies_only(stack).cpu(), 0)
     method = METHODS[options.method]
     known = [statistics(m) if method.needs_inputs else Statistics() for m in unit.members]
-    none = stack.new_zeros(unit.max_rank, dtype=torch.float64, device="cpu")
+    none = stack.new_zeros(unit.largest_step, dtype=torch.float64, device="cpu")
     note = unknown(known, options)
     if note is not None:
         return Curve(none, 0, note)

@@ -82,7 +82,7 @@ def _as_asked(options: DecomposeBase, linear: Linear, stage: int, bits: int) -> 
         stage=stage,
         method=options.method,
         form=FORM_OF[options.storage],
-        rank=None,
+        sizes=None,
         bits=source_bits,
         source_bits=source_bits,
         bias=bias,

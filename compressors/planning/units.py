@@ -1,11 +1,11 @@
-"""What gets one rank: a matrix alone, or the matrices that share a factor."""
+"""What is decided as one: a matrix alone, or the matrices that share a factor."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lrc.compressors.allocate import Options, smallest_rank, uniform
-from lrc.compressors.layers import FORMS
+from lrc.compressors.layers import FORMS, Sizes
 from lrc.compressors.planning.plan import Matrix
 
 Measure = Literal["bits", "macs"]
@@ -32,14 +32,23 @@ class Unit:
         return sum(m.source_bits for m in self.members)
 
     @property
-    def max_rank(self) -> int:
-        """Return the largest rank there is: that of the weights stacked along their outputs."""
-        d_out, d_in = self.first.shape
-        return min(len(self.members) * d_out, d_in)
+    def sizes(self) -> Sizes | None:
+        """Sizes as planned; None if dense or not chosen yet."""
+        return self.first.sizes
 
-    def bits(self, rank: int) -> int:
-        """Count the bits of factors of `rank` in the file."""
-        return sum(m.stored_bits(rank) for m in self.members)
+    @property
+    def largest_step(self) -> int:
+        """Number of the largest sizes there are; of ranks that of the weights stacked."""
+        d_out, d_in = self.first.shape
+        return FORMS[self.first.form].largest_step(len(self.members) * d_out, d_in)
+
+    def sizes_at(self, step: int) -> Sizes:
+        """Return the sizes of a number; of a form with a rank, that rank."""
+        return FORMS[self.first.form].sizes_at(step, *self.first.shape)
+
+    def bits(self, sizes: Sizes) -> int:
+        """Count the bits of its form with `sizes` in the file."""
+        return sum(m.stored_bits(sizes) for m in self.members)
 
     def dense_cost(self, measure: Measure) -> int:
         """Return the cost of the matrices as they are."""
@@ -47,45 +56,49 @@ class Unit:
             return self.source_bits
         return sum(m.shape[0] * m.shape[1] for m in self.members)
 
-    def cost(self, rank: int, measure: Measure) -> int:
-        """Return the cost of factors of `rank`: that of dense where they enlarge the file."""
-        bits = self.bits(rank)
+    def cost(self, sizes: Sizes, measure: Measure) -> int:
+        """Return the cost with `sizes`: that of dense where they enlarge the file."""
+        bits = self.bits(sizes)
         if bits >= self.source_bits:
             return self.dense_cost(measure)
         if measure == "bits":
             return bits
-        return sum(FORMS[m.form].multiply_adds(*m.shape, rank) for m in self.members)
+        return sum(FORMS[m.form].multiply_adds(*m.shape, **sizes) for m in self.members)
 
     def spent(self, measure: Measure) -> int:
-        """Return the cost as planned; the rank has to be known."""
-        rank = self.first.rank
-        return self.dense_cost(measure) if rank is None else self.cost(rank, measure)
+        """Return the cost as planned; the sizes have to be known."""
+        sizes = self.sizes
+        return self.dense_cost(measure) if sizes is None else self.cost(sizes, measure)
 
-    def largest_rank(self, keep: float, measure: Measure, *, multiple: int = 1) -> int:
-        """Return the largest rank within a share of the dense cost; 0 if there is none."""
+    def step_within(self, keep: float, measure: Measure, *, multiple: int = 1) -> int:
+        """Return the number of the largest sizes within a share of the dense cost; 0 if none."""
         dense = self.dense_cost(measure)
         return uniform(
-            lambda rank: self.cost(rank, measure),
+            lambda step: self.step_cost(step, measure),
             dense,
             # Factors that cost what dense costs are no use even if the share is all of it.
             min(keep, (dense - 1) / dense),
-            self.max_rank,
+            self.largest_step,
             multiple=multiple,
         )
+
+    def step_cost(self, step: int, measure: Measure) -> int:
+        """Return the cost with the sizes of a number."""
+        return self.cost(self.sizes_at(step), measure)
 
     def cheapest(self, measure: Measure, *, multiple: int, min_keep: float) -> int:
         """Return the cost of the cheapest choice there is, dense among them."""
         dense = self.dense_cost(measure)
 
-        def cost(rank: int) -> int:
-            return self.cost(rank, measure)
+        def cost(step: int) -> int:
+            return self.step_cost(step, measure)
 
-        rank = smallest_rank(cost, min_keep * dense, self.max_rank, multiple=multiple)
-        return dense if rank == 0 else min(cost(rank), dense)
+        step = smallest_rank(cost, min_keep * dense, self.largest_step, multiple=multiple)
+        return dense if step == 0 else min(cost(step), dense)
 
-    def at(self, rank: int, **changes: Any) -> "Unit":
-        """Return the unit with factors of `rank`."""
-        return Unit(tuple(m.at(rank, **changes) for m in self.members))
+    def at(self, sizes: Sizes | int, **changes: Any) -> "Unit":
+        """Return the unit with these sizes, or this rank."""
+        return Unit(tuple(m.at(sizes, **changes) for m in self.members))
 
     def dense(self, **changes: Any) -> "Unit":
         """Return the unit left dense."""

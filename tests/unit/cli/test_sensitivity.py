@@ -19,9 +19,8 @@ def matrix(layer: int, leaf: str, method: str = "kfac", **changes: Any) -> Matri
     bits = 576 * 576 * 16
     name = f"model.layers.{layer}.{leaf}"
     m = Matrix(name, layer, (576, 576), 0, method, "low_rank", None, bits, bits)
-    if changes.get("rank") is None:
-        return m.dense()
-    return m.at(**changes)
+    rank = changes.pop("rank")
+    return m.dense() if rank is None else m.at(rank, **changes)
 
 
 @pytest.fixture

@@ -334,7 +334,7 @@ def test_what_cannot_be_weighed_gets_an_even_share_or_stays_dense(
     """Zeros on one side of a layer leave ranks possible, no token at all does not."""
     recipe = recipe_of({"method": "svd-llm", "allocation": "lagrangian", "keep": 0.6})
     plan = plan_of("svd-llm")
-    pending = [replace(m, rank=None).undecided("lagrangian", 0.6) for m in plan.matrices]
+    pending = [replace(m, sizes=None).undecided("lagrangian", 0.6) for m in plan.matrices]
     total = sum(m.source_bits for m in pending)
     plan = replace(plan.with_matrices(pending), budgets=[int(0.6 * total)])
 
@@ -347,7 +347,7 @@ def test_what_cannot_be_weighed_gets_an_even_share_or_stays_dense(
     done = allocate_ranks(*looked, device="cpu", on_step=lambda *_: None)
     zeros = done.matrices[0]
     assert zeros.rank is not None
-    assert zeros.bits <= 0.6 * zeros.source_bits < zeros.stored_bits(zeros.rank + 1)
+    assert zeros.bits <= 0.6 * zeros.source_bits < zeros.at(zeros.rank + 1).bits
     assert (zeros.loss, zeros.predicted_nats) == (None, None)
     assert done.matrices[1].note == "saw no calibration token; stays dense"
     assert done.bits <= 0.6 * total

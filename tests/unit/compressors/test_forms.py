@@ -102,9 +102,9 @@ def test_counted_bits_and_parameters_are_those_of_the_file(
     headers = read_headers([tmp_path / "one.safetensors"])
     content = (tmp_path / "one.safetensors").read_bytes()
     n_bytes = len(content) - 8 - int.from_bytes(content[:8], "little")  # but for the header
-    assert n_bytes * 8 == FORMS[form].stored_bits(D_OUT, D_IN, rank, bits=16)
+    assert n_bytes * 8 == FORMS[form].stored_bits(D_OUT, D_IN, bits=16, rank=rank)
     numbers = sum(p.numel() for p in layer.parameters())
-    assert numbers == FORMS[form].parameters_stored(D_OUT, D_IN, rank)
+    assert numbers == FORMS[form].parameters_stored(D_OUT, D_IN, rank=rank)
     check_headers(
         FORMS[form].shapes(D_OUT, D_IN, spec_of(form, rank), bias=False),
         [str(tmp_path / "one.safetensors")],
@@ -131,7 +131,7 @@ def test_work_is_counted_as_torch_counts_it(form: str, rank: int) -> None:
     layer = model_of(form, rank).layer
     with FlopCounterMode(display=False) as counter:
         layer(random(7, D_IN))
-    assert counter.get_total_flops() == 2 * 7 * FORMS[form].multiply_adds(D_OUT, D_IN, rank)
+    assert counter.get_total_flops() == 2 * 7 * FORMS[form].multiply_adds(D_OUT, D_IN, rank=rank)
 
 
 def test_shape_is_read_off_the_headers(form: str) -> None:

@@ -47,7 +47,7 @@ def test_form_and_rank_are_taken_and_other_keys_ignored(give) -> None:
     units, problems = give([entry("a", "pivoted_low_rank", 5, bits=1), entry("b", "dense", None)])
     assert problems == []
     (a,), (b,) = (unit.members for unit in units)
-    assert (a.form, a.rank, a.bits) == ("pivoted_low_rank", 5, a.stored_bits(5))
+    assert (a.form, a.rank, a.bits) == ("pivoted_low_rank", 5, a.stored_bits({"rank": 5}))
     assert (b.form, b.rank, b.note) == ("dense", None, "dense in the given plan")
 
 

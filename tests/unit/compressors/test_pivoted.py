@@ -119,11 +119,11 @@ def test_factors_of_lower_rank_are_refused() -> None:
 def test_smaller_and_less_work_than_factors_at_every_rank() -> None:
     d_out, d_in = 96, 64
     for rank in range(1, 65):
-        saved = LowRank.stored_bits(d_out, d_in, rank, bits=16)
-        saved -= PivotedLowRank.stored_bits(d_out, d_in, rank, bits=16)
+        saved = LowRank.stored_bits(d_out, d_in, bits=16, rank=rank)
+        saved -= PivotedLowRank.stored_bits(d_out, d_in, bits=16, rank=rank)
         assert saved == 16 * rank * rank - 16 * d_out  # rank^2 numbers, for the order
-        work = LowRank.multiply_adds(d_out, d_in, rank)
-        assert work - PivotedLowRank.multiply_adds(d_out, d_in, rank) == rank * rank
+        work = LowRank.multiply_adds(d_out, d_in, rank=rank)
+        assert work - PivotedLowRank.multiply_adds(d_out, d_in, rank=rank) == rank * rank
 
 
 def test_order_needs_no_more_than_its_numbers() -> None:

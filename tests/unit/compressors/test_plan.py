@@ -58,7 +58,9 @@ def test_no_matrix_takes_more_than_its_share_and_the_total_is_counted() -> None:
     assert len(plan.matrices) == 8
     for m in plan.matrices:
         if m.rank is not None:
-            assert m.bits == LowRank.stored_bits(*m.shape, m.rank, bits=16) <= 0.5 * m.source_bits
+            assert (
+                m.bits == LowRank.stored_bits(*m.shape, bits=16, rank=m.rank) <= 0.5 * m.source_bits
+            )
     assert plan.bits == sum(m.bits for m in plan.matrices)
     assert plan.kept == plan.bits / plan.source_bits
     assert plan.bytes - plan.compressed_bytes == (plan.source_bits - plan.bits) // 8
@@ -157,7 +159,9 @@ def test_pivoted_factors_have_more_rank_for_the_same_budget(measure: str) -> Non
         if m.rank is not None and p.rank is not None:
             assert (m.form, p.form) == ("low_rank", "pivoted_low_rank")
             assert p.rank >= m.rank
-            cost = p.bits if measure == "bits" else PivotedLowRank.multiply_adds(*p.shape, p.rank)
+            cost = (
+                p.bits if measure == "bits" else PivotedLowRank.multiply_adds(*p.shape, rank=p.rank)
+            )
             dense = p.source_bits if measure == "bits" else p.shape[0] * p.shape[1]
             assert cost <= 0.5 * dense
             assert p.bits < p.source_bits

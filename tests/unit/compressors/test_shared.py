@@ -84,9 +84,9 @@ def test_dense_layers_do_not_need_the_owner(model: nn.Module, x: Tensor) -> None
 
 
 def test_a_member_pays_for_its_own_factor_only() -> None:
-    assert SharedLowRank.stored_bits(6, 8, 3, bits=16) == 6 * 3 * 16 + 8
-    both = LowRank.stored_bits(6, 8, 3, bits=16)
-    assert both - SharedLowRank.stored_bits(6, 8, 3, bits=16) == 3 * 8 * 16
+    assert SharedLowRank.stored_bits(6, 8, bits=16, rank=3) == 6 * 3 * 16 + 8
+    both = LowRank.stored_bits(6, 8, bits=16, rank=3)
+    assert both - SharedLowRank.stored_bits(6, 8, bits=16, rank=3) == 3 * 8 * 16
 
 
 @pytest.mark.gpu

@@ -37,7 +37,7 @@ def test_overrides_reach_every_place_in_order() -> None:
         "max_loss": 1.0,
         "plan": None,
         "storage": "factors",
-        "compensate": {"mix": 0.5, "damp": 1e-4},
+        "compensate": {"mix": 0.5, "residual": 0.5, "damp": 1e-4},
         "targets": ["*.q_proj", "b"],
         "skip": [],
         "overrides": [],

@@ -27,7 +27,7 @@ STAGE = "Allowed: method, keep, size, measure, allocation, rank_multiple, min_ke
 SVD_LLM = f"{STAGE}, damp"
 METHODS = "asvd, basis-sharing, fwsvd, kfac, lord, svd, svd-llm"
 UNITS = "write a number and a unit, one of B, kB, MB, GB, KiB, MiB, GiB"
-REFIT = ".decompose.compensate: must be null or a mapping with the keys mix, damp, got"
+REFIT = ".decompose.compensate: must be null or a mapping with the keys mix, residual, damp, got"
 
 
 def problems(text: str, *overrides: str) -> list[str]:
@@ -106,8 +106,8 @@ BAD_STAGES = [
     ("{decompose: {method: svd, keep: 0.5, compensate: yes}}", f"{REFIT} 'yes'; write {{}} for the defaults"),
     ("{decompose: {method: svd, keep: 0.5, compensate: off}}", f"{REFIT} 'off'; remove the key"),
     ("{decompose: {method: svd, keep: 0.5, compensate: 0.3}}", f"{REFIT} 0.3"),
-    ("{decompose: {method: svd, keep: 0.5, compensate: {mix: 0}}}", ".decompose.compensate.mix: must be in (0, 1], got 0; raise it"),
-    ("{decompose: {method: svd, keep: 0.5, compensate: {mx: 1}}}", ".decompose.compensate.mx: unknown key; did you mean 'mix'? Allowed: mix, damp"),
+    ("{decompose: {method: svd, keep: 0.5, compensate: {mix: -1}}}", ".decompose.compensate.mix: must be in [0, 1], got -1; raise it"),
+    ("{decompose: {method: svd, keep: 0.5, compensate: {mx: 1}}}", ".decompose.compensate.mx: unknown key; did you mean 'mix'? Allowed: mix, residual, damp"),
     ("{decompose: {method: basis-sharing, keep: 0.5, compensate: {}}}", ".decompose.compensate: must be null, got {}; remove the key (Not with this method: its layers are solved together)"),
     ("{decompose: {method: basis-sharing, keep: 0.5, storage: pivot}}", ".decompose.storage: must be 'factors', got 'pivot'; remove the key (Two factors, of which the shared one is stored once: pivot rows cannot be shared)"),
     ("{decompose: {method: svdllm, keep: 0.8}}", f".decompose.method: must be one of {METHODS}, got 'svdllm'; did you mean 'svd-llm'?"),
