@@ -112,6 +112,11 @@ class Form(nn.Module, ABC):
         """Return the sizes of a number; the larger, the more is stored."""
 
     @classmethod
+    def extra(cls, d_out: int, d_in: int) -> Spec:
+        """Return what a spec holds beside form and sizes so that its tensors tell the shape."""
+        return {}
+
+    @classmethod
     def written(cls, d_out: int, d_in: int, sizes: Sizes) -> str:
         """Return the sizes as a table shows them."""
         return ", ".join(str(sizes[name]) for name in cls.SIZES)

@@ -176,7 +176,7 @@ class Plan:
         for m in self.matrices:
             if m.sizes is None:
                 continue
-            table[m.name] = {"form": m.form, **m.sizes}
+            table[m.name] = {"form": m.form, **m.sizes, **FORMS[m.form].extra(*m.shape)}
             if m.bias is not None:
                 table[m.name]["bias"] = True
             if m.group not in (None, m.name):

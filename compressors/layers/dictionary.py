@@ -1,0 +1,134 @@
+"""A linear layer as a dictionary and sparse coefficients: ``y = S^T (D^T x)``."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lrc.compressors.layers.bits import pack_bits, packed_width, unpack_bits
+from lrc.compressors.layers.form import (
+    SENTINEL,
+    Device,
+    Form,
+    Shapes,
+    Sizes,
+    Spec,
+    empty_linear,
+    sentinel,
+)
+
+
+class SparseDictionary(Form):
+    """Compute ``y = x @ W_hat.T + bias`` from ``W_hat^T = D S``.
+
+    ``a`` holds the dictionary D^T [atoms, d_in]; every output combines `nonzeros` of the atoms:
+    ``values`` [d_out, nonzeros] are its coefficients in ascending order of the atoms, and what says
+    which is a mask of one bit an entry or a list of 16-bit indices, whichever is smaller.
+    """
+
+    SIZES = ("atoms", "nonzeros")
+    BIAS = "bias"
+    atoms: int
+    nonzeros: int
+
+    def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
+        d_in, d_out = self.in_features, self.out_features
+        self.a = empty_linear(d_in, self.atoms, bias=False, device=device, dtype=dtype)
+        self.values = nn.Parameter(torch.empty(d_out, self.nonzeros, device=device, dtype=dtype))
+        where = _where(d_out, self.atoms, self.nonzeros)
+        for name, (shape, kind) in where.items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+        self.bias = nn.Parameter(torch.empty(d_out, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def shapes(cls, d_out: int, d_in: int, spec: Spec, *, bias: bool) -> Shapes:
+        """Return the tensors of one module: dictionary, coefficients and where they belong."""
+        atoms, nonzeros = spec["atoms"], spec["nonzeros"]
+        if nonzeros > atoms:
+            raise ValueError(
+                f"nonzeros must be in [1, {atoms}], the number of atoms; got {nonzeros}"
+            )
+        tensors: Shapes = {**SENTINEL, "a.weight": ([atoms, d_in], None)}
+        tensors["values"] = [d_out, nonzeros], None
+        tensors |= _where(d_out, atoms, nonzeros)
+        if bias or spec.get("bias"):
+            tensors[cls.BIAS] = [d_out], None
+        return tensors
+
+    @classmethod
+    def dense_shape(cls, name: str, spec: Spec, found: Mapping[str, list[int]]) -> tuple[int, int]:
+        """Read ``(d_out, d_in)`` off coefficients and dictionary."""
+        return found[f"{name}.values"][0], found[f"{name}.a.weight"][1]
+
+    @classmethod
+    def largest_step(cls, d_out: int, d_in: int) -> int:
+        """Return the largest number of coefficients an output: all atoms of a complete basis."""
+        return min(d_out, d_in)
+
+    @classmethod
+    def sizes_at(cls, step: int, d_out: int, d_in: int) -> Sizes:
+        """Return twice as many atoms as coefficients, up to a complete basis."""
+        return {"atoms": min(2 * step, d_out, d_in), "nonzeros": step}
+
+    @classmethod
+    def written(cls, d_out: int, d_in: int, sizes: Sizes) -> str:
+        """Return atoms and coefficients."""
+        return f"{sizes['nonzeros']} of {sizes['atoms']} atoms"
+
+    @classmethod
+    def multiply_adds(cls, d_out: int, d_in: int, **sizes: int) -> int:
+        """Count those of the two products; the second is computed with its zeros."""
+        return sizes["atoms"] * (d_out + d_in)
+
+    @staticmethod
+    def encode(D: Tensor, S: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Write a dictionary and its coefficients.
+
+        Parameters
+        ----------
+        D : Tensor, shape [d_in, atoms]
+        S : Tensor, shape [atoms, d_out]
+        mask : Tensor, shape [atoms, d_out]
+            True where a coefficient is stored: equally many in every column.
+        """
+        mask = mask.T.contiguous()  # [d_out, atoms]
+        d_out, atoms = mask.shape
+        values = S.T[mask].view(d_out, -1)  # [d_out, nonzeros]
+        tensors = {"weight": sentinel(D), "a.weight": D.T, "values": values}
+        if "mask" in _where(d_out, atoms, values.shape[1]):
+            return tensors | {"mask": pack_bits(mask)}
+        return tensors | {"index": mask.nonzero()[:, 1].view(d_out, -1).to(torch.int16)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., d_in] to [..., d_out], through the atoms or through the whole weight.
+
+        Many tokens at once pay for putting the weight together: it has fewer columns than there
+        are products to make through the atoms.
+        """
+        S = self._coefficients()  # [d_out, atoms]
+        d_in, d_out = self.in_features, self.out_features
+        tokens = x.numel() // d_in
+        through = tokens * self.atoms * (d_in + d_out)
+        if through <= (tokens + self.atoms) * d_in * d_out:
+            return nn.functional.linear(self.a(x), S, self.bias)
+        return nn.functional.linear(x, S @ self.a.weight, self.bias)
+
+    def product(self) -> Tensor:
+        """Return ``W_hat`` [d_out, d_in] in float32."""
+        return self._coefficients().float() @ self.a.weight.float()
+
+    def _coefficients(self) -> Tensor:
+        """Return ``S^T`` [d_out, atoms] with its zeros."""
+        zeros = self.values.new_zeros(self.out_features, self.atoms)
+        if "mask" in self._buffers:
+            return zeros.masked_scatter(
+                unpack_bits(self.get_buffer("mask"), self.atoms), self.values
+            )
+        return zeros.scatter(1, self.get_buffer("index").long(), self.values)
+
+
+def _where(d_out: int, atoms: int, nonzeros: int) -> Shapes:
+    """Return the smaller of a mask and a list of indices."""
+    if 8 * packed_width(atoms) <= 16 * nonzeros or atoms > 2**15:
+        return {"mask": ([d_out, packed_width(atoms)], torch.uint8)}
+    return {"index": ([d_out, nonzeros], torch.int16)}
