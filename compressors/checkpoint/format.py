@@ -4,8 +4,9 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
 `config.json` of the original architecture, tokenizer. What is ours:
 
 * ``config.json: quantization_config`` = ``{"quant_method": "lrc", "format_version": 1,
-  "modules": {NAME: {"form": FORM, "rank": R}}}``, with ``"bias": true`` where the method made a
-  bias, in place of the dense layer's or where that had none;
+  "modules": {NAME: {"form": FORM, ...}}}``: with the form the sizes below, whole numbers, such as
+  ``"rank": R``, and ``"bias": true`` where the method made a bias, in place of the dense layer's or
+  where that had none;
 * for every module the tensors of its form, below, and ``NAME.weight``, a sentinel of one uint8 that
   makes loaders without lrc stop instead of starting from random weights;
 
@@ -18,10 +19,20 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
                        ``cat([a, c @ a])``
   ``shared_low_rank``  ``b.weight`` [d_out, rank], ``b.bias`` [d_out]; the weight is ``b @ a`` with
                        the ``a`` of the ``low_rank`` module that the entry names as ``"shares"``
+  ``sparse``           ``values`` [nonzeros], row after row; ``mask`` [d_out, ceil(d_in / 8)],
+                       uint8, whose bits say where they belong; ``bias`` [d_out]; the entry holds
+                       ``"d_in"`` too
+  ``dictionary``       ``a.weight`` [atoms, d_in]; ``values`` [d_out, nonzeros], of every output
+                       its coefficients in ascending order of their atoms; ``mask`` [d_out,
+                       ceil(atoms / 8)], uint8, whose bits say which atoms, or ``index`` [d_out,
+                       nonzeros], int16, which lists them, where that is smaller and atoms <=
+                       32768; ``bias`` [d_out]; the weight is ``c @ a`` with the coefficients in
+                       their places in ``c`` [d_out, atoms], zeros elsewhere
   ==================== ========================================================================
 
   A bias is there where the dense layer had one or the entry says so; what is no integer has the
-  precision of the model;
+  precision of the model. Bit ``j`` of byte ``i`` of a row of a mask, the lowest being 0, stands
+  for column ``8 i + j``; bits beyond the last column are 0;
 * the folder ``lrc/``: the recipe as given and written out, the plan file that a stage was given,
   the executed plan, the report, and ``manifest.json`` with the SHA-256 of every other file.
 """
@@ -121,7 +132,7 @@ def _problem(spec: Any, modules: Mapping[str, Any]) -> tuple[str, str] | None:
     """Say what is wrong with one entry of a module table and what helps; None if nothing is."""
     edited = f"the file was edited: {AGAIN}"
     if not isinstance(spec, Mapping) or not isinstance(spec.get("form"), str):
-        return "must be {'form': NAME, 'rank': N >= 1}", edited
+        return "must be {'form': NAME} with the sizes of the form", edited
     form = FORMS.get(spec["form"])
     if form is None:
         remedy = "a newer lrc may have written it: upgrade lrc to read it"

@@ -89,10 +89,20 @@ class SparseDictionary(Form):
         D : Tensor, shape [d_in, atoms]
         S : Tensor, shape [atoms, d_out]
         mask : Tensor, shape [atoms, d_out]
-            True where a coefficient is stored: equally many in every column.
+            True where a coefficient is stored: equally many in every column, and some.
+
+        Raises
+        ------
+        ValueError
+            If the columns do not store equally many.
         """
         mask = mask.T.contiguous()  # [d_out, atoms]
         d_out, atoms = mask.shape
+        fewest, most = mask.sum(dim=1).aminmax()
+        if not 0 < int(fewest) == int(most):
+            raise ValueError(
+                f"every output must store equally many coefficients, got {fewest} to {most}"
+            )
         values = S.T[mask].view(d_out, -1)  # [d_out, nonzeros]
         tensors = {"weight": sentinel(D), "a.weight": D.T, "values": values}
         if "mask" in _where(d_out, atoms, values.shape[1]):
@@ -109,7 +119,10 @@ class SparseDictionary(Form):
         d_in, d_out = self.in_features, self.out_features
         tokens = x.numel() // d_in
         through = tokens * self.atoms * (d_in + d_out)
-        if through <= (tokens + self.atoms) * d_in * d_out:
+        # An adapter and an offloaded weight take part only when called: torch multiplies by what is
+        # on the meta device without a word, and returns what happens to be in memory.
+        plain = type(self.a) is nn.Linear and not self.a.weight.is_meta
+        if through <= (tokens + self.atoms) * d_in * d_out or not plain:
             return nn.functional.linear(self.a(x), S, self.bias)
         return nn.functional.linear(x, S @ self.a.weight, self.bias)
 
