@@ -6,11 +6,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose import METHODS, Factors, Spectrum, Statistics, shared_spectrum, split
+from lrc.compressors.decompose import (
+    METHODS,
+    CodedMethod,
+    Factors,
+    LowRankMethod,
+    Spectrum,
+    Statistics,
+    shared_spectrum,
+    split,
+)
 from lrc.compressors.layers import FORMS, LowRank, RankForm, SharedLowRank
 from lrc.compressors.memory import to_host
+from lrc.compressors.planning.curves import arguments, seen_nothing, summed_inputs, unknown
 from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.ranks import arguments, seen_nothing, summed_inputs, unknown
 from lrc.compressors.planning.units import Unit
 from lrc.configs.recipe import DecomposeBase
 
@@ -57,6 +66,9 @@ def factor(
     note = unknown(known, options)
     if note is not None:
         return Done(unit.dense(fallback=note), {})
+    method = METHODS[options.method].for_form(unit.first.form)
+    if isinstance(method, CodedMethod):
+        return _coded(unit, options, method, weights[0], known[0], dtype)
     curve = _curve(options, weights, known)
     unit, factors, tensors = _encoded(unit, curve, options)
     if unit.sizes is None:
@@ -71,6 +83,28 @@ def factor(
     counts = n_tokens > 0 and not seen_nothing(known)  # else the energies are no losses
     nats = METHODS[options.method].nats_per_token(tail, n_tokens) if counts else None
     return Done(unit.at(factors.rank, loss=factors.loss, predicted_nats=nats), tensors)
+
+
+def _coded(
+    unit: Unit,
+    options: DecomposeBase,
+    method: CodedMethod,
+    W: Tensor,
+    known: Statistics,
+    dtype: torch.dtype,
+) -> Done:
+    """Solve a unit at its sizes, for a method that gives no spectrum."""
+    assert unit.sizes is not None
+    own = {key: value for key, value in arguments(options).items() if key in method.options}
+    found = method.solve(W, known, unit.sizes, **own)
+    encoded = FORMS[unit.first.form].encode(**found.parts)
+    tensors = _rounded({f"{unit.first.name}.{k}": t for k, t in encoded.items()}, dtype)
+    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+        return Done(unit.dense(fallback=f"values overflow {dtype}; stays dense"), {})
+    counts = known.n_tokens > 0 and not seen_nothing([known])
+    nats = method.nats_per_token(found.energy, known.n_tokens) if counts else None
+    done = unit.at(unit.sizes, loss=found.loss, predicted_nats=nats, fallback=found.fallback)
+    return Done(done, {name: to_host(t) for name, t in tensors.items()})
 
 
 def refitted(matrix: Matrix, V: Tensor, dtype: torch.dtype, note: str | None = None) -> Done:
@@ -115,7 +149,10 @@ def _curve(
 ) -> Spectrum:
     if len(weights) > 1:
         return shared_spectrum(weights, summed_inputs(known), **arguments(options))
-    return METHODS[options.method].solve(weights[0], known[0], **arguments(options))
+    method = METHODS[options.method].for_form("low_rank")
+    assert isinstance(method, LowRankMethod)
+    own = {key: value for key, value in arguments(options).items() if key in method.options}
+    return method.solve(weights[0], known[0], **own)
 
 
 def _encoded(

@@ -281,5 +281,6 @@ def _needs(plan: Plan, layers: Collection[int]) -> dict[str, frozenset[str]]:
     for matrix in plan.matrices:
         method = METHODS[matrix.method]
         if matrix.factored and method.needs and matrix.layer in layers:
-            needs[matrix.name] = method.needs | ({"whole_inputs"} if method.shared else set())
+            whole = {f"whole_{side}" for side in ("inputs", "gradients") if side in method.needs}
+            needs[matrix.name] = method.needs | (whole if method.shared or method.whole else set())
     return needs

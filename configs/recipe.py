@@ -32,6 +32,13 @@ Allocation = Annotated[
         "predicts the least loss (`lagrangian`)."
     ),
 ]
+PruningAllocation = Annotated[
+    Literal["uniform", "lagrangian"],
+    Field(
+        description="How the budget is spread: the same share for every matrix (`uniform`), or "
+        "where the method predicts the least loss (`lagrangian`)."
+    ),
+]
 Storage = Annotated[
     Literal["factors", "pivot"],
     Field(
@@ -170,7 +177,8 @@ class DecomposeBase(Strict):
     """No matrix loses a larger share of its weighted energy; `lagrangian` only."""
     plan: Text | None = None
     """A plan (JSON) that an earlier run wrote, edited at will: its ranks replace the allocation."""
-    storage: Storage = "factors"
+    storage: str
+    """How what is found is written to the file."""
     compensate: Compensate | None = None
     """Refit every layer on the inputs that the compressed layers before it produce."""
     targets: list[str] = ["*"]
@@ -198,21 +206,37 @@ class DecomposeBase(Strict):
         return self
 
 
-class Svd(DecomposeBase):
+class LowRank(DecomposeBase):
+    """What every method understands that makes products of thinner matrices."""
+
+    storage: Storage = "factors"
+
+
+class Pruning(DecomposeBase):
+    """What every method understands that keeps some entries of a matrix."""
+
+    allocation: PruningAllocation = "uniform"
+    rank_multiple: Literal[1] = 1
+    """There are no ranks here."""
+    storage: Literal["mask"] = "mask"
+    """The entries that are kept, and one bit for every entry of the matrix."""
+
+
+class Svd(LowRank):
     """Plain truncated SVD: the closest matrix of that rank, blind to the data."""
 
     method: Literal["svd"]
     """Plain truncated SVD."""
 
 
-class Fwsvd(DecomposeBase):
+class Fwsvd(LowRank):
     """FWSVD: rows weighted by their Fisher information; the paper takes `labels: real`."""
 
     method: Literal["fwsvd"]
     """Rows weighted by their Fisher information."""
 
 
-class Asvd(DecomposeBase):
+class Asvd(LowRank):
     """ASVD: columns scaled by the mean magnitude of their inputs."""
 
     method: Literal["asvd"]
@@ -221,7 +245,7 @@ class Asvd(DecomposeBase):
     """Power of the mean magnitude."""
 
 
-class SvdLlm(DecomposeBase):
+class SvdLlm(LowRank):
     """Whitened truncated SVD (SVD-LLM): the smallest output error on the calibration tokens."""
 
     method: Literal["svd-llm"]
@@ -229,7 +253,7 @@ class SvdLlm(DecomposeBase):
     damp: Damp = 1e-6
 
 
-class Lord(DecomposeBase):
+class Lord(LowRank):
     """LoRD: principal components of the outputs about their mean, which a bias restores."""
 
     method: Literal["lord"]
@@ -237,7 +261,7 @@ class Lord(DecomposeBase):
     damp: Damp = 1e-6
 
 
-class Kfac(DecomposeBase):
+class Kfac(LowRank):
     """Two-sided: the least predicted loss, by second moments of inputs and output gradients."""
 
     method: Literal["kfac"]
@@ -250,7 +274,7 @@ class Kfac(DecomposeBase):
     storage: Storage = "pivot"
 
 
-class BasisSharing(DecomposeBase):
+class BasisSharing(LowRank):
     """Basis Sharing: one right factor for the same matrix of several layers in a row."""
 
     method: Literal["basis-sharing"]
@@ -264,8 +288,35 @@ class BasisSharing(DecomposeBase):
     """Not with this method: its layers are solved together."""
 
 
+class Magnitude(Pruning):
+    """Magnitude pruning: the largest entries, blind to the data."""
+
+    method: Literal["magnitude"]
+    """The largest entries."""
+
+
+class Wanda(Pruning):
+    """Wanda: entries by magnitude times the norm of their input, compared within each output."""
+
+    method: Literal["wanda"]
+    """Entries by magnitude times the norm of their input."""
+    damp: Damp = 1e-6
+
+
+class Sparse(Pruning):
+    """Second-order pruning: the entries, and their values, of the least predicted loss."""
+
+    method: Literal["sparse"]
+    """Entries of the least predicted loss, refitted."""
+    damp: Damp = 1e-6
+    gradient_damp: Annotated[float, Field(ge=0, lt=10)] = 0.1
+    """Fraction of the mean diagonal of the gradient second moment that is added to it."""
+    allocation: PruningAllocation = "lagrangian"
+
+
 Decompose = Annotated[
-    Svd | Fwsvd | Asvd | SvdLlm | Lord | Kfac | BasisSharing, Field(discriminator="method")
+    Svd | Fwsvd | Asvd | SvdLlm | Lord | Kfac | BasisSharing | Magnitude | Wanda | Sparse,
+    Field(discriminator="method"),
 ]
 
 

@@ -41,7 +41,7 @@ class GradientSums:
         asked = self._needs[name]
         tokens = g.reshape(-1, g.shape[-1])  # [n_tokens, d_out]
         if "gradients" in asked:
-            tall = W.shape[0] > W.shape[1]
+            tall = W.shape[0] > W.shape[1] and "whole_gradients" not in asked
             key, seen = (f"{name}.image", tokens @ W) if tall else (f"{name}.gradients", tokens)
             self.sums.add_square(key, seen)
             self.sums.add(f"{name}.diagonal", tokens.square().sum(dim=0))

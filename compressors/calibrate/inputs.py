@@ -12,7 +12,8 @@ from lrc.configs.errors import ModelError
 
 Needs = Mapping[str, Collection[str]]
 """Name of a linear -> the fields of `Statistics` that its method asks for; ``whole_inputs`` beside
-``inputs`` where an image through the weight will not do."""
+``inputs``, or ``whole_gradients`` beside ``gradients``, where an image through the weight will not
+do."""
 
 
 class InputSums:

@@ -1,15 +1,17 @@
 """Methods: published names as rows of one table.
 
-Most published systems differ only in the metric under which the truncated SVD is taken. A method
-is that metric, made of the weight and its statistics; one solver turns it into a `Spectrum`, a
-rate-distortion curve that can be cut at any rank.
+Most published systems of low rank differ only in the metric under which the truncated SVD is taken.
+Such a method is that metric, made of the weight and its statistics; one solver turns it into a
+`Spectrum`, a rate-distortion curve that can be cut at any rank. The others are in `coded`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from lrc.compressors.decompose.coded import CODED
+from lrc.compressors.decompose.method import Method
 from lrc.compressors.decompose.moments import Moment, Statistics
 from lrc.compressors.decompose.spectrum import Spectrum, energies_only, spectrum
 
@@ -29,25 +31,13 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Method:
-    """One row: how to weigh errors, what has to be known for it, and who published it."""
+class LowRankMethod(Method):
+    """A metric, under which one solver takes the truncated SVD."""
 
     metric: Callable[..., Metric]
     """``metric(W, statistics, **options)``; the first line of its docstring says what it does."""
-    needs: frozenset[str]
-    """Fields of `Statistics` that have to be collected."""
-    source: str
-    options: Mapping[str, float] = field(default_factory=dict)
-    """The method's own keys of the recipe, with the value each has if left out."""
-    shared: bool = False
-    """Whether weights of several layers are solved as one stack, see `shared_spectrum`."""
-    has_bias: bool = False
-    """Whether a bias makes up for what the factors lose of the mean output."""
-
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether calibration text has to be read at all."""
-        return bool(self.needs)
+    shared: bool = field(default=False, kw_only=True)
+    has_bias: bool = field(default=False, kw_only=True)
 
     def solve(self, W: Tensor, statistics: Statistics, **options: float) -> Spectrum:
         """Decompose a weight [d_out, d_in].
@@ -59,32 +49,14 @@ class Method:
         TypeError
             If an option is not the method's.
         """
-        m = self._metric(W, statistics, options)
+        m = self.metric(W, statistics, **self.with_defaults(statistics, options))
         result = spectrum(W, m.inputs, m.gradients, damp=m.damp, gradient_damp=m.gradient_damp)
         return replace(result, mean=m.mean)
 
     def energies(self, W: Tensor, statistics: Statistics, **options: float) -> Tensor:
         """Return the energies of `solve` [min(d_out, d_in)] alone; raises the same."""
-        m = self._metric(W, statistics, options)
+        m = self.metric(W, statistics, **self.with_defaults(statistics, options))
         return energies_only(W, m.inputs, m.gradients, damp=m.damp, gradient_damp=m.gradient_damp)
-
-    def nats_per_token(self, tail_energy: float, n_tokens: int) -> float | None:
-        """Predict how much a cut raises the mean loss of a token, in nats; None if it cannot.
-
-        Only energies weighted by inputs and gradients are losses. A change E of the weight moves
-        the output at token t by ``E x_t``; the second-order change of the summed loss is
-        ``1/2 sum_t (g_t^T E x_t)^2`` (empirical Fisher, tokens uncorrelated). Kronecker factoring
-        takes ``x`` and ``g`` as independent, so that the sum becomes ``tr(G E H E^T) / n`` with
-        the sums G and H; the mean over tokens divides by n once more.
-        """
-        if not {"inputs", "gradients"} <= self.needs:
-            return None
-        return 0.5 * tail_energy / n_tokens**2
-
-    def _metric(self, W: Tensor, statistics: Statistics, options: Mapping[str, float]) -> Metric:
-        if missing := statistics.missing(self.needs):
-            raise ValueError(f"the statistics lack {', '.join(missing)}; the method needs them")
-        return self.metric(W, statistics, **{**self.options, **options})
 
 
 def _plain(W: Tensor, statistics: Statistics) -> Metric:
@@ -137,31 +109,43 @@ def _kronecker(W: Tensor, statistics: Statistics, *, damp: float, gradient_damp:
 _DAMP = {"damp": 1e-6}
 
 METHODS: dict[str, Method] = {
-    "svd": Method(_plain, frozenset(), "Eckart and Young 1936"),
-    "fwsvd": Method(_fisher_rows, frozenset({"row_fisher"}), "FWSVD, arXiv:2207.00112"),
-    "asvd": Method(
-        _activation_scaled,
+    "svd": LowRankMethod(frozenset(), "Eckart and Young 1936", _plain),
+    "fwsvd": LowRankMethod(frozenset({"row_fisher"}), "FWSVD, arXiv:2207.00112", _fisher_rows),
+    "asvd": LowRankMethod(
         frozenset({"input_magnitude"}),
         "ASVD, arXiv:2312.05821",
-        {"alpha": 0.5},
+        _activation_scaled,
+        options={"alpha": 0.5},
     ),
-    "svd-llm": Method(
-        _whitened, frozenset({"inputs"}), "SVD-LLM, arXiv:2403.07378, section 3.1", _DAMP
+    "svd-llm": LowRankMethod(
+        frozenset({"inputs"}), "SVD-LLM, arXiv:2403.07378, section 3.1", _whitened, options=_DAMP
     ),
-    "lord": Method(
-        _output_features,
+    "lord": LowRankMethod(
         frozenset({"inputs", "input_mean"}),
         "LoRD, arXiv:2309.14021; atomic feature mimicking, Yu and Wu 2023",
-        _DAMP,
+        _output_features,
+        options=_DAMP,
         has_bias=True,
     ),
-    "kfac": Method(
-        _kronecker,
+    "kfac": LowRankMethod(
         frozenset({"inputs", "gradients"}),
         "K-FAC, arXiv:1503.05671; as a metric of low-rank compression, arXiv:2505.17974",
-        {**_DAMP, "gradient_damp": 0.1},
+        _kronecker,
+        options={**_DAMP, "gradient_damp": 0.1},
     ),
-    "basis-sharing": Method(
-        _whitened, frozenset({"inputs"}), "Basis Sharing, arXiv:2410.03765", _DAMP, shared=True
+    "basis-sharing": LowRankMethod(
+        frozenset({"inputs"}),
+        "Basis Sharing, arXiv:2410.03765",
+        _whitened,
+        options=_DAMP,
+        shared=True,
     ),
+    **CODED,
 }
+
+
+def low_rank(name: str) -> LowRankMethod:
+    """Return a method that is known to give a spectrum."""
+    method = METHODS[name]
+    assert isinstance(method, LowRankMethod)
+    return method

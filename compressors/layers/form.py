@@ -1,7 +1,7 @@
 """What every run-time form of a compressed linear layer answers, and what all of them share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from math import prod
 from typing import Any, ClassVar, Self
@@ -44,6 +44,10 @@ class Form(nn.Module, ABC):
 
     SIZES: ClassVar[tuple[str, ...]]
     """Names of the sizes, which are attributes of a module too."""
+    encode: ClassVar[Callable[..., dict[str, Tensor]]]
+    """Writes the parts that a method has found (which, its docstring says) as the tensors of the
+    file, by the names of `shapes`, but for a bias. Those without a dtype there are unrounded:
+    rounding them to the model's is for the caller."""
     BIAS: ClassVar[str]
     """Name of the bias within the module."""
 

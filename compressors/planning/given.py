@@ -1,6 +1,6 @@
 """Plans that an earlier run wrote and a user may have edited: read, and held against the model.
 
-Of a matrix only name, shape, form and rank matter; whatever else the file holds is passed over.
+Of a matrix only name, shape, form and its sizes matter; whatever else there is is passed over.
 """
 
 import json
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrc.compressors.layers import FORMS
+from lrc.compressors.decompose import METHODS
+from lrc.compressors.layers import FORMS, Sizes
 from lrc.compressors.planning.units import Unit
 
 SHOWN = 10
@@ -23,7 +24,7 @@ class Entry:
 
     shape: tuple[int, int]
     form: str
-    rank: int | None
+    sizes: Sizes | None
 
 
 @dataclass(frozen=True)
@@ -100,40 +101,45 @@ def apply_given(plan: GivenPlan, units: Iterable[Unit], problems: list[str]) -> 
         before = len(found)
         asked = [_checked(plan, unit, number, found) for number in range(len(unit.members))]
         entries = [entry for entry in asked if entry is not None]
-        if len(entries) > 1 and len({entry.rank for entry in entries}) > 1:
-            ranks = ", ".join(str(entry.rank) for entry in entries)
+        ranks_asked = [entry.sizes and entry.sizes["rank"] for entry in entries]
+        if len(entries) > 1 and len(set(ranks_asked)) > 1:
+            ranks = ", ".join(map(str, ranks_asked))
             found.append(
                 f"{plan.path}, {unit.first.name}: must have one rank with the "
                 f"{len(entries) - 1} that share its factor, got {ranks}; make them equal"
             )
         if len(found) > before:
             decided.append(unit.dense())
-        elif entries[0].rank is None:
+        elif entries[0].sizes is None:
             decided.append(unit.dense(note="dense in the given plan"))
         elif len(entries) == 1:
-            decided.append(unit.at(entries[0].rank, form=entries[0].form))
+            decided.append(unit.in_form(entries[0].form).at(entries[0].sizes))
         else:
-            decided.append(unit.at(entries[0].rank))
+            decided.append(unit.at(entries[0].sizes))
     problems += _first(found, plan.path)
     return decided
 
 
 def _entry(record: dict[str, Any], where: str, found: list[str]) -> Entry | None:
     shape, form, rank = (record.get(key) for key in ("shape", "form", "rank"))
-    sizes = shape if isinstance(shape, list) else []
+    sides = shape if isinstance(shape, list) else []
+    names = FORMS[form].SIZES if isinstance(form, str) and form in FORMS else ()
+    sizes: dict[str, Any] = {name: record.get(name) for name in names}
+    wrong = next((name for name, size in sizes.items() if not _whole(size)), None)
     problem = None
-    if len(sizes) != 2 or not all(_whole(size) for size in sizes):
+    if len(sides) != 2 or not all(_whole(side) for side in sides):
         problem = f"shape must be [d_out, d_in], got {shape!r:.60}; copy it from an unedited plan"
     elif form not in ("dense", *FORMS):
         problem = f"form must be one of dense, {', '.join(FORMS)}, got {form!r:.60}; correct it"
     elif form == "dense" and rank is not None:
         problem = f"a dense matrix has the rank null, got {rank!r:.60}; correct form or rank"
-    elif form != "dense" and not _whole(rank):
-        problem = f"rank must be a whole number for {form}, got {rank!r:.60}; give one, or dense"
+    elif wrong is not None:
+        got = f"{record.get(wrong)!r:.60}"
+        problem = f"{wrong} must be a whole number for {form}, got {got}; give one, or dense"
     if problem:
         found.append(f"{where}: {problem}")
         return None
-    return Entry((sizes[0], sizes[1]), str(form), rank)
+    return Entry((sides[0], sides[1]), str(form), None if form == "dense" else sizes)
 
 
 def _checked(plan: GivenPlan, unit: Unit, number: int, found: list[str]) -> Entry | None:
@@ -149,31 +155,45 @@ def _checked(plan: GivenPlan, unit: Unit, number: int, found: list[str]) -> Entr
             "give the plan of a run on the same model"
         )
         return None
-    if entry.rank is None:
+    if entry.sizes is None:
         return entry
-    alone = [form for form in FORMS if form != "shared_low_rank"]
-    allowed = [m.form] if len(unit.members) > 1 else alone
+    allowed = [m.form] if len(unit.members) > 1 else METHODS[m.method].forms
     if entry.form not in allowed:
         found.append(
             f"{where}: form must be dense or {' or '.join(allowed)} here, got {entry.form}; "
             "correct it, or change the method"
         )
         return None
-    if not 1 <= entry.rank <= unit.largest_step:
-        found.append(
-            f"{where}: rank must be in [1, {unit.largest_step}] for {list(m.shape)}, got "
-            f"{entry.rank}; lower it, or make it dense"
-        )
-        return None
-    as_asked = unit if len(unit.members) > 1 else unit.at(entry.rank, form=entry.form)
-    if as_asked.bits({"rank": entry.rank}) >= unit.source_bits:
-        largest = as_asked.step_within(1, "bits")
-        found.append(
-            f"{where}: {entry.form} of rank {entry.rank} takes as much as the dense matrix; "
-            f"lower rank to at most {largest}, or make it dense"
-        )
+    as_asked = unit if len(unit.members) > 1 else unit.in_form(entry.form)
+    problem = _beyond(as_asked, entry)
+    if problem is not None:
+        found.append(f"{where}: {problem}")
         return None
     return entry
+
+
+def _beyond(unit: Unit, entry: Entry) -> str | None:
+    """Say why a unit cannot have the sizes of an entry, or gains nothing by them."""
+    assert entry.sizes is not None
+    shape, last = [*unit.first.shape], list(entry.sizes)[-1]
+    largest = unit.sizes_at(unit.largest_step)
+    for name, size in entry.sizes.items():
+        if not 1 <= size <= largest[name]:
+            return (
+                f"{name} must be in [1, {largest[name]}] for {shape}, got {size}; lower it, or "
+                "make it dense"
+            )
+    try:
+        bits = unit.bits(entry.sizes)
+    except ValueError as error:  # sizes that do not go together
+        return f"{error}; correct it, or make it dense"
+    if bits < unit.source_bits:
+        return None
+    fits = unit.sizes_at(max(1, unit.step_within(1, "bits")))[last]
+    return (
+        f"{entry.form} of {last} {entry.sizes[last]} takes as much as the dense matrix; lower "
+        f"{last} to at most {fits}, or make it dense"
+    )
 
 
 def _first(found: list[str], path: str) -> list[str]:

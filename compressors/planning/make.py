@@ -7,6 +7,7 @@ known are their budget and that it can be met.
 from collections import Counter
 
 from lrc.compressors.decompose import METHODS
+from lrc.compressors.layers import FORMS, RankForm
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.budget import Whole, cheapest, even_share, unreachable
@@ -150,6 +151,11 @@ def _overridden(unit: Unit, stage: Stage, problems: list[str]) -> Unit:
         assert override.keep is not None
         return _within(unit, override.keep, options)
     d_out, d_in = unit.first.shape
+    if not issubclass(FORMS[unit.first.form], RankForm):
+        problems.append(
+            f"{stage.where}.overrides[{number}].rank: {options.method} has no ranks; give 'keep'"
+        )
+        return unit.dense()
     if override.rank > unit.largest_step:
         problems.append(
             f"{stage.where}.overrides[{number}].rank: must be in [1, {unit.largest_step}] for "

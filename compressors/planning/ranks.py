@@ -1,42 +1,21 @@
-"""The allocation pass: from the singular values of every matrix and one budget to ranks.
+"""The allocation pass, between calibration and factoring: from curves and one budget to sizes."""
 
-Between calibration and factoring. The values are computed without vectors, layer by layer, each
-layer one file of the journal, so that a killed run continues.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-import torch
-from torch import Tensor
-
-from lrc.compressors.allocate import BudgetError, heavy_tail, lagrangian, options_of
-from lrc.compressors.decompose import METHODS, Moment, Statistics, energies_only
+from lrc.compressors.allocate import BudgetError, Options, heavy_tail, lagrangian, options_of
+from lrc.compressors.decompose import METHODS, Statistics
 from lrc.compressors.journal import Journal
+from lrc.compressors.layers import FORMS, RankForm, Sizes
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.budget import unreachable
+from lrc.compressors.planning.curves import Curve, curves_of
 from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.planning.units import Unit, units_of
 from lrc.compressors.progress import OnStep
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import DecomposeBase, Recipe
-
-NO_TOKEN = "saw no calibration token; stays dense"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The energies of a unit, largest first, and the tokens they are summed over.
-
-    `note` says why there are none. Those that are not `comparable` are no losses: one side of the
-    layer has only ever seen zeros, or its weights are zeros.
-    """
-
-    energies: Tensor
-    n_tokens: int
-    note: str | None = None
-    comparable: bool = True
 
 
 def allocate_ranks(
@@ -50,7 +29,7 @@ def allocate_ranks(
     on_step: OnStep,
     every: bool = False,
 ) -> Plan:
-    """Give every pending matrix its rank, or leave it dense.
+    """Give every pending matrix its form and sizes, or leave it dense.
 
     Parameters
     ----------
@@ -59,7 +38,7 @@ def allocate_ranks(
     on_step : callable
         Told (stage, layers done, layers) after each layer; what it raises stops the work there.
     every : bool
-        Predict losses of the matrices whose rank is known too, where they have none yet.
+        Predict losses of the matrices whose sizes are known too, where they have none yet.
 
     Returns
     -------
@@ -76,7 +55,7 @@ def allocate_ranks(
         for unit in units_of(plan.matrices)
         if unit.first.pending or (every and unit.sizes is not None and unit.first.loss is None)
     ]
-    curves = _curves(wanted, recipe, reader, journal, statistics, device=device, on_step=on_step)
+    curves = curves_of(wanted, recipe, reader, journal, statistics, device=device, on_step=on_step)
     decided: list[Unit] = []
     problems: list[str] = []
     for index, stage in enumerate(recipe.stages):
@@ -102,27 +81,54 @@ def allocate_ranks(
     return plan.with_matrices(m for unit in decided for m in unit.members)
 
 
-def energies_file(layer: int) -> str:
-    """Return the journal's name for the energies of the units that begin in a decoder layer."""
-    return f"energies/layer-{layer:04d}.safetensors"
+@dataclass(frozen=True)
+class _Choices:
+    """What a unit may become: `options` number the entries of `forms` from 1; 0 is dense."""
 
+    options: Options
+    forms: list[tuple[str, Sizes]]
 
-def summed_inputs(known: Sequence[Statistics]) -> Moment:
-    """Add up the input moments of layers that share a factor.
-
-    Raises
-    ------
-    ValueError
-        If only an image of one was accumulated.
-    """
-    return Moment.of(torch.stack([_inputs(each).whole() for each in known]).sum(dim=0))
+    @classmethod
+    def of(cls, unit: Unit, curve: Curve, options: DecomposeBase) -> "_Choices":
+        """List the ranks of a spectrum and the points beside it that are worth their cost."""
+        measure, dense = options.measure, unit.dense_cost(options.measure)
+        if curve.note:
+            return cls(Options.of([], [], [], dense), [])
+        floor, cap = options.min_keep * dense, options.max_loss * curve.total
+        found: list[tuple[int, float, str, Sizes]] = []
+        if issubclass(FORMS[unit.first.form], RankForm):
+            ranks = options_of(
+                curve.energies,
+                lambda rank: unit.step_cost(rank, measure),
+                dense,
+                multiple=options.rank_multiple,
+                min_cost=floor,
+                max_loss=options.max_loss,
+            )
+            columns = ranks.costs.tolist(), ranks.losses.tolist(), ranks.ranks.tolist()
+            found += [
+                (cost, loss, unit.first.form, {"rank": rank})
+                for cost, loss, rank in zip(*columns, strict=True)
+                if rank > 0
+            ]
+        for point in curve.points:
+            cost = unit.in_form(point.form).cost(point.sizes, measure)
+            if floor <= cost < dense and point.energy <= cap:
+                found.append((cost, point.energy, point.form, point.sizes))
+        kept: list[tuple[int, float, str, Sizes]] = []
+        for one in sorted(found, key=lambda each: each[:2]):
+            if not kept or (one[0] > kept[-1][0] and one[1] < kept[-1][1]):
+                kept.append(one)
+        numbers = list(range(1, len(kept) + 1))
+        costs, losses = [one[0] for one in kept], [one[1] for one in kept]
+        return cls(Options.of(numbers, costs, losses, dense), [one[2:] for one in kept])
 
 
 def _allocate(
     pending: list[Unit], curves: dict[str, Curve], options: DecomposeBase, budget: int
 ) -> list[Unit]:
     """Spend the budget; what compares with nothing gets the share that all have on average."""
-    measure, multiple = options.measure, options.rank_multiple
+    measure = options.measure
     share = budget / sum(unit.dense_cost(measure) for unit in pending)
     apart = [u for u in pending if not curves[u.first.name].comparable]
     even = [_even(unit, share, options) for unit in apart]
@@ -131,167 +137,56 @@ def _allocate(
     if not pending:
         return even
     of = [curves[unit.first.name] for unit in pending]
-    costs = [lambda rank, unit=unit: unit.step_cost(rank, measure) for unit in pending]
-    dense = [unit.dense_cost(measure) for unit in pending]
-    floors = [options.min_keep * cost for cost in dense]
+    decided: list[tuple[str, Sizes] | None]
     if options.allocation == "lagrangian":
-        choices = [
-            unit.only_dense(measure)
-            if curve.note
-            else options_of(
-                curve.energies,
-                cost,
-                dense_cost,
-                multiple=multiple,
-                min_cost=floor,
-                max_loss=options.max_loss,
-            )
-            for unit, curve, cost, dense_cost, floor in zip(
-                pending, of, costs, dense, floors, strict=True
-            )
-        ]
-        picked = lagrangian(choices, budget)
-        ranks = [int(c.ranks[index]) for c, index in zip(choices, picked, strict=True)]
+        choices = [_Choices.of(u, curve, options) for u, curve in zip(pending, of, strict=True)]
+        picked = lagrangian([each.options for each in choices], budget)
+        numbers = [int(c.options.ranks[i]) for c, i in zip(choices, picked, strict=True)]
+        decided = [c.forms[n - 1] if n else None for c, n in zip(choices, numbers, strict=True)]
     else:
-        values = [curve.energies.sqrt() for curve in of]
-        ranks = heavy_tail(values, costs, dense, budget, multiple=multiple, min_costs=floors)
+        dense = [unit.dense_cost(measure) for unit in pending]
+        ranks = heavy_tail(
+            [curve.energies.sqrt() for curve in of],
+            [partial(unit.step_cost, measure=measure) for unit in pending],
+            dense,
+            budget,
+            multiple=options.rank_multiple,
+            min_costs=[options.min_keep * cost for cost in dense],
+        )
+        named = zip(pending, ranks, strict=True)
+        decided = [(unit.first.form, {"rank": rank}) if rank else None for unit, rank in named]
     return even + [
-        _chosen(unit, rank, curve, options)
-        for unit, rank, curve in zip(pending, ranks, of, strict=True)
+        _chosen(unit, choice, curve, options)
+        for unit, choice, curve in zip(pending, decided, of, strict=True)
     ]
 
 
 def _even(unit: Unit, share: float, options: DecomposeBase) -> Unit:
-    """Give a unit the largest rank within a share of its dense cost."""
+    """Give a unit the largest sizes within a share of its dense cost."""
     measure, multiple = options.measure, options.rank_multiple
     step = unit.step_within(share, measure, multiple=multiple)
     if step == 0 or unit.step_cost(step, measure) < options.min_keep * unit.dense_cost(measure):
-        return unit.dense(note="saw zeros only, and no rank fits its share of the budget")
+        return unit.dense(note="saw zeros only, and nothing fits its share of the budget")
     return unit.at(unit.sizes_at(step))
 
 
-def _chosen(unit: Unit, rank: int, curve: Curve, options: DecomposeBase) -> Unit:
+def _chosen(
+    unit: Unit, choice: tuple[str, Sizes] | None, curve: Curve, options: DecomposeBase
+) -> Unit:
     if curve.note:
         return unit.dense(note=curve.note)
-    if rank == 0:
+    if choice is None:
         return unit.dense(note=f"the {options.allocation} allocation spends its bits here")
-    chosen = unit.at(rank)
+    form, sizes = choice
+    chosen = unit.in_form(form).at(sizes)
     return chosen if options.allocation == "heavy-tail" else _predicted(chosen, curve, options)
 
 
 def _predicted(unit: Unit, curve: Curve, options: DecomposeBase) -> Unit:
-    """Write down what a unit loses at its rank."""
-    rank = unit.first.rank
-    assert rank is not None
-    total, tail = float(curve.energies.sum()), float(curve.energies[rank:].sum())
-    if curve.note or not curve.comparable or total == 0:
+    """Write down what a unit loses at its sizes."""
+    assert unit.sizes is not None
+    if curve.note or not curve.comparable or curve.total == 0:
         return unit
-    nats = METHODS[options.method].nats_per_token(tail, curve.n_tokens)
-    return unit.at(rank, loss=tail / total, predicted_nats=nats)
-
-
-def _curves(
-    units: list[Unit],
-    recipe: Recipe,
-    reader: WeightReader,
-    journal: Journal,
-    statistics: Callable[[Matrix], Statistics],
-    *,
-    device: str,
-    on_step: OnStep,
-) -> dict[str, Curve]:
-    """Return the curve of every unit by the name of its first matrix."""
-    layers = sorted({unit.first.layer for unit in units})
-    curves: dict[str, Curve] = {}
-    for done, layer in enumerate(layers, start=1):
-        here = [unit for unit in units if unit.first.layer == layer]
-        file = energies_file(layer)
-        known = journal.read_facts(file)["curves"] if journal.has(file) else {}
-        if any(_key(unit) not in known for unit in here):
-            found = {
-                _key(unit): _curve(
-                    unit, recipe.stages[unit.first.stage].decompose, reader, statistics, device
-                )
-                for unit in here
-            }
-            facts = {
-                name: {"n_tokens": c.n_tokens, "note": c.note, "comparable": c.comparable}
-                for name, c in found.items()
-            }
-            journal.write_tensors(
-                file, {name: c.energies for name, c in found.items()}, {"curves": facts}
-            )
-        facts = journal.read_facts(file)["curves"]
-        for unit in here:
-            key = _key(unit)
-            curves[unit.first.name] = Curve(journal.read_tensor(file, key), **facts[key])
-        on_step("allocate", done, len(layers))
-    return curves
-
-
-def _key(unit: Unit) -> str:
-    """Name the curve of a unit in the journal; one threshold is put to the bare weights."""
-    name = unit.first.name
-    return f"{name}.weight" if unit.first.pending == "heavy-tail" else name
-
-
-def _curve(
-    unit: Unit,
-    options: DecomposeBase,
-    reader: WeightReader,
-    statistics: Callable[[Matrix], Statistics],
-    device: str,
-) -> Curve:
-    weights = [reader.read(f"{m.name}.weight", device=device) for m in unit.members]
-    stack = torch.cat(weights)
-    if unit.first.pending == "heavy-tail":
-        return Curve(energies_only(stack).cpu(), 0)
-    method = METHODS[options.method]
-    known = [statistics(m) if method.needs_inputs else Statistics() for m in unit.members]
-    none = stack.new_zeros(unit.largest_step, dtype=torch.float64, device="cpu")
-    note = unknown(known, options)
-    if note is not None:
-        return Curve(none, 0, note)
-    known = [each.to(device) for each in known]
-    if len(known) > 1:
-        energies = energies_only(stack, summed_inputs(known), **arguments(options))
-    else:
-        energies = method.energies(stack, known[0], **arguments(options))
-    energies = energies.cpu()
-    comparable = bool(energies.any()) and not seen_nothing(known)
-    return Curve(energies, known[0].n_tokens, comparable=comparable)
-
-
-def arguments(options: DecomposeBase) -> dict[str, Any]:
-    """Return the keys of a stage that are its method's own."""
-    return {key: getattr(options, key) for key in METHODS[options.method].options}
-
-
-def unknown(known: Sequence[Statistics], options: DecomposeBase) -> str | None:
-    """Say why a unit cannot be weighed; None if all that its method needs is there."""
-    lacking = {name for each in known for name in each.missing(METHODS[options.method].needs)}
-    if not lacking:
-        return None
-    if all(each.n_tokens == 0 for each in known) or "inputs" in lacking:
-        return NO_TOKEN
-    return f"calibration has no {', '.join(sorted(lacking))} of it; stays dense"
-
-
-def seen_nothing(known: Sequence[Statistics]) -> bool:
-    """Say whether one side of a layer has only ever seen zeros.
-
-    Its metric leaves that side out, and its energies, in another unit, compare with no others.
-    """
-    for each in known:
-        moments = [each.inputs, each.gradients]
-        sums = [each.input_magnitude, each.row_fisher]
-        if any(m is not None and m.empty for m in moments):
-            return True
-        if any(s is not None and not bool(s.any()) for s in sums):
-            return True
-    return False
-
-
-def _inputs(known: Statistics) -> Moment:
-    assert known.inputs is not None
-    return known.inputs
+    lost = curve.lost(unit.sizes)
+    nats = METHODS[options.method].nats_per_token(lost, curve.n_tokens)
+    return unit.at(unit.sizes, loss=lost / curve.total, predicted_nats=nats)

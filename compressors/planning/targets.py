@@ -12,7 +12,7 @@ from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit, units_of
 from lrc.configs.recipe import BasisSharing, DecomposeBase, Recipe
 
-FORM_OF = {"factors": "low_rank", "pivot": "pivoted_low_rank"}
+FORM_OF = {"factors": "low_rank", "pivot": "pivoted_low_rank", "mask": "sparse"}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """What is decided as one: a matrix alone, or the matrices that share a factor."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lrc.compressors.allocate import Options, smallest_rank, uniform
+from lrc.compressors.allocate import smallest_rank, uniform
 from lrc.compressors.layers import FORMS, Sizes
 from lrc.compressors.planning.plan import Matrix
 
@@ -100,13 +100,13 @@ class Unit:
         """Return the unit with these sizes, or this rank."""
         return Unit(tuple(m.at(sizes, **changes) for m in self.members))
 
+    def in_form(self, form: str) -> "Unit":
+        """Return the unit in another form, its sizes not chosen."""
+        return Unit(tuple(replace(m, form=form, sizes=None) for m in self.members))
+
     def dense(self, **changes: Any) -> "Unit":
         """Return the unit left dense."""
         return Unit(tuple(m.dense(**changes) for m in self.members))
-
-    def only_dense(self, measure: Measure) -> Options:
-        """Return the options of a unit that nothing can be done with."""
-        return Options.of([], [], [], self.dense_cost(measure))
 
 
 def units_of(matrices: Iterable[Matrix]) -> list[Unit]:

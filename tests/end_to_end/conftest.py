@@ -135,7 +135,7 @@ class Compressed:
             name = matrix["name"]
             parent, _, leaf = name.rpartition(".")
             linear = model.get_submodule(name)
-            if matrix["rank"] is None:
+            if matrix["form"] == "dense":
                 if matrix["refit"]:
                     linear.weight.data.copy_(factors[f"{name}.weight"])
                 continue

@@ -85,7 +85,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         [entry("a", rank=5), entry("b")],
         "a: low_rank of rank 5 takes as much as the dense matrix; lower rank to at most 4",
     ),
-    "unknown form": ([entry("a", "sparse"), entry("b")], "a: form must be one of dense, low_rank"),
+    "unknown form": ([entry("a", "wavelet"), entry("b")], "a: form must be one of dense, low_rank"),
     "a factor of nobody's": (
         [entry("a", "shared_low_rank"), entry("b")],
         "a: form must be dense or low_rank or pivoted_low_rank here, got shared_low_rank",

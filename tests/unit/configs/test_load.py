@@ -43,7 +43,7 @@ seed: x
         "recipe.yaml:1: modle.dtyp: unknown key; did you mean 'dtype'? "
         "Allowed: path, file, revision, dtype, tokenizer, trust_remote_code",
         "recipe.yaml:3: stages[0].decompose.method: must be one of asvd, basis-sharing, fwsvd, "
-        "kfac, lord, svd, svd-llm, got 'svdllm'; did you mean 'svd-llm'?",
+        "kfac, lord, magnitude, sparse, svd, svd-llm, wanda, got 'svdllm'; did you mean 'svd-llm'?",
         "recipe.yaml:3: stages[0].decompose.keep: must be in (0, 1], got 1.3; lower it",
         "recipe.yaml:3: stages[0].decompose.damp: must be in [0, 1), got 1; lower it",
         "recipe.yaml:4: stages[1].decompse: unknown key; did you mean 'decompose'? "
