@@ -212,14 +212,12 @@ class LowRank(DecomposeBase):
     storage: Storage = "factors"
 
 
-class Pruning(DecomposeBase):
-    """What every method understands that keeps some entries of a matrix."""
+class Coded(DecomposeBase):
+    """What every method understands that has no ranks."""
 
     allocation: PruningAllocation = "uniform"
     rank_multiple: Literal[1] = 1
     """There are no ranks here."""
-    storage: Literal["mask"] = "mask"
-    """The entries that are kept, and one bit for every entry of the matrix."""
 
 
 class Svd(LowRank):
@@ -288,6 +286,13 @@ class BasisSharing(LowRank):
     """Not with this method: its layers are solved together."""
 
 
+class Pruning(Coded):
+    """What every method understands that keeps some entries of a matrix."""
+
+    storage: Literal["mask"] = "mask"
+    """The entries that are kept, and one bit for every entry of the matrix."""
+
+
 class Magnitude(Pruning):
     """Magnitude pruning: the largest entries, blind to the data."""
 
@@ -314,8 +319,74 @@ class Sparse(Pruning):
     allocation: PruningAllocation = "lagrangian"
 
 
+class Learning(Coded):
+    """What every method understands that learns a dictionary: atoms, and few for every output.
+
+    There are twice as many atoms as an output has coefficients.
+    """
+
+    storage: Literal["dictionary"] = "dictionary"
+    """The atoms, the coefficients, and which atoms they are of."""
+    damp: Damp = 1e-6
+
+
+class Cospadi(Learning):
+    """CoSpaDi: K-SVD with orthogonal matching pursuit behind whitening; slow."""
+
+    method: Literal["cospadi"]
+    """K-SVD with orthogonal matching pursuit."""
+    rounds: PositiveInt = 60
+    """Updates of coefficients and atoms."""
+
+
+class TwoSidedLearning(Learning):
+    """Outputs are weighted by their gradients, and losses predicted by both sides."""
+
+    gradient_damp: Annotated[float, Field(ge=0, lt=10)] = 0.1
+    """Fraction of the mean diagonal of the gradient second moment that is added to it."""
+    allocation: PruningAllocation = "lagrangian"
+
+
+class Compot(TwoSidedLearning):
+    """COMPOT: an orthogonal dictionary by thresholding and Procrustes rotations."""
+
+    method: Literal["compot"]
+    """An orthogonal dictionary."""
+    rounds: PositiveInt = 20
+    """Updates of coefficients and atoms."""
+
+
+class Rocket(TwoSidedLearning):
+    """ROCKET: the eigenbasis, thresholded once, and the atoms refitted."""
+
+    method: Literal["rocket"]
+    """The eigenbasis, thresholded once."""
+
+
+class Dictionary(TwoSidedLearning):
+    """Hard-thresholding pursuit with refitted atoms, from the singular vectors."""
+
+    method: Literal["dictionary"]
+    """Hard-thresholding pursuit with refitted atoms."""
+    rounds: PositiveInt = 15
+    """Updates of coefficients and atoms."""
+
+
 Decompose = Annotated[
-    Svd | Fwsvd | Asvd | SvdLlm | Lord | Kfac | BasisSharing | Magnitude | Wanda | Sparse,
+    Svd
+    | Fwsvd
+    | Asvd
+    | SvdLlm
+    | Lord
+    | Kfac
+    | BasisSharing
+    | Magnitude
+    | Wanda
+    | Sparse
+    | Cospadi
+    | Compot
+    | Rocket
+    | Dictionary,
     Field(discriminator="method"),
 ]
 

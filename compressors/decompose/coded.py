@@ -1,4 +1,4 @@
-"""Methods that are solved at given sizes: pruning."""
+"""Methods that are solved at given sizes: pruning, and dictionaries."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lrc.compressors.decompose.dictionary import solve_dictionary
 from lrc.compressors.decompose.method import Coded, CodedMethod, Sizes
 from lrc.compressors.decompose.moments import Statistics
 from lrc.compressors.decompose.sparse import Saliency, prune, prune_curve, weighted_energy
@@ -23,11 +24,11 @@ class Pruning(CodedMethod):
     def solve(self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any) -> Coded:
         """Keep ``nonzeros`` entries of the whole matrix."""
         options = self.with_defaults(statistics, options)
-        inputs, gradients = statistics.inputs, statistics.gradients
+        inputs, gradients = self._known(statistics)
         found = prune(
             W,
-            inputs if "inputs" in self.needs else None,
-            gradients if "gradients" in self.needs else None,
+            inputs,
+            gradients,
             nonzeros=sizes["nonzeros"],
             saliency=self.saliency,
             **options,
@@ -40,9 +41,7 @@ class Pruning(CodedMethod):
     ) -> tuple[list[float], float]:
         """Return the energy of the error for several numbers of entries, and that of W itself."""
         options = self.with_defaults(statistics, options)
-        inputs, gradients = statistics.inputs, statistics.gradients
-        inputs = inputs if "inputs" in self.needs else None
-        gradients = gradients if "gradients" in self.needs else None
+        inputs, gradients = self._known(statistics)
         budgets = [each["nonzeros"] for each in sizes]
         found = prune_curve(
             W, inputs, gradients, nonzeros=budgets, saliency=self.saliency, **options
@@ -50,14 +49,74 @@ class Pruning(CodedMethod):
         return found, weighted_energy(W, inputs, gradients, **options)
 
 
+@dataclass(frozen=True)
+class Learning(CodedMethod):
+    """Learn a dictionary; the energy is that of the method's metrics, whole."""
+
+    solver: str
+
+    form = "dictionary"
+    whole = True
+    ALLOCATION_ROUNDS = 6
+    """Rounds are cheap to leave out where only the shape of a curve is asked for."""
+
+    def solve(self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any) -> Coded:
+        """Learn ``atoms`` atoms, of which every output uses ``nonzeros``."""
+        options = self.with_defaults(statistics, options)
+        inputs, gradients = self._known(statistics)
+        found = solve_dictionary(
+            W,
+            inputs,
+            gradients,
+            atoms=sizes["atoms"],
+            nonzeros=sizes["nonzeros"],
+            solver=self.solver,
+            **options,
+        )
+        damping = {key: value for key, value in options.items() if key.endswith("damp")}
+        energy = weighted_energy(W - found.weight(), inputs, gradients, **damping)
+        total = weighted_energy(W, inputs, gradients, **damping)
+        parts = {"D": found.D, "S": found.S, "mask": found.mask}
+        return Coded(parts, energy, energy / total if total > 0 else 0.0, found.fallback)
+
+    def energies(
+        self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any
+    ) -> tuple[list[float], float]:
+        """Return the energy of the error at several sizes, after few rounds, and that of W."""
+        options = self.with_defaults(statistics, options)
+        if "rounds" in options:
+            options["rounds"] = min(options["rounds"], self.ALLOCATION_ROUNDS)
+        found = [self.solve(W, statistics, each, **options).energy for each in sizes]
+        damping = {key: value for key, value in options.items() if key.endswith("damp")}
+        return found, weighted_energy(W, *self._known(statistics), **damping)
+
+
 _DAMP = {"damp": 1e-6}
+_BOTH = {**_DAMP, "gradient_damp": 0.1}
+_TWO_SIDED = frozenset({"inputs", "gradients"})
 
 CODED: dict[str, CodedMethod] = {
     "magnitude": Pruning(frozenset(), "magnitude pruning", "magnitude"),
     "wanda": Pruning(frozenset({"inputs"}), "Wanda, arXiv:2306.11695", "wanda", options=_DAMP),
     "sparse": Pruning(
-        frozenset({"inputs", "gradients"}),
+        _TWO_SIDED,
         "optimal brain surgeon (Hassibi and Stork 1993) under the K-FAC metric",
-        options={**_DAMP, "gradient_damp": 0.1},
+        options=_BOTH,
+    ),
+    "cospadi": Learning(
+        frozenset({"inputs"}),
+        "CoSpaDi, arXiv:2509.22075",
+        "cospadi",
+        options={**_DAMP, "rounds": 60},
+    ),
+    "compot": Learning(
+        _TWO_SIDED, "COMPOT, arXiv:2602.15200", "compot", options={**_BOTH, "rounds": 20}
+    ),
+    "rocket": Learning(_TWO_SIDED, "ROCKET, arXiv:2602.11008", "rocket", options=_BOTH),
+    "dictionary": Learning(
+        _TWO_SIDED,
+        "hard-thresholding pursuit (Foucart 2011) with the method of optimal directions",
+        "htp",
+        options={**_BOTH, "rounds": 15},
     ),
 }

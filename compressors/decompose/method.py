@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lrc.compressors.decompose.moments import Statistics
+from lrc.compressors.decompose.moments import Moment, Statistics
 
 Sizes = Mapping[str, int]
 """What the form of a result stores, such as ``{"nonzeros": 1000}``."""
@@ -94,6 +94,13 @@ class CodedMethod(Method):
 
     form: str
     """Name of the form of its results."""
+
+    def _known(self, statistics: Statistics) -> tuple[Moment | None, Moment | None]:
+        """Return the moments of inputs and gradients that belong to the method's metric."""
+        return (
+            statistics.inputs if "inputs" in self.needs else None,
+            statistics.gradients if "gradients" in self.needs else None,
+        )
 
     def solve(self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any) -> Coded:
         """Find the best weight of these sizes; W is [d_out, d_in].

@@ -12,7 +12,12 @@ from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit, units_of
 from lrc.configs.recipe import BasisSharing, DecomposeBase, Recipe
 
-FORM_OF = {"factors": "low_rank", "pivot": "pivoted_low_rank", "mask": "sparse"}
+FORM_OF = {
+    "factors": "low_rank",
+    "pivot": "pivoted_low_rank",
+    "mask": "sparse",
+    "dictionary": "dictionary",
+}
 
 
 @dataclass(frozen=True)
