@@ -372,6 +372,26 @@ class Dictionary(TwoSidedLearning):
     """Updates of coefficients and atoms."""
 
 
+class Mixed(DecomposeBase):
+    """Every matrix in the form that loses least at its share of one budget."""
+
+    method: Literal["mixed"]
+    """The best form for every matrix."""
+    forms: Annotated[list[Literal["low-rank", "sparse", "dictionary"]], Field(min_length=1)] = [
+        "low-rank",
+        "sparse",
+    ]
+    """What a matrix may become, beside dense."""
+    damp: Damp = 1e-6
+    gradient_damp: Annotated[float, Field(ge=0, lt=10)] = 0.1
+    """Fraction of the mean diagonal of the gradient second moment that is added to it."""
+    rounds: PositiveInt = 15
+    """Updates of coefficients and atoms of a dictionary."""
+    allocation: Literal["lagrangian"] = "lagrangian"
+    """The least predicted loss; there is no other way to choose between forms."""
+    storage: Storage = "pivot"
+
+
 Decompose = Annotated[
     Svd
     | Fwsvd
@@ -386,7 +406,8 @@ Decompose = Annotated[
     | Cospadi
     | Compot
     | Rocket
-    | Dictionary,
+    | Dictionary
+    | Mixed,
     Field(discriminator="method"),
 ]
 

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lrc.compressors.linalg import whitening_factor
+
 Pattern = Literal["free", "2:4"]
 
 
@@ -162,8 +164,9 @@ def refit_dictionary(Z: Tensor, D: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     size = S.norm(dim=1).clamp_min(torch.finfo(S.dtype).tiny)  # [atoms]
     T = S / size[:, None]
     M = (T @ T.T).double()  # [atoms, atoms]
-    M.diagonal().add_(torch.finfo(Z.dtype).eps ** 0.75)
-    step = torch.cholesky_solve((T @ (Z - D @ S).T).double(), torch.linalg.cholesky(M))
+    # What the factor falls back on is more ridge still, of no more consequence.
+    L, _ = whitening_factor(M, torch.finfo(Z.dtype).eps ** 0.75)
+    step = torch.cholesky_solve((T @ (Z - D @ S).T).double(), L)  # [atoms, dim]
     D, length = unit_atoms(D + step.T.to(D.dtype) / size)
     return D, S * length[:, None]
 

@@ -43,7 +43,7 @@ class Method:
 
     def for_form(self, form: str) -> "Method":
         """Return the part that makes a form."""
-        return next(p for p in self.parts if not isinstance(p, CodedMethod) or p.form == form)
+        return next((p for p in self.parts if form in p.forms), self.parts[0])
 
     @property
     def needs_inputs(self) -> bool:

@@ -59,6 +59,17 @@ class LowRankMethod(Method):
         return energies_only(W, m.inputs, m.gradients, damp=m.damp, gradient_damp=m.gradient_damp)
 
 
+class Mixed(Method):
+    """Whichever form an allocation finds best for a matrix, by the method that makes it."""
+
+    whole = True
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """Return the two-sided methods, one a form."""
+        return tuple(METHODS[name] for name in ("kfac", "sparse", "dictionary"))
+
+
 def _plain(W: Tensor, statistics: Statistics) -> Metric:
     """Find the closest matrix of the rank, blind to the data."""
     return Metric()
@@ -141,6 +152,11 @@ METHODS: dict[str, Method] = {
         shared=True,
     ),
     **CODED,
+    "mixed": Mixed(
+        frozenset({"inputs", "gradients"}),
+        "one Lagrangian over forms; their losses compare, being of one metric",
+        options={**_DAMP, "gradient_damp": 0.1, "rounds": 15},
+    ),
 }
 
 

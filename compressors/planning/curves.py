@@ -16,6 +16,7 @@ from lrc.compressors.decompose import (
     METHODS,
     CodedMethod,
     LowRankMethod,
+    Method,
     Moment,
     Statistics,
     energies_only,
@@ -33,6 +34,12 @@ NO_TOKEN = "saw no calibration token; stays dense"
 # the logarithm of the energy is close to linear in the bits.
 SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 BETWEEN = 8
+FORMS_OF = {
+    "low-rank": ["low_rank", "pivoted_low_rank"],
+    "sparse": ["sparse"],
+    "dictionary": ["dictionary"],
+}
+"""What recipes call families of forms."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,8 @@ def _curve(
     if len(known) > 1:
         energies = energies_only(stack, summed_inputs(known), **arguments(options)).cpu()
     for part in method.parts:
+        if not _wanted(part, options):
+            continue
         own = {key: value for key, value in arguments(options).items() if key in part.options}
         if isinstance(part, CodedMethod):
             sizes = _looked_at(unit, part.form, options)
@@ -156,6 +165,12 @@ def _curve(
     total = float(energies.sum()) or total
     comparable = total > 0 and not seen_nothing(known)
     return Curve(energies, known[0].n_tokens, None, comparable, points, total)
+
+
+def _wanted(part: Method, options: DecomposeBase) -> bool:
+    """Say whether a stage allows what a part of its method makes."""
+    allowed = [FORMS_OF[form] for form in getattr(options, "forms", FORMS_OF)]
+    return any(form in part.forms for forms in allowed for form in forms)
 
 
 def _looked_at(unit: Unit, form: str, options: DecomposeBase) -> list[Sizes]:

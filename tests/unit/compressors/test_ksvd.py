@@ -1,5 +1,7 @@
 """The solver of CoSpaDi: its pursuit against independent ones, its sweep against the SVD."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,15 @@ from lrc.compressors.decompose import ksvd
 from lrc.compressors.decompose.coding import energy
 from lrc.compressors.decompose.dictionary import solve_dictionary
 from lrc.compressors.decompose.ksvd import ksvd_sweep, pursue
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from a second thread, and on a busy machine wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -159,7 +159,7 @@ def test_predicted_nats_are_exact_where_inputs_and_gradients_are_independent() -
 
 def test_only_two_sided_energies_are_losses() -> None:
     able = {name for name, m in METHODS.items() if m.nats_per_token(1.0, 10) is not None}
-    assert able == {"kfac", "sparse", "compot", "rocket", "dictionary"}
+    assert able == {"kfac", "sparse", "compot", "rocket", "dictionary", "mixed"}
 
 
 @pytest.mark.parametrize("name", LOW_RANK)

@@ -25,5 +25,6 @@ def test_options_and_defaults_are_the_same_in_both() -> None:
             if key not in DecomposeBase.model_fields
         }
         assert ("group_size" in own) == METHODS[name].shared
+        own.pop("forms", None)  # between which methods an allocation chooses
         own.pop("group_size", None)  # which matrices are solved as one: not the metric's
         assert own == dict(METHODS[name].options), name

@@ -178,8 +178,8 @@ def test_more_work_and_better_criteria_lose_less(shape: tuple[int, int], whole: 
     searched = [
         prune(W, H, gradients, nonzeros=600, rounds=rounds, **DAMPING).energy for rounds in range(7)
     ]
-    # The search keeps what is best before the last refit, which reaches masks unequally.
-    assert all(b <= 1.01 * a for a, b in pairwise(searched))
+    # Each search keeps its best; how far the last steps get differs from mask to mask.
+    assert all(b <= 1.01 * a for a, b in pairwise(searched))  # 1.0034 measured
     assert searched[-1] < searched[0]
 
 
@@ -232,6 +232,15 @@ def test_a_curve_is_that_of_prune(saliency: Saliency) -> None:
     for budget, energy in zip(budgets, curve, strict=True):
         alone = prune(W, H, G, nonzeros=budget, saliency=saliency, **DAMPING).energy
         assert energy == pytest.approx(alone, rel=0.2 if saliency == "second-order" else 1e-12)
+
+
+def test_swaps_that_gain_nothing_are_not_made() -> None:
+    """More swaps asked for than useful: the count and the mask of a lossless weight stay."""
+    W, H, G = case()
+    planted = W * (weight(24, 40, seed=9).abs() > 0.7)
+    sparse = prune(planted, H, G, nonzeros=955, rounds=12)
+    assert sparse.mask.sum() == 955
+    assert sparse.loss < 1e-20
 
 
 def test_dead_channels_lose_nothing() -> None:

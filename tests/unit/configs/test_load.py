@@ -43,8 +43,8 @@ seed: x
         "recipe.yaml:1: modle.dtyp: unknown key; did you mean 'dtype'? "
         "Allowed: path, file, revision, dtype, tokenizer, trust_remote_code",
         "recipe.yaml:3: stages[0].decompose.method: must be one of asvd, basis-sharing, compot, "
-        "cospadi, dictionary, fwsvd, kfac, lord, magnitude, rocket, sparse, svd, svd-llm, wanda, "
-        "got 'svdllm'; did you mean 'svd-llm'?",
+        "cospadi, dictionary, fwsvd, kfac, lord, magnitude, mixed, rocket, sparse, svd, svd-llm, "
+        "wanda, got 'svdllm'; did you mean 'svd-llm'?",
         "recipe.yaml:3: stages[0].decompose.keep: must be in (0, 1], got 1.3; lower it",
         "recipe.yaml:3: stages[0].decompose.damp: must be in [0, 1), got 1; lower it",
         "recipe.yaml:4: stages[1].decompse: unknown key; did you mean 'decompose'? "

@@ -25,7 +25,7 @@ output: out
 TOP = "Allowed: model, calibration, stages, evaluate, output, seed"
 STAGE = "Allowed: method, keep, size, measure, allocation, rank_multiple, min_keep, max_loss, plan, storage, compensate, targets, skip, overrides"
 SVD_LLM = f"{STAGE}, damp"
-METHODS = "asvd, basis-sharing, compot, cospadi, dictionary, fwsvd, kfac, lord, magnitude, rocket, sparse, svd, svd-llm, wanda"
+METHODS = "asvd, basis-sharing, compot, cospadi, dictionary, fwsvd, kfac, lord, magnitude, mixed, rocket, sparse, svd, svd-llm, wanda"
 UNITS = "write a number and a unit, one of B, kB, MB, GB, KiB, MiB, GiB"
 REFIT = ".decompose.compensate: must be null or a mapping with the keys mix, residual, damp, got"
 
