@@ -101,7 +101,7 @@ def apply_given(plan: GivenPlan, units: Iterable[Unit], problems: list[str]) -> 
         before = len(found)
         asked = [_checked(plan, unit, number, found) for number in range(len(unit.members))]
         entries = [entry for entry in asked if entry is not None]
-        ranks_asked = [entry.sizes and entry.sizes["rank"] for entry in entries]
+        ranks_asked = [entry.sizes and entry.sizes.get("rank") for entry in entries]
         if len(entries) > 1 and len(set(ranks_asked)) > 1:
             ranks = ", ".join(map(str, ranks_asked))
             found.append(

@@ -210,7 +210,15 @@ PLANS: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, ...]]] = {
         of_first(rank=20),
         ("low_rank of rank 20 takes as much as the dense matrix; lower rank to at most 15",),
     ),
-    "an unknown form": (of_first(form="sparse"), ("form must be one of dense, low_rank",)),
+    "an unknown form": (of_first(form="wavelet"), ("form must be one of dense, low_rank",)),
+    "a form of another method": (
+        of_first(form="sparse", nonzeros=100),
+        ("form must be dense or low_rank or pivoted_low_rank here, got sparse",),
+    ),
+    "a form without its size": (
+        of_first(form="sparse"),
+        ("nonzeros must be a whole number for sparse, got None",),
+    ),
     "no list": (lambda plan: plan.pop("matrices"), ("holds no list 'matrices'",)),
 }
 

@@ -45,6 +45,14 @@ STAGES: dict[str, dict[str, Any]] = {
         "allocation": "lagrangian",
     },
     "the recommended way": {"method": "kfac", "keep": 0.6, "compensate": {}},
+    "pruned": {"method": "sparse", "keep": 0.6},
+    "dictionaries": {"method": "dictionary", "keep": 0.6, "rounds": 3, "min_keep": 0.3},
+    "any form": {
+        "method": "mixed",
+        "keep": 0.6,
+        "forms": ["low-rank", "sparse", "dictionary"],
+        "rounds": 3,
+    },
     "bytes, alike": {"method": "svd", "size": "90kB"},
     "bytes, by the lagrangian": {"method": "svd", "size": "90 kB", "allocation": "lagrangian"},
 }
@@ -108,7 +116,7 @@ def test_the_checkpoint_computes_the_products_of_its_factors(
 def test_the_budget_is_kept_and_used(case: str, compressed: Callable[..., Path]) -> None:
     stage, run = STAGES[case], compressed(STAGES[case])
     report = report_of(run)
-    assert any(m.rank for m in executed(run))
+    assert any(m.sizes for m in executed(run))
     if "size" in stage:
         size = (run / "checkpoint/model.safetensors").stat().st_size
         assert 0.95 * 90_000 < size <= 90_000
@@ -168,6 +176,8 @@ def test_layers_of_a_group_hold_one_basis(compressed: Callable[..., Path]) -> No
         "a shared basis",
         "the recommended way",
         "bytes, by the lagrangian",
+        "pruned",
+        "any form",
     ],
 )
 def test_a_plan_given_back_gives_the_same_weights(
@@ -203,6 +213,32 @@ def test_an_edited_plan_is_carried_out(compressed: Callable[..., Path], tmp_path
         assert (got.form, got.rank) == (m["form"], m["rank"])
         assert shown.get(m["name"], ("dense", None)) == (m["form"], m["rank"])
     assert by_name["model.layers.0.mlp.up_proj"].note == "dense in the given plan"
+
+
+def test_a_plan_may_name_any_form_of_a_mixed_method(
+    compressed: Callable[..., Path], tmp_path: Path
+) -> None:
+    stage = STAGES["any form"]
+    plan = json.loads((compressed(stage) / "plan.json").read_text())
+    kinds = [
+        {"form": "sparse", "nonzeros": 300},
+        {"form": "dictionary", "atoms": 12, "nonzeros": 5},
+        {"form": "pivoted_low_rank", "rank": 5},
+        {"form": "dense", "rank": None},
+    ]
+    asked = {}
+    for number, m in enumerate(plan["matrices"]):
+        asked[m["name"]] = {"name": m["name"], "shape": m["shape"], **kinds[number % len(kinds)]}
+    file = tmp_path / "edited.json"
+    file.write_text(json.dumps({"matrices": list(asked.values())}))
+    run = compressed({**stage, "plan": str(file)})
+    shown = {m["name"]: m for m in describe(run / "checkpoint", verify=True)["modules"]}
+    for name, entry in asked.items():
+        if entry["form"] == "dense":
+            assert name not in shown
+        else:
+            assert entry.items() <= shown[name].items()
+    assert all(m.predicted_nats for m in executed(run) if m.form != "dense")
 
 
 def test_a_plan_that_was_edited_since_is_another_run(
