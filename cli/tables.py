@@ -36,14 +36,14 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
             str(len(group)),
             f"{m.shape[0]} x {m.shape[1]}",
             *([] if one else [m.method]),
-            m.form if m.note is None else f"{m.form}: {m.note}",
+            _form(m),
             "pending" if m.pending else m.written,
             "" if m.pending else f"{bits / 8 / 2**20:.2f}",
             "" if m.pending else f"{bits / sum(m.source_bits for m in group):.1%}",
         )
     OUT.print(table)
     for allocation in sorted({m.pending for m in plan.matrices if m.pending}):
-        OUT.print(f"pending: the {allocation} allocation will choose the rank within the budget")
+        OUT.print(f"pending: the {allocation} allocation will choose within the budget")
     _print_sizes(plan.to_json(), plan.compressed_bytes)
     print_warnings(plan)
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
@@ -178,6 +178,13 @@ def print_inspection(facts: dict[str, Any]) -> None:
         )
     if facts["evaluation"]:
         _print_comparison(facts["evaluation"])
+
+
+def _form(m: Matrix) -> str:
+    """Return the form of a matrix and why it stays dense, or what it may become."""
+    if m.pending and m.method == "mixed":
+        return "any"
+    return m.form if m.note is None else f"{m.form}: {m.note}"
 
 
 def _alike(matrices: list[Matrix], *, every: bool) -> dict[tuple[str, ...], list[Matrix]]:

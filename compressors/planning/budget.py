@@ -150,6 +150,6 @@ def unreachable(
         least = f"{ceil(share * 1e4) / 1e4:g} of the {WORDS[options.measure]}"
     fixed = " beside what the overrides fix" if options.overrides else ""
     return (
-        f"{where}.{key}: must be at least {least}, which the cheapest choice of ranks takes{fixed}"
+        f"{where}.{key}: must be at least {least}, which the cheapest choice takes{fixed}"
         f", got {got}; {', '.join([f'raise {key}', *remedies])}"
     )

@@ -42,7 +42,8 @@ from lrc.configs.recipe import Recipe
 
 METHODS = ["svd", "asvd", "fwsvd", "lord", "svd-llm", "basis-sharing", "kfac"]
 EVERYTHING = frozenset(
-    {"inputs", "whole_inputs", "gradients", "input_mean", "input_magnitude", "row_fisher"}
+    {"inputs", "whole_inputs", "gradients", "whole_gradients"}
+    | {"input_mean", "input_magnitude", "row_fisher"}
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -85,6 +86,33 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             stage["compensate"] = {}
         other = {"source": "data/wikitext2/validation.jsonl"}
         yield f"{method} on WikiText-2, {keep}", stage, other
+    yield from other_forms()
+
+
+def other_forms() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield the rows of pruning, dictionaries and mixed plans, as `rows` does."""
+    every = ["low-rank", "sparse", "dictionary"]
+    for keep in (0.8, 0.6, 0.5):
+        mixed = {"method": "mixed", "keep": keep}
+        yield f"mixed, {keep}", mixed, {}
+        yield f"mixed, compensate, {keep}", mixed | {"compensate": {}}, {}
+        yield (
+            f"mixed with dictionaries, compensate, {keep}",
+            (mixed | {"forms": every, "compensate": {}}),
+            {},
+        )
+        yield f"sparse, compensate, {keep}", {
+            "method": "sparse", "keep": keep, "compensate": {}
+        }, {}  # fmt: skip
+        for method in ("sparse", "dictionary", "compot", "rocket"):
+            for allocation in ("uniform", "lagrangian"):
+                stage = {"method": method, "keep": keep, "allocation": allocation}
+                yield f"{method}, {allocation}, {keep}", stage, {}
+        for method in ("wanda", "magnitude"):
+            yield f"{method}, uniform, {keep}", {"method": method, "keep": keep}, {}
+    for keep in (0.8, 0.6):
+        stage = {"method": "cospadi", "keep": keep, "rounds": 20}
+        yield f"cospadi, 20 rounds, uniform, {keep}", stage, {}
 
 
 def main() -> None:

@@ -149,7 +149,7 @@ BUDGETS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "a size barely above the rest": (
         "{method: kfac, size: 73kB}",
-        ("decompose.size: must be at least", "bytes, which the cheapest choice of ranks takes"),
+        ("decompose.size: must be at least", "bytes, which the cheapest choice takes"),
     ),
     "a size above the dense model": (
         "{method: kfac, size: 1MiB}",

@@ -269,7 +269,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
                 "overrides": [{"match": "*.q_proj", "keep": 0.9}],
             }
         ],
-        "which the cheapest choice of ranks takes beside what the overrides fix",
+        "which the cheapest choice takes beside what the overrides fix",
     ),
     "a size that the rest exceeds": (
         [{"size": "10kB"}],
