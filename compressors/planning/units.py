@@ -101,7 +101,9 @@ class Unit:
         return Unit(tuple(m.at(sizes, **changes) for m in self.members))
 
     def in_form(self, form: str) -> "Unit":
-        """Return the unit in another form, its sizes not chosen."""
+        """Return the unit in a form, its sizes not chosen; those that share keep theirs."""
+        if form == self.first.form:
+            return Unit(tuple(replace(m, sizes=None) for m in self.members))
         return Unit(tuple(replace(m, form=form, sizes=None) for m in self.members))
 
     def dense(self, **changes: Any) -> "Unit":
