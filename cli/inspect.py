@@ -88,7 +88,6 @@ def _module(
             f"{folder}: the tensors of {name} do not fit config.json: {'; '.join(problems)}; "
             f"{layout.AGAIN}"
         )
-    form = FORMS[spec["form"]]
     sizes = {size: spec[size] for size in form.SIZES}
     written = form.written(d_out, d_in, sizes)
     return {

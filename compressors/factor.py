@@ -21,7 +21,7 @@ from lrc.compressors.memory import to_host
 from lrc.compressors.planning.curves import arguments, seen_nothing, summed_inputs, unknown
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit
-from lrc.configs.recipe import DecomposeBase
+from lrc.configs.methods import DecomposeBase
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ def _coded(
 ) -> Done:
     """Solve a unit at its sizes, for a method that gives no spectrum."""
     assert unit.sizes is not None
-    own = {key: value for key, value in arguments(options).items() if key in method.options}
-    found = method.solve(W, known, unit.sizes, **own)
+    found = method.solve(W, known, unit.sizes, **arguments(options, method))
     encoded = FORMS[unit.first.form].encode(**found.parts)
     tensors = _rounded({f"{unit.first.name}.{k}": t for k, t in encoded.items()}, dtype)
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
@@ -147,12 +146,11 @@ def product(matrix: Matrix, read: Callable[[str], Tensor]) -> Tensor:
 def _curve(
     options: DecomposeBase, weights: Sequence[Tensor], known: Sequence[Statistics]
 ) -> Spectrum:
-    if len(weights) > 1:
-        return shared_spectrum(weights, summed_inputs(known), **arguments(options))
     method = METHODS[options.method].for_form("low_rank")
     assert isinstance(method, LowRankMethod)
-    own = {key: value for key, value in arguments(options).items() if key in method.options}
-    return method.solve(weights[0], known[0], **own)
+    if len(weights) > 1:
+        return shared_spectrum(weights, summed_inputs(known), **arguments(options, method))
+    return method.solve(weights[0], known[0], **arguments(options, method))
 
 
 def _encoded(

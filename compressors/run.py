@@ -282,5 +282,5 @@ def _needs(plan: Plan, layers: Collection[int]) -> dict[str, frozenset[str]]:
         method = METHODS[matrix.method]
         if matrix.factored and method.needs and matrix.layer in layers:
             whole = {f"whole_{side}" for side in ("inputs", "gradients") if side in method.needs}
-            needs[matrix.name] = method.needs | (whole if method.shared or method.whole else set())
+            needs[matrix.name] = method.needs | (whole if method.whole else set())
     return needs

@@ -2,7 +2,7 @@
 
 from lrc.compressors.decompose.compensate import PrefixMoments, refit_target
 from lrc.compressors.decompose.method import Coded, CodedMethod, Method
-from lrc.compressors.decompose.methods import METHODS, LowRankMethod, Metric, low_rank
+from lrc.compressors.decompose.methods import METHODS, LowRankMethod, Metric
 from lrc.compressors.decompose.moments import Moment, Statistics
 from lrc.compressors.decompose.shared import shared_spectrum, split
 from lrc.compressors.decompose.spectrum import Factors, Spectrum, energies_only, spectrum
@@ -20,7 +20,6 @@ __all__ = [
     "Spectrum",
     "Statistics",
     "energies_only",
-    "low_rank",
     "refit_target",
     "shared_spectrum",
     "spectrum",

@@ -1,15 +1,16 @@
 """Methods that are solved at given sizes: pruning, and dictionaries."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from lrc.compressors.decompose.dictionary import solve_dictionary
-from lrc.compressors.decompose.method import Coded, CodedMethod, Sizes
+from lrc.compressors.decompose.dictionary import Dictionary, solve_dictionary
+from lrc.compressors.decompose.method import Coded, CodedMethod
 from lrc.compressors.decompose.moments import Statistics
 from lrc.compressors.decompose.sparse import Saliency, prune, prune_curve, weighted_energy
+from lrc.compressors.layers import Sizes
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,6 @@ class Pruning(CodedMethod):
     saliency: Saliency = "second-order"
 
     form = "sparse"
-    whole = True
 
     def solve(self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any) -> Coded:
         """Keep ``nonzeros`` entries of the whole matrix."""
@@ -56,26 +56,15 @@ class Learning(CodedMethod):
     solver: str
 
     form = "dictionary"
-    whole = True
     ALLOCATION_ROUNDS = 6
     """Rounds are cheap to leave out where only the shape of a curve is asked for."""
 
     def solve(self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any) -> Coded:
         """Learn ``atoms`` atoms, of which every output uses ``nonzeros``."""
         options = self.with_defaults(statistics, options)
-        inputs, gradients = self._known(statistics)
-        found = solve_dictionary(
-            W,
-            inputs,
-            gradients,
-            atoms=sizes["atoms"],
-            nonzeros=sizes["nonzeros"],
-            solver=self.solver,
-            **options,
-        )
-        damping = {key: value for key, value in options.items() if key.endswith("damp")}
-        energy = weighted_energy(W - found.weight(), inputs, gradients, **damping)
-        total = weighted_energy(W, inputs, gradients, **damping)
+        found = self._learnt(W, statistics, sizes, options)
+        energy = self._energy(W - found.weight(), statistics, options)
+        total = self._energy(W, statistics, options)
         parts = {"D": found.D, "S": found.S, "mask": found.mask}
         return Coded(parts, energy, energy / total if total > 0 else 0.0, found.fallback)
 
@@ -86,9 +75,27 @@ class Learning(CodedMethod):
         options = self.with_defaults(statistics, options)
         if "rounds" in options:
             options["rounds"] = min(options["rounds"], self.ALLOCATION_ROUNDS)
-        found = [self.solve(W, statistics, each, **options).energy for each in sizes]
+        learnt = (self._learnt(W, statistics, each, options) for each in sizes)
+        found = [self._energy(W - each.weight(), statistics, options) for each in learnt]
+        return found, self._energy(W, statistics, options)
+
+    def _learnt(
+        self, W: Tensor, statistics: Statistics, sizes: Sizes, options: Mapping[str, Any]
+    ) -> Dictionary:
+        inputs, gradients = self._known(statistics)
+        return solve_dictionary(
+            W,
+            inputs,
+            gradients,
+            atoms=sizes["atoms"],
+            nonzeros=sizes["nonzeros"],
+            solver=self.solver,
+            **options,
+        )
+
+    def _energy(self, E: Tensor, statistics: Statistics, options: Mapping[str, Any]) -> float:
         damping = {key: value for key, value in options.items() if key.endswith("damp")}
-        return found, weighted_energy(W, *self._known(statistics), **damping)
+        return weighted_energy(E, *self._known(statistics), **damping)
 
 
 _DAMP = {"damp": 1e-6}

@@ -1,5 +1,6 @@
 """What planning and execution ask of any method, whatever it makes of a matrix."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from lrc.compressors.decompose.moments import Moment, Statistics
+from lrc.compressors.layers import Sizes
 
-Sizes = Mapping[str, int]
-"""What the form of a result stores, such as ``{"nonzeros": 1000}``."""
 RANK_FORMS = ["low_rank", "pivoted_low_rank"]
 
 
@@ -27,8 +27,11 @@ class Method:
     """Whether weights of several layers are solved as one stack, see `shared_spectrum`."""
     has_bias = False
     """Whether a bias makes up for what the factors lose of the mean output."""
-    whole = False
-    """Whether second moments are needed whole, where an image through the weight will not do."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether second moments are needed whole: an image through the weight will not do."""
+        return False
 
     @property
     def parts(self) -> tuple["Method", ...]:
@@ -89,11 +92,16 @@ class Coded:
     fallback: str | None = None
 
 
-class CodedMethod(Method):
+class CodedMethod(Method, ABC):
     """A method that is solved at given sizes, one by one; a spectrum gives every rank at once."""
 
     form: str
     """Name of the form of its results."""
+
+    @property
+    def whole(self) -> bool:
+        """The error of such a weight lies outside of what an image through W shows."""
+        return True
 
     def _known(self, statistics: Statistics) -> tuple[Moment | None, Moment | None]:
         """Return the moments of inputs and gradients that belong to the method's metric."""
@@ -102,6 +110,7 @@ class CodedMethod(Method):
             statistics.gradients if "gradients" in self.needs else None,
         )
 
+    @abstractmethod
     def solve(self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any) -> Coded:
         """Find the best weight of these sizes; W is [d_out, d_in].
 
@@ -110,10 +119,9 @@ class CodedMethod(Method):
         ValueError
             If statistics are missing, or no weight of that shape can have these sizes.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def energies(
         self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any
     ) -> tuple[list[float], float]:
         """Return the energy of the error at several sizes, and that of W itself."""
-        raise NotImplementedError

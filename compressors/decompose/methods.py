@@ -39,6 +39,11 @@ class LowRankMethod(Method):
     shared: bool = field(default=False, kw_only=True)
     has_bias: bool = field(default=False, kw_only=True)
 
+    @property
+    def whole(self) -> bool:
+        """A shared factor sees several layers, of which an image through one says nothing."""
+        return self.shared
+
     def solve(self, W: Tensor, statistics: Statistics, **options: float) -> Spectrum:
         """Decompose a weight [d_out, d_in].
 
@@ -62,7 +67,10 @@ class LowRankMethod(Method):
 class Mixed(Method):
     """Whichever form an allocation finds best for a matrix, by the method that makes it."""
 
-    whole = True
+    @property
+    def whole(self) -> bool:
+        """As some of its parts need it."""
+        return any(part.whole for part in self.parts)
 
     @property
     def parts(self) -> tuple[Method, ...]:
@@ -158,10 +166,3 @@ METHODS: dict[str, Method] = {
         options={**_DAMP, "gradient_damp": 0.1, "rounds": 15},
     ),
 }
-
-
-def low_rank(name: str) -> LowRankMethod:
-    """Return a method that is known to give a spectrum."""
-    method = METHODS[name]
-    assert isinstance(method, LowRankMethod)
-    return method

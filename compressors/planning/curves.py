@@ -21,13 +21,15 @@ from lrc.compressors.decompose import (
     Statistics,
     energies_only,
 )
+from lrc.compressors.decompose.method import RANK_FORMS
 from lrc.compressors.journal import Journal
 from lrc.compressors.layers import Sizes
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit
 from lrc.compressors.progress import OnStep
-from lrc.configs.recipe import DecomposeBase, Recipe
+from lrc.configs.methods import DecomposeBase
+from lrc.configs.recipe import Recipe
 
 NO_TOKEN = "saw no calibration token; stays dense"
 # Shares of the bits at which a method without a spectrum is solved for an allocation; between them
@@ -35,7 +37,7 @@ NO_TOKEN = "saw no calibration token; stays dense"
 SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 BETWEEN = 8
 FORMS_OF = {
-    "low-rank": ["low_rank", "pivoted_low_rank"],
+    "low-rank": RANK_FORMS,
     "sparse": ["sparse"],
     "dictionary": ["dictionary"],
 }
@@ -149,11 +151,11 @@ def _curve(
     known = [each.to(device) for each in known]
     energies, points, total = none, [], 0.0
     if len(known) > 1:
-        energies = energies_only(stack, summed_inputs(known), **arguments(options)).cpu()
+        energies = energies_only(stack, summed_inputs(known), **arguments(options, method)).cpu()
     for part in method.parts:
         if not _wanted(part, options):
             continue
-        own = {key: value for key, value in arguments(options).items() if key in part.options}
+        own = arguments(options, part)
         if isinstance(part, CodedMethod):
             sizes = _looked_at(unit, part.form, options)
             found, total = part.energies(stack, known[0], sizes, **own)
@@ -210,9 +212,9 @@ def summed_inputs(known: Sequence[Statistics]) -> Moment:
     return Moment.of(torch.stack([_inputs(each).whole() for each in known]).sum(dim=0))
 
 
-def arguments(options: DecomposeBase) -> dict[str, Any]:
-    """Return the keys of a stage that are its method's own."""
-    return {key: getattr(options, key) for key in METHODS[options.method].options}
+def arguments(options: DecomposeBase, method: Method) -> dict[str, Any]:
+    """Return the keys of a stage that are its method's own, or those of a part of it."""
+    return {key: getattr(options, key) for key in method.options}
 
 
 def unknown(known: Sequence[Statistics], options: DecomposeBase) -> str | None:

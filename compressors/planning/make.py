@@ -16,7 +16,8 @@ from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.planning.targets import Stage, find_stages
 from lrc.compressors.planning.units import WORDS, Unit
 from lrc.configs.errors import RecipeError
-from lrc.configs.recipe import DecomposeBase, Recipe
+from lrc.configs.methods import DecomposeBase
+from lrc.configs.recipe import Recipe
 
 
 def make_plan(recipe: Recipe, source: Source, architecture: Architecture) -> Plan:

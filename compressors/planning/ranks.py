@@ -15,7 +15,8 @@ from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.planning.units import Unit, units_of
 from lrc.compressors.progress import OnStep
 from lrc.configs.errors import RecipeError
-from lrc.configs.recipe import DecomposeBase, Recipe
+from lrc.configs.methods import DecomposeBase
+from lrc.configs.recipe import Recipe
 
 
 def allocate_ranks(

@@ -10,7 +10,8 @@ from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit, units_of
-from lrc.configs.recipe import BasisSharing, DecomposeBase, Recipe
+from lrc.configs.methods import BasisSharing, DecomposeBase
+from lrc.configs.recipe import Recipe
 
 FORM_OF = {
     "factors": "low_rank",

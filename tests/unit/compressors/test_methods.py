@@ -9,7 +9,6 @@ from lrc.compressors.decompose import (
     LowRankMethod,
     Moment,
     Statistics,
-    low_rank,
     shared_spectrum,
     split,
 )
@@ -19,6 +18,12 @@ SHAPES = [(24, 40), (40, 24), (30, 30)]
 RANK = 7
 LOW_RANK = [name for name, method in METHODS.items() if isinstance(method, LowRankMethod)]
 N_TOKENS = 300
+
+
+def low_rank(name: str) -> LowRankMethod:
+    method = METHODS[name]
+    assert isinstance(method, LowRankMethod)
+    return method
 
 
 def normal(*shape: int, seed: int) -> Tensor:

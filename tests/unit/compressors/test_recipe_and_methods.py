@@ -3,7 +3,7 @@
 from typing import get_args
 
 from lrc.compressors.decompose import METHODS
-from lrc.configs.recipe import Decompose, DecomposeBase
+from lrc.configs.methods import Decompose, DecomposeBase
 
 OPTIONS = {
     name: model

@@ -11,9 +11,11 @@ from lrc.configs import shipped
 from lrc.configs.errors import RecipeError
 from lrc.configs.explain import Finding, explain
 from lrc.configs.load import parse_recipe
-from lrc.configs.recipe import Compensate, DecomposeStage, Recipe, Strict
+from lrc.configs.methods import Compensate
+from lrc.configs.recipe import DecomposeStage, Recipe
 from lrc.configs.schema import recipe_schema
 from lrc.configs.shape import Shape
+from lrc.configs.strict import Strict
 from lrc.configs.yaml_text import read_yaml
 
 GOOD = """\
