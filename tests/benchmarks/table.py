@@ -1,7 +1,7 @@
 """Compress one model in many ways and print one table: the quality section of BENCHMARKS.md.
 
 usage: python tests/benchmarks/table.py RECIPE FOLDER [KEY=VALUE ...]
-           [--seconds N] [--rows PATTERN] [--jobs N]
+           [--seconds N] [--jobs N] [--rows PATTERN ...]
 
 RECIPE gives model, calibration text and evaluation, as tests/benchmarks/protocol_a.yaml does; the
 rows below replace its stage. Rows that want the same calibration share its statistics. A row that
@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatchcase
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=1e9)
-    parser.add_argument("--rows", default="*")
+    parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN")
     parser.add_argument("--jobs", type=int, default=1, help="rows made side by side")
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args()
@@ -131,15 +132,17 @@ def main() -> None:
     wanted = [
         (name, [f"calibration.{key}={value}" for key, value in calibration.items()], stage)
         for name, stage, calibration in rows()
-        if fnmatchcase(name, asked.rows) and not (asked.folder / f"{name}.json").is_file()
+        if any(fnmatchcase(name, pattern) for pattern in asked.rows)
+        and not (asked.folder / f"{name}.json").is_file()
     ]
     for changes in dict.fromkeys(tuple(changes) for _, changes, _ in wanted):
         _calibrate(load_recipe(asked.recipe, [*asked.overrides, *changes]), asked.folder)
     release_memory()
-    one = partial(_row, asked.recipe, asked.folder, asked.overrides, deadline)
+    one = partial(_try, asked.recipe, asked.folder, asked.overrides, deadline)
     context = multiprocessing.get_context("spawn")  # CUDA survives no fork
-    with ProcessPoolExecutor(asked.jobs, context, _share_threads, (asked.jobs,)) as pool:
-        if not all(pool.map(one, wanted)):
+    share = (asked.jobs, context.Value("i", 0))
+    with ProcessPoolExecutor(asked.jobs, context, _share_machine, share) as pool:
+        if not all(list(pool.map(one, wanted))):
             print("time is up; the same command goes on", file=sys.stderr)
     _print(asked.folder)
 
@@ -156,8 +159,13 @@ def _dense(recipe: LoadedRecipe, folder: Path) -> None:
     (folder / "dense.json").write_text(json.dumps(block))
 
 
-def _share_threads(jobs: int) -> None:
+def _share_machine(jobs: int, turn: Any) -> None:
+    """Give a new job its share of the cores, and the GPUs in turn."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    with turn.get_lock():
+        number, turn.value = turn.value, turn.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def _shared(recipe: Recipe, folder: Path) -> Journal:
@@ -199,6 +207,21 @@ def _calibrate(loaded: LoadedRecipe, folder: Path) -> None:
     )
     shared.write_json("whole.json", {})
     print(f"statistics {shared.output.name}: {time.monotonic() - started:.1f} s", flush=True)
+
+
+def _try(
+    recipe: Path,
+    folder: Path,
+    overrides: list[str],
+    deadline: float,
+    row: tuple[str, list[str], dict[str, Any]],
+) -> bool:
+    """Make a row; one that fails is told of and does not end the others."""
+    try:
+        return _row(recipe, folder, overrides, deadline, row)
+    except Exception:
+        print(f"{row[0]}: failed", traceback.format_exc(), sep="\n", file=sys.stderr)
+        return True
 
 
 def _row(
