@@ -7,6 +7,9 @@ from lrc.compressors.decompose.coding import Code, Task, energy, unit_atoms
 
 # Power iterations in place of the SVD of every atom's residual, as in the paper.
 POWER_STEPS = 8
+# Lengths are set to one this often: the square of one grows with the eighth power of a singular
+# value by then, and float32 does not hold much more.
+NORMED = 2
 # Columns of one batch of pursuit: their number in the paper, unless memory says less.
 MAX_COLUMNS = 8192
 # The table of a batch, [columns, nonzeros, atoms], stays below this many bytes.
@@ -120,16 +123,21 @@ def ksvd_sweep(Z: Tensor, D: Tensor, S: Tensor, mask: Tensor) -> tuple[Tensor, T
     """
     D, S = D.clone(), S.clone()
     E = Z - D @ S  # [dim, columns]
-    tiny = torch.finfo(Z.dtype).tiny
     for i in range(D.shape[1]):
-        d, s, used = D[:, i].clone(), S[i].clone(), mask[i]
-        new, row = d, s
-        for _ in range(POWER_STEPS):
-            row = (new @ E + (new @ d) * s) * used  # [columns]
-            moved = E @ row + d * (s @ row)  # [dim]
-            length = moved.norm()
-            new = torch.where(length > tiny, moved / length.clamp_min(tiny), new)
-        row = (new @ E + (new @ d) * s) * used
-        E += torch.outer(d, s) - torch.outer(new, row)
+        d = D[:, i].clone()
+        own = torch.addr(E, d, S[i]) * mask[i]  # what the others leave, [dim, columns]
+        new = d
+        for step in range(1, POWER_STEPS + 1):
+            new = own @ (new @ own)
+            if step % NORMED == 0:
+                new = unit_or(new, d)
+        row = new @ own  # [columns]
+        E += torch.outer(d, S[i]) - torch.outer(new, row)
         D[:, i], S[i] = new, row
     return D, S
+
+
+def unit_or(vector: Tensor, otherwise: Tensor) -> Tensor:
+    """Divide by the length; a vector without one gives way, and no GPU is waited for."""
+    length = vector.norm()
+    return torch.where(length > torch.finfo(vector.dtype).tiny, vector / length, otherwise)

@@ -213,11 +213,19 @@ def _why_dense(stage: Stage) -> str:
 
 
 def _warnings(recipe: Recipe, matrices: list[Matrix]) -> list[str]:
-    """Name what will work but should be known: widths with too few tokens to be estimated well."""
+    """Name what will work but should be known."""
+    incomparable = [
+        f"stages[{index}].decompose.allocation: lagrangian compares losses between matrices, and "
+        f"those of {stage.decompose.method} leave out what an output matters; mostly far worse "
+        "than uniform"
+        for index, stage in enumerate(recipe.stages)
+        if stage.decompose.allocation == "lagrangian" and stage.decompose.plan is None
+        if not METHODS[stage.decompose.method].needs & {"gradients", "row_fisher"}
+    ]
     tokens = recipe.calibration.samples * recipe.calibration.length
     measured = [m.shape[1] for m in matrices if METHODS[m.method].needs_inputs]
     narrow = Counter(width for width in measured if tokens < 4 * width)
-    return [
+    return incomparable + [
         f"calibration: {tokens} tokens are few for {count} matrices of input width {width}; "
         f"{4 * width} or more are advised"
         for width, count in sorted(narrow.items())

@@ -11,6 +11,7 @@ the column of seconds.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -46,6 +47,8 @@ EVERYTHING = frozenset(
     {"inputs", "whole_inputs", "gradients", "whole_gradients"}
     | {"input_mean", "input_magnitude", "row_fisher"}
 )
+Row = tuple[str, list[str], dict[str, Any]]
+"""Name, overrides of the recipe, stage."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -138,11 +141,14 @@ def main() -> None:
     for changes in dict.fromkeys(tuple(changes) for _, changes, _ in wanted):
         _calibrate(load_recipe(asked.recipe, [*asked.overrides, *changes]), asked.folder)
     release_memory()
-    one = partial(_try, asked.recipe, asked.folder, asked.overrides, deadline)
+    families: dict[str, list[Row]] = {}
+    for row in wanted:
+        families.setdefault(_family(row), []).append(row)
+    make = partial(_make, asked.recipe, asked.folder, asked.overrides, deadline)
     context = multiprocessing.get_context("spawn")  # CUDA survives no fork
     share = (asked.jobs, context.Value("i", 0))
     with ProcessPoolExecutor(asked.jobs, context, _share_machine, share) as pool:
-        if not all(list(pool.map(one, wanted))):
+        if not all(list(pool.map(make, families.values()))):
             print("time is up; the same command goes on", file=sys.stderr)
     _print(asked.folder)
 
@@ -209,31 +215,30 @@ def _calibrate(loaded: LoadedRecipe, folder: Path) -> None:
     print(f"statistics {shared.output.name}: {time.monotonic() - started:.1f} s", flush=True)
 
 
-def _try(
-    recipe: Path,
-    folder: Path,
-    overrides: list[str],
-    deadline: float,
-    row: tuple[str, list[str], dict[str, Any]],
-) -> bool:
-    """Make a row; one that fails is told of and does not end the others."""
-    try:
-        return _row(recipe, folder, overrides, deadline, row)
-    except Exception:
-        print(f"{row[0]}: failed", traceback.format_exc(), sep="\n", file=sys.stderr)
-        return True
+def _family(row: Row) -> str:
+    """Name what rows have in common that want the same curves: all but what is decided by them."""
+    _, changes, stage = row
+    decided = ("keep", "compensate", "min_keep", "max_loss", "rank_multiple")
+    text = json.dumps([changes, {k: v for k, v in stage.items() if k not in decided}])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _row(
-    recipe: Path,
-    folder: Path,
-    overrides: list[str],
-    deadline: float,
-    row: tuple[str, list[str], dict[str, Any]],
+def _make(
+    recipe: Path, folder: Path, overrides: list[str], deadline: float, rows: list[Row]
 ) -> bool:
-    """Compress and evaluate one row; say whether there was time for it."""
-    if time.time() > deadline:
-        return False
+    """Make rows one after the other; one that fails is told of and does not end the others."""
+    for row in rows:
+        if time.time() > deadline:
+            return False
+        try:
+            _row(recipe, folder, overrides, row)
+        except Exception:
+            print(f"{row[0]}: failed", traceback.format_exc(), sep="\n", file=sys.stderr)
+    return True
+
+
+def _row(recipe: Path, folder: Path, overrides: list[str], row: Row) -> None:
+    """Compress and evaluate one row; curves are the first row's of the family, and their time."""
     name, changes, stage = row
     output = folder / f"run-{os.getpid()}"
     shutil.rmtree(output, ignore_errors=True)
@@ -245,20 +250,28 @@ def _row(
             shared.path("statistics"), journal.path("statistics"), copy_function=os.link
         )
         os.link(shared.path(WINDOWS), journal.path(WINDOWS))
+        curves, before = folder / "curves" / _family(row), 0.0
+        if curves.is_dir():
+            before = json.loads((curves / "seconds.json").read_text())
+            shutil.copytree(curves, journal.path("energies"), copy_function=os.link)
     started = time.monotonic()
+    if not before and loaded.recipe.stages[0].decompose.allocation != "uniform":
+        pipeline.measure(loaded)
+        shutil.copytree(journal.path("energies"), curves, copy_function=os.link)
+        (curves / "seconds.json").write_text(json.dumps(time.monotonic() - started))
     report = pipeline.compress(loaded)
     seconds = report["timing"]["seconds"]
-    row = {
+    seconds["allocate"] = seconds.get("allocate", 0) + before
+    facts = {
         "kept": report["size"]["targeted"]["kept"],
         "seconds": {k: seconds.get(k, 0) for k in ("allocate", "decompose", "save", "evaluate")},
         "dense": sum(layer["form"] == "dense" for layer in report["layers"]),
         "evaluation": report["evaluation"],
     }
-    (folder / f"{name}.json").write_text(json.dumps(row))
+    (folder / f"{name}.json").write_text(json.dumps(facts))
     p = {k: round(v["compressed"], 2) for k, v in report["evaluation"]["perplexity"].items()}
     print(f"{name}: {p} {time.monotonic() - started:.1f} s", flush=True)
     shutil.rmtree(output)
-    return True
 
 
 def _print(folder: Path) -> None:
@@ -276,7 +289,8 @@ def _print(folder: Path) -> None:
         row = json.loads((folder / f"{name}.json").read_text())
         measured = row["evaluation"]
         cells = [_number(measured["perplexity"][t]["compressed"]) for t in texts]
-        cells += [f"{measured['tasks'][t][m]['compressed']:.3f}" for t, m in accuracies]
+        tasks = measured["tasks"]
+        cells += [f"{tasks[t][m]['compressed']:.3f}" if t in tasks else "" for t, m in accuracies]
         seconds = row["seconds"]["allocate"] + row["seconds"]["decompose"]
         print(f"| {name} | {row['kept']:.4f} | " + " | ".join(cells) + f" | {seconds:.0f} |")
 

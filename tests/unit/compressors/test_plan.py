@@ -134,6 +134,13 @@ def test_few_calibration_tokens_are_a_warning() -> None:
     assert "input width 64; 256 or more are advised" in warnings[0]
 
 
+@pytest.mark.parametrize(("method", "said"), [("svd-llm", 1), ("wanda", 1), ("kfac", 0)])
+def test_an_allocation_by_losses_that_do_not_compare_is_warned_of(method: str, said: int) -> None:
+    stage = {"method": method, "keep": 0.5, "allocation": "lagrangian"}
+    warnings = plan_of(stage).warnings
+    assert sum("mostly far worse than uniform" in text for text in warnings) == said
+
+
 def test_a_plan_is_json() -> None:
     plan = plan_of({"keep": 0.5})
     value = json.loads(json.dumps(plan.to_json()))
