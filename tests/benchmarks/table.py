@@ -5,7 +5,8 @@ usage: python tests/benchmarks/table.py RECIPE FOLDER [KEY=VALUE ...]
 
 RECIPE gives model, calibration text and evaluation, as tests/benchmarks/protocol_a.yaml does; the
 rows below replace its stage. Rows that want the same calibration share its statistics. A row that
-is finished in FOLDER is not run again, so that the table can be made in pieces of N seconds.
+is finished in FOLDER is not run again, and one that was begun goes on, so that the table can be
+made in pieces of N seconds.
 A small model leaves most of a GPU idle: several rows may be made side by side, at the expense of
 the column of seconds.
 """
@@ -240,24 +241,23 @@ def _make(
 def _row(recipe: Path, folder: Path, overrides: list[str], row: Row) -> None:
     """Compress and evaluate one row; curves are the first row's of the family, and their time."""
     name, changes, stage = row
-    output = folder / f"run-{os.getpid()}"
-    shutil.rmtree(output, ignore_errors=True)
+    output = folder / "runs" / name.replace(" ", "-")
     changes = [*changes, f"stages={json.dumps([{'decompose': stage}])}", "evaluate.dense=false"]
     loaded = load_recipe(recipe, [*overrides, *changes, f"output={output}"])
     shared, prepared = _shared(loaded.recipe, folder), prepare(loaded.recipe)
+    curves, before = folder / "curves" / _family(row), 0.0
+    if (curves / "seconds.json").is_file():
+        before = json.loads((curves / "seconds.json").read_text())
     with open_journal(output, identity(prepared)) as journal:
-        shutil.copytree(
-            shared.path("statistics"), journal.path("statistics"), copy_function=os.link
-        )
-        os.link(shared.path(WINDOWS), journal.path(WINDOWS))
-        curves, before = folder / "curves" / _family(row), 0.0
-        if curves.is_dir():
-            before = json.loads((curves / "seconds.json").read_text())
-            shutil.copytree(curves, journal.path("energies"), copy_function=os.link)
+        if not journal.has(WINDOWS):
+            _link(shared.path("statistics"), journal.path("statistics"))
+            if before:
+                _link(curves, journal.path("energies"))
+            os.link(shared.path(WINDOWS), journal.path(WINDOWS))
     started = time.monotonic()
     if not before and loaded.recipe.stages[0].decompose.allocation != "uniform":
         pipeline.measure(loaded)
-        shutil.copytree(journal.path("energies"), curves, copy_function=os.link)
+        _link(journal.path("energies"), curves)
         (curves / "seconds.json").write_text(json.dumps(time.monotonic() - started))
     report = pipeline.compress(loaded)
     seconds = report["timing"]["seconds"]
@@ -272,6 +272,11 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row) -> None:
     p = {k: round(v["compressed"], 2) for k, v in report["evaluation"]["perplexity"].items()}
     print(f"{name}: {p} {time.monotonic() - started:.1f} s", flush=True)
     shutil.rmtree(output)
+
+
+def _link(source: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=os.link)
 
 
 def _print(folder: Path) -> None:
