@@ -37,6 +37,12 @@ class Unit:
         return self.first.sizes
 
     @property
+    def _stacked(self) -> tuple[int, int]:
+        """Shape of the weights stacked along their outputs, which limits what they share."""
+        d_out, d_in = self.first.shape
+        return len(self.members) * d_out, d_in
+
+    @property
     def largest_step(self) -> int:
         """Number of the largest sizes there are."""
         return FORMS[self.first.form].largest_step(*self._stacked)
@@ -44,12 +50,6 @@ class Unit:
     def sizes_at(self, step: int) -> Sizes:
         """Return the sizes of a number; of a form with a rank, that rank."""
         return FORMS[self.first.form].sizes_at(step, *self._stacked)
-
-    @property
-    def _stacked(self) -> tuple[int, int]:
-        """Shape of the weights stacked along their outputs, which limits what they share."""
-        d_out, d_in = self.first.shape
-        return len(self.members) * d_out, d_in
 
     def bits(self, sizes: Sizes) -> int:
         """Count the bits of its form with `sizes` in the file."""

@@ -229,20 +229,6 @@ def test_the_same_matrix_of_layers_in_a_row_shares_a_factor() -> None:
     assert up[0].rank > up[4].rank  # sharing pays for rank
 
 
-def test_groups_do_not_cross_what_is_left_out_or_overridden() -> None:
-    overrides = [{"match": "layers.4.*.up_proj", "keep": 0.3}]
-    stage = {"method": "basis-sharing", "keep": 0.5, "skip": ["layers.1.*"], "group_size": 3}
-    plan = plan_of({**stage, "overrides": overrides}, layers=6)
-    up = [m for m in plan.matrices if m.name.endswith("up_proj")]
-    assert [(m.layer, m.group and m.group.split(".")[1]) for m in up] == [
-        (0, None),
-        (2, "2"),
-        (3, "2"),
-        (4, None),
-        (5, None),
-    ]
-
-
 def test_the_same_matrix_of_layers_in_a_row_shares_a_dictionary() -> None:
     plan = plan_of({"method": "cospadi", "keep": 0.7, "group_size": 3}, layers=4)
     up = [m for m in plan.matrices if m.name.endswith("up_proj")]
@@ -286,6 +272,20 @@ def test_groups_of_unequal_shapes_are_refused(method: str) -> None:
     assert not any(m.group for m in plan_of(*apart, layers=3, other=other).matrices)
     full = plan_of(stage, layers=4, other={f"layers.{i}.mlp.up_proj": (80, 64) for i in (2, 3)})
     assert all(m.group for m in full.matrices if m.name.endswith("up_proj"))
+
+
+def test_groups_do_not_cross_what_is_left_out_or_overridden() -> None:
+    overrides = [{"match": "layers.4.*.up_proj", "keep": 0.3}]
+    stage = {"method": "basis-sharing", "keep": 0.5, "skip": ["layers.1.*"], "group_size": 3}
+    plan = plan_of({**stage, "overrides": overrides}, layers=6)
+    up = [m for m in plan.matrices if m.name.endswith("up_proj")]
+    assert [(m.layer, m.group and m.group.split(".")[1]) for m in up] == [
+        (0, None),
+        (2, "2"),
+        (3, "2"),
+        (4, None),
+        (5, None),
+    ]
 
 
 REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
