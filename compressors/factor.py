@@ -15,10 +15,17 @@ from lrc.compressors.decompose import (
     Statistics,
     shared_spectrum,
     split,
+    split_codes,
 )
-from lrc.compressors.layers import FORMS, LowRank, RankForm, SharedLowRank
+from lrc.compressors.layers import FORMS, RankForm, Sharing
 from lrc.compressors.memory import to_host
-from lrc.compressors.planning.curves import arguments, seen_nothing, summed_inputs, unknown
+from lrc.compressors.planning.curves import (
+    arguments,
+    seen_nothing,
+    summed_inputs,
+    together,
+    unknown,
+)
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit
 from lrc.configs.methods import DecomposeBase
@@ -68,7 +75,7 @@ def factor(
         return Done(unit.dense(fallback=note), {})
     method = METHODS[options.method].for_form(unit.first.form)
     if isinstance(method, CodedMethod):
-        return _coded(unit, options, method, weights[0], known[0], dtype)
+        return _coded(unit, options, method, weights, known, dtype)
     curve = _curve(options, weights, known)
     unit, factors, tensors = _encoded(unit, curve, options)
     if unit.sizes is None:
@@ -89,19 +96,26 @@ def _coded(
     unit: Unit,
     options: DecomposeBase,
     method: CodedMethod,
-    W: Tensor,
-    known: Statistics,
+    weights: Sequence[Tensor],
+    known: Sequence[Statistics],
     dtype: torch.dtype,
 ) -> Done:
     """Solve a unit at its sizes, for a method that gives no spectrum."""
     assert unit.sizes is not None
-    found = method.solve(W, known, unit.sizes, **arguments(options, method))
-    encoded = FORMS[unit.first.form].encode(**found.parts)
-    tensors = _rounded({f"{unit.first.name}.{k}": t for k, t in encoded.items()}, dtype)
+    own, n_tokens = arguments(options, method), known[0].n_tokens
+    found = method.solve(torch.cat([*weights]), together(known), unit.sizes, **own)
+    several = len(unit.members) > 1
+    each = split_codes(found.parts, len(unit.members)) if several else [found.parts]
+    encoded = {
+        f"{m.name}.{leaf}": tensor
+        for m, parts in zip(unit.members, each, strict=True)
+        for leaf, tensor in FORMS[m.form].encode(**parts).items()
+    }
+    tensors = _rounded(encoded, dtype)
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
         return Done(unit.dense(fallback=f"values overflow {dtype}; stays dense"), {})
-    counts = known.n_tokens > 0 and not seen_nothing([known])
-    nats = method.nats_per_token(found.energy, known.n_tokens) if counts else None
+    counts = n_tokens > 0 and not seen_nothing(known)
+    nats = method.nats_per_token(found.energy, n_tokens) if counts else None
     done = unit.at(unit.sizes, loss=found.loss, predicted_nats=nats, fallback=found.fallback)
     return Done(done, {name: to_host(t) for name, t in tensors.items()})
 
@@ -136,9 +150,8 @@ def product(matrix: Matrix, read: Callable[[str], Tensor]) -> Tensor:
     like = tensors[next(leaf for leaf, (_, kind) in leaves.items() if kind is None)]
     module = form(d_in, d_out, bias=False, device=like.device, dtype=like.dtype, **matrix.sizes)
     module.load_state_dict(tensors)
-    if isinstance(module, SharedLowRank):
-        A = read(f"{matrix.group}.a.weight")
-        module.share(LowRank.from_factors(tensors["b.weight"], A))
+    if isinstance(module, Sharing):
+        module.share_factor(read(f"{matrix.group}.a.weight"))
     with torch.no_grad():
         return module.product()
 

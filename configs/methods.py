@@ -258,6 +258,18 @@ class Cospadi(Learning):
     """K-SVD with orthogonal matching pursuit."""
     rounds: PositiveInt = 60
     """Updates of coefficients and atoms."""
+    group_size: PositiveInt = 1
+    """Layers in a row whose same matrix shares one dictionary; every layer has coefficients of its
+    own."""
+
+    @model_validator(mode="after")
+    def _alone_if_refitted(self) -> "Cospadi":
+        if self.group_size > 1 and self.compensate is not None:
+            raise ValueError(
+                f"'compensate' needs group_size: 1, got {self.group_size}, because layers that "
+                "share are solved together; leave compensate out or set group_size: 1"
+            )
+        return self
 
 
 class TwoSidedLearning(Learning):

@@ -27,7 +27,9 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
                        ceil(atoms / 8)], uint8, whose bits say which atoms, or ``index`` [d_out,
                        nonzeros], int16, which lists them, where that is smaller and atoms <=
                        32768; ``bias`` [d_out]; the weight is ``c @ a`` with the coefficients in
-                       their places in ``c`` [d_out, atoms], zeros elsewhere
+                       their places in ``c`` [d_out, atoms], zeros elsewhere. What has the form
+                       ``shared_dictionary`` has the same but ``a.weight``: that is of the
+                       ``dictionary`` module that the entry names as ``"shares"``
   ==================== ========================================================================
 
   A bias is there where the dense layer had one or the entry says so; what is no integer has the
@@ -42,7 +44,7 @@ from typing import Any
 
 import torch
 
-from lrc.compressors.layers import FORMS, SharedLowRank
+from lrc.compressors.layers import FORMS, MEMBERS, Sharing
 from lrc.compressors.shards import Header
 from lrc.configs.errors import CheckpointError
 
@@ -138,10 +140,11 @@ def _problem(spec: Any, modules: Mapping[str, Any]) -> tuple[str, str] | None:
         remedy = "a newer lrc may have written it: upgrade lrc to read it"
         return f"has none of the forms that this lrc reads, {', '.join(FORMS)}", remedy
     problem = form.problem(spec)
-    if problem is None and issubclass(form, SharedLowRank):
-        owner = modules.get(spec["shares"])
-        if not isinstance(owner, Mapping) or owner.get("form") != "low_rank":
-            problem = f"must share with a low_rank module of the table, not {owner!r:.60}"
-        elif owner.get("rank") != spec["rank"]:
-            problem = f"must have the rank of the module it shares, {owner.get('rank')}"
+    if problem is None and issubclass(form, Sharing):
+        owner, size = modules.get(spec["shares"]), form.WIDTH
+        wanted = next(name for name, member in MEMBERS.items() if member == spec["form"])
+        if not isinstance(owner, Mapping) or owner.get("form") != wanted:
+            problem = f"must share with a {wanted} module of the table, not {owner!r:.60}"
+        elif owner.get(size) != spec[size]:
+            problem = f"must have the {size} of the module it shares, {owner.get(size)}"
     return (problem, edited) if problem else None

@@ -4,7 +4,7 @@ from lrc.compressors.decompose.compensate import PrefixMoments, refit_target
 from lrc.compressors.decompose.method import Coded, CodedMethod, Method
 from lrc.compressors.decompose.methods import METHODS, LowRankMethod, Metric
 from lrc.compressors.decompose.moments import Moment, Statistics
-from lrc.compressors.decompose.shared import shared_spectrum, split
+from lrc.compressors.decompose.shared import shared_spectrum, split, split_codes
 from lrc.compressors.decompose.spectrum import Factors, Spectrum, energies_only, spectrum
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "shared_spectrum",
     "spectrum",
     "split",
+    "split_codes",
 ]

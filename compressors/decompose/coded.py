@@ -1,7 +1,7 @@
 """Methods that are solved at given sizes: pruning, and dictionaries."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +54,7 @@ class Learning(CodedMethod):
     """Learn a dictionary; the energy is that of the method's metrics, whole."""
 
     solver: str
+    shared: bool = field(default=False, kw_only=True)
 
     form = "dictionary"
     ALLOCATION_ROUNDS = 6
@@ -115,6 +116,7 @@ CODED: dict[str, CodedMethod] = {
         "CoSpaDi, arXiv:2509.22075",
         "cospadi",
         options={**_DAMP, "rounds": 60},
+        shared=True,
     ),
     "compot": Learning(
         _TWO_SIDED, "COMPOT, arXiv:2602.15200", "compot", options={**_BOTH, "rounds": 20}

@@ -24,7 +24,7 @@ class Method:
     """The method's own keys of the recipe, with the value each has if left out."""
 
     shared = False
-    """Whether weights of several layers are solved as one stack, see `shared_spectrum`."""
+    """Whether weights of several layers can be solved as one stack, see `shared_spectrum`."""
     has_bias = False
     """Whether a bias makes up for what the factors lose of the mean output."""
 

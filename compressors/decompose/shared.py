@@ -1,6 +1,6 @@
-"""One basis for the weights of several layers."""
+"""One basis, or one dictionary, for the weights of several layers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,3 +54,32 @@ def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 
 def split(B: Tensor, n_layers: int) -> list[Tensor]:
     """Take the left factor of a stack [n_layers * d_out, rank] apart, one [d_out, rank] a layer."""
     return [part.contiguous() for part in B.chunk(n_layers)]
+
+
+def split_codes(parts: Mapping[str, Tensor], n_layers: int) -> list[dict[str, Tensor]]:
+    """Take the codes of a stack apart: every layer has its own, and the dictionary of all.
+
+    Parameters
+    ----------
+    parts : mapping of str to Tensor
+        ``D`` [d_in, atoms]; ``S`` and ``mask`` [atoms, n_layers * d_out]: a dictionary learnt for
+        weights stacked along their outputs, under the sum of the moments of their inputs.
+    n_layers : int
+
+    Returns
+    -------
+    list of dict
+        One a layer, by the same names; S and mask are [atoms, d_out].
+
+    Notes
+    -----
+    The variant of [1]_ with a dictionary common to several layers, which takes the mean of the
+    moments: the same problem but for a constant. It is an approximation, as in `shared_spectrum`:
+    exactly, every layer would have its own moment.
+
+    References
+    ----------
+    .. [1] D. Makhov et al., "CoSpaDi", 2025. https://arxiv.org/abs/2509.22075
+    """
+    codes = zip(parts["S"].chunk(n_layers, 1), parts["mask"].chunk(n_layers, 1), strict=True)
+    return [{"D": parts["D"], "S": S, "mask": mask} for S, mask in codes]

@@ -4,16 +4,19 @@ from lrc.compressors.layers.dictionary import SparseDictionary
 from lrc.compressors.layers.form import Form, RankForm, Sizes, Spec
 from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.pivoted import PivotedLowRank
-from lrc.compressors.layers.shared import SharedLowRank
+from lrc.compressors.layers.shared import SharedDictionary, SharedLowRank, Sharing
 from lrc.compressors.layers.sparse import Sparse
 
 __all__ = [
     "FORMS",
+    "MEMBERS",
     "Form",
     "LowRank",
     "PivotedLowRank",
     "RankForm",
+    "SharedDictionary",
     "SharedLowRank",
+    "Sharing",
     "Sizes",
     "Sparse",
     "SparseDictionary",
@@ -26,4 +29,7 @@ FORMS: dict[str, type[Form]] = {
     "shared_low_rank": SharedLowRank,
     "sparse": Sparse,
     "dictionary": SparseDictionary,
+    "shared_dictionary": SharedDictionary,
 }
+MEMBERS: dict[str, str] = {"low_rank": "shared_low_rank", "dictionary": "shared_dictionary"}
+"""Form of the first of a group -> that of those which borrow from it."""

@@ -32,8 +32,11 @@ class SparseDictionary(Form):
     nonzeros: int
 
     def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
-        d_in, d_out = self.in_features, self.out_features
-        self.a = empty_linear(d_in, self.atoms, bias=False, device=device, dtype=dtype)
+        self.a = empty_linear(self.in_features, self.atoms, bias=False, device=device, dtype=dtype)
+        self._build_coefficients(bias=bias, device=device, dtype=dtype)
+
+    def _build_coefficients(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
+        d_out = self.out_features
         self.values = nn.Parameter(torch.empty(d_out, self.nonzeros, device=device, dtype=dtype))
         where = _where(d_out, self.atoms, self.nonzeros)
         for name, (shape, kind) in where.items():
@@ -121,14 +124,23 @@ class SparseDictionary(Form):
         through = tokens * self.atoms * (d_in + d_out)
         # An adapter and an offloaded weight take part only when called: torch multiplies by what is
         # on the meta device without a word, and returns what happens to be in memory.
-        plain = type(self.a) is nn.Linear and not self.a.weight.is_meta
+        a = self._a()
+        plain = type(a) is nn.Linear and not a.weight.is_meta
         if through <= (tokens + self.atoms) * d_in * d_out or not plain:
-            return nn.functional.linear(self.a(x), S, self.bias)
-        return nn.functional.linear(x, S @ self.a.weight, self.bias)
+            return nn.functional.linear(self._through_a(x), S, self.bias)
+        return nn.functional.linear(x, S @ a.weight.to(S.device), self.bias)
 
     def product(self) -> Tensor:
         """Return ``W_hat`` [d_out, d_in] in float32."""
-        return self._coefficients().float() @ self.a.weight.float()
+        S = self._coefficients().float()
+        return S @ self._a().weight.float().to(S.device)
+
+    def _a(self) -> nn.Linear:
+        return self.a
+
+    def _through_a(self, x: Tensor) -> Tensor:
+        p: Tensor = self.a(x)  # [..., atoms]
+        return p
 
     def _coefficients(self) -> Tensor:
         """Return ``S^T`` [d_out, atoms] with its zeros."""

@@ -1,88 +1,86 @@
-"""A linear layer whose first factor is another layer's: ``y = b(owner.a(x))``."""
+"""Linear layers whose first part is another layer's: ``y = b(owner.a(x))``."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.layers.dictionary import SparseDictionary
 from lrc.compressors.layers.form import (
-    SENTINEL,
     Device,
+    Form,
     RankForm,
     Shapes,
     Spec,
     empty_linear,
-    sentinel,
 )
 from lrc.compressors.layers.low_rank import LowRank
 
+Owner = LowRank | SparseDictionary
 
-class SharedLowRank(RankForm):
-    """A member of a group of layers that project their inputs on one common basis ``A``.
 
-    The first of the group, the owner, is an ordinary `LowRank` and holds ``a``; a member holds its
-    ``b`` and looks up the owner's ``a`` each time, adapters on it included. Its spec names the
-    owner: ``"shares": "model.layers.0.self_attn.q_proj"``.
+class Sharing(Form):
+    """A member of a group of layers that take their inputs through one common ``a``.
+
+    The first of the group, the owner, is an ordinary layer of the form `OWNER` and holds ``a``; a
+    member holds the rest and looks up the owner's ``a`` each time, adapters on it included. Its
+    spec names the owner: ``"shares": "model.layers.0.self_attn.q_proj"``.
 
     Parameters are those of `Form`; the owner is named afterwards, by `share`.
-
-    References
-    ----------
-    .. [1] "Basis Sharing: Cross-Layer Parameter Sharing for Large Language Model Compression",
-       ICLR 2025. https://arxiv.org/abs/2410.03765
     """
 
-    BIAS = "b.bias"
-    owner: LowRank
+    OWNER: ClassVar[type[Owner]]
+    WIDTH: ClassVar[str]
+    """Name of the size that counts the rows of ``a``: owner and members have the same."""
+    owner: Owner
 
-    def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
-        d_out, rank = self.out_features, self.rank
-        self.b = empty_linear(rank, d_out, bias=bias, device=device, dtype=dtype)
-
-    def share(self, owner: LowRank) -> None:
+    def share(self, owner: Owner) -> None:
         """Take ``a`` from `owner` from now on.
 
         Raises
         ------
         ValueError
-            If its ``a`` is not [rank, d_in] of this layer.
+            If its ``a`` is not [`WIDTH`, d_in] of this layer.
         """
-        ours, theirs = (self.rank, self.in_features), (owner.rank, owner.in_features)
+        ours, theirs = ([getattr(one, self.WIDTH), one.in_features] for one in (self, owner))
         if ours != theirs:
-            raise ValueError(f"needs a factor A {[*ours]}, the layer it shares has {[*theirs]}")
+            raise ValueError(f"needs a factor A {ours}, the layer it shares has {theirs}")
         # Past nn.Module's registration: a child would be stored, moved and listed once a member.
         # A copy or a pickle of the whole model keeps the sharing all the same.
         object.__setattr__(self, "owner", owner)
 
+    def share_factor(self, A: Tensor) -> None:
+        """Take `A` [`WIDTH`, d_in] for ``a``, without the layer that holds it."""
+        sizes = {name: getattr(self, name) for name in self.SIZES}
+        d_in, d_out = self.in_features, self.out_features
+        owner = self.OWNER(d_in, d_out, bias=False, device=A.device, dtype=A.dtype, **sizes)
+        owner.a.load_state_dict({"weight": A})
+        self.share(owner)
+
     def attach(self, model: nn.Module, spec: Spec) -> None:
         """Share with the layer that the spec names."""
         owner = model.get_submodule(spec["shares"])
-        if not isinstance(owner, LowRank):
-            raise ValueError(f"shares {spec['shares']}, which is no low_rank layer")
+        if type(owner) is not self.OWNER:  # members, a kind of it, have no a of their own
+            raise ValueError(f"shares {spec['shares']}, which is no {self.OWNER.__name__}")
         self.share(owner)
 
     @classmethod
     def shapes(cls, d_out: int, d_in: int, spec: Spec, *, bias: bool) -> Shapes:
-        """Return the tensors of one module: the second factor alone."""
-        tensors: Shapes = {**SENTINEL, "b.weight": ([d_out, spec["rank"]], None)}
-        if bias or spec.get("bias"):
-            tensors[cls.BIAS] = [d_out], None
-        return tensors
+        """Return the tensors of one module: those of its owner's form but for ``a``."""
+        shapes = cls.OWNER.shapes(d_out, d_in, spec, bias=bias)
+        return {name: shape for name, shape in shapes.items() if name != "a.weight"}
 
     @classmethod
     def dense_shape(cls, name: str, spec: Spec, found: Mapping[str, list[int]]) -> tuple[int, int]:
-        """Read ``(d_out, d_in)`` off the second factor and the owner's first."""
-        return found[f"{name}.b.weight"][0], found[f"{spec['shares']}.a.weight"][1]
+        """Read ``(d_out, d_in)`` off its own tensors and the owner's ``a``."""
+        borrowed = found[f"{spec['shares']}.a.weight"]
+        return cls.OWNER.dense_shape(name, spec, {**found, f"{name}.a.weight": borrowed})
 
     @classmethod
     def multiply_adds(cls, d_out: int, d_in: int, **sizes: int) -> int:
-        """Count those of the two products: layers of a group have inputs of their own."""
-        return sizes["rank"] * (d_out + d_in)
-
-    @staticmethod
-    def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """Return the second factor; `A` must be the owner's, which stores it."""
-        return {"weight": sentinel(B), "b.weight": B}
+        """Count as for the owner: layers of a group have inputs of their own."""
+        return cls.OWNER.multiply_adds(d_out, d_in, **sizes)
 
     @classmethod
     def problem(cls, spec: Spec) -> str | None:
@@ -91,15 +89,70 @@ class SharedLowRank(RankForm):
             return "must name as 'shares' the layer that holds its factor"
         return super().problem(spec)
 
+    def _a(self) -> nn.Linear:
+        """Return what the owner has for ``a`` now."""
+        return self.owner.a
+
+    def _through_a(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., d_in] to [..., `WIDTH`], where the owner is, and bring it back."""
+        a = self._a()
+        home = a.weight.device
+        # A device map may cut a group in two; what is offloaded, a hook brings to its input.
+        p: Tensor = a(x if home.type == "meta" else x.to(home))
+        return p.to(x.device)
+
+
+class SharedLowRank(Sharing, RankForm):
+    """A layer that projects its input on a basis ``A`` common to a group: ``b`` is its own.
+
+    References
+    ----------
+    .. [1] "Basis Sharing: Cross-Layer Parameter Sharing for Large Language Model Compression",
+       ICLR 2025. https://arxiv.org/abs/2410.03765
+    """
+
+    BIAS = "b.bias"
+    OWNER, WIDTH = LowRank, "rank"
+
+    def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
+        d_out, rank = self.out_features, self.rank
+        self.b = empty_linear(rank, d_out, bias=bias, device=device, dtype=dtype)
+
+    @staticmethod
+    def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """Return the second factor; `A` must be the owner's, which stores it."""
+        return _without_a(LowRank.encode(B, A))
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
-        home = self.owner.a.weight.device
-        # A device map may cut a group in two; what is offloaded, a hook brings to its input.
-        p = self.owner.a(x if home.type == "meta" else x.to(home))  # [..., rank]
-        y: Tensor = self.b(p.to(x.device))
+        y: Tensor = self.b(self._through_a(x))
         return y
 
     def product(self) -> Tensor:
         """Return ``B @ A`` [d_out, d_in] in float32."""
         B = self.b.weight.float()
-        return B @ self.owner.a.weight.float().to(B.device)
+        return B @ self._a().weight.float().to(B.device)
+
+
+class SharedDictionary(Sharing, SparseDictionary):
+    """A layer with coefficients of its own for a dictionary common to a group.
+
+    References
+    ----------
+    .. [1] D. Makhov et al., "CoSpaDi", 2025, the variant with shared dictionaries.
+       https://arxiv.org/abs/2509.22075
+    """
+
+    OWNER, WIDTH = SparseDictionary, "atoms"
+
+    def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
+        self._build_coefficients(bias=bias, device=device, dtype=dtype)
+
+    @staticmethod
+    def encode(D: Tensor, S: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Write the coefficients; `D` must be the owner's, which stores it."""
+        return _without_a(SparseDictionary.encode(D, S, mask))
+
+
+def _without_a(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name != "a.weight"}

@@ -150,20 +150,19 @@ def _curve(
         return Curve(none, 0, note)
     known = [each.to(device) for each in known]
     energies, points, total = none, [], 0.0
-    if len(known) > 1:
-        energies = energies_only(stack, summed_inputs(known), **arguments(options, method)).cpu()
+    alike = together(known)
     for part in method.parts:
         if not _wanted(part, options):
             continue
         own = arguments(options, part)
         if isinstance(part, CodedMethod):
             sizes = _looked_at(unit, part.form, options)
-            found, total = part.energies(stack, known[0], sizes, **own)
+            found, total = part.energies(stack, alike, sizes, **own)
             ends = [Point(part.form, s, e) for s, e in zip(sizes, found, strict=True)]
             points += _filled(unit.in_form(part.form), ends) if unit.first.pending else ends
-        elif len(known) == 1:
+        else:
             assert isinstance(part, LowRankMethod)
-            energies = part.energies(stack, known[0], **own).cpu()
+            energies = part.energies(stack, alike, **own).cpu()
     total = float(energies.sum()) or total
     comparable = total > 0 and not seen_nothing(known)
     return Curve(energies, known[0].n_tokens, None, comparable, points, total)
@@ -199,6 +198,21 @@ def _filled(unit: Unit, points: list[Point]) -> list[Point]:
             if bottom < step < top and unit.sizes_at(step) != filled[-1].sizes:
                 filled.append(Point(high.form, unit.sizes_at(step), energy))
     return filled + points[-1:]
+
+
+def together(known: Sequence[Statistics]) -> Statistics:
+    """Return what is known of the weights of a unit stacked along their outputs.
+
+    Of several that is the sum of their input moments: no method that shares asks for more.
+
+    Raises
+    ------
+    ValueError
+        As `summed_inputs`.
+    """
+    if len(known) == 1:
+        return known[0]
+    return Statistics(known[0].n_tokens, summed_inputs(known))
 
 
 def summed_inputs(known: Sequence[Statistics]) -> Moment:

@@ -101,12 +101,13 @@ def apply_given(plan: GivenPlan, units: Iterable[Unit], problems: list[str]) -> 
         before = len(found)
         asked = [_checked(plan, unit, number, found) for number in range(len(unit.members))]
         entries = [entry for entry in asked if entry is not None]
-        ranks_asked = [entry.sizes and entry.sizes.get("rank") for entry in entries]
-        if len(entries) > 1 and len(set(ranks_asked)) > 1:
-            ranks = ", ".join(map(str, ranks_asked))
+        if any(entry.sizes != entries[0].sizes for entry in entries):
+            form = FORMS[unit.first.form]
+            got = [form.written(*e.shape, e.sizes) if e.sizes else "dense" for e in entries]
             found.append(
-                f"{plan.path}, {unit.first.name}: must have one rank with the "
-                f"{len(entries) - 1} that share its factor, got {ranks}; make them equal"
+                f"{plan.path}, {unit.first.name}: must have the same {' and '.join(form.SIZES)} as "
+                f"the {len(entries) - 1} that share its factor, got {', '.join(got)}; make them "
+                "equal"
             )
         if len(found) > before:
             decided.append(unit.dense())

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lrc.compressors.layers import FORMS, Sizes
+from lrc.compressors.layers import FORMS, MEMBERS, Sizes
 
 PLAN_VERSION = 1
 
@@ -86,7 +86,7 @@ class Matrix:
 
     def shared(self, owner: str) -> "Matrix":
         """Return the same matrix as one of those that use the first factor of `owner`."""
-        form = "low_rank" if self.name == owner else "shared_low_rank"
+        form = self.form if self.name == owner else MEMBERS[self.form]
         return replace(self, form=form, group=owner)
 
     def dense(self, **changes: Any) -> "Matrix":

@@ -65,13 +65,15 @@ def find_stages(
             if fnmatchcase(linear.name, override.match)  # the first that matches is set last
         }
         matrices = [_as_asked(options, linear, index, bits) for linear in targeted]
-        if isinstance(options, BasisSharing):
-            matrices = _grouped(matrices, options, architecture.layer_names, overrides)
-            if options.group_size > len(architecture.layer_names):
-                problems.append(
-                    f"{where}.group_size: must be in [2, {len(architecture.layer_names)}], the "
-                    f"number of layers, got {options.group_size}; lower group_size"
-                )
+        size, layers = getattr(options, "group_size", 1), architecture.layer_names
+        if size > len(layers):
+            smallest = 2 if isinstance(options, BasisSharing) else 1
+            problems.append(
+                f"{where}.group_size: must be in [{smallest}, {len(layers)}], the number of "
+                f"layers, got {size}; lower group_size"
+            )
+        elif size > 1:
+            matrices = _grouped(matrices, size, layers, overrides, where, problems)
         stages.append(Stage(where, options, matrices, overrides))
     return stages
 
@@ -97,20 +99,32 @@ def _as_asked(options: DecomposeBase, linear: Linear, stage: int, bits: int) -> 
 
 def _grouped(
     matrices: list[Matrix],
-    options: BasisSharing,
+    size: int,
     layer_names: list[str],
     overrides: Mapping[str, int],
+    where: str,
+    problems: list[str],
 ) -> list[Matrix]:
-    """Let the same matrix of consecutive layers share a factor; a group of one stands alone."""
+    """Let the same matrix of up to `size` consecutive layers share a factor; one stands alone.
+
+    Refuses a group of unequal shapes.
+    """
     alike: dict[tuple[object, ...], list[list[Matrix]]] = {}
     for m in matrices:
         name = m.name.removeprefix(layer_names[m.layer])
-        groups = alike.setdefault((name, m.shape, overrides.get(m.name)), [])
-        consecutive = groups and groups[-1][-1].layer + 1 == m.layer
-        if consecutive and len(groups[-1]) < options.group_size:
+        groups = alike.setdefault((name, overrides.get(m.name)), [])
+        before = groups[-1][-1] if groups and len(groups[-1]) < size else None
+        if before is None or before.layer + 1 != m.layer:
+            groups.append([m])
+        elif before.shape == m.shape:
             groups[-1].append(m)
         else:
             groups.append([m])
+            problems.append(
+                f"{where}.group_size: what shares must have one shape, got {before.name} "
+                f"{list(before.shape)} and {m.name} {list(m.shape)}; give each shape a stage of "
+                "its own, or list one of the two under 'skip'"
+            )
     owners = {
         m.name: group[0].name
         for groups in alike.values()

@@ -37,14 +37,19 @@ class Unit:
         return self.first.sizes
 
     @property
-    def largest_step(self) -> int:
-        """Number of the largest sizes there are; of ranks that of the weights stacked."""
+    def _stacked(self) -> tuple[int, int]:
+        """Shape of the weights stacked along their outputs, which limits what they share."""
         d_out, d_in = self.first.shape
-        return FORMS[self.first.form].largest_step(len(self.members) * d_out, d_in)
+        return len(self.members) * d_out, d_in
+
+    @property
+    def largest_step(self) -> int:
+        """Number of the largest sizes there are."""
+        return FORMS[self.first.form].largest_step(*self._stacked)
 
     def sizes_at(self, step: int) -> Sizes:
         """Return the sizes of a number; of a form with a rank, that rank."""
-        return FORMS[self.first.form].sizes_at(step, *self.first.shape)
+        return FORMS[self.first.form].sizes_at(step, *self._stacked)
 
     def bits(self, sizes: Sizes) -> int:
         """Count the bits of its form with `sizes` in the file."""

@@ -66,6 +66,22 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
             "bias": True,
         },
     },
+    "shared_dictionary": {
+        "model.layers.1.self_attn.q_proj": {
+            "form": "shared_dictionary",
+            "atoms": 24,
+            "nonzeros": 9,  # a mask; whole for many tokens
+            "shares": OWNER,
+        },
+        "model.layers.1.mlp.up_proj": {
+            "form": "shared_dictionary",
+            "atoms": 24,
+            "nonzeros": 1,  # a list of indices
+            "shares": OWNER,
+            "bias": True,
+        },
+        OWNER: {"form": "dictionary", "atoms": 24, "nonzeros": 12},
+    },
 }
 DISK = {
     "model.embed_tokens": "cpu",
@@ -127,9 +143,10 @@ def contents(
     if spec["form"] == "sparse":
         mask = largest(W.flatten(), spec["nonzeros"]).view_as(W)
         return (W * mask, mask), W * mask
-    if spec["form"] == "dictionary":
+    if "atoms" in spec:
         atoms = torch.randperm(len(W), generator=torch.Generator().manual_seed(0))[: spec["atoms"]]
-        D = W[atoms].T  # [d_in, atoms]
+        D = shared[spec["shares"]] if "shares" in spec else W[atoms].T  # [d_in, atoms]
+        shared[name] = D
         S = torch.linalg.lstsq(D, W.T).solution  # [atoms, d_out]
         mask = largest(S.abs().T, spec["nonzeros"]).T
         return (D, S * mask, mask), (D @ (S * mask)).T
@@ -155,7 +172,7 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
 
 def assert_same(stored: Stored, logits: Tensor, expected: Tensor) -> None:
     """Demand every bit, but of a dictionary whose products cannot be multiplied out here."""
-    multiplied_out = any(spec["form"] == "dictionary" for spec in stored.modules.values())
+    multiplied_out = any("atoms" in spec for spec in stored.modules.values())
     # Measured 3e-6, of logits up to 6.
     torch.testing.assert_close(logits, expected, rtol=0, atol=5e-5 if multiplied_out else 0)
 

@@ -47,6 +47,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "the recommended way": {"method": "kfac", "keep": 0.6, "compensate": {}},
     "pruned": {"method": "sparse", "keep": 0.6},
     "dictionaries": {"method": "dictionary", "keep": 0.6, "rounds": 3, "min_keep": 0.3},
+    "a shared dictionary": {"method": "cospadi", "keep": 0.6, "rounds": 2, "group_size": 2},
     "any form": {
         "method": "mixed",
         "keep": 0.6,
@@ -168,12 +169,37 @@ def test_layers_of_a_group_hold_one_basis(compressed: Callable[..., Path]) -> No
     assert f"{member}.a.weight" not in weights_of(run)
 
 
+def test_layers_of_a_group_hold_one_dictionary(compressed: Callable[..., Path]) -> None:
+    run = compressed(STAGES["a shared dictionary"])
+    config = json.loads((run / "checkpoint/config.json").read_text())
+    modules = config["quantization_config"]["modules"]
+    owner, member = (f"model.layers.{i}.mlp.up_proj" for i in (0, 1))
+    assert modules[owner]["form"] == "dictionary"
+    assert modules[member] == {**modules[owner], "form": "shared_dictionary", "shares": owner}
+    tensors = {m.name: m for m in executed(run)}
+    stored = weights_of(run)
+    assert f"{member}.a.weight" not in stored
+    leaves = {name: t for name, t in stored.items() if name.startswith((owner, member))}
+    bits = sum(8 * t.numel() * t.element_size() for t in leaves.values())
+    assert bits == tensors[owner].bits + tensors[member].bits
+    shown = {m["name"]: m for m in describe(run / "checkpoint", verify=True)["modules"]}
+    assert shown[member]["shape"] == [*tensors[member].shape]
+
+
+def test_a_group_of_one_dictionary_gives_the_same_bytes(compressed: Callable[..., Path]) -> None:
+    stage = {"method": "cospadi", "keep": 0.6, "rounds": 2}
+    runs = [compressed(each) for each in (stage, {**stage, "group_size": 1})]
+    one, other = ((run / "checkpoint/model.safetensors").read_bytes() for run in runs)
+    assert one == other
+
+
 @pytest.mark.parametrize(
     "case",
     [
         "by the lagrangian",
         "pivot rows",
         "a shared basis",
+        "a shared dictionary",
         "the recommended way",
         "bytes, by the lagrangian",
         "pruned",

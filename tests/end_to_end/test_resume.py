@@ -123,6 +123,18 @@ def allocated(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
     )
 
 
+@pytest.fixture(scope="module")
+def grouped(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
+    """Run a recipe whose layers share dictionaries, of sizes that wait for their losses."""
+    stage = {"method": "cospadi", "keep": 0.6, "rounds": 1, "group_size": 2}
+    return finished(
+        new_recipe(
+            calibration={"source": text, "samples": 4, "length": 32},
+            stages=[{"decompose": {**stage, "allocation": "lagrangian"}}],
+        )
+    )
+
+
 def finished(recipe: Path) -> Undisturbed:
     run = recipe.with_name("run")
     finish(recipe)  # pays for what is imported late and read from the disk first
@@ -219,7 +231,7 @@ def test_kills_at_random_moments_give_equal_checkpoints(case, request):
     assert len(stages) >= min(4, KILLS[case] // 2), stages
 
 
-@pytest.mark.parametrize("case", ["undisturbed", "recommended", "allocated"])
+@pytest.mark.parametrize("case", ["undisturbed", "recommended", "allocated", "grouped"])
 def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoint(case, request):
     """Files get their names by `os.replace`: kill right after each that has not been there yet."""
     undisturbed: Undisturbed = request.getfixturevalue(case)

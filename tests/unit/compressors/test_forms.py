@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lrc.compressors.checkpoint.format import STORED, check_modules
 from lrc.compressors.checkpoint.quantizer import check_headers, swap_in_forms
-from lrc.compressors.layers import FORMS, Form
+from lrc.compressors.layers import FORMS, MEMBERS, Form
 from lrc.compressors.shards import read_headers
 from lrc.configs.errors import CheckpointError
 
@@ -60,10 +60,16 @@ class Kind:
     make: Callable[..., Content]
     sizes: list[dict[str, int]]
     extra: dict[str, Any]
-    """What a spec holds beside; `other` is a low_rank layer of the same rank."""
+    """What a spec holds beside; `other` is a layer that can lend, of the same sizes."""
 
 
 RANKS = [{"rank": 1}, {"rank": RANK}, {"rank": D_OUT}]
+DICTIONARIES = [
+    {"atoms": 1, "nonzeros": 1},
+    {"atoms": 13, "nonzeros": 4},
+    {"atoms": 35, "nonzeros": 2},  # as a list of indices
+    {"atoms": 24, "nonzeros": 24},
+]
 KINDS = {
     "low_rank": Kind(product, RANKS, {}),
     "pivoted_low_rank": Kind(product, RANKS, {}),
@@ -71,16 +77,8 @@ KINDS = {
     "sparse": Kind(
         sparse, [{"nonzeros": 1}, {"nonzeros": 300}, {"nonzeros": D_OUT * D_IN}], {"d_in": D_IN}
     ),
-    "dictionary": Kind(
-        dictionary,
-        [
-            {"atoms": 1, "nonzeros": 1},
-            {"atoms": 13, "nonzeros": 4},
-            {"atoms": 35, "nonzeros": 2},  # as a list of indices
-            {"atoms": 24, "nonzeros": 24},
-        ],
-        {},
-    ),
+    "dictionary": Kind(dictionary, DICTIONARIES, {}),
+    "shared_dictionary": Kind(dictionary, DICTIONARIES, {"shares": "other"}),
 }
 
 
@@ -110,7 +108,8 @@ class Example:
         return {"form": self.form, **self.sizes, **KINDS[self.form].extra, **more}
 
     def other(self) -> "Example":
-        return Example("low_rank", {"rank": self.sizes.get("rank", RANK)})
+        lenders = [owner for owner, member in MEMBERS.items() if member == self.form]
+        return Example(lenders[0], self.sizes) if lenders else Example("low_rank", RANKS[1])
 
     def table(self, **more: Any) -> dict[str, dict[str, Any]]:
         """Name the form under test before the layer that it may borrow from."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,56 @@ def test_what_does_not_fit_is_refused_by_file_and_matrix(case: str, give) -> Non
     assert "plan.json" in problems[0]
 
 
-def test_a_group_of_two_ranks_is_refused(give) -> None:
-    _, problems = give([entry("c"), entry("d", "shared_low_rank", 3)], GROUP)
-    assert "c: must have one rank with the 1 that share its factor, got 2, 3" in problems[0]
+DICTIONARIES = units_of(
+    [
+        replace(m, method="cospadi", form="dictionary").shared("c")
+        for m in [asked("c", 0), asked("d", 1)]
+    ]
+)
+
+
+def learnt(name: str, form: str, atoms: int = 4, nonzeros: int = 2) -> dict[str, Any]:
+    return {"name": name, "shape": [8, 12], "form": form, "atoms": atoms, "nonzeros": nonzeros}
+
+
+def test_a_group_takes_one_dictionary(give) -> None:
+    """Of up to as many atoms as its layers have outputs together."""
+    entries = [learnt("c", "dictionary", 9, 3), learnt("d", "shared_dictionary", 9, 3)]
+    units, problems = give(entries, DICTIONARIES)
+    assert problems == []
+    assert [(m.form, m.sizes) for m in units[0].members] == [
+        ("dictionary", {"atoms": 9, "nonzeros": 3}),
+        ("shared_dictionary", {"atoms": 9, "nonzeros": 3}),
+    ]
+
+
+UNEQUAL: dict[str, tuple[list[dict[str, Any]], list[Unit], str]] = {
+    "ranks": (
+        [entry("c"), entry("d", "shared_low_rank", 3)],
+        GROUP,
+        "c: must have the same rank as the 1 that share its factor, got 2, 3; make them equal",
+    ),
+    "dictionaries": (
+        [learnt("c", "dictionary"), learnt("d", "shared_dictionary", 5)],
+        DICTIONARIES,
+        "c: must have the same atoms and nonzeros as the 1 that share its factor, got 2 of 4 "
+        "atoms, 2 of 5 atoms; make them equal",
+    ),
+    "one of them dense": (
+        [learnt("c", "dictionary"), entry("d", "dense", None)],
+        DICTIONARIES,
+        "c: must have the same atoms and nonzeros as the 1 that share its factor, got 2 of 4 "
+        "atoms, dense; make them equal",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNEQUAL)
+def test_a_group_of_two_sizes_is_refused(case: str, give) -> None:
+    entries, units, words = UNEQUAL[case]
+    _, problems = give(entries, units)
+    assert len(problems) == 1
+    assert problems[0].endswith(words)
 
 
 def test_problems_come_together_up_to_a_page(give) -> None:

@@ -1,6 +1,7 @@
 """Plans: what is decided from shapes alone, and what is refused."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,18 @@ class Skeleton(nn.Module):
                 self.add_module(f"layers_{layer}_{name}".replace(".", "_"), module)
 
 
-def plan_of(*stages: dict[str, Any], layers: int = 2, **calibration: int) -> Plan:
-    linears = [
-        Linear(f"layers.{layer}.{name}", layer, d_out, d_in, bias=False)
-        for layer in range(layers)
-        for name, (d_out, d_in) in SHAPES.items()
-    ]
+def plan_of(
+    *stages: dict[str, Any],
+    layers: int = 2,
+    other: Mapping[str, tuple[int, int]] | None = None,
+    **calibration: int,
+) -> Plan:
+    """Plan for a model of equal layers; `other` are shapes by name that some have instead."""
+    linears = []
+    for layer in range(layers):
+        for leaf, shape in SHAPES.items():
+            name = f"layers.{layer}.{leaf}"
+            linears.append(Linear(name, layer, *(other or {}).get(name, shape), bias=False))
     names = [f"layers.{layer}" for layer in range(layers)]
     architecture = Architecture(Skeleton(layers), names, linears, {})
     recipe = Recipe.model_validate(
@@ -229,6 +236,51 @@ def test_the_same_matrix_of_layers_in_a_row_shares_a_factor() -> None:
     assert up[0].rank > up[4].rank  # sharing pays for rank
 
 
+def test_the_same_matrix_of_layers_in_a_row_shares_a_dictionary() -> None:
+    plan = plan_of({"method": "cospadi", "keep": 0.7, "group_size": 3}, layers=4)
+    up = [m for m in plan.matrices if m.name.endswith("up_proj")]
+    assert [m.group for m in up] == [up[0].name] * 3 + [None]
+    assert [m.form for m in up] == ["dictionary"] + ["shared_dictionary"] * 2 + ["dictionary"]
+    assert up[0].sizes == up[1].sizes == up[2].sizes is not None
+    assert sum(m.bits for m in up[:3]) <= 0.7 * 3 * up[0].source_bits
+    assert plan.modules()[up[2].name] == {
+        "form": "shared_dictionary",
+        **up[0].sizes,
+        "shares": up[0].name,
+    }
+    assert up[3].sizes is not None
+    assert up[0].sizes["nonzeros"] > up[3].sizes["nonzeros"]  # sharing pays for coefficients
+    # Up to as many atoms as the layers together have outputs, and no more than inputs.
+    k = next(m for m in plan.matrices if m.name.endswith("k_proj"))
+    assert k.sizes is not None
+    assert k.shape[0] < k.sizes["atoms"] <= k.shape[1]
+
+
+def test_groups_of_one_dictionary_are_none() -> None:
+    stage = {"method": "cospadi", "keep": 0.5}
+    assert plan_of({**stage, "group_size": 1}) == plan_of(stage)
+
+
+@pytest.mark.parametrize("method", ["basis-sharing", "cospadi"])
+def test_groups_of_unequal_shapes_are_refused(method: str) -> None:
+    stage = {"method": method, "keep": 0.5, "group_size": 2}
+    other = {"layers.1.mlp.up_proj": (80, 64)}
+    with pytest.raises(RecipeError) as caught:
+        plan_of(stage, layers=3, other=other)
+    assert caught.value.problems == [
+        "stages[0].decompose.group_size: what shares must have one shape, got "
+        "layers.0.mlp.up_proj [96, 64] and layers.1.mlp.up_proj [80, 64]; give each shape a stage "
+        "of its own, or list one of the two under 'skip' (and 1 more of this kind)"
+    ]
+    # Both remedies help, and what would not share anyway is left alone.
+    skipped = plan_of({**stage, "skip": ["layers.1.*up_proj"]}, layers=3, other=other)
+    assert len(skipped.matrices) == 3 * len(SHAPES) - 1
+    apart = {**stage, "skip": ["layers.1.*"]}, {**stage, "targets": ["layers.1.*"]}
+    assert not any(m.group for m in plan_of(*apart, layers=3, other=other).matrices)
+    full = plan_of(stage, layers=4, other={f"layers.{i}.mlp.up_proj": (80, 64) for i in (2, 3)})
+    assert all(m.group for m in full.matrices if m.name.endswith("up_proj"))
+
+
 def test_groups_do_not_cross_what_is_left_out_or_overridden() -> None:
     overrides = [{"match": "layers.4.*.up_proj", "keep": 0.3}]
     stage = {"method": "basis-sharing", "keep": 0.5, "skip": ["layers.1.*"], "group_size": 3}
@@ -293,6 +345,10 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "groups larger than the model": (
         [{"method": "basis-sharing", "keep": 0.5, "group_size": 3}],
         "group_size: must be in [2, 2], the number of layers, got 3",
+    ),
+    "groups of dictionaries larger than the model": (
+        [{"method": "cospadi", "keep": 0.5, "group_size": 3}],
+        "group_size: must be in [1, 2], the number of layers, got 3; lower group_size",
     ),
     "means behind a compressed prefix": (
         [{"method": "lord", "keep": 0.5, "compensate": {}}],

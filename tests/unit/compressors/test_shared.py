@@ -10,11 +10,27 @@ from torch import Tensor, nn
 
 from lrc.compressors.checkpoint.format import check_modules
 from lrc.compressors.checkpoint.quantizer import swap_in_forms
-from lrc.compressors.layers import LowRank, SharedLowRank
+from lrc.compressors.layers import FORMS, MEMBERS
 from lrc.configs.errors import CheckpointError
 
-OWNER = {"form": "low_rank", "rank": 3}
-MEMBER = {"form": "shared_low_rank", "rank": 3, "shares": "one.proj"}
+OWNERS: dict[str, dict[str, Any]] = {
+    "low_rank": {"form": "low_rank", "rank": 3},
+    "dictionary": {"form": "dictionary", "atoms": 3, "nonzeros": 2},
+}
+SIZE = {"low_rank": "rank", "dictionary": "atoms"}
+
+
+def member_of(owner: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**owner, "form": MEMBERS[owner["form"]], "shares": "one.proj", **changes}
+
+
+def test_every_form_that_can_be_shared_is_covered() -> None:
+    assert OWNERS.keys() == SIZE.keys() == MEMBERS.keys()
+
+
+@pytest.fixture(params=OWNERS)
+def owner(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return OWNERS[request.param]
 
 
 def group(**linears: tuple[int, int]) -> nn.Module:
@@ -28,14 +44,16 @@ def group(**linears: tuple[int, int]) -> nn.Module:
 
 
 @pytest.fixture
-def model() -> nn.Module:
+def model(owner: dict[str, Any]) -> nn.Module:
     """Return a member, its owner after it, and another member."""
-    model = group(zero=(5, 8), one=(6, 8), two=(7, 8))
-    swap_in_forms(model, {"zero.proj": MEMBER, "one.proj": OWNER, "two.proj": MEMBER})
+    model, member = group(zero=(5, 8), one=(6, 8), two=(7, 8)), member_of(owner)
+    swap_in_forms(model, {"zero.proj": member, "one.proj": owner, "two.proj": member})
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(generator=g)
+        for mask in (b for name, b in model.named_buffers() if name.endswith(".mask")):
+            mask.fill_(0b101)
     return model
 
 
@@ -49,7 +67,6 @@ def test_the_shared_factor_is_stored_once(model: nn.Module) -> None:
         "one.proj.a.weight"
     }
     assert len(list(model.parameters())) == 1 + 3
-    assert isinstance(model.one.proj, LowRank)
     assert "owner" not in dict(model.zero.proj.named_modules())
 
 
@@ -83,10 +100,24 @@ def test_dense_layers_do_not_need_the_owner(model: nn.Module, x: Tensor) -> None
     torch.testing.assert_close(dense(x), expected)
 
 
-def test_a_member_pays_for_its_own_factor_only() -> None:
-    assert SharedLowRank.stored_bits(6, 8, bits=16, rank=3) == 6 * 3 * 16 + 8
-    both = LowRank.stored_bits(6, 8, bits=16, rank=3)
-    assert both - SharedLowRank.stored_bits(6, 8, bits=16, rank=3) == 3 * 8 * 16
+OWN_BITS = {"low_rank": 6 * 3 * 16 + 8, "dictionary": 6 * (2 * 16 + 8) + 8}
+
+
+def test_a_member_pays_for_its_own_part_only(owner: dict[str, Any]) -> None:
+    form, sizes = owner["form"], {size: owner[size] for size in FORMS[owner["form"]].SIZES}
+    alone = FORMS[MEMBERS[form]].stored_bits(6, 8, bits=16, **sizes)
+    assert alone == OWN_BITS[form]
+    assert FORMS[form].stored_bits(6, 8, bits=16, **sizes) - alone == 3 * 8 * 16
+
+
+def test_a_member_is_no_owner(owner: dict[str, Any]) -> None:
+    """A table of modules cannot say so, a model that was swapped by hand can."""
+    member = member_of(owner)
+    with pytest.raises(CheckpointError, match=r"shares two\.proj, which is no"):
+        swap_in_forms(
+            group(zero=(5, 8), one=(6, 8), two=(7, 8)),
+            {"zero.proj": {**member, "shares": "two.proj"}, "one.proj": owner, "two.proj": member},
+        )
 
 
 @pytest.mark.gpu
@@ -101,22 +132,25 @@ def test_a_group_cut_in_two_by_devices_still_computes(model: nn.Module, x: Tenso
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "nobody": ({"shares": None}, "must name as 'shares' the layer that holds its factor"),
-    "a stranger": ({"shares": "x"}, "must share with a low_rank module of the table, not None"),
-    "a member": ({"shares": "two.proj"}, "must share with a low_rank module of the table"),
-    "another rank": ({"rank": 2}, "must have the rank of the module it shares, 3"),
+    "a stranger": ({"shares": "x"}, "must share with a FORM module of the table, not None"),
+    "a member": ({"shares": "two.proj"}, "must share with a FORM module of the table"),
+    "another size": ({"rank": 2, "atoms": 2}, "must have the SIZE of the module it shares, 3"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_shared_is_refused(case: str) -> None:
+def test_what_cannot_be_shared_is_refused(case: str, owner: dict[str, Any]) -> None:
     change, words = WRONG[case]
-    modules = {"zero.proj": {**MEMBER, **change}, "one.proj": OWNER, "two.proj": MEMBER}
+    member, form = member_of(owner), owner["form"]
+    words = words.replace("FORM", form).replace("SIZE", SIZE[form])
+    modules = {"zero.proj": {**member, **change}, "one.proj": owner, "two.proj": member}
+    check_modules({**modules, "zero.proj": member}, "config.json")
     with pytest.raises(CheckpointError, match=rf"modules\['zero.proj'\] {words}.*was edited"):
         check_modules(modules, "config.json")
 
 
-def test_an_owner_of_another_width_is_refused() -> None:
+def test_an_owner_of_another_width_is_refused(owner: dict[str, Any]) -> None:
     model = group(zero=(5, 9), one=(6, 8))
     words = r"modules\['zero.proj'\]: needs a factor A \[3, 9\], .* has \[3, 8\]"
     with pytest.raises(CheckpointError, match=words):
-        swap_in_forms(model, {"zero.proj": MEMBER, "one.proj": OWNER})
+        swap_in_forms(model, {"zero.proj": member_of(owner), "one.proj": owner})

@@ -112,6 +112,8 @@ BAD_STAGES = [
     ("{decompose: {method: svd, keep: 0.5, compensate: {mx: 1}}}", ".decompose.compensate.mx: unknown key; did you mean 'mix'? Allowed: mix, residual, damp"),
     ("{decompose: {method: basis-sharing, keep: 0.5, compensate: {}}}", ".decompose.compensate: must be null, got {}; remove the key (Not with this method: its layers are solved together)"),
     ("{decompose: {method: basis-sharing, keep: 0.5, storage: pivot}}", ".decompose.storage: must be 'factors', got 'pivot'; remove the key (Two factors, of which the shared one is stored once: pivot rows cannot be shared)"),
+    ("{decompose: {method: cospadi, keep: 0.5, group_size: 0}}", ".decompose.group_size: must be >= 1, got 0; raise it"),
+    ("{decompose: {method: cospadi, keep: 0.5, group_size: 2, compensate: {}}}", ".decompose: 'compensate' needs group_size: 1, got 2, because layers that share are solved together; leave compensate out or set group_size: 1"),
     ("{decompose: {method: svdllm, keep: 0.8}}", f".decompose.method: must be one of {METHODS}, got 'svdllm'; did you mean 'svd-llm'?"),
     ("{decompose: {method: kfca, keep: 0.8}}", f".decompose.method: must be one of {METHODS}, got 'kfca'; did you mean 'kfac'?"),
     ("{decompose: {method: zzz, keep: 0.8, damp: 0.1}}", f".decompose.method: must be one of {METHODS}, got 'zzz'"),
