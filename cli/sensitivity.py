@@ -1,6 +1,6 @@
 """What matrices lose, predicted and measured, as tables of decoder layers by projections."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.measure import Measurement
@@ -75,12 +75,16 @@ class Grid:
         total = self.total(layer, column)
         return "" if total is None else self.quantity.write(total)
 
-    def rank(self, layer: int | None, column: str | None) -> str:
-        """Return the rank of a cell as it is printed, or its range."""
+    def size(self, layer: int | None, column: str | None) -> str:
+        """Return ranks of a cell as they are printed, and of what has none the share it keeps."""
         if layer is None or column is None:
             return ""
-        ranks = [m.rank for m in self.at(layer, column) if m.rank is not None]
-        return "" if not ranks else "r" + "-".join(map(str, sorted({min(ranks), max(ranks)})))
+        there = [m for m in self.at(layer, column) if m.sizes is not None]
+        ranks = [m.rank for m in there if m.rank is not None]
+        shares = [m.bits / m.source_bits for m in there if m.rank is None]
+        found = ["r" + "-".join(map(str, sorted({min(ranks), max(ranks)})))] if ranks else []
+        found += ["-".join(dict.fromkeys(f"{share:.0%}" for share in _ends(shares)))]
+        return " ".join(filter(None, found))
 
     def kept(self, column: str | None) -> str:
         """Return the share of the bits of a column that is kept."""
@@ -93,12 +97,13 @@ def print_sensitivity(plan: Plan) -> None:
     for quantity, matrices in _by_quantity(plan):
         title = f"predicted loss, {quantity.unit}"
         grid = Grid(matrices, _predicted(matrices, quantity), quantity)
-        both = _table(grid, grid.text, grid.rank, kept=True)
+        both = _table(grid, grid.text, grid.size, kept=True)
+        sizes = "rank" if all(m.rank for m in matrices if m.sizes) else "rank or share of the bits"
         if _fits(both):
-            _print(f"{title}, and rank", both)
+            _print(f"{title}, and {sizes}", both)
         else:
             _print(title, _table(grid, grid.text, kept=True))
-            _print("rank", _table(grid, grid.rank, totals=False))
+            _print(sizes, _table(grid, grid.size, totals=False))
         tables.OUT.print(f"{quantity.total} of the predicted losses: {grid.text()} {quantity.unit}")
     tables.OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted matrices")
     tables.print_warnings(plan)
@@ -148,8 +153,13 @@ def _by_quantity(plan: Plan) -> list[tuple[Quantity, list[Matrix]]]:
 
 def _predicted(matrices: list[Matrix], quantity: Quantity) -> dict[str, float]:
     """Return the predictions by name; what stays dense loses nothing."""
-    known = {m.name: 0.0 if m.rank is None else quantity.predicted(m) for m in matrices}
+    known = {m.name: 0.0 if m.sizes is None else quantity.predicted(m) for m in matrices}
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _ends(values: Sequence[float]) -> list[float]:
+    """Return the smallest and the largest value; nothing of nothing."""
+    return [min(values), max(values)] if values else []
 
 
 def _leaf(matrix: Matrix) -> str:
@@ -178,7 +188,7 @@ def _table(
 
     def cell(layer: int | None, column: str | None) -> str:
         there = grid.at(layer, column)
-        if layer is not None and there and all(m.rank is None for m in there):
+        if layer is not None and there and all(m.sizes is None for m in there):
             return "dense"
         next_to = f" [dim]{beside(layer, column):>{width}}[/]" if width else ""
         return f"{text(layer, column)}{next_to}"

@@ -145,3 +145,27 @@ def test_matrices_of_one_place_share_a_cell(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rows_are_layers_in_order(matrices: list[Matrix]) -> None:
     assert all(a < b for a, b in pairwise(Grid(matrices[::-1], {}, NATS).layers))
+
+
+def test_forms_without_ranks_show_the_share_of_the_bits_they_keep() -> None:
+    size, bits = 64 * 64, 64 * 64 * 16
+    pruned = Matrix("layers.0.q", 0, (64, 64), 0, "mixed", "sparse", None, bits, bits)
+    low = Matrix("layers.0.k", 0, (64, 64), 0, "mixed", "low_rank", None, bits, bits)
+    found = [
+        pruned.at({"nonzeros": size // 2}, predicted_nats=0.5),
+        low.at(8, predicted_nats=0.25),
+    ]
+    grid = Grid(found, {}, NATS)
+    assert [grid.size(0, "q"), grid.size(0, "k")] == ["56%", "r8"]
+
+
+def test_a_plan_of_forms_without_ranks_is_not_taken_for_dense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bits = 64 * 64 * 16
+    m = Matrix("layers.0.q", 0, (64, 64), 0, "sparse", "sparse", None, bits, bits)
+    plan = plan_of([m.at({"nonzeros": 2048}, predicted_nats=0.5)])
+    text = "\n".join(printed(80, monkeypatch, print_sensitivity, plan))
+    assert "dense" not in text
+    assert "rank or share of the bits" in text
+    assert "sum of the predicted losses: 0.5" in text
