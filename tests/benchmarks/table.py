@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from lrc.compressors import pipeline
 from lrc.compressors.calibrate import statistics
@@ -41,6 +42,7 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
 from lrc.compressors.run import identity
 from lrc.configs.load import LoadedRecipe, load_recipe
+from lrc.configs.methods import Decompose, DecomposeBase
 from lrc.configs.recipe import Recipe
 
 METHODS = ["svd", "asvd", "fwsvd", "lord", "svd-llm", "basis-sharing", "kfac"]
@@ -97,27 +99,23 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
 def other_forms() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Yield the rows of pruning, dictionaries and mixed plans, as `rows` does."""
     every = ["low-rank", "sparse", "dictionary"]
+    for keep in (0.8, 0.6):
+        stage = {"method": "cospadi", "keep": keep, "rounds": 20}
+        yield f"cospadi, 20 rounds, uniform, {keep}", stage, {}
     for keep in (0.8, 0.6, 0.5):
         mixed = {"method": "mixed", "keep": keep}
-        yield f"mixed, {keep}", mixed, {}
+        more = mixed | {"forms": every, "compensate": {}}
+        yield f"mixed with dictionaries, compensate, {keep}", more, {}
         yield f"mixed, compensate, {keep}", mixed | {"compensate": {}}, {}
-        yield (
-            f"mixed with dictionaries, compensate, {keep}",
-            (mixed | {"forms": every, "compensate": {}}),
-            {},
-        )
-        yield f"sparse, compensate, {keep}", {
-            "method": "sparse", "keep": keep, "compensate": {}
-        }, {}  # fmt: skip
+        yield f"mixed, {keep}", mixed, {}
+        sparse = {"method": "sparse", "keep": keep}
+        yield f"sparse, compensate, {keep}", sparse | {"compensate": {}}, {}
         for method in ("sparse", "dictionary", "compot", "rocket"):
-            for allocation in ("uniform", "lagrangian"):
+            for allocation in ("lagrangian", "uniform"):
                 stage = {"method": method, "keep": keep, "allocation": allocation}
                 yield f"{method}, {allocation}, {keep}", stage, {}
         for method in ("wanda", "magnitude"):
             yield f"{method}, uniform, {keep}", {"method": method, "keep": keep}, {}
-    for keep in (0.8, 0.6):
-        stage = {"method": "cospadi", "keep": keep, "rounds": 20}
-        yield f"cospadi, 20 rounds, uniform, {keep}", stage, {}
 
 
 def main() -> None:
@@ -219,9 +217,10 @@ def _calibrate(loaded: LoadedRecipe, folder: Path) -> None:
 def _family(row: Row) -> str:
     """Name what rows have in common that want the same curves: all but what is decided by them."""
     _, changes, stage = row
-    decided = ("keep", "compensate", "min_keep", "max_loss", "rank_multiple")
-    text = json.dumps([changes, {k: v for k, v in stage.items() if k not in decided}])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    options: DecomposeBase = TypeAdapter(Decompose).validate_python(stage)
+    decided = {"keep", "compensate", "min_keep", "max_loss", "rank_multiple"}
+    shared = options.model_dump(exclude=set() if options.allocation == "uniform" else decided)
+    return hashlib.sha256(json.dumps([changes, shared]).encode()).hexdigest()[:16]
 
 
 def _make(
