@@ -380,7 +380,7 @@ def test_the_nearest_orthonormal_columns_are_the_polar_factor(rank: int) -> None
         ({"atoms": 25, "solver": "compot"}, r"atoms must be in \[1, 24\] with compot"),
         ({"nonzeros": 9}, r"nonzeros must be in \[1, 8\], the number of atoms, got 9"),
         ({"nonzeros": 0}, r"nonzeros must be in \[1, 8\]"),
-        ({"pattern": "1:3"}, "pattern must be one of free, 2:4 with htp, got '1:3'; no solver"),
+        ({"pattern": "1:3"}, "must be one of unstructured, 2:4 with htp, got '1:3'; no solver"),
         ({"pattern": "2:4", "solver": "rocket"}, "got '2:4'; it takes one of compot, htp"),
         ({"pattern": "2:4", "nonzeros": 3}, "got 8 atoms and 3 nonzeros; take 8 and 4"),
         ({"pattern": "2:4", "atoms": 10, "nonzeros": 5}, "take 8 and 4"),
