@@ -148,7 +148,7 @@ def _by_quantity(plan: Plan) -> list[tuple[Quantity, list[Matrix]]]:
 
 def _predicted(matrices: list[Matrix], quantity: Quantity) -> dict[str, float]:
     """Return the predictions by name; what stays dense loses nothing."""
-    known = {m.name: 0.0 if m.rank is None else quantity.predicted(m) for m in matrices}
+    known = {m.name: 0.0 if m.sizes is None else quantity.predicted(m) for m in matrices}
     return {name: value for name, value in known.items() if value is not None}
 
 
@@ -178,7 +178,7 @@ def _table(
 
     def cell(layer: int | None, column: str | None) -> str:
         there = grid.at(layer, column)
-        if layer is not None and there and all(m.rank is None for m in there):
+        if layer is not None and there and all(m.sizes is None for m in there):
             return "dense"
         next_to = f" [dim]{beside(layer, column):>{width}}[/]" if width else ""
         return f"{text(layer, column)}{next_to}"

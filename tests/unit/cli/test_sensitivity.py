@@ -1,5 +1,6 @@
 """Tables of losses: columns in the order of the model, totals that are sums, two widths."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -55,6 +56,13 @@ def printed(width: int, monkeypatch: pytest.MonkeyPatch, show: Any, *about: Any)
 def test_columns_are_in_the_order_of_the_model(matrices: list[Matrix]) -> None:
     assert Grid(matrices, {}, NATS).columns == LEAVES
     assert Grid(matrices[::-1], {}, NATS).columns == LEAVES[::-1]
+
+
+def test_forms_without_ranks_are_not_shown_as_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = matrix(0, "q_proj", "sparse", rank=None)
+    m = replace(m, form="sparse").at({"nonzeros": 9}, loss=0.1, predicted_nats=0.25)
+    lines = printed(100, monkeypatch, print_sensitivity, plan_of([m]))
+    assert lines[2] == "0 0.25000 0.25000"
 
 
 def test_totals_are_sums_of_nats_and_means_of_shares(matrices: list[Matrix]) -> None:
