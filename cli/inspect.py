@@ -94,6 +94,7 @@ def _module(
         "name": name,
         "form": spec["form"],
         **sizes,
+        "pattern": spec.get("pattern"),
         "shape": [d_out, d_in],
         "written": written,
     }

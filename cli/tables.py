@@ -161,7 +161,8 @@ def print_inspection(facts: dict[str, Any]) -> None:
     for column in ("shape", "form", "size"):
         table.add_column(column, justify="right")
     for m in sorted(facts["modules"], key=lambda m: _natural(m["name"])):
-        table.add_row(m["name"], f"{m['shape'][0]} x {m['shape'][1]}", m["form"], m["written"])
+        form = " ".join(filter(None, [m["form"], m["pattern"]]))
+        table.add_row(m["name"], f"{m['shape'][0]} x {m['shape'][1]}", form, m["written"])
     OUT.print(table)
     OUT.print(
         f"{facts['parameters']:,} parameters, {_size(facts['file_bytes'])} of weights, format "
@@ -181,10 +182,11 @@ def print_inspection(facts: dict[str, Any]) -> None:
 
 
 def _form(m: Matrix) -> str:
-    """Return the form of a matrix and why it stays dense, or what it may become."""
+    """Return form and pattern of a matrix and why it stays dense, or what it may become."""
     if m.pending and m.method == "mixed":
         return "any"
-    return m.form if m.note is None else f"{m.form}: {m.note}"
+    form = " ".join(filter(None, [m.form, m.pattern]))
+    return form if m.note is None else f"{form}: {m.note}"
 
 
 def _alike(matrices: list[Matrix], *, every: bool) -> dict[tuple[str, ...], list[Matrix]]:
@@ -192,7 +194,7 @@ def _alike(matrices: list[Matrix], *, every: bool) -> dict[tuple[str, ...], list
     groups: dict[tuple[str, ...], list[Matrix]] = {}
     for m in matrices:
         name = m.name if every else LAYER_NUMBER.sub(".*.", m.name, count=1)
-        facts = (m.shape, m.method, m.form, m.written, m.note)
+        facts = (m.shape, m.method, _form(m), m.written)
         groups.setdefault((name, *map(str, facts)), []).append(m)
     return groups
 

@@ -41,6 +41,7 @@ Storage = Annotated[
         " PIFA): lossless, and more rank for the same bits."
     ),
 ]
+Pattern = Literal["unstructured", "2:4"]
 GradientDamp = Annotated[
     float,
     Field(
@@ -213,6 +214,9 @@ class Pruning(Coded):
 
     storage: Literal["mask"] = "mask"
     """The entries that are kept, and one bit for every entry of the matrix."""
+    pattern: Pattern = "unstructured"
+    """Which entries may be kept: any, or two of every four consecutive inputs (`2:4`), 0.5625 of
+    16-bit bits and no other size."""
 
 
 class Magnitude(Pruning):
@@ -286,6 +290,8 @@ class Compot(TwoSidedLearning):
     """An orthogonal dictionary."""
     rounds: PositiveInt = 20
     """Updates of coefficients and atoms."""
+    pattern: Pattern = "unstructured"
+    """Which atoms an output may use: any, or two of every four consecutive ones (`2:4`)."""
 
 
 class Rocket(TwoSidedLearning):
@@ -302,6 +308,8 @@ class Dictionary(TwoSidedLearning):
     """Hard-thresholding pursuit with refitted atoms."""
     rounds: PositiveInt = 15
     """Updates of coefficients and atoms."""
+    pattern: Pattern = "unstructured"
+    """Which atoms an output may use: any, or two of every four consecutive ones (`2:4`)."""
 
 
 class Mixed(DecomposeBase):

@@ -32,6 +32,11 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
                        ``dictionary`` module that the entry names as ``"shares"``
   ==================== ========================================================================
 
+  With ``"pattern": "2:4"`` in the entry exactly two of every four consecutive columns of the mask
+  are set, in ``sparse`` columns of the weight and in ``dictionary`` atoms; ``dictionary`` then has
+  a mask and no index. These are the two values and the four bits that a kernel for the pattern
+  wants of every four.
+
   A bias is there where the dense layer had one or the entry says so; what is no integer has the
   precision of the model. Bit ``j`` of byte ``i`` of a row of a mask, the lowest being 0, stands
   for column ``8 i + j``; bits beyond the last column are 0;

@@ -22,14 +22,14 @@ class Pruning(CodedMethod):
     form = "sparse"
 
     def solve(self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any) -> Coded:
-        """Keep ``nonzeros`` entries of the whole matrix."""
+        """Keep ``nonzeros`` entries of the whole matrix; with pattern 2:4 always half of them."""
         options = self.with_defaults(statistics, options)
         inputs, gradients = self._known(statistics)
         found = prune(
             W,
             inputs,
             gradients,
-            nonzeros=sizes["nonzeros"],
+            nonzeros=None if options["pattern"] == "2:4" else sizes["nonzeros"],
             saliency=self.saliency,
             **options,
         )
@@ -40,13 +40,17 @@ class Pruning(CodedMethod):
         self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any
     ) -> tuple[list[float], float]:
         """Return the energy of the error for several numbers of entries, and that of W itself."""
-        options = self.with_defaults(statistics, options)
+        damping = self.with_defaults(statistics, options)
+        pattern = damping.pop("pattern")
         inputs, gradients = self._known(statistics)
+        total = weighted_energy(W, inputs, gradients, **damping)
+        if pattern == "2:4":  # one size, which takes less time than a curve even if solved for good
+            return [self.solve(W, statistics, each, **options).energy for each in sizes], total
         budgets = [each["nonzeros"] for each in sizes]
         found = prune_curve(
-            W, inputs, gradients, nonzeros=budgets, saliency=self.saliency, **options
+            W, inputs, gradients, nonzeros=budgets, saliency=self.saliency, **damping
         )
-        return found, weighted_energy(W, inputs, gradients, **options)
+        return found, total
 
 
 @dataclass(frozen=True)
@@ -101,15 +105,18 @@ class Learning(CodedMethod):
 
 _DAMP = {"damp": 1e-6}
 _BOTH = {**_DAMP, "gradient_damp": 0.1}
+_PATTERN = {"pattern": "unstructured"}
 _TWO_SIDED = frozenset({"inputs", "gradients"})
 
 CODED: dict[str, CodedMethod] = {
-    "magnitude": Pruning(frozenset(), "magnitude pruning", "magnitude"),
-    "wanda": Pruning(frozenset({"inputs"}), "Wanda, arXiv:2306.11695", "wanda", options=_DAMP),
+    "magnitude": Pruning(frozenset(), "magnitude pruning", "magnitude", options=_PATTERN),
+    "wanda": Pruning(
+        frozenset({"inputs"}), "Wanda, arXiv:2306.11695", "wanda", options={**_DAMP, **_PATTERN}
+    ),
     "sparse": Pruning(
         _TWO_SIDED,
         "optimal brain surgeon (Hassibi and Stork 1993) under the K-FAC metric",
-        options=_BOTH,
+        options={**_BOTH, **_PATTERN},
     ),
     "cospadi": Learning(
         frozenset({"inputs"}),
@@ -119,13 +126,16 @@ CODED: dict[str, CodedMethod] = {
         shared=True,
     ),
     "compot": Learning(
-        _TWO_SIDED, "COMPOT, arXiv:2602.15200", "compot", options={**_BOTH, "rounds": 20}
+        _TWO_SIDED,
+        "COMPOT, arXiv:2602.15200",
+        "compot",
+        options={**_BOTH, **_PATTERN, "rounds": 20},
     ),
     "rocket": Learning(_TWO_SIDED, "ROCKET, arXiv:2602.11008", "rocket", options=_BOTH),
     "dictionary": Learning(
         _TWO_SIDED,
         "hard-thresholding pursuit (Foucart 2011) with the method of optimal directions",
         "htp",
-        options={**_BOTH, "rounds": 15},
+        options={**_BOTH, **_PATTERN, "rounds": 15},
     ),
 }

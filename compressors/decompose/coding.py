@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrc.compressors.linalg import whitening_factor
 
-Pattern = Literal["free", "2:4"]
+Pattern = Literal["unstructured", "2:4"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Task:
     atoms: int
     nonzeros: int
     rounds: int
-    pattern: Pattern = "free"
+    pattern: Pattern = "unstructured"
     seed: int = 0
 
 
@@ -52,7 +52,7 @@ def energy(Z: Tensor, D: Tensor, S: Tensor) -> float:
     return float((Z - D @ S).square_().sum(dtype=torch.float64))
 
 
-def support(score: Tensor, nonzeros: int, pattern: Pattern = "free") -> Tensor:
+def support(score: Tensor, nonzeros: int, pattern: Pattern = "unstructured") -> Tensor:
     """Choose the coefficients of highest score in every column.
 
     Parameters
@@ -61,7 +61,7 @@ def support(score: Tensor, nonzeros: int, pattern: Pattern = "free") -> Tensor:
         Not negative.
     nonzeros : int
         How many of a column are kept, exactly; of equal scores an arbitrary one.
-    pattern : {"free", "2:4"}
+    pattern : {"unstructured", "2:4"}
         With ``"2:4"`` the two highest of every four consecutive atoms, which makes half of them.
 
     Returns

@@ -59,7 +59,7 @@ class Solver:
     solve: Callable[[Task], Code]
     rounds: int
     """As many as are taken if the caller does not say; 1 and no other where there are no rounds."""
-    patterns: tuple[Pattern, ...] = ("free",)
+    patterns: tuple[Pattern, ...] = ("unstructured",)
     larger: bool = False
     """Whether a dictionary may have more atoms than the space has dimensions."""
     gradients: bool = True
@@ -68,9 +68,9 @@ class Solver:
 
 SOLVERS: dict[str, Solver] = {
     "cospadi": Solver(cospadi, rounds=60, larger=True, gradients=False),
-    "compot": Solver(compot, rounds=20, patterns=("free", "2:4")),
+    "compot": Solver(compot, rounds=20, patterns=("unstructured", "2:4")),
     "rocket": Solver(rocket, rounds=1),
-    "htp": Solver(htp, rounds=15, patterns=("free", "2:4"), larger=True),
+    "htp": Solver(htp, rounds=15, patterns=("unstructured", "2:4"), larger=True),
 }
 
 
@@ -83,7 +83,7 @@ def solve_dictionary(
     nonzeros: int,
     solver: str = "htp",
     rounds: int | None = None,
-    pattern: Pattern = "free",
+    pattern: Pattern = "unstructured",
     damp: float = 0.0,
     gradient_damp: float = 0.0,
     seed: int = 0,
@@ -110,7 +110,7 @@ def solve_dictionary(
         One of `SOLVERS`.
     rounds : int, optional
         How often the solver updates codes and dictionary; left out, its own number.
-    pattern : {"free", "2:4"}
+    pattern : {"unstructured", "2:4"}
         ``"2:4"`` lets an output use at most two of every four consecutive atoms.
     damp, gradient_damp : float
         Fraction of ``mean(diag(H))``, ``mean(diag(G))`` added to the diagonal.

@@ -80,7 +80,7 @@ def orthogonal_codes(task: Task, D: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthogonal(task: Task, rounds: int) -> tuple[Tensor, list[float]]:
-    order = torch.arange(task.atoms) if task.pattern == "free" else folded(task.atoms)
+    order = torch.arange(task.atoms) if task.pattern == "unstructured" else folded(task.atoms)
     D = _axes(task.Z, order)
     S, _ = orthogonal_codes(task, D)
     errors = []

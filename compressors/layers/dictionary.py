@@ -24,10 +24,14 @@ class SparseDictionary(Form):
     ``a`` holds the dictionary D^T [atoms, d_in]; every output combines `nonzeros` of the atoms:
     ``values`` [d_out, nonzeros] are its coefficients in ascending order of the atoms, and what says
     which is a mask of one bit an entry or a list of 16-bit indices, whichever is smaller.
+
+    With pattern 2:4 every output has two coefficients for every four consecutive atoms, and four
+    bits of the mask, which is then the smaller.
     """
 
     SIZES = ("atoms", "nonzeros")
     BIAS = "bias"
+    PATTERNS = ("2:4",)
     atoms: int
     nonzeros: int
 
@@ -51,6 +55,7 @@ class SparseDictionary(Form):
             raise ValueError(
                 f"nonzeros must be in [1, {atoms}], the number of atoms; got {nonzeros}"
             )
+        cls.check_pattern(d_out, d_in, spec)
         tensors: Shapes = {**SENTINEL, "a.weight": ([atoms, d_in], None)}
         tensors["values"] = [d_out, nonzeros], None
         tensors |= _where(d_out, atoms, nonzeros)
@@ -72,6 +77,17 @@ class SparseDictionary(Form):
     def sizes_at(cls, step: int, d_out: int, d_in: int) -> Sizes:
         """Return twice as many atoms as coefficients, up to a complete basis."""
         return {"atoms": min(2 * step, d_out, d_in), "nonzeros": step}
+
+    @classmethod
+    def two_of_four(cls, d_out: int, d_in: int, sizes: Sizes) -> Sizes:
+        """Return a multiple of four atoms, rounded up as far as there is room, and half of it."""
+        most = min(d_out, d_in) // 4
+        if most == 0:
+            raise ValueError(
+                f"pattern 2:4 needs four atoms or more, got a weight [{d_out}, {d_in}]"
+            )
+        fours = min(max(-(-sizes["nonzeros"] // 2), 1), most)
+        return {"atoms": 4 * fours, "nonzeros": 2 * fours}
 
     @classmethod
     def written(cls, d_out: int, d_in: int, sizes: Sizes) -> str:

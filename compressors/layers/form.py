@@ -29,7 +29,8 @@ class Form(nn.Module, ABC):
 
     A spec holds ``form``, the form's `SIZES` and what else it adds. With ``"bias": true`` the layer
     has a bias that the method made and that is stored with the module; without, the bias is that of
-    the dense layer, if it had one.
+    the dense layer, if it had one. With ``"pattern": "2:4"`` exactly two of every four consecutive
+    entries are stored, where a form of `PATTERNS` has them; nothing else about it changes.
 
     Parameters
     ----------
@@ -50,6 +51,8 @@ class Form(nn.Module, ABC):
     rounding them to the model's is for the caller."""
     BIAS: ClassVar[str]
     """Name of the bias within the module."""
+    PATTERNS: ClassVar[tuple[str, ...]] = ()
+    """What a spec may claim as its ``pattern``."""
 
     in_features: int
     out_features: int
@@ -114,6 +117,33 @@ class Form(nn.Module, ABC):
     @abstractmethod
     def sizes_at(cls, step: int, d_out: int, d_in: int) -> Sizes:
         """Return the sizes of a number; the larger, the more is stored."""
+
+    @classmethod
+    def two_of_four(cls, d_out: int, d_in: int, sizes: Sizes) -> Sizes:
+        """Return the sizes of pattern 2:4 nearest to `sizes`, of a form that has the pattern.
+
+        Raises
+        ------
+        ValueError
+            If no weight of that shape can have the pattern.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check_pattern(cls, d_out: int, d_in: int, spec: Spec) -> None:
+        """Refuse sizes that rule out the pattern that a spec claims.
+
+        Raises
+        ------
+        ValueError
+        """
+        if spec.get("pattern") is None:
+            return
+        needed = cls.two_of_four(d_out, d_in, {name: spec[name] for name in cls.SIZES})
+        if any(spec[name] != size for name, size in needed.items()):
+            asked = " and ".join(f"{name} {size}" for name, size in needed.items())
+            found = " and ".join(str(spec[name]) for name in needed)
+            raise ValueError(f"pattern 2:4 needs {asked} for [{d_out}, {d_in}], got {found}")
 
     @classmethod
     def extra(cls, d_out: int, d_in: int) -> Spec:
@@ -190,6 +220,8 @@ class Form(nn.Module, ABC):
                 return f"must hold '{name}': N >= 1"
         if not isinstance(spec.get("bias", False), bool):
             return "must hold true or false as 'bias'"
+        if spec.get("pattern") not in (None, *cls.PATTERNS):
+            return f"must hold no 'pattern'{''.join(f' but {name!r}' for name in cls.PATTERNS)}"
         return None
 
     @classmethod

@@ -36,7 +36,7 @@ class Whole:
     def header_bytes(self, targeted: Collection[Matrix]) -> int:
         """Return an upper bound of what safetensors writes before the tensors of all files.
 
-        Whatever rank the targeted matrices get, and whether they stay dense.
+        Whatever sizes the targeted matrices get, and whether they stay dense.
         """
         forms = {m.name: m for m in targeted}
         total = self.bytes
@@ -55,8 +55,9 @@ class Whole:
             elif leaf == "bias":
                 header += max(dense, entry(f"{module}.{FORMS[m.form].BIAS}", list(tensor.shape)))
             else:
-                spec = {"rank": 1, "bias": m.bias == "added"}
-                leaves = FORMS[m.form].shapes(*m.shape, spec, bias=False)
+                form = FORMS[m.form]
+                spec = {**form.sizes_at(1, *m.shape), "bias": m.bias == "added"}
+                leaves = form.shapes(*m.shape, spec, bias=False)
                 widest = max(m.shape)
                 header += max(
                     dense,

@@ -227,8 +227,11 @@ def summed_inputs(known: Sequence[Statistics]) -> Moment:
 
 
 def arguments(options: DecomposeBase, method: Method) -> dict[str, Any]:
-    """Return the keys of a stage that are its method's own, or those of a part of it."""
-    return {key: getattr(options, key) for key in method.options}
+    """Return the keys of a stage that are its method's own, or those of a part of it.
+
+    A stage need not offer all keys of a part: what it lacks is for the part to fill in.
+    """
+    return {key: getattr(options, key) for key in method.options if hasattr(options, key)}
 
 
 def unknown(known: Sequence[Statistics], options: DecomposeBase) -> str | None:

@@ -177,6 +177,11 @@ def _beyond(unit: Unit, entry: Entry) -> str | None:
     """Say why a unit cannot have the sizes of an entry, or gains nothing by them."""
     assert entry.sizes is not None
     shape, last = [*unit.first.shape], list(entry.sizes)[-1]
+    try:
+        spec = {**entry.sizes, "pattern": unit.first.pattern}
+        FORMS[entry.form].check_pattern(*unit.first.shape, spec)
+    except ValueError as error:
+        return f"{error}; correct it, or make it dense"
     largest = unit.sizes_at(unit.largest_step)
     for name, size in entry.sizes.items():
         if not 1 <= size <= largest[name]:

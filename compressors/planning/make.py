@@ -12,6 +12,7 @@ from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.budget import Whole, cheapest, even_share, unreachable
 from lrc.compressors.planning.given import GivenPlan, apply_given, read_given, refuse_strangers
+from lrc.compressors.planning.patterns import refuse_shapes, refuse_share
 from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.planning.targets import Stage, find_stages
 from lrc.compressors.planning.units import WORDS, Unit
@@ -110,7 +111,10 @@ def _apply(
 def _decide(stage: Stage, whole: Whole, problems: list[str]) -> tuple[list[Unit], int | None]:
     """Give every unit its rank, or leave it pending; returns the budget of the pending ones."""
     options, measure = stage.options, stage.options.measure
-    units = stage.units
+    units, before = stage.units, len(problems)
+    refuse_shapes(stage.where, units, problems)
+    if len(problems) > before:
+        return [u.dense() for u in units], None
     fixed = [_overridden(u, stage, problems) for u in units if u.first.name in stage.overrides]
     rest = [u for u in units if u.first.name not in stage.overrides]
     spent = sum(u.spent(measure) for u in fixed)
@@ -131,6 +135,8 @@ def _decide(stage: Stage, whole: Whole, problems: list[str]) -> tuple[list[Unit]
         problems.append(unreachable(stage.where, options, units, budget, smallest))
         return fixed + [u.dense() for u in rest], None
     if options.allocation == "uniform":
+        if options.keep:
+            refuse_share(f"{stage.where}.keep", rest, options.keep, measure, problems)
         share = options.keep or even_share(budget, rest, options)
         if share <= options.min_keep and options.size is not None:
             problems.append(
@@ -150,6 +156,8 @@ def _overridden(unit: Unit, stage: Stage, problems: list[str]) -> Unit:
     override, options = stage.options.overrides[number], stage.options
     if override.rank is None:
         assert override.keep is not None
+        key = f"{stage.where}.overrides[{number}].keep"
+        refuse_share(key, [unit], override.keep, options.measure, problems)
         return _within(unit, override.keep, options)
     d_out, d_in = unit.first.shape
     if not issubclass(FORMS[unit.first.form], RankForm):

@@ -33,6 +33,8 @@ class Matrix:
     """At the precision of the reference model."""
     pending: str | None = None
     """The allocation that will choose the rank, until it has."""
+    pattern: str | None = None
+    """``2:4`` where two of every four consecutive entries are kept; None if any may be."""
     group: str | None = None
     """Name of the first of the matrices that share one factor; None if it stands alone."""
     bias: str | None = None
@@ -97,6 +99,7 @@ class Matrix:
             sizes=None,
             bits=self.source_bits,
             pending=None,
+            pattern=None,
             group=None,
             bias=None,
             **changes,
@@ -179,6 +182,8 @@ class Plan:
             table[m.name] = {"form": m.form, **m.sizes, **FORMS[m.form].extra(*m.shape)}
             if m.bias is not None:
                 table[m.name]["bias"] = True
+            if m.pattern is not None:
+                table[m.name]["pattern"] = m.pattern
             if m.group not in (None, m.name):
                 table[m.name]["shares"] = m.group
         return table

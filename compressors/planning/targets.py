@@ -80,6 +80,7 @@ def find_stages(
 
 def _as_asked(options: DecomposeBase, linear: Linear, stage: int, bits: int) -> Matrix:
     source_bits = linear.d_out * linear.d_in * bits
+    pattern = getattr(options, "pattern", "unstructured")
     bias = None
     if METHODS[options.method].has_bias:
         bias = "replaced" if linear.bias else "added"
@@ -93,6 +94,7 @@ def _as_asked(options: DecomposeBase, linear: Linear, stage: int, bits: int) -> 
         sizes=None,
         bits=source_bits,
         source_bits=source_bits,
+        pattern=None if pattern == "unstructured" else pattern,
         bias=bias,
     )
 

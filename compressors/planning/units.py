@@ -48,8 +48,20 @@ class Unit:
         return FORMS[self.first.form].largest_step(*self._stacked)
 
     def sizes_at(self, step: int) -> Sizes:
-        """Return the sizes of a number; of a form with a rank, that rank."""
-        return FORMS[self.first.form].sizes_at(step, *self._stacked)
+        """Return the sizes of a number; of a form with a rank, that rank.
+
+        With a pattern several numbers have the same sizes.
+
+        Raises
+        ------
+        ValueError
+            If no weight of that shape can have the pattern.
+        """
+        form = FORMS[self.first.form]
+        sizes = form.sizes_at(step, *self._stacked)
+        if self.first.pattern is None:
+            return sizes
+        return form.two_of_four(*self._stacked, sizes)
 
     def bits(self, sizes: Sizes) -> int:
         """Count the bits of its form with `sizes` in the file."""

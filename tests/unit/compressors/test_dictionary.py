@@ -294,7 +294,7 @@ def test_a_zero_weight_is_lost_without_a_trace() -> None:
         assert not found.weight().any()
 
 
-@pytest.mark.parametrize("pattern", ["free", "2:4"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_orthogonal_codes_are_the_best_of_all_supports(pattern: Pattern) -> None:
     D = torch.linalg.qr(weight(10, 8, seed=4)).Q
     Z = weight(10, 5, seed=5)
@@ -303,7 +303,7 @@ def test_orthogonal_codes_are_the_best_of_all_supports(pattern: Pattern) -> None
     allowed = [
         list(kept)
         for kept in combinations(range(8), 4)
-        if pattern == "free" or sum(i < 4 for i in kept) == 2
+        if pattern == "unstructured" or sum(i < 4 for i in kept) == 2
     ]
     errors = [
         (Z - D[:, kept] @ torch.linalg.lstsq(D[:, kept], Z).solution).square().sum(dim=0)
@@ -314,7 +314,7 @@ def test_orthogonal_codes_are_the_best_of_all_supports(pattern: Pattern) -> None
     )
 
 
-def _task(Z: Tensor, atoms: int, nonzeros: int, pattern: Pattern = "free") -> Task:
+def _task(Z: Tensor, atoms: int, nonzeros: int, pattern: Pattern = "unstructured") -> Task:
     return Task(Z, Z.norm(dim=1), lambda which: Z[:, which], atoms, nonzeros, 1, pattern)
 
 
@@ -349,7 +349,7 @@ def test_enough_conjugate_gradients_are_least_squares_on_every_support() -> None
 def test_supports_hold_the_largest_also_among_equals() -> None:
     score = weight(5, 16).T.abs()
     score[:, 0] = 1
-    for pattern, groups in (("free", 1), ("2:4", 4)):
+    for pattern, groups in (("unstructured", 1), ("2:4", 4)):
         mask = support(score, 8, pattern).reshape(groups, 16 // groups, 5)
         assert (mask.sum(dim=1) == 8 // groups).all()
         parts = score.reshape(mask.shape)
@@ -380,7 +380,7 @@ def test_the_nearest_orthonormal_columns_are_the_polar_factor(rank: int) -> None
         ({"atoms": 25, "solver": "compot"}, r"atoms must be in \[1, 24\] with compot"),
         ({"nonzeros": 9}, r"nonzeros must be in \[1, 8\], the number of atoms, got 9"),
         ({"nonzeros": 0}, r"nonzeros must be in \[1, 8\]"),
-        ({"pattern": "1:3"}, "pattern must be one of free, 2:4 with htp, got '1:3'; no solver"),
+        ({"pattern": "1:3"}, "must be one of unstructured, 2:4 with htp, got '1:3'; no solver"),
         ({"pattern": "2:4", "solver": "rocket"}, "got '2:4'; it takes one of compot, htp"),
         ({"pattern": "2:4", "nonzeros": 3}, "got 8 atoms and 3 nonzeros; take 8 and 4"),
         ({"pattern": "2:4", "atoms": 10, "nonzeros": 5}, "take 8 and 4"),

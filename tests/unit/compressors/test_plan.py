@@ -295,6 +295,93 @@ def test_groups_do_not_cross_what_is_left_out_or_overridden() -> None:
     ]
 
 
+TWO_OF_FOUR = {"method": "sparse", "pattern": "2:4", "skip": ["*tiny"]}
+
+
+def test_pruned_two_of_four_every_matrix_has_its_one_size() -> None:
+    plan = plan_of({**TWO_OF_FOUR, "keep": 0.6, "allocation": "uniform"})
+    for m in plan.matrices:
+        assert (m.form, m.pattern, m.sizes) == (
+            "sparse",
+            "2:4",
+            {"nonzeros": m.shape[0] * m.shape[1] // 2},
+        )
+        assert m.bits == m.source_bits * 9 // 16 + 8
+    assert {spec["pattern"] for spec in plan.modules().values()} == {"2:4"}
+    pending = plan_of({**TWO_OF_FOUR, "keep": 0.6})
+    assert {m.pending for m in pending.matrices} == {"lagrangian"}
+
+
+def test_without_a_pattern_nothing_says_so() -> None:
+    plan = plan_of({"method": "magnitude", "keep": 0.6})
+    assert {m.pattern for m in plan.matrices} == {None}
+    assert not any("pattern" in spec for spec in plan.modules().values())
+
+
+def test_dictionaries_two_of_four_keep_to_their_share() -> None:
+    stage = {**TWO_OF_FOUR, "method": "dictionary", "keep": 0.6, "allocation": "uniform"}
+    for m in plan_of(stage).matrices:
+        assert m.sizes is not None
+        assert m.sizes["atoms"] % 4 == 0
+        assert m.sizes["nonzeros"] == m.sizes["atoms"] // 2
+        assert m.bits <= 0.6 * m.source_bits
+        larger = {name: size + size // m.sizes["nonzeros"] * 2 for name, size in m.sizes.items()}
+        assert m.at(larger).bits > 0.6 * m.source_bits
+
+
+PATTERN_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a share below the one size": (
+        {"keep": 0.5, "allocation": "uniform"},
+        "stages[0].decompose.keep: must be at least 0.563 of the bits for layers.0.attn.k_proj "
+        "[16, 64] with pattern 2:4, got 0.5; raise keep or list the layer under 'skip' (and 5 more "
+        "of this kind)",
+    ),
+    "a budget below the one size": (
+        {"keep": 0.5},
+        "stages[0].decompose.keep: must be at least 0.5627 of the bits, which the cheapest choice "
+        "takes, got 0.5; raise keep",
+    ),
+    "an override below the one size": (
+        {"keep": 0.8, "overrides": [{"match": "*.q_proj", "keep": 0.3}]},
+        "stages[0].decompose.overrides[0].keep: must be at least 0.5627 of the bits for "
+        "layers.0.attn.q_proj [64, 64] with pattern 2:4, got 0.3; raise keep or list the layer "
+        "under 'skip' (and 1 more of this kind)",
+    ),
+    "inputs not in fours": (
+        {"keep": 0.8, "skip": []},
+        "stages[0].decompose.pattern: layers.0.tiny: pattern 2:4 needs inputs in fours, got a "
+        "weight [2, 2]; list the layer under 'skip' or take pattern: unstructured (and 1 more of "
+        "this kind)",
+    ),
+    "fewer than four atoms": (
+        {"method": "compot", "keep": 0.8, "skip": []},
+        "stages[0].decompose.pattern: layers.0.tiny: pattern 2:4 needs four atoms or more, got a "
+        "weight [2, 2]; list the layer under 'skip' or take pattern: unstructured (and 1 more of "
+        "this kind)",
+    ),
+    "a floor above the one size": (
+        {"keep": 0.8, "min_keep": 0.7},
+        "stages[0].decompose.keep: must be at least 1 of the bits, which the cheapest choice takes,"
+        " got 0.8; raise keep, lower 'min_keep' (0.7)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PATTERN_REFUSED)
+def test_what_a_pattern_has_no_size_for_is_refused(case: str) -> None:
+    changes, expected = PATTERN_REFUSED[case]
+    with pytest.raises(RecipeError) as caught:
+        plan_of({**TWO_OF_FOUR, **changes})
+    assert caught.value.problems == [expected]
+
+
+@pytest.mark.parametrize("stage", [{}, {"allocation": "uniform"}])
+def test_the_smallest_share_that_is_named_can_be_met(stage: dict[str, Any]) -> None:
+    least = 0.5627 if not stage else 0.563
+    plan = plan_of({**TWO_OF_FOUR, **stage, "keep": least})
+    assert plan.kept <= least
+
+
 REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no rank of that multiple": (
         [{"keep": 0.5, "rank_multiple": 64}],
