@@ -6,10 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from lrc.compressors.decompose.dictionary import Dictionary, solve_dictionary
+from lrc.compressors.decompose.dictionary import Problem
+from lrc.compressors.decompose.masked import Metric
 from lrc.compressors.decompose.method import Coded, CodedMethod
 from lrc.compressors.decompose.moments import Statistics
-from lrc.compressors.decompose.sparse import Saliency, prune, prune_curve, weighted_energy
+from lrc.compressors.decompose.sparse import (
+    Saliency,
+    damped_metric,
+    prune,
+    prune_curve,
+    weighted_energy,
+)
 from lrc.compressors.layers import Sizes
 
 
@@ -66,10 +73,10 @@ class Learning(CodedMethod):
 
     def solve(self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any) -> Coded:
         """Learn ``atoms`` atoms, of which every output uses ``nonzeros``."""
-        options = self.with_defaults(statistics, options)
-        found = self._learnt(W, statistics, sizes, options)
-        energy = self._energy(W - found.weight(), statistics, options)
-        total = self._energy(W, statistics, options)
+        problem, metric, search = self._prepared(W, statistics, options)
+        found = problem.solve(atoms=sizes["atoms"], nonzeros=sizes["nonzeros"], **search)
+        energy = float(metric.energy(W.double() - found.weight()))
+        total = float(metric.energy(W.double()))
         parts = {"D": found.D, "S": found.S, "mask": found.mask}
         return Coded(parts, energy, energy / total if total > 0 else 0.0, found.fallback)
 
@@ -77,30 +84,24 @@ class Learning(CodedMethod):
         self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any
     ) -> tuple[list[float], float]:
         """Return the energy of the error at several sizes, after few rounds, and that of W."""
+        problem, metric, search = self._prepared(W, statistics, options)
+        if "rounds" in search:
+            search["rounds"] = min(search["rounds"], self.ALLOCATION_ROUNDS)
+        W = W.double()
+        learnt = problem.curve(sizes, **search)
+        found = [float(metric.energy(W - each.weight())) for each in learnt]
+        return found, float(metric.energy(W))
+
+    def _prepared(
+        self, W: Tensor, statistics: Statistics, options: Mapping[str, Any]
+    ) -> tuple[Problem, Metric, dict[str, Any]]:
+        """Return the weight made ready, what its errors cost, and the options of the search."""
         options = self.with_defaults(statistics, options)
-        if "rounds" in options:
-            options["rounds"] = min(options["rounds"], self.ALLOCATION_ROUNDS)
-        learnt = (self._learnt(W, statistics, each, options) for each in sizes)
-        found = [self._energy(W - each.weight(), statistics, options) for each in learnt]
-        return found, self._energy(W, statistics, options)
-
-    def _learnt(
-        self, W: Tensor, statistics: Statistics, sizes: Sizes, options: Mapping[str, Any]
-    ) -> Dictionary:
+        damping = {key: options.pop(key) for key in ("damp", "gradient_damp") if key in options}
         inputs, gradients = self._known(statistics)
-        return solve_dictionary(
-            W,
-            inputs,
-            gradients,
-            atoms=sizes["atoms"],
-            nonzeros=sizes["nonzeros"],
-            solver=self.solver,
-            **options,
-        )
-
-    def _energy(self, E: Tensor, statistics: Statistics, options: Mapping[str, Any]) -> float:
-        damping = {key: value for key, value in options.items() if key.endswith("damp")}
-        return weighted_energy(E, *self._known(statistics), **damping)
+        problem = Problem.of(W, inputs, gradients, solver=self.solver, **damping)
+        metric, _ = damped_metric(inputs, gradients, **damping)
+        return problem, metric, options
 
 
 _DAMP = {"damp": 1e-6}

@@ -18,13 +18,24 @@ Pattern = Literal["unstructured", "2:4"]
 
 
 @dataclass(frozen=True)
+class Code:
+    """What a solver found: ``Z ~ D @ S``, where S may be used, and the energy after each round."""
+
+    D: Tensor
+    S: Tensor
+    mask: Tensor
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Task:
     """A weight made ready for a solver: whitened, turned into its own eigenbasis and scaled.
 
     `Z` [dim, d_out] has orthogonal rows, those of largest energy first, so that the first columns
     of the identity are its leading left singular vectors. `lengths` [dim] are the Euclidean
     lengths of its basis vectors before whitening. `columns` gives chosen columns of the original
-    weight ``W^T`` as vectors of this space.
+    weight ``W^T`` as vectors of this space. `start` is what was found at larger sizes, from which a
+    solver may go on; it has at least `atoms` atoms.
     """
 
     Z: Tensor
@@ -35,16 +46,7 @@ class Task:
     rounds: int
     pattern: Pattern = "unstructured"
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Code:
-    """What a solver found: ``Z ~ D @ S``, where S may be used, and the energy after each round."""
-
-    D: Tensor
-    S: Tensor
-    mask: Tensor
-    errors: tuple[float, ...]
+    start: Code | None = None
 
 
 def energy(Z: Tensor, D: Tensor, S: Tensor) -> float:

@@ -1,15 +1,13 @@
 """Dictionary-sparse factorisation: every output of a weight from its own few atoms.
 
 Transposed, the weight is a product ``W^T ~ D @ S`` of a dictionary D [d_in, atoms] and
-coefficients S [atoms, d_out] with the same number of non-zeros in every column. Atoms live in
-input space: whitening touches D alone, and S keeps its zeros. The metric of the outputs has to be
-diagonal for the same reason: it scales the columns of S, where a full one would mix them.
-
-All solvers work in the eigenbasis of the whitened weight, of ``min(d_out, d_in)`` dimensions.
+coefficients S [atoms, d_out] with the same number of non-zeros in every column. All solvers work in
+the eigenbasis of the whitened weight, of ``min(d_out, d_in)`` dimensions: see `space`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,14 +15,11 @@ from torch import Tensor
 from lrc.compressors.decompose.coding import Code, Pattern, Task
 from lrc.compressors.decompose.ksvd import cospadi
 from lrc.compressors.decompose.moments import Moment
-from lrc.compressors.decompose.spectrum import spectrum
+from lrc.compressors.decompose.space import Space
 from lrc.compressors.decompose.thresholding import compot, htp, rocket
-from lrc.compressors.linalg import RANK_TOLERANCE, whitening_factor
 
 # Up to this many coefficients float64 costs nothing that one would notice.
 SMALL = 2**16
-# Outputs without gradients keep this share of the largest weight, or their codes would be lost.
-FLOOR = 1e-12
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,104 @@ SOLVERS: dict[str, Solver] = {
     "rocket": Solver(rocket, rounds=1),
     "htp": Solver(htp, rounds=15, patterns=("unstructured", "2:4"), larger=True),
 }
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A weight made ready for a solver, once for dictionaries of any number and size."""
+
+    solver: str
+    space: Space
+    total: float
+    """The weighted energy of W."""
+    fallback: str | None
+
+    @classmethod
+    def of(
+        cls,
+        W: Tensor,
+        inputs: Moment | None = None,
+        gradients: Moment | None = None,
+        *,
+        solver: str = "htp",
+        damp: float = 0.0,
+        gradient_damp: float = 0.0,
+    ) -> Self:
+        """Whiten a weight; parameters and errors are those of `solve_dictionary`."""
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        notes = []
+        if gradients is not None and not SOLVERS[solver].gradients:
+            gradients = None
+            notes.append(f"gradients are no part of {solver}; left out of the metric")
+        space = Space.of(W, inputs, gradients, damp, gradient_damp)
+        fallback = "; ".join(filter(None, [*notes, space.fallback])) or None
+        return cls(solver, space, float(space.Z.square().sum()), fallback)
+
+    def solve(
+        self,
+        *,
+        atoms: int,
+        nonzeros: int,
+        rounds: int | None = None,
+        pattern: Pattern = "free",
+        seed: int = 0,
+    ) -> Dictionary:
+        """Learn a dictionary; parameters and errors are those of `solve_dictionary`."""
+        sizes = {"atoms": atoms, "nonzeros": nonzeros}
+        return next(self.curve([sizes], rounds=rounds, pattern=pattern, seed=seed))
+
+    def curve(
+        self,
+        sizes: Iterable[Mapping[str, int]],
+        *,
+        rounds: int | None = None,
+        pattern: Pattern = "free",
+        seed: int = 0,
+    ) -> Iterator[Dictionary]:
+        """Learn dictionaries of several sizes, each from the one before if that has no fewer atoms.
+
+        Only "htp" goes on from another dictionary: it then takes three quarters of the time, and
+        few rounds come closer to what many would find.
+        """
+        Z, chosen = self.space.Z, SOLVERS[self.solver]
+        code: Code | None = None
+        for each in sizes:
+            atoms, nonzeros = each["atoms"], each["nonzeros"]
+            _check(self.space.W, atoms, nonzeros, self.solver, rounds, pattern)
+            dtype = torch.float64 if atoms * Z.shape[1] <= SMALL else torch.float32
+            task = Task(
+                (Z / self._scale).to(dtype),
+                lengths=self.space.basis.norm(dim=0).to(dtype),
+                columns=self.space.columns,
+                atoms=atoms,
+                nonzeros=nonzeros,
+                rounds=rounds or chosen.rounds,
+                pattern=pattern,
+                seed=seed,
+                start=code if code is not None and code.D.shape[1] >= atoms else None,
+            )
+            code = chosen.solve(task)
+            yield self._read(code)
+
+    def _read(self, code: Code) -> Dictionary:
+        """Take a code out of the space."""
+        space, scale = self.space, self._scale
+        D, S = code.D.double(), code.S.double() * scale
+        error = float((space.Z - D @ S).square_().sum())
+        return Dictionary(
+            D=space.basis @ D,
+            S=S / space.weights,
+            mask=code.mask,
+            energy=error,
+            loss=error / self.total if self.total > 0 else 0.0,
+            fallback=self.fallback,
+            errors=tuple(e * scale**2 for e in code.errors),
+        )
+
+    @property
+    def _scale(self) -> float:
+        return (self.total / self.space.Z.numel()) ** 0.5 or 1.0
 
 
 def solve_dictionary(
@@ -132,47 +225,16 @@ def solve_dictionary(
     -----
     Large problems are solved in float32, after scaling; energies are measured in float64.
     """
-    _check(W, atoms, nonzeros, solver, rounds, pattern)
-    chosen = SOLVERS[solver]
-    notes = []
-    if gradients is not None and not chosen.gradients:
-        gradients = None
-        notes.append(f"gradients are no part of {solver}; left out of the metric")
-    space = _Space.of(W, inputs, gradients, damp, gradient_damp)
-    Z = space.Z
-    total = float(Z.square().sum())
-    scale = (total / Z.numel()) ** 0.5 or 1.0
-    dtype = torch.float64 if atoms * Z.shape[1] <= SMALL else torch.float32
-    task = Task(
-        (Z / scale).to(dtype),
-        lengths=space.basis.norm(dim=0).to(dtype),
-        columns=lambda which: space.columns(W, inputs, damp, which),
-        atoms=atoms,
-        nonzeros=nonzeros,
-        rounds=rounds or chosen.rounds,
-        pattern=pattern,
-        seed=seed,
+    problem = Problem.of(
+        W, inputs, gradients, solver=solver, damp=damp, gradient_damp=gradient_damp
     )
-    code = chosen.solve(task)
-    D, S = code.D.double(), code.S.double() * scale
-    error = float((Z - D @ S).square_().sum())
-    return Dictionary(
-        D=space.basis @ D,
-        S=S / space.weights,
-        mask=code.mask,
-        energy=error,
-        loss=error / total if total > 0 else 0.0,
-        fallback="; ".join(filter(None, [*notes, space.fallback])) or None,
-        errors=tuple(e * scale**2 for e in code.errors),
-    )
+    return problem.solve(atoms=atoms, nonzeros=nonzeros, rounds=rounds, pattern=pattern, seed=seed)
 
 
 def _check(
     W: Tensor, atoms: int, nonzeros: int, solver: str, rounds: int | None, pattern: Pattern
 ) -> None:
     d_out, d_in = W.shape
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     chosen = SOLVERS[solver]
     most = d_out if chosen.larger else min(d_out, d_in)
     if not 1 <= atoms <= most:
@@ -202,52 +264,3 @@ def _check(
         raise ValueError(
             f"rounds must be 1 with {solver}, a single step, got {rounds}; leave it out"
         )
-
-
-@dataclass(frozen=True)
-class _Space:
-    """The whitened weight in its own eigenbasis: ``basis @ Z == W^T * weights``.
-
-    `basis` [d_in, dim] is orthonormal in the metric of the inputs, `Z` is [dim, d_out], `weights`
-    [d_out] are the roots of ``diag(G)``. Directions that are rounding alone are zero in both.
-    """
-
-    basis: Tensor
-    Z: Tensor
-    weights: Tensor
-    fallback: str | None
-
-    @classmethod
-    def of(
-        cls,
-        W: Tensor,
-        inputs: Moment | None,
-        gradients: Moment | None,
-        damp: float,
-        gradient_damp: float,
-    ) -> "_Space":
-        """Read the space off the spectrum: it is that of the best low-rank approximation."""
-        weights = torch.ones(W.shape[0], dtype=torch.float64, device=W.device)
-        outputs = gradients
-        if gradients is not None and not gradients.empty:
-            fisher = gradients.diagonal.double()
-            fisher = fisher + gradient_damp * fisher.mean()
-            fisher = fisher.clamp_min(FLOOR * fisher.max())
-            weights = fisher.sqrt()
-            outputs = Moment.weighted(fisher, W.T)
-        found = spectrum(W, inputs, outputs, damp=damp)
-        kept = found.energies > RANK_TOLERANCE * found.energies[0]
-        size = torch.where(kept, found.energies, 1.0).sqrt() * kept  # [dim]
-        rows = found.B.T * weights  # [dim, d_out]
-        length = torch.where(kept, rows.norm(dim=1), 1.0)
-        Z = rows * (size / length)[:, None]
-        basis = found.A.T * (length * kept / torch.where(kept, size, 1.0))
-        return cls(basis, Z, weights, found.fallback)
-
-    def columns(self, W: Tensor, inputs: Moment | None, damp: float, which: Tensor) -> Tensor:
-        """Project columns of ``W^T``, read as whitened vectors, onto the space: [dim, which]."""
-        chosen = W[which].double().T  # [d_in, which]
-        if inputs is None or inputs.empty:
-            return self.basis.T @ chosen
-        L, _ = whitening_factor(inputs.whole(), damp)
-        return self.basis.T @ (L @ chosen)  # the basis is orthonormal once whitened: L^T basis

@@ -105,7 +105,7 @@ def prune(
     """
     _check(W, nonzeros, pattern, saliency)
     W = W.double()
-    metric, fallback = _metric(inputs, gradients, damp, gradient_damp)
+    metric, fallback = damped_metric(inputs, gradients, damp, gradient_damp)
     kept = W.numel() * KEPT_IN_GROUP // GROUP if nonzeros is None else nonzeros
     if saliency == "second-order":
         search = Search.of(W, metric, pattern)
@@ -151,7 +151,7 @@ def prune_curve(
     for budget in nonzeros:
         _check(W, budget, "unstructured", saliency)
     W = W.double()
-    metric, _ = _metric(inputs, gradients, damp, gradient_damp)
+    metric, _ = damped_metric(inputs, gradients, damp, gradient_damp)
     search = Search.of(W, metric, "unstructured") if saliency == "second-order" else None
     state = None if search is None else search.dense()
     energies: dict[int, float] = {}
@@ -175,7 +175,7 @@ def weighted_energy(
     gradient_damp: float = 0.0,
 ) -> float:
     """Return ``tr(G W H W^T)`` under the damped metrics: what losing all of `W` costs."""
-    return float(_metric(inputs, gradients, damp, gradient_damp)[0].energy(W.double()))
+    return float(damped_metric(inputs, gradients, damp, gradient_damp)[0].energy(W.double()))
 
 
 def _check(W: Tensor, nonzeros: int | None, pattern: str, saliency: str) -> None:
@@ -202,8 +202,11 @@ def _check(W: Tensor, nonzeros: int | None, pattern: str, saliency: str) -> None
         )
 
 
-def _metric(
-    inputs: Moment | None, gradients: Moment | None, damp: float, gradient_damp: float
+def damped_metric(
+    inputs: Moment | None,
+    gradients: Moment | None,
+    damp: float = 0.0,
+    gradient_damp: float = 0.0,
 ) -> tuple[Metric, str | None]:
     """Damp both moments; one that saw nothing but zeros is left out and said."""
     H = G = None

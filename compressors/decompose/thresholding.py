@@ -160,6 +160,9 @@ def htp(task: Task) -> Code:
 def _start(task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """Orthogonal rounds; of a dictionary larger than the space, its axes and its worst columns."""
     Z, dim = task.Z, len(task.Z)
+    # What was a pattern of fours before atoms are left out is none behind it.
+    if task.start is not None and task.pattern == "free":
+        return _fewer(task, task.start)
     if task.atoms <= dim:
         D, _ = _orthogonal(task, START_ROUNDS)
         return D, *orthogonal_codes(task, D)
@@ -169,3 +172,12 @@ def _start(task: Task) -> tuple[Tensor, Tensor, Tensor]:
     A = D.T @ Z
     mask = support(A.abs(), task.nonzeros, task.pattern)
     return D, refit_codes(D.T @ D, A, torch.zeros_like(A), mask, FINAL_STEPS), mask
+
+
+def _fewer(task: Task, code: Code) -> tuple[Tensor, Tensor, Tensor]:
+    """Go on with the most used atoms of a larger dictionary, and their largest coefficients."""
+    Z = task.Z
+    kept = code.S.norm(dim=1).topk(task.atoms).indices
+    D, S = code.D[:, kept].to(Z), code.S[kept].to(Z)
+    mask = support(S.abs(), task.nonzeros)
+    return D, refit_codes(D.T @ D, D.T @ Z, S * mask, mask, CODE_STEPS), mask
