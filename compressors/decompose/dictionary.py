@@ -107,7 +107,7 @@ class Problem:
         atoms: int,
         nonzeros: int,
         rounds: int | None = None,
-        pattern: Pattern = "free",
+        pattern: Pattern = "unstructured",
         seed: int = 0,
     ) -> Dictionary:
         """Learn a dictionary; parameters and errors are those of `solve_dictionary`."""
@@ -119,7 +119,7 @@ class Problem:
         sizes: Iterable[Mapping[str, int]],
         *,
         rounds: int | None = None,
-        pattern: Pattern = "free",
+        pattern: Pattern = "unstructured",
         seed: int = 0,
     ) -> Iterator[Dictionary]:
         """Learn dictionaries of several sizes, each from the one before if that has no fewer atoms.

@@ -161,7 +161,7 @@ def _start(task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """Orthogonal rounds; of a dictionary larger than the space, its axes and its worst columns."""
     Z, dim = task.Z, len(task.Z)
     # What was a pattern of fours before atoms are left out is none behind it.
-    if task.start is not None and task.pattern == "free":
+    if task.start is not None and task.pattern == "unstructured":
         return _fewer(task, task.start)
     if task.atoms <= dim:
         D, _ = _orthogonal(task, START_ROUNDS)
