@@ -4,7 +4,7 @@ It starts from the entries that cost most to remove, refits what is kept, and sw
 the refit says that the other choice is cheaper, ever fewer a round.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
@@ -114,6 +114,15 @@ class Search:
             share *= SWAPS_DECAY
         last = self._fitted(now.mask, nonzeros, now, OUTER_STEPS)
         return min(last, best, key=lambda s: s.energy)
+
+    def beside(self, known: Tensor) -> "Search":
+        """Return the problem of what `known` [d_out, d_in], scaled, leaves of the weight."""
+        return replace(self, W=self.W - known)
+
+    def swapped(self, state: State, nonzeros: int, share: float, steps: int = STEPS) -> State:
+        """Go one round: prune down to `nonzeros`, swap a share of what is removed, and fit."""
+        swaps = min(nonzeros, ceil(share * (self.W.numel() - nonzeros)))
+        return self._fitted(self._reselected(state, nonzeros, swaps), nonzeros, state, steps)
 
     def refitted(self, state: State) -> Tensor:
         """Lower the error of a state further, in the metric itself without `SEARCH_DAMP`."""
