@@ -1,7 +1,8 @@
 """One unit of a plan: weights and what calibration knows in, records and stored tensors out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ def factor(
     *,
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    seed: int = 0,
 ) -> Done:
     """Factor the weights of a unit at its planned rank, and round to the model's precision.
 
@@ -57,6 +59,8 @@ def factor(
         Of the model.
     bias : Tensor, shape [d_out], optional
         That of the dense layer, for a method that changes it.
+    seed : int
+        Of the random choices of a method that makes any.
 
     Returns
     -------
@@ -68,7 +72,8 @@ def factor(
         return Done(unit.dense(fallback=note), {})
     method = METHODS[options.method].for_form(unit.first.form)
     if isinstance(method, CodedMethod):
-        return _coded(unit, options, method, weights[0], known[0], dtype)
+        own = arguments(options, method, seed)
+        return _coded(unit, own, method, weights[0], known[0], dtype)
     curve = _curve(options, weights, known)
     unit, factors, tensors = _encoded(unit, curve, options)
     if unit.sizes is None:
@@ -87,7 +92,7 @@ def factor(
 
 def _coded(
     unit: Unit,
-    options: DecomposeBase,
+    own: Mapping[str, Any],
     method: CodedMethod,
     W: Tensor,
     known: Statistics,
@@ -95,7 +100,7 @@ def _coded(
 ) -> Done:
     """Solve a unit at its sizes, for a method that gives no spectrum."""
     assert unit.sizes is not None
-    found = method.solve(W, known, unit.sizes, **arguments(options, method))
+    found = method.solve(W, known, unit.sizes, **own)
     encoded = FORMS[unit.first.form].encode(**found.parts)
     tensors = _rounded({f"{unit.first.name}.{k}": t for k, t in encoded.items()}, dtype)
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):

@@ -115,7 +115,7 @@ CODED: dict[str, CodedMethod] = {
         frozenset({"inputs"}),
         "CoSpaDi, arXiv:2509.22075",
         "cospadi",
-        options={**_DAMP, "rounds": 60},
+        options={**_DAMP, "rounds": 60, "seed": 0},
     ),
     "compot": Learning(
         _TWO_SIDED, "COMPOT, arXiv:2602.15200", "compot", options={**_BOTH, "rounds": 20}

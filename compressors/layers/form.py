@@ -112,8 +112,11 @@ class Form(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def sizes_at(cls, step: int, d_out: int, d_in: int) -> Sizes:
-        """Return the sizes of a number; the larger, the more is stored."""
+    def sizes_at(cls, step: int, d_out: int, d_in: int, ratio: float = 2.0) -> Sizes:
+        """Return the sizes of a number; the larger, the more is stored.
+
+        `ratio` is that of the first size over the last, of a form that has more than one.
+        """
 
     @classmethod
     def extra(cls, d_out: int, d_in: int) -> Spec:
@@ -221,7 +224,7 @@ class RankForm(Form):
         return min(d_out, d_in)
 
     @classmethod
-    def sizes_at(cls, step: int, d_out: int, d_in: int) -> Sizes:
+    def sizes_at(cls, step: int, d_out: int, d_in: int, ratio: float = 2.0) -> Sizes:
         """Return the rank."""
         return {"rank": step}
 

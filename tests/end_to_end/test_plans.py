@@ -47,6 +47,12 @@ STAGES: dict[str, dict[str, Any]] = {
     "the recommended way": {"method": "kfac", "keep": 0.6, "compensate": {}},
     "pruned": {"method": "sparse", "keep": 0.6},
     "dictionaries": {"method": "dictionary", "keep": 0.6, "rounds": 3, "min_keep": 0.3},
+    "dictionaries of several ratios": {
+        "method": "dictionary",
+        "keep": 0.6,
+        "rounds": 3,
+        "ratio": [1.5, 3],
+    },
     "any form": {
         "method": "mixed",
         "keep": 0.6,
