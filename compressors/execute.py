@@ -234,7 +234,8 @@ class _Work:
         m, bias = unit.first, None
         if m.bias == "replaced":
             bias = self.reader.read(f"{m.name}.bias", device=self.device)
-        return factor(unit, self.options(m), weights, known, dtype=dtype, bias=bias)
+        options, seed = self.options(m), self.recipe.seed
+        return factor(unit, options, weights, known, dtype=dtype, bias=bias, seed=seed)
 
     def _known(self, matrix: Matrix, *, behind: Moment | None = None) -> Statistics:
         """Return what the method asked for; inputs as they are `behind` the compressed prefix."""

@@ -53,6 +53,16 @@ GradientDamp = Annotated[
 ]
 
 
+OneRatio = Annotated[float, Field(ge=1)]
+Ratio = Annotated[
+    OneRatio | Annotated[list[OneRatio], Field(min_length=1)],
+    Field(
+        description="Atoms of a dictionary over the coefficients of one output; of a list, "
+        "`lagrangian` chooses for every matrix."
+    ),
+]
+
+
 class Override(Strict):
     """Another budget for the matrices whose name matches."""
 
@@ -245,14 +255,21 @@ class Sparse(Pruning):
 
 
 class Learning(Coded):
-    """What every method understands that learns a dictionary: atoms, and few for every output.
-
-    There are twice as many atoms as an output has coefficients.
-    """
+    """What every method understands that learns a dictionary: atoms, and few for every output."""
 
     storage: Literal["dictionary"] = "dictionary"
     """The atoms, the coefficients, and which atoms they are of."""
+    ratio: Ratio = 2.0
     damp: Damp = 1e-6
+
+    @model_validator(mode="after")
+    def _one_ratio(self) -> "Learning":
+        if isinstance(self.ratio, list) and self.allocation != "lagrangian" and self.plan is None:
+            raise ValueError(
+                f"'ratio' must be one number with allocation: {self.allocation}, got a list; "
+                "write the one, or take allocation: lagrangian, which chooses for every matrix"
+            )
+        return self
 
 
 class Cospadi(Learning):
@@ -306,6 +323,7 @@ class Dictionary(TwoSidedLearning):
 
     method: Literal["dictionary"]
     """Hard-thresholding pursuit with refitted atoms."""
+    ratio: Ratio = 3.0
     rounds: PositiveInt = 15
     """Updates of coefficients and atoms."""
     pattern: Pattern = "unstructured"
@@ -324,6 +342,7 @@ class Mixed(DecomposeBase):
     """What a matrix may become, beside dense."""
     damp: Damp = 1e-6
     gradient_damp: GradientDamp = 0.1
+    ratio: Ratio = 3.0
     rounds: PositiveInt = 15
     """Updates of coefficients and atoms of a dictionary."""
     allocation: Literal["lagrangian"] = "lagrangian"

@@ -123,7 +123,7 @@ CODED: dict[str, CodedMethod] = {
         frozenset({"inputs"}),
         "CoSpaDi, arXiv:2509.22075",
         "cospadi",
-        options={**_DAMP, "rounds": 60},
+        options={**_DAMP, "rounds": 60, "seed": 0},
         shared=True,
     ),
     "compot": Learning(
