@@ -158,11 +158,11 @@ def _curve(
     energies, points, total = none, [], 0.0
     alike = together(known)
     for part in method.parts:
-        if not _wanted(part, options):
+        if not wanted(part, options):
             continue
         own = arguments(options, part, seed)
         if isinstance(part, CodedMethod):
-            families = _families(unit, part.form, options)
+            families = families_of(unit, part.form, options)
             sizes: list[Sizes] = []
             for _, run in families:
                 sizes += [each for each in run if each not in sizes]
@@ -178,13 +178,13 @@ def _curve(
     return Curve(energies, known[0].n_tokens, None, comparable, points, total)
 
 
-def _wanted(part: Method, options: DecomposeBase) -> bool:
+def wanted(part: Method, options: DecomposeBase) -> bool:
     """Say whether a stage allows what a part of its method makes."""
     allowed = [FORMS_OF[form] for form in getattr(options, "forms", FORMS_OF)]
     return any(form in part.forms for forms in allowed for form in forms)
 
 
-def _families(unit: Unit, form: str, options: DecomposeBase) -> list[tuple[Unit, list[Sizes]]]:
+def families_of(unit: Unit, form: str, options: DecomposeBase) -> list[tuple[Unit, list[Sizes]]]:
     """Return the sizes that are planned, or those of `SHARES` of the bits, ratio by ratio.
 
     Every ratio has a curve of its own: what lies between two of its points is of no other.

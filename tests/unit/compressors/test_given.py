@@ -111,7 +111,7 @@ DICTIONARIES = units_of(
 )
 
 
-def learnt(name: str, form: str, atoms: int = 4, nonzeros: int = 2) -> dict[str, Any]:
+def learnt(name: str, form: str, atoms: Any = 4, nonzeros: Any = 2) -> dict[str, Any]:
     return {"name": name, "shape": [8, 12], "form": form, "atoms": atoms, "nonzeros": nonzeros}
 
 
@@ -171,9 +171,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "no.json cannot be read: no such file" in problems[0]
 
 
-def learnt(name: str, atoms: Any, nonzeros: Any) -> dict[str, Any]:
-    return {"name": name, "shape": [8, 12], "form": "dictionary", "atoms": atoms,
-            "nonzeros": nonzeros}  # fmt: skip
+def plain(name: str, atoms: Any, nonzeros: Any) -> dict[str, Any]:
+    return learnt(name, "dictionary", atoms, nonzeros)
 
 
 def dictionaries(method: str) -> list[Unit]:
@@ -184,7 +183,7 @@ def dictionaries(method: str) -> list[Unit]:
 
 @pytest.mark.parametrize("method", ["cospadi", "compot", "rocket", "dictionary"])
 def test_dictionaries_of_any_ratio_are_taken(method: str, give) -> None:
-    units, problems = give([learnt("a", 4, 1), learnt("b", 3, 3)], dictionaries(method))
+    units, problems = give([plain("a", 4, 1), plain("b", 3, 3)], dictionaries(method))
     assert problems == []
     assert [unit.sizes for unit in units] == [
         {"atoms": 4, "nonzeros": 1},
@@ -194,28 +193,28 @@ def test_dictionaries_of_any_ratio_are_taken(method: str, give) -> None:
 
 WRONG_SIZES = {
     "more atoms than a complete basis": (
-        learnt("b", 9, 2),
+        plain("b", 9, 2),
         "b: atoms must be in [1, 8] for [8, 12], got 9; lower it, or make it dense",
     ),
     "no coefficients": (
-        learnt("b", 4, 0),
+        plain("b", 4, 0),
         "b: nonzeros must be in [1, 8] for [8, 12], got 0; lower it, or make it dense",
     ),
     "more coefficients than atoms": (
-        learnt("b", 3, 4),
+        plain("b", 3, 4),
         "b: nonzeros must be in [1, 3], the number of atoms; got 4; correct it, or make it dense",
     ),
     "half an atom": (
-        learnt("b", 3.5, 2),
+        plain("b", 3.5, 2),
         "b: atoms must be a whole number for dictionary, got 3.5; give one, or dense",
     ),
     "too many coefficients for these atoms": (
-        learnt("b", 6, 4),
+        plain("b", 6, 4),
         "b: dictionary of nonzeros 4 takes as much as the dense matrix; lower nonzeros to at most "
         "2, or make it dense",
     ),
     "atoms that cost as much alone": (
-        learnt("b", 8, 2),
+        plain("b", 8, 2),
         "b: dictionary of nonzeros 2 takes as much as the dense matrix; lower atoms and nonzeros, "
         "or make it dense",
     ),
@@ -228,6 +227,6 @@ def test_sizes_of_dictionaries_that_do_not_fit_are_refused_when_the_plan_is_read
     case: str, method: str, give
 ) -> None:
     entry, words = WRONG_SIZES[case]
-    _, problems = give([learnt("a", 3, 2), entry], dictionaries(method))
+    _, problems = give([plain("a", 3, 2), entry], dictionaries(method))
     assert len(problems) == 1
     assert problems[0].endswith(words)
