@@ -14,7 +14,7 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Matrix, Plan, read_matrices, record_of
 from lrc.compressors.planning.units import Unit, units_of
 from lrc.compressors.progress import OnStep
-from lrc.configs.methods import Compensate, DecomposeBase
+from lrc.configs.decompose import Compensate, DecomposeBase
 from lrc.configs.recipe import Recipe
 
 

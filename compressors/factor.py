@@ -29,7 +29,7 @@ from lrc.compressors.planning.curves import (
 )
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit
-from lrc.configs.methods import DecomposeBase
+from lrc.configs.decompose import DecomposeBase
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit, ratios_of
 from lrc.compressors.progress import OnStep
-from lrc.configs.methods import DecomposeBase
+from lrc.configs.decompose import DecomposeBase
 from lrc.configs.recipe import Recipe
 
 NO_TOKEN = "saw no calibration token; stays dense"

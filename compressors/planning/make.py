@@ -17,8 +17,9 @@ from lrc.compressors.planning.patterns import refuse_shapes, refuse_share
 from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.planning.targets import Stage, find_stages
 from lrc.compressors.planning.units import WORDS, Measure, Unit, ratios_of
+from lrc.configs.decompose import DecomposeBase
 from lrc.configs.errors import RecipeError
-from lrc.configs.methods import DecomposeBase, Learning
+from lrc.configs.methods import Learning
 from lrc.configs.recipe import Recipe
 
 

@@ -14,8 +14,8 @@ from lrc.compressors.planning.curves import Curve, curves_of
 from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.planning.units import Unit, ratios_of, units_of
 from lrc.compressors.progress import OnStep
+from lrc.configs.decompose import DecomposeBase
 from lrc.configs.errors import RecipeError
-from lrc.configs.methods import DecomposeBase
 from lrc.configs.recipe import Recipe
 
 

@@ -10,7 +10,8 @@ from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit, ratios_of, units_of
-from lrc.configs.methods import BasisSharing, DecomposeBase
+from lrc.configs.decompose import DecomposeBase
+from lrc.configs.methods import BasisSharing
 from lrc.configs.recipe import Recipe
 
 FORM_OF = {

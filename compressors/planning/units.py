@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lrc.compressors.allocate import smallest_rank, uniform
 from lrc.compressors.layers import FORMS, Sizes
 from lrc.compressors.planning.plan import Matrix
-from lrc.configs.methods import DecomposeBase
+from lrc.configs.decompose import DecomposeBase
 
 Measure = Literal["bits", "macs"]
 WORDS: dict[Measure, str] = {"bits": "bits", "macs": "multiply-adds"}

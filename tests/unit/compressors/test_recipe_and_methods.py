@@ -3,7 +3,8 @@
 from typing import get_args
 
 from lrc.compressors.decompose import METHODS
-from lrc.configs.methods import Decompose, DecomposeBase
+from lrc.configs.decompose import DecomposeBase
+from lrc.configs.methods import Decompose
 
 OPTIONS = {
     name: model

@@ -8,10 +8,10 @@ import pytest
 from pydantic import Field, PositiveInt, ValidationError
 
 from lrc.configs import shipped
+from lrc.configs.decompose import Compensate
 from lrc.configs.errors import RecipeError
 from lrc.configs.explain import Finding, explain
 from lrc.configs.load import parse_recipe
-from lrc.configs.methods import Compensate
 from lrc.configs.recipe import DecomposeStage, Recipe
 from lrc.configs.schema import recipe_schema
 from lrc.configs.shape import Shape
