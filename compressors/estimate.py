@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from lrc.compressors.decompose import METHODS
+from lrc.compressors.decompose import METHODS, CodedMethod
+from lrc.compressors.planning.curves import arguments, families_of, wanted
 from lrc.compressors.planning.plan import Matrix
+from lrc.compressors.planning.units import units_of
 from lrc.compressors.prepare import Prepared
 
 PROBE = 512
@@ -57,13 +59,17 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     if measured:
         passes = 1 + (BACKWARD_PASSES if backward else 0)
         seconds["calibrate"] = tokens * 2 * (passes * in_layers + gram + outputs) / products
-    pending = [min(m.shape) for m in planned if m.pending]
-    if pending:
-        seconds["allocate"] = VALUES_ONLY * sum(s**3 / eigenproblems for s in pending)
-    small = [(min(m.shape), max(m.shape)) for m in planned]
+    curves, solutions = coded_work(prepared)
+    spectral = [m for m in planned if METHODS[m.method].forms != ["sparse"]]
+    pending = [min(m.shape) for m in spectral if m.pending]
+    if pending or curves:
+        spectra = VALUES_ONLY * sum(s**3 / eigenproblems for s in pending)
+        seconds["allocate"] = spectra + 2 * curves / products
+    small = [(min(m.shape), max(m.shape)) for m in spectral]
     seconds["decompose"] = sum(s**3 / eigenproblems for s, _ in small) + sum(
         2 * s * b * (s + b) / (products / 2) for s, b in small
     )
+    seconds["decompose"] += 2 * solutions / products
     if compensates:
         seconds["decompose"] += COMPENSATION_PASSES * tokens * 2 * in_layers / products
     seconds["save"] = plan.compressed_bytes / 0.5e9
@@ -92,6 +98,34 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     disk = statistics + 2 * hidden + plan.bits // 8 + plan.compressed_bytes + converted
     memory = now + max(calibrating, whole if evaluates else 0, plan.compressed_bytes)
     return Estimate(seconds, memory, disk, not_estimated)
+
+
+def coded_work(prepared: Prepared) -> tuple[int, int]:
+    """Count the multiply-adds of methods without spectra: for curves, and to solve what is chosen.
+
+    Of forms that an allocation has still to choose from, the dearest counts.
+    """
+    curves = solutions = 0
+    for unit in units_of(m for m in prepared.plan.matrices if m.factored):
+        m = unit.first
+        options = prepared.recipe.stages[m.stage].decompose
+        shape = len(unit.members) * m.shape[0], m.shape[1]
+        dearest = 0
+        for part in METHODS[options.method].parts:
+            if not isinstance(part, CodedMethod) or not wanted(part, options):
+                continue
+            own = arguments(options, part)
+            if m.pending:
+                looked_at = [
+                    sizes for _, run in families_of(unit, part.form, options) for sizes in run
+                ]
+                curves += part.work(*shape, looked_at, curve=True, **own)
+            there = unit.in_form(part.form)
+            step = there.step_within(m.bits / m.source_bits, "bits")
+            solved = [m.sizes or there.sizes_at(step)] if step else []
+            dearest = max(dearest, part.work(*shape, solved, curve=False, **own))
+        solutions += dearest
+    return curves, solutions
 
 
 def _needing(matrices: list[Matrix], name: str) -> list[Matrix]:

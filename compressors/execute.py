@@ -14,7 +14,7 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Matrix, Plan, read_matrices, record_of
 from lrc.compressors.planning.units import Unit, units_of
 from lrc.compressors.progress import OnStep
-from lrc.configs.methods import Compensate, DecomposeBase
+from lrc.configs.decompose import Compensate, DecomposeBase
 from lrc.configs.recipe import Recipe
 
 
@@ -234,7 +234,8 @@ class _Work:
         m, bias = unit.first, None
         if m.bias == "replaced":
             bias = self.reader.read(f"{m.name}.bias", device=self.device)
-        return factor(unit, self.options(m), weights, known, dtype=dtype, bias=bias)
+        options, seed = self.options(m), self.recipe.seed
+        return factor(unit, options, weights, known, dtype=dtype, bias=bias, seed=seed)
 
     def _known(self, matrix: Matrix, *, behind: Moment | None = None) -> Statistics:
         """Return what the method asked for; inputs as they are `behind` the compressed prefix."""

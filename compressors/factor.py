@@ -1,7 +1,8 @@
 """One unit of a plan: weights and what calibration knows in, records and stored tensors out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from lrc.compressors.planning.curves import (
 )
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit
-from lrc.configs.methods import DecomposeBase
+from lrc.configs.decompose import DecomposeBase
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def factor(
     *,
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    seed: int = 0,
 ) -> Done:
     """Factor the weights of a unit at its planned rank, and round to the model's precision.
 
@@ -64,6 +66,8 @@ def factor(
         Of the model.
     bias : Tensor, shape [d_out], optional
         That of the dense layer, for a method that changes it.
+    seed : int
+        Of the random choices of a method that makes any.
 
     Returns
     -------
@@ -75,7 +79,8 @@ def factor(
         return Done(unit.dense(fallback=note), {})
     method = METHODS[options.method].for_form(unit.first.form)
     if isinstance(method, CodedMethod):
-        return _coded(unit, options, method, weights, known, dtype)
+        own = arguments(options, method, seed)
+        return _coded(unit, own, method, weights, known, dtype)
     curve = _curve(options, weights, known)
     unit, factors, tensors = _encoded(unit, curve, options)
     if unit.sizes is None:
@@ -94,7 +99,7 @@ def factor(
 
 def _coded(
     unit: Unit,
-    options: DecomposeBase,
+    own: Mapping[str, Any],
     method: CodedMethod,
     weights: Sequence[Tensor],
     known: Sequence[Statistics],
@@ -102,7 +107,7 @@ def _coded(
 ) -> Done:
     """Solve a unit at its sizes, for a method that gives no spectrum."""
     assert unit.sizes is not None
-    own, n_tokens = arguments(options, method), known[0].n_tokens
+    n_tokens = known[0].n_tokens
     found = method.solve(torch.cat([*weights]), together(known), unit.sizes, **own)
     several = len(unit.members) > 1
     each = split_codes(found.parts, len(unit.members)) if several else [found.parts]

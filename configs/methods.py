@@ -1,32 +1,11 @@
-"""What may be asked of a decomposition: a model of options for every method."""
+"""What may be asked of a method of decomposition: a model of options for every one."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from lrc.configs.size import SIZE, SIZE_REMEDY, SIZE_WORDS
-from lrc.configs.strict import Strict, Text
+from lrc.configs.decompose import Allocation, Damp, DecomposeBase
 
-Keep = Annotated[float, Field(gt=0, le=1)]
-Size = Annotated[
-    str, Field(pattern=SIZE, json_schema_extra={"x-words": SIZE_WORDS, "x-remedy": SIZE_REMEDY})
-]
-Damp = Annotated[
-    float,
-    Field(
-        ge=0,
-        lt=1,
-        description="Fraction of the mean diagonal of the input second moment that is added to it.",
-    ),
-]
-Allocation = Annotated[
-    Literal["uniform", "heavy-tail", "lagrangian"],
-    Field(
-        description="How the budget is spread: the same share for every matrix (`uniform`), by one "
-        "threshold on the normalised singular values (`heavy-tail`, WeLore), or where the method "
-        "predicts the least loss (`lagrangian`)."
-    ),
-]
 PruningAllocation = Annotated[
     Literal["uniform", "lagrangian"],
     Field(
@@ -53,82 +32,14 @@ GradientDamp = Annotated[
 ]
 
 
-class Override(Strict):
-    """Another budget for the matrices whose name matches."""
-
-    match: Text
-    """Shell pattern over full module names, e.g. `*.down_proj` or `model.layers.0.*`."""
-    keep: Keep | None = None
-    """Stored bits over the bits of the matrix in the source, (0, 1]."""
-    rank: PositiveInt | None = None
-    """Inner size of the factors."""
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> "Override":
-        if (self.keep is None) == (self.rank is None):
-            given = "neither" if self.keep is None else "both"
-            raise ValueError(f"give exactly one of 'keep' and 'rank', got {given}")
-        return self
-
-
-class Compensate(Strict):
-    """Let every layer make up for what the compressed layers before it lost."""
-
-    mix: Annotated[float, Field(ge=0, le=1)] = 0.3
-    """Share of the dense model's outputs in what the layer aims at; the rest are its own outputs
-    on the inputs it will really see."""
-    residual: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of what the residual stream lacks that layers writing to it try to make up for."""
-    damp: Damp = 1e-4
-
-
-class DecomposeBase(Strict):
-    """What every decomposition method understands."""
-
-    method: str
-    """How the factors are found."""
-    keep: Keep | None = None
-    """Stored bits over the bits of the matrices in the source, (0, 1]."""
-    size: Size | None = None
-    """Instead of `keep`: size of the whole model's weight files, such as `180MiB`."""
-    measure: Literal["bits", "macs"] = "bits"
-    """What `keep` is a share of: stored bits, or multiply-adds a token."""
-    allocation: Allocation = "uniform"
-    rank_multiple: PositiveInt = 1
-    """Ranks are multiples of it: 8 to 128 suit tensor cores and group sizes."""
-    min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """No matrix keeps a smaller share than this."""
-    max_loss: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """No matrix loses a larger share of its weighted energy; `lagrangian` only."""
-    plan: Text | None = None
-    """A plan (JSON) that an earlier run wrote, edited at will: its ranks replace the allocation."""
-    storage: str
-    """How what is found is written to the file."""
-    compensate: Compensate | None = None
-    """Refit every layer on the inputs that the compressed layers before it produce."""
-    targets: list[str] = ["*"]
-    """Shell patterns over module names; every linear of a decoder layer that matches one."""
-    skip: list[str] = []
-    """Shell patterns of linears to leave as they are; they do not count in `keep`."""
-    overrides: list[Override] = []
-    """Budgets by name; the first that matches wins."""
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> "DecomposeBase":
-        given = [name for name in ("keep", "size") if getattr(self, name) is not None]
-        if len(given) == 2 or not (given or self.plan):
-            text = "give exactly one of 'keep' and 'size', or a 'plan' that has the ranks"
-            raise ValueError(f"{text}; got {' and '.join(given) or 'none of them'}")
-        if self.size is not None and self.measure != "bits":
-            raise ValueError(
-                "'size' counts bytes and cannot be measured in 'macs'; give 'keep' instead"
-            )
-        if self.keep is not None and self.min_keep > self.keep:
-            raise ValueError(
-                f"'min_keep' must be at most 'keep', {self.keep:g}, got {self.min_keep:g}; "
-                "lower min_keep or raise keep"
-            )
-        return self
+OneRatio = Annotated[float, Field(ge=1)]
+Ratio = Annotated[
+    OneRatio | Annotated[list[OneRatio], Field(min_length=1)],
+    Field(
+        description="Atoms of a dictionary over the coefficients of one output; of a list, "
+        "`lagrangian` chooses for every matrix."
+    ),
+]
 
 
 class LowRank(DecomposeBase):
@@ -245,14 +156,21 @@ class Sparse(Pruning):
 
 
 class Learning(Coded):
-    """What every method understands that learns a dictionary: atoms, and few for every output.
-
-    There are twice as many atoms as an output has coefficients.
-    """
+    """What every method understands that learns a dictionary: atoms, and few for every output."""
 
     storage: Literal["dictionary"] = "dictionary"
     """The atoms, the coefficients, and which atoms they are of."""
+    ratio: Ratio = 2.0
     damp: Damp = 1e-6
+
+    @model_validator(mode="after")
+    def _one_ratio(self) -> "Learning":
+        if isinstance(self.ratio, list) and self.allocation != "lagrangian" and self.plan is None:
+            raise ValueError(
+                f"'ratio' must be one number with allocation: {self.allocation}, got a list; "
+                "write the one, or take allocation: lagrangian, which chooses for every matrix"
+            )
+        return self
 
 
 class Cospadi(Learning):
@@ -306,6 +224,7 @@ class Dictionary(TwoSidedLearning):
 
     method: Literal["dictionary"]
     """Hard-thresholding pursuit with refitted atoms."""
+    ratio: Ratio = 3.0
     rounds: PositiveInt = 15
     """Updates of coefficients and atoms."""
     pattern: Pattern = "unstructured"
@@ -324,6 +243,7 @@ class Mixed(DecomposeBase):
     """What a matrix may become, beside dense."""
     damp: Damp = 1e-6
     gradient_damp: GradientDamp = 0.1
+    ratio: Ratio = 3.0
     rounds: PositiveInt = 15
     """Updates of coefficients and atoms of a dictionary."""
     allocation: Literal["lagrangian"] = "lagrangian"

@@ -130,7 +130,8 @@ def remedy(shape: Shape, value: Any) -> str:
             return "write {} for the defaults" if wish == "true" else "remove the key"
     if "string" in kinds and isinstance(value, (bool, int, float)):
         return "put it in quotes"
-    if "array" in kinds and isinstance(value, (str, int, float)):
+    numeric = next((part for part in shape.parts if part.kind in ("integer", "number")), None)
+    if "array" in kinds and numeric is None and isinstance(value, (str, int, float)):
         plain = re.fullmatch(r"[\w./-]+", str(value))
         return f"write a list: [{value if plain else repr(value)}]"
     if "array" in kinds and isinstance(value, dict):
@@ -141,7 +142,6 @@ def remedy(shape: Shape, value: Any) -> str:
         return "put a space after the colon"
     if "boolean" in kinds:
         return f"write {_YES_NO.get(str(value).lower(), 'true or false')}"
-    numeric = next((part for part in shape.parts if part.kind in ("integer", "number")), None)
     if numeric is not None and isinstance(value, (str, float)):
         return _as_number(numeric, str(value))
     return ""

@@ -11,12 +11,15 @@ from lrc.compressors.decompose.masked import Metric
 from lrc.compressors.decompose.method import Coded, CodedMethod
 from lrc.compressors.decompose.moments import Statistics
 from lrc.compressors.decompose.sparse import (
+    CURVE_ROUNDS,
+    ROUNDS,
     Saliency,
     damped_metric,
     prune,
     prune_curve,
     weighted_energy,
 )
+from lrc.compressors.decompose.work import dictionary_work, pruning_work
 from lrc.compressors.layers import Sizes
 
 
@@ -59,6 +62,12 @@ class Pruning(CodedMethod):
         )
         return found, total
 
+    def work(self, d_out: int, d_in: int, sizes: Sequence[Sizes], *, curve: bool, **_: Any) -> int:
+        """Count multiply-adds: they do not depend on how many entries are kept."""
+        if self.saliency != "second-order":
+            return 0
+        return len(sizes) * pruning_work(d_out, d_in, rounds=CURVE_ROUNDS if curve else ROUNDS)
+
 
 @dataclass(frozen=True)
 class Learning(CodedMethod):
@@ -92,6 +101,17 @@ class Learning(CodedMethod):
         found = [float(metric.energy(W - each.weight())) for each in learnt]
         return found, float(metric.energy(W))
 
+    def work(
+        self, d_out: int, d_in: int, sizes: Sequence[Sizes], *, curve: bool, **options: Any
+    ) -> int:
+        """Count the multiply-adds of the solver's rounds."""
+        rounds = {**self.options, **options}.get("rounds", 1)
+        if curve:
+            rounds = min(rounds, self.ALLOCATION_ROUNDS)
+        return sum(
+            dictionary_work(self.solver, d_out, d_in, rounds=rounds, **each) for each in sizes
+        )
+
     def _prepared(
         self, W: Tensor, statistics: Statistics, options: Mapping[str, Any]
     ) -> tuple[Problem, Metric, dict[str, Any]]:
@@ -123,7 +143,7 @@ CODED: dict[str, CodedMethod] = {
         frozenset({"inputs"}),
         "CoSpaDi, arXiv:2509.22075",
         "cospadi",
-        options={**_DAMP, "rounds": 60},
+        options={**_DAMP, "rounds": 60, "seed": 0},
         shared=True,
     ),
     "compot": Learning(

@@ -124,8 +124,9 @@ class Problem:
     ) -> Iterator[Dictionary]:
         """Learn dictionaries of several sizes, each from the one before if that has no fewer atoms.
 
-        Only "htp" goes on from another dictionary: it then takes three quarters of the time, and
-        few rounds come closer to what many would find.
+        Only "htp" goes on from another dictionary, which takes three quarters of the time. On
+        SmolLM2-135M's projections 6 rounds then end at most 9 % above 15 rounds from none, where 6
+        from none end up to 60 % above.
         """
         Z, chosen = self.space.Z, SOLVERS[self.solver]
         code: Code | None = None

@@ -125,3 +125,9 @@ class CodedMethod(Method, ABC):
         self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any
     ) -> tuple[list[float], float]:
         """Return the energy of the error at several sizes, and that of W itself."""
+
+    @abstractmethod
+    def work(
+        self, d_out: int, d_in: int, sizes: Sequence[Sizes], *, curve: bool, **options: Any
+    ) -> int:
+        """Count the multiply-adds of `solve` at each of several sizes, or of `energies` at all."""

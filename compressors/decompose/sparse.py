@@ -25,6 +25,8 @@ from lrc.compressors.linalg import damped
 
 Saliency = Literal["magnitude", "wanda", "second-order"]
 
+ROUNDS, CURVE_ROUNDS = 8, 2
+
 
 @dataclass(frozen=True)
 class Sparse:
@@ -52,7 +54,7 @@ def prune(
     saliency: Saliency = "second-order",
     damp: float = 0.0,
     gradient_damp: float = 0.0,
-    rounds: int = 8,
+    rounds: int = ROUNDS,
 ) -> Sparse:
     """Keep the entries of a weight, and give them the values, that lose least under two metrics.
 
@@ -130,7 +132,7 @@ def prune_curve(
     saliency: Saliency = "second-order",
     damp: float = 0.0,
     gradient_damp: float = 0.0,
-    rounds: int = 2,
+    rounds: int = CURVE_ROUNDS,
 ) -> list[float]:
     """Return the energies that `prune` loses at several budgets, at a fraction of the time.
 

@@ -115,8 +115,11 @@ class Form(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def sizes_at(cls, step: int, d_out: int, d_in: int) -> Sizes:
-        """Return the sizes of a number; the larger, the more is stored."""
+    def sizes_at(cls, step: int, d_out: int, d_in: int, ratio: float = 2.0) -> Sizes:
+        """Return the sizes of a number; the larger, the more is stored.
+
+        `ratio` is that of the first size over the last, of a form that has more than one.
+        """
 
     @classmethod
     def two_of_four(cls, d_out: int, d_in: int, sizes: Sizes) -> Sizes:
@@ -253,7 +256,7 @@ class RankForm(Form):
         return min(d_out, d_in)
 
     @classmethod
-    def sizes_at(cls, step: int, d_out: int, d_in: int) -> Sizes:
+    def sizes_at(cls, step: int, d_out: int, d_in: int, ratio: float = 2.0) -> Sizes:
         """Return the rank."""
         return {"rank": step}
 

@@ -74,7 +74,7 @@ class Sparse(Form):
         return d_out * d_in
 
     @classmethod
-    def sizes_at(cls, step: int, d_out: int, d_in: int) -> Sizes:
+    def sizes_at(cls, step: int, d_out: int, d_in: int, ratio: float = 2.0) -> Sizes:
         """Return the number of values."""
         return {"nonzeros": step}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lrc.compressors.layers import FORMS
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import WORDS, Unit
-from lrc.configs.methods import DecomposeBase
+from lrc.configs.decompose import DecomposeBase
 from lrc.configs.size import parse_size
 
 # Two neighbouring shards exceed the 2e9 bytes that `write_weights` aims at: so many hold one more.

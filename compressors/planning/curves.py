@@ -23,12 +23,12 @@ from lrc.compressors.decompose import (
 )
 from lrc.compressors.decompose.method import RANK_FORMS
 from lrc.compressors.journal import Journal
-from lrc.compressors.layers import Sizes
+from lrc.compressors.layers import FORMS, Sizes
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.units import Unit
+from lrc.compressors.planning.units import Unit, ratios_of
 from lrc.compressors.progress import OnStep
-from lrc.configs.methods import DecomposeBase
+from lrc.configs.decompose import DecomposeBase
 from lrc.configs.recipe import Recipe
 
 NO_TOKEN = "saw no calibration token; stays dense"
@@ -73,7 +73,7 @@ class Curve:
         """Return the energy lost at sizes that were looked at."""
         if "rank" in sizes:
             return float(self.energies[sizes["rank"] :].sum())
-        return next(p.energy for p in self.points if p.sizes == sizes)
+        return min(p.energy for p in self.points if p.sizes == sizes)
 
 
 def energies_file(layer: int) -> str:
@@ -101,7 +101,12 @@ def curves_of(
         if any(_key(unit) not in known for unit in here):
             found = {
                 _key(unit): _curve(
-                    unit, recipe.stages[unit.first.stage].decompose, reader, statistics, device
+                    unit,
+                    recipe.stages[unit.first.stage].decompose,
+                    reader,
+                    statistics,
+                    device,
+                    recipe.seed,
                 )
                 for unit in here
             }
@@ -137,6 +142,7 @@ def _curve(
     reader: WeightReader,
     statistics: Callable[[Matrix], Statistics],
     device: str,
+    seed: int,
 ) -> Curve:
     weights = [reader.read(f"{m.name}.weight", device=device) for m in unit.members]
     stack = torch.cat(weights)
@@ -152,14 +158,18 @@ def _curve(
     energies, points, total = none, [], 0.0
     alike = together(known)
     for part in method.parts:
-        if not _wanted(part, options):
+        if not wanted(part, options):
             continue
-        own = arguments(options, part)
+        own = arguments(options, part, seed)
         if isinstance(part, CodedMethod):
-            sizes = _looked_at(unit, part.form, options)
+            families = families_of(unit, part.form, options)
+            sizes: list[Sizes] = []
+            for _, run in families:
+                sizes += [each for each in run if each not in sizes]
             found, total = part.energies(stack, alike, sizes, **own)
-            ends = [Point(part.form, s, e) for s, e in zip(sizes, found, strict=True)]
-            points += _filled(unit.in_form(part.form), ends) if unit.first.pending else ends
+            for there, run in families:
+                ends = [Point(part.form, each, found[sizes.index(each)]) for each in run]
+                points += _filled(there, ends) if unit.first.pending else ends
         else:
             assert isinstance(part, LowRankMethod)
             energies = part.energies(stack, alike, **own).cpu()
@@ -168,19 +178,27 @@ def _curve(
     return Curve(energies, known[0].n_tokens, None, comparable, points, total)
 
 
-def _wanted(part: Method, options: DecomposeBase) -> bool:
+def wanted(part: Method, options: DecomposeBase) -> bool:
     """Say whether a stage allows what a part of its method makes."""
     allowed = [FORMS_OF[form] for form in getattr(options, "forms", FORMS_OF)]
     return any(form in part.forms for forms in allowed for form in forms)
 
 
-def _looked_at(unit: Unit, form: str, options: DecomposeBase) -> list[Sizes]:
-    """Return the sizes that are planned, or those of `SHARES` of the bits."""
+def families_of(unit: Unit, form: str, options: DecomposeBase) -> list[tuple[Unit, list[Sizes]]]:
+    """Return the sizes that are planned, or those of `SHARES` of the bits, ratio by ratio.
+
+    Every ratio has a curve of its own: what lies between two of its points is of no other.
+    """
     if unit.sizes is not None:
-        return [unit.sizes] if unit.first.form == form else []
-    there = unit.in_form(form)
-    steps = [there.step_within(share, options.measure) for share in SHARES]
-    return [there.sizes_at(step) for step in dict.fromkeys(steps) if step > 0]
+        return [(unit, [unit.sizes] if unit.first.form == form else [])]
+    ratios = ratios_of(options) if len(FORMS[form].SIZES) > 1 else [unit.ratio]
+    families = []
+    for ratio in ratios:
+        there = unit.in_form(form).at_ratio(ratio)
+        steps = [there.step_within(share, options.measure) for share in SHARES]
+        sizes = [there.sizes_at(step) for step in dict.fromkeys(steps) if step > 0]
+        families.append((there, sizes))
+    return families
 
 
 def _filled(unit: Unit, points: list[Point]) -> list[Point]:
@@ -226,12 +244,14 @@ def summed_inputs(known: Sequence[Statistics]) -> Moment:
     return Moment.of(torch.stack([_inputs(each).whole() for each in known]).sum(dim=0))
 
 
-def arguments(options: DecomposeBase, method: Method) -> dict[str, Any]:
+def arguments(options: DecomposeBase, method: Method, seed: int = 0) -> dict[str, Any]:
     """Return the keys of a stage that are its method's own, or those of a part of it.
 
-    A stage need not offer all keys of a part: what it lacks is for the part to fill in.
+    A stage need not offer all keys of a part: what it lacks is for the part to fill in. `seed`, the
+    recipe's, is for a method that makes random choices.
     """
-    return {key: getattr(options, key) for key in method.options if hasattr(options, key)}
+    own = {key: getattr(options, key) for key in method.options if hasattr(options, key)}
+    return own | ({"seed": seed} if "seed" in method.options else {})
 
 
 def unknown(known: Sequence[Statistics], options: DecomposeBase) -> str | None:

@@ -4,6 +4,7 @@ Of a matrix only name, shape, form and its sizes matter; whatever else there is 
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,10 +196,16 @@ def _beyond(unit: Unit, entry: Entry) -> str | None:
         return f"{error}; correct it, or make it dense"
     if bits < unit.source_bits:
         return None
-    fits = unit.sizes_at(max(1, unit.step_within(1, "bits")))[last]
+    sizes = entry.sizes
+    fits = bisect_left(
+        range(1, sizes[last]), unit.source_bits, key=lambda size: unit.bits({**sizes, last: size})
+    )
+    remedy = f"lower {last} to at most {fits}, or " if fits else ""
+    if not fits and len(sizes) > 1:  # the other sizes alone cost too much
+        remedy = f"lower {' and '.join(sizes)}, or "
     return (
-        f"{entry.form} of {last} {entry.sizes[last]} takes as much as the dense matrix; lower "
-        f"{last} to at most {fits}, or make it dense"
+        f"{entry.form} of {last} {sizes[last]} takes as much as the dense matrix; {remedy}"
+        "make it dense"
     )
 
 

@@ -4,6 +4,7 @@ No weight is read. Ranks that the singular values of the weights or statistics d
 known are their budget and that it can be met.
 """
 
+from bisect import bisect_left
 from collections import Counter
 
 from lrc.compressors.decompose import METHODS
@@ -15,9 +16,10 @@ from lrc.compressors.planning.given import GivenPlan, apply_given, read_given, r
 from lrc.compressors.planning.patterns import refuse_shapes, refuse_share
 from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.planning.targets import Stage, find_stages
-from lrc.compressors.planning.units import WORDS, Unit
+from lrc.compressors.planning.units import WORDS, Measure, Unit, ratios_of
+from lrc.configs.decompose import DecomposeBase
 from lrc.configs.errors import RecipeError
-from lrc.configs.methods import DecomposeBase
+from lrc.configs.methods import Learning
 from lrc.configs.recipe import Recipe
 
 
@@ -128,6 +130,7 @@ def _decide(stage: Stage, whole: Whole, problems: list[str]) -> tuple[list[Unit]
         budget = int(options.keep * sum(u.dense_cost(measure) for u in units)) - spent
     if rest:
         _refuse_multiple(stage, rest, problems)
+        _refuse_ratios(stage, rest, problems)
     if len(problems) > before or not rest:
         return fixed + [u.dense() for u in rest], None
     smallest = cheapest(rest, options)
@@ -183,7 +186,9 @@ def _within(unit: Unit, keep: float, options: DecomposeBase) -> Unit:
         return unit.dense(note="keep is 1")
     step = unit.step_within(keep, options.measure, multiple=options.rank_multiple)
     if step == 0:
-        needed = f"rank {options.rank_multiple} needs more than {keep:.0%}"
+        least = unit.sizes_at(options.rank_multiple)
+        words = FORMS[unit.first.form].written(*unit.first.shape, least)
+        needed = f"{'rank ' if 'rank' in least else ''}{words} needs more than {keep:.0%}"
         return unit.dense(note=f"too small: {needed} of its {WORDS[options.measure]}")
     return unit.at(unit.sizes_at(step))
 
@@ -212,12 +217,40 @@ def _refuse_multiple(stage: Stage, units: list[Unit], problems: list[str]) -> No
         )
 
 
+def _refuse_ratios(stage: Stage, units: list[Unit], problems: list[str]) -> None:
+    """Refuse ratios at which the atoms for one coefficient alone cost what every matrix does."""
+    if not isinstance(stage.options, Learning):
+        return
+    measure = stage.options.measure
+    most = max(_most_atoms(u, measure) for u in units)
+    for ratio in ratios_of(stage.options):
+        fits = any(u.at_ratio(ratio).step_within(1, measure) for u in units)
+        if most > 0 and not fits:
+            problems.append(
+                f"{stage.where}.ratio: must be in [1, {most}], beyond which the smallest "
+                f"dictionaries are as large as the matrices of this stage, got {ratio:g}; lower it"
+            )
+
+
+def _most_atoms(unit: Unit, measure: Measure) -> int:
+    """Return the most atoms that one coefficient an output may have in a smaller matrix."""
+    return bisect_left(
+        range(1, min(unit.first.shape) + 1),
+        unit.dense_cost(measure),
+        key=lambda atoms: unit.cost({"atoms": atoms, "nonzeros": 1}, measure),
+    )
+
+
 def _why_dense(stage: Stage) -> str:
     if stage.options.plan is not None:
         return f"give some matrices in {stage.options.plan} a form and a rank"
-    if stage.options.rank_multiple > 1 and stage.options.keep != 1:
+    if stage.options.keep == 1:
+        return "lower 'keep'"
+    if stage.options.rank_multiple > 1:
         return "lower 'rank_multiple', or raise 'keep' or 'size'"
-    return "lower 'keep'"
+    return "raise 'keep' or 'size'" + (
+        ", or lower 'ratio'" if hasattr(stage.options, "ratio") else ""
+    )
 
 
 def _warnings(recipe: Recipe, matrices: list[Matrix]) -> list[str]:

@@ -12,10 +12,10 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.budget import unreachable
 from lrc.compressors.planning.curves import Curve, curves_of
 from lrc.compressors.planning.plan import Matrix, Plan
-from lrc.compressors.planning.units import Unit, units_of
+from lrc.compressors.planning.units import Unit, ratios_of, units_of
 from lrc.compressors.progress import OnStep
+from lrc.configs.decompose import DecomposeBase
 from lrc.configs.errors import RecipeError
-from lrc.configs.methods import DecomposeBase
 from lrc.configs.recipe import Recipe
 
 
@@ -165,6 +165,7 @@ def _allocate(
 def _even(unit: Unit, share: float, options: DecomposeBase) -> Unit:
     """Give a unit the largest sizes within a share of its dense cost."""
     measure, multiple = options.measure, options.rank_multiple
+    unit = unit.at_ratio(ratios_of(options)[0])
     step = unit.step_within(share, measure, multiple=multiple)
     if step == 0 or unit.step_cost(step, measure) < options.min_keep * unit.dense_cost(measure):
         return unit.dense(note="saw zeros only, and nothing fits its share of the budget")

@@ -9,8 +9,9 @@ from lrc.compressors.decompose import METHODS
 from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.units import Unit, units_of
-from lrc.configs.methods import BasisSharing, DecomposeBase
+from lrc.compressors.planning.units import Unit, ratios_of, units_of
+from lrc.configs.decompose import DecomposeBase
+from lrc.configs.methods import BasisSharing
 from lrc.configs.recipe import Recipe
 
 FORM_OF = {
@@ -35,8 +36,9 @@ class Stage:
 
     @property
     def units(self) -> list[Unit]:
-        """What gets one rank each."""
-        return units_of(self.matrices)
+        """What gets one rank each; of several ratios the least, whose sizes cost least."""
+        ratio = ratios_of(self.options)[0]
+        return [unit.at_ratio(ratio) for unit in units_of(self.matrices)]
 
 
 def find_stages(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lrc.compressors.allocate import smallest_rank, uniform
 from lrc.compressors.layers import FORMS, Sizes
 from lrc.compressors.planning.plan import Matrix
+from lrc.configs.decompose import DecomposeBase
 
 Measure = Literal["bits", "macs"]
 WORDS: dict[Measure, str] = {"bits": "bits", "macs": "multiply-adds"}
@@ -20,6 +21,8 @@ class Unit:
     """
 
     members: tuple[Matrix, ...]
+    ratio: float = 2.0
+    """Atoms over coefficients, at which the sizes of a dictionary are counted."""
 
     @property
     def first(self) -> Matrix:
@@ -58,7 +61,7 @@ class Unit:
             If no weight of that shape can have the pattern.
         """
         form = FORMS[self.first.form]
-        sizes = form.sizes_at(step, *self._stacked)
+        sizes = form.sizes_at(step, *self._stacked, self.ratio)
         if self.first.pattern is None:
             return sizes
         return form.two_of_four(*self._stacked, sizes)
@@ -120,12 +123,23 @@ class Unit:
     def in_form(self, form: str) -> "Unit":
         """Return the unit in a form, its sizes not chosen; those that share keep theirs."""
         if form == self.first.form:
-            return Unit(tuple(replace(m, sizes=None) for m in self.members))
-        return Unit(tuple(replace(m, form=form, sizes=None) for m in self.members))
+            return replace(self, members=tuple(replace(m, sizes=None) for m in self.members))
+        members = tuple(replace(m, form=form, sizes=None) for m in self.members)
+        return replace(self, members=members)
+
+    def at_ratio(self, ratio: float) -> "Unit":
+        """Return the unit, sizes of dictionaries counted at a ratio."""
+        return replace(self, ratio=ratio)
 
     def dense(self, **changes: Any) -> "Unit":
         """Return the unit left dense."""
         return Unit(tuple(m.dense(**changes) for m in self.members))
+
+
+def ratios_of(options: DecomposeBase) -> list[float]:
+    """Return the ratios of atoms and coefficients that a stage allows, ascending."""
+    asked = getattr(options, "ratio", 2.0)
+    return sorted(set(asked)) if isinstance(asked, list) else [asked]
 
 
 def units_of(matrices: Iterable[Matrix]) -> list[Unit]:

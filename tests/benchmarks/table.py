@@ -41,8 +41,9 @@ from lrc.compressors.models.source import load_dense
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
 from lrc.compressors.run import identity
+from lrc.configs.decompose import DecomposeBase
 from lrc.configs.load import LoadedRecipe, load_recipe
-from lrc.configs.methods import Decompose, DecomposeBase
+from lrc.configs.methods import Decompose
 from lrc.configs.recipe import Recipe
 
 METHODS = ["svd", "asvd", "fwsvd", "lord", "svd-llm", "basis-sharing", "kfac"]

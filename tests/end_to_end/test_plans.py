@@ -48,6 +48,12 @@ STAGES: dict[str, dict[str, Any]] = {
     "pruned": {"method": "sparse", "keep": 0.6},
     "dictionaries": {"method": "dictionary", "keep": 0.6, "rounds": 3, "min_keep": 0.3},
     "a shared dictionary": {"method": "cospadi", "keep": 0.6, "rounds": 2, "group_size": 2},
+    "dictionaries of several ratios": {
+        "method": "dictionary",
+        "keep": 0.6,
+        "rounds": 3,
+        "ratio": [1.5, 3],
+    },
     "any form": {
         "method": "mixed",
         "keep": 0.6,

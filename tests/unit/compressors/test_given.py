@@ -111,7 +111,7 @@ DICTIONARIES = units_of(
 )
 
 
-def learnt(name: str, form: str, atoms: int = 4, nonzeros: int = 2) -> dict[str, Any]:
+def learnt(name: str, form: str, atoms: Any = 4, nonzeros: Any = 2) -> dict[str, Any]:
     return {"name": name, "shape": [8, 12], "form": form, "atoms": atoms, "nonzeros": nonzeros}
 
 
@@ -169,3 +169,64 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert read_given(str(tmp_path / "no.json"), "stages[0].decompose", problems) is None
     assert "stages[0].decompose.plan" in problems[0]
     assert "no.json cannot be read: no such file" in problems[0]
+
+
+def plain(name: str, atoms: Any, nonzeros: Any) -> dict[str, Any]:
+    return learnt(name, "dictionary", atoms, nonzeros)
+
+
+def dictionaries(method: str) -> list[Unit]:
+    return units_of(
+        Matrix(name, 0, (8, 12), 0, method, "dictionary", None, BITS, BITS) for name in "ab"
+    )
+
+
+@pytest.mark.parametrize("method", ["cospadi", "compot", "rocket", "dictionary"])
+def test_dictionaries_of_any_ratio_are_taken(method: str, give) -> None:
+    units, problems = give([plain("a", 4, 1), plain("b", 3, 3)], dictionaries(method))
+    assert problems == []
+    assert [unit.sizes for unit in units] == [
+        {"atoms": 4, "nonzeros": 1},
+        {"atoms": 3, "nonzeros": 3},
+    ]
+
+
+WRONG_SIZES = {
+    "more atoms than a complete basis": (
+        plain("b", 9, 2),
+        "b: atoms must be in [1, 8] for [8, 12], got 9; lower it, or make it dense",
+    ),
+    "no coefficients": (
+        plain("b", 4, 0),
+        "b: nonzeros must be in [1, 8] for [8, 12], got 0; lower it, or make it dense",
+    ),
+    "more coefficients than atoms": (
+        plain("b", 3, 4),
+        "b: nonzeros must be in [1, 3], the number of atoms; got 4; correct it, or make it dense",
+    ),
+    "half an atom": (
+        plain("b", 3.5, 2),
+        "b: atoms must be a whole number for dictionary, got 3.5; give one, or dense",
+    ),
+    "too many coefficients for these atoms": (
+        plain("b", 6, 4),
+        "b: dictionary of nonzeros 4 takes as much as the dense matrix; lower nonzeros to at most "
+        "2, or make it dense",
+    ),
+    "atoms that cost as much alone": (
+        plain("b", 8, 2),
+        "b: dictionary of nonzeros 2 takes as much as the dense matrix; lower atoms and nonzeros, "
+        "or make it dense",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["cospadi", "compot", "rocket", "dictionary"])
+@pytest.mark.parametrize("case", WRONG_SIZES)
+def test_sizes_of_dictionaries_that_do_not_fit_are_refused_when_the_plan_is_read(
+    case: str, method: str, give
+) -> None:
+    entry, words = WRONG_SIZES[case]
+    _, problems = give([plain("a", 3, 2), entry], dictionaries(method))
+    assert len(problems) == 1
+    assert problems[0].endswith(words)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from lrc.compressors.layers import LowRank, PivotedLowRank
+from lrc.compressors.layers import LowRank, PivotedLowRank, SparseDictionary
 from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.make import make_plan
@@ -382,6 +382,40 @@ def test_the_smallest_share_that_is_named_can_be_met(stage: dict[str, Any]) -> N
     assert plan.kept <= least
 
 
+@pytest.mark.parametrize("method", ["cospadi", "compot", "rocket", "dictionary"])
+@pytest.mark.parametrize("ratio", [1, 1.5, 2.5, 4])
+def test_dictionaries_have_the_ratio_that_is_asked_for(method: str, ratio: float) -> None:
+    stage = {"method": method, "keep": 0.6, "allocation": "uniform", "ratio": ratio}
+    sized = [m for m in plan_of(stage).matrices if m.sizes is not None]
+    assert len(sized) == 6  # all but the tiny ones
+    for m in sized:
+        assert m.sizes["atoms"] == min(round(ratio * m.sizes["nonzeros"]), *m.shape)
+        assert m.bits == SparseDictionary.stored_bits(*m.shape, bits=16, **m.sizes)
+        assert m.bits <= 0.6 * m.source_bits
+
+
+def test_without_a_word_the_published_methods_have_twice_as_many_atoms_and_ours_three_times() -> (
+    None
+):
+    for method, ratio in (("cospadi", 2), ("compot", 2), ("rocket", 2), ("dictionary", 3)):
+        plan = plan_of({"method": method, "keep": 0.5, "allocation": "uniform"})
+        (sizes,) = {tuple(m.sizes.values()) for m in plan.matrices if m.shape == (64, 64)}
+        assert sizes[0] == ratio * sizes[1]
+
+
+def test_several_ratios_wait_for_the_allocation() -> None:
+    plan = plan_of({"method": "dictionary", "keep": 0.6, "ratio": [3, 1.5]})
+    assert {m.pending for m in plan.matrices} == {"lagrangian"}
+
+
+def test_what_a_dictionary_would_need_is_said_of_one_that_is_too_small() -> None:
+    plan = plan_of({"method": "dictionary", "keep": 0.5, "allocation": "uniform", "ratio": 20})
+    notes = {m.name: m.note for m in plan.matrices if m.note}
+    assert notes["layers.0.attn.k_proj"] == (
+        "too small: 1 of 16 atoms needs more than 50% of its bits"
+    )
+
+
 REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no rank of that multiple": (
         [{"keep": 0.5, "rank_multiple": 64}],
@@ -428,6 +462,16 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "a size for two stages": (
         [{"size": "43kB", "targets": ["*mlp*"]}, {"keep": 0.5, "targets": ["*attn*"]}],
         "size: must be the budget of a single stage, got 2 stages",
+    ),
+    "atoms that leave no room for coefficients": (
+        [{"method": "dictionary", "keep": 0.5, "ratio": [2, 70], "targets": ["*q_proj"]}],
+        "stages[0].decompose.ratio: must be in [1, 61], beyond which the smallest dictionaries are "
+        "as large as the matrices of this stage, got 70; lower it",
+    ),
+    "nothing left by the atoms": (
+        [{"method": "compot", "keep": 0.4, "allocation": "uniform", "ratio": 50}],
+        "every targeted matrix stays dense, so nothing would be smaller; "
+        "raise 'keep' or 'size', or lower 'ratio'",
     ),
     "groups larger than the model": (
         [{"method": "basis-sharing", "keep": 0.5, "group_size": 3}],

@@ -8,10 +8,10 @@ import pytest
 from pydantic import Field, PositiveInt, ValidationError
 
 from lrc.configs import shipped
+from lrc.configs.decompose import Compensate
 from lrc.configs.errors import RecipeError
 from lrc.configs.explain import Finding, explain
 from lrc.configs.load import parse_recipe
-from lrc.configs.methods import Compensate
 from lrc.configs.recipe import DecomposeStage, Recipe
 from lrc.configs.schema import recipe_schema
 from lrc.configs.shape import Shape
@@ -121,6 +121,14 @@ BAD_STAGES = [
     ("{decompose: {method: svd, keep: 0.8, damp: 0.1}}", f".decompose.damp: not a key of method 'svd'; remove it. {STAGE}"),
     ("{decompose: {method: svd, keep: 0.8, targets: '*'}}", ".decompose.targets: must be a list of strings, got '*'; write a list: ['*']"),
     ("{decompose: {method: svd, keep: 0.8, overrides: [{match: a, keep: 0.1, rank: 2}]}}", ".decompose.overrides[0]: give exactly one of 'keep' and 'rank', got both"),
+    ("{decompose: {method: dictionary, keep: 0.8, ratio: 0.5}}", ".decompose.ratio: must be >= 1, got 0.5; raise it"),
+    ("{decompose: {method: dictionary, keep: 0.8, ratio: [2, 0]}}", ".decompose.ratio[1]: must be >= 1, got 0; raise it"),
+    ("{decompose: {method: mixed, keep: 0.8, ratio: []}}", ".decompose.ratio: must have at least 1 entry, got []; add one"),
+    ("{decompose: {method: cospadi, keep: 0.8, ratio: two}}", ".decompose.ratio: must be a number >= 1 or a list of numbers >= 1, got 'two'"),
+    ("{decompose: {method: cospadi, keep: 0.8, ratio: '3'}}", ".decompose.ratio: must be a number >= 1 or a list of numbers >= 1, got '3'; write 3"),
+    ("{decompose: {method: cospadi, keep: 0.8, ratio: .inf}}", ".decompose.ratio: must be finite, got inf; write a number >= 1 or a list of numbers >= 1"),
+    ("{decompose: {method: cospadi, keep: 0.8, ratio: [2, 3]}}", ".decompose: 'ratio' must be one number with allocation: uniform, got a list; write the one, or take allocation: lagrangian, which chooses for every matrix"),
+    ("{decompose: {method: svd, keep: 0.8, ratio: 2}}", f".decompose.ratio: not a key of method 'svd'; remove it. {STAGE}"),
     ("{decompse: {method: svd, keep: 0.8}}", ".decompse: unknown key; did you mean 'decompose'? Allowed: decompose"),
     ("decompose:svd", ": must be a mapping with the key decompose, got 'decompose:svd'; put a space after the colon"),
     ("svd", ": must be a mapping with the key decompose, got 'svd'"),

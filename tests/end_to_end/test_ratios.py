@@ -1,0 +1,106 @@
+"""Dictionaries of several ratios of atoms and coefficients, and the seed of random ones."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrc.compressors.decompose.coding import Code, Task
+from lrc.compressors.decompose.dictionary import SOLVERS
+from lrc.compressors.journal import Journal
+from lrc.compressors.layers import FORMS
+from lrc.compressors.machine import Machine
+from lrc.compressors.pipeline import compress
+from lrc.compressors.planning.curves import energies_file
+from lrc.compressors.planning.plan import read_matrices
+from lrc.configs.errors import Stopped
+from lrc.configs.load import load_recipe
+
+RATIOS = [3, 1.5]
+STAGE = {"method": "dictionary", "keep": 0.6, "rounds": 3, "ratio": RATIOS}
+
+
+@pytest.fixture
+def prepared(
+    tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> Callable[..., Path]:
+    def write(stage: dict[str, Any], name: str = "run") -> Path:
+        stages = [{"decompose": stage}]
+        return tiny_recipe(tiny_model_folder, tmp_path / name, stages=stages)
+
+    return write
+
+
+def test_every_ratio_has_a_curve_and_the_allocation_takes_points_of_them(
+    prepared: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = load_recipe(prepared(STAGE))
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "decompose":
+            raise Stopped("asked to")
+
+    with pytest.raises(Stopped):
+        compress(recipe, Machine(device="cpu", on_step=stop))
+    curves = Journal(tmp_path / "run").read_facts(energies_file(0))["curves"]
+    compress(recipe, Machine(device="cpu"))
+    plan = json.loads((tmp_path / "run/checkpoint/lrc/plan.json").read_text())
+    matrices = {m.name: m for m in read_matrices(plan["matrices"])}
+    chosen = [m for m in matrices.values() if m.sizes is not None]
+    assert chosen
+    assert plan["totals"]["kept"] <= 0.6
+    for m in chosen:
+        assert ratio_of(m.shape, m.sizes) in RATIOS
+        assert m.bits == FORMS[m.form].stored_bits(*m.shape, bits=m.number_bits, **m.sizes)
+    for name, curve in curves.items():
+        shape, points = matrices[name].shape, curve["points"]
+        runs = {ratio: [p for p in points if fits(shape, p["sizes"], ratio)] for ratio in RATIOS}
+        for ratio, run in runs.items():
+            steps = [p["sizes"]["nonzeros"] for p in run]
+            assert len(set(steps)) > 2, (name, ratio)
+            # Largest first; what a ratio shares with another, at a complete basis, comes twice.
+            energies = dict(zip(steps, (p["energy"] for p in run), strict=True))
+            assert all(low <= high for (_, low), (_, high) in pairwise(
+                sorted(energies.items(), reverse=True)
+            ))  # fmt: skip
+        assert sum(len(run) for run in runs.values()) >= len(points)
+
+
+def fits(shape: tuple[int, int], sizes: dict[str, int], ratio: float) -> bool:
+    return dict(FORMS["dictionary"].sizes_at(sizes["nonzeros"], *shape, ratio)) == sizes
+
+
+def ratio_of(shape: tuple[int, int], sizes: Any) -> float | None:
+    return next((ratio for ratio in RATIOS if fits(shape, dict(sizes), ratio)), None)
+
+
+def test_several_ratios_given_back_as_a_plan_give_the_same_weights(
+    prepared: Callable[..., Path], tmp_path: Path
+) -> None:
+    compress(load_recipe(prepared(STAGE)), Machine(device="cpu"))
+    again = {**STAGE, "allocation": "uniform", "plan": str(tmp_path / "run/plan.json")}
+    compress(load_recipe(prepared(again, "again")), Machine(device="cpu"))
+    first, second = (
+        (tmp_path / run / "checkpoint/model.safetensors").read_bytes() for run in ("run", "again")
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "lagrangian"])
+def test_random_choices_take_the_seed_of_the_recipe(
+    allocation: str, prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solver, seeds = SOLVERS["cospadi"], []
+
+    def spy(task: Task) -> Code:
+        seeds.append(task.seed)
+        return solver.solve(task)
+
+    monkeypatch.setitem(SOLVERS, "cospadi", replace(solver, solve=spy))
+    stage = {"method": "cospadi", "keep": 0.6, "rounds": 1, "allocation": allocation}
+    compress(load_recipe(prepared(stage), ["seed=5"]), Machine(device="cpu"))
+    assert set(seeds) == {5}

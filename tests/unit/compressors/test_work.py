@@ -1,0 +1,55 @@
+"""Arithmetic as estimated, against what torch counts while a method is at work."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lrc.compressors.decompose import METHODS, CodedMethod, Moment, Statistics
+from lrc.compressors.planning.curves import SHARES
+
+D_OUT, D_IN = 96, 64
+SIZES = {
+    "sparse": {"nonzeros": D_OUT * D_IN // 2},
+    "dictionary": {"atoms": 48, "nonzeros": 16},
+    "compot": {"atoms": 48, "nonzeros": 24},
+    "rocket": {"atoms": 48, "nonzeros": 24},
+}
+
+
+def known() -> tuple[torch.Tensor, Statistics]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, D_IN, generator=generator, dtype=torch.float64)
+    g = torch.randn(400, D_OUT, generator=generator, dtype=torch.float64)
+    W = torch.randn(D_OUT, D_IN, generator=generator, dtype=torch.float64)
+    return W, Statistics(400, inputs=Moment.of(x.T @ x), gradients=Moment.of(g.T @ g))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_count_is_within_a_factor_of_two_of_the_products_that_are_made(name: str) -> None:
+    method = METHODS[name]
+    assert isinstance(method, CodedMethod)
+    W, statistics = known()
+    with FlopCounterMode(display=False) as counted:
+        method.solve(W, statistics, SIZES[name])
+    made = counted.get_total_flops()
+    # Torch leaves out eigenproblems, which count as the products in whose time they are solved.
+    expected = 2 * method.work(D_OUT, D_IN, [SIZES[name]], curve=False)
+    assert made / 2 <= expected
+    if name != "compot":
+        assert expected <= 2 * made
+
+
+def test_a_curve_takes_more_than_one_solution_and_less_than_as_many() -> None:
+    for name, sizes in SIZES.items():
+        method = METHODS[name]
+        assert isinstance(method, CodedMethod)
+        one = method.work(D_OUT, D_IN, [sizes], curve=False)
+        curve = method.work(D_OUT, D_IN, [sizes] * len(SHARES), curve=True)
+        assert one < curve <= len(SHARES) * one
+
+
+def test_choosing_once_makes_no_products() -> None:
+    for name in ("magnitude", "wanda"):
+        method = METHODS[name]
+        assert isinstance(method, CodedMethod)
+        assert method.work(D_OUT, D_IN, [SIZES["sparse"]], curve=False) == 0
