@@ -14,7 +14,7 @@ import torch
 from lrc.compressors.decompose import METHODS, CodedMethod
 from lrc.compressors.planning.curves import arguments, families_of, wanted
 from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.units import units_of
+from lrc.compressors.planning.units import ratios_of, units_of
 from lrc.compressors.prepare import Prepared
 
 PROBE = 512
@@ -114,13 +114,15 @@ def coded_work(prepared: Prepared) -> tuple[int, int]:
         for part in METHODS[options.method].parts:
             if not isinstance(part, CodedMethod) or not wanted(part, options):
                 continue
+            if m.sizes is not None and m.form != part.form:
+                continue
             own = arguments(options, part)
             if m.pending:
                 looked_at = [
                     sizes for _, run in families_of(unit, part.form, options) for sizes in run
                 ]
                 curves += part.work(*shape, looked_at, curve=True, **own)
-            there = unit.in_form(part.form)
+            there = unit.in_form(part.form).at_ratio(ratios_of(options, part.form)[0])
             step = there.step_within(m.bits / m.source_bits, "bits")
             solved = [m.sizes or there.sizes_at(step)] if step else []
             dearest = max(dearest, part.work(*shape, solved, curve=False, **own))

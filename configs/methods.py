@@ -236,11 +236,10 @@ class Mixed(DecomposeBase):
 
     method: Literal["mixed"]
     """The best form for every matrix."""
-    forms: Annotated[list[Literal["low-rank", "sparse", "dictionary"]], Field(min_length=1)] = [
-        "low-rank",
-        "sparse",
-    ]
-    """What a matrix may become, beside dense."""
+    forms: Annotated[
+        list[Literal["low-rank", "sparse", "sum", "dictionary"]], Field(min_length=1)
+    ] = ["low-rank", "sparse"]
+    """What a matrix may become, beside dense; a `sum` is low rank with entries beside it."""
     damp: Damp = 1e-6
     gradient_damp: GradientDamp = 0.1
     ratio: Ratio = 3.0

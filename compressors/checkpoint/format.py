@@ -10,27 +10,30 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
 * for every module the tensors of its form, below, and ``NAME.weight``, a sentinel of one uint8 that
   makes loaders without lrc stop instead of starting from random weights;
 
-  ==================== ========================================================================
-  ``low_rank``         ``a.weight`` [rank, d_in], ``b.weight`` [d_out, rank], ``b.bias`` [d_out];
-                       the weight is ``b @ a``
-  ``pivoted_low_rank`` ``a.weight`` [rank, d_in], ``c.weight`` [d_out - rank, rank], not there
-                       where rank is d_out; ``order`` [d_out], int16, or int32 where d_out >
-                       32767; ``bias`` [d_out]; row j of the weight is row ``order[j]`` of
-                       ``cat([a, c @ a])``
-  ``shared_low_rank``  ``b.weight`` [d_out, rank], ``b.bias`` [d_out]; the weight is ``b @ a`` with
-                       the ``a`` of the ``low_rank`` module that the entry names as ``"shares"``
-  ``sparse``           ``values`` [nonzeros], row after row; ``mask`` [d_out, ceil(d_in / 8)],
-                       uint8, whose bits say where they belong; ``bias`` [d_out]; the entry holds
-                       ``"d_in"`` too
-  ``dictionary``       ``a.weight`` [atoms, d_in]; ``values`` [d_out, nonzeros], of every output
-                       its coefficients in ascending order of their atoms; ``mask`` [d_out,
-                       ceil(atoms / 8)], uint8, whose bits say which atoms, or ``index`` [d_out,
-                       nonzeros], int16, which lists them, where that is smaller and atoms <=
-                       32768; ``bias`` [d_out]; the weight is ``c @ a`` with the coefficients in
-                       their places in ``c`` [d_out, atoms], zeros elsewhere. What has the form
-                       ``shared_dictionary`` has the same but ``a.weight``: that is of the
-                       ``dictionary`` module that the entry names as ``"shares"``
-  ==================== ========================================================================
+  ======================== =========================================================================
+  ``low_rank``             ``a.weight`` [rank, d_in], ``b.weight`` [d_out, rank], ``b.bias``
+                           [d_out]; the weight is ``b @ a``
+  ``pivoted_low_rank``     ``a.weight`` [rank, d_in], ``c.weight`` [d_out - rank, rank], not there
+                           where rank is d_out; ``order`` [d_out], int16, or int32 where d_out >
+                           32767; ``bias`` [d_out]; row j of the weight is row ``order[j]`` of
+                           ``cat([a, c @ a])``
+  ``shared_low_rank``      ``b.weight`` [d_out, rank], ``b.bias`` [d_out]; the weight is ``b @ a``
+                           with the ``a`` of the ``low_rank`` module that the entry names as
+                           ``"shares"``
+  ``sparse``               ``values`` [nonzeros], row after row; ``mask`` [d_out, ceil(d_in / 8)],
+                           uint8, whose bits say where they belong; ``bias`` [d_out]; the entry
+                           holds ``"d_in"`` too
+  ``low_rank_plus_sparse`` the tensors of ``pivoted_low_rank``, and ``values`` and ``mask`` of
+                           ``sparse`` without its ``"d_in"``; the weight is the sum of the two
+  ``dictionary``           ``a.weight`` [atoms, d_in]; ``values`` [d_out, nonzeros], of every output
+                           its coefficients in ascending order of their atoms; ``mask`` [d_out,
+                           ceil(atoms / 8)], uint8, whose bits say which atoms, or ``index`` [d_out,
+                           nonzeros], int16, which lists them, where that is smaller and atoms <=
+                           32768; ``bias`` [d_out]; the weight is ``c @ a`` with the coefficients in
+                           their places in ``c`` [d_out, atoms], zeros elsewhere. What has the form
+                           ``shared_dictionary`` has the same but ``a.weight``: that is of the
+                           ``dictionary`` module that the entry names as ``"shares"``
+  ======================== =========================================================================
 
   With ``"pattern": "2:4"`` in the entry exactly two of every four consecutive columns of the mask
   are set, in ``sparse`` columns of the weight and in ``dictionary`` atoms; ``dictionary`` then has

@@ -1,4 +1,4 @@
-"""Methods that are solved at given sizes: pruning, and dictionaries."""
+"""Methods that are solved at given sizes: pruning, dictionaries, and sums."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,14 @@ from lrc.compressors.decompose.sparse import (
     prune_curve,
     weighted_energy,
 )
-from lrc.compressors.decompose.work import dictionary_work, pruning_work
+from lrc.compressors.decompose.sums import (
+    CURVE_LAST_ROUNDS,
+    LAST_ROUNDS,
+    SumProblem,
+)
+from lrc.compressors.decompose.sums import CURVE_ROUNDS as SUM_CURVE_ROUNDS
+from lrc.compressors.decompose.sums import ROUNDS as SUM_ROUNDS
+from lrc.compressors.decompose.work import dictionary_work, pruning_work, sum_work
 from lrc.compressors.layers import Sizes
 
 
@@ -124,10 +131,49 @@ class Learning(CodedMethod):
         return problem, metric, options
 
 
+@dataclass(frozen=True)
+class Summing(CodedMethod):
+    """A product of low rank and entries beside it, searched together."""
+
+    form = "low_rank_plus_sparse"
+
+    def solve(self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any) -> Coded:
+        """Find a product of ``rank`` and ``nonzeros`` entries."""
+        found = self._problem(W, statistics, options).solve(**sizes)
+        parts = {"B": found.B, "A": found.A, "M": found.M, "mask": found.mask}
+        return Coded(parts, found.energy, found.loss, found.fallback)
+
+    def energies(
+        self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any
+    ) -> tuple[list[float], float]:
+        """Return the energy of the error at several sizes, after fewer rounds, and that of W."""
+        problem = self._problem(W, statistics, options)
+        return problem.curve(sizes), problem.total
+
+    def work(self, d_out: int, d_in: int, sizes: Sequence[Sizes], *, curve: bool, **_: Any) -> int:
+        """Count the multiply-adds of the rounds."""
+        rounds = SUM_CURVE_ROUNDS + CURVE_LAST_ROUNDS if curve else SUM_ROUNDS + LAST_ROUNDS
+        return sum(
+            sum_work(d_out, d_in, rank=each["rank"], rounds=rounds, start=not curve or number == 0)
+            for number, each in enumerate(sizes)
+        )
+
+    def _problem(self, W: Tensor, statistics: Statistics, options: Mapping[str, Any]) -> SumProblem:
+        damping = self.with_defaults(statistics, options)
+        return SumProblem.of(W, *self._known(statistics), **damping)
+
+
 _DAMP = {"damp": 1e-6}
 _BOTH = {**_DAMP, "gradient_damp": 0.1}
 _PATTERN = {"pattern": "unstructured"}
 _TWO_SIDED = frozenset({"inputs", "gradients"})
+
+SUM = Summing(
+    _TWO_SIDED,
+    "low rank and sparse at once: GoDec (Zhou and Tao 2011), under the K-FAC metric",
+    options=_BOTH,
+)
+"""Part of mixed plans only."""
 
 CODED: dict[str, CodedMethod] = {
     "magnitude": Pruning(frozenset(), "magnitude pruning", "magnitude", options=_PATTERN),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from lrc.compressors.decompose.coded import CODED
+from lrc.compressors.decompose.coded import CODED, SUM
 from lrc.compressors.decompose.method import Method
 from lrc.compressors.decompose.moments import Moment, Statistics
 from lrc.compressors.decompose.spectrum import Spectrum, energies_only, spectrum
@@ -75,7 +75,7 @@ class Mixed(Method):
     @property
     def parts(self) -> tuple[Method, ...]:
         """Return the two-sided methods, one a form."""
-        return tuple(METHODS[name] for name in ("kfac", "sparse", "dictionary"))
+        return METHODS["kfac"], METHODS["sparse"], SUM, METHODS["dictionary"]
 
 
 def _plain(W: Tensor, statistics: Statistics) -> Metric:

@@ -3,6 +3,7 @@
 from math import prod
 
 from lrc.compressors.decompose.ksvd import POWER_STEPS
+from lrc.compressors.decompose.sums import START_STEPS, directions
 from lrc.compressors.decompose.swaps import OUTER_STEPS, STEPS, STEPS_IN_METRIC
 from lrc.compressors.decompose.thresholding import (
     CODE_STEPS,
@@ -28,6 +29,16 @@ def pruning_work(d_out: int, d_in: int, *, rounds: int) -> int:
     """
     fits = 2 * (OUTER_STEPS + 2) + rounds * (STEPS + 2) + STEPS_IN_METRIC + 1
     return fits * d_out * d_in * (d_out + d_in)
+
+
+def sum_work(d_out: int, d_in: int, *, rank: int, rounds: int, start: bool) -> int:
+    """Count the multiply-adds of a search for a sum: as for pruning, and a step of the product."""
+    metric = d_out * d_in * (d_out + d_in)
+    wide = directions(rank, d_out, d_in)
+    step = wide * (2 * d_in**2 + d_out**2 + 2 * d_out * d_in) + rank * d_out * d_in
+    fits = rounds * (STEPS + 3) + start * (OUTER_STEPS + 3)
+    steps = rounds + start * START_STEPS
+    return fits * metric + steps * (step + EIGENVECTORS * wide**3)
 
 
 def dictionary_work(

@@ -6,12 +6,14 @@ from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.pivoted import PivotedLowRank
 from lrc.compressors.layers.shared import SharedDictionary, SharedLowRank, Sharing
 from lrc.compressors.layers.sparse import Sparse
+from lrc.compressors.layers.sums import LowRankPlusSparse
 
 __all__ = [
     "FORMS",
     "MEMBERS",
     "Form",
     "LowRank",
+    "LowRankPlusSparse",
     "PivotedLowRank",
     "RankForm",
     "SharedDictionary",
@@ -28,6 +30,7 @@ FORMS: dict[str, type[Form]] = {
     "pivoted_low_rank": PivotedLowRank,
     "shared_low_rank": SharedLowRank,
     "sparse": Sparse,
+    "low_rank_plus_sparse": LowRankPlusSparse,
     "dictionary": SparseDictionary,
     "shared_dictionary": SharedDictionary,
 }

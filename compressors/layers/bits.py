@@ -29,3 +29,9 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     places = torch.arange(PLACES, device=packed.device, dtype=torch.uint8)
     bits = (packed[:, :, None] >> places) & 1  # [rows, bytes, 8]
     return bits.flatten(1)[:, :n].bool()
+
+
+def spread(values: Tensor, packed: Tensor, n: int) -> Tensor:
+    """Put `values` [count], row after row, where a mask [rows, n] says; zeros elsewhere."""
+    mask = unpack_bits(packed, n)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -51,6 +51,8 @@ class Form(nn.Module, ABC):
     rounding them to the model's is for the caller."""
     BIAS: ClassVar[str]
     """Name of the bias within the module."""
+    RATIOS: ClassVar[tuple[float, ...]] = ()
+    """Ratios of the sizes that an allocation looks at, where the recipe has no say in them."""
     PATTERNS: ClassVar[tuple[str, ...]] = ()
     """What a spec may claim as its ``pattern``."""
 

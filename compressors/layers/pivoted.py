@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lrc.compressors.layers.form import (
     SENTINEL,
     Device,
+    Form,
     RankForm,
     Shapes,
     Spec,
@@ -20,25 +21,14 @@ INT16_ROWS = 2**15 - 1
 """Rows that an int16 can number and count."""
 
 
-class PivotedLowRank(RankForm):
-    """Compute ``y = x @ W_hat.T + bias`` from the pivot rows R of ``W_hat`` and coefficients C.
+class Pivoted(Form):
+    """A product of low rank by its pivot rows R and coefficients C: what forms with one share.
 
-    Outputs of the pivot rows are ``p = R x``; the others are combinations of them, ``C p``. That is
-    ``rank**2`` less work than with two factors of the same product, and as many numbers less to
-    store, for `d_out` indices more. Rounding it to bfloat16 moves the product by about 1 %, four
-    times as far as rounding two factors does: 0.01 % of its energy, where truncation takes whole
-    percents.
-
-    Parameters are those of `Form`. A rank of `d_out` is possible; then every row is a pivot and
-    there is no ``c``.
-
-    References
-    ----------
-    .. [1] "Pivoting Factorization: A Compact Meta Low-Rank Representation of Sparsity for Efficient
-       Inference in Large Language Models", 2025. https://arxiv.org/abs/2501.19090
+    A rank of `d_out` is possible; then every row is a pivot and there is no ``c``.
     """
 
     BIAS = "bias"
+    rank: int
     order: Tensor
 
     def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
@@ -83,8 +73,8 @@ class PivotedLowRank(RankForm):
         return rank * (d_out + d_in - rank)
 
     @staticmethod
-    def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """Find the pivot rows of the product.
+    def encode_product(B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """Find the pivot rows of ``B @ A``.
 
         Raises
         ------
@@ -109,6 +99,29 @@ class PivotedLowRank(RankForm):
         R = self.a.weight.float()
         rows = R if self.c is None else torch.cat([R, self.c.weight.float() @ R])
         return rows.index_select(0, self.order.int())
+
+
+class PivotedLowRank(Pivoted, RankForm):
+    """Compute ``y = x @ W_hat.T + bias`` from the pivot rows R of ``W_hat`` and coefficients C.
+
+    Outputs of the pivot rows are ``p = R x``; the others are combinations of them, ``C p``. That is
+    ``rank**2`` less work than with two factors of the same product, and as many numbers less to
+    store, for `d_out` indices more. Rounding it to bfloat16 moves the product by about 1 %, four
+    times as far as rounding two factors does: 0.01 % of its energy, where truncation takes whole
+    percents.
+
+    Parameters are those of `Form`.
+
+    References
+    ----------
+    .. [1] "Pivoting Factorization: A Compact Meta Low-Rank Representation of Sparsity for Efficient
+       Inference in Large Language Models", 2025. https://arxiv.org/abs/2501.19090
+    """
+
+    @staticmethod
+    def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:
+        """Find the pivot rows of the product; raises as `encode_product`."""
+        return Pivoted.encode_product(B, A)
 
 
 def _index_dtype(d_out: int) -> torch.dtype:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.bits import pack_bits, packed_width, unpack_bits
+from lrc.compressors.layers.bits import pack_bits, packed_width, spread
 from lrc.compressors.layers.form import SENTINEL, Device, Form, Shapes, Sizes, Spec, sentinel
 
 
@@ -109,6 +109,4 @@ class Sparse(Form):
         return self._whole().float()
 
     def _whole(self) -> Tensor:
-        mask = unpack_bits(self.mask, self.in_features)
-        zeros = self.values.new_zeros(self.out_features, self.in_features)
-        return zeros.masked_scatter(mask, self.values)
+        return spread(self.values, self.mask, self.in_features)

@@ -7,6 +7,7 @@ from math import ceil
 
 from torch import Tensor
 
+from lrc.compressors.decompose import METHODS
 from lrc.compressors.layers import FORMS
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import WORDS, Unit
@@ -45,6 +46,15 @@ class Whole:
             facts = {"dtype": "BF16", "shape": dims, "data_offsets": [total, total]}
             return len(json.dumps({name: facts}, separators=(",", ":")).encode())
 
+        def compressed(m: Matrix, name: str) -> int:
+            form, widest = FORMS[name], max(m.shape)
+            spec = {**form.sizes_at(1, *m.shape), "bias": m.bias == "added"}
+            leaves = form.shapes(*m.shape, spec, bias=False)
+            return sum(
+                entry(f"{m.name}.{leaf}", [widest] * len(shape))
+                for leaf, (shape, _) in leaves.items()
+            )
+
         header = 0
         for name, tensor in self.stored.items():
             module, _, leaf = name.rpartition(".")
@@ -55,17 +65,7 @@ class Whole:
             elif leaf == "bias":
                 header += max(dense, entry(f"{module}.{FORMS[m.form].BIAS}", list(tensor.shape)))
             else:
-                form = FORMS[m.form]
-                spec = {**form.sizes_at(1, *m.shape), "bias": m.bias == "added"}
-                leaves = form.shapes(*m.shape, spec, bias=False)
-                widest = max(m.shape)
-                header += max(
-                    dense,
-                    sum(
-                        entry(f"{module}.{leaf}", [widest] * len(shape))
-                        for leaf, (shape, _) in leaves.items()
-                    ),
-                )
+                header += max(dense, *(compressed(m, form) for form in _possible(m)))
         shards = total // SHARD_BYTES + 1
         # A length of 8 bytes, the metadata, and up to 7 spaces to a multiple of 8.
         return header + shards * (8 + entry("__metadata__", []) + 7)
@@ -108,6 +108,12 @@ def even_share(budget: int, units: list[Unit], options: DecomposeBase) -> float:
         left -= sum(u.source_bits for u in dense)
         others = [u for u in others if rank_at[id(u)]]
     return 0.0
+
+
+def _possible(m: Matrix) -> list[str]:
+    """Return the forms that an allocation may still give to a matrix."""
+    method = METHODS[m.method]
+    return [m.form] if len(method.parts) == 1 else method.forms
 
 
 def cheapest(units: list[Unit], options: DecomposeBase) -> int:

@@ -39,6 +39,7 @@ BETWEEN = 8
 FORMS_OF = {
     "low-rank": RANK_FORMS,
     "sparse": ["sparse"],
+    "sum": ["low_rank_plus_sparse"],
     "dictionary": ["dictionary"],
 }
 """What recipes call families of forms."""
@@ -71,7 +72,7 @@ class Curve:
 
     def lost(self, sizes: Sizes) -> float:
         """Return the energy lost at sizes that were looked at."""
-        if "rank" in sizes:
+        if list(sizes) == ["rank"]:
             return float(self.energies[sizes["rank"] :].sum())
         return min(p.energy for p in self.points if p.sizes == sizes)
 
@@ -191,7 +192,7 @@ def families_of(unit: Unit, form: str, options: DecomposeBase) -> list[tuple[Uni
     """
     if unit.sizes is not None:
         return [(unit, [unit.sizes] if unit.first.form == form else [])]
-    ratios = ratios_of(options) if len(FORMS[form].SIZES) > 1 else [unit.ratio]
+    ratios = ratios_of(options, form) if len(FORMS[form].SIZES) > 1 else [unit.ratio]
     families = []
     for ratio in ratios:
         there = unit.in_form(form).at_ratio(ratio)

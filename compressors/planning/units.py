@@ -22,7 +22,7 @@ class Unit:
 
     members: tuple[Matrix, ...]
     ratio: float = 2.0
-    """Atoms over coefficients, at which the sizes of a dictionary are counted."""
+    """At which sizes are counted: of a dictionary, atoms over coefficients."""
 
     @property
     def first(self) -> Matrix:
@@ -136,8 +136,10 @@ class Unit:
         return Unit(tuple(m.dense(**changes) for m in self.members))
 
 
-def ratios_of(options: DecomposeBase) -> list[float]:
-    """Return the ratios of atoms and coefficients that a stage allows, ascending."""
+def ratios_of(options: DecomposeBase, form: str | None = None) -> list[float]:
+    """Return the ratios that a stage allows of atoms and coefficients, ascending, or a form's."""
+    if form is not None and FORMS[form].RATIOS:
+        return [*FORMS[form].RATIOS]
     asked = getattr(options, "ratio", 2.0)
     return sorted(set(asked)) if isinstance(asked, list) else [asked]
 

@@ -56,6 +56,20 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
             "bias": True,
         },
     },
+    "low_rank_plus_sparse": {
+        OWNER: {"form": "low_rank_plus_sparse", "rank": 3, "nonzeros": 400},
+        "model.layers.1.self_attn.v_proj": {
+            "form": "low_rank_plus_sparse",
+            "rank": 16,  # all its rows
+            "nonzeros": 1,
+        },
+        "model.layers.1.mlp.down_proj": {
+            "form": "low_rank_plus_sparse",
+            "rank": 1,
+            "nonzeros": 700,
+            "bias": True,
+        },
+    },
     "dictionary": {
         OWNER: {"form": "dictionary", "atoms": 30, "nonzeros": 9},  # a mask; whole for many tokens
         "model.layers.1.self_attn.v_proj": {"form": "dictionary", "atoms": 7, "nonzeros": 7},
@@ -143,6 +157,11 @@ def contents(
     if spec["form"] == "sparse":
         mask = largest(W.flatten(), spec["nonzeros"]).view_as(W)
         return (W * mask, mask), W * mask
+    if spec["form"] == "low_rank_plus_sparse":
+        low = spectrum(W).truncate(spec["rank"])
+        E = W - low.B @ low.A
+        mask = largest(E.abs().flatten(), spec["nonzeros"]).view_as(W)
+        return (low.B, low.A, E * mask, mask), low.B @ low.A + E * mask
     if "atoms" in spec:
         atoms = torch.randperm(len(W), generator=torch.Generator().manual_seed(0))[: spec["atoms"]]
         D = shared[spec["shares"]] if "shares" in spec else W[atoms].T  # [d_in, atoms]

@@ -54,10 +54,12 @@ STAGES: dict[str, dict[str, Any]] = {
         "rounds": 3,
         "ratio": [1.5, 3],
     },
+    "sums": {"method": "mixed", "keep": 0.6, "forms": ["sum"]},
+    "bytes, for sums": {"method": "mixed", "size": "90kB", "forms": ["sum", "sparse"]},
     "any form": {
         "method": "mixed",
         "keep": 0.6,
-        "forms": ["low-rank", "sparse", "dictionary"],
+        "forms": ["low-rank", "sparse", "sum", "dictionary"],
         "rounds": 3,
     },
     "bytes, alike": {"method": "svd", "size": "90kB"},
@@ -209,6 +211,7 @@ def test_a_group_of_one_dictionary_gives_the_same_bytes(compressed: Callable[...
         "the recommended way",
         "bytes, by the lagrangian",
         "pruned",
+        "sums",
         "any form",
     ],
 )
@@ -255,6 +258,7 @@ def test_a_plan_may_name_any_form_of_a_mixed_method(
     kinds = [
         {"form": "sparse", "nonzeros": 300},
         {"form": "dictionary", "atoms": 12, "nonzeros": 5},
+        {"form": "low_rank_plus_sparse", "rank": 2, "nonzeros": 200},
         {"form": "pivoted_low_rank", "rank": 5},
         {"form": "dense", "rank": None},
     ]

@@ -5,10 +5,12 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.decompose import METHODS, CodedMethod, Moment, Statistics
+from lrc.compressors.decompose.coded import SUM
 from lrc.compressors.layers import FORMS
 from lrc.compressors.linalg import damped, weighted_error
 
 CODED = {name: m for name, m in METHODS.items() if isinstance(m, CodedMethod)}
+CODED["sum"] = SUM
 SHAPES = [(16, 24), (24, 16)]
 KEPT = 0.7
 
@@ -27,7 +29,8 @@ def known(shape: tuple[int, int]) -> Statistics:
 
 def sizes_of(method: CodedMethod, shape: tuple[int, int], kept: float = KEPT) -> dict[str, int]:
     form = FORMS[method.form]
-    return dict(form.sizes_at(int(kept * form.largest_step(*shape)), *shape))
+    ratio = form.RATIOS[0] if form.RATIOS else 2.0
+    return dict(form.sizes_at(int(kept * form.largest_step(*shape)), *shape, ratio))
 
 
 def decoded(method: CodedMethod, parts: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:

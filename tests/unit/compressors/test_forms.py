@@ -47,6 +47,12 @@ def sparse(nonzeros: int) -> Content:
     return (W * mask, mask), W * mask
 
 
+def low_rank_plus_sparse(rank: int, nonzeros: int) -> Content:
+    (B, A), low = product(rank)
+    (M, mask), entries = sparse(nonzeros)
+    return (B, A, M, mask), low + entries
+
+
 def dictionary(atoms: int, nonzeros: int) -> Content:
     D, S = random(D_IN, atoms), random(atoms, D_OUT, seed=1)
     mask = largest(S.T, nonzeros).T
@@ -76,6 +82,15 @@ KINDS = {
     "shared_low_rank": Kind(product, RANKS, {"shares": "other"}),
     "sparse": Kind(
         sparse, [{"nonzeros": 1}, {"nonzeros": 300}, {"nonzeros": D_OUT * D_IN}], {"d_in": D_IN}
+    ),
+    "low_rank_plus_sparse": Kind(
+        low_rank_plus_sparse,
+        [
+            {"rank": 1, "nonzeros": 1},
+            {"rank": RANK, "nonzeros": 300},
+            {"rank": D_OUT, "nonzeros": D_OUT * D_IN},
+        ],
+        {},
     ),
     "dictionary": Kind(dictionary, DICTIONARIES, {}),
     "shared_dictionary": Kind(dictionary, DICTIONARIES, {"shares": "other"}),
