@@ -64,7 +64,7 @@ class Pivoted(Form):
     @classmethod
     def dense_shape(cls, name: str, spec: Spec, found: Mapping[str, list[int]]) -> tuple[int, int]:
         """Read ``(d_out, d_in)`` off the order and the pivot rows."""
-        return found[f"{name}.order"][0], found[f"{name}.a.weight"][1]
+        return found[f"{name}.order"][0], found[f"{name}.a.weight"][-1]
 
     @classmethod
     def multiply_adds(cls, d_out: int, d_in: int, **sizes: int) -> int:
