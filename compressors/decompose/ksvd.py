@@ -1,5 +1,7 @@
 """The dictionary solver of CoSpaDi: orthogonal matching pursuit and K-SVD, from random columns."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -121,20 +123,50 @@ def ksvd_sweep(Z: Tensor, D: Tensor, S: Tensor, mask: Tensor) -> tuple[Tensor, T
     use it, by power iterations from where it is: the error never rises. The columns are masked
     instead of gathered, which costs twice the products but no shape depends on data.
     """
-    D, S = D.clone(), S.clone()
-    E = Z - D @ S  # [dim, columns]
-    for i in range(D.shape[1]):
-        d = D[:, i].clone()
-        own = torch.addr(E, d, S[i]) * mask[i]  # what the others leave, [dim, columns]
+    D, S = D.T.clone(), S.clone()  # [atoms, dim], [atoms, columns]
+    E = Z - D.T @ S  # [dim, columns]
+    i = torch.zeros(1, dtype=torch.long, device=Z.device)  # the atom's turn, known to a GPU alone
+
+    def improve() -> None:
+        d, s = D.index_select(0, i)[0], S.index_select(0, i)[0]
+        own = torch.addr(E, d, s).mul_(mask.index_select(0, i))  # what the others leave
         new = d
         for step in range(1, POWER_STEPS + 1):
             new = own @ (new @ own)
             if step % NORMED == 0:
                 new = unit_or(new, d)
         row = new @ own  # [columns]
-        E += torch.outer(d, S[i]) - torch.outer(new, row)
-        D[:, i], S[i] = new, row
-    return D, S
+        E.addr_(d, s).addr_(new, row, alpha=-1)
+        D.index_copy_(0, i, new[None])
+        S.index_copy_(0, i, row[None])
+        i.add_(1)
+
+    _repeat(improve, len(D), Z.device)
+    return D.T.contiguous(), S
+
+
+def _repeat(step: Callable[[], None], times: int, device: torch.device) -> None:
+    """Call `step`, which works in place and on one shape alone, `times` times.
+
+    On a GPU it is recorded once and replayed: its two dozen small products would take longer to
+    launch than to compute.
+    """
+    if device.type != "cuda" or times < 2:
+        for _ in range(times):
+            step()
+        return
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        step()  # libraries get their workspaces
+        stream.synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        step()
+        graph.capture_end()
+        for _ in range(times - 1):
+            graph.replay()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    stream.synchronize()  # before the graph, and the memory it works in, goes
 
 
 def unit_or(vector: Tensor, otherwise: Tensor) -> Tensor:

@@ -109,6 +109,9 @@ def other_forms() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         yield f"mixed with dictionaries, compensate, {keep}", more, {}
         yield f"mixed, compensate, {keep}", mixed | {"compensate": {}}, {}
         yield f"mixed, {keep}", mixed, {}
+        sums = mixed | {"forms": ["low-rank", "sparse", "sum"]}
+        yield f"mixed with sums, compensate, {keep}", sums | {"compensate": {}}, {}
+        yield f"mixed with sums, {keep}", sums, {}
         sparse = {"method": "sparse", "keep": keep}
         yield f"sparse, compensate, {keep}", sparse | {"compensate": {}}, {}
         for method in ("sparse", "dictionary", "compot", "rocket"):
@@ -117,6 +120,9 @@ def other_forms() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
                 yield f"{method}, {allocation}, {keep}", stage, {}
         for method in ("wanda", "magnitude"):
             yield f"{method}, uniform, {keep}", {"method": method, "keep": keep}, {}
+    for method in ("sparse", "wanda", "magnitude"):
+        stage = {"method": method, "keep": 0.563, "pattern": "2:4", "allocation": "uniform"}
+        yield f"{method}, 2:4, 0.563", stage, {}
 
 
 def main() -> None:
