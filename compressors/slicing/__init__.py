@@ -1,0 +1,1 @@
+"""Methods that leave smaller dense matrices: fewer layers, narrower ones, or fewer channels."""
