@@ -34,10 +34,12 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
     config = read_config(folder)
     block = config.get("quantization_config")
     if not isinstance(block, dict) or block.get("quant_method") != layout.QUANT_METHOD:
-        raise CheckpointError(
-            f"{folder}: a model, but not one that lrc compressed; give the folder "
-            "OUTPUT/checkpoint of a run, or measure a dense model with `lrc eval`"
-        )
+        if not (folder / layout.MANIFEST).is_file():
+            raise CheckpointError(
+                f"{folder}: a model, but not one that lrc compressed; give the folder "
+                "OUTPUT/checkpoint of a run, or measure a dense model with `lrc eval`"
+            )
+        block = {"format_version": layout.FORMAT_VERSION, "modules": {}}  # a plain model
     headers = check_files(folder)
     if verify:
         problems = verify_hashes(folder)
@@ -57,6 +59,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         "parameters": sum(prod(header.shape) for header in headers.values() if _counts(header)),
         "verified": verify,
         "modules": modules,
+        "slices": report.get("slices") if report else None,
         "totals": plan.get("totals") if plan else None,
         "evaluation": report.get("evaluation") if report else None,
         "environment": report.get("environment") if report else None,

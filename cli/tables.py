@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +21,12 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
 
     Matrices that differ in the number of their layer only share a row, unless `every` is set.
     """
+    for cut in plan.slices:
+        _print_cut(asdict(cut))
+    if not plan.matrices:
+        _print_whole(plan.to_json(), plan.compressed_bytes)
+        _print_estimate(expected)
+        return
     methods = sorted({m.method for m in plan.matrices})
     one = f", {methods[0]}" if len(methods) == 1 else ""
     table = _table(f"{plan.source} ({plan.architecture}, {plan.dtype}{one})")
@@ -46,6 +53,10 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
         OUT.print(f"pending: the {allocation} allocation will choose within the budget")
     _print_sizes(plan.to_json(), plan.compressed_bytes)
     print_warnings(plan)
+    _print_estimate(expected)
+
+
+def _print_estimate(expected: Estimate) -> None:
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
     OUT.print(
         f"estimate: {parts}; memory {_size(expected.memory_bytes)}; disk "
@@ -82,12 +93,15 @@ def print_report(report: dict[str, Any], output: str) -> None:
         _size(files["compressed"]),
         f"{files['compressed'] / files['dense']:.1%}",
     )
-    table.add_row(
-        "targeted matrices",
-        _size(targeted["source_bits"] // 8),
-        _size(targeted["bits"] // 8),
-        f"{targeted['kept']:.1%}",
-    )
+    if targeted["source_bits"]:
+        table.add_row(
+            "targeted matrices",
+            _size(targeted["source_bits"] // 8),
+            _size(targeted["bits"] // 8),
+            f"{targeted['kept']:.1%}",
+        )
+    for cut in report["slices"]:
+        _print_cut(cut)
     OUT.print(table)
     if size["source"]["quantized"]:
         OUT.print(f"the source file is itself quantized: {_size(size['source']['file_bytes'])}")
@@ -157,9 +171,12 @@ def print_evaluation(blocks: dict[str, Any]) -> None:
 def print_inspection(facts: dict[str, Any]) -> None:
     """Print the facts of a checkpoint."""
     table = _table(f"{facts['path']} ({facts['architecture']})")
-    table.add_column("matrix", overflow="fold")
-    for column in ("shape", "form", "size"):
-        table.add_column(column, justify="right")
+    if facts["modules"]:
+        table.add_column("matrix", overflow="fold")
+        for column in ("shape", "form", "size"):
+            table.add_column(column, justify="right")
+    for cut in facts["slices"] or []:
+        _print_cut(cut)
     for m in sorted(facts["modules"], key=lambda m: _natural(m["name"])):
         form = " ".join(filter(None, [m["form"], m["pattern"]]))
         table.add_row(m["name"], f"{m['shape'][0]} x {m['shape'][1]}", form, m["written"])
@@ -169,7 +186,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
         f"version {facts['format_version']}"
         + (", every hash verified" if facts["verified"] else "")
     )
-    if facts["totals"]:
+    if facts["totals"] and facts["modules"]:
         OUT.print(f"kept {facts['totals']['kept']:.1%} of the bits of the targeted matrices")
     if facts["environment"]:
         versions = facts["environment"]["versions"]
@@ -204,6 +221,14 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
+def _print_cut(cut: dict[str, Any]) -> None:
+    """Print what a slicing stage makes of the numbers in the config, and of the size."""
+    numbers = {key: each for key, each in cut["config"].items() if isinstance(each[1], int)}
+    changes = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in numbers.items())
+    before, after = cut["bytes"]
+    OUT.print(f"slice, {cut['method']}: {changes}; {_size(before)} -> {_size(after)}")
+
+
 def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:
     totals = plan["totals"]
     pending = any(m["pending"] for m in plan["matrices"])
@@ -211,9 +236,14 @@ def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:
         f"targeted matrices: {_size(totals['source_bits'] // 8)} -> {_size(totals['bits'] // 8)} "
         f"({'budget' if pending else 'kept'} {totals['kept']:.1%})"
     )
+    _print_whole(plan, compressed_bytes)
+
+
+def _print_whole(plan: dict[str, Any], compressed_bytes: int) -> None:
+    totals = plan["totals"]
     OUT.print(
-        f"whole model: {_size(plan['bytes'])} -> {_size(compressed_bytes)}, "
-        f"{plan['parameters']:,} -> {totals['compressed_parameters']:,} parameters"
+        f"whole model: {_size(totals['dense_bytes'])} -> {_size(compressed_bytes)}, "
+        f"{totals['dense_parameters']:,} -> {totals['compressed_parameters']:,} parameters"
     )
     if plan["source_quantized"]:
         OUT.print(

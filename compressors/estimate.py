@@ -16,6 +16,7 @@ from lrc.compressors.planning.curves import arguments, families_of, wanted
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import ratios_of, units_of
 from lrc.compressors.prepare import Prepared
+from lrc.compressors.slicing import METHODS as SLICERS
 
 PROBE = 512
 # In forward passes over the layers: a backward pass runs them again and takes two for the
@@ -42,6 +43,7 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     recipe, plan = prepared.recipe, prepared.plan
     products, eigenproblems = _probe(device)
     in_layers = sum(m.numel() for layer in prepared.architecture.layers for m in layer.parameters())
+    in_dense = sum(m.numel() for layer in prepared.dense.layers for m in layer.parameters())
     n_layers = len(prepared.architecture.layers)
     planned = [m for m in plan.matrices if m.factored]
     measured = [m for m in planned if METHODS[m.method].needs_inputs]
@@ -51,11 +53,15 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     gradients = _needing(measured, "gradients")
     outputs = sum(m.shape[0] ** 2 for m in gradients)
     backward = bool(gradients or _needing(measured, "row_fisher"))
-    compensates = any(stage.decompose.compensate is not None for stage in recipe.stages)
+    compensates = any(each.compensate is not None for each in recipe.decompositions.values())
     read = measured or compensates
     tokens = recipe.calibration.samples * recipe.calibration.length if read else 0
 
     seconds = {}
+    if recipe.slices:
+        windows = recipe.calibration.samples * recipe.calibration.length
+        passes = sum(SLICERS[each.method].passes for each in recipe.slices)
+        seconds["slice"] = passes * windows * 2 * in_dense / products
     if measured:
         passes = 1 + (BACKWARD_PASSES if backward else 0)
         seconds["calibrate"] = tokens * 2 * (passes * in_layers + gram + outputs) / products
@@ -83,7 +89,7 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     not_estimated += [f"task {name}" for name in recipe.evaluate.tasks.names]
     if judged:
         models = 2 if recipe.evaluate.dense else 1
-        seconds["evaluate"] = models * judged * 2 * plan.parameters / products
+        seconds["evaluate"] = models * judged * 2 * plan.dense_parameters / products
 
     hidden = _width(prepared) * tokens * 4
     layer = 4 * in_layers // n_layers
@@ -108,7 +114,7 @@ def coded_work(prepared: Prepared) -> tuple[int, int]:
     curves = solutions = 0
     for unit in units_of(m for m in prepared.plan.matrices if m.factored):
         m = unit.first
-        options = prepared.recipe.stages[m.stage].decompose
+        options = prepared.recipe.decompositions[m.stage]
         shape = len(unit.members) * m.shape[0], m.shape[1]
         dearest = 0
         for part in METHODS[options.method].parts:

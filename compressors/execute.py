@@ -124,7 +124,7 @@ class _Work:
     device: str
 
     def options(self, matrix: Matrix) -> DecomposeBase:
-        return self.recipe.stages[matrix.stage].decompose
+        return self.recipe.decompositions[matrix.stage]
 
     def compensate(self, matrix: Matrix) -> Compensate | None:
         return self.options(matrix).compensate

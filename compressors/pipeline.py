@@ -5,6 +5,7 @@ from typing import Any
 from lrc.compressors import report
 from lrc.compressors.calibrate.states import state_files
 from lrc.compressors.evaluate import check_gates, check_texts
+from lrc.compressors.lineage import slice_folder
 from lrc.compressors.machine import Machine
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import prepare
@@ -46,7 +47,8 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
             result = report.write(
                 prepared, run.journal, evaluation, run.clock.seconds, machine.chosen
             )
-        run.journal.forget("factors", "source")
+        sliced = [slice_folder(stage) for stage, _ in enumerate(prepared.sliced)]
+        run.journal.forget("factors", "source", *sliced)
     missed = check_gates(recipe.evaluate.gates, result["evaluation"])
     if missed:
         raise GateMissed(missed, result)

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 from lrc.compressors.corpus import check_source
 from lrc.compressors.evaluate import check_gate_names, check_tasks, check_window
@@ -13,18 +15,26 @@ from lrc.compressors.models.source import Source, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.make import make_plan
 from lrc.compressors.planning.plan import Plan
+from lrc.compressors.slicing.stages import plan_slices
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe whose every name has been looked up, and the plan that follows; no weight read."""
+    """A recipe whose every name has been looked up, and the plan that follows; no weight read.
+
+    `architecture` is what is decomposed: that of the source, or what the slicing stages make of it.
+    """
 
     recipe: Recipe
     source: Source
     architecture: Architecture
     plan: Plan
+    dense: Architecture
+    """Of the source."""
+    sliced: list[PreTrainedConfig] = field(default_factory=list)
+    """The config behind every slicing stage, as planned."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -59,17 +69,18 @@ def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
             check_window(source.config, spec.window, f"evaluate.perplexity[{number}].window")
     with _noted(problems):
         check_window(source.config, recipe.calibration.length, "calibration.length")
-    architecture = build(source)
+    dense = architecture = build(source)
     with _noted(problems):
-        plan = make_plan(recipe, source, architecture)
+        cuts, configs, architecture = plan_slices(recipe, source, dense)
+        plan = replace(make_plan(recipe, source, architecture), slices=cuts)
     with _noted(problems):
         check_tasks(recipe.evaluate.tasks)
         check_gate_names(recipe.evaluate.gates, recipe.evaluate)
     if problems:
         raise RecipeError(problems)
-    prepared = Prepared(recipe, source, architecture, plan)
+    prepared = Prepared(recipe, source, architecture, plan, dense, configs)
     if source.gguf is None and source.weights_local:
-        WeightReader(source.folder, architecture)  # the headers: every file whole, every tensor
+        WeightReader(source.folder, dense)  # the headers: every file whole, every tensor
         _ = prepared.tokenizer
     return prepared
 

@@ -22,18 +22,22 @@ from lrc.compressors.decompose import METHODS
 from lrc.compressors.journal import Journal, write_text
 from lrc.compressors.layers import FORMS
 from lrc.compressors.prepare import Prepared
+from lrc.compressors.slicing import METHODS as SLICERS
 
 SCHEMA_VERSION = 1
 SCHEMA = {
     "schema_version": "1; raised when a key changes its meaning or goes away",
     "recipe": "the recipe, written out in full",
     "seed": "the recipe's seed",
-    "size.targeted.{bits,source_bits}": "of the matrices a stage names, stored and in the source",
-    "size.targeted.{kept,removed}": "bits / source_bits, and 1 - that",
+    "size.targeted.{bits,source_bits}": "of the matrices that are decomposed, stored and before",
+    "size.targeted.{kept,removed}": "bits / source_bits, and 1 - that; 1 and 0 if there are none",
     "size.model.parameters.{dense,compressed}": "numbers in the whole model; tied ones once",
     "size.model.file_bytes.{dense,compressed}": "safetensors files; dense: at the recipe's dtype",
     "size.source.{file_bytes,quantized}": "the weights as the source stores them; null if on a Hub",
     "size.alternatives.NAME": "file bytes of plain forms of the same model, not measured here",
+    "slices[].{stage,method}": "one record a slicing stage",
+    "slices[].{parameters,bytes,config}": "before and after; of the config what changes",
+    "slices[].facts": "what the method had to decide, such as the layers that went",
     "layers[].{name,shape,method,form}": "one record a targeted matrix",
     "layers[].{bits,source_bits}": "as stored, and dense",
     "layers[].{rank,nonzeros,atoms}": "those of its form; of a dense matrix rank, which is null",
@@ -71,7 +75,8 @@ def write(
         "schema_version": SCHEMA_VERSION,
         "recipe": prepared.recipe.model_dump(mode="json"),
         "seed": prepared.recipe.seed,
-        "size": _size(plan, checkpoint),
+        "size": _size(plan, checkpoint, prepared),
+        "slices": plan["slices"],
         "layers": [_layer(matrix) for matrix in plan["matrices"]],
         "calibration": provenance(journal) if _reads_text(prepared) else None,
         "evaluation": evaluation,
@@ -110,7 +115,7 @@ def model_card(report: dict[str, Any], plan: dict[str, Any]) -> str:
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["lrc", "low-rank", "compressed"],
+        tags=["lrc", *(["low-rank"] if report["layers"] else []), "compressed"],
         **({"base_model": base} if on_hub else {}),
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -118,7 +123,12 @@ def model_card(report: dict[str, Any], plan: dict[str, Any]) -> str:
     template = resources.files("lrc.compressors").joinpath("card.md.j2").read_text("utf-8")
     name = Path(base).stem if base.endswith(".gguf") else base.rstrip("/").rpartition("/")[2]
     return environment.from_string(template).render(
-        header=header.to_yaml(), name=name, report=report, plan=plan, base=base
+        header=header.to_yaml(),
+        name=name,
+        report=report,
+        plan=plan,
+        base=base,
+        plain=all(layer["form"] == "dense" for layer in report["layers"]),
     )
 
 
@@ -130,12 +140,15 @@ def versions() -> dict[str, str]:
 
 def _reads_text(prepared: Prepared) -> bool:
     """Say whether the result depends on calibration text; a profile alone reads some too."""
-    compensates = any(s.decompose.compensate is not None for s in prepared.recipe.stages)
+    sliced = any(SLICERS[each.method].reads_text for each in prepared.recipe.slices)
+    compensates = any(
+        each.compensate is not None for each in prepared.recipe.decompositions.values()
+    )
     factored = [m for m in prepared.plan.matrices if m.factored]
-    return compensates or any(METHODS[m.method].needs_inputs for m in factored)
+    return sliced or compensates or any(METHODS[m.method].needs_inputs for m in factored)
 
 
-def _size(plan: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+def _size(plan: dict[str, Any], checkpoint: Path, prepared: Prepared) -> dict[str, Any]:
     totals = plan["totals"]
     files = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
     return {
@@ -147,23 +160,30 @@ def _size(plan: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         },
         "model": {
             "parameters": {
-                "dense": plan["parameters"],
+                "dense": totals["dense_parameters"],
                 "compressed": totals["compressed_parameters"],
             },
-            "file_bytes": {"dense": plan["bytes"], "compressed": files},
+            "file_bytes": {"dense": totals["dense_bytes"], "compressed": files},
         },
         "source": {
             "file_bytes": plan["source_file_bytes"],
             "quantized": plan["source_quantized"],
         },
-        "alternatives": _alternatives(plan),
+        "alternatives": _alternatives(plan, prepared),
     }
 
 
-def _alternatives(plan: dict[str, Any]) -> dict[str, int]:
-    """Count the bytes of plain quantization of the same matrices, so that a size can be judged."""
-    shapes = [matrix["shape"] for matrix in plan["matrices"]]
-    rest = plan["bytes"] - plan["totals"]["source_bits"] // 8
+def _alternatives(plan: dict[str, Any], prepared: Prepared) -> dict[str, int]:
+    """Count the bytes of plain quantization of the same matrices, so that a size can be judged.
+
+    A slice touches all of them.
+    """
+    if plan["slices"]:
+        shapes = [[linear.d_out, linear.d_in] for linear in prepared.dense.linears]
+    else:
+        shapes = [matrix["shape"] for matrix in plan["matrices"]]
+    width = prepared.source.dtype.itemsize
+    rest = plan["totals"]["dense_bytes"] - width * sum(m * n for m, n in shapes)
     return {
         "int8_per_channel": rest + sum(m * n + 2 * m for m, n in shapes),
         # 4 bits a weight, a 16-bit scale and a 4-bit zero point a group of 64

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from lrc.compressors import report
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.prefix import CompressedPrefix
 from lrc.compressors.calibrate.states import state_files
-from lrc.compressors.calibrate.windows import take_windows
 from lrc.compressors.checkpoint.assemble import write_checkpoint
 from lrc.compressors.checkpoint.reader import load_checkpoint
 from lrc.compressors.checkpoint.reader import load_tokenizer as load_checkpoint_tokenizer
@@ -24,10 +23,9 @@ from lrc.compressors.decompose import METHODS, Statistics
 from lrc.compressors.evaluate import compare, evaluate_model
 from lrc.compressors.execute import decompose, executed, factors_file
 from lrc.compressors.journal import Journal, open_journal, write_text
+from lrc.compressors.lineage import Lineage
 from lrc.compressors.machine import Clock, Machine
 from lrc.compressors.memory import release_memory
-from lrc.compressors.models.source import convert_gguf, load_dense
-from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Matrix, Plan, read_matrices
 from lrc.compressors.planning.ranks import allocate_ranks
 from lrc.compressors.prepare import Prepared
@@ -45,25 +43,9 @@ class Run:
     clock: Clock
 
     @cached_property
-    def weights(self) -> Path:
-        """Folder of safetensors for the source; a GGUF file is converted once."""
-        source = self.prepared.source
-        if source.gguf is None:
-            return source.folder
-        if not self.journal.has("source"):
-            with self.clock("convert"), new_folder(self.journal.path("source")) as folder:
-                convert_gguf(source, folder)
-        return self.journal.path("source")
-
-    @cached_property
-    def reader(self) -> WeightReader:
-        """Reads the source, at the precision of the reference model."""
-        return WeightReader(self.weights, self.prepared.architecture)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What a whole model runs in: CPUs are slow and inexact in 16 bits."""
-        return torch.float32 if self.machine.chosen == "cpu" else self.prepared.source.dtype
+    def lineage(self) -> Lineage:
+        """The models that the run starts from."""
+        return Lineage(self.prepared, self.journal, self.machine, self.clock)
 
     @property
     def executed(self) -> Plan | None:
@@ -73,26 +55,9 @@ class Run:
         records = self.journal.read_json("executed.json")["matrices"]
         return self.prepared.plan.with_matrices(read_matrices(records))
 
-    def windows(self) -> torch.Tensor:
-        """Return the calibration windows [samples, length]; drawn once."""
-        return take_windows(
-            self.prepared.recipe.calibration,
-            self.prepared.tokenizer,
-            self.journal,
-            seed=self.prepared.recipe.seed,
-            embedding=self.prepared.architecture.model.get_input_embeddings(),
-            dense=lambda: self.load_dense(self.dtype),
-            on_step=self.machine.on_step,
-        )
-
-    def load_dense(self, dtype: torch.dtype) -> Any:
-        """Load the whole dense model."""
-        return load_dense(
-            self.prepared.source, self.weights, dtype=dtype, device=self.machine.chosen
-        )
-
     def calibrate(self) -> None:
-        """Collect what the methods need to know of layers that are not factored yet."""
+        """Slice, then collect what the methods need to know of layers that are not factored yet."""
+        self.lineage.slice()
         plan, calibration = self.prepared.plan, self.prepared.recipe.calibration
         homes = plan.homes()
         left = {m.layer for m in plan.matrices if not self.journal.has(factors_file(homes[m.name]))}
@@ -101,9 +66,9 @@ class Run:
             if not needs:
                 return
             statistics.collect(
-                self.prepared.architecture,
-                self.reader,
-                self.windows(),
+                self.lineage.architecture,
+                self.lineage.reader,
+                self.lineage.windows(),
                 needs,
                 self.journal,
                 labels=calibration.labels,
@@ -137,12 +102,12 @@ class Run:
         return profile_plan(
             plan,
             self.prepared.recipe,
-            self.reader,
+            self.lineage.reader,
             self.journal,
             self._known,
-            self.windows()[:windows],
+            self.lineage.windows()[:windows],
             # In 16 bits, rounding would move the loss more than most matrices do.
-            dense=lambda: self.load_dense(torch.float32),
+            dense=lambda: self.lineage.load_sliced(torch.float32),
             device=self.machine.chosen,
             on_step=self.machine.on_step,
         )
@@ -153,11 +118,15 @@ class Run:
         def finished(layer: int) -> None:
             self.journal.forget(statistics.inputs_file(layer), statistics.gradients_file(layer))
 
+        plan = replace(plan, slices=self.lineage.slice())
+        if not plan.matrices:
+            self.journal.write_json("executed.json", plan.to_json())
+            return plan
         with self.clock("decompose"):
             plan = decompose(
                 plan,
                 self.prepared.recipe,
-                self.reader,
+                self.lineage.reader,
                 self.journal,
                 self._known,
                 device=self.machine.chosen,
@@ -176,8 +145,8 @@ class Run:
                 plan=plan,
                 loaded=loaded,
                 source=self.prepared.source,
-                architecture=self.prepared.architecture,
-                reader=self.reader,
+                architecture=self.lineage.architecture,
+                reader=self.lineage.reader,
                 tokenizer=self.prepared.tokenizer,
                 factors=lambda layer, name: self.journal.read_tensor(factors_file(layer), name),
             )
@@ -190,11 +159,11 @@ class Run:
                 return compare(None, {"perplexity": {}, "tasks": {}})
             dense = None
             if asked.dense:
-                dense = self._judged("dense", lambda: self.load_dense(self.dtype))
+                dense = self._judged("dense", lambda: self.lineage.load_dense(self.lineage.dtype))
             compressed = self._judged(
                 "compressed",
                 lambda: load_checkpoint(
-                    self._checkpoint, dtype=self.dtype, device=self.machine.chosen
+                    self._checkpoint, dtype=self.lineage.dtype, device=self.machine.chosen
                 ),
             )
             return compare(dense, compressed)
@@ -228,7 +197,7 @@ class Run:
         return allocate_ranks(
             plan,
             self.prepared.recipe,
-            self.reader,
+            self.lineage.reader,
             self.journal,
             self._known,
             device=self.machine.chosen,
@@ -240,14 +209,14 @@ class Run:
         return statistics.load(self.journal, matrix.layer, matrix.name)
 
     def _prefix(self, plan: Plan) -> CompressedPrefix | None:
-        stages = self.prepared.recipe.stages
-        refitted = {m.layer for m in plan.matrices if stages[m.stage].decompose.compensate}
+        stages = self.prepared.recipe.decompositions
+        refitted = {m.layer for m in plan.matrices if stages[m.stage].compensate}
         if all(self.journal.has(factors_file(layer)) for layer in refitted):
             return None
         return CompressedPrefix(
-            self.prepared.architecture,
-            self.reader,
-            self.windows(),
+            self.lineage.architecture,
+            self.lineage.reader,
+            self.lineage.windows(),
             self.journal,
             device=self.machine.chosen,
             memory_limit_gib=self.prepared.recipe.calibration.memory_limit_gib,

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from lrc.configs.methods import Decompose
+from lrc.configs.slicing import Slice
 from lrc.configs.strict import Strict, Text
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -64,7 +65,14 @@ class DecomposeStage(Strict):
     """How the factors are found, and how small they get."""
 
 
-Stage = DecomposeStage  # a union, as soon as there is a second kind
+class SliceStage(Strict):
+    """Cut layers or channels away: what is left is a smaller dense model."""
+
+    slice: Slice
+    """What is cut away, and how much."""
+
+
+Stage = SliceStage | DecomposeStage
 
 
 class Perplexity(Strict):
@@ -168,3 +176,28 @@ class Recipe(Strict):
     """Folder for checkpoint and report."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Start of every random choice; same seed, same machine: same bytes."""
+
+    @model_validator(mode="after")
+    def _slices_first(self) -> "Recipe":
+        kinds = [isinstance(stage, SliceStage) for stage in self.stages]
+        if kinds != sorted(kinds, reverse=True):
+            late = max(index for index, is_slice in enumerate(kinds) if is_slice)
+            raise ValueError(
+                f"a 'slice' must stand before every 'decompose', got stages[{late}] behind one; "
+                "move it to the front"
+            )
+        return self
+
+    @property
+    def slices(self) -> list[Slice]:
+        """What the first stages cut away, in order."""
+        return [stage.slice for stage in self.stages if isinstance(stage, SliceStage)]
+
+    @property
+    def decompositions(self) -> dict[int, Decompose]:
+        """Number of a stage -> what it decomposes, in order."""
+        return {
+            index: stage.decompose
+            for index, stage in enumerate(self.stages)
+            if isinstance(stage, DecomposeStage)
+        }

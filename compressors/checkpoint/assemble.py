@@ -87,7 +87,7 @@ def write_checkpoint(
     _write(folder / layout.PLAN, json.dumps(plan.to_json(), indent=1) + "\n")
     for stage, text in plan.given.items():
         _write(folder / layout.PLAN_GIVEN.format(stage=stage), text)
-    write_manifest(folder)
+    write_manifest(folder, plain=not modules)
 
 
 def _write(path: Path, text: str) -> None:

@@ -88,11 +88,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     if ours:
         layout.check_version(block.get("format_version"), f"{path}: quantization_config")
         layout.check_modules(block.get("modules", {}), f"{path}: quantization_config")
-    elif (folder / layout.MANIFEST).is_file():
+    elif (folder / layout.MANIFEST).is_file() and not is_plain(folder):
         raise CheckpointError(
             f"{path}: has lost its quantization_config, which names the matrices; {AGAIN}"
         )
     return config
+
+
+def is_plain(folder: Path) -> bool:
+    """Say whether lrc wrote a checkpoint that needs no lrc: all its matrices are dense.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    return bool(read_object(folder / layout.MANIFEST).get("plain"))
 
 
 def read_object(path: Path) -> dict[str, Any]:

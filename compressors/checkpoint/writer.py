@@ -50,27 +50,35 @@ def write_weights(
 
 
 def write_config(folder: Path, config: Any, modules: dict[str, dict[str, Any]], dtype: str) -> None:
-    """Write ``config.json``: the original architecture's, plus the block that names our forms."""
+    """Write ``config.json``: the architecture's, plus the block that names our forms if any."""
     content = json.loads(config.to_json_string(use_diff=True))
     content.pop("_name_or_path", None)
     content["dtype"] = dtype
-    content["quantization_config"] = {
-        "quant_method": layout.QUANT_METHOD,
-        "format_version": layout.FORMAT_VERSION,
-        "modules": modules,
-    }
+    if modules:
+        content["quantization_config"] = {
+            "quant_method": layout.QUANT_METHOD,
+            "format_version": layout.FORMAT_VERSION,
+            "modules": modules,
+        }
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def write_manifest(folder: Path) -> None:
-    """Write the SHA-256 of every file of the checkpoint but the report, which is added later."""
+def write_manifest(folder: Path, *, plain: bool) -> None:
+    """Write the SHA-256 of every file of the checkpoint but the report, which is added later.
+
+    `plain` notes that no matrix has a form of ours, and no module table is missed.
+    """
     later = {layout.MANIFEST, layout.REPORT, "README.md"}
     names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
     names = [name for name in names if name not in later]
     hashes = sha256([folder / name for name in names])
     text = json.dumps(
-        {"format_version": layout.FORMAT_VERSION, "sha256": dict(zip(names, hashes, strict=True))},
+        {
+            "format_version": layout.FORMAT_VERSION,
+            "plain": plain,
+            "sha256": dict(zip(names, hashes, strict=True)),
+        },
         indent=1,
     )
     (folder / layout.MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -103,7 +103,7 @@ def curves_of(
             found = {
                 _key(unit): _curve(
                     unit,
-                    recipe.stages[unit.first.stage].decompose,
+                    recipe.decompositions[unit.first.stage],
                     reader,
                     statistics,
                     device,

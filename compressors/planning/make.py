@@ -39,22 +39,22 @@ def make_plan(recipe: Recipe, source: Source, architecture: Architecture) -> Pla
     claimed = {m.name for stage in stages for m in stage.matrices}
     known = {linear.name for linear in architecture.linears}
     decided: dict[str, Matrix] = {}
-    budgets: list[int | None] = []
+    budgets: list[int | None] = [None for _ in recipe.stages]
     texts: dict[int, str] = {}
-    for index, stage in enumerate(stages):
+    for stage in stages:
         _refuse_options(recipe, stage, problems)
         budget = None
         if stage.options.plan is not None:
             given = read_given(stage.options.plan, stage.where, problems)
             units = [unit.dense() for unit in stage.units]
             if given is not None:
-                texts[index] = given.text
+                texts[stage.number] = given.text
                 units = _apply(given, stage, claimed, known, problems)
         else:
             units, budget = _decide(stage, whole, problems)
-        budgets.append(budget)
+        budgets[stage.number] = budget
         decided |= {m.name: m for unit in units for m in unit.members}
-    if not problems and not any(m.factored for m in decided.values()):
+    if stages and not problems and not any(m.factored for m in decided.values()):
         problems.append(
             "stages: every targeted matrix stays dense, so nothing would be smaller; "
             f"{_why_dense(stages[0])}"
@@ -85,12 +85,12 @@ def _refuse_options(recipe: Recipe, stage: Stage, problems: list[str]) -> None:
             f"{where}.max_loss: needs allocation: lagrangian, which predicts losses, got "
             f"{options.allocation}; change allocation or leave max_loss out"
         )
-    if options.size is not None and len(recipe.stages) > 1:
+    if options.size is not None and len(recipe.decompositions) > 1:
         problems.append(
-            f"{where}.size: must be the budget of a single stage, got {len(recipe.stages)} stages; "
-            "give every stage its 'keep'"
+            f"{where}.size: must be the budget of a single stage, got "
+            f"{len(recipe.decompositions)} stages; give every stage its 'keep'"
         )
-    compensates = any(each.decompose.compensate is not None for each in recipe.stages)
+    compensates = any(each.compensate is not None for each in recipe.decompositions.values())
     if METHODS[options.method].has_bias and compensates:
         problems.append(
             f"{where}.method: {options.method} cannot stand beside 'compensate', because the means "
@@ -257,11 +257,10 @@ def _warnings(recipe: Recipe, matrices: list[Matrix]) -> list[str]:
     """Name what will work but should be known."""
     incomparable = [
         f"stages[{index}].decompose.allocation: lagrangian compares losses between matrices, and "
-        f"those of {stage.decompose.method} leave out what an output matters; mostly far worse "
-        "than uniform"
-        for index, stage in enumerate(recipe.stages)
-        if stage.decompose.allocation == "lagrangian" and stage.decompose.plan is None
-        if not METHODS[stage.decompose.method].needs & {"gradients", "row_fisher"}
+        f"those of {options.method} leave out what an output matters; mostly far worse than uniform"
+        for index, options in recipe.decompositions.items()
+        if options.allocation == "lagrangian" and options.plan is None
+        if not METHODS[options.method].needs & {"gradients", "row_fisher"}
     ]
     tokens = recipe.calibration.samples * recipe.calibration.length
     measured = [m.shape[1] for m in matrices if METHODS[m.method].needs_inputs]

@@ -107,11 +107,27 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What a slicing stage leaves of the model it is given: a smaller one, before and after."""
+
+    stage: int
+    method: str
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+    """Of the tensors of the whole model."""
+    config: dict[str, list[Any]]
+    """Key of the config that changes -> its values before and after."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the method decided as it was carried out."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """The plan of a run.
 
-    `parameters` and `bytes` are those of the whole model, dense; `source_file_bytes` is the size
-    of the weights as the source stores them, which is smaller where the source is quantized.
+    `parameters` and `bytes` are those of the whole model, dense, as the slicing stages leave it;
+    `source_file_bytes` is the size of the weights as the source stores them, which is smaller where
+    the source is quantized.
     `budgets` holds for every stage what its pending matrices may cost together, in the stage's
     measure; None where every rank is known. `given` are the texts of plan files, by stage.
     """
@@ -128,6 +144,17 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     budgets: list[int | None] = field(default_factory=list)
     given: dict[int, str] = field(default_factory=dict)
+    slices: list[Cut] = field(default_factory=list)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in the model as it came."""
+        return self.slices[0].parameters[0] if self.slices else self.parameters
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the tensors of the model as it came."""
+        return self.slices[0].bytes[0] if self.slices else self.bytes
 
     @property
     def source_bits(self) -> int:
@@ -141,8 +168,8 @@ class Plan:
 
     @property
     def kept(self) -> float:
-        """Stored bits of the targeted matrices over their bits in the reference model."""
-        return self.bits / self.source_bits
+        """Stored bits of the targeted matrices over their bits before them; 1 of none."""
+        return self.bits / self.source_bits if self.matrices else 1.0
 
     @property
     def compressed_parameters(self) -> int:
@@ -194,6 +221,8 @@ class Plan:
             "kept": self.kept,
             "bits": self.bits,
             "source_bits": self.source_bits,
+            "dense_parameters": self.dense_parameters,
+            "dense_bytes": self.dense_bytes,
             "compressed_parameters": self.compressed_parameters,
             "compressed_bytes": self.compressed_bytes,
         }

@@ -59,8 +59,8 @@ def allocate_ranks(
     curves = curves_of(wanted, recipe, reader, journal, statistics, device=device, on_step=on_step)
     decided: list[Unit] = []
     problems: list[str] = []
-    for index, stage in enumerate(recipe.stages):
-        options, budget = stage.decompose, plan.budgets[index] if plan.budgets else None
+    for index, options in recipe.decompositions.items():
+        budget = plan.budgets[index] if plan.budgets else None
         of_stage = [unit for unit in wanted if unit.first.stage == index]
         pending = [unit for unit in of_stage if unit.first.pending]
         decided += [

@@ -26,9 +26,10 @@ FORM_OF = {
 class Stage:
     """A stage of the recipe, and what it targets; forms are as asked, ranks still unknown.
 
-    `overrides` maps a matrix to the number of its override.
+    `number` is its place in the recipe; `overrides` maps a matrix to the number of its override.
     """
 
+    number: int
     where: str
     options: DecomposeBase
     matrices: list[Matrix]
@@ -48,8 +49,8 @@ def find_stages(
     bits = source.dtype.itemsize * 8
     stages: list[Stage] = []
     owner: dict[str, int] = {}
-    for index, stage in enumerate(recipe.stages):
-        options, where = stage.decompose, f"stages[{index}].decompose"
+    for index, options in recipe.decompositions.items():
+        where = f"stages[{index}].decompose"
         targeted = []
         for linear in _targets(options, architecture.linears, where, problems):
             if linear.name in owner:
@@ -76,7 +77,7 @@ def find_stages(
             )
         elif size > 1:
             matrices = _grouped(matrices, size, layers, overrides, where, problems)
-        stages.append(Stage(where, options, matrices, overrides))
+        stages.append(Stage(index, where, options, matrices, overrides))
     return stages
 
 

@@ -1,1 +1,11 @@
-"""Methods that leave smaller dense matrices: fewer layers, narrower ones, or fewer channels."""
+"""Methods that leave a smaller dense model: fewer layers, narrower ones, or fewer channels."""
+
+from lrc.compressors.slicing.drop import Drop
+from lrc.compressors.slicing.method import SliceMethod
+
+METHODS: dict[str, SliceMethod] = {
+    "drop": Drop(),
+}
+"""Name in a recipe -> the method; a method is a row."""
+
+__all__ = ["METHODS", "SliceMethod"]

@@ -65,6 +65,8 @@ class SliceMethod(ABC):
     """The paper."""
     reads_text: bool = True
     """Whether calibration text is read."""
+    passes: float = 1.0
+    """How often about it sends that text through the model: for the estimate of time."""
 
     @abstractmethod
     def plan(

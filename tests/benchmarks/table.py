@@ -261,7 +261,7 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row) -> None:
                 _link(curves, journal.path("energies"))
             os.link(shared.path(WINDOWS), journal.path(WINDOWS))
     started = time.monotonic()
-    if not before and loaded.recipe.stages[0].decompose.allocation != "uniform":
+    if not before and loaded.recipe.decompositions[0].allocation != "uniform":
         pipeline.measure(loaded)
         _link(journal.path("energies"), curves)
         (curves / "seconds.json").write_text(json.dumps(time.monotonic() - started))
