@@ -1,0 +1,219 @@
+"""Slicing stages from a recipe to plain checkpoints, alone and in front of a decomposition."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lrc.cli.inspect import describe
+from lrc.compressors.machine import Machine
+from lrc.compressors.pipeline import compress, measure
+from lrc.configs.errors import RecipeError, Stopped
+from lrc.configs.load import load_recipe
+
+N_LAYERS, IDLE = 5, (1, 3)
+DROP = {"method": "drop", "keep": 0.8}  # three of the five layers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def source(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+) -> Path:
+    """A model of which two layers do nothing."""
+    folder = tmp_path_factory.mktemp("idle")
+    model = tiny_llama(num_hidden_layers=N_LAYERS)
+    with torch.no_grad():
+        for index in IDLE:
+            layer = model.model.layers[index]
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(source: Path, tiny_recipe: Callable[..., Path]) -> Callable[..., Any]:
+    def load(output: Path, *stages: dict[str, Any], **changes: Any) -> Any:
+        return load_recipe(tiny_recipe(source, output, stages=[*stages], **changes))
+
+    return load
+
+
+def load(folder: Path) -> Any:
+    """Load a model at the recipe's precision, and let it run in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float().eval()
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = load(folder)
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.arange(2, 30)[None]).logits
+    return found
+
+
+def test_layers_that_do_nothing_go_first_and_without_loss(
+    prepared: Callable[..., Any], source: Path, tmp_path: Path
+) -> None:
+    report = compress(prepared(tmp_path / "run", {"slice": DROP}))
+    assert report["slices"][0]["facts"]["dropped"] == [*IDLE]
+    torch.testing.assert_close(logits(tmp_path / "run/checkpoint"), logits(source))
+
+
+def test_the_layers_that_go_are_those_whose_absence_costs_least_loss(
+    prepared: Callable[..., Any], source: Path, tmp_path: Path
+) -> None:
+    report = compress(prepared(tmp_path / "run", {"slice": DROP | {"verify": "perplexity"}}))
+    facts = report["slices"][0]["facts"]
+    tokens = load_file(tmp_path / "run/work/windows.safetensors")["tokens"]
+    model = load(source)
+    layers, kept = model.model.layers, [*range(N_LAYERS)]
+
+    def loss(without: int) -> float:
+        model.model.layers = torch.nn.ModuleList(layers[i] for i in kept if i != without)
+        model.config.num_hidden_layers = len(model.model.layers)
+        with torch.no_grad():
+            return float(model(tokens, labels=tokens, use_cache=False).loss)
+
+    for expected in facts["losses"]:
+        found = {layer: loss(layer) for layer in kept}
+        best = min(found, key=lambda layer: found[layer])
+        assert found[best] == pytest.approx(expected, rel=1e-5)
+        kept.remove(best)
+    assert facts["dropped"] == [layer for layer in range(N_LAYERS) if layer not in kept]
+
+
+def test_influence_of_a_layer_that_does_nothing_is_nil(
+    prepared: Callable[..., Any], tmp_path: Path
+) -> None:
+    influence = compress(prepared(tmp_path / "run", {"slice": DROP}))["slices"][0]["facts"]
+    found = torch.tensor(influence["influence"])
+    assert found[list(IDLE)].abs().max() < 1e-5 < found[[0, 2, 4]].min()
+
+
+def test_the_budget_is_of_the_whole_model_and_is_kept(
+    prepared: Callable[..., Any], source: Path, tmp_path: Path
+) -> None:
+    report = compress(prepared(tmp_path / "run", {"slice": DROP}))
+    dense, small = (report["size"]["model"]["file_bytes"][k] for k in ("dense", "compressed"))
+    tensors = report["slices"][0]["bytes"]
+    assert tensors[0] == dense
+    assert tensors[1] <= 0.8 * dense < tensors[1] + dense // N_LAYERS
+    assert 0 <= small - tensors[1] < 8000  # the header of the file
+    assert report["size"]["targeted"] == {
+        "bits": 0,
+        "source_bits": 0,
+        "kept": 1.0,
+        "removed": 0.0,
+    }
+    assert report["calibration"]["tokens"] > 0
+
+
+def test_a_plain_checkpoint_needs_no_lrc(prepared: Callable[..., Any], tmp_path: Path) -> None:
+    compress(prepared(tmp_path / "run", {"slice": DROP}))
+    folder = tmp_path / "run/checkpoint"
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    code = (
+        "import sys; sys.modules['lrc'] = None\n"
+        "import torch; from transformers import AutoModelForCausalLM as A\n"
+        f"model = A.from_pretrained({str(folder)!r})\n"
+        "print(model.generate(torch.tensor([[5, 6]]), max_new_tokens=4).shape[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2 < int(done.stdout) <= 6
+    facts = describe(folder, verify=True)
+    assert (facts["modules"], facts["slices"][0]["method"]) == ([], "drop")
+    assert "lrc is not needed" in (folder / "README.md").read_text()
+
+
+def test_a_decomposition_works_on_what_the_slice_leaves(
+    prepared: Callable[..., Any], tmp_path: Path
+) -> None:
+    stages = {"slice": DROP}, {"decompose": {"method": "kfac", "keep": 0.8, "compensate": {}}}
+    loaded = prepared(tmp_path / "run", *stages)
+    report = compress(loaded)
+    layers = {record["name"].split(".")[2] for record in report["layers"]}
+    assert layers == {"0", "1", "2"}
+    whole = report["size"]["model"]
+    assert whole["parameters"]["compressed"] < report["slices"][0]["parameters"][1]
+    assert whole["parameters"]["dense"] == report["slices"][0]["parameters"][0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
+    assert len(model.model.layers) == 3
+    assert measure(loaded).slices[0].parameters[1] == report["slices"][0]["parameters"][1]
+
+
+def test_two_slices_follow_each_other(prepared: Callable[..., Any], tmp_path: Path) -> None:
+    half = {"slice": {"method": "drop", "keep": 0.9}}
+    report = compress(prepared(tmp_path / "run", half, half))
+    first, second = report["slices"]
+    assert first["config"]["num_hidden_layers"] == [5, 4]
+    assert second["config"]["num_hidden_layers"] == [4, 3]
+    assert first["parameters"][1] == second["parameters"][0]
+
+
+def test_a_run_that_was_stopped_goes_on_behind_the_slice(
+    prepared: Callable[..., Any], tmp_path: Path
+) -> None:
+    stages = {"slice": DROP}, {"decompose": {"method": "svd-llm", "keep": 0.8}}
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "decompose":
+            raise Stopped("here")
+
+    loaded = prepared(tmp_path / "run", *stages)
+    with pytest.raises(Stopped):
+        compress(loaded, Machine(device="cpu", on_step=stop))
+    seen: list[str] = []
+    compress(loaded, Machine(device="cpu", on_step=lambda stage, *_: seen.append(stage)))
+    assert "slice" not in seen
+    undisturbed = prepared(tmp_path / "other", *stages)
+    compress(undisturbed)
+    one, other = (
+        (tmp_path / name / "checkpoint/model.safetensors").read_bytes() for name in ("run", "other")
+    )
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ([{"slice": DROP | {"keep": 0.1}}], ["stages[0].slice.keep", "at least 0."]),
+        ([{"slice": {"method": "drop"}}], ["exactly one of 'keep' and 'size'", "neither"]),
+        ([{"slice": DROP | {"size": "1MiB"}}], ["exactly one of 'keep' and 'size'", "both"]),
+        ([{"slice": {"method": "drop", "size": "9GiB"}}], ["slice.size", "lower size"]),
+        ([{"slice": DROP | {"method": "dorp"}}], ["did you mean 'drop'?"]),
+        ([{"slice": DROP, "decompose": {}}], ["cannot stand beside"]),
+        (
+            [{"decompose": {"method": "svd", "keep": 0.5}}, {"slice": DROP}],
+            ["before every 'decompose'", "stages[1]", "move it to the front"],
+        ),
+    ],
+)
+def test_what_cannot_be_sliced_is_refused_in_the_plan(
+    stages: list[dict[str, Any]],
+    words: list[str],
+    prepared: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(RecipeError) as refused:
+        compress(prepared(tmp_path / "run", *stages))
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert not (tmp_path / "run").exists()
