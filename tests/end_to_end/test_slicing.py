@@ -37,7 +37,7 @@ def source(
     tiny_llama: Callable[..., LlamaForCausalLM],
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> Path:
-    """A model of which two layers do nothing."""
+    """Write a model of which two layers do nothing."""
     folder = tmp_path_factory.mktemp("idle")
     model = tiny_llama(num_hidden_layers=N_LAYERS)
     with torch.no_grad():
