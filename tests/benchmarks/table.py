@@ -52,7 +52,9 @@ EVERYTHING = frozenset(
     | {"input_mean", "input_magnitude", "row_fisher"}
 )
 Row = tuple[str, list[str], dict[str, Any]]
-"""Name, overrides of the recipe, stage."""
+"""Name, overrides of the recipe, options of a decomposition or a whole stage of another kind."""
+DENSE_BYTES = 269_030_016
+"""Of SmolLM2-135M's tensors in 16 bits."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -95,6 +97,7 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         other = {"source": "data/wikitext2/validation.jsonl"}
         yield f"{method} on WikiText-2, {keep}", stage, other
     yield from other_forms()
+    yield from slices()
 
 
 def other_forms() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -123,6 +126,27 @@ def other_forms() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     for method in ("sparse", "wanda", "magnitude"):
         stage = {"method": method, "keep": 0.563, "pattern": "2:4", "allocation": "uniform"}
         yield f"{method}, 2:4, 0.563", stage, {}
+
+
+def slices() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield the rows that compare at the bytes of the whole model, as `rows` does."""
+    for keep in (0.8, 0.7):
+        for name, stage in {
+            "modegpt": {"method": "modegpt"},
+            "modegpt, MLPs alone": {"method": "modegpt", "heads": False},
+            "slicegpt": {"method": "slicegpt"},
+            "drop": {"method": "drop"},
+            "drop, by perplexity": {"method": "drop", "verify": "perplexity"},
+        }.items():
+            yield f"{name}, whole model {keep}", {"slice": stage | {"keep": keep}}, {}
+        size = f"{int(keep * DENSE_BYTES)}B"
+        for name, stage in {
+            "svd-llm": {"method": "svd-llm"},
+            "kfac": {"method": "kfac"},
+            "kfac, compensate": {"method": "kfac", "compensate": {}},
+            "mixed, compensate": {"method": "mixed", "compensate": {}},
+        }.items():
+            yield f"{name}, whole model {keep}", stage | {"size": size}, {}
 
 
 def main() -> None:
@@ -223,7 +247,9 @@ def _calibrate(loaded: LoadedRecipe, folder: Path) -> None:
 
 def _family(row: Row) -> str:
     """Name what rows have in common that want the same curves: all but what is decided by them."""
-    _, changes, stage = row
+    name, changes, stage = row
+    if "slice" in stage:  # has no curves
+        return hashlib.sha256(name.encode()).hexdigest()[:16]
     options: DecomposeBase = TypeAdapter(Decompose).validate_python(stage)
     decided = {"keep", "compensate", "min_keep", "max_loss", "rank_multiple"}
     shared = options.model_dump(exclude=set() if options.allocation == "uniform" else decided)
@@ -248,7 +274,8 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row) -> None:
     """Compress and evaluate one row; curves are the first row's of the family, and their time."""
     name, changes, stage = row
     output = folder / "runs" / name.replace(" ", "-")
-    changes = [*changes, f"stages={json.dumps([{'decompose': stage}])}", "evaluate.dense=false"]
+    stages = [stage if "slice" in stage else {"decompose": stage}]
+    changes = [*changes, f"stages={json.dumps(stages)}", "evaluate.dense=false"]
     loaded = load_recipe(recipe, [*overrides, *changes, f"output={output}"])
     shared, prepared = _shared(loaded.recipe, folder), prepare(loaded.recipe)
     curves, before = folder / "curves" / _family(row), 0.0
@@ -261,15 +288,19 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row) -> None:
                 _link(curves, journal.path("energies"))
             os.link(shared.path(WINDOWS), journal.path(WINDOWS))
     started = time.monotonic()
-    if not before and loaded.recipe.decompositions[0].allocation != "uniform":
+    decomposed = loaded.recipe.decompositions.get(0)
+    if not before and decomposed is not None and decomposed.allocation != "uniform":
         pipeline.measure(loaded)
         _link(journal.path("energies"), curves)
         (curves / "seconds.json").write_text(json.dumps(time.monotonic() - started))
     report = pipeline.compress(loaded)
     seconds = report["timing"]["seconds"]
     seconds["allocate"] = seconds.get("allocate", 0) + before
+    seconds["decompose"] = seconds.get("decompose", 0) + seconds.get("slice", 0)
     facts = {
         "kept": report["size"]["targeted"]["kept"],
+        "parameters": report["size"]["model"]["parameters"]["compressed"],
+        "bytes": report["size"]["model"]["file_bytes"]["compressed"],
         "seconds": {k: seconds.get(k, 0) for k in ("allocate", "decompose", "save", "evaluate")},
         "dense": sum(layer["form"] == "dense" for layer in report["layers"]),
         "evaluation": report["evaluation"],
