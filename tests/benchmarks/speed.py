@@ -4,9 +4,9 @@ usage: python tests/benchmarks/speed.py DENSE CHECKPOINT ... [--batch 1 16] [--p
            [--new 64] [--repeats 7] [--device auto] [--dtype bfloat16]
 
 Every model in turn in one process, the first again at the end: what differs between its two rows
-is noise. Prefill is one forward of `prompt` tokens a row that fills the cache; decode is `new` steps
-of one token behind it, greedy, plain forwards in eager mode: small models at batch 1 wait for the
-launches of their kernels there. Medians; a first run is not counted.
+is noise. Prefill is one forward of `prompt` tokens a row that fills the cache; decode is `new`
+steps of one token behind it, greedy, plain forwards in eager mode: small models at batch 1 wait for
+the launches of their kernels there. Medians; a first run is not counted.
 """
 
 import argparse
