@@ -1,4 +1,4 @@
-"""What slicing the residual stream needs to know of an architecture: who reads it, who writes to it.
+"""What slicing the residual stream needs to know of an architecture: its readers and writers.
 
 A decoder layer is one or two *blocks*: norms that read the stream, linears behind them, and linears
 whose outputs are added to it. That is all a rotation has to know, so that a family is a row of
