@@ -61,7 +61,7 @@ def test_a_small_model_with_a_tied_head_grows_by_slicing():
     growth = [count_sliced(qwen, s) for s in (0.2, 0.25, 0.3)]
     assert growth[0].dense == 494_032_768
     assert [c.sliced / c.dense - 1 for c in growth] == pytest.approx(
-        [0.122, 0.072, 0.013], abs=5e-4
+        [0.1215, 0.072, 0.013], abs=5e-4
     )
 
 
