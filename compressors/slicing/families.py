@@ -1,0 +1,222 @@
+"""What slicing the residual stream needs to know of an architecture: its readers and writers.
+
+A decoder layer is one or two *blocks*: norms that read the stream, linears behind them, and linears
+whose outputs are added to it. That is all a rotation has to know, so that a family is a row of
+names and no decoder layer is ever written again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lrc.configs.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of the residual stream, and the linears that are given what it puts out."""
+
+    name: str
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One addition to the residual stream: ``x + sum of writers``, made of norms of ``x``."""
+
+    norms: tuple[Norm, ...]
+    writers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the residual stream of an architecture begins, who uses it, and where it ends.
+
+    Names within `blocks` are those within one decoder layer; all others are full.
+    """
+
+    layers: str
+    embeddings: tuple[str, ...]
+    """Their sum is the first state of the stream."""
+    blocks: tuple[Block, ...]
+    final_norm: str
+    head: str = "lm_head"
+    layer_norm: bool = False
+    """Whether the norms subtract the mean first (LayerNorm), rather than not (RMSNorm)."""
+    weight_offset: float = 0.0
+    """Added to the weight of every norm before it scales."""
+
+    def stream(self, model: Any) -> list[Block]:
+        """Return the blocks of all layers under their full names, in the order of the stream."""
+        prefixes = [f"{self.layers}.{i}" for i in range(len(model.get_submodule(self.layers)))]
+        return [_within(prefix, block) for prefix in prefixes for block in self.blocks]
+
+    def norms(self, model: Any) -> list[Norm]:
+        """Return every norm of the stream under its full name; the last one feeds the head."""
+        inner = [norm for block in self.stream(model) for norm in block.norms]
+        return [*inner, Norm(self.final_norm, (self.head,))]
+
+
+def _within(prefix: str, block: Block) -> Block:
+    norms = tuple(
+        Norm(f"{prefix}.{norm.name}", tuple(f"{prefix}.{reader}" for reader in norm.readers))
+        for norm in block.norms
+    )
+    return Block(norms, tuple(f"{prefix}.{writer}" for writer in block.writers))
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+LLAMA = Family(
+    layers="model.layers",
+    embeddings=("model.embed_tokens",),
+    blocks=(
+        Block((Norm("input_layernorm", QKV),), ("self_attn.o_proj",)),
+        Block(
+            (Norm("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),),
+            ("mlp.down_proj",),
+        ),
+    ),
+    final_norm="model.norm",
+)
+
+OPT = Family(
+    layers="model.decoder.layers",
+    embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    blocks=(
+        Block((Norm("self_attn_layer_norm", QKV),), ("self_attn.out_proj",)),
+        Block((Norm("final_layer_norm", ("fc1",)),), ("fc2",)),
+    ),
+    final_norm="model.decoder.final_layer_norm",
+    layer_norm=True,
+)
+
+PHI = Family(
+    layers="model.layers",
+    embeddings=("model.embed_tokens",),
+    blocks=(Block((Norm("input_layernorm", (*QKV, "mlp.fc1")),), ("self_attn.dense", "mlp.fc2")),),
+    final_norm="model.final_layernorm",
+    layer_norm=True,
+)
+
+_NEOX_ATTENTION = Block(
+    (Norm("input_layernorm", ("attention.query_key_value",)),), ("attention.dense",)
+)
+_NEOX_MLP = Block(
+    (Norm("post_attention_layernorm", ("mlp.dense_h_to_4h",)),), ("mlp.dense_4h_to_h",)
+)
+NEOX_SEQUENTIAL = Family(
+    layers="gpt_neox.layers",
+    embeddings=("gpt_neox.embed_in",),
+    blocks=(_NEOX_ATTENTION, _NEOX_MLP),
+    final_norm="gpt_neox.final_layer_norm",
+    layer_norm=True,
+)
+NEOX_PARALLEL = replace(
+    NEOX_SEQUENTIAL,
+    blocks=(
+        Block(_NEOX_ATTENTION.norms + _NEOX_MLP.norms, _NEOX_ATTENTION.writers + _NEOX_MLP.writers),
+    ),
+)
+
+
+def _opt(config: Any) -> Family:
+    if config.word_embed_proj_dim != config.hidden_size:
+        raise _refused(
+            config,
+            f"its embeddings are {config.word_embed_proj_dim} wide and projected to the residual "
+            f"stream of {config.hidden_size}",
+        )
+    if not config.do_layer_norm_before or config._remove_final_layer_norm:
+        raise _refused(
+            config,
+            "its norms stand on the residual stream itself, whose scales do not commute with a "
+            "rotation",
+        )
+    return OPT
+
+
+def _gpt_neox(config: Any) -> Family:
+    return NEOX_PARALLEL if config.use_parallel_residual else NEOX_SEQUENTIAL
+
+
+FAMILIES: dict[str, Callable[[Any], Family]] = {
+    "llama": lambda _: LLAMA,
+    "mistral": lambda _: LLAMA,
+    "qwen2": lambda _: LLAMA,
+    "qwen3": lambda _: LLAMA,
+    "gemma": lambda _: replace(LLAMA, weight_offset=1.0),
+    "opt": _opt,
+    "gpt_neox": _gpt_neox,
+    "phi": lambda _: PHI,
+}
+"""By `model_type`. Norms inside attention (Qwen-3, Phi) see heads, not the stream: they stay."""
+
+POST_NORM = {"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3"}
+"""Families with a norm between a block's output matrix and the residual stream."""
+
+
+def find_family(model: Any) -> Family:
+    """Return what is known of a model's residual stream, held against its module tree.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With or without weights: the meta device will do.
+
+    Raises
+    ------
+    ModelError
+        If its residual stream cannot be rotated, or is not known.
+    """
+    config = model.config
+    kind = config.model_type
+    if kind in POST_NORM:
+        raise _refused(
+            config,
+            "it has a norm between a block's output matrix and the residual stream, and the scales "
+            "of a norm there do not commute with a rotation",
+        )
+    if kind not in FAMILIES:
+        raise _refused(config, f"that is known of {', '.join(sorted(FAMILIES))} only")
+    family = FAMILIES[kind](config)
+    problems = list(_differences(family, model, config.hidden_size))
+    if problems:
+        raise _refused(config, f"its modules are not those of its family: {'; '.join(problems)}")
+    return family
+
+
+def _differences(family: Family, model: Any, width: int) -> list[str]:
+    """Say where a module tree is not as its family says."""
+    modules = dict(model.named_modules())
+    norms, blocks = family.norms(model), family.stream(model)
+    widths = {
+        **{name: (nn.Embedding, "embedding_dim") for name in family.embeddings},
+        **{name: (nn.Linear, "in_features") for norm in norms for name in norm.readers},
+        **{name: (nn.Linear, "out_features") for block in blocks for name in block.writers},
+    }
+    problems = [
+        f"{name} is no {kind.__name__} of {width} {attribute}"
+        for name, (kind, attribute) in widths.items()
+        if not isinstance(modules.get(name), kind) or getattr(modules[name], attribute) != width
+    ]
+    wanted = "LayerNorm" if family.layer_norm else "RMSNorm"
+    for norm in norms:
+        module = modules.get(norm.name)
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.LayerNorm):
+            fits = family.layer_norm and tuple(module.normalized_shape) == (width,)
+        else:
+            fits = not family.layer_norm and weight is not None and tuple(weight.shape) == (width,)
+        if not fits:
+            problems.append(f"{norm.name} is no {wanted} over {width}")
+    return problems
+
+
+def _refused(config: Any, reason: str) -> ModelError:
+    return ModelError(
+        f"model: the residual stream of model_type {config.model_type!r} cannot be rotated: "
+        f"{reason}; slice with 'modegpt' or 'drop', which leave the stream as it is"
+    )
