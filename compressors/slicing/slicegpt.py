@@ -239,7 +239,7 @@ def stream_moment(work: Work, family: Family) -> Tensor:
                     f"model: the residual stream is not finite in {name} on the calibration text; "
                     "its weights are damaged or overflow: check the source model"
                 )
-            work.on_step("calibrate", index + 1, n_layers)
+            work.on_step("slice", index + 1, n_layers)
     del states, chain
     work.journal.forget(f"states{LIVE}")
     return total

@@ -40,12 +40,17 @@ def test_a_shipped_recipe_runs(
     ended = lrc("compress", recipe, *overrides, "-q", "--json")
     assert ended.code == 0, ended.err
     report = json.loads(ended.out)
-    assert any(layer["form"] != "dense" for layer in report["layers"])
+    stages = report["recipe"]["stages"]
+    for stage, cut in zip(stages, report["slices"], strict=False):
+        before, after = cut["bytes"]
+        assert before * stage["slice"]["keep"] * 0.8 < after <= before * stage["slice"]["keep"]
+    decomposed = [stage["decompose"] for stage in stages if "decompose" in stage]
+    assert any(layer["form"] != "dense" for layer in report["layers"]) == bool(decomposed)
     assert not any(layer["fallback"] for layer in report["layers"])
     if name == "size":
         assert report["size"]["model"]["file_bytes"]["compressed"] <= 90_000
-    else:
-        keep = max(s["decompose"]["keep"] for s in report["recipe"]["stages"])
+    elif decomposed:
+        keep = max(each["keep"] for each in decomposed)
         assert keep - 0.1 < report["size"]["targeted"]["kept"] <= keep
     assert report["evaluation"]["perplexity"]["english"]["compressed"] < 1e4
     assert lrc("inspect", output / "checkpoint", "--verify").code == 0

@@ -17,10 +17,12 @@ def test_every_recipe_file_is_shipped_under_its_own_name() -> None:
 
 
 def test_every_method_has_a_recipe_of_its_name() -> None:
-    methods = Shape(recipe_schema()).properties["stages"].items.properties["decompose"]
-    for method in methods.properties["method"].options:
-        recipe = parse_recipe(shipped.read(method), name=method)
-        assert recipe.stages[0].decompose.method == method
+    stages = Shape(recipe_schema()).properties["stages"].items.properties
+    assert set(stages) == {"slice", "decompose"}
+    for kind, methods in stages.items():
+        for method in methods.properties["method"].options:
+            recipe = parse_recipe(shipped.read(method), name=method)
+            assert getattr(recipe.stages[0], kind).method == method
 
 
 @pytest.mark.parametrize("name", NAMES)

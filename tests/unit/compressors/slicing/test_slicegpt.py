@@ -225,7 +225,7 @@ def test_every_token_counts_alike_at_every_norm(make_case):
     x = x / x.norm(dim=-1, keepdim=True) * WIDTH**0.5
     torch.testing.assert_close(moment, x.T @ x, rtol=1e-4, atol=1e-3)
     assert float(moment.trace()) == pytest.approx(5 * case.tokens.numel() * WIDTH, rel=1e-5)
-    assert case.steps == [("calibrate", 1, 2), ("calibrate", 2, 2)]
+    assert case.steps == [("slice", 1, 2), ("slice", 2, 2)]
 
 
 def test_only_one_layer_is_resident_while_text_is_read(make_case):
