@@ -48,7 +48,7 @@ def fuse_norms_(model: Any, family: Family) -> None:
     .. [1] S. Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and
        Columns", ICLR 2024. https://arxiv.org/abs/2401.15024
     """
-    untie_(model, family)
+    untie_(model)
     if family.layer_norm:
         for name in family.embeddings:
             set_weight_(model.get_submodule(name), "weight", _centred)
@@ -61,10 +61,8 @@ def fuse_norms_(model: Any, family: Family) -> None:
         _fold_(model, norm, family.weight_offset)
 
 
-def untie_(model: Any, family: Family) -> None:
-    """Give the head a weight of its own, which may then be another one than the embedding's."""
-    head = model.get_submodule(family.head)
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+def untie_(model: Any) -> None:
+    """Let embedding and head be saved each: whatever changes one makes it a tensor of its own."""
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
 

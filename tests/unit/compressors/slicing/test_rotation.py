@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lrc.compressors.slicing.families import find_family
@@ -45,6 +46,17 @@ def test_fusing_leaves_the_embedding_of_a_tied_rms_model_alone(configs, make_mod
     assert torch.equal(model.get_input_embeddings().weight, embedding)
     assert not torch.equal(model.get_output_embeddings().weight, embedding)
     assert not model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3-tied", "gemma", "opt"])
+def test_both_ends_of_a_fused_tied_model_are_saved(configs, make_model, tmp_path, name):
+    model = make_model(configs[name]())
+    family = fused(model)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    for module in (*family.embeddings, family.head):
+        weight = f"{module}.weight"
+        assert torch.equal(saved[weight], model.get_submodule(module).weight)
 
 
 def test_the_stream_of_a_fused_layer_norm_model_has_no_mean(configs, make_model, tokens):

@@ -190,6 +190,7 @@ def test_a_planted_stream_of_sixteen_dimensions_survives_in_sixteen(make_case, r
         "width": 16,
         "dense_width": 32,
         "stream_energy_kept": pytest.approx(1, abs=1e-6),
+        "head_untied": False,
     }
     found = logits(case.load(sliced), case.tokens)
     torch.testing.assert_close(found, dense, rtol=0, atol=2e-4)
