@@ -1,0 +1,174 @@
+"""MoDeGPT: narrower MLPs and attention heads of one width each, as a plain smaller checkpoint.
+
+Modules are decomposed jointly: what makes channels loses rows, what reads them loses columns and is
+refitted, so that no matrix is added anywhere.
+"""
+
+import math
+from copy import deepcopy
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.slicing.carve import Carver, NarrowHeads
+from lrc.compressors.slicing.heads import choose_pairs
+from lrc.compressors.slicing.layout import (
+    Heads,
+    Layout,
+    find_layout,
+    narrowed_shapes,
+    obeys,
+    skeleton,
+)
+from lrc.compressors.slicing.method import Budget, Sliced, SliceMethod, Work
+from lrc.compressors.slicing.rope import table_parameters
+from lrc.compressors.slicing.survey import survey
+from lrc.configs.errors import RecipeError
+from lrc.configs.slicing import Modegpt as Options
+from lrc.configs.slicing import SliceBase
+
+# Share that heads lose for each that MLPs lose.
+HEAD_SHARE = 1.0
+
+
+class Modegpt(SliceMethod):
+    """Channels inside attention and MLPs."""
+
+    source = "https://arxiv.org/abs/2408.09632"
+
+    def plan(
+        self, architecture: Architecture, options: SliceBase, budget: Budget
+    ) -> PreTrainedConfig:
+        """Return the config with heads near their share, and the widest MLPs that then fit."""
+        assert isinstance(options, Options)
+        layout = find_layout(architecture)
+        if isinstance(layout, str):
+            raise _refusal(budget, f"modegpt narrows MLPs, and here it cannot: {layout}")
+        sizes: list[int | None] = [None]
+        if options.heads and isinstance(layout.heads, Heads):
+            sizes.insert(0, layout.heads.head_dim)
+        for head_dim in sizes:
+            width, narrower = _widths(architecture, layout, head_dim, options.multiple, budget)
+            config: PreTrainedConfig = deepcopy(architecture.model.config)
+            setattr(config, layout.width_key, width)
+            if narrower != head_dim:
+                config.head_dim = narrower
+            if obeys(architecture, config, narrowed_shapes(architecture, layout, width, narrower)):
+                return config
+        raise _refusal(
+            budget,
+            f"a {type(architecture.model).__name__} does not take the width of its MLPs from "
+            f"{layout.width_key} in its config",
+        )
+
+    def carry_out(self, work: Work, options: SliceBase, config: PreTrainedConfig) -> Sliced:
+        """Slice the model of `work`; facts about a layer come with its tensors."""
+        assert isinstance(options, Options)
+        layout = find_layout(work.architecture)
+        assert isinstance(layout, Layout), "it was planned"
+        config, tokens, narrow_heads = deepcopy(config), work.windows(), None
+        width = getattr(config, layout.width_key)
+        facts: dict[str, Any] = {layout.width_key: [layout.width, width]}
+        if isinstance(layout.heads, str):
+            facts["heads"] = f"left alone: {layout.heads}"
+        elif _head_dim(config) not in (None, layout.heads.head_dim):
+            heads, seen = layout.heads, survey(work, layout.heads, tokens)
+            count = int(_head_dim(config) or 0) // 2
+            pairs, turns, lost = choose_pairs(seen.scores, count, damp=options.damp)
+            turns = turns.view(len(heads.attentions), heads.n_heads, count)
+            gain = _gain(work.architecture, config, heads)
+            narrow_heads = NarrowHeads(heads, pairs, turns, seen.values, gain)
+            config.rope_parameters = table_parameters(
+                config.rope_parameters,
+                heads.frequencies,
+                pairs.tolist(),
+                scale=heads.scale,
+                max_positions=config.max_position_embeddings,
+            )
+            facts["head_dim"] = [heads.head_dim, 2 * count]
+            facts |= {"rotary_pairs": pairs.tolist(), "lost_scores": lost}
+        facts["layers"] = []
+        carver = Carver(
+            work,
+            tokens,
+            layout.mlps,
+            width,
+            narrow_heads,
+            damp=options.damp,
+            facts=facts["layers"],
+        )
+        return Sliced(config, carver.tensors(), facts)
+
+
+def _widths(
+    architecture: Architecture,
+    layout: Layout,
+    head_dim: int | None,
+    multiple: int,
+    budget: Budget,
+) -> tuple[int, int | None]:
+    """Solve for the width of MLPs and of heads (None leaves them).
+
+    Raises
+    ------
+    RecipeError
+        If the smallest widths are too wide.
+    """
+
+    def size(width: int, narrower: int | None) -> int:
+        shapes = narrowed_shapes(architecture, layout, width, narrower)
+        return sum(math.prod(shape) * items[name] for name, shape in shapes.items())
+
+    items = {name: p.itemsize for name, p in architecture.stored_parameters().items()}
+    dense = size(layout.width, head_dim)
+    channel = dense - size(layout.width - 1, head_dim)
+    choices: list[int | None] = [None]
+    if head_dim is not None:
+        dimension = dense - size(layout.width, head_dim - 1)
+        removable = layout.width * channel + HEAD_SHARE * head_dim * dimension
+        share = 1 - HEAD_SHARE * (dense - budget.bytes) / removable
+        step = math.lcm(multiple, 2)
+        nearest = min(head_dim, max(step, step * round(share * head_dim / step)))
+        choices = [
+            nearest,
+            *(n for n in range(head_dim - head_dim % step, 0, -step) if n < nearest),
+        ]
+    for narrower in choices:
+        spare = budget.bytes - size(layout.width, narrower)
+        width = layout.width - max(0, math.ceil(-spare / channel))
+        if width < layout.width:
+            width -= width % multiple
+        if width >= min(multiple, layout.width):
+            return width, narrower
+    least = size(min(multiple, layout.width), choices[-1])
+    heads = "" if head_dim is None else f" and heads of {choices[-1]}"
+    raise RecipeError(
+        [
+            f"{budget.where}: must be at least {least / budget.dense_bytes:.3f} of the bytes with "
+            f"MLPs of {min(multiple, layout.width)} channels{heads}, the smallest; got "
+            f"{budget.bytes:,} of {budget.dense_bytes:,} bytes; keep more, or slice with drop, "
+            "which takes whole layers"
+        ]
+    )
+
+
+def _head_dim(config: PreTrainedConfig) -> int | None:
+    head_dim: int | None = getattr(config, "head_dim", None)
+    return head_dim
+
+
+def _gain(architecture: Architecture, config: PreTrainedConfig, heads: Heads) -> float:
+    """Return by what the dense model multiplies scores over what the smaller one will."""
+    name = heads.attentions[0].module
+    before, after = (
+        model.get_submodule(name).scaling
+        for model in (architecture.model, skeleton(architecture, config))
+    )
+    return float(before / after)
+
+
+def _refusal(budget: Budget, reason: str) -> RecipeError:
+    return RecipeError(
+        [f"{budget.where}: {reason}; slice with drop or slicegpt, or decompose without slicing"]
+    )
