@@ -132,7 +132,7 @@ BAD_STAGES = [
     ("{decompse: {method: svd, keep: 0.8}}", ".decompse: unknown key; did you mean 'decompose'? Allowed: slice, decompose"),
     ("decompose:svd", ": must be a mapping with the keys slice, decompose, got 'decompose:svd'; put a space after the colon"),
     ("svd", ": must be a mapping with the keys slice, decompose, got 'svd'"),
-    ("{}", ".decompose: missing; add a mapping with the keys method, keep, size and others (How the factors are found, and how small they get)"),
+    ("{}", " is empty; write one of the keys slice, decompose"),
     ('{decompose: "a\\n\\eb' + "x" * 80 + '"}', ".decompose: must be a mapping with the keys method, keep, size and others, got 'a\\n?b" + "x" * 52 + "...'"),
     ("{decompose: {method: svd, keep: 0.8, overrides: [{keep: 0.1}]}}", ".decompose.overrides[0].match: missing; add a string that is not empty (Shell pattern over full module names, e.g. `*.down_proj` or `model.layers.0.*`)"),
 ]  # fmt: skip
