@@ -95,10 +95,11 @@ class Slicegpt(SliceMethod):
         if roles.bytes(k) > budget.dense_bytes:
             raise RecipeError(
                 [
-                    f"{budget.where}: the model would only grow: {words}, and {roles.bytes(k)} at "
-                    f"{k}, the widest of at most {budget.bytes}; allow at most "
-                    f"{budget.dense_bytes} bytes, or slice with 'modegpt' or 'drop', which leave "
-                    "the head tied"
+                    f"{budget.where}: the model would only grow: the dense model has "
+                    f"{budget.dense_bytes} bytes; sliced it needs a head of its own, and has "
+                    f"{roles.bytes(k)} at {k} of {D}, its widest within {budget.bytes}; allow at "
+                    f"most {budget.dense_bytes} bytes, or slice with 'modegpt' or 'drop', which "
+                    "leave the head tied"
                 ]
             )
         return _narrowed(config, k)
