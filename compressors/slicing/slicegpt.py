@@ -43,7 +43,7 @@ ROWS = 8192  # of a matrix that are in float64 at one time: an embedding is larg
 class Slicegpt(SliceMethod):
     """Keeps the principal components of the residual stream.
 
-    After [1]_, whose section 3.3 rotates every block differently; see the module. The second
+    After [1]_, which rotates every block differently; see the module. The second
     moment is summed over the inputs of all norms, each token divided by its root mean square: that
     is what the linears behind a norm see of it. The plain sum is that of the last layers and of a
     few tokens, whose states are a hundred times as large: the first 24 of the 61 norms of
