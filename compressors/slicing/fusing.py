@@ -38,7 +38,7 @@ class UnitNorm(nn.Module):
 def fuse_norms_(model: Any, family: Family) -> None:
     """Give a model norms without weights; it computes what it did.
 
-    Section 3.1 and figure 3 of [1]_: ``LayerNorm(x) == rms(x M) diag(w) + b`` with the centring
+    Section 3 of [1]_: ``LayerNorm(x) == rms(x M) diag(w) + b`` with the centring
     ``M = I - 11^T / D``. ``M`` goes into everything that writes to the stream (of LayerNorm models
     alone: an RMSNorm sees the mean), ``w`` and ``b`` into what reads it. The head gets a weight of
     its own, and a bias where the final norm had one. Calculated in float64.

@@ -18,7 +18,7 @@ from lrc.compressors.slicing.fusing import UnitNorm, set_weight_
 def principal_axes(moment: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     """Return the axes of a second moment by what they carry, and how much that is.
 
-    Section 3.3 of [1]_.
+    Section 3 of [1]_.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class Shortcut(nn.Module):
 def rotate_(model: Any, family: Family, Q: Tensor) -> None:
     """Put the whole residual stream into one basis, in place.
 
-    Section 3.2 of [1]_, theorem 1. With fewer columns than rows the stream becomes narrower, and
+    Section 3 of [1]_, theorem 1. With fewer columns than rows the stream becomes narrower, and
     the model another one.
 
     Parameters
@@ -105,7 +105,7 @@ def rotate_(model: Any, family: Family, Q: Tensor) -> None:
 def rotate_blocks_(model: Any, family: Family, rotations: Sequence[Tensor]) -> None:
     """Put the residual stream into a basis of its own before every block and at the end, in place.
 
-    Section 3.3 of [1]_: between the bases of a block's input and its output stands the shortcut
+    Section 3 of [1]_: between the bases of a block's input and its output stands the shortcut
     ``S_l = Q_l^T Q_{l+1}`` on the residual branch, which see.
 
     Parameters

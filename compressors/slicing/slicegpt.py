@@ -43,7 +43,7 @@ ROWS = 8192  # of a matrix that are in float64 at one time: an embedding is larg
 class Slicegpt(SliceMethod):
     """Keeps the principal components of the residual stream.
 
-    After [1]_, whose section 3.3 rotates every block differently; see the module. The second
+    After [1]_, which rotates every block differently; see the module. The second
     moment is summed over the inputs of all norms, each token divided by its root mean square: that
     is what the linears behind a norm see of it. The plain sum is that of the last layers and of a
     few tokens, whose states are a hundred times as large: the first 24 of the 61 norms of
@@ -95,10 +95,11 @@ class Slicegpt(SliceMethod):
         if roles.bytes(k) > budget.dense_bytes:
             raise RecipeError(
                 [
-                    f"{budget.where}: the model would only grow: {words}, and {roles.bytes(k)} at "
-                    f"{k}, the widest of at most {budget.bytes}; allow at most "
-                    f"{budget.dense_bytes} bytes, or slice with 'modegpt' or 'drop', which leave "
-                    "the head tied"
+                    f"{budget.where}: the model would only grow: the dense model has "
+                    f"{budget.dense_bytes} bytes; sliced it needs a head of its own, and has "
+                    f"{roles.bytes(k)} at {k} of {D}, its widest within {budget.bytes}; allow at "
+                    f"most {budget.dense_bytes} bytes, or slice with 'modegpt' or 'drop', which "
+                    "leave the head tied"
                 ]
             )
         return _narrowed(config, k)

@@ -331,7 +331,9 @@ def test_a_tied_model_that_would_only_grow_is_refused(make_case):
     (problem,) = refused.value.problems
     assert problem.startswith(f"{WHERE}: the model would only grow")
     assert f"the dense model has {case.dense_bytes} bytes" in problem
-    assert f"{case.dense_bytes + head} at the full width of 32" in problem
+    assert f"{case.dense_bytes + head} at 32 of 32" in problem
+    with pytest.raises(RecipeError, match=f"has {case.dense_bytes + head} at the full width of 32"):
+        case.plan(1000)
     assert case.plan(case.dense_bytes).hidden_size < WIDTH
 
 
