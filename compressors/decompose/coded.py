@@ -1,6 +1,7 @@
 """Methods that are solved at given sizes: pruning, dictionaries, and sums."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ from lrc.compressors.decompose.sums import CURVE_ROUNDS as SUM_CURVE_ROUNDS
 from lrc.compressors.decompose.sums import ROUNDS as SUM_ROUNDS
 from lrc.compressors.decompose.work import dictionary_work, pruning_work, sum_work
 from lrc.compressors.layers import Sizes
+from lrc.compressors.linalg import tensor_cores
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,10 @@ class Learning(CodedMethod):
         if "rounds" in search:
             search["rounds"] = min(search["rounds"], self.ALLOCATION_ROUNDS)
         W = W.double()
-        learnt = problem.curve(sizes, **search)
-        found = [float(metric.energy(W - each.weight())) for each in learnt]
+        # What is found is measured in float64: rounding costs quality of the search, not truth.
+        with tensor_cores() if W.is_cuda else nullcontext():
+            learnt = problem.curve(sizes, **search)
+            found = [float(metric.energy(W - each.weight())) for each in learnt]
         return found, float(metric.energy(W))
 
     def work(

@@ -30,6 +30,7 @@ from lrc.compressors.machine import Machine
 from lrc.compressors.memory import release_memory
 from lrc.compressors.models.source import load_tokenizer, locate
 from lrc.compressors.pipeline import compress
+from lrc.compressors.slicing import METHODS as SLICERS
 from lrc.configs.errors import LrcError
 from lrc.configs.load import LoadedRecipe, parse_recipe
 from lrc.configs.recipe import Calibration, Model
@@ -118,11 +119,15 @@ def recipe_of(args: argparse.Namespace, model: str, folder: Path) -> LoadedRecip
     content = {
         "model": model,
         "calibration": {"source": text, "samples": args.samples, "length": args.length},
-        "stages": [{"decompose": {"method": args.method, "keep": args.keep}}],
+        "stages": [{_kind(args.method): {"method": args.method, "keep": args.keep}}],
         "output": str(folder / "run"),
     }
     recipe = parse_recipe(write_yaml(content), name="shapes.py", overrides=args.set)
     return LoadedRecipe(recipe, write_yaml(content), tuple(args.set))
+
+
+def _kind(method: str) -> str:
+    return "slice" if method in SLICERS else "decompose"
 
 
 def forget_peaks() -> None:
@@ -159,6 +164,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model": shapes | report["size"]["model"],
         "recipe": report["recipe"],
         "kept": report["size"]["targeted"]["kept"],
+        "slices": report["slices"],
         "seconds": took | {"stages": report["timing"]["seconds"]},
         **report["memory"],
         **report["environment"],

@@ -134,11 +134,13 @@ def slices() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         for name, stage in {
             "modegpt": {"method": "modegpt"},
             "modegpt, MLPs alone": {"method": "modegpt", "heads": False},
-            "slicegpt": {"method": "slicegpt"},
+            "slicegpt": {"method": "slicegpt", "multiple": 1},
             "drop": {"method": "drop"},
             "drop, by perplexity": {"method": "drop", "verify": "perplexity"},
         }.items():
-            yield f"{name}, whole model {keep}", {"slice": stage | {"keep": keep}}, {}
+            # A trial a layer and a layer that goes: on fewer windows.
+            changes = {"samples": 16} if "verify" in stage else {}
+            yield f"{name}, whole model {keep}", {"slice": stage | {"keep": keep}}, changes
         size = f"{int(keep * DENSE_BYTES)}B"
         for name, stage in {
             "svd-llm": {"method": "svd-llm"},
@@ -168,7 +170,8 @@ def main() -> None:
         if any(fnmatchcase(name, pattern) for pattern in asked.rows)
         and not (asked.folder / f"{name}.json").is_file()
     ]
-    for changes in dict.fromkeys(tuple(changes) for _, changes, _ in wanted):
+    collecting = [row for row in wanted if "slice" not in row[2]]
+    for changes in dict.fromkeys(tuple(changes) for _, changes, _ in collecting):
         _calibrate(load_recipe(asked.recipe, [*asked.overrides, *changes]), asked.folder)
     release_memory()
     families: dict[str, list[Row]] = {}
@@ -282,7 +285,7 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row) -> None:
     if (curves / "seconds.json").is_file():
         before = json.loads((curves / "seconds.json").read_text())
     with open_journal(output, identity(prepared)) as journal:
-        if not journal.has(WINDOWS):
+        if "slice" not in stage and not journal.has(WINDOWS):
             _link(shared.path("statistics"), journal.path("statistics"))
             if before:
                 _link(curves, journal.path("energies"))

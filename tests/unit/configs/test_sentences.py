@@ -132,7 +132,7 @@ BAD_STAGES = [
     ("{decompse: {method: svd, keep: 0.8}}", ".decompse: unknown key; did you mean 'decompose'? Allowed: slice, decompose"),
     ("decompose:svd", ": must be a mapping with the keys slice, decompose, got 'decompose:svd'; put a space after the colon"),
     ("svd", ": must be a mapping with the keys slice, decompose, got 'svd'"),
-    ("{}", " is empty; write one of the keys slice, decompose"),
+    ("{}", ": is empty; write one of the keys slice, decompose"),
     ('{decompose: "a\\n\\eb' + "x" * 80 + '"}', ".decompose: must be a mapping with the keys method, keep, size and others, got 'a\\n?b" + "x" * 52 + "...'"),
     ("{decompose: {method: svd, keep: 0.8, overrides: [{keep: 0.1}]}}", ".decompose.overrides[0].match: missing; add a string that is not empty (Shell pattern over full module names, e.g. `*.down_proj` or `model.layers.0.*`)"),
 ]  # fmt: skip
@@ -168,7 +168,7 @@ BAD_OVERRIDES = [
     ("a b=1", "must be key.path=value, as in stages.0.decompose.keep=0.6"),
     ("stages.0.decompose.kep=0.6", f"stages[0].decompose.kep: unknown key; did you mean 'keep'? {SVD_LLM}"),
     ("stages[0].decompose.keep=2", "stages[0].decompose.keep: must be in (0, 1], got 2; lower it"),
-    ("stages.0.decompse.keep=1", "stages[0].decompse: unknown key; did you mean 'decompose'? Allowed: slice, decompose"),
+    ("stages.0.decompse.keep=1", "stages[0].decompse: unknown key; did you mean 'decompose'? Allowed: decompose"),
     ("stages.1.decompose.keep=1", "stages has 1 entry, counted from 0; there is no stages[1]; override stages as a whole"),
     ("stages.decompose.keep=1", "stages is a list; number the entry, as in stages[0]"),
     ("model.dtyp=float32", "model.dtyp: unknown key; did you mean 'dtype'? Allowed: path, file, revision, dtype, tokenizer, trust_remote_code"),
