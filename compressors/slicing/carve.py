@@ -26,8 +26,12 @@ from lrc.compressors.slicing.layout import Attention, Heads, Mlp
 from lrc.compressors.slicing.method import Work
 from lrc.compressors.slicing.mlp import narrow
 
-# Share of what the layers before have lost that each refit aims to make up for.
-RESIDUAL = 1.0
+# Of a refit's target: the share of the dense model's own inputs, and of what the layers before have
+# lost. SmolLM2-135M with 1016 of 1536 channels, on 8,192 tokens: perplexity 43.7; 43.6 without
+# either, 43.4 on the dense model's inputs. All of both halves the error on the text itself, and
+# gives 48.1. On 16,384 tokens 39.4, and 40.1 on the dense model's inputs.
+MIX = 0.5
+RESIDUAL = 0.5
 
 Two = tuple[Tensor, Tensor | None]
 """Weight and bias of a linear."""
@@ -202,11 +206,13 @@ class Carver:
         """
         found, n_tokens = self._prefix.measure(layer, [linear], deficit=True), self._tokens.numel()
         H, cross = found.H.double() / n_tokens, found.cross.double() / n_tokens
-        lacking = (W.double() - V.double()) @ cross
+        # The target is (1 - MIX) V x' + MIX W x + RESIDUAL (R - R'): W has never seen x', whose
+        # channels V has made, where the two differ.
+        lacking = MIX * (W.double() - V.double()) @ cross
         if linear in found.deficit:
             lacking += RESIDUAL * found.deficit[linear].double() / n_tokens
         target, fallback = refit_target(
-            V, H, cross, mix=1.0, damp=self._damp, deficit=lacking, residual=1.0
+            V, H, cross, mix=MIX, damp=self._damp, deficit=lacking, residual=1.0
         )
         if fallback:
             facts[f"fallback_{linear.rpartition('.')[2]}"] = fallback

@@ -109,8 +109,10 @@ def score_moments(
     -----
     Softmax forgets what all keys have in common, and what a change D of a query's scores does to
     its attention p is, to second order, a divergence of ``Var_p(D) / 2``. The norms of queries and
-    keys that MoDeGPT's CR rule multiplies count what is in common too: on SmolLM2-135M pairs chosen
-    by them cost five times the perplexity.
+    keys that the CR rule of MoDeGPT multiplies count what is in common too. SmolLM2-135M with 24
+    of 32 pairs has a perplexity of 246 with pairs chosen by those norms, of 67 with pairs chosen
+    by this, and of 32 once queries are scaled and turned. Of a sliding window nothing is known
+    here: all keys before a query count.
     """
     n, length, n_heads, head_dim = q.shape
     angles = torch.arange(length, device=q.device).float()[:, None] * frequencies  # [length, h/2]

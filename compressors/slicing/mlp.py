@@ -61,9 +61,10 @@ def narrow(W: Tensor, C: Tensor, width: int, *, damp: float) -> Narrowed:
     one after the other among twice a batch of the cheapest ones; all others are brought up to
     date, exactly, once a batch.
 
-    [2]_ and [3]_ choose by ridge leverage, ``diag(C (C + r I)^-1)``, which does not look at W. The
-    refit is theirs (Nystrom), but of the damped moment as a whole: channels that no token has used
-    keep their weight, and at full width W comes back unchanged.
+    [2]_ and [3]_ choose by ridge leverage, ``diag(C (C + r I)^-1)``, which does not look at W: on
+    SmolLM2-135M, of 1536 channels 1016, it loses up to a sixth more energy and has perplexity
+    45.3 for 43.4. The refit is theirs (Nystrom), but of the damped moment as a whole: channels
+    that no token has used keep their weight, and at full width W comes back unchanged.
 
     References
     ----------

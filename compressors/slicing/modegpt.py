@@ -28,8 +28,10 @@ from lrc.configs.errors import RecipeError
 from lrc.configs.slicing import Modegpt as Options
 from lrc.configs.slicing import SliceBase
 
-# Share that heads lose for each that MLPs lose.
-HEAD_SHARE = 1.0
+# Share that heads lose for each that MLPs lose. SmolLM2-135M at 80 % of its bytes: perplexity 43.4
+# with MLPs alone, 47.2 with heads of 56 instead of 64, 56.8 with heads of 48 (equal shares); at
+# 60 % 124, 130 and 138. So heads come last, but before MLPs are all but gone.
+HEAD_SHARE = 0.1
 
 
 class Modegpt(SliceMethod):

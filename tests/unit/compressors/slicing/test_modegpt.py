@@ -22,6 +22,7 @@ from lrc.compressors.journal import Journal
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.slicing import modegpt
 from lrc.compressors.slicing.layout import Layout, find_layout, narrowed_shapes
 from lrc.compressors.slicing.method import Budget, Work
 from lrc.compressors.slicing.modegpt import Modegpt
@@ -54,6 +55,12 @@ MLP_ALONE = {
 }
 EVERY = {**WITH_HEADS, **MLP_ALONE}
 TOKENS = torch.randint(2, 64, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def equal_shares(monkeypatch):
+    """Let heads be cut as much as MLPs, so that small models need no tiny budget for it."""
+    monkeypatch.setattr(modegpt, "HEAD_SHARE", 1.0)
 
 
 def make(config: PreTrainedConfig, change: Callable[[Any], None] = lambda _: None) -> Any:
@@ -219,6 +226,19 @@ def test_heads_false_leaves_heads(tmp_path):
     )
     assert config.head_dim == 8
     assert config.intermediate_size < 36
+
+
+def test_heads_are_cut_last(tmp_path, monkeypatch):
+    architecture, _ = read(make(WITH_HEADS["llama"]), tmp_path)
+    dense = stored(architecture)
+    monkeypatch.setattr(modegpt, "HEAD_SHARE", 0.2)
+    sizes = [
+        Modegpt().plan(architecture, options(), Budget("x", int(keep * dense), dense)).head_dim
+        for keep in (0.9, 0.7, 0.5, 0.35, 0.25)
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 8
+    assert sizes[-1] < 8
 
 
 def test_planning_reads_no_weight_and_leaves_the_source_config(tmp_path):
