@@ -1,5 +1,7 @@
 """Methods that are solved at given sizes, against the energies that they claim."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,7 +76,8 @@ def test_curves_are_those_of_the_solutions(name: str, shape: tuple[int, int]) ->
         if method.form == "sparse":
             assert energy <= 2 * one.energy  # measured 1.75
         assert one.loss == pytest.approx(one.energy / total, rel=1e-6)
-    assert energies == sorted(energies)
+    rounding = 1e-12 * total
+    assert all(small <= large + rounding for small, large in pairwise(energies))
 
 
 @pytest.mark.parametrize("name", CODED)
