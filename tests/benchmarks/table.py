@@ -1,7 +1,7 @@
 """Compress one model in many ways and print one table: the quality section of BENCHMARKS.md.
 
 usage: python tests/benchmarks/table.py RECIPE FOLDER [KEY=VALUE ...]
-           [--seconds N] [--jobs N] [--rows PATTERN ...]
+           [--seconds N] [--jobs N] [--rows PATTERN ...] [--checkpoints]
 
 RECIPE gives model, calibration text and evaluation, as tests/benchmarks/protocol_a.yaml does; the
 rows below replace its stage. Rows that want the same calibration share its statistics. A row that
@@ -133,7 +133,6 @@ def slices() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     for keep in (0.8, 0.7):
         for name, stage in {
             "modegpt": {"method": "modegpt"},
-            "modegpt, MLPs alone": {"method": "modegpt", "heads": False},
             "slicegpt": {"method": "slicegpt", "multiple": 1},
             "drop": {"method": "drop"},
             "drop, by perplexity": {"method": "drop", "verify": "perplexity"},
@@ -159,6 +158,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN")
     parser.add_argument("--jobs", type=int, default=1, help="rows made side by side")
+    parser.add_argument(
+        "--checkpoints", action="store_true", help="keep them in FOLDER/checkpoints"
+    )
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args()
     deadline = time.time() + asked.seconds
@@ -177,7 +179,8 @@ def main() -> None:
     families: dict[str, list[Row]] = {}
     for row in wanted:
         families.setdefault(_family(row), []).append(row)
-    make = partial(_make, asked.recipe, asked.folder, asked.overrides, deadline)
+    keep = asked.folder / "checkpoints" if asked.checkpoints else None
+    make = partial(_make, asked.recipe, asked.folder, asked.overrides, deadline, keep)
     context = multiprocessing.get_context("spawn")  # CUDA survives no fork
     share = (asked.jobs, context.Value("i", 0))
     with ProcessPoolExecutor(asked.jobs, context, _share_machine, share) as pool:
@@ -260,20 +263,25 @@ def _family(row: Row) -> str:
 
 
 def _make(
-    recipe: Path, folder: Path, overrides: list[str], deadline: float, rows: list[Row]
+    recipe: Path,
+    folder: Path,
+    overrides: list[str],
+    deadline: float,
+    keep: Path | None,
+    rows: list[Row],
 ) -> bool:
     """Make rows one after the other; one that fails is told of and does not end the others."""
     for row in rows:
         if time.time() > deadline:
             return False
         try:
-            _row(recipe, folder, overrides, row)
+            _row(recipe, folder, overrides, row, keep)
         except Exception:
             print(f"{row[0]}: failed", traceback.format_exc(), sep="\n", file=sys.stderr)
     return True
 
 
-def _row(recipe: Path, folder: Path, overrides: list[str], row: Row) -> None:
+def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path | None) -> None:
     """Compress and evaluate one row; curves are the first row's of the family, and their time."""
     name, changes, stage = row
     output = folder / "runs" / name.replace(" ", "-")
@@ -311,6 +319,9 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row) -> None:
     (folder / f"{name}.json").write_text(json.dumps(facts))
     p = {k: round(v["compressed"], 2) for k, v in report["evaluation"]["perplexity"].items()}
     print(f"{name}: {p} {time.monotonic() - started:.1f} s", flush=True)
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        (output / "checkpoint").rename(keep / output.name)
     shutil.rmtree(output)
 
 
