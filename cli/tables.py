@@ -25,6 +25,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
         _print_cut(asdict(cut))
     if not plan.matrices:
         _print_whole(plan.to_json(), plan.compressed_bytes)
+        print_warnings(plan)
         _print_estimate(expected)
         return
     methods = sorted({m.method for m in plan.matrices})

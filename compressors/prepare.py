@@ -15,7 +15,7 @@ from lrc.compressors.models.source import Source, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.make import make_plan
 from lrc.compressors.planning.plan import Plan
-from lrc.compressors.slicing.stages import plan_slices
+from lrc.compressors.slicing.stages import plan_slices, warnings
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Recipe
 
@@ -72,7 +72,9 @@ def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
     dense = architecture = build(source)
     with _noted(problems):
         cuts, configs, architecture = plan_slices(recipe, source, dense)
-        plan = replace(make_plan(recipe, source, architecture), slices=cuts)
+        plan = make_plan(recipe, source, architecture)
+        noted = [*warnings(recipe, dense), *plan.warnings]
+        plan = replace(plan, slices=cuts, warnings=noted)
     with _noted(problems):
         check_tasks(recipe.evaluate.tasks)
         check_gate_names(recipe.evaluate.gates, recipe.evaluate)

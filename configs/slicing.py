@@ -54,9 +54,9 @@ class Slicegpt(SliceBase):
 
     method: Literal["slicegpt"]
     """Width of the residual stream."""
-    damp: Damp = 1e-2
     multiple: PositiveInt = 8
-    """The width is a multiple of it, as tensor cores want."""
+    """The width is a multiple of it, as tensor cores want; of a Llama also of its number of heads,
+    which its config demands."""
 
 
 Slice = Annotated[Drop | Modegpt | Slicegpt, Field(discriminator="method")]

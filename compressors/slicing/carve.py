@@ -102,7 +102,7 @@ class Carver:
             if done < len(names) and name.startswith(f"{names[done]}."):
                 sliced = self._layer(done)
                 done += 1
-                work.on_step("slicing", done, len(names))
+                work.on_step("slice", done, len(names))
             yield name, sliced.pop(name) if name in sliced else work.reader.read(name)
 
     @torch.no_grad()

@@ -81,6 +81,10 @@ class SliceMethod(ABC):
             reason, and what helps.
         """
 
+    def advised_tokens(self, architecture: Architecture) -> int:
+        """Return below how many calibration tokens results get poor."""
+        return 0
+
     @abstractmethod
     def carry_out(self, work: Work, options: SliceBase, config: PreTrainedConfig) -> Sliced:
         """Slice the model of `work` down to the planned config."""

@@ -28,6 +28,7 @@ from lrc.configs.errors import RecipeError
 from lrc.configs.slicing import Modegpt as Options
 from lrc.configs.slicing import SliceBase
 
+TOKENS_A_CHANNEL = 8
 # Share that heads lose for each that MLPs lose. SmolLM2-135M at 80 % of its bytes: perplexity 43.4
 # with MLPs alone, 47.2 with heads of 56 instead of 64, 56.8 with heads of 48 (equal shares); at
 # 60 % 124, 130 and 138. So heads come last, but before MLPs are all but gone.
@@ -63,6 +64,15 @@ class Modegpt(SliceMethod):
             f"a {type(architecture.model).__name__} does not take the width of its MLPs from "
             f"{layout.width_key} in its config",
         )
+
+    def advised_tokens(self, architecture: Architecture) -> int:
+        """Return a few tokens for every channel whose correlations decide.
+
+        SmolLM2-135M at 80 % of its bytes, 1,536 channels: perplexity 103 from 2,048 tokens, 45 from
+        8,192, 39 from 16,384.
+        """
+        layout = find_layout(architecture)
+        return TOKENS_A_CHANNEL * layout.width if isinstance(layout, Layout) else 0
 
     def carry_out(self, work: Work, options: SliceBase, config: PreTrainedConfig) -> Sliced:
         """Slice the model of `work`; facts about a layer come with its tensors."""

@@ -10,23 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.linalg import damped, descending_eigh
+from lrc.compressors.linalg import descending_eigh
 from lrc.compressors.slicing.families import Family
 from lrc.compressors.slicing.fusing import UnitNorm, set_weight_
 
 
-def principal_axes(moment: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+def principal_axes(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Return the axes of a second moment by what they carry, and how much that is.
 
-    Section 3 of [1]_.
+    Section 3 of [1]_, whose code adds a multiple of the identity first: that moves no axis.
 
     Parameters
     ----------
     moment : Tensor, shape [D, D]
         Sum over tokens of ``x x^T``, x being the residual stream as it enters a norm.
-    damp : float
-        Fraction of the mean diagonal that is added to it, as the paper does: energies rise by it,
-        axes stay what they were.
 
     Returns
     -------
@@ -34,14 +31,14 @@ def principal_axes(moment: Tensor, damp: float) -> tuple[Tensor, Tensor]:
         Orthogonal, float64; axes are columns, the most important first. The largest entry of each
         is positive, so that the same moment always gives the same axes.
     energies : Tensor, shape [D]
-        Of the damped moment, descending.
+        Descending.
 
     References
     ----------
     .. [1] S. Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and
        Columns", ICLR 2024. https://arxiv.org/abs/2401.15024
     """
-    energies, Q = descending_eigh(damped(moment.double(), damp))
+    energies, Q = descending_eigh(moment.double())
     peaks = Q.gather(0, Q.abs().argmax(0, keepdim=True))  # [1, D]
     return Q * peaks.sign(), energies
 

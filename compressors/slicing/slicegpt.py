@@ -115,7 +115,7 @@ class Slicegpt(SliceMethod):
         assert isinstance(options, Options)
         family = find_family(work.architecture.model)
         moment = stream_moment(work, family)
-        Q, _ = principal_axes(moment, options.damp)
+        Q, _ = principal_axes(moment)
         D, k = len(Q), config.hidden_size
         kept = (Q[:, :k] * (moment @ Q[:, :k])).sum() / moment.diagonal().sum()
         untied = f"{family.head}.weight" in work.architecture.tied

@@ -64,6 +64,18 @@ def plan_slices(
     return cuts, configs, architecture
 
 
+def warnings(recipe: Recipe, architecture: Architecture) -> list[str]:
+    """Name what will work but should be known, for a model as it came."""
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    advised = {each.method: METHODS[each.method] for each in recipe.slices}
+    return [
+        f"calibration: {tokens} tokens are few for {name}; "
+        f"{method.advised_tokens(architecture)} or more are advised"
+        for name, method in advised.items()
+        if tokens < method.advised_tokens(architecture)
+    ]
+
+
 def sliced_source(source: Source, config: PreTrainedConfig, folder: Path | None = None) -> Source:
     """Return the source as a slicing stage leaves it: another config, and weights of its own."""
     return replace(source, config=config, folder=folder or source.folder, gguf=None)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from lrc.cli.inspect import describe
 from lrc.compressors.machine import Machine
 from lrc.compressors.pipeline import compress, measure
+from lrc.compressors.prepare import prepare
 from lrc.configs.errors import RecipeError, Stopped
 from lrc.configs.load import load_recipe
 
@@ -158,6 +159,18 @@ def test_a_decomposition_works_on_what_the_slice_leaves(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
     assert len(model.model.layers) == 3
     assert measure(loaded).slices[0].parameters[1] == report["slices"][0]["parameters"][1]
+
+
+def test_few_tokens_for_many_channels_are_warned_of(
+    prepared: Callable[..., Any], tmp_path: Path
+) -> None:
+    stage = {"slice": {"method": "modegpt", "keep": 0.8}}
+    calibration = {"source": "python-docs", "samples": 2, "length": 64}
+    few = prepare(prepared(tmp_path / "run", stage, calibration=calibration).recipe)
+    (warning,) = few.plan.warnings
+    assert warning.startswith("calibration: 128 tokens are few for modegpt; 384 or more")
+    enough = calibration | {"samples": 6}
+    assert not prepare(prepared(tmp_path / "run", stage, calibration=enough).recipe).plan.warnings
 
 
 def test_two_slices_follow_each_other(prepared: Callable[..., Any], tmp_path: Path) -> None:

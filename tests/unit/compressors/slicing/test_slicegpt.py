@@ -143,7 +143,7 @@ def test_a_sliced_model_is_the_fused_one_with_fewer_columns(make_case, make_mode
     twin = case.dense().double()
     family = find_family(twin)
     fuse_norms_(twin, family)
-    Q, _ = principal_axes(stream_moment(case.work, family), OPTIONS.damp)
+    Q, _ = principal_axes(stream_moment(case.work, family))
     rotate_(twin, family, Q[:, :16])
     assert twin.model.norm.eps == 0.3
     expected = logits(twin, case.tokens)
