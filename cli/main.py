@@ -257,6 +257,13 @@ def recipes_copy(
 def _sensitivity(
     loaded: "LoadedRecipe", windows: int | None, device: str, *, as_json: bool, quiet: bool
 ) -> None:
+    if not loaded.recipe.decompositions:
+        raise RecipeError(
+            [
+                "--sensitivity: shows what every matrix is predicted to lose, but no stage of this "
+                "recipe decomposes any; add a 'decompose' stage, or leave the option out"
+            ]
+        )
     samples = loaded.recipe.calibration.samples
     if windows is not None and not 1 <= windows <= samples:
         raise RecipeError(

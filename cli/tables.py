@@ -101,9 +101,9 @@ def print_report(report: dict[str, Any], output: str) -> None:
             _size(targeted["bits"] // 8),
             f"{targeted['kept']:.1%}",
         )
-    for cut in report["slices"]:
-        _print_cut(cut)
     OUT.print(table)
+    for cut in report.get("slices", []):  # reports of earlier versions have none
+        _print_cut(cut)
     if size["source"]["quantized"]:
         OUT.print(f"the source file is itself quantized: {_size(size['source']['file_bytes'])}")
     _print_comparison(report["evaluation"])
@@ -176,12 +176,12 @@ def print_inspection(facts: dict[str, Any]) -> None:
         table.add_column("matrix", overflow="fold")
         for column in ("shape", "form", "size"):
             table.add_column(column, justify="right")
-    for cut in facts["slices"] or []:
-        _print_cut(cut)
     for m in sorted(facts["modules"], key=lambda m: _natural(m["name"])):
         form = " ".join(filter(None, [m["form"], m["pattern"]]))
         table.add_row(m["name"], f"{m['shape'][0]} x {m['shape'][1]}", form, m["written"])
-    OUT.print(table)
+    OUT.print(table if facts["modules"] else f"[bold]{table.title}[/]")
+    for cut in facts["slices"] or []:
+        _print_cut(cut)
     OUT.print(
         f"{facts['parameters']:,} parameters, {_size(facts['file_bytes'])} of weights, format "
         f"version {facts['format_version']}"

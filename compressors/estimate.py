@@ -54,14 +54,17 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     outputs = sum(m.shape[0] ** 2 for m in gradients)
     backward = bool(gradients or _needing(measured, "row_fisher"))
     compensates = any(each.compensate is not None for each in recipe.decompositions.values())
-    read = measured or compensates
+    sliced = any(SLICERS[each.method].reads_text for each in recipe.slices)
+    read = measured or compensates or sliced
     tokens = recipe.calibration.samples * recipe.calibration.length if read else 0
 
     seconds = {}
     if recipe.slices:
-        windows = recipe.calibration.samples * recipe.calibration.length
-        passes = sum(SLICERS[each.method].passes for each in recipe.slices)
-        seconds["slice"] = passes * windows * 2 * in_dense / products
+        seconds["slice"] = tokens * 2 * in_dense / products
+        seconds["slice"] *= sum(
+            SLICERS[each.method].passes(each, config)
+            for each, config in zip(recipe.slices, prepared.sliced, strict=True)
+        )
     if measured:
         passes = 1 + (BACKWARD_PASSES if backward else 0)
         seconds["calibrate"] = tokens * 2 * (passes * in_layers + gram + outputs) / products
@@ -72,10 +75,11 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         spectra = VALUES_ONLY * sum(s**3 / eigenproblems for s in pending)
         seconds["allocate"] = spectra + 2 * curves / products
     small = [(min(m.shape), max(m.shape)) for m in spectral]
-    seconds["decompose"] = sum(s**3 / eigenproblems for s, _ in small) + sum(
-        2 * s * b * (s + b) / (products / 2) for s, b in small
-    )
-    seconds["decompose"] += 2 * solutions / products
+    if planned:
+        seconds["decompose"] = sum(s**3 / eigenproblems for s, _ in small) + sum(
+            2 * s * b * (s + b) / (products / 2) for s, b in small
+        )
+        seconds["decompose"] += 2 * solutions / products
     if compensates:
         seconds["decompose"] += COMPENSATION_PASSES * tokens * 2 * in_layers / products
     seconds["save"] = plan.compressed_bytes / 0.5e9
@@ -92,14 +96,15 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         seconds["evaluate"] = models * judged * 2 * plan.dense_parameters / products
 
     hidden = _width(prepared) * tokens * 4
-    layer = 4 * in_layers // n_layers
+    layer = 4 * max(in_layers, in_dense) // n_layers
     statistics = 4 * (gram + outputs)
-    whole = plan.parameters * (4 if device == "cpu" else prepared.source.dtype.itemsize)
+    whole = plan.dense_parameters * (4 if device == "cpu" else prepared.source.dtype.itemsize)
     evaluates = bool(recipe.evaluate.perplexity or recipe.evaluate.tasks.names)
     calibrating = min(hidden, int(recipe.calibration.memory_limit_gib * GIB)) + layer
     calibrating += 4 * max((w for _, w in inputs), default=0) ** 2 * 3
     now = psutil.Process().memory_info().rss
-    converted = plan.bytes if plan.source_quantized else 0
+    converted = plan.dense_bytes if plan.source_quantized else 0
+    converted += sum(cut.bytes[1] for cut in plan.slices)
     # Snapshots of the hidden states: the one that is kept and the one that replaces it.
     disk = statistics + 2 * hidden + plan.bits // 8 + plan.compressed_bytes + converted
     memory = now + max(calibrating, whole if evaluates else 0, plan.compressed_bytes)

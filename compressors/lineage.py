@@ -20,7 +20,7 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Cut
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.slicing.method import Work
-from lrc.compressors.slicing.stages import carry_out, facts_of, sliced_source
+from lrc.compressors.slicing.stages import carry_out, changes, facts_of, sliced_source
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,16 @@ class Lineage:
                 generation = before / "generation_config.json"
                 if generation.is_file():
                     shutil.copy(generation, folder)
+                if self.prepared.source.spec.trust_remote_code:
+                    for code in self.prepared.source.folder.glob("*.py"):
+                        shutil.copy(code, folder)
             self.journal.forget(*state_files(self.journal))
         return [
-            replace(cut, facts=facts_of(self.journal.path(slice_folder(cut.stage))))
+            replace(
+                cut,
+                facts=facts_of(self._folder(cut.stage + 1)),
+                config=changes(self._source(cut.stage).config, self._source(cut.stage + 1).config),
+            )
             for cut in self.prepared.plan.slices
         ]
 

@@ -76,7 +76,7 @@ def write(
         "recipe": prepared.recipe.model_dump(mode="json"),
         "seed": prepared.recipe.seed,
         "size": _size(plan, checkpoint, prepared),
-        "slices": plan["slices"],
+        "slices": plan.get("slices", []),
         "layers": [_layer(matrix) for matrix in plan["matrices"]],
         "calibration": provenance(journal) if _reads_text(prepared) else None,
         "evaluation": evaluation,
@@ -178,7 +178,7 @@ def _alternatives(plan: dict[str, Any], prepared: Prepared) -> dict[str, int]:
 
     A slice touches all of them.
     """
-    if plan["slices"]:
+    if plan.get("slices"):
         shapes = [[linear.d_out, linear.d_in] for linear in prepared.dense.linears]
     else:
         shapes = [matrix["shape"] for matrix in plan["matrices"]]

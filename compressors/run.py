@@ -99,6 +99,7 @@ class Run:
 
     def profile(self, plan: Plan, windows: int) -> Profile:
         """Measure on the first `windows` calibration windows what every matrix really loses."""
+        self.lineage.slice()
         return profile_plan(
             plan,
             self.prepared.recipe,

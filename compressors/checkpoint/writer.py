@@ -18,6 +18,7 @@ from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.journal import publish, storage_errors
 
 INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 2 * 10**9
 
 
 def write_weights(
@@ -25,7 +26,7 @@ def write_weights(
     meta: dict[str, Tensor],
     read: Callable[[str], Tensor],
     *,
-    max_shard_bytes: int = 2 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write safetensors shards under the names and with the index that transformers expects.
 

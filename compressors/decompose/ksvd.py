@@ -161,8 +161,10 @@ def _repeat(step: Callable[[], None], times: int, device: torch.device) -> None:
         step()  # libraries get their workspaces
         stream.synchronize()
         graph.capture_begin(capture_error_mode="thread_local")
-        step()
-        graph.capture_end()
+        try:
+            step()
+        finally:
+            graph.capture_end()
         for _ in range(times - 1):
             graph.replay()
     torch.cuda.current_stream(device).wait_stream(stream)

@@ -117,6 +117,7 @@ def nearest_orthonormal(M: Tensor) -> Tensor:
     rank = int((energies > RANK_TOLERANCE * energies[0]).sum())
     U = M @ (V[:, :rank] * energies[:rank].rsqrt())  # [dim, rank]
     if rank < len(energies):
+        # Which ones makes no difference to the product: no seed of the recipe's is spent on them.
         generator = torch.Generator().manual_seed(0)
         rest = torch.randn(len(M), len(energies) - rank, generator=generator, dtype=M.dtype)
         rest = rest.to(M.device)

@@ -1,24 +1,27 @@
 """Whole layers left out: the simplest baseline, and always a plain checkpoint."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
+from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedConfig
 
-from lrc.compressors.calibrate.states import Chain
+from lrc.compressors.calibrate.states import GIB, Chain
 from lrc.compressors.calibrate.statistics import batch_size
 from lrc.compressors.calibrate.stream import LayerCall, LayerStream, apply
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.method import Budget, Sliced, SliceMethod, Work
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.slicing import Drop as DropOptions
 from lrc.configs.slicing import SliceBase
 
 N_LAYERS = "num_hidden_layers"
+FLOAT32 = 4  # bytes
 
 
 class Drop(SliceMethod):
@@ -44,14 +47,18 @@ class Drop(SliceMethod):
         """
         config: PreTrainedConfig = architecture.model.config
         layers = architecture.layers
+        shapes = [{n: p.shape for n, p in layer.named_parameters()} for layer in layers]
+        if any(each != shapes[0] for each in shapes):
+            raise RecipeError(
+                [
+                    f"{budget.where}: the layers of {type(architecture.model).__name__} are not "
+                    "all of the same shapes, so what is left cannot be planned before it is known "
+                    "which of them go; take another method"
+                ]
+            )
         sizes = [_bytes(layer.parameters()) for layer in layers]
         rest = budget.dense_bytes - sum(sizes)
-        kept, spent = 0, rest
-        # Which layers go is not known yet: of unequal ones the largest must fit.
-        for size in sorted(sizes, reverse=True):
-            if spent + size > budget.bytes:
-                break
-            kept, spent = kept + 1, spent + size
+        kept = max(0, min(len(layers), (budget.bytes - rest) // sizes[0]))
         if getattr(config, N_LAYERS, None) != len(layers):
             raise RecipeError(
                 [
@@ -61,7 +68,7 @@ class Drop(SliceMethod):
                 ]
             )
         if kept == 0:
-            least = rest + max(sizes)
+            least = rest + sizes[0]
             raise RecipeError(
                 [
                     f"{budget.where}: leaves {budget.bytes:,} bytes, but one layer and what is "
@@ -72,6 +79,14 @@ class Drop(SliceMethod):
         smaller = deepcopy(config)
         _keep(smaller, range(kept))
         return smaller
+
+    def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
+        """Count half a pass a trial, of about as many trials a layer that goes as are kept."""
+        assert isinstance(options, DropOptions)
+        if options.verify == "influence":
+            return 1.0
+        kept = int(getattr(config, N_LAYERS))
+        return kept / 2 * max(1.0, kept * (1 / (options.keep or 0.8) - 1))
 
     def carry_out(self, work: Work, options: SliceBase, config: PreTrainedConfig) -> Sliced:
         """Find the layers that matter least, and yield the others under their new numbers."""
@@ -101,8 +116,8 @@ def block_influence(work: Work) -> list[float]:
     .. [1] Equation 1 of ShortGPT, https://arxiv.org/abs/2403.03853
     """
     stream, tokens, batch = _stream(work)
-    states, calls = _embedded(work, stream, tokens, batch, "states")
-    found = []
+    states, calls = _embedded(work, stream, tokens, batch)
+    names, found = work.architecture.layer_names, []
     for index, call in enumerate(calls):
         total = 0.0
         with stream.layer(index) as layer, torch.no_grad():
@@ -112,7 +127,7 @@ def block_influence(work: Work) -> list[float]:
                 y = apply(layer, call, x)
                 total += float(cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64))
                 states.tensor[rows] = y
-        found.append(1 - total / tokens.numel())
+        found.append(_finite(1 - total / tokens.numel(), names[index]))
         work.on_step("slice", index + 1, len(calls))
     return found
 
@@ -121,62 +136,71 @@ def _by_perplexity(work: Work, n_kept: int) -> tuple[list[int], dict[str, Any]]:
     """Leave out one layer after the other, each time the one whose absence costs least loss.
 
     A trial needs the layers behind the one it leaves out, from states that the layers before it
-    have made once: half of a forward pass a trial.
+    have made once: half of a forward pass a trial. Layers are asked for over and over: they stay
+    resident where the memory limit allows.
     """
     stream, tokens, batch = _stream(work)
-    start, calls = _embedded(work, stream, tokens, batch, "states")
+    if tokens.shape[1] < 2:
+        raise RecipeError(
+            ["calibration.length: must be at least 2 with verify: perplexity, got 1; raise it"]
+        )
+    start, calls = _embedded(work, stream, tokens, batch)
+    shape = (tokens.shape[0], tokens.shape[1], start.tensor.shape[-1])
+    reached, states = (
+        Chain(work.journal, name, shape, work.memory_limit_gib, work.device).tensor
+        for name in ("dense", "prefix")
+    )
     kept, losses = list(range(len(calls))), []
-    total = len(calls) - n_kept
-    while len(kept) > n_kept:
-        reached = start.tensor.clone()
-        found: dict[int, float] = {}
-        for place, layer in enumerate(kept):
-            rest = kept[place + 1 :]
-            found[layer] = _loss(stream, tokens, reached, rest, calls, batch)
-            _pass(stream, reached, [layer], calls, batch)
-        best = min(found, key=lambda layer: found[layer])
-        kept.remove(best)
-        losses.append(found[best])
-        work.on_step("slice", total - (len(kept) - n_kept), total)
+    trials, done = sum(range(n_kept + 1, len(calls) + 1)), 0
+    with ExitStack() as held:
+        held.enter_context(stream.around_layers(head=True))
+        layers = work.architecture.layers
+        near = FLOAT32 * sum(p.numel() for layer in layers for p in layer.parameters())
+        resident = near <= work.memory_limit_gib * GIB
+        for index in kept if resident else []:
+            held.enter_context(stream.layer(index))
+
+        def visit(index: int) -> AbstractContextManager[nn.Module]:
+            return nullcontext(layers[index]) if resident else stream.layer(index)
+
+        def advance(states: Tensor, indices: Sequence[int]) -> None:
+            for index in indices:
+                with visit(index) as layer:
+                    for first in range(0, len(states), batch):
+                        rows = slice(first, first + batch)
+                        x = states[rows].to(work.device)
+                        states[rows] = apply(layer, calls[index], x)
+
+        while len(kept) > n_kept:
+            reached.copy_(start.tensor)
+            found: dict[int, float] = {}
+            for place, layer in enumerate(kept):
+                states.copy_(reached)
+                with torch.no_grad():
+                    advance(states, kept[place + 1 :])
+                    loss = _loss(stream, states, tokens, calls[-1], batch)
+                    found[layer] = _finite(loss, work.architecture.layer_names[layer])
+                    advance(reached, [layer])
+                done += 1
+                work.on_step("slice", done, trials)
+            best = min(found, key=lambda layer: found[layer])
+            kept.remove(best)
+            losses.append(found[best])
     return kept, {"losses": losses}
 
 
 def _loss(
-    stream: LayerStream,
-    tokens: Tensor,
-    states: Tensor,
-    layers: Sequence[int],
-    calls: Sequence[LayerCall],
-    batch: int,
+    stream: LayerStream, states: Tensor, tokens: Tensor, call: LayerCall, batch: int
 ) -> float:
-    """Return the mean loss of a token when `states` go through `layers` and then to the head."""
-    states = states.clone()
-    _pass(stream, states, layers, calls, batch)
+    """Return the mean loss of a token behind the last layer's output `states`."""
     total = 0.0
-    with stream.around_layers(head=True), torch.no_grad():
-        for start in range(0, len(tokens), batch):
-            rows = tokens[start : start + batch]
-            hidden = states[start : start + batch].to(stream.device)
-            logits = stream.logits(hidden, rows, calls[-1])[:, :-1].flatten(0, 1)
-            labels = rows[:, 1:].reshape(-1).to(stream.device)
-            total += float(cross_entropy(logits, labels, reduction="sum"))
+    for start in range(0, len(tokens), batch):
+        rows = tokens[start : start + batch]
+        hidden = states[start : start + batch].to(stream.device)
+        logits = stream.logits(hidden, rows, call)[:, :-1].flatten(0, 1)
+        labels = rows[:, 1:].reshape(-1).to(stream.device)
+        total += float(cross_entropy(logits, labels, reduction="sum"))
     return total / (tokens.shape[0] * (tokens.shape[1] - 1))
-
-
-@torch.no_grad()
-def _pass(
-    stream: LayerStream,
-    states: Tensor,
-    layers: Sequence[int],
-    calls: Sequence[LayerCall],
-    batch: int,
-) -> None:
-    """Send states [n_windows, length, d_model] through layers, in place."""
-    for index in layers:
-        with stream.layer(index) as layer:
-            for start in range(0, len(states), batch):
-                rows = slice(start, start + batch)
-                states[rows] = apply(layer, calls[index], states[rows].to(stream.device))
 
 
 def _stream(work: Work) -> tuple[LayerStream, Tensor, int]:
@@ -185,15 +209,24 @@ def _stream(work: Work) -> tuple[LayerStream, Tensor, int]:
     return stream, tokens, batch_size(len(tokens), tokens.shape[1], work.device)
 
 
+def _finite(value: float, layer: str) -> float:
+    if not isfinite(value):
+        raise ModelError(
+            f"model: its states are not finite around {layer} on the calibration text; its weights "
+            "are damaged or overflow: check the source model"
+        )
+    return value
+
+
 def _embedded(
-    work: Work, stream: LayerStream, tokens: Tensor, batch: int, name: str
+    work: Work, stream: LayerStream, tokens: Tensor, batch: int
 ) -> tuple[Chain, list[LayerCall]]:
     """Return what enters the first layer for every window, and how the layers are called."""
     with stream.around_layers():
         calls = stream.trace(tokens[:batch])
         width = stream.embed(tokens[:1]).shape[-1]
         shape = (*tokens.shape, width)
-        states = Chain(work.journal, name, shape, work.memory_limit_gib, work.device)
+        states = Chain(work.journal, "states", shape, work.memory_limit_gib, work.device)
         for start in range(0, len(tokens), batch):
             rows = slice(start, start + batch)
             states.tensor[rows] = stream.embed(tokens[rows])
@@ -204,6 +237,8 @@ def _keep(config: PreTrainedConfig, kept: Sequence[int]) -> None:
     """Let a config speak of the kept layers only, where it says something of every one."""
     n_layers = int(getattr(config, N_LAYERS))
     for key, value in config.to_dict().items():
+        if key.endswith("_token_id") or key == "architectures":  # of no layer
+            continue
         if isinstance(value, list) and len(value) == n_layers:
             setattr(config, key, [value[layer] for layer in kept])
     setattr(config, N_LAYERS, len(kept))

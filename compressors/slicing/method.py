@@ -65,8 +65,6 @@ class SliceMethod(ABC):
     """The paper."""
     reads_text: bool = True
     """Whether calibration text is read."""
-    passes: float = 1.0
-    """How often about it sends that text through the model: for the estimate of time."""
 
     @abstractmethod
     def plan(
@@ -84,6 +82,10 @@ class SliceMethod(ABC):
     def advised_tokens(self, architecture: Architecture) -> int:
         """Return below how many calibration tokens results get poor."""
         return 0
+
+    def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
+        """Return how often about it sends the text through the dense model: to estimate time."""
+        return 1.0
 
     @abstractmethod
     def carry_out(self, work: Work, options: SliceBase, config: PreTrainedConfig) -> Sliced:

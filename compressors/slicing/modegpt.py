@@ -55,8 +55,17 @@ class Modegpt(SliceMethod):
             width, narrower = _widths(architecture, layout, head_dim, options.multiple, budget)
             config: PreTrainedConfig = deepcopy(architecture.model.config)
             setattr(config, layout.width_key, width)
-            if narrower != head_dim:
+            if narrower is not None and narrower != head_dim:
+                assert isinstance(layout.heads, Heads)
                 config.head_dim = narrower
+                # Any pairs will do until data tell which: a later slice has to see a table.
+                config.rope_parameters = table_parameters(
+                    config.rope_parameters,
+                    layout.heads.frequencies,
+                    range(narrower // 2),
+                    scale=layout.heads.scale,
+                    max_positions=config.max_position_embeddings,
+                )
             if obeys(architecture, config, narrowed_shapes(architecture, layout, width, narrower)):
                 return config
         raise _refusal(
@@ -64,6 +73,10 @@ class Modegpt(SliceMethod):
             f"a {type(architecture.model).__name__} does not take the width of its MLPs from "
             f"{layout.width_key} in its config",
         )
+
+    def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
+        """Count the survey of heads, and dense model and prefix up to each refit and behind it."""
+        return 7.0 if getattr(options, "heads", False) else 5.0
 
     def advised_tokens(self, architecture: Architecture) -> int:
         """Return a few tokens for every channel whose correlations decide.
@@ -79,14 +92,18 @@ class Modegpt(SliceMethod):
         assert isinstance(options, Options)
         layout = find_layout(work.architecture)
         assert isinstance(layout, Layout), "it was planned"
-        config, tokens, narrow_heads = deepcopy(config), work.windows(), None
-        width = getattr(config, layout.width_key)
+        tokens, narrow_heads = work.windows(), None
+        width, head_dim = getattr(config, layout.width_key), _head_dim(config)
+        # What a slice before this one found out is in the config of its model, not in the planned.
+        config = deepcopy(work.architecture.model.config)
+        setattr(config, layout.width_key, width)
         facts: dict[str, Any] = {layout.width_key: [layout.width, width]}
         if isinstance(layout.heads, str):
             facts["heads"] = f"left alone: {layout.heads}"
-        elif _head_dim(config) not in (None, layout.heads.head_dim):
+        elif head_dim not in (None, layout.heads.head_dim):
+            config.head_dim = head_dim
             heads, seen = layout.heads, survey(work, layout.heads, tokens)
-            count = int(_head_dim(config) or 0) // 2
+            count = int(head_dim or 0) // 2
             pairs, turns, lost = choose_pairs(seen.scores, count, damp=options.damp)
             turns = turns.view(len(heads.attentions), heads.n_heads, count)
             gain = _gain(work.architecture, config, heads)
@@ -141,11 +158,9 @@ def _widths(
         removable = layout.width * channel + HEAD_SHARE * head_dim * dimension
         share = 1 - HEAD_SHARE * (dense - budget.bytes) / removable
         step = math.lcm(multiple, 2)
-        nearest = min(head_dim, max(step, step * round(share * head_dim / step)))
-        choices = [
-            nearest,
-            *(n for n in range(head_dim - head_dim % step, 0, -step) if n < nearest),
-        ]
+        possible = [*range(step, head_dim, step), head_dim]
+        nearest = min(possible, key=lambda n: abs(n - share * head_dim))
+        choices = [n for n in reversed(possible) if n <= nearest]
     for narrower in choices:
         spare = budget.bytes - size(layout.width, narrower)
         width = layout.width - max(0, math.ceil(-spare / channel))

@@ -125,7 +125,8 @@ class Slicegpt(SliceMethod):
             "stream_energy_kept": float(kept),
             "head_untied": untied,
         }
-        return Sliced(config, _slice(work, family, Q[:, :k]), facts)
+        final = _narrowed(work.architecture.model.config, k)
+        return Sliced(final, _slice(work, family, Q[:, :k]), facts)
 
 
 def _find_plain_family(architecture: Architecture, budget: Budget) -> Family:

@@ -1,7 +1,7 @@
 """The slicing stages of a recipe: planned from shapes, then carried out one after the other."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lrc.compressors.checkpoint.writer import write_config, write_weights
+from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, write_weights
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.budget import Whole
@@ -51,13 +51,17 @@ def plan_slices(
         architecture = build(sliced_source(source, config))
         after = Whole(architecture.stored_parameters())
         assert after.bytes <= budget.bytes, f"{options.method} planned beyond its budget"
+        if after.bytes == before.bytes:
+            raise RecipeError(
+                [f"{budget.where}: leaves the model as it is: nothing would be smaller; lower it"]
+            )
         cuts.append(
             Cut(
                 stage=number,
                 method=options.method,
                 parameters=(before.parameters, after.parameters),
                 bytes=(before.bytes, after.bytes),
-                config=_changes(old, config),
+                config=changes(old, config),
             )
         )
         configs.append(config)
@@ -87,7 +91,15 @@ def carry_out(
     """Slice the model of `work` and write what is left, a plain model, into an empty folder."""
     sliced = METHODS[options.method].carry_out(work, options, config)
     small = build(sliced_source(source, sliced.config))
-    write_weights(folder, small.stored_parameters(), _in_order(sliced.tensors))
+    stored = small.stored_parameters()
+    # No tensor larger than a shard: those would be asked for before their turn.
+    largest = max(t.numel() * t.element_size() for t in stored.values())
+    write_weights(
+        folder,
+        stored,
+        _in_order(sliced.tensors, stored),
+        max_shard_bytes=max(MAX_SHARD_BYTES, largest),
+    )
     write_config(folder, sliced.config, {}, source.spec.dtype)
     text = json.dumps(sliced.facts, indent=1) + "\n"
     (folder / FACTS).write_text(text, encoding="utf-8")
@@ -99,12 +111,15 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _in_order(tensors: Iterator[tuple[str, Tensor]]) -> Callable[[str], Tensor]:
+def _in_order(
+    tensors: Iterator[tuple[str, Tensor]], stored: Mapping[str, Tensor]
+) -> Callable[[str], Tensor]:
     """Return a reader of tensors that come in the order in which they are asked for."""
 
     def read(name: str) -> Tensor:
         found, tensor = next(tensors)
         assert found == name, f"sliced {found} where the file needs {name}"
+        assert tensor.shape == stored[name].shape, f"{name} is {list(tensor.shape)}"
         return tensor
 
     return read
@@ -128,7 +143,7 @@ def _budget(options: SliceBase, whole: Whole, number: int) -> Budget:
     return Budget(f"{where}.size", wanted, whole.bytes)
 
 
-def _changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, list[Any]]:
+def changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, list[Any]]:
     """Return what a stage changes in the config: key -> before, after."""
     before, after = old.to_dict(), new.to_dict()
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]

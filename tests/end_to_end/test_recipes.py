@@ -43,7 +43,8 @@ def test_a_shipped_recipe_runs(
     assert ended.code == 0, ended.err
     report = json.loads(ended.out)
     stages = report["recipe"]["stages"]
-    for stage, cut in zip(stages, report["slices"], strict=False):
+    slices = [stage for stage in stages if "slice" in stage]
+    for stage, cut in zip(slices, report["slices"], strict=True):
         before, after = cut["bytes"]
         assert before * stage["slice"]["keep"] * 0.8 < after <= before * stage["slice"]["keep"]
     decomposed = [stage["decompose"] for stage in stages if "decompose" in stage]

@@ -1,6 +1,7 @@
 """Slicing stages from a recipe to plain checkpoints, alone and in front of a decomposition."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrc.cli.inspect import describe
 from lrc.compressors.machine import Machine
 from lrc.compressors.pipeline import compress, measure
 from lrc.compressors.prepare import prepare
-from lrc.configs.errors import RecipeError, Stopped
+from lrc.compressors.slicing import stages
+from lrc.configs.errors import ModelError, RecipeError, Stopped
 from lrc.configs.load import load_recipe
 
 N_LAYERS, IDLE = 5, (1, 3)
@@ -161,6 +163,71 @@ def test_a_decomposition_works_on_what_the_slice_leaves(
     assert measure(loaded).slices[0].parameters[1] == report["slices"][0]["parameters"][1]
 
 
+def test_a_slice_is_made_of_what_the_one_before_it_found(
+    prepared: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The rotary table of narrower heads comes from data; a later stage has to keep it."""
+    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "multiple": 2}}
+    rotate = {"slice": {"method": "slicegpt", "keep": 0.8}}
+    decompose = {"decompose": {"method": "svd-llm", "keep": 0.9}}
+    loaded = prepared(tmp_path / "run", narrow, rotate, decompose)
+    tables = []
+
+    def look(stage: str, done: int, total: int) -> None:
+        if stage == "decompose" and done == 1:
+            for number in (0, 1):
+                text = (tmp_path / f"run/work/sliced-{number}/config.json").read_text()
+                tables.append(json.loads(text)["rope_parameters"])
+
+    report = compress(loaded, Machine(device="cpu", on_step=look))
+    first, second = report["slices"]
+    assert first["config"]["head_dim"][1] < 8
+    assert tables[0]["rope_type"] == "longrope"
+    assert tables[1] == tables[0]
+    assert first["config"]["rope_parameters"][1]["short_factor"] == tables[0]["short_factor"]
+    assert "rope_parameters" not in second["config"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
+    assert model.config.rope_parameters["short_factor"] == tables[0]["short_factor"]
+    assert torch.isfinite(model(torch.arange(2, 30)[None]).logits).all()
+
+
+def test_narrower_heads_are_not_narrowed_again(
+    prepared: Callable[..., Any], tmp_path: Path
+) -> None:
+    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "multiple": 2}}
+    again = {"slice": {"method": "modegpt", "keep": 0.985, "multiple": 2}}
+    first, second = compress(prepared(tmp_path / "run", narrow, again))["slices"]
+    assert first["config"]["head_dim"][1] < 8
+    assert "head_dim" not in second["config"]
+    assert second["config"]["intermediate_size"][1] < first["config"]["intermediate_size"][1]
+    assert torch.isfinite(logits(tmp_path / "run/checkpoint")).all()
+
+
+def test_weights_may_be_shards(
+    prepared: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(prepared(tmp_path / "one", {"slice": DROP}))
+    monkeypatch.setattr(stages, "MAX_SHARD_BYTES", 20_000)  # the embedding alone takes 32,768
+    compress(prepared(tmp_path / "many", {"slice": DROP}))
+    torch.testing.assert_close(
+        logits(tmp_path / "many/checkpoint"), logits(tmp_path / "one/checkpoint"), rtol=0, atol=0
+    )
+
+
+def test_weights_that_are_not_finite_are_named(
+    source: Path, tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    spoiled = tmp_path / "spoiled"
+    shutil.copytree(source, spoiled)
+    weights = load_file(spoiled / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"] *= 1e30
+    weights["model.layers.2.mlp.gate_proj.weight"] *= 1e30
+    save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
+    loaded = load_recipe(tiny_recipe(spoiled, tmp_path / "run", stages=[{"slice": DROP}]))
+    with pytest.raises(ModelError, match=r"not finite around model\.layers\.2"):
+        compress(loaded)
+
+
 def test_few_tokens_for_many_channels_are_warned_of(
     prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -206,9 +273,10 @@ def test_a_run_that_was_stopped_goes_on_behind_the_slice(
 
 
 @pytest.mark.parametrize(
-    ("stages", "words"),
+    ("wanted", "words"),
     [
         ([{"slice": DROP | {"keep": 0.1}}], ["stages[0].slice.keep", "at least 0."]),
+        ([{"slice": DROP | {"keep": 1}}], ["stages[0].slice.keep", "nothing would be smaller"]),
         ([{"slice": {"method": "drop"}}], ["exactly one of 'keep' and 'size'", "neither"]),
         ([{"slice": DROP | {"size": "1MiB"}}], ["exactly one of 'keep' and 'size'", "both"]),
         ([{"slice": {"method": "drop", "size": "9GiB"}}], ["slice.size", "lower size"]),
@@ -221,12 +289,24 @@ def test_a_run_that_was_stopped_goes_on_behind_the_slice(
     ],
 )
 def test_what_cannot_be_sliced_is_refused_in_the_plan(
-    stages: list[dict[str, Any]],
+    wanted: list[dict[str, Any]],
     words: list[str],
     prepared: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     with pytest.raises(RecipeError) as refused:
-        compress(prepared(tmp_path / "run", *stages))
+        compress(prepared(tmp_path / "run", *wanted))
     assert all(word in str(refused.value) for word in words), str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", [["--sensitivity"], ["--profile", "1"]])
+def test_a_recipe_that_only_slices_has_no_sensitivity(
+    option: list[str], lrc: Callable[..., Any], source: Path, tiny_recipe: Any, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(source, tmp_path / "run", stages=[{"slice": DROP}])
+    lrc("plan", recipe, *option).refuses(2, "--sensitivity", "no stage", "decompose")
+    shown = lrc("plan", recipe)
+    assert shown.code == 0
+    assert "num_hidden_layers 5 -> 3" in shown.out
+    assert "decompose" not in shown.out
