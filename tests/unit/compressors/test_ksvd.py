@@ -1,6 +1,6 @@
 """The solver of CoSpaDi: its pursuit against independent ones, its sweep against the SVD."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -130,3 +130,18 @@ def test_the_start_is_columns_of_the_weight_itself() -> None:
     W = random(6, 9)
     found = solve_dictionary(W, atoms=6, nonzeros=1, solver="cospadi", rounds=1)
     assert found.loss < 1e-20
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_sweep_is_the_sweep_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    Z, D = random(24, 60).cuda(), unit(random(24, 16, seed=1)).cuda()
+    S, mask = pursue(D, Z, 5)
+    recorded = ksvd_sweep(Z, D, S, mask)
+
+    def repeat(step: Callable[[], None], times: int, _: torch.device) -> None:
+        for _ in range(times):
+            step()
+
+    monkeypatch.setattr(ksvd, "_repeat", repeat)
+    for one, other in zip(recorded, ksvd_sweep(Z, D, S, mask), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
