@@ -12,9 +12,9 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedConfig
 
 from lrc.compressors.calibrate.states import GIB, Chain
-from lrc.compressors.calibrate.statistics import batch_size
-from lrc.compressors.calibrate.stream import LayerCall, LayerStream, apply
+from lrc.compressors.calibrate.stream import apply
 from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.slicing.ascent import Ascent
 from lrc.compressors.slicing.method import Budget, Sliced, SliceMethod, Work
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.slicing import Drop as DropOptions
@@ -115,20 +115,19 @@ def block_influence(work: Work) -> list[float]:
     ----------
     .. [1] Equation 1 of ShortGPT, https://arxiv.org/abs/2403.03853
     """
-    stream, tokens, batch = _stream(work)
-    states, calls = _embedded(work, stream, tokens, batch)
+    tokens = work.windows()
+    up = Ascent.begin(work, tokens)
     names, found = work.architecture.layer_names, []
-    for index, call in enumerate(calls):
+    for index, call in enumerate(up.calls):
         total = 0.0
-        with stream.layer(index) as layer, torch.no_grad():
-            for start in range(0, len(tokens), batch):
-                rows = slice(start, start + batch)
-                x = states.tensor[rows].to(work.device)
+        with up.stream.layer(index) as layer, torch.no_grad():
+            for rows in up.rows():
+                x = up.states[rows].to(work.device)
                 y = apply(layer, call, x)
                 total += float(cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64))
-                states.tensor[rows] = y
+                up.states[rows] = y
         found.append(_finite(1 - total / tokens.numel(), names[index]))
-        work.on_step("slice", index + 1, len(calls))
+        work.on_step("slice", index + 1, len(up.calls))
     return found
 
 
@@ -139,13 +138,14 @@ def _by_perplexity(work: Work, n_kept: int) -> tuple[list[int], dict[str, Any]]:
     have made once: half of a forward pass a trial. Layers are asked for over and over: they stay
     resident where the memory limit allows.
     """
-    stream, tokens, batch = _stream(work)
+    tokens = work.windows()
     if tokens.shape[1] < 2:
         raise RecipeError(
             ["calibration.length: must be at least 2 with verify: perplexity, got 1; raise it"]
         )
-    start, calls = _embedded(work, stream, tokens, batch)
-    shape = (tokens.shape[0], tokens.shape[1], start.tensor.shape[-1])
+    up = Ascent.begin(work, tokens)
+    stream, calls = up.stream, up.calls
+    shape = (tokens.shape[0], tokens.shape[1], up.states.shape[-1])
     reached, states = (
         Chain(work.journal, name, shape, work.memory_limit_gib, work.device).tensor
         for name in ("dense", "prefix")
@@ -166,19 +166,18 @@ def _by_perplexity(work: Work, n_kept: int) -> tuple[list[int], dict[str, Any]]:
         def advance(states: Tensor, indices: Sequence[int]) -> None:
             for index in indices:
                 with visit(index) as layer:
-                    for first in range(0, len(states), batch):
-                        rows = slice(first, first + batch)
+                    for rows in up.rows():
                         x = states[rows].to(work.device)
                         states[rows] = apply(layer, calls[index], x)
 
         while len(kept) > n_kept:
-            reached.copy_(start.tensor)
+            reached.copy_(up.states)
             found: dict[int, float] = {}
             for place, layer in enumerate(kept):
                 states.copy_(reached)
                 with torch.no_grad():
                     advance(states, kept[place + 1 :])
-                    loss = _loss(stream, states, tokens, calls[-1], batch)
+                    loss = _loss(up, states, tokens)
                     found[layer] = _finite(loss, work.architecture.layer_names[layer])
                     advance(reached, [layer])
                 done += 1
@@ -189,24 +188,15 @@ def _by_perplexity(work: Work, n_kept: int) -> tuple[list[int], dict[str, Any]]:
     return kept, {"losses": losses}
 
 
-def _loss(
-    stream: LayerStream, states: Tensor, tokens: Tensor, call: LayerCall, batch: int
-) -> float:
+def _loss(up: Ascent, states: Tensor, tokens: Tensor) -> float:
     """Return the mean loss of a token behind the last layer's output `states`."""
     total = 0.0
-    for start in range(0, len(tokens), batch):
-        rows = tokens[start : start + batch]
-        hidden = states[start : start + batch].to(stream.device)
-        logits = stream.logits(hidden, rows, call)[:, :-1].flatten(0, 1)
-        labels = rows[:, 1:].reshape(-1).to(stream.device)
+    for rows in up.rows():
+        hidden = states[rows].to(up.stream.device)
+        logits = up.stream.logits(hidden, tokens[rows], up.calls[-1])[:, :-1].flatten(0, 1)
+        labels = tokens[rows, 1:].reshape(-1).to(up.stream.device)
         total += float(cross_entropy(logits, labels, reduction="sum"))
     return total / (tokens.shape[0] * (tokens.shape[1] - 1))
-
-
-def _stream(work: Work) -> tuple[LayerStream, Tensor, int]:
-    tokens = work.windows()
-    stream = LayerStream(work.architecture, work.reader, device=work.device, dtype=torch.float32)
-    return stream, tokens, batch_size(len(tokens), tokens.shape[1], work.device)
 
 
 def _finite(value: float, layer: str) -> float:
@@ -216,21 +206,6 @@ def _finite(value: float, layer: str) -> float:
             "are damaged or overflow: check the source model"
         )
     return value
-
-
-def _embedded(
-    work: Work, stream: LayerStream, tokens: Tensor, batch: int
-) -> tuple[Chain, list[LayerCall]]:
-    """Return what enters the first layer for every window, and how the layers are called."""
-    with stream.around_layers():
-        calls = stream.trace(tokens[:batch])
-        width = stream.embed(tokens[:1]).shape[-1]
-        shape = (*tokens.shape, width)
-        states = Chain(work.journal, "states", shape, work.memory_limit_gib, work.device)
-        for start in range(0, len(tokens), batch):
-            rows = slice(start, start + batch)
-            states.tensor[rows] = stream.embed(tokens[rows])
-    return states, calls
 
 
 def _keep(config: PreTrainedConfig, kept: Sequence[int]) -> None:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from lrc.compressors.calibrate.states import LIVE, Chain
-from lrc.compressors.calibrate.statistics import batch_size
-from lrc.compressors.calibrate.stream import LayerStream, apply
+from lrc.compressors.calibrate.states import LIVE
+from lrc.compressors.calibrate.stream import apply
 from lrc.compressors.calibrate.sums import Sums
 from lrc.compressors.linalg import tensor_cores
 from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.slicing.ascent import Ascent
 from lrc.compressors.slicing.families import Family, Norm, find_family
 from lrc.compressors.slicing.method import Budget, Sliced, SliceMethod, Work
 from lrc.compressors.slicing.rotation import principal_axes
@@ -206,11 +206,7 @@ def stream_moment(work: Work, family: Family) -> Tensor:
         If it is not finite; names the layer.
     """
     architecture, tokens = work.architecture, work.windows()
-    stream = LayerStream(architecture, work.reader, device=work.device, dtype=torch.float32)
-    batch, n_layers = (
-        batch_size(len(tokens), tokens.shape[1], work.device),
-        len(architecture.layers),
-    )
+    n_layers = len(architecture.layers)
     norms = family.norms(architecture.model)
     fast = tensor_cores() if work.device.startswith("cuda") else nullcontext()
     sums = Sums()
@@ -221,26 +217,18 @@ def stream_moment(work: Work, family: Family) -> Tensor:
         sums.add_square("stream", x * scale)
 
     with fast:
-        with stream.around_layers():
-            calls = stream.trace(tokens[:batch])
-            width = stream.embed(tokens[:1]).shape[-1]
-            shape = (*tokens.shape, width)
-            chain = Chain(work.journal, "states", shape, work.memory_limit_gib, work.device)
-            states = chain.tensor
-            for start in range(0, len(tokens), batch):
-                rows = slice(start, start + batch)
-                states[rows] = stream.embed(tokens[rows])
+        up = Ascent.begin(work, tokens)
+        states, width = up.states, up.states.shape[-1]
         total = torch.zeros(width, width, dtype=torch.float64)
-        for index, call in enumerate(calls):
+        for index, call in enumerate(up.calls):
             name = architecture.layer_names[index]
             inside = [norm for norm in norms if norm.name.startswith(f"{name}.")]
-            with stream.layer(index) as layer, _watched(architecture, inside, see):
-                for start in range(0, len(states), batch):
-                    rows = slice(start, start + batch)
+            with up.stream.layer(index) as layer, _watched(architecture, inside, see):
+                for rows in up.rows():
                     states[rows] = apply(layer, call, states[rows].to(work.device))
             if index == n_layers - 1:  # the norm before the head, which no layer holds
-                for start in range(0, len(states), batch):
-                    see(states[start : start + batch].to(work.device))
+                for rows in up.rows():
+                    see(states[rows].to(work.device))
             # A layer's sum is one of float32; that of all of them need not be.
             total += sums.pop("stream").double().cpu()
             if not bool(torch.isfinite(total).all()):
@@ -249,7 +237,7 @@ def stream_moment(work: Work, family: Family) -> Tensor:
                     "its weights are damaged or overflow: check the source model"
                 )
             work.on_step("slice", index + 1, n_layers)
-    del states, chain
+    del states, up
     work.journal.forget(f"states{LIVE}")
     return total
 

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.calibrate.states import Chain
-from lrc.compressors.calibrate.statistics import batch_size
-from lrc.compressors.calibrate.stream import LayerStream, apply, watch_inputs, watch_outputs
+from lrc.compressors.calibrate.stream import apply, watch_inputs, watch_outputs
+from lrc.compressors.slicing.ascent import Ascent
 from lrc.compressors.slicing.heads import score_moments
 from lrc.compressors.slicing.layout import Attention, Heads
 from lrc.compressors.slicing.method import Work
@@ -40,29 +39,20 @@ def survey(work: Work, heads: Heads, tokens: Tensor) -> Survey:
         If what a layer computes is not finite.
     """
     architecture, device = work.architecture, work.device
-    stream = LayerStream(architecture, work.reader, device=device, dtype=torch.float32)
-    batch = batch_size(len(tokens), tokens.shape[1], device)
-    starts = range(0, len(tokens), batch)
-    scores, values = [], []
-    with stream.around_layers():
-        calls = stream.trace(tokens[:batch])
-        shape = (*tokens.shape, stream.embed(tokens[:1]).shape[-1])
-        hidden = Chain(work.journal, "states", shape, work.memory_limit_gib, device).tensor
-        for start in starts:
-            hidden[start : start + batch] = stream.embed(tokens[start : start + batch])
+    up, scores, values = Ascent.begin(work, tokens), [], []
+    hidden = up.states
     for index, (name, attention) in enumerate(
         zip(architecture.layer_names, heads.attentions, strict=True)
     ):
         sums = _Sums(architecture.model.get_submodule(attention.module), attention, heads)
         projections = [attention.q, attention.k]
         with (
-            stream.layer(index) as layer,
+            up.stream.layer(index) as layer,
             watch_outputs(layer, name, projections, sums.see_projection),
             watch_inputs(layer, name, [attention.o], sums.see_attended),
         ):
-            for start in starts:
-                rows = slice(start, start + batch)
-                hidden[rows] = apply(layer, calls[index], hidden[rows].to(device))
+            for rows in up.rows():
+                hidden[rows] = apply(layer, up.calls[index], hidden[rows].to(device))
         if not bool(torch.isfinite(sums.scores).all() & torch.isfinite(sums.values).all()):
             raise ModelError(
                 f"model: the attention of {name} is not finite on the calibration text; the "

@@ -368,7 +368,9 @@ def test_the_nearest_orthonormal_columns_are_the_polar_factor(rank: int) -> None
     M = weight(10, rank) @ torch.diag(torch.logspace(0, -4, rank).double()) @ weight(rank, 6)
     D = nearest_orthonormal(M)
     torch.testing.assert_close(D.T @ D, torch.eye(6).double(), rtol=0, atol=1e-12)
-    assert float((D * M).sum()) == pytest.approx(float(torch.linalg.svdvals(M).sum()), rel=1e-8)
+    assert float((D * M).sum()) == pytest.approx(
+        float(torch.linalg.svdvals(M).sum()), rel=1e-9
+    )  # measured 4e-10
 
 
 @pytest.mark.parametrize(
