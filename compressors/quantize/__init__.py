@@ -1,0 +1,1 @@
+"""Rounding of matrices to integers of few bits, by what their inputs notice."""

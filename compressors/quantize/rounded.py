@@ -1,0 +1,32 @@
+"""A matrix as the integers it was rounded to."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lrc.compressors.layers.packed import dequantized, encode_matrix
+from lrc.compressors.layers.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Integers, what one step of them is, and which stand for zero.
+
+    Scales are at the precision of the file already, so that the codes belong to what is stored.
+    """
+
+    codes: Tensor
+    """[rows, columns], int8"""
+    scale: Tensor
+    """[rows, groups]"""
+    zero: Tensor | None
+    """[rows, groups], int8; None of a symmetric scheme."""
+    scheme: Scheme
+
+    def weight(self) -> Tensor:
+        """Return the matrix [rows, columns] that the file stands for, in float64."""
+        return dequantized(self.codes, self.scale.double(), self.zero)
+
+    def encode(self, leaf: str) -> dict[str, Tensor]:
+        """Write it as the tensors of the file, by `leaf`, its name within the module."""
+        return encode_matrix(leaf, self.codes, self.scale, self.zero, self.scheme)
