@@ -77,7 +77,7 @@ def _module(
     form = FORMS[spec["form"]]
     shapes = {tensor: header.shape for tensor, header in headers.items()}
     try:
-        d_out, d_in = form.dense_shape(name, spec, shapes)
+        d_out, d_in = spec["shape"] if "scheme" in spec else form.dense_shape(name, spec, shapes)
         bias = f"{name}.{form.BIAS}" in headers
         problems = layout.misfits(
             layout.expected_tensors(name, d_out, d_in, spec, bias=bias), headers
@@ -98,6 +98,7 @@ def _module(
         "form": spec["form"],
         **sizes,
         "pattern": spec.get("pattern"),
+        "scheme": spec.get("scheme"),
         "shape": [d_out, d_in],
         "written": written,
     }

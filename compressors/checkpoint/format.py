@@ -33,7 +33,19 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
                            their places in ``c`` [d_out, atoms], zeros elsewhere. What has the form
                            ``shared_dictionary`` has the same but ``a.weight``: that is of the
                            ``dictionary`` module that the entry names as ``"shares"``
+  ``integers``             with a scheme only: the tensors of the matrix ``weight``, below;
+                           ``bias`` [d_out]
   ======================== =========================================================================
+
+  With ``"scheme": "int4-g64"`` in the entry, and then ``"shape": [d_out, d_in]`` beside it, every
+  matrix M of these, [rows, columns], is stored as integers in compressed-tensors' layout
+  (``pack-quantized``): ``M_packed`` [rows, ceil(columns * bits / 32)], int32, the codes of a row
+  one behind the other from the lowest bit on, each plus 2^(bits - 1); ``M_scale`` [rows, groups];
+  ``M_shape`` [2], int64; with ``-asymmetric`` also ``M_zero_point`` [ceil(rows * bits / 32),
+  groups], int32, packed down the columns. ``int8`` has one group a row, ``int4-g64`` one for every
+  64 columns; a number is (code - zero point) * scale. ``values`` are ``values_packed`` [1,
+  ceil(count * bits / 32)] and ``values_scale`` [ceil(count / group)], in one row, with groups of
+  128 where the scheme names none.
 
   With ``"pattern": "2:4"`` in the entry exactly two of every four consecutive columns of the mask
   are set, in ``sparse`` columns of the weight and in ``dictionary`` atoms; ``dictionary`` then has
@@ -60,7 +72,7 @@ QUANT_METHOD = "lrc"
 FORMAT_VERSION = 1
 AGAIN = "copy or download the checkpoint again, or compress again"
 # What safetensors calls the types that a form prescribes.
-STORED = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}
+STORED = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
 FOLDER = "lrc"
 RECIPE, RECIPE_GIVEN, PLAN, PLAN_GIVEN, REPORT, MANIFEST = (
     f"{FOLDER}/recipe.yaml",
@@ -86,7 +98,7 @@ def expected_tensors(
     ValueError
         If no weight of that shape can have that spec.
     """
-    shapes = FORMS[spec["form"]].shapes(d_out, d_in, spec, bias=bias)
+    shapes = FORMS[spec["form"]].stored(d_out, d_in, spec, bias=bias)
     return {f"{name}.{leaf}": facts for leaf, facts in shapes.items()}
 
 

@@ -2,8 +2,10 @@
 
 from lrc.compressors.layers.dictionary import SparseDictionary
 from lrc.compressors.layers.form import Form, RankForm, Sizes, Spec
+from lrc.compressors.layers.integers import Integers
 from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.pivoted import PivotedLowRank
+from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.layers.shared import SharedDictionary, SharedLowRank, Sharing
 from lrc.compressors.layers.sparse import Sparse
 from lrc.compressors.layers.sums import LowRankPlusSparse
@@ -12,10 +14,12 @@ __all__ = [
     "FORMS",
     "MEMBERS",
     "Form",
+    "Integers",
     "LowRank",
     "LowRankPlusSparse",
     "PivotedLowRank",
     "RankForm",
+    "Scheme",
     "SharedDictionary",
     "SharedLowRank",
     "Sharing",
@@ -33,6 +37,7 @@ FORMS: dict[str, type[Form]] = {
     "low_rank_plus_sparse": LowRankPlusSparse,
     "dictionary": SparseDictionary,
     "shared_dictionary": SharedDictionary,
+    "integers": Integers,
 }
 MEMBERS: dict[str, str] = {"low_rank": "shared_low_rank", "dictionary": "shared_dictionary"}
 """Form of the first of a group -> that of those which borrow from it."""

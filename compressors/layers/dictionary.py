@@ -16,6 +16,7 @@ from lrc.compressors.layers.form import (
     empty_linear,
     sentinel,
 )
+from lrc.compressors.layers.packed import PackedMatrix
 
 
 class SparseDictionary(Form):
@@ -145,7 +146,7 @@ class SparseDictionary(Form):
         # An adapter and an offloaded weight take part only when called: torch multiplies by what is
         # on the meta device without a word, and returns what happens to be in memory.
         a = self._a()
-        plain = type(a) is nn.Linear and not a.weight.is_meta
+        plain = type(a) in (nn.Linear, PackedMatrix) and not next(a.parameters()).is_meta
         if through <= (tokens + self.atoms) * d_in * d_out or not plain:
             return nn.functional.linear(self._through_a(x), S, self.bias)
         return nn.functional.linear(x, S @ a.weight.to(S.device), self.bias)
@@ -155,7 +156,7 @@ class SparseDictionary(Form):
         S = self._coefficients().float()
         return S @ self._a().weight.float().to(S.device)
 
-    def _a(self) -> nn.Linear:
+    def _a(self) -> nn.Linear | PackedMatrix:
         return self.a
 
     def _through_a(self, x: Tensor) -> Tensor:
@@ -164,12 +165,11 @@ class SparseDictionary(Form):
 
     def _coefficients(self) -> Tensor:
         """Return ``S^T`` [d_out, atoms] with its zeros."""
-        zeros = self.values.new_zeros(self.out_features, self.atoms)
+        values = self._numbers()
+        zeros = values.new_zeros(self.out_features, self.atoms)
         if "mask" in self._buffers:
-            return zeros.masked_scatter(
-                unpack_bits(self.get_buffer("mask"), self.atoms), self.values
-            )
-        return zeros.scatter(1, self.get_buffer("index").long(), self.values)
+            return zeros.masked_scatter(unpack_bits(self.get_buffer("mask"), self.atoms), values)
+        return zeros.scatter(1, self.get_buffer("index").long(), values)
 
 
 def _where(d_out: int, atoms: int, nonzeros: int) -> Shapes:

@@ -9,13 +9,15 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.layers.packed import PackedMatrix, read_values
+from lrc.compressors.layers.scheme import Leaves, Scheme
+
 Spec = Mapping[str, Any]
 """A module's entry in config.json, such as ``{"form": "low_rank", "rank": 12}``."""
 Sizes = Mapping[str, int]
 """The whole numbers of a spec that tell, with the shape, what a form stores: ``{"rank": 12}``."""
 Device = torch.device | str | None
-Shapes = dict[str, tuple[list[int], torch.dtype | None]]
-"""Tensor name within the module -> shape, and dtype where it is not the model's."""
+Shapes = Leaves
 
 
 class Form(nn.Module, ABC):
@@ -30,13 +32,17 @@ class Form(nn.Module, ABC):
     A spec holds ``form``, the form's `SIZES` and what else it adds. With ``"bias": true`` the layer
     has a bias that the method made and that is stored with the module; without, the bias is that of
     the dense layer, if it had one. With ``"pattern": "2:4"`` exactly two of every four consecutive
-    entries are stored, where a form of `PATTERNS` has them; nothing else about it changes.
+    entries are stored, where a form of `PATTERNS` has them; nothing else about it changes. With
+    ``"scheme": "int4-g64"`` its matrices and values are stored as integers, see `Scheme`; then
+    ``"shape": [d_out, d_in]`` tells what packed tensors do not.
 
     Parameters
     ----------
     d_in, d_out : int
     bias : bool
         Whether the layer has a bias.
+    scheme : str, optional
+        How its numbers are stored as integers.
     device, dtype : optional
         As for `nn.Linear`. Weights are left uninitialised.
     **sizes : int
@@ -66,25 +72,77 @@ class Form(nn.Module, ABC):
         d_out: int,
         *,
         bias: bool,
+        scheme: str | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
         **sizes: int,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = d_in, d_out
+        self.scheme = None if scheme is None else Scheme.read(scheme)
         for name in self.SIZES:
             setattr(self, name, sizes[name])
         self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8, device=device))
         self._build(bias=bias, device=device, dtype=dtype)
+        if self.scheme is not None:
+            self._pack(self.scheme, device=device, dtype=dtype)
 
     @abstractmethod
     def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
         """Make the parts, uninitialised; all sizes are set."""
 
+    def _pack(self, scheme: Scheme, *, device: Device, dtype: torch.dtype | None) -> None:
+        """Let the matrices and values that `_build` has made be integers, uninitialised."""
+        for name, child in list(self.named_children()):
+            if isinstance(child, nn.Linear):
+                packed = PackedMatrix(
+                    child.out_features,
+                    child.in_features,
+                    scheme,
+                    bias=child.bias is not None,
+                    device=device,
+                    dtype=dtype,
+                )
+                setattr(self, name, packed)
+        values = self._parameters.pop("values", None)
+        if values is None:
+            return
+        self._values_shape = values.shape
+        for name, (shape, kind) in scheme.values("values", [*values.shape]).items():
+            tensor = torch.empty(shape, dtype=kind or dtype, device=device)
+            if kind is None:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    def _numbers(self) -> Tensor:
+        """Return the values, of a form that has any, at the precision the layer computes in."""
+        if self.scheme is None:
+            return self.get_parameter("values")
+        packed, scale = self.get_buffer("values_packed"), self.get_parameter("values_scale")
+        count = self._values_shape.numel()
+        return read_values(packed, scale, count, self.scheme).view(self._values_shape)
+
+    @classmethod
+    def stored(cls, d_out: int, d_in: int, spec: Spec, *, bias: bool) -> Shapes:
+        """Return the tensors of one module as the file holds them: those of `shapes`, packed.
+
+        Raises
+        ------
+        ValueError
+            If no weight of that shape can have that spec.
+        """
+        shapes = cls.shapes(d_out, d_in, spec, bias=bias)
+        if spec.get("scheme") is None:
+            return shapes
+        if list(spec.get("shape", [d_out, d_in])) != [d_out, d_in]:
+            raise ValueError(f"shape must be [{d_out}, {d_in}], got {spec['shape']}")
+        return Scheme.read(spec["scheme"]).stored(shapes)
+
     @classmethod
     @abstractmethod
     def shapes(cls, d_out: int, d_in: int, spec: Spec, *, bias: bool) -> Shapes:
-        """Return the tensors of one module as the file holds them.
+        """Return the tensors of one module before any of them is packed.
 
         Parameters
         ----------
@@ -176,6 +234,7 @@ class Form(nn.Module, ABC):
             linear.out_features,
             **{name: spec[name] for name in cls.SIZES},
             bias=linear.bias is not None or bool(spec.get("bias")),
+            scheme=spec.get("scheme"),
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
@@ -214,7 +273,8 @@ class Form(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Show the sizes in a printed model."""
         sizes = "".join(f", {name}={getattr(self, name)}" for name in self.SIZES)
-        return f"d_in={self.in_features}, d_out={self.out_features}{sizes}"
+        scheme = "" if self.scheme is None else f", {self.scheme}"
+        return f"d_in={self.in_features}, d_out={self.out_features}{sizes}{scheme}"
 
     @classmethod
     def problem(cls, spec: Spec) -> str | None:
@@ -227,16 +287,18 @@ class Form(nn.Module, ABC):
             return "must hold true or false as 'bias'"
         if spec.get("pattern") not in (None, *cls.PATTERNS):
             return f"must hold no 'pattern'{''.join(f' but {name!r}' for name in cls.PATTERNS)}"
-        return None
+        return None if spec.get("scheme") is None else _scheme_problem(spec)
 
     @classmethod
     @cache  # an allocation asks for every size of every matrix, and matrices share their shapes
-    def stored_bits(cls, d_out: int, d_in: int, *, bits: int, **sizes: int) -> int:
+    def stored_bits(
+        cls, d_out: int, d_in: int, *, bits: int, scheme: str | None = None, **sizes: int
+    ) -> int:
         """Count all bits in the file that stand for the weight; `bits` is of one number.
 
-        Indices and the sentinel count; a bias does not, as it does not in the dense layer.
+        Indices, scales and the sentinel count; a bias does not, as it does not in the dense layer.
         """
-        shapes = cls.shapes(d_out, d_in, sizes, bias=False).values()
+        shapes = cls.stored(d_out, d_in, {**sizes, "scheme": scheme}, bias=False).values()
         return sum(prod(shape) * (dtype.itemsize * 8 if dtype else bits) for shape, dtype in shapes)
 
     @classmethod
@@ -286,6 +348,17 @@ class RankForm(Form):
 
 
 SENTINEL: Shapes = {"weight": ([1], torch.uint8)}
+
+
+def _scheme_problem(spec: Spec) -> str | None:
+    shape = spec.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int for n in shape):
+        return "must hold 'shape': [d_out, d_in] with a 'scheme'"
+    try:
+        Scheme.read(spec["scheme"])
+    except (TypeError, ValueError) as error:
+        return f"has a 'scheme' that {error}"
+    return None
 
 
 def sentinel(like: Tensor) -> Tensor:

@@ -102,6 +102,8 @@ class PackedMatrix(nn.Module):
     ----------
     rows, columns : int
     scheme : Scheme
+    bias : bool
+        Whether the layer has one, which is no integer.
     device, dtype : optional
         Of the scales; all is left uninitialised.
 
@@ -120,12 +122,14 @@ class PackedMatrix(nn.Module):
         columns: int,
         scheme: Scheme,
         *,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features, self.scheme = rows, columns, scheme
         add_packed_(self, rows, columns, scheme, device=device, dtype=dtype)
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
 
     @property
     def weight(self) -> Tensor:
@@ -133,8 +137,8 @@ class PackedMatrix(nn.Module):
         return read_packed(self, self.out_features, self.in_features, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., columns] to [..., rows], as a linear layer without a bias."""
-        return nn.functional.linear(x, self.weight)
+        """Map ``x`` [..., columns] to [..., rows], as a linear layer."""
+        return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Show shape and scheme in a printed model."""
@@ -162,16 +166,14 @@ def add_packed_(
             module.register_buffer(name, tensor)
 
 
-def read_packed(
-    module: nn.Module, rows: int, columns: int, scheme: Scheme, *, exact: bool = False
-) -> Tensor:
-    """Return the matrix of a module that `add_packed_` has prepared; `exact` in float32."""
+def read_packed(module: nn.Module, rows: int, columns: int, scheme: Scheme) -> Tensor:
+    """Return the matrix of a module that `add_packed_` has prepared."""
     scale = module.get_parameter("weight_scale")
     codes = unpack_integers(module.get_buffer("weight_packed"), scheme.bits, columns)
     zero = None
     if not scheme.symmetric:
         zero = unpack_integers(module.get_buffer("weight_zero_point").T, scheme.bits, rows).T
-    return dequantized(codes, scale.float() if exact else scale, zero)
+    return dequantized(codes, scale, zero)
 
 
 def read_values(packed: Tensor, scale: Tensor, count: int, scheme: Scheme) -> Tensor:

@@ -16,6 +16,7 @@ from lrc.compressors.layers.form import (
     empty_linear,
 )
 from lrc.compressors.layers.low_rank import LowRank
+from lrc.compressors.layers.packed import PackedMatrix
 
 Owner = LowRank | SparseDictionary
 
@@ -89,14 +90,14 @@ class Sharing(Form):
             return "must name as 'shares' the layer that holds its factor"
         return super().problem(spec)
 
-    def _a(self) -> nn.Linear:
+    def _a(self) -> nn.Linear | PackedMatrix:
         """Return what the owner has for ``a`` now."""
         return self.owner.a
 
     def _through_a(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., `WIDTH`], where the owner is, and bring it back."""
         a = self._a()
-        home = a.weight.device
+        home = next(a.parameters()).device
         # A device map may cut a group in two; what is offloaded, a hook brings to its input.
         p: Tensor = a(x if home.type == "meta" else x.to(home))
         return p.to(x.device)

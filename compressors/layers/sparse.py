@@ -109,4 +109,4 @@ class Sparse(Form):
         return self._whole().float()
 
     def _whole(self) -> Tensor:
-        return spread(self.values, self.mask, self.in_features)
+        return spread(self._numbers(), self.mask, self.in_features)

@@ -90,4 +90,4 @@ class LowRankPlusSparse(Pivoted):
         return super().product() + self._entries().float()
 
     def _entries(self) -> Tensor:
-        return spread(self.values, self.mask, self.in_features)
+        return spread(self._numbers(), self.mask, self.in_features)
