@@ -177,7 +177,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
         for column in ("shape", "form", "size"):
             table.add_column(column, justify="right")
     for m in sorted(facts["modules"], key=lambda m: _natural(m["name"])):
-        form = " ".join(filter(None, [m["form"], m["pattern"]]))
+        form = " ".join(filter(None, [m["form"], m["pattern"], m["scheme"]]))
         table.add_row(m["name"], f"{m['shape'][0]} x {m['shape'][1]}", form, m["written"])
     OUT.print(table if facts["modules"] else f"[bold]{table.title}[/]")
     for cut in facts["slices"] or []:
@@ -202,8 +202,8 @@ def print_inspection(facts: dict[str, Any]) -> None:
 def _form(m: Matrix) -> str:
     """Return form and pattern of a matrix and why it stays dense, or what it may become."""
     if m.pending and m.method == "mixed":
-        return "any"
-    form = " ".join(filter(None, [m.form, m.pattern]))
+        return " ".join(filter(None, ["any", m.scheme]))
+    form = " ".join(filter(None, [m.form, m.pattern, m.scheme]))
     return form if m.note is None else f"{form}: {m.note}"
 
 

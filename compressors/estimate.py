@@ -13,7 +13,7 @@ import torch
 
 from lrc.compressors.decompose import METHODS, CodedMethod
 from lrc.compressors.planning.curves import arguments, families_of, wanted
-from lrc.compressors.planning.plan import Matrix
+from lrc.compressors.planning.needs import collected
 from lrc.compressors.planning.units import ratios_of, units_of
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.slicing import METHODS as SLICERS
@@ -46,17 +46,20 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     in_dense = sum(m.numel() for layer in prepared.dense.layers for m in layer.parameters())
     n_layers = len(prepared.architecture.layers)
     planned = [m for m in plan.matrices if m.factored]
-    measured = [m for m in planned if METHODS[m.method].needs_inputs]
+    needs = {m.name: collected(m, recipe) for m in planned}
+    measured = [m for m in planned if needs[m.name]]
     # Linears of one module with one input width mostly share their input: counted once.
-    inputs = {(m.name.rpartition(".")[0], m.shape[1]) for m in _needing(measured, "inputs")}
+    inputs = {
+        (m.name.rpartition(".")[0], m.shape[1]) for m in measured if "inputs" in needs[m.name]
+    }
     gram = sum(width**2 for _, width in inputs)
-    gradients = _needing(measured, "gradients")
+    gradients = [m for m in measured if "gradients" in needs[m.name]]
     outputs = sum(m.shape[0] ** 2 for m in gradients)
-    backward = bool(gradients or _needing(measured, "row_fisher"))
-    compensates = any(each.compensate is not None for each in recipe.decompositions.values())
+    backward = bool(gradients) or any("row_fisher" in needs[m.name] for m in measured)
+    compensates = any(each.compensate is not None for each in recipe.works.values())
     sliced = any(SLICERS[each.method].reads_text for each in recipe.slices)
-    read = measured or compensates or sliced
-    tokens = recipe.calibration.samples * recipe.calibration.length if read else 0
+    reads = measured or compensates or sliced
+    tokens = recipe.calibration.samples * recipe.calibration.length if reads else 0
 
     seconds = {}
     if recipe.slices:
@@ -69,7 +72,7 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         passes = 1 + (BACKWARD_PASSES if backward else 0)
         seconds["calibrate"] = tokens * 2 * (passes * in_layers + gram + outputs) / products
     curves, solutions = coded_work(prepared)
-    spectral = [m for m in planned if METHODS[m.method].forms != ["sparse"]]
+    spectral = [m for m in planned if METHODS[m.method].forms not in (["sparse"], ["integers"])]
     pending = [min(m.shape) for m in spectral if m.pending]
     if pending or curves:
         spectra = VALUES_ONLY * sum(s**3 / eigenproblems for s in pending)
@@ -119,7 +122,7 @@ def coded_work(prepared: Prepared) -> tuple[int, int]:
     curves = solutions = 0
     for unit in units_of(m for m in prepared.plan.matrices if m.factored):
         m = unit.first
-        options = prepared.recipe.decompositions[m.stage]
+        options = prepared.recipe.works[m.stage]
         shape = len(unit.members) * m.shape[0], m.shape[1]
         dearest = 0
         for part in METHODS[options.method].parts:
@@ -139,10 +142,6 @@ def coded_work(prepared: Prepared) -> tuple[int, int]:
             dearest = max(dearest, part.work(*shape, solved, curve=False, **own))
         solutions += dearest
     return curves, solutions
-
-
-def _needing(matrices: list[Matrix], name: str) -> list[Matrix]:
-    return [m for m in matrices if name in METHODS[m.method].needs]
 
 
 def _width(prepared: Prepared) -> int:

@@ -7,14 +7,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose import METHODS, Moment, PrefixMoments, Statistics, refit_target
-from lrc.compressors.factor import Done, factor, product, refitted
+from lrc.compressors.decompose import Moment, PrefixMoments, Statistics, refit_target
+from lrc.compressors.ending import Done, product
+from lrc.compressors.factor import factor, refitted
 from lrc.compressors.journal import Journal
 from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.planning.needs import collected, compensation, method_needs
 from lrc.compressors.planning.plan import Matrix, Plan, read_matrices, record_of
 from lrc.compressors.planning.units import Unit, units_of
 from lrc.compressors.progress import OnStep
-from lrc.configs.decompose import Compensate, DecomposeBase
+from lrc.compressors.rounding import Rounding
+from lrc.configs.decompose import Compensate
 from lrc.configs.recipe import Recipe
 
 
@@ -123,11 +126,8 @@ class _Work:
     statistics: Callable[[Matrix], Statistics]
     device: str
 
-    def options(self, matrix: Matrix) -> DecomposeBase:
-        return self.recipe.decompositions[matrix.stage]
-
     def compensate(self, matrix: Matrix) -> Compensate | None:
-        return self.options(matrix).compensate
+        return compensation(matrix, self.recipe)
 
     def write_layer(self, layer: int, prefix: Prefix | None) -> None:
         """Factor what begins in a layer, and finish its file."""
@@ -234,13 +234,21 @@ class _Work:
         m, bias = unit.first, None
         if m.bias == "replaced":
             bias = self.reader.read(f"{m.name}.bias", device=self.device)
-        options, seed = self.options(m), self.recipe.seed
-        return factor(unit, options, weights, known, dtype=dtype, bias=bias, seed=seed)
+        return factor(
+            unit,
+            self.recipe.works[m.stage],
+            weights,
+            known,
+            dtype=dtype,
+            bias=bias,
+            rounding=Rounding.of(m, self.recipe),
+            seed=self.recipe.seed,
+        )
 
     def _known(self, matrix: Matrix, *, behind: Moment | None = None) -> Statistics:
         """Return what the method asked for; inputs as they are `behind` the compressed prefix."""
-        needs = METHODS[matrix.method].needs
-        known = self.statistics(matrix) if needs else Statistics()
+        needs = method_needs(matrix, self.recipe)
+        known = self.statistics(matrix) if collected(matrix, self.recipe) else Statistics()
         if behind is not None and "inputs" in needs:
             known = replace(known, inputs=behind)
         return known.to(self.device)

@@ -18,9 +18,9 @@ from jinja2 import Environment, StrictUndefined
 
 from lrc.compressors.calibrate.windows import provenance
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.decompose import METHODS
 from lrc.compressors.journal import Journal, write_text
 from lrc.compressors.layers import FORMS
+from lrc.compressors.planning.needs import method_needs
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.slicing import METHODS as SLICERS
 
@@ -40,6 +40,7 @@ SCHEMA = {
     "slices[].facts": "what the method had to decide, such as the layers that went",
     "layers[].{name,shape,method,form}": "one record a targeted matrix",
     "layers[].{bits,source_bits}": "as stored, and dense",
+    "layers[].{scheme,rounded}": "its integers, such as int4-g64, and the stage that makes them",
     "layers[].{rank,nonzeros,atoms}": "those of its form; of a dense matrix rank, which is null",
     "layers[].predicted_loss": "share of the (weighted) energy of the matrix that is lost, [0, 1]",
     "layers[].predicted_nats": "rise of the loss, nats a token; null where the method cannot tell",
@@ -128,7 +129,8 @@ def model_card(report: dict[str, Any], plan: dict[str, Any]) -> str:
         report=report,
         plan=plan,
         base=base,
-        plain=all(layer["form"] == "dense" for layer in report["layers"]),
+        plain=all(layer["form"] in ("dense", "integers") for layer in report["layers"]),
+        integers=any(layer["form"] == "integers" for layer in report["layers"]),
     )
 
 
@@ -141,11 +143,9 @@ def versions() -> dict[str, str]:
 def _reads_text(prepared: Prepared) -> bool:
     """Say whether the result depends on calibration text; a profile alone reads some too."""
     sliced = any(SLICERS[each.method].reads_text for each in prepared.recipe.slices)
-    compensates = any(
-        each.compensate is not None for each in prepared.recipe.decompositions.values()
-    )
-    factored = [m for m in prepared.plan.matrices if m.factored]
-    return sliced or compensates or any(METHODS[m.method].needs_inputs for m in factored)
+    recipe, matrices = prepared.recipe, prepared.plan.matrices
+    compensates = any(each.compensate is not None for each in recipe.works.values())
+    return sliced or compensates or any(method_needs(m, recipe) for m in matrices)
 
 
 def _size(plan: dict[str, Any], checkpoint: Path, prepared: Prepared) -> dict[str, Any]:
@@ -193,7 +193,8 @@ def _alternatives(plan: dict[str, Any], prepared: Prepared) -> dict[str, int]:
 
 def _layer(matrix: dict[str, Any]) -> dict[str, Any]:
     sizes = FORMS[matrix["form"]].SIZES if matrix["form"] in FORMS else ("rank",)
-    keys = ["name", "shape", "stage", "method", "form", *sizes, "bits", "source_bits"]
+    keys = ["name", "shape", "stage", "method", "form", *sizes, "scheme", "rounded"]
+    keys += ["bits", "source_bits"]
     record = {key: matrix[key] for key in keys}
     return record | {
         "predicted_loss": matrix["loss"],

@@ -1,7 +1,7 @@
 """The stages of one run: what each is given, and where what it makes is kept."""
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,13 +19,14 @@ from lrc.compressors.checkpoint.reader import load_checkpoint
 from lrc.compressors.checkpoint.reader import load_tokenizer as load_checkpoint_tokenizer
 from lrc.compressors.checkpoint.writer import new_folder
 from lrc.compressors.corpus import fingerprint
-from lrc.compressors.decompose import METHODS, Statistics
+from lrc.compressors.decompose import Statistics
 from lrc.compressors.evaluate import compare, evaluate_model
 from lrc.compressors.execute import decompose, executed, factors_file
 from lrc.compressors.journal import Journal, open_journal, write_text
 from lrc.compressors.lineage import Lineage
 from lrc.compressors.machine import Clock, Machine
 from lrc.compressors.memory import release_memory
+from lrc.compressors.planning.needs import collected, compensation
 from lrc.compressors.planning.plan import Matrix, Plan, read_matrices
 from lrc.compressors.planning.ranks import allocate_ranks
 from lrc.compressors.prepare import Prepared
@@ -61,7 +62,9 @@ class Run:
         plan, calibration = self.prepared.plan, self.prepared.recipe.calibration
         homes = plan.homes()
         left = {m.layer for m in plan.matrices if not self.journal.has(factors_file(homes[m.name]))}
-        needs = _needs(plan, left)
+        recipe = self.prepared.recipe
+        asked = {m.name: collected(m, recipe) for m in plan.matrices if m.layer in left}
+        needs = {name: needed for name, needed in asked.items() if needed}
         with self.clock("calibrate"):
             if not needs:
                 return
@@ -210,8 +213,8 @@ class Run:
         return statistics.load(self.journal, matrix.layer, matrix.name)
 
     def _prefix(self, plan: Plan) -> CompressedPrefix | None:
-        stages = self.prepared.recipe.decompositions
-        refitted = {m.layer for m in plan.matrices if stages[m.stage].compensate}
+        recipe = self.prepared.recipe
+        refitted = {m.layer for m in plan.matrices if compensation(m, recipe)}
         if all(self.journal.has(factors_file(layer)) for layer in refitted):
             return None
         return CompressedPrefix(
@@ -243,14 +246,3 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     text = {"calibration_text": fingerprint(prepared.recipe.calibration.source)}
     plans = {"given_plans": prepared.plan.given_hashes()}
     return {"model": model, **recipe, **text, **plans, "versions": versions}
-
-
-def _needs(plan: Plan, layers: Collection[int]) -> dict[str, frozenset[str]]:
-    """Return linear -> what its method wants to know of it, for those that are not kept dense."""
-    needs = {}
-    for matrix in plan.matrices:
-        method = METHODS[matrix.method]
-        if matrix.factored and method.needs and matrix.layer in layers:
-            whole = {f"whole_{side}" for side in ("inputs", "gradients") if side in method.needs}
-            needs[matrix.name] = method.needs | (whole if method.whole else set())
-    return needs

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from lrc.configs.decompose import Allocation, Damp, DecomposeBase
+from lrc.configs.quantize import Gauge, Rounder, Written
 
 PruningAllocation = Annotated[
     Literal["uniform", "lagrangian"],
@@ -237,9 +238,16 @@ class Mixed(DecomposeBase):
     method: Literal["mixed"]
     """The best form for every matrix."""
     forms: Annotated[
-        list[Literal["low-rank", "sparse", "sum", "dictionary"]], Field(min_length=1)
+        list[Literal["low-rank", "sparse", "sum", "dictionary", "dense"]], Field(min_length=1)
     ] = ["low-rank", "sparse"]
-    """What a matrix may become, beside dense; a `sum` is low rank with entries beside it."""
+    """What a matrix may become, `dense` in any case; a `sum` is low rank with entries beside it."""
+    schemes: list[Written] = []
+    """Integers, such as `int8` or `int4-g64`, that the numbers of any form, dense too, may be
+    rounded to."""
+    rounder: Rounder = "gptq"
+    order: bool = True
+    """With `gptq`: round the columns of the largest inputs first."""
+    gauge: Gauge = "measured"
     damp: Damp = 1e-6
     gradient_damp: GradientDamp = 0.1
     ratio: Ratio = 3.0

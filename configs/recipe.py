@@ -4,11 +4,14 @@ Short forms (`model: path`, `calibration: c4`, `tasks: [piqa]`) are for people; 
 always fully written out. `Recipe.model_dump()` gives the form that is saved with a checkpoint.
 """
 
+from itertools import pairwise
+from math import lcm
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from lrc.configs.methods import Decompose
+from lrc.configs.methods import Coded, Decompose
+from lrc.configs.quantize import Quantize
 from lrc.configs.slicing import Slice
 from lrc.configs.strict import Strict, Text
 
@@ -72,7 +75,15 @@ class SliceStage(Strict):
     """What is cut away, and how much."""
 
 
-Stage = SliceStage | DecomposeStage
+class QuantizeStage(Strict):
+    """Round what is left to integers of few bits."""
+
+    quantize: Quantize
+    """How many bits, and how they are found."""
+
+
+Stage = SliceStage | DecomposeStage | QuantizeStage
+ORDER: tuple[type[Stage], ...] = (SliceStage, DecomposeStage, QuantizeStage)
 
 
 class Perplexity(Strict):
@@ -178,14 +189,15 @@ class Recipe(Strict):
     """Start of every random choice; same seed, same machine: same bytes."""
 
     @model_validator(mode="after")
-    def _slices_first(self) -> "Recipe":
-        kinds = [isinstance(stage, SliceStage) for stage in self.stages]
-        if kinds != sorted(kinds, reverse=True):
-            late = max(index for index, is_slice in enumerate(kinds) if is_slice)
-            raise ValueError(
-                f"a 'slice' must stand before every 'decompose', got stages[{late}] behind one; "
-                "move it to the front"
-            )
+    def _in_order(self) -> "Recipe":
+        kinds = [ORDER.index(type(stage)) for stage in self.stages]
+        for index, (before, kind) in enumerate(pairwise(kinds), start=1):
+            if kind < before:
+                early, late = (next(iter(ORDER[k].model_fields)) for k in (kind, before))
+                raise ValueError(
+                    f"a '{early}' must stand before every '{late}', got stages[{index}] behind "
+                    "one; move it to the front"
+                )
         return self
 
     @property
@@ -195,9 +207,33 @@ class Recipe(Strict):
 
     @property
     def decompositions(self) -> dict[int, Decompose]:
-        """Number of a stage -> what it decomposes, in order."""
+        """Number of a stage -> what it decomposes, in order.
+
+        Ranks are multiples of the group sizes of stages that will round them.
+        """
+        groups = [each.group_size or 1 for each in self.quantizations.values()]
         return {
-            index: stage.decompose
+            index: _in_groups(stage.decompose, lcm(*groups))
             for index, stage in enumerate(self.stages)
             if isinstance(stage, DecomposeStage)
         }
+
+    @property
+    def quantizations(self) -> dict[int, Quantize]:
+        """Number of a stage -> how it rounds, in order."""
+        return {
+            index: stage.quantize
+            for index, stage in enumerate(self.stages)
+            if isinstance(stage, QuantizeStage)
+        }
+
+    @property
+    def works(self) -> dict[int, Decompose | Quantize]:
+        """Number of a stage -> what it does to single matrices, in order."""
+        return {**self.decompositions, **self.quantizations}
+
+
+def _in_groups(options: Decompose, group: int) -> Decompose:
+    if group == 1 or isinstance(options, Coded):
+        return options
+    return options.model_copy(update={"rank_multiple": lcm(options.rank_multiple, group)})

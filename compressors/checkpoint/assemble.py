@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.plain import compressed_tensors_config, is_plain
 from lrc.compressors.checkpoint.writer import write_config, write_manifest, write_weights
 from lrc.compressors.layers import FORMS
 from lrc.compressors.models.architecture import Architecture
@@ -40,6 +41,7 @@ def write_checkpoint(
         Returns a factor by decoder layer and the name it is stored with.
     """
     modules = plan.modules()
+    plain = is_plain(modules)
     layer_of = plan.homes()
     refitted = {m.name for m in plan.matrices if m.form == "dense" and m.refit}
     origin: dict[str, Callable[[], Tensor]] = {}
@@ -67,10 +69,19 @@ def write_checkpoint(
         d_out, d_in = parameter.shape
         tensors = layout.expected_tensors(module, d_out, d_in, spec, bias=False)
         for stored, (shape, dtype) in tensors.items():
+            if plain and stored == name:
+                continue  # a sentinel: without forms of ours nobody needs to be stopped
             meta[stored] = torch.empty(shape, dtype=dtype or parameter.dtype, device="meta")
             origin[stored] = from_factors(stored, layer_of[module])
     write_weights(folder, meta, lambda name: origin[name]())
-    write_config(folder, architecture.model.config, modules, plan.dtype)
+    block = None
+    if plain and modules:
+        kinds = architecture.model.named_modules()
+        linears = [name for name, module in kinds if isinstance(module, nn.Linear)]
+        block = compressed_tensors_config(modules, linears)
+    elif modules:
+        block = layout.config_block(modules)
+    write_config(folder, architecture.model.config, block, plan.dtype)
     generation = getattr(architecture.model, "generation_config", None)
     stored_generation = reader.folder / "generation_config.json"
     if stored_generation.is_file():
@@ -87,7 +98,7 @@ def write_checkpoint(
     _write(folder / layout.PLAN, json.dumps(plan.to_json(), indent=1) + "\n")
     for stage, text in plan.given.items():
         _write(folder / layout.PLAN_GIVEN.format(stage=stage), text)
-    write_manifest(folder, plain=not modules)
+    write_manifest(folder, plain=plain)
 
 
 def _write(path: Path, text: str) -> None:

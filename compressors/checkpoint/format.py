@@ -102,6 +102,15 @@ def expected_tensors(
     return {f"{name}.{leaf}": facts for leaf, facts in shapes.items()}
 
 
+def config_block(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the `quantization_config` that names the forms of modules."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "modules": modules,
+    }
+
+
 def misfits(expected: Expected, found: Mapping[str, Header]) -> list[str]:
     """Return one sentence for every tensor that is missing or not of the right kind."""
     problems = []

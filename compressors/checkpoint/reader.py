@@ -50,7 +50,13 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
     if missing:  # transformers would go on with random numbers
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(f"{folder}: the weights lack {', '.join(missing[:3])}{more}; {AGAIN}")
-    return model.eval()
+    model = model.eval()
+    if hasattr(model, "ct_decompress_hook"):
+        # compressed-tensors puts weights together at the first call of the whole model; whoever
+        # calls a part of it would find none.
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:

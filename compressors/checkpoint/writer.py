@@ -50,17 +50,13 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_config(folder: Path, config: Any, modules: dict[str, dict[str, Any]], dtype: str) -> None:
-    """Write ``config.json``: the architecture's, plus the block that names our forms if any."""
+def write_config(folder: Path, config: Any, block: dict[str, Any] | None, dtype: str) -> None:
+    """Write ``config.json``: the architecture's, plus a `quantization_config` if there is one."""
     content = json.loads(config.to_json_string(use_diff=True))
     content.pop("_name_or_path", None)
     content["dtype"] = dtype
-    if modules:
-        content["quantization_config"] = {
-            "quant_method": layout.QUANT_METHOD,
-            "format_version": layout.FORMAT_VERSION,
-            "modules": modules,
-        }
+    if block is not None:
+        content["quantization_config"] = block
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 

@@ -25,6 +25,8 @@ class Method:
 
     shared = False
     """Whether weights of several layers can be solved as one stack, see `shared_spectrum`."""
+    chooses_schemes = False
+    """Whether an allocation may choose integers for the numbers of its forms."""
     has_bias = False
     """Whether a bias makes up for what the factors lose of the mean output."""
 

@@ -67,6 +67,8 @@ class LowRankMethod(Method):
 class Mixed(Method):
     """Whichever form an allocation finds best for a matrix, by the method that makes it."""
 
+    chooses_schemes = True
+
     @property
     def whole(self) -> bool:
         """As some of its parts need it."""
@@ -76,6 +78,20 @@ class Mixed(Method):
     def parts(self) -> tuple[Method, ...]:
         """Return the two-sided methods, one a form."""
         return METHODS["kfac"], METHODS["sparse"], SUM, METHODS["dictionary"]
+
+
+class Rounding(Method):
+    """A weight as it is, as integers: there is nothing to choose but a scheme."""
+
+    @property
+    def whole(self) -> bool:
+        """What rounding one input costs, others make up for."""
+        return bool(self.needs)
+
+    @property
+    def forms(self) -> list[str]:
+        """Name the one form."""
+        return ["integers"]
 
 
 def _plain(W: Tensor, statistics: Statistics) -> Metric:
@@ -160,6 +176,8 @@ METHODS: dict[str, Method] = {
         shared=True,
     ),
     **CODED,
+    "gptq": Rounding(frozenset({"inputs"}), "GPTQ, arXiv:2210.17323"),
+    "rtn": Rounding(frozenset(), "rounding to the nearest"),
     "mixed": Mixed(
         frozenset({"inputs", "gradients"}),
         "one Lagrangian over forms; their losses compare, being of one metric",

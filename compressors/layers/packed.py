@@ -133,7 +133,7 @@ class PackedMatrix(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix [rows, columns] that the integers stand for, at the precision of the scales."""
+        """The matrix [rows, columns] that is meant, at the precision of the scales."""
         return read_packed(self, self.out_features, self.in_features, self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -51,13 +51,26 @@ class Sharing(Form):
         # A copy or a pickle of the whole model keeps the sharing all the same.
         object.__setattr__(self, "owner", owner)
 
-    def share_factor(self, A: Tensor) -> None:
-        """Take `A` [`WIDTH`, d_in] for ``a``, without the layer that holds it."""
-        sizes = {name: getattr(self, name) for name in self.SIZES}
-        d_in, d_out = self.in_features, self.out_features
-        owner = self.OWNER(d_in, d_out, bias=False, device=A.device, dtype=A.dtype, **sizes)
-        owner.a.load_state_dict({"weight": A})
+    def share_factor(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take ``a`` from tensors, by their names within the owner, without the layer itself."""
+        like = next(self.parameters())
+        owner = self.OWNER(
+            self.in_features,
+            self.out_features,
+            bias=False,
+            scheme=None if self.scheme is None else str(self.scheme),
+            device=like.device,
+            dtype=like.dtype,
+            **{name: getattr(self, name) for name in self.SIZES},
+        )
+        owner.a.load_state_dict({leaf.removeprefix("a."): t for leaf, t in tensors.items()})
         self.share(owner)
+
+    @classmethod
+    def borrowed(cls, d_out: int, d_in: int, spec: Spec) -> list[str]:
+        """Return the names within the owner of the tensors that stand for ``a``."""
+        leaves = cls.OWNER.stored(d_out, d_in, spec, bias=False)
+        return [leaf for leaf in leaves if leaf.startswith("a.")]
 
     def attach(self, model: nn.Module, spec: Spec) -> None:
         """Share with the layer that the spec names."""

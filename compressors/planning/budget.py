@@ -3,12 +3,13 @@
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, lcm
 
 from torch import Tensor
 
 from lrc.compressors.decompose import METHODS
-from lrc.compressors.layers import FORMS
+from lrc.compressors.layers import FORMS, Scheme
+from lrc.compressors.planning.choices import schemes_of
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import WORDS, Unit
 from lrc.configs.decompose import DecomposeBase
@@ -118,8 +119,21 @@ def _possible(m: Matrix) -> list[str]:
 
 def cheapest(units: list[Unit], options: DecomposeBase) -> int:
     """Return the least that units can cost under the floors of a stage."""
-    multiple, floor = options.rank_multiple, options.min_keep
-    return sum(u.cheapest(options.measure, multiple=multiple, min_keep=floor) for u in units)
+    return sum(_cheapest(u, options) for u in units)
+
+
+def _cheapest(unit: Unit, options: DecomposeBase) -> int:
+    measure, floor = options.measure, options.min_keep
+    costs = []
+    for scheme in schemes_of(unit, options):
+        there = unit if scheme is None else unit.in_scheme(scheme)
+        group = 1 if scheme is None else Scheme.read(scheme).group_size or 1
+        multiple = lcm(options.rank_multiple, group)
+        costs.append(there.cheapest(measure, multiple=multiple, min_keep=floor))
+        if scheme is not None:
+            integers = there.in_form("integers").cost({}, measure)
+            costs += [integers] if integers >= floor * unit.dense_cost(measure) else []
+    return min(costs)
 
 
 def unreachable(

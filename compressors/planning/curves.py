@@ -25,10 +25,12 @@ from lrc.compressors.decompose.method import RANK_FORMS
 from lrc.compressors.journal import Journal
 from lrc.compressors.layers import FORMS, Sizes
 from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.planning.noise import rounding_noise
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit, ratios_of
 from lrc.compressors.progress import OnStep
 from lrc.configs.decompose import DecomposeBase
+from lrc.configs.methods import Mixed
 from lrc.configs.recipe import Recipe
 
 NO_TOKEN = "saw no calibration token; stays dense"
@@ -41,6 +43,7 @@ FORMS_OF = {
     "sparse": ["sparse"],
     "sum": ["low_rank_plus_sparse"],
     "dictionary": ["dictionary"],
+    "dense": [],
 }
 """What recipes call families of forms."""
 
@@ -69,6 +72,8 @@ class Curve:
     comparable: bool = True
     points: list[Point] = field(default_factory=list)
     total: float = 0.0
+    rounding: dict[str, float] = field(default_factory=dict)
+    """Scheme of integers -> energy of what rounding the weight to it loses."""
 
     def lost(self, sizes: Sizes) -> float:
         """Return the energy lost at sizes that were looked at."""
@@ -134,7 +139,7 @@ def _key(unit: Unit) -> str:
 def _facts(curve: Curve) -> dict[str, Any]:
     points = [{"form": p.form, "sizes": dict(p.sizes), "energy": p.energy} for p in curve.points]
     facts = {"n_tokens": curve.n_tokens, "note": curve.note, "comparable": curve.comparable}
-    return facts | {"points": points, "total": curve.total}
+    return facts | {"points": points, "total": curve.total, "rounding": curve.rounding}
 
 
 def _curve(
@@ -175,8 +180,11 @@ def _curve(
             assert isinstance(part, LowRankMethod)
             energies = part.energies(stack, alike, **own).cpu()
     total = float(energies.sum()) or total
+    rounding: dict[str, float] = {}
+    if isinstance(options, Mixed) and options.schemes:
+        rounding, total = rounding_noise(unit, options, stack, alike)
     comparable = total > 0 and not seen_nothing(known)
-    return Curve(energies, known[0].n_tokens, None, comparable, points, total)
+    return Curve(energies, known[0].n_tokens, None, comparable, points, total, rounding)
 
 
 def wanted(part: Method, options: DecomposeBase) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.compressors.decompose import METHODS
-from lrc.compressors.layers import FORMS, Sizes
+from lrc.compressors.layers import FORMS, Scheme, Sizes
 from lrc.compressors.planning.units import Unit
 
 SHOWN = 10
@@ -26,6 +26,7 @@ class Entry:
     shape: tuple[int, int]
     form: str
     sizes: Sizes | None
+    scheme: str | None
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,27 @@ def apply_given(plan: GivenPlan, units: Iterable[Unit], problems: list[str]) -> 
         elif entries[0].sizes is None:
             decided.append(unit.dense(note="dense in the given plan"))
         elif len(entries) == 1:
-            decided.append(unit.in_form(entries[0].form).at(entries[0].sizes))
+            decided.append(_as_given(unit, entries[0]).at(entries[0].sizes))
         else:
             decided.append(unit.at(entries[0].sizes))
     problems += _first(found, plan.path)
     return decided
 
 
+def _as_given(unit: Unit, entry: Entry) -> Unit:
+    """Return a unit in the form of an entry, its numbers as integers where the entry says so.
+
+    What a stage of its own rounds is in plan files too, but for that stage to say.
+    """
+    there = unit.in_form(entry.form)
+    own = METHODS[unit.first.method].chooses_schemes
+    return there.in_scheme(entry.scheme) if own and entry.scheme is not None else there
+
+
 def _entry(record: dict[str, Any], where: str, found: list[str]) -> Entry | None:
-    shape, form, rank = (record.get(key) for key in ("shape", "form", "rank"))
+    shape, form, rank, scheme = (record.get(key) for key in ("shape", "form", "rank", "scheme"))
+    if form == "integers" and record.get("rounded") != record.get("stage"):
+        form = "dense"  # as the stage left it whose plan this is
     sides = shape if isinstance(shape, list) else []
     names = FORMS[form].SIZES if isinstance(form, str) and form in FORMS else ()
     sizes: dict[str, Any] = {name: record.get(name) for name in names}
@@ -138,10 +151,22 @@ def _entry(record: dict[str, Any], where: str, found: list[str]) -> Entry | None
     elif wrong is not None:
         got = f"{record.get(wrong)!r:.60}"
         problem = f"{wrong} must be a whole number for {form}, got {got}; give one, or dense"
+    elif form == "integers" and scheme is None:
+        problem = "scheme must be written like int8 or int4-g64 for integers, got null; correct it"
+    elif scheme is not None:
+        problem = _unlike_scheme(scheme)
     if problem:
         found.append(f"{where}: {problem}")
         return None
-    return Entry((sides[0], sides[1]), str(form), None if form == "dense" else sizes)
+    return Entry((sides[0], sides[1]), str(form), None if form == "dense" else sizes, scheme)
+
+
+def _unlike_scheme(scheme: Any) -> str | None:
+    try:
+        Scheme.read(scheme)
+    except (TypeError, ValueError) as error:
+        return f"scheme {error}; correct it, or make it null"
+    return None
 
 
 def _checked(plan: GivenPlan, unit: Unit, number: int, found: list[str]) -> Entry | None:
@@ -159,14 +184,16 @@ def _checked(plan: GivenPlan, unit: Unit, number: int, found: list[str]) -> Entr
         return None
     if entry.sizes is None:
         return entry
-    allowed = [m.form] if len(unit.members) > 1 else METHODS[m.method].forms
+    method = METHODS[m.method]
+    allowed = [m.form] if len(unit.members) > 1 else method.forms
+    allowed = [*allowed, *(["integers"] if method.chooses_schemes else [])]
     if entry.form not in allowed:
         found.append(
             f"{where}: form must be dense or {' or '.join(allowed)} here, got {entry.form}; "
             "correct it, or change the method"
         )
         return None
-    as_asked = unit if len(unit.members) > 1 else unit.in_form(entry.form)
+    as_asked = unit if len(unit.members) > 1 else _as_given(unit, entry)
     problem = _beyond(as_asked, entry)
     if problem is not None:
         found.append(f"{where}: {problem}")
@@ -177,6 +204,8 @@ def _checked(plan: GivenPlan, unit: Unit, number: int, found: list[str]) -> Entr
 def _beyond(unit: Unit, entry: Entry) -> str | None:
     """Say why a unit cannot have the sizes of an entry, or gains nothing by them."""
     assert entry.sizes is not None
+    if not entry.sizes:  # integers: there is but their scheme
+        return _beyond_scheme(unit)
     shape, last = [*unit.first.shape], list(entry.sizes)[-1]
     try:
         spec = {**entry.sizes, "pattern": unit.first.pattern}
@@ -207,6 +236,14 @@ def _beyond(unit: Unit, entry: Entry) -> str | None:
         f"{entry.form} of {last} {sizes[last]} takes as much as the dense matrix; {remedy}"
         "make it dense"
     )
+
+
+def _beyond_scheme(unit: Unit) -> str | None:
+    try:
+        smaller = unit.bits({}) < unit.source_bits
+    except ValueError as error:
+        return f"{error}; correct the scheme, or make it dense"
+    return None if smaller else "takes as much as the dense matrix; make it dense"
 
 
 def _first(found: list[str], path: str) -> list[str]:

@@ -13,8 +13,10 @@ from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.budget import Whole, cheapest, even_share, unreachable
 from lrc.compressors.planning.given import GivenPlan, apply_given, read_given, refuse_strangers
+from lrc.compressors.planning.needs import method_needs
 from lrc.compressors.planning.patterns import refuse_shapes, refuse_share
 from lrc.compressors.planning.plan import Matrix, Plan
+from lrc.compressors.planning.rounding import plan_rounding
 from lrc.compressors.planning.targets import Stage, find_stages
 from lrc.compressors.planning.units import WORDS, Measure, Unit, ratios_of
 from lrc.configs.decompose import DecomposeBase
@@ -54,6 +56,8 @@ def make_plan(recipe: Recipe, source: Source, architecture: Architecture) -> Pla
             units, budget = _decide(stage, whole, problems)
         budgets[stage.number] = budget
         decided |= {m.name: m for unit in units for m in unit.members}
+    number_bits = source.dtype.itemsize * 8
+    decided = plan_rounding(recipe, architecture, number_bits, decided, problems)
     if stages and not problems and not any(m.factored for m in decided.values()):
         problems.append(
             "stages: every targeted matrix stays dense, so nothing would be smaller; "
@@ -85,12 +89,18 @@ def _refuse_options(recipe: Recipe, stage: Stage, problems: list[str]) -> None:
             f"{where}.max_loss: needs allocation: lagrangian, which predicts losses, got "
             f"{options.allocation}; change allocation or leave max_loss out"
         )
+    if options.size is not None and recipe.quantizations:
+        problems.append(
+            f"{where}.size: counts the bytes of files that no stage rounds, got a 'quantize' "
+            "behind it; give 'keep', before rounding, or let method: mixed choose 'schemes' within "
+            "the size"
+        )
     if options.size is not None and len(recipe.decompositions) > 1:
         problems.append(
             f"{where}.size: must be the budget of a single stage, got "
             f"{len(recipe.decompositions)} stages; give every stage its 'keep'"
         )
-    compensates = any(each.compensate is not None for each in recipe.decompositions.values())
+    compensates = any(each.compensate is not None for each in recipe.works.values())
     if METHODS[options.method].has_bias and compensates:
         problems.append(
             f"{where}.method: {options.method} cannot stand beside 'compensate', because the means "
@@ -263,7 +273,7 @@ def _warnings(recipe: Recipe, matrices: list[Matrix]) -> list[str]:
         if not METHODS[options.method].needs & {"gradients", "row_fisher"}
     ]
     tokens = recipe.calibration.samples * recipe.calibration.length
-    measured = [m.shape[1] for m in matrices if METHODS[m.method].needs_inputs]
+    measured = [m.shape[1] for m in matrices if method_needs(m, recipe)]
     narrow = Counter(width for width in measured if tokens < 4 * width)
     return incomparable + [
         f"calibration: {tokens} tokens are few for {count} matrices of input width {width}; "

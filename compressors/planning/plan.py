@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lrc.compressors.layers import FORMS, MEMBERS, Sizes
+from lrc.compressors.layers import FORMS, MEMBERS, Scheme, Sizes
 
 PLAN_VERSION = 1
 
@@ -35,6 +35,10 @@ class Matrix:
     """The allocation that will choose the rank, until it has."""
     pattern: str | None = None
     """``2:4`` where two of every four consecutive entries are kept; None if any may be."""
+    scheme: str | None = None
+    """How its numbers are stored as integers, such as ``int4-g64``; None if they are not."""
+    rounded: int | None = None
+    """The stage that makes integers of its numbers; that of the form, where one stage does both."""
     group: str | None = None
     """Name of the first of the matrices that share one factor; None if it stands alone."""
     bias: str | None = None
@@ -74,7 +78,8 @@ class Matrix:
     def stored_bits(self, sizes: Sizes) -> int:
         """Count the bits of its form with `sizes`, with those of a bias that the layer had not."""
         added = self.shape[0] * self.number_bits if self.bias == "added" else 0
-        return FORMS[self.form].stored_bits(*self.shape, bits=self.number_bits, **sizes) + added
+        form, bits = FORMS[self.form], self.number_bits
+        return form.stored_bits(*self.shape, bits=bits, scheme=self.scheme, **sizes) + added
 
     def at(self, sizes: Sizes | int, **changes: Any) -> "Matrix":
         """Return the same matrix with these sizes, or this rank; `changes` are other fields."""
@@ -85,6 +90,11 @@ class Matrix:
     def undecided(self, allocation: str, share: float) -> "Matrix":
         """Return the same matrix with a rank that an allocation is going to choose."""
         return replace(self, pending=allocation, bits=int(share * self.source_bits))
+
+    def integers(self, scheme: str, stage: int, **changes: Any) -> "Matrix":
+        """Return the same matrix, dense, as integers that a stage rounds it to."""
+        form = replace(self.dense(**changes), form="integers", scheme=scheme, rounded=stage)
+        return form.at({})
 
     def shared(self, owner: str) -> "Matrix":
         """Return the same matrix as one of those that use the first factor of `owner`."""
@@ -102,6 +112,8 @@ class Matrix:
             pattern=None,
             group=None,
             bias=None,
+            scheme=None,
+            rounded=None,
             **changes,
         )
 
@@ -182,7 +194,8 @@ class Plan:
                 removed += d_out * d_in - added
                 removed -= FORMS[m.form].parameters_stored(*m.shape, **m.sizes)
             elif m.pending:
-                removed += d_out * d_in - m.bits // m.number_bits
+                stored = m.number_bits if m.scheme is None else Scheme.read(m.scheme).bits
+                removed += d_out * d_in - m.bits // stored
         return self.parameters - removed
 
     @property
@@ -211,6 +224,8 @@ class Plan:
                 table[m.name]["bias"] = True
             if m.pattern is not None:
                 table[m.name]["pattern"] = m.pattern
+            if m.scheme is not None:
+                table[m.name] |= {"scheme": m.scheme, "shape": [*m.shape]}
             if m.group not in (None, m.name):
                 table[m.name]["shares"] = m.group
         return table
@@ -242,7 +257,9 @@ def record_of(matrix: Matrix) -> dict[str, Any]:
     """Return a matrix as JSON values; its sizes stand beside the form, as people write them."""
     record: dict[str, Any] = {}
     for key, value in asdict(matrix).items():
-        record |= (value or {"rank": None}) if key == "sizes" else {key: value}
+        if key == "sizes":
+            value = {"rank": None} if value is None else value
+        record |= value if key == "sizes" else {key: value}
     return record
 
 
@@ -254,5 +271,5 @@ def read_matrices(records: Iterable[Mapping[str, Any]]) -> list[Matrix]:
 def _matrix(record: dict[str, Any]) -> Matrix:
     names = FORMS[record["form"]].SIZES if record["form"] in FORMS else ()
     found = {name: record.pop(name) for name in {*names, "rank"} if name in record}
-    sizes = None if None in found.values() else found
+    sizes = None if None in found.values() or record["form"] == "dense" else found
     return Matrix(**{**record, "shape": tuple(record["shape"]), "sizes": sizes})

@@ -1,17 +1,18 @@
 """The allocation pass, between calibration and factoring: from curves and one budget to sizes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from math import nan
 
-from lrc.compressors.allocate import BudgetError, Options, heavy_tail, lagrangian, options_of
+from lrc.compressors.allocate import BudgetError, heavy_tail, lagrangian
 from lrc.compressors.decompose import METHODS, Statistics
 from lrc.compressors.journal import Journal
-from lrc.compressors.layers import FORMS, RankForm, Sizes
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.budget import unreachable
+from lrc.compressors.planning.choices import Choice, as_options, choices_of
 from lrc.compressors.planning.curves import Curve, curves_of
 from lrc.compressors.planning.plan import Matrix, Plan
+from lrc.compressors.planning.rounding import rounded, unrounded
 from lrc.compressors.planning.units import Unit, ratios_of, units_of
 from lrc.compressors.progress import OnStep
 from lrc.configs.decompose import DecomposeBase
@@ -51,10 +52,12 @@ def allocate_ranks(
     RecipeError
         If the budget is below what the cheapest choice costs; names the smallest that is not.
     """
+    stages = {m.name: m.rounded for m in plan.matrices}
+    plan = plan.with_matrices(unrounded(m) for m in plan.matrices)
     wanted = [
         unit
         for unit in units_of(plan.matrices)
-        if unit.first.pending or (every and unit.sizes is not None and unit.first.loss is None)
+        if unit.first.pending or (every and _predictable(unit.first))
     ]
     curves = curves_of(wanted, recipe, reader, journal, statistics, device=device, on_step=on_step)
     decided: list[Unit] = []
@@ -79,50 +82,20 @@ def allocate_ranks(
             problems.append(unreachable(where, options, units, budget, error.smallest))
     if problems:
         raise RecipeError(problems)
-    return plan.with_matrices(m for unit in decided for m in unit.members)
+    plan = plan.with_matrices(m for unit in decided for m in unit.members)
+    return plan.with_matrices(_rounded(m, stages[m.name], recipe) for m in plan.matrices)
 
 
-@dataclass(frozen=True)
-class _Choices:
-    """What a unit may become: `options` number the entries of `forms` from 1; 0 is dense."""
+def _predictable(matrix: Matrix) -> bool:
+    """Say whether a curve can still tell what a matrix loses."""
+    return matrix.sizes is not None and matrix.loss is None and matrix.form != "integers"
 
-    options: Options
-    forms: list[tuple[str, Sizes]]
 
-    @classmethod
-    def of(cls, unit: Unit, curve: Curve, options: DecomposeBase) -> "_Choices":
-        """List the ranks of a spectrum and the points beside it that are worth their cost."""
-        measure, dense = options.measure, unit.dense_cost(options.measure)
-        if curve.note:
-            return cls(Options.of([], [], [], dense), [])
-        floor, cap = options.min_keep * dense, options.max_loss * curve.total
-        found: list[tuple[int, float, str, Sizes]] = []
-        if issubclass(FORMS[unit.first.form], RankForm):
-            ranks = options_of(
-                curve.energies,
-                lambda rank: unit.step_cost(rank, measure),
-                dense,
-                multiple=options.rank_multiple,
-                min_cost=floor,
-                max_loss=options.max_loss,
-            )
-            columns = ranks.costs.tolist(), ranks.losses.tolist(), ranks.ranks.tolist()
-            found += [
-                (cost, loss, unit.first.form, {"rank": rank})
-                for cost, loss, rank in zip(*columns, strict=True)
-                if rank > 0
-            ]
-        for point in curve.points:
-            cost = unit.in_form(point.form).cost(point.sizes, measure)
-            if floor <= cost < dense and point.energy <= cap:
-                found.append((cost, point.energy, point.form, point.sizes))
-        kept: list[tuple[int, float, str, Sizes]] = []
-        for one in sorted(found, key=lambda each: each[:2]):
-            if not kept or (one[0] > kept[-1][0] and one[1] < kept[-1][1]):
-                kept.append(one)
-        numbers = list(range(1, len(kept) + 1))
-        costs, losses = [one[0] for one in kept], [one[1] for one in kept]
-        return cls(Options.of(numbers, costs, losses, dense), [one[2:] for one in kept])
+def _rounded(matrix: Matrix, stage: int | None, recipe: Recipe) -> Matrix:
+    """Return a matrix as a later stage rounds it, if one does."""
+    if stage is None or matrix.rounded is not None or stage not in recipe.quantizations:
+        return matrix
+    return rounded(matrix, recipe.quantizations[stage], stage)
 
 
 def _allocate(
@@ -137,15 +110,15 @@ def _allocate(
     budget -= sum(unit.spent(measure) for unit in even)
     if not pending:
         return even
+    dense = [unit.dense_cost(measure) for unit in pending]
     of = [curves[unit.first.name] for unit in pending]
-    decided: list[tuple[str, Sizes] | None]
+    choices: list[Choice | None]
     if options.allocation == "lagrangian":
-        choices = [_Choices.of(u, curve, options) for u, curve in zip(pending, of, strict=True)]
-        picked = lagrangian([each.options for each in choices], budget)
-        numbers = [int(c.options.ranks[i]) for c, i in zip(choices, picked, strict=True)]
-        decided = [c.forms[n - 1] if n else None for c, n in zip(choices, numbers, strict=True)]
+        each = [choices_of(unit, curve, options) for unit, curve in zip(pending, of, strict=True)]
+        offered = [as_options(some, cost) for some, cost in zip(each, dense, strict=True)]
+        picked = lagrangian(offered, budget)
+        choices = [some[i] if i < len(some) else None for some, i in zip(each, picked, strict=True)]
     else:
-        dense = [unit.dense_cost(measure) for unit in pending]
         ranks = heavy_tail(
             [curve.energies.sqrt() for curve in of],
             [partial(unit.step_cost, measure=measure) for unit in pending],
@@ -154,11 +127,13 @@ def _allocate(
             multiple=options.rank_multiple,
             min_costs=[options.min_keep * cost for cost in dense],
         )
-        named = zip(pending, ranks, strict=True)
-        decided = [(unit.first.form, {"rank": rank}) if rank else None for unit, rank in named]
+        choices = [
+            Choice(0, nan, unit.first.form, {"rank": rank}, None) if rank else None
+            for unit, rank in zip(pending, ranks, strict=True)
+        ]
     return even + [
         _chosen(unit, choice, curve, options)
-        for unit, choice, curve in zip(pending, decided, of, strict=True)
+        for unit, choice, curve in zip(pending, choices, of, strict=True)
     ]
 
 
@@ -172,23 +147,22 @@ def _even(unit: Unit, share: float, options: DecomposeBase) -> Unit:
     return unit.at(unit.sizes_at(step))
 
 
-def _chosen(
-    unit: Unit, choice: tuple[str, Sizes] | None, curve: Curve, options: DecomposeBase
-) -> Unit:
+def _chosen(unit: Unit, choice: Choice | None, curve: Curve, options: DecomposeBase) -> Unit:
     if curve.note:
         return unit.dense(note=curve.note)
     if choice is None:
         return unit.dense(note=f"the {options.allocation} allocation spends its bits here")
-    form, sizes = choice
-    chosen = unit.in_form(form).at(sizes)
-    return chosen if options.allocation == "heavy-tail" else _predicted(chosen, curve, options)
+    chosen = choice.of(unit)
+    if options.allocation == "heavy-tail":
+        return chosen
+    return _predicted(chosen, curve, options, choice.loss)
 
 
-def _predicted(unit: Unit, curve: Curve, options: DecomposeBase) -> Unit:
-    """Write down what a unit loses at its sizes."""
+def _predicted(unit: Unit, curve: Curve, options: DecomposeBase, lost: float | None = None) -> Unit:
+    """Write down what a unit loses at its sizes, or the loss that was predicted for it."""
     assert unit.sizes is not None
     if curve.note or not curve.comparable or curve.total == 0:
         return unit
-    lost = curve.lost(unit.sizes)
+    lost = curve.lost(unit.sizes) if lost is None else lost
     nats = METHODS[options.method].nats_per_token(lost, curve.n_tokens)
-    return unit.at(unit.sizes, loss=lost / curve.total, predicted_nats=nats)
+    return unit.at(unit.sizes, loss=min(lost / curve.total, 1.0), predicted_nats=nats)

@@ -1,6 +1,6 @@
 """Which matrices a stage of a recipe is about, in which form, and which of them share a factor."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -52,7 +52,10 @@ def find_stages(
     for index, options in recipe.decompositions.items():
         where = f"stages[{index}].decompose"
         targeted = []
-        for linear in _targets(options, architecture.linears, where, problems):
+        extra = [(f"overrides[{i}].match", o.match) for i, o in enumerate(options.overrides)]
+        for linear in targets(
+            options.targets, options.skip, architecture.linears, where, problems, extra
+        ):
             if linear.name in owner:
                 problems.append(
                     f"{where}.targets: {linear.name} is already compressed by "
@@ -145,25 +148,28 @@ def _grouped(
     return [placed(m) for m in matrices]
 
 
-def _targets(
-    options: DecomposeBase, linears: list[Linear], where: str, problems: list[str]
+def targets(
+    wanted: list[str],
+    skip: list[str],
+    linears: list[Linear],
+    where: str,
+    problems: list[str],
+    others: Sequence[tuple[str, str]] = (),
 ) -> list[Linear]:
+    """Return the linears that match a pattern of `wanted` and none of `skip`.
+
+    Refuses a pattern that matches no linear, with `others` among them: their keys and themselves.
+    """
     names = [linear.name for linear in linears]
-    patterns = [(f"{where}.targets", p) for p in options.targets]
-    patterns += [(f"{where}.skip", p) for p in options.skip]
-    patterns += [
-        (f"{where}.overrides[{i}].match", o.match) for i, o in enumerate(options.overrides)
-    ]
+    patterns = [("targets", p) for p in wanted] + [("skip", p) for p in skip] + [*others]
     for key, pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            problems.append(_no_match(key, pattern, names))
+            problems.append(_no_match(f"{where}.{key}", pattern, names))
 
     def hit(name: str, patterns: list[str]) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    return [
-        lin for lin in linears if hit(lin.name, options.targets) and not hit(lin.name, options.skip)
-    ]
+    return [lin for lin in linears if hit(lin.name, wanted) and not hit(lin.name, skip)]
 
 
 def _no_match(key: str, pattern: str, names: list[str]) -> str:

@@ -127,6 +127,12 @@ class Unit:
         members = tuple(replace(m, form=form, sizes=None) for m in self.members)
         return replace(self, members=members)
 
+    def in_scheme(self, scheme: str | None) -> "Unit":
+        """Return the unit with its numbers as integers of a scheme, rounded by its own stage."""
+        stage = None if scheme is None else self.first.stage
+        members = tuple(replace(m, scheme=scheme, rounded=stage) for m in self.members)
+        return replace(self, members=members)
+
     def at_ratio(self, ratio: float) -> "Unit":
         """Return the unit, sizes of dictionaries counted at a ratio."""
         return replace(self, ratio=ratio)

@@ -22,6 +22,8 @@ class Rounded:
     zero: Tensor | None
     """[rows, groups], int8; None of a symmetric scheme."""
     scheme: Scheme
+    fallback: str | None = None
+    """What had to deviate from the request; None if nothing."""
 
     def weight(self) -> Tensor:
         """Return the matrix [rows, columns] that the file stands for, in float64."""

@@ -1,0 +1,125 @@
+"""How what a method has found of a unit ends up in the file: rounded, to floats or to integers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.decompose import Statistics
+from lrc.compressors.layers import FORMS, Sharing
+from lrc.compressors.linalg import weighted_error
+from lrc.compressors.memory import to_host
+from lrc.compressors.planning.plan import Matrix
+from lrc.compressors.planning.units import Unit
+from lrc.compressors.rounding import Integers, Rounding, round_parts
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a unit, and its tensors by the names that the checkpoint gives them."""
+
+    unit: Unit
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is known of the weights of a unit, and what the file is to hold of them."""
+
+    weights: Sequence[Tensor]
+    known: Sequence[Statistics]
+    dtype: torch.dtype
+    how: Rounding | None
+    seed: int
+
+    def moment(self, member: int) -> Tensor | None:
+        """Return the second moment of the inputs, if it is known whole."""
+        inputs = self.known[member].inputs
+        seen = inputs is not None and inputs.full is not None and not inputs.empty
+        return inputs.whole() if inputs is not None and seen else None
+
+    def store(self, unit: Unit, encoded: list[dict[str, Tensor]]) -> tuple[Unit, dict[str, Tensor]]:
+        """Round the parts of every member, by their names within the module."""
+        stored: dict[str, Tensor] = {}
+        notes = []
+        for number, (m, parts) in enumerate(zip(unit.members, encoded, strict=True)):
+            if self.how is None or m.scheme is None:
+                found = Integers(rounded_to(parts, self.dtype))
+            else:
+                W, H = self.weights[number], self.moment(number)
+                found = round_parts(m, W, parts, H, self.how, dtype=self.dtype, seed=self.seed)
+            stored |= {f"{m.name}.{leaf}": tensor for leaf, tensor in found.tensors.items()}
+            notes.append(found.fallback)
+        note = joined(*dict.fromkeys(notes))
+        if note:
+            unit = unit.at(unit.sizes or {}, fallback=joined(unit.first.fallback, note))
+        return unit, stored
+
+    def integers(self, asked: Unit, found: Unit) -> Done:
+        """Round whole weights, planned so or for want of a form; `found` has the reason."""
+        m = asked.first
+        assert m.scheme is not None
+        assert m.rounded is not None
+        notes = [each.fallback for each in found.members]
+        unit = Unit(
+            tuple(
+                replace(each.integers(m.scheme, m.rounded), fallback=note)
+                for each, note in zip(asked.members, notes, strict=True)
+            )
+        )
+        unit, tensors = self.store(unit, [{} for _ in unit.members])
+        losses = []
+        for number, (each, W) in enumerate(zip(unit.members, self.weights, strict=True)):
+            W_hat = product(each, tensors.__getitem__)
+            H = self.moment(number)
+            losses.append(weighted_error(W, W_hat, H) / (weighted_error(W, 0 * W, H) or 1.0))
+        members = zip(unit.members, losses, strict=True)
+        unit = Unit(tuple(each.at({}, loss=min(loss, 1.0)) for each, loss in members))
+        return Done(unit, {name: to_host(t) for name, t in tensors.items()})
+
+
+def product(matrix: Matrix, read: Callable[[str], Tensor]) -> Tensor:
+    """Return the weight [d_out, d_in] that the stored tensors of a matrix stand for.
+
+    Parameters
+    ----------
+    matrix : Matrix
+        As executed: factored, or refitted and dense.
+    read : callable
+        Returns a stored tensor by its name in the checkpoint.
+    """
+    if matrix.form == "dense":
+        return read(f"{matrix.name}.weight")
+    assert matrix.sizes is not None
+    d_out, d_in = matrix.shape
+    form = FORMS[matrix.form]
+    spec = {**matrix.sizes, "scheme": matrix.scheme}
+    leaves = form.stored(d_out, d_in, spec, bias=False)
+    tensors = {leaf: read(f"{matrix.name}.{leaf}") for leaf in leaves}
+    like = tensors[next(leaf for leaf, (_, kind) in leaves.items() if kind is None)]
+    module = form(
+        d_in,
+        d_out,
+        bias=False,
+        scheme=matrix.scheme,
+        device=like.device,
+        dtype=like.dtype,
+        **matrix.sizes,
+    )
+    module.load_state_dict(tensors)
+    if isinstance(module, Sharing):
+        borrowed = module.borrowed(d_out, d_in, spec)
+        module.share_factor({leaf: read(f"{matrix.group}.{leaf}") for leaf in borrowed})
+    with torch.no_grad():
+        return module.product()
+
+
+def rounded_to(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return tensors with what is no integer at a precision."""
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def joined(*notes: str | None) -> str | None:
+    """Return what there is of several notes as one."""
+    return "; ".join(filter(None, notes)) or None

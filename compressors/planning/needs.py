@@ -1,0 +1,44 @@
+"""What calibration has to know of a matrix for all that is planned for it."""
+
+from lrc.compressors.decompose import METHODS
+from lrc.compressors.planning.plan import Matrix
+from lrc.configs.decompose import Compensate
+from lrc.configs.quantize import Quantize
+from lrc.configs.recipe import Recipe
+
+
+def compensation(matrix: Matrix, recipe: Recipe) -> Compensate | None:
+    """Return how a matrix makes up for those before it: as its stage says, or the one rounding."""
+    stages = [matrix.stage] if matrix.rounded is None else [matrix.stage, matrix.rounded]
+    asked = [recipe.works[stage].compensate for stage in stages]
+    return next((each for each in asked if each is not None), None)
+
+
+def rounder(matrix: Matrix, recipe: Recipe) -> str | None:
+    """Return how the integers of a matrix are found; None if it has none."""
+    if matrix.rounded is None:
+        return None
+    options = recipe.works[matrix.rounded]
+    return options.method if isinstance(options, Quantize) else getattr(options, "rounder", "gptq")
+
+
+def method_needs(matrix: Matrix, recipe: Recipe) -> frozenset[str]:
+    """Return the fields of `Statistics` that the solvers of a matrix read."""
+    if not matrix.factored:
+        return frozenset()
+    rounds = frozenset({"inputs"} if rounder(matrix, recipe) == "gptq" else ())
+    return METHODS[matrix.method].needs | rounds
+
+
+def collected(matrix: Matrix, recipe: Recipe) -> frozenset[str]:
+    """Return what has to be collected beforehand, and what of it whole.
+
+    A matrix that is only rounded, behind what is rounded before it, is measured on the way.
+    """
+    needs = method_needs(matrix, recipe)
+    if matrix.form == "integers" and compensation(matrix, recipe) is not None:
+        return frozenset()
+    method = METHODS[matrix.method]
+    whole = {f"whole_{side}" for side in ("inputs", "gradients") if side in method.needs}
+    needs |= whole if method.whole else frozenset()
+    return needs | ({"whole_inputs"} if rounder(matrix, recipe) == "gptq" else frozenset())

@@ -1,0 +1,31 @@
+"""What rounding a weight to integers would lose, in the unit in which forms are compared."""
+
+from torch import Tensor
+
+from lrc.compressors.decompose import Statistics
+from lrc.compressors.decompose.sparse import weighted_energy
+from lrc.compressors.layers import Scheme
+from lrc.compressors.planning.rounding import fits
+from lrc.compressors.planning.units import Unit
+from lrc.compressors.quantize import round_weight
+from lrc.configs.methods import Mixed
+
+
+def rounding_noise(
+    unit: Unit, options: Mixed, W: Tensor, known: Statistics
+) -> tuple[dict[str, float], float]:
+    """Return what rounding a weight to every scheme loses, and the energy of the whole."""
+    assert known.inputs is not None
+    damping = {"damp": options.damp, "gradient_damp": options.gradient_damp}
+    H, dtype = known.inputs.whole(), W.dtype
+
+    def energy(E: Tensor) -> float:
+        return weighted_energy(E, known.inputs, known.gradients, **damping)
+
+    found = {}
+    for written in options.schemes:
+        if all(fits(written, m) for m in unit.members):
+            scheme = Scheme.read(written)
+            W_hat = round_weight(W, H, scheme, rounder=options.rounder, dtype=dtype).weight()
+            found[written] = energy(W.double() - W_hat)
+    return found, energy(W.double())

@@ -1,0 +1,188 @@
+"""The parts of a form as integers: which of them are rounded how, and in which order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.layers import Scheme
+from lrc.compressors.layers.bits import spread, unpack_bits
+from lrc.compressors.layers.form import sentinel
+from lrc.compressors.layers.packed import encode_values
+from lrc.compressors.planning.plan import Matrix
+from lrc.compressors.quantize import (
+    Rounder,
+    round_pair,
+    round_pivot,
+    round_sparse,
+    round_values,
+    round_weight,
+    rtn,
+)
+from lrc.configs.methods import Mixed
+from lrc.configs.quantize import Quantize
+from lrc.configs.recipe import Recipe
+
+DAMP = 0.01
+"""Of the inputs' moment where a stage does not say: the paper's."""
+NO_INPUT = "saw no calibration token: rounded to the nearest"
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a stage finds integers."""
+
+    rounder: Rounder
+    gauge: str
+    order: bool
+    damp: float
+
+    @classmethod
+    def of(cls, matrix: Matrix, recipe: Recipe) -> "Rounding | None":
+        """Return how a matrix is rounded; None if it is not."""
+        if matrix.rounded is None:
+            return None
+        options = recipe.works[matrix.rounded]
+        if isinstance(options, Quantize):
+            return cls(options.method, options.gauge, options.order, options.damp)
+        assert isinstance(options, Mixed)
+        return cls(options.rounder, options.gauge, options.order, DAMP)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Tensors of the file, by their names within the module, and what had to be decided."""
+
+    tensors: dict[str, Tensor]
+    fallback: str | None = None
+
+
+def round_parts(
+    matrix: Matrix,
+    W: Tensor,
+    tensors: dict[str, Tensor],
+    H: Tensor | None,
+    how: Rounding,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+) -> Integers:
+    """Make integers of what a form has encoded, so that its product stays closest to a weight.
+
+    Parameters
+    ----------
+    matrix : Matrix
+        With form and scheme.
+    W : Tensor, shape [d_out, d_in]
+        What the parts stand for, as it was before it was decomposed.
+    tensors : dict of str to Tensor
+        As `Form.encode` returns them, unrounded; those of ``integers`` are none.
+    H : Tensor, shape [d_in, d_in], optional
+        Second moment of the inputs.
+    dtype : torch.dtype
+        Of the scales.
+    """
+    assert matrix.scheme is not None
+    scheme = Scheme.read(matrix.scheme)
+    known = _KNOWN.get(matrix.form) if H is not None else None
+    if matrix.form == "integers":
+        known = _whole
+    if known is None:
+        nearest = _nearest(tensors, scheme, dtype)
+        return Integers(nearest, None if H is not None else NO_INPUT)
+    return known(W, tensors, H, scheme, how, dtype, seed)
+
+
+def _whole(
+    W: Tensor,
+    tensors: dict[str, Tensor],
+    H: Tensor | None,
+    scheme: Scheme,
+    how: Rounding,
+    dtype: torch.dtype,
+    seed: int,
+) -> Integers:
+    found = round_weight(
+        W, H, scheme, rounder=how.rounder, dtype=dtype, damp=how.damp, order=how.order
+    )
+    unknown = NO_INPUT if H is None and how.rounder != "rtn" else None
+    return Integers({"weight": sentinel(W), **found.encode("weight")}, unknown or found.fallback)
+
+
+def _pair(
+    W: Tensor,
+    tensors: dict[str, Tensor],
+    H: Tensor,
+    scheme: Scheme,
+    how: Rounding,
+    dtype: torch.dtype,
+    seed: int,
+) -> Integers:
+    B, A = tensors.pop("b.weight"), tensors.pop("a.weight")
+    found = round_pair(
+        W, B, A, H, scheme, rounder=how.rounder, gauge=how.gauge, dtype=dtype, seed=seed
+    )
+    return Integers({**found.a.encode("a.weight"), **found.b.encode("b.weight"), **tensors})
+
+
+def _pivot(
+    W: Tensor,
+    tensors: dict[str, Tensor],
+    H: Tensor,
+    scheme: Scheme,
+    how: Rounding,
+    dtype: torch.dtype,
+    seed: int,
+) -> Integers:
+    R, C = tensors.pop("a.weight"), tensors.pop("c.weight", None)
+    if C is None:  # every row is a pivot: those of the weight, in another order
+        order = tensors["order"].long()
+        rows = torch.empty_like(W)
+        rows[order] = W
+        found = round_weight(rows, H, scheme, rounder=how.rounder, dtype=dtype)
+        return Integers({**found.encode("a.weight"), **tensors}, found.fallback)
+    order = tensors["order"].long()
+    pair = round_pivot(W, R, C, order, H, scheme, rounder=how.rounder, dtype=dtype)
+    return Integers({**pair.a.encode("a.weight"), **pair.b.encode("c.weight"), **tensors})
+
+
+def _entries(
+    W: Tensor,
+    tensors: dict[str, Tensor],
+    H: Tensor,
+    scheme: Scheme,
+    how: Rounding,
+    dtype: torch.dtype,
+    seed: int,
+) -> Integers:
+    values, packed = tensors.pop("values"), tensors["mask"]
+    W_hat, mask = spread(values, packed, W.shape[1]), unpack_bits(packed, W.shape[1])
+    if how.rounder == "rtn":
+        codes, scale = round_values(values, scheme, dtype=dtype)
+    else:
+        codes, scale = round_sparse(W, W_hat, mask, H, scheme, dtype=dtype)
+    return Integers({**encode_values("values", codes, scale, scheme), **tensors})
+
+
+_Known = Callable[[Tensor, dict[str, Tensor], Tensor, Scheme, Rounding, torch.dtype, int], Integers]
+_KNOWN: dict[str, _Known] = {
+    "low_rank": _pair,
+    "pivoted_low_rank": _pivot,
+    "sparse": _entries,
+}
+"""Forms whose parts are rounded one after the other; of others each part alone."""
+
+
+def _nearest(tensors: dict[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Round every matrix and all values to the nearest, each alone."""
+    rounded: dict[str, Tensor] = {}
+    for leaf, tensor in tensors.items():
+        if leaf.endswith(".weight"):
+            rounded |= rtn(tensor, scheme, dtype=dtype).encode(leaf)
+        elif leaf == "values":
+            codes, scale = round_values(tensor.flatten(), scheme, dtype=dtype)
+            rounded |= encode_values(leaf, codes, scale, scheme)
+        else:
+            rounded[leaf] = tensor
+    return rounded

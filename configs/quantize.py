@@ -1,0 +1,72 @@
+"""What may be asked of rounding: how many bits, for how many numbers a scale, and how."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from lrc.configs.decompose import Compensate, Damp
+from lrc.configs.strict import Strict
+
+SCHEME = r"int[2-8](-g[1-9]\d*)?(-asymmetric)?"
+Written = Annotated[
+    str,
+    Field(
+        pattern=f"^{SCHEME}$",
+        json_schema_extra={
+            "x-words": "written like int8, int4-g64 or int3-g32-asymmetric, 2 to 8 bits",
+            "x-remedy": "write intBITS, then -gSIZE for a scale every SIZE numbers of a row",
+        },
+    ),
+]
+Rounder = Annotated[
+    Literal["gptq", "rtn"],
+    Field(
+        description="Round one column after the other, those behind it making up for the error on "
+        "the calibration tokens (`gptq`), or every number to the nearest (`rtn`)."
+    ),
+]
+Gauge = Annotated[
+    Literal["measured", "first", "quarter", "even", "rotated"],
+    Field(
+        description="Where the singular values of two factors sit before they are rounded, which "
+        "their product does not show: all in the factor that is applied first (`first`), a quarter "
+        "of each in the other (`quarter`), half (`even`), half and the inner space turned at "
+        "random (`rotated`), or whichever loses least in every layer (`measured`)."
+    ),
+]
+
+
+class Quantize(Strict):
+    """Round what earlier stages have left, and the linears that no stage touches, to integers."""
+
+    method: Rounder
+    """How the integers are found."""
+    bits: Annotated[int, Field(ge=2, le=8)] = 8
+    """Of one integer."""
+    group_size: PositiveInt | None = None
+    """Numbers of a row that share a scale; all of a row if left out. Ranks of earlier stages become
+    multiples of it."""
+    symmetric: bool = True
+    """Whether 0 is in the middle of the range; else every scale has a zero point of its own."""
+    order: bool = True
+    """With `gptq`: round the columns of the largest inputs first."""
+    gauge: Gauge = "measured"
+    damp: Damp = 0.01
+    compensate: Compensate | None = None
+    """Fit every layer to the inputs that the rounded layers before it produce."""
+    targets: list[str] = ["*"]
+    """Shell patterns over module names; every linear of a decoder layer that matches one."""
+    skip: list[str] = []
+    """Shell patterns of linears to leave as they are."""
+
+    @property
+    def scheme(self) -> str:
+        """Return bits, group and symmetry as plans and checkpoints write them."""
+        group = "" if self.group_size is None else f"-g{self.group_size}"
+        return f"int{self.bits}{group}{'' if self.symmetric else '-asymmetric'}"
+
+    @model_validator(mode="after")
+    def _order_is_of_gptq(self) -> "Quantize":
+        if self.method == "rtn" and "order" in self.model_fields_set:
+            raise ValueError("'order' is a matter of 'gptq', got method: rtn; leave it out")
+        return self
