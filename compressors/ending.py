@@ -1,7 +1,7 @@
 """How what a method has found of a unit ends up in the file: rounded, to floats or to integers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,18 +56,10 @@ class Ending:
             unit = unit.at(unit.sizes or {}, fallback=joined(unit.first.fallback, note))
         return unit, stored
 
-    def integers(self, asked: Unit, found: Unit) -> Done:
-        """Round whole weights, planned so or for want of a form; `found` has the reason."""
-        m = asked.first
-        assert m.scheme is not None
-        assert m.rounded is not None
-        notes = [each.fallback for each in found.members]
-        unit = Unit(
-            tuple(
-                replace(each.integers(m.scheme, m.rounded), fallback=note)
-                for each, note in zip(asked.members, notes, strict=True)
-            )
-        )
+    def integers(self, unit: Unit, fallback: str | None = None) -> Done:
+        """Round whole weights, planned so or for want of a form: `fallback` has the reason."""
+        assert unit.sizes is not None
+        unit = unit.at(unit.sizes, fallback=fallback)
         unit, tensors = self.store(unit, [{} for _ in unit.members])
         losses = []
         for number, (each, W) in enumerate(zip(unit.members, self.weights, strict=True)):
@@ -75,7 +67,7 @@ class Ending:
             H = self.moment(number)
             losses.append(weighted_error(W, W_hat, H) / (weighted_error(W, 0 * W, H) or 1.0))
         members = zip(unit.members, losses, strict=True)
-        unit = Unit(tuple(each.at({}, loss=min(loss, 1.0)) for each, loss in members))
+        unit = Unit(tuple(each.at(each.sizes or {}, loss=min(loss, 1.0)) for each, loss in members))
         return Done(unit, {name: to_host(t) for name, t in tensors.items()})
 
 

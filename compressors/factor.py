@@ -30,6 +30,7 @@ from lrc.compressors.planning.curves import (
     unknown,
 )
 from lrc.compressors.planning.plan import Matrix
+from lrc.compressors.planning.rounding import WHOLE
 from lrc.compressors.planning.units import Unit
 from lrc.compressors.rounding import Rounding
 from lrc.configs.decompose import DecomposeBase
@@ -75,10 +76,15 @@ def factor(
         integers, where it has a scheme.
     """
     end = Ending(weights, known, dtype, rounding, seed)
-    done = Done(unit, {}) if unit.first.form == "integers" else _solved(unit, options, end, bias)
-    if unit.first.scheme is None or done.unit.sizes:
+    if unit.first.form in WHOLE:
+        return end.integers(unit)
+    done = _solved(unit, options, end, bias)
+    if unit.first.scheme is None or done.unit.sizes is not None:
         return done
-    return end.integers(unit, done.unit)
+    m = unit.first
+    notes = [each.fallback for each in done.unit.members]
+    whole = Unit(tuple(each.integers(m.scheme, m.rounded) for each in unit.members))
+    return end.integers(whole, fallback=joined(*dict.fromkeys(notes)))
 
 
 def _solved(

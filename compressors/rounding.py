@@ -11,8 +11,10 @@ from lrc.compressors.layers.bits import spread, unpack_bits
 from lrc.compressors.layers.form import sentinel
 from lrc.compressors.layers.packed import encode_values
 from lrc.compressors.planning.plan import Matrix
+from lrc.compressors.planning.rounding import WHOLE
 from lrc.compressors.quantize import (
     Rounder,
+    branch,
     round_pair,
     round_pivot,
     round_sparse,
@@ -37,6 +39,8 @@ class Rounding:
     gauge: str
     order: bool
     damp: float
+    branch: str = "qera"
+    """How the product beside integers is found, where there is one."""
 
     @classmethod
     def of(cls, matrix: Matrix, recipe: Recipe) -> "Rounding | None":
@@ -45,7 +49,8 @@ class Rounding:
             return None
         options = recipe.works[matrix.rounded]
         if isinstance(options, Quantize):
-            return cls(options.method, options.gauge, options.order, options.damp)
+            branch = {} if options.branch is None else {"branch": options.branch.method}
+            return cls(options.method, options.gauge, options.order, options.damp, **branch)
         assert isinstance(options, Mixed)
         return cls(options.rounder, options.gauge, options.order, DAMP)
 
@@ -85,29 +90,34 @@ def round_parts(
     """
     assert matrix.scheme is not None
     scheme = Scheme.read(matrix.scheme)
-    known = _KNOWN.get(matrix.form) if H is not None else None
-    if matrix.form == "integers":
-        known = _whole
-    if known is None:
+    if matrix.form in WHOLE:
+        return _whole(matrix, W, H, scheme, how, dtype)
+    known = _KNOWN.get(matrix.form)
+    if H is None or known is None:
         nearest = _nearest(tensors, scheme, dtype)
-        return Integers(nearest, None if H is not None else NO_INPUT)
+        return Integers(nearest, NO_INPUT if H is None and how.rounder != "rtn" else None)
     return known(W, tensors, H, scheme, how, dtype, seed)
 
 
 def _whole(
+    matrix: Matrix,
     W: Tensor,
-    tensors: dict[str, Tensor],
     H: Tensor | None,
     scheme: Scheme,
     how: Rounding,
     dtype: torch.dtype,
-    seed: int,
 ) -> Integers:
+    """Round a whole weight, and find the product that mends most of it, if one is planned."""
     found = round_weight(
         W, H, scheme, rounder=how.rounder, dtype=dtype, damp=how.damp, order=how.order
     )
-    unknown = NO_INPUT if H is None and how.rounder != "rtn" else None
-    return Integers({"weight": sentinel(W), **found.encode("weight")}, unknown or found.fallback)
+    tensors = {"weight": sentinel(W), **found.encode("weight")}
+    if matrix.sizes:
+        metric = torch.eye(W.shape[1], dtype=torch.float64, device=W.device) if H is None else H
+        L, R = branch(W.double() - found.weight(), metric, matrix.sizes["rank"], how.branch)
+        tensors |= {"a.weight": R.to(dtype), "b.weight": L.to(dtype)}
+    note = NO_INPUT if H is None and (how.rounder != "rtn" or matrix.sizes) else None
+    return Integers(tensors, note or found.fallback)
 
 
 def _pair(

@@ -36,6 +36,21 @@ Gauge = Annotated[
 ]
 
 
+class Branch(Strict):
+    """A small product of two factors, no integers, beside the integers of a whole weight."""
+
+    method: Annotated[
+        Literal["qera", "eora", "lqer"],
+        Field(
+            description="Under which metric it is closest to what rounding lost: the second moment "
+            "of the inputs (`qera`, exact), its eigenvalues alone (`eora`), or its diagonal "
+            "(`lqer`)."
+        ),
+    ] = "qera"
+    rank: PositiveInt = 32
+    """Inner size of the factors."""
+
+
 class Quantize(Strict):
     """Round what earlier stages have left, and the linears that no stage touches, to integers."""
 
@@ -54,6 +69,8 @@ class Quantize(Strict):
     damp: Damp = 0.01
     compensate: Compensate | None = None
     """Fit every layer to the inputs that the rounded layers before it produce."""
+    branch: Branch | None = None
+    """Make up for the rounding of every linear that no earlier stage has factored."""
     targets: list[str] = ["*"]
     """Shell patterns over module names; every linear of a decoder layer that matches one."""
     skip: list[str] = []

@@ -34,7 +34,8 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
                            ``shared_dictionary`` has the same but ``a.weight``: that is of the
                            ``dictionary`` module that the entry names as ``"shares"``
   ``integers``             with a scheme only: the tensors of the matrix ``weight``, below;
-                           ``bias`` [d_out]
+                           ``bias`` [d_out]. ``integers_plus_low_rank`` has ``a.weight`` and
+                           ``b.weight`` besides, no integers, whose product ``b @ a`` is added
   ======================== =========================================================================
 
   With ``"scheme": "int4-g64"`` in the entry, and then ``"shape": [d_out, d_in]`` beside it, every

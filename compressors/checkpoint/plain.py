@@ -11,8 +11,15 @@ LAYOUT_VERSION = "0.15.0"
 
 
 def is_plain(modules: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Say whether a module table holds nothing but whole weights as integers."""
-    return all(spec["form"] == "integers" for spec in modules.values())
+    """Say whether a module table holds nothing but whole weights as symmetric integers.
+
+    transformers with compressed-tensors expects zero points of another shape than the format
+    packs them to, and refuses them (0.20).
+    """
+    return all(
+        spec["form"] == "integers" and Scheme.read(spec["scheme"]).symmetric
+        for spec in modules.values()
+    )
 
 
 def compressed_tensors_config(

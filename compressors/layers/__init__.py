@@ -2,7 +2,7 @@
 
 from lrc.compressors.layers.dictionary import SparseDictionary
 from lrc.compressors.layers.form import Form, RankForm, Sizes, Spec
-from lrc.compressors.layers.integers import Integers
+from lrc.compressors.layers.integers import Integers, IntegersPlusLowRank
 from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.pivoted import PivotedLowRank
 from lrc.compressors.layers.scheme import Scheme
@@ -15,6 +15,7 @@ __all__ = [
     "MEMBERS",
     "Form",
     "Integers",
+    "IntegersPlusLowRank",
     "LowRank",
     "LowRankPlusSparse",
     "PivotedLowRank",
@@ -38,6 +39,7 @@ FORMS: dict[str, type[Form]] = {
     "dictionary": SparseDictionary,
     "shared_dictionary": SharedDictionary,
     "integers": Integers,
+    "integers_plus_low_rank": IntegersPlusLowRank,
 }
 MEMBERS: dict[str, str] = {"low_rank": "shared_low_rank", "dictionary": "shared_dictionary"}
 """Form of the first of a group -> that of those which borrow from it."""

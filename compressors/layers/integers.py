@@ -5,7 +5,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.form import SENTINEL, Device, Form, Shapes, Sizes, Spec
+from lrc.compressors.layers.form import (
+    SENTINEL,
+    Device,
+    Form,
+    Shapes,
+    Sizes,
+    Spec,
+    empty_linear,
+)
 from lrc.compressors.layers.packed import add_packed_, read_packed
 from lrc.compressors.layers.scheme import Scheme
 
@@ -80,3 +88,65 @@ class Integers(Form):
     def _whole(self) -> Tensor:
         assert self.scheme is not None
         return read_packed(self, self.out_features, self.in_features, self.scheme)
+
+
+class IntegersPlusLowRank(Integers):
+    """Compute ``y = x @ (Q + B @ A).T + bias``: integers, and a product that mends their rounding.
+
+    The factors are no integers: there is little of them, and they hold what integers cannot.
+
+    References
+    ----------
+    .. [1] C. Zhang et al., "QERA: an Analytical Framework for Quantization Error Reconstruction",
+       ICLR 2025. https://arxiv.org/abs/2410.06040
+    """
+
+    SIZES = ("rank",)
+    rank: int
+
+    def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
+        super()._build(bias=bias, device=device, dtype=dtype)
+        d_in, d_out, rank = self.in_features, self.out_features, self.rank
+        self.a = empty_linear(d_in, rank, bias=False, device=device, dtype=dtype)
+        self.b = empty_linear(rank, d_out, bias=False, device=device, dtype=dtype)
+
+    @classmethod
+    def branch(cls, d_out: int, d_in: int, spec: Spec) -> Shapes:
+        """Return the tensors of the product."""
+        rank = spec["rank"]
+        return {"a.weight": ([rank, d_in], None), "b.weight": ([d_out, rank], None)}
+
+    @classmethod
+    def shapes(cls, d_out: int, d_in: int, spec: Spec, *, bias: bool) -> Shapes:
+        """Return weight and product; `stored` makes integers of the weight."""
+        return super().shapes(d_out, d_in, spec, bias=bias) | cls.branch(d_out, d_in, spec)
+
+    @classmethod
+    def stored(cls, d_out: int, d_in: int, spec: Spec, *, bias: bool) -> Shapes:
+        """Return the tensors of the file; raises as `Form.stored`."""
+        whole = Integers.stored(d_out, d_in, spec, bias=bias)
+        return whole | cls.branch(d_out, d_in, spec)
+
+    @classmethod
+    def largest_step(cls, d_out: int, d_in: int) -> int:
+        """Return the largest rank."""
+        return min(d_out, d_in)
+
+    @classmethod
+    def sizes_at(cls, step: int, d_out: int, d_in: int, ratio: float = 2.0) -> Sizes:
+        """Return the rank."""
+        return {"rank": step}
+
+    @classmethod
+    def multiply_adds(cls, d_out: int, d_in: int, **sizes: int) -> int:
+        """Count those of the dense product and of both factors."""
+        return d_out * d_in + sizes["rank"] * (d_out + d_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., d_in] to [..., d_out]."""
+        y: Tensor = super().forward(x) + self.b(self.a(x))
+        return y
+
+    def product(self) -> Tensor:
+        """Return ``W_hat`` [d_out, d_in] in float32."""
+        return super().product() + self.b.weight.float() @ self.a.weight.float()

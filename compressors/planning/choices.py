@@ -1,6 +1,7 @@
 """What an allocation may make of one unit: forms, sizes and integers, by cost and by loss."""
 
 from dataclasses import dataclass
+from functools import partial
 from math import lcm
 
 from lrc.compressors.allocate import Options, options_of
@@ -52,15 +53,16 @@ def choices_of(unit: Unit, curve: Curve, options: DecomposeBase) -> list[Choice]
     for scheme in schemes_of(unit, options):
         there = unit if scheme is None else unit.in_scheme(scheme)
         noise = 0.0 if scheme is None else curve.rounding[scheme]
+        whole = dense  # what factors have to be cheaper than, integers beside integers
         if scheme is not None:
-            cost = there.in_form("integers").cost({}, measure)
-            found.append(Choice(cost, noise, "integers", {}, scheme))
+            whole = there.in_form("integers").cost({}, measure)
+            found.append(Choice(whole, noise, "integers", {}, scheme))
         if issubclass(FORMS[unit.first.form], RankForm):
             group = 1 if scheme is None else Scheme.read(scheme).group_size or 1
             ranks = options_of(
                 curve.energies,
-                lambda rank, there=there: there.step_cost(rank, measure),
-                dense,
+                partial(there.step_cost, measure=measure),
+                whole,
                 multiple=lcm(options.rank_multiple, group),
                 min_cost=floor,
                 max_loss=options.max_loss,
@@ -72,6 +74,8 @@ def choices_of(unit: Unit, curve: Curve, options: DecomposeBase) -> list[Choice]
                 if rank > 0
             ]
         for point in curve.points:
+            if scheme is not None and point.form == "low_rank_plus_sparse" and "-g" in scheme:
+                continue  # its rank is a share of its values, and no multiple of a group
             cost = there.in_form(point.form).cost(point.sizes, measure)
             loss = point.energy + VALUES_NOISE * noise
             found.append(Choice(cost, loss, point.form, point.sizes, scheme))

@@ -89,6 +89,12 @@ def _refuse_options(recipe: Recipe, stage: Stage, problems: list[str]) -> None:
             f"{where}.max_loss: needs allocation: lagrangian, which predicts losses, got "
             f"{options.allocation}; change allocation or leave max_loss out"
         )
+    groups = [each.group_size for each in recipe.quantizations.values() if each.group_size]
+    if groups and "sum" in getattr(options, "forms", []):
+        problems.append(
+            f"{where}.forms: a 'sum' has ranks that groups of {groups[0]} do not divide, got a "
+            "'quantize' with a group_size behind it; leave out 'sum', or leave out group_size"
+        )
     if options.size is not None and recipe.quantizations:
         problems.append(
             f"{where}.size: counts the bytes of files that no stage rounds, got a 'quantize' "

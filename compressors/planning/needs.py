@@ -2,7 +2,9 @@
 
 from lrc.compressors.decompose import METHODS
 from lrc.compressors.planning.plan import Matrix
+from lrc.compressors.planning.rounding import WHOLE
 from lrc.configs.decompose import Compensate
+from lrc.configs.methods import Mixed
 from lrc.configs.quantize import Quantize
 from lrc.configs.recipe import Recipe
 
@@ -14,19 +16,22 @@ def compensation(matrix: Matrix, recipe: Recipe) -> Compensate | None:
     return next((each for each in asked if each is not None), None)
 
 
-def rounder(matrix: Matrix, recipe: Recipe) -> str | None:
-    """Return how the integers of a matrix are found; None if it has none."""
+def _sees_inputs(matrix: Matrix, recipe: Recipe) -> bool:
+    """Say whether what rounds a matrix looks at its inputs."""
     if matrix.rounded is None:
-        return None
+        return False
     options = recipe.works[matrix.rounded]
-    return options.method if isinstance(options, Quantize) else getattr(options, "rounder", "gptq")
+    if isinstance(options, Quantize):
+        return options.method == "gptq" or options.branch is not None
+    assert isinstance(options, Mixed)
+    return options.rounder == "gptq"
 
 
 def method_needs(matrix: Matrix, recipe: Recipe) -> frozenset[str]:
     """Return the fields of `Statistics` that the solvers of a matrix read."""
     if not matrix.factored:
         return frozenset()
-    rounds = frozenset({"inputs"} if rounder(matrix, recipe) == "gptq" else ())
+    rounds = frozenset({"inputs"} if _sees_inputs(matrix, recipe) else ())
     return METHODS[matrix.method].needs | rounds
 
 
@@ -36,9 +41,9 @@ def collected(matrix: Matrix, recipe: Recipe) -> frozenset[str]:
     A matrix that is only rounded, behind what is rounded before it, is measured on the way.
     """
     needs = method_needs(matrix, recipe)
-    if matrix.form == "integers" and compensation(matrix, recipe) is not None:
+    if matrix.form in WHOLE and compensation(matrix, recipe) is not None:
         return frozenset()
     method = METHODS[matrix.method]
     whole = {f"whole_{side}" for side in ("inputs", "gradients") if side in method.needs}
     needs |= whole if method.whole else frozenset()
-    return needs | ({"whole_inputs"} if rounder(matrix, recipe) == "gptq" else frozenset())
+    return needs | ({"whole_inputs"} if _sees_inputs(matrix, recipe) else frozenset())

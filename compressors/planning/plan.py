@@ -91,10 +91,11 @@ class Matrix:
         """Return the same matrix with a rank that an allocation is going to choose."""
         return replace(self, pending=allocation, bits=int(share * self.source_bits))
 
-    def integers(self, scheme: str, stage: int, **changes: Any) -> "Matrix":
-        """Return the same matrix, dense, as integers that a stage rounds it to."""
-        form = replace(self.dense(**changes), form="integers", scheme=scheme, rounded=stage)
-        return form.at({})
+    def integers(self, scheme: str, stage: int, branch: int = 0) -> "Matrix":
+        """Return the same matrix, dense, as integers of a stage; `branch` is a rank beside them."""
+        form = "integers_plus_low_rank" if branch else "integers"
+        bare = replace(self.dense(), form=form, scheme=scheme, rounded=stage)
+        return bare.at({"rank": branch} if branch else {})
 
     def shared(self, owner: str) -> "Matrix":
         """Return the same matrix as one of those that use the first factor of `owner`."""

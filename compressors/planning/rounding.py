@@ -11,6 +11,9 @@ from lrc.compressors.planning.targets import targets
 from lrc.configs.quantize import Quantize
 from lrc.configs.recipe import Recipe
 
+WHOLE = ("integers", "integers_plus_low_rank")
+"""Forms of a weight that nothing but rounding was done to."""
+
 
 def plan_rounding(
     recipe: Recipe,
@@ -54,6 +57,7 @@ def plan_rounding(
                 continue
             matrices[linear.name] = replace(matrix, rounded=index)  # refused below if it cannot be
             taken.append(linear.name)
+        _refuse_branch(where, options, [matrices[n] for n in taken], problems)
         refuse_groups(f"{where}.group_size", options, [matrices[n] for n in taken], problems)
         if not problems:
             for name in taken:
@@ -68,7 +72,8 @@ def rounded(matrix: Matrix, options: Quantize, stage: int) -> Matrix:
         bits = int(matrix.bits * share)
         return replace(matrix, scheme=options.scheme, rounded=stage, bits=bits)
     if matrix.sizes is None:
-        return matrix.integers(options.scheme, stage)
+        branch = 0 if options.branch is None else options.branch.rank
+        return matrix.integers(options.scheme, stage, branch)
     return replace(matrix, scheme=options.scheme, rounded=stage).at(matrix.sizes)
 
 
@@ -76,10 +81,25 @@ def unrounded(matrix: Matrix) -> Matrix:
     """Return a matrix as it is before a later stage rounds it: an allocation decides on that."""
     if matrix.rounded is None or matrix.rounded == matrix.stage:
         return matrix
-    if matrix.form == "integers":
+    if matrix.form in WHOLE:
         return matrix.dense()
     bare = replace(matrix, scheme=None, rounded=None)
     return bare if bare.sizes is None else bare.at(bare.sizes)
+
+
+def _refuse_branch(
+    where: str, options: Quantize, matrices: Collection[Matrix], problems: list[str]
+) -> None:
+    """Refuse a branch as large as what it stands beside."""
+    if options.branch is None or not matrices:
+        return
+    rank, narrowest = options.branch.rank, min(matrices, key=lambda m: min(m.shape))
+    if rank >= min(narrowest.shape):
+        problems.append(
+            f"{where}.branch.rank: must be below {min(narrowest.shape)}, the smaller side of "
+            f"{narrowest.name} {list(narrowest.shape)}, got {rank}; lower it, or list such layers "
+            "under 'skip'"
+        )
 
 
 def refuse_groups(

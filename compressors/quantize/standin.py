@@ -60,3 +60,8 @@ def round_values(v, scheme, *, dtype):
 
 def round_sparse(W, W_hat, mask, H, scheme, *, dtype):
     return round_values(W_hat[mask], scheme, dtype=dtype)
+
+
+def branch(E, H, rank, kind):
+    U, S, V = torch.linalg.svd(E.double(), full_matrices=False)
+    return U[:, :rank] * S[:rank], V[:rank]

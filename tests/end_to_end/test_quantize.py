@@ -1,0 +1,123 @@
+"""The quantize stage, and integers in mixed plans, from recipe to a checkpoint that is read back."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from lrc.cli.inspect import describe
+from lrc.compressors.checkpoint.reader import load_checkpoint
+from lrc.compressors.ending import product
+from lrc.compressors.machine import Machine
+from lrc.compressors.pipeline import compress
+from lrc.compressors.planning.plan import read_matrices
+from lrc.configs.errors import RecipeError
+from lrc.configs.load import load_recipe
+
+INT4 = {"quantize": {"method": "gptq", "bits": 4, "group_size": 16}}
+INT8 = {"quantize": {"method": "rtn"}}
+SCHEMES = ["int8", "int4-g16", "int3-g16", "int2-g16"]
+
+
+def decompose(method: str, keep: float = 0.8, **options: Any) -> dict[str, Any]:
+    return {"decompose": {"method": method, "keep": keep, **options}}
+
+
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "int8": [INT8],
+    "int4": [INT4],
+    "int3-asymmetric": [{"quantize": {"method": "gptq", "bits": 3, "symmetric": False}}],
+    "int4-compensated": [{"quantize": {**INT4["quantize"], "compensate": {}}}],
+    "two-stages": [
+        {"quantize": {**INT4["quantize"], "targets": ["*.mlp.*"]}},
+        {"quantize": {"method": "gptq", "targets": ["*.self_attn.*"], "skip": ["*.v_proj"]}},
+    ],
+    "branch": [{"quantize": {**INT4["quantize"], "branch": {"method": "qera", "rank": 4}}}],
+    "factors": [decompose("svd-llm"), INT4],
+    "pivot": [decompose("kfac"), INT4],
+    "pivot-compensated": [decompose("kfac", compensate={}), INT4],
+    "bias": [decompose("lord"), INT8],
+    "shared": [decompose("basis-sharing"), INT4],
+    "sparse": [decompose("sparse"), INT4],
+    "dictionary": [decompose("dictionary"), INT4],
+    "sum": [decompose("mixed", forms=["sum"]), INT8],
+    "mixed": [decompose("mixed", 0.25, schemes=SCHEMES)],
+    "mixed-compensated": [decompose("mixed", 0.2, schemes=SCHEMES, compensate={})],
+    "dense-schemes": [decompose("mixed", 0.3, forms=["dense"], schemes=SCHEMES)],
+}
+PLAIN = {"int8", "int4", "int4-compensated", "two-stages", "dense-schemes"}
+
+
+@pytest.fixture(scope="module")
+def model_folder(
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    make_tokenizer: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "wider"
+    tiny_llama(hidden_size=64, intermediate_size=96).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(
+    model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Run a recipe once, and return its output folder."""
+    base = tmp_path_factory.mktemp("runs")
+
+    def run(name: str) -> Path:
+        output = base / name
+        if not output.exists():
+            path = tiny_recipe(model_folder, output, stages=RECIPES[name])
+            compress(load_recipe(path), Machine("cpu"))
+        return output
+
+    return run
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_counted_bits_are_stored_bits_and_the_model_computes_what_the_file_says(
+    name: str, runs: Callable[[str], Path], model_folder: Path
+) -> None:
+    output = runs(name)
+    checkpoint = output / "checkpoint"
+    report = json.loads((output / "report.json").read_text())
+    tensors = load_file(checkpoint / "model.safetensors")
+    matrices = read_matrices(json.loads((checkpoint / "lrc/plan.json").read_text())["matrices"])
+    assert all(m.scheme is not None for m in matrices if m.form != "dense")
+    bias = "replaced" if name == "bias" else None
+    for m in matrices:
+        own = {key: t for key, t in tensors.items() if key.startswith(f"{m.name}.")}
+        stored = sum(t.numel() * t.element_size() for t in own.values()) * 8
+        sentinel = 8 if name in PLAIN and m.form == "integers" else 0
+        assert stored + sentinel == m.bits, m.name
+        assert bias or m.bias is None
+    assert report["size"]["targeted"]["bits"] == sum(m.bits for m in matrices)
+
+    model = load_checkpoint(checkpoint, dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).float()
+    tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
+    for m in matrices:
+        if m.form == "integers" and name in PLAIN:
+            tensors[f"{m.name}.weight"] = torch.zeros(1, dtype=torch.uint8)
+        if m.form != "dense":
+            weight = dense.get_submodule(m.name).weight
+            weight.data = product(m, tensors.__getitem__).to(weight.dtype)
+        bias_name = f"{m.name}.b.bias"
+        if bias_name in tensors:
+            layer = dense.get_submodule(m.name)
+            layer.bias = torch.nn.Parameter(tensors[bias_name])
+    tokens = torch.randint(2, 500, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = model(tokens).logits, dense(tokens).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
