@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 
 from lrc.configs.decompose import Compensate, Damp
 from lrc.configs.strict import Strict
@@ -81,9 +81,3 @@ class Quantize(Strict):
         """Return bits, group and symmetry as plans and checkpoints write them."""
         group = "" if self.group_size is None else f"-g{self.group_size}"
         return f"int{self.bits}{group}{'' if self.symmetric else '-asymmetric'}"
-
-    @model_validator(mode="after")
-    def _order_is_of_gptq(self) -> "Quantize":
-        if self.method == "rtn" and "order" in self.model_fields_set:
-            raise ValueError("'order' is a matter of 'gptq', got method: rtn; leave it out")
-        return self

@@ -48,7 +48,7 @@ seed: x
         "recipe.yaml:3: stages[0].decompose.keep: must be in (0, 1], got 1.3; lower it",
         "recipe.yaml:3: stages[0].decompose.damp: must be in [0, 1), got 1; lower it",
         "recipe.yaml:4: stages[1].decompse: unknown key; did you mean 'decompose'? "
-        "Allowed: slice, decompose",
+        "Allowed: slice, decompose, quantize",
         "recipe.yaml:4: stages[1].decompse.kep: unknown key; did you mean 'keep'? "
         "Allowed: method, keep, size, measure, allocation, rank_multiple, min_keep, max_loss, "
         "plan, storage, compensate, targets, skip, overrides",

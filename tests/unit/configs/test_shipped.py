@@ -20,7 +20,7 @@ def test_every_method_has_a_recipe_of_its_name() -> None:
     stage = Shape(recipe_schema()).properties["stages"].items.mapping
     assert stage is not None
     stages = stage.properties
-    assert set(stages) == {"slice", "decompose"}
+    assert set(stages) == {"slice", "decompose", "quantize"}
     for kind, methods in stages.items():
         for method in methods.properties["method"].options:
             recipe = parse_recipe(shipped.read(method), name=method)
