@@ -1,14 +1,17 @@
 """GPTQ: rounding column by column, where the columns to come make up for what has been lost."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.linalg import whitening_factor
-from lrc.compressors.quantize.grid import check_finite, find_grid
+from lrc.compressors.quantize.columns import Columns
+from lrc.compressors.quantize.descent import PASSES, descend
+from lrc.compressors.quantize.grid import Grid, check_finite, find_grid
 from lrc.compressors.quantize.rounded import Rounded, better_rows
 from lrc.compressors.quantize.rtn import rtn
-from lrc.compressors.quantize.sweep import Sweep
 
 DAMP = 0.01
 """Of the mean diagonal: the paper's."""
@@ -22,6 +25,7 @@ def gptq(
     dtype: torch.dtype,
     damp: float = DAMP,
     order: bool = True,
+    passes: int = PASSES,
 ) -> Rounded:
     """Round a matrix so that little of ``tr((W - W_q) H (W - W_q)^T)`` is left.
 
@@ -37,6 +41,8 @@ def gptq(
         Fraction of ``mean(diag(H))`` added to its diagonal.
     order : bool
         Round the columns with the largest inputs first.
+    passes : int
+        Of coordinate descent on codes and scales, from what GPTQ has found.
 
     Returns
     -------
@@ -65,16 +71,43 @@ def gptq(
     W, H = W.double(), H.double()
     nearest = rtn(W, scheme, dtype=dtype, H=H)
     if not H.diagonal().any():
-        return nearest
+        return replace(nearest, fallback="inputs were all zero; rounded to nearest")
     order_ = _order(H, order)
     U, fallback = inverse_factor(H[order_][:, order_], damp)
     weights = torch.empty_like(H.diagonal())
     weights[order_] = 1 / U.square().sum(dim=0)
     grid = find_grid(W, scheme, dtype=dtype, weights=weights)
-    pull = U / U.diagonal()[:, None]
-    codes = Sweep(grid, scheme, order_).run(W.T[order_], pull)
-    rounded = Rounded(codes, grid.scale, grid.zero, scheme, fallback)
-    return better_rows(W, H, rounded, nearest)
+    rounded = feed_back(W, U, grid, scheme, order_)
+    rounded = descend(W, H, rounded, damp=damp, passes=passes)
+    return better_rows(W, H, replace(rounded, fallback=fallback), nearest)
+
+
+def feed_back(W: Tensor, U: Tensor, grid: Grid, scheme: Scheme, order: Tensor) -> Rounded:
+    """Round `W` column by column, the later columns making up for the earlier ones.
+
+    Parameters
+    ----------
+    W : Tensor, shape [rows, columns], float64
+    U : Tensor, shape [columns, columns]
+        Of `inverse_factor`, with the columns in order.
+    grid : Grid
+    scheme : Scheme
+    order : Tensor, shape [columns]
+        The columns in the order in which they are rounded.
+    """
+    columns = Columns(scheme, W.device)
+    pull = (U / U.diagonal()[:, None]).to(columns.dtype)
+    wanted = W.T[order].to(columns.dtype)  # [columns, rows]
+    scale, zero = grid.spread(W.shape[1], columns.dtype)
+    scale, zero = scale.T[order], None if zero is None else zero.T[order]
+    codes = torch.empty_like(wanted, dtype=torch.int8)
+    for start in range(0, len(wanted), columns.width):
+        block = slice(start, start + columns.width)
+        offset = None if zero is None else zero[block]
+        moves, steps = columns.round(wanted[block], pull[block, block], scale[block], offset)
+        codes[order[block]] = (steps if offset is None else steps + offset).to(torch.int8)
+        wanted[block.stop :].addmm_(pull[block, block.stop :].T, moves)
+    return Rounded(codes.T.contiguous(), grid.scale, grid.zero, scheme)
 
 
 def check_metric(W: Tensor, H: Tensor) -> None:

@@ -1,0 +1,173 @@
+"""GPTQ against optimal brain quantization written out, and what it promises."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.linalg import damped, weighted_error
+from lrc.compressors.quantize import Grid, Rounded, find_grid, gptq, rtn
+from lrc.compressors.quantize.descent import descend
+from lrc.compressors.quantize.gptq import feed_back, inverse_factor
+from lrc.compressors.quantize.rounded import row_errors
+
+SCHEMES = ["int4-g8", "int3", "int4-g8-asymmetric", "int8", "int2-g16"]
+
+
+def error(W: Tensor, rounded: Rounded, H: Tensor) -> float:
+    return weighted_error(W, rounded.weight(), H)
+
+
+def obq(W: Tensor, H: Tensor, grid: Grid, scheme: Scheme, order: list[int]) -> Tensor:
+    """Round one number after the other, with the inverse of what is left updated explicitly."""
+    scale, zero = grid.spread(W.shape[1], torch.float64)
+    codes = torch.zeros(W.shape, dtype=torch.int8)
+    for row in range(len(W)):
+        w, inverse = W[row].clone(), torch.linalg.inv(H)
+        for j in order:
+            offset = 0.0 if zero is None else float(zero[row, j])
+            step = float(scale[row, j])
+            code = min(max(round(float(w[j]) / step) + offset, scheme.lowest), scheme.highest)
+            codes[row, j] = int(code)
+            w = w - (w[j] - (code - offset) * step) / inverse[j, j] * inverse[:, j]
+            # Removes row and column j of H from its inverse (Sherman-Morrison).
+            inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return codes
+
+
+@pytest.mark.parametrize("written", SCHEMES)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_feedback_is_optimal_brain_quantization_column_by_column(matrices, written, ordered):
+    W, H = matrices(columns=80)  # more than a block
+    scheme = Scheme.read(written)
+    grid = find_grid(W, scheme, dtype=torch.bfloat16)
+    order = H.diagonal().argsort(descending=True) if ordered else torch.arange(80)
+    U, fallback = inverse_factor(H[order][:, order], 0.01)
+    found = feed_back(W, U, grid, scheme, order)
+    assert fallback is None
+    assert torch.equal(found.codes, obq(W, damped(H, 0.01), grid, scheme, order.tolist()))
+
+
+@pytest.mark.parametrize("written", SCHEMES)
+@pytest.mark.parametrize("seed", range(3))
+def test_no_row_loses_more_than_by_rounding_to_nearest(matrices, written, seed):
+    W, H = matrices(columns=48, seed=seed)
+    scheme = Scheme.read(written)
+    found = gptq(W, H, scheme, dtype=torch.bfloat16)
+    nearest = rtn(W, scheme, dtype=torch.bfloat16, H=H)
+    assert bool((row_errors(W - found.weight(), H) <= row_errors(W - nearest.weight(), H)).all())
+    assert error(W, found, H) < 0.9 * error(W, nearest, H)
+
+
+@pytest.mark.parametrize("written", SCHEMES)
+def test_descent_never_raises_the_error(matrices, written):
+    W, H = matrices(columns=80)
+    state = rtn(W, Scheme.read(written), dtype=torch.bfloat16, H=H)
+    for _ in range(3):
+        lower = descend(W, H, state, damp=0.0, passes=1)
+        assert error(W, lower, H) < error(W, state, H)
+        state = lower
+
+
+@pytest.mark.parametrize("written", SCHEMES)
+def test_descent_ends_where_no_single_code_can_be_better(matrices, written):
+    W, H = matrices(rows=3, columns=16)
+    scheme = Scheme.read(written)
+    state = descend(W, H, rtn(W, scheme, dtype=torch.float32, H=H), damp=0.0, passes=100)
+    least = row_errors(W - state.weight(), H)
+    for column in range(16):
+        for move in (-1, 1):
+            codes = state.codes.clone()
+            codes[:, column] = (codes[:, column] + move).clamp(scheme.lowest, scheme.highest)
+            other = Rounded(codes, state.scale, state.zero, scheme)
+            assert bool((row_errors(W - other.weight(), H) >= least * (1 - 1e-9)).all())
+
+
+def test_with_independent_inputs_it_rounds_to_nearest(matrices):
+    W, H = matrices()
+    H = torch.diag(H.diagonal())
+    scheme = Scheme.read("int4-g8")
+    found = gptq(W, H, scheme, dtype=torch.float32, damp=1e-6, passes=0)
+    nearest = rtn(W, scheme, dtype=torch.float32, H=H)
+    assert torch.equal(found.codes, nearest.codes)
+    assert torch.equal(found.scale, nearest.scale)
+
+
+@pytest.mark.parametrize("written", ["int4-g8", "int4-g8-asymmetric", "int8", "int2-g16"])
+def test_a_matrix_on_a_grid_that_it_fills_comes_back(matrices, written):
+    scheme = Scheme.read(written)
+    _, H = matrices()
+    generator = torch.Generator().manual_seed(0)
+    shape = 12, scheme.groups(32)
+    codes = torch.randint(
+        scheme.lowest, scheme.highest + 1, (*shape, 32 // shape[1]), generator=generator
+    )
+    codes[:, :, 0], codes[:, :, 1] = scheme.lowest, scheme.highest
+    scale = torch.rand(shape, generator=generator).add(0.1).to(torch.bfloat16)
+    zero = None if scheme.symmetric else torch.ones(shape, dtype=torch.int8)
+    held = Rounded(codes.view(12, 32).to(torch.int8), scale, zero, scheme)
+    for again in (
+        rtn(held.weight(), scheme, dtype=torch.bfloat16),
+        gptq(held.weight(), H, scheme, dtype=torch.bfloat16),
+    ):
+        assert torch.equal(again.codes, held.codes)
+        assert torch.equal(again.scale, held.scale)
+
+
+def test_the_same_twice_and_inputs_left_alone(matrices):
+    W, H = matrices()
+    before = W.clone(), H.clone()
+    scheme = Scheme.read("int3-g8-asymmetric")
+    first, second = (gptq(W, H, scheme, dtype=torch.bfloat16) for _ in range(2))
+    assert torch.equal(first.codes, second.codes)
+    assert torch.equal(first.scale, second.scale)
+    assert torch.equal(W, before[0])
+    assert torch.equal(H, before[1])
+
+
+def test_channels_that_are_never_on_are_rounded_to_nearest(matrices):
+    W, H = matrices()
+    H[5] = H[:, 5] = 0
+    for damp in (0.0, 0.01):
+        found = gptq(W, H, Scheme.read("int8"), dtype=torch.float32, damp=damp)
+        step = found.scale.abs().double().squeeze(1)
+        assert bool(((found.weight() - W)[:, 5].abs() <= 0.51 * step).all())
+
+
+def test_damping_that_had_to_be_raised_is_said(matrices):
+    W, H = matrices()
+    H[5] = H[:, 5] = 0
+    found = gptq(W, H, Scheme.read("int8"), dtype=torch.float32, damp=0.0)
+    assert found.fallback is not None
+    assert "damping raised" in found.fallback
+
+
+def test_inputs_that_were_all_zero_are_said(matrices):
+    W, H = matrices()
+    scheme = Scheme.read("int4")
+    found = gptq(W, 0 * H, scheme, dtype=torch.bfloat16)
+    assert torch.equal(found.codes, rtn(W, scheme, dtype=torch.bfloat16).codes)
+    assert found.fallback is not None
+    assert "all zero" in found.fallback
+
+
+def test_bad_input_is_refused(matrices):
+    W, H = matrices()
+    scheme = Scheme.read("int4")
+    with pytest.raises(ValueError, match=r"must be \[32, 32\], got \[31, 31\]"):
+        gptq(W, H[:31, :31], scheme, dtype=torch.bfloat16)
+    H[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"second moment .* infinities or NaN"):
+        gptq(W, H, scheme, dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("written", SCHEMES)
+def test_on_a_gpu_it_is_as_good(matrices, written):
+    W, H = matrices(rows=64, columns=400)
+    scheme = Scheme.read(written)
+    here = gptq(W, H, scheme, dtype=torch.bfloat16)
+    there = gptq(W.cuda(), H.cuda(), scheme, dtype=torch.bfloat16)
+    assert there.codes.is_cuda
+    ratio = weighted_error(W.cuda(), there.weight(), H.cuda()) / error(W, here, H)
+    assert 0.98 < ratio < 1.02
