@@ -145,16 +145,11 @@ def _pivot(
     dtype: torch.dtype,
     seed: int,
 ) -> Integers:
-    R, C = tensors.pop("a.weight"), tensors.pop("c.weight", None)
-    if C is None:  # every row is a pivot: those of the weight, in another order
-        order = tensors["order"].long()
-        rows = torch.empty_like(W)
-        rows[order] = W
-        found = round_weight(rows, H, scheme, rounder=how.rounder, dtype=dtype)
-        return Integers({**found.encode("a.weight"), **tensors}, found.fallback)
-    order = tensors["order"].long()
-    pair = round_pivot(W, R, C, order, H, scheme, rounder=how.rounder, dtype=dtype)
-    return Integers({**pair.a.encode("a.weight"), **pair.b.encode("c.weight"), **tensors})
+    R, order = tensors.pop("a.weight"), tensors["order"].long()
+    C = tensors.pop("c.weight", R.new_zeros(0, len(R)))  # none where every row is a pivot
+    found = round_pivot(W, R, C, order, H, scheme, rounder=how.rounder, dtype=dtype)
+    coefficients = {} if found.c is None else found.c.encode("c.weight")
+    return Integers({**found.a.encode("a.weight"), **coefficients, **tensors})
 
 
 def _entries(

@@ -1,10 +1,26 @@
 """Rounding of matrices to integers of few bits, by what their inputs notice."""
 
+from lrc.compressors.quantize.branch import branch
+from lrc.compressors.quantize.factors import round_pair, round_pivot
 from lrc.compressors.quantize.gptq import gptq
 from lrc.compressors.quantize.grid import Grid, find_grid, round_to
 from lrc.compressors.quantize.rounded import Rounded
 from lrc.compressors.quantize.rtn import rtn
-from lrc.compressors.quantize.standin import *
+from lrc.compressors.quantize.values import round_sparse, round_values
 from lrc.compressors.quantize.weight import Rounder, round_weight
 
-__all__ = ["Grid", "Rounded", "Rounder", "find_grid", "gptq", "round_to", "round_weight", "rtn"]
+__all__ = [
+    "Grid",
+    "Rounded",
+    "Rounder",
+    "branch",
+    "find_grid",
+    "gptq",
+    "round_pair",
+    "round_pivot",
+    "round_sparse",
+    "round_to",
+    "round_values",
+    "round_weight",
+    "rtn",
+]
