@@ -7,8 +7,11 @@ from lrc.compressors.decompose.sparse import weighted_energy
 from lrc.compressors.layers import Scheme
 from lrc.compressors.planning.rounding import fits
 from lrc.compressors.planning.units import Unit
-from lrc.compressors.quantize import round_weight
+from lrc.compressors.quantize import rtn
 from lrc.configs.methods import Mixed
+
+SHARE_LEFT = {"rtn": 1.0, "gptq": 0.4}
+"""Of the energy that rounding to the nearest loses: on SmolLM2-135M's matrices 0.33 to 0.46."""
 
 
 def rounding_noise(
@@ -26,6 +29,6 @@ def rounding_noise(
     for written in options.schemes:
         if all(fits(written, m) for m in unit.members):
             scheme = Scheme.read(written)
-            W_hat = round_weight(W, H, scheme, rounder=options.rounder, dtype=dtype).weight()
-            found[written] = energy(W.double() - W_hat)
+            W_hat = rtn(W, scheme, dtype=dtype, H=H).weight()
+            found[written] = energy(W.double() - W_hat) * SHARE_LEFT[options.rounder]
     return found, energy(W.double())

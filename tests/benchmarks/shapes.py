@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,6 +33,7 @@ from lrc.compressors.pipeline import compress
 from lrc.compressors.slicing import METHODS as SLICERS
 from lrc.configs.errors import LrcError
 from lrc.configs.load import LoadedRecipe, parse_recipe
+from lrc.configs.quantize import Quantize
 from lrc.configs.recipe import Calibration, Model
 from lrc.configs.yaml_text import write_yaml
 
@@ -119,15 +120,17 @@ def recipe_of(args: argparse.Namespace, model: str, folder: Path) -> LoadedRecip
     content = {
         "model": model,
         "calibration": {"source": text, "samples": args.samples, "length": args.length},
-        "stages": [{_kind(args.method): {"method": args.method, "keep": args.keep}}],
+        "stages": [_stage(args.method, args.keep)],
         "output": str(folder / "run"),
     }
     recipe = parse_recipe(write_yaml(content), name="shapes.py", overrides=args.set)
     return LoadedRecipe(recipe, write_yaml(content), tuple(args.set))
 
 
-def _kind(method: str) -> str:
-    return "slice" if method in SLICERS else "decompose"
+def _stage(method: str, keep: float) -> dict[str, Any]:
+    if method in get_args(Quantize.model_fields["method"].annotation):
+        return {"quantize": {"method": method, "bits": 4, "group_size": 64}}
+    return {"slice" if method in SLICERS else "decompose": {"method": method, "keep": keep}}
 
 
 def forget_peaks() -> None:

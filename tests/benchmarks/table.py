@@ -51,15 +51,16 @@ EVERYTHING = frozenset(
     {"inputs", "whole_inputs", "gradients", "whole_gradients"}
     | {"input_mean", "input_magnitude", "row_fisher"}
 )
-Row = tuple[str, list[str], dict[str, Any]]
-"""Name, overrides of the recipe, options of a decomposition or a whole stage of another kind."""
+Stages = list[dict[str, Any]]
+Row = tuple[str, list[str], Stages]
+"""Name, overrides of the recipe, stages."""
 DENSE_BYTES = 269_030_016
 """Of SmolLM2-135M's tensors in 16 bits."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Yield name, stage and changes of the calibration; what matters most comes first."""
+    """Yield name, options and changes of the calibration; what matters most comes first."""
     for keep in (0.8, 0.6):
         best = {"method": "kfac", "keep": keep, "storage": "pivot", "allocation": "lagrangian"}
         yield f"kfac, lagrangian, pivot, {keep}", best, {}
@@ -97,7 +98,6 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         other = {"source": "data/wikitext2/validation.jsonl"}
         yield f"{method} on WikiText-2, {keep}", stage, other
     yield from other_forms()
-    yield from slices()
 
 
 def other_forms() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -126,6 +126,64 @@ def other_forms() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     for method in ("sparse", "wanda", "magnitude"):
         stage = {"method": method, "keep": 0.563, "pattern": "2:4", "allocation": "uniform"}
         yield f"{method}, 2:4, 0.563", stage, {}
+
+
+def every_row() -> Iterator[tuple[str, Stages, dict[str, Any]]]:
+    """Yield name, stages and changes of the calibration."""
+    for name, options, changes in rows():
+        yield name, [{"decompose": options}], changes
+    for name, options, changes in slices():
+        yield name, [options if "slice" in options else {"decompose": options}], changes
+    for name, stages in integers():
+        yield name, stages, {}
+
+
+def integers() -> Iterator[tuple[str, Stages]]:
+    """Yield the rows of integers: alone, behind low rank and sparsity, and planned jointly."""
+
+    def quantize(method: str, bits: int, group: int | None, **options: Any) -> dict[str, Any]:
+        return {"quantize": {"method": method, "bits": bits, "group_size": group, **options}}
+
+    def decompose(method: str, keep: float, **options: Any) -> dict[str, Any]:
+        return {"decompose": {"method": method, "keep": keep, "compensate": {}, **options}}
+
+    every = ["int8", "int7-g64", "int6-g64", "int5-g64", "int4-g64", "int4-g32", "int3-g64"]
+    every += ["int3-g32", "int2-g32"]
+    for keep in (0.5, 0.35, 0.25, 0.2):
+        for name, forms in {"any form": ["low-rank", "sparse"], "dense": ["dense"]}.items():
+            joint = decompose("mixed", keep, forms=forms, schemes=every)
+            yield f"integers: joint, {name}, {keep}", [joint]
+    for method in ("rtn", "gptq"):
+        for bits, group in ((8, None), (4, 64), (4, 32), (4, None), (3, 64), (3, 32), (3, None)):
+            scheme = f"int{bits}{f'-g{group}' if group else ''}"
+            yield f"integers: {method}, {scheme}", [quantize(method, bits, group)]
+            if method == "gptq":
+                compensated = quantize(method, bits, group, compensate={})
+                yield f"integers: {method}, {scheme}, compensate", [compensated]
+    for kind in ("qera", "eora", "lqer"):
+        branch = quantize("gptq", 3, 64, branch={"method": kind, "rank": 32})
+        yield f"integers: gptq, int3-g64, {kind} 32", [branch]
+    yield "integers: kfac 0.8", [decompose("kfac", 0.8)]
+    for method in ("rtn", "gptq"):
+        stages = [decompose("kfac", 0.8), quantize(method, 8, None)]
+        yield f"integers: kfac 0.8, {method}, int8", stages
+    for group in (64, 32):
+        stages = [decompose("kfac", 0.8), quantize("gptq", 4, group)]
+        yield f"integers: kfac 0.8, int4-g{group}, pivot", stages
+        for gauge in ("even", "first", "quarter", "rotated", "measured"):
+            factors = decompose("kfac", 0.8, storage="factors")
+            stages = [factors, quantize("gptq", 4, group, gauge=gauge)]
+            yield f"integers: kfac 0.8, int4-g{group}, factors, {gauge}", stages
+        factors = decompose("kfac", 0.8, storage="factors", rank_multiple=group)
+        yield f"integers: kfac 0.8, factors of ranks of {group}", [factors]
+    # Shares before rounding that give 0.5, 0.35, 0.25 and 0.2 of the bits after it.
+    for method, shares in {
+        "kfac": (0.98, 0.69, 0.49, 0.39),
+        "sparse": (0.93, 0.63, 0.43, 0.33),
+    }.items():
+        for keep, share in zip((0.5, 0.35, 0.25, 0.2), shares, strict=True):
+            stages = [decompose(method, share), quantize("gptq", 8, None)]
+            yield f"integers: {method} and int8, {keep}", stages
 
 
 def slices() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -167,12 +225,12 @@ def main() -> None:
     if not (asked.folder / "dense.json").is_file():
         _dense(load_recipe(asked.recipe, asked.overrides), asked.folder)
     wanted = [
-        (name, [f"calibration.{key}={value}" for key, value in calibration.items()], stage)
-        for name, stage, calibration in rows()
+        (name, [f"calibration.{key}={value}" for key, value in calibration.items()], stages)
+        for name, stages, calibration in every_row()
         if any(fnmatchcase(name, pattern) for pattern in asked.rows)
         and not (asked.folder / f"{name}.json").is_file()
     ]
-    collecting = [row for row in wanted if "slice" not in row[2]]
+    collecting = [row for row in wanted if "slice" not in row[2][0]]
     for changes in dict.fromkeys(tuple(changes) for _, changes, _ in collecting):
         _calibrate(load_recipe(asked.recipe, [*asked.overrides, *changes]), asked.folder)
     release_memory()
@@ -253,8 +311,9 @@ def _calibrate(loaded: LoadedRecipe, folder: Path) -> None:
 
 def _family(row: Row) -> str:
     """Name what rows have in common that want the same curves: all but what is decided by them."""
-    name, changes, stage = row
-    if "slice" in stage:  # has no curves
+    name, changes, stages = row
+    stage = stages[0].get("decompose")
+    if stage is None:  # has no curves
         return hashlib.sha256(name.encode()).hexdigest()[:16]
     options: DecomposeBase = TypeAdapter(Decompose).validate_python(stage)
     decided = {"keep", "compensate", "min_keep", "max_loss", "rank_multiple"}
@@ -283,9 +342,8 @@ def _make(
 
 def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path | None) -> None:
     """Compress and evaluate one row; curves are the first row's of the family, and their time."""
-    name, changes, stage = row
+    name, changes, stages = row
     output = folder / "runs" / name.replace(" ", "-")
-    stages = [stage if "slice" in stage else {"decompose": stage}]
     changes = [*changes, f"stages={json.dumps(stages)}", "evaluate.dense=false"]
     loaded = load_recipe(recipe, [*overrides, *changes, f"output={output}"])
     shared, prepared = _shared(loaded.recipe, folder), prepare(loaded.recipe)
@@ -293,7 +351,7 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path 
     if (curves / "seconds.json").is_file():
         before = json.loads((curves / "seconds.json").read_text())
     with open_journal(output, identity(prepared)) as journal:
-        if "slice" not in stage and not journal.has(WINDOWS):
+        if "slice" not in stages[0] and not journal.has(WINDOWS):
             _link(shared.path("statistics"), journal.path("statistics"))
             if before:
                 _link(curves, journal.path("energies"))
@@ -339,7 +397,7 @@ def _print(folder: Path) -> None:
     cells = [f"{dense['perplexity'][t]['perplexity']:.2f}" for t in texts]
     cells += [f"{dense['tasks'][t][m]['value']:.3f}" for t, m in accuracies]
     print("| dense | 1.000 | " + " | ".join(cells) + " | |")
-    for name, _, _ in rows():
+    for name, _, _ in every_row():
         if not (folder / f"{name}.json").is_file():
             continue
         row = json.loads((folder / f"{name}.json").read_text())
