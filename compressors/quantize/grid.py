@@ -26,13 +26,11 @@ class Grid:
     zero: Tensor | None
     """[rows, groups], int8; None of a symmetric scheme."""
 
-    def spread(self, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Return scale and zero of every number, both [rows, columns], as floats."""
+    def spread(self, columns: int) -> tuple[Tensor, Tensor | None]:
+        """Return scale and zero of every number, both [rows, columns]."""
         width = columns // self.scale.shape[1]
-        scale = self.scale.to(dtype).repeat_interleave(width, dim=1)
-        if self.zero is None:
-            return scale, None
-        return scale, self.zero.to(dtype).repeat_interleave(width, dim=1)
+        scale = self.scale.repeat_interleave(width, dim=1)
+        return scale, None if self.zero is None else self.zero.repeat_interleave(width, dim=1)
 
 
 def find_grid(
@@ -98,8 +96,8 @@ def search(X: Tensor, scheme: Scheme, dtype: torch.dtype, weights: Tensor) -> Gr
 
 def round_to(W: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     """Round every number of `W` [rows, columns] to the nearest code [rows, columns], int8."""
-    scale, zero = grid.spread(W.shape[1], torch.float64)
-    steps = (W.double() / scale).round_()
+    scale, zero = grid.spread(W.shape[1])
+    steps = (W.double() / scale.double()).round_()
     if zero is not None:
         steps += zero
     return steps.clamp_(scheme.lowest, scheme.highest).to(torch.int8)
