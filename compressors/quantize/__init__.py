@@ -1,8 +1,32 @@
 """Rounding of matrices to integers of few bits, by what their inputs notice."""
 
+from lrc.compressors.quantize.branch import branch
+from lrc.compressors.quantize.factors import (
+    RoundedPair,
+    RoundedPivot,
+    gauges,
+    round_pair,
+    round_pivot,
+)
 from lrc.compressors.quantize.gptq import gptq
 from lrc.compressors.quantize.grid import Grid, find_grid, round_to
 from lrc.compressors.quantize.rounded import Rounded
 from lrc.compressors.quantize.rtn import rtn
+from lrc.compressors.quantize.values import round_sparse, round_values
 
-__all__ = ["Grid", "Rounded", "find_grid", "gptq", "round_to", "rtn"]
+__all__ = [
+    "Grid",
+    "Rounded",
+    "RoundedPair",
+    "RoundedPivot",
+    "branch",
+    "find_grid",
+    "gauges",
+    "gptq",
+    "round_pair",
+    "round_pivot",
+    "round_sparse",
+    "round_to",
+    "round_values",
+    "rtn",
+]
