@@ -60,7 +60,9 @@ def gptq(
     and groups stay together in the file. With ``H^-1 = U^T U``, U upper triangular, the paper's
     errors ``(w - q) / U_ii`` sum up to the very objective, and a column alone costs at least
     ``(w - q)^2 / [H^-1]_ii`` however well the others make up for it: that is what weighs the errors
-    by which the grid is chosen. On SmolLM2-135M it leaves a tenth less than the diagonal of H.
+    by which the grid is chosen. On SmolLM2-135M it leaves 5 to 9 % less than the diagonal of H
+    does, and three passes of descent lower the error on held-out text by 5 % at int4-g64, 6 % at
+    int3-g64, 4 % at int4 and 7 % at int4-g64-asymmetric.
 
     References
     ----------

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lrc.compressors.layers.scheme import Scheme
 
-# Shares of the widest range that are tried. Below 0.4 nothing is gained even with two bits.
-SHARES = tuple(1 - step / 20 for step in range(13))
+# Shares of the widest range that are tried. On SmolLM2-135M those below 0.4 gain 4 % of the error
+# with two bits and nothing with four; steps half as wide gain 1 %.
+SHARES = tuple(1 - step / 20 for step in range(16))
 
 
 @dataclass(frozen=True)
