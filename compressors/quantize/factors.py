@@ -88,8 +88,9 @@ def gauges(B: Tensor, A: Tensor, H: Tensor, *, seed: int = 0) -> dict[str, tuple
 
     Notes
     -----
-    All of them in B is never tried: on SmolLM2-135M rounding then takes 1.5 (int3) to 5 times (int8)
-    the energy that it takes from "even". Least it takes from "rotated", in nearly every matrix.
+    All of them in B is never tried: on SmolLM2-135M rounding to nearest then takes 1.5 (int3) to 5
+    times (int8) the energy that it takes from "even"; from "rotated" it takes least in nearly every
+    matrix.
     """
     B, A = B.double(), A.double()
     Q, T = torch.linalg.qr(B)  # [d_out, rank], [rank, rank]

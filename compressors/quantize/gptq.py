@@ -91,7 +91,7 @@ def feed_back(
     ----------
     W : Tensor, shape [rows, columns]
     U : Tensor, shape [columns, columns]
-        Of `inverse_factor`, with the columns in order.
+        Of `solve_order`, with the columns in order.
     scale : Tensor, shape [rows, columns]
     zero : Tensor, shape [rows, columns], optional
     scheme : Scheme
