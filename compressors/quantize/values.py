@@ -94,8 +94,8 @@ def round_sparse(
     column makes up for in its turn (E. Frantar and D. Alistarh, "SparseGPT", ICML 2023,
     https://arxiv.org/abs/2301.00774). That one inverse serves all rows is not exact, but that of
     what each row keeps, a factorisation a row, ends no lower. On SmolLM2-135M with half of the
-    entries rounding to nearest takes the error from 0.65 to 0.99 % of the energy of held-out outputs at
-    int4-g64 and to 1.89 % at int3-g64, this to 0.83 and 1.33 %.
+    entries rounding to nearest takes the error from 0.65 to 0.99 % of the energy of held-out
+    outputs at int4-g64 and to 1.89 % at int3-g64, this to 0.83 and 1.33 %.
     """
     check_metric(W, H)
     W, H = W.double(), H.double()
