@@ -1,7 +1,13 @@
 """Rounding of matrices to integers of few bits, by what their inputs notice."""
 
 from lrc.compressors.quantize.branch import branch
-from lrc.compressors.quantize.factors import round_pair, round_pivot
+from lrc.compressors.quantize.factors import (
+    RoundedPair,
+    RoundedPivot,
+    gauges,
+    round_pair,
+    round_pivot,
+)
 from lrc.compressors.quantize.gptq import gptq
 from lrc.compressors.quantize.grid import Grid, find_grid, round_to
 from lrc.compressors.quantize.rounded import Rounded
@@ -12,9 +18,12 @@ from lrc.compressors.quantize.weight import Rounder, round_weight
 __all__ = [
     "Grid",
     "Rounded",
+    "RoundedPair",
+    "RoundedPivot",
     "Rounder",
     "branch",
     "find_grid",
+    "gauges",
     "gptq",
     "round_pair",
     "round_pivot",

@@ -88,11 +88,9 @@ def _record(
     function: Callable[[Block], tuple[Tensor, Tensor]], block: Block
 ) -> Callable[[Block], tuple[Tensor, Tensor]]:
     """Record the kernels that a function launches, to launch them for other inputs at once."""
-    wanted, pull, scale, *others = (None if t is None else t.clone() for t in block)
-    assert wanted is not None
-    assert pull is not None
-    assert scale is not None
-    places = wanted, pull, scale, *others
+    wanted, pull, scale, *rest = block
+    zero, held = (None if t is None else t.clone() for t in rest)
+    places = wanted.clone(), pull.clone(), scale.clone(), zero, held
     side = torch.cuda.Stream()  # libraries set themselves up on first use, which no graph may hold
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -53,30 +53,58 @@ def descend(
     steps = _steps(rounded).T.to(columns.dtype, copy=True)  # [columns, rows]
     slope = (H @ (rounded.weight() - W).T).to(columns.dtype)  # [columns, rows]
     H = H.to(columns.dtype)
-    unit = H.diagonal().clamp_min(torch.finfo(H.dtype).tiny)  # a channel that is never on stays
-    pull = -H / unit
     for _ in range(passes):
         for group in range(groups):
             where = slice(group * width, (group + 1) * width)
             moved = _rescale_(scale[group], steps[where], slope[where], H[where, where], rounded)
             slope.addmm_(H[:, where], moved)
-            for start in range(where.start, where.stop, columns.width):
-                block = slice(start, min(start + columns.width, where.stop))
-                held = steps[block] * scale[group]
-                moves, steps[block] = columns.round(
-                    held - slope[block] / unit[block, None],
-                    pull[block, block],
-                    scale[group].expand_as(held),
-                    None if zero is None else zero[group].expand_as(held),
-                    held,
-                )
-                slope.addmm_(H[:, block], moves)
+            middle = None if zero is None else zero[group].expand(width, -1)
+            move_columns_(columns, steps, slope, H, where, scale[group].expand(width, -1), middle)
     codes = steps if zero is None else steps + zero.repeat_interleave(width, dim=0)
     return replace(
         rounded,
         codes=codes.T.to(torch.int8).contiguous(),
         scale=scale.T.to(rounded.scale.dtype).contiguous(),
     )
+
+
+def move_columns_(
+    columns: Columns,
+    steps: Tensor,
+    slope: Tensor,
+    H: Tensor,
+    where: slice,
+    scale: Tensor,
+    zero: Tensor | None,
+) -> None:
+    """Move the columns `where` in turn, each to the best codes while all others stay.
+
+    Parameters
+    ----------
+    columns : Columns
+    steps : Tensor, shape [columns, rows]
+        Codes less zero points; updated.
+    slope : Tensor, shape [columns, rows]
+        ``H (W_q - W)^T``; updated.
+    H : Tensor, shape [columns, columns]
+    where : slice
+    scale : Tensor, shape [width, rows]
+        Of the columns `where`; so is `zero`.
+    zero : Tensor, shape [width, rows], optional
+    """
+    unit = H.diagonal().clamp_min(torch.finfo(H.dtype).tiny)  # a channel that is never on stays
+    for start in range(where.start, where.stop, columns.width):
+        block = slice(start, min(start + columns.width, where.stop))
+        here = slice(block.start - where.start, block.stop - where.start)
+        held = steps[block] * scale[here]
+        moves, steps[block] = columns.round(
+            held - slope[block] / unit[block, None],
+            -H[block, block] / unit[block],
+            scale[here],
+            None if zero is None else zero[here],
+            held,
+        )
+        slope.addmm_(H[:, block], moves)
 
 
 def _rescale_(scale: Tensor, steps: Tensor, slope: Tensor, H: Tensor, rounded: Rounded) -> Tensor:

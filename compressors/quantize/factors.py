@@ -2,11 +2,12 @@
 
 A product ``B @ A`` stays what it is when an invertible matrix is put between its factors, rounding
 does not: the choice is a gauge. The second factor is then solved anew for the first as rounded, so
-that it makes up for what it can.
+that it makes up for what it can, and the first for the second, in turn.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,6 +24,12 @@ Gauge = Literal["first", "quarter", "even", "rotated"]
 SHARES = {"first": 0.0, "quarter": 0.25, "even": 0.5}
 """Gauge -> exponent of the singular values in the second factor."""
 REFIT_DAMP = 1e-8
+ROUNDS = 2
+"""Rounds of rounding both factors. On SmolLM2-135M, at 0.8 of the numbers, the second lowers the
+error on held-out text by 3 % at int4-g64 and 8 % at int3-g64, that of pivot rows by 10 and 13 %;
+a third by another 1 and 2 %, 4 and 4 %."""
+
+Round = Callable[[Tensor, Tensor], Rounded]
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class RoundedPair:
     error: float
     """``tr(G E H E^T)`` with ``E = W - W_hat``."""
     errors: dict[str, float]
-    """Gauge -> error, of all that were tried."""
+    """Gauge -> error, of all that were measured: by rounding to nearest, once."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,9 @@ def gauges(B: Tensor, A: Tensor, H: Tensor, *, seed: int = 0) -> dict[str, tuple
 
     Notes
     -----
-    With all of the singular values in B, int4 takes between a fifth and twice as much again.
+    All of them in B is never tried: on SmolLM2-135M rounding to nearest then takes 1.5 (int3) to 5
+    times (int8) the energy that it takes from "even"; from "rotated" it takes least in nearly every
+    matrix.
     """
     B, A = B.double(), A.double()
     Q, T = torch.linalg.qr(B)  # [d_out, rank], [rank, rank]
@@ -130,6 +139,18 @@ def refit(
     return B + torch.cholesky_solve(missing.T, L).T, seen
 
 
+def refit_first(target: Tensor, B: Tensor, A: Tensor, damp: float = REFIT_DAMP) -> Tensor:
+    """Solve the first factor [rank, d_in] anew for the second, as `refit` the second.
+
+    With the second held, the best first is the same under every metric of the inputs.
+    """
+    seen = B.T @ B  # [rank, rank]
+    if not seen.diagonal().any():
+        return A
+    L, _ = whitening_factor(seen, damp)
+    return A + torch.cholesky_solve(B.T @ (target - B @ A), L)
+
+
 def round_pair(
     W: Tensor,
     B: Tensor,
@@ -142,8 +163,9 @@ def round_pair(
     gauge: Gauge | Literal["measured"] = "measured",
     seed: int = 0,
     G: Tensor | None = None,
+    rounds: int = ROUNDS,
 ) -> RoundedPair:
-    """Round the factors of a weight, the second one behind the first.
+    """Round the factors of a weight, each to make up for the rounding of the other.
 
     Parameters
     ----------
@@ -158,11 +180,13 @@ def round_pair(
         Of the scales in the file.
     rounder : {"rtn", "gptq"}
     gauge : {"measured", "first", "quarter", "even", "rotated"}
-        What `gauges` says; or all of them, of which the best is kept.
+        What `gauges` says; or the one that loses least when both factors are rounded to nearest.
     seed : int
         Of the rotation.
     G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients, for the errors that gauges are compared by.
+        Second moment of the output gradients, for the errors by which the choice is made.
+    rounds : int
+        The best one is kept.
 
     Raises
     ------
@@ -173,18 +197,17 @@ def round_pair(
     check_metric(W, H)
     W, H = W.double(), H.double()
     ways = gauges(B, A, H, seed=seed)
-    if gauge != "measured":
-        if gauge not in ways:
-            raise ValueError(f"gauge must be measured or one of {', '.join(ways)}, got {gauge!r}")
-        ways = {gauge: ways[gauge]}
-    found = {}
-    for name, (left, right) in ways.items():
-        a = round_(right, H)
-        b = round_(*refit(W, left, a.weight(), H))
-        found[name] = weighted_error(W, b.weight() @ a.weight(), H, G), a, b
-    best = min(found, key=lambda name: found[name][0])
-    error, a, b = found[best]
-    return RoundedPair(a, b, best, error, {name: way[0] for name, way in found.items()})
+    lost = partial(weighted_error, W, H=H, G=G)
+    errors: dict[str, float] = {}
+    if gauge == "measured":
+        nearest = _rounder("rtn", scheme, dtype)
+        errors = {name: _alternate(W, *way, H, nearest, lost)[0] for name, way in ways.items()}
+    elif gauge not in ways:
+        raise ValueError(f"gauge must be measured or one of {', '.join(ways)}, got {gauge!r}")
+    chosen = min(errors, key=lambda name: errors[name]) if errors else gauge
+    error, a, b = _alternate(W, *ways[chosen], H, round_, lost, rounds=rounds)
+    assert b is not None
+    return RoundedPair(a, b, chosen, error, errors)
 
 
 def round_pivot(
@@ -198,8 +221,9 @@ def round_pivot(
     dtype: torch.dtype,
     rounder: Rounder = "gptq",
     G: Tensor | None = None,
+    rounds: int = ROUNDS,
 ) -> RoundedPivot:
-    """Round pivot rows, and the coefficients of the other rows behind them.
+    """Round pivot rows and the coefficients of the others, to make up for each other's rounding.
 
     Parameters
     ----------
@@ -215,7 +239,8 @@ def round_pivot(
         Of the scales in the file.
     rounder : {"rtn", "gptq"}
     G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients, for the error that is reported.
+        Second moment of the output gradients, for the errors by which the best round is kept.
+    rounds : int
 
     Raises
     ------
@@ -226,18 +251,40 @@ def round_pivot(
     check_metric(W, H)
     W, R, C, H = W.double(), R.double(), C.double(), H.double()
     order = order.long()
-    rank = len(R)
-    a, c = round_(R, H), None
-    if len(C):
-        others = W[order.argsort()[rank:]]  # [d_out - rank, d_in]
-        c = round_(*refit(others, C, a.weight(), H))
-    found = RoundedPivot(a, c, order, 0.0)
-    return replace(found, error=weighted_error(W, found.weight(), H, G))
+
+    def lost(stored: Tensor) -> float:
+        return weighted_error(W, stored[order], H, G)
+
+    B = torch.cat([torch.eye(len(R)).to(R), C])  # [d_out, rank]
+    rows = W[order.argsort()]
+    error, a, c = _alternate(rows, B, R, H, round_, lost, rounds=rounds, fixed=len(R))
+    return RoundedPivot(a, c, order, error)
 
 
-def _rounder(
-    rounder: Rounder, scheme: Scheme, dtype: torch.dtype
-) -> Callable[[Tensor, Tensor], Rounded]:
+def _alternate(
+    target: Tensor,
+    B: Tensor,
+    A: Tensor,
+    H: Tensor,
+    round_: Round,
+    lost: Callable[[Tensor], float],
+    *,
+    rounds: int = 1,
+    fixed: int = 0,
+) -> tuple[float, Rounded, Rounded | None]:
+    """Round A and then B, of which the first `fixed` rows stay; return the best error and both."""
+    found = []
+    for _ in range(rounds):
+        a, b = round_(A, H), None
+        if fixed < len(B):
+            b = round_(*refit(target[fixed:], B[fixed:], a.weight(), H))
+            B = torch.cat([B[:fixed], b.weight()])
+        found.append((lost(B @ a.weight()), a, b))
+        A = refit_first(target, B, A)
+    return min(found, key=lambda round_: round_[0])
+
+
+def _rounder(rounder: Rounder, scheme: Scheme, dtype: torch.dtype) -> Round:
     if rounder == "rtn":
         return lambda W, H: rtn(W, scheme, dtype=dtype, H=H)
     if rounder == "gptq":

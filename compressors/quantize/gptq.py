@@ -1,6 +1,6 @@
 """GPTQ: rounding column by column, where the columns to come make up for what has been lost."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.linalg import whitening_factor
 from lrc.compressors.quantize.columns import Columns
 from lrc.compressors.quantize.descent import PASSES, descend
-from lrc.compressors.quantize.grid import Grid, check_finite, find_grid
+from lrc.compressors.quantize.grid import check_finite, find_grid
 from lrc.compressors.quantize.rounded import Rounded, better_rows
 from lrc.compressors.quantize.rtn import rtn
 
@@ -60,7 +60,9 @@ def gptq(
     and groups stay together in the file. With ``H^-1 = U^T U``, U upper triangular, the paper's
     errors ``(w - q) / U_ii`` sum up to the very objective, and a column alone costs at least
     ``(w - q)^2 / [H^-1]_ii`` however well the others make up for it: that is what weighs the errors
-    by which the grid is chosen. On SmolLM2-135M it leaves a tenth less than the diagonal of H.
+    by which the grid is chosen. On SmolLM2-135M it leaves 5 to 9 % less than the diagonal of H
+    does, and three passes of descent lower the error on held-out text by 5 % at int4-g64, 6 % at
+    int3-g64, 4 % at int4 and 7 % at int4-g64-asymmetric.
 
     References
     ----------
@@ -72,42 +74,47 @@ def gptq(
     nearest = rtn(W, scheme, dtype=dtype, H=H)
     if not H.diagonal().any():
         return replace(nearest, fallback="inputs were all zero; rounded to nearest")
-    order_ = _order(H, order)
-    U, fallback = inverse_factor(H[order_][:, order_], damp)
-    weights = torch.empty_like(H.diagonal())
-    weights[order_] = 1 / U.square().sum(dim=0)
-    grid = find_grid(W, scheme, dtype=dtype, weights=weights)
-    rounded = feed_back(W, U, grid, scheme, order_)
+    solution = solve_order(H, damp, order=order)
+    grid = find_grid(W, scheme, dtype=dtype, weights=solution.weights)
+    codes = feed_back(W, solution.U, *grid.spread(W.shape[1]), scheme, solution.order)
+    rounded = Rounded(codes, grid.scale, grid.zero, scheme, solution.fallback)
     rounded = descend(W, H, rounded, damp=damp, passes=passes)
-    return better_rows(W, H, replace(rounded, fallback=fallback), nearest)
+    return better_rows(W, H, rounded, nearest)
 
 
-def feed_back(W: Tensor, U: Tensor, grid: Grid, scheme: Scheme, order: Tensor) -> Rounded:
+def feed_back(
+    W: Tensor, U: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, order: Tensor
+) -> Tensor:
     """Round `W` column by column, the later columns making up for the earlier ones.
 
     Parameters
     ----------
-    W : Tensor, shape [rows, columns], float64
+    W : Tensor, shape [rows, columns]
     U : Tensor, shape [columns, columns]
-        Of `inverse_factor`, with the columns in order.
-    grid : Grid
+        Of `solve_order`, with the columns in order.
+    scale : Tensor, shape [rows, columns]
+    zero : Tensor, shape [rows, columns], optional
     scheme : Scheme
     order : Tensor, shape [columns]
         The columns in the order in which they are rounded.
+
+    Returns
+    -------
+    Tensor, shape [rows, columns], int8
+        Codes.
     """
     columns = Columns(scheme, W.device)
     pull = (U / U.diagonal()[:, None]).to(columns.dtype)
-    wanted = W.T[order].to(columns.dtype)  # [columns, rows]
-    scale, zero = grid.spread(W.shape[1], columns.dtype)
-    scale, zero = scale.T[order], None if zero is None else zero.T[order]
+    wanted, step = (t.T[order].to(columns.dtype) for t in (W, scale))  # [columns, rows]
+    middle = None if zero is None else zero.T[order].to(columns.dtype)
     codes = torch.empty_like(wanted, dtype=torch.int8)
     for start in range(0, len(wanted), columns.width):
         block = slice(start, start + columns.width)
-        offset = None if zero is None else zero[block]
-        moves, steps = columns.round(wanted[block], pull[block, block], scale[block], offset)
+        offset = None if middle is None else middle[block]
+        moves, steps = columns.round(wanted[block], pull[block, block], step[block], offset)
         codes[order[block]] = (steps if offset is None else steps + offset).to(torch.int8)
         wanted[block.stop :].addmm_(pull[block, block.stop :].T, moves)
-    return Rounded(codes.T.contiguous(), grid.scale, grid.zero, scheme)
+    return codes.T.contiguous()
 
 
 def check_metric(W: Tensor, H: Tensor) -> None:
@@ -121,16 +128,29 @@ def check_metric(W: Tensor, H: Tensor) -> None:
     check_finite(H, "the second moment")
 
 
-def inverse_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
-    """Return the upper triangular U with ``U.T @ U`` the inverse of the damped `H`, and a note."""
-    # Of the columns in reverse the lower factor is the upper one with U = R^-1, H = R R^T: the
-    # inverse itself, which loses digits, is never formed.
-    L, fallback = whitening_factor(H.flip(0, 1), damp)
-    R = L.flip(0, 1)
-    return torch.linalg.solve_triangular(R, torch.eye(len(H)).to(R), upper=True), fallback
+@dataclass(frozen=True)
+class Solution:
+    """What the feedback from column to column needs to know of the inputs."""
+
+    order: Tensor
+    """[columns], in which they are rounded."""
+    U: Tensor
+    """[columns, columns], upper triangular, ``U.T @ U`` the inverse of H with columns in order."""
+    weights: Tensor
+    """[columns], what a squared error costs at least, ``1 / [H^-1]_ii``."""
+    fallback: str | None
 
 
-def _order(H: Tensor, order: bool) -> Tensor:
+def solve_order(H: Tensor, damp: float, *, order: bool = True) -> Solution:
+    """Factor the inverse of the damped `H` [columns, columns], largest inputs first if `order`."""
+    where = torch.arange(len(H), device=H.device)
     if order:
-        return H.diagonal().argsort(descending=True, stable=True)
-    return torch.arange(len(H), device=H.device)
+        where = H.diagonal().argsort(descending=True, stable=True)
+    # Of the columns in reverse, the lower factor of H is the upper R with H = R R^T, and U its
+    # inverse: that of H, which loses digits, is never formed.
+    L, fallback = whitening_factor(H[where][:, where].flip(0, 1), damp)
+    R = L.flip(0, 1)
+    U = torch.linalg.solve_triangular(R, torch.eye(len(H)).to(R), upper=True)
+    weights = torch.empty_like(H.diagonal())
+    weights[where] = 1 / U.square().sum(dim=0)
+    return Solution(where, U, weights, fallback)

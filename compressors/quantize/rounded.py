@@ -45,8 +45,8 @@ def better_rows(W: Tensor, H: Tensor, first: Rounded, second: Rounded) -> Rounde
 
     `W` [rows, columns] and `H` [columns, columns] are in float64; notes are those of `first`.
     """
-    worse = row_errors(W - first.weight(), H) > row_errors(W - second.weight(), H)  # [rows]
-    pick = worse[:, None]
+    good = row_errors(W - first.weight(), H) <= row_errors(W - second.weight(), H)  # [rows]
+    pick = ~good[:, None]
     zero = first.zero
     if zero is not None and second.zero is not None:
         zero = torch.where(pick, second.zero, zero)

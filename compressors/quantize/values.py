@@ -9,13 +9,13 @@ from torch import Tensor
 from lrc.compressors.layers.scheme import VALUES_GROUP, Scheme
 from lrc.compressors.linalg import damped
 from lrc.compressors.quantize.columns import Columns
-from lrc.compressors.quantize.gptq import DAMP, check_metric, inverse_factor
+from lrc.compressors.quantize.descent import PASSES, move_columns_
+from lrc.compressors.quantize.gptq import DAMP, check_metric, feed_back, solve_order
 from lrc.compressors.quantize.grid import check_finite, search
+from lrc.compressors.quantize.rounded import row_errors
 
-Rounded = tuple[Tensor, Tensor]
-"""Codes [count], int8, and the scales of consecutive groups of them."""
-
-PASSES = 4
+# The scale of an entry that is not kept: whatever it wants to be, its code is zero.
+NEVER = 1e30
 
 
 def round_values(
@@ -59,10 +59,8 @@ def round_sparse(
 ) -> tuple[Tensor, Tensor]:
     """Round what a sparse weight keeps so that little of ``tr((W - W_q) H (W - W_q)^T)`` is left.
 
-    Scales are found on the values of `W_hat`; codes by whichever ends better of two ways: nearest
-    to `W_hat`, or column after column as GPTQ does, where the entries that are not kept are one
-    more rounding, to zero, that later entries make up for. Both are followed by coordinate descent
-    on the kept entries, which loses less than either.
+    Column after column, as in GPTQ, with the entries that are not kept staying zero, and then by
+    coordinate descent on the codes; rows where that is no better are rounded to nearest.
 
     Parameters
     ----------
@@ -84,19 +82,50 @@ def round_sparse(
     codes : Tensor, shape [nonzeros], int8
         Row after row.
     scale : Tensor, shape [groups]
-        The error is at most that of `round_values` of ``W_hat[mask]``.
 
     Raises
     ------
     ValueError
         If `H` does not fit `W`, and what `round_values` says.
+
+    Notes
+    -----
+    Feedback starts from `W_hat`, and what it adds to entries that are not kept is what a later
+    column makes up for in its turn (E. Frantar and D. Alistarh, "SparseGPT", ICML 2023,
+    https://arxiv.org/abs/2301.00774). That one inverse serves all rows is not exact, but that of
+    what each row keeps, a factorisation a row, ends no lower. On SmolLM2-135M with half of the
+    entries rounding to nearest takes the error from 0.65 to 0.99 % of the energy of held-out
+    outputs at int4-g64 and to 1.89 % at int3-g64, this to 0.83 and 1.33 %.
     """
     check_metric(W, H)
-    weights = H.diagonal().expand_as(W_hat)[mask]
+    W, H = W.double(), H.double()
+    kept = W_hat.double()[mask]
+    if not H.diagonal().any():
+        return round_values(kept, scheme, dtype=dtype)
+    solution = solve_order(H, DAMP)
     nearest, scale = round_values(
-        W_hat[mask], scheme, dtype=dtype, weights=weights if bool(weights.any()) else None
+        kept, scheme, dtype=dtype, weights=solution.weights.expand_as(W)[mask]
     )
-    return nearest, scale
+    each = torch.full_like(W, NEVER)
+    each[mask] = _each(scale, len(kept), scheme.group_size or VALUES_GROUP).double()
+    first = torch.zeros_like(W).masked_scatter(mask, nearest.double())
+    second = feed_back(W_hat, solution.U, each, None, scheme, solution.order).double()
+    second = _descended(W, H, second, each, scheme)
+    lost, lost_second = (row_errors(W - steps * each, H) for steps in (first, second))
+    steps = torch.where((lost_second < lost)[:, None], second, first)
+    return steps[mask].to(torch.int8), scale
+
+
+def _descended(W: Tensor, H: Tensor, steps: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """Lower the error by coordinate descent on codes [d_out, d_in], in float64."""
+    columns = Columns(scheme, W.device)
+    H = damped(H, DAMP)
+    slope = (H @ (steps * scale - W).T).to(columns.dtype)  # [d_in, d_out]
+    H, moved = H.to(columns.dtype), steps.T.to(columns.dtype, copy=True)
+    each = scale.T.to(columns.dtype)
+    for _ in range(PASSES):
+        move_columns_(columns, moved, slope, H, slice(0, len(H)), each, None)
+    return moved.T.double()
 
 
 def _grouped(numbers: Tensor, width: int) -> Tensor:

@@ -8,7 +8,7 @@ from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.linalg import damped, weighted_error
 from lrc.compressors.quantize import Grid, Rounded, find_grid, gptq, rtn
 from lrc.compressors.quantize.descent import descend
-from lrc.compressors.quantize.gptq import feed_back, inverse_factor
+from lrc.compressors.quantize.gptq import feed_back, solve_order
 from lrc.compressors.quantize.rounded import row_errors
 
 SCHEMES = ["int4-g8", "int3", "int4-g8-asymmetric", "int8", "int2-g16"]
@@ -20,7 +20,7 @@ def error(W: Tensor, rounded: Rounded, H: Tensor) -> float:
 
 def obq(W: Tensor, H: Tensor, grid: Grid, scheme: Scheme, order: list[int]) -> Tensor:
     """Round one number after the other, with the inverse of what is left updated explicitly."""
-    scale, zero = grid.spread(W.shape[1], torch.float64)
+    scale, zero = grid.spread(W.shape[1])
     codes = torch.zeros(W.shape, dtype=torch.int8)
     for row in range(len(W)):
         w, inverse = W[row].clone(), torch.linalg.inv(H)
@@ -41,11 +41,17 @@ def test_feedback_is_optimal_brain_quantization_column_by_column(matrices, writt
     W, H = matrices(columns=80)  # more than a block
     scheme = Scheme.read(written)
     grid = find_grid(W, scheme, dtype=torch.bfloat16)
+    solution = solve_order(H, 0.01, order=ordered)
     order = H.diagonal().argsort(descending=True) if ordered else torch.arange(80)
-    U, fallback = inverse_factor(H[order][:, order], 0.01)
-    found = feed_back(W, U, grid, scheme, order)
-    assert fallback is None
-    assert torch.equal(found.codes, obq(W, damped(H, 0.01), grid, scheme, order.tolist()))
+    assert torch.equal(solution.order, order)
+    found = feed_back(W, solution.U, *grid.spread(80), scheme, order)
+    assert torch.equal(found, obq(W, damped(H, 0.01), grid, scheme, order.tolist()))
+
+
+def test_grids_are_weighed_by_what_no_feedback_can_make_up_for(matrices):
+    _, H = matrices()
+    least = 1 / torch.linalg.inv(damped(H, 0.01)).diagonal()
+    torch.testing.assert_close(solve_order(H, 0.01).weights, least)
 
 
 @pytest.mark.parametrize("written", SCHEMES)
@@ -162,6 +168,7 @@ def test_bad_input_is_refused(matrices):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("written", SCHEMES)
 def test_on_a_gpu_it_is_as_good(matrices, written):
     W, H = matrices(rows=64, columns=400)

@@ -1,0 +1,127 @@
+"""Factor pairs and pivot rows: gauges are exact, and the second factor makes up for the first."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrc.compressors.layers.pivot import pivot_rows
+from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.linalg import weighted_error
+from lrc.compressors.quantize import gauges, round_pair, round_pivot, rtn
+from lrc.compressors.quantize.factors import refit, refit_first
+
+INT4 = Scheme.read("int4-g8")
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def pair(matrices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Make a weight [40, 32], factors of rank 16, and the second moment of its inputs."""
+    W, H = matrices(rows=40)
+    U, s, V = torch.linalg.svd(W, full_matrices=False)
+    return W, U[:, :16] * s[:16], V[:16], H
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+def test_gauges_leave_the_product_alone(pair, dtype, bound):
+    _, B, A, H = pair
+    product = (B @ A).to(dtype)
+    for left, right in gauges(B, A, H).values():
+        found = left.to(dtype) @ right.to(dtype)
+        assert float((found - product).norm() / product.norm()) < bound
+
+
+def test_gauges_share_the_singular_values_as_they_say(pair):
+    _, B, A, H = pair
+    ways = gauges(B, A, H)
+    energies = torch.linalg.eigvalsh(torch.linalg.qr(B).R @ A @ H @ A.T @ torch.linalg.qr(B).R.T)
+    sizes = energies.flip(0).sqrt()
+    for name, share in {"first": 0.0, "quarter": 0.25, "even": 0.5}.items():
+        left, right = ways[name]
+        torch.testing.assert_close(left.T @ left, torch.diag(sizes ** (2 * share)))
+        torch.testing.assert_close(right @ H @ right.T, torch.diag(sizes ** (2 - 2 * share)))
+
+
+def test_rotations_come_from_the_seed(pair):
+    _, B, A, H = pair
+    first, again, other = (gauges(B, A, H, seed=seed)["rotated"][1] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+def test_a_factor_of_lower_rank_is_no_trouble(pair):
+    W, B, A, H = pair
+    B = torch.cat([B[:, :8], B[:, :8]], dim=1)
+    for left, right in gauges(B, A, H).values():
+        torch.testing.assert_close(left @ right, B @ A)
+    assert round_pair(W, B, A, 0 * H, INT4, dtype=BF16).error == 0
+
+
+def test_refitting_is_least_squares_and_never_raises_the_error(pair):
+    W, B, A, H = pair
+    rounded = rtn(A, INT4, dtype=BF16).weight()
+    L = torch.linalg.cholesky(H)
+    best = torch.linalg.lstsq((rounded @ L).T, (W @ L).T).solution.T
+    found, seen = refit(W, B, rounded, H)
+    torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen, rounded @ H @ rounded.T)
+    for damp in (1e-8, 1e-2, 1.0):
+        again = refit(W, B, rounded, H, damp)[0]
+        assert weighted_error(W, again @ rounded, H) < weighted_error(W, B @ rounded, H)
+
+
+def test_the_first_factor_is_refitted_alike(pair):
+    W, B, A, _ = pair
+    rounded = rtn(B, INT4, dtype=BF16).weight()
+    best = torch.linalg.lstsq(rounded, W).solution
+    torch.testing.assert_close(refit_first(W, rounded, A), best, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rounder", ["rtn", "gptq"])
+def test_the_reported_error_is_that_of_the_rounded_product(pair, rounder):
+    W, B, A, H = pair
+    G = torch.diag(torch.arange(40) + 1.0).double()
+    found = round_pair(W, B, A, H, INT4, dtype=BF16, rounder=rounder, G=G)
+    error = weighted_error(W, found.b.weight() @ found.a.weight(), H, G)
+    assert found.error == pytest.approx(error)
+    assert set(found.errors) == set(gauges(B, A, H))
+    assert found.gauge == min(found.errors, key=lambda name: found.errors[name])
+
+
+def test_rounding_a_pair_beats_rounding_its_factors_alone(pair):
+    W, B, A, H = pair
+    left, right = gauges(B, A, H)["even"]
+    alone = rtn(left, INT4, dtype=BF16).weight() @ rtn(right, INT4, dtype=BF16, H=H).weight()
+    found = round_pair(W, B, A, H, INT4, dtype=BF16, gauge="even")
+    assert found.errors == {}
+    assert found.error < 0.8 * weighted_error(W, alone, H)
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32])
+def test_pivot_rows_and_coefficients_are_rounded_behind_each_other(matrices, rank):
+    W, H = matrices(rows=32)
+    U, s, V = torch.linalg.svd(W, full_matrices=False)
+    R, C, order = pivot_rows(U[:, :rank] * s[:rank], V[:rank])
+    found = round_pivot(W, R, C, order, H, INT4, dtype=BF16)
+    assert (found.c is None) == (rank == 32)
+    assert found.error == pytest.approx(weighted_error(W, found.weight(), H))
+    rows = rtn(R, INT4, dtype=BF16, H=H).weight()
+    others = rtn(C, INT4, dtype=BF16).weight() @ rows if len(C) else C @ rows
+    assert found.error < weighted_error(W, torch.cat([rows, others])[order], H)
+
+
+def test_more_rounds_are_never_worse(pair):
+    W, B, A, H = pair
+    errors = [
+        round_pair(W, B, A, H, INT4, dtype=BF16, gauge="even", rounds=rounds).error
+        for rounds in (1, 2, 3)
+    ]
+    assert errors[0] >= errors[1] >= errors[2]
+
+
+def test_unknown_words_are_refused(pair):
+    W, B, A, H = pair
+    with pytest.raises(ValueError, match="gauge must be measured or one of first"):
+        round_pair(W, B, A, H, INT4, dtype=BF16, gauge="last")
+    with pytest.raises(ValueError, match="rounder must be rtn or gptq, got 'awq'"):
+        round_pair(W, B, A, H, INT4, dtype=BF16, rounder="awq")

@@ -1,0 +1,124 @@
+"""Grids: what they hold, what they lose, and what they refuse."""
+
+import pytest
+import torch
+
+from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.linalg import weighted_error
+from lrc.compressors.quantize import Grid, find_grid, round_to, rtn
+
+SCHEMES = [f"int{bits}{rest}" for bits in range(2, 9) for rest in ("", "-g8", "-g8-asymmetric")]
+
+
+@pytest.mark.parametrize("written", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_codes_and_zero_points_are_in_range_and_scales_in_the_files_precision(
+    matrices, written, dtype
+):
+    W, _ = matrices()
+    W[:, 8:16] += 3  # a group without zero
+    scheme = Scheme.read(written)
+    found = rtn(W, scheme, dtype=dtype)
+    assert found.scale.dtype == dtype
+    assert found.scale.shape == (12, scheme.groups(32))
+    for codes in (found.codes, found.zero):
+        assert (codes is None) == (codes is found.zero and scheme.symmetric)
+        if codes is not None:
+            assert codes.dtype == torch.int8
+            assert scheme.lowest <= int(codes.min())
+            assert int(codes.max()) <= scheme.highest
+
+
+@pytest.mark.parametrize("written", SCHEMES)
+def test_the_search_beats_the_widest_range(matrices, written):
+    W, _ = matrices()
+    scheme = Scheme.read(written)
+    groups = W.view(12, scheme.groups(32), -1)
+    if scheme.symmetric:
+        widest = Grid((groups.abs().amax(2) / scheme.highest).to(torch.bfloat16), None)
+    else:
+        low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
+        scale = ((high - low) / (scheme.highest - scheme.lowest)).to(torch.bfloat16)
+        zero = (scheme.lowest - low / scale).round().clamp(scheme.lowest, scheme.highest)
+        widest = Grid(scale, zero.to(torch.int8))
+    scale, zero = (None if t is None else t.double() for t in widest.spread(32))
+    steps = round_to(W, widest, scheme).double()
+    values = (steps if zero is None else steps - zero) * scale
+    found = rtn(W, scheme, dtype=torch.bfloat16)
+    assert weighted_error(W, found.weight()) <= weighted_error(W, values) * (1 + 1e-6)
+
+
+def test_every_code_is_the_nearest_to_its_number(matrices):
+    W, _ = matrices()
+    for written in ("int3-g8", "int3-g8-asymmetric"):
+        scheme = Scheme.read(written)
+        found = rtn(W, scheme, dtype=torch.bfloat16)
+        every = torch.arange(scheme.lowest, scheme.highest + 1).double()
+        scale, zero = Grid(found.scale, found.zero).spread(32)
+        middle = torch.zeros_like(scale) if zero is None else zero
+        values = (every - middle.double()[:, :, None]) * scale.double()[:, :, None]
+        least = (values - W[:, :, None]).abs().amin(2)
+        torch.testing.assert_close((found.weight() - W).abs(), least)
+
+
+def test_the_largest_number_of_a_group_may_take_the_least_code():
+    W = torch.tensor([[8.0, -7, 6, -5, 4, -3, 2, -1]])
+    found = rtn(W, Scheme.read("int4"), dtype=torch.bfloat16)
+    assert torch.equal(found.weight(), W.double())
+    assert float(found.scale) == -1
+
+
+def test_weights_decide_which_columns_a_grid_is_for(matrices):
+    W, _ = matrices()
+    scheme = Scheme.read("int3")
+    weights = torch.ones(32)
+    weights[::2] = 1e4
+    heeded = find_grid(W, scheme, dtype=torch.bfloat16, weights=weights)
+    even = find_grid(W, scheme, dtype=torch.bfloat16)
+    H = torch.diag(weights)
+
+    def lost(grid: Grid) -> float:
+        return weighted_error(W, round_to(W, grid, scheme) * grid.spread(32)[0].double(), H)
+
+    assert lost(heeded) < lost(even)
+
+
+@pytest.mark.parametrize("written", ["int4-g8", "int4-g8-asymmetric"])
+def test_a_group_of_zeros_has_a_scale_and_comes_back(matrices, written):
+    W, _ = matrices()
+    W[2, 8:16] = 0
+    W[5] = 0
+    found = rtn(W, Scheme.read(written), dtype=torch.bfloat16)
+    assert bool(torch.isfinite(found.scale).all())
+    assert bool(found.scale.all())
+    assert not found.weight()[2, 8:16].any()
+    assert not found.weight()[5].any()
+
+
+def test_codes_belong_to_the_scale_as_stored():
+    W = torch.tensor([[127.0, 84.6]]) / 3  # thirds are no bfloat16 numbers
+    found = rtn(W, Scheme.read("int8"), dtype=torch.bfloat16)
+    step = found.scale.abs().double()
+    assert bool(((found.weight() - W).abs() <= step / 2).all())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_is_refused(matrices, bad):
+    W, _ = matrices()
+    W[3, 4] = bad
+    with pytest.raises(ValueError, match=r"the matrix \[12, 32\] holds infinities or NaN"):
+        rtn(W, Scheme.read("int4"), dtype=torch.bfloat16)
+
+
+def test_scales_that_the_file_cannot_hold_are_refused(matrices):
+    W, _ = matrices()
+    with pytest.raises(ValueError, match=r"scales up to .* overflow torch.float16"):
+        rtn(W * 1e6, Scheme.read("int4"), dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"scales down to .* underflow torch.float16"):
+        rtn(W * 1e-9, Scheme.read("int4-g8-asymmetric"), dtype=torch.float16)
+
+
+def test_rows_that_groups_do_not_fill_are_refused(matrices):
+    W, _ = matrices()
+    with pytest.raises(ValueError, match="no multiple of the group size 64"):
+        rtn(W, Scheme.read("int4-g64"), dtype=torch.bfloat16)

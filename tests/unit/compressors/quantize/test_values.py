@@ -1,0 +1,91 @@
+"""Values without rows: groups of their own, and feedback within the mask of a sparse weight."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrc.compressors.layers.packed import encode_values, read_values
+from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.linalg import weighted_error
+from lrc.compressors.quantize import round_sparse, round_values, rtn
+
+BF16 = torch.bfloat16
+
+
+def pruned(W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep the larger half of the entries, with the values that are best for each row."""
+    mask = W.abs() > W.abs().median()
+    W_hat = torch.zeros_like(W)
+    for row, kept in enumerate(mask):
+        W_hat[row, kept] = torch.linalg.solve(H[kept][:, kept], H[kept] @ W[row])
+    return W_hat, mask
+
+
+def spread(codes: Tensor, scale: Tensor, mask: Tensor, width: int) -> Tensor:
+    each = scale.double().repeat_interleave(width)[: len(codes)]
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, codes * each)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 129, 300])
+@pytest.mark.parametrize("written", ["int4-g8", "int4", "int3-g64", "int8-g8-asymmetric"])
+def test_values_are_read_as_they_were_rounded(count, written):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    scheme = Scheme.read(written)
+    codes, scale = round_values(values, scheme, dtype=torch.float32)
+    tensors = encode_values("values", codes, scale, scheme)
+    shapes = scheme.values("values", [count])
+    assert {name: list(t.shape) for name, t in tensors.items()} == {
+        name: shape for name, (shape, _) in shapes.items()
+    }
+    found = read_values(tensors["values_packed"], tensors["values_scale"], count, scheme)
+    step = scale.abs().repeat_interleave(scheme.group_size or 128)[:count]
+    assert float(((found - values).abs() / step).median()) <= 0.5
+
+
+def test_full_groups_are_rounded_as_rows_are():
+    values = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    scheme = Scheme.read("int3-g16")
+    codes, scale = round_values(values, scheme, dtype=BF16)
+    rows = rtn(values[None], scheme, dtype=BF16)
+    assert torch.equal(codes, rows.codes[0])
+    assert torch.equal(scale, rows.scale[0])
+
+
+@pytest.mark.parametrize("written", ["int4-g8", "int3-g16", "int2", "int8-g64"])
+def test_feedback_within_the_mask_beats_rounding_to_nearest(matrices, written):
+    W, H = matrices(rows=20, columns=80)
+    W_hat, mask = pruned(W, H)
+    scheme = Scheme.read(written)
+    width = scheme.group_size or 128
+    codes, scale = round_sparse(W, W_hat, mask, H, scheme, dtype=BF16)
+    nearest = round_values(W_hat[mask], scheme, dtype=BF16)
+    assert codes.dtype == torch.int8
+    assert scheme.lowest <= int(codes.min()) <= int(codes.max()) <= scheme.highest
+    lost = weighted_error(W, spread(codes, scale, mask, width), H)
+    assert lost < weighted_error(W, spread(*nearest, mask, width), H)
+
+
+def test_a_mask_that_keeps_all_is_a_matrix(matrices):
+    W, H = matrices()
+    mask = torch.ones_like(W, dtype=torch.bool)
+    scheme = Scheme.read("int4-g8")
+    codes, scale = round_sparse(W, W, mask, H, scheme, dtype=BF16)
+    nearest = rtn(W, scheme, dtype=BF16, H=H).weight()
+    found = spread(codes, scale, mask, 8)
+    assert weighted_error(W, found, H) < weighted_error(W, nearest, H)
+
+
+def test_an_empty_row_and_inputs_that_are_all_zero(matrices):
+    W, H = matrices()
+    W_hat, mask = pruned(W, H)
+    W_hat[3], mask[3] = 0, False
+    codes, _ = round_sparse(W, W_hat, mask, H, Scheme.read("int4"), dtype=BF16)
+    assert len(codes) == int(mask.sum())
+    codes, scale = round_sparse(W, W_hat, mask, 0 * H, Scheme.read("int4"), dtype=BF16)
+    assert torch.equal(codes, round_values(W_hat[mask], Scheme.read("int4"), dtype=BF16)[0])
+    assert bool(torch.isfinite(scale).all())
+
+
+def test_what_is_no_number_is_refused():
+    with pytest.raises(ValueError, match=r"the values \[2\] holds infinities or NaN"):
+        round_values(torch.tensor([1.0, torch.nan]), Scheme.read("int4"), dtype=BF16)
