@@ -43,21 +43,28 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
   A bias is there where the dense layer had one or the entry says so; what is no integer has the
   precision of the model. Bit ``j`` of byte ``i`` of a row of a mask, the lowest being 0, stands
   for column ``8 i + j``; bits beyond the last column are 0;
+* where slicing has left linears of other shapes than the config's, in the same block ``"shapes":
+  {NAME: [d_out, d_in], ...}``, none larger than the config says. All that the table says of a
+  linear holds before its form, if it has one in ``modules``: that stands for a weight of that
+  shape. A loader without lrc meets shapes it did not expect, and stops. ``format_version`` is 2
+  with such a table and 1 without, which earlier versions read;
 * the folder ``lrc/``: the recipe as given and written out, the plan file that a stage was given,
   the executed plan, the report, and ``manifest.json`` with the SHA-256 of every other file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lrc.compressors.layers import FORMS, MEMBERS, Sharing
+from lrc.compressors.layers.shapes import TABLE
 from lrc.compressors.shards import Header
 from lrc.configs.errors import CheckpointError
 
 QUANT_METHOD = "lrc"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FIRST_VERSION = 1  # of what needs nothing newer, which earlier versions of lrc read too
 AGAIN = "copy or download the checkpoint again, or compress again"
 # What safetensors calls the types that a form prescribes.
 STORED = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}
@@ -88,6 +95,11 @@ def expected_tensors(
     """
     shapes = FORMS[spec["form"]].shapes(d_out, d_in, spec, bias=bias)
     return {f"{name}.{leaf}": facts for leaf, facts in shapes.items()}
+
+
+def resized_tensors(shapes: Mapping[str, Sequence[int]]) -> Expected:
+    """Return the weights of a table of shapes, those of linears that have no form."""
+    return {f"{name}.weight": (list(shape), None) for name, shape in shapes.items()}
 
 
 def misfits(expected: Expected, found: Mapping[str, Header]) -> list[str]:
@@ -122,6 +134,39 @@ def check_version(version: Any, where: str) -> None:
             f"{where}: format_version is {version}, this lrc reads up to {FORMAT_VERSION}; the "
             "checkpoint was written by a newer lrc: upgrade lrc to read it"
         )
+
+
+def block(
+    modules: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a checkpoint; empty if stock classes hold it."""
+    if not modules and not shapes:
+        return {}
+    content: dict[str, Any] = {"quant_method": QUANT_METHOD, "modules": dict(modules)}
+    if not shapes:
+        return content | {"format_version": FIRST_VERSION}
+    return content | {"format_version": FORMAT_VERSION, TABLE: dict(shapes)}
+
+
+def check_shapes(shapes: Any, where: str) -> None:
+    """Refuse a table of shapes that this version cannot have written.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    if not isinstance(shapes, Mapping):
+        raise CheckpointError(
+            f"{where}: {TABLE} must map names of linears to [d_out, d_in], got {shapes!r:.60}; "
+            f"the file was edited: {AGAIN}"
+        )
+    for name, shape in shapes.items():
+        sizes = list(shape) if isinstance(shape, list | tuple) else []
+        if len(sizes) != 2 or any(type(size) is not int or size < 1 for size in sizes):
+            raise CheckpointError(
+                f"{where}: {TABLE}[{name!r}] must be [d_out, d_in], whole numbers >= 1, got "
+                f"{shape!r:.60}; the file was edited: {AGAIN}"
+            )
 
 
 def check_modules(modules: Any, where: str) -> None:

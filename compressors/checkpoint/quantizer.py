@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.layers import FORMS, Form
+from lrc.compressors.layers.shapes import ShapeTable, resize_, shapes_of, widen_
 from lrc.compressors.shards import read_headers
 from lrc.configs.errors import CheckpointError
 
@@ -34,6 +35,7 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
         self,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = layout.FORMAT_VERSION,
+        shapes: dict[str, list[int]] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = layout.QUANT_METHOD  # type: ignore[assignment]  # an out-of-tree name
@@ -41,6 +43,9 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
         self.modules = modules or {}
         layout.check_version(format_version, "config.json: quantization_config")
         layout.check_modules(self.modules, "config.json: quantization_config")
+        if shapes is not None:  # most checkpoints have none, and save none
+            self.shapes = shapes
+            layout.check_shapes(shapes, "config.json: quantization_config")
 
 
 class LrcQuantizer(HfQuantizer):
@@ -52,7 +57,10 @@ class LrcQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> nn.Module:
-        expected = swap_in_forms(model, self.quantization_config.modules)
+        shapes = shapes_of(model.config)
+        self._config_shapes = resize(model, shapes)
+        expected = layout.resized_tensors(shapes)
+        expected |= swap_in_forms(model, self.quantization_config.modules)
         if checkpoint_files:
             check_headers(expected, checkpoint_files)
         return model
@@ -61,6 +69,7 @@ class LrcQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, Form):
                 set_module(model, name, module.dense())
+        widen_(model, self._config_shapes)  # the config that is left says so
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -87,6 +96,22 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` is."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def resize(model: nn.Module, shapes: ShapeTable) -> dict[str, list[int]]:
+    """Give linears the shapes of the config's table; return those they had.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    try:
+        return resize_(model, shapes)
+    except ValueError as error:
+        raise CheckpointError(
+            f"config.json: quantization_config.shapes: {error}; the config was edited, or is "
+            "another model's"
+        ) from error
 
 
 def swap_in_forms(model: nn.Module, modules: dict[str, dict[str, Any]]) -> layout.Expected:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.journal import publish, storage_errors
+from lrc.compressors.layers.shapes import shapes_of
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 10**9
@@ -51,16 +52,13 @@ def write_weights(
 
 
 def write_config(folder: Path, config: Any, modules: dict[str, dict[str, Any]], dtype: str) -> None:
-    """Write ``config.json``: the architecture's, plus the block that names our forms if any."""
+    """Write ``config.json``: the architecture's, plus the block of our forms and shapes if any."""
     content = json.loads(config.to_json_string(use_diff=True))
     content.pop("_name_or_path", None)
     content["dtype"] = dtype
-    if modules:
-        content["quantization_config"] = {
-            "quant_method": layout.QUANT_METHOD,
-            "format_version": layout.FORMAT_VERSION,
-            "modules": modules,
-        }
+    content.pop("quantization_config", None)
+    if block := layout.block(modules, shapes_of(config)):
+        content["quantization_config"] = block
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
@@ -76,7 +74,7 @@ def write_manifest(folder: Path, *, plain: bool) -> None:
     hashes = sha256([folder / name for name in names])
     text = json.dumps(
         {
-            "format_version": layout.FORMAT_VERSION,
+            "format_version": layout.FIRST_VERSION,
             "plain": plain,
             "sha256": dict(zip(names, hashes, strict=True)),
         },
