@@ -45,6 +45,12 @@ class Modegpt(SliceBase):
     damp: Annotated[Damp, Field(gt=0)] = 1e-4
     heads: bool = True
     """Narrow attention heads too; otherwise MLPs alone."""
+    uniform: bool = True
+    """Give the MLPs of all layers one width: what is left is a plain checkpoint. Otherwise each
+    gets the width that the data ask for, and `lrc` is needed to load what is left."""
+    allocation: Literal["influence", "lagrangian"] = "lagrangian"
+    """Without `uniform`: take from the layers that change their input least (`influence`, as in
+    MoDeGPT), or where the predicted loss rises least (`lagrangian`; one pass of gradients more)."""
     multiple: PositiveInt = 8
     """Widths are multiples of it, as tensor cores want."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, write_weights
+from lrc.compressors.layers.shapes import TABLE, shapes_of
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.budget import Whole
@@ -22,6 +23,10 @@ from lrc.configs.size import parse_size
 from lrc.configs.slicing import SliceBase
 
 FACTS = "lrc-slice.json"
+PENDING = "pending"
+"""Fact of a planned cut: what only data will decide."""
+# What a config says of where and how it was read, which no method changes.
+CIRCUMSTANCES = {"dtype", "_name_or_path", "quantization_config", "transformers_version"}
 
 
 def plan_slices(
@@ -44,10 +49,21 @@ def plan_slices(
     """
     cuts: list[Cut] = []
     configs: list[PreTrainedConfig] = []
+    pending: str | None = None
     for number, options in enumerate(recipe.slices):
         before, old = Whole(architecture.stored_parameters()), architecture.model.config
         budget = _budget(options, before, number)
-        config = METHODS[options.method].plan(architecture, options, budget)
+        method = METHODS[options.method]
+        if pending is not None:
+            raise RecipeError(
+                [
+                    f"{budget.where.rpartition('.')[0]}: cannot stand behind stages[{number - 1}], "
+                    f"where {pending}; put that stage last of the slices, or set its 'uniform' to "
+                    "true"
+                ]
+            )
+        config = method.plan(architecture, options, budget)
+        pending = method.pending(options, config)
         architecture = build(sliced_source(source, config))
         after = Whole(architecture.stored_parameters())
         assert after.bytes <= budget.bytes, f"{options.method} planned beyond its budget"
@@ -62,6 +78,7 @@ def plan_slices(
                 parameters=(before.parameters, after.parameters),
                 bytes=(before.bytes, after.bytes),
                 config=changes(old, config),
+                facts={PENDING: pending} if pending else {},
             )
         )
         configs.append(config)
@@ -88,7 +105,7 @@ def sliced_source(source: Source, config: PreTrainedConfig, folder: Path | None 
 def carry_out(
     folder: Path, work: Work, options: SliceBase, config: PreTrainedConfig, source: Source
 ) -> None:
-    """Slice the model of `work` and write what is left, a plain model, into an empty folder."""
+    """Slice the model of `work` and write what is left, a model too, into an empty folder."""
     sliced = METHODS[options.method].carry_out(work, options, config)
     small = build(sliced_source(source, sliced.config))
     stored = small.stored_parameters()
@@ -144,7 +161,14 @@ def _budget(options: SliceBase, whole: Whole, number: int) -> Budget:
 
 
 def changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, list[Any]]:
-    """Return what a stage changes in the config: key -> before, after."""
-    before, after = old.to_dict(), new.to_dict()
+    """Return what a stage changes in the config: key -> before, after.
+
+    Shapes of layers that the config does not tell are under ``shapes``, those that differ from it.
+    """
+    before, after = (
+        {k: v for k, v in config.to_dict().items() if k not in CIRCUMSTANCES}
+        | {TABLE: shapes_of(config)}
+        for config in (old, new)
+    )
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return {key: [before.get(key), after.get(key)] for key in keys}
