@@ -26,7 +26,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         read_object,
         verify_hashes,
     )
-    from lrc.compressors.layers.shapes import TABLE
+    from lrc.compressors.layers.shapes import SHAPES
 
     if not folder.is_dir():
         raise RecipeError(
@@ -50,7 +50,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         read_object(path) if path.is_file() else None
         for path in (folder / layout.PLAN, folder / layout.REPORT)
     )
-    table, shapes = block["modules"], block.get(TABLE, {})
+    table, shapes = block["modules"], block.get(SHAPES, {})
     modules = [_module(folder, name, spec, headers) for name, spec in table.items()]
     dense = layout.resized_tensors({n: shapes[n] for n in shapes if n not in table})
     if wrong := layout.misfits(dense, headers):
@@ -65,7 +65,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         "parameters": sum(prod(header.shape) for header in headers.values() if _counts(header)),
         "verified": verify,
         "modules": modules,
-        TABLE: shapes,
+        SHAPES: shapes,
         "slices": report.get("slices") if report else None,
         "totals": plan.get("totals") if plan else None,
         "evaluation": report.get("evaluation") if report else None,

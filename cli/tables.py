@@ -226,7 +226,7 @@ def _print_cut(cut: dict[str, Any]) -> None:
     """Print what a slicing stage makes of the numbers in the config, and of the size."""
     numbers = {key: each for key, each in cut["config"].items() if isinstance(each[1], int)}
     changes = [f"{key} {before} -> {after}" for key, (before, after) in numbers.items()]
-    shapes = cut["config"].get("shapes", [{}, {}])[1]
+    shapes = cut["config"].get("shapes", [None, None])[1]
     if shapes:
         changes.append(f"{len(shapes)} linears of shapes of their own")
     before, after = cut["bytes"]

@@ -56,10 +56,13 @@ class Modegpt(SliceBase):
 
 
 class Slicegpt(SliceBase):
-    """The residual stream, by one rotation onto its principal components."""
+    """The residual stream, by rotation onto its principal components."""
 
     method: Literal["slicegpt"]
     """Width of the residual stream."""
+    rotations: Literal["global", "block"] = "global"
+    """One rotation for the whole model, which leaves a plain checkpoint (`global`), or one before
+    every block as in the paper, whose shortcuts take room and need `lrc` to be loaded (`block`)."""
     multiple: PositiveInt = 8
     """The width is a multiple of it, as tensor cores want; of a Llama also of its number of heads,
     which its config demands."""

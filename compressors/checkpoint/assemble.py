@@ -12,7 +12,7 @@ from torch import Tensor
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.writer import write_config, write_manifest, write_weights
 from lrc.compressors.layers import FORMS
-from lrc.compressors.layers.shapes import shapes_of
+from lrc.compressors.layers.shapes import tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
 from lrc.compressors.models.weights import WeightReader
@@ -88,7 +88,7 @@ def write_checkpoint(
     _write(folder / layout.PLAN, json.dumps(plan.to_json(), indent=1) + "\n")
     for stage, text in plan.given.items():
         _write(folder / layout.PLAN_GIVEN.format(stage=stage), text)
-    write_manifest(folder, plain=not (modules or shapes_of(architecture.model.config)))
+    write_manifest(folder, plain=not (modules or tables_of(architecture.model.config)))
 
 
 def _write(path: Path, text: str) -> None:

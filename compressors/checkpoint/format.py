@@ -43,11 +43,15 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
   A bias is there where the dense layer had one or the entry says so; what is no integer has the
   precision of the model. Bit ``j`` of byte ``i`` of a row of a mask, the lowest being 0, stands
   for column ``8 i + j``; bits beyond the last column are 0;
-* where slicing has left linears of other shapes than the config's, in the same block ``"shapes":
-  {NAME: [d_out, d_in], ...}``, none larger than the config says. All that the table says of a
-  linear holds before its form, if it has one in ``modules``: that stands for a weight of that
-  shape. A loader without lrc meets shapes it did not expect, and stops. ``format_version`` is 2
-  with such a table and 1 without, which earlier versions read;
+* where slicing has left a model that is other than its config says, tables in the same block that
+  say how, all by full names. ``"shapes": {NAME: [d_out, d_in], ...}``: linears, and embeddings
+  [n, width], that are smaller than the config says; a form in ``modules`` stands for a weight of
+  that shape. ``"biases": [NAME, ...]``: linears with a bias that they had not. ``"norms": {NAME:
+  {"writer": NAME, "rank": R} or {}, ...}``: norms without weights, ``x / sqrt(|x|^2 /
+  hidden_size + eps)``, and with a writer the tensor ``shortcut`` F [k, rank]: of ``x @ F @ F^T``,
+  x being what the norm reads, the linear that is the writer puts out so much less. A loader
+  without lrc meets shapes it did not expect, and stops. ``format_version`` is 2 with such tables,
+  and 1 without, which earlier versions read;
 * the folder ``lrc/``: the recipe as given and written out, the plan file that a stage was given,
   the executed plan, the report, and ``manifest.json`` with the SHA-256 of every other file.
 """
@@ -58,7 +62,6 @@ from typing import Any
 import torch
 
 from lrc.compressors.layers import FORMS, MEMBERS, Sharing
-from lrc.compressors.layers.shapes import TABLE
 from lrc.compressors.shards import Header
 from lrc.configs.errors import CheckpointError
 
@@ -136,37 +139,21 @@ def check_version(version: Any, where: str) -> None:
         )
 
 
-def block(
-    modules: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, Sequence[int]]
-) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a checkpoint; empty if stock classes hold it."""
-    if not modules and not shapes:
-        return {}
-    content: dict[str, Any] = {"quant_method": QUANT_METHOD, "modules": dict(modules)}
-    if not shapes:
-        return content | {"format_version": FIRST_VERSION}
-    return content | {"format_version": FORMAT_VERSION, TABLE: dict(shapes)}
+def block(modules: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a checkpoint; empty if stock classes hold it.
 
-
-def check_shapes(shapes: Any, where: str) -> None:
-    """Refuse a table of shapes that this version cannot have written.
-
-    Raises
-    ------
-    CheckpointError
+    Parameters
+    ----------
+    modules : mapping
+        Name of a linear -> its spec.
+    tables : mapping
+        Those of `TABLES` that are not empty.
     """
-    if not isinstance(shapes, Mapping):
-        raise CheckpointError(
-            f"{where}: {TABLE} must map names of linears to [d_out, d_in], got {shapes!r:.60}; "
-            f"the file was edited: {AGAIN}"
-        )
-    for name, shape in shapes.items():
-        sizes = list(shape) if isinstance(shape, list | tuple) else []
-        if len(sizes) != 2 or any(type(size) is not int or size < 1 for size in sizes):
-            raise CheckpointError(
-                f"{where}: {TABLE}[{name!r}] must be [d_out, d_in], whole numbers >= 1, got "
-                f"{shape!r:.60}; the file was edited: {AGAIN}"
-            )
+    if not modules and not tables:
+        return {}
+    version = FORMAT_VERSION if tables else FIRST_VERSION
+    known = {"quant_method": QUANT_METHOD, "format_version": version}
+    return {**known, "modules": dict(modules), **tables}
 
 
 def check_modules(modules: Any, where: str) -> None:

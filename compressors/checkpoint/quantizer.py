@@ -22,8 +22,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.tables import check_tables
 from lrc.compressors.layers import FORMS, Form
-from lrc.compressors.layers.shapes import ShapeTable, resize_, shapes_of, widen_
+from lrc.compressors.layers.shapes import SHAPES, TABLES, resize_, tables_of, widen_
+from lrc.compressors.layers.stream import BIASES, NORMS, add_biases_, place_norms_
 from lrc.compressors.shards import read_headers
 from lrc.configs.errors import CheckpointError
 
@@ -35,17 +37,17 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
         self,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = layout.FORMAT_VERSION,
-        shapes: dict[str, list[int]] | None = None,
-        **_: Any,
+        **tables: Any,
     ) -> None:
         self.quant_method = layout.QUANT_METHOD  # type: ignore[assignment]  # an out-of-tree name
         self.format_version = format_version
         self.modules = modules or {}
         layout.check_version(format_version, "config.json: quantization_config")
         layout.check_modules(self.modules, "config.json: quantization_config")
-        if shapes is not None:  # most checkpoints have none, and save none
-            self.shapes = shapes
-            layout.check_shapes(shapes, "config.json: quantization_config")
+        check_tables(tables, "config.json: quantization_config")
+        for key, table in tables.items():
+            if key in TABLES:  # most checkpoints have none, and save none
+                setattr(self, key, table)
 
 
 class LrcQuantizer(HfQuantizer):
@@ -55,17 +57,31 @@ class LrcQuantizer(HfQuantizer):
     quantization_config: LrcConfig
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
-    ) -> nn.Module:
-        shapes = shapes_of(model.config)
-        self._config_shapes = resize(model, shapes)
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> Any:
+        modules, tables = self.quantization_config.modules, tables_of(model.config)
+        shapes, biases = tables.get(SHAPES, {}), tables.get(BIASES, [])
+        with _fitting():
+            self._config_shapes = resize_(model, shapes)
+            add_biases_(model, biases)
         expected = layout.resized_tensors(shapes)
-        expected |= swap_in_forms(model, self.quantization_config.modules)
+        for name in biases:
+            if name not in modules:
+                expected[f"{name}.bias"] = ([model.get_submodule(name).out_features], None)
+        expected |= swap_in_forms(model, modules)
+        with _fitting():
+            shortcuts = place_norms_(model, tables.get(NORMS, {}))
+        expected |= {name: (shape, None) for name, shape in shortcuts.items()}
         if checkpoint_files:
             check_headers(expected, checkpoint_files)
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        if tables_of(model.config).get(NORMS):
+            raise CheckpointError(
+                "no plain model computes what this one does: its residual stream has a basis of "
+                "its own before every block; slice with 'rotations: global' for a plain model"
+            )
         for name, module in list(model.named_modules()):
             if isinstance(module, Form):
                 set_module(model, name, module.dense())
@@ -98,19 +114,15 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def resize(model: nn.Module, shapes: ShapeTable) -> dict[str, list[int]]:
-    """Give linears the shapes of the config's table; return those they had.
-
-    Raises
-    ------
-    CheckpointError
-    """
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Say that a table does not fit the model."""
     try:
-        return resize_(model, shapes)
+        yield
     except ValueError as error:
         raise CheckpointError(
-            f"config.json: quantization_config.shapes: {error}; the config was edited, or is "
-            "another model's"
+            f"config.json: quantization_config: {error}; the config was edited, or is another "
+            "model's"
         ) from error
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.journal import publish, storage_errors
-from lrc.compressors.layers.shapes import shapes_of
+from lrc.compressors.layers.shapes import tables_of
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 10**9
@@ -52,12 +52,12 @@ def write_weights(
 
 
 def write_config(folder: Path, config: Any, modules: dict[str, dict[str, Any]], dtype: str) -> None:
-    """Write ``config.json``: the architecture's, plus the block of our forms and shapes if any."""
+    """Write ``config.json``: the architecture's, plus the block of forms and tables if any."""
     content = json.loads(config.to_json_string(use_diff=True))
     content.pop("_name_or_path", None)
     content["dtype"] = dtype
     content.pop("quantization_config", None)
-    if block := layout.block(modules, shapes_of(config)):
+    if block := layout.block(modules, tables_of(config)):
         content["quantization_config"] = block
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

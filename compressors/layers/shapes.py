@@ -1,4 +1,4 @@
-"""Linears of other shapes than a model's config says: narrower, each by a table of its own."""
+"""A model that is other than its config says: linears of other shapes, and what goes with them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,49 +6,69 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TABLE = "shapes"
-"""Key of the table in a config's ``quantization_config``."""
+from lrc.compressors.layers.stream import BIASES, NORMS, add_biases_, place_norms_
+
+SHAPES = "shapes"
+TABLES = (SHAPES, BIASES, NORMS)
+"""Keys of a config's ``quantization_config`` under which it says how the model differs from it."""
 ShapeTable = Mapping[str, Sequence[int]]
-"""Full name of a linear -> ``[d_out, d_in]`` of its weight."""
+"""Full name of a linear or of an embedding -> shape of its weight."""
+
+
+def tables_of(config: Any) -> dict[str, Any]:
+    """Return the tables that a config carries, by their keys; most carry none."""
+    block = getattr(config, "quantization_config", None) or {}
+    found = block if isinstance(block, Mapping) else vars(block)
+    return {key: found[key] for key in TABLES if found.get(key)}
 
 
 def shapes_of(config: Any) -> dict[str, list[int]]:
-    """Return the table that a config carries; most carry none."""
-    block = getattr(config, "quantization_config", None)
-    if block is None:
-        return {}
-    found = block.get(TABLE) if isinstance(block, Mapping) else getattr(block, TABLE, None)
-    return dict(found or {})
+    """Return the shapes that a config carries."""
+    return dict(tables_of(config).get(SHAPES, {}))
+
+
+def rebuild_(model: Any) -> None:
+    """Make a model without weights what its config's tables say.
+
+    Raises
+    ------
+    ValueError
+        If they do not fit it.
+    """
+    tables = tables_of(model.config)
+    resize_(model, tables.get(SHAPES, {}))
+    add_biases_(model, tables.get(BIASES, []))
+    place_norms_(model, tables.get(NORMS, {}))
 
 
 @torch.no_grad()
 def resize_(model: nn.Module, shapes: ShapeTable) -> dict[str, list[int]]:
-    """Give linears of a model without weights the shapes of a table.
+    """Give linears and embeddings of a model without weights the shapes of a table.
 
     Parameters
     ----------
     model : nn.Module
-        Linears that are resized have uninitialised weights afterwards, on the device they were on.
+        What is resized has uninitialised weights afterwards, on the device they were on.
     shapes : mapping
 
     Returns
     -------
     dict of str to list of int
-        The shapes that those linears had.
+        The shapes that those had.
 
     Raises
     ------
     ValueError
-        If a name is that of no linear, or a shape is wider than it; nothing is changed then.
+        If a name is that of none, or a shape is wider than it; nothing is changed then.
     """
-    linears = {name: _linear(model, name) for name in shapes}
-    before = {name: list(linear.weight.shape) for name, linear in linears.items()}
+    modules = {name: _resizable(model, name) for name in shapes}
+    before = {name: list(module.weight.shape) for name, module in modules.items()}
     for name, shape in shapes.items():
         if any(new > old for new, old in zip(shape, before[name], strict=True)):
             raise ValueError(f"{name} is {before[name]} and cannot become {list(shape)}, wider")
     for name, shape in shapes.items():
-        linear = linears[name]
-        _replace_(linear, linear.weight.new_empty(*shape), _resized_bias(linear, shape[0]))
+        module = modules[name]
+        _replace_(module, module.weight.new_empty(*shape), _resized_bias(module, shape[0]))
     return before
 
 
@@ -60,7 +80,7 @@ def widen_(model: nn.Module, shapes: ShapeTable) -> None:
     what it did, whatever activation lies between.
     """
     for name, shape in shapes.items():
-        linear = _linear(model, name)
+        linear = _resizable(model, name)
         d_out, d_in = linear.weight.shape
         weight = linear.weight.new_zeros(*shape)
         weight[:d_out, :d_in] = linear.weight
@@ -70,23 +90,29 @@ def widen_(model: nn.Module, shapes: ShapeTable) -> None:
         _replace_(linear, weight, bias)
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
+def _resizable(model: nn.Module, name: str) -> Any:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         module = None
-    if not isinstance(module, nn.Linear):
-        raise ValueError(f"{name} is no linear layer of {type(model).__name__}")
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        raise ValueError(
+            f"{name} is no linear layer of {type(model).__name__}, and no embedding either"
+        )
     return module
 
 
-def _resized_bias(linear: nn.Linear, d_out: int) -> Tensor | None:
-    return None if linear.bias is None else linear.bias.new_empty(d_out)
+def _resized_bias(module: Any, d_out: int) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return None if bias is None else bias.new_empty(d_out)
 
 
-def _replace_(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    trained = linear.weight.requires_grad
-    linear.weight = nn.Parameter(weight, requires_grad=trained)
+def _replace_(module: Any, weight: Tensor, bias: Tensor | None) -> None:
+    trained = module.weight.requires_grad
+    module.weight = nn.Parameter(weight, requires_grad=trained)
     if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=trained)
-    linear.out_features, linear.in_features = weight.shape
+        module.bias = nn.Parameter(bias, requires_grad=trained)
+    if isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
+    else:
+        module.out_features, module.in_features = weight.shape

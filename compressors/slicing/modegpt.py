@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from lrc.compressors.checkpoint.format import block
-from lrc.compressors.layers.shapes import shapes_of
+from lrc.compressors.layers.shapes import SHAPES, shapes_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.carve import Carver, NarrowHeads
 from lrc.compressors.slicing.drop import block_influence
@@ -241,7 +241,7 @@ def _with_widths(
 ) -> PreTrainedConfig:
     """Return a config whose table gives the MLPs their widths."""
     wider: PreTrainedConfig = deepcopy(config)
-    wider.quantization_config = block({}, mlp_shapes(architecture, layout, widths))
+    wider.quantization_config = block({}, {SHAPES: mlp_shapes(architecture, layout, widths)})
     return wider
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.layers.stream import UnitNorm
 from lrc.compressors.linalg import descending_eigh
 from lrc.compressors.slicing.families import Family
-from lrc.compressors.slicing.fusing import UnitNorm, set_weight_
+from lrc.compressors.slicing.fusing import set_weight_
 
 
 def principal_axes(moment: Tensor) -> tuple[Tensor, Tensor]:

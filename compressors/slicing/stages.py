@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, write_weights
-from lrc.compressors.layers.shapes import TABLE, shapes_of
+from lrc.compressors.layers.shapes import tables_of
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.budget import Whole
@@ -49,17 +49,16 @@ def plan_slices(
     """
     cuts: list[Cut] = []
     configs: list[PreTrainedConfig] = []
-    pending: str | None = None
     for number, options in enumerate(recipe.slices):
         before, old = Whole(architecture.stored_parameters()), architecture.model.config
         budget = _budget(options, before, number)
         method = METHODS[options.method]
-        if pending is not None:
+        if tables_of(old):
             raise RecipeError(
                 [
                     f"{budget.where.rpartition('.')[0]}: cannot stand behind stages[{number - 1}], "
-                    f"where {pending}; put that stage last of the slices, or set its 'uniform' to "
-                    "true"
+                    "which leaves layers that the config does not describe; put that stage last "
+                    "of the slices"
                 ]
             )
         config = method.plan(architecture, options, budget)
@@ -163,11 +162,10 @@ def _budget(options: SliceBase, whole: Whole, number: int) -> Budget:
 def changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, list[Any]]:
     """Return what a stage changes in the config: key -> before, after.
 
-    Shapes of layers that the config does not tell are under ``shapes``, those that differ from it.
+    Tables that say how the model differs from the config stand under their own keys.
     """
     before, after = (
-        {k: v for k, v in config.to_dict().items() if k not in CIRCUMSTANCES}
-        | {TABLE: shapes_of(config)}
+        {k: v for k, v in config.to_dict().items() if k not in CIRCUMSTANCES} | tables_of(config)
         for config in (old, new)
     )
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
