@@ -48,7 +48,7 @@ class Modegpt(SliceBase):
     uniform: bool = True
     """Give the MLPs of all layers one width: what is left is a plain checkpoint. Otherwise each
     gets the width that the data ask for, and `lrc` is needed to load what is left."""
-    allocation: Literal["influence", "lagrangian"] = "lagrangian"
+    allocation: Literal["influence", "lagrangian"] = "influence"
     """Without `uniform`: take from the layers that change their input least (`influence`, as in
     MoDeGPT), or where the predicted loss rises least (`lagrangian`; one pass of gradients more)."""
     multiple: PositiveInt = 8

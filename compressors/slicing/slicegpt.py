@@ -1,8 +1,8 @@
-"""SliceGPT with one rotation for the whole model, so that what is left is a plain smaller model.
+"""SliceGPT: with one rotation for the whole model what is left is a plain smaller model.
 
-A rotation of its own for every block fits each better, but leaves a D x D matrix on every residual
-branch, which no stock class has and which weighs more than slicing takes away from small models.
-One rotation needs none: a smaller `hidden_size` is all that changes.
+A rotation of its own for every block, see `blocks`, fits each better, but leaves a matrix on every
+residual branch, which no stock class has. One rotation needs none: a smaller `hidden_size` is all
+that changes.
 
 The width of the norms. Fused, a norm of the dense model computes ``x / sqrt(|x|^2 / D + eps)``.
 The slice ``z = Q_k^T x`` has k numbers, and the stock class would divide its squares by k. The
@@ -40,7 +40,7 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 class Slicegpt(SliceMethod):
     """Keeps the principal components of the residual stream.
 
-    After [1]_, which rotates every block differently; see the module. The second
+    After [1]_, which rotates every block differently; see the module. For one rotation the second
     moment is summed over the inputs of all norms, each token divided by its root mean square: that
     is what the linears behind a norm see of it. The plain sum is that of the last layers and of a
     few tokens, whose states are a hundred times as large: the first 24 of the 61 norms of

@@ -22,7 +22,14 @@ from lrc.configs.errors import CheckpointError, RecipeError
 from lrc.configs.load import load_recipe
 
 WIDTH, IDLE = 48, (40, 8)  # channels of each layer that are never read
-SLICE = {"method": "modegpt", "uniform": False, "heads": False, "multiple": 2, "damp": 1e-8}
+SLICE = {
+    "method": "modegpt",
+    "uniform": False,
+    "allocation": "lagrangian",
+    "heads": False,
+    "multiple": 2,
+    "damp": 1e-8,
+}
 EVAL = ("--perplexity", "python-docs", "--window", 32, "--windows", 1, "-q")
 TOKENS = torch.arange(2, 30)[None]
 
