@@ -50,7 +50,8 @@ class Modegpt(SliceBase):
     gets the width that the data ask for, and `lrc` is needed to load what is left."""
     allocation: Literal["influence", "lagrangian"] = "influence"
     """Without `uniform`: take from the layers that change their input least (`influence`, as in
-    MoDeGPT), or where the predicted loss rises least (`lagrangian`; one pass of gradients more)."""
+    MoDeGPT), or where the predicted loss rises least (`lagrangian`, which reads gradients and was
+    worse where it was measured)."""
     multiple: PositiveInt = 8
     """Widths are multiples of it, as tensor cores want."""
 

@@ -19,14 +19,11 @@ from lrc.compressors.checkpoint.format import block
 from lrc.compressors.layers.shapes import SHAPES, rebuild_, tables_of
 from lrc.compressors.layers.stream import BIASES, NORMS
 from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.slicing.bases import ROTATIONS, find_bases, read_basis, read_shortcut
 from lrc.compressors.slicing.families import Family, find_family
 from lrc.compressors.slicing.layout import skeleton
 from lrc.compressors.slicing.method import Sliced, Work
-from lrc.compressors.slicing.moments import stream_moments
 from lrc.compressors.slicing.roles import Roles, times
-from lrc.compressors.slicing.rotation import principal_axes
-
-ROTATIONS = "rotations"
 
 
 def tables(architecture: Architecture, family: Family, k: int) -> dict[str, Any]:
@@ -86,33 +83,6 @@ def rotated_config(
     return smaller
 
 
-def turned(before: Tensor, after: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Turn a basis within its span towards the one before it.
-
-    Parameters
-    ----------
-    before, after : Tensor, shape [D, k], float64
-        Orthonormal columns.
-    rank : int
-        At least ``min(k, D - k)``.
-
-    Returns
-    -------
-    after : Tensor, shape [D, k]
-    F : Tensor, shape [k, rank]
-        ``before^T after == I - F F^T``.
-
-    Notes
-    -----
-    With ``before^T after = U c V^T`` the polar factor ``V U^T`` makes it ``U c U^T`` (the solution
-    of Procrustes' problem). The spans share ``2 k - D`` dimensions at least, where c is one.
-    """
-    U, c, Vh = torch.linalg.svd(before.T @ after)
-    least = c.argsort()[:rank]
-    F = U[:, least] * (1 - c[least]).clamp_min(0).sqrt()
-    return after @ (Vh.T @ U.T), F
-
-
 @torch.no_grad()
 def carve_blocks(work: Work, config: PreTrainedConfig) -> Sliced:
     """Slice the model of `work` to a planned config with tables.
@@ -125,7 +95,7 @@ def carve_blocks(work: Work, config: PreTrainedConfig) -> Sliced:
     family = find_family(work.architecture.model)
     planned = tables_of(config)
     k = planned[SHAPES][family.embeddings[0]][1]
-    kept = _find_bases(work, family, k)
+    kept = find_bases(work, family, k)
     final = rotated_config(work.architecture, work.architecture.model.config, planned)
     facts = {
         "width": k,
@@ -134,35 +104,6 @@ def carve_blocks(work: Work, config: PreTrainedConfig) -> Sliced:
         "head_untied": f"{family.head}.weight" in work.architecture.tied,
     }
     return Sliced(final, _tensors(work, family, final), facts)
-
-
-def _find_bases(work: Work, family: Family, k: int) -> list[float]:
-    """Write a basis [D, k] and a shortcut a block to the journal; return the energies they keep."""
-    readers = [block.norms[0].name for block in family.stream(work.architecture.model)]
-    order = {name: number for number, name in enumerate([*readers, family.final_norm])}
-    before: Tensor | None = None
-    kept = []
-    for norm, moment in stream_moments(work, family):
-        if norm not in order:  # the second of a parallel block reads what the first does
-            continue
-        Q, _ = principal_axes(moment.to(work.device))
-        Q = Q[:, :k]
-        found: dict[str, Tensor] = {}
-        if before is not None:
-            Q, found["F"] = turned(before, Q, min(k, len(Q) - k))
-        share = (Q * (moment.to(Q) @ Q)).sum() / moment.diagonal().sum()
-        kept.append(float(share))
-        work.journal.write_tensors(_basis_file(order[norm]), {"Q": Q.cpu(), **_on_cpu(found)})
-        before = Q
-    return kept
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
-
-
-def _basis_file(number: int) -> str:
-    return f"{ROTATIONS}/{number:04d}.safetensors"
 
 
 def _tensors(work: Work, family: Family, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
@@ -180,15 +121,12 @@ def _tensors(work: Work, family: Family, config: PreTrainedConfig) -> Iterator[t
     def read(name: str) -> Tensor:
         return work.reader.read(roles.source[name], device=work.device)
 
-    def basis(of: int, key: str = "Q") -> Tensor:
-        return work.journal.read_tensor(_basis_file(of), key).to(work.device)
-
     stored = small.state_dict(keep_vars=True)
     last = next(reversed(stored))
     for name, like in stored.items():
         module, _, leaf = name.rpartition(".")
         if leaf == "shortcut":
-            made = basis(number[module] + 1, "F")
+            made = read_shortcut(work, number[module])
         elif f"{module}.weight" in roles.behind:
             norm = roles.behind[f"{module}.weight"].name
             made = read(name) if name in roles.dense else like.new_zeros(like.shape, device="cpu")
@@ -199,15 +137,15 @@ def _tensors(work: Work, family: Family, config: PreTrainedConfig) -> Iterator[t
                     + read(f"{module}.weight").double() @ read(f"{norm}.bias").double()
                 )
             elif leaf == "weight":
-                scaled = basis(number[norm])
+                scaled = read_basis(work, number[norm])
                 if f"{norm}.weight" in roles.dense:
                     scale = read(f"{norm}.weight").double() + family.weight_offset
                     scaled = scale[:, None] * scaled
                 made = times(made, scaled)  # [d_out, k]
         elif name in roles.embeddings:
-            made = times(read(name), _centred(basis(0), family))  # [n, k]
+            made = times(read(name), _centred(read_basis(work, 0), family))  # [n, k]
         elif module in written:
-            Q = _centred(basis(written[module]), family)
+            Q = _centred(read_basis(work, written[module]), family)
             W = read(name)
             columns = W[:, None] if W.ndim == 1 else W  # [D, d_in], a bias as the one column it is
             made = times(columns.T, Q).T.reshape(-1, *W.shape[1:])  # [k, d_in]

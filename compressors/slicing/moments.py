@@ -18,16 +18,15 @@ from lrc.configs.errors import ModelError
 
 
 @torch.no_grad()
-def stream_moments(work: Work, family: Family) -> Iterator[tuple[str, Tensor]]:
-    """Yield a norm's name and the second moment [D, D] of what enters it, in their order.
+def stream_moment(work: Work, family: Family) -> Tensor:
+    """Return the second moment [D, D] of the dense model's stream, as it enters the norms.
 
-    Every token counts alike: it is divided by its root mean square, the mean taken off first where
-    the norm does so. The norm before the head comes last. In float64.
+    Summed over all norms and all tokens, see `add_tokens`; in float64.
 
     Raises
     ------
     ModelError
-        If one is not finite; names the layer.
+        If it is not finite; names the layer.
     """
     architecture, tokens = work.architecture, work.windows()
     n_layers = len(architecture.layers)
@@ -35,51 +34,72 @@ def stream_moments(work: Work, family: Family) -> Iterator[tuple[str, Tensor]]:
     fast = tensor_cores() if work.device.startswith("cuda") else nullcontext()
     sums = Sums()
 
-    def see(name: str, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1]).float()  # [n_tokens, D]
-        x = x - x.mean(-1, keepdim=True) if family.layer_norm else x
-        scale = x.square().mean(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
-        sums.add_square(name, x * scale)
+    def see(x: Tensor) -> None:
+        add_tokens(sums, "stream", x, family)
 
     with fast:
         up = Ascent.begin(work, tokens)
-        states = up.states
+        states, width = up.states, up.states.shape[-1]
+        total = torch.zeros(width, width, dtype=torch.float64)
         for index, call in enumerate(up.calls):
             name = architecture.layer_names[index]
-            due = [norm for norm in norms if norm.name.startswith(f"{name}.")]
-            with up.stream.layer(index) as layer, _watched(architecture, due, see):
+            inside = [norm for norm in norms if norm.name.startswith(f"{name}.")]
+            with up.stream.layer(index) as layer, _watched(architecture, inside, see):
                 for rows in up.rows():
                     states[rows] = apply(layer, call, states[rows].to(work.device))
             if index == n_layers - 1:  # the norm before the head, which no layer holds
-                due.append(norms[-1])
                 for rows in up.rows():
-                    see(norms[-1].name, states[rows].to(work.device))
-            for norm in due:
-                moment = sums.pop(norm.name).double().cpu()
-                if not bool(torch.isfinite(moment).all()):
-                    raise ModelError(
-                        f"model: the residual stream is not finite in {name} on the calibration "
-                        "text; its weights are damaged or overflow: check the source model"
-                    )
-                yield norm.name, moment
+                    see(states[rows].to(work.device))
+            # A layer's sum is one of float32; that of all of them need not be.
+            total += finite(sums.pop("stream").double().cpu(), name)
             work.on_step("slice", index + 1, n_layers)
     del states, up
     work.journal.forget(f"states{LIVE}")
+    return total
+
+
+def add_tokens(sums: Sums, key: str, x: Tensor, family: Family) -> None:
+    """Add the second moment of the stream ``x`` [..., D], each token over its root mean square.
+
+    That is what the linears behind a norm see of it.
+    """
+    x = centred(x.reshape(-1, x.shape[-1]).float(), family)  # [n_tokens, D]
+    scale = x.square().mean(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
+    sums.add_square(key, x * scale)
+
+
+def centred(x: Tensor, family: Family) -> Tensor:
+    """Take the mean off where the norms of a family do."""
+    return x - x.mean(-1, keepdim=True) if family.layer_norm else x
+
+
+def finite(moment: Tensor, layer: str) -> Tensor:
+    """Return a moment of the stream in a layer.
+
+    Raises
+    ------
+    ModelError
+        If it is not finite.
+    """
+    if not bool(torch.isfinite(moment).all()):
+        raise ModelError(
+            f"model: the residual stream is not finite in {layer} on the calibration text; its "
+            "weights are damaged or overflow: check the source model"
+        )
+    return moment
 
 
 @contextmanager
 def _watched(
-    architecture: Architecture, norms: list[Norm], see: Callable[[str, Tensor], None]
+    architecture: Architecture, norms: list[Norm], see: Callable[[Tensor], None]
 ) -> Iterator[None]:
     """Show what some norms are given."""
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: see(name, args[0])
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        see(args[0])
 
-    hooks = [
-        architecture.model.get_submodule(norm.name).register_forward_pre_hook(hook_for(norm.name))
-        for norm in norms
-    ]
+    modules = [architecture.model.get_submodule(norm.name) for norm in norms]
+    hooks = [module.register_forward_pre_hook(hook) for module in modules]
     try:
         yield
     finally:

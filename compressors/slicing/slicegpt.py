@@ -26,7 +26,7 @@ from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.blocks import bytes_of, carve_blocks, rotated_config, tables
 from lrc.compressors.slicing.families import Family, find_family
 from lrc.compressors.slicing.method import Budget, Sliced, SliceMethod, Work
-from lrc.compressors.slicing.moments import stream_moments
+from lrc.compressors.slicing.moments import stream_moment
 from lrc.compressors.slicing.roles import Roles, times
 from lrc.compressors.slicing.rotation import principal_axes
 from lrc.configs.errors import ModelError, RecipeError
@@ -109,6 +109,10 @@ class Slicegpt(SliceMethod):
             return rotated_config(architecture, config, tables(architecture, family, k))
         return _narrowed(config, k)
 
+    def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
+        """Count a second pass where a layer has a basis for its second block to be found."""
+        return 2.0 if tables_of(config) else 1.0
+
     def carry_out(self, work: Work, options: SliceBase, config: PreTrainedConfig) -> Sliced:
         """Find the axes on the calibration text, then slice one tensor after the other.
 
@@ -167,15 +171,6 @@ def _narrowed(config: Any, width: int) -> PreTrainedConfig:
     narrow.tie_word_embeddings = False
     assert isinstance(narrow, PreTrainedConfig)
     return narrow
-
-
-def stream_moment(work: Work, family: Family) -> Tensor:
-    """Return the sum [D, D] of the moments of the stream at all norms; raises as for those."""
-    width = work.architecture.model.config.hidden_size
-    total = torch.zeros(width, width, dtype=torch.float64)
-    for _, moment in stream_moments(work, family):
-        total += moment
-    return total
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """A basis for every block: exact at full width, and else what the rotated model computes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from lrc.compressors.journal import Journal
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.slicing import blocks, stages
-from lrc.compressors.slicing.blocks import bytes_of, rotated_config, tables, turned
+from lrc.compressors.slicing import stages
+from lrc.compressors.slicing.bases import ROTATIONS, projected, projecting, turned
+from lrc.compressors.slicing.blocks import bytes_of, rotated_config, tables
 from lrc.compressors.slicing.counting import count_sliced
 from lrc.compressors.slicing.families import find_family
 from lrc.compressors.slicing.fusing import fuse_norms_
@@ -129,6 +131,31 @@ def test_a_slice_is_the_rotated_model_with_fewer_columns(
         assert max(float(each.abs().max()) for each in shortcuts) > 1e-2
 
 
+def test_a_slice_is_the_dense_model_with_a_projected_stream(case: Case) -> None:
+    """As which it is calibrated, block after block."""
+    found: list[Tensor] = []
+    write = case.work.journal.write_tensors
+
+    def keep(name: str, tensors: dict[str, Tensor]) -> None:
+        found.append(tensors["Q"])
+        write(name, tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(case.work.journal, "write_tensors", keep)
+        sliced = case.load(case.sliced(24))
+    dense = case.load(case.folder / "dense")
+    work = replace(case.work, architecture=replace(case.architecture, model=dense))
+    pairs = [*zip(case.family.stream(dense), found, strict=False)]
+    dense.get_submodule(case.family.final_norm).register_forward_pre_hook(
+        lambda _, args: (projected(args[0], found[-1], case.family),)
+    )
+    with projecting(work, pairs, case.family):
+        expected = logits(dense, case.tokens)
+    # The bases come from moments in float32: they hold the mean to that, which LayerNorm takes off.
+    close = {"rtol": 0, "atol": 1e-4} if case.family.layer_norm else CLOSE
+    torch.testing.assert_close(logits(sliced, case.tokens), expected, **close)
+
+
 def test_what_is_stored_is_what_was_counted(case: Case) -> None:
     for width in (WIDTH, 24, 12):
         found = tables(case.architecture, case.family, width)
@@ -196,4 +223,4 @@ def test_turned_bases_are_joined_by_a_symmetric_shortcut_of_low_rank(
 def test_nothing_is_left_in_the_journal(make_case: Callable[..., Case]) -> None:
     case = make_case("llama")
     case.sliced(16)
-    assert not case.work.journal.has(blocks.ROTATIONS)
+    assert not case.work.journal.has(ROTATIONS)
