@@ -229,6 +229,9 @@ def _print_cut(cut: dict[str, Any]) -> None:
     shapes = cut["config"].get("shapes", [None, None])[1]
     if shapes:
         changes.append(f"{len(shapes)} linears of shapes of their own")
+    for key, each in cut["facts"].items():
+        if isinstance(each, list) and len(each) == 2 and isinstance(each[1], list):
+            changes.append(f"{key} {each[0]} -> {min(each[1])} to {max(each[1])}")
     before, after = cut["bytes"]
     sizes = f"{_size(before)} -> {_size(after)}"
     OUT.print(f"slice, {cut['method']}: {', '.join(changes)}; {sizes}")

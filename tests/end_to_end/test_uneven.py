@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrc.cli.inspect import describe
+from lrc.compressors.machine import Machine
 from lrc.compressors.pipeline import compress, measure
 from lrc.compressors.shards import read_headers
-from lrc.configs.errors import CheckpointError, RecipeError
+from lrc.configs.errors import CheckpointError, RecipeError, Stopped
 from lrc.configs.load import load_recipe
 
 WIDTH, IDLE = 48, (40, 8)  # channels of each layer that are never read
@@ -264,6 +265,29 @@ def test_heads_and_a_decomposition_go_with_it(
     assert facts["modules"]
     assert len(facts["shapes"]) == 6
     assert measure(loaded).slices[0].bytes == tuple(cut["bytes"])
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_widths_it_has_chosen(
+    uneven: Uneven, lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    stages = {"slice": SLICE | {"keep": 0.9}}, {"decompose": {"method": "svd-llm", "keep": 0.8}}
+    path = uneven.recipe(tmp_path / "run", *stages)
+    loaded = load_recipe(path)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "decompose":
+            raise Stopped("here")
+
+    planned = measure(loaded)
+    with pytest.raises(Stopped):
+        compress(loaded, Machine(device="cpu", on_step=stop))
+    report = compress(loaded)
+    shapes = {matrix.name: [*matrix.shape] for matrix in planned.matrices}
+    assert {record["name"]: record["shape"] for record in report["layers"]} == shapes
+    low, high = sorted(report["slices"][0]["facts"]["intermediate_size"][1])
+    assert low < high
+    shown = lrc("compress", path, "-q")
+    assert f"intermediate_size {WIDTH} -> {low} to {high}" in shown.out
 
 
 def test_nothing_is_sliced_behind_widths_that_are_pending(uneven: Uneven, tmp_path: Path) -> None:
