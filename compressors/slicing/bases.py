@@ -4,6 +4,10 @@ In the coordinates of the dense model the slice is that model with its stream pr
 span of the basis before every block. What one projection has taken away is gone for all blocks
 behind it, so each basis is that of what is left and has come in since: bases of the dense model's
 stream would spend dimensions on what is no longer there.
+
+Tokens count as they are, as in the paper. SmolLM2-135M at 80 % of its bytes, 364 of 576 dimensions,
+has perplexity 143.6 on C4 so, 192.9 with tokens that count alike, and 479 with those and the dense
+model's stream; with one basis for all, of 378, 178.4. (Its head is tied, and has to be untied.)
 """
 
 from collections.abc import Iterator
@@ -19,7 +23,7 @@ from lrc.compressors.linalg import tensor_cores
 from lrc.compressors.slicing.ascent import Ascent
 from lrc.compressors.slicing.families import Block, Family
 from lrc.compressors.slicing.method import Work
-from lrc.compressors.slicing.moments import add_tokens, centred, finite
+from lrc.compressors.slicing.moments import centred, finite
 from lrc.compressors.slicing.rotation import principal_axes
 
 ROTATIONS = "rotations"
@@ -51,9 +55,13 @@ def find_bases(work: Work, family: Family, k: int) -> list[float]:
     architecture = work.architecture
     up = Ascent.begin(work, work.windows())
     kept: list[float] = []
+    sums = Sums()
     before: Tensor | None = None
 
-    def settle(sums: Sums, layer: str) -> Tensor:
+    def see(x: Tensor) -> None:
+        sums.add_square("stream", centred(x.reshape(-1, x.shape[-1]).float(), family))
+
+    def settle(layer: str) -> Tensor:
         """Make the next basis of what has been summed up; return it in float32."""
         nonlocal before
         moment = finite(sums.pop("stream").double(), layer)
@@ -67,35 +75,33 @@ def find_bases(work: Work, family: Family, k: int) -> list[float]:
         before = Q
         return Q.float()
 
-    states, sums = up.states, Sums()
+    states = up.states
     fast = tensor_cores if work.device.startswith("cuda") else nullcontext
     for index, call in enumerate(up.calls):
         name = architecture.layer_names[index]
         blocks = [b for b in family.stream(architecture.model) if _within(b, name)]
         for rows in up.rows():
-            add_tokens(sums, "stream", states[rows].to(work.device), family)
-        Q = settle(sums, name)
+            see(states[rows].to(work.device))
+        Q = settle(name)
         for rows in up.rows():
             states[rows] = projected(states[rows].to(work.device), Q, family)
         inner: list[tuple[Block, Tensor]] = []
         with fast(), up.stream.layer(index) as layer:
             for block in blocks[1:]:
                 norm = architecture.model.get_submodule(block.norms[0].name)
-                hook = norm.register_forward_pre_hook(
-                    lambda _, args: add_tokens(sums, "stream", args[0], family)
-                )
+                hook = norm.register_forward_pre_hook(lambda _, args: see(args[0]))
                 with projecting(work, inner, family):
                     for rows in up.rows():
                         apply(layer, call, states[rows].to(work.device))
                 hook.remove()
-                inner.append((block, settle(sums, name)))
+                inner.append((block, settle(name)))
             with projecting(work, inner, family):
                 for rows in up.rows():
                     states[rows] = apply(layer, call, states[rows].to(work.device))
         work.on_step("slice", index + 1, len(up.calls))
     for rows in up.rows():
-        add_tokens(sums, "stream", states[rows].to(work.device), family)
-    settle(sums, architecture.layer_names[-1])
+        see(states[rows].to(work.device))
+    settle(architecture.layer_names[-1])
     del states, up
     work.journal.forget(f"states{LIVE}")
     return kept

@@ -21,7 +21,7 @@ from lrc.configs.errors import ModelError
 def stream_moment(work: Work, family: Family) -> Tensor:
     """Return the second moment [D, D] of the dense model's stream, as it enters the norms.
 
-    Summed over all norms and all tokens, see `add_tokens`; in float64.
+    Every token counts alike at every norm: it is divided by its root mean square. In float64.
 
     Raises
     ------
@@ -35,7 +35,9 @@ def stream_moment(work: Work, family: Family) -> Tensor:
     sums = Sums()
 
     def see(x: Tensor) -> None:
-        add_tokens(sums, "stream", x, family)
+        x = centred(x.reshape(-1, x.shape[-1]).float(), family)  # [n_tokens, D]
+        scale = x.square().mean(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
+        sums.add_square("stream", x * scale)
 
     with fast:
         up = Ascent.begin(work, tokens)
@@ -56,16 +58,6 @@ def stream_moment(work: Work, family: Family) -> Tensor:
     del states, up
     work.journal.forget(f"states{LIVE}")
     return total
-
-
-def add_tokens(sums: Sums, key: str, x: Tensor, family: Family) -> None:
-    """Add the second moment of the stream ``x`` [..., D], each token over its root mean square.
-
-    That is what the linears behind a norm see of it.
-    """
-    x = centred(x.reshape(-1, x.shape[-1]).float(), family)  # [n_tokens, D]
-    scale = x.square().mean(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
-    sums.add_square(key, x * scale)
 
 
 def centred(x: Tensor, family: Family) -> Tensor:
