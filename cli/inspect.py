@@ -26,6 +26,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         read_object,
         verify_hashes,
     )
+    from lrc.compressors.layers.shapes import SHAPES
 
     if not folder.is_dir():
         raise RecipeError(
@@ -39,7 +40,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
                 f"{folder}: a model, but not one that lrc compressed; give the folder "
                 "OUTPUT/checkpoint of a run, or measure a dense model with `lrc eval`"
             )
-        block = {"format_version": layout.FORMAT_VERSION, "modules": {}}  # a plain model
+        block = {"format_version": layout.FIRST_VERSION, "modules": {}}  # a plain model
     headers = check_files(folder)
     if verify:
         problems = verify_hashes(folder)
@@ -49,8 +50,13 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         read_object(path) if path.is_file() else None
         for path in (folder / layout.PLAN, folder / layout.REPORT)
     )
-    table = block["modules"]
+    table, shapes = block["modules"], block.get(SHAPES, {})
     modules = [_module(folder, name, spec, headers) for name, spec in table.items()]
+    dense = layout.resized_tensors({n: shapes[n] for n in shapes if n not in table})
+    if wrong := layout.misfits(dense, headers):
+        raise CheckpointError(
+            f"{folder}: the tensors do not fit config.json: {'; '.join(wrong[:5])}; {AGAIN}"
+        )
     return {
         "path": str(folder),
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
@@ -59,6 +65,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         "parameters": sum(prod(header.shape) for header in headers.values() if _counts(header)),
         "verified": verify,
         "modules": modules,
+        SHAPES: shapes,
         "slices": report.get("slices") if report else None,
         "totals": plan.get("totals") if plan else None,
         "evaluation": report.get("evaluation") if report else None,

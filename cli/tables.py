@@ -225,9 +225,18 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _print_cut(cut: dict[str, Any]) -> None:
     """Print what a slicing stage makes of the numbers in the config, and of the size."""
     numbers = {key: each for key, each in cut["config"].items() if isinstance(each[1], int)}
-    changes = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in numbers.items())
+    changes = [f"{key} {before} -> {after}" for key, (before, after) in numbers.items()]
+    shapes = cut["config"].get("shapes", [None, None])[1]
+    if shapes:
+        changes.append(f"{len(shapes)} linears of shapes of their own")
+    for key, each in cut["facts"].items():
+        if isinstance(each, list) and len(each) == 2 and isinstance(each[1], list):
+            changes.append(f"{key} {each[0]} -> {min(each[1])} to {max(each[1])}")
     before, after = cut["bytes"]
-    OUT.print(f"slice, {cut['method']}: {changes}; {_size(before)} -> {_size(after)}")
+    sizes = f"{_size(before)} -> {_size(after)}"
+    OUT.print(f"slice, {cut['method']}: {', '.join(changes)}; {sizes}")
+    if "pending" in cut["facts"]:
+        OUT.print(f"pending: {cut['facts']['pending']}; shown is an even split of the same size")
 
 
 def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:

@@ -25,7 +25,7 @@ from lrc.compressors.slicing.stages import carry_out, changes, facts_of, sliced_
 
 @dataclass(frozen=True)
 class Lineage:
-    """The models of a run, each a plain one: a folder of safetensors and an architecture."""
+    """The models of a run: each a folder of safetensors and an architecture."""
 
     prepared: Prepared
     journal: Journal
@@ -103,6 +103,7 @@ class Lineage:
                 recipe.calibration.memory_limit_gib,
                 recipe.seed,
                 self.machine.on_step,
+                recipe.calibration.labels,
             )
             final = self.journal.path(slice_folder(stage))
             with self.clock("slice"), new_folder(final) as folder:
@@ -135,7 +136,7 @@ class Lineage:
         if not stages:
             return source
         folder = self._folder(stages)
-        return sliced_source(source, read_config(folder, source.spec), folder)
+        return sliced_source(source, read_config(folder, source.spec, ours=True), folder)
 
 
 def slice_folder(stage: int) -> str:

@@ -15,7 +15,7 @@ from lrc.compressors.models.source import Source, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.make import make_plan
 from lrc.compressors.planning.plan import Plan
-from lrc.compressors.slicing.stages import plan_slices, warnings
+from lrc.compressors.slicing.stages import PENDING, plan_slices, warnings
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Recipe
 
@@ -85,6 +85,21 @@ def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
         WeightReader(source.folder, dense)  # the headers: every file whole, every tensor
         _ = prepared.tokenizer
     return prepared
+
+
+def planned_again(prepared: Prepared, architecture: Architecture) -> Plan:
+    """Return the plan on the shapes that data have chosen, where a slicing stage left them pending.
+
+    Raises
+    ------
+    RecipeError
+        If a decomposition does not fit those shapes.
+    """
+    plan = prepared.plan
+    if not any(PENDING in cut.facts for cut in plan.slices):
+        return plan
+    again = make_plan(prepared.recipe, prepared.source, architecture)
+    return replace(again, slices=plan.slices, warnings=plan.warnings)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from lrc.compressors.calibrate.windows import provenance
 from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.reader import is_plain
 from lrc.compressors.journal import Journal, write_text
 from lrc.compressors.layers import FORMS
 from lrc.compressors.planning.needs import method_needs
@@ -87,7 +88,7 @@ def write(
         "warnings": plan["warnings"],
     }
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    card = model_card(report, plan)
+    card = model_card(report, plan, plain=is_plain(checkpoint))
     write_text(checkpoint / layout.REPORT, text)
     write_text(checkpoint / "README.md", card)
     write_text(journal.output / "README.md", card)
@@ -109,8 +110,11 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
     return report if known else None
 
 
-def model_card(report: dict[str, Any], plan: dict[str, Any]) -> str:
-    """Render the model card: what it is, how it compares, how to load it, how to make it again."""
+def model_card(report: dict[str, Any], plan: dict[str, Any], *, plain: bool) -> str:
+    """Render the model card: what it is, how it compares, how to load it, how to make it again.
+
+    `plain` says that stock transformers loads it.
+    """
     base = report["recipe"]["model"]["path"]
     on_hub = not Path(base).exists() and not base.endswith(".gguf")
     header = ModelCardData(
@@ -129,7 +133,7 @@ def model_card(report: dict[str, Any], plan: dict[str, Any]) -> str:
         report=report,
         plan=plan,
         base=base,
-        plain=all(layer["form"] in ("dense", "integers") for layer in report["layers"]),
+        plain=plain,
         integers=any(layer["form"] == "integers" for layer in report["layers"]),
     )
 

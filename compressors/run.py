@@ -29,7 +29,7 @@ from lrc.compressors.memory import release_memory
 from lrc.compressors.planning.needs import collected, compensation
 from lrc.compressors.planning.plan import Matrix, Plan, read_matrices
 from lrc.compressors.planning.ranks import allocate_ranks
-from lrc.compressors.prepare import Prepared
+from lrc.compressors.prepare import Prepared, planned_again
 from lrc.compressors.profile import Profile, profile_plan
 from lrc.configs.load import LoadedRecipe
 
@@ -48,6 +48,11 @@ class Run:
         """The models that the run starts from."""
         return Lineage(self.prepared, self.journal, self.machine, self.clock)
 
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan, on the shapes that the slicing stages have left."""
+        return planned_again(self.prepared, self.lineage.architecture)
+
     @property
     def executed(self) -> Plan | None:
         """The plan as it was carried out, if it has been."""
@@ -59,7 +64,7 @@ class Run:
     def calibrate(self) -> None:
         """Slice, then collect what the methods need to know of layers that are not factored yet."""
         self.lineage.slice()
-        plan, calibration = self.prepared.plan, self.prepared.recipe.calibration
+        plan, calibration = self.plan, self.prepared.recipe.calibration
         homes = plan.homes()
         left = {m.layer for m in plan.matrices if not self.journal.has(factors_file(homes[m.name]))}
         recipe = self.prepared.recipe
@@ -87,8 +92,8 @@ class Run:
         with self.clock("allocate"):
             if self.journal.has("plan.json"):
                 records = self.journal.read_json("plan.json")["matrices"]
-                return self.prepared.plan.with_matrices(read_matrices(records))
-            plan = self._ranks(self.prepared.plan)
+                return self.plan.with_matrices(read_matrices(records))
+            plan = self._ranks(self.plan)
             text = json.dumps(plan.to_json(), indent=1) + "\n"
             write_text(self.journal.output / "plan.json", text)
             self.journal.write_json("plan.json", plan.to_json())

@@ -45,15 +45,25 @@ class Modegpt(SliceBase):
     damp: Annotated[Damp, Field(gt=0)] = 1e-4
     heads: bool = True
     """Narrow attention heads too; otherwise MLPs alone."""
+    uniform: bool = True
+    """Give the MLPs of all layers one width: what is left is a plain checkpoint. Otherwise each
+    gets the width that the data ask for, and `lrc` is needed to load what is left."""
+    allocation: Literal["influence", "lagrangian"] = "influence"
+    """Without `uniform`: take from the layers that change their input least (`influence`, as in
+    MoDeGPT), or where the predicted loss rises least (`lagrangian`, which reads gradients and was
+    worse where it was measured)."""
     multiple: PositiveInt = 8
     """Widths are multiples of it, as tensor cores want."""
 
 
 class Slicegpt(SliceBase):
-    """The residual stream, by one rotation onto its principal components."""
+    """The residual stream, by rotation onto its principal components."""
 
     method: Literal["slicegpt"]
     """Width of the residual stream."""
+    rotations: Literal["global", "block"] = "global"
+    """One rotation for the whole model, which leaves a plain checkpoint (`global`), or one before
+    every block as in the paper, whose shortcuts take room and need `lrc` to be loaded (`block`)."""
     multiple: PositiveInt = 8
     """The width is a multiple of it, as tensor cores want; of a Llama also of its number of heads,
     which its config demands."""

@@ -29,7 +29,9 @@ def find_writers(
     found: dict[str, nn.Module] = {}
     for name, linear in reversed(linears):
         outputs: list[Tensor] = []
-        hook = linear.register_forward_hook(lambda _, __, y, seen=outputs: seen.append(y))
+        hook = linear.register_forward_hook(
+            lambda _, __, y, seen=outputs: seen.append(y), prepend=True
+        )
         try:
             with silenced(found.values()):
                 whole = forward()
@@ -47,9 +49,10 @@ def find_writers(
 
 @contextmanager
 def silenced(linears: Iterable[nn.Module]) -> Iterator[None]:
-    """Let some linears put out zeros."""
+    """Let some linears put out zeros; hooks that belong to the model add to them what they do."""
     hooks = [
-        linear.register_forward_hook(lambda _, __, y: torch.zeros_like(y)) for linear in linears
+        linear.register_forward_hook(lambda _, __, y: torch.zeros_like(y), prepend=True)
+        for linear in linears
     ]
     try:
         yield

@@ -192,7 +192,10 @@ def watch_outputs(
         return lambda _, args, y: see(name, args[0], y)
 
     hooks = [
-        layer.get_submodule(name.removeprefix(f"{prefix}.")).register_forward_hook(hook_for(name))
+        # Before hooks that belong to the model, and add to what a linear puts out.
+        layer.get_submodule(name.removeprefix(f"{prefix}.")).register_forward_hook(
+            hook_for(name), prepend=True
+        )
         for name in names
     ]
     try:

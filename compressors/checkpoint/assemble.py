@@ -13,6 +13,7 @@ from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.plain import compressed_tensors_config, is_plain
 from lrc.compressors.checkpoint.writer import write_config, write_manifest, write_weights
 from lrc.compressors.layers import FORMS
+from lrc.compressors.layers.shapes import tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
 from lrc.compressors.models.weights import WeightReader
@@ -41,7 +42,8 @@ def write_checkpoint(
         Returns a factor by decoder layer and the name it is stored with.
     """
     modules = plan.modules()
-    plain = is_plain(modules)
+    tables = tables_of(architecture.model.config)
+    plain = is_plain(modules) and not tables
     layer_of = plan.homes()
     refitted = {m.name for m in plan.matrices if m.form == "dense" and m.refit}
     origin: dict[str, Callable[[], Tensor]] = {}
@@ -74,13 +76,11 @@ def write_checkpoint(
             meta[stored] = torch.empty(shape, dtype=dtype or parameter.dtype, device="meta")
             origin[stored] = from_factors(stored, layer_of[module])
     write_weights(folder, meta, lambda name: origin[name]())
-    block = None
+    block = layout.block(modules, tables)
     if plain and modules:
         kinds = architecture.model.named_modules()
         linears = [name for name, module in kinds if isinstance(module, nn.Linear)]
         block = compressed_tensors_config(modules, linears)
-    elif modules:
-        block = layout.config_block(modules)
     write_config(folder, architecture.model.config, block, plan.dtype)
     generation = getattr(architecture.model, "generation_config", None)
     stored_generation = reader.folder / "generation_config.json"

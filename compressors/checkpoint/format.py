@@ -56,11 +56,20 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
   A bias is there where the dense layer had one or the entry says so; what is no integer has the
   precision of the model. Bit ``j`` of byte ``i`` of a row of a mask, the lowest being 0, stands
   for column ``8 i + j``; bits beyond the last column are 0;
+* where slicing has left a model that is other than its config says, tables in the same block that
+  say how, all by full names. ``"shapes": {NAME: [d_out, d_in], ...}``: linears, and embeddings
+  [n, width], that are smaller than the config says; a form in ``modules`` stands for a weight of
+  that shape. ``"biases": [NAME, ...]``: linears with a bias that they had not. ``"norms": {NAME:
+  {"writer": NAME, "rank": R} or {}, ...}``: norms without weights, ``x / sqrt(|x|^2 /
+  hidden_size + eps)``, and with a writer the tensor ``shortcut`` F [k, rank]: of ``x @ F @ F^T``,
+  x being what the norm reads, the linear that is the writer puts out so much less. A loader
+  without lrc meets shapes it did not expect, and stops. ``format_version`` is 2 with such tables,
+  and 1 without, which earlier versions read;
 * the folder ``lrc/``: the recipe as given and written out, the plan file that a stage was given,
   the executed plan, the report, and ``manifest.json`` with the SHA-256 of every other file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +79,8 @@ from lrc.compressors.shards import Header
 from lrc.configs.errors import CheckpointError
 
 QUANT_METHOD = "lrc"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FIRST_VERSION = 1  # of what needs nothing newer, which earlier versions of lrc read too
 AGAIN = "copy or download the checkpoint again, or compress again"
 # What safetensors calls the types that a form prescribes.
 STORED = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
@@ -103,13 +113,9 @@ def expected_tensors(
     return {f"{name}.{leaf}": facts for leaf, facts in shapes.items()}
 
 
-def config_block(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the `quantization_config` that names the forms of modules."""
-    return {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "modules": modules,
-    }
+def resized_tensors(shapes: Mapping[str, Sequence[int]]) -> Expected:
+    """Return the weights of a table of shapes, those of linears that have no form."""
+    return {f"{name}.weight": (list(shape), None) for name, shape in shapes.items()}
 
 
 def misfits(expected: Expected, found: Mapping[str, Header]) -> list[str]:
@@ -144,6 +150,24 @@ def check_version(version: Any, where: str) -> None:
             f"{where}: format_version is {version}, this lrc reads up to {FORMAT_VERSION}; the "
             "checkpoint was written by a newer lrc: upgrade lrc to read it"
         )
+
+
+def block(modules: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a checkpoint; empty if stock classes hold it.
+
+    Parameters
+    ----------
+    modules : mapping
+        Name of a linear -> its spec.
+    tables : mapping
+        Those of `TABLES` that are not empty.
+    """
+    if not modules and not tables:
+        return {}
+    newer = tables or any("scheme" in spec for spec in modules.values())
+    version = FORMAT_VERSION if newer else FIRST_VERSION
+    known = {"quant_method": QUANT_METHOD, "format_version": version}
+    return {**known, "modules": dict(modules), **tables}
 
 
 def check_modules(modules: Any, where: str) -> None:

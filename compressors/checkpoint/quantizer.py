@@ -22,7 +22,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.tables import check_tables
 from lrc.compressors.layers import FORMS, Form
+from lrc.compressors.layers.shapes import SHAPES, TABLES, resize_, tables_of, widen_
+from lrc.compressors.layers.stream import BIASES, NORMS, add_biases_, place_norms_
 from lrc.compressors.shards import read_headers
 from lrc.configs.errors import CheckpointError
 
@@ -34,13 +37,17 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
         self,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = layout.FORMAT_VERSION,
-        **_: Any,
+        **tables: Any,
     ) -> None:
         self.quant_method = layout.QUANT_METHOD  # type: ignore[assignment]  # an out-of-tree name
         self.format_version = format_version
         self.modules = modules or {}
         layout.check_version(format_version, "config.json: quantization_config")
         layout.check_modules(self.modules, "config.json: quantization_config")
+        check_tables(tables, "config.json: quantization_config")
+        for key, table in tables.items():
+            if key in TABLES:  # most checkpoints have none, and save none
+                setattr(self, key, table)
 
 
 class LrcQuantizer(HfQuantizer):
@@ -50,17 +57,35 @@ class LrcQuantizer(HfQuantizer):
     quantization_config: LrcConfig
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
-    ) -> nn.Module:
-        expected = swap_in_forms(model, self.quantization_config.modules)
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> Any:
+        modules, tables = self.quantization_config.modules, tables_of(model.config)
+        shapes, biases = tables.get(SHAPES, {}), tables.get(BIASES, [])
+        with _fitting():
+            self._config_shapes = resize_(model, shapes)
+            add_biases_(model, biases)
+        expected = layout.resized_tensors(shapes)
+        for name in biases:
+            if name not in modules:
+                expected[f"{name}.bias"] = ([model.get_submodule(name).out_features], None)
+        expected |= swap_in_forms(model, modules)
+        with _fitting():
+            shortcuts = place_norms_(model, tables.get(NORMS, {}))
+        expected |= {name: (shape, None) for name, shape in shortcuts.items()}
         if checkpoint_files:
             check_headers(expected, checkpoint_files)
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        if tables_of(model.config).get(NORMS):
+            raise CheckpointError(
+                "no plain model computes what this one does: its residual stream has a basis of "
+                "its own before every block; slice with 'rotations: global' for a plain model"
+            )
         for name, module in list(model.named_modules()):
             if isinstance(module, Form):
                 set_module(model, name, module.dense())
+        widen_(model, self._config_shapes)  # the config that is left says so
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -87,6 +112,18 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` is."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Say that a table does not fit the model."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(
+            f"config.json: quantization_config: {error}; the config was edited, or is another "
+            "model's"
+        ) from error
 
 
 def swap_in_forms(model: nn.Module, modules: dict[str, dict[str, Any]]) -> layout.Expected:

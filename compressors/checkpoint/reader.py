@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.format import AGAIN
+from lrc.compressors.checkpoint.tables import check_tables
 from lrc.compressors.checkpoint.writer import sha256
 from lrc.compressors.shards import Header, read_headers, shard_files
 from lrc.configs.errors import CheckpointError
@@ -94,6 +95,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if ours:
         layout.check_version(block.get("format_version"), f"{path}: quantization_config")
         layout.check_modules(block.get("modules", {}), f"{path}: quantization_config")
+        check_tables(block, f"{path}: quantization_config")
     elif (folder / layout.MANIFEST).is_file() and not is_plain(folder):
         raise CheckpointError(
             f"{path}: has lost its quantization_config, which names the matrices; {AGAIN}"

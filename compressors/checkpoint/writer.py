@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,12 +50,13 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_config(folder: Path, config: Any, block: dict[str, Any] | None, dtype: str) -> None:
-    """Write ``config.json``: the architecture's, plus a `quantization_config` if there is one."""
+def write_config(folder: Path, config: Any, block: Mapping[str, Any], dtype: str) -> None:
+    """Write ``config.json``: the architecture's, plus a `quantization_config` if not empty."""
     content = json.loads(config.to_json_string(use_diff=True))
     content.pop("_name_or_path", None)
     content["dtype"] = dtype
-    if block is not None:
+    content.pop("quantization_config", None)
+    if block:
         content["quantization_config"] = block
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -72,7 +73,7 @@ def write_manifest(folder: Path, *, plain: bool) -> None:
     hashes = sha256([folder / name for name in names])
     text = json.dumps(
         {
-            "format_version": layout.FORMAT_VERSION,
+            "format_version": layout.FIRST_VERSION,
             "plain": plain,
             "sha256": dict(zip(names, hashes, strict=True)),
         },

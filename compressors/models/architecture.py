@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from lrc.compressors.layers.shapes import rebuild_
 from lrc.compressors.models.configuration import SUPPORTED
 from lrc.compressors.models.source import Source
 from lrc.configs.errors import ModelError
@@ -74,6 +75,7 @@ def build(source: Source) -> Architecture:
     except (ValueError, KeyError, AttributeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise _unsupported(config, reason) from error
+    rebuild_(model)
     for parameter in model.parameters():  # not the buffers: computed tables and scales stay exact
         parameter.data = parameter.data.to(source.dtype)
     list_name, layers = _decoder_layers(model, config)

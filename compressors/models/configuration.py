@@ -34,8 +34,8 @@ def read_gguf_config(path: Path) -> PreTrainedConfig:
     return config
 
 
-def read_config(folder: Path, spec: Model) -> PreTrainedConfig:
-    """Read ``config.json``.
+def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedConfig:
+    """Read ``config.json``; that of a model that a slicing stage has left, if `ours`.
 
     Raises
     ------
@@ -60,7 +60,8 @@ def read_config(folder: Path, spec: Model) -> PreTrainedConfig:
             f"model.path: {path} must hold a JSON object, got {type(raw).__name__}; copy or "
             "download it again"
         )
-    _refuse_quantized(raw, folder)
+    if not ours:
+        _refuse_quantized(raw, folder)
     _refuse_remote_code(raw, spec)
     kind = raw.get("model_type")
     if kind not in CONFIG_MAPPING and not spec.trust_remote_code:

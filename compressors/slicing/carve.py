@@ -61,8 +61,8 @@ class Carver:
     tokens : Tensor, shape [n_windows, length]
     mlps : list of Mlp
         One a layer.
-    width : int
-        Of the smaller model's MLPs.
+    widths : list of int
+        Of the smaller model's MLPs, one a layer.
     narrow_heads : NarrowHeads or None
         None leaves attention as it is.
     damp : float
@@ -75,14 +75,14 @@ class Carver:
         work: Work,
         tokens: Tensor,
         mlps: list[Mlp],
-        width: int,
+        widths: list[int],
         narrow_heads: NarrowHeads | None,
         *,
         damp: float,
         facts: list[dict[str, Any]],
     ) -> None:
         self._work, self._tokens, self._damp, self._facts = work, tokens, damp, facts
-        self._mlps, self._width, self._narrow_heads = mlps, width, narrow_heads
+        self._mlps, self._widths, self._narrow_heads = mlps, widths, narrow_heads
         self._parameters = work.architecture.stored_parameters()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -121,7 +121,7 @@ class Carver:
     def _mlp(self, layer: int, mlp: Mlp, result: dict[str, Tensor], facts: dict[str, Any]) -> None:
         W, _ = self._read(mlp.output)
         target, H = self._refitted(layer, mlp.output, W, W, facts)
-        narrowed = narrow(target, H, self._width, damp=self._damp)
+        narrowed = narrow(target, H, self._widths[layer], damp=self._damp)
         facts["lost_mlp"] = narrowed.lost
         if narrowed.fallback:
             facts["fallback_mlp"] = narrowed.fallback

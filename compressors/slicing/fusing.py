@@ -9,29 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.layers.stream import UnitNorm, norm_eps
 from lrc.compressors.slicing.families import Family, Norm
-
-
-class UnitNorm(nn.Module):
-    """RMS norm without weights.
-
-    Parameters
-    ----------
-    width : int
-        What the sum of squares is divided by: the dense model's width, also when the stream has
-        become narrower, because that is what the norm it stands for divided by.
-    eps : float
-    """
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.width, self.eps = width, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x / sqrt(|x|^2 / width + eps)``, computed in float32 at least."""
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        power = exact.square().sum(-1, keepdim=True) / self.width
-        return (exact * torch.rsqrt(power + self.eps)).to(x.dtype)
 
 
 @torch.no_grad()
@@ -91,13 +70,6 @@ def _fold_(model: Any, norm: Norm, offset: float) -> None:
         if weight is not None:
             scale = weight.detach().double() + offset  # [D]
             set_weight_(reader, "weight", lambda W, scale=scale: W * scale)
-    width = readers[0].in_features
-    model.set_submodule(norm.name, UnitNorm(width, norm_eps(old)))
-
-
-def norm_eps(norm: nn.Module) -> float:
-    """Return what a norm adds to the mean square; classes disagree on its name."""
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if eps is None:
-        raise ValueError(f"{type(norm).__name__} has no eps that is known")
-    return float(eps)
+    width, eps = readers[0].in_features, norm_eps(old)
+    assert eps is not None, f"{type(old).__name__} has no eps that is known"
+    model.set_submodule(norm.name, UnitNorm(width, eps))

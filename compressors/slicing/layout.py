@@ -1,7 +1,7 @@
 """Where a model has channels that can go: MLPs and heads, found from modules and held to config."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +91,20 @@ def find_layout(architecture: Architecture) -> Layout | str:
     if not keys:
         return f"its config has none of {', '.join(WIDTH_KEYS)} that says the width {width}"
     return Layout(mlps, keys[0], width, _heads(architecture))
+
+
+def mlp_shapes(
+    architecture: Architecture, layout: Layout, widths: Sequence[int]
+) -> dict[str, list[int]]:
+    """Return the shapes of the linears of those MLPs that `widths`, one a layer, make narrower."""
+    found = {}
+    for mlp, width in zip(layout.mlps, widths, strict=True):
+        if width == layout.width:
+            continue
+        for name in mlp.inputs:
+            found[name] = [width, architecture.model.get_submodule(name).in_features]
+        found[mlp.output] = [architecture.model.get_submodule(mlp.output).out_features, width]
+    return found
 
 
 def narrowed_shapes(

@@ -2,7 +2,9 @@
 
 A slicing method is planned from shapes alone: the config of the smaller model and with it every
 shape is known before a weight is read, so that the stages behind it can be planned too. Carried out
-it gives the tensors of a plain checkpoint of that config.
+it gives the tensors of a checkpoint of that config. Where layers get shapes of their own, the
+config carries a table of them, see `layers.shapes`; what only data share out between layers is
+planned as evenly as it can be, and of the same size.
 """
 
 from abc import ABC, abstractmethod
@@ -13,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from lrc.compressors.calibrate.labels import Labels
 from lrc.compressors.journal import Journal
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
@@ -43,6 +46,8 @@ class Work:
     memory_limit_gib: float
     seed: int
     on_step: OnStep
+    labels: Labels = "model"
+    """What gradients are taken of."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ class Sliced:
     """A smaller model."""
 
     config: PreTrainedConfig
-    """As planned; a method may add what only data could tell, but no shape changes any more."""
+    """As planned; a method may add what only data could tell. No shape changes any more, but for
+    those that it has called pending."""
     tensors: Iterator[tuple[str, Tensor]]
     """Every stored parameter by its name in the smaller model, once, layer after layer, in the
     order of its `stored_parameters`, on the CPU at the precision of the source."""
@@ -78,6 +84,13 @@ class SliceMethod(ABC):
             If the architecture cannot be sliced so, or not that far, or only grows by it: with the
             reason, and what helps.
         """
+
+    def pending(self, options: SliceBase, config: PreTrainedConfig) -> str | None:
+        """Name what of a planned config only data decide; None if every shape is known.
+
+        The bytes of the model are known all the same.
+        """
+        return None
 
     def advised_tokens(self, architecture: Architecture) -> int:
         """Return below how many calibration tokens results get poor."""

@@ -84,9 +84,32 @@ def narrow(W: Tensor, C: Tensor, width: int, *, damp: float) -> Narrowed:
         kept = W.square().sum(dim=0).topk(width).indices.sort().values
         return Narrowed(kept, W[:, kept], 0.0, "inputs were all zero; kept the largest weights")
     L, fallback = whitening_factor(C, damp)
-    kept = _eliminate(W, torch.cholesky_inverse(L), width)
+    kept, _ = _eliminate(W, torch.cholesky_inverse(L), width)
     V = refit(W, C, kept, damp=damp)
     return Narrowed(kept, V, lost_energy(W, C, kept, V), fallback)
+
+
+def loss_curve(W: Tensor, C: Tensor, *, damp: float) -> Tensor:
+    """Return what the output loses on 1, 2, ..., d_int channels, each time chosen as by `narrow`.
+
+    Parameters
+    ----------
+    W : Tensor, shape [d, d_int]
+        With ``G^(1/2) W`` in its place errors are weighted by G, and so are the choices.
+    C : Tensor, shape [d_int, d_int]
+        A sum over tokens gives a sum, an average an average.
+
+    Returns
+    -------
+    Tensor, shape [d_int], float64
+        Descending; the last is 0. Of the damped moment.
+    """
+    W, C = W.double(), C.double()
+    if not C.diagonal().any():
+        return W.new_zeros(W.shape[1])
+    L, _ = whitening_factor(C, damp)
+    _, costs = _eliminate(W.clone(), torch.cholesky_inverse(L), 1)
+    return torch.cat([costs.new_zeros(1), costs.cumsum(0)]).flip(0)
 
 
 def refit(W: Tensor, C: Tensor, kept: Tensor, *, damp: float) -> Tensor:
@@ -113,8 +136,10 @@ def lost_energy(W: Tensor, C: Tensor, kept: Tensor, V: Tensor) -> float:
     return max(0.0, float(((E @ C) * E).sum()) / total) if total > 0 else 0.0
 
 
-def _eliminate(W: Tensor, Q: Tensor, width: int) -> Tensor:
-    """Return the channels of W [d, d_int] that stay; Q [d_int, d_int] is overwritten.
+def _eliminate(W: Tensor, Q: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return the channels of W [d, d_int] that stay, and what each that went has cost, in order.
+
+    Q [d_int, d_int] is overwritten.
 
     Channels that are gone stay in place, as zeros, for a while: copying what is left costs more
     than computing with zeros until half of them are gone.
@@ -122,13 +147,15 @@ def _eliminate(W: Tensor, Q: Tensor, width: int) -> Tensor:
     batch = max(1, int(W.shape[1] * BATCH_SHARE))
     names = torch.arange(W.shape[1], device=W.device)
     alive = torch.ones_like(names, dtype=torch.bool)
-    V, left = W.clone(), len(names)
+    V, left, paid = W.clone(), len(names), [W.new_zeros(0)]
     while left > width:
         costs = V.square().sum(dim=0) / Q.diagonal()
         costs[~alive] = torch.inf
         candidates = costs.topk(min(2 * batch, left), largest=False).indices
         V_c, Q_cc = V[:, candidates], Q[candidates][:, candidates]
-        B = candidates[_cheapest(V_c.T @ V_c, Q_cc, min(batch, left - width))]
+        chosen, prices = _cheapest(V_c.T @ V_c, Q_cc, min(batch, left - width))
+        B = candidates[chosen]
+        paid.append(prices)
         L, _ = whitening_factor(Q[B][:, B], 0.0)
         rows = torch.cholesky_solve(Q[B], L)  # [n_removed, d_int]
         V -= V[:, B] @ rows
@@ -139,11 +166,13 @@ def _eliminate(W: Tensor, Q: Tensor, width: int) -> Tensor:
         left -= len(B)
         if left < len(alive) / 2:
             V, Q, names, alive = V[:, alive], Q[alive][:, alive], names[alive], alive[alive]
-    return names[alive]
+    return names[alive], torch.cat(paid)
 
 
-def _cheapest(U: Tensor, Q: Tensor, count: int) -> Tensor:
+def _cheapest(U: Tensor, Q: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Choose `count` of some channels one after the other, each by its cost after those before.
+
+    Returns them and their costs.
 
     At once, channels that can stand in for each other would all look dispensable.
 
@@ -154,13 +183,15 @@ def _cheapest(U: Tensor, Q: Tensor, count: int) -> Tensor:
     Q : Tensor, shape [n, n]
     """
     chosen: list[Tensor] = []
+    prices: list[Tensor] = []
     gone = torch.zeros(len(U), dtype=U.dtype, device=U.device)
     for _ in range(count):
-        j = (U.diagonal() / Q.diagonal() + gone).argmin()
+        price, j = (U.diagonal() / Q.diagonal() + gone).min(dim=0)
         chosen.append(j)
+        prices.append(price)
         r = Q[j] / Q[j, j]  # V becomes V (I - e_j r^T)
         U = U - torch.outer(r, U[j]) - torch.outer(U[:, j], r) + U[j, j] * torch.outer(r, r)
         Q = Q - torch.outer(Q[:, j], r)
         gone = gone.index_fill(0, j, torch.inf)
         Q = Q.index_put((j, j), Q.new_ones(()))
-    return torch.stack(chosen)
+    return torch.stack(chosen), torch.stack(prices)

@@ -1,22 +1,28 @@
-"""MoDeGPT: narrower MLPs and attention heads of one width each, as a plain smaller checkpoint.
+"""MoDeGPT: narrower MLPs and attention heads, of one width each or with MLPs as the data ask for.
 
 Modules are decomposed jointly: what makes channels loses rows, what reads them loses columns and is
 refitted, so that no matrix is added anywhere.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
+from lrc.compressors.checkpoint.format import block
+from lrc.compressors.layers.shapes import SHAPES, shapes_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.carve import Carver, NarrowHeads
+from lrc.compressors.slicing.drop import block_influence
 from lrc.compressors.slicing.heads import choose_pairs
 from lrc.compressors.slicing.layout import (
     Heads,
     Layout,
     find_layout,
+    mlp_shapes,
     narrowed_shapes,
     obeys,
     skeleton,
@@ -24,11 +30,14 @@ from lrc.compressors.slicing.layout import (
 from lrc.compressors.slicing.method import Budget, Sliced, SliceMethod, Work
 from lrc.compressors.slicing.rope import table_parameters
 from lrc.compressors.slicing.survey import survey
+from lrc.compressors.slicing.widths import by_curves, by_influence, evenly
+from lrc.compressors.slicing.worth import mlp_curves
 from lrc.configs.errors import RecipeError
 from lrc.configs.slicing import Modegpt as Options
 from lrc.configs.slicing import SliceBase
 
 TOKENS_A_CHANNEL = 8
+ALLOCATION_PASSES = {"influence": 1.0, "lagrangian": 4.0}  # gradients: up, again, and down twice
 # Share that heads lose for each that MLPs lose. SmolLM2-135M at 80 % of its bytes: perplexity 43.4
 # with MLPs alone, 47.2 with heads of 56 instead of 64, 56.8 with heads of 48 (equal shares); at
 # 60 % 124, 130 and 138. So heads come last, but before MLPs are all but gone.
@@ -66,17 +75,36 @@ class Modegpt(SliceMethod):
                     scale=layout.heads.scale,
                     max_positions=config.max_position_embeddings,
                 )
-            if obeys(architecture, config, narrowed_shapes(architecture, layout, width, narrower)):
+            shapes = narrowed_shapes(architecture, layout, width, narrower)
+            if not obeys(architecture, config, shapes):
+                continue
+            if options.uniform or layout.width < options.multiple:
                 return config
+            steps = _steps(architecture, layout, shapes, options.multiple, budget)
+            setattr(config, layout.width_key, layout.width)
+            even = evenly(steps, len(layout.mlps))
+            return _with_widths(architecture, layout, config, [options.multiple * n for n in even])
         raise _refusal(
             budget,
             f"a {type(architecture.model).__name__} does not take the width of its MLPs from "
             f"{layout.width_key} in its config",
         )
 
+    def pending(self, options: SliceBase, config: PreTrainedConfig) -> str | None:
+        """Name the widths of MLPs, where the data share them out."""
+        assert isinstance(options, Options)
+        if not shapes_of(config):
+            return None
+        return f"the {options.allocation} allocation will choose the width of each layer's MLP"
+
     def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
-        """Count the survey of heads, and dense model and prefix up to each refit and behind it."""
-        return 7.0 if getattr(options, "heads", False) else 5.0
+        """Count the survey of heads, and dense model and prefix up to each refit and behind it.
+
+        And what an allocation reads before.
+        """
+        assert isinstance(options, Options)
+        before = ALLOCATION_PASSES[options.allocation] if shapes_of(config) else 0.0
+        return before + (7.0 if options.heads else 5.0)
 
     def advised_tokens(self, architecture: Architecture) -> int:
         """Return a few tokens for every channel whose correlations decide.
@@ -94,10 +122,17 @@ class Modegpt(SliceMethod):
         assert isinstance(layout, Layout), "it was planned"
         tokens, narrow_heads = work.windows(), None
         width, head_dim = getattr(config, layout.width_key), _head_dim(config)
+        planned = shapes_of(config)
         # What a slice before this one found out is in the config of its model, not in the planned.
         config = deepcopy(work.architecture.model.config)
-        setattr(config, layout.width_key, width)
         facts: dict[str, Any] = {layout.width_key: [layout.width, width]}
+        if planned:
+            widths, chosen = _allocated(work, options, layout, planned)
+            facts |= {layout.width_key: [layout.width, widths], **chosen}
+            config = _with_widths(work.architecture, layout, config, widths)
+        else:
+            widths = [width] * len(layout.mlps)
+            setattr(config, layout.width_key, width)
         if isinstance(layout.heads, str):
             facts["heads"] = f"left alone: {layout.heads}"
         elif head_dim not in (None, layout.heads.head_dim):
@@ -122,7 +157,7 @@ class Modegpt(SliceMethod):
             work,
             tokens,
             layout.mlps,
-            width,
+            widths,
             narrow_heads,
             damp=options.damp,
             facts=facts["layers"],
@@ -178,6 +213,54 @@ def _widths(
             "which takes whole layers"
         ]
     )
+
+
+def _steps(
+    architecture: Architecture,
+    layout: Layout,
+    shapes: Mapping[str, Sequence[int]],
+    multiple: int,
+    budget: Budget,
+) -> int:
+    """Return how many steps of `multiple` channels all MLPs may keep, heads as in `shapes`."""
+    items = {name: p.itemsize for name, p in architecture.stored_parameters().items()}
+    size = sum(math.prod(shape) * items[name] for name, shape in shapes.items())
+    mlp = layout.mlps[0]
+    width = shapes[f"{mlp.output}.weight"][1]
+    of_one = {f"{n}.{leaf}" for n in mlp.inputs for leaf in ("weight", "bias")}
+    of_one.add(f"{mlp.output}.weight")
+    channel = sum(
+        math.prod(shapes[name]) * items[name] // width for name in of_one if name in shapes
+    )
+    channels = len(layout.mlps) * width + (budget.bytes - size) // channel
+    return min(channels // multiple, len(layout.mlps) * (layout.width // multiple))
+
+
+def _with_widths(
+    architecture: Architecture, layout: Layout, config: PreTrainedConfig, widths: Sequence[int]
+) -> PreTrainedConfig:
+    """Return a config whose table gives the MLPs their widths."""
+    wider: PreTrainedConfig = deepcopy(config)
+    wider.quantization_config = block({}, {SHAPES: mlp_shapes(architecture, layout, widths)})
+    return wider
+
+
+def _allocated(
+    work: Work, options: Options, layout: Layout, planned: Mapping[str, Sequence[int]]
+) -> tuple[list[int], dict[str, Any]]:
+    """Share out the channels of a plan; return a width a layer, and the reasons."""
+    most = layout.width // options.multiple
+    ends = [planned.get(mlp.output, [0, layout.width])[1] for mlp in layout.mlps]
+    steps = sum(ends) // options.multiple
+    facts: dict[str, Any] = {}
+    if options.allocation == "influence":
+        facts["influence"] = block_influence(work)
+        counts = by_influence(facts["influence"], steps, most)
+    else:
+        curves = mlp_curves(work, layout.mlps, damp=options.damp)
+        ends_of = torch.arange(1, most + 1) * options.multiple - 1
+        counts = by_curves([curve[ends_of] for curve in curves], steps)
+    return [options.multiple * count for count in counts], facts
 
 
 def _head_dim(config: PreTrainedConfig) -> int | None:

@@ -1,7 +1,8 @@
 """Another basis for the residual stream: its principal axes, and how a model is put into them.
 
 A model whose norms have no weights (`fuse_norms_`) computes the same in every basis. In the
-principal one the last coordinates carry least, and can be left out.
+principal one the last coordinates carry least, and can be left out. Models are rotated here whole
+and in memory, to hold against what `slicegpt` and `blocks` write one tensor at a time.
 """
 
 from collections.abc import Sequence
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.layers.stream import UnitNorm
 from lrc.compressors.linalg import descending_eigh
 from lrc.compressors.slicing.families import Family
-from lrc.compressors.slicing.fusing import UnitNorm, set_weight_
+from lrc.compressors.slicing.fusing import set_weight_
 
 
 def principal_axes(moment: Tensor) -> tuple[Tensor, Tensor]:

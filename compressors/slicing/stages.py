@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from lrc.compressors.checkpoint.format import block
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, write_weights
+from lrc.compressors.layers.shapes import tables_of
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.budget import Whole
@@ -22,6 +24,10 @@ from lrc.configs.size import parse_size
 from lrc.configs.slicing import SliceBase
 
 FACTS = "lrc-slice.json"
+PENDING = "pending"
+"""Fact of a planned cut: what only data will decide."""
+# What a config says of where and how it was read, which no method changes.
+CIRCUMSTANCES = {"dtype", "_name_or_path", "quantization_config", "transformers_version"}
 
 
 def plan_slices(
@@ -47,7 +53,17 @@ def plan_slices(
     for number, options in enumerate(recipe.slices):
         before, old = Whole(architecture.stored_parameters()), architecture.model.config
         budget = _budget(options, before, number)
-        config = METHODS[options.method].plan(architecture, options, budget)
+        method = METHODS[options.method]
+        if tables_of(old):
+            raise RecipeError(
+                [
+                    f"{budget.where.rpartition('.')[0]}: cannot stand behind stages[{number - 1}], "
+                    "which leaves layers that the config does not describe; put that stage last "
+                    "of the slices"
+                ]
+            )
+        config = method.plan(architecture, options, budget)
+        pending = method.pending(options, config)
         architecture = build(sliced_source(source, config))
         after = Whole(architecture.stored_parameters())
         assert after.bytes <= budget.bytes, f"{options.method} planned beyond its budget"
@@ -62,6 +78,7 @@ def plan_slices(
                 parameters=(before.parameters, after.parameters),
                 bytes=(before.bytes, after.bytes),
                 config=changes(old, config),
+                facts={PENDING: pending} if pending else {},
             )
         )
         configs.append(config)
@@ -88,7 +105,7 @@ def sliced_source(source: Source, config: PreTrainedConfig, folder: Path | None 
 def carry_out(
     folder: Path, work: Work, options: SliceBase, config: PreTrainedConfig, source: Source
 ) -> None:
-    """Slice the model of `work` and write what is left, a plain model, into an empty folder."""
+    """Slice the model of `work` and write what is left, a model too, into an empty folder."""
     sliced = METHODS[options.method].carry_out(work, options, config)
     small = build(sliced_source(source, sliced.config))
     stored = small.stored_parameters()
@@ -100,7 +117,7 @@ def carry_out(
         _in_order(sliced.tensors, stored),
         max_shard_bytes=max(MAX_SHARD_BYTES, largest),
     )
-    write_config(folder, sliced.config, {}, source.spec.dtype)
+    write_config(folder, sliced.config, block({}, tables_of(sliced.config)), source.spec.dtype)
     text = json.dumps(sliced.facts, indent=1) + "\n"
     (folder / FACTS).write_text(text, encoding="utf-8")
 
@@ -144,7 +161,13 @@ def _budget(options: SliceBase, whole: Whole, number: int) -> Budget:
 
 
 def changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, list[Any]]:
-    """Return what a stage changes in the config: key -> before, after."""
-    before, after = old.to_dict(), new.to_dict()
+    """Return what a stage changes in the config: key -> before, after.
+
+    Tables that say how the model differs from the config stand under their own keys.
+    """
+    before, after = (
+        {k: v for k, v in config.to_dict().items() if k not in CIRCUMSTANCES} | tables_of(config)
+        for config in (old, new)
+    )
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return {key: [before.get(key), after.get(key)] for key in keys}

@@ -94,7 +94,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config": (remove("config.json"), ("no config.json", "OUTPUT/checkpoint")),
     "config not JSON": (write("config.json", "{"), ("config.json: not a readable JSON file",)),
     "config a list": (write("config.json", "[1]"), ("config.json: must be a JSON object",)),
-    "newer": (edit_block(format_version=2), ("format_version is 2", "reads up to 1; ", "upgrade")),
+    "newer": (edit_block(format_version=9), ("format_version is 9", "reads up to 2; ", "upgrade")),
     "no version": (edit_block(format_version="a"), ("format_version must be a whole number",)),
     "rank edited": (edit_first_module(rank=3), ("do not fit config.json",)),
     "rank no number": (edit_first_module(rank="3"), ("'rank': N >= 1", "was edited")),

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lrc.cli.inspect import describe
 from lrc.compressors import prepare
+from lrc.compressors.checkpoint.format import block
 from lrc.compressors.checkpoint.writer import write_config, write_weights
 from lrc.compressors.decompose.spectrum import spectrum
 from lrc.compressors.layers import FORMS, Form, RankForm
@@ -147,7 +148,7 @@ def stored(request, families, tmp_path_factory) -> Stored:
     tensors = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
     folder = tmp_path_factory.mktemp(request.param)
     write_weights(folder, {n: t.to("meta") for n, t in tensors.items()}, tensors.__getitem__)
-    write_config(folder, dense.config, modules, "float32")
+    write_config(folder, dense.config, block(modules, {}), "float32")
     return Stored(folder, dense, modules)
 
 

@@ -57,6 +57,11 @@ def build(config: PreTrainedConfig, *, seed: int = 0) -> Any:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+    return _exact(model)
+
+
+def _exact(model: Any) -> Any:
+    """Let norms calculate in float64."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = _in_float64(module, type(module).__name__ == "GemmaRMSNorm")
@@ -82,6 +87,11 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
     return build
+
+
+@pytest.fixture
+def exact() -> Callable[[Any], Any]:
+    return _exact
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.slicing.mlp import lost_energy, narrow, refit
+from lrc.compressors.slicing.mlp import loss_curve, lost_energy, narrow, refit
 
 DAMP = 1e-10
 
@@ -129,3 +129,15 @@ def test_is_deterministic_and_leaves_its_input():
 def test_a_width_out_of_range_is_refused(width):
     with pytest.raises(ValueError, match=r"width must be in \[1, 20\]"):
         narrow(random(8, 20), torch.eye(20), width, damp=1e-4)
+
+
+def test_a_curve_tells_what_narrowing_loses() -> None:
+    W, Z = random(8, 40), correlated(300, 40)
+    C = Z.T @ Z
+    total = float(((W @ C) * W).sum())
+    curve = loss_curve(W, C, damp=1e-9)
+    assert curve[-1] == 0
+    assert bool((curve.diff() <= 0).all())
+    for width in (1, 7, 20, 33, 40):
+        lost = narrow(W, C, width, damp=1e-9).lost
+        assert float(curve[width - 1]) / total == pytest.approx(lost, rel=1e-3, abs=1e-8)

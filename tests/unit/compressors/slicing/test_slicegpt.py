@@ -18,8 +18,9 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.slicing.families import find_family
 from lrc.compressors.slicing.fusing import fuse_norms_
 from lrc.compressors.slicing.method import Budget, Sliced, Work
+from lrc.compressors.slicing.moments import stream_moment
 from lrc.compressors.slicing.rotation import principal_axes, rotate_
-from lrc.compressors.slicing.slicegpt import Slicegpt, stream_moment
+from lrc.compressors.slicing.slicegpt import Slicegpt
 from lrc.configs.errors import ModelError, RecipeError, Stopped
 from lrc.configs.recipe import Model
 from lrc.configs.slicing import Slicegpt as Options
