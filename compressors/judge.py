@@ -87,9 +87,8 @@ class Judge:
 
     def _measured(self, alternative: Alternative, on_step: OnStep) -> dict[str, Any]:
         tokenizer = load_tokenizer(self._checkpoint)
-        model = self._load_dense()  # anew for each: no second copy of any weight is kept
-        alternative.make_(model, lambda done, total: on_step("weights", done, total))
-        return measure(model, tokenizer, self._asked, on_step)
+        dense = self._load_dense()  # anew for each: no second copy of any weight is kept
+        return measure(alternative, dense, tokenizer, self._asked, on_step)
 
     @property
     def _asked(self) -> Evaluate:

@@ -52,7 +52,7 @@ SCHEMA = {
     "evaluation.tasks.NAME.METRIC": "dense, compressed, stderr, recovery in percent of dense",
     "evaluation.alternatives[].{name,how}": "one record a plain form of the same matrices",
     "evaluation.alternatives[].{bytes,kept}": "tensors of the whole model; as size.targeted.kept",
-    "evaluation.alternatives[].perplexity.NAME": "as measured in this run; null if not finite",
+    "evaluation.alternatives[].perplexity.NAME": "measured in this run; null if not finite",
     "evaluation.verdict": "which wins, result or alternative: one sentence; null without any",
     "timing.seconds.STAGE": "wall time, summed over the runs that an interrupted one took",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",

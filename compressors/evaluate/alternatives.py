@@ -7,6 +7,7 @@ counted as a file would hold it.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -166,25 +167,30 @@ def _made(weight: Tensor, form: Scheme | int, dtype: torch.dtype) -> Tensor:
 
 
 def measure(
+    alternative: Alternative,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     evaluate: Evaluate,
     on_step: OnStep,
 ) -> dict[str, Block | None]:
-    """Measure the perplexities that a recipe asks for.
+    """Make an alternative of a dense model, whose weights change, and take its perplexities.
+
+    A run whose own result is sound does not fail where an alternative is not.
 
     Returns
     -------
     dict
-        Name of the text -> as of `evaluate_model`; None where the model is no longer finite, which
-        is no reason to fail for a run whose own result is.
+        Name of the text -> as of `evaluate_model`; None where the model is no longer finite, or
+        where no scales of the file's precision can stand for its weights.
     """
-    found: dict[str, Block | None] = {}
+    found: dict[str, Block | None] = {spec.name: None for spec in evaluate.perplexity}
+    try:
+        alternative.make_(model, lambda done, total: on_step("weights", done, total))
+    except ValueError:
+        return found
     for spec in evaluate.perplexity:
-        try:
+        with suppress(ModelError):
             found[spec.name] = perplexity_entry(model, tokenizer, spec, on_step)
-        except ModelError:
-            found[spec.name] = None
     return found
 
 

@@ -71,10 +71,9 @@ def test_the_command_shows_size_against_perplexity_and_who_wins(
     for written, each in zip(("int8", "int4-g16", "sparse"), (int8, int4, sparse), strict=True):
         alternative = plan_alternative(written, targets)
         model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16)
-        model = model.float()
-        alternative.make_(model, lambda done, total: None)
         tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-        found = measure(model, tokenizer, load_recipe(recipe).recipe.evaluate, lambda *_: None)
+        asked = load_recipe(recipe).recipe.evaluate
+        found = measure(alternative, model.float(), tokenizer, asked, lambda *_: None)
         assert each["perplexity"]["english"] == found["english"]["perplexity"]
         assert each["bytes"] == alternative.bytes
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lrc.compressors.evaluate import alternatives
 from lrc.compressors.evaluate.alternatives import (
     Alternative,
     Targets,
@@ -147,21 +148,40 @@ def test_making_can_be_stopped_between_matrices(model: Any, targets: Targets) ->
     assert heard == [(1, 12), (2, 12)]
 
 
-def test_a_model_that_is_not_finite_has_no_perplexity(
-    model: Any, targets: Targets, tiny_tokenizer: Any, tiny_text: Path
+@pytest.fixture
+def evaluate(tiny_text: Path) -> Evaluate:
+    return Evaluate(perplexity=[Perplexity(source=str(tiny_text), name="it", window=32, windows=2)])
+
+
+def test_a_record_is_of_the_text_of_the_result(
+    model: Any, targets: Targets, tiny_tokenizer: Any, evaluate: Evaluate
 ) -> None:
-    text = Perplexity(source=str(tiny_text), name="it", window=32, windows=2)
-    evaluate = Evaluate(perplexity=[text])
-    scores = measure(model, tiny_tokenizer, evaluate, lambda *_: None)
+    alternative = plan_alternative("int8", targets)
+    scores = measure(alternative, model, tiny_tokenizer, evaluate, lambda *_: None)
     entry = scores["it"]
     assert entry is not None
-    alternative = plan_alternative("int8", targets)
     written = record(alternative, scores, {"it": entry})
     assert written["perplexity"] == {"it": entry["perplexity"]}
     assert (written["name"], written["bytes"]) == ("int8", alternative.bytes)
     with pytest.raises(DataError, match="int8 and compressed were scored on different data"):
         record(alternative, scores, {"it": entry | {"text_sha256": "other"}})
 
+
+def test_an_alternative_that_is_not_finite_or_has_no_scales_fails_no_run(
+    model: Any,
+    targets: Targets,
+    tiny_tokenizer: Any,
+    evaluate: Evaluate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alternative = plan_alternative("int8", targets)
     model.model.norm.weight.data.fill_(torch.inf)
-    broken = measure(model, tiny_tokenizer, evaluate, lambda *_: None)
-    assert record(alternative, broken, {"it": entry})["perplexity"] == {"it": None}
+    broken = measure(alternative, model, tiny_tokenizer, evaluate, lambda *_: None)
+    assert broken == {"it": None}
+    assert record(alternative, broken, {"it": {}})["perplexity"] == {"it": None}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("a scale underflows float16")
+
+    monkeypatch.setattr(alternatives, "rtn", refuse)
+    assert measure(alternative, model, tiny_tokenizer, evaluate, lambda *_: None) == {"it": None}
