@@ -20,7 +20,7 @@ from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.layers.sparse import Sparse
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.progress import OnStep
-from lrc.compressors.quantize.rtn import rtn
+from lrc.compressors.quantize import rtn
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Evaluate
 

@@ -21,7 +21,7 @@ from lrc.compressors.evaluate.alternatives import (
 )
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.layers.sparse import Sparse
-from lrc.compressors.quantize.rtn import rtn
+from lrc.compressors.quantize import rtn
 from lrc.configs.errors import DataError, Stopped
 from lrc.configs.recipe import Evaluate, Perplexity
 
