@@ -172,8 +172,8 @@ def evaluate(
     from lrc.cli.evaluate import build_request
 
     request = build_request(perplexity or [], tasks, include_path, limit, window, windows)
-    from lrc.cli import tables
     from lrc.cli.evaluate import run
+    from lrc.cli.quality import print_evaluation
 
     console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
@@ -181,7 +181,7 @@ def evaluate(
     if as_json:
         _print_json({"checkpoints": blocks})
     else:
-        tables.print_evaluation(blocks)
+        print_evaluation(blocks)
 
 
 @app.command()

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from rich.measure import Measurement
 from rich.table import Table
 
-from lrc.cli import tables
+from lrc.cli.cells import OUT
+from lrc.cli.tables import print_warnings
 from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.profile import Profile, spearman
 
@@ -104,9 +105,9 @@ def print_sensitivity(plan: Plan) -> None:
         else:
             _print(title, _table(grid, grid.text, kept=True))
             _print(sizes, _table(grid, grid.size, totals=False))
-        tables.OUT.print(f"{quantity.total} of the predicted losses: {grid.text()} {quantity.unit}")
-    tables.OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted matrices")
-    tables.print_warnings(plan)
+        OUT.print(f"{quantity.total} of the predicted losses: {grid.text()} {quantity.unit}")
+    OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted matrices")
+    print_warnings(plan)
 
 
 def print_profile(plan: Plan, profile: Profile) -> None:
@@ -125,17 +126,17 @@ def print_profile(plan: Plan, profile: Profile) -> None:
         else:  # the table before shows what was predicted
             _print(title, _table(grid, grid.text))
         if any(m.group not in (None, m.name) for m in matrices):
-            tables.OUT.print("matrices that share a factor count as one, in the row of the first")
+            OUT.print("matrices that share a factor count as one, in the row of the first")
         correlation = spearman(*profile.compared(predicted))
-        tables.OUT.print(
+        OUT.print(
             f"sum measured {grid.text()} {NATS.unit}, {quantity.total} predicted {beside.text()} "
             f"{quantity.unit}"
         )
         defined = "not defined" if correlation is None else f"{correlation:.3f}"
-        tables.OUT.print(f"rank correlation of measured and predicted (Spearman): {defined}")
-    tables.OUT.print(f"measured over {profile.tokens:,} tokens (--profile {profile.windows})")
+        OUT.print(f"rank correlation of measured and predicted (Spearman): {defined}")
+    OUT.print(f"measured over {profile.tokens:,} tokens (--profile {profile.windows})")
     if profile.dense is not None:
-        tables.OUT.print(
+        OUT.print(
             f"the loss of the tokens that follow, dense {profile.dense:.4f}, rises by "
             f"{sum(profile.rises.values()):.4f} {NATS.unit}, all matrices added"
         )
@@ -167,8 +168,8 @@ def _leaf(matrix: Matrix) -> str:
 
 
 def _print(title: str, table: Table) -> None:
-    tables.OUT.print(title, style="italic")  # as a title of the table it could be wider than that
-    tables.OUT.print(table)
+    OUT.print(title, style="italic")  # as a title of the table it could be wider than that
+    OUT.print(table)
 
 
 def _table(
@@ -206,5 +207,5 @@ def _table(
 
 
 def _fits(table: Table) -> bool:
-    measured = Measurement.get(tables.OUT, tables.OUT.options.update(max_width=10**4), table)
-    return measured.maximum <= tables.OUT.width
+    measured = Measurement.get(OUT, OUT.options.update(max_width=10**4), table)
+    return measured.maximum <= OUT.width

@@ -1,18 +1,14 @@
 """Results as tables on stdout."""
 
 import re
-import sys
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from lrc.cli.cells import OUT, as_size, new_table
+from lrc.cli.quality import print_alternatives, print_comparison
 from lrc.compressors.estimate import Estimate
 from lrc.compressors.planning.plan import Matrix, Plan
 
-# A pipe or a file is not 80 columns wide.
-OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 
@@ -30,7 +26,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
         return
     methods = sorted({m.method for m in plan.matrices})
     one = f", {methods[0]}" if len(methods) == 1 else ""
-    table = _table(f"{plan.source} ({plan.architecture}, {plan.dtype}{one})")
+    table = new_table(f"{plan.source} ({plan.architecture}, {plan.dtype}{one})")
     table.add_column("matrix", overflow="fold")
     columns = ("layers", "shape", "method", "form", "size", "MiB", "kept")
     for column in columns:
@@ -60,8 +56,8 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
 def _print_estimate(expected: Estimate) -> None:
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
     OUT.print(
-        f"estimate: {parts}; memory {_size(expected.memory_bytes)}; disk "
-        f"{_size(expected.disk_bytes)} while it runs"
+        f"estimate: {parts}; memory {as_size(expected.memory_bytes)}; disk "
+        f"{as_size(expected.disk_bytes)} while it runs"
     )
     if expected.not_estimated:
         OUT.print(f"not estimated: {', '.join(expected.not_estimated)}")
@@ -76,7 +72,7 @@ def print_warnings(plan: Plan) -> None:
 def print_report(report: dict[str, Any], output: str) -> None:
     """Print the summary of a finished run."""
     size = report["size"]
-    table = _table("size")
+    table = new_table("size")
     table.add_column("")
     for column in ("dense", "compressed", "kept"):
         table.add_column(column, justify="right")
@@ -90,23 +86,24 @@ def print_report(report: dict[str, Any], output: str) -> None:
     )
     table.add_row(
         "weight files",
-        _size(files["dense"]),
-        _size(files["compressed"]),
+        as_size(files["dense"]),
+        as_size(files["compressed"]),
         f"{files['compressed'] / files['dense']:.1%}",
     )
     if targeted["source_bits"]:
         table.add_row(
             "targeted matrices",
-            _size(targeted["source_bits"] // 8),
-            _size(targeted["bits"] // 8),
+            as_size(targeted["source_bits"] // 8),
+            as_size(targeted["bits"] // 8),
             f"{targeted['kept']:.1%}",
         )
     OUT.print(table)
     for cut in report.get("slices", []):  # reports of earlier versions have none
         _print_cut(cut)
     if size["source"]["quantized"]:
-        OUT.print(f"the source file is itself quantized: {_size(size['source']['file_bytes'])}")
-    _print_comparison(report["evaluation"])
+        OUT.print(f"the source file is itself quantized: {as_size(size['source']['file_bytes'])}")
+    print_comparison(report["evaluation"])
+    print_alternatives(report)
     fallbacks = [layer for layer in report["layers"] if layer["fallback"]]
     for layer in fallbacks[:10]:
         OUT.print(f"[yellow]fallback[/]: {layer['name']}: {layer['fallback']}")
@@ -115,63 +112,14 @@ def print_report(report: dict[str, Any], output: str) -> None:
     seconds = report["timing"]["seconds"]
     OUT.print(
         f"{sum(seconds.values()):.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}), "
-        f"peak memory {_size(report['memory']['peak_rss_bytes'])}"
+        f"peak memory {as_size(report['memory']['peak_rss_bytes'])}"
     )
     OUT.print(f"checkpoint: {output}/checkpoint   report: {output}/report.json")
 
 
-def _print_comparison(evaluation: dict[str, Any]) -> None:
-    rows = []
-    for name, p in evaluation["perplexity"].items():
-        change = "" if p["ratio"] is None else f"x {p['ratio']:.3f}"
-        rows.append((f"perplexity {name}", _number(p["dense"]), _number(p["compressed"]), change))
-    for task, metrics in evaluation["tasks"].items():
-        for metric, v in metrics.items():
-            if not isinstance(v, dict):
-                continue
-            recovery = "" if v["recovery"] is None else f"{v['recovery']:.1f} % of dense"
-            rows.append(
-                (
-                    f"{task} {metric}",
-                    _with_error(v["dense"], v["stderr"]["dense"]),
-                    _with_error(v["compressed"], v["stderr"]["compressed"]),
-                    recovery,
-                )
-            )
-    if not rows:
-        return
-    table = _table("quality")
-    for column in ("", "dense", "compressed", ""):
-        table.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        table.add_row(*row)
-    OUT.print(table)
-
-
-def print_evaluation(blocks: dict[str, Any]) -> None:
-    """Print one column a checkpoint, one row a measure."""
-    table = _table("")
-    table.add_column("")
-    for checkpoint in blocks:
-        table.add_column(checkpoint, justify="right", overflow="fold")
-    first = next(iter(blocks.values()))
-    for name, p in first["perplexity"].items():
-        cells = [_number(block["perplexity"][name]["perplexity"]) for block in blocks.values()]
-        table.add_row(f"perplexity {name} ({p['tokens']:,} tokens)", *cells)
-    for task, metrics in first["tasks"].items():
-        for metric, v in metrics.items():
-            if not isinstance(v, dict):
-                continue
-            values = [block["tasks"][task][metric] for block in blocks.values()]
-            table.add_row(
-                f"{task} {metric}", *[_with_error(v["value"], v["stderr"]) for v in values]
-            )
-    OUT.print(table)
-
-
 def print_inspection(facts: dict[str, Any]) -> None:
     """Print the facts of a checkpoint."""
-    table = _table(f"{facts['path']} ({facts['architecture']})")
+    table = new_table(f"{facts['path']} ({facts['architecture']})")
     if facts["modules"]:
         table.add_column("matrix", overflow="fold")
         for column in ("shape", "form", "size"):
@@ -183,7 +131,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
     for cut in facts["slices"] or []:
         _print_cut(cut)
     OUT.print(
-        f"{facts['parameters']:,} parameters, {_size(facts['file_bytes'])} of weights, format "
+        f"{facts['parameters']:,} parameters, {as_size(facts['file_bytes'])} of weights, format "
         f"version {facts['format_version']}"
         + (", every hash verified" if facts["verified"] else "")
     )
@@ -196,7 +144,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
             f"{versions['torch']}, transformers {versions['transformers']}"
         )
     if facts["evaluation"]:
-        _print_comparison(facts["evaluation"])
+        print_comparison(facts["evaluation"])
 
 
 def _form(m: Matrix) -> str:
@@ -233,7 +181,7 @@ def _print_cut(cut: dict[str, Any]) -> None:
         if isinstance(each, list) and len(each) == 2 and isinstance(each[1], list):
             changes.append(f"{key} {each[0]} -> {min(each[1])} to {max(each[1])}")
     before, after = cut["bytes"]
-    sizes = f"{_size(before)} -> {_size(after)}"
+    sizes = f"{as_size(before)} -> {as_size(after)}"
     OUT.print(f"slice, {cut['method']}: {', '.join(changes)}; {sizes}")
     if "pending" in cut["facts"]:
         OUT.print(f"pending: {cut['facts']['pending']}; shown is an even split of the same size")
@@ -243,8 +191,8 @@ def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:
     totals = plan["totals"]
     pending = any(m["pending"] for m in plan["matrices"])
     OUT.print(
-        f"targeted matrices: {_size(totals['source_bits'] // 8)} -> {_size(totals['bits'] // 8)} "
-        f"({'budget' if pending else 'kept'} {totals['kept']:.1%})"
+        f"targeted matrices: {as_size(totals['source_bits'] // 8)} -> "
+        f"{as_size(totals['bits'] // 8)} ({'budget' if pending else 'kept'} {totals['kept']:.1%})"
     )
     _print_whole(plan, compressed_bytes)
 
@@ -252,33 +200,11 @@ def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:
 def _print_whole(plan: dict[str, Any], compressed_bytes: int) -> None:
     totals = plan["totals"]
     OUT.print(
-        f"whole model: {_size(totals['dense_bytes'])} -> {_size(compressed_bytes)}, "
+        f"whole model: {as_size(totals['dense_bytes'])} -> {as_size(compressed_bytes)}, "
         f"{totals['dense_parameters']:,} -> {totals['compressed_parameters']:,} parameters"
     )
     if plan["source_quantized"]:
         OUT.print(
-            f"the source file is itself quantized and takes {_size(plan['source_file_bytes'])}; "
+            f"the source file is itself quantized and takes {as_size(plan['source_file_bytes'])}; "
             f"sizes above compare with the model at {plan['dtype']}"
         )
-
-
-def _table(title: str) -> Table:
-    return Table(title=title or None, title_justify="left", header_style="bold", box=None)
-
-
-def _size(n_bytes: int | None) -> str:
-    if n_bytes is None:
-        return "unknown"
-    if n_bytes < 2**20:
-        return f"{n_bytes / 2**10:.1f} KiB"
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}" if value < 1e4 else f"{value:.3e}"
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")

@@ -16,7 +16,7 @@ from lrc.configs.load import LoadedRecipe
 
 
 def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, Any]:
-    """Run a recipe: calibrate, decompose, save, evaluate, report.
+    """Run a recipe: calibrate, decompose, save, evaluate beside plain alternatives, report.
 
     What an earlier, interrupted run of the same recipe has finished is taken over.
 

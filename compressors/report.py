@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from lrc.compressors.calibrate.windows import provenance
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.reader import is_plain
+from lrc.compressors.evaluate.alternatives import Targets, plan_alternative
 from lrc.compressors.journal import Journal, write_text
 from lrc.compressors.layers import FORMS
 from lrc.compressors.planning.needs import method_needs
@@ -34,8 +35,9 @@ SCHEMA = {
     "size.targeted.{kept,removed}": "bits / source_bits, and 1 - that; 1 and 0 if there are none",
     "size.model.parameters.{dense,compressed}": "numbers in the whole model; tied ones once",
     "size.model.file_bytes.{dense,compressed}": "safetensors files; dense: at the recipe's dtype",
+    "size.model.tensor_bytes.{dense,compressed}": "the same without the headers of the files",
     "size.source.{file_bytes,quantized}": "the weights as the source stores them; null if on a Hub",
-    "size.alternatives.NAME": "file bytes of plain forms of the same model, not measured here",
+    "size.alternatives.NAME": "bytes of plain forms of the same model, counted",
     "slices[].{stage,method}": "one record a slicing stage",
     "slices[].{parameters,bytes,config}": "before and after; of the config what changes",
     "slices[].facts": "what the method had to decide, such as the layers that went",
@@ -50,6 +52,10 @@ SCHEMA = {
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
     "evaluation.tasks.NAME.METRIC": "dense, compressed, stderr, recovery in percent of dense",
+    "evaluation.alternatives[].{name,how}": "one record a plain form of the same matrices",
+    "evaluation.alternatives[].{bytes,kept}": "tensors of the whole model; as size.targeted.kept",
+    "evaluation.alternatives[].perplexity.NAME": "measured in this run; null if not finite",
+    "evaluation.verdict": "which wins, result or alternative: one sentence; null without any",
     "timing.seconds.STAGE": "wall time, summed over the runs that an interrupted one took",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
@@ -168,6 +174,10 @@ def _size(plan: dict[str, Any], checkpoint: Path, prepared: Prepared) -> dict[st
                 "compressed": totals["compressed_parameters"],
             },
             "file_bytes": {"dense": totals["dense_bytes"], "compressed": files},
+            "tensor_bytes": {
+                "dense": totals["dense_bytes"],
+                "compressed": totals["compressed_bytes"],
+            },
         },
         "source": {
             "file_bytes": plan["source_file_bytes"],
@@ -178,20 +188,11 @@ def _size(plan: dict[str, Any], checkpoint: Path, prepared: Prepared) -> dict[st
 
 
 def _alternatives(plan: dict[str, Any], prepared: Prepared) -> dict[str, int]:
-    """Count the bytes of plain quantization of the same matrices, so that a size can be judged.
-
-    A slice touches all of them.
-    """
-    if plan.get("slices"):
-        shapes = [[linear.d_out, linear.d_in] for linear in prepared.dense.linears]
-    else:
-        shapes = [matrix["shape"] for matrix in plan["matrices"]]
-    width = prepared.source.dtype.itemsize
-    rest = plan["totals"]["dense_bytes"] - width * sum(m * n for m, n in shapes)
+    """Count the bytes of plain quantization of the same matrices, so that a size can be judged."""
+    targets = Targets.of(plan, prepared.dense, prepared.source.dtype)
     return {
-        "int8_per_channel": rest + sum(m * n + 2 * m for m, n in shapes),
-        # 4 bits a weight, a 16-bit scale and a 4-bit zero point a group of 64
-        "int4_groups_of_64": rest + sum((m * n * 4 + m * -(-n // 64) * 20) // 8 for m, n in shapes),
+        "int8_per_channel": plan_alternative("int8", targets).bytes,
+        "int4_groups_of_64": plan_alternative("int4-g64", targets).bytes,
     }
 
 

@@ -1,7 +1,7 @@
 """The stages of one run: what each is given, and where what it makes is kept."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,17 +15,14 @@ from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.prefix import CompressedPrefix
 from lrc.compressors.calibrate.states import state_files
 from lrc.compressors.checkpoint.assemble import write_checkpoint
-from lrc.compressors.checkpoint.reader import load_checkpoint
-from lrc.compressors.checkpoint.reader import load_tokenizer as load_checkpoint_tokenizer
 from lrc.compressors.checkpoint.writer import new_folder
 from lrc.compressors.corpus import fingerprint
 from lrc.compressors.decompose import Statistics
-from lrc.compressors.evaluate import compare, evaluate_model
 from lrc.compressors.execute import decompose, executed, factors_file
 from lrc.compressors.journal import Journal, open_journal, write_text
+from lrc.compressors.judge import Judge
 from lrc.compressors.lineage import Lineage
 from lrc.compressors.machine import Clock, Machine
-from lrc.compressors.memory import release_memory
 from lrc.compressors.planning.needs import collected, compensation
 from lrc.compressors.planning.plan import Matrix, Plan, read_matrices
 from lrc.compressors.planning.ranks import allocate_ranks
@@ -161,46 +158,13 @@ class Run:
             )
 
     def evaluate(self) -> dict[str, Any]:
-        """Judge dense and compressed model one after the other; what is judged already is kept."""
-        with self.clock("evaluate"):
-            asked = self.prepared.recipe.evaluate
-            if not asked.perplexity and not asked.tasks.names:
-                return compare(None, {"perplexity": {}, "tasks": {}})
-            dense = None
-            if asked.dense:
-                dense = self._judged("dense", lambda: self.lineage.load_dense(self.lineage.dtype))
-            compressed = self._judged(
-                "compressed",
-                lambda: load_checkpoint(
-                    self._checkpoint, dtype=self.lineage.dtype, device=self.machine.chosen
-                ),
-            )
-            return compare(dense, compressed)
+        """Judge dense and compressed model, and what plain means would have given."""
+        judge = Judge(self.lineage)
+        return judge.beside_alternatives(judge.evaluate())
 
     @property
     def _checkpoint(self) -> Path:
         return self.journal.output / "checkpoint"
-
-    def _judged(self, name: str, load: Callable[[], Any]) -> dict[str, Any]:
-        """Return the scores of one model, measured once."""
-        evaluate = self.prepared.recipe.evaluate
-        file = f"evaluation-{name}.json"
-        asked = evaluate.model_dump(mode="json", exclude={"gates", "dense"})
-        if not self.journal.has(file) or self.journal.read_json(file)["asked"] != asked:
-            tokenizer = load_checkpoint_tokenizer(self._checkpoint)
-            block = evaluate_model(
-                load(),
-                tokenizer,
-                evaluate,
-                seed=self.prepared.recipe.seed,
-                on_step=lambda stage, done, total: self.machine.on_step(
-                    f"evaluate {name}: {stage}", done, total
-                ),
-            )
-            self.journal.write_json(file, {"asked": asked, "block": block})
-            release_memory()
-        judged: dict[str, Any] = self.journal.read_json(file)["block"]
-        return judged
 
     def _ranks(self, plan: Plan, *, every: bool = False) -> Plan:
         return allocate_ranks(

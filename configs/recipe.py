@@ -10,12 +10,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from lrc.configs.alternatives import ALTERNATIVE, ALTERNATIVE_REMEDY, ALTERNATIVE_WORDS
 from lrc.configs.methods import Coded, Decompose
 from lrc.configs.quantize import Quantize
 from lrc.configs.slicing import Slice
 from lrc.configs.strict import Strict, Text
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+Alternative = Annotated[
+    str,
+    Field(
+        pattern=ALTERNATIVE,
+        json_schema_extra={"x-words": ALTERNATIVE_WORDS, "x-remedy": ALTERNATIVE_REMEDY},
+    ),
+]
 
 
 class Model(Strict):
@@ -161,6 +169,17 @@ class Evaluate(Strict):
     """Bars that the compressed model must clear."""
     dense: bool = True
     """Evaluate the dense model beside the compressed one."""
+    alternatives: list[Alternative] = ["int8", "int4-g64"]
+    """Plain forms of the same matrices whose perplexity is measured too: rounded to integers
+    (`int8`, `int4-g64` with a scale for 64 numbers, `int3-g64-asymmetric` with zero points too), or
+    the largest entries in as many bytes as the result (`sparse`). `[]` measures none."""
+
+    @model_validator(mode="after")
+    def _alternatives_differ(self) -> "Evaluate":
+        twice = sorted({name for name in self.alternatives if self.alternatives.count(name) > 1})
+        if twice:
+            raise ValueError(f"the 'alternatives' must differ, got twice: {twice}; remove one")
+        return self
 
     @model_validator(mode="after")
     def _results_have_one_name(self) -> "Evaluate":

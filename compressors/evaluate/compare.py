@@ -47,7 +47,7 @@ def evaluate_model(
         check_window(model.config, spec.window)
     return {
         "perplexity": {
-            spec.name: _perplexity_entry(model, tokenizer, spec, on_step)
+            spec.name: perplexity_entry(model, tokenizer, spec, on_step)
             for spec in evaluate.perplexity
         },
         "tasks": {
@@ -75,12 +75,13 @@ def check_texts(
         check_fit(model, windows.tokens, bos=windows.bos)
 
 
-def _perplexity_entry(
+def perplexity_entry(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     spec: Perplexity,
     on_step: OnStep | None,
 ) -> Block:
+    """Measure one perplexity, as `evaluate_model` returns it."""
     windows = evaluation_windows(spec, tokenizer)
 
     def on_window(done: int, total: int) -> None:
@@ -170,7 +171,7 @@ def recovery(dense: float, compressed: float, higher_is_better: bool | None) -> 
 
 
 def _compare_perplexity(name: str, dense: Block | None, compressed: Block) -> Block:
-    _check_same(f"perplexity.{name}", dense, compressed, SHARED)
+    check_same(f"perplexity.{name}", dense, compressed)
     value = None if dense is None else dense["perplexity"]
     return {
         "dense": value,
@@ -181,7 +182,7 @@ def _compare_perplexity(name: str, dense: Block | None, compressed: Block) -> Bl
 
 
 def _compare_metric(task: str, dense: Block | None, compressed: Block) -> Block:
-    _check_same(f"tasks.{task}", dense, compressed, ("documents", "version"))
+    check_same(f"tasks.{task}", dense, compressed, ("documents", "version"))
     value = None if dense is None else dense["value"]
     better = compressed["higher_is_better"]
     return {
@@ -198,10 +199,23 @@ def _compare_metric(task: str, dense: Block | None, compressed: Block) -> Block:
     }
 
 
-def _check_same(where: str, dense: Block | None, compressed: Block, keys: tuple[str, ...]) -> None:
-    for key in keys if dense is not None else ():
-        if dense is not None and dense[key] != compressed[key]:
+def check_same(
+    where: str,
+    other: Block | None,
+    compressed: Block,
+    keys: tuple[str, ...] = SHARED,
+    *,
+    what: str = "dense",
+) -> None:
+    """Refuse to compare scores on different data; `other` is None if there are none.
+
+    Raises
+    ------
+    DataError
+    """
+    for key in keys if other is not None else ():
+        if other is not None and other[key] != compressed[key]:
             raise DataError(
-                f"evaluation.{where}: dense and compressed were scored on different data"
-                f" ({key}: {dense[key]!r} and {compressed[key]!r}); score both again"
+                f"evaluation.{where}: {what} and compressed were scored on different data"
+                f" ({key}: {other[key]!r} and {compressed[key]!r}); score both again"
             )

@@ -221,7 +221,8 @@ def test_degenerate_weights_are_compressed_all_the_same(
     spoil, lowered = DEGENERATE[case]
     change_weights(spoil)(model)
     stages = [{"decompose": {"method": method, "keep": 0.6, **METHODS[method]}}]
-    evaluate = {"perplexity": [{"source": str(tiny_text), "name": "it", "window": 32}]}
+    perplexity = [{"source": str(tiny_text), "name": "it", "window": 32}]
+    evaluate = {"perplexity": perplexity, "alternatives": []}
     recipe = tiny_recipe(model, output, stages=stages, evaluate=evaluate)
     ended = lrc("compress", recipe, "-q", "--json", "evaluate.perplexity.0.windows=2")
     assert ended.code == 0, ended.err

@@ -1,8 +1,6 @@
-"""The quantize stage, and integers in mixed plans, from recipe to a checkpoint that is read back."""
+"""The quantize stage, and integers in mixed plans: from a recipe to what is read back."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lrc.cli.inspect import describe
 from lrc.compressors.checkpoint.reader import load_checkpoint
 from lrc.compressors.ending import product
 from lrc.compressors.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import read_matrices
-from lrc.configs.errors import RecipeError
 from lrc.configs.load import load_recipe
 
 INT4 = {"quantize": {"method": "gptq", "bits": 4, "group_size": 16}}

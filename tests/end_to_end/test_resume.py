@@ -93,7 +93,7 @@ def undisturbed(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
     return finished(
         new_recipe(
             calibration={"source": text, "samples": 4, "length": 32},
-            evaluate={"perplexity": perplexity},
+            evaluate={"perplexity": perplexity, "alternatives": ["int4-g16", "sparse"]},
         )
     )
 
@@ -106,7 +106,7 @@ def recommended(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
         new_recipe(
             calibration={"source": text, "samples": 4, "length": 32},
             stages=[{"decompose": {"method": "kfac", "keep": 0.6, "compensate": {}}}],
-            evaluate={"perplexity": perplexity},
+            evaluate={"perplexity": perplexity, "alternatives": []},
         )
     )
 
@@ -261,6 +261,8 @@ def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoi
     assert ("work/energies/layer-0000.safetensors" in published) == (case != "undisturbed")
     chain = "gradients" if case == "recommended" else "states"
     assert f"work/{chain}-0001.f32" in published
+    plain = {f"work/evaluation-{name}.json" for name in ("int4-g16", "sparse")}
+    assert plain & {*published} == (plain if case == "undisturbed" else set())
     assert checkpoint_of(run) == undisturbed.files
     assert work_of(run) == undisturbed.work
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lrc.cli import tables
+from lrc.cli import sensitivity, tables
 from lrc.cli.sensitivity import NATS, SHARE, Grid, print_profile, print_sensitivity
 from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.profile import Profile
@@ -44,7 +44,8 @@ def plan_of(matrices: list[Matrix]) -> Plan:
 
 def printed(width: int, monkeypatch: pytest.MonkeyPatch, show: Any, *about: Any) -> list[str]:
     console = Console(highlight=False, width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    monkeypatch.setattr(tables, "OUT", console)
+    for module in (sensitivity, tables):
+        monkeypatch.setattr(module, "OUT", console)
     show(*about)
     console.file.close()
     lines = console.export_text().splitlines()

@@ -29,6 +29,8 @@ STAGE = "Allowed: method, keep, size, measure, allocation, rank_multiple, min_ke
 SVD_LLM = f"{STAGE}, damp"
 METHODS = "asvd, basis-sharing, compot, cospadi, dictionary, fwsvd, kfac, lord, magnitude, mixed, rocket, sparse, svd, svd-llm, wanda"
 UNITS = "write a number and a unit, one of B, kB, MB, GB, KiB, MiB, GiB"
+PLAIN = "an alternative such as int8, int4-g64 or sparse"
+PLAIN_REMEDY = "write int2 to int8, if wanted with -g64 (a scale for 64 numbers) and -asymmetric behind, or sparse"
 REFIT = ".decompose.compensate: must be null or a mapping with the keys mix, residual, damp, got"
 
 
@@ -62,8 +64,8 @@ BAD_LINES = [
     ("calibration: {labels: reel}", "calibration.labels: must be one of model, sampled, real, got 'reel'; did you mean 'real'?"),
     ("calibration: {memory_limit_gib: 0}", "calibration.memory_limit_gib: must be > 0, got 0; raise it"),
     ("calibration: {memory_limit_gib: .inf}", "calibration.memory_limit_gib: must be finite, got inf; write a number > 0"),
-    ("evaluate:", "evaluate: must be a mapping with the keys perplexity, tasks, gates, dense, got nothing; write a value or remove the key"),
-    ("evaluate: [tasks: [piqa]]", "evaluate: must be a mapping with the keys perplexity, tasks, gates, dense, got a list of 1 entry; remove the '- ' in front of the keys"),
+    ("evaluate:", "evaluate: must be a mapping with the keys perplexity, tasks, gates, dense, alternatives, got nothing; write a value or remove the key"),
+    ("evaluate: [tasks: [piqa]]", "evaluate: must be a mapping with the keys perplexity, tasks, gates, dense, alternatives, got a list of 1 entry; remove the '- ' in front of the keys"),
     ("evaluate: {perplexity: c4}", "evaluate.perplexity: must be a list of entries, each a string that is not empty or a mapping with the keys source, name, window, windows, tokens, field, got 'c4'; write a list: [c4]"),
     ("evaluate: {perplexity: [c4, c4]}", "evaluate: the names of the 'perplexity' entries must differ, got twice: ['c4']; give one of each pair another 'name'"),
     ("evaluate: {perplexity: [{window: 9}]}", "evaluate.perplexity[0].source: missing; add a string that is not empty (`python-docs`, `wikitext2`, `c4`, or a path to a `.jsonl` or `.txt` file)"),
@@ -72,6 +74,11 @@ BAD_LINES = [
     ("evaluate: {tasks: {limit: all}}", "evaluate.tasks.limit: must be a whole number >= 1 or null, got 'all'"),
     ("evaluate: {gates: [{metric: perplexity.c4}]}", "evaluate.gates[0]: give 'at_most', 'at_least' or both, got neither"),
     ("evaluate: {gates: {metric: a}}", "evaluate.gates: must be a list of entries, each a mapping with the keys metric, at_most, at_least, relative, got a mapping with the key metric; start every entry of the list with '- '"),
+    ("evaluate: {alternatives: int8}", "evaluate.alternatives: must be a list of strings, got 'int8'; write a list: [int8]"),
+    ("evaluate: {alternatives: [int9]}", f"evaluate.alternatives[0]: must be {PLAIN}, got 'int9'; {PLAIN_REMEDY}"),
+    ("evaluate: {alternatives: [int8, int4-g0]}", f"evaluate.alternatives[1]: must be {PLAIN}, got 'int4-g0'; {PLAIN_REMEDY}"),
+    ("evaluate: {alternatives: [4]}", f"evaluate.alternatives[0]: must be {PLAIN}, got 4; {PLAIN_REMEDY}"),
+    ("evaluate: {alternatives: [int8, int8]}", "evaluate: the 'alternatives' must differ, got twice: ['int8']; remove one"),
     ("seed: 1\nseed: 2", "seed: given twice, first in line 5; remove one of the two"),
     ("calibration: {field: !!python/name:os.system x}", "calibration.field: the tag '!!python/name:os.system' is not allowed; remove it"),
     ('"a\\ud800": 1', "a key holds half of a surrogate pair; remove it"),

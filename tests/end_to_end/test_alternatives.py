@@ -1,0 +1,138 @@
+"""Beside a result the plain alternatives: measured in the same run, written down, and judged."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lrc.compressors.evaluate.alternatives import Targets, measure, plan_alternative
+from lrc.compressors.evaluate.verdict import verdict
+from lrc.compressors.machine import Machine
+from lrc.compressors.models import source as models
+from lrc.compressors.models.architecture import build
+from lrc.compressors.pipeline import compress
+from lrc.configs.errors import Stopped
+from lrc.configs.load import load_recipe
+
+SOME = "evaluate.alternatives=[int8, int4-g16, sparse]"
+ORDER = ["int8", "int4-g16", "sparse, magnitude"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Two would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(recipe: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    return compress(load_recipe(recipe, overrides), Machine("cpu", **options))
+
+
+def test_the_command_shows_size_against_perplexity_and_who_wins(
+    lrc: Callable[..., Any], recipe: Path, output: Path, tiny_model_folder: Path
+) -> None:
+    ended = lrc("compress", recipe, SOME)
+    assert ended.code == 0, ended.err
+    report = json.loads((output / "report.json").read_text())
+    evaluation = report["evaluation"]
+    assert [each["name"] for each in evaluation["alternatives"]] == ORDER
+    int8, int4, sparse = evaluation["alternatives"]
+    sizes = report["size"]["model"]["tensor_bytes"]
+    assert int4["bytes"] < int8["bytes"] < sizes["dense"]
+    assert 0.99 * sizes["compressed"] < sparse["bytes"] <= sizes["compressed"]
+    assert report["size"]["targeted"]["kept"] >= sparse["kept"]
+    ours = evaluation["perplexity"]["english"]
+    assert int8["perplexity"]["english"] == pytest.approx(ours["dense"], rel=0.05)
+    assert evaluation["verdict"] == verdict(
+        sizes["compressed"], {"english": ours["compressed"]}, evaluation["alternatives"]
+    )
+    assert report["timing"]["seconds"]["alternatives"] > 0
+
+    said = " ".join(ended.out.split())
+    card = " ".join((output / "checkpoint/README.md").read_text().split())
+    for text in (said, card):
+        assert evaluation["verdict"] in text
+        for each in evaluation["alternatives"]:
+            assert each["name"] in text
+            assert f"{each['perplexity']['english']:.3f}" in text
+    assert "quality not measured here" not in card
+
+    # The same again by hand, from a model that nothing was done to before.
+    source = models.locate(load_recipe(recipe).recipe.model)
+    plan = json.loads((output / "work/executed.json").read_text())
+    targets = Targets.of(plan, build(source), source.dtype)
+    for written, each in zip(("int8", "int4-g16", "sparse"), (int8, int4, sparse), strict=True):
+        alternative = plan_alternative(written, targets)
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+        asked = load_recipe(recipe).recipe.evaluate
+        found = measure(alternative, model.float(), tokenizer, asked, lambda *_: None)
+        assert each["perplexity"]["english"] == found["english"]["perplexity"]
+        assert each["bytes"] == alternative.bytes
+
+
+def test_what_is_measured_is_not_measured_again(recipe: Path, output: Path) -> None:
+    seen: list[str] = []
+
+    def stop_behind(stage: str) -> Callable[[str, int, int], None]:
+        def on_step(name: str, done: int, total: int) -> None:
+            if not seen or seen[-1] != name:
+                seen.append(name)
+            if name.startswith(stage) and done == total:
+                raise Stopped("asked to")
+
+        return on_step
+
+    for stage in ("evaluate int4-g16: weights", "evaluate sparse: perplexity"):
+        with pytest.raises(Stopped):
+            run(recipe, SOME, on_step=stop_behind(stage))
+        assert not (output / "report.json").exists()
+    resumed = run(recipe, SOME, on_step=stop_behind("never"))
+    evaluated = [stage for stage in seen if stage.startswith("evaluate")]
+    names = [stage.partition(":")[0].removeprefix("evaluate ") for stage in evaluated]
+    # dense, compressed and int8 once; what was being made when it stopped begins again
+    assert [n for i, n in enumerate(names) if i == 0 or names[i - 1] != n] == [
+        *("dense", "compressed", "int8", "int4-g16", "sparse")
+    ]
+    assert evaluated.count("evaluate int8: weights") == 1
+    assert evaluated.count("evaluate sparse: weights") == 2
+
+    seen.clear()
+    fewer = run(recipe, "evaluate.alternatives=[int4-g16]", on_step=stop_behind("never"))
+    assert seen == []
+    assert fewer["evaluation"]["alternatives"] == [resumed["evaluation"]["alternatives"][1]]
+    assert [each["name"] for each in resumed["evaluation"]["alternatives"]] == ORDER
+
+
+def test_none_are_made_where_none_are_asked_for(recipe: Path, output: Path) -> None:
+    for change in ("evaluate.alternatives=[]", "evaluate={alternatives: [int8]}"):
+        report = run(recipe, change)
+        assert (report["evaluation"]["alternatives"], report["evaluation"]["verdict"]) == ([], None)
+        assert "alternatives" not in report["timing"]["seconds"]
+        assert "quality not measured here" in (output / "README.md").read_text()
+
+
+def test_a_slice_is_held_against_all_linears_of_the_dense_model(recipe: Path) -> None:
+    stage = "stages=[{slice: {method: drop, keep: 0.9}}]"
+    report = run(recipe, stage, "evaluate.alternatives=[int4-g16, sparse]", "evaluate.dense=false")
+    sizes = report["size"]["model"]["tensor_bytes"]
+    assert sizes["compressed"] < sizes["dense"]
+    int4, sparse = report["evaluation"]["alternatives"]
+    assert int4["kept"] == pytest.approx(5 / 16, rel=0.1)
+    assert 0.99 * sizes["compressed"] < sparse["bytes"] <= sizes["compressed"]
+    assert report["evaluation"]["verdict"]
+
+
+def test_an_entry_that_is_no_alternative_is_refused(
+    lrc: Callable[..., Any], recipe: Path, output: Path
+) -> None:
+    ended = lrc("compress", recipe, "evaluate.alternatives=[int4, q4_0]")
+    ended.refuses(2, "evaluate.alternatives[1]: must be an alternative such as int8, int4-g64")
+    assert not output.exists()
