@@ -17,6 +17,7 @@ from lrc.compressors.planning.needs import collected
 from lrc.compressors.planning.units import ratios_of, units_of
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.slicing import METHODS as SLICERS
+from lrc.configs.quantize import Quantize
 
 PROBE = 512
 # In forward passes over the layers: a backward pass runs them again and takes two for the
@@ -123,6 +124,8 @@ def coded_work(prepared: Prepared) -> tuple[int, int]:
     for unit in units_of(m for m in prepared.plan.matrices if m.factored):
         m = unit.first
         options = prepared.recipe.works[m.stage]
+        if isinstance(options, Quantize):
+            continue
         shape = len(unit.members) * m.shape[0], m.shape[1]
         dearest = 0
         for part in METHODS[options.method].parts:

@@ -81,9 +81,10 @@ def factor(
     done = _solved(unit, options, end, bias)
     if unit.first.scheme is None or done.unit.sizes is not None:
         return done
-    m = unit.first
+    scheme, stage = unit.first.scheme, unit.first.rounded
+    assert stage is not None
     notes = [each.fallback for each in done.unit.members]
-    whole = Unit(tuple(each.integers(m.scheme, m.rounded) for each in unit.members))
+    whole = Unit(tuple(each.integers(scheme, stage) for each in unit.members))
     return end.integers(whole, fallback=joined(*dict.fromkeys(notes)))
 
 

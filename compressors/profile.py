@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lrc.compressors.calibrate.statistics import inputs_file
 from lrc.compressors.decompose import METHODS, Statistics
+from lrc.compressors.ending import Done, product
 from lrc.compressors.evaluate.perplexity import perplexity
 from lrc.compressors.execute import factor_unit
-from lrc.compressors.factor import Done, product
 from lrc.compressors.journal import Journal
 from lrc.compressors.layers import FORMS
 from lrc.compressors.models.weights import WeightReader

@@ -23,7 +23,7 @@ from lrc.compressors.quantize import (
     rtn,
 )
 from lrc.configs.methods import Mixed
-from lrc.configs.quantize import Quantize
+from lrc.configs.quantize import Branch, Gauge, Kind, Quantize
 from lrc.configs.recipe import Recipe
 
 DAMP = 0.01
@@ -36,10 +36,10 @@ class Rounding:
     """How a stage finds integers."""
 
     rounder: Rounder
-    gauge: str
+    gauge: Gauge
     order: bool
     damp: float
-    branch: str = "qera"
+    branch: Kind = "qera"
     """How the product beside integers is found, where there is one."""
 
     @classmethod
@@ -49,8 +49,8 @@ class Rounding:
             return None
         options = recipe.works[matrix.rounded]
         if isinstance(options, Quantize):
-            branch = {} if options.branch is None else {"branch": options.branch.method}
-            return cls(options.method, options.gauge, options.order, options.damp, **branch)
+            kind = Branch() if options.branch is None else options.branch
+            return cls(options.method, options.gauge, options.order, options.damp, kind.method)
         assert isinstance(options, Mixed)
         return cls(options.rounder, options.gauge, options.order, DAMP)
 

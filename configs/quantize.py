@@ -36,11 +36,14 @@ Gauge = Annotated[
 ]
 
 
+Kind = Literal["qera", "eora", "lqer"]
+
+
 class Branch(Strict):
     """A small product of two factors, no integers, beside the integers of a whole weight."""
 
     method: Annotated[
-        Literal["qera", "eora", "lqer"],
+        Kind,
         Field(
             description="Under which metric it is closest to what rounding lost: the second moment "
             "of the inputs (`qera`, exact), its eigenvalues alone (`eora`), or its diagonal "

@@ -1,6 +1,7 @@
 """A linear layer whose whole weight is integers of few bits."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class Integers(Form):
     tensors have the names and the layout of compressed-tensors' ``pack-quantized`` format.
     """
 
-    SIZES = ()
+    SIZES: ClassVar[tuple[str, ...]] = ()
     BIAS = "bias"
 
     def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
@@ -101,7 +102,7 @@ class IntegersPlusLowRank(Integers):
        ICLR 2025. https://arxiv.org/abs/2410.06040
     """
 
-    SIZES = ("rank",)
+    SIZES: ClassVar[tuple[str, ...]] = ("rank",)
     rank: int
 
     def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:

@@ -47,14 +47,15 @@ def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:
         if bits == 4:
             halves = torch.stack((as_bytes & 0xF, as_bytes >> 4), dim=-1)
             as_bytes = halves.flatten(1)  # [rows, 8 * words]
-        return (as_bytes[:, :columns] - 2 ** (bits - 1)).view(torch.int8)
+        signed: Tensor = as_bytes[:, :columns] - (1 << (bits - 1))
+        return signed.view(torch.int8)
     first = torch.arange(columns, device=packed.device) * bits
     word, shift = first // WORD, first % WORD
     words = packed.to(torch.int64) & 0xFFFFFFFF
     words = nn.functional.pad(words, (0, 1))
     pairs = words[:, word] | (words[:, word + 1] << WORD)  # [rows, columns]
-    codes = (pairs >> shift) & (2**bits - 1)
-    return (codes - 2 ** (bits - 1)).to(torch.int8)
+    codes: Tensor = ((pairs >> shift) & ((1 << bits) - 1)) - (1 << (bits - 1))
+    return codes.to(torch.int8)
 
 
 def encode_matrix(

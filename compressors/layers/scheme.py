@@ -71,12 +71,12 @@ class Scheme:
     @property
     def lowest(self) -> int:
         """The least code; codes are signed, ``lowest`` to ``-lowest - 1``."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def highest(self) -> int:
         """The greatest code."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def groups(self, columns: int) -> int:
         """Count the scales of a row.

@@ -5,7 +5,7 @@ few numbers and is finer for all others, and since the least code is one step fu
 the greatest, the largest number of a group is best put on its side: scales may be negative.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from lrc.compressors.layers.scheme import Scheme
 # Shares of the widest range that are tried. On SmolLM2-135M those below 0.4 gain 4 % of the error
 # with two bits and nothing with four; steps half as wide gain 1 %.
 SHARES = tuple(1 - step / 20 for step in range(16))
+# Where nothing is known of the inputs, no number is clipped: that lowers the squared error of the
+# weight and raises perplexity all the same, on SmolLM2-135M at int4-g64 from 35.6 to 38.4 (C4).
+WIDEST = (1.0,)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ def find_grid(
 ) -> Grid:
     """Find the scales, and zero points, that lose least when `W` is rounded to nearest.
 
-    Begins with the widest range of every group and tries narrower ones, each rounded to `dtype`.
+    Begins with the widest range of every group and, given `weights`, tries narrower ones, each
+    rounded to `dtype`.
     The search is in float32, on numbers relative to the largest of their group: it decides between
     ranges that differ by percents. A group of zeros gets the scale 1.
 
@@ -61,13 +65,20 @@ def find_grid(
     check_finite(W, "the matrix")
     rows, columns = W.shape
     X = W.double().view(rows, scheme.groups(columns), -1)  # [rows, groups, width]
-    return search(X, scheme, dtype, _shares(weights, X))
+    ranges = WIDEST if weights is None else SHARES
+    return search(X, scheme, dtype, _shares(weights, X), ranges)
 
 
-def search(X: Tensor, scheme: Scheme, dtype: torch.dtype, weights: Tensor) -> Grid:
+def search(
+    X: Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    weights: Tensor,
+    ranges: Sequence[float] = SHARES,
+) -> Grid:
     """Find the grid of numbers in groups ``X`` [rows, groups, width], float64, as `find_grid`.
 
-    `weights`, float32, broadcast against `X`.
+    `weights`, float32, broadcast against `X`; `ranges` are the shares of the widest to try.
     """
     size = X.abs().amax(dim=2)  # [rows, groups]
     unit = torch.where(size > 0, size, 1)
@@ -75,7 +86,7 @@ def search(X: Tensor, scheme: Scheme, dtype: torch.dtype, weights: Tensor) -> Gr
     best = torch.full_like(unit, torch.inf, dtype=torch.float32)
     chosen = Grid(torch.ones_like(unit, dtype=dtype), None)
     found, zero = chosen.scale, None if scheme.symmetric else torch.zeros_like(unit)
-    for first, (wanted, middle) in enumerate(_candidates(X, scheme)):
+    for first, (wanted, middle) in enumerate(_candidates(X, scheme, ranges)):
         scale = torch.where(size > 0, wanted, 1).to(dtype)
         if first == 0:
             _check_scale(scale, wanted, dtype)
@@ -110,18 +121,20 @@ def check_finite(numbers: Tensor, name: str) -> None:
         raise ValueError(f"{name} {list(numbers.shape)} holds infinities or NaN")
 
 
-def _candidates(X: Tensor, scheme: Scheme) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _candidates(
+    X: Tensor, scheme: Scheme, ranges: Sequence[float]
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield scales [rows, groups] and, for an asymmetric scheme, zero points; the widest first."""
     lowest, highest = scheme.lowest, scheme.highest
     low, high = X.amin(dim=2).clamp_max(0), X.amax(dim=2).clamp_min(0)
     if scheme.symmetric:
         size = torch.maximum(high, -low)
         outward = torch.where(high > -low, -size, size)  # its sign puts the largest on the low side
-        for share in SHARES:
+        for share in ranges:
             yield share * size / highest, None
             yield share * outward / -lowest, None
         return
-    for share in SHARES:
+    for share in ranges:
         scale = share * (high - low) / (highest - lowest)
         # A range that does not hold zero is widened to, and its end is the zero point.
         middle = (lowest - share * low / torch.where(scale > 0, scale, 1)).round_()

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lrc.cli.inspect import describe
-from lrc.compressors.factor import product
+from lrc.compressors.ending import product
 from lrc.compressors.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import Matrix, read_matrices

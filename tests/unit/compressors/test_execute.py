@@ -12,8 +12,8 @@ from torch.nn.functional import leaky_relu
 
 from lrc.compressors import factor
 from lrc.compressors.decompose import Moment, PrefixMoments, Statistics
+from lrc.compressors.ending import product
 from lrc.compressors.execute import decompose, factors_file
-from lrc.compressors.factor import product
 from lrc.compressors.journal import Journal
 from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.planning.ranks import allocate_ranks

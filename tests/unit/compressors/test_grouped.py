@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lrc.compressors.decompose import METHODS, CodedMethod, Moment, Statistics
 from lrc.compressors.decompose.dictionary import solve_dictionary
-from lrc.compressors.factor import Done, factor, product
+from lrc.compressors.ending import Done, product
+from lrc.compressors.factor import factor
 from lrc.compressors.journal import Journal
 from lrc.compressors.layers import SharedDictionary, SparseDictionary
 from lrc.compressors.linalg import damped, weighted_error

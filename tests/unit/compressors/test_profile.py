@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lrc.compressors.calibrate.statistics import inputs_file
 from lrc.compressors.decompose import Moment, Statistics
+from lrc.compressors.ending import product
 from lrc.compressors.execute import decompose, factors_file
-from lrc.compressors.factor import product
 from lrc.compressors.journal import Journal
 from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.profile import Profile, profile_plan, spearman
