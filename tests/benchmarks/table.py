@@ -160,6 +160,10 @@ def integers() -> Iterator[tuple[str, Stages]]:
             if method == "gptq":
                 compensated = quantize(method, bits, group, compensate={})
                 yield f"integers: {method}, {scheme}, compensate", [compensated]
+    for mix, residual in ((0.3, 0), (0.5, 0.5), (0.3, 1), (0.5, 1)):
+        changed = {"compensate": {"mix": mix, "residual": residual}}
+        name = f"integers: gptq, int3-g64, compensate {mix}, residual {residual}"
+        yield name, [quantize("gptq", 3, 64, **changed)]
     for kind in ("qera", "eora", "lqer"):
         branch = quantize("gptq", 3, 64, branch={"method": kind, "rank": 32})
         yield f"integers: gptq, int3-g64, {kind} 32", [branch]
@@ -191,7 +195,9 @@ def slices() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     for keep in (0.8, 0.7):
         for name, stage in {
             "modegpt": {"method": "modegpt"},
+            "modegpt, by layer": {"method": "modegpt", "uniform": False},
             "slicegpt": {"method": "slicegpt", "multiple": 1},
+            "slicegpt, by block": {"method": "slicegpt", "multiple": 1, "rotations": "block"},
             "drop": {"method": "drop"},
             "drop, by perplexity": {"method": "drop", "verify": "perplexity"},
         }.items():
@@ -344,7 +350,7 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path 
     """Compress and evaluate one row; curves are the first row's of the family, and their time."""
     name, changes, stages = row
     output = folder / "runs" / name.replace(" ", "-")
-    changes = [*changes, f"stages={json.dumps(stages)}", "evaluate.dense=false"]
+    changes = [*changes, f"stages={json.dumps(stages)}", "evaluate.dense=false", "evaluate.alternatives=[]"]
     loaded = load_recipe(recipe, [*overrides, *changes, f"output={output}"])
     shared, prepared = _shared(loaded.recipe, folder), prepare(loaded.recipe)
     curves, before = folder / "curves" / _family(row), 0.0
