@@ -350,7 +350,12 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path 
     """Compress and evaluate one row; curves are the first row's of the family, and their time."""
     name, changes, stages = row
     output = folder / "runs" / name.replace(" ", "-")
-    changes = [*changes, f"stages={json.dumps(stages)}", "evaluate.dense=false", "evaluate.alternatives=[]"]
+    changes = [
+        *changes,
+        f"stages={json.dumps(stages)}",
+        "evaluate.dense=false",
+        "evaluate.alternatives=[]",
+    ]
     loaded = load_recipe(recipe, [*overrides, *changes, f"output={output}"])
     shared, prepared = _shared(loaded.recipe, folder), prepare(loaded.recipe)
     curves, before = folder / "curves" / _family(row), 0.0

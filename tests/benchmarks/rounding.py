@@ -1,0 +1,122 @@
+"""Measure what rounding loses of the outputs of single matrices, on real activations.
+
+usage: python tests/benchmarks/rounding.py MODEL TEXT.jsonl [--layers 2 15 28]
+           [--schemes int4-g64 ...]
+           [--windows 4] [--length 1024] [--keep 0.8]
+
+MODEL is a folder that transformers loads, TEXT a file of rows {"text": ...}. Prints, for every
+scheme, ``tr(E H E^T) / tr(W H W^T)`` as the geometric mean over the linears of the layers: of the
+whole weight to the nearest and by GPTQ, with the number of linears where GPTQ loses more (none
+should), and of a whitened SVD at `keep` as two factors in every gauge and as pivot rows. Without
+--layers all layers are taken, and whole weights alone.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lrc.compressors.decompose.moments import Moment
+from lrc.compressors.decompose.spectrum import spectrum
+from lrc.compressors.layers import FORMS, Scheme
+from lrc.compressors.layers.pivot import pivot_rows
+from lrc.compressors.linalg import weighted_error
+from lrc.compressors.quantize import gptq, round_pair, round_pivot, rtn
+
+DTYPE = torch.bfloat16
+GAUGES = ("first", "quarter", "even", "rotated")
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--layers", type=int, nargs="+")
+    parser.add_argument("--schemes", nargs="+", default=["int8", "int4-g64", "int3-g64"])
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--keep", type=float, default=0.8)
+    asked = parser.parse_args()
+    rows: dict[str, dict[str, list[float]]] = {scheme: {} for scheme in asked.schemes}
+    worse = dict.fromkeys(asked.schemes, 0)
+    for _, W, H in measured(asked):
+        for written in asked.schemes:
+            found = losses(W, H, Scheme.read(written), asked.keep if asked.layers else None)
+            worse[written] += found["GPTQ"] > found["nearest"] * (1 + 1e-9)
+            for way, loss in found.items():
+                rows[written].setdefault(way, []).append(loss)
+    for written, ways in rows.items():
+        means = {way: torch.tensor(each).log().mean().exp() for way, each in ways.items()}
+        cells = ", ".join(f"{way} {float(mean):.3g}" for way, mean in means.items())
+        count = len(next(iter(ways.values())))
+        print(f"{written}, {count} linears: {cells}; GPTQ loses more in {worse[written]}")
+
+
+def measured(asked: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield name, weight and second moment of the inputs of the linears that are asked for."""
+    model: Any = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(asked.model)
+    texts = [json.loads(line)["text"] for line in asked.text.read_text().splitlines()[:400]]
+    count = asked.windows * asked.length
+    ids = tokenizer("\n\n".join(texts), return_tensors="pt").input_ids[0, :count]
+    layers = model.model.layers
+    numbers = range(len(layers)) if asked.layers is None else asked.layers
+    linears = {
+        f"{number}.{name}": module
+        for number in numbers
+        for name, module in layers[number].named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    moments: dict[str, Tensor] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2)
+        moments[name] = moments.get(name, torch.zeros(())) + x.T @ x
+
+    for name, module in linears.items():
+        module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
+    with torch.no_grad():
+        for window in ids.view(asked.windows, asked.length):
+            model(window[None], use_cache=False)
+    for name, module in linears.items():
+        yield name, module.weight.detach().double(), moments.pop(name).double()
+
+
+def losses(W: Tensor, H: Tensor, scheme: Scheme, keep: float | None) -> dict[str, float]:
+    """Return the share of the output's energy that every way of rounding loses."""
+    whole = weighted_error(W, 0 * W, H)
+    found = {
+        "nearest": weighted_error(W, rtn(W, scheme, dtype=DTYPE, H=H).weight(), H),
+        "GPTQ": weighted_error(W, gptq(W, H, scheme, dtype=DTYPE).weight(), H),
+    }
+    if keep is not None:
+        group = scheme.group_size or 1
+        curve = spectrum(W, Moment.of(H), damp=1e-6)
+        for form in ("low_rank", "pivoted_low_rank"):
+            within = keep * W.numel() * 16
+            fitting = [
+                rank
+                for rank in range(group, min(W.shape) + 1, group)
+                if FORMS[form].stored_bits(*W.shape, bits=16, rank=rank) <= within
+            ]
+            if not fitting:
+                continue
+            factors = curve.truncate(fitting[-1])
+            if form == "low_rank":
+                for gauge in GAUGES:
+                    pair = round_pair(W, factors.B, factors.A, H, scheme, dtype=DTYPE, gauge=gauge)
+                    found[f"factors, {gauge}"] = pair.error
+            else:
+                parts = pivot_rows(factors.B, factors.A)
+                found["pivot"] = round_pivot(W, *parts, H, scheme, dtype=DTYPE).error
+    return {way: loss / whole for way, loss in found.items()}
+
+
+if __name__ == "__main__":
+    main()
