@@ -41,7 +41,7 @@ def round_values(
     Raises
     ------
     ValueError
-        If the values are not finite, or if a scale overflows or underflows `dtype`.
+        If the values are not finite, or if a scale overflows `dtype`.
     """
     check_finite(values, "the values")
     width = scheme.group_size or VALUES_GROUP
