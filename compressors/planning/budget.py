@@ -8,8 +8,9 @@ from math import ceil, lcm
 from torch import Tensor
 
 from lrc.compressors.decompose import METHODS
-from lrc.compressors.layers import FORMS, Scheme
-from lrc.compressors.planning.choices import only_whole, schemes_of
+from lrc.compressors.layers import FORMS, Scheme, Sizes
+from lrc.compressors.planning.choices import schemes_of
+from lrc.compressors.planning.curves import FORMS_OF, families_of
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.rounding import WHOLE
 from lrc.compressors.planning.units import WORDS, Unit
@@ -148,12 +149,27 @@ def _cheapest(unit: Unit, options: DecomposeBase) -> int:
         there = unit if scheme is None else unit.in_scheme(scheme)
         group = 1 if scheme is None else Scheme.read(scheme).group_size or 1
         multiple = lcm(options.rank_multiple, group)
-        if not only_whole(options):
+        if "low-rank" in getattr(options, "forms", ["low-rank"]):
             costs.append(there.cheapest(measure, multiple=multiple, min_keep=floor))
-        if scheme is not None:
-            integers = there.in_form("integers").cost({}, measure)
-            costs += [integers] if integers >= floor * unit.dense_cost(measure) else []
+        fixed = _smallest(unit, options, grouped=group > 1)
+        fixed += [] if scheme is None else [("integers", {})]
+        for form, sizes in fixed:
+            cost = there.in_form(form).cost(sizes, measure)
+            costs += [cost] if cost >= floor * unit.dense_cost(measure) else []
     return min(costs)
+
+
+def _smallest(unit: Unit, options: DecomposeBase, *, grouped: bool) -> list[tuple[str, Sizes]]:
+    """List the smallest sizes that `mixed` looks at in forms without a spectrum."""
+    asked = [name for name in getattr(options, "forms", []) if name not in ("low-rank", "dense")]
+    return [
+        (form, run[-1])
+        for name in asked
+        if not (grouped and name == "sum")
+        for form in FORMS_OF[name]
+        for _, run in families_of(unit, form, options)
+        if run
+    ]
 
 
 def unreachable(
