@@ -12,7 +12,7 @@ from lrc.compressors.shards import shard_files
 from lrc.configs.errors import CheckpointError
 
 QUANT_METHOD = "compressed-tensors"
-PACKED, SHAPE = ".weight_packed", ".weight_shape"
+PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 FORMAT = "pack-quantized"
 LAYOUT_VERSION = "0.15.0"
 """Of compressed-tensors, the first in which integers that no byte is a multiple of have no gaps."""
@@ -96,12 +96,14 @@ def read_plain(
     CheckpointError
         If the block is none that lrc writes.
     """
-    packed = [n.removesuffix(PACKED) for n in names if n.endswith(PACKED)]
+    packed = {
+        n.removesuffix(end) for n in names for end in (PACKED, SCALE, SHAPE) if n.endswith(end)
+    }
     table: dict[str, dict[str, Any]] = {}
     try:
         for group in block["config_groups"].values():
             scheme, targets = _scheme(group["weights"]), group["targets"]
-            for name in packed if targets == ["Linear"] else targets:
+            for name in sorted(packed) if targets == ["Linear"] else targets:
                 table[name] = {"form": "integers", "scheme": str(scheme)}
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
@@ -114,7 +116,7 @@ def read_plain(
                 module = name.removesuffix(SHAPE)
                 if module != name and module in table:
                     table[module]["shape"] = shard.get_tensor(name).tolist()
-    lost = sorted({*packed} - {*table} | {n for n in table if "shape" not in table[n]})
+    lost = sorted(packed - {*table} | {n for n in table if "shape" not in table[n]})
     if lost:
         raise CheckpointError(
             f"{folder}: the tensors do not fit config.json: {', '.join(lost[:5])} must be in both, "
