@@ -111,6 +111,7 @@ def hush() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("COMPRESSED_TENSORS_LOG_DISABLED", "true")
     # What CUDA would otherwise factor with (MAGMA) is slower, and prints advice to stdout.
     os.environ.setdefault("TORCH_LINALG_PREFER_CUSOLVER", "1")
     if not sys.stderr.isatty():

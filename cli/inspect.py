@@ -20,6 +20,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
     """
     from lrc.compressors.checkpoint import format as layout
     from lrc.compressors.checkpoint.format import AGAIN
+    from lrc.compressors.checkpoint.plain import read_plain
     from lrc.compressors.checkpoint.reader import (
         check_files,
         read_config,
@@ -34,14 +35,17 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         )
     config = read_config(folder)
     block = config.get("quantization_config")
-    if not isinstance(block, dict) or block.get("quant_method") != layout.QUANT_METHOD:
-        if not (folder / layout.MANIFEST).is_file():
-            raise CheckpointError(
-                f"{folder}: a model, but not one that lrc compressed; give the folder "
-                "OUTPUT/checkpoint of a run, or measure a dense model with `lrc eval`"
-            )
-        block = {"format_version": layout.FIRST_VERSION, "modules": {}}  # a plain model
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    if method != layout.QUANT_METHOD and not (folder / layout.MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder}: a model, but not one that lrc compressed; give the folder "
+            "OUTPUT/checkpoint of a run, or measure a dense model with `lrc eval`"
+        )
     headers = check_files(folder)
+    if method != layout.QUANT_METHOD:  # a plain model
+        plain = {} if method is None else read_plain(folder, block or {}, headers)
+        block = {"format_version": layout.FIRST_VERSION, "modules": plain}
+    assert block is not None
     if verify:
         problems = verify_hashes(folder)
         if problems:
@@ -51,7 +55,8 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         for path in (folder / layout.PLAN, folder / layout.REPORT)
     )
     table, shapes = block["modules"], block.get(SHAPES, {})
-    modules = [_module(folder, name, spec, headers) for name, spec in table.items()]
+    stopped = method == layout.QUANT_METHOD  # by a sentinel, without lrc
+    modules = [_module(folder, name, spec, headers, stopped) for name, spec in table.items()]
     dense = layout.resized_tensors({n: shapes[n] for n in shapes if n not in table})
     if wrong := layout.misfits(dense, headers):
         raise CheckpointError(
@@ -62,7 +67,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
         "format_version": block["format_version"],
         "file_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
-        "parameters": sum(prod(header.shape) for header in headers.values() if _counts(header)),
+        "parameters": _parameters(table, modules, headers),
         "verified": verify,
         "modules": modules,
         SHAPES: shapes,
@@ -75,7 +80,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
 
 
 def _module(
-    folder: Path, name: str, spec: dict[str, Any], headers: "dict[str, Header]"
+    folder: Path, name: str, spec: dict[str, Any], headers: "dict[str, Header]", stopped: bool
 ) -> dict[str, Any]:
     """Return the facts of one compressed matrix, once its tensors are what its form prescribes."""
     from lrc.compressors.checkpoint import format as layout
@@ -86,9 +91,10 @@ def _module(
     try:
         d_out, d_in = spec["shape"] if "scheme" in spec else form.dense_shape(name, spec, shapes)
         bias = f"{name}.{form.BIAS}" in headers
-        problems = layout.misfits(
-            layout.expected_tensors(name, d_out, d_in, spec, bias=bias), headers
-        )
+        expected = layout.expected_tensors(name, d_out, d_in, spec, bias=bias)
+        if not stopped:
+            del expected[f"{name}.weight"]
+        problems = layout.misfits(expected, headers)
     except KeyError as error:
         problems = [f"{error.args[0]}: found nothing"]
     except (IndexError, ValueError) as error:
@@ -109,6 +115,26 @@ def _module(
         "shape": [d_out, d_in],
         "written": written,
     }
+
+
+def _parameters(
+    table: dict[str, dict[str, Any]], modules: list[dict[str, Any]], headers: "dict[str, Header]"
+) -> int:
+    """Count the numbers of a model: those that are packed, and no scales of them."""
+    from lrc.compressors.checkpoint import format as layout
+    from lrc.compressors.layers import FORMS
+
+    counted, packed = 0, set()
+    for module in modules:
+        if module["scheme"] is not None:
+            name, form = module["name"], FORMS[module["form"]]
+            d_out, d_in = module["shape"]
+            sizes = {size: module[size] for size in form.SIZES}
+            counted += form.parameters_stored(d_out, d_in, **sizes)
+            spec = {**table[name], "bias": False}  # which is no part of what is packed
+            packed |= {*layout.expected_tensors(name, d_out, d_in, spec, bias=False)}
+    rest = (header for name, header in headers.items() if name not in packed and _counts(header))
+    return counted + sum(prod(header.shape) for header in rest)
 
 
 def _counts(header: "Header") -> bool:

@@ -12,7 +12,9 @@ from lrc.compressors.linalg import weighted_error
 from lrc.compressors.memory import to_host
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit
+from lrc.compressors.quantize import ScaleOverflow
 from lrc.compressors.rounding import Integers, Rounding, round_parts
+from lrc.configs.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,13 @@ class Ending:
         return inputs.whole() if inputs is not None and seen else None
 
     def store(self, unit: Unit, encoded: list[dict[str, Tensor]]) -> tuple[Unit, dict[str, Tensor]]:
-        """Round the parts of every member, by their names within the module."""
+        """Round the parts of every member, by their names within the module.
+
+        Raises
+        ------
+        ScaleOverflow
+            If no scales of the file's precision can stand for one.
+        """
         stored: dict[str, Tensor] = {}
         notes = []
         for number, (m, parts) in enumerate(zip(unit.members, encoded, strict=True)):
@@ -57,10 +65,23 @@ class Ending:
         return unit, stored
 
     def integers(self, unit: Unit, fallback: str | None = None) -> Done:
-        """Round whole weights, planned so or for want of a form: `fallback` has the reason."""
+        """Round whole weights, planned so or for want of a form: `fallback` has the reason.
+
+        Raises
+        ------
+        ModelError
+            If no scales of the file's precision can stand for a weight.
+        """
         assert unit.sizes is not None
         unit = unit.at(unit.sizes, fallback=fallback)
-        unit, tensors = self.store(unit, [{} for _ in unit.members])
+        try:
+            unit, tensors = self.store(unit, [{} for _ in unit.members])
+        except ScaleOverflow as error:
+            raise ModelError(
+                f"{unit.first.name} {list(unit.first.shape)}: cannot be rounded to "
+                f"{unit.first.scheme}: {error}; take model.dtype: bfloat16, or list the layer "
+                "under 'skip'"
+            ) from error
         losses = []
         for number, (each, W) in enumerate(zip(unit.members, self.weights, strict=True)):
             W_hat = product(each, tensors.__getitem__)

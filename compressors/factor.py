@@ -32,6 +32,7 @@ from lrc.compressors.planning.curves import (
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.rounding import WHOLE
 from lrc.compressors.planning.units import Unit
+from lrc.compressors.quantize import ScaleOverflow
 from lrc.compressors.rounding import Rounding
 from lrc.configs.decompose import DecomposeBase
 from lrc.configs.quantize import Quantize
@@ -105,7 +106,10 @@ def _solved(
     unit, factors, encoded = _encoded(unit, curve, options)
     if unit.sizes is None:
         return Done(unit, {})
-    unit, tensors = end.store(unit, encoded)
+    try:
+        unit, tensors = end.store(unit, encoded)
+    except ScaleOverflow as error:
+        return Done(unit.dense(fallback=str(error)), {})
     if curve.mean is not None:
         tensors |= _bias(unit.first, weights[0], tensors, curve.mean, bias, dtype)
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
@@ -131,7 +135,10 @@ def _coded(
     several = len(unit.members) > 1
     each = split_codes(found.parts, len(unit.members)) if several else [found.parts]
     encoded = [FORMS[m.form].encode(**p) for m, p in zip(unit.members, each, strict=True)]
-    unit, tensors = end.store(unit, encoded)
+    try:
+        unit, tensors = end.store(unit, encoded)
+    except ScaleOverflow as error:
+        return Done(unit.dense(fallback=str(error)), {})
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
         return Done(unit.dense(fallback=f"values overflow {dtype}; stays dense"), {})
     counts = n_tokens > 0 and not seen_nothing(known)
@@ -170,21 +177,31 @@ def _encoded(
     Plain factors of the same rank are larger: the rank is lowered to what the plan has bits for.
     """
     assert unit.first.rank is not None
-    factors = curve.truncate(unit.first.rank)
+    group = None if unit.first.scheme is None else Scheme.read(unit.first.scheme).group_size
+    factors = _whole_groups(curve.truncate(unit.first.rank), group or 1)
     try:
         tensors = _encode(unit, factors)
         return unit.at(factors.rank, fallback=factors.fallback), factors, tensors
     except ValueError as error:
         reason, share = str(error), unit.bits({"rank": unit.first.rank}) / unit.source_bits
     plain = Unit(tuple(replace(m, form="low_rank") for m in unit.members))
-    group = None if unit.first.scheme is None else Scheme.read(unit.first.scheme).group_size
     rank = plain.step_within(share, "bits", multiple=lcm(options.rank_multiple, group or 1))
     if rank == 0:
         note = joined(factors.fallback, f"{reason}; stays dense")
         return unit.dense(fallback=note), factors, []
-    factors = curve.truncate(rank)
+    factors = _whole_groups(curve.truncate(rank), group or 1)
     note = joined(factors.fallback, f"stored as low_rank of rank {factors.rank}: {reason}")
     return plain.at(factors.rank, fallback=note), factors, _encode(plain, factors)
+
+
+def _whole_groups(factors: Factors, group: int) -> Factors:
+    """Fill a rank that had to be lowered up to a multiple of a group, with zeros."""
+    missing = -factors.rank % group
+    if not missing:
+        return factors
+    pad = torch.nn.functional.pad
+    B, A = pad(factors.B, (0, missing)), pad(factors.A, (0, 0, 0, missing))
+    return replace(factors, B=B, A=A)
 
 
 def _encode(unit: Unit, factors: Factors) -> list[dict[str, Tensor]]:

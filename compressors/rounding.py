@@ -14,6 +14,7 @@ from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.rounding import WHOLE
 from lrc.compressors.quantize import (
     Rounder,
+    ScaleOverflow,
     branch,
     round_pair,
     round_pivot,
@@ -28,7 +29,7 @@ from lrc.configs.recipe import Recipe
 
 DAMP = 0.01
 """Of the inputs' moment where a stage does not say: the paper's."""
-NO_INPUT = "saw no calibration token: rounded to the nearest"
+NO_INPUT = "saw no calibration token, or zeros only: rounded to the nearest"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,10 @@ def _whole(
         metric = torch.eye(W.shape[1], dtype=torch.float64, device=W.device) if H is None else H
         L, R = branch(W.double() - found.weight(), metric, matrix.sizes["rank"], how.branch)
         tensors |= {"a.weight": R.to(dtype), "b.weight": L.to(dtype)}
+        if not all(
+            bool(torch.isfinite(t).all()) for t in (tensors["a.weight"], tensors["b.weight"])
+        ):
+            raise ScaleOverflow(f"the product beside the integers overflows {dtype}")
     note = NO_INPUT if H is None and (how.rounder != "rtn" or matrix.sizes) else None
     return Integers(tensors, note or found.fallback)
 

@@ -257,6 +257,23 @@ class Mixed(DecomposeBase):
     """The least predicted loss; there is no other way to choose between forms."""
     storage: Storage = "pivot"
 
+    @model_validator(mode="after")
+    def _schemes_are_of_use(self) -> "Mixed":
+        twice = sorted({each for each in self.schemes if self.schemes.count(each) > 1})
+        if twice:
+            raise ValueError(f"the 'schemes' must differ, got twice: {twice}; remove one")
+        if self.schemes and self.measure != "bits":
+            raise ValueError(
+                f"'schemes' save bits and no multiply-adds, got measure: {self.measure}; take "
+                "measure: bits, or leave 'schemes' out"
+            )
+        if not self.schemes and set(self.forms) == {"dense"} and self.plan is None:
+            raise ValueError(
+                "forms: [dense] needs 'schemes' to make anything smaller, got none; give some, "
+                "such as [int8, int4-g64], or name other forms"
+            )
+        return self
+
 
 Decompose = Annotated[
     Svd

@@ -1,11 +1,14 @@
 """Load what a user points at, compressed or dense, with one clear error when it cannot be."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.compressors.checkpoint import format as layout
@@ -34,13 +37,14 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
     read_config(folder)
     check_files(folder)
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            device_map=device,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _without_bars():
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                device_map=device,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
         model, loading = found
     except CheckpointError as error:  # of our own quantizer, which does not know the folder
         raise CheckpointError(f"{folder}: {error}") from error
@@ -55,9 +59,24 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
     if hasattr(model, "ct_decompress_hook"):
         # compressed-tensors puts weights together at the first call of the whole model; whoever
         # calls a part of it would find none.
-        with torch.no_grad():
+        with torch.no_grad(), _without_bars():
             model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
     return model
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Draw no bars, not even those of compressed-tensors, which heed no environment variable."""
+    drawn = tqdm.__init__
+
+    def never(self: Any, *arguments: Any, **options: Any) -> None:
+        drawn(self, *arguments, **{**options, "disable": True})
+
+    tqdm.__init__ = never
+    try:
+        yield
+    finally:
+        tqdm.__init__ = drawn
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -8,9 +8,11 @@ from math import ceil, lcm
 from torch import Tensor
 
 from lrc.compressors.decompose import METHODS
-from lrc.compressors.layers import FORMS, Scheme
+from lrc.compressors.layers import FORMS, Scheme, Sizes
 from lrc.compressors.planning.choices import schemes_of
+from lrc.compressors.planning.curves import FORMS_OF, families_of
 from lrc.compressors.planning.plan import Matrix
+from lrc.compressors.planning.rounding import WHOLE
 from lrc.compressors.planning.units import WORDS, Unit
 from lrc.configs.decompose import DecomposeBase
 from lrc.configs.size import parse_size
@@ -35,11 +37,16 @@ class Whole:
         """Bytes of the tensors, without the headers of the files."""
         return sum(t.numel() * t.element_size() for t in self.stored.values())
 
-    def header_bytes(self, targeted: Collection[Matrix]) -> int:
+    def header_bytes(self, targeted: Collection[Matrix], schemes: Collection[str] = ()) -> int:
         """Return an upper bound of what safetensors writes before the tensors of all files.
 
-        Whatever sizes the targeted matrices get, and whether they stay dense.
+        Whatever sizes the targeted matrices get, and whether they stay dense or become integers of
+        one of several schemes.
         """
+        # Of every scheme the names are the same, but that an asymmetric one has zero points.
+        packed = sorted(
+            {"int8" if Scheme.read(s).symmetric else "int8-asymmetric" for s in schemes}
+        )
         forms = {m.name: m for m in targeted}
         total = self.bytes
 
@@ -50,10 +57,16 @@ class Whole:
         def compressed(m: Matrix, name: str) -> int:
             form, widest = FORMS[name], max(m.shape)
             spec = {**form.sizes_at(1, *m.shape), "bias": m.bias == "added"}
-            leaves = form.shapes(*m.shape, spec, bias=False)
-            return sum(
-                entry(f"{m.name}.{leaf}", [widest] * len(shape))
-                for leaf, (shape, _) in leaves.items()
+            shapes = [
+                form.stored(*m.shape, {**spec, "scheme": scheme}, bias=False)
+                for scheme in (packed if name in WHOLE else [None, *packed])
+            ]
+            return max(
+                sum(
+                    entry(f"{m.name}.{leaf}", [widest] * len(shape))
+                    for leaf, (shape, _) in leaves.items()
+                )
+                for leaves in shapes
             )
 
         header = 0
@@ -66,13 +79,19 @@ class Whole:
             elif leaf == "bias":
                 header += max(dense, entry(f"{module}.{FORMS[m.form].BIAS}", list(tensor.shape)))
             else:
-                header += max(dense, *(compressed(m, form) for form in _possible(m)))
+                forms_of_it = [*_possible(m), *(["integers"] if packed else [])]
+                header += max(dense, *(compressed(m, form) for form in forms_of_it))
         shards = total // SHARD_BYTES + 1
         # A length of 8 bytes, the metadata, and up to 7 spaces to a multiple of 8.
         return header + shards * (8 + entry("__metadata__", []) + 7)
 
     def budget_bits(
-        self, size: str, targeted: Collection[Matrix], where: str, problems: list[str]
+        self,
+        size: str,
+        targeted: Collection[Matrix],
+        where: str,
+        problems: list[str],
+        schemes: Collection[str] = (),
     ) -> int:
         """Return the bits that are left for the targeted matrices in files of `size`.
 
@@ -80,7 +99,8 @@ class Whole:
         """
         wanted = parse_size(size)
         dense = self.bytes + self.header_bytes([])
-        rest = self.bytes - sum(m.source_bits for m in targeted) // 8 + self.header_bytes(targeted)
+        rest = self.bytes - sum(m.source_bits for m in targeted) // 8
+        rest += self.header_bytes(targeted, schemes)
         if not rest < wanted < dense:
             problems.append(
                 f"{where}.size: must be above {rest:,} bytes, which what is not targeted takes "
@@ -124,16 +144,32 @@ def cheapest(units: list[Unit], options: DecomposeBase) -> int:
 
 def _cheapest(unit: Unit, options: DecomposeBase) -> int:
     measure, floor = options.measure, options.min_keep
-    costs = []
+    costs = [unit.dense_cost(measure)]
     for scheme in schemes_of(unit, options):
         there = unit if scheme is None else unit.in_scheme(scheme)
         group = 1 if scheme is None else Scheme.read(scheme).group_size or 1
         multiple = lcm(options.rank_multiple, group)
-        costs.append(there.cheapest(measure, multiple=multiple, min_keep=floor))
-        if scheme is not None:
-            integers = there.in_form("integers").cost({}, measure)
-            costs += [integers] if integers >= floor * unit.dense_cost(measure) else []
+        if "low-rank" in getattr(options, "forms", ["low-rank"]):
+            costs.append(there.cheapest(measure, multiple=multiple, min_keep=floor))
+        fixed = _smallest(unit, options, grouped=group > 1)
+        fixed += [] if scheme is None else [("integers", {})]
+        for form, sizes in fixed:
+            cost = there.in_form(form).cost(sizes, measure)
+            costs += [cost] if cost >= floor * unit.dense_cost(measure) else []
     return min(costs)
+
+
+def _smallest(unit: Unit, options: DecomposeBase, *, grouped: bool) -> list[tuple[str, Sizes]]:
+    """List the smallest sizes that `mixed` looks at in forms without a spectrum."""
+    asked = [name for name in getattr(options, "forms", []) if name not in ("low-rank", "dense")]
+    return [
+        (form, run[-1])
+        for name in asked
+        if not (grouped and name == "sum")
+        for form in FORMS_OF[name]
+        for _, run in families_of(unit, form, options)
+        if run
+    ]
 
 
 def unreachable(

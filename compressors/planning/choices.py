@@ -40,6 +40,11 @@ def schemes_of(unit: Unit, options: DecomposeBase) -> list[str | None]:
     return [None, *(scheme for scheme in asked if all(fits(scheme, m) for m in unit.members))]
 
 
+def only_whole(options: DecomposeBase) -> bool:
+    """Say whether no matrix of a stage may be decomposed: integers are all there is to choose."""
+    return set(getattr(options, "forms", [])) == {"dense"}
+
+
 def choices_of(unit: Unit, curve: Curve, options: DecomposeBase) -> list[Choice]:
     """List the ranks of a spectrum and the points beside it that are worth their cost.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lrc.compressors.decompose import METHODS
 from lrc.compressors.layers import FORMS, Scheme, Sizes
+from lrc.compressors.planning.rounding import WHOLE
 from lrc.compressors.planning.units import Unit
 
 SHOWN = 10
@@ -126,7 +127,7 @@ def apply_given(plan: GivenPlan, units: Iterable[Unit], problems: list[str]) -> 
 def _as_given(unit: Unit, entry: Entry) -> Unit:
     """Return a unit in the form of an entry, its numbers as integers where the entry says so.
 
-    What a stage of its own rounds is in plan files too, but for that stage to say.
+    The scheme of what a `quantize` rounds is in plan files too: that stage has the last word on it.
     """
     there = unit.in_form(entry.form)
     own = METHODS[unit.first.method].chooses_schemes
@@ -135,8 +136,8 @@ def _as_given(unit: Unit, entry: Entry) -> Unit:
 
 def _entry(record: dict[str, Any], where: str, found: list[str]) -> Entry | None:
     shape, form, rank, scheme = (record.get(key) for key in ("shape", "form", "rank", "scheme"))
-    if form == "integers" and record.get("rounded") != record.get("stage"):
-        form = "dense"  # as the stage left it whose plan this is
+    if form in WHOLE and record.get("rounded") != record.get("stage"):
+        form, rank, scheme = "dense", None, None  # as the stage left it whose plan this is
     sides = shape if isinstance(shape, list) else []
     names = FORMS[form].SIZES if isinstance(form, str) and form in FORMS else ()
     sizes: dict[str, Any] = {name: record.get(name) for name in names}
@@ -151,10 +152,12 @@ def _entry(record: dict[str, Any], where: str, found: list[str]) -> Entry | None
     elif wrong is not None:
         got = f"{record.get(wrong)!r:.60}"
         problem = f"{wrong} must be a whole number for {form}, got {got}; give one, or dense"
-    elif form == "integers" and scheme is None:
-        problem = "scheme must be written like int8 or int4-g64 for integers, got null; correct it"
-    elif scheme is not None:
-        problem = _unlike_scheme(scheme)
+    elif form in WHOLE and scheme is None:
+        problem = f"scheme must be written like int8 or int4-g64 for {form}, got null; correct it"
+    elif form == "dense" and scheme is not None:
+        problem = f"a dense matrix has the scheme null, got {scheme!r:.60}; correct form or scheme"
+    elif record.get("scheme") is not None:
+        problem = _unlike_scheme(record["scheme"])
     if problem:
         found.append(f"{where}: {problem}")
         return None
@@ -162,10 +165,12 @@ def _entry(record: dict[str, Any], where: str, found: list[str]) -> Entry | None
 
 
 def _unlike_scheme(scheme: Any) -> str | None:
+    if not isinstance(scheme, str):
+        return f"scheme must be written like int8 or int4-g64, got {scheme!r:.60}; correct it"
     try:
         Scheme.read(scheme)
-    except (TypeError, ValueError) as error:
-        return f"scheme {error}; correct it, or make it null"
+    except ValueError as error:
+        return f"scheme {scheme}: {error}; correct it, or make it null"
     return None
 
 
@@ -222,12 +227,17 @@ def _beyond(unit: Unit, entry: Entry) -> str | None:
     try:
         bits = unit.bits(entry.sizes)
     except ValueError as error:  # sizes that do not go together
-        return f"{error}; correct it, or make it dense"
+        remedy = "correct it" if unit.first.scheme is None else "correct sizes or scheme"
+        return f"{error}; {remedy}, or make it dense"
     if bits < unit.source_bits:
         return None
     sizes = entry.sizes
-    fits = bisect_left(
-        range(1, sizes[last]), unit.source_bits, key=lambda size: unit.bits({**sizes, last: size})
+    group = None if unit.first.scheme is None else Scheme.read(unit.first.scheme).group_size
+    step = group if group is not None and last == "rank" else 1
+    fits = step * bisect_left(
+        range(step, sizes[last], step),
+        unit.source_bits,
+        key=lambda size: unit.bits({**sizes, last: size}),
     )
     remedy = f"lower {last} to at most {fits}, or " if fits else ""
     if not fits and len(sizes) > 1:  # the other sizes alone cost too much
@@ -243,7 +253,12 @@ def _beyond_scheme(unit: Unit) -> str | None:
         smaller = unit.bits({}) < unit.source_bits
     except ValueError as error:
         return f"{error}; correct the scheme, or make it dense"
-    return None if smaller else "takes as much as the dense matrix; make it dense"
+    if smaller:
+        return None
+    return (
+        f"integers of {unit.first.scheme} take as much as the dense matrix; give another scheme, "
+        "or make it dense"
+    )
 
 
 def _first(found: list[str], path: str) -> list[str]:

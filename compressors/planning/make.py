@@ -16,7 +16,12 @@ from lrc.compressors.planning.given import GivenPlan, apply_given, read_given, r
 from lrc.compressors.planning.needs import method_needs
 from lrc.compressors.planning.patterns import refuse_shapes, refuse_share
 from lrc.compressors.planning.plan import Matrix, Plan
-from lrc.compressors.planning.rounding import plan_rounding
+from lrc.compressors.planning.rounding import (
+    explained,
+    plan_rounding,
+    refuse_before_rounding,
+    refuse_schemes,
+)
 from lrc.compressors.planning.targets import Stage, find_stages
 from lrc.compressors.planning.units import WORDS, Measure, Unit, ratios_of
 from lrc.configs.decompose import DecomposeBase
@@ -64,7 +69,7 @@ def make_plan(recipe: Recipe, source: Source, architecture: Architecture) -> Pla
             f"{_why_dense(stages[0])}"
         )
     if problems:
-        raise RecipeError(_without_repeats(problems))
+        raise RecipeError(explained(_without_repeats(problems), recipe))
     ordered = [decided[lin.name] for lin in architecture.linears if lin.name in decided]
     return Plan(
         matrices=ordered,
@@ -89,18 +94,8 @@ def _refuse_options(recipe: Recipe, stage: Stage, problems: list[str]) -> None:
             f"{where}.max_loss: needs allocation: lagrangian, which predicts losses, got "
             f"{options.allocation}; change allocation or leave max_loss out"
         )
-    groups = [each.group_size for each in recipe.quantizations.values() if each.group_size]
-    if groups and "sum" in getattr(options, "forms", []):
-        problems.append(
-            f"{where}.forms: a 'sum' has ranks that groups of {groups[0]} do not divide, got a "
-            "'quantize' with a group_size behind it; leave out 'sum', or leave out group_size"
-        )
-    if options.size is not None and recipe.quantizations:
-        problems.append(
-            f"{where}.size: counts the bytes of files that no stage rounds, got a 'quantize' "
-            "behind it; give 'keep', before rounding, or let method: mixed choose 'schemes' within "
-            "the size"
-        )
+    refuse_before_rounding(where, options, recipe, problems)
+    refuse_schemes(f"{where}.schemes", getattr(options, "schemes", []), stage.matrices, problems)
     if options.size is not None and len(recipe.decompositions) > 1:
         problems.append(
             f"{where}.size: must be the budget of a single stage, got "
@@ -138,7 +133,9 @@ def _decide(stage: Stage, whole: Whole, problems: list[str]) -> tuple[list[Unit]
     spent = sum(u.spent(measure) for u in fixed)
     before = len(problems)
     if options.size is not None:
-        budget = whole.budget_bits(options.size, stage.matrices, stage.where, problems) - spent
+        schemes = getattr(options, "schemes", [])
+        budget = whole.budget_bits(options.size, stage.matrices, stage.where, problems, schemes)
+        budget -= spent
     else:
         assert options.keep is not None
         if options.keep == 1:

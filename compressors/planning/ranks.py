@@ -9,10 +9,16 @@ from lrc.compressors.decompose import METHODS, Statistics
 from lrc.compressors.journal import Journal
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.budget import unreachable
-from lrc.compressors.planning.choices import Choice, as_options, choices_of
+from lrc.compressors.planning.choices import (
+    Choice,
+    as_options,
+    choices_of,
+    only_whole,
+    schemes_of,
+)
 from lrc.compressors.planning.curves import Curve, curves_of
 from lrc.compressors.planning.plan import Matrix, Plan
-from lrc.compressors.planning.rounding import rounded, unrounded
+from lrc.compressors.planning.rounding import explained, rounded, unrounded
 from lrc.compressors.planning.units import Unit, ratios_of, units_of
 from lrc.compressors.progress import OnStep
 from lrc.configs.decompose import DecomposeBase
@@ -81,7 +87,7 @@ def allocate_ranks(
             units = units_of(m for m in plan.matrices if m.stage == index)
             problems.append(unreachable(where, options, units, budget, error.smallest))
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(explained(problems, recipe))
     plan = plan.with_matrices(m for unit in decided for m in unit.members)
     return plan.with_matrices(_rounded(m, stages[m.name], recipe) for m in plan.matrices)
 
@@ -104,9 +110,13 @@ def _allocate(
     """Spend the budget; what compares with nothing gets the share that all have on average."""
     measure = options.measure
     share = budget / sum(unit.dense_cost(measure) for unit in pending)
-    apart = [u for u in pending if not curves[u.first.name].comparable]
-    even = [_even(unit, share, options) for unit in apart]
-    pending = [u for u in pending if curves[u.first.name].comparable]
+    even = []
+    for unit in pending:
+        curve = curves[unit.first.name]
+        if not curve.comparable or (curve.note is not None and getattr(options, "schemes", [])):
+            even.append(_even(unit, share, options, curve.note))
+    apart = {unit.first.name for unit in even}
+    pending = [u for u in pending if u.first.name not in apart]
     budget -= sum(unit.spent(measure) for unit in even)
     if not pending:
         return even
@@ -137,9 +147,19 @@ def _allocate(
     ]
 
 
-def _even(unit: Unit, share: float, options: DecomposeBase) -> Unit:
-    """Give a unit the largest sizes within a share of its dense cost."""
+def _even(unit: Unit, share: float, options: DecomposeBase, note: str | None = None) -> Unit:
+    """Give a unit the largest sizes within a share of its dense cost, or the finest integers."""
     measure, multiple = options.measure, options.rank_multiple
+    asked = [scheme for scheme in schemes_of(unit, options) if scheme is not None]
+    integers = [unit.in_scheme(scheme).in_form("integers").at({}) for scheme in asked]
+    if integers:
+        limit = share * unit.dense_cost(measure)
+        within = [each for each in integers if each.spent(measure) <= limit]
+        if within:
+            return max(within, key=lambda each: each.spent(measure))
+        return min(integers, key=lambda each: each.spent(measure))
+    if note is not None or only_whole(options):
+        return unit.dense(note=note or "saw zeros only, and no scheme fits it")
     unit = unit.at_ratio(ratios_of(options)[0])
     step = unit.step_within(share, measure, multiple=multiple)
     if step == 0 or unit.step_cost(step, measure) < options.min_keep * unit.dense_cost(measure):

@@ -8,11 +8,14 @@ from lrc.compressors.layers import FORMS, Scheme
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.targets import targets
+from lrc.configs.decompose import DecomposeBase
 from lrc.configs.quantize import Quantize
 from lrc.configs.recipe import Recipe
 
 WHOLE = ("integers", "integers_plus_low_rank")
 """Forms of a weight that nothing but rounding was done to."""
+LEAST_GROUP = 8
+"""Of 16-bit scales, what is advised: smaller groups spend more bits on scales than two a number."""
 
 
 def plan_rounding(
@@ -34,7 +37,7 @@ def plan_rounding(
     matrices = dict(decided)
     for index, options in recipe.quantizations.items():
         where = f"stages[{index}].quantize"
-        taken: list[str] = []
+        taken: list[Matrix] = []
         for linear in targets(options.targets, options.skip, architecture.linears, where, problems):
             bits = linear.d_out * linear.d_in * number_bits
             fresh = Matrix(
@@ -49,26 +52,46 @@ def plan_rounding(
                 source_bits=bits,
             )
             matrix = matrices.get(linear.name, fresh)
-            if matrix.rounded is not None:
+            earlier = _rounds(matrix, recipe)
+            if earlier is not None:
                 problems.append(
-                    f"{where}.targets: {linear.name} is already rounded by "
-                    f"stages[{matrix.rounded}]; list it under one of the two 'skip'"
+                    f"{where}.targets: {linear.name} is already rounded by stages[{earlier}]; list "
+                    "it under one of the two 'skip', or leave out 'schemes' there, if it has any"
                 )
                 continue
-            matrices[linear.name] = replace(matrix, rounded=index)  # refused below if it cannot be
-            taken.append(linear.name)
-        _refuse_branch(where, options, [matrices[n] for n in taken], problems)
-        refuse_groups(f"{where}.group_size", options, [matrices[n] for n in taken], problems)
-        if not problems:
-            for name in taken:
-                matrices[name] = rounded(replace(matrices[name], rounded=None), options, index)
+            taken.append(matrix)
+        before = len(problems)
+        if not taken and not problems:
+            problems.append(
+                f"{where}.targets: must leave at least one linear to round, got none that 'skip' "
+                "does not list; change 'targets' or 'skip', or remove the stage"
+            )
+        _refuse_branch(where, options, taken, problems)
+        refuse_groups(f"{where}.group_size", options, taken, problems)
+        if options.compensate is not None:
+            _refuse_shared(f"{where}.compensate", taken, problems)
+        if len(problems) > before:
+            matrices |= {m.name: replace(m, rounded=index) for m in taken}
+            continue
+        done = [rounded(m, options, index) for m in taken]
+        _refuse_growth(where, options, taken, done, problems)
+        matrices |= {m.name: m for m in done}
     return matrices
+
+
+def _rounds(matrix: Matrix, recipe: Recipe) -> int | None:
+    """Return the stage that makes integers of a matrix, or may choose to; None if none does."""
+    if matrix.rounded is None and matrix.pending:
+        return matrix.stage if getattr(recipe.works[matrix.stage], "schemes", []) else None
+    return matrix.rounded
 
 
 def rounded(matrix: Matrix, options: Quantize, stage: int) -> Matrix:
     """Return a matrix as a stage rounds it; what is pending keeps its share of what is left."""
     if matrix.pending:
-        share = Scheme.read(options.scheme).bits / matrix.number_bits
+        scheme, number = Scheme.read(options.scheme), matrix.number_bits
+        scales = number + (0 if scheme.symmetric else scheme.bits)
+        share = (scheme.bits + scales / (scheme.group_size or matrix.shape[1])) / number
         bits = int(matrix.bits * share)
         return replace(matrix, scheme=options.scheme, rounded=stage, bits=bits)
     if matrix.sizes is None:
@@ -102,6 +125,41 @@ def _refuse_branch(
         )
 
 
+def _refuse_shared(where: str, matrices: Collection[Matrix], problems: list[str]) -> None:
+    """Refuse to refit what shares a factor, which is solved for several layers at once."""
+    shared = next((m for m in matrices if m.group not in (None, m.name)), None)
+    if shared is not None:
+        problems.append(
+            f"{where}: must be left out where layers share a factor, got {shared.name}, which "
+            f"shares that of {shared.group}; leave compensate out, or list such layers under 'skip'"
+        )
+
+
+def _refuse_growth(
+    where: str,
+    options: Quantize,
+    before: Collection[Matrix],
+    after: Collection[Matrix],
+    problems: list[str],
+) -> None:
+    """Refuse integers that take as much, with their scales and branches, as what they replace."""
+    for old, new in zip(before, after, strict=True):
+        if new.bits < old.bits:
+            continue
+        key, remedy = "bits", "lower it"
+        if options.branch is not None:
+            key, remedy = "branch.rank", "lower it"
+        elif options.group_size is not None:
+            key, remedy = "group_size", "raise it"
+        got = options.bits if key == "bits" else options.group_size
+        got = options.branch.rank if options.branch is not None else got
+        problems.append(
+            f"{where}.{key}: must make {old.name} {list(old.shape)} smaller than the "
+            f"{old.bits // 8:,} bytes that it takes, got {got}, which makes {new.bits // 8:,} of "
+            f"them; {remedy}, or list the layer under 'skip'"
+        )
+
+
 def refuse_groups(
     where: str, options: Quantize, matrices: Collection[Matrix], problems: list[str]
 ) -> None:
@@ -115,11 +173,56 @@ def refuse_groups(
         return
     common = gcd(*(width for m in matrices for width in _rows(m)))
     fits = max((n for n in range(1, min(common, group) + 1) if common % n == 0), default=1)
-    named = _named(wrong)
+    remedy = f"set group_size: {fits}, which divides all"
+    if all(m.sizes is not None for m in matrices if m.name in wrong):
+        remedy = "make their ranks multiples of it"
+    elif fits < LEAST_GROUP:
+        remedy = "leave group_size out, for one scale a row"
     problems.append(
-        f"{where}: must divide the rows that it cuts into groups, got {group} for {named}; set "
-        f"group_size: {fits}, which divides all, or list these layers under 'skip'"
+        f"{where}: must divide the rows that it cuts into groups, got {group} for {_named(wrong)}; "
+        f"{remedy}, or list these layers under 'skip'"
     )
+
+
+def refuse_before_rounding(
+    where: str, options: DecomposeBase, recipe: Recipe, problems: list[str]
+) -> None:
+    """Refuse options of a decomposition that cannot stand before a stage that rounds."""
+    groups = [each.group_size for each in recipe.quantizations.values() if each.group_size]
+    if groups and "sum" in getattr(options, "forms", []):
+        problems.append(
+            f"{where}.forms: a 'sum' has ranks that groups of {groups[0]} do not divide, got a "
+            "'quantize' with a group_size behind it; leave out 'sum', or leave out group_size"
+        )
+    if options.size is not None and recipe.quantizations:
+        problems.append(
+            f"{where}.size: counts the bytes of files that no stage rounds, got a 'quantize' "
+            "behind it; give 'keep', before rounding, or let method: mixed choose 'schemes' within "
+            "the size"
+        )
+
+
+def refuse_schemes(
+    where: str, schemes: list[str], matrices: list[Matrix], problems: list[str]
+) -> None:
+    """Refuse schemes that no matrix of a stage can have."""
+    for number, scheme in enumerate(schemes):
+        if matrices and not any(fits(scheme, m) for m in matrices):
+            widths = ", ".join(str(width) for width in sorted({m.shape[1] for m in matrices}))
+            problems.append(
+                f"{where}[{number}]: must have groups that divide the inputs of a targeted matrix, "
+                f"{widths}, got {scheme}; change the size behind -g, or remove the scheme"
+            )
+
+
+def explained(problems: list[str], recipe: Recipe) -> list[str]:
+    """Say, of problems with the multiple of ranks, that groups of later stages are behind it."""
+    groups = sorted({each.group_size or 1 for each in recipe.quantizations.values()} - {1})
+    if not groups:
+        return problems
+    named = " and ".join(map(str, groups))
+    why = f" (ranks are multiples of the group_size of 'quantize' too, {named}: lower that first)"
+    return [each + (why if "rank_multiple" in each else "") for each in problems]
 
 
 def fits(scheme: str, matrix: Matrix) -> bool:

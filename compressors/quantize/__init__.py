@@ -9,7 +9,7 @@ from lrc.compressors.quantize.factors import (
     round_pivot,
 )
 from lrc.compressors.quantize.gptq import gptq
-from lrc.compressors.quantize.grid import Grid, find_grid, round_to
+from lrc.compressors.quantize.grid import Grid, ScaleOverflow, find_grid, round_to
 from lrc.compressors.quantize.rounded import Rounded
 from lrc.compressors.quantize.rtn import rtn
 from lrc.compressors.quantize.values import round_sparse, round_values
@@ -21,6 +21,7 @@ __all__ = [
     "RoundedPair",
     "RoundedPivot",
     "Rounder",
+    "ScaleOverflow",
     "branch",
     "find_grid",
     "gauges",

@@ -6,6 +6,7 @@ that it makes up for what it can, and the first for the second, in turn.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -16,6 +17,7 @@ from torch import Tensor
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.linalg import descending_eigh, weighted_error, whitening_factor
 from lrc.compressors.quantize.gptq import check_metric, gptq
+from lrc.compressors.quantize.grid import ScaleOverflow
 from lrc.compressors.quantize.rounded import Rounded
 from lrc.compressors.quantize.rtn import rtn
 
@@ -201,7 +203,11 @@ def round_pair(
     errors: dict[str, float] = {}
     if gauge == "measured":
         nearest = _rounder("rtn", scheme, dtype)
-        errors = {name: _alternate(W, *way, H, nearest, lost)[0] for name, way in ways.items()}
+        for name, way in ways.items():
+            with suppress(ScaleOverflow):  # some may be smaller
+                errors[name] = _alternate(W, *way, H, nearest, lost)[0]
+        if not errors:
+            raise ScaleOverflow(f"scales of both factors overflow {dtype} whatever the gauge")
     elif gauge not in ways:
         raise ValueError(f"gauge must be measured or one of {', '.join(ways)}, got {gauge!r}")
     chosen = min(errors, key=lambda name: errors[name]) if errors else gauge

@@ -71,9 +71,10 @@ def gptq(
     """
     check_metric(W, H)
     W, H = W.double(), H.double()
-    nearest = rtn(W, scheme, dtype=dtype, H=H)
     if not H.diagonal().any():
+        nearest = rtn(W, scheme, dtype=dtype)
         return replace(nearest, fallback="inputs were all zero; rounded to nearest")
+    nearest = rtn(W, scheme, dtype=dtype, H=H)
     solution = solve_order(H, damp, order=order)
     grid = find_grid(W, scheme, dtype=dtype, weights=solution.weights)
     codes = feed_back(W, solution.U, *grid.spread(W.shape[1]), scheme, solution.order)

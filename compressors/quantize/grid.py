@@ -21,6 +21,10 @@ SHARES = tuple(1 - step / 20 for step in range(16))
 WIDEST = (1.0,)
 
 
+class ScaleOverflow(ValueError):
+    """Numbers are too large for scales at the precision of the file."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """One step of every group of numbers, and the code that stands for zero."""
@@ -59,8 +63,9 @@ def find_grid(
     Raises
     ------
     ValueError
-        If `W` is no matrix of finite numbers, if its rows cannot be divided into groups, or if a
-        scale overflows or underflows `dtype`.
+        If `W` is no matrix of finite numbers, or if its rows cannot be divided into groups.
+    ScaleOverflow
+        If a scale overflows `dtype`. One that underflows becomes the least there is.
     """
     check_finite(W, "the matrix")
     rows, columns = W.shape
@@ -87,9 +92,9 @@ def search(
     chosen = Grid(torch.ones_like(unit, dtype=dtype), None)
     found, zero = chosen.scale, None if scheme.symmetric else torch.zeros_like(unit)
     for first, (wanted, middle) in enumerate(_candidates(X, scheme, ranges)):
-        scale = torch.where(size > 0, wanted, 1).to(dtype)
-        if first == 0:
-            _check_scale(scale, wanted, dtype)
+        scale = _held(torch.where(size > 0, wanted, 1), dtype)
+        if first == 0 and not bool(torch.isfinite(scale).all()):
+            raise ScaleOverflow(f"scales up to {float(wanted.max()):.3g} overflow {dtype}")
         step = (scale.double() / unit).float()[:, :, None]
         steps = (relative / step).round_()
         if middle is None:
@@ -141,12 +146,11 @@ def _candidates(
         yield scale, middle.clamp_(lowest, highest)
 
 
-def _check_scale(scale: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
-    if not bool(torch.isfinite(scale).all()):
-        raise ValueError(f"scales up to {float(wanted.max()):.3g} overflow {dtype}")
-    if not bool(scale.all()):
-        least = float(wanted[wanted > 0].min())
-        raise ValueError(f"scales down to {least:.3g} underflow {dtype}")
+def _held(wanted: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales to the precision of the file, none of them to zero."""
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    scale = wanted.to(dtype)
+    return torch.where(scale == 0, torch.full_like(wanted, least).copysign(wanted).to(dtype), scale)
 
 
 def _shares(weights: Tensor | None, X: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from lrc.compressors.linalg import damped
 from lrc.compressors.quantize.columns import Columns
 from lrc.compressors.quantize.descent import PASSES, move_columns_
 from lrc.compressors.quantize.gptq import DAMP, check_metric, feed_back, solve_order
-from lrc.compressors.quantize.grid import check_finite, search
+from lrc.compressors.quantize.grid import SHARES, WIDEST, check_finite, search
 from lrc.compressors.quantize.rounded import row_errors
 
 # The scale of an entry that is not kept: whatever it wants to be, its code is zero.
@@ -41,14 +41,15 @@ def round_values(
     Raises
     ------
     ValueError
-        If the values are not finite, or if a scale overflows or underflows `dtype`.
+        If the values are not finite, or if a scale overflows `dtype`.
     """
     check_finite(values, "the values")
     width = scheme.group_size or VALUES_GROUP
     X = _grouped(values.double(), width)[None]  # [1, groups, width]
     counts = torch.ones_like(values) if weights is None else weights / weights.max()
     symmetric = Scheme(scheme.bits, scheme.group_size)
-    grid = search(X, symmetric, dtype, _grouped(counts.float(), width)[None])
+    ranges = WIDEST if weights is None else SHARES
+    grid = search(X, symmetric, dtype, _grouped(counts.float(), width)[None], ranges)
     scale = grid.scale[0]  # [groups]
     steps = (values.double() / _each(scale, len(values), width).double()).round_()
     return steps.clamp_(scheme.lowest, scheme.highest).to(torch.int8), scale

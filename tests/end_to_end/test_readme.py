@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lrc.compressors.report import SCHEMA
+from lrc.configs.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,13 +35,28 @@ def test_the_documented_report_keys_are_the_code_s() -> None:
         assert f"| `{key}` | {meaning} |" in README
 
 
+def test_stages_in_the_readme_are_a_recipe_s() -> None:
+    whole, *parts = blocks("yaml")
+    stages = [part for part in parts if part.startswith("stages:")]
+    assert stages
+    for part in stages:
+        recipe = {**yaml.safe_load(whole), **yaml.safe_load(part)}
+        assert Recipe.model_validate(recipe).quantizations
+
+
+def test_every_recipe_of_the_readme_is_shipped() -> None:
+    (named,) = re.findall(r"Recipes: (`.*`)\.", README)
+    shipped = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert set(re.findall(r"`([\w-]+)`", named)) <= shipped
+
+
 @pytest.mark.model
 def test_every_command_of_the_walk_runs(tmp_path: Path) -> None:
     assert MODEL.is_file(), "run `make model` first"
     link = tmp_path / ".cache" / "models"
     link.mkdir(parents=True)
     (link / MODEL.name).symlink_to(MODEL)
-    (recipe,) = blocks("yaml")
+    recipe = blocks("yaml")[0]
     (tmp_path / "my-recipe.yaml").write_text(recipe, encoding="utf-8")
     bin_folder = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}

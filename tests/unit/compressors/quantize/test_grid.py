@@ -5,7 +5,7 @@ import torch
 
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.linalg import weighted_error
-from lrc.compressors.quantize import Grid, find_grid, round_to, rtn
+from lrc.compressors.quantize import Grid, ScaleOverflow, find_grid, gptq, round_to, rtn
 
 SCHEMES = [f"int{bits}{rest}" for bits in range(2, 9) for rest in ("", "-g8", "-g8-asymmetric")]
 
@@ -112,10 +112,25 @@ def test_what_is_no_number_is_refused(matrices, bad):
 
 def test_scales_that_the_file_cannot_hold_are_refused(matrices):
     W, _ = matrices()
-    with pytest.raises(ValueError, match=r"scales up to .* overflow torch.float16"):
+    with pytest.raises(ScaleOverflow, match=r"scales up to .* overflow torch.float16"):
         rtn(W * 1e6, Scheme.read("int4"), dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"scales down to .* underflow torch.float16"):
-        rtn(W * 1e-9, Scheme.read("int4-g8-asymmetric"), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-g8", "int4-g8-asymmetric"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_below_all_scales_are_rounded_on_the_least(matrices, scheme, dtype):
+    W, H = matrices()
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    W[0] *= least / W[0].abs().max()  # a row that is nearly gone, in a usual matrix
+    for found in (
+        rtn(W, Scheme.read(scheme), dtype=dtype),
+        gptq(W, H, Scheme.read(scheme), dtype=dtype),
+    ):
+        assert bool((found.scale != 0).all())
+        assert bool(torch.isfinite(found.scale).all())
+        assert float((found.weight() - W)[0].abs().max()) <= 2 * least
+    exact = rtn(W[:1], Scheme.read(scheme), dtype=dtype).weight() - W[:1]
+    assert float(exact.abs().max()) <= 0.51 * least
 
 
 def test_rows_that_groups_do_not_fill_are_refused(matrices):
