@@ -12,6 +12,7 @@ from typing import Any
 
 from lrc.compressors.decompose import METHODS
 from lrc.compressors.layers import FORMS, Scheme, Sizes
+from lrc.compressors.planning.rounding import WHOLE
 from lrc.compressors.planning.units import Unit
 
 SHOWN = 10
@@ -135,8 +136,8 @@ def _as_given(unit: Unit, entry: Entry) -> Unit:
 
 def _entry(record: dict[str, Any], where: str, found: list[str]) -> Entry | None:
     shape, form, rank, scheme = (record.get(key) for key in ("shape", "form", "rank", "scheme"))
-    if form == "integers" and record.get("rounded") != record.get("stage"):
-        form = "dense"  # as the stage left it whose plan this is
+    if form in WHOLE and record.get("rounded") != record.get("stage"):
+        form, rank = "dense", None  # as the stage left it whose plan this is
     sides = shape if isinstance(shape, list) else []
     names = FORMS[form].SIZES if isinstance(form, str) and form in FORMS else ()
     sizes: dict[str, Any] = {name: record.get(name) for name in names}

@@ -11,7 +11,7 @@ from lrc.compressors.planning.targets import targets
 from lrc.configs.quantize import Quantize
 from lrc.configs.recipe import Recipe
 
-WHOLE = ("integers", "integers_plus_low_rank")
+WHOLE = ("integers", "integers_plus_low_rank", "group_sparse")
 """Forms of a weight that nothing but rounding was done to."""
 
 
@@ -58,6 +58,7 @@ def plan_rounding(
             matrices[linear.name] = replace(matrix, rounded=index)  # refused below if it cannot be
             taken.append(linear.name)
         _refuse_branch(where, options, [matrices[n] for n in taken], problems)
+        _refuse_factored(where, options, [matrices[n] for n in taken], problems)
         refuse_groups(f"{where}.group_size", options, [matrices[n] for n in taken], problems)
         if not problems:
             for name in taken:
@@ -71,6 +72,8 @@ def rounded(matrix: Matrix, options: Quantize, stage: int) -> Matrix:
         share = Scheme.read(options.scheme).bits / matrix.number_bits
         bits = int(matrix.bits * share)
         return replace(matrix, scheme=options.scheme, rounded=stage, bits=bits)
+    if options.sparsity is not None:
+        return matrix.group_sparse(options.scheme, stage, options.sparsity)
     if matrix.sizes is None:
         branch = 0 if options.branch is None else options.branch.rank
         return matrix.integers(options.scheme, stage, branch)
@@ -100,6 +103,21 @@ def _refuse_branch(
             f"{narrowest.name} {list(narrowest.shape)}, got {rank}; lower it, or list such layers "
             "under 'skip'"
         )
+
+
+def _refuse_factored(
+    where: str, options: Quantize, matrices: Collection[Matrix], problems: list[str]
+) -> None:
+    """Refuse to remove groups of what is no whole weight any more."""
+    taken = [m for m in matrices if m.factored]
+    if options.sparsity is None or not taken:
+        return
+    first, count = taken[0], len(taken)
+    problems.append(
+        f"{where}.method: {options.method} removes groups of linears that no earlier stage "
+        f"factors, got {first.name}{f' and {count - 1} more' if count > 1 else ''} of "
+        f"stages[{first.stage}]; list them under 'skip', or round them with method: gptq"
+    )
 
 
 def refuse_groups(

@@ -36,6 +36,15 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
         {"quantize": {"method": "gptq", "targets": ["*.self_attn.*"], "skip": ["*.v_proj"]}},
     ],
     "branch": [{"quantize": {**INT4["quantize"], "branch": {"method": "qera", "rank": 4}}}],
+    "groups": [{"quantize": {**INT4["quantize"], "method": "gqsa", "group_size": 8}}],
+    "groups-compensated": [
+        {"quantize": {**INT4["quantize"], "method": "gqsa", "sparsity": 0.3, "compensate": {}}}
+    ],
+    "groups-behind-factors": [
+        decompose("svd-llm", targets=["*.mlp.*"]),
+        {"quantize": {**INT4["quantize"], "method": "gqsa", "targets": ["*.self_attn.*"]}},
+        {"quantize": {**INT4["quantize"], "targets": ["*.mlp.*"]}},
+    ],
     "factors": [decompose("svd-llm"), INT4],
     "pivot": [decompose("kfac"), INT4],
     "pivot-compensated": [decompose("kfac", compensate={}), INT4],
