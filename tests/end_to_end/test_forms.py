@@ -126,7 +126,7 @@ def test_every_form_is_covered() -> None:
     assert TABLES.keys() | INTEGERS == FORMS.keys()
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=TABLES)
 def stored(request, families, tmp_path_factory) -> Stored:
     """Write a checkpoint of the tiny llama by hand: methods that make the forms come later."""
     modules = TABLES[request.param]
