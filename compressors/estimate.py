@@ -73,7 +73,8 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         passes = 1 + (BACKWARD_PASSES if backward else 0)
         seconds["calibrate"] = tokens * 2 * (passes * in_layers + gram + outputs) / products
     curves, solutions = coded_work(prepared)
-    spectral = [m for m in planned if METHODS[m.method].forms not in (["sparse"], ["integers"])]
+    plain = ["sparse"], ["integers"], ["group_sparse"]
+    spectral = [m for m in planned if METHODS[m.method].forms not in plain]
     pending = [min(m.shape) for m in spectral if m.pending]
     if pending or curves:
         spectra = VALUES_ONLY * sum(s**3 / eigenproblems for s in pending)

@@ -16,6 +16,7 @@ from lrc.compressors.quantize import (
     Rounder,
     ScaleOverflow,
     branch,
+    round_groups,
     round_pair,
     round_pivot,
     round_sparse,
@@ -51,7 +52,8 @@ class Rounding:
         options = recipe.works[matrix.rounded]
         if isinstance(options, Quantize):
             kind = Branch() if options.branch is None else options.branch
-            return cls(options.method, options.gauge, options.order, options.damp, kind.method)
+            rounder: Rounder = "rtn" if options.method == "rtn" else "gptq"
+            return cls(rounder, options.gauge, options.order, options.damp, kind.method)
         assert isinstance(options, Mixed)
         return cls(options.rounder, options.gauge, options.order, DAMP)
 
@@ -91,6 +93,11 @@ def round_parts(
     """
     assert matrix.scheme is not None
     scheme = Scheme.read(matrix.scheme)
+    if matrix.form == "group_sparse":
+        assert matrix.sizes is not None
+        groups = matrix.sizes["groups"]
+        kept = round_groups(W, H, groups, scheme, dtype=dtype, damp=how.damp, order=how.order)
+        return Integers(kept.encode(), kept.fallback)
     if matrix.form in WHOLE:
         return _whole(matrix, W, H, scheme, how, dtype)
     known = _KNOWN.get(matrix.form)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from lrc.configs.decompose import Compensate, Damp
 from lrc.configs.strict import Strict
@@ -57,17 +57,25 @@ class Branch(Strict):
 class Quantize(Strict):
     """Round what earlier stages have left, and the linears that no stage touches, to integers."""
 
-    method: Rounder
-    """How the integers are found."""
+    method: Annotated[
+        Literal["gptq", "rtn", "gqsa"],
+        Field(
+            description="How the integers are found: one column after the other, those behind it "
+            "making up for the error on the calibration tokens (`gptq`), every number to the "
+            "nearest (`rtn`), or as `gptq` once the groups that matter least are removed (`gqsa`)."
+        ),
+    ]
     bits: Annotated[int, Field(ge=2, le=8)] = 8
     """Of one integer."""
     group_size: PositiveInt | None = None
     """Numbers of a row that share a scale; all of a row if left out. Ranks of earlier stages become
     multiples of it."""
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """With `gqsa`: share of the groups of every matrix that is removed; 0.5 if left out."""
     symmetric: bool = True
     """Whether 0 is in the middle of the range; else every scale has a zero point of its own."""
     order: bool = True
-    """With `gptq`: round the columns of the largest inputs first."""
+    """But with `rtn`: round the columns of the largest inputs first."""
     gauge: Gauge = "measured"
     damp: Damp = 0.01
     compensate: Compensate | None = None
@@ -78,6 +86,34 @@ class Quantize(Strict):
     """Shell patterns over module names; every linear of a decoder layer that matches one."""
     skip: list[str] = []
     """Shell patterns of linears to leave as they are."""
+
+    @model_validator(mode="after")
+    def _removes_groups(self) -> "Quantize":
+        if self.method != "gqsa":
+            if self.sparsity is not None:
+                raise ValueError(
+                    f"'sparsity' is the share of groups that method: gqsa removes, got it with "
+                    f"method: {self.method}; remove the key, or take gqsa"
+                )
+            return self
+        if self.group_size is None:
+            raise ValueError(
+                "method: gqsa removes groups of numbers and needs a 'group_size', got none; give "
+                "one, such as 16"
+            )
+        if not self.symmetric:
+            raise ValueError(
+                "method: gqsa stores no zero points, got symmetric: false; remove the key, or take "
+                "gptq"
+            )
+        if self.branch is not None:
+            raise ValueError(
+                "a 'branch' stands beside whole weights only, got it with method: gqsa; remove it, "
+                "or take gptq"
+            )
+        if self.sparsity is None:
+            object.__setattr__(self, "sparsity", 0.5)  # the paper's main setting
+        return self
 
     @property
     def scheme(self) -> str:

@@ -36,6 +36,11 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
   ``integers``             with a scheme only: the tensors of the matrix ``weight``, below;
                            ``bias`` [d_out]. ``integers_plus_low_rank`` has ``a.weight`` and
                            ``b.weight`` besides, no integers, whose product ``b @ a`` is added
+  ``group_sparse``         with a symmetric scheme of groups of g columns: ``weight_packed`` [1,
+                           ceil(groups * g * bits / 32)] and ``weight_scale`` [groups], the kept
+                           groups row after row, like ``values`` below; ``mask`` [d_out, ceil(d_in
+                           / g / 8)], uint8, whose bits say which groups of a row are kept, the
+                           others being 0; ``bias`` [d_out]
   ======================== =========================================================================
 
   With ``"scheme": "int4-g64"`` in the entry, and then ``"shape": [d_out, d_in]`` beside it, every

@@ -80,8 +80,11 @@ class Mixed(Method):
         return METHODS["kfac"], METHODS["sparse"], SUM, METHODS["dictionary"]
 
 
+@dataclass(frozen=True)
 class Rounding(Method):
     """A weight as it is, as integers: there is nothing to choose but a scheme."""
+
+    form: str = field(default="integers", kw_only=True)
 
     @property
     def whole(self) -> bool:
@@ -91,7 +94,7 @@ class Rounding(Method):
     @property
     def forms(self) -> list[str]:
         """Name the one form."""
-        return ["integers"]
+        return [self.form]
 
 
 def _plain(W: Tensor, statistics: Statistics) -> Metric:
@@ -177,6 +180,7 @@ METHODS: dict[str, Method] = {
     ),
     **CODED,
     "gptq": Rounding(frozenset({"inputs"}), "GPTQ, arXiv:2210.17323"),
+    "gqsa": Rounding(frozenset({"inputs"}), "GQSA, arXiv:2412.17560", form="group_sparse"),
     "rtn": Rounding(frozenset(), "rounding to the nearest"),
     "mixed": Mixed(
         frozenset({"inputs", "gradients"}),

@@ -2,6 +2,7 @@
 
 from lrc.compressors.layers.dictionary import SparseDictionary
 from lrc.compressors.layers.form import Form, RankForm, Sizes, Spec
+from lrc.compressors.layers.group_sparse import GroupSparse
 from lrc.compressors.layers.integers import Integers, IntegersPlusLowRank
 from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.pivoted import PivotedLowRank
@@ -14,6 +15,7 @@ __all__ = [
     "FORMS",
     "MEMBERS",
     "Form",
+    "GroupSparse",
     "Integers",
     "IntegersPlusLowRank",
     "LowRank",
@@ -40,6 +42,7 @@ FORMS: dict[str, type[Form]] = {
     "shared_dictionary": SharedDictionary,
     "integers": Integers,
     "integers_plus_low_rank": IntegersPlusLowRank,
+    "group_sparse": GroupSparse,
 }
 MEMBERS: dict[str, str] = {"low_rank": "shared_low_rank", "dictionary": "shared_dictionary"}
 """Form of the first of a group -> that of those which borrow from it."""

@@ -302,9 +302,11 @@ class Form(nn.Module, ABC):
         return sum(prod(shape) * (dtype.itemsize * 8 if dtype else bits) for shape, dtype in shapes)
 
     @classmethod
-    def parameters_stored(cls, d_out: int, d_in: int, **sizes: int) -> int:
+    def parameters_stored(
+        cls, d_out: int, d_in: int, *, scheme: str | None = None, **sizes: int
+    ) -> int:
         """Count the numbers that stand for the weight: no indices, no sentinel."""
-        shapes = cls.shapes(d_out, d_in, sizes, bias=False).values()
+        shapes = cls.shapes(d_out, d_in, {**sizes, "scheme": scheme}, bias=False).values()
         return sum(prod(shape) for shape, dtype in shapes if dtype is None)
 
 

@@ -22,7 +22,7 @@ def _sees_inputs(matrix: Matrix, recipe: Recipe) -> bool:
         return False
     options = recipe.works[matrix.rounded]
     if isinstance(options, Quantize):
-        return options.method == "gptq" or options.branch is not None
+        return options.method != "rtn" or options.branch is not None
     assert isinstance(options, Mixed)
     return options.rounder == "gptq"
 

@@ -97,6 +97,13 @@ class Matrix:
         bare = replace(self.dense(), form=form, scheme=scheme, rounded=stage)
         return bare.at({"rank": branch} if branch else {})
 
+    def group_sparse(self, scheme: str, stage: int, sparsity: float) -> "Matrix":
+        """Return the same matrix, dense, as integers of a stage less a share of their groups."""
+        groups = self.shape[0] * Scheme.read(scheme).groups(self.shape[1])
+        kept = max(groups - int(sparsity * groups), 1)
+        bare = replace(self.dense(), form="group_sparse", scheme=scheme, rounded=stage)
+        return bare.at({"groups": kept})
+
     def shared(self, owner: str) -> "Matrix":
         """Return the same matrix as one of those that use the first factor of `owner`."""
         form = self.form if self.name == owner else MEMBERS[self.form]
@@ -193,7 +200,8 @@ class Plan:
             if m.sizes is not None:
                 added = d_out if m.bias == "added" else 0
                 removed += d_out * d_in - added
-                removed -= FORMS[m.form].parameters_stored(*m.shape, **m.sizes)
+                form = FORMS[m.form]
+                removed -= form.parameters_stored(*m.shape, scheme=m.scheme, **m.sizes)
             elif m.pending:
                 stored = m.number_bits if m.scheme is None else Scheme.read(m.scheme).bits
                 removed += d_out * d_in - m.bits // stored

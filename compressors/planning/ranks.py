@@ -18,7 +18,7 @@ from lrc.compressors.planning.choices import (
 )
 from lrc.compressors.planning.curves import Curve, curves_of
 from lrc.compressors.planning.plan import Matrix, Plan
-from lrc.compressors.planning.rounding import explained, rounded, unrounded
+from lrc.compressors.planning.rounding import WHOLE, explained, rounded, unrounded
 from lrc.compressors.planning.units import Unit, ratios_of, units_of
 from lrc.compressors.progress import OnStep
 from lrc.configs.decompose import DecomposeBase
@@ -94,7 +94,7 @@ def allocate_ranks(
 
 def _predictable(matrix: Matrix) -> bool:
     """Say whether a curve can still tell what a matrix loses."""
-    return matrix.sizes is not None and matrix.loss is None and matrix.form != "integers"
+    return matrix.sizes is not None and matrix.loss is None and matrix.form not in WHOLE
 
 
 def _rounded(matrix: Matrix, stage: int | None, recipe: Recipe) -> Matrix:

@@ -12,7 +12,7 @@ from lrc.configs.decompose import DecomposeBase
 from lrc.configs.quantize import Quantize
 from lrc.configs.recipe import Recipe
 
-WHOLE = ("integers", "integers_plus_low_rank")
+WHOLE = ("integers", "integers_plus_low_rank", "group_sparse")
 """Forms of a weight that nothing but rounding was done to."""
 LEAST_GROUP = 8
 """Of 16-bit scales, what is advised: smaller groups spend more bits on scales than two a number."""
@@ -67,6 +67,7 @@ def plan_rounding(
                 "does not list; change 'targets' or 'skip', or remove the stage"
             )
         _refuse_branch(where, options, taken, problems)
+        _refuse_factored(where, options, taken, problems)
         refuse_groups(f"{where}.group_size", options, taken, problems)
         if options.compensate is not None:
             _refuse_shared(f"{where}.compensate", taken, problems)
@@ -94,6 +95,8 @@ def rounded(matrix: Matrix, options: Quantize, stage: int) -> Matrix:
         share = (scheme.bits + scales / (scheme.group_size or matrix.shape[1])) / number
         bits = int(matrix.bits * share)
         return replace(matrix, scheme=options.scheme, rounded=stage, bits=bits)
+    if options.sparsity is not None:
+        return matrix.group_sparse(options.scheme, stage, options.sparsity)
     if matrix.sizes is None:
         branch = 0 if options.branch is None else options.branch.rank
         return matrix.integers(options.scheme, stage, branch)
@@ -158,6 +161,21 @@ def _refuse_growth(
             f"{old.bits // 8:,} bytes that it takes, got {got}, which makes {new.bits // 8:,} of "
             f"them; {remedy}, or list the layer under 'skip'"
         )
+
+
+def _refuse_factored(
+    where: str, options: Quantize, matrices: Collection[Matrix], problems: list[str]
+) -> None:
+    """Refuse to remove groups of what is no whole weight any more."""
+    taken = [m for m in matrices if m.factored]
+    if options.sparsity is None or not taken:
+        return
+    first, count = taken[0], len(taken)
+    problems.append(
+        f"{where}.method: {options.method} removes groups of linears that no earlier stage "
+        f"factors, got {first.name}{f' and {count - 1} more' if count > 1 else ''} of "
+        f"stages[{first.stage}]; list them under 'skip', or round them with method: gptq"
+    )
 
 
 def refuse_groups(

@@ -10,6 +10,7 @@ from lrc.compressors.quantize.factors import (
 )
 from lrc.compressors.quantize.gptq import gptq
 from lrc.compressors.quantize.grid import Grid, ScaleOverflow, find_grid, round_to
+from lrc.compressors.quantize.group_sparse import GroupSparseWeight, round_groups
 from lrc.compressors.quantize.rounded import Rounded
 from lrc.compressors.quantize.rtn import rtn
 from lrc.compressors.quantize.values import round_sparse, round_values
@@ -17,6 +18,7 @@ from lrc.compressors.quantize.weight import Rounder, round_weight
 
 __all__ = [
     "Grid",
+    "GroupSparseWeight",
     "Rounded",
     "RoundedPair",
     "RoundedPivot",
@@ -26,6 +28,7 @@ __all__ = [
     "find_grid",
     "gauges",
     "gptq",
+    "round_groups",
     "round_pair",
     "round_pivot",
     "round_sparse",

@@ -185,6 +185,41 @@ def test_budgets_that_cannot_be_met_are_refused_before_any_weight_is_read(
     assert not output.exists()
 
 
+ROUNDINGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "groups of factors": (
+        "{decompose: {method: svd, keep: 0.8}}, {quantize: {method: gqsa, group_size: 8}}",
+        (
+            "stages[1].quantize.method: gqsa removes groups of linears that no earlier stage "
+            "factors, got model.layers.0.self_attn.q_proj and 13 more of stages[0]; list them "
+            "under 'skip', or round them with method: gptq",
+        ),
+    ),
+    "groups that fill no row": (
+        "{quantize: {method: gqsa, group_size: 5}}",
+        ("quantize.group_size: must divide the rows that it cuts into groups, got 5",),
+    ),
+    "groups without a size": (
+        "{quantize: {method: gqsa}}",
+        ("needs a 'group_size', got none; give one, such as 16",),
+    ),
+    "a share of groups of what keeps all": (
+        "{quantize: {method: rtn, sparsity: 0.5}}",
+        ("'sparsity' is the share of groups that method: gqsa removes", "or take gqsa"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDINGS)
+def test_rounding_that_cannot_be_is_refused_before_any_weight_is_read(
+    lrc, recipe: Path, output: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages, words = ROUNDINGS[case]
+    monkeypatch.setattr(WeightReader, "read", None)
+    for command in ("plan", "compress"):
+        lrc(command, recipe, f"stages=[{stages}]").refuses(2, *words)
+    assert not output.exists()
+
+
 def test_a_cap_on_losses_that_no_budget_allows(lrc, recipe: Path, output: Path) -> None:
     """Only the weights tell: the last moment before they are factored."""
     stage = "{method: svd, keep: 0.2, allocation: lagrangian, max_loss: 0.0001}"

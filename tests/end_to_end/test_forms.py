@@ -27,7 +27,7 @@ from lrc.configs.errors import CheckpointError
 from lrc.configs.load import load_recipe
 
 OWNER = "model.layers.0.self_attn.q_proj"
-INTEGERS = {"integers", "integers_plus_low_rank"}  # always packed: test_quantize
+INTEGERS = {"integers", "integers_plus_low_rank", "group_sparse"}  # always packed: test_quantize
 # Enough of each form to meet its special cases: the module table of a checkpoint.
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "low_rank": {
@@ -126,7 +126,7 @@ def test_every_form_is_covered() -> None:
     assert TABLES.keys() | INTEGERS == FORMS.keys()
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=TABLES)
 def stored(request, families, tmp_path_factory) -> Stored:
     """Write a checkpoint of the tiny llama by hand: methods that make the forms come later."""
     modules = TABLES[request.param]

@@ -36,6 +36,15 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
         {"quantize": {"method": "gptq", "targets": ["*.self_attn.*"], "skip": ["*.v_proj"]}},
     ],
     "branch": [{"quantize": {**INT4["quantize"], "branch": {"method": "qera", "rank": 4}}}],
+    "groups": [{"quantize": {**INT4["quantize"], "method": "gqsa", "group_size": 8}}],
+    "groups-compensated": [
+        {"quantize": {**INT4["quantize"], "method": "gqsa", "sparsity": 0.3, "compensate": {}}}
+    ],
+    "groups-behind-factors": [
+        decompose("svd-llm", targets=["*.mlp.*"]),
+        {"quantize": {**INT4["quantize"], "method": "gqsa", "targets": ["*.self_attn.*"]}},
+        {"quantize": {**INT4["quantize"], "targets": ["*.mlp.*"]}},
+    ],
     "factors": [decompose("svd-llm"), INT4],
     "pivot": [decompose("kfac"), INT4],
     "pivot-compensated": [decompose("kfac", compensate={}), INT4],
@@ -117,3 +126,25 @@ def test_counted_bits_are_stored_bits_and_the_model_computes_what_the_file_says(
         ours, theirs = model(tokens).logits, dense(tokens).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+def test_groups_are_saved_again_and_become_dense(
+    runs: Callable[[str], Path], tmp_path: Path, lrc: Callable[..., Any]
+) -> None:
+    checkpoint = runs("groups") / "checkpoint"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    tokens = torch.randint(2, 500, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    before, after = (load_file(f / "model.safetensors") for f in (checkpoint, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model.dequantize()
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, expected)
+    for m in read_matrices(json.loads((checkpoint / "lrc/plan.json").read_text())["matrices"]):
+        assert m.sizes == {"groups": m.shape[0] * m.shape[1] // 8 // 2}
+        kept = (model.get_submodule(m.name).weight.view(m.shape[0], -1, 8) != 0).any(dim=2)
+        assert 0.9 * m.sizes["groups"] <= int(kept.sum()) <= m.sizes["groups"]
+    assert lrc("inspect", checkpoint, "--verify").code == 0

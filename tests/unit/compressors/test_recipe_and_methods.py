@@ -17,7 +17,7 @@ OPTIONS = {
 
 def test_every_method_has_one_model_of_options_and_every_model_a_method() -> None:
     assert len(OPTIONS) == len(get_args(get_args(Decompose)[0])) > 5
-    assert len(ROUNDING) == 2
+    assert len(ROUNDING) == 3
     assert set(OPTIONS) | ROUNDING == set(METHODS)
 
 

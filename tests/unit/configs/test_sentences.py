@@ -136,6 +136,12 @@ BAD_STAGES = [
     ("{decompose: {method: cospadi, keep: 0.8, ratio: .inf}}", ".decompose.ratio: must be finite, got inf; write a number >= 1 or a list of numbers >= 1"),
     ("{decompose: {method: cospadi, keep: 0.8, ratio: [2, 3]}}", ".decompose: 'ratio' must be one number with allocation: uniform, got a list; write the one, or take allocation: lagrangian, which chooses for every matrix"),
     ("{decompose: {method: svd, keep: 0.8, ratio: 2}}", f".decompose.ratio: not a key of method 'svd'; remove it. {STAGE}"),
+    ("{quantize: {method: gqsa}}", ".quantize: method: gqsa removes groups of numbers and needs a 'group_size', got none; give one, such as 16"),
+    ("{quantize: {method: gqsa, group_size: 16, symmetric: false}}", ".quantize: method: gqsa stores no zero points, got symmetric: false; remove the key, or take gptq"),
+    ("{quantize: {method: gqsa, group_size: 16, branch: {}}}", ".quantize: a 'branch' stands beside whole weights only, got it with method: gqsa; remove it, or take gptq"),
+    ("{quantize: {method: gqsa, group_size: 16, sparsity: 1}}", ".quantize.sparsity: must be in [0, 1), got 1; lower it"),
+    ("{quantize: {method: gptq, group_size: 16, sparsity: 0.5}}", ".quantize: 'sparsity' is the share of groups that method: gqsa removes, got it with method: gptq; remove the key, or take gqsa"),
+    ("{quantize: {method: gqas, group_size: 16}}", ".quantize.method: must be one of gptq, rtn, gqsa, got 'gqas'; did you mean 'gqsa'?"),
     ("{decompse: {method: svd, keep: 0.8}}", ".decompse: unknown key; did you mean 'decompose'? Allowed: slice, decompose, quantize"),
     ("decompose:svd", ": must be a mapping with the keys slice, decompose, quantize, got 'decompose:svd'; put a space after the colon"),
     ("svd", ": must be a mapping with the keys slice, decompose, quantize, got 'svd'"),
@@ -216,6 +222,13 @@ def test_the_empty_mapping_asks_for_compensation_with_its_defaults() -> None:
     text = GOOD.replace("0.8", "0.8, compensate: {}")
     assert parse_recipe(text, name="recipe.yaml").stages[0].decompose.compensate == Compensate()
     assert parse_recipe(GOOD, name="recipe.yaml").stages[0].decompose.compensate is None
+
+
+def test_half_of_the_groups_is_removed_where_nothing_else_is_said() -> None:
+    text = GOOD.replace("decompose: {method: svd-llm, keep: 0.8}", "quantize: {METHOD}")
+    for method, sparsity in (("gqsa, group_size: 8", 0.5), ("gptq", None)):
+        stage = parse_recipe(text.replace("METHOD", f"method: {method}"), name="recipe.yaml").stages
+        assert stage[0].quantize.sparsity == sparsity
 
 
 def test_a_budget_can_come_from_a_plan_alone_or_beside_a_share() -> None:
