@@ -130,7 +130,8 @@ def _parameters(
             name, form = module["name"], FORMS[module["form"]]
             d_out, d_in = module["shape"]
             sizes = {size: module[size] for size in form.SIZES}
-            counted += form.parameters_stored(d_out, d_in, **sizes)
+            scheme = module["scheme"]
+            counted += form.parameters_stored(d_out, d_in, scheme=scheme, **sizes)
             spec = {**table[name], "bias": False}  # which is no part of what is packed
             packed |= {*layout.expected_tensors(name, d_out, d_in, spec, bias=False)}
     rest = (header for name, header in headers.items() if name not in packed and _counts(header))

@@ -44,7 +44,7 @@ SCHEMA = {
     "layers[].{name,shape,method,form}": "one record a targeted matrix",
     "layers[].{bits,source_bits}": "as stored, and dense",
     "layers[].{scheme,rounded}": "its integers, such as int4-g64, and the stage that makes them",
-    "layers[].{rank,nonzeros,atoms,groups}": "those of its form; of a dense matrix rank, which is null",
+    "layers[].{rank,nonzeros,atoms,groups}": "those of its form; of a dense one rank, null",
     "layers[].predicted_loss": "share of the (weighted) energy of the matrix that is lost, [0, 1]",
     "layers[].predicted_nats": "rise of the loss, nats a token; null where the method cannot tell",
     "layers[].refit": "whether it was fitted behind the compressed layers before it",

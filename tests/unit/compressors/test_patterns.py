@@ -182,14 +182,14 @@ def test_products_have_no_pattern() -> None:
 )
 def test_a_given_plan_cannot_leave_the_pattern(form: str, sizes: Any, words: str) -> None:
     problems: list[str] = []
-    given = GivenPlan("plan.json", "", {"m": Entry((8, 12), form, sizes)})
+    given = GivenPlan("plan.json", "", {"m": Entry((8, 12), form, sizes, None)})
     apply_given(given, [unit(form, (8, 12), method=form)], problems)
     assert problems == [f"plan.json, m: {words}; correct it, or make it dense"]
 
 
 def test_a_given_plan_that_holds_to_the_pattern_keeps_it() -> None:
     problems: list[str] = []
-    given = GivenPlan("plan.json", "", {"m": Entry((8, 12), "sparse", {"nonzeros": 48})})
+    given = GivenPlan("plan.json", "", {"m": Entry((8, 12), "sparse", {"nonzeros": 48}, None)})
     (decided,) = apply_given(given, [unit("sparse", (8, 12))], problems)
     assert problems == []
     assert (decided.first.pattern, decided.sizes) == ("2:4", {"nonzeros": 48})
