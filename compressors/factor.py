@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import lcm
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from lrc.compressors.decompose import (
     split_codes,
 )
 from lrc.compressors.ending import Done, Ending, joined, product
-from lrc.compressors.layers import FORMS, RankForm, Scheme
+from lrc.compressors.layers import FORMS, RankForm
 from lrc.compressors.memory import to_host
 from lrc.compressors.planning.curves import (
     arguments,
@@ -177,19 +176,18 @@ def _encoded(
     Plain factors of the same rank are larger: the rank is lowered to what the plan has bits for.
     """
     assert unit.first.rank is not None
-    group = None if unit.first.scheme is None else Scheme.read(unit.first.scheme).group_size
-    factors = _whole_groups(curve.truncate(unit.first.rank), group or 1)
+    factors = _whole_groups(curve.truncate(unit.first.rank), unit.group)
     try:
         tensors = _encode(unit, factors)
         return unit.at(factors.rank, fallback=factors.fallback), factors, tensors
     except ValueError as error:
         reason, share = str(error), unit.bits({"rank": unit.first.rank}) / unit.source_bits
     plain = Unit(tuple(replace(m, form="low_rank") for m in unit.members))
-    rank = plain.step_within(share, "bits", multiple=lcm(options.rank_multiple, group or 1))
+    rank = plain.step_within(share, "bits", multiple=unit.rank_multiple(options))
     if rank == 0:
         note = joined(factors.fallback, f"{reason}; stays dense")
         return unit.dense(fallback=note), factors, []
-    factors = _whole_groups(curve.truncate(rank), group or 1)
+    factors = _whole_groups(curve.truncate(rank), unit.group)
     note = joined(factors.fallback, f"stored as low_rank of rank {factors.rank}: {reason}")
     return plain.at(factors.rank, fallback=note), factors, _encode(plain, factors)
 

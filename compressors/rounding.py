@@ -104,7 +104,21 @@ def round_parts(
     if H is None or known is None:
         nearest = _nearest(tensors, scheme, dtype)
         return Integers(nearest, NO_INPUT if H is None and how.rounder != "rtn" else None)
-    return known(W, tensors, H, scheme, how, dtype, seed)
+    return known(_Weight(W, H, scheme, how, dtype, seed), tensors)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight whose parts are rounded one after the other, and how."""
+
+    W: Tensor
+    """[d_out, d_in]"""
+    H: Tensor
+    """[d_in, d_in]"""
+    scheme: Scheme
+    how: Rounding
+    dtype: torch.dtype
+    seed: int
 
 
 def _whole(
@@ -132,58 +146,35 @@ def _whole(
     return Integers(tensors, note or found.fallback)
 
 
-def _pair(
-    W: Tensor,
-    tensors: dict[str, Tensor],
-    H: Tensor,
-    scheme: Scheme,
-    how: Rounding,
-    dtype: torch.dtype,
-    seed: int,
-) -> Integers:
+def _pair(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
     B, A = tensors.pop("b.weight"), tensors.pop("a.weight")
+    how, dtype = of.how, of.dtype
     found = round_pair(
-        W, B, A, H, scheme, rounder=how.rounder, gauge=how.gauge, dtype=dtype, seed=seed
+        of.W, B, A, of.H, of.scheme, rounder=how.rounder, gauge=how.gauge, dtype=dtype, seed=of.seed
     )
     return Integers({**found.a.encode("a.weight"), **found.b.encode("b.weight"), **tensors})
 
 
-def _pivot(
-    W: Tensor,
-    tensors: dict[str, Tensor],
-    H: Tensor,
-    scheme: Scheme,
-    how: Rounding,
-    dtype: torch.dtype,
-    seed: int,
-) -> Integers:
+def _pivot(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
     R, order = tensors.pop("a.weight"), tensors["order"].long()
     C = tensors.pop("c.weight", R.new_zeros(0, len(R)))  # none where every row is a pivot
-    found = round_pivot(W, R, C, order, H, scheme, rounder=how.rounder, dtype=dtype)
+    found = round_pivot(of.W, R, C, order, of.H, of.scheme, rounder=of.how.rounder, dtype=of.dtype)
     coefficients = {} if found.c is None else found.c.encode("c.weight")
     return Integers({**found.a.encode("a.weight"), **coefficients, **tensors})
 
 
-def _entries(
-    W: Tensor,
-    tensors: dict[str, Tensor],
-    H: Tensor,
-    scheme: Scheme,
-    how: Rounding,
-    dtype: torch.dtype,
-    seed: int,
-) -> Integers:
+def _entries(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
     values, packed = tensors.pop("values"), tensors["mask"]
-    W_hat, mask = spread(values, packed, W.shape[1]), unpack_bits(packed, W.shape[1])
-    if how.rounder == "rtn":
-        codes, scale = round_values(values, scheme, dtype=dtype)
+    d_in = of.W.shape[1]
+    if of.how.rounder == "rtn":
+        codes, scale = round_values(values, of.scheme, dtype=of.dtype)
     else:
-        codes, scale = round_sparse(W, W_hat, mask, H, scheme, dtype=dtype)
-    return Integers({**encode_values("values", codes, scale, scheme), **tensors})
+        W_hat, mask = spread(values, packed, d_in), unpack_bits(packed, d_in)
+        codes, scale = round_sparse(of.W, W_hat, mask, of.H, of.scheme, dtype=of.dtype)
+    return Integers({**encode_values("values", codes, scale, of.scheme), **tensors})
 
 
-_Known = Callable[[Tensor, dict[str, Tensor], Tensor, Scheme, Rounding, torch.dtype, int], Integers]
-_KNOWN: dict[str, _Known] = {
+_KNOWN: dict[str, Callable[[_Weight, dict[str, Tensor]], Integers]] = {
     "low_rank": _pair,
     "pivoted_low_rank": _pivot,
     "sparse": _entries,

@@ -1,6 +1,8 @@
 """What a result is held against, as a recipe writes it: `int8`, `int4-g64-asymmetric`, `sparse`."""
 
-ALTERNATIVE = r"^(int[2-8](-g[1-9][0-9]{0,8})?(-asymmetric)?|sparse)$"
+from lrc.configs.quantize import SCHEME
+
+ALTERNATIVE = rf"^({SCHEME}|sparse)$"
 """Pattern of an alternative: integers of so many bits in groups of so many, or entries left out."""
 
 ALTERNATIVE_WORDS = "an alternative such as int8, int4-g64 or sparse"

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 from lrc.configs.decompose import Compensate, Damp
 from lrc.configs.strict import Strict
 
-SCHEME = r"int[2-8](-g[1-9]\d*)?(-asymmetric)?"
+SCHEME = r"int[2-8](-g[1-9][0-9]{0,8})?(-asymmetric)?"
 Written = Annotated[
     str,
     Field(

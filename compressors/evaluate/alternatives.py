@@ -119,7 +119,7 @@ def _rounded(scheme: Scheme, targets: Targets) -> Alternative:
         forms[name] = own
         leaves = own.matrix("weight", list(shape)).values()
         bits += sum(8 * prod(size) * (kind or targets.dtype).itemsize for size, kind in leaves)
-    how = "rounded to nearest, each scale the one of least error"
+    how = "rounded to nearest, the largest number of every scale at the end of its range"
     if undivided:
         rows = ", ".join(str(width) for width in sorted(undivided))
         how += (

@@ -1,18 +1,18 @@
 """A linear layer of integers of which some groups are stored, one bit a group says which."""
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lrc.compressors.layers.bits import pack_bits, packed_width, unpack_bits
-from lrc.compressors.layers.form import SENTINEL, Device, Form, Shapes, Sizes, Spec, sentinel
+from lrc.compressors.layers.form import SENTINEL, Device, Shapes, Sizes, Spec, sentinel
+from lrc.compressors.layers.integers import Integers
 from lrc.compressors.layers.packed import encode_values, read_values
 from lrc.compressors.layers.scheme import Scheme
 
 
-class GroupSparse(Form):
+class GroupSparse(Integers):
     """Compute ``y = x @ W_hat.T + bias`` where many groups of a row of ``W_hat`` are zero.
 
     A group is what shares a scale: consecutive columns of a row, as many as the scheme says. The
@@ -32,15 +32,10 @@ class GroupSparse(Form):
     """
 
     SIZES: ClassVar[tuple[str, ...]] = ("groups",)
-    BIAS = "bias"
     groups: int
     mask: Tensor
     weight_packed: Tensor
     weight_scale: Tensor
-
-    def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
-        d_out = self.out_features
-        self.bias = nn.Parameter(torch.empty(d_out, device=device, dtype=dtype)) if bias else None
 
     def _pack(self, scheme: Scheme, *, device: Device, dtype: torch.dtype | None) -> None:
         spec = {"groups": self.groups, "scheme": str(scheme)}
@@ -80,16 +75,8 @@ class GroupSparse(Form):
         return tensors | Scheme.read(spec["scheme"]).values("weight", kept)
 
     @classmethod
-    def dense_shape(cls, name: str, spec: Spec, found: Mapping[str, list[int]]) -> tuple[int, int]:
-        """Read ``(d_out, d_in)`` off the spec."""
-        d_out, d_in = spec["shape"]
-        return d_out, d_in
-
-    @classmethod
     def problem(cls, spec: Spec) -> str | None:
         """Say what is wrong with a spec."""
-        if spec.get("scheme") is None:
-            return "must hold a 'scheme'"
         problem = super().problem(spec)
         if problem is None:
             try:
@@ -113,11 +100,6 @@ class GroupSparse(Form):
         """Return the number of kept groups."""
         return f"{sizes['groups']} groups"
 
-    @classmethod
-    def multiply_adds(cls, d_out: int, d_in: int, **sizes: int) -> int:
-        """Count those of the dense product, which is what is computed."""
-        return d_out * d_in
-
     @staticmethod
     def encode(codes: Tensor, scale: Tensor, mask: Tensor, scheme: Scheme) -> dict[str, Tensor]:
         """Write the kept groups as the tensors of the file, by the names of `stored`.
@@ -134,14 +116,6 @@ class GroupSparse(Form):
         """
         packed = encode_values("weight", codes.flatten(), scale, scheme)
         return {"weight": sentinel(codes), "mask": pack_bits(mask), **packed}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., d_in] to [..., d_out]."""
-        return nn.functional.linear(x, self._whole(), self.bias)
-
-    def product(self) -> Tensor:
-        """Return ``W_hat`` [d_out, d_in] in float32."""
-        return self._whole().float()
 
     def _whole(self) -> Tensor:
         assert self.scheme is not None

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import ceil, lcm
+from math import ceil
 
 from torch import Tensor
 
@@ -146,12 +146,11 @@ def _cheapest(unit: Unit, options: DecomposeBase) -> int:
     measure, floor = options.measure, options.min_keep
     costs = [unit.dense_cost(measure)]
     for scheme in schemes_of(unit, options):
-        there = unit if scheme is None else unit.in_scheme(scheme)
-        group = 1 if scheme is None else Scheme.read(scheme).group_size or 1
-        multiple = lcm(options.rank_multiple, group)
+        there = unit.in_scheme(scheme)
+        multiple = there.rank_multiple(options)
         if "low-rank" in getattr(options, "forms", ["low-rank"]):
             costs.append(there.cheapest(measure, multiple=multiple, min_keep=floor))
-        fixed = _smallest(unit, options, grouped=group > 1)
+        fixed = _smallest(unit, options, grouped=there.group > 1)
         fixed += [] if scheme is None else [("integers", {})]
         for form, sizes in fixed:
             cost = there.in_form(form).cost(sizes, measure)

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from functools import partial
-from math import lcm
 
 from lrc.compressors.allocate import Options, options_of
-from lrc.compressors.layers import FORMS, RankForm, Scheme, Sizes
+from lrc.compressors.layers import FORMS, RankForm, Sizes
 from lrc.compressors.planning.curves import Curve
 from lrc.compressors.planning.rounding import fits
 from lrc.compressors.planning.units import Unit
@@ -16,7 +15,7 @@ from lrc.configs.decompose import DecomposeBase
 FACTORS_NOISE, VALUES_NOISE = 1.5, 1.2
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Choice:
     """One thing that a unit may become; `cost` in the stage's measure, `loss` an energy."""
 
@@ -28,10 +27,7 @@ class Choice:
 
     def of(self, unit: Unit) -> Unit:
         """Return the unit so."""
-        there = unit.in_form(self.form)
-        if self.scheme is not None:
-            there = there.in_scheme(self.scheme)
-        return there.at(self.sizes)
+        return unit.in_form(self.form).in_scheme(self.scheme).at(self.sizes)
 
 
 def schemes_of(unit: Unit, options: DecomposeBase) -> list[str | None]:
@@ -56,19 +52,18 @@ def choices_of(unit: Unit, curve: Curve, options: DecomposeBase) -> list[Choice]
     floor, cap = options.min_keep * dense, options.max_loss * curve.total
     found: list[Choice] = []
     for scheme in schemes_of(unit, options):
-        there = unit if scheme is None else unit.in_scheme(scheme)
+        there = unit.in_scheme(scheme)
         noise = 0.0 if scheme is None else curve.rounding[scheme]
         whole = dense  # what factors have to be cheaper than, integers beside integers
         if scheme is not None:
             whole = there.in_form("integers").cost({}, measure)
             found.append(Choice(whole, noise, "integers", {}, scheme))
         if issubclass(FORMS[unit.first.form], RankForm):
-            group = 1 if scheme is None else Scheme.read(scheme).group_size or 1
             ranks = options_of(
                 curve.energies,
                 partial(there.step_cost, measure=measure),
                 whole,
-                multiple=lcm(options.rank_multiple, group),
+                multiple=there.rank_multiple(options),
                 min_cost=floor,
                 max_loss=options.max_loss,
             )
@@ -79,7 +74,7 @@ def choices_of(unit: Unit, curve: Curve, options: DecomposeBase) -> list[Choice]
                 if rank > 0
             ]
         for point in curve.points:
-            if scheme is not None and point.form == "low_rank_plus_sparse" and "-g" in scheme:
+            if point.form == "low_rank_plus_sparse" and there.group > 1:
                 continue  # its rank is a share of its values, and no multiple of a group
             cost = there.in_form(point.form).cost(point.sizes, measure)
             loss = point.energy + VALUES_NOISE * noise

@@ -190,11 +190,11 @@ def refuse_groups(
     if not wrong:
         return
     common = gcd(*(width for m in matrices for width in _rows(m)))
-    fits = max((n for n in range(1, min(common, group) + 1) if common % n == 0), default=1)
-    remedy = f"set group_size: {fits}, which divides all"
+    largest = max((n for n in range(1, min(common, group) + 1) if common % n == 0), default=1)
+    remedy = f"set group_size: {largest}, which divides all"
     if all(m.sizes is not None for m in matrices if m.name in wrong):
         remedy = "make their ranks multiples of it"
-    elif fits < LEAST_GROUP:
+    elif largest < LEAST_GROUP:
         remedy = "leave group_size out, for one scale a row"
     problems.append(
         f"{where}: must divide the rows that it cuts into groups, got {group} for {_named(wrong)}; "

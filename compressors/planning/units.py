@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any, Literal
 
 from lrc.compressors.allocate import smallest_rank, uniform
-from lrc.compressors.layers import FORMS, Sizes
+from lrc.compressors.layers import FORMS, Scheme, Sizes
 from lrc.compressors.planning.plan import Matrix
 from lrc.configs.decompose import DecomposeBase
 
@@ -126,6 +127,16 @@ class Unit:
             return replace(self, members=tuple(replace(m, sizes=None) for m in self.members))
         members = tuple(replace(m, form=form, sizes=None) for m in self.members)
         return replace(self, members=members)
+
+    @property
+    def group(self) -> int:
+        """Numbers of a row that share a scale; 1 where all of it do, or there are no scales."""
+        scheme = self.first.scheme
+        return 1 if scheme is None else Scheme.read(scheme).group_size or 1
+
+    def rank_multiple(self, options: DecomposeBase) -> int:
+        """Return what ranks are multiples of: as the stage asks, and as groups need."""
+        return lcm(options.rank_multiple, self.group)
 
     def in_scheme(self, scheme: str | None) -> "Unit":
         """Return the unit with its numbers as integers of a scheme, rounded by its own stage."""

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +31,7 @@ from lrc.configs.load import load_recipe
 SLICE = {"slice": {"method": "slicegpt", "keep": 0.9, "rotations": "block", "multiple": 1}}
 NORM = "model.layers.0.input_layernorm"
 TOKENS = torch.arange(2, 30)[None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
