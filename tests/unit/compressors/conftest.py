@@ -1,15 +1,22 @@
-"""A saved tiny Llama of three layers, its skeleton and its weights."""
+"""A saved tiny Llama of three layers, and plans for models of which there are shapes alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrc.compressors.models.architecture import Architecture, build
-from lrc.compressors.models.source import locate
+from lrc.compressors.models.architecture import Architecture, Linear, build
+from lrc.compressors.models.source import Source, locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.configs.recipe import Model
+from lrc.compressors.planning.make import make_plan
+from lrc.compressors.planning.plan import Plan
+from lrc.configs.recipe import Model, Recipe
+
+SHAPES = {"attn.q_proj": (64, 64), "attn.k_proj": (16, 64), "mlp.up_proj": (96, 64), "tiny": (2, 2)}
 
 
 @pytest.fixture
@@ -26,3 +33,45 @@ def architecture(source: Path) -> Architecture:
 @pytest.fixture
 def reader(source: Path, architecture: Architecture) -> WeightReader:
     return WeightReader(source, architecture)
+
+
+class Skeleton(nn.Module):
+    """Some layers of linears on the meta device; all that a plan looks at."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(100, 64, device="meta", dtype=torch.bfloat16)
+        for layer in range(layers):
+            for name, (d_out, d_in) in SHAPES.items():
+                module = nn.Linear(d_in, d_out, bias=False, device="meta", dtype=torch.bfloat16)
+                self.add_module(f"layers_{layer}_{name}".replace(".", "_"), module)
+
+
+@pytest.fixture(scope="session")
+def plan_of() -> Callable[..., Plan]:
+    def plan(
+        *stages: dict[str, Any],
+        layers: int = 2,
+        other: Mapping[str, tuple[int, int]] | None = None,
+        **calibration: int,
+    ) -> Plan:
+        """Plan for a model of equal layers; `other` are shapes by name that some have instead."""
+        linears = []
+        for layer in range(layers):
+            for leaf, shape in SHAPES.items():
+                name = f"layers.{layer}.{leaf}"
+                linears.append(Linear(name, layer, *(other or {}).get(name, shape), bias=False))
+        names = [f"layers.{layer}" for layer in range(layers)]
+        architecture = Architecture(Skeleton(layers), names, linears, {})
+        recipe = Recipe.model_validate(
+            {
+                "model": "m",
+                "stages": [{"decompose": {"method": "svd", **stage}} for stage in stages],
+                "calibration": calibration,
+                "output": "o",
+            }
+        )
+        source = Source(Model(path="m"), Path("m"), LlamaConfig(), weights_local=False)
+        return make_plan(recipe, source, architecture)
+
+    return plan
