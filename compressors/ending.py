@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrc.compressors.decompose import Statistics
 from lrc.compressors.layers import FORMS, Sharing
-from lrc.compressors.linalg import weighted_error
+from lrc.compressors.linalg import damped, weighted_error
 from lrc.compressors.memory import to_host
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.units import Unit
@@ -34,12 +34,24 @@ class Ending:
     dtype: torch.dtype
     how: Rounding | None
     seed: int
+    gradient_damp: float | None = None
+    """Of the mean diagonal, added to the gradients' moments; None if errors are not weighed by
+    them."""
 
     def moment(self, member: int) -> Tensor | None:
         """Return the second moment of the inputs, if it is known whole."""
         inputs = self.known[member].inputs
         seen = inputs is not None and inputs.full is not None and not inputs.empty
         return inputs.whole() if inputs is not None and seen else None
+
+    def output_moment(self, member: int) -> Tensor | None:
+        """Return the damped second moment of the output gradients, if it is known whole."""
+        if self.gradient_damp is None:
+            return None
+        seen = self.known[member].gradients
+        if seen is None or seen.full is None or seen.empty:
+            return None
+        return damped(seen.whole(), self.gradient_damp)
 
     def store(self, unit: Unit, encoded: list[dict[str, Tensor]]) -> tuple[Unit, dict[str, Tensor]]:
         """Round the parts of every member, by their names within the module.
@@ -55,8 +67,8 @@ class Ending:
             if self.how is None or m.scheme is None:
                 found = Integers(rounded_to(parts, self.dtype))
             else:
-                W, H = self.weights[number], self.moment(number)
-                found = round_parts(m, W, parts, H, self.how, dtype=self.dtype, seed=self.seed)
+                W, H, G = self.weights[number], self.moment(number), self.output_moment(number)
+                found = round_parts(m, W, parts, H, self.how, dtype=self.dtype, seed=self.seed, G=G)
             stored |= {f"{m.name}.{leaf}": tensor for leaf, tensor in found.tensors.items()}
             notes.append(found.fallback)
         note = joined(*dict.fromkeys(notes))

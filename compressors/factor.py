@@ -75,7 +75,9 @@ def factor(
         Dense, with the reason as `fallback`, where the factors cannot be had or stored; as
         integers, where it has a scheme.
     """
-    end = Ending(weights, known, dtype, rounding, seed)
+    weighed = "gradients" in METHODS[options.method].for_form(unit.first.form).needs
+    gradient_damp = getattr(options, "gradient_damp", 0.0) if weighed else None
+    end = Ending(weights, known, dtype, rounding, seed, gradient_damp)
     if unit.first.form in WHOLE:
         return end.integers(unit)
     done = _solved(unit, options, end, bias)

@@ -75,6 +75,7 @@ def round_parts(
     *,
     dtype: torch.dtype,
     seed: int,
+    G: Tensor | None = None,
 ) -> Integers:
     """Make integers of what a form has encoded, so that its product stays closest to a weight.
 
@@ -90,6 +91,9 @@ def round_parts(
         Second moment of the inputs.
     dtype : torch.dtype
         Of the scales.
+    G : Tensor, shape [d_out, d_out], optional
+        Second moment of the output gradients, if the parts were found under it. It says how errors
+        of several rows add up, which matters where rows share a factor.
     """
     assert matrix.scheme is not None
     scheme = Scheme.read(matrix.scheme)
@@ -104,7 +108,7 @@ def round_parts(
     if H is None or known is None:
         nearest = _nearest(tensors, scheme, dtype)
         return Integers(nearest, NO_INPUT if H is None and how.rounder != "rtn" else None)
-    return known(_Weight(W, H, scheme, how, dtype, seed), tensors)
+    return known(_Weight(W, H, G, scheme, how, dtype, seed), tensors)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,8 @@ class _Weight:
     """[d_out, d_in]"""
     H: Tensor
     """[d_in, d_in]"""
+    G: Tensor | None
+    """[d_out, d_out]"""
     scheme: Scheme
     how: Rounding
     dtype: torch.dtype
@@ -148,17 +154,16 @@ def _whole(
 
 def _pair(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
     B, A = tensors.pop("b.weight"), tensors.pop("a.weight")
-    how, dtype = of.how, of.dtype
-    found = round_pair(
-        of.W, B, A, of.H, of.scheme, rounder=how.rounder, gauge=how.gauge, dtype=dtype, seed=of.seed
-    )
+    ways = {"rounder": of.how.rounder, "gauge": of.how.gauge, "dtype": of.dtype, "seed": of.seed}
+    found = round_pair(of.W, B, A, of.H, of.scheme, G=of.G, **ways)
     return Integers({**found.a.encode("a.weight"), **found.b.encode("b.weight"), **tensors})
 
 
 def _pivot(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
     R, order = tensors.pop("a.weight"), tensors["order"].long()
     C = tensors.pop("c.weight", R.new_zeros(0, len(R)))  # none where every row is a pivot
-    found = round_pivot(of.W, R, C, order, of.H, of.scheme, rounder=of.how.rounder, dtype=of.dtype)
+    ways = {"rounder": of.how.rounder, "dtype": of.dtype}
+    found = round_pivot(of.W, R, C, order, of.H, of.scheme, G=of.G, **ways)
     coefficients = {} if found.c is None else found.c.encode("c.weight")
     return Integers({**found.a.encode("a.weight"), **coefficients, **tensors})
 

@@ -44,6 +44,6 @@ def collected(matrix: Matrix, recipe: Recipe) -> frozenset[str]:
     if matrix.form in WHOLE and compensation(matrix, recipe) is not None:
         return frozenset()
     method = METHODS[matrix.method]
-    whole = {f"whole_{side}" for side in ("inputs", "gradients") if side in method.needs}
-    needs |= whole if method.whole else frozenset()
-    return needs | ({"whole_inputs"} if _sees_inputs(matrix, recipe) else frozenset())
+    if method.whole or matrix.rounded is not None:  # rounding leaves the span of the weight
+        needs |= {f"whole_{side}" for side in ("inputs", "gradients") if side in needs}
+    return needs

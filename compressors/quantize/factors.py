@@ -8,7 +8,6 @@ that it makes up for what it can, and the first for the second, in turn.
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -68,7 +67,9 @@ class RoundedPivot:
         return (R if self.c is None else torch.cat([R, self.c.weight() @ R]))[self.order]
 
 
-def gauges(B: Tensor, A: Tensor, H: Tensor, *, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+def gauges(
+    B: Tensor, A: Tensor, H: Tensor, G: Tensor | None = None, *, seed: int = 0
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Write a product in several ways, from which rounding takes differently much.
 
     Parameters
@@ -77,6 +78,8 @@ def gauges(B: Tensor, A: Tensor, H: Tensor, *, seed: int = 0) -> dict[str, tuple
     A : Tensor, shape [rank, d_in]
     H : Tensor, shape [d_in, d_in]
         Second moment of the inputs.
+    G : Tensor, shape [d_out, d_out], optional
+        Second moment of the output gradients, if the error is weighed by it.
     seed : int
         Of the rotation.
 
@@ -84,9 +87,10 @@ def gauges(B: Tensor, A: Tensor, H: Tensor, *, seed: int = 0) -> dict[str, tuple
     -------
     dict
         Gauge -> factors in float64, whose product is ``B @ A``. With the singular values s of
-        ``B A H^{1/2}``, B has orthogonal columns of length ``s ** p`` and p is 0 ("first", all of
-        them in A), 1/4 or 1/2 ("quarter", "even"); "rotated" is "even" behind a random orthogonal
-        matrix, which spreads large and small components over all rows of A and columns of B.
+        ``G^{1/2} B A H^{1/2}``, B has columns that are orthogonal under G, of length ``s ** p``,
+        and p is 0 ("first", all of them in A), 1/4 or 1/2 ("quarter", "even"); "rotated" is "even"
+        behind a random orthogonal matrix, which spreads large and small components over all rows of
+        A and columns of B.
 
     Notes
     -----
@@ -95,7 +99,11 @@ def gauges(B: Tensor, A: Tensor, H: Tensor, *, seed: int = 0) -> dict[str, tuple
     matrix.
     """
     B, A = B.double(), A.double()
-    Q, T = torch.linalg.qr(B)  # [d_out, rank], [rank, rank]
+    if G is None:
+        Q, T = torch.linalg.qr(B)  # [d_out, rank], [rank, rank]
+    else:
+        T = whitening_factor(B.T @ G.double() @ B, REFIT_DAMP)[0].T
+        Q = torch.linalg.solve_triangular(T, B, upper=True, left=False)
     A = T @ A
     energies, V = descending_eigh(A @ H.double() @ A.T)
     B, A = Q @ V, V.T @ A
@@ -141,16 +149,33 @@ def refit(
     return B + torch.cholesky_solve(missing.T, L).T, seen
 
 
-def refit_first(target: Tensor, B: Tensor, A: Tensor, damp: float = REFIT_DAMP) -> Tensor:
+def refit_first(
+    target: Tensor, B: Tensor, A: Tensor, G: Tensor | None = None, damp: float = REFIT_DAMP
+) -> Tensor:
     """Solve the first factor [rank, d_in] anew for the second, as `refit` the second.
 
-    With the second held, the best first is the same under every metric of the inputs.
+    With the second held, the best first is the same under every metric of the inputs, but not of
+    the outputs: under `G` [d_out, d_out] it is ``(B^T G B)^{-1} B^T G V``.
     """
-    seen = B.T @ B  # [rank, rank]
+    left = B.T if G is None else B.T @ G  # [rank, d_out]
+    seen = left @ B  # [rank, rank]
     if not seen.diagonal().any():
         return A
     L, _ = whitening_factor(seen, damp)
-    return A + torch.cholesky_solve(B.T @ (target - B @ A), L)
+    return A + torch.cholesky_solve(left @ (target - B @ A), L)
+
+
+def made_up(E: Tensor, G: Tensor | None, fixed: int) -> Tensor | float:
+    """Return what the other rows add to their target to make up for the first ones.
+
+    The error E of the first `fixed` rows [fixed, d_in] is there to stay. Of
+    ``tr(G E H E^T)`` the least is left if the error of the others is ``- G_oo^{-1} G_of E``: a
+    metric of the outputs says which errors cancel.
+    """
+    if G is None:
+        return 0.0
+    L, _ = whitening_factor(G[fixed:, fixed:], REFIT_DAMP)
+    return torch.cholesky_solve(G[fixed:, :fixed] @ E, L)
 
 
 def round_pair(
@@ -186,7 +211,7 @@ def round_pair(
     seed : int
         Of the rotation.
     G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients, for the errors by which the choice is made.
+        Second moment of the output gradients, if the error is weighed by it.
     rounds : int
         The best one is kept.
 
@@ -198,20 +223,20 @@ def round_pair(
     round_ = _rounder(rounder, scheme, dtype)
     check_metric(W, H)
     W, H = W.double(), H.double()
-    ways = gauges(B, A, H, seed=seed)
-    lost = partial(weighted_error, W, H=H, G=G)
+    ways = gauges(B, A, H, G, seed=seed)
+    metric = _Metric(H, None if G is None else G.double())
     errors: dict[str, float] = {}
     if gauge == "measured":
         nearest = _rounder("rtn", scheme, dtype)
         for name, way in ways.items():
             with suppress(ScaleOverflow):  # some may be smaller
-                errors[name] = _alternate(W, *way, H, nearest, lost)[0]
+                errors[name] = _alternate(W, *way, metric, nearest)[0]
         if not errors:
             raise ScaleOverflow(f"scales of both factors overflow {dtype} whatever the gauge")
     elif gauge not in ways:
         raise ValueError(f"gauge must be measured or one of {', '.join(ways)}, got {gauge!r}")
     chosen = min(errors, key=lambda name: errors[name]) if errors else gauge
-    error, a, b = _alternate(W, *ways[chosen], H, round_, lost, rounds=rounds)
+    error, a, b = _alternate(W, *ways[chosen], metric, round_, rounds=rounds)
     assert b is not None
     return RoundedPair(a, b, chosen, error, errors)
 
@@ -245,8 +270,9 @@ def round_pivot(
         Of the scales in the file.
     rounder : {"rtn", "gptq"}
     G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients, for the errors by which the best round is kept.
+        Second moment of the output gradients, if the error is weighed by it.
     rounds : int
+        The best one is kept.
 
     Raises
     ------
@@ -256,37 +282,43 @@ def round_pivot(
     round_ = _rounder(rounder, scheme, dtype)
     check_metric(W, H)
     W, R, C, H = W.double(), R.double(), C.double(), H.double()
-    order = order.long()
-
-    def lost(stored: Tensor) -> float:
-        return weighted_error(W, stored[order], H, G)
-
     B = torch.cat([torch.eye(len(R)).to(R), C])  # [d_out, rank]
-    rows = W[order.argsort()]
-    error, a, c = _alternate(rows, B, R, H, round_, lost, rounds=rounds, fixed=len(R))
-    return RoundedPivot(a, c, order, error)
+    stored = order.long().argsort()  # the rows of W as the file has them: pivots, then the others
+    metric = _Metric(H, None if G is None else G.double()[stored][:, stored])
+    error, a, c = _alternate(W[stored], B, R, metric, round_, rounds=rounds, fixed=len(R))
+    return RoundedPivot(a, c, order.long(), error)
+
+
+@dataclass(frozen=True)
+class _Metric:
+    H: Tensor
+    """[d_in, d_in]"""
+    G: Tensor | None
+    """[d_out, d_out]"""
 
 
 def _alternate(
     target: Tensor,
     B: Tensor,
     A: Tensor,
-    H: Tensor,
+    metric: _Metric,
     round_: Round,
-    lost: Callable[[Tensor], float],
     *,
     rounds: int = 1,
     fixed: int = 0,
 ) -> tuple[float, Rounded, Rounded | None]:
     """Round A and then B, of which the first `fixed` rows stay; return the best error and both."""
+    H, G = metric.H, metric.G
     found = []
     for _ in range(rounds):
         a, b = round_(A, H), None
+        A = a.weight()
         if fixed < len(B):
-            b = round_(*refit(target[fixed:], B[fixed:], a.weight(), H))
+            others = target[fixed:] + made_up(target[:fixed] - B[:fixed] @ A, G, fixed)
+            b = round_(*refit(others, B[fixed:], A, H))
             B = torch.cat([B[:fixed], b.weight()])
-        found.append((lost(B @ a.weight()), a, b))
-        A = refit_first(target, B, A)
+        found.append((weighted_error(target, B @ A, H, G), a, b))
+        A = refit_first(target, B, A, G)
     return min(found, key=lambda round_: round_[0])
 
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrc.compressors.decompose.moments import Moment
+from lrc.compressors.decompose.spectrum import spectrum
 from lrc.compressors.layers.pivot import pivot_rows
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.linalg import weighted_error
 from lrc.compressors.quantize import gauges, round_pair, round_pivot, rtn
-from lrc.compressors.quantize.factors import refit, refit_first
+from lrc.compressors.quantize.factors import made_up, refit, refit_first
 
 INT4 = Scheme.read("int4-g8")
 BF16 = torch.bfloat16
@@ -125,3 +127,61 @@ def test_unknown_words_are_refused(pair):
         round_pair(W, B, A, H, INT4, dtype=BF16, gauge="last")
     with pytest.raises(ValueError, match="rounder must be rtn or gptq, got 'awq'"):
         round_pair(W, B, A, H, INT4, dtype=BF16, rounder="awq")
+
+
+@pytest.fixture
+def correlated(matrices) -> tuple[Tensor, Tensor, Tensor]:
+    """Make a weight [24, 32], and the moments of its inputs and of its output gradients."""
+    W, H = matrices(rows=24)
+    _, G = matrices(rows=1, columns=24)
+    return W, H, G
+
+
+def test_under_a_metric_of_the_outputs_the_first_factor_is_weighted_least_squares(correlated):
+    W, _, G = correlated
+    U, s, V = torch.linalg.svd(W, full_matrices=False)
+    B, A = rtn(U[:, :8] * s[:8], INT4, dtype=BF16).weight(), V[:8]
+    K = torch.linalg.cholesky(G)
+    best = torch.linalg.lstsq(K.T @ B, K.T @ W).solution
+    torch.testing.assert_close(refit_first(W, B, A, G), best, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_make_up_for_the_error_of_others(correlated):
+    W, H, G = correlated
+    E = torch.zeros_like(W)
+    E[:8] = W[:8] - rtn(W[:8], INT4, dtype=BF16).weight()
+    E[8:] = -made_up(E[:8], G, 8)
+    slope = (G @ E @ H)[8:]  # of tr(G E H E^T) / 2 at the rows that are free
+    assert float(slope.norm()) < 1e-6 * float((G @ W @ H).norm())
+    assert made_up(E[:8], None, 8) == 0
+
+
+def test_under_a_metric_of_the_outputs_gauges_are_orthogonal_under_it(correlated):
+    W, H, G = correlated
+    U, s, V = torch.linalg.svd(W, full_matrices=False)
+    for name, (B, A) in gauges(U[:, :8] * s[:8], V[:8], H, G).items():
+        torch.testing.assert_close(B @ A, (U[:, :8] * s[:8]) @ V[:8])
+        if name != "rotated":
+            seen = B.T @ G @ B
+            across = seen - torch.diag(seen.diagonal())
+            assert float(across.norm()) < 1e-6 * float(seen.norm())
+
+
+@pytest.mark.parametrize("form", ["pair", "pivot"])
+def test_eight_bits_keep_what_was_found_under_both_metrics(correlated, form):
+    """Refitting under the inputs alone would undo the choice that the gradients made."""
+    W, H, G = correlated
+    eights = Scheme.read("int8-g8")
+    factors = spectrum(W, Moment.of(H), Moment.of(G)).truncate(8)
+    B, A = factors.B, factors.A
+    before = weighted_error(W, B @ A, H, G)
+    if form == "pair":
+        found = round_pair(W, B, A, H, eights, dtype=BF16, G=G).error
+        without = round_pair(W, B, A, H, eights, dtype=BF16)
+        without = weighted_error(W, without.b.weight() @ without.a.weight(), H, G)
+    else:
+        parts = pivot_rows(B, A)
+        found = round_pivot(W, *parts, H, eights, dtype=BF16, G=G).error
+        without = weighted_error(W, round_pivot(W, *parts, H, eights, dtype=BF16).weight(), H, G)
+    assert found < 1.02 * before
+    assert found < without
