@@ -154,16 +154,28 @@ def _whole(
 
 def _pair(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
     B, A = tensors.pop("b.weight"), tensors.pop("a.weight")
-    ways = {"rounder": of.how.rounder, "gauge": of.how.gauge, "dtype": of.dtype, "seed": of.seed}
-    found = round_pair(of.W, B, A, of.H, of.scheme, G=of.G, **ways)
+    found = round_pair(
+        of.W,
+        B,
+        A,
+        of.H,
+        of.scheme,
+        rounder=of.how.rounder,
+        gauge=of.how.gauge,
+        dtype=of.dtype,
+        seed=of.seed,
+        G=of.G,
+    )
     return Integers({**found.a.encode("a.weight"), **found.b.encode("b.weight"), **tensors})
 
 
 def _pivot(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
     R, order = tensors.pop("a.weight"), tensors["order"].long()
     C = tensors.pop("c.weight", R.new_zeros(0, len(R)))  # none where every row is a pivot
-    ways = {"rounder": of.how.rounder, "dtype": of.dtype}
-    found = round_pivot(of.W, R, C, order, of.H, of.scheme, G=of.G, **ways)
+    how = of.how
+    found = round_pivot(
+        of.W, R, C, order, of.H, of.scheme, rounder=how.rounder, dtype=of.dtype, G=of.G
+    )
     coefficients = {} if found.c is None else found.c.encode("c.weight")
     return Integers({**found.a.encode("a.weight"), **coefficients, **tensors})
 
