@@ -19,12 +19,12 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     """
     for cut in plan.slices:
         _print_cut(asdict(cut))
-    if not plan.matrices:
+    if not plan.targeted:
         _print_whole(plan.to_json(), plan.compressed_bytes)
         print_warnings(plan)
         _print_estimate(expected)
         return
-    methods = sorted({m.method for m in plan.matrices})
+    methods = sorted({m.method for m in plan.targeted})
     one = f", {methods[0]}" if len(methods) == 1 else ""
     table = new_table(f"{plan.source} ({plan.architecture}, {plan.dtype}{one})")
     table.add_column("matrix", overflow="fold")
@@ -32,7 +32,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     for column in columns:
         if column != "method" or not one:
             table.add_column(column, justify="right", no_wrap=column != "form", overflow="fold")
-    for name, group in _alike(plan.matrices, every=every).items():
+    for name, group in _alike(plan.targeted, every=every).items():
         m = group[0]
         bits = sum(m.bits for m in group)
         table.add_row(

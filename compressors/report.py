@@ -85,7 +85,7 @@ def write(
         "seed": prepared.recipe.seed,
         "size": _size(plan, checkpoint, prepared),
         "slices": plan.get("slices", []),
-        "layers": [_layer(matrix) for matrix in plan["matrices"]],
+        "layers": [_layer(m) for m in [*plan["matrices"], *plan["outside"]]],
         "calibration": provenance(journal) if _reads_text(prepared) else None,
         "evaluation": evaluation,
         "timing": {"seconds": {stage: round(s, 2) for stage, s in seconds.items()}},

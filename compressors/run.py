@@ -23,6 +23,7 @@ from lrc.compressors.journal import Journal, open_journal, write_text
 from lrc.compressors.judge import Judge
 from lrc.compressors.lineage import Lineage
 from lrc.compressors.machine import Clock, Machine
+from lrc.compressors.outside import round_outside
 from lrc.compressors.planning.needs import collected, compensation
 from lrc.compressors.planning.plan import Matrix, Plan, read_matrices
 from lrc.compressors.planning.ranks import allocate_ranks
@@ -55,7 +56,8 @@ class Run:
         """The plan as it was carried out, if it has been."""
         if not self.journal.has("executed.json"):
             return None
-        records = self.journal.read_json("executed.json")["matrices"]
+        done = self.journal.read_json("executed.json")
+        records = [*done["matrices"], *done["outside"]]
         return self.prepared.plan.with_matrices(read_matrices(records))
 
     def calibrate(self) -> None:
@@ -125,6 +127,10 @@ class Run:
             self.journal.forget(statistics.inputs_file(layer), statistics.gradients_file(layer))
 
         plan = replace(plan, slices=self.lineage.slice())
+        if plan.outside:
+            with self.clock("decompose"):
+                reader, device = self.lineage.reader, self.machine.chosen
+                plan = round_outside(plan, reader, self.journal, device=device)
         if not plan.matrices:
             self.journal.write_json("executed.json", plan.to_json())
             return plan

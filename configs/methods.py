@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from lrc.configs.decompose import Allocation, Damp, DecomposeBase
-from lrc.configs.quantize import Gauge, Rounder, Written
+from lrc.configs.quantize import Embeddings, Gauge, Head, Rounder, Written
 
 PruningAllocation = Annotated[
     Literal["uniform", "lagrangian"],
@@ -244,6 +244,8 @@ class Mixed(DecomposeBase):
     schemes: list[Written] = []
     """Integers, such as `int8` or `int4-g64`, that the numbers of any form, dense too, may be
     rounded to."""
+    embeddings: Embeddings = None
+    head: Head = None
     rounder: Rounder = "gptq"
     order: bool = True
     """With `gptq`: round the columns of the largest inputs first."""

@@ -36,6 +36,21 @@ Gauge = Annotated[
 ]
 
 
+Embeddings = Annotated[
+    Written | None,
+    Field(
+        description="Integers for the input embedding, such as `int8`, and with it for a head that "
+        "is tied to it; rounded to the nearest. Left as they are if left out."
+    ),
+]
+Head = Annotated[
+    Written | None,
+    Field(
+        description="Integers for a head that is not tied to the embedding; rounded to the "
+        "nearest. Left as it is if left out."
+    ),
+]
+
 Kind = Literal["qera", "eora", "lqer"]
 
 
@@ -82,8 +97,11 @@ class Quantize(Strict):
     """Fit every layer to the inputs that the rounded layers before it produce."""
     branch: Branch | None = None
     """Make up for the rounding of every linear that no earlier stage has factored."""
+    embeddings: Embeddings = None
+    head: Head = None
     targets: list[str] = ["*"]
-    """Shell patterns over module names; every linear of a decoder layer that matches one."""
+    """Shell patterns over module names; every linear of a decoder layer that matches one. `[]`
+    rounds none, beside 'embeddings' or 'head'."""
     skip: list[str] = []
     """Shell patterns of linears to leave as they are."""
 
@@ -114,6 +132,11 @@ class Quantize(Strict):
         if self.sparsity is None:
             object.__setattr__(self, "sparsity", 0.5)  # the paper's main setting
         return self
+
+    @property
+    def rounds_linears(self) -> bool:
+        """Whether linears of the layers are to be rounded too."""
+        return bool(self.targets) or (self.embeddings is None and self.head is None)
 
     @property
     def scheme(self) -> str:

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.tables import check_tables
-from lrc.compressors.layers import FORMS, Form
+from lrc.compressors.layers import FORMS, Form, TiedHead
 from lrc.compressors.layers.shapes import SHAPES, TABLES, resize_, tables_of, widen_
 from lrc.compressors.layers.stream import BIASES, NORMS, add_biases_, place_norms_
 from lrc.compressors.shards import read_headers
@@ -85,6 +85,8 @@ class LrcQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, Form):
                 set_module(model, name, module.dense())
+            elif isinstance(module, TiedHead):  # behind the embedding, as in the module tree
+                set_module(model, name, module.dense(model.get_input_embeddings()))
         widen_(model, self._config_shapes)  # the config that is left says so
         return model
 
@@ -127,30 +129,33 @@ def _fitting() -> Iterator[None]:
 
 
 def swap_in_forms(model: nn.Module, modules: dict[str, dict[str, Any]]) -> layout.Expected:
-    """Replace linears by empty compressed forms; return the tensors that these expect.
+    """Replace linears and embeddings by empty compressed forms; return the tensors they expect.
 
     Raises
     ------
     CheckpointError
-        If the model has no linear of that name, or one that cannot have that form.
+        If the model has none of that name, or one that cannot have that form.
     """
     expected: layout.Expected = {}
     forms: dict[str, Form] = {}
     for name, spec in modules.items():
+        kind = FORMS[spec["form"]]
         try:
-            linear = model.get_submodule(name)
+            dense: Any = model.get_submodule(name)
         except AttributeError:
-            linear = None
-        if not isinstance(linear, nn.Linear):
+            dense = None
+        if dense is None or not isinstance(dense, kind.REPLACES):
+            what = "linear layer" if kind.REPLACES is nn.Linear else "embedding"
             raise CheckpointError(
-                f"config.json: quantization_config.modules names {name!r}, which is no linear "
-                f"layer of {type(model).__name__}; the config was edited, or is another model's"
+                f"config.json: quantization_config.modules names {name!r}, which is no {what} of "
+                f"{type(model).__name__}; the config was edited, or is another model's"
             )
-        d_out, d_in, bias = linear.out_features, linear.in_features, linear.bias is not None
+        weight: nn.Parameter = dense.get_parameter("weight")
+        (d_out, d_in), bias = weight.shape, getattr(dense, "bias", None) is not None
         with _naming(name):
             expected |= layout.expected_tensors(name, d_out, d_in, spec, bias=bias)
-        forms[name] = FORMS[spec["form"]].empty(linear, spec)
-        forms[name].requires_grad_(linear.weight.requires_grad)
+        forms[name] = kind.empty(dense, spec)
+        forms[name].requires_grad_(weight.requires_grad)
         set_module(model, name, forms[name])
     for name, form in forms.items():  # once all are there: an owner may come after its members
         with _naming(name):

@@ -1,6 +1,7 @@
 """Run-time forms of a compressed linear layer; each knows its own bits and its dense equivalent."""
 
 from lrc.compressors.layers.dictionary import SparseDictionary
+from lrc.compressors.layers.embedded import EmbeddedIntegers, TiedHead
 from lrc.compressors.layers.form import Form, RankForm, Sizes, Spec
 from lrc.compressors.layers.group_sparse import GroupSparse
 from lrc.compressors.layers.integers import Integers, IntegersPlusLowRank
@@ -14,6 +15,7 @@ from lrc.compressors.layers.sums import LowRankPlusSparse
 __all__ = [
     "FORMS",
     "MEMBERS",
+    "EmbeddedIntegers",
     "Form",
     "GroupSparse",
     "Integers",
@@ -30,6 +32,7 @@ __all__ = [
     "Sparse",
     "SparseDictionary",
     "Spec",
+    "TiedHead",
 ]
 
 FORMS: dict[str, type[Form]] = {
@@ -43,6 +46,7 @@ FORMS: dict[str, type[Form]] = {
     "integers": Integers,
     "integers_plus_low_rank": IntegersPlusLowRank,
     "group_sparse": GroupSparse,
+    "embedded_integers": EmbeddedIntegers,
 }
 MEMBERS: dict[str, str] = {"low_rank": "shared_low_rank", "dictionary": "shared_dictionary"}
 """Form of the first of a group -> that of those which borrow from it."""

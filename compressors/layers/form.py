@@ -57,6 +57,8 @@ class Form(nn.Module, ABC):
     rounding them to the model's is for the caller."""
     BIAS: ClassVar[str]
     """Name of the bias within the module."""
+    REPLACES: ClassVar[type[nn.Module]] = nn.Linear
+    """The module whose place it takes; its weight is [d_out, d_in]."""
     RATIOS: ClassVar[tuple[float, ...]] = ()
     """Ratios of the sizes that an allocation looks at, where the recipe has no say in them."""
     PATTERNS: ClassVar[tuple[str, ...]] = ()
@@ -224,19 +226,20 @@ class Form(nn.Module, ABC):
         """Count the multiplications with a weight that one token costs."""
 
     @classmethod
-    def empty(cls, linear: nn.Linear, spec: Spec) -> Self:
-        """Make the module that takes the place of `linear`, on its device and at its precision.
+    def empty(cls, dense: Any, spec: Spec) -> Self:
+        """Make the module that takes the place of `dense`, on its device and at its precision.
 
         Its weights are uninitialised: they are about to be loaded.
         """
+        d_out, d_in = dense.weight.shape
         return cls(
-            linear.in_features,
-            linear.out_features,
+            d_in,
+            d_out,
             **{name: spec[name] for name in cls.SIZES},
-            bias=linear.bias is not None or bool(spec.get("bias")),
+            bias=getattr(dense, "bias", None) is not None or bool(spec.get("bias")),
             scheme=spec.get("scheme"),
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
         )
 
     @abstractmethod

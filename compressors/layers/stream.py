@@ -91,7 +91,7 @@ def place_norms_(model: Any, norms: NormTable) -> dict[str, list[int]]:
     ValueError
         If a name is that of no norm, or a writer that of no linear.
     """
-    like, shapes = model.get_input_embeddings().weight, {}
+    like, shapes = next(model.parameters()), {}
     for name, entry in norms.items():
         eps = norm_eps(_find(model, name))
         if eps is None:

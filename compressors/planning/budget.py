@@ -1,7 +1,7 @@
 """What the matrices of a stage may cost together, and the sentences for budgets that cannot be."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -26,6 +26,8 @@ class Whole:
     """The tensors of the whole model, as the file would hold them dense."""
 
     stored: Mapping[str, Tensor]
+    outside: Sequence[Matrix] = ()
+    """What will be integers of a known size, whatever the targeted matrices become."""
 
     @property
     def parameters(self) -> int:
@@ -69,7 +71,13 @@ class Whole:
                 for leaves in shapes
             )
 
-        header = 0
+        header = sum(
+            entry(f"{m.name}.{leaf}", [max(m.shape)] * len(shape))
+            for m in self.outside
+            for leaf, (shape, _) in FORMS[m.form]
+            .stored(*m.shape, {"scheme": m.scheme}, bias=False)
+            .items()
+        )
         for name, tensor in self.stored.items():
             module, _, leaf = name.rpartition(".")
             dense = entry(name, list(tensor.shape))
@@ -101,6 +109,7 @@ class Whole:
         dense = self.bytes + self.header_bytes([])
         rest = self.bytes - sum(m.source_bits for m in targeted) // 8
         rest += self.header_bytes(targeted, schemes)
+        rest -= sum(m.source_bits - m.bits for m in self.outside) // 8
         if not rest < wanted < dense:
             problems.append(
                 f"{where}.size: must be above {rest:,} bytes, which what is not targeted takes "

@@ -14,6 +14,7 @@ from lrc.compressors.models.source import Source
 from lrc.compressors.planning.budget import Whole, cheapest, even_share, unreachable
 from lrc.compressors.planning.given import GivenPlan, apply_given, read_given, refuse_strangers
 from lrc.compressors.planning.needs import method_needs
+from lrc.compressors.planning.outside import plan_outside
 from lrc.compressors.planning.patterns import refuse_shapes, refuse_share
 from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.planning.rounding import (
@@ -41,7 +42,9 @@ def make_plan(recipe: Recipe, source: Source, architecture: Architecture) -> Pla
         that makes nothing smaller.
     """
     problems: list[str] = []
-    whole = Whole(architecture.stored_parameters())
+    number_bits = source.dtype.itemsize * 8
+    outside = plan_outside(recipe, architecture, number_bits, problems)
+    whole = Whole(architecture.stored_parameters(), outside)
     stages = find_stages(recipe, source, architecture, problems)
     claimed = {m.name for stage in stages for m in stage.matrices}
     known = {linear.name for linear in architecture.linears}
@@ -61,9 +64,9 @@ def make_plan(recipe: Recipe, source: Source, architecture: Architecture) -> Pla
             units, budget = _decide(stage, whole, problems)
         budgets[stage.number] = budget
         decided |= {m.name: m for unit in units for m in unit.members}
-    number_bits = source.dtype.itemsize * 8
     decided = plan_rounding(recipe, architecture, number_bits, decided, problems)
-    if stages and not problems and not any(m.factored for m in decided.values()):
+    smaller = outside or any(m.factored for m in decided.values())
+    if stages and not problems and not smaller:
         problems.append(
             "stages: every targeted matrix stays dense, so nothing would be smaller; "
             f"{_why_dense(stages[0])}"
@@ -83,6 +86,7 @@ def make_plan(recipe: Recipe, source: Source, architecture: Architecture) -> Pla
         warnings=_warnings(recipe, ordered),
         budgets=budgets,
         given=texts,
+        outside=outside,
     )
 
 

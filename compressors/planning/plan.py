@@ -165,6 +165,8 @@ class Plan:
     budgets: list[int | None] = field(default_factory=list)
     given: dict[int, str] = field(default_factory=dict)
     slices: list[Cut] = field(default_factory=list)
+    outside: list[Matrix] = field(default_factory=list)
+    """Embedding and head, where they are rounded to integers."""
 
     @property
     def dense_parameters(self) -> int:
@@ -177,25 +179,30 @@ class Plan:
         return self.slices[0].bytes[0] if self.slices else self.bytes
 
     @property
+    def targeted(self) -> list[Matrix]:
+        """All matrices that something is planned for, those outside the layers last."""
+        return [*self.matrices, *self.outside]
+
+    @property
     def source_bits(self) -> int:
         """Bits of the targeted matrices in the reference model."""
-        return sum(m.source_bits for m in self.matrices)
+        return sum(m.source_bits for m in self.targeted)
 
     @property
     def bits(self) -> int:
         """Bits of the targeted matrices as they will be stored."""
-        return sum(m.bits for m in self.matrices)
+        return sum(m.bits for m in self.targeted)
 
     @property
     def kept(self) -> float:
         """Stored bits of the targeted matrices over their bits before them; 1 of none."""
-        return self.bits / self.source_bits if self.matrices else 1.0
+        return self.bits / self.source_bits if self.targeted else 1.0
 
     @property
     def compressed_parameters(self) -> int:
         """Parameters of the whole compressed model; an estimate while ranks are pending."""
         removed = 0
-        for m in self.matrices:
+        for m in self.targeted:
             d_out, d_in = m.shape
             if m.sizes is not None:
                 added = d_out if m.bias == "added" else 0
@@ -214,18 +221,21 @@ class Plan:
 
     def homes(self) -> dict[str, int]:
         """Return for every matrix the layer whose file holds its tensors: its group's first."""
-        layers = {m.name: m.layer for m in self.matrices}
-        return {m.name: layers[m.group or m.name] for m in self.matrices}
+        layers = {m.name: m.layer for m in self.targeted}
+        return {m.name: layers[m.group or m.name] for m in self.targeted}
 
     def with_matrices(self, changed: Iterable[Matrix]) -> "Plan":
         """Return the plan with some of its matrices replaced, by name."""
         by_name = {m.name: m for m in changed}
-        return replace(self, matrices=[by_name.get(m.name, m) for m in self.matrices])
+        matrices, outside = (
+            [by_name.get(m.name, m) for m in each] for each in (self.matrices, self.outside)
+        )
+        return replace(self, matrices=matrices, outside=outside)
 
     def modules(self) -> dict[str, dict[str, Any]]:
         """Return the module table of the checkpoint's config."""
         table: dict[str, dict[str, Any]] = {}
-        for m in self.matrices:
+        for m in self.targeted:
             if m.sizes is None:
                 continue
             table[m.name] = {"form": m.form, **m.sizes, **FORMS[m.form].extra(*m.shape)}
@@ -250,8 +260,11 @@ class Plan:
             "compressed_parameters": self.compressed_parameters,
             "compressed_bytes": self.compressed_bytes,
         }
-        matrices = [record_of(m) for m in self.matrices]
-        facts = asdict(self) | {"matrices": matrices, "given": self.given_hashes()}
+        records = {
+            "matrices": [record_of(m) for m in self.matrices],
+            "outside": [record_of(m) for m in self.outside],
+        }
+        facts = asdict(self) | records | {"given": self.given_hashes()}
         return facts | {"totals": totals}
 
     def given_hashes(self) -> dict[str, str]:

@@ -37,6 +37,8 @@ def plan_rounding(
     matrices = dict(decided)
     for index, options in recipe.quantizations.items():
         where = f"stages[{index}].quantize"
+        if not options.rounds_linears:
+            continue
         taken: list[Matrix] = []
         for linear in targets(options.targets, options.skip, architecture.linears, where, problems):
             bits = linear.d_out * linear.d_in * number_bits
@@ -212,7 +214,8 @@ def refuse_before_rounding(
             f"{where}.forms: a 'sum' has ranks that groups of {groups[0]} do not divide, got a "
             "'quantize' with a group_size behind it; leave out 'sum', or leave out group_size"
         )
-    if options.size is not None and recipe.quantizations:
+    rounds = any(each.rounds_linears for each in recipe.quantizations.values())
+    if options.size is not None and rounds:
         problems.append(
             f"{where}.size: counts the bytes of files that no stage rounds, got a 'quantize' "
             "behind it; give 'keep', before rounding, or let method: mixed choose 'schemes' within "

@@ -27,7 +27,8 @@ from lrc.configs.errors import CheckpointError
 from lrc.configs.load import load_recipe
 
 OWNER = "model.layers.0.self_attn.q_proj"
-INTEGERS = {"integers", "integers_plus_low_rank", "group_sparse"}  # always packed: test_quantize
+# Always packed: test_quantize, test_embedded.
+INTEGERS = {"integers", "integers_plus_low_rank", "group_sparse", "embedded_integers"}
 # Enough of each form to meet its special cases: the module table of a checkpoint.
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "low_rank": {

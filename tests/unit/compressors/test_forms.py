@@ -20,7 +20,8 @@ from lrc.compressors.shards import read_headers
 from lrc.configs.errors import CheckpointError
 
 D_OUT, D_IN, RANK = 24, 43, 6  # the width fills no whole number of bytes of a mask
-INTEGERS = {"integers", "integers_plus_low_rank", "group_sparse"}  # always packed: test_integers
+# Always packed: test_integers, test_embedded.
+INTEGERS = {"integers", "integers_plus_low_rank", "group_sparse", "embedded_integers"}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -1,0 +1,235 @@
+"""Embedding and head as integers: counted, stored, loaded, looked at, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from lrc.compressors import outside
+from lrc.compressors.checkpoint.reader import load_checkpoint
+from lrc.compressors.layers import EmbeddedIntegers, Scheme, TiedHead
+from lrc.compressors.machine import Machine
+from lrc.compressors.pipeline import compress
+from lrc.compressors.quantize import rtn
+from lrc.configs.load import load_recipe
+
+SCHEMES = ["int8", "int4-g16", "int3-g16", "int2-g16"]
+
+
+def quantize(**options: Any) -> dict[str, Any]:
+    return {"quantize": {"method": "rtn", **options}}
+
+
+def mixed(**options: Any) -> dict[str, Any]:
+    return {"decompose": {"method": "mixed", "schemes": SCHEMES, **options}}
+
+
+DROP = {"slice": {"method": "drop", "keep": 0.8}}
+BLOCKS = {"slice": {"method": "slicegpt", "keep": 0.9, "multiple": 1, "rotations": "block"}}
+RECIPES: dict[str, tuple[bool, list[dict[str, Any]]]] = {
+    "tied": (True, [quantize(embeddings="int8")]),
+    "tied-alone": (True, [quantize(targets=[], embeddings="int4-g16-asymmetric")]),
+    "apart": (False, [quantize(embeddings="int8", head="int6")]),
+    "head-alone": (False, [quantize(targets=[], head="int8")]),
+    "behind-factors": (
+        True,
+        [
+            {"decompose": {"method": "kfac", "size": "50KiB"}},
+            quantize(targets=[], embeddings="int8"),
+        ],
+    ),
+    "joint": (True, [mixed(size="72KiB", embeddings="int6-g16", compensate={})]),
+    "joint-apart": (False, [mixed(keep=0.3, embeddings="int8", head="int8", forms=["dense"])]),
+    "dropped": (True, [DROP, quantize(bits=4, embeddings="int8")]),
+    "turned": (False, [BLOCKS, quantize(bits=8, embeddings="int8", head="int8")]),
+}
+"""Whether the head is tied, and the stages."""
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    make_tokenizer: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[bool, Path]:
+    base, found = tmp_path_factory.mktemp("models"), {}
+    for tied in (True, False):
+        found[tied] = base / f"tied-{tied}"
+        model = tiny_llama(tie_word_embeddings=tied, num_hidden_layers=5)
+        model.save_pretrained(found[tied])
+        make_tokenizer().save_pretrained(found[tied])
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(
+    folders: dict[bool, Path],
+    tiny_recipe: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Path]:
+    """Run a recipe once, and return its output folder."""
+    base = tmp_path_factory.mktemp("runs")
+
+    def run(name: str) -> Path:
+        output = base / name
+        if not output.exists():
+            tied, stages = RECIPES[name]
+            path = tiny_recipe(folders[tied], output, stages=stages)
+            compress(load_recipe(path, ["model.dtype=float32"]), Machine("cpu"))
+        return output
+
+    return run
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_bytes_are_counted_and_the_model_is_the_dense_one_of_what_is_stored(
+    name: str, runs: Callable[[str], Path]
+) -> None:
+    checkpoint = runs(name) / "checkpoint"
+    plan = json.loads((checkpoint / "lrc/plan.json").read_text())
+    report = json.loads((checkpoint / "lrc/report.json").read_text())
+    tensors = load_file(checkpoint / "model.safetensors")
+    stored = sum(t.numel() * t.element_size() for t in tensors.values())
+    sentinels = 1 if name == "head-alone" else 0  # a plain checkpoint has none
+    counted = report["size"]["model"]["tensor_bytes"]["compressed"]
+    if name not in ("dropped", "turned"):  # cuts are counted by themselves
+        assert stored + sentinels == counted
+    model = load_checkpoint(checkpoint)
+    rounded = {m["name"]: m for m in plan["outside"]}
+    assert rounded.keys() <= {layer["name"] for layer in report["layers"]}
+    assert all(0 < m["loss"] < 0.05 for m in rounded.values())
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        logits = model(ids).logits
+        if "model.embed_tokens" in rounded:
+            assert isinstance(model.model.embed_tokens, EmbeddedIntegers)
+        if name == "turned":
+            return
+        plain = model.dequantize() if name != "head-alone" else model
+        assert not any(isinstance(m, EmbeddedIntegers | TiedHead) for m in plain.modules())
+        torch.testing.assert_close(plain(ids).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tied", "apart", "joint"])
+def test_rows_are_those_of_the_dense_model_rounded(
+    name: str, runs: Callable[[str], Path], folders: dict[bool, Path]
+) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(
+        folders[RECIPES[name][0]]
+    ).model.embed_tokens.weight
+    model = AutoModelForCausalLM.from_pretrained(runs(name) / "checkpoint")
+    embedding = model.model.embed_tokens
+    wanted = rtn(dense.detach(), Scheme.read(str(embedding.scheme)), dtype=torch.float32).weight()
+    torch.testing.assert_close(embedding.product(), wanted.float())
+    assert isinstance(model.lm_head, TiedHead) == RECIPES[name][0]
+
+
+@pytest.mark.parametrize("name", ["tied", "apart", "joint"])
+def test_what_is_loaded_can_be_saved_loaded_and_run_again(
+    name: str, runs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(runs(name) / "checkpoint")
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    before, after = (
+        load_file(f / "model.safetensors") for f in (runs(name) / "checkpoint", tmp_path / "again")
+    )
+    assert before.keys() == after.keys()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    out = again.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=1)
+    assert out.shape == (1, 16)
+
+
+def test_a_size_counts_the_integers_of_the_embedding(runs: Callable[[str], Path]) -> None:
+    file = (runs("joint") / "checkpoint/model.safetensors").stat().st_size
+    assert file <= 72 * 1024  # of which the headers of so small a model may take most
+    file = (runs("behind-factors") / "checkpoint/model.safetensors").stat().st_size
+    assert 0.8 * 50 * 1024 < file <= 50 * 1024
+
+
+def test_a_head_alone_is_a_plain_checkpoint(runs: Callable[[str], Path]) -> None:
+    config = json.loads((runs("head-alone") / "checkpoint/config.json").read_text())
+    block = config["quantization_config"]
+    assert block["quant_method"] == "compressed-tensors"
+    assert "lm_head" not in block["ignore"]
+    assert "model.layers.0.self_attn.q_proj" in block["ignore"]
+
+
+def test_a_stopped_run_goes_on_behind_what_is_rounded(
+    folders: dict[bool, Path], tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    path = tiny_recipe(folders[True], tmp_path / "run", stages=RECIPES["tied"][1])
+    loaded = load_recipe(path)
+
+    def stop(stage: str, *_: Any) -> None:
+        if stage == "decompose":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(loaded, Machine("cpu", on_step=stop))
+    monkeypatch.setattr(outside, "rtn", None)  # is not called again
+    compress(loaded, Machine("cpu"))
+    model = load_checkpoint(tmp_path / "run/checkpoint")
+    assert isinstance(model.lm_head, TiedHead)
+
+
+def test_it_is_planned_shown_and_inspected(
+    runs: Callable[[str], Path],
+    folders: dict[bool, Path],
+    tiny_recipe: Any,
+    tmp_path: Path,
+    lrc: Any,
+) -> None:
+    path = tiny_recipe(folders[True], tmp_path / "run", stages=RECIPES["tied"][1])
+    planned = lrc("plan", str(path))
+    assert planned.code == 0, planned.err
+    assert "model.embed_tokens" in planned.out
+    inspected = lrc("inspect", str(runs("tied") / "checkpoint"), "--verify")
+    assert inspected.code == 0, inspected.err
+    assert "embedded_integers" in inspected.out
+
+
+BAD: dict[str, tuple[bool, list[dict[str, Any]], str]] = {
+    "a head that is tied": (
+        True,
+        [quantize(head="int8")],
+        "stages[0].quantize.head: needs a head of its own, got one that is tied to "
+        "model.embed_tokens; give 'embeddings', which rounds both",
+    ),
+    "groups that do not divide": (
+        True,
+        [quantize(embeddings="int8-g24")],
+        "stages[0].quantize.embeddings: must have groups that divide its rows of 32, got int8-g24",
+    ),
+    "twice": (
+        True,
+        [mixed(keep=0.3, embeddings="int8"), quantize(targets=[], embeddings="int8")],
+        "stages[1].quantize.embeddings: must be given once, got it in stages[0] too; remove one",
+    ),
+    "no scheme": (
+        True,
+        [quantize(embeddings="int9")],
+        "stages[0].quantize.embeddings: must be written like int8, int4-g64",
+    ),
+    "what grows": (
+        True,
+        [quantize(embeddings="int8-g1")],
+        "stages[0].quantize.embeddings: must take fewer bits than the 16 of the model's numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_had_is_refused(
+    name: str, folders: dict[bool, Path], tiny_recipe: Any, tmp_path: Path, lrc: Any
+) -> None:
+    tied, stages, words = BAD[name]
+    path = tiny_recipe(folders[tied], tmp_path / "run", stages=stages)
+    lrc("compress", str(path)).refuses(2, words)
