@@ -167,6 +167,13 @@ def integers() -> Iterator[tuple[str, Stages]]:
     for kind in ("qera", "eora", "lqer"):
         branch = quantize("gptq", 3, 64, branch={"method": kind, "rank": 32})
         yield f"integers: gptq, int3-g64, {kind} 32", [branch]
+    for rows in ("int8", "int6-g64", "int5-g64", "int4-g64", "int4-g32"):
+        rounded = quantize("gptq", 4, 64, compensate={}, embeddings=rows)
+        yield f"integers: gptq, int4-g64, compensate, embeddings {rows}", [rounded]
+    for size, rows in (("93MiB", "int8"), ("80MiB", "int6-g64"), ("64MiB", "int5-g64")):
+        joint = {"method": "mixed", "compensate": {}, "schemes": every, "size": size}
+        joint |= {"embeddings": rows, "forms": ["low-rank", "sparse"]}
+        yield f"integers: joint, {size}, embeddings {rows}", [{"decompose": joint}]
     yield "integers: kfac 0.8", [decompose("kfac", 0.8)]
     for method in ("rtn", "gptq"):
         stages = [decompose("kfac", 0.8), quantize(method, 8, None)]
@@ -387,7 +394,7 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path 
     seconds["allocate"] = seconds.get("allocate", 0) + before
     seconds["decompose"] = seconds.get("decompose", 0) + seconds.get("slice", 0)
     facts = {
-        "kept": report["size"]["targeted"]["kept"],
+        "kept": report["size"]["targeted"]["kept"],  # with the embedding, where it is rounded
         "parameters": report["size"]["model"]["parameters"]["compressed"],
         "bytes": report["size"]["model"]["file_bytes"]["compressed"],
         "seconds": {k: seconds.get(k, 0) for k in ("allocate", "decompose", "save", "evaluate")},
