@@ -41,6 +41,9 @@ A compressed checkpoint is the folder that `save_pretrained` would leave: safete
                            groups row after row, like ``values`` below; ``mask`` [d_out, ceil(d_in
                            / g / 8)], uint8, whose bits say which groups of a row are kept, the
                            others being 0; ``bias`` [d_out]
+  ``embedded_integers``    ``integers`` in the place of an embedding: d_out tokens, d_in wide. What
+                           the architecture ties to the embedding has no tensors and no entry: it
+                           uses these
   ======================== =========================================================================
 
   With ``"scheme": "int4-g64"`` in the entry, and then ``"shape": [d_out, d_in]`` beside it, every
