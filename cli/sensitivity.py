@@ -106,7 +106,7 @@ def print_sensitivity(plan: Plan) -> None:
             _print(title, _table(grid, grid.text, kept=True))
             _print(sizes, _table(grid, grid.size, totals=False))
         OUT.print(f"{quantity.total} of the predicted losses: {grid.text()} {quantity.unit}")
-    OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted matrices")
+    OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted matrices{_besides(plan)}")
     print_warnings(plan)
 
 
@@ -140,6 +140,12 @@ def print_profile(plan: Plan, profile: Profile) -> None:
             f"the loss of the tokens that follow, dense {profile.dense:.4f}, rises by "
             f"{sum(profile.rises.values()):.4f} {NATS.unit}, all matrices added"
         )
+
+
+def _besides(plan: Plan) -> str:
+    """Name what is counted and in no table: no loss is predicted of it."""
+    named = [f"{m.name} as {m.scheme}" for m in plan.outside]
+    return f", {' and '.join(named)} among them" if named else ""
 
 
 def _by_quantity(plan: Plan) -> list[tuple[Quantity, list[Matrix]]]:

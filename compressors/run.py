@@ -57,7 +57,7 @@ class Run:
         if not self.journal.has("executed.json"):
             return None
         done = self.journal.read_json("executed.json")
-        records = [*done["matrices"], *done["outside"]]
+        records = [*done["matrices"], *done.get("outside", [])]
         return self.prepared.plan.with_matrices(read_matrices(records))
 
     def calibrate(self) -> None:

@@ -106,6 +106,22 @@ class Quantize(Strict):
     """Shell patterns of linears to leave as they are."""
 
     @model_validator(mode="after")
+    def _says_nothing_of_linears_it_leaves(self) -> "Quantize":
+        if self.rounds_linears:
+            return self
+        linears = set(type(self).model_fields) - {"method", "targets", "embeddings", "head"}
+        idle = sorted(
+            key for key in linears if getattr(self, key) != type(self).model_fields[key].default
+        )
+        if idle or self.method == "gqsa":
+            got = ", ".join(f"'{key}'" for key in idle) or "method: gqsa"
+            raise ValueError(
+                f"targets: [] rounds no linear, to which {got} would apply; remove what applies to "
+                "none, or give 'targets'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _removes_groups(self) -> "Quantize":
         if self.method != "gqsa":
             if self.sparsity is not None:

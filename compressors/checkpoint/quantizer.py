@@ -85,7 +85,8 @@ class LrcQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, Form):
                 set_module(model, name, module.dense())
-            elif isinstance(module, TiedHead):  # behind the embedding, as in the module tree
+        for name, module in list(model.named_modules()):
+            if isinstance(module, TiedHead):
                 set_module(model, name, module.dense(model.get_input_embeddings()))
         widen_(model, self._config_shapes)  # the config that is left says so
         return model

@@ -49,9 +49,10 @@ class Targets:
             shapes = {linear.name: (linear.d_out, linear.d_in) for linear in dense.linears}
         else:
             shapes = {m["name"]: (m["shape"][0], m["shape"][1]) for m in plan["matrices"]}
-        for m in plan.get("outside", []):  # a slice may have made it narrower
-            d_out, d_in = dense.model.get_submodule(m["name"]).weight.shape
-            shapes[m["name"]] = d_out, d_in
+        for m in plan.get("outside", []):  # a slice may have made it narrower, or untied a head
+            stored = dense.tied.get(f"{m['name']}.weight", f"{m['name']}.weight")
+            d_out, d_in = dense.model.get_parameter(stored).shape
+            shapes[stored.removesuffix(".weight")] = d_out, d_in
         totals = plan["totals"]
         return cls(shapes, dtype, totals["dense_bytes"], totals["compressed_bytes"])
 

@@ -41,7 +41,8 @@ class EmbeddedIntegers(Integers):
         assert self.scheme is not None
         ids, bits = x.flatten(), self.scheme.bits
         packed, scale = self.get_buffer("weight_packed"), self.get_parameter("weight_scale")
-        codes = unpack_integers(packed[ids], bits, self.in_features)  # [n, d_model]
+        rows = packed.index_select(0, ids)  # refuses ids below 0
+        codes = unpack_integers(rows, bits, self.in_features)  # [n, d_model]
         zero = None
         if not self.scheme.symmetric:  # packed along the vocabulary
             columns = self.get_buffer("weight_zero_point").T

@@ -73,6 +73,11 @@ def read_given(path: str, where: str, problems: list[str]) -> GivenPlan | None:
             entry = _entry(record, f"{path}, {name}", found)
             if entry is not None:
                 entries[name] = entry
+    outside = value.get("outside", [])
+    if not isinstance(outside, list) or not all(
+        isinstance(each, dict) and {"name", "scheme", "form"} <= each.keys() for each in outside
+    ):
+        found.append(f"{path}, outside: must be as lrc wrote it, got {outside!r:.60}; {remedy}")
     problems += _first(found, path)
     return None if found else GivenPlan(path, text, entries)
 

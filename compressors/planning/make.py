@@ -14,7 +14,7 @@ from lrc.compressors.models.source import Source
 from lrc.compressors.planning.budget import Whole, cheapest, even_share, unreachable
 from lrc.compressors.planning.given import GivenPlan, apply_given, read_given, refuse_strangers
 from lrc.compressors.planning.needs import method_needs
-from lrc.compressors.planning.outside import plan_outside
+from lrc.compressors.planning.outside import plan_outside, refuse_other
 from lrc.compressors.planning.patterns import refuse_shapes, refuse_share
 from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.planning.rounding import (
@@ -64,8 +64,12 @@ def make_plan(recipe: Recipe, source: Source, architecture: Architecture) -> Pla
             units, budget = _decide(stage, whole, problems)
         budgets[stage.number] = budget
         decided |= {m.name: m for unit in units for m in unit.members}
+    for number, text in texts.items():
+        refuse_other(f"stages[{number}].decompose.plan", text, outside, problems)
     decided = plan_rounding(recipe, architecture, number_bits, decided, problems)
-    smaller = outside or any(m.factored for m in decided.values())
+    # What the embedding saves may be all that a size asks for; a 'keep' is of the linears alone.
+    sized = any(stage.options.size is not None for stage in stages)
+    smaller = any(m.factored for m in decided.values()) or (outside and sized)
     if stages and not problems and not smaller:
         problems.append(
             "stages: every targeted matrix stays dense, so nothing would be smaller; "

@@ -1,5 +1,6 @@
 """What a plan says of the matrices outside the layers: the input embedding and the head."""
 
+import json
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,10 @@ def plan_outside(
             written = getattr(options, key, None)
             if written is None:
                 continue
-            module = getattr(model, place)()
+            try:
+                module = getattr(model, place)()
+            except NotImplementedError:  # of a class that says nowhere which it is
+                module = None
             where = f"stages[{index}].{kind}.{key}"
             problem = _problem(key, module, names.get(id(module), ""), architecture)
             if problem is None and key in found:
@@ -67,6 +71,22 @@ def plan_outside(
     return list(found.values())
 
 
+def refuse_other(where: str, text: str, outside: list[Matrix], problems: list[str]) -> None:
+    """Refuse a given plan, read before, whose embedding or head is rounded as the recipe's is not.
+
+    It is the recipe that says how these are rounded; a plan that was edited would be passed over.
+    """
+    planned = {m.name: m.scheme for m in outside}
+    for record in json.loads(text).get("outside", []):
+        name, scheme = record["name"], record["scheme"]
+        if planned.get(name) != scheme:
+            key = "embeddings" if record.get("form") == "embedded_integers" else "head"
+            problems.append(
+                f"{where}: rounds {name} to {scheme}, got {planned.get(name) or 'nothing of it'} "
+                f"in the recipe; give '{key}: {scheme}' there, or edit the plan's 'outside'"
+            )
+
+
 def _problem(key: str, module: Any, name: str, architecture: Architecture) -> str | None:
     """Say why a module cannot be rounded; None if it can."""
     kept = f"{name}.weight"
@@ -93,10 +113,10 @@ def _problem(key: str, module: Any, name: str, architecture: Architecture) -> st
         got = "none" if module is None else f"a {type(module).__name__}"
         return f"needs a linear layer that gives the logits, got {got}; leave the key out"
     if kept in architecture.tied:
-        return (
-            f"needs a head of its own, got one that is tied to {_other(kept, architecture)}; "
-            "give 'embeddings', which rounds both"
-        )
+        other = _other(kept, architecture)
+        both = _problem("embeddings", architecture.model.get_submodule(other), other, architecture)
+        remedy = "leave the key out" if both else "give 'embeddings', which rounds both"
+        return f"needs a head of its own, got one that is tied to {other}; {remedy}"
     return None
 
 

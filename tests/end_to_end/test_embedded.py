@@ -48,7 +48,15 @@ RECIPES: dict[str, tuple[bool, list[dict[str, Any]]]] = {
     "dropped": (True, [DROP, quantize(bits=4, embeddings="int8")]),
     "turned": (False, [BLOCKS, quantize(bits=8, embeddings="int8", head="int8")]),
 }
+RECIPES["untied-by-a-slice"] = (
+    True,
+    [
+        {"slice": {"method": "slicegpt", "keep": 0.9, "multiple": 1}},
+        quantize(embeddings="int8", head="int8"),
+    ],
+)
 """Whether the head is tied, and the stages."""
+CUT = ("dropped", "turned", "untied-by-a-slice")
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +105,10 @@ def test_bytes_are_counted_and_the_model_is_the_dense_one_of_what_is_stored(
     stored = sum(t.numel() * t.element_size() for t in tensors.values())
     sentinels = 1 if name == "head-alone" else 0  # a plain checkpoint has none
     counted = report["size"]["model"]["tensor_bytes"]["compressed"]
-    if name not in ("dropped", "turned"):  # cuts are counted by themselves
+    if name not in CUT:  # cuts are counted by themselves
         assert stored + sentinels == counted
+    alternatives = report["size"]["alternatives"]
+    assert 0.15 * report["size"]["model"]["tensor_bytes"]["dense"] < min(alternatives.values())
     model = load_checkpoint(checkpoint)
     rounded = {m["name"]: m for m in plan["outside"]}
     assert rounded.keys() <= {layer["name"] for layer in report["layers"]}
@@ -218,6 +228,19 @@ BAD: dict[str, tuple[bool, list[dict[str, Any]], str]] = {
         [quantize(embeddings="int9")],
         "stages[0].quantize.embeddings: must be written like int8, int4-g64",
     ),
+    "keys that apply to nothing": (
+        True,
+        [quantize(targets=[], group_size=16, embeddings="int8")],
+        "stages[0].quantize: targets: [] rounds no linear, to which 'group_size' would apply",
+    ),
+    "linears that all stay dense": (
+        True,
+        [
+            {"decompose": {"method": "svd-llm", "keep": 0.05, "rank_multiple": 16}},
+            quantize(targets=[], embeddings="int8"),
+        ],
+        "stages",
+    ),
     "what grows": (
         True,
         [quantize(embeddings="int8-g1")],
@@ -233,3 +256,30 @@ def test_what_cannot_be_had_is_refused(
     tied, stages, words = BAD[name]
     path = tiny_recipe(folders[tied], tmp_path / "run", stages=stages)
     lrc("compress", str(path)).refuses(2, words)
+
+
+def test_a_plan_that_rounds_otherwise_than_the_recipe_is_refused(
+    runs: Callable[[str], Path],
+    folders: dict[bool, Path],
+    tiny_recipe: Any,
+    tmp_path: Path,
+    lrc: Any,
+) -> None:
+    plan = json.loads((runs("joint") / "plan.json").read_text())
+    file = tmp_path / "plan.json"
+    given = {"method": "mixed", "plan": str(file), "compensate": {}}
+
+    def planned(**options: str) -> Any:
+        stages = [{"decompose": {**given, **options}}]
+        path = tiny_recipe(folders[True], tmp_path / "run", stages=stages)
+        return lrc("plan", str(path), "model.dtype=float32")
+
+    file.write_text(json.dumps(plan))
+    assert planned(embeddings="int6-g16").code == 0
+    words = "rounds model.embed_tokens to int6-g16, got nothing of it in the recipe; give"
+    planned().refuses(2, words)
+    plan["outside"][0]["scheme"] = "int4-g16"
+    file.write_text(json.dumps(plan))
+    planned(embeddings="int6-g16").refuses(2, "rounds model.embed_tokens to int4-g16, got int6-g16")
+    file.write_text(json.dumps({**plan, "outside": 3}))
+    planned(embeddings="int6-g16").refuses(2, "outside: must be as lrc wrote it, got 3")

@@ -30,7 +30,14 @@ def test_options_and_defaults_are_the_same_in_both() -> None:
         }
         assert ("group_size" in own) == METHODS[name].shared
         own.pop("forms", None)  # between which methods an allocation chooses
-        for key in ("schemes", "rounder", "order", "gauge"):  # what is done to numbers afterwards
+        for key in (
+            "schemes",
+            "embeddings",
+            "head",
+            "rounder",
+            "order",
+            "gauge",
+        ):  # what is done to numbers afterwards
             own.pop(key, None)
         own.pop("group_size", None)  # which matrices are solved as one: not the metric's
         own.pop("ratio", None)  # which sizes a matrix may get
