@@ -9,8 +9,8 @@ from torch import Tensor
 from lrc.compressors.execute import executed, factors_file
 from lrc.compressors.journal import Journal
 from lrc.compressors.layers import Scheme
-from lrc.compressors.layers.form import sentinel
 from lrc.compressors.layers.packed import encode_matrix
+from lrc.compressors.layers.parts import sentinel
 from lrc.compressors.linalg import weighted_error
 from lrc.compressors.memory import to_host
 from lrc.compressors.models.weights import WeightReader

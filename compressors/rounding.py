@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lrc.compressors.layers import Scheme
 from lrc.compressors.layers.bits import spread, unpack_bits
-from lrc.compressors.layers.form import sentinel
 from lrc.compressors.layers.packed import encode_values
+from lrc.compressors.layers.parts import sentinel
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.rounding import WHOLE
 from lrc.compressors.quantize import (

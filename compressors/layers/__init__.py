@@ -2,11 +2,12 @@
 
 from lrc.compressors.layers.dictionary import SparseDictionary
 from lrc.compressors.layers.embedded import EmbeddedIntegers, TiedHead
-from lrc.compressors.layers.form import Form, RankForm, Sizes, Spec
+from lrc.compressors.layers.form import Form, Sizes, Spec
 from lrc.compressors.layers.group_sparse import GroupSparse
 from lrc.compressors.layers.integers import Integers, IntegersPlusLowRank
 from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.pivoted import PivotedLowRank
+from lrc.compressors.layers.rank_form import RankForm
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.layers.shared import SharedDictionary, SharedLowRank, Sharing
 from lrc.compressors.layers.sparse import Sparse

@@ -6,17 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.layers.bits import pack_bits, packed_width, unpack_bits
-from lrc.compressors.layers.form import (
-    SENTINEL,
-    Device,
-    Form,
-    Shapes,
-    Sizes,
-    Spec,
-    empty_linear,
-    sentinel,
-)
+from lrc.compressors.layers.form import Form, Shapes, Sizes, Spec
 from lrc.compressors.layers.packed import PackedMatrix
+from lrc.compressors.layers.parts import SENTINEL, Device, empty_linear, sentinel
 
 
 class SparseDictionary(Form):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.layers.packed import PackedMatrix, read_values
+from lrc.compressors.layers.parts import Device, empty_linear
 from lrc.compressors.layers.scheme import Leaves, Scheme
 
 Spec = Mapping[str, Any]
 """A module's entry in config.json, such as ``{"form": "low_rank", "rank": 12}``."""
 Sizes = Mapping[str, int]
 """The whole numbers of a spec that tell, with the shape, what a form stores: ``{"rank": 12}``."""
-Device = torch.device | str | None
 Shapes = Leaves
 
 
@@ -313,48 +313,6 @@ class Form(nn.Module, ABC):
         return sum(prod(shape) for shape, dtype in shapes if dtype is None)
 
 
-class RankForm(Form):
-    """A form that holds a product of low rank, ``W_hat = B @ A``."""
-
-    SIZES = ("rank",)
-    rank: int
-
-    @classmethod
-    def largest_step(cls, d_out: int, d_in: int) -> int:
-        """Return the largest rank."""
-        return min(d_out, d_in)
-
-    @classmethod
-    def sizes_at(cls, step: int, d_out: int, d_in: int, ratio: float = 2.0) -> Sizes:
-        """Return the rank."""
-        return {"rank": step}
-
-    @staticmethod
-    @abstractmethod
-    def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """Write ``W_hat = B @ A`` as the tensors of the file, but for a bias.
-
-        Parameters
-        ----------
-        B : Tensor, shape [d_out, rank], float64
-        A : Tensor, shape [rank, d_in], float64
-
-        Returns
-        -------
-        dict of str to Tensor
-            By the names of `shapes`. Those without a dtype there are unrounded: rounding them to
-            the model's is for the caller.
-
-        Raises
-        ------
-        ValueError
-            If the form cannot hold this product.
-        """
-
-
-SENTINEL: Shapes = {"weight": ([1], torch.uint8)}
-
-
 def _scheme_problem(spec: Spec) -> str | None:
     shape = spec.get("shape")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int for n in shape):
@@ -364,23 +322,3 @@ def _scheme_problem(spec: Spec) -> str | None:
     except (TypeError, ValueError) as error:
         return f"has a 'scheme' that {error}"
     return None
-
-
-def sentinel(like: Tensor) -> Tensor:
-    """Return the content of the sentinel, on the device of `like`."""
-    return torch.zeros(1, dtype=torch.uint8, device=like.device)
-
-
-def empty_linear(
-    d_in: int,
-    d_out: int,
-    *,
-    bias: bool,
-    device: Device,
-    dtype: torch.dtype | None,
-) -> nn.Linear:
-    """Make a linear layer without spending time on initial values."""
-    linear: nn.Linear = nn.utils.skip_init(
-        nn.Linear, d_in, d_out, bias=bias, device=device or "cpu", dtype=dtype
-    )
-    return linear

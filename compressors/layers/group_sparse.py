@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.layers.bits import pack_bits, packed_width, unpack_bits
-from lrc.compressors.layers.form import SENTINEL, Device, Shapes, Sizes, Spec, sentinel
+from lrc.compressors.layers.form import Shapes, Sizes, Spec
 from lrc.compressors.layers.integers import Integers
 from lrc.compressors.layers.packed import encode_values, read_values
+from lrc.compressors.layers.parts import SENTINEL, Device, sentinel
 from lrc.compressors.layers.scheme import Scheme
 
 

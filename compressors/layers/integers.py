@@ -6,16 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.form import (
-    SENTINEL,
-    Device,
-    Form,
-    Shapes,
-    Sizes,
-    Spec,
-    empty_linear,
-)
+from lrc.compressors.layers.form import Form, Shapes, Sizes, Spec
 from lrc.compressors.layers.packed import add_packed_, read_packed
+from lrc.compressors.layers.parts import SENTINEL, Device, empty_linear
 from lrc.compressors.layers.scheme import Scheme
 
 

@@ -6,15 +6,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.form import (
-    SENTINEL,
-    Device,
-    RankForm,
-    Shapes,
-    Spec,
-    empty_linear,
-    sentinel,
-)
+from lrc.compressors.layers.form import Shapes, Spec
+from lrc.compressors.layers.parts import SENTINEL, Device, empty_linear, sentinel
+from lrc.compressors.layers.rank_form import RankForm
 
 
 class LowRank(RankForm):

@@ -7,16 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.layers.dictionary import SparseDictionary
-from lrc.compressors.layers.form import (
-    Device,
-    Form,
-    RankForm,
-    Shapes,
-    Spec,
-    empty_linear,
-)
+from lrc.compressors.layers.form import Form, Shapes, Spec
 from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.packed import PackedMatrix
+from lrc.compressors.layers.parts import Device, empty_linear
+from lrc.compressors.layers.rank_form import RankForm
 
 Owner = LowRank | SparseDictionary
 

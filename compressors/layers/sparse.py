@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.layers.bits import pack_bits, packed_width, spread
-from lrc.compressors.layers.form import SENTINEL, Device, Form, Shapes, Sizes, Spec, sentinel
+from lrc.compressors.layers.form import Form, Shapes, Sizes, Spec
+from lrc.compressors.layers.parts import SENTINEL, Device, sentinel
 
 
 class Sparse(Form):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.layers.bits import pack_bits, packed_width, spread
-from lrc.compressors.layers.form import Device, Shapes, Sizes, Spec
+from lrc.compressors.layers.form import Shapes, Sizes, Spec
+from lrc.compressors.layers.parts import Device
 from lrc.compressors.layers.pivoted import Pivoted
 
 

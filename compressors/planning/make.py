@@ -64,12 +64,11 @@ def make_plan(recipe: Recipe, source: Source, architecture: Architecture) -> Pla
             units, budget = _decide(stage, whole, problems)
         budgets[stage.number] = budget
         decided |= {m.name: m for unit in units for m in unit.members}
-    for number, text in texts.items():
-        refuse_other(f"stages[{number}].decompose.plan", text, outside, problems)
+    refuse_other(texts, outside, problems)
     decided = plan_rounding(recipe, architecture, number_bits, decided, problems)
-    # What the embedding saves may be all that a size asks for; a 'keep' is of the linears alone.
-    sized = any(stage.options.size is not None for stage in stages)
-    smaller = any(m.factored for m in decided.values()) or (outside and sized)
+    # A size may ask for no more than an embedding saves; a 'keep' is of the linears alone.
+    met = outside and any(stage.options.size is not None for stage in stages)
+    smaller = met or any(m.factored for m in decided.values())
     if stages and not problems and not smaller:
         problems.append(
             "stages: every targeted matrix stays dense, so nothing would be smaller; "

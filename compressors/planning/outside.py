@@ -1,6 +1,7 @@
 """What a plan says of the matrices outside the layers: the input embedding and the head."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -71,19 +72,27 @@ def plan_outside(
     return list(found.values())
 
 
-def refuse_other(where: str, text: str, outside: list[Matrix], problems: list[str]) -> None:
-    """Refuse a given plan, read before, whose embedding or head is rounded as the recipe's is not.
+def refuse_other(texts: Mapping[int, str], outside: list[Matrix], problems: list[str]) -> None:
+    """Refuse given plans whose embedding or head is rounded as the recipe's is not.
 
     It is the recipe that says how these are rounded; a plan that was edited would be passed over.
+
+    Parameters
+    ----------
+    texts : mapping of int to str
+        Those of plan files that were read before, by stage.
     """
     planned = {m.name: m.scheme for m in outside}
-    for record in json.loads(text).get("outside", []):
-        name, scheme = record["name"], record["scheme"]
-        if planned.get(name) != scheme:
-            key = "embeddings" if record.get("form") == "embedded_integers" else "head"
+    for stage, text in texts.items():
+        for record in json.loads(text).get("outside", []):
+            name, scheme = record["name"], record["scheme"]
+            if planned.get(name) == scheme:
+                continue
+            key = "embeddings" if record["form"] == "embedded_integers" else "head"
             problems.append(
-                f"{where}: rounds {name} to {scheme}, got {planned.get(name) or 'nothing of it'} "
-                f"in the recipe; give '{key}: {scheme}' there, or edit the plan's 'outside'"
+                f"stages[{stage}].decompose.plan: rounds {name} to {scheme}, got "
+                f"{planned.get(name) or 'nothing of it'} in the recipe; give '{key}: {scheme}' "
+                "there, or edit the plan's 'outside'"
             )
 
 

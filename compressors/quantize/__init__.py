@@ -4,10 +4,10 @@ from lrc.compressors.quantize.branch import branch
 from lrc.compressors.quantize.factors import (
     RoundedPair,
     RoundedPivot,
-    gauges,
     round_pair,
     round_pivot,
 )
+from lrc.compressors.quantize.gauges import gauges
 from lrc.compressors.quantize.gptq import gptq
 from lrc.compressors.quantize.grid import Grid, ScaleOverflow, find_grid, round_to
 from lrc.compressors.quantize.group_sparse import GroupSparseWeight, round_groups

@@ -1,9 +1,4 @@
-"""Two factors as integers: how to share the scales, and the second made to fit the rounded first.
-
-A product ``B @ A`` stays what it is when an invertible matrix is put between its factors, rounding
-does not: the choice is a gauge. The second factor is then solved anew for the first as rounded, so
-that it makes up for what it can, and the first for the second, in turn.
-"""
+"""Two factors as integers: each is rounded, and the other made to fit it, in turn."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,17 +9,15 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.layers.scheme import Scheme
-from lrc.compressors.linalg import descending_eigh, weighted_error, whitening_factor
+from lrc.compressors.linalg import weighted_error
+from lrc.compressors.quantize.gauges import Gauge, gauges
 from lrc.compressors.quantize.gptq import check_metric, gptq
 from lrc.compressors.quantize.grid import ScaleOverflow
+from lrc.compressors.quantize.refit import made_up, refit, refit_first
 from lrc.compressors.quantize.rounded import Rounded
 from lrc.compressors.quantize.rtn import rtn
 
 Rounder = Literal["rtn", "gptq"]
-Gauge = Literal["first", "quarter", "even", "rotated"]
-SHARES = {"first": 0.0, "quarter": 0.25, "even": 0.5}
-"""Gauge -> exponent of the singular values in the second factor."""
-REFIT_DAMP = 1e-8
 ROUNDS = 2
 """Rounds of rounding both factors. On SmolLM2-135M, at 0.8 of the numbers, the second lowers the
 error on held-out text by 3 % at int4-g64 and 8 % at int3-g64, that of pivot rows by 10 and 13 %;
@@ -65,117 +58,6 @@ class RoundedPivot:
         """Return ``W_hat`` [d_out, d_in] in float64."""
         R = self.a.weight()
         return (R if self.c is None else torch.cat([R, self.c.weight() @ R]))[self.order]
-
-
-def gauges(
-    B: Tensor, A: Tensor, H: Tensor, G: Tensor | None = None, *, seed: int = 0
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Write a product in several ways, from which rounding takes differently much.
-
-    Parameters
-    ----------
-    B : Tensor, shape [d_out, rank]
-    A : Tensor, shape [rank, d_in]
-    H : Tensor, shape [d_in, d_in]
-        Second moment of the inputs.
-    G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients, if the error is weighed by it.
-    seed : int
-        Of the rotation.
-
-    Returns
-    -------
-    dict
-        Gauge -> factors in float64, whose product is ``B @ A``. With the singular values s of
-        ``G^{1/2} B A H^{1/2}``, B has columns that are orthogonal under G, of length ``s ** p``,
-        and p is 0 ("first", all of them in A), 1/4 or 1/2 ("quarter", "even"); "rotated" is "even"
-        behind a random orthogonal matrix, which spreads large and small components over all rows of
-        A and columns of B.
-
-    Notes
-    -----
-    All of them in B is never tried: on SmolLM2-135M rounding to nearest then takes 1.5 (int3) to 5
-    times (int8) the energy that it takes from "even"; from "rotated" it takes least in nearly every
-    matrix.
-    """
-    B, A = B.double(), A.double()
-    if G is None:
-        Q, T = torch.linalg.qr(B)  # [d_out, rank], [rank, rank]
-    else:
-        T = whitening_factor(B.T @ G.double() @ B, REFIT_DAMP)[0].T
-        Q = torch.linalg.solve_triangular(T, B, upper=True, left=False)
-    A = T @ A
-    energies, V = descending_eigh(A @ H.double() @ A.T)
-    B, A = Q @ V, V.T @ A
-    size = energies.clamp_min(energies[0] * torch.finfo(A.dtype).eps).sqrt()  # [rank]
-    if not bool(energies[0] > 0):
-        size = torch.ones_like(size)
-    found = {name: (B * size**p, A / size[:, None] ** p) for name, p in SHARES.items()}
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(len(A), len(A), generator=generator, dtype=torch.float64)
-    rotation = torch.linalg.qr(normal).Q.to(A)
-    B, A = found["even"]
-    return found | {"rotated": (B @ rotation.T, rotation @ A)}
-
-
-def refit(
-    target: Tensor, B: Tensor, A: Tensor, H: Tensor, damp: float = REFIT_DAMP
-) -> tuple[Tensor, Tensor]:
-    """Solve the second factor anew for the first, as it has become.
-
-    Minimises ``tr((V - B' A) H (V - B' A)^T)`` over B', V the target; damping pulls towards B, so
-    that the error never rises.
-
-    Parameters
-    ----------
-    target : Tensor, shape [d_out, d_in]
-    B : Tensor, shape [d_out, rank]
-    A : Tensor, shape [rank, d_in]
-    H : Tensor, shape [d_in, d_in]
-    damp : float
-        Fraction of the mean diagonal of ``A H A^T`` added to it.
-
-    Returns
-    -------
-    B : Tensor, shape [d_out, rank]
-    seen : Tensor, shape [rank, rank]
-        ``A H A^T``, the second moment of what B is applied to.
-    """
-    seen = A @ H @ A.T
-    if not seen.diagonal().any():
-        return B, seen
-    L, _ = whitening_factor(seen, damp)
-    missing = (target - B @ A) @ H @ A.T  # [d_out, rank]
-    return B + torch.cholesky_solve(missing.T, L).T, seen
-
-
-def refit_first(
-    target: Tensor, B: Tensor, A: Tensor, G: Tensor | None = None, damp: float = REFIT_DAMP
-) -> Tensor:
-    """Solve the first factor [rank, d_in] anew for the second, as `refit` the second.
-
-    With the second held, the best first is the same under every metric of the inputs, but not of
-    the outputs: under `G` [d_out, d_out] it is ``(B^T G B)^{-1} B^T G V``.
-    """
-    left = B.T if G is None else B.T @ G  # [rank, d_out]
-    seen = left @ B  # [rank, rank]
-    if not seen.diagonal().any():
-        return A
-    L, _ = whitening_factor(seen, damp)
-    return A + torch.cholesky_solve(left @ (target - B @ A), L)
-
-
-def made_up(E: Tensor, G: Tensor | None, fixed: int) -> Tensor | float:
-    """Return what the other rows add to their target to make up for the first ones.
-
-    The error E of the first `fixed` rows [fixed, d_in] is there to stay. Of
-    ``tr(G E H E^T)`` the least is left if the error of the others is ``- G_oo^{-1} G_of E``: a
-    metric of the outputs says which errors cancel.
-    """
-    if G is None:
-        return 0.0
-    L, _ = whitening_factor(G[fixed:, fixed:], REFIT_DAMP)
-    return torch.cholesky_solve(G[fixed:, :fixed] @ E, L)
 
 
 def round_pair(

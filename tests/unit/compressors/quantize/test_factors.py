@@ -10,7 +10,7 @@ from lrc.compressors.layers.pivot import pivot_rows
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.linalg import weighted_error
 from lrc.compressors.quantize import gauges, round_pair, round_pivot, rtn
-from lrc.compressors.quantize.factors import made_up, refit, refit_first
+from lrc.compressors.quantize.refit import made_up, refit, refit_first
 
 INT4 = Scheme.read("int4-g8")
 BF16 = torch.bfloat16
