@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lrc.compressors.progress import OnStep
+from lrc.compressors.io.progress import OnStep
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Evaluate, Perplexity, Tasks
 
@@ -58,7 +58,7 @@ def run(
     """Measure every checkpoint; return checkpoint -> block of results."""
     from lrc.compressors.corpus import check_source
     from lrc.compressors.evaluate import check_tasks, evaluate_model
-    from lrc.compressors.machine import Machine
+    from lrc.compressors.io.machine import Machine
 
     with _as_options():
         for spec in request.perplexity:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lrc.configs.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
-    from lrc.compressors.shards import Header
+    from lrc.compressors.io.shards import Header
 
 
 def describe(folder: Path, *, verify: bool) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def plan(
         return
     from lrc.cli import tables
     from lrc.compressors.estimate import estimate
-    from lrc.compressors.machine import Machine
+    from lrc.compressors.io.machine import Machine
     from lrc.compressors.prepare import prepare
 
     console.quiet_transformers()
@@ -123,7 +123,7 @@ def compress(
 
     loaded = load_recipe(recipe, overrides or [])
     from lrc.cli import tables
-    from lrc.compressors.machine import Machine
+    from lrc.compressors.io.machine import Machine
     from lrc.compressors.pipeline import compress as run
 
     console.quiet_transformers()
@@ -274,7 +274,7 @@ def _sensitivity(
         )
     from lrc.cli.sensitivity import print_profile, print_sensitivity
     from lrc.compressors import pipeline
-    from lrc.compressors.machine import Machine
+    from lrc.compressors.io.machine import Machine
 
     console.quiet_transformers()
     measured = None

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from lrc.cli.cells import OUT
 from lrc.cli.tables import print_warnings
+from lrc.compressors.compress.profile import Profile, spearman
 from lrc.compressors.planning.plan import Matrix, Plan
-from lrc.compressors.profile import Profile, spearman
 
 
 @dataclass(frozen=True)

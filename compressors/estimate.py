@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from lrc.compressors.decompose import METHODS, CodedMethod
-from lrc.compressors.planning.curves import arguments, families_of, wanted
-from lrc.compressors.planning.needs import collected
-from lrc.compressors.planning.units import ratios_of, units_of
+from lrc.compressors.methods.base import CodedMethod
+from lrc.compressors.methods.table import METHODS
+from lrc.compressors.planning.rate_distortion import arguments, families_of, wanted
+from lrc.compressors.planning.required_statistics import collected
+from lrc.compressors.planning.weight_groups import ratios_of, units_of
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.slicing import METHODS as SLICERS
 from lrc.configs.quantize import Quantize

@@ -4,13 +4,13 @@ from typing import Any
 
 from lrc.compressors import report
 from lrc.compressors.calibrate.states import state_files
+from lrc.compressors.compress.profile import Profile
 from lrc.compressors.evaluate import check_gates, check_texts
-from lrc.compressors.lineage import slice_folder
-from lrc.compressors.machine import Machine
+from lrc.compressors.io.machine import Machine
+from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import prepare
-from lrc.compressors.profile import Profile
-from lrc.compressors.run import Run, open_run
+from lrc.compressors.session import Run, open_run
 from lrc.configs.errors import GateMissed
 from lrc.configs.load import LoadedRecipe
 

@@ -13,9 +13,9 @@ from lrc.compressors.evaluate import check_gate_names, check_tasks, check_window
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.planning.make import make_plan
+from lrc.compressors.planning.compile import make_plan
 from lrc.compressors.planning.plan import Plan
-from lrc.compressors.slicing.stages import PENDING, plan_slices, warnings
+from lrc.compressors.slicing.slice_stage import PENDING, plan_slices, warnings
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Recipe
 

@@ -16,13 +16,13 @@ import torch
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from lrc.compressors.calibrate.windows import provenance
+from lrc.compressors.calibrate.calibration_windows import provenance
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.reader import is_plain
-from lrc.compressors.evaluate.alternatives import Targets, plan_alternative
-from lrc.compressors.journal import Journal, write_text
+from lrc.compressors.evaluate.baselines import Targets, plan_alternative
+from lrc.compressors.io.journal import Journal, write_text
 from lrc.compressors.layers import FORMS
-from lrc.compressors.planning.needs import method_needs
+from lrc.compressors.planning.required_statistics import method_needs
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.slicing import METHODS as SLICERS
 

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lrc.compressors.calibrate.inputs import Needs
 from lrc.compressors.calibrate.labels import Labels, logit_gradient
+from lrc.compressors.calibrate.layer_stream import LayerCall, LayerStream, apply, watch_outputs
+from lrc.compressors.calibrate.running_sums import Sums
 from lrc.compressors.calibrate.states import Chain, Tape
-from lrc.compressors.calibrate.stream import LayerCall, LayerStream, apply, watch_outputs
-from lrc.compressors.calibrate.sums import Sums
 from lrc.compressors.models.architecture import Architecture
 from lrc.configs.errors import ModelError
 

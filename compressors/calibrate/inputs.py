@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from lrc.compressors.calibrate.stream import LayerCall, LayerStream, apply, watch_outputs
-from lrc.compressors.calibrate.sums import Sums
+from lrc.compressors.calibrate.layer_stream import LayerCall, LayerStream, apply, watch_outputs
+from lrc.compressors.calibrate.running_sums import Sums
 from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.configs.errors import ModelError
 

@@ -6,16 +6,16 @@ from contextlib import contextmanager, nullcontext, suppress
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.calibrate.layer_stream import LayerStream, apply
 from lrc.compressors.calibrate.residual import find_writers, silenced
+from lrc.compressors.calibrate.running_sums import Sums
 from lrc.compressors.calibrate.states import Chain
 from lrc.compressors.calibrate.statistics import batch_size
-from lrc.compressors.calibrate.stream import LayerStream, apply
-from lrc.compressors.calibrate.sums import Sums
-from lrc.compressors.decompose import PrefixMoments
-from lrc.compressors.journal import Journal
-from lrc.compressors.linalg import tensor_cores
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.solvers.error_compensation import PrefixMoments
+from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.configs.errors import ModelError
 
 

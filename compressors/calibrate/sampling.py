@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.progress import OnStep
+from lrc.compressors.io.progress import OnStep
 
 BATCH = 16
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrc.compressors.journal import Journal, publish, storage_errors
+from lrc.compressors.io.journal import Journal, publish, storage_errors
 
 SNAPSHOT_SECONDS = 30.0
 GIB = 2**30

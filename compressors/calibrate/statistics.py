@@ -9,15 +9,15 @@ from torch import Tensor
 from lrc.compressors.calibrate.gradients import GRADIENT_NEEDS, descend_layer, start_at_logits
 from lrc.compressors.calibrate.inputs import InputSums, Needs, apply_layer
 from lrc.compressors.calibrate.labels import Labels
+from lrc.compressors.calibrate.layer_stream import LayerCall, LayerStream
 from lrc.compressors.calibrate.states import Chain, Tape
-from lrc.compressors.calibrate.stream import LayerCall, LayerStream
-from lrc.compressors.decompose import Moment, Statistics
-from lrc.compressors.journal import Journal
-from lrc.compressors.linalg import tensor_cores
-from lrc.compressors.memory import to_host
+from lrc.compressors.io.journal import Journal
+from lrc.compressors.io.memory import to_host
+from lrc.compressors.io.progress import OnStep
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.progress import OnStep
+from lrc.compressors.solvers.linalg import tensor_cores
+from lrc.compressors.solvers.moments import Moment, Statistics
 
 # Enough tokens a batch to keep matrix products efficient, few enough to keep attention small.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}

@@ -82,8 +82,8 @@ from typing import Any
 
 import torch
 
+from lrc.compressors.io.shards import Header
 from lrc.compressors.layers import FORMS, MEMBERS, Sharing
-from lrc.compressors.shards import Header
 from lrc.configs.errors import CheckpointError
 
 QUANT_METHOD = "lrc"

@@ -7,8 +7,8 @@ from typing import Any
 from safetensors import safe_open
 
 from lrc.compressors.checkpoint.format import AGAIN
+from lrc.compressors.io.shards import shard_files
 from lrc.compressors.layers import Scheme
-from lrc.compressors.shards import shard_files
 from lrc.configs.errors import CheckpointError
 
 QUANT_METHOD = "compressed-tensors"

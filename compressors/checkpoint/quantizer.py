@@ -22,11 +22,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.tables import check_tables
+from lrc.compressors.checkpoint.config_tables import check_tables
+from lrc.compressors.io.shards import read_headers
 from lrc.compressors.layers import FORMS, Form, TiedHead
+from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
 from lrc.compressors.layers.shapes import SHAPES, TABLES, resize_, tables_of, widen_
-from lrc.compressors.layers.stream import BIASES, NORMS, add_biases_, place_norms_
-from lrc.compressors.shards import read_headers
 from lrc.configs.errors import CheckpointError
 
 

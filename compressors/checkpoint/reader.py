@@ -12,10 +12,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.config_tables import check_tables
 from lrc.compressors.checkpoint.format import AGAIN
-from lrc.compressors.checkpoint.tables import check_tables
 from lrc.compressors.checkpoint.writer import sha256
-from lrc.compressors.shards import Header, read_headers, shard_files
+from lrc.compressors.io.shards import Header, read_headers, shard_files
 from lrc.configs.errors import CheckpointError
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.journal import publish, storage_errors
+from lrc.compressors.io.journal import publish, storage_errors
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 10**9

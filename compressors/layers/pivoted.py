@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.layers.form import Form, Shapes, Spec
 from lrc.compressors.layers.parts import SENTINEL, Device, empty_linear, sentinel
-from lrc.compressors.layers.pivot import pivot_rows
+from lrc.compressors.layers.pivot_rows import pivot_rows
 from lrc.compressors.layers.rank_form import RankForm
 
 INT16_ROWS = 2**15 - 1

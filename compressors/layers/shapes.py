@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.stream import BIASES, NORMS, add_biases_, place_norms_
+from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
 
 SHAPES = "shapes"
 TABLES = (SHAPES, BIASES, NORMS)

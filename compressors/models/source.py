@@ -14,8 +14,8 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils.quantization_config import GgufConfig
 
+from lrc.compressors.io.shards import shard_files
 from lrc.compressors.models.configuration import first_line, read_config, read_gguf_config
-from lrc.compressors.shards import shard_files
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.recipe import Model
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from lrc.compressors.io.shards import read_headers, shard_files
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.shards import read_headers, shard_files
 from lrc.configs.errors import ModelError
 
 

@@ -7,13 +7,13 @@ from math import ceil
 
 from torch import Tensor
 
-from lrc.compressors.decompose import METHODS
 from lrc.compressors.layers import FORMS, Scheme, Sizes
-from lrc.compressors.planning.choices import schemes_of
-from lrc.compressors.planning.curves import FORMS_OF, families_of
+from lrc.compressors.methods.table import METHODS
+from lrc.compressors.planning.candidates import schemes_of
 from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.rounding import WHOLE
-from lrc.compressors.planning.units import WORDS, Unit
+from lrc.compressors.planning.quantization import WHOLE
+from lrc.compressors.planning.rate_distortion import FORMS_OF, families_of
+from lrc.compressors.planning.weight_groups import WORDS, Unit
 from lrc.configs.decompose import DecomposeBase
 from lrc.configs.size import parse_size
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from math import ceil
 from operator import itemgetter
 
-from lrc.compressors.planning.units import WORDS, Measure, Unit
+from lrc.compressors.planning.weight_groups import WORDS, Measure, Unit
 
 
 def refuse_shapes(where: str, units: Iterable[Unit], problems: list[str]) -> None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from lrc.compressors.decompose import METHODS
+from lrc.compressors.methods.table import METHODS
 from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.units import Unit, ratios_of, units_of
+from lrc.compressors.planning.weight_groups import Unit, ratios_of, units_of
 from lrc.configs.decompose import DecomposeBase
 from lrc.configs.methods import BasisSharing
 from lrc.configs.recipe import Recipe

@@ -16,15 +16,15 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.calibrate.layer_stream import apply
+from lrc.compressors.calibrate.running_sums import Sums
 from lrc.compressors.calibrate.states import LIVE
-from lrc.compressors.calibrate.stream import apply
-from lrc.compressors.calibrate.sums import Sums
-from lrc.compressors.linalg import tensor_cores
-from lrc.compressors.slicing.ascent import Ascent
+from lrc.compressors.slicing.channel_moments import centred, finite
 from lrc.compressors.slicing.families import Block, Family
-from lrc.compressors.slicing.method import Work
-from lrc.compressors.slicing.moments import centred, finite
+from lrc.compressors.slicing.layer_sweep import Ascent
 from lrc.compressors.slicing.rotation import principal_axes
+from lrc.compressors.slicing.slice_method import Work
+from lrc.compressors.solvers.linalg import tensor_cores
 
 ROTATIONS = "rotations"
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lrc.compressors.checkpoint.format import block
+from lrc.compressors.layers.residual_basis import BIASES, NORMS
 from lrc.compressors.layers.shapes import SHAPES, rebuild_, tables_of
-from lrc.compressors.layers.stream import BIASES, NORMS
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.bases import ROTATIONS, find_bases, read_basis, read_shortcut
 from lrc.compressors.slicing.families import Family, find_family
 from lrc.compressors.slicing.layout import skeleton
-from lrc.compressors.slicing.method import Sliced, Work
 from lrc.compressors.slicing.roles import Roles, times
+from lrc.compressors.slicing.slice_method import Sliced, Work
 
 
 def tables(architecture: Architecture, family: Family, k: int) -> dict[str, Any]:

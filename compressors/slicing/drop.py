@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedConfig
 
+from lrc.compressors.calibrate.layer_stream import apply
 from lrc.compressors.calibrate.states import GIB, Chain
-from lrc.compressors.calibrate.stream import apply
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.slicing.ascent import Ascent
-from lrc.compressors.slicing.method import Budget, Sliced, SliceMethod, Work
+from lrc.compressors.slicing.layer_sweep import Ascent
+from lrc.compressors.slicing.slice_method import Budget, Sliced, SliceMethod, Work
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.slicing import Drop as DropOptions
 from lrc.configs.slicing import SliceBase

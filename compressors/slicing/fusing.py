@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.stream import UnitNorm, norm_eps
+from lrc.compressors.layers.residual_basis import UnitNorm, norm_eps
 from lrc.compressors.slicing.families import Family, Norm
 
 

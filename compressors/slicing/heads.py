@@ -9,7 +9,7 @@ of a head of width h is its dimensions ``i`` and ``i + h/2``.
 import torch
 from torch import Tensor
 
-from lrc.compressors.linalg import descending_eigh, whitening_factor
+from lrc.compressors.solvers.linalg import descending_eigh, whitening_factor
 
 
 def value_output(

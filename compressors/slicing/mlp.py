@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.compressors.linalg import damped, whitening_factor
+from lrc.compressors.solvers.linalg import damped, whitening_factor
 
 # Of the width, removed between two updates of all channels. On SmolLM2-135M the lost energy is the
 # same to 1e-4 for 1/16, 1/128 and one channel at a time.

@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig
 from lrc.compressors.checkpoint.format import block
 from lrc.compressors.layers.shapes import SHAPES, shapes_of
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.slicing.carve import Carver, NarrowHeads
 from lrc.compressors.slicing.drop import block_influence
+from lrc.compressors.slicing.head_statistics import survey
 from lrc.compressors.slicing.heads import choose_pairs
 from lrc.compressors.slicing.layout import (
     Heads,
@@ -27,11 +27,11 @@ from lrc.compressors.slicing.layout import (
     obeys,
     skeleton,
 )
-from lrc.compressors.slicing.method import Budget, Sliced, SliceMethod, Work
+from lrc.compressors.slicing.loss_curves import mlp_curves
 from lrc.compressors.slicing.rope import table_parameters
-from lrc.compressors.slicing.survey import survey
+from lrc.compressors.slicing.slice_method import Budget, Sliced, SliceMethod, Work
+from lrc.compressors.slicing.slice_writer import Carver, NarrowHeads
 from lrc.compressors.slicing.widths import by_curves, by_influence, evenly
-from lrc.compressors.slicing.worth import mlp_curves
 from lrc.configs.errors import RecipeError
 from lrc.configs.slicing import Modegpt as Options
 from lrc.configs.slicing import SliceBase

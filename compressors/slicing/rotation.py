@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.stream import UnitNorm
-from lrc.compressors.linalg import descending_eigh
+from lrc.compressors.layers.residual_basis import UnitNorm
 from lrc.compressors.slicing.families import Family
 from lrc.compressors.slicing.fusing import set_weight_
+from lrc.compressors.solvers.linalg import descending_eigh
 
 
 def principal_axes(moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,11 @@ from transformers import PreTrainedConfig
 from lrc.compressors.layers.shapes import tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.blocks import bytes_of, carve_blocks, rotated_config, tables
+from lrc.compressors.slicing.channel_moments import stream_moment
 from lrc.compressors.slicing.families import Family, find_family
-from lrc.compressors.slicing.method import Budget, Sliced, SliceMethod, Work
-from lrc.compressors.slicing.moments import stream_moment
 from lrc.compressors.slicing.roles import Roles, times
 from lrc.compressors.slicing.rotation import principal_axes
+from lrc.compressors.slicing.slice_method import Budget, Sliced, SliceMethod, Work
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.slicing import SliceBase
 from lrc.configs.slicing import Slicegpt as Options

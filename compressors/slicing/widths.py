@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lrc.compressors.allocate import Options, lagrangian
+from lrc.compressors.planning.allocators import Options, lagrangian
 
 # The paper writes epsilon for it. SmolLM2-135M at 80 % of its bytes, on 12,288 tokens of C4, four
 # windows of its validation: perplexity 39.03 with one width, 36.89 by influence and 38.32 by the

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrc.compressors.decompose.moments import Moment
-from lrc.compressors.decompose.spectrum import spectrum
 from lrc.compressors.layers import FORMS, Scheme
-from lrc.compressors.layers.pivot import pivot_rows
-from lrc.compressors.linalg import weighted_error
-from lrc.compressors.quantize import gptq, round_pair, round_pivot, rtn
+from lrc.compressors.layers.pivot_rows import pivot_rows
+from lrc.compressors.solvers.gptq import gptq
+from lrc.compressors.solvers.linalg import weighted_error
+from lrc.compressors.solvers.moments import Moment
+from lrc.compressors.solvers.quantize_factors import round_pair, round_pivot
+from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.spectrum import spectrum
 
 DTYPE = torch.bfloat16
 GAUGES = ("first", "quarter", "even", "rotated")

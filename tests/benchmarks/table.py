@@ -32,15 +32,15 @@ from pydantic import TypeAdapter
 
 from lrc.compressors import pipeline
 from lrc.compressors.calibrate import statistics
-from lrc.compressors.calibrate.windows import FILE as WINDOWS
-from lrc.compressors.calibrate.windows import take_windows
+from lrc.compressors.calibrate.calibration_windows import FILE as WINDOWS
+from lrc.compressors.calibrate.calibration_windows import take_windows
 from lrc.compressors.evaluate import evaluate_model
-from lrc.compressors.journal import Journal, open_journal
-from lrc.compressors.memory import release_memory
+from lrc.compressors.io.journal import Journal, open_journal
+from lrc.compressors.io.memory import release_memory
 from lrc.compressors.models.source import load_dense
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
-from lrc.compressors.run import identity
+from lrc.compressors.session import identity
 from lrc.configs.decompose import DecomposeBase
 from lrc.configs.load import LoadedRecipe, load_recipe
 from lrc.configs.methods import Decompose

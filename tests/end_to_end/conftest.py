@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.checkpoint import assemble
 from lrc.compressors.checkpoint.writer import write_weights
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.layers import FORMS
-from lrc.compressors.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.load import load_recipe
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrc.compressors.evaluate.alternatives import Targets, measure, plan_alternative
-from lrc.compressors.evaluate.verdict import verdict
-from lrc.compressors.machine import Machine
+from lrc.compressors.evaluate.baseline_comparison import verdict
+from lrc.compressors.evaluate.baselines import Targets, measure, plan_alternative
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.models import source as models
 from lrc.compressors.models.architecture import build
 from lrc.compressors.pipeline import compress

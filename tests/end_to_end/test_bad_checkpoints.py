@@ -20,7 +20,7 @@ def sound(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Return a sound checkpoint. Shared: copy it before changing anything."""
-    from lrc.compressors.machine import Machine
+    from lrc.compressors.io.machine import Machine
     from lrc.compressors.pipeline import compress
     from lrc.configs.load import load_recipe
 

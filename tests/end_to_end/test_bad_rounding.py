@@ -232,7 +232,7 @@ def factored(tiny_model_folder, tiny_recipe, tmp_path_factory) -> Path:
 
 
 def run_of(source: Path, tiny_recipe: Any, factory: Any, stages: list[dict[str, Any]]) -> Path:
-    from lrc.compressors.machine import Machine
+    from lrc.compressors.io.machine import Machine
     from lrc.compressors.pipeline import compress
     from lrc.configs.load import load_recipe
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lrc.compressors.checkpoint.reader import load_checkpoint
-from lrc.compressors.machine import Machine
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.load import load_recipe
 

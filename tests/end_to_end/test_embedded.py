@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lrc.compressors import outside
 from lrc.compressors.checkpoint.reader import load_checkpoint
+from lrc.compressors.compress import embeddings as outside
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.layers import EmbeddedIntegers, Scheme, TiedHead
-from lrc.compressors.machine import Machine
 from lrc.compressors.pipeline import compress
-from lrc.compressors.quantize import rtn
+from lrc.compressors.solvers.round_to_nearest import rtn
 from lrc.configs.load import load_recipe
 
 SCHEMES = ["int8", "int4-g16", "int3-g16", "int2-g16"]

@@ -18,11 +18,11 @@ from lrc.cli.inspect import describe
 from lrc.compressors import prepare
 from lrc.compressors.checkpoint.format import block
 from lrc.compressors.checkpoint.writer import write_config, write_weights
-from lrc.compressors.decompose.spectrum import spectrum
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.layers import FORMS, Form, RankForm
-from lrc.compressors.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import Plan
+from lrc.compressors.solvers.spectrum import spectrum
 from lrc.configs.errors import CheckpointError
 from lrc.configs.load import load_recipe
 

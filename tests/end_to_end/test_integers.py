@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from lrc.cli.inspect import describe
 from lrc.compressors.checkpoint.reader import load_checkpoint
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.layers import Form
-from lrc.compressors.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError, Stopped
 from lrc.configs.load import load_recipe

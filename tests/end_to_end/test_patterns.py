@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lrc.cli.inspect import describe
-from lrc.compressors.ending import product
+from lrc.compressors.compress.finalize import product
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.layers.bits import unpack_bits
-from lrc.compressors.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import Matrix, read_matrices
 from lrc.configs.errors import CheckpointError, Stopped

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lrc.compressors.checkpoint.reader import load_checkpoint
-from lrc.compressors.ending import product
-from lrc.compressors.machine import Machine
+from lrc.compressors.compress.finalize import product
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import read_matrices
 from lrc.configs.load import load_recipe

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from lrc.compressors.decompose.coding import Code, Task
-from lrc.compressors.decompose.dictionary import SOLVERS
-from lrc.compressors.journal import Journal
+from lrc.compressors.io.journal import Journal
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.layers import FORMS
-from lrc.compressors.machine import Machine
 from lrc.compressors.pipeline import compress
-from lrc.compressors.planning.curves import energies_file
 from lrc.compressors.planning.plan import read_matrices
+from lrc.compressors.planning.rate_distortion import energies_file
+from lrc.compressors.solvers.dictionary_learning import SOLVERS
+from lrc.compressors.solvers.sparse_coding import Code, Task
 from lrc.configs.errors import Stopped
 from lrc.configs.load import load_recipe
 

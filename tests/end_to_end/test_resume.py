@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lrc.compressors.calibrate import states
 from lrc.compressors.corpus import read_documents
-from lrc.compressors.machine import Machine
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import OutputError, Stopped
 from lrc.configs.load import load_recipe

@@ -22,8 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lrc.compressors.calibrate.layer_stream import watch_outputs
 from lrc.compressors.calibrate.residual import find_writers
-from lrc.compressors.calibrate.stream import watch_outputs
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError
 from lrc.configs.load import load_recipe

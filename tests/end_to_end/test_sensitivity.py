@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lrc.cli.console import Steps
-from lrc.compressors.machine import Machine
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress, measure
 from lrc.configs.errors import Stopped
 from lrc.configs.load import load_recipe

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lrc.compressors.machine import Machine
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.load import load_recipe
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrc.cli.inspect import describe
-from lrc.compressors.machine import Machine
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress, measure
 from lrc.compressors.prepare import prepare
-from lrc.compressors.slicing import stages
+from lrc.compressors.slicing import slice_stage as stages
 from lrc.configs.errors import ModelError, RecipeError, Stopped
 from lrc.configs.load import load_recipe
 

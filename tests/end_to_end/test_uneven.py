@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrc.cli.inspect import describe
-from lrc.compressors.machine import Machine
+from lrc.compressors.io.machine import Machine
+from lrc.compressors.io.shards import read_headers
 from lrc.compressors.pipeline import compress, measure
-from lrc.compressors.shards import read_headers
 from lrc.configs.errors import CheckpointError, RecipeError, Stopped
 from lrc.configs.load import load_recipe
 

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from lrc.cli import sensitivity, tables
 from lrc.cli.sensitivity import NATS, SHARE, Grid, print_profile, print_sensitivity
+from lrc.compressors.compress.profile import Profile
 from lrc.compressors.planning.plan import Matrix, Plan
-from lrc.compressors.profile import Profile
 
 LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = 3

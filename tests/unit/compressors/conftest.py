@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lrc.compressors.models.architecture import Architecture, Linear, build
 from lrc.compressors.models.source import Source, locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.planning.make import make_plan
+from lrc.compressors.planning.compile import make_plan
 from lrc.compressors.planning.plan import Plan
 from lrc.configs.recipe import Model, Recipe
 

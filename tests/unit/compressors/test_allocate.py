@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.allocate import (
+from lrc.compressors.planning.allocators import (
     BudgetError,
     Options,
     heavy_tail,

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrc.compressors.evaluate import alternatives
-from lrc.compressors.evaluate.alternatives import (
+from lrc.compressors.evaluate import baselines as alternatives
+from lrc.compressors.evaluate.baselines import (
     Alternative,
     Targets,
     measure,
@@ -21,7 +21,7 @@ from lrc.compressors.evaluate.alternatives import (
 )
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.layers.sparse import Sparse
-from lrc.compressors.quantize import rtn
+from lrc.compressors.solvers.round_to_nearest import rtn
 from lrc.configs.errors import DataError, Stopped
 from lrc.configs.recipe import Evaluate, Perplexity
 

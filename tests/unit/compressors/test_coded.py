@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose import METHODS, CodedMethod, Moment, Statistics
-from lrc.compressors.decompose.coded import SUM
 from lrc.compressors.layers import FORMS
-from lrc.compressors.linalg import damped, weighted_error
+from lrc.compressors.methods.base import CodedMethod
+from lrc.compressors.methods.fixed_size import SUM
+from lrc.compressors.methods.table import METHODS
+from lrc.compressors.solvers.linalg import damped, weighted_error
+from lrc.compressors.solvers.moments import Moment, Statistics
 
 CODED = {name: m for name, m in METHODS.items() if isinstance(m, CodedMethod)}
 CODED["sum"] = SUM

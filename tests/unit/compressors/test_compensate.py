@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose import refit_target
+from lrc.compressors.solvers.error_compensation import refit_target
 
 
 def normal(*shape: int, seed: int) -> Tensor:

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose.coding import (
+from lrc.compressors.solvers.dictionary_learning import SOLVERS, solve_dictionary
+from lrc.compressors.solvers.linalg import damped, weighted_error
+from lrc.compressors.solvers.moments import Moment
+from lrc.compressors.solvers.sparse_coding import (
     Pattern,
     Task,
     folded,
@@ -15,11 +18,8 @@ from lrc.compressors.decompose.coding import (
     refit_dictionary,
     support,
 )
-from lrc.compressors.decompose.dictionary import SOLVERS, solve_dictionary
-from lrc.compressors.decompose.moments import Moment
-from lrc.compressors.decompose.spectrum import spectrum
-from lrc.compressors.decompose.thresholding import nearest_orthonormal, orthogonal_codes
-from lrc.compressors.linalg import damped, weighted_error
+from lrc.compressors.solvers.spectrum import spectrum
+from lrc.compressors.solvers.thresholding import nearest_orthonormal, orthogonal_codes
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 FAST = [name for name, solver in SOLVERS.items() if solver.gradients]
@@ -232,7 +232,7 @@ def test_float32_finds_as_good_a_dictionary(monkeypatch: pytest.MonkeyPatch) -> 
     W, H = weight(96, 48), correlated(48)
     sizes = {"atoms": 32, "nonzeros": 16}
     double = solve_dictionary(W, Moment.of(H), **sizes)
-    monkeypatch.setattr("lrc.compressors.decompose.dictionary.SMALL", 0)
+    monkeypatch.setattr("lrc.compressors.solvers.dictionary_learning.SMALL", 0)
     single = solve_dictionary(W, Moment.of(H), **sizes)
     assert single.energy == pytest.approx(double.energy, rel=0.02)  # 0.000 measured
     error = weighted_error(W, single.weight(), H)
@@ -241,7 +241,7 @@ def test_float32_finds_as_good_a_dictionary(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("small", [0, 2**16])
 def test_weights_of_low_rank_are_given_back(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrc.compressors.decompose.dictionary.SMALL", small)
+    monkeypatch.setattr("lrc.compressors.solvers.dictionary_learning.SMALL", small)
     W = weight(96, 5) @ weight(5, 48)
     for solver in FAST:
         found = solve_dictionary(

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose import METHODS, Moment, Statistics
-from lrc.compressors.decompose.dictionary import SOLVERS, Problem, solve_dictionary
 from lrc.compressors.layers import FORMS
-from lrc.compressors.linalg import damped, weighted_error
+from lrc.compressors.methods.table import METHODS
+from lrc.compressors.solvers.dictionary_learning import SOLVERS, Problem, solve_dictionary
+from lrc.compressors.solvers.linalg import damped, weighted_error
+from lrc.compressors.solvers.moments import Moment, Statistics
 
 FORM = FORMS["dictionary"]
 SHAPES = [(24, 40), (40, 24)]

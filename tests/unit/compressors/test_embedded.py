@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors import outside
-from lrc.compressors.execute import factors_file
-from lrc.compressors.journal import Journal
+from lrc.compressors.compress import embeddings as outside
+from lrc.compressors.compress.layerwise import factors_file
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.layers import EmbeddedIntegers, Scheme, TiedHead
 from lrc.compressors.models.source import locate
-from lrc.compressors.planning.make import make_plan
-from lrc.compressors.quantize import rtn
+from lrc.compressors.planning.compile import make_plan
+from lrc.compressors.solvers.round_to_nearest import rtn
 from lrc.configs.recipe import Model, Recipe
 
 SCHEMES = ["int8", "int4-g16", "int5-g8", "int3-g8-asymmetric"]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu
 
-from lrc.compressors import factor
-from lrc.compressors.decompose import Moment, PrefixMoments, Statistics
-from lrc.compressors.ending import product
-from lrc.compressors.execute import decompose, factors_file
-from lrc.compressors.journal import Journal
+from lrc.compressors.compress import solve as factor
+from lrc.compressors.compress.finalize import product
+from lrc.compressors.compress.layerwise import decompose, factors_file
+from lrc.compressors.io.journal import Journal
+from lrc.compressors.planning.allocate import allocate_ranks
 from lrc.compressors.planning.plan import Matrix, Plan
-from lrc.compressors.planning.ranks import allocate_ranks
+from lrc.compressors.solvers.error_compensation import PrefixMoments
+from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.configs.errors import Stopped
 from lrc.configs.recipe import Recipe
 

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lrc.compressors.checkpoint.format import STORED, check_modules
 from lrc.compressors.checkpoint.quantizer import check_headers, swap_in_forms
+from lrc.compressors.io.shards import read_headers
 from lrc.compressors.layers import FORMS, MEMBERS, Form
-from lrc.compressors.shards import read_headers
 from lrc.configs.errors import CheckpointError
 
 D_OUT, D_IN, RANK = 24, 43, 6  # the width fills no whole number of bytes of a mask

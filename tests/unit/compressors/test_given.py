@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lrc.compressors.planning.given import SHOWN, apply_given, read_given, refuse_strangers
 from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.units import Unit, units_of
+from lrc.compressors.planning.user_plan import SHOWN, apply_given, read_given, refuse_strangers
+from lrc.compressors.planning.weight_groups import Unit, units_of
 
 BITS = 8 * 12 * 16
 

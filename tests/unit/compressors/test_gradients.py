@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.labels import logit_gradient
 from lrc.compressors.calibrate.prefix import CompressedPrefix
-from lrc.compressors.decompose import Statistics
-from lrc.compressors.journal import Journal
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.solvers.moments import Statistics
 from lrc.configs.errors import ModelError
 
 LAYERS = 3  # of the model in conftest.py

@@ -13,7 +13,7 @@ from lrc.compressors.checkpoint.format import check_modules
 from lrc.compressors.checkpoint.quantizer import swap_in_forms
 from lrc.compressors.layers import GroupSparse, Scheme
 from lrc.compressors.planning.plan import Matrix, read_matrices, record_of
-from lrc.compressors.quantize import GroupSparseWeight
+from lrc.compressors.solvers.quantize_blocks import GroupSparseWeight
 from lrc.configs.errors import CheckpointError
 
 D_OUT, D_IN = 12, 88  # 11 groups of 8 a row: no whole number of bytes of the mask

@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose import METHODS, CodedMethod, Moment, Statistics
-from lrc.compressors.decompose.dictionary import solve_dictionary
-from lrc.compressors.ending import Done, product
-from lrc.compressors.factor import factor
-from lrc.compressors.journal import Journal
+from lrc.compressors.compress.finalize import Done, product
+from lrc.compressors.compress.solve import factor
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.layers import SharedDictionary, SparseDictionary
-from lrc.compressors.linalg import damped, weighted_error
+from lrc.compressors.methods.base import CodedMethod
+from lrc.compressors.methods.table import METHODS
+from lrc.compressors.planning.allocate import allocate_ranks
 from lrc.compressors.planning.plan import Matrix, Plan
-from lrc.compressors.planning.ranks import allocate_ranks
-from lrc.compressors.planning.units import Unit
+from lrc.compressors.planning.weight_groups import Unit
+from lrc.compressors.solvers.dictionary_learning import solve_dictionary
+from lrc.compressors.solvers.linalg import damped, weighted_error
+from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.configs.recipe import Recipe
 
 D_OUT, D_IN, ATOMS, NONZEROS, ROUNDS = 40, 16, 8, 2, 60

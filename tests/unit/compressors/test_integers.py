@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from lrc.compressors.checkpoint.format import check_modules, expected_tensors
 from lrc.compressors.checkpoint.quantizer import swap_in_forms
-from lrc.compressors.ending import Ending, product
+from lrc.compressors.compress.finalize import Ending, product
+from lrc.compressors.compress.quantize_parts import Rounding, round_parts
 from lrc.compressors.layers import FORMS, MEMBERS, Sharing
 from lrc.compressors.layers.packed import PackedMatrix, read_values
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.units import Unit
-from lrc.compressors.quantize import ScaleOverflow
-from lrc.compressors.rounding import Rounding, round_parts
+from lrc.compressors.planning.weight_groups import Unit
+from lrc.compressors.solvers.quantization_grid import ScaleOverflow
 from lrc.configs.errors import CheckpointError, ModelError
 
 D_OUT, D_IN, RANK = 48, 64, 16

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrc.compressors.journal import Journal, open_journal, storage_errors, write_text
+from lrc.compressors.io.journal import Journal, open_journal, storage_errors, write_text
 from lrc.configs.errors import OutputError
 
 

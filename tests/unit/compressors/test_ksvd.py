@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose import ksvd
-from lrc.compressors.decompose.coding import energy
-from lrc.compressors.decompose.dictionary import solve_dictionary
-from lrc.compressors.decompose.ksvd import ksvd_sweep, pursue
+from lrc.compressors.solvers import ksvd
+from lrc.compressors.solvers.dictionary_learning import solve_dictionary
+from lrc.compressors.solvers.ksvd import ksvd_sweep, pursue
+from lrc.compressors.solvers.sparse_coding import energy
 
 
 @pytest.fixture(autouse=True)

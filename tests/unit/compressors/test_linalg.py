@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lrc.compressors.linalg import (
+from lrc.compressors.solvers.linalg import (
     MAX_DAMP,
     add_second_moment_,
     damped,

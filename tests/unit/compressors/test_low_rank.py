@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lrc.compressors.allocate import uniform
 from lrc.compressors.layers import LowRank
+from lrc.compressors.planning.allocators import uniform
 
 
 @pytest.fixture

@@ -4,15 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose import (
-    METHODS,
-    LowRankMethod,
-    Moment,
-    Statistics,
-    shared_spectrum,
-    split,
-)
-from lrc.compressors.linalg import damped, weighted_error
+from lrc.compressors.methods.table import METHODS, LowRankMethod
+from lrc.compressors.solvers.linalg import damped, weighted_error
+from lrc.compressors.solvers.moments import Moment, Statistics
+from lrc.compressors.solvers.shared_factors import shared_spectrum, split
 
 SHAPES = [(24, 40), (40, 24), (30, 30)]
 RANK = 7

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lrc.compressors.decompose.moments import Moment, Statistics
-from lrc.compressors.linalg import damped
+from lrc.compressors.solvers.linalg import damped
+from lrc.compressors.solvers.moments import Moment, Statistics
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ from torch import nn
 
 from lrc.compressors.checkpoint.format import check_modules
 from lrc.compressors.checkpoint.quantizer import swap_in_forms
-from lrc.compressors.decompose import METHODS, CodedMethod, Moment, Statistics
 from lrc.compressors.layers import FORMS, Sparse, SparseDictionary
-from lrc.compressors.planning.given import Entry, GivenPlan, apply_given
+from lrc.compressors.methods.base import CodedMethod
+from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.plan import Matrix, read_matrices, record_of
-from lrc.compressors.planning.units import Unit
+from lrc.compressors.planning.user_plan import Entry, GivenPlan, apply_given
+from lrc.compressors.planning.weight_groups import Unit
+from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.configs.errors import CheckpointError
 
 SHAPES = [(4, 4), (16, 24), (24, 16), (30, 44), (7, 12)]  # d_out, d_in

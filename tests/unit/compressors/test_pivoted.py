@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.checkpoint.quantizer import swap_in_forms
-from lrc.compressors.decompose import Moment, spectrum
 from lrc.compressors.layers import LowRank, PivotedLowRank
-from lrc.compressors.layers.pivot import BOUND, pivot_rows
+from lrc.compressors.layers.pivot_rows import BOUND, pivot_rows
+from lrc.compressors.solvers.moments import Moment
+from lrc.compressors.solvers.spectrum import spectrum
 from lrc.configs.errors import CheckpointError
 
 SHAPES = [(96, 64, 40), (64, 96, 40), (24, 40, 24), (5, 9, 1), (192, 48, 30), (1, 3, 1)]

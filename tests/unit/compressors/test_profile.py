@@ -11,12 +11,12 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from lrc.compressors.calibrate.statistics import inputs_file
-from lrc.compressors.decompose import Moment, Statistics
-from lrc.compressors.ending import product
-from lrc.compressors.execute import decompose, factors_file
-from lrc.compressors.journal import Journal
+from lrc.compressors.compress.finalize import product
+from lrc.compressors.compress.layerwise import decompose, factors_file
+from lrc.compressors.compress.profile import Profile, profile_plan, spearman
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.planning.plan import Matrix, Plan
-from lrc.compressors.profile import Profile, profile_plan, spearman
+from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.configs.errors import OutputError, Stopped
 from lrc.configs.recipe import Recipe
 

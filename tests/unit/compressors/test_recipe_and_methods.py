@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from lrc.compressors.decompose import METHODS
+from lrc.compressors.methods.table import METHODS
 from lrc.configs.decompose import DecomposeBase
 from lrc.configs.methods import Decompose
 from lrc.configs.quantize import Quantize

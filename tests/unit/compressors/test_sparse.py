@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose.masked import Metric, masked_least_squares, released_error
-from lrc.compressors.decompose.moments import Moment
-from lrc.compressors.decompose.sparse import Saliency, prune, prune_curve
-from lrc.compressors.linalg import damped, weighted_error
+from lrc.compressors.solvers.linalg import damped, weighted_error
+from lrc.compressors.solvers.masked_least_squares import (
+    Metric,
+    masked_least_squares,
+    released_error,
+)
+from lrc.compressors.solvers.moments import Moment
+from lrc.compressors.solvers.pruning import Saliency, prune, prune_curve
 
 DAMPING = {"damp": 1e-6, "gradient_damp": 1e-4}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose.moments import Moment
-from lrc.compressors.decompose.spectrum import Factors, energies_only, spectrum
-from lrc.compressors.linalg import damped, weighted_error
+from lrc.compressors.solvers.linalg import damped, weighted_error
+from lrc.compressors.solvers.moments import Moment
+from lrc.compressors.solvers.spectrum import Factors, energies_only, spectrum
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 16), (16, 1)]
 

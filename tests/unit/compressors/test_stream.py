@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lrc.compressors.calibrate import statistics
-from lrc.compressors.calibrate.stream import LayerStream, apply, watch_inputs
-from lrc.compressors.journal import Journal
+from lrc.compressors.calibrate.layer_stream import LayerStream, apply, watch_inputs
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture
 from lrc.configs.errors import ModelError
 

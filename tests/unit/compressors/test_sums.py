@@ -7,13 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose.masked import Metric
-from lrc.compressors.decompose.moments import Moment
-from lrc.compressors.decompose.sparse import prune
-from lrc.compressors.decompose.spectrum import energies_only, spectrum
-from lrc.compressors.decompose.sums import LAST_ROUNDS, ROUNDS, SumProblem, towards_best
 from lrc.compressors.layers import LowRankPlusSparse, PivotedLowRank, Sparse
-from lrc.compressors.linalg import damped, weighted_error
+from lrc.compressors.solvers.linalg import damped, weighted_error
+from lrc.compressors.solvers.masked_least_squares import Metric
+from lrc.compressors.solvers.moments import Moment
+from lrc.compressors.solvers.pruning import prune
+from lrc.compressors.solvers.sparse_plus_low_rank import (
+    LAST_ROUNDS,
+    ROUNDS,
+    SumProblem,
+    towards_best,
+)
+from lrc.compressors.solvers.spectrum import energies_only, spectrum
 
 DAMPING = {"damp": 1e-6, "gradient_damp": 0.1}
 SHAPES = [(48, 64), (64, 48)]
@@ -118,7 +123,7 @@ def test_no_round_makes_it_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     W, H, G = case(48, 64)
     problem, energies = SumProblem.of(W, H, G, **DAMPING), []
     for rounds in range(1, 5):
-        monkeypatch.setattr("lrc.compressors.decompose.sums.CURVE_ROUNDS", rounds)
+        monkeypatch.setattr("lrc.compressors.solvers.sparse_plus_low_rank.CURVE_ROUNDS", rounds)
         energies.extend(problem.curve([{"rank": 3, "nonzeros": 900}]))
     assert energies == sorted(energies, reverse=True)
     assert problem.solve(rank=3, nonzeros=900).energy < energies[-1]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lrc.compressors.evaluate.verdict import verdict
+from lrc.compressors.evaluate.baseline_comparison import verdict
 
 MIB = 2**20
 

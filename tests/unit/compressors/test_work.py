@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrc.compressors.decompose import METHODS, CodedMethod, Moment, Statistics
-from lrc.compressors.decompose.coded import SUM
-from lrc.compressors.planning.curves import SHARES
+from lrc.compressors.methods.base import CodedMethod
+from lrc.compressors.methods.fixed_size import SUM
+from lrc.compressors.methods.table import METHODS
+from lrc.compressors.planning.rate_distortion import SHARES
+from lrc.compressors.solvers.moments import Moment, Statistics
 
 D_OUT, D_IN = 96, 64
 SIZES = {

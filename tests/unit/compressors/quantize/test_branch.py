@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lrc.compressors.linalg import weighted_error
-from lrc.compressors.quantize import branch
+from lrc.compressors.solvers.linalg import weighted_error
+from lrc.compressors.solvers.low_rank_correction import branch
 
 
 @pytest.mark.parametrize("shape", [(12, 32), (32, 12), (20, 20)])

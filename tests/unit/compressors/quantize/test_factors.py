@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.decompose.moments import Moment
-from lrc.compressors.decompose.spectrum import spectrum
-from lrc.compressors.layers.pivot import pivot_rows
+from lrc.compressors.layers.pivot_rows import pivot_rows
 from lrc.compressors.layers.scheme import Scheme
-from lrc.compressors.linalg import weighted_error
-from lrc.compressors.quantize import gauges, round_pair, round_pivot, rtn
-from lrc.compressors.quantize.refit import made_up, refit, refit_first
+from lrc.compressors.solvers.factor_balancing import gauges
+from lrc.compressors.solvers.factor_refit import made_up, refit, refit_first
+from lrc.compressors.solvers.linalg import weighted_error
+from lrc.compressors.solvers.moments import Moment
+from lrc.compressors.solvers.quantize_factors import round_pair, round_pivot
+from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.spectrum import spectrum
 
 INT4 = Scheme.read("int4-g8")
 BF16 = torch.bfloat16

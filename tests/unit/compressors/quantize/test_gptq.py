@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.layers.scheme import Scheme
-from lrc.compressors.linalg import damped, weighted_error
-from lrc.compressors.quantize import Grid, Rounded, find_grid, gptq, rtn
-from lrc.compressors.quantize.descent import descend
-from lrc.compressors.quantize.gptq import feed_back, solve_order
-from lrc.compressors.quantize.rounded import row_errors
+from lrc.compressors.solvers.coordinate_descent import descend
+from lrc.compressors.solvers.gptq import feed_back, gptq, solve_order
+from lrc.compressors.solvers.linalg import damped, weighted_error
+from lrc.compressors.solvers.quantization_grid import Grid, find_grid
+from lrc.compressors.solvers.quantized_matrix import Rounded, row_errors
+from lrc.compressors.solvers.round_to_nearest import rtn
 
 SCHEMES = ["int4-g8", "int3", "int4-g8-asymmetric", "int8", "int2-g16"]
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from lrc.compressors.layers.scheme import Scheme
-from lrc.compressors.linalg import weighted_error
-from lrc.compressors.quantize import Grid, ScaleOverflow, find_grid, gptq, round_to, rtn
+from lrc.compressors.solvers.gptq import gptq
+from lrc.compressors.solvers.linalg import weighted_error
+from lrc.compressors.solvers.quantization_grid import Grid, ScaleOverflow, find_grid, round_to
+from lrc.compressors.solvers.round_to_nearest import rtn
 
 SCHEMES = [f"int{bits}{rest}" for bits in range(2, 9) for rest in ("", "-g8", "-g8-asymmetric")]
 

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.layers.scheme import Scheme
-from lrc.compressors.linalg import damped, weighted_error
-from lrc.compressors.quantize import gptq, round_groups, rtn
-from lrc.compressors.quantize.groups import choose_groups, masked
+from lrc.compressors.solvers.block_search import choose_groups, masked
+from lrc.compressors.solvers.gptq import gptq
+from lrc.compressors.solvers.linalg import damped, weighted_error
+from lrc.compressors.solvers.quantize_blocks import round_groups
+from lrc.compressors.solvers.round_to_nearest import rtn
 
 BF16 = torch.bfloat16
 INT4 = Scheme.read("int4-g8")

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from lrc.compressors.layers.packed import encode_values, read_values
 from lrc.compressors.layers.scheme import Scheme
-from lrc.compressors.linalg import weighted_error
-from lrc.compressors.quantize import round_sparse, round_values, rtn
+from lrc.compressors.solvers.linalg import weighted_error
+from lrc.compressors.solvers.quantize_values import round_sparse, round_values
+from lrc.compressors.solvers.round_to_nearest import rtn
 
 BF16 = torch.bfloat16
 

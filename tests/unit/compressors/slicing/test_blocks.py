@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lrc.compressors.journal import Journal
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.slicing import stages
+from lrc.compressors.slicing import slice_stage as stages
 from lrc.compressors.slicing.bases import ROTATIONS, projected, projecting, turned
 from lrc.compressors.slicing.blocks import bytes_of, rotated_config, tables
 from lrc.compressors.slicing.counting import count_sliced
 from lrc.compressors.slicing.families import find_family
 from lrc.compressors.slicing.fusing import fuse_norms_
-from lrc.compressors.slicing.method import Budget, Work
 from lrc.compressors.slicing.rotation import rotate_blocks_
+from lrc.compressors.slicing.slice_method import Budget, Work
 from lrc.compressors.slicing.slicegpt import Slicegpt
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Model

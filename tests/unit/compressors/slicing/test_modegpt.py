@@ -18,14 +18,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from lrc.compressors.journal import Journal
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.slicing import modegpt
 from lrc.compressors.slicing.layout import Layout, find_layout, narrowed_shapes
-from lrc.compressors.slicing.method import Budget, Work
 from lrc.compressors.slicing.modegpt import Modegpt
+from lrc.compressors.slicing.slice_method import Budget, Work
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Model
 from lrc.configs.slicing import Modegpt as Options

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lrc.compressors.layers.stream import UnitNorm
+from lrc.compressors.layers.residual_basis import UnitNorm
 from lrc.compressors.slicing.families import find_family
 from lrc.compressors.slicing.fusing import fuse_norms_
 from lrc.compressors.slicing.rotation import (

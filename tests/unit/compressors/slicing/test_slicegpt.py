@@ -11,15 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lrc.compressors.journal import Journal
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.slicing.channel_moments import stream_moment
 from lrc.compressors.slicing.families import find_family
 from lrc.compressors.slicing.fusing import fuse_norms_
-from lrc.compressors.slicing.method import Budget, Sliced, Work
-from lrc.compressors.slicing.moments import stream_moment
 from lrc.compressors.slicing.rotation import principal_axes, rotate_
+from lrc.compressors.slicing.slice_method import Budget, Sliced, Work
 from lrc.compressors.slicing.slicegpt import Slicegpt
 from lrc.configs.errors import ModelError, RecipeError, Stopped
 from lrc.configs.recipe import Model

@@ -1,0 +1,1 @@
+"""Compression methods: one table row per published method."""

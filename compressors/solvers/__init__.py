@@ -1,0 +1,1 @@
+"""Numerical solvers: functions of tensors without knowledge of recipes or models."""

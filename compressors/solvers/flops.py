@@ -1,0 +1,69 @@
+"""How much arithmetic the methods take that are solved at given sizes; for an estimate of time."""
+
+from math import prod
+
+from lrc.compressors.solvers.ksvd import POWER_STEPS
+from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS, STEPS_IN_METRIC
+from lrc.compressors.solvers.sparse_plus_low_rank import START_STEPS, directions
+from lrc.compressors.solvers.thresholding import (
+    CODE_STEPS,
+    FINAL_ROUNDS,
+    FINAL_STEPS,
+    START_ROUNDS,
+)
+
+# A product of matrix and vector reads the matrix for one multiplication an entry: this many times
+# slower a multiplication than the product of two matrices.
+VECTOR = 16
+# Products with both metrics, or as much, to whiten a weight and to measure what is lost of it.
+METRICS = 5
+# Multiply-adds of a product in whose time the eigenvectors of a matrix are found, over its size
+# cubed.
+EIGENVECTORS = 40
+
+
+def pruning_work(d_out: int, d_in: int, *, rounds: int) -> int:
+    """Count the multiply-adds of second-order pruning, at one size.
+
+    They are those of the metric, ``G @ E @ H``, once a step and once a fit for its energy.
+    """
+    fits = 2 * (OUTER_STEPS + 2) + rounds * (STEPS + 2) + STEPS_IN_METRIC + 1
+    return fits * d_out * d_in * (d_out + d_in)
+
+
+def sum_work(d_out: int, d_in: int, *, rank: int, rounds: int, start: bool) -> int:
+    """Count the multiply-adds of a search for a sum: as for pruning, and a step of the product."""
+    metric = d_out * d_in * (d_out + d_in)
+    wide = directions(rank, d_out, d_in)
+    step = wide * (2 * d_in**2 + d_out**2 + 2 * d_out * d_in) + rank * d_out * d_in
+    fits = rounds * (STEPS + 3) + start * (OUTER_STEPS + 3)
+    steps = rounds + start * START_STEPS
+    return fits * metric + steps * (step + EIGENVECTORS * wide**3)
+
+
+def dictionary_work(
+    solver: str, d_out: int, d_in: int, *, atoms: int, nonzeros: int, rounds: int
+) -> int:
+    """Count the multiply-adds of a dictionary solver.
+
+    Vectors at a time count `VECTOR` fold, and pursuit reads its table as often as it has steps.
+    """
+    ready = METRICS * d_out * d_in * (d_out + d_in)
+    return ready + _rounds(solver, d_out, min(d_out, d_in), atoms, nonzeros, rounds)
+
+
+def _rounds(solver: str, d_out: int, dim: int, atoms: int, nonzeros: int, rounds: int) -> int:
+    fit = prod((dim, atoms, d_out))  # D @ S, or what it is compared with
+    codes = prod((atoms, atoms, d_out))  # D^T D S
+    if solver == "cospadi":
+        sweep = VECTOR * 2 * (POWER_STEPS + 1) * fit
+        return rounds * (sweep + VECTOR * codes * nonzeros * nonzeros // (2 * atoms) + 2 * fit)
+    refit = codes + 2 * fit + atoms**2 * dim
+    if solver == "rocket":
+        return refit + fit
+    orthogonal = 3 * fit + 2 * atoms**2 * dim + EIGENVECTORS * atoms**3
+    if solver == "compot":
+        return rounds * orthogonal + refit
+    steps = rounds * (CODE_STEPS + 2) + FINAL_ROUNDS * (FINAL_STEPS + 1)
+    each = refit + 2 * fit + atoms**2 * dim
+    return START_ROUNDS * orthogonal + steps * codes + (rounds + FINAL_ROUNDS) * each
