@@ -1,171 +1,168 @@
-"""A linear layer as a dictionary and sparse coefficients: ``y = S^T (D^T x)``."""
-
-from collections.abc import Mapping
+"""A matrix as a dictionary of atoms and sparse coefficients."""
 
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.bits import pack_bits, packed_width, unpack_bits
-from lrc.compressors.layers.form import Form, Shapes, Sizes, Spec
-from lrc.compressors.layers.packed import PackedMatrix
-from lrc.compressors.layers.parts import SENTINEL, Device, empty_linear, sentinel
+from lrc.compressors.layers.bitmask import mask_problem, pack_bits, packed_width, unpack_bits
+from lrc.compressors.layers.component import ComponentConfig, FirstFactor, Sizes
+from lrc.compressors.layers.packing import PackedLinear
+from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 
-class SparseDictionary(Form):
-    """Compute ``y = x @ W_hat.T + bias`` from ``W_hat^T = D S``.
+class Dictionary(FirstFactor):
+    """The transpose of ``D @ S`` with `nonzeros` coefficients for every output.
 
-    ``a`` holds the dictionary D^T [atoms, d_in]; every output combines `nonzeros` of the atoms:
-    ``values`` [d_out, nonzeros] are its coefficients in ascending order of the atoms, and what says
-    which is a mask of one bit an entry or a list of 16-bit indices, whichever is smaller.
+    ``a`` stores the dictionary ``D^T`` [atoms, d_in], which the layers of a group can share [1]_.
+    ``values`` [d_out, nonzeros] are the coefficients in ascending order of the atoms. Their
+    positions are a bit mask or a list of 16-bit indices, whichever is smaller. With pattern 2:4
+    every four consecutive atoms have two coefficients; the mask is then smaller.
 
-    With pattern 2:4 every output has two coefficients for every four consecutive atoms, and four
-    bits of the mask, which is then the smaller.
+    References
+    ----------
+    .. [1] D. Makhov et al., "CoSpaDi: Compressing LLMs via Calibration-Guided Sparse Dictionary
+       Learning", 2025. https://arxiv.org/abs/2509.22075
     """
 
+    TYPE = "dictionary"
     SIZES = ("atoms", "nonzeros")
-    BIAS = "bias"
     PATTERNS = ("2:4",)
-    atoms: int
-    nonzeros: int
-
-    def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
-        self.a = empty_linear(self.in_features, self.atoms, bias=False, device=device, dtype=dtype)
-        self._build_coefficients(bias=bias, device=device, dtype=dtype)
-
-    def _build_coefficients(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
-        d_out = self.out_features
-        self.values = nn.Parameter(torch.empty(d_out, self.nonzeros, device=device, dtype=dtype))
-        where = _where(d_out, self.atoms, self.nonzeros)
-        for name, (shape, kind) in where.items():
-            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
-        self.bias = nn.Parameter(torch.empty(d_out, device=device, dtype=dtype)) if bias else None
+    CAN_SHARE = "atoms"
 
     @classmethod
-    def shapes(cls, d_out: int, d_in: int, spec: Spec, *, bias: bool) -> Shapes:
-        """Return the tensors of one module: dictionary, coefficients and where they belong."""
-        atoms, nonzeros = spec["atoms"], spec["nonzeros"]
+    def tensors(cls, d_out: int, d_in: int, config: ComponentConfig) -> TensorSpecs:
+        """Return ``a.weight`` (unless shared), ``values``, and ``mask`` or ``index``."""
+        atoms, nonzeros = config.sizes["atoms"], config.sizes["nonzeros"]
         if nonzeros > atoms:
             raise ValueError(
                 f"nonzeros must be in [1, {atoms}], the number of atoms; got {nonzeros}"
             )
-        cls.check_pattern(d_out, d_in, spec)
-        tensors: Shapes = {**SENTINEL, "a.weight": ([atoms, d_in], None)}
-        tensors["values"] = [d_out, nonzeros], None
-        tensors |= _where(d_out, atoms, nonzeros)
-        if bias or spec.get("bias"):
-            tensors[cls.BIAS] = [d_out], None
-        return tensors
+        if config.pattern is not None:
+            needed = _two_of_four(d_out, d_in, nonzeros)
+            if (atoms, nonzeros) != (needed["atoms"], needed["nonzeros"]):
+                raise ValueError(
+                    f"pattern 2:4 needs atoms {needed['atoms']} and nonzeros {needed['nonzeros']} "
+                    f"for [{d_out}, {d_in}], got {atoms} and {nonzeros}"
+                )
+        specs = {"values": TensorSpec([d_out, nonzeros], role="values")}
+        if config.shares is None:
+            specs["a.weight"] = TensorSpec([atoms, d_in], role="matrix")
+        return specs | _positions(d_out, atoms, nonzeros)
 
     @classmethod
-    def dense_shape(cls, name: str, spec: Spec, found: Mapping[str, list[int]]) -> tuple[int, int]:
-        """Read ``(d_out, d_in)`` off coefficients and dictionary."""
-        return found[f"{name}.values"][0], found[f"{name}.a.weight"][1]
+    def sizes_at(
+        cls, step: int, d_out: int, d_in: int, *, ratio: float = 2.0, pattern: str | None = None
+    ) -> Sizes:
+        """Return `step` coefficients per output and `ratio` times as many atoms.
 
-    @classmethod
-    def largest_step(cls, d_out: int, d_in: int) -> int:
-        """Return the largest number of coefficients an output: all atoms of a complete basis."""
-        return min(d_out, d_in)
-
-    @classmethod
-    def sizes_at(cls, step: int, d_out: int, d_in: int, ratio: float = 2.0) -> Sizes:
-        """Return `ratio` times as many atoms as coefficients, up to a complete basis.
-
-        Larger dictionaries lose more at the same bits: on SmolLM2-135M's gate projections at 0.8 of
-        them, 34 to 37 % more energy with 598 atoms than with the 576 of a complete basis.
+        There are at most as many atoms as a complete basis has: larger dictionaries lose more at
+        the same size. On SmolLM2-135M's gate projections at 0.8 of the bits, 598 atoms instead of
+        576 increase the error by 34 to 37 %.
         """
+        if pattern is not None:
+            return _two_of_four(d_out, d_in, step)
         return {"atoms": min(round(ratio * step), d_out, d_in), "nonzeros": step}
 
     @classmethod
-    def two_of_four(cls, d_out: int, d_in: int, sizes: Sizes) -> Sizes:
-        """Return a multiple of four atoms, rounded up as far as there is room, and half of it."""
-        most = min(d_out, d_in) // 4
-        if most == 0:
-            raise ValueError(
-                f"pattern 2:4 needs four atoms or more, got a weight [{d_out}, {d_in}]"
-            )
-        fours = min(max(-(-sizes["nonzeros"] // 2), 1), most)
-        return {"atoms": 4 * fours, "nonzeros": 2 * fours}
+    def largest_step(cls, d_out: int, d_in: int) -> int:
+        """Return the largest number of coefficients: all atoms of a complete basis."""
+        return min(d_out, d_in)
 
     @classmethod
-    def written(cls, d_out: int, d_in: int, sizes: Sizes) -> str:
-        """Return atoms and coefficients."""
-        return f"{sizes['nonzeros']} of {sizes['atoms']} atoms"
+    def multiply_adds(cls, d_out: int, d_in: int, config: ComponentConfig) -> int:
+        """Return those of the two products; the second one is computed with its zeros."""
+        return config.sizes["atoms"] * (d_out + d_in)
 
     @classmethod
-    def multiply_adds(cls, d_out: int, d_in: int, **sizes: int) -> int:
-        """Count those of the two products; the second is computed with its zeros."""
-        return sizes["atoms"] * (d_out + d_in)
+    def describe(cls, d_out: int, d_in: int, config: ComponentConfig) -> str:
+        """Return the numbers of coefficients and atoms."""
+        return f"{config.sizes['nonzeros']} of {config.sizes['atoms']} atoms"
 
     @staticmethod
-    def encode(D: Tensor, S: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Write a dictionary and its coefficients.
+    def encode(D: Tensor, S: Tensor, mask: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Convert a dictionary and its coefficients.
 
         Parameters
         ----------
         D : Tensor, shape [d_in, atoms]
         S : Tensor, shape [atoms, d_out]
         mask : Tensor, shape [atoms, d_out]
-            True where a coefficient is stored: equally many in every column, and some.
+            True for stored coefficients, equally many in every column and at least one.
 
         Raises
         ------
         ValueError
-            If the columns do not store equally many.
+            If the columns have different numbers of coefficients.
         """
         mask = mask.T.contiguous()  # [d_out, atoms]
         d_out, atoms = mask.shape
         fewest, most = mask.sum(dim=1).aminmax()
         if not 0 < int(fewest) == int(most):
             raise ValueError(
-                f"every output must store equally many coefficients, got {fewest} to {most}"
+                f"every output must have equally many coefficients, got {fewest} to {most}"
             )
         values = S.T[mask].view(d_out, -1)  # [d_out, nonzeros]
-        tensors = {"weight": sentinel(D), "a.weight": D.T, "values": values}
-        if "mask" in _where(d_out, atoms, values.shape[1]):
+        tensors = {"a.weight": D.T, "values": values}
+        if "mask" in _positions(d_out, atoms, values.shape[1]):
             return tensors | {"mask": pack_bits(mask)}
         return tensors | {"index": mask.nonzero()[:, 1].view(d_out, -1).to(torch.int16)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., d_in] to [..., d_out], through the atoms or through the whole weight.
+        """Map ``x`` [..., d_in] to [..., d_out], through the atoms or with the whole matrix.
 
-        Many tokens at once pay for putting the weight together: it has fewer columns than there
-        are products to make through the atoms.
+        The whole matrix has fewer columns than the two products need together, which pays off for
+        many tokens.
         """
         S = self._coefficients()  # [d_out, atoms]
-        d_in, d_out = self.in_features, self.out_features
-        tokens = x.numel() // d_in
-        through = tokens * self.atoms * (d_in + d_out)
-        # An adapter and an offloaded weight take part only when called: torch multiplies by what is
-        # on the meta device without a word, and returns what happens to be in memory.
-        a = self._a()
-        plain = type(a) in (nn.Linear, PackedMatrix) and not next(a.parameters()).is_meta
-        if through <= (tokens + self.atoms) * d_in * d_out or not plain:
-            return nn.functional.linear(self._through_a(x), S, self.bias)
-        return nn.functional.linear(x, S @ a.weight.to(S.device), self.bias)
+        atoms, tokens = self.config.sizes["atoms"], x.numel() // self.d_in
+        through_atoms = tokens * atoms * (self.d_in + self.d_out)
+        # Adapters and hooks for offloaded weights only act when the module is called.
+        plain = type(self.first) in (nn.Linear, PackedLinear)
+        plain = plain and not next(self.first.parameters()).is_meta
+        if plain and through_atoms > (tokens + atoms) * self.d_in * self.d_out:
+            return nn.functional.linear(x, S @ self.first_matrix(S))
+        return nn.functional.linear(self.multiply_first(x), S)
 
-    def product(self) -> Tensor:
-        """Return ``W_hat`` [d_out, d_in] in float32."""
+    def matrix(self) -> Tensor:
+        """Return the matrix [d_out, d_in] in float32."""
         S = self._coefficients().float()
-        return S @ self._a().weight.float().to(S.device)
+        return S @ self.first_matrix(S)
 
-    def _a(self) -> nn.Linear | PackedMatrix:
-        return self.a
-
-    def _through_a(self, x: Tensor) -> Tensor:
-        p: Tensor = self.a(x)  # [..., atoms]
-        return p
+    def problems(self) -> list[str]:
+        """Return violated invariants of mask or indices."""
+        found = super().problems()
+        atoms, nonzeros = self.config.sizes["atoms"], self.config.sizes["nonzeros"]
+        if "mask" in self._buffers:
+            mask = self.get_buffer("mask")
+            problem = mask_problem(mask, atoms, self.d_out * nonzeros)
+            if problem is None and bool((unpack_bits(mask, atoms).sum(dim=1) != nonzeros).any()):
+                problem = f"the mask does not have {nonzeros} bits in every row"
+            return found + ([] if problem is None else [problem])
+        index = self.get_buffer("index").long()
+        ok = int(index.min()) >= 0 and int(index.max()) < atoms
+        ok = ok and bool((index.diff(dim=1) > 0).all())
+        return found + ([] if ok else [f"index is not ascending in [0, {atoms})"])
 
     def _coefficients(self) -> Tensor:
         """Return ``S^T`` [d_out, atoms] with its zeros."""
-        values = self._numbers()
-        zeros = values.new_zeros(self.out_features, self.atoms)
+        values = self.stored_values()
+        zeros = values.new_zeros(self.d_out, self.config.sizes["atoms"])
         if "mask" in self._buffers:
-            return zeros.masked_scatter(unpack_bits(self.get_buffer("mask"), self.atoms), values)
+            mask = unpack_bits(self.get_buffer("mask"), zeros.shape[1])
+            return zeros.masked_scatter(mask, values)
         return zeros.scatter(1, self.get_buffer("index").long(), values)
 
 
-def _where(d_out: int, atoms: int, nonzeros: int) -> Shapes:
+def _positions(d_out: int, atoms: int, nonzeros: int) -> TensorSpecs:
     """Return the smaller of a mask and a list of indices."""
     if 8 * packed_width(atoms) <= 16 * nonzeros or atoms > 2**15:
-        return {"mask": ([d_out, packed_width(atoms)], torch.uint8)}
-    return {"index": ([d_out, nonzeros], torch.int16)}
+        return {"mask": TensorSpec([d_out, packed_width(atoms)], torch.uint8)}
+    return {"index": TensorSpec([d_out, nonzeros], torch.int16)}
+
+
+def _two_of_four(d_out: int, d_in: int, nonzeros: int) -> Sizes:
+    """Return a multiple of four atoms and half as many coefficients, rounded up where possible."""
+    largest = min(d_out, d_in) // 4
+    if largest == 0:
+        raise ValueError(f"pattern 2:4 needs four atoms or more, got a weight [{d_out}, {d_in}]")
+    fours = min(max(-(-nonzeros // 2), 1), largest)
+    return {"atoms": 4 * fours, "nonzeros": 2 * fours}

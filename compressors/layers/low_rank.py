@@ -1,77 +1,66 @@
-"""A linear layer as the product of two thinner ones: ``y = b(a(x))``."""
+"""A matrix as the product of two thin ones."""
 
-from collections.abc import Mapping
-from typing import Self
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from lrc.compressors.layers.form import Shapes, Spec
-from lrc.compressors.layers.parts import SENTINEL, Device, empty_linear, sentinel
-from lrc.compressors.layers.rank_form import RankForm
+from lrc.compressors.layers.component import ComponentConfig, FirstFactor, Sizes
+from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 
-class LowRank(RankForm):
-    """Compute ``y = x @ (B @ A).T + bias`` as two products, never forming ``B @ A``.
+class LowRank(FirstFactor):
+    """The product ``B @ A``, multiplied one factor after the other.
 
-    Parameters are those of `Form`; a bias is that of ``b``.
+    The layers of a group can share ``A`` [1]_.
+
+    References
+    ----------
+    .. [1] J. Wang et al., "Basis Sharing: Cross-Layer Parameter Sharing for Large Language Model
+       Compression", ICLR 2025. https://arxiv.org/abs/2410.03765
     """
 
-    BIAS = "b.bias"
-
-    def _build(self, *, bias: bool, device: Device, dtype: torch.dtype | None) -> None:
-        d_in, d_out, rank = self.in_features, self.out_features, self.rank
-        self.a = empty_linear(d_in, rank, bias=False, device=device, dtype=dtype)
-        self.b = empty_linear(rank, d_out, bias=bias, device=device, dtype=dtype)
+    TYPE = "low_rank"
+    SIZES = ("rank",)
+    CAN_SHARE = "rank"
 
     @classmethod
-    def from_factors(cls, B: Tensor, A: Tensor, bias: Tensor | None = None) -> Self:
-        """Build the layer that holds ``B`` [d_out, rank] and ``A`` [rank, d_in]."""
-        layer = cls(
-            A.shape[1],
-            B.shape[0],
-            rank=A.shape[0],
-            bias=bias is not None,
-            device=A.device,
-            dtype=A.dtype,
-        )
-        with torch.no_grad():
-            layer.a.weight.copy_(A)
-            layer.b.weight.copy_(B)
-            if bias is not None:
-                layer.b.bias.copy_(bias)
-        return layer
+    def tensors(cls, d_out: int, d_in: int, config: ComponentConfig) -> TensorSpecs:
+        """Return ``a.weight`` [rank, d_in], unless shared, and ``b.weight`` [d_out, rank]."""
+        rank = config.sizes["rank"]
+        specs = {"b.weight": TensorSpec([d_out, rank], role="matrix")}
+        if config.shares is None:
+            specs["a.weight"] = TensorSpec([rank, d_in], role="matrix")
+        return specs
 
     @classmethod
-    def shapes(cls, d_out: int, d_in: int, spec: Spec, *, bias: bool) -> Shapes:
-        """Return the tensors of one module: two factors, and the bias with the second."""
-        rank = spec["rank"]
-        tensors: Shapes = {**SENTINEL, "a.weight": ([rank, d_in], None)}
-        tensors["b.weight"] = [d_out, rank], None
-        if bias or spec.get("bias"):
-            tensors[cls.BIAS] = [d_out], None
-        return tensors
+    def sizes_at(
+        cls, step: int, d_out: int, d_in: int, *, ratio: float = 2.0, pattern: str | None = None
+    ) -> Sizes:
+        """Return the rank."""
+        return {"rank": step}
 
     @classmethod
-    def dense_shape(cls, name: str, spec: Spec, found: Mapping[str, list[int]]) -> tuple[int, int]:
-        """Read ``(d_out, d_in)`` off the two factors."""
-        return found[f"{name}.b.weight"][0], found[f"{name}.a.weight"][1]
+    def largest_step(cls, d_out: int, d_in: int) -> int:
+        """Return the largest rank."""
+        return min(d_out, d_in)
 
     @classmethod
-    def multiply_adds(cls, d_out: int, d_in: int, **sizes: int) -> int:
-        """Count those of the two products."""
-        return sizes["rank"] * (d_out + d_in)
+    def multiply_adds(cls, d_out: int, d_in: int, config: ComponentConfig) -> int:
+        """Return those of the two products."""
+        return config.sizes["rank"] * (d_out + d_in)
 
     @staticmethod
-    def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        """Return the two factors as they are."""
-        return {"weight": sentinel(A), "a.weight": A, "b.weight": B}
+    def encode(B: Tensor, A: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """Return the factors ``B`` [d_out, rank] and ``A`` [rank, d_in] as they are."""
+        return {"a.weight": A, "b.weight": B}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
-        y: Tensor = self.b(self.a(x))
+        y: Tensor = self.get_submodule("b")(self.multiply_first(x))
         return y
 
-    def product(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """Return ``B @ A`` [d_out, d_in] in float32."""
-        return self.b.weight.float() @ self.a.weight.float()
+        b: Any = self.get_submodule("b")
+        B: Tensor = b.weight.float()
+        return B @ self.first_matrix(B)

@@ -1,0 +1,254 @@
+"""Base class of components: the terms of the sum that represents a compressed weight.
+
+A component stores one matrix in some compressed layout. It is the single place that knows the
+tensors of its layout, their size, the product, the invariants of the tensors and how to write them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lrc.compressors.layers.packing import PackedLinear, read_values
+from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpecs
+
+Device = torch.device | str | None
+Sizes = Mapping[str, int]
+"""Integers that determine what a component of a given shape stores, such as ``{"rank": 12}``."""
+
+
+@dataclass(frozen=True)
+class ComponentConfig:
+    """Configuration of one component, as plans, config.json and reports store it."""
+
+    type: str
+    """Key of `COMPONENTS`."""
+    sizes: Sizes
+    """One integer for every name in the component's `SIZES`."""
+    quantization: QuantizationArgs | None = None
+    """How matrices and values are quantized; None for the dtype of the model."""
+    pattern: str | None = None
+    """``2:4`` if exactly two of every four consecutive entries are stored; None if unstructured."""
+    shares: str | None = None
+    """Name of the layer whose first factor this component uses, if it has none itself."""
+
+    def with_quantization(self, args: QuantizationArgs | None) -> "ComponentConfig":
+        """Return the same configuration with other quantization parameters."""
+        return replace(self, quantization=args)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values; sizes are keys next to the type."""
+        record: dict[str, Any] = {"type": self.type, **self.sizes}
+        if self.quantization is not None:
+            record["quantization"] = str(self.quantization)
+        if self.pattern is not None:
+            record["pattern"] = self.pattern
+        if self.shares is not None:
+            record["shares"] = self.shares
+        return record
+
+
+class Component(nn.Module, ABC):
+    """One term of ``W_hat``; ``forward`` multiplies by it.
+
+    Questions about sizes are answered by class methods, so that planning and validation need no
+    module. Matrices are `nn.Linear` children where possible, so that adapters find them.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        ``(d_out, d_in)`` of the weight.
+    config : ComponentConfig
+    device, dtype : optional
+        As for `nn.Linear`. Tensors are uninitialized.
+    """
+
+    TYPE: ClassVar[str]
+    """Name in plans and configurations."""
+    SIZES: ClassVar[tuple[str, ...]] = ()
+    PATTERNS: ClassVar[tuple[str, ...]] = ()
+    """Values of `ComponentConfig.pattern` that the layout supports."""
+    CAN_SHARE: ClassVar[str | None] = None
+    """Name of the size that layers with a common first factor have in common, if they can."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        config: ComponentConfig,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_out, self.d_in = shape
+        self.config = config
+        specs = self.tensors(*shape, config)
+        self._values_shape = torch.Size(specs["values"].shape if "values" in specs else ())
+        for name, spec in specs.items():
+            leaf = name.removesuffix(".weight")
+            if leaf != name:
+                self.add_module(leaf, _empty_linear(spec.shape, config, device, dtype))
+                continue
+            stored = {name: spec}
+            if config.quantization is not None:
+                stored = config.quantization.quantized_specs(stored)
+            for key, (size, kind, _) in stored.items():
+                tensor = torch.empty(size, dtype=kind or dtype, device=device)
+                if kind is None:
+                    self.register_parameter(key, nn.Parameter(tensor))
+                else:
+                    self.register_buffer(key, tensor)
+
+    @classmethod
+    @abstractmethod
+    def tensors(cls, d_out: int, d_in: int, config: ComponentConfig) -> TensorSpecs:
+        """Return the tensors of one component before quantization.
+
+        Raises
+        ------
+        ValueError
+            If no weight of that shape can have this configuration.
+        """
+
+    @classmethod
+    @abstractmethod
+    def sizes_at(
+        cls, step: int, d_out: int, d_in: int, *, ratio: float = 2.0, pattern: str | None = None
+    ) -> Sizes:
+        """Return the sizes number `step`, counted from 1; larger steps store more.
+
+        Parameters
+        ----------
+        ratio : float
+            Of the first size to the last, for components with two sizes.
+        pattern : str, optional
+            Return the sizes of this pattern closest to the step.
+
+        Raises
+        ------
+        ValueError
+            If no weight of that shape can have the pattern.
+        """
+
+    @classmethod
+    @abstractmethod
+    def largest_step(cls, d_out: int, d_in: int) -> int:
+        """Return the largest step of `sizes_at`."""
+
+    @classmethod
+    @abstractmethod
+    def multiply_adds(cls, d_out: int, d_in: int, config: ComponentConfig) -> int:
+        """Return the multiplications with a weight per token."""
+
+    @classmethod
+    def describe(cls, d_out: int, d_in: int, config: ComponentConfig) -> str:
+        """Return the sizes as tables show them."""
+        return ", ".join(str(config.sizes[name]) for name in cls.SIZES)
+
+    @staticmethod
+    @abstractmethod
+    def encode(**parts: Tensor) -> dict[str, Tensor]:
+        """Convert the result of a solver to the tensors of `tensors`, in any floating dtype."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., d_in] to [..., d_out]."""
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """Return the matrix [d_out, d_in] of this component."""
+
+    def problems(self) -> list[str]:
+        """Return violated invariants of the loaded tensors, such as indices out of range."""
+        return [
+            f"{name} is not finite"
+            for name, scale in self.named_parameters()
+            if name.endswith("_scale") and not bool(torch.isfinite(scale).all())
+        ]
+
+    def stored_values(self) -> Tensor:
+        """Return the tensor ``values``, dequantized."""
+        args, shape = self.config.quantization, self._values_shape
+        if args is None:
+            return self.get_parameter("values")
+        packed, scale = self.get_buffer("values_packed"), self.get_parameter("values_scale")
+        return read_values(packed, scale, shape.numel(), args).view(shape)
+
+    def extra_repr(self) -> str:
+        """Return the configuration for `print(model)`."""
+        sizes = "".join(f", {name}={self.config.sizes[name]}" for name in self.SIZES)
+        args = "" if self.config.quantization is None else f", {self.config.quantization}"
+        return f"{self.d_in}, {self.d_out}{sizes}{args}"
+
+
+class FirstFactor(Component):
+    """A component that multiplies by a matrix ``a`` first, which several layers can share.
+
+    The first layer of a group stores ``a``. The others name that layer in `ComponentConfig.shares`
+    and look up its ``a`` for every call, adapters on it included.
+    """
+
+    owner: "FirstFactor | None" = None
+
+    def share(self, owner: Component) -> None:
+        """Use the factor ``a`` of `owner` from now on.
+
+        Raises
+        ------
+        ValueError
+            If `owner` has another type or another shape of ``a``.
+        """
+        assert self.CAN_SHARE is not None
+        ours, theirs = (
+            (type(one), one.config.sizes.get(self.CAN_SHARE), one.d_in, one.config.quantization)
+            for one in (self, owner)
+        )
+        if ours != theirs or owner.config.shares is not None:
+            raise ValueError(
+                f"shares a factor [{ours[1]}, {ours[2]}] with a layer that has {owner.config}"
+            )
+        # Not registered as a child: it would be stored, moved and listed once per layer.
+        object.__setattr__(self, "owner", owner)
+
+    @property
+    def first(self) -> Any:
+        """The factor ``a``, of this layer or of the one that shares it."""
+        return (self if self.owner is None else self.owner).get_submodule("a")
+
+    def first_matrix(self, like: Tensor) -> Tensor:
+        """Return the matrix of ``a`` on the device and in the dtype of `like`."""
+        matrix: Tensor = self.first.weight.to(like.device, like.dtype)
+        return matrix
+
+    def multiply_first(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., d_in] by ``a``."""
+        a = self.first
+        if self.owner is None:
+            p: Tensor = a(x)
+            return p
+        # A device map may place the owner elsewhere; hooks bring offloaded weights to their input.
+        device = next(a.parameters()).device
+        p = a(x if device.type == "meta" else x.to(device))
+        return p.to(x.device)
+
+
+def _empty_linear(
+    shape: list[int], config: ComponentConfig, device: Device, dtype: torch.dtype | None
+) -> nn.Linear | PackedLinear:
+    """Return a linear layer without bias whose weight is uninitialized."""
+    rows, columns = shape
+    if config.quantization is not None:
+        return PackedLinear(columns, rows, config.quantization, device=device, dtype=dtype)
+    linear: nn.Linear = nn.utils.skip_init(
+        nn.Linear, columns, rows, bias=False, device=device or "cpu", dtype=dtype
+    )
+    return linear
+
+
+def check_range(name: str, value: int, largest: int, d_out: int, d_in: int) -> None:
+    """Raise ValueError if a size is not in ``[1, largest]``."""
+    if not 1 <= value <= largest:
+        raise ValueError(f"{name} must be in [1, {largest}] for [{d_out}, {d_in}], got {value}")

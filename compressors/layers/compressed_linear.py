@@ -1,0 +1,173 @@
+"""The layer that takes the place of a compressed linear layer."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrc.compressors.layers.component import Component, Device, FirstFactor
+from lrc.compressors.layers.config import COMPONENTS, WeightConfig
+from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
+
+SENTINEL = {"weight": TensorSpec([1], torch.uint8)}
+
+
+def sentinel() -> Tensor:
+    """Return the byte that is stored under the name of the dense weight."""
+    return torch.zeros(1, dtype=torch.uint8)
+
+
+class CompressedLinear(nn.Module):
+    """Compute ``y = x @ W_hat.T + bias`` where ``W_hat`` is a sum of components.
+
+    Components are children named after their type, such as ``q_proj.low_rank``. The buffer `weight`
+    is a sentinel of one byte under the name of the dense weight: a loader that does not know lrc
+    meets a shape mismatch and stops, where it would otherwise start from random weights with only a
+    warning.
+
+    Parameters
+    ----------
+    config : WeightConfig
+    bias : bool
+        Whether the layer has a bias.
+    device, dtype : optional
+        As for `nn.Linear`. Tensors are uninitialized.
+    """
+
+    REPLACES: type[nn.Module] = nn.Linear
+    weight: Tensor
+
+    def __init__(
+        self,
+        config: WeightConfig,
+        *,
+        bias: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.out_features, self.in_features = config.shape
+        self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8, device=device))
+        for c in config.components:
+            made = COMPONENTS[c.type](config.shape, c, device=device, dtype=dtype)
+            self.add_module(c.type, made)
+        d_out = self.out_features
+        self.bias = nn.Parameter(torch.empty(d_out, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def replacing(cls, dense: Any, config: WeightConfig) -> "CompressedLinear":
+        """Return the layer that replaces `dense`, on its device and in its dtype."""
+        bias = getattr(dense, "bias", None) is not None or config.bias
+        return cls(config, bias=bias, device=dense.weight.device, dtype=dense.weight.dtype)
+
+    @property
+    def components(self) -> list[Component]:
+        """The terms of the sum, in the order of the configuration."""
+        return [child for child in self.children() if isinstance(child, Component)]
+
+    def connect(self, model: nn.Module) -> None:
+        """Find the layers of `model` whose factors this one shares.
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer, or its factor has another shape.
+        """
+        for component in self.components:
+            name = component.config.shares
+            if name is None:
+                continue
+            try:
+                owner = model.get_submodule(f"{name}.{component.TYPE}")
+            except AttributeError:
+                owner = None
+            if not isinstance(owner, FirstFactor) or not isinstance(component, FirstFactor):
+                raise ValueError(f"shares a factor with {name}, which has no {component.TYPE}")
+            component.share(owner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., d_in] to [..., d_out]."""
+        first, *others = self.components
+        y: Tensor = first(x)
+        for other in others:
+            y = y + other(x)
+        return y if self.bias is None else y + self.bias
+
+    def dense_weight(self) -> Tensor:
+        """Return ``W_hat`` [d_out, d_in] in float32."""
+        first, *others = (component.matrix().float() for component in self.components)
+        return sum(others, start=first)
+
+    def to_dense(self) -> nn.Linear:
+        """Return the ordinary linear layer that computes the same function."""
+        like = next(self.parameters())
+        linear: nn.Linear = nn.utils.skip_init(
+            nn.Linear,
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+    def problems(self) -> list[str]:
+        """Return violated invariants of the loaded tensors."""
+        return [f"{c.TYPE}: {text}" for c in self.components for text in c.problems()]
+
+    def extra_repr(self) -> str:
+        """Return the shape for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def layer_tensors(config: WeightConfig, *, bias: bool = False) -> TensorSpecs:
+    """Return all stored tensors of a compressed layer by their names within it.
+
+    Raises
+    ------
+    ValueError
+        If no weight of that shape can have this configuration.
+    """
+    own = {"bias": TensorSpec([config.shape[0]])} if bias or config.bias else {}
+    return {**SENTINEL, **config.tensors(), **own}
+
+
+@torch.no_grad()
+def reconstruct(
+    config: WeightConfig,
+    read: Callable[[str], Tensor],
+    read_shared: Callable[[str], Tensor] | None = None,
+) -> Tensor:
+    """Return the weight [d_out, d_in] in float32 that stored tensors represent.
+
+    Parameters
+    ----------
+    config : WeightConfig
+        With at least one component.
+    read : callable
+        Returns a tensor by its name within the layer, for example ``low_rank.a.weight``.
+    read_shared : callable, optional
+        The same for the layer whose factor is shared, if one is.
+    """
+    own = config.tensors()
+    whole = replace(
+        config, components=tuple(replace(c, shares=None) for c in config.components), bias=False
+    )
+    tensors: dict[str, Tensor] = {}
+    for name in whole.tensors():
+        if name in own:
+            tensors[name] = read(name)
+        else:
+            assert read_shared is not None
+            tensors[name] = read_shared(name)
+    like = next(t for t in tensors.values() if t.is_floating_point())
+    layer = CompressedLinear(whole, device=like.device, dtype=like.dtype)
+    layer.load_state_dict({**tensors, "weight": sentinel()})
+    return layer.dense_weight()

@@ -1,0 +1,168 @@
+"""Pack integers of few bits into int32 words; a linear layer with a packed weight."""
+
+import torch
+from torch import Tensor, nn
+
+from lrc.compressors.layers.quantization_args import VALUES_GROUP, QuantizationArgs
+
+WORD = 32
+
+
+def pack_integers(codes: Tensor, bits: int) -> Tensor:
+    """Pack signed integers row by row in the layout of compressed-tensors.
+
+    Code i of a row takes bits ``i * bits`` and following of the row's words, lowest bit first, as
+    its distance from the smallest code.
+
+    Parameters
+    ----------
+    codes : Tensor, shape [rows, columns], integer
+        Each in ``[-2**(bits - 1), 2**(bits - 1))``.
+    bits : int
+        In [1, 8].
+
+    Returns
+    -------
+    Tensor, shape [rows, ceil(columns * bits / 32)], int32
+    """
+    # Imported here because loading a checkpoint only unpacks, and the package takes seconds.
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    packed: Tensor = pack_to_int32(codes.to(torch.int8), bits)
+    return packed
+
+
+def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Return the int8 codes [rows, columns] that `pack_integers` packed.
+
+    compressed-tensors has the inverse too; this one contains no data-dependent branches, so that
+    `torch.compile` and CUDA graphs can record it.
+    """
+    offset = 1 << (bits - 1)
+    if bits in (4, 8):  # every byte holds a whole number of codes
+        as_bytes = packed.contiguous().view(torch.uint8)  # [rows, 4 * words]
+        if bits == 4:
+            halves = torch.stack((as_bytes & 0xF, as_bytes >> 4), dim=-1)
+            as_bytes = halves.flatten(1)  # [rows, 8 * words]
+        signed: Tensor = as_bytes[:, :columns] - offset
+        return signed.view(torch.int8)
+    # 32 codes fill `bits` whole words. A code starts in one word and may end in the next.
+    rows, words = packed.shape
+    groups = -(-words // bits)
+    grouped = nn.functional.pad(packed, (0, groups * bits - words)).view(rows, groups, bits)
+    grouped = nn.functional.pad(grouped, (0, 1))  # a word after the last one of each group
+    codes = []
+    for first in range(0, WORD * bits, bits):
+        word, shift = divmod(first, WORD)
+        code = (grouped[:, :, word] >> shift) & ((1 << min(WORD - shift, bits)) - 1)
+        if shift + bits > WORD:
+            low = WORD - shift
+            code = code | ((grouped[:, :, word + 1] & ((1 << (bits - low)) - 1)) << low)
+        codes.append((code - offset).to(torch.int8))
+    return torch.stack(codes, dim=-1).flatten(1)[:, :columns]
+
+
+def encode_matrix(
+    name: str, codes: Tensor, scale: Tensor, zero: Tensor | None, args: QuantizationArgs
+) -> dict[str, Tensor]:
+    """Return the tensors of `QuantizationArgs.matrix_specs` for a quantized matrix.
+
+    Parameters
+    ----------
+    name : str
+        Name of the matrix within its module, for example ``a.weight``.
+    codes : Tensor, shape [rows, columns], integer
+    scale : Tensor, shape [rows, groups]
+    zero : Tensor, shape [rows, groups], integer, or None
+        The codes that represent 0, if `args` is asymmetric.
+    """
+    tensors = {
+        f"{name}_packed": pack_integers(codes, args.bits),
+        f"{name}_scale": scale,
+        f"{name}_shape": torch.tensor(codes.shape, dtype=torch.int64),
+    }
+    if zero is not None:
+        tensors[f"{name}_zero_point"] = pack_integers(zero.T, args.bits).T.contiguous()
+    return tensors
+
+
+def encode_values(
+    name: str, codes: Tensor, scale: Tensor, args: QuantizationArgs
+) -> dict[str, Tensor]:
+    """Return the tensors of `QuantizationArgs.values_specs` for quantized values, codes [count]."""
+    return {f"{name}_packed": pack_integers(codes[None], args.bits), f"{name}_scale": scale}
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Return the matrix [rows, columns] that codes represent, in the dtype of `scale`."""
+    rows, groups = scale.shape
+    grouped = codes.view(rows, groups, -1)
+    steps = grouped if zero is None else grouped.to(torch.int16) - zero.to(torch.int16)[:, :, None]
+    return (steps.to(scale.dtype) * scale[:, :, None]).view(rows, -1)
+
+
+def read_matrix(module: nn.Module, rows: int, columns: int, args: QuantizationArgs) -> Tensor:
+    """Return the quantized matrix [rows, columns] that a module stores as ``weight``."""
+    scale = module.get_parameter("weight_scale")
+    codes = unpack_integers(module.get_buffer("weight_packed"), args.bits, columns)
+    zero = None
+    if not args.symmetric:
+        zero = unpack_integers(module.get_buffer("weight_zero_point").T, args.bits, rows).T
+    return dequantize(codes, scale, zero)
+
+
+def read_values(packed: Tensor, scale: Tensor, count: int, args: QuantizationArgs) -> Tensor:
+    """Return the numbers [count] of `encode_values`, in the dtype of `scale`."""
+    codes = unpack_integers(packed, args.bits, count)[0]
+    each = scale.repeat_interleave(args.group_size or VALUES_GROUP)[:count]
+    return codes.to(scale.dtype) * each
+
+
+class PackedLinear(nn.Module):
+    """Compute ``y = x @ W.T`` from a quantized matrix under the tensor names of a linear layer.
+
+    Scales are parameters, which training can tune; packed codes are buffers.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    args : QuantizationArgs
+    device, dtype : optional
+        Of the scales. All tensors are uninitialized.
+
+    Raises
+    ------
+    ValueError
+        If the group size does not divide the rows.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        args: QuantizationArgs,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.args = in_features, out_features, args
+        for name, spec in args.matrix_specs("weight", [out_features, in_features]).items():
+            tensor = torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device)
+            if spec.dtype is None:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix [out_features, in_features], in the dtype of the scales."""
+        return read_matrix(self, self.out_features, self.in_features, self.args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., in_features] to [..., out_features]."""
+        return nn.functional.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        """Return shape and quantization for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, {self.args}"
