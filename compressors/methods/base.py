@@ -1,120 +1,112 @@
-"""What planning and execution ask of any method, whatever it makes of a matrix."""
+"""What planning and compression need to know about a method."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lrc.compressors.layers import Sizes
-from lrc.compressors.solvers.moments import Moment, Statistics
+from lrc.compressors.solvers.moments import Statistics
 
-RANK_FORMS = ["low_rank", "pivoted_low_rank"]
+LOW_RANK_TYPES = ("low_rank", "pivoted_low_rank")
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: what has to be known for it, and who published it."""
+    """One row of the table of methods."""
 
-    needs: frozenset[str]
-    """Fields of `Statistics` that have to be collected."""
+    statistics: frozenset[str]
+    """Fields of `Statistics` that calibration has to collect."""
     source: str
-    options: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    """The method's own keys of the recipe, with the value each has if left out."""
+    """Publication, or origin of the idea."""
+    options: tuple[str, ...] = field(default=(), kw_only=True)
+    """Recipe options that are passed to the solver."""
 
-    shared = False
-    """Whether weights of several layers can be solved as one stack, see `shared_spectrum`."""
-    chooses_schemes = False
-    """Whether an allocation may choose integers for the numbers of its forms."""
+    shares_factors = False
+    """Whether one solution can have a first factor in common for several layers."""
+    chooses_quantization = False
+    """Whether an allocator may choose integers for the numbers of its components."""
     has_bias = False
-    """Whether a bias makes up for what the factors lose of the mean output."""
+    """Whether a bias restores the mean output."""
 
     @property
-    def whole(self) -> bool:
-        """Whether second moments are needed whole: an image through the weight will not do."""
+    def full_moments(self) -> bool:
+        """Whether second moments are needed as a whole, not only their image through the weight."""
         return False
 
     @property
-    def parts(self) -> tuple["Method", ...]:
-        """Methods between which an allocation may choose; most are their only one."""
-        return (self,)
+    def types(self) -> tuple[str, ...]:
+        """Sums of component types that the method can produce, such as ``("sparse",)``."""
+        return ()
 
     @property
-    def forms(self) -> list[str]:
-        """Names of the forms that a matrix alone may be given."""
-        found = [[p.form] if isinstance(p, CodedMethod) else RANK_FORMS for p in self.parts]
-        return [form for forms in found for form in forms]
+    def parts(self) -> Mapping[str, "Method"]:
+        """The method that produces each of `types`; most methods produce them themselves."""
+        return dict.fromkeys(self.types, self)
 
-    def for_form(self, form: str) -> "Method":
-        """Return the part that makes a form."""
-        return next((p for p in self.parts if form in p.forms), self.parts[0])
+    def select(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of the options that this method takes."""
+        return {name: options[name] for name in self.options if name in options}
 
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether calibration text has to be read at all."""
-        return bool(self.needs)
+    def predicted_increase(self, squared_error: float, n_tokens: int) -> float | None:
+        """Predict by how much a weighted error increases the loss, in nats per token.
 
-    def nats_per_token(self, tail_energy: float, n_tokens: int) -> float | None:
-        """Predict how much an error raises the mean loss of a token, in nats; None if it cannot.
+        Returns None if the method does not weight errors by inputs and gradients.
 
-        Only energies weighted by inputs and gradients are losses. A change E of the weight moves
-        the output at token t by ``E x_t``; the second-order change of the summed loss is
-        ``1/2 sum_t (g_t^T E x_t)^2`` (empirical Fisher, tokens uncorrelated). Kronecker factoring
-        takes ``x`` and ``g`` as independent, so that the sum becomes ``tr(G E H E^T) / n`` with
-        the sums G and H; the mean over tokens divides by n once more.
+        Notes
+        -----
+        A change E of the weight changes the output at token t by ``E x_t``; the second-order change
+        of the summed loss is ``1/2 sum_t (g_t^T E x_t)^2`` (empirical Fisher, uncorrelated tokens).
+        Kronecker factoring treats ``x`` and ``g`` as independent, which turns the sum into
+        ``tr(G E H E^T) / n`` with the sums G and H; the mean over tokens divides by n once more.
         """
-        if not {"inputs", "gradients"} <= self.needs:
+        if not {"inputs", "gradients"} <= self.statistics:
             return None
-        return 0.5 * tail_energy / n_tokens**2
+        return 0.5 * squared_error / n_tokens**2
 
-    def with_defaults(self, statistics: Statistics, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Fill in the options, once the statistics are found to be there.
-
-        Raises
-        ------
-        ValueError
-            If statistics that the method needs are missing.
-        """
-        if missing := statistics.missing(self.needs):
+    def check(self, statistics: Statistics) -> None:
+        """Raise ValueError if statistics that the method needs are missing."""
+        if missing := statistics.missing(self.statistics):
             raise ValueError(f"the statistics lack {', '.join(missing)}; the method needs them")
-        return {**self.options, **options}
 
 
 @dataclass(frozen=True)
-class Coded:
-    """A weight in a form whose sizes were given beforehand, and what it costs in quality."""
+class FixedSizeResult:
+    """A weight as a sum of components of given sizes, and its error."""
 
-    parts: dict[str, Tensor]
-    """Arguments of the form's `encode`."""
-    energy: float
-    """Of the error, under the method's metrics."""
+    parts: tuple[dict[str, Tensor], ...]
+    """Arguments of `Component.encode`, one mapping per component."""
+    squared_error: float
+    """Weighted by the statistics of the method."""
     loss: float
-    """Share of the weighted energy of W that is lost, in [0, 1]."""
+    """Squared error relative to that of removing the whole weight, in [0, 1]."""
     fallback: str | None = None
+    """Deviation from the request; None if there was none."""
 
 
-class CodedMethod(Method, ABC):
-    """A method that is solved at given sizes, one by one; a spectrum gives every rank at once."""
+class FixedSizeMethod(Method, ABC):
+    """A method that solves for given sizes; low-rank methods solve for all ranks at once."""
 
-    form: str
-    """Name of the form of its results."""
+    COMPONENTS: ClassVar[str]
+    """Types of the components it produces, joined by ``+``."""
 
     @property
-    def whole(self) -> bool:
-        """The error of such a weight lies outside of what an image through W shows."""
+    def full_moments(self) -> bool:
+        """The error of such a weight is not in the span that an image through W shows."""
         return True
 
-    def _known(self, statistics: Statistics) -> tuple[Moment | None, Moment | None]:
-        """Return the moments of inputs and gradients that belong to the method's metric."""
-        return (
-            statistics.inputs if "inputs" in self.needs else None,
-            statistics.gradients if "gradients" in self.needs else None,
-        )
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The only sum of components."""
+        return (self.COMPONENTS,)
 
     @abstractmethod
-    def solve(self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any) -> Coded:
-        """Find the best weight of these sizes; W is [d_out, d_in].
+    def solve(
+        self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any
+    ) -> FixedSizeResult:
+        """Approximate a weight W [d_out, d_in] by components of these sizes.
 
         Raises
         ------
@@ -123,13 +115,13 @@ class CodedMethod(Method, ABC):
         """
 
     @abstractmethod
-    def energies(
+    def squared_errors(
         self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any
     ) -> tuple[list[float], float]:
-        """Return the energy of the error at several sizes, and that of W itself."""
+        """Estimate the squared error at several sizes, and return that of removing W."""
 
     @abstractmethod
-    def work(
+    def flops(
         self, d_out: int, d_in: int, sizes: Sequence[Sizes], *, curve: bool, **options: Any
     ) -> int:
-        """Count the multiply-adds of `solve` at each of several sizes, or of `energies` at all."""
+        """Return the multiply-adds of `solve` at every size, or of one call of `squared_errors`."""

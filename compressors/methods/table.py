@@ -1,26 +1,26 @@
 """Methods: published names as rows of one table.
 
-Most published systems of low rank differ only in the metric under which the truncated SVD is taken.
-Such a method is that metric, made of the weight and its statistics; one solver turns it into a
-`Spectrum`, a rate-distortion curve that can be cut at any rank. The others are in `coded`.
+Most published low-rank methods differ only in the metric under which the truncated SVD is taken.
+Such a method is that metric, computed from the weight and its statistics; one solver turns it into
+a `Spectrum`, a rate-distortion curve that can be cut at any rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from lrc.compressors.methods.base import Method
-from lrc.compressors.methods.fixed_size import CODED, SUM
+from lrc.compressors.methods.base import LOW_RANK_TYPES, Method
+from lrc.compressors.methods.fixed_size import FIXED_SIZE, LOW_RANK_PLUS_SPARSE
 from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.compressors.solvers.spectrum import Spectrum, energies_only, spectrum
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What errors cost: the arguments of `spectrum` beside the weight.
+    """Weighting of errors: the arguments of `spectrum` besides the weight.
 
-    `mean` [d_in] is the input whose output a bias restores exactly, None without a bias.
+    `mean` [d_in] is the input whose output a bias restores exactly; None without a bias.
     """
 
     inputs: Moment | None = None
@@ -32,17 +32,22 @@ class Metric:
 
 @dataclass(frozen=True)
 class LowRankMethod(Method):
-    """A metric, under which one solver takes the truncated SVD."""
+    """A metric under which one solver computes the truncated SVD."""
 
     metric: Callable[..., Metric]
-    """``metric(W, statistics, **options)``; the first line of its docstring says what it does."""
-    shared: bool = field(default=False, kw_only=True)
+    """``metric(W, statistics, **options)``"""
+    shares_factors: bool = field(default=False, kw_only=True)
     has_bias: bool = field(default=False, kw_only=True)
 
     @property
-    def whole(self) -> bool:
-        """A shared factor sees several layers, of which an image through one says nothing."""
-        return self.shared
+    def full_moments(self) -> bool:
+        """An image through one layer carries no information about a factor of several."""
+        return self.shares_factors
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Two factors, or pivot rows and coefficients."""
+        return LOW_RANK_TYPES
 
     def solve(self, W: Tensor, statistics: Statistics, **options: float) -> Spectrum:
         """Decompose a weight [d_out, d_in].
@@ -52,79 +57,91 @@ class LowRankMethod(Method):
         ValueError
             If statistics that the method needs are missing.
         TypeError
-            If an option is not the method's.
+            If an option is missing or unknown.
         """
-        m = self.metric(W, statistics, **self.with_defaults(statistics, options))
+        self.check(statistics)
+        m = self.metric(W, statistics, **options)
         result = spectrum(W, m.inputs, m.gradients, damp=m.damp, gradient_damp=m.gradient_damp)
         return replace(result, mean=m.mean)
 
     def energies(self, W: Tensor, statistics: Statistics, **options: float) -> Tensor:
-        """Return the energies of `solve` [min(d_out, d_in)] alone; raises the same."""
-        m = self.metric(W, statistics, **self.with_defaults(statistics, options))
+        """Return the squared singular values of `solve` [min(d_out, d_in)] only."""
+        self.check(statistics)
+        m = self.metric(W, statistics, **options)
         return energies_only(W, m.inputs, m.gradients, damp=m.damp, gradient_damp=m.gradient_damp)
 
 
 class Mixed(Method):
-    """Whichever form an allocation finds best for a matrix, by the method that makes it."""
+    """For every weight the components that an allocator finds best."""
 
-    chooses_schemes = True
-
-    @property
-    def whole(self) -> bool:
-        """As some of its parts need it."""
-        return any(part.whole for part in self.parts)
+    chooses_quantization = True
 
     @property
-    def parts(self) -> tuple[Method, ...]:
-        """Return the two-sided methods, one a form."""
-        return METHODS["kfac"], METHODS["sparse"], SUM, METHODS["dictionary"]
+    def full_moments(self) -> bool:
+        """As some of the parts need it."""
+        return any(part.full_moments for part in self.parts.values())
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Everything that the parts produce."""
+        return tuple(self.parts)
+
+    @property
+    def parts(self) -> Mapping[str, Method]:
+        """The two-sided method for every sum of components."""
+        return {
+            **dict.fromkeys(LOW_RANK_TYPES, METHODS["kfac"]),
+            "sparse": METHODS["sparse"],
+            "pivoted_low_rank+sparse": LOW_RANK_PLUS_SPARSE,
+            "dictionary": METHODS["dictionary"],
+        }
 
 
 @dataclass(frozen=True)
-class Rounding(Method):
-    """A weight as it is, as integers: there is nothing to choose but a scheme."""
+class Quantization(Method):
+    """The weight itself as integers."""
 
-    form: str = field(default="integers", kw_only=True)
-
-    @property
-    def whole(self) -> bool:
-        """What rounding one input costs, others make up for."""
-        return bool(self.needs)
+    produced: str = field(default="dense", kw_only=True)
 
     @property
-    def forms(self) -> list[str]:
-        """Name the one form."""
-        return [self.form]
+    def full_moments(self) -> bool:
+        """The error of one input is compensated by others."""
+        return bool(self.statistics)
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The quantized matrix, whole or with groups removed."""
+        return (self.produced,)
 
 
 def _plain(W: Tensor, statistics: Statistics) -> Metric:
-    """Find the closest matrix of the rank, blind to the data."""
+    """Weight all entries equally."""
     return Metric()
 
 
 def _fisher_rows(W: Tensor, statistics: Statistics) -> Metric:
-    """Weigh every row by the square root of its summed Fisher information.
+    """Weight every row by the square root of its summed Fisher information.
 
-    The square of that weight is the metric, so the Fisher information stands in it as it is.
+    The metric is the square of that weight: the Fisher information itself.
     """
     assert statistics.row_fisher is not None
     return Metric(gradients=Moment.weighted(statistics.row_fisher, W.T))
 
 
 def _activation_scaled(W: Tensor, statistics: Statistics, *, alpha: float) -> Metric:
-    """Scale every column by the mean magnitude of its input to the power alpha."""
+    """Weight every column by the mean magnitude of its input to the power alpha."""
     assert statistics.input_magnitude is not None
     magnitude = statistics.input_magnitude.double() / statistics.n_tokens
     return Metric(Moment.weighted(magnitude ** (2 * alpha), W))
 
 
 def _whitened(W: Tensor, statistics: Statistics, *, damp: float) -> Metric:
-    """Minimise the error of the layer's output on the calibration tokens."""
+    """Weight by the inputs: the error of the layer's output on the calibration tokens."""
     return Metric(statistics.inputs, damp=damp)
 
 
 def _output_features(W: Tensor, statistics: Statistics, *, damp: float) -> Metric:
-    """Keep the principal components of the output about its mean, which a bias restores.
+    """Weight by the centred inputs; a bias restores the mean output.
 
     The papers take the eigenvectors U of the outputs' covariance and set ``B = U``,
     ``A = U^T W``, ``bias = (I - U U^T) E[y]``: the whitened problem with centred inputs.
@@ -137,14 +154,9 @@ def _output_features(W: Tensor, statistics: Statistics, *, damp: float) -> Metri
 
 
 def _kronecker(W: Tensor, statistics: Statistics, *, damp: float, gradient_damp: float) -> Metric:
-    """Minimise the loss to second order, by the Kronecker-factored Fisher matrix."""
+    """Weight by the Kronecker-factored Fisher matrix: the loss to second order."""
     return Metric(statistics.inputs, statistics.gradients, damp, gradient_damp)
 
-
-# Damping of the inputs: the optimum is unchanged to four digits up to 1e-4 and Cholesky rarely
-# needs more than 1e-6. Gradients are noisier: perplexity of SmolLM2-135M at 80 % kept, 131k tokens,
-# is 33.6 with 1e-4 to 0.1 and 34.5 with 1; with few tokens much more damping helps.
-_DAMP = {"damp": 1e-6}
 
 METHODS: dict[str, Method] = {
     "svd": LowRankMethod(frozenset(), "Eckart and Young 1936", _plain),
@@ -153,38 +165,41 @@ METHODS: dict[str, Method] = {
         frozenset({"input_magnitude"}),
         "ASVD, arXiv:2312.05821",
         _activation_scaled,
-        options={"alpha": 0.5},
+        options=("alpha",),
     ),
     "svd-llm": LowRankMethod(
-        frozenset({"inputs"}), "SVD-LLM, arXiv:2403.07378, section 3.1", _whitened, options=_DAMP
+        frozenset({"inputs"}),
+        "SVD-LLM, arXiv:2403.07378, section 3.1",
+        _whitened,
+        options=("damp",),
     ),
     "lord": LowRankMethod(
         frozenset({"inputs", "input_mean"}),
         "LoRD, arXiv:2309.14021; atomic feature mimicking, Yu and Wu 2023",
         _output_features,
-        options=_DAMP,
+        options=("damp",),
         has_bias=True,
     ),
     "kfac": LowRankMethod(
         frozenset({"inputs", "gradients"}),
         "K-FAC, arXiv:1503.05671; as a metric of low-rank compression, arXiv:2505.17974",
         _kronecker,
-        options={**_DAMP, "gradient_damp": 0.1},
+        options=("damp", "gradient_damp"),
     ),
     "basis-sharing": LowRankMethod(
         frozenset({"inputs"}),
         "Basis Sharing, arXiv:2410.03765",
         _whitened,
-        options=_DAMP,
-        shared=True,
+        options=("damp",),
+        shares_factors=True,
     ),
-    **CODED,
-    "gptq": Rounding(frozenset({"inputs"}), "GPTQ, arXiv:2210.17323"),
-    "gqsa": Rounding(frozenset({"inputs"}), "GQSA, arXiv:2412.17560", form="group_sparse"),
-    "rtn": Rounding(frozenset(), "rounding to the nearest"),
+    **FIXED_SIZE,
+    "gptq": Quantization(frozenset({"inputs"}), "GPTQ, arXiv:2210.17323"),
+    "gqsa": Quantization(frozenset({"inputs"}), "GQSA, arXiv:2412.17560", produced="block_sparse"),
+    "rtn": Quantization(frozenset(), "rounding to nearest"),
     "mixed": Mixed(
         frozenset({"inputs", "gradients"}),
-        "one Lagrangian over forms; their losses compare, being of one metric",
-        options={**_DAMP, "gradient_damp": 0.1, "rounds": 15},
+        "one Lagrangian over components, whose losses are comparable under one metric",
+        options=("damp", "gradient_damp", "rounds"),
     ),
 }
