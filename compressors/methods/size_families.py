@@ -1,5 +1,6 @@
 """One-parameter families of sizes: which sizes a sum of components takes as it grows."""
 
+from collections.abc import Mapping
 from math import isqrt
 
 from lrc.compressors.layers import COMPONENTS, ComponentConfig
@@ -50,3 +51,15 @@ def pivoted_rank(numbers: int, d_out: int, d_in: int) -> int:
     if numbers < d_out * d_in:  # rank * (sides - rank) <= numbers
         rank = (sides - isqrt(sides**2 - 4 * numbers - 1) - 1) // 2
     return max(rank, 1)
+
+
+def components_of(
+    types: str, sizes: Mapping[str, int], *, pattern: str | None = None
+) -> tuple[ComponentConfig, ...]:
+    """Return the components of given types with given sizes."""
+    found = []
+    for name in types.split("+"):
+        kind = COMPONENTS[name]
+        own = {size: sizes[size] for size in kind.SIZES}
+        found.append(ComponentConfig(name, own, pattern=pattern if kind.PATTERNS else None))
+    return tuple(found)

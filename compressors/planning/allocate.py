@@ -1,189 +1,176 @@
-"""The allocation pass, between calibration and factoring: from curves and one budget to sizes."""
+"""Allocation, between calibration and compression: from curves and budgets to configurations."""
 
-from collections.abc import Callable
-from functools import partial
-from math import nan
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.progress import OnStep
-from lrc.compressors.methods.table import METHODS
+from lrc.compressors.methods.table import METHODS, Quantization
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.allocators import BudgetError, heavy_tail, lagrangian
-from lrc.compressors.planning.budget import unreachable
 from lrc.compressors.planning.candidates import (
-    Choice,
-    as_options,
-    choices_of,
-    only_whole,
-    schemes_of,
+    Candidate,
+    candidates_for,
+    schemes_for,
+    tail_candidates,
 )
-from lrc.compressors.planning.plan import Matrix, Plan
-from lrc.compressors.planning.quantization import WHOLE, explained, rounded, unrounded
-from lrc.compressors.planning.rate_distortion import Curve, curves_of
-from lrc.compressors.planning.weight_groups import Unit, ratios_of, units_of
+from lrc.compressors.planning.feasibility import unreachable
+from lrc.compressors.planning.plan import Allocation, Plan
+from lrc.compressors.planning.problems import Problems
+from lrc.compressors.planning.rate_distortion import Curve, curves_for
+from lrc.compressors.planning.required_statistics import with_statistics
+from lrc.compressors.planning.sizes import SizeSteps
+from lrc.compressors.planning.tasks import LayerResult, LayerTask, Weight
 from lrc.compressors.solvers.moments import Statistics
-from lrc.configs.decompose import DecomposeBase
-from lrc.configs.errors import RecipeError
-from lrc.configs.recipe import Recipe
+
+ALLOCATORS = {
+    "lagrangian": (candidates_for, lagrangian),
+    "heavy-tail": (tail_candidates, heavy_tail),
+}
 
 
-def allocate_ranks(
+def allocate(
     plan: Plan,
-    recipe: Recipe,
     reader: WeightReader,
     journal: Journal,
-    statistics: Callable[[Matrix], Statistics],
+    statistics: Callable[[Weight], Statistics],
     *,
     device: str,
     on_step: OnStep,
-    every: bool = False,
+    predict_all: bool = False,
 ) -> Plan:
-    """Give every pending matrix its form and sizes, or leave it dense.
+    """Choose the configuration of every pending task.
 
     Parameters
     ----------
     statistics : callable
-        Returns what calibration knows of a matrix.
+        Returns the calibration statistics of a weight.
     on_step : callable
-        Told (stage, layers done, layers) after each layer; what it raises stops the work there.
-    every : bool
-        Predict losses of the matrices whose sizes are known too, where they have none yet.
+        Called with (stage, layers done, layers) after each layer; an exception stops the work.
+    predict_all : bool
+        Predict the losses of tasks with known configurations too, unless known.
 
     Returns
     -------
     Plan
-        With the predicted losses of what was looked at; nothing is pending any more.
+        Without pending tasks, with predicted losses in its results.
 
     Raises
     ------
     RecipeError
-        If the budget is below what the cheapest choice costs; names the smallest that is not.
+        If a budget is below the cost of the cheapest candidates; names the smallest feasible one.
     """
-    stages = {m.name: m.rounded for m in plan.matrices}
-    plan = plan.with_matrices(unrounded(m) for m in plan.matrices)
-    wanted = [
-        unit
-        for unit in units_of(plan.matrices)
-        if unit.first.pending or (every and _predictable(unit.first))
-    ]
-    curves = curves_of(wanted, recipe, reader, journal, statistics, device=device, on_step=on_step)
-    decided: list[Unit] = []
-    problems: list[str] = []
-    for index, options in recipe.decompositions.items():
-        budget = plan.budgets[index] if plan.budgets else None
-        of_stage = [unit for unit in wanted if unit.first.stage == index]
-        pending = [unit for unit in of_stage if unit.first.pending]
-        decided += [
-            _predicted(unit, curves[unit.first.name], options)
-            for unit in of_stage
-            if not unit.first.pending
-        ]
-        if not pending:
-            continue
-        assert budget is not None
+    pending = [task for task in plan.tasks if task.pending]
+    known = [task for task in plan.tasks if predict_all and _predictable(task, plan)]
+    curves = curves_for(
+        [*pending, *known],
+        plan.allocations,
+        reader,
+        journal,
+        statistics,
+        device=device,
+        on_step=on_step,
+    )
+    decided: list[LayerTask] = []
+    results = {task.name: _prediction(task, curves[task.name], None) for task in known}
+    problems = Problems()
+    for index, allocation in enumerate(plan.allocations):
+        tasks = [task for task in pending if task.allocation == index]
         try:
-            decided += _allocate(pending, curves, options, budget)
+            for task, loss in _decide(tasks, curves, allocation):
+                decided.append(with_statistics(task))
+                if allocation.allocator == "lagrangian" and loss is not None:
+                    results[task.name] = _prediction(task, curves[task.name], loss)
         except BudgetError as error:
-            where = f"stages[{index}].decompose"
-            units = units_of(m for m in plan.matrices if m.stage == index)
-            problems.append(unreachable(where, options, units, budget, error.smallest))
-    if problems:
-        raise RecipeError(explained(problems, recipe))
-    plan = plan.with_matrices(m for unit in decided for m in unit.members)
-    return plan.with_matrices(_rounded(m, stages[m.name], recipe) for m in plan.matrices)
+            problems.append(unreachable(allocation, error.smallest))
+    problems.raise_if_any()
+    return plan.with_tasks(decided).with_results(results)
 
 
-def _predictable(matrix: Matrix) -> bool:
-    """Say whether a curve can still tell what a matrix loses."""
-    return matrix.sizes is not None and matrix.loss is None and matrix.form not in WHOLE
+def _predictable(task: LayerTask, plan: Plan) -> bool:
+    """Return whether a curve can predict the loss of a task with a known configuration."""
+    solved = not isinstance(METHODS[task.method], Quantization)
+    solved = solved and task.config.types in METHODS[task.method].types
+    result = plan.results.get(task.name)
+    return not task.pending and solved and (result is None or result.loss is None)
 
 
-def _rounded(matrix: Matrix, stage: int | None, recipe: Recipe) -> Matrix:
-    """Return a matrix as a later stage rounds it, if one does."""
-    if stage is None or matrix.rounded is not None or stage not in recipe.quantizations:
-        return matrix
-    return rounded(matrix, recipe.quantizations[stage], stage)
+def _decide(
+    tasks: Sequence[LayerTask], curves: dict[str, Curve], allocation: Allocation
+) -> list[tuple[LayerTask, float | None]]:
+    """Return the tasks with their configurations and losses; None where dense or incomparable.
 
-
-def _allocate(
-    pending: list[Unit], curves: dict[str, Curve], options: DecomposeBase, budget: int
-) -> list[Unit]:
-    """Spend the budget; what compares with nothing gets the share that all have on average."""
-    measure = options.measure
-    share = budget / sum(unit.dense_cost(measure) for unit in pending)
-    even = []
-    for unit in pending:
-        curve = curves[unit.first.name]
-        if not curve.comparable or (curve.note is not None and getattr(options, "schemes", [])):
-            even.append(_even(unit, share, options, curve.note))
-    apart = {unit.first.name for unit in even}
-    pending = [u for u in pending if u.first.name not in apart]
-    budget -= sum(unit.spent(measure) for unit in even)
-    if not pending:
-        return even
-    dense = [unit.dense_cost(measure) for unit in pending]
-    of = [curves[unit.first.name] for unit in pending]
-    choices: list[Choice | None]
-    if options.allocation == "lagrangian":
-        each = [choices_of(unit, curve, options) for unit, curve in zip(pending, of, strict=True)]
-        offered = [as_options(some, cost) for some, cost in zip(each, dense, strict=True)]
-        picked = lagrangian(offered, budget)
-        choices = [some[i] if i < len(some) else None for some, i in zip(each, picked, strict=True)]
-    else:
-        ranks = heavy_tail(
-            [curve.energies.sqrt() for curve in of],
-            [partial(unit.step_cost, measure=measure) for unit in pending],
-            dense,
-            budget,
-            multiple=options.rank_multiple,
-            min_costs=[options.min_keep * cost for cost in dense],
-        )
-        choices = [
-            Choice(0, nan, unit.first.form, {"rank": rank}, None) if rank else None
-            for unit, rank in zip(pending, ranks, strict=True)
-        ]
-    return even + [
-        _chosen(unit, choice, curve, options)
-        for unit, choice, curve in zip(pending, choices, of, strict=True)
+    Tasks whose losses are not comparable get the average fraction of the budget.
+    """
+    if not tasks:
+        return []
+    measure, budget = allocation.measure, allocation.budget
+    fraction = budget / sum(task.dense_cost(measure) for task in tasks)
+    even: list[LayerTask] = []
+    compared: list[LayerTask] = []
+    for task in tasks:
+        curve = curves[task.name]
+        if not curve.comparable or (curve.note is not None and allocation.quantization):
+            chosen = _at_fraction(task, fraction, allocation, curve.note)
+            even.append(chosen)
+            # The budget counts sizes before a later stage quantizes them.
+            budget -= task.cost(replace(chosen, quantize=None).config, measure)
+        else:
+            compared.append(task)
+    if not compared:
+        return [(task.decided(task.config, task.note), None) for task in even]
+    offer, allocator = ALLOCATORS[allocation.allocator]
+    candidates = [offer(task, curves[task.name], allocation) for task in compared]
+    picked = allocator(candidates, budget)
+    found: list[tuple[LayerTask, float | None]] = [
+        (task.decided(task.config, task.note), None) for task in even
     ]
+    for task, offered, index in zip(compared, candidates, picked, strict=True):
+        found.append(_apply(task, offered[index], curves[task.name], allocation))
+    return found
 
 
-def _even(unit: Unit, share: float, options: DecomposeBase, note: str | None = None) -> Unit:
-    """Give a unit the largest sizes within a share of its dense cost, or the finest integers."""
-    measure, multiple = options.measure, options.rank_multiple
-    asked = [scheme for scheme in schemes_of(unit, options) if scheme is not None]
-    integers = [unit.in_scheme(scheme).in_form("integers").at({}) for scheme in asked]
+def _apply(
+    task: LayerTask, candidate: Candidate, curve: Curve, allocation: Allocation
+) -> tuple[LayerTask, float | None]:
+    if candidate.config.compressed:
+        return task.decided(candidate.config), candidate.loss
+    note = curve.note or f"kept dense by the {allocation.allocator} allocator"
+    return task.dense(note), None
+
+
+def _at_fraction(
+    task: LayerTask, fraction: float, allocation: Allocation, note: str | None
+) -> LayerTask:
+    """Return the task, unquantized by later stages, within a fraction of its dense cost.
+
+    That is the largest quantized matrix that fits, else the smallest; without integers to choose
+    from, the largest configuration of the first type.
+    """
+    measure, dense = allocation.measure, task.dense_cost(allocation.measure)
+    bare = replace(task, allocation=None, estimated_bits=None)
+    integers = [
+        bare.with_components(SizeSteps(task, "dense", args).config(1).components)
+        for args in schemes_for(task, allocation.quantization)
+        if args is not None
+    ]
     if integers:
-        limit = share * unit.dense_cost(measure)
-        within = [each for each in integers if each.spent(measure) <= limit]
-        if within:
-            return max(within, key=lambda each: each.spent(measure))
-        return min(integers, key=lambda each: each.spent(measure))
-    if note is not None or only_whole(options):
-        return unit.dense(note=note or "saw zeros only, and no scheme fits it")
-    unit = unit.at_ratio(ratios_of(options)[0])
-    step = unit.step_within(share, measure, multiple=multiple)
-    if step == 0 or unit.step_cost(step, measure) < options.min_keep * unit.dense_cost(measure):
-        return unit.dense(note="saw zeros only, and nothing fits its share of the budget")
-    return unit.at(unit.sizes_at(step))
+        costs = {task.cost(config, measure): config for config in integers}
+        within = [cost for cost in costs if cost <= fraction * dense]
+        return replace(bare, config=costs[max(within) if within else min(costs)])
+    if note is not None or not allocation.types:
+        return replace(bare, note=note or "saw zeros only, and no integers fit its rows")
+    steps = SizeSteps(task, allocation.types[0], ratio=min(allocation.ratios))
+    step = steps.within(fraction, measure, multiple=allocation.rank_multiple)
+    if step == 0 or steps.cost(step, measure) < allocation.min_keep * dense:
+        return replace(bare, note="saw zeros only, and nothing fits its part of the budget")
+    return replace(bare, config=steps.config(step))
 
 
-def _chosen(unit: Unit, choice: Choice | None, curve: Curve, options: DecomposeBase) -> Unit:
-    if curve.note:
-        return unit.dense(note=curve.note)
-    if choice is None:
-        return unit.dense(note=f"the {options.allocation} allocation spends its bits here")
-    chosen = choice.of(unit)
-    if options.allocation == "heavy-tail":
-        return chosen
-    return _predicted(chosen, curve, options, choice.loss)
-
-
-def _predicted(unit: Unit, curve: Curve, options: DecomposeBase, lost: float | None = None) -> Unit:
-    """Write down what a unit loses at its sizes, or the loss that was predicted for it."""
-    assert unit.sizes is not None
+def _prediction(task: LayerTask, curve: Curve, loss: float | None) -> LayerResult:
+    """Return the predicted loss of a decided task."""
     if curve.note or not curve.comparable or curve.total == 0:
-        return unit
-    lost = curve.lost(unit.sizes) if lost is None else lost
-    nats = METHODS[options.method].nats_per_token(lost, curve.n_tokens)
-    return unit.at(unit.sizes, loss=min(lost / curve.total, 1.0), predicted_nats=nats)
+        return LayerResult(task.config)
+    error = curve.squared_error(task.config.sizes) if loss is None else loss
+    nats = METHODS[task.method].predicted_increase(error, curve.n_tokens)
+    return LayerResult(task.config, min(error / curve.total, 1.0), nats)

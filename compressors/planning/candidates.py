@@ -1,93 +1,123 @@
-"""What an allocation may make of one unit: forms, sizes and integers, by cost and by loss."""
+"""Configurations that an allocator can choose for a task, with their costs and losses."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from math import lcm
 
-from lrc.compressors.layers import FORMS, RankForm, Sizes
-from lrc.compressors.planning.allocators import Options, options_of
-from lrc.compressors.planning.quantization import fits
+import torch
+
+from lrc.compressors.layers import QuantizationArgs, WeightConfig
+from lrc.compressors.methods.base import LOW_RANK_TYPES
+from lrc.compressors.methods.size_families import components_at, components_of
+from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.rate_distortion import Curve
-from lrc.compressors.planning.weight_groups import Unit
-from lrc.configs.decompose import DecomposeBase
+from lrc.compressors.planning.sizes import SizeSteps
+from lrc.compressors.planning.tasks import LayerTask
+from lrc.compressors.solvers.linalg import numerical_rank
 
-# Energy of rounding two factors, or values and their atoms, over that of rounding the weight to the
-# same integers: errors of both factors add up, and more of the numbers are large.
-FACTORS_NOISE, VALUES_NOISE = 1.5, 1.2
+# Squared error of quantizing two factors, or values and their atoms, relative to that of quantizing
+# the weight with the same parameters: the errors of both factors add up, and more of the numbers
+# are large.
+LOW_RANK_ERROR, VALUES_ERROR = 1.5, 1.2
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One thing that a unit may become; `cost` in the stage's measure, `loss` an energy."""
+class Candidate:
+    """One way to store the weights of a task."""
 
+    config: WeightConfig
     cost: int
+    """In the measure of the allocation."""
     loss: float
-    form: str
-    sizes: Sizes
-    scheme: str | None
-
-    def of(self, unit: Unit) -> Unit:
-        """Return the unit so."""
-        return unit.in_form(self.form).in_scheme(self.scheme).at(self.sizes)
+    """Weighted squared error; comparable between tasks."""
 
 
-def schemes_of(unit: Unit, options: DecomposeBase) -> list[str | None]:
-    """Return how the numbers of a unit may be stored: as they are, and what fits its rows."""
-    asked: list[str] = getattr(options, "schemes", [])
-    return [None, *(scheme for scheme in asked if all(fits(scheme, m) for m in unit.members))]
+def schemes_for(
+    task: LayerTask, schemes: Iterable[QuantizationArgs]
+) -> list[QuantizationArgs | None]:
+    """Return the ways to store the numbers of a task: unquantized, or integers that fit its rows."""
+    return [None, *(args for args in schemes if args.divides(task.shape[1]))]
 
 
-def only_whole(options: DecomposeBase) -> bool:
-    """Say whether no matrix of a stage may be decomposed: integers are all there is to choose."""
-    return set(getattr(options, "forms", [])) == {"dense"}
+def candidates_for(task: LayerTask, curve: Curve, allocation: Allocation) -> list[Candidate]:
+    """Return the candidates worth their cost, the dense weights last.
 
-
-def choices_of(unit: Unit, curve: Curve, options: DecomposeBase) -> list[Choice]:
-    """List the ranks of a spectrum and the points beside it that are worth their cost.
-
-    They ascend in cost and descend in loss; all are cheaper than dense, which is not among them.
+    Costs increase and losses decrease strictly.
     """
-    measure, dense = options.measure, unit.dense_cost(options.measure)
+    measure = allocation.measure
+    dense = Candidate(WeightConfig(task.shape), task.dense_cost(measure), 0.0)
     if curve.note:
-        return []
-    floor, cap = options.min_keep * dense, options.max_loss * curve.total
-    found: list[Choice] = []
-    for scheme in schemes_of(unit, options):
-        there = unit.in_scheme(scheme)
-        noise = 0.0 if scheme is None else curve.rounding[scheme]
-        whole = dense  # what factors have to be cheaper than, integers beside integers
-        if scheme is not None:
-            whole = there.in_form("integers").cost({}, measure)
-            found.append(Choice(whole, noise, "integers", {}, scheme))
-        if issubclass(FORMS[unit.first.form], RankForm):
-            ranks = options_of(
-                curve.energies,
-                partial(there.step_cost, measure=measure),
-                whole,
-                multiple=there.rank_multiple(options),
-                min_cost=floor,
-                max_loss=options.max_loss,
-            )
-            columns = ranks.costs.tolist(), ranks.losses.tolist(), ranks.ranks.tolist()
-            found += [
-                Choice(cost, loss + FACTORS_NOISE * noise, unit.first.form, {"rank": rank}, scheme)
-                for cost, loss, rank in zip(*columns, strict=True)
-                if rank > 0
-            ]
+        return [dense]
+    floor, cap = allocation.min_keep * dense.cost, allocation.max_loss * curve.total
+    found: list[Candidate] = []
+    for args in schemes_for(task, allocation.quantization):
+        error, limit = 0.0, dense.cost
+        if args is not None:
+            config = task.with_components(components_at("dense", 1, *task.shape)).quantized(args)
+            error, limit = curve.quantization[str(args)], task.cost(config, measure)
+            found.append(Candidate(config, limit, error))
+        for types in allocation.types:
+            if types in LOW_RANK_TYPES:
+                steps = SizeSteps(task, types, args)
+                found += _low_rank(steps, curve, allocation, limit, LOW_RANK_ERROR * error)
         for point in curve.points:
-            if point.form == "low_rank_plus_sparse" and there.group > 1:
-                continue  # its rank is a share of its values, and no multiple of a group
-            cost = there.in_form(point.form).cost(point.sizes, measure)
-            loss = point.energy + VALUES_NOISE * noise
-            found.append(Choice(cost, loss, point.form, point.sizes, scheme))
-    kept: list[Choice] = []
+            if "+" in point.types and args is not None and (args.group_size or 1) > 1:
+                continue  # its rank is not a multiple of the group size
+            config = task.with_components(
+                components_of(point.types, point.sizes, pattern=task.pattern)
+            )
+            config = config if args is None else config.quantized(args)
+            loss = point.squared_error + VALUES_ERROR * error
+            found.append(Candidate(config, task.cost(config, measure), loss))
+    kept: list[Candidate] = []
     for one in sorted(found, key=lambda each: (each.cost, each.loss)):
-        fitting = floor <= one.cost < dense and one.loss <= cap
-        if fitting and (not kept or (one.cost > kept[-1].cost and one.loss < kept[-1].loss)):
+        allowed = floor <= one.cost < dense.cost and one.loss <= cap
+        if allowed and (not kept or (one.cost > kept[-1].cost and one.loss < kept[-1].loss)):
             kept.append(one)
-    return kept
+    return [*kept, dense]
 
 
-def as_options(choices: list[Choice], dense_cost: int) -> Options:
-    """Return choices as an allocation takes them, numbered from 1, with dense behind them."""
-    numbers = list(range(1, len(choices) + 1))
-    return Options.of(numbers, [c.cost for c in choices], [c.loss for c in choices], dense_cost)
+def _low_rank(
+    steps: SizeSteps, curve: Curve, allocation: Allocation, limit: int, error: float
+) -> list[Candidate]:
+    """Return the ranks that cost less than `limit` and satisfy floor and cap of the allocation."""
+    energies = curve.energies.double()
+    tails = energies.flip(0).cumsum(0).flip(0)  # tails[r] is lost at rank r
+    lost = torch.cat([tails, tails.new_zeros(1)]).tolist()
+    group = 1 if steps.args is None else steps.args.group_size or 1
+    multiple = lcm(allocation.rank_multiple, group)
+    floor = allocation.min_keep * steps.task.dense_cost(allocation.measure)
+    cost = partial(steps.cost, measure=allocation.measure)
+    found = []
+    for rank in range(multiple, numerical_rank(energies) + 1, multiple):
+        price = cost(rank)
+        if price >= limit:
+            break
+        if price >= floor and lost[rank] <= allocation.max_loss * lost[0]:
+            found.append(Candidate(steps.config(rank), price, lost[rank] + error))
+    return found
+
+
+def tail_candidates(task: LayerTask, curve: Curve, allocation: Allocation) -> list[Candidate]:
+    """Return the ranks that are cheaper than dense, the dense weights last.
+
+    The loss of a rank is the largest singular value that it removes, normalized to [0, 1].
+    """
+    measure = allocation.measure
+    dense = Candidate(WeightConfig(task.shape), task.dense_cost(measure), -1.0)
+    values = curve.energies.double().sqrt()
+    low, high = values[-1], values[0]
+    # If all values are equal, there is no tail to remove.
+    normalized = (values - low) / (high - low) if high > low else torch.ones_like(values)
+    losses = [*normalized.tolist(), -1.0]
+    floor = allocation.min_keep * dense.cost
+    steps = SizeSteps(task, allocation.types[0])
+    found = []
+    for rank in range(allocation.rank_multiple, len(values) + 1, allocation.rank_multiple):
+        cost = steps.cost(rank, measure)
+        if cost >= dense.cost:
+            break
+        if cost >= floor:
+            found.append(Candidate(steps.config(rank), cost, losses[rank]))
+    return [*found, dense]

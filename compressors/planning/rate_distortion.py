@@ -1,10 +1,11 @@
-"""What every unit loses at the sizes it can have; layer by layer, each one file of the journal.
+"""Rate-distortion curves: the squared error of every task as a function of its size.
 
-A method with a spectrum tells all its ranks at once, by energies computed without vectors. One that
-is solved at given sizes is solved at some, from most of the bits down to few.
+A low-rank method gives all ranks at once, as singular values without vectors. A fixed-size method
+is solved at some sizes, from most of the bits to few, and interpolated. Curves are computed layer
+by layer; each layer is one file of the journal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -14,274 +15,232 @@ from torch import Tensor
 
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.progress import OnStep
-from lrc.compressors.layers import FORMS, Sizes
-from lrc.compressors.methods.base import RANK_FORMS, CodedMethod, Method
+from lrc.compressors.layers import Sizes
+from lrc.compressors.methods.base import FixedSizeMethod
+from lrc.compressors.methods.group_statistics import combined, has_zero_statistics, missing_reason
 from lrc.compressors.methods.table import METHODS, LowRankMethod
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.rounding_error import rounding_noise
-from lrc.compressors.planning.weight_groups import Unit, ratios_of
-from lrc.compressors.solvers.moments import Moment, Statistics
+from lrc.compressors.planning.plan import Allocation
+from lrc.compressors.planning.sizes import SizeSteps
+from lrc.compressors.planning.tasks import LayerTask, Weight
+from lrc.compressors.solvers.moments import Statistics
+from lrc.compressors.solvers.pruning import weighted_energy
+from lrc.compressors.solvers.round_to_nearest import rtn
 from lrc.compressors.solvers.spectrum import energies_only
-from lrc.configs.decompose import DecomposeBase
-from lrc.configs.methods import Mixed
-from lrc.configs.recipe import Recipe
 
-NO_TOKEN = "saw no calibration token; stays dense"
-# Shares of the bits at which a method without a spectrum is solved for an allocation; between them
-# the logarithm of the energy is close to linear in the bits.
-SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-BETWEEN = 8
-FORMS_OF = {
-    "low-rank": RANK_FORMS,
-    "sparse": ["sparse"],
-    "sum": ["low_rank_plus_sparse"],
-    "dictionary": ["dictionary"],
-    "dense": [],
-}
-"""What recipes call families of forms."""
+# Fractions of the cost at which a fixed-size method is solved; between them the logarithm of the
+# error is close to linear in the size.
+FRACTIONS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+POINTS_BETWEEN = 8
+QUANTIZER_ERROR = {"rtn": 1.0, "gptq": 0.4}
+"""Squared error relative to rounding to nearest; 0.33 to 0.46 on SmolLM2-135M's weights."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A form and its sizes, and the energy that they lose."""
+    """Component types and sizes, and their squared error."""
 
-    form: str
+    types: str
     sizes: Sizes
-    energy: float
+    squared_error: float
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The energies of a unit, largest first, and the tokens they are summed over.
-
-    `note` says why there are none. Those that are not `comparable` are no losses: one side of the
-    layer has only ever seen zeros, or its weights are zeros. A method without a spectrum has
-    `points` instead. `total` is the energy of the whole.
-    """
+    """What a task loses at the sizes it can have."""
 
     energies: Tensor
+    """Squared singular values, largest first; zeros for fixed-size methods."""
     n_tokens: int
+    """Tokens that errors are summed over."""
     note: str | None = None
+    """Why there is no curve."""
     comparable: bool = True
+    """Whether errors are comparable with those of other tasks, see `has_zero_statistics`."""
     points: list[Point] = field(default_factory=list)
+    """Sizes of fixed-size methods, solved or interpolated."""
     total: float = 0.0
-    rounding: dict[str, float] = field(default_factory=dict)
-    """Scheme of integers -> energy of what rounding the weight to it loses."""
+    """Squared error of removing the weights."""
+    quantization: dict[str, float] = field(default_factory=dict)
+    """Integers -> squared error of quantizing the weight to them."""
 
-    def lost(self, sizes: Sizes) -> float:
-        """Return the energy lost at sizes that were looked at."""
+    def squared_error(self, sizes: Sizes) -> float:
+        """Return the squared error at sizes that the curve contains."""
         if list(sizes) == ["rank"]:
             return float(self.energies[sizes["rank"] :].sum())
-        return min(p.energy for p in self.points if p.sizes == sizes)
+        return min(p.squared_error for p in self.points if p.sizes == sizes)
 
 
 def energies_file(layer: int) -> str:
-    """Return the journal's name for the energies of the units that begin in a decoder layer."""
+    """Return the journal's name for the curves of the tasks of one decoder layer."""
     return f"energies/layer-{layer:04d}.safetensors"
 
 
-def curves_of(
-    units: list[Unit],
-    recipe: Recipe,
+def curves_for(
+    tasks: Sequence[LayerTask],
+    allocations: Sequence[Allocation],
     reader: WeightReader,
     journal: Journal,
-    statistics: Callable[[Matrix], Statistics],
+    statistics: Callable[[Weight], Statistics],
     *,
     device: str,
     on_step: OnStep,
 ) -> dict[str, Curve]:
-    """Return the curve of every unit by the name of its first matrix."""
-    layers = sorted({unit.first.layer for unit in units})
+    """Return the curve of every task by name."""
+    layers = sorted({task.layer for task in tasks})
     curves: dict[str, Curve] = {}
     for done, layer in enumerate(layers, start=1):
-        here = [unit for unit in units if unit.first.layer == layer]
+        here = [task for task in tasks if task.layer == layer]
+        allowed = {
+            task.name: None if task.allocation is None else allocations[task.allocation]
+            for task in here
+        }
         file = energies_file(layer)
         known = journal.read_facts(file)["curves"] if journal.has(file) else {}
-        if any(_key(unit) not in known for unit in here):
+        if any(_key(task, allowed[task.name]) not in known for task in here):
             found = {
-                _key(unit): _curve(
-                    unit,
-                    recipe.decompositions[unit.first.stage],
-                    reader,
-                    statistics,
-                    device,
-                    recipe.seed,
+                _key(task, allowed[task.name]): _curve(
+                    task, allowed[task.name], reader, statistics, device
                 )
-                for unit in here
+                for task in here
             }
             facts = {name: _facts(curve) for name, curve in found.items()}
-            journal.write_tensors(
-                file, {name: c.energies for name, c in found.items()}, {"curves": facts}
-            )
+            tensors = {name: curve.energies for name, curve in found.items()}
+            journal.write_tensors(file, tensors, {"curves": facts})
         facts = journal.read_facts(file)["curves"]
-        for unit in here:
-            key = _key(unit)
+        for task in here:
+            key = _key(task, allowed[task.name])
             points = [Point(**point) for point in facts[key]["points"]]
-            fields = facts[key] | {"points": points}
-            curves[unit.first.name] = Curve(journal.read_tensor(file, key), **fields)
+            curves[task.name] = Curve(
+                journal.read_tensor(file, key), **(facts[key] | {"points": points})
+            )
         on_step("allocate", done, len(layers))
     return curves
 
 
-def _key(unit: Unit) -> str:
-    """Name the curve of a unit in the journal; one threshold is put to the bare weights."""
-    name = unit.first.name
-    return f"{name}.weight" if unit.first.pending == "heavy-tail" else name
+def _key(task: LayerTask, allocation: Allocation | None) -> str:
+    """Return the name of a curve in the journal; heavy-tail allocators use the bare weights."""
+    bare = allocation is not None and allocation.allocator == "heavy-tail"
+    return f"{task.name}.weight" if bare else task.name
 
 
 def _facts(curve: Curve) -> dict[str, Any]:
-    points = [{"form": p.form, "sizes": dict(p.sizes), "energy": p.energy} for p in curve.points]
-    facts = {"n_tokens": curve.n_tokens, "note": curve.note, "comparable": curve.comparable}
-    return facts | {"points": points, "total": curve.total, "rounding": curve.rounding}
+    return {
+        "n_tokens": curve.n_tokens,
+        "note": curve.note,
+        "comparable": curve.comparable,
+        "points": [vars(p) | {"sizes": dict(p.sizes)} for p in curve.points],
+        "total": curve.total,
+        "quantization": curve.quantization,
+    }
 
 
 def _curve(
-    unit: Unit,
-    options: DecomposeBase,
+    task: LayerTask,
+    allocation: Allocation | None,
     reader: WeightReader,
-    statistics: Callable[[Matrix], Statistics],
+    statistics: Callable[[Weight], Statistics],
     device: str,
-    seed: int,
 ) -> Curve:
-    weights = [reader.read(f"{m.name}.weight", device=device) for m in unit.members]
-    stack = torch.cat(weights)
-    if unit.first.pending == "heavy-tail":
+    stack = torch.cat([reader.read(f"{w.name}.weight", device=device) for w in task.weights])
+    if allocation is not None and allocation.allocator == "heavy-tail":
         return Curve(energies_only(stack).cpu(), 0)
-    method = METHODS[options.method]
-    known = [statistics(m) if method.needs_inputs else Statistics() for m in unit.members]
-    none = torch.zeros(min(stack.shape), dtype=torch.float64)
-    note = unknown(known, options)
+    method = METHODS[task.method]
+    known = [statistics(w) if method.statistics else Statistics() for w in task.weights]
+    energies = torch.zeros(min(stack.shape), dtype=torch.float64)
+    note = missing_reason(known, method.statistics)
     if note is not None:
-        return Curve(none, 0, note)
+        return Curve(energies, 0, note)
     known = [each.to(device) for each in known]
-    energies, points, total = none, [], 0.0
-    alike = together(known)
-    for part in method.parts:
-        if not wanted(part, options):
+    together = combined(known)
+    points: list[Point] = []
+    total = 0.0
+    for types, part in _wanted_parts(task, allocation).items():
+        options = part.select(task.options)
+        if isinstance(part, LowRankMethod):
+            energies = part.energies(stack, together, **options).cpu()
             continue
-        own = arguments(options, part, seed)
-        if isinstance(part, CodedMethod):
-            families = families_of(unit, part.form, options)
-            sizes: list[Sizes] = []
-            for _, run in families:
-                sizes += [each for each in run if each not in sizes]
-            found, total = part.energies(stack, alike, sizes, **own)
-            for there, run in families:
-                ends = [Point(part.form, each, found[sizes.index(each)]) for each in run]
-                points += _filled(there, ends) if unit.first.pending else ends
-        else:
-            assert isinstance(part, LowRankMethod)
-            energies = part.energies(stack, alike, **own).cpu()
+        assert isinstance(part, FixedSizeMethod)
+        families = size_families(task, types, allocation)
+        sizes: list[Sizes] = []
+        for _, family in families:
+            sizes += [each for each in family if each not in sizes]
+        errors, total = part.squared_errors(stack, together, sizes, **options)
+        for steps, family in families:
+            solved = [Point(types, each, errors[sizes.index(each)]) for each in family]
+            points += _interpolated(steps, solved) if task.pending else solved
     total = float(energies.sum()) or total
-    rounding: dict[str, float] = {}
-    if isinstance(options, Mixed) and options.schemes:
-        rounding, total = rounding_noise(unit, options, stack, alike)
-    comparable = total > 0 and not seen_nothing(known)
-    return Curve(energies, known[0].n_tokens, None, comparable, points, total, rounding)
+    quantization: dict[str, float] = {}
+    if allocation is not None and allocation.quantization:
+        quantization, total = _quantization_errors(task, allocation, stack, together)
+    comparable = total > 0 and not has_zero_statistics(known)
+    return Curve(energies, known[0].n_tokens, None, comparable, points, total, quantization)
 
 
-def wanted(part: Method, options: DecomposeBase) -> bool:
-    """Say whether a stage allows what a part of its method makes."""
-    allowed = [FORMS_OF[form] for form in getattr(options, "forms", FORMS_OF)]
-    return any(form in part.forms for forms in allowed for form in forms)
+def _wanted_parts(task: LayerTask, allocation: Allocation | None) -> Mapping[str, Any]:
+    """Return the method for each sum of components to consider; low-rank methods once."""
+    wanted = (task.config.types,) if allocation is None else allocation.types
+    parts = METHODS[task.method].parts
+    found: dict[str, Any] = {}
+    for types, part in parts.items():
+        if types in wanted and part not in found.values():
+            found[types] = part
+    return found
 
 
-def families_of(unit: Unit, form: str, options: DecomposeBase) -> list[tuple[Unit, list[Sizes]]]:
-    """Return the sizes that are planned, or those of `SHARES` of the bits, ratio by ratio.
+def size_families(
+    task: LayerTask, types: str, allocation: Allocation | None
+) -> list[tuple[SizeSteps, list[Sizes]]]:
+    """Return the planned sizes, or those at `FRACTIONS` of the cost for every ratio.
 
-    Every ratio has a curve of its own: what lies between two of its points is of no other.
+    Each ratio has a separate curve: interpolation between sizes of different ratios is meaningless.
     """
-    if unit.sizes is not None:
-        return [(unit, [unit.sizes] if unit.first.form == form else [])]
-    ratios = ratios_of(options, form) if len(FORMS[form].SIZES) > 1 else [unit.ratio]
+    if allocation is None:
+        return [(SizeSteps(task, types, ratio=task.ratio), [task.config.sizes])]
+    ratios = allocation.ratios if types == "dictionary" else (2.0,)
     families = []
     for ratio in ratios:
-        there = unit.in_form(form).at_ratio(ratio)
-        steps = [there.step_within(share, options.measure) for share in SHARES]
-        sizes = [there.sizes_at(step) for step in dict.fromkeys(steps) if step > 0]
-        families.append((there, sizes))
+        steps = SizeSteps(task, types, ratio=ratio)
+        numbers = [steps.within(fraction, allocation.measure) for fraction in FRACTIONS]
+        sizes = [steps.config(number).sizes for number in dict.fromkeys(numbers) if number > 0]
+        families.append((steps, sizes))
     return families
 
 
-def _filled(unit: Unit, points: list[Point]) -> list[Point]:
-    """Put points between those that were solved, by their largest numbers of stored values."""
+def _interpolated(steps: SizeSteps, points: Sequence[Point]) -> list[Point]:
+    """Add points between solved ones, geometrically in the error, by their last size."""
     filled: list[Point] = []
     for high, low in pairwise(points):
         filled.append(high)
         top, bottom = (list(p.sizes.values())[-1] for p in (high, low))
-        if min(high.energy, low.energy) <= 0:
+        if min(high.squared_error, low.squared_error) <= 0:
             continue
-        for part in range(1, BETWEEN):
-            share = part / BETWEEN
-            energy = high.energy ** (1 - share) * low.energy**share
-            step = top - round(share * (top - bottom))
-            if bottom < step < top and unit.sizes_at(step) != filled[-1].sizes:
-                filled.append(Point(high.form, unit.sizes_at(step), energy))
-    return filled + points[-1:]
+        for number in range(1, POINTS_BETWEEN):
+            position = number / POINTS_BETWEEN
+            error = high.squared_error ** (1 - position) * low.squared_error**position
+            step = top - round(position * (top - bottom))
+            if bottom < step < top:
+                sizes = steps.config(step).sizes
+                if sizes != filled[-1].sizes:
+                    filled.append(Point(high.types, sizes, error))
+    return filled + list(points[-1:])
 
 
-def together(known: Sequence[Statistics]) -> Statistics:
-    """Return what is known of the weights of a unit stacked along their outputs.
-
-    Of several that is the sum of their input moments: no method that shares asks for more.
-
-    Raises
-    ------
-    ValueError
-        As `summed_inputs`.
-    """
-    if len(known) == 1:
-        return known[0]
-    return Statistics(known[0].n_tokens, summed_inputs(known))
-
-
-def summed_inputs(known: Sequence[Statistics]) -> Moment:
-    """Add up the input moments of layers that share a factor.
-
-    Raises
-    ------
-    ValueError
-        If only an image of one was accumulated.
-    """
-    return Moment.of(torch.stack([_inputs(each).whole() for each in known]).sum(dim=0))
-
-
-def arguments(options: DecomposeBase, method: Method, seed: int = 0) -> dict[str, Any]:
-    """Return the keys of a stage that are its method's own, or those of a part of it.
-
-    A stage need not offer all keys of a part: what it lacks is for the part to fill in. `seed`, the
-    recipe's, is for a method that makes random choices.
-    """
-    own = {key: getattr(options, key) for key in method.options if hasattr(options, key)}
-    return own | ({"seed": seed} if "seed" in method.options else {})
-
-
-def unknown(known: Sequence[Statistics], options: DecomposeBase) -> str | None:
-    """Say why a unit cannot be weighed; None if all that its method needs is there."""
-    lacking = {name for each in known for name in each.missing(METHODS[options.method].needs)}
-    if not lacking:
-        return None
-    if all(each.n_tokens == 0 for each in known) or "inputs" in lacking:
-        return NO_TOKEN
-    return f"calibration has no {', '.join(sorted(lacking))} of it; stays dense"
-
-
-def seen_nothing(known: Sequence[Statistics]) -> bool:
-    """Say whether one side of a layer has only ever seen zeros.
-
-    Its metric leaves that side out, and its energies, in another unit, compare with no others.
-    """
-    for each in known:
-        moments = [each.inputs, each.gradients]
-        sums = [each.input_magnitude, each.row_fisher]
-        if any(m is not None and m.empty for m in moments):
-            return True
-        if any(s is not None and not bool(s.any()) for s in sums):
-            return True
-    return False
-
-
-def _inputs(known: Statistics) -> Moment:
+def _quantization_errors(
+    task: LayerTask, allocation: Allocation, W: Tensor, known: Statistics
+) -> tuple[dict[str, float], float]:
+    """Return the squared error of quantizing a weight to each scheme, and that of removing it."""
     assert known.inputs is not None
-    return known.inputs
+    assert task.quantize is not None
+    damping = {"damp": task.options["damp"], "gradient_damp": task.options["gradient_damp"]}
+    H, factor = known.inputs.whole(), QUANTIZER_ERROR[task.quantize.quantizer]
+
+    def squared_error(E: Tensor) -> float:
+        return weighted_energy(E, known.inputs, known.gradients, **damping)
+
+    found = {}
+    for args in allocation.quantization:
+        if args.divides(task.shape[1]):
+            W_hat = rtn(W, args, dtype=W.dtype, H=H).weight()
+            found[str(args)] = squared_error(W.double() - W_hat) * factor
+    return found, squared_error(W.double())

@@ -1,182 +1,79 @@
-"""Which matrices a stage of a recipe is about, in which form, and which of them share a factor."""
+"""Match the patterns of a stage with the linear layers of the model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from lrc.compressors.methods.table import METHODS
-from lrc.compressors.models.architecture import Architecture, Linear
-from lrc.compressors.models.source import Source
-from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.weight_groups import Unit, ratios_of, units_of
-from lrc.configs.decompose import DecomposeBase
-from lrc.configs.methods import BasisSharing
-from lrc.configs.recipe import Recipe
-
-FORM_OF = {
-    "factors": "low_rank",
-    "pivot": "pivoted_low_rank",
-    "mask": "sparse",
-    "dictionary": "dictionary",
-}
+from lrc.compressors.models.architecture import Linear
+from lrc.compressors.planning.problems import Problems
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage of the recipe, and what it targets; forms are as asked, ranks still unknown.
-
-    `number` is its place in the recipe; `overrides` maps a matrix to the number of its override.
-    """
-
-    number: int
-    where: str
-    options: DecomposeBase
-    matrices: list[Matrix]
-    overrides: Mapping[str, int]
-
-    @property
-    def units(self) -> list[Unit]:
-        """What gets one rank each; of several ratios the least, whose sizes cost least."""
-        ratio = ratios_of(self.options)[0]
-        return [unit.at_ratio(ratio) for unit in units_of(self.matrices)]
-
-
-def find_stages(
-    recipe: Recipe, source: Source, architecture: Architecture, problems: list[str]
-) -> list[Stage]:
-    """Find what every stage targets; a matrix belongs to the first that claims it."""
-    bits = source.dtype.itemsize * 8
-    stages: list[Stage] = []
-    owner: dict[str, int] = {}
-    for index, options in recipe.decompositions.items():
-        where = f"stages[{index}].decompose"
-        targeted = []
-        extra = [(f"overrides[{i}].match", o.match) for i, o in enumerate(options.overrides)]
-        for linear in targets(
-            options.targets, options.skip, architecture.linears, where, problems, extra
-        ):
-            if linear.name in owner:
-                problems.append(
-                    f"{where}.targets: {linear.name} is already compressed by "
-                    f"stages[{owner[linear.name]}]; list it under one of the two 'skip'"
-                )
-                continue
-            owner[linear.name] = index
-            targeted.append(linear)
-        overrides = {
-            linear.name: number
-            for linear in targeted
-            for number, override in reversed(list(enumerate(options.overrides)))
-            if fnmatchcase(linear.name, override.match)  # the first that matches is set last
-        }
-        matrices = [_as_asked(options, linear, index, bits) for linear in targeted]
-        size, layers = getattr(options, "group_size", 1), architecture.layer_names
-        if size > len(layers):
-            smallest = 2 if isinstance(options, BasisSharing) else 1
-            problems.append(
-                f"{where}.group_size: must be in [{smallest}, {len(layers)}], the number of "
-                f"layers, got {size}; lower group_size"
-            )
-        elif size > 1:
-            matrices = _grouped(matrices, size, layers, overrides, where, problems)
-        stages.append(Stage(index, where, options, matrices, overrides))
-    return stages
-
-
-def _as_asked(options: DecomposeBase, linear: Linear, stage: int, bits: int) -> Matrix:
-    source_bits = linear.d_out * linear.d_in * bits
-    pattern = getattr(options, "pattern", "unstructured")
-    bias = None
-    if METHODS[options.method].has_bias:
-        bias = "replaced" if linear.bias else "added"
-    return Matrix(
-        name=linear.name,
-        layer=linear.layer,
-        shape=(linear.d_out, linear.d_in),
-        stage=stage,
-        method=options.method,
-        form=FORM_OF[options.storage],
-        sizes=None,
-        bits=source_bits,
-        source_bits=source_bits,
-        pattern=None if pattern == "unstructured" else pattern,
-        bias=bias,
-    )
-
-
-def _grouped(
-    matrices: list[Matrix],
-    size: int,
-    layer_names: list[str],
-    overrides: Mapping[str, int],
+def match_targets(
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    linears: Sequence[Linear],
     where: str,
-    problems: list[str],
-) -> list[Matrix]:
-    """Let the same matrix of up to `size` consecutive layers share a factor; one stands alone.
-
-    Refuses a group of unequal shapes.
-    """
-    alike: dict[tuple[object, ...], list[list[Matrix]]] = {}
-    for m in matrices:
-        name = m.name.removeprefix(layer_names[m.layer])
-        groups = alike.setdefault((name, overrides.get(m.name)), [])
-        before = groups[-1][-1] if groups and len(groups[-1]) < size else None
-        if before is None or before.layer + 1 != m.layer:
-            groups.append([m])
-        elif before.shape == m.shape:
-            groups[-1].append(m)
-        else:
-            groups.append([m])
-            problems.append(
-                f"{where}.group_size: what shares must have one shape, got {before.name} "
-                f"{list(before.shape)} and {m.name} {list(m.shape)}; give each shape a stage of "
-                "its own, or list one of the two under 'skip'"
-            )
-    owners = {
-        m.name: group[0].name
-        for groups in alike.values()
-        for group in groups
-        if len(group) > 1
-        for m in group
-    }
-
-    def placed(m: Matrix) -> Matrix:
-        owner = owners.get(m.name)
-        return m if owner is None else m.shared(owner)
-
-    return [placed(m) for m in matrices]
-
-
-def targets(
-    wanted: list[str],
-    skip: list[str],
-    linears: list[Linear],
-    where: str,
-    problems: list[str],
-    others: Sequence[tuple[str, str]] = (),
+    problems: Problems,
+    others: Mapping[str, str] | None = None,
 ) -> list[Linear]:
-    """Return the linears that match a pattern of `wanted` and none of `skip`.
+    """Return the layers that match a pattern of `targets` and none of `ignore`.
 
-    Refuses a pattern that matches no linear, with `others` among them: their keys and themselves.
+    A pattern that matches no layer is a problem; `others` are further patterns to check, by key.
     """
     names = [linear.name for linear in linears]
-    patterns = [("targets", p) for p in wanted] + [("skip", p) for p in skip] + [*others]
-    for key, pattern in patterns:
+    patterns = [("targets", p) for p in targets] + [("ignore", p) for p in ignore]
+    for key, pattern in [*patterns, *(others or {}).items()]:
         if not any(fnmatchcase(name, pattern) for name in names):
-            problems.append(_no_match(f"{where}.{key}", pattern, names))
+            problems.add("no-match", f"{where}.{key}", _no_match(pattern, names))
 
-    def hit(name: str, patterns: list[str]) -> bool:
+    def hit(name: str, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    return [lin for lin in linears if hit(lin.name, wanted) and not hit(lin.name, skip)]
+    return [lin for lin in linears if hit(lin.name, targets) and not hit(lin.name, ignore)]
 
 
-def _no_match(key: str, pattern: str, names: list[str]) -> str:
+def layer_groups(
+    linears: Sequence[Linear],
+    size: int,
+    layer_names: Sequence[str],
+    keys: Mapping[str, object],
+    where: str,
+    problems: Problems,
+) -> list[list[Linear]]:
+    """Group the same matrix of up to `size` consecutive layers, in the order of the first.
+
+    Layers with different `keys` are never grouped. Different shapes in a group are a problem.
+    """
+    if size == 1:
+        return [[linear] for linear in linears]
+    groups: list[list[Linear]] = []
+    latest: dict[tuple[object, ...], list[Linear]] = {}
+    for linear in linears:
+        key = linear.name.removeprefix(layer_names[linear.layer]), keys.get(linear.name)
+        group = latest.get(key)
+        last = group[-1] if group and len(group) < size else None
+        if last is not None and group is not None and last.layer + 1 == linear.layer:
+            if (last.d_out, last.d_in) == (linear.d_out, linear.d_in):
+                group.append(linear)
+                continue
+            problems.add(
+                "unequal-shapes",
+                f"{where}.layers_per_group",
+                "layers that share a factor must have one shape, got "
+                f"{last.name} [{last.d_out}, {last.d_in}] and {linear.name} [{linear.d_out}, "
+                f"{linear.d_in}]; use a separate stage for each shape, or list one of them under "
+                "'ignore'",
+            )
+        latest[key] = [linear]
+        groups.append(latest[key])
+    return groups
+
+
+def _no_match(pattern: str, names: list[str]) -> str:
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     close = get_close_matches(pattern.strip("*").rpartition(".")[2], leaves, n=1)
     hint = f"; did you mean '*.{close[0]}'?" if close else ""
     return (
-        f"{key}: the pattern {pattern!r} matches no linear layer{hint} Names look like {names[0]}; "
+        f"the pattern {pattern!r} matches no linear layer{hint} Names look like {names[0]}; "
         f"the last parts are {', '.join(leaves)}"
     )

@@ -1,277 +1,258 @@
-"""Plans that an earlier run wrote and a user may have edited: read, and held against the model.
+"""Plan files that an earlier run wrote and a user may have edited: read and checked.
 
-Of a matrix only name, shape, form and its sizes matter; whatever else there is is passed over.
+Of every task only the names of its weights and its configuration are used.
 """
 
+import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lrc.compressors.layers import FORMS, Scheme, Sizes
-from lrc.compressors.methods.table import METHODS
-from lrc.compressors.planning.quantization import WHOLE
-from lrc.compressors.planning.weight_groups import Unit
+from lrc.compressors.layers import WeightConfig
+from lrc.compressors.methods.base import Method
+from lrc.compressors.methods.size_families import components_at, largest_step
+from lrc.compressors.planning.plan import PLAN_VERSION
+from lrc.compressors.planning.problems import Problems
+from lrc.compressors.planning.tasks import LayerTask
 
 SHOWN = 10
+"""Problems that are listed; a plan of another model is wrong everywhere."""
 MAX_BYTES = 10**8
-"""Half a kilobyte a matrix: what is larger than this is another file, named by mistake."""
+"""A plan takes about half a kilobyte per weight; a larger file was named by mistake."""
+REMEDY = "name the plan.json that an earlier run of lrc compress wrote"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What a plan file says of one matrix."""
-
-    shape: tuple[int, int]
-    form: str
-    sizes: Sizes | None
-    scheme: str | None
-
-
-@dataclass(frozen=True)
-class GivenPlan:
-    """A plan file: its name, its text, and an entry a matrix."""
+class UserPlan:
+    """A plan file."""
 
     path: str
     text: str
-    entries: dict[str, Entry]
+    configs: dict[tuple[str, ...], WeightConfig]
+    """Names of the weights of a task -> its configuration."""
+    embeddings: Any
+    """Records of embedding and head."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def read_given(path: str, where: str, problems: list[str]) -> GivenPlan | None:
-    """Read a plan file; None if it is none, with the reason among the problems."""
-    remedy = "name the plan.json that an earlier run of lrc compress wrote"
+def read_user_plan(path: str, where: str, problems: Problems) -> UserPlan | None:
+    """Read a plan file; None if it is not one, with the reason in `problems`."""
+    key = f"{where}.plan"
     try:
         with Path(path).expanduser().open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        problems.append(f"{where}.plan: {path} cannot be read: {reason}; {remedy}")
+        problems.add("unreadable-file", key, f"{path} cannot be read: {reason}; {REMEDY}")
         return None
     try:
         if len(data) > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES:,} bytes")
         text = data.decode("utf-8")
-        value = json.loads(text)
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        problems.append(f"{where}.plan: {path} is not JSON ({error}); {remedy}")
+        problems.add("invalid-user-plan", key, f"{path} is not JSON ({error}); {REMEDY}")
         return None
-    matrices = value.get("matrices") if isinstance(value, dict) else None
-    if not isinstance(matrices, list):
-        problems.append(f"{where}.plan: {path} holds no list 'matrices'; {remedy}")
+    records = values.get("tasks") if isinstance(values, dict) else None
+    if not isinstance(records, list):
+        old = isinstance(values, dict) and "matrices" in values
+        reason = "is of format version 1" if old else "contains no list 'tasks'"
+        problems.add("invalid-user-plan", key, f"{path} {reason}; {REMEDY}")
         return None
-    entries: dict[str, Entry] = {}
-    found: list[str] = []
-    for number, record in enumerate(matrices):
-        name = record.get("name") if isinstance(record, dict) else None
-        if not isinstance(name, str):
-            found.append(f"{path}, matrices[{number}]: has no 'name'; {remedy}")
-        elif name in entries:
-            found.append(f"{path}, {name}: is there twice; delete one of the two")
-        else:
-            entry = _entry(record, f"{path}, {name}", found)
-            if entry is not None:
-                entries[name] = entry
-    outside = value.get("outside", [])
-    if not isinstance(outside, list) or not all(
-        isinstance(each, dict) and {"name", "scheme", "form"} <= each.keys() for each in outside
-    ):
-        found.append(f"{path}, outside: must be as lrc wrote it, got {outside!r:.60}; {remedy}")
-    problems += _first(found, path)
-    return None if found else GivenPlan(path, text, entries)
+    if values.get("version") != PLAN_VERSION:
+        got = values.get("version")
+        problems.add(
+            "invalid-user-plan",
+            key,
+            f"{path}: 'version' must be {PLAN_VERSION}, got {got!r:.60}; {REMEDY}",
+        )
+        return None
+    found = Problems()
+    configs: dict[tuple[str, ...], WeightConfig] = {}
+    seen: set[str] = set()
+    for number, record in enumerate(records):
+        names = _names(record)
+        if names is None:
+            found.add("invalid-user-plan", path, f"tasks[{number}] has no 'weights' with names")
+            continue
+        twice = seen & {*names}
+        if twice:
+            found.add("invalid-user-plan", path, f"{min(twice)} is listed twice; delete one")
+        seen |= {*names}
+        try:
+            configs[names] = WeightConfig.from_json(record.get("config"))
+        except ValueError as error:
+            found.add("invalid-user-plan", path, f"{names[0]}: 'config' {error}; correct it")
+    _report(found, path, problems)
+    return None if found else UserPlan(path, text, configs, values.get("embeddings", []))
 
 
-def refuse_strangers(
-    plan: GivenPlan, targeted: Collection[str], names: Collection[str], problems: list[str]
+def check_names(
+    plan: UserPlan, targeted: Collection[str], known: Collection[str], problems: Problems
 ) -> None:
-    """Refuse matrices that no stage targets, or that the model does not have."""
-    found = []
-    for name in plan.entries:
-        if name not in names:
-            found.append(
-                f"{plan.path}, {name}: is no linear of a decoder layer of this model; give the "
-                "plan of a run on the same architecture"
-            )
-        elif name not in targeted:
-            found.append(
-                f"{plan.path}, {name}: is targeted by no stage; delete it there, or change "
-                "'targets' and 'skip'"
-            )
-    problems += _first(found, plan.path)
+    """Report weights that no stage targets, or that the model does not have."""
+    found = Problems()
+    for names in plan.configs:
+        for name in names:
+            if name not in known:
+                found.add(
+                    "unknown-layer",
+                    plan.path,
+                    f"{name} is not a decoder linear layer of this model; use the plan of a run on "
+                    "the same architecture",
+                )
+            elif name not in targeted:
+                found.add(
+                    "not-targeted",
+                    plan.path,
+                    f"{name} is not targeted by any stage; delete it there, or change 'targets' "
+                    "and 'ignore'",
+                )
+    _report(found, plan.path, problems)
 
 
-def apply_given(plan: GivenPlan, units: Iterable[Unit], problems: list[str]) -> list[Unit]:
-    """Give units the forms and ranks of a plan file; those with a problem stay dense."""
-    decided: list[Unit] = []
-    found: list[str] = []
-    for unit in units:
-        before = len(found)
-        asked = [_checked(plan, unit, number, found) for number in range(len(unit.members))]
-        entries = [entry for entry in asked if entry is not None]
-        if any(entry.sizes != entries[0].sizes for entry in entries):
-            form = FORMS[unit.first.form]
-            got = [form.written(*e.shape, e.sizes) if e.sizes else "dense" for e in entries]
-            found.append(
-                f"{plan.path}, {unit.first.name}: must have the same {' and '.join(form.SIZES)} as "
-                f"the {len(entries) - 1} that share its factor, got {', '.join(got)}; make them "
-                "equal"
-            )
-        if len(found) > before:
-            decided.append(unit.dense())
-        elif entries[0].sizes is None:
-            decided.append(unit.dense(note="dense in the given plan"))
-        elif len(entries) == 1:
-            decided.append(_as_given(unit, entries[0]).at(entries[0].sizes))
+def apply_user_plan(
+    plan: UserPlan, tasks: Sequence[LayerTask], method: Method, problems: Problems
+) -> list[LayerTask]:
+    """Return tasks with the configurations of a plan file; dense where there is a problem."""
+    found = Problems()
+    decided = []
+    for task in tasks:
+        config = _config_for(plan, task, method, found)
+        if config is None:
+            decided.append(task.dense())
+        elif not config.compressed:
+            decided.append(task.dense("dense in the given plan"))
         else:
-            decided.append(unit.at(entries[0].sizes))
-    problems += _first(found, plan.path)
+            decided.append(task.decided(config))
+    _report(found, plan.path, problems)
     return decided
 
 
-def _as_given(unit: Unit, entry: Entry) -> Unit:
-    """Return a unit in the form of an entry, its numbers as integers where the entry says so.
-
-    The scheme of what a `quantize` rounds is in plan files too: that stage has the last word on it.
-    """
-    there = unit.in_form(entry.form)
-    own = METHODS[unit.first.method].chooses_schemes
-    return there.in_scheme(entry.scheme) if own and entry.scheme is not None else there
-
-
-def _entry(record: dict[str, Any], where: str, found: list[str]) -> Entry | None:
-    shape, form, rank, scheme = (record.get(key) for key in ("shape", "form", "rank", "scheme"))
-    if form in WHOLE and record.get("rounded") != record.get("stage"):
-        form, rank, scheme = "dense", None, None  # as the stage left it whose plan this is
-    sides = shape if isinstance(shape, list) else []
-    names = FORMS[form].SIZES if isinstance(form, str) and form in FORMS else ()
-    sizes: dict[str, Any] = {name: record.get(name) for name in names}
-    wrong = next((name for name, size in sizes.items() if not _whole(size)), None)
-    problem = None
-    if len(sides) != 2 or not all(_whole(side) for side in sides):
-        problem = f"shape must be [d_out, d_in], got {shape!r:.60}; copy it from an unedited plan"
-    elif form not in ("dense", *FORMS):
-        problem = f"form must be one of dense, {', '.join(FORMS)}, got {form!r:.60}; correct it"
-    elif form == "dense" and rank is not None:
-        problem = f"a dense matrix has the rank null, got {rank!r:.60}; correct form or rank"
-    elif wrong is not None:
-        got = f"{record.get(wrong)!r:.60}"
-        problem = f"{wrong} must be a whole number for {form}, got {got}; give one, or dense"
-    elif form in WHOLE and scheme is None:
-        problem = f"scheme must be written like int8 or int4-g64 for {form}, got null; correct it"
-    elif form == "dense" and scheme is not None:
-        problem = f"a dense matrix has the scheme null, got {scheme!r:.60}; correct form or scheme"
-    elif record.get("scheme") is not None:
-        problem = _unlike_scheme(record["scheme"])
-    if problem:
-        found.append(f"{where}: {problem}")
+def _names(record: Any) -> tuple[str, ...] | None:
+    weights = record.get("weights") if isinstance(record, dict) else None
+    if not isinstance(weights, list) or not weights:
         return None
-    return Entry((sides[0], sides[1]), str(form), None if form == "dense" else sizes, scheme)
+    names = [w.get("name") if isinstance(w, dict) else None for w in weights]
+    return tuple(names) if all(isinstance(name, str) for name in names) else None
 
 
-def _unlike_scheme(scheme: Any) -> str | None:
-    if not isinstance(scheme, str):
-        return f"scheme must be written like int8 or int4-g64, got {scheme!r:.60}; correct it"
-    try:
-        Scheme.read(scheme)
-    except ValueError as error:
-        return f"scheme {scheme}: {error}; correct it, or make it null"
-    return None
+def _config_for(
+    plan: UserPlan, task: LayerTask, method: Method, found: Problems
+) -> WeightConfig | None:
+    """Return the configuration of a task in a plan file, if the task can have it."""
 
+    def refuse(code: str, message: str) -> None:
+        found.add(code, plan.path, f"{task.name}: {message}")
 
-def _checked(plan: GivenPlan, unit: Unit, number: int, found: list[str]) -> Entry | None:
-    """Return what the plan says of one member, if that can be."""
-    m = unit.members[number]
-    entry, where = plan.entries.get(m.name), f"{plan.path}, {m.name}"
-    if entry is None:
-        found.append(f"{where}: is targeted but not there; add it, or list it under 'skip'")
-        return None
-    if entry.shape != m.shape:
-        found.append(
-            f"{where}: must have the shape {list(m.shape)} of the model, got {list(entry.shape)}; "
-            "give the plan of a run on the same model"
+    config = plan.configs.get(tuple(w.name for w in task.weights))
+    if config is None:
+        together = f" as one task with {task.weights[1].name}" if len(task.weights) > 1 else ""
+        refuse(
+            "missing-layer",
+            f"is targeted but not listed{together}; add it, or list it under 'ignore'",
         )
         return None
-    if entry.sizes is None:
-        return entry
-    method = METHODS[m.method]
-    allowed = [m.form] if len(unit.members) > 1 else method.forms
-    allowed = [*allowed, *(["integers"] if method.chooses_schemes else [])]
-    if entry.form not in allowed:
-        found.append(
-            f"{where}: form must be dense or {' or '.join(allowed)} here, got {entry.form}; "
-            "correct it, or change the method"
+    if config.shape != task.shape:
+        refuse(
+            "unequal-shapes",
+            f"must have the shape {list(task.shape)} of the model, got {list(config.shape)}; use "
+            "the plan of a run on the same model",
         )
         return None
-    as_asked = unit if len(unit.members) > 1 else _as_given(unit, entry)
-    problem = _beyond(as_asked, entry)
+    config = _before_quantization(config, task, method)
+    if not config.compressed:
+        return config
+    allowed = [task.types] if len(task.weights) > 1 else [*method.types]
+    if method.chooses_quantization:
+        allowed.append("dense")
+    if config.types not in allowed:
+        refuse(
+            "wrong-component",
+            f"components must be of type {' or '.join(allowed)} here, got {config.types}; correct "
+            "it, or change the method",
+        )
+        return None
+    problem = _size_problem(task, config)
     if problem is not None:
-        found.append(f"{where}: {problem}")
+        refuse("size-out-of-range", problem)
         return None
-    return entry
+    return config
 
 
-def _beyond(unit: Unit, entry: Entry) -> str | None:
-    """Say why a unit cannot have the sizes of an entry, or gains nothing by them."""
-    assert entry.sizes is not None
-    if not entry.sizes:  # integers: there is but their scheme
-        return _beyond_scheme(unit)
-    shape, last = [*unit.first.shape], list(entry.sizes)[-1]
-    try:
-        spec = {**entry.sizes, "pattern": unit.first.pattern}
-        FORMS[entry.form].check_pattern(*unit.first.shape, spec)
-    except ValueError as error:
-        return f"{error}; correct it, or make it dense"
-    largest = unit.sizes_at(unit.largest_step)
-    for name, size in entry.sizes.items():
-        if not 1 <= size <= largest[name]:
+def _before_quantization(config: WeightConfig, task: LayerTask, method: Method) -> WeightConfig:
+    """Return a configuration as the decomposition leaves it.
+
+    Plans also show what a later stage quantizes; that stage decides about it.
+    """
+    components = tuple(
+        replace(c, shares=None, pattern=task.pattern if c.type in task.types else c.pattern)
+        for c in config.components
+    )
+    if not method.chooses_quantization:
+        if components and components[0].type in ("dense", "block_sparse"):
+            return WeightConfig(config.shape)
+        components = tuple(c.with_quantization(None) for c in components)
+    return task.with_components(components)
+
+
+def _size_problem(task: LayerTask, config: WeightConfig) -> str | None:
+    """Return why a task cannot have the sizes of a configuration, or gains nothing by them."""
+    types, shape = config.types, task.stacked_shape
+    largest = {
+        name: size
+        for c in components_at(types, largest_step(types, *shape), *shape, ratio=task.ratio)
+        for name, size in c.sizes.items()
+    }
+    for name, size in config.sizes.items():
+        if size > largest[name]:
             return (
-                f"{name} must be in [1, {largest[name]}] for {shape}, got {size}; lower it, or "
-                "make it dense"
+                f"{name} must be in [1, {largest[name]}] for {list(task.shape)}, got {size}; lower "
+                "it, or make the weight dense"
             )
     try:
-        bits = unit.bits(entry.sizes)
-    except ValueError as error:  # sizes that do not go together
-        remedy = "correct it" if unit.first.scheme is None else "correct sizes or scheme"
-        return f"{error}; {remedy}, or make it dense"
-    if bits < unit.source_bits:
+        bits = task.bits_of(config)
+    except ValueError as error:  # sizes that contradict each other or the group size
+        return f"{error}; correct it, or make the weight dense"
+    if bits < task.source_bits:
         return None
-    sizes = entry.sizes
-    group = None if unit.first.scheme is None else Scheme.read(unit.first.scheme).group_size
-    step = group if group is not None and last == "rank" else 1
-    fits = step * bisect_left(
-        range(step, sizes[last], step),
-        unit.source_bits,
-        key=lambda size: unit.bits({**sizes, last: size}),
-    )
-    remedy = f"lower {last} to at most {fits}, or " if fits else ""
-    if not fits and len(sizes) > 1:  # the other sizes alone cost too much
-        remedy = f"lower {' and '.join(sizes)}, or "
+    if not config.sizes:
+        return (
+            f"integers of {config.quantization} take as much as the dense weight; use others, or "
+            "make it dense"
+        )
+    fitting, name = _largest_fitting(task, config)
+    remedy = f"lower {name} to at most {fitting}" if fitting else f"lower {' and '.join(largest)}"
     return (
-        f"{entry.form} of {last} {sizes[last]} takes as much as the dense matrix; {remedy}"
-        "make it dense"
+        f"{types} with {name} {config.sizes[name]} takes as much as the dense weight; {remedy}, or "
+        "make the weight dense"
     )
 
 
-def _beyond_scheme(unit: Unit) -> str | None:
-    try:
-        smaller = unit.bits({}) < unit.source_bits
-    except ValueError as error:
-        return f"{error}; correct the scheme, or make it dense"
-    if smaller:
-        return None
-    return (
-        f"integers of {unit.first.scheme} take as much as the dense matrix; give another scheme, "
-        "or make it dense"
-    )
+def _largest_fitting(task: LayerTask, config: WeightConfig) -> tuple[int, str]:
+    """Return the largest value of the last size that makes the weight smaller, and its name."""
+    last = config.components[-1]
+    name = list(last.sizes)[-1]
+    args = last.quantization
+    step = args.group_size or 1 if args is not None and name == "rank" else 1
+
+    def bits(size: int) -> int:
+        changed = replace(last, sizes={**last.sizes, name: size})
+        return task.bits_of(replace(config, components=(*config.components[:-1], changed)))
+
+    fitting = bisect_left(range(step, last.sizes[name], step), task.source_bits, key=bits)
+    return step * fitting, name
 
 
-def _first(found: list[str], path: str) -> list[str]:
-    """Keep a page of problems, and count the rest: a plan of another model is wrong everywhere."""
-    if len(found) <= SHOWN:
-        return found
-    return [*found[:SHOWN], f"{path}: and {len(found) - SHOWN} problems more"]
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _report(found: Problems, path: str, problems: Problems) -> None:
+    """Add the first problems and the number of the others."""
+    problems += found[:SHOWN]
+    if len(found) > SHOWN:
+        problems.add("more-problems", path, f"and {len(found) - SHOWN} more problems")

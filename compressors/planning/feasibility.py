@@ -1,0 +1,83 @@
+"""The smallest budget that a stage can meet, and the error if it is not met."""
+
+from collections.abc import Sequence
+from math import ceil, lcm
+
+from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
+from lrc.compressors.methods.size_families import components_of
+from lrc.compressors.methods.table import METHODS
+from lrc.compressors.planning.candidates import schemes_for
+from lrc.compressors.planning.plan import Allocation
+from lrc.compressors.planning.rate_distortion import size_families
+from lrc.compressors.planning.sizes import SizeSteps
+from lrc.compressors.planning.tasks import MEASURE_NAMES, LayerTask
+from lrc.configs.errors import Problem
+from lrc.configs.size import parse_size
+
+
+def cheapest(tasks: Sequence[LayerTask], allocation: Allocation) -> int:
+    """Return the lowest total cost that tasks can have under the floors of an allocation."""
+    return sum(_cheapest(task, allocation) for task in tasks)
+
+
+def _cheapest(task: LayerTask, allocation: Allocation) -> int:
+    measure = allocation.measure
+    floor = allocation.min_keep * task.dense_cost(measure)
+    costs = [task.dense_cost(measure)]
+    for args in schemes_for(task, allocation.quantization):
+        group = 1 if args is None else args.group_size or 1
+        for types in allocation.types:
+            if types in LOW_RANK_TYPES or isinstance(METHODS[task.method], FixedSizeMethod):
+                steps = SizeSteps(task, types, args, min(allocation.ratios))
+                multiple = lcm(allocation.rank_multiple, group)
+                costs.append(
+                    steps.cheapest(measure, multiple=multiple, min_keep=allocation.min_keep)
+                )
+            elif not ("+" in types and group > 1):
+                found = [
+                    task.cost(
+                        task.with_components(components_of(types, sizes[-1])).quantized(args),
+                        measure,
+                    )
+                    for _, sizes in size_families(task, types, allocation)
+                    if sizes
+                ]
+                costs += [cost for cost in found if cost >= floor]
+        if args is not None:
+            whole = task.cost(SizeSteps(task, "dense", args).config(1), measure)
+            costs += [whole] if whole >= floor else []
+    return min(costs)
+
+
+def unreachable(allocation: Allocation, smallest: int) -> Problem:
+    """Return the problem of a budget below `smallest`, the cheapest cost of the pending tasks."""
+    remedies = []
+    if allocation.rank_multiple > 1:
+        remedies.append(f"lower 'rank_multiple' ({allocation.rank_multiple})")
+    if allocation.min_keep > 0:
+        remedies.append(f"lower 'min_keep' ({allocation.min_keep:g})")
+    if allocation.max_loss < 1:
+        remedies.append(f"raise 'max_loss' ({allocation.max_loss:g})")
+    if allocation.overrides:
+        remedies.append("lower the budgets of 'overrides'")
+    missing = smallest - allocation.budget
+    if allocation.size is not None:
+        key, got = "size", allocation.size
+        least = f"{parse_size(allocation.size) + ceil(missing / 8):,} bytes"
+    else:
+        assert allocation.keep is not None
+        key, got = "keep", f"{allocation.keep:g}"
+        fraction = (int(allocation.keep * allocation.total) + missing) / allocation.total
+        least = f"{ceil(fraction * 1e4) / 1e4:g} of the {MEASURE_NAMES[allocation.measure]}"
+    fixed = " in addition to what the overrides fix" if allocation.overrides else ""
+    multiple = (
+        " (ranks are also multiples of the group_size of a later 'quantize' stage)"
+        if allocation.group_multiple > 1
+        else ""
+    )
+    return Problem(
+        "infeasible-budget",
+        f"stages[{allocation.stage}].decompose.{key}",
+        f"must be at least {least}, the cost of the cheapest candidates{fixed}, got {got}; "
+        f"{', '.join([f'raise {key}', *remedies])}{multiple}",
+    )
