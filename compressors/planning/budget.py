@@ -8,6 +8,7 @@ from math import ceil
 from torch import Tensor
 
 from lrc.compressors.layers import FORMS, Scheme, Sizes
+from lrc.compressors.methods.base import RANK_FORMS
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.candidates import schemes_of
 from lrc.compressors.planning.plan import Matrix
@@ -157,7 +158,7 @@ def _cheapest(unit: Unit, options: DecomposeBase) -> int:
     for scheme in schemes_of(unit, options):
         there = unit.in_scheme(scheme)
         multiple = there.rank_multiple(options)
-        if "low-rank" in getattr(options, "forms", ["low-rank"]):
+        if {*RANK_FORMS} & {*getattr(options, "components", RANK_FORMS)}:
             costs.append(there.cheapest(measure, multiple=multiple, min_keep=floor))
         fixed = _smallest(unit, options, grouped=there.group > 1)
         fixed += [] if scheme is None else [("integers", {})]
@@ -169,11 +170,12 @@ def _cheapest(unit: Unit, options: DecomposeBase) -> int:
 
 def _smallest(unit: Unit, options: DecomposeBase, *, grouped: bool) -> list[tuple[str, Sizes]]:
     """List the smallest sizes that `mixed` looks at in forms without a spectrum."""
-    asked = [name for name in getattr(options, "forms", []) if name not in ("low-rank", "dense")]
+    ranked = [*RANK_FORMS, "dense"]
+    asked = [name for name in getattr(options, "components", []) if name not in ranked]
     return [
         (form, run[-1])
         for name in asked
-        if not (grouped and name == "sum")
+        if not (grouped and name == "pivoted_low_rank+sparse")
         for form in FORMS_OF[name]
         for _, run in families_of(unit, form, options)
         if run

@@ -38,7 +38,7 @@ def schemes_of(unit: Unit, options: DecomposeBase) -> list[str | None]:
 
 def only_whole(options: DecomposeBase) -> bool:
     """Say whether no matrix of a stage may be decomposed: integers are all there is to choose."""
-    return set(getattr(options, "forms", [])) == {"dense"}
+    return set(getattr(options, "components", [])) == {"dense"}
 
 
 def choices_of(unit: Unit, curve: Curve, options: DecomposeBase) -> list[Choice]:

@@ -192,7 +192,7 @@ def _overridden(unit: Unit, stage: Stage, problems: list[str]) -> Unit:
         problems.append(
             f"{stage.where}.overrides[{number}].rank: must be in [1, {unit.largest_step}] for "
             f"{unit.first.name} [{d_out}, {d_in}], got {override.rank}; lower rank or list the "
-            "layer under 'skip'"
+            "layer under 'ignore'"
         )
         return unit.dense()
     if unit.bits({"rank": override.rank}) >= unit.source_bits:

@@ -26,7 +26,7 @@ def plan_outside(
     """
     model = architecture.model
     names = {id(module): name for name, module in model.named_modules()}
-    places = {"embeddings": "get_input_embeddings", "head": "get_output_embeddings"}
+    places = {"embeddings": "get_input_embeddings", "lm_head": "get_output_embeddings"}
     found: dict[str, Matrix] = {}
     for index, options in recipe.works.items():
         kind = next(iter(type(recipe.stages[index]).model_fields))
@@ -88,7 +88,7 @@ def refuse_other(texts: Mapping[int, str], outside: list[Matrix], problems: list
             name, scheme = record["name"], record["scheme"]
             if planned.get(name) == scheme:
                 continue
-            key = "embeddings" if record["form"] == "embedded_integers" else "head"
+            key = "embeddings" if record["form"] == "embedded_integers" else "lm_head"
             problems.append(
                 f"stages[{stage}].decompose.plan: rounds {name} to {scheme}, got "
                 f"{planned.get(name) or 'nothing of it'} in the recipe; give '{key}: {scheme}' "

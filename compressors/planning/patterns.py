@@ -16,8 +16,8 @@ def refuse_shapes(where: str, units: Iterable[Unit], problems: list[str]) -> Non
             unit.sizes_at(1)
         except ValueError as error:
             problems.append(
-                f"{where}.pattern: {unit.first.name}: {error}; list the layer under 'skip' or take "
-                "pattern: unstructured"
+                f"{where}.pattern: {unit.first.name}: {error}; list the layer under 'ignore' or "
+                "take pattern: unstructured"
             )
 
 
@@ -43,5 +43,5 @@ def refuse_share(
         problems.append(
             f"{key}: must be at least {ceil(need * 1e4) / 1e4:g} of the {WORDS[measure]} for "
             f"{m.name} {list(m.shape)} with pattern {m.pattern}, got {keep:g}; raise keep or list "
-            "the layer under 'skip'"
+            "the layer under 'ignore'"
         )

@@ -40,7 +40,9 @@ def plan_rounding(
         if not options.rounds_linears:
             continue
         taken: list[Matrix] = []
-        for linear in targets(options.targets, options.skip, architecture.linears, where, problems):
+        for linear in targets(
+            options.targets, options.ignore, architecture.linears, where, problems
+        ):
             bits = linear.d_out * linear.d_in * number_bits
             fresh = Matrix(
                 name=linear.name,
@@ -58,15 +60,15 @@ def plan_rounding(
             if earlier is not None:
                 problems.append(
                     f"{where}.targets: {linear.name} is already rounded by stages[{earlier}]; list "
-                    "it under one of the two 'skip', or leave out 'schemes' there, if it has any"
+                    "it under one of the two 'ignore', or leave out 'schemes' there, if it has any"
                 )
                 continue
             taken.append(matrix)
         before = len(problems)
         if not taken and not problems:
             problems.append(
-                f"{where}.targets: must leave at least one linear to round, got none that 'skip' "
-                "does not list; change 'targets' or 'skip', or remove the stage"
+                f"{where}.targets: must leave at least one linear to round, got none that 'ignore' "
+                "does not list; change 'targets' or 'ignore', or remove the stage"
             )
         _refuse_branch(where, options, taken, problems)
         _refuse_factored(where, options, taken, problems)
@@ -100,7 +102,7 @@ def rounded(matrix: Matrix, options: Quantize, stage: int) -> Matrix:
     if options.sparsity is not None:
         return matrix.group_sparse(options.scheme, stage, options.sparsity)
     if matrix.sizes is None:
-        branch = 0 if options.branch is None else options.branch.rank
+        branch = 0 if options.low_rank_correction is None else options.low_rank_correction.rank
         return matrix.integers(options.scheme, stage, branch)
     return replace(matrix, scheme=options.scheme, rounded=stage).at(matrix.sizes)
 
@@ -119,14 +121,14 @@ def _refuse_branch(
     where: str, options: Quantize, matrices: Collection[Matrix], problems: list[str]
 ) -> None:
     """Refuse a branch as large as what it stands beside."""
-    if options.branch is None or not matrices:
+    if options.low_rank_correction is None or not matrices:
         return
-    rank, narrowest = options.branch.rank, min(matrices, key=lambda m: min(m.shape))
+    rank, narrowest = options.low_rank_correction.rank, min(matrices, key=lambda m: min(m.shape))
     if rank >= min(narrowest.shape):
         problems.append(
-            f"{where}.branch.rank: must be below {min(narrowest.shape)}, the smaller side of "
-            f"{narrowest.name} {list(narrowest.shape)}, got {rank}; lower it, or list such layers "
-            "under 'skip'"
+            f"{where}.low_rank_correction.rank: must be below {min(narrowest.shape)}, the smaller "
+            f"side of {narrowest.name} {list(narrowest.shape)}, got {rank}; lower it, or list such "
+            "layers under 'ignore'"
         )
 
 
@@ -136,7 +138,8 @@ def _refuse_shared(where: str, matrices: Collection[Matrix], problems: list[str]
     if shared is not None:
         problems.append(
             f"{where}: must be left out where layers share a factor, got {shared.name}, which "
-            f"shares that of {shared.group}; leave compensate out, or list such layers under 'skip'"
+            f"shares that of {shared.group}; leave compensate out, or list such layers under "
+            "'ignore'"
         )
 
 
@@ -152,16 +155,16 @@ def _refuse_growth(
         if new.bits < old.bits:
             continue
         key, remedy = "bits", "lower it"
-        if options.branch is not None:
-            key, remedy = "branch.rank", "lower it"
+        if options.low_rank_correction is not None:
+            key, remedy = "low_rank_correction.rank", "lower it"
         elif options.group_size is not None:
             key, remedy = "group_size", "raise it"
         got = options.bits if key == "bits" else options.group_size
-        got = options.branch.rank if options.branch is not None else got
+        got = options.low_rank_correction.rank if options.low_rank_correction is not None else got
         problems.append(
             f"{where}.{key}: must make {old.name} {list(old.shape)} smaller than the "
             f"{old.bits // 8:,} bytes that it takes, got {got}, which makes {new.bits // 8:,} of "
-            f"them; {remedy}, or list the layer under 'skip'"
+            f"them; {remedy}, or list the layer under 'ignore'"
         )
 
 
@@ -176,7 +179,7 @@ def _refuse_factored(
     problems.append(
         f"{where}.method: {options.method} removes groups of linears that no earlier stage "
         f"factors, got {first.name}{f' and {count - 1} more' if count > 1 else ''} of "
-        f"stages[{first.stage}]; list them under 'skip', or round them with method: gptq"
+        f"stages[{first.stage}]; list them under 'ignore', or round them with method: gptq"
     )
 
 
@@ -200,7 +203,7 @@ def refuse_groups(
         remedy = "leave group_size out, for one scale a row"
     problems.append(
         f"{where}: must divide the rows that it cuts into groups, got {group} for {_named(wrong)}; "
-        f"{remedy}, or list these layers under 'skip'"
+        f"{remedy}, or list these layers under 'ignore'"
     )
 
 
@@ -209,10 +212,11 @@ def refuse_before_rounding(
 ) -> None:
     """Refuse options of a decomposition that cannot stand before a stage that rounds."""
     groups = [each.group_size for each in recipe.quantizations.values() if each.group_size]
-    if groups and "sum" in getattr(options, "forms", []):
+    if groups and "pivoted_low_rank+sparse" in getattr(options, "components", []):
         problems.append(
-            f"{where}.forms: a 'sum' has ranks that groups of {groups[0]} do not divide, got a "
-            "'quantize' with a group_size behind it; leave out 'sum', or leave out group_size"
+            f"{where}.components: pivoted_low_rank+sparse has ranks that groups of {groups[0]} do "
+            "not divide, got a 'quantize' with a group_size after it; remove this component or "
+            "group_size"
         )
     rounds = any(each.rounds_linears for each in recipe.quantizations.values())
     if options.size is not None and rounds:

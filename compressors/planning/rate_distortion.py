@@ -33,13 +33,13 @@ NO_TOKEN = "saw no calibration token; stays dense"
 SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 BETWEEN = 8
 FORMS_OF = {
-    "low-rank": RANK_FORMS,
+    **{form: [form] for form in RANK_FORMS},
     "sparse": ["sparse"],
-    "sum": ["low_rank_plus_sparse"],
+    "pivoted_low_rank+sparse": ["low_rank_plus_sparse"],
     "dictionary": ["dictionary"],
     "dense": [],
 }
-"""What recipes call families of forms."""
+"""Components that recipes name -> the forms they are stored as."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _curve(
 
 def wanted(part: Method, options: DecomposeBase) -> bool:
     """Say whether a stage allows what a part of its method makes."""
-    allowed = [FORMS_OF[form] for form in getattr(options, "forms", FORMS_OF)]
+    allowed = [FORMS_OF[form] for form in getattr(options, "components", FORMS_OF)]
     return any(form in part.forms for forms in allowed for form in forms)
 
 

@@ -22,9 +22,9 @@ def _sees_inputs(matrix: Matrix, recipe: Recipe) -> bool:
         return False
     options = recipe.works[matrix.rounded]
     if isinstance(options, Quantize):
-        return options.method != "rtn" or options.branch is not None
+        return options.method != "rtn" or options.low_rank_correction is not None
     assert isinstance(options, Mixed)
-    return options.rounder == "gptq"
+    return options.quantizer == "gptq"
 
 
 def method_needs(matrix: Matrix, recipe: Recipe) -> frozenset[str]:

@@ -30,5 +30,5 @@ def rounding_noise(
         if all(fits(written, m) for m in unit.members):
             scheme = Scheme.read(written)
             W_hat = rtn(W, scheme, dtype=dtype, H=H).weight()
-            found[written] = energy(W.double() - W_hat) * SHARE_LEFT[options.rounder]
+            found[written] = energy(W.double() - W_hat) * SHARE_LEFT[options.quantizer]
     return found, energy(W.double())

@@ -5,21 +5,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+from lrc.compressors.methods.base import CodedMethod
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.weight_groups import Unit, ratios_of, units_of
 from lrc.configs.decompose import DecomposeBase
-from lrc.configs.methods import BasisSharing
+from lrc.configs.methods import BasisSharing, LowRank, Mixed
 from lrc.configs.recipe import Recipe
-
-FORM_OF = {
-    "factors": "low_rank",
-    "pivot": "pivoted_low_rank",
-    "mask": "sparse",
-    "dictionary": "dictionary",
-}
 
 
 @dataclass(frozen=True)
@@ -54,12 +48,12 @@ def find_stages(
         targeted = []
         extra = [(f"overrides[{i}].match", o.match) for i, o in enumerate(options.overrides)]
         for linear in targets(
-            options.targets, options.skip, architecture.linears, where, problems, extra
+            options.targets, options.ignore, architecture.linears, where, problems, extra
         ):
             if linear.name in owner:
                 problems.append(
                     f"{where}.targets: {linear.name} is already compressed by "
-                    f"stages[{owner[linear.name]}]; list it under one of the two 'skip'"
+                    f"stages[{owner[linear.name]}]; list it under one of the two 'ignore'"
                 )
                 continue
             owner[linear.name] = index
@@ -71,12 +65,12 @@ def find_stages(
             if fnmatchcase(linear.name, override.match)  # the first that matches is set last
         }
         matrices = [_as_asked(options, linear, index, bits) for linear in targeted]
-        size, layers = getattr(options, "group_size", 1), architecture.layer_names
+        size, layers = getattr(options, "layers_per_group", 1), architecture.layer_names
         if size > len(layers):
             smallest = 2 if isinstance(options, BasisSharing) else 1
             problems.append(
-                f"{where}.group_size: must be in [{smallest}, {len(layers)}], the number of "
-                f"layers, got {size}; lower group_size"
+                f"{where}.layers_per_group: must be in [{smallest}, {len(layers)}], the number of "
+                f"layers, got {size}; lower layers_per_group"
             )
         elif size > 1:
             matrices = _grouped(matrices, size, layers, overrides, where, problems)
@@ -96,13 +90,26 @@ def _as_asked(options: DecomposeBase, linear: Linear, stage: int, bits: int) -> 
         shape=(linear.d_out, linear.d_in),
         stage=stage,
         method=options.method,
-        form=FORM_OF[options.storage],
+        form=_form_as_asked(options),
         sizes=None,
         bits=source_bits,
         source_bits=source_bits,
         pattern=None if pattern == "unstructured" else pattern,
         bias=bias,
     )
+
+
+def _form_as_asked(options: DecomposeBase) -> str:
+    """Return the form that a method starts from; an allocation may choose another one later."""
+    method = METHODS[options.method]
+    if isinstance(method, CodedMethod):
+        return method.form
+    if isinstance(options, LowRank):
+        return options.storage
+    plain = isinstance(options, BasisSharing) or (
+        isinstance(options, Mixed) and "low_rank" in options.components
+    )
+    return "low_rank" if plain else "pivoted_low_rank"
 
 
 def _grouped(
@@ -129,9 +136,9 @@ def _grouped(
         else:
             groups.append([m])
             problems.append(
-                f"{where}.group_size: what shares must have one shape, got {before.name} "
+                f"{where}.layers_per_group: what shares must have one shape, got {before.name} "
                 f"{list(before.shape)} and {m.name} {list(m.shape)}; give each shape a stage of "
-                "its own, or list one of the two under 'skip'"
+                "its own, or list one of the two under 'ignore'"
             )
     owners = {
         m.name: group[0].name
@@ -161,7 +168,7 @@ def targets(
     Refuses a pattern that matches no linear, with `others` among them: their keys and themselves.
     """
     names = [linear.name for linear in linears]
-    patterns = [("targets", p) for p in wanted] + [("skip", p) for p in skip] + [*others]
+    patterns = [("targets", p) for p in wanted] + [("ignore", p) for p in skip] + [*others]
     for key, pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             problems.append(_no_match(f"{where}.{key}", pattern, names))

@@ -96,7 +96,7 @@ def refuse_strangers(
         elif name not in targeted:
             found.append(
                 f"{plan.path}, {name}: is targeted by no stage; delete it there, or change "
-                "'targets' and 'skip'"
+                "'targets' and 'ignore'"
             )
     problems += _first(found, plan.path)
 
@@ -184,7 +184,7 @@ def _checked(plan: GivenPlan, unit: Unit, number: int, found: list[str]) -> Entr
     m = unit.members[number]
     entry, where = plan.entries.get(m.name), f"{plan.path}, {m.name}"
     if entry is None:
-        found.append(f"{where}: is targeted but not there; add it, or list it under 'skip'")
+        found.append(f"{where}: is targeted but not there; add it, or list it under 'ignore'")
         return None
     if entry.shape != m.shape:
         found.append(
