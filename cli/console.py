@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from lrc.configs.errors import LrcError, RecipeError, Stopped
+from lrc.configs.errors import LrcError, Stopped
 
 HEARTBEAT_SECONDS = 60.0
 AT_ONCE = "stopped: at once; the same command continues from the last finished step"
@@ -140,9 +140,8 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
         say(f"stopped: {str(error).removeprefix('stopped ')}")
         return error.exit_code
     if isinstance(error, LrcError):
-        problems = error.problems if isinstance(error, RecipeError) else str(error).splitlines()
-        for problem in problems:
-            say(f"error: {problem}")
+        for problem in error.problems:
+            say(f"error[{problem.code}]: {problem}")
         return error.exit_code
     if hasattr(error, "format_message"):  # typer's: the command line is wrong
         return _usage(error)
@@ -152,7 +151,7 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         reason = " ".join(str(error).split())[:200]
         say(
-            f"error: out of memory ({reason or 'no more to be had'}); lower "
+            f"error[out-of-memory]: out of memory ({reason or 'no details'}); lower "
             "calibration.memory_limit_gib or use --device cpu, and the same command continues; "
             "or lower calibration.samples or length and pass --overwrite"
         )
@@ -160,13 +159,13 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
     text = " ".join(str(error).split())[:500]
     if isinstance(error, OSError) and error.errno is not None:
         say(
-            f"error: the operating system reports {text}; check the disk and run the same command "
-            "again, it continues"
+            f"error[system]: the operating system reports {text}; check the disk and run the same "
+            "command again, it continues"
         )
     elif not debug:
         say(
-            f"error: unexpected {type(error).__name__}: {text}; this is a fault of lrc: run "
-            "`lrc --debug ...` and report the traceback"
+            f"error[internal]: unexpected {type(error).__name__}: {text}; this is a fault of lrc: "
+            "run `lrc --debug ...` and report the traceback"
         )
     return 1
 
@@ -176,5 +175,5 @@ def _usage(error: Any) -> int:
     command = getattr(error.ctx, "command_path", "lrc")
     if text:  # none where the help was shown instead
         end = "" if text.endswith("?") else ";"
-        say(f"error: {text[0].lower()}{text[1:]}{end} `{command} --help` says what it takes")
+        say(f"error[usage]: {text[0].lower()}{text[1:]}{end} `{command} --help` says what it takes")
     return int(error.exit_code)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,12 @@ def _as_options() -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
-        raise RecipeError([_in_options(problem) for problem in error.problems]) from error
+        found = error.problems
+        raise RecipeError(
+            [replace(p, where=_in_options(p.where), message=_in_options(p.message)) for p in found]
+        ) from error
     except (ModelError, DataError) as error:
-        raise type(error)(_in_options(str(error))) from error
+        raise type(error)(_in_options(str(error)), code=error.code) from error
 
 
 def _in_options(text: str) -> str:

@@ -98,7 +98,7 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
             not_estimated.append(f"perplexity on the whole of {spec.name}")
     not_estimated += [f"task {name}" for name in recipe.evaluate.tasks.names]
     if judged:
-        models = 1 + recipe.evaluate.dense + len(recipe.evaluate.alternatives)
+        models = 1 + recipe.evaluate.dense + len(recipe.evaluate.baselines)
         seconds["evaluate"] = models * judged * 2 * plan.dense_parameters / products
 
     hidden = _width(prepared) * tokens * 4

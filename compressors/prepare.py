@@ -16,7 +16,7 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.compile import make_plan
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.slicing.slice_stage import PENDING, plan_slices, warnings
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import Problem, RecipeError
 from lrc.configs.recipe import Recipe
 
 
@@ -54,7 +54,7 @@ def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
     ------
     RecipeError, ModelError, DataError
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     for spec in recipe.evaluate.perplexity:
         with _noted(problems):
             check_source(spec.source, part="evaluation")
@@ -103,7 +103,7 @@ def planned_again(prepared: Prepared, architecture: Architecture) -> Plan:
 
 
 @contextmanager
-def _noted(problems: list[str]) -> Iterator[None]:
+def _noted(problems: list[Problem]) -> Iterator[None]:
     """Let the checks after this one run too: all problems of a recipe are shown at once."""
     try:
         yield

@@ -78,14 +78,12 @@ class DecomposeBase(Strict):
     """No matrix loses a larger share of its weighted energy; `lagrangian` only."""
     plan: Text | None = None
     """A plan (JSON) that an earlier run wrote, edited at will: its ranks replace the allocation."""
-    storage: str
-    """How what is found is written to the file."""
     compensate: Compensate | None = None
     """Refit every layer on the inputs that the compressed layers before it produce."""
     targets: list[str] = ["*"]
     """Shell patterns over module names; every linear of a decoder layer that matches one."""
-    skip: list[str] = []
-    """Shell patterns of linears to leave as they are; they do not count in `keep`."""
+    ignore: list[str] = []
+    """Shell patterns of linear layers to leave unchanged; they do not count in `keep`."""
     overrides: list[Override] = []
     """Budgets by name; the first that matches wins."""
 

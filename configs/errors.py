@@ -1,62 +1,129 @@
-"""Errors a user can act on; each class carries the exit code of the command that meets it.
+"""Errors that a user can act on, each with a stable code and the exit code of the command.
 
-A message says what is wrong, where, what is allowed, what was found, and what to do about it.
-The command line prints it without a traceback (`lrc --debug` shows one).
+A message says what is wrong, what is allowed, what was found, and what to do about it. The command
+line prints it without a traceback (`lrc --debug` shows one).
 """
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 
-class LrcError(Exception):
-    """Base of every error that is the user's to fix."""
-
-    exit_code = 1
-
-
-class RecipeError(LrcError):
-    """The recipe, an override or the command line asks for something that cannot be done.
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
 
     Parameters
     ----------
-    problems : list of str
-        Every problem found, one sentence group each; they are all shown at once.
+    code : str
+        Short and stable, in kebab case, such as `unknown-key`; it does not change with the wording.
+    where : str
+        Key path of the recipe, file, or name of a layer; may be empty.
+    message : str
+        The sentence after it.
+    source : str
+        The line of the file or the override that wrote the value at `where`; may be empty.
+    """
+
+    code: str
+    where: str
+    message: str
+    source: str = ""
+
+    @classmethod
+    def parse(cls, text: str, code: str = "invalid-recipe") -> "Problem":
+        """Split a sentence of the form `where: message`; `where` has no spaces.
+
+        >>> Problem.parse("stages[0].decompose.keep: must be at most 1, got 2").where
+        'stages[0].decompose.keep'
+        """
+        found = re.match(r"(\S+): (?=\S)", text)
+        where = found[1] if found else ""
+        return cls(code, where, text[found.end() :] if found else text)
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.source, self.where, self.message)))
+
+
+class LrcError(Exception):
+    """Base of every error that the user can correct.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong and what to do about it; several lines are several problems.
+    code : str, optional
+        Code of the problem; that of the class if left out.
+    where : str
+        File, key path or layer that the message is about.
+    """
+
+    exit_code = 1
+    default_code = "failed"
+
+    def __init__(self, message: str, *, code: str | None = None, where: str = "") -> None:
+        self.code = self.default_code if code is None else code
+        self.problems = [Problem(self.code, where, line) for line in message.splitlines()]
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class RecipeError(LrcError):
+    """The recipe, an override or the command line requests something impossible.
+
+    Parameters
+    ----------
+    problems : sequence of Problem or str
+        Every problem found; they are all shown together. Plain sentences, `where: message`, have
+        the code `invalid-recipe`.
     """
 
     exit_code = 2
+    default_code = "invalid-recipe"
 
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
+    def __init__(self, problems: Sequence[Problem | str]) -> None:
+        found = [Problem.parse(each) if isinstance(each, str) else each for each in problems]
+        super().__init__("\n".join(map(str, found)), code=found[0].code if found else None)
+        self.problems = found
 
 
 class ModelError(LrcError):
     """The source model is missing, damaged, not finite or of an unsupported architecture."""
 
+    default_code = "invalid-model"
+
 
 class DataError(LrcError):
     """Calibration or evaluation text is missing, empty, binary or too short."""
 
+    default_code = "invalid-text"
+
 
 class CheckpointError(LrcError):
-    """A compressed checkpoint is damaged, tampered with or of a newer format."""
+    """A compressed checkpoint is damaged, modified or of a newer format."""
+
+    default_code = "invalid-checkpoint"
 
 
 class OutputError(LrcError):
-    """The output folder is taken, locked, read-only or full."""
+    """The output folder is in use, locked, read-only or full."""
+
+    default_code = "invalid-output"
 
 
 class GateMissed(LrcError):
-    """The run is complete and saved, but a quality gate of the recipe was missed.
+    """The run is complete and saved, but missed a quality gate of the recipe.
 
     Parameters
     ----------
     missed : list of str
-        One sentence for every missed gate.
+        One sentence for each missed gate.
     report : dict
         The report of the run.
     """
 
     exit_code = 4
+    default_code = "gate-missed"
 
     def __init__(self, missed: list[str], report: dict[str, Any]) -> None:
         self.report = report
@@ -64,6 +131,7 @@ class GateMissed(LrcError):
 
 
 class Stopped(LrcError):
-    """A signal asked to stop; the state is saved and the same command continues."""
+    """A signal requested a stop; the state is saved, and the same command continues the run."""
 
     exit_code = 75
+    default_code = "stopped"

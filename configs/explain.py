@@ -1,9 +1,9 @@
-"""Why a recipe is refused: one sentence for every problem, in the words of this project.
+"""Explain why a recipe is refused: one finding for each problem.
 
 pydantic decides whether a recipe is valid. Its error list stops inside a mapping whose kind it
-cannot tell and speaks of unions and tags, so the sentences are written here, by holding the values
-against the JSON Schema made from the same models. Rules that are code (`Override`'s "exactly one
-of") are taken from pydantic's list.
+cannot tell and speaks of unions and tags, so the messages are written here, by checking the values
+against the JSON Schema of the same models. Rules that are code (`Override`'s "exactly one of") are
+taken from pydantic's list.
 """
 
 import math
@@ -12,22 +12,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lrc.configs.places import Path
+from lrc.configs.places import Finding, Path
+from lrc.configs.renamed import RENAMED_KEYS
 from lrc.configs.shape import Shape, closest
-from lrc.configs.words import allowed, back_in_range, bounds, got, keys, meaning, remedy
-
-Finding = tuple[Path, str]
+from lrc.configs.words import allowed, back_in_range, bounds, got, keys, meaning, refusal
 
 
 def explain(error: ValidationError, value: Any, shape: Shape) -> list[Finding]:
-    """Return path and sentence of everything that is wrong with a value.
+    """Return everything that is wrong with a value.
 
     Parameters
     ----------
     error : ValidationError
-        What pydantic said about `value`.
+        The errors that pydantic found in `value`.
     value : Any
-        The recipe as read, before short forms are written out.
+        The recipe as read, before short forms are expanded.
     shape : Shape
         What is allowed.
     """
@@ -35,12 +34,13 @@ def explain(error: ValidationError, value: Any, shape: Shape) -> list[Finding]:
     for each in error.errors(include_url=False, include_input=False):
         path, here = _follow(each["loc"], value)
         if each["type"] == "value_error":
-            found.append((path, str(each["ctx"]["error"])))
+            found.append(Finding(path, "conflicting-keys", str(each["ctx"]["error"])))
         elif each["type"] in ("missing", "extra_forbidden"):
             continue  # `_check` knows all keys, and which variant's keys are meant
-        elif not any(_related(path, known) for known, _ in found):
+        elif not any(_related(path, known.path) for known in found):
             # a constraint that `_check` does not know, such as a pattern without a name
-            found.append((path, f"this value is not allowed, got {got(here)}; write another"))
+            text = f"this value is not allowed, got {got(here)}; write another"
+            found.append(Finding(path, "invalid-value", text))
     return list(dict.fromkeys(found))
 
 
@@ -50,19 +50,20 @@ def _check(shape: Shape, value: Any, path: Path) -> Iterator[Finding]:
         return
     part = next((part for part in shape.parts if part.holds(value)), None)
     if part is None or not part.admits(value):
-        hint = remedy(shape, value)
-        yield path, f"must be {allowed(shape)}, got {got(value)}" + (f"; {hint}" if hint else "")
+        yield Finding(path, *refusal(shape, value))
     elif isinstance(value, dict):
         yield from _check_mapping(part, value, path)
     elif isinstance(value, list):
         yield from _check_list(part, value, path)
     elif isinstance(value, str) and len(value) < part.schema.get("minLength", 0):
-        yield path, f"must be {allowed(shape)}, got {got(value)}; write it out"
+        text = f"must be {allowed(shape)}, got {got(value)}; write it out"
+        yield Finding(path, "out-of-range", text)
     elif isinstance(value, float) and not math.isfinite(value):
-        yield path, f"must be finite, got {got(value)}; write {allowed(shape)}"
+        text = f"must be finite, got {got(value)}; write {allowed(shape)}"
+        yield Finding(path, "out-of-range", text)
     elif isinstance(value, (int, float)) and not part.covers(value):
         text = f"must be {bounds(part)}, got {got(value)}; {back_in_range(part, value)}"
-        yield path, text
+        yield Finding(path, "out-of-range", text)
 
 
 def _check_mapping(shape: Shape, value: Mapping[str, Any], path: Path) -> Iterator[Finding]:
@@ -78,16 +79,21 @@ def _check_mapping(shape: Shape, value: Mapping[str, Any], path: Path) -> Iterat
         if meant.any_key is not None:
             yield from _check(meant.any_key, each, (*path, key))
             continue
-        known = closest(key, properties)
-        yield (*path, key), _unknown_key(key, value, shape, properties, known)
+        renamed = RENAMED_KEYS.get(key)
+        known = renamed if renamed in properties else closest(key, properties)
+        yield Finding((*path, key), *_unknown_key(key, value, shape, properties, known))
         if known is not None and known not in value:
             corrected.add(known)
-            yield from _check(properties[known], each, (*path, key))
+            inner = properties[known]
+            if known != renamed or any(part.holds(each) for part in inner.parts):
+                yield from _check(inner, each, (*path, key))
     for key in meant.required:
         if key not in value and key not in corrected:
-            yield (*path, key), _missing(properties[key])
+            text = f"missing; add {allowed(properties[key])}{meaning(properties[key])}"
+            yield Finding((*path, key), "missing-key", text)
     if not value and not meant.required and meant.variants:
-        yield path, f"is empty; write one of the {keys(list(properties))}"
+        text = f"is empty; write one of the {keys(list(properties))}"
+        yield Finding(path, "missing-key", text)
 
 
 def _unknown_key(
@@ -96,31 +102,33 @@ def _unknown_key(
     shape: Shape,
     properties: Mapping[str, Shape],
     known: str | None,
-) -> str:
+) -> tuple[str, str]:
+    """Return code and message for a key that does not belong where it is."""
     if key in shape.properties and shape.tag is None:  # another kind of entry
         beside = next(other for other in value if other in properties)
-        return f"cannot stand beside '{beside}'; make it an entry of its own, with '- ' in front"
+        text = f"not allowed together with '{beside}'; make it a separate entry, starting with '- '"
+        return "misplaced-key", text
     allow = f"Allowed: {', '.join(properties)}"
+    if known is not None and known == RENAMED_KEYS.get(key):
+        return "renamed-key", f"this key has a new name, '{known}'"
     if shape.tag is not None and shape.tag in value and key in shape.properties:
-        return f"not a key of {shape.tag} '{value[shape.tag]}'; remove it. {allow}"
+        text = f"not a key of {shape.tag} '{value[shape.tag]}'; remove it. {allow}"
+        return "misplaced-key", text
     mappings = {name: inner.mapping for name, inner in properties.items()}
     homes = [name for name, inner in mappings.items() if inner and key in inner.properties]
     if homes:
-        return f"unknown key here; move it under '{homes[0]}'. {allow}"
+        return "misplaced-key", f"unknown key here; move it under '{homes[0]}'. {allow}"
     if known is not None:
-        return f"unknown key; did you mean '{known}'? {allow}"
-    return f"unknown key; remove it. {allow}"
-
-
-def _missing(shape: Shape) -> str:
-    return f"missing; add {allowed(shape)}{meaning(shape)}"
+        return "unknown-key", f"unknown key; did you mean '{known}'? {allow}"
+    return "unknown-key", f"unknown key; remove it. {allow}"
 
 
 def _check_list(shape: Shape, value: list[Any], path: Path) -> Iterator[Finding]:
     if len(value) < shape.schema.get("minItems", 0):
         least = shape.schema["minItems"]
         entries = "entry" if least == 1 else "entries"
-        yield path, f"must have at least {least} {entries}, got {got(value)}; add one"
+        text = f"must have at least {least} {entries}, got {got(value)}; add one"
+        yield Finding(path, "out-of-range", text)
     for index, each in enumerate(value):
         yield from _check(shape.items, each, (*path, index))
 

@@ -3,11 +3,12 @@
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import Problem, RecipeError
 from lrc.configs.explain import explain
 from lrc.configs.overrides import apply_overrides, read_overrides
 from lrc.configs.places import Places
@@ -20,6 +21,8 @@ from lrc.configs.yaml_text import Document, YamlError, read_yaml, write_yaml
 
 MAX_BYTES = 1_000_000
 """A recipe is a page; what is larger is another file, named by mistake."""
+
+MAPPING = "must be a mapping with the keys model, stages, output and others"
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     try:
         text = _read(Path(path))
     except RecipeError as error:
-        problems = [problem.text for problem in read_overrides(overrides)[1]]
-        raise RecipeError(error.problems + problems) from None
+        problems = [problem for _, problem in read_overrides(overrides)[1]]
+        raise RecipeError([*error.problems, *problems]) from None
     recipe = parse_recipe(text, name=str(path), overrides=overrides)
     return LoadedRecipe(recipe, text, tuple(overrides))
 
@@ -62,19 +65,19 @@ def parse_recipe(text: str, *, name: str, overrides: Sequence[str] = ()) -> Reci
     try:
         document = _read_mapping(text, name)
     except RecipeError as error:
-        raise RecipeError(error.problems + [problem.text for problem in problems]) from None
+        raise RecipeError([*error.problems, *(each for _, each in problems)]) from None
     shape = Shape(recipe_schema())
     places = Places(name, document.lines)
-    problems += [places.problem(path, said, line) for line, path, said in document.problems]
+    problems += [places.problem(found, line) for line, found in document.problems]
     problems += apply_overrides(document.value, assignments, shape, places)
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(document.value, strict=True)
     except ValidationError as error:
         found = explain(error, document.value, shape)
-        problems += [places.problem(path, said) for path, said in found]
+        problems += [places.problem(each) for each in found]
     if recipe is None or problems:
-        raise RecipeError([each.text for each in sorted(problems, key=lambda each: each.order)])
+        raise RecipeError([problem for _, problem in sorted(problems, key=itemgetter(0))])
     return recipe
 
 
@@ -88,13 +91,14 @@ def _read_mapping(text: str, name: str) -> Document:
         document = read_yaml(text)
     except YamlError as error:
         where = f"{name}:{error.line}:{error.column}"
-        raise RecipeError([f"{where}: not valid YAML: {error.text}"]) from None
+        problem = Problem("invalid-yaml", "", f"not valid YAML: {error.text}", where)
+        raise RecipeError([problem]) from None
     if document.value is None:
-        raise RecipeError([f"{name}: is empty; `lrc recipes show svd-llm` prints a recipe"])
+        text = "is empty; `lrc recipes show svd-llm` prints a recipe"
+        raise RecipeError([Problem("empty-recipe", "", text, name)])
     if not isinstance(document.value, dict):
-        text = "must be a mapping with the keys model, stages, output and others"
-        hint = "start it with 'model: ...'"
-        raise RecipeError([f"{name}: {text}, got {got(document.value)}; {hint}"])
+        text = f"{MAPPING}, got {got(document.value)}; start it with 'model: ...'"
+        raise RecipeError([Problem("wrong-type", "", text, name)])
     return document
 
 
@@ -102,25 +106,21 @@ def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
+        if len(data) <= MAX_BYTES:
+            return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        text = f"is larger than {MAX_BYTES:,} bytes; name the recipe, a short YAML text"
     except FileNotFoundError:
-        raise RecipeError([f"{path}: no such file; {_what_instead(path)}"]) from None
+        text = f"no such file; {_what_instead(path)}"
     except IsADirectoryError:
         recipes = sorted(each.name for each in path.glob("*.y*ml"))
         inside = f"one of those inside: {', '.join(recipes)}" if recipes else "a recipe file"
-        raise RecipeError([f"{path}: is a folder; name {inside}"]) from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = (getattr(error, "strerror", None) or str(error)).lower()
-        raise RecipeError(
-            [f"{path}: cannot be read: {reason}; check the path and its permissions"]
-        ) from None
-    if len(data) > MAX_BYTES:
-        size = f"larger than {MAX_BYTES:,} bytes"
-        raise RecipeError([f"{path}: is {size}; name the recipe, a short YAML text"])
-    try:
-        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        text = f"is a folder; name {inside}"
     except UnicodeDecodeError as error:
         text = f"is not UTF-8 text (byte {error.start}); a recipe is a YAML text, save it as UTF-8"
-        raise RecipeError([f"{path}: {text}"]) from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        text = f"cannot be read: {reason}; check the path and its permissions"
+    raise RecipeError([Problem("unreadable-recipe", str(path), text)])
 
 
 def _what_instead(path: Path) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from lrc.configs.decompose import Allocation, Damp, DecomposeBase
-from lrc.configs.quantize import Embeddings, Gauge, Head, Rounder, Written
+from lrc.configs.quantize import Balance, Embeddings, LmHead, Quantizer, SchemeName
 
 PruningAllocation = Annotated[
     Literal["uniform", "lagrangian"],
@@ -15,11 +15,15 @@ PruningAllocation = Annotated[
     ),
 ]
 Storage = Annotated[
-    Literal["factors", "pivot"],
+    Literal["low_rank", "pivoted_low_rank"],
     Field(
-        description="Two factors, or some rows of their product and how the others follow (`pivot`,"
-        " PIFA): lossless, and more rank for the same bits."
+        description="How the product of rank r is stored: as two factors (`low_rank`), or as r of "
+        "its rows and the coefficients that give the other rows (`pivoted_low_rank`, PIFA). Both "
+        "give the same weight; the second allows a higher rank in the same bits."
     ),
+]
+Component = Literal[
+    "low_rank", "pivoted_low_rank", "sparse", "pivoted_low_rank+sparse", "dictionary", "dense"
 ]
 Pattern = Literal["unstructured", "2:4"]
 GradientDamp = Annotated[
@@ -46,10 +50,10 @@ Ratio = Annotated[
 class LowRank(DecomposeBase):
     """What every method understands that makes products of thinner matrices."""
 
-    storage: Storage = "factors"
+    storage: Storage = "low_rank"
 
 
-class Coded(DecomposeBase):
+class FixedSize(DecomposeBase):
     """What every method understands that has no ranks."""
 
     allocation: PruningAllocation = "uniform"
@@ -104,28 +108,24 @@ class Kfac(LowRank):
     damp: Damp = 1e-6
     gradient_damp: GradientDamp = 0.1
     allocation: Allocation = "lagrangian"
-    storage: Storage = "pivot"
+    storage: Storage = "pivoted_low_rank"
 
 
-class BasisSharing(LowRank):
+class BasisSharing(DecomposeBase):
     """Basis Sharing: one right factor for the same matrix of several layers in a row."""
 
     method: Literal["basis-sharing"]
     """One right factor for several layers."""
     damp: Damp = 1e-6
-    group_size: Annotated[int, Field(ge=2)] = 2
-    """Layers that share."""
-    storage: Literal["factors"] = "factors"
-    """Two factors, of which the shared one is stored once: pivot rows cannot be shared."""
+    layers_per_group: Annotated[int, Field(ge=2)] = 2
+    """Number of consecutive layers that share a factor."""
     compensate: None = None
     """Not with this method: its layers are solved together."""
 
 
-class Pruning(Coded):
+class Pruning(FixedSize):
     """What every method understands that keeps some entries of a matrix."""
 
-    storage: Literal["mask"] = "mask"
-    """The entries that are kept, and one bit for every entry of the matrix."""
     pattern: Pattern = "unstructured"
     """Which entries may be kept: any, or two of every four consecutive inputs (`2:4`), 0.5625 of
     16-bit bits and no other size."""
@@ -156,11 +156,9 @@ class Sparse(Pruning):
     allocation: PruningAllocation = "lagrangian"
 
 
-class Learning(Coded):
+class Learning(FixedSize):
     """What every method understands that learns a dictionary: atoms, and few for every output."""
 
-    storage: Literal["dictionary"] = "dictionary"
-    """The atoms, the coefficients, and which atoms they are of."""
     ratio: Ratio = 2.0
     damp: Damp = 1e-6
 
@@ -181,16 +179,17 @@ class Cospadi(Learning):
     """K-SVD with orthogonal matching pursuit."""
     rounds: PositiveInt = 60
     """Updates of coefficients and atoms."""
-    group_size: PositiveInt = 1
-    """Layers in a row whose same matrix shares one dictionary; every layer has coefficients of its
-    own."""
+    layers_per_group: PositiveInt = 1
+    """Number of consecutive layers whose matrices of the same name share one dictionary; each layer
+    has separate coefficients."""
 
     @model_validator(mode="after")
     def _alone_if_refitted(self) -> "Cospadi":
-        if self.group_size > 1 and self.compensate is not None:
+        if self.layers_per_group > 1 and self.compensate is not None:
             raise ValueError(
-                f"'compensate' needs group_size: 1, got {self.group_size}, because layers that "
-                "share are solved together; leave compensate out or set group_size: 1"
+                f"'compensate' needs layers_per_group: 1, got {self.layers_per_group}, because "
+                "layers that share a dictionary are solved together; remove compensate or set "
+                "layers_per_group: 1"
             )
         return self
 
@@ -233,31 +232,29 @@ class Dictionary(TwoSidedLearning):
 
 
 class Mixed(DecomposeBase):
-    """Every matrix in the form that loses least at its share of one budget."""
+    """Several component types: each matrix gets the one with the least loss under one budget."""
 
     method: Literal["mixed"]
-    """The best form for every matrix."""
-    forms: Annotated[
-        list[Literal["low-rank", "sparse", "sum", "dictionary", "dense"]], Field(min_length=1)
-    ] = ["low-rank", "sparse"]
-    """What a matrix may become, `dense` in any case; a `sum` is low rank with entries beside it."""
-    schemes: list[Written] = []
-    """Integers, such as `int8` or `int4-g64`, that the numbers of any form, dense too, may be
-    rounded to."""
+    """The best component type for each matrix."""
+    components: Annotated[list[Component], Field(min_length=1)] = ["pivoted_low_rank", "sparse"]
+    """Component types that a matrix may be compressed to; leaving it `dense` is always allowed.
+    `pivoted_low_rank+sparse` is the sum of both."""
+    schemes: list[SchemeName] = []
+    """Integer formats, such as `int8` or `int4-g64`, to which any matrix, dense ones included, may
+    be quantized."""
     embeddings: Embeddings = None
-    head: Head = None
-    rounder: Rounder = "gptq"
-    order: bool = True
-    """With `gptq`: round the columns of the largest inputs first."""
-    gauge: Gauge = "measured"
+    lm_head: LmHead = None
+    quantizer: Quantizer = "gptq"
+    act_order: bool = True
+    """With `gptq`: quantize the columns with the largest inputs first."""
+    balance: Balance = "measured"
     damp: Damp = 1e-6
     gradient_damp: GradientDamp = 0.1
     ratio: Ratio = 3.0
     rounds: PositiveInt = 15
     """Updates of coefficients and atoms of a dictionary."""
     allocation: Literal["lagrangian"] = "lagrangian"
-    """The least predicted loss; there is no other way to choose between forms."""
-    storage: Storage = "pivot"
+    """The least predicted loss, the only way to choose between component types."""
 
     @model_validator(mode="after")
     def _schemes_are_of_use(self) -> "Mixed":
@@ -269,10 +266,19 @@ class Mixed(DecomposeBase):
                 f"'schemes' save bits and no multiply-adds, got measure: {self.measure}; take "
                 "measure: bits, or leave 'schemes' out"
             )
-        if not self.schemes and set(self.forms) == {"dense"} and self.plan is None:
+        if not self.schemes and set(self.components) == {"dense"} and self.plan is None:
             raise ValueError(
-                "forms: [dense] needs 'schemes' to make anything smaller, got none; give some, "
-                "such as [int8, int4-g64], or name other forms"
+                "components: [dense] needs 'schemes' to make anything smaller, got none; give "
+                "some, such as [int8, int4-g64], or name other components"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_storage_of_products(self) -> "Mixed":
+        if {"low_rank", "pivoted_low_rank"} <= set(self.components):
+            raise ValueError(
+                "'components' may name low_rank or pivoted_low_rank, got both; keep "
+                "pivoted_low_rank, which stores the same product in fewer bits"
             )
         return self
 

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lrc.configs.places import Path, Places, Problem, dotted, one_line
+from lrc.configs.errors import Problem
+from lrc.configs.places import Path, Placed, Places, dotted, one_line
 from lrc.configs.shape import Shape
 from lrc.configs.words import got
 from lrc.configs.yaml_text import YamlError, read_yaml
 
 FIRST = 1_000_000_000
-"""`Problem.order` of the first override, after every line of a file."""
+"""What sorts problems of the first override, after every line of a file."""
 
 
 @dataclass(frozen=True)
@@ -28,41 +29,44 @@ class _CannotApplyError(Exception):
     """The path of an override leads nowhere."""
 
 
-def read_overrides(overrides: Sequence[str]) -> tuple[list[Assignment], list[Problem]]:
+def read_overrides(overrides: Sequence[str]) -> tuple[list[Assignment], list[Placed]]:
     """Read `key.path=value` texts; values are YAML."""
     read: list[Assignment] = []
-    problems: list[Problem] = []
+    problems: list[Placed] = []
     for order, text in enumerate(overrides, FIRST):
         label = f"override '{one_line(text, 100)}'"
         name, equals, value_text = text.partition("=")
         steps = re.sub(r"\[([0-9]+)\]", r".\1", name.strip()).split(".")
         if not equals or not all(re.fullmatch(r"[\w-]+", step) for step in steps):
-            said = ["must be key.path=value, as in stages.0.decompose.keep=0.6"]
+            found = [
+                ("invalid-override", "must be key.path=value, as in stages.0.decompose.keep=0.6")
+            ]
         else:
             try:
                 document = read_yaml(value_text)
-                said = [sentence for _, _, sentence in document.problems]
+                found = [(each.code, each.message) for _, each in document.problems]
                 path = tuple(int(s) if re.fullmatch("[0-9]{1,9}", s) else s for s in steps)
                 read.append(Assignment(order, label, path, document.value))
             except YamlError as error:
-                said = [f"the value is not valid YAML: {error.text}"]
-        problems += [Problem(order, f"{label}: {sentence}") for sentence in said]
+                found = [("invalid-yaml", f"the value is not valid YAML: {error.text}")]
+        problems += [(order, Problem(code, "", message, label)) for code, message in found]
     return read, problems
 
 
 def apply_overrides(
     recipe: dict[str, Any], assignments: Sequence[Assignment], shape: Shape, places: Places
-) -> list[Problem]:
+) -> list[Placed]:
     """Set every value in `recipe`, in order, and its place in `places`; return what failed.
 
     Missing mappings are made, and short forms on the way are written out.
     """
-    problems: list[Problem] = []
+    problems: list[Placed] = []
     for each in assignments:
         try:
             places.override(_set(recipe, each, shape), each.order, each.label)
         except _CannotApplyError as error:
-            problems.append(Problem(each.order, f"{each.label}: {error}"))
+            problem = Problem("invalid-override", "", str(error), each.label)
+            problems.append((each.order, problem))
     return problems
 
 

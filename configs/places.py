@@ -1,17 +1,21 @@
 """Where a value of the recipe was written: a line of the file, or an override."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
+
+from lrc.configs.errors import Problem
 
 Path = tuple[str | int, ...]
+Placed = tuple[int, Problem]
+"""A problem and what sorts it: its line; overrides come after every line."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One sentence about the recipe; `order` is its line, overrides come after every line."""
+class Finding(NamedTuple):
+    """Something wrong with a value of the recipe, before its line is looked up."""
 
-    order: int
-    text: str
+    path: Path
+    code: str
+    message: str
 
 
 def one_line(text: str, longest: int = 60) -> str:
@@ -52,12 +56,12 @@ class Places:
             del self._places[known]
         self._places[path] = (order, label)
 
-    def problem(self, path: Path, text: str, line: int | None = None) -> Problem:
-        """Make a sentence about the value at `path`: place, path, what is wrong."""
-        known = path
+    def problem(self, found: Finding, line: int | None = None) -> Placed:
+        """Add the place to what was found wrong, that of its path if no line is given."""
+        known = found.path
         while known not in self._places:
             known = known[:-1]
         order, label = self._places[known]
         if line is not None:
             order, label = line, f"{self._name}:{line}"
-        return Problem(order, ": ".join(filter(None, (label, dotted(path), text))))
+        return order, Problem(found.code, dotted(found.path), found.message, label)

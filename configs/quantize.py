@@ -8,7 +8,7 @@ from lrc.configs.decompose import Compensate, Damp
 from lrc.configs.strict import Strict
 
 SCHEME = r"int[2-8](-g[1-9][0-9]{0,8})?(-asymmetric)?"
-Written = Annotated[
+SchemeName = Annotated[
     str,
     Field(
         pattern=f"^{SCHEME}$",
@@ -18,14 +18,14 @@ Written = Annotated[
         },
     ),
 ]
-Rounder = Annotated[
+Quantizer = Annotated[
     Literal["gptq", "rtn"],
     Field(
         description="Round one column after the other, those behind it making up for the error on "
         "the calibration tokens (`gptq`), or every number to the nearest (`rtn`)."
     ),
 ]
-Gauge = Annotated[
+Balance = Annotated[
     Literal["measured", "first", "quarter", "even", "rotated"],
     Field(
         description="Where the singular values of two factors sit before they are rounded, which "
@@ -37,28 +37,28 @@ Gauge = Annotated[
 
 
 Embeddings = Annotated[
-    Written | None,
+    SchemeName | None,
     Field(
         description="Integers for the input embedding, such as `int8`, and with it for a head that "
         "is tied to it; rounded to the nearest. Left as they are if left out."
     ),
 ]
-Head = Annotated[
-    Written | None,
+LmHead = Annotated[
+    SchemeName | None,
     Field(
         description="Integers for a head that is not tied to the embedding; rounded to the "
         "nearest. Left as it is if left out."
     ),
 ]
 
-Kind = Literal["qera", "eora", "lqer"]
+CorrectionMethod = Literal["qera", "eora", "lqer"]
 
 
-class Branch(Strict):
-    """A small product of two factors, no integers, beside the integers of a whole weight."""
+class LowRankCorrection(Strict):
+    """A low-rank product in floating point that is added to the integers of a whole weight."""
 
     method: Annotated[
-        Kind,
+        CorrectionMethod,
         Field(
             description="Under which metric it is closest to what rounding lost: the second moment "
             "of the inputs (`qera`, exact), its eigenvalues alone (`eora`), or its diagonal "
@@ -89,27 +89,27 @@ class Quantize(Strict):
     """With `gqsa`: share of the groups of every matrix that is removed; 0.5 if left out."""
     symmetric: bool = True
     """Whether 0 is in the middle of the range; else every scale has a zero point of its own."""
-    order: bool = True
-    """But with `rtn`: round the columns of the largest inputs first."""
-    gauge: Gauge = "measured"
+    act_order: bool = True
+    """Quantize the columns with the largest inputs first; without effect on `rtn`."""
+    balance: Balance = "measured"
     damp: Damp = 0.01
     compensate: Compensate | None = None
     """Fit every layer to the inputs that the rounded layers before it produce."""
-    branch: Branch | None = None
-    """Make up for the rounding of every linear that no earlier stage has factored."""
+    low_rank_correction: LowRankCorrection | None = None
+    """Correct part of the quantization error of each layer that no earlier stage has factored."""
     embeddings: Embeddings = None
-    head: Head = None
+    lm_head: LmHead = None
     targets: list[str] = ["*"]
     """Shell patterns over module names; every linear of a decoder layer that matches one. `[]`
-    rounds none, beside 'embeddings' or 'head'."""
-    skip: list[str] = []
-    """Shell patterns of linears to leave as they are."""
+    rounds none, beside 'embeddings' or 'lm_head'."""
+    ignore: list[str] = []
+    """Shell patterns of linear layers to leave unchanged."""
 
     @model_validator(mode="after")
     def _says_nothing_of_linears_it_leaves(self) -> "Quantize":
         if self.rounds_linears:
             return self
-        linears = set(type(self).model_fields) - {"method", "targets", "embeddings", "head"}
+        linears = set(type(self).model_fields) - {"method", "targets", "embeddings", "lm_head"}
         idle = sorted(
             key for key in linears if getattr(self, key) != type(self).model_fields[key].default
         )
@@ -140,9 +140,9 @@ class Quantize(Strict):
                 "method: gqsa stores no zero points, got symmetric: false; remove the key, or take "
                 "gptq"
             )
-        if self.branch is not None:
+        if self.low_rank_correction is not None:
             raise ValueError(
-                "a 'branch' stands beside whole weights only, got it with method: gqsa; remove it, "
+                "a 'low_rank_correction' needs whole weights, got it with method: gqsa; remove it, "
                 "or take gptq"
             )
         if self.sparsity is None:
@@ -152,7 +152,7 @@ class Quantize(Strict):
     @property
     def rounds_linears(self) -> bool:
         """Whether linears of the layers are to be rounded too."""
-        return bool(self.targets) or (self.embeddings is None and self.head is None)
+        return bool(self.targets) or (self.embeddings is None and self.lm_head is None)
 
     @property
     def scheme(self) -> str:

@@ -10,18 +10,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from lrc.configs.alternatives import ALTERNATIVE, ALTERNATIVE_REMEDY, ALTERNATIVE_WORDS
-from lrc.configs.methods import Coded, Decompose
-from lrc.configs.quantize import Quantize
+from lrc.configs.methods import Decompose, FixedSize
+from lrc.configs.quantize import SCHEME, Quantize
 from lrc.configs.slicing import Slice
 from lrc.configs.strict import Strict, Text
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-Alternative = Annotated[
+Baseline = Annotated[
     str,
     Field(
-        pattern=ALTERNATIVE,
-        json_schema_extra={"x-words": ALTERNATIVE_WORDS, "x-remedy": ALTERNATIVE_REMEDY},
+        pattern=rf"^({SCHEME}|sparse)$",
+        json_schema_extra={
+            "x-words": "a baseline such as int8, int4-g64 or sparse",
+            "x-remedy": "write int2 to int8, optionally followed by -gSIZE (SIZE numbers share a "
+            "scale) and -asymmetric, or sparse",
+        },
     ),
 ]
 
@@ -169,16 +172,17 @@ class Evaluate(Strict):
     """Bars that the compressed model must clear."""
     dense: bool = True
     """Evaluate the dense model beside the compressed one."""
-    alternatives: list[Alternative] = ["int8", "int4-g64"]
-    """Plain forms of the same matrices whose perplexity is measured too: rounded to integers
-    (`int8`, `int4-g64` with a scale for 64 numbers, `int3-g64-asymmetric` with zero points too), or
-    the largest entries in as many bytes as the result (`sparse`). `[]` measures none."""
+    baselines: list[Baseline] = ["int8", "int4-g64"]
+    """Simple compressions of the same layers whose perplexity is measured for comparison: integers
+    by round-to-nearest (`int8`, `int4-g64` with one scale per 64 numbers, `int3-g64-asymmetric`
+    with zero points), or the largest entries in as many bytes as the result (`sparse`). `[]`
+    measures none."""
 
     @model_validator(mode="after")
-    def _alternatives_differ(self) -> "Evaluate":
-        twice = sorted({name for name in self.alternatives if self.alternatives.count(name) > 1})
+    def _baselines_differ(self) -> "Evaluate":
+        twice = sorted({name for name in self.baselines if self.baselines.count(name) > 1})
         if twice:
-            raise ValueError(f"the 'alternatives' must differ, got twice: {twice}; remove one")
+            raise ValueError(f"the 'baselines' must differ, got twice: {twice}; remove one")
         return self
 
     @model_validator(mode="after")
@@ -253,6 +257,6 @@ class Recipe(Strict):
 
 
 def _in_groups(options: Decompose, group: int) -> Decompose:
-    if group == 1 or isinstance(options, Coded):
+    if group == 1 or isinstance(options, FixedSize):
         return options
     return options.model_copy(update={"rank_multiple": lcm(options.rank_multiple, group)})

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import Problem, RecipeError
 from lrc.configs.shape import closest
 
 
@@ -27,7 +27,8 @@ def read(name: str) -> str:
         near = closest(name, recipes)
         hint = f"did you mean '{near}'?" if near else "choose another."
         shipped = ", ".join(sorted(recipes))
-        raise RecipeError([f"no shipped recipe is called '{name}'; {hint} Shipped: {shipped}"])
+        text = f"no shipped recipe is called '{name}'; {hint} Shipped: {shipped}"
+        raise RecipeError([Problem("unknown-recipe", "", text)])
     return found.read_text(encoding="utf-8")
 
 

@@ -31,7 +31,7 @@ class Drop(SliceBase):
 
     method: Literal["drop"]
     """Whole layers, by how little they change."""
-    verify: Literal["influence", "perplexity"] = "influence"
+    criterion: Literal["influence", "perplexity"] = "influence"
     """Choose by the cosine between a layer's input and output (`influence`, ShortGPT), or take
     away one after the other the layer whose absence costs least perplexity on the calibration
     text (`perplexity`, SLEB; slower)."""
@@ -52,7 +52,7 @@ class Modegpt(SliceBase):
     """Without `uniform`: take from the layers that change their input least (`influence`, as in
     MoDeGPT), or where the predicted loss rises least (`lagrangian`, which reads gradients and was
     worse where it was measured)."""
-    multiple: PositiveInt = 8
+    width_multiple: PositiveInt = 8
     """Widths are multiples of it, as tensor cores want."""
 
 
@@ -64,7 +64,7 @@ class Slicegpt(SliceBase):
     rotations: Literal["global", "block"] = "global"
     """One rotation for the whole model, which leaves a plain checkpoint (`global`), or one before
     every block as in the paper, whose shortcuts take room and need `lrc` to be loaded (`block`)."""
-    multiple: PositiveInt = 8
+    width_multiple: PositiveInt = 8
     """The width is a multiple of it, as tensor cores want; of a Llama also of its number of heads,
     which its config demands."""
 

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from lrc.configs.places import one_line
+from lrc.configs.renamed import RENAMED_VALUES
 from lrc.configs.shape import Shape, closest
 
 _YES_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
@@ -106,6 +107,18 @@ def got(value: Any) -> str:
         entries = "entry" if len(value) == 1 else "entries"
         return f"a list of {len(value)} {entries}" if value else "[]"
     return f"'{one_line(value)}'" if isinstance(value, str) else one_line(repr(value))
+
+
+def refusal(shape: Shape, value: Any) -> tuple[str, str]:
+    """Return code and message for a value of the wrong kind, or that is no option."""
+    text = f"must be {allowed(shape)}, got {got(value)}"
+    renamed = RENAMED_VALUES.get(str(value))
+    if renamed is not None and any(renamed in part.options for part in shape.parts):
+        return "renamed-value", f"{text}; this value has a new name, '{renamed}'"
+    hint = remedy(shape, value)
+    right_kind = any(part.holds(value) for part in shape.parts)
+    code = "unknown-value" if right_kind else "wrong-type"
+    return code, f"{text}; {hint}" if hint else text
 
 
 def remedy(shape: Shape, value: Any) -> str:

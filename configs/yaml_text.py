@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lrc.configs.places import Path
+from lrc.configs.places import Finding, Path
 
 # Aliases let a few lines stand for billions of values; no recipe comes near this many.
 MAX_VALUES = 100_000
@@ -72,8 +72,8 @@ class Document:
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)
     """Line of every key and list entry."""
-    problems: list[tuple[int, Path, str]] = field(default_factory=list)
-    """Line, path and sentence of what YAML allows and a recipe does not."""
+    problems: list[tuple[int, Finding]] = field(default_factory=list)
+    """Lines where YAML allows something that a recipe does not, and what."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -186,7 +186,7 @@ class _Reader:
             elif (key := str(key_node.value)) in own:
                 first = self.document.lines[(*path, key)]
                 text = f"given twice, first in line {first}; remove one of the two"
-                self.report(key_node, (*path, key), text)
+                self.report(key_node, (*path, key), text, "duplicate-key")
             else:
                 self.document.lines[(*path, key)] = key_node.start_mark.line + 1
                 own[key] = self.value(value_node, (*path, key))
@@ -202,8 +202,8 @@ class _Reader:
                 self.report(node, (*path, "<<"), "only a mapping can be merged in, as in <<: *name")
         return merged
 
-    def report(self, node: yaml.Node, path: Path, text: str) -> None:
-        self.document.problems.append((node.start_mark.line + 1, path, text))
+    def report(self, node: yaml.Node, path: Path, text: str, code: str = "invalid-yaml") -> None:
+        self.document.problems.append((node.start_mark.line + 1, Finding(path, code, text)))
 
 
 def _is_unicode(node: yaml.ScalarNode) -> bool:

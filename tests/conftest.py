@@ -141,15 +141,24 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """What stderr says in lines that start with ``error:``."""
-        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+        """Lines of stderr that start with ``error[CODE]:``."""
+        return [line for line in self.err.splitlines() if line.startswith("error[")]
 
-    def refuses(self, code: int, *words: str, count: int = 1) -> None:
-        """Demand this exit code, nothing on stdout, no traceback, and `count` errors with words."""
-        assert (self.code, self.out) == (code, ""), self.err
+    def refuses(
+        self, exit_code: int, *words: str, count: int = 1, code: str = "", where: str = ""
+    ) -> None:
+        """Demand this exit code, nothing on stdout, no traceback, and `count` errors.
+
+        One of the errors must have this `code` and be about this `where` (a key path or file);
+        each of the `words` must be in one of the errors.
+        """
+        assert (self.code, self.out) == (exit_code, ""), self.err
         assert "Traceback" not in self.err
         assert "fault of lrc" not in self.err
         assert len(self.errors) == count, self.err
+        about = [e for e in self.errors if e.startswith(f"error[{code}" + "]: " * bool(code))]
+        about = [e for e in about if f": {where}: " in e or not where]
+        assert about, self.err
         for word in words:
             assert any(word in error for error in self.errors), self.err
 

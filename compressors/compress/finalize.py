@@ -92,7 +92,7 @@ class Ending:
             raise ModelError(
                 f"{unit.first.name} {list(unit.first.shape)}: cannot be rounded to "
                 f"{unit.first.scheme}: {error}; take model.dtype: bfloat16, or list the layer "
-                "under 'skip'"
+                "under 'ignore'"
             ) from error
         losses = []
         for number, (each, W) in enumerate(zip(unit.members, self.weights, strict=True)):

@@ -20,7 +20,7 @@ from lrc.compressors.solvers.quantize_values import round_sparse, round_values
 from lrc.compressors.solvers.quantize_weight import Rounder, round_weight
 from lrc.compressors.solvers.round_to_nearest import rtn
 from lrc.configs.methods import Mixed
-from lrc.configs.quantize import Branch, Gauge, Kind, Quantize
+from lrc.configs.quantize import Balance, CorrectionMethod, LowRankCorrection, Quantize
 from lrc.configs.recipe import Recipe
 
 DAMP = 0.01
@@ -33,10 +33,10 @@ class Rounding:
     """How a stage finds integers."""
 
     rounder: Rounder
-    gauge: Gauge
+    gauge: Balance
     order: bool
     damp: float
-    branch: Kind = "qera"
+    branch: CorrectionMethod = "qera"
     """How the product beside integers is found, where there is one."""
 
     @classmethod
@@ -46,11 +46,11 @@ class Rounding:
             return None
         options = recipe.works[matrix.rounded]
         if isinstance(options, Quantize):
-            kind = Branch() if options.branch is None else options.branch
+            kind = options.low_rank_correction or LowRankCorrection()
             rounder: Rounder = "rtn" if options.method == "rtn" else "gptq"
-            return cls(rounder, options.gauge, options.order, options.damp, kind.method)
+            return cls(rounder, options.balance, options.act_order, options.damp, kind.method)
         assert isinstance(options, Mixed)
-        return cls(options.rounder, options.gauge, options.order, DAMP)
+        return cls(options.quantizer, options.balance, options.act_order, DAMP)
 
 
 @dataclass(frozen=True)

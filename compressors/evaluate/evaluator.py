@@ -47,7 +47,7 @@ class Judge:
     def beside_alternatives(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         """Add what plain forms of the dense model score on the same texts, and which one wins."""
         asked = self._asked
-        if not asked.perplexity or not asked.alternatives:
+        if not asked.perplexity or not asked.baselines:
             return evaluation | {"alternatives": [], "verdict": None}
         prepared = self.lineage.prepared
         plan = self._journal.read_json("executed.json")
@@ -55,7 +55,7 @@ class Judge:
         perplexity = evaluation["perplexity"]
         with self.lineage.clock("alternatives"):
             records = []
-            for written in asked.alternatives:
+            for written in asked.baselines:
                 alternative = plan_alternative(written, targets)
                 scores = self._judged(written, {"perplexity"}, partial(self._measured, alternative))
                 records.append(record(alternative, scores, perplexity))

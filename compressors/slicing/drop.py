@@ -83,7 +83,7 @@ class Drop(SliceMethod):
     def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
         """Count half a pass a trial, of about as many trials a layer that goes as are kept."""
         assert isinstance(options, DropOptions)
-        if options.verify == "influence":
+        if options.criterion == "influence":
             return 1.0
         kept = int(getattr(config, N_LAYERS))
         return kept / 2 * max(1.0, kept * (1 / (options.keep or 0.8) - 1))
@@ -95,7 +95,7 @@ class Drop(SliceMethod):
         facts: dict[str, Any] = {}
         if n_kept == n_layers:
             kept = list(range(n_layers))
-        elif options.verify == "perplexity":
+        elif options.criterion == "perplexity":
             kept, facts = _by_perplexity(work, n_kept)
         else:
             influence = block_influence(work)

@@ -61,7 +61,9 @@ class Modegpt(SliceMethod):
         if options.heads and isinstance(layout.heads, Heads):
             sizes.insert(0, layout.heads.head_dim)
         for head_dim in sizes:
-            width, narrower = _widths(architecture, layout, head_dim, options.multiple, budget)
+            width, narrower = _widths(
+                architecture, layout, head_dim, options.width_multiple, budget
+            )
             config: PreTrainedConfig = deepcopy(architecture.model.config)
             setattr(config, layout.width_key, width)
             if narrower is not None and narrower != head_dim:
@@ -78,12 +80,14 @@ class Modegpt(SliceMethod):
             shapes = narrowed_shapes(architecture, layout, width, narrower)
             if not obeys(architecture, config, shapes):
                 continue
-            if options.uniform or layout.width < options.multiple:
+            if options.uniform or layout.width < options.width_multiple:
                 return config
-            steps = _steps(architecture, layout, shapes, options.multiple, budget)
+            steps = _steps(architecture, layout, shapes, options.width_multiple, budget)
             setattr(config, layout.width_key, layout.width)
             even = evenly(steps, len(layout.mlps))
-            return _with_widths(architecture, layout, config, [options.multiple * n for n in even])
+            return _with_widths(
+                architecture, layout, config, [options.width_multiple * n for n in even]
+            )
         raise _refusal(
             budget,
             f"a {type(architecture.model).__name__} does not take the width of its MLPs from "
@@ -249,18 +253,18 @@ def _allocated(
     work: Work, options: Options, layout: Layout, planned: Mapping[str, Sequence[int]]
 ) -> tuple[list[int], dict[str, Any]]:
     """Share out the channels of a plan; return a width a layer, and the reasons."""
-    most = layout.width // options.multiple
+    most = layout.width // options.width_multiple
     ends = [planned.get(mlp.output, [0, layout.width])[1] for mlp in layout.mlps]
-    steps = sum(ends) // options.multiple
+    steps = sum(ends) // options.width_multiple
     facts: dict[str, Any] = {}
     if options.allocation == "influence":
         facts["influence"] = block_influence(work)
         counts = by_influence(facts["influence"], steps, most)
     else:
         curves = mlp_curves(work, layout.mlps, damp=options.damp)
-        ends_of = torch.arange(1, most + 1) * options.multiple - 1
+        ends_of = torch.arange(1, most + 1) * options.width_multiple - 1
         counts = by_curves([curve[ends_of] for curve in curves], steps)
-    return [options.multiple * count for count in counts], facts
+    return [options.width_multiple * count for count in counts], facts
 
 
 def _head_dim(config: PreTrainedConfig) -> int | None:

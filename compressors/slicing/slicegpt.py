@@ -69,7 +69,7 @@ class Slicegpt(SliceMethod):
         config = architecture.model.config
         family = _find_family(architecture, budget, plain=options.rotations == "global")
         roles = Roles(architecture, family)
-        D, step = config.hidden_size, options.multiple
+        D, step = config.hidden_size, options.width_multiple
 
         def size(k: int) -> int:
             if options.rotations == "global":

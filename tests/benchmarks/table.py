@@ -62,7 +62,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Yield name, options and changes of the calibration; what matters most comes first."""
     for keep in (0.8, 0.6):
-        best = {"method": "kfac", "keep": keep, "storage": "pivot", "allocation": "lagrangian"}
+        best = {
+            "method": "kfac",
+            "keep": keep,
+            "storage": "pivoted_low_rank",
+            "allocation": "lagrangian",
+        }
         yield f"kfac, lagrangian, pivot, {keep}", best, {}
         for mix in (0.2, 0.3, 0.4, 0.5):
             name = f"kfac, lagrangian, pivot, compensate {mix}, {keep}"
@@ -78,7 +83,12 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
                 changes = {"labels": "real"} if method == "fwsvd" else {}
                 yield f"{method}, {allocation}, factors, {keep}", stage, changes
         yield f"kfac, uniform, pivot, {keep}", best | {"allocation": "uniform"}, {}
-        pivot = {"method": "svd-llm", "keep": keep, "storage": "pivot", "allocation": "uniform"}
+        pivot = {
+            "method": "svd-llm",
+            "keep": keep,
+            "storage": "pivoted_low_rank",
+            "allocation": "uniform",
+        }
         yield f"svd-llm, uniform, pivot, {keep}", pivot, {}
         welore = {"method": "svd", "keep": keep, "allocation": "heavy-tail"}
         yield f"svd, heavy-tail, factors, {keep}", welore, {}
@@ -89,7 +99,7 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         yield f"kfac, min_keep {share}, 0.8", plain | {"min_keep": share}, {}
     yield "kfac, max_loss 0.02, 0.8", plain | {"max_loss": 0.02}, {}
     yield "kfac, rank multiples of 8, 0.8", plain | {"rank_multiple": 8}, {}
-    yield "kfac, factors, 0.8", plain | {"storage": "factors"}, {}
+    yield "kfac, factors, 0.8", plain | {"storage": "low_rank"}, {}
     yield "kfac, sampled labels, 0.8", plain, {"labels": "sampled"}
     for method, keep in (("svd-llm", 0.8), ("kfac", 0.8), ("svd-llm", 0.6), ("kfac", 0.6)):
         stage = {"method": method, "keep": keep}
@@ -102,17 +112,17 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
 
 def other_forms() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Yield the rows of pruning, dictionaries and mixed plans, as `rows` does."""
-    every = ["low-rank", "sparse", "dictionary"]
+    every = ["pivoted_low_rank", "sparse", "dictionary"]
     for keep in (0.8, 0.6):
         stage = {"method": "cospadi", "keep": keep, "rounds": 20}
         yield f"cospadi, 20 rounds, uniform, {keep}", stage, {}
     for keep in (0.8, 0.6, 0.5):
         mixed = {"method": "mixed", "keep": keep}
-        more = mixed | {"forms": every, "compensate": {}}
+        more = mixed | {"components": every, "compensate": {}}
         yield f"mixed with dictionaries, compensate, {keep}", more, {}
         yield f"mixed, compensate, {keep}", mixed | {"compensate": {}}, {}
         yield f"mixed, {keep}", mixed, {}
-        sums = mixed | {"forms": ["low-rank", "sparse", "sum"]}
+        sums = mixed | {"components": ["pivoted_low_rank", "sparse", "pivoted_low_rank+sparse"]}
         yield f"mixed with sums, compensate, {keep}", sums | {"compensate": {}}, {}
         yield f"mixed with sums, {keep}", sums, {}
         sparse = {"method": "sparse", "keep": keep}
@@ -150,8 +160,8 @@ def integers() -> Iterator[tuple[str, Stages]]:
     every = ["int8", "int7-g64", "int6-g64", "int5-g64", "int4-g64", "int4-g32", "int3-g64"]
     every += ["int3-g32", "int2-g32"]
     for keep in (0.5, 0.35, 0.25, 0.203125, 0.2):  # the fourth is what int3-g64 takes
-        for name, forms in {"any form": ["low-rank", "sparse"], "dense": ["dense"]}.items():
-            joint = decompose("mixed", keep, forms=forms, schemes=every)
+        for name, forms in {"any form": ["pivoted_low_rank", "sparse"], "dense": ["dense"]}.items():
+            joint = decompose("mixed", keep, components=forms, schemes=every)
             yield f"integers: joint, {name}, {keep}", [joint]
     for method in ("rtn", "gptq"):
         for bits, group in ((8, None), (4, 64), (4, 32), (4, None), (3, 64), (3, 32), (3, None)):
@@ -165,14 +175,14 @@ def integers() -> Iterator[tuple[str, Stages]]:
         name = f"integers: gptq, int3-g64, compensate {mix}, residual {residual}"
         yield name, [quantize("gptq", 3, 64, **changed)]
     for kind in ("qera", "eora", "lqer"):
-        branch = quantize("gptq", 3, 64, branch={"method": kind, "rank": 32})
+        branch = quantize("gptq", 3, 64, low_rank_correction={"method": kind, "rank": 32})
         yield f"integers: gptq, int3-g64, {kind} 32", [branch]
     for rows in ("int8", "int6-g64", "int5-g64", "int4-g64", "int4-g32"):
         rounded = quantize("gptq", 4, 64, compensate={}, embeddings=rows)
         yield f"integers: gptq, int4-g64, compensate, embeddings {rows}", [rounded]
     for size, rows in (("93MiB", "int8"), ("80MiB", "int6-g64"), ("64MiB", "int5-g64")):
         joint = {"method": "mixed", "compensate": {}, "schemes": every, "size": size}
-        joint |= {"embeddings": rows, "forms": ["low-rank", "sparse"]}
+        joint |= {"embeddings": rows, "components": ["pivoted_low_rank", "sparse"]}
         yield f"integers: joint, {size}, embeddings {rows}", [{"decompose": joint}]
     yield "integers: kfac 0.8", [decompose("kfac", 0.8)]
     for method in ("rtn", "gptq"):
@@ -182,10 +192,10 @@ def integers() -> Iterator[tuple[str, Stages]]:
         stages = [decompose("kfac", 0.8), quantize("gptq", 4, group)]
         yield f"integers: kfac 0.8, int4-g{group}, pivot", stages
         for gauge in ("even", "first", "quarter", "rotated", "measured"):
-            factors = decompose("kfac", 0.8, storage="factors")
-            stages = [factors, quantize("gptq", 4, group, gauge=gauge)]
+            factors = decompose("kfac", 0.8, storage="low_rank")
+            stages = [factors, quantize("gptq", 4, group, balance=gauge)]
             yield f"integers: kfac 0.8, int4-g{group}, factors, {gauge}", stages
-        factors = decompose("kfac", 0.8, storage="factors", rank_multiple=group)
+        factors = decompose("kfac", 0.8, storage="low_rank", rank_multiple=group)
         yield f"integers: kfac 0.8, factors of ranks of {group}", [factors]
     # Shares before rounding that give 0.5, 0.35, 0.25 and 0.2 of the bits after it.
     for method, shares in {
@@ -203,10 +213,10 @@ def slices() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         for name, stage in {
             "modegpt": {"method": "modegpt"},
             "modegpt, by layer": {"method": "modegpt", "uniform": False},
-            "slicegpt": {"method": "slicegpt", "multiple": 1},
-            "slicegpt, by block": {"method": "slicegpt", "multiple": 1, "rotations": "block"},
+            "slicegpt": {"method": "slicegpt", "width_multiple": 1},
+            "slicegpt, by block": {"method": "slicegpt", "width_multiple": 1, "rotations": "block"},
             "drop": {"method": "drop"},
-            "drop, by perplexity": {"method": "drop", "verify": "perplexity"},
+            "drop, by perplexity": {"method": "drop", "criterion": "perplexity"},
         }.items():
             # A trial a layer and a layer that goes: on fewer windows.
             changes = {"samples": 16} if "verify" in stage else {}
@@ -370,7 +380,7 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path 
         *changes,
         f"stages={json.dumps(stages)}",
         "evaluate.dense=false",
-        "evaluate.alternatives=[]",
+        "evaluate.baselines=[]",
     ]
     loaded = load_recipe(recipe, [*overrides, *changes, f"output={output}"])
     shared, prepared = _shared(loaded.recipe, folder), prepare(loaded.recipe)

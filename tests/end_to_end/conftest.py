@@ -277,5 +277,5 @@ def recipe(
 ) -> Path:
     """Return a recipe that works, for tests to run, spoil or interrupt; it writes to `output`."""
     perplexity = {"source": str(tiny_text), "name": "english", "window": 32, "windows": 2}
-    evaluate = {"perplexity": [perplexity], "alternatives": []}
+    evaluate = {"perplexity": [perplexity], "baselines": []}
     return tiny_recipe(tiny_model_folder, output, evaluate=evaluate)

@@ -18,7 +18,7 @@ from lrc.compressors.pipeline import compress
 from lrc.configs.errors import Stopped
 from lrc.configs.load import load_recipe
 
-SOME = "evaluate.alternatives=[int8, int4-g16, sparse]"
+SOME = "evaluate.baselines=[int8, int4-g16, sparse]"
 ORDER = ["int8", "int4-g16", "sparse, magnitude"]
 
 
@@ -105,14 +105,14 @@ def test_what_is_measured_is_not_measured_again(recipe: Path, output: Path) -> N
     assert evaluated.count("evaluate sparse: weights") == 2
 
     seen.clear()
-    fewer = run(recipe, "evaluate.alternatives=[int4-g16]", on_step=stop_behind("never"))
+    fewer = run(recipe, "evaluate.baselines=[int4-g16]", on_step=stop_behind("never"))
     assert seen == []
     assert fewer["evaluation"]["alternatives"] == [resumed["evaluation"]["alternatives"][1]]
     assert [each["name"] for each in resumed["evaluation"]["alternatives"]] == ORDER
 
 
 def test_none_are_made_where_none_are_asked_for(recipe: Path, output: Path) -> None:
-    for change in ("evaluate.alternatives=[]", "evaluate={alternatives: [int8]}"):
+    for change in ("evaluate.baselines=[]", "evaluate={baselines: [int8]}"):
         report = run(recipe, change)
         assert (report["evaluation"]["alternatives"], report["evaluation"]["verdict"]) == ([], None)
         assert "alternatives" not in report["timing"]["seconds"]
@@ -121,7 +121,7 @@ def test_none_are_made_where_none_are_asked_for(recipe: Path, output: Path) -> N
 
 def test_a_slice_is_held_against_all_linears_of_the_dense_model(recipe: Path) -> None:
     stage = "stages=[{slice: {method: drop, keep: 0.9}}]"
-    report = run(recipe, stage, "evaluate.alternatives=[int4-g16, sparse]", "evaluate.dense=false")
+    report = run(recipe, stage, "evaluate.baselines=[int4-g16, sparse]", "evaluate.dense=false")
     sizes = report["size"]["model"]["tensor_bytes"]
     assert sizes["compressed"] < sizes["dense"]
     int4, sparse = report["evaluation"]["alternatives"]
@@ -133,6 +133,6 @@ def test_a_slice_is_held_against_all_linears_of_the_dense_model(recipe: Path) ->
 def test_an_entry_that_is_no_alternative_is_refused(
     lrc: Callable[..., Any], recipe: Path, output: Path
 ) -> None:
-    ended = lrc("compress", recipe, "evaluate.alternatives=[int4, q4_0]")
+    ended = lrc("compress", recipe, "evaluate.baselines=[int4, q4_0]")
     ended.refuses(2, "evaluate.alternatives[1]: must be an alternative such as int8, int4-g64")
     assert not output.exists()

@@ -76,9 +76,9 @@ OVERRIDES: dict[str, tuple[str, tuple[str, ...]]] = {
         "stages.0.decompose.targets=['*.q_porj']",
         ("targets: the pattern '*.q_porj' matches no linear", "did you mean '*.q_proj'?"),
     ),
-    "a skip of nothing": (
-        "stages.0.decompose.skip=['*.router']",
-        ("skip: the pattern '*.router' matches no linear", "the last parts are q_proj, k_proj"),
+    "an ignore of nothing": (
+        "stages.0.decompose.ignore=['*.router']",
+        ("ignore: the pattern '*.router' matches no linear", "the last parts are q_proj, k_proj"),
     ),
     "a rank too large": (
         "stages.0.decompose.overrides=[{match: '*.k_proj', rank: 17}]",
@@ -168,8 +168,8 @@ BUDGETS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("decompose.method: lord cannot stand beside 'compensate'",),
     ),
     "a group of more layers than there are": (
-        "{method: basis-sharing, keep: 0.6, group_size: 3}",
-        ("group_size: must be in [2, 2], the number of layers, got 3; lower group_size",),
+        "{method: basis-sharing, keep: 0.6, layers_per_group: 3}",
+        ("layers_per_group: must be in [2, 2], the number of layers, got 3; lower layers_per",),
     ),
 }
 
@@ -191,7 +191,7 @@ ROUNDINGS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "stages[1].quantize.method: gqsa removes groups of linears that no earlier stage "
             "factors, got model.layers.0.self_attn.q_proj and 13 more of stages[0]; list them "
-            "under 'skip', or round them with method: gptq",
+            "under 'ignore', or round them with method: gptq",
         ),
     ),
     "groups that fill no row": (
@@ -317,7 +317,7 @@ def test_all_that_is_wrong_is_said_at_once(lrc, recipe: Path, output: Path) -> N
     overrides = (
         "calibration.length=257",
         "evaluate.perplexity.0.window=258",
-        "stages.0.decompose.skip=['*.router']",
+        "stages.0.decompose.ignore=['*.router']",
         "evaluate.gates=[{metric: perplexity.french, at_most: 9}]",
     )
     lrc("compress", recipe, *overrides).refuses(

@@ -207,7 +207,7 @@ DEGENERATE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], set[str
 }
 METHODS = {
     "kfac": {"compensate": {}},
-    "svd-llm": {"storage": "pivot"},
+    "svd-llm": {"storage": "pivoted_low_rank"},
     "lord": {},
     "svd": {"allocation": "heavy-tail"},
 }
@@ -222,7 +222,7 @@ def test_degenerate_weights_are_compressed_all_the_same(
     change_weights(spoil)(model)
     stages = [{"decompose": {"method": method, "keep": 0.6, **METHODS[method]}}]
     perplexity = [{"source": str(tiny_text), "name": "it", "window": 32}]
-    evaluate = {"perplexity": perplexity, "alternatives": []}
+    evaluate = {"perplexity": perplexity, "baselines": []}
     recipe = tiny_recipe(model, output, stages=stages, evaluate=evaluate)
     ended = lrc("compress", recipe, "-q", "--json", "evaluate.perplexity.0.windows=2")
     assert ended.code == 0, ended.err

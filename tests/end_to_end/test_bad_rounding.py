@@ -50,7 +50,7 @@ STAGES: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
         ("stages[1].quantize.group_size", "rows of 5); make their ranks multiples of it, or list"),
     ),
     "groups beyond every rank": (
-        [decompose("svd"), gptq(group_size=32, skip=["*.down_proj"])],
+        [decompose("svd"), gptq(group_size=32, ignore=["*.down_proj"])],
         ("decompose.rank_multiple: must be in", "of the group_size of 'quantize' too, 32: lower"),
     ),
     "no bits": ([gptq(bits=1)], ("quantize.bits: must be in [2, 8], got 1; raise it",)),
@@ -68,7 +68,7 @@ STAGES: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
         ("stages[1].quantize.targets", "already rounded by stages[0]", "or leave out 'schemes'"),
     ),
     "nothing to round": (
-        [gptq(skip=["*"])],
+        [gptq(ignore=["*"])],
         ("quantize.targets: must leave at least one linear to round", "or remove the stage"),
     ),
     "rounded before it is decomposed": (
@@ -84,11 +84,11 @@ STAGES: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
         ("decompose.size: counts the bytes of files that no stage rounds", "give 'keep', before"),
     ),
     "a branch as large as the smallest weight": (
-        [gptq(branch={"rank": 16})],
+        [gptq(low_rank_correction={"rank": 16})],
         ("branch.rank: must be below 16, the smaller side of", "k_proj [16, 32], got 16; lower"),
     ),
     "a branch that eats what rounding saves": (
-        [gptq(bits=8, branch={"rank": 12})],
+        [gptq(bits=8, low_rank_correction={"rank": 12})],
         ("branch.rank: must make model.layers.0.self_attn.q_proj [32, 32] smaller than the 2,048",),
     ),
     "scales that eat what rounding saves": (
@@ -100,7 +100,7 @@ STAGES: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
         ("stages[1].quantize.compensate: must be left out where layers share a factor",),
     ),
     "compensation of a shared dictionary": (
-        [decompose("cospadi", group_size=2), gptq(compensate={})],
+        [decompose("cospadi", layers_per_group=2), gptq(compensate={})],
         ("stages[1].quantize.compensate: must be left out where layers share a factor",),
     ),
     "compensation behind biases": (
@@ -108,8 +108,8 @@ STAGES: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
         ("decompose.method: lord cannot stand beside 'compensate'",),
     ),
     "sums before groups": (
-        [decompose("mixed", 0.8, forms=["sum"]), INT4],
-        ("decompose.forms: a 'sum' has ranks that groups of 16 do not divide",),
+        [decompose("mixed", 0.8, components=["pivoted_low_rank+sparse"]), INT4],
+        ("decompose.components: pivoted_low_rank+sparse has ranks", "groups of 16 do not divide"),
     ),
     "a scheme that is none": (
         [decompose("mixed", 0.3, schemes=["int4-64"])],
@@ -132,11 +132,11 @@ STAGES: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
         ("'schemes' save bits and no multiply-adds, got measure: macs; take measure: bits",),
     ),
     "dense and no schemes": (
-        [decompose("mixed", forms=["dense"])],
-        ("forms: [dense] needs 'schemes' to make anything smaller, got none; give some",),
+        [decompose("mixed", components=["dense"])],
+        ("components: [dense] needs 'schemes' to make anything smaller, got none; give some",),
     ),
     "a share below all integers": (
-        [decompose("mixed", 0.2, forms=["dense"], schemes=["int4"])],
+        [decompose("mixed", 0.2, components=["dense"], schemes=["int4"])],
         (
             "decompose.keep: must be at least 0.287 of the bits, which the cheapest",
             "got 0.2; raise",
@@ -148,7 +148,7 @@ STAGES: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
                 "decompose": {
                     "method": "mixed",
                     "size": "84kB",
-                    "forms": ["dense"],
+                    "components": ["dense"],
                     "schemes": ["int4"],
                 }
             }
@@ -323,10 +323,10 @@ WEIGHTS: dict[str, Callable[[torch.Tensor], object]] = {
 ROUNDINGS = {
     "rtn": [{"quantize": {"method": "rtn"}}],
     "gptq": [INT4],
-    "branch": [gptq(group_size=16, branch={"rank": 3})],
+    "branch": [gptq(group_size=16, low_rank_correction={"rank": 3})],
     "factors": KFAC,
     "joint": [MIXED],
-    "joint-dense": [decompose("mixed", 0.4, schemes=["int8", "int4-g16"], forms=["dense"])],
+    "joint-dense": [decompose("mixed", 0.4, schemes=["int8", "int4-g16"], components=["dense"])],
 }
 
 

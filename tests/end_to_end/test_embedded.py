@@ -30,12 +30,12 @@ def mixed(**options: Any) -> dict[str, Any]:
 
 
 DROP = {"slice": {"method": "drop", "keep": 0.8}}
-BLOCKS = {"slice": {"method": "slicegpt", "keep": 0.9, "multiple": 1, "rotations": "block"}}
+BLOCKS = {"slice": {"method": "slicegpt", "keep": 0.9, "width_multiple": 1, "rotations": "block"}}
 RECIPES: dict[str, tuple[bool, list[dict[str, Any]]]] = {
     "tied": (True, [quantize(embeddings="int8")]),
     "tied-alone": (True, [quantize(targets=[], embeddings="int4-g16-asymmetric")]),
-    "apart": (False, [quantize(embeddings="int8", head="int6")]),
-    "head-alone": (False, [quantize(targets=[], head="int8")]),
+    "apart": (False, [quantize(embeddings="int8", lm_head="int6")]),
+    "head-alone": (False, [quantize(targets=[], lm_head="int8")]),
     "behind-factors": (
         True,
         [
@@ -44,15 +44,18 @@ RECIPES: dict[str, tuple[bool, list[dict[str, Any]]]] = {
         ],
     ),
     "joint": (True, [mixed(size="72KiB", embeddings="int6-g16", compensate={})]),
-    "joint-apart": (False, [mixed(keep=0.3, embeddings="int8", head="int8", forms=["dense"])]),
+    "joint-apart": (
+        False,
+        [mixed(keep=0.3, embeddings="int8", lm_head="int8", components=["dense"])],
+    ),
     "dropped": (True, [DROP, quantize(bits=4, embeddings="int8")]),
-    "turned": (False, [BLOCKS, quantize(bits=8, embeddings="int8", head="int8")]),
+    "turned": (False, [BLOCKS, quantize(bits=8, embeddings="int8", lm_head="int8")]),
 }
 RECIPES["untied-by-a-slice"] = (
     True,
     [
-        {"slice": {"method": "slicegpt", "keep": 0.9, "multiple": 1}},
-        quantize(embeddings="int8", head="int8"),
+        {"slice": {"method": "slicegpt", "keep": 0.9, "width_multiple": 1}},
+        quantize(embeddings="int8", lm_head="int8"),
     ],
 )
 """Whether the head is tied, and the stages."""
@@ -209,8 +212,8 @@ def test_it_is_planned_shown_and_inspected(
 BAD: dict[str, tuple[bool, list[dict[str, Any]], str]] = {
     "a head that is tied": (
         True,
-        [quantize(head="int8")],
-        "stages[0].quantize.head: needs a head of its own, got one that is tied to "
+        [quantize(lm_head="int8")],
+        "stages[0].quantize.lm_head: needs a head of its own, got one that is tied to "
         "model.embed_tokens; give 'embeddings', which rounds both",
     ),
     "groups that do not divide": (

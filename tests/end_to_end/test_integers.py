@@ -27,7 +27,7 @@ INT4 = {"quantize": {"method": "gptq", "bits": 4, "group_size": 16}}
 INT4_G8 = {"quantize": {**INT4["quantize"], "group_size": 8}}
 OURS: dict[str, list[dict[str, Any]]] = {
     "asymmetric": [{"quantize": {"method": "gptq", "bits": 3, "symmetric": False}}],
-    "branch": [{"quantize": {**INT4["quantize"], "branch": {"rank": 4}}}],
+    "branch": [{"quantize": {**INT4["quantize"], "low_rank_correction": {"rank": 4}}}],
     "factors": [{"decompose": {"method": "svd-llm", "keep": 0.8}}, INT4_G8],
     "shared": [{"decompose": {"method": "basis-sharing", "keep": 0.8}}, INT4_G8],
     "joint": [{"decompose": {"method": "mixed", "keep": 0.2, "schemes": ["int8", "int3-g16"]}}],
@@ -41,7 +41,7 @@ PLAIN: dict[str, list[dict[str, Any]]] = {
             "decompose": {
                 "method": "mixed",
                 "keep": 0.35,
-                "forms": ["dense"],
+                "components": ["dense"],
                 "schemes": ["int8", "int3"],
             }
         }

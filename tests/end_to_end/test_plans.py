@@ -30,11 +30,11 @@ STAGES: dict[str, dict[str, Any]] = {
         "min_keep": 0.3,
         "overrides": [{"match": "*.0.*.q_proj", "rank": 3}],
     },
-    "pivot rows": {"method": "svd-llm", "keep": 0.6, "storage": "pivot"},
+    "pivot rows": {"method": "svd-llm", "keep": 0.6, "storage": "pivoted_low_rank"},
     "multiply-adds": {
         "method": "svd-llm",
         "keep": 0.6,
-        "storage": "pivot",
+        "storage": "pivoted_low_rank",
         "measure": "macs",
         "allocation": "lagrangian",
     },
@@ -47,19 +47,23 @@ STAGES: dict[str, dict[str, Any]] = {
     "the recommended way": {"method": "kfac", "keep": 0.6, "compensate": {}},
     "pruned": {"method": "sparse", "keep": 0.6},
     "dictionaries": {"method": "dictionary", "keep": 0.6, "rounds": 3, "min_keep": 0.3},
-    "a shared dictionary": {"method": "cospadi", "keep": 0.6, "rounds": 2, "group_size": 2},
+    "a shared dictionary": {"method": "cospadi", "keep": 0.6, "rounds": 2, "layers_per_group": 2},
     "dictionaries of several ratios": {
         "method": "dictionary",
         "keep": 0.6,
         "rounds": 3,
         "ratio": [1.5, 3],
     },
-    "sums": {"method": "mixed", "keep": 0.6, "forms": ["sum"]},
-    "bytes, for sums": {"method": "mixed", "size": "90kB", "forms": ["sum", "sparse"]},
+    "sums": {"method": "mixed", "keep": 0.6, "components": ["pivoted_low_rank+sparse"]},
+    "bytes, for sums": {
+        "method": "mixed",
+        "size": "90kB",
+        "components": ["pivoted_low_rank+sparse", "sparse"],
+    },
     "any form": {
         "method": "mixed",
         "keep": 0.6,
-        "forms": ["low-rank", "sparse", "sum", "dictionary"],
+        "components": ["pivoted_low_rank", "sparse", "pivoted_low_rank+sparse", "dictionary"],
         "rounds": 3,
     },
     "bytes, alike": {"method": "svd", "size": "90kB"},
@@ -196,7 +200,7 @@ def test_layers_of_a_group_hold_one_dictionary(compressed: Callable[..., Path]) 
 
 def test_a_group_of_one_dictionary_gives_the_same_bytes(compressed: Callable[..., Path]) -> None:
     stage = {"method": "cospadi", "keep": 0.6, "rounds": 2}
-    runs = [compressed(each) for each in (stage, {**stage, "group_size": 1})]
+    runs = [compressed(each) for each in (stage, {**stage, "layers_per_group": 1})]
     one, other = ((run / "checkpoint/model.safetensors").read_bytes() for run in runs)
     assert one == other
 

@@ -33,9 +33,11 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "int4-compensated": [{"quantize": {**INT4["quantize"], "compensate": {}}}],
     "two-stages": [
         {"quantize": {**INT4["quantize"], "targets": ["*.mlp.*"]}},
-        {"quantize": {"method": "gptq", "targets": ["*.self_attn.*"], "skip": ["*.v_proj"]}},
+        {"quantize": {"method": "gptq", "targets": ["*.self_attn.*"], "ignore": ["*.v_proj"]}},
     ],
-    "branch": [{"quantize": {**INT4["quantize"], "branch": {"method": "qera", "rank": 4}}}],
+    "branch": [
+        {"quantize": {**INT4["quantize"], "low_rank_correction": {"method": "qera", "rank": 4}}}
+    ],
     "groups": [{"quantize": {**INT4["quantize"], "method": "gqsa", "group_size": 8}}],
     "groups-compensated": [
         {"quantize": {**INT4["quantize"], "method": "gqsa", "sparsity": 0.3, "compensate": {}}}
@@ -52,10 +54,10 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "shared": [decompose("basis-sharing"), INT4],
     "sparse": [decompose("sparse"), INT4],
     "dictionary": [decompose("dictionary"), INT4],
-    "sum": [decompose("mixed", forms=["sum"]), INT8],
+    "sum": [decompose("mixed", components=["pivoted_low_rank+sparse"]), INT8],
     "mixed": [decompose("mixed", 0.25, schemes=SCHEMES)],
     "mixed-compensated": [decompose("mixed", 0.2, schemes=SCHEMES, compensate={})],
-    "dense-schemes": [decompose("mixed", 0.3, forms=["dense"], schemes=SCHEMES)],
+    "dense-schemes": [decompose("mixed", 0.3, components=["dense"], schemes=SCHEMES)],
 }
 PLAIN = {"int8", "int4", "int4-compensated", "two-stages", "dense-schemes"}
 

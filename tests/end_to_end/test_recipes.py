@@ -32,7 +32,7 @@ def test_a_shipped_recipe_runs(
         f"calibration.source={tiny_text}",
         "calibration.samples=4",
         "calibration.length=64",
-        f"evaluate={{perplexity: [{perplexity}], alternatives: []}}",
+        f"evaluate={{perplexity: [{perplexity}], baselines: []}}",
         f"output={output}",
     ]
     if name == "size":

@@ -93,7 +93,7 @@ def undisturbed(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
     return finished(
         new_recipe(
             calibration={"source": text, "samples": 4, "length": 32},
-            evaluate={"perplexity": perplexity, "alternatives": ["int4-g16", "sparse"]},
+            evaluate={"perplexity": perplexity, "baselines": ["int4-g16", "sparse"]},
         )
     )
 
@@ -106,7 +106,7 @@ def recommended(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
         new_recipe(
             calibration={"source": text, "samples": 4, "length": 32},
             stages=[{"decompose": {"method": "kfac", "keep": 0.6, "compensate": {}}}],
-            evaluate={"perplexity": perplexity, "alternatives": []},
+            evaluate={"perplexity": perplexity, "baselines": []},
         )
     )
 
@@ -126,7 +126,7 @@ def allocated(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
 @pytest.fixture(scope="module")
 def grouped(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
     """Run a recipe whose layers share dictionaries, of sizes that wait for their losses."""
-    stage = {"method": "cospadi", "keep": 0.6, "rounds": 1, "group_size": 2}
+    stage = {"method": "cospadi", "keep": 0.6, "rounds": 1, "layers_per_group": 2}
     return finished(
         new_recipe(
             calibration={"source": text, "samples": 4, "length": 32},

@@ -28,7 +28,7 @@ from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError
 from lrc.configs.load import load_recipe
 
-SLICE = {"slice": {"method": "slicegpt", "keep": 0.9, "rotations": "block", "multiple": 1}}
+SLICE = {"slice": {"method": "slicegpt", "keep": 0.9, "rotations": "block", "width_multiple": 1}}
 NORM = "model.layers.0.input_layernorm"
 TOKENS = torch.arange(2, 30)[None]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -84,7 +84,7 @@ def test_layers_that_do_nothing_go_first_and_without_loss(
 def test_the_layers_that_go_are_those_whose_absence_costs_least_loss(
     prepared: Callable[..., Any], source: Path, tmp_path: Path
 ) -> None:
-    report = compress(prepared(tmp_path / "run", {"slice": DROP | {"verify": "perplexity"}}))
+    report = compress(prepared(tmp_path / "run", {"slice": DROP | {"criterion": "perplexity"}}))
     facts = report["slices"][0]["facts"]
     tokens = load_file(tmp_path / "run/work/windows.safetensors")["tokens"]
     model = load(source)
@@ -167,7 +167,7 @@ def test_a_slice_is_made_of_what_the_one_before_it_found(
     prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
     """The rotary table of narrower heads comes from data; a later stage has to keep it."""
-    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "multiple": 2}}
+    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "width_multiple": 2}}
     rotate = {"slice": {"method": "slicegpt", "keep": 0.8}}
     decompose = {"decompose": {"method": "svd-llm", "keep": 0.9}}
     loaded = prepared(tmp_path / "run", narrow, rotate, decompose)
@@ -194,8 +194,8 @@ def test_a_slice_is_made_of_what_the_one_before_it_found(
 def test_narrower_heads_are_not_narrowed_again(
     prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
-    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "multiple": 2}}
-    again = {"slice": {"method": "modegpt", "keep": 0.985, "multiple": 2}}
+    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "width_multiple": 2}}
+    again = {"slice": {"method": "modegpt", "keep": 0.985, "width_multiple": 2}}
     first, second = compress(prepared(tmp_path / "run", narrow, again))["slices"]
     assert first["config"]["head_dim"][1] < 8
     assert "head_dim" not in second["config"]

@@ -28,7 +28,7 @@ SLICE = {
     "uniform": False,
     "allocation": "lagrangian",
     "heads": False,
-    "multiple": 2,
+    "width_multiple": 2,
     "damp": 1e-8,
 }
 EVAL = ("--perplexity", "python-docs", "--window", 32, "--windows", 1, "-q")

@@ -174,7 +174,7 @@ def test_a_bias_keeps_the_mean_output(
 
 
 def test_a_two_sided_method_predicts_nats_that_add_up(tmp_path, reader, statistics) -> None:
-    recipe = recipe_of({"method": "kfac", "storage": "factors"})
+    recipe = recipe_of({"method": "kfac", "storage": "low_rank"})
     plan = plan_of("kfac")
     done, _ = run(plan, recipe, tmp_path / "a", reader, statistics)
     assert all(m.predicted_nats > 0 for m in done.matrices)

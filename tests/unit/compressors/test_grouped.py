@@ -55,7 +55,7 @@ def unit_of(n_layers: int = 2) -> Unit:
 
 
 def recipe_of(**changes: Any) -> Recipe:
-    stage = {"method": "cospadi", "keep": 0.6, "rounds": ROUNDS, "group_size": 2, **changes}
+    stage = {"method": "cospadi", "keep": 0.6, "rounds": ROUNDS, "layers_per_group": 2, **changes}
     return Recipe.model_validate({"model": "m", "stages": [{"decompose": stage}], "output": "o"})
 
 

@@ -223,9 +223,9 @@ def test_unknown_tasks_are_refused_all_at_once_with_hints(folder):
     with pytest.raises(RecipeError) as caught:
         check_tasks(tasks(folder, "toy_choise", "toy_text", "zzz"))
     assert len(caught.value.problems) == 2
-    assert "unknown task 'toy_choise'" in caught.value.problems[0]
-    assert "did you mean 'toy_choice'" in caught.value.problems[0]
-    assert folder in caught.value.problems[0]
+    assert "unknown task 'toy_choise'" in str(caught.value.problems[0])
+    assert "did you mean 'toy_choice'" in str(caught.value.problems[0])
+    assert folder in str(caught.value.problems[0])
     with pytest.raises(RecipeError, match="include_path: no such folder"):
         check_tasks(tasks(folder + "x", "toy_text"))
     check_tasks(tasks(folder, "toy_text", "toy_group", "toy_tag"))
@@ -382,8 +382,8 @@ def test_gates_on_what_is_not_there_are_errors():
     ]
     with pytest.raises(RecipeError) as caught:
         check_gates(gates, evaluation)
-    assert "did you mean 'tasks.t.acc'" in caught.value.problems[0]
-    assert "dense model was not scored" in caught.value.problems[1]
+    assert "did you mean 'tasks.t.acc'" in str(caught.value.problems[0])
+    assert "dense model was not scored" in str(caught.value.problems[1])
 
 
 def test_gate_names_are_checked_before_the_run(folder):
@@ -405,7 +405,7 @@ def test_gate_names_are_checked_before_the_run(folder):
         check_gate_names([Gate(metric=name, at_most=1) for name in bad], asked)
     assert len(caught.value.problems) == len(bad)
     for problem, hint in zip(caught.value.problems, bad.values(), strict=True):
-        assert hint in problem
+        assert hint in str(problem)
     with pytest.raises(RecipeError, match=r"gates\[0\]\.relative: .*evaluate\.dense"):
         check_gate_names([Gate(metric="perplexity.w.x", at_most=1, relative=True)], asked)
 

@@ -36,11 +36,11 @@ def test_overrides_reach_every_place_in_order() -> None:
         "min_keep": 0.0,
         "max_loss": 1.0,
         "plan": None,
-        "storage": "factors",
         "compensate": {"mix": 0.5, "residual": 0.5, "damp": 1e-4},
         "targets": ["*.q_proj", "b"],
-        "skip": [],
+        "ignore": [],
         "overrides": [],
+        "storage": "low_rank",
         "damp": 1e-3,
     }
     assert recipe.evaluate.tasks.limit == 10

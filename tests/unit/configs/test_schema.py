@@ -70,7 +70,7 @@ def test_editors_accept_every_short_form() -> None:
         ("stages", [{"decompose": {"method": "svd", "size": "180"}}]),
         ("stages", [{"decompose": {"method": "svd", "keep": 1, "compensate": True}}]),
         ("stages", [{"decompose": {"method": "basis-sharing", "keep": 1, "compensate": {}}}]),
-        ("stages", [{"decompose": {"method": "basis-sharing", "keep": 1, "storage": "pivot"}}]),
+        ("stages", [{"decompose": {"method": "basis-sharing", "keep": 1, "storage": "low_rank"}}]),
         ("seed", -1),
         ("sead", 1),
     ],

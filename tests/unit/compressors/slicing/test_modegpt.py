@@ -112,7 +112,9 @@ def budget_for(architecture: Architecture, width: int, head_dim: int | None) -> 
 
 
 def options(**changes: Any) -> Options:
-    return Options(**{"method": "modegpt", "keep": 0.5, "multiple": 2, "damp": 1e-6, **changes})
+    return Options(
+        **{"method": "modegpt", "keep": 0.5, "width_multiple": 2, "damp": 1e-6, **changes}
+    )
 
 
 def slice_to(
