@@ -1,6 +1,6 @@
 """What may be asked of every decomposition: a budget, what it is for, and how it is spread."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -86,6 +86,36 @@ class DecomposeBase(Strict):
     """Shell patterns of linear layers to leave unchanged; they do not count in `keep`."""
     overrides: list[Override] = []
     """Budgets by name; the first that matches wins."""
+
+    @property
+    def component_types(self) -> tuple[str, ...]:
+        """Sums of component types that the method may produce, joined by ``+``."""
+        raise NotImplementedError
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Atoms per coefficient of dictionaries, ascending."""
+        return (2.0,)
+
+    @property
+    def zero_pattern(self) -> str | None:
+        """Pattern of stored entries; None if unstructured."""
+        return None
+
+    @property
+    def group_layers(self) -> int:
+        """Number of consecutive layers that share a factor."""
+        return 1
+
+    @property
+    def scheme_choices(self) -> tuple[str, ...]:
+        """Integer formats that the allocator may choose."""
+        return ()
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        """Options that only some methods have: the arguments of their solvers."""
+        return self.model_dump(exclude=set(DecomposeBase.model_fields))
 
     @model_validator(mode="after")
     def _one_budget(self) -> "DecomposeBase":

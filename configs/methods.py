@@ -47,10 +47,19 @@ Ratio = Annotated[
 ]
 
 
+def _ascending(ratio: float | list[float]) -> tuple[float, ...]:
+    return tuple(sorted(set(ratio))) if isinstance(ratio, list) else (ratio,)
+
+
 class LowRank(DecomposeBase):
     """What every method understands that makes products of thinner matrices."""
 
     storage: Storage = "low_rank"
+
+    @property
+    def component_types(self) -> tuple[str, ...]:
+        """Return the storage of the product."""
+        return (self.storage,)
 
 
 class FixedSize(DecomposeBase):
@@ -122,6 +131,16 @@ class BasisSharing(DecomposeBase):
     compensate: None = None
     """Not with this method: its layers are solved together."""
 
+    @property
+    def component_types(self) -> tuple[str, ...]:
+        """Return two factors: pivot rows cannot be shared."""
+        return ("low_rank",)
+
+    @property
+    def group_layers(self) -> int:
+        """Return `layers_per_group`."""
+        return self.layers_per_group
+
 
 class Pruning(FixedSize):
     """What every method understands that keeps some entries of a matrix."""
@@ -129,6 +148,16 @@ class Pruning(FixedSize):
     pattern: Pattern = "unstructured"
     """Which entries may be kept: any, or two of every four consecutive inputs (`2:4`), 0.5625 of
     16-bit bits and no other size."""
+
+    @property
+    def component_types(self) -> tuple[str, ...]:
+        """Return ``sparse``."""
+        return ("sparse",)
+
+    @property
+    def zero_pattern(self) -> str | None:
+        """Return the pattern."""
+        return None if self.pattern == "unstructured" else self.pattern
 
 
 class Magnitude(Pruning):
@@ -162,6 +191,16 @@ class Learning(FixedSize):
     ratio: Ratio = 2.0
     damp: Damp = 1e-6
 
+    @property
+    def component_types(self) -> tuple[str, ...]:
+        """Return ``dictionary``."""
+        return ("dictionary",)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Return the ratios, ascending."""
+        return _ascending(self.ratio)
+
     @model_validator(mode="after")
     def _one_ratio(self) -> "Learning":
         if isinstance(self.ratio, list) and self.allocation != "lagrangian" and self.plan is None:
@@ -182,6 +221,11 @@ class Cospadi(Learning):
     layers_per_group: PositiveInt = 1
     """Number of consecutive layers whose matrices of the same name share one dictionary; each layer
     has separate coefficients."""
+
+    @property
+    def group_layers(self) -> int:
+        """Return `layers_per_group`."""
+        return self.layers_per_group
 
     @model_validator(mode="after")
     def _alone_if_refitted(self) -> "Cospadi":
@@ -211,6 +255,11 @@ class Compot(TwoSidedLearning):
     pattern: Pattern = "unstructured"
     """Which atoms an output may use: any, or two of every four consecutive ones (`2:4`)."""
 
+    @property
+    def zero_pattern(self) -> str | None:
+        """Return the pattern."""
+        return None if self.pattern == "unstructured" else self.pattern
+
 
 class Rocket(TwoSidedLearning):
     """ROCKET: the eigenbasis, thresholded once, and the atoms refitted."""
@@ -229,6 +278,11 @@ class Dictionary(TwoSidedLearning):
     """Updates of coefficients and atoms."""
     pattern: Pattern = "unstructured"
     """Which atoms an output may use: any, or two of every four consecutive ones (`2:4`)."""
+
+    @property
+    def zero_pattern(self) -> str | None:
+        """Return the pattern."""
+        return None if self.pattern == "unstructured" else self.pattern
 
 
 class Mixed(DecomposeBase):
@@ -255,6 +309,21 @@ class Mixed(DecomposeBase):
     """Updates of coefficients and atoms of a dictionary."""
     allocation: Literal["lagrangian"] = "lagrangian"
     """The least predicted loss, the only way to choose between component types."""
+
+    @property
+    def component_types(self) -> tuple[str, ...]:
+        """Return the components without ``dense``, which is always allowed."""
+        return tuple(each for each in self.components if each != "dense")
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Return the ratios, ascending."""
+        return _ascending(self.ratio)
+
+    @property
+    def scheme_choices(self) -> tuple[str, ...]:
+        """Return the schemes."""
+        return tuple(self.schemes)
 
     @model_validator(mode="after")
     def _schemes_are_of_use(self) -> "Mixed":

@@ -6,7 +6,7 @@ always fully written out. `Recipe.model_dump()` gives the form that is saved wit
 
 from itertools import pairwise
 from math import lcm
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -222,6 +222,11 @@ class Recipe(Strict):
                     "one; move it to the front"
                 )
         return self
+
+    def stages_of(self, kind: str) -> dict[int, Any]:
+        """Return the options of all stages of a kind, by their index in the recipe."""
+        found = {index: vars(stage).get(kind) for index, stage in enumerate(self.stages)}
+        return {index: options for index, options in found.items() if options is not None}
 
     @property
     def slices(self) -> list[Slice]:

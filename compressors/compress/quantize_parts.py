@@ -1,4 +1,4 @@
-"""The parts of a form as integers: which of them are rounded how, and in which order."""
+"""Quantize the components of one weight so that their sum stays closest to it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,203 +6,185 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers import Scheme
-from lrc.compressors.layers.bits import spread, unpack_bits
-from lrc.compressors.layers.packed import encode_values
-from lrc.compressors.layers.parts import sentinel
-from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.quantization import WHOLE
+from lrc.compressors.compress.group import WeightGroup
+from lrc.compressors.layers import BlockSparse, QuantizationArgs, WeightConfig
+from lrc.compressors.layers.bitmask import scatter_values, unpack_bits
+from lrc.compressors.layers.packing import encode_matrix, encode_values
+from lrc.compressors.planning.tasks import QuantizationTask
 from lrc.compressors.solvers.low_rank_correction import branch
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
 from lrc.compressors.solvers.quantize_blocks import round_groups
 from lrc.compressors.solvers.quantize_factors import round_pair, round_pivot
 from lrc.compressors.solvers.quantize_values import round_sparse, round_values
-from lrc.compressors.solvers.quantize_weight import Rounder, round_weight
+from lrc.compressors.solvers.quantize_weight import round_weight
 from lrc.compressors.solvers.round_to_nearest import rtn
-from lrc.configs.methods import Mixed
-from lrc.configs.quantize import Balance, CorrectionMethod, LowRankCorrection, Quantize
-from lrc.configs.recipe import Recipe
 
-DAMP = 0.01
-"""Of the inputs' moment where a stage does not say: the paper's."""
-NO_INPUT = "saw no calibration token, or zeros only: rounded to the nearest"
+NO_INPUT = "saw no calibration token, or zeros only: rounded to nearest"
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """How a stage finds integers."""
+class QuantizedParts:
+    """Tensors of every component by their names within it."""
 
-    rounder: Rounder
-    gauge: Balance
-    order: bool
-    damp: float
-    branch: CorrectionMethod = "qera"
-    """How the product beside integers is found, where there is one."""
-
-    @classmethod
-    def of(cls, matrix: Matrix, recipe: Recipe) -> "Rounding | None":
-        """Return how a matrix is rounded; None if it is not."""
-        if matrix.rounded is None:
-            return None
-        options = recipe.works[matrix.rounded]
-        if isinstance(options, Quantize):
-            kind = options.low_rank_correction or LowRankCorrection()
-            rounder: Rounder = "rtn" if options.method == "rtn" else "gptq"
-            return cls(rounder, options.balance, options.act_order, options.damp, kind.method)
-        assert isinstance(options, Mixed)
-        return cls(options.quantizer, options.balance, options.act_order, DAMP)
-
-
-@dataclass(frozen=True)
-class Integers:
-    """Tensors of the file, by their names within the module, and what had to be decided."""
-
-    tensors: dict[str, Tensor]
+    tensors: list[dict[str, Tensor]]
     fallback: str | None = None
 
 
-def round_parts(
-    matrix: Matrix,
-    W: Tensor,
-    tensors: dict[str, Tensor],
-    H: Tensor | None,
-    how: Rounding,
-    *,
-    dtype: torch.dtype,
-    seed: int,
-    G: Tensor | None = None,
-) -> Integers:
-    """Make integers of what a form has encoded, so that its product stays closest to a weight.
+def quantize_whole(group: WeightGroup, member: int, config: WeightConfig) -> QuantizedParts:
+    """Quantize a weight that is not decomposed, with a low-rank correction if planned.
+
+    Raises
+    ------
+    ScaleOverflow
+        If scales or correction overflow the dtype of the file.
+    """
+    W, H, dtype = group.weights[member], group.input_moment(member), group.dtype
+    how = _quantizer(group)
+    args, first = config.quantization, config.components[0]
+    assert args is not None
+    if first.type == "block_sparse":
+        kept = round_groups(
+            W, H, first.sizes["groups"], args, dtype=dtype, damp=how.damp, order=how.act_order
+        )
+        encoded = BlockSparse.encode(codes=kept.codes, scale=kept.scale, mask=kept.mask, args=args)
+        return QuantizedParts([encoded], kept.fallback)
+    found = round_weight(
+        W, H, args, rounder=how.quantizer, dtype=dtype, damp=how.damp, order=how.act_order
+    )
+    parts = [encode_matrix("weight", found.codes, found.scale, found.zero, args)]
+    if len(config.components) > 1:
+        assert how.correction is not None
+        metric = torch.eye(W.shape[1], dtype=torch.float64, device=W.device) if H is None else H
+        error, rank = W.double() - found.weight(), config.components[1].sizes["rank"]
+        B, A = branch(error, metric, rank, how.correction)
+        factors = {"a.weight": A.to(dtype), "b.weight": B.to(dtype)}
+        if not all(bool(torch.isfinite(t).all()) for t in factors.values()):
+            raise ScaleOverflow(f"the low-rank correction overflows {dtype}")
+        parts.append(factors)
+    needs_inputs = how.quantizer != "rtn" or len(parts) > 1
+    return QuantizedParts(parts, (NO_INPUT if H is None and needs_inputs else found.fallback))
+
+
+def quantize_parts(
+    group: WeightGroup, member: int, config: WeightConfig, encoded: list[dict[str, Tensor]]
+) -> QuantizedParts:
+    """Quantize encoded components.
 
     Parameters
     ----------
-    matrix : Matrix
-        With form and scheme.
-    W : Tensor, shape [d_out, d_in]
-        What the parts stand for, as it was before it was decomposed.
-    tensors : dict of str to Tensor
-        As `Form.encode` returns them, unrounded; those of ``integers`` are none.
-    H : Tensor, shape [d_in, d_in], optional
-        Second moment of the inputs.
-    dtype : torch.dtype
-        Of the scales.
-    G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients, if the parts were found under it. It says how errors
-        of several rows add up, which matters where rows share a factor.
+    member : int
+        Index of the weight in the group.
+    config : WeightConfig
+        Of that weight, with quantization parameters.
+    encoded : list of dict
+        The tensors of every component, unquantized.
+
+    Raises
+    ------
+    ScaleOverflow
+        If a scale overflows the dtype of the file.
     """
-    assert matrix.scheme is not None
-    scheme = Scheme.read(matrix.scheme)
-    if matrix.form == "group_sparse":
-        assert matrix.sizes is not None
-        groups = matrix.sizes["groups"]
-        kept = round_groups(W, H, groups, scheme, dtype=dtype, damp=how.damp, order=how.order)
-        return Integers(kept.encode(), kept.fallback)
-    if matrix.form in WHOLE:
-        return _whole(matrix, W, H, scheme, how, dtype)
-    known = _KNOWN.get(matrix.form)
-    if H is None or known is None:
-        nearest = _nearest(tensors, scheme, dtype)
-        return Integers(nearest, NO_INPUT if H is None and how.rounder != "rtn" else None)
-    return known(_Weight(W, H, G, scheme, how, dtype, seed), tensors)
+    args = config.quantization
+    assert args is not None
+    H, how = group.input_moment(member), _quantizer(group)
+    joint = JOINT_QUANTIZERS.get(config.types)
+    if H is None or joint is None or config.shares is not None or len(group.weights) > 1:
+        nearest = [_nearest(part, args, group.dtype) for part in encoded]
+        return QuantizedParts(nearest, NO_INPUT if H is None and how.quantizer != "rtn" else None)
+    target = _Target(group, member, H, args, how)
+    return QuantizedParts([joint(target, dict(encoded[0]))])
+
+
+def _quantizer(group: WeightGroup) -> QuantizationTask:
+    assert group.task.quantize is not None
+    return group.task.quantize
 
 
 @dataclass(frozen=True)
-class _Weight:
-    """A weight whose parts are rounded one after the other, and how."""
+class _Target:
+    """The weight that quantized components approximate, and how."""
 
-    W: Tensor
-    """[d_out, d_in]"""
+    group: WeightGroup
+    member: int
     H: Tensor
-    """[d_in, d_in]"""
-    G: Tensor | None
-    """[d_out, d_out]"""
-    scheme: Scheme
-    how: Rounding
-    dtype: torch.dtype
-    seed: int
+    """Second moment of the inputs [d_in, d_in]."""
+    args: QuantizationArgs
+    how: QuantizationTask
+
+    @property
+    def W(self) -> Tensor:
+        return self.group.weights[self.member]
+
+    @property
+    def G(self) -> Tensor | None:
+        """Moment of the gradients, which says how errors of rows with a common factor add up."""
+        return self.group.gradient_moment(self.member)
 
 
-def _whole(
-    matrix: Matrix,
-    W: Tensor,
-    H: Tensor | None,
-    scheme: Scheme,
-    how: Rounding,
-    dtype: torch.dtype,
-) -> Integers:
-    """Round a whole weight, and find the product that mends most of it, if one is planned."""
-    found = round_weight(
-        W, H, scheme, rounder=how.rounder, dtype=dtype, damp=how.damp, order=how.order
-    )
-    tensors = {"weight": sentinel(W), **found.encode("weight")}
-    if matrix.sizes:
-        metric = torch.eye(W.shape[1], dtype=torch.float64, device=W.device) if H is None else H
-        L, R = branch(W.double() - found.weight(), metric, matrix.sizes["rank"], how.branch)
-        tensors |= {"a.weight": R.to(dtype), "b.weight": L.to(dtype)}
-        if not all(
-            bool(torch.isfinite(t).all()) for t in (tensors["a.weight"], tensors["b.weight"])
-        ):
-            raise ScaleOverflow(f"the product beside the integers overflows {dtype}")
-    note = NO_INPUT if H is None and (how.rounder != "rtn" or matrix.sizes) else None
-    return Integers(tensors, note or found.fallback)
-
-
-def _pair(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
-    B, A = tensors.pop("b.weight"), tensors.pop("a.weight")
+def _low_rank(of: _Target, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = round_pair(
         of.W,
-        B,
-        A,
+        tensors["b.weight"],
+        tensors["a.weight"],
         of.H,
-        of.scheme,
-        rounder=of.how.rounder,
-        gauge=of.how.gauge,
-        dtype=of.dtype,
-        seed=of.seed,
+        of.args,
+        rounder=of.how.quantizer,
+        gauge=of.how.balance,
+        dtype=of.group.dtype,
+        seed=of.group.seed,
         G=of.G,
     )
-    return Integers({**found.a.encode("a.weight"), **found.b.encode("b.weight"), **tensors})
+    return {**found.a.encode("a.weight"), **found.b.encode("b.weight")}
 
 
-def _pivot(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
-    R, order = tensors.pop("a.weight"), tensors["order"].long()
-    C = tensors.pop("c.weight", R.new_zeros(0, len(R)))  # none where every row is a pivot
-    how = of.how
+def _pivoted(of: _Target, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    R, order = tensors["a.weight"], tensors["order"]
+    C = tensors.get("c.weight", R.new_zeros(0, len(R)))  # absent if every row is a pivot row
     found = round_pivot(
-        of.W, R, C, order, of.H, of.scheme, rounder=how.rounder, dtype=of.dtype, G=of.G
+        of.W,
+        R,
+        C,
+        order.long(),
+        of.H,
+        of.args,
+        rounder=of.how.quantizer,
+        dtype=of.group.dtype,
+        G=of.G,
     )
     coefficients = {} if found.c is None else found.c.encode("c.weight")
-    return Integers({**found.a.encode("a.weight"), **coefficients, **tensors})
+    return {**found.a.encode("a.weight"), **coefficients, "order": order}
 
 
-def _entries(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
-    values, packed = tensors.pop("values"), tensors["mask"]
-    d_in = of.W.shape[1]
-    if of.how.rounder == "rtn":
-        codes, scale = round_values(values, of.scheme, dtype=of.dtype)
+def _sparse(of: _Target, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    values, packed, d_in = tensors["values"], tensors["mask"], of.W.shape[1]
+    if of.how.quantizer == "rtn":
+        codes, scale = round_values(values, of.args, dtype=of.group.dtype)
     else:
-        W_hat, mask = spread(values, packed, d_in), unpack_bits(packed, d_in)
-        codes, scale = round_sparse(of.W, W_hat, mask, of.H, of.scheme, dtype=of.dtype)
-    return Integers({**encode_values("values", codes, scale, of.scheme), **tensors})
+        W_hat, mask = scatter_values(values, packed, d_in), unpack_bits(packed, d_in)
+        codes, scale = round_sparse(of.W, W_hat, mask, of.H, of.args, dtype=of.group.dtype)
+    return {**encode_values("values", codes, scale, of.args), "mask": packed}
 
 
-_KNOWN: dict[str, Callable[[_Weight, dict[str, Tensor]], Integers]] = {
-    "low_rank": _pair,
-    "pivoted_low_rank": _pivot,
-    "sparse": _entries,
+JOINT_QUANTIZERS: dict[str, Callable[[_Target, dict[str, Tensor]], dict[str, Tensor]]] = {
+    "low_rank": _low_rank,
+    "pivoted_low_rank": _pivoted,
+    "sparse": _sparse,
 }
-"""Forms whose parts are rounded one after the other; of others each part alone."""
+"""Components whose tensors are quantized one after the other, each correcting the previous ones;
+those of other types are rounded to nearest separately."""
 
 
-def _nearest(tensors: dict[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Round every matrix and all values to the nearest, each alone."""
-    rounded: dict[str, Tensor] = {}
+def _nearest(
+    tensors: dict[str, Tensor], args: QuantizationArgs, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Round every matrix and all values to nearest."""
+    quantized: dict[str, Tensor] = {}
     for leaf, tensor in tensors.items():
         if leaf.endswith(".weight"):
-            rounded |= rtn(tensor, scheme, dtype=dtype).encode(leaf)
+            quantized |= rtn(tensor, args, dtype=dtype).encode(leaf)
         elif leaf == "values":
-            codes, scale = round_values(tensor.flatten(), scheme, dtype=dtype)
-            rounded |= encode_values(leaf, codes, scale, scheme)
+            codes, scale = round_values(tensor.flatten(), args, dtype=dtype)
+            quantized |= encode_values(leaf, codes, scale, args)
         else:
-            rounded[leaf] = tensor
-    return rounded
+            quantized[leaf] = tensor
+    return quantized

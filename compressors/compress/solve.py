@@ -1,196 +1,155 @@
-"""One unit of a plan: weights and what calibration knows in, records and stored tensors out."""
+"""Compress one group of weights: solve, encode the components, cast or quantize them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.compress.finalize import Done, Ending, joined, product
-from lrc.compressors.compress.quantize_parts import Rounding
+from lrc.compressors.compress.group import CompressedGroup, WeightGroup, joined, left_dense
+from lrc.compressors.compress.quantize_parts import QuantizedParts, quantize_parts, quantize_whole
 from lrc.compressors.io.memory import to_host
-from lrc.compressors.layers import FORMS, RankForm
-from lrc.compressors.methods.base import CodedMethod
+from lrc.compressors.layers import COMPONENTS, WeightConfig
+from lrc.compressors.methods.base import FixedSizeMethod
+from lrc.compressors.methods.group_statistics import combined, has_zero_statistics, missing_reason
 from lrc.compressors.methods.table import METHODS, LowRankMethod
-from lrc.compressors.planning.plan import Matrix
-from lrc.compressors.planning.quantization import WHOLE
-from lrc.compressors.planning.rate_distortion import (
-    arguments,
-    seen_nothing,
-    summed_inputs,
-    together,
-    unknown,
-)
-from lrc.compressors.planning.weight_groups import Unit
-from lrc.compressors.solvers.moments import Statistics
+from lrc.compressors.planning.sizes import SizeSteps
+from lrc.compressors.planning.tasks import LayerResult, LayerTask
+from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
 from lrc.compressors.solvers.shared_factors import shared_spectrum, split, split_codes
 from lrc.compressors.solvers.spectrum import Factors, Spectrum
-from lrc.configs.decompose import DecomposeBase
-from lrc.configs.quantize import Quantize
+from lrc.configs.errors import ModelError
+
+WHOLE_TYPES = ("dense", "block_sparse")
+"""First component of weights that are quantized without decomposition."""
+Encoded = list[list[dict[str, Tensor]]]
+"""For every member, the tensors of every component."""
 
 
-def factor(
-    unit: Unit,
-    options: DecomposeBase | Quantize,
-    weights: Sequence[Tensor],
-    known: Sequence[Statistics],
-    *,
-    dtype: torch.dtype,
-    bias: Tensor | None = None,
-    rounding: Rounding | None = None,
-    seed: int = 0,
-) -> Done:
-    """Factor the weights of a unit at its planned sizes, and round to what the file holds.
-
-    Parameters
-    ----------
-    unit : Unit
-        With a rank.
-    options : DecomposeBase
-        Of its stage.
-    weights : sequence of Tensor, each of shape [d_out, d_in]
-        One a member.
-    known : sequence of Statistics
-        One a member, on the device of the weights.
-    dtype : torch.dtype
-        Of the model.
-    bias : Tensor, shape [d_out], optional
-        That of the dense layer, for a method that changes it.
-    rounding : Rounding, optional
-        How integers are found, of a unit with a scheme.
-    seed : int
-        Of the random choices of a method that makes any.
+def compress_group(group: WeightGroup) -> CompressedGroup:
+    """Compress the weights of a task as its configuration says.
 
     Returns
     -------
-    Done
-        Dense, with the reason as `fallback`, where the factors cannot be had or stored; as
-        integers, where it has a scheme.
+    CompressedGroup
+        With dense weights and the reason as `fallback` where the components cannot be computed or
+        stored; these weights are quantized if the task is.
     """
-    weighed = "gradients" in METHODS[options.method].for_form(unit.first.form).needs
-    gradient_damp = getattr(options, "gradient_damp", 0.0) if weighed else None
-    end = Ending(weights, known, dtype, rounding, seed, gradient_damp)
-    if unit.first.form in WHOLE:
-        return end.integers(unit)
-    done = _solved(unit, options, end, bias)
-    if unit.first.scheme is None or done.unit.sizes is not None:
-        return done
-    scheme, stage = unit.first.scheme, unit.first.rounded
-    assert stage is not None
-    notes = [each.fallback for each in done.unit.members]
-    whole = Unit(tuple(each.integers(scheme, stage) for each in unit.members))
-    return end.integers(whole, fallback=joined(*dict.fromkeys(notes)))
+    task = group.task
+    if task.config.components[0].type in WHOLE_TYPES:
+        return _quantized_weights(group, task.config)
+    found = _decomposed(group)
+    args = task.config.quantization
+    if found.result.config.compressed or args is None:
+        return found
+    config = SizeSteps(task, "dense", args).config(1)
+    return _quantized_weights(group, replace(config, bias=False), found.result.fallback)
 
 
-def _solved(
-    unit: Unit, options: DecomposeBase | Quantize, end: Ending, bias: Tensor | None
-) -> Done:
-    """Find the planned form of a unit; dense where that cannot be had."""
-    assert isinstance(options, DecomposeBase)
-    weights, known, dtype = end.weights, end.known, end.dtype
-    note = unknown(known, options)
-    if note is not None:
-        return Done(unit.dense(fallback=note), {})
-    method = METHODS[options.method].for_form(unit.first.form)
-    if isinstance(method, CodedMethod):
-        own = arguments(options, method, end.seed)
-        return _coded(unit, own, method, end)
-    curve = _curve(options, weights, known)
-    unit, factors, encoded = _encoded(unit, curve, options)
-    if unit.sizes is None:
-        return Done(unit, {})
-    try:
-        unit, tensors = end.store(unit, encoded)
-    except ScaleOverflow as error:
-        return Done(unit.dense(fallback=str(error)), {})
-    if curve.mean is not None:
-        tensors |= _bias(unit.first, weights[0], tensors, curve.mean, bias, dtype)
-    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-        return Done(unit.dense(fallback=f"factors overflow {dtype}; stays dense"), {})
-    tensors = {name: to_host(t) for name, t in tensors.items()}
-    tail, n_tokens = curve.tail_energy(factors.rank), known[0].n_tokens
-    counts = n_tokens > 0 and not seen_nothing(known)  # else the energies are no losses
-    nats = METHODS[options.method].nats_per_token(tail, n_tokens) if counts else None
-    return Done(unit.at(factors.rank, loss=factors.loss, predicted_nats=nats), tensors)
-
-
-def _coded(
-    unit: Unit,
-    own: Mapping[str, Any],
-    method: CodedMethod,
-    end: Ending,
-) -> Done:
-    """Solve a unit at its sizes, for a method that gives no spectrum."""
-    assert unit.sizes is not None
-    weights, known, dtype = end.weights, end.known, end.dtype
-    n_tokens = known[0].n_tokens
-    found = method.solve(torch.cat([*weights]), together(known), unit.sizes, **own)
-    several = len(unit.members) > 1
-    each = split_codes(found.parts, len(unit.members)) if several else [found.parts]
-    encoded = [FORMS[m.form].encode(**p) for m, p in zip(unit.members, each, strict=True)]
-    try:
-        unit, tensors = end.store(unit, encoded)
-    except ScaleOverflow as error:
-        return Done(unit.dense(fallback=str(error)), {})
-    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-        return Done(unit.dense(fallback=f"values overflow {dtype}; stays dense"), {})
-    counts = n_tokens > 0 and not seen_nothing(known)
-    nats = method.nats_per_token(found.energy, n_tokens) if counts else None
-    fallback = joined(found.fallback, unit.first.fallback)
-    assert unit.sizes is not None
-    done = unit.at(unit.sizes, loss=found.loss, predicted_nats=nats, fallback=fallback)
-    return Done(done, {name: to_host(t) for name, t in tensors.items()})
-
-
-def refitted(matrix: Matrix, V: Tensor, dtype: torch.dtype, note: str | None = None) -> Done:
-    """Store the refitted weight of a matrix that stays dense; `note` becomes its fallback."""
+def refit_dense(
+    task: LayerTask, V: Tensor, dtype: torch.dtype, fallback: str | None
+) -> CompressedGroup:
+    """Store the refit weight `V` [d_out, d_in] of a task that stays dense."""
+    config = WeightConfig(task.shape)
     rounded = to_host(V.to(dtype))
     if not bool(torch.isfinite(rounded).all()):
-        note = joined(note, f"the refitted weight overflows {dtype}; stays as it was")
-        return Done(Unit((replace(matrix, fallback=note),)), {})
-    record = replace(matrix, refit=True, fallback=note)
-    return Done(Unit((record,)), {f"{matrix.name}.weight": rounded})
+        reason = joined(fallback, f"the refit weight overflows {dtype}; kept as in the source")
+        return CompressedGroup(task, LayerResult(config, fallback=reason))
+    result = LayerResult(config, refit=True, fallback=fallback)
+    return CompressedGroup(task, result, {f"{task.name}.weight": rounded})
 
 
-def _curve(
-    options: DecomposeBase, weights: Sequence[Tensor], known: Sequence[Statistics]
-) -> Spectrum:
-    method = METHODS[options.method].for_form("low_rank")
-    assert isinstance(method, LowRankMethod)
-    if len(weights) > 1:
-        return shared_spectrum(weights, summed_inputs(known), **arguments(options, method))
-    return method.solve(weights[0], known[0], **arguments(options, method))
+def _decomposed(group: WeightGroup) -> CompressedGroup:
+    """Compute the planned components; dense where that fails."""
+    task = group.task
+    method = METHODS[task.method]
+    reason = missing_reason(group.statistics, method.statistics)
+    if reason is not None:
+        return left_dense(task, reason)
+    part = method.parts[task.config.types]
+    if isinstance(part, FixedSizeMethod):
+        return _fixed_size(group, part)
+    assert isinstance(part, LowRankMethod)
+    return _low_rank(group, part)
+
+
+def _fixed_size(group: WeightGroup, method: FixedSizeMethod) -> CompressedGroup:
+    """Solve at the planned sizes."""
+    task, config = group.task, group.task.config
+    found = method.solve(
+        torch.cat([*group.weights]),
+        combined(group.statistics),
+        config.sizes,
+        **method.select(task.options),
+    )
+    parts: list[tuple[Mapping[str, Tensor], ...]] = [found.parts]
+    if len(task.weights) > 1:
+        parts = [(each,) for each in split_codes(found.parts[0], len(task.weights))]
+    encoded: Encoded = [
+        [COMPONENTS[c.type].encode(**p) for c, p in zip(config.components, member, strict=True)]
+        for member in parts
+    ]
+    n_tokens = group.statistics[0].n_tokens
+    counts = n_tokens > 0 and not has_zero_statistics(group.statistics)
+    nats = method.predicted_increase(found.squared_error, n_tokens) if counts else None
+    return _stored(group, config, encoded, found.loss, nats, found.fallback)
+
+
+def _low_rank(group: WeightGroup, method: LowRankMethod) -> CompressedGroup:
+    """Truncate the spectrum at the planned rank."""
+    options = method.select(group.task.options)
+    if len(group.weights) > 1:
+        inputs = combined(group.statistics).inputs
+        assert inputs is not None
+        curve = shared_spectrum(group.weights, inputs, **options)
+    else:
+        curve = method.solve(group.weights[0], group.statistics[0], **options)
+    config, factors, encoded, note = _encoded(group.task, curve)
+    if config is None:
+        return left_dense(group.task, note)
+    tail, n_tokens = curve.tail_energy(factors.rank), group.statistics[0].n_tokens
+    counts = n_tokens > 0 and not has_zero_statistics(group.statistics)
+    nats = method.predicted_increase(tail, n_tokens) if counts else None
+    return _stored(group, config, encoded, factors.loss, nats, note, curve.mean)
 
 
 def _encoded(
-    unit: Unit, curve: Spectrum, options: DecomposeBase
-) -> tuple[Unit, Factors, list[dict[str, Tensor]]]:
-    """Cut at the planned rank and write the cut in the planned form; or in two plain factors.
+    task: LayerTask, curve: Spectrum
+) -> tuple[WeightConfig | None, Factors, Encoded, str | None]:
+    """Truncate at the planned rank and encode; as two plain factors if that is not possible.
 
-    Plain factors of the same rank are larger: the rank is lowered to what the plan has bits for.
+    Plain factors of the same rank are larger: the rank is lowered to the planned size.
     """
-    assert unit.first.rank is not None
-    factors = _whole_groups(curve.truncate(unit.first.rank), unit.group)
+    component = task.config.components[0]
+    args = component.quantization
+    group_size = 1 if args is None else args.group_size or 1
+    rank = component.sizes["rank"]
+    factors = _padded(curve.truncate(rank), group_size)
+
+    def encode(kind: str) -> Encoded:
+        parts = split(factors.B, len(task.weights))
+        return [[COMPONENTS[kind].encode(B=B, A=factors.A)] for B in parts]
+
     try:
-        tensors = _encode(unit, factors)
-        return unit.at(factors.rank, fallback=factors.fallback), factors, tensors
+        encoded = encode(component.type)
+        sizes = {"rank": factors.rank}
+        config = replace(task.config, components=(replace(component, sizes=sizes),))
+        return config, factors, encoded, factors.fallback
     except ValueError as error:
-        reason, share = str(error), unit.bits({"rank": unit.first.rank}) / unit.source_bits
-    plain = Unit(tuple(replace(m, form="low_rank") for m in unit.members))
-    rank = plain.step_within(share, "bits", multiple=unit.rank_multiple(options))
+        reason, fraction = str(error), task.bits_of(task.config) / task.source_bits
+    plain = SizeSteps(task, "low_rank", args)
+    rank = plain.within(fraction, "bits", multiple=group_size)
     if rank == 0:
-        note = joined(factors.fallback, f"{reason}; stays dense")
-        return unit.dense(fallback=note), factors, []
-    factors = _whole_groups(curve.truncate(rank), unit.group)
+        return None, factors, [], joined(factors.fallback, f"{reason}; stays dense")
+    factors = _padded(curve.truncate(rank), group_size)
     note = joined(factors.fallback, f"stored as low_rank of rank {factors.rank}: {reason}")
-    return plain.at(factors.rank, fallback=note), factors, _encode(plain, factors)
+    return plain.config(factors.rank), factors, encode("low_rank"), note
 
 
-def _whole_groups(factors: Factors, group: int) -> Factors:
-    """Fill a rank that had to be lowered up to a multiple of a group, with zeros."""
-    missing = -factors.rank % group
+def _padded(factors: Factors, multiple: int) -> Factors:
+    """Pad a rank that was lowered to a multiple of the group size, with zeros."""
+    missing = -factors.rank % multiple
     if not missing:
         return factors
     pad = torch.nn.functional.pad
@@ -198,28 +157,94 @@ def _whole_groups(factors: Factors, group: int) -> Factors:
     return replace(factors, B=B, A=A)
 
 
-def _encode(unit: Unit, factors: Factors) -> list[dict[str, Tensor]]:
-    parts = split(factors.B, len(unit.members))
-    members = zip(unit.members, parts, strict=True)
-    return [_rank_form(m.form).encode(B, factors.A) for m, B in members]
+def _stored(
+    group: WeightGroup,
+    config: WeightConfig,
+    encoded: Encoded,
+    loss: float,
+    nats: float | None,
+    fallback: str | None,
+    mean: Tensor | None = None,
+) -> CompressedGroup:
+    """Cast or quantize the components of every member; dense where a number overflows."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        for member, weight in enumerate(group.task.weights):
+            own = group.task.config_of(weight, config)
+            found = (
+                QuantizedParts(_cast(encoded[member], group.dtype))
+                if config.quantization is None
+                else quantize_parts(group, member, own, encoded[member])
+            )
+            fallback = joined(fallback, found.fallback)
+            names = own.tensors()
+            for component, leaves in zip(own.components, found.tensors, strict=True):
+                for leaf, tensor in leaves.items():
+                    name = f"{component.type}.{leaf}"
+                    if name in names:  # only the first member stores a shared factor
+                        tensors[f"{weight.name}.{name}"] = tensor
+    except ScaleOverflow as error:
+        return left_dense(group.task, str(error))
+    result = LayerResult(config, loss, nats, fallback=fallback)
+    compressed = CompressedGroup(group.task, result, tensors)
+    if mean is not None:
+        tensors[f"{group.task.name}.bias"] = _bias(group, compressed, mean)
+    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+        return left_dense(group.task, f"components overflow {group.dtype}; stays dense")
+    return replace(compressed, tensors={name: to_host(t) for name, t in tensors.items()})
 
 
-def _rank_form(name: str) -> type[RankForm]:
-    form = FORMS[name]
-    assert issubclass(form, RankForm)
-    return form
+def _cast(parts: list[dict[str, Tensor]], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    return [
+        {name: t.to(dtype) if t.is_floating_point() else t for name, t in part.items()}
+        for part in parts
+    ]
 
 
-def _bias(
-    matrix: Matrix,
-    W: Tensor,
-    tensors: dict[str, Tensor],
-    mean: Tensor,
-    dense: Tensor | None,
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """Return the bias that gives the mean input its dense output, behind the rounded factors."""
-    W_hat = product(matrix, tensors.__getitem__).double()
-    delta = (W.double() - W_hat) @ mean.double()  # [d_out]
-    whole = delta if dense is None else dense.double() + delta
-    return {f"{matrix.name}.{FORMS[matrix.form].BIAS}": whole.to(dtype)}
+def _bias(group: WeightGroup, compressed: CompressedGroup, mean: Tensor) -> Tensor:
+    """Return the bias that gives the mean input its dense output, for the stored factors."""
+    W_hat = compressed.weight(group.task.name).double()
+    delta = (group.weights[0].double() - W_hat) @ mean.double()  # [d_out]
+    whole = delta if group.bias is None else group.bias.double() + delta
+    return whole.to(group.dtype)
+
+
+def _quantized_weights(
+    group: WeightGroup, config: WeightConfig, fallback: str | None = None
+) -> CompressedGroup:
+    """Quantize whole weights, as planned or because their components cannot be stored.
+
+    Raises
+    ------
+    ModelError
+        If the scales of a weight overflow the dtype of the file.
+    """
+    task = replace(group.task, config=config)
+    tensors: dict[str, Tensor] = {}
+    error = total = 0.0
+    for member, (weight, W) in enumerate(zip(task.weights, group.weights, strict=True)):
+        try:
+            found = quantize_whole(group, member, config)
+        except ScaleOverflow as overflow:
+            raise ModelError(
+                f"{weight.name} {list(task.shape)}: cannot be quantized to {config.quantization}: "
+                f"{overflow}; use model.dtype: bfloat16, or list the layer under 'ignore'",
+                code="scale-overflow",
+            ) from overflow
+        fallback = joined(fallback, found.fallback)
+        own = {
+            f"{weight.name}.{component.type}.{leaf}": tensor
+            for component, leaves in zip(config.components, found.tensors, strict=True)
+            for leaf, tensor in leaves.items()
+        }
+        H = group.input_moment(member)
+        W_hat = CompressedGroup(
+            replace(task, weights=(weight,)), LayerResult(config), own
+        ).weight(weight.name)
+        error += weighted_error(W, W_hat, H)
+        total += weighted_error(W, 0 * W, H)
+        tensors |= {name: to_host(t) for name, t in own.items()}
+    result = LayerResult(config, min(error / (total or 1.0), 1.0), fallback=fallback)
+    return CompressedGroup(group.task, result, tensors)
+
+

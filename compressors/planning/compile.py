@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.plan import Allocation, ModelInfo, Plan, SliceRecord
 from lrc.compressors.planning.problems import Problems
-from lrc.compressors.planning.required_statistics import with_statistics
+from lrc.compressors.planning.required_statistics import solver_statistics, with_statistics
 from lrc.compressors.planning.size_budget import WholeModel
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.configs.recipe import Recipe
@@ -29,6 +29,8 @@ class Draft:
     tasks: dict[str, LayerTask] = field(default_factory=dict)
     """By the name of each weight."""
     embeddings: list[LayerTask] = field(default_factory=list)
+    embedding_keys: dict[str, int] = field(default_factory=dict)
+    """``embeddings`` or ``lm_head`` -> index of the stage that requests it."""
     allocations: list[Allocation] = field(default_factory=list)
     slices: list[SliceRecord] = field(default_factory=list)
     sliced: list[Any] = field(default_factory=list)
@@ -38,8 +40,16 @@ class Draft:
     warnings: list[str] = field(default_factory=list)
     group_multiple: int = 1
     """Ranks must be multiples of it so that later stages can quantize them in groups."""
-    decomposes: str | None = None
-    """The remedy if nothing becomes smaller, once a stage decomposes."""
+    compensates: bool = False
+    """Whether a stage compensates errors."""
+    quantizes_linears: bool = False
+    """Whether a later stage quantizes linear layers."""
+    sized: bool = False
+    """Whether a stage has a budget in bytes, which embeddings may suffice to meet."""
+    remedy: str | None = None
+    """What helps if nothing becomes smaller, once a stage decomposes."""
+    executed_slices: bool = False
+    """Whether the slicing stages have been carried out; `architecture` is what they left."""
 
     @property
     def number_bits(self) -> int:
@@ -53,10 +63,13 @@ class Draft:
 
 
 class StageCompiler(Protocol):
-    """What compilation needs of a kind of stage."""
+    """What compilation needs of a kind of stage; `stages` are options by index in the recipe."""
+
+    def announce(self, draft: Draft, stages: Mapping[int, Any]) -> None:
+        """Record what earlier stages must know, before any stage is compiled."""
 
     def compile(self, draft: Draft, stages: Mapping[int, Any]) -> None:
-        """Add the stages of this kind, options by index in the recipe, to the draft."""
+        """Add the stages of this kind to the draft."""
 
 
 @dataclass(frozen=True)
@@ -96,21 +109,24 @@ def compile_plan(
     """
     calibration = recipe.calibration
     draft = Draft(source, architecture, recipe.seed, calibration.samples * calibration.length)
-    draft.slices = slices or []
+    if slices is not None:
+        draft.slices, draft.executed_slices = slices, True
+    requested = {kind: recipe.stages_of(kind) for kind in kinds}
     for kind, compiler in kinds.items():
-        stages = recipe.stages_of(kind)
-        if stages and not (kind == "slice" and slices is not None):
-            compiler.compile(draft, stages)
+        if requested[kind]:
+            compiler.announce(draft, requested[kind])
+    for kind, compiler in kinds.items():
+        if requested[kind]:
+            compiler.compile(draft, requested[kind])
     tasks = {id(task): task for task in draft.tasks.values()}.values()
     first = {linear.name: n for n, linear in enumerate(draft.architecture.linears)}
     ordered = [with_statistics(t) for t in sorted(tasks, key=lambda t: first[t.name])]
-    smaller = any(task.compressed for task in ordered) or draft.embeddings
-    if draft.decomposes is not None and not draft.problems and not smaller:
+    smaller = any(task.compressed for task in ordered) or (draft.embeddings and draft.sized)
+    if draft.remedy is not None and not draft.problems and not smaller:
         draft.problems.add(
             "nothing-smaller",
             "stages",
-            "every targeted weight stays dense, so nothing would become smaller; "
-            f"{draft.decomposes}",
+            f"every targeted weight stays dense, so nothing would become smaller; {draft.remedy}",
         )
     draft.problems.raise_if_any()
     whole = draft.whole
@@ -137,22 +153,10 @@ def compile_plan(
 
 def _few_tokens(tasks: list[LayerTask], tokens: int) -> list[str]:
     """Return a warning for every input width with few calibration tokens."""
-    widths = [task.shape[1] for task in tasks if task.statistics for _ in task.weights]
+    widths = [task.shape[1] for task in tasks if solver_statistics(task) for _ in task.weights]
     narrow = Counter(width for width in widths if tokens < 4 * width)
     return [
         f"calibration: {tokens} tokens are few for {count} weights of input width {width}; "
         f"{4 * width} or more are advised"
         for width, count in sorted(narrow.items())
     ]
-
-
-def claim(draft: Draft, task: LayerTask) -> None:
-    """Add a task to the draft, replacing an earlier version of it."""
-    for weight in task.weights:
-        draft.tasks[weight.name] = task
-
-
-def replace_tasks(draft: Draft, tasks: list[LayerTask]) -> None:
-    """Replace tasks of the draft by changed versions."""
-    for task in tasks:
-        claim(draft, replace(task))

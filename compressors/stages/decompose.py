@@ -1,0 +1,219 @@
+"""The stage ``decompose``: replace weights by sums of components."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from lrc.compressors.layers import QuantizationArgs, WeightConfig
+from lrc.compressors.methods.base import LOW_RANK_TYPES
+from lrc.compressors.methods.table import METHODS
+from lrc.compressors.models.architecture import Linear
+from lrc.compressors.planning.compile import Draft
+from lrc.compressors.planning.embedding_tasks import check_user_plan
+from lrc.compressors.planning.targets import layer_groups, match_targets
+from lrc.compressors.planning.tasks import Compensation, LayerTask, QuantizationTask, Weight
+from lrc.compressors.planning.user_plan import apply_user_plan, check_names, read_user_plan
+from lrc.compressors.stages.budgets import DecomposeTargets, spend_budget
+from lrc.compressors.stages.embeddings import add_embeddings
+from lrc.configs.decompose import Compensate, DecomposeBase
+from lrc.configs.methods import Mixed
+
+
+class DecomposeStage:
+    """Compilation of ``decompose`` stages."""
+
+    def announce(self, draft: Draft, stages: Mapping[int, DecomposeBase]) -> None:
+        """Add embeddings; note budgets in bytes and error compensation."""
+        for index, options in stages.items():
+            draft.sized |= options.size is not None
+            draft.compensates |= options.compensate is not None
+            if isinstance(options, Mixed):
+                add_embeddings(
+                    draft,
+                    index,
+                    "decompose",
+                    embeddings=options.embeddings,
+                    lm_head=options.lm_head,
+                )
+
+    def compile(self, draft: Draft, stages: Mapping[int, DecomposeBase]) -> None:
+        """Add the tasks of every stage, with their configurations or pending allocations.
+
+        All targets are found first: a user plan may list weights of several stages.
+        """
+        found = [
+            _find_targets(draft, index, options, alone=len(stages) == 1)
+            for index, options in stages.items()
+        ]
+        for each in found:
+            _check_options(draft, each)
+            decided = _from_user_plan(draft, each) if each.options.plan else spend_budget(draft, each)
+            for task in decided:
+                for weight in task.weights:
+                    draft.tasks[weight.name] = task
+            draft.remedy = draft.remedy or _remedy(each.options)
+            _warn(draft, each)
+
+
+def compensation(options: Compensate | None) -> Compensation | None:
+    """Return the options of error compensation as tasks store them."""
+    return None if options is None else Compensation(**options.model_dump())
+
+
+def _find_targets(
+    draft: Draft, index: int, options: DecomposeBase, *, alone: bool
+) -> DecomposeTargets:
+    """Return the tasks of a stage, dense so far; a weight belongs to the first stage it is in."""
+    where, problems = f"stages[{index}].decompose", draft.problems
+    matched = match_targets(
+        options.targets,
+        options.ignore,
+        draft.architecture.linears,
+        where,
+        problems,
+        {f"overrides[{i}].match": o.match for i, o in enumerate(options.overrides)},
+    )
+    linears = []
+    for linear in matched:
+        if linear.name in draft.tasks:
+            problems.add(
+                "already-targeted",
+                f"{where}.targets",
+                f"{linear.name} is already compressed by stages[{draft.tasks[linear.name].stage}]; "
+                "list it under one of the two 'ignore'",
+            )
+        else:
+            linears.append(linear)
+    overrides = {
+        linear.name: number
+        for linear in linears
+        for number, override in reversed(list(enumerate(options.overrides)))
+        if fnmatchcase(linear.name, override.match)  # the first match is stored last
+    }
+    layers, size = draft.architecture.layer_names, options.group_layers
+    if size > len(layers):
+        problems.add(
+            "out-of-range",
+            f"{where}.layers_per_group",
+            f"must be at most {len(layers)}, the number of layers, got {size}; lower it",
+        )
+        size = 1
+    groups = layer_groups(linears, size, layers, overrides, where, problems)
+    tasks = [_task(draft, index, options, group) for group in groups]
+    for task in tasks:
+        for weight in task.weights:
+            draft.tasks[weight.name] = task
+    return DecomposeTargets(index, where, options, tasks, overrides, alone)
+
+
+def _task(draft: Draft, index: int, options: DecomposeBase, group: list[Linear]) -> LayerTask:
+    method = METHODS[options.method]
+    quantize = None
+    if isinstance(options, Mixed) and options.schemes:
+        quantize = QuantizationTask(
+            index, options.quantizer, act_order=options.act_order, balance=options.balance
+        )
+    low_rank = next((t for t in options.component_types if t in LOW_RANK_TYPES), None)
+    return LayerTask(
+        weights=tuple(Weight(linear.name, linear.layer) for linear in group),
+        config=WeightConfig((group[0].d_out, group[0].d_in), bias=method.has_bias),
+        number_bits=draft.number_bits,
+        stage=index,
+        method=options.method,
+        types=low_rank or next(iter(options.component_types), "dense"),
+        options=method.select({**options.solver_options, "seed": draft.seed}),
+        pattern=options.zero_pattern,
+        ratio=options.ratios[0],
+        source_bias=group[0].bias,
+        quantize=quantize,
+        compensate=compensation(options.compensate),
+    )
+
+
+def _check_options(draft: Draft, found: DecomposeTargets) -> None:
+    """Report options that contradict each other or those of other stages."""
+    options, where, problems = found.options, found.where, draft.problems
+    if options.max_loss < 1 and options.allocation != "lagrangian" and options.plan is None:
+        problems.add(
+            "contradiction",
+            f"{where}.max_loss",
+            "needs allocation: lagrangian, which predicts losses, got "
+            f"{options.allocation}; change allocation or leave max_loss out",
+        )
+    if draft.group_multiple > 1 and any("+" in types for types in options.component_types):
+        problems.add(
+            "contradiction",
+            f"{where}.components",
+            "a sum of low_rank and sparse has ranks that are not multiples of a group size, got a "
+            f"later 'quantize' with groups of {draft.group_multiple}; leave out the sum, or leave "
+            "out group_size",
+        )
+    if options.size is not None and draft.quantizes_linears:
+        problems.add(
+            "contradiction",
+            f"{where}.size",
+            "counts the bytes of unquantized files, got a later 'quantize'; give 'keep', before "
+            "quantization, or let method: mixed choose 'schemes' within the size",
+        )
+    if options.size is not None and not found.alone:
+        problems.add(
+            "contradiction",
+            f"{where}.size",
+            "must be the budget of the only decompose stage, got several; give every stage 'keep'",
+        )
+    if METHODS[options.method].has_bias and draft.compensates:
+        problems.add(
+            "contradiction",
+            f"{where}.method",
+            f"{options.method} cannot be combined with 'compensate', because its biases use the "
+            "mean inputs of the dense model; leave compensate out or use another method",
+        )
+    for number, scheme in enumerate(options.scheme_choices):
+        args = QuantizationArgs.parse(scheme)
+        widths = sorted({task.shape[1] for task in found.tasks})
+        if widths and not any(args.divides(width) for width in widths):
+            problems.add(
+                "indivisible-rows",
+                f"{where}.schemes[{number}]",
+                "must have groups that divide the inputs of a targeted weight, "
+                f"{', '.join(map(str, widths))}, got {scheme}; change the number after -g, or "
+                "remove the scheme",
+            )
+
+
+def _from_user_plan(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
+    assert found.options.plan is not None
+    tasks = [replace(task, config=replace(task.config)) for task in found.tasks]
+    plan = read_user_plan(found.options.plan, found.where, draft.problems)
+    if plan is None:
+        return [task.dense() for task in tasks]
+    draft.user_plans[found.index] = plan.text
+    known = {linear.name for linear in draft.architecture.linears}
+    check_names(plan, draft.tasks, known, draft.problems)
+    check_user_plan(found.index, plan.embeddings, draft.embeddings, draft.problems)
+    return apply_user_plan(plan, tasks, METHODS[found.options.method], draft.problems)
+
+
+def _remedy(options: DecomposeBase) -> str:
+    if options.plan is not None:
+        return f"give some weights in {options.plan} components"
+    if options.keep == 1:
+        return "lower 'keep'"
+    if options.rank_multiple > 1:
+        return "lower 'rank_multiple', or raise 'keep' or 'size'"
+    dictionary = "dictionary" in options.component_types
+    return "raise 'keep' or 'size'" + (", or lower 'ratio'" if dictionary else "")
+
+
+def _warn(draft: Draft, found: DecomposeTargets) -> None:
+    """Warn about allocations that compare incomparable losses."""
+    options = found.options
+    weighted = METHODS[options.method].statistics & {"gradients", "row_fisher"}
+    if options.allocation == "lagrangian" and options.plan is None and not weighted:
+        draft.warnings.append(
+            f"{found.where}.allocation: lagrangian compares losses between weights, but those of "
+            f"{options.method} do not include how much an output matters; usually much worse than "
+            "uniform"
+        )
+
+
