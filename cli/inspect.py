@@ -27,7 +27,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         read_object,
         verify_hashes,
     )
-    from lrc.compressors.layers.shapes import SHAPES
+    from lrc.compressors.layers.model_shapes import SHAPES
 
     if not folder.is_dir():
         raise RecipeError(

@@ -1,8 +1,8 @@
-"""Put a compressed checkpoint together from the source, the factors and the plan."""
+"""Write a compressed checkpoint from the source, the compressed tensors and the plan."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.plain import compressed_tensors_config, is_plain
+from lrc.compressors.checkpoint.plain import compressed_tensors_config, is_plain, plain_name
 from lrc.compressors.checkpoint.writer import write_config, write_manifest, write_weights
-from lrc.compressors.layers import FORMS
-from lrc.compressors.layers.shapes import tables_of
+from lrc.compressors.layers import sentinel
+from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
 from lrc.compressors.models.weights import WeightReader
@@ -30,58 +30,64 @@ def write_checkpoint(
     architecture: Architecture,
     reader: WeightReader,
     tokenizer: Any,
-    factors: Callable[[int, str], Tensor],
+    user_plans: Mapping[int, str],
+    compressed: Callable[[int, str], Tensor],
 ) -> None:
     """Fill an empty folder with a checkpoint that `from_pretrained` loads.
 
     Parameters
     ----------
     plan : Plan
-        As executed.
-    factors : callable
-        Returns a factor by decoder layer and the name it is stored with.
+        With results.
+    user_plans : mapping of int to str
+        Texts of plan files by stage.
+    compressed : callable
+        Returns a compressed tensor by the layer in whose file it is, and its full name.
     """
     modules = plan.modules()
     tables = tables_of(architecture.model.config)
     plain = is_plain(modules) and not tables
-    layer_of = plan.homes()
-    refitted = {m.name for m in plan.matrices if m.form == "dense" and m.refit}
+    owners = plan.owner_layers()
+    refit = {name for name, result in plan.results.items() if result.refit} - {*modules}
     origin: dict[str, Callable[[], Tensor]] = {}
     meta: dict[str, Tensor] = {}
 
     def from_source(name: str) -> Callable[[], Tensor]:
         return lambda: reader.read(name)
 
-    def from_factors(name: str, layer: int) -> Callable[[], Tensor]:
-        return lambda: factors(layer, name)
+    def from_journal(name: str, layer: int) -> Callable[[], Tensor]:
+        return lambda: compressed(layer, name)
 
     for name, parameter in architecture.stored_parameters().items():
         module, _, leaf = name.rpartition(".")
         if module not in modules:
-            refit = leaf == "weight" and module in refitted
+            changed = leaf == "weight" and module in refit
             meta[name] = parameter
-            origin[name] = from_factors(name, layer_of[module]) if refit else from_source(name)
+            origin[name] = from_journal(name, owners[module]) if changed else from_source(name)
             continue
-        spec = modules[module]
+        config = modules[module]
         if leaf == "bias":
-            if not spec.get("bias"):  # one of the spec's own comes with the factors
-                stored = f"{module}.{FORMS[spec['form']].BIAS}"
-                meta[stored], origin[stored] = parameter, from_source(name)
+            if not config.bias:
+                meta[name], origin[name] = parameter, from_source(name)
             continue
-        d_out, d_in = parameter.shape
-        tensors = layout.expected_tensors(module, d_out, d_in, spec, bias=False)
-        for stored, (shape, dtype) in tensors.items():
-            if plain and stored == name:
-                continue  # a sentinel: without forms of ours nobody needs to be stopped
-            meta[stored] = torch.empty(shape, dtype=dtype or parameter.dtype, device="meta")
-            origin[stored] = from_factors(stored, layer_of[module])
+        for stored, (shape, dtype, _) in layout.expected_tensors(
+            module, config, bias=False
+        ).items():
+            final = plain_name(stored) if plain else stored
+            if stored == name:
+                if plain:
+                    continue  # a sentinel is only needed where lrc is needed for loading
+                origin[final] = sentinel
+            else:
+                origin[final] = from_journal(stored, owners[module])
+            meta[final] = torch.empty(shape, dtype=dtype or parameter.dtype, device="meta")
     write_weights(folder, meta, lambda name: origin[name]())
-    block = layout.block(modules, tables)
+    block = layout.quantization_config(modules, tables)
     if plain and modules:
         kinds = architecture.model.named_modules()
         linears = [name for name, module in kinds if isinstance(module, nn.Linear)]
         block = compressed_tensors_config(modules, linears)
-    write_config(folder, architecture.model.config, block, plan.dtype)
+    write_config(folder, architecture.model.config, block, plan.model.dtype)
     generation = getattr(architecture.model, "generation_config", None)
     stored_generation = reader.folder / "generation_config.json"
     if stored_generation.is_file():
@@ -96,7 +102,7 @@ def write_checkpoint(
     _write(folder / layout.RECIPE_GIVEN, loaded.text)
     _write(folder / layout.RECIPE, dump_recipe(loaded.recipe))
     _write(folder / layout.PLAN, json.dumps(plan.to_json(), indent=1) + "\n")
-    for stage, text in plan.given.items():
+    for stage, text in user_plans.items():
         _write(folder / layout.PLAN_GIVEN.format(stage=stage), text)
     write_manifest(folder, plain=plain)
 

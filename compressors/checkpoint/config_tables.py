@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lrc.compressors.checkpoint.format import AGAIN
+from lrc.compressors.checkpoint.format import COPY_AGAIN
+from lrc.compressors.layers.model_shapes import SHAPES
 from lrc.compressors.layers.residual_basis import BIASES, NORMS
-from lrc.compressors.layers.shapes import SHAPES
 from lrc.configs.errors import CheckpointError
 
 
@@ -27,14 +27,14 @@ def check_tables(tables: Mapping[str, Any], where: str) -> None:
             continue
         if not isinstance(table, list if key == BIASES else Mapping):
             raise CheckpointError(
-                f"{where}: {key} {WORDS[key]}, got {table!r:.60}; the file was edited: {AGAIN}"
+                f"{where}: {key} {WORDS[key]}, got {table!r:.60}; the file was edited: {COPY_AGAIN}"
             )
         entries = table.items() if isinstance(table, Mapping) else enumerate(table)
         for name, entry in entries:
             if not check(entry):
                 raise CheckpointError(
                     f"{where}: {key}[{name!r}] must be {rule}, got {entry!r:.60}; the file was "
-                    f"edited: {AGAIN}"
+                    f"edited: {COPY_AGAIN}"
                 )
 
 

@@ -1,80 +1,71 @@
-"""The names and the version of what is written; one place, read by writer and loader alike.
+"""Names and version of what a checkpoint contains; read by writer and loader.
 
-A compressed checkpoint is the folder that `save_pretrained` would leave: safetensors shards,
-`config.json` of the original architecture, tokenizer. What is ours:
+A compressed checkpoint is the folder that `save_pretrained` writes: safetensors shards, tokenizer
+and the `config.json` of the original architecture. In addition:
 
-* ``config.json: quantization_config`` = ``{"quant_method": "lrc", "format_version": 1,
-  "modules": {NAME: {"form": FORM, ...}}}``: with the form the sizes below, whole numbers, such as
-  ``"rank": R``, and ``"bias": true`` where the method made a bias, in place of the dense layer's or
-  where that had none;
-* for every module the tensors of its form, below, and ``NAME.weight``, a sentinel of one uint8 that
-  makes loaders without lrc stop instead of starting from random weights;
+* ``config.json: quantization_config`` = ``{"quant_method": "lrc", "format_version": 2,
+  "modules": {NAME: CONFIG, ...}}`` with the configuration of every compressed layer, such as
+  ``{"shape": [576, 576], "components": [{"type": "low_rank", "rank": 96}]}``. The weight is the
+  sum of the components. ``"bias": true`` says that the layer has its own bias, whether or not it
+  had one in the source.
 
-  ======================== =========================================================================
-  ``low_rank``             ``a.weight`` [rank, d_in], ``b.weight`` [d_out, rank], ``b.bias``
-                           [d_out]; the weight is ``b @ a``
-  ``pivoted_low_rank``     ``a.weight`` [rank, d_in], ``c.weight`` [d_out - rank, rank], not there
-                           where rank is d_out; ``order`` [d_out], int16, or int32 where d_out >
-                           32767; ``bias`` [d_out]; row j of the weight is row ``order[j]`` of
-                           ``cat([a, c @ a])``
-  ``shared_low_rank``      ``b.weight`` [d_out, rank], ``b.bias`` [d_out]; the weight is ``b @ a``
-                           with the ``a`` of the ``low_rank`` module that the entry names as
-                           ``"shares"``
-  ``sparse``               ``values`` [nonzeros], row after row; ``mask`` [d_out, ceil(d_in / 8)],
-                           uint8, whose bits say where they belong; ``bias`` [d_out]; the entry
-                           holds ``"d_in"`` too
-  ``low_rank_plus_sparse`` the tensors of ``pivoted_low_rank``, and ``values`` and ``mask`` of
-                           ``sparse`` without its ``"d_in"``; the weight is the sum of the two
-  ``dictionary``           ``a.weight`` [atoms, d_in]; ``values`` [d_out, nonzeros], of every output
-                           its coefficients in ascending order of their atoms; ``mask`` [d_out,
-                           ceil(atoms / 8)], uint8, whose bits say which atoms, or ``index`` [d_out,
-                           nonzeros], int16, which lists them, where that is smaller and atoms <=
-                           32768; ``bias`` [d_out]; the weight is ``c @ a`` with the coefficients in
-                           their places in ``c`` [d_out, atoms], zeros elsewhere. What has the form
-                           ``shared_dictionary`` has the same but ``a.weight``: that is of the
-                           ``dictionary`` module that the entry names as ``"shares"``
-  ``integers``             with a scheme only: the tensors of the matrix ``weight``, below;
-                           ``bias`` [d_out]. ``integers_plus_low_rank`` has ``a.weight`` and
-                           ``b.weight`` besides, no integers, whose product ``b @ a`` is added
-  ``group_sparse``         with a symmetric scheme of groups of g columns: ``weight_packed`` [1,
-                           ceil(groups * g * bits / 32)] and ``weight_scale`` [groups], the kept
-                           groups row after row, like ``values`` below; ``mask`` [d_out, ceil(d_in
-                           / g / 8)], uint8, whose bits say which groups of a row are kept, the
-                           others being 0; ``bias`` [d_out]
-  ``embedded_integers``    ``integers`` in the place of an embedding: d_out tokens, d_in wide. What
-                           the architecture ties to the embedding has no tensors and no entry: it
-                           uses these
-  ======================== =========================================================================
+* For every compressed layer, ``NAME.weight`` is a sentinel of one uint8, which makes loaders
+  without lrc stop instead of starting from random weights; ``NAME.bias`` [d_out] is its bias, if it
+  has one; and ``NAME.TYPE.TENSOR`` are the tensors of a component:
 
-  With ``"scheme": "int4-g64"`` in the entry, and then ``"shape": [d_out, d_in]`` beside it, every
-  matrix M of these, [rows, columns], is stored as integers in compressed-tensors' layout
-  (``pack-quantized``): ``M_packed`` [rows, ceil(columns * bits / 32)], int32, the codes of a row
-  one behind the other from the lowest bit on, each plus 2^(bits - 1); ``M_scale`` [rows, groups];
-  ``M_shape`` [2], int64; with ``-asymmetric`` also ``M_zero_point`` [ceil(rows * bits / 32),
-  groups], int32, packed down the columns. ``int8`` has one group a row, ``int4-g64`` one for every
-  64 columns; a number is (code - zero point) * scale. ``values`` are ``values_packed`` [1,
-  ceil(count * bits / 32)] and ``values_scale`` [ceil(count / group)], in one row, with groups of
-  128 where the scheme names none.
+  ==================== =========================================================================
+  ``low_rank``         ``a.weight`` [rank, d_in], ``b.weight`` [d_out, rank]; the matrix is
+                       ``b @ a``
+  ``pivoted_low_rank`` ``a.weight`` [rank, d_in]; ``c.weight`` [d_out - rank, rank], absent if
+                       rank is d_out; ``order`` [d_out], int16, or int32 if d_out > 32767. Row j
+                       of the matrix is row ``order[j]`` of ``cat([a, c @ a])``
+  ``sparse``           ``values`` [nonzeros], row by row; ``mask`` [d_out, ceil(d_in / 8)],
+                       uint8, with one bit per entry
+  ``dictionary``       ``a.weight`` [atoms, d_in]; ``values`` [d_out, nonzeros], the
+                       coefficients of every output in ascending order of their atoms; ``mask``
+                       [d_out, ceil(atoms / 8)], uint8, or ``index`` [d_out, nonzeros], int16,
+                       whichever is smaller (index only if atoms <= 32768). The matrix is
+                       ``c @ a`` with the coefficients in ``c`` [d_out, atoms]
+  ``dense``            with quantization only: ``weight``
+  ``block_sparse``     with symmetric quantization in groups of g columns only: ``values``
+                       [groups, g], the stored groups row by row; ``mask`` [d_out,
+                       ceil(d_in / g / 8)], uint8, with one bit per group. Others are zero
+  ==================== =========================================================================
 
-  With ``"pattern": "2:4"`` in the entry exactly two of every four consecutive columns of the mask
-  are set, in ``sparse`` columns of the weight and in ``dictionary`` atoms; ``dictionary`` then has
-  a mask and no index. These are the two values and the four bits that a kernel for the pattern
-  wants of every four.
+  A ``low_rank`` or ``dictionary`` component with ``"shares": OWNER`` has no ``a.weight`` and uses
+  that of the same component of the layer OWNER.
 
-  A bias is there where the dense layer had one or the entry says so; what is no integer has the
-  precision of the model. Bit ``j`` of byte ``i`` of a row of a mask, the lowest being 0, stands
-  for column ``8 i + j``; bits beyond the last column are 0;
-* where slicing has left a model that is other than its config says, tables in the same block that
-  say how, all by full names. ``"shapes": {NAME: [d_out, d_in], ...}``: linears, and embeddings
-  [n, width], that are smaller than the config says; a form in ``modules`` stands for a weight of
-  that shape. ``"biases": [NAME, ...]``: linears with a bias that they had not. ``"norms": {NAME:
-  {"writer": NAME, "rank": R} or {}, ...}``: norms without weights, ``x / sqrt(|x|^2 /
-  hidden_size + eps)``, and with a writer the tensor ``shortcut`` F [k, rank]: of ``x @ F @ F^T``,
-  x being what the norm reads, the linear that is the writer puts out so much less. A loader
-  without lrc meets shapes it did not expect, and stops. ``format_version`` is 2 with such tables,
-  and 1 without, which earlier versions read;
-* the folder ``lrc/``: the recipe as given and written out, the plan file that a stage was given,
-  the executed plan, the report, and ``manifest.json`` with the SHA-256 of every other file.
+  With ``"quantization": "int4-g64"``, a matrix M [rows, columns] of the component is stored in the
+  layout of compressed-tensors (``pack-quantized``): ``M_packed`` [rows, ceil(columns * bits /
+  32)], int32, the codes of a row one after the other from the lowest bit, each plus 2^(bits - 1);
+  ``M_scale`` [rows, groups]; ``M_shape`` [2], int64; with ``-asymmetric`` also ``M_zero_point``
+  [ceil(rows * bits / 32), groups], int32, packed along the columns. ``int8`` has one group per
+  row, ``int4-g64`` one for every 64 columns. A number is (code - zero point) * scale. Values are
+  stored as ``values_packed`` [1, ceil(count * bits / 32)] and ``values_scale`` [ceil(count / group)], in one
+  row, with groups of 128 if the quantization has none.
+
+  With ``"pattern": "2:4"`` exactly two of every four consecutive columns of the mask are set.
+
+  Bit ``j`` of byte ``i`` of a row of a mask, starting from the lowest, is column ``8 i + j``; bits
+  after the last column are 0. Tensors without a stated dtype have that of the model.
+
+* An input embedding is stored like a layer of d_out tokens and d_in channels with a ``dense``
+  component. What the architecture ties to it has neither tensors nor an entry and uses the same
+  integers.
+
+* Tables of the same block describe how slicing changed the model where config.json cannot, by full
+  names. ``"shapes": {NAME: [d_out, d_in], ...}``: linear layers, and embeddings [n, width],
+  smaller than the config says; configurations in ``modules`` refer to these shapes. ``"biases":
+  [NAME, ...]``: linear layers with a bias that they lack in the source. ``"norms": {NAME:
+  {"writer": NAME, "rank": R} or {}, ...}``: norms without weights, ``x / sqrt(|x|^2 / hidden_size
+  + eps)``; with a writer, ``x @ F @ F^T`` is subtracted from the output of the linear layer
+  `writer`, with the input x of the norm and its tensor ``shortcut`` F [k, rank].
+
+* A model whose weights are all symmetric integers, without such tables, is a plain checkpoint of the
+  ``compressed-tensors`` method: ``NAME.weight_packed`` and so on, no sentinels.
+
+* The folder ``lrc/``: the recipe as given and in full, the plan files that stages were given, the
+  executed plan, the report, and ``manifest.json`` with the SHA-256 of every other file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,15 +74,19 @@ from typing import Any
 import torch
 
 from lrc.compressors.io.shards import Header
-from lrc.compressors.layers import FORMS, MEMBERS, Sharing
+from lrc.compressors.layers import TensorSpec, TensorSpecs, WeightConfig, layer_tensors
 from lrc.configs.errors import CheckpointError
 
 QUANT_METHOD = "lrc"
 FORMAT_VERSION = 2
-FIRST_VERSION = 1  # of what needs nothing newer, which earlier versions of lrc read too
-AGAIN = "copy or download the checkpoint again, or compress again"
-# What safetensors calls the types that a form prescribes.
-STORED = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
+COPY_AGAIN = "copy or download the checkpoint again, or compress again"
+EDITED = f"the file was edited: {COPY_AGAIN}"
+SAFETENSORS_NAMES = {
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 FOLDER = "lrc"
 RECIPE, RECIPE_GIVEN, PLAN, PLAN_GIVEN, REPORT, MANIFEST = (
     f"{FOLDER}/recipe.yaml",
@@ -103,110 +98,108 @@ RECIPE, RECIPE_GIVEN, PLAN, PLAN_GIVEN, REPORT, MANIFEST = (
 )
 
 
-Expected = dict[str, tuple[list[int], torch.dtype | None]]
-"""Tensor name -> the shape it must have, and the dtype where it is not the model's."""
-
-
-def expected_tensors(
-    name: str, d_out: int, d_in: int, spec: Mapping[str, Any], *, bias: bool
-) -> Expected:
-    """Return the tensors of one module, by their names in the file.
+def expected_tensors(name: str, config: WeightConfig, *, bias: bool) -> TensorSpecs:
+    """Return the tensors of a compressed layer by their names in the file.
 
     Raises
     ------
     ValueError
-        If no weight of that shape can have that spec.
+        If no weight of that shape can have this configuration.
     """
-    shapes = FORMS[spec["form"]].stored(d_out, d_in, spec, bias=bias)
-    return {f"{name}.{leaf}": facts for leaf, facts in shapes.items()}
+    return {f"{name}.{leaf}": spec for leaf, spec in layer_tensors(config, bias=bias).items()}
 
 
-def resized_tensors(shapes: Mapping[str, Sequence[int]]) -> Expected:
-    """Return the weights of a table of shapes, those of linears that have no form."""
-    return {f"{name}.weight": (list(shape), None) for name, shape in shapes.items()}
+def resized_tensors(shapes: Mapping[str, Sequence[int]]) -> TensorSpecs:
+    """Return the weights in a table of shapes."""
+    return {f"{name}.weight": TensorSpec(list(shape)) for name, shape in shapes.items()}
 
 
-def misfits(expected: Expected, found: Mapping[str, Header]) -> list[str]:
-    """Return one sentence for every tensor that is missing or not of the right kind."""
+def mismatches(expected: TensorSpecs, found: Mapping[str, Header]) -> list[str]:
+    """Return one sentence for every tensor that is missing or has another shape or dtype."""
     problems = []
-    for name, (shape, dtype) in expected.items():
+    for name, (shape, dtype, _) in expected.items():
         header = found.get(name)
         if header is None:
             problems.append(f"{name}: expected {shape}, found nothing")
         elif header.shape != shape:
             problems.append(f"{name}: expected {shape}, found {header.shape}")
-        elif dtype is not None and header.dtype != STORED[dtype]:
-            problems.append(f"{name}: expected {STORED[dtype]}, found {header.dtype}")
+        elif dtype is not None and header.dtype != SAFETENSORS_NAMES[dtype]:
+            problems.append(f"{name}: expected {SAFETENSORS_NAMES[dtype]}, found {header.dtype}")
     return problems
 
 
 def check_version(version: Any, where: str) -> None:
-    """Refuse a checkpoint that was written by a later lrc.
+    """Reject a checkpoint of another format version.
 
     Raises
     ------
     CheckpointError
-        If `version` is not a whole number, or above `FORMAT_VERSION`.
     """
     if version is True or not isinstance(version, int) or version < 1:
         raise CheckpointError(
-            f"{where}: format_version must be a whole number in [1, {FORMAT_VERSION}], got "
-            f"{version!r}; the file was edited: copy or download the checkpoint again"
+            f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}; {EDITED}",
+            code="invalid-version",
+        )
+    if version < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format_version is {version}, this lrc reads {FORMAT_VERSION}; compress the "
+            f"source model again with this version ({RECIPE} in the checkpoint is the recipe; an "
+            "error names the new name of every key that was renamed)",
+            code="old-version",
         )
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{where}: format_version is {version}, this lrc reads up to {FORMAT_VERSION}; the "
-            "checkpoint was written by a newer lrc: upgrade lrc to read it"
+            f"{where}: format_version is {version}, this lrc reads {FORMAT_VERSION}; the "
+            "checkpoint was written by a newer lrc: upgrade lrc to read it",
+            code="newer-version",
         )
 
 
-def block(modules: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a checkpoint; empty if stock classes hold it.
+def quantization_config(
+    modules: Mapping[str, WeightConfig], tables: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a checkpoint; empty if stock classes hold the model.
 
     Parameters
     ----------
-    modules : mapping
-        Name of a linear -> its spec.
+    modules : mapping of str to WeightConfig
     tables : mapping
-        Those of `TABLES` that are not empty.
+        Tables of a sliced model that are not empty.
     """
     if not modules and not tables:
         return {}
-    newer = tables or any("scheme" in spec for spec in modules.values())
-    version = FORMAT_VERSION if newer else FIRST_VERSION
-    known = {"quant_method": QUANT_METHOD, "format_version": version}
-    return {**known, "modules": dict(modules), **tables}
+    known = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+    return {**known, "modules": {n: c.to_json() for n, c in modules.items()}, **tables}
 
 
-def check_modules(modules: Any, where: str) -> None:
-    """Refuse a module table that this version cannot have written."""
+def parse_modules(modules: Any, where: str) -> dict[str, WeightConfig]:
+    """Read and check the table of compressed layers.
+
+    Raises
+    ------
+    CheckpointError
+        If this version cannot have written the table.
+    """
     if not isinstance(modules, Mapping):
         raise CheckpointError(
-            f"{where}: modules must map names to forms, got {modules!r:.60}; the file was edited: "
-            "copy or download the checkpoint again"
+            f"{where}: modules must map names to configurations, got {modules!r:.60}; {EDITED}",
+            code="invalid-config",
         )
-    for name, spec in modules.items():
-        problem = _problem(spec, modules)
-        if problem:
-            what, remedy = problem
-            raise CheckpointError(f"{where}: modules[{name!r}] {what}, got {spec!r:.200}; {remedy}")
-
-
-def _problem(spec: Any, modules: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Say what is wrong with one entry of a module table and what helps; None if nothing is."""
-    edited = f"the file was edited: {AGAIN}"
-    if not isinstance(spec, Mapping) or not isinstance(spec.get("form"), str):
-        return "must be {'form': NAME} with the sizes of the form", edited
-    form = FORMS.get(spec["form"])
-    if form is None:
-        remedy = "a newer lrc may have written it: upgrade lrc to read it"
-        return f"has none of the forms that this lrc reads, {', '.join(FORMS)}", remedy
-    problem = form.problem(spec)
-    if problem is None and issubclass(form, Sharing):
-        owner, size = modules.get(spec["shares"]), form.WIDTH
-        wanted = next(name for name, member in MEMBERS.items() if member == spec["form"])
-        if not isinstance(owner, Mapping) or owner.get("form") != wanted:
-            problem = f"must share with a {wanted} module of the table, not {owner!r:.60}"
-        elif owner.get(size) != spec[size]:
-            problem = f"must have the {size} of the module it shares, {owner.get(size)}"
-    return (problem, edited) if problem else None
+    found: dict[str, WeightConfig] = {}
+    for name, record in modules.items():
+        try:
+            found[name] = WeightConfig.from_json(record)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{where}: modules[{name!r}]: {error}; the file was edited, or a newer lrc wrote "
+                f"it: upgrade lrc, or {COPY_AGAIN}",
+                code="invalid-config",
+            ) from None
+    for name, config in found.items():
+        if config.shares is not None and config.shares not in found:
+            raise CheckpointError(
+                f"{where}: modules[{name!r}] must share a factor with a module of the table, got "
+                f"{config.shares!r:.60}; {EDITED}",
+                code="invalid-config",
+            )
+    return found

@@ -1,4 +1,4 @@
-"""Integers alone: the config of a checkpoint that loads wherever compressed-tensors is there."""
+"""Checkpoints of integers only, which load wherever compressed-tensors is installed."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -6,54 +6,64 @@ from typing import Any
 
 from safetensors import safe_open
 
-from lrc.compressors.checkpoint.format import AGAIN
+from lrc.compressors.checkpoint.format import COPY_AGAIN
 from lrc.compressors.io.shards import shard_files
-from lrc.compressors.layers import Scheme
+from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
 from lrc.configs.errors import CheckpointError
 
 QUANT_METHOD = "compressed-tensors"
 PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 FORMAT = "pack-quantized"
 LAYOUT_VERSION = "0.15.0"
-"""Of compressed-tensors, the first in which integers that no byte is a multiple of have no gaps."""
+"""First version of compressed-tensors that packs integers of any width without gaps."""
 
 
-def is_plain(modules: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Say whether a module table holds nothing but whole weights as symmetric integers.
+def is_plain(modules: Mapping[str, WeightConfig]) -> bool:
+    """Return whether all compressed weights are symmetric integers without other components.
 
-    transformers with compressed-tensors expects zero points of another shape than the format
-    packs them to, and refuses them (0.20).
+    transformers with compressed-tensors 0.20 expects zero points in another shape than the format
+    packs them to, and rejects them.
     """
     return all(
-        spec["form"] == "integers" and Scheme.read(spec["scheme"]).symmetric
-        for spec in modules.values()
+        config.types == "dense"
+        and config.quantization is not None
+        and config.quantization.symmetric
+        and not config.bias
+        for config in modules.values()
     )
 
 
+def plain_name(name: str) -> str:
+    """Return the name of a tensor of a ``dense`` component in a plain checkpoint."""
+    module, found, leaf = name.rpartition(".dense.")
+    return f"{module}.{leaf}" if found else name
+
+
 def compressed_tensors_config(
-    modules: Mapping[str, Mapping[str, Any]], linears: Iterable[str]
+    modules: Mapping[str, WeightConfig], linears: Iterable[str]
 ) -> dict[str, Any]:
     """Return the `quantization_config` of the ``compressed-tensors`` method.
 
     Parameters
     ----------
-    modules : mapping of str to mapping
-        The module table, of ``integers`` alone.
+    modules : mapping of str to WeightConfig
+        For which `is_plain` holds.
     linears : iterable of str
-        Names of all linear layers of the model; those that stay as they are have to be named.
+        Names of all linear layers of the model; those that stay dense are listed by name.
     """
-    by_scheme: dict[str, list[str]] = {}
-    for name, spec in modules.items():
-        by_scheme.setdefault(spec["scheme"], []).append(name)
+    by_args: dict[QuantizationArgs, list[str]] = {}
+    for name, config in modules.items():
+        assert config.quantization is not None
+        by_args.setdefault(config.quantization, []).append(name)
     groups = {
         f"group_{number}": {
-            "targets": ["Linear"] if len(by_scheme) == 1 else names,
-            "weights": _weights(Scheme.read(scheme)),
+            "targets": ["Linear"] if len(by_args) == 1 else names,
+            "weights": _weights(args),
             "input_activations": None,
             "output_activations": None,
             "format": FORMAT,
         }
-        for number, (scheme, names) in enumerate(by_scheme.items())
+        for number, (args, names) in enumerate(by_args.items())
     }
     return {
         "quant_method": QUANT_METHOD,
@@ -66,64 +76,67 @@ def compressed_tensors_config(
     }
 
 
-def _weights(scheme: Scheme) -> dict[str, Any]:
+def _weights(args: QuantizationArgs) -> dict[str, Any]:
     return {
-        "num_bits": scheme.bits,
+        "num_bits": args.bits,
         "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group_size is None else "group",
-        "group_size": scheme.group_size,
+        "symmetric": args.symmetric,
+        "strategy": "channel" if args.group_size is None else "group",
+        "group_size": args.group_size,
         "dynamic": False,
     }
 
 
 def read_plain(
     folder: Path, block: Mapping[str, Any], names: Iterable[str]
-) -> dict[str, dict[str, Any]]:
-    """Return the module table that `compressed_tensors_config` was given.
+) -> dict[str, WeightConfig]:
+    """Return the configurations that `compressed_tensors_config` was given.
 
     Parameters
     ----------
     folder : Path
-        Of a checkpoint that lrc wrote, its headers read without an error.
+        Of a checkpoint that lrc wrote.
     block : mapping
         The `quantization_config`.
     names : iterable of str
-        Those of its tensors.
+        Names of its tensors.
 
     Raises
     ------
     CheckpointError
-        If the block is none that lrc writes.
+        If lrc cannot have written the block.
     """
     packed = {
         n.removesuffix(end) for n in names for end in (PACKED, SCALE, SHAPE) if n.endswith(end)
     }
-    table: dict[str, dict[str, Any]] = {}
+    args: dict[str, QuantizationArgs] = {}
     try:
         for group in block["config_groups"].values():
-            scheme, targets = _scheme(group["weights"]), group["targets"]
-            for name in sorted(packed) if targets == ["Linear"] else targets:
-                table[name] = {"form": "integers", "scheme": str(scheme)}
+            weights, targets = group["weights"], group["targets"]
+            found = QuantizationArgs(
+                weights["num_bits"], weights["group_size"], weights["symmetric"]
+            )
+            args |= dict.fromkeys(sorted(packed) if targets == ["Linear"] else targets, found)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}/config.json: quantization_config must be as lrc wrote it, got groups that "
-            f"cannot be read ({error!r:.80}); {AGAIN}"
+            f"cannot be read ({error!r:.80}); {COPY_AGAIN}",
+            code="invalid-config",
         ) from error
+    modules: dict[str, WeightConfig] = {}
     for file in shard_files(folder):
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():
                 module = name.removesuffix(SHAPE)
-                if module != name and module in table:
-                    table[module]["shape"] = shard.get_tensor(name).tolist()
-    lost = sorted(packed - {*table} | {n for n in table if "shape" not in table[n]})
+                if module != name and module in args:
+                    d_out, d_in = shard.get_tensor(name).tolist()
+                    components = (ComponentConfig("dense", {}, args[module]),)
+                    modules[module] = WeightConfig((d_out, d_in), components)
+    lost = sorted((packed - {*modules}) | ({*args} - {*modules}))
     if lost:
         raise CheckpointError(
-            f"{folder}: the tensors do not fit config.json: {', '.join(lost[:5])} must be in both, "
-            f"with a weight_shape; {AGAIN}"
+            f"{folder}: the tensors do not match config.json: {', '.join(lost[:5])} must be in "
+            f"both, with a weight_shape; {COPY_AGAIN}",
+            code="tensor-mismatch",
         )
-    return table
-
-
-def _scheme(weights: Mapping[str, Any]) -> Scheme:
-    return Scheme(weights["num_bits"], weights["group_size"], weights["symmetric"])
+    return modules

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.config_tables import check_tables
-from lrc.compressors.checkpoint.format import AGAIN
+from lrc.compressors.checkpoint.format import COPY_AGAIN
 from lrc.compressors.checkpoint.writer import sha256
 from lrc.compressors.io.shards import Header, read_headers, shard_files
 from lrc.configs.errors import CheckpointError
@@ -50,11 +50,15 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
         raise CheckpointError(f"{folder}: {error}") from error
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
-        raise CheckpointError(f"{folder}: cannot be loaded ({lines[0][:200]}); {AGAIN}") from error
+        raise CheckpointError(
+            f"{folder}: cannot be loaded ({lines[0][:200]}); {COPY_AGAIN}"
+        ) from error
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would go on with random numbers
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise CheckpointError(f"{folder}: the weights lack {', '.join(missing[:3])}{more}; {AGAIN}")
+        raise CheckpointError(
+            f"{folder}: the weights lack {', '.join(missing[:3])}{more}; {COPY_AGAIN}"
+        )
     model = model.eval()
     if hasattr(model, "ct_decompress_hook"):
         # compressed-tensors puts weights together at the first call of the whole model; whoever
@@ -113,11 +117,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     ours = isinstance(block, dict) and block.get("quant_method") == layout.QUANT_METHOD
     if ours:
         layout.check_version(block.get("format_version"), f"{path}: quantization_config")
-        layout.check_modules(block.get("modules", {}), f"{path}: quantization_config")
+        layout.parse_modules(block.get("modules", {}), f"{path}: quantization_config")
         check_tables(block, f"{path}: quantization_config")
     elif (folder / layout.MANIFEST).is_file() and not is_plain(folder):
         raise CheckpointError(
-            f"{path}: has lost its quantization_config, which names the matrices; {AGAIN}"
+            f"{path}: has lost its quantization_config, which names the matrices; {COPY_AGAIN}"
         )
     return config
 
@@ -142,9 +146,11 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable JSON file ({error}); {AGAIN}") from error
+        raise CheckpointError(
+            f"{path}: not a readable JSON file ({error}); {COPY_AGAIN}"
+        ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must be a JSON object, got {value!r:.60}; {AGAIN}")
+        raise CheckpointError(f"{path}: must be a JSON object, got {value!r:.60}; {COPY_AGAIN}")
     return value
 
 
@@ -159,10 +165,10 @@ def check_files(folder: Path) -> dict[str, Header]:
     try:
         headers = read_headers(shard_files(folder))
     except ValueError as error:
-        raise CheckpointError(f"{error}; {AGAIN}") from error
+        raise CheckpointError(f"{error}; {COPY_AGAIN}") from error
     if not headers:
         raise CheckpointError(
-            f"{folder}: holds no weights as safetensors, the only form read; {AGAIN}"
+            f"{folder}: holds no weights as safetensors, the only form read; {COPY_AGAIN}"
         )
     return headers
 
@@ -178,11 +184,11 @@ def verify_hashes(folder: Path) -> list[str]:
     path = folder / layout.MANIFEST
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: has no {layout.MANIFEST}, the hashes to compare with; {AGAIN}"
+            f"{folder}: has no {layout.MANIFEST}, the hashes to compare with; {COPY_AGAIN}"
         )
     hashes = read_object(path).get("sha256")
     if not isinstance(hashes, dict):
-        raise CheckpointError(f"{path}: holds no hashes; {AGAIN}")
+        raise CheckpointError(f"{path}: holds no hashes; {COPY_AGAIN}")
     there = [name for name in hashes if (folder / name).is_file()]
     found = dict(zip(there, sha256(folder / name for name in there), strict=True))
     problems = [f"{name} is missing" for name in hashes if name not in found]

@@ -73,7 +73,7 @@ def write_manifest(folder: Path, *, plain: bool) -> None:
     hashes = sha256([folder / name for name in names])
     text = json.dumps(
         {
-            "format_version": layout.FIRST_VERSION,
+            "format_version": layout.FORMAT_VERSION,
             "plain": plain,
             "sha256": dict(zip(names, hashes, strict=True)),
         },

@@ -238,13 +238,11 @@ def _quantized_weights(
             for leaf, tensor in leaves.items()
         }
         H = group.input_moment(member)
-        W_hat = CompressedGroup(
-            replace(task, weights=(weight,)), LayerResult(config), own
-        ).weight(weight.name)
+        W_hat = CompressedGroup(replace(task, weights=(weight,)), LayerResult(config), own).weight(
+            weight.name
+        )
         error += weighted_error(W, W_hat, H)
         total += weighted_error(W, 0 * W, H)
         tensors |= {name: to_host(t) for name, t in own.items()}
     result = LayerResult(config, min(error / (total or 1.0), 1.0), fallback=fallback)
     return CompressedGroup(group.task, result, tensors)
-
-

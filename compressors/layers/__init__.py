@@ -1,5 +1,6 @@
 """Run-time layers of compressed weights: sums of components whose tensors may be quantized."""
 
+from lrc.compressors.layers.block_sparse import BlockSparse
 from lrc.compressors.layers.component import Component, ComponentConfig, Sizes
 from lrc.compressors.layers.compressed_embedding import CompressedEmbedding, TiedHead
 from lrc.compressors.layers.compressed_linear import (
@@ -13,6 +14,7 @@ from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpe
 
 __all__ = [
     "COMPONENTS",
+    "BlockSparse",
     "Component",
     "ComponentConfig",
     "CompressedEmbedding",

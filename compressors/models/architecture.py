@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lrc.compressors.layers.shapes import rebuild_
+from lrc.compressors.layers.model_shapes import rebuild_
 from lrc.compressors.models.configuration import SUPPORTED
 from lrc.compressors.models.source import Source
 from lrc.configs.errors import ModelError

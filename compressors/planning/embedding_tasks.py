@@ -66,9 +66,7 @@ def embedding_task(
     return task
 
 
-def check_user_plan(
-    stage: int, records: Any, tasks: list[LayerTask], problems: Problems
-) -> None:
+def check_user_plan(stage: int, records: Any, tasks: list[LayerTask], problems: Problems) -> None:
     """Report user plans whose embedding or head is quantized differently than in the recipe.
 
     The recipe decides how these are quantized; edits of the plan would be ignored.

@@ -16,6 +16,7 @@ from lrc.compressors.layers import WeightConfig
 from lrc.compressors.planning.tasks import ArgsField, LayerResult, LayerTask, Measure
 
 PLAN_VERSION = 2
+"""Raised when a key changes its meaning or is removed."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     results: dict[str, LayerResult] = field(default_factory=dict)
     """By the name of the task."""
-    version: Literal[2] = PLAN_VERSION
+    version: Literal[2] = 2
 
     @property
     def all_tasks(self) -> list[LayerTask]:

@@ -131,8 +131,8 @@ def _summary(wrong: Mapping[str, list[int]]) -> str:
         parts = ["*" if part.isdigit() else part for part in full.split(".")]
         alike.setdefault((".".join(parts), tuple(widths)), []).append(full)
     found = []
-    for (name, widths), group in alike.items():
-        rows = " and ".join(str(width) for width in dict.fromkeys(widths))
+    for (name, lengths), group in alike.items():
+        rows = " and ".join(str(width) for width in dict.fromkeys(lengths))
         count = f"{len(group)} layers, " if len(group) > 1 else ""
         found.append(f"{group[0] if len(group) == 1 else name} ({count}rows of {rows})")
     return "; ".join(found)

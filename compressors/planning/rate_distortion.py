@@ -196,13 +196,16 @@ def size_families(
     Each ratio has a separate curve: interpolation between sizes of different ratios is meaningless.
     """
     if allocation is None:
-        return [(SizeSteps(task, types, ratio=task.ratio), [task.config.sizes])]
+        planned: list[Sizes] = [task.config.sizes]
+        return [(SizeSteps(task, types, ratio=task.ratio), planned)]
     ratios = allocation.ratios if types == "dictionary" else (2.0,)
-    families = []
+    families: list[tuple[SizeSteps, list[Sizes]]] = []
     for ratio in ratios:
         steps = SizeSteps(task, types, ratio=ratio)
         numbers = [steps.within(fraction, allocation.measure) for fraction in FRACTIONS]
-        sizes = [steps.config(number).sizes for number in dict.fromkeys(numbers) if number > 0]
+        sizes: list[Sizes] = [
+            steps.config(number).sizes for number in dict.fromkeys(numbers) if number > 0
+        ]
         families.append((steps, sizes))
     return families
 

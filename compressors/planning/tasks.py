@@ -58,8 +58,8 @@ class QuantizationTask:
     """None if the allocator of the decomposition chooses them."""
     act_order: bool = True
     damp: float = 0.01
-    balance: str = "measured"
-    correction: str | None = None
+    balance: Literal["measured", "first", "quarter", "even", "rotated"] = "measured"
+    correction: Literal["qera", "eora", "lqer"] | None = None
     """Metric of a low-rank correction of dense weights; None for no correction."""
     correction_rank: int = 0
     sparsity: float | None = None

@@ -141,7 +141,8 @@ def _names(record: Any) -> tuple[str, ...] | None:
     if not isinstance(weights, list) or not weights:
         return None
     names = [w.get("name") if isinstance(w, dict) else None for w in weights]
-    return tuple(names) if all(isinstance(name, str) for name in names) else None
+    found = tuple(name for name in names if isinstance(name, str))
+    return found if len(found) == len(names) else None
 
 
 def _config_for(

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from lrc.compressors.checkpoint.format import block
 from lrc.compressors.layers.residual_basis import BIASES, NORMS
-from lrc.compressors.layers.shapes import SHAPES, rebuild_, tables_of
+from lrc.compressors.layers.model_shapes import SHAPES, rebuild_, tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.bases import ROTATIONS, find_bases, read_basis, read_shortcut
 from lrc.compressors.slicing.families import Family, find_family

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from lrc.compressors.checkpoint.format import block
-from lrc.compressors.layers.shapes import SHAPES, shapes_of
+from lrc.compressors.layers.model_shapes import SHAPES, shapes_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.drop import block_influence
 from lrc.compressors.slicing.head_statistics import survey

@@ -3,7 +3,7 @@
 A slicing method is planned from shapes alone: the config of the smaller model and with it every
 shape is known before a weight is read, so that the stages behind it can be planned too. Carried out
 it gives the tensors of a checkpoint of that config. Where layers get shapes of their own, the
-config carries a table of them, see `layers.shapes`; what only data share out between layers is
+config carries a table of them, see `layers.model_shapes`; what only data share out between layers is
 planned as evenly as it can be, and of the same size.
 """
 

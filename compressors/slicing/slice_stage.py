@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from lrc.compressors.checkpoint.format import block
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, write_weights
-from lrc.compressors.layers.shapes import tables_of
+from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.budget import Whole

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lrc.compressors.layers.shapes import tables_of
+from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.blocks import bytes_of, carve_blocks, rotated_config, tables
 from lrc.compressors.slicing.channel_moments import stream_moment

@@ -304,6 +304,4 @@ def _most_atoms(task: LayerTask, options: DecomposeBase) -> int:
         component = ComponentConfig("dictionary", {"atoms": atoms, "nonzeros": 1})
         return task.cost(task.with_components((component,)), options.measure)
 
-    return bisect_left(
-        range(1, min(task.shape) + 1), task.dense_cost(options.measure), key=cost
-    )
+    return bisect_left(range(1, min(task.shape) + 1), task.dense_cost(options.measure), key=cost)

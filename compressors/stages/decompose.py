@@ -47,7 +47,9 @@ class DecomposeStage:
         ]
         for each in found:
             _check_options(draft, each)
-            decided = _from_user_plan(draft, each) if each.options.plan else spend_budget(draft, each)
+            decided = (
+                _from_user_plan(draft, each) if each.options.plan else spend_budget(draft, each)
+            )
             for task in decided:
                 for weight in task.weights:
                     draft.tasks[weight.name] = task
@@ -215,5 +217,3 @@ def _warn(draft: Draft, found: DecomposeTargets) -> None:
             f"{options.method} do not include how much an output matters; usually much worse than "
             "uniform"
         )
-
-
