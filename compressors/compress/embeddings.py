@@ -16,8 +16,7 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Matrix, Plan, record_of
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
-from lrc.compressors.solvers.quantized_matrix import Rounded
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, round_to_nearest
 from lrc.configs.errors import ModelError
 
 NUMBERS = 2**24
@@ -51,11 +50,11 @@ def _rounded(matrix: Matrix, W: Tensor, device: str) -> tuple[Matrix, dict[str, 
     assert matrix.scheme is not None
     scheme = Scheme.read(matrix.scheme)
     lost = energy = 0.0
-    parts: list[Rounded] = []
+    parts: list[QuantizedMatrix] = []
     try:
         for rows in _pieces(W):
             rows = rows.to(device)
-            found = rtn(rows, scheme, dtype=W.dtype)
+            found = round_to_nearest(rows, scheme, dtype=W.dtype)
             lost += weighted_error(rows, found.weight())
             energy += weighted_error(rows, 0 * rows)
             zero = None if found.zero is None else to_host(found.zero)

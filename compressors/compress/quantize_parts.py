@@ -12,13 +12,13 @@ from lrc.compressors.layers.packed import encode_values
 from lrc.compressors.layers.parts import sentinel
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.quantization import WHOLE
-from lrc.compressors.solvers.low_rank_correction import branch
+from lrc.compressors.solvers.low_rank_correction import low_rank_correction
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
-from lrc.compressors.solvers.quantize_blocks import round_groups
-from lrc.compressors.solvers.quantize_factors import round_pair, round_pivot
-from lrc.compressors.solvers.quantize_values import round_sparse, round_values
-from lrc.compressors.solvers.quantize_weight import Rounder, round_weight
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantize_blocks import quantize_blocks
+from lrc.compressors.solvers.quantize_factors import quantize_low_rank, quantize_pivoted
+from lrc.compressors.solvers.quantize_matrix import QuantizerName, quantize_matrix
+from lrc.compressors.solvers.quantize_values import quantize_sparse_values, quantize_values
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.methods import Mixed
 from lrc.configs.quantize import Branch, Gauge, Kind, Quantize
 from lrc.configs.recipe import Recipe
@@ -32,7 +32,7 @@ NO_INPUT = "saw no calibration token, or zeros only: rounded to the nearest"
 class Rounding:
     """How a stage finds integers."""
 
-    rounder: Rounder
+    rounder: QuantizerName
     gauge: Gauge
     order: bool
     damp: float
@@ -47,7 +47,7 @@ class Rounding:
         options = recipe.works[matrix.rounded]
         if isinstance(options, Quantize):
             kind = Branch() if options.branch is None else options.branch
-            rounder: Rounder = "rtn" if options.method == "rtn" else "gptq"
+            rounder: QuantizerName = "rtn" if options.method == "rtn" else "gptq"
             return cls(rounder, options.gauge, options.order, options.damp, kind.method)
         assert isinstance(options, Mixed)
         return cls(options.rounder, options.gauge, options.order, DAMP)
@@ -95,7 +95,9 @@ def round_parts(
     if matrix.form == "group_sparse":
         assert matrix.sizes is not None
         groups = matrix.sizes["groups"]
-        kept = round_groups(W, H, groups, scheme, dtype=dtype, damp=how.damp, order=how.order)
+        kept = quantize_blocks(
+            W, H, groups, scheme, dtype=dtype, damp=how.damp, act_order=how.order
+        )
         return Integers(kept.encode(), kept.fallback)
     if matrix.form in WHOLE:
         return _whole(matrix, W, H, scheme, how, dtype)
@@ -131,13 +133,15 @@ def _whole(
     dtype: torch.dtype,
 ) -> Integers:
     """Round a whole weight, and find the product that mends most of it, if one is planned."""
-    found = round_weight(
-        W, H, scheme, rounder=how.rounder, dtype=dtype, damp=how.damp, order=how.order
+    found = quantize_matrix(
+        W, H, scheme, quantizer=how.rounder, dtype=dtype, damp=how.damp, act_order=how.order
     )
     tensors = {"weight": sentinel(W), **found.encode("weight")}
     if matrix.sizes:
         metric = torch.eye(W.shape[1], dtype=torch.float64, device=W.device) if H is None else H
-        L, R = branch(W.double() - found.weight(), metric, matrix.sizes["rank"], how.branch)
+        L, R = low_rank_correction(
+            W.double() - found.weight(), metric, matrix.sizes["rank"], how.branch
+        )
         tensors |= {"a.weight": R.to(dtype), "b.weight": L.to(dtype)}
         if not all(
             bool(torch.isfinite(t).all()) for t in (tensors["a.weight"], tensors["b.weight"])
@@ -149,14 +153,14 @@ def _whole(
 
 def _pair(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
     B, A = tensors.pop("b.weight"), tensors.pop("a.weight")
-    found = round_pair(
+    found = quantize_low_rank(
         of.W,
         B,
         A,
         of.H,
         of.scheme,
-        rounder=of.how.rounder,
-        gauge=of.how.gauge,
+        quantizer=of.how.rounder,
+        balance=of.how.gauge,
         dtype=of.dtype,
         seed=of.seed,
         G=of.G,
@@ -168,8 +172,8 @@ def _pivot(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
     R, order = tensors.pop("a.weight"), tensors["order"].long()
     C = tensors.pop("c.weight", R.new_zeros(0, len(R)))  # none where every row is a pivot
     how = of.how
-    found = round_pivot(
-        of.W, R, C, order, of.H, of.scheme, rounder=how.rounder, dtype=of.dtype, G=of.G
+    found = quantize_pivoted(
+        of.W, R, C, order, of.H, of.scheme, quantizer=how.rounder, dtype=of.dtype, G=of.G
     )
     coefficients = {} if found.c is None else found.c.encode("c.weight")
     return Integers({**found.a.encode("a.weight"), **coefficients, **tensors})
@@ -179,10 +183,10 @@ def _entries(of: _Weight, tensors: dict[str, Tensor]) -> Integers:
     values, packed = tensors.pop("values"), tensors["mask"]
     d_in = of.W.shape[1]
     if of.how.rounder == "rtn":
-        codes, scale = round_values(values, of.scheme, dtype=of.dtype)
+        codes, scale = quantize_values(values, of.scheme, dtype=of.dtype)
     else:
         W_hat, mask = spread(values, packed, d_in), unpack_bits(packed, d_in)
-        codes, scale = round_sparse(of.W, W_hat, mask, of.H, of.scheme, dtype=of.dtype)
+        codes, scale = quantize_sparse_values(of.W, W_hat, mask, of.H, of.scheme, dtype=of.dtype)
     return Integers({**encode_values("values", codes, scale, of.scheme), **tensors})
 
 
@@ -199,9 +203,9 @@ def _nearest(tensors: dict[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> 
     rounded: dict[str, Tensor] = {}
     for leaf, tensor in tensors.items():
         if leaf.endswith(".weight"):
-            rounded |= rtn(tensor, scheme, dtype=dtype).encode(leaf)
+            rounded |= round_to_nearest(tensor, scheme, dtype=dtype).encode(leaf)
         elif leaf == "values":
-            codes, scale = round_values(tensor.flatten(), scheme, dtype=dtype)
+            codes, scale = quantize_values(tensor.flatten(), scheme, dtype=dtype)
             rounded |= encode_values(leaf, codes, scale, scheme)
         else:
             rounded[leaf] = tensor

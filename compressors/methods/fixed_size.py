@@ -9,24 +9,22 @@ from torch import Tensor
 
 from lrc.compressors.layers import Sizes
 from lrc.compressors.methods.base import Coded, CodedMethod
-from lrc.compressors.solvers.dictionary_learning import Problem
+from lrc.compressors.solvers.dictionary_learning import DictionaryProblem
 from lrc.compressors.solvers.flops import dictionary_work, pruning_work, sum_work
 from lrc.compressors.solvers.linalg import tensor_cores
-from lrc.compressors.solvers.masked_least_squares import Metric
+from lrc.compressors.solvers.metric import Metric, damped_metric, weighted_energy
 from lrc.compressors.solvers.moments import Statistics
 from lrc.compressors.solvers.pruning import (
     CURVE_ROUNDS,
     ROUNDS,
     Saliency,
-    damped_metric,
     prune,
     prune_curve,
-    weighted_energy,
 )
 from lrc.compressors.solvers.sparse_plus_low_rank import (
     CURVE_LAST_ROUNDS,
     LAST_ROUNDS,
-    SumProblem,
+    SparsePlusLowRankProblem,
 )
 from lrc.compressors.solvers.sparse_plus_low_rank import CURVE_ROUNDS as SUM_CURVE_ROUNDS
 from lrc.compressors.solvers.sparse_plus_low_rank import ROUNDS as SUM_ROUNDS
@@ -125,12 +123,12 @@ class Learning(CodedMethod):
 
     def _prepared(
         self, W: Tensor, statistics: Statistics, options: Mapping[str, Any]
-    ) -> tuple[Problem, Metric, dict[str, Any]]:
+    ) -> tuple[DictionaryProblem, Metric, dict[str, Any]]:
         """Return the weight made ready, what its errors cost, and the options of the search."""
         options = self.with_defaults(statistics, options)
         damping = {key: options.pop(key) for key in ("damp", "gradient_damp") if key in options}
         inputs, gradients = self._known(statistics)
-        problem = Problem.of(W, inputs, gradients, solver=self.solver, **damping)
+        problem = DictionaryProblem.of(W, inputs, gradients, solver=self.solver, **damping)
         metric, _ = damped_metric(inputs, gradients, **damping)
         return problem, metric, options
 
@@ -162,9 +160,11 @@ class Summing(CodedMethod):
             for number, each in enumerate(sizes)
         )
 
-    def _problem(self, W: Tensor, statistics: Statistics, options: Mapping[str, Any]) -> SumProblem:
+    def _problem(
+        self, W: Tensor, statistics: Statistics, options: Mapping[str, Any]
+    ) -> SparsePlusLowRankProblem:
         damping = self.with_defaults(statistics, options)
-        return SumProblem.of(W, *self._known(statistics), **damping)
+        return SparsePlusLowRankProblem.of(W, *self._known(statistics), **damping)
 
 
 _DAMP = {"damp": 1e-6}

@@ -5,9 +5,9 @@ from torch import Tensor
 from lrc.compressors.layers import Scheme
 from lrc.compressors.planning.quantization import fits
 from lrc.compressors.planning.weight_groups import Unit
+from lrc.compressors.solvers.metric import weighted_energy
 from lrc.compressors.solvers.moments import Statistics
-from lrc.compressors.solvers.pruning import weighted_energy
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.methods import Mixed
 
 SHARE_LEFT = {"rtn": 1.0, "gptq": 0.4}
@@ -29,6 +29,6 @@ def rounding_noise(
     for written in options.schemes:
         if all(fits(written, m) for m in unit.members):
             scheme = Scheme.read(written)
-            W_hat = rtn(W, scheme, dtype=dtype, H=H).weight()
+            W_hat = round_to_nearest(W, scheme, dtype=dtype, H=H).weight()
             found[written] = energy(W.double() - W_hat) * SHARE_LEFT[options.rounder]
     return found, energy(W.double())
