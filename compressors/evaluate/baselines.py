@@ -20,7 +20,7 @@ from lrc.compressors.io.progress import OnStep
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.layers.sparse import Sparse
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Evaluate
 
@@ -165,7 +165,7 @@ def _sparse_bits(targets: Targets, entries: Mapping[str, int]) -> int:
 def _made(weight: Tensor, form: Scheme | int, dtype: torch.dtype) -> Tensor:
     """Return what a weight [d_out, d_in] becomes; `dtype` is that of scales in the file."""
     if isinstance(form, Scheme):
-        return rtn(weight, form, dtype=dtype).weight()
+        return round_to_nearest(weight, form, dtype=dtype).weight()
     largest = weight.abs().topk(form, dim=1, sorted=False).indices  # [d_out, form]
     return torch.zeros_like(weight).scatter_(1, largest, weight.gather(1, largest))
 

@@ -1,4 +1,4 @@
-"""Let a layer make up for what the compressed layers before it already lost."""
+"""Refitting a layer so that it compensates for the error of the compressed layers before it."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,18 @@ from lrc.compressors.solvers.linalg import whitening_factor
 
 @dataclass(frozen=True)
 class PrefixMoments:
-    """Sums over tokens, of inputs X' behind what is compressed so far and X of the dense model.
+    """Sums over tokens of inputs X of the dense model and X' of the compressed one.
 
-    `H` is ``X'.T @ X'`` and `cross` ``X.T @ X'``, both [d_in, d_in]. `deficit` holds, for a linear
-    that writes to the residual stream, ``(R - R').T @ X'`` [d_out, d_in] with the streams R and R'
-    that its output is added to.
+    X' are the inputs of a layer when all layers before it are compressed.
     """
 
     H: Tensor
+    """``X'.T @ X'`` [d_in, d_in]"""
     cross: Tensor
+    """``X.T @ X'`` [d_in, d_in]"""
     deficit: dict[str, Tensor]
+    """For each linear that writes to the residual stream ``(R - R').T @ X'`` [d_out, d_in], where
+    R and R' are the residual streams to which its output is added."""
 
 
 def refit_target(
@@ -32,13 +34,11 @@ def refit_target(
     deficit: Tensor | None = None,
     residual: float = 0.0,
 ) -> tuple[Tensor, str | None]:
-    """Return the weight that answers the compressed model's inputs with the dense model's outputs.
+    """Return the weight that maps the compressed model's inputs to the dense model's outputs.
 
-    With inputs ``X`` of the dense model and ``X'`` behind the compressed prefix, both
-    [n_tokens, d_in], the result V brings ``X' V^T`` closest to
-    ``(1 - mix) X' W^T + mix X W^T + residual (R - R')``. It is factored in place of W, under the
-    metric `H_prefix`. R and R' [n_tokens, d_out] are the residual streams that the layer's output
-    is added to, dense and behind the compressed prefix.
+    Minimizes the squared difference of ``X' V^T`` from
+    ``(1 - mix) X' W^T + mix X W^T + residual (R - R')`` over V, with the matrices of
+    `PrefixMoments`. V is then compressed in place of W, under the metric `H_prefix`.
 
     Parameters
     ----------
@@ -49,20 +49,20 @@ def refit_target(
     cross : Tensor, shape [d_in, d_in]
         ``X.T @ X'``.
     mix : float
-        Share of the dense model's outputs in the target, in [0, 1].
+        Fraction of the dense model's outputs in the target, in [0, 1].
     damp : float
         Fraction of ``mean(diag(H_prefix))`` added to its diagonal.
     deficit : Tensor, shape [d_out, d_in], optional
-        ``(R - R').T @ X'``, of a layer that writes to the residual stream.
+        ``(R - R').T @ X'``, for a layer that writes to the residual stream.
     residual : float
-        Share of the stream's deficit that the layer aims to make up for, in [0, 1].
+        Fraction of the residual stream's error that the layer is to correct, in [0, 1].
 
     Returns
     -------
     V : Tensor, shape [d_out, d_in]
         In float64.
     fallback : str or None
-        What had to be done beyond the request; None if nothing.
+        Description of the deviation from the request, None if there is none.
 
     Raises
     ------
@@ -71,11 +71,11 @@ def refit_target(
 
     Notes
     -----
-    The target of [1]_, to which the stream is added, solved by Cholesky:
-    ``V = W + (mix W (cross - H') + residual deficit) H'^{-1}``; without the stream that is
-    ``W ((1 - mix) I + mix cross H'^{-1})``. The two differ once H' is damped: written as a
-    correction, damping pulls V towards W; written as in the paper, it would shrink by `mix` what W
-    does in the directions that no token has.
+    The target of [1]_ plus the term of the residual stream, solved by Cholesky:
+    ``V = W + (mix W (cross - H') + residual deficit) H'^{-1}``. In the paper
+    ``V = W ((1 - mix) I + mix cross H'^{-1})``, which is the same without damping and without the
+    stream. With damping, the correction form pulls V towards W; the paper's form would scale W by
+    ``1 - mix`` in directions without tokens.
 
     References
     ----------
@@ -83,16 +83,16 @@ def refit_target(
        Sparsity for Efficient Inference in Large Language Models", 2025.
        https://arxiv.org/abs/2501.19090
     """
-    for name, share in (("mix", mix), ("residual", residual)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {share}")
+    for name, value in (("mix", mix), ("residual", residual)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
     W, H = W.double(), H_prefix.double()
     if mix == 0 and (residual == 0 or deficit is None):
         return W, None
     if not H.diagonal().any():
         return W, "inputs were all zero; nothing to compensate"
     L, fallback = whitening_factor(H, damp)
-    moved = mix * (W @ (cross.double() - H))  # [d_out, d_in]
+    correction = mix * (W @ (cross.double() - H))  # [d_out, d_in]
     if deficit is not None:
-        moved += residual * deficit.double()
-    return W + torch.cholesky_solve(moved.T, L).T, fallback
+        correction += residual * deficit.double()
+    return W + torch.cholesky_solve(correction.T, L).T, fallback

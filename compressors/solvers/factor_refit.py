@@ -1,4 +1,4 @@
-"""What is left of a product solved anew for the part that has been rounded."""
+"""Least-squares updates of one factor of ``W ~ B @ A`` after the other one has been quantized."""
 
 import torch
 from torch import Tensor
@@ -6,16 +6,15 @@ from torch import Tensor
 from lrc.compressors.solvers.linalg import whitening_factor
 
 REFIT_DAMP = 1e-8
-"""Of the mean diagonal of what is solved."""
+"""Fraction of the mean diagonal of the normal equations added to their diagonal."""
 
 
-def refit(
+def refit_left(
     target: Tensor, B: Tensor, A: Tensor, H: Tensor, damp: float = REFIT_DAMP
 ) -> tuple[Tensor, Tensor]:
-    """Solve the second factor anew for the first, as it has become.
+    """Minimize ``tr((V - B A) H (V - B A)^T)`` over the left factor B, with V the target.
 
-    Minimises ``tr((V - B' A) H (V - B' A)^T)`` over B', V the target; damping pulls towards B, so
-    that the error never rises.
+    Damping pulls the solution towards the given `B`, so that the error never rises.
 
     Parameters
     ----------
@@ -23,45 +22,57 @@ def refit(
     B : Tensor, shape [d_out, rank]
     A : Tensor, shape [rank, d_in]
     H : Tensor, shape [d_in, d_in]
+        Second moment of the inputs.
     damp : float
         Fraction of the mean diagonal of ``A H A^T`` added to it.
 
     Returns
     -------
     B : Tensor, shape [d_out, rank]
-    seen : Tensor, shape [rank, rank]
-        ``A H A^T``, the second moment of what B is applied to.
+    H_rank : Tensor, shape [rank, rank]
+        ``A H A^T``, the second moment of the inputs of B.
     """
-    seen = A @ H @ A.T
-    if not seen.diagonal().any():
-        return B, seen
-    L, _ = whitening_factor(seen, damp)
+    H_rank = A @ H @ A.T
+    if not H_rank.diagonal().any():
+        return B, H_rank
+    L, _ = whitening_factor(H_rank, damp)
     missing = (target - B @ A) @ H @ A.T  # [d_out, rank]
-    return B + torch.cholesky_solve(missing.T, L).T, seen
+    return B + torch.cholesky_solve(missing.T, L).T, H_rank
 
 
-def refit_first(
+def refit_right(
     target: Tensor, B: Tensor, A: Tensor, G: Tensor | None = None, damp: float = REFIT_DAMP
 ) -> Tensor:
-    """Solve the first factor [rank, d_in] anew for the second, as `refit` the second.
+    """Minimize ``tr((V - B A)^T G (V - B A))`` over the right factor A [rank, d_in].
 
-    With the second held, the best first is the same under every metric of the inputs, but not of
-    the outputs: under `G` [d_out, d_out] it is ``(B^T G B)^{-1} B^T G V``.
+    The solution ``(B^T G B)^{-1} B^T G V`` is optimal under every metric of the inputs, but
+    depends on the second moment `G` [d_out, d_out] of the output gradients. The other parameters
+    are those of `refit_left`.
     """
     left = B.T if G is None else B.T @ G  # [rank, d_out]
-    seen = left @ B  # [rank, rank]
-    if not seen.diagonal().any():
+    normal = left @ B  # [rank, rank]
+    if not normal.diagonal().any():
         return A
-    L, _ = whitening_factor(seen, damp)
+    L, _ = whitening_factor(normal, damp)
     return A + torch.cholesky_solve(left @ (target - B @ A), L)
 
 
-def made_up(E: Tensor, G: Tensor | None, fixed: int) -> Tensor | float:
-    """Return what the other rows add to their target to make up for the first ones.
+def compensation_target(E: Tensor, G: Tensor | None, fixed: int) -> Tensor | float:
+    """Return the correction to the target of the free rows that cancels the fixed rows' error.
 
-    The error E of the first `fixed` rows [fixed, d_in] is there to stay. Of
-    ``tr(G E H E^T)`` the least is left if the error of the others is ``- G_oo^{-1} G_of E``: a
-    metric of the outputs says which errors cancel.
+    Parameters
+    ----------
+    E : Tensor, shape [fixed, d_in]
+        Error of the first `fixed` rows, which cannot change.
+    G : Tensor, shape [d_out, d_out], optional
+        Second moment of the output gradients.
+    fixed : int
+
+    Returns
+    -------
+    Tensor, shape [d_out - fixed, d_in], or float
+        ``G_oo^{-1} G_of E`` with o the free and f the fixed rows: ``tr(G E H E^T)`` is least if
+        the error of the free rows is the negative of this. 0 without `G`.
     """
     if G is None:
         return 0.0

@@ -1,8 +1,9 @@
-"""Second moments, whitening and symmetric eigenproblems, with the care that real activations need.
+"""Second moments, whitening factors and symmetric eigenproblems.
 
-Activations have massive channels, dead channels and fewer directions than dimensions. What follows
-from that: sums in float32, eigenproblems in float64, symmetric, on the smaller side only; damping
-relative to the mean diagonal; and no failure that is only a log line.
+Activations have channels of very large variance, channels that are always zero, and fewer
+independent directions than dimensions. Therefore sums are taken in float32, eigenproblems are
+solved in float64 on the smaller side of a weight, damping is relative to the mean diagonal, and
+every fallback is reported to the caller.
 """
 
 from collections.abc import Iterator
@@ -11,19 +12,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Raising the damping stops here: at 1e-2 of the mean diagonal (GPTQ's default) the optimum itself
-# is visibly another one, so a matrix that needs more is factored through its eigenvectors instead.
-MAX_DAMP = 1e-2
-# Directions below this share of the largest energy are rounding of float64 Gram matrices, not rank.
+# A matrix that needs more damping than this is factored through its eigenvectors instead: the
+# optimum would no longer be that of the requested metric.
+MAX_DAMP = 1e-1
+# Eigenvalues below this fraction of the largest are rounding errors of a float64 Gram matrix.
 RANK_TOLERANCE = 1e-14
 
 
 @contextmanager
 def tensor_cores() -> Iterator[None]:
-    """Let CUDA round the factors of float32 products to TF32, which is several times as fast.
+    """Allow TF32 in float32 matrix products on CUDA, which is several times as fast.
 
-    Sums stay in float32. A Gram matrix of rounded vectors is that of slightly other vectors, still
-    positive semi-definite: rounding adds 1e-7 of its own energy to a channel, less than damping.
+    Sums stay in float32. The Gram matrix of rounded vectors is positive semi-definite; rounding
+    adds about 1e-7 of a channel's energy to it, less than the damping.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -34,7 +35,7 @@ def tensor_cores() -> Iterator[None]:
 
 
 def add_second_moment_(H: Tensor, x: Tensor) -> None:
-    """Add the Gram matrix of some tokens to a running one, in place.
+    """Add the Gram matrix of a batch of tokens to a running sum, in place.
 
     Parameters
     ----------
@@ -48,7 +49,7 @@ def add_second_moment_(H: Tensor, x: Tensor) -> None:
 
 
 def damped(H: Tensor, damp: float) -> Tensor:
-    """Return ``H + damp * mean(diag(H)) * I``; `H` is left alone."""
+    """Return ``H + damp * mean(diag(H)) * I`` for a square matrix `H`, as a new tensor."""
     result = H.clone()
     result.diagonal().add_(damp * H.diagonal().mean())
     return result
@@ -62,16 +63,17 @@ def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
     H : Tensor, shape [d, d]
         Symmetric positive semi-definite matrix, float64.
     damp : float
-        Fraction of the mean diagonal that is added. Raised tenfold, up to `MAX_DAMP`, while the
-        Cholesky factorisation fails.
+        Fraction of the mean diagonal added to the diagonal. While the Cholesky factorization
+        fails, it is raised to ten times its value (from 0 to 1e-10), but not above `MAX_DAMP`.
 
     Returns
     -------
     L : Tensor, shape [d, d]
-        Lower triangular, and invertible: the Cholesky factor, or where none exists the one that
-        the eigenvectors give, with eigenvalues raised to 1e-12 of the largest.
+        Lower triangular and invertible: the Cholesky factor. If there is none even at `MAX_DAMP`,
+        a factor built from the eigenvectors of the matrix with the requested damping, with
+        eigenvalues below 1e-12 of the largest raised to that.
     fallback : str or None
-        What had to be done beyond the request; None if nothing.
+        Description of the deviation from the request, None if there is none.
     """
     used = damp
     while True:
@@ -80,45 +82,53 @@ def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
             return L, None if used == damp else f"damping raised from {damp:g} to {used:g}"
         if used >= MAX_DAMP:
             break
-        used = max(used * 10, 1e-10)
+        used = min(max(used * 10, 1e-10), MAX_DAMP)
     energies, vectors = torch.linalg.eigh(damped(H, damp))
     floor = energies[-1].clamp_min(torch.finfo(H.dtype).tiny) * 1e-12
     root = vectors * energies.clamp_min(floor).sqrt()  # [d, d], root @ root.T == H
-    # With root.T = Q R the product is R^T R, so R^T serves: triangular like every other factor.
+    # With root.T == Q @ R the product root @ root.T is R.T @ R, and R.T is lower triangular.
     return torch.linalg.qr(root.T, mode="r").R.T, "Cholesky failed; whitened by eigenvectors"
 
 
 def descending_eigh(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues (clamped at 0) and eigenvectors of a symmetric matrix, largest first."""
+    """Compute eigenvalues and eigenvectors of a symmetric matrix, in descending order.
+
+    Returns
+    -------
+    energies : Tensor, shape [d]
+        Eigenvalues; negative ones are set to 0.
+    vectors : Tensor, shape [d, d]
+        Eigenvectors as columns.
+    """
     energies, vectors = torch.linalg.eigh((S + S.T) / 2)
     return energies.flip(0).clamp_min(0), vectors.flip(1)
 
 
 def descending_eigvalsh(S: Tensor) -> Tensor:
-    """Return the eigenvalues alone (clamped at 0) of a symmetric matrix, largest first."""
+    """Compute the eigenvalues [d] of a symmetric matrix as `descending_eigh` does."""
     energies: Tensor = torch.linalg.eigvalsh((S + S.T) / 2)
     return energies.flip(0).clamp_min(0)
 
 
 def numerical_rank(energies: Tensor) -> int:
-    """Count the energies (squared singular values, largest first) that are more than rounding."""
+    """Count the squared singular values [d], in descending order, above `RANK_TOLERANCE`."""
     return int((energies > RANK_TOLERANCE * energies[0]).sum())
 
 
 def weighted_error(
     W: Tensor, W_hat: Tensor, H: Tensor | None = None, G: Tensor | None = None
 ) -> float:
-    """Measure ``||K^T (W - W_hat) L||_F^2`` with ``L @ L.T == H`` and ``K @ K.T == G``.
+    """Compute ``tr(G E H E^T)`` with ``E = W - W_hat``, in float64.
 
-    Without `G` this is the squared error of the output, summed over the tokens of `H`.
+    Without `G` this is the squared error of the layer's output, summed over the tokens of `H`.
 
     Parameters
     ----------
     W, W_hat : Tensor, shape [d_out, d_in]
     H : Tensor, shape [d_in, d_in], optional
-        Second moment of the inputs; the identity if left out.
+        Second moment of the inputs. Default: the identity.
     G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients; the identity if left out.
+        Second moment of the output gradients. Default: the identity.
     """
     E = (W - W_hat).double()
     right = E if H is None else E @ H.double()  # [d_out, d_in]

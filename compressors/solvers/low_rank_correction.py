@@ -1,48 +1,52 @@
-"""A thin branch in 16 bits that makes up for rounding: ``W ~ Q + L @ R``."""
+"""A low-rank correction of the quantization error in 16 bits: ``W ~ Q + L @ R``."""
 
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lrc.compressors.solvers.factor_balancing import equalize_norms
 from lrc.compressors.solvers.linalg import descending_eigh, whitening_factor
 from lrc.compressors.solvers.quantization_grid import check_finite
 
 Kind = Literal["qera", "eora", "lqer"]
 
 
-def branch(E: Tensor, H: Tensor, rank: int, kind: Kind = "qera") -> tuple[Tensor, Tensor]:
-    """Find the product of rank `rank` that leaves least of an error.
+def low_rank_correction(
+    E: Tensor, H: Tensor, rank: int, kind: Kind = "qera"
+) -> tuple[Tensor, Tensor]:
+    """Compute the low-rank matrix that reduces a quantization error most.
 
     Parameters
     ----------
     E : Tensor, shape [d_out, d_in]
-        What rounding has lost, ``W - Q``.
+        Quantization error ``W - Q``.
     H : Tensor, shape [d_in, d_in]
-        Second moment of the inputs; where it is all zero, every input counts the same.
+        Second moment of the inputs; if it is zero, the identity is used.
     rank : int
+        In ``[1, min(d_out, d_in)]``.
     kind : {"qera", "eora", "lqer"}
-        What is minimised: ``tr((E - L R) H (E - L R)^T)`` [1]_; the same over the directions that
-        inputs have, numerically, and nothing in the others [2]_; or the same with the diagonal of
-        H alone [3]_.
+        What is minimized: ``tr((E - L R) H (E - L R)^T)`` [1]_; the same restricted to the
+        numerical range of H, with no correction outside [2]_; or the same with the diagonal of H
+        only [3]_.
 
     Returns
     -------
     L : Tensor, shape [d_out, rank]
     R : Tensor, shape [rank, d_in]
-        Both in float64; the singular values are shared evenly.
+        Both in float64; columns of L and rows of R have equal norms.
 
     Raises
     ------
     ValueError
-        If `kind` is none, or `rank` is out of range.
+        If `kind` is unknown, `rank` is out of range or `E` is not finite.
 
     Notes
     -----
     Only the smaller side is decomposed. With the eigenvectors V of ``E H E^T`` the product is
-    ``V (V^T E)`` and no root of H is taken; a taller E is solved through a root ``H = P P^T``, as
+    ``V (V^T E)`` and no root of H is needed; a taller E is solved with a root ``H = P P^T``, as
     ``(E P V) (V^T P^-1)`` with the eigenvectors of ``P^T E^T E P``. [3]_ scales by the mean
-    absolute input; the root of the mean square, which H knows, takes its place.
+    absolute input; here the root mean square is used, which H contains.
 
     References
     ----------
@@ -61,12 +65,12 @@ def branch(E: Tensor, H: Tensor, rank: int, kind: Kind = "qera") -> tuple[Tensor
     check_finite(E, "the error")
     E, H = E.double(), H.double()
     P, inverse = _root(H, kind)  # [d_in, directions], [directions, d_in]
+    EP = E @ P  # [d_out, directions]
     if d_out <= P.shape[1]:
-        V = descending_eigh((E @ P) @ (E @ P).T)[1][:, :rank]  # [d_out, rank]
-        seen = E if kind == "qera" else E @ P @ inverse
-        return _balanced(V, V.T @ seen)
-    V = descending_eigh((E @ P).T @ (E @ P))[1][:, :rank]  # [directions, rank]
-    return _balanced(E @ P @ V, V.T @ inverse)
+        V = descending_eigh(EP @ EP.T)[1][:, :rank]  # [d_out, rank]
+        return equalize_norms(V, V.T @ (E if kind == "qera" else EP @ inverse))
+    V = descending_eigh(EP.T @ EP)[1][:, :rank]  # [directions, rank]
+    return equalize_norms(EP @ V, V.T @ inverse)
 
 
 def _root(H: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
@@ -75,7 +79,7 @@ def _root(H: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     if not H.diagonal().any():
         return one, one
     if kind == "lqer":
-        # A channel that was never on would be divided by zero.
+        # The lower bound avoids a division by zero for channels that are always zero.
         sizes = H.diagonal().clamp_min(H.diagonal().max() * torch.finfo(H.dtype).eps).sqrt()
         return torch.diag(sizes), torch.diag(1 / sizes)
     if kind == "eora":
@@ -85,10 +89,3 @@ def _root(H: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
         return vectors * sizes, vectors.T / sizes[:, None]
     P, _ = whitening_factor(H, 0.0)
     return P, torch.linalg.solve_triangular(P, one, upper=False)
-
-
-def _balanced(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the columns of L and the rows of R equal lengths, so that both keep well in 16 bits."""
-    tiny = torch.finfo(L.dtype).tiny
-    share = (R.norm(dim=1) / L.norm(dim=0).clamp_min(tiny)).clamp_min(tiny).sqrt()  # [rank]
-    return (L * share).contiguous(), (R / share[:, None]).contiguous()

@@ -1,56 +1,36 @@
-"""The search for the entries that a sparse weight keeps, by swaps that a refit pays for.
+"""Search for the mask of a sparse weight, by swaps that a least-squares refit evaluates.
 
-It starts from the entries that cost most to remove, refits what is kept, and swaps entries where
-the refit says that the other choice is cheaper, ever fewer a round.
+The search starts from the entries that are most expensive to remove, refits the kept values, and
+exchanges entries where the refit predicts a lower error, fewer in each round.
 """
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.solvers.masked_least_squares import (
-    Metric,
-    masked_least_squares,
-    released_error,
-)
+from lrc.compressors.solvers.masked_least_squares import compensated_error, masked_least_squares
+from lrc.compressors.solvers.masks import Pattern, drop_and_swap, largest, two_of_four
+from lrc.compressors.solvers.metric import Metric
 
-Pattern = Literal["unstructured", "2:4"]
-
-GROUP, KEPT_IN_GROUP = 4, 2
-# The inverses that the search reads are those of channels of unit energy, damped by this share: in
-# float32 they then keep four digits along a direction with a thousand times the mean energy.
+# Damping of the inverses, as a fraction of the mean of the metrics scaled to unit diagonal. In
+# float32 they then have four correct digits in a direction of a thousand times the mean energy.
 SEARCH_DAMP = 1e-4
-# Swaps of the first round as a share of what is removed, and what is left of it a round later:
-# more at once and swaps get in each other's way, fewer and eight rounds do not suffice.
+# Swaps in the first round as a fraction of the removed entries, and the decay of that fraction per
+# round. With more swaps at once they interfere; with fewer, eight rounds are not enough.
 SWAPS, SWAPS_DECAY = 0.05, 0.65
-# Steps of the refit of a swapped mask; of the first and the last one, so that masks compare fairly;
-# and of the very last in the metric itself, for what `SEARCH_DAMP` hides. With few tokens a metric
-# is so steep that half of these steps leave twice the error where most entries are removed.
+# Conjugate-gradient steps after a swap; for the first and the last mask, so that masks are compared
+# fairly; and finally without `SEARCH_DAMP`. With few tokens a metric is so ill-conditioned that
+# half of these steps leave twice the error if most entries are removed.
 STEPS, OUTER_STEPS, STEPS_IN_METRIC = 6, 12, 6
-# Channels without energy are measured in this share of the mean instead.
+# Lower bound for the energy of a channel, as a fraction of the mean.
 DEAD = 1e-12
 
 
-def flags(W: Tensor, indices: Tensor) -> Tensor:
-    """Return a mask of the shape of `W`, True at some flat indices."""
-    mask = torch.zeros(W.numel(), dtype=torch.bool, device=W.device)
-    mask[indices] = True
-    return mask.view(W.shape)
-
-
-def best_of_groups(score: Tensor) -> Tensor:
-    """Return the mask of the two highest scores among every four of a row."""
-    groups = score.reshape(-1, GROUP)
-    best = groups.topk(KEPT_IN_GROUP, dim=1).indices
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True).view(score.shape)
-
-
 @dataclass(frozen=True)
-class State:
-    """A mask that keeps `count` entries, fitted: multipliers, error and energy, all scaled."""
+class MaskState:
+    """A mask that keeps `count` entries, and the refit of its values, in scaled units."""
 
     mask: Tensor
     count: int
@@ -60,25 +40,24 @@ class State:
 
 
 @dataclass(frozen=True)
-class Search:
-    """A pruning problem in float32, scaled so that both metrics have unit diagonals.
-
-    `unit` [d_out, d_in] is what an error is multiplied by to be scaled. `slack` [d_out, d_in] is
-    the diagonal of the inverse metric: 1 where an entry is on its own, more where others can make
-    up for it.
-    """
+class MaskSearch:
+    """A pruning problem in float32, scaled so that both metrics have unit diagonals."""
 
     W: Tensor
+    """[d_out, d_in], scaled."""
     unit: Tensor
+    """[d_out, d_in], factor by which an error is scaled."""
     metric: Metric
     inverse: Metric
     slack: Tensor
+    """[d_out, d_in], diagonal of the inverse metric: 1 for an entry without correlations, larger
+    if others can compensate for it."""
     pattern: Pattern
     fallback: str | None
 
     @classmethod
-    def of(cls, W: Tensor, metric: Metric, pattern: Pattern) -> "Search":
-        """Scale a problem given in float64."""
+    def of(cls, W: Tensor, metric: Metric, pattern: Pattern) -> "MaskSearch":
+        """Scale a problem; `W` [d_out, d_in] and the metric are in float64."""
         left, right = (d.clamp_min(DEAD * d.mean()).sqrt() for d in metric.diagonals(W))
         scaled = metric.scaled(left, right)
         inverse, fallback = scaled.inverse(SEARCH_DAMP)
@@ -93,74 +72,62 @@ class Search:
         )  # fmt: skip
 
     def unscaled(self, error: Tensor) -> Tensor:
-        """Return an error in the units of the weight, float64."""
+        """Convert an error to the units of the weight, in float64."""
         return error.double() / self.unit
 
-    def dense(self) -> State:
-        """Return where every search starts: everything kept."""
-        nothing = torch.zeros_like(self.W)
-        return State(nothing == 0, nothing.numel(), nothing, nothing, 0.0)
+    def without(self, part: Tensor) -> "MaskSearch":
+        """Return the search for the weight minus `part` [d_out, d_in], which is scaled."""
+        return replace(self, W=self.W - part)
 
-    def best(self, state: State, nonzeros: int, rounds: int) -> State:
-        """Prune down to `nonzeros`, swap entries, and return the best fit that was seen."""
-        best = now = self._fitted(
-            self._reselected(state, nonzeros, 0), nonzeros, state, OUTER_STEPS
-        )
-        share = SWAPS
+    def dense(self) -> MaskState:
+        """Return the starting point of every search, with all entries kept."""
+        zero = torch.zeros_like(self.W)
+        return MaskState(zero == 0, zero.numel(), zero, zero, 0.0)
+
+    def best(self, state: MaskState, nonzeros: int, rounds: int) -> MaskState:
+        """Prune to `nonzeros` entries, swap entries, and return the state of lowest error."""
+        best = now = self.swapped(state, nonzeros, 0.0, OUTER_STEPS)
+        fraction = SWAPS
         for _ in range(rounds):
-            swaps = min(nonzeros, ceil(share * (self.W.numel() - nonzeros)))
-            mask = self._reselected(now, nonzeros, swaps)
+            mask = self._reselected(now, nonzeros, fraction)
             if torch.equal(mask, now.mask):
                 break
-            # Swaps that pay off may not do so yet after few steps, so they go on from here anyway.
+            # Continue even if the error rises: a few steps may not yet show the benefit of a swap.
             now = self._fitted(mask, nonzeros, now, STEPS)
-            best = min(best, now, key=lambda s: s.energy)
-            share *= SWAPS_DECAY
+            best = min(best, now, key=lambda state: state.energy)
+            fraction *= SWAPS_DECAY
         last = self._fitted(now.mask, nonzeros, now, OUTER_STEPS)
-        return min(last, best, key=lambda s: s.energy)
+        return min(last, best, key=lambda state: state.energy)
 
-    def beside(self, known: Tensor) -> "Search":
-        """Return the problem of what `known` [d_out, d_in], scaled, leaves of the weight."""
-        return replace(self, W=self.W - known)
+    def swapped(
+        self, state: MaskState, nonzeros: int, fraction: float, steps: int = STEPS
+    ) -> MaskState:
+        """Prune to `nonzeros`, swap a fraction of the removed entries, and refit the values."""
+        return self._fitted(self._reselected(state, nonzeros, fraction), nonzeros, state, steps)
 
-    def swapped(self, state: State, nonzeros: int, share: float, steps: int = STEPS) -> State:
-        """Go one round: prune down to `nonzeros`, swap a share of what is removed, and fit."""
-        swaps = min(nonzeros, ceil(share * (self.W.numel() - nonzeros)))
-        return self._fitted(self._reselected(state, nonzeros, swaps), nonzeros, state, steps)
-
-    def refitted(self, state: State) -> Tensor:
-        """Lower the error of a state further, in the metric itself without `SEARCH_DAMP`."""
+    def refined(self, state: MaskState) -> Tensor:
+        """Return the error [d_out, d_in] after further steps in the undamped metric."""
         E = state.error
-        nothing = torch.zeros_like(E)
-        return E - masked_least_squares(E, self.metric, state.mask, nothing, steps=STEPS_IN_METRIC)
+        zero = torch.zeros_like(E)
+        return E - masked_least_squares(E, self.metric, state.mask, zero, steps=STEPS_IN_METRIC)
 
-    def _fitted(self, mask: Tensor, count: int, start: State, steps: int) -> State:
-        multipliers, error = released_error(
+    def _fitted(self, mask: Tensor, count: int, start: MaskState, steps: int) -> MaskState:
+        multipliers, error = compensated_error(
             self.W, self.inverse, mask, start.multipliers, steps=steps
         )
-        return State(mask, count, multipliers, error, float(self.metric.energy(error)))
+        return MaskState(mask, count, multipliers, error, float(self.metric.energy(error)))
 
-    def _reselected(self, state: State, nonzeros: int, swaps: int) -> Tensor:
-        """Drop what costs least down to `nonzeros`, then make the best swaps, at most so many."""
-        loses = (self.W - state.error).square() / self.slack  # [d_out, d_in]
+    def _reselected(self, state: MaskState, nonzeros: int, fraction: float) -> Tensor:
+        swaps = min(nonzeros, ceil(fraction * (self.W.numel() - nonzeros)))
+        drop = state.count - nonzeros
+        losses = (self.W - state.error).square() / self.slack  # [d_out, d_in]
         gains = state.multipliers.square() * self.slack
-        dropped = state.count - nonzeros
-        if self.pattern == "2:4":
-            score = torch.where(state.mask, loses, gains)
-            mask = best_of_groups(score)
-            if dropped:
-                return mask
-            gain = (score * (mask.float() - state.mask.float())).view(-1, GROUP).sum(1)
-            chosen = flags(gain, gain.topk(min(swaps, len(gain))).indices) & (gain > 0)
-            changed = chosen.repeat_interleave(GROUP).view(mask.shape)
-            return torch.where(changed, mask, state.mask)
-        leaving = torch.where(state.mask, loses, torch.inf).flatten()
-        out, outgoing = leaving.topk(dropped + swaps, largest=False)
-        mask = state.mask.flatten().clone()
-        mask[outgoing[:dropped]] = False
-        coming = torch.where(state.mask, -torch.inf, gains).flatten()
-        come, incoming = coming.topk(swaps)
-        better = come > out[dropped:]
-        mask[outgoing[dropped:]] &= ~better
-        mask[incoming] |= better
-        return mask.view(state.mask.shape)
+        if self.pattern == "unstructured":
+            return drop_and_swap(state.mask, losses, gains, drop=drop, swaps=swaps)
+        scores = torch.where(state.mask, losses, gains)
+        mask = two_of_four(scores, 1)
+        if drop:
+            return mask
+        gain = (scores * (mask.float() - state.mask.float())).view(-1, 4).sum(1)
+        changed = largest(gain, min(swaps, len(gain))) & (gain > 0)
+        return torch.where(changed.repeat_interleave(4).view(mask.shape), mask, state.mask)

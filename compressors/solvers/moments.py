@@ -1,6 +1,6 @@
-"""What calibration knows of one linear layer: second moments of its two sides, and plain sums.
+"""Calibration statistics of one linear layer: second moments of its two sides, and plain sums.
 
-Everything is a sum over tokens, so that batches add up; `n_tokens` is kept beside it.
+Everything is a sum over tokens, so that batches can be added; `n_tokens` is stored alongside.
 """
 
 from collections.abc import Collection
@@ -15,19 +15,19 @@ from torch import Tensor
 class Moment:
     """Second moment of one side of a linear layer, summed over tokens.
 
-    At least one of `full` and `image` is there. The image is the same moment seen through the
-    weight: for a side that is much wider than the other (the 14336 inputs of a down projection to
-    4096) it is all that the solver needs, and all that is ever accumulated: the Gram matrix of the
-    layer's *outputs*, or of the gradients at its inputs.
+    At least one of `full` and `image` is present. The image is the moment multiplied by the weight
+    from both sides: the Gram matrix of the layer's *outputs*, or of the gradients at its inputs.
+    For a side that is much wider than the other (the 14336 inputs of a down projection to 4096)
+    the solver needs only the image, and only the image is accumulated.
 
     Raises
     ------
     ValueError
-        If neither `full` nor `image` is given.
+        If both `full` and `image` are None.
     """
 
     diagonal: Tensor
-    """[d]; its mean is the unit of damping."""
+    """[d]; damping is relative to its mean."""
     full: Tensor | None = None
     """[d, d]"""
     image: Tensor | None = None
@@ -39,17 +39,17 @@ class Moment:
 
     @classmethod
     def of(cls, full: Tensor) -> Self:
-        """Wrap a whole second moment ``[d, d]``."""
+        """Return the moment of a full matrix [d, d]."""
         return cls(full.diagonal(), full=full)
 
     @classmethod
     def weighted(cls, weights: Tensor, W: Tensor) -> Self:
-        """Make the moment ``diag(weights)`` of the columns of `W`, in the form the solver reads.
+        """Return the moment ``diag(weights)`` of the columns of `W`, as `full` or as an image.
 
         Parameters
         ----------
         weights : Tensor, shape [d]
-            One non-negative number a column.
+            One non-negative number per column.
         W : Tensor, shape [other, d]
             The weight, or its transpose where the moment is that of the output gradients.
         """
@@ -63,7 +63,7 @@ class Moment:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing but zeros was seen."""
+        """Whether all samples were zero."""
         return not bool(self.diagonal.any())
 
     def whole(self) -> Tensor:
@@ -109,25 +109,40 @@ class Moment:
         """
         s = total.double()
         seen = W.double() @ s  # [other]
-        # Sums taken in float32 may leave a channel that never varied slightly below zero.
+        # With float32 sums the variance of a constant channel can come out slightly negative.
         return Moment(
             (self.diagonal.double() - s * s / n_tokens).clamp_min(0),
             full=None if self.full is None else self.whole() - torch.outer(s, s / n_tokens),
-            image=(
-                None
-                if self.image is None
-                else self.image.double() - torch.outer(seen, seen / n_tokens)
-            ),
+            image=None
+            if self.image is None
+            else self.image.double() - torch.outer(seen, seen / n_tokens),
         )
 
     def to(self, device: torch.device | str) -> "Moment":
-        """Return the same moment on another device."""
+        """Return a copy on another device."""
         return Moment(*(_to(getattr(self, f.name), device) for f in fields(self)))
+
+
+def without_empty(
+    inputs: Moment | None, gradients: Moment | None
+) -> tuple[Moment | None, Moment | None, list[str]]:
+    """Replace moments of zeros only by None, and return a note for each."""
+    notes = []
+    if inputs is not None and inputs.empty:
+        inputs = None
+        notes.append("inputs were all zero; left out of the metric")
+    if gradients is not None and gradients.empty:
+        gradients = None
+        notes.append("gradients were all zero; left out of the metric")
+    return inputs, gradients, notes
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration knows of one linear layer; None where it was not asked or saw no token."""
+    """Calibration statistics of one linear layer.
+
+    A field is None if it was not requested, or if the layer received no token.
+    """
 
     n_tokens: int = 0
     inputs: Moment | None = None
@@ -142,11 +157,11 @@ class Statistics:
     """[d_out], sum over samples of the squared weight gradients of each row."""
 
     def missing(self, needs: Collection[str]) -> list[str]:
-        """Name what is needed and not there, in alphabetical order."""
+        """Return the required fields that are None, in alphabetical order."""
         return sorted(name for name in needs if getattr(self, name) is None)
 
     def to(self, device: torch.device | str) -> "Statistics":
-        """Return the same statistics on another device."""
+        """Return a copy on another device."""
         return Statistics(*(_to(getattr(self, f.name), device) for f in fields(self)))
 
 

@@ -1,7 +1,6 @@
-"""Pruning under two metrics: which entries of a weight to keep, and what values they then take.
+"""Pruning under two metrics: selection of the entries to keep and of their values.
 
-Magnitude and Wanda choose once and keep the values; the second-order criterion hands both to the
-search of `swaps`.
+Magnitude and Wanda select once and keep the values; the second-order criterion searches for both.
 """
 
 from collections.abc import Sequence
@@ -11,16 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lrc.compressors.solvers.linalg import damped
-from lrc.compressors.solvers.mask_search import (
-    GROUP,
-    KEPT_IN_GROUP,
-    Pattern,
-    Search,
-    best_of_groups,
-    flags,
-)
-from lrc.compressors.solvers.masked_least_squares import Metric
+from lrc.compressors.solvers.mask_search import MaskSearch
+from lrc.compressors.solvers.masks import Pattern, largest, two_of_four
+from lrc.compressors.solvers.metric import Metric, damped_metric
 from lrc.compressors.solvers.moments import Moment
 
 Saliency = Literal["magnitude", "wanda", "second-order"]
@@ -29,8 +21,8 @@ ROUNDS, CURVE_ROUNDS = 8, 2
 
 
 @dataclass(frozen=True)
-class Sparse:
-    """A weight most of which may be zero, and what that costs in quality."""
+class PrunedWeight:
+    """A sparse weight and its error."""
 
     W_hat: Tensor
     """[d_out, d_in], float64, exactly zero outside the mask."""
@@ -39,9 +31,9 @@ class Sparse:
     energy: float
     """``tr(G E H E^T)`` with ``E = W - W_hat`` under the damped metrics."""
     loss: float
-    """Share of the weighted energy of W that is lost, in [0, 1]."""
+    """`energy` as a fraction of the weighted energy of W, in [0, 1]."""
     fallback: str | None = None
-    """What had to deviate from the request, None if nothing."""
+    """Description of the deviation from the request, None if there is none."""
 
 
 def prune(
@@ -55,50 +47,51 @@ def prune(
     damp: float = 0.0,
     gradient_damp: float = 0.0,
     rounds: int = ROUNDS,
-) -> Sparse:
-    """Keep the entries of a weight, and give them the values, that lose least under two metrics.
+) -> PrunedWeight:
+    """Select the entries of a weight to keep, and their values, under two metrics.
 
-    Minimises ``tr(G E H E^T)`` with ``E = W - W_hat``, both metrics damped.
+    Minimizes ``tr(G E H E^T)`` with ``E = W - W_hat``, both metrics damped.
 
     Parameters
     ----------
     W : Tensor, shape [d_out, d_in]
         Weight of a linear layer, ``y = x @ W.T``.
     inputs : Moment, optional
-        Second moment ``H`` of the inputs, whole. Left out, every input counts the same.
+        Second moment ``H`` of the inputs; needs `full`. Default: the identity.
     gradients : Moment, optional
-        Second moment ``G`` of the loss gradients at the output; without `full` its diagonal serves.
-        Left out, every output counts the same.
+        Second moment ``G`` of the loss gradients at the output; its diagonal is used if there is no
+        `full`. Default: the identity.
     nonzeros : int, optional
-        Entries to keep of the whole matrix; left out with the pattern "2:4", which keeps half.
+        Number of entries to keep in the whole matrix. To be omitted with the pattern "2:4", which
+        keeps half of them.
     pattern : {"unstructured", "2:4"}
-        Whether any entry may be kept, or two of every four consecutive inputs of a row.
+        Whether to keep any entries, or two of every four consecutive inputs of a row.
     saliency : {"magnitude", "wanda", "second-order"}
-        By ``|W_ij|`` over the matrix, by ``|W_ij| sqrt(H_jj)`` within each output [1]_, both with
-        the values of W; or by what removal costs once the kept entries make up for it.
+        ``|W_ij|`` over the matrix, or ``|W_ij| sqrt(H_jj)`` within each output [1]_, both with the
+        values of W; or the error of removal after the kept entries have been refitted.
     damp, gradient_damp : float
         Fraction of ``mean(diag(H))``, ``mean(diag(G))`` added to the diagonal.
     rounds : int
-        Rounds of swaps at most, for "second-order".
+        Maximum number of rounds of swaps for "second-order".
 
     Returns
     -------
-    Sparse
+    PrunedWeight
         On the device of `W`.
 
     Raises
     ------
     ValueError
-        If the arguments contradict each other or the shape of `W`.
+        If the arguments contradict each other or do not fit the shape of `W`.
 
     Notes
     -----
-    Removing an entry alone costs ``W_ij^2 / ([H^-1]_jj [G^-1]_ii)`` (optimal brain surgeon), the
-    start. Behind a refit x with multipliers l the same bounds read ``x^2 / v`` for removing and
-    ``l^2 v`` for keeping an entry, ``v = [H^-1]_jj [G^-1]_ii``; swaps go by them. On power-law
-    spectra with massive channels the rounds leave at most 0.78 of the error of the first mask with
-    exact least squares at 20 % of the bytes saved, 0.72 at 40 %. The search is in float32, on the
-    error and in channels of unit energy; the values and the energies are in float64.
+    Without other changes removing an entry costs ``W_ij^2 / ([H^-1]_jj [G^-1]_ii)`` (optimal brain
+    surgeon), which selects the first mask. After a refit to values x with multipliers l, removing
+    an entry costs ``x^2 / v`` and keeping one gains ``l^2 v``, with ``v = [H^-1]_jj [G^-1]_ii``;
+    these decide on swaps. On power-law spectra with massive channels the rounds leave at most 0.78
+    of the error of the first mask with exact least squares if 20 % of the bytes are saved, 0.72 at
+    40 %. The search is in float32 on scaled errors; values and energies are in float64.
 
     References
     ----------
@@ -108,19 +101,19 @@ def prune(
     _check(W, nonzeros, pattern, saliency)
     W = W.double()
     metric, fallback = damped_metric(inputs, gradients, damp, gradient_damp)
-    kept = W.numel() * KEPT_IN_GROUP // GROUP if nonzeros is None else nonzeros
+    kept = W.numel() // 2 if nonzeros is None else nonzeros
     if saliency == "second-order":
-        search = Search.of(W, metric, pattern)
+        search = MaskSearch.of(W, metric, pattern)
         fallback = "; ".join(filter(None, [fallback, search.fallback])) or None
         state = search.best(search.dense(), kept, rounds)
         mask = state.mask
-        W_hat = torch.where(mask, W - search.unscaled(search.refitted(state)), 0)
+        W_hat = torch.where(mask, W - search.unscaled(search.refined(state)), 0)
     else:
         mask = _one_shot(W, metric, kept, pattern, saliency)
         W_hat = torch.where(mask, W, 0)
     energy, total = float(metric.energy(W - W_hat)), float(metric.energy(W))
     loss = min(1.0, energy / total) if total > 0 else 0.0
-    return Sparse(W_hat, mask, energy, loss, fallback)
+    return PrunedWeight(W_hat, mask, energy, loss, fallback)
 
 
 def prune_curve(
@@ -134,16 +127,16 @@ def prune_curve(
     gradient_damp: float = 0.0,
     rounds: int = CURVE_ROUNDS,
 ) -> list[float]:
-    """Return the energies that `prune` loses at several budgets, at a fraction of the time.
+    """Return approximately the energies of `prune` for several budgets, in much less time.
 
-    Budgets are pruned one from another, the largest first, so that the swaps of one serve the next.
-    The parameters are those of `prune`.
+    Every budget continues from the next larger one, so that swaps are shared. The parameters are
+    those of `prune`.
 
     Returns
     -------
     list of float
-        In the order of `nonzeros`. Mostly above the energies of `prune`, the more the more is
-        removed: by up to 15 % down to half of the entries. More rounds close the gap.
+        In the order of `nonzeros`. Mostly above the energies of `prune`, by up to 15 % if half of
+        the entries are removed, less if fewer are. More rounds reduce the difference.
 
     Raises
     ------
@@ -154,7 +147,7 @@ def prune_curve(
         _check(W, budget, "unstructured", saliency)
     W = W.double()
     metric, _ = damped_metric(inputs, gradients, damp, gradient_damp)
-    search = Search.of(W, metric, "unstructured") if saliency == "second-order" else None
+    search = MaskSearch.of(W, metric, "unstructured") if saliency == "second-order" else None
     state = None if search is None else search.dense()
     energies: dict[int, float] = {}
     for budget in sorted(set(nonzeros), reverse=True):
@@ -163,21 +156,9 @@ def prune_curve(
             E = torch.where(mask, 0, W)
         else:
             state = search.best(state, budget, rounds)
-            E = torch.where(state.mask, search.unscaled(search.refitted(state)), W)
+            E = torch.where(state.mask, search.unscaled(search.refined(state)), W)
         energies[budget] = float(metric.energy(E))
     return [energies[budget] for budget in nonzeros]
-
-
-def weighted_energy(
-    W: Tensor,
-    inputs: Moment | None = None,
-    gradients: Moment | None = None,
-    *,
-    damp: float = 0.0,
-    gradient_damp: float = 0.0,
-) -> float:
-    """Return ``tr(G W H W^T)`` under the damped metrics: what losing all of `W` costs."""
-    return float(damped_metric(inputs, gradients, damp, gradient_damp)[0].energy(W.double()))
 
 
 def _check(W: Tensor, nonzeros: int | None, pattern: str, saliency: str) -> None:
@@ -190,60 +171,33 @@ def _check(W: Tensor, nonzeros: int | None, pattern: str, saliency: str) -> None
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     if pattern == "2:4":
         if nonzeros is not None:
-            raise ValueError(f"nonzeros must be left out with pattern 2:4, got {nonzeros}")
-        if shape[1] % GROUP:
+            raise ValueError(f"nonzeros must be omitted with pattern 2:4, got {nonzeros}")
+        if shape[1] % 4:
             raise ValueError(
-                f"pattern 2:4 needs inputs in groups of {GROUP}, got a weight {shape}; "
-                "use 'unstructured'"
+                f"pattern 2:4 needs inputs in groups of 4, got a weight {shape}; use 'unstructured'"
             )
     elif nonzeros is None:
-        raise ValueError("nonzeros must be given with pattern unstructured, got None")
+        raise ValueError("nonzeros is required with pattern unstructured, got None")
     elif not 1 <= nonzeros <= W.numel():
         raise ValueError(
             f"nonzeros must be in [1, {W.numel()}] for a weight {shape}, got {nonzeros}"
         )
 
 
-def damped_metric(
-    inputs: Moment | None,
-    gradients: Moment | None,
-    damp: float = 0.0,
-    gradient_damp: float = 0.0,
-) -> tuple[Metric, str | None]:
-    """Damp both moments; one that saw nothing but zeros is left out and said."""
-    H = G = None
-    notes = []
-    if inputs is not None:
-        if inputs.empty:
-            notes.append("inputs were all zero; left out of the metric")
-        else:
-            H = damped(inputs.whole(), damp)
-    if gradients is not None:
-        if gradients.empty:
-            notes.append("gradients were all zero; left out of the metric")
-        elif gradients.full is not None:
-            G = damped(gradients.whole(), gradient_damp)
-        else:
-            diagonal = gradients.diagonal.double()
-            G = diagonal + gradient_damp * diagonal.mean()
-    return Metric(H, G), "; ".join(notes) or None
-
-
 def _one_shot(W: Tensor, metric: Metric, nonzeros: int, pattern: Pattern, saliency: str) -> Tensor:
-    """Choose entries by what they are, without a refit."""
+    """Select entries by magnitude or Wanda's score, without a refit."""
     score = W.abs()
     if saliency == "wanda":
         score = score * metric.diagonals(W)[1].clamp_min(0).sqrt()
     if pattern == "2:4":
-        return best_of_groups(score)
+        return two_of_four(score, 1)
     if saliency == "magnitude":
-        kept = score.flatten().topk(nonzeros).indices
-        return flags(W, kept)
+        return largest(score, nonzeros)
     d_out, d_in = W.shape
-    share, rest = divmod(nonzeros, d_out)
-    ranked, order = score.topk(min(share + 1, d_in), dim=1)
-    mask = torch.zeros_like(W, dtype=torch.bool).scatter_(1, order[:, :share], True)
+    per_row, rest = divmod(nonzeros, d_out)
+    ranked, order = score.topk(min(per_row + 1, d_in), dim=1)
+    mask = torch.zeros_like(W, dtype=torch.bool).scatter_(1, order[:, :per_row], True)
     if rest:
-        rows = ranked[:, share].topk(rest).indices
-        mask[rows, order[rows, share]] = True
+        rows = ranked[:, per_row].topk(rest).indices
+        mask[rows, order[rows, per_row]] = True
     return mask

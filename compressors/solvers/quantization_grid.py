@@ -1,8 +1,8 @@
-"""Which numbers the integers of a matrix may stand for: scales and zero points, found by search.
+"""Search for the scales and zero points of a quantized matrix.
 
-The widest range that holds every number of a group is seldom the best one. A narrower one clips a
-few numbers and is finer for all others, and since the least code is one step further from zero than
-the greatest, the largest number of a group is best put on its side: scales may be negative.
+The range that contains every number of a group is seldom the best one: a narrower range clips a few
+numbers and is finer for all others. Scales may be negative, because the lowest code is one step
+further from zero than the highest, and the largest number of a group is best put on that side.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,29 +13,29 @@ from torch import Tensor
 
 from lrc.compressors.layers.scheme import Scheme
 
-# Shares of the widest range that are tried. On SmolLM2-135M those below 0.4 gain 4 % of the error
-# with two bits and nothing with four; steps half as wide gain 1 %.
-SHARES = tuple(1 - step / 20 for step in range(16))
-# Where nothing is known of the inputs, no number is clipped: that lowers the squared error of the
-# weight and raises perplexity all the same, on SmolLM2-135M at int4-g64 from 35.6 to 38.4 (C4).
-WIDEST = (1.0,)
+# Fractions of the full range that are tried. On SmolLM2-135M those below 0.4 lower the error by 4 %
+# with two bits and not at all with four; steps half as wide lower it by 1 %.
+RANGES = tuple(1 - step / 20 for step in range(16))
+# Without statistics of the inputs no number is clipped: clipping lowers the squared error of the
+# weight but raises perplexity, on SmolLM2-135M at int4-g64 from 35.6 to 38.4 (C4).
+FULL_RANGE = (1.0,)
 
 
 class ScaleOverflow(ValueError):
-    """Numbers are too large for scales at the precision of the file."""
+    """A scale is too large for the dtype in which it is stored."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One step of every group of numbers, and the code that stands for zero."""
+    """The scale of every group of numbers, and the code of zero."""
 
     scale: Tensor
     """[rows, groups], at the precision of the file; may be negative, never zero."""
     zero: Tensor | None
-    """[rows, groups], int8; None of a symmetric scheme."""
+    """[rows, groups], int8; None for a symmetric scheme."""
 
-    def spread(self, columns: int) -> tuple[Tensor, Tensor | None]:
-        """Return scale and zero of every number, both [rows, columns]."""
+    def expand(self, columns: int) -> tuple[Tensor, Tensor | None]:
+        """Return the scale and zero point of every number, both [rows, columns]."""
         width = columns // self.scale.shape[1]
         scale = self.scale.repeat_interleave(width, dim=1)
         return scale, None if self.zero is None else self.zero.repeat_interleave(width, dim=1)
@@ -44,57 +44,74 @@ class Grid:
 def find_grid(
     W: Tensor, scheme: Scheme, *, dtype: torch.dtype, weights: Tensor | None = None
 ) -> Grid:
-    """Find the scales, and zero points, that lose least when `W` is rounded to nearest.
-
-    Begins with the widest range of every group and, given `weights`, tries narrower ones, each
-    rounded to `dtype`.
-    The search is in float32, on numbers relative to the largest of their group: it decides between
-    ranges that differ by percents. A group of zeros gets the scale 1.
+    """Find the grid that minimizes the error of rounding a matrix to nearest.
 
     Parameters
     ----------
     W : Tensor, shape [rows, columns]
     scheme : Scheme
     dtype : torch.dtype
-        Of the scales in the file.
+        Dtype of the stored scales.
     weights : Tensor, shape [columns], optional
-        What the squared error of each column counts, such as the diagonal of a second moment.
+        Weight of the squared error of each column, such as the diagonal of a second moment. If
+        omitted, the full range of every group is used.
 
     Raises
     ------
     ValueError
-        If `W` is no matrix of finite numbers, or if its rows cannot be divided into groups.
+        If `W` is not finite, or its rows cannot be divided into groups.
     ScaleOverflow
-        If a scale overflows `dtype`. One that underflows becomes the least there is.
+        If a scale overflows `dtype`. One that underflows becomes the smallest number.
     """
     check_finite(W, "the matrix")
     rows, columns = W.shape
     X = W.double().view(rows, scheme.groups(columns), -1)  # [rows, groups, width]
-    ranges = WIDEST if weights is None else SHARES
-    return search(X, scheme, dtype, _shares(weights, X), ranges)
+    if weights is None:
+        return search_grid(X, scheme, dtype, X.new_ones(1, 1, 1).float(), FULL_RANGE)
+    # Weights of at most 1, so that sums in float32 do not overflow.
+    largest = weights.max()
+    relative = weights / largest if float(largest) > 0 else torch.ones_like(weights)
+    return search_grid(X, scheme, dtype, relative.to(X.device).float().view(1, *X.shape[1:]))
 
 
-def search(
+def search_grid(
     X: Tensor,
     scheme: Scheme,
     dtype: torch.dtype,
     weights: Tensor,
-    ranges: Sequence[float] = SHARES,
+    ranges: Sequence[float] = RANGES,
 ) -> Grid:
-    """Find the grid of numbers in groups ``X`` [rows, groups, width], float64, as `find_grid`.
+    """Find the grid of numbers that are already divided into groups; see `find_grid`.
 
-    `weights`, float32, broadcast against `X`; `ranges` are the shares of the widest to try.
+    The search is in float32, on numbers relative to the largest of their group. A group of zeros
+    gets the scale 1.
+
+    Parameters
+    ----------
+    X : Tensor, shape [rows, groups, width], float64
+    scheme : Scheme
+    dtype : torch.dtype
+        Dtype of the stored scales.
+    weights : Tensor, float32
+        Weights in [0, 1] that can be broadcast to `X`.
+    ranges : sequence of float
+        Fractions of the full range to try, the largest first.
+
+    Raises
+    ------
+    ScaleOverflow
+        If the scale of the first range overflows `dtype`.
     """
     size = X.abs().amax(dim=2)  # [rows, groups]
     unit = torch.where(size > 0, size, 1)
     relative = (X / unit[:, :, None]).float()
     best = torch.full_like(unit, torch.inf, dtype=torch.float32)
-    chosen = Grid(torch.ones_like(unit, dtype=dtype), None)
-    found, zero = chosen.scale, None if scheme.symmetric else torch.zeros_like(unit)
-    for first, (wanted, middle) in enumerate(_candidates(X, scheme, ranges)):
-        scale = _held(torch.where(size > 0, wanted, 1), dtype)
+    found = torch.ones_like(unit, dtype=dtype)
+    zero = None if scheme.symmetric else torch.zeros_like(unit)
+    for first, (exact, middle) in enumerate(_candidates(X, scheme, ranges)):
+        scale = _cast_scale(torch.where(size > 0, exact, 1), dtype)
         if first == 0 and not bool(torch.isfinite(scale).all()):
-            raise ScaleOverflow(f"scales up to {float(wanted.max()):.3g} overflow {dtype}")
+            raise ScaleOverflow(f"scales up to {float(exact.max()):.3g} overflow {dtype}")
         step = (scale.double() / unit).float()[:, :, None]
         steps = (relative / step).round_()
         if middle is None:
@@ -111,9 +128,9 @@ def search(
     return Grid(found, None if zero is None else zero.to(torch.int8))
 
 
-def round_to(W: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
-    """Round every number of `W` [rows, columns] to the nearest code [rows, columns], int8."""
-    scale, zero = grid.spread(W.shape[1])
+def round_to_grid(W: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    """Return the nearest code of every number of `W` [rows, columns], int8."""
+    scale, zero = grid.expand(W.shape[1])
     steps = (W.double() / scale.double()).round_()
     if zero is not None:
         steps += zero
@@ -121,7 +138,7 @@ def round_to(W: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
 
 
 def check_finite(numbers: Tensor, name: str) -> None:
-    """Raise ValueError if a tensor named `name` holds infinities or NaN."""
+    """Raise ValueError if a tensor, called `name` in the message, holds infinities or NaN."""
     if not bool(torch.isfinite(numbers).all()):
         raise ValueError(f"{name} {list(numbers.shape)} holds infinities or NaN")
 
@@ -129,34 +146,25 @@ def check_finite(numbers: Tensor, name: str) -> None:
 def _candidates(
     X: Tensor, scheme: Scheme, ranges: Sequence[float]
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield scales [rows, groups] and, for an asymmetric scheme, zero points; the widest first."""
+    """Yield scales [rows, groups] and, for an asymmetric scheme, zero points."""
     lowest, highest = scheme.lowest, scheme.highest
     low, high = X.amin(dim=2).clamp_max(0), X.amax(dim=2).clamp_min(0)
     if scheme.symmetric:
         size = torch.maximum(high, -low)
-        outward = torch.where(high > -low, -size, size)  # its sign puts the largest on the low side
-        for share in ranges:
-            yield share * size / highest, None
-            yield share * outward / -lowest, None
+        outward = torch.where(high > -low, -size, size)  # maps the largest to the lowest code
+        for fraction in ranges:
+            yield fraction * size / highest, None
+            yield fraction * outward / -lowest, None
         return
-    for share in ranges:
-        scale = share * (high - low) / (highest - lowest)
-        # A range that does not hold zero is widened to, and its end is the zero point.
-        middle = (lowest - share * low / torch.where(scale > 0, scale, 1)).round_()
+    for fraction in ranges:
+        scale = fraction * (high - low) / (highest - lowest)
+        # A range without zero is extended to zero, and the zero point is then at its end.
+        middle = (lowest - fraction * low / torch.where(scale > 0, scale, 1)).round_()
         yield scale, middle.clamp_(lowest, highest)
 
 
-def _held(wanted: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round scales to the precision of the file, none of them to zero."""
+def _cast_scale(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales to `dtype`, with the smallest number in place of zero."""
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    scale = wanted.to(dtype)
-    return torch.where(scale == 0, torch.full_like(wanted, least).copysign(wanted).to(dtype), scale)
-
-
-def _shares(weights: Tensor | None, X: Tensor) -> Tensor:
-    """Return weights [1, groups, width] of at most 1, so that float32 sums do not overflow."""
-    if weights is None:
-        return X.new_ones(1, 1, 1, dtype=torch.float32)
-    largest = weights.max()
-    shares = weights / largest if float(largest) > 0 else torch.ones_like(weights)
-    return shares.to(X.device).float().view(1, X.shape[1], X.shape[2])
+    scale = exact.to(dtype)
+    return torch.where(scale == 0, torch.full_like(exact, least).copysign(exact).to(dtype), scale)

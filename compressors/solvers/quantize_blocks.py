@@ -1,4 +1,4 @@
-"""Integers of which whole groups are removed: those that matter least, the rest made to fit."""
+"""Quantization with removal of the blocks of numbers that matter least."""
 
 from dataclasses import dataclass, replace
 
@@ -7,93 +7,99 @@ from torch import Tensor
 
 from lrc.compressors.layers.group_sparse import GroupSparse
 from lrc.compressors.layers.scheme import Scheme
-from lrc.compressors.solvers.block_search import choose_groups, largest, masked
-from lrc.compressors.solvers.coordinate_descent import descend
-from lrc.compressors.solvers.gptq import DAMP, check_metric, feed_back, solve_order
+from lrc.compressors.solvers.block_search import masked, select_blocks
+from lrc.compressors.solvers.column_quantizer import ZERO_SCALE
+from lrc.compressors.solvers.coordinate_descent import coordinate_descent
+from lrc.compressors.solvers.gptq import (
+    DAMP,
+    check_metric,
+    factor_inverse_hessian,
+    propagate_error,
+)
+from lrc.compressors.solvers.masks import largest
 from lrc.compressors.solvers.quantization_grid import check_finite, find_grid
-from lrc.compressors.solvers.quantized_matrix import Rounded, better_rows
-from lrc.compressors.solvers.round_to_nearest import rtn
-
-# The scale of a group that is not kept: whatever its numbers want to be, their codes are zero.
-NEVER = 1e30
+from lrc.compressors.solvers.quantized_matrix import (
+    QuantizedMatrix,
+    better_rows,
+    round_to_nearest,
+)
 
 
 @dataclass(frozen=True)
-class GroupSparseWeight:
-    """The kept groups of a weight as integers, at the precision of the file."""
+class QuantizedBlocks:
+    """The kept blocks of a weight as integers, each with one scale."""
 
     codes: Tensor
-    """[groups, width], int8, row after row."""
+    """[blocks, width], int8, row after row."""
     scale: Tensor
-    """[groups]"""
+    """[blocks], at the precision of the file."""
     mask: Tensor
-    """[rows, groups a row], True where a group is kept."""
+    """[rows, blocks per row], True where a block is kept."""
     scheme: Scheme
     fallback: str | None = None
-    """What had to deviate from the request, None if nothing."""
+    """Description of the deviation from the request, None if there is none."""
 
     def weight(self) -> Tensor:
-        """Return the matrix [rows, columns] that the file stands for, in float64."""
+        """Return the dequantized matrix [rows, columns] in float64."""
         numbers = self.codes * self.scale.double()[:, None]
         whole = numbers.new_zeros(*self.mask.shape, numbers.shape[1])
         return whole.masked_scatter(self.mask[:, :, None], numbers).flatten(1)
 
     def encode(self) -> dict[str, Tensor]:
-        """Write it as the tensors of the file."""
+        """Return the tensors to store."""
         return GroupSparse.encode(self.codes, self.scale, self.mask, self.scheme)
 
 
-def round_groups(
+def quantize_blocks(
     W: Tensor,
     H: Tensor | None,
-    groups: int,
+    n_blocks: int,
     scheme: Scheme,
     *,
     dtype: torch.dtype,
     damp: float = DAMP,
-    order: bool = True,
-) -> GroupSparseWeight:
-    """Keep some groups of a matrix, and round them so that little of its output is lost.
+    act_order: bool = True,
+) -> QuantizedBlocks:
+    """Keep some blocks of a matrix, and quantize them, to minimize the error of its output.
 
-    Minimised is ``tr((W - W_q) H (W - W_q)^T)``. The groups that cost least are removed, over the
-    whole matrix; the others are refitted, rounded one column after another as in GPTQ with what is
-    removed staying zero, and improved by coordinate descent on codes and scales.
+    Minimizes ``tr((W - W_q) H (W - W_q)^T)``. A block is a group of numbers that share a scale.
+    The blocks that cost least are removed, over the whole matrix; the others are refitted,
+    quantized column by column as in GPTQ, with the removed ones fixed at zero, and improved by
+    coordinate descent.
 
     Parameters
     ----------
     W : Tensor, shape [rows, columns]
     H : Tensor, shape [columns, columns], or None
-        Second moment of the inputs. Where it is not known, or zero, the groups of the largest norm
-        are kept and rounded to nearest.
-    groups : int
-        How many are kept, in ``[1, rows * columns / group size]``.
+        Second moment of the inputs. If it is unknown or zero, the blocks of largest norm are kept
+        and rounded to nearest.
+    n_blocks : int
+        Number of blocks to keep, in ``[1, rows * columns / group size]``.
     scheme : Scheme
         Symmetric, with a group size.
     dtype : torch.dtype
-        Of the scales in the file.
+        Dtype of the stored scales.
     damp : float
         Fraction of ``mean(diag(H))`` added to its diagonal.
-    order : bool
-        Round the columns with the largest inputs first.
+    act_order : bool
+        Quantize the columns with the largest inputs first.
 
     Returns
     -------
-    GroupSparseWeight
-        No row of it has a larger error than its refitted groups rounded to nearest.
+    QuantizedBlocks
+        No row has a larger error than its refitted blocks rounded to nearest.
 
     Raises
     ------
     ValueError
-        If `groups` is out of range, if `H` does not fit `W`, and what `find_grid` says.
+        If `n_blocks` is out of range, if `H` does not fit `W`, and see `find_grid`.
 
     Notes
     -----
-    The form is that of [1]_, which ranks groups by a metric of the Hessian too. Ours is the exact
-    rise of the error when one group is removed and all others make up for it, as in [2]_ for single
-    weights, and then swaps what a refit says is better swapped. In place of the first stage of
-    [1]_, which trains the weights of a block by gradients, stand a closed-form refit of each
-    matrix and GPTQ. Its second, which tunes the scales end to end by back-propagation with the
-    integers frozen, is missing.
+    The representation is that of [1]_. Blocks are ranked by the exact increase of the error when
+    one is removed and all others compensate, as in [2]_ for single weights, followed by swaps. The
+    first stage of [1]_, which trains the weights by gradients, is replaced by a closed-form refit
+    and GPTQ; its second stage, end-to-end training of the scales, is not implemented.
 
     References
     ----------
@@ -104,32 +110,33 @@ def round_groups(
     """
     check_finite(W, "the matrix")
     rows, columns = W.shape
-    a_row = scheme.groups(columns)
-    if not 1 <= groups <= rows * a_row:
+    per_row = scheme.groups(columns)
+    if not 1 <= n_blocks <= rows * per_row:
         raise ValueError(
-            f"groups must be in [1, {rows * a_row}] for [{rows}, {columns}], got {groups}"
+            f"n_blocks must be in [1, {rows * per_row}] for [{rows}, {columns}], got {n_blocks}"
         )
     W = W.double()
     if H is not None:
         check_metric(W, H)
     if H is None or not H.diagonal().any():
         why = "saw no calibration token" if H is None else "inputs were all zero"
-        mask = largest(W.view(rows, a_row, -1).square().sum(dim=2), groups)
-        nearest = rtn(masked(W, mask), scheme, dtype=dtype)
+        mask = largest(W.view(rows, per_row, -1).square().sum(dim=2), n_blocks)
+        nearest = round_to_nearest(masked(W, mask), scheme, dtype=dtype)
         return _kept(nearest, mask, f"{why}: groups kept by norm, rounded to nearest")
     H = H.double()
-    W_hat, mask = choose_groups(W, H, groups, a_row, damp=damp)
-    nearest = rtn(W_hat, scheme, dtype=dtype, H=H)
-    solution = solve_order(H, damp, order=order)
-    grid = find_grid(W_hat, scheme, dtype=dtype, weights=solution.weights)
-    never = min(NEVER, torch.finfo(dtype).max)
-    grid = replace(grid, scale=torch.where(mask, grid.scale, never))
-    codes = feed_back(W_hat, solution.U, *grid.spread(columns), scheme, solution.order)
-    rounded = descend(W, H, Rounded(codes, grid.scale, None, scheme), damp=damp)
-    return _kept(better_rows(W, H, rounded, nearest), mask, solution.fallback)
+    W_hat, mask = select_blocks(W, H, n_blocks, per_row, damp=damp)
+    nearest = round_to_nearest(W_hat, scheme, dtype=dtype, H=H)
+    inverse = factor_inverse_hessian(H, damp, act_order=act_order)
+    grid = find_grid(W_hat, scheme, dtype=dtype, weights=inverse.weights)
+    zero_scale = min(ZERO_SCALE, torch.finfo(dtype).max)
+    grid = replace(grid, scale=torch.where(mask, grid.scale, zero_scale))
+    codes = propagate_error(W_hat, inverse, *grid.expand(columns), scheme)
+    start = QuantizedMatrix(codes, grid.scale, None, scheme)
+    found = better_rows(W, H, coordinate_descent(W, H, start, damp=damp), nearest)
+    return _kept(found, mask, inverse.fallback)
 
 
-def _kept(rounded: Rounded, mask: Tensor, fallback: str | None) -> GroupSparseWeight:
-    """Take the kept groups out of a whole matrix."""
-    codes = rounded.codes.view(*mask.shape, -1)[mask]
-    return GroupSparseWeight(codes, rounded.scale[mask], mask, rounded.scheme, fallback)
+def _kept(matrix: QuantizedMatrix, mask: Tensor, fallback: str | None) -> QuantizedBlocks:
+    """Extract the kept blocks of a matrix."""
+    codes = matrix.codes.view(*mask.shape, -1)[mask]
+    return QuantizedBlocks(codes, matrix.scale[mask], mask, matrix.scheme, fallback)

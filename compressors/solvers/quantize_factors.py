@@ -1,53 +1,53 @@
-"""Two factors as integers: each is rounded, and the other made to fit it, in turn."""
+"""Quantization of the two factors of a product, each refitted after the other is quantized."""
 
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.layers.scheme import Scheme
-from lrc.compressors.solvers.factor_balancing import Gauge, gauges
-from lrc.compressors.solvers.factor_refit import made_up, refit, refit_first
-from lrc.compressors.solvers.gptq import check_metric, gptq
+from lrc.compressors.solvers.factor_balancing import Balance, balanced_factors
+from lrc.compressors.solvers.factor_refit import compensation_target, refit_left, refit_right
+from lrc.compressors.solvers.gptq import check_metric
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
-from lrc.compressors.solvers.quantized_matrix import Rounded
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantize_matrix import QuantizerName, quantize_matrix
+from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix
 
-Rounder = Literal["rtn", "gptq"]
 ROUNDS = 2
-"""Rounds of rounding both factors. On SmolLM2-135M, at 0.8 of the numbers, the second lowers the
-error on held-out text by 3 % at int4-g64 and 8 % at int3-g64, that of pivot rows by 10 and 13 %;
-a third by another 1 and 2 %, 4 and 4 %."""
+"""Default number of times that both factors are quantized. On SmolLM2-135M, at 0.8 of the numbers,
+the second round lowers the error on held-out text by 3 % at int4-g64 and 8 % at int3-g64, that of
+pivot rows by 10 and 13 %; a third by another 1 and 2 %, 4 and 4 %."""
 
-Round = Callable[[Tensor, Tensor], Rounded]
+Quantizer = Callable[[Tensor, Tensor], QuantizedMatrix]
 
 
 @dataclass(frozen=True)
-class RoundedPair:
-    """A weight as the product of two matrices of integers, ``W_hat = b.weight() @ a.weight()``."""
+class QuantizedLowRank:
+    """A weight as the product of two quantized factors, ``W_hat = b.weight() @ a.weight()``."""
 
-    a: Rounded
+    a: QuantizedMatrix
     """[rank, d_in]"""
-    b: Rounded
+    b: QuantizedMatrix
     """[d_out, rank]"""
-    gauge: str
+    balance: str
     error: float
     """``tr(G E H E^T)`` with ``E = W - W_hat``."""
     errors: dict[str, float]
-    """Gauge -> error, of all that were measured: by rounding to nearest, once."""
+    """Balance -> error of rounding to nearest, for all that were measured."""
 
 
 @dataclass(frozen=True)
-class RoundedPivot:
-    """A weight as pivot rows and coefficients: ``cat([R, C @ R])[order]``, both of integers."""
+class QuantizedPivoted:
+    """A weight as quantized pivot rows and coefficients, ``cat([R, C @ R])[order]``."""
 
-    a: Rounded
+    a: QuantizedMatrix
     """R, [rank, d_in]"""
-    c: Rounded | None
+    c: QuantizedMatrix | None
     """C, [d_out - rank, rank]; None if every row is a pivot."""
     order: Tensor
     """[d_out], int64"""
@@ -60,7 +60,7 @@ class RoundedPivot:
         return (R if self.c is None else torch.cat([R, self.c.weight() @ R]))[self.order]
 
 
-def round_pair(
+def quantize_low_rank(
     W: Tensor,
     B: Tensor,
     A: Tensor,
@@ -68,62 +68,65 @@ def round_pair(
     scheme: Scheme,
     *,
     dtype: torch.dtype,
-    rounder: Rounder = "gptq",
-    gauge: Gauge | Literal["measured"] = "measured",
+    quantizer: QuantizerName = "gptq",
+    balance: Balance | Literal["measured"] = "measured",
     seed: int = 0,
     G: Tensor | None = None,
     rounds: int = ROUNDS,
-) -> RoundedPair:
-    """Round the factors of a weight, each to make up for the rounding of the other.
+) -> QuantizedLowRank:
+    """Quantize the factors of a low-rank weight, each to compensate for the error of the other.
 
     Parameters
     ----------
     W : Tensor, shape [d_out, d_in]
-        The weight that the product stands for.
+        The weight that the product approximates.
     B : Tensor, shape [d_out, rank]
     A : Tensor, shape [rank, d_in]
     H : Tensor, shape [d_in, d_in]
         Second moment of the inputs.
     scheme : Scheme
     dtype : torch.dtype
-        Of the scales in the file.
-    rounder : {"rtn", "gptq"}
-    gauge : {"measured", "first", "quarter", "even", "rotated"}
-        What `gauges` says; or the one that loses least when both factors are rounded to nearest.
+        Dtype of the stored scales.
+    quantizer : {"rtn", "gptq"}
+    balance : {"measured", "first", "quarter", "even", "rotated"}
+        See `balanced_factors`; "measured" takes the one of least error after rounding both factors
+        to nearest.
     seed : int
-        Of the rotation.
+        Seed of the random rotation.
     G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients, if the error is weighed by it.
+        Second moment of the output gradients. Default: the identity.
     rounds : int
-        The best one is kept.
+        Number of times that both factors are quantized; the best result is kept.
 
     Raises
     ------
+    ScaleOverflow
+        If scales overflow `dtype` with every balance.
     ValueError
-        If `rounder` or `gauge` is none, and what the rounders say.
+        If `quantizer` or `balance` is unknown, and see `gptq`.
     """
-    round_ = _rounder(rounder, scheme, dtype)
     check_metric(W, H)
     W, H = W.double(), H.double()
-    ways = gauges(B, A, H, G, seed=seed)
-    metric = _Metric(H, None if G is None else G.double())
+    G = None if G is None else G.double()
+    pairs = balanced_factors(B, A, H, G, seed=seed)
+    quantize = partial(quantize_matrix, scheme=scheme, quantizer=quantizer, dtype=dtype)
     errors: dict[str, float] = {}
-    if gauge == "measured":
-        nearest = _rounder("rtn", scheme, dtype)
-        for name, way in ways.items():
-            with suppress(ScaleOverflow):  # some may be smaller
-                errors[name] = _alternate(W, *way, metric, nearest)[0]
+    if balance == "measured":
+        nearest = partial(quantize, quantizer="rtn")
+        for name, pair in pairs.items():
+            with suppress(ScaleOverflow):  # another balance may have smaller scales
+                errors[name] = _alternate(W, *pair, H, G, nearest)[0]
         if not errors:
-            raise ScaleOverflow(f"scales of both factors overflow {dtype} whatever the gauge")
-    elif gauge not in ways:
-        raise ValueError(f"gauge must be measured or one of {', '.join(ways)}, got {gauge!r}")
-    chosen = min(errors, key=lambda name: errors[name]) if errors else gauge
-    error, a, b = _alternate(W, *ways[chosen], metric, round_, rounds=rounds)
+            raise ScaleOverflow(f"scales of both factors overflow {dtype} with every balance")
+    elif balance not in pairs:
+        raise ValueError(f"balance must be measured or one of {', '.join(pairs)}, got {balance!r}")
+    chosen = min(errors, key=lambda name: errors[name]) if errors else balance
+    error, a, b = _alternate(W, *pairs[chosen], H, G, quantize, rounds=rounds)
     assert b is not None
-    return RoundedPair(a, b, chosen, error, errors)
+    return QuantizedLowRank(a, b, chosen, error, errors)
 
 
-def round_pivot(
+def quantize_pivoted(
     W: Tensor,
     R: Tensor,
     C: Tensor,
@@ -132,81 +135,58 @@ def round_pivot(
     scheme: Scheme,
     *,
     dtype: torch.dtype,
-    rounder: Rounder = "gptq",
+    quantizer: QuantizerName = "gptq",
     G: Tensor | None = None,
     rounds: int = ROUNDS,
-) -> RoundedPivot:
-    """Round pivot rows and the coefficients of the others, to make up for each other's rounding.
+) -> QuantizedPivoted:
+    """Quantize pivot rows and the coefficients of the other rows, which compensate for the errors.
 
     Parameters
     ----------
     W : Tensor, shape [d_out, d_in]
-        The weight that ``cat([R, C @ R])[order]`` stands for.
+        The weight that ``cat([R, C @ R])[order]`` approximates.
     R : Tensor, shape [rank, d_in]
     C : Tensor, shape [d_out - rank, rank]
     order : Tensor, shape [d_out]
-    H : Tensor, shape [d_in, d_in]
-        Second moment of the inputs.
-    scheme : Scheme
-    dtype : torch.dtype
-        Of the scales in the file.
-    rounder : {"rtn", "gptq"}
-    G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients, if the error is weighed by it.
-    rounds : int
-        The best one is kept.
+    H, scheme, dtype, quantizer, G, rounds
+        As for `quantize_low_rank`.
 
     Raises
     ------
     ValueError
-        If `rounder` is none, and what the rounders say.
+        If `quantizer` is unknown, and see `gptq`.
     """
-    round_ = _rounder(rounder, scheme, dtype)
     check_metric(W, H)
     W, R, C, H = W.double(), R.double(), C.double(), H.double()
     B = torch.cat([torch.eye(len(R)).to(R), C])  # [d_out, rank]
-    stored = order.long().argsort()  # the rows of W as the file has them: pivots, then the others
-    metric = _Metric(H, None if G is None else G.double()[stored][:, stored])
-    error, a, c = _alternate(W[stored], B, R, metric, round_, rounds=rounds, fixed=len(R))
-    return RoundedPivot(a, c, order.long(), error)
-
-
-@dataclass(frozen=True)
-class _Metric:
-    H: Tensor
-    """[d_in, d_in]"""
-    G: Tensor | None
-    """[d_out, d_out]"""
+    stored = order.long().argsort()  # the rows of W in the order of the file, pivots first
+    G = None if G is None else G.double()[stored][:, stored]
+    quantize = partial(quantize_matrix, scheme=scheme, quantizer=quantizer, dtype=dtype)
+    error, a, c = _alternate(W[stored], B, R, H, G, quantize, rounds=rounds, fixed=len(R))
+    return QuantizedPivoted(a, c, order.long(), error)
 
 
 def _alternate(
     target: Tensor,
     B: Tensor,
     A: Tensor,
-    metric: _Metric,
-    round_: Round,
+    H: Tensor,
+    G: Tensor | None,
+    quantize: Quantizer,
     *,
     rounds: int = 1,
     fixed: int = 0,
-) -> tuple[float, Rounded, Rounded | None]:
-    """Round A and then B, of which the first `fixed` rows stay; return the best error and both."""
-    H, G = metric.H, metric.G
+) -> tuple[float, QuantizedMatrix, QuantizedMatrix | None]:
+    """Quantize A, then B except its first `fixed` rows; return the best error and its factors."""
     found = []
     for _ in range(rounds):
-        a, b = round_(A, H), None
+        a, b = quantize(A, H), None
         A = a.weight()
         if fixed < len(B):
-            others = target[fixed:] + made_up(target[:fixed] - B[:fixed] @ A, G, fixed)
-            b = round_(*refit(others, B[fixed:], A, H))
+            error = target[:fixed] - B[:fixed] @ A
+            others = target[fixed:] + compensation_target(error, G, fixed)
+            b = quantize(*refit_left(others, B[fixed:], A, H))
             B = torch.cat([B[:fixed], b.weight()])
         found.append((weighted_error(target, B @ A, H, G), a, b))
-        A = refit_first(target, B, A, G)
-    return min(found, key=lambda round_: round_[0])
-
-
-def _rounder(rounder: Rounder, scheme: Scheme, dtype: torch.dtype) -> Round:
-    if rounder == "rtn":
-        return lambda W, H: rtn(W, scheme, dtype=dtype, H=H)
-    if rounder == "gptq":
-        return lambda W, H: gptq(W, H, scheme, dtype=dtype)
-    raise ValueError(f"rounder must be rtn or gptq, got {rounder!r}")
+        A = refit_right(target, B, A, G)
+    return min(found, key=lambda result: result[0])

@@ -1,4 +1,4 @@
-"""A matrix as the integers it was rounded to."""
+"""A matrix of integers with scales, and round-to-nearest quantization."""
 
 from dataclasses import dataclass, replace
 
@@ -7,43 +7,67 @@ from torch import Tensor
 
 from lrc.compressors.layers.packed import dequantized, encode_matrix
 from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.solvers.quantization_grid import find_grid, round_to_grid
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """Integers, what one step of them is, and which stand for zero.
-
-    Scales are at the precision of the file already, so that the codes belong to what is stored.
-    """
+class QuantizedMatrix:
+    """Integer codes, scales and zero points, at the precision of the file."""
 
     codes: Tensor
     """[rows, columns], int8"""
     scale: Tensor
     """[rows, groups]"""
     zero: Tensor | None
-    """[rows, groups], int8; None of a symmetric scheme."""
+    """[rows, groups], int8, the codes of zero; None for a symmetric scheme."""
     scheme: Scheme
     fallback: str | None = None
-    """What had to deviate from the request, None if nothing."""
+    """Description of the deviation from the request, None if there is none."""
 
     def weight(self) -> Tensor:
-        """Return the matrix [rows, columns] that the file stands for, in float64."""
+        """Return the dequantized matrix [rows, columns] in float64."""
         return dequantized(self.codes, self.scale.double(), self.zero)
 
     def encode(self, leaf: str) -> dict[str, Tensor]:
-        """Write it as the tensors of the file, by `leaf`, its name within the module."""
+        """Return the tensors to store, whose names start with `leaf`, the name in the module."""
         return encode_matrix(leaf, self.codes, self.scale, self.zero, self.scheme)
 
 
+def round_to_nearest(
+    W: Tensor, scheme: Scheme, *, dtype: torch.dtype, H: Tensor | None = None
+) -> QuantizedMatrix:
+    """Round every number of a matrix to the nearest point of its grid.
+
+    Parameters
+    ----------
+    W : Tensor, shape [rows, columns]
+    scheme : Scheme
+    dtype : torch.dtype
+        Dtype of the stored scales.
+    H : Tensor, shape [columns, columns], optional
+        Second moment of the inputs; its diagonal weights the errors by which the grid is chosen.
+
+    Raises
+    ------
+    ValueError
+        See `find_grid`.
+    """
+    grid = find_grid(W, scheme, dtype=dtype, weights=None if H is None else H.diagonal())
+    return QuantizedMatrix(round_to_grid(W, grid, scheme), grid.scale, grid.zero, scheme)
+
+
 def row_errors(E: Tensor, H: Tensor) -> Tensor:
-    """Return the share ``e H e^T`` of every row e of an error [rows, columns]: [rows]."""
+    """Return ``e H e^T`` for every row e of an error [rows, columns]: [rows]."""
     return ((E @ H) * E).sum(dim=1)
 
 
-def better_rows(W: Tensor, H: Tensor, first: Rounded, second: Rounded) -> Rounded:
-    """Take every row from whichever of two has the smaller error under H; `first` if equal.
+def better_rows(
+    W: Tensor, H: Tensor, first: QuantizedMatrix, second: QuantizedMatrix
+) -> QuantizedMatrix:
+    """Combine the rows of smaller error from two quantizations of `W`.
 
-    `W` [rows, columns] and `H` [columns, columns] are in float64; notes are those of `first`.
+    The errors are measured under `H` [columns, columns], in float64. If they are equal, the row of
+    `first` is taken; so is `fallback`.
     """
     good = row_errors(W - first.weight(), H) <= row_errors(W - second.weight(), H)  # [rows]
     pick = ~good[:, None]

@@ -1,4 +1,4 @@
-"""One basis, or one dictionary, for the weights of several layers."""
+"""One basis, or one dictionary, shared by the weights of several layers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,33 +10,34 @@ from lrc.compressors.solvers.spectrum import Spectrum, spectrum
 
 
 def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 0.0) -> Spectrum:
-    """Decompose weights of several layers with one right factor for all of them.
+    """Decompose the weights of several layers with a common right factor.
 
-    Minimises ``sum_i ||(W_i - B_i @ A) L||_F^2`` with ``L @ L.T == H``, damped.
+    Minimizes ``sum_i ||(W_i - B_i @ A) L||_F^2`` with ``L @ L.T == H``, damped.
 
     Parameters
     ----------
     weights : sequence of Tensor, each of shape [d_out, d_in]
     inputs : Moment
-        Sum over the layers of the second moments of their inputs. Needs `full`.
+        Sum over the layers of the second moments of their inputs; needs `full`.
     damp : float
         Fraction of ``mean(diag(H))`` added to its diagonal.
 
     Returns
     -------
     Spectrum
-        Of the weights stacked along their outputs, [n_layers * d_out, d_in]; `split` takes the B
-        of a cut apart. A group of one is SVD-LLM.
+        Of the weights stacked along their outputs, [n_layers * d_out, d_in]. `split` separates the
+        left factor of a truncation.
 
     Raises
     ------
     ValueError
-        If the shapes differ, or if `inputs` has only an image.
+        If the shapes differ, or if `inputs` has no `full`.
 
     Notes
     -----
     As in [1]_ every layer is weighted by the *sum* of the moments, not by its own. The papers'
-    weights are transposed: their shared basis is our A, their coefficients are our B_i.
+    weights are transposed: their shared basis is A here, their coefficients are B_i. With one
+    weight the method is SVD-LLM.
 
     References
     ----------
@@ -46,36 +47,36 @@ def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 
     shapes = {tuple(W.shape) for W in weights}
     if len(shapes) != 1:
         raise ValueError(f"a shared basis needs weights of one shape, got {sorted(shapes)}")
-    # The image of one layer says nothing about the others: the stack sees the whole moment.
-    whole = Moment.of(inputs.whole())
-    return spectrum(torch.cat([W.double() for W in weights]), whole, damp=damp)
+    # An image is that of a single layer: the stack needs the full moment.
+    full = Moment.of(inputs.whole())
+    return spectrum(torch.cat([W.double() for W in weights]), full, damp=damp)
 
 
 def split(B: Tensor, n_layers: int) -> list[Tensor]:
-    """Take the left factor of a stack [n_layers * d_out, rank] apart, one [d_out, rank] a layer."""
+    """Split the left factor [n_layers * d_out, rank] of a stack into one per layer."""
     return [part.contiguous() for part in B.chunk(n_layers)]
 
 
 def split_codes(parts: Mapping[str, Tensor], n_layers: int) -> list[dict[str, Tensor]]:
-    """Take the codes of a stack apart: every layer has its own, and the dictionary of all.
+    """Split the sparse codes of a stack into one set per layer, with a common dictionary.
 
     Parameters
     ----------
     parts : mapping of str to Tensor
-        ``D`` [d_in, atoms]; ``S`` and ``mask`` [atoms, n_layers * d_out]: a dictionary learnt for
-        weights stacked along their outputs, under the sum of the moments of their inputs.
+        ``D`` [d_in, atoms], and ``S`` and ``mask`` [atoms, n_layers * d_out]: a dictionary learned
+        for weights stacked along their outputs, under the sum of the moments of their inputs.
     n_layers : int
 
     Returns
     -------
     list of dict
-        One a layer, by the same names; S and mask are [atoms, d_out].
+        The same names for each layer, with S and mask [atoms, d_out].
 
     Notes
     -----
-    The variant of [1]_ with a dictionary common to several layers, which takes the mean of the
-    moments: the same problem but for a constant. It is an approximation, as in `shared_spectrum`:
-    exactly, every layer would have its own moment.
+    The variant of [1]_ with a dictionary common to several layers; the paper takes the mean of the
+    moments, which differs by a constant factor. As in `shared_spectrum`, a common moment is an
+    approximation.
 
     References
     ----------

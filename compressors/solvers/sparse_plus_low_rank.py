@@ -1,10 +1,9 @@
-"""A weight as a sum, ``W_hat = B @ A + M`` with M sparse, under two metrics.
+"""A weight as the sum of a low-rank and a sparse part, ``W_hat = B @ A + M``, under two metrics.
 
-What many entries have in common is cheap as a product, what few have for themselves as entries. The
-two parts are searched together, for each of them alone is a poor start for the other: on
-SmolLM2-135M's query projections, pruning to the end and cutting the rest in turns is still 10 %
-above after five turns. One round swaps a few entries of M, takes a step of its refit, and a step
-towards the best product for what M then leaves.
+The two parts are searched together, because each of them alone is a poor starting point for the
+other: on SmolLM2-135M's query projections, complete alternating solutions still have 10 % more
+error after five turns. One round swaps a few entries of M, takes some conjugate-gradient steps on
+its values, and one step of subspace iteration towards the best B and A for the remainder.
 """
 
 from collections.abc import Sequence
@@ -16,29 +15,35 @@ from torch import Tensor
 
 from lrc.compressors.layers import Sizes
 from lrc.compressors.solvers.linalg import descending_eigh, whitening_factor
-from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS_IN_METRIC, Search, State
-from lrc.compressors.solvers.masked_least_squares import Metric, masked_least_squares
+from lrc.compressors.solvers.mask_search import (
+    OUTER_STEPS,
+    STEPS_IN_METRIC,
+    MaskSearch,
+    MaskState,
+)
+from lrc.compressors.solvers.masked_least_squares import masked_least_squares
+from lrc.compressors.solvers.metric import Metric, damped_metric
 from lrc.compressors.solvers.moments import Moment
-from lrc.compressors.solvers.pruning import damped_metric
 
-# Rounds with swaps and, after them, without; and those of an allocation, at every size. Half of the
-# rounds leave 5 to 8 % more error on SmolLM2-135M's query projections, a third 10 to 18 %.
+# Rounds with swaps, and rounds without swaps after them; the same for each size of a curve. On
+# SmolLM2-135M's query projections half of the rounds leave 5 to 8 % more error, a third 10 to 18 %.
 ROUNDS, LAST_ROUNDS = 24, 6
 CURVE_ROUNDS, CURVE_LAST_ROUNDS = 10, 2
-# Swaps of the first round as a share of what is removed, and what is left of it a round later.
+# Swaps in the first round as a fraction of the removed entries, and its decay per round.
 SWAPS, SWAPS_DECAY, CURVE_DECAY = 0.1, 0.85, 0.75
-# A product is searched among twice its rank of directions and some more: a step then comes close to
-# the truncated spectrum, without an eigenproblem larger than that.
+# The low-rank part is searched in a subspace of twice its rank plus some more directions: one step
+# then comes close to the truncated spectrum, with a small eigenproblem only.
 DIRECTIONS, MORE_DIRECTIONS = 2, 8
 START_STEPS = 3
-# The share of the last step of the product that is taken once more before M answers to it: none
-# leaves up to 6 % more error on query projections, 0.8 up to 11 % more on output projections.
+# Fraction of the last change of the low-rank part by which it is extrapolated for the next round.
+# Without it the error is up to 6 % higher on query projections, with 0.8 up to 11 % higher on
+# output projections.
 MOMENTUM = 0.5
 
 
 @dataclass(frozen=True)
-class Sum:
-    """A product and entries beside it, in float64, and what their sum costs in quality."""
+class SparsePlusLowRank:
+    """A low-rank and a sparse part in float64, and the error of their sum."""
 
     B: Tensor
     """[d_out, rank]"""
@@ -51,34 +56,35 @@ class Sum:
     energy: float
     """``tr(G E H E^T)`` with ``E = W - B @ A - M`` under the damped metrics."""
     loss: float
-    """Share of the weighted energy of W that is lost, in [0, 1]."""
+    """`energy` as a fraction of the weighted energy of W, in [0, 1]."""
     fallback: str | None = None
+    """Description of the deviation from the request, None if there is none."""
 
 
 @dataclass(frozen=True)
-class _Stand:
-    """Where a search stands, in its units: the sparse part, and the directions of the product."""
+class _State:
+    """State of a search, in its scaled units."""
 
-    state: State
+    sparse: MaskState
     B: Tensor
     rows: Tensor
-    """[directions, d_in], those of the product first: ``A`` is the first of them."""
+    """[directions, d_in]; the first ones are A."""
     rest: Tensor
-    """[d_out, d_in], what the sparse part leaves for the product: W itself outside the mask."""
+    """[d_out, d_in], W minus the sparse part."""
     energy: float
 
     @property
-    def low(self) -> Tensor:
+    def low_rank(self) -> Tensor:
         return self.B @ self.rows[: self.B.shape[1]]
 
 
 @dataclass(frozen=True)
-class SumProblem:
-    """A weight made ready for sums of any sizes."""
+class SparsePlusLowRankProblem:
+    """A weight with prepared metrics, to be solved at any sizes."""
 
     W: Tensor
     metric: Metric
-    search: Search
+    search: MaskSearch
     total: float
     """The weighted energy of W."""
     fallback: str | None
@@ -93,23 +99,22 @@ class SumProblem:
         damp: float = 0.0,
         gradient_damp: float = 0.0,
     ) -> Self:
-        """Damp and invert the metrics.
-
-        Parameters
-        ----------
-        W : Tensor, shape [d_out, d_in]
-            Weight of a linear layer, ``y = x @ W.T``.
-        inputs, gradients, damp, gradient_damp
-            As for `prune`.
-        """
+        """Damp and invert the metrics; the parameters are those of `prune`."""
         W = W.double()
         metric, note = damped_metric(inputs, gradients, damp, gradient_damp)
-        search = Search.of(W, metric, "unstructured")
+        search = MaskSearch.of(W, metric, "unstructured")
         fallback = "; ".join(filter(None, [note, search.fallback])) or None
         return cls(W, metric, search, float(metric.energy(W)), fallback)
 
-    def solve(self, *, rank: int, nonzeros: int) -> Sum:
-        """Find the product of a rank and the entries beside it that lose least together.
+    def solve(self, *, rank: int, nonzeros: int) -> SparsePlusLowRank:
+        """Find the low-rank and the sparse part that minimize the error of their sum.
+
+        Parameters
+        ----------
+        rank : int
+            In ``[1, min(d_out, d_in)]``.
+        nonzeros : int
+            In ``[1, d_out * d_in]``.
 
         Raises
         ------
@@ -118,77 +123,82 @@ class SumProblem:
 
         Notes
         -----
-        The search is in float32, as `prune` does it; the best of its rounds is refitted in float64.
+        The search is in float32 as in `prune`; the best state is refitted in float64.
         """
         self._check(rank, nonzeros)
-        shares = _shares(SWAPS_DECAY, ROUNDS, LAST_ROUNDS)
-        best = self._searched(None, rank, nonzeros, shares)
-        search, mask = self.search, best.state.mask
+        swaps = _swap_schedule(SWAPS_DECAY, ROUNDS, LAST_ROUNDS)
+        best = self._searched(None, rank, nonzeros, swaps)
+        search, mask = self.search, best.sparse.mask
         M = torch.where(mask, self.W - search.unscaled(best.rest), 0)
-        rows = best.rows.double() / search.unit[:1]  # but for a factor
-        B, rows = towards_best(self.W - M, self.metric, rows, rank)
+        rows = best.rows.double() / search.unit[:1]  # up to a constant factor
+        B, rows = subspace_iteration(self.W - M, self.metric, rows, rank)
         A = rows[:rank]
         M = masked_least_squares(self.W - B @ A, self.metric, mask, M, steps=STEPS_IN_METRIC)
         energy = float(self.metric.energy(self.W - B @ A - M))
         loss = min(1.0, energy / self.total) if self.total > 0 else 0.0
-        return Sum(B, A, M, mask, energy, loss, self.fallback)
+        return SparsePlusLowRank(B, A, M, mask, energy, loss, self.fallback)
 
     def curve(self, sizes: Sequence[Sizes]) -> list[float]:
-        """Return about the energies that `solve` loses at several sizes, at a fraction of the time.
+        """Return approximately the energies of `solve` for several sizes, in much less time.
 
-        Each is searched from the one before, if that is no smaller. Above those of `solve`, as are
-        those of `prune_curve` above those of `prune`: by 1 to 7 % where half of the bits or less
-        are kept, 8 to 13 % at 0.8 of them, a third at 0.95.
+        Each search continues from the size before unless that is smaller. The energies are above
+        those of `solve`: by 1 to 7 % if half of the bits or less are kept, 8 to 13 % at 0.8 of
+        them, a third at 0.95.
+
+        Parameters
+        ----------
+        sizes : sequence of mapping of str to int
+            The parameters "rank" and "nonzeros" of `solve`.
 
         Raises
         ------
         ValueError
             If a size is out of range.
         """
-        now: _Stand | None = None
+        now: _State | None = None
         energies = []
-        shares = _shares(CURVE_DECAY, CURVE_ROUNDS, CURVE_LAST_ROUNDS)
+        swaps = _swap_schedule(CURVE_DECAY, CURVE_ROUNDS, CURVE_LAST_ROUNDS)
         for each in sizes:
             rank, nonzeros = each["rank"], each["nonzeros"]
             self._check(rank, nonzeros)
-            smaller = now is None or now.state.count < nonzeros or now.B.shape[1] < rank
-            now = self._searched(None if smaller else now, rank, nonzeros, shares)
-            E = self.search.unscaled(now.rest - now.low)
+            if now is not None and (now.sparse.count < nonzeros or now.B.shape[1] < rank):
+                now = None
+            now = self._searched(now, rank, nonzeros, swaps)
+            E = self.search.unscaled(now.rest - now.low_rank)
             energies.append(float(self.metric.energy(E)))
         return energies
 
     def _searched(
-        self, start: _Stand | None, rank: int, nonzeros: int, shares: Sequence[float]
-    ) -> _Stand:
-        """Go one round for every share of swaps, and return the best stand that was seen."""
+        self, start: _State | None, rank: int, nonzeros: int, swaps: Sequence[float]
+    ) -> _State:
+        """Run one round for every fraction of swaps, and return the best state."""
         search, metric = self.search, self.search.metric
         if start is None:
             start = self._first(rank, nonzeros)
-        state, rows = start.state, start.rows
-        rows = rows[: directions(rank, *search.W.shape)]
+        sparse, rows = start.sparse, start.rows[: directions(rank, *search.W.shape)]
         low = before = start.B[:, :rank] @ rows[:rank]
-        best: _Stand | None = None
-        for share in shares:
+        best: _State | None = None
+        for fraction in swaps:
             ahead = low + MOMENTUM * (low - before)
-            state = search.beside(ahead).swapped(state, nonzeros, share)
-            rest = torch.where(state.mask, ahead + state.error, search.W)
-            B, rows = towards_best(rest, metric, rows, rank)
+            sparse = search.without(ahead).swapped(sparse, nonzeros, fraction)
+            rest = torch.where(sparse.mask, ahead + sparse.error, search.W)
+            B, rows = subspace_iteration(rest, metric, rows, rank)
             before, low = low, B @ rows[:rank]
-            now = _Stand(state, B, rows, rest, float(metric.energy(rest - low)))
-            best = now if best is None else min(best, now, key=lambda one: one.energy)
+            now = _State(sparse, B, rows, rest, float(metric.energy(rest - low)))
+            best = now if best is None else min(best, now, key=lambda state: state.energy)
         assert best is not None
         return best
 
-    def _first(self, rank: int, nonzeros: int) -> _Stand:
-        """Prune without swaps, and start from the directions of the largest errors of outputs."""
+    def _first(self, rank: int, nonzeros: int) -> _State:
+        """Prune without swaps, and start from the rows with the largest errors of the outputs."""
         search = self.search
-        state = search.swapped(search.dense(), nonzeros, 0.0, OUTER_STEPS)
-        moved = search.metric(state.error)
-        largest = moved.norm(dim=1).topk(directions(rank, *search.W.shape)).indices
-        rows = state.error[largest]  # [directions, d_in]
+        sparse = search.swapped(search.dense(), nonzeros, 0.0, OUTER_STEPS)
+        norms = search.metric(sparse.error).norm(dim=1)
+        largest = norms.topk(directions(rank, *search.W.shape)).indices
+        rows = sparse.error[largest]  # [directions, d_in]
         for _ in range(START_STEPS):
-            B, rows = towards_best(state.error, search.metric, rows, rank)
-        return _Stand(state, B, rows, state.error, state.energy)
+            B, rows = subspace_iteration(sparse.error, search.metric, rows, rank)
+        return _State(sparse, B, rows, sparse.error, sparse.energy)
 
     def _check(self, rank: int, nonzeros: int) -> None:
         shape = list(self.W.shape)
@@ -198,8 +208,8 @@ class SumProblem:
                 raise ValueError(f"{name} must be in [1, {most}] for a weight {shape}, got {size}")
 
 
-def towards_best(X: Tensor, metric: Metric, rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Take one step of subspace iteration to the best product of a rank under two metrics.
+def subspace_iteration(X: Tensor, metric: Metric, rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Take one step towards the best low-rank approximation under two metrics.
 
     Parameters
     ----------
@@ -207,7 +217,7 @@ def towards_best(X: Tensor, metric: Metric, rows: Tensor, rank: int) -> tuple[Te
     metric : Metric
         In the dtype of `X`.
     rows : Tensor, shape [directions, d_in]
-        Where to begin: at least `rank` directions, at most ``min(d_out, d_in)``.
+        Starting subspace; `rank` to ``min(d_out, d_in)`` directions.
     rank : int
 
     Returns
@@ -215,23 +225,23 @@ def towards_best(X: Tensor, metric: Metric, rows: Tensor, rank: int) -> tuple[Te
     B : Tensor, shape [d_out, rank]
         Of full column rank.
     rows : Tensor, shape [directions, d_in]
-        Better ones, the largest first: the product is ``B @ rows[:rank]``, the projection of `X`
-        on the leading directions, so that no other coefficients for these B lose less.
+        Improved subspace in order of importance. The approximation is ``B @ rows[:rank]``, the
+        projection of `X` on the leading directions: for this B no other right factor is better.
     """
     inputs, outputs = Metric(H=metric.H), Metric(G=metric.G)
     Q = torch.linalg.qr(X @ inputs(rows).T).Q  # [d_out, directions]
-    seen = outputs(Q)
-    K, _ = whitening_factor(Q.T @ seen, 0.0)  # [directions, directions]
-    C = torch.linalg.solve_triangular(K, seen.T @ X, upper=False)  # [directions, d_in]
+    GQ = outputs(Q)
+    K, _ = whitening_factor(Q.T @ GQ, 0.0)  # [directions, directions]
+    C = torch.linalg.solve_triangular(K, GQ.T @ X, upper=False)  # [directions, d_in]
     _, V = descending_eigh(inputs(C) @ C.T)
     B = Q @ torch.linalg.solve_triangular(K.T, V[:, :rank], upper=True)
     return B, V.T @ C
 
 
 def directions(rank: int, d_out: int, d_in: int) -> int:
-    """Return among how many directions a product of a rank is searched."""
+    """Return the dimension of the subspace in which a low-rank part is searched."""
     return min(DIRECTIONS * rank + MORE_DIRECTIONS, d_out, d_in)
 
 
-def _shares(decay: float, rounds: int, last: int) -> list[float]:
+def _swap_schedule(decay: float, rounds: int, last: int) -> list[float]:
     return [SWAPS * decay**k for k in range(rounds)] + [0.0] * last

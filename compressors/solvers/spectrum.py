@@ -1,10 +1,10 @@
-"""The one solver behind the SVD family: the best low-rank approximation under two metrics.
+"""The best low-rank approximation of a weight under two metrics, for all ranks at once.
 
-The rank-r minimiser of ``||K^T (W - W_hat) L||_F`` is the truncated SVD of ``K^T W L`` with the
-metrics taken off again (Eckart-Young). No SVD is computed: the eigenvectors of the smaller of the
+The rank-r minimizer of ``||K^T (W - W_hat) L||_F`` is the truncated SVD of ``K^T W L`` with the
+metrics divided out again (Eckart-Young). No SVD is computed: the eigenvectors of the smaller of the
 two Gram matrices of ``K^T W L`` give the same subspace. The metric of the longer side is never
-factored, it only appears as seen through the weight, and nothing larger than ``min(d_out, d_in)``
-is decomposed.
+factored, because only its image through the weight is needed, and nothing larger than
+``min(d_out, d_in)`` is decomposed.
 """
 
 from dataclasses import dataclass
@@ -12,30 +12,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrc.compressors.solvers.factor_balancing import equalize_norms
 from lrc.compressors.solvers.linalg import (
     descending_eigh,
     descending_eigvalsh,
     numerical_rank,
     whitening_factor,
 )
-from lrc.compressors.solvers.moments import Moment
+from lrc.compressors.solvers.moments import Moment, without_empty
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A weight as a product, ``W_hat = B @ A``, and what it costs in quality.
-
-    `B` is [d_out, rank], `A` is [rank, d_in] and is applied first. `loss` is the share of the
-    weighted energy of W that is lost, in [0, 1]; `fallback` says what had to deviate from the
-    request, None if nothing. `bias` [d_out], where the method has one, is to be added to the
-    layer's own.
-    """
+    """A weight as a product, ``W_hat = B @ A``."""
 
     B: Tensor
+    """[d_out, rank]"""
     A: Tensor
+    """[rank, d_in], applied first."""
     loss: float
+    """Weighted squared error as a fraction of the weighted energy of W, in [0, 1]."""
     fallback: str | None = None
-    bias: Tensor | None = None
+    """Description of the deviation from the request, None if there is none."""
 
     @property
     def rank(self) -> int:
@@ -45,34 +43,33 @@ class Factors:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The energies of a weight under its metrics, largest first, ready to be cut at any rank.
-
-    `energies` [min(d_out, d_in)] are the squared singular values of ``K^T W L``; the tail beyond
-    a rank is the squared error of that rank: the rate-distortion curve of the matrix. `B` and `A`
-    hold all components in order, `B @ A == W`. `mean` [d_in], if given, is the input whose output
-    every cut keeps by a bias.
-    """
+    """The singular values and vectors of a weight under its metrics, ready for any rank."""
 
     energies: Tensor
+    """[min(d_out, d_in)], squared singular values of ``K^T W L`` in descending order. The sum of
+    those after the first r is the squared error at rank r."""
     B: Tensor
+    """[d_out, min(d_out, d_in)], left vectors; ``B @ A == W``."""
     A: Tensor
+    """[min(d_out, d_in), d_in], right vectors."""
     fallback: str | None = None
+    """Description of the deviation from the request, None if there is none."""
     mean: Tensor | None = None
+    """[d_in], the input whose output a bias is to restore at every rank, if any."""
 
     def tail_energy(self, rank: int) -> float:
-        """Return the energy that a cut at `rank` loses: ``||K^T (W - W_hat) L||_F^2``."""
+        """Return the squared error at a rank, ``||K^T (W - W_hat) L||_F^2``."""
         return float(self.energies[rank:].sum())
 
     def tail(self, rank: int) -> float:
-        """Return the share of the energy that a cut at `rank` loses, in [0, 1]."""
+        """Return the squared error at a rank as a fraction of the energy of W, in [0, 1]."""
         total = self.tail_energy(0)
         return self.tail_energy(rank) / total if total > 0 else 0.0
 
     def truncate(self, rank: int) -> Factors:
-        """Cut at `rank`, with the scale of every component shared evenly by its two vectors.
+        """Return the best approximation of a rank, with factors of equal column and row norms.
 
-        Even scales round best: neither factor then holds numbers much larger or smaller than the
-        other's. A rank beyond the numerical rank of the matrix is lowered to it, and said so.
+        A rank above the numerical rank of the weight is lowered to it, which `fallback` reports.
 
         Raises
         ------
@@ -86,17 +83,8 @@ class Spectrum:
         if rank > numerical:
             note = f"rank lowered from {rank} to {numerical}, the numerical rank of the weight"
             fallback, rank = "; ".join(filter(None, [fallback, note])), numerical
-        B, A = self.B[:, :rank], self.A[:rank]  # [d_out, rank], [rank, d_in]
-        lengths = A.norm(dim=1) / B.norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)
-        scale = torch.where(lengths > 0, lengths, 1).sqrt()  # [rank]
-        bias = None if self.mean is None else self.B[:, rank:] @ (self.A[rank:] @ self.mean)
-        return Factors(
-            (B * scale).contiguous(),
-            (A / scale[:, None]).contiguous(),
-            self.tail(rank),
-            fallback,
-            bias,
-        )
+        B, A = equalize_norms(self.B[:, :rank], self.A[:rank])
+        return Factors(B, A, self.tail(rank), fallback)
 
 
 def spectrum(
@@ -109,7 +97,7 @@ def spectrum(
 ) -> Spectrum:
     """Decompose a weight under the metrics of its inputs and of its output gradients.
 
-    Minimises ``||K^T (W - W_hat) L||_F`` at every rank, with ``L @ L.T == H`` and
+    Minimizes ``||K^T (W - W_hat) L||_F`` at every rank, with ``L @ L.T == H`` and
     ``K @ K.T == G``, both damped.
 
     Parameters
@@ -117,10 +105,9 @@ def spectrum(
     W : Tensor, shape [d_out, d_in]
         Weight of a linear layer, ``y = x @ W.T``.
     inputs : Moment, optional
-        Second moment ``H`` of the inputs. Left out, every input direction counts the same.
+        Second moment ``H`` of the inputs. Default: the identity.
     gradients : Moment, optional
-        Second moment ``G`` of the loss gradients at the output. Left out, every output direction
-        counts the same.
+        Second moment ``G`` of the loss gradients at the output. Default: the identity.
     damp, gradient_damp : float
         Fraction of ``mean(diag(H))``, ``mean(diag(G))`` added to the diagonal.
 
@@ -132,15 +119,15 @@ def spectrum(
     Raises
     ------
     ValueError
-        If the shorter side of `W` has only the image of its moment.
+        If the moment of the shorter side of `W` has no `full`.
 
     Notes
     -----
-    For d_out <= d_in: eigenvectors V of ``S = K^T (W H W^T) K`` give ``B = K^{-T} V`` and
-    ``A = (K V)^T W``. L cancels: no root of H is ever taken. A taller weight is solved transposed,
-    where the two metrics change places: ``B = W (L V)`` and ``A = V^T L^{-1}``. K and L are
-    Cholesky factors; the symmetric roots of the papers differ from them by a rotation, which
-    changes neither the error nor its minimiser.
+    For d_out <= d_in, the eigenvectors V of ``S = K^T (W H W^T) K`` give ``B = K^{-T} V`` and
+    ``A = (K V)^T W``; L cancels, so no root of H is needed. A taller weight is solved transposed,
+    with the metrics exchanged: ``B = W (L V)`` and ``A = V^T L^{-1}``. K and L are Cholesky
+    factors; the symmetric roots of the papers differ from them by a rotation, which changes neither
+    the error nor its minimizer.
     """
     problem = _problem(W, inputs, gradients, damp, gradient_damp)
     energies, V = descending_eigh(problem.S)
@@ -160,28 +147,21 @@ def energies_only(
     damp: float = 0.0,
     gradient_damp: float = 0.0,
 ) -> Tensor:
-    """Return the energies of `spectrum` without its vectors, at a fraction of the time.
-
-    Returns
-    -------
-    Tensor, shape [min(d_out, d_in)]
-        Largest first, float64.
-    """
+    """Return the energies [min(d_out, d_in)] of `spectrum`, without vectors, in less time."""
     return descending_eigvalsh(_problem(W, inputs, gradients, damp, gradient_damp).S)
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """A weight turned so that its shorter side, the near one, comes first.
-
-    `W` [d_near, d_far]; `K` [d_near, d_near] is the factor of the near metric, None if there is
-    none; `S` [d_near, d_near] the matrix whose eigenvalues are the energies.
-    """
+    """A weight transposed so that its shorter side, the near one, comes first."""
 
     W: Tensor
+    """[d_near, d_far]"""
     transposed: bool
     K: Tensor | None
+    """[d_near, d_near], factor of the near metric; None for the identity."""
     S: Tensor
+    """[d_near, d_near], its eigenvalues are the energies."""
     fallback: str | None
 
 
@@ -192,13 +172,7 @@ def _problem(
     damp: float,
     gradient_damp: float,
 ) -> _Problem:
-    notes = []
-    if inputs is not None and inputs.empty:
-        inputs = None
-        notes.append("inputs were all zero; left out of the metric")
-    if gradients is not None and gradients.empty:
-        gradients = None
-        notes.append("gradients were all zero; left out of the metric")
+    inputs, gradients, notes = without_empty(inputs, gradients)
     W = W.double()
     transposed = W.shape[0] > W.shape[1]
     name, near, near_damp, far, far_damp = "gradients", gradients, gradient_damp, inputs, damp

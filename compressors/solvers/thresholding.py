@@ -1,46 +1,47 @@
-"""The fast dictionary solvers: supports by thresholding, values by least squares, SVD start.
+"""Fast dictionary solvers: supports by thresholding, values by least squares.
 
-With half of the atoms in every column the greedy pursuit of CoSpaDi takes hundreds of sequential
-steps a column. Thresholding decides on all coefficients at once.
+If every column uses half of the atoms, the greedy pursuit of CoSpaDi takes hundreds of sequential
+steps per column. Thresholding selects all coefficients at once.
 """
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.solvers.linalg import RANK_TOLERANCE, descending_eigh
+from lrc.compressors.solvers.linalg import descending_eigh, numerical_rank
 from lrc.compressors.solvers.sparse_coding import (
-    Code,
-    Task,
-    energy,
-    folded,
+    SparseCode,
+    SparseCodingTask,
+    interleaved,
+    normalize_atoms,
     refit_codes,
     refit_dictionary,
+    squared_error,
     support,
-    unit_atoms,
 )
 
 # Length of the gradient step before thresholding, in the first and the last round. A long step
-# lets unused coefficients in more easily. From 4 down to 1 lost least of what was tried: 15 % less
-# than 1 throughout, on Gaussian weights [1536, 576] with inputs of power-law covariance.
+# admits unused coefficients more easily. Decreasing from 4 to 1 was the best schedule tried: 15 %
+# less error than 1 throughout, on Gaussian weights [1536, 576] with power-law inputs.
 FIRST_STEP, LAST_STEP = 4.0, 1.0
-# Conjugate-gradient steps a round; 10 change the result by less than 0.1 %, as the start is warm.
+# Conjugate-gradient steps per round; because of the warm start, 10 change the result by < 0.1 %.
 CODE_STEPS = 3
-# Orthogonal rounds before hard-thresholding pursuit; they are cheaper than its own.
+# Rounds with an orthogonal dictionary, which are cheaper, before hard-thresholding pursuit.
 START_ROUNDS = 5
-# From the columns' worst, 1e-1 off where energies differ by the tolerance, to rounding.
+# Newton iterations until the columns are orthonormal to rounding, from errors of up to 1e-1 in
+# directions whose energies are close to the tolerance.
 NEWTON_STEPS = 4
-# Rounds with held supports at the end, and the steps of each.
+# Final rounds with fixed supports, and the conjugate-gradient steps of each.
 FINAL_ROUNDS, FINAL_STEPS = 3, 4
 
 
-def rocket(task: Task) -> Code:
+def rocket(task: SparseCodingTask) -> SparseCode:
     """Threshold the code in the eigenbasis once, then fit the dictionary to it.
 
     Notes
     -----
-    The factorisation of [1]_: importance ``|c_ij| * ||L^{-1} b_i||^0.5`` of coefficient j on
-    eigenvector i, then a ridge least-squares dictionary. Its redistribution of 0.5 % of the
-    coefficients over all columns is left out: every column has the same number here.
+    The factorization of [1]_: importance ``|c_ij| * ||L^{-1} b_i||^0.5`` of coefficient j on
+    eigenvector i, then a ridge least-squares dictionary. The paper then redistributes 0.5 % of the
+    coefficients over the columns; here every column has the same number.
 
     References
     ----------
@@ -50,16 +51,16 @@ def rocket(task: Task) -> Code:
     S = Z[:k]  # the code in the eigenbasis
     mask = support(S.abs() * task.lengths[:k, None].sqrt(), task.nonzeros, task.pattern)
     D, S = refit_dictionary(Z, _axes(Z, torch.arange(k)), S * mask)
-    return Code(D, S, mask, (energy(Z, D, S),))
+    return SparseCode(D, S, mask, (squared_error(Z, D, S),))
 
 
-def compot(task: Task) -> Code:
-    """Alternate exact codes of an orthogonal dictionary and the best rotation for them.
+def compot(task: SparseCodingTask) -> SparseCode:
+    """Alternate exact codes for an orthogonal dictionary and the best orthogonal dictionary.
 
     Notes
     -----
-    The factorisation of [1]_, with one least-squares dictionary at the end: orthogonality is of
-    use to the solver, not to the product.
+    The factorization of [1]_, followed by one least-squares update of the dictionary, which need
+    not be orthogonal once the codes are fixed.
 
     References
     ----------
@@ -68,60 +69,59 @@ def compot(task: Task) -> Code:
     D, errors = _orthogonal(task, task.rounds)
     S, mask = orthogonal_codes(task, D)
     D, S = refit_dictionary(task.Z, D, S)
-    return Code(D, S, mask, (*errors[:-1], min(errors[-1], energy(task.Z, D, S))))
+    return SparseCode(D, S, mask, (*errors[:-1], min(errors[-1], squared_error(task.Z, D, S))))
 
 
-def orthogonal_codes(task: Task, D: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the best codes ``[atoms, d_out]`` for orthonormal atoms, and their mask.
+def orthogonal_codes(task: SparseCodingTask, D: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best codes [atoms, d_out] for orthonormal atoms D [dim, atoms], and their mask.
 
-    The error is then the energy of the coefficients left out, so the largest ones are kept.
+    The error is the energy of the omitted coefficients, so the largest ones are kept.
     """
     C = D.T @ task.Z
     mask = support(C.abs(), task.nonzeros, task.pattern)
     return C * mask, mask
 
 
-def _orthogonal(task: Task, rounds: int) -> tuple[Tensor, list[float]]:
-    order = torch.arange(task.atoms) if task.pattern == "unstructured" else folded(task.atoms)
+def _orthogonal(task: SparseCodingTask, rounds: int) -> tuple[Tensor, list[float]]:
+    order = torch.arange(task.atoms) if task.pattern == "unstructured" else interleaved(task.atoms)
     D = _axes(task.Z, order)
     S, _ = orthogonal_codes(task, D)
     errors = []
     for _ in range(rounds):
-        D = nearest_orthonormal(task.Z @ S.T).to(D.dtype)
+        D = polar_factor(task.Z @ S.T).to(D.dtype)
         S, _ = orthogonal_codes(task, D)
-        errors.append(energy(task.Z, D, S))
+        errors.append(squared_error(task.Z, D, S))
     return D, errors
 
 
 def _axes(Z: Tensor, order: Tensor) -> Tensor:
-    """Return leading left singular vectors of Z as columns: those of the identity."""
+    """Return left singular vectors of Z in the given order, as columns of the identity."""
     return torch.eye(len(Z), dtype=Z.dtype, device=Z.device)[:, order.to(Z.device)]
 
 
-def nearest_orthonormal(M: Tensor) -> Tensor:
-    """Return the orthonormal columns that maximise ``trace(D^T M)``: the polar factor of M.
+def polar_factor(M: Tensor) -> Tensor:
+    """Return the matrix D [dim, atoms] with orthonormal columns that maximizes ``trace(D^T M)``.
 
     Parameters
     ----------
     M : Tensor, shape [dim, atoms]
-        At least as many rows as columns.
+        With dim >= atoms. If its rank is lower than `atoms`, D is not unique.
 
     Notes
     -----
-    ``M (M^T M)^{-1/2}`` by eigenvectors, which a GPU finds several times as fast as singular
-    vectors, and Newton steps for what squaring the condition number has lost. A matrix of lower
-    rank has more than one answer: what it does not span is filled up with any orthonormal columns.
+    ``M (M^T M)^{-1/2}`` by an eigendecomposition, which a GPU computes several times as fast as an
+    SVD. Newton iterations restore the accuracy that squaring the condition number costs.
     """
     M = M.double()
     energies, V = descending_eigh(M.T @ M)
-    rank = int((energies > RANK_TOLERANCE * energies[0]).sum())
+    rank = numerical_rank(energies)
     U = M @ (V[:, :rank] * energies[:rank].rsqrt())  # [dim, rank]
     if rank < len(energies):
-        # Which ones makes no difference to the product: no seed of the recipe's is spent on them.
+        # The product does not depend on this choice, so the seed of the recipe is not used.
         generator = torch.Generator().manual_seed(0)
         rest = torch.randn(len(M), len(energies) - rank, generator=generator, dtype=M.dtype)
         rest = rest.to(M.device)
-        for _ in range(2):  # once leaves rounding of what was taken away
+        for _ in range(2):  # the second pass removes rounding errors of the first
             rest, _ = torch.linalg.qr(rest - U @ (U.T @ rest))
         U = torch.cat([U, rest], dim=1)
     D: Tensor = U @ V.T
@@ -130,14 +130,14 @@ def nearest_orthonormal(M: Tensor) -> Tensor:
     return D
 
 
-def htp(task: Task) -> Code:
+def htp(task: SparseCodingTask) -> SparseCode:
     """Alternate hard-thresholding pursuit for the codes and least squares for the dictionary.
 
     Notes
     -----
     A round takes a gradient step on all coefficients, keeps the largest of every column, improves
-    their values by conjugate gradients and refits the dictionary [1]_. The steps shrink from round
-    to round. Rounds with a long step may lose more than the one before; the best is returned.
+    their values by conjugate gradients and refits the dictionary [1]_. Step lengths decrease. Long
+    steps can raise the error; the best round is returned.
 
     References
     ----------
@@ -147,7 +147,7 @@ def htp(task: Task) -> Code:
     Z = task.Z
     D, S, mask = _start(task)
     D, S = refit_dictionary(Z, D, S)
-    best, best_error, errors = (D, S, mask), energy(Z, D, S), []
+    best, best_error, errors = (D, S, mask), squared_error(Z, D, S), []
     for t in range(task.rounds + FINAL_ROUNDS):
         C, A = D.T @ D, D.T @ Z  # [atoms, atoms], [atoms, d_out]
         if t < task.rounds:
@@ -158,19 +158,19 @@ def htp(task: Task) -> Code:
         else:
             S = refit_codes(C, A, S, mask, FINAL_STEPS)
         D, S = refit_dictionary(Z, D, S)
-        error = energy(Z, D, S)
+        error = squared_error(Z, D, S)
         if error < best_error:
             best, best_error = (D, S, mask), error
         if t == task.rounds - 1:
             D, S, mask = best
         errors.append(best_error)
-    return Code(*best, tuple(errors))
+    return SparseCode(*best, tuple(errors))
 
 
-def _start(task: Task) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthogonal rounds; of a dictionary larger than the space, its axes and its worst columns."""
+def _start(task: SparseCodingTask) -> tuple[Tensor, Tensor, Tensor]:
+    """Start from an orthogonal dictionary; if it is too small, add the columns of largest error."""
     Z, dim = task.Z, len(task.Z)
-    # What was a pattern of fours before atoms are left out is none behind it.
+    # Removing atoms from a code destroys the pattern 2:4.
     if task.start is not None and task.pattern == "unstructured":
         return _fewer(task, task.start)
     if task.atoms <= dim:
@@ -178,14 +178,14 @@ def _start(task: Task) -> tuple[Tensor, Tensor, Tensor]:
         return D, *orthogonal_codes(task, D)
     inside = support(Z.abs(), min(task.nonzeros, dim))
     worst = (Z * ~inside).square().sum(0).topk(task.atoms - dim).indices
-    D, _ = unit_atoms(torch.cat([_axes(Z, torch.arange(dim)), Z[:, worst]], dim=1))
+    D, _ = normalize_atoms(torch.cat([_axes(Z, torch.arange(dim)), Z[:, worst]], dim=1))
     A = D.T @ Z
     mask = support(A.abs(), task.nonzeros, task.pattern)
     return D, refit_codes(D.T @ D, A, torch.zeros_like(A), mask, FINAL_STEPS), mask
 
 
-def _fewer(task: Task, code: Code) -> tuple[Tensor, Tensor, Tensor]:
-    """Go on with the most used atoms of a larger dictionary, and their largest coefficients."""
+def _fewer(task: SparseCodingTask, code: SparseCode) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the atoms with the largest rows of S, and the largest coefficients of each column."""
     Z = task.Z
     kept = code.S.norm(dim=1).topk(task.atoms).indices
     D, S = code.D[:, kept].to(Z), code.S[kept].to(Z)

@@ -1,8 +1,8 @@
-"""A weight made ready for dictionaries of any size: whitened, and turned into its own eigenbasis.
+"""A weight prepared for dictionary learning: whitened, and written in its own eigenbasis.
 
-Atoms live in input space: whitening touches the dictionary alone, and the coefficients keep their
-zeros. The metric of the outputs has to be diagonal for the same reason: it scales the columns of
-the coefficients, where a full one would mix them.
+Atoms live in input space: whitening changes only the dictionary, and the coefficients keep their
+zeros. For the same reason the metric of the outputs must be diagonal: it scales the columns of the
+coefficients, where a full matrix would mix them.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from lrc.compressors.solvers.linalg import RANK_TOLERANCE, whitening_factor
 from lrc.compressors.solvers.moments import Moment
 from lrc.compressors.solvers.spectrum import spectrum
 
-# Outputs without gradients keep this share of the largest weight, or their codes would be lost.
+# Lower bound for the weight of an output, as a fraction of the largest: zero would lose its codes.
 FLOOR = 1e-12
 
 
 @dataclass(frozen=True)
-class Space:
-    """The whitened weight in its own eigenbasis: ``basis @ Z == W^T * weights``.
+class WhitenedSpace:
+    """The whitened weight in its eigenbasis: ``basis @ Z == W^T * weights``.
 
-    Directions that are rounding alone are zero in `basis` and `Z`.
+    `basis` and `Z` are zero in directions below the numerical rank.
     """
 
     W: Tensor
@@ -32,9 +32,9 @@ class Space:
     basis: Tensor
     """[d_in, dim] with ``dim = min(d_out, d_in)``, orthonormal in the metric of the inputs."""
     Z: Tensor
-    """[dim, d_out], float64."""
+    """[dim, d_out], float64, orthogonal rows in order of energy."""
     weights: Tensor
-    """[d_out], the roots of ``diag(G)``, damped."""
+    """[d_out], square roots of the damped ``diag(G)``."""
     fallback: str | None
 
     @classmethod
@@ -45,13 +45,13 @@ class Space:
         gradients: Moment | None,
         damp: float,
         gradient_damp: float,
-    ) -> "Space":
-        """Read the space off the spectrum: it is that of the best low-rank approximation.
+    ) -> "WhitenedSpace":
+        """Derive the space from the `spectrum` of the weight.
 
         Raises
         ------
         ValueError
-            If the moment of the inputs has to be whole and is not: where d_out >= d_in.
+            If d_out >= d_in and the moment of the inputs has no `full`.
         """
         weights = torch.ones(W.shape[0], dtype=torch.float64, device=W.device)
         outputs = gradients
@@ -71,9 +71,9 @@ class Space:
         return cls(W, inputs, damp, basis, Z, weights, found.fallback)
 
     def columns(self, which: Tensor) -> Tensor:
-        """Project columns of ``W^T``, read as whitened vectors, onto the space: [dim, which]."""
+        """Return columns of ``W^T``, taken as whitened vectors, in this basis: [dim, which]."""
         chosen = self.W[which].double().T  # [d_in, which]
         if self.inputs is None or self.inputs.empty:
             return self.basis.T @ chosen
         L, _ = whitening_factor(self.inputs.whole(), self.damp)
-        return self.basis.T @ (L @ chosen)  # the basis is orthonormal once whitened: L^T basis
+        return self.basis.T @ (L @ chosen)  # L^T basis is orthonormal

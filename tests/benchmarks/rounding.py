@@ -7,7 +7,7 @@ usage: python tests/benchmarks/rounding.py MODEL TEXT.jsonl [--layers 2 15 28]
 MODEL is a folder that transformers loads, TEXT a file of rows {"text": ...}. Prints, for every
 scheme, ``tr(E H E^T) / tr(W H W^T)`` as the geometric mean over the linears of the layers: of the
 whole weight to the nearest and by GPTQ, with the number of linears where GPTQ loses more (none
-should), and of a whitened SVD at `keep` as two factors in every gauge and as pivot rows. Without
+should), and of a whitened SVD at `keep` as two factors in every balance and as pivot rows. Without
 --layers all layers are taken, and whole weights alone.
 """
 
@@ -26,12 +26,12 @@ from lrc.compressors.layers.pivot_rows import pivot_rows
 from lrc.compressors.solvers.gptq import gptq
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.moments import Moment
-from lrc.compressors.solvers.quantize_factors import round_pair, round_pivot
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantize_factors import quantize_low_rank, quantize_pivoted
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.compressors.solvers.spectrum import spectrum
 
 DTYPE = torch.bfloat16
-GAUGES = ("first", "quarter", "even", "rotated")
+BALANCES = ("first", "quarter", "even", "rotated")
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def losses(W: Tensor, H: Tensor, scheme: Scheme, keep: float | None) -> dict[str
     """Return the share of the output's energy that every way of rounding loses."""
     whole = weighted_error(W, 0 * W, H)
     found = {
-        "nearest": weighted_error(W, rtn(W, scheme, dtype=DTYPE, H=H).weight(), H),
+        "nearest": weighted_error(W, round_to_nearest(W, scheme, dtype=DTYPE, H=H).weight(), H),
         "GPTQ": weighted_error(W, gptq(W, H, scheme, dtype=DTYPE).weight(), H),
     }
     if keep is not None:
@@ -111,12 +111,14 @@ def losses(W: Tensor, H: Tensor, scheme: Scheme, keep: float | None) -> dict[str
                 continue
             factors = curve.truncate(fitting[-1])
             if form == "low_rank":
-                for gauge in GAUGES:
-                    pair = round_pair(W, factors.B, factors.A, H, scheme, dtype=DTYPE, gauge=gauge)
-                    found[f"factors, {gauge}"] = pair.error
+                for balance in BALANCES:
+                    pair = quantize_low_rank(
+                        W, factors.B, factors.A, H, scheme, dtype=DTYPE, balance=balance
+                    )
+                    found[f"factors, {balance}"] = pair.error
             else:
                 parts = pivot_rows(factors.B, factors.A)
-                found["pivot"] = round_pivot(W, *parts, H, scheme, dtype=DTYPE).error
+                found["pivot"] = quantize_pivoted(W, *parts, H, scheme, dtype=DTYPE).error
     return {way: loss / whole for way, loss in found.items()}
 
 

@@ -15,7 +15,7 @@ from lrc.compressors.compress import embeddings as outside
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.layers import EmbeddedIntegers, Scheme, TiedHead
 from lrc.compressors.pipeline import compress
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.load import load_recipe
 
 SCHEMES = ["int8", "int4-g16", "int3-g16", "int2-g16"]
@@ -137,7 +137,9 @@ def test_rows_are_those_of_the_dense_model_rounded(
     ).model.embed_tokens.weight
     model = AutoModelForCausalLM.from_pretrained(runs(name) / "checkpoint")
     embedding = model.model.embed_tokens
-    wanted = rtn(dense.detach(), Scheme.read(str(embedding.scheme)), dtype=torch.float32).weight()
+    wanted = round_to_nearest(
+        dense.detach(), Scheme.read(str(embedding.scheme)), dtype=torch.float32
+    ).weight()
     torch.testing.assert_close(embedding.product(), wanted.float())
     assert isinstance(model.lm_head, TiedHead) == RECIPES[name][0]
 

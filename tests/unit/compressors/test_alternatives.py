@@ -21,7 +21,7 @@ from lrc.compressors.evaluate.baselines import (
 )
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.layers.sparse import Sparse
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.errors import DataError, Stopped
 from lrc.configs.recipe import Evaluate, Perplexity
 
@@ -58,7 +58,7 @@ def tensors_of(alternative: Alternative, dense: dict[str, Tensor]) -> dict[str, 
     for name, form in alternative.forms.items():
         weight = tensors.pop(f"{name}.weight")
         if isinstance(form, Scheme):
-            stored = rtn(weight, form, dtype=torch.bfloat16).encode("weight")
+            stored = round_to_nearest(weight, form, dtype=torch.bfloat16).encode("weight")
         else:
             least = weight.float().abs().sort(dim=1, descending=True).values[:, form - 1 : form]
             stored = Sparse.encode(weight, weight.float().abs() >= least)
@@ -102,7 +102,9 @@ def test_only_the_targets_change_and_to_what_the_file_stands_for(
     for name, form in alternative.forms.items():
         W, W_hat = before[f"{name}.weight"], after[f"{name}.weight"]
         if isinstance(form, Scheme):
-            assert torch.equal(W_hat, rtn(W, form, dtype=torch.bfloat16).weight().float())
+            assert torch.equal(
+                W_hat, round_to_nearest(W, form, dtype=torch.bfloat16).weight().float()
+            )
             continue
         kept = W_hat != 0
         assert torch.equal(W_hat[kept], W[kept])
@@ -183,5 +185,5 @@ def test_an_alternative_that_is_not_finite_or_has_no_scales_fails_no_run(
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("a scale underflows float16")
 
-    monkeypatch.setattr(alternatives, "rtn", refuse)
+    monkeypatch.setattr(alternatives, "round_to_nearest", refuse)
     assert measure(alternative, model, tiny_tokenizer, evaluate, lambda *_: None) == {"it": None}

@@ -13,7 +13,7 @@ from lrc.compressors.io.journal import Journal
 from lrc.compressors.layers import EmbeddedIntegers, Scheme, TiedHead
 from lrc.compressors.models.source import locate
 from lrc.compressors.planning.compile import make_plan
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.recipe import Model, Recipe
 
 SCHEMES = ["int8", "int4-g16", "int5-g8", "int3-g8-asymmetric"]
@@ -27,7 +27,7 @@ def weight(dtype: torch.dtype = torch.float32) -> Tensor:
 def embedded(scheme: str) -> EmbeddedIntegers:
     embedding = nn.Embedding.from_pretrained(weight())
     module = EmbeddedIntegers.empty(embedding, {"form": "embedded_integers", "scheme": scheme})
-    rounded = rtn(weight(), Scheme.read(scheme), dtype=torch.float32)
+    rounded = round_to_nearest(weight(), Scheme.read(scheme), dtype=torch.float32)
     module.load_state_dict(
         {"weight": torch.zeros(1, dtype=torch.uint8), **rounded.encode("weight")}
     )
@@ -37,7 +37,7 @@ def embedded(scheme: str) -> EmbeddedIntegers:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_rows_that_are_looked_up_are_those_of_the_whole(scheme: str) -> None:
     module = embedded(scheme)
-    whole = rtn(weight(), Scheme.read(scheme), dtype=torch.float32).weight().float()
+    whole = round_to_nearest(weight(), Scheme.read(scheme), dtype=torch.float32).weight().float()
     ids = torch.tensor([[0, 49, 7], [7, 7, 1]])
     torch.testing.assert_close(module(ids), whole[ids])
     torch.testing.assert_close(module.product(), whole)
@@ -84,7 +84,7 @@ def test_rounding_in_pieces_is_rounding_at_once(
     name = plan.outside[0].name
     W = reader.read(f"{name}.weight")
     done = outside.round_outside(plan, reader, journal, device="cpu").outside[0]
-    rounded = rtn(W, Scheme.read(scheme), dtype=W.dtype)
+    rounded = round_to_nearest(W, Scheme.read(scheme), dtype=W.dtype)
     for leaf, tensor in rounded.encode("weight").items():
         stored = journal.read_tensor(factors_file(done.layer), f"{name}.{leaf}")
         assert torch.equal(stored, tensor), leaf

@@ -13,7 +13,7 @@ from lrc.compressors.checkpoint.format import check_modules
 from lrc.compressors.checkpoint.quantizer import swap_in_forms
 from lrc.compressors.layers import GroupSparse, Scheme
 from lrc.compressors.planning.plan import Matrix, read_matrices, record_of
-from lrc.compressors.solvers.quantize_blocks import GroupSparseWeight
+from lrc.compressors.solvers.quantize_blocks import QuantizedBlocks
 from lrc.configs.errors import CheckpointError
 
 D_OUT, D_IN = 12, 88  # 11 groups of 8 a row: no whole number of bytes of the mask
@@ -29,7 +29,7 @@ def spec(groups: int, scheme: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def example(groups: int, scheme: Scheme) -> GroupSparseWeight:
+def example(groups: int, scheme: Scheme) -> QuantizedBlocks:
     """Draw codes over the whole range, and which groups they are."""
     generator = torch.Generator().manual_seed(0)
     assert scheme.group_size is not None
@@ -39,10 +39,10 @@ def example(groups: int, scheme: Scheme) -> GroupSparseWeight:
     size = (groups, scheme.group_size)
     codes = torch.randint(scheme.lowest, scheme.highest + 1, size, generator=generator)
     scale = torch.randn(groups, generator=generator).bfloat16()
-    return GroupSparseWeight(codes.to(torch.int8), scale, mask, scheme)
+    return QuantizedBlocks(codes.to(torch.int8), scale, mask, scheme)
 
 
-def layer_of(found: GroupSparseWeight, *, bias: bool = False) -> GroupSparse:
+def layer_of(found: QuantizedBlocks, *, bias: bool = False) -> GroupSparse:
     model = nn.Module()
     model.layer = nn.Linear(D_IN, D_OUT, bias=bias, dtype=torch.bfloat16)
     table = {"layer": spec(len(found.codes), str(found.scheme))}

@@ -17,7 +17,7 @@ from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.allocate import allocate_ranks
 from lrc.compressors.planning.plan import Matrix, Plan
 from lrc.compressors.planning.weight_groups import Unit
-from lrc.compressors.solvers.dictionary_learning import solve_dictionary
+from lrc.compressors.solvers.dictionary_learning import Dictionary, DictionaryProblem
 from lrc.compressors.solvers.linalg import damped, weighted_error
 from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.configs.recipe import Recipe
@@ -87,8 +87,12 @@ def test_the_layers_hold_the_slices_of_the_stacked_solution(known: list[Statisti
     weights = [normal(D_OUT, D_IN, seed=seed) for seed in (30, 40)]
     done, stack = solved(unit_of(), weights, known, rounds=3), torch.cat(weights)
     H = torch.stack([each.inputs.whole() for each in known if each.inputs]).sum(dim=0)
-    options: dict[str, Any] = {"solver": "cospadi", "rounds": 3, "damp": 1e-6, **SIZES}
-    expected = solve_dictionary(stack, Moment.of(H), **options)
+
+    def learned(moment: Tensor) -> Dictionary:
+        problem = DictionaryProblem.of(stack, Moment.of(moment), solver="cospadi", damp=1e-6)
+        return problem.solve(atoms=ATOMS, nonzeros=NONZEROS, rounds=3)
+
+    expected = learned(H)
     assert [m.loss for m in done.unit.members] == pytest.approx([expected.loss] * 2, rel=1e-9)
     torch.testing.assert_close(
         torch.cat(products(done)), expected.weight(), rtol=0, atol=1e-5 * float(stack.abs().max())
@@ -99,7 +103,7 @@ def test_the_layers_hold_the_slices_of_the_stacked_solution(known: list[Statisti
     ]
     assert sum(lost) == pytest.approx(expected.energy, rel=1e-5)
     # What CoSpaDi takes, the mean of the moments, is the same problem.
-    mean = solve_dictionary(stack, Moment.of(H / 2), **options)
+    mean = learned(H / 2)
     torch.testing.assert_close(mean.weight(), expected.weight())
 
 

@@ -107,26 +107,29 @@ def test_lord_is_atomic_feature_mimicking_and_keeps_the_mean_output(
     Y = X @ W.T
     covariance = Y.T @ Y / N_TOKENS - torch.outer(Y.mean(0), Y.mean(0))
     U = torch.linalg.eigh(covariance).eigenvectors[:, -RANK:]
-    factors = low_rank("lord").solve(W, statistics, damp=0.0).truncate(RANK)
+    curve = low_rank("lord").solve(W, statistics, damp=0.0)
+    factors = curve.truncate(RANK)
     W_hat = factors.B @ factors.A
+    bias = (W - W_hat) @ curve.mean
     torch.testing.assert_close(W_hat, U @ U.T @ W, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(
-        factors.bias, Y.mean(0) - U @ (U.T @ Y.mean(0)), rtol=1e-7, atol=1e-5
-    )
-    mean_error = (X @ W_hat.T + factors.bias - Y).mean(0)
+    torch.testing.assert_close(bias, Y.mean(0) - U @ (U.T @ Y.mean(0)), rtol=1e-7, atol=1e-5)
+    mean_error = (X @ W_hat.T + bias - Y).mean(0)
     assert mean_error.abs().max() < 1e-10 * Y.abs().max()
     without_bias = (X @ product_of("svd-llm", W, statistics).T - Y).square().sum()
-    assert (X @ W_hat.T + factors.bias - Y).square().sum() < without_bias
+    assert (X @ W_hat.T + bias - Y).square().sum() < without_bias
 
 
 def test_lord_works_from_the_outputs_alone() -> None:
     W, X, statistics = case((24, 40))
     Y = X @ W.T
     seen = Statistics(len(X), inputs=Moment(X.square().sum(0), image=Y.T @ Y), input_mean=X.sum(0))
-    a = low_rank("lord").solve(W, seen).truncate(RANK)
-    b = low_rank("lord").solve(W, statistics).truncate(RANK)
-    torch.testing.assert_close(a.B @ a.A, b.B @ b.A, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(a.bias, b.bias, rtol=1e-7, atol=1e-6)
+    a, b = (low_rank("lord").solve(W, known) for known in (seen, statistics))
+    one, other = (curve.truncate(RANK) for curve in (a, b))
+    torch.testing.assert_close(one.B @ one.A, other.B @ other.A, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(a.mean, b.mean, rtol=1e-7, atol=1e-6)
+    torch.testing.assert_close(
+        (W - one.B @ one.A) @ a.mean, (W - other.B @ other.A) @ b.mean, rtol=1e-7, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)

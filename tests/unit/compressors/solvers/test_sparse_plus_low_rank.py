@@ -9,14 +9,14 @@ from torch import Tensor
 
 from lrc.compressors.layers import LowRankPlusSparse, PivotedLowRank, Sparse
 from lrc.compressors.solvers.linalg import damped, weighted_error
-from lrc.compressors.solvers.masked_least_squares import Metric
+from lrc.compressors.solvers.metric import Metric
 from lrc.compressors.solvers.moments import Moment
 from lrc.compressors.solvers.pruning import prune
 from lrc.compressors.solvers.sparse_plus_low_rank import (
     LAST_ROUNDS,
     ROUNDS,
-    SumProblem,
-    towards_best,
+    SparsePlusLowRankProblem,
+    subspace_iteration,
 )
 from lrc.compressors.solvers.spectrum import energies_only, spectrum
 
@@ -65,7 +65,7 @@ def test_a_planted_sum_is_found(d_out: int, d_in: int, weighted: bool) -> None:
     W, mask = planted(d_out, d_in, rank=2, nonzeros=150)
     _, H, G = case(d_out, d_in)
     known = (H, G) if weighted else (None, None)
-    found = SumProblem.of(W, *known, **DAMPING).solve(rank=2, nonzeros=150)
+    found = SparsePlusLowRankProblem.of(W, *known, **DAMPING).solve(rank=2, nonzeros=150)
     # Measured 2e-7 at most, where the better part alone has 0.12; and 0.05, of entries beyond 2.
     assert found.loss <= 1e-6
     assert torch.equal(found.mask, mask)
@@ -76,7 +76,7 @@ def test_a_planted_sum_is_found(d_out: int, d_in: int, weighted: bool) -> None:
 @pytest.mark.parametrize(("rank", "nonzeros"), [(1, 1), (1, 1500), (4, 800), (48, 1), (3, 3072)])
 def test_it_is_what_it_says_it_is(d_out: int, d_in: int, rank: int, nonzeros: int) -> None:
     W, H, G = case(d_out, d_in)
-    found = SumProblem.of(W, H, G, **DAMPING).solve(rank=rank, nonzeros=nonzeros)
+    found = SparsePlusLowRankProblem.of(W, H, G, **DAMPING).solve(rank=rank, nonzeros=nonzeros)
     assert found.mask.sum() == nonzeros
     assert torch.equal(found.M, found.M * found.mask)
     assert (found.B.shape, found.A.shape) == ((d_out, rank), (rank, d_in))
@@ -93,7 +93,7 @@ def test_it_is_what_it_says_it_is(d_out: int, d_in: int, rank: int, nonzeros: in
 @pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
 def test_it_loses_less_than_either_part_alone(d_out: int, d_in: int) -> None:
     W, H, G = case(d_out, d_in)
-    problem = SumProblem.of(W, H, G, **DAMPING)
+    problem = SparsePlusLowRankProblem.of(W, H, G, **DAMPING)
     tails = energies_only(W, H, G, **DAMPING).flip(0).cumsum(0).flip(0)
     for rank, nonzeros in ((1, 1500), (4, 800), (20, 100)):
         energy = problem.solve(rank=rank, nonzeros=nonzeros).energy
@@ -105,13 +105,13 @@ def test_it_loses_less_than_either_part_alone(d_out: int, d_in: int) -> None:
 def test_one_entry_gains_no_more_than_one_rank(d_out: int, d_in: int) -> None:
     W, H, G = case(d_out, d_in)
     tails = energies_only(W, H, G, **DAMPING).flip(0).cumsum(0).flip(0)
-    energy = SumProblem.of(W, H, G, **DAMPING).solve(rank=20, nonzeros=1).energy
+    energy = SparsePlusLowRankProblem.of(W, H, G, **DAMPING).solve(rank=20, nonzeros=1).energy
     assert tails[21] <= energy <= tails[20]  # an entry is a product of rank 1
 
 
 def test_more_is_never_worse() -> None:
     W, H, G = case(48, 64)
-    problem = SumProblem.of(W, H, G, **DAMPING)
+    problem = SparsePlusLowRankProblem.of(W, H, G, **DAMPING)
     by_rank = [problem.solve(rank=rank, nonzeros=900).energy for rank in (1, 3, 9, 27)]
     by_count = [problem.solve(rank=3, nonzeros=count).energy for count in (300, 600, 1200, 2400)]
     for energies in (by_rank, by_count):
@@ -121,7 +121,7 @@ def test_more_is_never_worse() -> None:
 def test_no_round_makes_it_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best of the rounds counts: further ones only lower the error."""
     W, H, G = case(48, 64)
-    problem, energies = SumProblem.of(W, H, G, **DAMPING), []
+    problem, energies = SparsePlusLowRankProblem.of(W, H, G, **DAMPING), []
     for rounds in range(1, 5):
         monkeypatch.setattr("lrc.compressors.solvers.sparse_plus_low_rank.CURVE_ROUNDS", rounds)
         energies.extend(problem.curve([{"rank": 3, "nonzeros": 900}]))
@@ -132,7 +132,7 @@ def test_no_round_makes_it_worse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_curve_is_about_what_solutions_lose() -> None:
     W, H, G = case(48, 64)
-    problem = SumProblem.of(W, H, G, **DAMPING)
+    problem = SparsePlusLowRankProblem.of(W, H, G, **DAMPING)
     sizes = [{"rank": r, "nonzeros": n} for r, n in ((4, 2400), (3, 1800), (2, 1200), (1, 600))]
     solved = [problem.solve(**each).energy for each in sizes]
     for energy, one in zip(problem.curve(sizes), solved, strict=True):
@@ -144,7 +144,8 @@ def test_a_curve_is_about_what_solutions_lose() -> None:
 def test_the_same_twice() -> None:
     W, H, G = case(48, 64)
     first, second = (
-        SumProblem.of(W, H, G, **DAMPING).solve(rank=3, nonzeros=900) for _ in range(2)
+        SparsePlusLowRankProblem.of(W, H, G, **DAMPING).solve(rank=3, nonzeros=900)
+        for _ in range(2)
     )
     assert first.energy == second.energy
     assert torch.equal(first.M, second.M)
@@ -161,7 +162,7 @@ def test_steps_lead_to_the_truncated_spectrum(d_out: int, d_in: int, diagonal: b
     best = spectrum(W, H, Moment.of(full)).truncate(5)
     rows, errors = normal(18, d_in, seed=9), []
     for _ in range(30):
-        B, rows = towards_best(W, metric, rows, 5)
+        B, rows = subspace_iteration(W, metric, rows, 5)
         errors.append(float(metric.energy(W - B @ rows[:5])))
     torch.testing.assert_close(B @ rows[:5], best.B @ best.A, rtol=0, atol=1e-6)
     assert errors == sorted(errors, reverse=True) or max(errors[9:]) <= errors[9] * (1 + 1e-9)
@@ -178,14 +179,14 @@ def test_what_is_zero_is_survived(zeros: str) -> None:
         full = H.whole()
         full[3] = full[:, 3] = 0
         H = Moment.of(full)
-    found = SumProblem.of(W, H, G, **DAMPING).solve(rank=3, nonzeros=900)
+    found = SparsePlusLowRankProblem.of(W, H, G, **DAMPING).solve(rank=3, nonzeros=900)
     tensors = LowRankPlusSparse.encode(found.B, found.A, found.M, found.mask)
     assert all(bool(torch.isfinite(t).all()) for t in tensors.values())
     assert (found.fallback is not None) == (zeros == "inputs")
 
 
 def test_sizes_that_no_weight_has_are_refused() -> None:
-    problem = SumProblem.of(normal(4, 6))
+    problem = SparsePlusLowRankProblem.of(normal(4, 6))
     with pytest.raises(
         ValueError, match=r"^rank must be in \[1, 4\] for a weight \[4, 6\], got 5$"
     ):

@@ -1,4 +1,4 @@
-"""Factor pairs and pivot rows: gauges are exact, and the second factor makes up for the first."""
+"""Quantized factors: balancing keeps the product, and each factor compensates for the other."""
 
 import pytest
 import torch
@@ -6,12 +6,12 @@ from torch import Tensor
 
 from lrc.compressors.layers.pivot_rows import pivot_rows
 from lrc.compressors.layers.scheme import Scheme
-from lrc.compressors.solvers.factor_balancing import gauges
-from lrc.compressors.solvers.factor_refit import made_up, refit, refit_first
+from lrc.compressors.solvers.factor_balancing import balanced_factors
+from lrc.compressors.solvers.factor_refit import compensation_target, refit_left, refit_right
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.moments import Moment
-from lrc.compressors.solvers.quantize_factors import round_pair, round_pivot
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantize_factors import quantize_low_rank, quantize_pivoted
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.compressors.solvers.spectrum import spectrum
 
 INT4 = Scheme.read("int4-g8")
@@ -27,17 +27,17 @@ def pair(matrices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
-def test_gauges_leave_the_product_alone(pair, dtype, bound):
+def test_balancing_leaves_the_product_alone(pair, dtype, bound):
     _, B, A, H = pair
     product = (B @ A).to(dtype)
-    for left, right in gauges(B, A, H).values():
+    for left, right in balanced_factors(B, A, H).values():
         found = left.to(dtype) @ right.to(dtype)
         assert float((found - product).norm() / product.norm()) < bound
 
 
-def test_gauges_share_the_singular_values_as_they_say(pair):
+def test_balances_share_the_singular_values_by_their_exponents(pair):
     _, B, A, H = pair
-    ways = gauges(B, A, H)
+    ways = balanced_factors(B, A, H)
     energies = torch.linalg.eigvalsh(torch.linalg.qr(B).R @ A @ H @ A.T @ torch.linalg.qr(B).R.T)
     sizes = energies.flip(0).sqrt()
     for name, share in {"first": 0.0, "quarter": 0.25, "even": 0.5}.items():
@@ -48,7 +48,7 @@ def test_gauges_share_the_singular_values_as_they_say(pair):
 
 def test_rotations_come_from_the_seed(pair):
     _, B, A, H = pair
-    first, again, other = (gauges(B, A, H, seed=seed)["rotated"][1] for seed in (0, 0, 1))
+    first, again, other = (balanced_factors(B, A, H, seed=seed)["rotated"][1] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
 
@@ -56,47 +56,50 @@ def test_rotations_come_from_the_seed(pair):
 def test_a_factor_of_lower_rank_is_no_trouble(pair):
     W, B, A, H = pair
     B = torch.cat([B[:, :8], B[:, :8]], dim=1)
-    for left, right in gauges(B, A, H).values():
+    for left, right in balanced_factors(B, A, H).values():
         torch.testing.assert_close(left @ right, B @ A)
-    assert round_pair(W, B, A, 0 * H, INT4, dtype=BF16).error == 0
+    assert quantize_low_rank(W, B, A, 0 * H, INT4, dtype=BF16).error == 0
 
 
 def test_refitting_is_least_squares_and_never_raises_the_error(pair):
     W, B, A, H = pair
-    rounded = rtn(A, INT4, dtype=BF16).weight()
+    rounded = round_to_nearest(A, INT4, dtype=BF16).weight()
     L = torch.linalg.cholesky(H)
     best = torch.linalg.lstsq((rounded @ L).T, (W @ L).T).solution.T
-    found, seen = refit(W, B, rounded, H)
+    found, seen = refit_left(W, B, rounded, H)
     torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(seen, rounded @ H @ rounded.T)
     for damp in (1e-8, 1e-2, 1.0):
-        again = refit(W, B, rounded, H, damp)[0]
+        again = refit_left(W, B, rounded, H, damp)[0]
         assert weighted_error(W, again @ rounded, H) < weighted_error(W, B @ rounded, H)
 
 
 def test_the_first_factor_is_refitted_alike(pair):
     W, B, A, _ = pair
-    rounded = rtn(B, INT4, dtype=BF16).weight()
+    rounded = round_to_nearest(B, INT4, dtype=BF16).weight()
     best = torch.linalg.lstsq(rounded, W).solution
-    torch.testing.assert_close(refit_first(W, rounded, A), best, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(refit_right(W, rounded, A), best, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rounder", ["rtn", "gptq"])
-def test_the_reported_error_is_that_of_the_rounded_product(pair, rounder):
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_the_reported_error_is_that_of_the_rounded_product(pair, quantizer):
     W, B, A, H = pair
     G = torch.diag(torch.arange(40) + 1.0).double()
-    found = round_pair(W, B, A, H, INT4, dtype=BF16, rounder=rounder, G=G)
+    found = quantize_low_rank(W, B, A, H, INT4, dtype=BF16, quantizer=quantizer, G=G)
     error = weighted_error(W, found.b.weight() @ found.a.weight(), H, G)
     assert found.error == pytest.approx(error)
-    assert set(found.errors) == set(gauges(B, A, H))
-    assert found.gauge == min(found.errors, key=lambda name: found.errors[name])
+    assert set(found.errors) == set(balanced_factors(B, A, H))
+    assert found.balance == min(found.errors, key=lambda name: found.errors[name])
 
 
 def test_rounding_a_pair_beats_rounding_its_factors_alone(pair):
     W, B, A, H = pair
-    left, right = gauges(B, A, H)["even"]
-    alone = rtn(left, INT4, dtype=BF16).weight() @ rtn(right, INT4, dtype=BF16, H=H).weight()
-    found = round_pair(W, B, A, H, INT4, dtype=BF16, gauge="even")
+    left, right = balanced_factors(B, A, H)["even"]
+    alone = (
+        round_to_nearest(left, INT4, dtype=BF16).weight()
+        @ round_to_nearest(right, INT4, dtype=BF16, H=H).weight()
+    )
+    found = quantize_low_rank(W, B, A, H, INT4, dtype=BF16, balance="even")
     assert found.errors == {}
     assert found.error < 0.8 * weighted_error(W, alone, H)
 
@@ -106,18 +109,18 @@ def test_pivot_rows_and_coefficients_are_rounded_behind_each_other(matrices, ran
     W, H = matrices(rows=32)
     U, s, V = torch.linalg.svd(W, full_matrices=False)
     R, C, order = pivot_rows(U[:, :rank] * s[:rank], V[:rank])
-    found = round_pivot(W, R, C, order, H, INT4, dtype=BF16)
+    found = quantize_pivoted(W, R, C, order, H, INT4, dtype=BF16)
     assert (found.c is None) == (rank == 32)
     assert found.error == pytest.approx(weighted_error(W, found.weight(), H))
-    rows = rtn(R, INT4, dtype=BF16, H=H).weight()
-    others = rtn(C, INT4, dtype=BF16).weight() @ rows if len(C) else C @ rows
+    rows = round_to_nearest(R, INT4, dtype=BF16, H=H).weight()
+    others = round_to_nearest(C, INT4, dtype=BF16).weight() @ rows if len(C) else C @ rows
     assert found.error < weighted_error(W, torch.cat([rows, others])[order], H)
 
 
 def test_more_rounds_are_never_worse(pair):
     W, B, A, H = pair
     errors = [
-        round_pair(W, B, A, H, INT4, dtype=BF16, gauge="even", rounds=rounds).error
+        quantize_low_rank(W, B, A, H, INT4, dtype=BF16, balance="even", rounds=rounds).error
         for rounds in (1, 2, 3)
     ]
     assert errors[0] >= errors[1] >= errors[2]
@@ -125,10 +128,10 @@ def test_more_rounds_are_never_worse(pair):
 
 def test_unknown_words_are_refused(pair):
     W, B, A, H = pair
-    with pytest.raises(ValueError, match="gauge must be measured or one of first"):
-        round_pair(W, B, A, H, INT4, dtype=BF16, gauge="last")
-    with pytest.raises(ValueError, match="rounder must be rtn or gptq, got 'awq'"):
-        round_pair(W, B, A, H, INT4, dtype=BF16, rounder="awq")
+    with pytest.raises(ValueError, match="balance must be measured or one of first"):
+        quantize_low_rank(W, B, A, H, INT4, dtype=BF16, balance="last")
+    with pytest.raises(ValueError, match="quantizer must be rtn or gptq, got 'awq'"):
+        quantize_low_rank(W, B, A, H, INT4, dtype=BF16, quantizer="awq")
 
 
 @pytest.fixture
@@ -142,26 +145,26 @@ def correlated(matrices) -> tuple[Tensor, Tensor, Tensor]:
 def test_under_a_metric_of_the_outputs_the_first_factor_is_weighted_least_squares(correlated):
     W, _, G = correlated
     U, s, V = torch.linalg.svd(W, full_matrices=False)
-    B, A = rtn(U[:, :8] * s[:8], INT4, dtype=BF16).weight(), V[:8]
+    B, A = round_to_nearest(U[:, :8] * s[:8], INT4, dtype=BF16).weight(), V[:8]
     K = torch.linalg.cholesky(G)
     best = torch.linalg.lstsq(K.T @ B, K.T @ W).solution
-    torch.testing.assert_close(refit_first(W, B, A, G), best, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(refit_right(W, B, A, G), best, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_make_up_for_the_error_of_others(correlated):
     W, H, G = correlated
     E = torch.zeros_like(W)
-    E[:8] = W[:8] - rtn(W[:8], INT4, dtype=BF16).weight()
-    E[8:] = -made_up(E[:8], G, 8)
+    E[:8] = W[:8] - round_to_nearest(W[:8], INT4, dtype=BF16).weight()
+    E[8:] = -compensation_target(E[:8], G, 8)
     slope = (G @ E @ H)[8:]  # of tr(G E H E^T) / 2 at the rows that are free
     assert float(slope.norm()) < 1e-6 * float((G @ W @ H).norm())
-    assert made_up(E[:8], None, 8) == 0
+    assert compensation_target(E[:8], None, 8) == 0
 
 
-def test_under_a_metric_of_the_outputs_gauges_are_orthogonal_under_it(correlated):
+def test_under_a_metric_of_the_outputs_balanced_factors_are_orthogonal_under_it(correlated):
     W, H, G = correlated
     U, s, V = torch.linalg.svd(W, full_matrices=False)
-    for name, (B, A) in gauges(U[:, :8] * s[:8], V[:8], H, G).items():
+    for name, (B, A) in balanced_factors(U[:, :8] * s[:8], V[:8], H, G).items():
         torch.testing.assert_close(B @ A, (U[:, :8] * s[:8]) @ V[:8])
         if name != "rotated":
             seen = B.T @ G @ B
@@ -178,12 +181,14 @@ def test_eight_bits_keep_what_was_found_under_both_metrics(correlated, form):
     B, A = factors.B, factors.A
     before = weighted_error(W, B @ A, H, G)
     if form == "pair":
-        found = round_pair(W, B, A, H, eights, dtype=BF16, G=G).error
-        without = round_pair(W, B, A, H, eights, dtype=BF16)
+        found = quantize_low_rank(W, B, A, H, eights, dtype=BF16, G=G).error
+        without = quantize_low_rank(W, B, A, H, eights, dtype=BF16)
         without = weighted_error(W, without.b.weight() @ without.a.weight(), H, G)
     else:
         parts = pivot_rows(B, A)
-        found = round_pivot(W, *parts, H, eights, dtype=BF16, G=G).error
-        without = weighted_error(W, round_pivot(W, *parts, H, eights, dtype=BF16).weight(), H, G)
+        found = quantize_pivoted(W, *parts, H, eights, dtype=BF16, G=G).error
+        without = weighted_error(
+            W, quantize_pivoted(W, *parts, H, eights, dtype=BF16).weight(), H, G
+        )
     assert found < 1.02 * before
     assert found < without

@@ -49,7 +49,34 @@ def test_an_indefinite_matrix_is_whitened_by_eigenvectors() -> None:
     assert fallback == "Cholesky failed; whitened by eigenvectors"
     torch.testing.assert_close((L @ L.T).diagonal()[:2], H.diagonal()[:2])
     assert torch.linalg.matrix_rank(L) == 3
-    assert MAX_DAMP == 1e-2
+
+
+@pytest.mark.parametrize(
+    ("damp", "least", "used"),
+    [
+        (0.0, -0.5e-3, 1e-3),  # 0, 1e-10, ..., 1e-4, 1e-3
+        (5e-3, -1e-2, 5e-2),
+        (5e-3, -7e-2, 1e-1),  # 5e-2 is not enough, and the last step is shorter
+        (2e-2, -7e-2, 1e-1),
+        (0.5, 0.0, 0.5),  # more than is ever tried, if requested
+    ],
+)
+def test_damping_is_raised_tenfold_until_it_suffices(
+    damp: float, least: float, used: float
+) -> None:
+    H = torch.diag(torch.tensor([1.0, 1.0, 1.0, least], dtype=torch.float64))
+    H = H / H.diagonal().mean()
+    L, fallback = whitening_factor(H, damp)
+    torch.testing.assert_close(L @ L.T, damped(H, used))
+    expected = None if used == damp else f"damping raised from {damp:g} to {used:g}"
+    assert fallback == expected
+
+
+def test_more_than_the_largest_damping_is_not_tried() -> None:
+    H = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.09 * 4], dtype=torch.float64))
+    assert MAX_DAMP == 1e-1
+    for damp in (0.0, 5e-3, 1e-2, 1e-1):
+        assert whitening_factor(H, damp)[1] == "Cholesky failed; whitened by eigenvectors"
 
 
 def test_eigenvalues_descend_and_are_not_negative() -> None:

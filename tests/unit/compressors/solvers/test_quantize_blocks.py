@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.layers.scheme import Scheme
-from lrc.compressors.solvers.block_search import choose_groups, masked
+from lrc.compressors.solvers.block_search import masked, select_blocks
 from lrc.compressors.solvers.gptq import gptq
 from lrc.compressors.solvers.linalg import damped, weighted_error
-from lrc.compressors.solvers.quantize_blocks import round_groups
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantize_blocks import quantize_blocks
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 
 BF16 = torch.bfloat16
 INT4 = Scheme.read("int4-g8")
@@ -38,7 +38,7 @@ def test_importance_is_the_rise_of_the_error_when_one_group_goes(problem):
         mask[:, group] = False
         E = W - exact(W, damped(H, 0.01), mask)
         rises[:, group] = ((E @ damped(H, 0.01)) * E).sum(dim=1)
-    _, mask = choose_groups(W, H, 70, A_ROW, damp=0.01, rounds=0)
+    _, mask = select_blocks(W, H, 70, A_ROW, damp=0.01, rounds=0)
     assert int(mask.sum()) == 70
     assert float(rises[mask].min()) > float(rises[~mask].max())
 
@@ -46,7 +46,7 @@ def test_importance_is_the_rise_of_the_error_when_one_group_goes(problem):
 @pytest.mark.parametrize("groups", [1, 60, 100, 199])
 def test_the_refit_is_that_of_one_linear_system_a_row(problem, groups):
     W, H = problem
-    W_hat, mask = choose_groups(W, H, groups, A_ROW, damp=0.01, last_steps=300)
+    W_hat, mask = select_blocks(W, H, groups, A_ROW, damp=0.01, last_steps=300)
     torch.testing.assert_close(W_hat, exact(W, damped(H, 0.01), mask), rtol=1e-6, atol=1e-8)
     assert not W_hat[~mask.repeat_interleave(WIDTH, dim=1)].any()
 
@@ -55,7 +55,7 @@ def test_the_refit_is_that_of_one_linear_system_a_row(problem, groups):
 @pytest.mark.parametrize("groups", [1, 60, 100, 200])
 def test_a_refit_never_raises_the_error_of_a_row(problem, groups, steps):
     W, H = problem
-    W_hat, mask = choose_groups(W, H, groups, A_ROW, damp=0.01, last_steps=steps)
+    W_hat, mask = select_blocks(W, H, groups, A_ROW, damp=0.01, last_steps=steps)
     for row, refit, plain in zip(W, W_hat, masked(W, mask), strict=True):
         assert weighted_error(row[None], refit[None], H) <= weighted_error(
             row[None], plain[None], H
@@ -66,7 +66,7 @@ def test_a_refit_never_raises_the_error_of_a_row(problem, groups, steps):
 def test_swaps_lower_the_error(problem, groups):
     W, H = problem
     found = [
-        choose_groups(W, H, groups, A_ROW, damp=0.01, rounds=rounds, last_steps=300)[0]
+        select_blocks(W, H, groups, A_ROW, damp=0.01, rounds=rounds, last_steps=300)[0]
         for rounds in (0, 8)
     ]
     assert weighted_error(W, found[1], H) < weighted_error(W, found[0], H)
@@ -76,7 +76,7 @@ def test_swaps_lower_the_error(problem, groups):
 def test_exactly_so_many_groups_are_kept_and_the_budget_is_the_whole_matrix_s(problem, groups):
     W, H = problem
     W[:5] *= 100  # rows that matter more keep more
-    found = round_groups(W, H, groups, INT4, dtype=BF16)
+    found = quantize_blocks(W, H, groups, INT4, dtype=BF16)
     assert found.codes.shape == (groups, WIDTH)
     assert found.codes.dtype == torch.int8
     assert found.scale.shape == (groups,)
@@ -89,7 +89,7 @@ def test_exactly_so_many_groups_are_kept_and_the_budget_is_the_whole_matrix_s(pr
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
 def test_with_all_groups_it_is_gptq(problem, dtype):
     W, H = problem
-    found = round_groups(W, H, ROWS * A_ROW, INT4, dtype=dtype)
+    found = quantize_blocks(W, H, ROWS * A_ROW, INT4, dtype=dtype)
     plain = gptq(W, H, INT4, dtype=dtype)
     assert torch.equal(found.codes, plain.codes.view(-1, WIDTH))
     assert torch.equal(found.scale, plain.scale.flatten())
@@ -102,16 +102,16 @@ def test_rounding_within_the_mask_beats_rounding_to_nearest(problem, written, dt
     scheme = Scheme.read(written)
     a_row = scheme.groups(COLUMNS)
     groups = ROWS * a_row // 2
-    found = round_groups(W, H, groups, scheme, dtype=dtype)
-    W_hat, mask = choose_groups(W, H, groups, a_row, damp=0.01)
+    found = quantize_blocks(W, H, groups, scheme, dtype=dtype)
+    W_hat, mask = select_blocks(W, H, groups, a_row, damp=0.01)
     assert torch.equal(found.mask, mask)
-    nearest = masked(rtn(W_hat, scheme, dtype=dtype, H=H).weight(), mask)
+    nearest = masked(round_to_nearest(W_hat, scheme, dtype=dtype, H=H).weight(), mask)
     assert weighted_error(W, found.weight(), H) < weighted_error(W, nearest, H)
 
 
 def test_the_numbers_are_codes_times_scales_exactly(problem):
     W, H = problem
-    found = round_groups(W, H, 90, INT4, dtype=BF16)
+    found = quantize_blocks(W, H, 90, INT4, dtype=BF16)
     whole = found.weight().view(ROWS, A_ROW, WIDTH)
     assert not whole[~found.mask].any()
     assert torch.equal(whole[found.mask], found.codes * found.scale.double()[:, None])
@@ -119,7 +119,7 @@ def test_the_numbers_are_codes_times_scales_exactly(problem):
 
 def test_twice_the_same(problem):
     W, H = problem
-    first, second = (round_groups(W, H, 90, INT4, dtype=BF16) for _ in range(2))
+    first, second = (quantize_blocks(W, H, 90, INT4, dtype=BF16) for _ in range(2))
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.mask, second.mask)
 
@@ -127,10 +127,12 @@ def test_twice_the_same(problem):
 @pytest.mark.parametrize("known", [True, False])
 def test_without_inputs_the_largest_groups_are_kept_and_rounded_to_nearest(problem, known):
     W, H = problem
-    found = round_groups(W, 0 * H if known else None, 90, INT4, dtype=BF16)
+    found = quantize_blocks(W, 0 * H if known else None, 90, INT4, dtype=BF16)
     norms = W.view(ROWS, A_ROW, WIDTH).norm(dim=2)
     assert float(norms[found.mask].min()) >= float(norms[~found.mask].max())
-    assert torch.equal(found.weight(), masked(rtn(W, INT4, dtype=BF16).weight(), found.mask))
+    assert torch.equal(
+        found.weight(), masked(round_to_nearest(W, INT4, dtype=BF16).weight(), found.mask)
+    )
     why = "inputs were all zero" if known else "saw no calibration token"
     assert found.fallback == f"{why}: groups kept by norm, rounded to nearest"
 
@@ -138,7 +140,7 @@ def test_without_inputs_the_largest_groups_are_kept_and_rounded_to_nearest(probl
 def test_inputs_that_are_never_on_cost_nothing(problem):
     W, H = problem
     H[:WIDTH], H[:, :WIDTH] = 0, 0
-    found = round_groups(W, H, ROWS * (A_ROW - 1), INT4, dtype=BF16)
+    found = quantize_blocks(W, H, ROWS * (A_ROW - 1), INT4, dtype=BF16)
     assert not found.mask[:, 0].any()
     assert found.fallback is None
 
@@ -146,13 +148,13 @@ def test_inputs_that_are_never_on_cost_nothing(problem):
 def test_what_cannot_be_is_refused(problem):
     W, H = problem
     for groups in (0, 201):
-        sentence = rf"groups must be in \[1, 200\] for \[20, 80\], got {groups}"
+        sentence = rf"n_blocks must be in \[1, 200\] for \[20, 80\], got {groups}"
         with pytest.raises(ValueError, match=sentence):
-            round_groups(W, H, groups, INT4, dtype=BF16)
+            quantize_blocks(W, H, groups, INT4, dtype=BF16)
     with pytest.raises(ValueError, match="no multiple of the group size 16"):
-        round_groups(W[:, :40], None, 3, Scheme.read("int4-g16"), dtype=BF16)
+        quantize_blocks(W[:, :40], None, 3, Scheme.read("int4-g16"), dtype=BF16)
     with pytest.raises(ValueError, match=r"must be \[80, 80\], got \[79, 79\]"):
-        round_groups(W, H[:79, :79], 3, INT4, dtype=BF16)
+        quantize_blocks(W, H[:79, :79], 3, INT4, dtype=BF16)
     W[0, 0] = torch.nan
     with pytest.raises(ValueError, match="holds infinities or NaN"):
-        round_groups(W, H, 3, INT4, dtype=BF16)
+        quantize_blocks(W, H, 3, INT4, dtype=BF16)

@@ -5,23 +5,22 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.layers.scheme import Scheme
-from lrc.compressors.solvers.coordinate_descent import descend
-from lrc.compressors.solvers.gptq import feed_back, gptq, solve_order
+from lrc.compressors.solvers.coordinate_descent import coordinate_descent
+from lrc.compressors.solvers.gptq import factor_inverse_hessian, gptq, propagate_error
 from lrc.compressors.solvers.linalg import damped, weighted_error
 from lrc.compressors.solvers.quantization_grid import Grid, find_grid
-from lrc.compressors.solvers.quantized_matrix import Rounded, row_errors
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, round_to_nearest, row_errors
 
 SCHEMES = ["int4-g8", "int3", "int4-g8-asymmetric", "int8", "int2-g16"]
 
 
-def error(W: Tensor, rounded: Rounded, H: Tensor) -> float:
+def error(W: Tensor, rounded: QuantizedMatrix, H: Tensor) -> float:
     return weighted_error(W, rounded.weight(), H)
 
 
 def obq(W: Tensor, H: Tensor, grid: Grid, scheme: Scheme, order: list[int]) -> Tensor:
     """Round one number after the other, with the inverse of what is left updated explicitly."""
-    scale, zero = grid.spread(W.shape[1])
+    scale, zero = grid.expand(W.shape[1])
     codes = torch.zeros(W.shape, dtype=torch.int8)
     for row in range(len(W)):
         w, inverse = W[row].clone(), torch.linalg.inv(H)
@@ -42,17 +41,17 @@ def test_feedback_is_optimal_brain_quantization_column_by_column(matrices, writt
     W, H = matrices(columns=80)  # more than a block
     scheme = Scheme.read(written)
     grid = find_grid(W, scheme, dtype=torch.bfloat16)
-    solution = solve_order(H, 0.01, order=ordered)
+    solution = factor_inverse_hessian(H, 0.01, act_order=ordered)
     order = H.diagonal().argsort(descending=True) if ordered else torch.arange(80)
     assert torch.equal(solution.order, order)
-    found = feed_back(W, solution.U, *grid.spread(80), scheme, order)
+    found = propagate_error(W, solution, *grid.expand(80), scheme)
     assert torch.equal(found, obq(W, damped(H, 0.01), grid, scheme, order.tolist()))
 
 
 def test_grids_are_weighed_by_what_no_feedback_can_make_up_for(matrices):
     _, H = matrices()
     least = 1 / torch.linalg.inv(damped(H, 0.01)).diagonal()
-    torch.testing.assert_close(solve_order(H, 0.01).weights, least)
+    torch.testing.assert_close(factor_inverse_hessian(H, 0.01).weights, least)
 
 
 @pytest.mark.parametrize("written", SCHEMES)
@@ -61,7 +60,7 @@ def test_no_row_loses_more_than_by_rounding_to_nearest(matrices, written, seed):
     W, H = matrices(columns=48, seed=seed)
     scheme = Scheme.read(written)
     found = gptq(W, H, scheme, dtype=torch.bfloat16)
-    nearest = rtn(W, scheme, dtype=torch.bfloat16, H=H)
+    nearest = round_to_nearest(W, scheme, dtype=torch.bfloat16, H=H)
     assert bool((row_errors(W - found.weight(), H) <= row_errors(W - nearest.weight(), H)).all())
     assert error(W, found, H) < 0.9 * error(W, nearest, H)
 
@@ -69,9 +68,9 @@ def test_no_row_loses_more_than_by_rounding_to_nearest(matrices, written, seed):
 @pytest.mark.parametrize("written", SCHEMES)
 def test_descent_never_raises_the_error(matrices, written):
     W, H = matrices(columns=80)
-    state = rtn(W, Scheme.read(written), dtype=torch.bfloat16, H=H)
+    state = round_to_nearest(W, Scheme.read(written), dtype=torch.bfloat16, H=H)
     for _ in range(3):
-        lower = descend(W, H, state, damp=0.0, passes=1)
+        lower = coordinate_descent(W, H, state, damp=0.0, passes=1)
         assert error(W, lower, H) < error(W, state, H)
         state = lower
 
@@ -80,13 +79,15 @@ def test_descent_never_raises_the_error(matrices, written):
 def test_descent_ends_where_no_single_code_can_be_better(matrices, written):
     W, H = matrices(rows=3, columns=16)
     scheme = Scheme.read(written)
-    state = descend(W, H, rtn(W, scheme, dtype=torch.float32, H=H), damp=0.0, passes=100)
+    state = coordinate_descent(
+        W, H, round_to_nearest(W, scheme, dtype=torch.float32, H=H), damp=0.0, passes=100
+    )
     least = row_errors(W - state.weight(), H)
     for column in range(16):
         for move in (-1, 1):
             codes = state.codes.clone()
             codes[:, column] = (codes[:, column] + move).clamp(scheme.lowest, scheme.highest)
-            other = Rounded(codes, state.scale, state.zero, scheme)
+            other = QuantizedMatrix(codes, state.scale, state.zero, scheme)
             assert bool((row_errors(W - other.weight(), H) >= least * (1 - 1e-9)).all())
 
 
@@ -95,7 +96,7 @@ def test_with_independent_inputs_it_rounds_to_nearest(matrices):
     H = torch.diag(H.diagonal())
     scheme = Scheme.read("int4-g8")
     found = gptq(W, H, scheme, dtype=torch.float32, damp=1e-6, passes=0)
-    nearest = rtn(W, scheme, dtype=torch.float32, H=H)
+    nearest = round_to_nearest(W, scheme, dtype=torch.float32, H=H)
     assert torch.equal(found.codes, nearest.codes)
     assert torch.equal(found.scale, nearest.scale)
 
@@ -112,9 +113,9 @@ def test_a_matrix_on_a_grid_that_it_fills_comes_back(matrices, written):
     codes[:, :, 0], codes[:, :, 1] = scheme.lowest, scheme.highest
     scale = torch.rand(shape, generator=generator).add(0.1).to(torch.bfloat16)
     zero = None if scheme.symmetric else torch.ones(shape, dtype=torch.int8)
-    held = Rounded(codes.view(12, 32).to(torch.int8), scale, zero, scheme)
+    held = QuantizedMatrix(codes.view(12, 32).to(torch.int8), scale, zero, scheme)
     for again in (
-        rtn(held.weight(), scheme, dtype=torch.bfloat16),
+        round_to_nearest(held.weight(), scheme, dtype=torch.bfloat16),
         gptq(held.weight(), H, scheme, dtype=torch.bfloat16),
     ):
         assert torch.equal(again.codes, held.codes)
@@ -153,7 +154,7 @@ def test_inputs_that_were_all_zero_are_said(matrices):
     W, H = matrices()
     scheme = Scheme.read("int4")
     found = gptq(W, 0 * H, scheme, dtype=torch.bfloat16)
-    assert torch.equal(found.codes, rtn(W, scheme, dtype=torch.bfloat16).codes)
+    assert torch.equal(found.codes, round_to_nearest(W, scheme, dtype=torch.bfloat16).codes)
     assert found.fallback is not None
     assert "all zero" in found.fallback
 

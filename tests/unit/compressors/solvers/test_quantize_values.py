@@ -7,8 +7,8 @@ from torch import Tensor
 from lrc.compressors.layers.packed import encode_values, read_values
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.solvers.linalg import weighted_error
-from lrc.compressors.solvers.quantize_values import round_sparse, round_values
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantize_values import quantize_sparse_values, quantize_values
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 
 BF16 = torch.bfloat16
 
@@ -32,7 +32,7 @@ def spread(codes: Tensor, scale: Tensor, mask: Tensor, width: int) -> Tensor:
 def test_values_are_read_as_they_were_rounded(count, written):
     values = torch.randn(count, generator=torch.Generator().manual_seed(0))
     scheme = Scheme.read(written)
-    codes, scale = round_values(values, scheme, dtype=torch.float32)
+    codes, scale = quantize_values(values, scheme, dtype=torch.float32)
     tensors = encode_values("values", codes, scale, scheme)
     shapes = scheme.values("values", [count])
     assert {name: list(t.shape) for name, t in tensors.items()} == {
@@ -46,8 +46,8 @@ def test_values_are_read_as_they_were_rounded(count, written):
 def test_full_groups_are_rounded_as_rows_are():
     values = torch.randn(64, generator=torch.Generator().manual_seed(0))
     scheme = Scheme.read("int3-g16")
-    codes, scale = round_values(values, scheme, dtype=BF16)
-    rows = rtn(values[None], scheme, dtype=BF16)
+    codes, scale = quantize_values(values, scheme, dtype=BF16)
+    rows = round_to_nearest(values[None], scheme, dtype=BF16)
     assert torch.equal(codes, rows.codes[0])
     assert torch.equal(scale, rows.scale[0])
 
@@ -58,8 +58,8 @@ def test_feedback_within_the_mask_beats_rounding_to_nearest(matrices, written):
     W_hat, mask = pruned(W, H)
     scheme = Scheme.read(written)
     width = scheme.group_size or 128
-    codes, scale = round_sparse(W, W_hat, mask, H, scheme, dtype=BF16)
-    nearest = round_values(W_hat[mask], scheme, dtype=BF16)
+    codes, scale = quantize_sparse_values(W, W_hat, mask, H, scheme, dtype=BF16)
+    nearest = quantize_values(W_hat[mask], scheme, dtype=BF16)
     assert codes.dtype == torch.int8
     assert scheme.lowest <= int(codes.min()) <= int(codes.max()) <= scheme.highest
     lost = weighted_error(W, spread(codes, scale, mask, width), H)
@@ -70,8 +70,8 @@ def test_a_mask_that_keeps_all_is_a_matrix(matrices):
     W, H = matrices()
     mask = torch.ones_like(W, dtype=torch.bool)
     scheme = Scheme.read("int4-g8")
-    codes, scale = round_sparse(W, W, mask, H, scheme, dtype=BF16)
-    nearest = rtn(W, scheme, dtype=BF16, H=H).weight()
+    codes, scale = quantize_sparse_values(W, W, mask, H, scheme, dtype=BF16)
+    nearest = round_to_nearest(W, scheme, dtype=BF16, H=H).weight()
     found = spread(codes, scale, mask, 8)
     assert weighted_error(W, found, H) < weighted_error(W, nearest, H)
 
@@ -80,13 +80,13 @@ def test_an_empty_row_and_inputs_that_are_all_zero(matrices):
     W, H = matrices()
     W_hat, mask = pruned(W, H)
     W_hat[3], mask[3] = 0, False
-    codes, _ = round_sparse(W, W_hat, mask, H, Scheme.read("int4"), dtype=BF16)
+    codes, _ = quantize_sparse_values(W, W_hat, mask, H, Scheme.read("int4"), dtype=BF16)
     assert len(codes) == int(mask.sum())
-    codes, scale = round_sparse(W, W_hat, mask, 0 * H, Scheme.read("int4"), dtype=BF16)
-    assert torch.equal(codes, round_values(W_hat[mask], Scheme.read("int4"), dtype=BF16)[0])
+    codes, scale = quantize_sparse_values(W, W_hat, mask, 0 * H, Scheme.read("int4"), dtype=BF16)
+    assert torch.equal(codes, quantize_values(W_hat[mask], Scheme.read("int4"), dtype=BF16)[0])
     assert bool(torch.isfinite(scale).all())
 
 
 def test_what_is_no_number_is_refused():
     with pytest.raises(ValueError, match=r"the values \[2\] holds infinities or NaN"):
-        round_values(torch.tensor([1.0, torch.nan]), Scheme.read("int4"), dtype=BF16)
+        quantize_values(torch.tensor([1.0, torch.nan]), Scheme.read("int4"), dtype=BF16)

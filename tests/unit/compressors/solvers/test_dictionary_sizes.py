@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrc.compressors.layers import FORMS
 from lrc.compressors.methods.table import METHODS
-from lrc.compressors.solvers.dictionary_learning import SOLVERS, Problem, solve_dictionary
+from lrc.compressors.solvers.dictionary_learning import SOLVERS, DictionaryProblem
 from lrc.compressors.solvers.linalg import damped, weighted_error
 from lrc.compressors.solvers.moments import Moment, Statistics
 
@@ -37,10 +37,10 @@ def test_a_weight_made_ready_gives_every_bit_of_one_that_was_not(
 ) -> None:
     W, H, G = normal(*shape), moment(shape[1], 1), gradients_of(solver, shape[0])
     damping = {"damp": 1e-3, "gradient_damp": 0.1}
-    problem = Problem.of(W, H, G, solver=solver, **damping)
+    problem = DictionaryProblem.of(W, H, G, solver=solver, **damping)
     for sizes in [*FALLING, FALLING[0]]:  # and what came before leaves no trace
         search = {**sizes, "seed": 3, "rounds": 1 if solver == "rocket" else 3}
-        alone = solve_dictionary(W, H, G, solver=solver, **damping, **search)
+        alone = DictionaryProblem.of(W, H, G, solver=solver, **damping).solve(**search)
         found = problem.solve(**search)
         for name in ("D", "S", "mask"):
             assert torch.equal(getattr(found, name), getattr(alone, name)), name
@@ -52,7 +52,7 @@ def test_a_weight_made_ready_gives_every_bit_of_one_that_was_not(
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_curve_begins_afresh_with_every_larger_dictionary(solver: str) -> None:
     W, H = normal(40, 24), moment(24, 1)
-    problem = Problem.of(W, H, solver=solver)
+    problem = DictionaryProblem.of(W, H, solver=solver)
     growing = [{"atoms": 8, "nonzeros": 4}, {"atoms": 12, "nonzeros": 4}]
     rounds = 1 if solver == "rocket" else 3
     for found, sizes in zip(problem.curve(growing, rounds=rounds), growing, strict=True):
@@ -65,7 +65,7 @@ def test_what_a_curve_finds_has_its_sizes_and_the_energy_that_is_claimed(
     solver: str, shape: tuple[int, int]
 ) -> None:
     W, H = normal(*shape), moment(shape[1], 1)
-    problem = Problem.of(W, H, solver=solver)
+    problem = DictionaryProblem.of(W, H, solver=solver)
     curve = problem.curve(FALLING, rounds=1 if solver == "rocket" else 4)
     energies = []
     for found, sizes in zip(curve, FALLING, strict=True):
@@ -78,7 +78,7 @@ def test_what_a_curve_finds_has_its_sizes_and_the_energy_that_is_claimed(
 
 
 def test_few_rounds_from_a_larger_dictionary_come_close_to_many_from_none() -> None:
-    problem = Problem.of(normal(200, 48), moment(48, 1))
+    problem = DictionaryProblem.of(normal(200, 48), moment(48, 1))
     sizes = [{"atoms": min(48, 3 * n), "nonzeros": n} for n in (20, 16, 12, 10, 8)]
     warm = list(problem.curve(sizes, rounds=6))
     for found, each in zip(warm[1:], sizes[1:], strict=True):
@@ -87,11 +87,11 @@ def test_few_rounds_from_a_larger_dictionary_come_close_to_many_from_none() -> N
 
 
 def test_a_size_that_does_not_fit_is_refused_on_a_curve_too() -> None:
-    problem = Problem.of(normal(40, 24), solver="compot")
+    problem = DictionaryProblem.of(normal(40, 24), solver="compot")
     with pytest.raises(ValueError, match=r"atoms must be in \[1, 24\] with compot"):
         list(problem.curve([{"atoms": 25, "nonzeros": 4}]))
     with pytest.raises(ValueError, match="solver must be one of cospadi, compot, rocket, htp, got"):
-        Problem.of(normal(40, 24), solver="magic")
+        DictionaryProblem.of(normal(40, 24), solver="magic")
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.15, 1.5, 2.0, 2.5, 3.0, 7.3, 1e9])

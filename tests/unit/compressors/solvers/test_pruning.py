@@ -9,8 +9,8 @@ from torch import Tensor
 from lrc.compressors.solvers.linalg import damped, weighted_error
 from lrc.compressors.solvers.masked_least_squares import (
     Metric,
+    compensated_error,
     masked_least_squares,
-    released_error,
 )
 from lrc.compressors.solvers.moments import Moment
 from lrc.compressors.solvers.pruning import Saliency, prune, prune_curve
@@ -125,7 +125,7 @@ def test_refit_of_rows_equals_lstsq() -> None:
     metric = Metric(H.whole(), G.diagonal)
     X = masked_least_squares(W, metric, mask, torch.zeros_like(W), steps=400)
     inverse, _ = metric.inverse(0.0)
-    _, error = released_error(W, inverse, mask, torch.zeros_like(W), steps=400)
+    _, error = compensated_error(W, inverse, mask, torch.zeros_like(W), steps=400)
     L = torch.linalg.cholesky(H.whole())
     for i in range(12):
         kept = mask[i]
@@ -143,7 +143,7 @@ def test_refit_under_a_whole_gradient_moment_equals_the_kronecker_solve() -> Non
     X = masked_least_squares(W, metric, mask, torch.zeros_like(W), steps=200)
     torch.testing.assert_close(X, expected, rtol=1e-7, atol=1e-8)
     inverse, _ = metric.inverse(0.0)
-    multipliers, error = released_error(W, inverse, mask, torch.zeros_like(W), steps=200)
+    multipliers, error = compensated_error(W, inverse, mask, torch.zeros_like(W), steps=200)
     torch.testing.assert_close(W - error, expected, rtol=1e-7, atol=1e-8)
     moved = metric(error)
     torch.testing.assert_close(multipliers, moved, rtol=0, atol=1e-8 * float(moved.abs().max()))
@@ -282,10 +282,10 @@ def test_arguments_are_left_alone_and_bfloat16_will_do() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "nonzeros must be given with pattern unstructured, got None"),
+        ({}, "nonzeros is required with pattern unstructured, got None"),
         ({"nonzeros": 0}, r"nonzeros must be in \[1, 132\] for a weight \[6, 22\], got 0"),
         ({"nonzeros": 133}, r"nonzeros must be in \[1, 132\] for a weight \[6, 22\], got 133"),
-        ({"nonzeros": 9, "pattern": "2:4"}, "must be left out with pattern 2:4, got 9"),
+        ({"nonzeros": 9, "pattern": "2:4"}, "must be omitted with pattern 2:4, got 9"),
         ({"pattern": "2:4"}, r"groups of 4, got a weight \[6, 22\]; use 'unstructured'"),
         ({"nonzeros": 9, "pattern": "4:8"}, "pattern must be one of unstructured, 2:4, got '4:8'"),
         ({"nonzeros": 9, "saliency": "best"}, "saliency must be one of magnitude, wanda"),

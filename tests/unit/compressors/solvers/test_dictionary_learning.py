@@ -2,24 +2,25 @@
 
 from collections.abc import Iterator
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.solvers.dictionary_learning import SOLVERS, solve_dictionary
+from lrc.compressors.solvers.dictionary_learning import SOLVERS, Dictionary, DictionaryProblem
 from lrc.compressors.solvers.linalg import damped, weighted_error
+from lrc.compressors.solvers.masks import Pattern
 from lrc.compressors.solvers.moments import Moment
 from lrc.compressors.solvers.sparse_coding import (
-    Pattern,
-    Task,
-    folded,
+    SparseCodingTask,
+    interleaved,
     refit_codes,
     refit_dictionary,
     support,
 )
 from lrc.compressors.solvers.spectrum import spectrum
-from lrc.compressors.solvers.thresholding import nearest_orthonormal, orthogonal_codes
+from lrc.compressors.solvers.thresholding import orthogonal_codes, polar_factor
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 FAST = [name for name, solver in SOLVERS.items() if solver.gradients]
@@ -35,6 +36,22 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def solve_dictionary(
+    W: Tensor,
+    inputs: Moment | None = None,
+    gradients: Moment | None = None,
+    *,
+    solver: str = "htp",
+    damp: float = 0.0,
+    gradient_damp: float = 0.0,
+    **search: Any,
+) -> Dictionary:
+    problem = DictionaryProblem.of(
+        W, inputs, gradients, solver=solver, damp=damp, gradient_damp=gradient_damp
+    )
+    return problem.solve(**search)
 
 
 def weight(d_out: int, d_in: int, seed: int = 0) -> Tensor:
@@ -264,7 +281,7 @@ def test_zero_moments_are_left_out_and_said() -> None:
     faithful = solve_dictionary(
         W, None, Moment.of(torch.eye(40)), atoms=8, nonzeros=4, solver="cospadi", rounds=2
     )
-    assert faithful.fallback == "gradients are no part of cospadi; left out of the metric"
+    assert faithful.fallback == "cospadi does not use gradients; left out of the metric"
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -314,8 +331,12 @@ def test_orthogonal_codes_are_the_best_of_all_supports(pattern: Pattern) -> None
     )
 
 
-def _task(Z: Tensor, atoms: int, nonzeros: int, pattern: Pattern = "unstructured") -> Task:
-    return Task(Z, Z.norm(dim=1), lambda which: Z[:, which], atoms, nonzeros, 1, pattern)
+def _task(
+    Z: Tensor, atoms: int, nonzeros: int, pattern: Pattern = "unstructured"
+) -> SparseCodingTask:
+    return SparseCodingTask(
+        Z, Z.norm(dim=1), lambda which: Z[:, which], atoms, nonzeros, 1, pattern
+    )
 
 
 def test_the_dictionary_step_is_least_squares() -> None:
@@ -358,7 +379,7 @@ def test_supports_hold_the_largest_also_among_equals() -> None:
 
 
 def test_folding_gives_every_four_atoms_one_of_each_quarter() -> None:
-    order = folded(24)
+    order = interleaved(24)
     assert sorted(order.tolist()) == list(range(24))
     assert (order.reshape(6, 4).sort(dim=1).values // 6 == torch.arange(4)).all()
 
@@ -366,7 +387,7 @@ def test_folding_gives_every_four_atoms_one_of_each_quarter() -> None:
 @pytest.mark.parametrize("rank", [6, 3])
 def test_the_nearest_orthonormal_columns_are_the_polar_factor(rank: int) -> None:
     M = weight(10, rank) @ torch.diag(torch.logspace(0, -4, rank).double()) @ weight(rank, 6)
-    D = nearest_orthonormal(M)
+    D = polar_factor(M)
     torch.testing.assert_close(D.T @ D, torch.eye(6).double(), rtol=0, atol=1e-12)
     assert float((D * M).sum()) == pytest.approx(
         float(torch.linalg.svdvals(M).sum()), rel=1e-9
@@ -383,7 +404,7 @@ def test_the_nearest_orthonormal_columns_are_the_polar_factor(rank: int) -> None
         ({"nonzeros": 9}, r"nonzeros must be in \[1, 8\], the number of atoms, got 9"),
         ({"nonzeros": 0}, r"nonzeros must be in \[1, 8\]"),
         ({"pattern": "1:3"}, "must be one of unstructured, 2:4 with htp, got '1:3'; no solver"),
-        ({"pattern": "2:4", "solver": "rocket"}, "got '2:4'; it takes one of compot, htp"),
+        ({"pattern": "2:4", "solver": "rocket"}, "got '2:4'; it is available with compot, htp"),
         ({"pattern": "2:4", "nonzeros": 3}, "got 8 atoms and 3 nonzeros; take 8 and 4"),
         ({"pattern": "2:4", "atoms": 10, "nonzeros": 5}, "take 8 and 4"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
@@ -392,4 +413,4 @@ def test_the_nearest_orthonormal_columns_are_the_polar_factor(rank: int) -> None
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        solve_dictionary(weight(40, 24), **{"atoms": 8, "nonzeros": 4, **arguments})  # type: ignore[arg-type]
+        solve_dictionary(weight(40, 24), **{"atoms": 8, "nonzeros": 4, **arguments})

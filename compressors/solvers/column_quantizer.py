@@ -1,0 +1,105 @@
+"""Quantization of columns in sequence, where each column changes the targets of the later ones.
+
+In GPTQ the target of a column compensates for the errors of those before it; in coordinate descent
+it is the best value while all other columns are fixed. In both cases the change of a column is
+added to the later targets, times a constant coupling.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.solvers.cuda_graphs import record
+
+# Columns of a block, which are quantized one by one. Their effect on the columns after the block is
+# one matrix product.
+CPU_WIDTH, CUDA_WIDTH = 64, 128
+# Scale of entries that are to be zero: whatever the target, the nearest code is zero.
+ZERO_SCALE = 1e30
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+Outputs = tuple[Tensor, Tensor]
+
+
+class ColumnQuantizer:
+    """Quantizer of the columns of one matrix, a block at a time.
+
+    Tensors are transposed, [columns, rows], so that a column is contiguous. They are in float64 on
+    a CPU and in float32 on CUDA, where launching half a dozen kernels per column takes longest:
+    the kernels of a block are recorded once, as a CUDA graph.
+    """
+
+    def __init__(self, scheme: Scheme, device: torch.device) -> None:
+        self.scheme = scheme
+        self.device = device
+        cuda = device.type == "cuda"
+        self.dtype = torch.float32 if cuda else torch.float64
+        self.width = CUDA_WIDTH if cuda else CPU_WIDTH
+        self._recorded: dict[torch.Size, tuple[Inputs, Outputs, Callable[[], None]]] = {}
+
+    def quantize(
+        self,
+        target: Tensor,
+        coupling: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        current: Tensor | None = None,
+    ) -> Outputs:
+        """Quantize the columns of a block in sequence.
+
+        Parameters
+        ----------
+        target : Tensor, shape [width, rows]
+            Values that the columns are to take, before the block changes.
+        coupling : Tensor, shape [width, width]
+            ``coupling[i, j]`` times the change of column i is added to the target of column j > i.
+        scale : Tensor, shape [width, rows]
+        zero : Tensor, shape [width, rows], optional
+            Zero points.
+        current : Tensor, shape [width, rows], optional
+            Values from which changes are counted. Default: the target of each column.
+
+        Returns
+        -------
+        delta : Tensor, shape [width, rows]
+            Changes of the columns.
+        steps : Tensor, shape [width, rows]
+            Codes minus zero points; the values are ``steps * scale``. On CUDA the next call
+            overwrites both.
+        """
+        inputs: Inputs = (target, coupling, scale, zero, current)
+        if self.device.type != "cuda":
+            outputs = torch.empty_like(target), torch.empty_like(target)
+            self._quantize(inputs, outputs)
+            return outputs
+        if target.shape not in self._recorded:
+            self._recorded[target.shape] = self._record(inputs)
+        places, outputs, replay = self._recorded[target.shape]
+        for place, value in zip(places, inputs, strict=True):
+            if place is not None and value is not None:
+                place.copy_(value)
+        replay()
+        return outputs
+
+    def _record(self, inputs: Inputs) -> tuple[Inputs, Outputs, Callable[[], None]]:
+        target, coupling, scale, *rest = inputs
+        zero, current = (None if t is None else t.clone() for t in rest)
+        places = target.clone(), coupling.clone(), scale.clone(), zero, current
+        outputs = torch.empty_like(target), torch.empty_like(target)
+        return places, outputs, record(lambda: self._quantize(places, outputs), self.device)
+
+    def _quantize(self, inputs: Inputs, outputs: Outputs) -> None:
+        target, coupling, scale, zero, current = inputs
+        delta, steps = outputs
+        for k in range(len(target)):
+            value = torch.addmv(target[k], delta[:k].T, coupling[:k, k]) if k else target[k]
+            step = torch.div(value, scale[k], out=steps[k]).round_()
+            if zero is not None:
+                step.add_(zero[k])
+            step.clamp_(self.scheme.lowest, self.scheme.highest)
+            if zero is not None:
+                step.sub_(zero[k])
+            start = value if current is None else current[k]
+            torch.addcmul(start, step, scale[k], value=-1, out=delta[k]).neg_()

@@ -1,0 +1,72 @@
+"""Preconditioned conjugate gradients on tensors."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Operator = Callable[[Tensor], Tensor]
+
+
+def conjugate_gradients(
+    operator: Operator,
+    x: Tensor,
+    residual: Tensor,
+    *,
+    steps: int,
+    precondition: Operator | None = None,
+    dim: int | None = None,
+    floor: Tensor | float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Solve ``operator(x) == b`` from a starting point, in a fixed number of steps.
+
+    Parameters
+    ----------
+    operator : callable
+        Linear, symmetric and positive semi-definite map of tensors of the shape of `x`.
+    x : Tensor
+        Starting point.
+    residual : Tensor
+        ``b - operator(x)`` at the starting point.
+    steps : int
+        Number of steps, each of which applies `operator` once.
+    precondition : callable, optional
+        Symmetric and positive semi-definite approximation of the inverse. Entries that it sets to
+        zero keep the value that they have in `x`: a preconditioner that masks restricts the
+        problem to the mask.
+    dim : int, optional
+        Dimension along which inner products are taken: slices along the others are independent
+        problems. Default: one problem of all entries.
+    floor : Tensor or float
+        A problem is finished once its squared preconditioned residual is not above this value.
+
+    Returns
+    -------
+    x : Tensor
+    residual : Tensor
+        ``b - operator(x)``, over all entries including masked ones.
+
+    Notes
+    -----
+    Whether a problem is finished is decided by `torch.where`: a GPU is never waited for.
+    """
+
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum() if dim is None else (a * b).sum(dim=dim, keepdim=True)
+
+    def preconditioned(r: Tensor) -> Tensor:
+        return r if precondition is None else precondition(r)
+
+    direction = preconditioned(residual)
+    size = inner(residual, direction)
+    for _ in range(steps):
+        image = operator(direction)
+        curvature = inner(direction, image)
+        live = (size > floor) & (curvature > 0)
+        step = torch.where(live, size / curvature, 0)
+        x = x + step * direction
+        residual = residual - step * image
+        z = preconditioned(residual)
+        before, size = size, inner(residual, z)
+        direction = z + torch.where(live, size / before, 0) * direction
+    return x, residual

@@ -1,0 +1,40 @@
+"""Recording of short sequences of CUDA kernels, which take longer to launch than to run."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Run a function once, and return a function that repeats it, as a CUDA graph if possible.
+
+    Parameters
+    ----------
+    step : callable
+        Reads and writes tensors in place, all on `device`. Neither shapes nor control flow depend
+        on their values, and it does not wait for the device.
+    device : torch.device
+        If it is a CUDA device, kernels are recorded for it even if another one is current, and
+        repeated on its current stream. If it is not, `step` itself is returned.
+    """
+    if device.type != "cuda":
+        step()
+        return step
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    current = torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):  # also makes `device` the current one
+        step()  # libraries allocate their workspaces on first use, which cannot be recorded
+        stream.synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            step()
+        finally:
+            graph.capture_end()
+    current.wait_stream(stream)
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay

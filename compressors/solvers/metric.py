@@ -1,0 +1,118 @@
+"""The weighted squared error ``tr(G E H E^T)`` that compression minimizes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.solvers.linalg import damped, whitening_factor
+from lrc.compressors.solvers.moments import Moment, without_empty
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The two weighting matrices of ``tr(G E H E^T)`` for errors E [d_out, d_in].
+
+    A matrix that is None is the identity.
+    """
+
+    H: Tensor | None = None
+    """[d_in, d_in], of the inputs."""
+    G: Tensor | None = None
+    """[d_out, d_out], of the outputs; or [d_out], its diagonal, if the rest is zero."""
+
+    def __call__(self, E: Tensor) -> Tensor:
+        """Return ``G @ E @ H``."""
+        E = E if self.H is None else E @ self.H  # [d_out, d_in]
+        if self.G is None:
+            return E
+        return self.G @ E if self.G.ndim == 2 else self.G[:, None] * E
+
+    def energy(self, E: Tensor) -> Tensor:
+        """Return ``tr(G E H E^T)``."""
+        return (E * self(E)).sum()
+
+    def diagonals(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the diagonals of G [d_out, 1] and H [d_in], for errors like `W`."""
+        left = W.new_ones(W.shape[0]) if self.G is None else self.G
+        right = W.new_ones(W.shape[1]) if self.H is None else self.H.diagonal()
+        return (left if left.ndim == 1 else left.diagonal())[:, None], right
+
+    def scaled(self, left: Tensor, right: Tensor) -> "Metric":
+        """Return the metric of ``left * E * right``, for `left` [d_out, 1] and `right` [d_in]."""
+        H, G = self.H, self.G
+        if H is not None:
+            H = H / right / right[:, None]
+        if G is not None:
+            G = G / left[:, 0] / (left if G.ndim == 2 else left[:, 0])
+        return Metric(H, G)
+
+    def inverse(self, damp: float) -> tuple["Metric", str | None]:
+        """Invert both matrices, and describe any fallback.
+
+        Parameters
+        ----------
+        damp : float
+            Fraction of the mean diagonal of each matrix added to its diagonal before.
+        """
+        sides: list[Tensor | None] = []
+        notes = []
+        for name, M in (("inputs", self.H), ("gradients", self.G)):
+            if M is None or M.ndim == 1:
+                sides.append(None if M is None else 1 / (M + damp * M.mean()))
+                continue
+            L, note = whitening_factor(M, damp)
+            sides.append(torch.cholesky_inverse(L))
+            if note is not None:
+                notes.append(f"{name}: {note}")
+        return Metric(*sides), "; ".join(notes) or None
+
+    def to(self, dtype: torch.dtype) -> "Metric":
+        """Return the same metric in another dtype."""
+        return Metric(*(None if M is None else M.to(dtype) for M in (self.H, self.G)))
+
+
+def damped_metric(
+    inputs: Moment | None,
+    gradients: Moment | None,
+    damp: float = 0.0,
+    gradient_damp: float = 0.0,
+) -> tuple[Metric, str | None]:
+    """Build the metric of two damped moments, and describe any fallback.
+
+    Parameters
+    ----------
+    inputs : Moment, optional
+        Second moment H of the inputs; needs `full`.
+    gradients : Moment, optional
+        Second moment G of the output gradients; its diagonal is used if there is no `full`.
+    damp, gradient_damp : float
+        Fraction of ``mean(diag(H))``, ``mean(diag(G))`` added to the diagonal.
+
+    Raises
+    ------
+    ValueError
+        If `inputs` has no `full`.
+    """
+    inputs, gradients, notes = without_empty(inputs, gradients)
+    H = None if inputs is None else damped(inputs.whole(), damp)
+    if gradients is None:
+        G = None
+    elif gradients.full is not None:
+        G = damped(gradients.whole(), gradient_damp)
+    else:
+        G = gradients.diagonal.double()
+        G = G + gradient_damp * G.mean()
+    return Metric(H, G), "; ".join(notes) or None
+
+
+def weighted_energy(
+    W: Tensor,
+    inputs: Moment | None = None,
+    gradients: Moment | None = None,
+    *,
+    damp: float = 0.0,
+    gradient_damp: float = 0.0,
+) -> float:
+    """Return ``tr(G W H W^T)`` of `W` [d_out, d_in]; see `damped_metric` for the parameters."""
+    return float(damped_metric(inputs, gradients, damp, gradient_damp)[0].energy(W.double()))
