@@ -12,8 +12,8 @@ import torch
 
 from lrc.compressors import report
 from lrc.compressors.calibrate import statistics
-from lrc.compressors.calibrate.prefix import CompressedPrefix
-from lrc.compressors.calibrate.states import state_files
+from lrc.compressors.calibrate.activation_cache import cache_files
+from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.checkpoint.assemble import write_checkpoint
 from lrc.compressors.checkpoint.writer import new_folder
 from lrc.compressors.compress.embeddings import round_outside
@@ -84,7 +84,7 @@ class Run:
                 memory_limit_gib=calibration.memory_limit_gib,
                 on_step=self.machine.on_step,
             )
-            self.journal.forget(*state_files(self.journal))
+            self.journal.forget(*cache_files(self.journal))
 
     def allocate(self) -> Plan:
         """Fill in the ranks that shapes did not tell; the plan is written for people to edit."""
@@ -187,12 +187,12 @@ class Run:
     def _known(self, matrix: Matrix) -> Statistics:
         return statistics.load(self.journal, matrix.layer, matrix.name)
 
-    def _prefix(self, plan: Plan) -> CompressedPrefix | None:
+    def _prefix(self, plan: Plan) -> SequentialCalibration | None:
         recipe = self.prepared.recipe
         refitted = {m.layer for m in plan.matrices if compensation(m, recipe)}
         if all(self.journal.has(factors_file(layer)) for layer in refitted):
             return None
-        return CompressedPrefix(
+        return SequentialCalibration(
             self.lineage.architecture,
             self.lineage.reader,
             self.lineage.windows(),

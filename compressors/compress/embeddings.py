@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrc.compressors.compress.layerwise import executed, factors_file
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.memory import to_host
+from lrc.compressors.io.machine import to_host
 from lrc.compressors.layers import Scheme
 from lrc.compressors.layers.packed import encode_matrix
 from lrc.compressors.layers.parts import sentinel

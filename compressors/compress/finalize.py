@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.compress.quantize_parts import Integers, Rounding, round_parts
-from lrc.compressors.io.memory import to_host
+from lrc.compressors.io.machine import to_host
 from lrc.compressors.layers import FORMS, Sharing
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.weight_groups import Unit

@@ -11,7 +11,7 @@ from lrc.compressors.compress.finalize import Done, product
 from lrc.compressors.compress.quantize_parts import Rounding
 from lrc.compressors.compress.solve import factor, refitted
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Matrix, Plan, read_matrices, record_of
 from lrc.compressors.planning.required_statistics import collected, compensation, method_needs

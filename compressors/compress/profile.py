@@ -13,7 +13,7 @@ from lrc.compressors.compress.finalize import Done, product
 from lrc.compressors.compress.layerwise import factor_unit
 from lrc.compressors.evaluate.perplexity import perplexity
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.compressors.layers import FORMS
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.models.weights import WeightReader

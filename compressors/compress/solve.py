@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrc.compressors.compress.finalize import Done, Ending, joined, product
 from lrc.compressors.compress.quantize_parts import Rounding
-from lrc.compressors.io.memory import to_host
+from lrc.compressors.io.machine import to_host
 from lrc.compressors.layers import FORMS, RankForm
 from lrc.compressors.methods.base import CodedMethod
 from lrc.compressors.methods.table import METHODS, LowRankMethod

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.evaluate.compare import Block, check_same, perplexity_entry
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.layers.sparse import Sparse
 from lrc.compressors.models.architecture import Architecture

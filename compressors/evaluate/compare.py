@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from lrc.compressors.corpus import evaluation_windows
 from lrc.compressors.evaluate.harness import TaskResult, run_tasks
 from lrc.compressors.evaluate.perplexity import PROTOCOL, check_fit, check_window, perplexity
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.configs.errors import DataError
 from lrc.configs.recipe import Evaluate, Perplexity
 

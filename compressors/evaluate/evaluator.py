@@ -17,8 +17,7 @@ from lrc.compressors.evaluate.baselines import (
     record,
 )
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.memory import release_memory
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep, release_memory
 from lrc.compressors.model_versions import Lineage
 from lrc.configs.recipe import Evaluate
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lrc.compressors.corpus.hub import quiet_datasets
 from lrc.compressors.evaluate.perplexity import input_device
 from lrc.compressors.evaluate.quiet import quiet_harness, seeded
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Tasks
 

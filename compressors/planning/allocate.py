@@ -5,7 +5,7 @@ from functools import partial
 from math import nan
 
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.allocators import BudgetError, heavy_tail, lagrangian

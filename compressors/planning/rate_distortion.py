@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.compressors.layers import FORMS, Sizes
 from lrc.compressors.methods.base import RANK_FORMS, CodedMethod, Method
 from lrc.compressors.methods.table import METHODS, LowRankMethod

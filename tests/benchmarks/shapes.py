@@ -26,8 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrc.cli import console
 from lrc.compressors.checkpoint.writer import write_weights
-from lrc.compressors.io.machine import Machine
-from lrc.compressors.io.memory import release_memory
+from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.models.source import load_tokenizer, locate
 from lrc.compressors.pipeline import compress
 from lrc.compressors.slicing import METHODS as SLICERS
