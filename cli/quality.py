@@ -36,7 +36,7 @@ def print_comparison(evaluation: dict[str, Any]) -> None:
     OUT.print(table)
 
 
-def print_alternatives(report: dict[str, Any]) -> None:
+def print_baselines(report: dict[str, Any]) -> None:
     """Print size against perplexity of the result and of plain alternatives, largest first."""
     evaluation = report["evaluation"]
     if not evaluation.get("alternatives"):  # reports of earlier versions have none

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lrc.cli.cells import OUT, as_size, new_table
-from lrc.cli.quality import print_alternatives, print_comparison
+from lrc.cli.quality import print_baselines, print_comparison
 from lrc.compressors.estimate import Estimate
 from lrc.compressors.planning.plan import Matrix, Plan
 
@@ -103,7 +103,7 @@ def print_report(report: dict[str, Any], output: str) -> None:
     if size["source"]["quantized"]:
         OUT.print(f"the source file is itself quantized: {as_size(size['source']['file_bytes'])}")
     print_comparison(report["evaluation"])
-    print_alternatives(report)
+    print_baselines(report)
     fallbacks = [layer for layer in report["layers"] if layer["fallback"]]
     for layer in fallbacks[:10]:
         OUT.print(f"[yellow]fallback[/]: {layer['name']}: {layer['fallback']}")

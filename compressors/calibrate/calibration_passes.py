@@ -188,8 +188,12 @@ def backward_layer(
     layer_name = architecture.layer_names[index]
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
-        W, x = architecture.model.get_submodule(name).weight, x.detach()
-        y.register_hook(lambda g: statistics.add(name, LinearBatch(x, g.detach(), W)))
+        W, x = architecture.model.get_submodule(name).weight, _by_window(x.detach(), leaf)
+
+        def add(g: Tensor) -> None:
+            statistics.add(name, LinearBatch(x, _by_window(g.detach(), leaf), W))
+
+        y.register_hook(add)
 
     # The other attention kernels of a GPU sum their backward pass in no fixed order.
     on_gpu = executor.device.startswith("cuda")
@@ -212,3 +216,9 @@ def backward_layer(
             "gradients, such as svd-llm"
         )
     return statistics
+
+
+def _by_window(x: Tensor, hidden: Tensor) -> Tensor:
+    """Undo the flattening of all tokens into one dimension, as in OPT: [n, length, d]."""
+    flat = x.ndim == 2 and len(x) == hidden.shape[0] * hidden.shape[1]
+    return x.unflatten(0, hidden.shape[:2]) if flat else x
