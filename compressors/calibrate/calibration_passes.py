@@ -21,16 +21,7 @@ from lrc.compressors.calibrate.layer_executor import (
     batches,
     watch_outputs,
 )
-from lrc.compressors.calibrate.statistic_table import (
-    BACKWARD,
-    FORWARD,
-    LinearBatch,
-    LinearStatistics,
-    Required,
-    backward_rows,
-    forward_rows,
-)
-from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
 from lrc.configs.errors import ModelError
 
 Labels = Literal["model", "sampled", "real"]
@@ -41,7 +32,6 @@ HEAD_TOKENS = {"cpu": 1024, "cuda": 4096}
 @torch.no_grad()
 def forward_layer(
     executor: LayerExecutor,
-    architecture: Architecture,
     index: int,
     call: LayerCall,
     hidden: Tensor,
@@ -60,14 +50,14 @@ def forward_layer(
     ModelError
         If inputs or hidden states are not finite; names the layer.
     """
-    linears = {lin.name: lin for lin in architecture.linears if lin.layer == index}
-    statistics = LinearStatistics(FORWARD, forward_rows(call.groups, linears, required))
-    layer_name = architecture.layer_names[index]
+    linears = {lin.name: lin for lin in executor.architecture.linears if lin.layer == index}
+    statistics = LinearStatistics.forward(call.groups, linears, required)
+    layer_name = executor.architecture.layer_names[index]
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
-        linear = architecture.model.get_submodule(name)
-        product = y if linear.bias is None else y - linear.bias
-        statistics.add(name, LinearBatch(x, product, linear.weight))
+        linear = executor.architecture.model.get_submodule(name)
+        y = y if linear.bias is None else y - linear.bias
+        statistics.add(name, LinearBatch(x, y, linear.weight))
 
     with (
         executor.layer(index) as layer,
@@ -163,7 +153,6 @@ def backward_head(
 
 def backward_layer(
     executor: LayerExecutor,
-    architecture: Architecture,
     index: int,
     call: LayerCall,
     checkpoints: ActivationCheckpoints,
@@ -183,12 +172,12 @@ def backward_layer(
     ModelError
         If gradients are not finite; names the layer.
     """
-    linears = {lin.name: lin for lin in architecture.linears if lin.layer == index}
-    statistics = LinearStatistics(BACKWARD, backward_rows(linears, required))
-    layer_name = architecture.layer_names[index]
+    linears = {lin.name: lin for lin in executor.architecture.linears if lin.layer == index}
+    statistics = LinearStatistics.backward(linears, required)
+    layer_name = executor.architecture.layer_names[index]
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
-        W, x = architecture.model.get_submodule(name).weight, _by_window(x.detach(), leaf)
+        W, x = executor.architecture.model.get_submodule(name).weight, _by_window(x.detach(), leaf)
 
         def add(g: Tensor) -> None:
             statistics.add(name, LinearBatch(x, _by_window(g.detach(), leaf), W))

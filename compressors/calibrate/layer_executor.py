@@ -68,7 +68,7 @@ class LayerExecutor:
     def __init__(
         self, architecture: Architecture, reader: WeightReader, *, device: str, dtype: torch.dtype
     ) -> None:
-        self._architecture, self._reader = architecture, reader
+        self.architecture, self._reader = architecture, reader
         self.device, self._dtype = device, dtype
         head = architecture.model.get_output_embeddings()
         self._heads = [n for n, module in architecture.model.named_modules() if module is head]
@@ -79,7 +79,7 @@ class LayerExecutor:
 
         The output embedding, which can be larger than a layer, is loaded only if `head`.
         """
-        skip = [*self._architecture.layer_names, *([] if head else self._heads)]
+        skip = [*self.architecture.layer_names, *([] if head else self._heads)]
         self._reader.fill_("", device=self.device, dtype=self._dtype, skip=skip)
         try:
             yield
@@ -89,10 +89,10 @@ class LayerExecutor:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Load one decoder layer."""
-        name = self._architecture.layer_names[index]
+        name = self.architecture.layer_names[index]
         self._reader.fill_(name, device=self.device, dtype=self._dtype)
         try:
-            yield self._architecture.layers[index]
+            yield self.architecture.layers[index]
         finally:
             self._reader.empty_(name)
 
@@ -103,7 +103,7 @@ class LayerExecutor:
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _FirstLayerReached(args[0] if args else kwargs["hidden_states"])
 
-        first = self._architecture.layers[0]
+        first = self.architecture.layers[0]
         try:
             with first.register_forward_pre_hook(stop, with_kwargs=True):
                 self._forward(tokens)
@@ -126,7 +126,7 @@ class LayerExecutor:
         """
         passed = (hidden,) if call.returns_tuple else hidden
         with self._layers_replaced(lambda *_, **__: passed):
-            model = self._architecture.model
+            model = self.architecture.model
             result: Tensor = model(input_ids=tokens.to(self.device), use_cache=False).logits
         return result
 
@@ -144,7 +144,7 @@ class LayerExecutor:
         batch : int
             Windows per batch.
         """
-        layers = self._architecture.layers
+        layers = self.architecture.layers
         calls = [LayerCall() for _ in layers]
         with ExitStack() as hooks, ExitStack() as loaded:
             for index, call in enumerate(calls):
@@ -170,8 +170,8 @@ class LayerExecutor:
         self, index: int, call: LayerCall, loaded: ExitStack
     ) -> Iterator[RemovableHandle]:
         """Attach hooks that load a layer around its call and record the inputs of its linears."""
-        name, layer = self._architecture.layer_names[index], self._architecture.layers[index]
-        linears = [lin.name for lin in self._architecture.linears if lin.layer == index]
+        name, layer = self.architecture.layer_names[index], self.architecture.layers[index]
+        linears = [lin.name for lin in self.architecture.linears if lin.layer == index]
         inputs: list[tuple[Tensor, list[str]]] = []  # keeps tensors: a freed one's id may return
 
         def see(linear: str, x: Tensor) -> None:
@@ -202,7 +202,7 @@ class LayerExecutor:
     @contextmanager
     def _layers_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
         """Let `forward` compute in place of every decoder layer."""
-        layers = self._architecture.layers
+        layers = self.architecture.layers
         before = [vars(layer).get("forward") for layer in layers]
         for layer in layers:
             layer.forward = forward
@@ -215,7 +215,7 @@ class LayerExecutor:
                     layer.forward = own
 
     def _forward(self, tokens: Tensor) -> None:
-        self._architecture.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        self.architecture.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
 
 
 def _record_arguments(layer: nn.Module, call: LayerCall) -> RemovableHandle:

@@ -5,7 +5,7 @@ A new statistic is a row of `FORWARD` or `BACKWARD` and a field of the same name
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -40,24 +40,23 @@ class RunningSums(dict[str, Tensor]):
 
 
 class LinearBatch(NamedTuple):
-    """What one linear computes for a batch of windows."""
+    """Inputs and outputs of one linear for a batch of windows."""
 
     x: Tensor
     """Inputs [..., d_in]; [n, length, d_in] in the backward pass."""
-    product: Tensor
-    """``x @ W.T`` [..., d_out], without bias, in the forward pass; in the backward pass the
-    gradients at the output [n, length, d_out]."""
+    y: Tensor
+    """Forward: ``x @ W.T`` [..., d_out]. Backward: gradients at the output [n, length, d_out]."""
     W: Tensor
 
     @property
     def tokens(self) -> Tensor:
-        """Inputs [n_tokens, d_in]."""
+        """`x` as [n_tokens, d_in]."""
         return self.x.reshape(-1, self.x.shape[-1])
 
     @property
     def gradients(self) -> Tensor:
-        """Gradients at the output [n_tokens, d_out], in the backward pass."""
-        return self.product.reshape(-1, self.product.shape[-1])
+        """`y` as [n_tokens, d_out]."""
+        return self.y.reshape(-1, self.y.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,13 @@ class Sum:
 
 
 def _add_row_fisher(sums: RunningSums, key: str, batch: LinearBatch) -> None:
-    for g, x in zip(batch.product, batch.x, strict=True):  # a window is a sample
+    for g, x in zip(batch.y, batch.x, strict=True):  # a window is a sample
         sums.add(key, (g.T @ x).square().sum(dim=1))
 
 
 FORWARD = {
     "inputs": Sum("[d_in, d_in]", lambda s, k, b: s.add_square(k, b.tokens), shared=True),
-    "image": Sum("[d_out, d_out]", lambda s, k, b: s.add_square(k, b.product)),
+    "image": Sum("[d_out, d_out]", lambda s, k, b: s.add_square(k, b.y)),
     "diagonal": Sum("[d_in]", lambda s, k, b: s.add(k, b.tokens.square().sum(0)), shared=True),
     "input_mean": Sum("[d_in]", lambda s, k, b: s.add(k, b.tokens.sum(0)), shared=True),
     "input_magnitude": Sum("[d_in]", lambda s, k, b: s.add(k, b.tokens.abs().sum(0)), shared=True),
@@ -91,20 +90,13 @@ BACKWARD = {
 
 
 class LinearStatistics:
-    """Running sums for the linears of one layer in one pass.
-
-    Parameters
-    ----------
-    table : mapping
-        `FORWARD` or `BACKWARD`.
-    rows : mapping
-        Linear -> rows of the table to accumulate there.
-    """
+    """Running sums for the linears of one layer in one pass."""
 
     def __init__(self, table: Mapping[str, Sum], rows: Mapping[str, Collection[str]]) -> None:
+        """Accumulate ``rows[name]`` of the table for each linear `name`."""
         self._table, self._rows = table, rows
         self.sums = RunningSums()
-        self.watched = sorted(name for name, selected in rows.items() if selected)
+        self.watched = [name for name, selected in rows.items() if selected]
 
     def add(self, name: str, batch: LinearBatch) -> None:
         """Add a batch of one linear."""
@@ -117,61 +109,54 @@ class LinearStatistics:
         bad = (key for key, total in self.sums.items() if not bool(torch.isfinite(total).all()))
         return [key.rpartition(".")[0] for key in bad]
 
+    @classmethod
+    def forward(
+        cls, groups: list[list[str]], linears: Mapping[str, Linear], required: Required
+    ) -> Self:
+        """Select the rows of `FORWARD` for a layer whose `groups` of linears share an input.
 
-def needs_backward(required: Required) -> bool:
-    """Return whether any linear needs the backward pass."""
-    return any(set(BACKWARD) & set(names) for names in required.values())
+        The second moment of an input that is wider than all outputs computed from it is
+        accumulated as its images through the weights: the second moments of those outputs.
+        """
+        rows: dict[str, list[str]] = {}
+        for group in groups:
+            leader, members = group[0], [name for name in group if required.get(name)]
+            names = {each for name in members for each in required[name]}
+            rows[leader] = [row for row in FORWARD if row in names and row != "inputs"]
+            moments = [name for name in members if "inputs" in required[name]]
+            if not moments:
+                continue
+            rows[leader].append("diagonal")
+            width, heights = linears[leader].d_in, [linears[name].d_out for name in moments]
+            smaller = max(heights) <= width and sum(height**2 for height in heights) < width**2
+            if smaller and "whole_inputs" not in names:
+                for name in moments:
+                    rows.setdefault(name, []).append("image")
+            else:
+                rows[leader].append("inputs")
+        return cls(FORWARD, rows)
 
+    @classmethod
+    def backward(cls, linears: Mapping[str, Linear], required: Required) -> Self:
+        """Select the rows of `BACKWARD` for a layer.
 
-def leaders_of(groups: list[list[str]], required: Required) -> dict[str, str]:
-    """Map each linear with required statistics to the one that holds its shared sums."""
-    return {name: group[0] for group in groups for name in group if required.get(name)}
-
-
-def forward_rows(
-    groups: list[list[str]], linears: Mapping[str, Linear], required: Required
-) -> dict[str, list[str]]:
-    """Select the rows of `FORWARD` for each linear of a layer.
-
-    The second moment of an input that is wider than all outputs computed from it is accumulated
-    as its images through the weights: the second moments of those outputs.
-    """
-    rows: dict[str, list[str]] = {}
-    for leader, *others in groups:
-        members = [name for name in (leader, *others) if required.get(name)]
-        names = {each for name in members for each in required[name]}
-        rows[leader] = [row for row in FORWARD if row in names and row != "inputs"]
-        moments = [name for name in members if "inputs" in required[name]]
-        if not moments:
-            continue
-        rows[leader].append("diagonal")
-        width, heights = linears[leader].d_in, [linears[name].d_out for name in moments]
-        smaller = max(heights) <= width and sum(height**2 for height in heights) < width**2
-        if smaller and "whole_inputs" not in names:
-            for name in moments:
-                rows.setdefault(name, []).append("image")
-        else:
-            rows[leader].append("inputs")
-    return rows
-
-
-def backward_rows(linears: Mapping[str, Linear], required: Required) -> dict[str, list[str]]:
-    """Select the rows of `BACKWARD` for each linear of a layer.
-
-    The second moment at an output that is wider than its input is accumulated as its image
-    through the weight: the second moment of the gradients at the input.
-    """
-    rows: dict[str, list[str]] = {}
-    for name, names in required.items():
-        rows[name] = [row for row in BACKWARD if row in names and row != "gradients"]
-        if "gradients" in names:
-            wide = linears[name].d_out > linears[name].d_in and "whole_gradients" not in names
-            rows[name] += ["diagonal", "image" if wide else "gradients"]
-    return rows
+        The second moment at an output that is wider than its input is accumulated as its image
+        through the weight: the second moment of the gradients at the input.
+        """
+        rows: dict[str, list[str]] = {}
+        for name, names in required.items():
+            rows[name] = [row for row in BACKWARD if row in names and row != "gradients"]
+            if "gradients" in names:
+                wide = linears[name].d_out > linears[name].d_in and "whole_gradients" not in names
+                rows[name] += ["diagonal", "image" if wide else "gradients"]
+        return cls(BACKWARD, rows)
 
 
 def sum_names(table: Mapping[str, Sum], name: str, leader: str) -> dict[str, str]:
-    """Map the names of the sums of one linear, as stored, to rows of the table."""
+    """Map the stored names of one linear's sums to rows of the table.
+
+    `leader` is the linear that holds the shared sums.
+    """
     return {f"{leader if row.shared else name}.{key}": key for key, row in table.items()}
 
 

@@ -1,7 +1,8 @@
 """Collect statistics of the targeted linears: forward pass for inputs, backward for gradients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +26,6 @@ from lrc.compressors.calibrate.statistic_table import (
     FORWARD,
     Required,
     build_statistics,
-    leaders_of,
-    needs_backward,
     sum_names,
 )
 from lrc.compressors.io.journal import Journal
@@ -68,8 +67,19 @@ def collect(
     ModelError
         If hidden states, inputs or gradients are not finite; names the layer.
     """
+    layer_of = {linear.name: linear.layer for linear in architecture.linears}
+    by_layer: list[dict[str, Collection[str]]] = [{} for _ in architecture.layer_names]
+    for name, names in required.items():
+        if names:
+            by_layer[layer_of[name]][name] = names
     run = _Collection(
-        architecture, reader, tokens, required, journal, device, memory_limit_gib, on_step
+        LayerExecutor(architecture, reader, device=device, dtype=torch.float32),
+        tokens,
+        batch_size(len(tokens), tokens.shape[1], device),
+        by_layer,
+        journal,
+        memory_limit_gib,
+        on_step,
     )
     with tensor_cores() if device.startswith("cuda") else nullcontext():
         run.run(labels, seed)
@@ -102,51 +112,44 @@ def gradients_file(layer: int) -> str:
     return f"statistics/gradients-{layer:04d}.safetensors"
 
 
+@dataclass(frozen=True)
 class _Collection:
     """One run over the calibration windows: forward, and backward if gradients are required."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        reader: WeightReader,
-        tokens: Tensor,
-        required: Required,
-        journal: Journal,
-        device: str,
-        limit_gib: float,
-        on_step: OnStep,
-    ) -> None:
-        self.architecture, self.tokens, self.journal = architecture, tokens, journal
-        self.device, self.limit_gib, self.on_step = device, limit_gib, on_step
-        self.n_layers = len(architecture.layer_names)
-        layer_of = {linear.name: linear.layer for linear in architecture.linears}
-        self.required: list[Required] = [
-            {name: names for name, names in required.items() if layer_of[name] == index}
-            for index in range(self.n_layers)
-        ]
-        self.batch = batch_size(len(tokens), tokens.shape[1], device)
-        self.executor = LayerExecutor(architecture, reader, device=device, dtype=torch.float32)
-        self.dtype = next(iter(architecture.stored_parameters().values())).dtype
+    executor: LayerExecutor
+    tokens: Tensor
+    batch: int
+    required: Sequence[Required]
+    """By layer."""
+    journal: Journal
+    limit_gib: float
+    on_step: OnStep
 
     def run(self, labels: Labels, seed: int) -> None:
-        differentiated = [i for i, names in enumerate(self.required) if needs_backward(names)]
+        differentiated = [
+            index
+            for index, required in enumerate(self.required)
+            if any({*BACKWARD} & {*names} for names in required.values())
+        ]
+        n_layers, device = len(self.required), self.executor.device
         backward = not all(self._collected(gradients_file, index) for index in differentiated)
-        forward = not all(self._collected(inputs_file, index) for index in range(self.n_layers))
+        forward = not all(self._collected(inputs_file, index) for index in range(n_layers))
         if not (forward or backward):
             return
         with self.executor.around_layers():
             calls = self.executor.trace(self.tokens, self.batch)
             width = self.executor.embed(self.tokens[:1]).shape[-1]
         shape = (*self.tokens.shape, width)
-        states = ActivationCache(self.journal, "states", shape, self.limit_gib, self.device)
+        states = ActivationCache(self.journal, "states", shape, self.limit_gib, device)
         if not backward:
             self._forward(states, calls, None)
             return
-        gradients = ActivationCache(self.journal, "gradients", shape, self.limit_gib, self.device)
+        gradients = ActivationCache(self.journal, "gradients", shape, self.limit_gib, device)
         resumed = gradients.resume()
-        left = self.n_layers - gradients.done
+        left = n_layers - gradients.done
+        dtype = next(iter(self.executor.architecture.stored_parameters().values())).dtype
         checkpoints = ActivationCheckpoints(
-            self.journal, left, shape, self.dtype, self.limit_gib, self.device
+            self.journal, left, shape, dtype, self.limit_gib, device
         )
         self._forward(states, calls[:left], checkpoints)
         if not resumed:
@@ -173,26 +176,20 @@ class _Collection:
             with self.executor.around_layers():
                 for rows in batches(len(self.tokens), self.batch):
                     states.tensor[rows] = self.executor.embed(self.tokens[rows])
+        n_layers = len(self.required)
         for index in range(states.done, len(calls)):
             if checkpoints is not None:
                 checkpoints.write(index, states.tensor)
+            call, hidden = calls[index], states.tensor
             collected = self._collected(inputs_file, index)
             required = {} if collected else self.required[index]
-            statistics = forward_layer(
-                self.executor,
-                self.architecture,
-                index,
-                calls[index],
-                states.tensor,
-                self.batch,
-                required,
-            )
+            statistics = forward_layer(self.executor, index, call, hidden, self.batch, required)
             if not collected:
-                leaders = leaders_of(calls[index].groups, required)
+                leaders = {n: group[0] for group in call.groups for n in group if n in required}
                 facts = {"leaders": leaders, "n_tokens": self.tokens.numel()}
                 self._write(inputs_file(index), statistics.sums, facts)
-            states.finish_layer(save=checkpoints is None and index < self.n_layers - 1)
-            self.on_step("calibrate", index + 1, self.n_layers)
+            states.finish_layer(save=checkpoints is None and index < n_layers - 1)
+            self.on_step("calibrate", index + 1, n_layers)
 
     def _backward(
         self,
@@ -201,12 +198,11 @@ class _Collection:
         checkpoints: ActivationCheckpoints,
         stop: int,
     ) -> None:
-        total = self.n_layers - stop
-        for index in range(self.n_layers - 1 - gradients.done, stop - 1, -1):
+        n_layers = len(self.required)
+        for index in range(n_layers - 1 - gradients.done, stop - 1, -1):
             collected = self._collected(gradients_file, index)
             statistics = backward_layer(
                 self.executor,
-                self.architecture,
                 index,
                 calls[index],
                 checkpoints,
@@ -217,7 +213,7 @@ class _Collection:
             if not collected:
                 self._write(gradients_file(index), statistics.sums, {})
             gradients.finish_layer(save=index > stop)
-            self.on_step("gradients", gradients.done, total)
+            self.on_step("gradients", gradients.done, n_layers - stop)
 
     def _collected(self, file: Callable[[int], str], index: int) -> bool:
         """Return whether nothing is left to collect for a layer in a pass."""

@@ -200,9 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    console.hush()
-    console.quiet_transformers()
-    try:
-        main()
-    except LrcError as error:
-        sys.exit(console.exit_code_of(error, debug=False))
+    with console.quiet_libraries():
+        console.quiet_transformers()
+        try:
+            main()
+        except LrcError as error:
+            sys.exit(console.exit_code_of(error, debug=False))
