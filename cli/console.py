@@ -1,4 +1,4 @@
-"""What a user sees besides results: progress, signals, errors. All of it on stderr."""
+"""Progress, signals and errors, on stderr; results go to stdout."""
 
 import os
 import signal
@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from lrc.configs.errors import LrcError, Stopped
+from lrc.configs.errors import LrcError, RecipeError, Stopped
 
 HEARTBEAT_SECONDS = 60.0
 AT_ONCE = "stopped: at once; the same command continues from the last finished step"
 
 
 class Steps:
-    """Progress of a run: bars on a terminal, one line a finished stage elsewhere.
+    """Progress of a run: bars on a terminal, otherwise one line per finished stage.
 
-    Calling it notes a step. It raises `Stopped` after a first signal: steps are the places where
+    Calling it records a step. After a first signal it raises `Stopped`, because between steps
     everything finished is on disk.
     """
 
@@ -27,62 +27,49 @@ class Steps:
         self._quiet = quiet
         self.taken = 0
         self._signal: int | None = None
-        self._stage = ""
-        self._started = self._spoke = time.monotonic()  # of the stage, and of the last line
+        self._started = self._printed = time.monotonic()  # the stage; the last line
         self._bars: Any = None
-        self._task: Any = None
+        self._tasks: dict[str, Any] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Note that `done` of `total` steps of a stage are finished."""
+        """Record that `done` of `total` steps of a stage are finished."""
         self.taken += 1
         if self._signal is not None:
             name = signal.Signals(self._signal).name
             raise Stopped(f"stopped on {name}; the same command continues from here")
+        now = time.monotonic()
         if self._quiet:
             return
         if self._bars is not None:
-            self._draw(stage, done, total)
-            return
-        now = time.monotonic()
-        if done == total:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage)
+            self._bars.update(self._tasks[stage], completed=done, total=total)
+        elif done == total:
             say(f"{stage}: {total} of {total}, {now - self._started:.1f} s")
-            self._started = self._spoke = now
-        elif now - self._spoke > HEARTBEAT_SECONDS:
-            self._spoke = now
+            self._started = self._printed = now
+        elif now - self._printed > HEARTBEAT_SECONDS:
+            self._printed = now
             say(f"{stage}: {done} of {total}")
-
-    def _draw(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self._stage = stage
-            self._task = self._bars.add_task(stage, total=total)
-        self._bars.update(self._task, completed=done, total=total)
 
     @contextmanager
     def running(self) -> Iterator["Steps"]:
-        """Show progress and catch SIGINT and SIGTERM while the body runs."""
+        """Show progress and catch SIGINT and SIGTERM inside the context."""
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             if self._quiet or not sys.stderr.isatty():
                 yield self
             else:
+                from rich import progress
                 from rich.console import Console
-                from rich.progress import (
-                    BarColumn,
-                    MofNCompleteColumn,
-                    Progress,
-                    TextColumn,
-                    TimeElapsedColumn,
-                    TimeRemainingColumn,
-                )
 
                 columns = (
-                    TextColumn("{task.description:<32}"),
-                    BarColumn(),
-                    MofNCompleteColumn(),
-                    TimeElapsedColumn(),
-                    TimeRemainingColumn(),
+                    progress.TextColumn("{task.description:<32}"),
+                    progress.BarColumn(),
+                    progress.MofNCompleteColumn(),
+                    progress.TimeElapsedColumn(),
+                    progress.TimeRemainingColumn(),
                 )
-                with Progress(*columns, console=Console(stderr=True)) as self._bars:
+                with progress.Progress(*columns, console=Console(stderr=True)) as self._bars:
                     yield self
         finally:
             self._bars = None
@@ -90,9 +77,9 @@ class Steps:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:  # asked twice: leave now; what is finished is on disk
+        if self._signal is not None:  # the second one: exit now; what is finished is on disk
             if self._bars is not None:
-                say("\x1b[?25h")  # the cursor, which the bars have hidden
+                say("\x1b[?25h")  # show the cursor, which the bars have hidden
             say(AT_ONCE)
             os._exit(Stopped.exit_code)
         self._signal = number
@@ -104,23 +91,28 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def hush() -> None:
-    """Keep the libraries below from talking over us; call before they are imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("COMPRESSED_TENSORS_LOG_DISABLED", "true")
-    # What CUDA would otherwise factor with (MAGMA) is slower, and prints advice to stdout.
-    os.environ.setdefault("TORCH_LINALG_PREFER_CUSOLVER", "1")
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep other libraries from printing and warning; enter before they are imported."""
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_VERBOSITY", "error"),
+        ("TQDM_DISABLE", "1"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("COMPRESSED_TENSORS_LOG_DISABLED", "true"),
+        # MAGMA, with which CUDA would otherwise factor, is slower and prints advice to stdout.
+        ("TORCH_LINALG_PREFER_CUSOLVER", "1"),
+    ):
+        os.environ.setdefault(name, value)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
+        yield
 
 
 def quiet_transformers() -> None:
-    """Turn off the loading bars of transformers (there is no environment variable for them)."""
+    """Turn off the loading bars of transformers, for which there is no environment variable."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -128,7 +120,7 @@ def quiet_transformers() -> None:
 
 
 def exit_code_of(error: BaseException, *, debug: bool) -> int:
-    """Print an error as its user should see it and return the exit code it stands for."""
+    """Print an error for the user and return its exit code."""
     if debug and not isinstance(error, KeyboardInterrupt):
         import traceback
 
@@ -143,15 +135,15 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
         for problem in error.problems:
             say(f"error[{problem.code}]: {problem}")
         return error.exit_code
-    if hasattr(error, "format_message"):  # typer's: the command line is wrong
+    if hasattr(error, "format_message"):  # typer's, about the command line
         return _usage(error)
-    if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `| head`
+    if isinstance(error, BrokenPipeError):  # the reader of our output is gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or "no details"
         say(
-            f"error[out-of-memory]: out of memory ({reason or 'no details'}); lower "
+            f"error[out-of-memory]: out of memory ({reason}); lower "
             "calibration.memory_limit_gib or use --device cpu, and the same command continues; "
             "or lower calibration.samples or length and pass --overwrite"
         )
@@ -159,13 +151,13 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
     text = " ".join(str(error).split())[:500]
     if isinstance(error, OSError) and error.errno is not None:
         say(
-            f"error[system]: the operating system reports {text}; check the disk and run the same "
-            "command again, it continues"
+            f"error: the operating system reports {text}; check the disk and run the same command "
+            "again, it continues"
         )
     elif not debug:
         say(
-            f"error[internal]: unexpected {type(error).__name__}: {text}; this is a fault of lrc: "
-            "run `lrc --debug ...` and report the traceback"
+            f"error[internal]: unexpected {type(error).__name__}: {text}; this is a bug in lrc: run "
+            "`lrc --debug ...` and report the traceback"
         )
     return 1
 
@@ -173,7 +165,7 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
 def _usage(error: Any) -> int:
     text = " ".join(error.format_message().split()).removesuffix(".")
     command = getattr(error.ctx, "command_path", "lrc")
-    if text:  # none where the help was shown instead
+    if text:  # none if the help was shown instead
         end = "" if text.endswith("?") else ";"
-        say(f"error[usage]: {text[0].lower()}{text[1:]}{end} `{command} --help` says what it takes")
+        say(f"error[usage]: {text[0].lower()}{text[1:]}{end} `{command} --help` lists its options")
     return int(error.exit_code)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Evaluate, Perplexity, Tasks
 

@@ -1,4 +1,4 @@
-"""The `lrc` command. Nothing heavy is imported here: `lrc --help` answers at once."""
+"""The `lrc` command. Heavy libraries are imported inside the commands: `lrc --help` is instant."""
 
 import json
 import signal
@@ -62,29 +62,29 @@ def plan(
     overrides: Overrides = None,
     device: Device = "auto",
     every: Annotated[
-        bool, typer.Option("--all", help="One row a matrix, not one for all layers alike.")
+        bool, typer.Option("--all", help="One row per matrix, even where layers are alike.")
     ] = False,
     sensitivity: Annotated[
         bool,
         typer.Option(
             "--sensitivity",
-            help="Calibrate, and show what every matrix is predicted to lose at its rank; `lrc "
-            "compress` goes on from there.",
+            help="Calibrate, and show the predicted loss of every matrix at its rank; `lrc "
+            "compress` continues from there.",
         ),
     ] = False,
     profile: Annotated[
         int | None,
         typer.Option(
-            help="With --sensitivity, which it implies: check the predictions on so many "
-            "calibration windows. It takes the whole dense model in float32, and runs it over the "
-            "windows twice a matrix.",
+            help="Also check the predictions on this many calibration windows; implies "
+            "--sensitivity. Loads the whole dense model in float32, and runs it over the windows "
+            "twice per matrix.",
             show_default=False,
         ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what a recipe would do; without --sensitivity no weight is touched."""
+    """Show what a recipe would do; without --sensitivity no weight is read."""
     from lrc.configs.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -113,7 +113,7 @@ def compress(
     overrides: Overrides = None,
     device: Device = "auto",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Throw away an earlier run in the output folder.")
+        bool, typer.Option("--overwrite", help="Delete an earlier run in the output folder.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -140,7 +140,7 @@ def compress(
     if missed is not None:
         raise missed
     if not (steps.taken or quiet):
-        console.say("finished earlier, nothing was left to do; --overwrite runs it again")
+        console.say("finished earlier, nothing to do; --overwrite runs it again")
 
 
 @app.command("eval")
@@ -158,11 +158,11 @@ def evaluate(
     ] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
     include_path: Annotated[
-        str | None, typer.Option(help="Folder of lm-eval task files of your own.")
+        str | None, typer.Option(help="Folder with your own lm-eval task files.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="First so many documents a task.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens a perplexity window.")] = 2048,
-    windows: Annotated[int | None, typer.Option(help="First so many windows.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task, at most.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per perplexity window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="Windows per text, at most.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -188,7 +188,11 @@ def evaluate(
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare every file with the hash it was written with.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare every file with its recorded hash.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -260,8 +264,8 @@ def _sensitivity(
     if not loaded.recipe.decompositions:
         raise RecipeError(
             [
-                "--sensitivity: shows what every matrix is predicted to lose, but no stage of this "
-                "recipe decomposes any; add a 'decompose' stage, or leave the option out"
+                "--sensitivity: shows the predicted losses of decompositions, but the recipe has "
+                "no 'decompose' stage; add one, or leave the option out"
             ]
         )
     samples = loaded.recipe.calibration.samples
@@ -316,13 +320,15 @@ def _print_json(value: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line and exit with the code the result stands for."""
-    console.hush()
+    """Run the command line and exit with its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from the first moment
     command = typer.main.get_command(app)
     try:
-        # Not app(): it would turn Ctrl-C into a code of its own, and draw boxes around errors.
-        with command.make_context("lrc", sys.argv[1:]) as context:
+        # Not app(): it would exit with a code of its own on Ctrl-C, and draw boxes around errors.
+        with (
+            console.quiet_libraries(),
+            command.make_context("lrc", sys.argv[1:]) as context,
+        ):
             command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as done:  # --help, --version

@@ -1,82 +1,95 @@
-"""How good models are, side by side, as tables."""
+"""Scores of models as tables, and the formatting that all tables share."""
 
+import sys
 from typing import Any
 
-from lrc.cli.cells import OUT, as_measured, as_number, as_size, new_table
+from rich.console import Console
+from rich.table import Table
+
+# A pipe or a file is not 80 columns wide.
+OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """Return a table without lines; the first column is flush left, the others right."""
+    table = Table(title=title or None, title_justify="left", header_style="bold", box=None)
+    for column in columns:
+        table.add_column(column, justify="right" if table.columns else "left", overflow="fold")
+    return table
+
+
+def as_size(n_bytes: int | None) -> str:
+    """Format bytes in a suitable unit."""
+    if n_bytes is None:
+        return "unknown"
+    if n_bytes < 2**20:
+        return f"{n_bytes / 2**10:.1f} KiB"
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def as_number(value: float | None) -> str:
+    """Format a perplexity; empty if None."""
+    return "" if value is None else f"{value:.3f}" if value < 1e4 else f"{value:.3e}"
+
+
+def as_score(value: float | None, error: float | None) -> str:
+    """Format a score with its standard error, if known; empty if None."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def print_comparison(evaluation: dict[str, Any]) -> None:
-    """Print what dense and compressed model score."""
-    rows = []
+    """Print the scores of the dense and the compressed model."""
+    table = new_table("quality", "", "dense", "compressed", "")
     for name, p in evaluation["perplexity"].items():
         change = "" if p["ratio"] is None else f"x {p['ratio']:.3f}"
-        rows.append(
-            (f"perplexity {name}", as_number(p["dense"]), as_number(p["compressed"]), change)
+        table.add_row(
+            f"perplexity {name}", as_number(p["dense"]), as_number(p["compressed"]), change
         )
     for task, metrics in evaluation["tasks"].items():
         for metric, v in metrics.items():
-            if not isinstance(v, dict):
-                continue
+            scores = [as_score(v[model], v["stderr"][model]) for model in ("dense", "compressed")]
             recovery = "" if v["recovery"] is None else f"{v['recovery']:.1f} % of dense"
-            rows.append(
-                (
-                    f"{task} {metric}",
-                    as_measured(v["dense"], v["stderr"]["dense"]),
-                    as_measured(v["compressed"], v["stderr"]["compressed"]),
-                    recovery,
-                )
-            )
-    if not rows:
-        return
-    table = new_table("quality")
-    for column in ("", "dense", "compressed", ""):
-        table.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        table.add_row(*row)
-    OUT.print(table)
+            table.add_row(f"{task} {metric}", *scores, recovery)
+    if table.rows:
+        OUT.print(table)
 
 
-def print_alternatives(report: dict[str, Any]) -> None:
-    """Print size against perplexity of the result and of plain alternatives, largest first."""
+def print_baselines(report: dict[str, Any]) -> None:
+    """Print size and perplexity of the result and of its baselines, largest first."""
     evaluation = report["evaluation"]
-    if not evaluation.get("alternatives"):  # reports of earlier versions have none
+    if not evaluation.get("baselines"):  # missing in reports of earlier versions
         return
     sizes = report["size"]["model"]["tensor_bytes"]
     texts = evaluation["perplexity"]
     rows = [
         (each["name"], each["bytes"], [each["perplexity"][text] for text in texts])
-        for each in evaluation["alternatives"]
+        for each in evaluation["baselines"]
     ]
     for name, key in (("dense", "dense"), ("[bold]this result[/]", "compressed")):
         values = [entry[key] for entry in texts.values()]
         if None not in values:
             rows.append((name, sizes[key], values))
-    table = new_table("beside plain alternatives")
-    for column in ("", "tensors", "of dense", *(f"perplexity {text}" for text in texts)):
-        table.add_column(column, justify="right" if column else "left")
+    columns = ["", "tensors", "of dense", *(f"perplexity {text}" for text in texts)]
+    table = new_table("comparison with baselines", *columns)
     for name, size, values in sorted(rows, key=lambda row: -row[1]):
         cells = ["not finite" if value is None else as_number(value) for value in values]
         table.add_row(name, as_size(size), f"{size / sizes['dense']:.1%}", *cells)
     OUT.print(table)
-    OUT.print(evaluation["verdict"])
+    OUT.print(evaluation["baseline_comparison"])
 
 
 def print_evaluation(blocks: dict[str, Any]) -> None:
-    """Print one column a checkpoint, one row a measure."""
-    table = new_table("")
-    table.add_column("")
-    for checkpoint in blocks:
-        table.add_column(checkpoint, justify="right", overflow="fold")
+    """Print the scores of several checkpoints, one column each."""
+    table = new_table("", "", *blocks)
     first = next(iter(blocks.values()))
     for name, p in first["perplexity"].items():
         cells = [as_number(block["perplexity"][name]["perplexity"]) for block in blocks.values()]
         table.add_row(f"perplexity {name} ({p['tokens']:,} tokens)", *cells)
     for task, metrics in first["tasks"].items():
-        for metric, v in metrics.items():
-            if not isinstance(v, dict):
-                continue
+        for metric in metrics:
             values = [block["tasks"][task][metric] for block in blocks.values()]
-            table.add_row(
-                f"{task} {metric}", *[as_measured(v["value"], v["stderr"]) for v in values]
-            )
+            cells = [as_score(v["value"], v["stderr"]) for v in values]
+            table.add_row(f"{task} {metric}", *cells)
     OUT.print(table)

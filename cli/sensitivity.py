@@ -1,4 +1,4 @@
-"""What matrices lose, predicted and measured, as tables of decoder layers by projections."""
+"""Predicted and measured losses of matrices, as tables of decoder layers by projections."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rich.measure import Measurement
 from rich.table import Table
 
-from lrc.cli.cells import OUT
+from lrc.cli.quality import OUT
 from lrc.cli.tables import print_warnings
 from lrc.compressors.compress.profile import Profile, spearman
 from lrc.compressors.planning.plan import Matrix, Plan
@@ -14,7 +14,7 @@ from lrc.compressors.planning.plan import Matrix, Plan
 
 @dataclass(frozen=True)
 class Quantity:
-    """A loss: its unit, what stands for several of them, how one is written and looked up."""
+    """A loss: its unit, how several are aggregated (sum or mean), format and lookup."""
 
     unit: str
     total: str
@@ -23,20 +23,20 @@ class Quantity:
 
 
 def _nats(value: float) -> str:
-    """Write seven characters, eight with a sign, and two digits that count at least."""
+    """Format with seven characters, eight with a sign, and at least two significant digits."""
     return f"{value:.5f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
-# Shares are of different energies: their sum would mean nothing.
+# Fractions refer to different energies, so their sum is meaningless.
 NATS = Quantity("nats a token", "sum", _nats, lambda m: m.predicted_nats)
 SHARE = Quantity("% of the energy", "mean", lambda x: f"{100 * x:.2f}", lambda m: m.loss)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Values of matrices by the number of the layer and the last part of the name.
+    """Values of matrices by layer and by the last part of the name.
 
-    A place is a layer and a column; None stands for all of them.
+    A cell is given by layer and column; None selects all of them.
     """
 
     matrices: list[Matrix]
@@ -61,112 +61,103 @@ class Grid:
         return order
 
     def at(self, layer: int | None, column: str | None) -> list[Matrix]:
-        """Return the matrices of a place."""
+        """Return the matrices of a cell."""
         return [m for m in self.matrices if layer in (None, m.layer) and column in (None, _leaf(m))]
 
     def total(self, layer: int | None = None, column: str | None = None) -> float | None:
-        """Return what the values of a place come to; None where there are none."""
+        """Return the aggregated value of a cell; None if it has none."""
         found = [self.values[m.name] for m in self.at(layer, column) if m.name in self.values]
         if not found:
             return None
-        return sum(found) if self.quantity.total == "sum" else sum(found) / len(found)
+        return sum(found) / (1 if self.quantity.total == "sum" else len(found))
 
     def text(self, layer: int | None = None, column: str | None = None) -> str:
-        """Return the total of a place as it is printed."""
+        """Return the formatted total of a cell."""
         total = self.total(layer, column)
         return "" if total is None else self.quantity.write(total)
 
     def size(self, layer: int | None, column: str | None) -> str:
-        """Return ranks of a cell as they are printed, and of what has none the share it keeps."""
+        """Return the formatted ranks of a cell, or the fraction kept of matrices without rank."""
         if layer is None or column is None:
             return ""
-        there = [m for m in self.at(layer, column) if m.sizes is not None]
-        ranks = [m.rank for m in there if m.rank is not None]
-        shares = [m.bits / m.source_bits for m in there if m.rank is None]
+        compressed = [m for m in self.at(layer, column) if m.sizes is not None]
+        ranks = [m.rank for m in compressed if m.rank is not None]
+        kept = sorted(m.bits / m.source_bits for m in compressed if m.rank is None)
         found = ["r" + "-".join(map(str, sorted({min(ranks), max(ranks)})))] if ranks else []
-        found += ["-".join(dict.fromkeys(f"{share:.0%}" for share in _ends(shares)))]
-        return " ".join(filter(None, found))
+        found += ["-".join(dict.fromkeys(f"{x:.0%}" for x in (kept[0], kept[-1])))] if kept else []
+        return " ".join(found)
 
     def kept(self, column: str | None) -> str:
-        """Return the share of the bits of a column that is kept."""
-        there = self.at(None, column)
-        return f"{sum(m.bits for m in there) / sum(m.source_bits for m in there):.1%}"
+        """Return the fraction of the bits of a column that is kept."""
+        matrices = self.at(None, column)
+        return f"{sum(m.bits for m in matrices) / sum(m.source_bits for m in matrices):.1%}"
 
 
 def print_sensitivity(plan: Plan) -> None:
-    """Print what every matrix loses by prediction, its rank, and what is kept of every column."""
+    """Print predicted loss and size of every matrix, and the bits kept of every column."""
     for quantity, matrices in _by_quantity(plan):
         title = f"predicted loss, {quantity.unit}"
         grid = Grid(matrices, _predicted(matrices, quantity), quantity)
-        both = _table(grid, grid.text, grid.size, kept=True)
         sizes = "rank" if all(m.rank for m in matrices if m.sizes) else "rank or share of the bits"
+        both = _table(grid, grid.text, grid.size, kept=True)
         if _fits(both):
             _print(f"{title}, and {sizes}", both)
         else:
             _print(title, _table(grid, grid.text, kept=True))
             _print(sizes, _table(grid, grid.size, totals=False))
         OUT.print(f"{quantity.total} of the predicted losses: {grid.text()} {quantity.unit}")
-    OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted matrices{_besides(plan)}")
+    embeddings = [f"{m.name} as {m.scheme}" for m in plan.outside]  # no loss is predicted for them
+    included = f", including {' and '.join(embeddings)}" if embeddings else ""
+    OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted matrices{included}")
     print_warnings(plan)
 
 
 def print_profile(plan: Plan, profile: Profile) -> None:
-    """Print how far every matrix alone moves the model, and how well that was predicted."""
+    """Print the measured effect of every matrix on the model, compared with the prediction."""
     for quantity, matrices in _by_quantity(plan):
         names = {m.name for m in matrices}
         real = {name: value for name, value in profile.divergences.items() if name in names}
         predicted = {
             name: value for name, value in _predicted(matrices, quantity).items() if name in real
         }
-        grid, beside = Grid(matrices, real, NATS), Grid(matrices, predicted, quantity)
+        measured, expected = Grid(matrices, real, NATS), Grid(matrices, predicted, quantity)
         title = f"measured divergence from the dense model, {NATS.unit}"
-        both = _table(grid, grid.text, beside.text)
+        both = _table(measured, measured.text, expected.text)
         if _fits(both):
             _print(f"{title}, and predicted", both)
-        else:  # the table before shows what was predicted
-            _print(title, _table(grid, grid.text))
+        else:  # the table before shows the predictions
+            _print(title, _table(measured, measured.text))
         if any(m.group not in (None, m.name) for m in matrices):
             OUT.print("matrices that share a factor count as one, in the row of the first")
         correlation = spearman(*profile.compared(predicted))
         OUT.print(
-            f"sum measured {grid.text()} {NATS.unit}, {quantity.total} predicted {beside.text()} "
-            f"{quantity.unit}"
+            f"sum measured {measured.text()} {NATS.unit}, {quantity.total} predicted "
+            f"{expected.text()} {quantity.unit}"
         )
         defined = "not defined" if correlation is None else f"{correlation:.3f}"
         OUT.print(f"rank correlation of measured and predicted (Spearman): {defined}")
     OUT.print(f"measured over {profile.tokens:,} tokens (--profile {profile.windows})")
     if profile.dense is not None:
         OUT.print(
-            f"the loss of the tokens that follow, dense {profile.dense:.4f}, rises by "
-            f"{sum(profile.rises.values()):.4f} {NATS.unit}, all matrices added"
+            f"cross-entropy of the text: dense {profile.dense:.4f}, increased by "
+            f"{sum(profile.rises.values()):.4f} {NATS.unit}, summed over the matrices"
         )
 
 
-def _besides(plan: Plan) -> str:
-    """Name what is counted and in no table: no loss is predicted of it."""
-    named = [f"{m.name} as {m.scheme}" for m in plan.outside]
-    return f", {' and '.join(named)} among them" if named else ""
-
-
 def _by_quantity(plan: Plan) -> list[tuple[Quantity, list[Matrix]]]:
-    """Part the matrices by what their methods can predict."""
-    two_sided = {m.method for m in plan.matrices if m.predicted_nats is not None}
+    """Split the matrices by the quantity that their methods can predict."""
+    in_nats = {m.method for m in plan.matrices if m.predicted_nats is not None}
     parts = [
-        (NATS, [m for m in plan.matrices if m.method in two_sided]),
-        (SHARE, [m for m in plan.matrices if m.method not in two_sided]),
+        (NATS, [m for m in plan.matrices if m.method in in_nats]),
+        (SHARE, [m for m in plan.matrices if m.method not in in_nats]),
     ]
     return [(quantity, matrices) for quantity, matrices in parts if matrices]
 
 
 def _predicted(matrices: list[Matrix], quantity: Quantity) -> dict[str, float]:
-    """Return the predictions by name; what stays dense loses nothing."""
+    """Return the predictions by name; dense matrices lose nothing."""
     known = {m.name: 0.0 if m.sizes is None else quantity.predicted(m) for m in matrices}
     return {name: value for name, value in known.items() if value is not None}
-
-
-def _ends(values: Sequence[float]) -> list[float]:
-    """Return the smallest and the largest value; nothing of nothing."""
-    return [min(values), max(values)] if values else []
 
 
 def _leaf(matrix: Matrix) -> str:
@@ -174,31 +165,29 @@ def _leaf(matrix: Matrix) -> str:
 
 
 def _print(title: str, table: Table) -> None:
-    OUT.print(title, style="italic")  # as a title of the table it could be wider than that
+    OUT.print(title, style="italic")  # as the table's own title it could widen the table
     OUT.print(table)
 
 
 def _table(
     grid: Grid,
     text: Callable[[int | None, str | None], str],
-    beside: Callable[[int | None, str | None], str] = lambda layer, column: "",
+    second: Callable[[int | None, str | None], str] = lambda layer, column: "",
     *,
     totals: bool = True,
     kept: bool = False,
 ) -> Table:
-    """Lay out `text` of every place, with the text of `beside` next to it."""
-    rows: list[int | None] = [*grid.layers]
-    columns: list[str | None] = [*grid.columns]
-    if totals:
-        rows, columns = [*rows, None], [*columns, None]
-    width = max(len(beside(row, column)) for row in rows for column in columns)
+    """Lay out `text` of every cell, followed by `second`."""
+    total: Sequence[None] = [None] if totals else []
+    rows, columns = [*grid.layers, *total], [*grid.columns, *total]
+    width = max(len(second(row, column)) for row in rows for column in columns)
 
     def cell(layer: int | None, column: str | None) -> str:
-        there = grid.at(layer, column)
-        if layer is not None and there and all(m.sizes is None for m in there):
+        matrices = grid.at(layer, column)
+        if layer is not None and matrices and all(m.sizes is None for m in matrices):
             return "dense"
-        next_to = f" [dim]{beside(layer, column):>{width}}[/]" if width else ""
-        return f"{text(layer, column)}{next_to}"
+        after = f" [dim]{second(layer, column):>{width}}[/]" if width else ""
+        return f"{text(layer, column)}{after}"
 
     table = Table(header_style="bold", box=None)
     table.add_column("layer", justify="right")

@@ -1,11 +1,10 @@
-"""Results as tables on stdout."""
+"""Plans, reports and checkpoints as tables on stdout."""
 
 import re
 from dataclasses import asdict
 from typing import Any
 
-from lrc.cli.cells import OUT, as_size, new_table
-from lrc.cli.quality import print_alternatives, print_comparison
+from lrc.cli.quality import OUT, as_size, new_table, print_baselines, print_comparison
 from lrc.compressors.estimate import Estimate
 from lrc.compressors.planning.plan import Matrix, Plan
 
@@ -13,17 +12,26 @@ LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 
 def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
-    """Print what will happen to the matrices, the totals, and what it will take.
+    """Print a plan: matrices, totals, and the estimated time, memory and disk space.
 
-    Matrices that differ in the number of their layer only share a row, unless `every` is set.
+    Matrices that differ only in the number of their layer share a row, unless `every` is set.
     """
     for cut in plan.slices:
         _print_cut(asdict(cut))
-    if not plan.targeted:
-        _print_whole(plan.to_json(), plan.compressed_bytes)
-        print_warnings(plan)
-        _print_estimate(expected)
-        return
+    if plan.targeted:
+        _print_matrices(plan, every=every)
+    _print_sizes(plan.to_json(), plan.compressed_bytes, matrices=bool(plan.targeted))
+    print_warnings(plan)
+    parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
+    OUT.print(
+        f"estimate: {parts}; memory {as_size(expected.memory_bytes)}; disk "
+        f"{as_size(expected.disk_bytes)} while it runs"
+    )
+    if expected.not_estimated:
+        OUT.print(f"not estimated: {', '.join(expected.not_estimated)}")
+
+
+def _print_matrices(plan: Plan, *, every: bool) -> None:
     methods = sorted({m.method for m in plan.targeted})
     one = f", {methods[0]}" if len(methods) == 1 else ""
     table = new_table(f"{plan.source} ({plan.architecture}, {plan.dtype}{one})")
@@ -48,23 +56,10 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     OUT.print(table)
     for allocation in sorted({m.pending for m in plan.matrices if m.pending}):
         OUT.print(f"pending: the {allocation} allocation will choose within the budget")
-    _print_sizes(plan.to_json(), plan.compressed_bytes)
-    print_warnings(plan)
-    _print_estimate(expected)
-
-
-def _print_estimate(expected: Estimate) -> None:
-    parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
-    OUT.print(
-        f"estimate: {parts}; memory {as_size(expected.memory_bytes)}; disk "
-        f"{as_size(expected.disk_bytes)} while it runs"
-    )
-    if expected.not_estimated:
-        OUT.print(f"not estimated: {', '.join(expected.not_estimated)}")
 
 
 def print_warnings(plan: Plan) -> None:
-    """Print what is planned although it is not advised."""
+    """Print what is planned but not advised."""
     for warning in plan.warnings:
         OUT.print(f"[yellow]warning[/]: {warning}")
 
@@ -72,10 +67,7 @@ def print_warnings(plan: Plan) -> None:
 def print_report(report: dict[str, Any], output: str) -> None:
     """Print the summary of a finished run."""
     size = report["size"]
-    table = new_table("size")
-    table.add_column("")
-    for column in ("dense", "compressed", "kept"):
-        table.add_column(column, justify="right")
+    table = new_table("size", "", "dense", "compressed", "kept")
     parameters, files = size["model"]["parameters"], size["model"]["file_bytes"]
     targeted = size["targeted"]
     table.add_row(
@@ -103,7 +95,7 @@ def print_report(report: dict[str, Any], output: str) -> None:
     if size["source"]["quantized"]:
         OUT.print(f"the source file is itself quantized: {as_size(size['source']['file_bytes'])}")
     print_comparison(report["evaluation"])
-    print_alternatives(report)
+    print_baselines(report)
     fallbacks = [layer for layer in report["layers"] if layer["fallback"]]
     for layer in fallbacks[:10]:
         OUT.print(f"[yellow]fallback[/]: {layer['name']}: {layer['fallback']}")
@@ -119,11 +111,8 @@ def print_report(report: dict[str, Any], output: str) -> None:
 
 def print_inspection(facts: dict[str, Any]) -> None:
     """Print the facts of a checkpoint."""
-    table = new_table(f"{facts['path']} ({facts['architecture']})")
-    if facts["modules"]:
-        table.add_column("matrix", overflow="fold")
-        for column in ("shape", "form", "size"):
-            table.add_column(column, justify="right")
+    columns = ("matrix", "shape", "form", "size") if facts["modules"] else ()
+    table = new_table(f"{facts['path']} ({facts['architecture']})", *columns)
     for m in sorted(facts["modules"], key=lambda m: _natural(m["name"])):
         form = " ".join(filter(None, [m["form"], m["pattern"], m["scheme"]]))
         table.add_row(m["name"], f"{m['shape'][0]} x {m['shape'][1]}", form, m["written"])
@@ -148,7 +137,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
 
 
 def _form(m: Matrix) -> str:
-    """Return form and pattern of a matrix and why it stays dense, or what it may become."""
+    """Return form and pattern of a matrix, and the reason if it stays dense."""
     if m.pending and m.method == "mixed":
         return " ".join(filter(None, ["any", m.scheme]))
     form = " ".join(filter(None, [m.form, m.pattern, m.scheme]))
@@ -156,7 +145,7 @@ def _form(m: Matrix) -> str:
 
 
 def _alike(matrices: list[Matrix], *, every: bool) -> dict[tuple[str, ...], list[Matrix]]:
-    """Group matrices by name without layer number, and everything the table shows of them."""
+    """Group matrices by name without layer number and all other cells of their row."""
     groups: dict[tuple[str, ...], list[Matrix]] = {}
     for m in matrices:
         name = m.name if every else LAYER_NUMBER.sub(".*.", m.name, count=1)
@@ -166,17 +155,17 @@ def _alike(matrices: list[Matrix], *, every: bool) -> dict[tuple[str, ...], list
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Order layer 10 behind layer 9."""
+    """Sort layer 10 after layer 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _print_cut(cut: dict[str, Any]) -> None:
-    """Print what a slicing stage makes of the numbers in the config, and of the size."""
+    """Print what a slicing stage changes in the config, and the size."""
     numbers = {key: each for key, each in cut["config"].items() if isinstance(each[1], int)}
     changes = [f"{key} {before} -> {after}" for key, (before, after) in numbers.items()]
     shapes = cut["config"].get("shapes", [None, None])[1]
     if shapes:
-        changes.append(f"{len(shapes)} linears of shapes of their own")
+        changes.append(f"{len(shapes)} linears with individual shapes")
     for key, each in cut["facts"].items():
         if isinstance(each, list) and len(each) == 2 and isinstance(each[1], list):
             changes.append(f"{key} {each[0]} -> {min(each[1])} to {max(each[1])}")
@@ -187,18 +176,14 @@ def _print_cut(cut: dict[str, Any]) -> None:
         OUT.print(f"pending: {cut['facts']['pending']}; shown is an even split of the same size")
 
 
-def _print_sizes(plan: dict[str, Any], compressed_bytes: int) -> None:
+def _print_sizes(plan: dict[str, Any], compressed_bytes: int, *, matrices: bool) -> None:
     totals = plan["totals"]
-    pending = any(m["pending"] for m in plan["matrices"])
-    OUT.print(
-        f"targeted matrices: {as_size(totals['source_bits'] // 8)} -> "
-        f"{as_size(totals['bits'] // 8)} ({'budget' if pending else 'kept'} {totals['kept']:.1%})"
-    )
-    _print_whole(plan, compressed_bytes)
-
-
-def _print_whole(plan: dict[str, Any], compressed_bytes: int) -> None:
-    totals = plan["totals"]
+    if matrices:
+        kind = "budget" if any(m["pending"] for m in plan["matrices"]) else "kept"
+        OUT.print(
+            f"targeted matrices: {as_size(totals['source_bits'] // 8)} -> "
+            f"{as_size(totals['bits'] // 8)} ({kind} {totals['kept']:.1%})"
+        )
     OUT.print(
         f"whole model: {as_size(totals['dense_bytes'])} -> {as_size(compressed_bytes)}, "
         f"{totals['dense_parameters']:,} -> {totals['compressed_parameters']:,} parameters"

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_windows import take_windows
-from lrc.compressors.calibrate.states import state_files
 from lrc.compressors.checkpoint.writer import new_folder
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, Machine
@@ -114,7 +114,7 @@ class Lineage:
                 if self.prepared.source.spec.trust_remote_code:
                     for code in self.prepared.source.folder.glob("*.py"):
                         shutil.copy(code, folder)
-            self.journal.forget(*state_files(self.journal))
+            self.journal.forget(*cache_files(self.journal))
         return [
             replace(
                 cut,

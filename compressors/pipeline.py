@@ -3,7 +3,7 @@
 from typing import Any
 
 from lrc.compressors import report
-from lrc.compressors.calibrate.states import state_files
+from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.compress.profile import Profile
 from lrc.compressors.evaluate import check_gates, check_texts
 from lrc.compressors.io.machine import Machine
@@ -42,7 +42,7 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
                 plan = run.allocate()
                 plan = run.decompose(plan)
                 run.save(plan, loaded)
-            run.journal.forget("statistics", "energies", *state_files(run.journal))
+            run.journal.forget("statistics", "energies", *cache_files(run.journal))
             evaluation = run.evaluate()
             result = report.write(
                 prepared, run.journal, evaluation, run.clock.seconds, machine.chosen

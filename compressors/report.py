@@ -19,9 +19,10 @@ from jinja2 import Environment, StrictUndefined
 from lrc.compressors.calibrate.calibration_windows import provenance
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.reader import is_plain
-from lrc.compressors.evaluate.baselines import Targets, plan_alternative
+from lrc.compressors.evaluate.baselines import Targets, plan_baseline
 from lrc.compressors.io.journal import Journal, write_text
 from lrc.compressors.layers import FORMS
+from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.planning.required_statistics import method_needs
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.slicing import METHODS as SLICERS
@@ -37,7 +38,7 @@ SCHEMA = {
     "size.model.file_bytes.{dense,compressed}": "safetensors files; dense: at the recipe's dtype",
     "size.model.tensor_bytes.{dense,compressed}": "the same without the headers of the files",
     "size.source.{file_bytes,quantized}": "the weights as the source stores them; null if on a Hub",
-    "size.alternatives.NAME": "bytes of plain forms of the same model, counted",
+    "size.baselines.NAME": "bytes of the same model, quantized by round-to-nearest, calculated",
     "slices[].{stage,method}": "one record a slicing stage",
     "slices[].{parameters,bytes,config}": "before and after; of the config what changes",
     "slices[].facts": "what the method had to decide, such as the layers that went",
@@ -52,10 +53,10 @@ SCHEMA = {
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
     "evaluation.tasks.NAME.METRIC": "dense, compressed, stderr, recovery in percent of dense",
-    "evaluation.alternatives[].{name,how}": "one record a plain form of the same matrices",
-    "evaluation.alternatives[].{bytes,kept}": "tensors of the whole model; as size.targeted.kept",
-    "evaluation.alternatives[].perplexity.NAME": "measured in this run; null if not finite",
-    "evaluation.verdict": "which wins, result or alternative: one sentence; null without any",
+    "evaluation.baselines[].{name,how}": "the same matrices compressed without calibration",
+    "evaluation.baselines[].{bytes,kept}": "tensors of the whole model; as size.targeted.kept",
+    "evaluation.baselines[].perplexity.NAME": "measured in this run; null if not finite",
+    "evaluation.baseline_comparison": "which wins, result or baseline: one sentence, or null",
     "timing.seconds.STAGE": "wall time, summed over the runs that an interrupted one took",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
@@ -183,16 +184,33 @@ def _size(plan: dict[str, Any], checkpoint: Path, prepared: Prepared) -> dict[st
             "file_bytes": plan["source_file_bytes"],
             "quantized": plan["source_quantized"],
         },
-        "alternatives": _alternatives(plan, prepared),
+        "baselines": _baseline_bytes(plan, prepared),
     }
 
 
-def _alternatives(plan: dict[str, Any], prepared: Prepared) -> dict[str, int]:
-    """Count the bytes of plain quantization of the same matrices, so that a size can be judged."""
-    targets = Targets.of(plan, prepared.dense, prepared.source.dtype)
+def baseline_targets(plan: dict[str, Any], dense: Architecture, dtype: torch.dtype) -> Targets:
+    """Read the targets of baselines from an executed plan.
+
+    Slices change every linear of the `dense` model; `dtype` is that of the dense model's file.
+    """
+    if plan.get("slices"):
+        shapes = {linear.name: (linear.d_out, linear.d_in) for linear in dense.linears}
+    else:
+        shapes = {m["name"]: (m["shape"][0], m["shape"][1]) for m in plan["matrices"]}
+    for m in plan.get("outside", []):  # a slice may have made it narrower, or untied a head
+        stored = dense.tied.get(f"{m['name']}.weight", f"{m['name']}.weight")
+        d_out, d_in = dense.model.get_parameter(stored).shape
+        shapes[stored.removesuffix(".weight")] = d_out, d_in
+    totals = plan["totals"]
+    return Targets(shapes, dtype, totals["dense_bytes"], totals["compressed_bytes"])
+
+
+def _baseline_bytes(plan: dict[str, Any], prepared: Prepared) -> dict[str, int]:
+    """Return the bytes of two baselines, for comparison where none is measured."""
+    targets = baseline_targets(plan, prepared.dense, prepared.source.dtype)
     return {
-        "int8_per_channel": plan_alternative("int8", targets).bytes,
-        "int4_groups_of_64": plan_alternative("int4-g64", targets).bytes,
+        "int8_per_channel": plan_baseline("int8", targets).bytes,
+        "int4_groups_of_64": plan_baseline("int4-g64", targets).bytes,
     }
 
 

@@ -12,15 +12,16 @@ import torch
 
 from lrc.compressors import report
 from lrc.compressors.calibrate import statistics
-from lrc.compressors.calibrate.prefix import CompressedPrefix
-from lrc.compressors.calibrate.states import state_files
+from lrc.compressors.calibrate.activation_cache import cache_files
+from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.checkpoint.assemble import write_checkpoint
+from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
 from lrc.compressors.checkpoint.writer import new_folder
 from lrc.compressors.compress.embeddings import round_outside
 from lrc.compressors.compress.layerwise import decompose, executed, factors_file
 from lrc.compressors.compress.profile import Profile, profile_plan
 from lrc.compressors.corpus import fingerprint
-from lrc.compressors.evaluate.evaluator import Judge
+from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.io.journal import Journal, open_journal, write_text
 from lrc.compressors.io.machine import Clock, Machine
 from lrc.compressors.model_versions import Lineage
@@ -84,7 +85,7 @@ class Run:
                 memory_limit_gib=calibration.memory_limit_gib,
                 on_step=self.machine.on_step,
             )
-            self.journal.forget(*state_files(self.journal))
+            self.journal.forget(*cache_files(self.journal))
 
     def allocate(self) -> Plan:
         """Fill in the ranks that shapes did not tell; the plan is written for people to edit."""
@@ -164,9 +165,23 @@ class Run:
             )
 
     def evaluate(self) -> dict[str, Any]:
-        """Judge dense and compressed model, and what plain means would have given."""
-        judge = Judge(self.lineage)
-        return judge.beside_alternatives(judge.evaluate())
+        """Score the dense and the compressed model and the baselines."""
+        lineage, recipe = self.lineage, self.prepared.recipe
+        evaluator = Evaluator(
+            recipe.evaluate,
+            recipe.seed,
+            self.journal,
+            self.clock,
+            self.machine.on_step,
+            load_tokenizer=lambda: load_tokenizer(self._checkpoint),
+            load_dense=lambda: lineage.load_dense(lineage.dtype),
+            load_compressed=lambda: load_checkpoint(
+                self._checkpoint, dtype=lineage.dtype, device=self.machine.chosen
+            ),
+        )
+        plan = self.journal.read_json("executed.json")
+        targets = report.baseline_targets(plan, self.prepared.dense, self.prepared.source.dtype)
+        return evaluator.add_baselines(evaluator.evaluate(), targets)
 
     @property
     def _checkpoint(self) -> Path:
@@ -187,12 +202,12 @@ class Run:
     def _known(self, matrix: Matrix) -> Statistics:
         return statistics.load(self.journal, matrix.layer, matrix.name)
 
-    def _prefix(self, plan: Plan) -> CompressedPrefix | None:
+    def _prefix(self, plan: Plan) -> SequentialCalibration | None:
         recipe = self.prepared.recipe
         refitted = {m.layer for m in plan.matrices if compensation(m, recipe)}
         if all(self.journal.has(factors_file(layer)) for layer in refitted):
             return None
-        return CompressedPrefix(
+        return SequentialCalibration(
             self.lineage.architecture,
             self.lineage.reader,
             self.lineage.windows(),

@@ -9,6 +9,7 @@ import gc
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -154,7 +155,7 @@ class Ended:
         """
         assert (self.code, self.out) == (exit_code, ""), self.err
         assert "Traceback" not in self.err
-        assert "fault of lrc" not in self.err
+        assert "bug in lrc" not in self.err
         assert len(self.errors) == count, self.err
         about = [e for e in self.errors if e.startswith(f"error[{code}" + "]: " * bool(code))]
         about = [e for e in about if f": {where}: " in e or not where]
@@ -177,7 +178,7 @@ def lrc(
     from lrc.cli.main import main
 
     gc.freeze()  # the pipeline collects garbage after every stage: leave out what imports made
-    monkeypatch.setattr(console, "hush", lambda: None)  # it sets variables for the whole process
+    monkeypatch.setattr(console, "quiet_libraries", nullcontext)  # warnings stay errors
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     threads = torch.get_num_threads()

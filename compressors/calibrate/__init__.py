@@ -1,1 +1,1 @@
-"""Tokens in, statistics per linear layer out: streamed, additive, resumable."""
+"""Collect statistics of linear layers on calibration windows: layer by layer, resumable."""

@@ -1,19 +1,20 @@
-"""The calibration windows of a run: drawn once, kept in the journal."""
+"""The calibration windows of a run: from a text or sampled from the model, kept in the journal."""
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.calibrate.sampling import sample_windows
 from lrc.compressors.corpus import calibration_windows, check_vocabulary, default_bos
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.configs.recipe import Calibration
 
 FILE = "windows.safetensors"
+SAMPLED_TOGETHER = 16
 
 
 def take_windows(
@@ -26,23 +27,24 @@ def take_windows(
     dense: Callable[[], Any],
     on_step: OnStep,
 ) -> Tensor:
-    """Return the windows [samples, length] that statistics are taken over.
+    """Return the windows [samples, length] that statistics are collected on.
 
     Parameters
     ----------
     embedding : Embedding
-        Of the model: it must have a row for every token.
+        Of the model; must have a row for every token.
     dense : callable
-        Loads the whole dense model; called for the source ``self`` only, which samples from it.
+        Loads the whole dense model; called only for the source ``self``, which samples from it.
     """
     if not journal.has(FILE):
         generator = torch.Generator().manual_seed(seed)
+        bos = default_bos(tokenizer)
         if calibration.source == "self":
             tokens = sample_windows(
                 dense(),
                 samples=calibration.samples,
                 length=calibration.length,
-                bos=default_bos(tokenizer),
+                bos=bos,
                 generator=generator,
                 on_step=on_step,
             )
@@ -56,7 +58,7 @@ def take_windows(
                 "text_tokens": windows.text_tokens,
             }
         check_vocabulary(tokens, embedding)
-        facts["bos"] = default_bos(tokenizer) is not None
+        facts["bos"] = bos is not None
         facts["tokens"] = tokens.numel()
         facts["tokens_sha256"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         journal.write_tensors(FILE, {"tokens": tokens}, {"facts": facts})
@@ -64,8 +66,52 @@ def take_windows(
 
 
 def provenance(journal: Journal) -> dict[str, Any] | None:
-    """Return where the windows come from, for the report; None if none were needed."""
+    """Return the source of the windows, for the report; None if none were needed."""
     if not journal.has(FILE):
         return None
     facts: dict[str, Any] = journal.read_facts(FILE)["facts"]
     return facts
+
+
+@torch.inference_mode()
+def sample_windows(
+    model: Any,
+    *,
+    samples: int,
+    length: int,
+    bos: int | None,
+    generator: torch.Generator,
+    on_step: OnStep,
+) -> Tensor:
+    """Sample windows [samples, length] of tokens (int64) from a model at temperature 1.
+
+    The idea of LLM-QAT (arXiv:2305.17888): generated text is close to the training data.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    bos : int or None
+        First token of every window; None draws it uniformly from the vocabulary.
+    generator : torch.Generator
+        On the CPU, so that every device samples from the same random numbers.
+    """
+    # transformers 5.24 calls it `cache` and warns about the name that it had before.
+    parameters = inspect.signature(type(model).forward).parameters
+    key = "cache" if "cache" in parameters else "past_key_values"
+    windows = []
+    for start in range(0, samples, SAMPLED_TOGETHER):
+        count = min(SAMPLED_TOGETHER, samples - start)
+        if bos is None:
+            tokens = torch.randint(model.config.vocab_size, (count, 1), generator=generator)
+        else:
+            tokens = torch.full((count, 1), bos)
+        cache = None
+        while tokens.shape[1] < length:
+            out = model(tokens[:, -1:].to(model.device), use_cache=True, **{key: cache})
+            cache = out.past_key_values
+            p = out.logits[:, -1].float().softmax(-1).cpu()  # [count, vocabulary]
+            last = torch.multinomial(p, 1, generator=generator)
+            tokens = torch.cat([tokens, last], dim=1)
+        windows.append(tokens)
+        on_step("sample", start + count, samples)
+    return torch.cat(windows)

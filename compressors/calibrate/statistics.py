@@ -1,33 +1,46 @@
-"""Statistics of every targeted linear: up through the model for inputs, down for gradients."""
+"""Collect statistics of the targeted linears: forward pass for inputs, backward for gradients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.calibrate.gradients import GRADIENT_NEEDS, descend_layer, start_at_logits
-from lrc.compressors.calibrate.inputs import InputSums, Needs, apply_layer
-from lrc.compressors.calibrate.labels import Labels
-from lrc.compressors.calibrate.layer_stream import LayerCall, LayerStream
-from lrc.compressors.calibrate.states import Chain, Tape
+from lrc.compressors.calibrate.activation_cache import ActivationCache, ActivationCheckpoints
+from lrc.compressors.calibrate.calibration_passes import (
+    Labels,
+    backward_head,
+    backward_layer,
+    forward_layer,
+)
+from lrc.compressors.calibrate.layer_executor import (
+    LayerCall,
+    LayerExecutor,
+    batch_size,
+    batches,
+)
+from lrc.compressors.calibrate.statistic_table import (
+    BACKWARD,
+    FORWARD,
+    Required,
+    build_statistics,
+    sum_names,
+)
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.memory import to_host
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep, to_host
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.solvers.linalg import tensor_cores
-from lrc.compressors.solvers.moments import Moment, Statistics
-
-# Enough tokens a batch to keep matrix products efficient, few enough to keep attention small.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+from lrc.compressors.solvers.moments import Statistics
 
 
 def collect(
     architecture: Architecture,
     reader: WeightReader,
     tokens: Tensor,
-    needs: Needs,
+    required: Required,
     journal: Journal,
     *,
     labels: Labels,
@@ -36,51 +49,57 @@ def collect(
     memory_limit_gib: float,
     on_step: OnStep,
 ) -> None:
-    """Write what the targeted linears' methods need to know to the journal, layer by layer.
-
-    Inputs and gradients are those of the dense model.
+    """Write the required statistics of the dense model's linears to the journal, layer by layer.
 
     Parameters
     ----------
     tokens : Tensor, shape [n_windows, length]
         Calibration windows, int64.
-    needs : mapping of str to collection of str
-        Linear -> what to collect; layers without any are only passed through.
+    required : mapping of str to collection of str
+        Linear -> statistics to collect; layers without any are only passed through.
     labels, seed
-        As for `start_at_logits`.
+        As for `backward_head`.
     on_step : callable
-        Told (stage, layers done, layers) after each layer; what it raises stops the work there.
+        Called with (stage, layers done, layers) after each layer; may raise to stop.
 
     Raises
     ------
     ModelError
         If hidden states, inputs or gradients are not finite; names the layer.
     """
-    work = _Collection(
-        architecture, reader, tokens, needs, journal, device, memory_limit_gib, on_step
+    layer_of = {linear.name: linear.layer for linear in architecture.linears}
+    by_layer: list[dict[str, Collection[str]]] = [{} for _ in architecture.layer_names]
+    for name, names in required.items():
+        if names:
+            by_layer[layer_of[name]][name] = names
+    run = _Collection(
+        LayerExecutor(architecture, reader, device=device, dtype=torch.float32),
+        tokens,
+        batch_size(len(tokens), tokens.shape[1], device),
+        by_layer,
+        journal,
+        memory_limit_gib,
+        on_step,
     )
     with tensor_cores() if device.startswith("cuda") else nullcontext():
-        work.run(labels, seed)
+        run.run(labels, seed)
 
 
 def load(journal: Journal, layer: int, name: str) -> Statistics:
-    """Return what calibration knows of one linear; empty if it saw no token."""
-    up, down = inputs_file(layer), gradients_file(layer)
-    if not journal.has(up):
+    """Return the statistics of one linear; empty if none were collected."""
+    file = inputs_file(layer)
+    if not journal.has(file):
         return Statistics()
-    facts = journal.read_facts(up)
-    if name not in facts["leaders"]:
+    facts = journal.read_facts(file)
+    leader = facts["leaders"].get(name)
+    if leader is None:
         return Statistics()
-    known = journal.read_tensors(up, _keys(name, facts["leaders"][name]))
-    learnt = journal.read_tensors(down, _keys(name, name)) if journal.has(down) else {}
-    return Statistics(
-        facts["n_tokens"],
-        inputs=_moment(known, "inputs"),
-        gradients=_moment(learnt, "gradients"),
-        input_mean=known.get("input_mean"),
-        input_magnitude=known.get("input_magnitude"),
-        row_fisher=learnt.get("row_fisher"),
+    forward = journal.read_tensors(file, sum_names(FORWARD, name, leader))
+    file = gradients_file(layer)
+    backward = (
+        journal.read_tensors(file, sum_names(BACKWARD, name, leader)) if journal.has(file) else {}
     )
+    return build_statistics(facts["n_tokens"], forward, backward)
 
 
 def inputs_file(layer: int) -> str:
@@ -93,54 +112,49 @@ def gradients_file(layer: int) -> str:
     return f"statistics/gradients-{layer:04d}.safetensors"
 
 
+@dataclass(frozen=True)
 class _Collection:
-    """One run over the calibration windows: up, and down if a method asks for gradients."""
+    """One run over the calibration windows: forward, and backward if gradients are required."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        reader: WeightReader,
-        tokens: Tensor,
-        needs: Needs,
-        journal: Journal,
-        device: str,
-        limit_gib: float,
-        on_step: OnStep,
-    ) -> None:
-        self.architecture, self.tokens, self.journal = architecture, tokens, journal
-        self.device, self.limit_gib, self.on_step = device, limit_gib, on_step
-        self.n_layers = len(architecture.layer_names)
-        layer_of = {linear.name: linear.layer for linear in architecture.linears}
-        self.needs: list[Needs] = [
-            {name: asked for name, asked in needs.items() if layer_of[name] == index}
-            for index in range(self.n_layers)
-        ]
-        self.batch = batch_size(len(tokens), tokens.shape[1], device)
-        self.stream = LayerStream(architecture, reader, device=device, dtype=torch.float32)
-        self.dtype = next(iter(architecture.stored_parameters().values())).dtype
+    executor: LayerExecutor
+    tokens: Tensor
+    batch: int
+    required: Sequence[Required]
+    """By layer."""
+    journal: Journal
+    limit_gib: float
+    on_step: OnStep
 
     def run(self, labels: Labels, seed: int) -> None:
-        asked = [i for i, needs in enumerate(self.needs) if _of_gradients(needs)]
-        descends = not all(self._known(gradients_file, index) for index in asked)
-        ascends = not all(self._known(inputs_file, index) for index in range(self.n_layers))
-        if not (ascends or descends):
+        differentiated = [
+            index
+            for index, required in enumerate(self.required)
+            if any({*BACKWARD} & {*names} for names in required.values())
+        ]
+        n_layers, device = len(self.required), self.executor.device
+        backward = not all(self._collected(gradients_file, index) for index in differentiated)
+        forward = not all(self._collected(inputs_file, index) for index in range(n_layers))
+        if not (forward or backward):
             return
-        with self.stream.around_layers():
-            calls = self.stream.trace(self.tokens[: self.batch])
-            width = self.stream.embed(self.tokens[:1]).shape[-1]
+        with self.executor.around_layers():
+            calls = self.executor.trace(self.tokens, self.batch)
+            width = self.executor.embed(self.tokens[:1]).shape[-1]
         shape = (*self.tokens.shape, width)
-        states = Chain(self.journal, "states", shape, self.limit_gib, self.device)
-        if not descends:
-            self._ascend(states, calls, None)
+        states = ActivationCache(self.journal, "states", shape, self.limit_gib, device)
+        if not backward:
+            self._forward(states, calls, None)
             return
-        gradients = Chain(self.journal, "gradients", shape, self.limit_gib, self.device)
+        gradients = ActivationCache(self.journal, "gradients", shape, self.limit_gib, device)
         resumed = gradients.resume()
-        left = self.n_layers - gradients.done  # layers still to descend
-        tape = Tape(self.journal, left, shape, self.dtype, self.limit_gib, self.device)
-        self._ascend(states, calls[:left], tape)
+        left = n_layers - gradients.done
+        dtype = next(iter(self.executor.architecture.stored_parameters().values())).dtype
+        checkpoints = ActivationCheckpoints(
+            self.journal, left, shape, dtype, self.limit_gib, device
+        )
+        self._forward(states, calls[:left], checkpoints)
         if not resumed:
-            start_at_logits(
-                self.stream,
+            backward_head(
+                self.executor,
                 calls[-1],
                 states.tensor,
                 self.tokens,
@@ -149,87 +163,63 @@ class _Collection:
                 seed=seed,
             )
         del states
-        self._descend(gradients, calls, tape, stop=asked[0])
+        self._backward(gradients, calls, checkpoints, stop=differentiated[0])
 
-    def _ascend(self, states: Chain, calls: list[LayerCall], tape: Tape | None) -> None:
-        # The tape needs every layer's input: with one, a snapshot from half-way is of no use.
-        if tape is not None or not states.resume():
-            with self.stream.around_layers():
-                for start in range(0, len(self.tokens), self.batch):
-                    rows = slice(start, start + self.batch)
-                    states.tensor[rows] = self.stream.embed(self.tokens[rows])
+    def _forward(
+        self,
+        states: ActivationCache,
+        calls: list[LayerCall],
+        checkpoints: ActivationCheckpoints | None,
+    ) -> None:
+        # Checkpoints need every layer's input, so a snapshot from half-way is of no use then.
+        if checkpoints is not None or not states.resume():
+            with self.executor.around_layers():
+                for rows in batches(len(self.tokens), self.batch):
+                    states.tensor[rows] = self.executor.embed(self.tokens[rows])
+        n_layers = len(self.required)
         for index in range(states.done, len(calls)):
-            if tape is not None:
-                tape.write(index, states.tensor)
-            known = self._known(inputs_file, index)
-            sums = apply_layer(
-                self.stream,
-                self.architecture,
-                index,
-                calls[index],
-                states.tensor,
-                self.batch,
-                {} if known else self.needs[index],
-            )
-            if not known:
-                self._write_inputs(index, sums)
-            states.finish_layer(save=tape is None and index < self.n_layers - 1)
-            self.on_step("calibrate", index + 1, self.n_layers)
+            if checkpoints is not None:
+                checkpoints.write(index, states.tensor)
+            call, hidden = calls[index], states.tensor
+            collected = self._collected(inputs_file, index)
+            required = {} if collected else self.required[index]
+            statistics = forward_layer(self.executor, index, call, hidden, self.batch, required)
+            if not collected:
+                leaders = {n: group[0] for group in call.groups for n in group if n in required}
+                facts = {"leaders": leaders, "n_tokens": self.tokens.numel()}
+                self._write(inputs_file(index), statistics.sums, facts)
+            states.finish_layer(save=checkpoints is None and index < n_layers - 1)
+            self.on_step("calibrate", index + 1, n_layers)
 
-    def _descend(self, gradients: Chain, calls: list[LayerCall], tape: Tape, stop: int) -> None:
-        total = self.n_layers - stop
-        for index in range(self.n_layers - 1 - gradients.done, stop - 1, -1):
-            known = self._known(gradients_file, index)
-            sums = descend_layer(
-                self.stream,
-                self.architecture,
+    def _backward(
+        self,
+        gradients: ActivationCache,
+        calls: list[LayerCall],
+        checkpoints: ActivationCheckpoints,
+        stop: int,
+    ) -> None:
+        n_layers = len(self.required)
+        for index in range(n_layers - 1 - gradients.done, stop - 1, -1):
+            collected = self._collected(gradients_file, index)
+            statistics = backward_layer(
+                self.executor,
                 index,
                 calls[index],
-                tape,
-                gradients,
+                checkpoints,
+                gradients.tensor,
                 self.batch,
-                {} if known else self.needs[index],
+                {} if collected else self.required[index],
             )
-            if not known:
-                self._write(gradients_file(index), sums, {})
+            if not collected:
+                self._write(gradients_file(index), statistics.sums, {})
             gradients.finish_layer(save=index > stop)
-            self.on_step("gradients", gradients.done, total)
+            self.on_step("gradients", gradients.done, n_layers - stop)
 
-    def _known(self, file: Callable[[int], str], index: int) -> bool:
-        """Say whether a layer has nothing left to be asked."""
-        return not self.needs[index] or self.journal.has(file(index))
+    def _collected(self, file: Callable[[int], str], index: int) -> bool:
+        """Return whether nothing is left to collect for a layer in a pass."""
+        return not self.required[index] or self.journal.has(file(index))
 
-    def _write_inputs(self, index: int, sums: InputSums) -> None:
-        facts = {"leaders": sums.leaders, "n_tokens": self.tokens.numel()}
-        self._write(inputs_file(index), sums.sums, facts)
-
-    def _write(self, file: str, sums: Mapping[str, Tensor], facts: dict[str, object]) -> None:
+    def _write(self, file: str, sums: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
         tensors = {key: to_host(total) for key, total in sums.items()}
-        # A safetensors file wants at least one tensor.
+        # A safetensors file needs at least one tensor.
         self.journal.write_tensors(file, tensors or {"none": torch.zeros(1)}, facts)
-
-
-def _of_gradients(needs: Needs) -> bool:
-    return any(GRADIENT_NEEDS & set(asked) for asked in needs.values())
-
-
-def _keys(name: str, leader: str) -> dict[str, str]:
-    """Map the tensors of a statistics file to what they are for one linear."""
-    own = {f"{name}.{what}": what for what in ("image", "gradients", "row_fisher")}
-    shared = ("inputs", "diagonal", "input_mean", "input_magnitude")
-    return own | {f"{leader}.{what}": what for what in shared}
-
-
-def _moment(known: Mapping[str, Tensor], full: str) -> Moment | None:
-    if "diagonal" not in known or not {full, "image"} & set(known):
-        return None
-    return Moment(known["diagonal"], full=known.get(full), image=known.get("image"))
-
-
-def batch_size(n_windows: int, length: int, device: str) -> int:
-    """Choose the largest divisor of the number of windows that stays within the token budget.
-
-    A divisor, because the masks recorded in the trace have the batch's shape.
-    """
-    limit = max(1, BATCH_TOKENS["cuda" if device.startswith("cuda") else "cpu"] // length)
-    return max(b for b in range(1, min(limit, n_windows) + 1) if n_windows % b == 0)

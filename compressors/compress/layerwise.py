@@ -17,7 +17,7 @@ from lrc.compressors.compress.group import (
 )
 from lrc.compressors.compress.solve import compress_group, refit_dense
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.required_statistics import solver_statistics

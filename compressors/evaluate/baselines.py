@@ -1,8 +1,7 @@
-"""The same matrices made smaller by plain means: what a result has to be better than.
+"""Baselines for a compressed model: the same matrices compressed without calibration.
 
-Plain is what needs no calibration: integers, rounded to nearest, or the largest entries of every
-row. An alternative is made of the dense model in memory, one matrix at a time. Its bytes are
-counted as a file would hold it.
+Either quantized by round-to-nearest or pruned to the largest entries of every row. A baseline is
+made from the dense model in memory, one matrix at a time; its size is that of a file.
 """
 
 from collections import Counter
@@ -15,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.evaluate.compare import Block, check_same, perplexity_entry
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.evaluate.scores import Scores, check_same, perplexity_entry
+from lrc.compressors.io.machine import OnStep
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.layers.sparse import Sparse
-from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Evaluate
@@ -28,33 +26,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPARSE = "sparse"
-HALVINGS = 40  # of the interval in which a share is looked for: finer than one entry of any row
+BISECTIONS = 40  # of the fraction of kept entries: finer than one entry of any row
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a run makes smaller, and the bytes of the whole model before and after."""
+    """The matrices that a run compresses, and the bytes of the whole model before and after."""
 
     shapes: Mapping[str, tuple[int, int]]
-    """Linear -> [d_out, d_in] of its weight."""
+    """Linear -> [d_out, d_in] of its dense weight."""
     dtype: torch.dtype
-    """Of the dense model as it is stored."""
+    """Of the dense model in the file."""
     dense_bytes: int
     compressed_bytes: int
-
-    @classmethod
-    def of(cls, plan: Mapping[str, Any], dense: Architecture, dtype: torch.dtype) -> "Targets":
-        """Read them off an executed plan; slices touch every linear of the `dense` model."""
-        if plan.get("slices"):
-            shapes = {linear.name: (linear.d_out, linear.d_in) for linear in dense.linears}
-        else:
-            shapes = {m["name"]: (m["shape"][0], m["shape"][1]) for m in plan["matrices"]}
-        for m in plan.get("outside", []):  # a slice may have made it narrower, or untied a head
-            stored = dense.tied.get(f"{m['name']}.weight", f"{m['name']}.weight")
-            d_out, d_in = dense.model.get_parameter(stored).shape
-            shapes[stored.removesuffix(".weight")] = d_out, d_in
-        totals = plan["totals"]
-        return cls(shapes, dtype, totals["dense_bytes"], totals["compressed_bytes"])
 
     @property
     def source_bits(self) -> int:
@@ -62,20 +46,20 @@ class Targets:
         return sum(self.dtype.itemsize * 8 * m * n for m, n in self.shapes.values())
 
     @property
-    def left_bits(self) -> int:
-        """Bits that are left for them in a model of as many bytes as the result."""
+    def budget_bits(self) -> int:
+        """Bits for the matrices in a model of as many bytes as the result."""
         return self.source_bits - 8 * (self.dense_bytes - self.compressed_bytes)
 
 
 @dataclass(frozen=True)
-class Alternative:
-    """What becomes of every matrix, and what that takes."""
+class Baseline:
+    """How every matrix is compressed, and the size of the result."""
 
     name: str
     how: str
-    """How the matrices are made, for the reader of a report."""
+    """Description for the report."""
     forms: Mapping[str, Scheme | int]
-    """Linear -> its scheme, or the entries that are kept of every row."""
+    """Linear -> how it is quantized, or how many entries of every row are kept."""
     bits: int
     """Of the matrices."""
     targets: Targets
@@ -90,28 +74,24 @@ class Alternative:
         """Bits of the matrices over those in the dense model."""
         return self.bits / self.targets.source_bits
 
-    def make_(self, model: Any, on_matrix: Callable[[int, int], None]) -> None:
-        """Change the weights of a dense model; `on_matrix` hears (done, total) and may raise."""
+    def apply_(self, model: Any, on_matrix: Callable[[int, int], None]) -> None:
+        """Compress the weights of a dense model in place.
+
+        `on_matrix` is called with (done, total) after each and may raise to stop.
+        """
         for done, (name, form) in enumerate(self.forms.items(), 1):
             weight = model.get_submodule(name).weight
             with torch.no_grad():
-                weight.copy_(_made(weight, form, self.targets.dtype))
+                weight.copy_(_compressed(name, weight, form, self.targets.dtype))
             on_matrix(done, len(self.forms))
 
 
-def plan_alternative(written: str, targets: Targets) -> Alternative:
-    """Decide what becomes of every matrix.
-
-    Parameters
-    ----------
-    written : str
-        A scheme, or ``sparse``, as the recipe writes it.
-    targets : Targets
-    """
-    return _sparse(targets) if written == SPARSE else _rounded(Scheme.read(written), targets)
+def plan_baseline(written: str, targets: Targets) -> Baseline:
+    """Plan a baseline by its name in the recipe: ``int4-g64`` and the like, or ``sparse``."""
+    return _sparse(targets) if written == SPARSE else _quantized(Scheme.read(written), targets)
 
 
-def _rounded(scheme: Scheme, targets: Targets) -> Alternative:
+def _quantized(scheme: Scheme, targets: Targets) -> Baseline:
     forms: dict[str, Scheme | int] = {}
     bits = 0
     undivided: Counter[int] = Counter()
@@ -123,93 +103,88 @@ def _rounded(scheme: Scheme, targets: Targets) -> Alternative:
         forms[name] = own
         leaves = own.matrix("weight", list(shape)).values()
         bits += sum(8 * prod(size) * (kind or targets.dtype).itemsize for size, kind in leaves)
-    how = "rounded to nearest, the largest number of every scale at the end of its range"
+    how = "round to nearest, every scale covers the full range of its numbers"
     if undivided:
         rows = ", ".join(str(width) for width in sorted(undivided))
         how += (
             f"; one scale a row in {undivided.total()} of {len(forms)} matrices, whose rows of "
-            f"{rows} numbers no groups of {scheme.group_size} fill"
+            f"{rows} numbers are not divisible into groups of {scheme.group_size}"
         )
-    return Alternative(str(scheme), how, forms, bits, targets)
+    return Baseline(str(scheme), how, forms, bits, targets)
 
 
-def _sparse(targets: Targets) -> Alternative:
-    """Keep the same share of every row, the largest that needs no more bytes than the result."""
-    low, high = 0.0, 1.0
-    if _sparse_bits(targets, _entries(targets, high)) <= targets.left_bits:
-        low = high
-    for _ in range(HALVINGS):
-        share = (low + high) / 2
-        fits = _sparse_bits(targets, _entries(targets, share)) <= targets.left_bits
-        low, high = (share, high) if fits else (low, share)
-    entries = _entries(targets, low)
-    kept = sum(entries[name] * m for name, (m, _) in targets.shapes.items())
-    share = 100 * kept / sum(m * n for m, n in targets.shapes.values())
-    how = f"the largest {share:.1f} % of the entries of every row, and a mask of one bit an entry"
-    return Alternative("sparse, magnitude", how, entries, _sparse_bits(targets, entries), targets)
-
-
-def _entries(targets: Targets, share: float) -> dict[str, int]:
-    """Return linear -> entries of a row; at least one, which may be more than the result takes."""
-    return {name: max(1, int(share * n)) for name, (_, n) in targets.shapes.items()}
-
-
-def _sparse_bits(targets: Targets, entries: Mapping[str, int]) -> int:
+def _sparse(targets: Targets) -> Baseline:
+    """Keep the same fraction of every row, as large as the bytes of the result allow."""
     bits = targets.dtype.itemsize * 8
-    return sum(
-        Sparse.stored_bits(m, n, bits=bits, nonzeros=m * entries[name])
-        for name, (m, n) in targets.shapes.items()
-    )
+
+    def entries(fraction: float) -> dict[str, int]:  # of a row; at least one, even if too large
+        return {name: max(1, int(fraction * n)) for name, (_, n) in targets.shapes.items()}
+
+    def size(kept: Mapping[str, int]) -> int:
+        return sum(
+            Sparse.stored_bits(m, n, bits=bits, nonzeros=m * kept[name])
+            for name, (m, n) in targets.shapes.items()
+        )
+
+    low, high = (0.0, 1.0) if size(entries(1.0)) > targets.budget_bits else (1.0, 1.0)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        fits = size(entries(middle)) <= targets.budget_bits
+        low, high = (middle, high) if fits else (low, middle)
+    kept = entries(low)
+    n_kept = sum(kept[name] * m for name, (m, _) in targets.shapes.items())
+    percent = 100 * n_kept / sum(m * n for m, n in targets.shapes.values())
+    how = f"the largest {percent:.1f} % of the entries of every row, and a 1-bit mask"
+    return Baseline("sparse, magnitude", how, kept, size(kept), targets)
 
 
-def _made(weight: Tensor, form: Scheme | int, dtype: torch.dtype) -> Tensor:
-    """Return what a weight [d_out, d_in] becomes; `dtype` is that of scales in the file."""
+def _compressed(name: str, weight: Tensor, form: Scheme | int, dtype: torch.dtype) -> Tensor:
+    """Return the compressed weight [d_out, d_in]; `dtype` is that of scales in the file."""
     if isinstance(form, Scheme):
-        return round_to_nearest(weight, form, dtype=dtype).weight()
+        try:
+            return round_to_nearest(weight, form, dtype=dtype).weight()
+        except ValueError as error:
+            raise ModelError(f"{name}: cannot be quantized to {form} ({error})") from error
     largest = weight.abs().topk(form, dim=1, sorted=False).indices  # [d_out, form]
     return torch.zeros_like(weight).scatter_(1, largest, weight.gather(1, largest))
 
 
 def measure(
-    alternative: Alternative,
+    baseline: Baseline,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     evaluate: Evaluate,
     on_step: OnStep,
-) -> dict[str, Block | None]:
-    """Make an alternative of a dense model, whose weights change, and take its perplexities.
-
-    A run whose own result is sound does not fail where an alternative is not.
+) -> dict[str, Scores | None]:
+    """Apply a baseline to a dense model, in place, and measure its perplexities.
 
     Returns
     -------
     dict
-        Name of the text -> as of `evaluate_model`; None where the model is no longer finite, or
-        where no scales of the file's precision can stand for its weights.
+        Name of the text -> as from `evaluate_model`. None where the logits are not finite or the
+        scales do not fit their precision: a run does not fail because a baseline does.
     """
-    found: dict[str, Block | None] = {spec.name: None for spec in evaluate.perplexity}
-    try:
-        alternative.make_(model, lambda done, total: on_step("weights", done, total))
-    except ValueError:
-        return found
-    for spec in evaluate.perplexity:
-        with suppress(ModelError):
-            found[spec.name] = perplexity_entry(model, tokenizer, spec, on_step)
+    found: dict[str, Scores | None] = {spec.name: None for spec in evaluate.perplexity}
+    with suppress(ModelError):
+        baseline.apply_(model, lambda done, total: on_step("weights", done, total))
+        for spec in evaluate.perplexity:
+            with suppress(ModelError):
+                found[spec.name] = perplexity_entry(model, tokenizer, spec, on_step)
     return found
 
 
 def record(
-    alternative: Alternative, scores: Mapping[str, Block | None], perplexity: Block
-) -> Block:
-    """Write an alternative as the report holds it.
+    baseline: Baseline, scores: Mapping[str, Scores | None], perplexity: Scores
+) -> dict[str, Any]:
+    """Return a baseline's entry in the report.
 
     Parameters
     ----------
-    alternative : Alternative
+    baseline : Baseline
     scores : mapping
-        Of `measure`.
+        From `measure`.
     perplexity : dict
-        The perplexities of the result, of `compare`.
+        The perplexities of the result, from `compare`.
 
     Raises
     ------
@@ -217,13 +192,11 @@ def record(
         If the two were not scored on the same text.
     """
     for name, entry in scores.items():
-        check_same(f"perplexity.{name}", entry, perplexity[name], what=alternative.name)
+        check_same(f"perplexity.{name}", entry, perplexity[name], what=baseline.name)
     return {
-        "name": alternative.name,
-        "how": alternative.how,
-        "bytes": alternative.bytes,
-        "kept": alternative.kept,
-        "perplexity": {
-            name: None if entry is None else entry["perplexity"] for name, entry in scores.items()
-        },
+        "name": baseline.name,
+        "how": baseline.how,
+        "bytes": baseline.bytes,
+        "kept": baseline.kept,
+        "perplexity": {name: entry and entry["perplexity"] for name, entry in scores.items()},
     }

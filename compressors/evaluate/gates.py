@@ -1,4 +1,4 @@
-"""Bars that a compressed model must clear."""
+"""Quality gates: thresholds that the scores of a compressed model must meet."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -10,10 +10,10 @@ from lrc.configs.recipe import Evaluate, Gate
 
 
 def check_gate_names(gates: Sequence[Gate], evaluate: Evaluate) -> None:
-    """Refuse gates on metrics that the evaluation will not give, before hours are spent.
+    """Refuse gates on metrics that will not be evaluated, before hours are spent.
 
-    Members of task groups, and tasks that compute their metrics in Python, are known only after
-    the run; `check_gates` checks those.
+    Members of task groups, and metrics computed in Python, are known only after the run;
+    `check_gates` checks those.
 
     Raises
     ------
@@ -57,23 +57,18 @@ def _task_problems(where: str, metric: str, evaluate: Evaluate) -> list[str]:
 
 
 def check_gates(gates: Sequence[Gate], evaluation: dict[str, Any]) -> list[str]:
-    """Find the bars that were missed.
+    """Return a sentence for every missed threshold.
 
     Parameters
     ----------
     gates : sequence of Gate
     evaluation : dict
-        Of `compare`.
-
-    Returns
-    -------
-    list of str
-        One sentence for every missed bar; empty if all were cleared.
+        From `compare`.
 
     Raises
     ------
     RecipeError
-        If a gate names a metric that is not there, or compares with a dense score that is not.
+        If a gate needs a metric or a dense score that was not measured.
     """
     metrics = {
         **{f"perplexity.{name}": entry for name, entry in evaluation["perplexity"].items()},
@@ -103,11 +98,10 @@ def check_gates(gates: Sequence[Gate], evaluation: dict[str, Any]) -> list[str]:
 
 def _missed(gate: Gate, entry: dict[str, Any]) -> list[str]:
     value, dense = entry["compressed"], entry["dense"]
-    beside = "" if dense is None else f" (dense {dense:.4g})"
-    got = f"{gate.metric} is {value:.4g}{beside}"
+    got = f"{gate.metric} is {value:.4g}" + ("" if dense is None else f" (dense {dense:.4g})")
     if gate.relative:
         if dense == 0:
-            return [f"{got}: nothing can be compared with a dense score of 0"]
+            return [f"{got}: a ratio to a dense score of 0 is not defined"]
         value = value / dense
         got = f"{got}, compressed / dense {value:.4g}"
     sentences = []
@@ -121,5 +115,5 @@ def _missed(gate: Gate, entry: dict[str, Any]) -> list[str]:
 def _unknown(where: str, metric: str, known: Iterable[str]) -> str:
     known = list(known)
     close = get_close_matches(metric, known, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"there is {', '.join(known) or 'none'}"
-    return f"{where}.metric: nothing of the name '{metric}' is evaluated; {hint}"
+    hint = f"did you mean '{close[0]}'?" if close else f"allowed: {', '.join(known) or 'none'}"
+    return f"{where}.metric: no evaluated metric is named '{metric}'; {hint}"

@@ -6,8 +6,6 @@ minute, so it is built only where a name is not found among the task files of th
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lrc.compressors.corpus.hub import quiet_datasets
 from lrc.compressors.evaluate.perplexity import input_device
 from lrc.compressors.evaluate.quiet import quiet_harness, seeded
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Tasks
 
@@ -25,27 +23,10 @@ if TYPE_CHECKING:
 
 
 BOOTSTRAP_DRAWS = 1000
-"""For the metrics whose standard error has no formula. lm-eval's 100,000 give the same two digits
-after minutes; 1,000 know the error to about 2 %."""
-
-
-@dataclass(frozen=True)
-class MetricValue:
-    """One number of a task."""
-
-    value: float
-    stderr: float | None
-    higher_is_better: bool | None
-    """None where the task does not say."""
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """All metrics of one task, or of a group as lm-eval aggregates it."""
-
-    metrics: dict[str, MetricValue]
-    documents: int
-    version: str | None
+"""For metrics whose standard error has no formula: 1,000 determine it to about 2 %, lm-eval's
+100,000 take minutes."""
+TaskScores = dict[str, dict[str, dict[str, Any]]]
+"""Task -> metric -> ``{value, stderr, higher_is_better, documents, version}``, JSON values."""
 
 
 def run_tasks(
@@ -55,37 +36,37 @@ def run_tasks(
     *,
     seed: int,
     on_step: OnStep | None = None,
-) -> dict[str, TaskResult]:
+) -> TaskScores:
     """Score a model on tasks.
 
-    Nothing is cached: lm-eval's caches do not tell one model from another.
+    Nothing is cached: lm-eval's caches do not distinguish models.
 
     Parameters
     ----------
     model : PreTrainedModel
         Left in eval mode.
     tokenizer : PreTrainedTokenizerBase
-        Not changed (lm-eval gives a tokenizer without padding token one; a copy gets it).
+        Not changed: lm-eval adds a padding token where there is none, so it gets a copy.
     tasks : Tasks
-        A group with an aggregate gives that; a tag, or a group without, gives its members.
+        A group with an aggregate is scored as one; of a tag, or a group without, the members.
     seed : int
-        Of few-shot examples and sampling. The global generators are left as they were.
+        For few-shot examples and sampling. The global generators are restored.
     on_step : callable, optional
         Called with (task, 0, 1) before a task and (task, requests done, requests) after every
-        batch. Where lm-eval cuts documents into windows their number is not known beforehand:
-        the total then grows with what is done.
+        batch. Where lm-eval cuts documents into windows, their number is not known beforehand,
+        and the total grows.
 
     Returns
     -------
-    dict of str to TaskResult
-        By task; metrics by lm-eval's name, with ",FILTER" behind it where there is a filter.
+    dict
+        Scores by task and lm-eval's name of the metric, followed by ",FILTER" if there is one.
 
     Raises
     ------
     RecipeError
-        If a task is unknown, or a chat template is asked of a tokenizer without one.
+        If a task is unknown, or the tokenizer lacks a required chat template.
     DataError
-        If a task's data cannot be had.
+        If a task's data is not available.
     ModelError
         If a metric is not finite.
     """
@@ -99,9 +80,13 @@ def run_tasks(
                 " to false or name the tokenizer of an instruct model under model.tokenizer"
             ]
         )
-    results: dict[str, TaskResult] = {}
+    results: TaskScores = {}
     for name in dict.fromkeys(tasks.names):
-        report = _labelled(on_step, name)
+
+        def report(done: int, total: int, name: str = name) -> None:
+            if on_step is not None:
+                on_step(name, done, total)
+
         report(0, 1)
         with seeded(seed), quiet_harness(report):
             from lm_eval.evaluator import evaluate
@@ -134,14 +119,14 @@ def check_tasks(tasks: Tasks, *, data: bool = False) -> None:
     ----------
     tasks : Tasks
     data : bool
-        Load the data sets too: it downloads what is not cached, and finds out what cannot be had.
+        Also load the data sets, which downloads those that are not cached.
 
     Raises
     ------
     RecipeError
         For unknown names, all of them at once, with suggestions.
     DataError
-        If `data`, and the data of a task cannot be had.
+        If `data`, and the data of a task is not available.
     """
     if not tasks.names:
         return
@@ -152,13 +137,13 @@ def check_tasks(tasks: Tasks, *, data: bool = False) -> None:
 
 
 def declared_metrics(tasks: Tasks, name: str) -> list[str] | None:
-    """List the metrics a task will give, as far as its file says so.
+    """List the metrics that a task declares.
 
     Returns
     -------
     list of str or None
-        Names without filter. None for groups, tags and tasks that compute metrics in Python: what
-        they give is known only after the run. Empty if no task of that name will be run.
+        Names without filter. None for groups, tags and tasks that compute metrics in Python,
+        whose metrics are known only after the run. Empty if no task of that name is run.
     """
     if not tasks.names:
         return []
@@ -172,14 +157,6 @@ def declared_metrics(tasks: Tasks, name: str) -> list[str] | None:
         return None
     names = [str(row["metric"]) for row in rows]
     return names if all(n.replace("_", "").isalnum() for n in names) else None  # a path: Python
-
-
-def _labelled(on_step: OnStep | None, label: str) -> Callable[[int, int], None]:
-    def report(done: int, total: int) -> None:
-        if on_step is not None:
-            on_step(label, done, total)
-
-    return report
 
 
 @lru_cache(maxsize=4)
@@ -225,7 +202,7 @@ def _hint(name: str, known: list[str]) -> str:
 
 
 def _load(manager: Any, name: str, tasks: Tasks, seed: int) -> Any:
-    """Load a task, group or tag with its data, and set the number of examples."""
+    """Load a task, group or tag with its data, and set the number of few-shot examples."""
     try:
         with quiet_datasets():
             loaded = manager.load([name])
@@ -247,27 +224,24 @@ def _load(manager: Any, name: str, tasks: Tasks, seed: int) -> Any:
     return loaded
 
 
-def _results(name: str, answers: dict[str, Any], loaded: Any) -> dict[str, TaskResult]:
-    """Translate lm-eval's results for one requested name."""
+def _results(name: str, answers: dict[str, Any], loaded: Any) -> TaskScores:
+    """Convert lm-eval's results for one requested name."""
     leaves = list(loaded["tasks"])
     aggregated = name in answers.get("groups", {})
     counts = {leaf: answers["n-samples"][leaf]["effective"] for leaf in leaves}
     return {
-        task: TaskResult(
-            metrics=_metrics(
-                task, answers["results"][task], answers["higher_is_better"].get(task, {})
-            ),
-            documents=sum(counts.values()) if aggregated else counts[task],
-            version=_text(answers["versions"].get(task)),
+        task: _metrics(
+            task, answers, documents=sum(counts.values()) if aggregated else counts[task]
         )
         for task in ([name] if aggregated else leaves)
     }
 
 
-def _metrics(
-    task: str, scores: dict[str, Any], directions: dict[str, bool]
-) -> dict[str, MetricValue]:
-    metrics: dict[str, MetricValue] = {}
+def _metrics(task: str, answers: dict[str, Any], *, documents: int) -> dict[str, dict[str, Any]]:
+    directions = answers["higher_is_better"].get(task, {})
+    version = answers["versions"].get(task)
+    scores = answers["results"][task]
+    metrics = {}
     for key, value in scores.items():
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr"):
@@ -277,21 +251,13 @@ def _metrics(
                 f"evaluate.tasks: {metric} of task '{task}' is {value}: the model's logits are not"
                 " finite; compress less, or evaluate in bfloat16 or float32"
             )
-        stderr = scores.get(f"{metric}_stderr,{filtered}")
-        metrics[metric if filtered == "none" else key] = MetricValue(
-            value=float(value),
-            stderr=_number(stderr),
-            higher_is_better=directions.get(metric),
-        )
+        stderr = scores.get(f"{metric}_stderr,{filtered}")  # "N/A", or nan for one document
+        known = not isinstance(stderr, str | None) and math.isfinite(stderr)
+        metrics[metric if filtered == "none" else key] = {
+            "value": float(value),
+            "stderr": float(stderr) if known else None,
+            "higher_is_better": directions.get(metric),
+            "documents": documents,
+            "version": None if version in (None, "N/A", "Yaml") else str(version),
+        }
     return metrics
-
-
-def _number(stderr: Any) -> float | None:
-    """Translate lm-eval's "N/A"; a single document gives no finite error either."""
-    if stderr is None or isinstance(stderr, str) or not math.isfinite(stderr):
-        return None
-    return float(stderr)
-
-
-def _text(version: Any) -> str | None:
-    return None if version in (None, "N/A", "Yaml") else str(version)

@@ -26,13 +26,13 @@ PROTOCOL = (
     "exp of the mean negative log-likelihood of every predicted token"
 )
 PIECE = 256  # positions whose logits exist at once; 256 x 262,144 in fp32 are 0.25 GiB
-FALLBACK_LOGITS = 2**28  # the same where the decoder must run again for each piece: 1 GiB in fp32
-PROBE = 16  # positions that decide whether the head alone gives the model's logits
+FALLBACK_LOGITS = 2**28  # if the decoder must run again for each piece: 1 GiB in fp32
+PROBE = 16  # positions on which the head is compared with the model
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """A perplexity and what it was taken over."""
+    """A perplexity and how it was measured."""
 
     perplexity: float
     nll_mean: float
@@ -40,7 +40,7 @@ class PerplexityResult:
     tokens: int
     """Predicted tokens: `windows * window` with BOS, `windows * (window - 1)` without."""
     window: int
-    """Text tokens a window, not counting BOS."""
+    """Text tokens per window, without BOS."""
     windows: int
     bos: bool
     dtype: str
@@ -60,9 +60,9 @@ def perplexity(
     Parameters
     ----------
     model : PreTrainedModel
-        On any device or several; returned in the mode (train or eval) it came in.
+        On any device or several; its mode (train or eval) is restored.
     windows : Windows or Tensor, shape [n, length], int64
-        A bare tensor is taken to have no BOS token.
+        Without BOS token if a tensor.
     on_window : callable, optional
         Called with (done, total) after every window; may raise to stop.
 
@@ -71,9 +71,9 @@ def perplexity(
     RecipeError
         If a window is longer than the model's context, or too short to predict anything.
     DataError
-        If the tokens are not the model's.
+        If the model has no embedding for a token.
     ModelError
-        If the likelihood of a window is not finite. No window is ever left out.
+        If the likelihood of a window is not finite. No window is left out.
     """
     tokens = windows.tokens if isinstance(windows, Windows) else windows
     bos = isinstance(windows, Windows) and windows.bos
@@ -120,12 +120,12 @@ def perplexity(
 
 
 def check_window(config: Any, window: int, key: str = "evaluate.perplexity.window") -> None:
-    """Refuse windows that are longer than the context the model was made for.
+    """Refuse windows that are longer than the model's context.
 
     Parameters
     ----------
     key : str
-        The key of the recipe that asked for them.
+        Key of the recipe, for the message.
     """
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     context = getattr(text_config, "max_position_embeddings", None)
@@ -139,7 +139,7 @@ def check_window(config: Any, window: int, key: str = "evaluate.perplexity.windo
 
 
 def check_fit(model: "PreTrainedModel", tokens: Tensor, *, bos: bool) -> None:
-    """Refuse windows that a model cannot read; it may be a skeleton without weights.
+    """Refuse windows that a model cannot process; it may be a skeleton without weights.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def check_fit(model: "PreTrainedModel", tokens: Tensor, *, bos: bool) -> None:
 
 
 def _learned_positions(model: "PreTrainedModel") -> int | None:
-    """Say how many positions a table of them holds; None where they are calculated."""
+    """Return the size of a learned position embedding; None if there is none."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     words = model.get_input_embeddings()
     if isinstance(context, int) and any(
@@ -179,7 +179,7 @@ def _learned_positions(model: "PreTrainedModel") -> int | None:
 
 
 def input_device(model: "PreTrainedModel") -> torch.device:
-    """Find where token ids go: to the embedding, or to where accelerate will bring it."""
+    """Return the device of token ids: the embedding's, or where accelerate will move it."""
     embedding = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
     place = getattr(hook, "execution_device", None)
@@ -189,17 +189,17 @@ def input_device(model: "PreTrainedModel") -> torch.device:
 
 
 def _head_gives_logits(model: "PreTrainedModel", ids: Tensor) -> bool:
-    """Check on a few positions that decoder and output embedding are the whole model.
+    """Return whether decoder plus output embedding equal the model, on a few positions.
 
-    A model may cap or scale its logits after the head (Gemma 2, Granite, Cohere). Equality is
-    exact, both sides being the same operations; a false alarm costs time, not correctness.
+    A model may cap or scale its logits after the head (Gemma 2, Granite, Cohere). The comparison
+    is exact, as both sides are the same operations; a mismatch costs time, not correctness.
     """
     decoder, head = model.base_model, _head(model)
     if head is None or decoder is model:
         return False
     ids = ids[None]  # [1, n]
     hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    if hidden is None:  # a wrapper, as PEFT's, whose base model has the head already
+    if hidden is None:  # a wrapper such as PEFT's, whose base model includes the head
         return False
     logits = model(input_ids=ids, use_cache=False).logits
     return torch.equal(head(hidden).float().cpu(), logits.float().cpu())

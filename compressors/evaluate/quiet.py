@@ -7,34 +7,41 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
+from unittest import mock
 
 
 @contextmanager
 def quiet_harness(report: Callable[[int, int], None] | None = None) -> Iterator[None]:
-    """Silence lm-eval, and hear its progress instead.
+    """Silence lm-eval; pass its progress to `report`.
 
     Parameters
     ----------
     report : callable, optional
-        Called with (requests done, requests) where lm-eval would move a progress bar. What it
-        raises ends the evaluation.
+        Called with (requests done, requests) where lm-eval would advance a progress bar. May
+        raise to stop the evaluation.
     """
     with ExitStack() as stack:
         # It prints "bootstrapping for stddev" to stdout, which carries results only.
         stack.enter_context(redirect_stdout(io.StringIO()))
         # A pool of workers would fork a process that may hold a GPU.
-        stack.enter_context(_environment("DISABLE_MULTIPROC", "1"))
+        stack.enter_context(mock.patch.dict(os.environ, DISABLE_MULTIPROC="1"))
         for name in ("lm_eval", "transformers.tokenization_utils_base"):
-            stack.enter_context(_level(logging.getLogger(name), logging.ERROR))
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
         import lm_eval.api.model
         import lm_eval.api.task
         import lm_eval.models.huggingface
         import tqdm
 
         silent, reporting = _bar(tqdm.tqdm, None), _bar(tqdm.tqdm, report)
-        for module in (tqdm, lm_eval.api.task, lm_eval.api.model):
-            stack.enter_context(_attribute(module, "tqdm", silent))
-        stack.enter_context(_attribute(lm_eval.models.huggingface, "tqdm", reporting))
+        for module, bar in (
+            (tqdm, silent),
+            (lm_eval.api.task, silent),
+            (lm_eval.api.model, silent),
+            (lm_eval.models.huggingface, reporting),
+        ):
+            stack.enter_context(mock.patch.object(module, "tqdm", bar, create=True))
         yield
 
 
@@ -47,7 +54,7 @@ def seeded(seed: int) -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         random.seed(seed)
-        np.random.seed(seed % 2**32)  # numpy takes no larger one
+        np.random.seed(seed % 2**32)  # numpy accepts no larger one
         torch.manual_seed(seed)
         try:
             yield
@@ -57,7 +64,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _bar(base: Any, report: Callable[[int, int], None] | None) -> Any:
-    """Make a progress bar that is never drawn; all that are made count as one."""
+    """Return a class of progress bars that are not drawn; they share one count."""
     done = 0
 
     class Bar(base):  # type: ignore[misc]
@@ -71,40 +78,3 @@ def _bar(base: Any, report: Callable[[int, int], None] | None) -> Any:
                 report(done, max(done, self.total or 0))
 
     return Bar
-
-
-@contextmanager
-def _attribute(holder: Any, name: str, value: Any) -> Iterator[None]:
-    missing = object()
-    old = getattr(holder, name, missing)
-    if old is missing:  # a version of lm-eval that draws no bar there
-        yield
-        return
-    setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        setattr(holder, name, old)
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    old = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if old is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = old
-
-
-@contextmanager
-def _level(logger: logging.Logger, level: int) -> Iterator[None]:
-    old = logger.level
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.setLevel(old)

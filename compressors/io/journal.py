@@ -1,9 +1,8 @@
-"""What is finished, on disk: the reason why a killed run can continue.
+"""Finished pieces of a run on disk, so that a killed run can continue.
 
-A run works in ``OUTPUT/work``. Every finished piece is one file there that appears under its name
-only when it is whole (written beside, flushed to the disk, renamed), so that the files themselves
-are the journal. ``run.json`` says which run they belong to; a lock keeps a second process out and
-dies with the process that holds it.
+A run works in ``OUTPUT/work``. Every finished piece is one file that appears under its name only
+when it is complete (written under another name, flushed, renamed). ``run.json`` identifies the
+run; a lock excludes a second process and ends with the process that holds it.
 """
 
 import errno
@@ -36,35 +35,27 @@ REMEDIES = {
     errno.ENOENT: "the folder cannot be made there: choose another 'output'",
 }
 OS_ERROR = re.compile(r"(?:code: |os error )(\d+)")  # how safetensors writes an errno
-# What a run leaves in its output folder, beside `work`; nothing else is ever deleted there. Not the
-# plan.json: it is there to be edited, and may be the very plan that a recipe gives back.
+# What a run writes to its output folder besides `work`; nothing else is ever deleted there. Not
+# plan.json, which users edit and may refer to in a recipe.
 RESULTS = ("checkpoint", "report.json", "README.md")
-# No work worth keeping: a run that left only these gives way to a corrected recipe.
+# A run that left only these has done no work and may be replaced by a corrected recipe.
 CLAIMS = ("lock", IDENTITY, "seconds.json")
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about `path` into one sentence with a remedy.
-
-    Raises
-    ------
-    OutputError
-    """
+    """Turn operating system errors about `path` into an `OutputError` with a remedy."""
     try:
         yield
-    except OSError as error:
-        remedy = REMEDIES.get(error.errno or 0)
-        if remedy is None:
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        if code is None and (found := OS_ERROR.search(str(error))):
+            code = int(found[1])
+        if code not in REMEDIES:
             raise
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
-    except SafetensorError as error:  # its writer reports the errno in its text only
-        code = OS_ERROR.search(str(error))
-        remedy = REMEDIES.get(int(code[1])) if code else None
-        if code is None or remedy is None:
-            raise
-        reason = os.strerror(int(code[1]))
-        raise OutputError(f"{path}: cannot be written ({reason}); {remedy}") from error
+        raise OutputError(
+            f"{path}: cannot be written ({os.strerror(code)}); {REMEDIES[code]}"
+        ) from error
 
 
 class Journal:
@@ -81,15 +72,15 @@ class Journal:
         self.work = output / "work"
 
     def path(self, name: str) -> Path:
-        """Return where the piece `name` lies, finished or not."""
+        """Return the path of the piece `name`, finished or not."""
         return self.work / name
 
     def has(self, name: str) -> bool:
-        """Say whether the piece `name` is finished."""
+        """Return whether the piece `name` is finished."""
         return self.path(name).exists()
 
     def write_json(self, name: str, value: Any) -> None:
-        """Finish a piece that is a JSON value."""
+        """Write a JSON value as a finished piece."""
         write_text(self.path(name), json.dumps(value, indent=1) + "\n")
 
     def read_json(self, name: str) -> Any:
@@ -100,20 +91,19 @@ class Journal:
     def write_tensors(
         self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
     ) -> None:
-        """Finish a piece that is a set of tensors, with some facts about them."""
+        """Write a set of tensors and facts about them as a finished piece."""
         write_tensors(self.path(name), tensors, metadata)
 
     def read_tensor(self, name: str, key: str) -> Tensor:
         """Read one tensor of a finished set into memory."""
-        with _damage(self.path(name)), safe_open(self.path(name), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor.clone()  # what stays mapped stays resident
+        return self.read_tensors(name, {key: key})[key]
 
     def read_tensors(self, name: str, keys: Mapping[str, str]) -> dict[str, Tensor]:
-        """Read those tensors of a finished set that are in it; `keys` maps to their new names."""
+        """Read those tensors of a finished set that are in `keys`, which maps to new names."""
         with _damage(self.path(name)), safe_open(self.path(name), framework="pt") as file:
-            there = [key for key in file.keys() if key in keys]
-            return {keys[key]: file.get_tensor(key).clone() for key in there}
+            present = [key for key in file.keys() if key in keys]
+            # Cloned, because mapped pages stay resident.
+            return {keys[key]: file.get_tensor(key).clone() for key in present}
 
     def read_facts(self, name: str) -> dict[str, Any]:
         """Read the facts about a finished set of tensors."""
@@ -122,7 +112,7 @@ class Journal:
             return {key: json.loads(value) for key, value in metadata.items()}
 
     def forget(self, *names: str) -> None:
-        """Delete pieces that nothing needs any more."""
+        """Delete pieces that are no longer needed."""
         for name in names:
             path = self.path(name)
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
@@ -132,20 +122,20 @@ class Journal:
 def open_journal(
     output: Path, identity: Mapping[str, Any], *, overwrite: bool = False
 ) -> Iterator[Journal]:
-    """Enter an output folder: make it, lock it, and see whose work lies there.
+    """Create and lock an output folder, and check which run it belongs to.
 
     Parameters
     ----------
     output : Path
     identity : mapping
-        What decides the result; a folder of another identity is not continued.
+        What determines the result; a run of another identity is not continued.
     overwrite : bool
-        Throw away an earlier run of lrc in this folder. Nothing else is ever deleted.
+        Delete an earlier run of lrc in this folder, and nothing else.
 
     Raises
     ------
     OutputError
-        Occupied by something else, by another run, or by a running process; or not writable.
+        If it holds other files or another run, is in use, or is not writable.
     """
     journal = Journal(output)
     with storage_errors(output):
@@ -197,7 +187,7 @@ def _claim(journal: Journal, identity: dict[str, Any]) -> None:
         differences = "; ".join(_differences(found, identity))
         raise OutputError(
             f"output: {journal.output} holds a run that differs in {differences}; choose another "
-            "folder, or pass --overwrite to lrc compress to throw that run away"
+            "folder, or pass --overwrite to lrc compress to delete that run"
         )
     journal.write_json(IDENTITY, identity)
 
@@ -210,7 +200,7 @@ def _begun(journal: Journal) -> bool:
 
 
 def _differences(there: Any, here: Any, key: str = "") -> list[str]:
-    """Say where two JSON values differ, mappings key by key."""
+    """Describe where two JSON values differ, mappings key by key."""
     if there == here:
         return []
     if isinstance(there, dict) and isinstance(here, dict):
@@ -222,7 +212,7 @@ def _differences(there: Any, here: Any, key: str = "") -> list[str]:
 
 
 def _clear(journal: Journal) -> None:
-    """Delete what an earlier run has written; files of others stay."""
+    """Delete what an earlier run has written; other files stay."""
     results = [journal.output / name for name in RESULTS]
     results += [journal.output / _partial(name) for name in RESULTS]
     for path in [*journal.work.iterdir(), *results]:
@@ -241,32 +231,30 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, SafetensorError) as error:
-        remedy = "delete it and run the same command again, which makes it anew"
+        remedy = "delete it and run the same command again, which recreates it"
         if path.name == IDENTITY:
-            remedy = (
-                "choose another folder, or pass --overwrite to lrc compress to throw that run away"
-            )
+            remedy = "choose another folder, or pass --overwrite to lrc compress to delete that run"
         reason = str(error).strip()[:200]
         raise OutputError(f"{path}: is damaged ({reason}); {remedy}") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is either whole or not there."""
-    with _whole(path) as partial:
+    """Write a text file that appears only when it is complete."""
+    with _atomic(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a safetensors file that is either whole or not there; `metadata` as JSON values."""
+    """Write a safetensors file that appears only when complete; `metadata` are JSON values."""
     facts = {key: json.dumps(value) for key, value in (metadata or {}).items()}
-    with _whole(path) as partial:
+    with _atomic(path) as partial:
         save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=facts)
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def _atomic(path: Path) -> Iterator[Path]:
     partial = path.with_name(_partial(path.name))
     try:
         with storage_errors(path):
@@ -274,13 +262,13 @@ def _whole(path: Path) -> Iterator[Path]:
             yield partial
             publish(partial, path)
     except BaseException:
-        with suppress(OSError):  # on a full disk it takes the space that is needed
+        with suppress(OSError):  # free the space, which the disk may lack
             partial.unlink(missing_ok=True)
         raise
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Flush a finished file or folder to the disk and give it its name in one step."""
+    """Flush a finished file or folder to the disk and rename it atomically."""
     with storage_errors(final):
         for path in [*partial.rglob("*"), partial] if partial.is_dir() else [partial]:
             _fsync(path)

@@ -1,32 +1,37 @@
-"""Where a run takes place, and how long its stages take there."""
+"""The machine a run executes on: device, progress callback, memory and time of the stages."""
 
+import ctypes
+import gc
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.memory import release_memory
-from lrc.compressors.io.progress import OnStep
+
+OnStep = Callable[[str, int, int], None]
+"""Progress callback, called with (stage, done, total) when everything finished so far is on disk.
+May raise to stop. Must not print to stdout, which is redirected while an lm-eval task runs."""
 
 
 @dataclass(frozen=True)
 class Machine:
     """How to run, as opposed to what: the same recipe gives the same result elsewhere.
 
-    `device` is a torch device or ``auto``; `on_step` is told (stage, done, total) and may raise
-    `Stopped`.
+    `device` is a torch device or ``auto``; `on_step` may raise `Stopped`.
     """
 
     device: str = "auto"
     overwrite: bool = False
-    on_step: OnStep = field(default=lambda stage, done, total: None)
+    on_step: OnStep = lambda stage, done, total: None
 
     @property
     def chosen(self) -> str:
-        """The device that ``auto`` stands for."""
+        """The device; for ``auto``, a GPU if there is one."""
         if self.device != "auto":
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,3 +56,30 @@ class Clock:
             release_memory()
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
             self._journal.write_json("seconds.json", self.seconds)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU; from a GPU through pinned memory, which PyTorch reuses.
+
+    Pageable memory fresh from the system is mapped page by page as it is first written, which can
+    take ten times as long as the copy.
+    """
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+
+
+def release_memory() -> None:
+    """Collect garbage and return free pages to the system.
+
+    glibc keeps freed blocks; after a stage that held a whole model in pieces they are hundreds of
+    megabytes, which would count as memory of the next stage.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        getattr(torch.accelerator, "empty_host_cache", lambda: None)()  # from torch 2.12 on
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)

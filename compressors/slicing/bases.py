@@ -16,9 +16,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.calibrate.layer_stream import apply
-from lrc.compressors.calibrate.running_sums import Sums
-from lrc.compressors.calibrate.states import LIVE
+from lrc.compressors.calibrate.activation_cache import LIVE
+from lrc.compressors.calibrate.layer_executor import apply
+from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.slicing.channel_moments import centred, finite
 from lrc.compressors.slicing.families import Block, Family
 from lrc.compressors.slicing.layer_sweep import Ascent
@@ -55,7 +55,7 @@ def find_bases(work: Work, family: Family, k: int) -> list[float]:
     architecture = work.architecture
     up = Ascent.begin(work, work.windows())
     kept: list[float] = []
-    sums = Sums()
+    sums = RunningSums()
     before: Tensor | None = None
 
     def see(x: Tensor) -> None:

@@ -6,9 +6,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.calibrate.layer_stream import apply
-from lrc.compressors.calibrate.running_sums import Sums
-from lrc.compressors.calibrate.states import LIVE
+from lrc.compressors.calibrate.activation_cache import LIVE
+from lrc.compressors.calibrate.layer_executor import apply
+from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.families import Family, Norm
 from lrc.compressors.slicing.layer_sweep import Ascent
@@ -32,7 +32,7 @@ def stream_moment(work: Work, family: Family) -> Tensor:
     n_layers = len(architecture.layers)
     norms = family.norms(architecture.model)
     fast = tensor_cores() if work.device.startswith("cuda") else nullcontext()
-    sums = Sums()
+    sums = RunningSums()
 
     def see(x: Tensor) -> None:
         x = centred(x.reshape(-1, x.shape[-1]).float(), family)  # [n_tokens, D]

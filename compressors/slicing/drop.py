@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedConfig
 
-from lrc.compressors.calibrate.layer_stream import apply
-from lrc.compressors.calibrate.states import GIB, Chain
+from lrc.compressors.calibrate.activation_cache import GIB, ActivationCache
+from lrc.compressors.calibrate.layer_executor import apply
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.layer_sweep import Ascent
 from lrc.compressors.slicing.slice_method import Budget, Sliced, SliceMethod, Work
@@ -147,8 +147,8 @@ def _by_perplexity(work: Work, n_kept: int) -> tuple[list[int], dict[str, Any]]:
     stream, calls = up.stream, up.calls
     shape = (tokens.shape[0], tokens.shape[1], up.states.shape[-1])
     reached, states = (
-        Chain(work.journal, name, shape, work.memory_limit_gib, work.device).tensor
-        for name in ("dense", "prefix")
+        ActivationCache(work.journal, name, shape, work.memory_limit_gib, work.device).tensor
+        for name in ("dense", "compressed")
     )
     kept, losses = list(range(len(calls))), []
     trials, done = sum(range(n_kept + 1, len(calls) + 1)), 0

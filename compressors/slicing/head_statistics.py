@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.calibrate.layer_stream import apply, watch_inputs, watch_outputs
+from lrc.compressors.calibrate.layer_executor import apply, watch_inputs, watch_outputs
 from lrc.compressors.slicing.heads import score_moments
 from lrc.compressors.slicing.layer_sweep import Ascent
 from lrc.compressors.slicing.layout import Attention, Heads

@@ -7,9 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lrc.compressors.calibrate.layer_stream import LayerCall, LayerStream
-from lrc.compressors.calibrate.states import Chain
-from lrc.compressors.calibrate.statistics import batch_size
+from lrc.compressors.calibrate.activation_cache import ActivationCache
+from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor, batch_size
 from lrc.compressors.slicing.slice_method import Work
 
 
@@ -17,7 +16,7 @@ from lrc.compressors.slicing.slice_method import Work
 class Ascent:
     """What enters a layer for every window, and how the layers are called."""
 
-    stream: LayerStream
+    stream: LayerExecutor
     calls: list[LayerCall]
     states: Tensor
     """[n_windows, length, d_model], float32; to be rewritten in place."""
@@ -27,14 +26,16 @@ class Ascent:
     @classmethod
     def begin(cls, work: Work, tokens: Tensor) -> Self:
         """Embed the windows `tokens` [n_windows, length]: the states enter the first layer."""
-        stream = LayerStream(
+        stream = LayerExecutor(
             work.architecture, work.reader, device=work.device, dtype=torch.float32
         )
         batch = batch_size(len(tokens), tokens.shape[1], work.device)
         with stream.around_layers():
-            calls = stream.trace(tokens[:batch])
+            calls = stream.trace(tokens, batch)
             shape = (tokens.shape[0], tokens.shape[1], stream.embed(tokens[:1]).shape[-1])
-            states = Chain(work.journal, "states", shape, work.memory_limit_gib, work.device).tensor
+            states = ActivationCache(
+                work.journal, "states", shape, work.memory_limit_gib, work.device
+            ).tensor
             found = cls(stream, calls, states, batch)
             for rows in found.rows():
                 states[rows] = stream.embed(tokens[rows])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate import statistics
-from lrc.compressors.calibrate.states import state_files
+from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.slicing.layout import Mlp
 from lrc.compressors.slicing.mlp import loss_curve
 from lrc.compressors.slicing.slice_method import Work
@@ -46,7 +46,7 @@ def mlp_curves(work: Work, mlps: list[Mlp], *, damp: float) -> list[Tensor]:
         curve = loss_curve(L.T @ W, C.to(work.device), damp=damp)
         curves.append(curve.cpu() / 2)
         work.on_step("widths", layer + 1, len(mlps))
-    work.journal.forget("statistics", *state_files(work.journal))
+    work.journal.forget("statistics", *cache_files(work.journal))
     return curves
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lrc.compressors.calibrate.labels import Labels
+from lrc.compressors.calibrate.calibration_passes import Labels
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
 from lrc.configs.slicing import SliceBase

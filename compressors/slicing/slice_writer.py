@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.calibrate.prefix import CompressedPrefix
+from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.slicing.heads import (
     pair_dimensions,
     project,
@@ -88,7 +88,7 @@ class Carver:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every stored parameter, slicing a layer when its first one is due."""
         work, names = self._work, self._work.architecture.layer_names
-        self._prefix = CompressedPrefix(
+        self._prefix = SequentialCalibration(
             work.architecture,
             work.reader,
             self._tokens,

@@ -26,8 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrc.cli import console
 from lrc.compressors.checkpoint.writer import write_weights
-from lrc.compressors.io.machine import Machine
-from lrc.compressors.io.memory import release_memory
+from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.models.source import load_tokenizer, locate
 from lrc.compressors.pipeline import compress
 from lrc.compressors.slicing import METHODS as SLICERS
@@ -201,9 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    console.hush()
-    console.quiet_transformers()
-    try:
-        main()
-    except LrcError as error:
-        sys.exit(console.exit_code_of(error, debug=False))
+    with console.quiet_libraries():
+        console.quiet_transformers()
+        try:
+            main()
+        except LrcError as error:
+            sys.exit(console.exit_code_of(error, debug=False))

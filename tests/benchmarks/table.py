@@ -36,7 +36,7 @@ from lrc.compressors.calibrate.calibration_windows import FILE as WINDOWS
 from lrc.compressors.calibrate.calibration_windows import take_windows
 from lrc.compressors.evaluate import evaluate_model
 from lrc.compressors.io.journal import Journal, open_journal
-from lrc.compressors.io.memory import release_memory
+from lrc.compressors.io.machine import release_memory
 from lrc.compressors.models.source import load_dense
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare

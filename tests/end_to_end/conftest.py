@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate import layer_executor
 from lrc.compressors.checkpoint import assemble
 from lrc.compressors.checkpoint.writer import write_weights
 from lrc.compressors.io.machine import Machine
@@ -224,7 +224,7 @@ def _compress(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
-            statistics.BATCH_TOKENS, "cpu", 2 * LENGTH
+            layer_executor.BATCH_TOKENS, "cpu", 2 * LENGTH
         )  # several batches: masks come back
         patch.setattr(
             assemble,

@@ -195,7 +195,7 @@ def test_a_missed_gate_exits_with_4_after_everything_is_written_and_shown(
         ended = lrc("compress", recipe, gates, "--json", "-q")
         assert ended.code == 4
         assert [error.partition(" is ")[0] for error in ended.errors] == [
-            "error[gate-missed]: perplexity.english"
+            "error: perplexity.english"
         ] * 2
         assert "must be at most 1.5" in ended.errors[0]
         assert "compressed / dense" in ended.errors[1]
@@ -216,8 +216,8 @@ def test_a_fault_of_lrc_is_no_traceback_unless_asked_for(
     ended = lrc("compress", recipe)
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.splitlines() == [
-        "error[internal]: unexpected ZeroDivisionError: a b; this is a fault of lrc: run `lrc "
-        "--debug ...` and report the traceback"
+        "error[internal]: unexpected ZeroDivisionError: a b; this is a bug in lrc: run `lrc --debug ...` "
+        "and report the traceback"
     ]
     debugged = lrc("--debug", "compress", recipe)
     assert debugged.code == 1

@@ -110,8 +110,8 @@ def test_bytes_are_counted_and_the_model_is_the_dense_one_of_what_is_stored(
     counted = report["size"]["model"]["tensor_bytes"]["compressed"]
     if name not in CUT:  # cuts are counted by themselves
         assert stored + sentinels == counted
-    alternatives = report["size"]["alternatives"]
-    assert 0.15 * report["size"]["model"]["tensor_bytes"]["dense"] < min(alternatives.values())
+    baselines = report["size"]["baselines"]
+    assert 0.15 * report["size"]["model"]["tensor_bytes"]["dense"] < min(baselines.values())
     model = load_checkpoint(checkpoint)
     rounded = {m["name"]: m for m in plan["outside"]}
     assert rounded.keys() <= {layer["name"] for layer in report["layers"]}

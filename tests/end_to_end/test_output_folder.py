@@ -71,9 +71,7 @@ def test_a_finished_run_answers_with_what_it_stored(lrc, recipe: Path, output: P
     before = contents(output)
     again = lrc("compress", recipe, "--json")
     assert (again.code, again.out) == (0, first.out)
-    assert again.err.splitlines() == [
-        "finished earlier, nothing was left to do; --overwrite runs it again"
-    ]
+    assert again.err.splitlines() == ["finished earlier, nothing to do; --overwrite runs it again"]
     assert contents(output) == before
 
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from lrc.compressors.calibrate import states
+from lrc.compressors.calibrate import activation_cache
 from lrc.compressors.corpus import read_documents
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
@@ -46,7 +46,7 @@ def settings() -> Iterator[None]:
     torch.set_num_threads(1)
     gc.freeze()  # the pipeline collects garbage after every stage: leave out what imports made
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(states, "SNAPSHOT_SECONDS", 0.0)
+        patch.setattr(activation_cache, "SNAPSHOT_SECONDS", 0.0)
         yield
     torch.set_num_threads(before)
 

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lrc.compressors.calibrate.layer_stream import watch_outputs
+from lrc.compressors.calibrate.layer_executor import watch_outputs
 from lrc.compressors.calibrate.residual import find_writers
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError

@@ -116,8 +116,8 @@ def test_predictions_stand_beside_what_was_measured(
         "sum measured 0.31400 nats a token, sum predicted 0.15700 nats a token",
         "rank correlation of measured and predicted (Spearman): 1.000",
         "measured over 100 tokens (--profile 2)",
-        f"the loss of the tokens that follow, dense 3.0000, rises by {len(moved) / 100:.4f} nats a "
-        "token, all matrices added",
+        f"cross-entropy of the text: dense 3.0000, increased by {len(moved) / 100:.4f} nats a "
+        "token, summed over the matrices",
     ]
     narrow = printed(100, monkeypatch, print_profile, plan, profile)
     assert "1 0.00400 dense 0.01200 0.01600 0.02000 0.02400 0.02800 0.10400" in narrow

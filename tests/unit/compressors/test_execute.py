@@ -54,7 +54,7 @@ def tokens() -> Tensor:
 
 
 @dataclass
-class Chain:
+class ActivationCache:
     """A `Prefix` over layers of two linears that add to a stream, and a nonlinearity between."""
 
     weights: dict[str, Tensor]
@@ -102,7 +102,7 @@ class Chain:
 @pytest.fixture
 def statistics(reader: Weights, tokens: Tensor) -> Callable[[Matrix], Statistics]:
     """Tell what the dense model's inputs tell; gradients are as good as random."""
-    chain = Chain(reader.tensors, tokens)
+    chain = ActivationCache(reader.tensors, tokens)
     known = {}
     generator = torch.Generator().manual_seed(2)
     for layer in range(LAYERS):
@@ -133,7 +133,7 @@ def plan_of(method: str, *, form: str = "low_rank", rank: int = 4, **changes: An
         layer = int(name.split(".")[1])
         m = Matrix(name, layer, (WIDTH, WIDTH), 0, method, form, None, bits, bits)
         matrices.append(replace(m, **changes).at(rank))
-    return Plan(matrices, 0, 0, "s", None, False, "float32", "Chain", budgets=[None])
+    return Plan(matrices, 0, 0, "s", None, False, "float32", "ActivationCache", budgets=[None])
 
 
 def run(
@@ -239,7 +239,7 @@ MIXED = PLAIN | {"compensate": {"mix": 0.5, "residual": 0, "damp": 0.0}}
 COMPENSATED = PLAIN | {"compensate": {"mix": 0.5, "residual": 0.5, "damp": 0.0}}
 
 
-def chain_error(chain: Chain) -> float:
+def chain_error(chain: ActivationCache) -> float:
     """Return the squared distance of the chain's outputs from those of the dense one."""
     chain.advance(LAYERS - 1)
     return float((chain.dense - chain.now).square().sum())
@@ -248,11 +248,11 @@ def chain_error(chain: Chain) -> float:
 def test_layers_make_up_for_those_before(tmp_path, reader, statistics, tokens) -> None:
     errors = {}
     for name, stage in {"plain": PLAIN, "mixed": MIXED, "both": COMPENSATED}.items():
-        plan, chain = plan_of("svd-llm", rank=8), Chain(reader.tensors, tokens)
+        plan, chain = plan_of("svd-llm", rank=8), ActivationCache(reader.tensors, tokens)
         recipe = recipe_of(stage)
         folder = tmp_path / name
         done, journal = run(plan, recipe, folder, reader, statistics, prefix=chain)
-        fresh = Chain(reader.tensors, tokens)
+        fresh = ActivationCache(reader.tensors, tokens)
         for layer in range(LAYERS):
             if layer:
                 fresh.advance(layer - 1)
@@ -268,7 +268,7 @@ def test_layers_make_up_for_those_before(tmp_path, reader, statistics, tokens) -
 def test_every_matrix_is_measured_behind_what_was_replaced(
     tmp_path, reader, statistics, tokens
 ) -> None:
-    chain = Chain(reader.tensors, tokens)
+    chain = ActivationCache(reader.tensors, tokens)
     run(plan_of("svd-llm"), recipe_of(COMPENSATED), tmp_path, reader, statistics, prefix=chain)
     expected = []
     for layer in range(LAYERS):
@@ -282,7 +282,7 @@ def test_every_matrix_is_measured_behind_what_was_replaced(
 def test_a_dense_matrix_is_refitted_too(tmp_path, reader, statistics, tokens) -> None:
     plan = plan_of("svd-llm")
     plan = plan.with_matrices([plan.matrices[2].dense(note="keep is 1")])
-    chain = Chain(reader.tensors, tokens)
+    chain = ActivationCache(reader.tensors, tokens)
     done, journal = run(plan, recipe_of(COMPENSATED), tmp_path, reader, statistics, prefix=chain)
     m = done.matrices[2]
     assert (m.form, m.refit, m.bits) == ("dense", True, m.source_bits)
@@ -297,7 +297,7 @@ def test_any_metric_can_factor_the_refitted_weight(
     stage, tmp_path, reader, statistics, tokens
 ) -> None:
     recipe = recipe_of({**stage, "compensate": {}})
-    chain = Chain(reader.tensors, tokens)
+    chain = ActivationCache(reader.tensors, tokens)
     done, _ = run(plan_of(stage["method"]), recipe, tmp_path, reader, statistics, prefix=chain)
     assert all(m.refit and m.rank == 4 for m in done.matrices)
 
@@ -312,10 +312,10 @@ def test_a_stopped_compensation_continues_to_the_same_bytes(
     plan, recipe = plan_of("svd-llm"), recipe_of(COMPENSATED)
     whole = (plan, recipe, tmp_path / "whole", reader, statistics)
     parts = (plan, recipe, tmp_path / "parts", reader, statistics)
-    run(*whole, prefix=Chain(reader.tensors, tokens))
+    run(*whole, prefix=ActivationCache(reader.tensors, tokens))
     with pytest.raises(Stopped):
-        run(*parts, prefix=Chain(reader.tensors, tokens), on_step=stop)
-    chain = Chain(reader.tensors, tokens)
+        run(*parts, prefix=ActivationCache(reader.tensors, tokens), on_step=stop)
+    chain = ActivationCache(reader.tensors, tokens)
     run(*parts, prefix=chain)
     assert [step[0] for step in chain.log] == [
         *("replace", "replace", "advance") * 2,  # finished layers are shown to the prefix
@@ -324,7 +324,7 @@ def test_a_stopped_compensation_continues_to_the_same_bytes(
     for layer in range(LAYERS):
         file = f"work/{factors_file(layer)}"
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
-    chain = Chain(reader.tensors, tokens)
+    chain = ActivationCache(reader.tensors, tokens)
     run(*parts, prefix=chain)
     assert chain.log == []  # nothing left that needs it
 

@@ -110,11 +110,11 @@ def tasks(folder, *names, **changes):
 
 
 def test_a_model_recovers_all_of_itself(tiny_llama, tiny_tokenizer, folder):
-    asked = Evaluate(
+    options = Evaluate(
         perplexity=[Perplexity(source="python-docs", window=64, windows=2)],
         tasks=tasks(folder, "toy_choice", "toy_text", "toy_word"),
     )
-    blocks = [evaluate_model(tiny_llama(), tiny_tokenizer, asked, seed=0) for _ in range(2)]
+    blocks = [evaluate_model(tiny_llama(), tiny_tokenizer, options, seed=0) for _ in range(2)]
     report = json.loads(json.dumps(compare(*blocks), allow_nan=False))
     entry = report["perplexity"]["python-docs"]
     assert entry["ratio"] == 1
@@ -138,28 +138,28 @@ def test_a_model_recovers_all_of_itself(tiny_llama, tiny_tokenizer, folder):
 
 
 def test_scores_carry_error_documents_and_version(tiny_llama, tiny_tokenizer, folder):
-    asked = tasks(folder, "toy_choice", "toy_text", "toy_word", limit=5)
-    results = run_tasks(tiny_llama(), tiny_tokenizer, asked, seed=0)
-    choice = results["toy_choice"]
-    accuracy = choice.metrics["acc"]
-    assert (choice.documents, choice.version) == (5, "1.5")
-    spread = (accuracy.value * (1 - accuracy.value) / 4) ** 0.5  # of a mean of five 0s and 1s
-    assert accuracy.stderr == pytest.approx(spread)
-    assert accuracy.higher_is_better is True
-    assert results["toy_text"].metrics["bits_per_byte"].stderr is None
-    assert results["toy_word"].metrics["perplexity"].stderr > 0  # bootstrapped
+    options = tasks(folder, "toy_choice", "toy_text", "toy_word", limit=5)
+    results = run_tasks(tiny_llama(), tiny_tokenizer, options, seed=0)
+    accuracy = results["toy_choice"]["acc"]
+    assert (accuracy["documents"], accuracy["version"]) == (5, "1.5")
+    value = accuracy["value"]
+    spread = (value * (1 - value) / 4) ** 0.5  # of a mean of five 0s and 1s
+    assert accuracy["stderr"] == pytest.approx(spread)
+    assert accuracy["higher_is_better"] is True
+    assert results["toy_text"]["bits_per_byte"]["stderr"] is None
+    assert results["toy_word"]["perplexity"]["stderr"] > 0  # bootstrapped
 
 
 def test_offloaded_weights_change_no_score(tiny_llama, tiny_tokenizer, folder):
-    asked = tasks(folder, "toy_word", limit=4)
-    expected = run_tasks(tiny_llama(), tiny_tokenizer, asked, seed=0)
+    options = tasks(folder, "toy_word", limit=4)
+    expected = run_tasks(tiny_llama(), tiny_tokenizer, options, seed=0)
     model = accelerate.cpu_offload(tiny_llama(), execution_device=torch.device("cpu"))
-    assert run_tasks(model, tiny_tokenizer, asked, seed=0) == expected
+    assert run_tasks(model, tiny_tokenizer, options, seed=0) == expected
 
 
 def test_a_single_document_has_no_error(tiny_llama, tiny_tokenizer, folder):
     results = run_tasks(tiny_llama(), tiny_tokenizer, tasks(folder, "toy_choice", limit=1), seed=0)
-    assert results["toy_choice"].metrics["acc"].stderr is None
+    assert results["toy_choice"]["acc"]["stderr"] is None
 
 
 def test_a_rolling_score_is_the_models_own_likelihood(tiny_llama, tiny_tokenizer, folder):
@@ -174,23 +174,24 @@ def test_a_rolling_score_is_the_models_own_likelihood(tiny_llama, tiny_tokenizer
         nats -= logp.gather(-1, ids[:, 1:, None]).sum().item()
         size += len(text.encode())
     bits = nats / size / torch.tensor(2.0).log().item()
-    assert result.metrics["bits_per_byte"].value == pytest.approx(bits, rel=1e-5)
+    assert result["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-5)
 
 
 def test_a_group_gives_its_aggregate_and_a_tag_its_members(tiny_llama, tiny_tokenizer, folder):
     group = run_tasks(tiny_llama(), tiny_tokenizer, tasks(folder, "toy_group"), seed=0)
     assert list(group) == ["toy_group"]
-    assert (group["toy_group"].documents, group["toy_group"].version) == (24, "2")
+    accuracy = group["toy_group"]["acc"]
+    assert (accuracy["documents"], accuracy["version"]) == (24, "2")
     tag = run_tasks(tiny_llama(), tiny_tokenizer, tasks(folder, "toy_tag"), seed=0)
     assert list(tag) == ["toy_choice", "toy_choice_b"]
-    mean = sum(result.metrics["acc"].value for result in tag.values()) / 2
-    assert group["toy_group"].metrics["acc"].value == pytest.approx(mean)
+    mean = sum(result["acc"]["value"] for result in tag.values()) / 2
+    assert accuracy["value"] == pytest.approx(mean)
 
 
 def test_filters_stay_in_the_name(tiny_llama, tiny_tokenizer, folder):
-    asked = tasks(folder, "toy_generate", limit=2)
-    result = run_tasks(tiny_llama(), tiny_tokenizer, asked, seed=0)["toy_generate"]
-    assert list(result.metrics) == ["exact_match,first"]
+    options = tasks(folder, "toy_generate", limit=2)
+    result = run_tasks(tiny_llama(), tiny_tokenizer, options, seed=0)["toy_generate"]
+    assert list(result) == ["exact_match,first"]
 
 
 def test_nothing_is_printed_and_nothing_is_changed(tiny_llama, tiny_tokenizer, folder, capfd):
@@ -204,8 +205,10 @@ def test_nothing_is_printed_and_nothing_is_changed(tiny_llama, tiny_tokenizer, f
 
 def test_progress_counts_requests_and_may_stop(tiny_llama, tiny_tokenizer, folder):
     steps = []
-    asked = tasks(folder, "toy_choice", "toy_text", batch_size=4)
-    run_tasks(tiny_llama(), tiny_tokenizer, asked, seed=0, on_step=lambda *step: steps.append(step))
+    options = tasks(folder, "toy_choice", "toy_text", batch_size=4)
+    run_tasks(
+        tiny_llama(), tiny_tokenizer, options, seed=0, on_step=lambda *step: steps.append(step)
+    )
     choice = [step[1:] for step in steps if step[0] == "toy_choice"]
     assert choice[0] == (0, 1)
     assert choice[1:] == [(n, 36) for n in range(1, 37)]
@@ -216,7 +219,7 @@ def test_progress_counts_requests_and_may_stop(tiny_llama, tiny_tokenizer, folde
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_tasks(tiny_llama(), tiny_tokenizer, asked, seed=0, on_step=stop)
+        run_tasks(tiny_llama(), tiny_tokenizer, options, seed=0, on_step=stop)
 
 
 def test_unknown_tasks_are_refused_all_at_once_with_hints(folder):
@@ -232,28 +235,28 @@ def test_unknown_tasks_are_refused_all_at_once_with_hints(folder):
     check_tasks(Tasks())
 
 
-def test_data_that_cannot_be_had_is_found_early_and_says_what_to_do(
+def test_missing_data_is_found_early_and_the_error_names_a_remedy(
     tiny_llama, tiny_tokenizer, folder
 ):
-    asked = tasks(folder, "toy_unreachable")
-    check_tasks(asked)
+    options = tasks(folder, "toy_unreachable")
+    check_tasks(options)
     with pytest.raises(DataError, match=r"toy_unreachable.*include_path"):
-        check_tasks(asked, data=True)
+        check_tasks(options, data=True)
     with pytest.raises(DataError, match=r"toy_unreachable.*include_path"):
-        run_tasks(tiny_llama(), tiny_tokenizer, asked, seed=0)
+        run_tasks(tiny_llama(), tiny_tokenizer, options, seed=0)
 
 
 def test_chat_templates_are_applied_or_refused(tiny_llama, make_tokenizer, folder):
-    asked = tasks(folder, "toy_choice", apply_chat_template=True, limit=4)
+    options = tasks(folder, "toy_choice", apply_chat_template=True, limit=4)
     with pytest.raises(RecipeError, match="has no chat template"):
-        run_tasks(tiny_llama(), make_tokenizer(), asked, seed=0)
+        run_tasks(tiny_llama(), make_tokenizer(), options, seed=0)
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    plain = asked.model_copy(update={"apply_chat_template": False})
+    plain = options.model_copy(update={"apply_chat_template": False})
     results = [
         evaluate_model(
             tiny_llama(), make_tokenizer(chat_template=template), Evaluate(tasks=a), seed=0
         )
-        for a in (asked, plain)
+        for a in (options, plain)
     ]
     assert results[0]["tasks"].keys() == results[1]["tasks"].keys()
 
@@ -395,23 +398,23 @@ def test_gate_names_are_checked_before_the_run(folder):
         "tasks.toy_choice": "must be perplexity.NAME or tasks.NAME.METRIC",
         "size.kept": "must be perplexity.NAME or tasks.NAME.METRIC",
     }
-    asked = Evaluate(
+    options = Evaluate(
         perplexity=[Perplexity(source="python-docs", name="w.x")],
         tasks=tasks(folder, "toy_choice", "toy_generate"),
         dense=False,
     )
-    check_gate_names([Gate(metric=name, at_most=1) for name in good], asked)
+    check_gate_names([Gate(metric=name, at_most=1) for name in good], options)
     with pytest.raises(RecipeError) as caught:
-        check_gate_names([Gate(metric=name, at_most=1) for name in bad], asked)
+        check_gate_names([Gate(metric=name, at_most=1) for name in bad], options)
     assert len(caught.value.problems) == len(bad)
     for problem, hint in zip(caught.value.problems, bad.values(), strict=True):
         assert hint in str(problem)
     with pytest.raises(RecipeError, match=r"gates\[0\]\.relative: .*evaluate\.dense"):
-        check_gate_names([Gate(metric="perplexity.w.x", at_most=1, relative=True)], asked)
+        check_gate_names([Gate(metric="perplexity.w.x", at_most=1, relative=True)], options)
 
 
 def test_members_of_a_group_may_have_gates(folder):
-    asked = Evaluate(tasks=tasks(folder, "toy_tag"))
-    check_gate_names([Gate(metric="tasks.toy_choice.acc", at_least=0.1)], asked)
-    with pytest.raises(RecipeError, match="there is none"):
+    options = Evaluate(tasks=tasks(folder, "toy_tag"))
+    check_gate_names([Gate(metric="tasks.toy_choice.acc", at_least=0.1)], options)
+    with pytest.raises(RecipeError, match="allowed: none"):
         check_gate_names([Gate(metric="tasks.toy_choice.acc", at_least=0.1)], Evaluate())

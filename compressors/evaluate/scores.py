@@ -1,21 +1,22 @@
-"""One model's scores, and two models' scores side by side: plain JSON values."""
+"""Scores of one model, and the comparison of two models' scores, as JSON values."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lrc.compressors.corpus import evaluation_windows
-from lrc.compressors.evaluate.harness import TaskResult, run_tasks
+from lrc.compressors.evaluate.harness import run_tasks
 from lrc.compressors.evaluate.perplexity import PROTOCOL, check_fit, check_window, perplexity
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.configs.errors import DataError
 from lrc.configs.recipe import Evaluate, Perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Block = dict[str, Any]
+Scores = dict[str, Any]
 
 SHARED = ("tokens", "window", "windows", "bos", "protocol", "text_sha256")
-"""What two perplexities must have in common to be compared."""
+"""Keys in which two perplexities must agree to be comparable."""
 
 
 def evaluate_model(
@@ -25,16 +26,16 @@ def evaluate_model(
     *,
     seed: int,
     on_step: OnStep | None = None,
-) -> Block:
+) -> Scores:
     """Score one model.
 
     Parameters
     ----------
     model, tokenizer : PreTrainedModel, PreTrainedTokenizerBase
     evaluate : Evaluate
-        Gates and `dense` play no part here.
+        Only texts and tasks are used.
     seed : int
-        Of the tasks' few-shot examples and sampling; a perplexity has no chance in it.
+        For the tasks' few-shot examples and sampling; a perplexity is deterministic.
     on_step : callable, optional
         Called with (label, done, total) between windows and batches; may raise to stop.
 
@@ -43,26 +44,21 @@ def evaluate_model(
     dict
         ``{"perplexity": {NAME: {...}}, "tasks": {TASK: {METRIC: {...}}}}``, JSON values only.
     """
-    for spec in evaluate.perplexity:  # before any of them runs
+    for spec in evaluate.perplexity:  # before the first is measured
         check_window(model.config, spec.window)
     return {
         "perplexity": {
             spec.name: perplexity_entry(model, tokenizer, spec, on_step)
             for spec in evaluate.perplexity
         },
-        "tasks": {
-            task: _task_entry(result)
-            for task, result in run_tasks(
-                model, tokenizer, evaluate.tasks, seed=seed, on_step=on_step
-            ).items()
-        },
+        "tasks": run_tasks(model, tokenizer, evaluate.tasks, seed=seed, on_step=on_step),
     }
 
 
 def check_texts(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", evaluate: Evaluate
 ) -> None:
-    """Refuse texts that cannot be had, are too short or not the model's, before hours are spent.
+    """Refuse unavailable, too short or unsuitable texts before hours are spent.
 
     The model may be a skeleton without weights.
 
@@ -80,7 +76,7 @@ def perplexity_entry(
     tokenizer: "PreTrainedTokenizerBase",
     spec: Perplexity,
     on_step: OnStep | None,
-) -> Block:
+) -> Scores:
     """Measure one perplexity, as `evaluate_model` returns it."""
     windows = evaluation_windows(spec, tokenizer)
 
@@ -89,41 +85,18 @@ def perplexity_entry(
             on_step(f"perplexity {spec.name}", done, total)
 
     result = perplexity(model, windows, on_window=on_window)
-    return {
-        "perplexity": result.perplexity,
-        "nll_mean": result.nll_mean,
-        "tokens": result.tokens,
-        "window": result.window,
-        "windows": result.windows,
-        "bos": result.bos,
-        "dtype": result.dtype,
-        "protocol": PROTOCOL,
-        "text_sha256": windows.sha256,
-    }
+    return asdict(result) | {"protocol": PROTOCOL, "text_sha256": windows.sha256}
 
 
-def _task_entry(result: TaskResult) -> Block:
-    return {
-        metric: {
-            "value": score.value,
-            "stderr": score.stderr,
-            "higher_is_better": score.higher_is_better,
-            "documents": result.documents,
-            "version": result.version,
-        }
-        for metric, score in result.metrics.items()
-    }
-
-
-def compare(dense: Block | None, compressed: Block) -> Block:
-    """Set the scores of two models side by side, in the shape of the report.
+def compare(dense: Scores | None, compressed: Scores) -> Scores:
+    """Compare the scores of two models, in the shape of the report.
 
     Parameters
     ----------
     dense : dict or None
-        Of `evaluate_model`; None if the dense model was not scored.
+        From `evaluate_model`; None if the dense model was not scored.
     compressed : dict
-        Of `evaluate_model`, on the same texts and tasks.
+        From `evaluate_model`, on the same texts and tasks.
 
     Returns
     -------
@@ -138,8 +111,7 @@ def compare(dense: Block | None, compressed: Block) -> Block:
     DataError
         If the two were not scored on the same text, windows or documents.
     """
-    if dense is None:
-        dense = {"perplexity": {}, "tasks": {}}
+    dense = dense or {"perplexity": {}, "tasks": {}}
     return {
         "perplexity": {
             name: _compare_perplexity(name, dense["perplexity"].get(name), entry)
@@ -156,10 +128,10 @@ def compare(dense: Block | None, compressed: Block) -> Block:
 
 
 def recovery(dense: float, compressed: float, higher_is_better: bool | None) -> float | None:
-    """Say which percentage of the dense model's score is kept.
+    """Return the percentage of the dense model's score that is kept.
 
     For errors and perplexities (lower is better) it is dense / compressed. None where a percentage
-    means nothing: no direction, a dense score of zero or of another sign.
+    is meaningless: no direction, a dense score of zero, or scores of different signs.
 
     >>> recovery(0.5, 0.45, True), recovery(20.0, 25.0, False)
     (90.0, 80.0)
@@ -170,7 +142,7 @@ def recovery(dense: float, compressed: float, higher_is_better: bool | None) -> 
     return 100 * (part / whole) if whole > 0 and part >= 0 else None
 
 
-def _compare_perplexity(name: str, dense: Block | None, compressed: Block) -> Block:
+def _compare_perplexity(name: str, dense: Scores | None, compressed: Scores) -> Scores:
     check_same(f"perplexity.{name}", dense, compressed)
     value = None if dense is None else dense["perplexity"]
     return {
@@ -181,17 +153,14 @@ def _compare_perplexity(name: str, dense: Block | None, compressed: Block) -> Bl
     }
 
 
-def _compare_metric(task: str, dense: Block | None, compressed: Block) -> Block:
+def _compare_metric(task: str, dense: Scores | None, compressed: Scores) -> Scores:
     check_same(f"tasks.{task}", dense, compressed, ("documents", "version"))
-    value = None if dense is None else dense["value"]
+    value, stderr = (None, None) if dense is None else (dense["value"], dense["stderr"])
     better = compressed["higher_is_better"]
     return {
         "dense": value,
         "compressed": compressed["value"],
-        "stderr": {
-            "dense": None if dense is None else dense["stderr"],
-            "compressed": compressed["stderr"],
-        },
+        "stderr": {"dense": stderr, "compressed": compressed["stderr"]},
         "recovery": None if value is None else recovery(value, compressed["value"], better),
         "higher_is_better": better,
         "documents": compressed["documents"],
@@ -201,20 +170,20 @@ def _compare_metric(task: str, dense: Block | None, compressed: Block) -> Block:
 
 def check_same(
     where: str,
-    other: Block | None,
-    compressed: Block,
+    other: Scores | None,
+    compressed: Scores,
     keys: tuple[str, ...] = SHARED,
     *,
     what: str = "dense",
 ) -> None:
-    """Refuse to compare scores on different data; `other` is None if there are none.
+    """Refuse to compare scores on different data; `other` may be None.
 
     Raises
     ------
     DataError
     """
-    for key in keys if other is not None else ():
-        if other is not None and other[key] != compressed[key]:
+    for key in keys if other else ():
+        if other and other[key] != compressed[key]:
             raise DataError(
                 f"evaluation.{where}: {what} and compressed were scored on different data"
                 f" ({key}: {other[key]!r} and {compressed[key]!r}); score both again"

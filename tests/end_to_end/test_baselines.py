@@ -1,4 +1,4 @@
-"""Beside a result the plain alternatives: measured in the same run, written down, and judged."""
+"""Baselines of a result: measured in the same run, reported, and compared."""
 
 import json
 from collections.abc import Callable
@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrc.compressors.evaluate.baseline_comparison import verdict
-from lrc.compressors.evaluate.baselines import Targets, measure, plan_alternative
+from lrc.compressors.evaluate.baseline_comparison import compare_with_baselines
+from lrc.compressors.evaluate.baselines import measure, plan_baseline
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.models import source as models
 from lrc.compressors.models.architecture import build
 from lrc.compressors.pipeline import compress
+from lrc.compressors.report import baseline_targets
 from lrc.configs.errors import Stopped
 from lrc.configs.load import load_recipe
 
@@ -35,31 +36,31 @@ def run(recipe: Path, *overrides: str, **options: Any) -> dict[str, Any]:
     return compress(load_recipe(recipe, overrides), Machine("cpu", **options))
 
 
-def test_the_command_shows_size_against_perplexity_and_who_wins(
+def test_the_command_shows_size_against_perplexity_and_which_wins(
     lrc: Callable[..., Any], recipe: Path, output: Path, tiny_model_folder: Path
 ) -> None:
     ended = lrc("compress", recipe, SOME)
     assert ended.code == 0, ended.err
     report = json.loads((output / "report.json").read_text())
     evaluation = report["evaluation"]
-    assert [each["name"] for each in evaluation["alternatives"]] == ORDER
-    int8, int4, sparse = evaluation["alternatives"]
+    assert [each["name"] for each in evaluation["baselines"]] == ORDER
+    int8, int4, sparse = evaluation["baselines"]
     sizes = report["size"]["model"]["tensor_bytes"]
     assert int4["bytes"] < int8["bytes"] < sizes["dense"]
     assert 0.99 * sizes["compressed"] < sparse["bytes"] <= sizes["compressed"]
     assert report["size"]["targeted"]["kept"] >= sparse["kept"]
     ours = evaluation["perplexity"]["english"]
     assert int8["perplexity"]["english"] == pytest.approx(ours["dense"], rel=0.05)
-    assert evaluation["verdict"] == verdict(
-        sizes["compressed"], {"english": ours["compressed"]}, evaluation["alternatives"]
+    assert evaluation["baseline_comparison"] == compare_with_baselines(
+        sizes["compressed"], {"english": ours["compressed"]}, evaluation["baselines"]
     )
-    assert report["timing"]["seconds"]["alternatives"] > 0
+    assert report["timing"]["seconds"]["baselines"] > 0
 
     said = " ".join(ended.out.split())
     card = " ".join((output / "checkpoint/README.md").read_text().split())
     for text in (said, card):
-        assert evaluation["verdict"] in text
-        for each in evaluation["alternatives"]:
+        assert evaluation["baseline_comparison"] in text
+        for each in evaluation["baselines"]:
             assert each["name"] in text
             assert f"{each['perplexity']['english']:.3f}" in text
     assert "quality not measured here" not in card
@@ -67,21 +68,21 @@ def test_the_command_shows_size_against_perplexity_and_who_wins(
     # The same again by hand, from a model that nothing was done to before.
     source = models.locate(load_recipe(recipe).recipe.model)
     plan = json.loads((output / "work/executed.json").read_text())
-    targets = Targets.of(plan, build(source), source.dtype)
+    targets = baseline_targets(plan, build(source), source.dtype)
     for written, each in zip(("int8", "int4-g16", "sparse"), (int8, int4, sparse), strict=True):
-        alternative = plan_alternative(written, targets)
+        baseline = plan_baseline(written, targets)
         model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
         asked = load_recipe(recipe).recipe.evaluate
-        found = measure(alternative, model.float(), tokenizer, asked, lambda *_: None)
+        found = measure(baseline, model.float(), tokenizer, asked, lambda *_: None)
         assert each["perplexity"]["english"] == found["english"]["perplexity"]
-        assert each["bytes"] == alternative.bytes
+        assert each["bytes"] == baseline.bytes
 
 
 def test_what_is_measured_is_not_measured_again(recipe: Path, output: Path) -> None:
     seen: list[str] = []
 
-    def stop_behind(stage: str) -> Callable[[str, int, int], None]:
+    def stop_after(stage: str) -> Callable[[str, int, int], None]:
         def on_step(name: str, done: int, total: int) -> None:
             if not seen or seen[-1] != name:
                 seen.append(name)
@@ -92,9 +93,9 @@ def test_what_is_measured_is_not_measured_again(recipe: Path, output: Path) -> N
 
     for stage in ("evaluate int4-g16: weights", "evaluate sparse: perplexity"):
         with pytest.raises(Stopped):
-            run(recipe, SOME, on_step=stop_behind(stage))
+            run(recipe, SOME, on_step=stop_after(stage))
         assert not (output / "report.json").exists()
-    resumed = run(recipe, SOME, on_step=stop_behind("never"))
+    resumed = run(recipe, SOME, on_step=stop_after("never"))
     evaluated = [stage for stage in seen if stage.startswith("evaluate")]
     names = [stage.partition(":")[0].removeprefix("evaluate ") for stage in evaluated]
     # dense, compressed and int8 once; what was being made when it stopped begins again
@@ -105,17 +106,20 @@ def test_what_is_measured_is_not_measured_again(recipe: Path, output: Path) -> N
     assert evaluated.count("evaluate sparse: weights") == 2
 
     seen.clear()
-    fewer = run(recipe, "evaluate.baselines=[int4-g16]", on_step=stop_behind("never"))
+    fewer = run(recipe, "evaluate.baselines=[int4-g16]", on_step=stop_after("never"))
     assert seen == []
-    assert fewer["evaluation"]["alternatives"] == [resumed["evaluation"]["alternatives"][1]]
-    assert [each["name"] for each in resumed["evaluation"]["alternatives"]] == ORDER
+    assert fewer["evaluation"]["baselines"] == [resumed["evaluation"]["baselines"][1]]
+    assert [each["name"] for each in resumed["evaluation"]["baselines"]] == ORDER
 
 
 def test_none_are_made_where_none_are_asked_for(recipe: Path, output: Path) -> None:
     for change in ("evaluate.baselines=[]", "evaluate={baselines: [int8]}"):
         report = run(recipe, change)
-        assert (report["evaluation"]["alternatives"], report["evaluation"]["verdict"]) == ([], None)
-        assert "alternatives" not in report["timing"]["seconds"]
+        assert (report["evaluation"]["baselines"], report["evaluation"]["baseline_comparison"]) == (
+            [],
+            None,
+        )
+        assert "baselines" not in report["timing"]["seconds"]
         assert "quality not measured here" in (output / "README.md").read_text()
 
 
@@ -124,15 +128,15 @@ def test_a_slice_is_held_against_all_linears_of_the_dense_model(recipe: Path) ->
     report = run(recipe, stage, "evaluate.baselines=[int4-g16, sparse]", "evaluate.dense=false")
     sizes = report["size"]["model"]["tensor_bytes"]
     assert sizes["compressed"] < sizes["dense"]
-    int4, sparse = report["evaluation"]["alternatives"]
+    int4, sparse = report["evaluation"]["baselines"]
     assert int4["kept"] == pytest.approx(5 / 16, rel=0.1)
     assert 0.99 * sizes["compressed"] < sparse["bytes"] <= sizes["compressed"]
-    assert report["evaluation"]["verdict"]
+    assert report["evaluation"]["baseline_comparison"]
 
 
 def test_an_entry_that_is_no_alternative_is_refused(
     lrc: Callable[..., Any], recipe: Path, output: Path
 ) -> None:
     ended = lrc("compress", recipe, "evaluate.baselines=[int4, q4_0]")
-    ended.refuses(2, "evaluate.alternatives[1]: must be an alternative such as int8, int4-g64")
+    ended.refuses(2, "evaluate.baselines[1]: must be an alternative such as int8, int4-g64")
     assert not output.exists()

@@ -1,4 +1,4 @@
-"""Plain alternatives: what becomes of the weights, and the bytes that are counted for them."""
+"""Baselines: the compressed weights, and the bytes of a file that would hold them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrc.compressors.evaluate import baselines as alternatives
+from lrc.compressors.evaluate import baselines
 from lrc.compressors.evaluate.baselines import (
-    Alternative,
+    Baseline,
     Targets,
     measure,
-    plan_alternative,
+    plan_baseline,
     record,
 )
 from lrc.compressors.layers.scheme import Scheme
@@ -35,7 +35,7 @@ def model(tiny_llama: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def targets(model: Any) -> Targets:
-    """All linears of the layers but the key projections, made smaller to 0.6."""
+    """All linears of the layers but the key projections, compressed to 0.6."""
     shapes = {
         name: tuple(module.weight.shape)
         for name, module in model.model.layers.named_modules(prefix="model.layers")
@@ -46,16 +46,16 @@ def targets(model: Any) -> Targets:
     return Targets(shapes, torch.bfloat16, dense, dense - int(0.4 * source))
 
 
-def make(alternative: Alternative, model: Any) -> dict[str, Tensor]:
-    """Return the weights that an alternative changes a model to."""
-    alternative.make_(model, lambda done, total: None)
+def make(baseline: Baseline, model: Any) -> dict[str, Tensor]:
+    """Return the weights that a baseline changes a model to."""
+    baseline.apply_(model, lambda done, total: None)
     return dict(model.state_dict())
 
 
-def tensors_of(alternative: Alternative, dense: dict[str, Tensor]) -> dict[str, Tensor]:
+def tensors_of(baseline: Baseline, dense: dict[str, Tensor]) -> dict[str, Tensor]:
     """Write the tensors of a file, each form in its own words."""
     tensors = {name: weight for name, weight in dense.items() if name != "lm_head.weight"}
-    for name, form in alternative.forms.items():
+    for name, form in baseline.forms.items():
         weight = tensors.pop(f"{name}.weight")
         if isinstance(form, Scheme):
             stored = round_to_nearest(weight, form, dtype=torch.bfloat16).encode("weight")
@@ -75,18 +75,18 @@ def test_the_bytes_are_those_of_a_file(
         weight = model.get_submodule(name).weight
         steps = torch.stack([torch.randperm(weight.shape[1]) for _ in weight])
         weight.data.copy_((steps + 1) / 64)
-    alternative = plan_alternative(written, targets)
-    save_file(tensors_of(alternative, model.state_dict()), tmp_path / "model.safetensors")
+    baseline = plan_baseline(written, targets)
+    save_file(tensors_of(baseline, model.state_dict()), tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}
-    assert alternative.bytes == sum(t.numel() * t.element_size() for t in stored.values())
+    assert baseline.bytes == sum(t.numel() * t.element_size() for t in stored.values())
     own = sum(
         t.numel() * t.element_size()
         for n, t in stored.items()
         if n.rpartition(".")[0] in targets.shapes
     )
-    assert alternative.bits == 8 * own
-    assert alternative.kept == alternative.bits / targets.source_bits
+    assert baseline.bits == 8 * own
+    assert baseline.kept == baseline.bits / targets.source_bits
 
 
 @pytest.mark.parametrize("written", WRITTEN)
@@ -95,16 +95,14 @@ def test_only_the_targets_change_and_to_what_the_file_stands_for(
 ) -> None:
     model = model.float()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    alternative = plan_alternative(written, targets)
-    after = make(alternative, model)
+    baseline = plan_baseline(written, targets)
+    after = make(baseline, model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"{name}.weight" for name in targets.shapes}
-    for name, form in alternative.forms.items():
+    for name, form in baseline.forms.items():
         W, W_hat = before[f"{name}.weight"], after[f"{name}.weight"]
         if isinstance(form, Scheme):
-            assert torch.equal(
-                W_hat, round_to_nearest(W, form, dtype=torch.bfloat16).weight().float()
-            )
+            assert torch.equal(W_hat, round_to_nearest(W, form, dtype=torch.bfloat16).weight().float())
             continue
         kept = W_hat != 0
         assert torch.equal(W_hat[kept], W[kept])
@@ -113,28 +111,28 @@ def test_only_the_targets_change_and_to_what_the_file_stands_for(
 
 
 def test_rows_that_groups_do_not_fill_have_one_scale(targets: Targets) -> None:
-    alternative = plan_alternative("int4-g32-asymmetric", targets)
+    baseline = plan_baseline("int4-g32-asymmetric", targets)
     for name, (_, d_in) in targets.shapes.items():
         group = None if d_in % 32 else 32
-        assert alternative.forms[name] == Scheme(4, group, symmetric=False)
-    assert "one scale a row in 2 of 12 matrices, whose rows of 48 numbers" in alternative.how
-    assert "one scale a row" not in plan_alternative("int4-g16", targets).how
+        assert baseline.forms[name] == Scheme(4, group, symmetric=False)
+    assert "one scale a row in 2 of 12 matrices, whose rows of 48 numbers" in baseline.how
+    assert "one scale a row" not in plan_baseline("int4-g16", targets).how
 
 
 def test_sparse_takes_the_bytes_of_the_result_and_no_more(targets: Targets) -> None:
-    alternative = plan_alternative("sparse", targets)
+    baseline = plan_baseline("sparse", targets)
     one_more = sum(16 * m for m, _ in targets.shapes.values())
-    assert targets.left_bits - one_more < alternative.bits <= targets.left_bits
-    shares = [entries / targets.shapes[name][1] for name, entries in alternative.forms.items()]
+    assert targets.budget_bits - one_more < baseline.bits <= targets.budget_bits
+    shares = [entries / targets.shapes[name][1] for name, entries in baseline.forms.items()]
     assert max(shares) - min(shares) < 1 / 32
-    assert f"the largest {100 * shares[0]:.0f}" in alternative.how.replace(".", " ")
+    assert f"the largest {100 * shares[0]:.0f}" in baseline.how.replace(".", " ")
 
 
 def test_sparse_keeps_an_entry_where_the_mask_alone_is_too_much(targets: Targets) -> None:
     tiny = replace(targets, compressed_bytes=targets.dense_bytes - targets.source_bits // 8)
-    alternative = plan_alternative("sparse", tiny)
-    assert {*alternative.forms.values()} == {1}
-    assert alternative.bytes > tiny.compressed_bytes
+    baseline = plan_baseline("sparse", tiny)
+    assert {*baseline.forms.values()} == {1}
+    assert baseline.bytes > tiny.compressed_bytes
 
 
 def test_making_can_be_stopped_between_matrices(model: Any, targets: Targets) -> None:
@@ -146,7 +144,7 @@ def test_making_can_be_stopped_between_matrices(model: Any, targets: Targets) ->
             raise Stopped("asked to")
 
     with pytest.raises(Stopped):
-        plan_alternative("int8", targets).make_(model, stop)
+        plan_baseline("int8", targets).apply_(model, stop)
     assert heard == [(1, 12), (2, 12)]
 
 
@@ -158,32 +156,32 @@ def evaluate(tiny_text: Path) -> Evaluate:
 def test_a_record_is_of_the_text_of_the_result(
     model: Any, targets: Targets, tiny_tokenizer: Any, evaluate: Evaluate
 ) -> None:
-    alternative = plan_alternative("int8", targets)
-    scores = measure(alternative, model, tiny_tokenizer, evaluate, lambda *_: None)
+    baseline = plan_baseline("int8", targets)
+    scores = measure(baseline, model, tiny_tokenizer, evaluate, lambda *_: None)
     entry = scores["it"]
     assert entry is not None
-    written = record(alternative, scores, {"it": entry})
+    written = record(baseline, scores, {"it": entry})
     assert written["perplexity"] == {"it": entry["perplexity"]}
-    assert (written["name"], written["bytes"]) == ("int8", alternative.bytes)
+    assert (written["name"], written["bytes"]) == ("int8", baseline.bytes)
     with pytest.raises(DataError, match="int8 and compressed were scored on different data"):
-        record(alternative, scores, {"it": entry | {"text_sha256": "other"}})
+        record(baseline, scores, {"it": entry | {"text_sha256": "other"}})
 
 
-def test_an_alternative_that_is_not_finite_or_has_no_scales_fails_no_run(
+def test_a_baseline_that_is_not_finite_or_has_no_scales_fails_no_run(
     model: Any,
     targets: Targets,
     tiny_tokenizer: Any,
     evaluate: Evaluate,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    alternative = plan_alternative("int8", targets)
+    baseline = plan_baseline("int8", targets)
     model.model.norm.weight.data.fill_(torch.inf)
-    broken = measure(alternative, model, tiny_tokenizer, evaluate, lambda *_: None)
+    broken = measure(baseline, model, tiny_tokenizer, evaluate, lambda *_: None)
     assert broken == {"it": None}
-    assert record(alternative, broken, {"it": {}})["perplexity"] == {"it": None}
+    assert record(baseline, broken, {"it": {}})["perplexity"] == {"it": None}
 
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("a scale underflows float16")
 
-    monkeypatch.setattr(alternatives, "round_to_nearest", refuse)
-    assert measure(alternative, model, tiny_tokenizer, evaluate, lambda *_: None) == {"it": None}
+    monkeypatch.setattr(baselines, "round_to_nearest", refuse)
+    assert measure(baseline, model, tiny_tokenizer, evaluate, lambda *_: None) == {"it": None}

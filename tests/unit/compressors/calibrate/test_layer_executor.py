@@ -1,4 +1,4 @@
-"""One decoder layer at a time, with the result of the whole model."""
+"""Layer by layer execution gives the result of the whole model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lrc.compressors.calibrate import statistics
-from lrc.compressors.calibrate.layer_stream import LayerStream, apply, watch_inputs
+from lrc.compressors.calibrate.layer_executor import (
+    LayerExecutor,
+    apply,
+    batch_size,
+    batches,
+    watch_inputs,
+)
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture
 from lrc.configs.errors import ModelError
@@ -19,8 +25,8 @@ LAYERS = 3  # of the model in conftest.py
 
 
 @pytest.fixture
-def stream(architecture, reader) -> LayerStream:
-    return LayerStream(architecture, reader, device="cpu", dtype=torch.float32)
+def executor(architecture, reader) -> LayerExecutor:
+    return LayerExecutor(architecture, reader, device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture
@@ -72,33 +78,33 @@ def test_only_the_layer_at_work_is_off_the_meta_device(architecture, reader, tok
     assert all(p.is_meta for p in architecture.model.parameters())
 
 
-def test_the_head_is_never_read(architecture, stream, tokens):
-    with stream.around_layers():
+def test_the_head_is_never_read(architecture, executor, tokens):
+    with executor.around_layers():
         assert resident(architecture) == set()
         assert not architecture.model.model.embed_tokens.weight.is_meta
         assert architecture.model.lm_head.weight.is_meta
-        stream.trace(tokens)
+        executor.trace(tokens, len(tokens))
     assert architecture.model.model.embed_tokens.weight.is_meta
 
 
-def test_layers_applied_in_turn_give_the_states_of_the_whole_model(source, stream, tokens):
+def test_layers_applied_in_turn_give_the_states_of_the_whole_model(source, executor, tokens):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(tokens, output_hidden_states=True).hidden_states
-    with stream.around_layers():
-        calls = stream.trace(tokens[:2])
-        hidden = torch.cat([stream.embed(tokens[:2]), stream.embed(tokens[2:])])
+    with executor.around_layers():
+        calls = executor.trace(tokens, 2)
+        hidden = torch.cat([executor.embed(tokens[:2]), executor.embed(tokens[2:])])
     for index, call in enumerate(calls):
         torch.testing.assert_close(hidden, expected[index], rtol=1e-5, atol=1e-5)
-        with stream.layer(index) as layer, torch.no_grad():
+        with executor.layer(index) as layer, torch.no_grad():
             hidden = torch.cat([apply(layer, call, hidden[:2]), apply(layer, call, hidden[2:])])
     final = model.model.norm(hidden)
     torch.testing.assert_close(final, expected[-1], rtol=1e-5, atol=1e-5)
 
 
-def test_the_trace_finds_what_shares_an_input(stream, tokens):
-    with stream.around_layers():
-        calls = stream.trace(tokens)
+def test_the_trace_finds_what_shares_an_input(executor, tokens):
+    with executor.around_layers():
+        calls = executor.trace(tokens, len(tokens))
     for index, call in enumerate(calls):
         prefix = f"model.layers.{index}"
         assert call.groups == [
@@ -109,7 +115,7 @@ def test_the_trace_finds_what_shares_an_input(stream, tokens):
         ]
 
 
-def test_another_view_of_the_same_memory_is_another_input(architecture, stream, tokens):
+def test_another_view_of_the_same_memory_is_another_input(architecture, executor, tokens):
     """Same address, other columns: one second moment cannot stand for both."""
 
     class Halves(nn.Module):
@@ -125,35 +131,35 @@ def test_another_view_of_the_same_memory_is_another_input(architecture, stream, 
 
     for layer in architecture.layers:
         layer.mlp = Halves(layer.mlp)
-    with stream.around_layers():
-        calls = stream.trace(tokens)
+    with executor.around_layers():
+        calls = executor.trace(tokens, len(tokens))
     assert ["model.layers.0.mlp.gate_proj"] in calls[0].groups
     assert ["model.layers.0.mlp.up_proj"] in calls[0].groups
 
 
 @pytest.mark.parametrize("calls", [0, 1])
-def test_a_model_that_skips_layers_is_refused(architecture, stream, tokens, monkeypatch, calls):
+def test_a_model_that_skips_layers_is_refused(architecture, executor, tokens, monkeypatch, calls):
     def forward(**_: Any) -> None:
         for layer in architecture.layers[:calls]:
             layer.forward = lambda x: x
             layer(torch.zeros(1, 1, 32))
 
     monkeypatch.setattr(architecture.model.model, "forward", forward)
-    with stream.around_layers():
+    with executor.around_layers():
         with pytest.raises(ModelError, match="does not call every decoder layer"):
-            stream.trace(tokens)
+            executor.trace(tokens, len(tokens))
         if not calls:
             with pytest.raises(ModelError, match="never calls the first decoder layer"):
-                stream.embed(tokens)
+                executor.embed(tokens)
 
 
-def test_an_error_in_a_layer_leaves_no_hook_and_no_weight(architecture, stream, tokens):
+def test_an_error_in_a_layer_leaves_no_hook_and_no_weight(architecture, executor, tokens):
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("in the second layer")
 
     architecture.layers[1].mlp.forward = fail
-    with stream.around_layers(), pytest.raises(RuntimeError, match="second layer"):
-        stream.trace(tokens)
+    with executor.around_layers(), pytest.raises(RuntimeError, match="second layer"):
+        executor.trace(tokens, len(tokens))
     hooks = [
         hook
         for module in architecture.model.modules()
@@ -163,11 +169,11 @@ def test_an_error_in_a_layer_leaves_no_hook_and_no_weight(architecture, stream, 
     assert all(p.is_meta for p in architecture.model.parameters())
 
 
-def test_watching_ends_with_its_context(architecture, stream):
+def test_watching_ends_with_its_context(architecture, executor):
     seen = []
     name = "model.layers.0.mlp.up_proj"
     x = torch.ones(2, 32)
-    with stream.layer(0) as layer:
+    with executor.layer(0) as layer:
         with watch_inputs(layer, "model.layers.0", [name], lambda *args: seen.append(args)):
             layer.mlp.up_proj(x)
         layer.mlp.up_proj(x)
@@ -178,8 +184,37 @@ def test_watching_ends_with_its_context(architecture, stream):
 
 @pytest.mark.parametrize(
     ("n_windows", "length", "expected"),
-    [(128, 1024, 2), (6, 48, 6), (7, 1024, 1), (10, 512, 2), (1, 8192, 1), (9, 700, 1)],
+    [(128, 1024, 2), (6, 48, 6), (7, 1024, 2), (10, 512, 4), (1, 8192, 1), (9, 700, 2)],
 )
-def test_a_batch_is_a_divisor_within_the_token_budget(n_windows, length, expected):
-    """All batches have one shape, because the recorded masks have it."""
-    assert statistics.batch_size(n_windows, length, "cpu") == expected
+def test_a_batch_is_as_large_as_the_token_budget_allows(n_windows, length, expected):
+    assert batch_size(n_windows, length, "cpu") == expected
+    rows = list(batches(n_windows, expected))
+    assert [i for each in rows for i in range(n_windows)[each]] == list(range(n_windows))
+    assert all(len(range(n_windows)[each]) == expected for each in rows[:-1])
+
+
+def test_a_smaller_last_batch_is_called_with_its_own_arguments(source, executor, tokens):
+    """And without a layer being loaded for it."""
+    with executor.around_layers():
+        calls = executor.trace(tokens[:3], 2)
+        expected = executor.trace(tokens[2:3], 1)
+    assert [set(call.arguments) for call in calls] == [{2, 1}] * LAYERS
+    for call, alone in zip(calls, expected, strict=True):
+        (args, kwargs), (args_alone, kwargs_alone) = call.arguments[1], alone.arguments[1]
+        torch.testing.assert_close(args, args_alone, rtol=0, atol=0)
+        assert kwargs.keys() == kwargs_alone.keys()
+        for key, value in kwargs.items():
+            if isinstance(value, Tensor | tuple):
+                torch.testing.assert_close(value, kwargs_alone[key], rtol=0, atol=0)
+
+
+def test_layers_get_back_a_forward_of_their_own(architecture, executor, tokens):
+    def own(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden
+
+    architecture.layers[1].forward = own
+    with executor.around_layers(head=True):
+        (*_, call) = executor.trace(tokens, 3)
+        executor.logits(executor.embed(tokens), tokens, call)
+    assert vars(architecture.layers[1])["forward"] is own
+    assert "forward" not in vars(architecture.layers[0])

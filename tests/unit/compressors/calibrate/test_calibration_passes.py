@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lrc.compressors.calibrate import statistics
-from lrc.compressors.calibrate.labels import logit_gradient
-from lrc.compressors.calibrate.prefix import CompressedPrefix
+from lrc.compressors.calibrate.calibration_passes import logit_gradient
+from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
+from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
@@ -38,7 +39,7 @@ def tokens() -> Tensor:
 
 
 def collect(architecture: Architecture, reader: WeightReader, tokens: Tensor, folder, **changes):
-    needs = changes.pop("needs", {lin.name: EVERYTHING for lin in architecture.linears})
+    required = changes.pop("required", {lin.name: EVERYTHING for lin in architecture.linears})
     arguments: dict[str, Any] = {
         "labels": "real",
         "seed": 0,
@@ -48,7 +49,7 @@ def collect(architecture: Architecture, reader: WeightReader, tokens: Tensor, fo
     }
     journal = Journal(folder)
     journal.work.mkdir(parents=True, exist_ok=True)
-    statistics.collect(architecture, reader, tokens, needs, journal, **arguments | changes)
+    statistics.collect(architecture, reader, tokens, required, journal, **arguments | changes)
     return journal
 
 
@@ -110,7 +111,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 def test_what_nobody_asked_for_is_not_collected(architecture, reader, tokens, tmp_path):
     name = "model.layers.1.mlp.up_proj"
-    journal = collect(architecture, reader, tokens, tmp_path / "o", needs={name: {"gradients"}})
+    journal = collect(architecture, reader, tokens, tmp_path / "o", required={name: {"gradients"}})
     assert statistics.load(journal, 0, "model.layers.0.mlp.up_proj") == Statistics()
     s = statistics.load(journal, 1, name)
     assert s.missing(EVERYTHING) == ["input_magnitude", "input_mean", "inputs", "row_fisher"]
@@ -139,6 +140,27 @@ def contents(journal: Journal) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.parametrize("labels", ["model", "real"])
+def test_a_smaller_last_batch_changes_statistics_by_rounding_only(
+    architecture, reader, tokens, tmp_path, monkeypatch, labels
+):
+    whole = known(
+        collect(architecture, reader, tokens, tmp_path / "1", labels=labels), architecture
+    )
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 4 * tokens.shape[1])  # batches of 4 and 2 windows
+    split = known(
+        collect(architecture, reader, tokens, tmp_path / "2", labels=labels), architecture
+    )
+    for name, one in whole.items():
+        two = split[name]
+        for a, b in ((one.inputs, two.inputs), (one.gradients, two.gradients)):
+            for part in ("diagonal", "full", "image"):
+                if getattr(a, part) is not None:
+                    close(getattr(b, part), getattr(a, part))
+        for part in ("input_mean", "input_magnitude", "row_fisher"):
+            close(getattr(two, part), getattr(one, part))
+
+
 class Kill(Exception):
     pass
 
@@ -149,7 +171,7 @@ def test_a_collection_that_was_stopped_anywhere_ends_with_the_same_bytes(
     architecture, reader, tokens, tmp_path, monkeypatch, moment, snapshots
 ):
     if snapshots:
-        monkeypatch.setattr("lrc.compressors.calibrate.states.SNAPSHOT_SECONDS", 0.0)
+        monkeypatch.setattr("lrc.compressors.calibrate.activation_cache.SNAPSHOT_SECONDS", 0.0)
     whole = collect(architecture, reader, tokens, tmp_path / "whole")
     steps = itertools.count()
 
@@ -169,7 +191,7 @@ def test_gradients_that_are_not_finite_name_their_layer(
     def infinite(logits: Tensor, *_: Any) -> Tensor:
         return torch.full_like(logits, torch.inf)
 
-    monkeypatch.setattr("lrc.compressors.calibrate.gradients.logit_gradient", infinite)
+    monkeypatch.setattr("lrc.compressors.calibrate.calibration_passes.logit_gradient", infinite)
     with pytest.raises(ModelError, match=r"gradients in model\.layers\.2 are not finite"):
         collect(architecture, reader, tokens, tmp_path / "out")
 
@@ -197,9 +219,13 @@ def test_real_labels_give_the_gradient_of_the_cross_entropy(tokens):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_prefix_sees_what_the_replaced_model_sees(source, architecture, reader, tokens, tmp_path):
+@pytest.mark.parametrize("batch", [6, 4])
+def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
+    source, architecture, reader, tokens, tmp_path, monkeypatch, batch
+):
     """Two layers replaced on the way; every input against hooks on two whole models."""
-    prefix = CompressedPrefix(
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", batch * tokens.shape[1])
+    sequence = SequentialCalibration(
         architecture, reader, tokens, Journal(tmp_path), device="cpu", memory_limit_gib=1.0
     )
     models = [AutoModelForCausalLM.from_pretrained(source).eval() for _ in range(2)]
@@ -216,8 +242,8 @@ def test_a_prefix_sees_what_the_replaced_model_sees(source, architecture, reader
         return seen[0]
 
     for layer in range(LAYERS):
-        for names in prefix.groups(layer):
-            found = prefix.measure(layer, names, deficit=True)
+        for names in sequence.groups(layer):
+            found = sequence.measure(layer, names, deficit=True)
             x, behind = (input_of(model, names[0]) for model in models)
             close(found.H, behind.T @ behind)
             close(found.cross, x.T @ behind)
@@ -232,11 +258,11 @@ def test_a_prefix_sees_what_the_replaced_model_sees(source, architecture, reader
                 close(found.deficit[names[0]], (stream - here).T @ behind)
             assert set(found.deficit) <= {f"{block}.o_proj", f"{block}.down_proj"}
             assert bool(found.deficit) == (linear in added_to)
-            assert not prefix.measure(layer, names, deficit=False).deficit
+            assert not sequence.measure(layer, names, deficit=False).deficit
             for name in names:
                 module = models[1].get_submodule(name)
                 noise = torch.randn(module.weight.shape, generator=g)
                 module.weight.data += 0.05 * noise
-                prefix.replace(name, module.weight.data)
-        prefix.advance(layer)
+                sequence.replace(name, module.weight.data)
+        sequence.advance(layer)
     assert all(p.is_meta for p in architecture.model.parameters())

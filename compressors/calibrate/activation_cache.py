@@ -1,0 +1,144 @@
+"""Buffers for what passes between decoder layers during calibration, for every window.
+
+An activation cache holds the current layer's hidden states (forward pass) or gradients (backward
+pass) and is overwritten layer by layer. It is saved from time to time: repeating hours of work
+after a restart would be slow, and would change the last digits. Activation checkpoints keep the
+input of every layer, from which the backward pass recomputes the layer.
+"""
+
+import os
+import time
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.io.journal import Journal, publish, storage_errors
+
+SNAPSHOT_SECONDS = 30.0
+GIB = 2**30
+GPU_FRACTION = 0.25  # of the free memory: a layer, its moments and a batch need the rest
+LIVE = ".live"
+NAMES = ("states", "gradients", "checkpoints", "dense", "compressed")
+"""Buffers that an interrupted run may leave on disk."""
+Shape = tuple[int, int, int]
+
+
+class ActivationCache:
+    """Hidden states or gradients [n_windows, length, d_model] in float32, after `done` layers.
+
+    Kept on the GPU if there is room, else in memory up to `limit_gib`, else on disk.
+
+    Parameters
+    ----------
+    name : str
+        One of `NAMES`; names the snapshots and the file on disk.
+    """
+
+    def __init__(
+        self, journal: Journal, name: str, shape: Shape, limit_gib: float, device: str
+    ) -> None:
+        self._journal, self._name = journal, name
+        self._saved = time.monotonic()
+        self.done = 0
+        self.tensor = _allocate(journal, name, shape, torch.float32, limit_gib, device)
+
+    def finish_layer(self, *, save: bool) -> None:
+        """Count one more finished layer; if `save`, write a snapshot when one is due."""
+        self.done += 1
+        if save and time.monotonic() - self._saved > SNAPSHOT_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Write a snapshot, then delete the previous one."""
+        previous = self._snapshots()
+        partial = self._journal.path(f".{self._name}.partial")
+        with storage_errors(partial), partial.open("wb") as file:
+            file.write(self.tensor.cpu().numpy().data)  # tofile would hide the errno
+        publish(partial, self._journal.path(f"{self._name}-{self.done:04d}.f32"))
+        for path in previous:
+            path.unlink()
+        self._saved = time.monotonic()
+
+    def resume(self) -> bool:
+        """Load the newest snapshot; return whether there was one."""
+        snapshots = self._snapshots()
+        if not snapshots:
+            return False
+        stored: Tensor = torch.from_file(str(snapshots[-1]), shared=False, size=self.tensor.numel())
+        self.tensor.copy_(stored.view_as(self.tensor))
+        self.done = int(snapshots[-1].stem.removeprefix(f"{self._name}-"))
+        return True
+
+    def _snapshots(self) -> list[Path]:
+        return sorted(self._journal.work.glob(f"{self._name}-*.f32"))
+
+
+class ActivationCheckpoints:
+    """The input of every decoder layer, written by the forward pass and read by the backward pass.
+
+    In bfloat16 where the model computes in 16 bits: half the memory, and a precision that the
+    model was trained in. Not part of any snapshot; after a restart the forward pass is repeated.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        n_layers: int,
+        shape: Shape,
+        dtype: torch.dtype,
+        limit_gib: float,
+        device: str,
+    ) -> None:
+        dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        layer_bytes = prod(shape) * dtype.itemsize
+        # Layers are read and written one at a time, so the GPU may hold only some of them.
+        on_device = min(n_layers, int(_device_room(device) // layer_bytes)) if layer_bytes else 0
+        parts = [torch.empty((on_device, *shape), dtype=dtype, device=device)] if on_device else []
+        if on_device < n_layers:
+            rest = ((n_layers - on_device) * shape[0], *shape[1:])
+            buffer = _allocate(journal, "checkpoints", rest, dtype, limit_gib, "cpu")
+            parts.append(buffer.view(n_layers - on_device, *shape))
+        self._layers: list[Tensor] = [layer for part in parts for layer in part]
+
+    def write(self, layer: int, states: Tensor) -> None:
+        """Store the input [n_windows, length, d_model] of a layer."""
+        self._layers[layer].copy_(states)
+
+    def read(self, layer: int, rows: slice, device: str) -> Tensor:
+        """Return the input of a layer for some windows, in float32."""
+        return self._layers[layer][rows].to(device, torch.float32)
+
+
+def _device_room(device: str) -> float:
+    """Return how many bytes of a GPU one of these buffers may use."""
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 0
+    return GPU_FRACTION * free
+
+
+def _allocate(
+    journal: Journal, name: str, shape: Shape, dtype: torch.dtype, limit_gib: float, device: str
+) -> Tensor:
+    """Allocate on the GPU if it has room, else in memory up to the limit, else on disk."""
+    n_bytes = prod(shape) * dtype.itemsize
+    if n_bytes <= _device_room(device):
+        return torch.empty(shape, dtype=dtype, device=device)
+    if n_bytes <= limit_gib * GIB:
+        return torch.empty(shape, dtype=dtype)
+    path = journal.path(f"{name}{LIVE}")
+    with storage_errors(path):
+        with path.open("wb") as file:
+            # Reserve the space now: if the disk fills up later, writing to the map kills us.
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, n_bytes)
+            else:
+                file.truncate(n_bytes)
+        flat: Tensor = torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype)
+    return flat.view(shape)
+
+
+def cache_files(journal: Journal) -> list[str]:
+    """Return the journal's names of all buffers and snapshots that calibration may have left."""
+    snapshots = [path.name for name in NAMES for path in journal.work.glob(f"{name}-*.f32")]
+    return [*(f"{n}{LIVE}" for n in NAMES), *(f".{n}.partial" for n in NAMES), *snapshots]

@@ -1,0 +1,183 @@
+"""The statistics that calibration can collect, as a table of running sums over tokens.
+
+A new statistic is a row of `FORWARD` or `BACKWARD` and a field of the same name in `Statistics`.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.models.architecture import Linear
+from lrc.compressors.solvers.linalg import add_second_moment_
+from lrc.compressors.solvers.moments import Moment, Statistics
+
+Required = Mapping[str, Collection[str]]
+"""Linear -> names of the fields of `Statistics` to collect. ``whole_inputs`` and
+``whole_gradients`` also demand the full matrix of that moment instead of its image."""
+
+
+class RunningSums(dict[str, Tensor]):
+    """Running sums by name; absent until first added to."""
+
+    def add(self, key: str, total: Tensor) -> None:
+        """Add a batch's sum."""
+        self[key] = self[key] + total if key in self else total
+
+    def add_square(self, key: str, x: Tensor) -> None:
+        """Add the second moment [d, d] of tokens ``x`` [..., d], in place: it can be a GiB."""
+        if key not in self:
+            self[key] = x.new_zeros(x.shape[-1], x.shape[-1])
+        add_second_moment_(self[key], x)
+
+    def add_product(self, key: str, x: Tensor, y: Tensor) -> None:
+        """Add ``x.T @ y`` of tokens ``x`` [n_tokens, d] and ``y`` [n_tokens, e], in place."""
+        if key not in self:
+            self[key] = x.new_zeros(x.shape[1], y.shape[1])
+        self[key].addmm_(x.T, y)
+
+
+class LinearBatch(NamedTuple):
+    """Inputs and outputs of one linear for a batch of windows."""
+
+    x: Tensor
+    """Inputs [..., d_in]; [n, length, d_in] in the backward pass."""
+    y: Tensor
+    """Forward: ``x @ W.T`` [..., d_out]. Backward: gradients at the output [n, length, d_out]."""
+    W: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """`x` as [n_tokens, d_in]."""
+        return self.x.reshape(-1, self.x.shape[-1])
+
+    @property
+    def gradients(self) -> Tensor:
+        """`y` as [n_tokens, d_out]."""
+        return self.y.reshape(-1, self.y.shape[-1])
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A row of the table: how a batch enters a running sum, and the sum's shape."""
+
+    shape: str
+    accumulate: Callable[[RunningSums, str, LinearBatch], None]
+    shared: bool = False
+    """Depends on the inputs only: collected once for all linears with the same input."""
+
+
+def _add_row_fisher(sums: RunningSums, key: str, batch: LinearBatch) -> None:
+    for g, x in zip(batch.y, batch.x, strict=True):  # a window is a sample
+        sums.add(key, (g.T @ x).square().sum(dim=1))
+
+
+FORWARD = {
+    "inputs": Sum("[d_in, d_in]", lambda s, k, b: s.add_square(k, b.tokens), shared=True),
+    "image": Sum("[d_out, d_out]", lambda s, k, b: s.add_square(k, b.y)),
+    "diagonal": Sum("[d_in]", lambda s, k, b: s.add(k, b.tokens.square().sum(0)), shared=True),
+    "input_mean": Sum("[d_in]", lambda s, k, b: s.add(k, b.tokens.sum(0)), shared=True),
+    "input_magnitude": Sum("[d_in]", lambda s, k, b: s.add(k, b.tokens.abs().sum(0)), shared=True),
+}
+BACKWARD = {
+    "gradients": Sum("[d_out, d_out]", lambda s, k, b: s.add_square(k, b.gradients)),
+    "image": Sum("[d_in, d_in]", lambda s, k, b: s.add_square(k, b.gradients @ b.W)),
+    "diagonal": Sum("[d_out]", lambda s, k, b: s.add(k, b.gradients.square().sum(0))),
+    "row_fisher": Sum("[d_out]", _add_row_fisher),
+}
+
+
+class LinearStatistics:
+    """Running sums for the linears of one layer in one pass."""
+
+    def __init__(self, table: Mapping[str, Sum], rows: Mapping[str, Collection[str]]) -> None:
+        """Accumulate ``rows[name]`` of the table for each linear `name`."""
+        self._table, self._rows = table, rows
+        self.sums = RunningSums()
+        self.watched = [name for name, selected in rows.items() if selected]
+
+    def add(self, name: str, batch: LinearBatch) -> None:
+        """Add a batch of one linear."""
+        for row in self._rows[name]:
+            self._table[row].accumulate(self.sums, f"{name}.{row}", batch)
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Linears with a sum that is not finite."""
+        bad = (key for key, total in self.sums.items() if not bool(torch.isfinite(total).all()))
+        return [key.rpartition(".")[0] for key in bad]
+
+    @classmethod
+    def forward(
+        cls, groups: list[list[str]], linears: Mapping[str, Linear], required: Required
+    ) -> Self:
+        """Select the rows of `FORWARD` for a layer whose `groups` of linears share an input.
+
+        The second moment of an input that is wider than all outputs computed from it is
+        accumulated as its images through the weights: the second moments of those outputs.
+        """
+        rows: dict[str, list[str]] = {}
+        for group in groups:
+            leader, members = group[0], [name for name in group if required.get(name)]
+            names = {each for name in members for each in required[name]}
+            rows[leader] = [row for row in FORWARD if row in names and row != "inputs"]
+            moments = [name for name in members if "inputs" in required[name]]
+            if not moments:
+                continue
+            rows[leader].append("diagonal")
+            width, heights = linears[leader].d_in, [linears[name].d_out for name in moments]
+            smaller = max(heights) <= width and sum(height**2 for height in heights) < width**2
+            if smaller and "whole_inputs" not in names:
+                for name in moments:
+                    rows.setdefault(name, []).append("image")
+            else:
+                rows[leader].append("inputs")
+        return cls(FORWARD, rows)
+
+    @classmethod
+    def backward(cls, linears: Mapping[str, Linear], required: Required) -> Self:
+        """Select the rows of `BACKWARD` for a layer.
+
+        The second moment at an output that is wider than its input is accumulated as its image
+        through the weight: the second moment of the gradients at the input.
+        """
+        rows: dict[str, list[str]] = {}
+        for name, names in required.items():
+            rows[name] = [row for row in BACKWARD if row in names and row != "gradients"]
+            if "gradients" in names:
+                wide = linears[name].d_out > linears[name].d_in and "whole_gradients" not in names
+                rows[name] += ["diagonal", "image" if wide else "gradients"]
+        return cls(BACKWARD, rows)
+
+
+def sum_names(table: Mapping[str, Sum], name: str, leader: str) -> dict[str, str]:
+    """Map the stored names of one linear's sums to rows of the table.
+
+    `leader` is the linear that holds the shared sums.
+    """
+    return {f"{leader if row.shared else name}.{key}": key for key, row in table.items()}
+
+
+def build_statistics(
+    n_tokens: int, forward: Mapping[str, Tensor], backward: Mapping[str, Tensor]
+) -> Statistics:
+    """Build the record of one linear from its sums, by row of the tables."""
+    plain = {
+        key: total
+        for key, total in (*forward.items(), *backward.items())
+        if key not in ("inputs", "gradients", "image", "diagonal")
+    }
+    return Statistics(
+        n_tokens,
+        inputs=_moment(forward, "inputs"),
+        gradients=_moment(backward, "gradients"),
+        **plain,
+    )
+
+
+def _moment(sums: Mapping[str, Tensor], full: str) -> Moment | None:
+    if "diagonal" not in sums or not {full, "image"} & set(sums):
+        return None
+    return Moment(sums["diagonal"], full=sums.get(full), image=sums.get("image"))
