@@ -127,8 +127,8 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What a slicing stage leaves of the model it is given: a smaller one, before and after."""
+class SliceRecord:
+    """The result of a slicing stage: the model before and after."""
 
     stage: int
     method: str
@@ -136,9 +136,9 @@ class Cut:
     bytes: tuple[int, int]
     """Of the tensors of the whole model."""
     config: dict[str, list[Any]]
-    """Key of the config that changes -> its values before and after."""
+    """Changed config key -> its values before and after."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the method decided as it was carried out."""
+    """What the method chose when it was applied."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     budgets: list[int | None] = field(default_factory=list)
     given: dict[int, str] = field(default_factory=dict)
-    slices: list[Cut] = field(default_factory=list)
+    slices: list[SliceRecord] = field(default_factory=list)
     outside: list[Matrix] = field(default_factory=list)
     """Embedding and head, where they are rounded to integers."""
 
