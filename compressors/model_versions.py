@@ -17,10 +17,15 @@ from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.configuration import read_config
 from lrc.compressors.models.source import Source, convert_gguf, load_dense
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.planning.plan import Cut
+from lrc.compressors.planning.plan import SliceRecord
 from lrc.compressors.prepare import Prepared
-from lrc.compressors.slicing.slice_method import Work
-from lrc.compressors.slicing.slice_stage import carry_out, changes, facts_of, sliced_source
+from lrc.compressors.slicing.slice_context import SliceContext
+from lrc.compressors.slicing.slice_stage import (
+    apply_slice,
+    config_changes,
+    read_facts,
+    sliced_source,
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Lineage:
             device=self.machine.chosen,
         )
 
-    def slice(self) -> list[Cut]:
+    def slice(self) -> list[SliceRecord]:
         """Cut away what the slicing stages ask for, and return what they had to decide."""
         recipe = self.prepared.recipe
         for stage, (options, config) in enumerate(
@@ -94,7 +99,7 @@ class Lineage:
             if self.journal.has(slice_folder(stage)):
                 continue
             before, architecture = self._folder(stage), self._architecture(stage)
-            work = Work(
+            context = SliceContext(
                 architecture,
                 WeightReader(before, architecture),
                 self.windows,
@@ -107,7 +112,7 @@ class Lineage:
             )
             final = self.journal.path(slice_folder(stage))
             with self.clock("slice"), new_folder(final) as folder:
-                carry_out(folder, work, options, config, self.prepared.source)
+                apply_slice(folder, context, options, config, self.prepared.source)
                 generation = before / "generation_config.json"
                 if generation.is_file():
                     shutil.copy(generation, folder)
@@ -118,8 +123,10 @@ class Lineage:
         return [
             replace(
                 cut,
-                facts=facts_of(self._folder(cut.stage + 1)),
-                config=changes(self._source(cut.stage).config, self._source(cut.stage + 1).config),
+                facts=read_facts(self._folder(cut.stage + 1)),
+                config=config_changes(
+                    self._source(cut.stage).config, self._source(cut.stage + 1).config
+                ),
             )
             for cut in self.prepared.plan.slices
         ]

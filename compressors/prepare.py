@@ -15,8 +15,8 @@ from lrc.compressors.models.source import Source, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.compile import make_plan
 from lrc.compressors.planning.plan import Plan
-from lrc.compressors.slicing.slice_stage import PENDING, plan_slices, warnings
-from lrc.configs.errors import Problem, RecipeError
+from lrc.compressors.slicing.slice_stage import PENDING, plan_slices, slice_warnings
+from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Recipe
 
 
@@ -54,7 +54,7 @@ def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
     ------
     RecipeError, ModelError, DataError
     """
-    problems: list[Problem] = []
+    problems: list[str] = []
     for spec in recipe.evaluate.perplexity:
         with _noted(problems):
             check_source(spec.source, part="evaluation")
@@ -73,7 +73,7 @@ def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
     with _noted(problems):
         cuts, configs, architecture = plan_slices(recipe, source, dense)
         plan = make_plan(recipe, source, architecture)
-        noted = [*warnings(recipe, dense), *plan.warnings]
+        noted = [*slice_warnings(recipe, dense), *plan.warnings]
         plan = replace(plan, slices=cuts, warnings=noted)
     with _noted(problems):
         check_tasks(recipe.evaluate.tasks)
@@ -103,7 +103,7 @@ def planned_again(prepared: Prepared, architecture: Architecture) -> Plan:
 
 
 @contextmanager
-def _noted(problems: list[Problem]) -> Iterator[None]:
+def _noted(problems: list[str]) -> Iterator[None]:
     """Let the checks after this one run too: all problems of a recipe are shown at once."""
     try:
         yield

@@ -15,7 +15,7 @@ from lrc.compressors.compress.group import CompressedGroup
 from lrc.compressors.compress.layerwise import Compression
 from lrc.compressors.evaluate.perplexity import perplexity
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.tasks import LayerTask, Weight

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrc.compressors.compress.group import CompressedGroup, WeightGroup, joined, left_dense
 from lrc.compressors.compress.quantize_parts import QuantizedParts, quantize_parts, quantize_whole
-from lrc.compressors.io.memory import to_host
+from lrc.compressors.io.machine import to_host
 from lrc.compressors.layers import COMPONENTS, WeightConfig
 from lrc.compressors.methods.base import FixedSizeMethod
 from lrc.compressors.methods.group_statistics import combined, has_zero_statistics, missing_reason

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.compressors.methods.table import METHODS, Quantization
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.allocators import BudgetError, heavy_tail, lagrangian

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.progress import OnStep
+from lrc.compressors.io.machine import OnStep
 from lrc.compressors.layers import Sizes
 from lrc.compressors.methods.base import FixedSizeMethod
 from lrc.compressors.methods.group_statistics import combined, has_zero_statistics, missing_reason

@@ -1,4 +1,4 @@
-"""Methods that leave a smaller dense model: fewer layers, narrower ones, or fewer channels."""
+"""Slicing methods: remove whole layers, residual-stream dimensions, or MLP and head channels."""
 
 from lrc.compressors.slicing.drop import Drop
 from lrc.compressors.slicing.modegpt import Modegpt
@@ -10,6 +10,6 @@ METHODS: dict[str, SliceMethod] = {
     "modegpt": Modegpt(),
     "slicegpt": Slicegpt(),
 }
-"""Name in a recipe -> the method; a method is a row."""
+"""Slicing method by its name in a recipe. To add a method, add a row."""
 
 __all__ = ["METHODS", "SliceMethod"]

@@ -1,4 +1,4 @@
-"""Whole layers left out: the simplest baseline, and always a plain checkpoint."""
+"""Remove whole decoder layers, which always leaves a plain checkpoint."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedConfig
 
-from lrc.compressors.calibrate.activation_cache import GIB, ActivationCache
 from lrc.compressors.calibrate.layer_executor import apply
+from lrc.compressors.calibrate.activation_cache import GIB, ActivationCache
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.slicing.layer_sweep import Ascent
-from lrc.compressors.slicing.slice_method import Budget, Sliced, SliceMethod, Work
+from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext
+from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.slicing import Drop as DropOptions
 from lrc.configs.slicing import SliceBase
@@ -25,12 +25,12 @@ FLOAT32 = 4  # bytes
 
 
 class Drop(SliceMethod):
-    """Leave out the layers that change their input least.
+    """Remove the layers that change their input least, or whose removal costs least perplexity.
 
     References
     ----------
     .. [1] X. Men et al., "ShortGPT", 2024. https://arxiv.org/abs/2403.03853 (block influence)
-    .. [2] J. Song et al., "SLEB", 2024. https://arxiv.org/abs/2402.09025 (verified by perplexity)
+    .. [2] J. Song et al., "SLEB", 2024. https://arxiv.org/abs/2402.09025 (perplexity)
     """
 
     source = "ShortGPT, arXiv:2403.03853; SLEB, arXiv:2402.09025"
@@ -38,197 +38,194 @@ class Drop(SliceMethod):
     def plan(
         self, architecture: Architecture, options: SliceBase, budget: Budget
     ) -> PreTrainedConfig:
-        """Keep as many layers as fit; which ones they are, calibration tells.
+        """Return a config with as many layers as fit the budget; calibration chooses which.
 
         Raises
         ------
         RecipeError
-            If nothing or everything would have to go, or the config does not count its layers.
+            If no layer fits, the layers differ in shape, or the config does not count them.
         """
         config: PreTrainedConfig = architecture.model.config
-        layers = architecture.layers
+        layers, kind = architecture.layers, type(architecture.model).__name__
         shapes = [{n: p.shape for n, p in layer.named_parameters()} for layer in layers]
         if any(each != shapes[0] for each in shapes):
             raise RecipeError(
                 [
-                    f"{budget.where}: the layers of {type(architecture.model).__name__} are not "
-                    "all of the same shapes, so what is left cannot be planned before it is known "
-                    "which of them go; take another method"
+                    f"{budget.where}: the layers of {kind} differ in shape, so the size of the "
+                    "result depends on which ones calibration removes; use another method"
                 ]
             )
-        sizes = [_bytes(layer.parameters()) for layer in layers]
-        rest = budget.dense_bytes - sum(sizes)
-        kept = max(0, min(len(layers), (budget.bytes - rest) // sizes[0]))
+        layer_bytes = sum(p.numel() * p.element_size() for p in layers[0].parameters())
+        rest = budget.dense_bytes - len(layers) * layer_bytes
+        kept = max(0, min(len(layers), (budget.bytes - rest) // layer_bytes))
         if getattr(config, N_LAYERS, None) != len(layers):
             raise RecipeError(
                 [
-                    f"{budget.where}: {type(architecture.model).__name__} does not count its "
-                    f"{len(layers)} layers as {N_LAYERS}, so none can be left out; take another "
-                    "method"
+                    f"{budget.where}: the config of {kind} does not give its {len(layers)} layers "
+                    f"as {N_LAYERS}, so none can be removed; use another method"
                 ]
             )
         if kept == 0:
-            least = rest + sizes[0]
+            least = rest + layer_bytes
             raise RecipeError(
                 [
-                    f"{budget.where}: leaves {budget.bytes:,} bytes, but one layer and what is "
-                    f"around the layers take {least:,} of {budget.dense_bytes:,}; at least "
-                    f"{least / budget.dense_bytes:.3f} of the model have to be kept"
+                    f"{budget.where}: must be at least {least / budget.dense_bytes:.3f} of the "
+                    f"model ({least:,} bytes: one layer and everything outside the layers), got "
+                    f"{budget.bytes:,} of {budget.dense_bytes:,} bytes; raise it"
                 ]
             )
         smaller = deepcopy(config)
-        _keep(smaller, range(kept))
+        _keep_layers_(smaller, range(kept))
         return smaller
 
     def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
-        """Count half a pass a trial, of about as many trials a layer that goes as are kept."""
+        """Return half a pass per trial: each removal tries about as many layers as are kept."""
         assert isinstance(options, DropOptions)
         if options.criterion == "influence":
             return 1.0
         kept = int(getattr(config, N_LAYERS))
         return kept / 2 * max(1.0, kept * (1 / (options.keep or 0.8) - 1))
 
-    def carry_out(self, work: Work, options: SliceBase, config: PreTrainedConfig) -> Sliced:
-        """Find the layers that matter least, and yield the others under their new numbers."""
+    def apply(
+        self, context: SliceContext, options: SliceBase, config: PreTrainedConfig
+    ) -> SlicedModel:
+        """Choose the layers to remove and yield the others, renumbered."""
         assert isinstance(options, DropOptions)
-        n_layers, n_kept = len(work.architecture.layers), int(getattr(config, N_LAYERS))
+        n_layers, n_kept = len(context.architecture.layers), int(getattr(config, N_LAYERS))
         facts: dict[str, Any] = {}
         if n_kept == n_layers:
             kept = list(range(n_layers))
         elif options.criterion == "perplexity":
-            kept, facts = _by_perplexity(work, n_kept)
+            kept, losses = _search_by_perplexity(context, n_kept)
+            facts = {"losses": losses}
         else:
-            influence = block_influence(work)
+            influence = block_influence(context)
             order = sorted(range(n_layers), key=lambda layer: influence[layer])
             kept = sorted(order[n_layers - n_kept :])
             facts = {"influence": influence}
-        final = deepcopy(work.architecture.model.config)
-        _keep(final, kept)
+        final = deepcopy(context.architecture.model.config)
+        _keep_layers_(final, kept)
         dropped = [layer for layer in range(n_layers) if layer not in kept]
-        return Sliced(final, _renumbered(work, kept), {"dropped": dropped, **facts})
+        return SlicedModel(final, _renumbered(context, kept), {"dropped": dropped, **facts})
 
 
-def block_influence(work: Work) -> list[float]:
-    """Return for every layer one minus the mean cosine between its input and its output [1]_.
+def block_influence(context: SliceContext) -> list[float]:
+    """Return for each layer one minus the mean cosine between its input and its output [1]_.
 
     References
     ----------
     .. [1] Equation 1 of ShortGPT, https://arxiv.org/abs/2403.03853
     """
-    tokens = work.windows()
-    up = Ascent.begin(work, tokens)
-    names, found = work.architecture.layer_names, []
-    for index, call in enumerate(up.calls):
+    sweep = LayerSweep.begin(context)
+    names, found = context.architecture.layer_names, []
+    for index, call in enumerate(sweep.calls):
         total = 0.0
-        with up.stream.layer(index) as layer, torch.no_grad():
-            for rows in up.rows():
-                x = up.states[rows].to(work.device)
+        with sweep.stream.layer(index) as layer, torch.no_grad():
+            for rows in sweep.batches():
+                x = sweep.states[rows].to(context.device)
                 y = apply(layer, call, x)
                 total += float(cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64))
-                up.states[rows] = y
-        found.append(_finite(1 - total / tokens.numel(), names[index]))
-        work.on_step("slice", index + 1, len(up.calls))
+                sweep.states[rows] = y
+        found.append(_check_finite(1 - total / sweep.tokens.numel(), names[index]))
+        context.on_step("slice", index + 1, len(names))
     return found
 
 
-def _by_perplexity(work: Work, n_kept: int) -> tuple[list[int], dict[str, Any]]:
-    """Leave out one layer after the other, each time the one whose absence costs least loss.
+def _search_by_perplexity(context: SliceContext, n_kept: int) -> tuple[list[int], list[float]]:
+    """Remove layers greedily by the loss; return the kept layers and the loss of each removal.
 
-    A trial needs the layers behind the one it leaves out, from states that the layers before it
-    have made once: half of a forward pass a trial. Layers are asked for over and over: they stay
-    resident where the memory limit allows.
+    A trial runs the layers after the removed one, on states that the layers before it have
+    computed once: half a forward pass on average. The layers stay on the device if they fit the
+    memory limit.
     """
-    tokens = work.windows()
+    sweep = LayerSweep.begin(context)
+    stream, tokens = sweep.stream, sweep.tokens
     if tokens.shape[1] < 2:
         raise RecipeError(
             ["calibration.length: must be at least 2 with verify: perplexity, got 1; raise it"]
         )
-    up = Ascent.begin(work, tokens)
-    stream, calls = up.stream, up.calls
-    shape = (tokens.shape[0], tokens.shape[1], up.states.shape[-1])
+    layers, names = context.architecture.layers, context.architecture.layer_names
     reached, states = (
-        ActivationCache(work.journal, name, shape, work.memory_limit_gib, work.device).tensor
-        for name in ("dense", "compressed")
+        ActivationCache(
+            context.journal,
+            name,
+            (*tokens.shape, sweep.states.shape[-1]),
+            context.memory_limit_gib,
+            context.device,
+        ).tensor
+        for name in ("dense", "prefix")
     )
-    kept, losses = list(range(len(calls))), []
-    trials, done = sum(range(n_kept + 1, len(calls) + 1)), 0
+    kept, losses = list(range(len(layers))), []
+    trials, done = sum(range(n_kept + 1, len(layers) + 1)), 0
     with ExitStack() as held:
         held.enter_context(stream.around_layers(head=True))
-        layers = work.architecture.layers
-        near = FLOAT32 * sum(p.numel() for layer in layers for p in layer.parameters())
-        resident = near <= work.memory_limit_gib * GIB
+        n_bytes = FLOAT32 * sum(p.numel() for layer in layers for p in layer.parameters())
+        resident = n_bytes <= context.memory_limit_gib * GIB
         for index in kept if resident else []:
             held.enter_context(stream.layer(index))
 
-        def visit(index: int) -> AbstractContextManager[nn.Module]:
+        def load(index: int) -> AbstractContextManager[nn.Module]:
             return nullcontext(layers[index]) if resident else stream.layer(index)
 
         def advance(states: Tensor, indices: Sequence[int]) -> None:
             for index in indices:
-                with visit(index) as layer:
-                    for rows in up.rows():
-                        x = states[rows].to(work.device)
-                        states[rows] = apply(layer, calls[index], x)
+                with load(index) as layer:
+                    sweep.advance(index, layer, states)
 
         while len(kept) > n_kept:
-            reached.copy_(up.states)
+            reached.copy_(sweep.states)
             found: dict[int, float] = {}
             for place, layer in enumerate(kept):
                 states.copy_(reached)
-                with torch.no_grad():
-                    advance(states, kept[place + 1 :])
-                    loss = _loss(up, states, tokens)
-                    found[layer] = _finite(loss, work.architecture.layer_names[layer])
-                    advance(reached, [layer])
+                advance(states, kept[place + 1 :])
+                found[layer] = _check_finite(_mean_loss(sweep, states), names[layer])
+                advance(reached, [layer])
                 done += 1
-                work.on_step("slice", done, trials)
+                context.on_step("slice", done, trials)
             best = min(found, key=lambda layer: found[layer])
             kept.remove(best)
             losses.append(found[best])
-    return kept, {"losses": losses}
+    return kept, losses
 
 
-def _loss(up: Ascent, states: Tensor, tokens: Tensor) -> float:
-    """Return the mean loss of a token behind the last layer's output `states`."""
-    total = 0.0
-    for rows in up.rows():
-        hidden = states[rows].to(up.stream.device)
-        logits = up.stream.logits(hidden, tokens[rows], up.calls[-1])[:, :-1].flatten(0, 1)
-        labels = tokens[rows, 1:].reshape(-1).to(up.stream.device)
+@torch.no_grad()
+def _mean_loss(sweep: LayerSweep, states: Tensor) -> float:
+    """Return the mean loss per token, given the output `states` of the last layer."""
+    total, device = 0.0, sweep.context.device
+    for rows in sweep.batches():
+        tokens, hidden = sweep.tokens[rows], states[rows].to(device)
+        logits = sweep.stream.logits(hidden, tokens, sweep.calls[-1])[:, :-1].flatten(0, 1)
+        labels = tokens[:, 1:].reshape(-1).to(device)
         total += float(cross_entropy(logits, labels, reduction="sum"))
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return total / (sweep.tokens.shape[0] * (sweep.tokens.shape[1] - 1))
 
 
-def _finite(value: float, layer: str) -> float:
+def _check_finite(value: float, layer: str) -> float:
     if not isfinite(value):
         raise ModelError(
-            f"model: its states are not finite around {layer} on the calibration text; its weights "
-            "are damaged or overflow: check the source model"
+            f"model: the hidden states are not finite at {layer} on the calibration text; the "
+            "weights are damaged or overflow: check the source model"
         )
     return value
 
 
-def _keep(config: PreTrainedConfig, kept: Sequence[int]) -> None:
-    """Let a config speak of the kept layers only, where it says something of every one."""
+def _keep_layers_(config: PreTrainedConfig, kept: Sequence[int]) -> None:
+    """Restrict a config to some layers, including lists with one value per layer."""
     n_layers = int(getattr(config, N_LAYERS))
     for key, value in config.to_dict().items():
-        if key.endswith("_token_id") or key == "architectures":  # of no layer
+        if key.endswith("_token_id") or key == "architectures":  # lists that are not per layer
             continue
         if isinstance(value, list) and len(value) == n_layers:
             setattr(config, key, [value[layer] for layer in kept])
     setattr(config, N_LAYERS, len(kept))
 
 
-def _renumbered(work: Work, kept: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-    names = work.architecture.layer_names
+def _renumbered(context: SliceContext, kept: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    names = context.architecture.layer_names
     new = {names[old]: names[number] for number, old in enumerate(kept)}
-    for name in work.architecture.stored_parameters():
+    for name in context.architecture.stored_parameters():
         layer = next((each for each in names if name.startswith(f"{each}.")), None)
         if layer is None:
-            yield name, work.reader.read(name)
+            yield name, context.reader.read(name)
         elif layer in new:
-            yield new[layer] + name.removeprefix(layer), work.reader.read(name)
-
-
-def _bytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+            yield new[layer] + name.removeprefix(layer), context.reader.read(name)

@@ -1,8 +1,8 @@
-"""What slicing the residual stream needs to know of an architecture: its readers and writers.
+"""Residual-stream layouts of model families: which modules read the stream and which write to it.
 
-A decoder layer is one or two *blocks*: norms that read the stream, linears behind them, and linears
-whose outputs are added to it. That is all a rotation has to know, so that a family is a row of
-names and no decoder layer is ever written again.
+A decoder layer consists of one or two *blocks*: norms that read the stream, linears that read the
+norms, and linears whose outputs are added to the stream. A rotation needs nothing else, so a family
+is one declaration of module names.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from lrc.configs.errors import ModelError
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of the residual stream, and the linears that are given what it puts out."""
+    """A norm of the residual stream and the linears that read its output."""
 
     name: str
     readers: tuple[str, ...]
@@ -24,17 +24,25 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """One addition to the residual stream: ``x + sum of writers``, made of norms of ``x``."""
+    """One addition to the residual stream: ``x + sum of writers``, computed from norms of ``x``."""
 
     norms: tuple[Norm, ...]
     writers: tuple[str, ...]
 
+    def within(self, prefix: str) -> "Block":
+        """Return the block with full names, given the name of its decoder layer."""
+        norms = tuple(
+            Norm(f"{prefix}.{norm.name}", tuple(f"{prefix}.{reader}" for reader in norm.readers))
+            for norm in self.norms
+        )
+        return Block(norms, tuple(f"{prefix}.{writer}" for writer in self.writers))
+
 
 @dataclass(frozen=True)
 class Family:
-    """Where the residual stream of an architecture begins, who uses it, and where it ends.
+    """The modules that create, read, write and end the residual stream of an architecture.
 
-    Names within `blocks` are those within one decoder layer; all others are full.
+    Names in `blocks` are relative to a decoder layer; all others are full names.
     """
 
     layers: str
@@ -44,27 +52,19 @@ class Family:
     final_norm: str
     head: str = "lm_head"
     layer_norm: bool = False
-    """Whether the norms subtract the mean first (LayerNorm), rather than not (RMSNorm)."""
+    """Whether the norms subtract the mean first (LayerNorm) or not (RMSNorm)."""
     weight_offset: float = 0.0
-    """Added to the weight of every norm before it scales."""
+    """Constant that every norm adds to its weight."""
 
     def stream(self, model: Any) -> list[Block]:
-        """Return the blocks of all layers under their full names, in the order of the stream."""
+        """Return the blocks of all layers with full names, in order."""
         prefixes = [f"{self.layers}.{i}" for i in range(len(model.get_submodule(self.layers)))]
-        return [_within(prefix, block) for prefix in prefixes for block in self.blocks]
+        return [block.within(prefix) for prefix in prefixes for block in self.blocks]
 
     def norms(self, model: Any) -> list[Norm]:
-        """Return every norm of the stream under its full name; the last one feeds the head."""
+        """Return all norms of the stream with full names; the last one is read by the head."""
         inner = [norm for block in self.stream(model) for norm in block.norms]
         return [*inner, Norm(self.final_norm, (self.head,))]
-
-
-def _within(prefix: str, block: Block) -> Block:
-    norms = tuple(
-        Norm(f"{prefix}.{norm.name}", tuple(f"{prefix}.{reader}" for reader in norm.readers))
-        for norm in block.norms
-    )
-    return Block(norms, tuple(f"{prefix}.{writer}" for writer in block.writers))
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -124,16 +124,16 @@ NEOX_PARALLEL = replace(
 
 def _opt(config: Any) -> Family:
     if config.word_embed_proj_dim != config.hidden_size:
-        raise _refused(
+        raise _unsupported(
             config,
             f"its embeddings are {config.word_embed_proj_dim} wide and projected to the residual "
             f"stream of {config.hidden_size}",
         )
     if not config.do_layer_norm_before or config._remove_final_layer_norm:
-        raise _refused(
+        raise _unsupported(
             config,
-            "its norms stand on the residual stream itself, whose scales do not commute with a "
-            "rotation",
+            "its norms are applied to the residual stream itself, and their scales do not "
+            "commute with a rotation",
         )
     return OPT
 
@@ -152,44 +152,46 @@ FAMILIES: dict[str, Callable[[Any], Family]] = {
     "gpt_neox": _gpt_neox,
     "phi": lambda _: PHI,
 }
-"""By `model_type`. Norms inside attention (Qwen-3, Phi) see heads, not the stream: they stay."""
+"""By `model_type`. Norms inside attention (Qwen-3, Phi) act on heads, not on the stream."""
 
 POST_NORM = {"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3"}
-"""Families with a norm between a block's output matrix and the residual stream."""
+"""Families with a norm between the output matrix of a block and the residual stream."""
 
 
 def find_family(model: Any) -> Family:
-    """Return what is known of a model's residual stream, held against its module tree.
+    """Return the family of a model, checked against its module tree.
 
     Parameters
     ----------
     model : PreTrainedModel
-        With or without weights: the meta device will do.
+        May be on the meta device.
 
     Raises
     ------
     ModelError
-        If its residual stream cannot be rotated, or is not known.
+        If the family is unknown or its residual stream cannot be rotated.
     """
     config = model.config
     kind = config.model_type
     if kind in POST_NORM:
-        raise _refused(
+        raise _unsupported(
             config,
             "it has a norm between a block's output matrix and the residual stream, and the scales "
             "of a norm there do not commute with a rotation",
         )
     if kind not in FAMILIES:
-        raise _refused(config, f"that is known of {', '.join(sorted(FAMILIES))} only")
+        raise _unsupported(config, f"supported are {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind](config)
-    problems = list(_differences(family, model, config.hidden_size))
+    problems = _mismatches(family, model, config.hidden_size)
     if problems:
-        raise _refused(config, f"its modules are not those of its family: {'; '.join(problems)}")
+        raise _unsupported(
+            config, f"its modules differ from those of {kind}: {'; '.join(problems)}"
+        )
     return family
 
 
-def _differences(family: Family, model: Any, width: int) -> list[str]:
-    """Say where a module tree is not as its family says."""
+def _mismatches(family: Family, model: Any, width: int) -> list[str]:
+    """Describe the modules that are not what the family declares."""
     modules = dict(model.named_modules())
     norms, blocks = family.norms(model), family.stream(model)
     widths = {
@@ -198,11 +200,11 @@ def _differences(family: Family, model: Any, width: int) -> list[str]:
         **{name: (nn.Linear, "out_features") for block in blocks for name in block.writers},
     }
     problems = [
-        f"{name} is no {kind.__name__} of {width} {attribute}"
+        f"{name} is not {kind.__name__} with {attribute}={width}"
         for name, (kind, attribute) in widths.items()
         if not isinstance(modules.get(name), kind) or getattr(modules[name], attribute) != width
     ]
-    wanted = "LayerNorm" if family.layer_norm else "RMSNorm"
+    expected = "LayerNorm" if family.layer_norm else "RMSNorm"
     for norm in norms:
         module = modules.get(norm.name)
         weight = getattr(module, "weight", None)
@@ -211,12 +213,12 @@ def _differences(family: Family, model: Any, width: int) -> list[str]:
         else:
             fits = not family.layer_norm and weight is not None and tuple(weight.shape) == (width,)
         if not fits:
-            problems.append(f"{norm.name} is no {wanted} over {width}")
+            problems.append(f"{norm.name} is not {expected} of width {width}")
     return problems
 
 
-def _refused(config: Any, reason: str) -> ModelError:
+def _unsupported(config: Any, reason: str) -> ModelError:
     return ModelError(
         f"model: the residual stream of model_type {config.model_type!r} cannot be rotated: "
-        f"{reason}; slice with 'modegpt' or 'drop', which leave the stream as it is"
+        f"{reason}; slice with 'modegpt' or 'drop', which do not change the stream"
     )

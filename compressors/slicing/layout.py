@@ -1,7 +1,8 @@
-"""Where a model has channels that can go: MLPs and heads, found from modules and held to config."""
+"""Find the MLPs and attention heads of a model that can be narrowed."""
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +15,20 @@ from transformers import PreTrainedConfig
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.rope import frequencies
 
-# The linears that make an MLP's channels, and the one that reads them.
+# The linears whose outputs form the channels of an MLP, and the linear that reads them.
 MLPS = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("fc1",), "fc2"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
 )
 WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "hidden_dim")
+QKV = ("q_proj", "k_proj", "v_proj")
 OUTPUTS = ("o_proj", "out_proj", "dense")
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """An MLP, by the full names of its linears."""
+    """The linears of an MLP, by full names."""
 
     inputs: tuple[str, ...]
     output: str
@@ -34,7 +36,7 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention, by the full names of its linears."""
+    """The linears of an attention module, by full names."""
 
     q: str
     k: str
@@ -43,74 +45,82 @@ class Attention:
 
     @property
     def module(self) -> str:
-        """Full name of the module that owns them."""
+        """Full name of the attention module."""
         return self.q.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What all attentions of a model share."""
+    """The attention modules of a model and their common sizes."""
 
     attentions: list[Attention]
     n_heads: int
     n_kv_heads: int
     head_dim: int
     frequencies: Tensor
-    """Inverse, [head_dim / 2]."""
+    """Inverse frequencies, [head_dim / 2]."""
     scale: float
-    """Of cos and sin."""
+    """Factor of cos and sin."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What can be narrowed in a model."""
+    """The parts of a model that can be narrowed."""
 
     mlps: list[Mlp]
-    """One a layer."""
+    """One per layer."""
     width_key: str
+    """Config key of the MLP width."""
     width: int
     heads: Heads | str
-    """Or why they stay as they are: a clause."""
+    """The heads, or a clause that gives the reason why they cannot be narrowed."""
 
 
 def find_layout(architecture: Architecture) -> Layout | str:
-    """Find what can be narrowed; or return the reason, a clause, why MLPs cannot be."""
+    """Return what can be narrowed, or a clause that gives the reason why MLPs cannot be."""
     mlps = []
     for name, layer in zip(architecture.layer_names, architecture.layers, strict=True):
-        found = _mlps(name, layer)
+        found = [
+            Mlp(tuple(f"{module}.{n}" for n in inputs), f"{module}.{output}")
+            for module, linears in _modules_with_linears(name, layer)
+            for inputs, output in MLPS
+            if {*inputs, output} <= linears
+        ]
         if len(found) != 1:
             kinds = ", ".join("/".join((*inputs, output)) for inputs, output in MLPS)
             return f"{name} holds {len(found)} MLPs of the kinds {kinds}, not one"
         mlps += found
     widths = {architecture.model.get_submodule(mlp.output).in_features for mlp in mlps}
     if len(widths) > 1:
-        return f"its MLPs are not all of one width ({min(widths)} to {max(widths)})"
+        return f"its MLPs differ in width ({min(widths)} to {max(widths)})"
     width = widths.pop()
     config = architecture.model.config
     keys = [key for key in WIDTH_KEYS if getattr(config, key, None) == width]
     if not keys:
-        return f"its config has none of {', '.join(WIDTH_KEYS)} that says the width {width}"
-    return Layout(mlps, keys[0], width, _heads(architecture))
+        return f"none of {', '.join(WIDTH_KEYS)} in its config equals the width {width}"
+    return Layout(mlps, keys[0], width, _find_heads(architecture))
 
 
 def mlp_shapes(
     architecture: Architecture, layout: Layout, widths: Sequence[int]
 ) -> dict[str, list[int]]:
-    """Return the shapes of the linears of those MLPs that `widths`, one a layer, make narrower."""
-    found = {}
+    """Return the weight shapes of the MLPs that `widths`, one per layer, make narrower."""
+    of = architecture.model.get_submodule
+    found: dict[str, list[int]] = {}
     for mlp, width in zip(layout.mlps, widths, strict=True):
-        if width == layout.width:
-            continue
-        for name in mlp.inputs:
-            found[name] = [width, architecture.model.get_submodule(name).in_features]
-        found[mlp.output] = [architecture.model.get_submodule(mlp.output).out_features, width]
+        if width != layout.width:
+            found |= {name: [width, of(name).in_features] for name in mlp.inputs}
+            found[mlp.output] = [of(mlp.output).out_features, width]
     return found
 
 
 def narrowed_shapes(
     architecture: Architecture, layout: Layout, width: int, head_dim: int | None
 ) -> dict[str, list[int]]:
-    """Return the shapes of all stored parameters with MLPs of `width` and heads of `head_dim`."""
+    """Return the shapes of all stored parameters with MLPs of `width` and heads of `head_dim`.
+
+    Heads do not change if `head_dim` is None.
+    """
     shapes = {name: list(p.shape) for name, p in architecture.stored_parameters().items()}
 
     def narrow(linear: str, axis: int, size: int) -> None:
@@ -131,43 +141,53 @@ def narrowed_shapes(
     return shapes
 
 
+def narrowed_bytes(
+    architecture: Architecture, layout: Layout, width: int, head_dim: int | None
+) -> int:
+    """Return the size of the tensors whose shapes `narrowed_shapes` returns."""
+    stored = architecture.stored_parameters()
+    shapes = narrowed_shapes(architecture, layout, width, head_dim)
+    return sum(math.prod(shape) * stored[name].itemsize for name, shape in shapes.items())
+
+
 def skeleton(architecture: Architecture, config: PreTrainedConfig) -> Any:
-    """Build the model of another config of the same class, without weights."""
+    """Build a model of the same class with another config, without weights."""
     with init_empty_weights(include_buffers=False):
         return type(architecture.model)(deepcopy(config))
 
 
-def obeys(
+def follows_config(
     architecture: Architecture, config: PreTrainedConfig, shapes: Mapping[str, list[int]]
 ) -> bool:
-    """Say whether a model of the config has these parameters: not all read what a config says."""
+    """Return whether a model of this config has parameters of these shapes.
+
+    Some classes ignore parts of their config.
+    """
     try:
         state = skeleton(architecture, config).state_dict(keep_vars=True)
-    except Exception:  # modeling code raises anything about sizes it did not expect
+    except Exception:  # modeling code may raise anything for unexpected sizes
         return False
     return all(n in state and list(state[n].shape) == shape for n, shape in shapes.items())
 
 
-def _mlps(layer_name: str, layer: nn.Module) -> list[Mlp]:
-    result = []
+def _modules_with_linears(layer_name: str, layer: nn.Module) -> Iterator[tuple[str, set[str]]]:
+    """Yield the full name of every module in a layer and the names of its linear children."""
     for name, module in layer.named_modules(prefix=layer_name):
-        linears = {n for n, child in module.named_children() if isinstance(child, nn.Linear)}
-        result += [
-            Mlp(tuple(f"{name}.{n}" for n in inputs), f"{name}.{output}")
-            for inputs, output in MLPS
-            if {*inputs, output} <= linears
-        ]
-    return result
+        yield name, {n for n, child in module.named_children() if isinstance(child, nn.Linear)}
 
 
-def _heads(architecture: Architecture) -> Heads | str:
+def _find_heads(architecture: Architecture) -> Heads | str:
     config = architecture.model.config
     table = frequencies(architecture.model, config)
     if isinstance(table, str):
         return table
     attentions = []
     for name, layer in zip(architecture.layer_names, architecture.layers, strict=True):
-        found = _attentions(name, layer)
+        found = [
+            Attention(*(f"{module}.{n}" for n in (*QKV, *outputs)))
+            for module, linears in _modules_with_linears(name, layer)
+            if {*QKV} <= linears and len(outputs := [n for n in OUTPUTS if n in linears]) == 1
+        ]
         if len(found) != 1:
             return f"{name} has no attention of four linears q_proj, k_proj, v_proj and an output"
         attentions += found
@@ -175,25 +195,14 @@ def _heads(architecture: Architecture) -> Heads | str:
     head_dim, n_heads = 2 * len(inverse), int(config.num_attention_heads)
     n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
     for attention in attentions:
-        reason = _unfit(architecture.model, attention, (n_heads, n_kv_heads, head_dim))
+        reason = _unsupported(architecture.model, attention, (n_heads, n_kv_heads, head_dim))
         if reason:
             return f"{attention.module} {reason}"
     return Heads(attentions, n_heads, n_kv_heads, head_dim, inverse, scale)
 
 
-def _attentions(layer_name: str, layer: nn.Module) -> list[Attention]:
-    result = []
-    for name, module in layer.named_modules(prefix=layer_name):
-        linears = {n for n, child in module.named_children() if isinstance(child, nn.Linear)}
-        outputs = [n for n in OUTPUTS if n in linears]
-        if {"q_proj", "k_proj", "v_proj"} <= linears and len(outputs) == 1:
-            names = ("q_proj", "k_proj", "v_proj", outputs[0])
-            result.append(Attention(*(f"{name}.{n}" for n in names)))
-    return result
-
-
-def _unfit(model: nn.Module, attention: Attention, sizes: tuple[int, int, int]) -> str | None:
-    """Say why the heads of an attention cannot be narrowed; None if they can."""
+def _unsupported(model: nn.Module, attention: Attention, sizes: tuple[int, int, int]) -> str | None:
+    """Return the reason why the heads of an attention module cannot be narrowed, if any."""
     n_heads, n_kv_heads, head_dim = sizes
     module: Any = model.get_submodule(attention.module)
     linears: list[Any] = [
@@ -206,9 +215,9 @@ def _unfit(model: nn.Module, attention: Attention, sizes: tuple[int, int, int]) 
     q, k, v, o = (linear.weight.shape for linear in linears)
     wide, narrow = n_heads * head_dim, n_kv_heads * head_dim
     if [q[0], k[0], v[0], o[1]] != [wide, narrow, narrow, wide]:
-        return "does not have the heads that the config says"
+        return "does not have the heads of the config"
     if not isinstance(getattr(module, "scaling", None), float):
-        return "does not say by what it scales scores"
+        return "does not have the factor of its scores as 'scaling'"
     rotate = getattr(sys.modules[type(module).__module__], "rotate_half", None)
     if rotate is None or rotate(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
         return "pairs the dimensions of its rotary embedding in another way"

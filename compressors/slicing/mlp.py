@@ -1,8 +1,8 @@
-"""Which channels of an MLP stay, and what its last linear makes of those that do.
+"""Choose the channels that an MLP keeps, and refit the linear that reads them.
 
-The channels ``z`` between an MLP's linears (``act(gate) * up``, or ``act(fc1)``) are given by their
-second moment C over tokens. Everything is exact in that moment: a channel's cost is what the output
-loses after all that is left has been refitted.
+Everything is computed from the second moment C over tokens of the channels between the linears of
+an MLP (``act(gate) * up`` or ``act(fc1)``). The cost of removing a channel is the exact increase of
+the output's squared error under C, once all remaining weights have been refitted.
 """
 
 from dataclasses import dataclass
@@ -10,41 +10,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.compressors.solvers.linalg import damped, whitening_factor
+from lrc.compressors.solvers.linalg import damped, weighted_error, whitening_factor
 
-# Of the width, removed between two updates of all channels. On SmolLM2-135M the lost energy is the
-# same to 1e-4 for 1/16, 1/128 and one channel at a time.
-BATCH_SHARE = 1 / 32
+# Fraction of the channels removed between two updates of all others. On SmolLM2-135M the lost
+# energy agrees to 1e-4 for 1/16, 1/128 and one channel at a time.
+BATCH_FRACTION = 1 / 32
 
 
 @dataclass(frozen=True)
 class Narrowed:
-    """An MLP's output on fewer channels."""
+    """An MLP's output linear on fewer channels."""
 
     kept: Tensor
     """Channels [width], ascending."""
     W: Tensor
-    """Refitted weight of the last linear, [d, width], in float64."""
+    """Refitted weight of the output linear, [d, width], in float64."""
     lost: float
-    """Share of the output's energy ``tr(W C W^T)`` that is gone, [0, 1]."""
+    """Fraction of the output energy ``tr(W C W^T)`` that is lost, in [0, 1]."""
     fallback: str | None = None
-    """What had to be done beyond the request; None if nothing."""
+    """Deviation from the requested computation; None if there was none."""
 
 
 def narrow(W: Tensor, C: Tensor, width: int, *, damp: float) -> Narrowed:
-    """Choose channels and refit what reads them.
+    """Choose channels by backward elimination and refit the linear that reads them.
 
-    Backward elimination of the channels whose absence costs least, with the optimal refit of all
-    others already counted in.
+    Each step removes the channels whose removal costs least after an optimal refit of the others.
 
     Parameters
     ----------
     W : Tensor, shape [d, d_int]
-        Weight of the last linear.
+        Weight of the output linear.
     C : Tensor, shape [d_int, d_int]
         Second moment of its inputs, summed or averaged over tokens.
     width : int
-        Channels to keep, in ``[1, d_int]``.
+        Number of channels to keep, in ``[1, d_int]``.
     damp : float
         Fraction of ``mean(diag(C))`` added to its diagonal; positive.
 
@@ -55,16 +54,16 @@ def narrow(W: Tensor, C: Tensor, width: int, *, damp: float) -> Narrowed:
 
     Notes
     -----
-    With ``Q = C^-1``, removing the channels B from a weight V that is the best on all others costs
-    ``tr(V_B (Q_BB)^-1 V_B^T)``, for one channel ``||v_j||^2 / q_jj`` (the saliency of [1]_, for
-    columns), and leaves ``V - V_B (Q_BB)^-1 Q_B:`` and ``Q - Q_:B (Q_BB)^-1 Q_B:``. Channels go
-    one after the other among twice a batch of the cheapest ones; all others are brought up to
-    date, exactly, once a batch.
+    With ``Q = C^-1``, removing the channels B from a weight V that is optimal on all others costs
+    ``tr(V_B (Q_BB)^-1 V_B^T)``, for one channel ``||v_j||^2 / q_jj`` (the saliency of [1]_ for
+    columns), and leaves ``V - V_B (Q_BB)^-1 Q_B:`` and ``Q - Q_:B (Q_BB)^-1 Q_B:``. A batch of
+    channels is removed one at a time from twice as many of the cheapest candidates; all other
+    channels are updated exactly once per batch.
 
-    [2]_ and [3]_ choose by ridge leverage, ``diag(C (C + r I)^-1)``, which does not look at W: on
-    SmolLM2-135M, of 1536 channels 1016, it loses up to a sixth more energy and has perplexity
-    45.3 for 43.4. The refit is theirs (Nystrom), but of the damped moment as a whole: channels
-    that no token has used keep their weight, and at full width W comes back unchanged.
+    [2]_ and [3]_ select by ridge leverage, ``diag(C (C + r I)^-1)``, which ignores W: on
+    SmolLM2-135M with 1016 of 1536 channels it loses up to a sixth more energy, with perplexity
+    45.3 instead of 43.4. The refit is theirs (Nystrom), but uses the whole damped moment: channels
+    that no token has used keep their weight, and at full width W does not change.
 
     References
     ----------
@@ -80,42 +79,43 @@ def narrow(W: Tensor, C: Tensor, width: int, *, damp: float) -> Narrowed:
     W, C = W.double(), C.double()
     if width == d_int:
         return Narrowed(torch.arange(d_int, device=W.device), W.clone(), 0.0)
-    if not C.diagonal().any():  # nothing was seen: the largest weights stay as they are
+    if not C.diagonal().any():
         kept = W.square().sum(dim=0).topk(width).indices.sort().values
         return Narrowed(kept, W[:, kept], 0.0, "inputs were all zero; kept the largest weights")
     L, fallback = whitening_factor(C, damp)
     kept, _ = _eliminate(W, torch.cholesky_inverse(L), width)
     V = refit(W, C, kept, damp=damp)
-    return Narrowed(kept, V, lost_energy(W, C, kept, V), fallback)
+    lost = lost_energy(W, torch.zeros_like(W).index_copy(1, kept, V), C)
+    return Narrowed(kept, V, lost, fallback)
 
 
 def loss_curve(W: Tensor, C: Tensor, *, damp: float) -> Tensor:
-    """Return what the output loses on 1, 2, ..., d_int channels, each time chosen as by `narrow`.
+    """Return the squared error of the output on 1, 2, ..., d_int channels, chosen as by `narrow`.
 
     Parameters
     ----------
     W : Tensor, shape [d, d_int]
-        With ``G^(1/2) W`` in its place errors are weighted by G, and so are the choices.
+        Pass ``G^(1/2) W`` to weight errors and choices by G.
     C : Tensor, shape [d_int, d_int]
-        A sum over tokens gives a sum, an average an average.
+        A sum over tokens gives a summed error, an average a mean error.
 
     Returns
     -------
     Tensor, shape [d_int], float64
-        Descending; the last is 0. Of the damped moment.
+        Descending; the last is 0. Under the damped moment.
     """
     W, C = W.double(), C.double()
     if not C.diagonal().any():
         return W.new_zeros(W.shape[1])
     L, _ = whitening_factor(C, damp)
-    _, costs = _eliminate(W.clone(), torch.cholesky_inverse(L), 1)
+    _, costs = _eliminate(W, torch.cholesky_inverse(L), 1)
     return torch.cat([costs.new_zeros(1), costs.cumsum(0)]).flip(0)
 
 
 def refit(W: Tensor, C: Tensor, kept: Tensor, *, damp: float) -> Tensor:
-    """Return the weight [d, width] that makes of the kept channels what W makes of all.
+    """Return the weight [d, width] on the kept channels that best reproduces the output of W.
 
-    Minimises ``tr((W - V) C (W - V)^T)`` for V that is zero elsewhere, C damped.
+    Minimises ``tr((W - V) C (W - V)^T)`` over V that is zero elsewhere, with C damped.
 
     Parameters
     ----------
@@ -128,34 +128,30 @@ def refit(W: Tensor, C: Tensor, kept: Tensor, *, damp: float) -> Tensor:
     return torch.cholesky_solve(C[kept] @ W.double().T, L).T
 
 
-def lost_energy(W: Tensor, C: Tensor, kept: Tensor, V: Tensor) -> float:
-    """Return ``tr(E C E^T) / tr(W C W^T)``, E being W less V [d, width] on the kept channels."""
-    W, C, E = W.double(), C.double(), W.double().clone()
-    E[:, kept] -= V
-    total = float(((W @ C) * W).sum())
-    return max(0.0, float(((E @ C) * E).sum()) / total) if total > 0 else 0.0
+def lost_energy(W: Tensor, W_hat: Tensor, C: Tensor) -> float:
+    """Return ``tr(E C E^T) / tr(W C W^T)`` with ``E = W - W_hat``; 0 if the output is zero."""
+    total = weighted_error(W, torch.zeros_like(W), C)
+    return max(0.0, weighted_error(W, W_hat, C) / total) if total > 0 else 0.0
 
 
 def _eliminate(W: Tensor, Q: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return the channels of W [d, d_int] that stay, and what each that went has cost, in order.
+    """Return the kept channels of W [d, d_int], and the cost of each removed one in order.
 
-    Q [d_int, d_int] is overwritten.
-
-    Channels that are gone stay in place, as zeros, for a while: copying what is left costs more
-    than computing with zeros until half of them are gone.
+    Overwrites Q [d_int, d_int]. Removed channels remain as zeros until they are half of all:
+    copying the rest costs more than computing with zeros.
     """
-    batch = max(1, int(W.shape[1] * BATCH_SHARE))
+    batch = max(1, int(W.shape[1] * BATCH_FRACTION))
     names = torch.arange(W.shape[1], device=W.device)
     alive = torch.ones_like(names, dtype=torch.bool)
-    V, left, paid = W.clone(), len(names), [W.new_zeros(0)]
+    V, left, costs = W.clone(), len(names), [W.new_zeros(0)]
     while left > width:
-        costs = V.square().sum(dim=0) / Q.diagonal()
-        costs[~alive] = torch.inf
-        candidates = costs.topk(min(2 * batch, left), largest=False).indices
+        estimates = V.square().sum(dim=0) / Q.diagonal()
+        estimates[~alive] = torch.inf
+        candidates = estimates.topk(min(2 * batch, left), largest=False).indices
         V_c, Q_cc = V[:, candidates], Q[candidates][:, candidates]
-        chosen, prices = _cheapest(V_c.T @ V_c, Q_cc, min(batch, left - width))
+        chosen, batch_costs = _cheapest(V_c.T @ V_c, Q_cc, min(batch, left - width))
         B = candidates[chosen]
-        paid.append(prices)
+        costs.append(batch_costs)
         L, _ = whitening_factor(Q[B][:, B], 0.0)
         rows = torch.cholesky_solve(Q[B], L)  # [n_removed, d_int]
         V -= V[:, B] @ rows
@@ -166,32 +162,31 @@ def _eliminate(W: Tensor, Q: Tensor, width: int) -> tuple[Tensor, Tensor]:
         left -= len(B)
         if left < len(alive) / 2:
             V, Q, names, alive = V[:, alive], Q[alive][:, alive], names[alive], alive[alive]
-    return names[alive], torch.cat(paid)
+    return names[alive], torch.cat(costs)
 
 
 def _cheapest(U: Tensor, Q: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Choose `count` of some channels one after the other, each by its cost after those before.
+    """Choose `count` channels one at a time; return them and their costs.
 
-    Returns them and their costs.
-
-    At once, channels that can stand in for each other would all look dispensable.
+    Each cost accounts for the channels removed before. Without that, channels that can replace
+    each other would all appear dispensable.
 
     Parameters
     ----------
     U : Tensor, shape [n, n]
-        ``V^T V`` of the channels' weights.
+        ``V^T V`` of the weights of the candidates.
     Q : Tensor, shape [n, n]
     """
     chosen: list[Tensor] = []
-    prices: list[Tensor] = []
-    gone = torch.zeros(len(U), dtype=U.dtype, device=U.device)
+    costs: list[Tensor] = []
+    removed = torch.zeros(len(U), dtype=U.dtype, device=U.device)
     for _ in range(count):
-        price, j = (U.diagonal() / Q.diagonal() + gone).min(dim=0)
+        cost, j = (U.diagonal() / Q.diagonal() + removed).min(dim=0)
         chosen.append(j)
-        prices.append(price)
+        costs.append(cost)
         r = Q[j] / Q[j, j]  # V becomes V (I - e_j r^T)
         U = U - torch.outer(r, U[j]) - torch.outer(U[:, j], r) + U[j, j] * torch.outer(r, r)
         Q = Q - torch.outer(Q[:, j], r)
-        gone = gone.index_fill(0, j, torch.inf)
+        removed = removed.index_fill(0, j, torch.inf)
         Q = Q.index_put((j, j), Q.new_ones(()))
-    return torch.stack(chosen), torch.stack(prices)
+    return torch.stack(chosen), torch.stack(costs)

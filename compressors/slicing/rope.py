@@ -1,8 +1,8 @@
-"""Rotary frequencies of narrower heads, said so that stock transformers computes them.
+"""Rotary frequencies of narrower heads, in a form that stock transformers computes.
 
-A narrower head keeps some of the rotary pairs, and each pair its frequency. A config has one number
-for the frequencies of a head, the base; but the scaling called ``longrope`` also has a factor for
-each frequency, for short texts and for long ones. With both the same it is a table.
+A narrower head keeps some rotary pairs with their frequencies. A config gives the frequencies by
+one number, the base, but the ``longrope`` scaling adds a factor per frequency, for short and for
+long texts. With both lists equal this is a table of frequencies.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-# Those whose table is made once: dynamic and longrope change it with the length of the text.
+# Scalings with a fixed table; dynamic and longrope change it with the length of the text.
 FIXED = ("default", "linear", "llama3", "yarn")
 
 
 def frequencies(model: nn.Module, config: PreTrainedConfig) -> tuple[Tensor, float] | str:
-    """Return the inverse frequencies [head_dim / 2] of a model and the scale of its cos and sin.
+    """Return the inverse frequencies [head_dim / 2] of a model and the factor of its cos and sin.
 
-    Or the reason, a clause, why they cannot be told or not be taken apart.
+    If they cannot be determined or split, return a clause that gives the reason.
     """
     parameters = getattr(config, "rope_parameters", None)
     if not parameters:
@@ -46,25 +46,25 @@ def table_parameters(
     scale: float,
     max_positions: int,
 ) -> dict[str, Any]:
-    """Return the ``rope_parameters`` of a config whose table is that of some pairs.
+    """Return ``rope_parameters`` whose table contains the frequencies of the kept pairs.
 
     Parameters
     ----------
     parameters : dict
-        Those of the source; the base is taken over.
+        ``rope_parameters`` of the source, whose base is kept.
     inverse : Tensor, shape [head_dim / 2]
-        Inverse frequencies of the source, of any fixed scaling.
+        Inverse frequencies of the source, with any fixed scaling.
     pairs : sequence of int
-        The kept ones, ascending; all of them leave the parameters as they are.
+        The kept pairs, ascending. If all are kept, the parameters do not change.
     scale : float
-        Of cos and sin in the source (1 but for yarn).
+        Factor of cos and sin in the source (1 except for yarn).
     max_positions : int
-        Of the config. Longer texts take the long factors, which are the same.
+        Value in the config. Longer texts use the long factors, which are the same.
     """
     if len(pairs) == len(inverse):
         return dict(parameters)
     base, kept = float(parameters["rope_theta"]), inverse.detach().cpu().float()[list(pairs)]
-    factors = _factors(base, kept).tolist()
+    factors = _solve_factors(base, kept).tolist()
     return {
         "rope_type": "longrope",
         "rope_theta": parameters["rope_theta"],
@@ -76,12 +76,12 @@ def table_parameters(
     }
 
 
-def _factors(base: float, kept: Tensor) -> Tensor:
-    """Solve ``kept_i = 1 / (factor_i * base^(2 i / dim))`` for the factors, as float32 rounds."""
-    shape = torch.arange(0, 2 * len(kept), 2).float() / (2 * len(kept))  # as transformers does
-    powers = base**shape
+def _solve_factors(base: float, kept: Tensor) -> Tensor:
+    """Solve ``kept_i = 1 / (factor_i * base^(2 i / dim))`` for the factors in float32."""
+    exponents = torch.arange(0, 2 * len(kept), 2).float() / (2 * len(kept))  # as in transformers
+    powers = base**exponents
     near = [1.0 / (kept * powers)]
-    for toward in (0.0, torch.inf):  # a neighbour may round better
+    for toward in (0.0, torch.inf):  # a neighbouring float may round to a closer frequency
         near.append(torch.nextafter(near[0], torch.full_like(kept, toward)))
     choices = torch.stack(near)  # [3, n_pairs]
     errors = (1.0 / (choices * powers) - kept).abs()

@@ -1,76 +1,55 @@
-"""What every method of slicing answers: a smaller dense model, first as a config, then as weights.
+"""The interface of slicing methods, which produce a smaller dense model.
 
-A slicing method is planned from shapes alone: the config of the smaller model and with it every
-shape is known before a weight is read, so that the stages behind it can be planned too. Carried out
-it gives the tensors of a checkpoint of that config. Where layers get shapes of their own, the
-config carries a table of them, see `layers.model_shapes`; what only data share out between layers is
-planned as evenly as it can be, and of the same size.
+A method first plans the config of the smaller model from shapes alone, so that later stages can be
+planned before any weight is read. It then computes the tensors of a checkpoint with that config.
+Shapes that config.json cannot describe are stored in tables inside it, see `layers.shapes`. Widths
+that depend on calibration are planned evenly at the same total size.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lrc.compressors.calibrate.calibration_passes import Labels
-from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.configs.slicing import SliceBase
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the smaller model may cost: bytes of its tensors, each at its precision in the file."""
+    """The maximum size of the smaller model: bytes of its tensors at the precision of the file."""
 
     where: str
-    """Place in the recipe that asks for it, such as ``stages[0].slice.keep``."""
+    """Key path of the budget in the recipe, such as ``stages[0].slice.keep``."""
     bytes: int
     dense_bytes: int
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a method that is carried out works with: a dense model, text, and a machine."""
-
-    architecture: Architecture
-    reader: WeightReader
-    windows: Callable[[], Tensor]
-    """Returns the calibration windows [samples, length]; drawn only when asked for."""
-    journal: Journal
-    device: str
-    memory_limit_gib: float
-    seed: int
-    on_step: OnStep
-    labels: Labels = "model"
-    """What gradients are taken of."""
-
-
-@dataclass(frozen=True)
-class Sliced:
-    """A smaller model."""
+class SlicedModel:
+    """The config and the tensors of the smaller model."""
 
     config: PreTrainedConfig
-    """As planned; a method may add what only data could tell. No shape changes any more, but for
-    those that it has called pending."""
+    """The planned config, completed by values that calibration determines. Shapes are as planned
+    unless the method reported them as pending."""
     tensors: Iterator[tuple[str, Tensor]]
-    """Every stored parameter by its name in the smaller model, once, layer after layer, in the
-    order of its `stored_parameters`, on the CPU at the precision of the source."""
+    """Names and values of all stored parameters in the order of the model's `stored_parameters`,
+    on the CPU and at the precision of the source."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """For the report, as JSON values."""
+    """JSON values for the report; complete once all tensors have been read."""
 
 
 class SliceMethod(ABC):
-    """A row of the table of slicing methods."""
+    """A slicing method; an entry of the METHODS table."""
 
     source: str
-    """The paper."""
+    """Reference to the paper."""
     reads_text: bool = True
-    """Whether calibration text is read."""
+    """Whether the method reads calibration text."""
 
     @abstractmethod
     def plan(
@@ -81,25 +60,26 @@ class SliceMethod(ABC):
         Raises
         ------
         RecipeError
-            If the architecture cannot be sliced so, or not that far, or only grows by it: with the
-            reason, and what helps.
+            If the method does not support the architecture, or no model fits the budget.
         """
 
     def pending(self, options: SliceBase, config: PreTrainedConfig) -> str | None:
-        """Name what of a planned config only data decide; None if every shape is known.
+        """Describe the shapes of a planned config that calibration will choose, if any.
 
-        The bytes of the model are known all the same.
+        Their total size is fixed by the plan.
         """
         return None
 
-    def advised_tokens(self, architecture: Architecture) -> int:
-        """Return below how many calibration tokens results get poor."""
+    def recommended_tokens(self, architecture: Architecture) -> int:
+        """Return the number of calibration tokens below which quality suffers."""
         return 0
 
     def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
-        """Return how often about it sends the text through the dense model: to estimate time."""
+        """Return the approximate number of forward passes over the text, to estimate the time."""
         return 1.0
 
     @abstractmethod
-    def carry_out(self, work: Work, options: SliceBase, config: PreTrainedConfig) -> Sliced:
-        """Slice the model of `work` down to the planned config."""
+    def apply(
+        self, context: SliceContext, options: SliceBase, config: PreTrainedConfig
+    ) -> SlicedModel:
+        """Slice the model of the context to the planned config."""

@@ -1,4 +1,4 @@
-"""The slicing stages of a recipe: planned from shapes, then carried out one after the other."""
+"""Plan the slicing stages of a recipe from shapes, then apply them one after another."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +15,10 @@ from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.budget import Whole
-from lrc.compressors.planning.plan import Cut
+from lrc.compressors.planning.plan import SliceRecord
 from lrc.compressors.slicing import METHODS
-from lrc.compressors.slicing.slice_method import Budget, Work
+from lrc.compressors.slicing.slice_context import SliceContext
+from lrc.compressors.slicing.slice_method import Budget
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Recipe
 from lrc.configs.size import parse_size
@@ -25,30 +26,30 @@ from lrc.configs.slicing import SliceBase
 
 FACTS = "lrc-slice.json"
 PENDING = "pending"
-"""Fact of a planned cut: what only data will decide."""
-# What a config says of where and how it was read, which no method changes.
-CIRCUMSTANCES = {"dtype", "_name_or_path", "quantization_config", "transformers_version"}
+"""Key in the facts of a planned slice: the shapes that calibration will choose."""
+# Config keys that record how a model was stored and read. No slicing method changes them.
+PROVENANCE = {"dtype", "_name_or_path", "quantization_config", "transformers_version"}
 
 
 def plan_slices(
     recipe: Recipe, source: Source, architecture: Architecture
-) -> tuple[list[Cut], list[PreTrainedConfig], Architecture]:
-    """Plan every slicing stage on what the one before it leaves; no weight is read.
+) -> tuple[list[SliceRecord], list[PreTrainedConfig], Architecture]:
+    """Plan every slicing stage on the result of the one before it, without reading weights.
 
     Returns
     -------
-    cuts : list of Cut
+    records : list of SliceRecord
     configs : list of PreTrainedConfig
-        Of the model behind each stage.
+        Config of the model after each stage.
     architecture : Architecture
-        Of the model behind the last one.
+        Architecture after the last stage.
 
     Raises
     ------
     RecipeError
-        What `SliceMethod.plan` refuses, and a budget that is none.
+        If a method refuses its budget or the architecture, or a stage would change nothing.
     """
-    cuts: list[Cut] = []
+    records: list[SliceRecord] = []
     configs: list[PreTrainedConfig] = []
     for number, options in enumerate(recipe.slices):
         before, old = Whole(architecture.stored_parameters()), architecture.model.config
@@ -57,9 +58,8 @@ def plan_slices(
         if tables_of(old):
             raise RecipeError(
                 [
-                    f"{budget.where.rpartition('.')[0]}: cannot stand behind stages[{number - 1}], "
-                    "which leaves layers that the config does not describe; put that stage last "
-                    "of the slices"
+                    f"stages[{number}].slice: cannot follow stages[{number - 1}], which produces "
+                    "layer shapes that config.json cannot describe; make that stage the last slice"
                 ]
             )
         config = method.plan(architecture, options, budget)
@@ -69,52 +69,56 @@ def plan_slices(
         assert after.bytes <= budget.bytes, f"{options.method} planned beyond its budget"
         if after.bytes == before.bytes:
             raise RecipeError(
-                [f"{budget.where}: leaves the model as it is: nothing would be smaller; lower it"]
+                [f"{budget.where}: allows the whole model, so nothing would be removed; lower it"]
             )
-        cuts.append(
-            Cut(
+        records.append(
+            SliceRecord(
                 stage=number,
                 method=options.method,
                 parameters=(before.parameters, after.parameters),
                 bytes=(before.bytes, after.bytes),
-                config=changes(old, config),
+                config=config_changes(old, config),
                 facts={PENDING: pending} if pending else {},
             )
         )
         configs.append(config)
-    return cuts, configs, architecture
+    return records, configs, architecture
 
 
-def warnings(recipe: Recipe, architecture: Architecture) -> list[str]:
-    """Name what will work but should be known, for a model as it came."""
+def slice_warnings(recipe: Recipe, architecture: Architecture) -> list[str]:
+    """Return warnings about stages that work but may give poor results on the source model."""
     tokens = recipe.calibration.samples * recipe.calibration.length
-    advised = {each.method: METHODS[each.method] for each in recipe.slices}
+    recommended = {
+        each.method: METHODS[each.method].recommended_tokens(architecture) for each in recipe.slices
+    }
     return [
-        f"calibration: {tokens} tokens are few for {name}; "
-        f"{method.advised_tokens(architecture)} or more are advised"
-        for name, method in advised.items()
-        if tokens < method.advised_tokens(architecture)
+        f"calibration: {tokens} tokens are few for {name}; {minimum} or more are recommended"
+        for name, minimum in recommended.items()
+        if tokens < minimum
     ]
 
 
 def sliced_source(source: Source, config: PreTrainedConfig, folder: Path | None = None) -> Source:
-    """Return the source as a slicing stage leaves it: another config, and weights of its own."""
+    """Return the source of a sliced model: a different config and folder of weights."""
     return replace(source, config=config, folder=folder or source.folder, gguf=None)
 
 
-def carry_out(
-    folder: Path, work: Work, options: SliceBase, config: PreTrainedConfig, source: Source
+def apply_slice(
+    folder: Path,
+    context: SliceContext,
+    options: SliceBase,
+    config: PreTrainedConfig,
+    source: Source,
 ) -> None:
-    """Slice the model of `work` and write what is left, a model too, into an empty folder."""
-    sliced = METHODS[options.method].carry_out(work, options, config)
-    small = build(sliced_source(source, sliced.config))
-    stored = small.stored_parameters()
-    # No tensor larger than a shard: those would be asked for before their turn.
+    """Slice the model of the context and write the smaller model into an empty folder."""
+    sliced = METHODS[options.method].apply(context, options, config)
+    stored = build(sliced_source(source, sliced.config)).stored_parameters()
+    # The writer asks for a tensor larger than a shard out of order, which a stream cannot serve.
     largest = max(t.numel() * t.element_size() for t in stored.values())
     write_weights(
         folder,
         stored,
-        _in_order(sliced.tensors, stored),
+        _sequential_reader(sliced.tensors, stored),
         max_shard_bytes=max(MAX_SHARD_BYTES, largest),
     )
     write_config(folder, sliced.config, block({}, tables_of(sliced.config)), source.spec.dtype)
@@ -122,16 +126,29 @@ def carry_out(
     (folder / FACTS).write_text(text, encoding="utf-8")
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
-    """Return what a method had to say of a model that `carry_out` has written."""
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return the method's facts about a model that `apply_slice` has written."""
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     return facts
 
 
-def _in_order(
+def config_changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, list[Any]]:
+    """Return the config keys that differ, each with its values before and after.
+
+    The tables of shapes that the config cannot describe count as keys.
+    """
+    before, after = (
+        {k: v for k, v in config.to_dict().items() if k not in PROVENANCE} | tables_of(config)
+        for config in (old, new)
+    )
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return {key: [before.get(key), after.get(key)] for key in keys}
+
+
+def _sequential_reader(
     tensors: Iterator[tuple[str, Tensor]], stored: Mapping[str, Tensor]
 ) -> Callable[[str], Tensor]:
-    """Return a reader of tensors that come in the order in which they are asked for."""
+    """Return a reader by name of tensors that are requested in the order of the iterator."""
 
     def read(name: str) -> Tensor:
         found, tensor = next(tensors)
@@ -148,26 +165,13 @@ def _budget(options: SliceBase, whole: Whole, number: int) -> Budget:
         return Budget(f"{where}.keep", int(options.keep * whole.bytes), whole.bytes)
     assert options.size is not None
     header = whole.header_bytes([])
-    wanted = parse_size(options.size) - header
-    if not 0 < wanted < whole.bytes:
+    allowed = parse_size(options.size) - header
+    if not 0 < allowed < whole.bytes:
         raise RecipeError(
             [
-                f"{where}.size: must be above the {header:,} bytes of headers and below the "
-                f"{whole.bytes + header:,} of the model that is sliced, got {options.size}; "
-                f"{'raise' if wanted <= 0 else 'lower'} size"
+                f"{where}.size: must be above the {header:,} bytes of file headers and below the "
+                f"{whole.bytes + header:,} bytes of the model to slice, got {options.size}; "
+                f"{'raise' if allowed <= 0 else 'lower'} size"
             ]
         )
-    return Budget(f"{where}.size", wanted, whole.bytes)
-
-
-def changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, list[Any]]:
-    """Return what a stage changes in the config: key -> before, after.
-
-    Tables that say how the model differs from the config stand under their own keys.
-    """
-    before, after = (
-        {k: v for k, v in config.to_dict().items() if k not in CIRCUMSTANCES} | tables_of(config)
-        for config in (old, new)
-    )
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    return {key: [before.get(key), after.get(key)] for key in keys}
+    return Budget(f"{where}.size", allowed, whole.bytes)

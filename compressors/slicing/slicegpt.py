@@ -1,51 +1,64 @@
-"""SliceGPT: with one rotation for the whole model what is left is a plain smaller model.
+"""SliceGPT: reduce the width of the residual stream by rotation and truncation.
 
-A rotation of its own for every block, see `blocks`, fits each better, but leaves a matrix on every
-residual branch, which no stock class has. One rotation needs none: a smaller `hidden_size` is all
-that changes.
+With one rotation for the whole model the result is a plain model with a smaller `hidden_size`. One
+rotation per block loses less, but needs a matrix on every residual branch, which no stock class
+has, see `rotated_weights`.
 
-The width of the norms. Fused, a norm of the dense model computes ``x / sqrt(|x|^2 / D + eps)``.
-The slice ``z = Q_k^T x`` has k numbers, and the stock class would divide its squares by k. The
-stream therefore carries ``y = sqrt(k / D) z``: then ``|y|^2 / k == |z|^2 / D``, and
-``sqrt(D / k) y / sqrt(|y|^2 / k + eps) == z / sqrt(|z|^2 / D + eps)`` with the same `eps`. The
-factor ``sqrt(D / k)`` goes into the linears behind the norm, rather than into its weight, whose
-rounding to 16 bits all of them would share; norm weights become ones.
+Width of the norms, with one rotation: a fused norm of the dense model computes
+``x / sqrt(|x|^2 / D + eps)``. The slice ``z = Q_k^T x`` has k numbers, and the stock class divides
+its squares by k. The stream therefore carries ``y = sqrt(k / D) z``: then
+``|y|^2 / k == |z|^2 / D``, and ``sqrt(D / k) y / sqrt(|y|^2 / k + eps)`` equals
+``z / sqrt(|z|^2 / D + eps)`` with the same `eps`. The linears after the norm are multiplied by
+``sqrt(D / k)``, and norm weights become ones, because a rounded norm weight would give all of these
+linears the same error.
 """
 
 import copy
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lrc.compressors.layers.model_shapes import tables_of
+from lrc.compressors.layers.shapes import SHAPES, tables_of
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.slicing.blocks import bytes_of, carve_blocks, rotated_config, tables
-from lrc.compressors.slicing.channel_moments import stream_moment
 from lrc.compressors.slicing.families import Family, find_family
-from lrc.compressors.slicing.roles import Roles, times
-from lrc.compressors.slicing.rotation import principal_axes
-from lrc.compressors.slicing.slice_method import Budget, Sliced, SliceMethod, Work
+from lrc.compressors.slicing.rotated_weights import (
+    StreamParameters,
+    config_with_tables,
+    rotated_tensors,
+)
+from lrc.compressors.slicing.slice_context import SliceContext
+from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
+from lrc.compressors.slicing.stream_bases import (
+    ROTATIONS,
+    find_block_bases,
+    kept_energy,
+    principal_axes,
+    read_basis,
+    read_shortcut,
+    stream_moment,
+)
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.slicing import SliceBase
 from lrc.configs.slicing import Slicegpt as Options
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose stock classes hold a sliced model: RMSNorm, and a `head_dim` of their own."""
+"""Families whose stock classes can load a sliced model: RMSNorm, and `head_dim` in the config."""
 
 
 class Slicegpt(SliceMethod):
-    """Keeps the principal components of the residual stream.
+    """Keep the principal components of the residual stream.
 
-    After [1]_, which rotates every block differently; see the module. For one rotation the second
-    moment is summed over the inputs of all norms, each token divided by its root mean square: that
-    is what the linears behind a norm see of it. The plain sum is that of the last layers and of a
-    few tokens, whose states are a hundred times as large: the first 24 of the 61 norms of
-    SmolLM2-135M add less than 0.1 % to it. Of its 576 dimensions 504 (432) then leave perplexity
-    28.97 (64.32) on python-docs, and tokens that count alike 25.46 (44.34); dense it has 18.17.
+    The paper [1]_ uses one rotation per block. For a single rotation the second moment is summed
+    over the inputs of all norms, with each token divided by its root mean square, because that is
+    what the linears after a norm receive. The plain sum is dominated by the last layers and by few
+    tokens with states a hundred times as large: the first 24 of the 61 norms of SmolLM2-135M
+    contribute less than 0.1 % of it. With 504 (432) of its 576 dimensions, perplexity on
+    python-docs is 28.97 (64.32) for the plain sum and 25.46 (44.34) for normalised tokens; dense it
+    is 18.17.
 
     References
     ----------
@@ -54,7 +67,6 @@ class Slicegpt(SliceMethod):
     """
 
     source = "SliceGPT, ICLR 2024, https://arxiv.org/abs/2401.15024"
-    reads_text = True
 
     def plan(
         self, architecture: Architecture, options: SliceBase, budget: Budget
@@ -64,34 +76,30 @@ class Slicegpt(SliceMethod):
         Raises
         ------
         RecipeError
+            If the architecture is not supported, no width fits, or the model would only grow.
         """
         assert isinstance(options, Options)
-        config = architecture.model.config
-        family = _find_family(architecture, budget, plain=options.rotations == "global")
-        roles = Roles(architecture, family)
+        config, per_block = architecture.model.config, options.rotations == "block"
+        family = _find_family(architecture, budget, plain=not per_block)
+        roles = StreamParameters(architecture, family)
         D, step = config.hidden_size, options.width_multiple
-
-        def size(k: int) -> int:
-            if options.rotations == "global":
-                return roles.bytes(k)
-            return bytes_of(architecture, family, tables(architecture, family, k))
-
-        if options.rotations == "global" and config.model_type == "llama":
-            # LlamaConfig refuses widths that are no multiple of heads.
+        if not per_block and config.model_type == "llama":
+            # LlamaConfig refuses widths that are not a multiple of the number of heads.
             step = math.lcm(step, config.num_attention_heads)
+        size = partial(roles.bytes, per_block=per_block)
         widths = [k for k in (*range(step, D, step), D) if size(k) <= budget.bytes]
-        words = f"the dense model has {budget.dense_bytes} bytes"
-        if roles.untied:
-            words += (
-                f", this one needs a head of its own, and so has {size(D)} at the full width of {D}"
-            )
         if not widths:
-            least = min(step, D)
+            least, untied = min(step, D), ""
+            if roles.unties_head:
+                untied = (
+                    f", the sliced one has {size(D)} at the full width of {D}: slicing unties the head"
+                )
             raise RecipeError(
                 [
-                    f"{budget.where}: at most {budget.bytes} bytes are allowed, but sliced to its "
-                    f"smallest width of {least} (a multiple of {step}) the model has "
-                    f"{size(least)}; {words}; allow more bytes, or slice with 'drop'"
+                    f"{budget.where}: at most {budget.bytes} bytes are allowed, but the model has "
+                    f"{size(least)} at its smallest width of {least} (a multiple of {step}); the "
+                    f"dense model has {budget.dense_bytes} bytes{untied}; allow more bytes, or "
+                    "slice with 'drop'"
                 ]
             )
         k = widths[-1]
@@ -99,45 +107,71 @@ class Slicegpt(SliceMethod):
             raise RecipeError(
                 [
                     f"{budget.where}: the model would only grow: the dense model has "
-                    f"{budget.dense_bytes} bytes; sliced it needs a head of its own, and has "
+                    f"{budget.dense_bytes} bytes; sliced it needs a separate head, and has "
                     f"{size(k)} at {k} of {D}, its widest within {budget.bytes}; allow at "
                     f"most {budget.dense_bytes} bytes, or slice with 'modegpt' or 'drop', which "
-                    "leave the head tied"
+                    "keep the head tied"
                 ]
             )
-        if options.rotations == "block":
-            return rotated_config(architecture, config, tables(architecture, family, k))
-        return _narrowed(config, k)
+        return config_with_tables(config, roles.tables(k)) if per_block else _narrowed(config, k)
 
     def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
-        """Count a second pass where a layer has a basis for its second block to be found."""
+        """Return two with a basis per block: a layer runs once more for its second block."""
         return 2.0 if tables_of(config) else 1.0
 
-    def carry_out(self, work: Work, options: SliceBase, config: PreTrainedConfig) -> Sliced:
-        """Find the axes on the calibration text, then slice one tensor after the other.
+    def apply(
+        self, context: SliceContext, options: SliceBase, config: PreTrainedConfig
+    ) -> SlicedModel:
+        """Find the bases on the calibration text, then slice one tensor after another.
 
         Raises
         ------
         ModelError
             If the residual stream is not finite.
         """
-        assert isinstance(options, Options)
-        if tables_of(config):
-            return carve_blocks(work, config)
-        family = find_family(work.architecture.model)
-        moment = stream_moment(work, family)
-        Q, _ = principal_axes(moment)
-        D, k = len(Q), config.hidden_size
-        kept = (Q[:, :k] * (moment @ Q[:, :k])).sum() / moment.diagonal().sum()
-        untied = f"{family.head}.weight" in work.architecture.tied
+        architecture, planned = context.architecture, tables_of(config)
+        dense: Any = architecture.model.config
+        family = find_family(architecture.model)
+        kept: float | list[float]
+        if planned:
+            k = planned[SHAPES][family.embeddings[0]][1]
+            kept = find_block_bases(context, family, k)
+            final = config_with_tables(dense, planned)
+            tensors = _per_block(context, family, final)
+        else:
+            k, moment = int(config.hidden_size), stream_moment(context, family)
+            Q = principal_axes(moment)[0][:, :k]
+            kept, Q = kept_energy(moment, Q), Q.to(context.device)
+            final = _narrowed(dense, k)
+            tensors = rotated_tensors(
+                context,
+                family,
+                final,
+                basis=lambda _: Q,
+                stream_scale=math.sqrt(k / dense.hidden_size),
+            )
         facts = {
             "width": k,
-            "dense_width": D,
-            "stream_energy_kept": float(kept),
-            "head_untied": untied,
+            "dense_width": dense.hidden_size,
+            "stream_energy_kept": kept,
+            "head_untied": f"{family.head}.weight" in architecture.tied,
         }
-        final = _narrowed(work.architecture.model.config, k)
-        return Sliced(final, _slice(work, family, Q[:, :k]), facts)
+        return SlicedModel(final, tensors, facts)
+
+
+def _per_block(
+    context: SliceContext, family: Family, config: PreTrainedConfig
+) -> Iterator[tuple[str, Tensor]]:
+    try:
+        yield from rotated_tensors(
+            context,
+            family,
+            config,
+            basis=partial(read_basis, context),
+            shortcut=partial(read_shortcut, context),
+        )
+    finally:
+        context.journal.forget(ROTATIONS)
 
 
 def _find_family(architecture: Architecture, budget: Budget, *, plain: bool) -> Family:
@@ -149,13 +183,13 @@ def _find_family(architecture: Architecture, budget: Budget, *, plain: bool) -> 
     kind = architecture.model.config.model_type
     if plain and kind not in PLAIN:
         reason = (
-            "its LayerNorm would subtract the mean of what is left of the residual stream"
+            "its LayerNorm would subtract the mean of the sliced residual stream"
             if family.layer_norm
             else "its classes compute with the width of the residual stream"
         )
         raise RecipeError(
             [
-                f"{where}: 'slicegpt' gives plain models of {', '.join(PLAIN)} only, not of "
+                f"{where}: 'slicegpt' produces plain models of {', '.join(PLAIN)} only, not of "
                 f"{kind!r}: {reason}; set rotations: block, or slice with 'modegpt' or 'drop'"
             ]
         )
@@ -163,35 +197,10 @@ def _find_family(architecture: Architecture, budget: Budget, *, plain: bool) -> 
 
 
 def _narrowed(config: Any, width: int) -> PreTrainedConfig:
-    """Return the config of a sliced model; what was derived from the width is written out."""
-    narrow = copy.deepcopy(config)
+    """Return the config of a sliced model, with the head dimension written out."""
+    narrow: PreTrainedConfig = copy.deepcopy(config)
     heads = config.num_attention_heads
     narrow.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     narrow.hidden_size = width
     narrow.tie_word_embeddings = False
-    assert isinstance(narrow, PreTrainedConfig)
     return narrow
-
-
-@torch.no_grad()
-def _slice(work: Work, family: Family, Q: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Read one tensor of the dense model after the other; yield it on the axes `Q` [D, k]."""
-    roles = Roles(work.architecture, family)
-    D, k = Q.shape
-    Q = Q.to(work.device)
-    gauge = math.sqrt(k / D)
-    for name, parameter in roles.dense.items():
-        if name in roles.norms:
-            yield name, torch.ones(k, dtype=parameter.dtype)
-            continue
-        W = work.reader.read(roles.source[name], device=work.device)
-        if name in roles.behind:
-            norm = work.reader.read(f"{roles.behind[name].name}.weight", device=work.device)
-            scale = norm.double() + family.weight_offset  # [D]
-            W = times(W, scale[:, None] * Q / gauge)  # [d_out, k]
-        elif name in roles.embeddings:
-            W = times(W, Q * gauge)  # [vocabulary, k]
-        elif name in roles.writers:  # a bias as the one column it is
-            columns = W[:, None] if W.ndim == 1 else W  # [D, d_in]
-            W = times(columns.T, Q * gauge).T.reshape(k, *W.shape[1:])  # [k, d_in]
-        yield name, W.cpu().contiguous()

@@ -284,6 +284,6 @@ def test_a_run_that_was_stopped_goes_on_with_the_widths_it_has_chosen(
 
 def test_nothing_is_sliced_behind_widths_that_are_pending(uneven: Uneven, tmp_path: Path) -> None:
     first, second = {"slice": SLICE | {"keep": 0.9}}, {"slice": {"method": "drop", "keep": 0.85}}
-    with pytest.raises(RecipeError, match=r"stages\[1\].slice: cannot stand behind stages\[0\]"):
+    with pytest.raises(RecipeError, match=r"stages\[1\].slice: cannot follow stages\[0\]"):
         compress(load_recipe(uneven.recipe(tmp_path / "run", first, second)))
     compress(load_recipe(uneven.recipe(tmp_path / "turned", second, first)))

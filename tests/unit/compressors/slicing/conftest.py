@@ -1,6 +1,8 @@
-"""Tiny random models of every family whose residual stream is known, in float64."""
+"""Tiny random models in float64 of every family whose residual stream is known."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+sys.path.append(str(Path(__file__).parent / "oracles"))
 
 WIDTH = 32
 COMMON: dict[str, Any] = {
@@ -50,7 +54,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def build(config: PreTrainedConfig, *, seed: int = 0) -> Any:
-    """Make a model in which every parameter, those of norms and biases too, is random."""
+    """Build a model with random parameters, including norms and biases."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -61,7 +65,7 @@ def build(config: PreTrainedConfig, *, seed: int = 0) -> Any:
 
 
 def _exact(model: Any) -> Any:
-    """Let norms calculate in float64."""
+    """Let norms compute in float64."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = _in_float64(module, type(module).__name__ == "GemmaRMSNorm")
@@ -69,7 +73,7 @@ def _exact(model: Any) -> Any:
 
 
 def _in_float64(norm: Any, is_gemma: bool) -> Callable[[Tensor], Tensor]:
-    """Calculate as its class does, which would round to float32 first."""
+    """Compute as the class does, but without rounding to float32 first."""
 
     def forward(x: Tensor) -> Tensor:
         eps = norm.eps if is_gemma else norm.variance_epsilon

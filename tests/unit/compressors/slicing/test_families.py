@@ -64,8 +64,8 @@ def test_an_unknown_family_is_refused_and_the_known_are_named():
     ("changes", "reason"),
     [
         ({"word_embed_proj_dim": 8}, "8 wide and projected to the residual stream of 16"),
-        ({"do_layer_norm_before": False}, "stand on the residual stream"),
-        ({"_remove_final_layer_norm": True}, "stand on the residual stream"),
+        ({"do_layer_norm_before": False}, "applied to the residual stream"),
+        ({"_remove_final_layer_norm": True}, "applied to the residual stream"),
     ],
 )
 def test_opt_models_whose_stream_is_another_one_are_refused(changes, reason):
@@ -80,5 +80,5 @@ def test_a_module_tree_that_is_not_the_familys_is_refused():
     model.model.norm = nn.LayerNorm(16)
     with pytest.raises(ModelError) as refused:
         find_family(model)
-    assert "model.layers.0.mlp.down_proj is no Linear of 16 out_features" in str(refused.value)
-    assert "model.norm is no RMSNorm over 16" in str(refused.value)
+    assert "model.layers.0.mlp.down_proj is not Linear with out_features=16" in str(refused.value)
+    assert "model.norm is not RMSNorm of width 16" in str(refused.value)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from lrc.compressors.slicing.head_statistics import score_moments
 from lrc.compressors.slicing.heads import (
     choose_pairs,
     pair_dimensions,
     project,
-    score_moments,
     spread,
     take,
     turn_queries,

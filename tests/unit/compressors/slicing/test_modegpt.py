@@ -1,4 +1,4 @@
-"""Models with narrower MLPs and heads: planned, sliced, saved, and loaded by stock transformers."""
+"""Models with narrower MLPs and heads: planned, sliced, saved and loaded by transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +22,11 @@ from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.slicing import modegpt
+from lrc.compressors.slicing import mlp_widths
 from lrc.compressors.slicing.layout import Layout, find_layout, narrowed_shapes
 from lrc.compressors.slicing.modegpt import Modegpt
-from lrc.compressors.slicing.slice_method import Budget, Work
+from lrc.compressors.slicing.slice_context import SliceContext
+from lrc.compressors.slicing.slice_method import Budget
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Model
 from lrc.configs.slicing import Modegpt as Options
@@ -60,7 +61,7 @@ TOKENS = torch.randint(2, 64, (8, 32), generator=torch.Generator().manual_seed(0
 @pytest.fixture(autouse=True)
 def equal_shares(monkeypatch):
     """Let heads be cut as much as MLPs, so that small models need no tiny budget for it."""
-    monkeypatch.setattr(modegpt, "HEAD_SHARE", 1.0)
+    monkeypatch.setattr(mlp_widths, "HEAD_SHARE", 1.0)
 
 
 def make(config: PreTrainedConfig, change: Callable[[Any], None] = lambda _: None) -> Any:
@@ -121,7 +122,7 @@ def slice_to(
     architecture: Architecture, reader: WeightReader, budget: Budget, folder: Path, **changes: Any
 ) -> tuple[Any, dict[str, Any], list[str]]:
     """Slice, save, and load with transformers alone; return also facts and names in order."""
-    work = Work(
+    context = SliceContext(
         architecture,
         reader,
         lambda: TOKENS,
@@ -134,7 +135,7 @@ def slice_to(
     (folder / "work").mkdir(exist_ok=True)
     method = Modegpt()
     config = method.plan(architecture, options(**changes), budget)
-    sliced = method.carry_out(work, options(**changes), config)
+    sliced = method.apply(context, options(**changes), config)
     pairs = list(sliced.tensors)
     out = folder / "small"
     sliced.config.save_pretrained(out)
@@ -233,7 +234,7 @@ def test_heads_false_leaves_heads(tmp_path):
 def test_heads_are_cut_last(tmp_path, monkeypatch):
     architecture, _ = read(make(WITH_HEADS["llama"]), tmp_path)
     dense = stored(architecture)
-    monkeypatch.setattr(modegpt, "HEAD_SHARE", 0.2)
+    monkeypatch.setattr(mlp_widths, "HEAD_SHARE", 0.2)
     sizes = [
         Modegpt().plan(architecture, options(), Budget("x", int(keep * dense), dense)).head_dim
         for keep in (0.9, 0.7, 0.5, 0.35, 0.25)
@@ -287,7 +288,7 @@ def test_a_model_without_such_mlps_is_refused(tmp_path):
     mlp.w1 = mlp.gate_proj
     del mlp.gate_proj
     dense = stored(architecture)
-    with pytest.raises(RecipeError, match=r"keep: modegpt narrows MLPs.*holds 0 MLPs"):
+    with pytest.raises(RecipeError, match=r"keep: 'modegpt' narrows MLPs.*holds 0 MLPs"):
         Modegpt().plan(architecture, options(), Budget("stages[0].slice.keep", dense, dense))
 
 

@@ -1,4 +1,4 @@
-"""A plain model of a smaller hidden_size: exact at full width, and as small as was planned."""
+"""A plain model with a smaller hidden_size: exact at full width, and as small as planned."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rotated_model import fuse_norms_, rotate_
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -15,12 +16,11 @@ from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.slicing.channel_moments import stream_moment
 from lrc.compressors.slicing.families import find_family
-from lrc.compressors.slicing.fusing import fuse_norms_
-from lrc.compressors.slicing.rotation import principal_axes, rotate_
-from lrc.compressors.slicing.slice_method import Budget, Sliced, Work
+from lrc.compressors.slicing.slice_context import SliceContext
+from lrc.compressors.slicing.slice_method import Budget, SlicedModel
 from lrc.compressors.slicing.slicegpt import Slicegpt
+from lrc.compressors.slicing.stream_bases import principal_axes, stream_moment
 from lrc.configs.errors import ModelError, RecipeError, Stopped
 from lrc.configs.recipe import Model
 from lrc.configs.slicing import Slicegpt as Options
@@ -41,7 +41,7 @@ class Case:
         self.architecture = build(source)
         self.stored = self.architecture.stored_parameters()
         self.steps: list[tuple[str, int, int]] = []
-        self.work = Work(
+        self.context = SliceContext(
             self.architecture,
             WeightReader(folder / "dense", self.architecture),
             lambda: tokens,
@@ -65,10 +65,10 @@ class Case:
         config.hidden_size = width
         return config
 
-    def carry_out(self, config: Any) -> Sliced:
-        return Slicegpt().carry_out(self.work, OPTIONS, config)
+    def apply(self, config: Any) -> SlicedModel:
+        return Slicegpt().apply(self.context, OPTIONS, config)
 
-    def load(self, sliced: Sliced) -> Any:
+    def load(self, sliced: SlicedModel) -> Any:
         folder = self.folder / f"sliced-{sliced.config.hidden_size}"
         sliced.config.save_pretrained(folder)
         save_file(dict(sliced.tensors), folder / "model.safetensors", metadata={"format": "pt"})
@@ -125,7 +125,7 @@ def mixed(M: Tensor) -> Callable[[Any], None]:
 def test_at_full_width_the_logits_are_those_of_the_dense_model(make_case, name):
     case = make_case(name)
     dense = logits(case.dense(), case.tokens)
-    model = case.load(case.carry_out(case.narrowed(WIDTH)))
+    model = case.load(case.apply(case.narrowed(WIDTH)))
     assert dense.std() > 1
     torch.testing.assert_close(logits(model, case.tokens), dense, rtol=0, atol=2e-4)
     assert torch.equal(logits(model, case.tokens).argmax(-1), dense.argmax(-1))
@@ -140,11 +140,11 @@ def test_a_sliced_model_is_the_fused_one_with_fewer_columns(make_case, make_mode
         model.config.update(large_eps)
 
     case = make_case(name, enlarge)
-    model = case.load(case.carry_out(case.narrowed(16)))
+    model = case.load(case.apply(case.narrowed(16)))
     twin = case.dense().double()
     family = find_family(twin)
     fuse_norms_(twin, family)
-    Q, _ = principal_axes(stream_moment(case.work, family))
+    Q, _ = principal_axes(stream_moment(case.context, family))
     rotate_(twin, family, Q[:, :16])
     assert twin.model.norm.eps == 0.3
     expected = logits(twin, case.tokens)
@@ -155,23 +155,23 @@ def test_a_sliced_model_is_the_fused_one_with_fewer_columns(make_case, make_mode
 def test_a_plan_is_the_widest_within_its_bytes_and_is_kept_to_the_byte(make_case, name):
     case = make_case(name)
     budget = int(0.8 * case.dense_bytes)
-    sliced = case.carry_out(case.plan(budget))
+    sliced = case.apply(case.plan(budget))
     k = sliced.config.hidden_size
     assert k % 8 == 0
     assert k < WIDTH
     tensors = dict(sliced.tensors)
     n_bytes = sum(t.numel() * t.dtype.itemsize for t in tensors.values())
     assert n_bytes <= budget
-    model = case.load(Sliced(sliced.config, iter(tensors.items())))
+    model = case.load(SlicedModel(sliced.config, iter(tensors.items())))
     assert sum(p.numel() * 4 for p in model.parameters()) == n_bytes
-    wider = case.carry_out(case.narrowed(k + 8))
+    wider = case.apply(case.narrowed(k + 8))
     assert sum(t.numel() * t.dtype.itemsize for _, t in wider.tensors) > budget
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_tensors_come_in_the_order_and_precision_of_the_smaller_model(make_case, name):
     case = make_case(name, dtype="bfloat16")
-    sliced = case.carry_out(case.narrowed(16))
+    sliced = case.apply(case.narrowed(16))
     tensors = list(sliced.tensors)
     small = case.folder / "small"
     sliced.config.save_pretrained(small)
@@ -186,7 +186,7 @@ def test_a_planted_stream_of_sixteen_dimensions_survives_in_sixteen(make_case, r
     basis = random_rotation(5)[:, :16]
     case = make_case("llama", mixed(basis @ basis.T))
     dense = logits(case.dense(), case.tokens)
-    sliced = case.carry_out(case.narrowed(16))
+    sliced = case.apply(case.narrowed(16))
     assert sliced.facts == {
         "width": 16,
         "dense_width": 32,
@@ -204,7 +204,7 @@ def test_the_error_falls_as_the_width_grows(make_case, random_rotation):
     dense = logits(case.dense(), case.tokens)
     errors, kept = [], []
     for k in (8, 16, 24, 32):
-        sliced = case.carry_out(case.narrowed(k))
+        sliced = case.apply(case.narrowed(k))
         kept.append(sliced.facts["stream_energy_kept"])
         errors.append(float((logits(case.load(sliced), case.tokens) - dense).norm()))
     assert errors == sorted(errors, reverse=True)
@@ -214,7 +214,7 @@ def test_the_error_falls_as_the_width_grows(make_case, random_rotation):
 
 def test_every_token_counts_alike_at_every_norm(make_case):
     case = make_case("llama-tied")
-    moment = stream_moment(case.work, find_family(case.architecture.model))
+    moment = stream_moment(case.context, find_family(case.architecture.model))
     model = case.dense().double()
     seen = []
     for norm in find_family(model).norms(model):
@@ -239,34 +239,34 @@ def test_only_one_layer_is_resident_while_text_is_read(make_case):
                 sum(not p.is_meta for one in case.architecture.layers for p in one.parameters())
             )
         )
-    case.carry_out(case.narrowed(16))
+    case.apply(case.narrowed(16))
     per_layer = len(list(case.architecture.layers[0].parameters()))
     assert max(residents) == per_layer
     assert all(p.is_meta for p in case.architecture.model.parameters())
 
 
-def test_carrying_out_can_be_stopped_and_leaves_no_states_behind(make_case):
+def test_applying_a_slice_can_be_stopped_and_leaves_no_states_behind(make_case):
     case = make_case("llama")
 
     def stop(*_: object) -> None:
         raise Stopped("asked to")
 
-    config, work = case.narrowed(16), case.work
-    expected = dict(case.carry_out(config).tensors)
-    work.journal.work.mkdir(parents=True)
-    case.work = replace(work, on_step=stop, memory_limit_gib=1e-9)  # on disk
+    config, context = case.narrowed(16), case.context
+    expected = dict(case.apply(config).tensors)
+    context.journal.work.mkdir(parents=True)
+    case.context = replace(context, on_step=stop, memory_limit_gib=1e-9)  # on disk
     with pytest.raises(Stopped):
-        case.carry_out(config)
-    assert [path.name for path in work.journal.work.iterdir()] == ["states.live"]
-    case.work = replace(case.work, on_step=work.on_step)
-    again = dict(case.carry_out(config).tensors)
+        case.apply(config)
+    assert [path.name for path in context.journal.work.iterdir()] == ["states.live"]
+    case.context = replace(case.context, on_step=context.on_step)
+    again = dict(case.apply(config).tensors)
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
-    assert not list(work.journal.work.iterdir())
+    assert not list(context.journal.work.iterdir())
 
 
 def test_slicing_twice_gives_the_same_tensors(make_case):
     case = make_case("qwen2")
-    first, second = (dict(case.carry_out(case.narrowed(16)).tensors) for _ in range(2))
+    first, second = (dict(case.apply(case.narrowed(16)).tensors) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -276,7 +276,7 @@ def test_a_stream_that_is_not_finite_is_refused(make_case):
 
     case = make_case("llama", overflow)
     with pytest.raises(ModelError, match=r"not finite in model\.layers\.1"):
-        case.carry_out(case.narrowed(16))
+        case.apply(case.narrowed(16))
 
 
 def test_the_config_says_what_was_derived_from_the_width(make_case):
@@ -301,17 +301,15 @@ def test_widths_of_llama_are_multiples_of_its_heads_too(make_case, tmp_path, tok
     )
     case = Case(make_model(config), tmp_path, tokens)
     assert case.plan(int(0.9 * case.dense_bytes)).hidden_size == 48
-    narrow = case.plan(
-        int(0.9 * case.dense_bytes), OPTIONS.model_copy(update={"width_multiple": 1})
-    )
+    narrow = case.plan(int(0.9 * case.dense_bytes), OPTIONS.model_copy(update={"multiple": 1}))
     assert narrow.hidden_size % 6 == 0
     assert narrow.hidden_size > 48
-    case.load(case.carry_out(narrow))
+    case.load(case.apply(narrow))
 
 
 def test_all_of_an_untied_model_may_be_kept_whatever_its_width(make_case):
     case = make_case("qwen2")
-    options = OPTIONS.model_copy(update={"width_multiple": 24})
+    options = OPTIONS.model_copy(update={"multiple": 24})
     assert case.plan(case.dense_bytes, options).hidden_size == WIDTH
     assert case.plan(case.dense_bytes - 1, options).hidden_size == 24
 
@@ -320,7 +318,7 @@ def test_a_budget_below_the_smallest_width_is_refused(make_case):
     case = make_case("llama")
     with pytest.raises(RecipeError) as refused:
         case.plan(1000)
-    problem = str(refused.value)
+    (problem,) = refused.value.problems
     assert problem.startswith(f"{WHERE}: at most 1000 bytes")
     assert "smallest width of 8 (a multiple of 8)" in problem
     assert f"the dense model has {case.dense_bytes} bytes" in problem
@@ -331,7 +329,7 @@ def test_a_tied_model_that_would_only_grow_is_refused(make_case):
     head = 64 * WIDTH * 4
     with pytest.raises(RecipeError) as refused:
         case.plan(2 * case.dense_bytes)
-    problem = str(refused.value)
+    (problem,) = refused.value.problems
     assert problem.startswith(f"{WHERE}: the model would only grow")
     assert f"the dense model has {case.dense_bytes} bytes" in problem
     assert f"{case.dense_bytes + head} at 32 of 32" in problem
@@ -352,4 +350,4 @@ def test_families_without_a_plain_smaller_model_are_refused(make_case, name, rea
     case = make_case(name)
     with pytest.raises(RecipeError, match=reason) as refused:
         case.plan(case.dense_bytes)
-    assert str(refused.value).startswith("stages[0].slice.method: 'slicegpt' gives plain")
+    assert refused.value.problems[0].startswith("stages[0].slice.method: 'slicegpt' produces plain")

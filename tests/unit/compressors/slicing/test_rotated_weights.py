@@ -1,13 +1,14 @@
-"""A basis for every block: exact at full width, and else what the rotated model computes."""
+"""One basis per block: exact at full width, otherwise equal to the rotated model."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import init_empty_weights
+from paper_size import count_sliced
+from rotated_model import fuse_norms_, rotate_blocks_
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -17,14 +18,12 @@ from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.slicing import slice_stage as stages
-from lrc.compressors.slicing.bases import ROTATIONS, projected, projecting, turned
-from lrc.compressors.slicing.blocks import bytes_of, rotated_config, tables
-from lrc.compressors.slicing.counting import count_sliced
 from lrc.compressors.slicing.families import find_family
-from lrc.compressors.slicing.fusing import fuse_norms_
-from lrc.compressors.slicing.rotation import rotate_blocks_
-from lrc.compressors.slicing.slice_method import Budget, Work
+from lrc.compressors.slicing.rotated_weights import StreamParameters, config_with_tables
+from lrc.compressors.slicing.slice_context import SliceContext
+from lrc.compressors.slicing.slice_method import Budget
 from lrc.compressors.slicing.slicegpt import Slicegpt
+from lrc.compressors.slicing.stream_bases import ROTATIONS, project, projected_blocks
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Model
 from lrc.configs.slicing import Slicegpt as Options
@@ -51,7 +50,7 @@ class Case:
         self.source = locate(spec)
         self.architecture = build(self.source)
         self.family = find_family(self.architecture.model)
-        self.work = Work(
+        self.context = SliceContext(
             self.architecture,
             WeightReader(folder / "dense", self.architecture),
             lambda: tokens,
@@ -61,16 +60,16 @@ class Case:
             0,
             lambda *_: None,
         )
+        self.roles = StreamParameters(self.architecture, self.family)
         self.dense_bytes = sum(
             p.numel() * p.itemsize for p in self.architecture.stored_parameters().values()
         )
 
     def sliced(self, width: int) -> Path:
-        found = tables(self.architecture, self.family, width)
-        config = rotated_config(self.architecture, self.architecture.model.config, found)
+        config = config_with_tables(self.architecture.model.config, self.roles.tables(width))
         out = self.folder / f"sliced-{width}"
         out.mkdir()
-        stages.carry_out(out, self.work, OPTIONS, config, self.source)
+        stages.apply_slice(out, self.context, OPTIONS, config, self.source)
         return out
 
     def load(self, folder: Path) -> Any:
@@ -111,13 +110,13 @@ def test_a_slice_is_the_rotated_model_with_fewer_columns(
 ) -> None:
     """The one in memory has a whole matrix on every residual branch, of the same bases."""
     bases: list[Tensor] = []
-    write = case.work.journal.write_tensors
+    write = case.context.journal.write_tensors
 
     def keep(name: str, tensors: dict[str, Tensor]) -> None:
         bases.append(tensors["Q"])
         write(name, tensors)
 
-    monkeypatch.setattr(case.work.journal, "write_tensors", keep)
+    monkeypatch.setattr(case.context.journal, "write_tensors", keep)
     for width in (24, 12):  # more than half of all dimensions, and less
         bases.clear()
         model = case.load(case.sliced(width))
@@ -134,22 +133,21 @@ def test_a_slice_is_the_rotated_model_with_fewer_columns(
 def test_a_slice_is_the_dense_model_with_a_projected_stream(case: Case) -> None:
     """As which it is calibrated, block after block."""
     found: list[Tensor] = []
-    write = case.work.journal.write_tensors
+    write = case.context.journal.write_tensors
 
     def keep(name: str, tensors: dict[str, Tensor]) -> None:
         found.append(tensors["Q"])
         write(name, tensors)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(case.work.journal, "write_tensors", keep)
+        patch.setattr(case.context.journal, "write_tensors", keep)
         sliced = case.load(case.sliced(24))
     dense = case.load(case.folder / "dense")
-    work = replace(case.work, architecture=replace(case.architecture, model=dense))
     pairs = [*zip(case.family.stream(dense), found, strict=False)]
     dense.get_submodule(case.family.final_norm).register_forward_pre_hook(
-        lambda _, args: (projected(args[0], found[-1], case.family),)
+        lambda _, args: (project(args[0], found[-1], case.family),)
     )
-    with projecting(work, pairs, case.family):
+    with projected_blocks(dense, pairs, case.family):
         expected = logits(dense, case.tokens)
     # The bases come from moments in float32: they hold the mean to that, which LayerNorm takes off.
     close = {"rtol": 0, "atol": 1e-4} if case.family.layer_norm else CLOSE
@@ -158,9 +156,8 @@ def test_a_slice_is_the_dense_model_with_a_projected_stream(case: Case) -> None:
 
 def test_what_is_stored_is_what_was_counted(case: Case) -> None:
     for width in (WIDTH, 24, 12):
-        found = tables(case.architecture, case.family, width)
         stored = load_file(case.sliced(width) / "model.safetensors")
-        counted = bytes_of(case.architecture, case.family, found)
+        counted = case.roles.bytes(width, per_block=True)
         assert sum(t.numel() * t.itemsize for t in stored.values()) == counted
 
 
@@ -183,8 +180,8 @@ def test_shortcuts_of_low_rank_are_a_fourth_of_the_papers() -> None:
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     architecture = Architecture(model, [], [], {})
-    paper, family = count_sliced(config, 0.2), find_family(model)
-    found = bytes_of(architecture, family, tables(architecture, family, paper.width)) // 2
+    paper, roles = count_sliced(config, 0.2), StreamParameters(architecture, find_family(model))
+    found = roles.bytes(paper.width, per_block=True) // 2
     assert paper.sliced / paper.dense == pytest.approx(0.906, abs=5e-4)
     assert found / paper.dense == pytest.approx(0.824, abs=5e-4)
 
@@ -194,33 +191,17 @@ def test_the_widest_slice_within_the_budget_is_planned(make_case: Callable[..., 
     for share in (0.5, 0.7, 0.9):
         config = case.plan(int(share * case.dense_bytes))
         k = config.quantization_config["shapes"]["lm_head"][1]
-        sizes = {
-            w: bytes_of(case.architecture, case.family, tables(case.architecture, case.family, w))
-            for w in (*range(8, WIDTH, 8), WIDTH)
-        }
+        sizes = {w: case.roles.bytes(w, per_block=True) for w in (*range(8, WIDTH, 8), WIDTH)}
         assert k == max(w for w, size in sizes.items() if size <= share * case.dense_bytes)
 
 
 def test_a_model_that_would_grow_is_refused(make_case: Callable[..., Case]) -> None:
     case = make_case("llama-tied")
-    with pytest.raises(RecipeError, match="needs a head of its own"):
+    with pytest.raises(RecipeError, match="slicing unties the head"):
         case.plan(case.dense_bytes // 5)
-
-
-@pytest.mark.parametrize("k", [32, 28, 20, 16, 9])
-def test_turned_bases_are_joined_by_a_symmetric_shortcut_of_low_rank(
-    random_rotation: Callable[[int], Tensor], k: int
-) -> None:
-    before, after = random_rotation(0)[:, :k], random_rotation(1)[:, :k]
-    rank = min(k, WIDTH - k)
-    found, F = turned(before, after, rank)
-    exact = {"rtol": 0, "atol": 1e-12}
-    torch.testing.assert_close(found @ found.T, after @ after.T, **exact)  # the same span
-    assert F.shape == (k, rank)
-    torch.testing.assert_close(before.T @ found, torch.eye(k).double() - F @ F.T, **exact)
 
 
 def test_nothing_is_left_in_the_journal(make_case: Callable[..., Case]) -> None:
     case = make_case("llama")
     case.sliced(16)
-    assert not case.work.journal.has(ROTATIONS)
+    assert not case.context.journal.has(ROTATIONS)

@@ -1,21 +1,15 @@
-"""A model computes what it did after its norms are fused, and in any basis of its stream."""
+"""The oracle: fusing norms and changing the basis of the stream do not change the model."""
 
 import copy
 
 import pytest
 import torch
+from rotated_model import Shortcut, fuse_norms_, rotate_, rotate_blocks_
 from safetensors.torch import load_file
 from torch import nn
 
 from lrc.compressors.layers.residual_basis import UnitNorm
 from lrc.compressors.slicing.families import find_family
-from lrc.compressors.slicing.fusing import fuse_norms_
-from lrc.compressors.slicing.rotation import (
-    Shortcut,
-    principal_axes,
-    rotate_,
-    rotate_blocks_,
-)
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -151,23 +145,3 @@ def test_rotations_must_be_one_more_than_blocks(configs, make_model, random_rota
         rotate_blocks_(model, family, [Q, Q])
     with pytest.raises(ValueError, match="one shape"):
         rotate_blocks_(model, family, [Q[:, :16], Q, Q])
-
-
-def test_principal_axes_are_those_that_were_planted(random_rotation):
-    planted, energies = random_rotation(3), torch.arange(32, 0, -1, dtype=torch.float64)
-    moment = planted @ torch.diag(energies) @ planted.T
-    Q, found = principal_axes(moment)
-    torch.testing.assert_close((Q.T @ planted).abs(), torch.eye(32, dtype=torch.float64))
-    torch.testing.assert_close(found, energies, rtol=1e-10, atol=0)
-    peaks = Q.gather(0, Q.abs().argmax(0, keepdim=True))
-    assert bool((peaks > 0).all())
-
-
-def test_principal_axes_of_a_poor_moment_are_whole():
-    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    Q, _ = principal_axes(x.T @ x)
-    assert Q.dtype == torch.float64
-    eye = torch.eye(32, dtype=torch.float64)
-    torch.testing.assert_close(Q.T @ Q, eye, rtol=0, atol=1e-12)
-    kept = x.double() @ Q[:, :3]
-    torch.testing.assert_close(kept @ Q[:, :3].T, x.double(), rtol=0, atol=1e-6)

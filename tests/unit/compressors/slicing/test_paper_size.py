@@ -1,12 +1,11 @@
-"""Sizes of models sliced as the paper does, beside those that its own code asserts."""
+"""The oracle: sizes of sliced models equal those that the paper's own code asserts."""
 
 import pytest
+from paper_size import count_sliced
+from rotated_model import fuse_norms_, rotate_blocks_
 from transformers import LlamaConfig, OPTConfig, PhiConfig, Qwen2Config
 
-from lrc.compressors.slicing.counting import count_sliced
 from lrc.compressors.slicing.families import find_family
-from lrc.compressors.slicing.fusing import fuse_norms_
-from lrc.compressors.slicing.rotation import rotate_blocks_
 from lrc.configs.errors import ModelError
 
 OPT_125M = OPTConfig(

@@ -1,7 +1,7 @@
-"""How large a model is that was sliced as the paper does: its shortcuts can outweigh what was cut.
+"""Count the parameters of a model sliced as in the SliceGPT paper.
 
-"20 % slicing" names the share of the width, not of the parameters: every block gains a matrix on
-its residual branch, and the head one of its own.
+"20 % slicing" is a fraction of the width, not of the parameters: every block gains a matrix on its
+residual branch, and the head is untied, which can outweigh what was removed.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ MULTIPLE = 8  # the paper's code rounds widths down to it, for tensor cores
 
 @dataclass(frozen=True)
 class Count:
-    """Stored parameters of a model before and after; tied ones once."""
+    """Stored parameters of a model before and after slicing; tied ones count once."""
 
     width: int
     dense: int
@@ -28,23 +28,23 @@ class Count:
 
 
 def count_sliced(config: PreTrainedConfig, sparsity: float) -> Count:
-    """Count what a model keeps of its parameters if a share of its width is sliced off.
+    """Count the parameters of a model after a fraction of its width is sliced off.
 
-    As the code of [1]_ does it: ``k = int((1 - sparsity) * D)``, rounded down; a rotation of its
-    own for every block; norms without parameters, whose biases go into the linears behind them,
-    the head included; the head is not sliced, so that the last block puts out D numbers.
+    As in the code of [1]_: ``k = int((1 - sparsity) * D)``, rounded down; one rotation per block;
+    norms without parameters, whose biases are moved to the linears that read them, including the
+    head. The head is not sliced, so the last block writes D numbers.
 
     Parameters
     ----------
     config : PreTrainedConfig
-        No weight is made.
+        The model is built without weights.
     sparsity : float
         In [0, 1).
 
     Raises
     ------
     ModelError
-        If the family is not known.
+        If the family is unknown.
 
     References
     ----------

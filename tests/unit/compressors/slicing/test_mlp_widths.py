@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lrc.compressors.slicing.widths import by_curves, by_influence, evenly
+from lrc.compressors.slicing.mlp_widths import by_curves, by_influence, evenly
 
 MOST = 12
 
