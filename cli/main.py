@@ -206,7 +206,7 @@ def inspect(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
-    from lrc.configs.schema import recipe_schema
+    from lrc.configs.recipe import recipe_schema
 
     _print_json(recipe_schema())
 
@@ -257,7 +257,7 @@ def recipes_copy(
 def _sensitivity(
     loaded: "LoadedRecipe", windows: int | None, device: str, *, as_json: bool, quiet: bool
 ) -> None:
-    if not loaded.recipe.decompositions:
+    if not loaded.recipe.stages_of("decompose"):
         raise RecipeError(
             [
                 "--sensitivity: shows what every matrix is predicted to lose, but no stage of this "

@@ -50,7 +50,7 @@ def plan_slices(
     """
     cuts: list[Cut] = []
     configs: list[PreTrainedConfig] = []
-    for number, options in enumerate(recipe.slices):
+    for number, options in recipe.stages_of("slice").items():
         before, old = Whole(architecture.stored_parameters()), architecture.model.config
         budget = _budget(options, before, number)
         method = METHODS[options.method]
@@ -88,7 +88,7 @@ def plan_slices(
 def warnings(recipe: Recipe, architecture: Architecture) -> list[str]:
     """Name what will work but should be known, for a model as it came."""
     tokens = recipe.calibration.samples * recipe.calibration.length
-    advised = {each.method: METHODS[each.method] for each in recipe.slices}
+    advised = {each.method: METHODS[each.method] for each in recipe.stages_of("slice").values()}
     return [
         f"calibration: {tokens} tokens are few for {name}; "
         f"{method.advised_tokens(architecture)} or more are advised"
