@@ -210,7 +210,7 @@ def inspect(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
-    from lrc.configs.schema import recipe_schema
+    from lrc.configs.recipe import recipe_schema
 
     _print_json(recipe_schema())
 
@@ -261,7 +261,7 @@ def recipes_copy(
 def _sensitivity(
     loaded: "LoadedRecipe", windows: int | None, device: str, *, as_json: bool, quiet: bool
 ) -> None:
-    if not loaded.recipe.decompositions:
+    if not loaded.recipe.stages_of("decompose"):
         raise RecipeError(
             [
                 "--sensitivity: shows the predicted losses of decompositions, but the recipe has "

@@ -59,16 +59,17 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     outputs = sum(m.shape[0] ** 2 for m in gradients)
     backward = bool(gradients) or any("row_fisher" in needs[m.name] for m in measured)
     compensates = any(each.compensate is not None for each in recipe.works.values())
-    sliced = any(SLICERS[each.method].reads_text for each in recipe.slices)
+    slices = recipe.stages_of("slice").values()
+    sliced = any(SLICERS[each.method].reads_text for each in slices)
     reads = measured or compensates or sliced
     tokens = recipe.calibration.samples * recipe.calibration.length if reads else 0
 
     seconds = {}
-    if recipe.slices:
+    if slices:
         seconds["slice"] = tokens * 2 * in_dense / products
         seconds["slice"] *= sum(
             SLICERS[each.method].passes(each, config)
-            for each, config in zip(recipe.slices, prepared.sliced, strict=True)
+            for each, config in zip(slices, prepared.sliced, strict=True)
         )
     if measured:
         passes = 1 + (BACKWARD_PASSES if backward else 0)

@@ -94,7 +94,7 @@ class Lineage:
         """Cut away what the slicing stages ask for, and return what they had to decide."""
         recipe = self.prepared.recipe
         for stage, (options, config) in enumerate(
-            zip(recipe.slices, self.prepared.sliced, strict=True)
+            zip(recipe.stages_of("slice").values(), self.prepared.sliced, strict=True)
         ):
             if self.journal.has(slice_folder(stage)):
                 continue

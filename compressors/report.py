@@ -153,7 +153,9 @@ def versions() -> dict[str, str]:
 
 def _reads_text(prepared: Prepared) -> bool:
     """Say whether the result depends on calibration text; a profile alone reads some too."""
-    sliced = any(SLICERS[each.method].reads_text for each in prepared.recipe.slices)
+    sliced = any(
+        SLICERS[each.method].reads_text for each in prepared.recipe.stages_of("slice").values()
+    )
     recipe, matrices = prepared.recipe, prepared.plan.matrices
     compensates = any(each.compensate is not None for each in recipe.works.values())
     return sliced or compensates or any(method_needs(m, recipe) for m in matrices)

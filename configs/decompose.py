@@ -1,43 +1,35 @@
-"""What may be asked of every decomposition: a budget, what it is for, and how it is spread."""
+"""Options that all decomposition methods share: the budget, its allocation and its targets."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from lrc.configs.size import SIZE, SIZE_REMEDY, SIZE_WORDS
-from lrc.configs.strict import Strict, Text
+from lrc.configs.strict import Damp, Strict, Text
 
 Keep = Annotated[float, Field(gt=0, le=1)]
 Size = Annotated[
     str, Field(pattern=SIZE, json_schema_extra={"x-words": SIZE_WORDS, "x-remedy": SIZE_REMEDY})
 ]
-Damp = Annotated[
-    float,
-    Field(
-        ge=0,
-        lt=1,
-        description="Fraction of the mean diagonal of the input second moment that is added to it.",
-    ),
-]
 Allocation = Annotated[
     Literal["uniform", "heavy-tail", "lagrangian"],
     Field(
-        description="How the budget is spread: the same share for every matrix (`uniform`), by one "
-        "threshold on the normalised singular values (`heavy-tail`, WeLore), or where the method "
-        "predicts the least loss (`lagrangian`)."
+        description="How the budget is divided. `uniform`: the same fraction for every matrix; "
+        "`heavy-tail`: by one threshold on the normalized singular values (WeLore); `lagrangian`: "
+        "the least total loss that the method predicts."
     ),
 ]
 
 
 class Override(Strict):
-    """Another budget for the matrices whose name matches."""
+    """A separate budget for the matrices whose name matches."""
 
     match: Text
-    """Shell pattern over full module names, e.g. `*.down_proj` or `model.layers.0.*`."""
+    """Shell pattern of full module names, such as `*.down_proj` or `model.layers.0.*`."""
     keep: Keep | None = None
-    """Stored bits over the bits of the matrix in the source, (0, 1]."""
+    """Compressed bits over the bits of the matrix in the source model, (0, 1]."""
     rank: PositiveInt | None = None
-    """Inner size of the factors."""
+    """Rank of the factors."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> "Override":
@@ -48,44 +40,45 @@ class Override(Strict):
 
 
 class Compensate(Strict):
-    """Let every layer make up for what the compressed layers before it lost."""
+    """Let every layer compensate for the error of the compressed layers before it."""
 
     mix: Annotated[float, Field(ge=0, le=1)] = 0.3
-    """Share of the dense model's outputs in what the layer aims at; the rest are its own outputs
-    on the inputs it will really see."""
+    """Weight of the source model's outputs in the target of a layer, [0, 1]; the rest are the
+    layer's own outputs on the inputs that the compressed model gives it."""
     residual: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of what the residual stream lacks that layers writing to it try to make up for."""
+    """Fraction of the error in the residual stream that layers writing to it correct, [0, 1]."""
     damp: Damp = 1e-4
 
 
 class DecomposeBase(Strict):
-    """What every decomposition method understands."""
+    """Options of every decomposition method."""
 
     method: str
-    """How the factors are found."""
+    """How the components are found."""
     keep: Keep | None = None
-    """Stored bits over the bits of the matrices in the source, (0, 1]."""
+    """Compressed bits over the bits of the targeted matrices in the source model, (0, 1]."""
     size: Size | None = None
-    """Instead of `keep`: size of the whole model's weight files, such as `180MiB`."""
+    """Instead of `keep`: size of the weight files of the whole model, such as `180MiB`."""
     measure: Literal["bits", "macs"] = "bits"
-    """What `keep` is a share of: stored bits, or multiply-adds a token."""
+    """What `keep` is a fraction of: stored bits, or multiply-adds per token."""
     allocation: Allocation = "uniform"
     rank_multiple: PositiveInt = 1
-    """Ranks are multiples of it: 8 to 128 suit tensor cores and group sizes."""
+    """Ranks are multiples of this number; 8 to 128 suit tensor cores and group sizes."""
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """No matrix keeps a smaller share than this."""
+    """Lowest fraction that any matrix keeps, [0, 1)."""
     max_loss: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """No matrix loses a larger share of its weighted energy; `lagrangian` only."""
+    """Highest fraction of its weighted squared norm that any matrix loses, (0, 1]; `lagrangian`
+    only."""
     plan: Text | None = None
-    """A plan (JSON) that an earlier run wrote, edited at will: its ranks replace the allocation."""
+    """A plan (JSON) of an earlier run, possibly edited; its ranks replace the allocation."""
     compensate: Compensate | None = None
-    """Refit every layer on the inputs that the compressed layers before it produce."""
+    """Refit every layer on inputs from the compressed layers before it; `{}` for the defaults."""
     targets: list[str] = ["*"]
-    """Shell patterns over module names; every linear of a decoder layer that matches one."""
+    """Shell patterns of module names; all linear layers of decoder layers by default."""
     ignore: list[str] = []
     """Shell patterns of linear layers to leave unchanged; they do not count in `keep`."""
     overrides: list[Override] = []
-    """Budgets by name; the first that matches wins."""
+    """Budgets by name; the first that matches applies."""
 
     @property
     def component_types(self) -> tuple[str, ...]:
@@ -121,7 +114,7 @@ class DecomposeBase(Strict):
     def _one_budget(self) -> "DecomposeBase":
         given = [name for name in ("keep", "size") if getattr(self, name) is not None]
         if len(given) == 2 or not (given or self.plan):
-            text = "give exactly one of 'keep' and 'size', or a 'plan' that has the ranks"
+            text = "give exactly one of 'keep' and 'size', or a 'plan' with the ranks"
             raise ValueError(f"{text}; got {' and '.join(given) or 'none of them'}")
         if self.size is not None and self.measure != "bits":
             raise ValueError(

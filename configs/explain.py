@@ -76,9 +76,6 @@ def _check_mapping(shape: Shape, value: Mapping[str, Any], path: Path) -> Iterat
         if key in properties:
             yield from _check(properties[key], each, (*path, key))
             continue
-        if meant.any_key is not None:
-            yield from _check(meant.any_key, each, (*path, key))
-            continue
         renamed = RENAMED_KEYS.get(key)
         known = renamed if renamed in properties else closest(key, properties)
         yield Finding((*path, key), *_unknown_key(key, value, shape, properties, known))

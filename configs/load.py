@@ -12,8 +12,7 @@ from lrc.configs.errors import Problem, RecipeError
 from lrc.configs.explain import explain
 from lrc.configs.overrides import apply_overrides, read_overrides
 from lrc.configs.places import Places
-from lrc.configs.recipe import Recipe
-from lrc.configs.schema import recipe_schema
+from lrc.configs.recipe import Recipe, recipe_schema
 from lrc.configs.shape import Shape, closest
 from lrc.configs.shipped import names
 from lrc.configs.words import got

@@ -1,23 +1,24 @@
-"""What may be asked of a method of decomposition: a model of options for every one."""
+"""Options of each decomposition method, one model per method."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from lrc.configs.decompose import Allocation, Damp, DecomposeBase
-from lrc.configs.quantize import Balance, Embeddings, LmHead, Quantizer, SchemeName
+from lrc.configs.decompose import Allocation, DecomposeBase
+from lrc.configs.quantize import ActOrder, Balance, Embeddings, LmHead, Quantizer, SchemeName
+from lrc.configs.strict import Damp, repeated
 
-PruningAllocation = Annotated[
+FixedSizeAllocation = Annotated[
     Literal["uniform", "lagrangian"],
     Field(
-        description="How the budget is spread: the same share for every matrix (`uniform`), or "
-        "where the method predicts the least loss (`lagrangian`)."
+        description="How the budget is divided. `uniform`: the same fraction for every matrix; "
+        "`lagrangian`: the least total loss that the method predicts."
     ),
 ]
 Storage = Annotated[
     Literal["low_rank", "pivoted_low_rank"],
     Field(
-        description="How the product of rank r is stored: as two factors (`low_rank`), or as r of "
+        description="How a product of rank r is stored: as two factors (`low_rank`), or as r of "
         "its rows and the coefficients that give the other rows (`pivoted_low_rank`, PIFA). Both "
         "give the same weight; the second allows a higher rank in the same bits."
     ),
@@ -26,25 +27,38 @@ Component = Literal[
     "low_rank", "pivoted_low_rank", "sparse", "pivoted_low_rank+sparse", "dictionary", "dense"
 ]
 Pattern = Literal["unstructured", "2:4"]
+EntryPattern = Annotated[
+    Pattern,
+    Field(
+        description="Which entries may be kept: any (`unstructured`), or two of every four "
+        "consecutive inputs (`2:4`), which always takes 0.5625 of the bits of 16-bit weights."
+    ),
+]
+AtomPattern = Annotated[
+    Pattern,
+    Field(
+        description="Which atoms an output may use: any (`unstructured`), or two of every four "
+        "consecutive ones (`2:4`)."
+    ),
+]
 GradientDamp = Annotated[
     float,
     Field(
         ge=0,
         lt=10,
         description="Fraction of the mean diagonal of the gradient second moment that is added to "
-        "it: the fewer calibration tokens, the more is needed.",
+        "its diagonal; fewer calibration tokens need more.",
     ),
 ]
-
-
 OneRatio = Annotated[float, Field(ge=1)]
 Ratio = Annotated[
     OneRatio | Annotated[list[OneRatio], Field(min_length=1)],
     Field(
-        description="Atoms of a dictionary over the coefficients of one output; of a list, "
-        "`lagrangian` chooses for every matrix."
+        description="Number of atoms of a dictionary over the number of coefficients of one "
+        "output, at least 1; from a list, `lagrangian` chooses one for every matrix."
     ),
 ]
+Rounds = Annotated[PositiveInt, Field(description="Alternating updates of coefficients and atoms.")]
 
 
 def _ascending(ratio: float | list[float]) -> tuple[float, ...]:
@@ -52,7 +66,7 @@ def _ascending(ratio: float | list[float]) -> tuple[float, ...]:
 
 
 class LowRank(DecomposeBase):
-    """What every method understands that makes products of thinner matrices."""
+    """Options of the methods that give one product of two factors for each matrix."""
 
     storage: Storage = "low_rank"
 
@@ -63,57 +77,51 @@ class LowRank(DecomposeBase):
 
 
 class FixedSize(DecomposeBase):
-    """What every method understands that has no ranks."""
+    """Options of the methods without ranks."""
 
-    allocation: PruningAllocation = "uniform"
+    allocation: FixedSizeAllocation = "uniform"
     rank_multiple: Literal[1] = 1
-    """There are no ranks here."""
+    """This method has no ranks."""
 
 
 class Svd(LowRank):
-    """Plain truncated SVD: the closest matrix of that rank, blind to the data."""
+    """Plain truncated SVD: the closest matrix of its rank; uses no calibration text."""
 
     method: Literal["svd"]
-    """Plain truncated SVD."""
 
 
 class Fwsvd(LowRank):
-    """FWSVD: rows weighted by their Fisher information; the paper takes `labels: real`."""
+    """FWSVD: rows weighted by their Fisher information; the paper uses `labels: real`."""
 
     method: Literal["fwsvd"]
-    """Rows weighted by their Fisher information."""
 
 
 class Asvd(LowRank):
     """ASVD: columns scaled by the mean magnitude of their inputs."""
 
     method: Literal["asvd"]
-    """Columns scaled by the magnitude of their inputs."""
     alpha: Annotated[float, Field(ge=0, le=2)] = 0.5
-    """Power of the mean magnitude."""
+    """Exponent of the mean magnitude, [0, 2]."""
 
 
 class SvdLlm(LowRank):
-    """Whitened truncated SVD (SVD-LLM): the smallest output error on the calibration tokens."""
+    """SVD-LLM: whitened truncated SVD, the least output error on the calibration text."""
 
     method: Literal["svd-llm"]
-    """Whitened truncated SVD."""
     damp: Damp = 1e-6
 
 
 class Lord(LowRank):
-    """LoRD: principal components of the outputs about their mean, which a bias restores."""
+    """LoRD: principal components of the outputs around their mean, which a bias restores."""
 
     method: Literal["lord"]
-    """Principal components of the outputs, with a bias."""
     damp: Damp = 1e-6
 
 
 class Kfac(LowRank):
-    """Two-sided: the least predicted loss, by second moments of inputs and output gradients."""
+    """The least predicted loss, from second moments of inputs and of output gradients."""
 
     method: Literal["kfac"]
-    """Least predicted loss, from inputs and output gradients."""
     damp: Damp = 1e-6
     gradient_damp: GradientDamp = 0.1
     allocation: Allocation = "lagrangian"
@@ -121,15 +129,14 @@ class Kfac(LowRank):
 
 
 class BasisSharing(DecomposeBase):
-    """Basis Sharing: one right factor for the same matrix of several layers in a row."""
+    """Basis Sharing: the same matrix of consecutive layers shares its right factor."""
 
     method: Literal["basis-sharing"]
-    """One right factor for several layers."""
     damp: Damp = 1e-6
     layers_per_group: Annotated[int, Field(ge=2)] = 2
     """Number of consecutive layers that share a factor."""
     compensate: None = None
-    """Not with this method: its layers are solved together."""
+    """Not available with this method, which solves several layers together."""
 
     @property
     def component_types(self) -> tuple[str, ...]:
@@ -143,11 +150,9 @@ class BasisSharing(DecomposeBase):
 
 
 class Pruning(FixedSize):
-    """What every method understands that keeps some entries of a matrix."""
+    """Options of the methods that keep some entries of a matrix."""
 
-    pattern: Pattern = "unstructured"
-    """Which entries may be kept: any, or two of every four consecutive inputs (`2:4`), 0.5625 of
-    16-bit bits and no other size."""
+    pattern: EntryPattern = "unstructured"
 
     @property
     def component_types(self) -> tuple[str, ...]:
@@ -161,32 +166,29 @@ class Pruning(FixedSize):
 
 
 class Magnitude(Pruning):
-    """Magnitude pruning: the largest entries, blind to the data."""
+    """Magnitude pruning: the largest entries; uses no calibration text."""
 
     method: Literal["magnitude"]
-    """The largest entries."""
 
 
 class Wanda(Pruning):
     """Wanda: entries by magnitude times the norm of their input, compared within each output."""
 
     method: Literal["wanda"]
-    """Entries by magnitude times the norm of their input."""
     damp: Damp = 1e-6
 
 
 class Sparse(Pruning):
-    """Second-order pruning: the entries, and their values, of the least predicted loss."""
+    """Second-order pruning: the entries of the least predicted loss, refitted."""
 
     method: Literal["sparse"]
-    """Entries of the least predicted loss, refitted."""
     damp: Damp = 1e-6
     gradient_damp: GradientDamp = 0.1
-    allocation: PruningAllocation = "lagrangian"
+    allocation: FixedSizeAllocation = "lagrangian"
 
 
 class Learning(FixedSize):
-    """What every method understands that learns a dictionary: atoms, and few for every output."""
+    """Options of the methods that learn a dictionary: each output combines a few of its atoms."""
 
     ratio: Ratio = 2.0
     damp: Damp = 1e-6
@@ -206,18 +208,16 @@ class Learning(FixedSize):
         if isinstance(self.ratio, list) and self.allocation != "lagrangian" and self.plan is None:
             raise ValueError(
                 f"'ratio' must be one number with allocation: {self.allocation}, got a list; "
-                "write the one, or take allocation: lagrangian, which chooses for every matrix"
+                "give one number, or allocation: lagrangian, which chooses for every matrix"
             )
         return self
 
 
 class Cospadi(Learning):
-    """CoSpaDi: K-SVD with orthogonal matching pursuit behind whitening; slow."""
+    """CoSpaDi: K-SVD with orthogonal matching pursuit after whitening; slow."""
 
     method: Literal["cospadi"]
-    """K-SVD with orthogonal matching pursuit."""
-    rounds: PositiveInt = 60
-    """Updates of coefficients and atoms."""
+    rounds: Rounds = 60
     layers_per_group: PositiveInt = 1
     """Number of consecutive layers whose matrices of the same name share one dictionary; each layer
     has separate coefficients."""
@@ -228,7 +228,7 @@ class Cospadi(Learning):
         return self.layers_per_group
 
     @model_validator(mode="after")
-    def _alone_if_refitted(self) -> "Cospadi":
+    def _compensate_single_layers(self) -> "Cospadi":
         if self.layers_per_group > 1 and self.compensate is not None:
             raise ValueError(
                 f"'compensate' needs layers_per_group: 1, got {self.layers_per_group}, because "
@@ -239,21 +239,18 @@ class Cospadi(Learning):
 
 
 class TwoSidedLearning(Learning):
-    """Outputs are weighted by their gradients, and losses predicted by both sides."""
+    """Options of the methods that also weight outputs by their gradients."""
 
     gradient_damp: GradientDamp = 0.1
-    allocation: PruningAllocation = "lagrangian"
+    allocation: FixedSizeAllocation = "lagrangian"
 
 
 class Compot(TwoSidedLearning):
     """COMPOT: an orthogonal dictionary by thresholding and Procrustes rotations."""
 
     method: Literal["compot"]
-    """An orthogonal dictionary."""
-    rounds: PositiveInt = 20
-    """Updates of coefficients and atoms."""
-    pattern: Pattern = "unstructured"
-    """Which atoms an output may use: any, or two of every four consecutive ones (`2:4`)."""
+    rounds: Rounds = 20
+    pattern: AtomPattern = "unstructured"
 
     @property
     def zero_pattern(self) -> str | None:
@@ -262,22 +259,18 @@ class Compot(TwoSidedLearning):
 
 
 class Rocket(TwoSidedLearning):
-    """ROCKET: the eigenbasis, thresholded once, and the atoms refitted."""
+    """ROCKET: eigenvectors as atoms, thresholded once, then the atoms refitted."""
 
     method: Literal["rocket"]
-    """The eigenbasis, thresholded once."""
 
 
 class Dictionary(TwoSidedLearning):
-    """Hard-thresholding pursuit with refitted atoms, from the singular vectors."""
+    """Hard-thresholding pursuit with refitted atoms, starting from the singular vectors."""
 
     method: Literal["dictionary"]
-    """Hard-thresholding pursuit with refitted atoms."""
     ratio: Ratio = 3.0
-    rounds: PositiveInt = 15
-    """Updates of coefficients and atoms."""
-    pattern: Pattern = "unstructured"
-    """Which atoms an output may use: any, or two of every four consecutive ones (`2:4`)."""
+    rounds: Rounds = 15
+    pattern: AtomPattern = "unstructured"
 
     @property
     def zero_pattern(self) -> str | None:
@@ -289,9 +282,8 @@ class Mixed(DecomposeBase):
     """Several component types: each matrix gets the one with the least loss under one budget."""
 
     method: Literal["mixed"]
-    """The best component type for each matrix."""
     components: Annotated[list[Component], Field(min_length=1)] = ["pivoted_low_rank", "sparse"]
-    """Component types that a matrix may be compressed to; leaving it `dense` is always allowed.
+    """Component types to choose from; leaving a matrix `dense` is always possible.
     `pivoted_low_rank+sparse` is the sum of both."""
     schemes: list[SchemeName] = []
     """Integer formats, such as `int8` or `int4-g64`, to which any matrix, dense ones included, may
@@ -299,14 +291,12 @@ class Mixed(DecomposeBase):
     embeddings: Embeddings = None
     lm_head: LmHead = None
     quantizer: Quantizer = "gptq"
-    act_order: bool = True
-    """With `gptq`: quantize the columns with the largest inputs first."""
+    act_order: ActOrder = True
     balance: Balance = "measured"
     damp: Damp = 1e-6
     gradient_damp: GradientDamp = 0.1
     ratio: Ratio = 3.0
-    rounds: PositiveInt = 15
-    """Updates of coefficients and atoms of a dictionary."""
+    rounds: Rounds = 15
     allocation: Literal["lagrangian"] = "lagrangian"
     """The least predicted loss, the only way to choose between component types."""
 
@@ -326,27 +316,22 @@ class Mixed(DecomposeBase):
         return tuple(self.schemes)
 
     @model_validator(mode="after")
-    def _schemes_are_of_use(self) -> "Mixed":
-        twice = sorted({each for each in self.schemes if self.schemes.count(each) > 1})
-        if twice:
+    def _components_and_schemes(self) -> "Mixed":
+        if twice := repeated(self.schemes):
             raise ValueError(f"the 'schemes' must differ, got twice: {twice}; remove one")
         if self.schemes and self.measure != "bits":
             raise ValueError(
-                f"'schemes' save bits and no multiply-adds, got measure: {self.measure}; take "
-                "measure: bits, or leave 'schemes' out"
+                f"'schemes' save bits and no multiply-adds, got measure: {self.measure}; choose "
+                "measure: bits, or remove 'schemes'"
             )
         if not self.schemes and set(self.components) == {"dense"} and self.plan is None:
             raise ValueError(
-                "components: [dense] needs 'schemes' to make anything smaller, got none; give "
-                "some, such as [int8, int4-g64], or name other components"
+                "components: [dense] needs 'schemes' to make anything smaller, got none; add some, "
+                "such as [int8, int4-g64], or list other components"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _one_storage_of_products(self) -> "Mixed":
         if {"low_rank", "pivoted_low_rank"} <= set(self.components):
             raise ValueError(
-                "'components' may name low_rank or pivoted_low_rank, got both; keep "
+                "'components' may list low_rank or pivoted_low_rank, got both; keep "
                 "pivoted_low_rank, which stores the same product in fewer bits"
             )
         return self
@@ -368,5 +353,5 @@ Decompose = Annotated[
     | Rocket
     | Dictionary
     | Mixed,
-    Field(discriminator="method"),
+    Field(discriminator="method", description="Replace weight matrices by smaller components."),
 ]

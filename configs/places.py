@@ -7,7 +7,7 @@ from lrc.configs.errors import Problem
 
 Path = tuple[str | int, ...]
 Placed = tuple[int, Problem]
-"""A problem and what sorts it: its line; overrides come after every line."""
+"""A problem after the number that sorts it: its line; overrides come after every line."""
 
 
 class Finding(NamedTuple):
@@ -19,7 +19,7 @@ class Finding(NamedTuple):
 
 
 def one_line(text: str, longest: int = 60) -> str:
-    """Put a text on one line, without control characters, and cut it where it is long."""
+    """Put a text on one line, without control characters, and shorten it if it is long."""
     line = "".join(c if c.isprintable() else "\\n" if c == "\n" else "?" for c in text)
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
@@ -57,7 +57,7 @@ class Places:
         self._places[path] = (order, label)
 
     def problem(self, found: Finding, line: int | None = None) -> Placed:
-        """Add the place to what was found wrong, that of its path if no line is given."""
+        """Return the problem with its place, which is that of its path if no line is given."""
         known = found.path
         while known not in self._places:
             known = known[:-1]

@@ -1,22 +1,22 @@
-"""What may be asked of a method of slicing: a budget of the whole model's bytes, and how."""
+"""Options of the slicing methods, which remove layers or channels of the model."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from lrc.configs.decompose import Damp, Keep, Size
-from lrc.configs.strict import Strict
+from lrc.configs.decompose import Keep, Size
+from lrc.configs.strict import Damp, Strict
 
 
 class SliceBase(Strict):
-    """What every slicing method understands."""
+    """Options of every slicing method."""
 
     method: str
-    """What is cut away."""
+    """What is removed."""
     keep: Keep | None = None
-    """Bytes of the whole smaller model over those of the model that the stage is given, (0, 1]."""
+    """Bytes of the whole smaller model over those of the model before this stage, (0, 1]."""
     size: Size | None = None
-    """Instead of `keep`: size of the whole model's weight files, such as `180MiB`."""
+    """Instead of `keep`: size of the weight files of the whole model, such as `180MiB`."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> "SliceBase":
@@ -27,46 +27,50 @@ class SliceBase(Strict):
 
 
 class Drop(SliceBase):
-    """Whole layers: those whose output is most like their input."""
+    """Whole layers, those that matter least."""
 
     method: Literal["drop"]
-    """Whole layers, by how little they change."""
     criterion: Literal["influence", "perplexity"] = "influence"
-    """Choose by the cosine between a layer's input and output (`influence`, ShortGPT), or take
-    away one after the other the layer whose absence costs least perplexity on the calibration
-    text (`perplexity`, SLEB; slower)."""
+    """How layers are ranked: by the cosine between their input and output (`influence`, ShortGPT),
+    or by removing, one after the other, the layer whose removal costs the least perplexity on the
+    calibration text (`perplexity`, SLEB; slower)."""
 
 
 class Modegpt(SliceBase):
-    """Channels of MLPs and of attention heads, and a refit of what reads them."""
+    """MoDeGPT: channels of MLPs and of attention heads; the next layers are refitted."""
 
     method: Literal["modegpt"]
-    """Channels inside attention and MLPs."""
     damp: Annotated[Damp, Field(gt=0)] = 1e-4
     heads: bool = True
-    """Narrow attention heads too; otherwise MLPs alone."""
+    """Narrow attention heads too; `false`: MLPs only."""
     uniform: bool = True
-    """Give the MLPs of all layers one width: what is left is a plain checkpoint. Otherwise each
-    gets the width that the data ask for, and `lrc` is needed to load what is left."""
+    """One width for the MLPs of all layers, which gives a plain checkpoint. `false`: a separate
+    width for each layer, and `lrc` is needed to load the checkpoint."""
     allocation: Literal["influence", "lagrangian"] = "influence"
-    """Without `uniform`: take from the layers that change their input least (`influence`, as in
-    MoDeGPT), or where the predicted loss rises least (`lagrangian`, which reads gradients and was
-    worse where it was measured)."""
+    """Without `uniform`: narrow the layers that change their input least (`influence`, as in
+    MoDeGPT), or those where the predicted loss rises least (`lagrangian`, which needs gradients and
+    was worse in our measurements)."""
     width_multiple: PositiveInt = 8
-    """Widths are multiples of it, as tensor cores want."""
+    """Widths are multiples of this number of channels, for tensor cores."""
 
 
 class Slicegpt(SliceBase):
-    """The residual stream, by rotation onto its principal components."""
+    """SliceGPT: width of the residual stream, after rotation to its principal components."""
 
     method: Literal["slicegpt"]
-    """Width of the residual stream."""
     rotations: Literal["global", "block"] = "global"
-    """One rotation for the whole model, which leaves a plain checkpoint (`global`), or one before
-    every block as in the paper, whose shortcuts take room and need `lrc` to be loaded (`block`)."""
+    """One rotation for the whole model, which gives a plain checkpoint (`global`), or one before
+    every block as in the paper (`block`), whose shortcut matrices take space and need `lrc` to be
+    loaded."""
     width_multiple: PositiveInt = 8
-    """The width is a multiple of it, as tensor cores want; of a Llama also of its number of heads,
-    which its config demands."""
+    """The width is a multiple of this number of channels, for tensor cores; for Llama also of the
+    number of heads, as its config requires."""
 
 
-Slice = Annotated[Drop | Modegpt | Slicegpt, Field(discriminator="method")]
+Slice = Annotated[
+    Drop | Modegpt | Slicegpt,
+    Field(
+        discriminator="method",
+        description="Remove layers or channels; the result is a smaller dense model.",
+    ),
+]

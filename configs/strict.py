@@ -1,14 +1,26 @@
-"""What all parts of a recipe have in common."""
+"""The base of all option models, and types that several of them use."""
 
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Text = Annotated[str, Field(min_length=1)]
+Damp = Annotated[
+    float,
+    Field(
+        ge=0,
+        lt=1,
+        description="Fraction of the mean diagonal of the input second moment that is added to its "
+        "diagonal.",
+    ),
+]
 
 
-def _allow_short_form(schema: dict[str, Any], part: type["Strict"]) -> None:
-    """Say in the JSON Schema what `Strict.short_form` says here."""
+def _complete_schema(schema: dict[str, Any], part: type["Strict"]) -> None:
+    """Add to the JSON Schema what the short form and the docstring of a model say."""
+    method = schema["properties"].get("method")
+    if method is not None:
+        method.setdefault("description", schema["description"])
     if part.short_form is not None:
         kind, key = part.short_form
         short: dict[str, Any] = {"description": f"Short for `{{{key}: ...}}`."}
@@ -22,6 +34,11 @@ def _allow_short_form(schema: dict[str, Any], part: type["Strict"]) -> None:
         schema |= {"anyOf": [short, full], "x-short-form": key}
 
 
+def repeated(names: list[str]) -> list[str]:
+    """Return the names that occur more than once, sorted."""
+    return sorted({name for name in names if names.count(name) > 1})
+
+
 class Strict(BaseModel):
     """Base of every part of a recipe: unknown keys are errors, values never change."""
 
@@ -30,7 +47,7 @@ class Strict(BaseModel):
         frozen=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
-        json_schema_extra=_allow_short_form,
+        json_schema_extra=_complete_schema,
     )
 
     short_form: ClassVar[tuple[type[str] | type[list[Any]], str] | None] = None
@@ -38,7 +55,7 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _write_out(cls, value: Any) -> Any:
+    def _expand_short_form(cls, value: Any) -> Any:
         if cls.short_form is not None and isinstance(value, cls.short_form[0]):
             return {cls.short_form[1]: value}
         return value

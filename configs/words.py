@@ -1,4 +1,4 @@
-"""Words for error sentences: what is allowed, what was found, what to do about it."""
+"""The wording of errors about values: what is allowed, what was found, what to do about it."""
 
 import re
 from typing import Any
@@ -14,15 +14,15 @@ _MOST_KEYS, _FIRST_KEYS = 8, 3
 
 
 def allowed(shape: Shape) -> str:
-    """Say what may stand at one place: `a number in (0, 1]`, `a list of strings`."""
+    """Describe what is allowed at one place: `a number in (0, 1]`, `a list of strings`."""
     parts = [_allowed_part(part) for part in shape.parts]
-    if shape.nullable:  # never behind a list of keys, of which it would seem to be one
+    if shape.nullable:  # before a list of keys, or it would look like one of them
         parts.insert(0 if shape.mapping else len(parts), "null")
     return " or ".join(parts)
 
 
 def meaning(shape: Shape) -> str:
-    """Say what a key is for, its description's first sentence in parentheses; empty without one."""
+    """Return the first sentence of a key's description in parentheses; empty without one."""
     described = " ".join(str(shape.schema.get("description", "")).split())
     first = re.split(r"\.(?: (?=[A-Z])|$)", described)[0]
     return f" ({first})" if first else ""
@@ -66,37 +66,31 @@ def keys(names: list[str]) -> str:
     return f"key{'s' if len(names) != 1 else ''} {', '.join(names) or '(none)'}"
 
 
-def limits(part: Shape) -> tuple[float | None, float | None, bool, bool]:
-    """Return lowest and highest value, and whether each is itself allowed."""
-    get = part.schema.get
-    low, high = get("minimum"), get("maximum")
-    low_open, high_open = get("exclusiveMinimum"), get("exclusiveMaximum")
-    if part.kind == "integer":  # say `>= 1` rather than `> 0`
-        low = low_open + 1 if low_open is not None else low
-        high = high_open - 1 if high_open is not None else high
-        low_open = high_open = None
-    return (
-        low if low_open is None else low_open,
-        high if high_open is None else high_open,
-        low_open is None,
-        high_open is None,
-    )
+def _limits(part: Shape) -> tuple[float | None, float | None, str, str]:
+    """Return lowest and highest value, and the brackets that tell whether each is included."""
+    low, high = part.schema.get("minimum"), part.schema.get("maximum")
+    above, below = part.schema.get("exclusiveMinimum"), part.schema.get("exclusiveMaximum")
+    if part.kind == "integer":  # `>= 1` rather than `> 0`
+        low = low if above is None else above + 1
+        high = high if below is None else below - 1
+    opening, closing = "[" if low is not None else "(", "]" if high is not None else ")"
+    return above if low is None else low, below if high is None else high, opening, closing
 
 
 def bounds(part: Shape) -> str:
-    """Say the range of a number: `in (0, 1]`, `>= 1`, or nothing."""
-    low, high, with_low, with_high = limits(part)
+    """Describe the range of a number: `in (0, 1]`, `>= 1`, or nothing."""
+    low, high, opening, closing = _limits(part)
     if low is not None and high is not None:
-        return f"in {'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
+        return f"in {opening}{low}, {high}{closing}"
     if low is not None:
-        return f"{'>=' if with_low else '>'} {low}"
+        return f"{'>=' if opening == '[' else '>'} {low}"
     if high is not None:
-        return f"{'<=' if with_high else '<'} {high}"
+        return f"{'<=' if closing == ']' else '<'} {high}"
     return ""
 
 
 def got(value: Any) -> str:
-    """Say what was found, shortened."""
+    """Describe a value that was found, shortened."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -110,7 +104,7 @@ def got(value: Any) -> str:
 
 
 def refusal(shape: Shape, value: Any) -> tuple[str, str]:
-    """Return code and message for a value of the wrong kind, or that is no option."""
+    """Return code and message for a value of the wrong type or that is not an option."""
     text = f"must be {allowed(shape)}, got {got(value)}"
     renamed = RENAMED_VALUES.get(str(value))
     if renamed is not None and any(renamed in part.options for part in shape.parts):
@@ -122,7 +116,7 @@ def refusal(shape: Shape, value: Any) -> tuple[str, str]:
 
 
 def remedy(shape: Shape, value: Any) -> str:
-    """Say what to write instead of a value of the wrong kind; empty if nothing is likely."""
+    """Suggest what to write instead of a wrong value; empty if nothing is likely."""
     kinds = {part.kind for part in shape.parts}
     options = {str(option): option for part in shape.parts for option in part.options}
     if value is None:
@@ -173,8 +167,8 @@ def _as_number(part: Shape, text: str) -> str:
 
 
 def back_in_range(part: Shape, value: float) -> str:
-    """Say which way to go with a number that is out of range."""
-    low, high, _, _ = limits(part)
+    """Suggest how to correct a number that is out of range."""
+    low, high, _, _ = _limits(part)
     if high == 1 and 10 <= value <= 100:
         return f"for {value:g} % write {value / 100:g}"
     return "raise it" if low is not None and value <= low else "lower it"

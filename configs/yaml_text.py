@@ -17,9 +17,8 @@ from lrc.configs.places import Finding, Path
 MAX_VALUES = 100_000
 
 _TAG = "tag:yaml.org,2002:"
-_CORE_TAGS = {
-    _TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")
-}
+_MERGE = f"{_TAG}merge"
+_CORE_TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(
     r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
@@ -99,11 +98,7 @@ def read_yaml(text: str) -> Document:
     """
     document = Document()
     try:
-        loader = _Loader(text)
-        try:
-            root = loader.get_single_node()
-        finally:
-            loader.dispose()
+        root = yaml.compose(text, Loader=_Loader)
         if root is not None:
             document.value = _Reader(document).value(root, ())
     except yaml.reader.ReaderError as error:
@@ -137,7 +132,7 @@ def _in_words(error: yaml.MarkedYAMLError) -> YamlError:
 
 
 class _Reader:
-    """Turns nodes into values, with a fresh copy for every alias."""
+    """Turns nodes into values, with a separate copy for every alias."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -149,7 +144,7 @@ class _Reader:
         self.n_values += 1
         if self.n_values > MAX_VALUES:
             raise YamlError(line, 1, f"more than {MAX_VALUES:,} values; repeat fewer aliases")
-        if any(node is outer for outer in self.open):
+        if node in self.open:
             raise YamlError(line, 1, "an alias stands for a value that contains it; remove it")
         if node.tag not in _CORE_TAGS:
             tag = node.tag.replace(_TAG, "!!")
@@ -160,24 +155,24 @@ class _Reader:
             return _scalar(node)
         self.open.append(node)
         if isinstance(node, yaml.SequenceNode):
-            value: Any = [self.entry(path, i, each) for i, each in enumerate(node.value)]
+            value: Any = [self.inside(path, i, each, each) for i, each in enumerate(node.value)]
         else:
             value = self.mapping(node, path)
         self.open.pop()
         return value
 
-    def entry(self, path: Path, index: int, node: yaml.Node) -> Any:
-        self.document.lines[(*path, index)] = node.start_mark.line + 1
-        return self.value(node, (*path, index))
+    def inside(self, path: Path, step: str | int, place: yaml.Node, node: yaml.Node) -> Any:
+        self.document.lines[(*path, step)] = place.start_mark.line + 1
+        return self.value(node, (*path, step))
 
     def mapping(self, node: yaml.Node, path: Path) -> dict[str, Any]:
         merged: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            if key_node.tag == _TAG + "merge":
-                merged = self.merge(value_node, path) | merged
         own: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            if key_node.tag == _TAG + "merge":
+            if key_node.tag == _MERGE:
+                merged = self.merge(value_node, path) | merged
+        for key_node, value_node in node.value:
+            if key_node.tag == _MERGE:
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
                 self.report(key_node, path, "a key must be a word, not a list or a mapping")
@@ -188,14 +183,12 @@ class _Reader:
                 text = f"given twice, first in line {first}; remove one of the two"
                 self.report(key_node, (*path, key), text, "duplicate-key")
             else:
-                self.document.lines[(*path, key)] = key_node.start_mark.line + 1
-                own[key] = self.value(value_node, (*path, key))
+                own[key] = self.inside(path, key, key_node, value_node)
         return merged | own
 
     def merge(self, node: yaml.Node, path: Path) -> dict[str, Any]:
-        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
         merged: dict[str, Any] = {}
-        for source in sources:
+        for source in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if isinstance(source, yaml.MappingNode):
                 merged = self.value(source, path) | merged
             else:
@@ -207,11 +200,7 @@ class _Reader:
 
 
 def _is_unicode(node: yaml.ScalarNode) -> bool:
-    try:
-        str(node.value).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not re.search("[\ud800-\udfff]", str(node.value))
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:

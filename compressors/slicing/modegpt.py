@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from lrc.compressors.checkpoint.format import block
+from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.layers.shapes import SHAPES, shapes_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.drop import block_influence
@@ -176,7 +176,9 @@ def _with_widths(
 ) -> PreTrainedConfig:
     """Return a config with a table of the widths of MLPs."""
     changed: PreTrainedConfig = deepcopy(config)
-    changed.quantization_config = block({}, {SHAPES: mlp_shapes(architecture, layout, widths)})
+    changed.quantization_config = quantization_config(
+        {}, {SHAPES: mlp_shapes(architecture, layout, widths)}
+    )
     return changed
 
 

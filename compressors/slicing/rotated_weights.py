@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lrc.compressors.checkpoint.format import block
+from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.layers.residual_basis import BIASES, NORMS
 from lrc.compressors.layers.shapes import SHAPES, rebuild_
 from lrc.compressors.models.architecture import Architecture
@@ -92,7 +92,7 @@ def config_with_tables(config: PreTrainedConfig, tables: dict[str, Any]) -> PreT
     """Return an untied config with the tables of a checkpoint with a basis per block."""
     smaller: PreTrainedConfig = deepcopy(config)
     smaller.tie_word_embeddings = False
-    smaller.quantization_config = block({}, tables)
+    smaller.quantization_config = quantization_config({}, tables)
     return smaller
 
 

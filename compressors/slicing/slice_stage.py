@@ -9,18 +9,17 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lrc.compressors.checkpoint.format import block
+from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, write_weights
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source
-from lrc.compressors.planning.budget import Whole
+from lrc.compressors.planning.size_budget import WholeModel
 from lrc.compressors.planning.plan import SliceRecord
 from lrc.compressors.slicing import METHODS
 from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget
 from lrc.configs.errors import RecipeError
-from lrc.configs.recipe import Recipe
 from lrc.configs.size import parse_size
 from lrc.configs.slicing import SliceBase
 
@@ -32,7 +31,7 @@ PROVENANCE = {"dtype", "_name_or_path", "quantization_config", "transformers_ver
 
 
 def plan_slices(
-    recipe: Recipe, source: Source, architecture: Architecture
+    stages: Mapping[int, SliceBase], source: Source, architecture: Architecture
 ) -> tuple[list[SliceRecord], list[PreTrainedConfig], Architecture]:
     """Plan every slicing stage on the result of the one before it, without reading weights.
 
@@ -51,8 +50,8 @@ def plan_slices(
     """
     records: list[SliceRecord] = []
     configs: list[PreTrainedConfig] = []
-    for number, options in enumerate(recipe.slices):
-        before, old = Whole(architecture.stored_parameters()), architecture.model.config
+    for number, options in stages.items():
+        before, old = WholeModel(architecture.stored_parameters()), architecture.model.config
         budget = _budget(options, before, number)
         method = METHODS[options.method]
         if tables_of(old):
@@ -65,7 +64,7 @@ def plan_slices(
         config = method.plan(architecture, options, budget)
         pending = method.pending(options, config)
         architecture = build(sliced_source(source, config))
-        after = Whole(architecture.stored_parameters())
+        after = WholeModel(architecture.stored_parameters())
         assert after.bytes <= budget.bytes, f"{options.method} planned beyond its budget"
         if after.bytes == before.bytes:
             raise RecipeError(
@@ -85,11 +84,13 @@ def plan_slices(
     return records, configs, architecture
 
 
-def slice_warnings(recipe: Recipe, architecture: Architecture) -> list[str]:
+def slice_warnings(
+    stages: Mapping[int, SliceBase], tokens: int, architecture: Architecture
+) -> list[str]:
     """Return warnings about stages that work but may give poor results on the source model."""
-    tokens = recipe.calibration.samples * recipe.calibration.length
     recommended = {
-        each.method: METHODS[each.method].recommended_tokens(architecture) for each in recipe.slices
+        each.method: METHODS[each.method].recommended_tokens(architecture)
+        for each in stages.values()
     }
     return [
         f"calibration: {tokens} tokens are few for {name}; {minimum} or more are recommended"
@@ -121,7 +122,9 @@ def apply_slice(
         _sequential_reader(sliced.tensors, stored),
         max_shard_bytes=max(MAX_SHARD_BYTES, largest),
     )
-    write_config(folder, sliced.config, block({}, tables_of(sliced.config)), source.spec.dtype)
+    write_config(
+        folder, sliced.config, quantization_config({}, tables_of(sliced.config)), source.spec.dtype
+    )
     text = json.dumps(sliced.facts, indent=1) + "\n"
     (folder / FACTS).write_text(text, encoding="utf-8")
 

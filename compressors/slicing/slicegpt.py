@@ -91,9 +91,7 @@ class Slicegpt(SliceMethod):
         if not widths:
             least, untied = min(step, D), ""
             if roles.unties_head:
-                untied = (
-                    f", the sliced one has {size(D)} at the full width of {D}: slicing unties the head"
-                )
+                untied = f", the sliced one has {size(D)} at the full width of {D}: slicing unties the head"
             raise RecipeError(
                 [
                     f"{budget.where}: at most {budget.bytes} bytes are allowed, but the model has "

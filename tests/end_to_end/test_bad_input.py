@@ -200,11 +200,11 @@ ROUNDINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "groups without a size": (
         "{quantize: {method: gqsa}}",
-        ("needs a 'group_size', got none; give one, such as 16",),
+        ("error[conflicting-keys]", "stages[0].quantize: ", "'group_size'"),
     ),
     "a share of groups of what keeps all": (
         "{quantize: {method: rtn, sparsity: 0.5}}",
-        ("'sparsity' is the share of groups that method: gqsa removes", "or take gqsa"),
+        ("error[conflicting-keys]", "stages[0].quantize: ", "'sparsity'"),
     ),
 }
 

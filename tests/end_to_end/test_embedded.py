@@ -231,12 +231,12 @@ BAD: dict[str, tuple[bool, list[dict[str, Any]], str]] = {
     "no scheme": (
         True,
         [quantize(embeddings="int9")],
-        "stages[0].quantize.embeddings: must be written like int8, int4-g64",
+        "stages[0].quantize.embeddings: must be an integer format such as int8, int4-g64",
     ),
     "keys that apply to nothing": (
         True,
         [quantize(targets=[], group_size=16, embeddings="int8")],
-        "stages[0].quantize: targets: [] rounds no linear, to which 'group_size' would apply",
+        "stages[0].quantize: targets: [] selects no linear layer, so that 'group_size' has no",
     ),
     "linears that all stay dense": (
         True,

@@ -281,7 +281,7 @@ def test_a_run_that_was_stopped_goes_on_behind_the_slice(
         ([{"slice": DROP | {"size": "1MiB"}}], ["exactly one of 'keep' and 'size'", "both"]),
         ([{"slice": {"method": "drop", "size": "9GiB"}}], ["slice.size", "lower size"]),
         ([{"slice": DROP | {"method": "dorp"}}], ["did you mean 'drop'?"]),
-        ([{"slice": DROP, "decompose": {}}], ["cannot stand beside"]),
+        ([{"slice": DROP, "decompose": {}}], ["not allowed together with"]),
         (
             [{"decompose": {"method": "svd", "keep": 0.5}}, {"slice": DROP}],
             ["before every 'decompose'", "stages[1]", "move it to the front"],

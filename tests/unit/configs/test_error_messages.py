@@ -19,7 +19,7 @@ ALLOWED_ANYWHERE = "Allowed: method, keep, size, measure, allocation, rank_multi
 METHODS = "asvd, basis-sharing, compot, cospadi, dictionary, fwsvd, kfac, lord, magnitude, mixed, rocket, sparse, svd, svd-llm, wanda"
 UNITS = "write a number and a unit, one of B, kB, MB, GB, KiB, MiB, GiB"
 BASELINE = "a baseline such as int8, int4-g64 or sparse"
-BASELINE_REMEDY = "write int2 to int8, optionally followed by -gSIZE (SIZE numbers share a scale) and -asymmetric, or sparse"
+BASELINE_REMEDY = "write int2 to int8, optionally followed by -gSIZE (SIZE numbers of a row share a scale) and -asymmetric, or sparse"
 COMPENSATE = "must be null or a mapping with the keys mix, residual, damp"
 
 # A line after GOOD, the code of its error and the message after `recipe.yaml:5: `.
@@ -81,8 +81,8 @@ STAGES = [
     ("{decompose: {method: svd-llm, keep: '0,8'}}", "wrong-type", ".decompose.keep: must be a number in (0, 1] or null, got '0,8'; write 0.8"),
     ("{decompose: {method: svd-llm, keep: true}}", "wrong-type", ".decompose.keep: must be a number in (0, 1] or null, got true"),
     ("{decompose: {method: svd-llm, keep: .nan}}", "out-of-range", ".decompose.keep: must be finite, got nan; write a number in (0, 1] or null"),
-    ("{decompose: {method: svd-llm}}", "conflicting-keys", ".decompose: give exactly one of 'keep' and 'size', or a 'plan' that has the ranks; got none of them"),
-    ("{decompose: {method: svd-llm, keep: 0.8, size: 1GB}}", "conflicting-keys", ".decompose: give exactly one of 'keep' and 'size', or a 'plan' that has the ranks; got keep and size"),
+    ("{decompose: {method: svd-llm}}", "conflicting-keys", ".decompose: give exactly one of 'keep' and 'size', or a 'plan' with the ranks; got none of them"),
+    ("{decompose: {method: svd-llm, keep: 0.8, size: 1GB}}", "conflicting-keys", ".decompose: give exactly one of 'keep' and 'size', or a 'plan' with the ranks; got keep and size"),
     ("{decompose: {method: svd-llm, size: '180'}}", "unknown-value", f".decompose.size: must be a size such as 180MiB or null, got '180'; {UNITS}"),
     ("{decompose: {method: svd-llm, size: 180M}}", "unknown-value", f".decompose.size: must be a size such as 180MiB or null, got '180M'; {UNITS}"),
     ("{decompose: {method: svd-llm, size: -1MiB}}", "unknown-value", f".decompose.size: must be a size such as 180MiB or null, got '-1MiB'; {UNITS}"),
@@ -99,7 +99,7 @@ STAGES = [
     ("{decompose: {method: svd, keep: 0.5, compensate: 0.3}}", "wrong-type", f".decompose.compensate: {COMPENSATE}, got 0.3"),
     ("{decompose: {method: svd, keep: 0.5, compensate: {mix: -1}}}", "out-of-range", ".decompose.compensate.mix: must be in [0, 1], got -1; raise it"),
     ("{decompose: {method: svd, keep: 0.5, compensate: {mx: 1}}}", "unknown-key", ".decompose.compensate.mx: unknown key; did you mean 'mix'? Allowed: mix, residual, damp"),
-    ("{decompose: {method: basis-sharing, keep: 0.5, compensate: {}}}", "wrong-type", ".decompose.compensate: must be null, got {}; remove the key (Not with this method: its layers are solved together)"),
+    ("{decompose: {method: basis-sharing, keep: 0.5, compensate: {}}}", "wrong-type", ".decompose.compensate: must be null, got {}; remove the key (Not available with this method, which solves several layers together)"),
     ("{decompose: {method: basis-sharing, keep: 0.5, storage: pivoted_low_rank}}", "misplaced-key", f".decompose.storage: not a key of method 'basis-sharing'; remove it. {ALLOWED_ANYWHERE}, damp, layers_per_group"),
     ("{decompose: {method: cospadi, keep: 0.5, layers_per_group: 0}}", "out-of-range", ".decompose.layers_per_group: must be >= 1, got 0; raise it"),
     ("{decompose: {method: cospadi, keep: 0.5, layers_per_group: 2, compensate: {}}}", "conflicting-keys", ".decompose: 'compensate' needs layers_per_group: 1, got 2, because layers that share a dictionary are solved together; remove compensate or set layers_per_group: 1"),
@@ -116,20 +116,20 @@ STAGES = [
     ("{decompose: {method: cospadi, keep: 0.8, ratio: two}}", "wrong-type", ".decompose.ratio: must be a number >= 1 or a list of numbers >= 1, got 'two'"),
     ("{decompose: {method: cospadi, keep: 0.8, ratio: '3'}}", "wrong-type", ".decompose.ratio: must be a number >= 1 or a list of numbers >= 1, got '3'; write 3"),
     ("{decompose: {method: cospadi, keep: 0.8, ratio: .inf}}", "out-of-range", ".decompose.ratio: must be finite, got inf; write a number >= 1 or a list of numbers >= 1"),
-    ("{decompose: {method: cospadi, keep: 0.8, ratio: [2, 3]}}", "conflicting-keys", ".decompose: 'ratio' must be one number with allocation: uniform, got a list; write the one, or take allocation: lagrangian, which chooses for every matrix"),
+    ("{decompose: {method: cospadi, keep: 0.8, ratio: [2, 3]}}", "conflicting-keys", ".decompose: 'ratio' must be one number with allocation: uniform, got a list; give one number, or allocation: lagrangian, which chooses for every matrix"),
     ("{decompose: {method: svd, keep: 0.8, ratio: 2}}", "misplaced-key", f".decompose.ratio: not a key of method 'svd'; remove it. {ALLOWED_ANYWHERE}, storage"),
-    ("{quantize: {method: gqsa}}", "conflicting-keys", ".quantize: method: gqsa removes groups of numbers and needs a 'group_size', got none; give one, such as 16"),
-    ("{quantize: {method: gqsa, group_size: 16, symmetric: false}}", "conflicting-keys", ".quantize: method: gqsa stores no zero points, got symmetric: false; remove the key, or take gptq"),
-    ("{quantize: {method: gqsa, group_size: 16, low_rank_correction: {}}}", "conflicting-keys", ".quantize: a 'low_rank_correction' needs whole weights, got it with method: gqsa; remove it, or take gptq"),
+    ("{quantize: {method: gqsa}}", "conflicting-keys", ".quantize: method: gqsa removes groups of numbers and needs a 'group_size', got none; add one, such as 16"),
+    ("{quantize: {method: gqsa, group_size: 16, symmetric: false}}", "conflicting-keys", ".quantize: method: gqsa stores no zero points, got symmetric: false; remove the key, or choose gptq"),
+    ("{quantize: {method: gqsa, group_size: 16, low_rank_correction: {}}}", "conflicting-keys", ".quantize: 'low_rank_correction' needs whole weights, got it with method: gqsa; remove it, or choose gptq"),
     ("{quantize: {method: gqsa, group_size: 16, sparsity: 1}}", "out-of-range", ".quantize.sparsity: must be in [0, 1), got 1; lower it"),
-    ("{quantize: {method: gptq, group_size: 16, sparsity: 0.5}}", "conflicting-keys", ".quantize: 'sparsity' is the share of groups that method: gqsa removes, got it with method: gptq; remove the key, or take gqsa"),
+    ("{quantize: {method: gptq, group_size: 16, sparsity: 0.5}}", "conflicting-keys", ".quantize: 'sparsity' is the fraction of groups that method: gqsa removes, got it with method: gptq; remove the key, or choose gqsa"),
     ("{quantize: {method: gqas, group_size: 16}}", "unknown-value", ".quantize.method: must be one of gptq, rtn, gqsa, got 'gqas'; did you mean 'gqsa'?"),
     ("{decompse: {method: svd, keep: 0.8}}", "unknown-key", ".decompse: unknown key; did you mean 'decompose'? Allowed: slice, decompose, quantize"),
     ("decompose:svd", "wrong-type", ": must be a mapping with the keys slice, decompose, quantize, got 'decompose:svd'; put a space after the colon"),
     ("svd", "wrong-type", ": must be a mapping with the keys slice, decompose, quantize, got 'svd'"),
     ("{}", "missing-key", ": is empty; write one of the keys slice, decompose, quantize"),
     ('{decompose: "a\\n\\ebxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}', "wrong-type", ".decompose: must be a mapping with the keys method, keep, size and others, got 'a\\n?bxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...'"),
-    ("{decompose: {method: svd, keep: 0.8, overrides: [{keep: 0.1}]}}", "missing-key", ".decompose.overrides[0].match: missing; add a string that is not empty (Shell pattern over full module names, e.g. `*.down_proj` or `model.layers.0.*`)"),
+    ("{decompose: {method: svd, keep: 0.8, overrides: [{keep: 0.1}]}}", "missing-key", ".decompose.overrides[0].match: missing; add a string that is not empty (Shell pattern of full module names, such as `*.down_proj` or `model.layers.0.*`)"),
     ("{decompose: {method: svd, keep: 0.5, skip: [a]}}", "renamed-key", ".decompose.skip: this key has a new name, 'ignore'"),
     ("{decompose: {method: svd, keep: 0.5, storage: pivot}}", "renamed-value", ".decompose.storage: must be one of low_rank, pivoted_low_rank, got 'pivot'; this value has a new name, 'pivoted_low_rank'"),
     ("{decompose: {method: wanda, keep: 0.5, storage: mask}}", "misplaced-key", f".decompose.storage: not a key of method 'wanda'; remove it. {ALLOWED_ANYWHERE}, pattern, damp"),
@@ -138,8 +138,13 @@ STAGES = [
     ("{decompose: {method: mixed, keep: 0.5, components: [sum]}}", "renamed-value", ".decompose.components[0]: must be one of low_rank, pivoted_low_rank, sparse, pivoted_low_rank+sparse, dictionary, dense, got 'sum'; this value has a new name, 'pivoted_low_rank+sparse'"),
     ("{decompose: {method: mixed, keep: 0.5, forms: [sparse]}}", "renamed-key", ".decompose.forms: this key has a new name, 'components'"),
     ("{decompose: {method: mixed, keep: 0.5, rounder: rtn}}", "renamed-key", ".decompose.rounder: this key has a new name, 'quantizer'"),
-    ("{decompose: {method: mixed, keep: 0.5, components: [low_rank, pivoted_low_rank]}}", "conflicting-keys", ".decompose: 'components' may name low_rank or pivoted_low_rank, got both; keep pivoted_low_rank, which stores the same product in fewer bits"),
-    ("{decompose: {method: mixed, keep: 0.5, components: [dense]}}", "conflicting-keys", ".decompose: components: [dense] needs 'schemes' to make anything smaller, got none; give some, such as [int8, int4-g64], or name other components"),
+    ("{decompose: {method: mixed, keep: 0.5, components: [low_rank, pivoted_low_rank]}}", "conflicting-keys", ".decompose: 'components' may list low_rank or pivoted_low_rank, got both; keep pivoted_low_rank, which stores the same product in fewer bits"),
+    ("{decompose: {method: mixed, keep: 0.5, components: [dense]}}", "conflicting-keys", ".decompose: components: [dense] needs 'schemes' to make anything smaller, got none; add some, such as [int8, int4-g64], or list other components"),
+    ("{decompose: {method: mixed, keep: 0.5, schemes: [int9]}}", "unknown-value", ".decompose.schemes[0]: must be an integer format such as int8, int4-g64 or int3-g32-asymmetric, got 'int9'; write int2 to int8, optionally followed by -gSIZE (SIZE numbers of a row share a scale) and -asymmetric"),
+    ("{decompose: {method: mixed, keep: 0.5, schemes: [int4, int4]}}", "conflicting-keys", ".decompose: the 'schemes' must differ, got twice: ['int4']; remove one"),
+    ("{decompose: {method: mixed, keep: 0.5, schemes: [int4], measure: macs}}", "conflicting-keys", ".decompose: 'schemes' save bits and no multiply-adds, got measure: macs; choose measure: bits, or remove 'schemes'"),
+    ("{slice: {method: drop}}", "conflicting-keys", ".slice: give exactly one of 'keep' and 'size', got neither"),
+    ("{quantize: {method: gptq, targets: [], embeddings: int8, bits: 4}}", "conflicting-keys", ".quantize: targets: [] selects no linear layer, so that 'bits' has no effect; remove what has no effect, or list 'targets'"),
     ("{quantize: {method: gptq, order: false}}", "renamed-key", ".quantize.order: this key has a new name, 'act_order'"),
     ("{quantize: {method: gptq, branch: {}}}", "renamed-key", ".quantize.branch: this key has a new name, 'low_rank_correction'"),
     ("{quantize: {method: gptq, head: int8}}", "renamed-key", ".quantize.head: this key has a new name, 'lm_head'"),
@@ -236,6 +241,14 @@ def test_a_text_that_is_not_a_recipe(text: str, code: str, message: str) -> None
 @pytest.mark.parametrize(("override", "code", "message"), OVERRIDES)
 def test_a_wrong_override(override: str, code: str, message: str) -> None:
     assert lines(GOOD, override) == [(code, f"override '{override}': {message}")]
+
+
+def test_stages_in_the_wrong_order() -> None:
+    text = (
+        "model: a\nstages: [quantize: {method: rtn}, slice: {method: drop, keep: 0.5}]\noutput: b"
+    )
+    message = "every 'slice' must come before every 'quantize', got stages[1] after one; move it to the front"
+    assert lines(text) == [("conflicting-keys", f"recipe.yaml: {message}")]
 
 
 def test_a_path_that_is_not_a_recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from jsonschema import Draft202012Validator
 
 from lrc.configs import shipped
 from lrc.configs.load import dump_recipe, parse_recipe
-from lrc.configs.schema import recipe_schema
+from lrc.configs.recipe import recipe_schema
 from lrc.configs.yaml_text import read_yaml
 
 SCHEMA = recipe_schema()

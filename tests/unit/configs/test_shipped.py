@@ -5,7 +5,7 @@ import pytest
 from lrc.configs import shipped
 from lrc.configs.errors import RecipeError
 from lrc.configs.load import dump_recipe, parse_recipe
-from lrc.configs.schema import recipe_schema
+from lrc.configs.recipe import recipe_schema
 from lrc.configs.shape import Shape
 
 NAMES = shipped.names()
