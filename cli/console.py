@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from lrc.configs.errors import LrcError, RecipeError, Stopped
+from lrc.configs.errors import LrcError, Stopped
 
 HEARTBEAT_SECONDS = 60.0
 AT_ONCE = "stopped: at once; the same command continues from the last finished step"
@@ -156,8 +156,8 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
         )
     elif not debug:
         say(
-            f"error[internal]: unexpected {type(error).__name__}: {text}; this is a bug in lrc: run "
-            "`lrc --debug ...` and report the traceback"
+            f"error[internal]: unexpected {type(error).__name__}: {text}; this is a bug in lrc: "
+            "run `lrc --debug ...` and report the traceback"
         )
     return 1
 

@@ -8,6 +8,7 @@ from lrc.configs.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from lrc.compressors.io.shards import Header
+    from lrc.compressors.layers import WeightConfig
 
 
 def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         No checkpoint of lrc, damaged, of a newer format, or, with `verify`, changed.
     """
     from lrc.compressors.checkpoint import format as layout
-    from lrc.compressors.checkpoint.format import AGAIN
+    from lrc.compressors.checkpoint.format import COPY_AGAIN
     from lrc.compressors.checkpoint.plain import read_plain
     from lrc.compressors.checkpoint.reader import (
         check_files,
@@ -42,34 +43,51 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
             "OUTPUT/checkpoint of a run, or measure a dense model with `lrc eval`"
         )
     headers = check_files(folder)
-    if method != layout.QUANT_METHOD:  # a plain model
-        plain = {} if method is None else read_plain(folder, block or {}, headers)
-        block = {"format_version": layout.FIRST_VERSION, "modules": plain}
-    assert block is not None
+    stopped = method == layout.QUANT_METHOD  # loaders without lrc, by a sentinel
+    if stopped:
+        assert block is not None
+        modules = layout.parse_modules(block.get("modules", {}), f"{folder}/config.json")
+    else:
+        modules = {} if method is None else read_plain(folder, block or {}, headers)
     if verify:
         problems = verify_hashes(folder)
         if problems:
-            raise CheckpointError(f"{folder}: {'; '.join(problems)}; {AGAIN}")
+            raise CheckpointError(f"{folder}: {'; '.join(problems)}; {COPY_AGAIN}")
     plan, report = (
         read_object(path) if path.is_file() else None
         for path in (folder / layout.PLAN, folder / layout.REPORT)
     )
-    table, shapes = block["modules"], block.get(SHAPES, {})
-    stopped = method == layout.QUANT_METHOD  # by a sentinel, without lrc
-    modules = [_module(folder, name, spec, headers, stopped) for name, spec in table.items()]
-    dense = layout.resized_tensors({n: shapes[n] for n in shapes if n not in table})
-    if wrong := layout.misfits(dense, headers):
+    shapes = (block or {}).get(SHAPES, {})
+    tensors = {
+        name: _check_module(folder, name, config, headers, stopped=stopped)
+        for name, config in modules.items()
+    }
+    dense = layout.resized_tensors({n: shapes[n] for n in shapes if n not in modules})
+    if wrong := layout.mismatches(dense, headers):
         raise CheckpointError(
-            f"{folder}: the tensors do not fit config.json: {'; '.join(wrong[:5])}; {AGAIN}"
+            f"{folder}: the tensors do not match config.json: {'; '.join(wrong[:5])}; {COPY_AGAIN}",
+            code="tensor-mismatch",
         )
+    counted = {name for found in tensors.values() for name in found}
+    others = [h for name, h in headers.items() if name not in counted and _is_number(h)]
     return {
         "path": str(folder),
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
-        "format_version": block["format_version"],
+        "format_version": layout.FORMAT_VERSION,
         "file_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
-        "parameters": _parameters(table, modules, headers),
+        "parameters": sum(c.parameters() for c in modules.values())
+        + sum(prod(header.shape) for header in others),
         "verified": verify,
-        "modules": modules,
+        "modules": [
+            {
+                "name": name,
+                **config.to_json(),
+                "types": config.types,
+                "quantization": None if config.quantization is None else str(config.quantization),
+                "description": config.description,
+            }
+            for name, config in modules.items()
+        ],
         SHAPES: shapes,
         "slices": report.get("slices") if report else None,
         "totals": plan.get("totals") if plan else None,
@@ -79,65 +97,32 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
     }
 
 
-def _module(
-    folder: Path, name: str, spec: dict[str, Any], headers: "dict[str, Header]", stopped: bool
-) -> dict[str, Any]:
-    """Return the facts of one compressed matrix, once its tensors are what its form prescribes."""
+def _check_module(
+    folder: Path,
+    name: str,
+    config: "WeightConfig",
+    headers: "dict[str, Header]",
+    *,
+    stopped: bool,
+) -> set[str]:
+    """Return the tensors of a compressed weight, after comparing them with their headers."""
     from lrc.compressors.checkpoint import format as layout
-    from lrc.compressors.layers import FORMS
+    from lrc.compressors.checkpoint.plain import plain_name
 
-    form = FORMS[spec["form"]]
-    shapes = {tensor: header.shape for tensor, header in headers.items()}
-    try:
-        d_out, d_in = spec["shape"] if "scheme" in spec else form.dense_shape(name, spec, shapes)
-        bias = f"{name}.{form.BIAS}" in headers
-        expected = layout.expected_tensors(name, d_out, d_in, spec, bias=bias)
-        if not stopped:
-            del expected[f"{name}.weight"]
-        problems = layout.misfits(expected, headers)
-    except KeyError as error:
-        problems = [f"{error.args[0]}: found nothing"]
-    except (IndexError, ValueError) as error:
-        problems = [f"{name}: {error}"]
-    if problems:
+    bias = f"{name}.bias" in headers
+    expected = layout.expected_tensors(name, config, bias=bias)
+    if not stopped:
+        del expected[f"{name}.weight"]
+        expected = {plain_name(tensor): spec for tensor, spec in expected.items()}
+    if problems := layout.mismatches(expected, headers):
         raise CheckpointError(
-            f"{folder}: the tensors of {name} do not fit config.json: {'; '.join(problems)}; "
-            f"{layout.AGAIN}"
+            f"{folder}: the tensors of {name} do not match config.json: {'; '.join(problems)}; "
+            f"{layout.COPY_AGAIN}",
+            code="tensor-mismatch",
         )
-    sizes = {size: spec[size] for size in form.SIZES}
-    written = form.written(d_out, d_in, sizes)
-    return {
-        "name": name,
-        "form": spec["form"],
-        **sizes,
-        "pattern": spec.get("pattern"),
-        "scheme": spec.get("scheme"),
-        "shape": [d_out, d_in],
-        "written": written,
-    }
+    return {*expected} - {f"{name}.bias"}
 
 
-def _parameters(
-    table: dict[str, dict[str, Any]], modules: list[dict[str, Any]], headers: "dict[str, Header]"
-) -> int:
-    """Count the numbers of a model: those that are packed, and no scales of them."""
-    from lrc.compressors.checkpoint import format as layout
-    from lrc.compressors.layers import FORMS
-
-    counted, packed = 0, set()
-    for module in modules:
-        if module["scheme"] is not None:
-            name, form = module["name"], FORMS[module["form"]]
-            d_out, d_in = module["shape"]
-            sizes = {size: module[size] for size in form.SIZES}
-            scheme = module["scheme"]
-            counted += form.parameters_stored(d_out, d_in, scheme=scheme, **sizes)
-            spec = {**table[name], "bias": False}  # which is no part of what is packed
-            packed |= {*layout.expected_tensors(name, d_out, d_in, spec, bias=False)}
-    rest = (header for name, header in headers.items() if name not in packed and _counts(header))
-    return counted + sum(prod(header.shape) for header in rest)
-
-
-def _counts(header: "Header") -> bool:
-    """Say whether a tensor holds parameters: sentinels and indices are integers."""
+def _is_number(header: "Header") -> bool:
+    """Return whether a tensor contains parameters; sentinels and indices are integers."""
     return not header.dtype.startswith(("U", "I"))

@@ -97,9 +97,10 @@ def plan(
     from lrc.compressors.estimate import estimate
     from lrc.compressors.io.machine import Machine
     from lrc.compressors.prepare import prepare
+    from lrc.compressors.stages import STAGES
 
     console.quiet_transformers()
-    prepared = prepare(loaded.recipe, weights=False)
+    prepared = prepare(loaded.recipe, STAGES, weights=False)
     expected = estimate(prepared, Machine(device=_device(device)).chosen)
     if as_json:
         _print_json(prepared.plan.to_json() | {"estimate": vars(expected)})

@@ -8,8 +8,9 @@ from rich.table import Table
 
 from lrc.cli.quality import OUT
 from lrc.cli.tables import print_warnings
-from lrc.compressors.compress.profile import Profile, spearman
-from lrc.compressors.planning.plan import Matrix, Plan
+from lrc.compressors.compress.profile import Profile, rank_correlation
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.summary import WeightSummary, summarize
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Quantity:
     unit: str
     total: str
     write: Callable[[float], str]
-    predicted: Callable[[Matrix], float | None]
+    predicted: Callable[[WeightSummary], float | None]
 
 
 def _nats(value: float) -> str:
@@ -28,8 +29,8 @@ def _nats(value: float) -> str:
 
 
 # Fractions refer to different energies, so their sum is meaningless.
-NATS = Quantity("nats a token", "sum", _nats, lambda m: m.predicted_nats)
-SHARE = Quantity("% of the energy", "mean", lambda x: f"{100 * x:.2f}", lambda m: m.loss)
+NATS = Quantity("nats per token", "sum", _nats, lambda m: m.result.predicted_nats)
+SHARE = Quantity("% of the energy", "mean", lambda x: f"{100 * x:.2f}", lambda m: m.result.loss)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Grid:
     A cell is given by layer and column; None selects all of them.
     """
 
-    matrices: list[Matrix]
+    matrices: list[WeightSummary]
     values: Mapping[str, float]
     quantity: Quantity
 
@@ -60,7 +61,7 @@ class Grid:
                 place = order.index(leaf)
         return order
 
-    def at(self, layer: int | None, column: str | None) -> list[Matrix]:
+    def at(self, layer: int | None, column: str | None) -> list[WeightSummary]:
         """Return the matrices of a cell."""
         return [m for m in self.matrices if layer in (None, m.layer) and column in (None, _leaf(m))]
 
@@ -80,7 +81,7 @@ class Grid:
         """Return the formatted ranks of a cell, or the fraction kept of matrices without rank."""
         if layer is None or column is None:
             return ""
-        compressed = [m for m in self.at(layer, column) if m.sizes is not None]
+        compressed = [m for m in self.at(layer, column) if m.config.compressed]
         ranks = [m.rank for m in compressed if m.rank is not None]
         kept = sorted(m.bits / m.source_bits for m in compressed if m.rank is None)
         found = ["r" + "-".join(map(str, sorted({min(ranks), max(ranks)})))] if ranks else []
@@ -98,7 +99,11 @@ def print_sensitivity(plan: Plan) -> None:
     for quantity, matrices in _by_quantity(plan):
         title = f"predicted loss, {quantity.unit}"
         grid = Grid(matrices, _predicted(matrices, quantity), quantity)
-        sizes = "rank" if all(m.rank for m in matrices if m.sizes) else "rank or share of the bits"
+        sizes = (
+            "rank"
+            if all(m.rank for m in matrices if m.config.compressed)
+            else "rank or fraction of the bits"
+        )
         both = _table(grid, grid.text, grid.size, kept=True)
         if _fits(both):
             _print(f"{title}, and {sizes}", both)
@@ -106,9 +111,10 @@ def print_sensitivity(plan: Plan) -> None:
             _print(title, _table(grid, grid.text, kept=True))
             _print(sizes, _table(grid, grid.size, totals=False))
         OUT.print(f"{quantity.total} of the predicted losses: {grid.text()} {quantity.unit}")
-    embeddings = [f"{m.name} as {m.scheme}" for m in plan.outside]  # no loss is predicted for them
+    # No loss is predicted for embeddings.
+    embeddings = [f"{task.name} as {task.config.quantization}" for task in plan.embeddings]
     included = f", including {' and '.join(embeddings)}" if embeddings else ""
-    OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted matrices{included}")
+    OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted weights{included}")
     print_warnings(plan)
 
 
@@ -127,9 +133,9 @@ def print_profile(plan: Plan, profile: Profile) -> None:
             _print(f"{title}, and predicted", both)
         else:  # the table before shows the predictions
             _print(title, _table(measured, measured.text))
-        if any(m.group not in (None, m.name) for m in matrices):
+        if any(m.owner != m.name for m in matrices):
             OUT.print("matrices that share a factor count as one, in the row of the first")
-        correlation = spearman(*profile.compared(predicted))
+        correlation = rank_correlation(*profile.compared(predicted))
         OUT.print(
             f"sum measured {measured.text()} {NATS.unit}, {quantity.total} predicted "
             f"{expected.text()} {quantity.unit}"
@@ -140,27 +146,29 @@ def print_profile(plan: Plan, profile: Profile) -> None:
     if profile.dense is not None:
         OUT.print(
             f"cross-entropy of the text: dense {profile.dense:.4f}, increased by "
-            f"{sum(profile.rises.values()):.4f} {NATS.unit}, summed over the matrices"
+            f"{sum(profile.increases.values()):.4f} {NATS.unit}, summed over the matrices"
         )
 
 
-def _by_quantity(plan: Plan) -> list[tuple[Quantity, list[Matrix]]]:
+def _by_quantity(plan: Plan) -> list[tuple[Quantity, list[WeightSummary]]]:
     """Split the matrices by the quantity that their methods can predict."""
-    in_nats = {m.method for m in plan.matrices if m.predicted_nats is not None}
+    names = {weight.name for task in plan.tasks for weight in task.weights}
+    rows = [row for row in summarize(plan) if row.name in names]
+    in_nats = {row.method for row in rows if row.result.predicted_nats is not None}
     parts = [
-        (NATS, [m for m in plan.matrices if m.method in in_nats]),
-        (SHARE, [m for m in plan.matrices if m.method not in in_nats]),
+        (NATS, [row for row in rows if row.method in in_nats]),
+        (SHARE, [row for row in rows if row.method not in in_nats]),
     ]
     return [(quantity, matrices) for quantity, matrices in parts if matrices]
 
 
-def _predicted(matrices: list[Matrix], quantity: Quantity) -> dict[str, float]:
+def _predicted(matrices: list[WeightSummary], quantity: Quantity) -> dict[str, float]:
     """Return the predictions by name; dense matrices lose nothing."""
-    known = {m.name: 0.0 if m.sizes is None else quantity.predicted(m) for m in matrices}
+    known = {m.name: 0.0 if not m.config.compressed else quantity.predicted(m) for m in matrices}
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _leaf(matrix: Matrix) -> str:
+def _leaf(matrix: WeightSummary) -> str:
     return matrix.name.rpartition(".")[2]
 
 
@@ -184,7 +192,7 @@ def _table(
 
     def cell(layer: int | None, column: str | None) -> str:
         matrices = grid.at(layer, column)
-        if layer is not None and matrices and all(m.sizes is None for m in matrices):
+        if layer is not None and matrices and all(not m.config.compressed for m in matrices):
             return "dense"
         after = f" [dim]{second(layer, column):>{width}}[/]" if width else ""
         return f"{text(layer, column)}{after}"

@@ -6,21 +6,23 @@ from typing import Any
 
 from lrc.cli.quality import OUT, as_size, new_table, print_baselines, print_comparison
 from lrc.compressors.estimate import Estimate
-from lrc.compressors.planning.plan import Matrix, Plan
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.summary import WeightSummary, summarize
 
 LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 
 def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
-    """Print a plan: matrices, totals, and the estimated time, memory and disk space.
+    """Print a plan: weights, totals, and the estimated time, memory and disk space.
 
-    Matrices that differ only in the number of their layer share a row, unless `every` is set.
+    Weights that differ only in the number of their layer share a row, unless `every` is set.
     """
     for cut in plan.slices:
         _print_cut(asdict(cut))
-    if plan.targeted:
-        _print_matrices(plan, every=every)
-    _print_sizes(plan.to_json(), plan.compressed_bytes, matrices=bool(plan.targeted))
+    rows = summarize(plan)
+    if rows:
+        _print_weights(plan, rows, every=every)
+    _print_sizes(plan)
     print_warnings(plan)
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
     OUT.print(
@@ -31,35 +33,37 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
         OUT.print(f"not estimated: {', '.join(expected.not_estimated)}")
 
 
-def _print_matrices(plan: Plan, *, every: bool) -> None:
-    methods = sorted({m.method for m in plan.targeted})
+def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> None:
+    methods = sorted({row.method for row in rows})
     one = f", {methods[0]}" if len(methods) == 1 else ""
-    table = new_table(f"{plan.source} ({plan.architecture}, {plan.dtype}{one})")
-    table.add_column("matrix", overflow="fold")
-    columns = ("layers", "shape", "method", "form", "size", "MiB", "kept")
+    model = plan.model
+    table = new_table(f"{model.source} ({model.architecture}, {model.dtype}{one})")
+    table.add_column("weight", overflow="fold")
+    columns = ("layers", "shape", "method", "components", "size", "MiB", "kept")
     for column in columns:
         if column != "method" or not one:
-            table.add_column(column, justify="right", no_wrap=column != "form", overflow="fold")
-    for name, group in _alike(plan.targeted, every=every).items():
-        m = group[0]
-        bits = sum(m.bits for m in group)
+            wraps = column == "components"
+            table.add_column(column, justify="right", no_wrap=not wraps, overflow="fold")
+    for name, group in _alike(plan, rows, every=every).items():
+        row = group[0]
+        bits = sum(each.bits for each in group)
         table.add_row(
             name[0],
             str(len(group)),
-            f"{m.shape[0]} x {m.shape[1]}",
-            *([] if one else [m.method]),
-            _form(m),
-            "pending" if m.pending else m.written,
-            "" if m.pending else f"{bits / 8 / 2**20:.2f}",
-            "" if m.pending else f"{bits / sum(m.source_bits for m in group):.1%}",
+            f"{row.shape[0]} x {row.shape[1]}",
+            *([] if one else [row.method]),
+            _components(plan, row),
+            "pending" if row.allocator else row.config.description,
+            "" if row.allocator else f"{bits / 8 / 2**20:.2f}",
+            "" if row.allocator else f"{bits / sum(each.source_bits for each in group):.1%}",
         )
     OUT.print(table)
-    for allocation in sorted({m.pending for m in plan.matrices if m.pending}):
-        OUT.print(f"pending: the {allocation} allocation will choose within the budget")
+    for allocator in sorted({row.allocator for row in rows if row.allocator}):
+        OUT.print(f"pending: the {allocator} allocator will choose within the budget")
 
 
 def print_warnings(plan: Plan) -> None:
-    """Print what is planned but not advised."""
+    """Print the warnings of a plan."""
     for warning in plan.warnings:
         OUT.print(f"[yellow]warning[/]: {warning}")
 
@@ -84,7 +88,7 @@ def print_report(report: dict[str, Any], output: str) -> None:
     )
     if targeted["source_bits"]:
         table.add_row(
-            "targeted matrices",
+            "targeted weights",
             as_size(targeted["source_bits"] // 8),
             as_size(targeted["bits"] // 8),
             f"{targeted['kept']:.1%}",
@@ -111,11 +115,13 @@ def print_report(report: dict[str, Any], output: str) -> None:
 
 def print_inspection(facts: dict[str, Any]) -> None:
     """Print the facts of a checkpoint."""
-    columns = ("matrix", "shape", "form", "size") if facts["modules"] else ()
+    columns = ("weight", "shape", "components", "size") if facts["modules"] else ()
     table = new_table(f"{facts['path']} ({facts['architecture']})", *columns)
     for m in sorted(facts["modules"], key=lambda m: _natural(m["name"])):
-        form = " ".join(filter(None, [m["form"], m["pattern"], m["scheme"]]))
-        table.add_row(m["name"], f"{m['shape'][0]} x {m['shape'][1]}", form, m["written"])
+        patterns = [c["pattern"] for c in m["components"] if "pattern" in c]
+        components = " ".join(filter(None, [m["types"], *patterns, m["quantization"]]))
+        shape = f"{m['shape'][0]} x {m['shape'][1]}"
+        table.add_row(m["name"], shape, components, m["description"])
     OUT.print(table if facts["modules"] else f"[bold]{table.title}[/]")
     for cut in facts["slices"] or []:
         _print_cut(cut)
@@ -125,7 +131,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
         + (", every hash verified" if facts["verified"] else "")
     )
     if facts["totals"] and facts["modules"]:
-        OUT.print(f"kept {facts['totals']['kept']:.1%} of the bits of the targeted matrices")
+        OUT.print(f"kept {facts['totals']['kept']:.1%} of the bits of the targeted weights")
     if facts["environment"]:
         versions = facts["environment"]["versions"]
         OUT.print(
@@ -136,21 +142,29 @@ def print_inspection(facts: dict[str, Any]) -> None:
         print_comparison(facts["evaluation"])
 
 
-def _form(m: Matrix) -> str:
-    """Return form and pattern of a matrix, and the reason if it stays dense."""
-    if m.pending and m.method == "mixed":
-        return " ".join(filter(None, ["any", m.scheme]))
-    form = " ".join(filter(None, [m.form, m.pattern, m.scheme]))
-    return form if m.note is None else f"{form}: {m.note}"
+def _components(plan: Plan, row: WeightSummary) -> str:
+    """Return types, pattern and quantization of a weight, and the reason if it stays dense."""
+    task = next(task for task in plan.all_tasks if task.name == row.owner)
+    if task.allocation is not None:
+        types = plan.allocations[task.allocation].types
+        args = None if task.quantize is None else task.quantize.args
+        text = " or ".join(types) if len(types) < 3 else "any"
+        return " ".join(filter(None, [text, task.pattern, str(args or "")]))
+    args = row.config.quantization
+    patterns = [c.pattern for c in row.config.components if c.pattern]
+    text = " ".join([row.config.types, *patterns, *([] if args is None else [str(args)])])
+    return text if row.note is None else f"{text}: {row.note}"
 
 
-def _alike(matrices: list[Matrix], *, every: bool) -> dict[tuple[str, ...], list[Matrix]]:
-    """Group matrices by name without layer number and all other cells of their row."""
-    groups: dict[tuple[str, ...], list[Matrix]] = {}
-    for m in matrices:
-        name = m.name if every else LAYER_NUMBER.sub(".*.", m.name, count=1)
-        facts = (m.shape, m.method, _form(m), m.written)
-        groups.setdefault((name, *map(str, facts)), []).append(m)
+def _alike(
+    plan: Plan, rows: list[WeightSummary], *, every: bool
+) -> dict[tuple[str, ...], list[WeightSummary]]:
+    """Group weights by name without layer number and all other cells of their row."""
+    groups: dict[tuple[str, ...], list[WeightSummary]] = {}
+    for row in rows:
+        name = row.name if every else LAYER_NUMBER.sub(".*.", row.name, count=1)
+        facts = (row.shape, row.method, _components(plan, row), row.config.description)
+        groups.setdefault((name, *map(str, facts)), []).append(row)
     return groups
 
 
@@ -176,20 +190,20 @@ def _print_cut(cut: dict[str, Any]) -> None:
         OUT.print(f"pending: {cut['facts']['pending']}; shown is an even split of the same size")
 
 
-def _print_sizes(plan: dict[str, Any], compressed_bytes: int, *, matrices: bool) -> None:
-    totals = plan["totals"]
-    if matrices:
-        kind = "budget" if any(m["pending"] for m in plan["matrices"]) else "kept"
+def _print_sizes(plan: Plan) -> None:
+    if plan.all_tasks:
+        kind = "budget" if any(task.pending for task in plan.tasks) else "kept"
         OUT.print(
-            f"targeted matrices: {as_size(totals['source_bits'] // 8)} -> "
-            f"{as_size(totals['bits'] // 8)} ({kind} {totals['kept']:.1%})"
+            f"targeted weights: {as_size(plan.source_bits // 8)} -> {as_size(plan.bits // 8)} "
+            f"({kind} {plan.kept:.1%})"
         )
     OUT.print(
-        f"whole model: {as_size(totals['dense_bytes'])} -> {as_size(compressed_bytes)}, "
-        f"{totals['dense_parameters']:,} -> {totals['compressed_parameters']:,} parameters"
+        f"whole model: {as_size(plan.dense_bytes)} -> {as_size(plan.compressed_bytes)}, "
+        f"{plan.dense_parameters:,} -> {plan.compressed_parameters:,} parameters"
     )
-    if plan["source_quantized"]:
+    if plan.model.source_quantized:
         OUT.print(
-            f"the source file is itself quantized and takes {as_size(plan['source_file_bytes'])}; "
-            f"sizes above compare with the model at {plan['dtype']}"
+            f"the source file is itself quantized and takes "
+            f"{as_size(plan.model.source_file_bytes)}; sizes above compare with the model at "
+            f"{plan.model.dtype}"
         )

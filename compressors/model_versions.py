@@ -1,15 +1,17 @@
-"""The model on its way: the source as safetensors, then what every slicing stage leaves of it."""
+"""The models of a run: the source as safetensors, and what every slicing stage leaves."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
+from torch import Tensor
 
 from lrc.compressors.calibrate.activation_cache import cache_files
-from lrc.compressors.calibrate.calibration_windows import take_windows
 from lrc.compressors.checkpoint.writer import new_folder
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, Machine
@@ -26,20 +28,26 @@ from lrc.compressors.slicing.slice_stage import (
     read_facts,
     sliced_source,
 )
+from lrc.configs.recipe import Calibration
+from lrc.configs.slicing import Slice, SliceBase
+
+_OPTIONS: TypeAdapter[SliceBase] = TypeAdapter(Slice)
 
 
 @dataclass(frozen=True)
-class Lineage:
-    """The models of a run: each a folder of safetensors and an architecture."""
+class ModelVersions:
+    """The models of a run: each is a folder of safetensors and an architecture."""
 
     prepared: Prepared
     journal: Journal
     machine: Machine
     clock: Clock
+    windows: Callable[[], Tensor]
+    """Returns the calibration windows [samples, length]."""
 
     @cached_property
     def weights(self) -> Path:
-        """Folder of safetensors for the source; a GGUF file is converted once."""
+        """Folder of the source as safetensors; a GGUF file is converted once."""
         source = self.prepared.source
         if source.gguf is None:
             return source.folder
@@ -50,89 +58,77 @@ class Lineage:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """What is decomposed: the last of the models, once it is there."""
-        return self._architecture(len(self.prepared.sliced))
+        """Architecture of the model that is decomposed, after all slicing stages."""
+        return self._architecture(self._last)
 
     @cached_property
     def reader(self) -> WeightReader:
-        """Reads what is decomposed, at the precision of the reference model."""
-        return WeightReader(self._folder(len(self.prepared.sliced)), self.architecture)
-
-    def windows(self) -> torch.Tensor:
-        """Return the calibration windows [samples, length]; drawn once."""
-        return take_windows(
-            self.prepared.recipe.calibration,
-            self.prepared.tokenizer,
-            self.journal,
-            seed=self.prepared.recipe.seed,
-            embedding=self.prepared.dense.model.get_input_embeddings(),
-            dense=lambda: self.load_dense(self.dtype),
-            on_step=self.machine.on_step,
-        )
+        """Reader of the model that is decomposed."""
+        return WeightReader(self._folder(self._last), self.architecture)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What a whole model runs in: CPUs are slow and inexact in 16 bits."""
+        """Dtype in which whole models run; CPUs are slow and inexact in 16 bits."""
         return torch.float32 if self.machine.chosen == "cpu" else self.prepared.source.dtype
 
     def load_dense(self, dtype: torch.dtype) -> Any:
-        """Load the whole model as it came."""
-        return load_dense(
-            self.prepared.source, self.weights, dtype=dtype, device=self.machine.chosen
-        )
+        """Load the source model."""
+        device = self.machine.chosen
+        return load_dense(self.prepared.source, self.weights, dtype=dtype, device=device)
 
     def load_sliced(self, dtype: torch.dtype) -> Any:
-        """Load the whole model as the slicing stages leave it."""
-        return load_dense(
-            self._source(len(self.prepared.sliced)),
-            self._folder(len(self.prepared.sliced)),
-            dtype=dtype,
-            device=self.machine.chosen,
-        )
+        """Load the model after all slicing stages."""
+        source, folder = self._source(self._last), self._folder(self._last)
+        return load_dense(source, folder, dtype=dtype, device=self.machine.chosen)
 
     def slice(self) -> list[SliceRecord]:
-        """Cut away what the slicing stages ask for, and return what they had to decide."""
-        recipe = self.prepared.recipe
-        for stage, (options, config) in enumerate(
-            zip(recipe.stages_of("slice").values(), self.prepared.sliced, strict=True)
-        ):
-            if self.journal.has(slice_folder(stage)):
-                continue
-            before, architecture = self._folder(stage), self._architecture(stage)
-            context = SliceContext(
-                architecture,
-                WeightReader(before, architecture),
-                self.windows,
-                self.journal,
-                self.machine.chosen,
-                recipe.calibration.memory_limit_gib,
-                recipe.seed,
-                self.machine.on_step,
-                recipe.calibration.labels,
-            )
-            final = self.journal.path(slice_folder(stage))
-            with self.clock("slice"), new_folder(final) as folder:
-                apply_slice(folder, context, options, config, self.prepared.source)
-                generation = before / "generation_config.json"
-                if generation.is_file():
-                    shutil.copy(generation, folder)
-                if self.prepared.source.spec.trust_remote_code:
-                    for code in self.prepared.source.folder.glob("*.py"):
-                        shutil.copy(code, folder)
-            self.journal.forget(*cache_files(self.journal))
+        """Carry out the slicing stages; return their records with what calibration decided."""
+        plan = self.prepared.plan
+        for number, record in enumerate(plan.slices):
+            if not self.journal.has(slice_folder(number)):
+                self._slice(number, record)
         return [
             replace(
-                cut,
-                facts=read_facts(self._folder(cut.stage + 1)),
-                config=config_changes(
-                    self._source(cut.stage).config, self._source(cut.stage + 1).config
-                ),
+                record,
+                facts=read_facts(self._folder(number + 1)),
+                config=config_changes(self._source(number).config, self._source(number + 1).config),
             )
-            for cut in self.prepared.plan.slices
+            for number, record in enumerate(plan.slices)
         ]
 
+    def _slice(self, number: int, record: SliceRecord) -> None:
+        plan, source = self.prepared.plan, self.prepared.source
+        calibration = Calibration.model_validate(plan.calibration)
+        before, architecture = self._folder(number), self._architecture(number)
+        context = SliceContext(
+            architecture,
+            WeightReader(before, architecture),
+            self.windows,
+            self.journal,
+            self.machine.chosen,
+            calibration.memory_limit_gib,
+            plan.seed,
+            self.machine.on_step,
+            calibration.labels,
+        )
+        options = _OPTIONS.validate_python(record.options)
+        final = self.journal.path(slice_folder(number))
+        with self.clock("slice"), new_folder(final) as folder:
+            apply_slice(folder, context, options, self.prepared.sliced[number], source)
+            generation = before / "generation_config.json"
+            if generation.is_file():
+                shutil.copy(generation, folder)
+            if source.spec.trust_remote_code:
+                for code in source.folder.glob("*.py"):
+                    shutil.copy(code, folder)
+        self.journal.forget(*cache_files(self.journal))
+
+    @property
+    def _last(self) -> int:
+        return len(self.prepared.sliced)
+
     def _folder(self, stages: int) -> Path:
-        """Return the folder of the model behind so many slicing stages."""
+        """Return the folder of the model after a number of slicing stages."""
         return self.journal.path(slice_folder(stages - 1)) if stages else self.weights
 
     def _architecture(self, stages: int) -> Architecture:
@@ -146,6 +142,6 @@ class Lineage:
         return sliced_source(source, read_config(folder, source.spec, ours=True), folder)
 
 
-def slice_folder(stage: int) -> str:
-    """Return the journal's name for the model behind a slicing stage."""
-    return f"sliced-{stage}"
+def slice_folder(number: int) -> str:
+    """Return the journal's name for the model after slicing stage `number`, from 0."""
+    return f"sliced-{number}"

@@ -1,24 +1,33 @@
-"""One run, from recipe to report; this file is the table of contents of the library."""
+"""Run a recipe from start to end; this file is the table of contents of the library."""
 
 from typing import Any
 
+import torch
+
 from lrc.compressors import report
 from lrc.compressors.calibrate.activation_cache import cache_files
-from lrc.compressors.compress.profile import Profile
+from lrc.compressors.checkpoint.assemble import write_checkpoint
+from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
+from lrc.compressors.checkpoint.writer import new_folder
+from lrc.compressors.compress.layerwise import layer_file
+from lrc.compressors.compress.profile import Profile, profile_plan
 from lrc.compressors.evaluate import check_gates, check_texts
+from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import prepare
-from lrc.compressors.session import Run, open_run
+from lrc.compressors.session import Session, open_session
+from lrc.compressors.stages import STAGES
+from lrc.compressors.stages.compress_weights import executed_plan, predict_losses
 from lrc.configs.errors import GateMissed
 from lrc.configs.load import LoadedRecipe
 
 
 def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, Any]:
-    """Run a recipe: calibrate, decompose, save, evaluate beside plain alternatives, report.
+    """Run a recipe: compile, run its stages, save, evaluate, report.
 
-    What an earlier, interrupted run of the same recipe has finished is taken over.
+    What an earlier, interrupted run of the same recipe has finished is not done again.
 
     Returns
     -------
@@ -28,27 +37,22 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
     Raises
     ------
     LrcError
-        One of its kinds; the state is saved, and the same call continues.
+        The state is saved, and the same call continues.
     """
     machine = machine or Machine()
     recipe = loaded.recipe
-    prepared = prepare(recipe)
-    with open_run(prepared, machine) as run:
-        result = report.stored(prepared, run.journal)
+    prepared = prepare(recipe, STAGES)
+    with open_session(prepared, machine) as session:
+        result = report.stored(prepared, session.journal)
         if result is None:
-            if not (run.journal.output / "checkpoint").is_dir():
+            if not session.checkpoint.is_dir():
                 check_texts(prepared.architecture.model, prepared.tokenizer, recipe.evaluate)
-                run.calibrate()
-                plan = run.allocate()
-                plan = run.decompose(plan)
-                run.save(plan, loaded)
-            run.journal.forget("statistics", "energies", *cache_files(run.journal))
-            evaluation = run.evaluate()
-            result = report.write(
-                prepared, run.journal, evaluation, run.clock.seconds, machine.chosen
-            )
+                _save(session, _run_stages(session), loaded)
+            session.journal.forget("statistics", "energies", *cache_files(session.journal))
+            evaluation = _evaluate(session)
+            result = report.write(session, _executed(session), evaluation)
         sliced = [slice_folder(stage) for stage, _ in enumerate(prepared.sliced)]
-        run.journal.forget("factors", "source", *sliced)
+        session.journal.forget("compressed", "source", *sliced)
     missed = check_gates(recipe.evaluate.gates, result["evaluation"])
     if missed:
         raise GateMissed(missed, result)
@@ -56,43 +60,101 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
 
 
 def measure(loaded: LoadedRecipe, machine: Machine | None = None) -> Plan:
-    """Run a recipe as far as its ranks, and predict what every matrix loses at its rank.
+    """Run a recipe as far as its allocation, and predict what every weight loses.
 
-    `compress` goes on from there. Where it has been already, its own predictions are read.
+    `compress` continues from there. Results of an earlier run are used where they exist.
 
     Raises
     ------
     LrcError
-        One of its kinds; the state is saved, and the same call continues.
+        The state is saved, and the same call continues.
     """
-    machine = machine or Machine()
-    with open_run(prepare(loaded.recipe), machine) as run:
-        return _predicted(run)
+    prepared = prepare(loaded.recipe, STAGES)
+    with open_session(prepared, machine or Machine()) as session:
+        return predict_losses(session, _sliced(session))
 
 
 def profile(
     loaded: LoadedRecipe, windows: int, machine: Machine | None = None
 ) -> tuple[Plan, Profile]:
-    """As `measure`; then hold the predictions against the dense model, see `profile_plan`.
+    """Run `measure`, then compare its predictions with the dense model, see `profile_plan`.
 
     Parameters
     ----------
     windows : int
-        How many of the calibration windows the losses are taken over, the first ones.
+        Number of calibration windows, from the first, over which losses are measured.
 
     Raises
     ------
     LrcError
-        One of its kinds; the state is saved, and the same call continues.
+        The state is saved, and the same call continues.
     """
-    machine = machine or Machine()
-    with open_run(prepare(loaded.recipe), machine) as run:
-        plan = _predicted(run)
-        return plan, run.profile(plan, windows)
+    prepared = prepare(loaded.recipe, STAGES)
+    with open_session(prepared, machine or Machine()) as session:
+        plan = predict_losses(session, _sliced(session))
+        return plan, profile_plan(
+            plan,
+            session.models.reader,
+            session.journal,
+            session.statistics,
+            session.windows()[:windows],
+            # Rounding in 16 bits would change the loss more than most weights do.
+            dense=lambda: session.models.load_sliced(torch.float32),
+            device=session.device,
+            on_step=session.on_step,
+        )
 
 
-def _predicted(run: Run) -> Plan:
-    if run.executed is not None:
-        return run.executed
-    run.calibrate()
-    return run.predict(run.allocate())
+def _run_stages(session: Session) -> Plan:
+    plan = session.prepared.plan
+    for kind, stage in STAGES.items():
+        if session.prepared.recipe.stages_of(kind):
+            plan = stage.run(session, plan)
+    session.journal.write_json("executed.json", plan.to_json())
+    return plan
+
+
+def _sliced(session: Session) -> Plan:
+    plan = session.prepared.plan
+    return STAGES["slice"].run(session, plan) if plan.slices else plan
+
+
+def _executed(session: Session) -> Plan:
+    plan = executed_plan(session)
+    assert plan is not None
+    return plan
+
+
+def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
+    """Write the checkpoint, completely or not at all."""
+    with session.clock("save"), new_folder(session.checkpoint) as folder:
+        write_checkpoint(
+            folder,
+            plan=plan,
+            loaded=loaded,
+            source=session.prepared.source,
+            architecture=session.models.architecture,
+            reader=session.models.reader,
+            tokenizer=session.prepared.tokenizer,
+            user_plans=session.prepared.user_plans,
+            compressed=lambda layer, name: session.journal.read_tensor(layer_file(layer), name),
+        )
+
+
+def _evaluate(session: Session) -> dict[str, Any]:
+    """Score the dense and the compressed model and the baselines."""
+    models, recipe = session.models, session.prepared.recipe
+    evaluator = Evaluator(
+        recipe.evaluate,
+        recipe.seed,
+        session.journal,
+        session.clock,
+        session.on_step,
+        load_tokenizer=lambda: load_tokenizer(session.checkpoint),
+        load_dense=lambda: models.load_dense(models.dtype),
+        load_compressed=lambda: load_checkpoint(
+            session.checkpoint, dtype=models.dtype, device=session.device
+        ),
+    )
+    targets = report.baseline_targets(_executed(session), session.prepared)
+    return evaluator.add_baselines(evaluator.evaluate(), targets)

@@ -1,8 +1,8 @@
-"""Look up every name in a recipe before anything expensive starts."""
+"""Look up all names in a recipe before anything expensive starts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,28 +13,28 @@ from lrc.compressors.evaluate import check_gate_names, check_tasks, check_window
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.planning.compile import make_plan
+from lrc.compressors.planning.compile import StageCompiler, compile_plan
 from lrc.compressors.planning.plan import Plan
-from lrc.compressors.slicing.slice_stage import PENDING, plan_slices, slice_warnings
+from lrc.compressors.planning.problems import Problems
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe whose every name has been looked up, and the plan that follows; no weight read.
-
-    `architecture` is what is decomposed: that of the source, or what the slicing stages make of it.
-    """
+    """A recipe whose names have all been looked up, and its plan; no weight has been read."""
 
     recipe: Recipe
     source: Source
-    architecture: Architecture
-    plan: Plan
     dense: Architecture
-    """Of the source."""
+    """Architecture of the source."""
+    architecture: Architecture
+    """Architecture that is decomposed, after slicing."""
+    plan: Plan
     sliced: list[PreTrainedConfig] = field(default_factory=list)
-    """The config behind every slicing stage, as planned."""
+    """Config of the model after each slicing stage, as planned."""
+    user_plans: Mapping[int, str] = field(default_factory=dict)
+    """Texts of given plan files by stage."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -42,69 +42,62 @@ class Prepared:
         return load_tokenizer(self.source)
 
 
-def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
-    """Look up what a recipe names, and plan; every refusal happens here.
+def prepare(
+    recipe: Recipe, stages: Mapping[str, StageCompiler], *, weights: bool = True
+) -> Prepared:
+    """Look up the names in a recipe and compile it; everything invalid is rejected here.
 
     Parameters
     ----------
+    stages : mapping of str to StageCompiler
+        The registry of stages.
     weights : bool
-        Whether weights on the Hub are downloaded now; local ones are only looked at.
+        Whether to download weights from the Hub now.
 
     Raises
     ------
     RecipeError, ModelError, DataError
     """
-    problems: list[str] = []
+    problems = Problems()
     for spec in recipe.evaluate.perplexity:
-        with _noted(problems):
+        with _collected(problems):
             check_source(spec.source, part="evaluation")
-    with _noted(problems):
+    with _collected(problems):
         check_source(recipe.calibration.source, part="calibration")
-    with _noted(problems):
+    with _collected(problems):
         source = locate(recipe.model, weights=weights)
-    if problems:
-        raise RecipeError(problems)
+    problems.raise_if_any()
     for number, spec in enumerate(recipe.evaluate.perplexity):
-        with _noted(problems):
+        with _collected(problems):
             check_window(source.config, spec.window, f"evaluate.perplexity[{number}].window")
-    with _noted(problems):
+    with _collected(problems):
         check_window(source.config, recipe.calibration.length, "calibration.length")
-    dense = architecture = build(source)
-    with _noted(problems):
-        cuts, configs, architecture = plan_slices(recipe, source, dense)
-        plan = make_plan(recipe, source, architecture)
-        noted = [*slice_warnings(recipe, dense), *plan.warnings]
-        plan = replace(plan, slices=cuts, warnings=noted)
-    with _noted(problems):
+    dense = build(source)
+    with _collected(problems):
+        compiled = compile_plan(recipe, source, dense, stages)
+    with _collected(problems):
         check_tasks(recipe.evaluate.tasks)
         check_gate_names(recipe.evaluate.gates, recipe.evaluate)
     if problems:
         raise RecipeError(problems)
-    prepared = Prepared(recipe, source, architecture, plan, dense, configs)
+    prepared = Prepared(
+        recipe,
+        source,
+        dense,
+        compiled.architecture,
+        compiled.plan,
+        compiled.sliced,
+        compiled.user_plans,
+    )
     if source.gguf is None and source.weights_local:
-        WeightReader(source.folder, dense)  # the headers: every file whole, every tensor
+        WeightReader(source.folder, dense)  # reads headers: files are complete, tensors exist
         _ = prepared.tokenizer
     return prepared
 
 
-def planned_again(prepared: Prepared, architecture: Architecture) -> Plan:
-    """Return the plan on the shapes that data have chosen, where a slicing stage left them pending.
-
-    Raises
-    ------
-    RecipeError
-        If a decomposition does not fit those shapes.
-    """
-    plan = prepared.plan
-    if not any(PENDING in cut.facts for cut in plan.slices):
-        return plan
-    again = make_plan(prepared.recipe, prepared.source, architecture)
-    return replace(again, slices=plan.slices, warnings=plan.warnings)
-
-
 @contextmanager
-def _noted(problems: list[str]) -> Iterator[None]:
-    """Let the checks after this one run too: all problems of a recipe are shown at once."""
+def _collected(problems: Problems) -> Iterator[None]:
+    """Collect the problems of a check, so that later checks run too."""
     try:
         yield
     except RecipeError as error:

@@ -237,3 +237,12 @@ class Recipe(Strict):
     def stages_of(self, kind: str) -> Any:
         """Return the options of the stages of one kind by their index, in order."""
         return {i: stage.options for i, stage in enumerate(self.stages) if stage.kind == kind}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of a recipe, short forms included."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Recipe.model_json_schema(),
+        "title": "lrc recipe",
+    }

@@ -41,8 +41,8 @@ and the `config.json` of the original architecture. In addition:
   ``M_scale`` [rows, groups]; ``M_shape`` [2], int64; with ``-asymmetric`` also ``M_zero_point``
   [ceil(rows * bits / 32), groups], int32, packed along the columns. ``int8`` has one group per
   row, ``int4-g64`` one for every 64 columns. A number is (code - zero point) * scale. Values are
-  stored as ``values_packed`` [1, ceil(count * bits / 32)] and ``values_scale`` [ceil(count / group)], in one
-  row, with groups of 128 if the quantization has none.
+  stored in one row as ``values_packed`` [1, ceil(count * bits / 32)] and ``values_scale``
+  [ceil(count / group)], with groups of 128 if the quantization has none.
 
   With ``"pattern": "2:4"`` exactly two of every four consecutive columns of the mask are set.
 
@@ -61,8 +61,8 @@ and the `config.json` of the original architecture. In addition:
   + eps)``; with a writer, ``x @ F @ F^T`` is subtracted from the output of the linear layer
   `writer`, with the input x of the norm and its tensor ``shortcut`` F [k, rank].
 
-* A model whose weights are all symmetric integers, without such tables, is a plain checkpoint of the
-  ``compressed-tensors`` method: ``NAME.weight_packed`` and so on, no sentinels.
+* A model whose weights are all symmetric integers, without such tables, is a plain checkpoint of
+  the ``compressed-tensors`` method: ``NAME.weight_packed`` and so on, no sentinels.
 
 * The folder ``lrc/``: the recipe as given and in full, the plan files that stages were given, the
   executed plan, the report, and ``manifest.json`` with the SHA-256 of every other file.

@@ -24,7 +24,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.config_tables import check_tables
 from lrc.compressors.io.shards import read_headers
-from lrc.compressors.layers import TiedHead
+from lrc.compressors.layers import (
+    CompressedEmbedding,
+    CompressedLinear,
+    TensorSpec,
+    TensorSpecs,
+    TiedHead,
+    WeightConfig,
+)
 from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, tables_of, widen_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
 from lrc.configs.errors import CheckpointError

@@ -14,8 +14,7 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.tasks import LayerResult, LayerTask
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
-from lrc.compressors.solvers.quantized_matrix import Rounded
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, round_to_nearest
 from lrc.configs.errors import ModelError
 
 NUMBERS = 2**24
@@ -49,11 +48,11 @@ def _quantized(task: LayerTask, W: Tensor, device: str) -> tuple[LayerResult, di
     args = task.config.quantization
     assert args is not None
     error = total = 0.0
-    parts: list[Rounded] = []
+    parts: list[QuantizedMatrix] = []
     try:
         for rows in W.split(max(1, NUMBERS // W.shape[1])):
             rows = rows.to(device)
-            found = rtn(rows, args, dtype=W.dtype)
+            found = round_to_nearest(rows, args, dtype=W.dtype)
             error += weighted_error(rows, found.weight())
             total += weighted_error(rows, 0 * rows)
             zero = None if found.zero is None else to_host(found.zero)

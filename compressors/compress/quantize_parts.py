@@ -11,13 +11,13 @@ from lrc.compressors.layers import BlockSparse, QuantizationArgs, WeightConfig
 from lrc.compressors.layers.bitmask import scatter_values, unpack_bits
 from lrc.compressors.layers.packing import encode_matrix, encode_values
 from lrc.compressors.planning.tasks import QuantizationTask
-from lrc.compressors.solvers.low_rank_correction import branch
+from lrc.compressors.solvers.low_rank_correction import low_rank_correction
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
-from lrc.compressors.solvers.quantize_blocks import round_groups
-from lrc.compressors.solvers.quantize_factors import round_pair, round_pivot
-from lrc.compressors.solvers.quantize_values import round_sparse, round_values
-from lrc.compressors.solvers.quantize_weight import round_weight
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantize_blocks import quantize_blocks
+from lrc.compressors.solvers.quantize_factors import quantize_low_rank, quantize_pivoted
+from lrc.compressors.solvers.quantize_matrix import quantize_matrix
+from lrc.compressors.solvers.quantize_values import quantize_sparse_values, quantize_values
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 
 NO_INPUT = "saw no calibration token, or zeros only: rounded to nearest"
 
@@ -43,20 +43,20 @@ def quantize_whole(group: WeightGroup, member: int, config: WeightConfig) -> Qua
     args, first = config.quantization, config.components[0]
     assert args is not None
     if first.type == "block_sparse":
-        kept = round_groups(
-            W, H, first.sizes["groups"], args, dtype=dtype, damp=how.damp, order=how.act_order
+        kept = quantize_blocks(
+            W, H, first.sizes["groups"], args, dtype=dtype, damp=how.damp, act_order=how.act_order
         )
         encoded = BlockSparse.encode(codes=kept.codes, scale=kept.scale, mask=kept.mask, args=args)
         return QuantizedParts([encoded], kept.fallback)
-    found = round_weight(
-        W, H, args, rounder=how.quantizer, dtype=dtype, damp=how.damp, order=how.act_order
+    found = quantize_matrix(
+        W, H, args, quantizer=how.quantizer, dtype=dtype, damp=how.damp, act_order=how.act_order
     )
     parts = [encode_matrix("weight", found.codes, found.scale, found.zero, args)]
     if len(config.components) > 1:
         assert how.correction is not None
         metric = torch.eye(W.shape[1], dtype=torch.float64, device=W.device) if H is None else H
         error, rank = W.double() - found.weight(), config.components[1].sizes["rank"]
-        B, A = branch(error, metric, rank, how.correction)
+        B, A = low_rank_correction(error, metric, rank, how.correction)
         factors = {"a.weight": A.to(dtype), "b.weight": B.to(dtype)}
         if not all(bool(torch.isfinite(t).all()) for t in factors.values()):
             raise ScaleOverflow(f"the low-rank correction overflows {dtype}")
@@ -91,7 +91,8 @@ def quantize_parts(
     if H is None or joint is None or config.shares is not None or len(group.weights) > 1:
         nearest = [_nearest(part, args, group.dtype) for part in encoded]
         return QuantizedParts(nearest, NO_INPUT if H is None and how.quantizer != "rtn" else None)
-    target = _Target(group, member, H, args, how)
+    G = group.gradient_moment(member) if config.types in USES_GRADIENTS else None
+    target = _Target(group.weights[member], H, G, args, how, group.dtype, group.seed)
     return QuantizedParts([joint(target, dict(encoded[0]))])
 
 
@@ -104,34 +105,29 @@ def _quantizer(group: WeightGroup) -> QuantizationTask:
 class _Target:
     """The weight that quantized components approximate, and how."""
 
-    group: WeightGroup
-    member: int
+    W: Tensor
+    """[d_out, d_in]"""
     H: Tensor
     """Second moment of the inputs [d_in, d_in]."""
+    G: Tensor | None
+    """Moment of the output gradients: how errors of rows with a common factor add up."""
     args: QuantizationArgs
     how: QuantizationTask
-
-    @property
-    def W(self) -> Tensor:
-        return self.group.weights[self.member]
-
-    @property
-    def G(self) -> Tensor | None:
-        """Moment of the gradients, which says how errors of rows with a common factor add up."""
-        return self.group.gradient_moment(self.member)
+    dtype: torch.dtype
+    seed: int
 
 
 def _low_rank(of: _Target, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = round_pair(
+    found = quantize_low_rank(
         of.W,
         tensors["b.weight"],
         tensors["a.weight"],
         of.H,
         of.args,
-        rounder=of.how.quantizer,
-        gauge=of.how.balance,
-        dtype=of.group.dtype,
-        seed=of.group.seed,
+        quantizer=of.how.quantizer,
+        balance=of.how.balance,
+        dtype=of.dtype,
+        seed=of.seed,
         G=of.G,
     )
     return {**found.a.encode("a.weight"), **found.b.encode("b.weight")}
@@ -140,15 +136,15 @@ def _low_rank(of: _Target, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _pivoted(of: _Target, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     R, order = tensors["a.weight"], tensors["order"]
     C = tensors.get("c.weight", R.new_zeros(0, len(R)))  # absent if every row is a pivot row
-    found = round_pivot(
+    found = quantize_pivoted(
         of.W,
         R,
         C,
         order.long(),
         of.H,
         of.args,
-        rounder=of.how.quantizer,
-        dtype=of.group.dtype,
+        quantizer=of.how.quantizer,
+        dtype=of.dtype,
         G=of.G,
     )
     coefficients = {} if found.c is None else found.c.encode("c.weight")
@@ -158,10 +154,10 @@ def _pivoted(of: _Target, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _sparse(of: _Target, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     values, packed, d_in = tensors["values"], tensors["mask"], of.W.shape[1]
     if of.how.quantizer == "rtn":
-        codes, scale = round_values(values, of.args, dtype=of.group.dtype)
+        codes, scale = quantize_values(values, of.args, dtype=of.dtype)
     else:
         W_hat, mask = scatter_values(values, packed, d_in), unpack_bits(packed, d_in)
-        codes, scale = round_sparse(of.W, W_hat, mask, of.H, of.args, dtype=of.group.dtype)
+        codes, scale = quantize_sparse_values(of.W, W_hat, mask, of.H, of.args, dtype=of.dtype)
     return {**encode_values("values", codes, scale, of.args), "mask": packed}
 
 
@@ -172,6 +168,7 @@ JOINT_QUANTIZERS: dict[str, Callable[[_Target, dict[str, Tensor]], dict[str, Ten
 }
 """Components whose tensors are quantized one after the other, each correcting the previous ones;
 those of other types are rounded to nearest separately."""
+USES_GRADIENTS = ("low_rank", "pivoted_low_rank")
 
 
 def _nearest(
@@ -181,9 +178,9 @@ def _nearest(
     quantized: dict[str, Tensor] = {}
     for leaf, tensor in tensors.items():
         if leaf.endswith(".weight"):
-            quantized |= rtn(tensor, args, dtype=dtype).encode(leaf)
+            quantized |= round_to_nearest(tensor, args, dtype=dtype).encode(leaf)
         elif leaf == "values":
-            codes, scale = round_values(tensor.flatten(), args, dtype=dtype)
+            codes, scale = quantize_values(tensor.flatten(), args, dtype=dtype)
             quantized |= encode_values(leaf, codes, scale, args)
         else:
             quantized[leaf] = tensor

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lrc.compressors.evaluate.scores import Scores, check_same, perplexity_entry
 from lrc.compressors.io.machine import OnStep
-from lrc.compressors.layers.scheme import Scheme
-from lrc.compressors.layers.sparse import Sparse
+from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Evaluate
@@ -58,7 +57,7 @@ class Baseline:
     name: str
     how: str
     """Description for the report."""
-    forms: Mapping[str, Scheme | int]
+    forms: Mapping[str, QuantizationArgs | int]
     """Linear -> how it is quantized, or how many entries of every row are kept."""
     bits: int
     """Of the matrices."""
@@ -88,21 +87,25 @@ class Baseline:
 
 def plan_baseline(written: str, targets: Targets) -> Baseline:
     """Plan a baseline by its name in the recipe: ``int4-g64`` and the like, or ``sparse``."""
-    return _sparse(targets) if written == SPARSE else _quantized(Scheme.read(written), targets)
+    return (
+        _sparse(targets)
+        if written == SPARSE
+        else _quantized(QuantizationArgs.parse(written), targets)
+    )
 
 
-def _quantized(scheme: Scheme, targets: Targets) -> Baseline:
-    forms: dict[str, Scheme | int] = {}
+def _quantized(scheme: QuantizationArgs, targets: Targets) -> Baseline:
+    forms: dict[str, QuantizationArgs | int] = {}
     bits = 0
     undivided: Counter[int] = Counter()
     for name, shape in targets.shapes.items():
         own = scheme
         if scheme.group_size is not None and shape[1] % scheme.group_size:
-            own = Scheme(scheme.bits, symmetric=scheme.symmetric)
+            own = QuantizationArgs(scheme.bits, symmetric=scheme.symmetric)
             undivided[shape[1]] += 1
         forms[name] = own
-        leaves = own.matrix("weight", list(shape)).values()
-        bits += sum(8 * prod(size) * (kind or targets.dtype).itemsize for size, kind in leaves)
+        specs = own.matrix_specs("weight", list(shape)).values()
+        bits += sum(8 * prod(s.shape) * (s.dtype or targets.dtype).itemsize for s in specs)
     how = "round to nearest, every scale covers the full range of its numbers"
     if undivided:
         rows = ", ".join(str(width) for width in sorted(undivided))
@@ -122,7 +125,9 @@ def _sparse(targets: Targets) -> Baseline:
 
     def size(kept: Mapping[str, int]) -> int:
         return sum(
-            Sparse.stored_bits(m, n, bits=bits, nonzeros=m * kept[name])
+            WeightConfig(
+                (m, n), (ComponentConfig("sparse", {"nonzeros": m * kept[name]}),)
+            ).stored_bits(bits)
             for name, (m, n) in targets.shapes.items()
         )
 
@@ -138,9 +143,11 @@ def _sparse(targets: Targets) -> Baseline:
     return Baseline("sparse, magnitude", how, kept, size(kept), targets)
 
 
-def _compressed(name: str, weight: Tensor, form: Scheme | int, dtype: torch.dtype) -> Tensor:
+def _compressed(
+    name: str, weight: Tensor, form: QuantizationArgs | int, dtype: torch.dtype
+) -> Tensor:
     """Return the compressed weight [d_out, d_in]; `dtype` is that of scales in the file."""
-    if isinstance(form, Scheme):
+    if isinstance(form, QuantizationArgs):
         try:
             return round_to_nearest(weight, form, dtype=dtype).weight()
         except ValueError as error:

@@ -9,24 +9,22 @@ from torch import Tensor
 
 from lrc.compressors.layers import Sizes
 from lrc.compressors.methods.base import FixedSizeMethod, FixedSizeResult
-from lrc.compressors.solvers.dictionary_learning import Problem
+from lrc.compressors.solvers.dictionary_learning import DictionaryProblem
 from lrc.compressors.solvers.flops import dictionary_work, pruning_work, sum_work
 from lrc.compressors.solvers.linalg import tensor_cores
-from lrc.compressors.solvers.masked_least_squares import Metric
+from lrc.compressors.solvers.metric import Metric, damped_metric, weighted_energy
 from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.compressors.solvers.pruning import (
     CURVE_ROUNDS,
     ROUNDS,
     Saliency,
-    damped_metric,
     prune,
     prune_curve,
-    weighted_energy,
 )
 from lrc.compressors.solvers.sparse_plus_low_rank import (
     CURVE_LAST_ROUNDS,
     LAST_ROUNDS,
-    SumProblem,
+    SparsePlusLowRankProblem,
 )
 from lrc.compressors.solvers.sparse_plus_low_rank import CURVE_ROUNDS as SUM_CURVE_ROUNDS
 from lrc.compressors.solvers.sparse_plus_low_rank import ROUNDS as SUM_ROUNDS
@@ -139,12 +137,12 @@ class DictionaryLearning(FixedSizeMethod):
 
     def _problem(
         self, W: Tensor, statistics: Statistics, options: Mapping[str, Any]
-    ) -> tuple[Problem, Metric, dict[str, Any]]:
+    ) -> tuple[DictionaryProblem, Metric, dict[str, Any]]:
         """Return the whitened problem, the metric of its errors, and the options of the search."""
         damping = {key: options[key] for key in ("damp", "gradient_damp") if key in options}
         search = {key: value for key, value in options.items() if key not in damping}
         inputs, gradients = _moments(self, statistics)
-        problem = Problem.of(W, inputs, gradients, solver=self.solver, **damping)
+        problem = DictionaryProblem.of(W, inputs, gradients, solver=self.solver, **damping)
         metric, _ = damped_metric(inputs, gradients, **damping)
         return problem, metric, search
 
@@ -180,8 +178,10 @@ class LowRankPlusSparse(FixedSizeMethod):
             for number, each in enumerate(sizes)
         )
 
-    def _problem(self, W: Tensor, statistics: Statistics, options: Mapping[str, Any]) -> SumProblem:
-        return SumProblem.of(W, *_moments(self, statistics), **options)
+    def _problem(
+        self, W: Tensor, statistics: Statistics, options: Mapping[str, Any]
+    ) -> SparsePlusLowRankProblem:
+        return SparsePlusLowRankProblem.of(W, *_moments(self, statistics), **options)
 
 
 _TWO_SIDED = frozenset({"inputs", "gradients"})

@@ -36,7 +36,7 @@ class Candidate:
 def schemes_for(
     task: LayerTask, schemes: Iterable[QuantizationArgs]
 ) -> list[QuantizationArgs | None]:
-    """Return the ways to store the numbers of a task: unquantized, or integers that fit its rows."""
+    """Return how the numbers of a task can be stored: unquantized, or as integers."""
     return [None, *(args for args in schemes if args.divides(task.shape[1]))]
 
 

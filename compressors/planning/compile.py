@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Protocol
 
 from lrc.compressors.models.architecture import Architecture
@@ -146,6 +147,9 @@ def compile_plan(
         embeddings=draft.embeddings,
         allocations=draft.allocations,
         slices=draft.slices,
+        user_plans={
+            stage: sha256(text.encode()).hexdigest() for stage, text in draft.user_plans.items()
+        },
         warnings=[*draft.warnings, *_few_tokens(ordered, draft.tokens)],
     )
     return Compiled(plan, draft.architecture, draft.sliced, draft.user_plans)

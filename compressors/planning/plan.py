@@ -71,6 +71,8 @@ class SliceRecord:
 
     stage: int
     method: str
+    options: Mapping[str, Any]
+    """Options of the stage in the recipe."""
     parameters: tuple[int, int]
     bytes: tuple[int, int]
     config: dict[str, list[Any]]

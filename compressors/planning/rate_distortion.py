@@ -23,9 +23,9 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerTask, Weight
+from lrc.compressors.solvers.metric import weighted_energy
 from lrc.compressors.solvers.moments import Statistics
-from lrc.compressors.solvers.pruning import weighted_energy
-from lrc.compressors.solvers.round_to_nearest import rtn
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.compressors.solvers.spectrum import energies_only
 
 # Fractions of the cost at which a fixed-size method is solved; between them the logarithm of the
@@ -244,6 +244,6 @@ def _quantization_errors(
     found = {}
     for args in allocation.quantization:
         if args.divides(task.shape[1]):
-            W_hat = rtn(W, args, dtype=W.dtype, H=H).weight()
+            W_hat = round_to_nearest(W, args, dtype=W.dtype, H=H).weight()
             found[str(args)] = squared_error(W.double() - W_hat) * factor
     return found, squared_error(W.double())

@@ -3,7 +3,6 @@
 Of every task only the names of its weights and its configuration are used.
 """
 
-import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
@@ -35,11 +34,6 @@ class UserPlan:
     """Names of the weights of a task -> its configuration."""
     embeddings: Any
     """Records of embedding and head."""
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def read_user_plan(path: str, where: str, problems: Problems) -> UserPlan | None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedConfig
 
-from lrc.compressors.calibrate.layer_executor import apply
 from lrc.compressors.calibrate.activation_cache import GIB, ActivationCache
+from lrc.compressors.calibrate.layer_executor import apply
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
@@ -153,7 +153,7 @@ def _search_by_perplexity(context: SliceContext, n_kept: int) -> tuple[list[int]
             context.memory_limit_gib,
             context.device,
         ).tensor
-        for name in ("dense", "prefix")
+        for name in ("dense", "compressed")
     )
     kept, losses = list(range(len(layers))), []
     trials, done = sum(range(n_kept + 1, len(layers) + 1)), 0

@@ -7,6 +7,7 @@ number of steps follows from the budget, before any data is read.
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.planning.allocators import Options, lagrangian
+from lrc.compressors.planning.allocators import lagrangian
 from lrc.compressors.slicing.layout import Layout, Mlp, narrowed_bytes
 from lrc.compressors.slicing.mlp import loss_curve
 from lrc.compressors.slicing.slice_context import SliceContext
@@ -151,11 +152,21 @@ def by_curves(curves: Sequence[Tensor], steps: int) -> list[int]:
     steps : int
         Total to keep.
     """
-    counts = torch.arange(1, len(curves[0]) + 1)
-    options = [Options(counts, counts, curve.double().cpu()) for curve in curves]
-    chosen = [index + 1 for index in lagrangian(options, steps)]
+    counts = range(1, len(curves[0]) + 1)
+    candidates = [
+        [_Width(n, loss) for n, loss in zip(counts, curve.double().tolist(), strict=True)]
+        for curve in curves
+    ]
+    chosen = [index + 1 for index in lagrangian(candidates, steps)]
     # The allocation skips channels that do not lower the loss, but the budget includes them.
     return _round_to_total(torch.tensor(chosen, dtype=torch.float64), steps, len(counts))
+
+
+class _Width(NamedTuple):
+    """A number of steps of the width, and the loss with it."""
+
+    cost: int
+    loss: float
 
 
 @torch.no_grad()

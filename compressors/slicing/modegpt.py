@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from lrc.compressors.checkpoint.format import quantization_config
-from lrc.compressors.layers.shapes import SHAPES, shapes_of
+from lrc.compressors.layers.model_shapes import SHAPES, shapes_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.drop import block_influence
 from lrc.compressors.slicing.head_statistics import collect_head_statistics

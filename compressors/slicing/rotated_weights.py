@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lrc.compressors.checkpoint.format import quantization_config
+from lrc.compressors.layers.model_shapes import SHAPES, rebuild_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS
-from lrc.compressors.layers.shapes import SHAPES, rebuild_
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.families import Family
 from lrc.compressors.slicing.layout import skeleton

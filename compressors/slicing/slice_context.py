@@ -8,10 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.calibrate.calibration_passes import Labels
-from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor, apply
 from lrc.compressors.calibrate.activation_cache import ActivationCache
-from lrc.compressors.calibrate.layer_executor import batch_size
+from lrc.compressors.calibrate.calibration_passes import Labels
+from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor, apply, batch_size
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.architecture import Architecture
@@ -63,7 +62,7 @@ class LayerSweep:
         )
         batch = batch_size(len(tokens), tokens.shape[1], device)
         with stream.around_layers():
-            calls = stream.trace(tokens[:batch])
+            calls = stream.trace(tokens, batch)
             shape = (tokens.shape[0], tokens.shape[1], stream.embed(tokens[:1]).shape[-1])
             states = ActivationCache(
                 context.journal, "states", shape, context.memory_limit_gib, device

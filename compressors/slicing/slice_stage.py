@@ -14,8 +14,8 @@ from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, wri
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source
-from lrc.compressors.planning.size_budget import WholeModel
 from lrc.compressors.planning.plan import SliceRecord
+from lrc.compressors.planning.size_budget import WholeModel
 from lrc.compressors.slicing import METHODS
 from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget
@@ -74,6 +74,7 @@ def plan_slices(
             SliceRecord(
                 stage=number,
                 method=options.method,
+                options=options.model_dump(mode="json"),
                 parameters=(before.parameters, after.parameters),
                 bytes=(before.bytes, after.bytes),
                 config=config_changes(old, config),
@@ -162,7 +163,7 @@ def _sequential_reader(
     return read
 
 
-def _budget(options: SliceBase, whole: Whole, number: int) -> Budget:
+def _budget(options: SliceBase, whole: WholeModel, number: int) -> Budget:
     where = f"stages[{number}].slice"
     if options.keep is not None:
         return Budget(f"{where}.keep", int(options.keep * whole.bytes), whole.bytes)

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lrc.compressors.layers.shapes import SHAPES, tables_of
+from lrc.compressors.layers.model_shapes import SHAPES, tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.families import Family, find_family
 from lrc.compressors.slicing.rotated_weights import (
@@ -91,7 +91,10 @@ class Slicegpt(SliceMethod):
         if not widths:
             least, untied = min(step, D), ""
             if roles.unties_head:
-                untied = f", the sliced one has {size(D)} at the full width of {D}: slicing unties the head"
+                untied = (
+                    f", the sliced one has {size(D)} at the full width of {D}: slicing unties the "
+                    "head"
+                )
             raise RecipeError(
                 [
                     f"{budget.where}: at most {budget.bytes} bytes are allowed, but the model has "

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.calibrate.activation_cache import LIVE
 from lrc.compressors.calibrate.layer_executor import apply
 from lrc.compressors.calibrate.statistic_table import RunningSums
-from lrc.compressors.calibrate.activation_cache import LIVE
 from lrc.compressors.slicing.families import Block, Family
 from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext
 from lrc.compressors.solvers.linalg import descending_eigh

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.cuda_graphs import record
 
 # Columns of a block, which are quantized one by one. Their effect on the columns after the block is
@@ -31,7 +31,7 @@ class ColumnQuantizer:
     the kernels of a block are recorded once, as a CUDA graph.
     """
 
-    def __init__(self, scheme: Scheme, device: torch.device) -> None:
+    def __init__(self, scheme: QuantizationArgs, device: torch.device) -> None:
         self.scheme = scheme
         self.device = device
         cuda = device.type == "cuda"

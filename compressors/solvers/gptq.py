@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.column_quantizer import ColumnQuantizer
 from lrc.compressors.solvers.coordinate_descent import PASSES, coordinate_descent
 from lrc.compressors.solvers.linalg import whitening_factor
@@ -23,7 +23,7 @@ DAMP = 0.01
 def gptq(
     W: Tensor,
     H: Tensor,
-    scheme: Scheme,
+    scheme: QuantizationArgs,
     *,
     dtype: torch.dtype,
     damp: float = DAMP,
@@ -37,7 +37,7 @@ def gptq(
     W : Tensor, shape [rows, columns]
     H : Tensor, shape [columns, columns]
         Second moment of the inputs.
-    scheme : Scheme
+    scheme : QuantizationArgs
     dtype : torch.dtype
         Dtype of the stored scales.
     damp : float
@@ -135,7 +135,7 @@ def factor_inverse_hessian(H: Tensor, damp: float, *, act_order: bool = True) ->
 
 
 def propagate_error(
-    W: Tensor, inverse: InverseFactor, scale: Tensor, zero: Tensor | None, scheme: Scheme
+    W: Tensor, inverse: InverseFactor, scale: Tensor, zero: Tensor | None, scheme: QuantizationArgs
 ) -> Tensor:
     """Quantize columns in sequence, and add the error of each to the targets of the later ones.
 
@@ -147,7 +147,7 @@ def propagate_error(
     scale : Tensor, shape [rows, columns]
     zero : Tensor, shape [rows, columns], optional
         Zero points.
-    scheme : Scheme
+    scheme : QuantizationArgs
 
     Returns
     -------

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
 
 # Fractions of the full range that are tried. On SmolLM2-135M those below 0.4 lower the error by 4 %
 # with two bits and not at all with four; steps half as wide lower it by 1 %.
@@ -42,14 +42,14 @@ class Grid:
 
 
 def find_grid(
-    W: Tensor, scheme: Scheme, *, dtype: torch.dtype, weights: Tensor | None = None
+    W: Tensor, scheme: QuantizationArgs, *, dtype: torch.dtype, weights: Tensor | None = None
 ) -> Grid:
     """Find the grid that minimizes the error of rounding a matrix to nearest.
 
     Parameters
     ----------
     W : Tensor, shape [rows, columns]
-    scheme : Scheme
+    scheme : QuantizationArgs
     dtype : torch.dtype
         Dtype of the stored scales.
     weights : Tensor, shape [columns], optional
@@ -76,7 +76,7 @@ def find_grid(
 
 def search_grid(
     X: Tensor,
-    scheme: Scheme,
+    scheme: QuantizationArgs,
     dtype: torch.dtype,
     weights: Tensor,
     ranges: Sequence[float] = RANGES,
@@ -89,7 +89,7 @@ def search_grid(
     Parameters
     ----------
     X : Tensor, shape [rows, groups, width], float64
-    scheme : Scheme
+    scheme : QuantizationArgs
     dtype : torch.dtype
         Dtype of the stored scales.
     weights : Tensor, float32
@@ -128,7 +128,7 @@ def search_grid(
     return Grid(found, None if zero is None else zero.to(torch.int8))
 
 
-def round_to_grid(W: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+def round_to_grid(W: Tensor, grid: Grid, scheme: QuantizationArgs) -> Tensor:
     """Return the nearest code of every number of `W` [rows, columns], int8."""
     scale, zero = grid.expand(W.shape[1])
     steps = (W.double() / scale.double()).round_()
@@ -144,7 +144,7 @@ def check_finite(numbers: Tensor, name: str) -> None:
 
 
 def _candidates(
-    X: Tensor, scheme: Scheme, ranges: Sequence[float]
+    X: Tensor, scheme: QuantizationArgs, ranges: Sequence[float]
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield scales [rows, groups] and, for an asymmetric scheme, zero points."""
     lowest, highest = scheme.lowest, scheme.highest

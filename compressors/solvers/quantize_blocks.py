@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.group_sparse import GroupSparse
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.block_search import masked, select_blocks
 from lrc.compressors.solvers.column_quantizer import ZERO_SCALE
 from lrc.compressors.solvers.coordinate_descent import coordinate_descent
@@ -35,7 +34,7 @@ class QuantizedBlocks:
     """[blocks], at the precision of the file."""
     mask: Tensor
     """[rows, blocks per row], True where a block is kept."""
-    scheme: Scheme
+    scheme: QuantizationArgs
     fallback: str | None = None
     """Description of the deviation from the request, None if there is none."""
 
@@ -45,16 +44,12 @@ class QuantizedBlocks:
         whole = numbers.new_zeros(*self.mask.shape, numbers.shape[1])
         return whole.masked_scatter(self.mask[:, :, None], numbers).flatten(1)
 
-    def encode(self) -> dict[str, Tensor]:
-        """Return the tensors to store."""
-        return GroupSparse.encode(self.codes, self.scale, self.mask, self.scheme)
-
 
 def quantize_blocks(
     W: Tensor,
     H: Tensor | None,
     n_blocks: int,
-    scheme: Scheme,
+    scheme: QuantizationArgs,
     *,
     dtype: torch.dtype,
     damp: float = DAMP,
@@ -75,7 +70,7 @@ def quantize_blocks(
         and rounded to nearest.
     n_blocks : int
         Number of blocks to keep, in ``[1, rows * columns / group size]``.
-    scheme : Scheme
+    scheme : QuantizationArgs
         Symmetric, with a group size.
     dtype : torch.dtype
         Dtype of the stored scales.

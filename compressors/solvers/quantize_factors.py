@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.factor_balancing import Balance, balanced_factors
 from lrc.compressors.solvers.factor_refit import compensation_target, refit_left, refit_right
 from lrc.compressors.solvers.gptq import check_metric
@@ -65,7 +65,7 @@ def quantize_low_rank(
     B: Tensor,
     A: Tensor,
     H: Tensor,
-    scheme: Scheme,
+    scheme: QuantizationArgs,
     *,
     dtype: torch.dtype,
     quantizer: QuantizerName = "gptq",
@@ -84,7 +84,7 @@ def quantize_low_rank(
     A : Tensor, shape [rank, d_in]
     H : Tensor, shape [d_in, d_in]
         Second moment of the inputs.
-    scheme : Scheme
+    scheme : QuantizationArgs
     dtype : torch.dtype
         Dtype of the stored scales.
     quantizer : {"rtn", "gptq"}
@@ -132,7 +132,7 @@ def quantize_pivoted(
     C: Tensor,
     order: Tensor,
     H: Tensor,
-    scheme: Scheme,
+    scheme: QuantizationArgs,
     *,
     dtype: torch.dtype,
     quantizer: QuantizerName = "gptq",

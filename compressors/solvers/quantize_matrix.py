@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.gptq import DAMP, gptq
 from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, round_to_nearest
 
@@ -15,7 +15,7 @@ QuantizerName = Literal["rtn", "gptq"]
 def quantize_matrix(
     W: Tensor,
     H: Tensor | None,
-    scheme: Scheme,
+    scheme: QuantizationArgs,
     *,
     quantizer: QuantizerName,
     dtype: torch.dtype,

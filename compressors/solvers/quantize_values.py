@@ -6,7 +6,7 @@ The values are stored row after row without gaps, so that a group can begin in t
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.scheme import VALUES_GROUP, Scheme
+from lrc.compressors.layers.quantization_args import VALUES_GROUP, QuantizationArgs
 from lrc.compressors.solvers.column_quantizer import ZERO_SCALE, ColumnQuantizer
 from lrc.compressors.solvers.coordinate_descent import PASSES, update_columns_
 from lrc.compressors.solvers.gptq import (
@@ -26,14 +26,14 @@ from lrc.compressors.solvers.quantized_matrix import row_errors
 
 
 def quantize_values(
-    values: Tensor, scheme: Scheme, *, dtype: torch.dtype, weights: Tensor | None = None
+    values: Tensor, scheme: QuantizationArgs, *, dtype: torch.dtype, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Round numbers to nearest, in consecutive groups.
 
     Parameters
     ----------
     values : Tensor, shape [count]
-    scheme : Scheme
+    scheme : QuantizationArgs
         Only `bits` and `group_size` are used: there are no zero points.
     dtype : torch.dtype
         Dtype of the stored scales.
@@ -54,7 +54,7 @@ def quantize_values(
     width = scheme.group_size or VALUES_GROUP
     X = _grouped(values.double(), width)[None]  # [1, groups, width]
     counts = torch.ones_like(values) if weights is None else weights / weights.max()
-    symmetric = Scheme(scheme.bits, scheme.group_size)
+    symmetric = QuantizationArgs(scheme.bits, scheme.group_size)
     ranges = FULL_RANGE if weights is None else RANGES
     grid = search_grid(X, symmetric, dtype, _grouped(counts.float(), width)[None], ranges)
     scale = grid.scale[0]  # [groups]
@@ -63,7 +63,13 @@ def quantize_values(
 
 
 def quantize_sparse_values(
-    W: Tensor, W_hat: Tensor, mask: Tensor, H: Tensor, scheme: Scheme, *, dtype: torch.dtype
+    W: Tensor,
+    W_hat: Tensor,
+    mask: Tensor,
+    H: Tensor,
+    scheme: QuantizationArgs,
+    *,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Quantize the kept values of a sparse weight to minimize ``tr((W - W_q) H (W - W_q)^T)``.
 
@@ -81,7 +87,7 @@ def quantize_sparse_values(
         True where an entry is kept.
     H : Tensor, shape [d_in, d_in]
         Second moment of the inputs.
-    scheme : Scheme
+    scheme : QuantizationArgs
         As for `quantize_values`.
     dtype : torch.dtype
         Dtype of the stored scales.
@@ -129,7 +135,9 @@ def quantize_sparse_values(
     return steps[mask].to(torch.int8), scale
 
 
-def _descended(W: Tensor, H: Tensor, steps: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+def _descended(
+    W: Tensor, H: Tensor, steps: Tensor, scale: Tensor, scheme: QuantizationArgs
+) -> Tensor:
     """Improve codes [d_out, d_in] by coordinate descent; all tensors are in float64."""
     quantizer = ColumnQuantizer(scheme, W.device)
     H = damped(H, DAMP)

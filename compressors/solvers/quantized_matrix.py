@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.packed import dequantized, encode_matrix
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
+from lrc.compressors.layers.packing import dequantize, encode_matrix
 from lrc.compressors.solvers.quantization_grid import find_grid, round_to_grid
 
 
@@ -20,13 +20,13 @@ class QuantizedMatrix:
     """[rows, groups]"""
     zero: Tensor | None
     """[rows, groups], int8, the codes of zero; None for a symmetric scheme."""
-    scheme: Scheme
+    scheme: QuantizationArgs
     fallback: str | None = None
     """Description of the deviation from the request, None if there is none."""
 
     def weight(self) -> Tensor:
         """Return the dequantized matrix [rows, columns] in float64."""
-        return dequantized(self.codes, self.scale.double(), self.zero)
+        return dequantize(self.codes, self.scale.double(), self.zero)
 
     def encode(self, leaf: str) -> dict[str, Tensor]:
         """Return the tensors to store, whose names start with `leaf`, the name in the module."""
@@ -34,14 +34,14 @@ class QuantizedMatrix:
 
 
 def round_to_nearest(
-    W: Tensor, scheme: Scheme, *, dtype: torch.dtype, H: Tensor | None = None
+    W: Tensor, scheme: QuantizationArgs, *, dtype: torch.dtype, H: Tensor | None = None
 ) -> QuantizedMatrix:
     """Round every number of a matrix to the nearest point of its grid.
 
     Parameters
     ----------
     W : Tensor, shape [rows, columns]
-    scheme : Scheme
+    scheme : QuantizationArgs
     dtype : torch.dtype
         Dtype of the stored scales.
     H : Tensor, shape [columns, columns], optional

@@ -10,17 +10,20 @@ from lrc.compressors.methods.table import METHODS
 from lrc.compressors.models.architecture import Linear
 from lrc.compressors.planning.compile import Draft
 from lrc.compressors.planning.embedding_tasks import check_user_plan
+from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.targets import layer_groups, match_targets
 from lrc.compressors.planning.tasks import Compensation, LayerTask, QuantizationTask, Weight
 from lrc.compressors.planning.user_plan import apply_user_plan, check_names, read_user_plan
+from lrc.compressors.session import Session
 from lrc.compressors.stages.budgets import DecomposeTargets, spend_budget
+from lrc.compressors.stages.compress_weights import compress_weights
 from lrc.compressors.stages.embeddings import add_embeddings
 from lrc.configs.decompose import Compensate, DecomposeBase
 from lrc.configs.methods import Mixed
 
 
 class DecomposeStage:
-    """Compilation of ``decompose`` stages."""
+    """Compilation and execution of ``decompose`` stages."""
 
     def announce(self, draft: Draft, stages: Mapping[int, DecomposeBase]) -> None:
         """Add embeddings; note budgets in bytes and error compensation."""
@@ -55,6 +58,10 @@ class DecomposeStage:
                     draft.tasks[weight.name] = task
             draft.remedy = draft.remedy or _remedy(each.options)
             _warn(draft, each)
+
+    def run(self, session: Session, plan: Plan) -> Plan:
+        """Compress the weights."""
+        return compress_weights(session, plan)
 
 
 def compensation(options: Compensate | None) -> Compensation | None:

@@ -6,6 +6,7 @@ from math import lcm
 
 from lrc.compressors.layers import QuantizationArgs, WeightConfig
 from lrc.compressors.planning.compile import Draft
+from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.quantization import (
     check_correction,
     check_groups,
@@ -15,13 +16,15 @@ from lrc.compressors.planning.quantization import (
 )
 from lrc.compressors.planning.targets import match_targets
 from lrc.compressors.planning.tasks import LayerTask, QuantizationTask, Weight
+from lrc.compressors.session import Session
+from lrc.compressors.stages.compress_weights import compress_weights
 from lrc.compressors.stages.decompose import compensation
 from lrc.compressors.stages.embeddings import add_embeddings
 from lrc.configs.quantize import Quantize
 
 
 class QuantizeStage:
-    """Compilation of ``quantize`` stages."""
+    """Compilation and execution of ``quantize`` stages."""
 
     def announce(self, draft: Draft, stages: Mapping[int, Quantize]) -> None:
         """Add embeddings; note what ranks must be multiples of."""
@@ -38,6 +41,10 @@ class QuantizeStage:
         for index, options in stages.items():
             if options.rounds_linears:
                 _compile(draft, index, options)
+
+    def run(self, session: Session, plan: Plan) -> Plan:
+        """Compress the weights."""
+        return compress_weights(session, plan)
 
 
 def _compile(draft: Draft, index: int, options: Quantize) -> None:

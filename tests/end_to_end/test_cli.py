@@ -216,8 +216,8 @@ def test_a_fault_of_lrc_is_no_traceback_unless_asked_for(
     ended = lrc("compress", recipe)
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.splitlines() == [
-        "error[internal]: unexpected ZeroDivisionError: a b; this is a bug in lrc: run `lrc --debug ...` "
-        "and report the traceback"
+        "error[internal]: unexpected ZeroDivisionError: a b; this is a bug in lrc: run `lrc "
+        "--debug ...` and report the traceback"
     ]
     debugged = lrc("--debug", "compress", recipe)
     assert debugged.code == 1

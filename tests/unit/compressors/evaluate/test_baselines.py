@@ -102,7 +102,9 @@ def test_only_the_targets_change_and_to_what_the_file_stands_for(
     for name, form in baseline.forms.items():
         W, W_hat = before[f"{name}.weight"], after[f"{name}.weight"]
         if isinstance(form, Scheme):
-            assert torch.equal(W_hat, round_to_nearest(W, form, dtype=torch.bfloat16).weight().float())
+            assert torch.equal(
+                W_hat, round_to_nearest(W, form, dtype=torch.bfloat16).weight().float()
+            )
             continue
         kept = W_hat != 0
         assert torch.equal(W_hat[kept], W[kept])

@@ -1,0 +1,83 @@
+"""One row per weight: what tables and reports show of a plan."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from lrc.compressors.layers import WeightConfig
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.tasks import LayerResult, LayerTask, Weight
+
+
+@dataclass(frozen=True)
+class WeightSummary:
+    """A weight as planned, or as executed if there are results."""
+
+    name: str
+    layer: int
+    shape: tuple[int, int]
+    stage: int
+    method: str
+    config: WeightConfig
+    bits: int
+    source_bits: int
+    owner: str
+    """Name of the weight that stores the shared factor; its own name if none is shared."""
+    allocator: str | None
+    """The allocator that is going to choose the configuration."""
+    note: str | None
+    result: LayerResult
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of a low-rank weight."""
+        return self.config.sizes.get("rank")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record of the report."""
+        return {
+            "name": self.name,
+            "stage": self.stage,
+            "method": self.method,
+            "config": self.config.to_json(),
+            "bits": self.bits,
+            "source_bits": self.source_bits,
+            "loss": self.result.loss,
+            "predicted_nats": self.result.predicted_nats,
+            "refit": self.result.refit,
+            "note": self.note,
+            "fallback": self.result.fallback,
+        }
+
+
+def summarize(plan: Plan) -> list[WeightSummary]:
+    """Return one row for every targeted weight, those of embedding and head last.
+
+    Weights of groups are ordered by layer, as in the model.
+    """
+    rows = [_row(plan, task, weight) for task in plan.all_tasks for weight in task.weights]
+    return sorted(rows, key=lambda row: row.layer)
+
+
+def _row(plan: Plan, task: LayerTask, weight: Weight) -> WeightSummary:
+    config = plan.stored_config(task)
+    own = task.config_of(weight, config)
+    if task.pending:
+        bits = task.bits // len(task.weights)
+    else:
+        bits = own.stored_bits(task.number_bits)
+        bits += task.shape[0] * task.number_bits if own.bias and not task.source_bias else 0
+    return WeightSummary(
+        name=weight.name,
+        layer=weight.layer,
+        shape=task.shape,
+        stage=task.stage,
+        method=task.method,
+        config=own,
+        bits=bits,
+        source_bits=prod(task.shape) * task.number_bits,
+        owner=task.name,
+        allocator=None if task.allocation is None else plan.allocations[task.allocation].allocator,
+        note=task.note if not config.compressed else None,
+        result=plan.results.get(task.name, LayerResult(config)),
+    )

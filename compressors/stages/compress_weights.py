@@ -1,0 +1,135 @@
+"""What decomposition and quantization have in common: one pass over the layers does both."""
+
+import json
+from dataclasses import replace
+
+from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.activation_cache import cache_files
+from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
+from lrc.compressors.compress.embeddings import quantize_embeddings
+from lrc.compressors.compress.layerwise import compress_layers, layer_file, read_results
+from lrc.compressors.io.journal import write_text
+from lrc.compressors.planning.allocate import allocate
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.session import Session
+
+ALLOCATED, EXECUTED = "plan.json", "executed.json"
+"""Plans in the journal: before compression, and with results."""
+
+
+def compress_weights(session: Session, plan: Plan) -> Plan:
+    """Calibrate, allocate and compress all tasks of a plan, unless that is done."""
+    done = executed_plan(session)
+    if done is not None:
+        return done
+    calibrate(session, plan)
+    plan = replace(allocate_budgets(session, plan), slices=plan.slices)
+
+    def finished(layer: int) -> None:
+        files = statistics.inputs_file(layer), statistics.gradients_file(layer)
+        session.journal.forget(*files)
+
+    reader, device = session.models.reader, session.device
+    with session.clock("compress"):
+        plan = quantize_embeddings(plan, reader, session.journal, device=device)
+        if plan.tasks:
+            plan = compress_layers(
+                plan,
+                reader,
+                session.journal,
+                session.statistics,
+                device=device,
+                on_step=session.on_step,
+                prefix=_prefix(session, plan),
+                finished=finished,
+            )
+    session.journal.write_json(EXECUTED, plan.to_json())
+    return plan
+
+
+def executed_plan(session: Session) -> Plan | None:
+    """Return the plan with the results of a run whose weights are compressed."""
+    if not session.journal.has(EXECUTED):
+        return None
+    return Plan.from_json(session.journal.read_json(EXECUTED))
+
+
+def calibrate(session: Session, plan: Plan) -> None:
+    """Collect the statistics that tasks of unfinished layers require."""
+    required = {
+        weight.name: task.statistics
+        for task in plan.tasks
+        if task.statistics and not session.journal.has(layer_file(task.layer))
+        for weight in task.weights
+    }
+    with session.clock("calibrate"):
+        if not required:
+            return
+        statistics.collect(
+            session.models.architecture,
+            session.models.reader,
+            session.windows(),
+            required,
+            session.journal,
+            labels=session.calibration.labels,
+            seed=plan.seed,
+            device=session.device,
+            memory_limit_gib=session.calibration.memory_limit_gib,
+            on_step=session.on_step,
+        )
+        session.journal.forget(*cache_files(session.journal))
+
+
+def allocate_budgets(session: Session, plan: Plan) -> Plan:
+    """Choose pending configurations, and write plan.json for users to read and edit."""
+    journal = session.journal
+    with session.clock("allocate"):
+        if journal.has(ALLOCATED):
+            return Plan.from_json(journal.read_json(ALLOCATED))
+        plan = _allocate(session, plan)
+        text = json.dumps(plan.to_json(), indent=1) + "\n"
+        write_text(journal.output / "plan.json", text)
+        journal.write_json(ALLOCATED, plan.to_json())
+    return plan
+
+
+def predict_losses(session: Session, plan: Plan) -> Plan:
+    """Calibrate and allocate, and predict the losses that no allocator needed.
+
+    The results of layers that are compressed already are used instead.
+    """
+    done = executed_plan(session)
+    if done is not None:
+        return done
+    calibrate(session, plan)
+    plan = allocate_budgets(session, plan)
+    for layer in {task.layer for task in plan.tasks if session.journal.has(layer_file(task.layer))}:
+        plan = plan.with_results(read_results(session.journal, layer))
+    return _allocate(session, plan, predict_all=True)
+
+
+def _allocate(session: Session, plan: Plan, *, predict_all: bool = False) -> Plan:
+    return allocate(
+        plan,
+        session.models.reader,
+        session.journal,
+        session.statistics,
+        device=session.device,
+        on_step=session.on_step,
+        predict_all=predict_all,
+    )
+
+
+def _prefix(session: Session, plan: Plan) -> SequentialCalibration | None:
+    """Return the dense and the compressed model for error compensation, if layers need it."""
+    refit = {task.layer for task in plan.tasks if task.compensate is not None}
+    if all(session.journal.has(layer_file(layer)) for layer in refit):
+        return None
+    return SequentialCalibration(
+        session.models.architecture,
+        session.models.reader,
+        session.windows(),
+        session.journal,
+        device=session.device,
+        memory_limit_gib=session.calibration.memory_limit_gib,
+    )
