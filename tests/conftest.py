@@ -5,7 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Before torch reads it. Processes of pytest-xdist share the cores among themselves.
-THREADS = os.environ.setdefault(
+os.environ["OMP_NUM_THREADS"] = os.environ.get(
     "OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 )
 
@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrc.compressors.corpus import read_documents
 
-torch.set_num_threads(int(THREADS))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="module", autouse=True)
