@@ -180,11 +180,11 @@ def test_rows_make_up_for_the_error_of_others(correlated):
 def test_under_a_metric_of_the_outputs_gauges_are_orthogonal_under_it(correlated, rounding):
     W, H, G = correlated
     U, s, V = torch.linalg.svd(W, full_matrices=False)
-    B = U[:, :8] * s[:8]
-    condition = float(torch.linalg.cond(B.T @ G @ B))
+    left = U[:, :8] * s[:8]
+    condition = float(torch.linalg.cond(left.T @ G @ left))
     close = rounding(24, condition=condition) + 8 * REFIT_DAMP * condition
-    for name, (B, A) in gauges(B, V[:8], H, G).items():
-        torch.testing.assert_close(B @ A, (U[:, :8] * s[:8]) @ V[:8])
+    for name, (B, A) in gauges(left, V[:8], H, G).items():
+        torch.testing.assert_close(B @ A, left @ V[:8])
         if name != "rotated":
             seen = B.T @ G @ B
             across = seen - torch.diag(seen.diagonal())
