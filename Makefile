@@ -8,6 +8,8 @@ BIN    := $(VENV)/bin
 MODEL  := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 # The CPU build: installed first, so that nothing after it asks for gigabytes of CUDA libraries.
 TORCH  ?= torch==2.13.0
+# Processes of `make test`; each takes about 1 GB.
+JOBS   ?= $(shell n=$$(nproc); echo $$((n > 8 ? 8 : n)))
 
 .DELETE_ON_ERROR:
 .PHONY: help install model demo test check format clean
@@ -42,8 +44,16 @@ demo: install $(MODEL)
 	$(BIN)/python -m lrc.cli.generate runs/demo/checkpoint "The capital of France is"
 
 ## make test      every test that needs no GPU
+#
+# Most run in as many processes as there are cores, each calculating on one thread. What measures
+# time or sends signals (marked `quiet`) follows on its own. Both parts always run.
 test: install $(MODEL)
-	$(BIN)/python -m pytest -q
+	@failed=0; \
+	echo "== tests in $(JOBS) processes"; \
+	$(BIN)/python -m pytest -q -m "not quiet" -n $(JOBS) --dist worksteal || failed=1; \
+	echo "== quiet tests, one at a time"; \
+	$(BIN)/python -m pytest -q -m quiet || failed=1; \
+	exit $$failed
 
 ## make check     formatting, lint, types, import contracts
 check: install

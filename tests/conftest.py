@@ -1,9 +1,13 @@
-"""What all tests share: no network, two threads, a tiny tokenizer and tiny models."""
+"""What all tests share: no network, few threads, a tiny tokenizer and tiny models."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before torch reads it. Processes of pytest-xdist share the cores among themselves.
+os.environ["OMP_NUM_THREADS"] = os.environ.get(
+    "OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+)
 
 import gc
 import signal
@@ -22,7 +26,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrc.compressors.corpus import read_documents
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap() -> None:
+    """Hide what imports and earlier modules made from the garbage collector.
+
+    The pipeline collects garbage after every stage: half a second with the objects of all tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Tiny random models of every supported family, each compressed once through the real pipeline."""
 
-import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -169,7 +168,6 @@ def families(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> Callable[[str], Compressed]:
     """Compress a family of the table at the first request."""
-    gc.freeze()  # the pipeline collects garbage after every stage: leave out what imports made
     done: dict[str, Compressed] = {}
 
     def compressed(name: str) -> Compressed:

@@ -4,7 +4,6 @@ Runs are forked from this process, which has paid for the imports and calculates
 forked OpenMP would hang on two.
 """
 
-import gc
 import json
 import os
 import random
@@ -44,7 +43,6 @@ def settings() -> Iterator[None]:
     """Calculate on one thread, and save the chain of hidden states at every layer."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.freeze()  # the pipeline collects garbage after every stage: leave out what imports made
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(activation_cache, "SNAPSHOT_SECONDS", 0.0)
         yield
@@ -206,6 +204,7 @@ def stage_of(run: Path) -> str:
     return next((stage for stage, path in marks.items() if path.exists()), "preparing")
 
 
+@pytest.mark.quiet
 @pytest.mark.parametrize("case", KILLS)
 def test_kills_at_random_moments_give_equal_checkpoints(case, request):
     undisturbed: Undisturbed = request.getfixturevalue(case)

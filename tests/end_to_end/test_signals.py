@@ -18,7 +18,10 @@ from lrc.compressors.pipeline import compress
 from lrc.configs.load import load_recipe
 
 # Newer Pythons warn of any fork beside threads; those of torch are idle.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.quiet,
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
 
 FOREVER = 60.0
 CONTINUES = "the same command continues from here"

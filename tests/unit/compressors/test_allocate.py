@@ -179,6 +179,7 @@ def test_costs_that_do_not_ascend_are_refused() -> None:
         Options(torch.tensor([1, 0]), torch.tensor([5, 5]), torch.zeros(2))
 
 
+@pytest.mark.quiet
 def test_a_large_model_of_224_matrices_is_allocated_in_seconds() -> None:
     options = [
         options_of(torch.logspace(0, -4, 4096).double() * (1 + i % 7), pivoted(4096, 4096), 4096**2)

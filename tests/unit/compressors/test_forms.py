@@ -167,7 +167,9 @@ def usual(request: pytest.FixtureRequest) -> Example:
 
 
 @pytest.mark.parametrize("bias", ["none", "of the dense layer", "its own"])
-def test_computes_the_product_and_becomes_dense(example: Example, bias: str) -> None:
+def test_computes_the_product_and_becomes_dense(
+    example: Example, bias: str, rounding: Callable[..., float]
+) -> None:
     layer = example.model(bias=bias == "of the dense layer", own_bias=bias == "its own").layer
     x = random(3, 5, D_IN, seed=3)
     expected = x @ example.weight.T + (0 if bias == "none" else random(D_OUT, seed=2))
@@ -176,7 +178,8 @@ def test_computes_the_product_and_becomes_dense(example: Example, bias: str) -> 
     dense = layer.dense()
     assert type(dense) is nn.Linear
     assert dense.weight.dtype == torch.float64
-    torch.testing.assert_close(dense(x), expected, rtol=1e-4, atol=1e-4)  # through float32
+    close = rounding(D_IN, torch.float32) * float(expected.abs().max())  # through float32
+    torch.testing.assert_close(dense(x), expected, rtol=0, atol=close)
 
 
 def test_counted_bits_and_parameters_are_those_of_the_file(

@@ -191,7 +191,9 @@ def meant(leaf: str, written: dict[str, Tensor], exact: Tensor, scheme: Scheme) 
 
 @each_form
 @each_scheme
-def test_the_layer_computes_its_product_and_becomes_dense(form: str, scheme: str) -> None:
+def test_the_layer_computes_its_product_and_becomes_dense(
+    form: str, scheme: str, rounding: Callable[..., float]
+) -> None:
     model = nn.Module()
     model.layer, model.other = nn.Linear(D_IN, D_OUT), nn.Linear(D_IN, D_OUT, bias=False)
     spec: dict[str, Any] = {"form": form, **SIZES[form], "scheme": scheme, "shape": [D_OUT, D_IN]}
@@ -212,10 +214,12 @@ def test_the_layer_computes_its_product_and_becomes_dense(form: str, scheme: str
     assert owner is None or not missing
     x = random(3, 5, D_IN, seed=3).float()
     W_hat = product(matrix(form, scheme), state.__getitem__)
-    torch.testing.assert_close(model.layer(x), x @ W_hat.T + bias, rtol=1e-4, atol=1e-4)
+    expected = x @ W_hat.T + bias
+    close = rounding(D_IN + RANK, torch.float32) * float(expected.abs().max())
+    torch.testing.assert_close(model.layer(x), expected, rtol=0, atol=close)
     dense = model.layer.dense()
     assert type(dense) is nn.Linear
-    torch.testing.assert_close(dense(x), x @ W_hat.T + bias, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dense(x), expected, rtol=0, atol=close)
     assert scheme in repr(model.layer)
 
 

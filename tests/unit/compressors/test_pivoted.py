@@ -143,6 +143,7 @@ def test_a_rank_above_the_rows_is_refused_by_name() -> None:
         swap_in_forms(model, {"layer": {"form": "pivoted_low_rank", "rank": 30}})
 
 
+@pytest.mark.quiet
 def test_a_matrix_takes_no_more_than_a_moment() -> None:
     B, A = gaussian(576, 576, 318)
     seconds = []

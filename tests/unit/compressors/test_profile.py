@@ -23,6 +23,9 @@ from lrc.configs.recipe import Recipe
 LEAVES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
 NAMES = [f"model.layers.{layer}.{leaf}" for layer in (0, 1) for leaf in LEAVES]
 RANK = 4
+# Rounding of losses near 7 in float32, of which an ulp is 5e-7: forward passes of two layers that
+# round in different places, twice in a difference. Measured at most 1.3e-6.
+NATS = 2e-5
 
 
 class Weights:
@@ -111,7 +114,7 @@ def test_a_rise_is_that_of_a_model_changed_by_hand(
         on_step=lambda *_: None,
     )
     dense = loss_of(model, tokens)
-    assert profile.dense == pytest.approx(dense, rel=1e-6)
+    assert profile.dense == pytest.approx(dense, abs=NATS)
     assert (profile.windows, profile.tokens) == (3, 3 * 23)
     assert max(map(abs, profile.rises.values())) > 1e-2  # a thousand times what is tolerated
     groups: dict[str, list[Matrix]] = {}
@@ -128,7 +131,7 @@ def test_a_rise_is_that_of_a_model_changed_by_hand(
             if method == "lord":
                 linear.bias = nn.Parameter(journal.read_tensor(file, f"{m.name}.b.bias"))
         rise = loss_of(changed, tokens) - dense
-        assert profile.rises[name] == pytest.approx(rise, abs=1e-5)
+        assert profile.rises[name] == pytest.approx(rise, abs=NATS)
         divergence = divergence_of(changed, model, tokens)
         assert profile.divergences[name] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
 
@@ -152,7 +155,7 @@ def test_a_rise_of_svd_is_that_of_the_truncated_weight(
         U, S, Vh = torch.linalg.svd(weight.double())
         weight.copy_(U[:, :RANK] * S[:RANK] @ Vh[:RANK])
         rise = loss_of(changed, tokens) - loss_of(model, tokens)
-        assert profile.rises[name] == pytest.approx(rise, abs=1e-5)
+        assert profile.rises[name] == pytest.approx(rise, abs=NATS)
 
 
 def test_the_model_is_dense_again_after_every_matrix(

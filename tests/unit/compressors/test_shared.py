@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -93,11 +94,14 @@ def test_a_copy_of_the_model_shares_within_itself(model: nn.Module, x: Tensor, c
     torch.testing.assert_close(twin.two.proj(x), model.two.proj(x))
 
 
-def test_dense_layers_do_not_need_the_owner(model: nn.Module, x: Tensor) -> None:
-    expected = model.zero.proj(x)
+def test_dense_layers_do_not_need_the_owner(
+    model: nn.Module, x: Tensor, rounding: Callable[..., float]
+) -> None:
+    expected = model.zero.proj(x).detach()
     dense = model.zero.proj.dense()
     nn.init.zeros_(model.one.proj.a.weight)
-    torch.testing.assert_close(dense(x), expected)
+    close = rounding(8 + 3, torch.float32) * float(expected.abs().max())
+    torch.testing.assert_close(dense(x), expected, rtol=0, atol=close)
 
 
 OWN_BITS = {"low_rank": 6 * 3 * 16 + 8, "dictionary": 6 * (2 * 16 + 8) + 8}

@@ -133,15 +133,21 @@ def test_pairs_that_make_no_scores_go_first(random):
     assert lost < 1e-10
 
 
-def test_pairs_of_one_frequency_make_up_for_each_other(random):
+def test_pairs_of_one_frequency_make_up_for_each_other(random, rounding):
     """Queries of the pair that goes are twice those of the pair that stays, a quarter turned."""
     q, k = random(2, LENGTH, 1, 4), random(2, LENGTH, 1, 4)
     same = torch.tensor([0.3, 0.3])
     q[..., 1], q[..., 3] = -2 * q[..., 2], 2 * q[..., 0]
     k[..., 1], k[..., 3] = k[..., 0], k[..., 2]
     M = score_moments(q, k, torch.arange(LENGTH), same, scaling=0.3)
-    pairs, turns, lost = choose_pairs(M, 1, damp=1e-9)
-    assert lost < 1e-9
+    damp = 1e-9
+    pairs, turns, lost = choose_pairs(M, 1, damp=damp)
+    # Exact weights w of the pair that stays lose nothing; what M has in excess, the rounding of its
+    # sums in float32 and the damping, is all that is left to lose: (1, -w) M (1, -w)^T, |w| <= 2.
+    noise = rounding(LENGTH, torch.float32) * float(torch.linalg.matrix_norm(M, 2).max())
+    excess = noise + damp * float(M.diagonal(dim1=1, dim2=2).mean())
+    assert lost < (1 + 2**2) * excess / float(M[:, :2, :2].sum())
+    assert lost < 1e-3
     W = q[0].flatten(1).T  # [4, length]: queries as rows of a weight
     turned = turn_queries(W, pairs, turns, 4).T.reshape(LENGTH, 1, 2)
     kept = pair_dimensions(pairs, 4)

@@ -42,8 +42,12 @@ def test_balances_share_the_singular_values_by_their_exponents(pair):
     sizes = energies.flip(0).sqrt()
     for name, share in {"first": 0.0, "quarter": 0.25, "even": 0.5}.items():
         left, right = ways[name]
-        torch.testing.assert_close(left.T @ left, torch.diag(sizes ** (2 * share)))
-        torch.testing.assert_close(right @ H @ right.T, torch.diag(sizes ** (2 - 2 * share)))
+        for found, power in ((left.T @ left, 2 * share), (right @ H @ right.T, 2 - 2 * share)):
+            expected = torch.diag(sizes**power)
+            # Squares of the smallest singular value are off by a share of those of the largest.
+            close = rounding(32, condition=float((sizes[0] / sizes[-1]) ** 2))
+            close *= float(expected.max())
+            torch.testing.assert_close(found, expected, rtol=0, atol=close)
 
 
 def test_rotations_come_from_the_seed(pair):
@@ -61,7 +65,7 @@ def test_a_factor_of_lower_rank_is_no_trouble(pair):
     assert quantize_low_rank(W, B, A, 0 * H, INT4, dtype=BF16).error == 0
 
 
-def test_refitting_is_least_squares_and_never_raises_the_error(pair):
+def test_refitting_is_least_squares_and_never_raises_the_error(pair, rounding):
     W, B, A, H = pair
     rounded = round_to_nearest(A, INT4, dtype=BF16).weight()
     L = torch.linalg.cholesky(H)
@@ -74,7 +78,7 @@ def test_refitting_is_least_squares_and_never_raises_the_error(pair):
         assert weighted_error(W, again @ rounded, H) < weighted_error(W, B @ rounded, H)
 
 
-def test_the_first_factor_is_refitted_alike(pair):
+def test_the_first_factor_is_refitted_alike(pair, rounding):
     W, B, A, _ = pair
     rounded = round_to_nearest(B, INT4, dtype=BF16).weight()
     best = torch.linalg.lstsq(rounded, W).solution
@@ -142,7 +146,9 @@ def correlated(matrices) -> tuple[Tensor, Tensor, Tensor]:
     return W, H, G
 
 
-def test_under_a_metric_of_the_outputs_the_first_factor_is_weighted_least_squares(correlated):
+def test_under_a_metric_of_the_outputs_the_first_factor_is_weighted_least_squares(
+    correlated, rounding
+):
     W, _, G = correlated
     U, s, V = torch.linalg.svd(W, full_matrices=False)
     B, A = round_to_nearest(U[:, :8] * s[:8], INT4, dtype=BF16).weight(), V[:8]
@@ -169,7 +175,9 @@ def test_under_a_metric_of_the_outputs_balanced_factors_are_orthogonal_under_it(
         if name != "rotated":
             seen = B.T @ G @ B
             across = seen - torch.diag(seen.diagonal())
-            assert float(across.norm()) < 1e-6 * float(seen.norm())
+            # Whitened under a metric that is damped: the identity, up to that over the metric.
+            whitened = across / seen.diagonal().outer(seen.diagonal()).sqrt()
+            assert float(whitened.norm()) < close
 
 
 @pytest.mark.parametrize("form", ["pair", "pivot"])
