@@ -19,7 +19,7 @@ from lrc.compressors.solvers.quantize_factors import round_pair, round_pivot
 from lrc.compressors.solvers.quantize_values import round_sparse, round_values
 from lrc.compressors.solvers.quantize_weight import Rounder, round_weight
 from lrc.compressors.solvers.round_to_nearest import rtn
-from lrc.configs.methods import Mixed
+from lrc.configs.decompose_methods import Mixed
 from lrc.configs.quantize import Balance, CorrectionMethod, LowRankCorrection, Quantize
 from lrc.configs.recipe import Recipe
 

@@ -26,8 +26,8 @@ from lrc.compressors.planning.targets import Stage, find_stages
 from lrc.compressors.planning.user_plan import GivenPlan, apply_given, read_given, refuse_strangers
 from lrc.compressors.planning.weight_groups import WORDS, Measure, Unit, ratios_of
 from lrc.configs.decompose import DecomposeBase
+from lrc.configs.decompose_methods import Learning
 from lrc.configs.errors import RecipeError
-from lrc.configs.methods import Learning
 from lrc.configs.recipe import Recipe
 
 

@@ -24,7 +24,7 @@ from lrc.compressors.planning.weight_groups import Unit, ratios_of
 from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.compressors.solvers.spectrum import energies_only
 from lrc.configs.decompose import DecomposeBase
-from lrc.configs.methods import Mixed
+from lrc.configs.decompose_methods import Mixed
 from lrc.configs.recipe import Recipe
 
 NO_TOKEN = "saw no calibration token; stays dense"

@@ -4,7 +4,7 @@ from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.quantization import WHOLE
 from lrc.configs.decompose import Compensate
-from lrc.configs.methods import Mixed
+from lrc.configs.decompose_methods import Mixed
 from lrc.configs.quantize import Quantize
 from lrc.configs.recipe import Recipe
 

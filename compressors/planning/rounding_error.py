@@ -8,7 +8,7 @@ from lrc.compressors.planning.weight_groups import Unit
 from lrc.compressors.solvers.moments import Statistics
 from lrc.compressors.solvers.pruning import weighted_energy
 from lrc.compressors.solvers.round_to_nearest import rtn
-from lrc.configs.methods import Mixed
+from lrc.configs.decompose_methods import Mixed
 
 SHARE_LEFT = {"rtn": 1.0, "gptq": 0.4}
 """Of the energy that rounding to the nearest loses: on SmolLM2-135M's matrices 0.33 to 0.46."""

@@ -12,7 +12,7 @@ from lrc.compressors.models.source import Source
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.weight_groups import Unit, ratios_of, units_of
 from lrc.configs.decompose import DecomposeBase
-from lrc.configs.methods import BasisSharing, LowRank, Mixed
+from lrc.configs.decompose_methods import BasisSharing, LowRank, Mixed
 from lrc.configs.recipe import Recipe
 
 

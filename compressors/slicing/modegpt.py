@@ -33,8 +33,8 @@ from lrc.compressors.slicing.slice_method import Budget, Sliced, SliceMethod, Wo
 from lrc.compressors.slicing.slice_writer import Carver, NarrowHeads
 from lrc.compressors.slicing.widths import by_curves, by_influence, evenly
 from lrc.configs.errors import RecipeError
-from lrc.configs.slicing import Modegpt as Options
-from lrc.configs.slicing import SliceBase
+from lrc.configs.slice import Modegpt as Options
+from lrc.configs.slice import SliceBase
 
 TOKENS_A_CHANNEL = 8
 ALLOCATION_PASSES = {"influence": 1.0, "lagrangian": 4.0}  # gradients: up, again, and down twice

@@ -20,7 +20,7 @@ from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.progress import OnStep
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
-from lrc.configs.slicing import SliceBase
+from lrc.configs.slice import SliceBase
 
 
 @dataclass(frozen=True)

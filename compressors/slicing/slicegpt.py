@@ -30,8 +30,8 @@ from lrc.compressors.slicing.roles import Roles, times
 from lrc.compressors.slicing.rotation import principal_axes
 from lrc.compressors.slicing.slice_method import Budget, Sliced, SliceMethod, Work
 from lrc.configs.errors import ModelError, RecipeError
-from lrc.configs.slicing import SliceBase
-from lrc.configs.slicing import Slicegpt as Options
+from lrc.configs.slice import SliceBase
+from lrc.configs.slice import Slicegpt as Options
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose stock classes hold a sliced model: RMSNorm, and a `head_dim` of their own."""

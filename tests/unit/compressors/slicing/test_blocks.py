@@ -27,7 +27,7 @@ from lrc.compressors.slicing.slice_method import Budget, Work
 from lrc.compressors.slicing.slicegpt import Slicegpt
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Model
-from lrc.configs.slicing import Slicegpt as Options
+from lrc.configs.slice import Slicegpt as Options
 
 Exact = Callable[[Any], Any]
 WIDTH = 32

@@ -23,7 +23,7 @@ from lrc.compressors.slicing.slice_method import Budget, Sliced, Work
 from lrc.compressors.slicing.slicegpt import Slicegpt
 from lrc.configs.errors import ModelError, RecipeError, Stopped
 from lrc.configs.recipe import Model
-from lrc.configs.slicing import Slicegpt as Options
+from lrc.configs.slice import Slicegpt as Options
 
 WIDTH = 32
 OPTIONS = Options(method="slicegpt", keep=0.5)
