@@ -19,7 +19,7 @@ from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.slicing import METHODS as SLICERS
 from lrc.configs.recipe import Calibration
-from lrc.configs.slicing import Slice, SliceBase
+from lrc.configs.slice import Slice, SliceBase
 
 SLICE_OPTIONS: TypeAdapter[SliceBase] = TypeAdapter(Slice)
 PROBE = 512

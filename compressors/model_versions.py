@@ -29,7 +29,7 @@ from lrc.compressors.slicing.slice_stage import (
     sliced_source,
 )
 from lrc.configs.recipe import Calibration
-from lrc.configs.slicing import Slice, SliceBase
+from lrc.configs.slice import Slice, SliceBase
 
 _OPTIONS: TypeAdapter[SliceBase] = TypeAdapter(Slice)
 

@@ -1,1 +1,1 @@
-"""What may be asked of lrc, and the errors that answer it. Needs no tensor library."""
+"""The schema of recipes, how they are read, and all errors. Imports no tensor library."""

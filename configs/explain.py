@@ -107,7 +107,7 @@ def _unknown_key(
         return "misplaced-key", text
     allow = f"Allowed: {', '.join(properties)}"
     if known is not None and known == RENAMED_KEYS.get(key):
-        return "renamed-key", f"this key has a new name, '{known}'"
+        return "renamed-key", f"this key is now called '{known}'; rename it"
     if shape.tag is not None and shape.tag in value and key in shape.properties:
         text = f"not a key of {shape.tag} '{value[shape.tag]}'; remove it. {allow}"
         return "misplaced-key", text

@@ -21,8 +21,6 @@ from lrc.configs.yaml_text import Document, YamlError, read_yaml, write_yaml
 MAX_BYTES = 1_000_000
 """A recipe is a page; what is larger is another file, named by mistake."""
 
-MAPPING = "must be a mapping with the keys model, stages, output and others"
-
 
 @dataclass(frozen=True)
 class LoadedRecipe:
@@ -96,7 +94,8 @@ def _read_mapping(text: str, name: str) -> Document:
         text = "is empty; `lrc recipes show svd-llm` prints a recipe"
         raise RecipeError([Problem("empty-recipe", "", text, name)])
     if not isinstance(document.value, dict):
-        text = f"{MAPPING}, got {got(document.value)}; start it with 'model: ...'"
+        must = "must be a mapping with the keys model, stages, output and others"
+        text = f"{must}, got {got(document.value)}; start it with 'model: ...'"
         raise RecipeError([Problem("wrong-type", "", text, name)])
     return document
 

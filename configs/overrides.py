@@ -38,9 +38,8 @@ def read_overrides(overrides: Sequence[str]) -> tuple[list[Assignment], list[Pla
         name, equals, value_text = text.partition("=")
         steps = re.sub(r"\[([0-9]+)\]", r".\1", name.strip()).split(".")
         if not equals or not all(re.fullmatch(r"[\w-]+", step) for step in steps):
-            found = [
-                ("invalid-override", "must be key.path=value, as in stages.0.decompose.keep=0.6")
-            ]
+            example = "must be key.path=value, as in stages.0.decompose.keep=0.6"
+            found = [("invalid-override", example)]
         else:
             try:
                 document = read_yaml(value_text)

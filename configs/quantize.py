@@ -37,8 +37,8 @@ Balance = Annotated[
     Field(
         description="How the singular values are divided between two factors before they are "
         "quantized; the product stays the same. `first`: all in the factor that is applied first; "
-        "`quarter`: a quarter (as exponent) in the other; `even`: half in each; `rotated`: half in "
-        "each, and a random rotation between the factors; `measured`: the one with the least "
+        "`quarter`, `even`: with the exponent 1/4 or 1/2 in the other factor; `rotated`: as "
+        "`even`, with a random rotation between the factors; `measured`: whichever has the least "
         "error, for each layer."
     ),
 ]

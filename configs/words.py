@@ -108,7 +108,7 @@ def refusal(shape: Shape, value: Any) -> tuple[str, str]:
     text = f"must be {allowed(shape)}, got {got(value)}"
     renamed = RENAMED_VALUES.get(str(value))
     if renamed is not None and any(renamed in part.options for part in shape.parts):
-        return "renamed-value", f"{text}; this value has a new name, '{renamed}'"
+        return "renamed-value", f"{text}; this value is now called '{renamed}'"
     hint = remedy(shape, value)
     right_kind = any(part.holds(value) for part in shape.parts)
     code = "unknown-value" if right_kind else "wrong-type"

@@ -17,8 +17,8 @@ from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
 from lrc.configs.errors import ModelError, RecipeError
-from lrc.configs.slicing import Drop as DropOptions
-from lrc.configs.slicing import SliceBase
+from lrc.configs.slice import Drop as DropOptions
+from lrc.configs.slice import SliceBase
 
 N_LAYERS = "num_hidden_layers"
 FLOAT32 = 4  # bytes

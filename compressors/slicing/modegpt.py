@@ -39,8 +39,8 @@ from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
 from lrc.compressors.slicing.slice_writer import NarrowHeads, SliceWriter
 from lrc.configs.errors import RecipeError
-from lrc.configs.slicing import Modegpt as Options
-from lrc.configs.slicing import SliceBase
+from lrc.configs.slice import Modegpt as Options
+from lrc.configs.slice import SliceBase
 
 TOKENS_PER_CHANNEL = 8
 # Gradients take one pass forward, another one forward again, and two backward.

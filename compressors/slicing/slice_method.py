@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.slice_context import SliceContext
-from lrc.configs.slicing import SliceBase
+from lrc.configs.slice import SliceBase
 
 
 @dataclass(frozen=True)

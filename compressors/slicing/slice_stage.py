@@ -21,7 +21,7 @@ from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget
 from lrc.configs.errors import RecipeError
 from lrc.configs.size import parse_size
-from lrc.configs.slicing import SliceBase
+from lrc.configs.slice import SliceBase
 
 FACTS = "lrc-slice.json"
 PENDING = "pending"

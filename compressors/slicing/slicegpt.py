@@ -42,8 +42,8 @@ from lrc.compressors.slicing.stream_bases import (
     stream_moment,
 )
 from lrc.configs.errors import ModelError, RecipeError
-from lrc.configs.slicing import SliceBase
-from lrc.configs.slicing import Slicegpt as Options
+from lrc.configs.slice import SliceBase
+from lrc.configs.slice import Slicegpt as Options
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose stock classes can load a sliced model: RMSNorm, and `head_dim` in the config."""

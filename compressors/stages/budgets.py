@@ -15,7 +15,7 @@ from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import MEASURE_NAMES, LayerTask
 from lrc.configs.decompose import DecomposeBase
-from lrc.configs.methods import Learning
+from lrc.configs.decompose_methods import Learning
 
 
 @dataclass(frozen=True)

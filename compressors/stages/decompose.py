@@ -19,7 +19,7 @@ from lrc.compressors.stages.budgets import DecomposeTargets, spend_budget
 from lrc.compressors.stages.compress_weights import compress_weights
 from lrc.compressors.stages.embeddings import add_embeddings
 from lrc.configs.decompose import Compensate, DecomposeBase
-from lrc.configs.methods import Mixed
+from lrc.configs.decompose_methods import Mixed
 
 
 class DecomposeStage:

@@ -7,7 +7,7 @@ from lrc.compressors.planning.compile import Draft, compile_plan
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session
 from lrc.compressors.slicing.slice_stage import PENDING, plan_slices, slice_warnings
-from lrc.configs.slicing import SliceBase
+from lrc.configs.slice import SliceBase
 
 
 class SliceStage:

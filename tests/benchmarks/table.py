@@ -42,8 +42,8 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
 from lrc.compressors.session import identity
 from lrc.configs.decompose import DecomposeBase
+from lrc.configs.decompose_methods import Decompose
 from lrc.configs.load import LoadedRecipe, load_recipe
-from lrc.configs.methods import Decompose
 from lrc.configs.recipe import Recipe
 
 METHODS = ["svd", "asvd", "fwsvd", "lord", "svd-llm", "basis-sharing", "kfac"]

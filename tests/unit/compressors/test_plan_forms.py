@@ -47,6 +47,24 @@ def test_groups_of_one_dictionary_are_none(plan_of: Planner) -> None:
     assert plan_of({**stage, "layers_per_group": 1}) == plan_of(stage)
 
 
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({"method": "svd"}, "low_rank"),
+        ({"method": "svd", "storage": "pivoted_low_rank"}, "pivoted_low_rank"),
+        ({"method": "mixed"}, "pivoted_low_rank"),
+        ({"method": "mixed", "components": ["sparse", "low_rank"]}, "low_rank"),
+        ({"method": "wanda"}, "sparse"),
+        ({"method": "rocket"}, "dictionary"),
+    ],
+)
+def test_the_recipe_names_the_form_of_a_plan(
+    plan_of: Planner, options: dict[str, Any], form: str
+) -> None:
+    plan = plan_of({"keep": 0.5, **options})
+    assert {m.form for m in plan.matrices} - {"dense"} == {form}
+
+
 @pytest.mark.parametrize("method", ["basis-sharing", "cospadi"])
 def test_groups_of_unequal_shapes_are_refused(plan_of: Planner, method: str) -> None:
     stage = {"method": method, "keep": 0.5, "layers_per_group": 2}

@@ -4,7 +4,7 @@ from typing import get_args
 
 from lrc.compressors.methods.table import METHODS
 from lrc.configs.decompose import DecomposeBase
-from lrc.configs.methods import Decompose
+from lrc.configs.decompose_methods import Decompose
 from lrc.configs.quantize import Quantize
 
 ROUNDING = set(get_args(Quantize.model_fields["method"].annotation))

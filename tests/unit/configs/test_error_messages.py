@@ -66,8 +66,8 @@ LINES = [
     ("? [a]\n: 1", "invalid-yaml", "a key must be a word, not a list or a mapping"),
     ("<<: 3", "invalid-yaml", "<<: only a mapping can be merged in, as in <<: *name"),
     ('evaluate: {tasks: {include_path: "\\ud800"}}', "invalid-yaml", "evaluate.tasks.include_path: half of a surrogate pair is no character; remove it"),
-    ("evaluate: {alternatives: [int8]}", "renamed-key", "evaluate.alternatives: this key has a new name, 'baselines'"),
-    ("evaluate: {baselines: [int8], alternatives: [int8]}", "renamed-key", "evaluate.alternatives: this key has a new name, 'baselines'"),
+    ("evaluate: {alternatives: [int8]}", "renamed-key", "evaluate.alternatives: this key is now called 'baselines'; rename it"),
+    ("evaluate: {baselines: [int8], alternatives: [int8]}", "renamed-key", "evaluate.alternatives: this key is now called 'baselines'; rename it"),
 ]  # fmt: skip
 
 # The only stage of a recipe, the code and the message after `recipe.yaml:3: stages[0]`.
@@ -130,14 +130,14 @@ STAGES = [
     ("{}", "missing-key", ": is empty; write one of the keys slice, decompose, quantize"),
     ('{decompose: "a\\n\\ebxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}', "wrong-type", ".decompose: must be a mapping with the keys method, keep, size and others, got 'a\\n?bxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...'"),
     ("{decompose: {method: svd, keep: 0.8, overrides: [{keep: 0.1}]}}", "missing-key", ".decompose.overrides[0].match: missing; add a string that is not empty (Shell pattern of full module names, such as `*.down_proj` or `model.layers.0.*`)"),
-    ("{decompose: {method: svd, keep: 0.5, skip: [a]}}", "renamed-key", ".decompose.skip: this key has a new name, 'ignore'"),
-    ("{decompose: {method: svd, keep: 0.5, storage: pivot}}", "renamed-value", ".decompose.storage: must be one of low_rank, pivoted_low_rank, got 'pivot'; this value has a new name, 'pivoted_low_rank'"),
+    ("{decompose: {method: svd, keep: 0.5, skip: [a]}}", "renamed-key", ".decompose.skip: this key is now called 'ignore'; rename it"),
+    ("{decompose: {method: svd, keep: 0.5, storage: pivot}}", "renamed-value", ".decompose.storage: must be one of low_rank, pivoted_low_rank, got 'pivot'; this value is now called 'pivoted_low_rank'"),
     ("{decompose: {method: wanda, keep: 0.5, storage: mask}}", "misplaced-key", f".decompose.storage: not a key of method 'wanda'; remove it. {ALLOWED_ANYWHERE}, pattern, damp"),
-    ("{decompose: {method: basis-sharing, keep: 0.5, group_size: 2}}", "renamed-key", ".decompose.group_size: this key has a new name, 'layers_per_group'"),
-    ("{decompose: {method: mixed, keep: 0.5, storage: pivot}}", "renamed-key", ".decompose.storage: this key has a new name, 'components'"),
-    ("{decompose: {method: mixed, keep: 0.5, components: [sum]}}", "renamed-value", ".decompose.components[0]: must be one of low_rank, pivoted_low_rank, sparse, pivoted_low_rank+sparse, dictionary, dense, got 'sum'; this value has a new name, 'pivoted_low_rank+sparse'"),
-    ("{decompose: {method: mixed, keep: 0.5, forms: [sparse]}}", "renamed-key", ".decompose.forms: this key has a new name, 'components'"),
-    ("{decompose: {method: mixed, keep: 0.5, rounder: rtn}}", "renamed-key", ".decompose.rounder: this key has a new name, 'quantizer'"),
+    ("{decompose: {method: basis-sharing, keep: 0.5, group_size: 2}}", "renamed-key", ".decompose.group_size: this key is now called 'layers_per_group'; rename it"),
+    ("{decompose: {method: mixed, keep: 0.5, storage: pivot}}", "renamed-key", ".decompose.storage: this key is now called 'components'; rename it"),
+    ("{decompose: {method: mixed, keep: 0.5, components: [sum]}}", "renamed-value", ".decompose.components[0]: must be one of low_rank, pivoted_low_rank, sparse, pivoted_low_rank+sparse, dictionary, dense, got 'sum'; this value is now called 'pivoted_low_rank+sparse'"),
+    ("{decompose: {method: mixed, keep: 0.5, forms: [sparse]}}", "renamed-key", ".decompose.forms: this key is now called 'components'; rename it"),
+    ("{decompose: {method: mixed, keep: 0.5, rounder: rtn}}", "renamed-key", ".decompose.rounder: this key is now called 'quantizer'; rename it"),
     ("{decompose: {method: mixed, keep: 0.5, components: [low_rank, pivoted_low_rank]}}", "conflicting-keys", ".decompose: 'components' may list low_rank or pivoted_low_rank, got both; keep pivoted_low_rank, which stores the same product in fewer bits"),
     ("{decompose: {method: mixed, keep: 0.5, components: [dense]}}", "conflicting-keys", ".decompose: components: [dense] needs 'schemes' to make anything smaller, got none; add some, such as [int8, int4-g64], or list other components"),
     ("{decompose: {method: mixed, keep: 0.5, schemes: [int9]}}", "unknown-value", ".decompose.schemes[0]: must be an integer format such as int8, int4-g64 or int3-g32-asymmetric, got 'int9'; write int2 to int8, optionally followed by -gSIZE (SIZE numbers of a row share a scale) and -asymmetric"),
@@ -145,12 +145,12 @@ STAGES = [
     ("{decompose: {method: mixed, keep: 0.5, schemes: [int4], measure: macs}}", "conflicting-keys", ".decompose: 'schemes' save bits and no multiply-adds, got measure: macs; choose measure: bits, or remove 'schemes'"),
     ("{slice: {method: drop}}", "conflicting-keys", ".slice: give exactly one of 'keep' and 'size', got neither"),
     ("{quantize: {method: gptq, targets: [], embeddings: int8, bits: 4}}", "conflicting-keys", ".quantize: targets: [] selects no linear layer, so that 'bits' has no effect; remove what has no effect, or list 'targets'"),
-    ("{quantize: {method: gptq, order: false}}", "renamed-key", ".quantize.order: this key has a new name, 'act_order'"),
-    ("{quantize: {method: gptq, branch: {}}}", "renamed-key", ".quantize.branch: this key has a new name, 'low_rank_correction'"),
-    ("{quantize: {method: gptq, head: int8}}", "renamed-key", ".quantize.head: this key has a new name, 'lm_head'"),
-    ("{quantize: {method: gptq, gauge: even}}", "renamed-key", ".quantize.gauge: this key has a new name, 'balance'"),
-    ("{slice: {method: drop, keep: 0.5, verify: perplexity}}", "renamed-key", ".slice.verify: this key has a new name, 'criterion'"),
-    ("{slice: {method: modegpt, keep: 0.5, multiple: 4}}", "renamed-key", ".slice.multiple: this key has a new name, 'width_multiple'"),
+    ("{quantize: {method: gptq, order: false}}", "renamed-key", ".quantize.order: this key is now called 'act_order'; rename it"),
+    ("{quantize: {method: gptq, branch: {}}}", "renamed-key", ".quantize.branch: this key is now called 'low_rank_correction'; rename it"),
+    ("{quantize: {method: gptq, head: int8}}", "renamed-key", ".quantize.head: this key is now called 'lm_head'; rename it"),
+    ("{quantize: {method: gptq, gauge: even}}", "renamed-key", ".quantize.gauge: this key is now called 'balance'; rename it"),
+    ("{slice: {method: drop, keep: 0.5, verify: perplexity}}", "renamed-key", ".slice.verify: this key is now called 'criterion'; rename it"),
+    ("{slice: {method: modegpt, keep: 0.5, multiple: 4}}", "renamed-key", ".slice.multiple: this key is now called 'width_multiple'; rename it"),
 ]  # fmt: skip
 
 # A text that is not a recipe, the code and the message after `recipe.yaml`.
@@ -196,7 +196,7 @@ OVERRIDES = [
     ("evaluate.tasks=[a", "invalid-yaml", "the value is not valid YAML: expected ',' or ']', but got '<stream end>'; a ',' or the closing ']' is missing"),
     ("evaluate.tasks=*.a", "invalid-yaml", "the value is not valid YAML: expected alphabetic or numeric character, but found '.'; put a value that starts with '*' in quotes: '*.down_proj'"),
     ("model={path: a, path: b}", "duplicate-key", "given twice, first in line 1; remove one of the two"),
-    ("stages.0.decompose.skip=[a]", "renamed-key", "stages[0].decompose.skip: this key has a new name, 'ignore'"),
+    ("stages.0.decompose.skip=[a]", "renamed-key", "stages[0].decompose.skip: this key is now called 'ignore'; rename it"),
 ]  # fmt: skip
 
 # A path and the message after it.

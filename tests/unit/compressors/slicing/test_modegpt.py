@@ -29,7 +29,7 @@ from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Model
-from lrc.configs.slicing import Modegpt as Options
+from lrc.configs.slice import Modegpt as Options
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": 0}

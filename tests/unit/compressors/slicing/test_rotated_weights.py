@@ -26,7 +26,7 @@ from lrc.compressors.slicing.slicegpt import Slicegpt
 from lrc.compressors.slicing.stream_bases import ROTATIONS, project, projected_blocks
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Model
-from lrc.configs.slicing import Slicegpt as Options
+from lrc.configs.slice import Slicegpt as Options
 
 Exact = Callable[[Any], Any]
 WIDTH = 32

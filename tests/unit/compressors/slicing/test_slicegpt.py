@@ -23,7 +23,7 @@ from lrc.compressors.slicing.slicegpt import Slicegpt
 from lrc.compressors.slicing.stream_bases import principal_axes, stream_moment
 from lrc.configs.errors import ModelError, RecipeError, Stopped
 from lrc.configs.recipe import Model
-from lrc.configs.slicing import Slicegpt as Options
+from lrc.configs.slice import Slicegpt as Options
 
 WIDTH = 32
 OPTIONS = Options(method="slicegpt", keep=0.5)
