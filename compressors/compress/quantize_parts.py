@@ -12,11 +12,11 @@ from lrc.compressors.layers.packed import encode_values
 from lrc.compressors.layers.parts import sentinel
 from lrc.compressors.planning.plan import Matrix
 from lrc.compressors.planning.quantization import WHOLE
+from lrc.compressors.solvers.gptq import QuantizerName, quantize_matrix
 from lrc.compressors.solvers.low_rank_correction import low_rank_correction
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
 from lrc.compressors.solvers.quantize_blocks import quantize_blocks
 from lrc.compressors.solvers.quantize_factors import quantize_low_rank, quantize_pivoted
-from lrc.compressors.solvers.quantize_matrix import QuantizerName, quantize_matrix
 from lrc.compressors.solvers.quantize_values import quantize_sparse_values, quantize_values
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.methods import Mixed

@@ -47,25 +47,25 @@ class ColumnQuantizer:
         zero: Tensor | None,
         current: Tensor | None = None,
     ) -> Outputs:
-        """Quantize the columns of a block in sequence.
+        """Quantize the columns of a block in sequence. All tensors are [width, rows] except
+        `coupling`.
 
         Parameters
         ----------
-        target : Tensor, shape [width, rows]
+        target : Tensor
             Values that the columns are to take, before the block changes.
         coupling : Tensor, shape [width, width]
             ``coupling[i, j]`` times the change of column i is added to the target of column j > i.
-        scale : Tensor, shape [width, rows]
-        zero : Tensor, shape [width, rows], optional
-            Zero points.
-        current : Tensor, shape [width, rows], optional
+        scale, zero : Tensor
+            Scales and, unless None, zero points.
+        current : Tensor, optional
             Values from which changes are counted. Default: the target of each column.
 
         Returns
         -------
-        delta : Tensor, shape [width, rows]
+        delta : Tensor
             Changes of the columns.
-        steps : Tensor, shape [width, rows]
+        steps : Tensor
             Codes minus zero points; the values are ``steps * scale``. On CUDA the next call
             overwrites both.
         """

@@ -18,7 +18,7 @@ def conjugate_gradients(
     dim: int | None = None,
     floor: Tensor | float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Solve ``operator(x) == b`` from a starting point, in a fixed number of steps.
+    """Solve ``operator(x) == b`` approximately, in a fixed number of steps.
 
     Parameters
     ----------
@@ -29,16 +29,15 @@ def conjugate_gradients(
     residual : Tensor
         ``b - operator(x)`` at the starting point.
     steps : int
-        Number of steps, each of which applies `operator` once.
+        Number of steps; each applies `operator` once.
     precondition : callable, optional
-        Symmetric and positive semi-definite approximation of the inverse. Entries that it sets to
-        zero keep the value that they have in `x`: a preconditioner that masks restricts the
-        problem to the mask.
+        Symmetric positive semi-definite approximation of the inverse. Entries of `x` for which it
+        returns zero do not change: a preconditioner with a mask solves the problem on the mask.
     dim : int, optional
-        Dimension along which inner products are taken: slices along the others are independent
-        problems. Default: one problem of all entries.
+        Dimension of the unknowns in a batch of independent problems. Default: all entries of `x`
+        are the unknowns of one problem.
     floor : Tensor or float
-        A problem is finished once its squared preconditioned residual is not above this value.
+        A problem whose squared preconditioned residual is not above this is not changed any more.
 
     Returns
     -------
@@ -48,7 +47,7 @@ def conjugate_gradients(
 
     Notes
     -----
-    Whether a problem is finished is decided by `torch.where`: a GPU is never waited for.
+    There is no synchronization with a GPU: finished problems are masked, not detected.
     """
 
     def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ def coordinate_descent(
     """Lower ``tr((W - W_q) H (W - W_q)^T)`` by changing one scale or one column at a time.
 
     For every group of columns, a pass first sets the scale of each row to the best one for its
-    codes, rounded to the dtype of the file and only if that lowers the error, and then every
-    column of the group to the best codes while all others are fixed.
+    codes, rounded to the dtype of the file and only if that lowers the error, and then every column
+    of the group to the best codes while all others are fixed.
 
     Parameters
     ----------
@@ -29,18 +29,13 @@ def coordinate_descent(
         Second moment of the inputs.
     start : QuantizedMatrix
     damp : float
-        Fraction of ``mean(diag(H))`` added to its diagonal.
+        Fraction of ``mean(diag(H))`` added to its diagonal. With the damping of GPTQ the error on
+        held-out text is 1 to 2 % lower than with almost none, on SmolLM2-135M.
     passes : int
 
     Notes
     -----
-    The updates of the columns are those of [1]_. With the damping of GPTQ the error on held-out
-    text is 1 to 2 % lower than with almost none, on SmolLM2-135M.
-
-    References
-    ----------
-    .. [1] K. Behdin et al., "QuantEase: Optimization-based Quantization for Language Models",
-       2023. https://arxiv.org/abs/2309.01885
+    The updates of the columns are those of QuantEase, https://arxiv.org/abs/2309.01885.
     """
     quantizer = ColumnQuantizer(start.scheme, W.device)
     dtype = quantizer.dtype
@@ -82,22 +77,10 @@ def update_columns_(
     scale: Tensor,
     zero: Tensor | None,
 ) -> None:
-    """Set columns in turn to the best codes while all others are fixed.
+    """Set the columns `where` in turn to the best codes while all others are fixed.
 
-    Parameters
-    ----------
-    quantizer : ColumnQuantizer
-    steps : Tensor, shape [columns, rows]
-        Codes minus zero points; updated in place.
-    slope : Tensor, shape [columns, rows]
-        ``H (W_q - W)^T``; updated in place.
-    H : Tensor, shape [columns, columns]
-    where : slice
-        The columns to update.
-    scale : Tensor, shape [width, rows]
-        Scales of the columns `where`.
-    zero : Tensor, shape [width, rows], optional
-        Zero points of the columns `where`.
+    `steps`, the codes minus zero points, and `slope`, ``H (W_q - W)^T``, are [columns, rows] and
+    are updated in place. `scale` and `zero` [width, rows] are those of the columns `where`.
     """
     unit = H.diagonal().clamp_min(torch.finfo(H.dtype).tiny)  # inputs of zero change nothing
     for start in range(where.start, where.stop, quantizer.width):
@@ -117,7 +100,7 @@ def update_columns_(
 def _rescale_(scale: Tensor, steps: Tensor, slope: Tensor, H: Tensor, dtype: torch.dtype) -> Tensor:
     """Update the scales [rows] of a group, and return the changes of its values [width, rows].
 
-    `steps` and `slope` are [width, rows], `H` is [width, width], `dtype` is that of the file.
+    `steps` and `slope` are [width, rows], `H` is [width, width]; scales are stored in `dtype`.
     """
     first = (steps * slope).sum(dim=0)  # [rows], half the derivative of the error
     second = (steps * (H @ steps)).sum(dim=0)

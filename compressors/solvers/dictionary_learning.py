@@ -139,8 +139,8 @@ class DictionaryProblem:
         Parameters
         ----------
         atoms : int
-            Size of the dictionary, in ``[1, min(d_out, d_in)]``, or ``[1, d_out]`` if the solver
-            allows for `larger` ones.
+            Size of the dictionary, in ``[1, min(d_out, d_in)]``; up to d_out if the solver allows
+            it.
         nonzeros : int
             Number of atoms that each output uses, in ``[1, atoms]``.
         rounds : int, optional
@@ -149,11 +149,6 @@ class DictionaryProblem:
             ``"2:4"`` lets an output use two of every four consecutive atoms.
         seed : int
             Seed of the random start of "cospadi".
-
-        Returns
-        -------
-        Dictionary
-            On the device of `W`.
 
         Raises
         ------

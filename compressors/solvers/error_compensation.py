@@ -44,10 +44,8 @@ def refit_target(
     ----------
     W : Tensor, shape [d_out, d_in]
         Weight of the dense model.
-    H_prefix : Tensor, shape [d_in, d_in]
-        ``X'.T @ X'``.
-    cross : Tensor, shape [d_in, d_in]
-        ``X.T @ X'``.
+    H_prefix, cross : Tensor, shape [d_in, d_in]
+        ``X'.T @ X'`` and ``X.T @ X'``.
     mix : float
         Fraction of the dense model's outputs in the target, in [0, 1].
     damp : float
@@ -59,8 +57,7 @@ def refit_target(
 
     Returns
     -------
-    V : Tensor, shape [d_out, d_in]
-        In float64.
+    V : Tensor, shape [d_out, d_in], float64
     fallback : str or None
         Description of the deviation from the request, None if there is none.
 
@@ -71,11 +68,10 @@ def refit_target(
 
     Notes
     -----
-    The target of [1]_ plus the term of the residual stream, solved by Cholesky:
-    ``V = W + (mix W (cross - H') + residual deficit) H'^{-1}``. In the paper
-    ``V = W ((1 - mix) I + mix cross H'^{-1})``, which is the same without damping and without the
-    stream. With damping, the correction form pulls V towards W; the paper's form would scale W by
-    ``1 - mix`` in directions without tokens.
+    The target of [1]_ plus the term of the residual stream:
+    ``V = W + (mix W (cross - H') + residual deficit) H'^{-1}``. Without damping and stream it
+    equals the paper's ``W ((1 - mix) I + mix cross H'^{-1})``. Damping pulls V towards W here; in
+    the paper's form it would scale W by ``1 - mix`` in directions without tokens.
 
     References
     ----------

@@ -69,8 +69,7 @@ def balanced_factors(
 def equalize_norms(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """Scale each column of B [d_out, rank] and row of A [rank, d_in] to equal norms.
 
-    The product is unchanged, and neither factor has numbers much larger than the other's, which
-    limits the error of rounding to 16 bits.
+    The product is unchanged, and the range of numbers in both factors suits 16 bits.
     """
     ratio = A.norm(dim=1) / B.norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)
     scale = torch.where(ratio > 0, ratio, 1).sqrt()  # [rank]

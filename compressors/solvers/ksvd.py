@@ -30,13 +30,10 @@ def cospadi(task: SparseCodingTask) -> SparseCode:
 
     Notes
     -----
-    Algorithm 1 of [1]_ with the settings of its experiments: the start is a random selection of
-    columns of the original, not whitened, weight, and eight power iterations replace each SVD.
-    Pursuit can raise the error; the best round is returned, whereas the paper returns the last.
-
-    References
-    ----------
-    .. [1] D. Makhov et al., "CoSpaDi", 2025. https://arxiv.org/abs/2509.22075
+    Algorithm 1 of CoSpaDi (https://arxiv.org/abs/2509.22075) with the settings of its experiments:
+    the start is a random selection of columns of the original, not whitened, weight, and eight
+    power iterations replace each SVD. Pursuit can raise the error; the best round is returned,
+    whereas the paper returns the last.
     """
     Z = task.Z
     generator = torch.Generator().manual_seed(task.seed)
@@ -69,9 +66,8 @@ def matching_pursuit(D: Tensor, Z: Tensor, nonzeros: int) -> tuple[Tensor, Tenso
 
     Returns
     -------
-    S : Tensor, shape [atoms, columns]
-    mask : Tensor, shape [atoms, columns]
-        The selected atoms of each column.
+    S, mask : Tensor, shape [atoms, columns]
+        Coefficients, and the selected atoms of each column.
     """
     C = D.T @ D  # [atoms, atoms]
     table = nonzeros * len(C) * C.element_size()
@@ -121,22 +117,12 @@ def _pursue_batch(C: Tensor, A: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
 
 
 def ksvd_update(Z: Tensor, D: Tensor, S: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Update every atom in turn, together with its coefficients, on fixed supports.
+    """Update every atom of D [dim, atoms] in turn, with its row of S [atoms, columns], on fixed
+    supports.
 
-    Each atom and its row of S become a rank-one approximation of the residual without them, on the
+    Each atom and its row become a rank-one approximation of the residual without them, on the
     columns that use the atom, by power iterations from their current values: the error never rises.
     Unused columns are masked, not removed: this doubles the products, but no shape depends on data.
-
-    Parameters
-    ----------
-    Z : Tensor, shape [dim, columns]
-    D : Tensor, shape [dim, atoms]
-    S, mask : Tensor, shape [atoms, columns]
-
-    Returns
-    -------
-    D : Tensor, shape [dim, atoms]
-    S : Tensor, shape [atoms, columns]
     """
     D, S = D.T.clone(), S.clone()  # [atoms, dim], [atoms, columns]
     E = Z - D.T @ S  # [dim, columns]

@@ -32,9 +32,9 @@ def low_rank_correction(
 
     Returns
     -------
-    L : Tensor, shape [d_out, rank]
-    R : Tensor, shape [rank, d_in]
-        Both in float64; columns of L and rows of R have equal norms.
+    L : Tensor, shape [d_out, rank], float64
+    R : Tensor, shape [rank, d_in], float64
+        Columns of L and rows of R have equal norms.
 
     Raises
     ------
@@ -43,10 +43,9 @@ def low_rank_correction(
 
     Notes
     -----
-    Only the smaller side is decomposed. With the eigenvectors V of ``E H E^T`` the product is
-    ``V (V^T E)`` and no root of H is needed; a taller E is solved with a root ``H = P P^T``, as
-    ``(E P V) (V^T P^-1)`` with the eigenvectors of ``P^T E^T E P``. [3]_ scales by the mean
-    absolute input; here the root mean square is used, which H contains.
+    The eigenvectors V of ``E H E^T`` give ``V (V^T E)``, without a root of H. A taller E is solved
+    with a root ``H = P P^T``, as ``(E P V) (V^T P^-1)`` with the eigenvectors of ``P^T E^T E P``.
+    [3]_ scales by the mean absolute input; here the root mean square is used, which H contains.
 
     References
     ----------

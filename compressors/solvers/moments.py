@@ -44,14 +44,10 @@ class Moment:
 
     @classmethod
     def weighted(cls, weights: Tensor, W: Tensor) -> Self:
-        """Return the moment ``diag(weights)`` of the columns of `W`, as `full` or as an image.
+        """Return the moment ``diag(weights)`` of the columns of `W` [other, d], as `full` or as an
+        image.
 
-        Parameters
-        ----------
-        weights : Tensor, shape [d]
-            One non-negative number per column.
-        W : Tensor, shape [other, d]
-            The weight, or its transpose where the moment is that of the output gradients.
+        The weights [d] are not negative. `W` is transposed for a moment of the output gradients.
         """
         other, d = W.shape
         W, weights = W.double(), weights.double()
@@ -84,12 +80,7 @@ class Moment:
     def through(self, W: Tensor, damp: float = 0.0) -> Tensor:
         """Return ``W (M + damp * mean(diag(M)) * I) W^T`` [other, other] in float64.
 
-        Parameters
-        ----------
-        W : Tensor, shape [other, d]
-            The weight, or its transpose where the moment is that of the output gradients.
-        damp : float
-            Fraction of the mean diagonal that is added to the diagonal.
+        `W` [other, d] is the weight, or its transpose for a moment of the output gradients.
         """
         W = W.double()
         seen = W @ self.whole() @ W.T if self.image is None else self.image.double()
@@ -98,14 +89,10 @@ class Moment:
         return seen + damp * self.diagonal.double().mean() * (W @ W.T)  # [other, other]
 
     def centred(self, total: Tensor, n_tokens: int, W: Tensor) -> "Moment":
-        """Return the moment about the mean, ``M - s s^T / n`` with ``s`` the sum over tokens.
+        """Return the moment about the mean, ``M - s s^T / n``, with `total` s [d] the sum over n
+        tokens.
 
-        Parameters
-        ----------
-        total : Tensor, shape [d]
-            Sum over `n_tokens` tokens.
-        W : Tensor, shape [other, d]
-            As for `through`; the image is centred by the image of the mean.
+        `W` [other, d] is that of `through`.
         """
         s = total.double()
         seen = W.double() @ s  # [other]

@@ -129,19 +129,9 @@ def prune_curve(
 ) -> list[float]:
     """Return approximately the energies of `prune` for several budgets, in much less time.
 
-    Every budget continues from the next larger one, so that swaps are shared. The parameters are
-    those of `prune`.
-
-    Returns
-    -------
-    list of float
-        In the order of `nonzeros`. Mostly above the energies of `prune`, by up to 15 % if half of
-        the entries are removed, less if fewer are. More rounds reduce the difference.
-
-    Raises
-    ------
-    ValueError
-        If a budget is out of range.
+    Every budget continues from the next larger one. The energies, in the order of `nonzeros`, are
+    mostly above those of `prune`: by up to 15 % if half of the entries are removed, less if fewer
+    are. More rounds reduce the difference. Parameters and errors are those of `prune`.
     """
     for budget in nonzeros:
         _check(W, budget, "unstructured", saliency)

@@ -60,12 +60,11 @@ def quantize_blocks(
     damp: float = DAMP,
     act_order: bool = True,
 ) -> QuantizedBlocks:
-    """Keep some blocks of a matrix, and quantize them, to minimize the error of its output.
+    """Keep some blocks of a matrix, and quantize them, to minimize ``tr((W - W_q) H (W - W_q)^T)``.
 
-    Minimizes ``tr((W - W_q) H (W - W_q)^T)``. A block is a group of numbers that share a scale.
-    The blocks that cost least are removed, over the whole matrix; the others are refitted,
-    quantized column by column as in GPTQ, with the removed ones fixed at zero, and improved by
-    coordinate descent.
+    A block is a group of numbers that share a scale. The blocks that cost least are removed, over
+    the whole matrix; the others are refitted, quantized column by column as in GPTQ, and improved
+    by coordinate descent.
 
     Parameters
     ----------
@@ -74,15 +73,11 @@ def quantize_blocks(
         Second moment of the inputs. If it is unknown or zero, the blocks of largest norm are kept
         and rounded to nearest.
     n_blocks : int
-        Number of blocks to keep, in ``[1, rows * columns / group size]``.
+        Number of blocks to keep, in ``[1, rows * columns / group_size]``.
     scheme : Scheme
         Symmetric, with a group size.
-    dtype : torch.dtype
-        Dtype of the stored scales.
-    damp : float
-        Fraction of ``mean(diag(H))`` added to its diagonal.
-    act_order : bool
-        Quantize the columns with the largest inputs first.
+    dtype, damp, act_order
+        As for `gptq`.
 
     Returns
     -------
@@ -97,16 +92,15 @@ def quantize_blocks(
     Notes
     -----
     The representation is that of [1]_. Blocks are ranked by the exact increase of the error when
-    one is removed and all others compensate, as in [2]_ for single weights, followed by swaps. The
-    first stage of [1]_, which trains the weights by gradients, is replaced by a closed-form refit
-    and GPTQ; its second stage, end-to-end training of the scales, is not implemented.
+    one is removed and all others compensate, as in optimal brain surgeon for single weights,
+    followed by swaps. The first stage of [1]_, which trains the weights by gradients, is replaced
+    by a closed-form refit and GPTQ; its second stage, end-to-end training of the scales, is not
+    implemented.
 
     References
     ----------
     .. [1] C. Zeng et al., "GQSA: Group Quantization and Sparsity for Accelerating Large Language
        Model Inference", 2024. https://arxiv.org/abs/2412.17560
-    .. [2] B. Hassibi and D. Stork, "Second order derivatives for network pruning: Optimal Brain
-       Surgeon", NIPS 1992.
     """
     check_finite(W, "the matrix")
     rows, columns = W.shape

@@ -12,10 +12,9 @@ from torch import Tensor
 from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.solvers.factor_balancing import Balance, balanced_factors
 from lrc.compressors.solvers.factor_refit import compensation_target, refit_left, refit_right
-from lrc.compressors.solvers.gptq import check_metric
+from lrc.compressors.solvers.gptq import QuantizerName, check_metric, quantize_matrix
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
-from lrc.compressors.solvers.quantize_matrix import QuantizerName, quantize_matrix
 from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix
 
 ROUNDS = 2
@@ -149,12 +148,7 @@ def quantize_pivoted(
     C : Tensor, shape [d_out - rank, rank]
     order : Tensor, shape [d_out]
     H, scheme, dtype, quantizer, G, rounds
-        As for `quantize_low_rank`.
-
-    Raises
-    ------
-    ValueError
-        If `quantizer` is unknown, and see `gptq`.
+        As for `quantize_low_rank`; so are the errors raised.
     """
     check_metric(W, H)
     W, R, C, H = W.double(), R.double(), C.double(), H.double()

@@ -12,7 +12,8 @@ from lrc.compressors.solvers.spectrum import Spectrum, spectrum
 def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 0.0) -> Spectrum:
     """Decompose the weights of several layers with a common right factor.
 
-    Minimizes ``sum_i ||(W_i - B_i @ A) L||_F^2`` with ``L @ L.T == H``, damped.
+    Minimizes ``sum_i ||(W_i - B_i @ A) L||_F^2`` with ``L @ L.T == H``, damped. With one weight the
+    method is SVD-LLM.
 
     Parameters
     ----------
@@ -25,8 +26,7 @@ def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 
     Returns
     -------
     Spectrum
-        Of the weights stacked along their outputs, [n_layers * d_out, d_in]. `split` separates the
-        left factor of a truncation.
+        Of the weights stacked along their outputs, [n_layers * d_out, d_in]; see `split`.
 
     Raises
     ------
@@ -35,9 +35,8 @@ def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 
 
     Notes
     -----
-    As in [1]_ every layer is weighted by the *sum* of the moments, not by its own. The papers'
-    weights are transposed: their shared basis is A here, their coefficients are B_i. With one
-    weight the method is SVD-LLM.
+    As in [1]_ every layer is weighted by the *sum* of the moments, not by its own. The paper's
+    weights are transposed: its shared basis is A here, its coefficients are B_i.
 
     References
     ----------
@@ -67,20 +66,10 @@ def split_codes(parts: Mapping[str, Tensor], n_layers: int) -> list[dict[str, Te
         for weights stacked along their outputs, under the sum of the moments of their inputs.
     n_layers : int
 
-    Returns
-    -------
-    list of dict
-        The same names for each layer, with S and mask [atoms, d_out].
-
     Notes
     -----
-    The variant of [1]_ with a dictionary common to several layers; the paper takes the mean of the
-    moments, which differs by a constant factor. As in `shared_spectrum`, a common moment is an
-    approximation.
-
-    References
-    ----------
-    .. [1] D. Makhov et al., "CoSpaDi", 2025. https://arxiv.org/abs/2509.22075
+    The shared variant of CoSpaDi (https://arxiv.org/abs/2509.22075), which takes the mean of the
+    moments: it differs by a constant factor.
     """
     codes = zip(parts["S"].chunk(n_layers, 1), parts["mask"].chunk(n_layers, 1), strict=True)
     return [{"D": parts["D"], "S": S, "mask": mask} for S, mask in codes]

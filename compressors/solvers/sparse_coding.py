@@ -55,20 +55,10 @@ def squared_error(Z: Tensor, D: Tensor, S: Tensor) -> float:
 
 
 def support(score: Tensor, nonzeros: int, pattern: Pattern = "unstructured") -> Tensor:
-    """Select the coefficients of highest score in every column.
+    """Select the `nonzeros` coefficients of highest score in every column, as a mask.
 
-    Parameters
-    ----------
-    score : Tensor, shape [atoms, columns]
-        Not negative.
-    nonzeros : int
-        Number of coefficients of a column; ties are broken arbitrarily.
-    pattern : {"unstructured", "2:4"}
-        With ``"2:4"`` the two highest of every four consecutive atoms, which makes half of them.
-
-    Returns
-    -------
-    Tensor, shape [atoms, columns], bool
+    `score` [atoms, columns] is not negative; ties are broken arbitrarily. With the pattern "2:4"
+    the two highest of every four consecutive atoms are selected, which makes half of them.
     """
     if pattern == "2:4":
         return two_of_four(score, 0)
@@ -102,7 +92,6 @@ def refit_codes(C: Tensor, A: Tensor, S: Tensor, mask: Tensor, steps: int) -> Te
     mask : Tensor, shape [atoms, columns]
         The support of every column.
     steps : int
-        Number of steps, with one product ``C @ S`` each.
     """
     # A smaller gradient is a rounding error; steps along it would diverge for dependent atoms.
     floor = (16 * torch.finfo(S.dtype).eps) ** 2 * (A * mask).square().sum(0, keepdim=True)
@@ -113,13 +102,6 @@ def refit_codes(C: Tensor, A: Tensor, S: Tensor, mask: Tensor, steps: int) -> Te
 
 def refit_dictionary(Z: Tensor, D: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """Replace the dictionary by the least-squares solution for the codes S.
-
-    Parameters
-    ----------
-    Z : Tensor, shape [dim, columns]
-    D : Tensor, shape [dim, atoms]
-        The dictionary so far.
-    S : Tensor, shape [atoms, columns]
 
     Returns
     -------

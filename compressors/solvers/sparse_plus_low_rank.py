@@ -109,21 +109,13 @@ class SparsePlusLowRankProblem:
     def solve(self, *, rank: int, nonzeros: int) -> SparsePlusLowRank:
         """Find the low-rank and the sparse part that minimize the error of their sum.
 
-        Parameters
-        ----------
-        rank : int
-            In ``[1, min(d_out, d_in)]``.
-        nonzeros : int
-            In ``[1, d_out * d_in]``.
+        The search is in float32 as in `prune`; the best state is refitted in float64.
 
         Raises
         ------
         ValueError
-            If a size is out of range.
-
-        Notes
-        -----
-        The search is in float32 as in `prune`; the best state is refitted in float64.
+            If `rank` is not in ``[1, min(d_out, d_in)]`` or `nonzeros` not in
+            ``[1, d_out * d_in]``.
         """
         self._check(rank, nonzeros)
         swaps = _swap_schedule(SWAPS_DECAY, ROUNDS, LAST_ROUNDS)
@@ -141,14 +133,9 @@ class SparsePlusLowRankProblem:
     def curve(self, sizes: Sequence[Sizes]) -> list[float]:
         """Return approximately the energies of `solve` for several sizes, in much less time.
 
-        Each search continues from the size before unless that is smaller. The energies are above
-        those of `solve`: by 1 to 7 % if half of the bits or less are kept, 8 to 13 % at 0.8 of
-        them, a third at 0.95.
-
-        Parameters
-        ----------
-        sizes : sequence of mapping of str to int
-            The parameters "rank" and "nonzeros" of `solve`.
+        `sizes` has the parameters "rank" and "nonzeros" of `solve`. Each search continues from the
+        size before unless that is smaller. The energies are above those of `solve`: by 1 to 7 % if
+        half of the bits or less are kept, 8 to 13 % at 0.8 of them, a third at 0.95.
 
         Raises
         ------
@@ -209,7 +196,7 @@ class SparsePlusLowRankProblem:
 
 
 def subspace_iteration(X: Tensor, metric: Metric, rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Take one step towards the best low-rank approximation under two metrics.
+    """Take one step towards the best low-rank approximation of X [d_out, d_in] under two metrics.
 
     Parameters
     ----------

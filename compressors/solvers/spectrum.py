@@ -2,9 +2,7 @@
 
 The rank-r minimizer of ``||K^T (W - W_hat) L||_F`` is the truncated SVD of ``K^T W L`` with the
 metrics divided out again (Eckart-Young). No SVD is computed: the eigenvectors of the smaller of the
-two Gram matrices of ``K^T W L`` give the same subspace. The metric of the longer side is never
-factored, because only its image through the weight is needed, and nothing larger than
-``min(d_out, d_in)`` is decomposed.
+two Gram matrices of ``K^T W L`` give the same subspace.
 """
 
 from dataclasses import dataclass
@@ -97,8 +95,8 @@ def spectrum(
 ) -> Spectrum:
     """Decompose a weight under the metrics of its inputs and of its output gradients.
 
-    Minimizes ``||K^T (W - W_hat) L||_F`` at every rank, with ``L @ L.T == H`` and
-    ``K @ K.T == G``, both damped.
+    Minimizes ``||K^T (W - W_hat) L||_F`` at every rank, with ``L @ L.T == H`` and ``K @ K.T == G``,
+    both damped.
 
     Parameters
     ----------
@@ -124,19 +122,21 @@ def spectrum(
     Notes
     -----
     For d_out <= d_in, the eigenvectors V of ``S = K^T (W H W^T) K`` give ``B = K^{-T} V`` and
-    ``A = (K V)^T W``; L cancels, so no root of H is needed. A taller weight is solved transposed,
-    with the metrics exchanged: ``B = W (L V)`` and ``A = V^T L^{-1}``. K and L are Cholesky
-    factors; the symmetric roots of the papers differ from them by a rotation, which changes neither
-    the error nor its minimizer.
+    ``A = (K V)^T W``; L cancels, so the metric of the longer side is never factored. A taller
+    weight is solved transposed, with the metrics exchanged: ``B = W (L V)`` and ``A = V^T L^{-1}``.
+    K and L are Cholesky factors; the symmetric roots of the papers differ from them by a rotation,
+    which changes neither the error nor its minimizer.
     """
-    problem = _problem(W, inputs, gradients, damp, gradient_damp)
-    energies, V = descending_eigh(problem.S)
-    near, far = V, V.T @ problem.W  # [d_near, d_near], [d_near, d_far]
-    if problem.K is not None:
-        near = torch.linalg.solve_triangular(problem.K.T, V, upper=True)
-        far = (problem.K @ V).T @ problem.W
-    B, A = (far.T, near.T) if problem.transposed else (near, far)
-    return Spectrum(energies, B=B, A=A, fallback=problem.fallback)
+    S, K, fallback = _near_gram(W, inputs, gradients, damp, gradient_damp)
+    transposed = W.shape[0] > W.shape[1]
+    W = (W.T if transposed else W).double()  # [d_near, d_far]
+    energies, V = descending_eigh(S)
+    near, far = V, V.T @ W  # [d_near, d_near], [d_near, d_far]
+    if K is not None:
+        near = torch.linalg.solve_triangular(K.T, V, upper=True)
+        far = (K @ V).T @ W
+    B, A = (far.T, near.T) if transposed else (near, far)
+    return Spectrum(energies, B=B, A=A, fallback=fallback)
 
 
 def energies_only(
@@ -148,35 +148,24 @@ def energies_only(
     gradient_damp: float = 0.0,
 ) -> Tensor:
     """Return the energies [min(d_out, d_in)] of `spectrum`, without vectors, in less time."""
-    return descending_eigvalsh(_problem(W, inputs, gradients, damp, gradient_damp).S)
+    return descending_eigvalsh(_near_gram(W, inputs, gradients, damp, gradient_damp)[0])
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """A weight transposed so that its shorter side, the near one, comes first."""
-
-    W: Tensor
-    """[d_near, d_far]"""
-    transposed: bool
-    K: Tensor | None
-    """[d_near, d_near], factor of the near metric; None for the identity."""
-    S: Tensor
-    """[d_near, d_near], its eigenvalues are the energies."""
-    fallback: str | None
-
-
-def _problem(
+def _near_gram(
     W: Tensor,
     inputs: Moment | None,
     gradients: Moment | None,
     damp: float,
     gradient_damp: float,
-) -> _Problem:
+) -> tuple[Tensor, Tensor | None, str | None]:
+    """Return S and K of the shorter side [d_near, d_near] (None for no metric), and any fallback.
+
+    The energies of the weight are the eigenvalues of S.
+    """
     inputs, gradients, notes = without_empty(inputs, gradients)
     W = W.double()
-    transposed = W.shape[0] > W.shape[1]
     name, near, near_damp, far, far_damp = "gradients", gradients, gradient_damp, inputs, damp
-    if transposed:
+    if W.shape[0] > W.shape[1]:
         W = W.T
         name, near, near_damp, far, far_damp = "inputs", inputs, damp, gradients, gradient_damp
     K = None
@@ -186,4 +175,4 @@ def _problem(
         S = K.T @ S @ K
         if note is not None:
             notes.append(f"{name}: {note}")
-    return _Problem(W, transposed, K, S, "; ".join(notes) or None)
+    return S, K, "; ".join(notes) or None

@@ -39,13 +39,10 @@ def rocket(task: SparseCodingTask) -> SparseCode:
 
     Notes
     -----
-    The factorization of [1]_: importance ``|c_ij| * ||L^{-1} b_i||^0.5`` of coefficient j on
-    eigenvector i, then a ridge least-squares dictionary. The paper then redistributes 0.5 % of the
-    coefficients over the columns; here every column has the same number.
-
-    References
-    ----------
-    .. [1] "ROCKET", 2026. https://arxiv.org/abs/2602.11008
+    The factorization of ROCKET (https://arxiv.org/abs/2602.11008): importance
+    ``|c_ij| * ||L^{-1} b_i||^0.5`` of coefficient j on eigenvector i, then a ridge least-squares
+    dictionary. The paper then redistributes 0.5 % of the coefficients over the columns; here every
+    column has the same number.
     """
     Z, k = task.Z, task.atoms
     S = Z[:k]  # the code in the eigenbasis
@@ -59,12 +56,8 @@ def compot(task: SparseCodingTask) -> SparseCode:
 
     Notes
     -----
-    The factorization of [1]_, followed by one least-squares update of the dictionary, which need
-    not be orthogonal once the codes are fixed.
-
-    References
-    ----------
-    .. [1] "COMPOT", 2026. https://arxiv.org/abs/2602.15200
+    The factorization of COMPOT (https://arxiv.org/abs/2602.15200), followed by one least-squares
+    update of the dictionary, which need not be orthogonal once the codes are fixed.
     """
     D, errors = _orthogonal(task, task.rounds)
     S, mask = orthogonal_codes(task, D)
@@ -102,10 +95,7 @@ def _axes(Z: Tensor, order: Tensor) -> Tensor:
 def polar_factor(M: Tensor) -> Tensor:
     """Return the matrix D [dim, atoms] with orthonormal columns that maximizes ``trace(D^T M)``.
 
-    Parameters
-    ----------
-    M : Tensor, shape [dim, atoms]
-        With dim >= atoms. If its rank is lower than `atoms`, D is not unique.
+    `M` is [dim, atoms] with dim >= atoms. If its rank is lower than `atoms`, D is not unique.
 
     Notes
     -----
