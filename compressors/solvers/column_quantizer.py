@@ -47,27 +47,24 @@ class ColumnQuantizer:
         zero: Tensor | None,
         current: Tensor | None = None,
     ) -> Outputs:
-        """Quantize the columns of a block in sequence. All tensors are [width, rows] except
-        `coupling`.
+        """Quantize the columns of a block in sequence.
 
         Parameters
         ----------
-        target : Tensor
+        target : Tensor, shape [width, rows]
             Values that the columns are to take, before the block changes.
         coupling : Tensor, shape [width, width]
             ``coupling[i, j]`` times the change of column i is added to the target of column j > i.
-        scale, zero : Tensor
+        scale, zero : Tensor, shape [width, rows]
             Scales and, unless None, zero points.
-        current : Tensor, optional
+        current : Tensor, shape [width, rows], optional
             Values from which changes are counted. Default: the target of each column.
 
         Returns
         -------
-        delta : Tensor
-            Changes of the columns.
-        steps : Tensor
-            Codes minus zero points; the values are ``steps * scale``. On CUDA the next call
-            overwrites both.
+        delta, steps : Tensor, shape [width, rows]
+            Changes of the columns, and codes minus zero points; the values are ``steps * scale``.
+            On CUDA the next call overwrites both.
         """
         inputs: Inputs = (target, coupling, scale, zero, current)
         if self.device.type != "cuda":

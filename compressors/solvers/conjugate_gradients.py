@@ -14,7 +14,7 @@ def conjugate_gradients(
     residual: Tensor,
     *,
     steps: int,
-    precondition: Operator | None = None,
+    precondition: Operator = lambda r: r,
     dim: int | None = None,
     floor: Tensor | float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -30,33 +30,25 @@ def conjugate_gradients(
         ``b - operator(x)`` at the starting point.
     steps : int
         Number of steps; each applies `operator` once.
-    precondition : callable, optional
+    precondition : callable
         Symmetric positive semi-definite approximation of the inverse. Entries of `x` for which it
         returns zero do not change: a preconditioner with a mask solves the problem on the mask.
     dim : int, optional
-        Dimension of the unknowns in a batch of independent problems. Default: all entries of `x`
-        are the unknowns of one problem.
+        Dimension of the unknowns in a batch of independent problems. Default: one problem.
     floor : Tensor or float
         A problem whose squared preconditioned residual is not above this is not changed any more.
+        This is decided by a mask, without synchronization with a GPU.
 
     Returns
     -------
-    x : Tensor
-    residual : Tensor
-        ``b - operator(x)``, over all entries including masked ones.
-
-    Notes
-    -----
-    There is no synchronization with a GPU: finished problems are masked, not detected.
+    x, residual : Tensor
+        The solution and ``b - operator(x)``, over all entries including masked ones.
     """
 
     def inner(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum() if dim is None else (a * b).sum(dim=dim, keepdim=True)
 
-    def preconditioned(r: Tensor) -> Tensor:
-        return r if precondition is None else precondition(r)
-
-    direction = preconditioned(residual)
+    direction = precondition(residual)
     size = inner(residual, direction)
     for _ in range(steps):
         image = operator(direction)
@@ -65,7 +57,7 @@ def conjugate_gradients(
         step = torch.where(live, size / curvature, 0)
         x = x + step * direction
         residual = residual - step * image
-        z = preconditioned(residual)
+        z = precondition(residual)
         before, size = size, inner(residual, z)
         direction = z + torch.where(live, size / before, 0) * direction
     return x, residual

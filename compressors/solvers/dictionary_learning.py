@@ -99,12 +99,9 @@ class DictionaryProblem:
         Parameters
         ----------
         W : Tensor, shape [d_out, d_in]
-            Weight of a linear layer, ``y = x @ W.T``.
-        inputs : Moment, optional
-            Second moment ``H`` of the inputs. Default: the identity.
-        gradients : Moment, optional
-            Second moment ``G`` of the loss gradients at the output, of which only the diagonal is
-            used. Default: the identity; "cospadi" always takes the identity.
+        inputs, gradients : Moment, optional
+            Second moments ``H`` of the inputs and ``G`` of the loss gradients at the output, of
+            which only the diagonal is used. Default: the identity; "cospadi" ignores the gradients.
         solver : str
             A key of `SOLVERS`.
         damp, gradient_damp : float

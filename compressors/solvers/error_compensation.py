@@ -36,7 +36,7 @@ def refit_target(
 ) -> tuple[Tensor, str | None]:
     """Return the weight that maps the compressed model's inputs to the dense model's outputs.
 
-    Minimizes the squared difference of ``X' V^T`` from
+    Minimizes the squared difference between ``X' V^T`` and
     ``(1 - mix) X' W^T + mix X W^T + residual (R - R')`` over V, with the matrices of
     `PrefixMoments`. V is then compressed in place of W, under the metric `H_prefix`.
 
@@ -68,16 +68,10 @@ def refit_target(
 
     Notes
     -----
-    The target of [1]_ plus the term of the residual stream:
-    ``V = W + (mix W (cross - H') + residual deficit) H'^{-1}``. Without damping and stream it
-    equals the paper's ``W ((1 - mix) I + mix cross H'^{-1})``. Damping pulls V towards W here; in
-    the paper's form it would scale W by ``1 - mix`` in directions without tokens.
-
-    References
-    ----------
-    .. [1] J. Zhao et al., "Pivoting Factorization: A Compact Meta Low-Rank Representation of
-       Sparsity for Efficient Inference in Large Language Models", 2025.
-       https://arxiv.org/abs/2501.19090
+    The target of Pivoting Factorization (https://arxiv.org/abs/2501.19090) plus the term of the
+    stream: ``V = W + (mix W (cross - H') + residual deficit) H'^{-1}``. Without damping and stream
+    it equals the paper's ``W ((1 - mix) I + mix cross H'^{-1})``. Damping pulls V towards W here;
+    in the paper's form it would scale W by ``1 - mix`` in directions without tokens.
     """
     for name, value in (("mix", mix), ("residual", residual)):
         if not 0 <= value <= 1:

@@ -12,18 +12,11 @@ REFIT_DAMP = 1e-8
 def refit_left(
     target: Tensor, B: Tensor, A: Tensor, H: Tensor, damp: float = REFIT_DAMP
 ) -> tuple[Tensor, Tensor]:
-    """Minimize ``tr((V - B A) H (V - B A)^T)`` over the left factor B, with V the target.
+    """Minimize ``tr((V - B A) H (V - B A)^T)`` over the left factor B [d_out, rank], with V the
+    target.
 
-    Parameters
-    ----------
-    target : Tensor, shape [d_out, d_in]
-    B : Tensor, shape [d_out, rank]
-        Damping pulls the solution towards it, so that the error never rises.
-    A : Tensor, shape [rank, d_in]
-    H : Tensor, shape [d_in, d_in]
-        Second moment of the inputs.
-    damp : float
-        Fraction of the mean diagonal of ``A H A^T`` added to it.
+    Damping, a fraction of the mean diagonal of ``A H A^T``, pulls the solution towards the given
+    `B`, so that the error never rises.
 
     Returns
     -------
@@ -39,9 +32,7 @@ def refit_left(
     return B + torch.cholesky_solve(missing.T, L).T, H_rank
 
 
-def refit_right(
-    target: Tensor, B: Tensor, A: Tensor, G: Tensor | None = None, damp: float = REFIT_DAMP
-) -> Tensor:
+def refit_right(target: Tensor, B: Tensor, A: Tensor, G: Tensor | None = None) -> Tensor:
     """Minimize ``tr((V - B A)^T G (V - B A))`` over the right factor A; see `refit_left`.
 
     The solution ``(B^T G B)^{-1} B^T G V`` is optimal under every second moment of the inputs, but
@@ -51,7 +42,7 @@ def refit_right(
     normal = left @ B  # [rank, rank]
     if not normal.diagonal().any():
         return A
-    L, _ = whitening_factor(normal, damp)
+    L, _ = whitening_factor(normal, REFIT_DAMP)
     return A + torch.cholesky_solve(left @ (target - B @ A), L)
 
 

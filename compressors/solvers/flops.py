@@ -5,12 +5,7 @@ from math import prod
 from lrc.compressors.solvers.ksvd import POWER_STEPS
 from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS, STEPS_IN_METRIC
 from lrc.compressors.solvers.sparse_plus_low_rank import START_STEPS, directions
-from lrc.compressors.solvers.thresholding import (
-    CODE_STEPS,
-    FINAL_ROUNDS,
-    FINAL_STEPS,
-    START_ROUNDS,
-)
+from lrc.compressors.solvers.thresholding import CODE_STEPS, FINAL_ROUNDS, FINAL_STEPS, START_ROUNDS
 
 # A product of matrix and vector reads the matrix for one multiplication an entry: this many times
 # slower a multiplication than the product of two matrices.

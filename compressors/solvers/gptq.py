@@ -11,11 +11,7 @@ from lrc.compressors.solvers.column_quantizer import ColumnQuantizer
 from lrc.compressors.solvers.coordinate_descent import PASSES, coordinate_descent
 from lrc.compressors.solvers.linalg import whitening_factor
 from lrc.compressors.solvers.quantization_grid import check_finite, find_grid
-from lrc.compressors.solvers.quantized_matrix import (
-    QuantizedMatrix,
-    better_rows,
-    round_to_nearest,
-)
+from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, better_rows, round_to_nearest
 
 QuantizerName = Literal["rtn", "gptq"]
 
@@ -64,16 +60,11 @@ def gptq(
 
     Notes
     -----
-    The algorithm of [1]_. Grids are found before, so that groups stay contiguous in any order of
-    columns. With ``H^-1 = U^T U``, U upper triangular, the squares of the paper's errors
-    ``(w - q) / U_ii`` add up to the objective. A column costs at least ``(w - q)^2 / [H^-1]_ii``
-    however well the others compensate, so this is the weight by which grids are chosen; on
-    SmolLM2-135M it leaves 5 to 9 % less error than the diagonal of H.
-
-    References
-    ----------
-    .. [1] E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-       Transformers", ICLR 2023. https://arxiv.org/abs/2210.17323
+    GPTQ (https://arxiv.org/abs/2210.17323) with grids that are found before, so that groups stay
+    contiguous in any order of columns. With ``H^-1 = U^T U``, U upper triangular, the squares of
+    the paper's errors ``(w - q) / U_ii`` add up to the objective. A column costs at least
+    ``(w - q)^2 / [H^-1]_ii`` however well the others compensate, so this is the weight by which
+    grids are chosen; on SmolLM2-135M it leaves 5 to 9 % less error than the diagonal of H.
     """
     check_metric(W, H)
     W, H = W.double(), H.double()

@@ -55,14 +55,14 @@ def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
         Symmetric positive semi-definite, float64.
     damp : float
         Fraction of the mean diagonal added to the diagonal. While the Cholesky factorization fails,
-        it is raised to ten times its value (from 0 to 1e-10), but not above `MAX_DAMP`.
+        it is raised tenfold (from 0 to 1e-10), but not above `MAX_DAMP`.
 
     Returns
     -------
     L : Tensor, shape [d, d]
-        Lower triangular and invertible: the Cholesky factor. If there is none even at `MAX_DAMP`, a
-        factor built from the eigenvectors of the matrix with the requested damping, with
-        eigenvalues below 1e-12 of the largest raised to that.
+        Lower triangular and invertible: the Cholesky factor; if there is none even at `MAX_DAMP`, a
+        factor from the eigenvectors at the requested damping, with eigenvalues below 1e-12 of the
+        largest raised to that.
     fallback : str or None
         Description of the deviation from the request, None if there is none.
     """

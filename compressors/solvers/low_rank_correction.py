@@ -15,7 +15,7 @@ Kind = Literal["qera", "eora", "lqer"]
 def low_rank_correction(
     E: Tensor, H: Tensor, rank: int, kind: Kind = "qera"
 ) -> tuple[Tensor, Tensor]:
-    """Compute the low-rank matrix that reduces a quantization error most.
+    """Compute the low-rank matrix ``L @ R`` that reduces a quantization error most.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def low_rank_correction(
     kind : {"qera", "eora", "lqer"}
         What is minimized: ``tr((E - L R) H (E - L R)^T)`` [1]_; the same restricted to the
         numerical range of H, with no correction outside [2]_; or the same with the diagonal of H
-        only [3]_.
+        only [3]_. The latter scales by the mean absolute input; here the root mean square is used.
 
     Returns
     -------
@@ -45,16 +45,12 @@ def low_rank_correction(
     -----
     The eigenvectors V of ``E H E^T`` give ``V (V^T E)``, without a root of H. A taller E is solved
     with a root ``H = P P^T``, as ``(E P V) (V^T P^-1)`` with the eigenvectors of ``P^T E^T E P``.
-    [3]_ scales by the mean absolute input; here the root mean square is used, which H contains.
 
     References
     ----------
-    .. [1] C. Zhang et al., "QERA: an Analytical Framework for Quantization Error Reconstruction",
-       ICLR 2025. https://arxiv.org/abs/2410.06040
-    .. [2] S.-Y. Liu et al., "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace
-       Low-Rank Approximation", 2024. https://arxiv.org/abs/2410.21271
-    .. [3] C. Zhang et al., "LQER: Low-Rank Quantization Error Reconstruction for LLMs", ICML 2024.
-       https://arxiv.org/abs/2402.02446
+    .. [1] C. Zhang et al., "QERA", ICLR 2025. https://arxiv.org/abs/2410.06040
+    .. [2] S.-Y. Liu et al., "EoRA", 2024. https://arxiv.org/abs/2410.21271
+    .. [3] C. Zhang et al., "LQER", ICML 2024. https://arxiv.org/abs/2402.02446
     """
     d_out, d_in = E.shape
     if kind not in get_args(Kind):

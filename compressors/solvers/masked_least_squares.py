@@ -1,18 +1,15 @@
 """Least squares on a mask: the best values for the entries that a sparse weight keeps.
 
-With ``E = W - W_hat`` the error is ``tr(G E H E^T)``. There are two ways to minimize it by
-conjugate gradients, which need matrix products only:
+The error is ``tr(G E H E^T)`` with ``E = W - W_hat``. There are two ways to minimize it:
 
 * `masked_least_squares` iterates on the kept entries. No step raises the error and H and G may be
-  singular, but convergence is slow on the spectra of real activations: with power laws the error
-  is twice the optimum after 40 steps.
-* `compensated_error` iterates on the Lagrange multipliers ``G E H``, which are zero at the kept
+  singular, but on power-law spectra the error is still twice the optimum after 40 steps.
+* `compensated_error` iterates on the Lagrange multipliers ``L = G E H``, which are zero at the kept
   entries and solve ``G^-1 L H^-1 == W`` at the removed ones. The inverse metric is well conditioned
-  in the directions that matter, and fewer entries are removed than kept: the error is within 2 to
-  15 % of the optimum after 8 steps, within 1 % after 16. The multipliers also give the benefit of
-  keeping a removed entry.
+  in the directions that matter: the error is within 2 to 15 % of the optimum after 8 steps, within
+  1 % after 16. The multipliers also give the benefit of keeping a removed entry.
 
-All matrices are [d_out, d_in] unless stated otherwise; masks are True where an entry is kept.
+All tensors are [d_out, d_in]; masks are True where an entry is kept.
 """
 
 import torch
@@ -35,7 +32,7 @@ def masked_least_squares(
     start : Tensor
         Starting point; only its entries in the mask are read.
     steps : int
-        Number of conjugate-gradient steps; none of them raises the error.
+        Number of conjugate-gradient steps.
 
     Returns
     -------

@@ -64,10 +64,7 @@ class Metric:
 
 
 def damped_metric(
-    inputs: Moment | None,
-    gradients: Moment | None,
-    damp: float = 0.0,
-    gradient_damp: float = 0.0,
+    inputs: Moment | None, gradients: Moment | None, damp: float = 0.0, gradient_damp: float = 0.0
 ) -> tuple[Metric, str | None]:
     """Build the metric of two moments, and describe any fallback.
 
@@ -96,12 +93,7 @@ def damped_metric(
 
 
 def weighted_energy(
-    W: Tensor,
-    inputs: Moment | None = None,
-    gradients: Moment | None = None,
-    *,
-    damp: float = 0.0,
-    gradient_damp: float = 0.0,
+    W: Tensor, inputs: Moment | None = None, gradients: Moment | None = None, **damping: float
 ) -> float:
-    """Return ``tr(G W H W^T)`` of `W` [d_out, d_in]; see `damped_metric`."""
-    return float(damped_metric(inputs, gradients, damp, gradient_damp)[0].energy(W.double()))
+    """Return ``tr(G W H W^T)`` of `W` [d_out, d_in]; the others are those of `damped_metric`."""
+    return float(damped_metric(inputs, gradients, **damping)[0].energy(W.double()))

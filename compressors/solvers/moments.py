@@ -44,10 +44,9 @@ class Moment:
 
     @classmethod
     def weighted(cls, weights: Tensor, W: Tensor) -> Self:
-        """Return the moment ``diag(weights)`` of the columns of `W` [other, d], as `full` or as an
-        image.
+        """Return the moment ``diag(weights)`` of the columns of `W`, as `full` or as an image.
 
-        The weights [d] are not negative. `W` is transposed for a moment of the output gradients.
+        `W` is [other, d], transposed for a moment of the output gradients; `weights` [d] are >= 0.
         """
         other, d = W.shape
         W, weights = W.double(), weights.double()
@@ -89,10 +88,9 @@ class Moment:
         return seen + damp * self.diagonal.double().mean() * (W @ W.T)  # [other, other]
 
     def centred(self, total: Tensor, n_tokens: int, W: Tensor) -> "Moment":
-        """Return the moment about the mean, ``M - s s^T / n``, with `total` s [d] the sum over n
-        tokens.
+        """Return the moment about the mean, ``M - s s^T / n``.
 
-        `W` [other, d] is that of `through`.
+        `total` [d] is the sum s over all tokens; `W` is that of `through`.
         """
         s = total.double()
         seen = W.double() @ s  # [other]

@@ -50,34 +50,24 @@ def prune(
 ) -> PrunedWeight:
     """Select the entries of a weight to keep, and their values, under two metrics.
 
-    Minimizes ``tr(G E H E^T)`` with ``E = W - W_hat``, both metrics damped.
+    Minimizes ``tr(G E H E^T)`` with ``E = W - W_hat``, see `damped_metric`.
 
     Parameters
     ----------
     W : Tensor, shape [d_out, d_in]
-        Weight of a linear layer, ``y = x @ W.T``.
-    inputs : Moment, optional
-        Second moment ``H`` of the inputs; needs `full`. Default: the identity.
-    gradients : Moment, optional
-        Second moment ``G`` of the loss gradients at the output; its diagonal is used if there is no
-        `full`. Default: the identity.
+    inputs, gradients, damp, gradient_damp
+        The metrics, as for `damped_metric`. Default: the identity.
     nonzeros : int, optional
         Number of entries to keep in the whole matrix. To be omitted with the pattern "2:4", which
         keeps half of them.
     pattern : {"unstructured", "2:4"}
         Whether to keep any entries, or two of every four consecutive inputs of a row.
     saliency : {"magnitude", "wanda", "second-order"}
-        ``|W_ij|`` over the matrix, or ``|W_ij| sqrt(H_jj)`` within each output [1]_, both with the
-        values of W; or the error of removal after the kept entries have been refitted.
-    damp, gradient_damp : float
-        Fraction of ``mean(diag(H))``, ``mean(diag(G))`` added to the diagonal.
+        ``|W_ij|`` over the matrix, or ``|W_ij| sqrt(H_jj)`` within each output (Wanda,
+        https://arxiv.org/abs/2306.11695), both with the values of W; or the error of removal after
+        the kept entries have been refitted.
     rounds : int
         Maximum number of rounds of swaps for "second-order".
-
-    Returns
-    -------
-    PrunedWeight
-        On the device of `W`.
 
     Raises
     ------
@@ -92,11 +82,6 @@ def prune(
     these decide on swaps. On power-law spectra with massive channels the rounds leave at most 0.78
     of the error of the first mask with exact least squares if 20 % of the bytes are saved, 0.72 at
     40 %. The search is in float32 on scaled errors; values and energies are in float64.
-
-    References
-    ----------
-    .. [1] M. Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
-       ICLR 2024. https://arxiv.org/abs/2306.11695
     """
     _check(W, nonzeros, pattern, saliency)
     W = W.double()

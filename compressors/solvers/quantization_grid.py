@@ -46,6 +46,9 @@ def find_grid(
 ) -> Grid:
     """Find the grid that minimizes the error of rounding a matrix to nearest.
 
+    The search is in float32, on numbers relative to the largest of their group. A group of zeros
+    gets the scale 1.
+
     Parameters
     ----------
     W : Tensor, shape [rows, columns]
@@ -55,11 +58,6 @@ def find_grid(
     weights : Tensor, shape [columns], optional
         Weight of the squared error of each column, such as the diagonal of a second moment. If
         omitted, the full range of every group is used.
-
-    Notes
-    -----
-    The search is in float32, on numbers relative to the largest of their group. A group of zeros
-    gets the scale 1.
 
     Raises
     ------

@@ -10,19 +10,10 @@ from lrc.compressors.layers.scheme import Scheme
 from lrc.compressors.solvers.block_search import masked, select_blocks
 from lrc.compressors.solvers.column_quantizer import ZERO_SCALE
 from lrc.compressors.solvers.coordinate_descent import coordinate_descent
-from lrc.compressors.solvers.gptq import (
-    DAMP,
-    check_metric,
-    factor_inverse_hessian,
-    propagate_error,
-)
+from lrc.compressors.solvers.gptq import DAMP, check_metric, factor_inverse_hessian, propagate_error
 from lrc.compressors.solvers.masks import largest
 from lrc.compressors.solvers.quantization_grid import check_finite, find_grid
-from lrc.compressors.solvers.quantized_matrix import (
-    QuantizedMatrix,
-    better_rows,
-    round_to_nearest,
-)
+from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, better_rows, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -91,16 +82,11 @@ def quantize_blocks(
 
     Notes
     -----
-    The representation is that of [1]_. Blocks are ranked by the exact increase of the error when
-    one is removed and all others compensate, as in optimal brain surgeon for single weights,
-    followed by swaps. The first stage of [1]_, which trains the weights by gradients, is replaced
-    by a closed-form refit and GPTQ; its second stage, end-to-end training of the scales, is not
-    implemented.
-
-    References
-    ----------
-    .. [1] C. Zeng et al., "GQSA: Group Quantization and Sparsity for Accelerating Large Language
-       Model Inference", 2024. https://arxiv.org/abs/2412.17560
+    The representation is that of GQSA (https://arxiv.org/abs/2412.17560). Blocks are ranked by the
+    exact increase of the error when one is removed and all others compensate, as in optimal brain
+    surgeon for single weights, followed by swaps. The paper's first stage, which trains the weights
+    by gradients, is replaced by a closed-form refit and GPTQ; its second stage, end-to-end training
+    of the scales, is not implemented.
     """
     check_finite(W, "the matrix")
     rows, columns = W.shape

@@ -10,12 +10,7 @@ from torch.nn.functional import pad
 from lrc.compressors.layers.scheme import VALUES_GROUP, Scheme
 from lrc.compressors.solvers.column_quantizer import ZERO_SCALE, ColumnQuantizer
 from lrc.compressors.solvers.coordinate_descent import PASSES, update_columns_
-from lrc.compressors.solvers.gptq import (
-    DAMP,
-    check_metric,
-    factor_inverse_hessian,
-    propagate_error,
-)
+from lrc.compressors.solvers.gptq import DAMP, check_metric, factor_inverse_hessian, propagate_error
 from lrc.compressors.solvers.linalg import damped
 from lrc.compressors.solvers.quantization_grid import check_finite, find_grid, round_to_grid
 from lrc.compressors.solvers.quantized_matrix import row_errors
@@ -84,11 +79,11 @@ def quantize_sparse_values(
 
     Notes
     -----
-    The method of SparseGPT (https://arxiv.org/abs/2301.00774): what error propagation adds to
-    removed entries is passed on to the later columns. One inverse for all rows is not exact, but
-    one inverse per row gives no lower error. On SmolLM2-135M with half of the entries, the error is
-    0.65 % of the energy of held-out outputs; rounding to nearest raises it to 0.99 % at int4-g64
-    and 1.89 % at int3-g64, this function to 0.83 and 1.33 %.
+    As in SparseGPT (https://arxiv.org/abs/2301.00774), what error propagation adds to removed
+    entries is passed on to the later columns. One inverse for all rows is not exact, but one
+    inverse per row gives no lower error. On SmolLM2-135M with half of the entries, rounding to
+    nearest raises the error of held-out outputs from 0.65 to 0.99 % at int4-g64 and 1.89 % at
+    int3-g64, this function to 0.83 and 1.33 %.
     """
     check_metric(W, H)
     W, H = W.double(), H.double()

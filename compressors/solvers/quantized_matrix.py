@@ -64,12 +64,9 @@ def better_rows(
     """
     good = row_errors(W - first.weight(), H) <= row_errors(W - second.weight(), H)  # [rows]
     pick = ~good[:, None]
+    codes = torch.where(pick, second.codes, first.codes)
+    scale = torch.where(pick, second.scale, first.scale)
     zero = first.zero
     if zero is not None and second.zero is not None:
         zero = torch.where(pick, second.zero, zero)
-    return replace(
-        first,
-        codes=torch.where(pick, second.codes, first.codes),
-        scale=torch.where(pick, second.scale, first.scale),
-        zero=zero,
-    )
+    return replace(first, codes=codes, scale=scale, zero=zero)

@@ -35,13 +35,8 @@ def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 
 
     Notes
     -----
-    As in [1]_ every layer is weighted by the *sum* of the moments, not by its own. The paper's
-    weights are transposed: its shared basis is A here, its coefficients are B_i.
-
-    References
-    ----------
-    .. [1] J. Wang et al., "Basis Sharing: Cross-Layer Parameter Sharing for Large Language Model
-       Compression", ICLR 2025. https://arxiv.org/abs/2410.03765
+    As in Basis Sharing (https://arxiv.org/abs/2410.03765) every layer is weighted by the *sum* of
+    the moments, not by its own. The paper's weights are transposed: its shared basis is A here.
     """
     shapes = {tuple(W.shape) for W in weights}
     if len(shapes) != 1:

@@ -81,17 +81,8 @@ def interleaved(atoms: int) -> Tensor:
 def refit_codes(C: Tensor, A: Tensor, S: Tensor, mask: Tensor, steps: int) -> Tensor:
     """Improve the values of S on a fixed support, by conjugate gradients on all columns at once.
 
-    Parameters
-    ----------
-    C : Tensor, shape [atoms, atoms]
-        Gram matrix ``D.T @ D``.
-    A : Tensor, shape [atoms, columns]
-        Correlations ``D.T @ Z``.
-    S : Tensor, shape [atoms, columns]
-        Starting point; zero outside `mask`.
-    mask : Tensor, shape [atoms, columns]
-        The support of every column.
-    steps : int
+    `C` [atoms, atoms] is the Gram matrix ``D.T @ D``, `A` are the correlations ``D.T @ Z``. The
+    starting point S is zero outside `mask`. `A`, `S` and `mask` are [atoms, columns].
     """
     # A smaller gradient is a rounding error; steps along it would diverge for dependent atoms.
     floor = (16 * torch.finfo(S.dtype).eps) ** 2 * (A * mask).square().sum(0, keepdim=True)
@@ -101,14 +92,10 @@ def refit_codes(C: Tensor, A: Tensor, S: Tensor, mask: Tensor, steps: int) -> Te
 
 
 def refit_dictionary(Z: Tensor, D: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace the dictionary by the least-squares solution for the codes S.
+    """Replace the dictionary D [dim, atoms] by the least-squares solution for the codes S.
 
-    Returns
-    -------
-    D : Tensor, shape [dim, atoms]
-        Atoms of unit length. Unused atoms are unchanged.
-    S : Tensor, shape [atoms, columns]
-        Rescaled to compensate for the normalization of the atoms.
+    Returns atoms of unit length and S [atoms, columns], rescaled for them. Unused atoms are
+    unchanged.
 
     Notes
     -----

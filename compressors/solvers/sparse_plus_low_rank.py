@@ -15,12 +15,7 @@ from torch import Tensor
 
 from lrc.compressors.layers import Sizes
 from lrc.compressors.solvers.linalg import descending_eigh, whitening_factor
-from lrc.compressors.solvers.mask_search import (
-    OUTER_STEPS,
-    STEPS_IN_METRIC,
-    MaskSearch,
-    MaskState,
-)
+from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS_IN_METRIC, MaskSearch, MaskState
 from lrc.compressors.solvers.masked_least_squares import masked_least_squares
 from lrc.compressors.solvers.metric import Metric, damped_metric
 from lrc.compressors.solvers.moments import Moment
@@ -95,13 +90,11 @@ class SparsePlusLowRankProblem:
         W: Tensor,
         inputs: Moment | None = None,
         gradients: Moment | None = None,
-        *,
-        damp: float = 0.0,
-        gradient_damp: float = 0.0,
+        **damping: float,
     ) -> Self:
-        """Damp and invert the metrics; the parameters are those of `prune`."""
+        """Damp and invert the metrics of `W` [d_out, d_in]; see `damped_metric`."""
         W = W.double()
-        metric, note = damped_metric(inputs, gradients, damp, gradient_damp)
+        metric, note = damped_metric(inputs, gradients, **damping)
         search = MaskSearch.of(W, metric, "unstructured")
         fallback = "; ".join(filter(None, [note, search.fallback])) or None
         return cls(W, metric, search, float(metric.energy(W)), fallback)
@@ -198,14 +191,8 @@ class SparsePlusLowRankProblem:
 def subspace_iteration(X: Tensor, metric: Metric, rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Take one step towards the best low-rank approximation of X [d_out, d_in] under two metrics.
 
-    Parameters
-    ----------
-    X : Tensor, shape [d_out, d_in]
-    metric : Metric
-        In the dtype of `X`.
-    rows : Tensor, shape [directions, d_in]
-        Starting subspace; `rank` to ``min(d_out, d_in)`` directions.
-    rank : int
+    `rows` [directions, d_in] spans the starting subspace, of `rank` to ``min(d_out, d_in)``
+    directions; the metric is in the dtype of `X`.
 
     Returns
     -------

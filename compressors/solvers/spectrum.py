@@ -101,18 +101,11 @@ def spectrum(
     Parameters
     ----------
     W : Tensor, shape [d_out, d_in]
-        Weight of a linear layer, ``y = x @ W.T``.
-    inputs : Moment, optional
-        Second moment ``H`` of the inputs. Default: the identity.
-    gradients : Moment, optional
-        Second moment ``G`` of the loss gradients at the output. Default: the identity.
+    inputs, gradients : Moment, optional
+        Second moments ``H`` of the inputs and ``G`` of the loss gradients at the output. Default:
+        the identity.
     damp, gradient_damp : float
         Fraction of ``mean(diag(H))``, ``mean(diag(G))`` added to the diagonal.
-
-    Returns
-    -------
-    Spectrum
-        In float64, on the device of `W`.
 
     Raises
     ------
@@ -140,23 +133,14 @@ def spectrum(
 
 
 def energies_only(
-    W: Tensor,
-    inputs: Moment | None = None,
-    gradients: Moment | None = None,
-    *,
-    damp: float = 0.0,
-    gradient_damp: float = 0.0,
+    W: Tensor, inputs: Moment | None = None, gradients: Moment | None = None, **damping: float
 ) -> Tensor:
     """Return the energies [min(d_out, d_in)] of `spectrum`, without vectors, in less time."""
-    return descending_eigvalsh(_near_gram(W, inputs, gradients, damp, gradient_damp)[0])
+    return descending_eigvalsh(_near_gram(W, inputs, gradients, **damping)[0])
 
 
 def _near_gram(
-    W: Tensor,
-    inputs: Moment | None,
-    gradients: Moment | None,
-    damp: float,
-    gradient_damp: float,
+    W: Tensor, inputs: Moment | None, gradients: Moment | None, damp: float, gradient_damp: float
 ) -> tuple[Tensor, Tensor | None, str | None]:
     """Return S and K of the shorter side [d_near, d_near] (None for no metric), and any fallback.
 

@@ -37,8 +37,6 @@ FINAL_ROUNDS, FINAL_STEPS = 3, 4
 def rocket(task: SparseCodingTask) -> SparseCode:
     """Threshold the code in the eigenbasis once, then fit the dictionary to it.
 
-    Notes
-    -----
     The factorization of ROCKET (https://arxiv.org/abs/2602.11008): importance
     ``|c_ij| * ||L^{-1} b_i||^0.5`` of coefficient j on eigenvector i, then a ridge least-squares
     dictionary. The paper then redistributes 0.5 % of the coefficients over the columns; here every
@@ -54,8 +52,6 @@ def rocket(task: SparseCodingTask) -> SparseCode:
 def compot(task: SparseCodingTask) -> SparseCode:
     """Alternate exact codes for an orthogonal dictionary and the best orthogonal dictionary.
 
-    Notes
-    -----
     The factorization of COMPOT (https://arxiv.org/abs/2602.15200), followed by one least-squares
     update of the dictionary, which need not be orthogonal once the codes are fixed.
     """
@@ -93,14 +89,11 @@ def _axes(Z: Tensor, order: Tensor) -> Tensor:
 
 
 def polar_factor(M: Tensor) -> Tensor:
-    """Return the matrix D [dim, atoms] with orthonormal columns that maximizes ``trace(D^T M)``.
+    """Return the matrix with orthonormal columns D [dim, atoms] that maximizes ``trace(D^T M)``.
 
     `M` is [dim, atoms] with dim >= atoms. If its rank is lower than `atoms`, D is not unique.
-
-    Notes
-    -----
-    ``M (M^T M)^{-1/2}`` by an eigendecomposition, which a GPU computes several times as fast as an
-    SVD. Newton iterations restore the accuracy that squaring the condition number costs.
+    Computed as ``M (M^T M)^{-1/2}`` by an eigendecomposition, which a GPU computes several times as
+    fast as an SVD. Newton iterations restore the accuracy that squaring the condition number costs.
     """
     M = M.double()
     energies, V = descending_eigh(M.T @ M)
@@ -126,13 +119,9 @@ def htp(task: SparseCodingTask) -> SparseCode:
     Notes
     -----
     A round takes a gradient step on all coefficients, keeps the largest of every column, improves
-    their values by conjugate gradients and refits the dictionary [1]_. Step lengths decrease. Long
-    steps can raise the error; the best round is returned.
-
-    References
-    ----------
-    .. [1] S. Foucart, "Hard Thresholding Pursuit: An Algorithm for Compressive Sensing", SIAM
-       Journal on Numerical Analysis 49 (6), 2011.
+    their values by conjugate gradients (S. Foucart, "Hard Thresholding Pursuit", SIAM Journal on
+    Numerical Analysis 49 (6), 2011) and refits the dictionary. Step lengths decrease. Long steps
+    can raise the error; the best round is returned.
     """
     Z = task.Z
     D, S, mask = _start(task)
