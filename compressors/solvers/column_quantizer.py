@@ -6,6 +6,7 @@ added to the later targets, times a constant coupling.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -81,10 +82,8 @@ class ColumnQuantizer:
         return outputs
 
     def _record(self, inputs: Inputs) -> tuple[Inputs, Outputs, Callable[[], None]]:
-        target, coupling, scale, *rest = inputs
-        zero, current = (None if t is None else t.clone() for t in rest)
-        places = target.clone(), coupling.clone(), scale.clone(), zero, current
-        outputs = torch.empty_like(target), torch.empty_like(target)
+        places = cast(Inputs, tuple(None if t is None else t.clone() for t in inputs))
+        outputs = torch.empty_like(places[0]), torch.empty_like(places[0])
         return places, outputs, record(lambda: self._quantize(places, outputs), self.device)
 
     def _quantize(self, inputs: Inputs, outputs: Outputs) -> None:

@@ -36,9 +36,7 @@ class Dictionary:
     energy: float
     """``||L^T (W^T - D @ S) K||_F^2``, see `DictionaryProblem`."""
     loss: float
-    """`energy` as a fraction of the weighted energy of W."""
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
     errors: tuple[float, ...] = ()
     """Lowest energy so far after each round."""
 
@@ -216,6 +214,7 @@ def _check(
     d_out, d_in = W.shape
     chosen = SOLVERS[solver]
     most = d_out if chosen.larger else min(d_out, d_in)
+    fours = 4 * max(atoms // 4, 1)
     if not 1 <= atoms <= most:
         raise ValueError(
             f"atoms must be in [1, {most}] with {solver} for a weight [{d_out}, {d_in}], "
@@ -234,8 +233,8 @@ def _check(
         )
     if pattern == "2:4" and (atoms % 4 or nonzeros != atoms // 2):
         raise ValueError(
-            f"pattern 2:4 needs atoms divisible by 4 and half as many nonzeros, got {atoms} atoms "
-            f"and {nonzeros} nonzeros; take {max(atoms // 4, 1) * 4} and {max(atoms // 4, 1) * 2}"
+            "pattern 2:4 needs atoms divisible by 4 and half as many nonzeros, "
+            f"got {atoms} atoms and {nonzeros} nonzeros; take {fours} and {fours // 2}"
         )
     if rounds is not None and rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")

@@ -26,10 +26,8 @@ def balanced_factors(
     ----------
     B : Tensor, shape [d_out, rank]
     A : Tensor, shape [rank, d_in]
-    H : Tensor, shape [d_in, d_in]
-        Second moment of the inputs.
-    G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients. Default: the identity.
+    H, G : Tensor
+        Second moments of the inputs and of the output gradients; G is the identity if omitted.
     seed : int
         Seed of the random rotation.
 

@@ -12,8 +12,7 @@ REFIT_DAMP = 1e-8
 def refit_left(
     target: Tensor, B: Tensor, A: Tensor, H: Tensor, damp: float = REFIT_DAMP
 ) -> tuple[Tensor, Tensor]:
-    """Minimize ``tr((V - B A) H (V - B A)^T)`` over the left factor B [d_out, rank], with V the
-    target.
+    """Minimize ``tr((V - B A) H (V - B A)^T)`` over the left factor B, with V the target.
 
     Damping, a fraction of the mean diagonal of ``A H A^T``, pulls the solution towards the given
     `B`, so that the error never rises.

@@ -1,4 +1,7 @@
-"""How much arithmetic the methods take that are solved at given sizes; for an estimate of time."""
+"""Arithmetic of the methods that are solved at given sizes, for an estimate of time.
+
+All functions count multiply-adds. The weight is [d_out, d_in].
+"""
 
 from math import prod
 
@@ -18,16 +21,13 @@ EIGENVECTORS = 40
 
 
 def pruning_work(d_out: int, d_in: int, *, rounds: int) -> int:
-    """Count the multiply-adds of second-order pruning, at one size.
-
-    They are those of the metric, ``G @ E @ H``, once a step and once a fit for its energy.
-    """
+    """Count second-order pruning: one product ``G @ E @ H`` per step, and one per refit."""
     fits = 2 * (OUTER_STEPS + 2) + rounds * (STEPS + 2) + STEPS_IN_METRIC + 1
     return fits * d_out * d_in * (d_out + d_in)
 
 
 def sum_work(d_out: int, d_in: int, *, rank: int, rounds: int, start: bool) -> int:
-    """Count the multiply-adds of a search for a sum: as for pruning, and a step of the product."""
+    """Count the search for a low-rank plus sparse weight; `start` adds that for a start."""
     metric = d_out * d_in * (d_out + d_in)
     wide = directions(rank, d_out, d_in)
     step = wide * (2 * d_in**2 + d_out**2 + 2 * d_out * d_in) + rank * d_out * d_in
@@ -39,9 +39,9 @@ def sum_work(d_out: int, d_in: int, *, rank: int, rounds: int, start: bool) -> i
 def dictionary_work(
     solver: str, d_out: int, d_in: int, *, atoms: int, nonzeros: int, rounds: int
 ) -> int:
-    """Count the multiply-adds of a dictionary solver.
+    """Count a dictionary solver.
 
-    Vectors at a time count `VECTOR` fold, and pursuit reads its table as often as it has steps.
+    Products with vectors count `VECTOR` times, and pursuit reads its table once per step.
     """
     ready = METRICS * d_out * d_in * (d_out + d_in)
     return ready + _rounds(solver, d_out, min(d_out, d_in), atoms, nonzeros, rounds)

@@ -24,20 +24,8 @@ def masked_least_squares(
 ) -> Tensor:
     """Minimize ``tr(G (W - X) H (W - X)^T)`` over the entries of X that `mask` keeps.
 
-    Parameters
-    ----------
-    W, mask : Tensor
-    metric : Metric
-        In the dtype of `W`; may be singular. Its diagonals are the preconditioner.
-    start : Tensor
-        Starting point; only its entries in the mask are read.
-    steps : int
-        Number of conjugate-gradient steps.
-
-    Returns
-    -------
-    Tensor
-        X, exactly zero outside the mask.
+    The metric is in the dtype of `W`; its diagonals are the preconditioner. Of the starting point
+    only the entries in the mask are read. X is exactly zero outside the mask.
     """
     left, right = metric.diagonals(W)
     unit = left * right  # [d_out, d_in]
@@ -65,10 +53,8 @@ def compensated_error(
 
     Returns
     -------
-    multipliers : Tensor
-        ``G @ E @ H``, zero in the mask.
-    error : Tensor
-        ``E = W - W_hat``, equal to `W` outside the mask.
+    multipliers, error : Tensor
+        ``G @ E @ H``, zero in the mask, and ``E = W - W_hat``, equal to `W` outside the mask.
     """
     left, right = inverse.diagonals(W)
     unit = left * right  # [d_out, d_in]

@@ -5,13 +5,14 @@ Magnitude and Wanda select once and keep the values; the second-order criterion 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.solvers.mask_search import MaskSearch
-from lrc.compressors.solvers.masks import Pattern, largest, two_of_four
+from lrc.compressors.solvers.masks import Pattern, check_size, largest, two_of_four
 from lrc.compressors.solvers.metric import Metric, damped_metric
 from lrc.compressors.solvers.moments import Moment
 
@@ -29,11 +30,8 @@ class PrunedWeight:
     mask: Tensor
     """[d_out, d_in], bool, True where an entry is kept."""
     energy: float
-    """``tr(G E H E^T)`` with ``E = W - W_hat`` under the damped metrics."""
     loss: float
-    """`energy` as a fraction of the weighted energy of W, in [0, 1]."""
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
 
 
 def prune(
@@ -118,20 +116,19 @@ def prune_curve(
     mostly above those of `prune`: by up to 15 % if half of the entries are removed, less if fewer
     are. More rounds reduce the difference. Parameters and errors are those of `prune`.
     """
+    if saliency != "second-order":
+        one = partial(prune, W, inputs, gradients, saliency=saliency)
+        return [one(nonzeros=n, damp=damp, gradient_damp=gradient_damp).energy for n in nonzeros]
     for budget in nonzeros:
         _check(W, budget, "unstructured", saliency)
     W = W.double()
     metric, _ = damped_metric(inputs, gradients, damp, gradient_damp)
-    search = MaskSearch.of(W, metric, "unstructured") if saliency == "second-order" else None
-    state = None if search is None else search.dense()
+    search = MaskSearch.of(W, metric, "unstructured")
+    state = search.dense()
     energies: dict[int, float] = {}
     for budget in sorted(set(nonzeros), reverse=True):
-        if search is None or state is None:
-            mask = _one_shot(W, metric, budget, "unstructured", saliency)
-            E = torch.where(mask, 0, W)
-        else:
-            state = search.best(state, budget, rounds)
-            E = torch.where(state.mask, search.unscaled(search.refined(state)), W)
+        state = search.best(state, budget, rounds)
+        E = torch.where(state.mask, search.unscaled(search.refined(state)), W)
         energies[budget] = float(metric.energy(E))
     return [energies[budget] for budget in nonzeros]
 
@@ -153,10 +150,8 @@ def _check(W: Tensor, nonzeros: int | None, pattern: str, saliency: str) -> None
             )
     elif nonzeros is None:
         raise ValueError("nonzeros is required with pattern unstructured, got None")
-    elif not 1 <= nonzeros <= W.numel():
-        raise ValueError(
-            f"nonzeros must be in [1, {W.numel()}] for a weight {shape}, got {nonzeros}"
-        )
+    else:
+        check_size("nonzeros", nonzeros, W.numel(), shape)
 
 
 def _one_shot(W: Tensor, metric: Metric, nonzeros: int, pattern: Pattern, saliency: str) -> Tensor:

@@ -28,7 +28,6 @@ class QuantizedBlocks:
     """[rows, blocks per row], True where a block is kept."""
     scheme: Scheme
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
 
     def weight(self) -> Tensor:
         """Return the dequantized matrix [rows, columns] in float64."""

@@ -81,8 +81,8 @@ def quantize_low_rank(
         The weight that the product approximates.
     B : Tensor, shape [d_out, rank]
     A : Tensor, shape [rank, d_in]
-    H : Tensor, shape [d_in, d_in]
-        Second moment of the inputs.
+    H, G : Tensor
+        Second moments of the inputs and of the output gradients; G is the identity if omitted.
     scheme : Scheme
     dtype : torch.dtype
         Dtype of the stored scales.
@@ -92,8 +92,6 @@ def quantize_low_rank(
         to nearest.
     seed : int
         Seed of the random rotation.
-    G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients. Default: the identity.
     rounds : int
         Number of times that both factors are quantized; the best result is kept.
 

@@ -19,22 +19,11 @@ from lrc.compressors.solvers.quantized_matrix import row_errors
 def quantize_values(
     values: Tensor, scheme: Scheme, *, dtype: torch.dtype, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Round numbers to nearest, in consecutive groups.
+    """Round numbers [count] to nearest, in consecutive groups.
 
-    Parameters
-    ----------
-    values : Tensor, shape [count]
-    scheme : Scheme
-        Only `bits` and `group_size` are used: there are no zero points.
-    dtype : torch.dtype
-        Dtype of the stored scales.
-    weights : Tensor, shape [count], optional
-        Weight of the squared error of each number, see `find_grid`.
-
-    Returns
-    -------
-    codes : Tensor, shape [count], int8
-    scale : Tensor, shape [groups]
+    Only `bits` and `group_size` of the scheme are used: there are no zero points. `weights` [count]
+    are the weights of the squared errors, see `find_grid`. Returns codes [count], in int8, and
+    scales [groups], in `dtype`.
 
     Raises
     ------

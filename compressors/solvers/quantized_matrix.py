@@ -22,7 +22,6 @@ class QuantizedMatrix:
     """[rows, groups], int8, the codes of zero; None for a symmetric scheme."""
     scheme: Scheme
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
 
     def weight(self) -> Tensor:
         """Return the dequantized matrix [rows, columns] in float64."""

@@ -52,19 +52,11 @@ def split(B: Tensor, n_layers: int) -> list[Tensor]:
 
 
 def split_codes(parts: Mapping[str, Tensor], n_layers: int) -> list[dict[str, Tensor]]:
-    """Split the sparse codes of a stack into one set per layer, with a common dictionary.
+    """Split the codes ``S`` and ``mask`` [atoms, n_layers * d_out] of a stack, with a common ``D``.
 
-    Parameters
-    ----------
-    parts : mapping of str to Tensor
-        ``D`` [d_in, atoms], and ``S`` and ``mask`` [atoms, n_layers * d_out]: a dictionary learned
-        for weights stacked along their outputs, under the sum of the moments of their inputs.
-    n_layers : int
-
-    Notes
-    -----
-    The shared variant of CoSpaDi (https://arxiv.org/abs/2509.22075), which takes the mean of the
-    moments: it differs by a constant factor.
+    The dictionary [d_in, atoms] is learned for weights stacked along their outputs, under the sum
+    of the moments of their inputs. The shared variant of CoSpaDi (https://arxiv.org/abs/2509.22075)
+    takes their mean, which differs by a constant factor.
     """
     codes = zip(parts["S"].chunk(n_layers, 1), parts["mask"].chunk(n_layers, 1), strict=True)
     return [{"D": parts["D"], "S": S, "mask": mask} for S, mask in codes]

@@ -17,6 +17,7 @@ from lrc.compressors.layers import Sizes
 from lrc.compressors.solvers.linalg import descending_eigh, whitening_factor
 from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS_IN_METRIC, MaskSearch, MaskState
 from lrc.compressors.solvers.masked_least_squares import masked_least_squares
+from lrc.compressors.solvers.masks import check_size
 from lrc.compressors.solvers.metric import Metric, damped_metric
 from lrc.compressors.solvers.moments import Moment
 
@@ -49,11 +50,8 @@ class SparsePlusLowRank:
     mask: Tensor
     """[d_out, d_in], bool, True where an entry is kept."""
     energy: float
-    """``tr(G E H E^T)`` with ``E = W - B @ A - M`` under the damped metrics."""
     loss: float
-    """`energy` as a fraction of the weighted energy of W, in [0, 1]."""
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +179,8 @@ class SparsePlusLowRankProblem:
         return _State(sparse, B, rows, sparse.error, sparse.energy)
 
     def _check(self, rank: int, nonzeros: int) -> None:
-        shape = list(self.W.shape)
-        limits = {"rank": (rank, min(shape)), "nonzeros": (nonzeros, self.W.numel())}
-        for name, (size, most) in limits.items():
-            if not 1 <= size <= most:
-                raise ValueError(f"{name} must be in [1, {most}] for a weight {shape}, got {size}")
+        check_size("rank", rank, min(self.W.shape), self.W.shape)
+        check_size("nonzeros", nonzeros, self.W.numel(), self.W.shape)
 
 
 def subspace_iteration(X: Tensor, metric: Metric, rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:

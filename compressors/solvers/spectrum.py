@@ -29,9 +29,7 @@ class Factors:
     A: Tensor
     """[rank, d_in], applied first."""
     loss: float
-    """Weighted squared error as a fraction of the weighted energy of W, in [0, 1]."""
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
 
     @property
     def rank(self) -> int:
@@ -51,7 +49,6 @@ class Spectrum:
     A: Tensor
     """[min(d_out, d_in), d_in], right vectors."""
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
     mean: Tensor | None = None
     """[d_in], the input whose output a bias is to restore at every rank, if any."""
 
