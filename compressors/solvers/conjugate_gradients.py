@@ -20,14 +20,15 @@ def conjugate_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Solve ``operator(x) == b`` approximately, in a fixed number of steps.
 
+    Returns the solution and its residual ``b - operator(x)``, over all entries including masked
+    ones.
+
     Parameters
     ----------
     operator : callable
         Linear, symmetric and positive semi-definite map of tensors of the shape of `x`.
-    x : Tensor
-        Starting point.
-    residual : Tensor
-        ``b - operator(x)`` at the starting point.
+    x, residual : Tensor
+        Starting point, and its residual.
     steps : int
         Number of steps; each applies `operator` once.
     precondition : callable
@@ -38,11 +39,6 @@ def conjugate_gradients(
     floor : Tensor or float
         A problem whose squared preconditioned residual is not above this is not changed any more.
         This is decided by a mask, without synchronization with a GPU.
-
-    Returns
-    -------
-    x, residual : Tensor
-        The solution and ``b - operator(x)``, over all entries including masked ones.
     """
 
     def inner(a: Tensor, b: Tensor) -> Tensor:

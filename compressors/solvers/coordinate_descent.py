@@ -9,8 +9,7 @@ from lrc.compressors.solvers.column_quantizer import ColumnQuantizer
 from lrc.compressors.solvers.linalg import damped
 from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix
 
-PASSES = 3
-"""Default number of passes after GPTQ."""
+PASSES = 3  # after GPTQ
 
 
 def coordinate_descent(

@@ -97,13 +97,11 @@ class DictionaryProblem:
         Parameters
         ----------
         W : Tensor, shape [d_out, d_in]
-        inputs, gradients : Moment, optional
-            Second moments ``H`` of the inputs and ``G`` of the loss gradients at the output, of
-            which only the diagonal is used. Default: the identity; "cospadi" ignores the gradients.
+        inputs, gradients, damp, gradient_damp
+            The metrics, as for `spectrum`, but of the gradients' moment only the diagonal is used,
+            and not even that by "cospadi".
         solver : str
             A key of `SOLVERS`.
-        damp, gradient_damp : float
-            Fraction of ``mean(diag(H))``, ``mean(diag(G))`` added to the diagonal.
 
         Raises
         ------
@@ -214,7 +212,6 @@ def _check(
     d_out, d_in = W.shape
     chosen = SOLVERS[solver]
     most = d_out if chosen.larger else min(d_out, d_in)
-    fours = 4 * max(atoms // 4, 1)
     if not 1 <= atoms <= most:
         raise ValueError(
             f"atoms must be in [1, {most}] with {solver} for a weight [{d_out}, {d_in}], "
@@ -233,8 +230,8 @@ def _check(
         )
     if pattern == "2:4" and (atoms % 4 or nonzeros != atoms // 2):
         raise ValueError(
-            "pattern 2:4 needs atoms divisible by 4 and half as many nonzeros, "
-            f"got {atoms} atoms and {nonzeros} nonzeros; take {fours} and {fours // 2}"
+            f"pattern 2:4 needs atoms divisible by 4 and half as many nonzeros, got {atoms} atoms "
+            f"and {nonzeros} nonzeros; take {max(atoms // 4, 1) * 4} and {max(atoms // 4, 1) * 2}"
         )
     if rounds is not None and rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")

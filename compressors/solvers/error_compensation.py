@@ -10,10 +10,7 @@ from lrc.compressors.solvers.linalg import whitening_factor
 
 @dataclass(frozen=True)
 class PrefixMoments:
-    """Sums over tokens of inputs X of the dense model and X' of the compressed one.
-
-    X' are the inputs of a layer when all layers before it are compressed.
-    """
+    """Sums over tokens of a layer's inputs X, and X' if all layers before it are compressed."""
 
     H: Tensor
     """``X'.T @ X'`` [d_in, d_in]"""
@@ -38,7 +35,8 @@ def refit_target(
 
     Minimizes the squared difference between ``X' V^T`` and
     ``(1 - mix) X' W^T + mix X W^T + residual (R - R')`` over V, with the matrices of
-    `PrefixMoments`. V is then compressed in place of W, under the metric `H_prefix`.
+    `PrefixMoments`. V [d_out, d_in], in float64, is then compressed in place of W, under the metric
+    `H_prefix`. A description of any fallback is returned with it.
 
     Parameters
     ----------
@@ -54,12 +52,6 @@ def refit_target(
         ``(R - R').T @ X'``, for a layer that writes to the residual stream.
     residual : float
         Fraction of the residual stream's error that the layer is to correct, in [0, 1].
-
-    Returns
-    -------
-    V : Tensor, shape [d_out, d_in], float64
-    fallback : str or None
-        Description of the deviation from the request, None if there is none.
 
     Raises
     ------

@@ -15,13 +15,8 @@ def refit_left(
     """Minimize ``tr((V - B A) H (V - B A)^T)`` over the left factor B, with V the target.
 
     Damping, a fraction of the mean diagonal of ``A H A^T``, pulls the solution towards the given
-    `B`, so that the error never rises.
-
-    Returns
-    -------
-    B : Tensor, shape [d_out, rank]
-    H_rank : Tensor, shape [rank, rank]
-        ``A H A^T``, the second moment of the inputs of B.
+    `B`, so that the error never rises. Returns B [d_out, rank] and the second moment of its inputs,
+    ``A H A^T`` [rank, rank].
     """
     H_rank = A @ H @ A.T
     if not H_rank.diagonal().any():

@@ -15,8 +15,7 @@ from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, better_row
 
 QuantizerName = Literal["rtn", "gptq"]
 
-DAMP = 0.01
-"""Fraction of the mean diagonal; the paper's value."""
+DAMP = 0.01  # of the mean diagonal, as in the paper
 
 
 def gptq(
@@ -30,6 +29,8 @@ def gptq(
     passes: int = PASSES,
 ) -> QuantizedMatrix:
     """Quantize a matrix to minimize ``tr((W - W_q) H (W - W_q)^T)``.
+
+    No row has a larger error than by `round_to_nearest`.
 
     Parameters
     ----------
@@ -47,11 +48,6 @@ def gptq(
         Passes of `coordinate_descent` after GPTQ. On SmolLM2-135M three passes lower the error on
         held-out text by 5 % at int4-g64, 6 % at int3-g64, 4 % at int4 and 7 % at
         int4-g64-asymmetric.
-
-    Returns
-    -------
-    QuantizedMatrix
-        No row has a larger error than by `round_to_nearest`.
 
     Raises
     ------

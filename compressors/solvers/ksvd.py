@@ -20,8 +20,7 @@ NORMALIZE_EVERY = 2
 MAX_COLUMNS = 8192
 # Maximum size in bytes of the table [columns, nonzeros, atoms] of a batch.
 TABLE_BYTES = 2**30
-# An atom with less than this fraction of its energy outside the span of the selected ones is
-# considered dependent.
+# An atom is dependent if less than this fraction of its energy is outside the selected atoms' span.
 DEPENDENT = 1e-5
 
 

@@ -5,14 +5,13 @@ independent directions than dimensions. Therefore sums are taken in float32, eig
 solved in float64, damping is relative to the mean diagonal, and every fallback is reported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-# A matrix that needs more damping than this is factored through its eigenvectors instead: the
-# optimum would no longer be that of the requested metric.
+# A matrix that needs more damping than this is factored through its eigenvectors instead.
 MAX_DAMP = 1e-1
 # Eigenvalues below this fraction of the largest are rounding errors of a float64 Gram matrix.
 RANK_TOLERANCE = 1e-14
@@ -90,15 +89,15 @@ def descending_eigh(S: Tensor) -> tuple[Tensor, Tensor]:
     return energies.flip(0).clamp_min(0), vectors.flip(1)
 
 
-def descending_eigvalsh(S: Tensor) -> Tensor:
-    """Compute the eigenvalues of a symmetric matrix as `descending_eigh` does."""
-    energies: Tensor = torch.linalg.eigvalsh((S + S.T) / 2)
-    return energies.flip(0).clamp_min(0)
-
-
 def numerical_rank(energies: Tensor) -> int:
     """Count the squared singular values [d], largest first, above `RANK_TOLERANCE`."""
     return int((energies > RANK_TOLERANCE * energies[0]).sum())
+
+
+def check_size(name: str, size: int, most: int, shape: Sequence[int]) -> None:
+    """Raise ValueError unless a size of a component of a weight is in [1, most]."""
+    if not 1 <= size <= most:
+        raise ValueError(f"{name} must be in [1, {most}] for a weight {list(shape)}, got {size}")
 
 
 def weighted_error(

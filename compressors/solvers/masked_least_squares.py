@@ -49,7 +49,6 @@ def compensated_error(
     start : Tensor
         Multipliers to start from, zeros if unknown; only entries outside the mask are read.
     steps : int
-        Number of conjugate-gradient steps.
 
     Returns
     -------

@@ -1,6 +1,5 @@
 """Boolean masks: selection of entries by score, in any place or two of every four."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -28,12 +27,6 @@ def two_of_four(scores: Tensor, dim: int) -> Tensor:
             ranks[j] += later
             ranks[i] += ~later
     return torch.stack([rank < 2 for rank in ranks], dim=dim + 1).reshape(scores.shape)
-
-
-def check_size(name: str, size: int, most: int, shape: Sequence[int]) -> None:
-    """Raise ValueError unless a size of a component of a weight is in [1, most]."""
-    if not 1 <= size <= most:
-        raise ValueError(f"{name} must be in [1, {most}] for a weight {list(shape)}, got {size}")
 
 
 def drop_and_swap(mask: Tensor, losses: Tensor, gains: Tensor, *, drop: int, swaps: int) -> Tensor:

@@ -124,10 +124,7 @@ def without_empty(
 
 @dataclass(frozen=True)
 class Statistics:
-    """Calibration statistics of one linear layer.
-
-    A field is None if it was not requested, or if the layer received no token.
-    """
+    """Statistics of a linear layer; None if not requested, or if the layer received no token."""
 
     n_tokens: int = 0
     inputs: Moment | None = None

@@ -11,8 +11,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lrc.compressors.solvers.linalg import check_size
 from lrc.compressors.solvers.mask_search import MaskSearch
-from lrc.compressors.solvers.masks import Pattern, check_size, largest, two_of_four
+from lrc.compressors.solvers.masks import Pattern, largest, two_of_four
 from lrc.compressors.solvers.metric import Metric, damped_metric
 from lrc.compressors.solvers.moments import Moment
 

@@ -11,6 +11,7 @@ from lrc.compressors.solvers.block_search import masked, select_blocks
 from lrc.compressors.solvers.column_quantizer import ZERO_SCALE
 from lrc.compressors.solvers.coordinate_descent import coordinate_descent
 from lrc.compressors.solvers.gptq import DAMP, check_metric, factor_inverse_hessian, propagate_error
+from lrc.compressors.solvers.linalg import check_size
 from lrc.compressors.solvers.masks import largest
 from lrc.compressors.solvers.quantization_grid import check_finite, find_grid
 from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, better_rows, round_to_nearest
@@ -54,7 +55,7 @@ def quantize_blocks(
 
     A block is a group of numbers that share a scale. The blocks that cost least are removed, over
     the whole matrix; the others are refitted, quantized column by column as in GPTQ, and improved
-    by coordinate descent.
+    by coordinate descent. No row has a larger error than its refitted blocks rounded to nearest.
 
     Parameters
     ----------
@@ -68,11 +69,6 @@ def quantize_blocks(
         Symmetric, with a group size.
     dtype, damp, act_order
         As for `gptq`.
-
-    Returns
-    -------
-    QuantizedBlocks
-        No row has a larger error than its refitted blocks rounded to nearest.
 
     Raises
     ------
@@ -90,10 +86,7 @@ def quantize_blocks(
     check_finite(W, "the matrix")
     rows, columns = W.shape
     per_row = scheme.groups(columns)
-    if not 1 <= n_blocks <= rows * per_row:
-        raise ValueError(
-            f"n_blocks must be in [1, {rows * per_row}] for [{rows}, {columns}], got {n_blocks}"
-        )
+    check_size("n_blocks", n_blocks, rows * per_row, W.shape)
     W = W.double()
     if H is not None:
         check_metric(W, H)

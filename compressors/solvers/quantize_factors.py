@@ -27,7 +27,7 @@ Quantizer = Callable[[Tensor, Tensor], QuantizedMatrix]
 
 @dataclass(frozen=True)
 class QuantizedLowRank:
-    """A weight as the product of two quantized factors, ``W_hat = b.weight() @ a.weight()``."""
+    """A weight as a product ``b.weight() @ a.weight()``, and its error ``tr(G E H E^T)``."""
 
     a: QuantizedMatrix
     """[rank, d_in]"""
@@ -35,14 +35,13 @@ class QuantizedLowRank:
     """[d_out, rank]"""
     balance: str
     error: float
-    """``tr(G E H E^T)`` with ``E = W - W_hat``."""
     errors: dict[str, float]
     """Balance -> error of rounding to nearest, for all that were measured."""
 
 
 @dataclass(frozen=True)
 class QuantizedPivoted:
-    """A weight as quantized pivot rows and coefficients, ``cat([R, C @ R])[order]``."""
+    """A weight as ``cat([R, C @ R])[order]``, quantized, and its error ``tr(G E H E^T)``."""
 
     a: QuantizedMatrix
     """R, [rank, d_in]"""
@@ -51,7 +50,6 @@ class QuantizedPivoted:
     order: Tensor
     """[d_out], int64"""
     error: float
-    """``tr(G E H E^T)`` with ``E = W - W_hat``."""
 
     def weight(self) -> Tensor:
         """Return ``W_hat`` [d_out, d_in] in float64."""

@@ -31,14 +31,13 @@ def quantize_values(
         If the values are not finite, or if a scale overflows `dtype`.
     """
     check_finite(values, "the values")
-    rows = Scheme(scheme.bits, scheme.group_size or VALUES_GROUP)
-    assert rows.group_size is not None
-    padding = (0, -len(values) % rows.group_size)
+    width = scheme.group_size or VALUES_GROUP
+    symmetric = Scheme(scheme.bits, width)
+    padding = (0, -len(values) % width)
     row = pad(values.double(), padding)[None]  # [1, groups * width]
-    if weights is not None:
-        weights = pad(weights, padding)
-    grid = find_grid(row, rows, dtype=dtype, weights=weights)
-    return round_to_grid(row, grid, rows)[0, : len(values)], grid.scale[0]
+    weights = None if weights is None else pad(weights, padding)
+    grid = find_grid(row, symmetric, dtype=dtype, weights=weights)
+    return round_to_grid(row, grid, symmetric)[0, : len(values)], grid.scale[0]
 
 
 def quantize_sparse_values(

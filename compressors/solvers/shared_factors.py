@@ -12,8 +12,9 @@ from lrc.compressors.solvers.spectrum import Spectrum, spectrum
 def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 0.0) -> Spectrum:
     """Decompose the weights of several layers with a common right factor.
 
-    Minimizes ``sum_i ||(W_i - B_i @ A) L||_F^2`` with ``L @ L.T == H``, damped. With one weight the
-    method is SVD-LLM.
+    Minimizes ``sum_i ||(W_i - B_i @ A) L||_F^2`` with ``L @ L.T == H``, damped. The result is the
+    spectrum of the weights stacked along their outputs, see `split`. With one weight the method is
+    SVD-LLM.
 
     Parameters
     ----------
@@ -22,11 +23,6 @@ def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 
         Sum over the layers of the second moments of their inputs; needs `full`.
     damp : float
         Fraction of ``mean(diag(H))`` added to its diagonal.
-
-    Returns
-    -------
-    Spectrum
-        Of the weights stacked along their outputs, [n_layers * d_out, d_in]; see `split`.
 
     Raises
     ------

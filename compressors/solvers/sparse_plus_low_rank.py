@@ -7,17 +7,16 @@ its values, and one step of subspace iteration towards the best B and A for the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.layers import Sizes
-from lrc.compressors.solvers.linalg import descending_eigh, whitening_factor
+from lrc.compressors.solvers.linalg import check_size, descending_eigh, whitening_factor
 from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS_IN_METRIC, MaskSearch, MaskState
 from lrc.compressors.solvers.masked_least_squares import masked_least_squares
-from lrc.compressors.solvers.masks import check_size
 from lrc.compressors.solvers.metric import Metric, damped_metric
 from lrc.compressors.solvers.moments import Moment
 
@@ -31,9 +30,8 @@ SWAPS, SWAPS_DECAY, CURVE_DECAY = 0.1, 0.85, 0.75
 # then comes close to the truncated spectrum, with a small eigenproblem only.
 DIRECTIONS, MORE_DIRECTIONS = 2, 8
 START_STEPS = 3
-# Fraction of the last change of the low-rank part by which it is extrapolated for the next round.
-# Without it the error is up to 6 % higher on query projections, with 0.8 up to 11 % higher on
-# output projections.
+# Fraction of the last change by which the low-rank part is extrapolated for the next round. Without
+# it the error is up to 6 % higher on query projections, with 0.8 up to 11 % on output projections.
 MOMENTUM = 0.5
 
 
@@ -158,7 +156,7 @@ class SparsePlusLowRankProblem:
         best: _State | None = None
         for fraction in swaps:
             ahead = low + MOMENTUM * (low - before)
-            sparse = search.without(ahead).swapped(sparse, nonzeros, fraction)
+            sparse = replace(search, W=search.W - ahead).swapped(sparse, nonzeros, fraction)
             rest = torch.where(sparse.mask, ahead + sparse.error, search.W)
             B, rows = subspace_iteration(rest, metric, rows, rank)
             before, low = low, B @ rows[:rank]
@@ -187,15 +185,9 @@ def subspace_iteration(X: Tensor, metric: Metric, rows: Tensor, rank: int) -> tu
     """Take one step towards the best low-rank approximation of X [d_out, d_in] under two metrics.
 
     `rows` [directions, d_in] spans the starting subspace, of `rank` to ``min(d_out, d_in)``
-    directions; the metric is in the dtype of `X`.
-
-    Returns
-    -------
-    B : Tensor, shape [d_out, rank]
-        Of full column rank.
-    rows : Tensor, shape [directions, d_in]
-        Improved subspace in order of importance. The approximation is ``B @ rows[:rank]``, the
-        projection of `X` on the leading directions: for this B no other right factor is better.
+    directions; the metric is in the dtype of `X`. Returns B [d_out, rank], of full column rank, and
+    the improved subspace in order of importance. The approximation is ``B @ rows[:rank]``, the
+    projection of `X` on the leading directions: for this B no other right factor is better.
     """
     inputs, outputs = Metric(H=metric.H), Metric(G=metric.G)
     Q = torch.linalg.qr(X @ inputs(rows).T).Q  # [d_out, directions]

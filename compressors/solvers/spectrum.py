@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.solvers.factor_balancing import equalize_norms
-from lrc.compressors.solvers.linalg import (
-    descending_eigh,
-    descending_eigvalsh,
-    numerical_rank,
-    whitening_factor,
-)
+from lrc.compressors.solvers.linalg import descending_eigh, numerical_rank, whitening_factor
 from lrc.compressors.solvers.moments import Moment, without_empty
 
 
@@ -42,8 +37,7 @@ class Spectrum:
     """The singular values and vectors of a weight under its metrics, ready for any rank."""
 
     energies: Tensor
-    """[min(d_out, d_in)], squared singular values of ``K^T W L`` in descending order. The sum of
-    those after the first r is the squared error at rank r."""
+    """[min(d_out, d_in)], squared singular values of ``K^T W L`` in descending order."""
     B: Tensor
     """[d_out, min(d_out, d_in)], left vectors; ``B @ A == W``."""
     A: Tensor
@@ -53,7 +47,7 @@ class Spectrum:
     """[d_in], the input whose output a bias is to restore at every rank, if any."""
 
     def tail_energy(self, rank: int) -> float:
-        """Return the squared error at a rank, ``||K^T (W - W_hat) L||_F^2``."""
+        """Return the squared error at a rank: the sum of the energies after it."""
         return float(self.energies[rank:].sum())
 
     def tail(self, rank: int) -> float:
@@ -133,15 +127,21 @@ def energies_only(
     W: Tensor, inputs: Moment | None = None, gradients: Moment | None = None, **damping: float
 ) -> Tensor:
     """Return the energies [min(d_out, d_in)] of `spectrum`, without vectors, in less time."""
-    return descending_eigvalsh(_near_gram(W, inputs, gradients, **damping)[0])
+    S, _, _ = _near_gram(W, inputs, gradients, **damping)
+    energies: Tensor = torch.linalg.eigvalsh((S + S.T) / 2)
+    return energies.flip(0).clamp_min(0)
 
 
 def _near_gram(
-    W: Tensor, inputs: Moment | None, gradients: Moment | None, damp: float, gradient_damp: float
+    W: Tensor,
+    inputs: Moment | None,
+    gradients: Moment | None,
+    damp: float = 0.0,
+    gradient_damp: float = 0.0,
 ) -> tuple[Tensor, Tensor | None, str | None]:
-    """Return S and K of the shorter side [d_near, d_near] (None for no metric), and any fallback.
+    """Return the Gram matrix S and the factor K of the shorter side, both [d_near, d_near].
 
-    The energies of the weight are the eigenvalues of S.
+    The energies are the eigenvalues of S; K is None without a metric. Any fallback is described.
     """
     inputs, gradients, notes = without_empty(inputs, gradients)
     W = W.double()
