@@ -10,13 +10,12 @@ from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS, STEPS_IN_MET
 from lrc.compressors.solvers.sparse_plus_low_rank import START_STEPS, directions
 from lrc.compressors.solvers.thresholding import CODE_STEPS, FINAL_ROUNDS, FINAL_STEPS, START_ROUNDS
 
-# A product of matrix and vector reads the matrix for one multiplication an entry: this many times
-# slower a multiplication than the product of two matrices.
+# A multiplication of a matrix-vector product takes as long as this many of a matrix product, because
+# every entry of the matrix is read for it.
 VECTOR = 16
-# Products with both metrics, or as much, to whiten a weight and to measure what is lost of it.
+# Products with both metrics, or equivalent, to whiten a weight and to measure errors.
 METRICS = 5
-# Multiply-adds of a product in whose time the eigenvectors of a matrix are found, over its size
-# cubed.
+# Multiply-adds of a product that takes as long as the eigenvectors of a matrix, over its size cubed.
 EIGENVECTORS = 40
 
 

@@ -1,4 +1,4 @@
-"""The low-rank branch against the spectrum of the whitened error."""
+"""Low-rank corrections against the spectrum of the whitened error."""
 
 import pytest
 import torch
