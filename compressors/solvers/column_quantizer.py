@@ -6,6 +6,7 @@ added to the later targets, times a constant coupling.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,19 +56,16 @@ class ColumnQuantizer:
             Values that the columns are to take, before the block changes.
         coupling : Tensor, shape [width, width]
             ``coupling[i, j]`` times the change of column i is added to the target of column j > i.
-        scale : Tensor, shape [width, rows]
-        zero : Tensor, shape [width, rows], optional
-            Zero points.
+        scale, zero : Tensor, shape [width, rows]
+            Scales and, unless None, zero points.
         current : Tensor, shape [width, rows], optional
             Values from which changes are counted. Default: the target of each column.
 
         Returns
         -------
-        delta : Tensor, shape [width, rows]
-            Changes of the columns.
-        steps : Tensor, shape [width, rows]
-            Codes minus zero points; the values are ``steps * scale``. On CUDA the next call
-            overwrites both.
+        delta, steps : Tensor, shape [width, rows]
+            Changes of the columns, and codes minus zero points; the values are ``steps * scale``.
+            On CUDA the next call overwrites both.
         """
         inputs: Inputs = (target, coupling, scale, zero, current)
         if self.device.type != "cuda":
@@ -84,10 +82,8 @@ class ColumnQuantizer:
         return outputs
 
     def _record(self, inputs: Inputs) -> tuple[Inputs, Outputs, Callable[[], None]]:
-        target, coupling, scale, *rest = inputs
-        zero, current = (None if t is None else t.clone() for t in rest)
-        places = target.clone(), coupling.clone(), scale.clone(), zero, current
-        outputs = torch.empty_like(target), torch.empty_like(target)
+        places = cast(Inputs, tuple(None if t is None else t.clone() for t in inputs))
+        outputs = torch.empty_like(places[0]), torch.empty_like(places[0])
         return places, outputs, record(lambda: self._quantize(places, outputs), self.device)
 
     def _quantize(self, inputs: Inputs, outputs: Outputs) -> None:

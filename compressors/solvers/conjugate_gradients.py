@@ -14,50 +14,37 @@ def conjugate_gradients(
     residual: Tensor,
     *,
     steps: int,
-    precondition: Operator | None = None,
+    precondition: Operator = lambda r: r,
     dim: int | None = None,
     floor: Tensor | float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Solve ``operator(x) == b`` from a starting point, in a fixed number of steps.
+    """Solve ``operator(x) == b`` approximately, in a fixed number of steps.
+
+    Returns the solution and its residual ``b - operator(x)``, over all entries including masked
+    ones.
 
     Parameters
     ----------
     operator : callable
         Linear, symmetric and positive semi-definite map of tensors of the shape of `x`.
-    x : Tensor
-        Starting point.
-    residual : Tensor
-        ``b - operator(x)`` at the starting point.
+    x, residual : Tensor
+        Starting point, and its residual.
     steps : int
-        Number of steps, each of which applies `operator` once.
-    precondition : callable, optional
-        Symmetric and positive semi-definite approximation of the inverse. Entries that it sets to
-        zero keep the value that they have in `x`: a preconditioner that masks restricts the
-        problem to the mask.
+        Number of steps; each applies `operator` once.
+    precondition : callable
+        Symmetric positive semi-definite approximation of the inverse. Entries of `x` for which it
+        returns zero do not change: a preconditioner with a mask solves the problem on the mask.
     dim : int, optional
-        Dimension along which inner products are taken: slices along the others are independent
-        problems. Default: one problem of all entries.
+        Dimension of the unknowns in a batch of independent problems. Default: one problem.
     floor : Tensor or float
-        A problem is finished once its squared preconditioned residual is not above this value.
-
-    Returns
-    -------
-    x : Tensor
-    residual : Tensor
-        ``b - operator(x)``, over all entries including masked ones.
-
-    Notes
-    -----
-    Whether a problem is finished is decided by `torch.where`: a GPU is never waited for.
+        A problem whose squared preconditioned residual is not above this is not changed any more.
+        This is decided by a mask, without synchronization with a GPU.
     """
 
     def inner(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum() if dim is None else (a * b).sum(dim=dim, keepdim=True)
 
-    def preconditioned(r: Tensor) -> Tensor:
-        return r if precondition is None else precondition(r)
-
-    direction = preconditioned(residual)
+    direction = precondition(residual)
     size = inner(residual, direction)
     for _ in range(steps):
         image = operator(direction)
@@ -66,7 +53,7 @@ def conjugate_gradients(
         step = torch.where(live, size / curvature, 0)
         x = x + step * direction
         residual = residual - step * image
-        z = preconditioned(residual)
+        z = precondition(residual)
         before, size = size, inner(residual, z)
         direction = z + torch.where(live, size / before, 0) * direction
     return x, residual

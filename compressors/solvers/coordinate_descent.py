@@ -9,8 +9,7 @@ from lrc.compressors.solvers.column_quantizer import ColumnQuantizer
 from lrc.compressors.solvers.linalg import damped
 from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix
 
-PASSES = 3
-"""Default number of passes after GPTQ."""
+PASSES = 3  # after GPTQ
 
 
 def coordinate_descent(
@@ -19,57 +18,39 @@ def coordinate_descent(
     """Lower ``tr((W - W_q) H (W - W_q)^T)`` by changing one scale or one column at a time.
 
     For every group of columns, a pass first sets the scale of each row to the best one for its
-    codes, rounded to the dtype of the file and only if that lowers the error, and then every
-    column of the group to the best codes while all others are fixed.
+    codes, rounded to the dtype of the file and only if that lowers the error, and then every column
+    of the group to the best codes while all others are fixed. The updates of the columns are those
+    of QuantEase, https://arxiv.org/abs/2309.01885.
 
-    Parameters
-    ----------
-    W : Tensor, shape [rows, columns], float64
-    H : Tensor, shape [columns, columns], float64
-        Second moment of the inputs.
-    start : QuantizedMatrix
-    damp : float
-        Fraction of ``mean(diag(H))`` added to its diagonal.
-    passes : int
-
-    Notes
-    -----
-    The updates of the columns are those of [1]_. With the damping of GPTQ the error on held-out
-    text is 1 to 2 % lower than with almost none, on SmolLM2-135M.
-
-    References
-    ----------
-    .. [1] K. Behdin et al., "QuantEase: Optimization-based Quantization for Language Models",
-       2023. https://arxiv.org/abs/2309.01885
+    `W` [rows, columns] and `H` [columns, columns] are in float64; `damp` times the mean diagonal of
+    H is added to its diagonal. With the damping of GPTQ the error on held-out text is 1 to 2 %
+    lower than with almost none, on SmolLM2-135M.
     """
     quantizer = ColumnQuantizer(start.scheme, W.device)
     dtype = quantizer.dtype
     H = damped(H, damp)
-    groups = start.scale.shape[1]
-    width = W.shape[1] // groups
-    scale = start.scale.T.to(dtype, copy=True)  # [groups, rows]
-    zero = None if start.zero is None else start.zero.T.to(dtype)
+    width = W.shape[1] // start.scale.shape[1]
+    scale = start.scale.T.to(dtype).repeat_interleave(width, dim=0)  # [columns, rows]
+    zero = None if start.zero is None else start.zero.T.to(dtype).repeat_interleave(width, dim=0)
     steps = start.codes.T.to(dtype, copy=True)  # [columns, rows]
     if zero is not None:
-        steps -= zero.repeat_interleave(width, dim=0)
+        steps -= zero
     slope = (H @ (start.weight() - W).T).to(dtype)  # [columns, rows]
     H = H.to(dtype)
     for _ in range(passes):
-        for group in range(groups):
-            where = slice(group * width, (group + 1) * width)
-            delta = _rescale_(
-                scale[group], steps[where], slope[where], H[where, where], start.scale.dtype
+        for first in range(0, len(steps), width):
+            where = slice(first, first + width)  # a group
+            change = _scale_change(
+                scale[first], steps[where], slope[where], H[where, where], start.scale.dtype
             )
-            slope.addmm_(H[:, where], delta)
-            middle = None if zero is None else zero[group].expand(width, -1)
-            update_columns_(
-                quantizer, steps, slope, H, where, scale[group].expand(width, -1), middle
-            )
-    codes = steps if zero is None else steps + zero.repeat_interleave(width, dim=0)
+            scale[where] += change
+            slope.addmm_(H[:, where], steps[where] * change)
+            update_columns_(quantizer, steps, slope, H, where, scale, zero)
+    codes = steps if zero is None else steps + zero
     return replace(
         start,
         codes=codes.T.to(torch.int8).contiguous(),
-        scale=scale.T.to(start.scale.dtype).contiguous(),
+        scale=scale[::width].T.to(start.scale.dtype).contiguous(),
     )
 
 
@@ -82,48 +63,35 @@ def update_columns_(
     scale: Tensor,
     zero: Tensor | None,
 ) -> None:
-    """Set columns in turn to the best codes while all others are fixed.
+    """Set the columns `where` in turn to the best codes while all others are fixed.
 
-    Parameters
-    ----------
-    quantizer : ColumnQuantizer
-    steps : Tensor, shape [columns, rows]
-        Codes minus zero points; updated in place.
-    slope : Tensor, shape [columns, rows]
-        ``H (W_q - W)^T``; updated in place.
-    H : Tensor, shape [columns, columns]
-    where : slice
-        The columns to update.
-    scale : Tensor, shape [width, rows]
-        Scales of the columns `where`.
-    zero : Tensor, shape [width, rows], optional
-        Zero points of the columns `where`.
+    `steps`, the codes minus zero points, and `slope`, ``H (W_q - W)^T``, are updated in place. Both
+    are [columns, rows], as are the scales and zero points.
     """
     unit = H.diagonal().clamp_min(torch.finfo(H.dtype).tiny)  # inputs of zero change nothing
     for start in range(where.start, where.stop, quantizer.width):
         block = slice(start, min(start + quantizer.width, where.stop))
-        here = slice(block.start - where.start, block.stop - where.start)
-        current = steps[block] * scale[here]
+        current = steps[block] * scale[block]
         delta, steps[block] = quantizer.quantize(
             current - slope[block] / unit[block, None],
             -H[block, block] / unit[block],
-            scale[here],
-            None if zero is None else zero[here],
+            scale[block],
+            None if zero is None else zero[block],
             current,
         )
         slope.addmm_(H[:, block], delta)
 
 
-def _rescale_(scale: Tensor, steps: Tensor, slope: Tensor, H: Tensor, dtype: torch.dtype) -> Tensor:
-    """Update the scales [rows] of a group, and return the changes of its values [width, rows].
+def _scale_change(
+    scale: Tensor, steps: Tensor, slope: Tensor, H: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return the best change to the scales [rows] of a group, which are stored in `dtype`.
 
-    `steps` and `slope` are [width, rows], `H` is [width, width], `dtype` is that of the file.
+    `steps` and `slope` are [width, rows], `H` is [width, width].
     """
     first = (steps * slope).sum(dim=0)  # [rows], half the derivative of the error
     second = (steps * (H @ steps)).sum(dim=0)
     best = scale - torch.where(second > 0, first / second, 0)
     change = best.to(dtype).to(scale) - scale
     helps = (change * (2 * first + change * second) < 0) & (scale + change != 0)
-    change = torch.where(helps, change, 0)
-    scale += change
-    return steps * change
+    return torch.where(helps, change, 0)

@@ -11,11 +11,11 @@ def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]
     Parameters
     ----------
     step : callable
-        Reads and writes tensors in place, all on `device`. Neither shapes nor control flow depend
-        on their values, and it does not wait for the device.
+        Reads and writes tensors on `device` in place. Neither shapes nor control flow may depend on
+        their values, and it must not wait for the device.
     device : torch.device
         If it is a CUDA device, kernels are recorded for it even if another one is current, and
-        repeated on its current stream. If it is not, `step` itself is returned.
+        repeated on its current stream. Otherwise `step` itself is returned.
     """
     if device.type != "cuda":
         step()

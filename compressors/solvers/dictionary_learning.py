@@ -36,9 +36,7 @@ class Dictionary:
     energy: float
     """``||L^T (W^T - D @ S) K||_F^2``, see `DictionaryProblem`."""
     loss: float
-    """`energy` as a fraction of the weighted energy of W."""
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
     errors: tuple[float, ...] = ()
     """Lowest energy so far after each round."""
 
@@ -99,16 +97,11 @@ class DictionaryProblem:
         Parameters
         ----------
         W : Tensor, shape [d_out, d_in]
-            Weight of a linear layer, ``y = x @ W.T``.
-        inputs : Moment, optional
-            Second moment ``H`` of the inputs. Default: the identity.
-        gradients : Moment, optional
-            Second moment ``G`` of the loss gradients at the output, of which only the diagonal is
-            used. Default: the identity; "cospadi" always takes the identity.
+        inputs, gradients, damp, gradient_damp
+            The metrics, as for `spectrum`, but of the gradients' moment only the diagonal is used,
+            and not even that by "cospadi".
         solver : str
             A key of `SOLVERS`.
-        damp, gradient_damp : float
-            Fraction of ``mean(diag(H))``, ``mean(diag(G))`` added to the diagonal.
 
         Raises
         ------
@@ -139,8 +132,8 @@ class DictionaryProblem:
         Parameters
         ----------
         atoms : int
-            Size of the dictionary, in ``[1, min(d_out, d_in)]``, or ``[1, d_out]`` if the solver
-            allows for `larger` ones.
+            Size of the dictionary, in ``[1, min(d_out, d_in)]``; up to d_out if the solver allows
+            it.
         nonzeros : int
             Number of atoms that each output uses, in ``[1, atoms]``.
         rounds : int, optional
@@ -149,11 +142,6 @@ class DictionaryProblem:
             ``"2:4"`` lets an output use two of every four consecutive atoms.
         seed : int
             Seed of the random start of "cospadi".
-
-        Returns
-        -------
-        Dictionary
-            On the device of `W`.
 
         Raises
         ------

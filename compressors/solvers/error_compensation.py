@@ -10,10 +10,7 @@ from lrc.compressors.solvers.linalg import whitening_factor
 
 @dataclass(frozen=True)
 class PrefixMoments:
-    """Sums over tokens of inputs X of the dense model and X' of the compressed one.
-
-    X' are the inputs of a layer when all layers before it are compressed.
-    """
+    """Sums over tokens of a layer's inputs X, and X' if all layers before it are compressed."""
 
     H: Tensor
     """``X'.T @ X'`` [d_in, d_in]"""
@@ -36,18 +33,17 @@ def refit_target(
 ) -> tuple[Tensor, str | None]:
     """Return the weight that maps the compressed model's inputs to the dense model's outputs.
 
-    Minimizes the squared difference of ``X' V^T`` from
+    Minimizes the squared difference between ``X' V^T`` and
     ``(1 - mix) X' W^T + mix X W^T + residual (R - R')`` over V, with the matrices of
-    `PrefixMoments`. V is then compressed in place of W, under the metric `H_prefix`.
+    `PrefixMoments`. V [d_out, d_in], in float64, is then compressed in place of W, under the metric
+    `H_prefix`. A description of any fallback is returned with it.
 
     Parameters
     ----------
     W : Tensor, shape [d_out, d_in]
         Weight of the dense model.
-    H_prefix : Tensor, shape [d_in, d_in]
-        ``X'.T @ X'``.
-    cross : Tensor, shape [d_in, d_in]
-        ``X.T @ X'``.
+    H_prefix, cross : Tensor, shape [d_in, d_in]
+        ``X'.T @ X'`` and ``X.T @ X'``.
     mix : float
         Fraction of the dense model's outputs in the target, in [0, 1].
     damp : float
@@ -57,13 +53,6 @@ def refit_target(
     residual : float
         Fraction of the residual stream's error that the layer is to correct, in [0, 1].
 
-    Returns
-    -------
-    V : Tensor, shape [d_out, d_in]
-        In float64.
-    fallback : str or None
-        Description of the deviation from the request, None if there is none.
-
     Raises
     ------
     ValueError
@@ -71,17 +60,10 @@ def refit_target(
 
     Notes
     -----
-    The target of [1]_ plus the term of the residual stream, solved by Cholesky:
-    ``V = W + (mix W (cross - H') + residual deficit) H'^{-1}``. In the paper
-    ``V = W ((1 - mix) I + mix cross H'^{-1})``, which is the same without damping and without the
-    stream. With damping, the correction form pulls V towards W; the paper's form would scale W by
-    ``1 - mix`` in directions without tokens.
-
-    References
-    ----------
-    .. [1] J. Zhao et al., "Pivoting Factorization: A Compact Meta Low-Rank Representation of
-       Sparsity for Efficient Inference in Large Language Models", 2025.
-       https://arxiv.org/abs/2501.19090
+    The target of Pivoting Factorization (https://arxiv.org/abs/2501.19090) plus the term of the
+    stream: ``V = W + (mix W (cross - H') + residual deficit) H'^{-1}``. Without damping and stream
+    it equals the paper's ``W ((1 - mix) I + mix cross H'^{-1})``. Damping pulls V towards W here;
+    in the paper's form it would scale W by ``1 - mix`` in directions without tokens.
     """
     for name, value in (("mix", mix), ("residual", residual)):
         if not 0 <= value <= 1:

@@ -26,10 +26,8 @@ def balanced_factors(
     ----------
     B : Tensor, shape [d_out, rank]
     A : Tensor, shape [rank, d_in]
-    H : Tensor, shape [d_in, d_in]
-        Second moment of the inputs.
-    G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients. Default: the identity.
+    H, G : Tensor
+        Second moments of the inputs and of the output gradients; G is the identity if omitted.
     seed : int
         Seed of the random rotation.
 
@@ -38,13 +36,9 @@ def balanced_factors(
     dict
         Balance -> factors B and A in float64. With s the singular values of
         ``G^{1/2} B A H^{1/2}``, the columns of B are orthogonal under G and of length ``s ** p``,
-        where p is 0 ("first"), 1/4 ("quarter") or 1/2 ("even"). "rotated" is "even" with a random
-        orthogonal matrix between the factors, which spreads large and small components evenly.
-
-    Notes
-    -----
-    p = 1 is left out: on SmolLM2-135M rounding to nearest then causes 1.5 (int3) to 5 times (int8)
-    the error of "even". "rotated" causes the least error in nearly every matrix.
+        where p is 0 ("first"), 1/4 ("quarter") or 1/2 ("even"); p = 1 is always worse. "rotated" is
+        "even" with a random orthogonal matrix between the factors, which spreads large and small
+        components evenly; in nearly every matrix of SmolLM2-135M it causes the least error.
     """
     B, A = B.double(), A.double()
     if G is None:
@@ -69,8 +63,7 @@ def balanced_factors(
 def equalize_norms(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """Scale each column of B [d_out, rank] and row of A [rank, d_in] to equal norms.
 
-    The product is unchanged, and neither factor has numbers much larger than the other's, which
-    limits the error of rounding to 16 bits.
+    The product is unchanged, and the range of numbers in both factors suits 16 bits.
     """
     ratio = A.norm(dim=1) / B.norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)
     scale = torch.where(ratio > 0, ratio, 1).sqrt()  # [rank]

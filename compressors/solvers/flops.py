@@ -1,38 +1,32 @@
-"""How much arithmetic the methods take that are solved at given sizes; for an estimate of time."""
+"""Arithmetic of the methods that are solved at given sizes, for an estimate of time.
+
+All functions count multiply-adds. The weight is [d_out, d_in].
+"""
 
 from math import prod
 
 from lrc.compressors.solvers.ksvd import POWER_STEPS
 from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS, STEPS_IN_METRIC
 from lrc.compressors.solvers.sparse_plus_low_rank import START_STEPS, directions
-from lrc.compressors.solvers.thresholding import (
-    CODE_STEPS,
-    FINAL_ROUNDS,
-    FINAL_STEPS,
-    START_ROUNDS,
-)
+from lrc.compressors.solvers.thresholding import CODE_STEPS, FINAL_ROUNDS, FINAL_STEPS, START_ROUNDS
 
-# A product of matrix and vector reads the matrix for one multiplication an entry: this many times
-# slower a multiplication than the product of two matrices.
+# A multiplication of a matrix-vector product takes as long as this many of a matrix product, because
+# every entry of the matrix is read for it.
 VECTOR = 16
-# Products with both metrics, or as much, to whiten a weight and to measure what is lost of it.
+# Products with both metrics, or equivalent, to whiten a weight and to measure errors.
 METRICS = 5
-# Multiply-adds of a product in whose time the eigenvectors of a matrix are found, over its size
-# cubed.
+# Multiply-adds of a product that takes as long as the eigenvectors of a matrix, over its size cubed.
 EIGENVECTORS = 40
 
 
 def pruning_work(d_out: int, d_in: int, *, rounds: int) -> int:
-    """Count the multiply-adds of second-order pruning, at one size.
-
-    They are those of the metric, ``G @ E @ H``, once a step and once a fit for its energy.
-    """
+    """Count second-order pruning: one product ``G @ E @ H`` per step, and one per refit."""
     fits = 2 * (OUTER_STEPS + 2) + rounds * (STEPS + 2) + STEPS_IN_METRIC + 1
     return fits * d_out * d_in * (d_out + d_in)
 
 
 def sum_work(d_out: int, d_in: int, *, rank: int, rounds: int, start: bool) -> int:
-    """Count the multiply-adds of a search for a sum: as for pruning, and a step of the product."""
+    """Count the search for a low-rank plus sparse weight; `start` adds that for a start."""
     metric = d_out * d_in * (d_out + d_in)
     wide = directions(rank, d_out, d_in)
     step = wide * (2 * d_in**2 + d_out**2 + 2 * d_out * d_in) + rank * d_out * d_in
@@ -44,9 +38,9 @@ def sum_work(d_out: int, d_in: int, *, rank: int, rounds: int, start: bool) -> i
 def dictionary_work(
     solver: str, d_out: int, d_in: int, *, atoms: int, nonzeros: int, rounds: int
 ) -> int:
-    """Count the multiply-adds of a dictionary solver.
+    """Count a dictionary solver.
 
-    Vectors at a time count `VECTOR` fold, and pursuit reads its table as often as it has steps.
+    Products with vectors count `VECTOR` times, and pursuit reads its table once per step.
     """
     ready = METRICS * d_out * d_in * (d_out + d_in)
     return ready + _rounds(solver, d_out, min(d_out, d_in), atoms, nonzeros, rounds)

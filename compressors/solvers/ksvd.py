@@ -20,23 +20,17 @@ NORMALIZE_EVERY = 2
 MAX_COLUMNS = 8192
 # Maximum size in bytes of the table [columns, nonzeros, atoms] of a batch.
 TABLE_BYTES = 2**30
-# An atom with less than this fraction of its energy outside the span of the selected ones is
-# considered dependent.
+# An atom is dependent if less than this fraction of its energy is outside the selected atoms' span.
 DEPENDENT = 1e-5
 
 
 def cospadi(task: SparseCodingTask) -> SparseCode:
     """Alternate orthogonal matching pursuit and K-SVD, starting from random columns of the weight.
 
-    Notes
-    -----
-    Algorithm 1 of [1]_ with the settings of its experiments: the start is a random selection of
-    columns of the original, not whitened, weight, and eight power iterations replace each SVD.
-    Pursuit can raise the error; the best round is returned, whereas the paper returns the last.
-
-    References
-    ----------
-    .. [1] D. Makhov et al., "CoSpaDi", 2025. https://arxiv.org/abs/2509.22075
+    Algorithm 1 of CoSpaDi (https://arxiv.org/abs/2509.22075) with the settings of its experiments:
+    the start is a random selection of columns of the original, not whitened, weight, and eight
+    power iterations replace each SVD. Pursuit can raise the error; the best round is returned,
+    whereas the paper returns the last.
     """
     Z = task.Z
     generator = torch.Generator().manual_seed(task.seed)
@@ -56,22 +50,11 @@ def cospadi(task: SparseCodingTask) -> SparseCode:
 
 
 def matching_pursuit(D: Tensor, Z: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
-    """Code every column by orthogonal matching pursuit, in batches of columns.
+    """Code every column of Z [dim, columns] by orthogonal matching pursuit, in batches of columns.
 
-    Parameters
-    ----------
-    D : Tensor, shape [dim, atoms]
-        Atoms of unit length.
-    Z : Tensor, shape [dim, columns]
-    nonzeros : int
-        Number of atoms that every column selects; the coefficient is zero for atoms that depend on
-        those selected before.
-
-    Returns
-    -------
-    S : Tensor, shape [atoms, columns]
-    mask : Tensor, shape [atoms, columns]
-        The selected atoms of each column.
+    The atoms of D [dim, atoms] have unit length, and `nonzeros` of them are selected for every
+    column; the coefficient is zero for atoms that depend on those selected before. Returns the
+    coefficients and the mask of the selected atoms, both [atoms, columns].
     """
     C = D.T @ D  # [atoms, atoms]
     table = nonzeros * len(C) * C.element_size()
@@ -121,22 +104,11 @@ def _pursue_batch(C: Tensor, A: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:
 
 
 def ksvd_update(Z: Tensor, D: Tensor, S: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Update every atom in turn, together with its coefficients, on fixed supports.
+    """Update each atom of D [dim, atoms] and its row of S [atoms, columns], on fixed supports.
 
-    Each atom and its row of S become a rank-one approximation of the residual without them, on the
-    columns that use the atom, by power iterations from their current values: the error never rises.
-    Unused columns are masked, not removed: this doubles the products, but no shape depends on data.
-
-    Parameters
-    ----------
-    Z : Tensor, shape [dim, columns]
-    D : Tensor, shape [dim, atoms]
-    S, mask : Tensor, shape [atoms, columns]
-
-    Returns
-    -------
-    D : Tensor, shape [dim, atoms]
-    S : Tensor, shape [atoms, columns]
+    An atom and its row become a rank-one approximation of the residual without them, on the columns
+    that use the atom, by power iterations from their current values: the error never rises. Unused
+    columns are masked, not removed: this doubles the products, but no shape depends on data.
     """
     D, S = D.T.clone(), S.clone()  # [atoms, dim], [atoms, columns]
     E = Z - D.T @ S  # [dim, columns]

@@ -2,18 +2,16 @@
 
 Activations have channels of very large variance, channels that are always zero, and fewer
 independent directions than dimensions. Therefore sums are taken in float32, eigenproblems are
-solved in float64 on the smaller side of a weight, damping is relative to the mean diagonal, and
-every fallback is reported to the caller.
+solved in float64, damping is relative to the mean diagonal, and every fallback is reported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-# A matrix that needs more damping than this is factored through its eigenvectors instead: the
-# optimum would no longer be that of the requested metric.
+# A matrix that needs more damping than this is factored through its eigenvectors instead.
 MAX_DAMP = 1e-1
 # Eigenvalues below this fraction of the largest are rounding errors of a float64 Gram matrix.
 RANK_TOLERANCE = 1e-14
@@ -23,8 +21,8 @@ RANK_TOLERANCE = 1e-14
 def tensor_cores() -> Iterator[None]:
     """Allow TF32 in float32 matrix products on CUDA, which is several times as fast.
 
-    Sums stay in float32. The Gram matrix of rounded vectors is positive semi-definite; rounding
-    adds about 1e-7 of a channel's energy to it, less than the damping.
+    Sums stay in float32; rounding adds about 1e-7 of a channel's energy to a Gram matrix, less than
+    the damping.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -35,21 +33,13 @@ def tensor_cores() -> Iterator[None]:
 
 
 def add_second_moment_(H: Tensor, x: Tensor) -> None:
-    """Add the Gram matrix of a batch of tokens to a running sum, in place.
-
-    Parameters
-    ----------
-    H : Tensor, shape [d_in, d_in]
-        Running sum over tokens of ``x x^T``; float32 or float64.
-    x : Tensor, shape [..., d_in]
-        Inputs of a linear layer; every leading position is a token.
-    """
+    """Add ``x^T x`` of inputs `x` [..., d_in] to a running sum `H` [d_in, d_in], in place."""
     x = x.reshape(-1, x.shape[-1]).to(H.dtype)  # [n_tokens, d_in]
     H.addmm_(x.T, x)
 
 
 def damped(H: Tensor, damp: float) -> Tensor:
-    """Return ``H + damp * mean(diag(H)) * I`` for a square matrix `H`, as a new tensor."""
+    """Return ``H + damp * mean(diag(H)) * I`` as a new tensor."""
     result = H.clone()
     result.diagonal().add_(damp * H.diagonal().mean())
     return result
@@ -61,17 +51,17 @@ def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
     Parameters
     ----------
     H : Tensor, shape [d, d]
-        Symmetric positive semi-definite matrix, float64.
+        Symmetric positive semi-definite, float64.
     damp : float
-        Fraction of the mean diagonal added to the diagonal. While the Cholesky factorization
-        fails, it is raised to ten times its value (from 0 to 1e-10), but not above `MAX_DAMP`.
+        Fraction of the mean diagonal added to the diagonal. While the Cholesky factorization fails,
+        it is raised tenfold (from 0 to 1e-10), but not above `MAX_DAMP`.
 
     Returns
     -------
     L : Tensor, shape [d, d]
-        Lower triangular and invertible: the Cholesky factor. If there is none even at `MAX_DAMP`,
-        a factor built from the eigenvectors of the matrix with the requested damping, with
-        eigenvalues below 1e-12 of the largest raised to that.
+        Lower triangular and invertible: the Cholesky factor; if there is none even at `MAX_DAMP`, a
+        factor from the eigenvectors at the requested damping, with eigenvalues below 1e-12 of the
+        largest raised to that.
     fallback : str or None
         Description of the deviation from the request, None if there is none.
     """
@@ -91,44 +81,32 @@ def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
 
 
 def descending_eigh(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute eigenvalues and eigenvectors of a symmetric matrix, in descending order.
+    """Compute eigenvalues and eigenvectors of a symmetric matrix in descending order.
 
-    Returns
-    -------
-    energies : Tensor, shape [d]
-        Eigenvalues; negative ones are set to 0.
-    vectors : Tensor, shape [d, d]
-        Eigenvectors as columns.
+    Negative eigenvalues are set to 0. Eigenvectors are the columns.
     """
     energies, vectors = torch.linalg.eigh((S + S.T) / 2)
     return energies.flip(0).clamp_min(0), vectors.flip(1)
 
 
-def descending_eigvalsh(S: Tensor) -> Tensor:
-    """Compute the eigenvalues [d] of a symmetric matrix as `descending_eigh` does."""
-    energies: Tensor = torch.linalg.eigvalsh((S + S.T) / 2)
-    return energies.flip(0).clamp_min(0)
-
-
 def numerical_rank(energies: Tensor) -> int:
-    """Count the squared singular values [d], in descending order, above `RANK_TOLERANCE`."""
+    """Count the squared singular values [d], largest first, above `RANK_TOLERANCE`."""
     return int((energies > RANK_TOLERANCE * energies[0]).sum())
+
+
+def check_size(name: str, size: int, most: int, shape: Sequence[int]) -> None:
+    """Raise ValueError unless a size of a component of a weight is in [1, most]."""
+    if not 1 <= size <= most:
+        raise ValueError(f"{name} must be in [1, {most}] for a weight {list(shape)}, got {size}")
 
 
 def weighted_error(
     W: Tensor, W_hat: Tensor, H: Tensor | None = None, G: Tensor | None = None
 ) -> float:
-    """Compute ``tr(G E H E^T)`` with ``E = W - W_hat``, in float64.
+    """Compute ``tr(G E H E^T)`` with ``E = W - W_hat`` [d_out, d_in], in float64.
 
-    Without `G` this is the squared error of the layer's output, summed over the tokens of `H`.
-
-    Parameters
-    ----------
-    W, W_hat : Tensor, shape [d_out, d_in]
-    H : Tensor, shape [d_in, d_in], optional
-        Second moment of the inputs. Default: the identity.
-    G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients. Default: the identity.
+    `H` [d_in, d_in] and `G` [d_out, d_out] default to the identity. Without `G` this is the squared
+    error of the layer's output, summed over the tokens of `H`.
     """
     E = (W - W_hat).double()
     right = E if H is None else E @ H.double()  # [d_out, d_in]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.solvers.factor_balancing import equalize_norms
-from lrc.compressors.solvers.linalg import descending_eigh, whitening_factor
+from lrc.compressors.solvers.linalg import check_size, descending_eigh, whitening_factor
 from lrc.compressors.solvers.quantization_grid import check_finite
 
 Kind = Literal["qera", "eora", "lqer"]
@@ -15,7 +15,9 @@ Kind = Literal["qera", "eora", "lqer"]
 def low_rank_correction(
     E: Tensor, H: Tensor, rank: int, kind: Kind = "qera"
 ) -> tuple[Tensor, Tensor]:
-    """Compute the low-rank matrix that reduces a quantization error most.
+    """Compute factors L [d_out, rank] and R [rank, d_in] that reduce a quantization error most.
+
+    They are in float64, and columns of L and rows of R have equal norms.
 
     Parameters
     ----------
@@ -26,15 +28,11 @@ def low_rank_correction(
     rank : int
         In ``[1, min(d_out, d_in)]``.
     kind : {"qera", "eora", "lqer"}
-        What is minimized: ``tr((E - L R) H (E - L R)^T)`` [1]_; the same restricted to the
-        numerical range of H, with no correction outside [2]_; or the same with the diagonal of H
-        only [3]_.
-
-    Returns
-    -------
-    L : Tensor, shape [d_out, rank]
-    R : Tensor, shape [rank, d_in]
-        Both in float64; columns of L and rows of R have equal norms.
+        What is minimized: ``tr((E - L R) H (E - L R)^T)`` (QERA, https://arxiv.org/abs/2410.06040);
+        the same restricted to the numerical range of H, with no correction outside (EoRA,
+        https://arxiv.org/abs/2410.21271); or the same with the diagonal of H only (LQER,
+        https://arxiv.org/abs/2402.02446, with the root mean square in place of the mean absolute
+        input).
 
     Raises
     ------
@@ -43,25 +41,13 @@ def low_rank_correction(
 
     Notes
     -----
-    Only the smaller side is decomposed. With the eigenvectors V of ``E H E^T`` the product is
-    ``V (V^T E)`` and no root of H is needed; a taller E is solved with a root ``H = P P^T``, as
-    ``(E P V) (V^T P^-1)`` with the eigenvectors of ``P^T E^T E P``. [3]_ scales by the mean
-    absolute input; here the root mean square is used, which H contains.
-
-    References
-    ----------
-    .. [1] C. Zhang et al., "QERA: an Analytical Framework for Quantization Error Reconstruction",
-       ICLR 2025. https://arxiv.org/abs/2410.06040
-    .. [2] S.-Y. Liu et al., "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace
-       Low-Rank Approximation", 2024. https://arxiv.org/abs/2410.21271
-    .. [3] C. Zhang et al., "LQER: Low-Rank Quantization Error Reconstruction for LLMs", ICML 2024.
-       https://arxiv.org/abs/2402.02446
+    The eigenvectors V of ``E H E^T`` give ``V (V^T E)``, without a root of H. A taller E is solved
+    with a root ``H = P P^T``, as ``(E P V) (V^T P^-1)`` with the eigenvectors of ``P^T E^T E P``.
     """
     d_out, d_in = E.shape
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
-    if not 1 <= rank <= min(d_out, d_in):
-        raise ValueError(f"rank must be in [1, {min(d_out, d_in)}], got {rank}")
+    check_size("rank", rank, min(d_out, d_in), E.shape)
     check_finite(E, "the error")
     E, H = E.double(), H.double()
     P, inverse = _root(H, kind)  # [d_in, directions], [directions, d_in]

@@ -4,7 +4,7 @@ The search starts from the entries that are most expensive to remove, refits the
 exchanges entries where the refit predicts a lower error, fewer in each round.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -74,10 +74,6 @@ class MaskSearch:
     def unscaled(self, error: Tensor) -> Tensor:
         """Convert an error to the units of the weight, in float64."""
         return error.double() / self.unit
-
-    def without(self, part: Tensor) -> "MaskSearch":
-        """Return the search for the weight minus `part` [d_out, d_in], which is scaled."""
-        return replace(self, W=self.W - part)
 
     def dense(self) -> MaskState:
         """Return the starting point of every search, with all entries kept."""

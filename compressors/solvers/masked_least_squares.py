@@ -1,16 +1,15 @@
 """Least squares on a mask: the best values for the entries that a sparse weight keeps.
 
-With ``E = W - W_hat`` the error is ``tr(G E H E^T)``. There are two ways to minimize it by
-conjugate gradients, which need matrix products only:
+The error is ``tr(G E H E^T)`` with ``E = W - W_hat``. There are two ways to minimize it:
 
 * `masked_least_squares` iterates on the kept entries. No step raises the error and H and G may be
-  singular, but convergence is slow on the spectra of real activations: with power laws the error
-  is twice the optimum after 40 steps.
-* `compensated_error` iterates on the Lagrange multipliers ``G E H``, which are zero at the kept
+  singular, but on power-law spectra the error is still twice the optimum after 40 steps.
+* `compensated_error` iterates on the Lagrange multipliers ``L = G E H``, which are zero at the kept
   entries and solve ``G^-1 L H^-1 == W`` at the removed ones. The inverse metric is well conditioned
-  in the directions that matter, and fewer entries are removed than kept: the error is within 2 to
-  15 % of the optimum after 8 steps, within 1 % after 16. The multipliers also give the benefit of
-  keeping a removed entry.
+  in the directions that matter: the error is within 2 to 15 % of the optimum after 8 steps, within
+  1 % after 16. The multipliers also give the benefit of keeping a removed entry.
+
+All tensors are [d_out, d_in]; masks are True where an entry is kept.
 """
 
 import torch
@@ -25,22 +24,8 @@ def masked_least_squares(
 ) -> Tensor:
     """Minimize ``tr(G (W - X) H (W - X)^T)`` over the entries of X that `mask` keeps.
 
-    Parameters
-    ----------
-    W : Tensor, shape [d_out, d_in]
-    metric : Metric
-        In the dtype of `W`; may be singular. Its diagonals are the preconditioner.
-    mask : Tensor, shape [d_out, d_in]
-        True where X may be non-zero.
-    start : Tensor, shape [d_out, d_in]
-        Starting point; only its entries in the mask are read.
-    steps : int
-        Number of conjugate-gradient steps; none of them raises the error.
-
-    Returns
-    -------
-    Tensor, shape [d_out, d_in]
-        X, exactly zero outside the mask.
+    The metric is in the dtype of `W`; its diagonals are the preconditioner. Of the starting point
+    only the entries in the mask are read. X is exactly zero outside the mask.
     """
     left, right = metric.diagonals(W)
     unit = left * right  # [d_out, d_in]
@@ -58,22 +43,17 @@ def compensated_error(
 
     Parameters
     ----------
-    W : Tensor, shape [d_out, d_in]
+    W, mask : Tensor
     inverse : Metric
         The inverses of G and H, in the dtype of `W`.
-    mask : Tensor, shape [d_out, d_in]
-        True where an entry is kept.
-    start : Tensor, shape [d_out, d_in]
+    start : Tensor
         Multipliers to start from, zeros if unknown; only entries outside the mask are read.
     steps : int
-        Number of conjugate-gradient steps.
 
     Returns
     -------
-    multipliers : Tensor, shape [d_out, d_in]
-        ``G @ E @ H``, zero in the mask.
-    error : Tensor, shape [d_out, d_in]
-        ``E = W - W_hat``, equal to `W` outside the mask.
+    multipliers, error : Tensor
+        ``G @ E @ H``, zero in the mask, and ``E = W - W_hat``, equal to `W` outside the mask.
     """
     left, right = inverse.diagonals(W)
     unit = left * right  # [d_out, d_in]

@@ -9,20 +9,15 @@ Pattern = Literal["unstructured", "2:4"]
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Return a mask of the shape of `scores`, True at exactly the `count` largest."""
+    """Return a mask of the shape of `scores`, True for exactly the `count` largest."""
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     return mask.index_fill_(0, scores.flatten().topk(count).indices, True).view(scores.shape)
 
 
 def two_of_four(scores: Tensor, dim: int) -> Tensor:
-    """Return a mask of the two largest of every four consecutive scores along a dimension.
+    """Return a mask of the two largest of every four consecutive scores along a dimension >= 0.
 
-    Parameters
-    ----------
-    scores : Tensor
-        Its size along `dim` is a multiple of 4. Of equal scores the earlier one is selected.
-    dim : int
-        Not negative.
+    The size along `dim` is a multiple of 4. Of equal scores the earlier one is selected.
     """
     fours = scores.unflatten(dim, (-1, 4)).unbind(dim + 1)
     ranks = [torch.zeros_like(four, dtype=torch.int8) for four in fours]
@@ -41,19 +36,13 @@ def drop_and_swap(mask: Tensor, losses: Tensor, gains: Tensor, *, drop: int, swa
     ----------
     mask : Tensor, bool
         True where an entry is kept.
-    losses : Tensor, of the shape of `mask`
-        Cost of removing each kept entry.
-    gains : Tensor, of the shape of `mask`
-        Benefit of keeping each removed entry.
+    losses, gains : Tensor, of the shape of `mask`
+        Cost of removing each kept entry, and benefit of keeping each removed one.
     drop : int
-        Number of entries to remove: those of smallest loss.
+        Number of entries to remove, those of smallest loss.
     swaps : int
-        Maximum number of exchanges. The next smallest losses are paired with the largest gains,
-        and a pair is exchanged if the gain exceeds the loss.
-
-    Returns
-    -------
-    Tensor, bool, of the shape of `mask`
+        Maximum number of exchanges. The next smallest losses are paired with the largest gains, and
+        a pair is exchanged if the gain exceeds the loss.
     """
     out, outgoing = torch.where(mask, losses, torch.inf).flatten().topk(drop + swaps, largest=False)
     come, incoming = torch.where(mask, -torch.inf, gains).flatten().topk(swaps)

@@ -11,10 +11,7 @@ from lrc.compressors.solvers.moments import Moment, without_empty
 
 @dataclass(frozen=True)
 class Metric:
-    """The two weighting matrices of ``tr(G E H E^T)`` for errors E [d_out, d_in].
-
-    A matrix that is None is the identity.
-    """
+    """The weights of ``tr(G E H E^T)`` for errors E [d_out, d_in]; None is the identity."""
 
     H: Tensor | None = None
     """[d_in, d_in], of the inputs."""
@@ -48,13 +45,7 @@ class Metric:
         return Metric(H, G)
 
     def inverse(self, damp: float) -> tuple["Metric", str | None]:
-        """Invert both matrices, and describe any fallback.
-
-        Parameters
-        ----------
-        damp : float
-            Fraction of the mean diagonal of each matrix added to its diagonal before.
-        """
+        """Invert both matrices, each with `damp` times its mean diagonal added; note fallbacks."""
         sides: list[Tensor | None] = []
         notes = []
         for name, M in (("inputs", self.H), ("gradients", self.G)):
@@ -73,19 +64,14 @@ class Metric:
 
 
 def damped_metric(
-    inputs: Moment | None,
-    gradients: Moment | None,
-    damp: float = 0.0,
-    gradient_damp: float = 0.0,
+    inputs: Moment | None, gradients: Moment | None, damp: float = 0.0, gradient_damp: float = 0.0
 ) -> tuple[Metric, str | None]:
-    """Build the metric of two damped moments, and describe any fallback.
+    """Build the metric of two moments, and describe any fallback.
 
     Parameters
     ----------
-    inputs : Moment, optional
-        Second moment H of the inputs; needs `full`.
-    gradients : Moment, optional
-        Second moment G of the output gradients; its diagonal is used if there is no `full`.
+    inputs, gradients : Moment, optional
+        Second moments H and G. H needs `full`; of a G without `full` the diagonal is used.
     damp, gradient_damp : float
         Fraction of ``mean(diag(H))``, ``mean(diag(G))`` added to the diagonal.
 
@@ -107,12 +93,7 @@ def damped_metric(
 
 
 def weighted_energy(
-    W: Tensor,
-    inputs: Moment | None = None,
-    gradients: Moment | None = None,
-    *,
-    damp: float = 0.0,
-    gradient_damp: float = 0.0,
+    W: Tensor, inputs: Moment | None = None, gradients: Moment | None = None, **damping: float
 ) -> float:
-    """Return ``tr(G W H W^T)`` of `W` [d_out, d_in]; see `damped_metric` for the parameters."""
-    return float(damped_metric(inputs, gradients, damp, gradient_damp)[0].energy(W.double()))
+    """Return ``tr(G W H W^T)`` of `W` [d_out, d_in]; the others are those of `damped_metric`."""
+    return float(damped_metric(inputs, gradients, **damping)[0].energy(W.double()))

@@ -46,12 +46,7 @@ class Moment:
     def weighted(cls, weights: Tensor, W: Tensor) -> Self:
         """Return the moment ``diag(weights)`` of the columns of `W`, as `full` or as an image.
 
-        Parameters
-        ----------
-        weights : Tensor, shape [d]
-            One non-negative number per column.
-        W : Tensor, shape [other, d]
-            The weight, or its transpose where the moment is that of the output gradients.
+        `W` is [other, d], transposed for a moment of the output gradients; `weights` [d] are >= 0.
         """
         other, d = W.shape
         W, weights = W.double(), weights.double()
@@ -84,12 +79,7 @@ class Moment:
     def through(self, W: Tensor, damp: float = 0.0) -> Tensor:
         """Return ``W (M + damp * mean(diag(M)) * I) W^T`` [other, other] in float64.
 
-        Parameters
-        ----------
-        W : Tensor, shape [other, d]
-            The weight, or its transpose where the moment is that of the output gradients.
-        damp : float
-            Fraction of the mean diagonal that is added to the diagonal.
+        `W` [other, d] is the weight, or its transpose for a moment of the output gradients.
         """
         W = W.double()
         seen = W @ self.whole() @ W.T if self.image is None else self.image.double()
@@ -98,14 +88,9 @@ class Moment:
         return seen + damp * self.diagonal.double().mean() * (W @ W.T)  # [other, other]
 
     def centred(self, total: Tensor, n_tokens: int, W: Tensor) -> "Moment":
-        """Return the moment about the mean, ``M - s s^T / n`` with ``s`` the sum over tokens.
+        """Return the moment about the mean, ``M - s s^T / n``.
 
-        Parameters
-        ----------
-        total : Tensor, shape [d]
-            Sum over `n_tokens` tokens.
-        W : Tensor, shape [other, d]
-            As for `through`; the image is centred by the image of the mean.
+        `total` [d] is the sum s over all tokens; `W` is that of `through`.
         """
         s = total.double()
         seen = W.double() @ s  # [other]
@@ -139,10 +124,7 @@ def without_empty(
 
 @dataclass(frozen=True)
 class Statistics:
-    """Calibration statistics of one linear layer.
-
-    A field is None if it was not requested, or if the layer received no token.
-    """
+    """Statistics of a linear layer; None if not requested, or if the layer received no token."""
 
     n_tokens: int = 0
     inputs: Moment | None = None

@@ -5,11 +5,13 @@ Magnitude and Wanda select once and keep the values; the second-order criterion 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lrc.compressors.solvers.linalg import check_size
 from lrc.compressors.solvers.mask_search import MaskSearch
 from lrc.compressors.solvers.masks import Pattern, largest, two_of_four
 from lrc.compressors.solvers.metric import Metric, damped_metric
@@ -29,11 +31,8 @@ class PrunedWeight:
     mask: Tensor
     """[d_out, d_in], bool, True where an entry is kept."""
     energy: float
-    """``tr(G E H E^T)`` with ``E = W - W_hat`` under the damped metrics."""
     loss: float
-    """`energy` as a fraction of the weighted energy of W, in [0, 1]."""
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
 
 
 def prune(
@@ -50,34 +49,24 @@ def prune(
 ) -> PrunedWeight:
     """Select the entries of a weight to keep, and their values, under two metrics.
 
-    Minimizes ``tr(G E H E^T)`` with ``E = W - W_hat``, both metrics damped.
+    Minimizes ``tr(G E H E^T)`` with ``E = W - W_hat``, see `damped_metric`.
 
     Parameters
     ----------
     W : Tensor, shape [d_out, d_in]
-        Weight of a linear layer, ``y = x @ W.T``.
-    inputs : Moment, optional
-        Second moment ``H`` of the inputs; needs `full`. Default: the identity.
-    gradients : Moment, optional
-        Second moment ``G`` of the loss gradients at the output; its diagonal is used if there is no
-        `full`. Default: the identity.
+    inputs, gradients, damp, gradient_damp
+        The metrics, as for `damped_metric`. Default: the identity.
     nonzeros : int, optional
         Number of entries to keep in the whole matrix. To be omitted with the pattern "2:4", which
         keeps half of them.
     pattern : {"unstructured", "2:4"}
         Whether to keep any entries, or two of every four consecutive inputs of a row.
     saliency : {"magnitude", "wanda", "second-order"}
-        ``|W_ij|`` over the matrix, or ``|W_ij| sqrt(H_jj)`` within each output [1]_, both with the
-        values of W; or the error of removal after the kept entries have been refitted.
-    damp, gradient_damp : float
-        Fraction of ``mean(diag(H))``, ``mean(diag(G))`` added to the diagonal.
+        ``|W_ij|`` over the matrix, or ``|W_ij| sqrt(H_jj)`` within each output (Wanda,
+        https://arxiv.org/abs/2306.11695), both with the values of W; or the error of removal after
+        the kept entries have been refitted.
     rounds : int
         Maximum number of rounds of swaps for "second-order".
-
-    Returns
-    -------
-    PrunedWeight
-        On the device of `W`.
 
     Raises
     ------
@@ -92,11 +81,6 @@ def prune(
     these decide on swaps. On power-law spectra with massive channels the rounds leave at most 0.78
     of the error of the first mask with exact least squares if 20 % of the bytes are saved, 0.72 at
     40 %. The search is in float32 on scaled errors; values and energies are in float64.
-
-    References
-    ----------
-    .. [1] M. Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
-       ICLR 2024. https://arxiv.org/abs/2306.11695
     """
     _check(W, nonzeros, pattern, saliency)
     W = W.double()
@@ -129,34 +113,23 @@ def prune_curve(
 ) -> list[float]:
     """Return approximately the energies of `prune` for several budgets, in much less time.
 
-    Every budget continues from the next larger one, so that swaps are shared. The parameters are
-    those of `prune`.
-
-    Returns
-    -------
-    list of float
-        In the order of `nonzeros`. Mostly above the energies of `prune`, by up to 15 % if half of
-        the entries are removed, less if fewer are. More rounds reduce the difference.
-
-    Raises
-    ------
-    ValueError
-        If a budget is out of range.
+    Every budget continues from the next larger one. The energies, in the order of `nonzeros`, are
+    mostly above those of `prune`: by up to 15 % if half of the entries are removed, less if fewer
+    are. More rounds reduce the difference. Parameters and errors are those of `prune`.
     """
+    if saliency != "second-order":
+        one = partial(prune, W, inputs, gradients, saliency=saliency)
+        return [one(nonzeros=n, damp=damp, gradient_damp=gradient_damp).energy for n in nonzeros]
     for budget in nonzeros:
         _check(W, budget, "unstructured", saliency)
     W = W.double()
     metric, _ = damped_metric(inputs, gradients, damp, gradient_damp)
-    search = MaskSearch.of(W, metric, "unstructured") if saliency == "second-order" else None
-    state = None if search is None else search.dense()
+    search = MaskSearch.of(W, metric, "unstructured")
+    state = search.dense()
     energies: dict[int, float] = {}
     for budget in sorted(set(nonzeros), reverse=True):
-        if search is None or state is None:
-            mask = _one_shot(W, metric, budget, "unstructured", saliency)
-            E = torch.where(mask, 0, W)
-        else:
-            state = search.best(state, budget, rounds)
-            E = torch.where(state.mask, search.unscaled(search.refined(state)), W)
+        state = search.best(state, budget, rounds)
+        E = torch.where(state.mask, search.unscaled(search.refined(state)), W)
         energies[budget] = float(metric.energy(E))
     return [energies[budget] for budget in nonzeros]
 
@@ -178,10 +151,8 @@ def _check(W: Tensor, nonzeros: int | None, pattern: str, saliency: str) -> None
             )
     elif nonzeros is None:
         raise ValueError("nonzeros is required with pattern unstructured, got None")
-    elif not 1 <= nonzeros <= W.numel():
-        raise ValueError(
-            f"nonzeros must be in [1, {W.numel()}] for a weight {shape}, got {nonzeros}"
-        )
+    else:
+        check_size("nonzeros", nonzeros, W.numel(), shape)
 
 
 def _one_shot(W: Tensor, metric: Metric, nonzeros: int, pattern: Pattern, saliency: str) -> Tensor:

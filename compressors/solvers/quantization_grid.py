@@ -18,7 +18,7 @@ from lrc.compressors.layers import QuantizationArgs
 RANGES = tuple(1 - step / 20 for step in range(16))
 # Without statistics of the inputs no number is clipped: clipping lowers the squared error of the
 # weight but raises perplexity, on SmolLM2-135M at int4-g64 from 35.6 to 38.4 (C4).
-FULL_RANGE = (1.0,)
+FULL_RANGE: tuple[float, ...] = (1.0,)
 
 
 class ScaleOverflow(ValueError):
@@ -46,6 +46,9 @@ def find_grid(
 ) -> Grid:
     """Find the grid that minimizes the error of rounding a matrix to nearest.
 
+    The search is in float32, on numbers relative to the largest of their group. A group of zeros
+    gets the scale 1.
+
     Parameters
     ----------
     W : Tensor, shape [rows, columns]
@@ -64,44 +67,13 @@ def find_grid(
         If a scale overflows `dtype`. One that underflows becomes the smallest number.
     """
     check_finite(W, "the matrix")
-    rows, columns = W.shape
-    X = W.double().view(rows, scheme.groups(columns), -1)  # [rows, groups, width]
-    if weights is None:
-        return search_grid(X, scheme, dtype, X.new_ones(1, 1, 1).float(), FULL_RANGE)
-    # Weights of at most 1, so that sums in float32 do not overflow.
-    largest = weights.max()
-    relative = weights / largest if float(largest) > 0 else torch.ones_like(weights)
-    return search_grid(X, scheme, dtype, relative.to(X.device).float().view(1, *X.shape[1:]))
-
-
-def search_grid(
-    X: Tensor,
-    scheme: QuantizationArgs,
-    dtype: torch.dtype,
-    weights: Tensor,
-    ranges: Sequence[float] = RANGES,
-) -> Grid:
-    """Find the grid of numbers that are already divided into groups; see `find_grid`.
-
-    The search is in float32, on numbers relative to the largest of their group. A group of zeros
-    gets the scale 1.
-
-    Parameters
-    ----------
-    X : Tensor, shape [rows, groups, width], float64
-    scheme : QuantizationArgs
-    dtype : torch.dtype
-        Dtype of the stored scales.
-    weights : Tensor, float32
-        Weights in [0, 1] that can be broadcast to `X`.
-    ranges : sequence of float
-        Fractions of the full range to try, the largest first.
-
-    Raises
-    ------
-    ScaleOverflow
-        If the scale of the first range overflows `dtype`.
-    """
+    X = W.double().view(len(W), scheme.groups(W.shape[1]), -1)  # [rows, groups, width]
+    ranges, relative_weights = FULL_RANGE, X.new_ones(1, 1, 1).float()
+    if weights is not None:
+        # At most 1, so that sums in float32 do not overflow.
+        largest = weights.max()
+        weights = weights / largest if float(largest) > 0 else torch.ones_like(weights)
+        ranges, relative_weights = RANGES, weights.to(X.device).float().view(1, *X.shape[1:])
     size = X.abs().amax(dim=2)  # [rows, groups]
     unit = torch.where(size > 0, size, 1)
     relative = (X / unit[:, :, None]).float()
@@ -119,7 +91,7 @@ def search_grid(
         else:
             shift = middle.float()[:, :, None]
             steps.add_(shift).clamp_(scheme.lowest, scheme.highest).sub_(shift)
-        error = steps.mul_(step).sub_(relative).square_().mul_(weights).sum(dim=2)
+        error = steps.mul_(step).sub_(relative).square_().mul_(relative_weights).sum(dim=2)
         better = (error < best) & (scale != 0)
         best = torch.where(better, error, best)
         found = torch.where(better, scale, found)

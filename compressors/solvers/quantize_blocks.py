@@ -9,19 +9,11 @@ from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.block_search import masked, select_blocks
 from lrc.compressors.solvers.column_quantizer import ZERO_SCALE
 from lrc.compressors.solvers.coordinate_descent import coordinate_descent
-from lrc.compressors.solvers.gptq import (
-    DAMP,
-    check_metric,
-    factor_inverse_hessian,
-    propagate_error,
-)
+from lrc.compressors.solvers.gptq import DAMP, check_metric, factor_inverse_hessian, propagate_error
+from lrc.compressors.solvers.linalg import check_size
 from lrc.compressors.solvers.masks import largest
 from lrc.compressors.solvers.quantization_grid import check_finite, find_grid
-from lrc.compressors.solvers.quantized_matrix import (
-    QuantizedMatrix,
-    better_rows,
-    round_to_nearest,
-)
+from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, better_rows, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -36,7 +28,6 @@ class QuantizedBlocks:
     """[rows, blocks per row], True where a block is kept."""
     scheme: QuantizationArgs
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
 
     def weight(self) -> Tensor:
         """Return the dequantized matrix [rows, columns] in float64."""
@@ -55,12 +46,11 @@ def quantize_blocks(
     damp: float = DAMP,
     act_order: bool = True,
 ) -> QuantizedBlocks:
-    """Keep some blocks of a matrix, and quantize them, to minimize the error of its output.
+    """Keep some blocks of a matrix, and quantize them, to minimize ``tr((W - W_q) H (W - W_q)^T)``.
 
-    Minimizes ``tr((W - W_q) H (W - W_q)^T)``. A block is a group of numbers that share a scale.
-    The blocks that cost least are removed, over the whole matrix; the others are refitted,
-    quantized column by column as in GPTQ, with the removed ones fixed at zero, and improved by
-    coordinate descent.
+    A block is a group of numbers that share a scale. The blocks that cost least are removed, over
+    the whole matrix; the others are refitted, quantized column by column as in GPTQ, and improved
+    by coordinate descent. No row has a larger error than its refitted blocks rounded to nearest.
 
     Parameters
     ----------
@@ -69,20 +59,11 @@ def quantize_blocks(
         Second moment of the inputs. If it is unknown or zero, the blocks of largest norm are kept
         and rounded to nearest.
     n_blocks : int
-        Number of blocks to keep, in ``[1, rows * columns / group size]``.
+        Number of blocks to keep, in ``[1, rows * columns / group_size]``.
     scheme : QuantizationArgs
         Symmetric, with a group size.
-    dtype : torch.dtype
-        Dtype of the stored scales.
-    damp : float
-        Fraction of ``mean(diag(H))`` added to its diagonal.
-    act_order : bool
-        Quantize the columns with the largest inputs first.
-
-    Returns
-    -------
-    QuantizedBlocks
-        No row has a larger error than its refitted blocks rounded to nearest.
+    dtype, damp, act_order
+        As for `gptq`.
 
     Raises
     ------
@@ -91,25 +72,16 @@ def quantize_blocks(
 
     Notes
     -----
-    The representation is that of [1]_. Blocks are ranked by the exact increase of the error when
-    one is removed and all others compensate, as in [2]_ for single weights, followed by swaps. The
-    first stage of [1]_, which trains the weights by gradients, is replaced by a closed-form refit
-    and GPTQ; its second stage, end-to-end training of the scales, is not implemented.
-
-    References
-    ----------
-    .. [1] C. Zeng et al., "GQSA: Group Quantization and Sparsity for Accelerating Large Language
-       Model Inference", 2024. https://arxiv.org/abs/2412.17560
-    .. [2] B. Hassibi and D. Stork, "Second order derivatives for network pruning: Optimal Brain
-       Surgeon", NIPS 1992.
+    The representation is that of GQSA (https://arxiv.org/abs/2412.17560). Blocks are ranked by the
+    exact increase of the error when one is removed and all others compensate, as in optimal brain
+    surgeon for single weights, followed by swaps. The paper's first stage, which trains the weights
+    by gradients, is replaced by a closed-form refit and GPTQ; its second stage, end-to-end training
+    of the scales, is not implemented.
     """
     check_finite(W, "the matrix")
     rows, columns = W.shape
     per_row = scheme.groups(columns)
-    if not 1 <= n_blocks <= rows * per_row:
-        raise ValueError(
-            f"n_blocks must be in [1, {rows * per_row}] for [{rows}, {columns}], got {n_blocks}"
-        )
+    check_size("n_blocks", n_blocks, rows * per_row, W.shape)
     W = W.double()
     if H is not None:
         check_metric(W, H)

@@ -12,10 +12,9 @@ from torch import Tensor
 from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.factor_balancing import Balance, balanced_factors
 from lrc.compressors.solvers.factor_refit import compensation_target, refit_left, refit_right
-from lrc.compressors.solvers.gptq import check_metric
+from lrc.compressors.solvers.gptq import QuantizerName, check_metric, quantize_matrix
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
-from lrc.compressors.solvers.quantize_matrix import QuantizerName, quantize_matrix
 from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix
 
 ROUNDS = 2
@@ -28,7 +27,7 @@ Quantizer = Callable[[Tensor, Tensor], QuantizedMatrix]
 
 @dataclass(frozen=True)
 class QuantizedLowRank:
-    """A weight as the product of two quantized factors, ``W_hat = b.weight() @ a.weight()``."""
+    """A weight as a product ``b.weight() @ a.weight()``, and its error ``tr(G E H E^T)``."""
 
     a: QuantizedMatrix
     """[rank, d_in]"""
@@ -36,14 +35,13 @@ class QuantizedLowRank:
     """[d_out, rank]"""
     balance: str
     error: float
-    """``tr(G E H E^T)`` with ``E = W - W_hat``."""
     errors: dict[str, float]
     """Balance -> error of rounding to nearest, for all that were measured."""
 
 
 @dataclass(frozen=True)
 class QuantizedPivoted:
-    """A weight as quantized pivot rows and coefficients, ``cat([R, C @ R])[order]``."""
+    """A weight as ``cat([R, C @ R])[order]``, quantized, and its error ``tr(G E H E^T)``."""
 
     a: QuantizedMatrix
     """R, [rank, d_in]"""
@@ -52,7 +50,6 @@ class QuantizedPivoted:
     order: Tensor
     """[d_out], int64"""
     error: float
-    """``tr(G E H E^T)`` with ``E = W - W_hat``."""
 
     def weight(self) -> Tensor:
         """Return ``W_hat`` [d_out, d_in] in float64."""
@@ -82,8 +79,8 @@ def quantize_low_rank(
         The weight that the product approximates.
     B : Tensor, shape [d_out, rank]
     A : Tensor, shape [rank, d_in]
-    H : Tensor, shape [d_in, d_in]
-        Second moment of the inputs.
+    H, G : Tensor
+        Second moments of the inputs and of the output gradients; G is the identity if omitted.
     scheme : QuantizationArgs
     dtype : torch.dtype
         Dtype of the stored scales.
@@ -93,8 +90,6 @@ def quantize_low_rank(
         to nearest.
     seed : int
         Seed of the random rotation.
-    G : Tensor, shape [d_out, d_out], optional
-        Second moment of the output gradients. Default: the identity.
     rounds : int
         Number of times that both factors are quantized; the best result is kept.
 
@@ -149,12 +144,7 @@ def quantize_pivoted(
     C : Tensor, shape [d_out - rank, rank]
     order : Tensor, shape [d_out]
     H, scheme, dtype, quantizer, G, rounds
-        As for `quantize_low_rank`.
-
-    Raises
-    ------
-    ValueError
-        If `quantizer` is unknown, and see `gptq`.
+        As for `quantize_low_rank`; so are the errors raised.
     """
     check_metric(W, H)
     W, R, C, H = W.double(), R.double(), C.double(), H.double()

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.layers.packing import dequantize, encode_matrix
+from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.quantization_grid import find_grid, round_to_grid
 
 
@@ -22,30 +22,23 @@ class QuantizedMatrix:
     """[rows, groups], int8, the codes of zero; None for a symmetric scheme."""
     scheme: QuantizationArgs
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
 
     def weight(self) -> Tensor:
         """Return the dequantized matrix [rows, columns] in float64."""
         return dequantize(self.codes, self.scale.double(), self.zero)
 
     def encode(self, leaf: str) -> dict[str, Tensor]:
-        """Return the tensors to store, whose names start with `leaf`, the name in the module."""
+        """Return the tensors to store, named after `leaf`, the name in the module."""
         return encode_matrix(leaf, self.codes, self.scale, self.zero, self.scheme)
 
 
 def round_to_nearest(
     W: Tensor, scheme: QuantizationArgs, *, dtype: torch.dtype, H: Tensor | None = None
 ) -> QuantizedMatrix:
-    """Round every number of a matrix to the nearest point of its grid.
+    """Round every number of a matrix [rows, columns] to the nearest point of its grid.
 
-    Parameters
-    ----------
-    W : Tensor, shape [rows, columns]
-    scheme : QuantizationArgs
-    dtype : torch.dtype
-        Dtype of the stored scales.
-    H : Tensor, shape [columns, columns], optional
-        Second moment of the inputs; its diagonal weights the errors by which the grid is chosen.
+    Scales are stored in `dtype`. The diagonal of `H` [columns, columns], the second moment of the
+    inputs, weights the errors by which grids are chosen.
 
     Raises
     ------
@@ -57,26 +50,22 @@ def round_to_nearest(
 
 
 def row_errors(E: Tensor, H: Tensor) -> Tensor:
-    """Return ``e H e^T`` for every row e of an error [rows, columns]: [rows]."""
+    """Return ``e H e^T`` for every row e of an error [rows, columns]."""
     return ((E @ H) * E).sum(dim=1)
 
 
 def better_rows(
     W: Tensor, H: Tensor, first: QuantizedMatrix, second: QuantizedMatrix
 ) -> QuantizedMatrix:
-    """Combine the rows of smaller error from two quantizations of `W`.
+    """Combine the rows of smaller error under `H` from two quantizations of `W`.
 
-    The errors are measured under `H` [columns, columns], in float64. If they are equal, the row of
-    `first` is taken; so is `fallback`.
+    All matrices are in float64. If errors are equal, the row of `first` is taken; so is `fallback`.
     """
     good = row_errors(W - first.weight(), H) <= row_errors(W - second.weight(), H)  # [rows]
     pick = ~good[:, None]
+    codes = torch.where(pick, second.codes, first.codes)
+    scale = torch.where(pick, second.scale, first.scale)
     zero = first.zero
     if zero is not None and second.zero is not None:
         zero = torch.where(pick, second.zero, zero)
-    return replace(
-        first,
-        codes=torch.where(pick, second.codes, first.codes),
-        scale=torch.where(pick, second.scale, first.scale),
-        zero=zero,
-    )
+    return replace(first, codes=codes, scale=scale, zero=zero)

@@ -12,7 +12,9 @@ from lrc.compressors.solvers.spectrum import Spectrum, spectrum
 def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 0.0) -> Spectrum:
     """Decompose the weights of several layers with a common right factor.
 
-    Minimizes ``sum_i ||(W_i - B_i @ A) L||_F^2`` with ``L @ L.T == H``, damped.
+    Minimizes ``sum_i ||(W_i - B_i @ A) L||_F^2`` with ``L @ L.T == H``, damped. The result is the
+    spectrum of the weights stacked along their outputs, see `split`. With one weight the method is
+    SVD-LLM.
 
     Parameters
     ----------
@@ -22,12 +24,6 @@ def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 
     damp : float
         Fraction of ``mean(diag(H))`` added to its diagonal.
 
-    Returns
-    -------
-    Spectrum
-        Of the weights stacked along their outputs, [n_layers * d_out, d_in]. `split` separates the
-        left factor of a truncation.
-
     Raises
     ------
     ValueError
@@ -35,14 +31,8 @@ def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 
 
     Notes
     -----
-    As in [1]_ every layer is weighted by the *sum* of the moments, not by its own. The papers'
-    weights are transposed: their shared basis is A here, their coefficients are B_i. With one
-    weight the method is SVD-LLM.
-
-    References
-    ----------
-    .. [1] J. Wang et al., "Basis Sharing: Cross-Layer Parameter Sharing for Large Language Model
-       Compression", ICLR 2025. https://arxiv.org/abs/2410.03765
+    As in Basis Sharing (https://arxiv.org/abs/2410.03765) every layer is weighted by the *sum* of
+    the moments, not by its own. The paper's weights are transposed: its shared basis is A here.
     """
     shapes = {tuple(W.shape) for W in weights}
     if len(shapes) != 1:
@@ -58,29 +48,11 @@ def split(B: Tensor, n_layers: int) -> list[Tensor]:
 
 
 def split_codes(parts: Mapping[str, Tensor], n_layers: int) -> list[dict[str, Tensor]]:
-    """Split the sparse codes of a stack into one set per layer, with a common dictionary.
+    """Split the codes ``S`` and ``mask`` [atoms, n_layers * d_out] of a stack, with a common ``D``.
 
-    Parameters
-    ----------
-    parts : mapping of str to Tensor
-        ``D`` [d_in, atoms], and ``S`` and ``mask`` [atoms, n_layers * d_out]: a dictionary learned
-        for weights stacked along their outputs, under the sum of the moments of their inputs.
-    n_layers : int
-
-    Returns
-    -------
-    list of dict
-        The same names for each layer, with S and mask [atoms, d_out].
-
-    Notes
-    -----
-    The variant of [1]_ with a dictionary common to several layers; the paper takes the mean of the
-    moments, which differs by a constant factor. As in `shared_spectrum`, a common moment is an
-    approximation.
-
-    References
-    ----------
-    .. [1] D. Makhov et al., "CoSpaDi", 2025. https://arxiv.org/abs/2509.22075
+    The dictionary [d_in, atoms] is learned for weights stacked along their outputs, under the sum
+    of the moments of their inputs. The shared variant of CoSpaDi (https://arxiv.org/abs/2509.22075)
+    takes their mean, which differs by a constant factor.
     """
     codes = zip(parts["S"].chunk(n_layers, 1), parts["mask"].chunk(n_layers, 1), strict=True)
     return [{"D": parts["D"], "S": S, "mask": mask} for S, mask in codes]

@@ -55,20 +55,10 @@ def squared_error(Z: Tensor, D: Tensor, S: Tensor) -> float:
 
 
 def support(score: Tensor, nonzeros: int, pattern: Pattern = "unstructured") -> Tensor:
-    """Select the coefficients of highest score in every column.
+    """Select the `nonzeros` coefficients of highest score in every column, as a mask.
 
-    Parameters
-    ----------
-    score : Tensor, shape [atoms, columns]
-        Not negative.
-    nonzeros : int
-        Number of coefficients of a column; ties are broken arbitrarily.
-    pattern : {"unstructured", "2:4"}
-        With ``"2:4"`` the two highest of every four consecutive atoms, which makes half of them.
-
-    Returns
-    -------
-    Tensor, shape [atoms, columns], bool
+    `score` [atoms, columns] is not negative; ties are broken arbitrarily. With the pattern "2:4"
+    the two highest of every four consecutive atoms are selected, which makes half of them.
     """
     if pattern == "2:4":
         return two_of_four(score, 0)
@@ -91,18 +81,8 @@ def interleaved(atoms: int) -> Tensor:
 def refit_codes(C: Tensor, A: Tensor, S: Tensor, mask: Tensor, steps: int) -> Tensor:
     """Improve the values of S on a fixed support, by conjugate gradients on all columns at once.
 
-    Parameters
-    ----------
-    C : Tensor, shape [atoms, atoms]
-        Gram matrix ``D.T @ D``.
-    A : Tensor, shape [atoms, columns]
-        Correlations ``D.T @ Z``.
-    S : Tensor, shape [atoms, columns]
-        Starting point; zero outside `mask`.
-    mask : Tensor, shape [atoms, columns]
-        The support of every column.
-    steps : int
-        Number of steps, with one product ``C @ S`` each.
+    `C` [atoms, atoms] is the Gram matrix ``D.T @ D``, `A` are the correlations ``D.T @ Z``. The
+    starting point S is zero outside `mask`. `A`, `S` and `mask` are [atoms, columns].
     """
     # A smaller gradient is a rounding error; steps along it would diverge for dependent atoms.
     floor = (16 * torch.finfo(S.dtype).eps) ** 2 * (A * mask).square().sum(0, keepdim=True)
@@ -112,21 +92,10 @@ def refit_codes(C: Tensor, A: Tensor, S: Tensor, mask: Tensor, steps: int) -> Te
 
 
 def refit_dictionary(Z: Tensor, D: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace the dictionary by the least-squares solution for the codes S.
+    """Replace the dictionary D [dim, atoms] by the least-squares solution for the codes S.
 
-    Parameters
-    ----------
-    Z : Tensor, shape [dim, columns]
-    D : Tensor, shape [dim, atoms]
-        The dictionary so far.
-    S : Tensor, shape [atoms, columns]
-
-    Returns
-    -------
-    D : Tensor, shape [dim, atoms]
-        Atoms of unit length. Unused atoms are unchanged.
-    S : Tensor, shape [atoms, columns]
-        Rescaled to compensate for the normalization of the atoms.
+    Returns atoms of unit length and S [atoms, columns], rescaled for them. Unused atoms are
+    unchanged.
 
     Notes
     -----

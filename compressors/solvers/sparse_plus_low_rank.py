@@ -7,20 +7,15 @@ its values, and one step of subspace iteration towards the best B and A for the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.layers import Sizes
-from lrc.compressors.solvers.linalg import descending_eigh, whitening_factor
-from lrc.compressors.solvers.mask_search import (
-    OUTER_STEPS,
-    STEPS_IN_METRIC,
-    MaskSearch,
-    MaskState,
-)
+from lrc.compressors.solvers.linalg import check_size, descending_eigh, whitening_factor
+from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS_IN_METRIC, MaskSearch, MaskState
 from lrc.compressors.solvers.masked_least_squares import masked_least_squares
 from lrc.compressors.solvers.metric import Metric, damped_metric
 from lrc.compressors.solvers.moments import Moment
@@ -35,9 +30,8 @@ SWAPS, SWAPS_DECAY, CURVE_DECAY = 0.1, 0.85, 0.75
 # then comes close to the truncated spectrum, with a small eigenproblem only.
 DIRECTIONS, MORE_DIRECTIONS = 2, 8
 START_STEPS = 3
-# Fraction of the last change of the low-rank part by which it is extrapolated for the next round.
-# Without it the error is up to 6 % higher on query projections, with 0.8 up to 11 % higher on
-# output projections.
+# Fraction of the last change by which the low-rank part is extrapolated for the next round. Without
+# it the error is up to 6 % higher on query projections, with 0.8 up to 11 % on output projections.
 MOMENTUM = 0.5
 
 
@@ -54,11 +48,8 @@ class SparsePlusLowRank:
     mask: Tensor
     """[d_out, d_in], bool, True where an entry is kept."""
     energy: float
-    """``tr(G E H E^T)`` with ``E = W - B @ A - M`` under the damped metrics."""
     loss: float
-    """`energy` as a fraction of the weighted energy of W, in [0, 1]."""
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +86,11 @@ class SparsePlusLowRankProblem:
         W: Tensor,
         inputs: Moment | None = None,
         gradients: Moment | None = None,
-        *,
-        damp: float = 0.0,
-        gradient_damp: float = 0.0,
+        **damping: float,
     ) -> Self:
-        """Damp and invert the metrics; the parameters are those of `prune`."""
+        """Damp and invert the metrics of `W` [d_out, d_in]; see `damped_metric`."""
         W = W.double()
-        metric, note = damped_metric(inputs, gradients, damp, gradient_damp)
+        metric, note = damped_metric(inputs, gradients, **damping)
         search = MaskSearch.of(W, metric, "unstructured")
         fallback = "; ".join(filter(None, [note, search.fallback])) or None
         return cls(W, metric, search, float(metric.energy(W)), fallback)
@@ -109,21 +98,13 @@ class SparsePlusLowRankProblem:
     def solve(self, *, rank: int, nonzeros: int) -> SparsePlusLowRank:
         """Find the low-rank and the sparse part that minimize the error of their sum.
 
-        Parameters
-        ----------
-        rank : int
-            In ``[1, min(d_out, d_in)]``.
-        nonzeros : int
-            In ``[1, d_out * d_in]``.
+        The search is in float32 as in `prune`; the best state is refitted in float64.
 
         Raises
         ------
         ValueError
-            If a size is out of range.
-
-        Notes
-        -----
-        The search is in float32 as in `prune`; the best state is refitted in float64.
+            If `rank` is not in ``[1, min(d_out, d_in)]`` or `nonzeros` not in
+            ``[1, d_out * d_in]``.
         """
         self._check(rank, nonzeros)
         swaps = _swap_schedule(SWAPS_DECAY, ROUNDS, LAST_ROUNDS)
@@ -141,14 +122,9 @@ class SparsePlusLowRankProblem:
     def curve(self, sizes: Sequence[Sizes]) -> list[float]:
         """Return approximately the energies of `solve` for several sizes, in much less time.
 
-        Each search continues from the size before unless that is smaller. The energies are above
-        those of `solve`: by 1 to 7 % if half of the bits or less are kept, 8 to 13 % at 0.8 of
-        them, a third at 0.95.
-
-        Parameters
-        ----------
-        sizes : sequence of mapping of str to int
-            The parameters "rank" and "nonzeros" of `solve`.
+        `sizes` has the parameters "rank" and "nonzeros" of `solve`. Each search continues from the
+        size before unless that is smaller. The energies are above those of `solve`: by 1 to 7 % if
+        half of the bits or less are kept, 8 to 13 % at 0.8 of them, a third at 0.95.
 
         Raises
         ------
@@ -180,7 +156,7 @@ class SparsePlusLowRankProblem:
         best: _State | None = None
         for fraction in swaps:
             ahead = low + MOMENTUM * (low - before)
-            sparse = search.without(ahead).swapped(sparse, nonzeros, fraction)
+            sparse = replace(search, W=search.W - ahead).swapped(sparse, nonzeros, fraction)
             rest = torch.where(sparse.mask, ahead + sparse.error, search.W)
             B, rows = subspace_iteration(rest, metric, rows, rank)
             before, low = low, B @ rows[:rank]
@@ -201,32 +177,17 @@ class SparsePlusLowRankProblem:
         return _State(sparse, B, rows, sparse.error, sparse.energy)
 
     def _check(self, rank: int, nonzeros: int) -> None:
-        shape = list(self.W.shape)
-        limits = {"rank": (rank, min(shape)), "nonzeros": (nonzeros, self.W.numel())}
-        for name, (size, most) in limits.items():
-            if not 1 <= size <= most:
-                raise ValueError(f"{name} must be in [1, {most}] for a weight {shape}, got {size}")
+        check_size("rank", rank, min(self.W.shape), self.W.shape)
+        check_size("nonzeros", nonzeros, self.W.numel(), self.W.shape)
 
 
 def subspace_iteration(X: Tensor, metric: Metric, rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Take one step towards the best low-rank approximation under two metrics.
+    """Take one step towards the best low-rank approximation of X [d_out, d_in] under two metrics.
 
-    Parameters
-    ----------
-    X : Tensor, shape [d_out, d_in]
-    metric : Metric
-        In the dtype of `X`.
-    rows : Tensor, shape [directions, d_in]
-        Starting subspace; `rank` to ``min(d_out, d_in)`` directions.
-    rank : int
-
-    Returns
-    -------
-    B : Tensor, shape [d_out, rank]
-        Of full column rank.
-    rows : Tensor, shape [directions, d_in]
-        Improved subspace in order of importance. The approximation is ``B @ rows[:rank]``, the
-        projection of `X` on the leading directions: for this B no other right factor is better.
+    `rows` [directions, d_in] spans the starting subspace, of `rank` to ``min(d_out, d_in)``
+    directions; the metric is in the dtype of `X`. Returns B [d_out, rank], of full column rank, and
+    the improved subspace in order of importance. The approximation is ``B @ rows[:rank]``, the
+    projection of `X` on the leading directions: for this B no other right factor is better.
     """
     inputs, outputs = Metric(H=metric.H), Metric(G=metric.G)
     Q = torch.linalg.qr(X @ inputs(rows).T).Q  # [d_out, directions]

@@ -2,9 +2,7 @@
 
 The rank-r minimizer of ``||K^T (W - W_hat) L||_F`` is the truncated SVD of ``K^T W L`` with the
 metrics divided out again (Eckart-Young). No SVD is computed: the eigenvectors of the smaller of the
-two Gram matrices of ``K^T W L`` give the same subspace. The metric of the longer side is never
-factored, because only its image through the weight is needed, and nothing larger than
-``min(d_out, d_in)`` is decomposed.
+two Gram matrices of ``K^T W L`` give the same subspace.
 """
 
 from dataclasses import dataclass
@@ -13,12 +11,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.solvers.factor_balancing import equalize_norms
-from lrc.compressors.solvers.linalg import (
-    descending_eigh,
-    descending_eigvalsh,
-    numerical_rank,
-    whitening_factor,
-)
+from lrc.compressors.solvers.linalg import descending_eigh, numerical_rank, whitening_factor
 from lrc.compressors.solvers.moments import Moment, without_empty
 
 
@@ -31,9 +24,7 @@ class Factors:
     A: Tensor
     """[rank, d_in], applied first."""
     loss: float
-    """Weighted squared error as a fraction of the weighted energy of W, in [0, 1]."""
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
 
     @property
     def rank(self) -> int:
@@ -46,19 +37,17 @@ class Spectrum:
     """The singular values and vectors of a weight under its metrics, ready for any rank."""
 
     energies: Tensor
-    """[min(d_out, d_in)], squared singular values of ``K^T W L`` in descending order. The sum of
-    those after the first r is the squared error at rank r."""
+    """[min(d_out, d_in)], squared singular values of ``K^T W L`` in descending order."""
     B: Tensor
     """[d_out, min(d_out, d_in)], left vectors; ``B @ A == W``."""
     A: Tensor
     """[min(d_out, d_in), d_in], right vectors."""
     fallback: str | None = None
-    """Description of the deviation from the request, None if there is none."""
     mean: Tensor | None = None
     """[d_in], the input whose output a bias is to restore at every rank, if any."""
 
     def tail_energy(self, rank: int) -> float:
-        """Return the squared error at a rank, ``||K^T (W - W_hat) L||_F^2``."""
+        """Return the squared error at a rank: the sum of the energies after it."""
         return float(self.energies[rank:].sum())
 
     def tail(self, rank: int) -> float:
@@ -97,24 +86,17 @@ def spectrum(
 ) -> Spectrum:
     """Decompose a weight under the metrics of its inputs and of its output gradients.
 
-    Minimizes ``||K^T (W - W_hat) L||_F`` at every rank, with ``L @ L.T == H`` and
-    ``K @ K.T == G``, both damped.
+    Minimizes ``||K^T (W - W_hat) L||_F`` at every rank, with ``L @ L.T == H`` and ``K @ K.T == G``,
+    both damped.
 
     Parameters
     ----------
     W : Tensor, shape [d_out, d_in]
-        Weight of a linear layer, ``y = x @ W.T``.
-    inputs : Moment, optional
-        Second moment ``H`` of the inputs. Default: the identity.
-    gradients : Moment, optional
-        Second moment ``G`` of the loss gradients at the output. Default: the identity.
+    inputs, gradients : Moment, optional
+        Second moments ``H`` of the inputs and ``G`` of the loss gradients at the output. Default:
+        the identity.
     damp, gradient_damp : float
         Fraction of ``mean(diag(H))``, ``mean(diag(G))`` added to the diagonal.
-
-    Returns
-    -------
-    Spectrum
-        In float64, on the device of `W`.
 
     Raises
     ------
@@ -124,59 +106,47 @@ def spectrum(
     Notes
     -----
     For d_out <= d_in, the eigenvectors V of ``S = K^T (W H W^T) K`` give ``B = K^{-T} V`` and
-    ``A = (K V)^T W``; L cancels, so no root of H is needed. A taller weight is solved transposed,
-    with the metrics exchanged: ``B = W (L V)`` and ``A = V^T L^{-1}``. K and L are Cholesky
-    factors; the symmetric roots of the papers differ from them by a rotation, which changes neither
-    the error nor its minimizer.
+    ``A = (K V)^T W``; L cancels, so the metric of the longer side is never factored. A taller
+    weight is solved transposed, with the metrics exchanged: ``B = W (L V)`` and ``A = V^T L^{-1}``.
+    K and L are Cholesky factors; the symmetric roots of the papers differ from them by a rotation,
+    which changes neither the error nor its minimizer.
     """
-    problem = _problem(W, inputs, gradients, damp, gradient_damp)
-    energies, V = descending_eigh(problem.S)
-    near, far = V, V.T @ problem.W  # [d_near, d_near], [d_near, d_far]
-    if problem.K is not None:
-        near = torch.linalg.solve_triangular(problem.K.T, V, upper=True)
-        far = (problem.K @ V).T @ problem.W
-    B, A = (far.T, near.T) if problem.transposed else (near, far)
-    return Spectrum(energies, B=B, A=A, fallback=problem.fallback)
+    S, K, fallback = _near_gram(W, inputs, gradients, damp, gradient_damp)
+    transposed = W.shape[0] > W.shape[1]
+    W = (W.T if transposed else W).double()  # [d_near, d_far]
+    energies, V = descending_eigh(S)
+    near, far = V, V.T @ W  # [d_near, d_near], [d_near, d_far]
+    if K is not None:
+        near = torch.linalg.solve_triangular(K.T, V, upper=True)
+        far = (K @ V).T @ W
+    B, A = (far.T, near.T) if transposed else (near, far)
+    return Spectrum(energies, B=B, A=A, fallback=fallback)
 
 
 def energies_only(
-    W: Tensor,
-    inputs: Moment | None = None,
-    gradients: Moment | None = None,
-    *,
-    damp: float = 0.0,
-    gradient_damp: float = 0.0,
+    W: Tensor, inputs: Moment | None = None, gradients: Moment | None = None, **damping: float
 ) -> Tensor:
     """Return the energies [min(d_out, d_in)] of `spectrum`, without vectors, in less time."""
-    return descending_eigvalsh(_problem(W, inputs, gradients, damp, gradient_damp).S)
+    S, _, _ = _near_gram(W, inputs, gradients, **damping)
+    energies: Tensor = torch.linalg.eigvalsh((S + S.T) / 2)
+    return energies.flip(0).clamp_min(0)
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """A weight transposed so that its shorter side, the near one, comes first."""
-
-    W: Tensor
-    """[d_near, d_far]"""
-    transposed: bool
-    K: Tensor | None
-    """[d_near, d_near], factor of the near metric; None for the identity."""
-    S: Tensor
-    """[d_near, d_near], its eigenvalues are the energies."""
-    fallback: str | None
-
-
-def _problem(
+def _near_gram(
     W: Tensor,
     inputs: Moment | None,
     gradients: Moment | None,
-    damp: float,
-    gradient_damp: float,
-) -> _Problem:
+    damp: float = 0.0,
+    gradient_damp: float = 0.0,
+) -> tuple[Tensor, Tensor | None, str | None]:
+    """Return the Gram matrix S and the factor K of the shorter side, both [d_near, d_near].
+
+    The energies are the eigenvalues of S; K is None without a metric. Any fallback is described.
+    """
     inputs, gradients, notes = without_empty(inputs, gradients)
     W = W.double()
-    transposed = W.shape[0] > W.shape[1]
     name, near, near_damp, far, far_damp = "gradients", gradients, gradient_damp, inputs, damp
-    if transposed:
+    if W.shape[0] > W.shape[1]:
         W = W.T
         name, near, near_damp, far, far_damp = "inputs", inputs, damp, gradients, gradient_damp
     K = None
@@ -186,4 +156,4 @@ def _problem(
         S = K.T @ S @ K
         if note is not None:
             notes.append(f"{name}: {note}")
-    return _Problem(W, transposed, K, S, "; ".join(notes) or None)
+    return S, K, "; ".join(notes) or None

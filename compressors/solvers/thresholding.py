@@ -19,16 +19,14 @@ from lrc.compressors.solvers.sparse_coding import (
     support,
 )
 
-# Length of the gradient step before thresholding, in the first and the last round. A long step
-# admits unused coefficients more easily. Decreasing from 4 to 1 was the best schedule tried: 15 %
-# less error than 1 throughout, on Gaussian weights [1536, 576] with power-law inputs.
+# Length of the gradient step before thresholding, in the first and the last round: 15 % less error
+# than 1 throughout, on Gaussian weights [1536, 576] with power-law inputs.
 FIRST_STEP, LAST_STEP = 4.0, 1.0
 # Conjugate-gradient steps per round; because of the warm start, 10 change the result by < 0.1 %.
 CODE_STEPS = 3
 # Rounds with an orthogonal dictionary, which are cheaper, before hard-thresholding pursuit.
 START_ROUNDS = 5
-# Newton iterations until the columns are orthonormal to rounding, from errors of up to 1e-1 in
-# directions whose energies are close to the tolerance.
+# Newton iterations from errors of up to 1e-1, in nearly dependent directions, to rounding.
 NEWTON_STEPS = 4
 # Final rounds with fixed supports, and the conjugate-gradient steps of each.
 FINAL_ROUNDS, FINAL_STEPS = 3, 4
@@ -37,15 +35,10 @@ FINAL_ROUNDS, FINAL_STEPS = 3, 4
 def rocket(task: SparseCodingTask) -> SparseCode:
     """Threshold the code in the eigenbasis once, then fit the dictionary to it.
 
-    Notes
-    -----
-    The factorization of [1]_: importance ``|c_ij| * ||L^{-1} b_i||^0.5`` of coefficient j on
-    eigenvector i, then a ridge least-squares dictionary. The paper then redistributes 0.5 % of the
-    coefficients over the columns; here every column has the same number.
-
-    References
-    ----------
-    .. [1] "ROCKET", 2026. https://arxiv.org/abs/2602.11008
+    The factorization of ROCKET (https://arxiv.org/abs/2602.11008): importance
+    ``|c_ij| * ||L^{-1} b_i||^0.5`` of coefficient j on eigenvector i, then a ridge least-squares
+    dictionary. The paper then redistributes 0.5 % of the coefficients over the columns; here every
+    column has the same number.
     """
     Z, k = task.Z, task.atoms
     S = Z[:k]  # the code in the eigenbasis
@@ -57,14 +50,8 @@ def rocket(task: SparseCodingTask) -> SparseCode:
 def compot(task: SparseCodingTask) -> SparseCode:
     """Alternate exact codes for an orthogonal dictionary and the best orthogonal dictionary.
 
-    Notes
-    -----
-    The factorization of [1]_, followed by one least-squares update of the dictionary, which need
-    not be orthogonal once the codes are fixed.
-
-    References
-    ----------
-    .. [1] "COMPOT", 2026. https://arxiv.org/abs/2602.15200
+    The factorization of COMPOT (https://arxiv.org/abs/2602.15200), followed by one least-squares
+    update of the dictionary, which need not be orthogonal once the codes are fixed.
     """
     D, errors = _orthogonal(task, task.rounds)
     S, mask = orthogonal_codes(task, D)
@@ -100,17 +87,11 @@ def _axes(Z: Tensor, order: Tensor) -> Tensor:
 
 
 def polar_factor(M: Tensor) -> Tensor:
-    """Return the matrix D [dim, atoms] with orthonormal columns that maximizes ``trace(D^T M)``.
+    """Return the matrix with orthonormal columns D [dim, atoms] that maximizes ``trace(D^T M)``.
 
-    Parameters
-    ----------
-    M : Tensor, shape [dim, atoms]
-        With dim >= atoms. If its rank is lower than `atoms`, D is not unique.
-
-    Notes
-    -----
-    ``M (M^T M)^{-1/2}`` by an eigendecomposition, which a GPU computes several times as fast as an
-    SVD. Newton iterations restore the accuracy that squaring the condition number costs.
+    `M` is [dim, atoms] with dim >= atoms. If its rank is lower than `atoms`, D is not unique.
+    Computed as ``M (M^T M)^{-1/2}`` by an eigendecomposition, which a GPU computes several times as
+    fast as an SVD. Newton iterations restore the accuracy that squaring the condition number costs.
     """
     M = M.double()
     energies, V = descending_eigh(M.T @ M)
@@ -136,13 +117,9 @@ def htp(task: SparseCodingTask) -> SparseCode:
     Notes
     -----
     A round takes a gradient step on all coefficients, keeps the largest of every column, improves
-    their values by conjugate gradients and refits the dictionary [1]_. Step lengths decrease. Long
-    steps can raise the error; the best round is returned.
-
-    References
-    ----------
-    .. [1] S. Foucart, "Hard Thresholding Pursuit: An Algorithm for Compressive Sensing", SIAM
-       Journal on Numerical Analysis 49 (6), 2011.
+    their values by conjugate gradients (S. Foucart, "Hard Thresholding Pursuit", SIAM Journal on
+    Numerical Analysis 49 (6), 2011) and refits the dictionary. Step lengths decrease. Long steps
+    can raise the error; the best round is returned.
     """
     Z = task.Z
     D, S, mask = _start(task)

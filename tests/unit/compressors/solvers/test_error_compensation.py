@@ -1,4 +1,4 @@
-"""Compensation: the target of a layer behind a compressed prefix."""
+"""Compensation: the target of a layer after a compressed prefix."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The low-rank branch against the spectrum of the whitened error."""
+"""Low-rank corrections against the spectrum of the whitened error."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_without_inputs_every_direction_counts_the_same(matrices):
 
 def test_bad_input_is_refused(matrices):
     E, H = matrices()
-    with pytest.raises(ValueError, match=r"rank must be in \[1, 12\], got 13"):
+    with pytest.raises(ValueError, match=r"rank must be in \[1, 12\] for a weight .*, got 13"):
         low_rank_correction(E, H, 13)
     with pytest.raises(ValueError, match="kind must be one of qera, eora, lqer, got 'svd'"):
         low_rank_correction(E, H, 4, "svd")

@@ -1,4 +1,4 @@
-"""Groups of integers that stay or go together: which are kept, how well, and as which numbers."""
+"""Blocks of a weight: exact refits, exact counts, and lower errors than plain rounding."""
 
 import pytest
 import torch
@@ -148,7 +148,7 @@ def test_inputs_that_are_never_on_cost_nothing(problem):
 def test_what_cannot_be_is_refused(problem):
     W, H = problem
     for groups in (0, 201):
-        sentence = rf"n_blocks must be in \[1, 200\] for \[20, 80\], got {groups}"
+        sentence = rf"n_blocks must be in \[1, 200\] for a weight \[20, 80\], got {groups}"
         with pytest.raises(ValueError, match=sentence):
             quantize_blocks(W, H, groups, INT4, dtype=BF16)
     with pytest.raises(ValueError, match="no multiple of the group size 16"):
