@@ -1,9 +1,4 @@
-"""Text: names -> documents -> text -> tokens -> windows.
-
-One module a step: `documents` knows names and files, `hub` and `python_docs` two kinds of named
-source, `tokens` what a tokenizer makes of them, `windows` how the tokens are cut. Knows
-tokenizers, not models.
-"""
+"""Text for calibration and evaluation: sources -> documents -> text -> tokens -> windows."""
 
 from lrc.compressors.corpus.documents import (
     SOURCES,

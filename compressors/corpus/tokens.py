@@ -21,8 +21,8 @@ def join_documents(
 ) -> str:
     """Join documents by a blank line.
 
-    With `chat_template` every document is first rendered by the tokenizer's template: messages
-    as they are, plain text as one user turn (blank text is left out: it would be an empty turn).
+    With `chat_template` every document is first rendered by the tokenizer's template; plain text
+    becomes one user turn, and blank text is dropped.
 
     Raises
     ------
@@ -37,41 +37,33 @@ def join_documents(
             " no chat template; set chat_template: false or name the tokenizer of an instruct"
             " model under model.tokenizer"
         )
-    return SEPARATOR.join(
-        _rendered(number, document, tokenizer)
-        for number, document in enumerate(documents, 1)
-        if isinstance(document, list) or document.strip()
-    )
-
-
-def _rendered(number: int, document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
-    messages = document if isinstance(document, list) else [{"role": "user", "content": document}]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # jinja2 errors, and whatever a template raises itself
-        raise DataError(
-            f"calibration.chat_template: the tokenizer's template refuses document {number}:"
-            f" {error}; repair its messages or set chat_template: false"
-        ) from error
+    rendered = []
+    for number, document in enumerate(documents, 1):
+        if isinstance(document, str):
+            if not document.strip():
+                continue
+            document = [{"role": "user", "content": document}]
+        try:
+            rendered.append(str(tokenizer.apply_chat_template(document, tokenize=False)))
+        except Exception as error:  # jinja2 errors, and whatever a template raises itself
+            raise DataError(
+                f"calibration.chat_template: the tokenizer's template refuses document {number}:"
+                f" {error}; repair its messages or set chat_template: false"
+            ) from error
+    return SEPARATOR.join(rendered)
 
 
 def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
-    """Tokenize a text in one piece, adding no special token.
-
-    Returns
-    -------
-    Tensor, shape [n_tokens], int64
-    """
-    # verbose=False: the text is cut into windows, so its length against the model's does not matter
+    """Return the tokens [n_tokens] (int64) of a text, without special tokens."""
+    # verbose=False: no warning about the length, as the text is cut into windows
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
 def default_bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """Return the BOS token if the tokenizer starts every text with it by default.
+    """Return the BOS token if the tokenizer adds it by default.
 
-    Tried on a text rather than read from an attribute: having a BOS token and adding it are two
-    things, and post-processors add it without saying so anywhere else.
+    Tried on a text, because no attribute tells whether a post-processor adds it.
     """
     probe = tokenizer("a", verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id
@@ -79,15 +71,10 @@ def default_bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 
 
 def check_vocabulary(tokens: Tensor, embedding: Any) -> None:
-    """Refuse tokens that a model's embedding has no row for.
-
-    Raises
-    ------
-    DataError
-    """
+    """Raise `DataError` for tokens that a model's embedding has no row for."""
     rows, largest = getattr(embedding, "num_embeddings", None), int(tokens.max())
     if isinstance(rows, int) and largest >= rows:  # on a GPU an index error kills the process
         raise DataError(
-            f"model.tokenizer: the tokenizer gives token {largest}, the model knows {rows} tokens;"
+            f"model.tokenizer: the tokenizer gives token {largest}, the model has {rows} tokens;"
             " use the tokenizer that belongs to the model"
         )

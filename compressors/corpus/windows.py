@@ -1,4 +1,4 @@
-"""Tokens -> windows: what calibration and perplexity see of a text."""
+"""Windows of tokens, for calibration and perplexity."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STREAMED_CHARACTERS_PER_TOKEN = 12
-"""How much of an endless source to read: English has about four characters a token, and random
-windows should come from about three times the text they cover."""
+"""How much of a streamed source to read: English has about four characters per token, and random
+windows should come from about three times the text that they cover."""
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Token windows and where they come from."""
+    """Token windows and their source."""
 
     tokens: Tensor
-    """Shape [n, length], int64, on the CPU; `length` counts the BOS token where there is one."""
+    """Shape [n, length], int64, on the CPU; `length` includes the BOS token if there is one."""
     source: str
     """Name or path of the text, as in the recipe."""
     sha256: str
@@ -33,27 +33,23 @@ class Windows:
     bos: bool
     """Whether every window starts with the tokenizer's BOS token."""
     text_tokens: int
-    """Tokens of the whole text."""
+    """Number of tokens of the whole text."""
 
 
 def random_windows(
     ids: Tensor, *, samples: int, length: int, generator: torch.Generator, bos: int | None
 ) -> Tensor:
-    """Draw windows that start anywhere in the text.
+    """Draw windows [samples, length] (int64) that start anywhere in the text.
 
     Parameters
     ----------
     ids : Tensor, shape [n_tokens], int64
     samples, length : int
-        Number of windows; tokens a window.
+        Number of windows; tokens per window.
     generator : torch.Generator
         On the CPU. One draw: `torch.randint(0, n_tokens - length, (samples,))`.
     bos : int, optional
-        Token to start every window with; it takes the place of the window's last text token.
-
-    Returns
-    -------
-    Tensor, shape [samples, length], int64
+        First token of every window, which then has one text token less.
 
     Raises
     ------
@@ -69,7 +65,7 @@ def random_windows(
             else f"calibration.length to at most {n_tokens}"
         )
         raise DataError(
-            f"calibration text holds {n_tokens:,} tokens, samples x length asks for"
+            f"calibration text holds {n_tokens:,} tokens, samples x length needs"
             f" {samples:,} x {length:,} = {wanted:,}; lower {lower} or give more text"
         )
     # max: a text of exactly one window has one start, which randint's open end would leave out
@@ -85,12 +81,11 @@ def disjoint_windows(ids: Tensor, *, window: int, limit: int | None, bos: int | 
     ----------
     ids : Tensor, shape [n_tokens], int64
     window : int
-        Text tokens a window.
+        Text tokens per window.
     limit : int, optional
-        Keep only the first so many windows.
+        Maximum number of windows.
     bos : int, optional
-        Token to put in front of every window. It makes the window one longer, so that each of
-        its text tokens, the first one too, is predicted.
+        Token to put before every window, so that all of its text tokens are predicted.
 
     Returns
     -------

@@ -156,14 +156,16 @@ def local_hub(tmp_path, monkeypatch):
         "  - split: test\n    path: wikitext-2-raw-v1/test-*\n---\n"
     )
     c4 = tmp_path / "c4"
-    for place in (hub.HUB_SOURCES["c4"].calibration, hub.HUB_SOURCES["c4"].evaluation):
+    for place in hub.HUB_SOURCES["c4"].values():
         file = c4 / place.file
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = (json.dumps({"text": f"{place.split} {i:05}", "url": ""}) for i in range(1200))
         with gzip.open(file, "wt") as zipped:
             zipped.write("\n".join(rows))
     for name, folder in (("wikitext2", wikitext), ("c4", c4)):
-        monkeypatch.setitem(hub.HUB_SOURCES, name, replace(hub.HUB_SOURCES[name], path=str(folder)))
+        parts = hub.HUB_SOURCES[name].items()
+        moved = {part: replace(place, path=str(folder)) for part, place in parts}
+        monkeypatch.setitem(hub.HUB_SOURCES, name, moved)
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

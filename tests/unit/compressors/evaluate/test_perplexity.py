@@ -151,7 +151,7 @@ def test_an_overflowing_perplexity_is_an_error(tiny_llama, tokens):
 
 
 def test_foreign_tokens_are_refused(tiny_llama, tokens):
-    with pytest.raises(DataError, match="gives token 600, the model knows 512"):
+    with pytest.raises(DataError, match="gives token 600, the model has 512"):
         perplexity(tiny_llama(), tokens.clone().index_fill_(1, torch.tensor([0]), 600))
 
 
