@@ -60,8 +60,9 @@ def run(
     checkpoints: list[str], request: Evaluate, *, seed: int, device: str, on_step: "OnStep"
 ) -> dict[str, Any]:
     """Measure every checkpoint; return checkpoint -> scores."""
-    from lrc.compressors.corpus import check_source
-    from lrc.compressors.evaluate import check_tasks, evaluate_model
+    from lrc.compressors.corpus.documents import check_source
+    from lrc.compressors.evaluate.harness import check_tasks
+    from lrc.compressors.evaluate.scores import evaluate_model
     from lrc.compressors.io.machine import Machine
 
     def labelled(checkpoint: str, stage: str, done: int, total: int) -> None:

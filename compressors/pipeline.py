@@ -5,7 +5,8 @@ from typing import Any
 from lrc.compressors import report
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.compress.profile import Profile
-from lrc.compressors.evaluate import check_gates, check_texts
+from lrc.compressors.evaluate.gates import check_gates
+from lrc.compressors.evaluate.scores import check_texts
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.planning.plan import Plan

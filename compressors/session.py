@@ -20,7 +20,7 @@ from lrc.compressors.checkpoint.writer import new_folder
 from lrc.compressors.compress.embeddings import round_outside
 from lrc.compressors.compress.layerwise import decompose, executed, factors_file
 from lrc.compressors.compress.profile import Profile, profile_plan
-from lrc.compressors.corpus import fingerprint
+from lrc.compressors.corpus.documents import fingerprint
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.io.journal import Journal, open_journal, write_text
 from lrc.compressors.io.machine import Clock, Machine

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,7 @@ def measure(
     """
     found: dict[str, Scores | None] = {spec.name: None for spec in evaluate.perplexity}
     with suppress(ModelError):
-        baseline.apply_(model, lambda done, total: on_step("weights", done, total))
+        baseline.apply_(model, partial(on_step, "weights"))
         for spec in evaluate.perplexity:
             with suppress(ModelError):
                 found[spec.name] = perplexity_entry(model, tokenizer, spec, on_step)

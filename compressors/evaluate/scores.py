@@ -1,12 +1,13 @@
 """Scores of one model, and the comparison of two models' scores, as JSON values."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lrc.compressors.corpus import evaluation_windows
+from lrc.compressors.corpus.windows import evaluation_windows
 from lrc.compressors.evaluate.harness import run_tasks
 from lrc.compressors.evaluate.perplexity import PROTOCOL, check_fit, check_window, perplexity
-from lrc.compressors.io.machine import OnStep
+from lrc.compressors.io.machine import OnStep, no_progress
 from lrc.configs.errors import DataError
 from lrc.configs.recipe import Evaluate, Perplexity
 
@@ -25,7 +26,7 @@ def evaluate_model(
     evaluate: Evaluate,
     *,
     seed: int,
-    on_step: OnStep | None = None,
+    on_step: OnStep = no_progress,
 ) -> Scores:
     """Score one model.
 
@@ -75,15 +76,11 @@ def perplexity_entry(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     spec: Perplexity,
-    on_step: OnStep | None,
+    on_step: OnStep,
 ) -> Scores:
     """Measure one perplexity, as `evaluate_model` returns it."""
     windows = evaluation_windows(spec, tokenizer)
-
-    def on_window(done: int, total: int) -> None:
-        if on_step is not None:
-            on_step(f"perplexity {spec.name}", done, total)
-
+    on_window = partial(on_step, f"perplexity {spec.name}")
     result = perplexity(model, windows, on_window=on_window)
     return asdict(result) | {"protocol": PROTOCOL, "text_sha256": windows.sha256}
 

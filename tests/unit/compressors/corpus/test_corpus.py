@@ -9,19 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lrc.compressors.corpus import (
+from lrc.compressors.corpus import hub
+from lrc.compressors.corpus.documents import check_source, read_documents
+from lrc.compressors.corpus.python_docs import paragraphs, without_repeats
+from lrc.compressors.corpus.tokens import default_bos, join_documents, tokenize
+from lrc.compressors.corpus.windows import (
     calibration_windows,
-    check_source,
-    default_bos,
     disjoint_windows,
     evaluation_windows,
-    hub,
-    join_documents,
     random_windows,
-    read_documents,
-    tokenize,
 )
-from lrc.compressors.corpus.python_docs import paragraphs, without_repeats
 from lrc.configs.errors import DataError, RecipeError
 from lrc.configs.recipe import Calibration, Perplexity
 
