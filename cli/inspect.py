@@ -1,13 +1,16 @@
-"""`lrc inspect`: what is inside a checkpoint, read from its headers alone."""
+"""`lrc inspect`: the contents of a checkpoint, read from its headers alone."""
 
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.plain import read_plain
+from lrc.compressors.checkpoint.reader import check_files, read_config, read_object, verify_hashes
+from lrc.compressors.io.shards import Header
+from lrc.compressors.layers import FORMS
+from lrc.compressors.layers.shapes import SHAPES
 from lrc.configs.errors import CheckpointError, RecipeError
-
-if TYPE_CHECKING:
-    from lrc.compressors.io.shards import Header
 
 
 def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
@@ -16,19 +19,8 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        No checkpoint of lrc, damaged, of a newer format, or, with `verify`, changed.
+        Not a checkpoint of lrc, damaged, of a newer format, or, with `verify`, changed.
     """
-    from lrc.compressors.checkpoint import format as layout
-    from lrc.compressors.checkpoint.format import AGAIN
-    from lrc.compressors.checkpoint.plain import read_plain
-    from lrc.compressors.checkpoint.reader import (
-        check_files,
-        read_config,
-        read_object,
-        verify_hashes,
-    )
-    from lrc.compressors.layers.shapes import SHAPES
-
     if not folder.is_dir():
         raise RecipeError(
             [f"{folder}: no such folder; the checkpoint of a run is its folder OUTPUT/checkpoint"]
@@ -36,31 +28,29 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
     config = read_config(folder)
     block = config.get("quantization_config")
     method = block.get("quant_method") if isinstance(block, dict) else None
-    if method != layout.QUANT_METHOD and not (folder / layout.MANIFEST).is_file():
+    ours = method == layout.QUANT_METHOD  # else a plain model
+    if not ours and not (folder / layout.MANIFEST).is_file():
         raise CheckpointError(
             f"{folder}: a model, but not one that lrc compressed; give the folder "
             "OUTPUT/checkpoint of a run, or measure a dense model with `lrc eval`"
         )
     headers = check_files(folder)
-    if method != layout.QUANT_METHOD:  # a plain model
+    if not ours:
         plain = {} if method is None else read_plain(folder, block or {}, headers)
         block = {"format_version": layout.FIRST_VERSION, "modules": plain}
     assert block is not None
-    if verify:
-        problems = verify_hashes(folder)
-        if problems:
-            raise CheckpointError(f"{folder}: {'; '.join(problems)}; {AGAIN}")
+    if verify and (problems := verify_hashes(folder)):
+        raise CheckpointError(f"{folder}: {'; '.join(problems)}; {layout.AGAIN}")
     plan, report = (
-        read_object(path) if path.is_file() else None
+        read_object(path) if path.is_file() else {}
         for path in (folder / layout.PLAN, folder / layout.REPORT)
     )
     table, shapes = block["modules"], block.get(SHAPES, {})
-    stopped = method == layout.QUANT_METHOD  # by a sentinel, without lrc
-    modules = [_module(folder, name, spec, headers, stopped) for name, spec in table.items()]
+    modules = [_module(folder, name, spec, headers, sentinel=ours) for name, spec in table.items()]
     dense = layout.resized_tensors({n: shapes[n] for n in shapes if n not in table})
     if wrong := layout.misfits(dense, headers):
         raise CheckpointError(
-            f"{folder}: the tensors do not fit config.json: {'; '.join(wrong[:5])}; {AGAIN}"
+            f"{folder}: the tensors do not fit config.json: {'; '.join(wrong[:5])}; {layout.AGAIN}"
         )
     return {
         "path": str(folder),
@@ -71,32 +61,29 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         "verified": verify,
         "modules": modules,
         SHAPES: shapes,
-        "slices": report.get("slices") if report else None,
-        "totals": plan.get("totals") if plan else None,
-        "evaluation": report.get("evaluation") if report else None,
-        "environment": report.get("environment") if report else None,
-        "recipe": report.get("recipe") if report else None,
+        "totals": plan.get("totals"),
+        **{key: report.get(key) for key in ("slices", "evaluation", "environment", "recipe")},
     }
 
 
 def _module(
-    folder: Path, name: str, spec: dict[str, Any], headers: "dict[str, Header]", stopped: bool
+    folder: Path, name: str, spec: dict[str, Any], headers: dict[str, Header], *, sentinel: bool
 ) -> dict[str, Any]:
-    """Return the facts of one compressed matrix, once its tensors are what its form prescribes."""
-    from lrc.compressors.checkpoint import format as layout
-    from lrc.compressors.layers import FORMS
+    """Check the tensors of a compressed matrix against its form, and return its facts.
 
+    `sentinel`: the file holds a tensor that stops loaders that do not know lrc.
+    """
     form = FORMS[spec["form"]]
     shapes = {tensor: header.shape for tensor, header in headers.items()}
     try:
         d_out, d_in = spec["shape"] if "scheme" in spec else form.dense_shape(name, spec, shapes)
         bias = f"{name}.{form.BIAS}" in headers
         expected = layout.expected_tensors(name, d_out, d_in, spec, bias=bias)
-        if not stopped:
+        if not sentinel:
             del expected[f"{name}.weight"]
         problems = layout.misfits(expected, headers)
     except KeyError as error:
-        problems = [f"{error.args[0]}: found nothing"]
+        problems = [f"{error.args[0]}: missing"]
     except (IndexError, ValueError) as error:
         problems = [f"{name}: {error}"]
     if problems:
@@ -105,7 +92,6 @@ def _module(
             f"{layout.AGAIN}"
         )
     sizes = {size: spec[size] for size in form.SIZES}
-    written = form.written(d_out, d_in, sizes)
     return {
         "name": name,
         "form": spec["form"],
@@ -113,31 +99,26 @@ def _module(
         "pattern": spec.get("pattern"),
         "scheme": spec.get("scheme"),
         "shape": [d_out, d_in],
-        "written": written,
+        "written": form.written(d_out, d_in, sizes),
     }
 
 
 def _parameters(
-    table: dict[str, dict[str, Any]], modules: list[dict[str, Any]], headers: "dict[str, Header]"
+    table: dict[str, dict[str, Any]], modules: list[dict[str, Any]], headers: dict[str, Header]
 ) -> int:
-    """Count the numbers of a model: those that are packed, and no scales of them."""
-    from lrc.compressors.checkpoint import format as layout
-    from lrc.compressors.layers import FORMS
-
-    counted, packed = 0, set()
+    """Count the numbers of a model: packed ones too, but neither scales nor indices."""
+    count, packed = 0, set()
     for module in modules:
         if module["scheme"] is not None:
             name, form = module["name"], FORMS[module["form"]]
             d_out, d_in = module["shape"]
             sizes = {size: module[size] for size in form.SIZES}
-            scheme = module["scheme"]
-            counted += form.parameters_stored(d_out, d_in, scheme=scheme, **sizes)
-            spec = {**table[name], "bias": False}  # which is no part of what is packed
+            count += form.parameters_stored(d_out, d_in, scheme=module["scheme"], **sizes)
+            spec = {**table[name], "bias": False}  # the bias is not packed
             packed |= {*layout.expected_tensors(name, d_out, d_in, spec, bias=False)}
-    rest = (header for name, header in headers.items() if name not in packed and _counts(header))
-    return counted + sum(prod(header.shape) for header in rest)
-
-
-def _counts(header: "Header") -> bool:
-    """Say whether a tensor holds parameters: sentinels and indices are integers."""
-    return not header.dtype.startswith(("U", "I"))
+    return count + sum(
+        prod(header.shape)
+        for name, header in headers.items()
+        # Integers are sentinels and indices.
+        if name not in packed and not header.dtype.startswith(("U", "I"))
+    )

@@ -42,16 +42,9 @@ HUB_SOURCES: dict[str, dict[Literal["calibration", "evaluation"], HubPart]] = {
 def read_hub(
     name: str, *, part: Literal["calibration", "evaluation"], characters: int | None = None
 ) -> list[str]:
-    """Read the rows of a named data set.
+    """Read the rows of one of the two disjoint parts of a named data set.
 
-    Parameters
-    ----------
-    name : str
-        A key of `HUB_SOURCES`.
-    part : {"calibration", "evaluation"}
-        Which of the two disjoint parts.
-    characters : int, optional
-        Stop after this many characters if rows are streamed.
+    Stops after `characters` if rows are streamed.
 
     Raises
     ------

@@ -80,21 +80,14 @@ def disjoint_windows(ids: Tensor, *, window: int, limit: int | None, bos: int | 
     Parameters
     ----------
     ids : Tensor, shape [n_tokens], int64
-    window : int
-        Text tokens per window.
-    limit : int, optional
-        Maximum number of windows.
+    window, limit : int
+        Text tokens per window; maximum number of windows.
     bos : int, optional
         Token to put before every window, so that all of its text tokens are predicted.
 
     Returns
     -------
     Tensor, shape [n, window] or, with `bos`, [n, window + 1], int64
-
-    Raises
-    ------
-    DataError
-        If the text is shorter than one window.
     """
     count = ids.numel() // window
     if not count:

@@ -157,13 +157,10 @@ def measure(
     evaluate: Evaluate,
     on_step: OnStep,
 ) -> dict[str, Scores | None]:
-    """Apply a baseline to a dense model, in place, and measure its perplexities.
+    """Apply a baseline to a dense model, in place, and return its perplexities by text.
 
-    Returns
-    -------
-    dict
-        Name of the text -> as from `evaluate_model`. None where the logits are not finite or the
-        scales do not fit their precision: a run does not fail because a baseline does.
+    None where the logits are not finite or the scales do not fit their precision: a run does not
+    fail because a baseline does.
     """
     found: dict[str, Scores | None] = {spec.name: None for spec in evaluate.perplexity}
     with suppress(ModelError):
@@ -179,18 +176,8 @@ def record(
 ) -> dict[str, Any]:
     """Return a baseline's entry in the report.
 
-    Parameters
-    ----------
-    baseline : Baseline
-    scores : mapping
-        From `measure`.
-    perplexity : dict
-        The perplexities of the result, from `compare`.
-
-    Raises
-    ------
-    DataError
-        If the two were not scored on the same text.
+    `scores` are from `measure`, `perplexity` those of the result from `compare`: both must have
+    been measured on the same texts.
     """
     for name, entry in scores.items():
         check_same(f"perplexity.{name}", entry, perplexity[name], what=baseline.name)

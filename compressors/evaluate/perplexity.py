@@ -121,13 +121,7 @@ def perplexity(
 
 
 def check_window(config: Any, window: int, key: str = "evaluate.perplexity.window") -> None:
-    """Refuse windows that are longer than the model's context.
-
-    Parameters
-    ----------
-    key : str
-        Key of the recipe, for the message.
-    """
+    """Refuse windows that are longer than the model's context; `key` is that of the recipe."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     context = getattr(text_config, "max_position_embeddings", None)
     if isinstance(context, int) and window > context:
@@ -140,12 +134,9 @@ def check_window(config: Any, window: int, key: str = "evaluate.perplexity.windo
 
 
 def check_fit(model: "PreTrainedModel", tokens: Tensor, *, bos: bool) -> None:
-    """Refuse windows that a model cannot process; it may be a skeleton without weights.
+    """Refuse windows [n, length] that a model, possibly without weights, cannot process.
 
-    Parameters
-    ----------
-    tokens : Tensor, shape [n, length], int64
-        With the BOS token in front of every window, if `bos`.
+    If `bos`, they start with a BOS token.
     """
     length = tokens.shape[1]
     check_window(model.config, length - bos)

@@ -28,17 +28,10 @@ def evaluate_model(
     seed: int,
     on_step: OnStep = no_progress,
 ) -> Scores:
-    """Score one model.
+    """Score one model on the texts and tasks of `evaluate`.
 
-    Parameters
-    ----------
-    model, tokenizer : PreTrainedModel, PreTrainedTokenizerBase
-    evaluate : Evaluate
-        Only texts and tasks are used.
-    seed : int
-        For the tasks' few-shot examples and sampling; a perplexity is deterministic.
-    on_step : callable, optional
-        Called with (label, done, total) between windows and batches; may raise to stop.
+    `seed` is for the tasks' few-shot examples and sampling. `on_step` is called with (label, done,
+    total) between windows and batches.
 
     Returns
     -------
@@ -62,10 +55,6 @@ def check_texts(
     """Refuse unavailable, too short or unsuitable texts before hours are spent.
 
     The model may be a skeleton without weights.
-
-    Raises
-    ------
-    RecipeError, DataError
     """
     for spec in evaluate.perplexity:
         windows = evaluation_windows(spec, tokenizer)
@@ -86,14 +75,7 @@ def perplexity_entry(
 
 
 def compare(dense: Scores | None, compressed: Scores) -> Scores:
-    """Compare the scores of two models, in the shape of the report.
-
-    Parameters
-    ----------
-    dense : dict or None
-        From `evaluate_model`; None if the dense model was not scored.
-    compressed : dict
-        From `evaluate_model`, on the same texts and tasks.
+    """Compare the scores of two models from `evaluate_model`, in the shape of the report.
 
     Returns
     -------
@@ -173,12 +155,7 @@ def check_same(
     *,
     what: str = "dense",
 ) -> None:
-    """Refuse to compare scores on different data; `other` may be None.
-
-    Raises
-    ------
-    DataError
-    """
+    """Raise `DataError` if two scores are of different data; `other` may be None."""
     for key in keys if other else ():
         if other and other[key] != compressed[key]:
             raise DataError(

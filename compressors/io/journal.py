@@ -59,13 +59,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 class Journal:
-    """The files of one run.
-
-    Parameters
-    ----------
-    output : Path
-        The recipe's output folder. Use `open_journal`, which locks it first.
-    """
+    """The files of a run in its output folder; use `open_journal`, which locks the folder first."""
 
     def __init__(self, output: Path) -> None:
         self.output = output

@@ -70,13 +70,7 @@ class Source:
 
 
 def locate(spec: Model, *, weights: bool = True) -> Source:
-    """Find a model and read its config.
-
-    Parameters
-    ----------
-    spec : Model
-    weights : bool
-        Whether to download weights from the Hub too.
+    """Find a model and read its config; download weights from the Hub too if `weights`.
 
     Raises
     ------
@@ -164,15 +158,7 @@ def _pickled(path: Path) -> str:
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Load the tokenizer of a model.
-
-    Raises
-    ------
-    RecipeError
-        A local path that does not exist.
-    ModelError
-        If there is none.
-    """
+    """Load the tokenizer of a model."""
     spec = source.spec
     folder = source.folder
     if spec.tokenizer:
