@@ -61,7 +61,7 @@ def without_repeats(documents: dict[str, str]) -> dict[str, str]:
 
 
 def _calibration_topics(sizes: dict[str, int]) -> set[str]:
-    """Return the calibration topics: each, largest first, goes to the part that lags behind."""
+    """Return the calibration topics: each, largest first, goes to the part below its share."""
     chosen: set[str] = set()
     calibration = evaluation = 0
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):

@@ -1,20 +1,22 @@
-"""Windows of tokens, for calibration and perplexity."""
+"""Documents -> text -> tokens -> windows, for calibration and perplexity."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.corpus.documents import read_documents
-from lrc.compressors.corpus.tokens import default_bos, join_documents, tokenize
+from lrc.compressors.corpus.documents import Document, read_documents
 from lrc.configs.errors import DataError
 from lrc.configs.recipe import Calibration, Perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SEPARATOR = "\n\n"
+"""Between two documents, as in the perplexity of GPTQ, SliceGPT and SVD-LLM."""
 STREAMED_CHARACTERS_PER_TOKEN = 12
 """How much of a streamed source to read: English has about four characters per token, and random
 windows should come from about three times the text that they cover."""
@@ -28,12 +30,76 @@ class Windows:
     """Shape [n, length], int64, on the CPU; `length` includes the BOS token if there is one."""
     source: str
     """Name or path of the text, as in the recipe."""
-    sha256: str
+    sha256: str | None
     """Of the whole text as tokenized, in UTF-8."""
     bos: bool
     """Whether every window starts with the tokenizer's BOS token."""
     text_tokens: int
     """Number of tokens of the whole text."""
+
+
+def join_documents(
+    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, chat_template: bool
+) -> str:
+    """Join documents by a blank line.
+
+    With `chat_template` every document is first rendered by the tokenizer's template; plain text
+    becomes one user turn, and blank text is dropped.
+
+    Raises
+    ------
+    DataError
+        If the tokenizer has no chat template, or the template refuses a conversation.
+    """
+    if not chat_template:
+        return SEPARATOR.join(d for d in documents if isinstance(d, str))
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"calibration.chat_template: the tokenizer ({tokenizer.name_or_path or 'unnamed'}) has"
+            " no chat template; set chat_template: false or name the tokenizer of an instruct"
+            " model under model.tokenizer"
+        )
+    rendered = []
+    for number, document in enumerate(documents, 1):
+        if isinstance(document, str):
+            if not document.strip():
+                continue
+            document = [{"role": "user", "content": document}]
+        try:
+            rendered.append(str(tokenizer.apply_chat_template(document, tokenize=False)))
+        except Exception as error:  # jinja2 errors, and whatever a template raises itself
+            raise DataError(
+                f"calibration.chat_template: the tokenizer's template refuses document {number}:"
+                f" {error}; repair its messages or set chat_template: false"
+            ) from error
+    return SEPARATOR.join(rendered)
+
+
+def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
+    """Return the tokens [n_tokens] (int64) of a text, without special tokens."""
+    # verbose=False: no warning about the length, as the text is cut into windows
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def default_bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Return the BOS token if the tokenizer adds it by default.
+
+    Tried on a text, because no attribute tells whether a post-processor adds it.
+    """
+    probe = tokenizer("a", verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return bos if isinstance(bos, int) and probe and probe[0] == bos else None
+
+
+def check_vocabulary(tokens: Tensor, embedding: Any) -> None:
+    """Raise `DataError` for tokens that a model's embedding has no row for."""
+    rows, largest = getattr(embedding, "num_embeddings", None), int(tokens.max())
+    if isinstance(rows, int) and largest >= rows:  # on a GPU an index error kills the process
+        raise DataError(
+            f"model.tokenizer: the tokenizer gives token {largest}, the model has {rows} tokens;"
+            " use the tokenizer that belongs to the model"
+        )
 
 
 def random_windows(

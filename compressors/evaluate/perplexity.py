@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import Embedding
 from torch.nn.functional import cross_entropy
 
-from lrc.compressors.corpus.tokens import check_vocabulary
-from lrc.compressors.corpus.windows import Windows
+from lrc.compressors.corpus.windows import Windows, check_vocabulary
 from lrc.configs.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:

@@ -180,7 +180,7 @@ def load_tokenizer(source: Source) -> Any:
     except Exception as error:  # transformers and gguf raise nearly anything
         raise ModelError(
             f"model: no tokenizer could be loaded from {folder} ({first_line(error)}); put "
-            "tokenizer.json beside the model or name its place in model.tokenizer"
+            "tokenizer.json into the folder of the model or name its folder in model.tokenizer"
         ) from error
 
 

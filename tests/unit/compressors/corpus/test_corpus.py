@@ -12,12 +12,14 @@ import torch
 from lrc.compressors.corpus import hub
 from lrc.compressors.corpus.documents import check_source, read_documents
 from lrc.compressors.corpus.python_docs import paragraphs, without_repeats
-from lrc.compressors.corpus.tokens import default_bos, join_documents, tokenize
 from lrc.compressors.corpus.windows import (
     calibration_windows,
+    default_bos,
     disjoint_windows,
     evaluation_windows,
+    join_documents,
     random_windows,
+    tokenize,
 )
 from lrc.configs.errors import DataError, RecipeError
 from lrc.configs.recipe import Calibration, Perplexity
