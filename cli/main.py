@@ -170,10 +170,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure perplexity and lm-eval tasks of checkpoints, side by side."""
-    from lrc.cli.evaluate import build_request
+    from lrc.cli.evaluate import build_request, run
 
     request = build_request(perplexity or [], tasks, include_path, limit, window, windows)
-    from lrc.cli.evaluate import run
     from lrc.cli.quality import print_evaluation
 
     console.quiet_transformers()

@@ -68,27 +68,15 @@ def print_report(report: dict[str, Any], output: str) -> None:
     """Print the summary of a finished run."""
     size = report["size"]
     table = new_table("size", "", "dense", "compressed", "kept")
-    parameters, files = size["model"]["parameters"], size["model"]["file_bytes"]
-    targeted = size["targeted"]
-    table.add_row(
-        "parameters",
-        f"{parameters['dense']:,}",
-        f"{parameters['compressed']:,}",
-        f"{parameters['compressed'] / parameters['dense']:.1%}",
-    )
-    table.add_row(
-        "weight files",
-        as_size(files["dense"]),
-        as_size(files["compressed"]),
-        f"{files['compressed'] / files['dense']:.1%}",
-    )
-    if targeted["source_bits"]:
-        table.add_row(
-            "targeted matrices",
-            as_size(targeted["source_bits"] // 8),
-            as_size(targeted["bits"] // 8),
-            f"{targeted['kept']:.1%}",
-        )
+    targeted = {"dense": size["targeted"]["source_bits"], "compressed": size["targeted"]["bits"]}
+    for name, pair, write in (
+        ("parameters", size["model"]["parameters"], "{:,}".format),
+        ("weight files", size["model"]["file_bytes"], as_size),
+        ("targeted matrices", targeted, lambda bits: as_size(bits // 8)),
+    ):
+        dense, compressed = pair["dense"], pair["compressed"]
+        if dense:
+            table.add_row(name, write(dense), write(compressed), f"{compressed / dense:.1%}")
     OUT.print(table)
     for cut in report.get("slices", []):  # reports of earlier versions have none
         _print_cut(cut)

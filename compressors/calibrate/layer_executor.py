@@ -123,8 +123,7 @@ class LayerExecutor:
         calls = [LayerCall() for _ in layers]
         with ExitStack() as hooks, ExitStack() as loaded:
             for index, call in enumerate(calls):
-                for hook in self._trace_layer(index, call, loaded):
-                    hooks.enter_context(hook)
+                self._trace_layer(index, call, hooks, loaded)
             self._forward(tokens[:batch])
         if not all(call.arguments for call in calls):
             raise ModelError("model: its forward does not call every decoder layer")
@@ -142,8 +141,8 @@ class LayerExecutor:
         return calls
 
     def _trace_layer(
-        self, index: int, call: LayerCall, loaded: ExitStack
-    ) -> Iterator[RemovableHandle]:
+        self, index: int, call: LayerCall, hooks: ExitStack, loaded: ExitStack
+    ) -> None:
         """Attach hooks that load a layer around its call and record the inputs of its linears."""
         name, layer = self.architecture.layer_names[index], self.architecture.layers[index]
         linears = [lin.name for lin in self.architecture.linears if lin.layer == index]
@@ -167,9 +166,9 @@ class LayerExecutor:
             call.returns_tuple = isinstance(out, tuple)
             inputs.clear()
 
-        yield _record_arguments(layer, call)
-        yield layer.register_forward_pre_hook(load)
-        yield layer.register_forward_hook(unload)
+        hooks.enter_context(_record_arguments(layer, call))
+        hooks.enter_context(layer.register_forward_pre_hook(load))
+        hooks.enter_context(layer.register_forward_hook(unload))
 
     @contextmanager
     def _layers_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -241,7 +240,7 @@ def watch_inputs(
 def watch_outputs(
     layer: nn.Module, prefix: str, names: list[str], see: Callable[[str, Tensor, Tensor], None]
 ) -> ExitStack:
-    """Call ``see(name, x, y)`` after a linear of the layer has returned ``y``; see `watch_inputs`.
+    """Call ``see(name, x, y)`` after a linear has returned ``y``; otherwise as `watch_inputs`.
 
     Runs before hooks that belong to the model, which may add to a linear's output.
     """

@@ -90,12 +90,9 @@ def load(journal: Journal, layer: int, name: str) -> Statistics:
     if leader is None:
         return Statistics()
     forward = journal.read_tensors(file, table.sum_names(table.FORWARD, name, leader))
-    file = gradients_file(layer)
-    backward = (
-        journal.read_tensors(file, table.sum_names(table.BACKWARD, name, leader))
-        if journal.has(file)
-        else {}
-    )
+    file, backward = gradients_file(layer), {}
+    if journal.has(file):
+        backward = journal.read_tensors(file, table.sum_names(table.BACKWARD, name, leader))
     return table.build_statistics(facts["n_tokens"], forward, backward)
 
 

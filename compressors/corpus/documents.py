@@ -76,15 +76,11 @@ def read_documents(
     return documents
 
 
-def check_source(source: str, *, part: Part | None = None) -> None:
-    """Check that a source exists, without reading it.
-
-    `self`, sampled from the model, is valid for calibration. `part` selects the key of the recipe
-    in the message.
-    """
+def check_source(source: str, *, part: Part) -> None:
+    """Check that a source exists; for calibration, `self` samples from the model."""
     if source in SOURCES or (source == "self" and part == "calibration"):
         return
-    key, path = KEYS[part] if part else "source", Path(source).expanduser()
+    key, path = KEYS[part], Path(source).expanduser()
     if source == "self":
         raise RecipeError([f"{key}: 'self' is for calibration only; allowed: {_allowed()}"])
     if path.is_dir():

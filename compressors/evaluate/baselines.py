@@ -4,6 +4,7 @@ Either quantized by round-to-nearest or pruned to the largest entries of every r
 made from the dense model in memory, one matrix at a time; its size is that of a file.
 """
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPARSE = "sparse"
-BISECTIONS = 40  # of the fraction of kept entries: finer than one entry of any row
+STEPS = 2**40  # of the fraction of kept entries: finer than one entry of any row
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,9 @@ def _sparse(targets: Targets) -> Baseline:
             for name, (m, n) in targets.shapes.items()
         )
 
-    low, high = (0.0, 1.0) if size(entries(1.0)) > targets.budget_bits else (1.0, 1.0)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        fits = size(entries(middle)) <= targets.budget_bits
-        low, high = (middle, high) if fits else (low, middle)
-    kept = entries(low)
+    steps = range(STEPS + 1)
+    n_fitting = bisect_right(steps, targets.budget_bits, key=lambda i: size(entries(i / STEPS)))
+    kept = entries(max(0, n_fitting - 1) / STEPS)
     n_kept = sum(kept[name] * m for name, (m, _) in targets.shapes.items())
     percent = 100 * n_kept / sum(m * n for m, n in targets.shapes.values())
     how = f"the largest {percent:.1f} % of the entries of every row, and a 1-bit mask"

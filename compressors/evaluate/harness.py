@@ -161,21 +161,17 @@ def _manager_for(tasks: Tasks) -> Any:
     known = manager.all_tasks
     unknown = [name for name in dict.fromkeys(tasks.names) if name not in known]
     if unknown:
+        close = [get_close_matches(name, known, n=3) for name in unknown]
+        hints = [f"; did you mean {' or '.join(map(repr, c))}?" if c else "" for c in close]
         places = f"in {tasks.include_path} and among" if folder else "among"
         raise RecipeError(
             [
-                f"evaluate.tasks.names: unknown task '{name}', looked {places} lm-eval's own"
-                + _hint(name, known)
-                + "; `lm-eval ls tasks` lists those"
-                for name in unknown
+                f"evaluate.tasks.names: unknown task '{name}', looked {places} lm-eval's own{hint}"
+                "; `lm-eval ls tasks` lists those"
+                for name, hint in zip(unknown, hints, strict=True)
             ]
         )
     return manager
-
-
-def _hint(name: str, known: list[str]) -> str:
-    close = get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _load(manager: Any, name: str, tasks: Tasks, seed: int) -> Any:

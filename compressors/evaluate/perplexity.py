@@ -51,7 +51,7 @@ def perplexity(
     model: "PreTrainedModel",
     windows: Windows | Tensor,
     *,
-    on_window: Callable[[int, int], None] | None = None,
+    on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> PerplexityResult:
     """Measure the perplexity of a causal language model.
 
@@ -96,8 +96,7 @@ def perplexity(
                         " or float32 where float16 overflows"
                     )
                 total += nll
-                if on_window is not None:
-                    on_window(number, count)
+                on_window(number, count)
     finally:
         model.train(training)
 
@@ -121,8 +120,7 @@ def perplexity(
 
 def check_window(config: Any, window: int, key: str = "evaluate.perplexity.window") -> None:
     """Refuse windows that are longer than the model's context; `key` is that of the recipe."""
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    context = getattr(text_config, "max_position_embeddings", None)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int) and window > context:
         raise RecipeError(
             [

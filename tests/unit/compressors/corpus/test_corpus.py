@@ -105,7 +105,7 @@ def test_damaged_files_are_refused_in_one_clear_sentence(tmp_path, name, content
 
 def test_a_directory_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="is a folder"):
-        check_source(str(tmp_path))
+        check_source(str(tmp_path), part="evaluation")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_unknown_sources_are_refused_with_a_hint(source, hint):
 def test_a_misspelt_file_suggests_its_neighbour(tmp_path):
     (tmp_path / "harvest.jsonl").touch()
     with pytest.raises(RecipeError, match=r"did you mean '.*harvest\.jsonl'"):
-        check_source(str(tmp_path / "havrest.jsonl"))
+        check_source(str(tmp_path / "havrest.jsonl"), part="evaluation")
 
 
 def test_self_is_for_calibration_only():
