@@ -73,8 +73,8 @@ def test_the_command_shows_size_against_perplexity_and_which_wins(
         baseline = plan_baseline(written, targets)
         model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-        asked = load_recipe(recipe).recipe.evaluate
-        found = measure(baseline, model.float(), tokenizer, asked, lambda *_: None)
+        options = load_recipe(recipe).recipe.evaluate
+        found = measure(baseline, model.float(), tokenizer, options, lambda *_: None)
         assert each["perplexity"]["english"] == found["english"]["perplexity"]
         assert each["bytes"] == baseline.bytes
 
@@ -87,7 +87,7 @@ def test_what_is_measured_is_not_measured_again(recipe: Path, output: Path) -> N
             if not seen or seen[-1] != name:
                 seen.append(name)
             if name.startswith(stage) and done == total:
-                raise Stopped("asked to")
+                raise Stopped("requested")
 
         return on_step
 
@@ -112,7 +112,7 @@ def test_what_is_measured_is_not_measured_again(recipe: Path, output: Path) -> N
     assert [each["name"] for each in resumed["evaluation"]["baselines"]] == ORDER
 
 
-def test_none_are_made_where_none_are_asked_for(recipe: Path, output: Path) -> None:
+def test_none_are_measured_if_none_are_requested(recipe: Path, output: Path) -> None:
     for change in ("evaluate.alternatives=[]", "evaluate={alternatives: [int8]}"):
         report = run(recipe, change)
         assert (report["evaluation"]["baselines"], report["evaluation"]["baseline_comparison"]) == (
@@ -134,7 +134,7 @@ def test_a_slice_is_held_against_all_linears_of_the_dense_model(recipe: Path) ->
     assert report["evaluation"]["baseline_comparison"]
 
 
-def test_an_entry_that_is_no_alternative_is_refused(
+def test_an_unknown_baseline_is_refused(
     lrc: Callable[..., Any], recipe: Path, output: Path
 ) -> None:
     ended = lrc("compress", recipe, "evaluate.alternatives=[int4, q4_0]")

@@ -204,7 +204,7 @@ def test_a_missed_gate_exits_with_4_after_everything_is_written_and_shown(
     assert lrc("compress", recipe, gates, "evaluate.gates=[]", "-q").code == 0
 
 
-def test_a_fault_of_lrc_is_no_traceback_unless_asked_for(
+def test_an_unexpected_error_shows_a_traceback_only_with_debug(
     lrc, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lrc.compressors import pipeline

@@ -141,7 +141,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * scale)
 
 
-def test_what_nobody_asked_for_is_not_collected(architecture, reader, tokens, tmp_path):
+def test_only_required_statistics_are_collected(architecture, reader, tokens, tmp_path):
     name = "model.layers.1.mlp.up_proj"
     journal = collect(architecture, reader, tokens, tmp_path / "o", required={name: {"gradients"}})
     assert statistics.load(journal, 0, "model.layers.0.mlp.up_proj") == Statistics()
@@ -276,9 +276,9 @@ def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
     for layer in range(LAYERS):
         for names in sequence.groups(layer):
             found = sequence.measure(layer, names, deficit=True)
-            x, behind = (input_of(model, names[0]) for model in models)
-            close(found.H, behind.T @ behind)
-            close(found.cross, x.T @ behind)
+            x, x_hat = (input_of(model, names[0]) for model in models)
+            close(found.H, x_hat.T @ x_hat)
+            close(found.cross, x.T @ x_hat)
             # A layer's input, and what its second norm is given: what attention and MLP add to.
             block, _, linear = names[0].rpartition(".")
             added_to = {
@@ -286,8 +286,8 @@ def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
                 "down_proj": f"model.layers.{layer}.post_attention_layernorm",
             }
             if linear in added_to:
-                stream, here = (input_of(model, added_to[linear]) for model in models)
-                close(found.deficit[names[0]], (stream - here).T @ behind)
+                stream, stream_hat = (input_of(model, added_to[linear]) for model in models)
+                close(found.deficit[names[0]], (stream - stream_hat).T @ x_hat)
             assert set(found.deficit) <= {f"{block}.o_proj", f"{block}.down_proj"}
             assert bool(found.deficit) == (linear in added_to)
             assert not sequence.measure(layer, names, deficit=False).deficit
