@@ -136,22 +136,24 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
             say(f"error[{problem.code}]: {problem}")
         return error.exit_code
     if hasattr(error, "format_message"):  # typer's, about the command line
-        return _usage(error)
+        text = " ".join(error.format_message().split()).removesuffix(".")
+        if text:  # none if the help was shown instead
+            command = getattr(getattr(error, "ctx", None), "command_path", "lrc")
+            end = "" if text.endswith("?") else ";"
+            say(f"error[usage]: {text[0].lower()}{text[1:]}{end} `{command} --help` lists its options")
+        return int(getattr(error, "exit_code", 1))
+    text = " ".join(str(error).split())[:500]
     if isinstance(error, BrokenPipeError):  # the reader of our output is gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        reason = " ".join(str(error).split())[:200] or "no details"
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         say(
-            f"error[out-of-memory]: out of memory ({reason}); lower "
+            f"error[out-of-memory]: out of memory ({text[:200] or 'no details'}); lower "
             "calibration.memory_limit_gib or use --device cpu, and the same command continues; "
             "or lower calibration.samples or length and pass --overwrite"
         )
-        return 1
-    text = " ".join(str(error).split())[:500]
-    if isinstance(error, OSError) and error.errno is not None:
+    elif isinstance(error, OSError) and error.errno is not None:
         say(
-            f"error: the operating system reports {text}; check the disk and run the same command "
+            f"error[operating-system]: the operating system reports {text}; check the disk and run the same command "
             "again, it continues"
         )
     elif not debug:
@@ -160,12 +162,3 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
             "run `lrc --debug ...` and report the traceback"
         )
     return 1
-
-
-def _usage(error: Any) -> int:
-    text = " ".join(error.format_message().split()).removesuffix(".")
-    command = getattr(error.ctx, "command_path", "lrc")
-    if text:  # none if the help was shown instead
-        end = "" if text.endswith("?") else ";"
-        say(f"error[usage]: {text[0].lower()}{text[1:]}{end} `{command} --help` lists its options")
-    return int(error.exit_code)

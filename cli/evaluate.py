@@ -1,14 +1,18 @@
-"""`lrc eval`: load what is pointed at, and measure it."""
+"""`lrc eval`: measure checkpoints, Hub models or GGUF files."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lrc.compressors.io.machine import OnStep
 from lrc.configs.errors import DataError, ModelError, RecipeError
-from lrc.configs.recipe import Evaluate, Perplexity, Tasks
+from lrc.configs.recipe import Evaluate, Model, Perplexity, Tasks
+
+if TYPE_CHECKING:
+    from lrc.compressors.io.machine import OnStep
 
 OPTIONS = {
     "evaluate.perplexity.source": "--perplexity",
@@ -27,12 +31,12 @@ def build_request(
     window: int,
     windows: int | None,
 ) -> Evaluate:
-    """Turn the options of the command into what a recipe would say under `evaluate`.
+    """Convert the options of the command into the `evaluate` section of a recipe.
 
     Raises
     ------
     RecipeError
-        Nothing asked, or a number out of range.
+        If there is nothing to measure, or a number is out of range.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names and not perplexity:
@@ -54,57 +58,59 @@ def build_request(
 
 
 def run(
-    checkpoints: list[str], request: Evaluate, *, seed: int, device: str, on_step: OnStep
+    checkpoints: list[str], request: Evaluate, *, seed: int, device: str, on_step: "OnStep"
 ) -> dict[str, Any]:
-    """Measure every checkpoint; return checkpoint -> block of results."""
-    from lrc.compressors.corpus import check_source
-    from lrc.compressors.evaluate import check_tasks, evaluate_model
+    """Measure every checkpoint; return checkpoint -> scores."""
+    from lrc.compressors.corpus.documents import check_source
+    from lrc.compressors.evaluate.harness import check_tasks
+    from lrc.compressors.evaluate.scores import evaluate_model
     from lrc.compressors.io.machine import Machine
 
-    with _as_options():
+    def labelled(checkpoint: str, stage: str, done: int, total: int) -> None:
+        on_step(f"{checkpoint}: {stage}", done, total)
+
+    with _options_in_errors():
         for spec in request.perplexity:
             check_source(spec.source, part="evaluation")
         check_tasks(request.tasks)
-        for checkpoint in checkpoints:
-            _look_at(checkpoint)
+        for checkpoint in checkpoints:  # before one of them is measured for hours
+            _check(checkpoint)
         chosen = Machine(device=device).chosen
-        blocks = {}
+        scores = {}
         for checkpoint in checkpoints:
-
-            def step(stage: str, done: int, total: int, name: str = checkpoint) -> None:
-                on_step(f"{name}: {stage}", done, total)
-
             model, tokenizer = _load(checkpoint, chosen)
-            blocks[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
+            step = partial(labelled, checkpoint)
+            scores[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
             del model
-    return blocks
+    return scores
 
 
 @contextmanager
-def _as_options() -> Iterator[None]:
-    """Say the name of the option where an error names the key of a recipe."""
+def _options_in_errors() -> Iterator[None]:
+    """Replace the keys of a recipe in error messages by the options of the command."""
+
+    def translate(text: str) -> str:
+        for key, option in OPTIONS.items():
+            text = text.replace(key, option)
+        return text
+
     try:
         yield
     except RecipeError as error:
-        found = error.problems
         raise RecipeError(
-            [replace(p, where=_in_options(p.where), message=_in_options(p.message)) for p in found]
+            [
+                replace(p, where=translate(p.where), message=translate(p.message))
+                for p in error.problems
+            ]
         ) from error
     except (ModelError, DataError) as error:
-        raise type(error)(_in_options(str(error)), code=error.code) from error
+        raise type(error)(translate(str(error)), code=error.code) from error
 
 
-def _in_options(text: str) -> str:
-    for key, option in OPTIONS.items():
-        text = text.replace(key, option)
-    return text
-
-
-def _look_at(checkpoint: str) -> None:
-    """Refuse a checkpoint that cannot be loaded, before another one is measured for hours."""
+def _check(checkpoint: str) -> None:
+    """Refuse a checkpoint that cannot be loaded."""
     from lrc.compressors.checkpoint.reader import check_files, read_config
     from lrc.compressors.models.source import locate
-    from lrc.configs.recipe import Model
 
     if Path(checkpoint).is_dir():
         read_config(Path(checkpoint))
@@ -114,23 +120,20 @@ def _look_at(checkpoint: str) -> None:
 
 
 def _load(path: str, device: str) -> tuple[Any, Any]:
-    """Load a folder as it is stored; a Hub id or GGUF file as a recipe would."""
-    import tempfile
-
+    """Load a folder as it is stored, or a Hub id or GGUF file as in a recipe."""
     import torch
 
     from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
     from lrc.compressors.models import source as models
-    from lrc.configs.recipe import Model
 
     dtype = torch.float32 if device == "cpu" else None
-    if Path(path).is_dir():
-        folder = Path(path)
+    folder = Path(path)
+    if folder.is_dir():
         return load_checkpoint(folder, dtype=dtype, device=device), load_tokenizer(folder)
     found = models.locate(Model(path=path))
     tokenizer = models.load_tokenizer(found)
     if found.gguf is None:
         return load_checkpoint(found.folder, dtype=dtype, device=device), tokenizer
-    with tempfile.TemporaryDirectory() as folder_name:
-        models.convert_gguf(found, Path(folder_name))
-        return load_checkpoint(Path(folder_name), dtype=dtype, device=device), tokenizer
+    with tempfile.TemporaryDirectory() as converted:
+        models.convert_gguf(found, Path(converted))
+        return load_checkpoint(Path(converted), dtype=dtype, device=device), tokenizer

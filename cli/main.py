@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrc.cli import console
+from lrc.configs import shipped
 from lrc.configs.errors import GateMissed, RecipeError
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         import lrc
 
         typer.echo(f"lrc {lrc.__version__}")
@@ -170,10 +171,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure perplexity and lm-eval tasks of checkpoints, side by side."""
-    from lrc.cli.evaluate import build_request
+    from lrc.cli.evaluate import build_request, run
 
     request = build_request(perplexity or [], tasks, include_path, limit, window, windows)
-    from lrc.cli.evaluate import run
     from lrc.cli.quality import print_evaluation
 
     console.quiet_transformers()
@@ -219,8 +219,6 @@ def schema() -> None:
 @recipes_app.command("list")
 def recipes_list(as_json: Json = False) -> None:
     """List the recipes that come with lrc."""
-    from lrc.configs import shipped
-
     summaries = {name: shipped.summary(name) for name in shipped.names()}
     if as_json:
         _print_json(summaries)
@@ -233,8 +231,6 @@ def recipes_list(as_json: Json = False) -> None:
 @recipes_app.command("show")
 def recipes_show(name: str) -> None:
     """Print a recipe that comes with lrc."""
-    from lrc.configs import shipped
-
     typer.echo(shipped.read(name), nl=False)
 
 
@@ -244,8 +240,6 @@ def recipes_copy(
     to: Annotated[Path | None, typer.Argument(help="File to write; NAME.yaml here.")] = None,
 ) -> None:
     """Copy a recipe that comes with lrc, to edit it."""
-    from lrc.configs import shipped
-
     text = shipped.read(name)
     target = to or Path(f"{name}.yaml")
     if target.exists():
@@ -309,7 +303,7 @@ def _device(name: str) -> str:
     if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
         raise RecipeError(
             [
-                f"--device: {name} asked for, but torch sees {torch.cuda.device_count()} GPUs; "
+                f"--device: {name} requested, but torch sees {torch.cuda.device_count()} GPUs; "
                 "use --device cpu, or install a torch build for your GPU"
             ]
         )
@@ -325,11 +319,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from the first moment
     command = typer.main.get_command(app)
     try:
-        # Not app(): it would exit with a code of its own on Ctrl-C, and draw boxes around errors.
-        with (
-            console.quiet_libraries(),
-            command.make_context("lrc", sys.argv[1:]) as context,
-        ):
+        # Not app(): it would exit with another code on Ctrl-C, and draw boxes around errors.
+        with console.quiet_libraries(), command.make_context("lrc", sys.argv[1:]) as context:
             command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as done:  # --help, --version

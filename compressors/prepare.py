@@ -8,8 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from lrc.compressors.corpus import check_source
-from lrc.compressors.evaluate import check_gate_names, check_tasks, check_window
+from lrc.compressors.corpus.documents import check_source
+from lrc.compressors.evaluate.gates import check_gate_names
+from lrc.compressors.evaluate.harness import check_tasks
+from lrc.compressors.evaluate.perplexity import check_window
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader

@@ -24,7 +24,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lrc.compressors.corpus import read_documents
+from lrc.compressors.corpus.documents import read_documents
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -40,15 +40,8 @@ def forward_layer(
 ) -> LinearStatistics:
     """Replace the hidden states [n_windows, length, d_model] by the layer's output, in place.
 
-    Returns
-    -------
-    LinearStatistics
-        For the linears in `required`.
-
-    Raises
-    ------
-    ModelError
-        If inputs or hidden states are not finite; names the layer.
+    Returns the sums for the linears in `required`. Inputs or hidden states that are not finite
+    raise `ModelError`.
     """
     linears = {lin.name: lin for lin in executor.architecture.linears if lin.layer == index}
     statistics = LinearStatistics.forward(call.groups, linears, required)
@@ -130,13 +123,8 @@ def backward_head(
 ) -> None:
     """Fill `gradients` with those of the summed token losses at the last layer's output.
 
-    Parameters
-    ----------
-    call : LayerCall
-        Of the last layer.
-    hidden, gradients : Tensor, shape [n_windows, length, d_model]
-        Output of the last layer; the tensor to fill.
-    tokens : Tensor, shape [n_windows, length]
+    `call` is that of the last layer, `hidden` [n_windows, length, d_model] its output for `tokens`
+    [n_windows, length].
     """
     kind = "cuda" if executor.device.startswith("cuda") else "cpu"
     batch = max(1, HEAD_TOKENS[kind] // tokens.shape[1])
@@ -162,15 +150,8 @@ def backward_layer(
 ) -> LinearStatistics:
     """Replace the gradients at a layer's output by those at its input, in place.
 
-    Returns
-    -------
-    LinearStatistics
-        For the linears in `required`.
-
-    Raises
-    ------
-    ModelError
-        If gradients are not finite; names the layer.
+    Returns the sums for the linears in `required`. Gradients that are not finite raise
+    `ModelError`.
     """
     linears = {lin.name: lin for lin in executor.architecture.linears if lin.layer == index}
     statistics = LinearStatistics.backward(linears, required)

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.corpus import calibration_windows, check_vocabulary, default_bos
+from lrc.compressors.corpus.windows import (
+    Windows,
+    calibration_windows,
+    check_vocabulary,
+    default_bos,
+)
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
 from lrc.configs.recipe import Calibration
@@ -38,8 +43,8 @@ def take_windows(
     """
     if not journal.has(FILE):
         generator = torch.Generator().manual_seed(seed)
-        bos = default_bos(tokenizer)
         if calibration.source == "self":
+            bos = default_bos(tokenizer)
             tokens = sample_windows(
                 dense(),
                 samples=calibration.samples,
@@ -48,19 +53,19 @@ def take_windows(
                 generator=generator,
                 on_step=on_step,
             )
-            facts = {"source": "self", "text_sha256": None, "text_tokens": tokens.numel()}
+            windows = Windows(tokens, "self", None, bos is not None, tokens.numel())
         else:
             windows = calibration_windows(calibration, tokenizer, generator=generator)
-            tokens = windows.tokens
-            facts = {
-                "source": windows.source,
-                "text_sha256": windows.sha256,
-                "text_tokens": windows.text_tokens,
-            }
+        tokens = windows.tokens
         check_vocabulary(tokens, embedding)
-        facts["bos"] = bos is not None
-        facts["tokens"] = tokens.numel()
-        facts["tokens_sha256"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        facts = {
+            "source": windows.source,
+            "text_sha256": windows.sha256,
+            "text_tokens": windows.text_tokens,
+            "bos": windows.bos,
+            "tokens": tokens.numel(),
+            "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        }
         journal.write_tensors(FILE, {"tokens": tokens}, {"facts": facts})
     return journal.read_tensor(FILE, "tokens")
 

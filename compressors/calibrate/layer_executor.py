@@ -9,6 +9,7 @@ all batches, layer by layer, without the model around them.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,24 +26,16 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 @dataclass
 class LayerCall:
-    """How the model calls one decoder layer, apart from its hidden states.
-
-    Attributes
-    ----------
-    arguments : dict
-        Number of windows in a batch -> (args, kwargs): masks may have the shape of the batch.
-    by_keyword : bool
-        Whether the hidden states are passed as a keyword.
-    groups : list of list of str
-        Full names of the linears of each distinct input, in order of use.
-    returns_tuple : bool
-        Whether the layer returns a tuple that starts with the hidden states.
-    """
+    """How the model calls one decoder layer, apart from its hidden states."""
 
     arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    """Number of windows in a batch -> (args, kwargs): masks may have the shape of the batch."""
     by_keyword: bool = False
+    """Whether the hidden states are passed as a keyword."""
     groups: list[list[str]] = field(default_factory=list)
+    """Full names of the linears of each distinct input, in order of use."""
     returns_tuple: bool = False
+    """Whether the layer returns a tuple that starts with the hidden states."""
 
 
 class _FirstLayerReached(Exception):
@@ -53,16 +46,9 @@ class _FirstLayerReached(Exception):
 
 
 class LayerExecutor:
-    """A model whose decoder layers are loaded one at a time.
+    """A model whose decoder layers are loaded one at a time, to compute in `dtype` on `device`.
 
-    Parameters
-    ----------
-    architecture : Architecture
-        Its skeleton is filled and emptied in place.
-    reader : WeightReader
-    device : str
-    dtype : torch.dtype
-        Precision of the computation.
+    The skeleton of `architecture` is filled and emptied in place.
     """
 
     def __init__(
@@ -116,13 +102,8 @@ class LayerExecutor:
 
         Differentiable in `hidden` [n, length, d_model]. Runs the model's own forward with its
         layers replaced by the constant `hidden`, so that whatever follows the layers (norms,
-        scaling, soft-capping) is applied. Needs ``around_layers(head=True)``.
-
-        Parameters
-        ----------
-        tokens : Tensor, shape [n, length]
-        call : LayerCall
-            Of the last layer.
+        scaling, soft-capping) is applied. Needs ``around_layers(head=True)``. `call` is that of
+        the last layer.
         """
         passed = (hidden,) if call.returns_tuple else hidden
         with self._layers_replaced(lambda *_, **__: passed):
@@ -132,24 +113,17 @@ class LayerExecutor:
 
     @torch.no_grad()
     def trace(self, tokens: Tensor, batch: int) -> list[LayerCall]:
-        """Run one batch through all layers and record how each is called.
+        """Run the first `batch` windows through all layers and record how each is called.
 
-        If the last of the batches is smaller, the model is run for it too, with layers that
-        return their input: the arguments have other shapes, but no weight is needed.
-
-        Parameters
-        ----------
-        tokens : Tensor, shape [n_windows, length]
-            All windows.
-        batch : int
-            Windows per batch.
+        If the last batch of the windows `tokens` [n_windows, length] is smaller, the model is run
+        for it too, with layers that return their input: the arguments have other shapes, but no
+        weight is needed.
         """
         layers = self.architecture.layers
         calls = [LayerCall() for _ in layers]
         with ExitStack() as hooks, ExitStack() as loaded:
             for index, call in enumerate(calls):
-                for hook in self._trace_layer(index, call, loaded):
-                    hooks.enter_context(hook)
+                self._trace_layer(index, call, hooks, loaded)
             self._forward(tokens[:batch])
         if not all(call.arguments for call in calls):
             raise ModelError("model: its forward does not call every decoder layer")
@@ -167,20 +141,17 @@ class LayerExecutor:
         return calls
 
     def _trace_layer(
-        self, index: int, call: LayerCall, loaded: ExitStack
-    ) -> Iterator[RemovableHandle]:
+        self, index: int, call: LayerCall, hooks: ExitStack, loaded: ExitStack
+    ) -> None:
         """Attach hooks that load a layer around its call and record the inputs of its linears."""
         name, layer = self.architecture.layer_names[index], self.architecture.layers[index]
         linears = [lin.name for lin in self.architecture.linears if lin.layer == index]
         inputs: list[tuple[Tensor, list[str]]] = []  # keeps tensors: a freed one's id may return
 
         def see(linear: str, x: Tensor) -> None:
+            view = x.data_ptr(), x.shape, x.stride()
             for known, members in inputs:
-                if known is x or (
-                    known.data_ptr() == x.data_ptr()
-                    and known.shape == x.shape
-                    and known.stride() == x.stride()
-                ):
+                if known is x or (known.data_ptr(), known.shape, known.stride()) == view:
                     members.append(linear)
                     return
             inputs.append((x, [linear]))
@@ -195,9 +166,9 @@ class LayerExecutor:
             call.returns_tuple = isinstance(out, tuple)
             inputs.clear()
 
-        yield _record_arguments(layer, call)
-        yield layer.register_forward_pre_hook(load)
-        yield layer.register_forward_hook(unload)
+        hooks.enter_context(_record_arguments(layer, call))
+        hooks.enter_context(layer.register_forward_pre_hook(load))
+        hooks.enter_context(layer.register_forward_hook(unload))
 
     @contextmanager
     def _layers_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -258,30 +229,24 @@ def watch_inputs(
 
     `names` are full names, which start with the layer's name `prefix`.
     """
-
-    def hook_for(name: str) -> Callable[..., None]:
-        return lambda _, args: see(name, args[0])
-
     hooks = ExitStack()
     for name in names:
         linear = layer.get_submodule(name.removeprefix(f"{prefix}."))
-        hooks.enter_context(linear.register_forward_pre_hook(hook_for(name)))
+        hook = partial(lambda name, _, args: see(name, args[0]), name)
+        hooks.enter_context(linear.register_forward_pre_hook(hook))
     return hooks
 
 
 def watch_outputs(
     layer: nn.Module, prefix: str, names: list[str], see: Callable[[str, Tensor, Tensor], None]
 ) -> ExitStack:
-    """Call ``see(name, x, y)`` after a linear of the layer has returned ``y``; see `watch_inputs`.
+    """Call ``see(name, x, y)`` after a linear has returned ``y``; otherwise as `watch_inputs`.
 
     Runs before hooks that belong to the model, which may add to a linear's output.
     """
-
-    def hook_for(name: str) -> Callable[..., None]:
-        return lambda _, args, y: see(name, args[0], y)
-
     hooks = ExitStack()
     for name in names:
         linear = layer.get_submodule(name.removeprefix(f"{prefix}."))
-        hooks.enter_context(linear.register_forward_hook(hook_for(name), prepend=True))
+        hook = partial(lambda name, _, args, y: see(name, args[0], y), name)
+        hooks.enter_context(linear.register_forward_hook(hook, prepend=True))
     return hooks

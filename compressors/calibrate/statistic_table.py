@@ -3,6 +3,7 @@
 A new statistic is a row of `FORWARD` or `BACKWARD` and a field of the same name in `Statistics`.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -60,8 +61,8 @@ class LinearBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sum:
-    """A row of the table: how a batch enters a running sum, and the sum's shape."""
+class Row:
+    """A row of the table: the shape of a running sum, and how a batch is added to it."""
 
     shape: str
     accumulate: Callable[[RunningSums, str, LinearBatch], None]
@@ -75,26 +76,27 @@ def _add_row_fisher(sums: RunningSums, key: str, batch: LinearBatch) -> None:
 
 
 FORWARD = {
-    "inputs": Sum("[d_in, d_in]", lambda s, k, b: s.add_square(k, b.tokens), shared=True),
-    "image": Sum("[d_out, d_out]", lambda s, k, b: s.add_square(k, b.y)),
-    "diagonal": Sum("[d_in]", lambda s, k, b: s.add(k, b.tokens.square().sum(0)), shared=True),
-    "input_mean": Sum("[d_in]", lambda s, k, b: s.add(k, b.tokens.sum(0)), shared=True),
-    "input_magnitude": Sum("[d_in]", lambda s, k, b: s.add(k, b.tokens.abs().sum(0)), shared=True),
+    "inputs": Row("[d_in, d_in]", lambda s, k, b: s.add_square(k, b.tokens), shared=True),
+    "image": Row("[d_out, d_out]", lambda s, k, b: s.add_square(k, b.y)),
+    "diagonal": Row("[d_in]", lambda s, k, b: s.add(k, b.tokens.square().sum(0)), shared=True),
+    "input_mean": Row("[d_in]", lambda s, k, b: s.add(k, b.tokens.sum(0)), shared=True),
+    "input_magnitude": Row("[d_in]", lambda s, k, b: s.add(k, b.tokens.abs().sum(0)), shared=True),
 }
 BACKWARD = {
-    "gradients": Sum("[d_out, d_out]", lambda s, k, b: s.add_square(k, b.gradients)),
-    "image": Sum("[d_in, d_in]", lambda s, k, b: s.add_square(k, b.gradients @ b.W)),
-    "diagonal": Sum("[d_out]", lambda s, k, b: s.add(k, b.gradients.square().sum(0))),
-    "row_fisher": Sum("[d_out]", _add_row_fisher),
+    "gradients": Row("[d_out, d_out]", lambda s, k, b: s.add_square(k, b.gradients)),
+    "image": Row("[d_in, d_in]", lambda s, k, b: s.add_square(k, b.gradients @ b.W)),
+    "diagonal": Row("[d_out]", lambda s, k, b: s.add(k, b.gradients.square().sum(0))),
+    "row_fisher": Row("[d_out]", _add_row_fisher),
 }
 
 
 class LinearStatistics:
     """Running sums for the linears of one layer in one pass."""
 
-    def __init__(self, table: Mapping[str, Sum], rows: Mapping[str, Collection[str]]) -> None:
+    def __init__(self, table: Mapping[str, Row], rows: Mapping[str, Collection[str]]) -> None:
         """Accumulate ``rows[name]`` of the table for each linear `name`."""
-        self._table, self._rows = table, rows
+        self._table = table
+        self._rows = {name: dict.fromkeys(selected) for name, selected in rows.items()}
         self.sums = RunningSums()
         self.watched = [name for name, selected in rows.items() if selected]
 
@@ -118,11 +120,11 @@ class LinearStatistics:
         The second moment of an input that is wider than all outputs computed from it is
         accumulated as its images through the weights: the second moments of those outputs.
         """
-        rows: dict[str, list[str]] = {}
+        rows: defaultdict[str, list[str]] = defaultdict(list)
         for group in groups:
             leader, members = group[0], [name for name in group if required.get(name)]
             names = {each for name in members for each in required[name]}
-            rows[leader] = [row for row in FORWARD if row in names and row != "inputs"]
+            rows[leader] += [row for row in FORWARD if row in names and row != "inputs"]
             moments = [name for name in members if "inputs" in required[name]]
             if not moments:
                 continue
@@ -131,7 +133,7 @@ class LinearStatistics:
             smaller = max(heights) <= width and sum(height**2 for height in heights) < width**2
             if smaller and "whole_inputs" not in names:
                 for name in moments:
-                    rows.setdefault(name, []).append("image")
+                    rows[name].append("image")
             else:
                 rows[leader].append("inputs")
         return cls(FORWARD, rows)
@@ -152,7 +154,7 @@ class LinearStatistics:
         return cls(BACKWARD, rows)
 
 
-def sum_names(table: Mapping[str, Sum], name: str, leader: str) -> dict[str, str]:
+def sum_names(table: Mapping[str, Row], name: str, leader: str) -> dict[str, str]:
     """Map the stored names of one linear's sums to rows of the table.
 
     `leader` is the linear that holds the shared sums.

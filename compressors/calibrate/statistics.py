@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrc.compressors.calibrate import statistic_table as table
 from lrc.compressors.calibrate.activation_cache import ActivationCache, ActivationCheckpoints
 from lrc.compressors.calibrate.calibration_passes import (
     Labels,
@@ -21,13 +22,7 @@ from lrc.compressors.calibrate.layer_executor import (
     batch_size,
     batches,
 )
-from lrc.compressors.calibrate.statistic_table import (
-    BACKWARD,
-    FORWARD,
-    Required,
-    build_statistics,
-    sum_names,
-)
+from lrc.compressors.calibrate.statistic_table import Required
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep, to_host
 from lrc.compressors.models.architecture import Architecture
@@ -94,12 +89,11 @@ def load(journal: Journal, layer: int, name: str) -> Statistics:
     leader = facts["leaders"].get(name)
     if leader is None:
         return Statistics()
-    forward = journal.read_tensors(file, sum_names(FORWARD, name, leader))
-    file = gradients_file(layer)
-    backward = (
-        journal.read_tensors(file, sum_names(BACKWARD, name, leader)) if journal.has(file) else {}
-    )
-    return build_statistics(facts["n_tokens"], forward, backward)
+    forward = journal.read_tensors(file, table.sum_names(table.FORWARD, name, leader))
+    file, backward = gradients_file(layer), {}
+    if journal.has(file):
+        backward = journal.read_tensors(file, table.sum_names(table.BACKWARD, name, leader))
+    return table.build_statistics(facts["n_tokens"], forward, backward)
 
 
 def inputs_file(layer: int) -> str:
@@ -129,7 +123,7 @@ class _Collection:
         differentiated = [
             index
             for index, required in enumerate(self.required)
-            if any({*BACKWARD} & {*names} for names in required.values())
+            if any({*table.BACKWARD} & {*names} for names in required.values())
         ]
         n_layers, device = len(self.required), self.executor.device
         backward = not all(self._collected(gradients_file, index) for index in differentiated)

@@ -1,7 +1,7 @@
-"""Names and paths -> documents."""
+"""Read documents from a named source or a file."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -35,28 +35,28 @@ def read_documents(
     Parameters
     ----------
     source : str
-        `python-docs`, a name of the Hub table, or the path of a `.jsonl` or `.txt` file.
+        `python-docs`, a key of `HUB_SOURCES`, or the path of a `.jsonl` or `.txt` file.
     part : {"calibration", "evaluation"}
-        Named sources have two parts with no text in common; a file is one and the same for both.
+        Named sources have two disjoint parts; a file is used whole for both.
     field : str
-        The key that holds the text of a `.jsonl` row. Named sources know their own.
+        Key of the text in a `.jsonl` row.
     chat : bool
-        Take the `messages` of a `.jsonl` row that has them.
+        Use the `messages` of a `.jsonl` row that has them.
     characters : int, optional
-        A hint that so many are enough; obeyed where more would have to be downloaded.
+        Download no more than this many, if the source can be streamed.
 
     Returns
     -------
     list of Document
-        At least one holds more than white space. Blank rows of a data set are kept: they are part
-        of its published text.
+        At least one is not blank. Blank rows of a data set are kept: they are part of its
+        published text.
 
     Raises
     ------
     RecipeError
         If the name is unknown or the file does not exist.
     DataError
-        If the source is empty, binary, malformed or cannot be reached.
+        If the source is empty, binary, malformed or unreachable.
     """
     check_source(source, part=part)
     documents: list[Document]
@@ -71,24 +71,18 @@ def read_documents(
             documents = [_decode(_read(path, where), where)]
         else:
             documents = list(_rows(_read(path, where), where, field, chat))
-    if not any(
-        document if isinstance(document, list) else document.strip() for document in documents
-    ):
+    if not any(isinstance(each, list) or each.strip() for each in documents):
         raise DataError(f"{KEYS[part]} {source}: holds no text; give a source with some")
     return documents
 
 
-def check_source(source: str, *, part: Part | None = None) -> None:
-    """Check that a source exists, without reading it.
-
-    `self` passes as a calibration source: it is sampled from the model, not read. `part` also
-    names the key of the recipe in the message.
-    """
+def check_source(source: str, *, part: Part) -> None:
+    """Check that a source exists; for calibration, `self` samples from the model."""
     if source in SOURCES or (source == "self" and part == "calibration"):
         return
-    key, path = KEYS[part] if part else "source", Path(source).expanduser()
+    key, path = KEYS[part], Path(source).expanduser()
     if source == "self":
-        raise RecipeError([f"{key}: 'self' stands for calibration only; allowed: {_allowed()}"])
+        raise RecipeError([f"{key}: 'self' is for calibration only; allowed: {_allowed()}"])
     if path.is_dir():
         raise RecipeError([f"{key}: {source} is a folder; give a .jsonl or .txt file in it"])
     if path.suffix.lower() not in SUFFIXES:
@@ -99,7 +93,7 @@ def check_source(source: str, *, part: Part | None = None) -> None:
 
 
 def fingerprint(source: str) -> list[int] | None:
-    """Return what changes when a file does, size and time of change; None for named sources."""
+    """Return size and modification time of a file; None for named sources."""
     if source in SOURCES or source == "self":
         return None
     found = Path(source).expanduser().stat()
@@ -145,10 +139,12 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _rows(data: bytes, where: str, field: str, chat: bool) -> Iterator[Document]:
-    """Read JSON lines; blank ones do not count as rows."""
+    """Read JSON lines; blank lines are not rows."""
     if b"\0" in data:
         _decode(data, where)
-    for number, line in _numbered(data.split(b"\n")):
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
         here = f"{where}, line {number}"
         text = _decode(line, here)
         try:
@@ -161,10 +157,6 @@ def _rows(data: bytes, where: str, field: str, chat: bool) -> Iterator[Document]
         if not isinstance(row, dict):
             raise DataError(f"{here}: must be a JSON object, got {_shown(text)}")
         yield _document(row, here, field, chat)
-
-
-def _numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _document(row: dict[str, Any], where: str, field: str, chat: bool) -> Document:

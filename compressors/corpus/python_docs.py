@@ -1,8 +1,7 @@
-"""English prose that every Python carries: the topics of `help()`.
+"""The source `python-docs`: the topics of `help()`, English prose that comes with every Python.
 
-No network and no licence question: what `python-docs` names in a recipe. Topics quote each
-other's paragraphs at length, so repeated paragraphs are dropped before the topics are divided;
-otherwise a model would be judged on text it was calibrated on.
+Topics quote each other at length, so repeated paragraphs are dropped before the topics are split;
+otherwise a model would be evaluated on text that it was calibrated on.
 """
 
 import re
@@ -11,14 +10,12 @@ from typing import Literal
 
 from lrc.configs.errors import DataError
 
-CALIBRATION_SHARE = 0.65  # the rest, about 30,000 tokens, still makes a dozen windows of 2,048
+CALIBRATION_FRACTION = 0.65  # the rest, about 30,000 tokens, still makes a dozen windows of 2,048
 
 
 @cache
 def python_docs(part: Literal["calibration", "evaluation"]) -> tuple[str, ...]:
-    """Return the topics of one part, in order of their names.
-
-    The division depends on the texts only: the same Python gives the same parts.
+    """Return the topics of one part, sorted by name; deterministic for one Python version.
 
     Raises
     ------
@@ -45,10 +42,9 @@ def paragraphs(text: str) -> list[str]:
 
 
 def without_repeats(documents: dict[str, str]) -> dict[str, str]:
-    """Drop every paragraph that was seen before, in this document or an earlier one.
+    """Drop repeated paragraphs, within and between documents, and documents with nothing left.
 
-    Paragraphs that differ only in white space count as the same. A document with nothing left
-    is dropped.
+    Paragraphs that differ only in white space count as equal.
     """
     seen: set[str] = set()
     kept: dict[str, str] = {}
@@ -65,11 +61,11 @@ def without_repeats(documents: dict[str, str]) -> dict[str, str]:
 
 
 def _calibration_topics(sizes: dict[str, int]) -> set[str]:
-    """Choose the topics of the calibration part: largest first, to whichever part lags behind."""
+    """Return the calibration topics: each, largest first, goes to the part below its share."""
     chosen: set[str] = set()
     calibration = evaluation = 0
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        if calibration / CALIBRATION_SHARE <= evaluation / (1 - CALIBRATION_SHARE):
+        if calibration / CALIBRATION_FRACTION <= evaluation / (1 - CALIBRATION_FRACTION):
             chosen.add(name)
             calibration += sizes[name]
         else:

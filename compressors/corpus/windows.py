@@ -1,59 +1,121 @@
-"""Tokens -> windows: what calibration and perplexity see of a text."""
+"""Documents -> text -> tokens -> windows, for calibration and perplexity."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.corpus.documents import read_documents
-from lrc.compressors.corpus.tokens import default_bos, join_documents, tokenize
+from lrc.compressors.corpus.documents import Document, read_documents
 from lrc.configs.errors import DataError
 from lrc.configs.recipe import Calibration, Perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SEPARATOR = "\n\n"
+"""Between two documents, as in the perplexity of GPTQ, SliceGPT and SVD-LLM."""
 STREAMED_CHARACTERS_PER_TOKEN = 12
-"""How much of an endless source to read: English has about four characters a token, and random
-windows should come from about three times the text they cover."""
+"""How much of a streamed source to read: English has about four characters per token, and random
+windows should come from about three times the text that they cover."""
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Token windows and where they come from."""
+    """Token windows and their source."""
 
     tokens: Tensor
-    """Shape [n, length], int64, on the CPU; `length` counts the BOS token where there is one."""
+    """Shape [n, length], int64, on the CPU; `length` includes the BOS token if there is one."""
     source: str
     """Name or path of the text, as in the recipe."""
-    sha256: str
+    sha256: str | None
     """Of the whole text as tokenized, in UTF-8."""
     bos: bool
     """Whether every window starts with the tokenizer's BOS token."""
     text_tokens: int
-    """Tokens of the whole text."""
+    """Number of tokens of the whole text."""
+
+
+def join_documents(
+    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, chat_template: bool
+) -> str:
+    """Join documents by a blank line.
+
+    With `chat_template` every document is first rendered by the tokenizer's template; plain text
+    becomes one user turn, and blank text is dropped.
+
+    Raises
+    ------
+    DataError
+        If the tokenizer has no chat template, or the template refuses a conversation.
+    """
+    if not chat_template:
+        return SEPARATOR.join(d for d in documents if isinstance(d, str))
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"calibration.chat_template: the tokenizer ({tokenizer.name_or_path or 'unnamed'}) has"
+            " no chat template; set chat_template: false or name the tokenizer of an instruct"
+            " model under model.tokenizer"
+        )
+    rendered = []
+    for number, document in enumerate(documents, 1):
+        if isinstance(document, str):
+            if not document.strip():
+                continue
+            document = [{"role": "user", "content": document}]
+        try:
+            rendered.append(str(tokenizer.apply_chat_template(document, tokenize=False)))
+        except Exception as error:  # jinja2 errors, and whatever a template raises itself
+            raise DataError(
+                f"calibration.chat_template: the tokenizer's template refuses document {number}:"
+                f" {error}; repair its messages or set chat_template: false"
+            ) from error
+    return SEPARATOR.join(rendered)
+
+
+def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
+    """Return the tokens [n_tokens] (int64) of a text, without special tokens."""
+    # verbose=False: no warning about the length, as the text is cut into windows
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def default_bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Return the BOS token if the tokenizer adds it by default.
+
+    Tried on a text, because no attribute tells whether a post-processor adds it.
+    """
+    probe = tokenizer("a", verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return bos if isinstance(bos, int) and probe and probe[0] == bos else None
+
+
+def check_vocabulary(tokens: Tensor, embedding: Any) -> None:
+    """Raise `DataError` for tokens that a model's embedding has no row for."""
+    rows, largest = getattr(embedding, "num_embeddings", None), int(tokens.max())
+    if isinstance(rows, int) and largest >= rows:  # on a GPU an index error kills the process
+        raise DataError(
+            f"model.tokenizer: the tokenizer gives token {largest}, the model has {rows} tokens;"
+            " use the tokenizer that belongs to the model"
+        )
 
 
 def random_windows(
     ids: Tensor, *, samples: int, length: int, generator: torch.Generator, bos: int | None
 ) -> Tensor:
-    """Draw windows that start anywhere in the text.
+    """Draw windows [samples, length] (int64) that start anywhere in the text.
 
     Parameters
     ----------
     ids : Tensor, shape [n_tokens], int64
     samples, length : int
-        Number of windows; tokens a window.
+        Number of windows; tokens per window.
     generator : torch.Generator
         On the CPU. One draw: `torch.randint(0, n_tokens - length, (samples,))`.
     bos : int, optional
-        Token to start every window with; it takes the place of the window's last text token.
-
-    Returns
-    -------
-    Tensor, shape [samples, length], int64
+        First token of every window, which then has one text token less.
 
     Raises
     ------
@@ -69,7 +131,7 @@ def random_windows(
             else f"calibration.length to at most {n_tokens}"
         )
         raise DataError(
-            f"calibration text holds {n_tokens:,} tokens, samples x length asks for"
+            f"calibration text holds {n_tokens:,} tokens, samples x length needs"
             f" {samples:,} x {length:,} = {wanted:,}; lower {lower} or give more text"
         )
     # max: a text of exactly one window has one start, which randint's open end would leave out
@@ -84,22 +146,14 @@ def disjoint_windows(ids: Tensor, *, window: int, limit: int | None, bos: int | 
     Parameters
     ----------
     ids : Tensor, shape [n_tokens], int64
-    window : int
-        Text tokens a window.
-    limit : int, optional
-        Keep only the first so many windows.
+    window, limit : int
+        Text tokens per window; maximum number of windows.
     bos : int, optional
-        Token to put in front of every window. It makes the window one longer, so that each of
-        its text tokens, the first one too, is predicted.
+        Token to put before every window, so that all of its text tokens are predicted.
 
     Returns
     -------
     Tensor, shape [n, window] or, with `bos`, [n, window + 1], int64
-
-    Raises
-    ------
-    DataError
-        If the text is shorter than one window.
     """
     count = ids.numel() // window
     if not count:

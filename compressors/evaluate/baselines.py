@@ -4,10 +4,12 @@ Either quantized by round-to-nearest or pruned to the largest entries of every r
 made from the dense model in memory, one matrix at a time; its size is that of a file.
 """
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPARSE = "sparse"
-BISECTIONS = 40  # of the fraction of kept entries: finer than one entry of any row
+STEPS = 2**40  # of the fraction of kept entries: finer than one entry of any row
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,9 @@ def _sparse(targets: Targets) -> Baseline:
             for name, (m, n) in targets.shapes.items()
         )
 
-    low, high = (0.0, 1.0) if size(entries(1.0)) > targets.budget_bits else (1.0, 1.0)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        fits = size(entries(middle)) <= targets.budget_bits
-        low, high = (middle, high) if fits else (low, middle)
-    kept = entries(low)
+    steps = range(STEPS + 1)
+    n_fitting = bisect_right(steps, targets.budget_bits, key=lambda i: size(entries(i / STEPS)))
+    kept = entries(max(0, n_fitting - 1) / STEPS)
     n_kept = sum(kept[name] * m for name, (m, _) in targets.shapes.items())
     percent = 100 * n_kept / sum(m * n for m, n in targets.shapes.values())
     how = f"the largest {percent:.1f} % of the entries of every row, and a 1-bit mask"
@@ -163,17 +162,14 @@ def measure(
     evaluate: Evaluate,
     on_step: OnStep,
 ) -> dict[str, Scores | None]:
-    """Apply a baseline to a dense model, in place, and measure its perplexities.
+    """Apply a baseline to a dense model, in place, and return its perplexities by text.
 
-    Returns
-    -------
-    dict
-        Name of the text -> as from `evaluate_model`. None where the logits are not finite or the
-        scales do not fit their precision: a run does not fail because a baseline does.
+    None where the logits are not finite or the scales do not fit their precision: a run does not
+    fail because a baseline does.
     """
     found: dict[str, Scores | None] = {spec.name: None for spec in evaluate.perplexity}
     with suppress(ModelError):
-        baseline.apply_(model, lambda done, total: on_step("weights", done, total))
+        baseline.apply_(model, partial(on_step, "weights"))
         for spec in evaluate.perplexity:
             with suppress(ModelError):
                 found[spec.name] = perplexity_entry(model, tokenizer, spec, on_step)
@@ -185,18 +181,8 @@ def record(
 ) -> dict[str, Any]:
     """Return a baseline's entry in the report.
 
-    Parameters
-    ----------
-    baseline : Baseline
-    scores : mapping
-        From `measure`.
-    perplexity : dict
-        The perplexities of the result, from `compare`.
-
-    Raises
-    ------
-    DataError
-        If the two were not scored on the same text.
+    `scores` are from `measure`, `perplexity` those of the result from `compare`: both must have
+    been measured on the same texts.
     """
     for name, entry in scores.items():
         check_same(f"perplexity.{name}", entry, perplexity[name], what=baseline.name)

@@ -25,7 +25,7 @@ class Evaluator:
     journal, clock, on_step
         Of the run.
     load_tokenizer, load_dense, load_compressed : callable
-        Load the tokenizer and, anew for each call, one of the two models.
+        Load the tokenizer, the dense and the compressed model; called once per score.
     """
 
     options: Evaluate

@@ -14,11 +14,6 @@ def check_gate_names(gates: Sequence[Gate], evaluate: Evaluate) -> None:
 
     Members of task groups, and metrics computed in Python, are known only after the run;
     `check_gates` checks those.
-
-    Raises
-    ------
-    RecipeError
-        With all problems at once.
     """
     problems = []
     for number, gate in enumerate(gates):
@@ -57,13 +52,7 @@ def _task_problems(where: str, metric: str, evaluate: Evaluate) -> list[str]:
 
 
 def check_gates(gates: Sequence[Gate], evaluation: dict[str, Any]) -> list[str]:
-    """Return a sentence for every missed threshold.
-
-    Parameters
-    ----------
-    gates : sequence of Gate
-    evaluation : dict
-        From `compare`.
+    """Return a sentence for every threshold that an `evaluation` from `compare` misses.
 
     Raises
     ------

@@ -7,14 +7,14 @@ minute, so it is built only where a name is not found among the task files of th
 import copy
 import math
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrc.compressors.corpus.hub import quiet_datasets
 from lrc.compressors.evaluate.perplexity import input_device
 from lrc.compressors.evaluate.quiet import quiet_harness, seeded
-from lrc.compressors.io.machine import OnStep
+from lrc.compressors.io.machine import OnStep, no_progress
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Tasks
 
@@ -35,7 +35,7 @@ def run_tasks(
     tasks: Tasks,
     *,
     seed: int,
-    on_step: OnStep | None = None,
+    on_step: OnStep = no_progress,
 ) -> TaskScores:
     """Score a model on tasks.
 
@@ -82,13 +82,8 @@ def run_tasks(
         )
     results: TaskScores = {}
     for name in dict.fromkeys(tasks.names):
-
-        def report(done: int, total: int, name: str = name) -> None:
-            if on_step is not None:
-                on_step(name, done, total)
-
-        report(0, 1)
-        with seeded(seed), quiet_harness(report):
+        on_step(name, 0, 1)
+        with seeded(seed), quiet_harness(partial(on_step, name)):
             from lm_eval.evaluator import evaluate
             from lm_eval.models.huggingface import HFLM
 
@@ -112,28 +107,10 @@ def run_tasks(
     return results
 
 
-def check_tasks(tasks: Tasks, *, data: bool = False) -> None:
-    """Refuse unknown tasks, before hours are spent.
-
-    Parameters
-    ----------
-    tasks : Tasks
-    data : bool
-        Also load the data sets, which downloads those that are not cached.
-
-    Raises
-    ------
-    RecipeError
-        For unknown names, all of them at once, with suggestions.
-    DataError
-        If `data`, and the data of a task is not available.
-    """
-    if not tasks.names:
-        return
-    manager = _manager_for(tasks)
-    for name in tasks.names if data else ():
-        with quiet_harness():
-            _load(manager, name, tasks, seed=0)
+def check_tasks(tasks: Tasks) -> None:
+    """Raise `RecipeError` for all unknown tasks at once, before hours are spent."""
+    if tasks.names:
+        _manager_for(tasks)
 
 
 def declared_metrics(tasks: Tasks, name: str) -> list[str] | None:
@@ -184,21 +161,17 @@ def _manager_for(tasks: Tasks) -> Any:
     known = manager.all_tasks
     unknown = [name for name in dict.fromkeys(tasks.names) if name not in known]
     if unknown:
+        close = [get_close_matches(name, known, n=3) for name in unknown]
+        hints = [f"; did you mean {' or '.join(map(repr, c))}?" if c else "" for c in close]
         places = f"in {tasks.include_path} and among" if folder else "among"
         raise RecipeError(
             [
-                f"evaluate.tasks.names: unknown task '{name}', looked {places} lm-eval's own"
-                + _hint(name, known)
-                + "; `lm-eval ls tasks` lists those"
-                for name in unknown
+                f"evaluate.tasks.names: unknown task '{name}', looked {places} lm-eval's own{hint}"
+                "; `lm-eval ls tasks` lists those"
+                for name, hint in zip(unknown, hints, strict=True)
             ]
         )
     return manager
-
-
-def _hint(name: str, known: list[str]) -> str:
-    close = get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _load(manager: Any, name: str, tasks: Tasks, seed: int) -> Any:

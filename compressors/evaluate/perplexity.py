@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Embedding
 from torch.nn.functional import cross_entropy
 
-from lrc.compressors.corpus import Windows, check_vocabulary
+from lrc.compressors.corpus.windows import Windows, check_vocabulary
 from lrc.configs.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def perplexity(
     model: "PreTrainedModel",
     windows: Windows | Tensor,
     *,
-    on_window: Callable[[int, int], None] | None = None,
+    on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> PerplexityResult:
     """Measure the perplexity of a causal language model.
 
@@ -96,8 +96,7 @@ def perplexity(
                         " or float32 where float16 overflows"
                     )
                 total += nll
-                if on_window is not None:
-                    on_window(number, count)
+                on_window(number, count)
     finally:
         model.train(training)
 
@@ -120,15 +119,8 @@ def perplexity(
 
 
 def check_window(config: Any, window: int, key: str = "evaluate.perplexity.window") -> None:
-    """Refuse windows that are longer than the model's context.
-
-    Parameters
-    ----------
-    key : str
-        Key of the recipe, for the message.
-    """
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    context = getattr(text_config, "max_position_embeddings", None)
+    """Refuse windows that are longer than the model's context; `key` is that of the recipe."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int) and window > context:
         raise RecipeError(
             [
@@ -139,12 +131,9 @@ def check_window(config: Any, window: int, key: str = "evaluate.perplexity.windo
 
 
 def check_fit(model: "PreTrainedModel", tokens: Tensor, *, bos: bool) -> None:
-    """Refuse windows that a model cannot process; it may be a skeleton without weights.
+    """Refuse windows [n, length] that a model, possibly without weights, cannot process.
 
-    Parameters
-    ----------
-    tokens : Tensor, shape [n, length], int64
-        With the BOS token in front of every window, if `bos`.
+    If `bos`, they start with a BOS token.
     """
     length = tokens.shape[1]
     check_window(model.config, length - bos)

@@ -1,12 +1,13 @@
 """Scores of one model, and the comparison of two models' scores, as JSON values."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lrc.compressors.corpus import evaluation_windows
+from lrc.compressors.corpus.windows import evaluation_windows
 from lrc.compressors.evaluate.harness import run_tasks
 from lrc.compressors.evaluate.perplexity import PROTOCOL, check_fit, check_window, perplexity
-from lrc.compressors.io.machine import OnStep
+from lrc.compressors.io.machine import OnStep, no_progress
 from lrc.configs.errors import DataError
 from lrc.configs.recipe import Evaluate, Perplexity
 
@@ -25,19 +26,12 @@ def evaluate_model(
     evaluate: Evaluate,
     *,
     seed: int,
-    on_step: OnStep | None = None,
+    on_step: OnStep = no_progress,
 ) -> Scores:
-    """Score one model.
+    """Score one model on the texts and tasks of `evaluate`.
 
-    Parameters
-    ----------
-    model, tokenizer : PreTrainedModel, PreTrainedTokenizerBase
-    evaluate : Evaluate
-        Only texts and tasks are used.
-    seed : int
-        For the tasks' few-shot examples and sampling; a perplexity is deterministic.
-    on_step : callable, optional
-        Called with (label, done, total) between windows and batches; may raise to stop.
+    `seed` is for the tasks' few-shot examples and sampling. `on_step` is called with (label, done,
+    total) between windows and batches.
 
     Returns
     -------
@@ -61,10 +55,6 @@ def check_texts(
     """Refuse unavailable, too short or unsuitable texts before hours are spent.
 
     The model may be a skeleton without weights.
-
-    Raises
-    ------
-    RecipeError, DataError
     """
     for spec in evaluate.perplexity:
         windows = evaluation_windows(spec, tokenizer)
@@ -75,28 +65,17 @@ def perplexity_entry(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     spec: Perplexity,
-    on_step: OnStep | None,
+    on_step: OnStep,
 ) -> Scores:
     """Measure one perplexity, as `evaluate_model` returns it."""
     windows = evaluation_windows(spec, tokenizer)
-
-    def on_window(done: int, total: int) -> None:
-        if on_step is not None:
-            on_step(f"perplexity {spec.name}", done, total)
-
+    on_window = partial(on_step, f"perplexity {spec.name}")
     result = perplexity(model, windows, on_window=on_window)
     return asdict(result) | {"protocol": PROTOCOL, "text_sha256": windows.sha256}
 
 
 def compare(dense: Scores | None, compressed: Scores) -> Scores:
-    """Compare the scores of two models, in the shape of the report.
-
-    Parameters
-    ----------
-    dense : dict or None
-        From `evaluate_model`; None if the dense model was not scored.
-    compressed : dict
-        From `evaluate_model`, on the same texts and tasks.
+    """Compare the scores of two models from `evaluate_model`, in the shape of the report.
 
     Returns
     -------
@@ -176,12 +155,7 @@ def check_same(
     *,
     what: str = "dense",
 ) -> None:
-    """Refuse to compare scores on different data; `other` may be None.
-
-    Raises
-    ------
-    DataError
-    """
+    """Raise `DataError` if two scores are of different data; `other` may be None."""
     for key in keys if other else ():
         if other and other[key] != compressed[key]:
             raise DataError(

@@ -59,13 +59,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 class Journal:
-    """The files of one run.
-
-    Parameters
-    ----------
-    output : Path
-        The recipe's output folder. Use `open_journal`, which locks it first.
-    """
+    """The files of a run in its output folder; use `open_journal`, which locks the folder first."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -115,7 +109,13 @@ class Journal:
         """Delete pieces that are no longer needed."""
         for name in names:
             path = self.path(name)
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
+            if path.is_dir():  # renamed first: a half-deleted folder would count as finished
+                partial = path.with_name(_partial(path.name))
+                shutil.rmtree(partial, ignore_errors=True)
+                path = path.rename(partial)
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -178,25 +178,19 @@ def _refuse_foreign(journal: Journal) -> None:
 
 
 def _claim(journal: Journal, identity: dict[str, Any]) -> None:
-    found = journal.read_json(IDENTITY) if journal.has(IDENTITY) else None
-    if found == identity:
-        return
-    if found is not None and not _begun(journal):
+    found = journal.read_json(IDENTITY) if journal.has(IDENTITY) else identity
+    if found != identity:
+        names = [path.name for path in journal.work.iterdir()]
+        has_work = any(name not in CLAIMS and not name.endswith(".partial") for name in names)
+        if has_work or (journal.output / "checkpoint").exists():
+            differences = "; ".join(_differences(found, identity))
+            raise OutputError(
+                f"output: {journal.output} holds a run that differs in {differences}; choose "
+                "another folder, or pass --overwrite to lrc compress to delete that run"
+            )
         _clear(journal)
-    elif found is not None:
-        differences = "; ".join(_differences(found, identity))
-        raise OutputError(
-            f"output: {journal.output} holds a run that differs in {differences}; choose another "
-            "folder, or pass --overwrite to lrc compress to delete that run"
-        )
-    journal.write_json(IDENTITY, identity)
-
-
-def _begun(journal: Journal) -> bool:
-    return (journal.output / "checkpoint").exists() or any(
-        path.name not in CLAIMS and not path.name.endswith(".partial")
-        for path in journal.work.iterdir()
-    )
+    if not journal.has(IDENTITY):
+        journal.write_json(IDENTITY, identity)
 
 
 def _differences(there: Any, here: Any, key: str = "") -> list[str]:
@@ -213,9 +207,10 @@ def _differences(there: Any, here: Any, key: str = "") -> list[str]:
 
 def _clear(journal: Journal) -> None:
     """Delete what an earlier run has written; other files stay."""
-    results = [journal.output / name for name in RESULTS]
-    results += [journal.output / _partial(name) for name in RESULTS]
-    for path in [*journal.work.iterdir(), *results]:
+    results = [journal.output / each for name in RESULTS for each in (name, _partial(name))]
+    # The identity last: without it, the rest would be taken for files of others.
+    work = sorted(journal.work.iterdir(), key=lambda path: path.name == IDENTITY)
+    for path in [*results, *work]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != "lock":

@@ -18,6 +18,10 @@ OnStep = Callable[[str, int, int], None]
 May raise to stop. Must not print to stdout, which is redirected while an lm-eval task runs."""
 
 
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Ignore progress."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """How to run, as opposed to what: the same recipe gives the same result elsewhere.
@@ -27,7 +31,7 @@ class Machine:
 
     device: str = "auto"
     overwrite: bool = False
-    on_step: OnStep = lambda stage, done, total: None
+    on_step: OnStep = no_progress
 
     @property
     def chosen(self) -> str:

@@ -1,4 +1,4 @@
-"""Which safetensors files a folder holds, and what their headers say. No tensor is read."""
+"""Find the safetensors files of a folder and read their headers, but no tensor."""
 
 import json
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Header:
-    """Where a tensor lies, its shape, and its type as safetensors calls it (``BF16``, ``I16``)."""
+    """File, shape and safetensors type (``BF16``, ``I16``) of a tensor."""
 
     file: Path
     shape: list[int]
@@ -20,12 +20,12 @@ class Header:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Name the weight files of a folder, in the order in which transformers looks for them.
+    """Return the weight files of a folder, in the order in which transformers looks for them.
 
     Raises
     ------
     ValueError
-        If the index cannot be read or names a file that is not there.
+        If the index cannot be read or names a missing file.
     """
     index = folder / INDEX
     if (folder / SINGLE).is_file():
@@ -49,7 +49,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     Raises
     ------
     ValueError
-        If a file is not a whole safetensors file.
+        If a file is not a complete safetensors file.
     """
     headers: dict[str, Header] = {}
     for file in files:

@@ -1,8 +1,8 @@
-"""What a model is made of, found from its module tree, not from its name.
+"""The structure of a model, found from its module tree, not from its name.
 
 The skeleton is the real model class with every parameter on the meta device: shapes, names and
 buffers, but no weights. Decoder layers are the `ModuleList` that holds most of the parameters;
-what can be compressed is every `nn.Linear` inside.
+every `nn.Linear` inside can be compressed.
 """
 
 from dataclasses import dataclass
@@ -33,9 +33,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A skeleton and what was found in it.
+    """A skeleton, its decoder layers and their linears.
 
-    `tied` maps a parameter's name to the name of the one it shares its tensor with.
+    `tied` maps a parameter's name to the name of the one with which it shares its tensor.
     """
 
     model: Any
@@ -49,18 +49,18 @@ class Architecture:
         return [self.model.get_submodule(name) for name in self.layer_names]
 
     def stored_parameters(self) -> dict[str, torch.Tensor]:
-        """Return name -> meta tensor of everything a checkpoint holds: tied parameters once."""
+        """Return name -> meta tensor of everything in a checkpoint: tied parameters once."""
         state: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
         return {name: tensor for name, tensor in state.items() if name not in self.tied}
 
 
 def build(source: Source) -> Architecture:
-    """Build the skeleton of a model and look for what can be compressed.
+    """Build the skeleton of a model and find its decoder layers and linears.
 
     Raises
     ------
     ModelError
-        If the architecture is unknown, or keeps its weights in a form that is not supported yet.
+        If the architecture is unknown, or its weights have an unsupported form.
     """
     config = source.config
     if getattr(config, "is_encoder_decoder", False):

@@ -1,8 +1,7 @@
-"""What a model says of itself, and which of them are refused for it."""
+"""Read the config of a model, and refuse unsupported ones."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
@@ -16,12 +15,7 @@ SUPPORTED = f"decoder-only models whose layers hold torch.nn.Linear (tested: {TE
 
 
 def read_gguf_config(path: Path) -> PreTrainedConfig:
-    """Read what the metadata of a GGUF file say of its model.
-
-    Raises
-    ------
-    ModelError
-    """
+    """Read the config from the metadata of a GGUF file."""
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the readers of transformers and gguf raise nearly anything
@@ -35,12 +29,12 @@ def read_gguf_config(path: Path) -> PreTrainedConfig:
 
 
 def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedConfig:
-    """Read ``config.json``; that of a model that a slicing stage has left, if `ours`.
+    """Read ``config.json``; `ours` if a slicing stage wrote it.
 
     Raises
     ------
     ModelError
-        Missing, damaged, already quantized, of an unknown type, or in need of remote code.
+        Missing, damaged, already quantized, of an unknown type, or requiring remote code.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -60,11 +54,21 @@ def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedC
             f"model.path: {path} must hold a JSON object, got {type(raw).__name__}; copy or "
             "download it again"
         )
-    if not ours:
-        _refuse_quantized(raw, folder)
-    _refuse_remote_code(raw, spec)
+    quantization = raw.get("quantization_config")
+    if quantization and not ours:
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unnamed") if known else quantization
+        raise ModelError(
+            f"model.path: {folder} is already compressed (quant_method {method!r}); lrc starts "
+            "from full-precision weights: give the original model"
+        )
     kind = raw.get("model_type")
     if kind not in CONFIG_MAPPING and not spec.trust_remote_code:
+        if "auto_map" in raw:
+            raise ModelError(
+                f"model.path: {spec.path} needs Python code of its own (auto_map in config.json); "
+                "read that code, then set model.trust_remote_code: true to run it"
+            )
         raise ModelError(
             f"model.path: {path} names the model_type {kind!r}, which transformers "
             f"{transformers_version} does not know; supported are {SUPPORTED}"
@@ -80,28 +84,7 @@ def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedC
     return config
 
 
-def _refuse_quantized(raw: dict[str, Any], folder: Path) -> None:
-    quantization = raw.get("quantization_config")
-    if not quantization:
-        return
-    known = isinstance(quantization, dict)
-    method = quantization.get("quant_method", "unnamed") if known else quantization
-    raise ModelError(
-        f"model.path: {folder} is already compressed (quant_method {method!r}); lrc starts "
-        "from full-precision weights: give the original model"
-    )
-
-
-def _refuse_remote_code(raw: dict[str, Any], spec: Model) -> None:
-    known = raw.get("model_type") in CONFIG_MAPPING
-    if "auto_map" in raw and not known and not spec.trust_remote_code:
-        raise ModelError(
-            f"model.path: {spec.path} needs Python code of its own (auto_map in config.json); "
-            "read that code, then set model.trust_remote_code: true to run it"
-        )
-
-
 def first_line(error: BaseException) -> str:
-    """Name an error of another library in a few words."""
+    """Return type and first line of another library's error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

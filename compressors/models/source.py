@@ -1,4 +1,4 @@
-"""Where a model lies: a Hub id, a folder of safetensors, or a GGUF file. Touches no weight."""
+"""Find and load models: a Hub id, a folder of safetensors, or a GGUF file."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.recipe import Model
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-# Everything a tokenizer, a config and safe weights can consist of; never a pickle.
+# Files of tokenizers and configs; never a pickle.
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
@@ -47,11 +47,11 @@ class Source:
 
     @property
     def file_bytes(self) -> int | None:
-        """Bytes of the weight files as they lie in the source; None if not here yet."""
+        """Bytes of the weight files of the source; None if not downloaded yet."""
         return sum(f.stat().st_size for f in self._files()) if self.weights_local else None
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what changes when the source does: file names, sizes and times of change."""
+        """Return what identifies the source: file names, sizes and modification times."""
         stats = [(file.name, file.stat()) for file in self._files()]
         return {
             "path": self.spec.path,
@@ -60,30 +60,24 @@ class Source:
         }
 
     def _files(self) -> list[Path]:
-        """Name the files that the weights are read from, and no others that lie there."""
+        """Return the files that the weights are read from."""
         if self.gguf:
             return [self.folder / self.gguf]
         try:
             return shard_files(self.folder)
-        except ValueError:  # `WeightReader` says what is wrong with them
+        except ValueError:  # `WeightReader` reports the problem
             return []
 
 
 def locate(spec: Model, *, weights: bool = True) -> Source:
-    """Find a model and read its config.
-
-    Parameters
-    ----------
-    spec : Model
-    weights : bool
-        Whether weights on the Hub are fetched too; local ones are where they are.
+    """Find a model and read its config; download weights from the Hub too if `weights`.
 
     Raises
     ------
     RecipeError
         A local path that does not exist.
     ModelError
-        Not reachable, no safetensors, already quantized, unknown or remote architecture.
+        Unreachable, no safetensors, already quantized, unknown or remote architecture.
     """
     path = Path(spec.path).expanduser()
     if path.is_file():
@@ -97,7 +91,7 @@ def locate(spec: Model, *, weights: bool = True) -> Source:
     else:
         raise RecipeError(
             [
-                f"model.path: no file or folder {spec.path!r}, and it is no Hub id (org/name) "
+                f"model.path: no file or folder {spec.path!r}, and it is not a Hub id (org/name) "
                 "either; check the path (it is relative to the current folder)"
             ]
         )
@@ -137,7 +131,7 @@ def _reaching(name: str, where: str) -> Iterator[None]:
         yield
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"{where}: {name!r} is no local folder and could not be fetched from the Hub "
+            f"{where}: {name!r} is not a local folder and could not be fetched from the Hub "
             f"({first_line(error)}); check the name, log in for a gated model, or download it "
             "elsewhere and give the folder"
         ) from error
@@ -164,17 +158,21 @@ def _pickled(path: Path) -> str:
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Load the tokenizer of a model.
-
-    Raises
-    ------
-    RecipeError
-        A local path that does not exist.
-    ModelError
-        If there is none.
-    """
+    """Load the tokenizer of a model."""
     spec = source.spec
-    folder = _tokenizer_folder(spec.tokenizer) if spec.tokenizer else source.folder
+    folder = source.folder
+    if spec.tokenizer:
+        folder = Path(spec.tokenizer).expanduser()
+        if not folder.is_dir():
+            if folder.exists() or not HUB_ID.match(spec.tokenizer):
+                raise RecipeError(
+                    [
+                        f"model.tokenizer: no folder {spec.tokenizer!r}, and it is not a Hub id "
+                        "(org/name) either; give the folder that holds tokenizer.json"
+                    ]
+                )
+            with _reaching(spec.tokenizer, "model.tokenizer"):
+                folder = Path(snapshot_download(spec.tokenizer, allow_patterns=SMALL_FILES))
     try:
         if source.gguf and not spec.tokenizer:
             return AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf)
@@ -182,37 +180,15 @@ def load_tokenizer(source: Source) -> Any:
     except Exception as error:  # transformers and gguf raise nearly anything
         raise ModelError(
             f"model: no tokenizer could be loaded from {folder} ({first_line(error)}); put "
-            "tokenizer.json beside the model or name its place in model.tokenizer"
+            "tokenizer.json into the folder of the model or name its folder in model.tokenizer"
         ) from error
-
-
-def _tokenizer_folder(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or not HUB_ID.match(name):
-        raise RecipeError(
-            [
-                f"model.tokenizer: no folder {name!r}, and it is no Hub id (org/name) either; "
-                "give the folder that holds tokenizer.json"
-            ]
-        )
-    with _reaching(name, "model.tokenizer"):
-        return Path(snapshot_download(name, allow_patterns=SMALL_FILES))
 
 
 def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str) -> Any:
     """Load the whole reference model: weights of the recipe's precision, run in `dtype`.
 
-    Parameters
-    ----------
-    source : Source
-    weights : Path
-        Folder of safetensors (for GGUF, the converted one).
-    dtype : torch.dtype
-        Precision to run in.
-    device : str
-        A device, or ``auto`` to spread over what there is.
+    `weights` is the folder of safetensors (for GGUF, the converted one); `device` may be ``auto``,
+    which spreads the model over all devices.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(
         weights,
@@ -221,7 +197,7 @@ def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str
         trust_remote_code=source.spec.trust_remote_code,
         use_safetensors=True,
     )
-    if dtype != source.dtype:  # parameters only, as a checkpoint does: no table or scale is rounded
+    if dtype != source.dtype:  # parameters only, as in a checkpoint, not buffers
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(source.dtype))
@@ -229,10 +205,10 @@ def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str
 
 
 def convert_gguf(source: Source, folder: Path) -> None:
-    """De-quantise a GGUF file into a folder of safetensors at the recipe's precision.
+    """Dequantize a GGUF file into a folder of safetensors at the recipe's precision.
 
-    `GgufConfig(dequantize=True)` clears the quantizer state that would forbid saving. The config
-    is handed on, because every look into the file's metadata takes seconds.
+    `GgufConfig(dequantize=True)` clears the quantizer state that would prevent saving. The config
+    is passed, because reading the file's metadata takes seconds.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -244,7 +220,7 @@ def convert_gguf(source: Source, folder: Path) -> None:
         )
     except Exception as error:  # transformers and gguf raise nearly anything
         raise ModelError(
-            f"model.path: {source.folder / str(source.gguf)} could not be de-quantised "
+            f"model.path: {source.folder / str(source.gguf)} could not be dequantized "
             f"({first_line(error)}); it may be truncated, or of an architecture that "
             "transformers does not read from GGUF"
         ) from error

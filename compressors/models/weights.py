@@ -1,4 +1,4 @@
-"""Weights from safetensors, one tensor at a time, under the names of the module tree."""
+"""Read weights from safetensors, one tensor at a time, by the names of the module tree."""
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -16,11 +16,11 @@ from lrc.configs.errors import ModelError
 
 
 class WeightReader:
-    """Reads the tensors of a model by the names its modules give them.
+    """Reads the tensors of a model by their names in the module tree.
 
-    Where a file uses other names, they are renamed as transformers would: a bare decoder lacks the
-    prefix that the causal model gives it (`layers.0...` for `model.layers.0...`), and some
-    architectures were published under older names (GPT-NeoX: `embed_out` for `lm_head`).
+    Other names in a file are renamed as in transformers: a bare decoder lacks the prefix of the
+    causal model (`layers.0...` for `model.layers.0...`), and some architectures were published
+    under older names (GPT-NeoX: `embed_out` for `lm_head`).
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ class WeightReader:
     Raises
     ------
     ModelError
-        A file that is not whole, a missing tensor or a wrong shape; all of them at once.
+        An incomplete file, missing tensors or wrong shapes; all problems at once.
     """
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
@@ -75,11 +75,10 @@ class WeightReader:
         Raises
         ------
         ModelError
-            If a number in it is not finite, or the file has gone.
+            If a number in it is not finite, or the file is gone.
         """
         key, path = self._keys[name]
-        # Opened anew each time and copied: a file that stays mapped keeps every page that was ever
-        # touched resident, and in the end the whole model.
+        # Opened each time and copied: an open mapping keeps all pages resident that were touched.
         try:
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(key)
@@ -105,9 +104,9 @@ class WeightReader:
         dtype: torch.dtype,
         skip: Collection[str] = (),
     ) -> None:
-        """Give the module `name` of the skeleton its weights, on `device` in `dtype`.
+        """Load the weights of the module `name` of the skeleton, on `device` in `dtype`.
 
-        Modules named in `skip`, and what is below them, stay as they are.
+        Modules in `skip` and their descendants are left unchanged.
         """
         for full, owner, leaf in self._entries(name, skip):
             stored = self._architecture.tied.get(full, full)
@@ -119,7 +118,7 @@ class WeightReader:
             _set(owner, leaf, tensor)
 
     def empty_(self, name: str, *, skip: Collection[str] = ()) -> None:
-        """Put the weights of the module `name` back on the meta device, as they were."""
+        """Move the weights of the module `name` back to the meta device."""
         for full, owner, leaf in self._entries(name, skip):
             stored = self._architecture.tied.get(full, full)
             if stored in self._keys:
@@ -153,7 +152,7 @@ def _set(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
 def _renamed(keys: Iterable[str], model: Any) -> dict[str, str]:
     """Return name in the module tree -> key in the file.
 
-    Left out are keys whose tensors transformers would not only rename, but split or merge.
+    Without keys whose tensors transformers would not only rename, but split or merge.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]

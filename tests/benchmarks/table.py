@@ -34,7 +34,7 @@ from lrc.compressors import pipeline
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.calibration_windows import FILE as WINDOWS
 from lrc.compressors.calibrate.calibration_windows import take_windows
-from lrc.compressors.evaluate import evaluate_model
+from lrc.compressors.evaluate.scores import evaluate_model
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import release_memory
 from lrc.compressors.models.source import load_dense

@@ -287,7 +287,7 @@ def test_a_plan_that_is_none(lrc, recipe: Path, output: Path) -> None:
 
 
 def test_a_model_that_is_neither_here_nor_on_the_hub(lrc, recipe: Path, output: Path) -> None:
-    words = ("'no-such/model' is no local folder and could not be fetched", "check the name")
+    words = ("'no-such/model' is not a local folder and could not be fetched", "check the name")
     lrc("compress", recipe, "model=no-such/model").refuses(1, "model.path", *words)
     lrc("compress", recipe, "model.tokenizer=no-such/model").refuses(1, "model.tokenizer", *words)
     assert not output.exists()
@@ -365,7 +365,7 @@ def test_a_tokenizer_of_another_model(
     model = recipe.parent / "small"
     tiny_llama(vocab_size=300).save_pretrained(model)
     make_tokenizer().save_pretrained(model)
-    words = ("model.tokenizer: the tokenizer gives token", "the model knows 300 tokens", "belongs")
+    words = ("model.tokenizer: the tokenizer gives token", "the model has 300 tokens", "belongs")
     lrc("compress", recipe, f"model={model}").refuses(1, *words)
     lrc("compress", recipe, f"model={model}", "evaluate={}").refuses(1, *words)
 

@@ -73,8 +73,8 @@ def test_the_command_shows_size_against_perplexity_and_which_wins(
         baseline = plan_baseline(written, targets)
         model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-        asked = load_recipe(recipe).recipe.evaluate
-        found = measure(baseline, model.float(), tokenizer, asked, lambda *_: None)
+        options = load_recipe(recipe).recipe.evaluate
+        found = measure(baseline, model.float(), tokenizer, options, lambda *_: None)
         assert each["perplexity"]["english"] == found["english"]["perplexity"]
         assert each["bytes"] == baseline.bytes
 
@@ -87,7 +87,7 @@ def test_what_is_measured_is_not_measured_again(recipe: Path, output: Path) -> N
             if not seen or seen[-1] != name:
                 seen.append(name)
             if name.startswith(stage) and done == total:
-                raise Stopped("asked to")
+                raise Stopped("requested")
 
         return on_step
 

@@ -132,7 +132,7 @@ def test_eval_speaks_of_its_options_not_of_a_recipe(
 def test_eval_of_what_is_not_there(lrc, tmp_path: Path) -> None:
     text = ("--perplexity", "python-docs")
     lrc("eval", tmp_path / "no", *text).refuses(2, f"no file or folder '{tmp_path / 'no'}'")
-    lrc("eval", "no-such/model", *text).refuses(1, "'no-such/model'", "no local folder", "Hub")
+    lrc("eval", "no-such/model", *text).refuses(1, "'no-such/model'", "not a local folder", "Hub")
     lrc("eval", tmp_path, *text).refuses(1, "no checkpoint here (no config.json)")
 
 
@@ -204,7 +204,7 @@ def test_a_missed_gate_exits_with_4_after_everything_is_written_and_shown(
     assert lrc("compress", recipe, gates, "evaluate.gates=[]", "-q").code == 0
 
 
-def test_a_fault_of_lrc_is_no_traceback_unless_asked_for(
+def test_an_unexpected_error_shows_a_traceback_only_with_debug(
     lrc, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lrc.compressors import pipeline

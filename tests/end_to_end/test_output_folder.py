@@ -92,7 +92,7 @@ def test_another_evaluation_measures_again_and_nothing_else(
     assert report == json.loads(ended.out)
 
 
-def test_another_run_is_not_replaced_unless_asked_to(lrc, recipe: Path, output: Path) -> None:
+def test_another_run_is_replaced_only_with_overwrite(lrc, recipe: Path, output: Path) -> None:
     assert lrc("compress", recipe, "-q").code == 0
     (output / "notes.txt").write_text("mine")
     before = contents(output)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from lrc.compressors.calibrate import activation_cache
-from lrc.compressors.corpus import read_documents
+from lrc.compressors.corpus.documents import read_documents
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import OutputError, Stopped

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from lrc.compressors.calibrate.layer_executor import watch_outputs
-from lrc.compressors.calibrate.residual import find_writers
+from lrc.compressors.calibrate.sequential_calibration import find_writers
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError
 from lrc.configs.load import load_recipe

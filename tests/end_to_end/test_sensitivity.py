@@ -114,7 +114,7 @@ def test_a_run_that_is_half_done_predicts_the_other_half(
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "decompose":
-            raise Stopped("asked to")
+            raise Stopped("requested")
 
     with pytest.raises(Stopped):
         compress(load_recipe(recipe), Machine(device="cpu", on_step=stop))

@@ -77,7 +77,7 @@ def test_small_numbers_show_digits_that_count() -> None:
     assert written == ["0.00000", "1.00000", "0.01230", "-0.01230", "1.2e-04", "-1.0e-04"]
 
 
-def test_ranks_stand_beside_losses_where_there_is_room(
+def test_ranks_are_shown_next_to_losses_if_they_fit(
     matrices: list[Matrix], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide = printed(160, monkeypatch, print_sensitivity, plan_of(matrices))
@@ -103,7 +103,7 @@ def test_ranks_stand_beside_losses_where_there_is_room(
     assert "1 r100 dense r102 r103 r104 r105 r106" in narrow
 
 
-def test_predictions_stand_beside_what_was_measured(
+def test_predictions_are_shown_next_to_measurements(
     matrices: list[Matrix], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(matrices)

@@ -8,17 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.calibration_passes import logit_gradient
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.architecture import Architecture, build
+from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.solvers.moments import Statistics
 from lrc.configs.errors import ModelError
+from lrc.configs.recipe import Model
 
 LAYERS = 3  # of the model in conftest.py
 EVERYTHING = frozenset({"inputs", "gradients", "input_mean", "input_magnitude", "row_fisher"})
@@ -104,12 +106,42 @@ def test_statistics_are_those_of_autograd_over_the_whole_model(
     assert len(forms) == 4  # whole and image, on both sides
 
 
+def test_windows_are_told_apart_where_a_model_flattens_their_tokens(tokens, tmp_path):
+    """OPT gives its MLP all tokens in one dimension; the row Fisher is a sum over windows."""
+    config = OPTConfig(
+        vocab_size=512,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        OPTForCausalLM(config).save_pretrained(tmp_path / "source")
+    architecture = build(locate(Model(path=str(tmp_path / "source"), dtype="float32")))
+    reader = WeightReader(tmp_path / "source", architecture)
+    required = {linear.name: {"row_fisher"} for linear in architecture.linears}
+    journal = collect(architecture, reader, tokens, tmp_path / "out", required=required)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
+    expected = dict.fromkeys(required, 0.0)
+    for window in tokens:
+        model.zero_grad()
+        logits = model(window[None]).logits[0, :-1]
+        nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()
+        for name in expected:
+            expected[name] += model.get_submodule(name).weight.grad.square().sum(dim=1)
+    for name, s in known(journal, architecture).items():
+        close(s.row_fisher, expected[name])
+
+
 def close(found: Tensor, expected: Tensor) -> None:
     scale = float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * scale)
 
 
-def test_what_nobody_asked_for_is_not_collected(architecture, reader, tokens, tmp_path):
+def test_only_required_statistics_are_collected(architecture, reader, tokens, tmp_path):
     name = "model.layers.1.mlp.up_proj"
     journal = collect(architecture, reader, tokens, tmp_path / "o", required={name: {"gradients"}})
     assert statistics.load(journal, 0, "model.layers.0.mlp.up_proj") == Statistics()
@@ -244,9 +276,9 @@ def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
     for layer in range(LAYERS):
         for names in sequence.groups(layer):
             found = sequence.measure(layer, names, deficit=True)
-            x, behind = (input_of(model, names[0]) for model in models)
-            close(found.H, behind.T @ behind)
-            close(found.cross, x.T @ behind)
+            x, x_hat = (input_of(model, names[0]) for model in models)
+            close(found.H, x_hat.T @ x_hat)
+            close(found.cross, x.T @ x_hat)
             # A layer's input, and what its second norm is given: what attention and MLP add to.
             block, _, linear = names[0].rpartition(".")
             added_to = {
@@ -254,8 +286,8 @@ def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
                 "down_proj": f"model.layers.{layer}.post_attention_layernorm",
             }
             if linear in added_to:
-                stream, here = (input_of(model, added_to[linear]) for model in models)
-                close(found.deficit[names[0]], (stream - here).T @ behind)
+                stream, stream_hat = (input_of(model, added_to[linear]) for model in models)
+                close(found.deficit[names[0]], (stream - stream_hat).T @ x_hat)
             assert set(found.deficit) <= {f"{block}.o_proj", f"{block}.down_proj"}
             assert bool(found.deficit) == (linear in added_to)
             assert not sequence.measure(layer, names, deficit=False).deficit

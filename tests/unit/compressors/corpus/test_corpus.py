@@ -9,19 +9,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lrc.compressors.corpus import (
+from lrc.compressors.corpus import hub
+from lrc.compressors.corpus.documents import check_source, read_documents
+from lrc.compressors.corpus.python_docs import paragraphs, without_repeats
+from lrc.compressors.corpus.windows import (
     calibration_windows,
-    check_source,
     default_bos,
     disjoint_windows,
     evaluation_windows,
-    hub,
     join_documents,
     random_windows,
-    read_documents,
     tokenize,
 )
-from lrc.compressors.corpus.python_docs import paragraphs, without_repeats
 from lrc.configs.errors import DataError, RecipeError
 from lrc.configs.recipe import Calibration, Perplexity
 
@@ -106,7 +105,7 @@ def test_damaged_files_are_refused_in_one_clear_sentence(tmp_path, name, content
 
 def test_a_directory_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="is a folder"):
-        check_source(str(tmp_path))
+        check_source(str(tmp_path), part="evaluation")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +129,7 @@ def test_unknown_sources_are_refused_with_a_hint(source, hint):
 def test_a_misspelt_file_suggests_its_neighbour(tmp_path):
     (tmp_path / "harvest.jsonl").touch()
     with pytest.raises(RecipeError, match=r"did you mean '.*harvest\.jsonl'"):
-        check_source(str(tmp_path / "havrest.jsonl"))
+        check_source(str(tmp_path / "havrest.jsonl"), part="evaluation")
 
 
 def test_self_is_for_calibration_only():
@@ -156,14 +155,16 @@ def local_hub(tmp_path, monkeypatch):
         "  - split: test\n    path: wikitext-2-raw-v1/test-*\n---\n"
     )
     c4 = tmp_path / "c4"
-    for place in (hub.HUB_SOURCES["c4"].calibration, hub.HUB_SOURCES["c4"].evaluation):
+    for place in hub.HUB_SOURCES["c4"].values():
         file = c4 / place.file
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = (json.dumps({"text": f"{place.split} {i:05}", "url": ""}) for i in range(1200))
         with gzip.open(file, "wt") as zipped:
             zipped.write("\n".join(rows))
     for name, folder in (("wikitext2", wikitext), ("c4", c4)):
-        monkeypatch.setitem(hub.HUB_SOURCES, name, replace(hub.HUB_SOURCES[name], path=str(folder)))
+        parts = hub.HUB_SOURCES[name].items()
+        moved = {part: replace(place, path=str(folder)) for part, place in parts}
+        monkeypatch.setitem(hub.HUB_SOURCES, name, moved)
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -143,7 +143,7 @@ def test_making_can_be_stopped_between_matrices(model: Any, targets: Targets) ->
     def stop(done: int, total: int) -> None:
         heard.append((done, total))
         if done == 2:
-            raise Stopped("asked to")
+            raise Stopped("requested")
 
     with pytest.raises(Stopped):
         plan_baseline("int8", targets).apply_(model, stop)

@@ -1,6 +1,5 @@
 """Perplexity: the number, its memory, its refusals."""
 
-import importlib
 import math
 
 import accelerate
@@ -8,12 +7,11 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from lrc.compressors.corpus import Windows, evaluation_windows
-from lrc.compressors.evaluate import perplexity
+from lrc.compressors.corpus.windows import Windows, evaluation_windows
+from lrc.compressors.evaluate import perplexity as module
+from lrc.compressors.evaluate.perplexity import perplexity
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Perplexity
-
-module = importlib.import_module("lrc.compressors.evaluate.perplexity")  # not its function
 
 
 @pytest.fixture
@@ -151,7 +149,7 @@ def test_an_overflowing_perplexity_is_an_error(tiny_llama, tokens):
 
 
 def test_foreign_tokens_are_refused(tiny_llama, tokens):
-    with pytest.raises(DataError, match="gives token 600, the model knows 512"):
+    with pytest.raises(DataError, match="gives token 600, the model has 512"):
         perplexity(tiny_llama(), tokens.clone().index_fill_(1, torch.tensor([0]), 600))
 
 

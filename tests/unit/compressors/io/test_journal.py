@@ -61,6 +61,45 @@ def test_overwrite_takes_away_what_lrc_wrote_and_nothing_else(tmp_path: Path) ->
         assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "work"]
 
 
+def test_an_interrupted_overwrite_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_journal(tmp_path, {"seed": 0}) as journal:
+        journal.write_json("piece.json", 1)
+    (tmp_path / "checkpoint").mkdir()
+    unlink, deleted = Path.unlink, []
+
+    def kill(path: Path, **options: bool) -> None:
+        if deleted:
+            raise KeyboardInterrupt
+        deleted.append(path.name)
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", kill)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            open_journal(tmp_path, {"seed": 1}, overwrite=True),
+        ):
+            pass
+    with open_journal(tmp_path, {"seed": 1}, overwrite=True) as journal:
+        assert not journal.has("piece.json")
+
+
+def test_a_folder_that_is_half_deleted_is_not_a_finished_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path)
+    journal.write_json("factors/a.json", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        journal.forget("factors")
+    assert not journal.has("factors")
+    journal.write_json("factors/b.json", 1)
+    journal.forget("factors")
+    assert list(journal.work.iterdir()) == []
+
+
 def test_a_second_process_is_refused_while_the_first_runs(tmp_path: Path) -> None:
     with (
         open_journal(tmp_path, {}),

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lrc.compressors.calibrate.residual import find_writers, silenced
+from lrc.compressors.calibrate.sequential_calibration import find_writers, silenced
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
 MLP = {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
