@@ -63,7 +63,7 @@ def test_an_unknown_family_is_refused_and_the_known_are_named():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"word_embed_proj_dim": 8}, "8 wide and projected to the residual stream of 16"),
+        ({"word_embed_proj_dim": 8}, "projected from width 8 to 16"),
         ({"do_layer_norm_before": False}, "applied to the residual stream"),
         ({"_remove_final_layer_norm": True}, "applied to the residual stream"),
     ],

@@ -23,7 +23,7 @@ from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.slicing import mlp_widths
-from lrc.compressors.slicing.layout import Layout, find_layout, narrowed_shapes
+from lrc.compressors.slicing.layout import Layout, find_layout
 from lrc.compressors.slicing.modegpt import Modegpt
 from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget
@@ -61,7 +61,7 @@ TOKENS = torch.randint(2, 64, (8, 32), generator=torch.Generator().manual_seed(0
 @pytest.fixture(autouse=True)
 def equal_shares(monkeypatch):
     """Let heads be cut as much as MLPs, so that small models need no tiny budget for it."""
-    monkeypatch.setattr(mlp_widths, "HEAD_SHARE", 1.0)
+    monkeypatch.setattr(mlp_widths, "HEAD_FRACTION", 1.0)
 
 
 def make(config: PreTrainedConfig, change: Callable[[Any], None] = lambda _: None) -> Any:
@@ -106,7 +106,7 @@ def stored(architecture: Architecture) -> int:
 def budget_for(architecture: Architecture, width: int, head_dim: int | None) -> Budget:
     layout = find_layout(architecture)
     assert isinstance(layout, Layout)
-    shapes = narrowed_shapes(architecture, layout, width, head_dim)
+    shapes = layout.shapes(width, head_dim)
     items = {name: p.itemsize for name, p in architecture.stored_parameters().items()}
     n_bytes = sum(torch.Size(s).numel() * items[name] for name, s in shapes.items())
     return Budget("stages[0].slice.keep", n_bytes, stored(architecture))
@@ -232,7 +232,7 @@ def test_heads_false_leaves_heads(tmp_path):
 def test_heads_are_cut_last(tmp_path, monkeypatch):
     architecture, _ = read(make(WITH_HEADS["llama"]), tmp_path)
     dense = stored(architecture)
-    monkeypatch.setattr(mlp_widths, "HEAD_SHARE", 0.2)
+    monkeypatch.setattr(mlp_widths, "HEAD_FRACTION", 0.2)
     sizes = [
         Modegpt().plan(architecture, options(), Budget("x", int(keep * dense), dense)).head_dim
         for keep in (0.9, 0.7, 0.5, 0.35, 0.25)

@@ -275,7 +275,7 @@ def test_a_stream_that_is_not_finite_is_refused(make_case):
         model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
 
     case = make_case("llama", overflow)
-    with pytest.raises(ModelError, match=r"not finite in model\.layers\.1"):
+    with pytest.raises(ModelError, match=r"in model\.layers\.1 is not finite"):
         case.apply(case.narrowed(16))
 
 
