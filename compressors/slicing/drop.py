@@ -128,10 +128,8 @@ def _search_by_perplexity(context: SliceContext, n_kept: int) -> tuple[list[int]
     trials, done = sum(range(n_kept + 1, len(layers) + 1)), 0
     with ExitStack() as held:
         held.enter_context(stream.around_layers(head=True))
-        n_bytes = torch.float32.itemsize * sum(
-            p.numel() for layer in layers for p in layer.parameters()
-        )
-        resident = n_bytes <= context.memory_limit_gib * GIB
+        n = sum(p.numel() for layer in layers for p in layer.parameters())
+        resident = n * torch.float32.itemsize <= context.memory_limit_gib * GIB
         for index in kept if resident else []:
             held.enter_context(stream.layer(index))
 

@@ -70,7 +70,7 @@ def solve_widths(
 def even_widths(
     layout: Layout, width: int, head_dim: int | None, multiple: int, budget: Budget
 ) -> list[int]:
-    """Return the width of each MLP if the budget left by widths that fit is distributed too."""
+    """Return MLP widths that use the budget up, given common widths that fit it."""
     n_layers = len(layout.mlps)
     size = layout.bytes(width, head_dim)
     channel = (size - layout.bytes(width - 1, head_dim)) // n_layers

@@ -141,7 +141,7 @@ def rotated_tensors(
         if leaf == "shortcut":
             assert bases.shortcut is not None
             made = bases.shortcut(roles.basis_of_norm[module])
-        elif module in roles.basis_of_norm:  # fused
+        elif module in roles.basis_of_norm:  # its weight is fused into the linears that read it
             made = torch.ones(like.shape)
         elif module in roles.norm_of and (
             leaf == "weight" or f"{roles.norm_of[module]}.bias" in roles.dense

@@ -19,7 +19,7 @@ from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.configs.errors import RecipeError
 from lrc.configs.slicing import SliceBase
 
-Options = TypeVar("Options", bound=SliceBase)
+OptionsT = TypeVar("OptionsT", bound=SliceBase)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SlicedModel:
     """JSON values for the report; complete once all tensors have been read."""
 
 
-class SliceMethod(ABC, Generic[Options]):
+class SliceMethod(ABC, Generic[OptionsT]):
     """A slicing method; an entry of the METHODS table."""
 
     reads_text: bool = True
@@ -57,7 +57,7 @@ class SliceMethod(ABC, Generic[Options]):
 
     @abstractmethod
     def plan(
-        self, architecture: Architecture, options: Options, budget: Budget
+        self, architecture: Architecture, options: OptionsT, budget: Budget
     ) -> PreTrainedConfig:
         """Return the config of the largest smaller model within the budget.
 
@@ -67,7 +67,7 @@ class SliceMethod(ABC, Generic[Options]):
             If the method does not support the architecture, or no model fits the budget.
         """
 
-    def pending(self, options: Options, config: PreTrainedConfig) -> str | None:
+    def pending(self, options: OptionsT, config: PreTrainedConfig) -> str | None:
         """Describe the shapes of a planned config that calibration will choose, if any."""
         return None
 
@@ -75,12 +75,12 @@ class SliceMethod(ABC, Generic[Options]):
         """Return the number of calibration tokens below which quality suffers."""
         return 0
 
-    def passes(self, options: Options, config: PreTrainedConfig) -> float:
+    def passes(self, options: OptionsT, config: PreTrainedConfig) -> float:
         """Return the approximate number of forward passes over the text, to estimate the time."""
         return 1.0
 
     @abstractmethod
     def apply(
-        self, context: SliceContext, options: Options, config: PreTrainedConfig
+        self, context: SliceContext, options: OptionsT, config: PreTrainedConfig
     ) -> SlicedModel:
         """Slice the model of the context to the planned config."""

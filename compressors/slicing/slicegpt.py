@@ -87,7 +87,7 @@ class Slicegpt(SliceMethod[Options]):
         return config_with_tables(config, roles.tables(k)) if per_block else _narrowed(config, k)
 
     def passes(self, options: Options, config: PreTrainedConfig) -> float:
-        """Return two with a basis per block: a layer runs once more for its second block."""
+        """Count two passes with one basis per block: a layer runs again for its second block."""
         return 2.0 if tables_of(config) else 1.0
 
     def apply(

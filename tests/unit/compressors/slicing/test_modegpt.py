@@ -60,7 +60,7 @@ TOKENS = torch.randint(2, 64, (8, 32), generator=torch.Generator().manual_seed(0
 
 @pytest.fixture(autouse=True)
 def equal_shares(monkeypatch):
-    """Let heads be cut as much as MLPs, so that small models need no tiny budget for it."""
+    """Narrow heads as much as MLPs, so that small models need no tiny budget for it."""
     monkeypatch.setattr(mlp_widths, "HEAD_FRACTION", 1.0)
 
 
@@ -77,7 +77,7 @@ def make(config: PreTrainedConfig, change: Callable[[Any], None] = lambda _: Non
 
 
 def plant(model: Any) -> None:
-    """Make half of every MLP copies of the other, and half of every head superfluous."""
+    """Make half of every MLP a copy of the other half, and half of every head redundant."""
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
         if not isinstance(module, torch.nn.Linear):
@@ -161,7 +161,7 @@ def test_full_width_changes_nothing(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_what_was_superfluous_goes_without_a_trace(kind, tmp_path):
+def test_redundant_channels_are_removed_without_loss(kind, tmp_path):
     model = make(EVERY[kind], plant if kind in WITH_HEADS else lambda m: plant_mlp(m))
     architecture, reader = read(model, tmp_path)
     head_dim = 4 if kind in WITH_HEADS else None
@@ -229,7 +229,7 @@ def test_heads_false_leaves_heads(tmp_path):
     assert config.intermediate_size < 36
 
 
-def test_heads_are_cut_last(tmp_path, monkeypatch):
+def test_heads_are_narrowed_last(tmp_path, monkeypatch):
     architecture, _ = read(make(WITH_HEADS["llama"]), tmp_path)
     dense = stored(architecture)
     monkeypatch.setattr(mlp_widths, "HEAD_FRACTION", 0.2)
@@ -251,7 +251,7 @@ def test_planning_reads_no_weight_and_leaves_the_source_config(tmp_path):
     assert all(p.is_meta for p in architecture.model.parameters())
 
 
-def test_twice_is_the_same(tmp_path):
+def test_slicing_is_deterministic(tmp_path):
     architecture, reader = read(make(WITH_HEADS["qwen2"]), tmp_path)
     budget = budget_for(architecture, 24, 4)
     first = slice_to(architecture, reader, budget, tmp_path)
