@@ -140,7 +140,8 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
         if text:  # none if the help was shown instead
             command = getattr(getattr(error, "ctx", None), "command_path", "lrc")
             end = "" if text.endswith("?") else ";"
-            say(f"error[usage]: {text[0].lower()}{text[1:]}{end} `{command} --help` lists its options")
+            sentence = f"{text[0].lower()}{text[1:]}{end}"
+            say(f"error[usage]: {sentence} `{command} --help` lists its options")
         return int(getattr(error, "exit_code", 1))
     text = " ".join(str(error).split())[:500]
     if isinstance(error, BrokenPipeError):  # the reader of our output is gone, as in `| head`
@@ -153,8 +154,8 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
         )
     elif isinstance(error, OSError) and error.errno is not None:
         say(
-            f"error[operating-system]: the operating system reports {text}; check the disk and run the same command "
-            "again, it continues"
+            f"error[operating-system]: the operating system reports {text}; check the disk and run "
+            "the same command again, it continues"
         )
     elif not debug:
         say(

@@ -11,8 +11,9 @@ from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
 from lrc.compressors.checkpoint.writer import new_folder
 from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
-from lrc.compressors.evaluate import check_gates, check_texts
 from lrc.compressors.evaluate.evaluator import Evaluator
+from lrc.compressors.evaluate.gates import check_gates
+from lrc.compressors.evaluate.scores import check_texts
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.planning.plan import Plan

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.calibration_windows import take_windows
-from lrc.compressors.corpus import fingerprint
+from lrc.compressors.corpus.documents import fingerprint
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import Clock, Machine, OnStep
 from lrc.compressors.io.versions import versions

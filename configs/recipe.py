@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, overload
 from pydantic import Field, PositiveInt, create_model, model_validator
 
 from lrc.configs.decompose import DecomposeBase
-from lrc.configs.decompose_methods import Decompose, FixedSize
+from lrc.configs.decompose_methods import Decompose
 from lrc.configs.quantize import SCHEME, Quantize
 from lrc.configs.slice import Slice, SliceBase
 from lrc.configs.strict import Strict, Text, repeated

@@ -11,11 +11,11 @@ from lrc.compressors.layers import BlockSparse, QuantizationArgs, WeightConfig
 from lrc.compressors.layers.bitmask import scatter_values, unpack_bits
 from lrc.compressors.layers.packing import encode_matrix, encode_values
 from lrc.compressors.planning.tasks import QuantizationTask
+from lrc.compressors.solvers.gptq import quantize_matrix
 from lrc.compressors.solvers.low_rank_correction import low_rank_correction
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
 from lrc.compressors.solvers.quantize_blocks import quantize_blocks
 from lrc.compressors.solvers.quantize_factors import quantize_low_rank, quantize_pivoted
-from lrc.compressors.solvers.quantize_matrix import quantize_matrix
 from lrc.compressors.solvers.quantize_values import quantize_sparse_values, quantize_values
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 

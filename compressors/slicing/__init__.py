@@ -1,11 +1,13 @@
 """Slicing methods: remove whole layers, residual-stream dimensions, or MLP and head channels."""
 
+from typing import Any
+
 from lrc.compressors.slicing.drop import Drop
 from lrc.compressors.slicing.modegpt import Modegpt
 from lrc.compressors.slicing.slice_method import SliceMethod
 from lrc.compressors.slicing.slicegpt import Slicegpt
 
-METHODS: dict[str, SliceMethod] = {
+METHODS: dict[str, SliceMethod[Any]] = {
     "drop": Drop(),
     "modegpt": Modegpt(),
     "slicegpt": Slicegpt(),

@@ -1,30 +1,27 @@
 """Remove whole decoder layers, which always leaves a plain checkpoint."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
-from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedConfig
 
-from lrc.compressors.calibrate.activation_cache import GIB, ActivationCache
+from lrc.compressors.calibrate.activation_cache import GIB
 from lrc.compressors.calibrate.layer_executor import apply
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext
+from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext, check_finite
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
-from lrc.configs.errors import ModelError, RecipeError
-from lrc.configs.slice import Drop as DropOptions
-from lrc.configs.slice import SliceBase
+from lrc.configs.errors import RecipeError
+from lrc.configs.slice import Drop as Options
 
 N_LAYERS = "num_hidden_layers"
-FLOAT32 = 4  # bytes
 
 
-class Drop(SliceMethod):
+class Drop(SliceMethod[Options]):
     """Remove the layers that change their input least, or whose removal costs least perplexity.
 
     References
@@ -33,64 +30,48 @@ class Drop(SliceMethod):
     .. [2] J. Song et al., "SLEB", 2024. https://arxiv.org/abs/2402.09025 (perplexity)
     """
 
-    source = "ShortGPT, arXiv:2403.03853; SLEB, arXiv:2402.09025"
-
     def plan(
-        self, architecture: Architecture, options: SliceBase, budget: Budget
+        self, architecture: Architecture, options: Options, budget: Budget
     ) -> PreTrainedConfig:
-        """Return a config with as many layers as fit the budget; calibration chooses which.
-
-        Raises
-        ------
-        RecipeError
-            If no layer fits, the layers differ in shape, or the config does not count them.
-        """
+        """Return a config with as many layers as fit the budget; calibration chooses which."""
         config: PreTrainedConfig = architecture.model.config
         layers, kind = architecture.layers, type(architecture.model).__name__
         shapes = [{n: p.shape for n, p in layer.named_parameters()} for layer in layers]
         if any(each != shapes[0] for each in shapes):
-            raise RecipeError(
-                [
-                    f"{budget.where}: the layers of {kind} differ in shape, so the size of the "
-                    "result depends on which ones calibration removes; use another method"
-                ]
+            raise budget.refusal(
+                f"the layers of {kind} differ in shape, so the size of the result depends on which "
+                "ones calibration removes; use another method"
             )
         layer_bytes = sum(p.numel() * p.element_size() for p in layers[0].parameters())
         rest = budget.dense_bytes - len(layers) * layer_bytes
         kept = max(0, min(len(layers), (budget.bytes - rest) // layer_bytes))
         if getattr(config, N_LAYERS, None) != len(layers):
-            raise RecipeError(
-                [
-                    f"{budget.where}: the config of {kind} does not give its {len(layers)} layers "
-                    f"as {N_LAYERS}, so none can be removed; use another method"
-                ]
+            raise budget.refusal(
+                f"the config of {kind} does not give its {len(layers)} layers as {N_LAYERS}, so "
+                "none can be removed; use another method"
             )
         if kept == 0:
             least = rest + layer_bytes
-            raise RecipeError(
-                [
-                    f"{budget.where}: must be at least {least / budget.dense_bytes:.3f} of the "
-                    f"model ({least:,} bytes: one layer and everything outside the layers), got "
-                    f"{budget.bytes:,} of {budget.dense_bytes:,} bytes; raise it"
-                ]
+            raise budget.refusal(
+                f"must be at least {least / budget.dense_bytes:.3f} of the model ({least:,} bytes: "
+                "one layer and everything outside the layers), got "
+                f"{budget.bytes:,} of {budget.dense_bytes:,} bytes; raise it"
             )
         smaller = deepcopy(config)
         _keep_layers_(smaller, range(kept))
         return smaller
 
-    def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
-        """Return half a pass per trial: each removal tries about as many layers as are kept."""
-        assert isinstance(options, DropOptions)
+    def passes(self, options: Options, config: PreTrainedConfig) -> float:
+        """Count half a pass per trial: each removal tries about as many layers as are kept."""
         if options.criterion == "influence":
             return 1.0
         kept = int(getattr(config, N_LAYERS))
         return kept / 2 * max(1.0, kept * (1 / (options.keep or 0.8) - 1))
 
     def apply(
-        self, context: SliceContext, options: SliceBase, config: PreTrainedConfig
+        self, context: SliceContext, options: Options, config: PreTrainedConfig
     ) -> SlicedModel:
-        """Choose the layers to remove and yield the others, renumbered."""
-        assert isinstance(options, DropOptions)
+        """Choose the layers to remove; the others are renumbered."""
         n_layers, n_kept = len(context.architecture.layers), int(getattr(config, N_LAYERS))
         facts: dict[str, Any] = {}
         if n_kept == n_layers:
@@ -110,12 +91,7 @@ class Drop(SliceMethod):
 
 
 def block_influence(context: SliceContext) -> list[float]:
-    """Return for each layer one minus the mean cosine between its input and its output [1]_.
-
-    References
-    ----------
-    .. [1] Equation 1 of ShortGPT, https://arxiv.org/abs/2403.03853
-    """
+    """Return one minus the mean cosine between input and output of each layer (ShortGPT, eq. 1)."""
     sweep = LayerSweep.begin(context)
     names, found = context.architecture.layer_names, []
     for index, call in enumerate(sweep.calls):
@@ -126,7 +102,8 @@ def block_influence(context: SliceContext) -> list[float]:
                 y = apply(layer, call, x)
                 total += float(cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64))
                 sweep.states[rows] = y
-        found.append(_check_finite(1 - total / sweep.tokens.numel(), names[index]))
+        check_finite(total, f"the cosine of input and output in {names[index]}")
+        found.append(1 - total / sweep.tokens.numel())
         context.on_step("slice", index + 1, len(names))
     return found
 
@@ -145,31 +122,20 @@ def _search_by_perplexity(context: SliceContext, n_kept: int) -> tuple[list[int]
             ["calibration.length: must be at least 2 with verify: perplexity, got 1; raise it"]
         )
     layers, names = context.architecture.layers, context.architecture.layer_names
-    reached, states = (
-        ActivationCache(
-            context.journal,
-            name,
-            (*tokens.shape, sweep.states.shape[-1]),
-            context.memory_limit_gib,
-            context.device,
-        ).tensor
-        for name in ("dense", "compressed")
-    )
+    shape = (*tokens.shape, sweep.states.shape[-1])
+    reached, states = (context.buffer(name, shape) for name in ("dense", "prefix"))
     kept, losses = list(range(len(layers))), []
     trials, done = sum(range(n_kept + 1, len(layers) + 1)), 0
     with ExitStack() as held:
         held.enter_context(stream.around_layers(head=True))
-        n_bytes = FLOAT32 * sum(p.numel() for layer in layers for p in layer.parameters())
-        resident = n_bytes <= context.memory_limit_gib * GIB
+        n = sum(p.numel() for layer in layers for p in layer.parameters())
+        resident = n * torch.float32.itemsize <= context.memory_limit_gib * GIB
         for index in kept if resident else []:
             held.enter_context(stream.layer(index))
 
-        def load(index: int) -> AbstractContextManager[nn.Module]:
-            return nullcontext(layers[index]) if resident else stream.layer(index)
-
         def advance(states: Tensor, indices: Sequence[int]) -> None:
             for index in indices:
-                with load(index) as layer:
+                with nullcontext(layers[index]) if resident else stream.layer(index) as layer:
                     sweep.advance(index, layer, states)
 
         while len(kept) > n_kept:
@@ -178,7 +144,8 @@ def _search_by_perplexity(context: SliceContext, n_kept: int) -> tuple[list[int]
             for place, layer in enumerate(kept):
                 states.copy_(reached)
                 advance(states, kept[place + 1 :])
-                found[layer] = _check_finite(_mean_loss(sweep, states), names[layer])
+                found[layer] = _mean_loss(sweep, states)
+                check_finite(found[layer], f"the loss without {names[layer]}")
                 advance(reached, [layer])
                 done += 1
                 context.on_step("slice", done, trials)
@@ -198,15 +165,6 @@ def _mean_loss(sweep: LayerSweep, states: Tensor) -> float:
         labels = tokens[:, 1:].reshape(-1).to(device)
         total += float(cross_entropy(logits, labels, reduction="sum"))
     return total / (sweep.tokens.shape[0] * (sweep.tokens.shape[1] - 1))
-
-
-def _check_finite(value: float, layer: str) -> float:
-    if not isfinite(value):
-        raise ModelError(
-            f"model: the hidden states are not finite at {layer} on the calibration text; the "
-            "weights are damaged or overflow: check the source model"
-        )
-    return value
 
 
 def _keep_layers_(config: PreTrainedConfig, kept: Sequence[int]) -> None:

@@ -124,11 +124,8 @@ NEOX_PARALLEL = replace(
 
 def _opt(config: Any) -> Family:
     if config.word_embed_proj_dim != config.hidden_size:
-        raise _unsupported(
-            config,
-            f"its embeddings are {config.word_embed_proj_dim} wide and projected to the residual "
-            f"stream of {config.hidden_size}",
-        )
+        sizes = f"{config.word_embed_proj_dim} to {config.hidden_size}"
+        raise _unsupported(config, f"its embeddings are projected from width {sizes}")
     if not config.do_layer_norm_before or config._remove_final_layer_norm:
         raise _unsupported(
             config,
@@ -159,18 +156,7 @@ POST_NORM = {"gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3"}
 
 
 def find_family(model: Any) -> Family:
-    """Return the family of a model, checked against its module tree.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        May be on the meta device.
-
-    Raises
-    ------
-    ModelError
-        If the family is unknown or its residual stream cannot be rotated.
-    """
+    """Return the family of a model; raise a ModelError if its stream cannot be rotated."""
     config = model.config
     kind = config.model_type
     if kind in POST_NORM:
@@ -184,9 +170,7 @@ def find_family(model: Any) -> Family:
     family = FAMILIES[kind](config)
     problems = _mismatches(family, model, config.hidden_size)
     if problems:
-        raise _unsupported(
-            config, f"its modules differ from those of {kind}: {'; '.join(problems)}"
-        )
+        raise _unsupported(config, f"its modules are not as expected: {'; '.join(problems)}")
     return family
 
 
@@ -208,11 +192,8 @@ def _mismatches(family: Family, model: Any, width: int) -> list[str]:
     for norm in norms:
         module = modules.get(norm.name)
         weight = getattr(module, "weight", None)
-        if isinstance(module, nn.LayerNorm):
-            fits = family.layer_norm and tuple(module.normalized_shape) == (width,)
-        else:
-            fits = not family.layer_norm and weight is not None and tuple(weight.shape) == (width,)
-        if not fits:
+        shape = getattr(module, "normalized_shape", getattr(weight, "shape", ()))
+        if isinstance(module, nn.LayerNorm) != family.layer_norm or tuple(shape) != (width,):
             problems.append(f"{norm.name} is not {expected} of width {width}")
     return problems
 

@@ -1,15 +1,14 @@
 """Second moments of the scores and values of attention heads in the dense model."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate.layer_executor import watch_inputs, watch_outputs
-from lrc.compressors.slicing.layout import Attention, Heads
-from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext
-from lrc.configs.errors import ModelError
+from lrc.compressors.calibrate.statistic_table import RunningSums
+from lrc.compressors.slicing.layout import Heads
+from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext, check_finite
 
 # Queries per window, evenly spaced. Each attends to all keys before it, so a few are enough.
 QUERIES = 32
@@ -20,8 +19,7 @@ class HeadStatistics:
     """Second moments of the heads of a dense model."""
 
     scores: Tensor
-    """`score_moments` of the query heads of all layers, [n_layers * n_heads, head_dim, head_dim].
-    """
+    """`score_moments` of all query heads, [n_layers * n_heads, head_dim, head_dim]."""
     values: Tensor
     """Second moment per token of the attention outputs of the heads of a group, summed over the
     group: [n_layers, n_kv_heads, head_dim, head_dim]."""
@@ -29,64 +27,52 @@ class HeadStatistics:
 
 @torch.no_grad()
 def collect_head_statistics(context: SliceContext, heads: Heads) -> HeadStatistics:
-    """Run the calibration windows through the dense model once.
-
-    Raises
-    ------
-    ModelError
-        If the attention of a layer is not finite.
-    """
-    architecture, sweep = context.architecture, LayerSweep.begin(context)
-    scores, values = [], []
-    for index, (name, attention) in enumerate(
-        zip(architecture.layer_names, heads.attentions, strict=True)
-    ):
-        sums = _HeadSums(architecture.model.get_submodule(attention.module), attention, heads)
-        with (
-            sweep.stream.layer(index) as layer,
-            watch_outputs(layer, name, [attention.q, attention.k], sums.keep_projection),
-            watch_inputs(layer, name, [attention.o], sums.add_attended),
-        ):
-            sweep.advance(index, layer)
-        if not bool(torch.isfinite(sums.scores).all() & torch.isfinite(sums.values).all()):
-            raise ModelError(
-                f"model: the attention of {name} is not finite on the calibration text; the "
-                "weights before it are damaged or overflow: check the source model"
-            )
-        scores.append(sums.scores)
-        values.append(sums.values / sweep.tokens.numel())
+    """Run the calibration windows through the dense model once."""
+    sweep = LayerSweep.begin(context)
+    found = []
+    for index, name in enumerate(context.architecture.layer_names):
+        sums = _collect_layer(sweep, index, heads)
+        for total in sums.values():
+            check_finite(total, f"the attention in {name}")
+        found.append(sums)
         context.on_step("head statistics", index + 1, len(heads.attentions))
-    return HeadStatistics(torch.cat(scores), torch.stack(values))
+    n_tokens = sweep.tokens.numel()
+    return HeadStatistics(
+        torch.cat([sums["scores"] for sums in found]),
+        torch.stack([sums["values"] / n_tokens for sums in found]),
+    )
 
 
-class _HeadSums:
-    """Sums over the tokens that pass through one attention module."""
+def _collect_layer(sweep: LayerSweep, index: int, heads: Heads) -> RunningSums:
+    """Sum score and value moments over the tokens that pass through one attention module."""
+    architecture, attention = sweep.context.architecture, heads.attentions[index]
+    name = architecture.layer_names[index]
+    # The factor of the rotary table is part of queries and keys.
+    scaling = architecture.model.get_submodule(attention.module).scaling * heads.scale**2
+    projections: dict[str, Tensor] = {}
+    sums = RunningSums()
 
-    def __init__(self, module: Any, attention: Attention, heads: Heads) -> None:
-        self._scaling, self._attention, self._heads = module.scaling, attention, heads
-        self._projections: dict[str, Tensor] = {}
-        self.scores: Tensor = torch.zeros(())
-        self.values: Tensor = torch.zeros(())
+    def keep_projection(name: str, _: Tensor, y: Tensor) -> None:
+        projections[name] = y.unflatten(-1, (-1, heads.head_dim))
 
-    def keep_projection(self, name: str, _: Tensor, y: Tensor) -> None:
-        """Keep queries or keys [n, length, n_heads * head_dim] until the attention has run."""
-        self._projections[name] = y.unflatten(-1, (-1, self._heads.head_dim))
-
-    def add_attended(self, _: str, x: Tensor) -> None:
-        """Add the attention outputs [n, length, n_heads * head_dim] and the score moments."""
-        heads = self._heads
-        q, k = (self._projections.pop(name) for name in (self._attention.q, self._attention.k))
+    def add(_: str, x: Tensor) -> None:
+        q, k = projections.pop(attention.q), projections.pop(attention.k)
         length = q.shape[1]
         step = max(1, length // QUERIES)
         at = torch.arange(step - 1, length, step, device=q.device)
         table = heads.frequencies.to(q.device)
-        # The factor of the table is part of queries and keys.
-        moments = score_moments(q, k, at, table, scaling=self._scaling * heads.scale**2)
-        self.scores = self.scores.to(moments) + moments
+        sums.add("scores", score_moments(q, k, at, table, scaling=scaling))
         groups = x.float().unflatten(-1, (heads.n_kv_heads, -1, heads.head_dim))
         groups = groups.movedim(-3, 0).reshape(heads.n_kv_heads, -1, heads.head_dim)
-        attended = (groups.transpose(1, 2) @ groups).double()  # [n_kv_heads, head_dim, head_dim]
-        self.values = self.values.to(attended) + attended
+        sums.add("values", (groups.transpose(1, 2) @ groups).double())  # [n_kv_heads, h, h]
+
+    with (
+        sweep.stream.layer(index) as layer,
+        watch_outputs(layer, name, [attention.q, attention.k], keep_projection),
+        watch_inputs(layer, name, [attention.o], add),
+    ):
+        sweep.advance(index, layer)
+    return sums
 
 
 def score_moments(

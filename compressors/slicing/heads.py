@@ -43,21 +43,11 @@ def value_output(
     fallback : str or None
         Deviation from the requested computation; None if there was none.
 
-    Raises
-    ------
-    ValueError
-        If the rank is out of range.
-
     Notes
     -----
     With ``C = L L^T`` the optimum is the truncated SVD of ``W_o L`` (Eckart-Young). For
-    ``C = W_v C_x W_v^T`` this is the SVD of ``W_o W_v C_x^(1/2)``, the value-output module of [1]_,
-    computed at width h instead of d.
-
-    References
-    ----------
-    .. [1] C.-H. Lin et al., "MoDeGPT: Modular Decomposition for Large Language Model Compression",
-       ICLR 2025. https://arxiv.org/abs/2408.09632
+    ``C = W_v C_x W_v^T`` this is the SVD of ``W_o W_v C_x^(1/2)``, the value-output module of
+    MoDeGPT, computed at width h instead of d.
     """
     h = W_o.shape[1]
     if not 1 <= rank <= h:
@@ -96,16 +86,10 @@ def choose_pairs(M: Tensor, count: int, *, damp: float) -> tuple[Tensor, Tensor,
     Returns
     -------
     pairs : Tensor, shape [count]
-        Ascending.
     turns : Tensor, shape [n_heads, count]
         Complex factors for the queries ``q1 + i q2`` of the kept pairs.
     lost : float
         Fraction of the variance of the scores that is lost.
-
-    Raises
-    ------
-    ValueError
-        If the number of pairs is out of range.
     """
     n_pairs = M.shape[1] // 2
     if not 1 <= count <= n_pairs:
@@ -147,16 +131,8 @@ def _inverse(M: Tensor, damp: float) -> Tensor:
 def turn_queries(tensor: Tensor, pairs: Tensor, turns: Tensor, head_dim: int) -> Tensor:
     """Select pairs of every query head along the first axis, and scale and rotate each of them.
 
-    Parameters
-    ----------
-    tensor : Tensor, shape [n_heads * head_dim, ...]
-    turns : Tensor, shape [n_heads, n_kept]
-        Complex.
-
-    Returns
-    -------
-    Tensor, shape [n_heads * 2 * n_kept, ...]
-        In float64.
+    From [n_heads * head_dim, ...] to [n_heads * 2 * n_kept, ...] in float64, with complex factors
+    `turns` [n_heads, n_kept].
     """
     halves = tensor.double().view(len(turns), 2, head_dim // 2, -1)[:, :, pairs]
     turned = torch.complex(halves[:, 0], halves[:, 1]) * turns[:, :, None]  # [n_heads, n_kept, .]

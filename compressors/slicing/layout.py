@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +67,7 @@ class Heads:
 class Layout:
     """The parts of a model that can be narrowed."""
 
+    architecture: Architecture
     mlps: list[Mlp]
     """One per layer."""
     width_key: str
@@ -74,6 +75,53 @@ class Layout:
     width: int
     heads: Heads | str
     """The heads, or a clause that gives the reason why they cannot be narrowed."""
+
+    def linear_shapes(
+        self, widths: Sequence[int], head_dim: int | None = None
+    ) -> dict[str, list[int]]:
+        """Return the weight shapes of MLPs of `widths`, one per layer, and heads of `head_dim`.
+
+        Linears that do not change are left out; heads do not change if `head_dim` is None.
+        """
+        of = self.architecture.model.get_submodule
+        found: dict[str, list[int]] = {}
+        for mlp, width in zip(self.mlps, widths, strict=True):
+            if width != self.width:
+                found |= {name: [width, of(name).in_features] for name in mlp.inputs}
+                found[mlp.output] = [of(mlp.output).out_features, width]
+        if head_dim is not None and isinstance(self.heads, Heads):
+            wide, narrow = self.heads.n_heads * head_dim, self.heads.n_kv_heads * head_dim
+            for attention in self.heads.attentions:
+                found[attention.q] = [wide, of(attention.q).in_features]
+                found[attention.k] = [narrow, of(attention.k).in_features]
+                found[attention.v] = [narrow, of(attention.v).in_features]
+                found[attention.o] = [of(attention.o).out_features, wide]
+        return found
+
+    def shapes(self, width: int, head_dim: int | None) -> dict[str, list[int]]:
+        """Return the shapes of all stored parameters with MLPs of one width."""
+        stored = self.architecture.stored_parameters()
+        shapes = {name: list(p.shape) for name, p in stored.items()}
+        for name, shape in self.linear_shapes([width] * len(self.mlps), head_dim).items():
+            shapes[f"{name}.weight"] = shape
+            if f"{name}.bias" in shapes:
+                shapes[f"{name}.bias"] = shape[:1]
+        return shapes
+
+    def bytes(self, width: int, head_dim: int | None) -> int:
+        """Return the size of the tensors of these shapes."""
+        stored = self.architecture.stored_parameters()
+        shapes = self.shapes(width, head_dim)
+        return sum(math.prod(shape) * stored[name].itemsize for name, shape in shapes.items())
+
+    def fits(self, config: PreTrainedConfig, width: int, head_dim: int | None) -> bool:
+        """Return whether a model of this config has these shapes: some classes ignore keys."""
+        try:
+            state = skeleton(self.architecture, config).state_dict(keep_vars=True)
+        except Exception:  # modeling code may raise anything for unexpected sizes
+            return False
+        shapes = self.shapes(width, head_dim)
+        return all(n in state and list(state[n].shape) == shape for n, shape in shapes.items())
 
 
 def find_layout(architecture: Architecture) -> Layout | str:
@@ -98,76 +146,13 @@ def find_layout(architecture: Architecture) -> Layout | str:
     keys = [key for key in WIDTH_KEYS if getattr(config, key, None) == width]
     if not keys:
         return f"none of {', '.join(WIDTH_KEYS)} in its config equals the width {width}"
-    return Layout(mlps, keys[0], width, _find_heads(architecture))
-
-
-def mlp_shapes(
-    architecture: Architecture, layout: Layout, widths: Sequence[int]
-) -> dict[str, list[int]]:
-    """Return the weight shapes of the MLPs that `widths`, one per layer, make narrower."""
-    of = architecture.model.get_submodule
-    found: dict[str, list[int]] = {}
-    for mlp, width in zip(layout.mlps, widths, strict=True):
-        if width != layout.width:
-            found |= {name: [width, of(name).in_features] for name in mlp.inputs}
-            found[mlp.output] = [of(mlp.output).out_features, width]
-    return found
-
-
-def narrowed_shapes(
-    architecture: Architecture, layout: Layout, width: int, head_dim: int | None
-) -> dict[str, list[int]]:
-    """Return the shapes of all stored parameters with MLPs of `width` and heads of `head_dim`.
-
-    Heads do not change if `head_dim` is None.
-    """
-    shapes = {name: list(p.shape) for name, p in architecture.stored_parameters().items()}
-
-    def narrow(linear: str, axis: int, size: int) -> None:
-        shapes[f"{linear}.weight"][axis] = size
-        if axis == 0 and f"{linear}.bias" in shapes:
-            shapes[f"{linear}.bias"][0] = size
-
-    for mlp in layout.mlps:
-        for name in mlp.inputs:
-            narrow(name, 0, width)
-        narrow(mlp.output, 1, width)
-    if head_dim is not None and isinstance(layout.heads, Heads):
-        for attention in layout.heads.attentions:
-            narrow(attention.q, 0, layout.heads.n_heads * head_dim)
-            narrow(attention.k, 0, layout.heads.n_kv_heads * head_dim)
-            narrow(attention.v, 0, layout.heads.n_kv_heads * head_dim)
-            narrow(attention.o, 1, layout.heads.n_heads * head_dim)
-    return shapes
-
-
-def narrowed_bytes(
-    architecture: Architecture, layout: Layout, width: int, head_dim: int | None
-) -> int:
-    """Return the size of the tensors whose shapes `narrowed_shapes` returns."""
-    stored = architecture.stored_parameters()
-    shapes = narrowed_shapes(architecture, layout, width, head_dim)
-    return sum(math.prod(shape) * stored[name].itemsize for name, shape in shapes.items())
+    return Layout(architecture, mlps, keys[0], width, _find_heads(architecture))
 
 
 def skeleton(architecture: Architecture, config: PreTrainedConfig) -> Any:
     """Build a model of the same class with another config, without weights."""
     with init_empty_weights(include_buffers=False):
         return type(architecture.model)(deepcopy(config))
-
-
-def follows_config(
-    architecture: Architecture, config: PreTrainedConfig, shapes: Mapping[str, list[int]]
-) -> bool:
-    """Return whether a model of this config has parameters of these shapes.
-
-    Some classes ignore parts of their config.
-    """
-    try:
-        state = skeleton(architecture, config).state_dict(keep_vars=True)
-    except Exception:  # modeling code may raise anything for unexpected sizes
-        return False
-    return all(n in state and list(state[n].shape) == shape for n, shape in shapes.items())
 
 
 def _modules_with_linears(layer_name: str, layer: nn.Module) -> Iterator[tuple[str, set[str]]]:

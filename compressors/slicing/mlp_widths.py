@@ -5,29 +5,28 @@ number of steps follows from the budget, before any data is read.
 """
 
 import math
-from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.activation_cache import cache_files
-from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.planning.allocators import lagrangian
-from lrc.compressors.slicing.layout import Layout, Mlp, narrowed_bytes
+from lrc.compressors.slicing.drop import block_influence
+from lrc.compressors.slicing.layout import Layout, Mlp
 from lrc.compressors.slicing.mlp import loss_curve
 from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget
 from lrc.compressors.solvers.linalg import whitening_factor
 from lrc.compressors.solvers.moments import Moment
-from lrc.configs.errors import RecipeError
+from lrc.configs.slice import Modegpt
 
-# Fraction that heads lose relative to MLPs. SmolLM2-135M at 80 % of its bytes: perplexity 43.4 with
-# narrower MLPs alone, 47.2 with heads of 56 instead of 64, 56.8 with heads of 48 (equal fractions);
-# at 60 % 124, 130 and 138. So heads are narrowed last, but before MLPs almost vanish.
-HEAD_SHARE = 0.1
+# Fraction of heads removed per fraction of MLPs. SmolLM2-135M at 80 % of its bytes: perplexity 43.4
+# with narrower MLPs alone, 47.2 with heads of 56 instead of 64, 56.8 with heads of 48 (equal
+# fractions); at 60 % 124, 130 and 138. So heads are narrowed last, but before MLPs almost vanish.
+HEAD_FRACTION = 0.1
 # Epsilon in the paper. SmolLM2-135M at 80 % of its bytes, on 12,288 tokens of C4, evaluated on four
 # windows of its validation split: perplexity 39.03 with equal widths, 36.89 by influence and 38.32
 # by loss curves, which take 60 % of some middle layers; dense 23.95.
@@ -36,27 +35,17 @@ REQUIRED_STATISTICS = frozenset({"inputs", "whole_inputs", "gradients", "whole_g
 
 
 def solve_widths(
-    architecture: Architecture,
-    layout: Layout,
-    head_dim: int | None,
-    multiple: int,
-    budget: Budget,
+    layout: Layout, head_dim: int | None, multiple: int, budget: Budget
 ) -> tuple[int, int | None]:
-    """Return the widths of MLPs and of heads that fit the budget; None leaves heads unchanged.
-
-    Raises
-    ------
-    RecipeError
-        If the smallest widths exceed the budget.
-    """
-    size = partial(narrowed_bytes, architecture, layout)
+    """Return the widths of MLPs and of heads that fit the budget; None leaves heads unchanged."""
+    size = layout.bytes
     dense = size(layout.width, head_dim)
     channel = dense - size(layout.width - 1, head_dim)
     choices: list[int | None] = [None]
     if head_dim is not None:
         dimension = dense - size(layout.width, head_dim - 1)
-        removable = layout.width * channel + HEAD_SHARE * head_dim * dimension
-        kept = 1 - HEAD_SHARE * (dense - budget.bytes) / removable
+        removable = layout.width * channel + HEAD_FRACTION * head_dim * dimension
+        kept = 1 - HEAD_FRACTION * (dense - budget.bytes) / removable
         step = math.lcm(multiple, 2)
         possible = [*range(step, head_dim, step), head_dim]
         nearest = min(possible, key=lambda n: abs(n - kept * head_dim))
@@ -71,33 +60,41 @@ def solve_widths(
     smallest = min(multiple, layout.width)
     least = size(smallest, choices[-1])
     heads = "" if head_dim is None else f" and heads of {choices[-1]}"
-    raise RecipeError(
-        [
-            f"{budget.where}: must be at least {least / budget.dense_bytes:.3f} of the bytes, for "
-            f"MLPs of {smallest} channels{heads}, the smallest; got {budget.bytes:,} of "
-            f"{budget.dense_bytes:,} bytes; raise it, or slice with 'drop', which removes whole "
-            "layers"
-        ]
+    raise budget.refusal(
+        f"must be at least {least / budget.dense_bytes:.3f} of the bytes, for MLPs of {smallest} "
+        f"channels{heads}, the smallest; got {budget.bytes:,} of {budget.dense_bytes:,} bytes; "
+        "raise it, or slice with 'drop', which removes whole layers"
     )
 
 
-def affordable_steps(
-    architecture: Architecture,
-    layout: Layout,
-    width: int,
-    head_dim: int | None,
-    multiple: int,
-    budget: Budget,
-) -> int:
-    """Return how many steps of `multiple` channels all MLPs together can keep.
-
-    `width` and `head_dim` are widths that fit the budget.
-    """
+def even_widths(
+    layout: Layout, width: int, head_dim: int | None, multiple: int, budget: Budget
+) -> list[int]:
+    """Return MLP widths that use the budget up, given common widths that fit it."""
     n_layers = len(layout.mlps)
-    size = narrowed_bytes(architecture, layout, width, head_dim)
-    channel = (size - narrowed_bytes(architecture, layout, width - 1, head_dim)) // n_layers
+    size = layout.bytes(width, head_dim)
+    channel = (size - layout.bytes(width - 1, head_dim)) // n_layers
     channels = n_layers * width + (budget.bytes - size) // channel
-    return min(channels // multiple, n_layers * (layout.width // multiple))
+    steps = min(channels // multiple, n_layers * (layout.width // multiple))
+    return [multiple * count for count in evenly(steps, n_layers)]
+
+
+def allocate_widths(
+    context: SliceContext, options: Modegpt, layout: Layout, planned: Mapping[str, Sequence[int]]
+) -> tuple[list[int], dict[str, Any]]:
+    """Distribute the channels of planned shapes by calibration; return widths and facts."""
+    multiple, facts = options.width_multiple, dict[str, Any]()
+    most = layout.width // multiple
+    widths = [planned.get(mlp.output, [0, layout.width])[1] for mlp in layout.mlps]
+    steps = sum(widths) // multiple
+    if options.allocation == "influence":
+        facts["influence"] = block_influence(context)
+        counts = by_influence(facts["influence"], steps, most)
+    else:
+        curves = mlp_loss_curves(context, layout.mlps, damp=options.damp)
+        at = torch.arange(1, most + 1) * multiple - 1
+        counts = by_curves([curve[at] for curve in curves], steps)
+    return [multiple * count for count in counts], facts
 
 
 def evenly(steps: int, n_layers: int) -> list[int]:
@@ -109,25 +106,12 @@ def evenly(steps: int, n_layers: int) -> list[int]:
 def by_influence(influence: Sequence[float], steps: int, most: int) -> list[int]:
     """Remove most steps from the layers that change their input least.
 
-    Parameters
-    ----------
-    influence : sequence of float
-        One minus the mean cosine between a layer's input and output.
-    steps : int
-        Total to keep, in ``[n_layers, n_layers * most]``.
-    most : int
-        Steps of a dense layer. Each layer keeps at least one.
+    `influence` is one minus the mean cosine between a layer's input and output. Of `most` steps
+    each layer keeps at least one, and all layers together keep `steps`.
 
-    Notes
-    -----
     A layer loses the fraction ``softmax(-influence / TEMPERATURE)`` of what is removed, the
-    maximiser of kept influence plus entropy in [1]_. What exceeds a whole layer is removed from the
-    others in the same proportions.
-
-    References
-    ----------
-    .. [1] C.-H. Lin et al., "MoDeGPT: Modular Decomposition for Large Language Model Compression",
-       ICLR 2025. https://arxiv.org/abs/2408.09632
+    maximiser of kept influence plus entropy in MoDeGPT. What exceeds a whole layer is removed from
+    the others in the same proportions.
     """
     n_layers = len(influence)
     fractions = torch.softmax(-torch.tensor(influence, dtype=torch.float64) / TEMPERATURE, dim=0)
@@ -143,14 +127,9 @@ def by_influence(influence: Sequence[float], steps: int, most: int) -> list[int]
 
 
 def by_curves(curves: Sequence[Tensor], steps: int) -> list[int]:
-    """Remove steps where the loss rises least.
+    """Remove steps where the loss rises least; all layers together keep `steps`.
 
-    Parameters
-    ----------
-    curves : sequence of Tensor, shape [most]
-        Loss of each layer with 1, 2, ..., `most` steps, in the same unit for all layers.
-    steps : int
-        Total to keep.
+    `curves` are the losses [most] of each layer with 1, 2, ..., `most` steps, in one unit.
     """
     counts = range(1, len(curves[0]) + 1)
     candidates = [

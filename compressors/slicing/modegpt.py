@@ -4,99 +4,81 @@ Linears are narrowed jointly: those that produce channels lose rows, and the lin
 loses columns and is refitted. No matrices are added.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
 from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.layers.model_shapes import SHAPES, shapes_of
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.slicing.drop import block_influence
 from lrc.compressors.slicing.head_statistics import collect_head_statistics
 from lrc.compressors.slicing.heads import choose_pairs
-from lrc.compressors.slicing.layout import (
-    Heads,
-    Layout,
-    find_layout,
-    follows_config,
-    mlp_shapes,
-    narrowed_shapes,
-    skeleton,
-)
-from lrc.compressors.slicing.mlp_widths import (
-    affordable_steps,
-    by_curves,
-    by_influence,
-    evenly,
-    mlp_loss_curves,
-    solve_widths,
-)
+from lrc.compressors.slicing.layout import Heads, Layout, find_layout, skeleton
+from lrc.compressors.slicing.mlp_widths import allocate_widths, even_widths, solve_widths
 from lrc.compressors.slicing.rope import table_parameters
 from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
 from lrc.compressors.slicing.slice_writer import NarrowHeads, SliceWriter
-from lrc.configs.errors import RecipeError
 from lrc.configs.slice import Modegpt as Options
-from lrc.configs.slice import SliceBase
 
+OTHERWISE = "slice with 'drop' or 'slicegpt', or decompose without slicing"
 TOKENS_PER_CHANNEL = 8
 # Gradients take one pass forward, another one forward again, and two backward.
 ALLOCATION_PASSES = {"influence": 1.0, "lagrangian": 4.0}
 
 
-class Modegpt(SliceMethod):
-    """Remove channels inside attention and MLPs."""
+class Modegpt(SliceMethod[Options]):
+    """Remove channels inside attention and MLPs.
 
-    source = "https://arxiv.org/abs/2408.09632"
+    References
+    ----------
+    C.-H. Lin et al., "MoDeGPT: Modular Decomposition for Large Language Model Compression", ICLR
+    2025. https://arxiv.org/abs/2408.09632
+    """
 
     def plan(
-        self, architecture: Architecture, options: SliceBase, budget: Budget
+        self, architecture: Architecture, options: Options, budget: Budget
     ) -> PreTrainedConfig:
         """Return a config with heads near their target size and the widest MLPs that then fit."""
-        assert isinstance(options, Options)
         layout = find_layout(architecture)
         if isinstance(layout, str):
-            raise _refusal(budget, f"'modegpt' narrows MLPs, which this model prevents: {layout}")
+            raise budget.refusal(
+                f"'modegpt' narrows MLPs, which this model prevents: {layout}; {OTHERWISE}"
+            )
         multiple = options.width_multiple
         attempts: list[int | None] = [None]
         if options.heads and isinstance(layout.heads, Heads):
             attempts.insert(0, layout.heads.head_dim)
         for head_dim in attempts:
-            width, narrower = solve_widths(architecture, layout, head_dim, multiple, budget)
+            width, narrower = solve_widths(layout, head_dim, multiple, budget)
             config: PreTrainedConfig = deepcopy(architecture.model.config)
             setattr(config, layout.width_key, width)
             if narrower is not None and narrower != head_dim:
                 assert isinstance(layout.heads, Heads)
                 # Calibration will choose the pairs; any will do for later stages to plan on.
                 _set_head_dim_(config, layout.heads, range(narrower // 2))
-            shapes = narrowed_shapes(architecture, layout, width, narrower)
-            if not follows_config(architecture, config, shapes):
+            if not layout.fits(config, width, narrower):
                 continue
             if options.uniform or layout.width < multiple:
                 return config
-            steps = affordable_steps(architecture, layout, width, narrower, multiple, budget)
+            widths = even_widths(layout, width, narrower, multiple, budget)
             setattr(config, layout.width_key, layout.width)
-            widths = [multiple * count for count in evenly(steps, len(layout.mlps))]
-            return _with_widths(architecture, layout, config, widths)
-        raise _refusal(
-            budget,
+            return _with_widths(layout, config, widths)
+        raise budget.refusal(
             f"{type(architecture.model).__name__} does not take the width of its MLPs from "
-            f"{layout.width_key} in its config",
+            f"{layout.width_key} in its config; {OTHERWISE}"
         )
 
-    def pending(self, options: SliceBase, config: PreTrainedConfig) -> str | None:
+    def pending(self, options: Options, config: PreTrainedConfig) -> str | None:
         """Describe the widths that calibration will choose, if layers may differ in width."""
-        assert isinstance(options, Options)
         if not shapes_of(config):
             return None
         return f"the {options.allocation} allocation will choose the width of each layer's MLP"
 
-    def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
+    def passes(self, options: Options, config: PreTrainedConfig) -> float:
         """Count the passes of allocation, head statistics, and refits with two models."""
-        assert isinstance(options, Options)
         allocation = ALLOCATION_PASSES[options.allocation] if shapes_of(config) else 0.0
         return allocation + (7.0 if options.heads else 5.0)
 
@@ -110,10 +92,9 @@ class Modegpt(SliceMethod):
         return TOKENS_PER_CHANNEL * layout.width if isinstance(layout, Layout) else 0
 
     def apply(
-        self, context: SliceContext, options: SliceBase, config: PreTrainedConfig
+        self, context: SliceContext, options: Options, config: PreTrainedConfig
     ) -> SlicedModel:
         """Choose widths and rotary pairs, then slice one layer after another."""
-        assert isinstance(options, Options)
         layout = find_layout(context.architecture)
         assert isinstance(layout, Layout), "it was planned"
         width, head_dim = getattr(config, layout.width_key), getattr(config, "head_dim", None)
@@ -122,9 +103,9 @@ class Modegpt(SliceMethod):
         config = deepcopy(context.architecture.model.config)
         facts: dict[str, Any] = {layout.width_key: [layout.width, width]}
         if planned:
-            widths, chosen = _allocate(context, options, layout, planned)
+            widths, chosen = allocate_widths(context, options, layout, planned)
             facts |= {layout.width_key: [layout.width, widths], **chosen}
-            config = _with_widths(context.architecture, layout, config, widths)
+            config = _with_widths(layout, config, widths)
         else:
             widths = [width] * len(layout.mlps)
             setattr(config, layout.width_key, width)
@@ -144,10 +125,7 @@ class Modegpt(SliceMethod):
 def _choose_heads_(
     context: SliceContext, config: PreTrainedConfig, heads: Heads, head_dim: int, damp: float
 ) -> tuple[NarrowHeads, float]:
-    """Choose the rotary pairs of heads of a new size, and write both into the config.
-
-    Returns also the fraction of the variance of the scores that is lost.
-    """
+    """Choose the rotary pairs of narrower heads, and write size and pairs into the config."""
     known, count = collect_head_statistics(context, heads), head_dim // 2
     pairs, turns, lost = choose_pairs(known.scores, count, damp=damp)
     turns = turns.view(len(heads.attentions), heads.n_heads, count)
@@ -172,38 +150,9 @@ def _set_head_dim_(config: Any, heads: Heads, pairs: Sequence[int]) -> None:
 
 
 def _with_widths(
-    architecture: Architecture, layout: Layout, config: PreTrainedConfig, widths: Sequence[int]
+    layout: Layout, config: PreTrainedConfig, widths: Sequence[int]
 ) -> PreTrainedConfig:
     """Return a config with a table of the widths of MLPs."""
     changed: PreTrainedConfig = deepcopy(config)
-    changed.quantization_config = quantization_config(
-        {}, {SHAPES: mlp_shapes(architecture, layout, widths)}
-    )
+    changed.quantization_config = quantization_config({}, {SHAPES: layout.linear_shapes(widths)})
     return changed
-
-
-def _allocate(
-    context: SliceContext,
-    options: Options,
-    layout: Layout,
-    planned: Mapping[str, Sequence[int]],
-) -> tuple[list[int], dict[str, Any]]:
-    """Distribute the planned channels over the layers; return their widths and facts."""
-    most = layout.width // options.width_multiple
-    widths = [planned.get(mlp.output, [0, layout.width])[1] for mlp in layout.mlps]
-    steps = sum(widths) // options.width_multiple
-    facts: dict[str, Any] = {}
-    if options.allocation == "influence":
-        facts["influence"] = block_influence(context)
-        counts = by_influence(facts["influence"], steps, most)
-    else:
-        curves = mlp_loss_curves(context, layout.mlps, damp=options.damp)
-        at = torch.arange(1, most + 1) * options.width_multiple - 1
-        counts = by_curves([curve[at] for curve in curves], steps)
-    return [options.width_multiple * count for count in counts], facts
-
-
-def _refusal(budget: Budget, reason: str) -> RecipeError:
-    return RecipeError(
-        [f"{budget.where}: {reason}; slice with 'drop' or 'slicegpt', or decompose without slicing"]
-    )

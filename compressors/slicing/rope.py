@@ -48,18 +48,9 @@ def table_parameters(
 ) -> dict[str, Any]:
     """Return ``rope_parameters`` whose table contains the frequencies of the kept pairs.
 
-    Parameters
-    ----------
-    parameters : dict
-        ``rope_parameters`` of the source, whose base is kept.
-    inverse : Tensor, shape [head_dim / 2]
-        Inverse frequencies of the source, with any fixed scaling.
-    pairs : sequence of int
-        The kept pairs, ascending. If all are kept, the parameters do not change.
-    scale : float
-        Factor of cos and sin in the source (1 except for yarn).
-    max_positions : int
-        Value in the config. Longer texts use the long factors, which are the same.
+    The base in `parameters` of the source is kept. `inverse` [head_dim / 2] are its frequencies
+    under any fixed scaling, `scale` is the factor of its cos and sin (1 except for yarn). Texts
+    longer than `max_positions` use the long factors, which are the same.
     """
     if len(pairs) == len(inverse):
         return dict(parameters)

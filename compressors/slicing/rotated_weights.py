@@ -9,7 +9,7 @@ With one basis per block, the residual branch of a block is multiplied by ``S = 
 most of the savings.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -24,6 +24,7 @@ from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.families import Family
 from lrc.compressors.slicing.layout import skeleton
 from lrc.compressors.slicing.slice_context import SliceContext
+from lrc.compressors.slicing.stream_bases import StreamBases
 
 ROWS = 8192  # of a matrix that are converted to float64 at a time: embeddings are large
 
@@ -101,25 +102,13 @@ def rotated_tensors(
     context: SliceContext,
     family: Family,
     config: PreTrainedConfig,
+    bases: StreamBases,
     *,
-    basis: Callable[[int], Tensor],
-    shortcut: Callable[[int], Tensor] | None = None,
-    stream_scale: float = 1.0,
+    stream_scale: float,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the sliced model in the order of its parameters.
+    """Yield the tensors of the sliced model of a config, in the order of its parameters.
 
-    Parameters
-    ----------
-    context : SliceContext
-    family : Family
-    config : PreTrainedConfig
-        Config of the sliced model.
-    basis : callable
-        Returns the basis [D, k] before a block, float64; after the last block, that of the head.
-    shortcut : callable, optional
-        Returns the factor F [k, rank] of the shortcut of a block.
-    stream_scale : float
-        Factor of the stream. Linears that read it divide by the factor.
+    The stream is multiplied by `stream_scale`, and the linears that read it divide by the factor.
     """
     roles = StreamParameters(context.architecture, family)
     small = skeleton(context.architecture, config)
@@ -135,22 +124,24 @@ def rotated_tensors(
         if leaf == "bias":
             shift = read(f"{reader}.weight").double() @ read(f"{norm}.bias").double()  # [d_out]
             return read(name).double() + shift if name in roles.dense else shift
-        Q = basis(roles.basis_of_norm[norm])
+        Q = bases.basis(roles.basis_of_norm[norm])
         if f"{norm}.weight" in roles.dense:
             Q = (read(f"{norm}.weight").double() + family.weight_offset)[:, None] * Q
         return _matmul(read(name), Q / stream_scale)  # [d_out, k]
 
     def written(index: int) -> Tensor:
         """Return a basis for the writers; it subtracts the mean where the norms would."""
-        Q = basis(index)
+        Q = bases.basis(index)
         return (Q - Q.mean(0, keepdim=True) if family.layer_norm else Q) * stream_scale
 
-    for name, like in small.state_dict(keep_vars=True).items():
+    stored = small.state_dict(keep_vars=True)
+    last = next(reversed(stored))
+    for name, like in stored.items():
         module, _, leaf = name.rpartition(".")
         if leaf == "shortcut":
-            assert shortcut is not None
-            made = shortcut(roles.basis_of_norm[module])
-        elif module in roles.basis_of_norm:  # fused
+            assert bases.shortcut is not None
+            made = bases.shortcut(roles.basis_of_norm[module])
+        elif module in roles.basis_of_norm:  # its weight is fused into the linears that read it
             made = torch.ones(like.shape)
         elif module in roles.norm_of and (
             leaf == "weight" or f"{roles.norm_of[module]}.bias" in roles.dense
@@ -165,6 +156,8 @@ def rotated_tensors(
             made = made.reshape(-1, *W.shape[1:])
         else:
             made = read(name)
+        if name == last:
+            bases.release()
         dtype = roles.dense[name].dtype if name in roles.dense else new_dtype
         yield name, made.to(dtype).cpu().contiguous()
 

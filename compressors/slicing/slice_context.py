@@ -16,6 +16,7 @@ from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.solvers.linalg import tensor_cores
+from lrc.configs.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,22 @@ class SliceContext:
     labels: Labels = "model"
     """Labels of the loss whose gradients are taken."""
 
+    def buffer(self, name: str, shape: tuple[int, int, int]) -> Tensor:
+        """Return a float32 buffer on the device, in memory or on disk, within the memory limit."""
+        return ActivationCache(self.journal, name, shape, self.memory_limit_gib, self.device).tensor
+
     def allow_tf32(self) -> AbstractContextManager[None]:
         """Allow TF32 matrix products on CUDA devices within a context."""
         return tensor_cores() if self.device.startswith("cuda") else nullcontext()
+
+
+def check_finite(value: Tensor | float, what: str) -> None:
+    """Raise a ModelError if a value is not finite; `what` names it, and where it was computed."""
+    if not bool(torch.as_tensor(value).isfinite().all()):
+        raise ModelError(
+            f"model: {what} is not finite on the calibration text; the weights are "
+            "damaged or overflow: check the source model"
+        )
 
 
 @dataclass(frozen=True)
@@ -64,12 +78,9 @@ class LayerSweep:
         with stream.around_layers():
             calls = stream.trace(tokens, batch)
             shape = (tokens.shape[0], tokens.shape[1], stream.embed(tokens[:1]).shape[-1])
-            states = ActivationCache(
-                context.journal, "states", shape, context.memory_limit_gib, device
-            ).tensor
-            sweep = cls(context, tokens, stream, calls, states, batch)
+            sweep = cls(context, tokens, stream, calls, context.buffer("states", shape), batch)
             for rows in sweep.batches():
-                states[rows] = stream.embed(tokens[rows])
+                sweep.states[rows] = stream.embed(tokens[rows])
         return sweep
 
     def batches(self) -> Iterator[slice]:

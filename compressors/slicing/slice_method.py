@@ -2,21 +2,24 @@
 
 A method first plans the config of the smaller model from shapes alone, so that later stages can be
 planned before any weight is read. It then computes the tensors of a checkpoint with that config.
-Shapes that config.json cannot describe are stored in tables inside it, see `layers.model_shapes`.
-Widths that depend on calibration are planned evenly at the same total size.
+Shapes that config.json cannot describe are stored in tables inside it, see `layers.model_shapes`. Widths
+that depend on calibration are planned evenly at the same total size.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.slice_context import SliceContext
+from lrc.configs.errors import RecipeError
 from lrc.configs.slice import SliceBase
+
+OptionsT = TypeVar("OptionsT", bound=SliceBase)
 
 
 @dataclass(frozen=True)
@@ -28,32 +31,33 @@ class Budget:
     bytes: int
     dense_bytes: int
 
+    def refusal(self, reason: str) -> RecipeError:
+        """Return the error for a budget that cannot be met."""
+        return RecipeError([f"{self.where}: {reason}"])
+
 
 @dataclass(frozen=True)
 class SlicedModel:
     """The config and the tensors of the smaller model."""
 
     config: PreTrainedConfig
-    """The planned config, completed by values that calibration determines. Shapes are as planned
-    unless the method reported them as pending."""
+    """The planned config, completed by what calibration determines."""
     tensors: Iterator[tuple[str, Tensor]]
-    """Names and values of all stored parameters in the order of the model's `stored_parameters`,
-    on the CPU and at the precision of the source."""
+    """All stored parameters in the order of `stored_parameters`, on the CPU, at the precision of
+    the source."""
     facts: dict[str, Any] = field(default_factory=dict)
     """JSON values for the report; complete once all tensors have been read."""
 
 
-class SliceMethod(ABC):
+class SliceMethod(ABC, Generic[OptionsT]):
     """A slicing method; an entry of the METHODS table."""
 
-    source: str
-    """Reference to the paper."""
     reads_text: bool = True
     """Whether the method reads calibration text."""
 
     @abstractmethod
     def plan(
-        self, architecture: Architecture, options: SliceBase, budget: Budget
+        self, architecture: Architecture, options: OptionsT, budget: Budget
     ) -> PreTrainedConfig:
         """Return the config of the largest smaller model within the budget.
 
@@ -63,23 +67,20 @@ class SliceMethod(ABC):
             If the method does not support the architecture, or no model fits the budget.
         """
 
-    def pending(self, options: SliceBase, config: PreTrainedConfig) -> str | None:
-        """Describe the shapes of a planned config that calibration will choose, if any.
-
-        Their total size is fixed by the plan.
-        """
+    def pending(self, options: OptionsT, config: PreTrainedConfig) -> str | None:
+        """Describe the shapes of a planned config that calibration will choose, if any."""
         return None
 
     def recommended_tokens(self, architecture: Architecture) -> int:
         """Return the number of calibration tokens below which quality suffers."""
         return 0
 
-    def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
+    def passes(self, options: OptionsT, config: PreTrainedConfig) -> float:
         """Return the approximate number of forward passes over the text, to estimate the time."""
         return 1.0
 
     @abstractmethod
     def apply(
-        self, context: SliceContext, options: SliceBase, config: PreTrainedConfig
+        self, context: SliceContext, options: OptionsT, config: PreTrainedConfig
     ) -> SlicedModel:
         """Slice the model of the context to the planned config."""

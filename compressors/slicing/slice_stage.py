@@ -35,18 +35,7 @@ def plan_slices(
 ) -> tuple[list[SliceRecord], list[PreTrainedConfig], Architecture]:
     """Plan every slicing stage on the result of the one before it, without reading weights.
 
-    Returns
-    -------
-    records : list of SliceRecord
-    configs : list of PreTrainedConfig
-        Config of the model after each stage.
-    architecture : Architecture
-        Architecture after the last stage.
-
-    Raises
-    ------
-    RecipeError
-        If a method refuses its budget or the architecture, or a stage would change nothing.
+    Returns a record and a config for each stage, and the architecture after the last one.
     """
     records: list[SliceRecord] = []
     configs: list[PreTrainedConfig] = []
@@ -67,9 +56,7 @@ def plan_slices(
         after = WholeModel(architecture.stored_parameters())
         assert after.bytes <= budget.bytes, f"{options.method} planned beyond its budget"
         if after.bytes == before.bytes:
-            raise RecipeError(
-                [f"{budget.where}: allows the whole model, so nothing would be removed; lower it"]
-            )
+            raise budget.refusal("allows the whole model, so nothing would be removed; lower it")
         records.append(
             SliceRecord(
                 stage=number,
@@ -137,10 +124,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def config_changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, list[Any]]:
-    """Return the config keys that differ, each with its values before and after.
-
-    The tables of shapes that the config cannot describe count as keys.
-    """
+    """Return the config keys and tables that differ, each with its values before and after."""
     before, after = (
         {k: v for k, v in config.to_dict().items() if k not in PROVENANCE} | tables_of(config)
         for config in (old, new)

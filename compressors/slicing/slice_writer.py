@@ -54,16 +54,7 @@ class NarrowHeads:
 class SliceWriter:
     """Compute the tensors of a model with narrower MLPs and heads.
 
-    Parameters
-    ----------
-    context : SliceContext
-    mlps : list of Mlp
-        One per layer.
-    widths : list of int
-        New width of each MLP.
-    narrow_heads : NarrowHeads or None
-        None leaves attention unchanged.
-    damp : float
+    `mlps` and `widths` have one entry per layer. Without `narrow_heads` attention does not change.
     """
 
     def __init__(
@@ -94,72 +85,55 @@ class SliceWriter:
             device=context.device,
             memory_limit_gib=context.memory_limit_gib,
         )
-        sliced: dict[str, Tensor] = {}
+        self._sliced: dict[str, Tensor] = {}
         done = 0
         for name in self._parameters:
             if done < len(names) and name.startswith(f"{names[done]}."):
-                sliced = self._slice_layer(done)
+                self._slice_layer(done)
                 done += 1
                 context.on_step("slice", done, len(names))
-            yield name, sliced.pop(name) if name in sliced else context.reader.read(name)
+            sliced = self._sliced.pop(name, None)
+            yield name, context.reader.read(name) if sliced is None else sliced
 
     @torch.no_grad()
-    def _slice_layer(self, index: int) -> dict[str, Tensor]:
-        facts: dict[str, Any] = {"layer": index}
-        result: dict[str, Tensor] = {}
+    def _slice_layer(self, index: int) -> None:
+        self._sliced = {}
+        self.facts.append({"layer": index})
         if self._narrow_heads is not None:
             attention = self._narrow_heads.heads.attentions[index]
-            self._slice_queries_and_keys(index, attention, self._narrow_heads, result)
-            self._slice_values_and_output(index, attention, self._narrow_heads, result, facts)
-        self._slice_mlp(index, self._mlps[index], result, facts)
+            self._slice_queries_and_keys(index, attention, self._narrow_heads)
+            self._slice_values_and_output(index, attention, self._narrow_heads)
+        self._slice_mlp(index, self._mlps[index])
         self._prefix.advance(index)
-        self.facts.append(facts)
-        return {name: tensor.to("cpu") for name, tensor in result.items()}
 
-    def _slice_mlp(
-        self, layer: int, mlp: Mlp, result: dict[str, Tensor], facts: dict[str, Any]
-    ) -> None:
+    def _slice_mlp(self, layer: int, mlp: Mlp) -> None:
         W, _ = self._read(mlp.output)
-        target, H = self._refit(layer, mlp.output, W, W, facts)
+        target, H = self._refit(layer, mlp.output, W, W)
         narrowed = narrow(target, H, self._widths[layer], damp=self._damp)
-        facts["lost_mlp"] = narrowed.lost
-        if narrowed.fallback:
-            facts["fallback_mlp"] = narrowed.fallback
+        self.facts[-1]["lost_mlp"] = narrowed.lost
+        self._note_fallback("mlp", narrowed.fallback)
         small = narrowed.W.to(W.dtype)
         self._prefix.replace(mlp.output, torch.zeros_like(W).index_copy(1, narrowed.kept, small))
-        result[f"{mlp.output}.weight"] = small
+        self._put(mlp.output, (small, None))
         for name in mlp.inputs:
-            _put(result, name, _map(lambda t: t[narrowed.kept], self._read(name)))
+            self._put(name, _map(lambda t: t[narrowed.kept], self._read(name)))
 
-    def _slice_queries_and_keys(
-        self, layer: int, attention: Attention, narrow: NarrowHeads, result: dict[str, Tensor]
-    ) -> None:
-        h, pairs, turns, gain = (
-            narrow.heads.head_dim,
-            narrow.pairs,
-            narrow.turns[layer],
-            narrow.gain,
-        )
-        dimensions = pair_dimensions(pairs, h)
-        q = _map(
-            lambda t: (gain * turn_queries(t, pairs, turns, h)).to(t.dtype), self._read(attention.q)
-        )
-        _put(result, attention.q, q)
-        _put(result, attention.k, _map(lambda t: take(t, dimensions, h), self._read(attention.k)))
+    def _slice_queries_and_keys(self, layer: int, attention: Attention, new: NarrowHeads) -> None:
+        h, gain, turns = new.heads.head_dim, new.gain, new.turns[layer]
+        dimensions = pair_dimensions(new.pairs, h)
+
+        def turn(t: Tensor) -> Tensor:
+            return (gain * turn_queries(t, new.pairs, turns, h)).to(t.dtype)
+
+        q = _map(turn, self._read(attention.q))
+        self._put(attention.q, q)
+        self._put(attention.k, _map(lambda t: take(t, dimensions, h), self._read(attention.k)))
         # In the simulation the queries of removed pairs are zero.
-        self._prefix.replace(
-            attention.q, *_map(lambda t: spread(t.double() / gain, dimensions, h), q)
-        )
+        wide = _map(lambda t: spread(t.double() / gain, dimensions, h), q)
+        self._prefix.replace(attention.q, *wide)
 
-    def _slice_values_and_output(
-        self,
-        layer: int,
-        attention: Attention,
-        narrow: NarrowHeads,
-        result: dict[str, Tensor],
-        facts: dict[str, Any],
-    ) -> None:
-        heads, rank = narrow.heads, 2 * len(narrow.pairs)
+    def _slice_values_and_output(self, layer: int, attention: Attention, new: NarrowHeads) -> None:
+        heads, rank = new.heads, 2 * len(new.pairs)
         h, group = heads.head_dim, heads.n_heads // heads.n_kv_heads
         W_o, _ = self._read(attention.o)
         first = torch.arange(rank, device=W_o.device)
@@ -168,36 +142,28 @@ class SliceWriter:
         for index in range(heads.n_kv_heads):
             stacked = readers[:, index].transpose(0, 1).flatten(0, 1)  # [group * d, h]
             P, V, fraction, fallback = value_output(
-                stacked, narrow.values[layer, index], rank, damp=self._damp
+                stacked, new.values[layer, index], rank, damp=self._damp
             )
             projections.append(P)
             outputs += [block.T for block in V.chunk(group)]  # [rank, d]
             lost += fraction / heads.n_kv_heads
-            if fallback:
-                facts["fallback_values"] = fallback
-        facts["lost_values"] = lost
+            self._note_fallback("values", fallback)
+        self.facts[-1]["lost_values"] = lost
         P_all = torch.stack(projections)  # [n_kv_heads, rank, h]
         v = _map(lambda t: project(t, P_all).to(t), self._read(attention.v))
-        _put(result, attention.v, v)
+        self._put(attention.v, v)
         self._prefix.replace(attention.v, *_map(lambda t: spread(t, first, h), v))
 
         V_all = spread(torch.cat(outputs), first, h).T  # [d, n_heads * h]
-        target, _ = self._refit(layer, attention.o, W_o, V_all, facts)
+        target, _ = self._refit(layer, attention.o, W_o, V_all)
         kept = take(target.T, first, h).to(W_o.dtype)  # [n_heads * rank, d]
-        result[f"{attention.o}.weight"] = kept.T.contiguous()
+        self._put(attention.o, (kept.T, None))
         self._prefix.replace(attention.o, spread(kept, first, h).T)
 
-    def _refit(
-        self, layer: int, linear: str, W: Tensor, V: Tensor, facts: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def _refit(self, layer: int, linear: str, W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         """Refit V on the sliced model's inputs to the dense model's output with W.
 
-        Returns
-        -------
-        target : Tensor, shape [d_out, d_in]
-            The refitted weight, in float64.
-        H : Tensor, shape [d_in, d_in]
-            Second moment per token of the sliced model's inputs.
+        Returns the weight [d_out, d_in] and the second moment [d_in, d_in] per token of the inputs.
         """
         found = self._prefix.measure(layer, [linear], deficit=True)
         H, cross = found.H.double() / self._n_tokens, found.cross.double() / self._n_tokens
@@ -209,9 +175,17 @@ class SliceWriter:
         target, fallback = refit_target(
             V, H, cross, mix=MIX, damp=self._damp, deficit=deficit, residual=1.0
         )
-        if fallback:
-            facts[f"fallback_{linear.rpartition('.')[2]}"] = fallback
+        self._note_fallback(linear.rpartition(".")[2], fallback)
         return target, H
+
+    def _note_fallback(self, part: str, fallback: str | None) -> None:
+        if fallback:
+            self.facts[-1][f"fallback_{part}"] = fallback
+
+    def _put(self, linear: str, parts: WeightAndBias) -> None:
+        for leaf, tensor in zip(("weight", "bias"), parts, strict=True):
+            if tensor is not None:
+                self._sliced[f"{linear}.{leaf}"] = tensor.contiguous().cpu()
 
     def _read(self, linear: str) -> WeightAndBias:
         reader, bias, device = self._context.reader, f"{linear}.bias", self._context.device
@@ -222,9 +196,3 @@ class SliceWriter:
 def _map(change: Callable[[Tensor], Tensor], parts: WeightAndBias) -> WeightAndBias:
     weight, bias = parts
     return change(weight), None if bias is None else change(bias)
-
-
-def _put(result: dict[str, Tensor], linear: str, parts: WeightAndBias) -> None:
-    for leaf, tensor in zip(("weight", "bias"), parts, strict=True):
-        if tensor is not None:
-            result[f"{linear}.{leaf}"] = tensor.contiguous()

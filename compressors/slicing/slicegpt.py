@@ -13,13 +13,11 @@ its squares by k. The stream therefore carries ``y = sqrt(k / D) z``: then
 linears the same error.
 """
 
-import copy
 import math
-from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lrc.compressors.layers.model_shapes import SHAPES, tables_of
@@ -32,53 +30,34 @@ from lrc.compressors.slicing.rotated_weights import (
 )
 from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
-from lrc.compressors.slicing.stream_bases import (
-    ROTATIONS,
-    find_block_bases,
-    kept_energy,
-    principal_axes,
-    read_basis,
-    read_shortcut,
-    stream_moment,
-)
+from lrc.compressors.slicing.stream_bases import find_basis, find_block_bases
 from lrc.configs.errors import ModelError, RecipeError
-from lrc.configs.slice import SliceBase
 from lrc.configs.slice import Slicegpt as Options
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose stock classes can load a sliced model: RMSNorm, and `head_dim` in the config."""
 
 
-class Slicegpt(SliceMethod):
+class Slicegpt(SliceMethod[Options]):
     """Keep the principal components of the residual stream.
 
-    The paper [1]_ uses one rotation per block. For a single rotation the second moment is summed
-    over the inputs of all norms, with each token divided by its root mean square, because that is
-    what the linears after a norm receive. The plain sum is dominated by the last layers and by few
+    The paper uses one rotation per block. For a single rotation the second moment is summed over
+    the inputs of all norms, with each token divided by its root mean square, because that is what
+    the linears after a norm receive. The plain sum is dominated by the last layers and by few
     tokens with states a hundred times as large: the first 24 of the 61 norms of SmolLM2-135M
-    contribute less than 0.1 % of it. With 504 (432) of its 576 dimensions, perplexity on
-    python-docs is 28.97 (64.32) for the plain sum and 25.46 (44.34) for normalised tokens; dense it
-    is 18.17.
+    contribute less than 0.1 %. With 504 (432) of its 576 dimensions, perplexity on python-docs is
+    28.97 (64.32) for the plain sum and 25.46 (44.34) for normalised tokens; dense it is 18.17.
 
     References
     ----------
-    .. [1] S. Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and
-       Columns", ICLR 2024. https://arxiv.org/abs/2401.15024
+    S. Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns",
+    ICLR 2024. https://arxiv.org/abs/2401.15024
     """
 
-    source = "SliceGPT, ICLR 2024, https://arxiv.org/abs/2401.15024"
-
     def plan(
-        self, architecture: Architecture, options: SliceBase, budget: Budget
+        self, architecture: Architecture, options: Options, budget: Budget
     ) -> PreTrainedConfig:
-        """Return the config of the widest smaller model within the budget.
-
-        Raises
-        ------
-        RecipeError
-            If the architecture is not supported, no width fits, or the model would only grow.
-        """
-        assert isinstance(options, Options)
+        """Return the config of the widest smaller model within the budget."""
         config, per_block = architecture.model.config, options.rotations == "block"
         family = _find_family(architecture, budget, plain=not per_block)
         roles = StreamParameters(architecture, family)
@@ -91,88 +70,46 @@ class Slicegpt(SliceMethod):
         if not widths:
             least, untied = min(step, D), ""
             if roles.unties_head:
-                untied = (
-                    f", the sliced one has {size(D)} at the full width of {D}: slicing unties the "
-                    "head"
-                )
-            raise RecipeError(
-                [
-                    f"{budget.where}: at most {budget.bytes} bytes are allowed, but the model has "
-                    f"{size(least)} at its smallest width of {least} (a multiple of {step}); the "
-                    f"dense model has {budget.dense_bytes} bytes{untied}; allow more bytes, or "
-                    "slice with 'drop'"
-                ]
+                untied = f"; with an untied head it has {size(D)} at the full width of {D}"
+            raise budget.refusal(
+                f"at most {budget.bytes} bytes are allowed, but the model has {size(least)} at its "
+                f"smallest width of {least} (a multiple of {step}); the dense model has "
+                f"{budget.dense_bytes} bytes{untied}; allow more bytes, or slice with 'drop'"
             )
         k = widths[-1]
         if size(k) > budget.dense_bytes:
-            raise RecipeError(
-                [
-                    f"{budget.where}: the model would only grow: the dense model has "
-                    f"{budget.dense_bytes} bytes; sliced it needs a separate head, and has "
-                    f"{size(k)} at {k} of {D}, its widest within {budget.bytes}; allow at "
-                    f"most {budget.dense_bytes} bytes, or slice with 'modegpt' or 'drop', which "
-                    "keep the head tied"
-                ]
+            raise budget.refusal(
+                "the model would only grow: slicing unties the head; the dense model has "
+                f"{budget.dense_bytes} bytes, the sliced one {size(k)} at {k} of {D}, its widest "
+                f"within {budget.bytes}; allow at most {budget.dense_bytes} bytes, or slice with "
+                "'modegpt' or 'drop', which keep the head tied"
             )
         return config_with_tables(config, roles.tables(k)) if per_block else _narrowed(config, k)
 
-    def passes(self, options: SliceBase, config: PreTrainedConfig) -> float:
-        """Return two with a basis per block: a layer runs once more for its second block."""
+    def passes(self, options: Options, config: PreTrainedConfig) -> float:
+        """Count two passes with one basis per block: a layer runs again for its second block."""
         return 2.0 if tables_of(config) else 1.0
 
     def apply(
-        self, context: SliceContext, options: SliceBase, config: PreTrainedConfig
+        self, context: SliceContext, options: Options, config: PreTrainedConfig
     ) -> SlicedModel:
-        """Find the bases on the calibration text, then slice one tensor after another.
-
-        Raises
-        ------
-        ModelError
-            If the residual stream is not finite.
-        """
-        architecture, planned = context.architecture, tables_of(config)
-        dense: Any = architecture.model.config
-        family = find_family(architecture.model)
-        kept: float | list[float]
-        if planned:
-            k = planned[SHAPES][family.embeddings[0]][1]
-            kept = find_block_bases(context, family, k)
-            final = config_with_tables(dense, planned)
-            tensors = _per_block(context, family, final)
+        """Find the bases on the calibration text, then slice one tensor after another."""
+        architecture, tables = context.architecture, tables_of(config)
+        dense, family = architecture.model.config, find_family(architecture.model)
+        if tables:
+            k, scale = tables[SHAPES][family.embeddings[0]][1], 1.0
+            bases, final = find_block_bases(context, family, k), config_with_tables(dense, tables)
         else:
-            k, moment = int(config.hidden_size), stream_moment(context, family)
-            Q = principal_axes(moment)[0][:, :k]
-            kept, Q = kept_energy(moment, Q), Q.to(context.device)
-            final = _narrowed(dense, k)
-            tensors = rotated_tensors(
-                context,
-                family,
-                final,
-                basis=lambda _: Q,
-                stream_scale=math.sqrt(k / dense.hidden_size),
-            )
+            k, scale = int(config.hidden_size), math.sqrt(config.hidden_size / dense.hidden_size)
+            bases, final = find_basis(context, family, k), _narrowed(dense, k)
         facts = {
             "width": k,
             "dense_width": dense.hidden_size,
-            "stream_energy_kept": kept,
+            "stream_energy_kept": bases.kept,
             "head_untied": f"{family.head}.weight" in architecture.tied,
         }
+        tensors = rotated_tensors(context, family, final, bases, stream_scale=scale)
         return SlicedModel(final, tensors, facts)
-
-
-def _per_block(
-    context: SliceContext, family: Family, config: PreTrainedConfig
-) -> Iterator[tuple[str, Tensor]]:
-    try:
-        yield from rotated_tensors(
-            context,
-            family,
-            config,
-            basis=partial(read_basis, context),
-            shortcut=partial(read_shortcut, context),
-        )
-    finally:
-        context.journal.forget(ROTATIONS)
 
 
 def _find_family(architecture: Architecture, budget: Budget, *, plain: bool) -> Family:
@@ -199,7 +136,7 @@ def _find_family(architecture: Architecture, budget: Budget, *, plain: bool) -> 
 
 def _narrowed(config: Any, width: int) -> PreTrainedConfig:
     """Return the config of a sliced model, with the head dimension written out."""
-    narrow: PreTrainedConfig = copy.deepcopy(config)
+    narrow: PreTrainedConfig = deepcopy(config)
     heads = config.num_attention_heads
     narrow.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     narrow.hidden_size = width

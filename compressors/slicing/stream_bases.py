@@ -6,27 +6,42 @@ What a projection removes is missing for all later blocks, so each basis is comp
 that the projections before it leave.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lrc.compressors.calibrate.activation_cache import LIVE
-from lrc.compressors.calibrate.layer_executor import apply
+from lrc.compressors.calibrate.layer_executor import apply, watch_inputs
 from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.slicing.families import Block, Family
-from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext
+from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext, check_finite
 from lrc.compressors.solvers.linalg import descending_eigh
-from lrc.configs.errors import ModelError
 
 ROTATIONS = "rotations"
+
+
+@dataclass(frozen=True)
+class StreamBases:
+    """The bases of a sliced model's residual stream."""
+
+    basis: Callable[[int], Tensor]
+    """Returns the basis [D, k] before a block in float64; after the last block, the head's."""
+    kept: float | list[float]
+    """Fraction of the energy of the stream that each basis retains."""
+    shortcut: Callable[[int], Tensor] | None = None
+    """Returns the factor F [k, rank] of the shortcut ``I - F F^T`` of a block in float64."""
+    release: Callable[[], None] = lambda: None
+    """Deletes the bases from the disk."""
 
 
 def principal_axes(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvectors of a second moment and its eigenvalues, largest first.
 
-    Section 3 of [1]_, whose code first adds a multiple of the identity: that moves no axis.
+    Section 3 of SliceGPT, whose code first adds a multiple of the identity: that moves no axis.
 
     Parameters
     ----------
@@ -39,40 +54,31 @@ def principal_axes(moment: Tensor) -> tuple[Tensor, Tensor]:
         Orthogonal, float64, one axis per column. The largest entry of each column is positive, so
         that equal moments give equal axes.
     energies : Tensor, shape [D]
-        Descending.
-
-    References
-    ----------
-    .. [1] S. Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and
-       Columns", ICLR 2024. https://arxiv.org/abs/2401.15024
     """
     energies, Q = descending_eigh(moment.double())
     peaks = Q.gather(0, Q.abs().argmax(0, keepdim=True))  # [1, D]
     return Q * peaks.sign(), energies
 
 
-def kept_energy(moment: Tensor, Q: Tensor) -> float:
-    """Return the fraction of the trace of a moment [D, D] that a basis ``Q`` [D, k] retains."""
-    return float((Q * (moment @ Q)).sum() / moment.diagonal().sum())
+def find_basis(context: SliceContext, family: Family, k: int) -> StreamBases:
+    """Return the first `k` principal axes of the dense model's stream, for all blocks."""
+    moment = stream_moment(context, family)
+    Q = principal_axes(moment)[0][:, :k]
+    kept, Q = _kept_energy(moment, Q), Q.to(context.device)
+    return StreamBases(lambda _: Q, kept)
 
 
 @torch.no_grad()
 def stream_moment(context: SliceContext, family: Family) -> Tensor:
     """Return the second moment [D, D] of the dense model's stream, summed over all norms.
 
-    Every token has the same weight at every norm: it is divided by its root mean square. In
-    float64.
-
-    Raises
-    ------
-    ModelError
-        If the residual stream is not finite.
+    In float64. Every token is divided by its root mean square, so that all have equal weight.
     """
     architecture, sums = context.architecture, RunningSums()
-    norms = family.norms(architecture.model)
+    norms = [norm.name for norm in family.norms(architecture.model)]
 
-    def add(x: Tensor) -> None:
-        x = centred(x.reshape(-1, x.shape[-1]).float(), family)  # [n_tokens, D]
+    def add(_: str, x: Tensor) -> None:
+        x = _centre(x.reshape(-1, x.shape[-1]).float(), family)  # [n_tokens, D]
         scale = x.square().mean(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
         sums.add_square("stream", x * scale)
 
@@ -81,90 +87,70 @@ def stream_moment(context: SliceContext, family: Family) -> Tensor:
         width, n_layers = sweep.states.shape[-1], len(sweep.calls)
         total = torch.zeros(width, width, dtype=torch.float64)
         for index, name in enumerate(architecture.layer_names):
-            hooks = [
-                architecture.model.get_submodule(norm.name).register_forward_pre_hook(
-                    lambda _, args: add(args[0])
-                )
-                for norm in norms
-                if norm.name.startswith(f"{name}.")
-            ]
-            with _removed_after(hooks), sweep.stream.layer(index) as layer:
+            inner = [norm for norm in norms if norm.startswith(f"{name}.")]
+            with sweep.stream.layer(index) as layer, watch_inputs(layer, name, inner, add):
                 sweep.advance(index, layer)
             if index == n_layers - 1:  # the final norm is outside the layers
                 for x in sweep.inputs():
-                    add(x)
+                    add(norms[-1], x)
             # Sums over one layer are float32, the total over all layers is float64.
-            total += _check_finite(sums.pop("stream").double().cpu(), name)
+            moment = sums.pop("stream").double().cpu()
+            check_finite(moment, f"the residual stream in {name}")
+            total += moment
             context.on_step("slice", index + 1, n_layers)
     del sweep
     context.journal.forget(f"states{LIVE}")
     return total
 
 
-def read_basis(context: SliceContext, block: int) -> Tensor:
-    """Return the basis [D, k] before a block, or before the head, in float64."""
-    return context.journal.read_tensor(_file(block), "Q").to(context.device)
-
-
-def read_shortcut(context: SliceContext, block: int) -> Tensor:
-    """Return the factor F [k, rank] of the shortcut of a block, in float64."""
-    return context.journal.read_tensor(_file(block + 1), "F").to(context.device)
-
-
-def _file(block: int) -> str:
-    return f"{ROTATIONS}/{block:04d}.safetensors"
-
-
 @torch.no_grad()
-def find_block_bases(context: SliceContext, family: Family, k: int) -> list[float]:
-    """Write a basis of width `k` per block to the journal; return the energy that each retains.
+def find_block_bases(context: SliceContext, family: Family, k: int) -> StreamBases:
+    """Find a basis of width `k` for each block, and store the bases in the journal.
 
     Tokens are not normalised, as in the paper. SmolLM2-135M at 80 % of its bytes, 364 of 576
     dimensions, has perplexity 143.6 on C4; 192.9 with normalised tokens, and 479 with those and
     the dense model's stream; with one basis for all blocks, of 378, 178.4. (Its tied head has to be
     untied.)
-
-    Raises
-    ------
-    ModelError
-        If the residual stream is not finite.
     """
     architecture = context.architecture
     sweep = LayerSweep.begin(context)
     states, names = sweep.states, architecture.layer_names
-    blocks = family.stream(architecture.model)
     kept: list[float] = []
     sums = RunningSums()
     before: Tensor | None = None
 
-    def add(x: Tensor) -> None:
-        sums.add_square("stream", centred(x.reshape(-1, x.shape[-1]).float(), family))
+    def add(_: str, x: Tensor) -> None:
+        sums.add_square("stream", _centre(x.reshape(-1, x.shape[-1]).float(), family))
 
     def next_basis(layer: str) -> Tensor:
-        """Write the basis of the accumulated moment; return it in float32."""
+        """Store the basis of the accumulated moment; return it in float32."""
         nonlocal before
-        moment = _check_finite(sums.pop("stream").double(), layer)
+        moment = sums.pop("stream").double()
+        check_finite(moment, f"the residual stream in {layer}")
         Q = principal_axes(moment)[0][:, :k]
         tensors = {}
         if before is not None:
             Q, tensors["F"] = align_basis(before, Q, min(k, len(Q) - k))
         tensors["Q"] = before = Q
         context.journal.write_tensors(_file(len(kept)), {n: t.cpu() for n, t in tensors.items()})
-        kept.append(kept_energy(moment, Q))
+        kept.append(_kept_energy(moment, Q))
         return Q.float()
 
     for index, (name, call) in enumerate(zip(names, sweep.calls, strict=True)):
         for x in sweep.inputs():
-            add(x)
+            add(name, x)
         Q = next_basis(name)
         for rows in sweep.batches():
             states[rows] = project(states[rows].to(context.device), Q, family)
+        blocks = family.stream(architecture.model)
+        blocks = [block for block in blocks if block.norms[0].name.startswith(f"{name}.")]
         inner: list[tuple[Block, Tensor]] = []
         with context.allow_tf32(), sweep.stream.layer(index) as layer:
-            for block in [b for b in blocks if b.norms[0].name.startswith(f"{name}.")][1:]:
-                norm = architecture.model.get_submodule(block.norms[0].name)
-                hook = norm.register_forward_pre_hook(lambda _, args: add(args[0]))
-                with _removed_after([hook]), projected_blocks(architecture.model, inner, family):
+            for block in blocks[1:]:
+                with (
+                    watch_inputs(layer, name, [block.norms[0].name], add),
+                    projected_blocks(architecture.model, inner, family),
+                ):
                     for x in sweep.inputs():
                         apply(layer, call, x)
                 inner.append((block, next_basis(name)))
@@ -172,34 +158,29 @@ def find_block_bases(context: SliceContext, family: Family, k: int) -> list[floa
                 sweep.advance(index, layer)
         context.on_step("slice", index + 1, len(names))
     for x in sweep.inputs():
-        add(x)
+        add(names[-1], x)
     next_basis(names[-1])
     del states, sweep
     context.journal.forget(f"states{LIVE}")
-    return kept
+
+    def read(key: str, offset: int, block: int) -> Tensor:
+        return context.journal.read_tensor(_file(block + offset), key).to(context.device)
+
+    release = partial(context.journal.forget, ROTATIONS)
+    return StreamBases(partial(read, "Q", 0), kept, partial(read, "F", 1), release)
+
+
+def _file(block: int) -> str:
+    return f"{ROTATIONS}/{block:04d}.safetensors"
 
 
 def align_basis(before: Tensor, after: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Rotate a basis within its span towards the basis of the previous block.
+    """Rotate a basis [D, k] within its span towards the basis of the previous block.
 
     The rotation changes nothing that the model computes, but makes the shortcut between the bases
-    symmetric and of low rank.
+    symmetric and of low rank. Returns the rotated basis and F [k, rank] with
+    ``before^T after == I - F F^T``, for a rank of at least ``min(k, D - k)``.
 
-    Parameters
-    ----------
-    before, after : Tensor, shape [D, k], float64
-        Orthonormal columns.
-    rank : int
-        At least ``min(k, D - k)``.
-
-    Returns
-    -------
-    after : Tensor, shape [D, k]
-    F : Tensor, shape [k, rank]
-        ``before^T after == I - F F^T``.
-
-    Notes
-    -----
     With ``before^T after = U c V^T`` the polar factor ``V U^T`` gives ``U c U^T`` (the solution of
     the orthogonal Procrustes problem). The spans share at least ``2 k - D`` dimensions, for which c
     is one.
@@ -210,14 +191,18 @@ def align_basis(before: Tensor, after: Tensor, rank: int) -> tuple[Tensor, Tenso
     return after @ (Vh.T @ U.T), F
 
 
-def centred(x: Tensor, family: Family) -> Tensor:
+def _kept_energy(moment: Tensor, Q: Tensor) -> float:
+    return float((Q * (moment @ Q)).sum() / moment.diagonal().sum())
+
+
+def _centre(x: Tensor, family: Family) -> Tensor:
     """Subtract the mean of each token ``x`` [..., D] if the norms of the family do."""
     return x - x.mean(-1, keepdim=True) if family.layer_norm else x
 
 
 def project(x: Tensor, Q: Tensor, family: Family) -> Tensor:
     """Project the stream ``x`` [..., D] onto the span of a basis [D, k]."""
-    return (centred(x, family) @ Q) @ Q.T
+    return (_centre(x, family) @ Q) @ Q.T
 
 
 @contextmanager
@@ -229,44 +214,23 @@ def projected_blocks(
     The norms read the projected stream. The sum of stream and block output is inside the layer's
     forward and cannot be hooked, so the removed part is subtracted from the output of a writer.
     """
-    hooks = []
-    for block, Q in blocks:
-        removed: list[Tensor] = []
 
-        def before_norm(
-            _: nn.Module, args: tuple[Tensor, ...], Q: Tensor = Q, removed: list[Tensor] = removed
-        ) -> tuple[Tensor, ...]:
-            x = project(args[0], Q, family)
-            removed[:] = [args[0] - x]
-            return (x, *args[1:])
+    def before_norm(
+        Q: Tensor, removed: list[Tensor], _: nn.Module, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        x = project(args[0], Q, family)
+        removed[:] = [args[0] - x]
+        return (x, *args[1:])
 
-        def after_writer(
-            _: nn.Module, __: object, y: Tensor, removed: list[Tensor] = removed
-        ) -> Tensor:
-            return y - removed.pop().reshape(y.shape)
+    def after_writer(removed: list[Tensor], _: nn.Module, __: object, y: Tensor) -> Tensor:
+        return y - removed.pop().reshape(y.shape)
 
-        hooks += [
-            model.get_submodule(norm.name).register_forward_pre_hook(before_norm)
-            for norm in block.norms
-        ]
-        hooks.append(model.get_submodule(block.writers[0]).register_forward_hook(after_writer))
-    with _removed_after(hooks):
+    with ExitStack() as hooks:
+        for block, Q in blocks:
+            removed: list[Tensor] = []
+            for norm in block.norms:
+                module, hook = model.get_submodule(norm.name), partial(before_norm, Q, removed)
+                hooks.enter_context(module.register_forward_pre_hook(hook))
+            writer = model.get_submodule(block.writers[0])
+            hooks.enter_context(writer.register_forward_hook(partial(after_writer, removed)))
         yield
-
-
-@contextmanager
-def _removed_after(hooks: list[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _check_finite(moment: Tensor, layer: str) -> Tensor:
-    if not bool(torch.isfinite(moment).all()):
-        raise ModelError(
-            f"model: the residual stream is not finite in {layer} on the calibration text; its "
-            "weights are damaged or overflow: check the source model"
-        )
-    return moment

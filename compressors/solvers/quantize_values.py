@@ -41,7 +41,13 @@ def quantize_values(
 
 
 def quantize_sparse_values(
-    W: Tensor, W_hat: Tensor, mask: Tensor, H: Tensor, scheme: QuantizationArgs, *, dtype: torch.dtype
+    W: Tensor,
+    W_hat: Tensor,
+    mask: Tensor,
+    H: Tensor,
+    scheme: QuantizationArgs,
+    *,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Quantize the kept values of a sparse weight to minimize ``tr((W - W_q) H (W - W_q)^T)``.
 
@@ -93,7 +99,9 @@ def quantize_sparse_values(
     return steps[mask].to(torch.int8), scale
 
 
-def _descended(W: Tensor, H: Tensor, steps: Tensor, scale: Tensor, scheme: QuantizationArgs) -> Tensor:
+def _descended(
+    W: Tensor, H: Tensor, steps: Tensor, scale: Tensor, scheme: QuantizationArgs
+) -> Tensor:
     """Improve codes [d_out, d_in] by coordinate descent; all tensors are in float64."""
     quantizer = ColumnQuantizer(scheme, W.device)
     H = damped(H, DAMP)

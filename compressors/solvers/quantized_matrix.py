@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.packing import dequantize, encode_matrix
 from lrc.compressors.layers import QuantizationArgs
+from lrc.compressors.layers.packing import dequantize, encode_matrix
 from lrc.compressors.solvers.quantization_grid import find_grid, round_to_grid
 
 

@@ -1,4 +1,4 @@
-"""SliceGPT with a basis for every block, from a recipe to a checkpoint that lrc loads."""
+"""SliceGPT with one basis per block, from a recipe to a checkpoint that lrc loads."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @dataclass(frozen=True)
 class Rotated:
-    """A finished run, and how to write recipes like its."""
+    """A finished run, and a function that writes similar recipes."""
 
     recipe: Callable[..., Path]
     output: Path
@@ -124,7 +124,7 @@ def test_it_cannot_be_made_plain_and_says_so(rotated: Rotated) -> None:
         load(rotated.checkpoint).dequantize()
 
 
-def test_a_decomposition_goes_on_from_there(rotated: Rotated, tmp_path: Path) -> None:
+def test_a_decomposition_continues_from_there(rotated: Rotated, tmp_path: Path) -> None:
     factors = {"decompose": {"method": "kfac", "keep": 0.9, "compensate": {}}}
     report = compress(load_recipe(rotated.recipe(tmp_path / "run", SLICE, factors)))
     shapes = {record["name"]: record["shape"] for record in report["layers"]}
@@ -133,10 +133,10 @@ def test_a_decomposition_goes_on_from_there(rotated: Rotated, tmp_path: Path) ->
     assert torch.isfinite(logits(load(tmp_path / "run/checkpoint"))).all()
 
 
-def test_what_shortcuts_add_is_not_taken_for_the_output_of_a_linear(rotated: Rotated) -> None:
-    """Neither by statistics nor by the search for linears that write to the stream.
+def test_shortcuts_are_not_part_of_the_output_of_a_linear(rotated: Rotated) -> None:
+    """Neither in statistics nor in the search for linears that write to the stream.
 
-    What attention writes goes through the shortcut of the MLP, and does not arrive as it is.
+    The output of attention passes through the shortcut of the MLP, which changes it.
     """
     model, seen = load(rotated.checkpoint), {}
     layer, prefix = model.model.layers[0], "model.layers.0"
@@ -158,7 +158,7 @@ def test_what_shortcuts_add_is_not_taken_for_the_output_of_a_linear(rotated: Rot
     assert find_writers(forward, [*linears.items()]) == ["mlp.down_proj"]
 
 
-def test_layer_norms_leave_biases_to_the_linears_behind_them(
+def test_biases_of_layer_norms_move_to_the_linears_after_them(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
     tiny_recipe: Callable[..., Path],
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""Slicing stages from a recipe to plain checkpoints, alone and in front of a decomposition."""
+"""Slicing stages from a recipe to plain checkpoints, alone and before a decomposition."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def source(
     tiny_llama: Callable[..., LlamaForCausalLM],
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> Path:
-    """Write a model of which two layers do nothing."""
+    """Write a model with two layers that do nothing."""
     folder = tmp_path_factory.mktemp("idle")
     model = tiny_llama(num_hidden_layers=N_LAYERS)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def logits(folder: Path) -> torch.Tensor:
     return found
 
 
-def test_layers_that_do_nothing_go_first_and_without_loss(
+def test_layers_that_do_nothing_are_removed_first_and_without_loss(
     prepared: Callable[..., Any], source: Path, tmp_path: Path
 ) -> None:
     report = compress(prepared(tmp_path / "run", {"slice": DROP}))
@@ -81,10 +81,10 @@ def test_layers_that_do_nothing_go_first_and_without_loss(
     torch.testing.assert_close(logits(tmp_path / "run/checkpoint"), logits(source))
 
 
-def test_the_layers_that_go_are_those_whose_absence_costs_least_loss(
+def test_layers_whose_removal_costs_least_loss_are_removed(
     prepared: Callable[..., Any], source: Path, tmp_path: Path
 ) -> None:
-    report = compress(prepared(tmp_path / "run", {"slice": DROP | {"criterion": "perplexity"}}))
+    report = compress(prepared(tmp_path / "run", {"slice": DROP | {"verify": "perplexity"}}))
     facts = report["slices"][0]["facts"]
     tokens = load_file(tmp_path / "run/work/windows.safetensors")["tokens"]
     model = load(source)
@@ -104,7 +104,7 @@ def test_the_layers_that_go_are_those_whose_absence_costs_least_loss(
     assert facts["dropped"] == [layer for layer in range(N_LAYERS) if layer not in kept]
 
 
-def test_influence_of_a_layer_that_does_nothing_is_nil(
+def test_influence_of_a_layer_that_does_nothing_is_zero(
     prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
     influence = compress(prepared(tmp_path / "run", {"slice": DROP}))["slices"][0]["facts"]
@@ -166,8 +166,8 @@ def test_a_decomposition_works_on_what_the_slice_leaves(
 def test_a_slice_is_made_of_what_the_one_before_it_found(
     prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """The rotary table of narrower heads comes from data; a later stage has to keep it."""
-    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "width_multiple": 2}}
+    """The rotary table of narrower heads comes from calibration; a later stage must keep it."""
+    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "multiple": 2}}
     rotate = {"slice": {"method": "slicegpt", "keep": 0.8}}
     decompose = {"decompose": {"method": "svd-llm", "keep": 0.9}}
     loaded = prepared(tmp_path / "run", narrow, rotate, decompose)
@@ -194,8 +194,8 @@ def test_a_slice_is_made_of_what_the_one_before_it_found(
 def test_narrower_heads_are_not_narrowed_again(
     prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
-    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "width_multiple": 2}}
-    again = {"slice": {"method": "modegpt", "keep": 0.985, "width_multiple": 2}}
+    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "multiple": 2}}
+    again = {"slice": {"method": "modegpt", "keep": 0.985, "multiple": 2}}
     first, second = compress(prepared(tmp_path / "run", narrow, again))["slices"]
     assert first["config"]["head_dim"][1] < 8
     assert "head_dim" not in second["config"]
@@ -224,11 +224,11 @@ def test_weights_that_are_not_finite_are_named(
     weights["model.layers.2.mlp.gate_proj.weight"] *= 1e30
     save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
     loaded = load_recipe(tiny_recipe(spoiled, tmp_path / "run", stages=[{"slice": DROP}]))
-    with pytest.raises(ModelError, match=r"not finite at model\.layers\.2"):
+    with pytest.raises(ModelError, match=r"in model\.layers\.2 is not finite"):
         compress(loaded)
 
 
-def test_few_tokens_for_many_channels_are_warned_of(
+def test_few_tokens_for_many_channels_give_a_warning(
     prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
     stage = {"slice": {"method": "modegpt", "keep": 0.8}}
@@ -249,7 +249,7 @@ def test_two_slices_follow_each_other(prepared: Callable[..., Any], tmp_path: Pa
     assert first["parameters"][1] == second["parameters"][0]
 
 
-def test_a_run_that_was_stopped_goes_on_behind_the_slice(
+def test_a_run_that_was_stopped_continues_after_the_slice(
     prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
     stages = {"slice": DROP}, {"decompose": {"method": "svd-llm", "keep": 0.8}}
@@ -281,7 +281,7 @@ def test_a_run_that_was_stopped_goes_on_behind_the_slice(
         ([{"slice": DROP | {"size": "1MiB"}}], ["exactly one of 'keep' and 'size'", "both"]),
         ([{"slice": {"method": "drop", "size": "9GiB"}}], ["slice.size", "lower size"]),
         ([{"slice": DROP | {"method": "dorp"}}], ["did you mean 'drop'?"]),
-        ([{"slice": DROP, "decompose": {}}], ["not allowed together with"]),
+        ([{"slice": DROP, "decompose": {}}], ["cannot stand beside"]),
         (
             [{"decompose": {"method": "svd", "keep": 0.5}}, {"slice": DROP}],
             ["before every 'decompose'", "stages[1]", "move it to the front"],

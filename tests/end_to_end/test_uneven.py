@@ -1,4 +1,4 @@
-"""MLPs of a width of their own in every layer: slices that need lrc to be loaded."""
+"""MLPs with a different width in every layer: slices that need lrc to be loaded."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @dataclass(frozen=True)
 class Uneven:
-    """A model whose layers have different numbers of superfluous channels, and its slice."""
+    """A model whose layers have different numbers of unused channels, and its slice."""
 
     source: Path
     recipe: Callable[..., Path]
@@ -64,7 +64,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def keeping(channels: int) -> float:
-    """Return the share of the tiny model's bytes with so many channels in all MLPs together."""
+    """Return the fraction of the tiny model's bytes with so many channels in all MLPs together."""
     dense = 512 * 32 * 2 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * WIDTH + 2 * 32) + 32
     return (dense - (2 * WIDTH - channels) * 3 * 32 + 1) / dense
 
@@ -94,7 +94,7 @@ def uneven(
     return Uneven(folder / "source", recipe, folder / "run", report)
 
 
-def test_every_layer_gives_what_it_does_not_need_and_nothing_is_lost(uneven: Uneven) -> None:
+def test_unused_channels_are_removed_from_every_layer_without_loss(uneven: Uneven) -> None:
     facts = uneven.report["slices"][0]["facts"]
     assert facts["intermediate_size"] == [WIDTH, [WIDTH - idle for idle in IDLE]]
     torch.testing.assert_close(
@@ -181,7 +181,10 @@ TABLE: dict[str, tuple[Any, tuple[str, ...]]] = {
     "three sizes": ({"lm_head": [1, 2, 3]}, ("shapes['lm_head'] must be",)),
 }
 MISFITS: dict[str, tuple[dict[str, list[int]], tuple[str, ...]]] = {
-    "a stranger": ({"model.layers.7.mlp.up_proj": [8, 32]}, ("layers.7.mlp.up_proj", "no linear")),
+    "unknown": (
+        {"model.layers.7.mlp.up_proj": [8, 32]},
+        ("layers.7.mlp.up_proj", "no linear"),
+    ),
     "no linear": ({"model.norm": [8, 32]}, ("model.norm is no linear layer",)),
     "wider": ({"model.layers.0.mlp.up_proj": [49, 32]}, ("cannot become [49, 32], wider",)),
     "not the file's": ({"model.layers.0.mlp.up_proj": [9, 32]}, ("expected [9, 32]", "found [8")),
@@ -217,7 +220,7 @@ def test_a_table_of_another_model_is_refused(
     lrc("inspect", folder).refuses(1, str(folder), "do not fit config.json")
 
 
-def test_the_plan_says_what_is_pending_and_how_large_all_will_be(
+def test_the_plan_shows_what_is_pending_and_the_total_size(
     uneven: Uneven, lrc: Callable[..., Any], tmp_path: Path
 ) -> None:
     recipe = uneven.recipe(tmp_path / "run", {"slice": SLICE | {"keep": keeping(48)}})
@@ -259,7 +262,7 @@ def test_heads_and_a_decomposition_go_with_it(
     assert measure(loaded).slices[0].bytes == tuple(cut["bytes"])
 
 
-def test_a_run_that_was_stopped_goes_on_with_the_widths_it_has_chosen(
+def test_a_run_that_was_stopped_continues_with_the_chosen_widths(
     uneven: Uneven, lrc: Callable[..., Any], tmp_path: Path
 ) -> None:
     stages = {"slice": SLICE | {"keep": 0.9}}, {"decompose": {"method": "svd-llm", "keep": 0.8}}
@@ -282,7 +285,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_widths_it_has_chosen(
     assert f"intermediate_size {WIDTH} -> {low} to {high}" in shown.out
 
 
-def test_nothing_is_sliced_behind_widths_that_are_pending(uneven: Uneven, tmp_path: Path) -> None:
+def test_nothing_is_sliced_after_pending_widths(uneven: Uneven, tmp_path: Path) -> None:
     first, second = {"slice": SLICE | {"keep": 0.9}}, {"slice": {"method": "drop", "keep": 0.85}}
     with pytest.raises(RecipeError, match=r"stages\[1\].slice: cannot follow stages\[0\]"):
         compress(load_recipe(uneven.recipe(tmp_path / "run", first, second)))

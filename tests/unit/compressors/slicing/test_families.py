@@ -1,4 +1,4 @@
-"""Which architectures can be rotated, and why others cannot."""
+"""Which architectures can be rotated, and the errors for others."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_every_family_is_tested(configs):
 
 
 def test_every_linear_of_a_layer_is_found_or_is_inside_a_block(model):
-    """Of its two ends, those of width D belong to readers and writers, and to nothing else."""
+    """Every side of width D belongs to a reader or a writer."""
     family = find_family(model)
     readers = {name for norm in family.norms(model) for name in norm.readers}
     writers = {name for block in family.stream(model) for name in block.writers}
@@ -49,7 +49,7 @@ def test_every_linear_of_a_layer_is_found_or_is_inside_a_block(model):
     ],
     ids=lambda config: config.model_type,
 )
-def test_a_norm_behind_the_output_matrix_is_refused(config):
+def test_a_norm_after_the_output_matrix_is_refused(config):
     with pytest.raises(ModelError, match=r"between a block's output matrix and the residual"):
         find_family(skeleton(config))
 
@@ -63,18 +63,18 @@ def test_an_unknown_family_is_refused_and_the_known_are_named():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"word_embed_proj_dim": 8}, "8 wide and projected to the residual stream of 16"),
+        ({"word_embed_proj_dim": 8}, "projected from width 8 to 16"),
         ({"do_layer_norm_before": False}, "applied to the residual stream"),
         ({"_remove_final_layer_norm": True}, "applied to the residual stream"),
     ],
 )
-def test_opt_models_whose_stream_is_another_one_are_refused(changes, reason):
+def test_opt_models_with_another_stream_are_refused(changes, reason):
     config = OPTConfig(**SMALL, ffn_dim=16, pad_token_id=None, **changes)
     with pytest.raises(ModelError, match=reason):
         find_family(skeleton(config))
 
 
-def test_a_module_tree_that_is_not_the_familys_is_refused():
+def test_a_module_tree_that_differs_from_the_family_is_refused():
     model = skeleton(LlamaConfig(**SMALL, intermediate_size=16, pad_token_id=None))
     model.model.layers[0].mlp.down_proj = nn.Identity()
     model.model.norm = nn.LayerNorm(16)

@@ -1,4 +1,4 @@
-"""Channels of an MLP: which go, and what the last linear makes of the others."""
+"""The choice of channels of an MLP, and the refit of its output linear."""
 
 from itertools import combinations
 
@@ -39,7 +39,7 @@ def test_refit_at_full_width_changes_nothing_whatever_the_damping():
     torch.testing.assert_close(refit(W, Z.T @ Z, torch.arange(20), damp=0.5), W)
 
 
-def test_channels_that_others_make_up_for_go_without_loss():
+def test_channels_that_others_can_replace_are_removed_without_loss():
     Z = random(300, 12)
     mixed = Z @ random(12, 12, seed=3)  # exact combinations
     W = random(7, 24, seed=4)
@@ -52,7 +52,7 @@ def test_channels_that_others_make_up_for_go_without_loss():
     )
 
 
-def test_of_copies_one_stays():
+def test_one_of_two_copies_is_kept():
     Z = random(300, 8)
     narrowed = narrow(
         random(5, 16, seed=1), *[torch.cat([Z, Z], 1).T @ torch.cat([Z, Z], 1)], 8, damp=DAMP
@@ -83,7 +83,7 @@ def test_lost_energy_is_that_of_the_output():
     assert narrowed.lost == pytest.approx(float(error), rel=1e-9)
 
 
-def test_the_first_channel_to_go_is_the_best_of_all():
+def test_the_first_removed_channel_is_the_best_of_all():
     W, Z = random(8, 20), correlated(200, 20)
     C = Z.T @ Z
     narrowed = narrow(W, C, 19, damp=DAMP)
@@ -136,7 +136,7 @@ def test_a_width_out_of_range_is_refused(width):
         narrow(random(8, 20), torch.eye(20), width, damp=1e-4)
 
 
-def test_a_curve_tells_what_narrowing_loses() -> None:
+def test_a_curve_equals_the_loss_of_narrowing() -> None:
     W, Z = random(8, 40), correlated(300, 40)
     C = Z.T @ Z
     total = float(((W @ C) * W).sum())

@@ -1,4 +1,4 @@
-"""Channels shared out between layers: all of them, within bounds, and where they count."""
+"""Channels distributed over layers: all of them, within bounds, by importance."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ MOST = 12
 
 
 @pytest.mark.parametrize("steps", range(4, 4 * MOST + 1))
-def test_every_step_is_given_to_a_layer_that_has_room(steps: int) -> None:
+def test_every_step_is_allocated_within_bounds(steps: int) -> None:
     generator = torch.Generator().manual_seed(steps)
     influence = torch.rand(4, generator=generator).tolist()
     curves = [torch.rand(MOST, generator=generator).sort(descending=True).values for _ in range(4)]
@@ -35,8 +35,8 @@ def test_more_influence_keeps_more() -> None:
     assert len(set(found)) == 3
 
 
-def test_the_shares_of_the_paper() -> None:
-    """Where no bound is met, a layer loses L * mean * softmax(-s / epsilon)."""
+def test_the_fractions_of_the_paper() -> None:
+    """Within the bounds, a layer loses L * mean * softmax(-s / epsilon)."""
     influence = torch.tensor([0.1, 0.15, 0.2], dtype=torch.float64)
     gone = 3 * 1000 * 0.2 * torch.softmax(-influence / 0.1, dim=0)
     found = by_influence(influence.tolist(), 2400, 1000)

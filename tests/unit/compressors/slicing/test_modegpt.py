@@ -23,7 +23,7 @@ from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.slicing import mlp_widths
-from lrc.compressors.slicing.layout import Layout, find_layout, narrowed_shapes
+from lrc.compressors.slicing.layout import Layout, find_layout
 from lrc.compressors.slicing.modegpt import Modegpt
 from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget
@@ -60,8 +60,8 @@ TOKENS = torch.randint(2, 64, (8, 32), generator=torch.Generator().manual_seed(0
 
 @pytest.fixture(autouse=True)
 def equal_shares(monkeypatch):
-    """Let heads be cut as much as MLPs, so that small models need no tiny budget for it."""
-    monkeypatch.setattr(mlp_widths, "HEAD_SHARE", 1.0)
+    """Narrow heads as much as MLPs, so that small models need no tiny budget for it."""
+    monkeypatch.setattr(mlp_widths, "HEAD_FRACTION", 1.0)
 
 
 def make(config: PreTrainedConfig, change: Callable[[Any], None] = lambda _: None) -> Any:
@@ -77,7 +77,7 @@ def make(config: PreTrainedConfig, change: Callable[[Any], None] = lambda _: Non
 
 
 def plant(model: Any) -> None:
-    """Make half of every MLP copies of the other, and half of every head superfluous."""
+    """Make half of every MLP a copy of the other half, and half of every head redundant."""
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
         if not isinstance(module, torch.nn.Linear):
@@ -106,7 +106,7 @@ def stored(architecture: Architecture) -> int:
 def budget_for(architecture: Architecture, width: int, head_dim: int | None) -> Budget:
     layout = find_layout(architecture)
     assert isinstance(layout, Layout)
-    shapes = narrowed_shapes(architecture, layout, width, head_dim)
+    shapes = layout.shapes(width, head_dim)
     items = {name: p.itemsize for name, p in architecture.stored_parameters().items()}
     n_bytes = sum(torch.Size(s).numel() * items[name] for name, s in shapes.items())
     return Budget("stages[0].slice.keep", n_bytes, stored(architecture))
@@ -163,7 +163,7 @@ def test_full_width_changes_nothing(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_what_was_superfluous_goes_without_a_trace(kind, tmp_path):
+def test_redundant_channels_are_removed_without_loss(kind, tmp_path):
     model = make(EVERY[kind], plant if kind in WITH_HEADS else lambda m: plant_mlp(m))
     architecture, reader = read(model, tmp_path)
     head_dim = 4 if kind in WITH_HEADS else None
@@ -231,10 +231,10 @@ def test_heads_false_leaves_heads(tmp_path):
     assert config.intermediate_size < 36
 
 
-def test_heads_are_cut_last(tmp_path, monkeypatch):
+def test_heads_are_narrowed_last(tmp_path, monkeypatch):
     architecture, _ = read(make(WITH_HEADS["llama"]), tmp_path)
     dense = stored(architecture)
-    monkeypatch.setattr(mlp_widths, "HEAD_SHARE", 0.2)
+    monkeypatch.setattr(mlp_widths, "HEAD_FRACTION", 0.2)
     sizes = [
         Modegpt().plan(architecture, options(), Budget("x", int(keep * dense), dense)).head_dim
         for keep in (0.9, 0.7, 0.5, 0.35, 0.25)
@@ -253,7 +253,7 @@ def test_planning_reads_no_weight_and_leaves_the_source_config(tmp_path):
     assert all(p.is_meta for p in architecture.model.parameters())
 
 
-def test_twice_is_the_same(tmp_path):
+def test_slicing_is_deterministic(tmp_path):
     architecture, reader = read(make(WITH_HEADS["qwen2"]), tmp_path)
     budget = budget_for(architecture, 24, 4)
     first = slice_to(architecture, reader, budget, tmp_path)

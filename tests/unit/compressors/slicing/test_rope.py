@@ -1,4 +1,4 @@
-"""A config says the frequencies of the kept pairs, and stock transformers computes them."""
+"""Transformers computes the frequencies of the kept pairs from the config."""
 
 import pytest
 import torch

@@ -108,7 +108,7 @@ def test_at_full_width_no_logit_changes(case: Case) -> None:
 def test_a_slice_is_the_rotated_model_with_fewer_columns(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one in memory has a whole matrix on every residual branch, of the same bases."""
+    """The oracle has the same bases and a full matrix on every residual branch."""
     bases: list[Tensor] = []
     write = case.context.journal.write_tensors
 
@@ -131,7 +131,7 @@ def test_a_slice_is_the_rotated_model_with_fewer_columns(
 
 
 def test_a_slice_is_the_dense_model_with_a_projected_stream(case: Case) -> None:
-    """As which it is calibrated, block after block."""
+    """The bases are computed on that model."""
     found: list[Tensor] = []
     write = case.context.journal.write_tensors
 
@@ -197,7 +197,7 @@ def test_the_widest_slice_within_the_budget_is_planned(make_case: Callable[..., 
 
 def test_a_model_that_would_grow_is_refused(make_case: Callable[..., Case]) -> None:
     case = make_case("llama-tied")
-    with pytest.raises(RecipeError, match="slicing unties the head"):
+    with pytest.raises(RecipeError, match="with an untied head"):
         case.plan(case.dense_bytes // 5)
 
 

@@ -32,7 +32,7 @@ PLAIN = ["llama", "llama-biased", "llama-tied", "mistral", "qwen2", "qwen3-tied"
 
 
 class Case:
-    """A dense model in a folder, and what slicing needs of it."""
+    """A dense model in a folder, and the context to slice it."""
 
     def __init__(self, model: Any, folder: Path, tokens: Tensor, dtype: str = "float32") -> None:
         self.folder, self.tokens = folder, tokens
@@ -60,7 +60,7 @@ class Case:
         return Slicegpt().plan(self.architecture, options, Budget(WHERE, n_bytes, self.dense_bytes))
 
     def narrowed(self, width: int) -> Any:
-        """Plan a width without asking for its bytes."""
+        """Plan a width whatever its bytes."""
         config = self.plan(self.dense_bytes)
         config.hidden_size = width
         return config
@@ -106,7 +106,7 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 def mixed(M: Tensor) -> Callable[[Any], None]:
-    """Let everything that writes to the residual stream write ``x @ M``."""
+    """Multiply everything that is written to the residual stream by M."""
 
     def change(model: Any) -> None:
         family = find_family(model)
@@ -133,7 +133,7 @@ def test_at_full_width_the_logits_are_those_of_the_dense_model(make_case, name):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_sliced_model_is_the_fused_one_with_fewer_columns(make_case, make_model, configs, name):
-    """Norms over k numbers stand for norms over D, eps and all; also of heads (Qwen-3)."""
+    """Norms over k numbers equal norms over D, including eps and norms of heads (Qwen-3)."""
     large_eps = {"rms_norm_eps": 0.3}
 
     def enlarge(model: Any) -> None:
@@ -245,7 +245,7 @@ def test_only_one_layer_is_resident_while_text_is_read(make_case):
     assert all(p.is_meta for p in case.architecture.model.parameters())
 
 
-def test_applying_a_slice_can_be_stopped_and_leaves_no_states_behind(make_case):
+def test_applying_a_slice_can_be_stopped_and_removes_its_states(make_case):
     case = make_case("llama")
 
     def stop(*_: object) -> None:
@@ -264,7 +264,7 @@ def test_applying_a_slice_can_be_stopped_and_leaves_no_states_behind(make_case):
     assert not list(context.journal.work.iterdir())
 
 
-def test_slicing_twice_gives_the_same_tensors(make_case):
+def test_slicing_is_deterministic(make_case):
     case = make_case("qwen2")
     first, second = (dict(case.apply(case.narrowed(16)).tensors) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -275,11 +275,11 @@ def test_a_stream_that_is_not_finite_is_refused(make_case):
         model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
 
     case = make_case("llama", overflow)
-    with pytest.raises(ModelError, match=r"not finite in model\.layers\.1"):
+    with pytest.raises(ModelError, match=r"in model\.layers\.1 is not finite"):
         case.apply(case.narrowed(16))
 
 
-def test_the_config_says_what_was_derived_from_the_width(make_case):
+def test_the_config_states_what_was_derived_from_the_width(make_case):
     case = make_case("qwen2")  # whose own config knows no head_dim
     config = case.plan(int(0.8 * case.dense_bytes))
     assert (config.head_dim, config.tie_word_embeddings) == (8, False)

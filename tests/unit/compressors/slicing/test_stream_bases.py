@@ -21,7 +21,7 @@ def test_principal_axes_are_those_that_were_planted(random_rotation):
     assert bool((peaks > 0).all())
 
 
-def test_principal_axes_of_a_poor_moment_are_whole():
+def test_principal_axes_of_a_moment_of_low_rank_are_complete():
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     Q, _ = principal_axes(x.T @ x)
     assert Q.dtype == torch.float64
