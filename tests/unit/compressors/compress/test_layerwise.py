@@ -1,4 +1,4 @@
-"""Carrying out a plan: biases, shared factors, fallbacks, compensation; on a chain of linears."""
+"""Compress a chain of linears: biases, shared factors, fallbacks, compensation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,23 +10,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu
 
-from lrc.compressors.compress import solve as factor
-from lrc.compressors.compress.finalize import product
-from lrc.compressors.compress.layerwise import decompose, factors_file
+from lrc.compressors.compress.group import stored_weight
+from lrc.compressors.compress.layerwise import compress_layers, layer_file
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.planning.allocate import allocate_ranks
-from lrc.compressors.planning.plan import Matrix, Plan
+from lrc.compressors.layers import COMPONENTS, ComponentConfig, WeightConfig
+from lrc.compressors.methods.table import METHODS
+from lrc.compressors.planning.allocate import allocate
+from lrc.compressors.planning.plan import Allocation, ModelInfo, Plan
+from lrc.compressors.planning.sizes import SizeSteps
+from lrc.compressors.planning.summary import summarize
+from lrc.compressors.planning.tasks import Compensation, LayerTask, Weight
 from lrc.compressors.solvers.error_compensation import PrefixMoments
 from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.configs.errors import Stopped
-from lrc.configs.recipe import Recipe
 
 LAYERS, WIDTH, TOKENS = 3, 12, 200
+OPTIONS = {"damp": 1e-6, "gradient_damp": 0.1, "alpha": 0.5}
 NAMES = [f"layers.{layer}.{leaf}" for layer in range(LAYERS) for leaf in ("in", "out")]
 
 
 class Weights:
-    """Stands for a `WeightReader`: weights and biases in float32, by name."""
+    """Replaces a `WeightReader`: weights and biases in float32, by name."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -47,14 +51,14 @@ def reader() -> Weights:
 
 @pytest.fixture
 def tokens() -> Tensor:
-    """Make inputs of the chain [TOKENS, WIDTH], correlated and off centre."""
+    """Return inputs of the chain [TOKENS, WIDTH], correlated and with a mean."""
     generator = torch.Generator().manual_seed(1)
     mixing = torch.randn(WIDTH, WIDTH, generator=generator)
     return torch.randn(TOKENS, WIDTH, generator=generator) @ mixing + 1
 
 
 @dataclass
-class ActivationCache:
+class Chain:
     """A `Prefix` over layers of two linears that add to a stream, and a nonlinearity between."""
 
     weights: dict[str, Tensor]
@@ -100,9 +104,9 @@ class ActivationCache:
 
 
 @pytest.fixture
-def statistics(reader: Weights, tokens: Tensor) -> Callable[[Matrix], Statistics]:
-    """Tell what the dense model's inputs tell; gradients are as good as random."""
-    chain = ActivationCache(reader.tensors, tokens)
+def statistics(reader: Weights, tokens: Tensor) -> Callable[[Weight], Statistics]:
+    """Return the statistics of the dense model's inputs, and of random gradients."""
+    chain = Chain(reader.tensors, tokens)
     known = {}
     generator = torch.Generator().manual_seed(2)
     for layer in range(LAYERS):
@@ -113,163 +117,178 @@ def statistics(reader: Weights, tokens: Tensor) -> Callable[[Matrix], Statistics
                 TOKENS, Moment.of(X.T @ X), Moment.of(g.T @ g), X.sum(dim=0), X.abs().sum(dim=0)
             )
         chain.advance(layer)
-    return lambda matrix: known[matrix.name]
+    return lambda weight: known[weight.name]
 
 
-def recipe_of(*stages: dict[str, Any]) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "model": "m",
-            "stages": [{"decompose": {"keep": 0.9, **stage}} for stage in stages],
-            "output": "o",
-        }
+def task_of(
+    *names: str, method: str, types: str = "low_rank", rank: int | None = 4, **changes: Any
+) -> LayerTask:
+    """Return a task with factors of a rank; dense without one."""
+    options = METHODS[method].options
+    sizes = () if rank is None else (ComponentConfig(types, {"rank": rank}),)
+    bias = rank is not None and METHODS[method].has_bias
+    return LayerTask(
+        weights=tuple(Weight(name, int(name.split(".")[1])) for name in names),
+        config=WeightConfig((WIDTH, WIDTH), sizes, bias),
+        number_bits=32,
+        stage=0,
+        method=method,
+        types=types,
+        options={name: OPTIONS[name] for name in options},
+        statistics=tuple(METHODS[method].statistics),
+        **changes,
     )
 
 
-def plan_of(method: str, *, form: str = "low_rank", rank: int = 4, **changes: Any) -> Plan:
-    bits = WIDTH * WIDTH * 32
-    matrices = []
-    for name in NAMES:
-        layer = int(name.split(".")[1])
-        m = Matrix(name, layer, (WIDTH, WIDTH), 0, method, form, None, bits, bits)
-        matrices.append(replace(m, **changes).at(rank))
-    return Plan(matrices, 0, 0, "s", None, False, "float32", "ActivationCache", budgets=[None])
+def plan_with(tasks: Sequence[LayerTask], **changes: Any) -> Plan:
+    info = ModelInfo("s", "float32", "Chain", 0, 0, None, False)
+    return Plan(info, 0, {}, [*tasks], **changes)
+
+
+def plan_of(method: str, **changes: Any) -> Plan:
+    return plan_with([task_of(name, method=method, **changes) for name in NAMES])
 
 
 def run(
-    plan: Plan, recipe: Recipe, folder: Path, reader: Weights, statistics: Any, **options: Any
+    plan: Plan, folder: Path, reader: Weights, statistics: Any, **options: Any
 ) -> tuple[Plan, Journal]:
     journal = Journal(folder)
     on_step = options.pop("on_step", lambda *_: None)
-    arguments: Any = (plan, recipe, reader, journal, statistics)
-    return decompose(*arguments, device="cpu", on_step=on_step, **options), journal
+    arguments: Any = (plan, reader, journal, statistics)
+    return compress_layers(*arguments, device="cpu", on_step=on_step, **options), journal
 
 
 def stored(plan: Plan, journal: Journal) -> Callable[[str], Tensor]:
-    homes = plan.homes()
+    owners = plan.owner_layers()
 
     def read(key: str) -> Tensor:
-        name = next(name for name in homes if key.startswith(f"{name}."))
-        return journal.read_tensor(factors_file(homes[name]), key)
+        name = next(name for name in owners if key.startswith(f"{name}."))
+        return journal.read_tensor(layer_file(owners[name]), key)
 
     return read
 
 
-@pytest.mark.parametrize("form", ["low_rank", "pivoted_low_rank"])
-@pytest.mark.parametrize("dense_bias", ["replaced", "added"])
+def weight_of(plan: Plan, name: str, journal: Journal) -> Tensor:
+    """Return the weight that the tensors in the journal represent."""
+    task = next(t for t in plan.tasks if name in [w.name for w in t.weights])
+    return stored_weight(task, plan.results[task.name], name, stored(plan, journal))
+
+
+@pytest.mark.parametrize("types", ["low_rank", "pivoted_low_rank"])
+@pytest.mark.parametrize("source_bias", [True, False])
 def test_a_bias_keeps_the_mean_output(
-    form, dense_bias, tmp_path, reader, statistics, tokens
+    types, source_bias, tmp_path, reader, statistics, tokens
 ) -> None:
-    plan = plan_of("lord", form=form, bias=dense_bias)
-    done, journal = run(plan, recipe_of({"method": "lord"}), tmp_path, reader, statistics)
-    m = done.matrices[0]
-    leaf = "b.bias" if form == "low_rank" else "bias"
-    bias = stored(done, journal)(f"{m.name}.{leaf}")
+    plan = plan_of("lord", types=types, source_bias=source_bias)
+    done, journal = run(plan, tmp_path, reader, statistics)
+    task = done.tasks[0]
+    bias = stored(done, journal)(f"{task.name}.bias")
     mean = tokens.mean(dim=0)
-    W, was = reader.read(f"{m.name}.weight"), reader.read(f"{m.name}.bias")
-    expected = W @ mean + (was if dense_bias == "replaced" else 0)
-    torch.testing.assert_close(product(m, stored(done, journal)) @ mean + bias, expected)
-    assert done.modules()[m.name]["bias"] is True
-    assert m.bits - replace(m, bias=None).at(m.rank).bits == (dense_bias == "added") * WIDTH * 32
+    W, before = reader.read(f"{task.name}.weight"), reader.read(f"{task.name}.bias")
+    expected = W @ mean + (before if source_bias else 0)
+    torch.testing.assert_close(weight_of(done, task.name, journal) @ mean + bias, expected)
+    assert done.modules()[task.name].bias is True
+    without = replace(task.config, bias=False)
+    assert task.bits - task.bits_of(without) == (not source_bias) * WIDTH * 32
 
 
 def test_a_two_sided_method_predicts_nats_that_add_up(tmp_path, reader, statistics) -> None:
-    recipe = recipe_of({"method": "kfac", "storage": "low_rank"})
     plan = plan_of("kfac")
-    done, _ = run(plan, recipe, tmp_path / "a", reader, statistics)
-    assert all(m.predicted_nats > 0 for m in done.matrices)
-    # What the allocation pass predicts is what factoring finds.
-    looked: Any = (plan, recipe, reader, Journal(tmp_path / "b"), statistics)
-    predicted = allocate_ranks(*looked, device="cpu", on_step=lambda *_: None, every=True)
-    for there, here in zip(done.matrices, predicted.matrices, strict=True):
+    done, _ = run(plan, tmp_path / "a", reader, statistics)
+    assert all(done.results[name].predicted_nats > 0 for name in NAMES)
+    # The allocation predicts what compression finds.
+    arguments: Any = (plan, reader, Journal(tmp_path / "b"), statistics)
+    predicted = allocate(*arguments, device="cpu", on_step=lambda *_: None, predict_all=True)
+    for name in NAMES:
+        there, here = done.results[name], predicted.results[name]
         assert there.predicted_nats == pytest.approx(here.predicted_nats, rel=1e-9)
         assert there.loss == pytest.approx(here.loss, rel=1e-9)
-    assert [m.predicted_nats for m in plan.matrices] == [None] * len(NAMES)
+    assert plan.results == {}
 
 
-def test_layers_of_a_group_are_factored_together(tmp_path, reader, statistics) -> None:
-    plan = plan_of("basis-sharing")
+def test_layers_of_a_group_are_solved_together(tmp_path, reader, statistics) -> None:
     owner, member = "layers.0.in", "layers.1.in"
-    plan = plan.with_matrices(
-        m.shared(owner).at(4) for m in plan.matrices if m.name in (owner, member)
+    plan = plan_with(
+        [
+            task_of(owner, member, method="basis-sharing"),
+            *(task_of(n, method="svd-llm") for n in NAMES if n not in (owner, member)),
+        ]
     )
-    done, journal = run(plan, recipe_of({"method": "basis-sharing"}), tmp_path, reader, statistics)
-    assert [m.name for m in done.matrices] == NAMES
-    assert done.modules()[member]["shares"] == owner
-    read = stored(done, journal)
-    both = [m for m in done.matrices if m.name in (owner, member)]
-    W_hats = torch.cat([product(m, read) for m in both])
+    done, journal = run(plan, tmp_path, reader, statistics)
+    assert {row.name for row in summarize(done)} == {*NAMES}
+    assert [row.layer for row in summarize(done)] == [0, 0, 1, 1, 2, 2]
+    assert done.modules()[member].shares == owner
+    assert done.modules()[owner].shares is None
+    W_hats = torch.cat([weight_of(done, name, journal) for name in (owner, member)])
     assert int(torch.linalg.matrix_rank(W_hats)) == 4
-    # The sum of the moments weighs both: nothing of rank 4 comes closer.
-    H = sum(statistics(m).inputs.whole() for m in both)
+    # The sum of the moments weighs both: no other matrix of rank 4 is closer.
+    H = sum(statistics(weight).inputs.whole() for weight in done.tasks[0].weights)
     L = torch.linalg.cholesky(H)
-    W = torch.cat([reader.read(f"{m.name}.weight") for m in both]).double()
+    W = torch.cat([reader.read(f"{name}.weight") for name in (owner, member)]).double()
     values = torch.linalg.svdvals(W @ L)
     lost = (((W - W_hats.double()) @ L) ** 2).sum()
     assert float(lost) == pytest.approx(float((values[4:] ** 2).sum()), rel=1e-4)
 
 
-def test_factors_that_have_no_pivots_are_stored_plainly(
+def test_factors_without_pivots_are_stored_as_two_factors(
     tmp_path, reader, statistics, monkeypatch
 ) -> None:
-    def refuse(B: Tensor, A: Tensor) -> dict[str, Tensor]:
+    def fail(B: Tensor, A: Tensor) -> dict[str, Tensor]:
         raise ValueError("no pivot rows were found")
 
-    form = factor.FORMS["pivoted_low_rank"]
-    monkeypatch.setattr(form, "encode", staticmethod(refuse))
-    plan = plan_of("svd", form="pivoted_low_rank", rank=6)
-    done, _ = run(plan, recipe_of({"method": "svd"}), tmp_path, reader, statistics)
-    for before, after in zip(plan.matrices, done.matrices, strict=True):
-        assert after.form == "low_rank"
-        assert after.bits <= before.bits  # the budget of the plan is kept
-        assert after.at(after.rank + 1).bits > before.bits
-        assert after.fallback == "stored as low_rank of rank 4: no pivot rows were found"
+    monkeypatch.setattr(COMPONENTS["pivoted_low_rank"], "encode", staticmethod(fail))
+    plan = plan_of("svd", types="pivoted_low_rank", rank=6)
+    done, _ = run(plan, tmp_path, reader, statistics)
+    for task in plan.tasks:
+        result = done.results[task.name]
+        assert result.config.types == "low_rank"
+        assert task.bits_of(result.config) <= task.bits  # the budget of the plan is kept
+        larger = SizeSteps(task, "low_rank").config(result.config.sizes["rank"] + 1)
+        assert task.bits_of(larger) > task.bits
+        assert result.fallback == "stored as low_rank of rank 4: no pivot rows were found"
 
 
-def test_what_no_token_reached_stays_dense(tmp_path, reader) -> None:
-    plan = plan_of("svd-llm")
-    recipe = recipe_of({"method": "svd-llm"})
-    done, _ = run(plan, recipe, tmp_path, reader, lambda matrix: Statistics())
-    assert {m.form for m in done.matrices} == {"dense"}
-    assert done.matrices[0].fallback == "saw no calibration token; stays dense"
+def test_weights_without_a_calibration_token_stay_dense(tmp_path, reader) -> None:
+    done, _ = run(plan_of("svd-llm"), tmp_path, reader, lambda weight: Statistics())
+    assert not any(result.config.compressed for result in done.results.values())
+    assert done.results[NAMES[0]].fallback == "saw no calibration token; stays dense"
+    assert done.modules() == {}
 
 
-PLAIN: dict[str, Any] = {"method": "svd-llm"}
-MIXED = PLAIN | {"compensate": {"mix": 0.5, "residual": 0, "damp": 0.0}}
-COMPENSATED = PLAIN | {"compensate": {"mix": 0.5, "residual": 0.5, "damp": 0.0}}
+MIXED = Compensation(mix=0.5, residual=0, damp=0.0)
+BOTH = Compensation(mix=0.5, residual=0.5, damp=0.0)
 
 
-def chain_error(chain: ActivationCache) -> float:
+def chain_error(chain: Chain) -> float:
     """Return the squared distance of the chain's outputs from those of the dense one."""
     chain.advance(LAYERS - 1)
     return float((chain.dense - chain.now).square().sum())
 
 
-def test_layers_make_up_for_those_before(tmp_path, reader, statistics, tokens) -> None:
+def test_layers_compensate_for_those_before(tmp_path, reader, statistics, tokens) -> None:
     errors = {}
-    for name, stage in {"plain": PLAIN, "mixed": MIXED, "both": COMPENSATED}.items():
-        plan, chain = plan_of("svd-llm", rank=8), ActivationCache(reader.tensors, tokens)
-        recipe = recipe_of(stage)
-        folder = tmp_path / name
-        done, journal = run(plan, recipe, folder, reader, statistics, prefix=chain)
-        fresh = ActivationCache(reader.tensors, tokens)
+    for name, compensate in {"plain": None, "mixed": MIXED, "both": BOTH}.items():
+        plan = plan_of("svd-llm", rank=8, compensate=compensate)
+        chain = Chain(reader.tensors, tokens)
+        done, journal = run(plan, tmp_path / name, reader, statistics, prefix=chain)
+        fresh = Chain(reader.tensors, tokens)
         for layer in range(LAYERS):
             if layer:
                 fresh.advance(layer - 1)
-            for m in done.matrices:
-                if m.layer == layer:
-                    fresh.replace(m.name, product(m, stored(done, journal)))
+            for task in done.tasks:
+                if task.layer == layer:
+                    fresh.replace(task.name, weight_of(done, task.name, journal))
         errors[name] = chain_error(fresh)
-        assert all(m.refit == (name != "plain") for m in done.matrices)
+        assert all(result.refit == (name != "plain") for result in done.results.values())
     assert errors["mixed"] < 0.75 * errors["plain"]  # measured 0.63
     assert errors["both"] < 0.9 * errors["mixed"]  # measured 0.80
 
 
-def test_every_matrix_is_measured_behind_what_was_replaced(
+def test_every_weight_is_measured_after_the_replaced_ones(
     tmp_path, reader, statistics, tokens
 ) -> None:
-    chain = ActivationCache(reader.tensors, tokens)
-    run(plan_of("svd-llm"), recipe_of(COMPENSATED), tmp_path, reader, statistics, prefix=chain)
+    chain = Chain(reader.tensors, tokens)
+    run(plan_of("svd-llm", compensate=BOTH), tmp_path, reader, statistics, prefix=chain)
     expected = []
     for layer in range(LAYERS):
         for leaf in ("in", "out"):
@@ -279,27 +298,31 @@ def test_every_matrix_is_measured_behind_what_was_replaced(
     assert chain.log == expected
 
 
-def test_a_dense_matrix_is_refitted_too(tmp_path, reader, statistics, tokens) -> None:
-    plan = plan_of("svd-llm")
-    plan = plan.with_matrices([plan.matrices[2].dense(note="keep is 1")])
-    chain = ActivationCache(reader.tensors, tokens)
-    done, journal = run(plan, recipe_of(COMPENSATED), tmp_path, reader, statistics, prefix=chain)
-    m = done.matrices[2]
-    assert (m.form, m.refit, m.bits) == ("dense", True, m.source_bits)
-    weight = journal.read_tensor(factors_file(1), f"{m.name}.weight")
-    assert not torch.equal(weight, reader.read(f"{m.name}.weight"))
-    assert torch.equal(chain.replaced[m.name].float(), weight)
-    assert m.name not in done.modules()
+def test_a_dense_weight_is_refit_too(tmp_path, reader, statistics, tokens) -> None:
+    plan = plan_of("svd-llm", compensate=BOTH)
+    plan = plan.with_tasks([plan.tasks[2].dense("keep is 1")])
+    chain = Chain(reader.tensors, tokens)
+    done, journal = run(plan, tmp_path, reader, statistics, prefix=chain)
+    task = done.tasks[2]
+    result = done.results[task.name]
+    assert (result.config.compressed, result.refit) == (False, True)
+    assert task.bits_of(result.config) == task.source_bits
+    weight = journal.read_tensor(layer_file(1), f"{task.name}.weight")
+    assert not torch.equal(weight, reader.read(f"{task.name}.weight"))
+    assert torch.equal(chain.replaced[task.name].float(), weight)
+    assert task.name not in done.modules()
 
 
-@pytest.mark.parametrize("stage", [{"method": "svd"}, {"method": "asvd"}, {"method": "kfac"}])
-def test_any_metric_can_factor_the_refitted_weight(
-    stage, tmp_path, reader, statistics, tokens
+@pytest.mark.parametrize("method", ["svd", "asvd", "kfac"])
+def test_any_metric_can_decompose_the_refit_weight(
+    method, tmp_path, reader, statistics, tokens
 ) -> None:
-    recipe = recipe_of({**stage, "compensate": {}})
-    chain = ActivationCache(reader.tensors, tokens)
-    done, _ = run(plan_of(stage["method"]), recipe, tmp_path, reader, statistics, prefix=chain)
-    assert all(m.refit and m.rank == 4 for m in done.matrices)
+    compensate = Compensation(mix=0.3, residual=0.5, damp=1e-4)
+    chain = Chain(reader.tensors, tokens)
+    plan = plan_of(method, compensate=compensate)
+    done, _ = run(plan, tmp_path, reader, statistics, prefix=chain)
+    assert len(done.results) == len(NAMES)
+    assert all(r.refit and r.config.sizes == {"rank": 4} for r in done.results.values())
 
 
 def test_a_stopped_compensation_continues_to_the_same_bytes(
@@ -307,49 +330,53 @@ def test_a_stopped_compensation_continues_to_the_same_bytes(
 ) -> None:
     def stop(stage: str, done: int, total: int) -> None:
         if done == 2:
-            raise Stopped("asked to")
+            raise Stopped("requested")
 
-    plan, recipe = plan_of("svd-llm"), recipe_of(COMPENSATED)
-    whole = (plan, recipe, tmp_path / "whole", reader, statistics)
-    parts = (plan, recipe, tmp_path / "parts", reader, statistics)
-    run(*whole, prefix=ActivationCache(reader.tensors, tokens))
+    plan = plan_of("svd-llm", compensate=BOTH)
+    whole = (plan, tmp_path / "whole", reader, statistics)
+    parts = (plan, tmp_path / "parts", reader, statistics)
+    run(*whole, prefix=Chain(reader.tensors, tokens))
     with pytest.raises(Stopped):
-        run(*parts, prefix=ActivationCache(reader.tensors, tokens), on_step=stop)
-    chain = ActivationCache(reader.tensors, tokens)
+        run(*parts, prefix=Chain(reader.tensors, tokens), on_step=stop)
+    chain = Chain(reader.tensors, tokens)
     run(*parts, prefix=chain)
     assert [step[0] for step in chain.log] == [
-        *("replace", "replace", "advance") * 2,  # finished layers are shown to the prefix
+        *("replace", "replace", "advance") * 2,  # finished layers are put into the prefix
         *("measure", "replace") * 2,
     ]
     for layer in range(LAYERS):
-        file = f"work/{factors_file(layer)}"
+        file = f"work/{layer_file(layer)}"
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
-    chain = ActivationCache(reader.tensors, tokens)
+    chain = Chain(reader.tensors, tokens)
     run(*parts, prefix=chain)
-    assert chain.log == []  # nothing left that needs it
+    assert chain.log == []  # no layer is left that needs it
 
 
-def test_what_cannot_be_weighed_gets_an_even_share_or_stays_dense(
+def test_weights_with_zero_statistics_get_an_average_fraction_and_unmeasured_ones_stay_dense(
     tmp_path, reader, statistics
 ) -> None:
-    """Zeros on one side of a layer leave ranks possible, no token at all does not."""
-    recipe = recipe_of({"method": "svd-llm", "allocation": "lagrangian", "keep": 0.6})
-    plan = plan_of("svd-llm")
-    pending = [replace(m, sizes=None).undecided("lagrangian", 0.6) for m in plan.matrices]
-    total = sum(m.source_bits for m in pending)
-    plan = replace(plan.with_matrices(pending), budgets=[int(0.6 * total)])
+    """Zeros on one side of a layer allow ranks, no token at all does not."""
+    tasks = [task_of(name, method="svd-llm", rank=None) for name in NAMES]
+    total = sum(task.source_bits for task in tasks)
+    allocation = Allocation(0, "lagrangian", int(0.6 * total), "bits", ("low_rank",), keep=0.6)
+    pending = [
+        replace(task, allocation=0, estimated_bits=int(0.6 * task.source_bits)) for task in tasks
+    ]
+    plan = plan_with(pending, allocations=[allocation])
 
-    def known(matrix: Matrix) -> Statistics:
-        if matrix.name == NAMES[0]:
+    def known(weight: Weight) -> Statistics:
+        if weight.name == NAMES[0]:
             return Statistics(TOKENS, Moment.of(torch.zeros(WIDTH, WIDTH)))
-        return Statistics() if matrix.name == NAMES[1] else statistics(matrix)
+        return Statistics() if weight.name == NAMES[1] else statistics(weight)
 
-    looked: Any = (plan, recipe, reader, Journal(tmp_path), known)
-    done = allocate_ranks(*looked, device="cpu", on_step=lambda *_: None)
-    zeros = done.matrices[0]
-    assert zeros.rank is not None
-    assert zeros.bits <= 0.6 * zeros.source_bits < zeros.at(zeros.rank + 1).bits
-    assert (zeros.loss, zeros.predicted_nats) == (None, None)
-    assert done.matrices[1].note == "saw no calibration token; stays dense"
+    arguments: Any = (plan, reader, Journal(tmp_path), known)
+    done = allocate(*arguments, device="cpu", on_step=lambda *_: None)
+    assert not any(task.pending for task in done.tasks)
+    zeros = done.tasks[0]
+    rank = zeros.config.sizes["rank"]
+    larger = zeros.bits_of(SizeSteps(zeros, "low_rank").config(rank + 1))
+    assert zeros.bits <= 0.6 * zeros.source_bits < larger
+    assert zeros.name not in done.results
+    assert done.tasks[1].note == "saw no calibration token; stays dense"
     assert done.bits <= 0.6 * total
-    assert all(m.rank for m in done.matrices[2:])
+    assert all("rank" in task.config.sizes for task in done.tasks[2:])
