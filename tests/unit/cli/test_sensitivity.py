@@ -178,9 +178,7 @@ def test_methods_that_predict_no_nats_have_a_table_of_fractions(
 
 def test_weights_of_one_place_share_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of experts, whose names end alike."""
-    alike = [
-        weight(0, f"experts.{i}.up_proj", rank=10 + i, loss=0.1, nats=0.01) for i in range(3)
-    ]
+    alike = [weight(0, f"experts.{i}.up_proj", rank=10 + i, loss=0.1, nats=0.01) for i in range(3)]
     lines = printed(160, monkeypatch, print_sensitivity, plan_of(alike))
     assert lines[2] == "0 0.03000 r10-12 0.03000"
 
