@@ -138,7 +138,7 @@ class Compression:
         tensors: dict[str, Tensor] = {}
 
         def note(done: CompressedGroup) -> None:
-            results[done.task.name] = done.result
+            results[done.task.name] = self._predicted(done)
             tensors.update(done.tensors)
 
         tasks = [task for task in self.plan.tasks if task.layer == layer]
@@ -215,6 +215,13 @@ class Compression:
         if not done.result.config.compressed:
             return refit_dense(task, V, W.dtype, fallback)
         return replace(done, result=replace(done.result, refit=True, fallback=fallback))
+
+    def _predicted(self, done: CompressedGroup) -> LayerResult:
+        """Return the result with the allocator's prediction where the solver made none."""
+        planned, result = self.plan.results.get(done.task.name), done.result
+        if planned is None or result.predicted_nats is not None or planned.config != result.config:
+            return result
+        return replace(result, predicted_nats=planned.predicted_nats)
 
     def _group(
         self,

@@ -14,19 +14,24 @@ from torch.nn.functional import leaky_relu
 from lrc.compressors.compress.group import stored_weight
 from lrc.compressors.compress.layerwise import compress_layers, layer_file
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.layers import COMPONENTS, ComponentConfig, WeightConfig
+from lrc.compressors.layers import (
+    COMPONENTS,
+    ComponentConfig,
+    QuantizationArgs,
+    WeightConfig,
+)
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.allocate import allocate
 from lrc.compressors.planning.plan import Allocation, ModelInfo, Plan
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.summary import summarize
-from lrc.compressors.planning.tasks import Compensation, LayerTask, Weight
+from lrc.compressors.planning.tasks import Compensation, LayerTask, QuantizationTask, Weight
 from lrc.compressors.solvers.error_compensation import PrefixMoments
 from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.configs.errors import Stopped
 
 LAYERS, WIDTH, TOKENS = 3, 12, 200
-OPTIONS = {"damp": 1e-6, "gradient_damp": 0.1, "alpha": 0.5}
+OPTIONS = {"damp": 1e-6, "gradient_damp": 0.1, "alpha": 0.5, "rounds": 15}
 NAMES = [f"layers.{layer}.{leaf}" for layer in range(LAYERS) for leaf in ("in", "out")]
 
 
@@ -351,6 +356,30 @@ def test_a_stopped_compensation_continues_to_the_same_bytes(
     chain = Chain(reader.tensors, tokens)
     run(*parts, prefix=chain)
     assert chain.log == []  # no layer is left that needs it
+
+
+def test_whole_weights_in_integers_keep_the_prediction_of_their_allocation(
+    tmp_path, reader, statistics
+) -> None:
+    """Quantization measures a loss under the inputs only, which predicts no nats."""
+    int4 = QuantizationArgs(4)
+    tasks = [
+        task_of(name, method="mixed", rank=None, quantize=QuantizationTask(0, "gptq"))
+        for name in NAMES
+    ]
+    allocation = Allocation(0, "lagrangian", 0, "bits", (), quantization=(int4,), keep=0.2)
+    budget = sum(SizeSteps(task, "dense", int4).cost(1, "bits") for task in tasks)
+    pending = [replace(task, allocation=0, estimated_bits=budget // len(tasks)) for task in tasks]
+    plan = plan_with(pending, allocations=[replace(allocation, budget=budget)])
+    arguments: Any = (plan, reader, Journal(tmp_path / "a"), statistics)
+    planned = allocate(*arguments, device="cpu", on_step=lambda *_: None)
+    done, _ = run(planned, tmp_path / "b", reader, statistics)
+    for name in NAMES:
+        before, after = planned.results[name], done.results[name]
+        assert after.config == before.config
+        assert str(after.config.quantization) == "int4"
+        assert after.predicted_nats == before.predicted_nats > 0
+        assert after.loss != before.loss
 
 
 @pytest.mark.parametrize("method", ["svd-llm", "lord", "kfac"])
