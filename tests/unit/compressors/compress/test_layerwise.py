@@ -236,6 +236,24 @@ def test_layers_of_a_group_are_solved_together(tmp_path, reader, statistics) -> 
     assert float(lost) == pytest.approx(float((values[4:] ** 2).sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
+def test_every_member_of_a_quantized_group_uses_the_quantized_factor(
+    quantizer, tmp_path, reader, statistics
+) -> None:
+    """Coefficients of all members must match the factor that the first one stores."""
+    names = "layers.0.in", "layers.1.in"
+    task = task_of(*names, method="basis-sharing", rank=6)
+    args = QuantizationArgs(8)
+    how = QuantizationTask(0, quantizer, args)
+    quantized = replace(task, config=how.applied_to(task.config), quantize=how)
+    plain, journal = run(plan_with([task]), tmp_path / "a", reader, statistics)
+    done, other = run(plan_with([quantized]), tmp_path / "b", reader, statistics)
+    assert done.results[names[0]].config.quantization == args
+    for name in names:
+        W, W_hat = weight_of(plain, name, journal), weight_of(done, name, other)
+        assert 0 < float((W - W_hat).norm() / W.norm()) < 0.03  # two factors of 8 bits
+
+
 def test_factors_without_pivots_are_stored_as_two_factors(
     tmp_path, reader, statistics, monkeypatch
 ) -> None:
