@@ -32,8 +32,8 @@ class UserPlan:
     text: str
     configs: dict[tuple[str, ...], WeightConfig]
     """Names of the weights of a task -> its configuration."""
-    embeddings: Any
-    """Records of embedding and head."""
+    embeddings: dict[tuple[str, ...], WeightConfig]
+    """The same of embedding and head."""
 
 
 def read_user_plan(path: str, where: str, problems: Problems) -> UserPlan | None:
@@ -69,23 +69,10 @@ def read_user_plan(path: str, where: str, problems: Problems) -> UserPlan | None
         )
         return None
     found = Problems()
-    configs: dict[tuple[str, ...], WeightConfig] = {}
-    seen: set[str] = set()
-    for number, record in enumerate(records):
-        names = _names(record)
-        if names is None:
-            found.add("invalid-user-plan", path, f"tasks[{number}] has no 'weights' with names")
-            continue
-        twice = seen & {*names}
-        if twice:
-            found.add("invalid-user-plan", path, f"{min(twice)} is listed twice; delete one")
-        seen |= {*names}
-        try:
-            configs[names] = WeightConfig.from_json(record.get("config"))
-        except ValueError as error:
-            found.add("invalid-user-plan", path, f"{names[0]}: 'config' {error}; correct it")
+    configs = _configs("tasks", records, path, found)
+    embeddings = _configs("embeddings", values.get("embeddings", []), path, found)
     _report(found, path, problems)
-    return None if found else UserPlan(path, text, configs, values.get("embeddings", []))
+    return None if found else UserPlan(path, text, configs, embeddings)
 
 
 def check_names(
@@ -128,6 +115,33 @@ def apply_user_plan(
             decided.append(task.decided(config))
     _report(found, plan.path, problems)
     return decided
+
+
+def _configs(
+    key: str, records: Any, path: str, found: Problems
+) -> dict[tuple[str, ...], WeightConfig]:
+    """Read a list of tasks; problems are added to `found`."""
+    if not isinstance(records, list):
+        found.add(
+            "invalid-user-plan", path, f"'{key}' must be a list, got {records!r:.60}; {REMEDY}"
+        )
+        return {}
+    configs: dict[tuple[str, ...], WeightConfig] = {}
+    seen: set[str] = set()
+    for number, record in enumerate(records):
+        names = _names(record)
+        if names is None:
+            found.add("invalid-user-plan", path, f"{key}[{number}] has no 'weights' with names")
+            continue
+        twice = seen & {*names}
+        if twice:
+            found.add("invalid-user-plan", path, f"{min(twice)} is listed twice; delete one")
+        seen |= {*names}
+        try:
+            configs[names] = WeightConfig.from_json(record.get("config"))
+        except ValueError as error:
+            found.add("invalid-user-plan", path, f"{names[0]}: 'config' {error}; correct it")
+    return configs
 
 
 def _names(record: Any) -> tuple[str, ...] | None:
