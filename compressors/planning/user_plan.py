@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lrc.compressors.layers import WeightConfig
+from lrc.compressors.layers import COMPONENTS, WeightConfig
 from lrc.compressors.methods.base import Method
-from lrc.compressors.methods.size_families import components_at, largest_step
 from lrc.compressors.planning.plan import PLAN_VERSION
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.tasks import LayerTask
@@ -215,11 +214,9 @@ def _before_quantization(config: WeightConfig, task: LayerTask, method: Method) 
 def _size_problem(task: LayerTask, config: WeightConfig) -> str | None:
     """Return why a task cannot have the sizes of a configuration, or gains nothing by them."""
     types, shape = config.types, task.stacked_shape
-    largest = {
-        name: size
-        for c in components_at(types, largest_step(types, *shape), *shape, ratio=task.ratio)
-        for name, size in c.sizes.items()
-    }
+    largest: dict[str, int] = {}
+    for kind in (COMPONENTS[c.type] for c in config.components):
+        largest |= kind.sizes_at(kind.largest_step(*shape), *shape, ratio=task.ratio)
     for name, size in config.sizes.items():
         if size > largest[name]:
             return (
