@@ -1,6 +1,6 @@
-"""Integers that cannot be had: one clear error each, before any weight is read where shapes tell.
+"""Impossible quantization: one clear error each, before any weight is read where shapes suffice.
 
-The tiny model has linears of 32 or 48 inputs, the smallest [16, 32].
+The tiny model has linear layers of 32 or 48 inputs, the smallest [16, 32].
 """
 
 import json
@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from lrc.compressors.layers import WeightConfig
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.planning.plan import read_matrices
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.summary import WeightSummary, summarize
 
 GPTQ = {"quantize": {"method": "gptq", "bits": 4}}
 INT4 = {"quantize": {"method": "gptq", "bits": 4, "group_size": 16}}
@@ -28,147 +30,199 @@ def decompose(method: str, keep: float = 0.6, **options: Any) -> dict[str, Any]:
     return {"decompose": {"method": method, "keep": keep, **options}}
 
 
-STAGES: dict[str, tuple[list[dict[str, Any]], tuple[str, ...]]] = {
+GROUP_SIZE = "stages[0].quantize.group_size"
+CORRECTION = "stages[0].quantize.low_rank_correction.rank"
+STAGES: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
     "groups that do not divide": (
         [gptq(group_size=32)],
-        (
-            "stages[0].quantize.group_size: must divide the rows that it cuts into groups, got 32 "
-            "for model.layers.*.mlp.down_proj (2 layers, rows of 48); set group_size: 16, which "
-            "divides all, or list these layers under 'ignore'",
-        ),
+        "indivisible-rows",
+        GROUP_SIZE,
+        ("32 for model.layers.*.mlp.down_proj (2 layers, rows of 48); set group_size: 16, which",),
     ),
     "groups of several layers that do not divide": (
         [gptq(group_size=24)],
+        "indivisible-rows",
+        GROUP_SIZE,
         ("self_attn.q_proj (2 layers, rows of 32); ", "mlp.up_proj (2 layers, rows of 32)"),
     ),
     "groups that divide next to nothing": (
         [gptq(group_size=7)],
-        ("got 7 for", "leave group_size out, for one scale a row, or list these layers"),
+        "indivisible-rows",
+        GROUP_SIZE,
+        ("got 7 for", "leave group_size out"),
     ),
-    "groups that ranks of a stage before do not fill": (
+    "groups that ranks of an earlier stage do not fill": (
         [decompose("svd", overrides=[{"match": "*.q_proj", "rank": 5}]), INT4],
-        ("stages[1].quantize.group_size", "rows of 5); make their ranks multiples of it, or list"),
+        "indivisible-rows",
+        "stages[1].quantize.group_size",
+        ("rows of 5); make their ranks multiples of it",),
     ),
-    "groups beyond every rank": (
+    "groups larger than every rank": (
         [decompose("svd"), gptq(group_size=32, ignore=["*.down_proj"])],
-        ("decompose.rank_multiple: must be in", "of the group_size of 'quantize' too, 32: lower"),
+        "out-of-range",
+        "stages[0].decompose.rank_multiple",
+        ("got 32", "group_size of a later 'quantize'"),
     ),
-    "no bits": ([gptq(bits=1)], ("quantize.bits: must be in [2, 8], got 1; raise it",)),
-    "too many bits": ([gptq(bits=9)], ("quantize.bits: must be in [2, 8], got 9; lower it",)),
-    "an unknown rounder": (
+    "no bits": ([gptq(bits=1)], "out-of-range", "stages[0].quantize.bits", ("got 1; raise",)),
+    "too many bits": (
+        [gptq(bits=9)],
+        "out-of-range",
+        "stages[0].quantize.bits",
+        ("got 9; lower",),
+    ),
+    "an unknown quantizer": (
         [gptq(method="gpqt")],
-        ("quantize.method: must be one of", "got 'gpqt'; did you mean 'gptq'?"),
+        "unknown-value",
+        "stages[0].quantize.method",
+        ("got 'gpqt'; did you mean 'gptq'?",),
     ),
-    "rounded twice": (
+    "quantized twice": (
         [GPTQ, INT4],
-        ("q_proj is already rounded by stages[0]; list it under one of the two 'ignore'",),
+        "already-quantized",
+        "stages[1].quantize.targets",
+        ("q_proj", "stages[0]"),
     ),
-    "rounded by mixed and again": (
+    "quantized by mixed and again": (
         [decompose("mixed", 0.3, schemes=["int8"]), GPTQ],
-        ("stages[1].quantize.targets", "already rounded by stages[0]", "or leave out 'schemes'"),
+        "already-quantized",
+        "stages[1].quantize.targets",
+        ("stages[0]", "'schemes'"),
     ),
-    "nothing to round": (
+    "nothing to quantize": (
         [gptq(ignore=["*"])],
-        ("quantize.targets: must leave at least one linear to round", "or remove the stage"),
+        "no-match",
+        "stages[0].quantize.targets",
+        ("or remove the stage",),
     ),
-    "rounded before it is decomposed": (
+    "quantized before it is decomposed": (
         [GPTQ, decompose("svd")],
-        ("error[conflicting-keys]", "every 'decompose' must come before every 'quantize'"),
+        "conflicting-keys",
+        "",
+        ("every 'decompose' must come before every 'quantize'",),
     ),
-    "rounded before it is sliced": (
+    "quantized before it is sliced": (
         [GPTQ, {"slice": {"method": "drop", "keep": 0.8}}],
-        ("error[conflicting-keys]", "every 'slice' must come before every 'quantize'"),
+        "conflicting-keys",
+        "",
+        ("every 'slice' must come before every 'quantize'",),
     ),
-    "a size before rounding": (
+    "a size before quantization": (
         [{"decompose": {"method": "kfac", "size": "90kB"}}, GPTQ],
-        ("decompose.size: counts the bytes of files that no stage rounds", "give 'keep', before"),
+        "contradiction",
+        "stages[0].decompose.size",
+        ("give 'keep'",),
     ),
-    "a branch as large as the smallest weight": (
+    "a correction as large as the smallest weight": (
         [gptq(low_rank_correction={"rank": 16})],
-        (
-            "low_rank_correction.rank: must be below 16, the smaller side of",
-            "k_proj [16, 32], got 16; lower",
-        ),
+        "rank-out-of-range",
+        CORRECTION,
+        ("must be below 16", "k_proj [16, 32], got 16; lower"),
     ),
-    "a branch that eats what rounding saves": (
+    "a correction as large as what quantization saves": (
         [gptq(bits=8, low_rank_correction={"rank": 12})],
-        ("low_rank_correction.rank: must make model.layers.0.self_attn.q_proj [32, 32] smaller",),
+        "no-saving",
+        CORRECTION,
+        ("model.layers.0.self_attn.q_proj [32, 32]", "got 12"),
     ),
-    "scales that eat what rounding saves": (
+    "scales as large as what quantization saves": (
         [gptq(bits=8, group_size=1)],
-        ("quantize.group_size: must make", "got 1, which makes", "raise it, or list the layer"),
+        "no-saving",
+        GROUP_SIZE,
+        ("got 1,", "raise it, or list the layer"),
     ),
     "compensation of a shared factor": (
         [decompose("basis-sharing"), gptq(compensate={})],
-        ("stages[1].quantize.compensate: must be left out where layers share a factor",),
+        "shared-factor",
+        "stages[1].quantize.compensate",
+        (),
     ),
     "compensation of a shared dictionary": (
         [decompose("cospadi", layers_per_group=2), gptq(compensate={})],
-        ("stages[1].quantize.compensate: must be left out where layers share a factor",),
+        "shared-factor",
+        "stages[1].quantize.compensate",
+        (),
     ),
-    "compensation behind biases": (
+    "compensation after biases": (
         [decompose("lord"), gptq(compensate={})],
-        ("decompose.method: lord cannot stand beside 'compensate'",),
+        "contradiction",
+        "stages[0].decompose.method",
+        ("lord", "'compensate'"),
     ),
     "sums before groups": (
         [decompose("mixed", 0.8, components=["pivoted_low_rank+sparse"]), INT4],
-        ("decompose.components: pivoted_low_rank+sparse has ranks", "groups of 16 do not divide"),
+        "contradiction",
+        "stages[0].decompose.components",
+        ("groups of 16",),
     ),
-    "a scheme that is none": (
+    "a malformed scheme": (
         [decompose("mixed", 0.3, schemes=["int4-64"])],
-        ("error[unknown-value]", "decompose.schemes[0]: ", "got 'int4-64'"),
+        "unknown-value",
+        "stages[0].decompose.schemes[0]",
+        ("got 'int4-64'",),
     ),
     "a scheme of too many bits": (
         [decompose("mixed", 0.3, schemes=["int8", "int9"])],
-        ("error[unknown-value]", "decompose.schemes[1]: ", "got 'int9'"),
+        "unknown-value",
+        "stages[0].decompose.schemes[1]",
+        ("got 'int9'",),
     ),
     "a scheme twice": (
         [decompose("mixed", 0.3, schemes=["int8", "int8"])],
-        ("error[conflicting-keys]", "the 'schemes' must differ"),
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("'schemes'",),
     ),
-    "a scheme that fits nothing": (
+    "a scheme that fits no weight": (
         [decompose("mixed", 0.3, schemes=["int8", "int4-g64"])],
-        ("schemes[1]: must have groups that divide the inputs of a targeted matrix, 32, 48, got",),
+        "indivisible-rows",
+        "stages[0].decompose.schemes[1]",
+        ("32, 48, got int4-g64",),
     ),
     "schemes for multiply-adds": (
         [decompose("mixed", schemes=["int8"], measure="macs")],
-        ("error[conflicting-keys]", "'schemes' save bits", "measure: macs"),
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("'schemes'", "measure: macs"),
     ),
     "dense and no schemes": (
         [decompose("mixed", components=["dense"])],
-        ("error[conflicting-keys]", "components: [dense] needs 'schemes'"),
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("components: [dense] needs 'schemes'",),
     ),
-    "a share below all integers": (
+    "a fraction below all integers": (
         [decompose("mixed", 0.2, components=["dense"], schemes=["int4"])],
-        (
-            "decompose.keep: must be at least 0.287 of the bits, which the cheapest",
-            "got 0.2; raise",
-        ),
+        "infeasible-budget",
+        "stages[0].decompose.keep",
+        ("at least 0.287 of the bits", "got 0.2; raise"),
     ),
     "a size below all integers": (
         [
             {
                 "decompose": {
                     "method": "mixed",
-                    "size": "84kB",
+                    "size": "81kB",
                     "components": ["dense"],
                     "schemes": ["int4"],
                 }
             }
         ],
-        ("decompose.size: must be at least", "which the cheapest choice takes, got 84kB; raise"),
+        "infeasible-budget",
+        "stages[0].decompose.size",
+        ("must be at least", "got 81kB; raise"),
     ),
 }
 
 
 @pytest.mark.parametrize("case", STAGES)
-def test_stages_that_cannot_be_are_refused_before_any_weight_is_read(
+def test_impossible_stages_are_refused_before_any_weight_is_read(
     lrc, recipe: Path, output: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages, words = STAGES[case]
+    stages, code, where, words = STAGES[case]
     monkeypatch.setattr(WeightReader, "read", None)
     for command in ("plan", "compress"):
-        lrc(command, recipe, f"stages={json.dumps(stages)}").refuses(2, *words)
+        ended = lrc(command, recipe, f"stages={json.dumps(stages)}")
+        ended.refuses(2, *words, code=code, where=where)
     assert not output.exists()
 
 
@@ -176,50 +230,35 @@ MIXED = decompose("mixed", 0.3, schemes=["int8", "int4-g16"])
 KFAC = [decompose("kfac", 0.8), INT4]
 
 
-def of_first(**changes: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda plan: plan["matrices"][0].update(changes)
+def dense(quantization: Any) -> list[dict[str, Any]]:
+    return [{"type": "dense", "quantization": quantization}]
 
 
-PLANS: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, ...]]] = {
-    "integers without a scheme": (
-        of_first(form="integers", scheme=None),
-        ("scheme must be written like int8 or int4-g64 for integers, got null; correct it",),
-    ),
-    "a scheme that is none": (
-        of_first(form="integers", scheme="int4-64"),
-        ("must be written like int8, int4-g64", "got 'int4-64'; correct it"),
-    ),
-    "a scheme of too many bits": (
-        of_first(form="integers", scheme="int9"),
-        ("scheme int9: bits must be in [2, 8], got 9; correct it",),
-    ),
-    "a scheme that is no text": (
-        of_first(form="integers", scheme=4),
-        ("scheme must be written like int8 or int4-g64, got 4; correct it",),
-    ),
+PLANS: dict[str, tuple[list[dict[str, Any]], str, str]] = {
+    "dense without integers": ([{"type": "dense"}], "invalid-user-plan", "quantiz"),
+    "malformed integers": (dense("int4-64"), "invalid-user-plan", "got 'int4-64'"),
+    "integers of too many bits": (dense("int9"), "invalid-user-plan", "got 9"),
+    "integers that are not text": (dense(4), "invalid-user-plan", "got '4'"),
     "groups that do not divide": (
-        of_first(form="integers", scheme="int4-g24"),
-        ("rows of 32 numbers are no multiple of the group size 24; correct the scheme, or make",),
+        dense("int4-g24"),
+        "invalid-user-plan",
+        "rows of 32 numbers are not a multiple of the group size 24",
     ),
     "a rank that groups do not divide": (
-        of_first(form="low_rank", rank=5, scheme="int4-g16"),
-        ("rows of 5 numbers are no multiple of the group size 16; correct sizes or scheme",),
+        [{"type": "low_rank", "rank": 5, "quantization": "int4-g16"}],
+        "invalid-user-plan",
+        "rows of 5 numbers are not a multiple of the group size 16",
     ),
     "a rank that saves nothing": (
-        of_first(form="low_rank", rank=32, scheme="int8-g8"),
-        ("low_rank of rank 32 takes as much as the dense matrix; lower rank to at most 24",),
+        [{"type": "low_rank", "rank": 32, "quantization": "int8-g8"}],
+        "size-out-of-range",
+        "lower rank to at most 24",
     ),
-    "scales that save nothing": (
-        of_first(form="integers", scheme="int8-g1"),
-        ("integers of int8-g1 take as much as the dense matrix; give another scheme, or make it",),
-    ),
-    "dense with a scheme": (
-        of_first(form="dense", scheme="int8", rank=None),
-        ("a dense matrix has the scheme null, got 'int8'; correct form or scheme",),
-    ),
-    "a branch": (
-        of_first(form="integers_plus_low_rank", rank=4, scheme="int8"),
-        ("form must be dense or low_rank or", "got integers_plus_low_rank; correct it"),
+    "scales that save nothing": (dense("int8-g1"), "size-out-of-range", "int8-g1"),
+    "a correction": (
+        [*dense("int8"), {"type": "low_rank", "rank": 4}],
+        "wrong-component",
+        "got dense+low_rank",
     ),
 }
 
@@ -244,77 +283,80 @@ def run_of(source: Path, tiny_recipe: Any, factory: Any, stages: list[dict[str, 
     return output
 
 
-def weights_of(run: Path) -> bytes:
+def bytes_of(run: Path) -> bytes:
     return (run / "checkpoint/model.safetensors").read_bytes()
 
 
-def first_of(run: Path) -> Any:
-    return read_matrices(json.loads((run / "checkpoint/lrc/plan.json").read_text())["matrices"])[0]
-
-
-def given(method: str, file: Path, *behind: dict[str, Any]) -> str:
-    return f"stages={json.dumps([{'decompose': {'method': method, 'plan': str(file)}}, *behind])}"
+def given(method: str, file: Path, *later: dict[str, Any]) -> str:
+    return f"stages={json.dumps([{'decompose': {'method': method, 'plan': str(file)}}, *later])}"
 
 
 @pytest.mark.parametrize("case", PLANS)
-def test_a_plan_of_integers_that_cannot_be(
+def test_a_plan_of_impossible_integers_is_refused(
     lrc, recipe, output, joint: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil, words = PLANS[case]
+    components, code, words = PLANS[case]
     plan = json.loads((joint / "plan.json").read_text())
-    spoil(plan)
+    plan["tasks"][0]["config"]["components"] = components
     file = recipe.with_name("plan.json")
     file.write_text(json.dumps(plan))
     monkeypatch.setattr(WeightReader, "read", None)
     for command in ("plan", "compress"):
-        lrc(command, recipe, given("mixed", file)).refuses(2, f"{file}, model.layers.0", *words)
+        ended = lrc(command, recipe, given("mixed", file))
+        ended.refuses(2, "model.layers.0.self_attn.q_proj", words, code=code, where=str(file))
     assert not output.exists()
 
 
+def test_integers_of_a_dense_weight_are_refused(lrc, recipe, joint: Path) -> None:
+    plan = json.loads((joint / "plan.json").read_text())
+    plan["tasks"][0]["config"] |= {"components": [], "quantization": "int8"}
+    file = recipe.with_name("plan.json")
+    file.write_text(json.dumps(plan))
+    ended = lrc("plan", recipe, given("mixed", file))
+    ended.refuses(2, "'quantization'", code="invalid-user-plan", where=str(file))
+
+
 def test_a_plan_of_integers_is_given_back_to_the_same_bytes_and_edited(
-    lrc, recipe: Path, output: Path, joint: Path
+    lrc, recipe: Path, output: Path, joint: Path, executed: Callable[[Path], Plan]
 ) -> None:
     text = (joint / "plan.json").read_text()
     file = recipe.with_name("plan.json")
-    changes: list[dict[str, Any]] = [
-        {},
-        {"form": "integers", "scheme": "int5-g8", "rank": None},
-        {"form": "pivoted_low_rank", "rank": 7, "scheme": None},
-        {"form": "low_rank", "rank": 16, "scheme": "int3-g16"},
-        {"form": "sparse", "nonzeros": 300, "scheme": "int4-g16"},
-        {"form": "dense", "rank": None, "scheme": None},
+    changes: list[list[dict[str, Any]] | None] = [
+        None,
+        dense("int5-g8"),
+        [{"type": "pivoted_low_rank", "rank": 7}],
+        [{"type": "low_rank", "rank": 16, "quantization": "int3-g16"}],
+        [{"type": "sparse", "nonzeros": 300, "quantization": "int4-g16"}],
+        [],
     ]
-    for change in changes:
+    for components in changes:
         plan = json.loads(text)
-        plan["matrices"][0].update(change)
+        config = plan["tasks"][0]["config"]
+        if components is not None:
+            config["components"] = components
         file.write_text(json.dumps(plan))
         assert lrc("compress", recipe, given("mixed", file), "--overwrite", "-q").code == 0
-        assert (weights_of(output) == weights_of(joint)) == (change == {})
-        if change:
-            found = first_of(output)
-            assert (found.form, found.scheme) == (change["form"], change["scheme"])
+        assert (bytes_of(output) == bytes_of(joint)) == (components is None)
+        found = executed(output)
+        assert found.stored_config(found.tasks[0]) == WeightConfig.from_json(config)
 
 
-def test_the_plan_of_a_decomposition_that_is_rounded_is_given_back(
-    lrc, recipe: Path, output: Path, factored: Path
+def test_the_plan_of_a_decomposition_that_is_quantized_is_given_back(
+    lrc, recipe: Path, output: Path, factored: Path, executed: Callable[[Path], Plan]
 ) -> None:
-    """Bits are for the stage that rounds to say: another one may stand there, or none."""
+    """The stage that quantizes decides about integers: another one may follow, or none."""
     file = factored / "plan.json"
     assert lrc("compress", recipe, given("kfac", file, INT4), "-q").code == 0
-    assert weights_of(output) == weights_of(factored)
-    for behind, schemes in (([GPTQ], {"int4"}), ([], {None})):
-        assert lrc("compress", recipe, given("kfac", file, *behind), "--overwrite", "-q").code == 0
-        plan = json.loads((output / "checkpoint/lrc/plan.json").read_text())
-        assert {m["scheme"] for m in plan["matrices"]} == schemes
-    lrc("plan", recipe, given("svd", joint_of(recipe, factored))).refuses(2, "scheme int1: bits")
-
-
-def joint_of(recipe: Path, run: Path) -> Path:
-    plan = json.loads((run / "plan.json").read_text())
-    plan["matrices"][0]["scheme"] = "int1"
-    file = recipe.with_name("spoiled.json")
-    file.write_text(json.dumps(plan))
-    return file
+    assert bytes_of(output) == bytes_of(factored)
+    for later, schemes in (([GPTQ], {"int4"}), ([], {"None"})):
+        assert lrc("compress", recipe, given("kfac", file, *later), "--overwrite", "-q").code == 0
+        assert {str(row.config.quantization) for row in summarize(executed(output))} == schemes
+    plan = json.loads(file.read_text())
+    plan["tasks"][0]["config"]["components"] = dense("int1")
+    spoiled = recipe.with_name("spoiled.json")
+    spoiled.write_text(json.dumps(plan))
+    ended = lrc("plan", recipe, given("svd", spoiled))
+    ended.refuses(2, "bits must be in", code="invalid-user-plan", where=str(spoiled))
 
 
 WEIGHTS: dict[str, Callable[[torch.Tensor], object]] = {
@@ -323,29 +365,36 @@ WEIGHTS: dict[str, Callable[[torch.Tensor], object]] = {
     "nearly zeros": lambda W: W.mul_(1e-7),
     "a row of nearly zeros": lambda W: W[1].mul_(1e-6),
 }
-ROUNDINGS = {
+QUANTIZED = {
     "rtn": [{"quantize": {"method": "rtn"}}],
     "gptq": [INT4],
-    "branch": [gptq(group_size=16, low_rank_correction={"rank": 3})],
+    "correction": [gptq(group_size=16, low_rank_correction={"rank": 3})],
     "factors": KFAC,
     "joint": [MIXED],
     "joint-dense": [decompose("mixed", 0.4, schemes=["int8", "int4-g16"], components=["dense"])],
 }
 
 
-@pytest.mark.parametrize("stages", ROUNDINGS)
+@pytest.mark.parametrize("stages", QUANTIZED)
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_weights_of_little_are_rounded_all_the_same(
-    lrc, recipe, output, spoiled: Callable[..., Path], weights: str, stages: str
+def test_small_weights_are_quantized_like_others(
+    lrc,
+    recipe,
+    output,
+    spoiled: Callable[..., Path],
+    executed: Callable[[Path], Plan],
+    weights: str,
+    stages: str,
 ) -> None:
     source = spoiled(WEIGHTS[weights], "model.layers.0.mlp.up_proj.weight")
     model = f"model={{path: {source}, dtype: float16}}"
-    ended = lrc("compress", recipe, model, f"stages={json.dumps(ROUNDINGS[stages])}", "-q")
+    ended = lrc("compress", recipe, model, f"stages={json.dumps(QUANTIZED[stages])}", "-q")
     assert ended.code == 0, ended.err
-    plan = json.loads((output / "checkpoint/lrc/plan.json").read_text())
-    small = next(m for m in plan["matrices"] if m["name"] == "model.layers.0.mlp.up_proj")
-    assert small["form"] != "dense", small
-    assert stages == "joint" or small["scheme"] is not None  # few factors cost no more unrounded
+    rows: list[WeightSummary] = summarize(executed(output))
+    small = next(row for row in rows if row.name == "model.layers.0.mlp.up_proj")
+    assert small.config.compressed, small
+    # Small factors may cost no more unquantized.
+    assert stages == "joint" or small.config.quantization is not None
     tensors = load_file(output / "checkpoint/model.safetensors")
     assert all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())
 
@@ -363,13 +412,13 @@ def spoiled(tiny_llama, make_tokenizer, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.mark.parametrize("stages", ROUNDINGS)
+@pytest.mark.parametrize("stages", QUANTIZED)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_weights_that_are_no_numbers_are_named(
+def test_weights_that_are_not_finite_are_named(
     lrc, recipe, output, spoiled, bad: float, stages: str
 ) -> None:
     name = "model.layers.1.self_attn.v_proj.weight"
     source = spoiled(lambda W: W[3].fill_(bad), name)
-    ended = lrc("compress", recipe, f"model={source}", f"stages={json.dumps(ROUNDINGS[stages])}")
-    ended.refuses(1, f"{name} holds NaN or Inf; the source is damaged")
+    ended = lrc("compress", recipe, f"model={source}", f"stages={json.dumps(QUANTIZED[stages])}")
+    ended.refuses(1, f"{name} holds NaN or Inf", code="invalid-model", where="model.path")
     assert not (output / "checkpoint").exists()
