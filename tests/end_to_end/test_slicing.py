@@ -305,7 +305,7 @@ def test_a_recipe_that_only_slices_has_no_sensitivity(
     option: list[str], lrc: Callable[..., Any], source: Path, tiny_recipe: Any, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(source, tmp_path / "run", stages=[{"slice": DROP}])
-    lrc("plan", recipe, *option).refuses(2, "--sensitivity", "no stage", "decompose")
+    lrc("plan", recipe, *option).refuses(2, "--sensitivity", "no 'decompose' stage")
     shown = lrc("plan", recipe)
     assert shown.code == 0
     assert "num_hidden_layers 5 -> 3" in shown.out
