@@ -1,11 +1,10 @@
-"""What holds for every form: a new one is covered here as soon as it has its examples."""
+"""What holds for every component: a new one is covered as soon as it has examples here."""
 
 import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,15 +12,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrc.compressors.checkpoint.format import STORED, check_modules
-from lrc.compressors.checkpoint.quantizer import check_headers, swap_in_forms
+from lrc.compressors.checkpoint.format import SAFETENSORS_NAMES
+from lrc.compressors.checkpoint.quantizer import check_headers, check_values, replace_layers
 from lrc.compressors.io.shards import read_headers
-from lrc.compressors.layers import FORMS, MEMBERS, Form
-from lrc.configs.errors import CheckpointError
+from lrc.compressors.layers import (
+    COMPONENTS,
+    ComponentConfig,
+    Sizes,
+    WeightConfig,
+    layer_tensors,
+    reconstruct,
+    sentinel,
+)
+from lrc.compressors.methods.size_families import components_at, largest_step
 
 D_OUT, D_IN, RANK = 24, 43, 6  # the width fills no whole number of bytes of a mask
-# Always packed: test_integers, test_embedded.
-INTEGERS = {"integers", "integers_plus_low_rank", "group_sparse", "embedded_integers"}
+# Always quantized: test_quantize_parts, test_block_sparse, test_compressed_embedding.
+QUANTIZED = {"dense", "block_sparse"}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -34,43 +41,33 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, where, True)
 
 
-# What `encode` takes, and the weight that it stands for.
-Content = tuple[tuple[Tensor, ...], Tensor]
+# The arguments of `encode`, and the matrix that they represent.
+Content = tuple[dict[str, Tensor], Tensor]
 
 
-def product(rank: int) -> Content:
+def low_rank(rank: int) -> Content:
     B, A = random(D_OUT, rank), random(rank, D_IN, seed=1)
-    return (B, A), B @ A
+    return {"B": B, "A": A}, B @ A
 
 
 def sparse(nonzeros: int) -> Content:
     W = random(D_OUT, D_IN)
     mask = largest(W.flatten(), nonzeros).view_as(W)
-    return (W * mask, mask), W * mask
-
-
-def low_rank_plus_sparse(rank: int, nonzeros: int) -> Content:
-    (B, A), low = product(rank)
-    (M, mask), entries = sparse(nonzeros)
-    return (B, A, M, mask), low + entries
+    return {"W_hat": W * mask, "mask": mask}, W * mask
 
 
 def dictionary(atoms: int, nonzeros: int) -> Content:
     D, S = random(D_IN, atoms), random(atoms, D_OUT, seed=1)
     mask = largest(S.T, nonzeros).T
-    return (D, S * mask, mask), (D @ (S * mask)).T
+    return {"D": D, "S": S * mask, "mask": mask}, (D @ (S * mask)).T
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How to make examples of a form, and of which sizes: the smallest first, a usual one next."""
-
-    make: Callable[..., Content]
-    sizes: list[dict[str, int]]
-    extra: dict[str, Any]
-    """What a spec holds beside; `other` is a layer that can lend, of the same sizes."""
-
-
+CONTENT: dict[str, Callable[..., Content]] = {
+    "low_rank": low_rank,
+    "pivoted_low_rank": low_rank,
+    "sparse": sparse,
+    "dictionary": dictionary,
+}
 RANKS = [{"rank": 1}, {"rank": RANK}, {"rank": D_OUT}]
 DICTIONARIES = [
     {"atoms": 1, "nonzeros": 1},
@@ -78,81 +75,98 @@ DICTIONARIES = [
     {"atoms": 35, "nonzeros": 2},  # as a list of indices
     {"atoms": 24, "nonzeros": 24},
 ]
-KINDS = {
-    "low_rank": Kind(product, RANKS, {}),
-    "pivoted_low_rank": Kind(product, RANKS, {}),
-    "shared_low_rank": Kind(product, RANKS, {"shares": "other"}),
-    "sparse": Kind(
-        sparse, [{"nonzeros": 1}, {"nonzeros": 300}, {"nonzeros": D_OUT * D_IN}], {"d_in": D_IN}
-    ),
-    "low_rank_plus_sparse": Kind(
-        low_rank_plus_sparse,
-        [
-            {"rank": 1, "nonzeros": 1},
-            {"rank": RANK, "nonzeros": 300},
-            {"rank": D_OUT, "nonzeros": D_OUT * D_IN},
-        ],
-        {},
-    ),
-    "dictionary": Kind(dictionary, DICTIONARIES, {}),
-    "shared_dictionary": Kind(dictionary, DICTIONARIES, {"shares": "other"}),
+# Types and whether the first factor is shared -> sizes, the smallest first, a usual one next.
+SIZES: dict[tuple[str, bool], list[dict[str, int]]] = {
+    ("low_rank", False): RANKS,
+    ("low_rank", True): RANKS,
+    ("pivoted_low_rank", False): RANKS,
+    ("sparse", False): [{"nonzeros": 1}, {"nonzeros": 300}, {"nonzeros": D_OUT * D_IN}],
+    ("pivoted_low_rank+sparse", False): [
+        {"rank": 1, "nonzeros": 1},
+        {"rank": RANK, "nonzeros": 300},
+        {"rank": D_OUT, "nonzeros": D_OUT * D_IN},
+    ],
+    ("dictionary", False): DICTIONARIES,
+    ("dictionary", True): DICTIONARIES,
 }
 
 
 @dataclass(frozen=True)
 class Example:
-    """A form at some sizes."""
+    """A sum of components at some sizes."""
 
-    form: str
-    sizes: dict[str, int]
+    types: str
+    sizes: Sizes
+    shared: bool = False
+    """Whether it uses the first factor of the layer `other`, of the same sizes."""
 
     def __str__(self) -> str:
-        return "-".join([self.form, *map(str, self.sizes.values())])
+        kind = "shared_" * self.shared + self.types
+        return "-".join([kind, *map(str, self.sizes.values())])
 
-    @property
-    def cls(self) -> type[Form]:
-        return FORMS[self.form]
+    def _content(self, kind: str) -> Content:
+        own = {name: self.sizes[name] for name in COMPONENTS[kind].SIZES}
+        return CONTENT[kind](**own)
 
     @property
     def weight(self) -> Tensor:
-        return KINDS[self.form].make(**self.sizes)[1]
+        return sum(self._content(kind)[1] for kind in self.types.split("+"))  # type: ignore[return-value]
+
+    def config(self, *, bias: bool = False) -> WeightConfig:
+        components = tuple(
+            ComponentConfig(
+                kind,
+                {name: self.sizes[name] for name in COMPONENTS[kind].SIZES},
+                shares="other" if self.shared else None,
+            )
+            for kind in self.types.split("+")
+        )
+        return WeightConfig((D_OUT, D_IN), components, bias)
 
     def encoded(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = self.cls.encode(*KINDS[self.form].make(**self.sizes)[0])
-        return tensors
+        """Return the tensors that the layer stores itself, by their names within it."""
+        found = {"weight": sentinel()}
+        for kind in self.types.split("+"):
+            tensors = COMPONENTS[kind].encode(**self._content(kind)[0])
+            if self.shared:
+                del tensors["a.weight"]
+            found |= {f"{kind}.{leaf}": tensor for leaf, tensor in tensors.items()}
+        return found
 
-    def spec(self, **more: Any) -> dict[str, Any]:
-        return {"form": self.form, **self.sizes, **KINDS[self.form].extra, **more}
-
+    @property
     def other(self) -> "Example":
-        lenders = [owner for owner, member in MEMBERS.items() if member == self.form]
-        return Example(lenders[0], self.sizes) if lenders else Example("low_rank", RANKS[1])
-
-    def table(self, **more: Any) -> dict[str, dict[str, Any]]:
-        """Name the form under test before the layer that it may borrow from."""
-        return {"layer": self.spec(**more), "other": self.other().spec()}
+        return Example(self.types, self.sizes) if self.shared else Example("low_rank", RANKS[1])
 
     def model(
         self, *, bias: bool = False, own_bias: bool = False, dtype: torch.dtype = torch.float64
     ) -> nn.Module:
-        """Load the example and the other layer, the way a checkpoint is loaded."""
+        """Load the example and the other layer like a checkpoint.
+
+        The example comes first, before the layer whose factor it may use.
+        """
         model = nn.Module()
         model.layer = nn.Linear(D_IN, D_OUT, bias=bias, dtype=dtype)
         model.other = nn.Linear(D_IN, D_OUT, bias=False, dtype=dtype)
-        swap_in_forms(model, self.table(**({"bias": True} if own_bias else {})))
+        replace_layers(model, {"layer": self.config(bias=own_bias), "other": self.other.config()})
         state = {f"layer.{leaf}": tensor for leaf, tensor in self.encoded().items()}
-        state |= {f"other.{leaf}": tensor for leaf, tensor in self.other().encoded().items()}
+        state |= {f"other.{leaf}": tensor for leaf, tensor in self.other.encoded().items()}
         if bias or own_bias:
-            state[f"layer.{self.cls.BIAS}"] = random(D_OUT, seed=2)
+            state["layer.bias"] = random(D_OUT, seed=2)
         model.load_state_dict(state)
+        check_values(model)
         return model
 
 
-EXAMPLES = [Example(form, sizes) for form, kind in KINDS.items() for sizes in kind.sizes]
+EXAMPLES = [
+    Example(types, sizes, shared) for (types, shared), each in SIZES.items() for sizes in each
+]
 
 
-def test_every_form_is_covered() -> None:
-    assert KINDS.keys() | INTEGERS == FORMS.keys()
+def test_every_component_is_covered() -> None:
+    covered = {(kind, shared) for types, shared in SIZES for kind in types.split("+")}
+    assert {kind for kind, _ in covered} | QUANTIZED == COMPONENTS.keys()
+    can_share = {kind for kind, found in COMPONENTS.items() if found.CAN_SHARE}
+    assert {kind for kind, shared in covered if shared} == can_share
 
 
 @pytest.fixture(params=EXAMPLES, ids=str)
@@ -161,9 +175,12 @@ def example(request: pytest.FixtureRequest) -> Example:
     return chosen
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(
+    params=[Example(types, s[1], shared) for (types, shared), s in SIZES.items()], ids=str
+)
 def usual(request: pytest.FixtureRequest) -> Example:
-    return Example(request.param, KINDS[request.param].sizes[1])
+    chosen: Example = request.param
+    return chosen
 
 
 @pytest.mark.parametrize("bias", ["none", "of the dense layer", "its own"])
@@ -175,75 +192,70 @@ def test_computes_the_product_and_becomes_dense(
     expected = x @ example.weight.T + (0 if bias == "none" else random(D_OUT, seed=2))
     torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
     assert layer(x[:, :0]).shape == (3, 0, D_OUT)
-    dense = layer.dense()
+    dense = layer.to_dense()
     assert type(dense) is nn.Linear
     assert dense.weight.dtype == torch.float64
     close = rounding(D_IN, torch.float32) * float(expected.abs().max())  # through float32
     torch.testing.assert_close(dense(x), expected, rtol=0, atol=close)
 
 
+def test_stored_tensors_are_reconstructed_to_the_weight_of_the_layer(example: Example) -> None:
+    """Without the layer that shares the factor in memory."""
+    found = reconstruct(
+        example.config(), example.encoded().__getitem__, example.other.encoded().__getitem__
+    )
+    assert found.dtype == torch.float32
+    assert torch.equal(found, example.model().layer.dense_weight())
+
+
 def test_counted_bits_and_parameters_are_those_of_the_file(
     example: Example, tmp_path: Path
 ) -> None:
-    layer = example.model(dtype=torch.bfloat16).layer
+    config, layer = example.config(), example.model(dtype=torch.bfloat16).layer
     save_file(layer.state_dict(), tmp_path / "one.safetensors")
     headers = read_headers([tmp_path / "one.safetensors"])
     content = (tmp_path / "one.safetensors").read_bytes()
     n_bytes = len(content) - 8 - int.from_bytes(content[:8], "little")  # but for the header
-    assert n_bytes * 8 == example.cls.stored_bits(D_OUT, D_IN, bits=16, **example.sizes)
-    numbers = sum(p.numel() for p in layer.parameters())
-    assert numbers == example.cls.parameters_stored(D_OUT, D_IN, **example.sizes)
-    check_headers(
-        example.cls.shapes(D_OUT, D_IN, example.spec(), bias=False),
-        [str(tmp_path / "one.safetensors")],
-    )
+    assert n_bytes * 8 == config.stored_bits(16)
+    assert sum(p.numel() for p in layer.parameters()) == config.parameters()
+    check_headers(layer_tensors(config), [str(tmp_path / "one.safetensors")])
     assert {h.dtype for h in headers.values()} <= {"BF16", "U8", "I16"}
 
 
 @pytest.mark.parametrize("own_bias", [False, True])
-def test_what_is_encoded_and_what_is_held_is_what_is_declared(
-    example: Example, own_bias: bool
-) -> None:
-    spec = example.spec(**({"bias": True} if own_bias else {}))
-    declared = example.cls.shapes(D_OUT, D_IN, spec, bias=False)
-    assert {dtype for _, dtype in declared.values()} <= {None, *STORED}
-    bias = {example.cls.BIAS: random(D_OUT)} if own_bias else {}
-    encoded = example.encoded() | bias
-    held = example.model(own_bias=own_bias, dtype=torch.float16).layer.state_dict()
-    for tensors, floating in ((encoded, torch.float64), (held, torch.float16)):
+def test_encoded_and_loaded_tensors_are_the_declared_ones(example: Example, own_bias: bool) -> None:
+    declared = layer_tensors(example.config(bias=own_bias))
+    assert {spec.dtype for spec in declared.values()} <= {None, *SAFETENSORS_NAMES}
+    encoded = example.encoded() | ({"bias": random(D_OUT)} if own_bias else {})
+    loaded = example.model(own_bias=own_bias, dtype=torch.float16).layer.state_dict()
+    for tensors, floating in ((encoded, torch.float64), (loaded, torch.float16)):
         assert {name: ([*t.shape], t.dtype) for name, t in tensors.items()} == {
-            name: (shape, dtype or floating) for name, (shape, dtype) in declared.items()
+            name: (spec.shape, spec.dtype or floating) for name, spec in declared.items()
         }
 
 
-def test_work_is_counted_as_torch_counts_it(example: Example) -> None:
+def test_multiply_adds_are_counted_as_torch_counts_them(example: Example) -> None:
     layer = example.model().layer
     with FlopCounterMode(display=False) as counter:
         layer(random(7, D_IN))
-    work = example.cls.multiply_adds(D_OUT, D_IN, **example.sizes)
-    assert counter.get_total_flops() == 2 * 7 * work
-
-
-def test_shape_is_read_off_the_headers(example: Example) -> None:
-    found = {name: [*t.shape] for name, t in example.model().state_dict().items()}
-    assert example.cls.dense_shape("layer", example.spec(), found) == (D_OUT, D_IN)
-
-
-def test_a_plan_writes_what_the_spec_adds(usual: Example) -> None:
-    """But for the owner of a shared factor, which no shape tells."""
-    added = {key: value for key, value in usual.spec().items() if key != "shares"}
-    assert added == {"form": usual.form, **usual.sizes, **usual.cls.extra(D_OUT, D_IN)}
+    assert counter.get_total_flops() == 2 * 7 * example.config().multiply_adds()
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(D_OUT, D_IN), (D_IN, D_OUT), (1, 9), (9, 1)])
 def test_a_larger_step_stores_more(usual: Example, d_out: int, d_in: int) -> None:
     bits = []
-    for step in range(1, usual.cls.largest_step(d_out, d_in) + 1):
-        sizes = usual.cls.sizes_at(step, d_out, d_in)
-        assert sizes.keys() == {*usual.cls.SIZES}
-        assert usual.cls.problem(usual.spec(**sizes)) is None
-        assert usual.cls.written(d_out, d_in, sizes)
-        bits.append(usual.cls.stored_bits(d_out, d_in, bits=16, **sizes))
+    shared = "other" if usual.shared else None
+    for step in range(1, largest_step(usual.types, d_out, d_in) + 1):
+        components = tuple(
+            ComponentConfig(c.type, c.sizes, shares=shared)
+            for c in components_at(usual.types, step, d_out, d_in)
+        )
+        for c in components:
+            assert c.sizes.keys() == {*COMPONENTS[c.type].SIZES}
+        config = WeightConfig((d_out, d_in), components)
+        assert WeightConfig.from_json(config.to_json()) == config
+        assert config.description
+        bits.append(config.stored_bits(16))
     assert bits == sorted({*bits})
 
 
@@ -257,7 +269,7 @@ def test_conversion_leaves_integers_alone(example: Example, dtype: torch.dtype) 
         assert torch.equal(model.state_dict()[name], tensor)
     y = model.layer(random(2, D_IN, seed=3).to(dtype)).detach()
     assert y.dtype == dtype
-    assert model.layer.dense().weight.dtype == dtype
+    assert model.layer.to_dense().weight.dtype == dtype
     error = float((y.double() - expected).norm() / expected.norm())
     # Measured at most 0.0063, 0.00061 and 2.4e-7.
     assert error <= {torch.bfloat16: 0.02, torch.float16: 0.003, torch.float32: 2e-6}[dtype]
@@ -265,6 +277,7 @@ def test_conversion_leaves_integers_alone(example: Example, dtype: torch.dtype) 
 
 def test_compiles_as_one_graph(example: Example) -> None:
     model = example.model(bias=True)
+    torch.compiler.reset()  # all examples share a `forward`, of which torch keeps few graphs
     graph = torch.compile(model.layer, fullgraph=True, backend="eager")
     x = random(2, D_IN, seed=3)
     torch.testing.assert_close(graph(x), model.layer(x))
@@ -281,7 +294,7 @@ def test_gradients_reach_every_parameter(example: Example) -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "file"]
 )
-def test_a_copied_model_is_another_model(
+def test_a_copied_model_is_independent(
     example: Example, copied: Callable[[nn.Module], nn.Module]
 ) -> None:
     model = example.model()
@@ -294,25 +307,7 @@ def test_a_copied_model_is_another_model(
     assert not model.layer(x).any()
 
 
-# What is done to an entry, of which a form's size may be the object, and what is said of it.
-WRONG: dict[str, tuple[Callable[[dict[str, Any], str], object], str]] = {
-    "no size": (lambda spec, size: spec.pop(size), "must hold 'SIZE': N >= 1, got"),
-    "size 0": (lambda spec, size: spec.update({size: 0}), "must hold 'SIZE': N >= 1"),
-    "size a truth": (lambda spec, size: spec.update({size: True}), "must hold 'SIZE': N >= 1"),
-    "size a text": (lambda spec, size: spec.update({size: "3"}), "must hold 'SIZE': N >= 1"),
-    "bias a text": (lambda spec, _: spec.update(bias="yes"), "must hold true or false as 'bias'"),
-    "no form": (lambda spec, _: spec.pop("form"), "must be {'form': NAME} with the sizes"),
-    "unknown": (lambda spec, _: spec.update(form="x"), f"{', '.join(FORMS)}, got.*newer lrc"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_specs_are_refused_in_words(usual: Example, case: str) -> None:
-    spoil, words = WRONG[case]
-    for size in usual.cls.SIZES:
-        modules = usual.table()
-        check_modules(modules, "config.json")
-        spoil(modules["layer"], size)
-        sentence = rf"config.json: modules\['layer'\] .*{words.replace('SIZE', size)}"
-        with pytest.raises(CheckpointError, match=sentence):
-            check_modules(modules, "config.json")
+def test_sizes_are_printed_with_the_model(example: Example) -> None:
+    printed = repr(example.model().layer)
+    for name, size in example.sizes.items():
+        assert f"{name}={size}" in printed
