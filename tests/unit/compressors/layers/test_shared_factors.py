@@ -1,41 +1,39 @@
-"""Layers that share a factor: stored once, looked up each time."""
+"""Layers that share a factor: it is stored once and looked up for every call."""
 
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.checkpoint.format import check_modules
-from lrc.compressors.checkpoint.quantizer import swap_in_forms
-from lrc.compressors.layers import FORMS, MEMBERS
+from lrc.compressors.checkpoint.format import parse_modules
+from lrc.compressors.checkpoint.quantizer import replace_layers
+from lrc.compressors.layers import COMPONENTS, ComponentConfig, QuantizationArgs, WeightConfig
 from lrc.configs.errors import CheckpointError
 
-OWNERS: dict[str, dict[str, Any]] = {
-    "low_rank": {"form": "low_rank", "rank": 3},
-    "dictionary": {"form": "dictionary", "atoms": 3, "nonzeros": 2},
+OWNERS = {
+    "low_rank": ComponentConfig("low_rank", {"rank": 3}),
+    "dictionary": ComponentConfig("dictionary", {"atoms": 3, "nonzeros": 2}),
 }
-SIZE = {"low_rank": "rank", "dictionary": "atoms"}
+SHAPES = {"zero": (5, 8), "one": (6, 8), "two": (7, 8)}
 
 
-def member_of(owner: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {**owner, "form": MEMBERS[owner["form"]], "shares": "one.proj", **changes}
-
-
-def test_every_form_that_can_be_shared_is_covered() -> None:
-    assert OWNERS.keys() == SIZE.keys() == MEMBERS.keys()
+def test_every_component_that_can_share_is_covered() -> None:
+    assert OWNERS.keys() == {kind for kind, found in COMPONENTS.items() if found.CAN_SHARE}
 
 
 @pytest.fixture(params=OWNERS)
-def owner(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return OWNERS[request.param]
+def kind(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
 
 
 def group(**linears: tuple[int, int]) -> nn.Module:
-    """Make a model of linears, name -> (d_out, d_in)."""
+    """Make a model of linear layers, name -> (d_out, d_in)."""
     model = nn.Module()
     for name, (d_out, d_in) in linears.items():
         block = nn.Module()
@@ -44,11 +42,24 @@ def group(**linears: tuple[int, int]) -> nn.Module:
     return model
 
 
-@pytest.fixture
-def model(owner: dict[str, Any]) -> nn.Module:
+def component(block: Any, kind: str) -> Any:
+    return block.proj.get_submodule(kind)
+
+
+def modules_of(kind: str) -> dict[str, WeightConfig]:
     """Return a member, its owner after it, and another member."""
-    model, member = group(zero=(5, 8), one=(6, 8), two=(7, 8)), member_of(owner)
-    swap_in_forms(model, {"zero.proj": member, "one.proj": owner, "two.proj": member})
+    member = replace(OWNERS[kind], shares="one.proj")
+    return {
+        "zero.proj": WeightConfig(SHAPES["zero"], (member,)),
+        "one.proj": WeightConfig(SHAPES["one"], (OWNERS[kind],)),
+        "two.proj": WeightConfig(SHAPES["two"], (member,)),
+    }
+
+
+@pytest.fixture
+def model(kind: str) -> nn.Module:
+    model = group(**SHAPES)
+    replace_layers(model, modules_of(kind))
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -63,15 +74,15 @@ def x() -> Tensor:
     return torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
 
 
-def test_the_shared_factor_is_stored_once(model: nn.Module) -> None:
+def test_the_shared_factor_is_stored_once(model: nn.Module, kind: str) -> None:
     assert {name for name in model.state_dict() if name.endswith(".a.weight")} == {
-        "one.proj.a.weight"
+        f"one.proj.{kind}.a.weight"
     }
     assert len(list(model.parameters())) == 1 + 3
     assert "owner" not in dict(model.zero.proj.named_modules())
 
 
-def test_the_owner_is_looked_up_each_time(model: nn.Module, x: Tensor) -> None:
+def test_the_owner_is_looked_up_for_every_call(model: nn.Module, x: Tensor, kind: str) -> None:
     class Adapted(nn.Module):
         def __init__(self, inner: nn.Linear) -> None:
             super().__init__()
@@ -82,24 +93,28 @@ def test_the_owner_is_looked_up_each_time(model: nn.Module, x: Tensor) -> None:
             return 2 * self.inner(x)
 
     before = model.zero.proj(x)
-    model.one.proj.a = Adapted(model.one.proj.a)
+    owner = component(model.one, kind)
+    owner.a = Adapted(owner.a)
     torch.testing.assert_close(model.zero.proj(x), 2 * before)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_of_the_model_shares_within_itself(model: nn.Module, x: Tensor, copied: Any) -> None:
+def test_a_copy_of_the_model_shares_within_itself(
+    model: nn.Module, x: Tensor, copied: Any, kind: str
+) -> None:
     twin = copied(model)
-    assert twin.zero.proj.owner is twin.two.proj.owner is twin.one.proj
-    assert twin.one.proj is not model.one.proj
+    zero, one, two = (component(block, kind) for block in (twin.zero, twin.one, twin.two))
+    assert zero.owner is two.owner is one
+    assert one is not component(model.one, kind)
     torch.testing.assert_close(twin.two.proj(x), model.two.proj(x))
 
 
 def test_dense_layers_do_not_need_the_owner(
-    model: nn.Module, x: Tensor, rounding: Callable[..., float]
+    model: nn.Module, x: Tensor, rounding: Callable[..., float], kind: str
 ) -> None:
     expected = model.zero.proj(x).detach()
-    dense = model.zero.proj.dense()
-    nn.init.zeros_(model.one.proj.a.weight)
+    dense = model.zero.proj.to_dense()
+    nn.init.zeros_(component(model.one, kind).a.weight)
     close = rounding(8 + 3, torch.float32) * float(expected.abs().max())
     torch.testing.assert_close(dense(x), expected, rtol=0, atol=close)
 
@@ -107,21 +122,12 @@ def test_dense_layers_do_not_need_the_owner(
 OWN_BITS = {"low_rank": 6 * 3 * 16 + 8, "dictionary": 6 * (2 * 16 + 8) + 8}
 
 
-def test_a_member_pays_for_its_own_part_only(owner: dict[str, Any]) -> None:
-    form, sizes = owner["form"], {size: owner[size] for size in FORMS[owner["form"]].SIZES}
-    alone = FORMS[MEMBERS[form]].stored_bits(6, 8, bits=16, **sizes)
-    assert alone == OWN_BITS[form]
-    assert FORMS[form].stored_bits(6, 8, bits=16, **sizes) - alone == 3 * 8 * 16
-
-
-def test_a_member_is_no_owner(owner: dict[str, Any]) -> None:
-    """A table of modules cannot say so, a model that was swapped by hand can."""
-    member = member_of(owner)
-    with pytest.raises(CheckpointError, match=r"shares two\.proj, which is no"):
-        swap_in_forms(
-            group(zero=(5, 8), one=(6, 8), two=(7, 8)),
-            {"zero.proj": {**member, "shares": "two.proj"}, "one.proj": owner, "two.proj": member},
-        )
+def test_the_shared_factor_counts_for_its_owner_only(kind: str) -> None:
+    alone = WeightConfig((6, 8), (OWNERS[kind],))
+    member = WeightConfig((6, 8), (replace(OWNERS[kind], shares="one.proj"),))
+    assert member.stored_bits(16) == OWN_BITS[kind]
+    assert alone.stored_bits(16) - member.stored_bits(16) == 3 * 8 * 16
+    assert alone.parameters() - member.parameters() == 3 * 8
 
 
 @pytest.mark.gpu
@@ -134,27 +140,37 @@ def test_a_group_cut_in_two_by_devices_still_computes(model: nn.Module, x: Tenso
     torch.testing.assert_close(found.cpu(), expected)
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "nobody": ({"shares": None}, "must name as 'shares' the layer that holds its factor"),
-    "a stranger": ({"shares": "x"}, "must share with a FORM module of the table, not None"),
-    "a member": ({"shares": "two.proj"}, "must share with a FORM module of the table"),
-    "another size": ({"rank": 2, "atoms": 2}, "must have the SIZE of the module it shares, 3"),
+OTHER = {"low_rank": "dictionary", "dictionary": "low_rank"}
+WRONG: dict[str, Callable[[ComponentConfig], ComponentConfig]] = {
+    "an unknown layer": lambda c: replace(c, shares="x"),
+    "itself": lambda c: replace(c, shares="zero.proj"),
+    "a layer that shares itself": lambda c: replace(c, shares="two.proj"),
+    "a factor of another size": lambda c: replace(c, sizes=dict.fromkeys(c.sizes, 2)),
+    "a factor of other numbers": lambda c: replace(c, quantization=QuantizationArgs(8)),
+    "a component of another type": lambda c: replace(OWNERS[OTHER[c.type]], shares="one.proj"),
 }
 
 
+def load(modules: dict[str, WeightConfig], shapes: dict[str, tuple[int, int]]) -> None:
+    """Replace the layers of a model by what a checkpoint says."""
+    found = parse_modules({name: c.to_json() for name, c in modules.items()}, "config.json")
+    assert found == modules
+    replace_layers(group(**shapes), found)
+
+
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_shared_is_refused(case: str, owner: dict[str, Any]) -> None:
-    change, words = WRONG[case]
-    member, form = member_of(owner), owner["form"]
-    words = words.replace("FORM", form).replace("SIZE", SIZE[form])
-    modules = {"zero.proj": {**member, **change}, "one.proj": owner, "two.proj": member}
-    check_modules({**modules, "zero.proj": member}, "config.json")
-    with pytest.raises(CheckpointError, match=rf"modules\['zero.proj'\] {words}.*was edited"):
-        check_modules(modules, "config.json")
+def test_factors_that_cannot_be_shared_are_rejected(case: str, kind: str) -> None:
+    modules = modules_of(kind)
+    load(modules, SHAPES)
+    (right,) = modules["zero.proj"].components
+    modules["zero.proj"] = WeightConfig(SHAPES["zero"], (WRONG[case](right),))
+    with pytest.raises(CheckpointError, match=r"modules\['zero.proj'\]:? .*(share|factor)"):
+        load(modules, SHAPES)
 
 
-def test_an_owner_of_another_width_is_refused(owner: dict[str, Any]) -> None:
-    model = group(zero=(5, 9), one=(6, 8))
-    words = r"modules\['zero.proj'\]: needs a factor A \[3, 9\], .* has \[3, 8\]"
+def test_an_owner_of_another_width_is_rejected(kind: str) -> None:
+    modules = modules_of(kind)
+    modules["zero.proj"] = replace(modules["zero.proj"], shape=(5, 9))
+    words = r"modules\['zero.proj'\]: shares a factor \[3, 9\] with a layer that has"
     with pytest.raises(CheckpointError, match=words):
-        swap_in_forms(model, {"zero.proj": member_of(owner), "one.proj": owner})
+        load(modules, SHAPES | {"zero": (5, 9)})
