@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lrc.compressors.models.architecture import Architecture, Linear, build
 from lrc.compressors.models.source import Source, locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.planning.compile import make_plan
+from lrc.compressors.planning.compile import compile_plan
 from lrc.compressors.planning.plan import Plan
+from lrc.compressors.stages import STAGES
 from lrc.configs.recipe import Model, Recipe
 
 SHAPES = {"attn.q_proj": (64, 64), "attn.k_proj": (16, 64), "mlp.up_proj": (96, 64), "tiny": (2, 2)}
@@ -72,6 +73,6 @@ def plan_of() -> Callable[..., Plan]:
             }
         )
         source = Source(Model(path="m"), Path("m"), LlamaConfig(), weights_local=False)
-        return make_plan(recipe, source, architecture)
+        return compile_plan(recipe, source, architecture, STAGES).plan
 
     return plan
