@@ -19,6 +19,7 @@ from lrc.cli.inspect import describe
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.io.shards import read_headers
 from lrc.compressors.pipeline import compress, measure
+from lrc.compressors.planning.summary import summarize
 from lrc.configs.errors import CheckpointError, RecipeError, Stopped
 from lrc.configs.load import load_recipe
 
@@ -245,7 +246,7 @@ def test_heads_and_a_decomposition_go_with_it(
     assert widths[0] != widths[1]
     assert cut["config"]["head_dim"][1] < 8
     assert cut["bytes"][1] <= 0.8 * cut["bytes"][0] < cut["bytes"][1] + 2 * 3 * 32 * 4
-    shapes = {record["name"]: record["shape"] for record in report["layers"]}
+    shapes = {record["name"]: record["config"]["shape"] for record in report["layers"]}
     assert shapes["model.layers.1.mlp.up_proj"] == [widths[1], 32]
     folder = tmp_path / "run/checkpoint"
     stored = sum(t.numel() * t.itemsize for t in load_file(folder / "model.safetensors").values())
@@ -270,15 +271,15 @@ def test_a_run_that_was_stopped_continues_with_the_chosen_widths(
     loaded = load_recipe(path)
 
     def stop(stage: str, done: int, total: int) -> None:
-        if stage == "decompose":
+        if stage == "compress":
             raise Stopped("here")
 
     planned = measure(loaded)
     with pytest.raises(Stopped):
         compress(loaded, Machine(device="cpu", on_step=stop))
     report = compress(loaded)
-    shapes = {matrix.name: [*matrix.shape] for matrix in planned.matrices}
-    assert {record["name"]: record["shape"] for record in report["layers"]} == shapes
+    shapes = {weight.name: [*weight.shape] for weight in summarize(planned)}
+    assert {record["name"]: record["config"]["shape"] for record in report["layers"]} == shapes
     low, high = sorted(report["slices"][0]["facts"]["intermediate_size"][1])
     assert low < high
     shown = lrc("compress", path, "-q")
