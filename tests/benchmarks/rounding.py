@@ -1,4 +1,4 @@
-"""Measure what rounding loses of the outputs of single matrices, on real activations.
+"""Measure the loss by quantization in the outputs of single matrices, on real activations.
 
 usage: python tests/benchmarks/rounding.py MODEL TEXT.jsonl [--layers 2 15 28]
            [--schemes int4-g64 ...]
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrc.compressors.layers import FORMS, Scheme
+from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
 from lrc.compressors.layers.pivot_rows import pivot_rows
 from lrc.compressors.solvers.gptq import gptq
 from lrc.compressors.solvers.linalg import weighted_error
@@ -49,7 +49,9 @@ def main() -> None:
     worse = dict.fromkeys(asked.schemes, 0)
     for _, W, H in measured(asked):
         for written in asked.schemes:
-            found = losses(W, H, Scheme.read(written), asked.keep if asked.layers else None)
+            found = losses(
+                W, H, QuantizationArgs.parse(written), asked.keep if asked.layers else None
+            )
             worse[written] += found["GPTQ"] > found["nearest"] * (1 + 1e-9)
             for way, loss in found.items():
                 rows[written].setdefault(way, []).append(loss)
@@ -90,8 +92,8 @@ def measured(asked: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield name, module.weight.detach().double(), moments.pop(name).double()
 
 
-def losses(W: Tensor, H: Tensor, scheme: Scheme, keep: float | None) -> dict[str, float]:
-    """Return the share of the output's energy that every way of rounding loses."""
+def losses(W: Tensor, H: Tensor, scheme: QuantizationArgs, keep: float | None) -> dict[str, float]:
+    """Return the squared error by every way of quantization, relative to that of removing `W`."""
     whole = weighted_error(W, 0 * W, H)
     found = {
         "nearest": weighted_error(W, round_to_nearest(W, scheme, dtype=DTYPE, H=H).weight(), H),
@@ -100,17 +102,17 @@ def losses(W: Tensor, H: Tensor, scheme: Scheme, keep: float | None) -> dict[str
     if keep is not None:
         group = scheme.group_size or 1
         curve = spectrum(W, Moment.of(H), damp=1e-6)
-        for form in ("low_rank", "pivoted_low_rank"):
+        for kind in ("low_rank", "pivoted_low_rank"):
             within = keep * W.numel() * 16
             fitting = [
                 rank
                 for rank in range(group, min(W.shape) + 1, group)
-                if FORMS[form].stored_bits(*W.shape, bits=16, rank=rank) <= within
+                if low_rank_config(W, kind, rank).stored_bits(16) <= within
             ]
             if not fitting:
                 continue
             factors = curve.truncate(fitting[-1])
-            if form == "low_rank":
+            if kind == "low_rank":
                 for balance in BALANCES:
                     pair = quantize_low_rank(
                         W, factors.B, factors.A, H, scheme, dtype=DTYPE, balance=balance
@@ -120,6 +122,11 @@ def losses(W: Tensor, H: Tensor, scheme: Scheme, keep: float | None) -> dict[str
                 parts = pivot_rows(factors.B, factors.A)
                 found["pivot"] = quantize_pivoted(W, *parts, H, scheme, dtype=DTYPE).error
     return {way: loss / whole for way, loss in found.items()}
+
+
+def low_rank_config(W: Tensor, kind: str, rank: int) -> WeightConfig:
+    """Return the configuration of a weight as one component of a rank."""
+    return WeightConfig((W.shape[0], W.shape[1]), (ComponentConfig(kind, {"rank": rank}),))
 
 
 if __name__ == "__main__":

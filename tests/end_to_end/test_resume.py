@@ -195,7 +195,7 @@ def stage_of(run: Path) -> str:
         "reported": run / "report.json",
         "evaluating": run / "checkpoint",
         "saving": run / ".checkpoint.partial",
-        "decomposing": work / "factors",
+        "compressing": work / "compressed",
         "allocating": work / "energies",
         "calibrating": work / "statistics",
         "windows": work / "windows.safetensors",
@@ -277,7 +277,7 @@ def test_what_is_deleted_is_made_anew(recommended):
 
     def stop(stage: str, done: int, total: int) -> None:
         if (stage, done) == ("compress", 1):
-            raise Stopped("asked to")
+            raise Stopped("requested")
 
     shutil.rmtree(run)
     with pytest.raises(Stopped):
@@ -301,7 +301,7 @@ def test_a_stopped_run_continues_with_the_layer_after(new_recipe):
         def on_step(stage: str, done: int, total: int) -> None:
             seen.append((stage, done))
             if (stage, done) == place:
-                raise Stopped("asked to")
+                raise Stopped("requested")
 
         return on_step
 

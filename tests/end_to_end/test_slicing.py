@@ -275,29 +275,44 @@ def test_a_run_that_was_stopped_continues_after_the_slice(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "words"),
+    ("stages", "code", "words"),
     [
-        ([{"slice": DROP | {"keep": 0.1}}], ["stages[0].slice.keep", "at least 0."]),
-        ([{"slice": DROP | {"keep": 1}}], ["stages[0].slice.keep", "nothing would be removed"]),
-        ([{"slice": {"method": "drop"}}], ["exactly one of 'keep' and 'size'", "neither"]),
-        ([{"slice": DROP | {"size": "1MiB"}}], ["exactly one of 'keep' and 'size'", "both"]),
-        ([{"slice": {"method": "drop", "size": "9GiB"}}], ["slice.size", "lower size"]),
-        ([{"slice": DROP | {"method": "dorp"}}], ["did you mean 'drop'?"]),
-        ([{"slice": DROP, "decompose": {}}], ["cannot stand beside"]),
+        (
+            [{"slice": DROP | {"keep": 0.1}}],
+            "invalid-recipe",
+            ["stages[0].slice.keep", "at least 0."],
+        ),
+        (
+            [{"slice": DROP | {"keep": 1}}],
+            "invalid-recipe",
+            ["stages[0].slice.keep", "nothing would be"],
+        ),
+        ([{"slice": {"method": "drop"}}], "conflicting-keys", ["stages[0].slice", "neither"]),
+        ([{"slice": DROP | {"size": "1MiB"}}], "conflicting-keys", ["stages[0].slice", "both"]),
+        (
+            [{"slice": {"method": "drop", "size": "9GiB"}}],
+            "invalid-recipe",
+            ["slice.size", "lower size"],
+        ),
+        ([{"slice": DROP | {"method": "dorp"}}], "unknown-value", ["did you mean 'drop'?"]),
+        ([{"slice": DROP, "decompose": {}}], "misplaced-key", ["stages[0].decompose", "'slice'"]),
         (
             [{"decompose": {"method": "svd", "keep": 0.5}}, {"slice": DROP}],
+            "conflicting-keys",
             ["before every 'decompose'", "stages[1]", "move it to the front"],
         ),
     ],
 )
 def test_what_cannot_be_sliced_is_refused_in_the_plan(
-    wanted: list[dict[str, Any]],
+    stages: list[dict[str, Any]],
+    code: str,
     words: list[str],
     prepared: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     with pytest.raises(RecipeError) as refused:
-        compress(prepared(tmp_path / "run", *wanted))
+        compress(prepared(tmp_path / "run", *stages))
+    assert refused.value.code == code
     assert all(word in str(refused.value) for word in words), str(refused.value)
     assert not (tmp_path / "run").exists()
 
@@ -307,7 +322,7 @@ def test_a_recipe_that_only_slices_has_no_sensitivity(
     option: list[str], lrc: Callable[..., Any], source: Path, tiny_recipe: Any, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(source, tmp_path / "run", stages=[{"slice": DROP}])
-    lrc("plan", recipe, *option).refuses(2, "--sensitivity", "no stage", "decompose")
+    lrc("plan", recipe, *option).refuses(2, "'decompose'", where="--sensitivity")
     shown = lrc("plan", recipe)
     assert shown.code == 0
     assert "num_hidden_layers 5 -> 3" in shown.out

@@ -135,7 +135,7 @@ def test_it_generates_with_a_cache_as_without(uneven: Uneven) -> None:
     assert torch.equal(cached, plain)
 
 
-def test_it_is_saved_and_loaded_as_it_is(uneven: Uneven, tmp_path: Path) -> None:
+def test_saving_and_loading_change_nothing(uneven: Uneven, tmp_path: Path) -> None:
     model = uneven.load()
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
@@ -181,14 +181,23 @@ TABLE: dict[str, tuple[Any, tuple[str, ...]]] = {
     "half a size": ({"lm_head": [1.5, 32]}, ("shapes['lm_head'] must be",)),
     "three sizes": ({"lm_head": [1, 2, 3]}, ("shapes['lm_head'] must be",)),
 }
-MISFITS: dict[str, tuple[dict[str, list[int]], tuple[str, ...]]] = {
+MISMATCHES: dict[str, tuple[dict[str, list[int]], tuple[str, ...], str]] = {
     "unknown": (
         {"model.layers.7.mlp.up_proj": [8, 32]},
         ("layers.7.mlp.up_proj", "no linear"),
+        "found nothing",
     ),
-    "no linear": ({"model.norm": [8, 32]}, ("model.norm is no linear layer",)),
-    "wider": ({"model.layers.0.mlp.up_proj": [49, 32]}, ("cannot become [49, 32], wider",)),
-    "not the file's": ({"model.layers.0.mlp.up_proj": [9, 32]}, ("expected [9, 32]", "found [8")),
+    "no linear": ({"model.norm": [8, 32]}, ("model.norm is no linear layer",), "found [32]"),
+    "wider": (
+        {"model.layers.0.mlp.up_proj": [49, 32]},
+        ("cannot become [49, 32], wider",),
+        "found [8, 32]",
+    ),
+    "not the file's": (
+        {"model.layers.0.mlp.up_proj": [9, 32]},
+        ("expected [9, 32]", "found [8"),
+        "found [8, 32]",
+    ),
 }
 
 
@@ -206,19 +215,19 @@ def test_what_is_no_table_is_refused(
 ) -> None:
     table, words = TABLE[case]
     folder = spoiled(uneven, tmp_path / "bad", lambda block: block.update(shapes=table))
-    lrc("inspect", folder).refuses(1, str(folder), *words, "was edited")
+    lrc("inspect", folder).refuses(1, str(folder), *words, code="invalid-checkpoint")
     with pytest.raises(CheckpointError):
         load(folder)
 
 
-@pytest.mark.parametrize("case", MISFITS)
+@pytest.mark.parametrize("case", MISMATCHES)
 def test_a_table_of_another_model_is_refused(
     uneven: Uneven, lrc: Callable[..., Any], tmp_path: Path, case: str
 ) -> None:
-    table, words = MISFITS[case]
+    table, words, found = MISMATCHES[case]
     folder = spoiled(uneven, tmp_path / "bad", lambda block: block["shapes"].update(table))
     lrc("eval", folder, *EVAL).refuses(1, str(folder), *words)
-    lrc("inspect", folder).refuses(1, str(folder), "do not fit config.json")
+    lrc("inspect", folder).refuses(1, str(folder), found, code="tensor-mismatch")
 
 
 def test_the_plan_shows_what_is_pending_and_the_total_size(
