@@ -16,7 +16,7 @@ from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import read_matrices
 from lrc.compressors.planning.rate_distortion import energies_file
 from lrc.compressors.solvers.dictionary_learning import SOLVERS
-from lrc.compressors.solvers.sparse_coding import Code, Task
+from lrc.compressors.solvers.sparse_coding import SparseCode, SparseCodingTask
 from lrc.configs.errors import Stopped
 from lrc.configs.load import load_recipe
 
@@ -96,7 +96,7 @@ def test_random_choices_take_the_seed_of_the_recipe(
 ) -> None:
     solver, seeds = SOLVERS["cospadi"], []
 
-    def spy(task: Task) -> Code:
+    def spy(task: SparseCodingTask) -> SparseCode:
         seeds.append(task.seed)
         return solver.solve(task)
 

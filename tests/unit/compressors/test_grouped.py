@@ -124,7 +124,7 @@ def test_a_group_of_one_is_a_matrix_alone(known: list[Statistics]) -> None:
     parts = method.solve(W, known[0], SIZES, rounds=3).parts
     expected = SparseDictionary.encode(**parts)
     for size in (1, 2):  # what a group leaves over, too
-        done = solved(unit_of(1), [W], known[:1], rounds=3, group_size=size)
+        done = solved(unit_of(1), [W], known[:1], rounds=3, layers_per_group=size)
         assert done.tensors.keys() == {f"{NAMES[0]}.{leaf}" for leaf in expected}
         for leaf, tensor in expected.items():
             assert torch.equal(done.tensors[f"{NAMES[0]}.{leaf}"], tensor)

@@ -3,8 +3,7 @@
 from typing import get_args
 
 from lrc.compressors.methods.table import METHODS
-from lrc.configs.decompose import DecomposeBase
-from lrc.configs.decompose_methods import Decompose
+from lrc.configs.decompose_methods import Decompose, LowRank
 from lrc.configs.quantize import Quantize
 
 ROUNDING = set(get_args(Quantize.model_fields["method"].annotation))
@@ -22,24 +21,14 @@ def test_every_method_has_one_model_of_options_and_every_model_a_method() -> Non
 
 
 def test_options_and_defaults_are_the_same_in_both() -> None:
+    planned = {  # by planning, not by the method: what a matrix becomes, and its quantization
+        *LowRank.model_fields,
+        *("components", "schemes", "embeddings", "lm_head", "quantizer", "act_order", "balance"),
+        *("layers_per_group", "ratio"),
+    }
     for name, model in OPTIONS.items():
-        own = {
-            key: field.default
-            for key, field in model.model_fields.items()
-            if key not in DecomposeBase.model_fields
-        }
-        assert ("group_size" in own) == METHODS[name].shared
-        own.pop("forms", None)  # between which methods an allocation chooses
-        for key in (
-            "schemes",
-            "embeddings",
-            "head",
-            "rounder",
-            "order",
-            "gauge",
-        ):  # what is done to numbers afterwards
-            own.pop(key, None)
-        own.pop("group_size", None)  # which matrices are solved as one: not the metric's
-        own.pop("ratio", None)  # which sizes a matrix may get
+        fields = model.model_fields
+        assert ("layers_per_group" in fields) == METHODS[name].shared
+        own = {key: field.default for key, field in fields.items() if key not in planned}
         options = {key: value for key, value in METHODS[name].options.items() if key != "seed"}
         assert own == options, name  # the seed is the recipe's
