@@ -28,7 +28,7 @@ def hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def main(recipe: str, folder: str, kills: int, overrides: list[str]) -> None:
-    """Run undisturbed once, then `kills` disturbed rounds; print one line a round."""
+    """Run undisturbed once, then `kills` disturbed rounds; print one line per round."""
     output = Path(folder) / "run"
     command = [
         sys.executable,
