@@ -174,6 +174,8 @@ def _component(record: Any) -> ComponentConfig:
         if type(size) is not int or size < 1:
             raise ValueError(f"{name!r} must be a whole number >= 1, got {size!r:.60}")
     args = found.get("quantization")
+    if kind is Dense and args is None:
+        raise ValueError("a dense component must have a 'quantization', such as int8")
     pattern, shares = found.get("pattern"), found.get("shares")
     if pattern not in (None, *kind.PATTERNS):
         allowed = " or ".join(kind.PATTERNS) or "left out"

@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lrc.compressors.models.architecture import Architecture, Linear, build
 from lrc.compressors.models.source import Source, locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.planning.compile import make_plan
+from lrc.compressors.planning.compile import compile_plan
 from lrc.compressors.planning.plan import Plan
+from lrc.compressors.stages import STAGES
 from lrc.configs.recipe import Model, Recipe
 
 SHAPES = {"attn.q_proj": (64, 64), "attn.k_proj": (16, 64), "mlp.up_proj": (96, 64), "tiny": (2, 2)}
@@ -55,7 +56,10 @@ def plan_of() -> Callable[..., Plan]:
         other: Mapping[str, tuple[int, int]] | None = None,
         **calibration: int,
     ) -> Plan:
-        """Plan for a model of equal layers; `other` are shapes by name that some have instead."""
+        """Plan for a model of equal layers; `other` are shapes by name that some have instead.
+
+        Stages are options of ``decompose``, svd by default, or ``{"quantize": options}``.
+        """
         linears = []
         for layer in range(layers):
             for leaf, shape in SHAPES.items():
@@ -66,12 +70,15 @@ def plan_of() -> Callable[..., Plan]:
         recipe = Recipe.model_validate(
             {
                 "model": "m",
-                "stages": [{"decompose": {"method": "svd", **stage}} for stage in stages],
+                "stages": [
+                    stage if "quantize" in stage else {"decompose": {"method": "svd", **stage}}
+                    for stage in stages
+                ],
                 "calibration": calibration,
                 "output": "o",
             }
         )
         source = Source(Model(path="m"), Path("m"), LlamaConfig(), weights_local=False)
-        return make_plan(recipe, source, architecture)
+        return compile_plan(recipe, source, architecture, STAGES).plan
 
     return plan
