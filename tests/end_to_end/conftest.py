@@ -106,7 +106,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Compressed:
-    """A finished run, and what the run would have thrown away."""
+    """A finished run, with the intermediate results that it has deleted."""
 
     family: Family
     source: Path
@@ -136,7 +136,7 @@ class Compressed:
         return AutoModelForCausalLM.from_pretrained(self.checkpoint, **options).eval()
 
     def in_memory(self) -> Any:
-        """Make the compressed model without any checkpoint: layers put into the dense model."""
+        """Make the compressed model without a checkpoint: compressed layers in the dense model."""
         model, plan, tensors = self.dense(), self.plan(), {}
         for file in sorted((self.work / "compressed").glob("*.safetensors")):
             tensors |= load_file(file)

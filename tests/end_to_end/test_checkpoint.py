@@ -1,4 +1,4 @@
-"""What people do with a compressed checkpoint once it is loaded."""
+"""What users do with a compressed checkpoint after loading it."""
 
 import json
 import subprocess
@@ -75,7 +75,7 @@ def test_every_device_map_gives_the_same_logits(run, sample, expected, tmp_path,
 
 # transformers warns that saving needs memory for one shard.
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
-def test_a_model_on_disk_is_saved_whole(run, sample, expected, tmp_path):
+def test_a_model_on_disk_is_saved_completely(run, sample, expected, tmp_path):
     model = run.load(device_map=DISK, offload_folder=tmp_path / "offload")
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
@@ -95,7 +95,7 @@ def test_dtype_at_load_converts_the_factors(run, sample, expected, dtype):
     layer = model.model.layers[0].mlp.up_proj
     a, b = layer.low_rank.a, layer.low_rank.b
     assert (a.weight.dtype, b.weight.dtype) == (dtype, dtype)
-    assert layer.weight.dtype == torch.uint8  # the sentinel is no number to convert
+    assert layer.weight.dtype == torch.uint8  # the sentinel is not converted
     # Measured 0.008 and 0.09, of logits up to 5.
     bound = {torch.float16: 0.02, torch.bfloat16: 0.2, torch.float32: 0.0}[dtype]
     assert (logits_of(model, sample) - expected).abs().max() <= bound

@@ -266,7 +266,7 @@ def test_saving_again_changes_nothing(stored, sample, expected, tmp_path) -> Non
 
 # transformers warns that saving needs memory for one shard.
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
-def test_a_model_on_disk_is_saved_whole(stored, tmp_path) -> None:
+def test_a_model_on_disk_is_saved_completely(stored, tmp_path) -> None:
     model = stored.load(device_map=DISK, offload_folder=tmp_path / "offload")
     model.save_pretrained(tmp_path / "again")
     before, after = state_of(stored.folder), state_of(tmp_path / "again")
@@ -274,7 +274,7 @@ def test_a_model_on_disk_is_saved_whole(stored, tmp_path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_copy_is_whole(stored, sample, expected) -> None:
+def test_a_copy_is_complete(stored, sample, expected) -> None:
     model = stored.load()
     twin = copy.deepcopy(model)
     for parameter in model.parameters():
@@ -321,7 +321,7 @@ def test_lora_trains_and_merges(stored, sample, expected) -> None:
     torch.testing.assert_close(logits_of(merged, sample), tuned, rtol=0, atol=1e-4)
 
 
-def test_generation_compiles_nothing_away(stored, sample) -> None:
+def test_generation_and_compilation_work(stored, sample) -> None:
     model = stored.load()
     tokens = model.generate(sample[:, :8], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape == (2, 12)

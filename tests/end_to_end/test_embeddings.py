@@ -149,7 +149,7 @@ def test_rows_are_those_of_the_dense_model_quantized(
 
 
 @pytest.mark.parametrize("name", SCHEMES_OF)
-def test_what_is_loaded_can_be_saved_loaded_and_run_again(
+def test_a_loaded_model_can_be_saved_loaded_and_run_again(
     name: str, runs: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(runs(name) / "checkpoint")
@@ -181,7 +181,7 @@ def test_a_head_alone_is_a_plain_checkpoint(runs: Callable[[str], Path]) -> None
     assert "model.layers.0.self_attn.q_proj" in block["ignore"]
 
 
-def test_a_stopped_run_goes_on_after_the_quantized_embedding(
+def test_a_stopped_run_continues_after_the_quantized_embedding(
     folders: dict[bool, Path], tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
     path = tiny_recipe(folders[True], tmp_path / "run", stages=RECIPES["tied"][1])
@@ -235,7 +235,7 @@ BAD: dict[str, tuple[bool, list[dict[str, Any]], str, str]] = {
         "given-twice",
         "stages[1].quantize.embeddings",
     ),
-    "no scheme": (
+    "a malformed scheme": (
         True,
         [quantize(embeddings="int9")],
         "unknown-value",

@@ -145,8 +145,8 @@ def test_the_lagrangian_chooses_between_dense_and_the_one_size(
     plan = executed(compressed(case))
     configs = [plan.stored_config(task) for task in plan.tasks]
     assert {config.types for config in configs} == {"dense", "sparse"}
-    compressed_ones = [config for config in configs if config.compressed]
-    assert all(2 * c.sizes["nonzeros"] == c.shape[0] * c.shape[1] for c in compressed_ones)
+    sparse = [config for config in configs if config.compressed]
+    assert all(2 * c.sizes["nonzeros"] == c.shape[0] * c.shape[1] for c in sparse)
 
 
 @pytest.mark.parametrize("case", ["sparse, compensated", "dictionary, compensated"])
@@ -161,7 +161,7 @@ def test_a_plan_given_back_gives_the_same_weights(
 
 
 @pytest.mark.parametrize("stage", ["allocate", "compress"])
-def test_a_stopped_run_goes_on_to_the_same_bytes(
+def test_a_stopped_run_continues_to_the_same_bytes(
     stage: str, compressed: Callable[..., Path], recipe_for: Any, tmp_path: Path
 ) -> None:
     recipe = recipe_for(STAGES["sparse, compensated"], tmp_path / "run")
@@ -191,7 +191,7 @@ def test_plan_and_inspect_show_the_pattern(
     assert {c["pattern"] for m in facts["modules"] for c in m["components"]} == {"2:4"}
 
 
-def test_a_claim_that_the_sizes_rule_out_is_refused(
+def test_a_pattern_that_contradicts_the_sizes_is_refused(
     compressed: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = compressed("compot, uniform")

@@ -128,7 +128,9 @@ def test_a_run_that_is_half_done_predicts_the_other_half(
     assert not (output / "work/statistics/inputs-0000.safetensors").exists()
     planned = lrc("plan", recipe, "--sensitivity", "--json", "-q")
     assert losses(json.loads(planned.out)) == pytest.approx(whole, rel=1e-6)
-    lrc("plan", recipe, "--profile", 1, "-q").refuses(1, str(output), where="output")
+    lrc("plan", recipe, "--profile", 1, "-q").refuses(
+        1, str(output), "choose another folder", code="statistics-deleted", where="output"
+    )
 
 
 def test_predictions_are_checked_and_measurements_are_kept(
@@ -170,7 +172,7 @@ def test_predictions_are_checked_and_measurements_are_kept(
     assert lrc("compress", recipe, "-q").code == 0
     finished = lrc("plan", recipe, "--profile", 2, "--json", "-q")  # measured already
     assert json.loads(finished.out)["profile"]["increases"] == profile["increases"]
-    lrc("plan", recipe, "--profile", 1, "-q").refuses(1, "deleted its statistics")
+    lrc("plan", recipe, "--profile", 1, "-q").refuses(1, code="statistics-deleted")
 
 
 @pytest.mark.parametrize(
