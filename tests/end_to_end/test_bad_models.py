@@ -134,9 +134,9 @@ def test_what_is_refused_before_anything_is_written(
 ) -> None:
     spoil, words = REFUSED[case]
     spoil(model)
-    lrc("compress", tiny_recipe(model, output)).refuses(1, *words)
+    lrc("compress", tiny_recipe(model, output)).refuses(1, *words, code="invalid-model")
     assert not output.exists()
-    lrc("plan", tiny_recipe(model, output)).refuses(1, *words)
+    lrc("plan", tiny_recipe(model, output)).refuses(1, *words, code="invalid-model")
 
 
 def test_a_checkpoint_of_lrc_is_not_compressed_again(
@@ -144,7 +144,9 @@ def test_a_checkpoint_of_lrc_is_not_compressed_again(
 ) -> None:
     assert lrc("compress", tiny_recipe(model, output), "-q").code == 0
     again = tiny_recipe(output / "checkpoint", output.with_name("again"))
-    lrc("compress", again).refuses(1, "is already compressed (quant_method 'lrc')")
+    lrc("compress", again).refuses(
+        1, "is already compressed (quant_method 'lrc')", code="invalid-model"
+    )
 
 
 NOT_FINITE: dict[str, tuple[str, float, tuple[str, ...]]] = {
@@ -162,7 +164,9 @@ def test_numbers_that_are_not_finite_name_the_layer(
 ) -> None:
     name, value, words = NOT_FINITE[case]
     change_weights(lambda tensors: tensors[f"{name}.weight"].fill_(value))(model)
-    lrc("compress", tiny_recipe(model, output), "-q").refuses(1, name.rpartition(".")[0], *words)
+    lrc("compress", tiny_recipe(model, output), "-q").refuses(
+        1, name.rpartition(".")[0], *words, code="invalid-model"
+    )
     assert not (output / "checkpoint").exists()
     assert not list(output.rglob("*.partial"))
 
@@ -174,7 +178,9 @@ def test_gradients_that_are_not_finite_name_the_layer(
     change_weights(lambda tensors: tensors["lm_head.weight"].fill_(3e38))(model)
     stages = [{"decompose": {"method": "kfac", "keep": 0.6}}]
     words = ("the gradients in model.layers.1 are not finite", "such as svd-llm")
-    lrc("compress", tiny_recipe(model, output, stages=stages), "-q").refuses(1, *words)
+    lrc("compress", tiny_recipe(model, output, stages=stages), "-q").refuses(
+        1, *words, code="invalid-model"
+    )
     assert not (output / "checkpoint").exists()
     assert not list(output.rglob("*.partial"))
 
@@ -201,7 +207,7 @@ def kill_channels(tensors: dict[str, torch.Tensor]) -> None:
 
 
 DEGENERATE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], set[str]]] = {
-    "a lower rank than asked": (repeat_rows, {UP}),
+    "a lower rank than requested": (repeat_rows, {UP}),
     "a matrix of zeros": (kill_a_matrix, {DOWN}),
     "dead channels": (kill_channels, set()),
 }

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lrc.compressors.evaluate.baseline_comparison import compare_with_baselines
 from lrc.compressors.evaluate.baselines import measure, plan_baseline
 from lrc.compressors.io.machine import Machine
-from lrc.compressors.models import source as models
-from lrc.compressors.models.architecture import build
 from lrc.compressors.pipeline import compress
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.prepare import prepare
 from lrc.compressors.report import baseline_targets
+from lrc.compressors.stages import STAGES
 from lrc.configs.errors import Stopped
 from lrc.configs.load import load_recipe
 
@@ -66,9 +67,8 @@ def test_the_command_shows_size_against_perplexity_and_which_wins(
     assert "quality not measured here" not in card
 
     # The same again by hand, from a model that nothing was done to before.
-    source = models.locate(load_recipe(recipe).recipe.model)
-    plan = json.loads((output / "work/executed.json").read_text())
-    targets = baseline_targets(plan, build(source), source.dtype)
+    plan = Plan.from_json(json.loads((output / "work/executed.json").read_text()))
+    targets = baseline_targets(plan, prepare(load_recipe(recipe).recipe, STAGES))
     for written, each in zip(("int8", "int4-g16", "sparse"), (int8, int4, sparse), strict=True):
         baseline = plan_baseline(written, targets)
         model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16)

@@ -148,7 +148,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(
     assert done.code == 0
     assert json.loads(done.out) == json.loads((output / "report.json").read_text())
     stages = [line.partition(":")[0] for line in done.err.splitlines()]
-    assert stages == ["calibrate", "decompose", "evaluate dense", "evaluate compressed"]
+    assert stages == ["calibrate", "compress", "evaluate dense", "evaluate compressed"]
     assert "\x1b" not in done.err
 
     checkpoint = output / "checkpoint"
@@ -195,7 +195,7 @@ def test_a_missed_gate_exits_with_4_after_everything_is_written_and_shown(
         ended = lrc("compress", recipe, gates, "--json", "-q")
         assert ended.code == 4
         assert [error.partition(" is ")[0] for error in ended.errors] == [
-            "error: perplexity.english"
+            "error[gate-missed]: perplexity.english"
         ] * 2
         assert "must be at most 1.5" in ended.errors[0]
         assert "compressed / dense" in ended.errors[1]

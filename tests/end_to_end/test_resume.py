@@ -195,7 +195,7 @@ def stage_of(run: Path) -> str:
         "reported": run / "report.json",
         "evaluating": run / "checkpoint",
         "saving": run / ".checkpoint.partial",
-        "decomposing": work / "factors",
+        "compressing": work / "compressed",
         "allocating": work / "energies",
         "calibrating": work / "statistics",
         "windows": work / "windows.safetensors",
@@ -252,7 +252,7 @@ def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoi
     published = log.read_text().split()
     assert kills == len(published) - 1
     assert {"checkpoint", "report.json", "work/plan.json"} <= {*published}
-    kinds = {"statistics/inputs", "factors/layer"}
+    kinds = {"statistics/inputs", "compressed/layer"}
     if case == "recommended":
         kinds |= {"statistics/gradients", "energies/layer"}
     for kind in kinds:
@@ -276,13 +276,13 @@ def test_what_is_deleted_is_made_anew(recommended):
     assert checkpoint_of(run) == recommended.files
 
     def stop(stage: str, done: int, total: int) -> None:
-        if (stage, done) == ("decompose", 1):
-            raise Stopped("asked to")
+        if (stage, done) == ("compress", 1):
+            raise Stopped("requested")
 
     shutil.rmtree(run)
     with pytest.raises(Stopped):
         compress(load_recipe(recommended.recipe), Machine(device="cpu", on_step=stop))
-    assert not (run / "work/statistics/inputs-0000.safetensors").exists()  # its layer is factored
+    assert not (run / "work/statistics/inputs-0000.safetensors").exists()  # its layer is compressed
     damaged = run / "work/statistics/gradients-0002.safetensors"
     damaged.write_bytes(b"")
     with pytest.raises(OutputError, match=r"gradients-0002.safetensors: is damaged .* delete it"):
@@ -301,18 +301,18 @@ def test_a_stopped_run_continues_with_the_layer_after(new_recipe):
         def on_step(stage: str, done: int, total: int) -> None:
             seen.append((stage, done))
             if (stage, done) == place:
-                raise Stopped("asked to")
+                raise Stopped("requested")
 
         return on_step
 
-    for place in (("calibrate", 2), ("decompose", 2)):
+    for place in (("calibrate", 2), ("compress", 2)):
         with pytest.raises(Stopped):
             compress(recipe, Machine(device="cpu", on_step=stop_after(*place)))
     compress(recipe, Machine(device="cpu", on_step=stop_after()))
     assert seen == [
         *(("calibrate", n) for n in (1, 2, 3)),
-        *(("decompose", n) for n in (1, 2)),
-        *(("decompose", n) for n in (1, 2, 3)),  # layers that are done are counted, not redone
+        *(("compress", n) for n in (1, 2)),
+        *(("compress", n) for n in (1, 2, 3)),  # layers that are done are counted, not redone
     ]
 
 

@@ -127,7 +127,7 @@ def test_it_cannot_be_made_plain_and_says_so(rotated: Rotated) -> None:
 def test_a_decomposition_continues_from_there(rotated: Rotated, tmp_path: Path) -> None:
     factors = {"decompose": {"method": "kfac", "keep": 0.9, "compensate": {}}}
     report = compress(load_recipe(rotated.recipe(tmp_path / "run", SLICE, factors)))
-    shapes = {record["name"]: record["shape"] for record in report["layers"]}
+    shapes = {record["name"]: record["config"]["shape"] for record in report["layers"]}
     k = report["slices"][0]["facts"]["width"]
     assert shapes["model.layers.0.mlp.down_proj"] == [k, 48]
     assert torch.isfinite(logits(load(tmp_path / "run/checkpoint"))).all()

@@ -91,7 +91,7 @@ def undisturbed(
         (signal.SIGINT, "calibrate"),
         (signal.SIGTERM, "gradients"),
         (signal.SIGINT, "allocate"),
-        (signal.SIGTERM, "decompose"),
+        (signal.SIGTERM, "compress"),
         (signal.SIGINT, "evaluate dense"),
         (signal.SIGTERM, "evaluate compressed"),
     ],

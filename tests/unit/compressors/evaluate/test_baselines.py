@@ -19,7 +19,8 @@ from lrc.compressors.evaluate.baselines import (
     plan_baseline,
     record,
 )
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
+from lrc.compressors.layers.compressed_linear import sentinel
 from lrc.compressors.layers.sparse import Sparse
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.errors import DataError, Stopped
@@ -53,15 +54,15 @@ def make(baseline: Baseline, model: Any) -> dict[str, Tensor]:
 
 
 def tensors_of(baseline: Baseline, dense: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Write the tensors of a file, each form in its own words."""
+    """Return the tensors of a file that contains the baseline."""
     tensors = {name: weight for name, weight in dense.items() if name != "lm_head.weight"}
     for name, form in baseline.forms.items():
         weight = tensors.pop(f"{name}.weight")
-        if isinstance(form, Scheme):
+        if isinstance(form, QuantizationArgs):
             stored = round_to_nearest(weight, form, dtype=torch.bfloat16).encode("weight")
         else:
             least = weight.float().abs().sort(dim=1, descending=True).values[:, form - 1 : form]
-            stored = Sparse.encode(weight, weight.float().abs() >= least)
+            stored = Sparse.encode(weight, weight.float().abs() >= least) | {"weight": sentinel()}
         tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
     return tensors
 
@@ -101,7 +102,7 @@ def test_only_the_targets_change_and_to_what_the_file_stands_for(
     assert changed == {f"{name}.weight" for name in targets.shapes}
     for name, form in baseline.forms.items():
         W, W_hat = before[f"{name}.weight"], after[f"{name}.weight"]
-        if isinstance(form, Scheme):
+        if isinstance(form, QuantizationArgs):
             assert torch.equal(
                 W_hat, round_to_nearest(W, form, dtype=torch.bfloat16).weight().float()
             )
@@ -116,7 +117,7 @@ def test_rows_that_groups_do_not_fill_have_one_scale(targets: Targets) -> None:
     baseline = plan_baseline("int4-g32-asymmetric", targets)
     for name, (_, d_in) in targets.shapes.items():
         group = None if d_in % 32 else 32
-        assert baseline.forms[name] == Scheme(4, group, symmetric=False)
+        assert baseline.forms[name] == QuantizationArgs(4, group, symmetric=False)
     assert "one scale a row in 2 of 12 matrices, whose rows of 48 numbers" in baseline.how
     assert "one scale a row" not in plan_baseline("int4-g16", targets).how
 
