@@ -194,10 +194,10 @@ def spoil(rotated: Rotated, folder: Path, change: Callable[[dict[str, Any]], obj
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "norms a list": ({"norms": [1]}, "norms must map names"),
     "a norm without a rank": ({"norms": {NORM: {"writer": "a"}}}, "'rank': N >= 1"),
-    "a norm that is none": ({"norms": {"lm_head": {}}}, "'lm_head', which is no norm"),
+    "a norm that is none": ({"norms": {"lm_head": {}}}, "'lm_head', which is not a norm"),
     "a writer that is none": (
         {"norms": {NORM: {"writer": "model.norm", "rank": 3}}},
-        "names 'model.norm', no linear",
+        "lists 'model.norm', not a linear",
     ),
     "another rank": (
         {"norms": {NORM: {"writer": "model.layers.0.self_attn.o_proj", "rank": 1}}},
@@ -205,7 +205,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "biases a mapping": ({"biases": {}}, "biases must be a list"),
     "a bias of a number": ({"biases": [1]}, "biases[0] must be the name"),
-    "a bias of a norm": ({"biases": ["model.norm"]}, "no linear layer without a bias"),
+    "a bias of a norm": ({"biases": ["model.norm"]}, "not a linear layer without bias"),
     "a bias that is not there": ({"biases": ["lm_head"]}, "lm_head.bias: expected [512]"),
 }
 

@@ -184,13 +184,13 @@ TABLE: dict[str, tuple[Any, tuple[str, ...]]] = {
 MISMATCHES: dict[str, tuple[dict[str, list[int]], tuple[str, ...], str]] = {
     "unknown": (
         {"model.layers.7.mlp.up_proj": [8, 32]},
-        ("layers.7.mlp.up_proj", "no linear"),
+        ("layers.7.mlp.up_proj", "not a linear"),
         "found nothing",
     ),
-    "no linear": ({"model.norm": [8, 32]}, ("model.norm is no linear layer",), "found [32]"),
+    "no linear": ({"model.norm": [8, 32]}, ("model.norm is not a linear layer",), "found [32]"),
     "wider": (
         {"model.layers.0.mlp.up_proj": [49, 32]},
-        ("cannot become [49, 32], wider",),
+        ("must be at most", "got [49, 32]"),
         "found [8, 32]",
     ),
     "not the file's": (
