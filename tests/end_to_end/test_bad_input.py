@@ -26,7 +26,7 @@ FILES: dict[str, tuple[bytes, str, str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_file_that_is_no_recipe(lrc, tmp_path: Path, case: str) -> None:
+def test_files_that_are_not_recipes(lrc, tmp_path: Path, case: str) -> None:
     content, code, place, words = FILES[case]
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
@@ -35,7 +35,7 @@ def test_a_file_that_is_no_recipe(lrc, tmp_path: Path, case: str) -> None:
     assert os.listdir(tmp_path) == ["bad.yaml"]
 
 
-def test_a_recipe_that_is_not_there(lrc, recipe: Path, tmp_path: Path) -> None:
+def test_missing_recipes(lrc, recipe: Path, tmp_path: Path) -> None:
     code = "unreadable-recipe"
     lrc("compress", tmp_path / "no.yaml").refuses(2, "no.yaml", "lrc recipes list", code=code)
     lrc("compress", tmp_path / "uot.yaml").refuses(2, "did you mean", "out.yaml", code=code)
@@ -188,7 +188,7 @@ OVERRIDES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", OVERRIDES)
-def test_what_a_recipe_cannot_ask_for(
+def test_invalid_values_in_a_recipe(
     lrc, recipe: Path, output: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(recipe.parent)
@@ -350,7 +350,7 @@ def test_impossible_quantization_is_refused_before_any_weight_is_read(
 
 
 def test_a_cap_on_losses_that_no_budget_allows(lrc, recipe: Path, output: Path) -> None:
-    """Only the weights tell: the last moment before they are compressed."""
+    """Only the weights show it: the run stops right before they are compressed."""
     stage = "{method: svd, keep: 0.2, allocation: lagrangian, max_loss: 0.0001}"
     ended = lrc("compress", recipe, f"stages=[{{decompose: {stage}}}]", "-q")
     words = ("at least", "got 0.2", "raise 'max_loss' (0.0001)")
@@ -403,7 +403,7 @@ PLANS: dict[str, tuple[Callable[[dict[str, Any]], object], str, tuple[str, ...]]
 
 
 @pytest.mark.parametrize("case", PLANS)
-def test_a_plan_that_does_not_fit_the_model(
+def test_plans_that_do_not_match_the_model(
     lrc, recipe: Path, output: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil, code, words = PLANS[case]
@@ -418,7 +418,7 @@ def test_a_plan_that_does_not_fit_the_model(
     assert not output.exists()
 
 
-def test_a_plan_that_is_none(lrc, recipe: Path, output: Path) -> None:
+def test_files_that_are_not_plans(lrc, recipe: Path, output: Path) -> None:
     file = recipe.with_name("plan.json")
     given = f"stages=[{{decompose: {{method: svd-llm, plan: {file}}}}}]"
     where = "stages[0].decompose.plan"
@@ -429,7 +429,7 @@ def test_a_plan_that_is_none(lrc, recipe: Path, output: Path) -> None:
     assert not output.exists()
 
 
-def test_a_model_that_is_neither_here_nor_on_the_hub(lrc, recipe: Path, output: Path) -> None:
+def test_a_model_that_is_neither_local_nor_on_the_hub(lrc, recipe: Path, output: Path) -> None:
     words = ("'no-such/model'", "not a local folder", "Hub", "check the name")
     for override, where in (("model", "model.path"), ("model.tokenizer", "model.tokenizer")):
         ended = lrc("compress", recipe, f"{override}=no-such/model")
@@ -442,7 +442,7 @@ def test_an_unknown_task_is_refused_before_the_work(
 ) -> None:
     from lrc.compressors.evaluate import harness
 
-    find = harness._manager  # lm-eval's own index takes ten seconds and is tested elsewhere
+    find = harness._manager  # the index of lm-eval takes ten seconds and is tested elsewhere
     monkeypatch.setattr(harness, "_manager", lambda folder, defaults: find(folder, False))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "mine.yaml").write_text("task: my_task\ndataset_path: json\n")
@@ -451,7 +451,7 @@ def test_an_unknown_task_is_refused_before_the_work(
     assert not output.exists()
 
 
-def test_all_that_is_wrong_is_said_at_once(lrc, recipe: Path, output: Path) -> None:
+def test_all_problems_are_reported_at_once(lrc, recipe: Path, output: Path) -> None:
     lrc("compress", recipe, "seed=x", "calibration.length=0", "tokens=1").refuses(
         2, "seed", "calibration.length", "tokens: unknown key", count=3
     )
@@ -490,16 +490,18 @@ def test_texts_that_cannot_be_used_are_refused_before_the_work(
 ) -> None:
     content, words = TEXTS[name]
     (tmp_path / name).write_bytes(content)
-    lrc("compress", recipe, f"{key}={tmp_path / name}").refuses(1, *words)
+    lrc("compress", recipe, f"{key}={tmp_path / name}").refuses(1, *words, code="invalid-text")
     left = {f.name for f in output.rglob("*")}
     assert left <= {"work", "lock", "run.json", "seconds.json"}
 
 
 def test_too_few_tokens_for_calibration(lrc, recipe: Path, output: Path) -> None:
     ended = lrc("compress", recipe, "calibration.samples=9999")
-    ended.refuses(1, "9,999 x 64 = 639,936; lower calibration.samples to at most")
+    ended.refuses(
+        1, "9,999 x 64 = 639,936; lower calibration.samples to at most", code="invalid-text"
+    )
     assert not (output / "checkpoint").exists()
-    # What the message asks for needs no --overwrite: nothing of that run is worth keeping.
+    # The suggested change needs no --overwrite, because that run has no results.
     assert lrc("compress", recipe, "calibration.samples=5", "-q").code == 0
 
 

@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused_before_anything_is_written(
+def test_unusable_models_are_refused_before_anything_is_written(
     lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path], case: str
 ) -> None:
     spoil, words = REFUSED[case]
@@ -153,7 +153,7 @@ NOT_FINITE: dict[str, tuple[str, float, tuple[str, ...]]] = {
     "nan": ("model.layers.1.mlp.up_proj", float("nan"), ("holds NaN or Inf", "model.dtype")),
     "inf": ("model.layers.0.self_attn.o_proj", float("inf"), ("holds NaN or Inf",)),
     "inf outside the layers": ("lm_head", float("inf"), ("holds NaN or Inf",)),
-    # The weights are finite, what they make of the text is not.
+    # The weights are finite, the activations are not.
     "overflow": ("model.layers.0.mlp.up_proj", 3e38, ("not finite on the calibration text",)),
 }
 
@@ -221,7 +221,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", DEGENERATE)
-def test_degenerate_weights_are_compressed_all_the_same(
+def test_degenerate_weights_are_compressed_nevertheless(
     lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path], tiny_text: Path, case, method
 ) -> None:
     spoil, lowered = DEGENERATE[case]
@@ -237,7 +237,7 @@ def test_degenerate_weights_are_compressed_all_the_same(
     assert np.isfinite(report["evaluation"]["perplexity"]["it"]["compressed"])
     records = {layer["name"]: layer for layer in report["layers"]}
     for name in lowered:
-        if method in ("svd-llm", "lord"):  # the others choose ranks that are there, or dense
+        if method in ("svd-llm", "lord"):  # the others choose possible ranks, or dense
             assert "the numerical rank of the weight" in records[name]["fallback"]
     nats = [layer["predicted_nats"] for layer in report["layers"]]
     assert all(n is None or np.isfinite(n) for n in nats)
@@ -247,12 +247,16 @@ def test_a_single_file_must_be_gguf(
     lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path]
 ) -> None:
     weights = model / "model.safetensors"
-    lrc("compress", tiny_recipe(weights, output)).refuses(1, "only .gguf files", "config.json")
+    lrc("compress", tiny_recipe(weights, output)).refuses(
+        1, "only .gguf files", "config.json", code="invalid-model"
+    )
     pickle_weights(model)
     pickled = model / "pytorch_model.bin"
-    lrc("compress", tiny_recipe(pickled, output)).refuses(1, "is not safetensors", "never read")
+    lrc("compress", tiny_recipe(pickled, output)).refuses(
+        1, "is not safetensors", "never read", code="invalid-model"
+    )
     missing = tiny_recipe("nowhere.gguf", output)
-    lrc("compress", missing).refuses(2, "no file or folder 'nowhere.gguf'")
+    lrc("compress", missing).refuses(2, "no file or folder 'nowhere.gguf'", code="invalid-recipe")
     assert not output.exists()
 
 
@@ -274,8 +278,10 @@ def test_a_truncated_gguf(lrc, output: Path, tiny_recipe: Callable[..., Path], l
     assert path.stat().st_size > 60_000
     os.truncate(path, length)
     lrc("compress", tiny_recipe(path, output)).refuses(
-        1, str(path), "could not be read", "truncated"
+        1, str(path), "could not be read", "truncated", code="invalid-model"
     )
     path.write_bytes(b"no GGUF at all" * 100)
-    lrc("compress", tiny_recipe(path, output)).refuses(1, "could not be read", "GGUF")
+    lrc("compress", tiny_recipe(path, output)).refuses(
+        1, "could not be read", "GGUF", code="invalid-model"
+    )
     assert not output.exists()

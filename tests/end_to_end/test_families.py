@@ -35,7 +35,7 @@ def stored_bits(folder: Path) -> dict[str, int]:
 
 
 def moments_of(run: Any, kind: str) -> Iterator[tuple[str, dict[str, Tensor], dict[str, str]]]:
-    """Yield what was streamed of every linear: its name, the tensors of its file, the leaders."""
+    """Yield the name of every linear, the tensors of its file, and the names of their owners."""
     for file in sorted((run.work / "statistics").glob(f"{kind}-*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             facts = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
@@ -57,7 +57,7 @@ def assert_close(streamed: Tensor, v: Tensor, tolerance: float) -> None:
 
 
 def test_streamed_moments_are_those_of_the_whole_model(run):
-    """Of inputs and, where the method asks for them, of output gradients; whole or as an image."""
+    """Of inputs and, if the method requires them, of output gradients; whole or as an image."""
     model = run.dense()
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
@@ -96,12 +96,12 @@ def test_streamed_moments_are_those_of_the_whole_model(run):
         else:
             assert_close(tensors[f"{name}.image"], gradients[name] @ weights[name], tolerance)
         compared["gradients"] += 1
-    asked = run.family.stage["method"] == "kfac"
-    assert compared == {"inputs": len(targets), "gradients": len(targets) if asked else 0}
+    with_gradients = run.family.stage["method"] == "kfac"
+    assert compared == {"inputs": len(targets), "gradients": len(targets) if with_gradients else 0}
 
 
 def test_linears_of_one_input_share_one_moment(run):
-    """Query, key and value; gate and up. Nothing else: a parallel residual has two norms."""
+    """Query, key and value; gate and up. No others: a parallel residual has two norms."""
     for file in sorted((run.work / "statistics").glob("inputs-*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             leaders = json.loads(opened.metadata()["leaders"])
@@ -114,7 +114,7 @@ def test_linears_of_one_input_share_one_moment(run):
         assert shared == [group for group in expected if group <= present]
 
 
-def test_every_stage_of_the_recommended_method_did_its_part(run):
+def test_every_step_of_the_recommended_method_has_an_effect(run):
     weights = summarize(run.plan())
     if run.family.stage["method"] != "kfac":
         assert {w.config.types for w in weights} <= {"low_rank", "dense"}
@@ -227,7 +227,7 @@ print(json.dumps({"loaded": loaded, "difference": difference("llama")}))
 def fresh(
     all_families: dict[str, Any], sample: Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Any]]:
-    """Run the two scripts, side by side, over the checkpoints and the logits they should give."""
+    """Run the two scripts, in parallel, on the checkpoints and their expected logits."""
     file = tmp_path_factory.mktemp("logits") / "logits.safetensors"
     with torch.no_grad():
         logits = {name: run.in_memory()(sample).logits for name, run in all_families.items()}
@@ -260,7 +260,7 @@ def test_a_fresh_process_gives_the_same_logits(fresh, all_families):
     assert max(differences.values()) <= 1e-5, differences
 
 
-def test_a_process_without_lrc_refuses_and_a_late_import_helps(fresh):
+def test_a_process_without_lrc_refuses_until_lrc_is_imported(fresh):
     answer = fresh(WITHOUT_THEN_WITH)
     assert answer["loaded"] == []
     assert answer["difference"] <= 1e-5

@@ -28,7 +28,7 @@ DROP = {"method": "drop", "keep": 0.8}  # three of the five layers
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Two would mostly wait for each other."""
+    """Calculate on one thread: two would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -164,7 +164,7 @@ def test_a_decomposition_works_on_what_the_slice_leaves(
     assert measure(loaded).slices[0].parameters[1] == report["slices"][0]["parameters"][1]
 
 
-def test_a_slice_is_made_of_what_the_one_before_it_found(
+def test_a_slice_starts_from_the_result_of_the_one_before(
     prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
     """The rotary table of narrower heads comes from calibration; a later stage must keep it."""
@@ -246,7 +246,9 @@ def test_two_slices_follow_each_other(prepared: Callable[..., Any], tmp_path: Pa
     half = {"slice": {"method": "drop", "keep": 0.9}}
     report = compress(prepared(tmp_path / "run", half, half))
     first, second = report["slices"]
-    assert first["config"] == {"num_hidden_layers": [5, 4]}  # nor precision nor path have changed
+    assert first["config"] == {
+        "num_hidden_layers": [5, 4]
+    }  # neither precision nor path has changed
     assert second["config"] == {"num_hidden_layers": [4, 3]}
     assert first["parameters"][1] == second["parameters"][0]
 

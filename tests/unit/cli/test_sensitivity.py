@@ -1,5 +1,6 @@
 """Tables of losses: columns in the order of the model, totals that are sums, two widths."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -165,6 +166,20 @@ def test_predictions_are_shown_next_to_measurements(
     assert "1 0.00400 dense 0.01200 0.01600 0.02000 0.02400 0.02800 0.10400" in narrow
 
 
+@pytest.mark.parametrize("rank", [9, None])
+def test_shared_factors_are_explained_only_where_there_are_some(
+    rank: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group of layers of which no factor pays stays one task of dense weights."""
+    task, result = weight(0, "up_proj", "basis-sharing", rank=rank, loss=0.5)
+    both = Weight(task.name, 0), Weight("model.layers.1.up_proj", 1)
+    plan = plan_of([(replace(task, weights=both), result), weight(0, "q_proj", rank=9, nats=0.5)])
+    measured = {} if rank is None else {task.name: 0.1}
+    lines = printed(160, monkeypatch, print_profile, plan, Profile(2, 100, 3.0, measured, measured))
+    explained = "matrices that share a factor count as one, in the row of the first" in lines
+    assert explained == (rank is not None)
+
+
 def test_methods_that_predict_no_nats_have_a_table_of_fractions(
     weights: list[Compressed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,9 +193,7 @@ def test_methods_that_predict_no_nats_have_a_table_of_fractions(
 
 def test_weights_of_one_place_share_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of experts, whose names end alike."""
-    alike = [
-        weight(0, f"experts.{i}.up_proj", rank=10 + i, loss=0.1, nats=0.01) for i in range(3)
-    ]
+    alike = [weight(0, f"experts.{i}.up_proj", rank=10 + i, loss=0.1, nats=0.01) for i in range(3)]
     lines = printed(160, monkeypatch, print_sensitivity, plan_of(alike))
     assert lines[2] == "0 0.03000 r10-12 0.03000"
 

@@ -1,5 +1,6 @@
 """Compress a chain of linears: biases, shared factors, fallbacks, compensation."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -350,6 +351,46 @@ def test_a_stopped_compensation_continues_to_the_same_bytes(
     chain = Chain(reader.tensors, tokens)
     run(*parts, prefix=chain)
     assert chain.log == []  # no layer is left that needs it
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "lord", "kfac"])
+def test_a_plan_that_is_read_back_gives_the_same_bytes(
+    method, tmp_path, reader, statistics, tokens
+) -> None:
+    """The plan is complete: no recipe is needed after it was compiled."""
+    compensate = None if method == "lord" else BOTH
+    plan = plan_of(method, compensate=compensate)
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    done = [
+        run(each, tmp_path / name, reader, statistics, prefix=Chain(reader.tensors, tokens))[0]
+        for name, each in {"a": plan, "b": again}.items()
+    ]
+    assert done[0] == done[1]
+    assert len(done[0].results) == len(NAMES)
+    assert Plan.from_json(json.loads(json.dumps(done[0].to_json()))) == done[0]
+    for layer in range(LAYERS):
+        a, b = (tmp_path / name / "work" / layer_file(layer) for name in "ab")
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_an_allocation_from_a_plan_that_is_read_back_is_the_same(
+    tmp_path, reader, statistics
+) -> None:
+    tasks = [task_of(name, method="kfac", rank=None) for name in NAMES]
+    total = sum(task.source_bits for task in tasks)
+    allocation = Allocation(0, "lagrangian", int(0.6 * total), "bits", ("low_rank",), keep=0.6)
+    pending = [
+        replace(task, allocation=0, estimated_bits=int(0.6 * task.source_bits)) for task in tasks
+    ]
+    plan = plan_with(pending, allocations=[allocation])
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    done = []
+    for name, each in {"a": plan, "b": again}.items():
+        arguments: Any = (each, reader, Journal(tmp_path / name), statistics)
+        done.append(allocate(*arguments, device="cpu", on_step=lambda *_: None))
+    assert done[0] == done[1]
+    assert done[0].results
+    assert done[0].bits <= 0.6 * total
 
 
 def test_weights_with_zero_statistics_get_an_average_fraction_and_unmeasured_ones_stay_dense(

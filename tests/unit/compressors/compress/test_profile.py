@@ -175,9 +175,7 @@ def test_the_model_is_dense_again_after_every_weight(
     }
 
 
-def test_measured_layers_are_not_measured_again(
-    model: Any, tokens: Tensor, tmp_path: Path
-) -> None:
+def test_measured_layers_are_not_measured_again(model: Any, tokens: Tensor, tmp_path: Path) -> None:
     plan, loaded = plan_of(model, "svd"), []
 
     def dense() -> Any:
@@ -198,7 +196,8 @@ def test_measured_layers_are_not_measured_again(
     assert len(loaded) == 2
     assert measured(plan, model, tokens, journal, dense=dense) == undisturbed
     assert len(loaded) == 2
-    fewer = measured(plan, model, tokens[:1], journal, dense=dense)  # other windows need another measurement
+    # Other windows need another measurement.
+    fewer = measured(plan, model, tokens[:1], journal, dense=dense)
     assert (len(loaded), fewer.windows) == (3, 1)
     assert fewer.increases != undisturbed.increases
 

@@ -1,4 +1,4 @@
-"""Plans of layers that share, of patterns and of dictionaries: their sizes from shapes alone."""
+"""Plans of shared factors, of patterns and of dictionaries: their sizes from shapes alone."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -212,9 +212,7 @@ def test_the_smallest_fraction_that_is_named_can_be_met(
 
 @pytest.mark.parametrize("method", ["cospadi", "compot", "rocket", "dictionary"])
 @pytest.mark.parametrize("ratio", [1, 1.5, 2.5, 4])
-def test_dictionaries_have_the_requested_ratio(
-    plan_of: Planner, method: str, ratio: float
-) -> None:
+def test_dictionaries_have_the_requested_ratio(plan_of: Planner, method: str, ratio: float) -> None:
     stage = {"method": method, "keep": 0.6, "allocation": "uniform", "ratio": ratio}
     sized = [task for task in plan_of(stage).tasks if task.config.compressed]
     assert len(sized) == 6  # all but the tiny ones
