@@ -162,9 +162,9 @@ def stored_tensors(d_out: int, d_in: int, component: ComponentConfig) -> TensorS
 
 def _component(record: Any) -> ComponentConfig:
     found = _expect(record, dict, "components that are mappings with a 'type'")
-    kind = COMPONENTS.get(found.get("type", ""))
+    got = found.get("type")
+    kind = COMPONENTS.get(got) if isinstance(got, str) else None
     if kind is None:
-        got = found.get("type")
         raise ValueError(f"'type' must be one of {', '.join(COMPONENTS)}, got {got!r:.60}")
     unknown = found.keys() - {"type", *kind.SIZES, "quantization", "pattern", "shares"}
     if unknown:
@@ -174,6 +174,8 @@ def _component(record: Any) -> ComponentConfig:
         if type(size) is not int or size < 1:
             raise ValueError(f"{name!r} must be a whole number >= 1, got {size!r:.60}")
     args = found.get("quantization")
+    if kind is Dense and args is None:
+        raise ValueError("a dense component must have a 'quantization', such as int8")
     pattern, shares = found.get("pattern"), found.get("shares")
     if pattern not in (None, *kind.PATTERNS):
         allowed = " or ".join(kind.PATTERNS) or "left out"

@@ -10,12 +10,12 @@ from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS, STEPS_IN_MET
 from lrc.compressors.solvers.sparse_plus_low_rank import START_STEPS, directions
 from lrc.compressors.solvers.thresholding import CODE_STEPS, FINAL_ROUNDS, FINAL_STEPS, START_ROUNDS
 
-# A multiplication of a matrix-vector product takes as long as this many of a matrix product, because
-# every entry of the matrix is read for it.
+# A multiplication of a matrix-vector product takes as long as this many of a matrix product: every
+# entry of the matrix is read for it.
 VECTOR = 16
 # Products with both metrics, or equivalent, to whiten a weight and to measure errors.
 METRICS = 5
-# Multiply-adds of a product that takes as long as the eigenvectors of a matrix, over its size cubed.
+# Multiply-adds of a product that takes as long as all eigenvectors of a matrix, over size cubed.
 EIGENVECTORS = 40
 
 

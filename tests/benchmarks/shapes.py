@@ -160,7 +160,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with console.Steps(quiet=args.quiet).running() as steps:
         report = compress(loaded, Machine(args.device, overwrite=True, on_step=steps))
     took = {"make": round(made, 2), "compress": round(time.monotonic() - start, 2)}
-    matrices = Counter(" x ".join(map(str, layer["shape"])) for layer in report["layers"])
+    matrices = Counter(" x ".join(map(str, layer["config"]["shape"])) for layer in report["layers"])
     shapes = {"name": args.model or args.preset, "config": sizes, "matrices": dict(matrices)}
     return {
         "model": shapes | report["size"]["model"],

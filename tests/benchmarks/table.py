@@ -41,6 +41,7 @@ from lrc.compressors.models.source import load_dense
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
 from lrc.compressors.session import identity
+from lrc.compressors.stages import STAGES
 from lrc.configs.decompose import DecomposeBase
 from lrc.configs.decompose_methods import Decompose
 from lrc.configs.load import LoadedRecipe, load_recipe
@@ -79,7 +80,8 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         for method in METHODS:
             for allocation in ("uniform", "lagrangian"):
                 stage = {"method": method, "keep": keep, "allocation": allocation}
-                stage["storage"] = "factors"
+                if method != "basis-sharing":
+                    stage["storage"] = "low_rank"
                 changes = {"labels": "real"} if method == "fwsvd" else {}
                 yield f"{method}, {allocation}, factors, {keep}", stage, changes
         yield f"kfac, uniform, pivot, {keep}", best | {"allocation": "uniform"}, {}
@@ -219,7 +221,7 @@ def slices() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             "drop, by perplexity": {"method": "drop", "criterion": "perplexity"},
         }.items():
             # A trial a layer and a layer that goes: on fewer windows.
-            changes = {"samples": 16} if "verify" in stage else {}
+            changes = {"samples": 16} if "criterion" in stage else {}
             yield f"{name}, whole model {keep}", {"slice": stage | {"keep": keep}}, changes
         size = f"{int(keep * DENSE_BYTES)}B"
         for name, stage in {
@@ -272,7 +274,7 @@ def main() -> None:
 
 def _dense(recipe: LoadedRecipe, folder: Path) -> None:
     """Evaluate the model as it is."""
-    prepared = prepare(recipe.recipe)
+    prepared = prepare(recipe.recipe, STAGES)
     source = prepared.source
     model = load_dense(source, source.folder, dtype=source.dtype, device=DEVICE)
     block = evaluate_model(
@@ -303,7 +305,7 @@ def _calibrate(loaded: LoadedRecipe, folder: Path) -> None:
     if shared.has("whole.json"):
         return
     shutil.rmtree(shared.work, ignore_errors=True)
-    prepared = prepare(loaded.recipe)
+    prepared = prepare(loaded.recipe, STAGES)
     calibration, architecture = loaded.recipe.calibration, prepared.architecture
     started = time.monotonic()
     shared.work.mkdir(parents=True)
@@ -383,7 +385,7 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path 
         "evaluate.baselines=[]",
     ]
     loaded = load_recipe(recipe, [*overrides, *changes, f"output={output}"])
-    shared, prepared = _shared(loaded.recipe, folder), prepare(loaded.recipe)
+    shared, prepared = _shared(loaded.recipe, folder), prepare(loaded.recipe, STAGES)
     curves, before = folder / "curves" / _family(row), 0.0
     if (curves / "seconds.json").is_file():
         before = json.loads((curves / "seconds.json").read_text())
@@ -394,7 +396,7 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path 
                 _link(curves, journal.path("energies"))
             os.link(shared.path(WINDOWS), journal.path(WINDOWS))
     started = time.monotonic()
-    decomposed = loaded.recipe.decompositions.get(0)
+    decomposed = loaded.recipe.stages_of("decompose").get(0)
     if not before and decomposed is not None and decomposed.allocation != "uniform":
         pipeline.measure(loaded)
         _link(journal.path("energies"), curves)
@@ -402,13 +404,13 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path 
     report = pipeline.compress(loaded)
     seconds = report["timing"]["seconds"]
     seconds["allocate"] = seconds.get("allocate", 0) + before
-    seconds["decompose"] = seconds.get("decompose", 0) + seconds.get("slice", 0)
+    seconds["compress"] = seconds.get("compress", 0) + seconds.get("slice", 0)
     facts = {
         "kept": report["size"]["targeted"]["kept"],  # with the embedding, where it is rounded
         "parameters": report["size"]["model"]["parameters"]["compressed"],
         "bytes": report["size"]["model"]["file_bytes"]["compressed"],
-        "seconds": {k: seconds.get(k, 0) for k in ("allocate", "decompose", "save", "evaluate")},
-        "dense": sum(layer["form"] == "dense" for layer in report["layers"]),
+        "seconds": {k: seconds.get(k, 0) for k in ("allocate", "compress", "save", "evaluate")},
+        "dense": sum(not layer["config"]["components"] for layer in report["layers"]),
         "evaluation": report["evaluation"],
     }
     (folder / f"{name}.json").write_text(json.dumps(facts))
@@ -442,7 +444,7 @@ def _print(folder: Path) -> None:
         cells = [_number(measured["perplexity"][t]["compressed"]) for t in texts]
         tasks = measured["tasks"]
         cells += [f"{tasks[t][m]['compressed']:.3f}" if t in tasks else "" for t, m in accuracies]
-        seconds = row["seconds"]["allocate"] + row["seconds"]["decompose"]
+        seconds = row["seconds"]["allocate"] + row["seconds"]["compress"]
         print(f"| {name} | {row['kept']:.4f} | " + " | ".join(cells) + f" | {seconds:.0f} |")
 
 

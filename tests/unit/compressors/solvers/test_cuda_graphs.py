@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.column_quantizer import ColumnQuantizer
 from lrc.compressors.solvers.cuda_graphs import record
 
@@ -36,7 +36,7 @@ def test_the_device_need_not_be_the_current_one() -> None:
     assert torch.cuda.current_device() == 0
     assert counted(other, 10) == 10
     g = torch.Generator().manual_seed(0)
-    scheme = Scheme.read("int4")
+    scheme = QuantizationArgs.parse("int4")
     target, coupling = torch.randn(8, 20, generator=g), 0.1 * torch.randn(8, 8, generator=g)
     scale = 0.1 + torch.rand(8, 20, generator=g)
     inputs = [t.double() for t in (target, coupling, scale)]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrc.compressors.methods.base import CodedMethod
-from lrc.compressors.methods.fixed_size import SUM
+from lrc.compressors.methods.base import FixedSizeMethod
+from lrc.compressors.methods.fixed_size import LOW_RANK_PLUS_SPARSE
 from lrc.compressors.methods.table import METHODS
-from lrc.compressors.planning.rate_distortion import SHARES
+from lrc.compressors.planning.rate_distortion import FRACTIONS
 from lrc.compressors.solvers.moments import Moment, Statistics
 
 D_OUT, D_IN = 96, 64
@@ -18,7 +18,12 @@ SIZES = {
     "compot": {"atoms": 48, "nonzeros": 24},
     "rocket": {"atoms": 48, "nonzeros": 24},
 }
-CODED = {**METHODS, "sum": SUM}
+FIXED_SIZE = {**METHODS, "sum": LOW_RANK_PLUS_SPARSE}
+DAMPING = {"damp": 1e-6, "gradient_damp": 0.1}
+OPTIONS = {
+    name: DAMPING | {"dictionary": {"rounds": 15}, "compot": {"rounds": 20}}.get(name, {})
+    for name in SIZES
+}
 
 
 def known() -> tuple[torch.Tensor, Statistics]:
@@ -31,14 +36,14 @@ def known() -> tuple[torch.Tensor, Statistics]:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_count_is_within_a_factor_of_two_of_the_products_that_are_made(name: str) -> None:
-    method = CODED[name]
-    assert isinstance(method, CodedMethod)
+    method = FIXED_SIZE[name]
+    assert isinstance(method, FixedSizeMethod)
     W, statistics = known()
     with FlopCounterMode(display=False) as counted:
-        method.solve(W, statistics, SIZES[name])
+        method.solve(W, statistics, SIZES[name], **OPTIONS[name])
     made = counted.get_total_flops()
     # Torch leaves out eigenproblems, which count as the products in whose time they are solved.
-    expected = 2 * method.work(D_OUT, D_IN, [SIZES[name]], curve=False)
+    expected = 2 * method.flops(D_OUT, D_IN, [SIZES[name]], curve=False, **OPTIONS[name])
     assert made / 2 <= expected
     if name != "compot":
         assert expected <= 2 * made
@@ -46,15 +51,15 @@ def test_the_count_is_within_a_factor_of_two_of_the_products_that_are_made(name:
 
 def test_a_curve_takes_more_than_one_solution_and_less_than_as_many() -> None:
     for name, sizes in SIZES.items():
-        method = CODED[name]
-        assert isinstance(method, CodedMethod)
-        one = method.work(D_OUT, D_IN, [sizes], curve=False)
-        curve = method.work(D_OUT, D_IN, [sizes] * len(SHARES), curve=True)
-        assert one < curve <= len(SHARES) * one
+        method = FIXED_SIZE[name]
+        assert isinstance(method, FixedSizeMethod)
+        one = method.flops(D_OUT, D_IN, [sizes], curve=False, **OPTIONS[name])
+        curve = method.flops(D_OUT, D_IN, [sizes] * len(FRACTIONS), curve=True, **OPTIONS[name])
+        assert one < curve <= len(FRACTIONS) * one
 
 
 def test_choosing_once_makes_no_products() -> None:
     for name in ("magnitude", "wanda"):
-        method = CODED[name]
-        assert isinstance(method, CodedMethod)
-        assert method.work(D_OUT, D_IN, [SIZES["sparse"]], curve=False) == 0
+        method = FIXED_SIZE[name]
+        assert isinstance(method, FixedSizeMethod)
+        assert method.flops(D_OUT, D_IN, [SIZES["sparse"]], curve=False) == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.coordinate_descent import coordinate_descent
 from lrc.compressors.solvers.gptq import factor_inverse_hessian, gptq, propagate_error
 from lrc.compressors.solvers.linalg import damped, weighted_error
@@ -18,7 +18,7 @@ def error(W: Tensor, rounded: QuantizedMatrix, H: Tensor) -> float:
     return weighted_error(W, rounded.weight(), H)
 
 
-def obq(W: Tensor, H: Tensor, grid: Grid, scheme: Scheme, order: list[int]) -> Tensor:
+def obq(W: Tensor, H: Tensor, grid: Grid, scheme: QuantizationArgs, order: list[int]) -> Tensor:
     """Round one number after the other, with the inverse of what is left updated explicitly."""
     scale, zero = grid.expand(W.shape[1])
     codes = torch.zeros(W.shape, dtype=torch.int8)
@@ -39,7 +39,7 @@ def obq(W: Tensor, H: Tensor, grid: Grid, scheme: Scheme, order: list[int]) -> T
 @pytest.mark.parametrize("ordered", [False, True])
 def test_feedback_is_optimal_brain_quantization_column_by_column(matrices, written, ordered):
     W, H = matrices(columns=80)  # more than a block
-    scheme = Scheme.read(written)
+    scheme = QuantizationArgs.parse(written)
     grid = find_grid(W, scheme, dtype=torch.bfloat16)
     solution = factor_inverse_hessian(H, 0.01, act_order=ordered)
     order = H.diagonal().argsort(descending=True) if ordered else torch.arange(80)
@@ -58,7 +58,7 @@ def test_grids_are_weighed_by_what_no_feedback_can_make_up_for(matrices):
 @pytest.mark.parametrize("seed", range(3))
 def test_no_row_loses_more_than_by_rounding_to_nearest(matrices, written, seed):
     W, H = matrices(columns=48, seed=seed)
-    scheme = Scheme.read(written)
+    scheme = QuantizationArgs.parse(written)
     found = gptq(W, H, scheme, dtype=torch.bfloat16)
     nearest = round_to_nearest(W, scheme, dtype=torch.bfloat16, H=H)
     assert bool((row_errors(W - found.weight(), H) <= row_errors(W - nearest.weight(), H)).all())
@@ -68,7 +68,7 @@ def test_no_row_loses_more_than_by_rounding_to_nearest(matrices, written, seed):
 @pytest.mark.parametrize("written", SCHEMES)
 def test_descent_never_raises_the_error(matrices, written):
     W, H = matrices(columns=80)
-    state = round_to_nearest(W, Scheme.read(written), dtype=torch.bfloat16, H=H)
+    state = round_to_nearest(W, QuantizationArgs.parse(written), dtype=torch.bfloat16, H=H)
     for _ in range(3):
         lower = coordinate_descent(W, H, state, damp=0.0, passes=1)
         assert error(W, lower, H) < error(W, state, H)
@@ -78,7 +78,7 @@ def test_descent_never_raises_the_error(matrices, written):
 @pytest.mark.parametrize("written", SCHEMES)
 def test_descent_ends_where_no_single_code_can_be_better(matrices, written):
     W, H = matrices(rows=3, columns=16)
-    scheme = Scheme.read(written)
+    scheme = QuantizationArgs.parse(written)
     state = coordinate_descent(
         W, H, round_to_nearest(W, scheme, dtype=torch.float32, H=H), damp=0.0, passes=100
     )
@@ -94,7 +94,7 @@ def test_descent_ends_where_no_single_code_can_be_better(matrices, written):
 def test_with_independent_inputs_it_rounds_to_nearest(matrices):
     W, H = matrices()
     H = torch.diag(H.diagonal())
-    scheme = Scheme.read("int4-g8")
+    scheme = QuantizationArgs.parse("int4-g8")
     found = gptq(W, H, scheme, dtype=torch.float32, damp=1e-6, passes=0)
     nearest = round_to_nearest(W, scheme, dtype=torch.float32, H=H)
     assert torch.equal(found.codes, nearest.codes)
@@ -103,7 +103,7 @@ def test_with_independent_inputs_it_rounds_to_nearest(matrices):
 
 @pytest.mark.parametrize("written", ["int4-g8", "int4-g8-asymmetric", "int8", "int2-g16"])
 def test_a_matrix_on_a_grid_that_it_fills_comes_back(matrices, written):
-    scheme = Scheme.read(written)
+    scheme = QuantizationArgs.parse(written)
     _, H = matrices()
     generator = torch.Generator().manual_seed(0)
     shape = 12, scheme.groups(32)
@@ -125,7 +125,7 @@ def test_a_matrix_on_a_grid_that_it_fills_comes_back(matrices, written):
 def test_the_same_twice_and_inputs_left_alone(matrices):
     W, H = matrices()
     before = W.clone(), H.clone()
-    scheme = Scheme.read("int3-g8-asymmetric")
+    scheme = QuantizationArgs.parse("int3-g8-asymmetric")
     first, second = (gptq(W, H, scheme, dtype=torch.bfloat16) for _ in range(2))
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.scale, second.scale)
@@ -137,7 +137,7 @@ def test_channels_that_are_never_on_are_rounded_to_nearest(matrices):
     W, H = matrices()
     H[5] = H[:, 5] = 0
     for damp in (0.0, 0.01):
-        found = gptq(W, H, Scheme.read("int8"), dtype=torch.float32, damp=damp)
+        found = gptq(W, H, QuantizationArgs.parse("int8"), dtype=torch.float32, damp=damp)
         step = found.scale.abs().double().squeeze(1)
         assert bool(((found.weight() - W)[:, 5].abs() <= 0.51 * step).all())
 
@@ -145,23 +145,23 @@ def test_channels_that_are_never_on_are_rounded_to_nearest(matrices):
 def test_damping_that_had_to_be_raised_is_said(matrices):
     W, H = matrices()
     H[5] = H[:, 5] = 0
-    found = gptq(W, H, Scheme.read("int8"), dtype=torch.float32, damp=0.0)
+    found = gptq(W, H, QuantizationArgs.parse("int8"), dtype=torch.float32, damp=0.0)
     assert found.fallback is not None
     assert "damping raised" in found.fallback
 
 
 def test_inputs_that_were_all_zero_are_said(matrices):
     W, H = matrices()
-    scheme = Scheme.read("int4")
+    scheme = QuantizationArgs.parse("int4")
     found = gptq(W, 0 * H, scheme, dtype=torch.bfloat16)
     assert torch.equal(found.codes, round_to_nearest(W, scheme, dtype=torch.bfloat16).codes)
     assert found.fallback is not None
     assert "all zero" in found.fallback
 
 
-def test_bad_input_is_refused(matrices):
+def test_bad_input_is_rejected(matrices):
     W, H = matrices()
-    scheme = Scheme.read("int4")
+    scheme = QuantizationArgs.parse("int4")
     with pytest.raises(ValueError, match=r"must be \[32, 32\], got \[31, 31\]"):
         gptq(W, H[:31, :31], scheme, dtype=torch.bfloat16)
     H[0, 0] = torch.nan
@@ -174,7 +174,7 @@ def test_bad_input_is_refused(matrices):
 @pytest.mark.parametrize("written", SCHEMES)
 def test_on_a_gpu_it_is_as_good(matrices, written):
     W, H = matrices(rows=64, columns=400)
-    scheme = Scheme.read(written)
+    scheme = QuantizationArgs.parse(written)
     here = gptq(W, H, scheme, dtype=torch.bfloat16)
     there = gptq(W.cuda(), H.cuda(), scheme, dtype=torch.bfloat16)
     assert there.codes.is_cuda

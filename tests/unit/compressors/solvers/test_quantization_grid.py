@@ -1,9 +1,9 @@
-"""Grids: what they hold, what they lose, and what they refuse."""
+"""Grids: their range, their rounding errors, and what they reject."""
 
 import pytest
 import torch
 
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.gptq import gptq
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.quantization_grid import Grid, ScaleOverflow, find_grid, round_to_grid
@@ -19,7 +19,7 @@ def test_codes_and_zero_points_are_in_range_and_scales_in_the_files_precision(
 ):
     W, _ = matrices()
     W[:, 8:16] += 3  # a group without zero
-    scheme = Scheme.read(written)
+    scheme = QuantizationArgs.parse(written)
     found = round_to_nearest(W, scheme, dtype=dtype)
     assert found.scale.dtype == dtype
     assert found.scale.shape == (12, scheme.groups(32))
@@ -34,7 +34,7 @@ def test_codes_and_zero_points_are_in_range_and_scales_in_the_files_precision(
 @pytest.mark.parametrize("written", SCHEMES)
 def test_the_search_beats_the_widest_range(matrices, written):
     W, _ = matrices()
-    scheme = Scheme.read(written)
+    scheme = QuantizationArgs.parse(written)
     groups = W.view(12, scheme.groups(32), -1)
     if scheme.symmetric:
         widest = Grid((groups.abs().amax(2) / scheme.highest).to(torch.bfloat16), None)
@@ -53,7 +53,7 @@ def test_the_search_beats_the_widest_range(matrices, written):
 def test_every_code_is_the_nearest_to_its_number(matrices):
     W, _ = matrices()
     for written in ("int3-g8", "int3-g8-asymmetric"):
-        scheme = Scheme.read(written)
+        scheme = QuantizationArgs.parse(written)
         found = round_to_nearest(W, scheme, dtype=torch.bfloat16)
         every = torch.arange(scheme.lowest, scheme.highest + 1).double()
         scale, zero = Grid(found.scale, found.zero).expand(32)
@@ -65,14 +65,14 @@ def test_every_code_is_the_nearest_to_its_number(matrices):
 
 def test_the_largest_number_of_a_group_may_take_the_least_code():
     W = torch.tensor([[8.0, -7, 6, -5, 4, -3, 2, -1]])
-    found = round_to_nearest(W, Scheme.read("int4"), dtype=torch.bfloat16)
+    found = round_to_nearest(W, QuantizationArgs.parse("int4"), dtype=torch.bfloat16)
     assert torch.equal(found.weight(), W.double())
     assert float(found.scale) == -1
 
 
 def test_weights_decide_which_columns_a_grid_is_for(matrices):
     W, _ = matrices()
-    scheme = Scheme.read("int3")
+    scheme = QuantizationArgs.parse("int3")
     weights = torch.ones(32)
     weights[::2] = 1e4
     heeded = find_grid(W, scheme, dtype=torch.bfloat16, weights=weights)
@@ -90,7 +90,7 @@ def test_a_group_of_zeros_has_a_scale_and_comes_back(matrices, written):
     W, _ = matrices()
     W[2, 8:16] = 0
     W[5] = 0
-    found = round_to_nearest(W, Scheme.read(written), dtype=torch.bfloat16)
+    found = round_to_nearest(W, QuantizationArgs.parse(written), dtype=torch.bfloat16)
     assert bool(torch.isfinite(found.scale).all())
     assert bool(found.scale.all())
     assert not found.weight()[2, 8:16].any()
@@ -99,23 +99,23 @@ def test_a_group_of_zeros_has_a_scale_and_comes_back(matrices, written):
 
 def test_codes_belong_to_the_scale_as_stored():
     W = torch.tensor([[127.0, 84.6]]) / 3  # thirds are no bfloat16 numbers
-    found = round_to_nearest(W, Scheme.read("int8"), dtype=torch.bfloat16)
+    found = round_to_nearest(W, QuantizationArgs.parse("int8"), dtype=torch.bfloat16)
     step = found.scale.abs().double()
     assert bool(((found.weight() - W).abs() <= step / 2).all())
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_no_number_is_refused(matrices, bad):
+def test_numbers_that_are_not_finite_are_rejected(matrices, bad):
     W, _ = matrices()
     W[3, 4] = bad
     with pytest.raises(ValueError, match=r"the matrix \[12, 32\] holds infinities or NaN"):
-        round_to_nearest(W, Scheme.read("int4"), dtype=torch.bfloat16)
+        round_to_nearest(W, QuantizationArgs.parse("int4"), dtype=torch.bfloat16)
 
 
-def test_scales_that_the_file_cannot_hold_are_refused(matrices):
+def test_scales_that_the_file_cannot_hold_are_rejected(matrices):
     W, _ = matrices()
     with pytest.raises(ScaleOverflow, match=r"scales up to .* overflow torch.float16"):
-        round_to_nearest(W * 1e6, Scheme.read("int4"), dtype=torch.float16)
+        round_to_nearest(W * 1e6, QuantizationArgs.parse("int4"), dtype=torch.float16)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g8", "int4-g8-asymmetric"])
@@ -125,17 +125,17 @@ def test_numbers_below_all_scales_are_rounded_on_the_least(matrices, scheme, dty
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     W[0] *= least / W[0].abs().max()  # a row that is nearly gone, in a usual matrix
     for found in (
-        round_to_nearest(W, Scheme.read(scheme), dtype=dtype),
-        gptq(W, H, Scheme.read(scheme), dtype=dtype),
+        round_to_nearest(W, QuantizationArgs.parse(scheme), dtype=dtype),
+        gptq(W, H, QuantizationArgs.parse(scheme), dtype=dtype),
     ):
         assert bool((found.scale != 0).all())
         assert bool(torch.isfinite(found.scale).all())
         assert float((found.weight() - W)[0].abs().max()) <= 2 * least
-    exact = round_to_nearest(W[:1], Scheme.read(scheme), dtype=dtype).weight() - W[:1]
+    exact = round_to_nearest(W[:1], QuantizationArgs.parse(scheme), dtype=dtype).weight() - W[:1]
     assert float(exact.abs().max()) <= 0.51 * least
 
 
-def test_rows_that_groups_do_not_fill_are_refused(matrices):
+def test_rows_that_groups_do_not_fill_are_rejected(matrices):
     W, _ = matrices()
-    with pytest.raises(ValueError, match="no multiple of the group size 64"):
-        round_to_nearest(W, Scheme.read("int4-g64"), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="not a multiple of the group size 64"):
+        round_to_nearest(W, QuantizationArgs.parse("int4-g64"), dtype=torch.bfloat16)

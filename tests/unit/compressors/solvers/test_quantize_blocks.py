@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.block_search import masked, select_blocks
 from lrc.compressors.solvers.gptq import gptq
 from lrc.compressors.solvers.linalg import damped, weighted_error
@@ -12,7 +12,7 @@ from lrc.compressors.solvers.quantize_blocks import quantize_blocks
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 
 BF16 = torch.bfloat16
-INT4 = Scheme.read("int4-g8")
+INT4 = QuantizationArgs.parse("int4-g8")
 ROWS, COLUMNS, WIDTH = 20, 80, 8
 A_ROW = COLUMNS // WIDTH
 
@@ -99,7 +99,7 @@ def test_with_all_groups_it_is_gptq(problem, dtype):
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_rounding_within_the_mask_beats_rounding_to_nearest(problem, written, dtype):
     W, H = problem
-    scheme = Scheme.read(written)
+    scheme = QuantizationArgs.parse(written)
     a_row = scheme.groups(COLUMNS)
     groups = ROWS * a_row // 2
     found = quantize_blocks(W, H, groups, scheme, dtype=dtype)
@@ -137,7 +137,7 @@ def test_without_inputs_the_largest_groups_are_kept_and_rounded_to_nearest(probl
     assert found.fallback == f"{why}: groups kept by norm, rounded to nearest"
 
 
-def test_inputs_that_are_never_on_cost_nothing(problem):
+def test_inputs_that_are_always_zero_cost_nothing(problem):
     W, H = problem
     H[:WIDTH], H[:, :WIDTH] = 0, 0
     found = quantize_blocks(W, H, ROWS * (A_ROW - 1), INT4, dtype=BF16)
@@ -145,14 +145,14 @@ def test_inputs_that_are_never_on_cost_nothing(problem):
     assert found.fallback is None
 
 
-def test_what_cannot_be_is_refused(problem):
+def test_impossible_arguments_are_rejected(problem):
     W, H = problem
     for groups in (0, 201):
         sentence = rf"n_blocks must be in \[1, 200\] for a weight \[20, 80\], got {groups}"
         with pytest.raises(ValueError, match=sentence):
             quantize_blocks(W, H, groups, INT4, dtype=BF16)
-    with pytest.raises(ValueError, match="no multiple of the group size 16"):
-        quantize_blocks(W[:, :40], None, 3, Scheme.read("int4-g16"), dtype=BF16)
+    with pytest.raises(ValueError, match="not a multiple of the group size 16"):
+        quantize_blocks(W[:, :40], None, 3, QuantizationArgs.parse("int4-g16"), dtype=BF16)
     with pytest.raises(ValueError, match=r"must be \[80, 80\], got \[79, 79\]"):
         quantize_blocks(W, H[:79, :79], 3, INT4, dtype=BF16)
     W[0, 0] = torch.nan

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.packed import encode_values, read_values
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
+from lrc.compressors.layers.packing import encode_values, read_values
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.quantize_values import quantize_sparse_values, quantize_values
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
@@ -31,12 +31,12 @@ def spread(codes: Tensor, scale: Tensor, mask: Tensor, width: int) -> Tensor:
 @pytest.mark.parametrize("written", ["int4-g8", "int4", "int3-g64", "int8-g8-asymmetric"])
 def test_values_are_read_as_they_were_rounded(count, written):
     values = torch.randn(count, generator=torch.Generator().manual_seed(0))
-    scheme = Scheme.read(written)
+    scheme = QuantizationArgs.parse(written)
     codes, scale = quantize_values(values, scheme, dtype=torch.float32)
     tensors = encode_values("values", codes, scale, scheme)
-    shapes = scheme.values("values", [count])
+    specs = scheme.values_specs("values", [count])
     assert {name: list(t.shape) for name, t in tensors.items()} == {
-        name: shape for name, (shape, _) in shapes.items()
+        name: spec.shape for name, spec in specs.items()
     }
     found = read_values(tensors["values_packed"], tensors["values_scale"], count, scheme)
     step = scale.abs().repeat_interleave(scheme.group_size or 128)[:count]
@@ -45,7 +45,7 @@ def test_values_are_read_as_they_were_rounded(count, written):
 
 def test_full_groups_are_rounded_as_rows_are():
     values = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    scheme = Scheme.read("int3-g16")
+    scheme = QuantizationArgs.parse("int3-g16")
     codes, scale = quantize_values(values, scheme, dtype=BF16)
     rows = round_to_nearest(values[None], scheme, dtype=BF16)
     assert torch.equal(codes, rows.codes[0])
@@ -56,7 +56,7 @@ def test_full_groups_are_rounded_as_rows_are():
 def test_feedback_within_the_mask_beats_rounding_to_nearest(matrices, written):
     W, H = matrices(rows=20, columns=80)
     W_hat, mask = pruned(W, H)
-    scheme = Scheme.read(written)
+    scheme = QuantizationArgs.parse(written)
     width = scheme.group_size or 128
     codes, scale = quantize_sparse_values(W, W_hat, mask, H, scheme, dtype=BF16)
     nearest = quantize_values(W_hat[mask], scheme, dtype=BF16)
@@ -69,7 +69,7 @@ def test_feedback_within_the_mask_beats_rounding_to_nearest(matrices, written):
 def test_a_mask_that_keeps_all_is_a_matrix(matrices):
     W, H = matrices()
     mask = torch.ones_like(W, dtype=torch.bool)
-    scheme = Scheme.read("int4-g8")
+    scheme = QuantizationArgs.parse("int4-g8")
     codes, scale = quantize_sparse_values(W, W, mask, H, scheme, dtype=BF16)
     nearest = round_to_nearest(W, scheme, dtype=BF16, H=H).weight()
     found = spread(codes, scale, mask, 8)
@@ -80,13 +80,17 @@ def test_an_empty_row_and_inputs_that_are_all_zero(matrices):
     W, H = matrices()
     W_hat, mask = pruned(W, H)
     W_hat[3], mask[3] = 0, False
-    codes, _ = quantize_sparse_values(W, W_hat, mask, H, Scheme.read("int4"), dtype=BF16)
+    codes, _ = quantize_sparse_values(W, W_hat, mask, H, QuantizationArgs.parse("int4"), dtype=BF16)
     assert len(codes) == int(mask.sum())
-    codes, scale = quantize_sparse_values(W, W_hat, mask, 0 * H, Scheme.read("int4"), dtype=BF16)
-    assert torch.equal(codes, quantize_values(W_hat[mask], Scheme.read("int4"), dtype=BF16)[0])
+    codes, scale = quantize_sparse_values(
+        W, W_hat, mask, 0 * H, QuantizationArgs.parse("int4"), dtype=BF16
+    )
+    assert torch.equal(
+        codes, quantize_values(W_hat[mask], QuantizationArgs.parse("int4"), dtype=BF16)[0]
+    )
     assert bool(torch.isfinite(scale).all())
 
 
-def test_what_is_no_number_is_refused():
+def test_numbers_that_are_not_finite_are_rejected():
     with pytest.raises(ValueError, match=r"the values \[2\] holds infinities or NaN"):
-        quantize_values(torch.tensor([1.0, torch.nan]), Scheme.read("int4"), dtype=BF16)
+        quantize_values(torch.tensor([1.0, torch.nan]), QuantizationArgs.parse("int4"), dtype=BF16)

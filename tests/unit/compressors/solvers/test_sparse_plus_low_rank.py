@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers import LowRankPlusSparse, PivotedLowRank, Sparse
+from lrc.compressors.layers import COMPONENTS
 from lrc.compressors.solvers.linalg import damped, weighted_error
 from lrc.compressors.solvers.metric import Metric
 from lrc.compressors.solvers.moments import Moment
@@ -74,7 +74,9 @@ def test_a_planted_sum_is_found(d_out: int, d_in: int, weighted: bool) -> None:
 
 @pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
 @pytest.mark.parametrize(("rank", "nonzeros"), [(1, 1), (1, 1500), (4, 800), (48, 1), (3, 3072)])
-def test_it_is_what_it_says_it_is(d_out: int, d_in: int, rank: int, nonzeros: int) -> None:
+def test_parts_and_error_are_those_reported(
+    d_out: int, d_in: int, rank: int, nonzeros: int
+) -> None:
     W, H, G = case(d_out, d_in)
     found = SparsePlusLowRankProblem.of(W, H, G, **DAMPING).solve(rank=rank, nonzeros=nonzeros)
     assert found.mask.sum() == nonzeros
@@ -169,7 +171,7 @@ def test_steps_lead_to_the_truncated_spectrum(d_out: int, d_in: int, diagonal: b
 
 
 @pytest.mark.parametrize("zeros", ["weight", "inputs", "channel"])
-def test_what_is_zero_is_survived(zeros: str) -> None:
+def test_zeros_are_accepted(zeros: str) -> None:
     W, H, G = case(48, 64)
     if zeros == "weight":
         W = torch.zeros_like(W)
@@ -180,12 +182,14 @@ def test_what_is_zero_is_survived(zeros: str) -> None:
         full[3] = full[:, 3] = 0
         H = Moment.of(full)
     found = SparsePlusLowRankProblem.of(W, H, G, **DAMPING).solve(rank=3, nonzeros=900)
-    tensors = LowRankPlusSparse.encode(found.B, found.A, found.M, found.mask)
-    assert all(bool(torch.isfinite(t).all()) for t in tensors.values())
+    low_rank = COMPONENTS["pivoted_low_rank"].encode(B=found.B, A=found.A)
+    entries = COMPONENTS["sparse"].encode(W_hat=found.M, mask=found.mask)
+    tensors = [*low_rank.values(), *entries.values()]
+    assert all(bool(torch.isfinite(t).all()) for t in tensors)
     assert (found.fallback is not None) == (zeros == "inputs")
 
 
-def test_sizes_that_no_weight_has_are_refused() -> None:
+def test_sizes_that_no_weight_has_are_rejected() -> None:
     problem = SparsePlusLowRankProblem.of(normal(4, 6))
     with pytest.raises(
         ValueError, match=r"^rank must be in \[1, 4\] for a weight \[4, 6\], got 5$"
@@ -193,31 +197,3 @@ def test_sizes_that_no_weight_has_are_refused() -> None:
         problem.solve(rank=5, nonzeros=3)
     with pytest.raises(ValueError, match=r"^nonzeros must be in \[1, 24\] .* got 0$"):
         problem.curve([{"rank": 1, "nonzeros": 0}])
-
-
-@pytest.mark.parametrize(("d_out", "d_in"), [(576, 576), (1536, 576), (576, 1536), (1, 9), (7, 1)])
-@pytest.mark.parametrize("ratio", [0.02, 0.1, 1.0, 2.0])
-def test_the_rank_is_the_largest_whose_numbers_are_within_the_ratio(
-    d_out: int, d_in: int, ratio: float
-) -> None:
-    largest = LowRankPlusSparse.largest_step(d_out, d_in)
-    steps = sorted(
-        {1, 2, 100, largest // 7, largest // 2, largest - 1, largest} & {*range(1, largest + 1)}
-    )
-    for step in steps:
-        sizes = LowRankPlusSparse.sizes_at(step, d_out, d_in, ratio)
-        rank, most = sizes["rank"], min(d_out, d_in)
-        assert sizes["nonzeros"] == step
-        assert 1 <= rank <= most
-        assert rank == 1 or rank * (d_out + d_in - rank) <= ratio * step
-        assert rank == most or (rank + 1) * (d_out + d_in - rank - 1) > int(ratio * step)
-    if ratio >= 1:
-        assert LowRankPlusSparse.sizes_at(largest, d_out, d_in, ratio)["rank"] == min(d_out, d_in)
-
-
-def test_it_stores_what_its_parts_store() -> None:
-    d_out, d_in, rank, nonzeros = 24, 43, 5, 300
-    product = PivotedLowRank.stored_bits(d_out, d_in, bits=16, rank=rank)
-    entries = Sparse.stored_bits(d_out, d_in, bits=16, nonzeros=nonzeros)
-    both = LowRankPlusSparse.stored_bits(d_out, d_in, bits=16, rank=rank, nonzeros=nonzeros)
-    assert both == product + entries - 8  # one sentinel

@@ -1,11 +1,17 @@
-"""Masks of one bit an entry: nothing lost, and the bytes that the format promises."""
+"""Masks with one bit per entry: nothing is lost, and the bytes are those of the format."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.bits import pack_bits, packed_width, unpack_bits
+from lrc.compressors.layers.bitmask import (
+    mask_problem,
+    pack_bits,
+    packed_width,
+    scatter_values,
+    unpack_bits,
+)
 
 WIDTHS = range(1, 21)
 
@@ -15,7 +21,7 @@ def random_mask(rows: int, n: int) -> Tensor:
 
 
 @pytest.mark.parametrize("n", WIDTHS)
-def test_a_mask_comes_back(n: int) -> None:
+def test_unpacking_inverts_packing(n: int) -> None:
     for mask in (
         random_mask(7, n),
         torch.zeros(7, n, dtype=torch.bool),
@@ -51,3 +57,23 @@ def test_padding_is_zero_and_is_not_read(n: int) -> None:
     assert packed[:, :-1].eq(255).all()
     assert packed[:, -1].eq(2 ** ((n - 1) % 8 + 1) - 1).all()
     assert torch.equal(unpack_bits(torch.full_like(packed, 255), n), ones)
+
+
+def test_values_are_scattered_row_by_row() -> None:
+    mask = random_mask(5, 11)
+    values = torch.arange(1.0, int(mask.sum()) + 1)
+    found = scatter_values(values, pack_bits(mask), 11)
+    assert torch.equal(found[mask], values)
+    assert not found[~mask].any()
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_only_masks_with_the_right_bits_are_consistent(n: int) -> None:
+    packed = pack_bits(torch.ones(3, n, dtype=torch.bool))
+    assert mask_problem(packed, n, 3 * n) is None
+    for count in (3 * n - 1, 3 * n + 1):
+        problem = f"the mask has {3 * n} bits set, expected {count}"
+        assert mask_problem(packed, n, count) == problem
+    if n % 8:
+        packed[1, -1] |= 128
+        assert mask_problem(packed, n, 3 * n + 1) == f"the mask has bits set after column {n}"
