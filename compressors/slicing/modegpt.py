@@ -79,9 +79,7 @@ class Modegpt(SliceMethod[Options]):
 
     def passes(self, options: Options, config: PreTrainedConfig) -> float:
         """Count the passes of allocation, head statistics, and refits with two models."""
-        allocation = (
-            ALLOCATION_PASSES[options.allocation] if SHAPES in tables_of(config) else 0.0
-        )
+        allocation = ALLOCATION_PASSES[options.allocation] if SHAPES in tables_of(config) else 0.0
         return allocation + (7.0 if options.heads else 5.0)
 
     def recommended_tokens(self, architecture: Architecture) -> int:
