@@ -1,7 +1,6 @@
 """Methods that solve for given sizes: pruning, dictionary learning, and low rank plus sparse."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +118,7 @@ class DictionaryLearning(FixedSizeMethod):
             search["rounds"] = min(search["rounds"], self.CURVE_ROUNDS)
         W = W.double()
         # TF32 reduces the quality of the search only; errors are measured in float64.
-        with tensor_cores() if W.is_cuda else nullcontext():
+        with tensor_cores(W.device):
             learnt = problem.curve(sizes, **search)
             found = [float(metric.energy(W - each.weight())) for each in learnt]
         return found, float(metric.energy(W))

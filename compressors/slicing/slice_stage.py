@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, write_weights
 from lrc.compressors.layers.model_shapes import tables_of
@@ -17,7 +18,6 @@ from lrc.compressors.models.source import Source
 from lrc.compressors.planning.plan import SliceRecord
 from lrc.compressors.planning.size_budget import WholeModel
 from lrc.compressors.slicing import METHODS
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget
 from lrc.configs.errors import RecipeError
 from lrc.configs.size import parse_size
@@ -94,7 +94,7 @@ def sliced_source(source: Source, config: PreTrainedConfig, folder: Path | None 
 
 def apply_slice(
     folder: Path,
-    context: SliceContext,
+    context: CalibrationContext,
     options: SliceBase,
     config: PreTrainedConfig,
     source: Source,

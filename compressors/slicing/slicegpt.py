@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.layers.model_shapes import SHAPES, tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.families import Family, find_family
@@ -28,7 +29,6 @@ from lrc.compressors.slicing.rotated_weights import (
     config_with_tables,
     rotated_tensors,
 )
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
 from lrc.compressors.slicing.stream_bases import find_basis, find_block_bases
 from lrc.configs.errors import ModelError, RecipeError
@@ -91,7 +91,7 @@ class Slicegpt(SliceMethod[Options]):
         return 2.0 if tables_of(config) else 1.0
 
     def apply(
-        self, context: SliceContext, options: Options, config: PreTrainedConfig
+        self, context: CalibrationContext, options: Options, config: PreTrainedConfig
     ) -> SlicedModel:
         """Find the bases on the calibration text, then slice one tensor after another."""
         architecture, tables = context.architecture, tables_of(config)
