@@ -54,7 +54,7 @@ def batches_of_two(monkeypatch, tokens) -> None:
 
 
 def resident(architecture: Architecture) -> set[int]:
-    """Name the decoder layers that are not wholly on the meta device."""
+    """Return the decoder layers that are not completely on the meta device."""
     return {
         index
         for index, layer in enumerate(architecture.layers)
@@ -64,7 +64,7 @@ def resident(architecture: Architecture) -> set[int]:
 
 @contextmanager
 def residents_seen(architecture: Architecture) -> Iterator[list[tuple[int, set[int]]]]:
-    """Note, whenever a linear is applied, its layer and which layers are resident."""
+    """Record, whenever a linear is applied, its layer and which layers are resident."""
     seen: list[tuple[int, set[int]]] = []
     hooks = [
         architecture.model.get_submodule(linear.name).register_forward_hook(
@@ -77,7 +77,7 @@ def residents_seen(architecture: Architecture) -> Iterator[list[tuple[int, set[i
         hook.remove()
 
 
-def test_only_the_layer_at_work_is_off_the_meta_device(architecture, executor):
+def test_only_the_executed_layer_has_weights(architecture, executor):
     with residents_seen(architecture) as seen:
         required = {linear.name: {"inputs"} for linear in architecture.linears}
         statistics.collect(executor.context, required)
@@ -109,7 +109,7 @@ def test_layers_applied_in_turn_give_the_states_of_the_whole_model(source, execu
     torch.testing.assert_close(final, expected[-1], rtol=1e-5, atol=1e-5)
 
 
-def test_the_trace_finds_what_shares_an_input(executor):
+def test_the_trace_finds_linears_with_a_common_input(executor):
     for index, call in enumerate(executor.calls):
         prefix = f"model.layers.{index}"
         assert call.groups == [
@@ -121,7 +121,7 @@ def test_the_trace_finds_what_shares_an_input(executor):
 
 
 def test_another_view_of_the_same_memory_is_another_input(architecture, executor):
-    """Same address, other columns: one second moment cannot stand for both."""
+    """Same address, other columns: the second moments differ."""
 
     class Halves(nn.Module):
         def __init__(self, inner: Any) -> None:
@@ -141,7 +141,7 @@ def test_another_view_of_the_same_memory_is_another_input(architecture, executor
 
 
 @pytest.mark.parametrize("calls", [0, 1])
-def test_a_model_that_skips_layers_is_refused(architecture, executor, monkeypatch, calls):
+def test_a_model_that_skips_layers_is_rejected(architecture, executor, monkeypatch, calls):
     def forward(**_: Any) -> None:
         for layer in architecture.layers[:calls]:
             layer.forward = lambda x: x
@@ -194,7 +194,7 @@ def test_a_batch_is_as_large_as_the_token_budget_allows(n_windows, length, expec
 
 @pytest.mark.usefixtures("batches_of_two")
 def test_a_smaller_last_batch_is_called_with_its_own_arguments(make_executor, tokens):
-    """And without a layer being loaded for it."""
+    """These are found without loading a layer."""
     calls, expected = make_executor(tokens[:3]).calls, make_executor(tokens[2:3]).calls
     assert [set(call.arguments) for call in calls] == [{2, 1}] * LAYERS
     for call, alone in zip(calls, expected, strict=True):
@@ -206,7 +206,7 @@ def test_a_smaller_last_batch_is_called_with_its_own_arguments(make_executor, to
                 torch.testing.assert_close(value, kwargs_alone[key], rtol=0, atol=0)
 
 
-def test_layers_get_back_a_forward_of_their_own(architecture, executor, tokens):
+def test_a_forward_of_the_layer_instance_is_restored(architecture, executor, tokens):
     def own(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden
 
