@@ -120,7 +120,7 @@ def _search_by_perplexity(
     executor = LayerExecutor(context)
     if executor.tokens.shape[1] < 2:
         raise RecipeError(
-            ["calibration.length: must be at least 2 with criterion: perplexity, got 1; raise it"]
+            "calibration.length: must be at least 2 with criterion: perplexity, got 1; raise it"
         )
     layers, names = context.architecture.layers, context.architecture.layer_names
     inputs = executor.embedded()

@@ -33,7 +33,7 @@ class Budget:
 
     def refusal(self, reason: str) -> RecipeError:
         """Return the error for a budget that cannot be met."""
-        return RecipeError([f"{self.where}: {reason}"])
+        return RecipeError(f"{self.where}: {reason}")
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,8 @@ def plan_slices(
         method = METHODS[options.method]
         if tables_of(old):
             raise RecipeError(
-                [
-                    f"stages[{number}].slice: cannot follow stages[{number - 1}], which produces "
-                    "layer shapes that config.json cannot describe; make that stage the last slice"
-                ]
+                f"stages[{number}].slice: cannot follow stages[{number - 1}], which produces "
+                "layer shapes that config.json cannot describe; make that stage the last slice"
             )
         config = method.plan(architecture, options, budget)
         pending = method.pending(options, config)
@@ -156,10 +154,8 @@ def _budget(options: SliceBase, whole: WholeModel, number: int) -> Budget:
     allowed = parse_size(options.size) - header
     if not 0 < allowed < whole.bytes:
         raise RecipeError(
-            [
-                f"{where}.size: must be above the {header:,} bytes of file headers and below the "
-                f"{whole.bytes + header:,} bytes of the model to slice, got {options.size}; "
-                f"{'raise' if allowed <= 0 else 'lower'} size"
-            ]
+            f"{where}.size: must be above the {header:,} bytes of file headers and below the "
+            f"{whole.bytes + header:,} bytes of the model to slice, got {options.size}; "
+            f"{'raise' if allowed <= 0 else 'lower'} size"
         )
     return Budget(f"{where}.size", allowed, whole.bytes)

@@ -117,7 +117,7 @@ def _find_family(architecture: Architecture, budget: Budget, *, plain: bool) -> 
     try:
         family = find_family(architecture.model)
     except ModelError as error:
-        raise RecipeError([f"{where}: {str(error).removeprefix('model: ')}"]) from error
+        raise RecipeError(f"{where}: {str(error).removeprefix('model: ')}") from error
     kind = architecture.model.config.model_type
     if plain and kind not in PLAIN:
         reason = (
@@ -126,10 +126,8 @@ def _find_family(architecture: Architecture, budget: Budget, *, plain: bool) -> 
             else "its classes compute with the width of the residual stream"
         )
         raise RecipeError(
-            [
-                f"{where}: 'slicegpt' produces plain models of {', '.join(PLAIN)} only, not of "
-                f"{kind!r}: {reason}; set rotations: block, or slice with 'modegpt' or 'drop'"
-            ]
+            f"{where}: 'slicegpt' produces plain models of {', '.join(PLAIN)} only, not of "
+            f"{kind!r}: {reason}; set rotations: block, or slice with 'modegpt' or 'drop'"
         )
     return family
 
