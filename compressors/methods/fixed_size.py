@@ -45,7 +45,7 @@ def _moments(
 class Pruning(FixedSizeMethod):
     """Keep the entries with the largest saliency."""
 
-    COMPONENTS = "sparse"
+    types: tuple[str, ...] = field(default=("sparse",), kw_only=True)
     saliency: Saliency = "second-order"
 
     def solve(
@@ -92,12 +92,11 @@ class Pruning(FixedSizeMethod):
 class DictionaryLearning(FixedSizeMethod):
     """Learn a dictionary and sparse coefficients with one of several solvers."""
 
-    COMPONENTS = "dictionary"
     CURVE_ROUNDS = 6
     """A few rounds suffice to find the shape of a rate-distortion curve."""
 
     solver: str
-    shares_factors: bool = field(default=False, kw_only=True)
+    types: tuple[str, ...] = field(default=("dictionary",), kw_only=True)
 
     def solve(
         self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any
@@ -151,7 +150,7 @@ class DictionaryLearning(FixedSizeMethod):
 class LowRankPlusSparse(FixedSizeMethod):
     """Search a low-rank and a sparse part together."""
 
-    COMPONENTS = "pivoted_low_rank+sparse"
+    types: tuple[str, ...] = field(default=("pivoted_low_rank+sparse",), kw_only=True)
 
     def solve(
         self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any
