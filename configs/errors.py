@@ -73,7 +73,7 @@ class RecipeError(LrcError):
 
     Parameters
     ----------
-    problems : sequence of Problem or str
+    problems : str or sequence of Problem or str
         Every problem found; they are all shown together. Plain sentences, `where: message`, have
         the code `invalid-recipe`.
     """
@@ -81,7 +81,8 @@ class RecipeError(LrcError):
     exit_code = 2
     default_code = "invalid-recipe"
 
-    def __init__(self, problems: Sequence[Problem | str]) -> None:
+    def __init__(self, problems: str | Sequence[Problem | str]) -> None:
+        problems = [problems] if isinstance(problems, str) else problems
         found = [Problem.parse(each) if isinstance(each, str) else each for each in problems]
         super().__init__("\n".join(map(str, found)), code=found[0].code if found else None)
         self.problems = found

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
-import torch
 from torch import Tensor
 
 from lrc.compressors.models.architecture import Linear
@@ -104,12 +103,6 @@ class LinearStatistics:
         """Add a batch of one linear."""
         for row in self._rows[name]:
             self._table[row].accumulate(self.sums, f"{name}.{row}", batch)
-
-    @property
-    def not_finite(self) -> list[str]:
-        """Linears with a sum that is not finite."""
-        bad = (key for key, total in self.sums.items() if not bool(torch.isfinite(total).all()))
-        return [key.rpartition(".")[0] for key in bad]
 
     @classmethod
     def forward(

@@ -1,7 +1,6 @@
 """Collect statistics of the targeted linears: forward pass for inputs, backward for gradients."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,74 +9,34 @@ from torch import Tensor
 
 from lrc.compressors.calibrate import statistic_table as table
 from lrc.compressors.calibrate.activation_cache import ActivationCache, ActivationCheckpoints
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_passes import (
-    Labels,
     backward_head,
     backward_layer,
     forward_layer,
 )
-from lrc.compressors.calibrate.layer_executor import (
-    LayerCall,
-    LayerExecutor,
-    batch_size,
-    batches,
-)
+from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.statistic_table import Required
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.machine import OnStep, to_host
-from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.io.machine import to_host
 from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.compressors.solvers.moments import Statistics
 
 
-def collect(
-    architecture: Architecture,
-    reader: WeightReader,
-    tokens: Tensor,
-    required: Required,
-    journal: Journal,
-    *,
-    labels: Labels,
-    seed: int,
-    device: str,
-    memory_limit_gib: float,
-    on_step: OnStep,
-) -> None:
+def collect(context: CalibrationContext, required: Required) -> None:
     """Write the required statistics of the dense model's linears to the journal, layer by layer.
 
-    Parameters
-    ----------
-    tokens : Tensor, shape [n_windows, length]
-        Calibration windows, int64.
-    required : mapping of str to collection of str
-        Linear -> statistics to collect; layers without any are only passed through.
-    labels, seed
-        As for `backward_head`.
-    on_step : callable
-        Called with (stage, layers done, layers) after each layer; may raise to stop.
-
-    Raises
-    ------
-    ModelError
-        If hidden states, inputs or gradients are not finite; names the layer.
+    `required` maps linears to the statistics to collect; layers without any are only passed
+    through. Hidden states, inputs or gradients that are not finite raise a `ModelError` that names
+    the layer.
     """
-    layer_of = {linear.name: linear.layer for linear in architecture.linears}
-    by_layer: list[dict[str, Collection[str]]] = [{} for _ in architecture.layer_names]
+    layer_of = {linear.name: linear.layer for linear in context.architecture.linears}
+    by_layer: list[dict[str, Collection[str]]] = [{} for _ in context.architecture.layer_names]
     for name, names in required.items():
         if names:
             by_layer[layer_of[name]][name] = names
-    run = _Collection(
-        LayerExecutor(architecture, reader, device=device, dtype=torch.float32),
-        tokens,
-        batch_size(len(tokens), tokens.shape[1], device),
-        by_layer,
-        journal,
-        memory_limit_gib,
-        on_step,
-    )
-    with tensor_cores() if device.startswith("cuda") else nullcontext():
-        run.run(labels, seed)
+    with tensor_cores(context.device):
+        _Collection(context, by_layer).run()
 
 
 def load(journal: Journal, layer: int, name: str) -> Statistics:
@@ -110,110 +69,84 @@ def gradients_file(layer: int) -> str:
 class _Collection:
     """One run over the calibration windows: forward, and backward if gradients are required."""
 
-    executor: LayerExecutor
-    tokens: Tensor
-    batch: int
+    context: CalibrationContext
     required: Sequence[Required]
     """By layer."""
-    journal: Journal
-    limit_gib: float
-    on_step: OnStep
 
-    def run(self, labels: Labels, seed: int) -> None:
+    def run(self) -> None:
         differentiated = [
             index
             for index, required in enumerate(self.required)
             if any({*table.BACKWARD} & {*names} for names in required.values())
         ]
-        n_layers, device = len(self.required), self.executor.device
+        n_layers = len(self.required)
         backward = not all(self._collected(gradients_file, index) for index in differentiated)
         forward = not all(self._collected(inputs_file, index) for index in range(n_layers))
         if not (forward or backward):
             return
-        with self.executor.around_layers():
-            calls = self.executor.trace(self.tokens, self.batch)
-            width = self.executor.embed(self.tokens[:1]).shape[-1]
-        shape = (*self.tokens.shape, width)
-        states = ActivationCache(self.journal, "states", shape, self.limit_gib, device)
+        executor = LayerExecutor(self.context)
+        states = ActivationCache(self.context, "states", executor.shape)
         if not backward:
-            self._forward(states, calls, None)
+            # With checkpoints, which need every layer's input, a snapshot is of no use.
+            if not states.resume():
+                executor.embed_(states.tensor)
+            self._forward(executor, states, n_layers, None)
             return
-        gradients = ActivationCache(self.journal, "gradients", shape, self.limit_gib, device)
+        gradients = ActivationCache(self.context, "gradients", executor.shape)
         resumed = gradients.resume()
         left = n_layers - gradients.done
-        dtype = next(iter(self.executor.architecture.stored_parameters().values())).dtype
-        checkpoints = ActivationCheckpoints(
-            self.journal, left, shape, dtype, self.limit_gib, device
-        )
-        self._forward(states, calls[:left], checkpoints)
+        checkpoints = ActivationCheckpoints(self.context, left, executor.shape)
+        executor.embed_(states.tensor)
+        self._forward(executor, states, left, checkpoints)
         if not resumed:
-            backward_head(
-                self.executor,
-                calls[-1],
-                states.tensor,
-                self.tokens,
-                gradients.tensor,
-                labels=labels,
-                seed=seed,
-            )
+            backward_head(executor, states.tensor, gradients.tensor)
         del states
-        self._backward(gradients, calls, checkpoints, stop=differentiated[0])
+        self._backward(executor, gradients, checkpoints, stop=differentiated[0])
 
     def _forward(
         self,
+        executor: LayerExecutor,
         states: ActivationCache,
-        calls: list[LayerCall],
+        stop: int,
         checkpoints: ActivationCheckpoints | None,
     ) -> None:
-        # Checkpoints need every layer's input, so a snapshot from half-way is of no use then.
-        if checkpoints is not None or not states.resume():
-            with self.executor.around_layers():
-                for rows in batches(len(self.tokens), self.batch):
-                    states.tensor[rows] = self.executor.embed(self.tokens[rows])
         n_layers = len(self.required)
-        for index in range(states.done, len(calls)):
+        for index in range(states.done, stop):
             if checkpoints is not None:
                 checkpoints.write(index, states.tensor)
-            call, hidden = calls[index], states.tensor
             collected = self._collected(inputs_file, index)
             required = {} if collected else self.required[index]
-            statistics = forward_layer(self.executor, index, call, hidden, self.batch, required)
+            statistics = forward_layer(executor, index, states.tensor, required)
             if not collected:
-                leaders = {n: group[0] for group in call.groups for n in group if n in required}
-                facts = {"leaders": leaders, "n_tokens": self.tokens.numel()}
+                groups = executor.calls[index].groups
+                leaders = {n: group[0] for group in groups for n in group if n in required}
+                facts = {"leaders": leaders, "n_tokens": executor.tokens.numel()}
                 self._write(inputs_file(index), statistics.sums, facts)
             states.finish_layer(save=checkpoints is None and index < n_layers - 1)
-            self.on_step("calibrate", index + 1, n_layers)
+            self.context.on_step("calibrate", index + 1, n_layers)
 
     def _backward(
         self,
+        executor: LayerExecutor,
         gradients: ActivationCache,
-        calls: list[LayerCall],
         checkpoints: ActivationCheckpoints,
         stop: int,
     ) -> None:
         n_layers = len(self.required)
         for index in range(n_layers - 1 - gradients.done, stop - 1, -1):
             collected = self._collected(gradients_file, index)
-            statistics = backward_layer(
-                self.executor,
-                index,
-                calls[index],
-                checkpoints,
-                gradients.tensor,
-                self.batch,
-                {} if collected else self.required[index],
-            )
+            required = {} if collected else self.required[index]
+            statistics = backward_layer(executor, index, checkpoints, gradients.tensor, required)
             if not collected:
                 self._write(gradients_file(index), statistics.sums, {})
             gradients.finish_layer(save=index > stop)
-            self.on_step("gradients", gradients.done, n_layers - stop)
+            self.context.on_step("gradients", gradients.done, n_layers - stop)
 
     def _collected(self, file: Callable[[int], str], index: int) -> bool:
         """Return whether nothing is left to collect for a layer in a pass."""
-        return not self.required[index] or self.journal.has(file(index))
+        return not self.required[index] or self.context.journal.has(file(index))
 
     def _write(self, file: str, sums: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
         tensors = {key: to_host(total) for key, total in sums.items()}
         # A safetensors file needs at least one tensor.
-        self.journal.write_tensors(file, tensors or {"none": torch.zeros(1)}, facts)
+        self.context.journal.write_tensors(file, tensors or {"none": torch.zeros(1)}, facts)

@@ -75,10 +75,8 @@ def run_tasks(
     manager = _manager_for(tasks)
     if tasks.apply_chat_template and not tokenizer.chat_template:
         raise RecipeError(
-            [
-                "evaluate.tasks.apply_chat_template: the tokenizer has no chat template; set it"
-                " to false or name the tokenizer of an instruct model under model.tokenizer"
-            ]
+            "evaluate.tasks.apply_chat_template: the tokenizer has no chat template; set it"
+            " to false or name the tokenizer of an instruct model under model.tokenizer"
         )
     results: TaskScores = {}
     for name in dict.fromkeys(tasks.names):
@@ -150,9 +148,7 @@ def _manager_for(tasks: Tasks) -> Any:
     if tasks.include_path is not None:
         path = Path(tasks.include_path).expanduser().resolve()
         if not path.is_dir():
-            raise RecipeError(
-                [f"evaluate.tasks.include_path: no such folder: {tasks.include_path}"]
-            )
+            raise RecipeError(f"evaluate.tasks.include_path: no such folder: {tasks.include_path}")
         folder = str(path)
         manager = _manager(folder, False)
         if set(tasks.names) <= set(manager.all_tasks):

@@ -123,10 +123,8 @@ def check_window(config: Any, window: int, key: str = "evaluate.perplexity.windo
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int) and window > context:
         raise RecipeError(
-            [
-                f"{key}: must be at most {context:,}, the model's context, got {window:,}; lower"
-                f" {key.rpartition('.')[2]}"
-            ]
+            f"{key}: must be at most {context:,}, the model's context, got {window:,}; lower"
+            f" {key.rpartition('.')[2]}"
         )
 
 
@@ -139,16 +137,14 @@ def check_fit(model: "PreTrainedModel", tokens: Tensor, *, bos: bool) -> None:
     check_window(model.config, length - bos)
     if length < 2:
         raise RecipeError(
-            ["evaluate.perplexity.window: must be at least 2 to predict a token, got 1; raise it"]
+            "evaluate.perplexity.window: must be at least 2 to predict a token, got 1; raise it"
         )
     context = _learned_positions(model)
     if context is not None and length > context:
         raise RecipeError(
-            [
-                f"evaluate.perplexity.window: must be at most {context - 1:,}, the model has"
-                f" learned {context:,} positions and every window starts with a BOS token, got"
-                f" {length - bos:,}; lower window"
-            ]
+            f"evaluate.perplexity.window: must be at most {context - 1:,}, the model has"
+            f" learned {context:,} positions and every window starts with a BOS token, got"
+            f" {length - bos:,}; lower window"
         )
     check_vocabulary(tokens, model.get_input_embeddings())
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.layers.model_shapes import SHAPES, tables_of
 from lrc.compressors.models.architecture import Architecture
@@ -18,7 +19,6 @@ from lrc.compressors.slicing.heads import choose_pairs
 from lrc.compressors.slicing.layout import Heads, Layout, find_layout, skeleton
 from lrc.compressors.slicing.mlp_widths import allocate_widths, even_widths, solve_widths
 from lrc.compressors.slicing.rope import table_parameters
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
 from lrc.compressors.slicing.slice_writer import NarrowHeads, SliceWriter
 from lrc.configs.slice import Modegpt as Options
@@ -92,7 +92,7 @@ class Modegpt(SliceMethod[Options]):
         return TOKENS_PER_CHANNEL * layout.width if isinstance(layout, Layout) else 0
 
     def apply(
-        self, context: SliceContext, options: Options, config: PreTrainedConfig
+        self, context: CalibrationContext, options: Options, config: PreTrainedConfig
     ) -> SlicedModel:
         """Choose widths and rotary pairs, then slice one layer after another."""
         layout = find_layout(context.architecture)
@@ -123,7 +123,7 @@ class Modegpt(SliceMethod[Options]):
 
 
 def _choose_heads_(
-    context: SliceContext, config: PreTrainedConfig, heads: Heads, head_dim: int, damp: float
+    context: CalibrationContext, config: PreTrainedConfig, heads: Heads, head_dim: int, damp: float
 ) -> tuple[NarrowHeads, float]:
     """Choose the rotary pairs of narrower heads, and write size and pairs into the config."""
     known, count = collect_head_statistics(context, heads), head_dim // 2

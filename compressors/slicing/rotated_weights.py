@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.layers.model_shapes import SHAPES, rebuild_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.families import Family
 from lrc.compressors.slicing.layout import skeleton
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.stream_bases import StreamBases
 
 ROWS = 8192  # of a matrix that are converted to float64 at a time: embeddings are large
@@ -99,7 +99,7 @@ def config_with_tables(config: PreTrainedConfig, tables: dict[str, Any]) -> PreT
 
 @torch.no_grad()
 def rotated_tensors(
-    context: SliceContext,
+    context: CalibrationContext,
     family: Family,
     config: PreTrainedConfig,
     bases: StreamBases,

@@ -2,8 +2,8 @@
 
 A method first plans the config of the smaller model from shapes alone, so that later stages can be
 planned before any weight is read. It then computes the tensors of a checkpoint with that config.
-Shapes that config.json cannot describe are stored in tables inside it, see `layers.model_shapes`.
-Widths that depend on calibration are planned evenly at the same total size.
+Shapes that config.json cannot describe are stored in tables inside it, see `model_shapes`. Widths
+that depend on calibration are planned evenly at the same total size.
 """
 
 from abc import ABC, abstractmethod
@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.configs.errors import RecipeError
 from lrc.configs.slice import SliceBase
 
@@ -33,7 +33,7 @@ class Budget:
 
     def refusal(self, reason: str) -> RecipeError:
         """Return the error for a budget that cannot be met."""
-        return RecipeError([f"{self.where}: {reason}"])
+        return RecipeError(f"{self.where}: {reason}")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,6 @@ class SliceMethod(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def apply(
-        self, context: SliceContext, options: OptionsT, config: PreTrainedConfig
+        self, context: CalibrationContext, options: OptionsT, config: PreTrainedConfig
     ) -> SlicedModel:
         """Slice the model of the context to the planned config."""

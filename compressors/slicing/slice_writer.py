@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.slicing.heads import (
     pair_dimensions,
@@ -23,7 +24,6 @@ from lrc.compressors.slicing.heads import (
 )
 from lrc.compressors.slicing.layout import Attention, Heads, Mlp
 from lrc.compressors.slicing.mlp import narrow
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.solvers.error_compensation import refit_target
 
 # Weights in the refit target of the dense model's inputs and of the residual stream's error.
@@ -59,7 +59,7 @@ class SliceWriter:
 
     def __init__(
         self,
-        context: SliceContext,
+        context: CalibrationContext,
         mlps: list[Mlp],
         widths: list[int],
         narrow_heads: NarrowHeads | None,
@@ -75,16 +75,7 @@ class SliceWriter:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every stored parameter, slicing a layer when its first one is reached."""
         context, names = self._context, self._context.architecture.layer_names
-        tokens = context.windows()
-        self._n_tokens = tokens.numel()
-        self._prefix = SequentialCalibration(
-            context.architecture,
-            context.reader,
-            tokens,
-            context.journal,
-            device=context.device,
-            memory_limit_gib=context.memory_limit_gib,
-        )
+        self._prefix = SequentialCalibration(context)
         self._sliced: dict[str, Tensor] = {}
         done = 0
         for name in self._parameters:
@@ -166,12 +157,15 @@ class SliceWriter:
         Returns the weight [d_out, d_in] and the second moment [d_in, d_in] per token of the inputs.
         """
         found = self._prefix.measure(layer, [linear], deficit=True)
-        H, cross = found.H.double() / self._n_tokens, found.cross.double() / self._n_tokens
+        H, cross = (
+            found.H.double() / self._prefix.n_tokens,
+            found.cross.double() / self._prefix.n_tokens,
+        )
         # The target is (1 - MIX) V x' + MIX W x + RESIDUAL (R - R'): where W and V differ, W does
         # not apply to the inputs x' of the sliced model, whose channels V defines.
         deficit = MIX * (W.double() - V.double()) @ cross
         if linear in found.deficit:
-            deficit += RESIDUAL * found.deficit[linear].double() / self._n_tokens
+            deficit += RESIDUAL * found.deficit[linear].double() / self._prefix.n_tokens
         target, fallback = refit_target(
             V, H, cross, mix=MIX, damp=self._damp, deficit=deficit, residual=1.0
         )

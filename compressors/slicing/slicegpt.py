@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.layers.model_shapes import SHAPES, tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.families import Family, find_family
@@ -28,7 +29,6 @@ from lrc.compressors.slicing.rotated_weights import (
     config_with_tables,
     rotated_tensors,
 )
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
 from lrc.compressors.slicing.stream_bases import find_basis, find_block_bases
 from lrc.configs.errors import ModelError, RecipeError
@@ -91,7 +91,7 @@ class Slicegpt(SliceMethod[Options]):
         return 2.0 if tables_of(config) else 1.0
 
     def apply(
-        self, context: SliceContext, options: Options, config: PreTrainedConfig
+        self, context: CalibrationContext, options: Options, config: PreTrainedConfig
     ) -> SlicedModel:
         """Find the bases on the calibration text, then slice one tensor after another."""
         architecture, tables = context.architecture, tables_of(config)
@@ -117,7 +117,7 @@ def _find_family(architecture: Architecture, budget: Budget, *, plain: bool) -> 
     try:
         family = find_family(architecture.model)
     except ModelError as error:
-        raise RecipeError([f"{where}: {str(error).removeprefix('model: ')}"]) from error
+        raise RecipeError(f"{where}: {str(error).removeprefix('model: ')}") from error
     kind = architecture.model.config.model_type
     if plain and kind not in PLAIN:
         reason = (
@@ -126,10 +126,8 @@ def _find_family(architecture: Architecture, budget: Budget, *, plain: bool) -> 
             else "its classes compute with the width of the residual stream"
         )
         raise RecipeError(
-            [
-                f"{where}: 'slicegpt' produces plain models of {', '.join(PLAIN)} only, not of "
-                f"{kind!r}: {reason}; set rotations: block, or slice with 'modegpt' or 'drop'"
-            ]
+            f"{where}: 'slicegpt' produces plain models of {', '.join(PLAIN)} only, not of "
+            f"{kind!r}: {reason}; set rotations: block, or slice with 'modegpt' or 'drop'"
         )
     return family
 

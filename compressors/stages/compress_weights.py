@@ -66,18 +66,7 @@ def calibrate(session: Session, plan: Plan) -> None:
     with session.clock("calibrate"):
         if not required:
             return
-        statistics.collect(
-            session.models.architecture,
-            session.models.reader,
-            session.windows(),
-            required,
-            session.journal,
-            labels=session.calibration.labels,
-            seed=plan.seed,
-            device=session.device,
-            memory_limit_gib=session.calibration.memory_limit_gib,
-            on_step=session.on_step,
-        )
+        statistics.collect(session.models.calibration(), required)
         session.journal.forget(*cache_files(session.journal))
 
 
@@ -126,11 +115,4 @@ def _prefix(session: Session, plan: Plan) -> SequentialCalibration | None:
     refit = {task.layer for task in plan.tasks if task.compensate is not None}
     if all(session.journal.has(layer_file(layer)) for layer in refit):
         return None
-    return SequentialCalibration(
-        session.models.architecture,
-        session.models.reader,
-        session.windows(),
-        session.journal,
-        device=session.device,
-        memory_limit_gib=session.calibration.memory_limit_gib,
-    )
+    return SequentialCalibration(session.models.calibration())

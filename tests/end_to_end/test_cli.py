@@ -105,7 +105,11 @@ EVAL: dict[str, tuple[list[object], int, tuple[str, ...]]] = {
     "nothing to measure": ([], 2, ("nothing to measure", "--perplexity python-docs")),
     "no such text": (["--perplexity", "no.txt"], 2, ("--perplexity: no such file: no.txt",)),
     "unknown text": (["--perplexity", "c5"], 2, ("--perplexity: must be python-docs",)),
-    "window of nothing": (["--perplexity", "python-docs", "--window", 0], 2, ("--window: must",)),
+    "window of nothing": (
+        ["--perplexity", "python-docs", "--window", 0],
+        2,
+        ("'--window': 0 is not in the range x>=1",),
+    ),
     "window of one": (["--perplexity", "python-docs", "--window", 1], 2, ("--window: must be at",)),
     "window beyond": (
         ["--perplexity", "python-docs", "--window", 512],

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lrc.compressors.calibrate.layer_executor import watch_outputs
+from lrc.compressors.calibrate.layer_executor import watch
 from lrc.compressors.calibrate.sequential_calibration import find_writers
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError
@@ -151,7 +151,7 @@ def test_shortcuts_are_not_part_of_the_output_of_a_linear(rotated: Rotated) -> N
     def see(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
         seen[name] = (x, y)
 
-    with watch_outputs(layer, prefix, [f"{prefix}.mlp.down_proj"], see), torch.no_grad():
+    with watch(model, [f"{prefix}.mlp.down_proj"], see), torch.no_grad():
         forward()
     (x_seen, y_seen) = seen[f"{prefix}.mlp.down_proj"]
     torch.testing.assert_close(y_seen, x_seen @ linears["mlp.down_proj"].weight.T)

@@ -225,7 +225,7 @@ def test_weights_that_are_not_finite_are_named(
     weights["model.layers.2.mlp.gate_proj.weight"] *= 1e30
     save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
     loaded = load_recipe(tiny_recipe(spoiled, tmp_path / "run", stages=[{"slice": DROP}]))
-    with pytest.raises(ModelError, match=r"in model\.layers\.2 is not finite"):
+    with pytest.raises(ModelError, match=r"not finite .* in model\.layers\.2"):
         compress(loaded)
 
 

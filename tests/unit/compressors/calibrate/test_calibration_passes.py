@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_passes import logit_gradient
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
@@ -51,7 +52,10 @@ def collect(architecture: Architecture, reader: WeightReader, tokens: Tensor, fo
     }
     journal = Journal(folder)
     journal.work.mkdir(parents=True, exist_ok=True)
-    statistics.collect(architecture, reader, tokens, required, journal, **arguments | changes)
+    context = CalibrationContext(
+        architecture, reader, lambda: tokens, journal, **arguments | changes
+    )
+    statistics.collect(context, required)
     return journal
 
 
@@ -224,7 +228,7 @@ def test_gradients_that_are_not_finite_name_their_layer(
         return torch.full_like(logits, torch.inf)
 
     monkeypatch.setattr("lrc.compressors.calibrate.calibration_passes.logit_gradient", infinite)
-    with pytest.raises(ModelError, match=r"gradients in model\.layers\.2 are not finite"):
+    with pytest.raises(ModelError, match=r"not finite .*: the gradients in model\.layers\.2"):
         collect(architecture, reader, tokens, tmp_path / "out")
 
 
@@ -258,7 +262,16 @@ def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
     """Two layers replaced on the way; every input against hooks on two whole models."""
     monkeypatch.setitem(BATCH_TOKENS, "cpu", batch * tokens.shape[1])
     sequence = SequentialCalibration(
-        architecture, reader, tokens, Journal(tmp_path), device="cpu", memory_limit_gib=1.0
+        CalibrationContext(
+            architecture,
+            reader,
+            lambda: tokens,
+            Journal(tmp_path),
+            device="cpu",
+            memory_limit_gib=1.0,
+            seed=0,
+            on_step=lambda *_: None,
+        )
     )
     models = [AutoModelForCausalLM.from_pretrained(source).eval() for _ in range(2)]
     g = torch.Generator().manual_seed(2)

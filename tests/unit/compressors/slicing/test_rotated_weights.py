@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
@@ -20,7 +21,6 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.slicing import slice_stage as stages
 from lrc.compressors.slicing.families import find_family
 from lrc.compressors.slicing.rotated_weights import StreamParameters, config_with_tables
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget
 from lrc.compressors.slicing.slicegpt import Slicegpt
 from lrc.compressors.slicing.stream_bases import ROTATIONS, project, projected_blocks
@@ -50,7 +50,7 @@ class Case:
         self.source = locate(spec)
         self.architecture = build(self.source)
         self.family = find_family(self.architecture.model)
-        self.context = SliceContext(
+        self.context = CalibrationContext(
             self.architecture,
             WeightReader(folder / "dense", self.architecture),
             lambda: tokens,
