@@ -39,6 +39,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
 
 
+def _positive(number: int | None) -> int | None:
+    if number is not None and number < 1:
+        raise typer.BadParameter(f"must be a whole number >= 1, got {number}")
+    return number
+
+
 def _version(show: bool) -> None:
     if show:
         import lrc
@@ -162,9 +168,15 @@ def evaluate(
     include_path: Annotated[
         str | None, typer.Option(help="Folder with your own lm-eval task files.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task, at most.")] = None,
-    window: Annotated[int, typer.Option(min=1, help="Tokens per perplexity window.")] = 2048,
-    windows: Annotated[int | None, typer.Option(min=1, help="Windows per text, at most.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(callback=_positive, help="Documents per task, at most.")
+    ] = None,
+    window: Annotated[
+        int, typer.Option(callback=_positive, help="Tokens per perplexity window.")
+    ] = 2048,
+    windows: Annotated[
+        int | None, typer.Option(callback=_positive, help="Windows per text, at most.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
     device: Device = "auto",
     as_json: Json = False,

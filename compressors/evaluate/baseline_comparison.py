@@ -79,15 +79,8 @@ def compare_with_baselines(
     A model wins if it is smaller or better, and in no respect the opposite. On several texts,
     better means better on one of them and worse on none.
 
-    Parameters
-    ----------
-    result_bytes : int
-        Bytes of the tensors of the whole model, as for the baselines.
-    perplexity : mapping
-        Text -> perplexity of the result.
-    baselines : sequence of mapping
-        Each with ``name``, ``bytes`` and ``perplexity``, as in the report; a perplexity that is
-        not finite is None.
+    `perplexity` maps texts to perplexities of the result. `baselines` are records of the report,
+    where a perplexity that is not finite is None. Bytes are of the tensors of the whole model.
     """
     found = [_compare(each, result_bytes, perplexity) for each in baselines]
     if not found:

@@ -37,29 +37,15 @@ def run_tasks(
     seed: int,
     on_step: OnStep = no_progress,
 ) -> TaskScores:
-    """Score a model on tasks.
+    """Score a model on tasks; metrics have lm-eval's names, followed by ",FILTER" if there is one.
 
-    Nothing is cached: lm-eval's caches do not distinguish models.
+    Nothing is cached: lm-eval's caches do not distinguish models. A group with an aggregate is
+    scored as one; of a tag, or a group without, the members. The model is left in eval mode, and
+    the global random generators are restored.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Left in eval mode.
-    tokenizer : PreTrainedTokenizerBase
-        Not changed: lm-eval adds a padding token where there is none, so it gets a copy.
-    tasks : Tasks
-        A group with an aggregate is scored as one; of a tag, or a group without, the members.
-    seed : int
-        For few-shot examples and sampling. The global generators are restored.
-    on_step : callable, optional
-        Called with (task, 0, 1) before a task and (task, requests done, requests) after every
-        batch. Where lm-eval cuts documents into windows, their number is not known beforehand,
-        and the total grows.
-
-    Returns
-    -------
-    dict
-        Scores by task and lm-eval's name of the metric, followed by ",FILTER" if there is one.
+    `on_step` is called with (task, 0, 1) before a task and (task, requests done, requests) after
+    every batch. Where lm-eval cuts documents into windows, their number is not known beforehand,
+    and the total grows.
 
     Raises
     ------
@@ -86,11 +72,9 @@ def run_tasks(
             from lm_eval.models.huggingface import HFLM
 
             loaded = _load(manager, name, tasks, seed)
-            lm = HFLM(
-                pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),
-                batch_size=tasks.batch_size,
-            )
+            # It adds a padding token where there is none.
+            own = copy.deepcopy(tokenizer)
+            lm = HFLM(pretrained=model, tokenizer=own, batch_size=tasks.batch_size)
             lm._device = input_device(model)  # it takes the first weight's: "meta" if offloaded
             answers = evaluate(
                 lm=lm,
@@ -112,13 +96,10 @@ def check_tasks(tasks: Tasks) -> None:
 
 
 def declared_metrics(tasks: Tasks, name: str) -> list[str] | None:
-    """List the metrics that a task declares.
+    """List the metrics that a task declares, without filter; none if no task of that name is run.
 
-    Returns
-    -------
-    list of str or None
-        Names without filter. None for groups, tags and tasks that compute metrics in Python,
-        whose metrics are known only after the run. Empty if no task of that name is run.
+    Return None for groups, tags and tasks that compute metrics in Python, whose metrics are known
+    only after the run.
     """
     if not tasks.names:
         return []
@@ -157,16 +138,16 @@ def _manager_for(tasks: Tasks) -> Any:
     known = manager.all_tasks
     unknown = [name for name in dict.fromkeys(tasks.names) if name not in known]
     if unknown:
-        close = [get_close_matches(name, known, n=3) for name in unknown]
-        hints = [f"; did you mean {' or '.join(map(repr, c))}?" if c else "" for c in close]
         places = f"in {tasks.include_path} and among" if folder else "among"
-        raise RecipeError(
-            [
+        problems = []
+        for name in unknown:
+            close = " or ".join(map(repr, get_close_matches(name, known, n=3)))
+            hint = f"; did you mean {close}?" if close else ""
+            problems.append(
                 f"evaluate.tasks.names: unknown task '{name}', looked {places} lm-eval's own{hint}"
                 "; `lm-eval ls tasks` lists those"
-                for name, hint in zip(unknown, hints, strict=True)
-            ]
-        )
+            )
+        raise RecipeError(problems)
     return manager
 
 
@@ -195,21 +176,15 @@ def _load(manager: Any, name: str, tasks: Tasks, seed: int) -> Any:
 
 def _results(name: str, answers: dict[str, Any], loaded: Any) -> TaskScores:
     """Convert lm-eval's results for one requested name."""
-    leaves = list(loaded["tasks"])
-    aggregated = name in answers.get("groups", {})
-    counts = {leaf: answers["n-samples"][leaf]["effective"] for leaf in leaves}
-    return {
-        task: _metrics(
-            task, answers, documents=sum(counts.values()) if aggregated else counts[task]
-        )
-        for task in ([name] if aggregated else leaves)
-    }
+    counts = {leaf: answers["n-samples"][leaf]["effective"] for leaf in loaded["tasks"]}
+    if name in answers.get("groups", {}):
+        counts = {name: sum(counts.values())}
+    return {task: _metrics(task, answers, documents) for task, documents in counts.items()}
 
 
-def _metrics(task: str, answers: dict[str, Any], *, documents: int) -> dict[str, dict[str, Any]]:
+def _metrics(task: str, answers: dict[str, Any], documents: int) -> dict[str, dict[str, Any]]:
     directions = answers["higher_is_better"].get(task, {})
-    version = answers["versions"].get(task)
-    scores = answers["results"][task]
+    version, scores = answers["versions"].get(task), answers["results"][task]
     metrics = {}
     for key, value in scores.items():
         metric, comma, filtered = key.partition(",")

@@ -53,18 +53,11 @@ def perplexity(
     *,
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> PerplexityResult:
-    """Measure the perplexity of a causal language model.
+    """Measure the perplexity of a causal language model on windows [n, length], int64.
 
-    Logits are taken in pieces, so a vocabulary of 262,144 costs megabytes, not gigabytes.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        On any device or several; its mode (train or eval) is restored.
-    windows : Windows or Tensor, shape [n, length], int64
-        Without BOS token if a tensor.
-    on_window : callable, optional
-        Called with (done, total) after every window; may raise to stop.
+    Logits are taken in pieces, so a vocabulary of 262,144 costs megabytes, not gigabytes. The model
+    may be on any device or several; its mode (train or eval) is restored. Windows that are a plain
+    tensor have no BOS token. `on_window` is called with (done, total) and may raise to stop.
 
     Raises
     ------

@@ -30,13 +30,8 @@ def evaluate_model(
 ) -> Scores:
     """Score one model on the texts and tasks of `evaluate`.
 
-    `seed` is for the tasks' few-shot examples and sampling. `on_step` is called with (label, done,
-    total) between windows and batches.
-
-    Returns
-    -------
-    dict
-        ``{"perplexity": {NAME: {...}}, "tasks": {TASK: {METRIC: {...}}}}``, JSON values only.
+    Returns JSON values only: ``{"perplexity": {NAME: {...}}, "tasks": {TASK: {METRIC: {...}}}}``.
+    `seed` is for the tasks' few-shot examples and sampling.
     """
     for spec in evaluate.perplexity:  # before the first is measured
         check_window(model.config, spec.window)
@@ -77,18 +72,8 @@ def perplexity_entry(
 def compare(dense: Scores | None, compressed: Scores) -> Scores:
     """Compare the scores of two models from `evaluate_model`, in the shape of the report.
 
-    Returns
-    -------
-    dict
-        ``perplexity.NAME.{dense, compressed, ratio, tokens, window, windows, bos, dtype, protocol,
-        text_sha256}`` and ``tasks.NAME.METRIC.{dense, compressed, stderr, recovery,
-        higher_is_better, documents, version}``. `ratio` is compressed / dense, `recovery` a
-        percentage; both are None without a dense score.
-
-    Raises
-    ------
-    DataError
-        If the two were not scored on the same text, windows or documents.
+    `ratio` is compressed / dense, `recovery` a percentage; both are None without a dense score.
+    Raises `DataError` if the two were not scored on the same text, windows or documents.
     """
     dense = dense or {"perplexity": {}, "tasks": {}}
     return {
@@ -123,11 +108,11 @@ def recovery(dense: float, compressed: float, higher_is_better: bool | None) -> 
 
 def _compare_perplexity(name: str, dense: Scores | None, compressed: Scores) -> Scores:
     check_same(f"perplexity.{name}", dense, compressed)
-    value = None if dense is None else dense["perplexity"]
+    value = dense and dense["perplexity"]
     return {
         "dense": value,
         "compressed": compressed["perplexity"],
-        "ratio": None if value is None else compressed["perplexity"] / value,
+        "ratio": value and compressed["perplexity"] / value,
         **{key: compressed[key] for key in (*SHARED, "dtype")},
     }
 
@@ -141,9 +126,7 @@ def _compare_metric(task: str, dense: Scores | None, compressed: Scores) -> Scor
         "compressed": compressed["value"],
         "stderr": {"dense": stderr, "compressed": compressed["stderr"]},
         "recovery": None if value is None else recovery(value, compressed["value"], better),
-        "higher_is_better": better,
-        "documents": compressed["documents"],
-        "version": compressed["version"],
+        **{key: compressed[key] for key in ("higher_is_better", "documents", "version")},
     }
 
 
@@ -156,7 +139,7 @@ def check_same(
     what: str = "dense",
 ) -> None:
     """Raise `DataError` if two scores are of different data; `other` may be None."""
-    for key in keys if other else ():
+    for key in keys:
         if other and other[key] != compressed[key]:
             raise DataError(
                 f"evaluation.{where}: {what} and compressed were scored on different data"

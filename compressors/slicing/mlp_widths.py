@@ -20,7 +20,6 @@ from lrc.compressors.slicing.layout import Layout, Mlp
 from lrc.compressors.slicing.mlp import loss_curve
 from lrc.compressors.slicing.slice_method import Budget
 from lrc.compressors.solvers.linalg import whitening_factor
-from lrc.compressors.solvers.moments import Moment
 from lrc.configs.slice import Modegpt
 
 # Fraction of heads removed per fraction of MLPs. SmolLM2-135M at 80 % of its bytes: perplexity 43.4
@@ -164,20 +163,16 @@ def mlp_loss_curves(context: CalibrationContext, mlps: list[Mlp], *, damp: float
     with torch.enable_grad():
         statistics.collect(context, {mlp.output: REQUIRED_STATISTICS for mlp in mlps})
     for layer, mlp in enumerate(mlps):
-        known = statistics.load(journal, layer, mlp.output)
-        C, G = (_mean(m, known.n_tokens).to(device) for m in (known.inputs, known.gradients))
+        known = statistics.load(journal, layer, mlp.output).to(device)
+        assert known.inputs is not None, "they were requested"
+        assert known.gradients is not None, "they were requested"
+        C, G = (m.whole() / known.n_tokens for m in (known.inputs, known.gradients))
         L, _ = whitening_factor(G, damp)
         W = context.reader.read(f"{mlp.output}.weight", device=device).double()
         curves.append(loss_curve(L.T @ W, C, damp=damp).cpu() / 2)
         context.on_step("widths", layer + 1, len(mlps))
     journal.forget("statistics", *cache_files(journal))
     return curves
-
-
-def _mean(moment: Moment | None, n_tokens: int) -> Tensor:
-    assert moment is not None, "it was requested"
-    assert moment.full is not None, "it was requested as a whole"
-    return moment.full.double() / n_tokens
 
 
 def _round_to_total(target: Tensor, steps: int, most: int) -> list[int]:

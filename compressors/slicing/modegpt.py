@@ -11,7 +11,6 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.layers.model_shapes import SHAPES, tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.head_statistics import collect_head_statistics
@@ -19,7 +18,7 @@ from lrc.compressors.slicing.heads import choose_pairs
 from lrc.compressors.slicing.layout import Heads, Layout, find_layout, skeleton
 from lrc.compressors.slicing.mlp_widths import allocate_widths, even_widths, solve_widths
 from lrc.compressors.slicing.rope import table_parameters
-from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
+from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod, with_tables
 from lrc.compressors.slicing.slice_writer import NarrowHeads, SliceWriter
 from lrc.configs.slice import Modegpt as Options
 
@@ -65,7 +64,7 @@ class Modegpt(SliceMethod[Options]):
                 return config
             widths = even_widths(layout, width, narrower, multiple, budget)
             setattr(config, layout.width_key, layout.width)
-            return _with_widths(layout, config, widths)
+            return with_tables(config, {SHAPES: layout.linear_shapes(widths)})
         raise budget.refusal(
             f"{type(architecture.model).__name__} does not take the width of its MLPs from "
             f"{layout.width_key} in its config; {OTHERWISE}"
@@ -105,7 +104,7 @@ class Modegpt(SliceMethod[Options]):
         if planned:
             widths, chosen = allocate_widths(context, options, layout, planned)
             facts |= {layout.width_key: [layout.width, widths], **chosen}
-            config = _with_widths(layout, config, widths)
+            config = with_tables(config, {SHAPES: layout.linear_shapes(widths)})
         else:
             widths = [width] * len(layout.mlps)
             setattr(config, layout.width_key, width)
@@ -147,12 +146,3 @@ def _set_head_dim_(config: Any, heads: Heads, pairs: Sequence[int]) -> None:
         scale=heads.scale,
         max_positions=config.max_position_embeddings,
     )
-
-
-def _with_widths(
-    layout: Layout, config: PreTrainedConfig, widths: Sequence[int]
-) -> PreTrainedConfig:
-    """Return a config with a table of the widths of MLPs."""
-    changed: PreTrainedConfig = deepcopy(config)
-    changed.quantization_config = quantization_config({}, {SHAPES: layout.linear_shapes(widths)})
-    return changed

@@ -10,7 +10,6 @@ most of the savings.
 """
 
 from collections.abc import Iterator
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.layers.model_shapes import SHAPES, rebuild_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS
 from lrc.compressors.models.architecture import Architecture
@@ -87,14 +85,6 @@ class StreamParameters:
             norms[each.norms[0].name] = {"writer": each.writers[0], "rank": rank}
         tables = {SHAPES: shapes, BIASES: [*filter(self.needs_bias, self.norm_of)], NORMS: norms}
         return {key: table for key, table in tables.items() if table}
-
-
-def config_with_tables(config: PreTrainedConfig, tables: dict[str, Any]) -> PreTrainedConfig:
-    """Return an untied config with the tables of a checkpoint with a basis per block."""
-    smaller: PreTrainedConfig = deepcopy(config)
-    smaller.tie_word_embeddings = False
-    smaller.quantization_config = quantization_config({}, tables)
-    return smaller
 
 
 @torch.no_grad()

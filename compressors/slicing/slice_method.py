@@ -8,6 +8,7 @@ that depend on calibration are planned evenly at the same total size.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.models.architecture import Architecture
 from lrc.configs.errors import RecipeError
 from lrc.configs.slice import SliceBase
@@ -47,6 +49,13 @@ class SlicedModel:
     the source."""
     facts: dict[str, Any] = field(default_factory=dict)
     """JSON values for the report; complete once all tensors have been read."""
+
+
+def with_tables(config: PreTrainedConfig, tables: dict[str, Any]) -> PreTrainedConfig:
+    """Return a config with tables of what it cannot describe."""
+    changed: PreTrainedConfig = deepcopy(config)
+    changed.quantization_config = quantization_config({}, tables)
+    return changed
 
 
 class SliceMethod(ABC, Generic[OptionsT]):

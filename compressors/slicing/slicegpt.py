@@ -26,10 +26,9 @@ from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.families import Family, find_family
 from lrc.compressors.slicing.rotated_weights import (
     StreamParameters,
-    config_with_tables,
     rotated_tensors,
 )
-from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
+from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod, with_tables
 from lrc.compressors.slicing.stream_bases import find_basis, find_block_bases
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.slice import Slicegpt as Options
@@ -84,7 +83,7 @@ class Slicegpt(SliceMethod[Options]):
                 f"within {budget.bytes}; allow at most {budget.dense_bytes} bytes, or slice with "
                 "'modegpt' or 'drop', which keep the head tied"
             )
-        return config_with_tables(config, roles.tables(k)) if per_block else _narrowed(config, k)
+        return untied_config(config, roles.tables(k)) if per_block else _narrowed(config, k)
 
     def passes(self, options: Options, config: PreTrainedConfig) -> float:
         """Count two passes with one basis per block: a layer runs again for its second block."""
@@ -98,7 +97,7 @@ class Slicegpt(SliceMethod[Options]):
         dense, family = architecture.model.config, find_family(architecture.model)
         if tables:
             k, scale = tables[SHAPES][family.embeddings[0]][1], 1.0
-            bases, final = find_block_bases(context, family, k), config_with_tables(dense, tables)
+            bases, final = find_block_bases(context, family, k), untied_config(dense, tables)
         else:
             k, scale = int(config.hidden_size), math.sqrt(config.hidden_size / dense.hidden_size)
             bases, final = find_basis(context, family, k), _narrowed(dense, k)
@@ -130,6 +129,13 @@ def _find_family(architecture: Architecture, budget: Budget, *, plain: bool) -> 
             f"{kind!r}: {reason}; set rotations: block, or slice with 'modegpt' or 'drop'"
         )
     return family
+
+
+def untied_config(config: PreTrainedConfig, tables: dict[str, Any]) -> PreTrainedConfig:
+    """Return an untied config with the tables of a checkpoint with a basis per block."""
+    smaller = with_tables(config, tables)
+    smaller.tie_word_embeddings = False
+    return smaller
 
 
 def _narrowed(config: Any, width: int) -> PreTrainedConfig:

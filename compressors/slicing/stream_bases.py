@@ -77,7 +77,7 @@ def stream_moment(context: CalibrationContext, family: Family) -> Tensor:
     architecture, sums = context.architecture, RunningSums()
     norms = [norm.name for norm in family.norms(architecture.model)]
 
-    def add(_: str, x: Tensor, __: Tensor | None = None) -> None:
+    def add(x: Tensor) -> None:
         x = _centre(x.reshape(-1, x.shape[-1]).float(), family)  # [n_tokens, D]
         scale = x.square().mean(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
         sums.add_square("stream", x * scale)
@@ -89,11 +89,11 @@ def stream_moment(context: CalibrationContext, family: Family) -> Tensor:
         total = torch.zeros(width, width, dtype=torch.float64)
         for index, name in enumerate(architecture.layer_names):
             inner = [norm for norm in norms if norm.startswith(f"{name}.")]
-            with executor.layer(index), watch(architecture.model, inner, add):
+            with executor.layer(index), watch(architecture.model, inner, lambda _, x, __: add(x)):
                 executor.advance_(index, states)
             if index == n_layers - 1:  # the final norm is outside the layers
                 for rows in executor.batches:
-                    add(norms[-1], states[rows].to(context.device))
+                    add(states[rows].to(context.device))
             # Sums over one layer are float32, the total over all layers is float64.
             moment = sums.pop("stream").double().cpu()
             check_finite(moment, f"the residual stream in {name}")
@@ -119,13 +119,8 @@ def find_block_bases(context: CalibrationContext, family: Family, k: int) -> Str
     sums = RunningSums()
     before: Tensor | None = None
 
-    def add(_: str, x: Tensor, __: Tensor) -> None:
+    def add(x: Tensor) -> None:
         sums.add_square("stream", _centre(x.reshape(-1, x.shape[-1]).float(), family))
-
-    def add_states(states: Tensor) -> None:
-        for rows in executor.batches:
-            x = states[rows].to(context.device)
-            add("", x, x)
 
     def next_basis(layer: str) -> Tensor:
         """Store the basis of the accumulated moment; return it in float32."""
@@ -142,7 +137,8 @@ def find_block_bases(context: CalibrationContext, family: Family, k: int) -> Str
         return Q.float()
 
     for index, name in enumerate(names):
-        add_states(states)
+        for rows in executor.batches:
+            add(states[rows].to(context.device))
         Q = next_basis(name)
         for rows in executor.batches:
             states[rows] = project(states[rows].to(context.device), Q, family)
@@ -151,7 +147,7 @@ def find_block_bases(context: CalibrationContext, family: Family, k: int) -> Str
         with tensor_cores(context.device), executor.layer(index):
             for block in blocks[1:]:
                 with (
-                    watch(model, [block.norms[0].name], add),
+                    watch(model, [block.norms[0].name], lambda _, x, __: add(x)),
                     projected_blocks(model, inner, family),
                 ):
                     for rows in executor.batches:
@@ -160,7 +156,8 @@ def find_block_bases(context: CalibrationContext, family: Family, k: int) -> Str
             with projected_blocks(model, inner, family):
                 executor.advance_(index, states)
         context.on_step("slice", index + 1, len(names))
-    add_states(states)
+    for rows in executor.batches:
+        add(states[rows].to(context.device))
     next_basis(names[-1])
     del states
     context.journal.forget(f"states{LIVE}")

@@ -108,7 +108,7 @@ EVAL: dict[str, tuple[list[object], int, tuple[str, ...]]] = {
     "window of nothing": (
         ["--perplexity", "python-docs", "--window", 0],
         2,
-        ("'--window': 0 is not in the range x>=1",),
+        ("'--window': must be a whole number >= 1, got 0",),
     ),
     "window of one": (["--perplexity", "python-docs", "--window", 1], 2, ("--window: must be at",)),
     "window beyond": (

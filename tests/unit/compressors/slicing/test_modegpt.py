@@ -288,7 +288,7 @@ def test_a_model_without_such_mlps_is_refused(tmp_path):
     mlp.w1 = mlp.gate_proj
     del mlp.gate_proj
     dense = stored(architecture)
-    with pytest.raises(RecipeError, match=r"keep: 'modegpt' narrows MLPs.*holds 0 MLPs"):
+    with pytest.raises(RecipeError, match=r"keep: 'modegpt' narrows MLPs.*has 0 modules"):
         Modegpt().plan(architecture, options(), Budget("stages[0].slice.keep", dense, dense))
 
 
