@@ -3,15 +3,14 @@
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from lrc.configs.errors import Problem, RecipeError
 from lrc.configs.explain import explain
-from lrc.configs.overrides import apply_overrides, read_overrides
-from lrc.configs.places import Places
+from lrc.configs.overrides import apply_override, read_overrides, source_of
+from lrc.configs.places import problem_at
 from lrc.configs.recipe import Recipe, recipe_schema
 from lrc.configs.shape import Shape, closest
 from lrc.configs.shipped import names
@@ -50,8 +49,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     try:
         text = _read(Path(path))
     except RecipeError as error:
-        problems = [problem for _, problem in read_overrides(overrides)[1]]
-        raise RecipeError([*error.problems, *problems]) from None
+        raise RecipeError([*error.problems, *read_overrides(overrides)[1]]) from None
     recipe = parse_recipe(text, name=str(path), overrides=overrides)
     return LoadedRecipe(recipe, text, tuple(overrides))
 
@@ -62,19 +60,21 @@ def parse_recipe(text: str, *, name: str, overrides: Sequence[str] = ()) -> Reci
     try:
         document = _read_mapping(text, name)
     except RecipeError as error:
-        raise RecipeError([*error.problems, *(each for _, each in problems)]) from None
+        raise RecipeError([*error.problems, *problems]) from None
     shape = Shape(recipe_schema())
-    places = Places(name, document.lines)
-    problems += [places.problem(found, line) for line, found in document.problems]
-    problems += apply_overrides(document.value, assignments, shape, places)
-    recipe: Recipe | None = None
+    places = {(): name} | {path: f"{name}:{line}" for path, line in document.lines.items()}
+    problems += [problem_at(*each, places) for each in document.problems]
+    for each in assignments:
+        problems += apply_override(document.value, each, shape, places)
     try:
         recipe = Recipe.model_validate(document.value, strict=True)
     except ValidationError as error:
-        found = explain(error, document.value, shape)
-        problems += [places.problem(each) for each in found]
-    if recipe is None or problems:
-        raise RecipeError([problem for _, problem in sorted(problems, key=itemgetter(0))])
+        problems += explain(error, document.value, shape, places)
+    if problems:
+        lines = sorted(set(document.lines.values()))
+        sources = [name, *(f"{name}:{line}" for line in lines), *map(source_of, overrides)]
+        problems.sort(key=lambda problem: sources.index(problem.source))
+        raise RecipeError(problems)
     return recipe
 
 
