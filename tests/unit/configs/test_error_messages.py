@@ -152,8 +152,8 @@ STAGES = [
 TEXTS = [
     ("", "empty-recipe", ": is empty; `lrc recipes show svd-llm` prints a recipe"),
     ("# nothing\n", "empty-recipe", ": is empty; `lrc recipes show svd-llm` prints a recipe"),
-    ("[a]", "wrong-type", ": must be a mapping with the keys model, stages, output and others, got a list of 1 entry; start it with 'model: ...'"),
-    ("svd", "wrong-type", ": must be a mapping with the keys model, stages, output and others, got 'svd'; start it with 'model: ...'"),
+    ("[a]", "wrong-type", ": must be a mapping with the keys model, calibration, stages, evaluate, output, seed, got a list of 1 entry; remove the '- ' in front of the keys"),
+    ("svd", "wrong-type", ": must be a mapping with the keys model, calibration, stages, evaluate, output, seed, got 'svd'"),
     ("a: [1, 2\nb: 3\n", "invalid-yaml", ":2:2: not valid YAML: expected ',' or ']', but got ':' (while parsing a flow sequence, which starts in line 1); a ',' or the closing ']' is missing"),
     ("a: {b: 1\nc: 3\n", "invalid-yaml", ":2:2: not valid YAML: expected ',' or '}', but got ':' (while parsing a flow mapping, which starts in line 1); a ',' or the closing '}' is missing"),
     ("a: b: c", "invalid-yaml", ":1:5: not valid YAML: mapping values are not allowed here; indent this line like its neighbours, and put a value that contains ': ' in quotes"),

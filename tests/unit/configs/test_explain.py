@@ -91,7 +91,12 @@ class Patterned(Strict):
     other: int
 
 
+class Even(Strict):
+    number: Annotated[int, Field(multiple_of=2)]
+
+
 def test_a_rule_unknown_here_still_gets_a_sentence() -> None:
+    assert found(Even, {"number": 3}) == [("invalid-value", "number")]
     value = {"color": "red", "other": "x"}
     assert found(Patterned, value) == [("unknown-value", "color"), ("wrong-type", "other")]
 
