@@ -1,6 +1,6 @@
 """Options that all decomposition methods share: the budget, its allocation and its targets."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -80,30 +80,35 @@ class DecomposeBase(Strict):
     overrides: list[Override] = []
     """Budgets by name; the first that matches applies."""
 
+    produces: ClassVar[str] = "low_rank"
+    """Component type of methods that do not let the recipe choose one."""
+
     @property
     def component_types(self) -> tuple[str, ...]:
         """Sums of component types that the method may produce, joined by ``+``."""
-        raise NotImplementedError
+        return (getattr(self, "storage", self.produces),)
 
     @property
     def ratios(self) -> tuple[float, ...]:
         """Atoms per coefficient of dictionaries, ascending."""
-        return (2.0,)
+        ratio: float | list[float] = getattr(self, "ratio", 2.0)
+        return tuple(sorted(set(ratio))) if isinstance(ratio, list) else (ratio,)
 
     @property
     def zero_pattern(self) -> str | None:
         """Pattern of stored entries; None if unstructured."""
-        return None
+        pattern: str = getattr(self, "pattern", "unstructured")
+        return None if pattern == "unstructured" else pattern
 
     @property
     def group_layers(self) -> int:
         """Number of consecutive layers that share a factor."""
-        return 1
+        return int(getattr(self, "layers_per_group", 1))
 
     @property
     def scheme_choices(self) -> tuple[str, ...]:
         """Integer formats that the allocator may choose."""
-        return ()
+        return tuple(getattr(self, "schemes", ()))
 
     @property
     def solver_options(self) -> dict[str, Any]:

@@ -61,19 +61,10 @@ Ratio = Annotated[
 Rounds = Annotated[PositiveInt, Field(description="Alternating updates of coefficients and atoms.")]
 
 
-def _ascending(ratio: float | list[float]) -> tuple[float, ...]:
-    return tuple(sorted(set(ratio))) if isinstance(ratio, list) else (ratio,)
-
-
 class LowRank(DecomposeBase):
     """Options of the methods that give one product of two factors for each matrix."""
 
     storage: Storage = "low_rank"
-
-    @property
-    def component_types(self) -> tuple[str, ...]:
-        """Return the storage of the product."""
-        return (self.storage,)
 
 
 class FixedSize(DecomposeBase):
@@ -138,31 +129,13 @@ class BasisSharing(DecomposeBase):
     compensate: None = None
     """Not available with this method, which solves several layers together."""
 
-    @property
-    def component_types(self) -> tuple[str, ...]:
-        """Return two factors: pivot rows cannot be shared."""
-        return ("low_rank",)
-
-    @property
-    def group_layers(self) -> int:
-        """Return `layers_per_group`."""
-        return self.layers_per_group
-
 
 class Pruning(FixedSize):
     """Options of the methods that keep some entries of a matrix."""
 
+    produces = "sparse"
+
     pattern: EntryPattern = "unstructured"
-
-    @property
-    def component_types(self) -> tuple[str, ...]:
-        """Return ``sparse``."""
-        return ("sparse",)
-
-    @property
-    def zero_pattern(self) -> str | None:
-        """Return the pattern."""
-        return None if self.pattern == "unstructured" else self.pattern
 
 
 class Magnitude(Pruning):
@@ -190,18 +163,10 @@ class Sparse(Pruning):
 class Learning(FixedSize):
     """Options of the methods that learn a dictionary: each output combines a few of its atoms."""
 
+    produces = "dictionary"
+
     ratio: Ratio = 2.0
     damp: Damp = 1e-6
-
-    @property
-    def component_types(self) -> tuple[str, ...]:
-        """Return ``dictionary``."""
-        return ("dictionary",)
-
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """Return the ratios, ascending."""
-        return _ascending(self.ratio)
 
     @model_validator(mode="after")
     def _one_ratio(self) -> "Learning":
@@ -221,11 +186,6 @@ class Cospadi(Learning):
     layers_per_group: PositiveInt = 1
     """Number of consecutive layers whose matrices of the same name share one dictionary; each layer
     has separate coefficients."""
-
-    @property
-    def group_layers(self) -> int:
-        """Return `layers_per_group`."""
-        return self.layers_per_group
 
     @model_validator(mode="after")
     def _compensate_single_layers(self) -> "Cospadi":
@@ -252,11 +212,6 @@ class Compot(TwoSidedLearning):
     rounds: Rounds = 20
     pattern: AtomPattern = "unstructured"
 
-    @property
-    def zero_pattern(self) -> str | None:
-        """Return the pattern."""
-        return None if self.pattern == "unstructured" else self.pattern
-
 
 class Rocket(TwoSidedLearning):
     """ROCKET: eigenvectors as atoms, thresholded once, then the atoms refitted."""
@@ -271,11 +226,6 @@ class Dictionary(TwoSidedLearning):
     ratio: Ratio = 3.0
     rounds: Rounds = 15
     pattern: AtomPattern = "unstructured"
-
-    @property
-    def zero_pattern(self) -> str | None:
-        """Return the pattern."""
-        return None if self.pattern == "unstructured" else self.pattern
 
 
 class Mixed(DecomposeBase):
@@ -304,16 +254,6 @@ class Mixed(DecomposeBase):
     def component_types(self) -> tuple[str, ...]:
         """Return the components without ``dense``, which is always allowed."""
         return tuple(each for each in self.components if each != "dense")
-
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """Return the ratios, ascending."""
-        return _ascending(self.ratio)
-
-    @property
-    def scheme_choices(self) -> tuple[str, ...]:
-        """Return the schemes."""
-        return tuple(self.schemes)
 
     @model_validator(mode="after")
     def _components_and_schemes(self) -> "Mixed":

@@ -1,4 +1,4 @@
-"""Explain why a recipe is refused: one finding for each problem.
+"""Explain why a recipe is refused: one problem for each mistake.
 
 pydantic decides whether a recipe is valid. Its error list stops inside a mapping whose kind it
 cannot tell and speaks of unions and tags, so the messages are written here, by checking the values
@@ -12,13 +12,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lrc.configs.places import Finding, Path
+from lrc.configs.errors import Problem
+from lrc.configs.places import Path, Places, problem_at
 from lrc.configs.renamed import RENAMED_KEYS
 from lrc.configs.shape import Shape, closest
-from lrc.configs.words import allowed, back_in_range, bounds, got, keys, meaning, refusal
+from lrc.configs.words import Message, keys, missing, refusal
 
 
-def explain(error: ValidationError, value: Any, shape: Shape) -> list[Finding]:
+def explain(error: ValidationError, value: Any, shape: Shape, places: Places) -> list[Problem]:
     """Return everything that is wrong with a value.
 
     Parameters
@@ -29,44 +30,36 @@ def explain(error: ValidationError, value: Any, shape: Shape) -> list[Finding]:
         The recipe as read, before short forms are expanded.
     shape : Shape
         What is allowed.
+    places : Places
+        Where the parts of `value` were written.
     """
     found = list(_check(shape, value, ()))
-    for each in error.errors(include_url=False, include_input=False):
-        path, here = _follow(each["loc"], value)
+    errors = error.errors(include_url=False, include_input=False)
+    for each in errors:
         if each["type"] == "value_error":
-            found.append(Finding(path, "conflicting-keys", str(each["ctx"]["error"])))
-        elif each["type"] in ("missing", "extra_forbidden"):
-            continue  # `_check` knows all keys, and which variant's keys are meant
-        elif not any(_related(path, known.path) for known in found):
-            # a constraint that `_check` does not know, such as a pattern without a name
-            text = f"this value is not allowed, got {got(here)}; write another"
-            found.append(Finding(path, "invalid-value", text))
-    return list(dict.fromkeys(found))
+            path = _written(each["loc"], value)
+            found.append((path, ("conflicting-keys", str(each["ctx"]["error"]))))
+    if not found:  # a rule that `Shape` does not know
+        found = [(_written(each["loc"], value), ("invalid-value", each["msg"])) for each in errors]
+    return [problem_at(path, *message, places) for path, message in dict.fromkeys(found)]
 
 
-def _check(shape: Shape, value: Any, path: Path) -> Iterator[Finding]:
+def _check(shape: Shape, value: Any, path: Path) -> Iterator[tuple[Path, Message]]:
     """Yield what is wrong with `value` and with everything inside it."""
-    if value is None and shape.nullable:
-        return
     part = next((part for part in shape.parts if part.holds(value)), None)
-    if part is None or not part.admits(value):
-        yield Finding(path, *refusal(shape, value))
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if part is None or not part.admits(value) or not part.covers(value) or not finite:
+        yield path, refusal(shape, value)
     elif isinstance(value, dict):
         yield from _check_mapping(part, value, path)
     elif isinstance(value, list):
-        yield from _check_list(part, value, path)
-    elif isinstance(value, str) and len(value) < part.schema.get("minLength", 0):
-        text = f"must be {allowed(shape)}, got {got(value)}; write it out"
-        yield Finding(path, "out-of-range", text)
-    elif isinstance(value, float) and not math.isfinite(value):
-        text = f"must be finite, got {got(value)}; write {allowed(shape)}"
-        yield Finding(path, "out-of-range", text)
-    elif isinstance(value, (int, float)) and not part.covers(value):
-        text = f"must be {bounds(part)}, got {got(value)}; {back_in_range(part, value)}"
-        yield Finding(path, "out-of-range", text)
+        for index, each in enumerate(value):
+            yield from _check(Shape(part.schema["items"], part.root), each, (*path, index))
 
 
-def _check_mapping(shape: Shape, value: Mapping[str, Any], path: Path) -> Iterator[Finding]:
+def _check_mapping(
+    shape: Shape, value: Mapping[str, Any], path: Path
+) -> Iterator[tuple[Path, Message]]:
     meant = shape.variant(value)
     properties = meant.properties
     if shape.tag is not None:
@@ -78,19 +71,18 @@ def _check_mapping(shape: Shape, value: Mapping[str, Any], path: Path) -> Iterat
             continue
         renamed = RENAMED_KEYS.get(key)
         known = renamed if renamed in properties else closest(key, properties)
-        yield Finding((*path, key), *_unknown_key(key, value, shape, properties, known))
+        yield (*path, key), _unknown_key(key, value, shape, properties, known)
         if known is not None and known not in value:
             corrected.add(known)
             inner = properties[known]
             if known != renamed or any(part.holds(each) for part in inner.parts):
                 yield from _check(inner, each, (*path, key))
-    for key in meant.required:
+    required = meant.schema.get("required", [shape.tag] if shape.tag else [])
+    for key in required:
         if key not in value and key not in corrected:
-            text = f"missing; add {allowed(properties[key])}{meaning(properties[key])}"
-            yield Finding((*path, key), "missing-key", text)
-    if not value and not meant.required and meant.variants:
-        text = f"is empty; write one of the {keys(list(properties))}"
-        yield Finding(path, "missing-key", text)
+            yield (*path, key), missing(properties[key])
+    if not value and not required and "oneOf" in shape.schema:
+        yield path, ("missing-key", f"is empty; write one of the {keys(properties)}")
 
 
 def _unknown_key(
@@ -99,8 +91,7 @@ def _unknown_key(
     shape: Shape,
     properties: Mapping[str, Shape],
     known: str | None,
-) -> tuple[str, str]:
-    """Return code and message for a key that does not belong where it is."""
+) -> Message:
     if key in shape.properties and shape.tag is None:  # another kind of entry
         beside = next(other for other in value if other in properties)
         text = f"not allowed together with '{beside}'; make it a separate entry, starting with '- '"
@@ -111,32 +102,14 @@ def _unknown_key(
     if shape.tag is not None and shape.tag in value and key in shape.properties:
         text = f"not a key of {shape.tag} '{value[shape.tag]}'; remove it. {allow}"
         return "misplaced-key", text
-    mappings = {name: inner.mapping for name, inner in properties.items()}
-    homes = [name for name, inner in mappings.items() if inner and key in inner.properties]
+    homes = [name for name, inner in properties.items() if inner.inside(key) is not None]
     if homes:
         return "misplaced-key", f"unknown key here; move it under '{homes[0]}'. {allow}"
-    if known is not None:
-        return "unknown-key", f"unknown key; did you mean '{known}'? {allow}"
-    return "unknown-key", f"unknown key; remove it. {allow}"
+    remedy = f"did you mean '{known}'?" if known is not None else "remove it."
+    return "unknown-key", f"unknown key; {remedy} {allow}"
 
 
-def _check_list(shape: Shape, value: list[Any], path: Path) -> Iterator[Finding]:
-    if len(value) < shape.schema.get("minItems", 0):
-        least = shape.schema["minItems"]
-        entries = "entry" if least == 1 else "entries"
-        text = f"must have at least {least} {entries}, got {got(value)}; add one"
-        yield Finding(path, "out-of-range", text)
-    for index, each in enumerate(value):
-        yield from _check(shape.items, each, (*path, index))
-
-
-def _related(one: Path, other: Path) -> bool:
-    """Whether one of two places lies inside the other."""
-    shorter = min(len(one), len(other))
-    return one[:shorter] == other[:shorter]
-
-
-def _follow(location: tuple[str | int, ...], value: Any) -> tuple[Path, Any]:
+def _written(location: tuple[str | int, ...], value: Any) -> Path:
     """Keep of pydantic's location what exists in the recipe: it adds tags and short-form keys."""
     path: Path = ()
     for step in location:
@@ -144,4 +117,4 @@ def _follow(location: tuple[str | int, ...], value: Any) -> tuple[Path, Any]:
         is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
         if is_key or is_index:
             path, value = (*path, step), value[step]
-    return path, value
+    return path

@@ -3,20 +3,18 @@
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from lrc.configs.errors import Problem, RecipeError
 from lrc.configs.explain import explain
-from lrc.configs.overrides import apply_overrides, read_overrides
-from lrc.configs.places import Places
+from lrc.configs.overrides import apply_override, read_overrides, source_of
+from lrc.configs.places import problem_at
 from lrc.configs.recipe import Recipe, recipe_schema
 from lrc.configs.shape import Shape, closest
 from lrc.configs.shipped import names
-from lrc.configs.words import got
-from lrc.configs.yaml_text import Document, YamlError, read_yaml, write_yaml
+from lrc.configs.yaml_text import YamlError, read_yaml, write_yaml
 
 MAX_BYTES = 1_000_000
 """A recipe is a page; what is larger is another file, named by mistake."""
@@ -50,8 +48,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     try:
         text = _read(Path(path))
     except RecipeError as error:
-        problems = [problem for _, problem in read_overrides(overrides)[1]]
-        raise RecipeError([*error.problems, *problems]) from None
+        raise RecipeError([*error.problems, *read_overrides(overrides)[1]]) from None
     recipe = parse_recipe(text, name=str(path), overrides=overrides)
     return LoadedRecipe(recipe, text, tuple(overrides))
 
@@ -60,44 +57,34 @@ def parse_recipe(text: str, *, name: str, overrides: Sequence[str] = ()) -> Reci
     """Check the text of a recipe; `name` is what messages call it."""
     assignments, problems = read_overrides(overrides)
     try:
-        document = _read_mapping(text, name)
-    except RecipeError as error:
-        raise RecipeError([*error.problems, *(each for _, each in problems)]) from None
+        document = read_yaml(text)
+    except YamlError as error:
+        where = f"{name}:{error.line}:{error.column}"
+        problem = Problem("invalid-yaml", "", f"not valid YAML: {error.text}", where)
+        raise RecipeError([problem, *problems]) from None
+    if document.value is None:
+        text = "is empty; `lrc recipes show svd-llm` prints a recipe"
+        raise RecipeError([Problem("empty-recipe", "", text, name), *problems])
     shape = Shape(recipe_schema())
-    places = Places(name, document.lines)
-    problems += [places.problem(found, line) for line, found in document.problems]
-    problems += apply_overrides(document.value, assignments, shape, places)
-    recipe: Recipe | None = None
+    places = {(): name} | {path: f"{name}:{line}" for path, line in document.lines.items()}
+    problems += [problem_at(*each, places) for each in document.problems]
+    for each in assignments if isinstance(document.value, dict) else ():
+        problems += apply_override(document.value, each, shape, places)
     try:
         recipe = Recipe.model_validate(document.value, strict=True)
     except ValidationError as error:
-        found = explain(error, document.value, shape)
-        problems += [places.problem(each) for each in found]
-    if recipe is None or problems:
-        raise RecipeError([problem for _, problem in sorted(problems, key=itemgetter(0))])
+        problems += explain(error, document.value, shape, places)
+    if problems:
+        lines = sorted(set(document.lines.values()))
+        sources = [name, *(f"{name}:{line}" for line in lines), *map(source_of, overrides)]
+        problems.sort(key=lambda problem: sources.index(problem.source))
+        raise RecipeError(problems)
     return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """Write a recipe out in full; the text parses back to an equal recipe."""
     return write_yaml(recipe.model_dump(mode="json"))
-
-
-def _read_mapping(text: str, name: str) -> Document:
-    try:
-        document = read_yaml(text)
-    except YamlError as error:
-        where = f"{name}:{error.line}:{error.column}"
-        problem = Problem("invalid-yaml", "", f"not valid YAML: {error.text}", where)
-        raise RecipeError([problem]) from None
-    if document.value is None:
-        text = "is empty; `lrc recipes show svd-llm` prints a recipe"
-        raise RecipeError([Problem("empty-recipe", "", text, name)])
-    if not isinstance(document.value, dict):
-        must = "must be a mapping with the keys model, stages, output and others"
-        text = f"{must}, got {got(document.value)}; start it with 'model: ...'"
-        raise RecipeError([Problem("wrong-type", "", text, name)])
-    return document
 
 
 def _read(path: Path) -> str:

@@ -1,21 +1,10 @@
 """Where a value of the recipe was written: a line of the file, or an override."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
-
 from lrc.configs.errors import Problem
 
 Path = tuple[str | int, ...]
-Placed = tuple[int, Problem]
-"""A problem after the number that sorts it: its line; overrides come after every line."""
-
-
-class Finding(NamedTuple):
-    """Something wrong with a value of the recipe, before its line is looked up."""
-
-    path: Path
-    code: str
-    message: str
+Places = dict[Path, str]
+"""File and line, or override, of every key and list entry; `()` is the file itself."""
 
 
 def one_line(text: str, longest: int = 60) -> str:
@@ -34,34 +23,9 @@ def dotted(path: Path) -> str:
     return "".join(steps).removeprefix(".")
 
 
-class Places:
-    """The place of every key and list entry; what was not written has its parent's place.
-
-    Parameters
-    ----------
-    name : str
-        The recipe's name in messages, normally its path as the user gave it.
-    lines : Mapping[Path, int]
-        Line of every key and list entry in the file.
-    """
-
-    def __init__(self, name: str, lines: Mapping[Path, int]) -> None:
-        self._name = name
-        self._places = {path: (line, f"{name}:{line}") for path, line in lines.items()}
-        self._places[()] = (0, name)
-
-    def override(self, path: Path, order: int, label: str) -> None:
-        """Record that an override wrote the value at `path` and everything below it."""
-        for known in [known for known in self._places if known[: len(path)] == path]:
-            del self._places[known]
-        self._places[path] = (order, label)
-
-    def problem(self, found: Finding, line: int | None = None) -> Placed:
-        """Return the problem with its place, which is that of its path if no line is given."""
-        known = found.path
-        while known not in self._places:
-            known = known[:-1]
-        order, label = self._places[known]
-        if line is not None:
-            order, label = line, f"{self._name}:{line}"
-        return order, Problem(found.code, dotted(found.path), found.message, label)
+def problem_at(path: Path, code: str, message: str, places: Places) -> Problem:
+    """Return a problem with its place; what was not written has its parent's place."""
+    known = path
+    while known not in places:
+        known = known[:-1]
+    return Problem(code, dotted(path), message, places[known])

@@ -5,14 +5,13 @@ always fully written out. `Recipe.model_dump()` gives the form that is saved wit
 """
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Field, PositiveInt, create_model, model_validator
 
-from lrc.configs.decompose import DecomposeBase
 from lrc.configs.decompose_methods import Decompose
 from lrc.configs.quantize import SCHEME, Quantize
-from lrc.configs.slice import Slice, SliceBase
+from lrc.configs.slice import Slice
 from lrc.configs.strict import Strict, Text, repeated
 
 Baseline = Annotated[
@@ -226,15 +225,7 @@ class Recipe(Strict):
                 )
         return self
 
-    @overload
-    def stages_of(self, kind: Literal["slice"]) -> dict[int, SliceBase]: ...
-    @overload
-    def stages_of(self, kind: Literal["decompose"]) -> dict[int, DecomposeBase]: ...
-    @overload
-    def stages_of(self, kind: Literal["quantize"]) -> dict[int, Quantize]: ...
-    @overload
-    def stages_of(self, kind: str) -> dict[int, Any]: ...
-    def stages_of(self, kind: str) -> Any:
+    def stages_of(self, kind: str) -> dict[int, Any]:
         """Return the options of the stages of one kind by their index, in order."""
         return {i: stage.options for i, stage in enumerate(self.stages) if stage.kind == kind}
 

@@ -1,6 +1,5 @@
 """The recipes that come with the package."""
 
-from collections.abc import Iterator
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
@@ -9,7 +8,7 @@ from lrc.configs.shape import closest
 
 
 def names() -> list[str]:
-    """Return the names of all shipped recipes, sorted; one in a folder is `folder/name`."""
+    """Return the names of all shipped recipes, sorted."""
     return sorted(_all())
 
 
@@ -38,12 +37,5 @@ def summary(name: str) -> str:
 
 
 def _all() -> dict[str, Traversable]:
-    return dict(_below(files("lrc.recipes"), ""))
-
-
-def _below(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
-    for each in folder.iterdir():
-        if each.is_dir():
-            yield from _below(each, f"{prefix}{each.name}/")
-        elif each.name.endswith(".yaml"):
-            yield prefix + each.name.removesuffix(".yaml"), each
+    recipes = (each for each in files("lrc.recipes").iterdir() if each.name.endswith(".yaml"))
+    return {each.name.removesuffix(".yaml"): each for each in recipes}

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lrc.configs.places import Finding, Path
+from lrc.configs.places import Path
 
 # Aliases let a few lines stand for billions of values; no recipe comes near this many.
 MAX_VALUES = 100_000
@@ -19,17 +19,17 @@ MAX_VALUES = 100_000
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
 _CORE_TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map")}
-_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(
-    r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
-    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-)
 _RESOLVERS = (  # YAML 1.2.2, section 10.3.2, and the merge key of YAML 1.1
-    ("null", re.compile(r"(~|null|Null|NULL|)\Z"), ["~", "n", "N", ""]),
-    ("bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")),
-    ("int", re.compile(rf"({_INT.pattern})\Z"), list("-+0123456789")),
-    ("float", re.compile(rf"({_FLOAT.pattern})\Z"), list("-+.0123456789")),
-    ("merge", re.compile(r"<<\Z"), ["<"]),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", "<<", ["<"]),
 )
 _HINTS = (
     (r"found character '\\t'", "indent with spaces, not tabs"),
@@ -57,7 +57,7 @@ _HINTS = (
 
 
 class YamlError(Exception):
-    """The text is not YAML; `line` and `column` count from 1."""
+    """The text is not YAML, or uses what no recipe needs; `line` and `column` count from 1."""
 
     def __init__(self, line: int, column: int, text: str) -> None:
         self.line, self.column, self.text = line, column, text
@@ -66,13 +66,58 @@ class YamlError(Exception):
 
 @dataclass
 class Document:
-    """What a YAML text says."""
+    """The content of a YAML text, with a separate copy for every alias."""
 
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)
     """Line of every key and list entry."""
-    problems: list[tuple[int, Finding]] = field(default_factory=list)
-    """Lines where YAML allows something that a recipe does not, and what."""
+    problems: list[tuple[Path, str, str]] = field(default_factory=list)
+    """Place, code and message of every key that is given twice."""
+    _open: list[yaml.Node] = field(default_factory=list)
+    _n_values: int = 0
+
+    def read(self, node: yaml.Node, path: Path) -> Any:
+        """Return the value of a node at `path`."""
+        self._n_values += 1
+        if self._n_values > MAX_VALUES:
+            raise _error(node, f"more than {MAX_VALUES:,} values; repeat fewer aliases")
+        if node in self._open:
+            raise _error(node, "an alias stands for a value that contains it; remove it")
+        if node.tag not in _CORE_TAGS:
+            tag = node.tag.replace(_TAG, "!!")
+            raise _error(node, f"the tag '{tag}' is not allowed; remove it")
+        if isinstance(node, yaml.ScalarNode):
+            return _scalar(node.tag.removeprefix(_TAG), _text(node))
+        self._open.append(node)
+        if isinstance(node, yaml.SequenceNode):
+            value: Any = [self._inside(path, i, each, each) for i, each in enumerate(node.value)]
+        else:
+            value = self._mapping(node, path)
+        self._open.pop()
+        return value
+
+    def _inside(self, path: Path, step: str | int, place: yaml.Node, node: yaml.Node) -> Any:
+        self.lines[(*path, step)] = place.start_mark.line + 1
+        return self.read(node, (*path, step))
+
+    def _mapping(self, node: yaml.Node, path: Path) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        # merged keys first, so that the lines of the mapping's own keys replace theirs
+        for key_node, value_node in sorted(node.value, key=lambda pair: pair[0].tag != _MERGE):
+            if key_node.tag == _MERGE:
+                several = isinstance(value_node, yaml.SequenceNode)
+                for source in value_node.value if several else [value_node]:
+                    if not isinstance(source, yaml.MappingNode):
+                        raise _error(source, "only a mapping can be merged in, as in <<: *name")
+                    merged = self.read(source, path) | merged
+            elif (key := _text(key_node)) in own:
+                line = key_node.start_mark.line + 1
+                text = f"given twice, again in line {line}; remove one of the two"
+                self.problems.append(((*path, key), "duplicate-key", text))
+            else:
+                own[key] = self._inside(path, key, key_node, value_node)
+        return merged | own
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,8 +129,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _name, _pattern, _first in _RESOLVERS:
-    _Loader.add_implicit_resolver(_TAG + _name, _pattern, _first)
-    _Dumper.add_implicit_resolver(_TAG + _name, _pattern, _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(rf"({_pattern})\Z"), _first)
 
 
 def read_yaml(text: str) -> Document:
@@ -100,7 +145,7 @@ def read_yaml(text: str) -> Document:
     try:
         root = yaml.compose(text, Loader=_Loader)
         if root is not None:
-            document.value = _Reader(document).value(root, ())
+            document.value = document.read(root, ())
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - text.rfind("\n", 0, error.position)
@@ -131,81 +176,20 @@ def _in_words(error: yaml.MarkedYAMLError) -> YamlError:
     return YamlError(mark.line + 1, mark.column + 1, text)
 
 
-class _Reader:
-    """Turns nodes into values, with a separate copy for every alias."""
-
-    def __init__(self, document: Document) -> None:
-        self.document = document
-        self.n_values = 0
-        self.open: list[yaml.Node] = []
-
-    def value(self, node: yaml.Node, path: Path) -> Any:
-        line = node.start_mark.line + 1
-        self.n_values += 1
-        if self.n_values > MAX_VALUES:
-            raise YamlError(line, 1, f"more than {MAX_VALUES:,} values; repeat fewer aliases")
-        if node in self.open:
-            raise YamlError(line, 1, "an alias stands for a value that contains it; remove it")
-        if node.tag not in _CORE_TAGS:
-            tag = node.tag.replace(_TAG, "!!")
-            self.report(node, path, f"the tag '{tag}' is not allowed; remove it")
-        if isinstance(node, yaml.ScalarNode):
-            if not _is_unicode(node):
-                self.report(node, path, "half of a surrogate pair is no character; remove it")
-            return _scalar(node)
-        self.open.append(node)
-        if isinstance(node, yaml.SequenceNode):
-            value: Any = [self.inside(path, i, each, each) for i, each in enumerate(node.value)]
-        else:
-            value = self.mapping(node, path)
-        self.open.pop()
-        return value
-
-    def inside(self, path: Path, step: str | int, place: yaml.Node, node: yaml.Node) -> Any:
-        self.document.lines[(*path, step)] = place.start_mark.line + 1
-        return self.value(node, (*path, step))
-
-    def mapping(self, node: yaml.Node, path: Path) -> dict[str, Any]:
-        merged: dict[str, Any] = {}
-        own: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            if key_node.tag == _MERGE:
-                merged = self.merge(value_node, path) | merged
-        for key_node, value_node in node.value:
-            if key_node.tag == _MERGE:
-                continue
-            if not isinstance(key_node, yaml.ScalarNode):
-                self.report(key_node, path, "a key must be a word, not a list or a mapping")
-            elif not _is_unicode(key_node):
-                self.report(key_node, path, "a key holds half of a surrogate pair; remove it")
-            elif (key := str(key_node.value)) in own:
-                first = self.document.lines[(*path, key)]
-                text = f"given twice, first in line {first}; remove one of the two"
-                self.report(key_node, (*path, key), text, "duplicate-key")
-            else:
-                own[key] = self.inside(path, key, key_node, value_node)
-        return merged | own
-
-    def merge(self, node: yaml.Node, path: Path) -> dict[str, Any]:
-        merged: dict[str, Any] = {}
-        for source in node.value if isinstance(node, yaml.SequenceNode) else [node]:
-            if isinstance(source, yaml.MappingNode):
-                merged = self.value(source, path) | merged
-            else:
-                self.report(node, (*path, "<<"), "only a mapping can be merged in, as in <<: *name")
-        return merged
-
-    def report(self, node: yaml.Node, path: Path, text: str, code: str = "invalid-yaml") -> None:
-        self.document.problems.append((node.start_mark.line + 1, Finding(path, code, text)))
+def _error(node: yaml.Node, text: str) -> YamlError:
+    return YamlError(node.start_mark.line + 1, node.start_mark.column + 1, text)
 
 
-def _is_unicode(node: yaml.ScalarNode) -> bool:
-    return not re.search("[\ud800-\udfff]", str(node.value))
-
-
-def _scalar(node: yaml.ScalarNode) -> Any:
+def _text(node: yaml.Node) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise _error(node, "a key must be a word, not a list or a mapping")
     text = str(node.value)
-    kind = node.tag.removeprefix(_TAG)
+    if re.search("[\ud800-\udfff]", text):
+        raise _error(node, "half of a surrogate pair is no character; remove it")
+    return text
+
+
+def _scalar(kind: str, text: str) -> Any:
     if kind == "null":
         return None
     if kind == "bool" and text.lower() in ("true", "false"):

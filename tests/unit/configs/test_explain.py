@@ -10,7 +10,6 @@ from lrc.configs import shipped
 from lrc.configs.decompose import Compensate
 from lrc.configs.explain import explain
 from lrc.configs.load import parse_recipe
-from lrc.configs.places import dotted
 from lrc.configs.recipe import STAGE_MODELS, Recipe, recipe_schema
 from lrc.configs.shape import Shape
 from lrc.configs.strict import Strict
@@ -29,7 +28,7 @@ def found(model: type[BaseModel], value: Any) -> list[tuple[str, str]]:
     with pytest.raises(ValidationError) as caught:
         model.model_validate(value, strict=True)
     shape = Shape(model.model_json_schema())
-    return [(f.code, dotted(f.path)) for f in explain(caught.value, value, shape)]
+    return [(each.code, each.where) for each in explain(caught.value, value, shape, {(): ""})]
 
 
 def test_an_empty_mapping_requests_compensation_with_its_defaults() -> None:
@@ -92,9 +91,14 @@ class Patterned(Strict):
     other: int
 
 
+class Even(Strict):
+    number: Annotated[int, Field(multiple_of=2)]
+
+
 def test_a_rule_unknown_here_still_gets_a_sentence() -> None:
+    assert found(Even, {"number": 3}) == [("invalid-value", "number")]
     value = {"color": "red", "other": "x"}
-    assert found(Patterned, value) == [("wrong-type", "other"), ("invalid-value", "color")]
+    assert found(Patterned, value) == [("unknown-value", "color"), ("wrong-type", "other")]
 
 
 class Choices(Strict):
@@ -162,7 +166,7 @@ def test_every_rejected_value_has_a_specific_code() -> None:
             Recipe.model_validate(value, strict=True)
         except ValidationError as error:
             rejected += 1
-            codes = [each.code for each in explain(error, value, shape)]
+            codes = [each.code for each in explain(error, value, shape, {(): ""})]
             assert codes, value
             assert "invalid-value" not in codes, value
     assert rejected > 1000

@@ -44,7 +44,7 @@ seed: x
         ("recipe.yaml:3", "out-of-range", "stages[0].decompose.damp"),
         ("recipe.yaml:4", "unknown-key", "stages[1].decompse"),
         ("recipe.yaml:4", "unknown-key", "stages[1].decompse.kep"),
-        ("recipe.yaml:6", "duplicate-key", "seed"),
+        ("recipe.yaml:5", "duplicate-key", "seed"),
         ("override 'seed.x=1'", "invalid-override", ""),
         ("override 'evaluate.tasks='", "wrong-type", "evaluate.tasks"),
         ("override 'nonsense'", "invalid-override", ""),

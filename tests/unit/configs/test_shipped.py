@@ -17,9 +17,9 @@ def test_every_recipe_file_is_shipped_under_its_own_name() -> None:
 
 
 def test_every_method_has_a_recipe_of_its_name() -> None:
-    stage = Shape(recipe_schema()).properties["stages"].items.mapping
+    stage = Shape(recipe_schema()).properties["stages"].inside(0)
     assert stage is not None
-    stages = stage.properties
+    stages = stage.parts[-1].properties
     assert set(stages) == {"slice", "decompose", "quantize"}
     for kind, methods in stages.items():
         for method in methods.properties["method"].options:
