@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.checkpoint.writer import new_folder
+from lrc.compressors.checkpoint.writer import copy_code, new_folder
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, Machine
 from lrc.compressors.models.architecture import Architecture, build
@@ -124,9 +124,7 @@ class ModelVersions:
             generation = before / "generation_config.json"
             if generation.is_file():
                 shutil.copy(generation, folder)
-            if source.spec.trust_remote_code:
-                for code in source.folder.glob("*.py"):
-                    shutil.copy(code, folder)
+            copy_code(source, folder)
         self.journal.forget(*cache_files(self.journal))
 
     @property

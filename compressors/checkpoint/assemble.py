@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.plain import compressed_tensors_config, is_plain, plain_name
-from lrc.compressors.checkpoint.writer import write_config, write_manifest, write_weights
+from lrc.compressors.checkpoint.writer import copy_code, write_config, write_manifest, write_weights
 from lrc.compressors.layers import sentinel
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture
@@ -95,9 +95,7 @@ def write_checkpoint(
     elif generation is not None:
         generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if source.spec.trust_remote_code:
-        for code in source.folder.glob("*.py"):
-            shutil.copy(code, folder)
+    copy_code(source, folder)
     (folder / layout.FOLDER).mkdir()
     _write(folder / layout.RECIPE_GIVEN, loaded.text)
     _write(folder / layout.RECIPE, dump_recipe(loaded.recipe))

@@ -53,23 +53,18 @@ def read_user_plan(path: str, where: str, problems: Problems) -> UserPlan | None
     except (ValueError, RecursionError) as error:
         problems.add("invalid-user-plan", key, f"{path} is not JSON ({error}); {REMEDY}")
         return None
-    records = values.get("tasks") if isinstance(values, dict) else None
-    if not isinstance(records, list):
-        old = isinstance(values, dict) and "matrices" in values
-        reason = "is of format version 1" if old else "contains no list 'tasks'"
-        problems.add("invalid-user-plan", key, f"{path} {reason}; {REMEDY}")
-        return None
-    if values.get("version") != PLAN_VERSION:
+    values = values if isinstance(values, dict) else {}
+    wrong: str | None = None
+    if not isinstance(values.get("tasks"), list):
+        wrong = "is of format version 1" if "matrices" in values else "contains no list 'tasks'"
+    elif values.get("version") != PLAN_VERSION:
         got = values.get("version")
-        problems.add(
-            "invalid-user-plan",
-            key,
-            f"{path}: 'version' must be {PLAN_VERSION}, got {got!r:.60}; {REMEDY}",
-        )
+        wrong = f"'version' must be {PLAN_VERSION}, got {got!r:.60}"
+    if wrong is not None:
+        problems.add("invalid-user-plan", key, f"{path}: {wrong}; {REMEDY}")
         return None
     found = Problems()
-    configs = _configs("tasks", records, path, found)
-    embeddings = _configs("embeddings", values.get("embeddings", []), path, found)
+    configs, embeddings = (_configs(key, values, path, found) for key in ("tasks", "embeddings"))
     _report(found, path, problems)
     return None if found else UserPlan(path, text, configs, embeddings)
 
@@ -79,22 +74,16 @@ def check_names(
 ) -> None:
     """Report weights that no stage targets, or that the model does not have."""
     found = Problems()
-    for names in plan.configs:
-        for name in names:
-            if name not in known:
-                found.add(
-                    "unknown-layer",
-                    plan.path,
-                    f"{name} is not a decoder linear layer of this model; use the plan of a run on "
-                    "the same architecture",
-                )
-            elif name not in targeted:
-                found.add(
-                    "not-targeted",
-                    plan.path,
-                    f"{name} is not targeted by any stage; delete it there, or change 'targets' "
-                    "and 'ignore'",
-                )
+    unknown = (
+        "is not a decoder linear layer of this model; use the plan of a run on the same "
+        "architecture"
+    )
+    ignored = "is not targeted by any stage; delete it there, or change 'targets' and 'ignore'"
+    for name in (name for names in plan.configs for name in names):
+        if name not in known:
+            found.add("unknown-layer", plan.path, f"{name} {unknown}")
+        elif name not in targeted:
+            found.add("not-targeted", plan.path, f"{name} {ignored}")
     _report(found, plan.path, problems)
 
 
@@ -103,23 +92,21 @@ def apply_user_plan(
 ) -> list[LayerTask]:
     """Return tasks with the configurations of a plan file; dense where there is a problem."""
     found = Problems()
-    decided = []
-    for task in tasks:
-        config = _config_for(plan, task, method, found)
-        if config is None:
-            decided.append(task.dense())
-        elif not config.compressed:
-            decided.append(task.dense("dense in the given plan"))
-        else:
-            decided.append(task.decided(config))
+    configs = [_config_for(plan, task, method, found) for task in tasks]
     _report(found, plan.path, problems)
-    return decided
+    return [
+        task.decided(config)
+        if config is not None and config.compressed
+        else task.dense(None if config is None else "dense in the given plan")
+        for task, config in zip(tasks, configs, strict=True)
+    ]
 
 
 def _configs(
-    key: str, records: Any, path: str, found: Problems
+    key: str, values: dict[str, Any], path: str, found: Problems
 ) -> dict[tuple[str, ...], WeightConfig]:
-    """Read a list of tasks; problems are added to `found`."""
+    """Read the list of tasks under a key; problems are added to `found`."""
+    records = values.get(key, [])
     if not isinstance(records, list):
         found.add(
             "invalid-user-plan", path, f"'{key}' must be a list, got {records!r:.60}; {REMEDY}"
@@ -144,12 +131,11 @@ def _configs(
 
 
 def _names(record: Any) -> tuple[str, ...] | None:
-    weights = record.get("weights") if isinstance(record, dict) else None
-    if not isinstance(weights, list) or not weights:
+    try:
+        names = tuple(weight["name"] for weight in record["weights"])
+    except (TypeError, KeyError):
         return None
-    names = [w.get("name") if isinstance(w, dict) else None for w in weights]
-    found = tuple(name for name in names if isinstance(name, str))
-    return found if len(found) == len(names) else None
+    return names if names and all(isinstance(name, str) for name in names) else None
 
 
 def _config_for(
