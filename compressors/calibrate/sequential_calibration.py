@@ -45,7 +45,7 @@ class SequentialCalibration:
         """Return the linears of a decoder layer that share an input, in order of use."""
         return self._executor.calls[layer].groups
 
-    def replace(self, name: str, W_hat: Tensor, bias: Tensor | None = None) -> None:
+    def insert(self, name: str, W_hat: Tensor, bias: Tensor | None = None) -> None:
         """Use ``W_hat`` [d_out, d_in], and `bias` [d_out] if given, in the compressed model."""
         for leaf, tensor in (("weight", W_hat), ("bias", bias)):
             if tensor is not None:

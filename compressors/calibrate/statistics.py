@@ -1,4 +1,4 @@
-"""Collect statistics of the targeted linears: forward pass for inputs, backward for gradients."""
+"""Collect statistics of targeted linear layers: of inputs forward, of output gradients backward."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,14 +87,15 @@ class _Collection:
         executor = LayerExecutor(self.context)
         states = ActivationCache(self.context, "states", executor.shape)
         if not backward:
-            # With checkpoints, which need every layer's input, a snapshot is of no use.
+            # Only a run without backward pass can resume from saved hidden states; a backward pass
+            # needs the input of every layer.
             if not states.resume():
                 executor.embed_(states.tensor)
             self._forward(executor, states, n_layers, None)
             return
         gradients = ActivationCache(self.context, "gradients", executor.shape)
         resumed = gradients.resume()
-        left = n_layers - gradients.done
+        left = n_layers - gradients.done  # layers that the backward pass still has to process
         checkpoints = ActivationCheckpoints(self.context, left, executor.shape)
         executor.embed_(states.tensor)
         self._forward(executor, states, left, checkpoints)
@@ -143,7 +144,7 @@ class _Collection:
             self.context.on_step("gradients", gradients.done, n_layers - stop)
 
     def _collected(self, file: Callable[[int], str], index: int) -> bool:
-        """Return whether nothing is left to collect for a layer in a pass."""
+        """Return whether a pass has no statistics to collect for a layer, or has collected them."""
         return not self.required[index] or self.context.journal.has(file(index))
 
     def _write(self, file: str, sums: Mapping[str, Tensor], facts: dict[str, Any]) -> None:

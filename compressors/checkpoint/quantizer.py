@@ -2,7 +2,7 @@
 
 `from_pretrained` builds the original architecture on the meta device, calls the quantizer to
 replace modules, and then loads tensors by name. This quantizer replaces compressed layers and
-compares the headers of the files with what is expected, because transformers only warns about
+compares the safetensors headers with the expected tensors, because transformers only warns about
 missing tensors and leaves them uninitialized. After loading it checks masks, indices and scales.
 """
 
@@ -55,14 +55,14 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
         layout.parse_modules(self.modules, BLOCK)
         check_tables(tables, BLOCK)
         for key, table in tables.items():
-            if key in TABLES:  # most checkpoints have none, and save none
+            if key in TABLES:  # absent tables are not set, so that they are not saved either
                 setattr(self, key, table)
 
 
 class LrcQuantizer(HfQuantizer):
     """Replace linear layers and embeddings by their compressed counterparts."""
 
-    requires_calibration = True  # reads checkpoints only, and cannot quantize while loading
+    requires_calibration = True  # loads compressed checkpoints; cannot compress while loading
     quantization_config: LrcConfig
 
     def _process_model_before_weight_loading(
@@ -72,7 +72,7 @@ class LrcQuantizer(HfQuantizer):
         tables = tables_of(model.config)
         shapes, biases = tables.get(SHAPES, {}), tables.get(BIASES, [])
         with _matching(BLOCK):
-            self._config_shapes = resize_(model, shapes)
+            self._original_shapes = resize_(model, shapes)
             add_biases_(model, biases)
         expected = layout.resized_tensors(shapes)
         for name in biases:
@@ -93,8 +93,9 @@ class LrcQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         if tables_of(model.config).get(NORMS):
             raise CheckpointError(
-                "no plain model computes the same: the residual stream has a separate basis before "
-                "every block; slice with 'rotations: global' for a plain model"
+                "cannot dequantize: with 'rotations: block' every block uses its own basis of the "
+                "residual stream, which the original architecture cannot express; slice with "
+                "'rotations: global' instead"
             )
         for name, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear):
@@ -102,21 +103,21 @@ class LrcQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, TiedHead):
                 model.set_submodule(name, module.to_dense(model.get_input_embeddings()))
-        widen_(model, self._config_shapes)  # transformers removes the table that changed them
+        widen_(model, self._original_shapes)  # the config that remains has these
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Return True: `save_pretrained` can write the state dict as it is."""
         return True
 
-    is_trainable = True  # by Trainer and PEFT: the factors are ordinary parameters
+    is_trainable = True  # by Trainer and PEFT: unquantized factors are ordinary parameters
     is_qat_trainable = True  # by Trainer without adapters
     is_compileable = True
 
 
 @contextmanager
 def _matching(where: str) -> Iterator[None]:
-    """Report a part of the config that does not match the model."""
+    """Convert a ValueError about a part of the config to a CheckpointError."""
     try:
         yield
     except ValueError as error:
@@ -131,7 +132,7 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
     Raises
     ------
     CheckpointError
-        If the model has no layer of a name, or one that cannot have its configuration.
+        If a name is not that of a layer, or a configuration does not fit its layer.
     """
     expected: TensorSpecs = {}
     replaced: dict[str, CompressedLinear] = {}
@@ -157,7 +158,8 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
         replaced[name] = kind.replacing(dense, config)
         replaced[name].requires_grad_(weight.requires_grad)
         model.set_submodule(name, replaced[name])
-    for name, layer in replaced.items():  # once all exist: an owner may come after its members
+    # A second pass, because the layer that stores a shared factor may be listed after its users.
+    for name, layer in replaced.items():
         with _matching(f"{BLOCK}.modules[{name!r}]"):
             layer.connect(model)
     return expected
@@ -176,7 +178,7 @@ def check_values(model: nn.Module) -> None:
         if isinstance(module, CompressedLinear):
             tensors = [*module.parameters(), *module.buffers()]
             if any(tensor.is_meta for tensor in tensors):
-                continue  # offloaded to disk: checked when read, if at all
+                continue  # weights offloaded to disk are not checked
             problems += [f"{name}.{text}" for text in module.problems()]
     if problems:
         raise CheckpointError(
@@ -191,7 +193,7 @@ def check_headers(expected: TensorSpecs, files: list[str]) -> None:
     Raises
     ------
     CheckpointError
-        Truncated file, missing tensor, wrong shape or an index of the wrong type, each by name.
+        If a file is truncated, or tensors are missing or have a wrong shape or dtype.
     """
     try:
         found = read_headers(map(Path, files))
@@ -211,7 +213,7 @@ def _first(problems: list[str]) -> str:
 
 
 def register() -> None:
-    """Make `from_pretrained` know lrc; does nothing the second time."""
+    """Register lrc with transformers, once."""
     if layout.QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(layout.QUANT_METHOD)(LrcConfig)
         register_quantizer(layout.QUANT_METHOD)(LrcQuantizer)

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lrc.compressors.layers.component import ComponentConfig, FirstFactor
+from lrc.compressors.layers.component import ComponentConfig, SharedFactorComponent
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 
-class LowRank(FirstFactor):
+class LowRank(SharedFactorComponent):
     """The product ``B @ A``, multiplied one factor after the other.
 
     The layers of a group can share ``A`` [1]_.
@@ -21,7 +21,7 @@ class LowRank(FirstFactor):
 
     TYPE = "low_rank"
     SIZES = ("rank",)
-    CAN_SHARE = "rank"
+    SHARED_SIZE = "rank"
 
     @classmethod
     def tensors(cls, d_out: int, d_in: int, config: ComponentConfig) -> TensorSpecs:

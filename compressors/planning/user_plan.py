@@ -81,9 +81,9 @@ def check_names(
     ignored = "is not targeted by any stage; delete it there, or change 'targets' and 'ignore'"
     for name in (name for names in plan.configs for name in names):
         if name not in known:
-            found.add("unknown-layer", plan.path, f"{name} {unknown}")
+            found.add("unknown-layer", f"{plan.path}: {name}", unknown)
         elif name not in targeted:
-            found.add("not-targeted", plan.path, f"{name} {ignored}")
+            found.add("not-targeted", f"{plan.path}: {name}", ignored)
     _report(found, plan.path, problems)
 
 
@@ -117,16 +117,18 @@ def _configs(
     for number, record in enumerate(records):
         names = _names(record)
         if names is None:
-            found.add("invalid-user-plan", path, f"{key}[{number}] has no 'weights' with names")
+            found.add(
+                "invalid-user-plan", f"{path}: {key}[{number}]", "has no 'weights' with names"
+            )
             continue
         twice = seen & {*names}
         if twice:
-            found.add("invalid-user-plan", path, f"{min(twice)} is listed twice; delete one")
+            found.add("invalid-user-plan", f"{path}: {min(twice)}", "is listed twice; delete one")
         seen |= {*names}
         try:
             configs[names] = WeightConfig.from_json(record.get("config"))
         except ValueError as error:
-            found.add("invalid-user-plan", path, f"{names[0]}: 'config' {error}; correct it")
+            found.add("invalid-user-plan", f"{path}: {names[0]}", f"'config' {error}; correct it")
     return configs
 
 
@@ -144,7 +146,7 @@ def _config_for(
     """Return the configuration of a task in a plan file, if the task can have it."""
 
     def refuse(code: str, message: str) -> None:
-        found.add(code, plan.path, f"{task.name}: {message}")
+        found.add(code, f"{plan.path}: {task.name}", message)
 
     config = plan.configs.get(tuple(w.name for w in task.weights))
     if config is None:

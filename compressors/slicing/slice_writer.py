@@ -104,7 +104,7 @@ class SliceWriter:
         self.facts[-1]["lost_mlp"] = narrowed.lost
         self._note_fallback("mlp", narrowed.fallback)
         small = narrowed.W.to(W.dtype)
-        self._prefix.replace(mlp.output, torch.zeros_like(W).index_copy(1, narrowed.kept, small))
+        self._prefix.insert(mlp.output, torch.zeros_like(W).index_copy(1, narrowed.kept, small))
         self._put(mlp.output, (small, None))
         for name in mlp.inputs:
             self._put(name, _map(lambda t: t[narrowed.kept], self._read(name)))
@@ -121,7 +121,7 @@ class SliceWriter:
         self._put(attention.k, _map(lambda t: take(t, dimensions, h), self._read(attention.k)))
         # In the simulation the queries of removed pairs are zero.
         wide = _map(lambda t: spread(t.double() / gain, dimensions, h), q)
-        self._prefix.replace(attention.q, *wide)
+        self._prefix.insert(attention.q, *wide)
 
     def _slice_values_and_output(self, layer: int, attention: Attention, new: NarrowHeads) -> None:
         heads, rank = new.heads, 2 * len(new.pairs)
@@ -143,13 +143,13 @@ class SliceWriter:
         P_all = torch.stack(projections)  # [n_kv_heads, rank, h]
         v = _map(lambda t: project(t, P_all).to(t), self._read(attention.v))
         self._put(attention.v, v)
-        self._prefix.replace(attention.v, *_map(lambda t: spread(t, first, h), v))
+        self._prefix.insert(attention.v, *_map(lambda t: spread(t, first, h), v))
 
         V_all = spread(torch.cat(outputs), first, h).T  # [d, n_heads * h]
         target, _ = self._refit(layer, attention.o, W_o, V_all)
         kept = take(target.T, first, h).to(W_o.dtype)  # [n_heads * rank, d]
         self._put(attention.o, (kept.T, None))
-        self._prefix.replace(attention.o, spread(kept, first, h).T)
+        self._prefix.insert(attention.o, spread(kept, first, h).T)
 
     def _refit(self, layer: int, linear: str, W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         """Refit V on the sliced model's inputs to the dense model's output with W.

@@ -308,6 +308,6 @@ def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
                 module = models[1].get_submodule(name)
                 noise = torch.randn(module.weight.shape, generator=g)
                 module.weight.data += 0.05 * noise
-                sequence.replace(name, module.weight.data)
+                sequence.insert(name, module.weight.data)
         sequence.advance(layer)
     assert all(p.is_meta for p in architecture.model.parameters())

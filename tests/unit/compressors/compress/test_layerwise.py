@@ -91,7 +91,7 @@ class Chain:
         lacking = {names[0]: (self.dense - self.now).T @ now} if writes else {}
         return PrefixMoments(now.T @ now, X.T @ now, lacking)
 
-    def replace(self, name: str, W_hat: Tensor) -> None:
+    def insert(self, name: str, W_hat: Tensor) -> None:
         self.log.append(("replace", name))
         self.replaced[name] = W_hat.double()
 

@@ -76,7 +76,7 @@ EXAMPLES = [
     *(
         Example(kind, shared=True)
         for kind in SIZES
-        if "+" not in kind and COMPONENTS[kind].CAN_SHARE
+        if "+" not in kind and COMPONENTS[kind].SHARED_SIZE
     ),
 ]
 
@@ -84,7 +84,7 @@ EXAMPLES = [
 def test_every_component_is_covered() -> None:
     covered = {kind for types in SIZES for kind in types.split("+")}
     assert covered | {"block_sparse"} == COMPONENTS.keys()  # which has tests of its own
-    can_share = {kind for kind, found in COMPONENTS.items() if found.CAN_SHARE}
+    can_share = {kind for kind, found in COMPONENTS.items() if found.SHARED_SIZE}
     assert {each.types for each in EXAMPLES if each.shared} == can_share
 
 

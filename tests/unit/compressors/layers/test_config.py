@@ -45,7 +45,7 @@ def configs() -> list[WeightConfig]:
     for kind, found in COMPONENTS.items():
         components += [one(kind, pattern=pattern) for pattern in found.PATTERNS]
         components += [one(kind, "int8", pattern=pattern) for pattern in found.PATTERNS]
-        if found.CAN_SHARE:
+        if found.SHARED_SIZE:
             shared = {"shares": "model.layers.0.mlp.up_proj"}
             components += [one(kind, **shared), one(kind, "int8", **shared)]
     single = [WeightConfig(SHAPE, (component,)) for component in components]
@@ -204,7 +204,7 @@ def test_components_of_integers_need_a_quantization(kind: str) -> None:
         WeightConfig.from_json(record)
 
 
-@pytest.mark.parametrize("kind", [k for k, found in COMPONENTS.items() if not found.CAN_SHARE])
+@pytest.mark.parametrize("kind", [k for k, found in COMPONENTS.items() if not found.SHARED_SIZE])
 def test_components_without_a_first_factor_cannot_share_it(kind: str) -> None:
     record = WeightConfig(SHAPE, (one(kind),)).to_json()
     record["components"][0]["shares"] = "other"
