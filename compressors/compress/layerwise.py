@@ -172,7 +172,7 @@ class Compression:
         tensors: Mapping[str, Tensor],
         prefix: Prefix,
     ) -> None:
-        """Insert compressed weights into the prefix; those of finished layers are in the journal."""
+        """Insert compressed weights into the prefix, from the journal if their layer is finished."""
         task_of = {w.name: task for task in self.plan.tasks for w in task.weights}
         for name in names:
             if name not in task_of:
@@ -199,7 +199,7 @@ class Compression:
         return compress_group(self._group(task, weights, known))
 
     def _refit(self, task: LayerTask, measured: PrefixMoments) -> CompressedGroup:
-        """Fit a weight to the dense outputs on the inputs of the compressed model, and compress it."""
+        """Fit a weight to the dense outputs on the compressed model's inputs, and compress it."""
         compensate = task.compensate
         assert compensate is not None
         W = self._weight(task.weights[0])

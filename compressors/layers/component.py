@@ -34,7 +34,7 @@ class ComponentConfig:
     pattern: str | None = None
     """``2:4`` if exactly two of every four consecutive entries are stored; None if unstructured."""
     shares: str | None = None
-    """Name of the layer that stores the shared first factor; None if this component stores its own."""
+    """Name of the layer that stores the shared first factor; None if this one has its own."""
 
     def with_quantization(self, args: QuantizationArgs | None) -> "ComponentConfig":
         """Return the same configuration with other quantization parameters."""
@@ -156,7 +156,7 @@ class Component(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def encode(**parts: Tensor) -> dict[str, Tensor]:
-        """Convert the result of a solver to the stored tensors, before they are cast or quantized."""
+        """Convert the result of a solver to the tensors of `tensors`, not yet cast or quantized."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out], by default with the materialized matrix."""

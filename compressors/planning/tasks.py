@@ -225,7 +225,7 @@ class LayerResult:
     config: ConfigField
     """How each weight is stored, which a fallback may have changed."""
     loss: float | None = None
-    """Weighted squared error relative to that of removing the weight; first predicted, then measured."""
+    """Weighted squared error relative to that of removing the weight: predicted, then measured."""
     predicted_nats: float | None = None
     """Predicted increase of the mean loss of a token, if the method can predict it."""
     refit: bool = False
