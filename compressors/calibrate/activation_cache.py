@@ -29,12 +29,8 @@ Shape = tuple[int, int, int]
 class ActivationCache:
     """Hidden states or gradients [n_windows, length, d_model] in float32, after `done` layers.
 
-    Kept on the GPU if there is room, else in memory up to `limit_gib`, else on disk.
-
-    Parameters
-    ----------
-    name : str
-        One of `NAMES`; names the snapshots and the file on disk.
+    Kept on the GPU if there is room, else in memory up to the limit, else on disk. The name, one of
+    `NAMES`, is that of the snapshots and of the file on disk.
     """
 
     def __init__(self, context: CalibrationContext, name: str, shape: Shape) -> None:

@@ -1,6 +1,6 @@
 """Collect statistics of the targeted linears: forward pass for inputs, backward for gradients."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from lrc.compressors.io.machine import to_host
 from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.compressors.solvers.moments import Statistics
 
+INPUTS, GRADIENTS = 0, 1  # indices of `statistics_files`
+
 
 def collect(context: CalibrationContext, required: Required) -> None:
     """Write the required statistics of the dense model's linears to the journal, layer by layer.
@@ -41,28 +43,24 @@ def collect(context: CalibrationContext, required: Required) -> None:
 
 def load(journal: Journal, layer: int, name: str) -> Statistics:
     """Return the statistics of one linear; empty if none were collected."""
-    file = inputs_file(layer)
-    if not journal.has(file):
-        return Statistics()
-    facts = journal.read_facts(file)
+    inputs, gradients = statistics_files(layer)
+    facts = journal.read_facts(inputs) if journal.has(inputs) else {"leaders": {}}
     leader = facts["leaders"].get(name)
     if leader is None:
         return Statistics()
-    forward = journal.read_tensors(file, table.sum_names(table.FORWARD, name, leader))
-    file, backward = gradients_file(layer), {}
-    if journal.has(file):
-        backward = journal.read_tensors(file, table.sum_names(table.BACKWARD, name, leader))
+    forward = journal.read_tensors(inputs, table.sum_names(table.FORWARD, name, leader))
+    backward = {}
+    if journal.has(gradients):
+        backward = journal.read_tensors(gradients, table.sum_names(table.BACKWARD, name, leader))
     return table.build_statistics(facts["n_tokens"], forward, backward)
 
 
-def inputs_file(layer: int) -> str:
-    """Return the journal's name for the input statistics of one decoder layer."""
-    return f"statistics/inputs-{layer:04d}.safetensors"
-
-
-def gradients_file(layer: int) -> str:
-    """Return the journal's name for the gradient statistics of one decoder layer."""
-    return f"statistics/gradients-{layer:04d}.safetensors"
+def statistics_files(layer: int) -> tuple[str, str]:
+    """Return the journal's names for the input and the gradient statistics of a decoder layer."""
+    return (
+        f"statistics/inputs-{layer:04d}.safetensors",
+        f"statistics/gradients-{layer:04d}.safetensors",
+    )
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,8 @@ class _Collection:
             if any({*table.BACKWARD} & {*names} for names in required.values())
         ]
         n_layers = len(self.required)
-        backward = not all(self._collected(gradients_file, index) for index in differentiated)
-        forward = not all(self._collected(inputs_file, index) for index in range(n_layers))
+        backward = any(self._missing(index, GRADIENTS) for index in differentiated)
+        forward = any(self._missing(index, INPUTS) for index in range(n_layers))
         if not (forward or backward):
             return
         executor = LayerExecutor(self.context)
@@ -114,14 +112,13 @@ class _Collection:
         for index in range(states.done, stop):
             if checkpoints is not None:
                 checkpoints.write(index, states.tensor)
-            collected = self._collected(inputs_file, index)
-            required = {} if collected else self.required[index]
+            required = self._missing(index, INPUTS)
             statistics = forward_layer(executor, index, states.tensor, required)
-            if not collected:
+            if required:
                 groups = executor.calls[index].groups
                 leaders = {n: group[0] for group in groups for n in group if n in required}
                 facts = {"leaders": leaders, "n_tokens": executor.tokens.numel()}
-                self._write(inputs_file(index), statistics.sums, facts)
+                self._write(index, INPUTS, statistics.sums, facts)
             states.finish_layer(save=checkpoints is None and index < n_layers - 1)
             self.context.on_step("calibrate", index + 1, n_layers)
 
@@ -134,19 +131,22 @@ class _Collection:
     ) -> None:
         n_layers = len(self.required)
         for index in range(n_layers - 1 - gradients.done, stop - 1, -1):
-            collected = self._collected(gradients_file, index)
-            required = {} if collected else self.required[index]
+            required = self._missing(index, GRADIENTS)
             statistics = backward_layer(executor, index, checkpoints, gradients.tensor, required)
-            if not collected:
-                self._write(gradients_file(index), statistics.sums, {})
+            if required:
+                self._write(index, GRADIENTS, statistics.sums, {})
             gradients.finish_layer(save=index > stop)
             self.context.on_step("gradients", gradients.done, n_layers - stop)
 
-    def _collected(self, file: Callable[[int], str], index: int) -> bool:
-        """Return whether nothing is left to collect for a layer in a pass."""
-        return not self.required[index] or self.context.journal.has(file(index))
+    def _missing(self, layer: int, side: int) -> Required:
+        """Return what is left to collect for a layer in a pass."""
+        done = self.context.journal.has(statistics_files(layer)[side])
+        return {} if done else self.required[layer]
 
-    def _write(self, file: str, sums: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    def _write(
+        self, layer: int, side: int, sums: Mapping[str, Tensor], facts: dict[str, Any]
+    ) -> None:
         tensors = {key: to_host(total) for key, total in sums.items()}
         # A safetensors file needs at least one tensor.
-        self.context.journal.write_tensors(file, tensors or {"none": torch.zeros(1)}, facts)
+        tensors = tensors or {"none": torch.zeros(1)}
+        self.context.journal.write_tensors(statistics_files(layer)[side], tensors, facts)

@@ -70,10 +70,7 @@ class SliceMethod(ABC, Generic[OptionsT]):
     ) -> PreTrainedConfig:
         """Return the config of the largest smaller model within the budget.
 
-        Raises
-        ------
-        RecipeError
-            If the method does not support the architecture, or no model fits the budget.
+        Raises a `RecipeError` if the method does not support the architecture, or no model fits.
         """
 
     def pending(self, options: OptionsT, config: PreTrainedConfig) -> str | None:
