@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate import statistic_table as table
-from lrc.compressors.calibrate.activation_cache import ActivationCache, ActivationCheckpoints
+from lrc.compressors.calibrate.activation_cache import ActivationCache, allocate_checkpoints
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_passes import (
     backward_head,
@@ -88,12 +88,12 @@ class _Collection:
             # With checkpoints, which need every layer's input, a snapshot is of no use.
             if not states.resume():
                 executor.embed_(states.tensor)
-            self._forward(executor, states, n_layers, None)
+            self._forward(executor, states, n_layers, [])
             return
         gradients = ActivationCache(self.context, "gradients", executor.shape)
         resumed = gradients.resume()
         left = n_layers - gradients.done
-        checkpoints = ActivationCheckpoints(self.context, left, executor.shape)
+        checkpoints = allocate_checkpoints(self.context, left, executor.shape)
         executor.embed_(states.tensor)
         self._forward(executor, states, left, checkpoints)
         if not resumed:
@@ -106,12 +106,12 @@ class _Collection:
         executor: LayerExecutor,
         states: ActivationCache,
         stop: int,
-        checkpoints: ActivationCheckpoints | None,
+        checkpoints: list[Tensor],
     ) -> None:
         n_layers = len(self.required)
         for index in range(states.done, stop):
-            if checkpoints is not None:
-                checkpoints.write(index, states.tensor)
+            if checkpoints:
+                checkpoints[index].copy_(states.tensor)
             required = self._missing(index, INPUTS)
             statistics = forward_layer(executor, index, states.tensor, required)
             if required:
@@ -119,20 +119,21 @@ class _Collection:
                 leaders = {n: group[0] for group in groups for n in group if n in required}
                 facts = {"leaders": leaders, "n_tokens": executor.tokens.numel()}
                 self._write(index, INPUTS, statistics.sums, facts)
-            states.finish_layer(save=checkpoints is None and index < n_layers - 1)
+            states.finish_layer(save=not checkpoints and index < n_layers - 1)
             self.context.on_step("calibrate", index + 1, n_layers)
 
     def _backward(
         self,
         executor: LayerExecutor,
         gradients: ActivationCache,
-        checkpoints: ActivationCheckpoints,
+        checkpoints: list[Tensor],
         stop: int,
     ) -> None:
         n_layers = len(self.required)
         for index in range(n_layers - 1 - gradients.done, stop - 1, -1):
             required = self._missing(index, GRADIENTS)
-            statistics = backward_layer(executor, index, checkpoints, gradients.tensor, required)
+            inputs = checkpoints[index]
+            statistics = backward_layer(executor, index, inputs, gradients.tensor, required)
             if required:
                 self._write(index, GRADIENTS, statistics.sums, {})
             gradients.finish_layer(save=index > stop)
