@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,6 +72,10 @@ class _Collection:
     required: Sequence[Required]
     """By layer."""
 
+    @cached_property
+    def executor(self) -> LayerExecutor:
+        return LayerExecutor(self.context)
+
     def run(self) -> None:
         differentiated = [
             index
@@ -82,58 +87,47 @@ class _Collection:
         forward = any(self._missing(index, INPUTS) for index in range(n_layers))
         if not (forward or backward):
             return
-        executor = LayerExecutor(self.context)
-        states = ActivationCache(self.context, "states", executor.shape)
+        shape = self.executor.shape
+        states = ActivationCache(self.context, "states", shape)
         if not backward:
             # With checkpoints, which need every layer's input, a snapshot is of no use.
             if not states.resume():
-                executor.embed_(states.tensor)
-            self._forward(executor, states, n_layers, [])
+                self.executor.embed_(states.tensor)
+            self._forward(states, n_layers, [])
             return
-        gradients = ActivationCache(self.context, "gradients", executor.shape)
+        gradients = ActivationCache(self.context, "gradients", shape)
         resumed = gradients.resume()
         left = n_layers - gradients.done
-        checkpoints = allocate_checkpoints(self.context, left, executor.shape)
-        executor.embed_(states.tensor)
-        self._forward(executor, states, left, checkpoints)
+        checkpoints = allocate_checkpoints(self.context, left, shape)
+        self.executor.embed_(states.tensor)
+        self._forward(states, left, checkpoints)
         if not resumed:
-            backward_head(executor, states.tensor, gradients.tensor)
+            backward_head(self.executor, states.tensor, gradients.tensor)
         del states
-        self._backward(executor, gradients, checkpoints, stop=differentiated[0])
+        self._backward(gradients, checkpoints, stop=differentiated[0])
 
-    def _forward(
-        self,
-        executor: LayerExecutor,
-        states: ActivationCache,
-        stop: int,
-        checkpoints: list[Tensor],
-    ) -> None:
+    def _forward(self, states: ActivationCache, stop: int, checkpoints: list[Tensor]) -> None:
         n_layers = len(self.required)
         for index in range(states.done, stop):
             if checkpoints:
                 checkpoints[index].copy_(states.tensor)
             required = self._missing(index, INPUTS)
-            statistics = forward_layer(executor, index, states.tensor, required)
+            statistics = forward_layer(self.executor, index, states.tensor, required)
             if required:
-                groups = executor.calls[index].groups
+                groups = self.executor.calls[index].groups
                 leaders = {n: group[0] for group in groups for n in group if n in required}
-                facts = {"leaders": leaders, "n_tokens": executor.tokens.numel()}
+                facts = {"leaders": leaders, "n_tokens": self.executor.tokens.numel()}
                 self._write(index, INPUTS, statistics.sums, facts)
             states.finish_layer(save=not checkpoints and index < n_layers - 1)
             self.context.on_step("calibrate", index + 1, n_layers)
 
-    def _backward(
-        self,
-        executor: LayerExecutor,
-        gradients: ActivationCache,
-        checkpoints: list[Tensor],
-        stop: int,
-    ) -> None:
+    def _backward(self, gradients: ActivationCache, checkpoints: list[Tensor], stop: int) -> None:
         n_layers = len(self.required)
         for index in range(n_layers - 1 - gradients.done, stop - 1, -1):
             required = self._missing(index, GRADIENTS)
-            inputs = checkpoints[index]
-            statistics = backward_layer(executor, index, inputs, gradients.tensor, required)
+            statistics = backward_layer(
+                self.executor, index, checkpoints[index], gradients.tensor, required
+            )
             if required:
                 self._write(index, GRADIENTS, statistics.sums, {})
             gradients.finish_layer(save=index > stop)

@@ -59,10 +59,7 @@ def with_tables(config: PreTrainedConfig, tables: dict[str, Any]) -> PreTrainedC
 
 
 class SliceMethod(ABC, Generic[OptionsT]):
-    """A slicing method; an entry of the METHODS table."""
-
-    reads_text: bool = True
-    """Whether the method reads calibration text."""
+    """A slicing method; an entry of the METHODS table. All of them read calibration text."""
 
     @abstractmethod
     def plan(
