@@ -16,10 +16,8 @@ from lrc.configs.errors import CheckpointError, RecipeError
 def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
     """Return the facts of a compressed checkpoint.
 
-    Raises
-    ------
-    CheckpointError
-        No checkpoint of lrc, damaged, of a newer format, or, with `verify`, changed.
+    Raises a `CheckpointError` for a folder that is no checkpoint of lrc, damaged, of a newer format
+    or, with `verify`, changed.
     """
     if not folder.is_dir():
         raise RecipeError(

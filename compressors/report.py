@@ -26,7 +26,6 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.summary import summarize
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.session import Session
-from lrc.compressors.slicing import METHODS as SLICERS
 
 SCHEMA_VERSION = 2
 SCHEMA = {
@@ -148,8 +147,7 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
 
 def _reads_text(plan: Plan) -> bool:
     """Return whether the result depends on calibration text."""
-    sliced = any(SLICERS[record.method].reads_text for record in plan.slices)
-    return sliced or any(t.statistics or t.compensate is not None for t in plan.tasks)
+    return bool(plan.slices) or any(t.statistics or t.compensate is not None for t in plan.tasks)
 
 
 def _size(

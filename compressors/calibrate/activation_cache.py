@@ -29,12 +29,8 @@ Shape = tuple[int, int, int]
 class ActivationCache:
     """Hidden states or gradients [n_windows, length, d_model] in float32, after `done` layers.
 
-    Kept on the GPU if there is room, else in memory up to `limit_gib`, else on disk.
-
-    Parameters
-    ----------
-    name : str
-        One of `NAMES`; names the snapshots and the file on disk.
+    Kept on the GPU if there is room, else in memory up to the limit, else on disk. The name, one of
+    `NAMES`, is that of the snapshots and of the file on disk.
     """
 
     def __init__(self, context: CalibrationContext, name: str, shape: Shape) -> None:
@@ -74,33 +70,22 @@ class ActivationCache:
         return sorted(self._journal.work.glob(f"{self._name}-*.f32"))
 
 
-class ActivationCheckpoints:
-    """The input of every decoder layer, written by the forward pass and read by the backward pass.
+def allocate_checkpoints(context: CalibrationContext, n_layers: int, shape: Shape) -> list[Tensor]:
+    """Allocate buffers for the inputs of decoder layers, which the backward pass recomputes from.
 
     In bfloat16 where the model computes in 16 bits: half the memory, and a precision that the
     model was trained in. Not part of any snapshot; after a restart the forward pass is repeated.
     """
-
-    def __init__(self, context: CalibrationContext, n_layers: int, shape: Shape) -> None:
-        device = context.device
-        stored = next(iter(context.architecture.stored_parameters().values())).dtype
-        dtype = torch.float32 if stored == torch.float32 else torch.bfloat16
-        # Layers are read and written one at a time, so the GPU may hold only some of them.
-        on_device = min(n_layers, int(_device_room(device) // (prod(shape) * dtype.itemsize)))
-        self._layers = [*torch.empty((on_device, *shape), dtype=dtype, device=device)]
-        if on_device < n_layers:
-            rest = ((n_layers - on_device) * shape[0], *shape[1:])
-            buffer = _allocate(context, "checkpoints", rest, dtype, "cpu")
-            self._layers += [*buffer.view(-1, *shape)]
-
-    def write(self, layer: int, states: Tensor) -> None:
-        """Store the input [n_windows, length, d_model] of a layer."""
-        self._layers[layer].copy_(states)
-
-    def read(self, layer: int, rows: slice, device: str) -> Tensor:
-        """Return the input of a layer for some windows, in float32."""
-        states: Tensor = self._layers[layer][rows].to(device, torch.float32)
-        return states
+    device = context.device
+    stored = next(iter(context.architecture.stored_parameters().values())).dtype
+    dtype = torch.float32 if stored == torch.float32 else torch.bfloat16
+    # Layers are read and written one at a time, so the GPU may hold only some of them.
+    on_device = min(n_layers, int(_device_room(device) // (prod(shape) * dtype.itemsize)))
+    layers = [*torch.empty((on_device, *shape), dtype=dtype, device=device)]
+    if on_device < n_layers:
+        rest = ((n_layers - on_device) * shape[0], *shape[1:])
+        layers += [*_allocate(context, "checkpoints", rest, dtype, "cpu").view(-1, *shape)]
+    return layers
 
 
 def _device_room(device: str) -> float:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lrc.compressors.calibrate.activation_cache import ActivationCheckpoints
 from lrc.compressors.calibrate.calibration_context import Labels, check_finite
 from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches, watch
 from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
@@ -49,7 +48,7 @@ def forward_layer(
 def logit_gradient(
     logits: Tensor, tokens: Tensor, labels: Labels, generator: torch.Generator
 ) -> Tensor:
-    """Return the gradient of every token's loss with respect to its logits.
+    """Return the gradient [n, length, vocabulary] of every token's loss with respect to its logits.
 
     The curvature of a language model's loss is the Fisher matrix of its own predictions, with the
     second moment ``diag(p) - p p^T`` per token at the logits.
@@ -67,10 +66,6 @@ def logit_gradient(
         whose label lies outside the window, gets 0.
     generator : torch.Generator
         On the device of `logits`.
-
-    Returns
-    -------
-    Tensor, shape [n, length, vocabulary]
     """
     p = logits.float().softmax(dim=-1)
     if labels == "model":
@@ -107,12 +102,13 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
 def backward_layer(
     executor: LayerExecutor,
     index: int,
-    checkpoints: ActivationCheckpoints,
+    states: Tensor,
     gradients: Tensor,
     required: Required,
 ) -> LinearStatistics:
     """Replace the gradients at a layer's output by those at its input, in place.
 
+    `states` and `gradients` are [n_windows, length, d_model], the states at the layer's input.
     Returns the sums for the linears in `required`. Gradients that are not finite raise
     `ModelError`.
     """
@@ -132,7 +128,7 @@ def backward_layer(
     deterministic = sdpa_kernel(SDPBackend.MATH) if on_gpu else nullcontext()
     with executor.layer(index), watch(model, statistics.watched, see), deterministic:
         for rows in executor.batches:
-            leaf = checkpoints.read(index, rows, context.device).requires_grad_()
+            leaf = states[rows].to(context.device, torch.float32).requires_grad_()
             with torch.enable_grad():
                 out = executor.apply(index, leaf)
             at_output = gradients[rows].to(context.device)

@@ -54,19 +54,10 @@ class SequentialCalibration:
 
     @torch.no_grad()
     def measure(self, layer: int, names: Sequence[str], *, deficit: bool) -> PrefixMoments:
-        """Return sums over the tokens of the input that some linears of a layer share.
+        """Return sums over the tokens of the input that the linears of one of the `groups` share.
 
-        Parameters
-        ----------
-        names : sequence of str
-            One of `groups`.
-        deficit : bool
-            Whether to measure the difference of the residual streams too.
-
-        Raises
-        ------
-        ModelError
-            If the inputs are not finite; names the linear.
+        `deficit` requests the difference of the residual streams too. Raises a `ModelError` that
+        names the linear if the inputs are not finite.
         """
         leader, sums = names[0], RunningSums()
         with self._loaded(layer) as module:
@@ -160,12 +151,7 @@ def find_writers(
 ) -> list[str]:
     """Return which of a layer's linears add their output to the hidden states unchanged.
 
-    Parameters
-    ----------
-    forward : callable
-        Applies the layer to some tokens; returns its output.
-    linears : sequence of (str, Module)
-        In order of use.
+    `linears` are in order of use; `forward` applies the layer to some tokens.
     """
     found: dict[str, nn.Module] = {}
     for name, linear in reversed(linears):

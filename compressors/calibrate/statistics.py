@@ -1,14 +1,15 @@
 """Collect statistics of targeted linear layers: of inputs forward, of output gradients backward."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate import statistic_table as table
-from lrc.compressors.calibrate.activation_cache import ActivationCache, ActivationCheckpoints
+from lrc.compressors.calibrate.activation_cache import ActivationCache, allocate_checkpoints
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_passes import (
     backward_head,
@@ -21,6 +22,8 @@ from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import to_host
 from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.compressors.solvers.moments import Statistics
+
+INPUTS, GRADIENTS = 0, 1  # indices of `statistics_files`
 
 
 def collect(context: CalibrationContext, required: Required) -> None:
@@ -41,28 +44,24 @@ def collect(context: CalibrationContext, required: Required) -> None:
 
 def load(journal: Journal, layer: int, name: str) -> Statistics:
     """Return the statistics of one linear; empty if none were collected."""
-    file = inputs_file(layer)
-    if not journal.has(file):
-        return Statistics()
-    facts = journal.read_facts(file)
+    inputs, gradients = statistics_files(layer)
+    facts = journal.read_facts(inputs) if journal.has(inputs) else {"leaders": {}}
     leader = facts["leaders"].get(name)
     if leader is None:
         return Statistics()
-    forward = journal.read_tensors(file, table.sum_names(table.FORWARD, name, leader))
-    file, backward = gradients_file(layer), {}
-    if journal.has(file):
-        backward = journal.read_tensors(file, table.sum_names(table.BACKWARD, name, leader))
+    forward = journal.read_tensors(inputs, table.sum_names(table.FORWARD, name, leader))
+    backward = {}
+    if journal.has(gradients):
+        backward = journal.read_tensors(gradients, table.sum_names(table.BACKWARD, name, leader))
     return table.build_statistics(facts["n_tokens"], forward, backward)
 
 
-def inputs_file(layer: int) -> str:
-    """Return the journal's name for the input statistics of one decoder layer."""
-    return f"statistics/inputs-{layer:04d}.safetensors"
-
-
-def gradients_file(layer: int) -> str:
-    """Return the journal's name for the gradient statistics of one decoder layer."""
-    return f"statistics/gradients-{layer:04d}.safetensors"
+def statistics_files(layer: int) -> tuple[str, str]:
+    """Return the journal's names for the input and the gradient statistics of a decoder layer."""
+    return (
+        f"statistics/inputs-{layer:04d}.safetensors",
+        f"statistics/gradients-{layer:04d}.safetensors",
+    )
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,10 @@ class _Collection:
     required: Sequence[Required]
     """By layer."""
 
+    @cached_property
+    def executor(self) -> LayerExecutor:
+        return LayerExecutor(self.context)
+
     def run(self) -> None:
         differentiated = [
             index
@@ -80,74 +83,66 @@ class _Collection:
             if any({*table.BACKWARD} & {*names} for names in required.values())
         ]
         n_layers = len(self.required)
-        backward = not all(self._collected(gradients_file, index) for index in differentiated)
-        forward = not all(self._collected(inputs_file, index) for index in range(n_layers))
+        backward = any(self._missing(index, GRADIENTS) for index in differentiated)
+        forward = any(self._missing(index, INPUTS) for index in range(n_layers))
         if not (forward or backward):
             return
-        executor = LayerExecutor(self.context)
-        states = ActivationCache(self.context, "states", executor.shape)
+        shape = self.executor.shape
+        states = ActivationCache(self.context, "states", shape)
         if not backward:
             # Only a run without backward pass can resume from saved hidden states; a backward pass
             # needs the input of every layer.
             if not states.resume():
-                executor.embed_(states.tensor)
-            self._forward(executor, states, n_layers, None)
+                self.executor.embed_(states.tensor)
+            self._forward(states, n_layers, [])
             return
-        gradients = ActivationCache(self.context, "gradients", executor.shape)
+        gradients = ActivationCache(self.context, "gradients", shape)
         resumed = gradients.resume()
         left = n_layers - gradients.done  # layers that the backward pass still has to process
-        checkpoints = ActivationCheckpoints(self.context, left, executor.shape)
-        executor.embed_(states.tensor)
-        self._forward(executor, states, left, checkpoints)
+        checkpoints = allocate_checkpoints(self.context, left, shape)
+        self.executor.embed_(states.tensor)
+        self._forward(states, left, checkpoints)
         if not resumed:
-            backward_head(executor, states.tensor, gradients.tensor)
+            backward_head(self.executor, states.tensor, gradients.tensor)
         del states
-        self._backward(executor, gradients, checkpoints, stop=differentiated[0])
+        self._backward(gradients, checkpoints, stop=differentiated[0])
 
-    def _forward(
-        self,
-        executor: LayerExecutor,
-        states: ActivationCache,
-        stop: int,
-        checkpoints: ActivationCheckpoints | None,
-    ) -> None:
+    def _forward(self, states: ActivationCache, stop: int, checkpoints: list[Tensor]) -> None:
         n_layers = len(self.required)
         for index in range(states.done, stop):
-            if checkpoints is not None:
-                checkpoints.write(index, states.tensor)
-            collected = self._collected(inputs_file, index)
-            required = {} if collected else self.required[index]
-            statistics = forward_layer(executor, index, states.tensor, required)
-            if not collected:
-                groups = executor.calls[index].groups
+            if checkpoints:
+                checkpoints[index].copy_(states.tensor)
+            required = self._missing(index, INPUTS)
+            statistics = forward_layer(self.executor, index, states.tensor, required)
+            if required:
+                groups = self.executor.calls[index].groups
                 leaders = {n: group[0] for group in groups for n in group if n in required}
-                facts = {"leaders": leaders, "n_tokens": executor.tokens.numel()}
-                self._write(inputs_file(index), statistics.sums, facts)
-            states.finish_layer(save=checkpoints is None and index < n_layers - 1)
+                facts = {"leaders": leaders, "n_tokens": self.executor.tokens.numel()}
+                self._write(index, INPUTS, statistics.sums, facts)
+            states.finish_layer(save=not checkpoints and index < n_layers - 1)
             self.context.on_step("calibrate", index + 1, n_layers)
 
-    def _backward(
-        self,
-        executor: LayerExecutor,
-        gradients: ActivationCache,
-        checkpoints: ActivationCheckpoints,
-        stop: int,
-    ) -> None:
+    def _backward(self, gradients: ActivationCache, checkpoints: list[Tensor], stop: int) -> None:
         n_layers = len(self.required)
         for index in range(n_layers - 1 - gradients.done, stop - 1, -1):
-            collected = self._collected(gradients_file, index)
-            required = {} if collected else self.required[index]
-            statistics = backward_layer(executor, index, checkpoints, gradients.tensor, required)
-            if not collected:
-                self._write(gradients_file(index), statistics.sums, {})
+            required = self._missing(index, GRADIENTS)
+            statistics = backward_layer(
+                self.executor, index, checkpoints[index], gradients.tensor, required
+            )
+            if required:
+                self._write(index, GRADIENTS, statistics.sums, {})
             gradients.finish_layer(save=index > stop)
             self.context.on_step("gradients", gradients.done, n_layers - stop)
 
-    def _collected(self, file: Callable[[int], str], index: int) -> bool:
-        """Return whether a pass has no statistics to collect for a layer, or has collected them."""
-        return not self.required[index] or self.context.journal.has(file(index))
+    def _missing(self, layer: int, side: int) -> Required:
+        """Return the statistics of a layer that one side of it still lacks."""
+        done = self.context.journal.has(statistics_files(layer)[side])
+        return {} if done else self.required[layer]
 
-    def _write(self, file: str, sums: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    def _write(
+        self, layer: int, side: int, sums: Mapping[str, Tensor], facts: dict[str, Any]
+    ) -> None:
         tensors = {key: to_host(total) for key, total in sums.items()}
         # A safetensors file needs at least one tensor.
-        self.context.journal.write_tensors(file, tensors or {"none": torch.zeros(1)}, facts)
+        tensors = tensors or {"none": torch.zeros(1)}
+        self.context.journal.write_tensors(statistics_files(layer)[side], tensors, facts)

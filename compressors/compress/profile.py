@@ -10,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from lrc.compressors.calibrate.statistics import inputs_file
+from lrc.compressors.calibrate.statistics import statistics_files
 from lrc.compressors.compress.group import CompressedGroup
 from lrc.compressors.compress.layerwise import Compression
 from lrc.compressors.evaluate.perplexity import perplexity
@@ -148,7 +148,7 @@ def _measured(journal: Journal, layer: int, windows: int) -> bool:
 
 def _check_statistics(tasks: list[LayerTask], journal: Journal) -> None:
     for task in tasks:
-        missing = [w.name for w in task.weights if not journal.has(inputs_file(w.layer))]
+        missing = [w.name for w in task.weights if not journal.has(statistics_files(w.layer)[0])]
         if task.statistics and missing:
             raise OutputError(
                 f"output: {journal.output} contains a run that has compressed {missing[0]} and "

@@ -9,7 +9,9 @@ import math
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.hub import quiet_datasets
 from lrc.compressors.evaluate.perplexity import input_device
@@ -17,10 +19,6 @@ from lrc.compressors.evaluate.quiet import quiet_harness, seeded
 from lrc.compressors.io.machine import OnStep, no_progress
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Tasks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 BOOTSTRAP_DRAWS = 1000
 """For metrics whose standard error has no formula: 1,000 determine it to about 2 %, lm-eval's
@@ -30,8 +28,8 @@ TaskScores = dict[str, dict[str, dict[str, Any]]]
 
 
 def run_tasks(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: Tasks,
     *,
     seed: int,

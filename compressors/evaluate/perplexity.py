@@ -8,18 +8,16 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Embedding
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from lrc.compressors.corpus.windows import Windows, check_vocabulary
 from lrc.configs.errors import ModelError, RecipeError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROTOCOL = (
     "documents joined by a blank line, tokenized once, disjoint windows, "
@@ -48,7 +46,7 @@ class PerplexityResult:
 
 
 def perplexity(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     windows: Windows | Tensor,
     *,
     on_window: Callable[[int, int], None] = lambda done, total: None,
@@ -121,7 +119,7 @@ def check_window(config: Any, window: int, key: str = "evaluate.perplexity.windo
         )
 
 
-def check_fit(model: "PreTrainedModel", tokens: Tensor, *, bos: bool) -> None:
+def check_fit(model: PreTrainedModel, tokens: Tensor, *, bos: bool) -> None:
     """Refuse windows [n, length] that a model, possibly without weights, cannot process.
 
     If `bos`, they start with a BOS token.
@@ -142,7 +140,7 @@ def check_fit(model: "PreTrainedModel", tokens: Tensor, *, bos: bool) -> None:
     check_vocabulary(tokens, model.get_input_embeddings())
 
 
-def _learned_positions(model: "PreTrainedModel") -> int | None:
+def _learned_positions(model: PreTrainedModel) -> int | None:
     """Return the size of a learned position embedding; None if there is none."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     words = model.get_input_embeddings()
@@ -156,7 +154,7 @@ def _learned_positions(model: "PreTrainedModel") -> int | None:
     return None
 
 
-def input_device(model: "PreTrainedModel") -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Return the device of token ids: the embedding's, or where accelerate will move it."""
     embedding = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
@@ -166,7 +164,7 @@ def input_device(model: "PreTrainedModel") -> torch.device:
     return next(embedding.parameters()).device
 
 
-def _head_gives_logits(model: "PreTrainedModel", ids: Tensor) -> bool:
+def _head_gives_logits(model: PreTrainedModel, ids: Tensor) -> bool:
     """Return whether decoder plus output embedding equal the model, on a few positions.
 
     A model may cap or scale its logits after the head (Gemma 2, Granite, Cohere). The comparison
@@ -183,11 +181,11 @@ def _head_gives_logits(model: "PreTrainedModel", ids: Tensor) -> bool:
     return torch.equal(head(hidden).float().cpu(), logits.float().cpu())
 
 
-def _head(model: "PreTrainedModel") -> Any:
+def _head(model: PreTrainedModel) -> Any:
     return cast(Any, model).get_output_embeddings()  # not annotated in transformers
 
 
-def _window_nll(model: "PreTrainedModel", ids: Tensor, head_only: bool) -> float:
+def _window_nll(model: PreTrainedModel, ids: Tensor, head_only: bool) -> float:
     """Sum the negative log-likelihood of tokens 1, 2, ... given those before."""
     pieces = _head_pieces(model, ids) if head_only else _model_pieces(model, ids)
     total = 0.0
@@ -198,7 +196,7 @@ def _window_nll(model: "PreTrainedModel", ids: Tensor, head_only: bool) -> float
     return total
 
 
-def _head_pieces(model: "PreTrainedModel", ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _head_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Run the decoder once, the output embedding in pieces."""
     hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
     head = _head(model)
@@ -206,7 +204,7 @@ def _head_pieces(model: "PreTrainedModel", ids: Tensor) -> Iterator[tuple[int, T
         yield start, head(hidden[start : start + PIECE])
 
 
-def _model_pieces(model: "PreTrainedModel", ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _model_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Run the whole model, once for every piece of logits that fits in memory."""
     predicted = len(ids) - 1
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:

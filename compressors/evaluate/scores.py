@@ -2,7 +2,9 @@
 
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.windows import evaluation_windows
 from lrc.compressors.evaluate.harness import run_tasks
@@ -11,9 +13,6 @@ from lrc.compressors.io.machine import OnStep, no_progress
 from lrc.configs.errors import DataError
 from lrc.configs.recipe import Evaluate, Perplexity
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 Scores = dict[str, Any]
 
 SHARED = ("tokens", "window", "windows", "bos", "protocol", "text_sha256")
@@ -21,8 +20,8 @@ SHARED = ("tokens", "window", "windows", "bos", "protocol", "text_sha256")
 
 
 def evaluate_model(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     evaluate: Evaluate,
     *,
     seed: int,
@@ -45,7 +44,7 @@ def evaluate_model(
 
 
 def check_texts(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", evaluate: Evaluate
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluate: Evaluate
 ) -> None:
     """Refuse unavailable, too short or unsuitable texts before hours are spent.
 
@@ -57,8 +56,8 @@ def check_texts(
 
 
 def perplexity_entry(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     spec: Perplexity,
     on_step: OnStep,
 ) -> Scores:

@@ -83,7 +83,9 @@ def score_moments(
 
     Each pair contributes two parts: its own ``q k``, and ``q k`` with the query rotated by a right
     angle. Scaling and rotating the queries of a pair, which commutes with the rotary embedding,
-    mixes the two.
+    mixes the two. The covariances of the parts [n_heads, head_dim, head_dim], first the plain ones
+    of all pairs, then the rotated ones, are under each query's attention weights, summed over the
+    queries in float64.
 
     Parameters
     ----------
@@ -95,12 +97,6 @@ def score_moments(
     frequencies : Tensor, shape [head_dim / 2]
     scaling : float
         Factor of the scores.
-
-    Returns
-    -------
-    Tensor, shape [n_heads, head_dim, head_dim]
-        Sum over the queries of the covariance of the parts under the query's attention weights:
-        first the plain part of every pair, then the rotated ones. Float64.
 
     Notes
     -----

@@ -117,7 +117,7 @@ class Modegpt(SliceMethod[Options]):
             )
             facts["head_dim"] = [layout.heads.head_dim, head_dim]
             facts |= {"rotary_pairs": narrow_heads.pairs.tolist(), "lost_scores": lost}
-        writer = SliceWriter(context, layout.mlps, widths, narrow_heads, damp=options.damp)
+        writer = SliceWriter(context, layout.mlps, widths, narrow_heads, options.damp)
         return SlicedModel(config, writer.tensors(), facts | {"layers": writer.facts})
 
 

@@ -59,10 +59,7 @@ def with_tables(config: PreTrainedConfig, tables: dict[str, Any]) -> PreTrainedC
 
 
 class SliceMethod(ABC, Generic[OptionsT]):
-    """A slicing method; an entry of the METHODS table."""
-
-    reads_text: bool = True
-    """Whether the method reads calibration text."""
+    """A slicing method; an entry of the METHODS table. All of them read calibration text."""
 
     @abstractmethod
     def plan(
@@ -70,10 +67,7 @@ class SliceMethod(ABC, Generic[OptionsT]):
     ) -> PreTrainedConfig:
         """Return the config of the largest smaller model within the budget.
 
-        Raises
-        ------
-        RecipeError
-            If the method does not support the architecture, or no model fits the budget.
+        Raises a `RecipeError` if the method does not support the architecture, or no model fits.
         """
 
     def pending(self, options: OptionsT, config: PreTrainedConfig) -> str | None:

@@ -6,7 +6,7 @@ models up to the linear that is refitted next.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,34 +51,27 @@ class NarrowHeads:
     """Factor of the queries that cancels a change in the scaling of the scores."""
 
 
+@dataclass
 class SliceWriter:
-    """Compute the tensors of a model with narrower MLPs and heads.
+    """Compute the tensors of a model with narrower MLPs and heads."""
 
-    `mlps` and `widths` have one entry per layer. Without `narrow_heads` attention does not change.
-    """
-
-    def __init__(
-        self,
-        context: CalibrationContext,
-        mlps: list[Mlp],
-        widths: list[int],
-        narrow_heads: NarrowHeads | None,
-        *,
-        damp: float,
-    ) -> None:
-        self._context, self._damp = context, damp
-        self._mlps, self._widths, self._narrow_heads = mlps, widths, narrow_heads
-        self._parameters = context.architecture.stored_parameters()
-        self.facts: list[dict[str, Any]] = []
-        """Facts of each layer; a layer is added when it is sliced."""
+    context: CalibrationContext
+    mlps: list[Mlp]
+    """One per layer."""
+    widths: list[int]
+    narrow_heads: NarrowHeads | None
+    """Without them attention does not change."""
+    damp: float
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    """Facts of each layer; a layer is added when it is sliced."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every stored parameter, slicing a layer when its first one is reached."""
-        context, names = self._context, self._context.architecture.layer_names
+        context, names = self.context, self.context.architecture.layer_names
         self._prefix = SequentialCalibration(context)
         self._sliced: dict[str, Tensor] = {}
         done = 0
-        for name in self._parameters:
+        for name in context.architecture.stored_parameters():
             if done < len(names) and name.startswith(f"{names[done]}."):
                 self._slice_layer(done)
                 done += 1
@@ -90,17 +83,17 @@ class SliceWriter:
     def _slice_layer(self, index: int) -> None:
         self._sliced = {}
         self.facts.append({"layer": index})
-        if self._narrow_heads is not None:
-            attention = self._narrow_heads.heads.attentions[index]
-            self._slice_queries_and_keys(index, attention, self._narrow_heads)
-            self._slice_values_and_output(index, attention, self._narrow_heads)
-        self._slice_mlp(index, self._mlps[index])
+        if self.narrow_heads is not None:
+            attention = self.narrow_heads.heads.attentions[index]
+            self._slice_queries_and_keys(index, attention, self.narrow_heads)
+            self._slice_values_and_output(index, attention, self.narrow_heads)
+        self._slice_mlp(index, self.mlps[index])
         self._prefix.advance(index)
 
     def _slice_mlp(self, layer: int, mlp: Mlp) -> None:
         W, _ = self._read(mlp.output)
         target, H = self._refit(layer, mlp.output, W, W)
-        narrowed = narrow(target, H, self._widths[layer], damp=self._damp)
+        narrowed = narrow(target, H, self.widths[layer], damp=self.damp)
         self.facts[-1]["lost_mlp"] = narrowed.lost
         self._note_fallback("mlp", narrowed.fallback)
         small = narrowed.W.to(W.dtype)
@@ -133,7 +126,7 @@ class SliceWriter:
         for index in range(heads.n_kv_heads):
             stacked = readers[:, index].transpose(0, 1).flatten(0, 1)  # [group * d, h]
             P, V, fraction, fallback = value_output(
-                stacked, new.values[layer, index], rank, damp=self._damp
+                stacked, new.values[layer, index], rank, damp=self.damp
             )
             projections.append(P)
             outputs += [block.T for block in V.chunk(group)]  # [rank, d]
@@ -167,7 +160,7 @@ class SliceWriter:
         if linear in found.deficit:
             deficit += RESIDUAL * found.deficit[linear].double() / self._prefix.n_tokens
         target, fallback = refit_target(
-            V, H, cross, mix=MIX, damp=self._damp, deficit=deficit, residual=1.0
+            V, H, cross, mix=MIX, damp=self.damp, deficit=deficit, residual=1.0
         )
         self._note_fallback(linear.rpartition(".")[2], fallback)
         return target, H
@@ -182,9 +175,9 @@ class SliceWriter:
                 self._sliced[f"{linear}.{leaf}"] = tensor.contiguous().cpu()
 
     def _read(self, linear: str) -> WeightAndBias:
-        reader, bias, device = self._context.reader, f"{linear}.bias", self._context.device
+        reader, bias, device = self.context.reader, f"{linear}.bias", self.context.device
         weight = reader.read(f"{linear}.weight", device=device)
-        return weight, reader.read(bias, device=device) if bias in self._parameters else None
+        return weight, reader.read(bias, device=device) if bias in reader else None
 
 
 def _map(change: Callable[[Tensor], Tensor], parts: WeightAndBias) -> WeightAndBias:

@@ -39,21 +39,12 @@ class StreamBases:
 
 
 def principal_axes(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvectors of a second moment and its eigenvalues, largest first.
+    """Return the eigenvectors [D, D] of a second moment and its eigenvalues [D], largest first.
 
-    Section 3 of SliceGPT, whose code first adds a multiple of the identity: that moves no axis.
-
-    Parameters
-    ----------
-    moment : Tensor, shape [D, D]
-        Sum over tokens of ``x x^T`` for the inputs ``x`` of norms of the residual stream.
-
-    Returns
-    -------
-    Q : Tensor, shape [D, D]
-        Orthogonal, float64, one axis per column. The largest entry of each column is positive, so
-        that equal moments give equal axes.
-    energies : Tensor, shape [D]
+    Section 3 of SliceGPT, whose code first adds a multiple of the identity: that moves no axis. The
+    moment is the sum over tokens of ``x x^T`` for the inputs ``x`` of norms of the residual stream.
+    Axes are columns in float64; the largest entry of each is positive, so that equal moments give
+    equal axes.
     """
     energies, Q = descending_eigh(moment.double())
     peaks = Q.gather(0, Q.abs().argmax(0, keepdim=True))  # [1, D]

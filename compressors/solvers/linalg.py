@@ -33,12 +33,6 @@ def tensor_cores(device: str | torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def add_second_moment_(H: Tensor, x: Tensor) -> None:
-    """Add ``x^T x`` of inputs `x` [..., d_in] to a running sum `H` [d_in, d_in], in place."""
-    x = x.reshape(-1, x.shape[-1]).to(H.dtype)  # [n_tokens, d_in]
-    H.addmm_(x.T, x)
-
-
 def damped(H: Tensor, damp: float) -> Tensor:
     """Return ``H + damp * mean(diag(H)) * I`` as a new tensor."""
     result = H.clone()

@@ -27,8 +27,7 @@ def compress_weights(session: Session, plan: Plan) -> Plan:
     plan = replace(allocate_budgets(session, plan), slices=plan.slices)
 
     def finished(layer: int) -> None:
-        files = statistics.inputs_file(layer), statistics.gradients_file(layer)
-        session.journal.forget(*files)
+        session.journal.forget(*statistics.statistics_files(layer))
 
     reader, device = session.models.reader, session.device
     with session.clock("compress"):

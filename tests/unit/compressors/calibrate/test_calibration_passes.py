@@ -151,7 +151,7 @@ def test_only_required_statistics_are_collected(architecture, reader, tokens, tm
     assert statistics.load(journal, 0, "model.layers.0.mlp.up_proj") == Statistics()
     s = statistics.load(journal, 1, name)
     assert s.missing(EVERYTHING) == ["input_magnitude", "input_mean", "inputs", "row_fisher"]
-    assert not journal.has(statistics.gradients_file(0))  # nothing below the lowest target
+    assert not journal.has(statistics.statistics_files(0)[1])  # nothing below the lowest target
 
 
 @pytest.mark.parametrize("labels", ["model", "sampled", "real"])

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from lrc.compressors.calibrate.statistics import inputs_file
+from lrc.compressors.calibrate.statistics import statistics_files
 from lrc.compressors.compress.group import stored_weight
 from lrc.compressors.compress.layerwise import compress_layers, layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan, rank_correlation
@@ -82,7 +82,7 @@ def plan_of(model: Any, method: str, types: str = "low_rank") -> Plan:
 def journal_of(folder: Path) -> Journal:
     journal = Journal(folder)
     for layer in (0, 1):  # only the existence of the statistics is checked
-        journal.write_json(inputs_file(layer), {})
+        journal.write_json(statistics_files(layer)[0], {})
     return journal
 
 
@@ -204,7 +204,7 @@ def test_measured_layers_are_not_measured_again(model: Any, tokens: Tensor, tmp_
 
 def test_deleted_statistics_are_named(model: Any, tokens: Tensor, tmp_path: Path) -> None:
     journal = journal_of(tmp_path)
-    journal.forget(inputs_file(1))
+    journal.forget(statistics_files(1)[0])
     with pytest.raises(OutputError, match=r"layers.1.self_attn.q_proj .*") as caught:
         measured(plan_of(model, "svd-llm"), model, tokens, journal)
     assert caught.value.code == "statistics-deleted"
