@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
@@ -86,21 +86,17 @@ class Shape:
             return value in self.options
         return "pattern" not in self.schema or bool(re.search(self.schema["pattern"], value))
 
+    @property
+    def limits(self) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
+        """The range of a number: signs such as `<=`, their meaning, and the other side."""
+        limits = ((sign, within, self.schema.get(key)) for key, (sign, within) in _LIMITS.items())
+        return [(sign, within, limit) for sign, within, limit in limits if limit is not None]
+
     def covers(self, value: Any) -> bool:
         """Return whether a value of this part's type is in its range, or long enough."""
         if isinstance(value, (str, list)):
             return bool(value) or not {"minLength", "minItems"} & self.schema.keys()
-        return all(
-            key not in self.schema or within(value, self.schema[key])
-            for key, (_, within) in _LIMITS.items()
-        )
-
-    @property
-    def range(self) -> str:
-        """The range of a number: `> 0 and <= 1`."""
-        return " and ".join(
-            f"{sign} {self.schema[key]}" for key, (sign, _) in _LIMITS.items() if key in self.schema
-        )
+        return all(within(value, limit) for _, within, limit in self.limits)
 
     @cached_property
     def properties(self) -> dict[str, "Shape"]:

@@ -39,8 +39,9 @@ def _allowed_part(part: Shape) -> str:
         return f"a list of entries, each {allowed(Shape(part.schema['items'], part.root))}"
     if part.kind == "object":
         return f"a mapping with the {keys(part.properties, most=_MOST_KEYS)}"
-    not_empty = " that is not empty" if part.schema.get("minLength") else ""
-    return f"{_NOUNS[part.kind]} {part.range}".rstrip() + not_empty
+    limits = " and ".join(f"{sign} {limit}" for sign, _, limit in part.limits)
+    rule = "that is not empty" if part.schema.get("minLength") else limits
+    return f"{_NOUNS[part.kind]} {rule}".rstrip()
 
 
 def keys(names: Collection[str], most: int = 100) -> str:
@@ -105,8 +106,8 @@ def _into_range(part: Shape, value: Any) -> str:
         return "write a finite number"
     if part.schema.get("maximum") == 1 and 10 <= value <= 100:
         return f"for {value:g} % write {value / 100:g}"
-    least = part.schema.get("minimum", part.schema.get("exclusiveMinimum", -math.inf))
-    return "raise it" if value <= least else "lower it"
+    broken = next(sign for sign, within, limit in part.limits if not within(value, limit))
+    return "raise it" if broken.startswith(">") else "lower it"
 
 
 def _other_type(shape: Shape, value: Any) -> str:
