@@ -112,15 +112,7 @@ class OutputError(LrcError):
 
 
 class GateMissed(LrcError):
-    """The run is complete and saved, but missed a quality gate of the recipe.
-
-    Parameters
-    ----------
-    missed : list of str
-        One sentence for each missed gate.
-    report : dict
-        The report of the run.
-    """
+    """The run is complete and saved, but missed quality gates of the recipe: one sentence each."""
 
     exit_code = 4
     default_code = "gate-missed"

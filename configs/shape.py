@@ -1,5 +1,6 @@
 """What is allowed at one place of a recipe, read from the JSON Schema."""
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -38,17 +39,10 @@ def closest(word: object, allowed: Iterable[str]) -> str | None:
 
 
 class Shape:
-    """One place of the schema.
+    """One place of a schema; `root`, by default the same, is the schema with the definitions.
 
     Several kinds of mapping at one place (the methods of a stage, the kinds of stages) are one part
     with the keys of all of them; `variant` tells which one a mapping means.
-
-    Parameters
-    ----------
-    schema : Schema
-        The schema of this place.
-    root : Schema, optional
-        The schema it is part of, which holds the definitions; itself if left out.
     """
 
     def __init__(self, schema: Schema, root: Schema | None = None) -> None:
@@ -96,7 +90,8 @@ class Shape:
         """Return whether a value of this part's type is in its range, or long enough."""
         if isinstance(value, (str, list)):
             return bool(value) or not {"minLength", "minItems"} & self.schema.keys()
-        return all(within(value, limit) for _, within, limit in self.limits)
+        within_limits = all(within(value, limit) for _, within, limit in self.limits)
+        return within_limits and (not isinstance(value, float) or math.isfinite(value))
 
     @cached_property
     def properties(self) -> dict[str, "Shape"]:
