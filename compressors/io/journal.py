@@ -112,8 +112,7 @@ class Journal:
             if path.is_dir():  # renamed first: a half-deleted folder would count as finished
                 partial = path.with_name(_partial(path.name))
                 shutil.rmtree(partial, ignore_errors=True)
-                path = path.rename(partial)
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path.rename(partial), ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 
@@ -124,13 +123,8 @@ def open_journal(
 ) -> Iterator[Journal]:
     """Create and lock an output folder, and check which run it belongs to.
 
-    Parameters
-    ----------
-    output : Path
-    identity : mapping
-        What determines the result; a run of another identity is not continued.
-    overwrite : bool
-        Delete an earlier run of lrc in this folder, and nothing else.
+    `identity` is what determines the result: a run of another identity is not continued. With
+    `overwrite` an earlier run of lrc in this folder is deleted, and nothing else.
 
     Raises
     ------

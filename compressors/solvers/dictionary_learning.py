@@ -233,9 +233,6 @@ def _check(
             f"pattern 2:4 needs atoms divisible by 4 and half as many nonzeros, got {atoms} atoms "
             f"and {nonzeros} nonzeros; take {max(atoms // 4, 1) * 4} and {max(atoms // 4, 1) * 2}"
         )
-    if rounds is not None and rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
-    if rounds is not None and chosen.rounds == 1 and rounds != 1:
-        raise ValueError(
-            f"rounds must be 1 with {solver}, a single step, got {rounds}; leave it out"
-        )
+    if rounds is not None and (rounds < 1 or chosen.rounds == 1 < rounds):
+        allowed = f"1 with {solver}, a single step" if chosen.rounds == 1 else "at least 1"
+        raise ValueError(f"rounds must be {allowed}, got {rounds}; leave it out")
