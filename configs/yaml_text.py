@@ -72,8 +72,10 @@ class Document:
     """Place, code and message of every key that is given twice."""
     _n_values: int = 0
 
-    def read(self, node: yaml.Node, path: Path) -> Any:
-        """Return the value of a node at `path`."""
+    def read(self, node: yaml.Node, path: Path, place: yaml.Node | None = None) -> Any:
+        """Return the value of a node at `path`, and note its line, that of `place`."""
+        if place is not None:
+            self.lines[path] = place.start_mark.line + 1
         self._n_values += 1
         if self._n_values > MAX_VALUES:
             raise _error(node, f"more than {MAX_VALUES:,} values; repeat fewer aliases")
@@ -83,12 +85,8 @@ class Document:
         if isinstance(node, yaml.ScalarNode):
             return _scalar(node.tag.removeprefix(_TAG), _text(node))
         if isinstance(node, yaml.SequenceNode):
-            return [self._inside(path, i, each, each) for i, each in enumerate(node.value)]
+            return [self.read(each, (*path, i), each) for i, each in enumerate(node.value)]
         return self._mapping(node, path)
-
-    def _inside(self, path: Path, step: str | int, place: yaml.Node, node: yaml.Node) -> Any:
-        self.lines[(*path, step)] = place.start_mark.line + 1
-        return self.read(node, (*path, step))
 
     def _mapping(self, node: yaml.Node, path: Path) -> dict[str, Any]:
         merged: dict[str, Any] = {}
@@ -106,7 +104,7 @@ class Document:
                 text = f"given twice, again in line {line}; remove one of the two"
                 self.problems.append(((*path, key), "duplicate-key", text))
             else:
-                own[key] = self._inside(path, key, key_node, value_node)
+                own[key] = self.read(value_node, (*path, key), key_node)
         return merged | own
 
 

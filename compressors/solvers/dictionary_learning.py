@@ -127,21 +127,11 @@ class DictionaryProblem:
         pattern: Pattern = "unstructured",
         seed: int = 0,
     ) -> Dictionary:
-        """Learn a dictionary.
+        """Learn a dictionary of `atoms` atoms, `nonzeros` of which each output uses.
 
-        Parameters
-        ----------
-        atoms : int
-            Size of the dictionary, in ``[1, min(d_out, d_in)]``; up to d_out if the solver allows
-            it.
-        nonzeros : int
-            Number of atoms that each output uses, in ``[1, atoms]``.
-        rounds : int, optional
-            Number of alternating updates of codes and dictionary. Default: that of the solver.
-        pattern : {"unstructured", "2:4"}
-            ``"2:4"`` lets an output use two of every four consecutive atoms.
-        seed : int
-            Seed of the random start of "cospadi".
+        There are at most ``min(d_out, d_in)`` atoms, or d_out if the solver allows it. A round, by
+        default as many as the solver has, updates codes and dictionary. With the pattern "2:4" an
+        output uses two of every four consecutive atoms. The random start of "cospadi" has a seed.
 
         Raises
         ------
