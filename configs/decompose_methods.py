@@ -277,21 +277,10 @@ class Mixed(DecomposeBase):
         return self
 
 
+LowRankMethod = Svd | Fwsvd | Asvd | SvdLlm | Lord | Kfac | BasisSharing
+SparseMethod = Magnitude | Wanda | Sparse
+DictionaryMethod = Cospadi | Compot | Rocket | Dictionary
 Decompose = Annotated[
-    Svd
-    | Fwsvd
-    | Asvd
-    | SvdLlm
-    | Lord
-    | Kfac
-    | BasisSharing
-    | Magnitude
-    | Wanda
-    | Sparse
-    | Cospadi
-    | Compot
-    | Rocket
-    | Dictionary
-    | Mixed,
+    LowRankMethod | SparseMethod | DictionaryMethod | Mixed,
     Field(discriminator="method", description="Replace weight matrices by smaller components."),
 ]

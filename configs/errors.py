@@ -32,7 +32,7 @@ class Problem:
     source: str = ""
 
     @classmethod
-    def parse(cls, text: str, code: str = "invalid-recipe") -> "Problem":
+    def parse(cls, text: str) -> "Problem":
         """Split a sentence of the form `where: message`; `where` has no spaces.
 
         >>> Problem.parse("stages[0].decompose.keep: must be at most 1, got 2").where
@@ -40,7 +40,7 @@ class Problem:
         """
         found = re.match(r"(\S+): (?=\S)", text)
         where = found[1] if found else ""
-        return cls(code, where, text[found.end() :] if found else text)
+        return cls("invalid-recipe", where, text[found.end() :] if found else text)
 
     def __str__(self) -> str:
         return ": ".join(filter(None, (self.source, self.where, self.message)))
@@ -113,15 +113,7 @@ class OutputError(LrcError):
 
 
 class GateMissed(LrcError):
-    """The run is complete and saved, but missed a quality gate of the recipe.
-
-    Parameters
-    ----------
-    missed : list of str
-        One sentence for each missed gate.
-    report : dict
-        The report of the run.
-    """
+    """The run is complete and saved, but missed quality gates of the recipe: one sentence each."""
 
     exit_code = 4
     default_code = "gate-missed"

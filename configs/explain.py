@@ -6,7 +6,6 @@ against the JSON Schema of the same models. Rules that are code (`Override`'s "e
 taken from pydantic's list.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,18 +19,9 @@ from lrc.configs.words import Message, keys, missing, refusal
 
 
 def explain(error: ValidationError, value: Any, shape: Shape, places: Places) -> list[Problem]:
-    """Return everything that is wrong with a value.
+    """Return everything that is wrong with a recipe, as read and before short forms are expanded.
 
-    Parameters
-    ----------
-    error : ValidationError
-        The errors that pydantic found in `value`.
-    value : Any
-        The recipe as read, before short forms are expanded.
-    shape : Shape
-        What is allowed.
-    places : Places
-        Where the parts of `value` were written.
+    `error` is what pydantic found in it, and `shape` what is allowed.
     """
     found = list(_check(shape, value, ()))
     errors = error.errors(include_url=False, include_input=False)
@@ -47,8 +37,7 @@ def explain(error: ValidationError, value: Any, shape: Shape, places: Places) ->
 def _check(shape: Shape, value: Any, path: Path) -> Iterator[tuple[Path, Message]]:
     """Yield what is wrong with `value` and with everything inside it."""
     part = next((part for part in shape.parts if part.holds(value)), None)
-    finite = not isinstance(value, float) or math.isfinite(value)
-    if part is None or not part.admits(value) or not part.covers(value) or not finite:
+    if part is None or not part.admits(value) or not part.covers(value):
         yield path, refusal(shape, value)
     elif isinstance(value, dict):
         yield from _check_mapping(part, value, path)

@@ -31,14 +31,7 @@ class LoadedRecipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read and check a recipe file.
-
-    Parameters
-    ----------
-    path : str or Path
-        A YAML file.
-    overrides : Sequence[str]
-        `key.path=value` texts, applied in order before the recipe is checked.
+    """Read a recipe file, apply `key.path=value` overrides in order, and check the result.
 
     Raises
     ------

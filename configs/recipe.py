@@ -5,6 +5,7 @@ always fully written out. `Recipe.model_dump()` gives the form that is saved wit
 """
 
 from itertools import pairwise
+from pathlib import PureWindowsPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Field, PositiveInt, create_model, model_validator
@@ -91,8 +92,7 @@ class Perplexity(Strict):
     @model_validator(mode="after")
     def _default_name(self) -> "Perplexity":
         if not self.name:
-            stem = self.source.replace("\\", "/").rsplit("/", 1)[-1]
-            object.__setattr__(self, "name", stem.rsplit(".", 1)[0] if "." in stem else stem)
+            object.__setattr__(self, "name", PureWindowsPath(self.source).stem)  # / or \\
         return self
 
 

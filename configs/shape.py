@@ -1,8 +1,9 @@
 """What is allowed at one place of a recipe, read from the JSON Schema."""
 
+import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
@@ -38,17 +39,10 @@ def closest(word: object, allowed: Iterable[str]) -> str | None:
 
 
 class Shape:
-    """One place of the schema.
+    """One place of a schema; `root`, by default the same, is the schema with the definitions.
 
     Several kinds of mapping at one place (the methods of a stage, the kinds of stages) are one part
     with the keys of all of them; `variant` tells which one a mapping means.
-
-    Parameters
-    ----------
-    schema : Schema
-        The schema of this place.
-    root : Schema, optional
-        The schema it is part of, which holds the definitions; itself if left out.
     """
 
     def __init__(self, schema: Schema, root: Schema | None = None) -> None:
@@ -86,21 +80,18 @@ class Shape:
             return value in self.options
         return "pattern" not in self.schema or bool(re.search(self.schema["pattern"], value))
 
+    @property
+    def limits(self) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
+        """The range of a number: signs such as `<=`, their meaning, and the other side."""
+        limits = ((sign, within, self.schema.get(key)) for key, (sign, within) in _LIMITS.items())
+        return [(sign, within, limit) for sign, within, limit in limits if limit is not None]
+
     def covers(self, value: Any) -> bool:
         """Return whether a value of this part's type is in its range, or long enough."""
         if isinstance(value, (str, list)):
             return bool(value) or not {"minLength", "minItems"} & self.schema.keys()
-        return all(
-            key not in self.schema or within(value, self.schema[key])
-            for key, (_, within) in _LIMITS.items()
-        )
-
-    @property
-    def range(self) -> str:
-        """The range of a number: `> 0 and <= 1`."""
-        return " and ".join(
-            f"{sign} {self.schema[key]}" for key, (sign, _) in _LIMITS.items() if key in self.schema
-        )
+        within_limits = all(within(value, limit) for _, within, limit in self.limits)
+        return within_limits and (not isinstance(value, float) or math.isfinite(value))
 
     @cached_property
     def properties(self) -> dict[str, "Shape"]:

@@ -22,12 +22,10 @@ def _complete_schema(schema: dict[str, Any], part: type["Strict"]) -> None:
     if method is not None:
         method.setdefault("description", schema["description"])
     if part.short_form is not None:
-        kind, key = part.short_form
-        short: dict[str, Any] = {"description": f"Short for `{{{key}: ...}}`."}
-        if kind is str:
-            short |= {"type": "string", "minLength": 1}
-        else:
-            short |= {"type": "array", "items": schema["properties"][key]["items"]}
+        key = part.short_form[1]
+        same = ("type", "minLength", "items")
+        short = {name: rule for name, rule in schema["properties"][key].items() if name in same}
+        short["description"] = f"Short for `{{{key}: ...}}`."
         full = dict(schema)
         schema.clear()
         schema |= {"title": full["title"], "description": full["description"]}

@@ -20,8 +20,7 @@ _NOUNS = {
     "number": "a number",
     "boolean": "true or false",
 }
-_MOST_KEYS, _FIRST_KEYS = 8, 3
-"""A mapping with more keys than the first is named by as many as the second."""
+_MOST_KEYS = 8
 
 
 def allowed(shape: Shape) -> str:
@@ -38,17 +37,16 @@ def _allowed_part(part: Shape) -> str:
     if part.kind == "array":
         return f"a list of entries, each {allowed(Shape(part.schema['items'], part.root))}"
     if part.kind == "object":
-        return f"a mapping with the {keys(part.properties, most=_MOST_KEYS)}"
-    not_empty = " that is not empty" if part.schema.get("minLength") else ""
-    return f"{_NOUNS[part.kind]} {part.range}".rstrip() + not_empty
+        return f"a mapping with the {keys(part.properties)}"
+    limits = " and ".join(f"{sign} {limit}" for sign, _, limit in part.limits)
+    rule = "that is not empty" if part.schema.get("minLength") else limits
+    return f"{_NOUNS[part.kind]} {rule}".rstrip()
 
 
-def keys(names: Collection[str], most: int = 100) -> str:
-    """Name keys: `key a`, `keys a, b`, or only the first if there are more than `most`."""
-    shown, others = list(names), ""
-    if len(shown) > most:
-        shown, others = shown[:_FIRST_KEYS], " and others"
-    return f"key{'s' if len(names) != 1 else ''} {', '.join(shown)}{others}"
+def keys(names: Collection[str]) -> str:
+    """Name keys: `key a`, `keys a, b`, or only the first if there are many."""
+    others = " and others" if len(names) > _MOST_KEYS else ""
+    return f"key{'s' if len(names) != 1 else ''} {', '.join(list(names)[:_MOST_KEYS])}{others}"
 
 
 def missing(shape: Shape) -> Message:
@@ -69,7 +67,7 @@ def got(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict) and value:
-        return f"a mapping with the {keys([str(key) for key in value])}"
+        return f"a mapping with the {keys(value)}"
     if isinstance(value, list) and value:
         return f"a list of {len(value)} {'entry' if len(value) == 1 else 'entries'}"
     return f"'{one_line(value)}'" if isinstance(value, str) else one_line(repr(value))
@@ -105,8 +103,8 @@ def _into_range(part: Shape, value: Any) -> str:
         return "write a finite number"
     if part.schema.get("maximum") == 1 and 10 <= value <= 100:
         return f"for {value:g} % write {value / 100:g}"
-    least = part.schema.get("minimum", part.schema.get("exclusiveMinimum", -math.inf))
-    return "raise it" if value <= least else "lower it"
+    broken = next(sign for sign, within, limit in part.limits if not within(value, limit))
+    return "raise it" if broken.startswith(">") else "lower it"
 
 
 def _other_type(shape: Shape, value: Any) -> str:

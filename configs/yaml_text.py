@@ -33,10 +33,7 @@ _RESOLVERS = (  # YAML 1.2.2, section 10.3.2, and the merge key of YAML 1.1
 )
 _HINTS = (
     (r"found character '\\t'", "indent with spaces, not tabs"),
-    (
-        r"scanning an alias|undefined alias",
-        "put a value that starts with '*' in quotes: '*.down_proj'",
-    ),
+    (r"alias", "put a value that starts with '*' in quotes: '*.down_proj'"),
     (r"scanning an anchor", "put a value that starts with '&' in quotes"),
     (r"scanning a tag|tag handle", "put a value that starts with '!' in quotes"),
     (r"cannot start any token", "put a value that starts with '%', '@' or '`' in quotes"),
@@ -73,32 +70,23 @@ class Document:
     """Line of every key and list entry."""
     problems: list[tuple[Path, str, str]] = field(default_factory=list)
     """Place, code and message of every key that is given twice."""
-    _open: list[yaml.Node] = field(default_factory=list)
     _n_values: int = 0
 
-    def read(self, node: yaml.Node, path: Path) -> Any:
-        """Return the value of a node at `path`."""
+    def read(self, node: yaml.Node, path: Path, place: yaml.Node | None = None) -> Any:
+        """Return the value of a node at `path`, and note its line, that of `place`."""
+        if place is not None:
+            self.lines[path] = place.start_mark.line + 1
         self._n_values += 1
         if self._n_values > MAX_VALUES:
             raise _error(node, f"more than {MAX_VALUES:,} values; repeat fewer aliases")
-        if node in self._open:
-            raise _error(node, "an alias stands for a value that contains it; remove it")
         if node.tag not in _CORE_TAGS:
             tag = node.tag.replace(_TAG, "!!")
             raise _error(node, f"the tag '{tag}' is not allowed; remove it")
         if isinstance(node, yaml.ScalarNode):
             return _scalar(node.tag.removeprefix(_TAG), _text(node))
-        self._open.append(node)
         if isinstance(node, yaml.SequenceNode):
-            value: Any = [self._inside(path, i, each, each) for i, each in enumerate(node.value)]
-        else:
-            value = self._mapping(node, path)
-        self._open.pop()
-        return value
-
-    def _inside(self, path: Path, step: str | int, place: yaml.Node, node: yaml.Node) -> Any:
-        self.lines[(*path, step)] = place.start_mark.line + 1
-        return self.read(node, (*path, step))
+            return [self.read(each, (*path, i), each) for i, each in enumerate(node.value)]
+        return self._mapping(node, path)
 
     def _mapping(self, node: yaml.Node, path: Path) -> dict[str, Any]:
         merged: dict[str, Any] = {}
@@ -116,7 +104,7 @@ class Document:
                 text = f"given twice, again in line {line}; remove one of the two"
                 self.problems.append(((*path, key), "duplicate-key", text))
             else:
-                own[key] = self._inside(path, key, key_node, value_node)
+                own[key] = self.read(value_node, (*path, key), key_node)
         return merged | own
 
 
@@ -154,7 +142,8 @@ def read_yaml(text: str) -> Document:
     except yaml.MarkedYAMLError as error:
         raise _in_words(error) from None
     except RecursionError:
-        raise YamlError(1, 1, "too deeply nested; a recipe has at most about 10 levels") from None
+        text = "too deeply nested, or an alias inside the value that it stands for; flatten it"
+        raise YamlError(1, 1, text) from None
     return document
 
 

@@ -30,26 +30,12 @@ def read_documents(
     chat: bool = False,
     characters: int | None = None,
 ) -> list[Document]:
-    """Read the documents of a source.
+    """Read the documents of a source, of which at least one is not blank.
 
-    Parameters
-    ----------
-    source : str
-        `python-docs`, a key of `HUB_SOURCES`, or the path of a `.jsonl` or `.txt` file.
-    part : {"calibration", "evaluation"}
-        Named sources have two disjoint parts; a file is used whole for both.
-    field : str
-        Key of the text in a `.jsonl` row.
-    chat : bool
-        Use the `messages` of a `.jsonl` row that has them.
-    characters : int, optional
-        Download no more than this many, if the source can be streamed.
-
-    Returns
-    -------
-    list of Document
-        At least one is not blank. Blank rows of a data set are kept: they are part of its
-        published text.
+    Named sources have two disjoint parts; a file is used whole for both. Blank rows of a data set
+    are kept: they are part of its published text. `field` is the key of the text in a `.jsonl` row;
+    with `chat` its `messages` are used if it has them. If the source can be streamed, no more than
+    `characters` are downloaded.
 
     Raises
     ------
@@ -189,6 +175,6 @@ def _document(row: dict[str, Any], where: str, field: str, chat: bool) -> Docume
     return value
 
 
-def _shown(text: str, limit: int = 40) -> str:
+def _shown(text: str) -> str:
     text = text.strip()
-    return repr(text if len(text) <= limit else text[:limit] + "...")
+    return repr(text if len(text) <= 40 else text[:40] + "...")

@@ -105,17 +105,10 @@ def check_vocabulary(tokens: Tensor, embedding: Any) -> None:
 def random_windows(
     ids: Tensor, *, samples: int, length: int, generator: torch.Generator, bos: int | None
 ) -> Tensor:
-    """Draw windows [samples, length] (int64) that start anywhere in the text.
+    """Draw windows [samples, length] (int64) that start anywhere in the text `ids` [n_tokens].
 
-    Parameters
-    ----------
-    ids : Tensor, shape [n_tokens], int64
-    samples, length : int
-        Number of windows; tokens per window.
-    generator : torch.Generator
-        On the CPU. One draw: `torch.randint(0, n_tokens - length, (samples,))`.
-    bos : int, optional
-        First token of every window, which then has one text token less.
+    With `bos` as the first token, a window has one text token less. `generator`, on the CPU, is
+    used for one draw: `torch.randint(0, n_tokens - length, (samples,))`.
 
     Raises
     ------
@@ -124,15 +117,13 @@ def random_windows(
     """
     n_tokens, wanted = ids.numel(), samples * length
     if n_tokens < wanted:
-        at_most = n_tokens // length
-        lower = (
-            f"calibration.samples to at most {at_most}"
-            if at_most
-            else f"calibration.length to at most {n_tokens}"
-        )
+        key, at_most = "samples", n_tokens // length
+        if not at_most:
+            key, at_most = "length", n_tokens
         raise DataError(
             f"calibration text holds {n_tokens:,} tokens, samples x length needs"
-            f" {samples:,} x {length:,} = {wanted:,}; lower {lower} or give more text"
+            f" {samples:,} x {length:,} = {wanted:,}; lower calibration.{key} to at most {at_most}"
+            " or give more text"
         )
     # max: a text of exactly one window has one start, which randint's open end would leave out
     starts = torch.randint(0, max(1, n_tokens - length), (samples,), generator=generator)
@@ -141,19 +132,10 @@ def random_windows(
 
 
 def disjoint_windows(ids: Tensor, *, window: int, limit: int | None, bos: int | None) -> Tensor:
-    """Cut the text into windows from its start; the last incomplete one is dropped.
+    """Cut the text `ids` [n_tokens] into at most `limit` windows from its start.
 
-    Parameters
-    ----------
-    ids : Tensor, shape [n_tokens], int64
-    window, limit : int
-        Text tokens per window; maximum number of windows.
-    bos : int, optional
-        Token to put before every window, so that all of its text tokens are predicted.
-
-    Returns
-    -------
-    Tensor, shape [n, window] or, with `bos`, [n, window + 1], int64
+    Returns [n, window] or, with `bos` before every window so that all of its text tokens are
+    predicted, [n, window + 1], in int64. The last incomplete window is dropped.
     """
     count = ids.numel() // window
     if not count:
@@ -176,22 +158,17 @@ def calibration_windows(
 
     Source `self` is sampled from the model and not handled here.
     """
+    samples, length = calibration.samples, calibration.length
     documents = read_documents(
         calibration.source,
         part="calibration",
         field=calibration.field,
         chat=calibration.chat_template,
-        characters=calibration.samples * calibration.length * STREAMED_CHARACTERS_PER_TOKEN,
+        characters=samples * length * STREAMED_CHARACTERS_PER_TOKEN,
     )
     text = join_documents(documents, tokenizer, chat_template=calibration.chat_template)
     ids, bos = tokenize(text, tokenizer), default_bos(tokenizer)
-    tokens = random_windows(
-        ids,
-        samples=calibration.samples,
-        length=calibration.length,
-        generator=generator,
-        bos=bos,
-    )
+    tokens = random_windows(ids, samples=samples, length=length, generator=generator, bos=bos)
     return Windows(tokens, calibration.source, _sha256(text), bos is not None, ids.numel())
 
 

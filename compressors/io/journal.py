@@ -123,13 +123,8 @@ def open_journal(
 ) -> Iterator[Journal]:
     """Create and lock an output folder, and check which run it belongs to.
 
-    Parameters
-    ----------
-    output : Path
-    identity : mapping
-        What determines the result; a run of another identity is not continued.
-    overwrite : bool
-        Delete an earlier run of lrc in this folder, and nothing else.
+    `identity` is what determines the result: a run of another identity is not continued. With
+    `overwrite` an earlier run of lrc in this folder is deleted, and nothing else.
 
     Raises
     ------

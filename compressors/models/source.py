@@ -89,12 +89,11 @@ def locate(spec: Model, *, weights: bool = True) -> Source:
     elif HUB_ID.match(spec.path) and not spec.path.endswith(".gguf"):
         source = _from_hub(spec, weights=weights)
     else:
-        raise RecipeError(
-            [
-                f"model.path: no file or folder {spec.path!r}, and it is not a Hub id (org/name) "
-                "either; check the path (it is relative to the current folder)"
-            ]
+        text = (
+            f"model.path: no file or folder {spec.path!r}, and it is not a Hub id (org/name) "
+            "either; check the path (it is relative to the current folder)"
         )
+        raise RecipeError([text])
     _refuse_unsafe(source)
     return source
 
@@ -111,15 +110,13 @@ def _from_file(spec: Model, path: Path) -> Source:
 
 
 def _from_hub(spec: Model, *, weights: bool) -> Source:
-    patterns = [*SMALL_FILES, *(["*.py"] if spec.trust_remote_code else [])]
-    patterns += ["*.safetensors"] if weights else []
+    patterns = SMALL_FILES + ["*.py"] * spec.trust_remote_code + ["*.safetensors"] * weights
     with _reaching(spec.path, "model.path"):
         if spec.file:
-            path = Path(hf_hub_download(spec.path, spec.file, revision=spec.revision))
+            found = hf_hub_download(spec.path, spec.file, revision=spec.revision)
         else:
-            path = Path(
-                snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns)
-            )
+            found = snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns)
+    path = Path(found)
     if spec.file:
         return _from_file(spec, path)
     return Source(spec, path, read_config(path, spec), weights_local=weights)
@@ -160,19 +157,16 @@ def _pickled(path: Path) -> str:
 def load_tokenizer(source: Source) -> Any:
     """Load the tokenizer of a model."""
     spec = source.spec
-    folder = source.folder
-    if spec.tokenizer:
-        folder = Path(spec.tokenizer).expanduser()
-        if not folder.is_dir():
-            if folder.exists() or not HUB_ID.match(spec.tokenizer):
-                raise RecipeError(
-                    [
-                        f"model.tokenizer: no folder {spec.tokenizer!r}, and it is not a Hub id "
-                        "(org/name) either; give the folder that holds tokenizer.json"
-                    ]
-                )
-            with _reaching(spec.tokenizer, "model.tokenizer"):
-                folder = Path(snapshot_download(spec.tokenizer, allow_patterns=SMALL_FILES))
+    folder = Path(spec.tokenizer).expanduser() if spec.tokenizer else source.folder
+    if spec.tokenizer and not folder.is_dir():
+        if folder.exists() or not HUB_ID.match(spec.tokenizer):
+            text = (
+                f"model.tokenizer: no folder {spec.tokenizer!r}, and it is not a Hub id "
+                "(org/name) either; give the folder that holds tokenizer.json"
+            )
+            raise RecipeError([text])
+        with _reaching(spec.tokenizer, "model.tokenizer"):
+            folder = Path(snapshot_download(spec.tokenizer, allow_patterns=SMALL_FILES))
     try:
         if source.gguf and not spec.tokenizer:
             return AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf)

@@ -47,8 +47,6 @@ def select_blocks(
         Number of blocks to keep in the whole matrix, and of all blocks in a row.
     damp : float
         Fraction of ``mean(diag(H))`` added to its diagonal.
-    rounds, last_steps : int
-        Rounds of swaps, and conjugate-gradient steps for the final mask.
 
     Returns
     -------

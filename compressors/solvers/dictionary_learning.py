@@ -127,21 +127,11 @@ class DictionaryProblem:
         pattern: Pattern = "unstructured",
         seed: int = 0,
     ) -> Dictionary:
-        """Learn a dictionary.
+        """Learn a dictionary of `atoms` atoms, `nonzeros` of which each output uses.
 
-        Parameters
-        ----------
-        atoms : int
-            Size of the dictionary, in ``[1, min(d_out, d_in)]``; up to d_out if the solver allows
-            it.
-        nonzeros : int
-            Number of atoms that each output uses, in ``[1, atoms]``.
-        rounds : int, optional
-            Number of alternating updates of codes and dictionary. Default: that of the solver.
-        pattern : {"unstructured", "2:4"}
-            ``"2:4"`` lets an output use two of every four consecutive atoms.
-        seed : int
-            Seed of the random start of "cospadi".
+        There are at most ``min(d_out, d_in)`` atoms, or d_out if the solver allows it. A round, by
+        default as many as the solver has, updates codes and dictionary. With the pattern "2:4" an
+        output uses two of every four consecutive atoms. The random start of "cospadi" has a seed.
 
         Raises
         ------
@@ -233,9 +223,6 @@ def _check(
             f"pattern 2:4 needs atoms divisible by 4 and half as many nonzeros, got {atoms} atoms "
             f"and {nonzeros} nonzeros; take {max(atoms // 4, 1) * 4} and {max(atoms // 4, 1) * 2}"
         )
-    if rounds is not None and rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
-    if rounds is not None and chosen.rounds == 1 and rounds != 1:
-        raise ValueError(
-            f"rounds must be 1 with {solver}, a single step, got {rounds}; leave it out"
-        )
+    if rounds is not None and (rounds < 1 or chosen.rounds == 1 < rounds):
+        allowed = f"1 with {solver}, a single step" if chosen.rounds == 1 else "at least 1"
+        raise ValueError(f"rounds must be {allowed}, got {rounds}; leave it out")

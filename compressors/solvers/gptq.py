@@ -37,7 +37,6 @@ def gptq(
     W : Tensor, shape [rows, columns]
     H : Tensor, shape [columns, columns]
         Second moment of the inputs.
-    scheme : QuantizationArgs
     dtype : torch.dtype
         Dtype of the stored scales.
     damp : float

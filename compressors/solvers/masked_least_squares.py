@@ -41,19 +41,9 @@ def compensated_error(
 ) -> tuple[Tensor, Tensor]:
     """Compute the least error of a mask: the kept entries compensate for the removed ones.
 
-    Parameters
-    ----------
-    W, mask : Tensor
-    inverse : Metric
-        The inverses of G and H, in the dtype of `W`.
-    start : Tensor
-        Multipliers to start from, zeros if unknown; only entries outside the mask are read.
-    steps : int
-
-    Returns
-    -------
-    multipliers, error : Tensor
-        ``G @ E @ H``, zero in the mask, and ``E = W - W_hat``, equal to `W` outside the mask.
+    `inverse` has the inverses of G and H, in the dtype of `W`. Of `start`, the multipliers to start
+    from or zeros, only entries outside the mask are read. Returns the multipliers ``G @ E @ H``,
+    zero in the mask, and the error ``E = W - W_hat``, equal to `W` outside the mask.
     """
     left, right = inverse.diagonals(W)
     unit = left * right  # [d_out, d_in]

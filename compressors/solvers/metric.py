@@ -66,14 +66,10 @@ class Metric:
 def damped_metric(
     inputs: Moment | None, gradients: Moment | None, damp: float = 0.0, gradient_damp: float = 0.0
 ) -> tuple[Metric, str | None]:
-    """Build the metric of two moments, and describe any fallback.
+    """Build the metric of the moments H of inputs and G of gradients, and describe any fallback.
 
-    Parameters
-    ----------
-    inputs, gradients : Moment, optional
-        Second moments H and G. H needs `full`; of a G without `full` the diagonal is used.
-    damp, gradient_damp : float
-        Fraction of ``mean(diag(H))``, ``mean(diag(G))`` added to the diagonal.
+    H needs `full`; of a G without `full` the diagonal is used. `damp` and `gradient_damp` are the
+    fractions of ``mean(diag(H))`` and ``mean(diag(G))`` added to their diagonals.
 
     Raises
     ------
@@ -82,11 +78,10 @@ def damped_metric(
     """
     inputs, gradients, notes = without_empty(inputs, gradients)
     H = None if inputs is None else damped(inputs.whole(), damp)
-    if gradients is None:
-        G = None
-    elif gradients.full is not None:
+    G = None
+    if gradients is not None and gradients.full is not None:
         G = damped(gradients.whole(), gradient_damp)
-    else:
+    elif gradients is not None:
         G = gradients.diagonal.double()
         G = G + gradient_damp * G.mean()
     return Metric(H, G), "; ".join(notes) or None

@@ -4,15 +4,24 @@ Everything is a sum over tokens, so that batches can be added; `n_tokens` is sto
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Moment:
+class _Tensors:
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on another device."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) for k, v in found.items() if isinstance(v, Tensor | _Tensors)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Moment(_Tensors):
     """Second moment of one side of a linear layer, summed over tokens.
 
     At least one of `full` and `image` is present. The image is the moment multiplied by the weight
@@ -95,17 +104,11 @@ class Moment:
         s = total.double()
         seen = W.double() @ s  # [other]
         # With float32 sums the variance of a constant channel can come out slightly negative.
-        return Moment(
-            (self.diagonal.double() - s * s / n_tokens).clamp_min(0),
-            full=None if self.full is None else self.whole() - torch.outer(s, s / n_tokens),
-            image=None
-            if self.image is None
-            else self.image.double() - torch.outer(seen, seen / n_tokens),
+        full, image = (
+            None if moment is None else moment.double() - torch.outer(mean, mean / n_tokens)
+            for moment, mean in ((self.full, s), (self.image, seen))
         )
-
-    def to(self, device: torch.device | str) -> "Moment":
-        """Return a copy on another device."""
-        return Moment(*(_to(getattr(self, f.name), device) for f in fields(self)))
+        return Moment((self.diagonal.double() - s * s / n_tokens).clamp_min(0), full, image)
 
 
 def without_empty(
@@ -123,7 +126,7 @@ def without_empty(
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Statistics(_Tensors):
     """Statistics of a linear layer; None if not requested, or if the layer received no token."""
 
     n_tokens: int = 0
@@ -141,11 +144,3 @@ class Statistics:
     def missing(self, needs: Collection[str]) -> list[str]:
         """Return the required fields that are None, in alphabetical order."""
         return sorted(name for name in needs if getattr(self, name) is None)
-
-    def to(self, device: torch.device | str) -> "Statistics":
-        """Return a copy on another device."""
-        return Statistics(*(_to(getattr(self, f.name), device) for f in fields(self)))
-
-
-def _to(value: Any, device: torch.device | str) -> Any:
-    return value.to(device) if isinstance(value, Tensor | Moment) else value

@@ -52,7 +52,6 @@ def find_grid(
     Parameters
     ----------
     W : Tensor, shape [rows, columns]
-    scheme : QuantizationArgs
     dtype : torch.dtype
         Dtype of the stored scales.
     weights : Tensor, shape [columns], optional

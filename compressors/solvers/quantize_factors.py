@@ -81,10 +81,8 @@ def quantize_low_rank(
     A : Tensor, shape [rank, d_in]
     H, G : Tensor
         Second moments of the inputs and of the output gradients; G is the identity if omitted.
-    scheme : QuantizationArgs
     dtype : torch.dtype
         Dtype of the stored scales.
-    quantizer : {"rtn", "gptq"}
     balance : {"measured", "first", "quarter", "even", "rotated"}
         See `balanced_factors`; "measured" takes the one of least error after rounding both factors
         to nearest.
