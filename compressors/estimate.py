@@ -1,27 +1,23 @@
 """Estimate time, memory and disk space of a plan from shapes and two short measurements.
 
 Estimates are within about a factor of two on an idle machine. A matrix product and a symmetric
-eigenproblem are timed on the device that will be used, for a fraction of a second.
+eigenproblem are timed for a fraction of a second on the device that will be used.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
 import torch
-from pydantic import TypeAdapter
 
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.rate_distortion import size_families
-from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.slicing import METHODS as SLICERS
-from lrc.configs.recipe import Calibration
-from lrc.configs.slice import Slice, SliceBase
 
-SLICE_OPTIONS: TypeAdapter[SliceBase] = TypeAdapter(Slice)
 PROBE = 512
 # In forward passes over the layers: a backward pass repeats the forward pass and takes two more for
 # the gradients; compensation runs dense and compressed layers, once to measure every group of an
@@ -44,14 +40,15 @@ class Estimate:
 
 def estimate(prepared: Prepared, device: str) -> Estimate:
     """Estimate a run on `device`."""
-    plan, evaluate = prepared.plan, prepared.recipe.evaluate
-    calibration = Calibration.model_validate(plan.calibration)
+    plan, recipe = prepared.plan, prepared.recipe
+    calibration, evaluate = recipe.calibration, recipe.evaluate
     products, eigenproblems = _probe(device)
     in_layers = sum(m.numel() for layer in prepared.architecture.layers for m in layer.parameters())
     in_dense = sum(m.numel() for layer in prepared.dense.layers for m in layer.parameters())
     n_layers = len(prepared.architecture.layers)
     tasks = [task for task in plan.tasks if task.compressed]
-    measured = [(w.name, task) for task in tasks if task.statistics for w in task.weights]
+    weights = [(weight.name, task) for task in tasks for weight in task.weights]
+    measured = [(name, task) for name, task in weights if task.statistics]
     # Linear layers of one module with the same input width usually share their input.
     inputs = {
         (name.rpartition(".")[0], task.shape[1])
@@ -62,55 +59,51 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     outputs = sum(task.shape[0] ** 2 for _, task in measured if "gradients" in task.statistics)
     backward = any({"gradients", "row_fisher"} & {*task.statistics} for _, task in measured)
     compensates = any(task.compensate is not None for task in plan.tasks)
-    sliced = any(SLICERS[record.method].reads_text for record in plan.slices)
+    slices = recipe.stages_of("slice").values()
+    sliced = any(SLICERS[options.method].reads_text for options in slices)
     reads = measured or compensates or sliced
     tokens = calibration.samples * calibration.length if reads else 0
 
     seconds = {}
-    if plan.slices:
+    if slices:
         seconds["slice"] = tokens * 2 * in_dense / products
         seconds["slice"] *= sum(
-            SLICERS[record.method].passes(SLICE_OPTIONS.validate_python(record.options), config)
-            for record, config in zip(plan.slices, prepared.sliced, strict=True)
+            SLICERS[options.method].passes(options, config)
+            for options, config in zip(slices, prepared.sliced, strict=True)
         )
     if measured:
         passes = 1 + (BACKWARD_PASSES if backward else 0)
         seconds["calibrate"] = tokens * 2 * (passes * in_layers + gram + outputs) / products
     curves, solutions = fixed_size_flops(plan)
-    spectral = [
-        t for t in tasks for _ in t.weights if {*METHODS[t.method].types} & {*LOW_RANK_TYPES}
-    ]
+    spectral = [task for _, task in weights if {*METHODS[task.method].types} & {*LOW_RANK_TYPES}]
     pending = [min(task.shape) for task in spectral if task.pending]
     if pending or curves:
         spectra = VALUES_ONLY * sum(s**3 / eigenproblems for s in pending)
         seconds["allocate"] = spectra + 2 * curves / products
     if tasks:
-        small = [(min(task.shape), max(task.shape)) for task in spectral]
-        seconds["compress"] = sum(s**3 / eigenproblems for s, _ in small) + sum(
-            2 * s * b * (s + b) / (products / 2) for s, b in small
-        )
-        seconds["compress"] += 2 * solutions / products
+        sides = [(min(task.shape), max(task.shape)) for task in spectral]
+        spectra = sum(s**3 / eigenproblems for s, _ in sides)
+        factors = sum(2 * s * b * (s + b) / (products / 2) for s, b in sides)
+        seconds["compress"] = spectra + factors + 2 * solutions / products
     if compensates:
         seconds["compress"] += COMPENSATION_PASSES * tokens * 2 * in_layers / products
     seconds["save"] = plan.compressed_bytes / 0.5e9
     scored = sum(s.windows * s.window for s in evaluate.perplexity if s.windows)
-    not_estimated = [
-        f"perplexity on the whole of {spec.name}"
-        for spec in evaluate.perplexity
-        if not spec.windows
-    ]
+    whole_texts = [s.name for s in evaluate.perplexity if not s.windows]
+    not_estimated = [f"perplexity on the whole of {name}" for name in whole_texts]
     not_estimated += [f"task {name}" for name in evaluate.tasks.names]
     if scored:
         models = 1 + evaluate.dense + len(evaluate.baselines)
         seconds["evaluate"] = models * scored * 2 * plan.dense_parameters / products
 
-    hidden = _width(prepared) * tokens * 4
+    config = prepared.source.config.get_text_config()
+    hidden = int(getattr(config, "hidden_size", 0) or 0) * tokens * 4
     layer = 4 * max(in_layers, in_dense) // n_layers
     statistics = 4 * (gram + outputs)
     whole = plan.dense_parameters * (4 if device == "cpu" else prepared.source.dtype.itemsize)
     evaluates = bool(evaluate.perplexity or evaluate.tasks.names)
-    calibrating = min(hidden, int(calibration.memory_limit_gib * GIB)) + layer
-    calibrating += 4 * max((w for _, w in inputs), default=0) ** 2 * 3
+    widest = max((width for _, width in inputs), default=0)
+    calibrating = min(hidden, int(calibration.memory_limit_gib * GIB)) + layer + 12 * widest**2
     now = psutil.Process().memory_info().rss
     converted = plan.dense_bytes if plan.model.source_quantized else 0
     converted += sum(record.bytes[1] for record in plan.slices)
@@ -135,24 +128,17 @@ def fixed_size_flops(plan: Plan) -> tuple[int, int]:
         for types, part in METHODS[task.method].parts.items():
             if types not in wanted or not isinstance(part, FixedSizeMethod):
                 continue
-            options = part.select(task.options)
+            shape, options = task.stacked_shape, part.select(task.options)
             families = size_families(task, types, allocation)
-            if allocation is None:
-                final = [sizes for _, found in families for sizes in found]
-            else:
-                looked_at = [sizes for _, found in families for sizes in found]
-                curves += part.flops(*task.stacked_shape, looked_at, curve=True, **options)
-                steps = SizeSteps(task, types, ratio=families[0][0].ratio)
+            sizes = [each for _, family in families for each in family]
+            if allocation is not None:
+                curves += part.flops(*shape, sizes, curve=True, **options)
+                steps, _ = families[0]
                 step = steps.within(task.bits / task.source_bits, "bits")
-                final = [steps.config(step).sizes] if step else []
-            largest = max(largest, part.flops(*task.stacked_shape, final, curve=False, **options))
+                sizes = [steps.config(step).sizes] if step else []
+            largest = max(largest, part.flops(*shape, sizes, curve=False, **options))
         solutions += largest
     return curves, solutions
-
-
-def _width(prepared: Prepared) -> int:
-    config = prepared.source.config.get_text_config()
-    return int(getattr(config, "hidden_size", 0) or 0)
 
 
 def _probe(device: str) -> tuple[float, float]:
@@ -164,11 +150,11 @@ def _probe(device: str) -> tuple[float, float]:
     return products, eigenproblems
 
 
-def _best_of(run: object, device: str, tries: int = 4) -> float:
+def _best_of(run: Callable[[], object], device: str) -> float:
     times = []
-    for _ in range(tries):  # the first pays for start-up
+    for _ in range(4):  # the first includes the start of the library
         start = time.perf_counter()
-        run()  # type: ignore[operator]
+        run()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

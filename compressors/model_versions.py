@@ -1,4 +1,4 @@
-"""The models of a run: the source as safetensors, and what every slicing stage leaves."""
+"""The models of a run: the source as safetensors, and the result of every slicing stage."""
 
 import shutil
 from collections.abc import Callable
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from lrc.compressors.calibrate.activation_cache import cache_files
@@ -28,10 +27,6 @@ from lrc.compressors.slicing.slice_stage import (
     read_facts,
     sliced_source,
 )
-from lrc.configs.recipe import Calibration
-from lrc.configs.slice import Slice, SliceBase
-
-_OPTIONS: TypeAdapter[SliceBase] = TypeAdapter(Slice)
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class ModelVersions:
         plan = self.prepared.plan
         for number, record in enumerate(plan.slices):
             if not self.journal.has(slice_folder(number)):
-                self._slice(number, record)
+                self._slice(number, record.stage)
         return [
             replace(
                 record,
@@ -96,9 +91,8 @@ class ModelVersions:
             for number, record in enumerate(plan.slices)
         ]
 
-    def _slice(self, number: int, record: SliceRecord) -> None:
-        plan, source = self.prepared.plan, self.prepared.source
-        calibration = Calibration.model_validate(plan.calibration)
+    def _slice(self, number: int, stage: int) -> None:
+        recipe, source = self.prepared.recipe, self.prepared.source
         before, architecture = self._folder(number), self._architecture(number)
         context = SliceContext(
             architecture,
@@ -106,15 +100,20 @@ class ModelVersions:
             self.windows,
             self.journal,
             self.machine.chosen,
-            calibration.memory_limit_gib,
-            plan.seed,
+            recipe.calibration.memory_limit_gib,
+            recipe.seed,
             self.machine.on_step,
-            calibration.labels,
+            recipe.calibration.labels,
         )
-        options = _OPTIONS.validate_python(record.options)
         final = self.journal.path(slice_folder(number))
         with self.clock("slice"), new_folder(final) as folder:
-            apply_slice(folder, context, options, self.prepared.sliced[number], source)
+            apply_slice(
+                folder,
+                context,
+                recipe.stages_of("slice")[stage],
+                self.prepared.sliced[number],
+                source,
+            )
             generation = before / "generation_config.json"
             if generation.is_file():
                 shutil.copy(generation, folder)

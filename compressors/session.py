@@ -43,8 +43,8 @@ class Session:
 
     @property
     def calibration(self) -> Calibration:
-        """Calibration options of the plan."""
-        return Calibration.model_validate(self.prepared.plan.calibration)
+        """Calibration options of the recipe."""
+        return self.prepared.recipe.calibration
 
     @property
     def checkpoint(self) -> Path:

@@ -9,7 +9,7 @@ import torch
 
 from lrc.compressors.layers import QuantizationArgs, WeightConfig
 from lrc.compressors.methods.base import LOW_RANK_TYPES
-from lrc.compressors.methods.size_families import components_at, components_of
+from lrc.compressors.methods.size_families import components_of
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.rate_distortion import Curve
 from lrc.compressors.planning.sizes import SizeSteps
@@ -41,7 +41,7 @@ def schemes_for(
 
 
 def candidates_for(task: LayerTask, curve: Curve, allocation: Allocation) -> list[Candidate]:
-    """Return the candidates worth their cost, the dense weights last.
+    """Return the candidates of which no cheaper one has a smaller loss, the dense weights last.
 
     Costs increase and losses decrease strictly.
     """
@@ -54,7 +54,7 @@ def candidates_for(task: LayerTask, curve: Curve, allocation: Allocation) -> lis
     for args in schemes_for(task, allocation.quantization):
         error, limit = 0.0, dense.cost
         if args is not None:
-            config = task.with_components(components_at("dense", 1, *task.shape)).quantized(args)
+            config = SizeSteps(task, "dense", args).config(1)
             error, limit = curve.quantization[str(args)], task.cost(config, measure)
             found.append(Candidate(config, limit, error))
         for types in allocation.types:
@@ -64,10 +64,8 @@ def candidates_for(task: LayerTask, curve: Curve, allocation: Allocation) -> lis
         for point in curve.points:
             if "+" in point.types and args is not None and (args.group_size or 1) > 1:
                 continue  # its rank is not a multiple of the group size
-            config = task.with_components(
-                components_of(point.types, point.sizes, pattern=task.pattern)
-            )
-            config = config if args is None else config.quantized(args)
+            components = components_of(point.types, point.sizes, pattern=task.pattern)
+            config = task.with_components(components).quantized(args)
             loss = point.squared_error + VALUES_ERROR * error
             found.append(Candidate(config, task.cost(config, measure), loss))
     kept: list[Candidate] = []

@@ -39,9 +39,7 @@ class SizeSteps:
             ratio=self.ratio,
             pattern=self.task.pattern,
         )
-        if self.args is not None:
-            found = tuple(c.with_quantization(self.args) for c in found)
-        return self.task.with_components(found)
+        return self.task.with_components(found).quantized(self.args)
 
     def cost(self, step: int, measure: Measure) -> int:
         """Return the cost of configuration number `step`."""
