@@ -1,4 +1,4 @@
-"""Look up all names in a recipe before anything expensive starts."""
+"""Check a recipe against the model and all data before any work starts."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Carry out the tasks of a plan: weights in, compressed tensors on disk, layer by layer."""
+"""Compress the weights of a plan layer by layer and write the tensors to disk."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -63,8 +63,6 @@ def compress_layers(
         Without pending tasks.
     statistics : callable
         Returns the calibration statistics of a weight.
-    on_step : callable
-        Called with (stage, layers done, layers) after each layer; an exception stops the work.
     prefix : Prefix, optional
         Required if a task compensates.
     finished : callable
@@ -124,7 +122,7 @@ def write_results(
 
 @dataclass(frozen=True)
 class Compression:
-    """What compressing one group after the other needs."""
+    """Compresses the tasks of a plan one after the other."""
 
     plan: Plan
     reader: WeightReader

@@ -93,8 +93,6 @@ def profile_plan(
         Calibration windows, int64.
     dense : callable
         Loads the dense model; called if a layer has yet to be measured.
-    on_step : callable
-        Called with (stage, layers done, layers) after each layer; an exception stops the work.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What will be done to each group of weights: everything that later phases need to know.
+"""Tasks: how each group of weights is compressed.
 
 A task is complete: calibration, allocation, compression, saving and reporting read tasks, never the
 recipe. Results are stored separately, see `LayerResult`.
