@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +55,17 @@ def write_checkpoint(
     origin: dict[str, Callable[[], Tensor]] = {}
     meta: dict[str, Tensor] = {}
 
-    def from_source(name: str) -> Callable[[], Tensor]:
-        return lambda: reader.read(name)
-
-    def from_journal(name: str, layer: int) -> Callable[[], Tensor]:
-        return lambda: compressed(layer, name)
-
     for name, parameter in architecture.stored_parameters().items():
         module, _, leaf = name.rpartition(".")
         if module not in modules:
-            changed = leaf == "weight" and module in refit
-            meta[name] = parameter
-            origin[name] = from_journal(name, owners[module]) if changed else from_source(name)
+            meta[name], origin[name] = parameter, partial(reader.read, name)
+            if leaf == "weight" and module in refit:
+                origin[name] = partial(compressed, owners[module], name)
             continue
         config = modules[module]
         if leaf == "bias":
             if not config.bias:
-                meta[name], origin[name] = parameter, from_source(name)
+                meta[name], origin[name] = parameter, partial(reader.read, name)
             continue
         for stored, (shape, dtype, _) in layout.expected_tensors(
             module, config, bias=False
@@ -81,7 +76,7 @@ def write_checkpoint(
                     continue  # a sentinel is only needed where lrc is needed for loading
                 origin[final] = sentinel
             else:
-                origin[final] = from_journal(stored, owners[module])
+                origin[final] = partial(compressed, owners[module], stored)
             meta[final] = torch.empty(shape, dtype=dtype or parameter.dtype, device="meta")
     write_weights(folder, meta, lambda name: origin[name]())
     block = layout.quantization_config(modules, tables)

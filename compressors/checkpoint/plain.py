@@ -1,4 +1,4 @@
-"""Checkpoints of integers only, which load wherever compressed-tensors is installed."""
+"""Checkpoints that consist of integers only, in the format of compressed-tensors."""
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -60,7 +60,14 @@ def compressed_tensors_config(
     groups = {
         f"group_{number}": {
             "targets": ["Linear"] if len(by_args) == 1 else names,
-            "weights": _weights(args),
+            "weights": {
+                "num_bits": args.bits,
+                "type": "int",
+                "symmetric": args.symmetric,
+                "strategy": "channel" if args.group_size is None else "group",
+                "group_size": args.group_size,
+                "dynamic": False,
+            },
             "input_activations": None,
             "output_activations": None,
             "format": FORMAT,
@@ -78,21 +85,10 @@ def compressed_tensors_config(
     }
 
 
-def _weights(args: QuantizationArgs) -> dict[str, Any]:
-    return {
-        "num_bits": args.bits,
-        "type": "int",
-        "symmetric": args.symmetric,
-        "strategy": "channel" if args.group_size is None else "group",
-        "group_size": args.group_size,
-        "dynamic": False,
-    }
-
-
 def read_plain(
     folder: Path, block: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, WeightConfig]:
-    """Return the configurations that `compressed_tensors_config` was given.
+    """Return the configurations of the weights of a plain checkpoint.
 
     Parameters
     ----------

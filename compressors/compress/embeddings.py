@@ -16,7 +16,7 @@ from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.errors import ModelError
 
 NUMBERS = 2**24
-"""Numbers of a matrix that are rounded together, in float64."""
+"""Numbers of a matrix that are quantized at once, in float64."""
 
 
 def quantize_embeddings(plan: Plan, reader: WeightReader, journal: Journal, *, device: str) -> Plan:

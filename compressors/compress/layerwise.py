@@ -66,8 +66,6 @@ def compress_layers(
         Without pending tasks.
     statistics : callable
         Returns the calibration statistics of a weight.
-    on_step : callable
-        Called with (stage, layers done, layers) after each layer; an exception stops the work.
     prefix : Prefix, optional
         Required if a task compensates.
     finished : callable
@@ -129,7 +127,7 @@ def write_results(
 
 @dataclass(frozen=True)
 class Compression:
-    """Inputs that all groups have in common."""
+    """Compresses the tasks of a plan one after the other."""
 
     plan: Plan
     reader: WeightReader
@@ -195,8 +193,7 @@ class Compression:
         if not task.config.compressed:
             return left_dense(task)
         weights = [self._weight(w) for w in task.weights]
-        known = [self._statistics(task, w) for w in task.weights]
-        return compress_group(self._group(task, weights, known))
+        return compress_group(self._group(task, weights, weights[0].dtype))
 
     def _refit(self, task: LayerTask, measured: PrefixMoments) -> CompressedGroup:
         """Fit a weight to the dense outputs on the compressed model's inputs, and compress it."""
@@ -214,8 +211,7 @@ class Compression:
         )
         if not task.config.compressed:
             return refit_dense(task, V, W.dtype, note)
-        known = self._statistics(task, task.weights[0], inputs=Moment.of(measured.H))
-        done = compress_group(self._group(task, [V], [known], W.dtype))
+        done = compress_group(self._group(task, [V], W.dtype, inputs=Moment.of(measured.H)))
         fallback = joined(note, done.result.fallback)
         if not done.result.config.compressed:
             return refit_dense(task, V, W.dtype, fallback)
@@ -232,22 +228,19 @@ class Compression:
         self,
         task: LayerTask,
         weights: list[Tensor],
-        known: list[Statistics],
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
+        *,
+        inputs: Moment | None = None,
     ) -> WeightGroup:
+        """Return weights and their statistics; `inputs` replaces those of the dense model."""
+        known = [self.statistics(w) if task.statistics else Statistics() for w in task.weights]
+        if inputs is not None and "inputs" in solver_statistics(task):
+            known = [replace(each, inputs=inputs) for each in known]
         bias = None
         if task.config.bias and task.source_bias:
             bias = self.reader.read(f"{task.name}.bias", device=self.device)
-        return WeightGroup(task, weights, known, dtype or weights[0].dtype, self.plan.seed, bias)
-
-    def _statistics(
-        self, task: LayerTask, weight: Weight, *, inputs: Moment | None = None
-    ) -> Statistics:
-        """Return the statistics of a weight; `inputs` replaces those of the dense model."""
-        known = self.statistics(weight) if task.statistics else Statistics()
-        if inputs is not None and "inputs" in solver_statistics(task):
-            known = replace(known, inputs=inputs)
-        return known.to(self.device)
+        on_device = [each.to(self.device) for each in known]
+        return WeightGroup(task, weights, on_device, dtype, self.plan.seed, bias)
 
     def _weight(self, weight: Weight) -> Tensor:
         return self.reader.read(f"{weight.name}.weight", device=self.device)

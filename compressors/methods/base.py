@@ -1,4 +1,4 @@
-"""What planning and compression need to know about a method."""
+"""Base classes of methods, as planning and compression use them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Allocation, between calibration and compression: from curves and budgets to configurations."""
+"""Choose the configurations of pending tasks from rate-distortion curves and budgets."""
 
 from collections.abc import Callable, Sequence
 
@@ -40,8 +40,6 @@ def allocate(
     ----------
     statistics : callable
         Returns the calibration statistics of a weight.
-    on_step : callable
-        Called with (stage, layers done, layers) after each layer; an exception stops the work.
     predict_all : bool
         Predict the losses of tasks with known configurations too, unless known.
 

@@ -34,7 +34,7 @@ class BudgetError(ValueError):
 
 
 class Priced(Protocol):
-    """What an allocator reads of a candidate."""
+    """The attributes of a candidate that an allocator reads."""
 
     @property
     def cost(self) -> int:

@@ -46,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a task loses at the sizes it can have."""
+    """The squared error of a task at the sizes that it can have."""
 
     energies: Tensor
     """Squared singular values, largest first; zeros for fixed-size methods."""

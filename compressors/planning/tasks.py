@@ -183,10 +183,12 @@ class LayerTask:
 
     def bits_of(self, config: WeightConfig) -> int:
         """Return the size of the group stored with `config`, including biases that are added."""
+        return sum(self.weight_bits(weight, config) for weight in self.weights)
+
+    def weight_bits(self, weight: Weight, config: WeightConfig) -> int:
+        """Return the size of one weight stored with `config`, as for `bits_of`."""
         added = self.shape[0] * self.number_bits if config.bias and not self.source_bias else 0
-        return sum(
-            self.config_of(w, config).stored_bits(self.number_bits) + added for w in self.weights
-        )
+        return self.config_of(weight, config).stored_bits(self.number_bits) + added
 
     def cost(self, config: WeightConfig, measure: Measure) -> int:
         """Return the size in bits, or the multiply-adds per token, of the group with `config`.
