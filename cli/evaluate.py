@@ -74,11 +74,11 @@ def run(
             check_source(spec.source, part="evaluation")
         check_tasks(request.tasks)
         for checkpoint in checkpoints:  # before one of them is measured for hours
-            _check(checkpoint)
+            check_model(checkpoint)
         chosen = Machine(device=device).chosen
         scores = {}
         for checkpoint in checkpoints:
-            model, tokenizer = _load(checkpoint, chosen)
+            model, tokenizer = load_model(checkpoint, chosen)
             step = partial(labelled, checkpoint)
             scores[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
             del model
@@ -107,20 +107,20 @@ def _options_in_errors() -> Iterator[None]:
         raise type(error)(translate(str(error)), code=error.code) from error
 
 
-def _check(checkpoint: str) -> None:
-    """Refuse a checkpoint that cannot be loaded."""
+def check_model(path: str) -> None:
+    """Refuse a folder, Hub id or GGUF file that cannot be loaded."""
     from lrc.compressors.checkpoint.reader import check_files, read_config
     from lrc.compressors.models.source import locate
 
-    if Path(checkpoint).is_dir():
-        read_config(Path(checkpoint))
-        check_files(Path(checkpoint))
+    if Path(path).is_dir():
+        read_config(Path(path))
+        check_files(Path(path))
     else:
-        locate(Model(path=checkpoint))
+        locate(Model(path=path))
 
 
-def _load(path: str, device: str) -> tuple[Any, Any]:
-    """Load a folder as it is stored, or a Hub id or GGUF file as in a recipe."""
+def load_model(path: str, device: str) -> tuple[Any, Any]:
+    """Load model and tokenizer: a folder as it is stored, a Hub id or GGUF file as in a recipe."""
     import torch
 
     from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer

@@ -92,6 +92,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         "slices": report.get("slices") if report else None,
         "totals": plan.get("totals") if plan else None,
         "evaluation": report.get("evaluation") if report else None,
+        "size": report.get("size") if report else None,
         "environment": report.get("environment") if report else None,
         "recipe": report.get("recipe") if report else None,
     }
