@@ -46,7 +46,9 @@ def write_checkpoint(
     """
     modules = plan.modules()
     tables = tables_of(architecture.model.config)
-    plain = is_plain(modules) and not tables
+    named = architecture.model.named_modules()
+    linears = [name for name, module in named if isinstance(module, nn.Linear)]
+    plain = is_plain(modules, linears) and not tables
     owners = plan.owner_layers()
     refit = {name for name, result in plan.results.items() if result.refit} - {*modules}
     origin: dict[str, Callable[[], Tensor]] = {}
@@ -84,8 +86,6 @@ def write_checkpoint(
     write_weights(folder, meta, lambda name: origin[name]())
     block = layout.quantization_config(modules, tables)
     if plain and modules:
-        kinds = architecture.model.named_modules()
-        linears = [name for name, module in kinds if isinstance(module, nn.Linear)]
         block = compressed_tensors_config(modules, linears)
     write_config(folder, architecture.model.config, block, plan.model.dtype)
     generation = getattr(architecture.model, "generation_config", None)

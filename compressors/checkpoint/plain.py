@@ -1,6 +1,6 @@
 """Checkpoints of integers only, which load wherever compressed-tensors is installed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,20 @@ LAYOUT_VERSION = "0.15.0"
 """First version of compressed-tensors that packs integers of any width without gaps."""
 
 
-def is_plain(modules: Mapping[str, WeightConfig]) -> bool:
+def is_plain(modules: Mapping[str, WeightConfig], linears: Collection[str]) -> bool:
     """Return whether all compressed weights are symmetric integers without other components.
 
+    They must be those of linear layers, not of an embedding; `linears` are their names.
     transformers with compressed-tensors 0.20 expects zero points in another shape than the format
     packs them to, and rejects them.
     """
     return all(
-        config.types == "dense"
+        name in linears
+        and config.types == "dense"
         and config.quantization is not None
         and config.quantization.symmetric
         and not config.bias
-        for config in modules.values()
+        for name, config in modules.items()
     )
 
 

@@ -234,7 +234,8 @@ def check_headers(expected: TensorSpecs, files: list[str]) -> None:
             "the weights do not match config.json: "
             + "; ".join(wrong[:5])
             + more
-            + f"; {layout.COPY_AGAIN}"
+            + f"; {layout.COPY_AGAIN}",
+            code="tensor-mismatch",
         )
 
 

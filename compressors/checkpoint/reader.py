@@ -47,7 +47,7 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
             )
         model, loading = found
     except CheckpointError as error:  # of our own quantizer, which does not know the folder
-        raise CheckpointError(f"{folder}: {error}") from error
+        raise CheckpointError(f"{folder}: {error}", code=error.code) from error
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         raise CheckpointError(

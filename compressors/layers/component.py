@@ -114,11 +114,12 @@ class Component(nn.Module, ABC):
         """
 
     @classmethod
-    @abstractmethod
     def sizes_at(
         cls, step: int, d_out: int, d_in: int, *, ratio: float = 2.0, pattern: str | None = None
     ) -> Sizes:
         """Return the sizes number `step`, counted from 1; larger steps store more.
+
+        The default is for components with one size, which is the step itself.
 
         Parameters
         ----------
@@ -132,16 +133,17 @@ class Component(nn.Module, ABC):
         ValueError
             If no weight of that shape can have the pattern.
         """
+        return dict.fromkeys(cls.SIZES, step)
 
     @classmethod
-    @abstractmethod
     def largest_step(cls, d_out: int, d_in: int) -> int:
-        """Return the largest step of `sizes_at`."""
+        """Return the largest step of `sizes_at`; by default the largest rank."""
+        return min(d_out, d_in)
 
     @classmethod
-    @abstractmethod
     def multiply_adds(cls, d_out: int, d_in: int, config: ComponentConfig) -> int:
-        """Return the multiplications with a weight per token."""
+        """Return the multiplications per token, by default those of the dense product."""
+        return d_out * d_in
 
     @classmethod
     def describe(cls, d_out: int, d_in: int, config: ComponentConfig) -> str:
@@ -153,9 +155,9 @@ class Component(nn.Module, ABC):
     def encode(**parts: Tensor) -> dict[str, Tensor]:
         """Convert the result of a solver to the tensors of `tensors`, in any floating dtype."""
 
-    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., d_in] to [..., d_out]."""
+        """Map ``x`` [..., d_in] to [..., d_out], by default with the whole matrix."""
+        return nn.functional.linear(x, self.matrix())
 
     @abstractmethod
     def matrix(self) -> Tensor:

@@ -162,9 +162,9 @@ def stored_tensors(d_out: int, d_in: int, component: ComponentConfig) -> TensorS
 
 def _component(record: Any) -> ComponentConfig:
     found = _expect(record, dict, "components that are mappings with a 'type'")
-    kind = COMPONENTS.get(found.get("type", ""))
+    got = found.get("type")
+    kind = COMPONENTS.get(got) if isinstance(got, str) else None
     if kind is None:
-        got = found.get("type")
         raise ValueError(f"'type' must be one of {', '.join(COMPONENTS)}, got {got!r:.60}")
     unknown = found.keys() - {"type", *kind.SIZES, "quantization", "pattern", "shares"}
     if unknown:

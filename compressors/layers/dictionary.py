@@ -63,11 +63,6 @@ class Dictionary(FirstFactor):
         return {"atoms": min(round(ratio * step), d_out, d_in), "nonzeros": step}
 
     @classmethod
-    def largest_step(cls, d_out: int, d_in: int) -> int:
-        """Return the largest number of coefficients: all atoms of a complete basis."""
-        return min(d_out, d_in)
-
-    @classmethod
     def multiply_adds(cls, d_out: int, d_in: int, config: ComponentConfig) -> int:
         """Return those of the two products; the second one is computed with its zeros."""
         return config.sizes["atoms"] * (d_out + d_in)

@@ -66,20 +66,18 @@ def embedding_task(
     return task
 
 
-def check_user_plan(stage: int, records: Any, tasks: list[LayerTask], problems: Problems) -> None:
+def check_user_plan(
+    stage: int,
+    configs: Mapping[tuple[str, ...], WeightConfig],
+    tasks: list[LayerTask],
+    problems: Problems,
+) -> None:
     """Report user plans whose embedding or head is quantized differently than in the recipe.
 
     The recipe decides how these are quantized; edits of the plan would be ignored.
     """
     planned = {task.name: task.config for task in tasks}
-    for record in records if isinstance(records, list) else []:
-        if not isinstance(record, Mapping):
-            continue
-        try:
-            name = record["weights"][0]["name"]
-            found = WeightConfig.from_json(record["config"])
-        except (KeyError, IndexError, TypeError, ValueError):
-            continue
+    for (name, *_), found in configs.items():
         if planned.get(name) != found:
             got = planned[name].quantization if name in planned else "nothing"
             problems.add(

@@ -22,7 +22,7 @@ class WeightSummary:
     bits: int
     source_bits: int
     owner: str
-    """Name of the weight that stores the shared factor; its own name if none is shared."""
+    """Name of its task: of the weight that stores the factor if one is shared."""
     allocator: str | None
     """The allocator that is going to choose the configuration."""
     note: str | None

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lrc.compressors.layers import WeightConfig
+from lrc.compressors.layers import COMPONENTS, WeightConfig
 from lrc.compressors.methods.base import Method
-from lrc.compressors.methods.size_families import components_at, largest_step
 from lrc.compressors.planning.plan import PLAN_VERSION
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.tasks import LayerTask
@@ -32,8 +31,8 @@ class UserPlan:
     text: str
     configs: dict[tuple[str, ...], WeightConfig]
     """Names of the weights of a task -> its configuration."""
-    embeddings: Any
-    """Records of embedding and head."""
+    embeddings: dict[tuple[str, ...], WeightConfig]
+    """The same of embedding and head."""
 
 
 def read_user_plan(path: str, where: str, problems: Problems) -> UserPlan | None:
@@ -69,23 +68,10 @@ def read_user_plan(path: str, where: str, problems: Problems) -> UserPlan | None
         )
         return None
     found = Problems()
-    configs: dict[tuple[str, ...], WeightConfig] = {}
-    seen: set[str] = set()
-    for number, record in enumerate(records):
-        names = _names(record)
-        if names is None:
-            found.add("invalid-user-plan", path, f"tasks[{number}] has no 'weights' with names")
-            continue
-        twice = seen & {*names}
-        if twice:
-            found.add("invalid-user-plan", path, f"{min(twice)} is listed twice; delete one")
-        seen |= {*names}
-        try:
-            configs[names] = WeightConfig.from_json(record.get("config"))
-        except ValueError as error:
-            found.add("invalid-user-plan", path, f"{names[0]}: 'config' {error}; correct it")
+    configs = _configs("tasks", records, path, found)
+    embeddings = _configs("embeddings", values.get("embeddings", []), path, found)
     _report(found, path, problems)
-    return None if found else UserPlan(path, text, configs, values.get("embeddings", []))
+    return None if found else UserPlan(path, text, configs, embeddings)
 
 
 def check_names(
@@ -128,6 +114,33 @@ def apply_user_plan(
             decided.append(task.decided(config))
     _report(found, plan.path, problems)
     return decided
+
+
+def _configs(
+    key: str, records: Any, path: str, found: Problems
+) -> dict[tuple[str, ...], WeightConfig]:
+    """Read a list of tasks; problems are added to `found`."""
+    if not isinstance(records, list):
+        found.add(
+            "invalid-user-plan", path, f"'{key}' must be a list, got {records!r:.60}; {REMEDY}"
+        )
+        return {}
+    configs: dict[tuple[str, ...], WeightConfig] = {}
+    seen: set[str] = set()
+    for number, record in enumerate(records):
+        names = _names(record)
+        if names is None:
+            found.add("invalid-user-plan", path, f"{key}[{number}] has no 'weights' with names")
+            continue
+        twice = seen & {*names}
+        if twice:
+            found.add("invalid-user-plan", path, f"{min(twice)} is listed twice; delete one")
+        seen |= {*names}
+        try:
+            configs[names] = WeightConfig.from_json(record.get("config"))
+        except ValueError as error:
+            found.add("invalid-user-plan", path, f"{names[0]}: 'config' {error}; correct it")
+    return configs
 
 
 def _names(record: Any) -> tuple[str, ...] | None:
@@ -201,11 +214,9 @@ def _before_quantization(config: WeightConfig, task: LayerTask, method: Method) 
 def _size_problem(task: LayerTask, config: WeightConfig) -> str | None:
     """Return why a task cannot have the sizes of a configuration, or gains nothing by them."""
     types, shape = config.types, task.stacked_shape
-    largest = {
-        name: size
-        for c in components_at(types, largest_step(types, *shape), *shape, ratio=task.ratio)
-        for name, size in c.sizes.items()
-    }
+    largest: dict[str, int] = {}
+    for kind in (COMPONENTS[c.type] for c in config.components):
+        largest |= kind.sizes_at(kind.largest_step(*shape), *shape, ratio=task.ratio)
     for name, size in config.sizes.items():
         if size > largest[name]:
             return (

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from lrc.compressors.checkpoint.format import quantization_config
-from lrc.compressors.layers.model_shapes import SHAPES, shapes_of
+from lrc.compressors.layers.model_shapes import SHAPES, tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.head_statistics import collect_head_statistics
 from lrc.compressors.slicing.heads import choose_pairs
@@ -73,13 +73,15 @@ class Modegpt(SliceMethod[Options]):
 
     def pending(self, options: Options, config: PreTrainedConfig) -> str | None:
         """Describe the widths that calibration will choose, if layers may differ in width."""
-        if not shapes_of(config):
+        if SHAPES not in tables_of(config):
             return None
         return f"the {options.allocation} allocation will choose the width of each layer's MLP"
 
     def passes(self, options: Options, config: PreTrainedConfig) -> float:
         """Count the passes of allocation, head statistics, and refits with two models."""
-        allocation = ALLOCATION_PASSES[options.allocation] if shapes_of(config) else 0.0
+        allocation = (
+            ALLOCATION_PASSES[options.allocation] if SHAPES in tables_of(config) else 0.0
+        )
         return allocation + (7.0 if options.heads else 5.0)
 
     def recommended_tokens(self, architecture: Architecture) -> int:
@@ -98,7 +100,7 @@ class Modegpt(SliceMethod[Options]):
         layout = find_layout(context.architecture)
         assert isinstance(layout, Layout), "it was planned"
         width, head_dim = getattr(config, layout.width_key), getattr(config, "head_dim", None)
-        planned = shapes_of(config)
+        planned = tables_of(config).get(SHAPES, {})
         # The model's own config has what an earlier slice chose; the planned one may not.
         config = deepcopy(context.architecture.model.config)
         facts: dict[str, Any] = {layout.width_key: [layout.width, width]}

@@ -2,8 +2,8 @@
 
 A method first plans the config of the smaller model from shapes alone, so that later stages can be
 planned before any weight is read. It then computes the tensors of a checkpoint with that config.
-Shapes that config.json cannot describe are stored in tables inside it, see `layers.model_shapes`. Widths
-that depend on calibration are planned evenly at the same total size.
+Shapes that config.json cannot describe are stored in tables inside it, see `layers.model_shapes`.
+Widths that depend on calibration are planned evenly at the same total size.
 """
 
 from abc import ABC, abstractmethod

@@ -20,7 +20,8 @@ ALLOCATED, EXECUTED = "plan.json", "executed.json"
 def compress_weights(session: Session, plan: Plan) -> Plan:
     """Calibrate, allocate and compress all tasks of a plan, unless that is done."""
     done = executed_plan(session)
-    if done is not None:
+    # A finished run has deleted the tensors: they are computed again if its checkpoint is missing.
+    if done is not None and all(session.journal.has(layer_file(t.layer)) for t in done.all_tasks):
         return done
     calibrate(session, plan)
     plan = replace(allocate_budgets(session, plan), slices=plan.slices)

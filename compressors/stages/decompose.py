@@ -118,7 +118,7 @@ def _find_targets(
 def _task(draft: Draft, index: int, options: DecomposeBase, group: list[Linear]) -> LayerTask:
     method = METHODS[options.method]
     quantize = None
-    if isinstance(options, Mixed) and options.schemes:
+    if isinstance(options, Mixed) and (options.schemes or options.plan):
         quantize = QuantizationTask(
             index, options.quantizer, act_order=options.act_order, balance=options.balance
         )

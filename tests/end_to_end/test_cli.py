@@ -15,7 +15,7 @@ WINDOW = ("--window", 32, "--windows", 2)
 
 
 def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a Python of its own, whose streams are no terminal."""
+    """Run code in a separate Python process whose streams are not a terminal."""
     ours = ("FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TERM", "COLUMNS")
     environment = {k: v for k, v in os.environ.items() if k not in ours} | variables
     return subprocess.run(
@@ -38,13 +38,13 @@ except SystemExit as ended:
     "arguments",
     [["--help"], ["compress", "--help"], ["--version"], ["recipes", "list"], ["schema"]],
 )
-def test_what_needs_no_model_loads_no_library_for_models(arguments: list[str]) -> None:
+def test_commands_without_a_model_load_no_model_library(arguments: list[str]) -> None:
     done = python(HELP.format(arguments=arguments, heavy=HEAVY))
     assert done.stderr == "0 []\n"
     assert done.stdout
 
 
-def test_a_wrong_recipe_is_refused_without_loading_them_either(tmp_path: Path) -> None:
+def test_an_invalid_recipe_is_refused_without_loading_them(tmp_path: Path) -> None:
     arguments = ["compress", str(tmp_path / "no.yaml")]
     done = python(HELP.format(arguments=arguments, heavy=HEAVY))
     assert done.stderr.splitlines()[-1] == "2 []"
@@ -57,7 +57,7 @@ def test_help_names_every_command_and_exit_code() -> None:
         assert word in " ".join(done.stdout.split())
 
 
-def test_colors_are_for_terminals_that_want_them() -> None:
+def test_only_terminals_get_colors_unless_disabled() -> None:
     code = HELP.format(arguments=["--help"], heavy=HEAVY)
     assert "\x1b" not in python(code).stdout
     assert COLOR.search(python(code, FORCE_COLOR="1", TERM="xterm-256color").stdout)
@@ -82,7 +82,8 @@ USAGE: dict[str, tuple[list[str], tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", USAGE)
 def test_wrong_command_lines_exit_with_2(lrc, case: str) -> None:
     arguments, words = USAGE[case]
-    lrc(*arguments).refuses(2, *words)
+    code = "unknown-recipe" if case == "no such recipe" else "usage"
+    lrc(*arguments).refuses(2, *words, code=code)
 
 
 def test_no_command_shows_the_help(lrc) -> None:
@@ -120,7 +121,7 @@ EVAL: dict[str, tuple[list[object], int, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", EVAL)
-def test_eval_speaks_of_its_options_not_of_a_recipe(
+def test_errors_of_eval_name_its_options_not_recipe_keys(
     lrc, tiny_model_folder: Path, case: str
 ) -> None:
     options, code, words = EVAL[case]
@@ -129,7 +130,7 @@ def test_eval_speaks_of_its_options_not_of_a_recipe(
     assert "evaluate." not in ended.err
 
 
-def test_eval_of_what_is_not_there(lrc, tmp_path: Path) -> None:
+def test_eval_of_missing_models(lrc, tmp_path: Path) -> None:
     text = ("--perplexity", "python-docs")
     lrc("eval", tmp_path / "no", *text).refuses(2, f"no file or folder '{tmp_path / 'no'}'")
     lrc("eval", "no-such/model", *text).refuses(1, "'no-such/model'", "not a local folder", "Hub")
@@ -148,7 +149,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(
     assert done.code == 0
     assert json.loads(done.out) == json.loads((output / "report.json").read_text())
     stages = [line.partition(":")[0] for line in done.err.splitlines()]
-    assert stages == ["calibrate", "decompose", "evaluate dense", "evaluate compressed"]
+    assert stages == ["calibrate", "compress", "evaluate dense", "evaluate compressed"]
     assert "\x1b" not in done.err
 
     checkpoint = output / "checkpoint"
@@ -158,7 +159,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(
     blocks = json.loads(measured.out)["checkpoints"]
     report = json.loads(done.out)["evaluation"]["perplexity"]["english"]
     assert [block["perplexity"]["english"]["perplexity"] for block in blocks.values()] == [
-        pytest.approx(report["dense"], rel=1e-2),  # there in bfloat16, here as it is stored
+        pytest.approx(report["dense"], rel=1e-2),  # in bfloat16 there, as stored here
         pytest.approx(report["compressed"], rel=1e-6),
     ]
     assert len(measured.err.splitlines()) == 2
@@ -172,7 +173,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(
         assert isinstance(json.loads(ended.out), dict)
 
 
-def test_quiet_says_nothing_on_stderr(lrc, recipe: Path, output: Path, tiny_text: Path) -> None:
+def test_quiet_writes_nothing_to_stderr(lrc, recipe: Path, output: Path, tiny_text: Path) -> None:
     for command in (
         ("compress", recipe),
         ("compress", recipe),  # finished already
@@ -184,18 +185,18 @@ def test_quiet_says_nothing_on_stderr(lrc, recipe: Path, output: Path, tiny_text
         assert "\x1b" not in ended.out
 
 
-def test_a_missed_gate_exits_with_4_after_everything_is_written_and_shown(
+def test_a_missed_gate_exits_with_4_after_all_results_are_written_and_shown(
     lrc, recipe: Path, output: Path
 ) -> None:
     gates = (
         "evaluate.gates=[{metric: perplexity.english, at_most: 1.5},"
         " {metric: perplexity.english, relative: true, at_most: 0.1}]"
     )
-    for _ in range(2):  # a finished run is not forgiven its gates
+    for _ in range(2):  # also if the run is finished already
         ended = lrc("compress", recipe, gates, "--json", "-q")
         assert ended.code == 4
         assert [error.partition(" is ")[0] for error in ended.errors] == [
-            "error: perplexity.english"
+            "error[gate-missed]: perplexity.english"
         ] * 2
         assert "must be at most 1.5" in ended.errors[0]
         assert "compressed / dense" in ended.errors[1]
@@ -224,7 +225,7 @@ def test_an_unexpected_error_shows_a_traceback_only_with_debug(
     assert "Traceback" in debugged.err
 
 
-def test_running_out_of_memory_says_what_to_lower(
+def test_running_out_of_memory_names_what_to_lower(
     lrc, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lrc.compressors import pipeline
@@ -233,10 +234,10 @@ def test_running_out_of_memory_says_what_to_lower(
         raise MemoryError
 
     monkeypatch.setattr(pipeline, "prepare", fail)
-    lrc("compress", recipe).refuses(1, "out of memory", "lower calibration.memory_limit_gib")
+    lrc("compress", recipe).refuses(1, "calibration.memory_limit_gib", code="out-of-memory")
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     code = (
         "import subprocess, sys; run = [sys.executable, '-m', 'lrc', 'schema']; "
         "p = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True); "

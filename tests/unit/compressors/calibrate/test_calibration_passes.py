@@ -1,4 +1,4 @@
-"""Gradients layer by layer are those of the whole model; labels have the moments they claim."""
+"""Gradients layer by layer are those of the whole model; labels have their documented moments."""
 
 import itertools
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ EVERYTHING = frozenset({"inputs", "gradients", "input_mean", "input_magnitude", 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Two would mostly wait for each other over matrices this small."""
+    """Use one thread: two would mostly wait for each other over matrices this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -106,7 +106,7 @@ def test_statistics_are_those_of_autograd_over_the_whole_model(
     assert len(forms) == 4  # whole and image, on both sides
 
 
-def test_windows_are_told_apart_where_a_model_flattens_their_tokens(tokens, tmp_path):
+def test_windows_are_separated_where_a_model_flattens_their_tokens(tokens, tmp_path):
     """OPT gives its MLP all tokens in one dimension; the row Fisher is a sum over windows."""
     config = OPTConfig(
         vocab_size=512,
@@ -199,7 +199,7 @@ class Kill(Exception):
 
 @pytest.mark.parametrize("moment", range(2 * LAYERS))
 @pytest.mark.parametrize("snapshots", [False, True])
-def test_a_collection_that_was_stopped_anywhere_ends_with_the_same_bytes(
+def test_a_collection_stopped_at_any_step_continues_to_the_same_bytes(
     architecture, reader, tokens, tmp_path, monkeypatch, moment, snapshots
 ):
     if snapshots:

@@ -35,7 +35,7 @@ def tokens() -> Tensor:
 
 
 def resident(architecture: Architecture) -> set[int]:
-    """Name the decoder layers that are not wholly on the meta device."""
+    """Return the decoder layers that are not completely on the meta device."""
     return {
         index
         for index, layer in enumerate(architecture.layers)
@@ -45,7 +45,7 @@ def resident(architecture: Architecture) -> set[int]:
 
 @contextmanager
 def residents_seen(architecture: Architecture) -> Iterator[list[tuple[int, set[int]]]]:
-    """Note, whenever a linear is applied, its layer and which layers are resident."""
+    """Record, whenever a linear is applied, its layer and which layers are resident."""
     seen: list[tuple[int, set[int]]] = []
     hooks = [
         architecture.model.get_submodule(linear.name).register_forward_hook(
@@ -58,7 +58,7 @@ def residents_seen(architecture: Architecture) -> Iterator[list[tuple[int, set[i
         hook.remove()
 
 
-def test_only_the_layer_at_work_is_off_the_meta_device(architecture, reader, tokens, tmp_path):
+def test_only_the_executed_layer_has_weights(architecture, reader, tokens, tmp_path):
     with residents_seen(architecture) as seen:
         statistics.collect(
             architecture,
@@ -102,7 +102,7 @@ def test_layers_applied_in_turn_give_the_states_of_the_whole_model(source, execu
     torch.testing.assert_close(final, expected[-1], rtol=1e-5, atol=1e-5)
 
 
-def test_the_trace_finds_what_shares_an_input(executor, tokens):
+def test_the_trace_finds_linears_with_a_common_input(executor, tokens):
     with executor.around_layers():
         calls = executor.trace(tokens, len(tokens))
     for index, call in enumerate(calls):
@@ -116,7 +116,7 @@ def test_the_trace_finds_what_shares_an_input(executor, tokens):
 
 
 def test_another_view_of_the_same_memory_is_another_input(architecture, executor, tokens):
-    """Same address, other columns: one second moment cannot stand for both."""
+    """Same address, other columns: the second moments differ."""
 
     class Halves(nn.Module):
         def __init__(self, inner: Any) -> None:
@@ -138,7 +138,7 @@ def test_another_view_of_the_same_memory_is_another_input(architecture, executor
 
 
 @pytest.mark.parametrize("calls", [0, 1])
-def test_a_model_that_skips_layers_is_refused(architecture, executor, tokens, monkeypatch, calls):
+def test_a_model_that_skips_layers_is_rejected(architecture, executor, tokens, monkeypatch, calls):
     def forward(**_: Any) -> None:
         for layer in architecture.layers[:calls]:
             layer.forward = lambda x: x
@@ -194,7 +194,7 @@ def test_a_batch_is_as_large_as_the_token_budget_allows(n_windows, length, expec
 
 
 def test_a_smaller_last_batch_is_called_with_its_own_arguments(source, executor, tokens):
-    """And without a layer being loaded for it."""
+    """These are found without loading a layer."""
     with executor.around_layers():
         calls = executor.trace(tokens[:3], 2)
         expected = executor.trace(tokens[2:3], 1)
@@ -208,7 +208,7 @@ def test_a_smaller_last_batch_is_called_with_its_own_arguments(source, executor,
                 torch.testing.assert_close(value, kwargs_alone[key], rtol=0, atol=0)
 
 
-def test_layers_get_back_a_forward_of_their_own(architecture, executor, tokens):
+def test_a_forward_of_the_layer_instance_is_restored(architecture, executor, tokens):
     def own(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden
 
