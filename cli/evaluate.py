@@ -69,7 +69,7 @@ def run(
     def labelled(checkpoint: str, stage: str, done: int, total: int) -> None:
         on_step(f"{checkpoint}: {stage}", done, total)
 
-    with _options_in_errors():
+    with options_in_errors():
         for spec in request.perplexity:
             check_source(spec.source, part="evaluation")
         check_tasks(request.tasks)
@@ -86,7 +86,7 @@ def run(
 
 
 @contextmanager
-def _options_in_errors() -> Iterator[None]:
+def options_in_errors() -> Iterator[None]:
     """Replace the keys of a recipe in error messages by the options of the command."""
 
     def translate(text: str) -> str:

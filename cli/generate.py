@@ -1,6 +1,6 @@
 """`lrc generate`: the continuations of one prompt by several models."""
 
-from lrc.cli.evaluate import check_model, load_model
+from lrc.cli.evaluate import check_model, load_model, options_in_errors
 from lrc.configs.errors import RecipeError
 
 
@@ -18,10 +18,11 @@ def run(models: list[str], prompt: str, *, tokens: int, device: str) -> dict[str
         raise RecipeError([f"--tokens: must be a whole number >= 1, got {tokens}"])
     from lrc.compressors.io.machine import Machine
 
-    for path in models:
-        check_model(path)
     chosen = Machine(device=device).chosen
-    return {path: _continuation(path, prompt, tokens, chosen) for path in models}
+    with options_in_errors():
+        for path in models:
+            check_model(path)
+        return {path: _continuation(path, prompt, tokens, chosen) for path in models}
 
 
 def _continuation(path: str, prompt: str, tokens: int, device: str) -> str:
