@@ -19,7 +19,7 @@ from lrc.compressors.checkpoint.reader import (
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.scores import evaluate_model
-from lrc.compressors.io.machine import OnStep
+from lrc.compressors.io.machine import Machine, OnStep
 from lrc.compressors.models import source as models
 from lrc.configs.errors import LrcError, RecipeError
 from lrc.configs.recipe import Evaluate, Model
@@ -41,15 +41,16 @@ def run(
     def labelled(checkpoint: str, stage: str, done: int, total: int) -> None:
         on_step(f"{checkpoint}: {stage}", done, total)
 
-    with _options_in_errors():
+    with options_in_errors():
         for spec in request.perplexity:
             check_source(spec.source, part="evaluation")
         check_tasks(request.tasks)
         for checkpoint in checkpoints:  # before one of them is measured for hours
-            _check(checkpoint)
+            check_model(checkpoint)
+        chosen = Machine(device=device).chosen
         scores = {}
         for checkpoint in checkpoints:
-            model, tokenizer = _load(checkpoint, device)
+            model, tokenizer = load_model(checkpoint, chosen)
             step = partial(labelled, checkpoint)
             scores[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
             del model
@@ -57,7 +58,7 @@ def run(
 
 
 @contextmanager
-def _options_in_errors() -> Iterator[None]:
+def options_in_errors() -> Iterator[None]:
     """Replace the keys of a recipe in error messages by the options of the command."""
 
     def translate(text: str) -> str:
@@ -78,17 +79,17 @@ def _options_in_errors() -> Iterator[None]:
         raise type(error)(translate(str(error)), code=error.code) from error
 
 
-def _check(checkpoint: str) -> None:
-    """Refuse a checkpoint that cannot be loaded."""
-    if Path(checkpoint).is_dir():
-        read_config(Path(checkpoint))
-        check_files(Path(checkpoint))
+def check_model(path: str) -> None:
+    """Refuse a folder, Hub id or GGUF file that cannot be loaded."""
+    if Path(path).is_dir():
+        read_config(Path(path))
+        check_files(Path(path))
     else:
-        models.locate(Model(path=checkpoint))
+        models.locate(Model(path=path))
 
 
-def _load(path: str, device: str) -> tuple[Any, Any]:
-    """Load a folder as it is stored, or a Hub id or GGUF file as in a recipe."""
+def load_model(path: str, device: str) -> tuple[Any, Any]:
+    """Load model and tokenizer: a folder as it is stored, a Hub id or GGUF file as in a recipe."""
     dtype = torch.float32 if device == "cpu" else None
     folder = Path(path)
     if folder.is_dir():

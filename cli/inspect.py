@@ -81,7 +81,10 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         ],
         SHAPES: shapes,
         "totals": plan.get("totals"),
-        **{key: report.get(key) for key in ("slices", "evaluation", "environment", "recipe")},
+        **{
+            key: report.get(key)
+            for key in ("slices", "evaluation", "size", "environment", "recipe")
+        },
     }
 
 

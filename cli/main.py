@@ -209,6 +209,30 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Folders, Hub ids or .gguf files.", show_default=False),
+    ],
+    prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
+    tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 40,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with several models, greedily, to compare the texts."""
+    from lrc.cli.generate import run
+
+    console.quiet_transformers()
+    texts = run(models, prompt, tokens=tokens, device=_device(device))
+    if as_json:
+        _print_json({"prompt": prompt, "continuations": texts})
+        return
+    typer.echo(f"prompt: {prompt}")
+    for path, text in texts.items():
+        typer.echo(f"\n{path}:\n{text.strip()}")
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
     verify: Annotated[

@@ -138,6 +138,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
         )
     if facts["evaluation"]:
         print_comparison(facts["evaluation"])
+        print_baselines(facts)
 
 
 def _components(plan: Plan, row: WeightSummary) -> str:

@@ -170,7 +170,7 @@ class Compression:
         tensors: Mapping[str, Tensor],
         prefix: Prefix,
     ) -> None:
-        """Insert compressed weights into the prefix, from the journal if their layer is finished."""
+        """Insert compressed weights into the prefix; those of finished layers are on disk."""
         task_of = {w.name: task for task in self.plan.tasks for w in task.weights}
         for name in names:
             if name not in task_of:

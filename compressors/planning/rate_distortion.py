@@ -22,7 +22,7 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerTask, Weight
-from lrc.compressors.solvers.metric import weighted_energy
+from lrc.compressors.solvers.metric import damped_metric
 from lrc.compressors.solvers.moments import Statistics
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.compressors.solvers.spectrum import energies_only
@@ -198,14 +198,11 @@ def _quantization_errors(
     assert known.inputs is not None
     assert task.quantize is not None
     damping = {"damp": task.options["damp"], "gradient_damp": task.options["gradient_damp"]}
+    metric, _ = damped_metric(known.inputs, known.gradients, **damping)
     H, factor = known.inputs.whole(), QUANTIZER_ERROR[task.quantize.quantizer]
-
-    def squared_error(E: Tensor) -> float:
-        return weighted_energy(E, known.inputs, known.gradients, **damping)
-
     found = {}
     for args in allocation.quantization:
         if args.divides(task.shape[1]):
             W_hat = round_to_nearest(W, args, dtype=W.dtype, H=H).weight()
-            found[str(args)] = squared_error(W.double() - W_hat) * factor
-    return found, squared_error(W.double())
+            found[str(args)] = float(metric.energy(W.double() - W_hat)) * factor
+    return found, float(metric.energy(W.double()))

@@ -53,7 +53,16 @@ def test_an_invalid_recipe_is_refused_without_loading_them(tmp_path: Path) -> No
 
 def test_help_names_every_command_and_exit_code() -> None:
     done = python(HELP.format(arguments=["--help"], heavy=HEAVY), COLUMNS="100")
-    for word in ("plan", "compress", "eval", "inspect", "recipes", "schema", "75 stopped"):
+    for word in (
+        "plan",
+        "compress",
+        "eval",
+        "generate",
+        "inspect",
+        "recipes",
+        "schema",
+        "75 stopped",
+    ):
         assert word in " ".join(done.stdout.split())
 
 
@@ -139,6 +148,27 @@ def test_eval_of_missing_models(lrc, tmp_path: Path) -> None:
     lrc("eval", tmp_path / "no", *text).refuses(2, f"no file or folder '{tmp_path / 'no'}'")
     lrc("eval", "no-such/model", *text).refuses(1, "'no-such/model'", "not a local folder", "Hub")
     lrc("eval", tmp_path, *text).refuses(1, "no checkpoint here (no config.json)")
+
+
+def test_generate_continues_a_prompt_with_every_model(lrc, tiny_model_folder: Path) -> None:
+    models = (tiny_model_folder, f"{tiny_model_folder}/")
+    ended = lrc("generate", *models, "--prompt", "a", "--tokens", 3, "--json")
+    assert (ended.code, ended.err) == (0, "")
+    values = json.loads(ended.out)
+    assert values["prompt"] == "a"
+    assert [*values["continuations"]] == [str(model) for model in models]
+    first, second = values["continuations"].values()
+    assert first == second != ""
+    shown = lrc("generate", tiny_model_folder, "--prompt", "a", "--tokens", 3).out
+    assert shown.splitlines()[0] == "prompt: a"
+    assert f"\n{tiny_model_folder}:\n{first.strip()}" in shown
+
+
+def test_generate_refuses_what_it_cannot_continue(lrc, tmp_path: Path) -> None:
+    lrc("generate", tmp_path, "--prompt", "").refuses(2, "--prompt: must contain text")
+    lrc("generate", tmp_path, "--prompt", "a", "--tokens", 0).refuses(2, "--tokens: must be")
+    missing = tmp_path / "no"
+    lrc("generate", missing, "--prompt", "a").refuses(2, f"no file or folder '{missing}'")
 
 
 def test_results_go_to_stdout_and_everything_else_to_stderr(
