@@ -21,7 +21,7 @@ from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.scores import evaluate_model
 from lrc.compressors.io.machine import Machine, OnStep
 from lrc.compressors.models import source as models
-from lrc.configs.errors import LrcError, RecipeError
+from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Evaluate, Model
 
 OPTIONS = {
@@ -75,7 +75,7 @@ def options_in_errors() -> Iterator[None]:
                 for p in error.problems
             ]
         ) from error
-    except LrcError as error:
+    except (ModelError, DataError) as error:
         raise type(error)(translate(str(error)), code=error.code) from error
 
 

@@ -94,9 +94,8 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
             leaf = hidden[rows].to(context.device).requires_grad_()
             with torch.enable_grad():
                 logits = executor.logits(leaf, tokens[rows])
-            labelled = logits.detach(), tokens[rows], context.labels
-            at_logits = logit_gradient(*labelled, generator).to(logits.dtype)
-            (gradients[rows],) = torch.autograd.grad(logits, leaf, at_logits)
+            at_logits = logit_gradient(logits.detach(), tokens[rows], context.labels, generator)
+            (gradients[rows],) = torch.autograd.grad(logits, leaf, at_logits.to(logits.dtype))
 
 
 def backward_layer(

@@ -6,7 +6,7 @@ passes) and which linears share an input. After that, layers can be applied to t
 all batches, layer by layer, without the model around them.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -92,8 +92,8 @@ class LayerExecutor:
             yield self.architecture.layers[index]
 
     @contextmanager
-    def _filled(self, name: str, skip: list[str] | None = None) -> Iterator[None]:
-        reader, skip = self.context.reader, skip or []
+    def _filled(self, name: str, skip: Sequence[str] = ()) -> Iterator[None]:
+        reader = self.context.reader
         reader.fill_(name, device=self.context.device, dtype=torch.float32, skip=skip)
         try:
             yield
@@ -115,7 +115,7 @@ class LayerExecutor:
                     self._forward(self.tokens[rows])
 
     def embedded(self, name: str = "states") -> Tensor:
-        """Return a buffer of an activation cache with the input of the first layer."""
+        """Return the input of the first layer in the buffer of a new activation cache."""
         states = ActivationCache(self.context, name, self.shape).tensor
         self.embed_(states)
         return states
@@ -241,7 +241,7 @@ def _record_arguments(layer: nn.Module, call: LayerCall) -> RemovableHandle:
 
 
 def batches(tokens: Tensor, most: int) -> list[slice]:
-    """Split windows [n_windows, length] into batches of about `most` tokens, at least a window."""
+    """Split windows [n_windows, length] into batches of at most `most` tokens, or of one window."""
     n_windows, length = tokens.shape
     size = max(1, most // length)
     return [slice(start, start + size) for start in range(0, n_windows, size)]

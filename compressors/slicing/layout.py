@@ -146,9 +146,10 @@ def skeleton(architecture: Architecture, config: PreTrainedConfig) -> Any:
 def _find_linears(
     architecture: Architecture, kinds: Sequence[tuple[str, ...]]
 ) -> list[tuple[str, ...]] | str:
-    """Return the full names of the linears of the one module of some kinds in each layer.
+    """Return the full names of the linears of the only module in each layer that is of some kinds.
 
-    A kind is the names of the linears. If there is not one, return a clause that says so.
+    A kind consists of the names of a module's linears. If a layer has no or several such modules,
+    return a clause that says so.
     """
     result = []
     for name, layer in zip(architecture.layer_names, architecture.layers, strict=True):

@@ -150,15 +150,13 @@ class SliceWriter:
         Returns the weight [d_out, d_in] and the second moment [d_in, d_in] per token of the inputs.
         """
         found = self._prefix.measure(layer, [linear], deficit=True)
-        H, cross = (
-            found.H.double() / self._prefix.n_tokens,
-            found.cross.double() / self._prefix.n_tokens,
-        )
+        n_tokens = self._prefix.n_tokens
+        H, cross = found.H.double() / n_tokens, found.cross.double() / n_tokens
         # The target is (1 - MIX) V x' + MIX W x + RESIDUAL (R - R'): where W and V differ, W does
         # not apply to the inputs x' of the sliced model, whose channels V defines.
         deficit = MIX * (W.double() - V.double()) @ cross
         if linear in found.deficit:
-            deficit += RESIDUAL * found.deficit[linear].double() / self._prefix.n_tokens
+            deficit += RESIDUAL * found.deficit[linear].double() / n_tokens
         target, fallback = refit_target(
             V, H, cross, mix=MIX, damp=self.damp, deficit=deficit, residual=1.0
         )

@@ -24,10 +24,7 @@ from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.layers.model_shapes import SHAPES, tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.families import Family, find_family
-from lrc.compressors.slicing.rotated_weights import (
-    StreamParameters,
-    rotated_tensors,
-)
+from lrc.compressors.slicing.rotated_weights import StreamParameters, rotated_tensors
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod, with_tables
 from lrc.compressors.slicing.stream_bases import find_basis, find_block_bases
 from lrc.configs.errors import ModelError, RecipeError
