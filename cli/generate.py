@@ -1,25 +1,33 @@
-"""Generate text with a checkpoint: `python -m lrc.cli.generate FOLDER PROMPT`."""
+"""`lrc generate`: the continuations of one prompt by several models."""
 
-import sys
-from pathlib import Path
-
-from lrc.cli import console
-
-
-def main(folder: str, prompt: str) -> None:
-    """Print the prompt and its greedy continuation."""
-    with console.quiet_libraries():
-        import torch
-
-        from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
-
-        console.quiet_transformers()
-        tokenizer = load_tokenizer(Path(folder))
-        model = load_checkpoint(Path(folder), dtype=torch.float32)
-        inputs = tokenizer(prompt, return_tensors="pt")
-        tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-        print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+from lrc.cli.evaluate import check_model, load_model, options_in_errors
+from lrc.compressors.io.machine import Machine
+from lrc.configs.errors import RecipeError
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def run(models: list[str], prompt: str, *, tokens: int, device: str) -> dict[str, str]:
+    """Return model -> its greedy continuation of `prompt`, at most `tokens` tokens long.
+
+    Raises
+    ------
+    RecipeError
+        If the prompt is empty or `tokens` is out of range.
+    """
+    if not prompt:
+        raise RecipeError(["--prompt: must contain text, got none; give a sentence to continue"])
+    if tokens < 1:
+        raise RecipeError([f"--tokens: must be a whole number >= 1, got {tokens}"])
+    chosen = Machine(device=device).chosen
+    with options_in_errors():
+        for path in models:
+            check_model(path)
+        return {path: _continuation(path, prompt, tokens, chosen) for path in models}
+
+
+def _continuation(path: str, prompt: str, tokens: int, device: str) -> str:
+    model, tokenizer = load_model(path, device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0]
+    new = written[inputs["input_ids"].shape[1] :]
+    text: str = tokenizer.decode(new, skip_special_tokens=True)
+    return text

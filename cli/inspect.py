@@ -2,37 +2,26 @@
 
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.plain import plain_name, read_plain
+from lrc.compressors.checkpoint.reader import check_files, read_config, read_object, verify_hashes
+from lrc.compressors.io.shards import Header
+from lrc.compressors.layers import TensorSpecs
+from lrc.compressors.layers.model_shapes import SHAPES
 from lrc.configs.errors import CheckpointError, RecipeError
-
-if TYPE_CHECKING:
-    from lrc.compressors.io.shards import Header
-    from lrc.compressors.layers import WeightConfig
 
 
 def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
     """Return the facts of a compressed checkpoint.
 
-    Raises
-    ------
-    CheckpointError
-        No checkpoint of lrc, damaged, of a newer format, or, with `verify`, changed.
+    Raises a `CheckpointError` for a folder that is no checkpoint of lrc, damaged, of a newer format
+    or, with `verify`, changed.
     """
-    from lrc.compressors.checkpoint import format as layout
-    from lrc.compressors.checkpoint.format import COPY_AGAIN
-    from lrc.compressors.checkpoint.plain import read_plain
-    from lrc.compressors.checkpoint.reader import (
-        check_files,
-        read_config,
-        read_object,
-        verify_hashes,
-    )
-    from lrc.compressors.layers.model_shapes import SHAPES
-
     if not folder.is_dir():
         raise RecipeError(
-            [f"{folder}: no such folder; the checkpoint of a run is its folder OUTPUT/checkpoint"]
+            f"{folder}: no such folder; the checkpoint of a run is its folder OUTPUT/checkpoint"
         )
     config = read_config(folder)
     block = config.get("quantization_config")
@@ -49,26 +38,28 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         modules = layout.parse_modules(block.get("modules", {}), f"{folder}/config.json")
     else:
         modules = {} if method is None else read_plain(folder, block or {}, headers)
-    if verify:
-        problems = verify_hashes(folder)
-        if problems:
-            raise CheckpointError(f"{folder}: {'; '.join(problems)}; {COPY_AGAIN}")
+    if verify and (problems := verify_hashes(folder)):
+        raise CheckpointError(f"{folder}: {'; '.join(problems)}; {layout.COPY_AGAIN}")
     plan, report = (
-        read_object(path) if path.is_file() else None
+        read_object(path) if path.is_file() else {}
         for path in (folder / layout.PLAN, folder / layout.REPORT)
     )
     shapes = (block or {}).get(SHAPES, {})
-    tensors = {
-        name: _check_module(folder, name, config, headers, stopped=stopped)
-        for name, config in modules.items()
-    }
-    dense = layout.resized_tensors({n: shapes[n] for n in shapes if n not in modules})
-    if wrong := layout.mismatches(dense, headers):
+    expected: TensorSpecs = {}
+    for name, weight in modules.items():
+        specs = layout.expected_tensors(name, weight, bias=f"{name}.bias" in headers)
+        if not stopped:
+            del specs[f"{name}.weight"]
+            specs = {plain_name(tensor): spec for tensor, spec in specs.items()}
+        expected |= specs
+    counted = {*expected} - {f"{name}.bias" for name in modules}
+    expected |= layout.resized_tensors({n: shapes[n] for n in shapes if n not in modules})
+    if wrong := layout.mismatches(expected, headers):
         raise CheckpointError(
-            f"{folder}: the tensors do not match config.json: {'; '.join(wrong[:5])}; {COPY_AGAIN}",
+            f"{folder}: the tensors do not match config.json: {'; '.join(wrong[:5])}; "
+            f"{layout.COPY_AGAIN}",
             code="tensor-mismatch",
         )
-    counted = {name for found in tensors.values() for name in found}
     others = [h for name, h in headers.items() if name not in counted and _is_number(h)]
     return {
         "path": str(folder),
@@ -89,40 +80,14 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
             for name, config in modules.items()
         ],
         SHAPES: shapes,
-        "slices": report.get("slices") if report else None,
-        "totals": plan.get("totals") if plan else None,
-        "evaluation": report.get("evaluation") if report else None,
-        "environment": report.get("environment") if report else None,
-        "recipe": report.get("recipe") if report else None,
+        "totals": plan.get("totals"),
+        **{
+            key: report.get(key)
+            for key in ("slices", "evaluation", "size", "environment", "recipe")
+        },
     }
 
 
-def _check_module(
-    folder: Path,
-    name: str,
-    config: "WeightConfig",
-    headers: "dict[str, Header]",
-    *,
-    stopped: bool,
-) -> set[str]:
-    """Return the tensors of a compressed weight, after comparing them with their headers."""
-    from lrc.compressors.checkpoint import format as layout
-    from lrc.compressors.checkpoint.plain import plain_name
-
-    bias = f"{name}.bias" in headers
-    expected = layout.expected_tensors(name, config, bias=bias)
-    if not stopped:
-        del expected[f"{name}.weight"]
-        expected = {plain_name(tensor): spec for tensor, spec in expected.items()}
-    if problems := layout.mismatches(expected, headers):
-        raise CheckpointError(
-            f"{folder}: the tensors of {name} do not match config.json: {'; '.join(problems)}; "
-            f"{layout.COPY_AGAIN}",
-            code="tensor-mismatch",
-        )
-    return {*expected} - {f"{name}.bias"}
-
-
-def _is_number(header: "Header") -> bool:
+def _is_number(header: Header) -> bool:
     """Return whether a tensor contains parameters; sentinels and indices are integers."""
     return not header.dtype.startswith(("U", "I"))

@@ -39,6 +39,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
 
 
+def _positive(number: int | None) -> int | None:
+    if number is not None and number < 1:
+        raise typer.BadParameter(f"must be a whole number >= 1, got {number}")
+    return number
+
+
 def _version(show: bool) -> None:
     if show:
         import lrc
@@ -91,7 +97,7 @@ def plan(
     loaded = load_recipe(recipe, overrides or [])
     if sensitivity or profile is not None:
         if every:
-            raise RecipeError(["--all: --sensitivity shows every matrix anyway; leave one out"])
+            raise RecipeError("--all: --sensitivity shows every matrix anyway; leave one out")
         _sensitivity(loaded, profile, _device(device), as_json=as_json, quiet=quiet)
         return
     from lrc.cli import tables
@@ -162,23 +168,40 @@ def evaluate(
     include_path: Annotated[
         str | None, typer.Option(help="Folder with your own lm-eval task files.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents per task, at most.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens per perplexity window.")] = 2048,
-    windows: Annotated[int | None, typer.Option(help="Windows per text, at most.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(callback=_positive, help="Documents per task, at most.")
+    ] = None,
+    window: Annotated[
+        int, typer.Option(callback=_positive, help="Tokens per perplexity window.")
+    ] = 2048,
+    windows: Annotated[
+        int | None, typer.Option(callback=_positive, help="Windows per text, at most.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure perplexity and lm-eval tasks of checkpoints, side by side."""
-    from lrc.cli.evaluate import build_request, run
-
-    request = build_request(perplexity or [], tasks, include_path, limit, window, windows)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names and not perplexity:
+        raise RecipeError(
+            "lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"
+        )
+    from lrc.cli.evaluate import run
     from lrc.cli.quality import print_evaluation
+    from lrc.compressors.io.machine import Machine
+    from lrc.configs.recipe import Evaluate, Perplexity, Tasks
+
+    request = Evaluate(
+        perplexity=[Perplexity(source=s, window=window, windows=windows) for s in perplexity or []],
+        tasks=Tasks(names=names, include_path=include_path, limit=limit),
+    )
+    chosen = Machine(_device(device)).chosen
 
     console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
-        blocks = run(checkpoints, request, seed=seed, device=_device(device), on_step=steps)
+        blocks = run(checkpoints, request, seed=seed, device=chosen, on_step=steps)
     if as_json:
         _print_json({"checkpoints": blocks})
     else:
@@ -186,14 +209,34 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Folders, Hub ids or .gguf files.", show_default=False),
+    ],
+    prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
+    tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 40,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with several models, greedily, to compare the texts."""
+    from lrc.cli.generate import run
+
+    console.quiet_transformers()
+    texts = run(models, prompt, tokens=tokens, device=_device(device))
+    if as_json:
+        _print_json({"prompt": prompt, "continuations": texts})
+        return
+    typer.echo(f"prompt: {prompt}")
+    for path, text in texts.items():
+        typer.echo(f"\n{path}:\n{text.strip()}")
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
     verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            help="Compare every file with its recorded hash.",
-        ),
+        bool, typer.Option("--verify", help="Compare every file with its recorded hash.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -243,13 +286,12 @@ def recipes_copy(
     text = shipped.read(name)
     target = to or Path(f"{name}.yaml")
     if target.exists():
-        raise RecipeError([f"{target} exists already; name another file"])
+        raise RecipeError(f"{target} exists already; name another file")
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RecipeError(
-            [f"{target} cannot be written ({error.strerror}); name another file"]
-        ) from error
+        message = f"{target} cannot be written ({error.strerror}); name another file"
+        raise RecipeError(message) from error
     console.say(f"wrote {target}")
 
 
@@ -258,18 +300,14 @@ def _sensitivity(
 ) -> None:
     if not loaded.recipe.stages_of("decompose"):
         raise RecipeError(
-            [
-                "--sensitivity: shows the predicted losses of decompositions, but the recipe has "
-                "no 'decompose' stage; add one, or leave the option out"
-            ]
+            "--sensitivity: shows the predicted losses of decompositions, but the recipe has "
+            "no 'decompose' stage; add one, or leave the option out"
         )
     samples = loaded.recipe.calibration.samples
     if windows is not None and not 1 <= windows <= samples:
         raise RecipeError(
-            [
-                f"--profile: must be in [1, {samples}], the windows of the calibration, got "
-                f"{windows}; change it, or raise calibration.samples"
-            ]
+            f"--profile: must be in [1, {samples}], the windows of the calibration, got "
+            f"{windows}; change it, or raise calibration.samples"
         )
     from lrc.cli.sensitivity import print_profile, print_sensitivity
     from lrc.compressors import pipeline
@@ -299,13 +337,11 @@ def _device(name: str) -> str:
         return name
     kind, _, number = name.partition(":")
     if kind != "cuda" or (number and not number.isdecimal()):
-        raise RecipeError([f"--device: must be auto, cpu, cuda or cuda:N, got {name!r}"])
+        raise RecipeError(f"--device: must be auto, cpu, cuda or cuda:N, got {name!r}")
     if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
         raise RecipeError(
-            [
-                f"--device: {name} requested, but torch sees {torch.cuda.device_count()} GPUs; "
-                "use --device cpu, or install a torch build for your GPU"
-            ]
+            f"--device: {name} requested, but torch sees {torch.cuda.device_count()} GPUs; "
+            "use --device cpu, or install a torch build for your GPU"
         )
     return name
 

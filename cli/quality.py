@@ -59,7 +59,7 @@ def print_comparison(evaluation: dict[str, Any]) -> None:
 def print_baselines(report: dict[str, Any]) -> None:
     """Print size and perplexity of the result and of its baselines, largest first."""
     evaluation = report["evaluation"]
-    if not evaluation.get("baselines"):  # missing in reports of earlier versions
+    if not evaluation["baselines"]:
         return
     sizes = report["size"]["model"]["tensor_bytes"]
     texts = evaluation["perplexity"]

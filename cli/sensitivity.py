@@ -133,7 +133,7 @@ def print_profile(plan: Plan, profile: Profile) -> None:
             _print(f"{title}, and predicted", both)
         else:  # the table before shows the predictions
             _print(title, _table(measured, measured.text))
-        if any(m.owner != m.name for m in matrices):
+        if any(m.config.shares for m in matrices):
             OUT.print("matrices that share a factor count as one, in the row of the first")
         correlation = rank_correlation(*profile.compared(predicted))
         OUT.print(

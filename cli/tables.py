@@ -1,6 +1,7 @@
 """Plans, reports and checkpoints as tables on stdout."""
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -17,8 +18,8 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
 
     Weights that differ only in the number of their layer share a row, unless `every` is set.
     """
-    for cut in plan.slices:
-        _print_cut(asdict(cut))
+    for record in plan.slices:
+        _print_slice(asdict(record))
     rows = summarize(plan)
     if rows:
         _print_weights(plan, rows, every=every)
@@ -36,26 +37,34 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
 def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> None:
     methods = sorted({row.method for row in rows})
     one = f", {methods[0]}" if len(methods) == 1 else ""
+    columns = ["weight", "layers", "shape", "method", "components", "size", "MiB", "kept"]
+    if one:
+        columns.remove("method")
     model = plan.model
-    table = new_table(f"{model.source} ({model.architecture}, {model.dtype}{one})")
-    table.add_column("weight", overflow="fold")
-    columns = ("layers", "shape", "method", "components", "size", "MiB", "kept")
-    for column in columns:
-        if column != "method" or not one:
-            wraps = column == "components"
-            table.add_column(column, justify="right", no_wrap=not wraps, overflow="fold")
-    for name, group in _alike(plan, rows, every=every).items():
-        row = group[0]
-        bits = sum(each.bits for each in group)
-        table.add_row(
-            name[0],
-            str(len(group)),
+    table = new_table(f"{model.source} ({model.architecture}, {model.dtype}{one})", *columns)
+    for column in table.columns:
+        column.no_wrap = column.header not in ("weight", "components")
+    alike: dict[tuple[str, ...], list[WeightSummary]] = {}
+    for row in rows:
+        cells = (
+            row.name if every else LAYER_NUMBER.sub(".*.", row.name, count=1),
             f"{row.shape[0]} x {row.shape[1]}",
-            *([] if one else [row.method]),
+            row.method,
             _components(plan, row),
             "pending" if row.allocator else row.config.description,
-            "" if row.allocator else f"{bits / 8 / 2**20:.2f}",
-            "" if row.allocator else f"{bits / sum(each.source_bits for each in group):.1%}",
+        )
+        alike.setdefault(cells, []).append(row)
+    for (name, shape, method, components, size), group in alike.items():
+        bits, source_bits = sum(row.bits for row in group), sum(row.source_bits for row in group)
+        known = [f"{bits / 8 / 2**20:.2f}", f"{bits / source_bits:.1%}"]
+        table.add_row(
+            name,
+            str(len(group)),
+            shape,
+            *([] if one else [method]),
+            components,
+            size,
+            *(["", ""] if group[0].allocator else known),
         )
     OUT.print(table)
     for allocator in sorted({row.allocator for row in rows if row.allocator}):
@@ -74,28 +83,17 @@ def print_report(report: dict[str, Any], output: str) -> None:
     table = new_table("size", "", "dense", "compressed", "kept")
     parameters, files = size["model"]["parameters"], size["model"]["file_bytes"]
     targeted = size["targeted"]
-    table.add_row(
-        "parameters",
-        f"{parameters['dense']:,}",
-        f"{parameters['compressed']:,}",
-        f"{parameters['compressed'] / parameters['dense']:.1%}",
-    )
-    table.add_row(
-        "weight files",
-        as_size(files["dense"]),
-        as_size(files["compressed"]),
-        f"{files['compressed'] / files['dense']:.1%}",
-    )
-    if targeted["source_bits"]:
-        table.add_row(
-            "targeted weights",
-            as_size(targeted["source_bits"] // 8),
-            as_size(targeted["bits"] // 8),
-            f"{targeted['kept']:.1%}",
-        )
+    rows: list[tuple[str, Callable[[int], str], int, int]] = [
+        ("parameters", "{:,}".format, parameters["dense"], parameters["compressed"]),
+        ("weight files", as_size, files["dense"], files["compressed"]),
+        ("targeted weights", as_size, targeted["source_bits"] // 8, targeted["bits"] // 8),
+    ]
+    for name, write, dense, compressed in rows:
+        if dense:
+            table.add_row(name, write(dense), write(compressed), f"{compressed / dense:.1%}")
     OUT.print(table)
-    for cut in report.get("slices", []):  # reports of earlier versions have none
-        _print_cut(cut)
+    for record in report["slices"]:
+        _print_slice(record)
     if size["source"]["quantized"]:
         OUT.print(f"the source file is itself quantized: {as_size(size['source']['file_bytes'])}")
     print_comparison(report["evaluation"])
@@ -123,8 +121,8 @@ def print_inspection(facts: dict[str, Any]) -> None:
         shape = f"{m['shape'][0]} x {m['shape'][1]}"
         table.add_row(m["name"], shape, components, m["description"])
     OUT.print(table if facts["modules"] else f"[bold]{table.title}[/]")
-    for cut in facts["slices"] or []:
-        _print_cut(cut)
+    for record in facts["slices"] or []:
+        _print_slice(record)
     OUT.print(
         f"{facts['parameters']:,} parameters, {as_size(facts['file_bytes'])} of weights, format "
         f"version {facts['format_version']}"
@@ -140,6 +138,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
         )
     if facts["evaluation"]:
         print_comparison(facts["evaluation"])
+        print_baselines(facts)
 
 
 def _components(plan: Plan, row: WeightSummary) -> str:
@@ -156,38 +155,25 @@ def _components(plan: Plan, row: WeightSummary) -> str:
     return text if row.note is None else f"{text}: {row.note}"
 
 
-def _alike(
-    plan: Plan, rows: list[WeightSummary], *, every: bool
-) -> dict[tuple[str, ...], list[WeightSummary]]:
-    """Group weights by name without layer number and all other cells of their row."""
-    groups: dict[tuple[str, ...], list[WeightSummary]] = {}
-    for row in rows:
-        name = row.name if every else LAYER_NUMBER.sub(".*.", row.name, count=1)
-        facts = (row.shape, row.method, _components(plan, row), row.config.description)
-        groups.setdefault((name, *map(str, facts)), []).append(row)
-    return groups
-
-
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort layer 10 after layer 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
-def _print_cut(cut: dict[str, Any]) -> None:
+def _print_slice(record: dict[str, Any]) -> None:
     """Print what a slicing stage changes in the config, and the size."""
-    numbers = {key: each for key, each in cut["config"].items() if isinstance(each[1], int)}
+    numbers = {key: each for key, each in record["config"].items() if isinstance(each[1], int)}
     changes = [f"{key} {before} -> {after}" for key, (before, after) in numbers.items()]
-    shapes = cut["config"].get("shapes", [None, None])[1]
+    shapes = record["config"].get("shapes", [None, None])[1]
     if shapes:
         changes.append(f"{len(shapes)} linears with individual shapes")
-    for key, each in cut["facts"].items():
+    for key, each in record["facts"].items():
         if isinstance(each, list) and len(each) == 2 and isinstance(each[1], list):
             changes.append(f"{key} {each[0]} -> {min(each[1])} to {max(each[1])}")
-    before, after = cut["bytes"]
-    sizes = f"{as_size(before)} -> {as_size(after)}"
-    OUT.print(f"slice, {cut['method']}: {', '.join(changes)}; {sizes}")
-    if "pending" in cut["facts"]:
-        OUT.print(f"pending: {cut['facts']['pending']}; shown is an even split of the same size")
+    before, after = map(as_size, record["bytes"])
+    OUT.print(f"slice, {record['method']}: {', '.join(changes)}; {before} -> {after}")
+    if pending := record["facts"].get("pending"):
+        OUT.print(f"pending: {pending}; shown is an even split of the same size")
 
 
 def _print_sizes(plan: Plan) -> None:

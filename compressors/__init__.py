@@ -1,1 +1,4 @@
-"""The library, in the order data flows; `pipeline.py` is its table of contents."""
+"""The library: planning, calibration, compression, checkpoints and evaluation of models.
+
+`pipeline` runs these phases in order.
+"""

@@ -62,8 +62,7 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     outputs = sum(task.shape[0] ** 2 for _, task in measured if "gradients" in task.statistics)
     backward = any({"gradients", "row_fisher"} & {*task.statistics} for _, task in measured)
     compensates = any(task.compensate is not None for task in plan.tasks)
-    sliced = any(SLICERS[record.method].reads_text for record in plan.slices)
-    reads = measured or compensates or sliced
+    reads = measured or compensates or plan.slices
     tokens = calibration.samples * calibration.length if reads else 0
 
     seconds = {}

@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from lrc.compressors.calibrate.activation_cache import cache_files
-from lrc.compressors.checkpoint.writer import new_folder
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.checkpoint.writer import copy_code, new_folder
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, Machine
 from lrc.compressors.models.architecture import Architecture, build
@@ -21,7 +22,6 @@ from lrc.compressors.models.source import Source, convert_gguf, load_dense
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import SliceRecord
 from lrc.compressors.prepare import Prepared
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_stage import (
     apply_slice,
     config_changes,
@@ -96,31 +96,35 @@ class ModelVersions:
             for number, record in enumerate(plan.slices)
         ]
 
-    def _slice(self, number: int, record: SliceRecord) -> None:
-        plan, source = self.prepared.plan, self.prepared.source
-        calibration = Calibration.model_validate(plan.calibration)
-        before, architecture = self._folder(number), self._architecture(number)
-        context = SliceContext(
+    def calibration(self, stages: int | None = None) -> CalibrationContext:
+        """Return the context to calibrate the model after some slicing stages, by default all."""
+        stages = self._last if stages is None else stages
+        calibration = Calibration.model_validate(self.prepared.plan.calibration)
+        architecture = self._architecture(stages)
+        return CalibrationContext(
             architecture,
-            WeightReader(before, architecture),
+            WeightReader(self._folder(stages), architecture),
             self.windows,
             self.journal,
             self.machine.chosen,
             calibration.memory_limit_gib,
-            plan.seed,
+            self.prepared.plan.seed,
             self.machine.on_step,
             calibration.labels,
         )
+
+    def _slice(self, number: int, record: SliceRecord) -> None:
+        source, before = self.prepared.source, self._folder(number)
         options = _OPTIONS.validate_python(record.options)
         final = self.journal.path(slice_folder(number))
         with self.clock("slice"), new_folder(final) as folder:
-            apply_slice(folder, context, options, self.prepared.sliced[number], source)
+            apply_slice(
+                folder, self.calibration(number), options, self.prepared.sliced[number], source
+            )
             generation = before / "generation_config.json"
             if generation.is_file():
                 shutil.copy(generation, folder)
-            if source.spec.trust_remote_code:
-                for code in source.folder.glob("*.py"):
-                    shutil.copy(code, folder)
+            copy_code(source, folder)
         self.journal.forget(*cache_files(self.journal))
 
     @property

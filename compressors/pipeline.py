@@ -1,4 +1,4 @@
-"""Run a recipe from start to end; this file is the table of contents of the library."""
+"""Run a recipe from start to end, one call per phase."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ from lrc.configs.load import LoadedRecipe
 def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, Any]:
     """Run a recipe: compile, run its stages, save, evaluate, report.
 
-    What an earlier, interrupted run of the same recipe has finished is not done again.
+    Results of an earlier, interrupted run of the same recipe are used.
 
     Returns
     -------

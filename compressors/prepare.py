@@ -1,12 +1,10 @@
-"""Look up all names in a recipe before anything expensive starts."""
+"""Check a recipe against the model and all data before any work starts."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-
-from transformers import PreTrainedConfig
 
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.gates import check_gate_names
@@ -15,28 +13,20 @@ from lrc.compressors.evaluate.perplexity import check_window
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.planning.compile import StageCompiler, compile_plan
-from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.compile import Compiled, StageCompiler, compile_plan
 from lrc.compressors.planning.problems import Problems
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Compiled):
     """A recipe whose names have all been looked up, and its plan; no weight has been read."""
 
     recipe: Recipe
     source: Source
     dense: Architecture
     """Architecture of the source."""
-    architecture: Architecture
-    """Architecture that is decomposed, after slicing."""
-    plan: Plan
-    sliced: list[PreTrainedConfig] = field(default_factory=list)
-    """Config of the model after each slicing stage, as planned."""
-    user_plans: Mapping[int, str] = field(default_factory=dict)
-    """Texts of given plan files by stage."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -82,15 +72,7 @@ def prepare(
         check_gate_names(recipe.evaluate.gates, recipe.evaluate)
     if problems:
         raise RecipeError(problems)
-    prepared = Prepared(
-        recipe,
-        source,
-        dense,
-        compiled.architecture,
-        compiled.plan,
-        compiled.sliced,
-        compiled.user_plans,
-    )
+    prepared = Prepared(**vars(compiled), recipe=recipe, source=source, dense=dense)
     if source.gguf is None and source.weights_local:
         WeightReader(source.folder, dense)  # reads headers: files are complete, tensors exist
         _ = prepared.tokenizer

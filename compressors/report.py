@@ -1,6 +1,6 @@
-"""From facts to `report.json` and the model card.
+"""Write `report.json` and the model card.
 
-`SCHEMA` documents every key of the report; a test holds a real report against it.
+`SCHEMA` documents every key of the report; a test compares it with a real report.
 """
 
 import json
@@ -26,7 +26,6 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.summary import summarize
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.session import Session
-from lrc.compressors.slicing import METHODS as SLICERS
 
 SCHEMA_VERSION = 2
 SCHEMA = {
@@ -78,13 +77,12 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         The content of ``report.json``.
     """
     prepared, checkpoint = session.prepared, session.checkpoint
-    values = plan.to_json()
     report = {
         "schema_version": SCHEMA_VERSION,
         "recipe": prepared.recipe.model_dump(mode="json"),
         "seed": plan.seed,
-        "size": _size(plan, values["totals"], checkpoint, prepared),
-        "slices": values["slices"],
+        "size": _size(plan, checkpoint, prepared),
+        "slices": plan.to_json()["slices"],
         "layers": [row.to_json() for row in summarize(plan)],
         "calibration": provenance(session.journal) if _reads_text(plan) else None,
         "evaluation": evaluation,
@@ -96,9 +94,9 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     card = model_card(report, plan, plain=is_plain(checkpoint))
     write_text(checkpoint / layout.REPORT, text)
-    write_text(checkpoint / "README.md", card)
-    write_text(session.journal.output / "README.md", card)
-    write_text(session.journal.output / "report.json", text)
+    for folder in (checkpoint, session.journal.output):
+        write_text(folder / "README.md", card)
+    write_text(session.journal.output / "report.json", text)  # last: the run is then complete
     return report
 
 
@@ -119,7 +117,7 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
 def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
     """Render the model card: contents, comparison, loading, provenance.
 
-    `plain` tells that stock transformers loads the checkpoint.
+    `plain` states that transformers loads the checkpoint without lrc.
     """
     base = report["recipe"]["model"]["path"]
     on_hub = not Path(base).exists() and not base.endswith(".gguf")
@@ -148,16 +146,12 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
 
 def _reads_text(plan: Plan) -> bool:
     """Return whether the result depends on calibration text."""
-    sliced = any(SLICERS[record.method].reads_text for record in plan.slices)
-    return sliced or any(t.statistics or t.compensate is not None for t in plan.tasks)
+    return bool(plan.slices) or any(t.statistics or t.compensate is not None for t in plan.tasks)
 
 
-def _size(
-    plan: Plan, totals: dict[str, Any], checkpoint: Path, prepared: Prepared
-) -> dict[str, Any]:
+def _size(plan: Plan, checkpoint: Path, prepared: Prepared) -> dict[str, Any]:
     files = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
-    dense, compressed = totals["dense_bytes"], totals["compressed_bytes"]
-    parameters = {key: totals[f"{key}_parameters"] for key in ("dense", "compressed")}
+    dense, compressed = plan.dense_bytes, plan.compressed_bytes
     targets = baseline_targets(plan, prepared)
     return {
         "targeted": {
@@ -167,7 +161,10 @@ def _size(
             "removed": 1 - plan.kept,
         },
         "model": {
-            "parameters": parameters,
+            "parameters": {
+                "dense": plan.dense_parameters,
+                "compressed": plan.compressed_parameters,
+            },
             "file_bytes": {"dense": dense, "compressed": files},
             "tensor_bytes": {"dense": dense, "compressed": compressed},
         },

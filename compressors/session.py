@@ -1,4 +1,4 @@
-"""The context of one run: what was prepared, where results are kept, and how to run."""
+"""The context of one run: the prepared recipe, the journal of its results, and the machine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -57,13 +57,14 @@ class RecipeError(LrcError):
     """The recipe, an override or the command line requests something impossible.
 
     All problems are shown together. Plain sentences, `where: message`, have the code
-    `invalid-recipe`.
+    `invalid-recipe`; a single one needs no list.
     """
 
     exit_code = 2
     default_code = "invalid-recipe"
 
-    def __init__(self, problems: Sequence[Problem | str]) -> None:
+    def __init__(self, problems: str | Sequence[Problem | str]) -> None:
+        problems = [problems] if isinstance(problems, str) else problems
         found = [Problem.parse(each) if isinstance(each, str) else each for each in problems]
         super().__init__("\n".join(map(str, found)), code=found[0].code if found else None)
         self.problems = found

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.io.journal import Journal, publish, storage_errors
 
 SNAPSHOT_SECONDS = 30.0
@@ -28,21 +29,15 @@ Shape = tuple[int, int, int]
 class ActivationCache:
     """Hidden states or gradients [n_windows, length, d_model] in float32, after `done` layers.
 
-    Kept on the GPU if there is room, else in memory up to `limit_gib`, else on disk.
-
-    Parameters
-    ----------
-    name : str
-        One of `NAMES`; names the snapshots and the file on disk.
+    Kept on the GPU if there is room, else in memory up to the limit, else on disk. The name, one of
+    `NAMES`, is that of the snapshots and of the file on disk.
     """
 
-    def __init__(
-        self, journal: Journal, name: str, shape: Shape, limit_gib: float, device: str
-    ) -> None:
-        self._journal, self._name = journal, name
+    def __init__(self, context: CalibrationContext, name: str, shape: Shape) -> None:
+        self._journal, self._name = context.journal, name
         self._saved = time.monotonic()
         self.done = 0
-        self.tensor = _allocate(journal, name, shape, torch.float32, limit_gib, device)
+        self.tensor = _allocate(context, name, shape, torch.float32, context.device)
 
     def finish_layer(self, *, save: bool) -> None:
         """Count one more finished layer; if `save`, write a snapshot when one is due."""
@@ -75,40 +70,22 @@ class ActivationCache:
         return sorted(self._journal.work.glob(f"{self._name}-*.f32"))
 
 
-class ActivationCheckpoints:
-    """The input of every decoder layer, written by the forward pass and read by the backward pass.
+def allocate_checkpoints(context: CalibrationContext, n_layers: int, shape: Shape) -> list[Tensor]:
+    """Allocate buffers for the inputs of decoder layers, which the backward pass recomputes from.
 
     In bfloat16 where the model computes in 16 bits: half the memory, and a precision that the
     model was trained in. Not part of any snapshot; after a restart the forward pass is repeated.
     """
-
-    def __init__(
-        self,
-        journal: Journal,
-        n_layers: int,
-        shape: Shape,
-        dtype: torch.dtype,
-        limit_gib: float,
-        device: str,
-    ) -> None:
-        dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
-        layer_bytes = prod(shape) * dtype.itemsize
-        # Layers are read and written one at a time, so the GPU may hold only some of them.
-        on_device = min(n_layers, int(_device_room(device) // layer_bytes)) if layer_bytes else 0
-        parts = [torch.empty((on_device, *shape), dtype=dtype, device=device)] if on_device else []
-        if on_device < n_layers:
-            rest = ((n_layers - on_device) * shape[0], *shape[1:])
-            buffer = _allocate(journal, "checkpoints", rest, dtype, limit_gib, "cpu")
-            parts.append(buffer.view(n_layers - on_device, *shape))
-        self._layers: list[Tensor] = [layer for part in parts for layer in part]
-
-    def write(self, layer: int, states: Tensor) -> None:
-        """Store the input [n_windows, length, d_model] of a layer."""
-        self._layers[layer].copy_(states)
-
-    def read(self, layer: int, rows: slice, device: str) -> Tensor:
-        """Return the input of a layer for some windows, in float32."""
-        return self._layers[layer][rows].to(device, torch.float32)
+    device = context.device
+    stored = next(iter(context.architecture.stored_parameters().values())).dtype
+    dtype = torch.float32 if stored == torch.float32 else torch.bfloat16
+    # Layers are read and written one at a time, so the GPU may hold only some of them.
+    on_device = min(n_layers, int(_device_room(device) // (prod(shape) * dtype.itemsize)))
+    layers = [*torch.empty((on_device, *shape), dtype=dtype, device=device)]
+    if on_device < n_layers:
+        rest = ((n_layers - on_device) * shape[0], *shape[1:])
+        layers += [*_allocate(context, "checkpoints", rest, dtype, "cpu").view(-1, *shape)]
+    return layers
 
 
 def _device_room(device: str) -> float:
@@ -118,15 +95,15 @@ def _device_room(device: str) -> float:
 
 
 def _allocate(
-    journal: Journal, name: str, shape: Shape, dtype: torch.dtype, limit_gib: float, device: str
+    context: CalibrationContext, name: str, shape: Shape, dtype: torch.dtype, device: str
 ) -> Tensor:
     """Allocate on the GPU if it has room, else in memory up to the limit, else on disk."""
     n_bytes = prod(shape) * dtype.itemsize
     if n_bytes <= _device_room(device):
         return torch.empty(shape, dtype=dtype, device=device)
-    if n_bytes <= limit_gib * GIB:
+    if n_bytes <= context.memory_limit_gib * GIB:
         return torch.empty(shape, dtype=dtype)
-    path = journal.path(f"{name}{LIVE}")
+    path = context.journal.path(f"{name}{LIVE}")
     with storage_errors(path):
         with path.open("wb") as file:
             # Reserve the space now: if the disk fills up later, writing to the map kills us.

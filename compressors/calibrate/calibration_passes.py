@@ -7,74 +7,48 @@ its linears.
 """
 
 from contextlib import nullcontext
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lrc.compressors.calibrate.activation_cache import ActivationCheckpoints
-from lrc.compressors.calibrate.layer_executor import (
-    LayerCall,
-    LayerExecutor,
-    apply,
-    batches,
-    watch_outputs,
-)
+from lrc.compressors.calibrate.calibration_context import Labels, check_finite
+from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches, watch
 from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
-from lrc.configs.errors import ModelError
 
-Labels = Literal["model", "sampled", "real"]
 # Logits of this many tokens at once: with a vocabulary of 128k a GiB on a GPU is 2k tokens.
 HEAD_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
-@torch.no_grad()
 def forward_layer(
-    executor: LayerExecutor,
-    index: int,
-    call: LayerCall,
-    hidden: Tensor,
-    batch: int,
-    required: Required,
+    executor: LayerExecutor, index: int, hidden: Tensor, required: Required
 ) -> LinearStatistics:
     """Replace the hidden states [n_windows, length, d_model] by the layer's output, in place.
 
     Returns the sums for the linears in `required`. Inputs or hidden states that are not finite
     raise `ModelError`.
     """
-    linears = {lin.name: lin for lin in executor.architecture.linears if lin.layer == index}
-    statistics = LinearStatistics.forward(call.groups, linears, required)
-    layer_name = executor.architecture.layer_names[index]
+    linears, groups = executor.linears(index), executor.calls[index].groups
+    statistics = LinearStatistics.forward(groups, linears, required)
+    model = executor.architecture.model
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
-        linear = executor.architecture.model.get_submodule(name)
+        linear = model.get_submodule(name)
         y = y if linear.bias is None else y - linear.bias
         statistics.add(name, LinearBatch(x, y, linear.weight))
 
-    with (
-        executor.layer(index) as layer,
-        watch_outputs(layer, layer_name, statistics.watched, see),
-    ):
-        for rows in batches(len(hidden), batch):
-            hidden[rows] = apply(layer, call, hidden[rows].to(executor.device))
-    for name in statistics.not_finite:
-        raise ModelError(
-            f"model: the inputs of {name} are not finite on the calibration text; the weights "
-            "before it overflow: check the source model"
-        )
-    if not bool(torch.isfinite(hidden).all()):
-        raise ModelError(
-            f"model: the output of {layer_name} is not finite on the calibration text; "
-            "its weights are damaged or overflow: check the source model"
-        )
+    with executor.layer(index), watch(model, statistics.watched, see):
+        executor.advance_(index, hidden)
+    for key, total in statistics.sums.items():
+        check_finite(total, f"the inputs of {key.rpartition('.')[0]}")
+    check_finite(hidden, f"the output of {executor.architecture.layer_names[index]}")
     return statistics
 
 
 def logit_gradient(
     logits: Tensor, tokens: Tensor, labels: Labels, generator: torch.Generator
 ) -> Tensor:
-    """Return the gradient of every token's loss with respect to its logits.
+    """Return the gradient [n, length, vocabulary] of every token's loss with respect to its logits.
 
     The curvature of a language model's loss is the Fisher matrix of its own predictions, with the
     second moment ``diag(p) - p p^T`` per token at the logits.
@@ -92,10 +66,6 @@ def logit_gradient(
         whose label lies outside the window, gets 0.
     generator : torch.Generator
         On the device of `logits`.
-
-    Returns
-    -------
-    Tensor, shape [n, length, vocabulary]
     """
     p = logits.float().softmax(dim=-1)
     if labels == "model":
@@ -111,54 +81,42 @@ def logit_gradient(
     return p
 
 
-def backward_head(
-    executor: LayerExecutor,
-    call: LayerCall,
-    hidden: Tensor,
-    tokens: Tensor,
-    gradients: Tensor,
-    *,
-    labels: Labels,
-    seed: int,
-) -> None:
+def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) -> None:
     """Fill `gradients` with those of the summed token losses at the last layer's output.
 
-    `call` is that of the last layer, `hidden` [n_windows, length, d_model] its output for `tokens`
-    [n_windows, length].
+    `hidden` [n_windows, length, d_model] is that output for all windows.
     """
-    kind = "cuda" if executor.device.startswith("cuda") else "cpu"
-    batch = max(1, HEAD_TOKENS[kind] // tokens.shape[1])
-    generator = torch.Generator(executor.device)
+    context, tokens = executor.context, executor.tokens
+    generator = torch.Generator(context.device)
     with executor.around_layers(head=True):
-        for rows in batches(len(tokens), batch):
-            generator.manual_seed(seed + rows.start)  # independent of the batches before
-            leaf = hidden[rows].to(executor.device).requires_grad_()
+        for rows in batches(tokens, HEAD_TOKENS[context.device_type]):
+            generator.manual_seed(context.seed + rows.start)  # independent of the batches before
+            leaf = hidden[rows].to(context.device).requires_grad_()
             with torch.enable_grad():
-                logits = executor.logits(leaf, tokens[rows], call)
-            at_logits = logit_gradient(logits.detach(), tokens[rows], labels, generator)
-            (gradients[rows],) = torch.autograd.grad(logits, leaf, at_logits.to(logits.dtype))
+                logits = executor.logits(leaf, tokens[rows])
+            labelled = logits.detach(), tokens[rows], context.labels
+            at_logits = logit_gradient(*labelled, generator).to(logits.dtype)
+            (gradients[rows],) = torch.autograd.grad(logits, leaf, at_logits)
 
 
 def backward_layer(
     executor: LayerExecutor,
     index: int,
-    call: LayerCall,
-    checkpoints: ActivationCheckpoints,
+    states: Tensor,
     gradients: Tensor,
-    batch: int,
     required: Required,
 ) -> LinearStatistics:
     """Replace the gradients at a layer's output by those at its input, in place.
 
+    `states` and `gradients` are [n_windows, length, d_model], the states at the layer's input.
     Returns the sums for the linears in `required`. Gradients that are not finite raise
     `ModelError`.
     """
-    linears = {lin.name: lin for lin in executor.architecture.linears if lin.layer == index}
-    statistics = LinearStatistics.backward(linears, required)
-    layer_name = executor.architecture.layer_names[index]
+    statistics = LinearStatistics.backward(executor.linears(index), required)
+    model, context = executor.architecture.model, executor.context
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
-        W, x = executor.architecture.model.get_submodule(name).weight, _by_window(x.detach(), leaf)
+        W, x = model.get_submodule(name).weight, _by_window(x.detach(), leaf)
 
         def add(g: Tensor) -> None:
             statistics.add(name, LinearBatch(x, _by_window(g.detach(), leaf), W))
@@ -166,24 +124,21 @@ def backward_layer(
         y.register_hook(add)
 
     # The other attention kernels of a GPU sum their backward pass in no fixed order.
-    on_gpu = executor.device.startswith("cuda")
+    on_gpu = context.device_type == "cuda"
     deterministic = sdpa_kernel(SDPBackend.MATH) if on_gpu else nullcontext()
-    with (
-        executor.layer(index) as layer,
-        watch_outputs(layer, layer_name, statistics.watched, see),
-        deterministic,
-    ):
-        for rows in batches(len(gradients), batch):
-            leaf = checkpoints.read(index, rows, executor.device).requires_grad_()
+    with executor.layer(index), watch(model, statistics.watched, see), deterministic:
+        for rows in executor.batches:
+            leaf = states[rows].to(context.device, torch.float32).requires_grad_()
             with torch.enable_grad():
-                out = apply(layer, call, leaf)
-            at_output = gradients[rows].to(executor.device)
+                out = executor.apply(index, leaf)
+            at_output = gradients[rows].to(context.device)
             (gradients[rows],) = torch.autograd.grad(out, leaf, at_output)
-    if statistics.not_finite or not bool(torch.isfinite(gradients).all()):
-        raise ModelError(
-            f"model: the gradients in {layer_name} are not finite on the calibration text; its "
-            "weights are damaged or overflow: check the source model, or choose a method without "
-            "gradients, such as svd-llm"
+    for total in (*statistics.sums.values(), gradients):
+        check_finite(
+            total,
+            f"the gradients in {executor.architecture.layer_names[index]}",
+            "its weights are damaged or overflow: check the source model, or choose a method "
+            "without gradients, such as svd-llm",
         )
     return statistics
 

@@ -34,25 +34,15 @@ def take_windows(
 ) -> Tensor:
     """Return the windows [samples, length] that statistics are collected on.
 
-    Parameters
-    ----------
-    embedding : Embedding
-        Of the model; must have a row for every token.
-    dense : callable
-        Loads the whole dense model; called only for the source ``self``, which samples from it.
+    The model's `embedding` must have a row for every token. `dense` loads the whole model; it is
+    called only for the source ``self``, which samples from it.
     """
     if not journal.has(FILE):
         generator = torch.Generator().manual_seed(seed)
         if calibration.source == "self":
             bos = default_bos(tokenizer)
-            tokens = sample_windows(
-                dense(),
-                samples=calibration.samples,
-                length=calibration.length,
-                bos=bos,
-                generator=generator,
-                on_step=on_step,
-            )
+            shape = calibration.samples, calibration.length
+            tokens = sample_windows(dense(), shape, bos=bos, generator=generator, on_step=on_step)
             windows = Windows(tokens, "self", None, bos is not None, tokens.numel())
         else:
             windows = calibration_windows(calibration, tokenizer, generator=generator)
@@ -81,29 +71,22 @@ def provenance(journal: Journal) -> dict[str, Any] | None:
 @torch.inference_mode()
 def sample_windows(
     model: Any,
+    shape: tuple[int, int],
     *,
-    samples: int,
-    length: int,
     bos: int | None,
     generator: torch.Generator,
     on_step: OnStep,
 ) -> Tensor:
-    """Sample windows [samples, length] of tokens (int64) from a model at temperature 1.
+    """Sample windows of tokens (int64) of a shape [samples, length] at temperature 1.
 
-    The idea of LLM-QAT (arXiv:2305.17888): generated text is close to the training data.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    bos : int or None
-        First token of every window; None draws it uniformly from the vocabulary.
-    generator : torch.Generator
-        On the CPU, so that every device samples from the same random numbers.
+    The idea of LLM-QAT (arXiv:2305.17888): generated text is close to the training data. The first
+    token of every window is `bos`, or drawn uniformly from the vocabulary. The generator is on the
+    CPU, so that every device samples from the same random numbers.
     """
     # transformers 5.24 calls it `cache` and warns about the name that it had before.
     parameters = inspect.signature(type(model).forward).parameters
     key = "cache" if "cache" in parameters else "past_key_values"
-    windows = []
+    (samples, length), windows = shape, []
     for start in range(0, samples, SAMPLED_TOGETHER):
         count = min(SAMPLED_TOGETHER, samples - start)
         if bos is None:

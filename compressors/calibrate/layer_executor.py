@@ -6,18 +6,19 @@ passes) and which linears share an input. After that, layers can be applied to t
 all batches, layer by layer, without the model around them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.calibrate.activation_cache import ActivationCache, Shape
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.models.architecture import Linear
 from lrc.configs.errors import ModelError
 
 # Enough tokens a batch to keep matrix products efficient, few enough to keep attention small.
@@ -36,28 +37,43 @@ class LayerCall:
     """Full names of the linears of each distinct input, in order of use."""
     returns_tuple: bool = False
     """Whether the layer returns a tuple that starts with the hidden states."""
+    d_model: int = 0
 
 
-class _FirstLayerReached(Exception):
-    """Ends a forward at the first decoder layer and carries the layer's input."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+class ForwardEnded(Exception):
+    """Ends a forward at the module whose input is needed."""
 
 
 class LayerExecutor:
-    """A model whose decoder layers are loaded one at a time, to compute in `dtype` on `device`.
+    """A model that computes in float32 on the calibration windows, one decoder layer at a time.
 
-    The skeleton of `architecture` is filled and emptied in place.
+    The skeleton of the context's architecture is filled and emptied in place.
     """
 
-    def __init__(
-        self, architecture: Architecture, reader: WeightReader, *, device: str, dtype: torch.dtype
-    ) -> None:
-        self.architecture, self._reader = architecture, reader
-        self.device, self._dtype = device, dtype
-        head = architecture.model.get_output_embeddings()
-        self._heads = [n for n, module in architecture.model.named_modules() if module is head]
+    def __init__(self, context: CalibrationContext) -> None:
+        self.context, self.architecture = context, context.architecture
+        self.tokens = context.windows()
+        """[n_windows, length]"""
+        self.batches = batches(self.tokens, BATCH_TOKENS[context.device_type])
+        head = self.architecture.model.get_output_embeddings()
+        self._heads = [n for n, module in self.architecture.model.named_modules() if module is head]
+
+    @cached_property
+    def calls(self) -> list[LayerCall]:
+        """The calls of all layers, from a trace at the first access."""
+        return self.trace()
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the hidden states: [n_windows, length, d_model]."""
+        n_windows, length = self.tokens.shape
+        return n_windows, length, self.calls[0].d_model
+
+    def linears(self, index: int) -> dict[str, Linear]:
+        """Return the linears of a decoder layer by name."""
+        return {
+            linear.name: linear for linear in self.architecture.linears if linear.layer == index
+        }
 
     @contextmanager
     def around_layers(self, *, head: bool = False) -> Iterator[None]:
@@ -66,89 +82,113 @@ class LayerExecutor:
         The output embedding, which can be larger than a layer, is loaded only if `head`.
         """
         skip = [*self.architecture.layer_names, *([] if head else self._heads)]
-        self._reader.fill_("", device=self.device, dtype=self._dtype, skip=skip)
-        try:
+        with self._filled("", skip):
             yield
-        finally:
-            self._reader.empty_("", skip=skip)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Load one decoder layer."""
-        name = self.architecture.layer_names[index]
-        self._reader.fill_(name, device=self.device, dtype=self._dtype)
-        try:
+        with self._filled(self.architecture.layer_names[index]):
             yield self.architecture.layers[index]
+
+    @contextmanager
+    def _filled(self, name: str, skip: list[str] | None = None) -> Iterator[None]:
+        reader, skip = self.context.reader, skip or []
+        reader.fill_(name, device=self.context.device, dtype=torch.float32, skip=skip)
+        try:
+            yield
         finally:
-            self._reader.empty_(name)
+            reader.empty_(name, skip=skip)
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Return the input of the first layer, [n, length, d_model], for tokens [n, length]."""
+    def embed_(self, states: Tensor) -> None:
+        """Fill states [n_windows, length, d_model] with the input of the first layer."""
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _FirstLayerReached(args[0] if args else kwargs["hidden_states"])
+            states[rows] = args[0] if args else kwargs["hidden_states"]
+            raise ForwardEnded
 
         first = self.architecture.layers[0]
-        try:
-            with first.register_forward_pre_hook(stop, with_kwargs=True):
-                self._forward(tokens)
-        except _FirstLayerReached as reached:
-            return reached.hidden
-        raise ModelError("model: its forward never calls the first decoder layer")
+        with self.around_layers(), first.register_forward_pre_hook(stop, with_kwargs=True):
+            for rows in self.batches:
+                with suppress(ForwardEnded):
+                    self._forward(self.tokens[rows])
 
-    def logits(self, hidden: Tensor, tokens: Tensor, call: LayerCall) -> Tensor:
+    def embedded(self, name: str = "states") -> Tensor:
+        """Return a buffer of an activation cache with the input of the first layer."""
+        states = ActivationCache(self.context, name, self.shape).tensor
+        self.embed_(states)
+        return states
+
+    def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits [n, length, vocabulary] for the output of the last layer.
 
         Differentiable in `hidden` [n, length, d_model]. Runs the model's own forward with its
         layers replaced by the constant `hidden`, so that whatever follows the layers (norms,
-        scaling, soft-capping) is applied. Needs ``around_layers(head=True)``. `call` is that of
-        the last layer.
+        scaling, soft-capping) is applied. Needs ``around_layers(head=True)``.
         """
-        passed = (hidden,) if call.returns_tuple else hidden
+        passed = (hidden,) if self.calls[-1].returns_tuple else hidden
         with self._layers_replaced(lambda *_, **__: passed):
-            model = self.architecture.model
-            result: Tensor = model(input_ids=tokens.to(self.device), use_cache=False).logits
+            model, ids = self.architecture.model, tokens.to(self.context.device)
+            result: Tensor = model(input_ids=ids, use_cache=False).logits
+        return result
+
+    def apply(self, index: int, hidden: Tensor) -> Tensor:
+        """Apply a resident layer to hidden states [n, length, d_model], as its model would."""
+        layer, call = self.architecture.layers[index], self.calls[index]
+        args, kwargs = call.arguments[len(hidden)]
+        hidden = hidden.to(self.context.device)
+        if call.by_keyword:
+            out = layer(*args, hidden_states=hidden, **kwargs)
+        else:
+            out = layer(hidden, *args, **kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
     @torch.no_grad()
-    def trace(self, tokens: Tensor, batch: int) -> list[LayerCall]:
-        """Run the first `batch` windows through all layers and record how each is called.
+    def advance_(self, index: int, states: Tensor) -> None:
+        """Replace the states [n_windows, length, d_model] by the output of a resident layer."""
+        for rows in self.batches:
+            states[rows] = self.apply(index, states[rows])
 
-        If the last batch of the windows `tokens` [n_windows, length] is smaller, the model is run
-        for it too, with layers that return their input: the arguments have other shapes, but no
-        weight is needed.
+    @torch.no_grad()
+    def trace(self) -> list[LayerCall]:
+        """Run the first batch through all layers and record how each is called.
+
+        If the last batch is smaller, the model is run for it too, with layers that return their
+        input: the arguments have other shapes, but no weight is needed.
         """
         layers = self.architecture.layers
         calls = [LayerCall() for _ in layers]
-        with ExitStack() as hooks, ExitStack() as loaded:
+        with self.around_layers(), ExitStack() as hooks, ExitStack() as loaded:
             for index, call in enumerate(calls):
                 self._trace_layer(index, call, hooks, loaded)
-            self._forward(tokens[:batch])
-        if not all(call.arguments for call in calls):
-            raise ModelError("model: its forward does not call every decoder layer")
-        if rest := len(tokens) % batch:
-            in_tuple = calls[-1].returns_tuple
+            self._forward(self.tokens[self.batches[0]])
+            if not all(call.arguments for call in calls):
+                raise ModelError("model: its forward does not call every decoder layer")
+            hooks.close()
+            last = self.tokens[self.batches[-1]]
+            if len(last) not in calls[0].arguments:
+                in_tuple = calls[-1].returns_tuple
 
-            def identity(*args: Any, **kwargs: Any) -> Any:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                return (hidden,) if in_tuple else hidden
+                def identity(*args: Any, **kwargs: Any) -> Any:
+                    hidden = args[0] if args else kwargs["hidden_states"]
+                    return (hidden,) if in_tuple else hidden
 
-            with ExitStack() as hooks, self._layers_replaced(identity):
                 for layer, call in zip(layers, calls, strict=True):
                     hooks.enter_context(_record_arguments(layer, call))
-                self._forward(tokens[-rest:])
+                with self._layers_replaced(identity):
+                    self._forward(last)
         return calls
 
     def _trace_layer(
         self, index: int, call: LayerCall, hooks: ExitStack, loaded: ExitStack
     ) -> None:
         """Attach hooks that load a layer around its call and record the inputs of its linears."""
-        name, layer = self.architecture.layer_names[index], self.architecture.layers[index]
-        linears = [lin.name for lin in self.architecture.linears if lin.layer == index]
+        layer = self.architecture.layers[index]
         inputs: list[tuple[Tensor, list[str]]] = []  # keeps tensors: a freed one's id may return
 
-        def see(linear: str, x: Tensor) -> None:
+        def see(linear: str, x: Tensor, _: Tensor) -> None:
             view = x.data_ptr(), x.shape, x.stride()
             for known, members in inputs:
                 if known is x or (known.data_ptr(), known.shape, known.stride()) == view:
@@ -158,7 +198,7 @@ class LayerExecutor:
 
         def load(*_: Any) -> None:
             loaded.enter_context(self.layer(index))
-            loaded.enter_context(watch_inputs(layer, name, linears, see))
+            loaded.enter_context(watch(self.architecture.model, self.linears(index), see))
 
         def unload(_: nn.Module, __: Any, out: Any) -> None:
             loaded.close()
@@ -186,7 +226,8 @@ class LayerExecutor:
                     layer.forward = own
 
     def _forward(self, tokens: Tensor) -> None:
-        self.architecture.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        ids = tokens.to(self.context.device)
+        self.architecture.model.base_model(input_ids=ids, use_cache=False)
 
 
 def _record_arguments(layer: nn.Module, call: LayerCall) -> RemovableHandle:
@@ -194,59 +235,28 @@ def _record_arguments(layer: nn.Module, call: LayerCall) -> RemovableHandle:
         call.by_keyword = not args
         hidden = kwargs["hidden_states"] if call.by_keyword else args[0]
         rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        call.arguments[len(hidden)] = args[1:], rest
+        call.arguments[len(hidden)], call.d_model = (args[1:], rest), hidden.shape[-1]
 
     return layer.register_forward_pre_hook(record, with_kwargs=True)
 
 
-def apply(layer: nn.Module, call: LayerCall, hidden: Tensor) -> Tensor:
-    """Apply one decoder layer to hidden states [n, length, d_model], as its model would."""
-    args, kwargs = call.arguments[len(hidden)]
-    if call.by_keyword:
-        out = layer(*args, hidden_states=hidden, **kwargs)
-    else:
-        out = layer(hidden, *args, **kwargs)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result
+def batches(tokens: Tensor, most: int) -> list[slice]:
+    """Split windows [n_windows, length] into batches of about `most` tokens, at least a window."""
+    n_windows, length = tokens.shape
+    size = max(1, most // length)
+    return [slice(start, start + size) for start in range(0, n_windows, size)]
 
 
-def batch_size(n_windows: int, length: int, device: str) -> int:
-    """Return how many windows to process together; the last batch may be smaller."""
-    limit = BATCH_TOKENS["cuda" if device.startswith("cuda") else "cpu"] // length
-    return min(max(1, limit), n_windows)
-
-
-def batches(n_windows: int, batch: int) -> Iterator[slice]:
-    """Yield the windows of each batch."""
-    for start in range(0, n_windows, batch):
-        yield slice(start, start + batch)
-
-
-def watch_inputs(
-    layer: nn.Module, prefix: str, names: list[str], see: Callable[[str, Tensor], None]
+def watch(
+    model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Tensor], None]
 ) -> ExitStack:
-    """Call ``see(name, x)`` before a linear of the layer is applied to ``x``, within the context.
-
-    `names` are full names, which start with the layer's name `prefix`.
-    """
-    hooks = ExitStack()
-    for name in names:
-        linear = layer.get_submodule(name.removeprefix(f"{prefix}."))
-        hook = partial(lambda name, _, args: see(name, args[0]), name)
-        hooks.enter_context(linear.register_forward_pre_hook(hook))
-    return hooks
-
-
-def watch_outputs(
-    layer: nn.Module, prefix: str, names: list[str], see: Callable[[str, Tensor, Tensor], None]
-) -> ExitStack:
-    """Call ``see(name, x, y)`` after a linear has returned ``y``; otherwise as `watch_inputs`.
+    """Call ``see(name, x, y)`` after a module has returned ``y`` for ``x``, within the context.
 
     Runs before hooks that belong to the model, which may add to a linear's output.
     """
     hooks = ExitStack()
     for name in names:
-        linear = layer.get_submodule(name.removeprefix(f"{prefix}."))
         hook = partial(lambda name, _, args, y: see(name, args[0], y), name)
-        hooks.enter_context(linear.register_forward_hook(hook, prepend=True))
+        module = model.get_submodule(name)
+        hooks.enter_context(module.register_forward_hook(hook, prepend=True))
     return hooks

@@ -6,31 +6,20 @@ between, as some families have, shows as a difference.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache
-from lrc.compressors.calibrate.layer_executor import (
-    LayerExecutor,
-    apply,
-    batch_size,
-    batches,
-)
+from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
+from lrc.compressors.calibrate.layer_executor import ForwardEnded, LayerExecutor
 from lrc.compressors.calibrate.statistic_table import RunningSums
-from lrc.compressors.io.journal import Journal
-from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.solvers.error_compensation import PrefixMoments
 from lrc.compressors.solvers.linalg import tensor_cores
-from lrc.configs.errors import ModelError
 
 TOLERANCE = 1e-2  # relative; rounding of large hidden states is below it, any factor is above it
-
-
-class _LinearReached(Exception):
-    """Ends a layer's forward at the linear whose input is needed."""
 
 
 class SequentialCalibration:
@@ -39,46 +28,24 @@ class SequentialCalibration:
     `replace` sets compressed weights, `measure` compares the inputs of a linear in both models,
     `advance` goes on to the next layer. Within a layer, `measure` may be called between
     replacements, in the order in which the linears are used.
-
-    Parameters
-    ----------
-    tokens : Tensor, shape [n_windows, length]
-    memory_limit_gib : float
-        For the hidden states of both models; what is larger goes to disk.
     """
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        reader: WeightReader,
-        tokens: Tensor,
-        journal: Journal,
-        *,
-        device: str,
-        memory_limit_gib: float,
-    ) -> None:
-        self._architecture, self._device = architecture, device
-        self._executor = LayerExecutor(architecture, reader, device=device, dtype=torch.float32)
-        batch = batch_size(len(tokens), tokens.shape[1], device)
-        self._batches = list(batches(len(tokens), batch))
+    def __init__(self, context: CalibrationContext) -> None:
+        half = replace(context, memory_limit_gib=context.memory_limit_gib / 2)
+        self._device = context.device
+        self._executor = LayerExecutor(half)
+        self.n_tokens = self._executor.tokens.numel()
         self._replaced: dict[tuple[str, str], nn.Parameter] = {}
         self._writers: dict[tuple[object, ...], list[str]] = {}  # by kind of layer
-        with self._executor.around_layers():
-            self._calls = self._executor.trace(tokens, batch)
-            shape = (*tokens.shape, self._executor.embed(tokens[:1]).shape[-1])
-            self._dense, self._compressed = (
-                ActivationCache(journal, name, shape, memory_limit_gib / 2, device).tensor
-                for name in ("dense", "compressed")
-            )
-            for rows in self._batches:
-                self._dense[rows] = self._executor.embed(tokens[rows])
-            self._compressed.copy_(self._dense)
+        self._dense = self._executor.embedded("dense")
+        self._compressed = ActivationCache(half, "compressed", self._executor.shape).tensor
+        self._compressed.copy_(self._dense)
 
     def groups(self, layer: int) -> list[list[str]]:
         """Return the linears of a decoder layer that share an input, in order of use."""
-        return self._calls[layer].groups
+        return self._executor.calls[layer].groups
 
-    def replace(self, name: str, W_hat: Tensor, bias: Tensor | None = None) -> None:
+    def insert(self, name: str, W_hat: Tensor, bias: Tensor | None = None) -> None:
         """Use ``W_hat`` [d_out, d_in], and `bias` [d_out] if given, in the compressed model."""
         for leaf, tensor in (("weight", W_hat), ("bias", bias)):
             if tensor is not None:
@@ -87,43 +54,33 @@ class SequentialCalibration:
 
     @torch.no_grad()
     def measure(self, layer: int, names: Sequence[str], *, deficit: bool) -> PrefixMoments:
-        """Return sums over the tokens of the input that some linears of a layer share.
+        """Return sums over the tokens of the input that the linears of one of the `groups` share.
 
-        Parameters
-        ----------
-        names : sequence of str
-            One of `groups`.
-        deficit : bool
-            Whether to measure the difference of the residual streams too.
-
-        Raises
-        ------
-        ModelError
-            If the inputs are not finite; names the linear.
+        `deficit` requests the difference of the residual streams too. Raises a `ModelError` that
+        names the linear if the inputs are not finite.
         """
         leader, sums = names[0], RunningSums()
         with self._loaded(layer) as module:
             writers = self._residual_writers(layer, module) if deficit else []
             later = writers[writers.index(leader) :] if leader in writers else []
-            for rows in self._batches:
-                x, stream = self._input(layer, module, self._dense[rows], leader, later)
+            for rows in self._executor.batches:
+                x, stream = self._input(layer, self._dense[rows], leader, later)
                 with self._using_replaced():
-                    x_hat, stream_hat = self._input(
-                        layer, module, self._compressed[rows], leader, later
-                    )
+                    x_hat, stream_hat = self._input(layer, self._compressed[rows], leader, later)
                 sums.add_square("H", x_hat)
                 sums.add_product("cross", x, x_hat)
                 if stream is not None and stream_hat is not None:
                     sums.add_product("deficit", (stream - stream_hat).flatten(0, -2), x_hat)
-        if not all(bool(torch.isfinite(total).all()) for total in sums.values()):
-            raise ModelError(
-                f"model: the inputs of {leader} are not finite after the compressed layers; "
-                "raise 'keep', or leave out 'compensate'"
+        for total in sums.values():
+            check_finite(
+                total,
+                f"the inputs of {leader} after the compressed layers",
+                "raise 'keep', or leave out 'compensate'",
             )
         return PrefixMoments(sums["H"], sums["cross"], {leader: sums["deficit"]} if later else {})
 
     def _input(
-        self, layer: int, module: nn.Module, hidden: Tensor, leader: str, later: Sequence[str]
+        self, layer: int, hidden: Tensor, leader: str, later: Sequence[str]
     ) -> tuple[Tensor, Tensor | None]:
         """Return a linear's input [n_tokens, d_in], and the layer's output without `later`."""
         seen: list[Tensor] = []
@@ -131,52 +88,47 @@ class SequentialCalibration:
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen.append(args[0].reshape(-1, args[0].shape[-1]))
             if not later:
-                raise _LinearReached
+                raise ForwardEnded
 
         stream = None
         with (
             self._linear(leader).register_forward_pre_hook(see),
-            suppress(_LinearReached),
+            suppress(ForwardEnded),
             silenced(map(self._linear, later)),
         ):
-            stream = apply(module, self._calls[layer], hidden.to(self._device))
+            stream = self._executor.apply(layer, hidden)
         assert seen, f"{leader} was used in the trace but not now"
         return seen[0], stream
 
     def _residual_writers(self, layer: int, module: nn.Module) -> list[str]:
         """Return the linears of a layer that write to the residual stream, in order of use."""
         names = [name for group in self.groups(layer) for name in group]
-        prefix = f"{self._architecture.layer_names[layer]}."
+        prefix = f"{self._executor.architecture.layer_names[layer]}."
         kind = (type(module), *(name.removeprefix(prefix) for name in names))
         if kind not in self._writers:
-            hidden = self._dense[self._batches[0]].to(self._device)
+            hidden = self._dense[self._executor.batches[0]]
             found = find_writers(
-                lambda: apply(module, self._calls[layer], hidden),
+                lambda: self._executor.apply(layer, hidden),
                 [(name, self._linear(name)) for name in names],
             )
             self._writers[kind] = [name.removeprefix(prefix) for name in found]
         return [prefix + name for name in self._writers[kind]]
 
     def _linear(self, name: str) -> nn.Module:
-        module: nn.Module = self._architecture.model.get_submodule(name)
+        module: nn.Module = self._executor.architecture.model.get_submodule(name)
         return module
 
-    @torch.no_grad()
     def advance(self, layer: int) -> None:
         """Apply a layer to the states of both models, and discard its replaced weights."""
-        call = self._calls[layer]
-        with self._loaded(layer) as module:
-            for rows in self._batches:
-                self._dense[rows] = apply(module, call, self._dense[rows].to(self._device))
-                with self._using_replaced():
-                    states = self._compressed[rows].to(self._device)
-                    self._compressed[rows] = apply(module, call, states)
+        with self._loaded(layer):
+            self._executor.advance_(layer, self._dense)
+            with self._using_replaced():
+                self._executor.advance_(layer, self._compressed)
         self._replaced.clear()
 
     @contextmanager
     def _loaded(self, layer: int) -> Iterator[nn.Module]:
-        fast = tensor_cores() if self._device.startswith("cuda") else nullcontext()
-        with fast, self._executor.layer(layer) as module:
+        with tensor_cores(self._device), self._executor.layer(layer) as module:
             yield module
 
     @contextmanager
@@ -199,12 +151,7 @@ def find_writers(
 ) -> list[str]:
     """Return which of a layer's linears add their output to the hidden states unchanged.
 
-    Parameters
-    ----------
-    forward : callable
-        Applies the layer to some tokens; returns its output.
-    linears : sequence of (str, Module)
-        In order of use.
+    `linears` are in order of use; `forward` applies the layer to some tokens.
     """
     found: dict[str, nn.Module] = {}
     for name, linear in reversed(linears):

@@ -8,11 +8,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
-import torch
 from torch import Tensor
 
 from lrc.compressors.models.architecture import Linear
-from lrc.compressors.solvers.linalg import add_second_moment_
 from lrc.compressors.solvers.moments import Moment, Statistics
 
 Required = Mapping[str, Collection[str]]
@@ -28,13 +26,15 @@ class RunningSums(dict[str, Tensor]):
         self[key] = self[key] + total if key in self else total
 
     def add_square(self, key: str, x: Tensor) -> None:
-        """Add the second moment [d, d] of tokens ``x`` [..., d], in place: it can be a GiB."""
-        if key not in self:
-            self[key] = x.new_zeros(x.shape[-1], x.shape[-1])
-        add_second_moment_(self[key], x)
+        """Add the second moment [d, d] of tokens ``x`` [..., d]."""
+        x = x.reshape(-1, x.shape[-1])  # [n_tokens, d]
+        self.add_product(key, x, x)
 
     def add_product(self, key: str, x: Tensor, y: Tensor) -> None:
-        """Add ``x.T @ y`` of tokens ``x`` [n_tokens, d] and ``y`` [n_tokens, e], in place."""
+        """Add ``x.T @ y`` of tokens ``x`` [n_tokens, d] and ``y`` [n_tokens, e].
+
+        In place, because the sum can be a GiB.
+        """
         if key not in self:
             self[key] = x.new_zeros(x.shape[1], y.shape[1])
         self[key].addmm_(x.T, y)
@@ -105,12 +105,6 @@ class LinearStatistics:
         for row in self._rows[name]:
             self._table[row].accumulate(self.sums, f"{name}.{row}", batch)
 
-    @property
-    def not_finite(self) -> list[str]:
-        """Linears with a sum that is not finite."""
-        bad = (key for key, total in self.sums.items() if not bool(torch.isfinite(total).all()))
-        return [key.rpartition(".")[0] for key in bad]
-
     @classmethod
     def forward(
         cls, groups: list[list[str]], linears: Mapping[str, Linear], required: Required
@@ -166,17 +160,10 @@ def build_statistics(
     n_tokens: int, forward: Mapping[str, Tensor], backward: Mapping[str, Tensor]
 ) -> Statistics:
     """Build the record of one linear from its sums, by row of the tables."""
-    plain = {
-        key: total
-        for key, total in (*forward.items(), *backward.items())
-        if key not in ("inputs", "gradients", "image", "diagonal")
-    }
-    return Statistics(
-        n_tokens,
-        inputs=_moment(forward, "inputs"),
-        gradients=_moment(backward, "gradients"),
-        **plain,
-    )
+    inputs, gradients = _moment(forward, "inputs"), _moment(backward, "gradients")
+    parts = ("inputs", "gradients", "image", "diagonal")
+    plain = {key: sums[key] for sums in (forward, backward) for key in sums if key not in parts}
+    return Statistics(n_tokens, inputs=inputs, gradients=gradients, **plain)
 
 
 def _moment(sums: Mapping[str, Tensor], full: str) -> Moment | None:

@@ -1,219 +1,148 @@
-"""Collect statistics of the targeted linears: forward pass for inputs, backward for gradients."""
+"""Collect statistics of targeted linear layers: of inputs forward, of output gradients backward."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate import statistic_table as table
-from lrc.compressors.calibrate.activation_cache import ActivationCache, ActivationCheckpoints
+from lrc.compressors.calibrate.activation_cache import ActivationCache, allocate_checkpoints
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_passes import (
-    Labels,
     backward_head,
     backward_layer,
     forward_layer,
 )
-from lrc.compressors.calibrate.layer_executor import (
-    LayerCall,
-    LayerExecutor,
-    batch_size,
-    batches,
-)
+from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.statistic_table import Required
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.machine import OnStep, to_host
-from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.io.machine import to_host
 from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.compressors.solvers.moments import Statistics
 
+INPUTS, GRADIENTS = 0, 1  # indices of `statistics_files`
 
-def collect(
-    architecture: Architecture,
-    reader: WeightReader,
-    tokens: Tensor,
-    required: Required,
-    journal: Journal,
-    *,
-    labels: Labels,
-    seed: int,
-    device: str,
-    memory_limit_gib: float,
-    on_step: OnStep,
-) -> None:
+
+def collect(context: CalibrationContext, required: Required) -> None:
     """Write the required statistics of the dense model's linears to the journal, layer by layer.
 
-    Parameters
-    ----------
-    tokens : Tensor, shape [n_windows, length]
-        Calibration windows, int64.
-    required : mapping of str to collection of str
-        Linear -> statistics to collect; layers without any are only passed through.
-    labels, seed
-        As for `backward_head`.
-    on_step : callable
-        Called with (stage, layers done, layers) after each layer; may raise to stop.
-
-    Raises
-    ------
-    ModelError
-        If hidden states, inputs or gradients are not finite; names the layer.
+    `required` maps linears to the statistics to collect; layers without any are only passed
+    through. Hidden states, inputs or gradients that are not finite raise a `ModelError` that names
+    the layer.
     """
-    layer_of = {linear.name: linear.layer for linear in architecture.linears}
-    by_layer: list[dict[str, Collection[str]]] = [{} for _ in architecture.layer_names]
+    layer_of = {linear.name: linear.layer for linear in context.architecture.linears}
+    by_layer: list[dict[str, Collection[str]]] = [{} for _ in context.architecture.layer_names]
     for name, names in required.items():
         if names:
             by_layer[layer_of[name]][name] = names
-    run = _Collection(
-        LayerExecutor(architecture, reader, device=device, dtype=torch.float32),
-        tokens,
-        batch_size(len(tokens), tokens.shape[1], device),
-        by_layer,
-        journal,
-        memory_limit_gib,
-        on_step,
-    )
-    with tensor_cores() if device.startswith("cuda") else nullcontext():
-        run.run(labels, seed)
+    with tensor_cores(context.device):
+        _Collection(context, by_layer).run()
 
 
 def load(journal: Journal, layer: int, name: str) -> Statistics:
     """Return the statistics of one linear; empty if none were collected."""
-    file = inputs_file(layer)
-    if not journal.has(file):
-        return Statistics()
-    facts = journal.read_facts(file)
+    inputs, gradients = statistics_files(layer)
+    facts = journal.read_facts(inputs) if journal.has(inputs) else {"leaders": {}}
     leader = facts["leaders"].get(name)
     if leader is None:
         return Statistics()
-    forward = journal.read_tensors(file, table.sum_names(table.FORWARD, name, leader))
-    file, backward = gradients_file(layer), {}
-    if journal.has(file):
-        backward = journal.read_tensors(file, table.sum_names(table.BACKWARD, name, leader))
+    forward = journal.read_tensors(inputs, table.sum_names(table.FORWARD, name, leader))
+    backward = {}
+    if journal.has(gradients):
+        backward = journal.read_tensors(gradients, table.sum_names(table.BACKWARD, name, leader))
     return table.build_statistics(facts["n_tokens"], forward, backward)
 
 
-def inputs_file(layer: int) -> str:
-    """Return the journal's name for the input statistics of one decoder layer."""
-    return f"statistics/inputs-{layer:04d}.safetensors"
-
-
-def gradients_file(layer: int) -> str:
-    """Return the journal's name for the gradient statistics of one decoder layer."""
-    return f"statistics/gradients-{layer:04d}.safetensors"
+def statistics_files(layer: int) -> tuple[str, str]:
+    """Return the journal's names for the input and the gradient statistics of a decoder layer."""
+    return (
+        f"statistics/inputs-{layer:04d}.safetensors",
+        f"statistics/gradients-{layer:04d}.safetensors",
+    )
 
 
 @dataclass(frozen=True)
 class _Collection:
     """One run over the calibration windows: forward, and backward if gradients are required."""
 
-    executor: LayerExecutor
-    tokens: Tensor
-    batch: int
+    context: CalibrationContext
     required: Sequence[Required]
     """By layer."""
-    journal: Journal
-    limit_gib: float
-    on_step: OnStep
 
-    def run(self, labels: Labels, seed: int) -> None:
+    @cached_property
+    def executor(self) -> LayerExecutor:
+        return LayerExecutor(self.context)
+
+    def run(self) -> None:
         differentiated = [
             index
             for index, required in enumerate(self.required)
             if any({*table.BACKWARD} & {*names} for names in required.values())
         ]
-        n_layers, device = len(self.required), self.executor.device
-        backward = not all(self._collected(gradients_file, index) for index in differentiated)
-        forward = not all(self._collected(inputs_file, index) for index in range(n_layers))
+        n_layers = len(self.required)
+        backward = any(self._missing(index, GRADIENTS) for index in differentiated)
+        forward = any(self._missing(index, INPUTS) for index in range(n_layers))
         if not (forward or backward):
             return
-        with self.executor.around_layers():
-            calls = self.executor.trace(self.tokens, self.batch)
-            width = self.executor.embed(self.tokens[:1]).shape[-1]
-        shape = (*self.tokens.shape, width)
-        states = ActivationCache(self.journal, "states", shape, self.limit_gib, device)
+        shape = self.executor.shape
+        states = ActivationCache(self.context, "states", shape)
         if not backward:
-            self._forward(states, calls, None)
+            # Only a run without backward pass can resume from saved hidden states; a backward pass
+            # needs the input of every layer.
+            if not states.resume():
+                self.executor.embed_(states.tensor)
+            self._forward(states, n_layers, [])
             return
-        gradients = ActivationCache(self.journal, "gradients", shape, self.limit_gib, device)
+        gradients = ActivationCache(self.context, "gradients", shape)
         resumed = gradients.resume()
-        left = n_layers - gradients.done
-        dtype = next(iter(self.executor.architecture.stored_parameters().values())).dtype
-        checkpoints = ActivationCheckpoints(
-            self.journal, left, shape, dtype, self.limit_gib, device
-        )
-        self._forward(states, calls[:left], checkpoints)
+        left = n_layers - gradients.done  # layers that the backward pass still has to process
+        checkpoints = allocate_checkpoints(self.context, left, shape)
+        self.executor.embed_(states.tensor)
+        self._forward(states, left, checkpoints)
         if not resumed:
-            backward_head(
-                self.executor,
-                calls[-1],
-                states.tensor,
-                self.tokens,
-                gradients.tensor,
-                labels=labels,
-                seed=seed,
-            )
+            backward_head(self.executor, states.tensor, gradients.tensor)
         del states
-        self._backward(gradients, calls, checkpoints, stop=differentiated[0])
+        self._backward(gradients, checkpoints, stop=differentiated[0])
 
-    def _forward(
-        self,
-        states: ActivationCache,
-        calls: list[LayerCall],
-        checkpoints: ActivationCheckpoints | None,
-    ) -> None:
-        # Checkpoints need every layer's input, so a snapshot from half-way is of no use then.
-        if checkpoints is not None or not states.resume():
-            with self.executor.around_layers():
-                for rows in batches(len(self.tokens), self.batch):
-                    states.tensor[rows] = self.executor.embed(self.tokens[rows])
+    def _forward(self, states: ActivationCache, stop: int, checkpoints: list[Tensor]) -> None:
         n_layers = len(self.required)
-        for index in range(states.done, len(calls)):
-            if checkpoints is not None:
-                checkpoints.write(index, states.tensor)
-            call, hidden = calls[index], states.tensor
-            collected = self._collected(inputs_file, index)
-            required = {} if collected else self.required[index]
-            statistics = forward_layer(self.executor, index, call, hidden, self.batch, required)
-            if not collected:
-                leaders = {n: group[0] for group in call.groups for n in group if n in required}
-                facts = {"leaders": leaders, "n_tokens": self.tokens.numel()}
-                self._write(inputs_file(index), statistics.sums, facts)
-            states.finish_layer(save=checkpoints is None and index < n_layers - 1)
-            self.on_step("calibrate", index + 1, n_layers)
+        for index in range(states.done, stop):
+            if checkpoints:
+                checkpoints[index].copy_(states.tensor)
+            required = self._missing(index, INPUTS)
+            statistics = forward_layer(self.executor, index, states.tensor, required)
+            if required:
+                groups = self.executor.calls[index].groups
+                leaders = {n: group[0] for group in groups for n in group if n in required}
+                facts = {"leaders": leaders, "n_tokens": self.executor.tokens.numel()}
+                self._write(index, INPUTS, statistics.sums, facts)
+            states.finish_layer(save=not checkpoints and index < n_layers - 1)
+            self.context.on_step("calibrate", index + 1, n_layers)
 
-    def _backward(
-        self,
-        gradients: ActivationCache,
-        calls: list[LayerCall],
-        checkpoints: ActivationCheckpoints,
-        stop: int,
-    ) -> None:
+    def _backward(self, gradients: ActivationCache, checkpoints: list[Tensor], stop: int) -> None:
         n_layers = len(self.required)
         for index in range(n_layers - 1 - gradients.done, stop - 1, -1):
-            collected = self._collected(gradients_file, index)
+            required = self._missing(index, GRADIENTS)
             statistics = backward_layer(
-                self.executor,
-                index,
-                calls[index],
-                checkpoints,
-                gradients.tensor,
-                self.batch,
-                {} if collected else self.required[index],
+                self.executor, index, checkpoints[index], gradients.tensor, required
             )
-            if not collected:
-                self._write(gradients_file(index), statistics.sums, {})
+            if required:
+                self._write(index, GRADIENTS, statistics.sums, {})
             gradients.finish_layer(save=index > stop)
-            self.on_step("gradients", gradients.done, n_layers - stop)
+            self.context.on_step("gradients", gradients.done, n_layers - stop)
 
-    def _collected(self, file: Callable[[int], str], index: int) -> bool:
-        """Return whether nothing is left to collect for a layer in a pass."""
-        return not self.required[index] or self.journal.has(file(index))
+    def _missing(self, layer: int, side: int) -> Required:
+        """Return the statistics of a layer that one side of it still lacks."""
+        done = self.context.journal.has(statistics_files(layer)[side])
+        return {} if done else self.required[layer]
 
-    def _write(self, file: str, sums: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    def _write(
+        self, layer: int, side: int, sums: Mapping[str, Tensor], facts: dict[str, Any]
+    ) -> None:
         tensors = {key: to_host(total) for key, total in sums.items()}
         # A safetensors file needs at least one tensor.
-        self.journal.write_tensors(file, tensors or {"none": torch.zeros(1)}, facts)
+        tensors = tensors or {"none": torch.zeros(1)}
+        self.context.journal.write_tensors(statistics_files(layer)[side], tensors, facts)

@@ -1,1 +1,1 @@
-"""Writing compressed checkpoints, and teaching transformers to read them."""
+"""Write compressed checkpoints, and load them with transformers."""

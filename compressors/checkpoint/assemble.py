@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.plain import compressed_tensors_config, is_plain, plain_name
-from lrc.compressors.checkpoint.writer import write_config, write_manifest, write_weights
+from lrc.compressors.checkpoint.writer import copy_code, write_config, write_manifest, write_weights
 from lrc.compressors.layers import sentinel
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture
@@ -46,29 +47,25 @@ def write_checkpoint(
     """
     modules = plan.modules()
     tables = tables_of(architecture.model.config)
-    plain = is_plain(modules) and not tables
+    named = architecture.model.named_modules()
+    linears = [name for name, module in named if isinstance(module, nn.Linear)]
+    plain = is_plain(modules, linears) and not tables
     owners = plan.owner_layers()
     refit = {name for name, result in plan.results.items() if result.refit} - {*modules}
     origin: dict[str, Callable[[], Tensor]] = {}
     meta: dict[str, Tensor] = {}
 
-    def from_source(name: str) -> Callable[[], Tensor]:
-        return lambda: reader.read(name)
-
-    def from_journal(name: str, layer: int) -> Callable[[], Tensor]:
-        return lambda: compressed(layer, name)
-
     for name, parameter in architecture.stored_parameters().items():
         module, _, leaf = name.rpartition(".")
         if module not in modules:
-            changed = leaf == "weight" and module in refit
-            meta[name] = parameter
-            origin[name] = from_journal(name, owners[module]) if changed else from_source(name)
+            meta[name], origin[name] = parameter, partial(reader.read, name)
+            if leaf == "weight" and module in refit:
+                origin[name] = partial(compressed, owners[module], name)
             continue
         config = modules[module]
         if leaf == "bias":
             if not config.bias:
-                meta[name], origin[name] = parameter, from_source(name)
+                meta[name], origin[name] = parameter, partial(reader.read, name)
             continue
         for stored, (shape, dtype, _) in layout.expected_tensors(
             module, config, bias=False
@@ -79,13 +76,11 @@ def write_checkpoint(
                     continue  # a sentinel is only needed where lrc is needed for loading
                 origin[final] = sentinel
             else:
-                origin[final] = from_journal(stored, owners[module])
+                origin[final] = partial(compressed, owners[module], stored)
             meta[final] = torch.empty(shape, dtype=dtype or parameter.dtype, device="meta")
     write_weights(folder, meta, lambda name: origin[name]())
     block = layout.quantization_config(modules, tables)
     if plain and modules:
-        kinds = architecture.model.named_modules()
-        linears = [name for name, module in kinds if isinstance(module, nn.Linear)]
         block = compressed_tensors_config(modules, linears)
     write_config(folder, architecture.model.config, block, plan.model.dtype)
     generation = getattr(architecture.model, "generation_config", None)
@@ -95,9 +90,7 @@ def write_checkpoint(
     elif generation is not None:
         generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if source.spec.trust_remote_code:
-        for code in source.folder.glob("*.py"):
-            shutil.copy(code, folder)
+    copy_code(source, folder)
     (folder / layout.FOLDER).mkdir()
     _write(folder / layout.RECIPE_GIVEN, loaded.text)
     _write(folder / layout.RECIPE, dump_recipe(loaded.recipe))

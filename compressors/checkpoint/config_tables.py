@@ -1,40 +1,37 @@
-"""The tables of a checkpoint's config that say how its model differs from the config: checked."""
+"""Check the tables of a checkpoint's config that describe how its model differs from it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lrc.compressors.checkpoint.format import COPY_AGAIN
+from lrc.compressors.checkpoint.format import EDITED
 from lrc.compressors.layers.model_shapes import SHAPES
 from lrc.compressors.layers.residual_basis import BIASES, NORMS
 from lrc.configs.errors import CheckpointError
 
 
 def check_tables(tables: Mapping[str, Any], where: str) -> None:
-    """Refuse tables that this version cannot have written.
+    """Reject tables that this version cannot have written.
 
     Parameters
     ----------
     tables : mapping
-        A ``quantization_config``; what is no table of these is passed over.
+        A ``quantization_config``; its other keys are ignored.
 
     Raises
     ------
     CheckpointError
     """
-    for key, (check, rule) in RULES.items():
+    for key, (contents, check, rule) in RULES.items():
         table = tables.get(key)
         if table is None:
             continue
         if not isinstance(table, list if key == BIASES else Mapping):
-            raise CheckpointError(
-                f"{where}: {key} {WORDS[key]}, got {table!r:.60}; the file was edited: {COPY_AGAIN}"
-            )
+            raise CheckpointError(f"{where}: {key} must {contents}, got {table!r:.60}; {EDITED}")
         entries = table.items() if isinstance(table, Mapping) else enumerate(table)
         for name, entry in entries:
             if not check(entry):
                 raise CheckpointError(
-                    f"{where}: {key}[{name!r}] must be {rule}, got {entry!r:.60}; the file was "
-                    f"edited: {COPY_AGAIN}"
+                    f"{where}: {key}[{name!r}] must be {rule}, got {entry!r:.60}; {EDITED}"
                 )
 
 
@@ -52,13 +49,21 @@ def _is_size(number: Any) -> bool:
     return type(number) is int and number >= 1
 
 
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    SHAPES: (_is_shape, "[d_out, d_in], whole numbers >= 1"),
-    BIASES: (lambda entry: isinstance(entry, str), "the name of a linear"),
-    NORMS: (_is_shortcut, "{} or {'writer': NAME, 'rank': N >= 1}"),
+RULES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    SHAPES: (
+        "map names of linear layers to [d_out, d_in]",
+        _is_shape,
+        "[d_out, d_in], whole numbers >= 1",
+    ),
+    BIASES: (
+        "be a list of names of linear layers",
+        lambda entry: isinstance(entry, str),
+        "the name of a linear layer",
+    ),
+    NORMS: (
+        "map names of norms to their shortcuts",
+        _is_shortcut,
+        "{} or {'writer': NAME, 'rank': N >= 1}",
+    ),
 }
-WORDS = {
-    SHAPES: "must map names of linears to [d_out, d_in]",
-    BIASES: "must be a list of names of linears",
-    NORMS: "must map names of norms to their shortcuts",
-}
+"""Key -> what the table must contain, the check of an entry, and what an entry must be."""

@@ -1,4 +1,4 @@
-"""Names and version of what a checkpoint contains; read by writer and loader.
+"""The format of checkpoints: names, version and configuration, for writing and loading.
 
 A compressed checkpoint is the folder that `save_pretrained` writes: safetensors shards, tokenizer
 and the `config.json` of the original architecture. In addition:

@@ -1,6 +1,6 @@
-"""Checkpoints of integers only, which load wherever compressed-tensors is installed."""
+"""Checkpoints that consist of integers only, in the format of compressed-tensors."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,20 @@ LAYOUT_VERSION = "0.15.0"
 """First version of compressed-tensors that packs integers of any width without gaps."""
 
 
-def is_plain(modules: Mapping[str, WeightConfig]) -> bool:
+def is_plain(modules: Mapping[str, WeightConfig], linears: Collection[str]) -> bool:
     """Return whether all compressed weights are symmetric integers without other components.
 
+    They must be those of linear layers, not of an embedding; `linears` are their names.
     transformers with compressed-tensors 0.20 expects zero points in another shape than the format
     packs them to, and rejects them.
     """
     return all(
-        config.types == "dense"
+        name in linears
+        and config.types == "dense"
         and config.quantization is not None
         and config.quantization.symmetric
         and not config.bias
-        for config in modules.values()
+        for name, config in modules.items()
     )
 
 
@@ -58,7 +60,14 @@ def compressed_tensors_config(
     groups = {
         f"group_{number}": {
             "targets": ["Linear"] if len(by_args) == 1 else names,
-            "weights": _weights(args),
+            "weights": {
+                "num_bits": args.bits,
+                "type": "int",
+                "symmetric": args.symmetric,
+                "strategy": "channel" if args.group_size is None else "group",
+                "group_size": args.group_size,
+                "dynamic": False,
+            },
             "input_activations": None,
             "output_activations": None,
             "format": FORMAT,
@@ -76,21 +85,10 @@ def compressed_tensors_config(
     }
 
 
-def _weights(args: QuantizationArgs) -> dict[str, Any]:
-    return {
-        "num_bits": args.bits,
-        "type": "int",
-        "symmetric": args.symmetric,
-        "strategy": "channel" if args.group_size is None else "group",
-        "group_size": args.group_size,
-        "dynamic": False,
-    }
-
-
 def read_plain(
     folder: Path, block: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, WeightConfig]:
-    """Return the configurations that `compressed_tensors_config` was given.
+    """Return the configurations of the weights of a plain checkpoint.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
-"""How stock transformers loads a compressed checkpoint: an out-of-tree quantization method.
+"""Load compressed checkpoints with transformers: a quantization method outside its source tree.
 
-`from_pretrained` builds the original architecture on the meta device, asks the quantizer to replace
-modules, and then loads tensors by name. This quantizer replaces compressed layers and compares the
-headers of the files with what is expected, because transformers only warns about missing tensors
-and leaves them uninitialized. After loading it checks masks, indices and scales.
+`from_pretrained` builds the original architecture on the meta device, calls the quantizer to
+replace modules, and then loads tensors by name. This quantizer replaces compressed layers and
+compares the safetensors headers with the expected tensors, because transformers only warns about
+missing tensors and leaves them uninitialized. After loading it checks masks, indices and scales.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,6 +36,8 @@ from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, tables_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
 from lrc.configs.errors import CheckpointError
 
+BLOCK = "config.json: quantization_config"
+
 
 class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc, unused-ignore]
     """The `quantization_config` block of a compressed checkpoint."""
@@ -49,36 +51,35 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
         self.quant_method = layout.QUANT_METHOD  # type: ignore[assignment]  # an out-of-tree name
         self.format_version = format_version
         self.modules = modules or {}
-        layout.check_version(format_version, "config.json: quantization_config")
-        layout.parse_modules(self.modules, "config.json: quantization_config")
-        check_tables(tables, "config.json: quantization_config")
+        layout.check_version(format_version, BLOCK)
+        layout.parse_modules(self.modules, BLOCK)
+        check_tables(tables, BLOCK)
         for key, table in tables.items():
-            if key in TABLES:  # most checkpoints have none, and save none
+            if key in TABLES:  # absent tables are not set, so that they are not saved either
                 setattr(self, key, table)
 
 
 class LrcQuantizer(HfQuantizer):
     """Replace linear layers and embeddings by their compressed counterparts."""
 
-    requires_calibration = True  # checkpoints only; quantizing while loading is another thing
+    requires_calibration = True  # loads compressed checkpoints; cannot compress while loading
     quantization_config: LrcConfig
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> Any:
-        where = "config.json: quantization_config"
-        modules = layout.parse_modules(self.quantization_config.modules, where)
+        modules = layout.parse_modules(self.quantization_config.modules, BLOCK)
         tables = tables_of(model.config)
         shapes, biases = tables.get(SHAPES, {}), tables.get(BIASES, [])
-        with _fitting():
-            self._config_shapes = resize_(model, shapes)
+        with _matching(BLOCK):
+            self._original_shapes = resize_(model, shapes)
             add_biases_(model, biases)
         expected = layout.resized_tensors(shapes)
         for name in biases:
             if name not in modules:
                 expected[f"{name}.bias"] = TensorSpec([model.get_submodule(name).out_features])
         expected |= replace_layers(model, modules)
-        with _fitting():
+        with _matching(BLOCK):
             shortcuts = place_norms_(model, tables.get(NORMS, {}))
         expected |= {name: TensorSpec(shape) for name, shape in shortcuts.items()}
         if checkpoint_files is not None:
@@ -92,53 +93,36 @@ class LrcQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         if tables_of(model.config).get(NORMS):
             raise CheckpointError(
-                "no plain model computes what this one does: its residual stream has a basis of "
-                "its own before every block; slice with 'rotations: global' for a plain model"
+                "cannot dequantize: with 'rotations: block' every block uses its own basis of the "
+                "residual stream, which the original architecture cannot express; slice with "
+                "'rotations: global' instead"
             )
         for name, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear):
-                set_module(model, name, module.to_dense())
+                model.set_submodule(name, module.to_dense())
         for name, module in list(model.named_modules()):
             if isinstance(module, TiedHead):
-                set_module(model, name, module.to_dense(model.get_input_embeddings()))
-        widen_(model, self._config_shapes)  # the config that is left says so
+                model.set_submodule(name, module.to_dense(model.get_input_embeddings()))
+        widen_(model, self._original_shapes)  # the config that remains has these
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """Answer `save_pretrained`: the state dict is the file."""
+        """Return True: `save_pretrained` can write the state dict as it is."""
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        """Answer Trainer and PEFT: the factors are ordinary parameters."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Let Trainer tune the factors themselves, without adapters."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Answer `generate`: nothing here breaks a graph."""
-        return True
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` is."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    is_trainable = True  # by Trainer and PEFT: unquantized factors are ordinary parameters
+    is_qat_trainable = True  # by Trainer without adapters
+    is_compileable = True
 
 
 @contextmanager
-def _fitting() -> Iterator[None]:
-    """Report a table that does not match the model."""
+def _matching(where: str) -> Iterator[None]:
+    """Convert a ValueError about a part of the config to a CheckpointError."""
     try:
         yield
     except ValueError as error:
         raise CheckpointError(
-            f"config.json: quantization_config: {error}; the config was edited, or belongs to "
-            "another model"
+            f"{where}: {error}; the config was edited, or belongs to another model"
         ) from error
 
 
@@ -148,7 +132,7 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
     Raises
     ------
     CheckpointError
-        If the model has no layer of a name, or one that cannot have its configuration.
+        If a name is not that of a layer, or a configuration does not fit its layer.
     """
     expected: TensorSpecs = {}
     replaced: dict[str, CompressedLinear] = {}
@@ -160,22 +144,23 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
         kind = CompressedEmbedding if isinstance(dense, nn.Embedding) else CompressedLinear
         if not isinstance(dense, kind.REPLACES):
             raise CheckpointError(
-                f"config.json: quantization_config.modules names {name!r}, which is not a linear "
+                f"{BLOCK}.modules names {name!r}, which is not a linear "
                 f"layer or embedding of {type(model).__name__}; the config was edited, or belongs "
                 "to another model",
                 code="invalid-config",
             )
         weight: nn.Parameter = dense.get_parameter("weight")
-        with _naming(name):
+        with _matching(f"{BLOCK}.modules[{name!r}]"):
             if tuple(weight.shape) != config.shape:
                 raise ValueError(f"shape must be {list(weight.shape)}, got {list(config.shape)}")
             bias = getattr(dense, "bias", None) is not None
             expected |= layout.expected_tensors(name, config, bias=bias)
         replaced[name] = kind.replacing(dense, config)
         replaced[name].requires_grad_(weight.requires_grad)
-        set_module(model, name, replaced[name])
-    for name, layer in replaced.items():  # once all exist: an owner may come after its members
-        with _naming(name):
+        model.set_submodule(name, replaced[name])
+    # A second pass, because the layer that stores a shared factor may be listed after its users.
+    for name, layer in replaced.items():
+        with _matching(f"{BLOCK}.modules[{name!r}]"):
             layer.connect(model)
     return expected
 
@@ -193,26 +178,13 @@ def check_values(model: nn.Module) -> None:
         if isinstance(module, CompressedLinear):
             tensors = [*module.parameters(), *module.buffers()]
             if any(tensor.is_meta for tensor in tensors):
-                continue  # offloaded to disk: checked when read, if at all
+                continue  # weights offloaded to disk are not checked
             problems += [f"{name}.{text}" for text in module.problems()]
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise CheckpointError(
-            f"the weights are damaged: {'; '.join(problems[:5])}{more}; {layout.COPY_AGAIN}",
+            f"the weights are damaged: {_first(problems)}; {layout.COPY_AGAIN}",
             code="damaged-weights",
         )
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Name the module that an error is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise CheckpointError(
-            f"config.json: quantization_config.modules[{name!r}]: {error}; the config was edited, "
-            "or belongs to another model"
-        ) from error
 
 
 def check_headers(expected: TensorSpecs, files: list[str]) -> None:
@@ -221,7 +193,7 @@ def check_headers(expected: TensorSpecs, files: list[str]) -> None:
     Raises
     ------
     CheckpointError
-        Truncated file, missing tensor, wrong shape or an index of the wrong type, each by name.
+        If a file is truncated, or tensors are missing or have a wrong shape or dtype.
     """
     try:
         found = read_headers(map(Path, files))
@@ -229,17 +201,19 @@ def check_headers(expected: TensorSpecs, files: list[str]) -> None:
         raise CheckpointError(f"{error}; {layout.COPY_AGAIN}") from error
     wrong = layout.mismatches(expected, found)
     if wrong:
-        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise CheckpointError(
-            "the weights do not match config.json: "
-            + "; ".join(wrong[:5])
-            + more
-            + f"; {layout.COPY_AGAIN}"
+            f"the weights do not match config.json: {_first(wrong)}; {layout.COPY_AGAIN}",
+            code="tensor-mismatch",
         )
 
 
+def _first(problems: list[str]) -> str:
+    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    return "; ".join(problems[:5]) + more
+
+
 def register() -> None:
-    """Make `from_pretrained` know lrc; does nothing the second time."""
+    """Register lrc with transformers, once."""
     if layout.QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(layout.QUANT_METHOD)(LrcConfig)
         register_quantizer(layout.QUANT_METHOD)(LrcQuantizer)

@@ -1,4 +1,4 @@
-"""Load what a user points at, compressed or dense, with one clear error when it cannot be."""
+"""Load a checkpoint from a local folder, compressed or dense, and report what is wrong with it."""
 
 import json
 from collections.abc import Iterator
@@ -46,23 +46,23 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
                 output_loading_info=True,
             )
         model, loading = found
-    except CheckpointError as error:  # of our own quantizer, which does not know the folder
-        raise CheckpointError(f"{folder}: {error}") from error
+    except CheckpointError as error:  # from `LrcQuantizer`, which does not know the folder
+        raise CheckpointError(f"{folder}: {error}", code=error.code) from error
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         raise CheckpointError(
             f"{folder}: cannot be loaded ({lines[0][:200]}); {COPY_AGAIN}"
         ) from error
     missing = sorted(loading["missing_keys"])
-    if missing:  # transformers would go on with random numbers
+    if missing:  # transformers has initialized them with random numbers
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(
             f"{folder}: the weights lack {', '.join(missing[:3])}{more}; {COPY_AGAIN}"
         )
     model = model.eval()
     if hasattr(model, "ct_decompress_hook"):
-        # compressed-tensors puts weights together at the first call of the whole model; whoever
-        # calls a part of it would find none.
+        # compressed-tensors decompresses weights at the first call of the whole model; calls of
+        # its modules need them too.
         with torch.no_grad(), _without_bars():
             model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
     return model
@@ -70,7 +70,7 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Draw no bars, not even those of compressed-tensors, which heed no environment variable."""
+    """Disable progress bars, including those of compressed-tensors, which have no option."""
     drawn = tqdm.__init__
 
     def never(self: Any, *arguments: Any, **options: Any) -> None:
@@ -84,7 +84,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer that lies with a checkpoint.
+    """Load the tokenizer of a checkpoint.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read ``config.json`` of a checkpoint and check the version of our block, if there is one.
+    """Read ``config.json`` of a checkpoint and check its block of lrc, if there is one.
 
     Raises
     ------
@@ -114,11 +114,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     config = read_object(path)
     block = config.get("quantization_config") or {}
-    ours = isinstance(block, dict) and block.get("quant_method") == layout.QUANT_METHOD
-    if ours:
-        layout.check_version(block.get("format_version"), f"{path}: quantization_config")
-        layout.parse_modules(block.get("modules", {}), f"{path}: quantization_config")
-        check_tables(block, f"{path}: quantization_config")
+    where = f"{path}: quantization_config"
+    if isinstance(block, dict) and block.get("quant_method") == layout.QUANT_METHOD:
+        layout.check_version(block.get("format_version"), where)
+        layout.parse_modules(block.get("modules", {}), where)
+        check_tables(block, where)
     elif (folder / layout.MANIFEST).is_file() and not is_plain(folder):
         raise CheckpointError(
             f"{path}: has lost its quantization_config, which names the matrices; {COPY_AGAIN}"
@@ -127,7 +127,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_plain(folder: Path) -> bool:
-    """Say whether lrc wrote a checkpoint that needs no lrc: all its matrices are dense.
+    """Return whether a checkpoint of lrc loads without lrc, as its manifest says.
 
     Raises
     ------
@@ -168,29 +168,29 @@ def check_files(folder: Path) -> dict[str, Header]:
         raise CheckpointError(f"{error}; {COPY_AGAIN}") from error
     if not headers:
         raise CheckpointError(
-            f"{folder}: holds no weights as safetensors, the only form read; {COPY_AGAIN}"
+            f"{folder}: holds no weights as safetensors, the only supported format; {COPY_AGAIN}"
         )
     return headers
 
 
 def verify_hashes(folder: Path) -> list[str]:
-    """Return one sentence for every file that is not what was written.
+    """Return one sentence for every file that is missing or differs from its hash.
 
     Raises
     ------
     CheckpointError
-        If there is no manifest to compare with.
+        If there is no manifest.
     """
     path = folder / layout.MANIFEST
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: has no {layout.MANIFEST}, the hashes to compare with; {COPY_AGAIN}"
+            f"{folder}: has no {layout.MANIFEST} with the hashes to compare; {COPY_AGAIN}"
         )
     hashes = read_object(path).get("sha256")
     if not isinstance(hashes, dict):
         raise CheckpointError(f"{path}: holds no hashes; {COPY_AGAIN}")
-    there = [name for name in hashes if (folder / name).is_file()]
-    found = dict(zip(there, sha256(folder / name for name in there), strict=True))
+    present = [name for name in hashes if (folder / name).is_file()]
+    found = dict(zip(present, sha256(folder / name for name in present), strict=True))
     problems = [f"{name} is missing" for name in hashes if name not in found]
     return problems + [
         f"{name} has changed since it was written" for name in found if found[name] != hashes[name]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.io.journal import publish, storage_errors
+from lrc.compressors.models.source import Source
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 10**9
@@ -35,7 +36,7 @@ def write_weights(
     folder : Path
         Existing folder.
     meta : dict of str to Tensor
-        Every tensor of the checkpoint, in order, on the meta device: sizes decide the shards.
+        Every tensor of the checkpoint, in order, on the meta device.
     read : callable
         Returns the tensor of a name; called once each, shard after shard.
     max_shard_bytes : int
@@ -51,11 +52,10 @@ def write_weights(
 
 
 def write_config(folder: Path, config: Any, block: Mapping[str, Any], dtype: str) -> None:
-    """Write ``config.json``: the architecture's, plus a `quantization_config` if not empty."""
-    content = json.loads(config.to_json_string(use_diff=True))
-    content.pop("_name_or_path", None)
-    content["dtype"] = dtype
-    content.pop("quantization_config", None)
+    """Write ``config.json``: that of the architecture, with `quantization_config` if not empty."""
+    content = json.loads(config.to_json_string(use_diff=True)) | {"dtype": dtype}
+    for key in ("_name_or_path", "quantization_config"):
+        content.pop(key, None)
     if block:
         content["quantization_config"] = block
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
@@ -63,23 +63,24 @@ def write_config(folder: Path, config: Any, block: Mapping[str, Any], dtype: str
 
 
 def write_manifest(folder: Path, *, plain: bool) -> None:
-    """Write the SHA-256 of every file of the checkpoint but the report, which is added later.
+    """Write the SHA-256 of every file of the checkpoint except the report, which is added later.
 
-    `plain` notes that no matrix has a form of ours, and no module table is missed.
+    `plain` records that the checkpoint loads without lrc, so that no table of modules is expected.
     """
     later = {layout.MANIFEST, layout.REPORT, "README.md"}
-    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-    names = [name for name in names if name not in later]
-    hashes = sha256([folder / name for name in names])
-    text = json.dumps(
-        {
-            "format_version": layout.FORMAT_VERSION,
-            "plain": plain,
-            "sha256": dict(zip(names, hashes, strict=True)),
-        },
-        indent=1,
-    )
-    (folder / layout.MANIFEST).write_text(text + "\n", encoding="utf-8")
+    found = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+    names = sorted(found - later)
+    hashes = dict(zip(names, sha256(folder / name for name in names), strict=True))
+    manifest = {"format_version": layout.FORMAT_VERSION, "plain": plain, "sha256": hashes}
+    text = json.dumps(manifest, indent=1) + "\n"
+    (folder / layout.MANIFEST).write_text(text, encoding="utf-8")
+
+
+def copy_code(source: Source, folder: Path) -> None:
+    """Copy the code of a model that has its own, if the recipe trusts it."""
+    if source.spec.trust_remote_code:
+        for code in source.folder.glob("*.py"):
+            shutil.copy(code, folder)
 
 
 def sha256(paths: Iterable[Path]) -> list[str]:
@@ -89,16 +90,15 @@ def sha256(paths: Iterable[Path]) -> list[str]:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
         return list(pool.map(of, paths))
 
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Give a folder to write into, which gets its name only when it is complete.
+    """Yield a folder to write into, which gets its final name only when it is complete.
 
-    On a clean exit it is flushed and renamed; on an error it is removed and nothing carries the
-    final name.
+    On a clean exit it is flushed and renamed, on an error removed.
 
     Raises
     ------

@@ -1,6 +1,4 @@
-"""Quantize embedding and head: rounded to nearest, some rows at a time."""
-
-from dataclasses import replace
+"""Quantize embedding and head by rounding to nearest, some rows at a time."""
 
 import torch
 from torch import Tensor
@@ -14,11 +12,11 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.tasks import LayerResult, LayerTask
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
-from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, round_to_nearest
+from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.errors import ModelError
 
 NUMBERS = 2**24
-"""Numbers of a matrix that are rounded together, in float64."""
+"""Numbers of a matrix that are quantized at once, in float64."""
 
 
 def quantize_embeddings(plan: Plan, reader: WeightReader, journal: Journal, *, device: str) -> Plan:
@@ -48,29 +46,21 @@ def _quantized(task: LayerTask, W: Tensor, device: str) -> tuple[LayerResult, di
     args = task.config.quantization
     assert args is not None
     error = total = 0.0
-    parts: list[QuantizedMatrix] = []
+    parts: list[list[Tensor]] = []
     try:
         for rows in W.split(max(1, NUMBERS // W.shape[1])):
             rows = rows.to(device)
             found = round_to_nearest(rows, args, dtype=W.dtype)
             error += weighted_error(rows, found.weight())
             total += weighted_error(rows, 0 * rows)
-            zero = None if found.zero is None else to_host(found.zero)
-            parts.append(
-                replace(found, codes=to_host(found.codes), scale=to_host(found.scale), zero=zero)
-            )
+            stored = (found.codes, found.scale, found.zero)
+            parts.append([to_host(tensor) for tensor in stored if tensor is not None])
     except ScaleOverflow as overflow:
         raise ModelError(
             f"{task.name} {list(task.shape)}: cannot be quantized to {args}: {overflow}; use "
             "model.dtype: bfloat16, or leave it unquantized",
             code="scale-overflow",
         ) from overflow
-    zeros = [p.zero for p in parts if p.zero is not None]
-    tensors = encode_matrix(
-        "weight",
-        torch.cat([p.codes for p in parts]),
-        torch.cat([p.scale for p in parts]),
-        torch.cat(zeros) if zeros else None,
-        args,
-    )
+    codes, scale, *zero = map(torch.cat, zip(*parts, strict=True))
+    tensors = encode_matrix("weight", codes, scale, zero[0] if zero else None, args)
     return LayerResult(task.config, min(error / (total or 1.0), 1.0)), tensors

@@ -1,6 +1,6 @@
-"""A group of weights in compression: what is known about it, and what came out."""
+"""A group of weights that are compressed together: what is known about it, and the result."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -54,6 +54,21 @@ class CompressedGroup:
     def weight(self, name: str) -> Tensor:
         """Return the weight [d_out, d_in] that the tensors of a member represent."""
         return stored_weight(self.task, self.result, name, self.tensors.__getitem__)
+
+
+def component_tensors(
+    config: WeightConfig, parts: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return the tensors of all components by their names within the layer, as far as it has them.
+
+    Only the first layer of several has a factor that they share.
+    """
+    found = {
+        f"{component.type}.{leaf}": tensor
+        for component, leaves in zip(config.components, parts, strict=True)
+        for leaf, tensor in leaves.items()
+    }
+    return {leaf: found[leaf] for leaf in found if leaf in config.tensors()}
 
 
 def stored_weight(

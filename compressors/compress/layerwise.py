@@ -1,4 +1,4 @@
-"""Carry out the tasks of a plan: weights in, compressed tensors on disk, layer by layer."""
+"""Execute a plan: read weights, compress them and store the results, one layer at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,19 +29,22 @@ _RESULTS = TypeAdapter(dict[str, LayerResult])
 
 
 class Prefix(Protocol):
-    """The model up to a layer, dense and compressed, for error compensation."""
+    """The dense and the partially compressed model up to a layer, for error compensation."""
 
     def groups(self, layer: int) -> list[list[str]]:
-        """Return the linear layers of a decoder layer by common input, in the order of use."""
+        """Return the linear layers of a decoder layer grouped by input, in execution order."""
 
     def measure(self, layer: int, names: Sequence[str], *, deficit: bool) -> PrefixMoments:
-        """Return moments of a common input, and the deficit of the residual stream if requested."""
+        """Return the moments of a common input, and with `deficit` what the residual stream lacks.
 
-    def replace(self, name: str, W_hat: Tensor) -> None:
-        """Replace a weight of the present layer by `W_hat` [d_out, d_in]."""
+        See `PrefixMoments`.
+        """
+
+    def insert(self, name: str, W_hat: Tensor) -> None:
+        """Use `W_hat` [d_out, d_in] as a weight of the present layer in the compressed model."""
 
     def advance(self, layer: int) -> None:
-        """Run the compressed layer on the compressed states, and the dense one on the dense."""
+        """Advance the hidden states of both models by one layer."""
 
 
 def compress_layers(
@@ -63,22 +66,22 @@ def compress_layers(
         Without pending tasks.
     statistics : callable
         Returns the calibration statistics of a weight.
-    on_step : callable
-        Called with (stage, layers done, layers) after each layer; an exception stops the work.
     prefix : Prefix, optional
         Required if a task compensates.
     finished : callable
-        Called with a layer whose statistics are no longer needed.
+        Called with the index of a layer when its results are stored and its statistics can be
+        deleted.
 
     Returns
     -------
     Plan
-        With the results of all tasks. The tensors are in the journal in the dtype of the model,
-        under their names in the checkpoint; those of a group in the file of its first layer.
+        With the results of all tasks. The journal has the tensors under their names in the
+        checkpoint and in the dtype of the model; those of a group are in the file of its first
+        layer.
     """
     work = Compression(plan, reader, journal, statistics, device)
     layers = sorted({w.layer for task in plan.tasks for w in task.weights})
-    # After the last layer that still has to be refit, the states are not needed.
+    # Hidden states are needed up to the last layer that still has to be refitted.
     refit = [task.layer for task in plan.tasks if task.compensate is not None]
     last = max((i for i in refit if not journal.has(layer_file(i))), default=-1)
     assert prefix is not None or last < 0
@@ -89,7 +92,7 @@ def compress_layers(
                 work.write_layer(index, follows)
             elif follows is not None:
                 names = [name for group in follows.groups(index) for name in group]
-                work.replace(names, {}, {}, follows)
+                work.insert(names, {}, {}, follows)  # resumed: this layer is on disk
             finished(index)
             plan = plan.with_results(read_results(journal, index))
             on_step("compress", layers.index(index) + 1, len(layers))
@@ -115,7 +118,7 @@ def write_results(
     results: Mapping[str, LayerResult],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write results and tensors of a layer, which finishes it."""
+    """Write results and tensors of a layer; a layer whose file exists is finished."""
     facts = _RESULTS.dump_python(dict(results), mode="json")
     # A safetensors file needs at least one tensor, and a layer may stay dense as a whole.
     stored = tensors or {"none": torch.zeros(1)}
@@ -124,7 +127,7 @@ def write_results(
 
 @dataclass(frozen=True)
 class Compression:
-    """What compressing one group after the other needs."""
+    """Compresses the tasks of a plan one after the other."""
 
     plan: Plan
     reader: WeightReader
@@ -137,37 +140,37 @@ class Compression:
         results: dict[str, LayerResult] = {}
         tensors: dict[str, Tensor] = {}
 
-        def note(done: CompressedGroup) -> None:
-            results[done.task.name] = done.result
+        def store(done: CompressedGroup) -> None:
+            results[done.task.name] = self._predicted(done)
             tensors.update(done.tensors)
 
         tasks = [task for task in self.plan.tasks if task.layer == layer]
         refit = {t.name: t for t in tasks if t.compensate is not None and prefix is not None}
         for task in tasks:
             if task.name not in refit:
-                note(self.compress(task))
+                store(self.compress(task))
         if prefix is not None:
-            # What is compressed already is part of the model on which the next inputs are measured.
+            # Weights compressed so far are inserted before the next inputs are measured.
             for names in prefix.groups(layer):
                 targets = [refit.pop(name) for name in names if name in refit]
                 if targets:
                     deficit = any(t.compensate and t.compensate.residual > 0 for t in targets)
                     measured = prefix.measure(layer, names, deficit=deficit)
                     for task in targets:
-                        note(self._refit(task, measured))
-                self.replace(names, results, tensors, prefix)
-            for task in refit.values():  # received no input
-                note(self.compress(task))
+                        store(self._refit(task, measured))
+                self.insert(names, results, tensors, prefix)
+            for task in refit.values():  # not executed by the model, like an unused expert
+                store(self.compress(task))
         write_results(self.journal, layer, results, tensors)
 
-    def replace(
+    def insert(
         self,
         names: Sequence[str],
         results: Mapping[str, LayerResult],
         tensors: Mapping[str, Tensor],
         prefix: Prefix,
     ) -> None:
-        """Put compressed weights into the prefix; those of finished layers from the journal."""
+        """Insert compressed weights into the prefix; those of finished layers are on disk."""
         task_of = {w.name: task for task in self.plan.tasks for w in task.weights}
         for name in names:
             if name not in task_of:
@@ -183,18 +186,17 @@ class Compression:
                 return known.to(self.device)
 
             if result.config.compressed or result.refit:
-                prefix.replace(name, stored_weight(task, result, name, read))
+                prefix.insert(name, stored_weight(task, result, name, read))
 
     def compress(self, task: LayerTask) -> CompressedGroup:
         """Compress a task with the statistics of the dense model."""
         if not task.config.compressed:
             return left_dense(task)
         weights = [self._weight(w) for w in task.weights]
-        known = [self._statistics(task, w) for w in task.weights]
-        return compress_group(self._group(task, weights, known))
+        return compress_group(self._group(task, weights, weights[0].dtype))
 
     def _refit(self, task: LayerTask, measured: PrefixMoments) -> CompressedGroup:
-        """Compress the weight that best restores the dense outputs on the compressed inputs."""
+        """Fit a weight to the dense outputs on the compressed model's inputs, and compress it."""
         compensate = task.compensate
         assert compensate is not None
         W = self._weight(task.weights[0])
@@ -209,33 +211,36 @@ class Compression:
         )
         if not task.config.compressed:
             return refit_dense(task, V, W.dtype, note)
-        known = self._statistics(task, task.weights[0], inputs=Moment.of(measured.H))
-        done = compress_group(self._group(task, [V], [known], W.dtype))
+        done = compress_group(self._group(task, [V], W.dtype, inputs=Moment.of(measured.H)))
         fallback = joined(note, done.result.fallback)
         if not done.result.config.compressed:
             return refit_dense(task, V, W.dtype, fallback)
         return replace(done, result=replace(done.result, refit=True, fallback=fallback))
 
+    def _predicted(self, done: CompressedGroup) -> LayerResult:
+        """Return the result with the allocator's prediction where the solver made none."""
+        planned, result = self.plan.results.get(done.task.name), done.result
+        if planned is None or result.predicted_nats is not None or planned.config != result.config:
+            return result
+        return replace(result, predicted_nats=planned.predicted_nats)
+
     def _group(
         self,
         task: LayerTask,
         weights: list[Tensor],
-        known: list[Statistics],
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
+        *,
+        inputs: Moment | None = None,
     ) -> WeightGroup:
+        """Return weights and their statistics; `inputs` replaces those of the dense model."""
+        known = [self.statistics(w) if task.statistics else Statistics() for w in task.weights]
+        if inputs is not None and "inputs" in solver_statistics(task):
+            known = [replace(each, inputs=inputs) for each in known]
         bias = None
         if task.config.bias and task.source_bias:
             bias = self.reader.read(f"{task.name}.bias", device=self.device)
-        return WeightGroup(task, weights, known, dtype or weights[0].dtype, self.plan.seed, bias)
-
-    def _statistics(
-        self, task: LayerTask, weight: Weight, *, inputs: Moment | None = None
-    ) -> Statistics:
-        """Return the statistics of a weight; `inputs` replaces those of the dense model."""
-        known = self.statistics(weight) if task.statistics else Statistics()
-        if inputs is not None and "inputs" in solver_statistics(task):
-            known = replace(known, inputs=inputs)
-        return known.to(self.device)
+        on_device = [each.to(self.device) for each in known]
+        return WeightGroup(task, weights, on_device, dtype, self.plan.seed, bias)
 
     def _weight(self, weight: Weight) -> Tensor:
         return self.reader.read(f"{weight.name}.weight", device=self.device)

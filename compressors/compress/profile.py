@@ -1,4 +1,4 @@
-"""Measure the effect of each compressed weight alone, to compare with the prediction."""
+"""Measure the effect of each compressed weight alone, to compare it with the prediction."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from lrc.compressors.calibrate.statistics import inputs_file
+from lrc.compressors.calibrate.statistics import statistics_files
 from lrc.compressors.compress.group import CompressedGroup
 from lrc.compressors.compress.layerwise import Compression
 from lrc.compressors.evaluate.perplexity import perplexity
@@ -93,8 +93,6 @@ def profile_plan(
         Calibration windows, int64.
     dense : callable
         Loads the dense model; called if a layer has yet to be measured.
-    on_step : callable
-        Called with (stage, layers done, layers) after each layer; an exception stops the work.
 
     Raises
     ------
@@ -118,21 +116,19 @@ def profile_plan(
         before = perplexity(model, tokens).nll_mean
     for done, layer in enumerate(layers, start=1):
         if layer in left:
-            measured = {
-                task.name: _compare(model, work.compress(task), tokens)
-                for task in tasks
-                if task.layer == layer
-            }
+            here = [task for task in tasks if task.layer == layer]
+            measured = {task.name: _compare(model, work.compress(task), tokens) for task in here}
             facts = {"windows": len(tokens), "dense": before, "measured": measured}
             journal.write_json(profile_file(layer), facts)
         on_step("profile", done, len(layers))
     found = [journal.read_json(profile_file(layer)) for layer in layers]
+    pairs = {name: pair for facts in found for name, pair in facts["measured"].items()}
     return Profile(
         windows=len(tokens),
         tokens=tokens.shape[0] * (tokens.shape[1] - 1),
         dense=found[0]["dense"] if found else None,
-        divergences={name: m[0] for facts in found for name, m in facts["measured"].items()},
-        increases={name: m[1] for facts in found for name, m in facts["measured"].items()},
+        divergences={name: divergence for name, (divergence, _) in pairs.items()},
+        increases={name: increase for name, (_, increase) in pairs.items()},
     )
 
 
@@ -148,7 +144,7 @@ def _measured(journal: Journal, layer: int, windows: int) -> bool:
 
 def _check_statistics(tasks: list[LayerTask], journal: Journal) -> None:
     for task in tasks:
-        missing = [w.name for w in task.weights if not journal.has(inputs_file(w.layer))]
+        missing = [w.name for w in task.weights if not journal.has(statistics_files(w.layer)[0])]
         if task.statistics and missing:
             raise OutputError(
                 f"output: {journal.output} contains a run that has compressed {missing[0]} and "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,37 +117,23 @@ class _Target:
     dtype: torch.dtype
     seed: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the quantization of two factors."""
+        return {"quantizer": self.how.quantizer, "dtype": self.dtype, "G": self.G}
+
 
 def _low_rank(of: _Target, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = quantize_low_rank(
-        of.W,
-        tensors["b.weight"],
-        tensors["a.weight"],
-        of.H,
-        of.args,
-        quantizer=of.how.quantizer,
-        balance=of.how.balance,
-        dtype=of.dtype,
-        seed=of.seed,
-        G=of.G,
-    )
+    B, A = tensors["b.weight"], tensors["a.weight"]
+    balance, seed = of.how.balance, of.seed
+    found = quantize_low_rank(of.W, B, A, of.H, of.args, balance=balance, seed=seed, **of.options)
     return {**found.a.encode("a.weight"), **found.b.encode("b.weight")}
 
 
 def _pivoted(of: _Target, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     R, order = tensors["a.weight"], tensors["order"]
     C = tensors.get("c.weight", R.new_zeros(0, len(R)))  # absent if every row is a pivot row
-    found = quantize_pivoted(
-        of.W,
-        R,
-        C,
-        order.long(),
-        of.H,
-        of.args,
-        quantizer=of.how.quantizer,
-        dtype=of.dtype,
-        G=of.G,
-    )
+    found = quantize_pivoted(of.W, R, C, order.long(), of.H, of.args, **of.options)
     coefficients = {} if found.c is None else found.c.encode("c.weight")
     return {**found.a.encode("a.weight"), **coefficients, "order": order}
 

@@ -6,11 +6,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lrc.compressors.compress.group import CompressedGroup, WeightGroup, joined, left_dense
+from lrc.compressors.compress.group import (
+    CompressedGroup,
+    WeightGroup,
+    component_tensors,
+    joined,
+    left_dense,
+)
 from lrc.compressors.compress.quantize_parts import QuantizedParts, quantize_parts, quantize_whole
 from lrc.compressors.io.machine import to_host
-from lrc.compressors.layers import COMPONENTS, WeightConfig
-from lrc.compressors.methods.base import FixedSizeMethod
+from lrc.compressors.layers import COMPONENTS, WeightConfig, reconstruct
+from lrc.compressors.methods.base import FixedSizeMethod, Method
 from lrc.compressors.methods.group_statistics import combined, has_zero_statistics, missing_reason
 from lrc.compressors.methods.table import METHODS, LowRankMethod
 from lrc.compressors.planning.sizes import SizeSteps
@@ -62,10 +68,8 @@ def refit_dense(
 
 def _decomposed(group: WeightGroup) -> CompressedGroup:
     """Compute the planned components; dense where that fails."""
-    task = group.task
-    method = METHODS[task.method]
-    reason = missing_reason(group.statistics, method.statistics)
-    if reason is not None:
+    task, method = group.task, METHODS[group.task.method]
+    if reason := missing_reason(group.statistics, method.statistics):
         return left_dense(task, reason)
     part = method.parts[task.config.types]
     if isinstance(part, FixedSizeMethod):
@@ -90,10 +94,8 @@ def _fixed_size(group: WeightGroup, method: FixedSizeMethod) -> CompressedGroup:
         [COMPONENTS[c.type].encode(**p) for c, p in zip(config.components, member, strict=True)]
         for member in parts
     ]
-    n_tokens = group.statistics[0].n_tokens
-    counts = n_tokens > 0 and not has_zero_statistics(group.statistics)
-    nats = method.predicted_increase(found.squared_error, n_tokens) if counts else None
-    return _stored(group, config, encoded, found.loss, nats, found.fallback)
+    nats = _predicted(group, method, found.squared_error)
+    return _stored(group, LayerResult(config, found.loss, nats, fallback=found.fallback), encoded)
 
 
 def _low_rank(group: WeightGroup, method: LowRankMethod) -> CompressedGroup:
@@ -108,10 +110,17 @@ def _low_rank(group: WeightGroup, method: LowRankMethod) -> CompressedGroup:
     config, factors, encoded, note = _encoded(group.task, curve)
     if config is None:
         return left_dense(group.task, note)
-    tail, n_tokens = curve.tail_energy(factors.rank), group.statistics[0].n_tokens
-    counts = n_tokens > 0 and not has_zero_statistics(group.statistics)
-    nats = method.predicted_increase(tail, n_tokens) if counts else None
-    return _stored(group, config, encoded, factors.loss, nats, note, curve.mean)
+    nats = _predicted(group, method, curve.tail_energy(factors.rank))
+    result = LayerResult(config, factors.loss, nats, fallback=note)
+    return _stored(group, result, encoded, curve.mean)
+
+
+def _predicted(group: WeightGroup, method: Method, squared_error: float) -> float | None:
+    """Return the predicted increase of the loss; None if it cannot be predicted."""
+    n_tokens = group.statistics[0].n_tokens
+    if n_tokens == 0 or has_zero_statistics(group.statistics):
+        return None
+    return method.predicted_increase(squared_error, n_tokens)
 
 
 def _encoded(
@@ -158,15 +167,10 @@ def _padded(factors: Factors, multiple: int) -> Factors:
 
 
 def _stored(
-    group: WeightGroup,
-    config: WeightConfig,
-    encoded: Encoded,
-    loss: float,
-    nats: float | None,
-    fallback: str | None,
-    mean: Tensor | None = None,
+    group: WeightGroup, result: LayerResult, encoded: Encoded, mean: Tensor | None = None
 ) -> CompressedGroup:
     """Cast or quantize the components of every member; dense where a number overflows."""
+    config, fallback = result.config, result.fallback
     tensors: dict[str, Tensor] = {}
     try:
         for member, weight in enumerate(group.task.weights):
@@ -177,16 +181,11 @@ def _stored(
                 else quantize_parts(group, member, own, encoded[member])
             )
             fallback = joined(fallback, found.fallback)
-            names = own.tensors()
-            for component, leaves in zip(own.components, found.tensors, strict=True):
-                for leaf, tensor in leaves.items():
-                    name = f"{component.type}.{leaf}"
-                    if name in names:  # only the first member stores a shared factor
-                        tensors[f"{weight.name}.{name}"] = tensor
+            for leaf, tensor in component_tensors(own, found.tensors).items():
+                tensors[f"{weight.name}.{leaf}"] = tensor
     except ScaleOverflow as error:
         return left_dense(group.task, str(error))
-    result = LayerResult(config, loss, nats, fallback=fallback)
-    compressed = CompressedGroup(group.task, result, tensors)
+    compressed = CompressedGroup(group.task, replace(result, fallback=fallback), tensors)
     if mean is not None:
         tensors[f"{group.task.name}.bias"] = _bias(group, compressed, mean)
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
@@ -219,7 +218,7 @@ def _quantized_weights(
     ModelError
         If the scales of a weight overflow the dtype of the file.
     """
-    task = replace(group.task, config=config)
+    task = group.task
     tensors: dict[str, Tensor] = {}
     error = total = 0.0
     for member, (weight, W) in enumerate(zip(task.weights, group.weights, strict=True)):
@@ -232,17 +231,10 @@ def _quantized_weights(
                 code="scale-overflow",
             ) from overflow
         fallback = joined(fallback, found.fallback)
-        own = {
-            f"{weight.name}.{component.type}.{leaf}": tensor
-            for component, leaves in zip(config.components, found.tensors, strict=True)
-            for leaf, tensor in leaves.items()
-        }
+        stored = component_tensors(config, found.tensors)
         H = group.input_moment(member)
-        W_hat = CompressedGroup(replace(task, weights=(weight,)), LayerResult(config), own).weight(
-            weight.name
-        )
-        error += weighted_error(W, W_hat, H)
+        error += weighted_error(W, reconstruct(config, stored.__getitem__), H)
         total += weighted_error(W, 0 * W, H)
-        tensors |= {name: to_host(t) for name, t in own.items()}
+        tensors |= {f"{weight.name}.{leaf}": to_host(t) for leaf, t in stored.items()}
     result = LayerResult(config, min(error / (total or 1.0), 1.0), fallback=fallback)
-    return CompressedGroup(group.task, result, tensors)
+    return CompressedGroup(task, result, tensors)

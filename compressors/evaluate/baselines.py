@@ -11,10 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.evaluate.scores import Scores, check_same, perplexity_entry
 from lrc.compressors.io.machine import OnStep
@@ -23,10 +24,6 @@ from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Evaluate
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SPARSE = "sparse"
 STEPS = 2**40  # of the fraction of kept entries: finer than one entry of any row
 
 
@@ -89,11 +86,9 @@ class Baseline:
 
 def plan_baseline(written: str, targets: Targets) -> Baseline:
     """Plan a baseline by its name in the recipe: ``int4-g64`` and the like, or ``sparse``."""
-    return (
-        _sparse(targets)
-        if written == SPARSE
-        else _quantized(QuantizationArgs.parse(written), targets)
-    )
+    if written == "sparse":
+        return _sparse(targets)
+    return _quantized(QuantizationArgs.parse(written), targets)
 
 
 def _quantized(scheme: QuantizationArgs, targets: Targets) -> Baseline:
@@ -157,8 +152,8 @@ def _compressed(
 
 def measure(
     baseline: Baseline,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     evaluate: Evaluate,
     on_step: OnStep,
 ) -> dict[str, Scores | None]:

@@ -17,19 +17,12 @@ from lrc.configs.recipe import Evaluate
 class Evaluator:
     """Scores one model after the other, with at most one in memory.
 
-    Attributes
-    ----------
-    options : Evaluate
-    seed : int
-        For the tasks' few-shot examples and sampling.
-    journal, clock, on_step
-        Of the run.
-    load_tokenizer, load_dense, load_compressed : callable
-        Load the tokenizer, the dense and the compressed model; called once per score.
+    The functions that load the tokenizer and the models are called once per score.
     """
 
     options: Evaluate
     seed: int
+    """For the tasks' few-shot examples and sampling."""
     journal: Journal
     clock: Clock
     on_step: OnStep
@@ -42,8 +35,7 @@ class Evaluator:
         with self.clock("evaluate"):
             if not self.options.perplexity and not self.options.tasks.names:
                 return compare(None, {"perplexity": {}, "tasks": {}})
-            keys = {"perplexity", "tasks"}
-            dense = None
+            keys, dense = {"perplexity", "tasks"}, None
             if self.options.dense:
                 dense = self._once("dense", keys, partial(self._score, self.load_dense))
             compressed = self._once("compressed", keys, partial(self._score, self.load_compressed))

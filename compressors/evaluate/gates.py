@@ -44,9 +44,9 @@ def _task_problems(where: str, metric: str, evaluate: Evaluate) -> list[str]:
     if declared is None or name.partition(",")[0] in declared:
         return []
     known = [
-        f"tasks.{task}.{declared_name}"
-        for task in evaluate.tasks.names
-        for declared_name in declared_metrics(evaluate.tasks, task) or []
+        f"tasks.{each}.{declared}"
+        for each in evaluate.tasks.names
+        for declared in declared_metrics(evaluate.tasks, each) or []
     ]
     return [_unknown(where, metric, known)]
 
@@ -54,10 +54,7 @@ def _task_problems(where: str, metric: str, evaluate: Evaluate) -> list[str]:
 def check_gates(gates: Sequence[Gate], evaluation: dict[str, Any]) -> list[str]:
     """Return a sentence for every threshold that an `evaluation` from `compare` misses.
 
-    Raises
-    ------
-    RecipeError
-        If a gate needs a metric or a dense score that was not measured.
+    Raises a `RecipeError` if a gate needs a metric or a dense score that was not measured.
     """
     metrics = {
         **{f"perplexity.{name}": entry for name, entry in evaluation["perplexity"].items()},

@@ -9,7 +9,9 @@ import math
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.hub import quiet_datasets
 from lrc.compressors.evaluate.perplexity import input_device
@@ -17,10 +19,6 @@ from lrc.compressors.evaluate.quiet import quiet_harness, seeded
 from lrc.compressors.io.machine import OnStep, no_progress
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Tasks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 BOOTSTRAP_DRAWS = 1000
 """For metrics whose standard error has no formula: 1,000 determine it to about 2 %, lm-eval's
@@ -30,36 +28,22 @@ TaskScores = dict[str, dict[str, dict[str, Any]]]
 
 
 def run_tasks(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: Tasks,
     *,
     seed: int,
     on_step: OnStep = no_progress,
 ) -> TaskScores:
-    """Score a model on tasks.
+    """Score a model on tasks; metrics have lm-eval's names, followed by ",FILTER" if there is one.
 
-    Nothing is cached: lm-eval's caches do not distinguish models.
+    Nothing is cached: lm-eval's caches do not distinguish models. A group with an aggregate is
+    scored as one; of a tag, or a group without, the members. The model is left in eval mode, and
+    the global random generators are restored.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Left in eval mode.
-    tokenizer : PreTrainedTokenizerBase
-        Not changed: lm-eval adds a padding token where there is none, so it gets a copy.
-    tasks : Tasks
-        A group with an aggregate is scored as one; of a tag, or a group without, the members.
-    seed : int
-        For few-shot examples and sampling. The global generators are restored.
-    on_step : callable, optional
-        Called with (task, 0, 1) before a task and (task, requests done, requests) after every
-        batch. Where lm-eval cuts documents into windows, their number is not known beforehand,
-        and the total grows.
-
-    Returns
-    -------
-    dict
-        Scores by task and lm-eval's name of the metric, followed by ",FILTER" if there is one.
+    `on_step` is called with (task, 0, 1) before a task and (task, requests done, requests) after
+    every batch. Where lm-eval cuts documents into windows, their number is not known beforehand,
+    and the total grows.
 
     Raises
     ------
@@ -75,10 +59,8 @@ def run_tasks(
     manager = _manager_for(tasks)
     if tasks.apply_chat_template and not tokenizer.chat_template:
         raise RecipeError(
-            [
-                "evaluate.tasks.apply_chat_template: the tokenizer has no chat template; set it"
-                " to false or name the tokenizer of an instruct model under model.tokenizer"
-            ]
+            "evaluate.tasks.apply_chat_template: the tokenizer has no chat template; set it"
+            " to false or name the tokenizer of an instruct model under model.tokenizer"
         )
     results: TaskScores = {}
     for name in dict.fromkeys(tasks.names):
@@ -88,11 +70,9 @@ def run_tasks(
             from lm_eval.models.huggingface import HFLM
 
             loaded = _load(manager, name, tasks, seed)
-            lm = HFLM(
-                pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),
-                batch_size=tasks.batch_size,
-            )
+            # It adds a padding token where there is none.
+            own = copy.deepcopy(tokenizer)
+            lm = HFLM(pretrained=model, tokenizer=own, batch_size=tasks.batch_size)
             lm._device = input_device(model)  # it takes the first weight's: "meta" if offloaded
             answers = evaluate(
                 lm=lm,
@@ -114,13 +94,10 @@ def check_tasks(tasks: Tasks) -> None:
 
 
 def declared_metrics(tasks: Tasks, name: str) -> list[str] | None:
-    """List the metrics that a task declares.
+    """List the metrics that a task declares, without filter; none if no task of that name is run.
 
-    Returns
-    -------
-    list of str or None
-        Names without filter. None for groups, tags and tasks that compute metrics in Python,
-        whose metrics are known only after the run. Empty if no task of that name is run.
+    Return None for groups, tags and tasks that compute metrics in Python, whose metrics are known
+    only after the run.
     """
     if not tasks.names:
         return []
@@ -150,9 +127,7 @@ def _manager_for(tasks: Tasks) -> Any:
     if tasks.include_path is not None:
         path = Path(tasks.include_path).expanduser().resolve()
         if not path.is_dir():
-            raise RecipeError(
-                [f"evaluate.tasks.include_path: no such folder: {tasks.include_path}"]
-            )
+            raise RecipeError(f"evaluate.tasks.include_path: no such folder: {tasks.include_path}")
         folder = str(path)
         manager = _manager(folder, False)
         if set(tasks.names) <= set(manager.all_tasks):
@@ -161,16 +136,16 @@ def _manager_for(tasks: Tasks) -> Any:
     known = manager.all_tasks
     unknown = [name for name in dict.fromkeys(tasks.names) if name not in known]
     if unknown:
-        close = [get_close_matches(name, known, n=3) for name in unknown]
-        hints = [f"; did you mean {' or '.join(map(repr, c))}?" if c else "" for c in close]
         places = f"in {tasks.include_path} and among" if folder else "among"
-        raise RecipeError(
-            [
+        problems = []
+        for name in unknown:
+            close = " or ".join(map(repr, get_close_matches(name, known, n=3)))
+            hint = f"; did you mean {close}?" if close else ""
+            problems.append(
                 f"evaluate.tasks.names: unknown task '{name}', looked {places} lm-eval's own{hint}"
                 "; `lm-eval ls tasks` lists those"
-                for name, hint in zip(unknown, hints, strict=True)
-            ]
-        )
+            )
+        raise RecipeError(problems)
     return manager
 
 
@@ -199,21 +174,15 @@ def _load(manager: Any, name: str, tasks: Tasks, seed: int) -> Any:
 
 def _results(name: str, answers: dict[str, Any], loaded: Any) -> TaskScores:
     """Convert lm-eval's results for one requested name."""
-    leaves = list(loaded["tasks"])
-    aggregated = name in answers.get("groups", {})
-    counts = {leaf: answers["n-samples"][leaf]["effective"] for leaf in leaves}
-    return {
-        task: _metrics(
-            task, answers, documents=sum(counts.values()) if aggregated else counts[task]
-        )
-        for task in ([name] if aggregated else leaves)
-    }
+    counts = {leaf: answers["n-samples"][leaf]["effective"] for leaf in loaded["tasks"]}
+    if name in answers.get("groups", {}):
+        counts = {name: sum(counts.values())}
+    return {task: _metrics(task, answers, documents) for task, documents in counts.items()}
 
 
-def _metrics(task: str, answers: dict[str, Any], *, documents: int) -> dict[str, dict[str, Any]]:
+def _metrics(task: str, answers: dict[str, Any], documents: int) -> dict[str, dict[str, Any]]:
     directions = answers["higher_is_better"].get(task, {})
-    version = answers["versions"].get(task)
-    scores = answers["results"][task]
+    version, scores = answers["versions"].get(task), answers["results"][task]
     metrics = {}
     for key, value in scores.items():
         metric, comma, filtered = key.partition(",")

@@ -8,18 +8,16 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Embedding
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from lrc.compressors.corpus.windows import Windows, check_vocabulary
 from lrc.configs.errors import ModelError, RecipeError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROTOCOL = (
     "documents joined by a blank line, tokenized once, disjoint windows, "
@@ -48,23 +46,16 @@ class PerplexityResult:
 
 
 def perplexity(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     windows: Windows | Tensor,
     *,
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> PerplexityResult:
-    """Measure the perplexity of a causal language model.
+    """Measure the perplexity of a causal language model on windows [n, length], int64.
 
-    Logits are taken in pieces, so a vocabulary of 262,144 costs megabytes, not gigabytes.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        On any device or several; its mode (train or eval) is restored.
-    windows : Windows or Tensor, shape [n, length], int64
-        Without BOS token if a tensor.
-    on_window : callable, optional
-        Called with (done, total) after every window; may raise to stop.
+    Logits are taken in pieces, so a vocabulary of 262,144 costs megabytes, not gigabytes. The model
+    may be on any device or several; its mode (train or eval) is restored. Windows that are a plain
+    tensor have no BOS token. `on_window` is called with (done, total) and may raise to stop.
 
     Raises
     ------
@@ -123,14 +114,12 @@ def check_window(config: Any, window: int, key: str = "evaluate.perplexity.windo
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int) and window > context:
         raise RecipeError(
-            [
-                f"{key}: must be at most {context:,}, the model's context, got {window:,}; lower"
-                f" {key.rpartition('.')[2]}"
-            ]
+            f"{key}: must be at most {context:,}, the model's context, got {window:,}; lower"
+            f" {key.rpartition('.')[2]}"
         )
 
 
-def check_fit(model: "PreTrainedModel", tokens: Tensor, *, bos: bool) -> None:
+def check_fit(model: PreTrainedModel, tokens: Tensor, *, bos: bool) -> None:
     """Refuse windows [n, length] that a model, possibly without weights, cannot process.
 
     If `bos`, they start with a BOS token.
@@ -139,21 +128,19 @@ def check_fit(model: "PreTrainedModel", tokens: Tensor, *, bos: bool) -> None:
     check_window(model.config, length - bos)
     if length < 2:
         raise RecipeError(
-            ["evaluate.perplexity.window: must be at least 2 to predict a token, got 1; raise it"]
+            "evaluate.perplexity.window: must be at least 2 to predict a token, got 1; raise it"
         )
     context = _learned_positions(model)
     if context is not None and length > context:
         raise RecipeError(
-            [
-                f"evaluate.perplexity.window: must be at most {context - 1:,}, the model has"
-                f" learned {context:,} positions and every window starts with a BOS token, got"
-                f" {length - bos:,}; lower window"
-            ]
+            f"evaluate.perplexity.window: must be at most {context - 1:,}, the model has"
+            f" learned {context:,} positions and every window starts with a BOS token, got"
+            f" {length - bos:,}; lower window"
         )
     check_vocabulary(tokens, model.get_input_embeddings())
 
 
-def _learned_positions(model: "PreTrainedModel") -> int | None:
+def _learned_positions(model: PreTrainedModel) -> int | None:
     """Return the size of a learned position embedding; None if there is none."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     words = model.get_input_embeddings()
@@ -167,7 +154,7 @@ def _learned_positions(model: "PreTrainedModel") -> int | None:
     return None
 
 
-def input_device(model: "PreTrainedModel") -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Return the device of token ids: the embedding's, or where accelerate will move it."""
     embedding = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
@@ -177,7 +164,7 @@ def input_device(model: "PreTrainedModel") -> torch.device:
     return next(embedding.parameters()).device
 
 
-def _head_gives_logits(model: "PreTrainedModel", ids: Tensor) -> bool:
+def _head_gives_logits(model: PreTrainedModel, ids: Tensor) -> bool:
     """Return whether decoder plus output embedding equal the model, on a few positions.
 
     A model may cap or scale its logits after the head (Gemma 2, Granite, Cohere). The comparison
@@ -194,11 +181,11 @@ def _head_gives_logits(model: "PreTrainedModel", ids: Tensor) -> bool:
     return torch.equal(head(hidden).float().cpu(), logits.float().cpu())
 
 
-def _head(model: "PreTrainedModel") -> Any:
+def _head(model: PreTrainedModel) -> Any:
     return cast(Any, model).get_output_embeddings()  # not annotated in transformers
 
 
-def _window_nll(model: "PreTrainedModel", ids: Tensor, head_only: bool) -> float:
+def _window_nll(model: PreTrainedModel, ids: Tensor, head_only: bool) -> float:
     """Sum the negative log-likelihood of tokens 1, 2, ... given those before."""
     pieces = _head_pieces(model, ids) if head_only else _model_pieces(model, ids)
     total = 0.0
@@ -209,7 +196,7 @@ def _window_nll(model: "PreTrainedModel", ids: Tensor, head_only: bool) -> float
     return total
 
 
-def _head_pieces(model: "PreTrainedModel", ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _head_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Run the decoder once, the output embedding in pieces."""
     hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
     head = _head(model)
@@ -217,7 +204,7 @@ def _head_pieces(model: "PreTrainedModel", ids: Tensor) -> Iterator[tuple[int, T
         yield start, head(hidden[start : start + PIECE])
 
 
-def _model_pieces(model: "PreTrainedModel", ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _model_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Run the whole model, once for every piece of logits that fits in memory."""
     predicted = len(ids) - 1
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:

@@ -12,13 +12,10 @@ from unittest import mock
 
 @contextmanager
 def quiet_harness(report: Callable[[int, int], None] | None = None) -> Iterator[None]:
-    """Silence lm-eval; pass its progress to `report`.
+    """Silence lm-eval.
 
-    Parameters
-    ----------
-    report : callable, optional
-        Called with (requests done, requests) where lm-eval would advance a progress bar. May
-        raise to stop the evaluation.
+    `report` is called with (requests done, requests) where lm-eval would advance a progress bar. It
+    may raise to stop the evaluation.
     """
     with ExitStack() as stack:
         # It prints "bootstrapping for stddev" to stdout, which carries results only.

@@ -2,7 +2,9 @@
 
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.windows import evaluation_windows
 from lrc.compressors.evaluate.harness import run_tasks
@@ -11,9 +13,6 @@ from lrc.compressors.io.machine import OnStep, no_progress
 from lrc.configs.errors import DataError
 from lrc.configs.recipe import Evaluate, Perplexity
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 Scores = dict[str, Any]
 
 SHARED = ("tokens", "window", "windows", "bos", "protocol", "text_sha256")
@@ -21,8 +20,8 @@ SHARED = ("tokens", "window", "windows", "bos", "protocol", "text_sha256")
 
 
 def evaluate_model(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     evaluate: Evaluate,
     *,
     seed: int,
@@ -30,13 +29,8 @@ def evaluate_model(
 ) -> Scores:
     """Score one model on the texts and tasks of `evaluate`.
 
-    `seed` is for the tasks' few-shot examples and sampling. `on_step` is called with (label, done,
-    total) between windows and batches.
-
-    Returns
-    -------
-    dict
-        ``{"perplexity": {NAME: {...}}, "tasks": {TASK: {METRIC: {...}}}}``, JSON values only.
+    Returns JSON values only: ``{"perplexity": {NAME: {...}}, "tasks": {TASK: {METRIC: {...}}}}``.
+    `seed` is for the tasks' few-shot examples and sampling.
     """
     for spec in evaluate.perplexity:  # before the first is measured
         check_window(model.config, spec.window)
@@ -50,7 +44,7 @@ def evaluate_model(
 
 
 def check_texts(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", evaluate: Evaluate
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluate: Evaluate
 ) -> None:
     """Refuse unavailable, too short or unsuitable texts before hours are spent.
 
@@ -62,8 +56,8 @@ def check_texts(
 
 
 def perplexity_entry(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     spec: Perplexity,
     on_step: OnStep,
 ) -> Scores:
@@ -77,18 +71,8 @@ def perplexity_entry(
 def compare(dense: Scores | None, compressed: Scores) -> Scores:
     """Compare the scores of two models from `evaluate_model`, in the shape of the report.
 
-    Returns
-    -------
-    dict
-        ``perplexity.NAME.{dense, compressed, ratio, tokens, window, windows, bos, dtype, protocol,
-        text_sha256}`` and ``tasks.NAME.METRIC.{dense, compressed, stderr, recovery,
-        higher_is_better, documents, version}``. `ratio` is compressed / dense, `recovery` a
-        percentage; both are None without a dense score.
-
-    Raises
-    ------
-    DataError
-        If the two were not scored on the same text, windows or documents.
+    `ratio` is compressed / dense, `recovery` a percentage; both are None without a dense score.
+    Raises `DataError` if the two were not scored on the same text, windows or documents.
     """
     dense = dense or {"perplexity": {}, "tasks": {}}
     return {
@@ -123,11 +107,11 @@ def recovery(dense: float, compressed: float, higher_is_better: bool | None) -> 
 
 def _compare_perplexity(name: str, dense: Scores | None, compressed: Scores) -> Scores:
     check_same(f"perplexity.{name}", dense, compressed)
-    value = None if dense is None else dense["perplexity"]
+    value = dense and dense["perplexity"]
     return {
         "dense": value,
         "compressed": compressed["perplexity"],
-        "ratio": None if value is None else compressed["perplexity"] / value,
+        "ratio": value and compressed["perplexity"] / value,
         **{key: compressed[key] for key in (*SHARED, "dtype")},
     }
 
@@ -141,9 +125,7 @@ def _compare_metric(task: str, dense: Scores | None, compressed: Scores) -> Scor
         "compressed": compressed["value"],
         "stderr": {"dense": stderr, "compressed": compressed["stderr"]},
         "recovery": None if value is None else recovery(value, compressed["value"], better),
-        "higher_is_better": better,
-        "documents": compressed["documents"],
-        "version": compressed["version"],
+        **{key: compressed[key] for key in ("higher_is_better", "documents", "version")},
     }
 
 
@@ -156,7 +138,7 @@ def check_same(
     what: str = "dense",
 ) -> None:
     """Raise `DataError` if two scores are of different data; `other` may be None."""
-    for key in keys if other else ():
+    for key in keys:
         if other and other[key] != compressed[key]:
             raise DataError(
                 f"evaluation.{where}: {what} and compressed were scored on different data"

@@ -109,9 +109,9 @@ class Journal:
         """Delete pieces that are no longer needed."""
         for name in names:
             path = self.path(name)
+            partial = path.with_name(_partial(path.name))
+            shutil.rmtree(partial, ignore_errors=True)  # of an interrupted deletion
             if path.is_dir():  # renamed first: a half-deleted folder would count as finished
-                partial = path.with_name(_partial(path.name))
-                shutil.rmtree(partial, ignore_errors=True)
                 shutil.rmtree(path.rename(partial), ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
 """A quantized matrix of which some groups are stored, with a bit mask of their positions."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrc.compressors.layers.bitmask import mask_problem, pack_bits, packed_width, unpack_bits
-from lrc.compressors.layers.component import Component, ComponentConfig, Sizes, check_range
+from lrc.compressors.layers.component import Component, ComponentConfig, check_range
 from lrc.compressors.layers.packing import encode_values
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpec, TensorSpecs
 
@@ -43,20 +43,8 @@ class BlockSparse(Component):
         }
 
     @classmethod
-    def sizes_at(
-        cls, step: int, d_out: int, d_in: int, *, ratio: float = 2.0, pattern: str | None = None
-    ) -> Sizes:
-        """Return the number of stored groups."""
-        return {"groups": step}
-
-    @classmethod
     def largest_step(cls, d_out: int, d_in: int) -> int:
         """Return the number of groups of one column; the width depends on the quantization."""
-        return d_out * d_in
-
-    @classmethod
-    def multiply_adds(cls, d_out: int, d_in: int, config: ComponentConfig) -> int:
-        """Return those of the dense product, which is what is computed."""
         return d_out * d_in
 
     @classmethod
@@ -81,10 +69,6 @@ class BlockSparse(Component):
             Symmetric, with a group size.
         """
         return {"mask": pack_bits(mask), **encode_values("values", codes.flatten(), scale, args)}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., d_in] to [..., d_out]."""
-        return nn.functional.linear(x, self.matrix())
 
     def matrix(self) -> Tensor:
         """Return the dequantized matrix [d_out, d_in]."""

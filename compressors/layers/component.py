@@ -1,7 +1,8 @@
 """Base class of components: the terms of the sum that represents a compressed weight.
 
-A component stores one matrix in some compressed layout. It is the single place that knows the
-tensors of its layout, their size, the product, the invariants of the tensors and how to write them.
+A component stores one matrix in some compressed layout. Its class defines the tensors of the
+layout, their sizes, the multiplication, the invariants that loading checks, and how tensors are
+encoded.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpe
 
 Device = torch.device | str | None
 Sizes = Mapping[str, int]
-"""Integers that determine what a component of a given shape stores, such as ``{"rank": 12}``."""
+"""Integers that determine the shapes of stored tensors, such as ``{"rank": 12}``."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class ComponentConfig:
     sizes: Sizes
     """One integer for every name in the component's `SIZES`."""
     quantization: QuantizationArgs | None = None
-    """How matrices and values are quantized; None for the dtype of the model."""
+    """Quantization of matrices and values; None stores them in the dtype of the model."""
     pattern: str | None = None
     """``2:4`` if exactly two of every four consecutive entries are stored; None if unstructured."""
     shares: str | None = None
-    """Name of the layer whose first factor this component uses, if it has none itself."""
+    """Name of the layer that stores the shared first factor; None if this one has its own."""
 
     def with_quantization(self, args: QuantizationArgs | None) -> "ComponentConfig":
         """Return the same configuration with other quantization parameters."""
@@ -52,10 +53,11 @@ class ComponentConfig:
 
 
 class Component(nn.Module, ABC):
-    """One term of ``W_hat``; ``forward`` multiplies by it.
+    """One term of the sum that approximates a weight; ``forward`` multiplies by it.
 
-    Questions about sizes are answered by class methods, so that planning and validation need no
-    module. Matrices are `nn.Linear` children where possible, so that adapters find them.
+    Sizes are computed by class methods, so that planning and validation need no module instance.
+    Tensors called ``NAME.weight`` become `nn.Linear` children, so that PEFT adapters can target
+    them; all others become parameters or buffers of the component.
 
     Parameters
     ----------
@@ -69,10 +71,11 @@ class Component(nn.Module, ABC):
     TYPE: ClassVar[str]
     """Name in plans and configurations."""
     SIZES: ClassVar[tuple[str, ...]] = ()
+    """Keys of `ComponentConfig.sizes`, in the order in which tables show them."""
     PATTERNS: ClassVar[tuple[str, ...]] = ()
     """Values of `ComponentConfig.pattern` that the layout supports."""
-    CAN_SHARE: ClassVar[str | None] = None
-    """Name of the size that layers with a common first factor have in common, if they can."""
+    SHARED_SIZE: ClassVar[str | None] = None
+    """Size that layers with a shared first factor have in common; None if they cannot share."""
 
     def __init__(
         self,
@@ -114,34 +117,36 @@ class Component(nn.Module, ABC):
         """
 
     @classmethod
-    @abstractmethod
     def sizes_at(
         cls, step: int, d_out: int, d_in: int, *, ratio: float = 2.0, pattern: str | None = None
     ) -> Sizes:
-        """Return the sizes number `step`, counted from 1; larger steps store more.
+        """Return the sizes number `step`, from the smallest, counted from 1.
+
+        The default is for components with one size, which is the step itself.
 
         Parameters
         ----------
         ratio : float
-            Of the first size to the last, for components with two sizes.
+            Ratio of the first size to the last, for components with two sizes.
         pattern : str, optional
-            Return the sizes of this pattern closest to the step.
+            Return sizes that this pattern allows, the nearest ones if there are several.
 
         Raises
         ------
         ValueError
             If no weight of that shape can have the pattern.
         """
+        return dict.fromkeys(cls.SIZES, step)
 
     @classmethod
-    @abstractmethod
     def largest_step(cls, d_out: int, d_in: int) -> int:
-        """Return the largest step of `sizes_at`."""
+        """Return the largest step of `sizes_at`; by default the largest rank."""
+        return min(d_out, d_in)
 
     @classmethod
-    @abstractmethod
     def multiply_adds(cls, d_out: int, d_in: int, config: ComponentConfig) -> int:
-        """Return the multiplications with a weight per token."""
+        """Return the multiply-adds per token, by default those of the dense product."""
+        return d_out * d_in
 
     @classmethod
     def describe(cls, d_out: int, d_in: int, config: ComponentConfig) -> str:
@@ -151,11 +156,11 @@ class Component(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def encode(**parts: Tensor) -> dict[str, Tensor]:
-        """Convert the result of a solver to the tensors of `tensors`, in any floating dtype."""
+        """Convert the result of a solver to the tensors of `tensors`, not yet cast or quantized."""
 
-    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., d_in] to [..., d_out]."""
+        """Map ``x`` [..., d_in] to [..., d_out], by default with the materialized matrix."""
+        return nn.functional.linear(x, self.matrix())
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -184,16 +189,16 @@ class Component(nn.Module, ABC):
         return f"{self.d_in}, {self.d_out}{sizes}{args}"
 
 
-class FirstFactor(Component):
-    """A component that multiplies by a matrix ``a`` first, which several layers can share.
+class SharedFactorComponent(Component):
+    """A component whose first factor, the matrix ``a`` applied to the input, can be shared.
 
     The first layer of a group stores ``a``. The others name that layer in `ComponentConfig.shares`
-    and look up its ``a`` for every call, adapters on it included.
+    and read its ``a`` in every forward call, so that an adapter attached to it applies to all.
     """
 
-    owner: "FirstFactor | None" = None
+    owner: "SharedFactorComponent | None" = None
 
-    def share(self, owner: Component) -> None:
+    def use_factor_of(self, owner: Component) -> None:
         """Use the factor ``a`` of `owner` from now on.
 
         Raises
@@ -201,21 +206,22 @@ class FirstFactor(Component):
         ValueError
             If `owner` has another type or another shape of ``a``.
         """
-        assert self.CAN_SHARE is not None
+        assert self.SHARED_SIZE is not None
         ours, theirs = (
-            (type(one), one.config.sizes.get(self.CAN_SHARE), one.d_in, one.config.quantization)
+            (type(one), one.config.sizes.get(self.SHARED_SIZE), one.d_in, one.config.quantization)
             for one in (self, owner)
         )
         if ours != theirs or owner.config.shares is not None:
             raise ValueError(
-                f"shares a factor [{ours[1]}, {ours[2]}] with a layer that has {owner.config}"
+                f"must share a factor of its own type, shape [{ours[1]}, {ours[2]}] and "
+                f"quantization, got {owner.config}"
             )
-        # Not registered as a child: it would be stored, moved and listed once per layer.
+        # Not registered: it would appear once per layer in state_dict() and named_modules().
         object.__setattr__(self, "owner", owner)
 
     @property
     def first(self) -> Any:
-        """The factor ``a``, of this layer or of the one that shares it."""
+        """The module of ``a``: that of this layer or of `owner`."""
         return (self if self.owner is None else self.owner).get_submodule("a")
 
     def first_matrix(self, like: Tensor) -> Tensor:
@@ -229,7 +235,8 @@ class FirstFactor(Component):
         if self.owner is None:
             p: Tensor = a(x)
             return p
-        # A device map may place the owner elsewhere; hooks bring offloaded weights to their input.
+        # A device map may place the owner elsewhere. Hooks of accelerate bring offloaded (meta)
+        # weights to the device of the input.
         device = next(a.parameters()).device
         p = a(x if device.type == "meta" else x.to(device))
         return p.to(x.device)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.component import Component, Device, FirstFactor
+from lrc.compressors.layers.component import Component, Device, SharedFactorComponent
 from lrc.compressors.layers.config import COMPONENTS, WeightConfig
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
@@ -84,9 +84,11 @@ class CompressedLinear(nn.Module):
                 owner = model.get_submodule(f"{name}.{component.TYPE}")
             except AttributeError:
                 owner = None
-            if not isinstance(owner, FirstFactor) or not isinstance(component, FirstFactor):
+            if not isinstance(owner, SharedFactorComponent) or not isinstance(
+                component, SharedFactorComponent
+            ):
                 raise ValueError(f"shares a factor with {name}, which has no {component.TYPE}")
-            component.share(owner)
+            component.use_factor_of(owner)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""

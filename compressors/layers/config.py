@@ -162,9 +162,9 @@ def stored_tensors(d_out: int, d_in: int, component: ComponentConfig) -> TensorS
 
 def _component(record: Any) -> ComponentConfig:
     found = _expect(record, dict, "components that are mappings with a 'type'")
-    kind = COMPONENTS.get(found.get("type", ""))
+    got = found.get("type")
+    kind = COMPONENTS.get(got) if isinstance(got, str) else None
     if kind is None:
-        got = found.get("type")
         raise ValueError(f"'type' must be one of {', '.join(COMPONENTS)}, got {got!r:.60}")
     unknown = found.keys() - {"type", *kind.SIZES, "quantization", "pattern", "shares"}
     if unknown:
@@ -180,7 +180,7 @@ def _component(record: Any) -> ComponentConfig:
     if pattern not in (None, *kind.PATTERNS):
         allowed = " or ".join(kind.PATTERNS) or "left out"
         raise ValueError(f"'pattern' of {kind.TYPE} must be {allowed}, got {pattern!r:.60}")
-    if shares is not None and (kind.CAN_SHARE is None or not isinstance(shares, str)):
+    if shares is not None and (kind.SHARED_SIZE is None or not isinstance(shares, str)):
         raise ValueError(f"'shares' must name a layer of type low_rank or dictionary, got {shares}")
     try:
         parsed = None if args is None else QuantizationArgs.parse(str(args))

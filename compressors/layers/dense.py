@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lrc.compressors.layers.component import Component, ComponentConfig, Sizes
+from lrc.compressors.layers.component import Component, ComponentConfig
 from lrc.compressors.layers.packing import dequantize, read_matrix, unpack_integers
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
@@ -19,23 +19,6 @@ class Dense(Component):
     def tensors(cls, d_out: int, d_in: int, config: ComponentConfig) -> TensorSpecs:
         """Return the specification of the matrix."""
         return {"weight": TensorSpec([d_out, d_in], role="matrix")}
-
-    @classmethod
-    def sizes_at(
-        cls, step: int, d_out: int, d_in: int, *, ratio: float = 2.0, pattern: str | None = None
-    ) -> Sizes:
-        """Return no sizes: the shape determines everything."""
-        return {}
-
-    @classmethod
-    def largest_step(cls, d_out: int, d_in: int) -> int:
-        """Return 1."""
-        return 1
-
-    @classmethod
-    def multiply_adds(cls, d_out: int, d_in: int, config: ComponentConfig) -> int:
-        """Return those of the dense product."""
-        return d_out * d_in
 
     @staticmethod
     def encode(W: Tensor) -> dict[str, Tensor]:  # type: ignore[override]

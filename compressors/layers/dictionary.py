@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.layers.bitmask import mask_problem, pack_bits, packed_width, unpack_bits
-from lrc.compressors.layers.component import ComponentConfig, FirstFactor, Sizes
+from lrc.compressors.layers.component import ComponentConfig, SharedFactorComponent, Sizes
 from lrc.compressors.layers.packing import PackedLinear
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 
-class Dictionary(FirstFactor):
+class Dictionary(SharedFactorComponent):
     """The transpose of ``D @ S`` with `nonzeros` coefficients for every output.
 
     ``a`` stores the dictionary ``D^T`` [atoms, d_in], which the layers of a group can share [1]_.
@@ -26,7 +26,7 @@ class Dictionary(FirstFactor):
     TYPE = "dictionary"
     SIZES = ("atoms", "nonzeros")
     PATTERNS = ("2:4",)
-    CAN_SHARE = "atoms"
+    SHARED_SIZE = "atoms"
 
     @classmethod
     def tensors(cls, d_out: int, d_in: int, config: ComponentConfig) -> TensorSpecs:
@@ -61,11 +61,6 @@ class Dictionary(FirstFactor):
         if pattern is not None:
             return _two_of_four(d_out, d_in, step)
         return {"atoms": min(round(ratio * step), d_out, d_in), "nonzeros": step}
-
-    @classmethod
-    def largest_step(cls, d_out: int, d_in: int) -> int:
-        """Return the largest number of coefficients: all atoms of a complete basis."""
-        return min(d_out, d_in)
 
     @classmethod
     def multiply_adds(cls, d_out: int, d_in: int, config: ComponentConfig) -> int:

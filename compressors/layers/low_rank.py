@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lrc.compressors.layers.component import ComponentConfig, FirstFactor, Sizes
+from lrc.compressors.layers.component import ComponentConfig, SharedFactorComponent
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 
-class LowRank(FirstFactor):
+class LowRank(SharedFactorComponent):
     """The product ``B @ A``, multiplied one factor after the other.
 
     The layers of a group can share ``A`` [1]_.
@@ -21,7 +21,7 @@ class LowRank(FirstFactor):
 
     TYPE = "low_rank"
     SIZES = ("rank",)
-    CAN_SHARE = "rank"
+    SHARED_SIZE = "rank"
 
     @classmethod
     def tensors(cls, d_out: int, d_in: int, config: ComponentConfig) -> TensorSpecs:
@@ -31,18 +31,6 @@ class LowRank(FirstFactor):
         if config.shares is None:
             specs["a.weight"] = TensorSpec([rank, d_in], role="matrix")
         return specs
-
-    @classmethod
-    def sizes_at(
-        cls, step: int, d_out: int, d_in: int, *, ratio: float = 2.0, pattern: str | None = None
-    ) -> Sizes:
-        """Return the rank."""
-        return {"rank": step}
-
-    @classmethod
-    def largest_step(cls, d_out: int, d_in: int) -> int:
-        """Return the largest rank."""
-        return min(d_out, d_in)
 
     @classmethod
     def multiply_adds(cls, d_out: int, d_in: int, config: ComponentConfig) -> int:

@@ -1,4 +1,4 @@
-"""A model that is other than its config says: linears of other shapes, and what goes with them."""
+"""Models that differ from what their config.json describes: other shapes, biases and norms."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,34 +6,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
+from lrc.compressors.layers.residual_basis import (
+    BIASES,
+    NORMS,
+    add_biases_,
+    find_module,
+    place_norms_,
+)
 
 SHAPES = "shapes"
 TABLES = (SHAPES, BIASES, NORMS)
-"""Keys of a config's ``quantization_config`` under which it says how the model differs from it."""
+"""Keys of a config's ``quantization_config`` that state how the model differs from the config."""
 ShapeTable = Mapping[str, Sequence[int]]
-"""Full name of a linear or of an embedding -> shape of its weight."""
+"""Full name of a linear layer or an embedding -> shape of its weight."""
 
 
 def tables_of(config: Any) -> dict[str, Any]:
-    """Return the tables that a config carries, by their keys; most carry none."""
+    """Return the tables that a config contains, by their keys; most contain none."""
     block = getattr(config, "quantization_config", None) or {}
     found = block if isinstance(block, Mapping) else vars(block)
     return {key: found[key] for key in TABLES if found.get(key)}
 
 
-def shapes_of(config: Any) -> dict[str, list[int]]:
-    """Return the shapes that a config carries."""
-    return dict(tables_of(config).get(SHAPES, {}))
-
-
 def rebuild_(model: Any) -> None:
-    """Make a model without weights what its config's tables say.
+    """Change a model without weights as the tables in its config state.
 
     Raises
     ------
     ValueError
-        If they do not fit it.
+        If the tables do not fit the model.
     """
     tables = tables_of(model.config)
     resize_(model, tables.get(SHAPES, {}))
@@ -43,29 +44,25 @@ def rebuild_(model: Any) -> None:
 
 @torch.no_grad()
 def resize_(model: nn.Module, shapes: ShapeTable) -> dict[str, list[int]]:
-    """Give linears and embeddings of a model without weights the shapes of a table.
-
-    Parameters
-    ----------
-    model : nn.Module
-        What is resized has uninitialised weights afterwards, on the device they were on.
-    shapes : mapping
+    """Give linear layers and embeddings smaller, uninitialized weights on the same devices.
 
     Returns
     -------
     dict of str to list of int
-        The shapes that those had.
+        The previous shapes.
 
     Raises
     ------
     ValueError
-        If a name is that of none, or a shape is wider than it; nothing is changed then.
+        If there is no such layer or a shape is larger than before; nothing is changed then.
     """
     modules = {name: _resizable(model, name) for name in shapes}
     before = {name: list(module.weight.shape) for name, module in modules.items()}
     for name, shape in shapes.items():
         if any(new > old for new, old in zip(shape, before[name], strict=True)):
-            raise ValueError(f"{name} is {before[name]} and cannot become {list(shape)}, wider")
+            raise ValueError(
+                f"the weight of {name} must be at most {before[name]}, got {list(shape)}"
+            )
     for name, shape in shapes.items():
         module = modules[name]
         _replace_(module, module.weight.new_empty(*shape), _resized_bias(module, shape[0]))
@@ -74,10 +71,10 @@ def resize_(model: nn.Module, shapes: ShapeTable) -> dict[str, list[int]]:
 
 @torch.no_grad()
 def widen_(model: nn.Module, shapes: ShapeTable) -> None:
-    """Give linears the larger shapes of a table, with zeros where nothing was.
+    """Give linear layers larger weights, padded with zeros.
 
-    Channels between linears that are made of zeros are multiplied with zeros: the model computes
-    what it did, whatever activation lies between.
+    The model still computes the same: the output of a padded channel is multiplied by zero weights
+    of the next layer, whatever the activation in between.
     """
     for name, shape in shapes.items():
         linear = _resizable(model, name)
@@ -91,14 +88,9 @@ def widen_(model: nn.Module, shapes: ShapeTable) -> None:
 
 
 def _resizable(model: nn.Module, name: str) -> Any:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = None
+    module = find_module(model, name)
     if not isinstance(module, nn.Linear | nn.Embedding):
-        raise ValueError(
-            f"{name} is no linear layer of {type(model).__name__}, and no embedding either"
-        )
+        raise ValueError(f"{name} is not a linear layer or embedding of {type(model).__name__}")
     return module
 
 

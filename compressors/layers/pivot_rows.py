@@ -1,9 +1,9 @@
-"""Lossless storage of a low-rank product: some of its own rows, and how the others follow.
+"""Lossless storage of a low-rank product: some of its rows, and the others as combinations of them.
 
-A matrix of rank r has r independent rows, and every other row is a combination of them. Those rows
-and the coefficients are ``r (d_out + d_in - r)`` numbers where two factors are
-``r (d_out + d_in)``: more rank for the same bytes, and less arithmetic. For language models the
-idea is PIFA's (arXiv:2501.19090); in linear algebra it is the interpolative decomposition.
+A matrix of rank r has r independent rows; every other row is a combination of these. The rows and
+the coefficients are ``r (d_out + d_in - r)`` numbers, where two factors are ``r (d_out + d_in)``.
+PIFA (https://arxiv.org/abs/2501.19090) introduced this for language models; in linear algebra it is
+the interpolative decomposition.
 """
 
 from math import isfinite
@@ -11,21 +11,21 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-# No coefficient is larger than this, so that rounding them to 16 bits stays harmless. Error of the
-# product in bfloat16, relative, under spectra and metrics of condition up to 1e6:
+# Largest coefficient, so that rounding the coefficients to 16 bits is harmless. Relative error of
+# the product in bfloat16, for spectra and metrics with condition numbers up to 1e6:
 #
 #                             factors    LU alone   bound 2    1.5        1.1        pivoted QR
 #   [576, 576] of rank 318    0.2-0.4 %  0.2-1.1 %  0.2-0.9 %  0.2-0.9 %  0.2-0.7 %  0.2-0.8 %
 #   [1536, 576] of rank 436   0.3 %      1.2-1.4 %  1.2-1.3 %  1.1-1.2 %  0.9 %
 #   swaps after LU                                  0-2        0-8        5-38
 #
-# Pivoted QR takes 40 times as long as LU. What a bound is there for are the matrices on which
-# elimination grows without end; 2 does that and costs next to nothing.
+# Pivoted QR takes 40 times as long as LU. The bound is for matrices on which elimination grows
+# without limit; a bound of 2 prevents that at almost no cost.
 BOUND = 2.0
-# Swaps update the coefficients: a hundred updates of ordinary ones leave an error of 1e-12, where
-# the file holds 16 bits. After more, or where elimination has grown, they are solved anew.
+# Swaps update the coefficients. A hundred updates of moderate coefficients cause errors of 1e-12,
+# while the file stores 16 bits. After more swaps or large coefficients the system is solved again.
 MAX_SWAPS, MAX_SOLUTIONS = 100, 5
-ORDINARY = 1e3
+MODERATE = 1e3
 
 
 def pivot_rows(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,29 +50,30 @@ def pivot_rows(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises
     ------
     ValueError
-        If B has fewer rows than columns, holds what is no number, is numerically of lower rank
-        than it has columns, or if the swaps do not come to an end.
+        If B has fewer rows than columns, is not finite or numerically rank-deficient, or if no
+        pivot rows within the bound are found.
 
     Notes
     -----
     Pivots come from LU with partial pivoting, ``B[rows] = L @ U``. U cancels in the coefficients,
     ``B[rest] @ B[pivots]^-1 = L[rest] @ L[pivots]^-1``, so the scales of the columns of B, which
-    differ by orders of magnitude, do not matter. Pivots are then exchanged for rows with a
-    coefficient above the bound. Every exchange multiplies the volume ``|det B[pivots]|`` by that
-    coefficient, so it ends (maxvol: Goreinov et al., "How to find a good submatrix", 2010).
+    differ by orders of magnitude, do not matter. Pivots are then swapped with rows that have a
+    coefficient above the bound. Every swap multiplies the volume ``|det B[pivots]|`` by that
+    coefficient, so the procedure terminates (maxvol: Goreinov et al., "How to find a good
+    submatrix", 2010).
     """
     d_out, rank = B.shape
     if d_out < rank:
         raise ValueError(f"rank must be at most the number of rows, {d_out}, got {rank}")
     B, A = B.double(), A.double()
     L, rows = _lower_factor(B)  # [d_out, rank] in the order of `rows`, pivots first
-    here = torch.arange(d_out, device=B.device)  # rows of L: the pivots, then the rest
+    here = torch.arange(d_out, device=B.device)  # rows of L: pivots, then the others
     C = torch.linalg.solve_triangular(
         L[:rank], L[rank:], upper=False, left=False, unitriangular=True
     )  # [d_out - rank, rank]
     for _ in range(MAX_SOLUTIONS):
-        ordinary = not len(C) or float(C.abs().max()) <= ORDINARY
-        if _exchange_(here, C) and ordinary:
+        moderate = not len(C) or float(C.abs().max()) <= MODERATE
+        if _exchange_(here, C) and moderate:
             break
         C = torch.linalg.solve(L[here[:rank]], L[here[rank:]], left=False)
     else:
@@ -84,18 +85,18 @@ def pivot_rows(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lower_factor(B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the unit lower factor of LU with partial pivoting, and the order of its rows."""
+    """Return the unit lower factor of LU with partial pivoting, and the order of the rows."""
     d_out, rank = B.shape
     if not bool(torch.isfinite(B).all()):
-        raise ValueError("the factors hold infinities or NaN")
+        raise ValueError("the factors must be finite, got infinities or NaN")
     LU, swaps, _ = torch.linalg.lu_factor_ex(B)
-    # What elimination leaves of a column that depends on those before it is rounding.
+    # What elimination leaves of a linearly dependent column is rounding error.
     rounding = d_out * torch.finfo(B.dtype).eps * B.abs().amax(dim=0)  # [rank]
     dependent = int((LU.diagonal().abs() <= rounding).sum())
     if dependent:
         raise ValueError(
-            f"the left factor [{d_out}, {rank}] is numerically of rank {rank - dependent}: too few "
-            "pivot rows"
+            f"the left factor [{d_out}, {rank}] must have full column rank, got numerical rank "
+            f"{rank - dependent}"
         )
     rows = list(range(d_out))
     for k, other in enumerate((swaps - 1).tolist()):  # LAPACK counts from 1
@@ -106,7 +107,7 @@ def _lower_factor(B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exchange_(here: Tensor, C: Tensor) -> bool:
-    """Swap rows into the pivots until no coefficient is above the bound; say if that is so now.
+    """Swap rows into the pivots; return whether all coefficients are within the bound.
 
     `here` [d_out], pivots first, and `C` [d_out - rank, rank] are updated in place.
     """
@@ -114,13 +115,13 @@ def _exchange_(here: Tensor, C: Tensor) -> bool:
     if not len(C):
         return True
     for _ in range(MAX_SWAPS):
-        i, j = divmod(int(C.abs().argmax()), rank)  # finds a NaN, if there is one
+        i, j = divmod(int(C.abs().argmax()), rank)  # returns the position of a NaN if there is one
         value = float(C[i, j])
         if not isfinite(value):
-            raise ValueError("no pivot rows were found: elimination overflows")
+            raise ValueError("no pivot rows were found, because elimination overflows")
         if abs(value) <= BOUND:
             return True
-        # Row i of the rest takes the place of pivot j: Sherman-Morrison on the coefficients.
+        # Row i of the others becomes pivot j: a Sherman-Morrison update of the coefficients.
         column, row = C[:, j].clone(), C[i].clone()
         column[i] += 1
         row[j] -= 1

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.component import Component, ComponentConfig, Sizes, check_range
+from lrc.compressors.layers.component import Component, ComponentConfig, check_range
 from lrc.compressors.layers.packing import PackedLinear
 from lrc.compressors.layers.pivot_rows import pivot_rows
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
@@ -41,18 +41,6 @@ class PivotedLowRank(Component):
         if rank < d_out:  # offloading to disk cannot map an empty tensor
             specs["c.weight"] = TensorSpec([d_out - rank, rank], role="matrix")
         return specs | {"order": TensorSpec([d_out], _index_dtype(d_out))}
-
-    @classmethod
-    def sizes_at(
-        cls, step: int, d_out: int, d_in: int, *, ratio: float = 2.0, pattern: str | None = None
-    ) -> Sizes:
-        """Return the rank."""
-        return {"rank": step}
-
-    @classmethod
-    def largest_step(cls, d_out: int, d_in: int) -> int:
-        """Return the largest rank."""
-        return min(d_out, d_in)
 
     @classmethod
     def multiply_adds(cls, d_out: int, d_in: int, config: ComponentConfig) -> int:

@@ -1,7 +1,7 @@
 """A matrix of which some entries are stored, with a bit mask of their positions."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrc.compressors.layers.bitmask import mask_problem, pack_bits, packed_width, scatter_values
 from lrc.compressors.layers.component import Component, ComponentConfig, Sizes, check_range
@@ -49,11 +49,6 @@ class Sparse(Component):
         return d_out * d_in
 
     @classmethod
-    def multiply_adds(cls, d_out: int, d_in: int, config: ComponentConfig) -> int:
-        """Return those of the dense product, which is what is computed."""
-        return d_out * d_in
-
-    @classmethod
     def describe(cls, d_out: int, d_in: int, config: ComponentConfig) -> str:
         """Return the fraction of entries that are stored."""
         return f"{config.sizes['nonzeros'] / (d_out * d_in):.1%} of entries"
@@ -62,10 +57,6 @@ class Sparse(Component):
     def encode(W_hat: Tensor, mask: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the entries of `W_hat` [d_out, d_in] that `mask` [d_out, d_in] selects."""
         return {"values": W_hat[mask], "mask": pack_bits(mask)}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., d_in] to [..., d_out]."""
-        return nn.functional.linear(x, self.matrix())
 
     def matrix(self) -> Tensor:
         """Return the matrix [d_out, d_in] with its zeros."""

@@ -1,9 +1,9 @@
-"""What planning and compression need to know about a method."""
+"""Base classes of methods, as planning and compression use them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -23,23 +23,23 @@ class Method:
     """Publication, or origin of the idea."""
     options: tuple[str, ...] = field(default=(), kw_only=True)
     """Recipe options that are passed to the solver."""
-
-    shares_factors = False
+    types: tuple[str, ...] = field(default=("dense",), kw_only=True)
+    """Sums of component types that the method can produce."""
+    shares_factors: bool = field(default=False, kw_only=True)
     """Whether one solution can have a first factor in common for several layers."""
+    has_bias: bool = field(default=False, kw_only=True)
+    """Whether a bias restores the mean output."""
+
     chooses_quantization = False
     """Whether an allocator may choose integers for the numbers of its components."""
-    has_bias = False
-    """Whether a bias restores the mean output."""
 
     @property
     def full_moments(self) -> bool:
-        """Whether second moments are needed as a whole, not only their image through the weight."""
-        return False
+        """Whether second moments are needed as a whole, not only their image through the weight.
 
-    @property
-    def types(self) -> tuple[str, ...]:
-        """Sums of component types that the method can produce, such as ``("sparse",)``."""
-        return ()
+        An image through one layer carries no information about a factor of several.
+        """
+        return self.shares_factors
 
     @property
     def parts(self) -> Mapping[str, "Method"]:
@@ -89,18 +89,8 @@ class FixedSizeResult:
 class FixedSizeMethod(Method, ABC):
     """A method that solves for given sizes; low-rank methods solve for all ranks at once."""
 
-    COMPONENTS: ClassVar[str]
-    """Types of the components it produces, joined by ``+``."""
-
-    @property
-    def full_moments(self) -> bool:
-        """The error of such a weight is not in the span that an image through W shows."""
-        return True
-
-    @property
-    def types(self) -> tuple[str, ...]:
-        """The only sum of components."""
-        return (self.COMPONENTS,)
+    # The error of such a weight is not in the span that an image through W shows.
+    full_moments = True
 
     @abstractmethod
     def solve(

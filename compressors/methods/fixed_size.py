@@ -1,7 +1,6 @@
 """Methods that solve for given sizes: pruning, dictionary learning, and low rank plus sparse."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +44,7 @@ def _moments(
 class Pruning(FixedSizeMethod):
     """Keep the entries with the largest saliency."""
 
-    COMPONENTS = "sparse"
+    types: tuple[str, ...] = field(default=("sparse",), kw_only=True)
     saliency: Saliency = "second-order"
 
     def solve(
@@ -92,12 +91,11 @@ class Pruning(FixedSizeMethod):
 class DictionaryLearning(FixedSizeMethod):
     """Learn a dictionary and sparse coefficients with one of several solvers."""
 
-    COMPONENTS = "dictionary"
     CURVE_ROUNDS = 6
     """A few rounds suffice to find the shape of a rate-distortion curve."""
 
     solver: str
-    shares_factors: bool = field(default=False, kw_only=True)
+    types: tuple[str, ...] = field(default=("dictionary",), kw_only=True)
 
     def solve(
         self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any
@@ -119,7 +117,7 @@ class DictionaryLearning(FixedSizeMethod):
             search["rounds"] = min(search["rounds"], self.CURVE_ROUNDS)
         W = W.double()
         # TF32 reduces the quality of the search only; errors are measured in float64.
-        with tensor_cores() if W.is_cuda else nullcontext():
+        with tensor_cores(W.device):
             learnt = problem.curve(sizes, **search)
             found = [float(metric.energy(W - each.weight())) for each in learnt]
         return found, float(metric.energy(W))
@@ -151,7 +149,7 @@ class DictionaryLearning(FixedSizeMethod):
 class LowRankPlusSparse(FixedSizeMethod):
     """Search a low-rank and a sparse part together."""
 
-    COMPONENTS = "pivoted_low_rank+sparse"
+    types: tuple[str, ...] = field(default=("pivoted_low_rank+sparse",), kw_only=True)
 
     def solve(
         self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any

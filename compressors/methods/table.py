@@ -36,18 +36,7 @@ class LowRankMethod(Method):
 
     metric: Callable[..., Metric]
     """``metric(W, statistics, **options)``"""
-    shares_factors: bool = field(default=False, kw_only=True)
-    has_bias: bool = field(default=False, kw_only=True)
-
-    @property
-    def full_moments(self) -> bool:
-        """An image through one layer carries no information about a factor of several."""
-        return self.shares_factors
-
-    @property
-    def types(self) -> tuple[str, ...]:
-        """Two factors, or pivot rows and coefficients."""
-        return LOW_RANK_TYPES
+    types: tuple[str, ...] = field(default=LOW_RANK_TYPES, kw_only=True)
 
     def solve(self, W: Tensor, statistics: Statistics, **options: float) -> Spectrum:
         """Decompose a weight [d_out, d_in].
@@ -75,43 +64,17 @@ class Mixed(Method):
     """For every weight the components that an allocator finds best."""
 
     chooses_quantization = True
-
-    @property
-    def full_moments(self) -> bool:
-        """As some of the parts need it."""
-        return any(part.full_moments for part in self.parts.values())
-
-    @property
-    def types(self) -> tuple[str, ...]:
-        """Everything that the parts produce."""
-        return tuple(self.parts)
+    full_moments = True
 
     @property
     def parts(self) -> Mapping[str, Method]:
         """The two-sided method for every sum of components."""
-        return {
-            **dict.fromkeys(LOW_RANK_TYPES, METHODS["kfac"]),
-            "sparse": METHODS["sparse"],
-            "pivoted_low_rank+sparse": LOW_RANK_PLUS_SPARSE,
-            "dictionary": METHODS["dictionary"],
-        }
+        methods = METHODS["kfac"], METHODS["sparse"], LOW_RANK_PLUS_SPARSE, METHODS["dictionary"]
+        return {types: method for method in methods for types in method.types}
 
 
-@dataclass(frozen=True)
 class Quantization(Method):
-    """The weight itself as integers."""
-
-    produced: str = field(default="dense", kw_only=True)
-
-    @property
-    def full_moments(self) -> bool:
-        """The error of one input is compensated by others."""
-        return bool(self.statistics)
-
-    @property
-    def types(self) -> tuple[str, ...]:
-        """The quantized matrix, whole or with groups removed."""
-        return (self.produced,)
+    """The weight itself as integers, whole or with groups removed."""
 
 
 def _plain(W: Tensor, statistics: Statistics) -> Metric:
@@ -195,11 +158,12 @@ METHODS: dict[str, Method] = {
     ),
     **FIXED_SIZE,
     "gptq": Quantization(frozenset({"inputs"}), "GPTQ, arXiv:2210.17323"),
-    "gqsa": Quantization(frozenset({"inputs"}), "GQSA, arXiv:2412.17560", produced="block_sparse"),
+    "gqsa": Quantization(frozenset({"inputs"}), "GQSA, arXiv:2412.17560", types=("block_sparse",)),
     "rtn": Quantization(frozenset(), "rounding to nearest"),
     "mixed": Mixed(
         frozenset({"inputs", "gradients"}),
         "one Lagrangian over components, whose losses are comparable under one metric",
         options=("damp", "gradient_damp", "rounds"),
+        types=(*LOW_RANK_TYPES, "sparse", "pivoted_low_rank+sparse", "dictionary"),
     ),
 }

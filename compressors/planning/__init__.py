@@ -1,1 +1,1 @@
-"""What will be done to every matrix: from shapes, from singular values, or from an edited file."""
+"""Plan how every weight is compressed: from shapes, statistics, or an edited plan file."""

@@ -1,19 +1,14 @@
-"""Allocation, between calibration and compression: from curves and budgets to configurations."""
+"""Choose the configurations of pending tasks from rate-distortion curves and budgets."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
+from lrc.compressors.layers import WeightConfig
 from lrc.compressors.methods.table import METHODS, Quantization
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.allocators import BudgetError, heavy_tail, lagrangian
-from lrc.compressors.planning.candidates import (
-    Candidate,
-    candidates_for,
-    schemes_for,
-    tail_candidates,
-)
+from lrc.compressors.planning.candidates import candidates_for, schemes_for, tail_candidates
 from lrc.compressors.planning.feasibility import unreachable
 from lrc.compressors.planning.plan import Allocation, Plan
 from lrc.compressors.planning.problems import Problems
@@ -45,8 +40,6 @@ def allocate(
     ----------
     statistics : callable
         Returns the calibration statistics of a weight.
-    on_step : callable
-        Called with (stage, layers done, layers) after each layer; an exception stops the work.
     predict_all : bool
         Predict the losses of tasks with known configurations too, unless known.
 
@@ -106,65 +99,58 @@ def _decide(
         return []
     measure, budget = allocation.measure, allocation.budget
     fraction = budget / sum(task.dense_cost(measure) for task in tasks)
-    even: list[LayerTask] = []
+    found: list[tuple[LayerTask, float | None]] = []
     compared: list[LayerTask] = []
     for task in tasks:
         curve = curves[task.name]
         if not curve.comparable or (curve.note is not None and allocation.quantization):
-            chosen = _at_fraction(task, fraction, allocation, curve.note)
-            even.append(chosen)
+            config, note = _at_fraction(task, fraction, allocation, curve.note)
+            found.append((task.decided(config, note), None))
             # The budget counts sizes before a later stage quantizes them.
-            budget -= task.cost(replace(chosen, quantize=None).config, measure)
+            budget -= task.cost(config, measure)
         else:
             compared.append(task)
     if not compared:
-        return [(task.decided(task.config, task.note), None) for task in even]
+        return found
     offer, allocator = ALLOCATORS[allocation.allocator]
     candidates = [offer(task, curves[task.name], allocation) for task in compared]
     picked = allocator(candidates, budget)
-    found: list[tuple[LayerTask, float | None]] = [
-        (task.decided(task.config, task.note), None) for task in even
-    ]
     for task, offered, index in zip(compared, candidates, picked, strict=True):
-        found.append(_apply(task, offered[index], curves[task.name], allocation))
+        config, loss = offered[index].config, offered[index].loss
+        if config.compressed:
+            found.append((task.decided(config), loss))
+        else:
+            note = curves[task.name].note
+            note = note or f"kept dense by the {allocation.allocator} allocator"
+            found.append((task.dense(note), None))
     return found
-
-
-def _apply(
-    task: LayerTask, candidate: Candidate, curve: Curve, allocation: Allocation
-) -> tuple[LayerTask, float | None]:
-    if candidate.config.compressed:
-        return task.decided(candidate.config), candidate.loss
-    note = curve.note or f"kept dense by the {allocation.allocator} allocator"
-    return task.dense(note), None
 
 
 def _at_fraction(
     task: LayerTask, fraction: float, allocation: Allocation, note: str | None
-) -> LayerTask:
-    """Return the task, unquantized by later stages, within a fraction of its dense cost.
+) -> tuple[WeightConfig, str | None]:
+    """Return a configuration within a fraction of the dense cost; a reason if it is dense.
 
     That is the largest quantized matrix that fits, else the smallest; without integers to choose
     from, the largest configuration of the first type.
     """
     measure, dense = allocation.measure, task.dense_cost(allocation.measure)
-    bare = replace(task, allocation=None, estimated_bits=None)
     integers = [
-        bare.with_components(SizeSteps(task, "dense", args).config(1).components)
+        SizeSteps(task, "dense", args).config(1)
         for args in schemes_for(task, allocation.quantization)
         if args is not None
     ]
     if integers:
         costs = {task.cost(config, measure): config for config in integers}
         within = [cost for cost in costs if cost <= fraction * dense]
-        return replace(bare, config=costs[max(within) if within else min(costs)])
+        return costs[max(within) if within else min(costs)], task.note
     if note is not None or not allocation.types:
-        return replace(bare, note=note or "saw zeros only, and no integers fit its rows")
+        return task.config, note or "saw zeros only, and no integers fit its rows"
     steps = SizeSteps(task, allocation.types[0], ratio=min(allocation.ratios))
     step = steps.within(fraction, measure, multiple=allocation.rank_multiple)
     if step == 0 or steps.cost(step, measure) < allocation.min_keep * dense:
-        return replace(bare, note="saw zeros only, and nothing fits its part of the budget")
-    return replace(bare, config=steps.config(step))
+        return task.config, "saw zeros only, and nothing fits its part of the budget"
+    return steps.config(step), task.note
 
 
 def _prediction(task: LayerTask, curve: Curve, loss: float | None) -> LayerResult:

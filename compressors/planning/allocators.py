@@ -7,16 +7,19 @@ expensive one, without loss.
 import heapq
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 # Steps of the bisection, on a logarithmic scale of 2^200: enough to tell slopes apart that differ
 # in the last digits of float64 (200 / 2^64 < 2^-52).
 BISECTIONS = 64
 SLOPE_RANGE = 2.0**-200
+
+Table = tuple[Tensor, Tensor]
+"""Costs [n] int64 and losses [n] float64 of the candidates of one weight."""
 
 
 class BudgetError(ValueError):
@@ -31,7 +34,7 @@ class BudgetError(ValueError):
 
 
 class Priced(Protocol):
-    """What an allocator reads of a candidate."""
+    """The attributes of a candidate that an allocator reads."""
 
     @property
     def cost(self) -> int:
@@ -78,29 +81,20 @@ def lagrangian(candidates: Sequence[Sequence[Priced]], budget: int) -> list[int]
     .. [1] H. Everett, "Generalized Lagrange multiplier method for solving problems of optimum
        allocation of resources", Operations Research 11 (1963).
     """
-    tables = [_Table.of(each) for each in candidates]
-    smallest = sum(int(o.costs[0]) for o in tables)
+    tables = [_table(each) for each in candidates]
+    smallest = sum(int(costs[0]) for costs, _ in tables)
     if smallest > budget:
         raise BudgetError(budget, smallest)
     chosen = _hull_choice(tables, budget)
-    spent = sum(int(o.costs[i]) for o, i in zip(tables, chosen, strict=True))
+    spent = sum(int(costs[i]) for (costs, _), i in zip(tables, chosen, strict=True))
     return _spend(tables, chosen, budget - spent)
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Costs [n] int64 and losses [n] float64 of the candidates of one weight."""
-
-    costs: Tensor
-    losses: Tensor
-
-    @classmethod
-    def of(cls, candidates: Sequence[Priced]) -> "_Table":
-        costs = torch.tensor([c.cost for c in candidates])
-        losses = torch.tensor([c.loss for c in candidates], dtype=torch.float64)
-        if not bool((costs.diff() > 0).all()):
-            raise ValueError("the costs of candidates must increase strictly")
-        return cls(costs, losses)
+def _table(candidates: Sequence[Priced]) -> Table:
+    costs = torch.tensor([c.cost for c in candidates])
+    if not bool((costs.diff() > 0).all()):
+        raise ValueError("the costs of candidates must increase strictly")
+    return costs, torch.tensor([c.loss for c in candidates], dtype=torch.float64)
 
 
 def heavy_tail(candidates: Sequence[Sequence[Priced]], budget: int) -> list[int]:
@@ -154,16 +148,12 @@ def heavy_tail(candidates: Sequence[Sequence[Priced]], budget: int) -> list[int]
     return choose(thresholds[first])
 
 
-def _hull_choice(tables: Sequence[_Table], budget: int) -> list[int]:
+def _hull_choice(tables: Sequence[Table], budget: int) -> list[int]:
     """Find the best choice within the budget that some multiplier gives."""
-    widest = max(len(o.costs) for o in tables)
     # Losses are nats or squared activations: in units of the largest, no multiplier underflows.
-    unit = max(float(o.losses.max()) for o in tables) or 1.0
-    losses = torch.full((len(tables), widest), torch.inf, dtype=torch.float64)
-    costs = torch.zeros(len(tables), widest, dtype=torch.float64)
-    for row, o in enumerate(tables):
-        losses[row, : len(o.losses)] = o.losses / unit
-        costs[row, : len(o.costs)] = o.costs.double()
+    unit = max(float(losses.max()) for _, losses in tables) or 1.0
+    costs = pad_sequence([costs.double() for costs, _ in tables], batch_first=True)
+    losses = pad_sequence([losses / unit for _, losses in tables], True, torch.inf)
 
     def choose(multiplier: float) -> Tensor:
         # Of equal sums the first, which is the cheapest: argmin's documented choice.
@@ -174,7 +164,7 @@ def _hull_choice(tables: Sequence[_Table], budget: int) -> list[int]:
 
     free = choose(0.0)
     if cost(free) <= budget:
-        return _ints(free)
+        return free.tolist()
     # At twice the steepest slope every weight chooses its cheapest candidate.
     slopes = (losses[:, :1] - losses) / (costs - costs[:, :1]).clamp_min(1)
     high = 2 * float(slopes.max())
@@ -186,21 +176,21 @@ def _hull_choice(tables: Sequence[_Table], budget: int) -> list[int]:
             best, high = choice, middle
         else:
             low = middle
-    return _ints(best)
+    return best.tolist()
 
 
-def _spend(tables: Sequence[_Table], chosen: list[int], left: int) -> list[int]:
+def _spend(tables: Sequence[Table], chosen: list[int], left: int) -> list[int]:
     """Spend what is left of the budget on the upgrades that gain most per cost."""
     chosen = list(chosen)
     queue: list[tuple[float, int, int]] = []
 
     def offer(row: int) -> None:
-        o, now = tables[row], chosen[row]
-        end = int(torch.searchsorted(o.costs, o.costs[now] + left, right=True))
+        (costs, losses), now = tables[row], chosen[row]
+        end = int(torch.searchsorted(costs, costs[now] + left, right=True))
         if end <= now + 1:
             return
-        gains = o.losses[now] - o.losses[now + 1 : end]
-        rates = gains / (o.costs[now + 1 : end] - o.costs[now])
+        gains = losses[now] - losses[now + 1 : end]
+        rates = gains / (costs[now + 1 : end] - costs[now])
         best = int(rates.argmax())
         if rates[best] > 0:
             heapq.heappush(queue, (-float(rates[best]), row, now + 1 + best))
@@ -210,13 +200,10 @@ def _spend(tables: Sequence[_Table], chosen: list[int], left: int) -> list[int]:
     while queue:
         # An offer made with more left is an upper bound: if it still fits, it is the best of all.
         _, row, better = heapq.heappop(queue)
-        price = int(tables[row].costs[better] - tables[row].costs[chosen[row]])
+        costs, _ = tables[row]
+        price = int(costs[better] - costs[chosen[row]])
         if price <= left:
             chosen[row] = better
             left -= price
         offer(row)
     return chosen
-
-
-def _ints(choice: Tensor) -> list[int]:
-    return [int(index) for index in choice]

@@ -1,15 +1,14 @@
 """Configurations that an allocator can choose for a task, with their costs and losses."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from math import lcm
 
 import torch
 
 from lrc.compressors.layers import QuantizationArgs, WeightConfig
 from lrc.compressors.methods.base import LOW_RANK_TYPES
-from lrc.compressors.methods.size_families import components_at, components_of
+from lrc.compressors.methods.size_families import components_of
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.rate_distortion import Curve
 from lrc.compressors.planning.sizes import SizeSteps
@@ -41,7 +40,7 @@ def schemes_for(
 
 
 def candidates_for(task: LayerTask, curve: Curve, allocation: Allocation) -> list[Candidate]:
-    """Return the candidates worth their cost, the dense weights last.
+    """Return the candidates of which no cheaper one has a smaller loss, the dense weights last.
 
     Costs increase and losses decrease strictly.
     """
@@ -50,24 +49,27 @@ def candidates_for(task: LayerTask, curve: Curve, allocation: Allocation) -> lis
     if curve.note:
         return [dense]
     floor, cap = allocation.min_keep * dense.cost, allocation.max_loss * curve.total
+    energies = curve.energies.double()
+    lost = [*energies.flip(0).cumsum(0).flip(0).tolist(), 0.0]  # at each rank
     found: list[Candidate] = []
     for args in schemes_for(task, allocation.quantization):
         error, limit = 0.0, dense.cost
         if args is not None:
-            config = task.with_components(components_at("dense", 1, *task.shape)).quantized(args)
+            config = SizeSteps(task, "dense", args).config(1)
             error, limit = curve.quantization[str(args)], task.cost(config, measure)
             found.append(Candidate(config, limit, error))
         for types in allocation.types:
             if types in LOW_RANK_TYPES:
                 steps = SizeSteps(task, types, args)
-                found += _low_rank(steps, curve, allocation, limit, LOW_RANK_ERROR * error)
+                for rank, cost in _ranks(steps, numerical_rank(energies), allocation, limit):
+                    if lost[rank] <= allocation.max_loss * lost[0]:
+                        loss = lost[rank] + LOW_RANK_ERROR * error
+                        found.append(Candidate(steps.config(rank), cost, loss))
         for point in curve.points:
             if "+" in point.types and args is not None and (args.group_size or 1) > 1:
                 continue  # its rank is not a multiple of the group size
-            config = task.with_components(
-                components_of(point.types, point.sizes, pattern=task.pattern)
-            )
-            config = config if args is None else config.quantized(args)
+            components = components_of(point.types, point.sizes, pattern=task.pattern)
+            config = task.with_components(components).quantized(args)
             loss = point.squared_error + VALUES_ERROR * error
             found.append(Candidate(config, task.cost(config, measure), loss))
     kept: list[Candidate] = []
@@ -78,25 +80,19 @@ def candidates_for(task: LayerTask, curve: Curve, allocation: Allocation) -> lis
     return [*kept, dense]
 
 
-def _low_rank(
-    steps: SizeSteps, curve: Curve, allocation: Allocation, limit: int, error: float
-) -> list[Candidate]:
-    """Return the ranks that cost less than `limit` and satisfy floor and cap of the allocation."""
-    energies = curve.energies.double()
-    tails = energies.flip(0).cumsum(0).flip(0)  # tails[r] is lost at rank r
-    lost = torch.cat([tails, tails.new_zeros(1)]).tolist()
+def _ranks(
+    steps: SizeSteps, largest: int, allocation: Allocation, limit: int
+) -> Iterator[tuple[int, int]]:
+    """Yield ranks up to `largest` with costs from the floor of an allocation to below `limit`."""
     group = 1 if steps.args is None else steps.args.group_size or 1
     multiple = lcm(allocation.rank_multiple, group)
     floor = allocation.min_keep * steps.task.dense_cost(allocation.measure)
-    cost = partial(steps.cost, measure=allocation.measure)
-    found = []
-    for rank in range(multiple, numerical_rank(energies) + 1, multiple):
-        price = cost(rank)
-        if price >= limit:
-            break
-        if price >= floor and lost[rank] <= allocation.max_loss * lost[0]:
-            found.append(Candidate(steps.config(rank), price, lost[rank] + error))
-    return found
+    for rank in range(multiple, largest + 1, multiple):
+        cost = steps.cost(rank, allocation.measure)
+        if cost >= limit:
+            return
+        if cost >= floor:
+            yield rank, cost
 
 
 def tail_candidates(task: LayerTask, curve: Curve, allocation: Allocation) -> list[Candidate]:
@@ -104,20 +100,12 @@ def tail_candidates(task: LayerTask, curve: Curve, allocation: Allocation) -> li
 
     The loss of a rank is the largest singular value that it removes, normalized to [0, 1].
     """
-    measure = allocation.measure
-    dense = Candidate(WeightConfig(task.shape), task.dense_cost(measure), -1.0)
+    dense = Candidate(WeightConfig(task.shape), task.dense_cost(allocation.measure), -1.0)
     values = curve.energies.double().sqrt()
     low, high = values[-1], values[0]
     # If all values are equal, there is no tail to remove.
     normalized = (values - low) / (high - low) if high > low else torch.ones_like(values)
     losses = [*normalized.tolist(), -1.0]
-    floor = allocation.min_keep * dense.cost
     steps = SizeSteps(task, allocation.types[0])
-    found = []
-    for rank in range(allocation.rank_multiple, len(values) + 1, allocation.rank_multiple):
-        cost = steps.cost(rank, measure)
-        if cost >= dense.cost:
-            break
-        if cost >= floor:
-            found.append(Candidate(steps.config(rank), cost, losses[rank]))
-    return [*found, dense]
+    ranks = _ranks(steps, len(values), allocation, dense.cost)
+    return [*(Candidate(steps.config(rank), cost, losses[rank]) for rank, cost in ranks), dense]

@@ -18,7 +18,7 @@ from lrc.configs.recipe import Recipe
 
 @dataclass
 class Draft:
-    """A plan in the making; the stages of a recipe complete it one after the other."""
+    """An incomplete plan, to which the stages of a recipe add one after the other."""
 
     source: Source
     architecture: Architecture
@@ -48,9 +48,9 @@ class Draft:
     sized: bool = False
     """Whether a stage has a budget in bytes, which embeddings may suffice to meet."""
     remedy: str | None = None
-    """What helps if nothing becomes smaller, once a stage decomposes."""
+    """What to change if nothing becomes smaller; None until a stage decomposes."""
     executed_slices: bool = False
-    """Whether the slicing stages have been carried out; `architecture` is what they left."""
+    """Whether the slicing stages have been carried out; `architecture` is then their result."""
 
     @property
     def number_bits(self) -> int:
@@ -64,7 +64,7 @@ class Draft:
 
 
 class StageCompiler(Protocol):
-    """What compilation needs of a kind of stage; `stages` are options by index in the recipe."""
+    """A kind of stage in compilation; `stages` are its options by index in the recipe."""
 
     def announce(self, draft: Draft, stages: Mapping[int, Any]) -> None:
         """Record what earlier stages must know, before any stage is compiled."""
@@ -75,7 +75,7 @@ class StageCompiler(Protocol):
 
 @dataclass(frozen=True)
 class Compiled:
-    """A plan and what belongs to it."""
+    """A plan, and what later phases need besides it."""
 
     plan: Plan
     architecture: Architecture
@@ -100,7 +100,7 @@ def compile_plan(
     kinds : mapping of str to StageCompiler
         The registry of stages, in pipeline order.
     slices : list of SliceRecord, optional
-        Slicing stages that have been carried out; `architecture` is then what they left.
+        Slicing stages that have been carried out; `architecture` is then their result.
 
     Raises
     ------

@@ -1,6 +1,7 @@
 """Tasks for the matrices outside the decoder layers: input embedding and output head."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -28,10 +29,9 @@ def embedding_task(
     Its results are stored in the journal as those of one more layer, after the last one.
     """
     model = architecture.model
-    try:
+    module: Any = None
+    with suppress(NotImplementedError):  # some classes do not implement it
         module = getattr(model, GETTERS[key])()
-    except NotImplementedError:  # of a class that does not tell
-        module = None
     name = next((name for name, each in model.named_modules() if each is module), "")
     problem = _unsupported(key, module, name, architecture)
     if problem is not None:
@@ -66,20 +66,18 @@ def embedding_task(
     return task
 
 
-def check_user_plan(stage: int, records: Any, tasks: list[LayerTask], problems: Problems) -> None:
+def check_user_plan(
+    stage: int,
+    configs: Mapping[tuple[str, ...], WeightConfig],
+    tasks: list[LayerTask],
+    problems: Problems,
+) -> None:
     """Report user plans whose embedding or head is quantized differently than in the recipe.
 
     The recipe decides how these are quantized; edits of the plan would be ignored.
     """
     planned = {task.name: task.config for task in tasks}
-    for record in records if isinstance(records, list) else []:
-        if not isinstance(record, Mapping):
-            continue
-        try:
-            name = record["weights"][0]["name"]
-            found = WeightConfig.from_json(record["config"])
-        except (KeyError, IndexError, TypeError, ValueError):
-            continue
+    for (name, *_), found in configs.items():
         if planned.get(name) != found:
             got = planned[name].quantization if name in planned else "nothing"
             problems.add(
@@ -93,32 +91,26 @@ def check_user_plan(stage: int, records: Any, tasks: list[LayerTask], problems: 
 def _unsupported(key: str, module: Any, name: str, architecture: Architecture) -> str | None:
     """Return why a module cannot be quantized; None if it can."""
     stored = f"{name}.weight"
+    other = architecture.tied.get(stored, "").removesuffix(".weight")
     if key == "embeddings":
         if type(module) is not nn.Embedding:
             return (
                 f"needs an embedding that only looks up rows, got a {type(module).__name__}; leave "
                 "the key out"
             )
-        if stored in architecture.tied:
-            other = _tied_to(stored, architecture)
+        if other:
             return f"needs an embedding that is stored under its own name, got one tied to {other}"
-        heads = [t for t, of in architecture.tied.items() if of == stored]
-        for head in heads:
-            found = head.removesuffix(".weight")
-            if getattr(architecture.model.get_submodule(found), "bias", None) is not None:
-                return f"needs a tied head without a bias, got {found} with one; leave the key out"
+        for tied in (name for name, owner in architecture.tied.items() if owner == stored):
+            head = tied.removesuffix(".weight")
+            if getattr(architecture.model.get_submodule(head), "bias", None) is not None:
+                return f"needs a tied head without a bias, got {head} with one; leave the key out"
         return None
     if not isinstance(module, nn.Linear):
         got = "none" if module is None else f"a {type(module).__name__}"
         return f"needs a linear layer that computes the logits, got {got}; leave the key out"
-    if stored in architecture.tied:
-        other = _tied_to(stored, architecture)
+    if other:
         embedding = architecture.model.get_submodule(other)
         both = _unsupported("embeddings", embedding, other, architecture)
         remedy = "leave the key out" if both else "set 'embeddings', which quantizes both"
         return f"needs a separate head, got one that is tied to {other}; {remedy}"
     return None
-
-
-def _tied_to(stored: str, architecture: Architecture) -> str:
-    return architecture.tied[stored].removesuffix(".weight")

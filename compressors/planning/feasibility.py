@@ -1,4 +1,4 @@
-"""The smallest budget that a stage can meet, and the error if it is not met."""
+"""The smallest budget that a stage can meet, and the problem of one below it."""
 
 from collections.abc import Sequence
 from math import ceil, lcm
@@ -26,6 +26,7 @@ def _cheapest(task: LayerTask, allocation: Allocation) -> int:
     costs = [task.dense_cost(measure)]
     for args in schemes_for(task, allocation.quantization):
         group = 1 if args is None else args.group_size or 1
+        configs = [] if args is None else [SizeSteps(task, "dense", args).config(1)]
         for types in allocation.types:
             if types in LOW_RANK_TYPES or isinstance(METHODS[task.method], FixedSizeMethod):
                 steps = SizeSteps(task, types, args, min(allocation.ratios))
@@ -34,18 +35,13 @@ def _cheapest(task: LayerTask, allocation: Allocation) -> int:
                     steps.cheapest(measure, multiple=multiple, min_keep=allocation.min_keep)
                 )
             elif not ("+" in types and group > 1):
-                found = [
-                    task.cost(
-                        task.with_components(components_of(types, sizes[-1])).quantized(args),
-                        measure,
-                    )
-                    for _, sizes in size_families(task, types, allocation)
-                    if sizes
+                smallest = [
+                    sizes[-1] for _, sizes in size_families(task, types, allocation) if sizes
                 ]
-                costs += [cost for cost in found if cost >= floor]
-        if args is not None:
-            whole = task.cost(SizeSteps(task, "dense", args).config(1), measure)
-            costs += [whole] if whole >= floor else []
+                found = [task.with_components(components_of(types, each)) for each in smallest]
+                configs += [config.quantized(args) for config in found]
+        each_cost = [task.cost(config, measure) for config in configs]
+        costs += [cost for cost in each_cost if cost >= floor]
     return min(costs)
 
 

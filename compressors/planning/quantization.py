@@ -97,7 +97,7 @@ def check_groups(
     if not wrong:
         return
     common = gcd(*(width for widths in rows.values() for width in widths))
-    largest = max((n for n in range(1, min(common, group) + 1) if common % n == 0), default=1)
+    largest = max(n for n in range(1, min(common, group) + 1) if common % n == 0)
     remedy = f"set group_size: {largest}, which divides all"
     if all(t.config.compressed for t in tasks if t.name in wrong):
         remedy = "make their ranks multiples of it"
@@ -126,13 +126,14 @@ def _rows(task: LayerTask) -> list[int]:
 
 def _summary(wrong: Mapping[str, list[int]]) -> str:
     """Return names and row lengths; layers that differ only in their index are merged."""
-    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    alike: dict[tuple[str, str], list[str]] = {}
     for full, widths in wrong.items():
-        parts = ["*" if part.isdigit() else part for part in full.split(".")]
-        alike.setdefault((".".join(parts), tuple(widths)), []).append(full)
-    found = []
-    for (name, lengths), group in alike.items():
-        rows = " and ".join(str(width) for width in dict.fromkeys(lengths))
-        count = f"{len(group)} layers, " if len(group) > 1 else ""
-        found.append(f"{group[0] if len(group) == 1 else name} ({count}rows of {rows})")
-    return "; ".join(found)
+        name = ".".join("*" if part.isdigit() else part for part in full.split("."))
+        rows = " and ".join(map(str, dict.fromkeys(widths)))
+        alike.setdefault((name, rows), []).append(full)
+    return "; ".join(
+        f"{name} ({len(group)} layers, rows of {rows})"
+        if len(group) > 1
+        else f"{group[0]} (rows of {rows})"
+        for (name, rows), group in alike.items()
+    )

@@ -5,10 +5,9 @@ is solved at some sizes, from most of the bits to few, and interpolated. Curves 
 by layer; each layer is one file of the journal.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerTask, Weight
-from lrc.compressors.solvers.metric import weighted_energy
+from lrc.compressors.solvers.metric import damped_metric
 from lrc.compressors.solvers.moments import Statistics
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.compressors.solvers.spectrum import energies_only
@@ -47,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a task loses at the sizes it can have."""
+    """The squared error of a task at the sizes that it can have."""
 
     energies: Tensor
     """Squared singular values, largest first; zeros for fixed-size methods."""
@@ -90,49 +89,25 @@ def curves_for(
     layers = sorted({task.layer for task in tasks})
     curves: dict[str, Curve] = {}
     for done, layer in enumerate(layers, start=1):
-        here = [task for task in tasks if task.layer == layer]
-        allowed = {
-            task.name: None if task.allocation is None else allocations[task.allocation]
-            for task in here
-        }
+        here: dict[str, tuple[LayerTask, Allocation | None]] = {}
+        for task in tasks:
+            if task.layer == layer:
+                allocation = None if task.allocation is None else allocations[task.allocation]
+                # Heavy-tail allocators use the bare weights, without statistics.
+                bare = allocation is not None and allocation.allocator == "heavy-tail"
+                here[f"{task.name}.weight" if bare else task.name] = task, allocation
         file = energies_file(layer)
         known = journal.read_facts(file)["curves"] if journal.has(file) else {}
-        if any(_key(task, allowed[task.name]) not in known for task in here):
-            found = {
-                _key(task, allowed[task.name]): _curve(
-                    task, allowed[task.name], reader, statistics, device
-                )
-                for task in here
-            }
-            facts = {name: _facts(curve) for name, curve in found.items()}
-            tensors = {name: curve.energies for name, curve in found.items()}
-            journal.write_tensors(file, tensors, {"curves": facts})
-        facts = journal.read_facts(file)["curves"]
-        for task in here:
-            key = _key(task, allowed[task.name])
-            points = [Point(**point) for point in facts[key]["points"]]
-            curves[task.name] = Curve(
-                journal.read_tensor(file, key), **(facts[key] | {"points": points})
-            )
+        if not here.keys() <= known.keys():
+            found = {key: _curve(*each, reader, statistics, device) for key, each in here.items()}
+            known = {key: asdict(curve) for key, curve in found.items()}
+            energies = {key: facts.pop("energies") for key, facts in known.items()}
+            journal.write_tensors(file, energies, {"curves": known})
+        for key, (task, _) in here.items():
+            facts = known[key] | {"points": [Point(**point) for point in known[key]["points"]]}
+            curves[task.name] = Curve(journal.read_tensor(file, key), **facts)
         on_step("allocate", done, len(layers))
     return curves
-
-
-def _key(task: LayerTask, allocation: Allocation | None) -> str:
-    """Return the name of a curve in the journal; heavy-tail allocators use the bare weights."""
-    bare = allocation is not None and allocation.allocator == "heavy-tail"
-    return f"{task.name}.weight" if bare else task.name
-
-
-def _facts(curve: Curve) -> dict[str, Any]:
-    return {
-        "n_tokens": curve.n_tokens,
-        "note": curve.note,
-        "comparable": curve.comparable,
-        "points": [vars(p) | {"sizes": dict(p.sizes)} for p in curve.points],
-        "total": curve.total,
-        "quantization": curve.quantization,
-    }
 
 
 def _curve(
@@ -155,17 +130,19 @@ def _curve(
     together = combined(known)
     points: list[Point] = []
     total = 0.0
-    for types, part in _wanted_parts(task, allocation).items():
-        options = part.select(task.options)
-        if isinstance(part, LowRankMethod):
-            energies = part.energies(stack, together, **options).cpu()
+    wanted = (task.config.types,) if allocation is None else allocation.types
+    parts = {types: part for types, part in method.parts.items() if types in wanted}
+    low_rank = next((part for part in parts.values() if isinstance(part, LowRankMethod)), None)
+    if low_rank is not None:
+        energies = low_rank.energies(stack, together, **low_rank.select(task.options)).cpu()
+    for types, part in parts.items():
+        if not isinstance(part, FixedSizeMethod):
             continue
-        assert isinstance(part, FixedSizeMethod)
         families = size_families(task, types, allocation)
         sizes: list[Sizes] = []
         for _, family in families:
             sizes += [each for each in family if each not in sizes]
-        errors, total = part.squared_errors(stack, together, sizes, **options)
+        errors, total = part.squared_errors(stack, together, sizes, **part.select(task.options))
         for steps, family in families:
             solved = [Point(types, each, errors[sizes.index(each)]) for each in family]
             points += _interpolated(steps, solved) if task.pending else solved
@@ -177,17 +154,6 @@ def _curve(
     return Curve(energies, known[0].n_tokens, None, comparable, points, total, quantization)
 
 
-def _wanted_parts(task: LayerTask, allocation: Allocation | None) -> Mapping[str, Any]:
-    """Return the method for each sum of components to consider; low-rank methods once."""
-    wanted = (task.config.types,) if allocation is None else allocation.types
-    parts = METHODS[task.method].parts
-    found: dict[str, Any] = {}
-    for types, part in parts.items():
-        if types in wanted and part not in found.values():
-            found[types] = part
-    return found
-
-
 def size_families(
     task: LayerTask, types: str, allocation: Allocation | None
 ) -> list[tuple[SizeSteps, list[Sizes]]]:
@@ -196,17 +162,13 @@ def size_families(
     Each ratio has a separate curve: interpolation between sizes of different ratios is meaningless.
     """
     if allocation is None:
-        planned: list[Sizes] = [task.config.sizes]
-        return [(SizeSteps(task, types, ratio=task.ratio), planned)]
+        return [(SizeSteps(task, types, ratio=task.ratio), [task.config.sizes])]
     ratios = allocation.ratios if types == "dictionary" else (2.0,)
     families: list[tuple[SizeSteps, list[Sizes]]] = []
     for ratio in ratios:
         steps = SizeSteps(task, types, ratio=ratio)
-        numbers = [steps.within(fraction, allocation.measure) for fraction in FRACTIONS]
-        sizes: list[Sizes] = [
-            steps.config(number).sizes for number in dict.fromkeys(numbers) if number > 0
-        ]
-        families.append((steps, sizes))
+        numbers = dict.fromkeys(steps.within(keep, allocation.measure) for keep in FRACTIONS)
+        families.append((steps, [steps.config(number).sizes for number in numbers if number > 0]))
     return families
 
 
@@ -236,14 +198,11 @@ def _quantization_errors(
     assert known.inputs is not None
     assert task.quantize is not None
     damping = {"damp": task.options["damp"], "gradient_damp": task.options["gradient_damp"]}
+    metric, _ = damped_metric(known.inputs, known.gradients, **damping)
     H, factor = known.inputs.whole(), QUANTIZER_ERROR[task.quantize.quantizer]
-
-    def squared_error(E: Tensor) -> float:
-        return weighted_energy(E, known.inputs, known.gradients, **damping)
-
     found = {}
     for args in allocation.quantization:
         if args.divides(task.shape[1]):
             W_hat = round_to_nearest(W, args, dtype=W.dtype, H=H).weight()
-            found[str(args)] = squared_error(W.double() - W_hat) * factor
-    return found, squared_error(W.double())
+            found[str(args)] = float(metric.energy(W.double() - W_hat)) * factor
+    return found, float(metric.energy(W.double()))

@@ -115,14 +115,9 @@ def _possible(
 ) -> list[WeightConfig]:
     """Return one configuration for every set of tensor names that a weight may get."""
     # Tensor names depend on whether integers have zero points, not on bits and group size.
-    args = sorted({replace(s, bits=8, group_size=None) for s in schemes}, key=str)
-    found = [
-        replace(task.config, components=components_at(each, 1, *task.stacked_shape))
-        for each in types
-    ]
-    found += [config.quantized(each) for each in args for config in found[: len(types)]]
-    found += [
-        replace(task.config, components=components_at("dense", 1, *task.shape)).quantized(each)
-        for each in args
-    ]
-    return found
+    found = [components_at(each, 1, *task.stacked_shape) for each in types]
+    quantized = [*found, components_at("dense", 1, *task.shape)]
+    configs = [replace(task.config, components=each) for each in found]
+    for args in {replace(s, bits=8, group_size=None) for s in schemes}:
+        configs += [replace(task.config, components=each).quantized(args) for each in quantized]
+    return configs

@@ -3,7 +3,7 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from lrc.compressors.layers import QuantizationArgs, WeightConfig
 from lrc.compressors.methods.size_families import components_at, largest_step
@@ -39,9 +39,7 @@ class SizeSteps:
             ratio=self.ratio,
             pattern=self.task.pattern,
         )
-        if self.args is not None:
-            found = tuple(c.with_quantization(self.args) for c in found)
-        return self.task.with_components(found)
+        return self.task.with_components(found).quantized(self.args)
 
     def cost(self, step: int, measure: Measure) -> int:
         """Return the cost of configuration number `step`."""
@@ -52,17 +50,15 @@ class SizeSteps:
         dense = self.task.dense_cost(measure)
         # A configuration that costs as much as the dense weights is useless even at keep 1.
         limit = min(keep, (dense - 1) / dense) * dense
-        return largest_within(
-            lambda step: self.cost(step, measure), limit, self.largest, multiple=multiple
-        )
+        cost = partial(self.cost, measure=measure)
+        return largest_within(cost, limit, self.largest, multiple=multiple)
 
     def cheapest(self, measure: Measure, *, multiple: int, min_keep: float) -> int:
         """Return the lowest cost that is at least `min_keep` of dense, or the dense cost."""
         dense = self.task.dense_cost(measure)
-        step = smallest_reaching(
-            lambda step: self.cost(step, measure), min_keep * dense, self.largest, multiple=multiple
-        )
-        return dense if step == 0 else min(self.cost(step, measure), dense)
+        cost = partial(self.cost, measure=measure)
+        step = smallest_reaching(cost, min_keep * dense, self.largest, multiple=multiple)
+        return dense if step == 0 else min(cost(step), dense)
 
 
 def largest_within(

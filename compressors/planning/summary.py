@@ -1,4 +1,4 @@
-"""One row per weight: what tables and reports show of a plan."""
+"""The rows that tables and reports show of a plan, one for every weight."""
 
 from dataclasses import dataclass
 from math import prod
@@ -22,7 +22,7 @@ class WeightSummary:
     bits: int
     source_bits: int
     owner: str
-    """Name of the weight that stores the shared factor; its own name if none is shared."""
+    """Name of its task: of the weight that stores the factor if one is shared."""
     allocator: str | None
     """The allocator that is going to choose the configuration."""
     note: str | None
@@ -61,20 +61,15 @@ def summarize(plan: Plan) -> list[WeightSummary]:
 
 def _row(plan: Plan, task: LayerTask, weight: Weight) -> WeightSummary:
     config = plan.stored_config(task)
-    own = task.config_of(weight, config)
-    if task.pending:
-        bits = task.bits // len(task.weights)
-    else:
-        bits = own.stored_bits(task.number_bits)
-        bits += task.shape[0] * task.number_bits if own.bias and not task.source_bias else 0
+    even = task.bits // len(task.weights)
     return WeightSummary(
         name=weight.name,
         layer=weight.layer,
         shape=task.shape,
         stage=task.stage,
         method=task.method,
-        config=own,
-        bits=bits,
+        config=task.config_of(weight, config),
+        bits=even if task.pending else task.weight_bits(weight, config),
         source_bits=prod(task.shape) * task.number_bits,
         owner=task.name,
         allocator=None if task.allocation is None else plan.allocations[task.allocation].allocator,

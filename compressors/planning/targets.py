@@ -72,7 +72,7 @@ def layer_groups(
 def _no_match(pattern: str, names: list[str]) -> str:
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     close = get_close_matches(pattern.strip("*").rpartition(".")[2], leaves, n=1)
-    hint = f"; did you mean '*.{close[0]}'?" if close else ""
+    hint = f"; did you mean '*.{close[0]}'?" if close else "."
     return (
         f"the pattern {pattern!r} matches no linear layer{hint} Names look like {names[0]}; "
         f"the last parts are {', '.join(leaves)}"

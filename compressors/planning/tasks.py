@@ -1,7 +1,8 @@
-"""What will be done to each group of weights: everything that later phases need to know.
+"""Tasks: the planned compression of each weight, or of weights that share a factor.
 
-A task is complete: calibration, allocation, compression, saving and reporting read tasks, never the
-recipe. Results are stored separately, see `LayerResult`.
+Tasks contain everything that calibration, allocation, compression and reporting need; none of these
+reads the recipe. Allocation completes pending configurations. Results are stored separately, see
+`LayerResult`.
 """
 
 from collections.abc import Mapping
@@ -55,15 +56,16 @@ class QuantizationTask:
     """Index of the stage in the recipe."""
     quantizer: Literal["gptq", "rtn"]
     args: ArgsField | None = None
-    """None if the allocator of the decomposition chooses them."""
+    """None if the allocator of the decompose stage chooses the quantization."""
     act_order: bool = True
     damp: float = 0.01
     balance: Literal["measured", "first", "quarter", "even", "rotated"] = "measured"
+    """How singular values are split between two quantized factors, see `lrc.configs.quantize`."""
     correction: Literal["qera", "eora", "lqer"] | None = None
-    """Metric of a low-rank correction of dense weights; None for no correction."""
+    """Method of the low-rank correction added to a quantized weight; None for no correction."""
     correction_rank: int = 0
     sparsity: float | None = None
-    """Fraction of the groups of dense weights that are removed."""
+    """Fraction of the quantization groups that are removed, in weights without decomposition."""
 
     def applied_to(self, config: WeightConfig) -> WeightConfig:
         """Return the configuration after quantization."""
@@ -88,26 +90,26 @@ class LayerTask:
     """A weight, or several weights that share a first factor, and what will be done to them."""
 
     weights: tuple[Weight, ...]
-    """The first one stores the shared factor."""
+    """The first one stores the shared factor, if there is one."""
     config: ConfigField
     """How every weight of the group will be stored; dense while an allocation is pending."""
     number_bits: int
     """Bits of one number in the dtype of the model."""
     stage: int
-    """Index of the stage in the recipe that decomposes, or else quantizes."""
+    """Index of the decompose stage, or of the quantize stage if none decomposes the weight."""
     method: str
     """Key of `METHODS`."""
     types: str = "dense"
-    """Component types that the method produces when sizes are given, joined by ``+``."""
+    """Component types for sizes that are not chosen by an allocation, joined by ``+``."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the method's solver."""
     pattern: str | None = None
     ratio: float = 2.0
-    """Atoms per coefficient of dictionaries."""
+    """Number of dictionary atoms over the number of coefficients per output."""
     source_bias: bool = False
     """Whether the layer has a bias in the source model."""
     allocation: int | None = None
-    """Index in `Plan.allocations` of the allocation that is going to choose `config`."""
+    """Index in `Plan.allocations` of the allocation that will choose `config`; None once chosen."""
     estimated_bits: int | None = None
     """Expected size while the allocation is pending."""
     quantize: QuantizationTask | None = None
@@ -124,7 +126,7 @@ class LayerTask:
 
     @property
     def layer(self) -> int:
-        """Decoder layer in whose file the results of the whole group are stored."""
+        """Decoder layer whose journal file stores the results of the group."""
         return self.weights[0].layer
 
     @property
@@ -139,12 +141,12 @@ class LayerTask:
 
     @property
     def pending(self) -> bool:
-        """Whether an allocation is going to choose the configuration."""
+        """Whether an allocation will choose the configuration."""
         return self.allocation is not None
 
     @property
     def compressed(self) -> bool:
-        """Whether the weights will be stored in another way than in the source."""
+        """Whether the weights will be stored differently from the source, or may be."""
         return self.pending or self.config.compressed
 
     @property
@@ -167,29 +169,32 @@ class LayerTask:
         return sum(self.config_of(w).parameters() + added for w in self.weights)
 
     def config_of(self, weight: Weight, config: WeightConfig | None = None) -> WeightConfig:
-        """Return the configuration of one weight, which may use the factor of the first one."""
+        """Return the configuration of one weight; all but the first refer to the shared factor."""
         config = self.config if config is None else config
         if weight == self.weights[0]:
             return config
         return replace(
             config,
             components=tuple(
-                replace(c, shares=self.name) if COMPONENTS[c.type].CAN_SHARE else c
+                replace(c, shares=self.name) if COMPONENTS[c.type].SHARED_SIZE else c
                 for c in config.components
             ),
         )
 
     def bits_of(self, config: WeightConfig) -> int:
-        """Return the size of the group stored with `config`, with a bias that the source lacks."""
+        """Return the size of the group stored with `config`, including biases that are added."""
+        return sum(self.weight_bits(weight, config) for weight in self.weights)
+
+    def weight_bits(self, weight: Weight, config: WeightConfig) -> int:
+        """Return the size of one weight stored with `config`, as for `bits_of`."""
         added = self.shape[0] * self.number_bits if config.bias and not self.source_bias else 0
-        return sum(
-            self.config_of(w, config).stored_bits(self.number_bits) + added for w in self.weights
-        )
+        return self.config_of(weight, config).stored_bits(self.number_bits) + added
 
     def cost(self, config: WeightConfig, measure: Measure) -> int:
-        """Return the cost of storing or multiplying by the group with `config`.
+        """Return the size in bits, or the multiply-adds per token, of the group with `config`.
 
-        Where a configuration enlarges the file, that is the cost of the dense weights.
+        A configuration that is not smaller than the dense weights costs as much as they do, because
+        the weights would be stored dense.
         """
         bits = self.bits_of(config)
         if bits >= self.source_bits:
@@ -206,12 +211,12 @@ class LayerTask:
         return replace(self.config, components=components, bias=bias)
 
     def decided(self, config: WeightConfig, note: str | None = None) -> "LayerTask":
-        """Return the task with a configuration, which a later stage may quantize."""
+        """Return the task with a configuration, quantized if a later stage quantizes it."""
         stored = config if self.quantize is None else self.quantize.applied_to(config)
         return replace(self, config=stored, allocation=None, estimated_bits=None, note=note)
 
     def dense(self, note: str | None = None) -> "LayerTask":
-        """Return the task with dense weights, which a later stage may quantize."""
+        """Return the task without decomposition, quantized if a later stage quantizes it."""
         return self.decided(WeightConfig(self.shape), note)
 
 
@@ -222,10 +227,10 @@ class LayerResult:
     config: ConfigField
     """How each weight is stored, which a fallback may have changed."""
     loss: float | None = None
-    """Predicted: weighted squared error relative to that of removing the weight."""
+    """Weighted squared error relative to that of removing the weight: predicted, then measured."""
     predicted_nats: float | None = None
     """Predicted increase of the mean loss of a token, if the method can predict it."""
     refit: bool = False
     """Whether the weight was fitted to the inputs that the compressed model produces."""
     fallback: str | None = None
-    """Deviations from the plan."""
+    """Description of deviations from the plan, such as increased damping."""

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lrc.compressors.layers import WeightConfig
+from lrc.compressors.layers import COMPONENTS, WeightConfig
 from lrc.compressors.methods.base import Method
-from lrc.compressors.methods.size_families import components_at, largest_step
 from lrc.compressors.planning.plan import PLAN_VERSION
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.tasks import LayerTask
@@ -32,8 +31,8 @@ class UserPlan:
     text: str
     configs: dict[tuple[str, ...], WeightConfig]
     """Names of the weights of a task -> its configuration."""
-    embeddings: Any
-    """Records of embedding and head."""
+    embeddings: dict[tuple[str, ...], WeightConfig]
+    """The same of embedding and head."""
 
 
 def read_user_plan(path: str, where: str, problems: Problems) -> UserPlan | None:
@@ -54,38 +53,20 @@ def read_user_plan(path: str, where: str, problems: Problems) -> UserPlan | None
     except (ValueError, RecursionError) as error:
         problems.add("invalid-user-plan", key, f"{path} is not JSON ({error}); {REMEDY}")
         return None
-    records = values.get("tasks") if isinstance(values, dict) else None
-    if not isinstance(records, list):
-        old = isinstance(values, dict) and "matrices" in values
-        reason = "is of format version 1" if old else "contains no list 'tasks'"
-        problems.add("invalid-user-plan", key, f"{path} {reason}; {REMEDY}")
-        return None
-    if values.get("version") != PLAN_VERSION:
+    values = values if isinstance(values, dict) else {}
+    wrong: str | None = None
+    if not isinstance(values.get("tasks"), list):
+        wrong = "is of format version 1" if "matrices" in values else "contains no list 'tasks'"
+    elif values.get("version") != PLAN_VERSION:
         got = values.get("version")
-        problems.add(
-            "invalid-user-plan",
-            key,
-            f"{path}: 'version' must be {PLAN_VERSION}, got {got!r:.60}; {REMEDY}",
-        )
+        wrong = f"'version' must be {PLAN_VERSION}, got {got!r:.60}"
+    if wrong is not None:
+        problems.add("invalid-user-plan", key, f"{path}: {wrong}; {REMEDY}")
         return None
     found = Problems()
-    configs: dict[tuple[str, ...], WeightConfig] = {}
-    seen: set[str] = set()
-    for number, record in enumerate(records):
-        names = _names(record)
-        if names is None:
-            found.add("invalid-user-plan", path, f"tasks[{number}] has no 'weights' with names")
-            continue
-        twice = seen & {*names}
-        if twice:
-            found.add("invalid-user-plan", path, f"{min(twice)} is listed twice; delete one")
-        seen |= {*names}
-        try:
-            configs[names] = WeightConfig.from_json(record.get("config"))
-        except ValueError as error:
-            found.add("invalid-user-plan", path, f"{names[0]}: 'config' {error}; correct it")
+    configs, embeddings = (_configs(key, values, path, found) for key in ("tasks", "embeddings"))
     _report(found, path, problems)
-    return None if found else UserPlan(path, text, configs, values.get("embeddings", []))
+    return None if found else UserPlan(path, text, configs, embeddings)
 
 
 def check_names(
@@ -93,22 +74,16 @@ def check_names(
 ) -> None:
     """Report weights that no stage targets, or that the model does not have."""
     found = Problems()
-    for names in plan.configs:
-        for name in names:
-            if name not in known:
-                found.add(
-                    "unknown-layer",
-                    plan.path,
-                    f"{name} is not a decoder linear layer of this model; use the plan of a run on "
-                    "the same architecture",
-                )
-            elif name not in targeted:
-                found.add(
-                    "not-targeted",
-                    plan.path,
-                    f"{name} is not targeted by any stage; delete it there, or change 'targets' "
-                    "and 'ignore'",
-                )
+    unknown = (
+        "is not a decoder linear layer of this model; use the plan of a run on the same "
+        "architecture"
+    )
+    ignored = "is not targeted by any stage; delete it there, or change 'targets' and 'ignore'"
+    for name in (name for names in plan.configs for name in names):
+        if name not in known:
+            found.add("unknown-layer", f"{plan.path}: {name}", unknown)
+        elif name not in targeted:
+            found.add("not-targeted", f"{plan.path}: {name}", ignored)
     _report(found, plan.path, problems)
 
 
@@ -117,26 +92,52 @@ def apply_user_plan(
 ) -> list[LayerTask]:
     """Return tasks with the configurations of a plan file; dense where there is a problem."""
     found = Problems()
-    decided = []
-    for task in tasks:
-        config = _config_for(plan, task, method, found)
-        if config is None:
-            decided.append(task.dense())
-        elif not config.compressed:
-            decided.append(task.dense("dense in the given plan"))
-        else:
-            decided.append(task.decided(config))
+    configs = [_config_for(plan, task, method, found) for task in tasks]
     _report(found, plan.path, problems)
-    return decided
+    return [
+        task.decided(config)
+        if config is not None and config.compressed
+        else task.dense(None if config is None else "dense in the given plan")
+        for task, config in zip(tasks, configs, strict=True)
+    ]
+
+
+def _configs(
+    key: str, values: dict[str, Any], path: str, found: Problems
+) -> dict[tuple[str, ...], WeightConfig]:
+    """Read the list of tasks under a key; problems are added to `found`."""
+    records = values.get(key, [])
+    if not isinstance(records, list):
+        found.add(
+            "invalid-user-plan", path, f"'{key}' must be a list, got {records!r:.60}; {REMEDY}"
+        )
+        return {}
+    configs: dict[tuple[str, ...], WeightConfig] = {}
+    seen: set[str] = set()
+    for number, record in enumerate(records):
+        names = _names(record)
+        if names is None:
+            found.add(
+                "invalid-user-plan", f"{path}: {key}[{number}]", "has no 'weights' with names"
+            )
+            continue
+        twice = seen & {*names}
+        if twice:
+            found.add("invalid-user-plan", f"{path}: {min(twice)}", "is listed twice; delete one")
+        seen |= {*names}
+        try:
+            configs[names] = WeightConfig.from_json(record.get("config"))
+        except ValueError as error:
+            found.add("invalid-user-plan", f"{path}: {names[0]}", f"'config' {error}; correct it")
+    return configs
 
 
 def _names(record: Any) -> tuple[str, ...] | None:
-    weights = record.get("weights") if isinstance(record, dict) else None
-    if not isinstance(weights, list) or not weights:
+    try:
+        names = tuple(weight["name"] for weight in record["weights"])
+    except (TypeError, KeyError):
         return None
-    names = [w.get("name") if isinstance(w, dict) else None for w in weights]
-    found = tuple(name for name in names if isinstance(name, str))
-    return found if len(found) == len(names) else None
+    return names if names and all(isinstance(name, str) for name in names) else None
 
 
 def _config_for(
@@ -145,7 +146,7 @@ def _config_for(
     """Return the configuration of a task in a plan file, if the task can have it."""
 
     def refuse(code: str, message: str) -> None:
-        found.add(code, plan.path, f"{task.name}: {message}")
+        found.add(code, f"{plan.path}: {task.name}", message)
 
     config = plan.configs.get(tuple(w.name for w in task.weights))
     if config is None:
@@ -201,11 +202,9 @@ def _before_quantization(config: WeightConfig, task: LayerTask, method: Method) 
 def _size_problem(task: LayerTask, config: WeightConfig) -> str | None:
     """Return why a task cannot have the sizes of a configuration, or gains nothing by them."""
     types, shape = config.types, task.stacked_shape
-    largest = {
-        name: size
-        for c in components_at(types, largest_step(types, *shape), *shape, ratio=task.ratio)
-        for name, size in c.sizes.items()
-    }
+    largest: dict[str, int] = {}
+    for kind in (COMPONENTS[c.type] for c in config.components):
+        largest |= kind.sizes_at(kind.largest_step(*shape), *shape, ratio=task.ratio)
     for name, size in config.sizes.items():
         if size > largest[name]:
             return (

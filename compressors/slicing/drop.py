@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedConfig
 
-from lrc.compressors.calibrate.activation_cache import GIB
-from lrc.compressors.calibrate.layer_executor import apply
+from lrc.compressors.calibrate.activation_cache import GIB, ActivationCache
+from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
+from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext, check_finite
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
 from lrc.configs.errors import RecipeError
 from lrc.configs.slice import Drop as Options
@@ -69,7 +69,7 @@ class Drop(SliceMethod[Options]):
         return kept / 2 * max(1.0, kept * (1 / (options.keep or 0.8) - 1))
 
     def apply(
-        self, context: SliceContext, options: Options, config: PreTrainedConfig
+        self, context: CalibrationContext, options: Options, config: PreTrainedConfig
     ) -> SlicedModel:
         """Choose the layers to remove; the others are renumbered."""
         n_layers, n_kept = len(context.architecture.layers), int(getattr(config, N_LAYERS))
@@ -90,61 +90,64 @@ class Drop(SliceMethod[Options]):
         return SlicedModel(final, _renumbered(context, kept), {"dropped": dropped, **facts})
 
 
-def block_influence(context: SliceContext) -> list[float]:
+def block_influence(context: CalibrationContext) -> list[float]:
     """Return one minus the mean cosine between input and output of each layer (ShortGPT, eq. 1)."""
-    sweep = LayerSweep.begin(context)
-    names, found = context.architecture.layer_names, []
-    for index, call in enumerate(sweep.calls):
+    executor = LayerExecutor(context)
+    states, names, found = executor.embedded(), context.architecture.layer_names, []
+    for index, name in enumerate(names):
         total = 0.0
-        with sweep.stream.layer(index) as layer, torch.no_grad():
-            for rows in sweep.batches():
-                x = sweep.states[rows].to(context.device)
-                y = apply(layer, call, x)
+        with executor.layer(index), torch.no_grad():
+            for rows in executor.batches:
+                x = states[rows].to(context.device)
+                y = executor.apply(index, x)
                 total += float(cosine_similarity(x, y, dim=-1).sum(dtype=torch.float64))
-                sweep.states[rows] = y
-        check_finite(total, f"the cosine of input and output in {names[index]}")
-        found.append(1 - total / sweep.tokens.numel())
+                states[rows] = y
+        check_finite(total, f"the cosine of input and output in {name}")
+        found.append(1 - total / executor.tokens.numel())
         context.on_step("slice", index + 1, len(names))
     return found
 
 
-def _search_by_perplexity(context: SliceContext, n_kept: int) -> tuple[list[int], list[float]]:
+def _search_by_perplexity(
+    context: CalibrationContext, n_kept: int
+) -> tuple[list[int], list[float]]:
     """Remove layers greedily by the loss; return the kept layers and the loss of each removal.
 
     A trial runs the layers after the removed one, on states that the layers before it have
     computed once: half a forward pass on average. The layers stay on the device if they fit the
     memory limit.
     """
-    sweep = LayerSweep.begin(context)
-    stream, tokens = sweep.stream, sweep.tokens
-    if tokens.shape[1] < 2:
+    executor = LayerExecutor(context)
+    if executor.tokens.shape[1] < 2:
         raise RecipeError(
-            ["calibration.length: must be at least 2 with verify: perplexity, got 1; raise it"]
+            "calibration.length: must be at least 2 with criterion: perplexity, got 1; raise it"
         )
     layers, names = context.architecture.layers, context.architecture.layer_names
-    shape = (*tokens.shape, sweep.states.shape[-1])
-    reached, states = (context.buffer(name, shape) for name in ("dense", "prefix"))
+    inputs = executor.embedded()
+    reached, states = (
+        ActivationCache(context, name, executor.shape).tensor for name in ("dense", "compressed")
+    )
     kept, losses = list(range(len(layers))), []
     trials, done = sum(range(n_kept + 1, len(layers) + 1)), 0
     with ExitStack() as held:
-        held.enter_context(stream.around_layers(head=True))
+        held.enter_context(executor.around_layers(head=True))
         n = sum(p.numel() for layer in layers for p in layer.parameters())
         resident = n * torch.float32.itemsize <= context.memory_limit_gib * GIB
         for index in kept if resident else []:
-            held.enter_context(stream.layer(index))
+            held.enter_context(executor.layer(index))
 
         def advance(states: Tensor, indices: Sequence[int]) -> None:
             for index in indices:
-                with nullcontext(layers[index]) if resident else stream.layer(index) as layer:
-                    sweep.advance(index, layer, states)
+                with nullcontext() if resident else executor.layer(index):
+                    executor.advance_(index, states)
 
         while len(kept) > n_kept:
-            reached.copy_(sweep.states)
+            reached.copy_(inputs)
             found: dict[int, float] = {}
             for place, layer in enumerate(kept):
                 states.copy_(reached)
                 advance(states, kept[place + 1 :])
-                found[layer] = _mean_loss(sweep, states)
+                found[layer] = _mean_loss(executor, states)
                 check_finite(found[layer], f"the loss without {names[layer]}")
                 advance(reached, [layer])
                 done += 1
@@ -156,15 +159,15 @@ def _search_by_perplexity(context: SliceContext, n_kept: int) -> tuple[list[int]
 
 
 @torch.no_grad()
-def _mean_loss(sweep: LayerSweep, states: Tensor) -> float:
+def _mean_loss(executor: LayerExecutor, states: Tensor) -> float:
     """Return the mean loss per token, given the output `states` of the last layer."""
-    total, device = 0.0, sweep.context.device
-    for rows in sweep.batches():
-        tokens, hidden = sweep.tokens[rows], states[rows].to(device)
-        logits = sweep.stream.logits(hidden, tokens, sweep.calls[-1])[:, :-1].flatten(0, 1)
+    total, device = 0.0, executor.context.device
+    for rows in executor.batches:
+        tokens, hidden = executor.tokens[rows], states[rows].to(device)
+        logits = executor.logits(hidden, tokens)[:, :-1].flatten(0, 1)
         labels = tokens[:, 1:].reshape(-1).to(device)
         total += float(cross_entropy(logits, labels, reduction="sum"))
-    return total / (sweep.tokens.shape[0] * (sweep.tokens.shape[1] - 1))
+    return total / executor.tokens[:, 1:].numel()
 
 
 def _keep_layers_(config: PreTrainedConfig, kept: Sequence[int]) -> None:
@@ -178,7 +181,7 @@ def _keep_layers_(config: PreTrainedConfig, kept: Sequence[int]) -> None:
     setattr(config, N_LAYERS, len(kept))
 
 
-def _renumbered(context: SliceContext, kept: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+def _renumbered(context: CalibrationContext, kept: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
     names = context.architecture.layer_names
     new = {names[old]: names[number] for number, old in enumerate(kept)}
     for name in context.architecture.stored_parameters():

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrc.compressors.calibrate.layer_executor import watch_inputs, watch_outputs
+from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
+from lrc.compressors.calibrate.layer_executor import LayerExecutor, watch
 from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.slicing.layout import Heads
-from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext, check_finite
 
 # Queries per window, evenly spaced. Each attends to all keys before it, so a few are enough.
 QUERIES = 32
@@ -26,36 +26,37 @@ class HeadStatistics:
 
 
 @torch.no_grad()
-def collect_head_statistics(context: SliceContext, heads: Heads) -> HeadStatistics:
+def collect_head_statistics(context: CalibrationContext, heads: Heads) -> HeadStatistics:
     """Run the calibration windows through the dense model once."""
-    sweep = LayerSweep.begin(context)
+    executor = LayerExecutor(context)
+    states, n_tokens = executor.embedded(), executor.tokens.numel()
     found = []
     for index, name in enumerate(context.architecture.layer_names):
-        sums = _collect_layer(sweep, index, heads)
+        sums = _collect_layer(executor, states, index, heads)
         for total in sums.values():
             check_finite(total, f"the attention in {name}")
         found.append(sums)
         context.on_step("head statistics", index + 1, len(heads.attentions))
-    n_tokens = sweep.tokens.numel()
     return HeadStatistics(
         torch.cat([sums["scores"] for sums in found]),
         torch.stack([sums["values"] / n_tokens for sums in found]),
     )
 
 
-def _collect_layer(sweep: LayerSweep, index: int, heads: Heads) -> RunningSums:
+def _collect_layer(
+    executor: LayerExecutor, states: Tensor, index: int, heads: Heads
+) -> RunningSums:
     """Sum score and value moments over the tokens that pass through one attention module."""
-    architecture, attention = sweep.context.architecture, heads.attentions[index]
-    name = architecture.layer_names[index]
+    model, attention = executor.architecture.model, heads.attentions[index]
     # The factor of the rotary table is part of queries and keys.
-    scaling = architecture.model.get_submodule(attention.module).scaling * heads.scale**2
+    scaling = model.get_submodule(attention.module).scaling * heads.scale**2
     projections: dict[str, Tensor] = {}
     sums = RunningSums()
 
     def keep_projection(name: str, _: Tensor, y: Tensor) -> None:
         projections[name] = y.unflatten(-1, (-1, heads.head_dim))
 
-    def add(_: str, x: Tensor) -> None:
+    def add(_: str, x: Tensor, __: Tensor) -> None:
         q, k = projections.pop(attention.q), projections.pop(attention.k)
         length = q.shape[1]
         step = max(1, length // QUERIES)
@@ -67,11 +68,11 @@ def _collect_layer(sweep: LayerSweep, index: int, heads: Heads) -> RunningSums:
         sums.add("values", (groups.transpose(1, 2) @ groups).double())  # [n_kv_heads, h, h]
 
     with (
-        sweep.stream.layer(index) as layer,
-        watch_outputs(layer, name, [attention.q, attention.k], keep_projection),
-        watch_inputs(layer, name, [attention.o], add),
+        executor.layer(index),
+        watch(model, [attention.q, attention.k], keep_projection),
+        watch(model, [attention.o], add),
     ):
-        sweep.advance(index, layer)
+        executor.advance_(index, states)
     return sums
 
 
@@ -82,7 +83,9 @@ def score_moments(
 
     Each pair contributes two parts: its own ``q k``, and ``q k`` with the query rotated by a right
     angle. Scaling and rotating the queries of a pair, which commutes with the rotary embedding,
-    mixes the two.
+    mixes the two. The covariances of the parts [n_heads, head_dim, head_dim], first the plain ones
+    of all pairs, then the rotated ones, are under each query's attention weights, summed over the
+    queries in float64.
 
     Parameters
     ----------
@@ -94,12 +97,6 @@ def score_moments(
     frequencies : Tensor, shape [head_dim / 2]
     scaling : float
         Factor of the scores.
-
-    Returns
-    -------
-    Tensor, shape [n_heads, head_dim, head_dim]
-        Sum over the queries of the covariance of the parts under the query's attention weights:
-        first the plain part of every pair, then the rotated ones. Float64.
 
     Notes
     -----

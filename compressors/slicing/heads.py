@@ -18,7 +18,10 @@ def value_output(
 ) -> tuple[Tensor, Tensor, float, str | None]:
     """Reduce the width of one value head, with the least error in the outputs of its group.
 
-    Minimises ``tr((W_o - V P) C (W_o - V P)^T)`` over P [rank, h] and V [d_out, rank].
+    Minimises ``tr((W_o - V P) C (W_o - V P)^T)`` over P [rank, h] and V [d_out, rank]. P multiplies
+    the value projection (``P W_v`` and ``P b_v``), V replaces `W_o`. Both are float64, and each
+    carries half of every singular value. Also returns the lost fraction of the energy
+    ``tr(W_o C W_o^T)``, and the deviation from the requested computation, None if there was none.
 
     Parameters
     ----------
@@ -31,17 +34,6 @@ def value_output(
         New width of the head, in ``[1, h]``.
     damp : float
         Fraction of ``mean(diag(C))`` added to its diagonal; positive.
-
-    Returns
-    -------
-    P : Tensor, shape [rank, h]
-        Multiplies the value projection: ``P W_v`` and ``P b_v``. In float64.
-    V : Tensor, shape [d_out, rank]
-        Replaces `W_o`, in float64. P and V carry half of each singular value.
-    lost : float
-        Fraction of the energy ``tr(W_o C W_o^T)`` that is lost.
-    fallback : str or None
-        Deviation from the requested computation; None if there was none.
 
     Notes
     -----
@@ -73,6 +65,8 @@ def choose_pairs(M: Tensor, count: int, *, damp: float) -> tuple[Tensor, Tensor,
 
     Backward elimination: each step removes the pair whose removal costs least in the scores of all
     heads together, once the queries of the remaining pairs have been scaled and rotated again.
+    Returns the pairs [count], the complex factors [n_heads, count] of their queries ``q1 + i q2``,
+    and the fraction of the variance of the scores that is lost.
 
     Parameters
     ----------
@@ -82,14 +76,6 @@ def choose_pairs(M: Tensor, count: int, *, damp: float) -> tuple[Tensor, Tensor,
         Number of pairs to keep, in ``[1, head_dim / 2]``.
     damp : float
         Fraction of ``mean(diag(M))`` of a head added to its diagonal; positive.
-
-    Returns
-    -------
-    pairs : Tensor, shape [count]
-    turns : Tensor, shape [n_heads, count]
-        Complex factors for the queries ``q1 + i q2`` of the kept pairs.
-    lost : float
-        Fraction of the variance of the scores that is lost.
     """
     n_pairs = M.shape[1] // 2
     if not 1 <= count <= n_pairs:

@@ -2,10 +2,10 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -17,13 +17,12 @@ from lrc.compressors.slicing.rope import frequencies
 
 # The linears whose outputs form the channels of an MLP, and the linear that reads them.
 MLPS = (
-    (("gate_proj", "up_proj"), "down_proj"),
-    (("fc1",), "fc2"),
-    (("dense_h_to_4h",), "dense_4h_to_h"),
+    ("gate_proj", "up_proj", "down_proj"),
+    ("fc1", "fc2"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
 )
 WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "hidden_dim")
-QKV = ("q_proj", "k_proj", "v_proj")
-OUTPUTS = ("o_proj", "out_proj", "dense")
+ATTENTIONS = tuple(("q_proj", "k_proj", "v_proj", o) for o in ("o_proj", "out_proj", "dense"))
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ class Mlp:
     output: str
 
 
-@dataclass(frozen=True)
-class Attention:
+class Attention(NamedTuple):
     """The linears of an attention module, by full names."""
 
     q: str
@@ -91,11 +89,9 @@ class Layout:
                 found[mlp.output] = [of(mlp.output).out_features, width]
         if head_dim is not None and isinstance(self.heads, Heads):
             wide, narrow = self.heads.n_heads * head_dim, self.heads.n_kv_heads * head_dim
-            for attention in self.heads.attentions:
-                found[attention.q] = [wide, of(attention.q).in_features]
-                found[attention.k] = [narrow, of(attention.k).in_features]
-                found[attention.v] = [narrow, of(attention.v).in_features]
-                found[attention.o] = [of(attention.o).out_features, wide]
+            for q, k, v, o in self.heads.attentions:
+                found |= {name: [narrow, of(name).in_features] for name in (k, v)}
+                found |= {q: [wide, of(q).in_features], o: [of(o).out_features, wide]}
         return found
 
     def shapes(self, width: int, head_dim: int | None) -> dict[str, list[int]]:
@@ -126,18 +122,10 @@ class Layout:
 
 def find_layout(architecture: Architecture) -> Layout | str:
     """Return what can be narrowed, or a clause that gives the reason why MLPs cannot be."""
-    mlps = []
-    for name, layer in zip(architecture.layer_names, architecture.layers, strict=True):
-        found = [
-            Mlp(tuple(f"{module}.{n}" for n in inputs), f"{module}.{output}")
-            for module, linears in _modules_with_linears(name, layer)
-            for inputs, output in MLPS
-            if {*inputs, output} <= linears
-        ]
-        if len(found) != 1:
-            kinds = ", ".join("/".join((*inputs, output)) for inputs, output in MLPS)
-            return f"{name} holds {len(found)} MLPs of the kinds {kinds}, not one"
-        mlps += found
+    found = _find_linears(architecture, MLPS)
+    if isinstance(found, str):
+        return found
+    mlps = [Mlp(tuple(inputs), output) for *inputs, output in found]
     widths = {architecture.model.get_submodule(mlp.output).in_features for mlp in mlps}
     if len(widths) > 1:
         return f"its MLPs differ in width ({min(widths)} to {max(widths)})"
@@ -155,10 +143,26 @@ def skeleton(architecture: Architecture, config: PreTrainedConfig) -> Any:
         return type(architecture.model)(deepcopy(config))
 
 
-def _modules_with_linears(layer_name: str, layer: nn.Module) -> Iterator[tuple[str, set[str]]]:
-    """Yield the full name of every module in a layer and the names of its linear children."""
-    for name, module in layer.named_modules(prefix=layer_name):
-        yield name, {n for n, child in module.named_children() if isinstance(child, nn.Linear)}
+def _find_linears(
+    architecture: Architecture, kinds: Sequence[tuple[str, ...]]
+) -> list[tuple[str, ...]] | str:
+    """Return the full names of the linears of the one module of some kinds in each layer.
+
+    A kind is the names of the linears. If there is not one, return a clause that says so.
+    """
+    result = []
+    for name, layer in zip(architecture.layer_names, architecture.layers, strict=True):
+        found = [
+            tuple(f"{path}.{linear}" for linear in kind)
+            for path, module in layer.named_modules(prefix=name)
+            for kind in kinds
+            if all(isinstance(getattr(module, linear, None), nn.Linear) for linear in kind)
+        ]
+        if len(found) != 1:
+            written = ", ".join("/".join(kind) for kind in kinds)
+            return f"{name} has {len(found)} modules with the linears {written}, not one"
+        result += found
+    return result
 
 
 def _find_heads(architecture: Architecture) -> Heads | str:
@@ -166,16 +170,10 @@ def _find_heads(architecture: Architecture) -> Heads | str:
     table = frequencies(architecture.model, config)
     if isinstance(table, str):
         return table
-    attentions = []
-    for name, layer in zip(architecture.layer_names, architecture.layers, strict=True):
-        found = [
-            Attention(*(f"{module}.{n}" for n in (*QKV, *outputs)))
-            for module, linears in _modules_with_linears(name, layer)
-            if {*QKV} <= linears and len(outputs := [n for n in OUTPUTS if n in linears]) == 1
-        ]
-        if len(found) != 1:
-            return f"{name} has no attention of four linears q_proj, k_proj, v_proj and an output"
-        attentions += found
+    found = _find_linears(architecture, ATTENTIONS)
+    if isinstance(found, str):
+        return found
+    attentions = [Attention(*names) for names in found]
     inverse, scale = table
     head_dim, n_heads = 2 * len(inverse), int(config.num_attention_heads)
     n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
@@ -190,9 +188,7 @@ def _unsupported(model: nn.Module, attention: Attention, sizes: tuple[int, int, 
     """Return the reason why the heads of an attention module cannot be narrowed, if any."""
     n_heads, n_kv_heads, head_dim = sizes
     module: Any = model.get_submodule(attention.module)
-    linears: list[Any] = [
-        model.get_submodule(n) for n in (attention.q, attention.k, attention.v, attention.o)
-    ]
+    linears: list[Any] = [model.get_submodule(name) for name in attention]
     own = {id(p) for linear in linears for p in linear.parameters()}
     others = [name for name, p in module.named_parameters() if id(p) not in own]
     if others:

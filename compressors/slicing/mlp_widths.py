@@ -13,14 +13,13 @@ from torch import Tensor
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.activation_cache import cache_files
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.planning.allocators import lagrangian
 from lrc.compressors.slicing.drop import block_influence
 from lrc.compressors.slicing.layout import Layout, Mlp
 from lrc.compressors.slicing.mlp import loss_curve
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget
 from lrc.compressors.solvers.linalg import whitening_factor
-from lrc.compressors.solvers.moments import Moment
 from lrc.configs.slice import Modegpt
 
 # Fraction of heads removed per fraction of MLPs. SmolLM2-135M at 80 % of its bytes: perplexity 43.4
@@ -80,7 +79,10 @@ def even_widths(
 
 
 def allocate_widths(
-    context: SliceContext, options: Modegpt, layout: Layout, planned: Mapping[str, Sequence[int]]
+    context: CalibrationContext,
+    options: Modegpt,
+    layout: Layout,
+    planned: Mapping[str, Sequence[int]],
 ) -> tuple[list[int], dict[str, Any]]:
     """Distribute the channels of planned shapes by calibration; return widths and facts."""
     multiple, facts = options.width_multiple, dict[str, Any]()
@@ -149,7 +151,7 @@ class _Width(NamedTuple):
 
 
 @torch.no_grad()
-def mlp_loss_curves(context: SliceContext, mlps: list[Mlp], *, damp: float) -> list[Tensor]:
+def mlp_loss_curves(context: CalibrationContext, mlps: list[Mlp], *, damp: float) -> list[Tensor]:
     """Return for each MLP the rise of the loss, in nats per token, with 1, 2, ..., d_int channels.
 
     The second-order rise for an error E of the output weight alone, with inputs and gradients
@@ -159,33 +161,18 @@ def mlp_loss_curves(context: SliceContext, mlps: list[Mlp], *, damp: float) -> l
     """
     curves, device, journal = [], context.device, context.journal
     with torch.enable_grad():
-        statistics.collect(
-            context.architecture,
-            context.reader,
-            context.windows(),
-            {mlp.output: REQUIRED_STATISTICS for mlp in mlps},
-            journal,
-            labels=context.labels,
-            seed=context.seed,
-            device=device,
-            memory_limit_gib=context.memory_limit_gib,
-            on_step=context.on_step,
-        )
+        statistics.collect(context, {mlp.output: REQUIRED_STATISTICS for mlp in mlps})
     for layer, mlp in enumerate(mlps):
-        known = statistics.load(journal, layer, mlp.output)
-        C, G = (_mean(m, known.n_tokens).to(device) for m in (known.inputs, known.gradients))
+        known = statistics.load(journal, layer, mlp.output).to(device)
+        assert known.inputs is not None, "they were requested"
+        assert known.gradients is not None, "they were requested"
+        C, G = (m.whole() / known.n_tokens for m in (known.inputs, known.gradients))
         L, _ = whitening_factor(G, damp)
         W = context.reader.read(f"{mlp.output}.weight", device=device).double()
         curves.append(loss_curve(L.T @ W, C, damp=damp).cpu() / 2)
         context.on_step("widths", layer + 1, len(mlps))
     journal.forget("statistics", *cache_files(journal))
     return curves
-
-
-def _mean(moment: Moment | None, n_tokens: int) -> Tensor:
-    assert moment is not None, "it was requested"
-    assert moment.full is not None, "it was requested as a whole"
-    return moment.full.double() / n_tokens
 
 
 def _round_to_total(target: Tensor, steps: int, most: int) -> list[int]:

@@ -10,16 +10,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from lrc.compressors.checkpoint.format import quantization_config
-from lrc.compressors.layers.model_shapes import SHAPES, shapes_of
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.layers.model_shapes import SHAPES, tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.head_statistics import collect_head_statistics
 from lrc.compressors.slicing.heads import choose_pairs
 from lrc.compressors.slicing.layout import Heads, Layout, find_layout, skeleton
 from lrc.compressors.slicing.mlp_widths import allocate_widths, even_widths, solve_widths
 from lrc.compressors.slicing.rope import table_parameters
-from lrc.compressors.slicing.slice_context import SliceContext
-from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
+from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod, with_tables
 from lrc.compressors.slicing.slice_writer import NarrowHeads, SliceWriter
 from lrc.configs.slice import Modegpt as Options
 
@@ -65,7 +64,7 @@ class Modegpt(SliceMethod[Options]):
                 return config
             widths = even_widths(layout, width, narrower, multiple, budget)
             setattr(config, layout.width_key, layout.width)
-            return _with_widths(layout, config, widths)
+            return with_tables(config, {SHAPES: layout.linear_shapes(widths)})
         raise budget.refusal(
             f"{type(architecture.model).__name__} does not take the width of its MLPs from "
             f"{layout.width_key} in its config; {OTHERWISE}"
@@ -73,13 +72,13 @@ class Modegpt(SliceMethod[Options]):
 
     def pending(self, options: Options, config: PreTrainedConfig) -> str | None:
         """Describe the widths that calibration will choose, if layers may differ in width."""
-        if not shapes_of(config):
+        if SHAPES not in tables_of(config):
             return None
         return f"the {options.allocation} allocation will choose the width of each layer's MLP"
 
     def passes(self, options: Options, config: PreTrainedConfig) -> float:
         """Count the passes of allocation, head statistics, and refits with two models."""
-        allocation = ALLOCATION_PASSES[options.allocation] if shapes_of(config) else 0.0
+        allocation = ALLOCATION_PASSES[options.allocation] if SHAPES in tables_of(config) else 0.0
         return allocation + (7.0 if options.heads else 5.0)
 
     def recommended_tokens(self, architecture: Architecture) -> int:
@@ -92,20 +91,20 @@ class Modegpt(SliceMethod[Options]):
         return TOKENS_PER_CHANNEL * layout.width if isinstance(layout, Layout) else 0
 
     def apply(
-        self, context: SliceContext, options: Options, config: PreTrainedConfig
+        self, context: CalibrationContext, options: Options, config: PreTrainedConfig
     ) -> SlicedModel:
         """Choose widths and rotary pairs, then slice one layer after another."""
         layout = find_layout(context.architecture)
         assert isinstance(layout, Layout), "it was planned"
         width, head_dim = getattr(config, layout.width_key), getattr(config, "head_dim", None)
-        planned = shapes_of(config)
+        planned = tables_of(config).get(SHAPES, {})
         # The model's own config has what an earlier slice chose; the planned one may not.
         config = deepcopy(context.architecture.model.config)
         facts: dict[str, Any] = {layout.width_key: [layout.width, width]}
         if planned:
             widths, chosen = allocate_widths(context, options, layout, planned)
             facts |= {layout.width_key: [layout.width, widths], **chosen}
-            config = _with_widths(layout, config, widths)
+            config = with_tables(config, {SHAPES: layout.linear_shapes(widths)})
         else:
             widths = [width] * len(layout.mlps)
             setattr(config, layout.width_key, width)
@@ -118,12 +117,12 @@ class Modegpt(SliceMethod[Options]):
             )
             facts["head_dim"] = [layout.heads.head_dim, head_dim]
             facts |= {"rotary_pairs": narrow_heads.pairs.tolist(), "lost_scores": lost}
-        writer = SliceWriter(context, layout.mlps, widths, narrow_heads, damp=options.damp)
+        writer = SliceWriter(context, layout.mlps, widths, narrow_heads, options.damp)
         return SlicedModel(config, writer.tensors(), facts | {"layers": writer.facts})
 
 
 def _choose_heads_(
-    context: SliceContext, config: PreTrainedConfig, heads: Heads, head_dim: int, damp: float
+    context: CalibrationContext, config: PreTrainedConfig, heads: Heads, head_dim: int, damp: float
 ) -> tuple[NarrowHeads, float]:
     """Choose the rotary pairs of narrower heads, and write size and pairs into the config."""
     known, count = collect_head_statistics(context, heads), head_dim // 2
@@ -147,12 +146,3 @@ def _set_head_dim_(config: Any, heads: Heads, pairs: Sequence[int]) -> None:
         scale=heads.scale,
         max_positions=config.max_position_embeddings,
     )
-
-
-def _with_widths(
-    layout: Layout, config: PreTrainedConfig, widths: Sequence[int]
-) -> PreTrainedConfig:
-    """Return a config with a table of the widths of MLPs."""
-    changed: PreTrainedConfig = deepcopy(config)
-    changed.quantization_config = quantization_config({}, {SHAPES: layout.linear_shapes(widths)})
-    return changed

@@ -10,20 +10,18 @@ most of the savings.
 """
 
 from collections.abc import Iterator
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lrc.compressors.checkpoint.format import quantization_config
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.layers.model_shapes import SHAPES, rebuild_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.families import Family
 from lrc.compressors.slicing.layout import skeleton
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.stream_bases import StreamBases
 
 ROWS = 8192  # of a matrix that are converted to float64 at a time: embeddings are large
@@ -89,17 +87,9 @@ class StreamParameters:
         return {key: table for key, table in tables.items() if table}
 
 
-def config_with_tables(config: PreTrainedConfig, tables: dict[str, Any]) -> PreTrainedConfig:
-    """Return an untied config with the tables of a checkpoint with a basis per block."""
-    smaller: PreTrainedConfig = deepcopy(config)
-    smaller.tie_word_embeddings = False
-    smaller.quantization_config = quantization_config({}, tables)
-    return smaller
-
-
 @torch.no_grad()
 def rotated_tensors(
-    context: SliceContext,
+    context: CalibrationContext,
     family: Family,
     config: PreTrainedConfig,
     bases: StreamBases,

@@ -2,20 +2,22 @@
 
 A method first plans the config of the smaller model from shapes alone, so that later stages can be
 planned before any weight is read. It then computes the tensors of a checkpoint with that config.
-Shapes that config.json cannot describe are stored in tables inside it, see `layers.model_shapes`. Widths
+Shapes that config.json cannot describe are stored in tables inside it, see `model_shapes`. Widths
 that depend on calibration are planned evenly at the same total size.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.configs.errors import RecipeError
 from lrc.configs.slice import SliceBase
 
@@ -33,7 +35,7 @@ class Budget:
 
     def refusal(self, reason: str) -> RecipeError:
         """Return the error for a budget that cannot be met."""
-        return RecipeError([f"{self.where}: {reason}"])
+        return RecipeError(f"{self.where}: {reason}")
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,15 @@ class SlicedModel:
     """JSON values for the report; complete once all tensors have been read."""
 
 
-class SliceMethod(ABC, Generic[OptionsT]):
-    """A slicing method; an entry of the METHODS table."""
+def with_tables(config: PreTrainedConfig, tables: dict[str, Any]) -> PreTrainedConfig:
+    """Return a config with tables of what it cannot describe."""
+    changed: PreTrainedConfig = deepcopy(config)
+    changed.quantization_config = quantization_config({}, tables)
+    return changed
 
-    reads_text: bool = True
-    """Whether the method reads calibration text."""
+
+class SliceMethod(ABC, Generic[OptionsT]):
+    """A slicing method; an entry of the METHODS table. All of them read calibration text."""
 
     @abstractmethod
     def plan(
@@ -61,10 +67,7 @@ class SliceMethod(ABC, Generic[OptionsT]):
     ) -> PreTrainedConfig:
         """Return the config of the largest smaller model within the budget.
 
-        Raises
-        ------
-        RecipeError
-            If the method does not support the architecture, or no model fits the budget.
+        Raises a `RecipeError` if the method does not support the architecture, or no model fits.
         """
 
     def pending(self, options: OptionsT, config: PreTrainedConfig) -> str | None:
@@ -81,6 +84,6 @@ class SliceMethod(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def apply(
-        self, context: SliceContext, options: OptionsT, config: PreTrainedConfig
+        self, context: CalibrationContext, options: OptionsT, config: PreTrainedConfig
     ) -> SlicedModel:
         """Slice the model of the context to the planned config."""

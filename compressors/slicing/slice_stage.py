@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, write_weights
 from lrc.compressors.layers.model_shapes import tables_of
@@ -17,7 +18,6 @@ from lrc.compressors.models.source import Source
 from lrc.compressors.planning.plan import SliceRecord
 from lrc.compressors.planning.size_budget import WholeModel
 from lrc.compressors.slicing import METHODS
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget
 from lrc.configs.errors import RecipeError
 from lrc.configs.size import parse_size
@@ -45,10 +45,8 @@ def plan_slices(
         method = METHODS[options.method]
         if tables_of(old):
             raise RecipeError(
-                [
-                    f"stages[{number}].slice: cannot follow stages[{number - 1}], which produces "
-                    "layer shapes that config.json cannot describe; make that stage the last slice"
-                ]
+                f"stages[{number}].slice: cannot follow stages[{number - 1}], which produces "
+                "layer shapes that config.json cannot describe; make that stage the last slice"
             )
         config = method.plan(architecture, options, budget)
         pending = method.pending(options, config)
@@ -94,7 +92,7 @@ def sliced_source(source: Source, config: PreTrainedConfig, folder: Path | None 
 
 def apply_slice(
     folder: Path,
-    context: SliceContext,
+    context: CalibrationContext,
     options: SliceBase,
     config: PreTrainedConfig,
     source: Source,
@@ -156,10 +154,8 @@ def _budget(options: SliceBase, whole: WholeModel, number: int) -> Budget:
     allowed = parse_size(options.size) - header
     if not 0 < allowed < whole.bytes:
         raise RecipeError(
-            [
-                f"{where}.size: must be above the {header:,} bytes of file headers and below the "
-                f"{whole.bytes + header:,} bytes of the model to slice, got {options.size}; "
-                f"{'raise' if allowed <= 0 else 'lower'} size"
-            ]
+            f"{where}.size: must be above the {header:,} bytes of file headers and below the "
+            f"{whole.bytes + header:,} bytes of the model to slice, got {options.size}; "
+            f"{'raise' if allowed <= 0 else 'lower'} size"
         )
     return Budget(f"{where}.size", allowed, whole.bytes)

@@ -6,12 +6,13 @@ models up to the linear that is refitted next.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.slicing.heads import (
     pair_dimensions,
@@ -23,7 +24,6 @@ from lrc.compressors.slicing.heads import (
 )
 from lrc.compressors.slicing.layout import Attention, Heads, Mlp
 from lrc.compressors.slicing.mlp import narrow
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.solvers.error_compensation import refit_target
 
 # Weights in the refit target of the dense model's inputs and of the residual stream's error.
@@ -51,43 +51,27 @@ class NarrowHeads:
     """Factor of the queries that cancels a change in the scaling of the scores."""
 
 
+@dataclass
 class SliceWriter:
-    """Compute the tensors of a model with narrower MLPs and heads.
+    """Compute the tensors of a model with narrower MLPs and heads."""
 
-    `mlps` and `widths` have one entry per layer. Without `narrow_heads` attention does not change.
-    """
-
-    def __init__(
-        self,
-        context: SliceContext,
-        mlps: list[Mlp],
-        widths: list[int],
-        narrow_heads: NarrowHeads | None,
-        *,
-        damp: float,
-    ) -> None:
-        self._context, self._damp = context, damp
-        self._mlps, self._widths, self._narrow_heads = mlps, widths, narrow_heads
-        self._parameters = context.architecture.stored_parameters()
-        self.facts: list[dict[str, Any]] = []
-        """Facts of each layer; a layer is added when it is sliced."""
+    context: CalibrationContext
+    mlps: list[Mlp]
+    """One per layer."""
+    widths: list[int]
+    narrow_heads: NarrowHeads | None
+    """Without them attention does not change."""
+    damp: float
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    """Facts of each layer; a layer is added when it is sliced."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every stored parameter, slicing a layer when its first one is reached."""
-        context, names = self._context, self._context.architecture.layer_names
-        tokens = context.windows()
-        self._n_tokens = tokens.numel()
-        self._prefix = SequentialCalibration(
-            context.architecture,
-            context.reader,
-            tokens,
-            context.journal,
-            device=context.device,
-            memory_limit_gib=context.memory_limit_gib,
-        )
+        context, names = self.context, self.context.architecture.layer_names
+        self._prefix = SequentialCalibration(context)
         self._sliced: dict[str, Tensor] = {}
         done = 0
-        for name in self._parameters:
+        for name in context.architecture.stored_parameters():
             if done < len(names) and name.startswith(f"{names[done]}."):
                 self._slice_layer(done)
                 done += 1
@@ -99,21 +83,21 @@ class SliceWriter:
     def _slice_layer(self, index: int) -> None:
         self._sliced = {}
         self.facts.append({"layer": index})
-        if self._narrow_heads is not None:
-            attention = self._narrow_heads.heads.attentions[index]
-            self._slice_queries_and_keys(index, attention, self._narrow_heads)
-            self._slice_values_and_output(index, attention, self._narrow_heads)
-        self._slice_mlp(index, self._mlps[index])
+        if self.narrow_heads is not None:
+            attention = self.narrow_heads.heads.attentions[index]
+            self._slice_queries_and_keys(index, attention, self.narrow_heads)
+            self._slice_values_and_output(index, attention, self.narrow_heads)
+        self._slice_mlp(index, self.mlps[index])
         self._prefix.advance(index)
 
     def _slice_mlp(self, layer: int, mlp: Mlp) -> None:
         W, _ = self._read(mlp.output)
         target, H = self._refit(layer, mlp.output, W, W)
-        narrowed = narrow(target, H, self._widths[layer], damp=self._damp)
+        narrowed = narrow(target, H, self.widths[layer], damp=self.damp)
         self.facts[-1]["lost_mlp"] = narrowed.lost
         self._note_fallback("mlp", narrowed.fallback)
         small = narrowed.W.to(W.dtype)
-        self._prefix.replace(mlp.output, torch.zeros_like(W).index_copy(1, narrowed.kept, small))
+        self._prefix.insert(mlp.output, torch.zeros_like(W).index_copy(1, narrowed.kept, small))
         self._put(mlp.output, (small, None))
         for name in mlp.inputs:
             self._put(name, _map(lambda t: t[narrowed.kept], self._read(name)))
@@ -130,7 +114,7 @@ class SliceWriter:
         self._put(attention.k, _map(lambda t: take(t, dimensions, h), self._read(attention.k)))
         # In the simulation the queries of removed pairs are zero.
         wide = _map(lambda t: spread(t.double() / gain, dimensions, h), q)
-        self._prefix.replace(attention.q, *wide)
+        self._prefix.insert(attention.q, *wide)
 
     def _slice_values_and_output(self, layer: int, attention: Attention, new: NarrowHeads) -> None:
         heads, rank = new.heads, 2 * len(new.pairs)
@@ -142,7 +126,7 @@ class SliceWriter:
         for index in range(heads.n_kv_heads):
             stacked = readers[:, index].transpose(0, 1).flatten(0, 1)  # [group * d, h]
             P, V, fraction, fallback = value_output(
-                stacked, new.values[layer, index], rank, damp=self._damp
+                stacked, new.values[layer, index], rank, damp=self.damp
             )
             projections.append(P)
             outputs += [block.T for block in V.chunk(group)]  # [rank, d]
@@ -152,13 +136,13 @@ class SliceWriter:
         P_all = torch.stack(projections)  # [n_kv_heads, rank, h]
         v = _map(lambda t: project(t, P_all).to(t), self._read(attention.v))
         self._put(attention.v, v)
-        self._prefix.replace(attention.v, *_map(lambda t: spread(t, first, h), v))
+        self._prefix.insert(attention.v, *_map(lambda t: spread(t, first, h), v))
 
         V_all = spread(torch.cat(outputs), first, h).T  # [d, n_heads * h]
         target, _ = self._refit(layer, attention.o, W_o, V_all)
         kept = take(target.T, first, h).to(W_o.dtype)  # [n_heads * rank, d]
         self._put(attention.o, (kept.T, None))
-        self._prefix.replace(attention.o, spread(kept, first, h).T)
+        self._prefix.insert(attention.o, spread(kept, first, h).T)
 
     def _refit(self, layer: int, linear: str, W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         """Refit V on the sliced model's inputs to the dense model's output with W.
@@ -166,14 +150,17 @@ class SliceWriter:
         Returns the weight [d_out, d_in] and the second moment [d_in, d_in] per token of the inputs.
         """
         found = self._prefix.measure(layer, [linear], deficit=True)
-        H, cross = found.H.double() / self._n_tokens, found.cross.double() / self._n_tokens
+        H, cross = (
+            found.H.double() / self._prefix.n_tokens,
+            found.cross.double() / self._prefix.n_tokens,
+        )
         # The target is (1 - MIX) V x' + MIX W x + RESIDUAL (R - R'): where W and V differ, W does
         # not apply to the inputs x' of the sliced model, whose channels V defines.
         deficit = MIX * (W.double() - V.double()) @ cross
         if linear in found.deficit:
-            deficit += RESIDUAL * found.deficit[linear].double() / self._n_tokens
+            deficit += RESIDUAL * found.deficit[linear].double() / self._prefix.n_tokens
         target, fallback = refit_target(
-            V, H, cross, mix=MIX, damp=self._damp, deficit=deficit, residual=1.0
+            V, H, cross, mix=MIX, damp=self.damp, deficit=deficit, residual=1.0
         )
         self._note_fallback(linear.rpartition(".")[2], fallback)
         return target, H
@@ -188,9 +175,9 @@ class SliceWriter:
                 self._sliced[f"{linear}.{leaf}"] = tensor.contiguous().cpu()
 
     def _read(self, linear: str) -> WeightAndBias:
-        reader, bias, device = self._context.reader, f"{linear}.bias", self._context.device
+        reader, bias, device = self.context.reader, f"{linear}.bias", self.context.device
         weight = reader.read(f"{linear}.weight", device=device)
-        return weight, reader.read(bias, device=device) if bias in self._parameters else None
+        return weight, reader.read(bias, device=device) if bias in reader else None
 
 
 def _map(change: Callable[[Tensor], Tensor], parts: WeightAndBias) -> WeightAndBias:

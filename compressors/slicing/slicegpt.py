@@ -20,16 +20,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.layers.model_shapes import SHAPES, tables_of
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.families import Family, find_family
 from lrc.compressors.slicing.rotated_weights import (
     StreamParameters,
-    config_with_tables,
     rotated_tensors,
 )
-from lrc.compressors.slicing.slice_context import SliceContext
-from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
+from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod, with_tables
 from lrc.compressors.slicing.stream_bases import find_basis, find_block_bases
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.slice import Slicegpt as Options
@@ -84,21 +83,21 @@ class Slicegpt(SliceMethod[Options]):
                 f"within {budget.bytes}; allow at most {budget.dense_bytes} bytes, or slice with "
                 "'modegpt' or 'drop', which keep the head tied"
             )
-        return config_with_tables(config, roles.tables(k)) if per_block else _narrowed(config, k)
+        return untied_config(config, roles.tables(k)) if per_block else _narrowed(config, k)
 
     def passes(self, options: Options, config: PreTrainedConfig) -> float:
         """Count two passes with one basis per block: a layer runs again for its second block."""
         return 2.0 if tables_of(config) else 1.0
 
     def apply(
-        self, context: SliceContext, options: Options, config: PreTrainedConfig
+        self, context: CalibrationContext, options: Options, config: PreTrainedConfig
     ) -> SlicedModel:
         """Find the bases on the calibration text, then slice one tensor after another."""
         architecture, tables = context.architecture, tables_of(config)
         dense, family = architecture.model.config, find_family(architecture.model)
         if tables:
             k, scale = tables[SHAPES][family.embeddings[0]][1], 1.0
-            bases, final = find_block_bases(context, family, k), config_with_tables(dense, tables)
+            bases, final = find_block_bases(context, family, k), untied_config(dense, tables)
         else:
             k, scale = int(config.hidden_size), math.sqrt(config.hidden_size / dense.hidden_size)
             bases, final = find_basis(context, family, k), _narrowed(dense, k)
@@ -117,7 +116,7 @@ def _find_family(architecture: Architecture, budget: Budget, *, plain: bool) -> 
     try:
         family = find_family(architecture.model)
     except ModelError as error:
-        raise RecipeError([f"{where}: {str(error).removeprefix('model: ')}"]) from error
+        raise RecipeError(f"{where}: {str(error).removeprefix('model: ')}") from error
     kind = architecture.model.config.model_type
     if plain and kind not in PLAIN:
         reason = (
@@ -126,12 +125,17 @@ def _find_family(architecture: Architecture, budget: Budget, *, plain: bool) -> 
             else "its classes compute with the width of the residual stream"
         )
         raise RecipeError(
-            [
-                f"{where}: 'slicegpt' produces plain models of {', '.join(PLAIN)} only, not of "
-                f"{kind!r}: {reason}; set rotations: block, or slice with 'modegpt' or 'drop'"
-            ]
+            f"{where}: 'slicegpt' produces plain models of {', '.join(PLAIN)} only, not of "
+            f"{kind!r}: {reason}; set rotations: block, or slice with 'modegpt' or 'drop'"
         )
     return family
+
+
+def untied_config(config: PreTrainedConfig, tables: dict[str, Any]) -> PreTrainedConfig:
+    """Return an untied config with the tables of a checkpoint with a basis per block."""
+    smaller = with_tables(config, tables)
+    smaller.tie_word_embeddings = False
+    return smaller
 
 
 def _narrowed(config: Any, width: int) -> PreTrainedConfig:

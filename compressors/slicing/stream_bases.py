@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.calibrate.activation_cache import LIVE
-from lrc.compressors.calibrate.layer_executor import apply, watch_inputs
+from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
+from lrc.compressors.calibrate.layer_executor import LayerExecutor, watch
 from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.slicing.families import Block, Family
-from lrc.compressors.slicing.slice_context import LayerSweep, SliceContext, check_finite
-from lrc.compressors.solvers.linalg import descending_eigh
+from lrc.compressors.solvers.linalg import descending_eigh, tensor_cores
 
 ROTATIONS = "rotations"
 
@@ -39,28 +39,19 @@ class StreamBases:
 
 
 def principal_axes(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvectors of a second moment and its eigenvalues, largest first.
+    """Return the eigenvectors [D, D] of a second moment and its eigenvalues [D], largest first.
 
-    Section 3 of SliceGPT, whose code first adds a multiple of the identity: that moves no axis.
-
-    Parameters
-    ----------
-    moment : Tensor, shape [D, D]
-        Sum over tokens of ``x x^T`` for the inputs ``x`` of norms of the residual stream.
-
-    Returns
-    -------
-    Q : Tensor, shape [D, D]
-        Orthogonal, float64, one axis per column. The largest entry of each column is positive, so
-        that equal moments give equal axes.
-    energies : Tensor, shape [D]
+    Section 3 of SliceGPT, whose code first adds a multiple of the identity: that moves no axis. The
+    moment is the sum over tokens of ``x x^T`` for the inputs ``x`` of norms of the residual stream.
+    Axes are columns in float64; the largest entry of each is positive, so that equal moments give
+    equal axes.
     """
     energies, Q = descending_eigh(moment.double())
     peaks = Q.gather(0, Q.abs().argmax(0, keepdim=True))  # [1, D]
     return Q * peaks.sign(), energies
 
 
-def find_basis(context: SliceContext, family: Family, k: int) -> StreamBases:
+def find_basis(context: CalibrationContext, family: Family, k: int) -> StreamBases:
     """Return the first `k` principal axes of the dense model's stream, for all blocks."""
     moment = stream_moment(context, family)
     Q = principal_axes(moment)[0][:, :k]
@@ -69,7 +60,7 @@ def find_basis(context: SliceContext, family: Family, k: int) -> StreamBases:
 
 
 @torch.no_grad()
-def stream_moment(context: SliceContext, family: Family) -> Tensor:
+def stream_moment(context: CalibrationContext, family: Family) -> Tensor:
     """Return the second moment [D, D] of the dense model's stream, summed over all norms.
 
     In float64. Every token is divided by its root mean square, so that all have equal weight.
@@ -77,34 +68,35 @@ def stream_moment(context: SliceContext, family: Family) -> Tensor:
     architecture, sums = context.architecture, RunningSums()
     norms = [norm.name for norm in family.norms(architecture.model)]
 
-    def add(_: str, x: Tensor) -> None:
+    def add(x: Tensor) -> None:
         x = _centre(x.reshape(-1, x.shape[-1]).float(), family)  # [n_tokens, D]
         scale = x.square().mean(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
         sums.add_square("stream", x * scale)
 
-    with context.allow_tf32():
-        sweep = LayerSweep.begin(context)
-        width, n_layers = sweep.states.shape[-1], len(sweep.calls)
+    with tensor_cores(context.device):
+        executor = LayerExecutor(context)
+        states, n_layers = executor.embedded(), len(executor.calls)
+        width = executor.shape[-1]
         total = torch.zeros(width, width, dtype=torch.float64)
         for index, name in enumerate(architecture.layer_names):
             inner = [norm for norm in norms if norm.startswith(f"{name}.")]
-            with sweep.stream.layer(index) as layer, watch_inputs(layer, name, inner, add):
-                sweep.advance(index, layer)
+            with executor.layer(index), watch(architecture.model, inner, lambda _, x, __: add(x)):
+                executor.advance_(index, states)
             if index == n_layers - 1:  # the final norm is outside the layers
-                for x in sweep.inputs():
-                    add(norms[-1], x)
+                for rows in executor.batches:
+                    add(states[rows].to(context.device))
             # Sums over one layer are float32, the total over all layers is float64.
             moment = sums.pop("stream").double().cpu()
             check_finite(moment, f"the residual stream in {name}")
             total += moment
             context.on_step("slice", index + 1, n_layers)
-    del sweep
+    del states
     context.journal.forget(f"states{LIVE}")
     return total
 
 
 @torch.no_grad()
-def find_block_bases(context: SliceContext, family: Family, k: int) -> StreamBases:
+def find_block_bases(context: CalibrationContext, family: Family, k: int) -> StreamBases:
     """Find a basis of width `k` for each block, and store the bases in the journal.
 
     Tokens are not normalised, as in the paper. SmolLM2-135M at 80 % of its bytes, 364 of 576
@@ -112,14 +104,13 @@ def find_block_bases(context: SliceContext, family: Family, k: int) -> StreamBas
     the dense model's stream; with one basis for all blocks, of 378, 178.4. (Its tied head has to be
     untied.)
     """
-    architecture = context.architecture
-    sweep = LayerSweep.begin(context)
-    states, names = sweep.states, architecture.layer_names
+    executor, model = LayerExecutor(context), context.architecture.model
+    states, names = executor.embedded(), context.architecture.layer_names
     kept: list[float] = []
     sums = RunningSums()
     before: Tensor | None = None
 
-    def add(_: str, x: Tensor) -> None:
+    def add(x: Tensor) -> None:
         sums.add_square("stream", _centre(x.reshape(-1, x.shape[-1]).float(), family))
 
     def next_basis(layer: str) -> Tensor:
@@ -136,31 +127,30 @@ def find_block_bases(context: SliceContext, family: Family, k: int) -> StreamBas
         kept.append(_kept_energy(moment, Q))
         return Q.float()
 
-    for index, (name, call) in enumerate(zip(names, sweep.calls, strict=True)):
-        for x in sweep.inputs():
-            add(name, x)
+    for index, name in enumerate(names):
+        for rows in executor.batches:
+            add(states[rows].to(context.device))
         Q = next_basis(name)
-        for rows in sweep.batches():
+        for rows in executor.batches:
             states[rows] = project(states[rows].to(context.device), Q, family)
-        blocks = family.stream(architecture.model)
-        blocks = [block for block in blocks if block.norms[0].name.startswith(f"{name}.")]
+        blocks = [b for b in family.stream(model) if b.norms[0].name.startswith(f"{name}.")]
         inner: list[tuple[Block, Tensor]] = []
-        with context.allow_tf32(), sweep.stream.layer(index) as layer:
+        with tensor_cores(context.device), executor.layer(index):
             for block in blocks[1:]:
                 with (
-                    watch_inputs(layer, name, [block.norms[0].name], add),
-                    projected_blocks(architecture.model, inner, family),
+                    watch(model, [block.norms[0].name], lambda _, x, __: add(x)),
+                    projected_blocks(model, inner, family),
                 ):
-                    for x in sweep.inputs():
-                        apply(layer, call, x)
+                    for rows in executor.batches:
+                        executor.apply(index, states[rows])
                 inner.append((block, next_basis(name)))
-            with projected_blocks(architecture.model, inner, family):
-                sweep.advance(index, layer)
+            with projected_blocks(model, inner, family):
+                executor.advance_(index, states)
         context.on_step("slice", index + 1, len(names))
-    for x in sweep.inputs():
-        add(names[-1], x)
+    for rows in executor.batches:
+        add(states[rows].to(context.device))
     next_basis(names[-1])
-    del states, sweep
+    del states
     context.journal.forget(f"states{LIVE}")
 
     def read(key: str, offset: int, block: int) -> Tensor:

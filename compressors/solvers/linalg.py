@@ -18,24 +18,19 @@ RANK_TOLERANCE = 1e-14
 
 
 @contextmanager
-def tensor_cores() -> Iterator[None]:
-    """Allow TF32 in float32 matrix products on CUDA, which is several times as fast.
+def tensor_cores(device: str | torch.device) -> Iterator[None]:
+    """Allow TF32 in float32 matrix products on CUDA devices, which is several times as fast.
 
     Sums stay in float32; rounding adds about 1e-7 of a channel's energy to a Gram matrix, less than
     the damping.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def add_second_moment_(H: Tensor, x: Tensor) -> None:
-    """Add ``x^T x`` of inputs `x` [..., d_in] to a running sum `H` [d_in, d_in], in place."""
-    x = x.reshape(-1, x.shape[-1]).to(H.dtype)  # [n_tokens, d_in]
-    H.addmm_(x.T, x)
 
 
 def damped(H: Tensor, damp: float) -> Tensor:

@@ -39,24 +39,22 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
     before = len(problems)
     _check_patterns(found, problems)
     if len(problems) > before:
-        return [task.dense() for task in found.tasks]
-    multiple = _rank_multiple(options, draft)
+        return found.tasks
+    multiple = options.rank_multiple
+    if not isinstance(METHODS[options.method], FixedSizeMethod):
+        # A rank is the length of a factor's rows, which later quantization divides into groups.
+        multiple = lcm(multiple, draft.group_multiple)
+    schemes = tuple(QuantizationArgs.parse(s) for s in options.scheme_choices)
     fixed = [
         _overridden(task, found, multiple, problems)
         for task in found.tasks
         if task.name in found.overrides
     ]
     rest = [task for task in found.tasks if task.name not in found.overrides]
-    dense = [*fixed, *(task.dense() for task in rest)]
     total = sum(task.dense_cost(options.measure) for task in found.tasks)
     if options.size is not None:
         budget = draft.whole.budget_bits(
-            options.size,
-            found.tasks,
-            where,
-            problems,
-            options.component_types,
-            [QuantizationArgs.parse(s) for s in options.scheme_choices],
+            options.size, found.tasks, where, problems, options.component_types, schemes
         )
     else:
         assert options.keep is not None
@@ -68,14 +66,14 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
         _check_multiple(found, rest, multiple, problems)
         _check_ratios(found, rest, problems)
     if len(problems) > before or not rest:
-        return dense
+        return [*fixed, *rest]
     allocation = Allocation(
         stage=found.index,
         allocator="heavy-tail" if options.allocation == "heavy-tail" else "lagrangian",
         budget=budget,
         measure=options.measure,
         types=options.component_types,
-        quantization=tuple(QuantizationArgs.parse(s) for s in options.scheme_choices),
+        quantization=schemes,
         ratios=options.ratios,
         rank_multiple=multiple,
         group_multiple=draft.group_multiple,
@@ -89,7 +87,7 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
     smallest = cheapest(rest, allocation)
     if smallest > budget and not (options.allocation == "uniform" and options.keep):
         problems.append(unreachable(allocation, smallest))
-        return dense
+        return [*fixed, *rest]
     if options.allocation == "uniform":
         return [*fixed, *_uniform(found, rest, allocation, problems)]
     fraction = budget / sum(task.dense_cost(options.measure) for task in rest)
@@ -103,13 +101,6 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
         for task in rest
     ]
     return [*fixed, *pending]
-
-
-def _rank_multiple(options: DecomposeBase, draft: Draft) -> int:
-    """Return the multiple of ranks that the stage and later quantization in groups require."""
-    if isinstance(METHODS[options.method], FixedSizeMethod):
-        return options.rank_multiple
-    return lcm(options.rank_multiple, draft.group_multiple)
 
 
 def _uniform(
@@ -130,7 +121,7 @@ def _uniform(
                 f"{options.min_keep:g} and 'rank_multiple' {multiple}; raise size, or use "
                 "allocation: lagrangian",
             )
-            return [task.dense() for task in tasks]
+            return tasks
     decided = []
     for task in tasks:
         chosen = _within(task, fraction, options, multiple)
@@ -199,7 +190,7 @@ def _overridden(
         return _within(task, override.keep, options, multiple)
     if task.types not in LOW_RANK_TYPES:
         problems.add("contradiction", f"{key}.rank", f"{options.method} has no ranks; give 'keep'")
-        return task.dense()
+        return task
     steps = SizeSteps(task, task.types)
     if override.rank > steps.largest:
         problems.add(
@@ -208,7 +199,7 @@ def _overridden(
             f"must be in [1, {steps.largest}] for {task.name} {list(task.shape)}, got "
             f"{override.rank}; lower rank or list the layer under 'ignore'",
         )
-        return task.dense()
+        return task
     config = steps.config(override.rank)
     if task.bits_of(config) >= task.source_bits:
         return task.dense(f"factors of rank {override.rank} would be larger than the weight")

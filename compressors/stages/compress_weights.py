@@ -20,14 +20,14 @@ ALLOCATED, EXECUTED = "plan.json", "executed.json"
 def compress_weights(session: Session, plan: Plan) -> Plan:
     """Calibrate, allocate and compress all tasks of a plan, unless that is done."""
     done = executed_plan(session)
-    if done is not None:
+    # A finished run has deleted the tensors: they are computed again if its checkpoint is missing.
+    if done is not None and all(session.journal.has(layer_file(t.layer)) for t in done.all_tasks):
         return done
     calibrate(session, plan)
     plan = replace(allocate_budgets(session, plan), slices=plan.slices)
 
     def finished(layer: int) -> None:
-        files = statistics.inputs_file(layer), statistics.gradients_file(layer)
-        session.journal.forget(*files)
+        session.journal.forget(*statistics.statistics_files(layer))
 
     reader, device = session.models.reader, session.device
     with session.clock("compress"):
@@ -65,18 +65,7 @@ def calibrate(session: Session, plan: Plan) -> None:
     with session.clock("calibrate"):
         if not required:
             return
-        statistics.collect(
-            session.models.architecture,
-            session.models.reader,
-            session.windows(),
-            required,
-            session.journal,
-            labels=session.calibration.labels,
-            seed=plan.seed,
-            device=session.device,
-            memory_limit_gib=session.calibration.memory_limit_gib,
-            on_step=session.on_step,
-        )
+        statistics.collect(session.models.calibration(), required)
         session.journal.forget(*cache_files(session.journal))
 
 
@@ -125,11 +114,4 @@ def _prefix(session: Session, plan: Plan) -> SequentialCalibration | None:
     refit = {task.layer for task in plan.tasks if task.compensate is not None}
     if all(session.journal.has(layer_file(layer)) for layer in refit):
         return None
-    return SequentialCalibration(
-        session.models.architecture,
-        session.models.reader,
-        session.windows(),
-        session.journal,
-        device=session.device,
-        memory_limit_gib=session.calibration.memory_limit_gib,
-    )
+    return SequentialCalibration(session.models.calibration())

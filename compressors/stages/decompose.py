@@ -26,7 +26,7 @@ class DecomposeStage:
     """Compilation and execution of ``decompose`` stages."""
 
     def announce(self, draft: Draft, stages: Mapping[int, DecomposeBase]) -> None:
-        """Add embeddings; note budgets in bytes and error compensation."""
+        """Add embeddings, and record whether there are budgets in bytes and error compensation."""
         for index, options in stages.items():
             draft.sized |= options.size is not None
             draft.compensates |= options.compensate is not None
@@ -42,10 +42,11 @@ class DecomposeStage:
     def compile(self, draft: Draft, stages: Mapping[int, DecomposeBase]) -> None:
         """Add the tasks of every stage, with their configurations or pending allocations.
 
-        All targets are found first: a user plan may list weights of several stages.
+        Targets of all stages are resolved first, because a user plan may also list weights of other
+        stages.
         """
         found = [
-            _find_targets(draft, index, options, alone=len(stages) == 1)
+            _claim_targets(draft, index, options, alone=len(stages) == 1)
             for index, options in stages.items()
         ]
         for each in found:
@@ -69,10 +70,13 @@ def compensation(options: Compensate | None) -> Compensation | None:
     return None if options is None else Compensation(**options.model_dump())
 
 
-def _find_targets(
+def _claim_targets(
     draft: Draft, index: int, options: DecomposeBase, *, alone: bool
 ) -> DecomposeTargets:
-    """Return the tasks of a stage, dense so far; a weight belongs to the first stage it is in."""
+    """Create a dense task for every group of targets of a stage, and add it to `draft.tasks`.
+
+    A weight that several stages target belongs to the first one; this is reported as a problem.
+    """
     where, problems = f"stages[{index}].decompose", draft.problems
     matched = match_targets(
         options.targets,
@@ -88,8 +92,8 @@ def _find_targets(
             problems.add(
                 "already-targeted",
                 f"{where}.targets",
-                f"{linear.name} is already compressed by stages[{draft.tasks[linear.name].stage}]; "
-                "list it under one of the two 'ignore'",
+                f"{linear.name} is already targeted by stages[{draft.tasks[linear.name].stage}]; "
+                "add it to 'ignore' in one of the two stages",
             )
         else:
             linears.append(linear)
@@ -97,7 +101,7 @@ def _find_targets(
         linear.name: number
         for linear in linears
         for number, override in reversed(list(enumerate(options.overrides)))
-        if fnmatchcase(linear.name, override.match)  # the first match is stored last
+        if fnmatchcase(linear.name, override.match)  # reversed: the first match wins
     }
     layers, size = draft.architecture.layer_names, options.group_layers
     if size > len(layers):
@@ -118,7 +122,7 @@ def _find_targets(
 def _task(draft: Draft, index: int, options: DecomposeBase, group: list[Linear]) -> LayerTask:
     method = METHODS[options.method]
     quantize = None
-    if isinstance(options, Mixed) and options.schemes:
+    if isinstance(options, Mixed) and (options.schemes or options.plan):
         quantize = QuantizationTask(
             index, options.quantizer, act_order=options.act_order, balance=options.balance
         )
@@ -140,7 +144,7 @@ def _task(draft: Draft, index: int, options: DecomposeBase, group: list[Linear])
 
 
 def _check_options(draft: Draft, found: DecomposeTargets) -> None:
-    """Report options that contradict each other or those of other stages."""
+    """Report options that conflict with each other or with options of other stages."""
     options, where, problems = found.options, found.where, draft.problems
     if options.max_loss < 1 and options.allocation != "lagrangian" and options.plan is None:
         problems.add(
@@ -153,29 +157,29 @@ def _check_options(draft: Draft, found: DecomposeTargets) -> None:
         problems.add(
             "contradiction",
             f"{where}.components",
-            "a sum of low_rank and sparse has ranks that are not multiples of a group size, got a "
-            f"later 'quantize' with groups of {draft.group_multiple}; leave out the sum, or leave "
-            "out group_size",
+            "pivoted_low_rank+sparse has ranks that are not multiples of a group size, got a later "
+            f"'quantize' with group_size {draft.group_multiple}; remove that sum, or remove "
+            "group_size",
         )
     if options.size is not None and draft.quantizes_linears:
         problems.add(
             "contradiction",
             f"{where}.size",
-            "counts the bytes of unquantized files, got a later 'quantize'; give 'keep', before "
-            "quantization, or let method: mixed choose 'schemes' within the size",
+            "is computed before quantization and cannot be combined with a later 'quantize'; use "
+            "'keep', which is before quantization too, or method: mixed with 'schemes'",
         )
     if options.size is not None and not found.alone:
         problems.add(
             "contradiction",
             f"{where}.size",
-            "must be the budget of the only decompose stage, got several; give every stage 'keep'",
+            "needs a recipe with a single 'decompose', got several; give each of them 'keep'",
         )
     if METHODS[options.method].has_bias and draft.compensates:
         problems.add(
             "contradiction",
             f"{where}.method",
-            f"{options.method} cannot be combined with 'compensate', because its biases use the "
-            "mean inputs of the dense model; leave compensate out or use another method",
+            f"{options.method} cannot be combined with 'compensate', which changes the mean inputs "
+            "that its biases are computed from; remove compensate or use another method",
         )
     for number, scheme in enumerate(options.scheme_choices):
         args = QuantizationArgs.parse(scheme)
@@ -184,7 +188,7 @@ def _check_options(draft: Draft, found: DecomposeTargets) -> None:
             problems.add(
                 "indivisible-rows",
                 f"{where}.schemes[{number}]",
-                "must have groups that divide the inputs of a targeted weight, "
+                "must have a group size that divides the number of inputs of a targeted weight, "
                 f"{', '.join(map(str, widths))}, got {scheme}; change the number after -g, or "
                 "remove the scheme",
             )
@@ -205,7 +209,7 @@ def _from_user_plan(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
 
 def _remedy(options: DecomposeBase) -> str:
     if options.plan is not None:
-        return f"give some weights in {options.plan} components"
+        return f"assign components to at least one weight in {options.plan}"
     if options.keep == 1:
         return "lower 'keep'"
     if options.rank_multiple > 1:
@@ -215,12 +219,12 @@ def _remedy(options: DecomposeBase) -> str:
 
 
 def _warn(draft: Draft, found: DecomposeTargets) -> None:
-    """Warn about allocations that compare incomparable losses."""
+    """Warn if losses that are not comparable between weights are minimized together."""
     options = found.options
     weighted = METHODS[options.method].statistics & {"gradients", "row_fisher"}
     if options.allocation == "lagrangian" and options.plan is None and not weighted:
         draft.warnings.append(
             f"{found.where}.allocation: lagrangian compares losses between weights, but those of "
-            f"{options.method} do not include how much an output matters; usually much worse than "
+            f"{options.method} ignore the importance of outputs; expect worse results than with "
             "uniform"
         )

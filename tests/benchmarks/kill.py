@@ -28,7 +28,7 @@ def hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def main(recipe: str, folder: str, kills: int, overrides: list[str]) -> None:
-    """Run undisturbed once, then `kills` disturbed rounds; print one line a round."""
+    """Run undisturbed once, then `kills` disturbed rounds; print one line per round."""
     output = Path(folder) / "run"
     command = [
         sys.executable,
@@ -55,8 +55,8 @@ def main(recipe: str, folder: str, kills: int, overrides: list[str]) -> None:
         killed = process.wait() == -signal.SIGKILL
         done = sorted(p.name for p in (output / "work").glob("*")) if output.exists() else []
         layers = (
-            len(list((output / "work").glob("statistics/layer*"))),
-            len(list((output / "work").glob("factors/layer*"))),
+            len(list((output / "work").glob("statistics/inputs*"))),
+            len(list((output / "work").glob("compressed/layer*"))),
         )
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         equal = hashes(output / "checkpoint") == expected

@@ -1,4 +1,4 @@
-"""Measure what rounding loses of the outputs of single matrices, on real activations.
+"""Measure the loss by quantization in the outputs of single matrices, on real activations.
 
 usage: python tests/benchmarks/rounding.py MODEL TEXT.jsonl [--layers 2 15 28]
            [--schemes int4-g64 ...]
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrc.compressors.layers import FORMS, Scheme
+from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
 from lrc.compressors.layers.pivot_rows import pivot_rows
+from lrc.compressors.solvers.factor_balancing import Balance
 from lrc.compressors.solvers.gptq import gptq
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.moments import Moment
@@ -31,7 +32,7 @@ from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.compressors.solvers.spectrum import spectrum
 
 DTYPE = torch.bfloat16
-BALANCES = ("first", "quarter", "even", "rotated")
+BALANCES: tuple[Balance, ...] = ("first", "quarter", "even", "rotated")
 
 
 def main() -> None:
@@ -44,12 +45,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--keep", type=float, default=0.8)
-    asked = parser.parse_args()
-    rows: dict[str, dict[str, list[float]]] = {scheme: {} for scheme in asked.schemes}
-    worse = dict.fromkeys(asked.schemes, 0)
-    for _, W, H in measured(asked):
-        for written in asked.schemes:
-            found = losses(W, H, Scheme.read(written), asked.keep if asked.layers else None)
+    args = parser.parse_args()
+    rows: dict[str, dict[str, list[float]]] = {scheme: {} for scheme in args.schemes}
+    worse = dict.fromkeys(args.schemes, 0)
+    for _, W, H in measured(args):
+        for written in args.schemes:
+            found = losses(
+                W, H, QuantizationArgs.parse(written), args.keep if args.layers else None
+            )
             worse[written] += found["GPTQ"] > found["nearest"] * (1 + 1e-9)
             for way, loss in found.items():
                 rows[written].setdefault(way, []).append(loss)
@@ -60,15 +63,15 @@ def main() -> None:
         print(f"{written}, {count} linears: {cells}; GPTQ loses more in {worse[written]}")
 
 
-def measured(asked: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield name, weight and second moment of the inputs of the linears that are asked for."""
-    model: Any = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(asked.model)
-    texts = [json.loads(line)["text"] for line in asked.text.read_text().splitlines()[:400]]
-    count = asked.windows * asked.length
+def measured(args: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield name, weight and second moment of the inputs of the selected linears."""
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = [json.loads(line)["text"] for line in args.text.read_text().splitlines()[:400]]
+    count = args.windows * args.length
     ids = tokenizer("\n\n".join(texts), return_tensors="pt").input_ids[0, :count]
     layers = model.model.layers
-    numbers = range(len(layers)) if asked.layers is None else asked.layers
+    numbers = range(len(layers)) if args.layers is None else args.layers
     linears = {
         f"{number}.{name}": module
         for number in numbers
@@ -84,14 +87,14 @@ def measured(asked: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
     for name, module in linears.items():
         module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
     with torch.no_grad():
-        for window in ids.view(asked.windows, asked.length):
+        for window in ids.view(args.windows, args.length):
             model(window[None], use_cache=False)
     for name, module in linears.items():
         yield name, module.weight.detach().double(), moments.pop(name).double()
 
 
-def losses(W: Tensor, H: Tensor, scheme: Scheme, keep: float | None) -> dict[str, float]:
-    """Return the share of the output's energy that every way of rounding loses."""
+def losses(W: Tensor, H: Tensor, scheme: QuantizationArgs, keep: float | None) -> dict[str, float]:
+    """Return the squared error by every way of quantization, relative to that of removing `W`."""
     whole = weighted_error(W, 0 * W, H)
     found = {
         "nearest": weighted_error(W, round_to_nearest(W, scheme, dtype=DTYPE, H=H).weight(), H),
@@ -100,26 +103,32 @@ def losses(W: Tensor, H: Tensor, scheme: Scheme, keep: float | None) -> dict[str
     if keep is not None:
         group = scheme.group_size or 1
         curve = spectrum(W, Moment.of(H), damp=1e-6)
-        for form in ("low_rank", "pivoted_low_rank"):
+        for kind in ("low_rank", "pivoted_low_rank"):
             within = keep * W.numel() * 16
             fitting = [
                 rank
                 for rank in range(group, min(W.shape) + 1, group)
-                if FORMS[form].stored_bits(*W.shape, bits=16, rank=rank) <= within
+                if low_rank_config(W, kind, rank).stored_bits(16) <= within
             ]
             if not fitting:
                 continue
             factors = curve.truncate(fitting[-1])
-            if form == "low_rank":
+            if kind == "low_rank":
                 for balance in BALANCES:
                     pair = quantize_low_rank(
                         W, factors.B, factors.A, H, scheme, dtype=DTYPE, balance=balance
                     )
-                    found[f"factors, {balance}"] = pair.error
+                    found[f"low_rank, {balance}"] = pair.error
             else:
                 parts = pivot_rows(factors.B, factors.A)
-                found["pivot"] = quantize_pivoted(W, *parts, H, scheme, dtype=DTYPE).error
+                pivoted = quantize_pivoted(W, *parts, H, scheme, dtype=DTYPE)
+                found["pivoted_low_rank"] = pivoted.error
     return {way: loss / whole for way, loss in found.items()}
+
+
+def low_rank_config(W: Tensor, kind: str, rank: int) -> WeightConfig:
+    """Return the configuration of a weight as one component of a rank."""
+    return WeightConfig((W.shape[0], W.shape[1]), (ComponentConfig(kind, {"rank": rank}),))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Time models side by side: tokens a second of reading a prompt, and of writing one by one.
+"""Time models side by side: tokens per second of reading a prompt and of generating.
 
 usage: python tests/benchmarks/speed.py DENSE CHECKPOINT ... [--batch 1 16] [--prompt 1024]
            [--new 64] [--repeats 7] [--device auto] [--dtype bfloat16]
 
-Every model in turn in one process, the first again at the end: what differs between its two rows
-is noise. Prefill is one forward of `prompt` tokens a row that fills the cache; decode is `new`
-steps of one token behind it, greedy, plain forwards in eager mode: small models at batch 1 wait for
-the launches of their kernels there. Medians; a first run is not counted.
+All models run in one process, the first again at the end: the difference between its two rows is
+noise. Prefill is one forward of `prompt` tokens per row that fills the cache; decode is `new`
+greedy steps of one token after it, plain forwards in eager mode, where small models at batch 1 wait
+for kernel launches. Medians; a first run is not counted.
 """
 
 import argparse
@@ -34,17 +34,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     rows = []
     print(
         "| model | batch | prefill tokens/s | decode tokens/s | peak GiB |\n|---|---|---|---|---|"
     )
-    for folder in [*asked.models, *asked.models[:1]]:
+    for folder in [*args.models, *args.models[:1]]:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, asked.dtype), device_map=asked.device
+            folder, dtype=getattr(torch, args.dtype), device_map=args.device
         ).eval()
-        for batch in asked.batch:
-            row = measure(model, batch, asked) | {"model": str(folder)}
+        for batch in args.batch:
+            row = measure(model, batch, args) | {"model": str(folder)}
             rows.append(row)
             print(
                 f"| {folder} | {batch} | {row['prefill']:,.0f} | {row['decode']:,.0f} | "
@@ -52,17 +52,17 @@ def main() -> None:
                 flush=True,
             )
         del model
-    if asked.json:
-        asked.json.write_text(json.dumps({"device": name(asked.device), "rows": rows}, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps({"device": name(args.device), "rows": rows}, indent=1))
 
 
 @torch.no_grad()
-def measure(model: Any, batch: int, asked: argparse.Namespace) -> dict[str, Any]:
-    """Return tokens a second of both phases, and the peak of a GPU's memory."""
+def measure(model: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Return tokens per second of both phases, and the peak GPU memory."""
     generator = torch.Generator().manual_seed(0)
-    shape = (batch, asked.prompt)
-    prompt = torch.randint(5, model.config.vocab_size, shape, generator=generator).to(asked.device)
-    if asked.device.startswith("cuda"):
+    shape = (batch, args.prompt)
+    prompt = torch.randint(5, model.config.vocab_size, shape, generator=generator).to(args.device)
+    if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
 
     def prefill() -> Any:
@@ -70,29 +70,29 @@ def measure(model: Any, batch: int, asked: argparse.Namespace) -> dict[str, Any]
 
     def decode(done: Any) -> None:
         cache, token = done.past_key_values, done.logits[:, -1:].argmax(-1)
-        for _ in range(asked.new):
+        for _ in range(args.new):
             done = model(token, past_key_values=cache, use_cache=True)
             token = done.logits[:, -1:].argmax(-1)
 
     prefills, decodes = [], []
-    for number in range(asked.repeats + 1):
-        seconds, done = timed(prefill, asked.device)
-        later, _ = timed(lambda done=done: decode(done), asked.device)
+    for number in range(args.repeats + 1):
+        seconds, done = timed(prefill, args.device)
+        later, _ = timed(lambda done=done: decode(done), args.device)
         if number:
             prefills.append(seconds)
             decodes.append(later)
-    peak = torch.cuda.max_memory_allocated() if asked.device.startswith("cuda") else 0
+    peak = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else 0
     return {
         "batch": batch,
-        "prefill": batch * asked.prompt / statistics.median(prefills),
-        "decode": batch * asked.new / statistics.median(decodes),
+        "prefill": batch * args.prompt / statistics.median(prefills),
+        "decode": batch * args.new / statistics.median(decodes),
         "peak_bytes": peak,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 
 def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Return seconds and result of a call; a GPU is waited for on both sides."""
+    """Return seconds and result of a call; wait for a GPU before and after it."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
     start = time.perf_counter()
@@ -102,7 +102,7 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 
 def name(device: str) -> str:
-    """Name what the numbers are of."""
+    """Return the name of the device that was measured."""
     return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
 
 

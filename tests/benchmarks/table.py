@@ -32,6 +32,7 @@ from pydantic import TypeAdapter
 
 from lrc.compressors import pipeline
 from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_windows import FILE as WINDOWS
 from lrc.compressors.calibrate.calibration_windows import take_windows
 from lrc.compressors.evaluate.scores import evaluate_model
@@ -318,18 +319,18 @@ def _calibrate(loaded: LoadedRecipe, folder: Path) -> None:
         dense=lambda: None,
         on_step=lambda *_: None,
     )
-    statistics.collect(
+    context = CalibrationContext(
         architecture,
         WeightReader(prepared.source.folder, architecture),
-        windows,
-        {linear.name: EVERYTHING for linear in architecture.linears},
+        lambda: windows,
         shared,
-        labels=calibration.labels,
-        seed=loaded.recipe.seed,
         device=DEVICE,
         memory_limit_gib=32,
+        seed=loaded.recipe.seed,
         on_step=lambda *_: None,
+        labels=calibration.labels,
     )
+    statistics.collect(context, {linear.name: EVERYTHING for linear in architecture.linears})
     shared.write_json("whole.json", {})
     print(f"statistics {shared.output.name}: {time.monotonic() - started:.1f} s", flush=True)
 

@@ -17,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from lrc.compressors.calibrate import layer_executor
 from lrc.compressors.checkpoint import assemble
 from lrc.compressors.checkpoint.writer import write_weights
+from lrc.compressors.compress.group import stored_weight
 from lrc.compressors.io.machine import Machine
-from lrc.compressors.layers import FORMS
+from lrc.compressors.layers import CompressedLinear
 from lrc.compressors.pipeline import compress
+from lrc.compressors.planning.plan import Plan
 from lrc.configs.load import load_recipe
 
 SAMPLES, LENGTH = 6, 48
@@ -104,22 +106,22 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Compressed:
-    """A finished run, and what the run would have thrown away."""
+    """A finished run, with the intermediate results that it has deleted."""
 
     family: Family
     source: Path
     output: Path
     report: dict[str, Any]
     tokens: Tensor  # the calibration windows
-    work: Path  # statistics and factors
+    work: Path  # statistics and compressed tensors
 
     @property
     def checkpoint(self) -> Path:
         return self.output / "checkpoint"
 
-    def plan(self) -> dict[str, Any]:
-        plan: dict[str, Any] = json.loads((self.checkpoint / "lrc/plan.json").read_text())
-        return plan
+    def plan(self) -> Plan:
+        """Return the executed plan, with the results of all tasks."""
+        return _executed(self.output)
 
     def dense(self) -> Any:
         """Load the reference model with transformers: the recipe's precision, run in float32."""
@@ -134,26 +136,59 @@ class Compressed:
         return AutoModelForCausalLM.from_pretrained(self.checkpoint, **options).eval()
 
     def in_memory(self) -> Any:
-        """Make the compressed model without any checkpoint: factors put into the dense one."""
-        model = self.dense()
-        factors = {}
-        for file in sorted((self.work / "factors").glob("*.safetensors")):
-            factors |= load_file(file)
-        for matrix in self.plan()["matrices"]:
-            name = matrix["name"]
-            parent, _, leaf = name.rpartition(".")
+        """Make the compressed model without a checkpoint: compressed layers in the dense model."""
+        model, plan, tensors = self.dense(), self.plan(), {}
+        for file in sorted((self.work / "compressed").glob("*.safetensors")):
+            tensors |= load_file(file)
+        modules = plan.modules()
+        for name, config in modules.items():
             linear = model.get_submodule(name)
-            if matrix["form"] == "dense":
-                if matrix["refit"]:
-                    linear.weight.data.copy_(factors[f"{name}.weight"])
-                continue
-            form = FORMS[matrix["form"]].empty(linear, matrix)
-            stored = {k.removeprefix(f"{name}."): t for k, t in factors.items() if f"{name}." in k}
+            layer = CompressedLinear.replacing(linear, config)
+            stored = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if f"{name}." in k}
             if linear.bias is not None:
-                stored[form.BIAS] = linear.bias
-            form.load_state_dict(stored)
-            setattr(model.get_submodule(parent), leaf, form)
+                stored.setdefault("bias", linear.bias)
+            layer.load_state_dict({**stored, "weight": layer.weight})
+            model.set_submodule(name, layer)
+        for name, result in plan.results.items():
+            if result.refit and name not in modules:
+                model.get_submodule(name).weight.data.copy_(tensors[f"{name}.weight"])
         return model.eval()
+
+
+@pytest.fixture(scope="session")
+def executed() -> Callable[[Path], Plan]:
+    """Read the executed plan of the run in an output folder."""
+    return _executed
+
+
+def _executed(output: Path) -> Plan:
+    return Plan.from_json(json.loads((output / "checkpoint/lrc/plan.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def weights_of() -> Callable[[Path], dict[str, Tensor]]:
+    """Read the weights that a run has compressed or refit from its output folder, in float32."""
+
+    def read(output: Path) -> dict[str, Tensor]:
+        plan = _executed(output)
+        stored = load_file(output / "checkpoint/model.safetensors")
+        tensors = {k: t.float() if t.is_floating_point() else t for k, t in stored.items()}
+        if tensors.keys().isdisjoint(f"{name}.weight" for name in plan.modules()):
+            tensors = {_with_component(name, plan): t for name, t in tensors.items()}
+        return {
+            weight.name: stored_weight(task, result, weight.name, tensors.__getitem__)
+            for task in plan.all_tasks
+            for weight in task.weights
+            if (result := plan.results[task.name]).config.compressed or result.refit
+        }
+
+    return read
+
+
+def _with_component(name: str, plan: Plan) -> str:
+    """Return the name of a tensor of a plain checkpoint as those of lrc have it."""
+    layer, _, leaf = name.rpartition(".")
+    return f"{layer}.dense.{leaf}" if layer in plan.modules() else name
 
 
 @pytest.fixture(scope="session")
@@ -217,7 +252,7 @@ def _compress(
     work = folder / "kept"
 
     def keep_work(stage: str, done: int, total: int) -> None:
-        if done == total and stage in ("calibrate", "gradients", "decompose"):  # still all there
+        if done == total and stage in ("calibrate", "gradients", "compress"):  # still all there
             shutil.copytree(folder / "run/work", work, dirs_exist_ok=True)
 
     with pytest.MonkeyPatch.context() as patch:

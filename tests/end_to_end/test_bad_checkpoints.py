@@ -47,9 +47,10 @@ def edit_block(**changes: Any) -> Callable[[Path], None]:
     return edit(lambda config: config["quantization_config"].update(changes))
 
 
-def edit_first_module(**changes: Any) -> Callable[[Path], None]:
+def edit_first_component(**changes: Any) -> Callable[[Path], None]:
     def change(config: dict[str, Any]) -> None:
-        next(iter(config["quantization_config"]["modules"].values())).update(changes)
+        module = next(iter(config["quantization_config"]["modules"].values()))
+        module["components"][0].update(changes)
 
     return edit(change)
 
@@ -85,41 +86,72 @@ def lose_a_shard(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-A = "model.layers.0.mlp.up_proj.a.weight"
-DAMAGED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "truncated": (cut(50_000), ("model.safetensors: not a whole safetensors file", "again")),
-    "empty": (cut(0), ("model.safetensors: not a whole safetensors file",)),
-    "no weights": (remove("model.safetensors"), ("holds no weights as safetensors",)),
-    "a shard missing": (lose_a_shard, ("model-00002-of-00002.safetensors: missing",)),
-    "no config": (remove("config.json"), ("no config.json", "OUTPUT/checkpoint")),
-    "config not JSON": (write("config.json", "{"), ("config.json: not a readable JSON file",)),
-    "config a list": (write("config.json", "[1]"), ("config.json: must be a JSON object",)),
-    "newer": (edit_block(format_version=9), ("format_version is 9", "reads up to 2; ", "upgrade")),
-    "no version": (edit_block(format_version="a"), ("format_version must be a whole number",)),
-    "rank edited": (edit_first_module(rank=3), ("do not fit config.json",)),
-    "rank no number": (edit_first_module(rank="3"), ("'rank': N >= 1", "was edited")),
-    "form unknown": (
-        edit_first_module(form="tensor_train"),
-        ("none of the forms", "low_rank, pivoted_low_rank", "newer lrc", "upgrade"),
+LAYER = "model.layers.0.mlp.up_proj"
+DAMAGED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
+    "truncated": (
+        cut(50_000),
+        "invalid-checkpoint",
+        ("model.safetensors: not a whole safetensors file", "again"),
     ),
-    "modules a list": (edit_block(modules=[1]), ("modules must map names to forms",)),
+    "empty": (
+        cut(0),
+        "invalid-checkpoint",
+        ("model.safetensors: not a whole safetensors file",),
+    ),
+    "no weights": (remove("model.safetensors"), "invalid-checkpoint", ("holds no weights",)),
+    "a shard missing": (
+        lose_a_shard,
+        "invalid-checkpoint",
+        ("model-00002-of-00002.safetensors: missing",),
+    ),
+    "no config": (
+        remove("config.json"),
+        "invalid-checkpoint",
+        ("no config.json", "OUTPUT/checkpoint"),
+    ),
+    "config not JSON": (
+        write("config.json", "{"),
+        "invalid-checkpoint",
+        ("config.json: not a readable JSON file",),
+    ),
+    "config a list": (
+        write("config.json", "[1]"),
+        "invalid-checkpoint",
+        ("config.json: must be a JSON object",),
+    ),
+    "older": (edit_block(format_version=1), "old-version", ("format_version is 1", "recipe")),
+    "newer": (edit_block(format_version=9), "newer-version", ("format_version is 9", "upgrade")),
+    "no version": (edit_block(format_version="a"), "invalid-version", ("got 'a'",)),
+    "rank edited": (edit_first_component(rank=3), "tensor-mismatch", ("config.json",)),
+    "rank no number": (edit_first_component(rank="3"), "invalid-config", ("'rank'", "got '3'")),
+    "component unknown": (
+        edit_first_component(type="tensor_train"),
+        "invalid-config",
+        ("low_rank, pivoted_low_rank", "got 'tensor_train'", "newer lrc", "upgrade"),
+    ),
+    "modules a list": (edit_block(modules=[1]), "invalid-config", ("modules must map names",)),
     "block lost": (
         edit(lambda config: config.pop("quantization_config")),
+        "invalid-checkpoint",
         ("config.json: has lost its quantization_config", "again"),
     ),
-    "tensor renamed": (rename_tensor(A, "other"), (A.removesuffix(".a.weight"), "do not fit")),
+    "tensor renamed": (
+        rename_tensor(f"{LAYER}.low_rank.a.weight", "other"),
+        "tensor-mismatch",
+        (LAYER, "low_rank.a.weight"),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_what_does_not_fit_together_is_refused_by_name(lrc, checkpoint: Path, case: str) -> None:
-    spoil, words = DAMAGED[case]
+def test_a_damaged_checkpoint_is_refused_by_name(lrc, checkpoint: Path, case: str) -> None:
+    spoil, code, words = DAMAGED[case]
     spoil(checkpoint)
-    lrc("inspect", checkpoint).refuses(1, str(checkpoint), *words)
-    lrc("eval", checkpoint, *EVAL).refuses(1, str(checkpoint), *words)
+    lrc("inspect", checkpoint).refuses(1, str(checkpoint), *words, code=code)
+    lrc("eval", checkpoint, *EVAL).refuses(1, str(checkpoint), *words, code=code)
 
 
-def test_a_tensor_that_is_missing_is_not_made_up(lrc, checkpoint: Path) -> None:
+def test_a_missing_tensor_is_not_replaced_by_random_numbers(lrc, checkpoint: Path) -> None:
     rename_tensor("model.norm.weight", None)(checkpoint)
     lrc("eval", checkpoint, *EVAL).refuses(1, str(checkpoint), "lack model.norm.weight", "again")
 
@@ -160,7 +192,7 @@ def test_verify_names_what_has_changed(lrc, checkpoint: Path, case: str) -> None
     lrc("inspect", checkpoint, "--verify").refuses(1, str(checkpoint), *words, "again")
 
 
-def test_what_is_no_checkpoint(lrc, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint(lrc, tiny_model_folder: Path, tmp_path: Path) -> None:
     lrc("inspect", tmp_path / "no").refuses(2, "no such folder", "OUTPUT/checkpoint")
     lrc("inspect", tiny_model_folder).refuses(1, "not one that lrc compressed", "`lrc eval`")
     lrc("inspect", tmp_path).refuses(1, "no checkpoint here (no config.json)")

@@ -129,14 +129,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused_before_anything_is_written(
+def test_unusable_models_are_refused_before_anything_is_written(
     lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path], case: str
 ) -> None:
     spoil, words = REFUSED[case]
     spoil(model)
-    lrc("compress", tiny_recipe(model, output)).refuses(1, *words)
+    lrc("compress", tiny_recipe(model, output)).refuses(1, *words, code="invalid-model")
     assert not output.exists()
-    lrc("plan", tiny_recipe(model, output)).refuses(1, *words)
+    lrc("plan", tiny_recipe(model, output)).refuses(1, *words, code="invalid-model")
 
 
 def test_a_checkpoint_of_lrc_is_not_compressed_again(
@@ -144,14 +144,16 @@ def test_a_checkpoint_of_lrc_is_not_compressed_again(
 ) -> None:
     assert lrc("compress", tiny_recipe(model, output), "-q").code == 0
     again = tiny_recipe(output / "checkpoint", output.with_name("again"))
-    lrc("compress", again).refuses(1, "is already compressed (quant_method 'lrc')")
+    lrc("compress", again).refuses(
+        1, "is already compressed (quant_method 'lrc')", code="invalid-model"
+    )
 
 
 NOT_FINITE: dict[str, tuple[str, float, tuple[str, ...]]] = {
     "nan": ("model.layers.1.mlp.up_proj", float("nan"), ("holds NaN or Inf", "model.dtype")),
     "inf": ("model.layers.0.self_attn.o_proj", float("inf"), ("holds NaN or Inf",)),
     "inf outside the layers": ("lm_head", float("inf"), ("holds NaN or Inf",)),
-    # The weights are finite, what they make of the text is not.
+    # The weights are finite, the activations are not.
     "overflow": ("model.layers.0.mlp.up_proj", 3e38, ("not finite on the calibration text",)),
 }
 
@@ -162,7 +164,9 @@ def test_numbers_that_are_not_finite_name_the_layer(
 ) -> None:
     name, value, words = NOT_FINITE[case]
     change_weights(lambda tensors: tensors[f"{name}.weight"].fill_(value))(model)
-    lrc("compress", tiny_recipe(model, output), "-q").refuses(1, name.rpartition(".")[0], *words)
+    lrc("compress", tiny_recipe(model, output), "-q").refuses(
+        1, name.rpartition(".")[0], *words, code="invalid-model"
+    )
     assert not (output / "checkpoint").exists()
     assert not list(output.rglob("*.partial"))
 
@@ -173,8 +177,10 @@ def test_gradients_that_are_not_finite_name_the_layer(
     """Every weight and every hidden state is finite, the loss is not."""
     change_weights(lambda tensors: tensors["lm_head.weight"].fill_(3e38))(model)
     stages = [{"decompose": {"method": "kfac", "keep": 0.6}}]
-    words = ("the gradients in model.layers.1 are not finite", "such as svd-llm")
-    lrc("compress", tiny_recipe(model, output, stages=stages), "-q").refuses(1, *words)
+    words = ("not finite", "the gradients in model.layers.1", "such as svd-llm")
+    lrc("compress", tiny_recipe(model, output, stages=stages), "-q").refuses(
+        1, *words, code="invalid-model"
+    )
     assert not (output / "checkpoint").exists()
     assert not list(output.rglob("*.partial"))
 
@@ -201,7 +207,7 @@ def kill_channels(tensors: dict[str, torch.Tensor]) -> None:
 
 
 DEGENERATE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], set[str]]] = {
-    "a lower rank than asked": (repeat_rows, {UP}),
+    "a lower rank than requested": (repeat_rows, {UP}),
     "a matrix of zeros": (kill_a_matrix, {DOWN}),
     "dead channels": (kill_channels, set()),
 }
@@ -215,7 +221,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", DEGENERATE)
-def test_degenerate_weights_are_compressed_all_the_same(
+def test_degenerate_weights_are_compressed_nevertheless(
     lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path], tiny_text: Path, case, method
 ) -> None:
     spoil, lowered = DEGENERATE[case]
@@ -231,7 +237,7 @@ def test_degenerate_weights_are_compressed_all_the_same(
     assert np.isfinite(report["evaluation"]["perplexity"]["it"]["compressed"])
     records = {layer["name"]: layer for layer in report["layers"]}
     for name in lowered:
-        if method in ("svd-llm", "lord"):  # the others choose ranks that are there, or dense
+        if method in ("svd-llm", "lord"):  # the others choose possible ranks, or dense
             assert "the numerical rank of the weight" in records[name]["fallback"]
     nats = [layer["predicted_nats"] for layer in report["layers"]]
     assert all(n is None or np.isfinite(n) for n in nats)
@@ -241,12 +247,16 @@ def test_a_single_file_must_be_gguf(
     lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path]
 ) -> None:
     weights = model / "model.safetensors"
-    lrc("compress", tiny_recipe(weights, output)).refuses(1, "only .gguf files", "config.json")
+    lrc("compress", tiny_recipe(weights, output)).refuses(
+        1, "only .gguf files", "config.json", code="invalid-model"
+    )
     pickle_weights(model)
     pickled = model / "pytorch_model.bin"
-    lrc("compress", tiny_recipe(pickled, output)).refuses(1, "is not safetensors", "never read")
+    lrc("compress", tiny_recipe(pickled, output)).refuses(
+        1, "is not safetensors", "never read", code="invalid-model"
+    )
     missing = tiny_recipe("nowhere.gguf", output)
-    lrc("compress", missing).refuses(2, "no file or folder 'nowhere.gguf'")
+    lrc("compress", missing).refuses(2, "no file or folder 'nowhere.gguf'", code="invalid-recipe")
     assert not output.exists()
 
 
@@ -268,8 +278,10 @@ def test_a_truncated_gguf(lrc, output: Path, tiny_recipe: Callable[..., Path], l
     assert path.stat().st_size > 60_000
     os.truncate(path, length)
     lrc("compress", tiny_recipe(path, output)).refuses(
-        1, str(path), "could not be read", "truncated"
+        1, str(path), "could not be read", "truncated", code="invalid-model"
     )
     path.write_bytes(b"no GGUF at all" * 100)
-    lrc("compress", tiny_recipe(path, output)).refuses(1, "could not be read", "GGUF")
+    lrc("compress", tiny_recipe(path, output)).refuses(
+        1, "could not be read", "GGUF", code="invalid-model"
+    )
     assert not output.exists()

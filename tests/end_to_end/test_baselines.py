@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lrc.compressors.evaluate.baseline_comparison import compare_with_baselines
 from lrc.compressors.evaluate.baselines import measure, plan_baseline
 from lrc.compressors.io.machine import Machine
-from lrc.compressors.models import source as models
-from lrc.compressors.models.architecture import build
 from lrc.compressors.pipeline import compress
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.prepare import prepare
 from lrc.compressors.report import baseline_targets
+from lrc.compressors.stages import STAGES
 from lrc.configs.errors import Stopped
 from lrc.configs.load import load_recipe
 
@@ -25,7 +26,7 @@ ORDER = ["int8", "int4-g16", "sparse, magnitude"]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
-    """Two would mostly wait for each other."""
+    """Calculate on one thread: two would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,10 +66,9 @@ def test_the_command_shows_size_against_perplexity_and_which_wins(
             assert f"{each['perplexity']['english']:.3f}" in text
     assert "quality not measured here" not in card
 
-    # The same again by hand, from a model that nothing was done to before.
-    source = models.locate(load_recipe(recipe).recipe.model)
-    plan = json.loads((output / "work/executed.json").read_text())
-    targets = baseline_targets(plan, build(source), source.dtype)
+    # The same by hand, with a freshly loaded model.
+    plan = Plan.from_json(json.loads((output / "work/executed.json").read_text()))
+    targets = baseline_targets(plan, prepare(load_recipe(recipe).recipe, STAGES))
     for written, each in zip(("int8", "int4-g16", "sparse"), (int8, int4, sparse), strict=True):
         baseline = plan_baseline(written, targets)
         model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.bfloat16)
@@ -79,7 +79,7 @@ def test_the_command_shows_size_against_perplexity_and_which_wins(
         assert each["bytes"] == baseline.bytes
 
 
-def test_what_is_measured_is_not_measured_again(recipe: Path, output: Path) -> None:
+def test_measured_baselines_are_not_measured_again(recipe: Path, output: Path) -> None:
     seen: list[str] = []
 
     def stop_after(stage: str) -> Callable[[str, int, int], None]:
@@ -98,7 +98,7 @@ def test_what_is_measured_is_not_measured_again(recipe: Path, output: Path) -> N
     resumed = run(recipe, SOME, on_step=stop_after("never"))
     evaluated = [stage for stage in seen if stage.startswith("evaluate")]
     names = [stage.partition(":")[0].removeprefix("evaluate ") for stage in evaluated]
-    # dense, compressed and int8 once; what was being made when it stopped begins again
+    # dense, compressed and int8 once; an interrupted baseline starts again
     assert [n for i, n in enumerate(names) if i == 0 or names[i - 1] != n] == [
         *("dense", "compressed", "int8", "int4-g16", "sparse")
     ]
@@ -112,7 +112,7 @@ def test_what_is_measured_is_not_measured_again(recipe: Path, output: Path) -> N
     assert [each["name"] for each in resumed["evaluation"]["baselines"]] == ORDER
 
 
-def test_none_are_made_where_none_are_asked_for(recipe: Path, output: Path) -> None:
+def test_no_baselines_without_a_request(recipe: Path, output: Path) -> None:
     for change in ("evaluate.baselines=[]", "evaluate={baselines: [int8]}"):
         report = run(recipe, change)
         assert (report["evaluation"]["baselines"], report["evaluation"]["baseline_comparison"]) == (
@@ -123,7 +123,7 @@ def test_none_are_made_where_none_are_asked_for(recipe: Path, output: Path) -> N
         assert "quality not measured here" in (output / "README.md").read_text()
 
 
-def test_a_slice_is_held_against_all_linears_of_the_dense_model(recipe: Path) -> None:
+def test_a_slice_is_compared_with_all_linears_of_the_dense_model(recipe: Path) -> None:
     stage = "stages=[{slice: {method: drop, keep: 0.9}}]"
     report = run(recipe, stage, "evaluate.baselines=[int4-g16, sparse]", "evaluate.dense=false")
     sizes = report["size"]["model"]["tensor_bytes"]
@@ -134,7 +134,7 @@ def test_a_slice_is_held_against_all_linears_of_the_dense_model(recipe: Path) ->
     assert report["evaluation"]["baseline_comparison"]
 
 
-def test_an_entry_that_is_no_baseline_is_refused(
+def test_an_unknown_baseline_is_refused(
     lrc: Callable[..., Any], recipe: Path, output: Path
 ) -> None:
     ended = lrc("compress", recipe, "evaluate.baselines=[int4, q4_0]")

@@ -1,4 +1,4 @@
-"""Slice, low rank and integers in one recipe: shapes compose, and what comes out is one model."""
+"""Slicing, low rank and quantization in one recipe: shapes compose, and the result is one model."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ SLICES = {
 
 @pytest.mark.parametrize("name", SLICES)
 @pytest.mark.parametrize("stages", [[INT8], [KFAC, INT8]], ids=["integers", "low rank, integers"])
-def test_slices_are_factored_and_rounded(
+def test_slices_are_decomposed_and_quantized(
     name: str,
     stages: list[dict[str, Any]],
     tiny_llama: Callable[..., LlamaForCausalLM],
@@ -40,7 +40,11 @@ def test_slices_are_factored_and_rounded(
     report = compress(load_recipe(path), Machine("cpu"))
     before, after = report["slices"][0]["bytes"]
     assert after <= 0.9 * before
-    assert all(layer["scheme"] == "int8" for layer in report["layers"])
+    assert all(
+        component["quantization"] == "int8"
+        for layer in report["layers"]
+        for component in layer["config"]["components"]
+    )
     assert report["size"]["targeted"]["kept"] < 0.55
     model = load_checkpoint(output / "checkpoint", dtype=torch.float32)
     plain = name != "modegpt by layer" and stages == [INT8]

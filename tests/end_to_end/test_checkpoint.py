@@ -1,4 +1,4 @@
-"""What people do with a compressed checkpoint once it is loaded."""
+"""What users do with a compressed checkpoint after loading it."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lrc.compressors.layers import LowRank
+from lrc.compressors.layers import CompressedLinear
 
 # transformers wants every module named where one of them is offloaded.
 DISK = {
@@ -75,7 +75,7 @@ def test_every_device_map_gives_the_same_logits(run, sample, expected, tmp_path,
 
 # transformers warns that saving needs memory for one shard.
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
-def test_a_model_on_disk_is_saved_whole(run, sample, expected, tmp_path):
+def test_a_model_on_disk_is_saved_completely(run, sample, expected, tmp_path):
     model = run.load(device_map=DISK, offload_folder=tmp_path / "offload")
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
@@ -85,7 +85,7 @@ def test_a_model_on_disk_is_saved_whole(run, sample, expected, tmp_path):
 def test_a_skeleton_needs_no_weights(run):
     model = run.load(device_map="meta")
     assert all(p.is_meta for p in model.parameters())
-    assert isinstance(model.model.layers[0].mlp.up_proj, LowRank)
+    assert model.model.layers[0].mlp.up_proj.config.types == "low_rank"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -93,8 +93,9 @@ def test_dtype_at_load_converts_the_factors(run, sample, expected, dtype):
     """The way to another precision: transformers refuses `.half()` on any quantized model."""
     model = run.load(dtype=dtype)
     layer = model.model.layers[0].mlp.up_proj
-    assert (layer.a.weight.dtype, layer.b.weight.dtype) == (dtype, dtype)
-    assert layer.weight.dtype == torch.uint8  # the sentinel is no number to convert
+    a, b = layer.low_rank.a, layer.low_rank.b
+    assert (a.weight.dtype, b.weight.dtype) == (dtype, dtype)
+    assert layer.weight.dtype == torch.uint8  # the sentinel is not converted
     # Measured 0.008 and 0.09, of logits up to 5.
     bound = {torch.float16: 0.02, torch.bfloat16: 0.2, torch.float32: 0.0}[dtype]
     assert (logits_of(model, sample) - expected).abs().max() <= bound
@@ -136,7 +137,9 @@ def test_factors_learn_as_ordinary_parameters(run, sample):
 def test_lora_on_the_factors_trains_and_merges(families, sample, tmp_path, name):
     model = families(name).load()
     before = logits_of(model, sample)
-    config = peft.LoraConfig(r=2, target_modules=r".*\.[qv]_proj\.(a|b)", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=2, target_modules=r".*\.[qv]_proj\.low_rank\.(a|b)", task_type="CAUSAL_LM"
+    )
     adapted = peft.get_peft_model(model, config)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert len(trained) == 2 * 2 * 2 * 2  # layers, linears, factors, LoRA's own two
@@ -174,7 +177,7 @@ with torch.no_grad():
 def test_a_dequantized_model_needs_no_lrc(run, sample, expected, tmp_path):
     model = run.load()
     model.dequantize()
-    assert not any(isinstance(module, LowRank) for module in model.modules())
+    assert not any(isinstance(module, CompressedLinear) for module in model.modules())
     model.save_pretrained(tmp_path / "dense")
     config = json.loads((tmp_path / "dense/config.json").read_text())
     assert "quantization_config" not in config
@@ -210,4 +213,4 @@ def test_lm_eval_loads_it_by_path(run):
     request = Instance("loglikelihood", {}, ("The statement", " is executed"), 0)
     ((score, _),) = model.loglikelihood([request], disable_tqdm=True)
     assert score < 0
-    assert isinstance(model.model.model.layers[0].mlp.up_proj, LowRank)
+    assert isinstance(model.model.model.layers[0].mlp.up_proj, CompressedLinear)

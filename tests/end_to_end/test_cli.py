@@ -15,7 +15,7 @@ WINDOW = ("--window", 32, "--windows", 2)
 
 
 def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a Python of its own, whose streams are no terminal."""
+    """Run code in a separate Python process whose streams are not a terminal."""
     ours = ("FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TERM", "COLUMNS")
     environment = {k: v for k, v in os.environ.items() if k not in ours} | variables
     return subprocess.run(
@@ -38,13 +38,13 @@ except SystemExit as ended:
     "arguments",
     [["--help"], ["compress", "--help"], ["--version"], ["recipes", "list"], ["schema"]],
 )
-def test_what_needs_no_model_loads_no_library_for_models(arguments: list[str]) -> None:
+def test_commands_without_a_model_load_no_model_library(arguments: list[str]) -> None:
     done = python(HELP.format(arguments=arguments, heavy=HEAVY))
     assert done.stderr == "0 []\n"
     assert done.stdout
 
 
-def test_a_wrong_recipe_is_refused_without_loading_them_either(tmp_path: Path) -> None:
+def test_an_invalid_recipe_is_refused_without_loading_them(tmp_path: Path) -> None:
     arguments = ["compress", str(tmp_path / "no.yaml")]
     done = python(HELP.format(arguments=arguments, heavy=HEAVY))
     assert done.stderr.splitlines()[-1] == "2 []"
@@ -53,11 +53,20 @@ def test_a_wrong_recipe_is_refused_without_loading_them_either(tmp_path: Path) -
 
 def test_help_names_every_command_and_exit_code() -> None:
     done = python(HELP.format(arguments=["--help"], heavy=HEAVY), COLUMNS="100")
-    for word in ("plan", "compress", "eval", "inspect", "recipes", "schema", "75 stopped"):
+    for word in (
+        "plan",
+        "compress",
+        "eval",
+        "generate",
+        "inspect",
+        "recipes",
+        "schema",
+        "75 stopped",
+    ):
         assert word in " ".join(done.stdout.split())
 
 
-def test_colors_are_for_terminals_that_want_them() -> None:
+def test_only_terminals_get_colors_unless_disabled() -> None:
     code = HELP.format(arguments=["--help"], heavy=HEAVY)
     assert "\x1b" not in python(code).stdout
     assert COLOR.search(python(code, FORCE_COLOR="1", TERM="xterm-256color").stdout)
@@ -82,7 +91,8 @@ USAGE: dict[str, tuple[list[str], tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", USAGE)
 def test_wrong_command_lines_exit_with_2(lrc, case: str) -> None:
     arguments, words = USAGE[case]
-    lrc(*arguments).refuses(2, *words)
+    code = "unknown-recipe" if case == "no such recipe" else "usage"
+    lrc(*arguments).refuses(2, *words, code=code)
 
 
 def test_no_command_shows_the_help(lrc) -> None:
@@ -104,7 +114,11 @@ EVAL: dict[str, tuple[list[object], int, tuple[str, ...]]] = {
     "nothing to measure": ([], 2, ("nothing to measure", "--perplexity python-docs")),
     "no such text": (["--perplexity", "no.txt"], 2, ("--perplexity: no such file: no.txt",)),
     "unknown text": (["--perplexity", "c5"], 2, ("--perplexity: must be python-docs",)),
-    "window of nothing": (["--perplexity", "python-docs", "--window", 0], 2, ("--window: must",)),
+    "window of nothing": (
+        ["--perplexity", "python-docs", "--window", 0],
+        2,
+        ("'--window': must be a whole number >= 1, got 0",),
+    ),
     "window of one": (["--perplexity", "python-docs", "--window", 1], 2, ("--window: must be at",)),
     "window beyond": (
         ["--perplexity", "python-docs", "--window", 512],
@@ -120,7 +134,7 @@ EVAL: dict[str, tuple[list[object], int, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", EVAL)
-def test_eval_speaks_of_its_options_not_of_a_recipe(
+def test_errors_of_eval_name_its_options_not_recipe_keys(
     lrc, tiny_model_folder: Path, case: str
 ) -> None:
     options, code, words = EVAL[case]
@@ -129,11 +143,32 @@ def test_eval_speaks_of_its_options_not_of_a_recipe(
     assert "evaluate." not in ended.err
 
 
-def test_eval_of_what_is_not_there(lrc, tmp_path: Path) -> None:
+def test_eval_of_missing_models(lrc, tmp_path: Path) -> None:
     text = ("--perplexity", "python-docs")
     lrc("eval", tmp_path / "no", *text).refuses(2, f"no file or folder '{tmp_path / 'no'}'")
     lrc("eval", "no-such/model", *text).refuses(1, "'no-such/model'", "not a local folder", "Hub")
     lrc("eval", tmp_path, *text).refuses(1, "no checkpoint here (no config.json)")
+
+
+def test_generate_continues_a_prompt_with_every_model(lrc, tiny_model_folder: Path) -> None:
+    models = (tiny_model_folder, f"{tiny_model_folder}/")
+    ended = lrc("generate", *models, "--prompt", "a", "--tokens", 3, "--json")
+    assert (ended.code, ended.err) == (0, "")
+    values = json.loads(ended.out)
+    assert values["prompt"] == "a"
+    assert [*values["continuations"]] == [str(model) for model in models]
+    first, second = values["continuations"].values()
+    assert first == second != ""
+    shown = lrc("generate", tiny_model_folder, "--prompt", "a", "--tokens", 3).out
+    assert shown.splitlines()[0] == "prompt: a"
+    assert f"\n{tiny_model_folder}:\n{first.strip()}" in shown
+
+
+def test_generate_refuses_what_it_cannot_continue(lrc, tmp_path: Path) -> None:
+    lrc("generate", tmp_path, "--prompt", "").refuses(2, "--prompt: must contain text")
+    lrc("generate", tmp_path, "--prompt", "a", "--tokens", 0).refuses(2, "--tokens: must be")
+    missing = tmp_path / "no"
+    lrc("generate", missing, "--prompt", "a").refuses(2, f"no file or folder '{missing}'")
 
 
 def test_results_go_to_stdout_and_everything_else_to_stderr(
@@ -148,7 +183,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(
     assert done.code == 0
     assert json.loads(done.out) == json.loads((output / "report.json").read_text())
     stages = [line.partition(":")[0] for line in done.err.splitlines()]
-    assert stages == ["calibrate", "decompose", "evaluate dense", "evaluate compressed"]
+    assert stages == ["calibrate", "compress", "evaluate dense", "evaluate compressed"]
     assert "\x1b" not in done.err
 
     checkpoint = output / "checkpoint"
@@ -158,7 +193,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(
     blocks = json.loads(measured.out)["checkpoints"]
     report = json.loads(done.out)["evaluation"]["perplexity"]["english"]
     assert [block["perplexity"]["english"]["perplexity"] for block in blocks.values()] == [
-        pytest.approx(report["dense"], rel=1e-2),  # there in bfloat16, here as it is stored
+        pytest.approx(report["dense"], rel=1e-2),  # in bfloat16 there, as stored here
         pytest.approx(report["compressed"], rel=1e-6),
     ]
     assert len(measured.err.splitlines()) == 2
@@ -172,7 +207,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(
         assert isinstance(json.loads(ended.out), dict)
 
 
-def test_quiet_says_nothing_on_stderr(lrc, recipe: Path, output: Path, tiny_text: Path) -> None:
+def test_quiet_writes_nothing_to_stderr(lrc, recipe: Path, output: Path, tiny_text: Path) -> None:
     for command in (
         ("compress", recipe),
         ("compress", recipe),  # finished already
@@ -184,18 +219,18 @@ def test_quiet_says_nothing_on_stderr(lrc, recipe: Path, output: Path, tiny_text
         assert "\x1b" not in ended.out
 
 
-def test_a_missed_gate_exits_with_4_after_everything_is_written_and_shown(
+def test_a_missed_gate_exits_with_4_after_all_results_are_written_and_shown(
     lrc, recipe: Path, output: Path
 ) -> None:
     gates = (
         "evaluate.gates=[{metric: perplexity.english, at_most: 1.5},"
         " {metric: perplexity.english, relative: true, at_most: 0.1}]"
     )
-    for _ in range(2):  # a finished run is not forgiven its gates
+    for _ in range(2):  # also if the run is finished already
         ended = lrc("compress", recipe, gates, "--json", "-q")
         assert ended.code == 4
         assert [error.partition(" is ")[0] for error in ended.errors] == [
-            "error: perplexity.english"
+            "error[gate-missed]: perplexity.english"
         ] * 2
         assert "must be at most 1.5" in ended.errors[0]
         assert "compressed / dense" in ended.errors[1]
@@ -224,7 +259,7 @@ def test_an_unexpected_error_shows_a_traceback_only_with_debug(
     assert "Traceback" in debugged.err
 
 
-def test_running_out_of_memory_says_what_to_lower(
+def test_running_out_of_memory_names_what_to_lower(
     lrc, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lrc.compressors import pipeline
@@ -233,10 +268,10 @@ def test_running_out_of_memory_says_what_to_lower(
         raise MemoryError
 
     monkeypatch.setattr(pipeline, "prepare", fail)
-    lrc("compress", recipe).refuses(1, "out of memory", "lower calibration.memory_limit_gib")
+    lrc("compress", recipe).refuses(1, "calibration.memory_limit_gib", code="out-of-memory")
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     code = (
         "import subprocess, sys; run = [sys.executable, '-m', 'lrc', 'schema']; "
         "p = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True); "

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lrc.compressors.planning.summary import summarize
+
 BITS = {"BF16": 16, "F16": 16, "F32": 32, "I16": 16, "U8": 8}
 
 
@@ -33,7 +35,7 @@ def stored_bits(folder: Path) -> dict[str, int]:
 
 
 def moments_of(run: Any, kind: str) -> Iterator[tuple[str, dict[str, Tensor], dict[str, str]]]:
-    """Yield what was streamed of every linear: its name, the tensors of its file, the leaders."""
+    """Yield the name of every linear, the tensors of its file, and the names of their owners."""
     for file in sorted((run.work / "statistics").glob(f"{kind}-*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             facts = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
@@ -55,7 +57,7 @@ def assert_close(streamed: Tensor, v: Tensor, tolerance: float) -> None:
 
 
 def test_streamed_moments_are_those_of_the_whole_model(run):
-    """Of inputs and, where the method asks for them, of output gradients; whole or as an image."""
+    """Of inputs and, if the method requires them, of output gradients; whole or as an image."""
     model = run.dense()
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
@@ -68,7 +70,7 @@ def test_streamed_moments_are_those_of_the_whole_model(run):
 
         return hook
 
-    targets = [matrix["name"] for matrix in run.plan()["matrices"]]
+    targets = [weight.name for weight in summarize(run.plan())]
     for name in targets:
         module = model.get_submodule(name)
         weights[name] = module.weight.detach().double()
@@ -86,7 +88,7 @@ def test_streamed_moments_are_those_of_the_whole_model(run):
         else:
             assert_close(tensors[f"{name}.image"], inputs[name] @ weights[name].T, 3e-5)
         compared["inputs"] += 1
-    # Where the model computes in 16 bits, the tape keeps bfloat16: at most 0.016 measured, in OPT.
+    # Checkpoints of 16-bit models are bfloat16: at most 0.016 measured, in OPT.
     tolerance = 3e-5 if run.family.dtype == "float32" else 5e-2
     for name, tensors, _ in moments_of(run, "gradients"):
         if f"{name}.gradients" in tensors:
@@ -94,12 +96,12 @@ def test_streamed_moments_are_those_of_the_whole_model(run):
         else:
             assert_close(tensors[f"{name}.image"], gradients[name] @ weights[name], tolerance)
         compared["gradients"] += 1
-    asked = run.family.stage["method"] == "kfac"
-    assert compared == {"inputs": len(targets), "gradients": len(targets) if asked else 0}
+    with_gradients = run.family.stage["method"] == "kfac"
+    assert compared == {"inputs": len(targets), "gradients": len(targets) if with_gradients else 0}
 
 
 def test_linears_of_one_input_share_one_moment(run):
-    """Query, key and value; gate and up. Nothing else: a parallel residual has two norms."""
+    """Query, key and value; gate and up. No others: a parallel residual has two norms."""
     for file in sorted((run.work / "statistics").glob("inputs-*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             leaders = json.loads(opened.metadata()["leaders"])
@@ -112,15 +114,15 @@ def test_linears_of_one_input_share_one_moment(run):
         assert shared == [group for group in expected if group <= present]
 
 
-def test_every_stage_of_the_recommended_method_did_its_part(run):
-    matrices = run.plan()["matrices"]
+def test_every_step_of_the_recommended_method_has_an_effect(run):
+    weights = summarize(run.plan())
     if run.family.stage["method"] != "kfac":
-        assert {m["form"] for m in matrices} <= {"low_rank", "dense"}
+        assert {w.config.types for w in weights} <= {"low_rank", "dense"}
         return
-    assert {m["form"] for m in matrices if m["rank"]} == {"pivoted_low_rank"}
-    assert len({round(m["bits"] / m["source_bits"], 2) for m in matrices}) > 2  # no even shares
-    assert all(m["refit"] and m["fallback"] is None for m in matrices)
-    assert all(m["predicted_nats"] > 0 for m in matrices if m["rank"])
+    assert {w.config.types for w in weights if w.rank} == {"pivoted_low_rank"}
+    assert len({round(w.bits / w.source_bits, 2) for w in weights}) > 2  # unequal fractions
+    assert all(w.result.refit and w.result.fallback is None for w in weights)
+    assert all((w.result.predicted_nats or 0) > 0 for w in weights if w.rank)
 
 
 def test_loaded_logits_equal_those_of_the_model_in_memory(run, sample):
@@ -141,14 +143,13 @@ def test_generates(run, sample):
 def test_bits_on_disk_are_those_of_the_plan(run):
     plan = run.plan()
     stored = stored_bits(run.checkpoint)
-    for matrix in plan["matrices"]:
-        tensors = {k: v for k, v in stored.items() if k.startswith(f"{matrix['name']}.")}
+    for weight in summarize(plan):
+        tensors = {k: v for k, v in stored.items() if k.startswith(f"{weight.name}.")}
         found = sum(bits for name, bits in tensors.items() if not name.endswith("bias"))
-        assert found == matrix["bits"], matrix["name"]
-    totals = plan["totals"]
-    assert totals["kept"] <= 0.6
-    assert run.report["size"]["targeted"]["bits"] == totals["bits"]
-    assert sum(stored.values()) == 8 * totals["compressed_bytes"]
+        assert found == weight.bits, weight.name
+    assert plan.kept <= 0.6
+    assert run.report["size"]["targeted"]["bits"] == plan.bits
+    assert sum(stored.values()) == 8 * plan.compressed_bytes
     whole = sum(file.stat().st_size for file in run.checkpoint.glob("*.safetensors"))
     assert run.report["size"]["model"]["file_bytes"]["compressed"] == whole
 
@@ -226,7 +227,7 @@ print(json.dumps({"loaded": loaded, "difference": difference("llama")}))
 def fresh(
     all_families: dict[str, Any], sample: Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Any]]:
-    """Run the two scripts, side by side, over the checkpoints and the logits they should give."""
+    """Run the two scripts, in parallel, on the checkpoints and their expected logits."""
     file = tmp_path_factory.mktemp("logits") / "logits.safetensors"
     with torch.no_grad():
         logits = {name: run.in_memory()(sample).logits for name, run in all_families.items()}
@@ -259,7 +260,7 @@ def test_a_fresh_process_gives_the_same_logits(fresh, all_families):
     assert max(differences.values()) <= 1e-5, differences
 
 
-def test_a_process_without_lrc_refuses_and_a_late_import_helps(fresh):
+def test_a_process_without_lrc_refuses_until_lrc_is_imported(fresh):
     answer = fresh(WITHOUT_THEN_WITH)
     assert answer["loaded"] == []
     assert answer["difference"] <= 1e-5

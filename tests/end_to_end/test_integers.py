@@ -1,4 +1,4 @@
-"""What people do with a checkpoint of integers once it is there, with lrc and without."""
+"""What users do with a checkpoint of integers, with lrc and without."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from lrc.cli.inspect import describe
 from lrc.compressors.checkpoint.reader import load_checkpoint
 from lrc.compressors.io.machine import Machine
-from lrc.compressors.layers import Form
+from lrc.compressors.layers import CompressedLinear, WeightConfig
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError, Stopped
 from lrc.configs.load import load_recipe
@@ -27,7 +27,7 @@ INT4 = {"quantize": {"method": "gptq", "bits": 4, "group_size": 16}}
 INT4_G8 = {"quantize": {**INT4["quantize"], "group_size": 8}}
 OURS: dict[str, list[dict[str, Any]]] = {
     "asymmetric": [{"quantize": {"method": "gptq", "bits": 3, "symmetric": False}}],
-    "branch": [{"quantize": {**INT4["quantize"], "low_rank_correction": {"rank": 4}}}],
+    "correction": [{"quantize": {**INT4["quantize"], "low_rank_correction": {"rank": 4}}}],
     "factors": [{"decompose": {"method": "svd-llm", "keep": 0.8}}, INT4_G8],
     "shared": [{"decompose": {"method": "basis-sharing", "keep": 0.8}}, INT4_G8],
     "joint": [{"decompose": {"method": "mixed", "keep": 0.2, "schemes": ["int8", "int3-g16"]}}],
@@ -106,7 +106,7 @@ def test_a_dequantized_model_computes_the_same(runs, name: str, sample, tmp_path
     model = load(runs(name))
     expected = logits_of(model, sample)
     model.dequantize()
-    assert not any(isinstance(module, Form) for module in model.modules())
+    assert not any(isinstance(module, CompressedLinear) for module in model.modules())
     torch.testing.assert_close(logits_of(model, sample), expected, rtol=0, atol=1e-4)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits_of(load(tmp_path), sample), expected, rtol=0, atol=1e-4)
@@ -132,10 +132,12 @@ def test_the_cache_changes_no_token(runs, name: str, sample) -> None:
 
 # PEFT asks for an attribute that the newest transformers has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapters_find_the_branch_and_refuse_what_is_packed(runs, sample) -> None:
-    model = load(runs("branch"))
+def test_adapters_find_the_correction_and_refuse_packed_matrices(runs, sample) -> None:
+    model = load(runs("correction"))
     before = logits_of(model, sample)
-    config = peft.LoraConfig(r=2, target_modules=r".*\.up_proj\.(a|b)", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=2, target_modules=r".*\.up_proj\.low_rank\.[ab]", task_type="CAUSAL_LM"
+    )
     adapted = peft.get_peft_model(model, config)
     assert torch.equal(logits_of(adapted, sample), before)
     adapted(sample, labels=sample).loss.backward()
@@ -143,7 +145,7 @@ def test_adapters_find_the_branch_and_refuse_what_is_packed(runs, sample) -> Non
     assert len(trained) == 2 * 2 * 2
     assert any(p.grad is not None and bool(p.grad.any()) for p in trained)
     packed = peft.LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match=r"Target module Integers.* is not supported"):
+    with pytest.raises(ValueError, match=r"(?s)Target module CompressedLinear.* is not supported"):
         peft.get_peft_model(load(runs("asymmetric")), packed)
 
 
@@ -192,16 +194,16 @@ def test_other_checkpoints_stop_without_lrc(runs, name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", [*OURS, *PLAIN])
-def test_inspect_shows_and_verifies_every_matrix(runs, name: str, lrc, tmp_path: Path) -> None:
+def test_inspect_shows_and_verifies_every_weight(
+    runs, name: str, executed, lrc, tmp_path: Path
+) -> None:
     folder = runs(name)
     ended = lrc("inspect", folder, "--verify")
     assert (ended.code, ended.err) == (0, "")
-    plan = json.loads((folder / "lrc/plan.json").read_text())
     report = json.loads((folder / "lrc/report.json").read_text())
     facts = describe(folder, verify=True)
-    shown = {m["name"]: (m["form"], m["scheme"], m["shape"]) for m in facts["modules"]}
-    planned = {m["name"]: (m["form"], m["scheme"], m["shape"]) for m in plan["matrices"]}
-    assert shown == {n: each for n, each in planned.items() if each[0] != "dense"}
+    shown = {m["name"]: WeightConfig.from_json(config_of(m)) for m in facts["modules"]}
+    assert shown == executed(folder.parent).modules()
     assert facts["parameters"] == report["size"]["model"]["parameters"]["compressed"]
     copy = shutil.copytree(folder, tmp_path / "spoiled")
     tensors = load_file(folder / "model.safetensors")
@@ -210,11 +212,17 @@ def test_inspect_shows_and_verifies_every_matrix(runs, name: str, lrc, tmp_path:
         content = {**tensors, leaf: spoiled}
         content = {key: t for key, t in content.items() if t is not None}
         save_file(content, copy / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(CheckpointError, match=r"do not fit config.json: .*proj"):
+        with pytest.raises(CheckpointError, match=f"{leaf}: expected") as refused:
             describe(copy, verify=False)
+        assert refused.value.code == "tensor-mismatch"
 
 
-def test_a_plain_checkpoint_is_evaluated_without_a_word_of_other_libraries(
+def config_of(module: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration in what `describe` returns of a weight."""
+    return {key: module[key] for key in ("shape", "components", "bias") if key in module}
+
+
+def test_a_plain_checkpoint_is_evaluated_without_messages_of_other_libraries(
     runs, tiny_text, lrc
 ) -> None:
     folder = runs("int4")
@@ -231,8 +239,8 @@ def test_a_stopped_run_and_a_second_one_give_the_same_bytes(
     recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages))
 
     def stop(stage: str, done: int, total: int) -> None:
-        if (stage, done) == ("decompose", 1):
-            raise Stopped("asked to")
+        if (stage, done) == ("compress", 1):
+            raise Stopped("requested")
 
     with pytest.raises(Stopped):
         compress(recipe, Machine("cpu", on_step=stop))

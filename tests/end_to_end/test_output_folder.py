@@ -1,4 +1,4 @@
-"""The output folder: never taken from anyone, never left half-written, continued after trouble."""
+"""The output folder: other files are kept, results are complete, interrupted runs continue."""
 
 import fcntl
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-# Newer Pythons warn of any fork beside threads; those of torch are idle.
+# Newer Pythons warn of any fork with threads; those of torch are idle.
 FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 
@@ -24,12 +24,20 @@ def weights_of(output: Path) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "work/thesis.tex", "checkpoint/model.safetensors"])
-def test_a_folder_of_someone_else_is_left_alone(lrc, recipe: Path, output: Path, name: str) -> None:
+def test_a_folder_with_other_files_is_not_changed(
+    lrc, recipe: Path, output: Path, name: str
+) -> None:
     (output / name).parent.mkdir(parents=True)
     (output / name).write_text("precious")
     for options in ([], ["--overwrite"]):
         ended = lrc("compress", recipe, *options)
-        ended.refuses(1, str(output), "was not written by lrc compress", "choose another folder")
+        ended.refuses(
+            1,
+            str(output),
+            "was not written by lrc compress",
+            "choose another folder",
+            code="invalid-output",
+        )
         assert contents(output) == {name: b"precious"}
 
 
@@ -39,33 +47,44 @@ def test_a_model_is_not_overwritten_by_its_compressed_form(
     model = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
     before = contents(model)
     same = (f"model={model}", f"output={model}", "--overwrite")
-    lrc("compress", recipe, *same).refuses(1, "was not written by lrc compress")
+    lrc("compress", recipe, *same).refuses(
+        1, "was not written by lrc compress", code="invalid-output"
+    )
     assert contents(model) == before
 
 
 def test_places_that_cannot_be_written(lrc, recipe: Path, output: Path) -> None:
     output.write_text("a file")
-    lrc("compress", recipe).refuses(1, f"{output} is a file; choose another folder")
+    lrc("compress", recipe).refuses(
+        1, f"{output} is a file; choose another folder", code="invalid-output"
+    )
     below = f"output={output / 'below'}"
-    lrc("compress", recipe, below).refuses(1, "a part of the path is a file", "choose another")
+    lrc("compress", recipe, below).refuses(
+        1, "a part of the path is a file", "choose another", code="invalid-output"
+    )
     assert output.read_text() == "a file"
     for read_only in ("/proc/lrc-out", "/sys/lrc-out"):
         if Path(read_only).parent.is_dir():
             lrc("compress", recipe, f"output={read_only}").refuses(
-                1, f"{read_only}: cannot be written", "choose another 'output'"
+                1,
+                f"{read_only}: cannot be written",
+                "choose another 'output'",
+                code="invalid-output",
             )
 
 
 def test_a_folder_in_use_is_refused(lrc, recipe: Path, output: Path) -> None:
     (output / "work").mkdir(parents=True)
     with (output / "work/lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # as the run that is at work would
-        lrc("compress", recipe, "--overwrite").refuses(1, "in use by another lrc compress", "wait")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a running command would
+        lrc("compress", recipe, "--overwrite").refuses(
+            1, "in use by another lrc compress", "wait", code="invalid-output"
+        )
     assert [f.name for f in (output / "work").iterdir()] == ["lock"]
-    assert lrc("compress", recipe, "-q").code == 0  # the lock of a run that has ended is none
+    assert lrc("compress", recipe, "-q").code == 0  # the lock has ended with its process
 
 
-def test_a_finished_run_answers_with_what_it_stored(lrc, recipe: Path, output: Path) -> None:
+def test_a_finished_run_returns_its_stored_report(lrc, recipe: Path, output: Path) -> None:
     first = lrc("compress", recipe, "--json", "-q")
     assert (first.code, first.err) == (0, "")
     before = contents(output)
@@ -75,9 +94,7 @@ def test_a_finished_run_answers_with_what_it_stored(lrc, recipe: Path, output: P
     assert contents(output) == before
 
 
-def test_another_evaluation_measures_again_and_nothing_else(
-    lrc, recipe: Path, output: Path
-) -> None:
+def test_another_evaluation_only_measures_again(lrc, recipe: Path, output: Path) -> None:
     assert lrc("compress", recipe, "-q").code == 0
     written = (output / "checkpoint/model.safetensors").stat().st_mtime_ns
     ended = lrc("compress", recipe, "evaluate.perplexity.0.windows=3", "--json")
@@ -102,14 +119,16 @@ def test_another_run_is_replaced_only_with_overwrite(lrc, recipe: Path, output: 
         "calibration.samples=3": "differs in calibration.samples (4 there, 3 here)",
         "model.dtype=float32": 'differs in model.dtype ("bfloat16" there, "float32" here)',
     }.items():
-        lrc("compress", recipe, override).refuses(1, words, "choose another folder", "--overwrite")
+        lrc("compress", recipe, override).refuses(
+            1, words, "choose another folder", "--overwrite", code="invalid-output"
+        )
         assert contents(output) == before
     assert lrc("compress", recipe, "seed=1", "--overwrite", "-q").code == 0
     assert weights_of(output) != before["checkpoint/model.safetensors"]
     assert (output / "notes.txt").read_text() == "mine"
 
 
-def test_how_it_is_calculated_is_not_another_run(lrc, recipe: Path, output: Path) -> None:
+def test_a_memory_limit_does_not_make_another_run(lrc, recipe: Path, output: Path) -> None:
     assert lrc("compress", recipe, "-q").code == 0
     before = weights_of(output)
     assert lrc("compress", recipe, "calibration.memory_limit_gib=0.5", "-q").code == 0
@@ -121,20 +140,24 @@ def test_damage_in_the_work_folder_is_named(lrc, recipe: Path, output: Path) -> 
     (output / "report.json").unlink()
     damaged = output / "work/evaluation-dense.json"
     damaged.write_text("{")
-    lrc("compress", recipe).refuses(1, str(damaged), "is damaged", "delete it and run the same")
+    lrc("compress", recipe).refuses(
+        1, str(damaged), "is damaged", "delete it and run the same", code="invalid-output"
+    )
     damaged.unlink()
     assert lrc("compress", recipe, "-q").code == 0
     (output / "work/run.json").write_text("{")
-    lrc("compress", recipe, "seed=1").refuses(1, "run.json: is damaged", "--overwrite")
+    lrc("compress", recipe, "seed=1").refuses(
+        1, "run.json: is damaged", "--overwrite", code="invalid-output"
+    )
     assert lrc("compress", recipe, "seed=1", "--overwrite", "-q").code == 0
 
 
 @FORKS
 @pytest.mark.parametrize("limit", [3_000, 20_000, 40_000])
-def test_a_full_disk_is_said_and_the_same_command_continues(
+def test_a_full_disk_is_reported_and_the_same_command_continues(
     fork_lrc: Callable[..., Any], recipe: Path, output: Path, limit: int
 ) -> None:
-    """A limit on the size of a file meets every writer where a full disk would."""
+    """A limit on file sizes interrupts writers as a full disk would."""
 
     def fill() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -143,20 +166,24 @@ def test_a_full_disk_is_said_and_the_same_command_continues(
     undisturbed = contents(output / "checkpoint")
     shutil.rmtree(output)
     fork_lrc("compress", recipe, "-q", before=fill).ended().refuses(
-        1, str(output), "cannot be written (File too large)", "run the same command again"
+        1,
+        str(output),
+        "cannot be written (File too large)",
+        "run the same command again",
+        code="invalid-output",
     )
     assert not (output / "checkpoint").exists()
     assert not list(output.rglob("*.partial"))
     assert fork_lrc("compress", recipe, "-q").ended().code == 0
     finished = contents(output / "checkpoint")
-    for name in {*undisturbed, *finished} - {"README.md", "lrc/report.json"}:  # they hold times
+    for name in {*undisturbed, *finished} - {"README.md", "lrc/report.json"}:  # they contain times
         assert finished[name] == undisturbed[name], name
 
 
-def test_the_space_for_states_on_disk_is_taken_before_they_are_written(
+def test_disk_space_for_states_is_reserved_before_they_are_written(
     lrc, recipe: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A map of a file with holes would kill the process where the disk is full."""
+    """Writing to a memory map of a sparse file would kill the process if the disk is full."""
     reserved = []
 
     def refuse(descriptor: int, start: int, length: int) -> None:
@@ -165,5 +192,7 @@ def test_the_space_for_states_on_disk_is_taken_before_they_are_written(
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     ended = lrc("compress", recipe, "calibration.memory_limit_gib=1e-9", "-q")
-    ended.refuses(1, "states.live: cannot be written", "the disk is full: free space")
+    ended.refuses(
+        1, "states.live: cannot be written", "the disk is full: free space", code="invalid-output"
+    )
     assert reserved == [4 * 64 * 32 * 4]

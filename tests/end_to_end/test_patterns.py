@@ -1,4 +1,4 @@
-"""Pattern 2:4 from a recipe to a checkpoint: what is written holds to what it claims."""
+"""Pattern 2:4 from a recipe to a checkpoint: what is written keeps the pattern."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,21 +12,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lrc.cli.inspect import describe
-from lrc.compressors.compress.finalize import product
 from lrc.compressors.io.machine import Machine
-from lrc.compressors.layers.bits import unpack_bits
+from lrc.compressors.layers import WeightConfig
+from lrc.compressors.layers.bitmask import unpack_bits
 from lrc.compressors.pipeline import compress
-from lrc.compressors.planning.plan import Matrix, read_matrices
+from lrc.compressors.planning.plan import Plan
 from lrc.configs.errors import CheckpointError, Stopped
 from lrc.configs.load import load_recipe
 
 WEIGHTS = "checkpoint/model.safetensors"
 STAGES: dict[str, dict[str, Any]] = {
-    "magnitude, alike": {"method": "magnitude", "keep": 0.6},
+    "magnitude, uniform": {"method": "magnitude", "keep": 0.6},
     "wanda, by the lagrangian": {"method": "wanda", "keep": 0.8, "allocation": "lagrangian"},
     "sparse, compensated": {"method": "sparse", "keep": 0.8, "compensate": {}},
     "sparse, to a size": {"method": "sparse", "size": "92kB"},
-    "compot, alike": {"method": "compot", "keep": 0.6, "allocation": "uniform", "rounds": 3},
+    "compot, uniform": {"method": "compot", "keep": 0.6, "allocation": "uniform", "rounds": 3},
     "dictionary, compensated": {
         "method": "dictionary",
         "keep": 0.6,
@@ -71,10 +71,6 @@ def compressed(recipe_for: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return run
 
 
-def executed(run: Path) -> list[Matrix]:
-    return read_matrices(json.loads((run / "checkpoint/lrc/plan.json").read_text())["matrices"])
-
-
 def modules_of(run: Path) -> dict[str, dict[str, Any]]:
     config = json.loads((run / "checkpoint/config.json").read_text())
     modules: dict[str, dict[str, Any]] = config["quantization_config"]["modules"]
@@ -88,37 +84,41 @@ def nonzeros_of_fours(rows: Tensor) -> Tensor:
 
 @CASES
 def test_of_every_four_at_most_two_differ_from_zero(
-    case: str, compressed: Callable[..., Path]
+    case: str,
+    compressed: Callable[..., Path],
+    executed: Callable[[Path], Plan],
+    weights_of: Callable[[Path], dict[str, Tensor]],
 ) -> None:
     run = compressed(case)
-    stored, modules = load_file(run / WEIGHTS), modules_of(run)
+    stored, modules, weights = load_file(run / WEIGHTS), modules_of(run), weights_of(run)
     assert modules
-    for m in executed(run):
-        if m.form == "dense":
-            assert (m.name not in modules, m.pattern) == (True, None)
-            continue
-        assert modules[m.name]["pattern"] == m.pattern == "2:4"
-        width = m.shape[1] if m.form == "sparse" else modules[m.name]["atoms"]
-        mask = unpack_bits(stored[f"{m.name}.mask"], width)
+    plan = executed(run)
+    assert modules == {name: config.to_json() for name, config in plan.modules().items()}
+    for name, config in plan.modules().items():
+        (component,) = config.components
+        assert component.pattern == "2:4"
+        width = config.sizes.get("atoms", config.shape[1])
+        mask = unpack_bits(stored[f"{name}.{component.type}.mask"], width)
         assert bool((nonzeros_of_fours(mask) == 2).all())
-        if m.form == "sparse":
-            W_hat = product(m, stored.__getitem__)
-            assert int(nonzeros_of_fours(W_hat).max()) == 2
+        if component.type == "sparse":
+            assert int(nonzeros_of_fours(weights[name]).max()) == 2
 
 
 @CASES
 def test_stock_transformers_compute_the_stored_weights(
-    case: str, compressed: Callable[..., Path], tiny_model_folder: Path, sample: Tensor
+    case: str,
+    compressed: Callable[..., Path],
+    weights_of: Callable[[Path], dict[str, Tensor]],
+    tiny_model_folder: Path,
+    sample: Tensor,
 ) -> None:
     run = compressed(case)
-    stored = load_file(run / WEIGHTS)
     dense = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter.copy_(parameter.bfloat16())
-        for m in executed(run):
-            if m.form != "dense" or m.refit:
-                dense.get_submodule(m.name).weight.copy_(product(m, stored.__getitem__))
+        for name, weight in weights_of(run).items():
+            dense.get_submodule(name).weight.copy_(weight)
         expected = dense(sample).logits
         model = AutoModelForCausalLM.from_pretrained(run / "checkpoint", dtype=torch.float32)
         logits = model.eval()(sample).logits
@@ -140,13 +140,13 @@ def test_budgets_are_kept(case: str, compressed: Callable[..., Path]) -> None:
     "case", ["wanda, by the lagrangian", "sparse, compensated", "sparse, to a size"]
 )
 def test_the_lagrangian_chooses_between_dense_and_the_one_size(
-    case: str, compressed: Callable[..., Path]
+    case: str, compressed: Callable[..., Path], executed: Callable[[Path], Plan]
 ) -> None:
-    run = compressed(case)
-    sizes = {m.form: set() for m in executed(run)}
-    for m in executed(run):
-        sizes[m.form].add(m.sizes and 2 * m.sizes["nonzeros"] == m.shape[0] * m.shape[1])
-    assert sizes == {"dense": {None}, "sparse": {True}}
+    plan = executed(compressed(case))
+    configs = [plan.stored_config(task) for task in plan.tasks]
+    assert {config.types for config in configs} == {"dense", "sparse"}
+    sparse = [config for config in configs if config.compressed]
+    assert all(2 * c.sizes["nonzeros"] == c.shape[0] * c.shape[1] for c in sparse)
 
 
 @pytest.mark.parametrize("case", ["sparse, compensated", "dictionary, compensated"])
@@ -160,15 +160,15 @@ def test_a_plan_given_back_gives_the_same_weights(
     assert modules_of(tmp_path / "again") == modules_of(first)
 
 
-@pytest.mark.parametrize("stage", ["allocate", "decompose"])
-def test_a_stopped_run_goes_on_to_the_same_bytes(
+@pytest.mark.parametrize("stage", ["allocate", "compress"])
+def test_a_stopped_run_continues_to_the_same_bytes(
     stage: str, compressed: Callable[..., Path], recipe_for: Any, tmp_path: Path
 ) -> None:
     recipe = recipe_for(STAGES["sparse, compensated"], tmp_path / "run")
 
     def stop(at: str, done: int, total: int) -> None:
         if (at, done) == (stage, 1):
-            raise Stopped("asked to")
+            raise Stopped("requested")
 
     with pytest.raises(Stopped):
         compress(recipe, Machine(device="cpu", on_step=stop))
@@ -188,19 +188,20 @@ def test_plan_and_inspect_show_the_pattern(
     inspected = lrc("inspect", run / "checkpoint")
     assert inspected.out.count("sparse 2:4") == len(modules_of(run))
     facts = describe(run / "checkpoint", verify=True)
-    assert {m["pattern"] for m in facts["modules"]} == {"2:4"}
+    assert {c["pattern"] for m in facts["modules"] for c in m["components"]} == {"2:4"}
 
 
-def test_a_claim_that_the_sizes_rule_out_is_refused(
+def test_a_pattern_that_contradicts_the_sizes_is_refused(
     compressed: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run = compressed("compot, alike")
+    run = compressed("compot, uniform")
     config = json.loads((run / "checkpoint/config.json").read_text())
-    spec = next(iter(config["quantization_config"]["modules"].values()))
-    spec["nonzeros"] -= 1
+    record = next(iter(config["quantization_config"]["modules"].values()))
+    sizes = WeightConfig.from_json(record).sizes
+    record["components"][0]["nonzeros"] -= 1
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((run / WEIGHTS).read_bytes())
-    words = f"pattern 2:4 needs atoms {spec['atoms']} and nonzeros {spec['nonzeros'] + 1}"
+    words = f"pattern 2:4 needs atoms {sizes['atoms']} and nonzeros {sizes['nonzeros']}"
     with pytest.raises(CheckpointError, match=words):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=words):

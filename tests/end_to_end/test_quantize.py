@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lrc.compressors.checkpoint.reader import load_checkpoint
-from lrc.compressors.compress.finalize import product
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
-from lrc.compressors.planning.plan import read_matrices
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.summary import summarize
 from lrc.configs.load import load_recipe
 
 INT4 = {"quantize": {"method": "gptq", "bits": 4, "group_size": 16}}
@@ -35,14 +36,14 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
         {"quantize": {**INT4["quantize"], "targets": ["*.mlp.*"]}},
         {"quantize": {"method": "gptq", "targets": ["*.self_attn.*"], "ignore": ["*.v_proj"]}},
     ],
-    "branch": [
+    "correction": [
         {"quantize": {**INT4["quantize"], "low_rank_correction": {"method": "qera", "rank": 4}}}
     ],
     "groups": [{"quantize": {**INT4["quantize"], "method": "gqsa", "group_size": 8}}],
     "groups-compensated": [
         {"quantize": {**INT4["quantize"], "method": "gqsa", "sparsity": 0.3, "compensate": {}}}
     ],
-    "groups-behind-factors": [
+    "groups-after-factors": [
         decompose("svd-llm", targets=["*.mlp.*"]),
         {"quantize": {**INT4["quantize"], "method": "gqsa", "targets": ["*.self_attn.*"]}},
         {"quantize": {**INT4["quantize"], "targets": ["*.mlp.*"]}},
@@ -92,37 +93,35 @@ def runs(
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_counted_bits_are_stored_bits_and_the_model_computes_what_the_file_says(
-    name: str, runs: Callable[[str], Path], model_folder: Path
+def test_counted_bits_are_stored_bits_and_the_model_computes_the_stored_weights(
+    name: str,
+    runs: Callable[[str], Path],
+    executed: Callable[[Path], Plan],
+    weights_of: Callable[[Path], dict[str, Tensor]],
+    model_folder: Path,
 ) -> None:
     output = runs(name)
     checkpoint = output / "checkpoint"
     report = json.loads((output / "report.json").read_text())
     tensors = load_file(checkpoint / "model.safetensors")
-    matrices = read_matrices(json.loads((checkpoint / "lrc/plan.json").read_text())["matrices"])
-    assert all(m.scheme is not None for m in matrices if m.form != "dense")
-    bias = "replaced" if name == "bias" else None
-    for m in matrices:
-        own = {key: t for key, t in tensors.items() if key.startswith(f"{m.name}.")}
+    rows = summarize(executed(output))
+    assert all(row.config.quantization for row in rows if row.config.compressed)
+    for row in rows:
+        own = {key: t for key, t in tensors.items() if key.startswith(f"{row.name}.")}
         stored = sum(t.numel() * t.element_size() for t in own.values()) * 8
-        sentinel = 8 if name in PLAIN and m.form == "integers" else 0
-        assert stored + sentinel == m.bits, m.name
-        assert bias or m.bias is None
-    assert report["size"]["targeted"]["bits"] == sum(m.bits for m in matrices)
+        sentinel = 8 if name in PLAIN and row.config.compressed else 0
+        assert stored + sentinel == row.bits, row.name
+        assert row.config.bias == (name == "bias" and row.config.types == "low_rank")
+    assert report["size"]["targeted"]["bits"] == sum(row.bits for row in rows)
 
     model = load_checkpoint(checkpoint, dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).float()
-    tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
-    for m in matrices:
-        if m.form == "integers" and name in PLAIN:
-            tensors[f"{m.name}.weight"] = torch.zeros(1, dtype=torch.uint8)
-        if m.form != "dense":
-            weight = dense.get_submodule(m.name).weight
-            weight.data = product(m, tensors.__getitem__).to(weight.dtype)
-        bias_name = f"{m.name}.b.bias"
-        if bias_name in tensors:
-            layer = dense.get_submodule(m.name)
-            layer.bias = torch.nn.Parameter(tensors[bias_name])
+    for layer, W_hat in weights_of(output).items():
+        dense.get_submodule(layer).weight.data = W_hat
+    for row in rows:
+        if row.config.bias:
+            bias = tensors[f"{row.name}.bias"].float()
+            dense.get_submodule(row.name).bias = torch.nn.Parameter(bias)
     tokens = torch.randint(2, 500, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, theirs = model(tokens).logits, dense(tokens).logits
@@ -131,7 +130,10 @@ def test_counted_bits_are_stored_bits_and_the_model_computes_what_the_file_says(
 
 
 def test_groups_are_saved_again_and_become_dense(
-    runs: Callable[[str], Path], tmp_path: Path, lrc: Callable[..., Any]
+    runs: Callable[[str], Path],
+    executed: Callable[[Path], Plan],
+    tmp_path: Path,
+    lrc: Callable[..., Any],
 ) -> None:
     checkpoint = runs("groups") / "checkpoint"
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
@@ -145,8 +147,8 @@ def test_groups_are_saved_again_and_become_dense(
     model.dequantize()
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, expected)
-    for m in read_matrices(json.loads((checkpoint / "lrc/plan.json").read_text())["matrices"]):
-        assert m.sizes == {"groups": m.shape[0] * m.shape[1] // 8 // 2}
-        kept = (model.get_submodule(m.name).weight.view(m.shape[0], -1, 8) != 0).any(dim=2)
-        assert 0.9 * m.sizes["groups"] <= int(kept.sum()) <= m.sizes["groups"]
+    for row in summarize(executed(runs("groups"))):
+        assert row.config.sizes == {"groups": row.shape[0] * row.shape[1] // 8 // 2}
+        kept = (model.get_submodule(row.name).weight.view(row.shape[0], -1, 8) != 0).any(dim=2)
+        assert 0.9 * row.config.sizes["groups"] <= int(kept.sum()) <= row.config.sizes["groups"]
     assert lrc("inspect", checkpoint, "--verify").code == 0

@@ -1,6 +1,5 @@
 """Dictionaries of several ratios of atoms and coefficients, and the seed of random ones."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -11,9 +10,9 @@ import pytest
 
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Machine
-from lrc.compressors.layers import FORMS
+from lrc.compressors.layers import COMPONENTS
 from lrc.compressors.pipeline import compress
-from lrc.compressors.planning.plan import read_matrices
+from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.rate_distortion import energies_file
 from lrc.compressors.solvers.dictionary_learning import SOLVERS
 from lrc.compressors.solvers.sparse_coding import SparseCode, SparseCodingTask
@@ -36,34 +35,32 @@ def prepared(
 
 
 def test_every_ratio_has_a_curve_and_the_allocation_takes_points_of_them(
-    prepared: Callable[..., Path], tmp_path: Path
+    prepared: Callable[..., Path], executed: Callable[[Path], Plan], tmp_path: Path
 ) -> None:
     recipe = load_recipe(prepared(STAGE))
 
     def stop(stage: str, done: int, total: int) -> None:
-        if stage == "decompose":
-            raise Stopped("asked to")
+        if stage == "compress":
+            raise Stopped("requested")
 
     with pytest.raises(Stopped):
         compress(recipe, Machine(device="cpu", on_step=stop))
     curves = Journal(tmp_path / "run").read_facts(energies_file(0))["curves"]
     compress(recipe, Machine(device="cpu"))
-    plan = json.loads((tmp_path / "run/checkpoint/lrc/plan.json").read_text())
-    matrices = {m.name: m for m in read_matrices(plan["matrices"])}
-    chosen = [m for m in matrices.values() if m.sizes is not None]
-    assert chosen
-    assert plan["totals"]["kept"] <= 0.6
-    for m in chosen:
-        assert ratio_of(m.shape, m.sizes) in RATIOS
-        assert m.bits == FORMS[m.form].stored_bits(*m.shape, bits=m.number_bits, **m.sizes)
+    plan = executed(tmp_path / "run")
+    tasks = {task.name: task for task in plan.tasks}
+    assert plan.modules()
+    assert plan.kept <= 0.6
+    for config in plan.modules().values():
+        assert ratio_of(config.shape, config.sizes) in RATIOS
     for name, curve in curves.items():
-        shape, points = matrices[name].shape, curve["points"]
+        shape, points = tasks[name].shape, curve["points"]
         runs = {ratio: [p for p in points if fits(shape, p["sizes"], ratio)] for ratio in RATIOS}
         for ratio, run in runs.items():
             steps = [p["sizes"]["nonzeros"] for p in run]
             assert len(set(steps)) > 2, (name, ratio)
             # Largest first; what a ratio shares with another, at a complete basis, comes twice.
-            energies = dict(zip(steps, (p["energy"] for p in run), strict=True))
+            energies = dict(zip(steps, (p["squared_error"] for p in run), strict=True))
             assert all(low <= high for (_, low), (_, high) in pairwise(
                 sorted(energies.items(), reverse=True)
             ))  # fmt: skip
@@ -71,7 +68,7 @@ def test_every_ratio_has_a_curve_and_the_allocation_takes_points_of_them(
 
 
 def fits(shape: tuple[int, int], sizes: dict[str, int], ratio: float) -> bool:
-    return dict(FORMS["dictionary"].sizes_at(sizes["nonzeros"], *shape, ratio)) == sizes
+    return dict(COMPONENTS["dictionary"].sizes_at(sizes["nonzeros"], *shape, ratio=ratio)) == sizes
 
 
 def ratio_of(shape: tuple[int, int], sizes: Any) -> float | None:
@@ -91,7 +88,7 @@ def test_several_ratios_given_back_as_a_plan_give_the_same_weights(
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "lagrangian"])
-def test_random_choices_take_the_seed_of_the_recipe(
+def test_random_choices_use_the_seed_of_the_recipe(
     allocation: str, prepared: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solver, seeds = SOLVERS["cospadi"], []

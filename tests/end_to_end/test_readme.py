@@ -1,4 +1,4 @@
-"""What the README promises: every command in it is run, in its order, as a user would."""
+"""The README: all of its commands are run, in order, as by a user."""
 
 import os
 import re
@@ -33,18 +33,18 @@ def test_make_targets_named_in_the_readme_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
-def test_the_documented_report_keys_are_the_code_s() -> None:
+def test_the_documented_report_keys_are_those_of_the_code() -> None:
     for key, meaning in SCHEMA.items():
         assert f"| `{key}` | {meaning} |" in README
 
 
-def test_stages_in_the_readme_are_a_recipe_s() -> None:
+def test_stages_in_the_readme_are_valid() -> None:
     whole, *parts = blocks("yaml")
     stages = [part for part in parts if part.startswith("stages:")]
     assert stages
     for part in stages:
         recipe = {**yaml.safe_load(whole), **yaml.safe_load(part)}
-        assert Recipe.model_validate(recipe).quantizations
+        assert Recipe.model_validate(recipe).stages_of("quantize")
 
 
 def test_every_recipe_of_the_readme_is_shipped() -> None:
@@ -90,7 +90,7 @@ def write_excerpt(source: Path, path: Path, *, layers: int, tokens: int) -> None
 def test_every_command_of_the_walk_runs(
     tmp_path: Path, lrc: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a part of the model: what the commands print, and how well it speaks, nobody asks here."""
+    """On a part of the model: neither what the commands print nor its quality is checked here."""
     assert MODEL.is_file(), "run `make model` first"
     models = tmp_path / ".cache" / "models"
     models.mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_every_command_of_the_walk_runs(
         return result.stdout
 
     def run_here(line: str) -> None:
-        """Run a command in this process: another one imports for seconds."""
+        """Run a command in this process: imports of another one take seconds."""
         name, *arguments = shlex.split(line)
         assert name == "lrc"
         ended = lrc(*arguments)

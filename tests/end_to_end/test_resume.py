@@ -1,4 +1,4 @@
-"""A run that is killed at any moment continues, and ends with the bytes of one that was not.
+"""A run that is killed at any moment continues, and ends with the bytes of an undisturbed one.
 
 Runs are forked from this process, which has paid for the imports and calculates on one thread: a
 forked OpenMP would hang on two.
@@ -29,18 +29,18 @@ from lrc.compressors.pipeline import compress
 from lrc.configs.errors import OutputError, Stopped
 from lrc.configs.load import load_recipe
 
-# Newer Pythons warn of any fork beside threads; those of torch are idle.
+# Newer Pythons warn of any fork with threads; those of torch are idle.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 KILLS = {"recommended": 20, "allocated": 6}
 LAYERS = 3
-OWN_EACH_TIME = {"lrc/report.json", "README.md"}  # they hold times and peaks
+DIFFERENT_EACH_TIME = {"lrc/report.json", "README.md"}  # they contain times and peaks
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def settings() -> Iterator[None]:
-    """Calculate on one thread, and save the chain of hidden states at every layer."""
+    """Calculate on one thread, and save the hidden states after every layer."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +56,7 @@ def new_recipe(
     make_tokenizer: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
-    """Write a recipe for a Llama of three layers into a folder of its own; keywords go into it."""
+    """Write a recipe for a Llama of three layers into a new folder; keywords replace its keys."""
     source = tmp_path_factory.mktemp("source")
     tiny_llama(num_hidden_layers=LAYERS).save_pretrained(source)
     make_tokenizer(chat_template=CHAT).save_pretrained(source)
@@ -69,7 +69,7 @@ def new_recipe(
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Give a short text: a run should not spend its time on reading."""
+    """Write a short text, which is read quickly."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n\n".join(read_documents("python-docs", part="calibration")[:3]))
     return str(path)
@@ -77,7 +77,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A recipe, and what an undisturbed run of it left behind."""
+    """A recipe, and the results of an undisturbed run of it."""
 
     recipe: Path
     files: dict[str, bytes]
@@ -98,7 +98,7 @@ def undisturbed(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
 
 @pytest.fixture(scope="module")
 def recommended(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
-    """Run a recipe with every stage there is: up and down, allocation, compensation."""
+    """Run a recipe with all steps: forward and backward pass, allocation, compensation."""
     perplexity = [{"source": text, "window": 32, "windows": 2}]
     return finished(
         new_recipe(
@@ -111,7 +111,7 @@ def recommended(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
 
 @pytest.fixture(scope="module")
 def allocated(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
-    """Run a recipe whose ranks wait for the singular values, and whose layers share a factor."""
+    """Run a recipe whose ranks depend on singular values, and whose layers share a factor."""
     stage = {"method": "basis-sharing", "keep": 0.6, "allocation": "lagrangian"}
     return finished(
         new_recipe(
@@ -123,7 +123,7 @@ def allocated(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
 
 @pytest.fixture(scope="module")
 def grouped(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
-    """Run a recipe whose layers share dictionaries, of sizes that wait for their losses."""
+    """Run a recipe whose layers share dictionaries, with sizes that depend on losses."""
     stage = {"method": "cospadi", "keep": 0.6, "rounds": 1, "layers_per_group": 2}
     return finished(
         new_recipe(
@@ -135,7 +135,7 @@ def grouped(new_recipe: Callable[..., Path], text: str) -> Undisturbed:
 
 def finished(recipe: Path) -> Undisturbed:
     run = recipe.with_name("run")
-    finish(recipe)  # pays for what is imported late and read from the disk first
+    finish(recipe)  # late imports and first reads from the disk take time once
     shutil.rmtree(run)
     seconds = finish(recipe)
     return Undisturbed(recipe, checkpoint_of(run), work_of(run), seconds)
@@ -151,15 +151,15 @@ def _run(recipe: Path, before: Callable[[], None]) -> NoReturn:
     status = 1
     try:
         signal.alarm(60)
-        torch.set_num_threads(1)  # torch makes its pool anew, before threads that load weights race
-        tqdm.set_lock(RLock())  # its own is shared, and may be held by a process that was killed
+        torch.set_num_threads(1)  # torch creates its pool again, before threads load weights
+        tqdm.set_lock(RLock())  # the default is shared, and a killed process may hold it
         before()
         compress(load_recipe(recipe), Machine(device="cpu"))
         status = 0
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(status)  # past every handler of pytest's
+        os._exit(status)  # without the handlers of pytest
 
 
 def finish(recipe: Path) -> float:
@@ -178,24 +178,24 @@ def was_killed(child: int) -> bool:
 def checkpoint_of(run: Path) -> dict[str, bytes]:
     folder = run / "checkpoint"
     files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-    assert set(files) >= OWN_EACH_TIME
-    return {name: data for name, data in files.items() if name not in OWN_EACH_TIME}
+    assert set(files) >= DIFFERENT_EACH_TIME
+    return {name: data for name, data in files.items() if name not in DIFFERENT_EACH_TIME}
 
 
 def work_of(run: Path) -> set[str]:
-    """Name what lies in the output folder, apart from the checkpoint's files."""
+    """Return the names in the output folder, without those in the checkpoint."""
     names = {str(f.relative_to(run)) for f in run.rglob("*")}
     return {name for name in names if not name.startswith("checkpoint/")}
 
 
 def stage_of(run: Path) -> str:
-    """Say how far a killed run has come, from what it left."""
+    """Return the stage in which a run was killed, from its files."""
     work = run / "work"
     marks = {
         "reported": run / "report.json",
         "evaluating": run / "checkpoint",
         "saving": run / ".checkpoint.partial",
-        "decomposing": work / "factors",
+        "compressing": work / "compressed",
         "allocating": work / "energies",
         "calibrating": work / "statistics",
         "windows": work / "windows.safetensors",
@@ -232,7 +232,7 @@ def test_kills_at_random_moments_give_equal_checkpoints(case, request):
 
 @pytest.mark.parametrize("case", ["undisturbed", "recommended", "allocated", "grouped"])
 def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoint(case, request):
-    """Files get their names by `os.replace`: kill right after each that has not been there yet."""
+    """Files get their names by `os.replace`: kill right after each new name."""
     undisturbed: Undisturbed = request.getfixturevalue(case)
     run, replace = undisturbed.recipe.with_name("run"), os.replace
     log = undisturbed.recipe.with_name("published")
@@ -252,7 +252,7 @@ def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoi
     published = log.read_text().split()
     assert kills == len(published) - 1
     assert {"checkpoint", "report.json", "work/plan.json"} <= {*published}
-    kinds = {"statistics/inputs", "factors/layer"}
+    kinds = {"statistics/inputs", "compressed/layer"}
     if case == "recommended":
         kinds |= {"statistics/gradients", "energies/layer"}
     for kind in kinds:
@@ -266,8 +266,8 @@ def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoi
     assert work_of(run) == undisturbed.work
 
 
-def test_what_is_deleted_is_made_anew(recommended):
-    """A checkpoint that is no more, and a file that an error has called damaged."""
+def test_deleted_results_are_computed_again(recommended):
+    """A deleted checkpoint, and a file that an error has called damaged."""
     run = recommended.recipe.with_name("run")
     shutil.rmtree(run, ignore_errors=True)
     finish(recommended.recipe)
@@ -276,13 +276,13 @@ def test_what_is_deleted_is_made_anew(recommended):
     assert checkpoint_of(run) == recommended.files
 
     def stop(stage: str, done: int, total: int) -> None:
-        if (stage, done) == ("decompose", 1):
-            raise Stopped("asked to")
+        if (stage, done) == ("compress", 1):
+            raise Stopped("requested")
 
     shutil.rmtree(run)
     with pytest.raises(Stopped):
         compress(load_recipe(recommended.recipe), Machine(device="cpu", on_step=stop))
-    assert not (run / "work/statistics/inputs-0000.safetensors").exists()  # its layer is factored
+    assert not (run / "work/statistics/inputs-0000.safetensors").exists()  # its layer is compressed
     damaged = run / "work/statistics/gradients-0002.safetensors"
     damaged.write_bytes(b"")
     with pytest.raises(OutputError, match=r"gradients-0002.safetensors: is damaged .* delete it"):
@@ -301,18 +301,18 @@ def test_a_stopped_run_continues_with_the_layer_after(new_recipe):
         def on_step(stage: str, done: int, total: int) -> None:
             seen.append((stage, done))
             if (stage, done) == place:
-                raise Stopped("asked to")
+                raise Stopped("requested")
 
         return on_step
 
-    for place in (("calibrate", 2), ("decompose", 2)):
+    for place in (("calibrate", 2), ("compress", 2)):
         with pytest.raises(Stopped):
             compress(recipe, Machine(device="cpu", on_step=stop_after(*place)))
     compress(recipe, Machine(device="cpu", on_step=stop_after()))
     assert seen == [
         *(("calibrate", n) for n in (1, 2, 3)),
-        *(("decompose", n) for n in (1, 2)),
-        *(("decompose", n) for n in (1, 2, 3)),  # layers that are done are counted, not redone
+        *(("compress", n) for n in (1, 2)),
+        *(("compress", n) for n in (1, 2, 3)),  # layers that are done are counted, not redone
     ]
 
 

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lrc.compressors.calibrate.layer_executor import watch_outputs
+from lrc.compressors.calibrate.layer_executor import watch
 from lrc.compressors.calibrate.sequential_calibration import find_writers
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError
@@ -87,7 +87,7 @@ def test_the_budget_is_kept_shortcuts_included(rotated: Rotated) -> None:
     assert 0.5 < min(energies) <= max(energies) < 1
 
 
-def test_it_generates_with_a_cache_as_without(rotated: Rotated) -> None:
+def test_generation_is_the_same_with_and_without_a_cache(rotated: Rotated) -> None:
     model = load(rotated.checkpoint)
     cached, plain = (
         model.generate(TOKENS, max_new_tokens=6, do_sample=False, use_cache=use)
@@ -96,14 +96,14 @@ def test_it_generates_with_a_cache_as_without(rotated: Rotated) -> None:
     assert torch.equal(cached, plain)
 
 
-def test_parts_of_it_may_lie_on_disk(rotated: Rotated, tmp_path: Path) -> None:
+def test_parts_may_be_offloaded_to_disk(rotated: Rotated, tmp_path: Path) -> None:
     names = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"]
     device_map = dict.fromkeys([*names, "model.layers.1"], "cpu") | {"model.layers.0": "disk"}
     model = load(rotated.checkpoint, device_map=device_map, offload_folder=tmp_path)
     torch.testing.assert_close(logits(model), logits(load(rotated.checkpoint)))
 
 
-def test_a_copy_is_as_good(rotated: Rotated) -> None:
+def test_a_copy_returns_the_same(rotated: Rotated) -> None:
     model = load(rotated.checkpoint)
     assert torch.equal(logits(deepcopy(model)), logits(model))
 
@@ -119,15 +119,15 @@ def test_without_lrc_loading_stops(rotated: Rotated) -> None:
     assert "mismatch" in done.stderr.lower()
 
 
-def test_it_cannot_be_made_plain_and_says_so(rotated: Rotated) -> None:
+def test_dequantizing_is_refused(rotated: Rotated) -> None:
     with pytest.raises(CheckpointError, match=r"no plain model.*rotations: global"):
         load(rotated.checkpoint).dequantize()
 
 
-def test_a_decomposition_continues_from_there(rotated: Rotated, tmp_path: Path) -> None:
+def test_a_decomposition_continues_from_the_slice(rotated: Rotated, tmp_path: Path) -> None:
     factors = {"decompose": {"method": "kfac", "keep": 0.9, "compensate": {}}}
     report = compress(load_recipe(rotated.recipe(tmp_path / "run", SLICE, factors)))
-    shapes = {record["name"]: record["shape"] for record in report["layers"]}
+    shapes = {record["name"]: record["config"]["shape"] for record in report["layers"]}
     k = report["slices"][0]["facts"]["width"]
     assert shapes["model.layers.0.mlp.down_proj"] == [k, 48]
     assert torch.isfinite(logits(load(tmp_path / "run/checkpoint"))).all()
@@ -151,7 +151,7 @@ def test_shortcuts_are_not_part_of_the_output_of_a_linear(rotated: Rotated) -> N
     def see(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
         seen[name] = (x, y)
 
-    with watch_outputs(layer, prefix, [f"{prefix}.mlp.down_proj"], see), torch.no_grad():
+    with watch(model, [f"{prefix}.mlp.down_proj"], see), torch.no_grad():
         forward()
     (x_seen, y_seen) = seen[f"{prefix}.mlp.down_proj"]
     torch.testing.assert_close(y_seen, x_seen @ linears["mlp.down_proj"].weight.T)
@@ -194,10 +194,10 @@ def spoil(rotated: Rotated, folder: Path, change: Callable[[dict[str, Any]], obj
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "norms a list": ({"norms": [1]}, "norms must map names"),
     "a norm without a rank": ({"norms": {NORM: {"writer": "a"}}}, "'rank': N >= 1"),
-    "a norm that is none": ({"norms": {"lm_head": {}}}, "'lm_head', which is no norm"),
+    "a norm that is none": ({"norms": {"lm_head": {}}}, "'lm_head', which is not a norm"),
     "a writer that is none": (
         {"norms": {NORM: {"writer": "model.norm", "rank": 3}}},
-        "names 'model.norm', no linear",
+        "lists 'model.norm', not a linear",
     ),
     "another rank": (
         {"norms": {NORM: {"writer": "model.layers.0.self_attn.o_proj", "rank": 1}}},
@@ -205,13 +205,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "biases a mapping": ({"biases": {}}, "biases must be a list"),
     "a bias of a number": ({"biases": [1]}, "biases[0] must be the name"),
-    "a bias of a norm": ({"biases": ["model.norm"]}, "no linear layer without a bias"),
+    "a bias of a norm": ({"biases": ["model.norm"]}, "not a linear layer without bias"),
     "a bias that is not there": ({"biases": ["lm_head"]}, "lm_head.bias: expected [512]"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_tables_that_do_not_fit_are_refused(rotated: Rotated, tmp_path: Path, case: str) -> None:
+def test_tables_that_do_not_match_are_refused(rotated: Rotated, tmp_path: Path, case: str) -> None:
     change, words = BAD[case]
     folder = spoil(rotated, tmp_path / "bad", lambda block: block.update(change))
     with pytest.raises(CheckpointError) as refused:

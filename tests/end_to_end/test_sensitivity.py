@@ -1,4 +1,4 @@
-"""`lrc plan --sensitivity` and `--profile`: predictions of a run that compress goes on with."""
+"""`lrc plan --sensitivity` and `--profile`: predictions of a run that compress continues."""
 
 import json
 import shutil
@@ -11,7 +11,10 @@ import pytest
 
 from lrc.cli.console import Steps
 from lrc.compressors.io.machine import Machine
+from lrc.compressors.layers import WeightConfig
 from lrc.compressors.pipeline import compress, measure
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.summary import WeightSummary, summarize
 from lrc.configs.errors import Stopped
 from lrc.configs.load import load_recipe
 
@@ -51,12 +54,18 @@ def stages_of(err: str) -> list[str]:
     return [line.partition(":")[0] for line in err.splitlines()]
 
 
-def losses(plan: dict[str, Any]) -> dict[str, float]:
-    return {m["name"]: m["loss"] for m in plan["matrices"] if m["rank"] is not None}
+def decomposed(plan: dict[str, Any]) -> dict[str, WeightSummary]:
+    """Return the rows of the weights that have a rank in the JSON of a plan."""
+    read = Plan.from_json({key: value for key, value in plan.items() if key != "profile"})
+    return {row.name: row for row in summarize(read) if row.rank is not None}
+
+
+def losses(plan: dict[str, Any]) -> dict[str, float | None]:
+    return {name: row.result.loss for name, row in decomposed(plan).items()}
 
 
 @pytest.mark.parametrize("case", STAGES)
-def test_compress_goes_on_where_the_predictions_ended(
+def test_compress_continues_where_the_predictions_ended(
     lrc, of_stage: Callable[..., Path], output: Path, case: str
 ) -> None:
     recipe, compensated = of_stage(STAGES[case]), case == "compensated"
@@ -70,18 +79,18 @@ def test_compress_goes_on_where_the_predictions_ended(
     assert "allocate" in stages_of(planned.err)
     assert not (output / "checkpoint").exists()
     plan = json.loads(planned.out)
-    executed = {m["name"]: m for m in report["layers"] if m["rank"] is not None}
+    configs = {m["name"]: WeightConfig.from_json(m["config"]) for m in report["layers"]}
+    executed = {m["name"]: m for m in report["layers"] if "rank" in configs[m["name"]].sizes}
     assert list(losses(plan)) == list(executed)
-    for m in plan["matrices"]:
-        if m["rank"] is None:
-            continue
-        there = executed[m["name"]]
-        assert m["rank"] == there["rank"]
-        assert m["loss"] > 0
+    for name, row in decomposed(plan).items():
+        there, predicted = executed[name], row.result
+        assert row.config == configs[name]
+        assert predicted.loss is not None
+        assert predicted.loss > 0
         if not compensated:  # those are of other inputs
-            assert m["loss"] == pytest.approx(there["predicted_loss"], rel=1e-6)
+            assert predicted.loss == pytest.approx(there["loss"], rel=1e-6)
         if case == "by predicted loss":
-            assert m["predicted_nats"] == pytest.approx(there["predicted_nats"], rel=1e-6)
+            assert predicted.predicted_nats == pytest.approx(there["predicted_nats"], rel=1e-6)
 
     before = stamps(output / "work")
     again = lrc("plan", recipe, "--sensitivity", "--json", "-q")
@@ -95,14 +104,12 @@ def test_compress_goes_on_where_the_predictions_ended(
         seen.append(stage)
 
     compress(load_recipe(recipe), Machine(device="cpu", on_step=look))
-    assert seen[0] == "decompose"
+    assert seen[0] == "compress"
     assert checkpoint_of(output) == undisturbed
 
     finished = lrc("plan", recipe, "--sensitivity", "--json")
     assert (finished.code, finished.err) == (0, "")  # nothing was done
-    assert losses(json.loads(finished.out)) == {
-        name: m["predicted_loss"] for name, m in executed.items()
-    }
+    assert losses(json.loads(finished.out)) == {name: m["loss"] for name, m in executed.items()}
 
 
 def test_a_run_that_is_half_done_predicts_the_other_half(
@@ -113,7 +120,7 @@ def test_a_run_that_is_half_done_predicts_the_other_half(
     shutil.rmtree(output)
 
     def stop(stage: str, done: int, total: int) -> None:
-        if stage == "decompose":
+        if stage == "compress":
             raise Stopped("requested")
 
     with pytest.raises(Stopped):
@@ -122,11 +129,11 @@ def test_a_run_that_is_half_done_predicts_the_other_half(
     planned = lrc("plan", recipe, "--sensitivity", "--json", "-q")
     assert losses(json.loads(planned.out)) == pytest.approx(whole, rel=1e-6)
     lrc("plan", recipe, "--profile", 1, "-q").refuses(
-        1, f"output: {output} holds a run that has factored", "choose another folder"
+        1, str(output), "choose another folder", code="statistics-deleted", where="output"
     )
 
 
-def test_predictions_are_checked_and_what_is_measured_is_kept(
+def test_predictions_are_checked_and_measurements_are_kept(
     lrc, of_stage: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = of_stage(STAGES["by predicted loss"])
@@ -136,9 +143,9 @@ def test_predictions_are_checked_and_what_is_measured_is_kept(
     plan = json.loads(planned.out)
     profile = plan["profile"]
     assert (profile["windows"], profile["tokens"]) == (2, 2 * 63)
-    assert set(profile["rises"]) == set(losses(plan))
-    assert profile["rise"] == pytest.approx(sum(profile["rises"].values()))
-    # Of random weights nothing comes true: their loss on real text is at no minimum.
+    assert set(profile["increases"]) == set(losses(plan))
+    assert profile["increase"] == pytest.approx(sum(profile["increases"].values()))
+    # Predictions fail for random weights: their loss on real text is not at a minimum.
     assert -1 <= profile["spearman"]["predicted_nats"] <= 1
     shutil.rmtree(output)
 
@@ -164,13 +171,13 @@ def test_predictions_are_checked_and_what_is_measured_is_kept(
 
     assert lrc("compress", recipe, "-q").code == 0
     finished = lrc("plan", recipe, "--profile", 2, "--json", "-q")  # measured already
-    assert json.loads(finished.out)["profile"]["rises"] == profile["rises"]
-    lrc("plan", recipe, "--profile", 1, "-q").refuses(1, "deleted its statistics")
+    assert json.loads(finished.out)["profile"]["increases"] == profile["increases"]
+    lrc("plan", recipe, "--profile", 1, "-q").refuses(1, code="statistics-deleted")
 
 
 @pytest.mark.parametrize(
     ("case", "unit"),
-    [("by predicted loss", "nats a token"), ("a shared basis", "% of the energy")],
+    [("by predicted loss", "nats per token"), ("a shared basis", "% of the energy")],
 )
 def test_tables_are_printed_on_stdout(lrc, of_stage: Callable[..., Path], case: str, unit: str):
     ended = lrc("plan", of_stage(STAGES[case]), "--profile", 1, "-q")
@@ -178,7 +185,7 @@ def test_tables_are_printed_on_stdout(lrc, of_stage: Callable[..., Path], case: 
     lines = ended.out.splitlines()
     titles = [
         f"predicted loss, {unit}, and rank",
-        "measured divergence from the dense model, nats a token, and predicted",
+        "measured divergence from the dense model, nats per token, and predicted",
     ]
     assert [line for line in lines if line in titles] == titles
     leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -187,7 +194,7 @@ def test_tables_are_printed_on_stdout(lrc, of_stage: Callable[..., Path], case: 
     assert (shared in lines) == (case == "a shared basis")
 
 
-def test_a_profile_is_no_calibration_of_a_method_that_needs_none(
+def test_a_profile_is_not_a_calibration_of_a_method_that_needs_none(
     lrc, of_stage: Callable[..., Path], output: Path
 ) -> None:
     recipe = of_stage({"method": "svd", "keep": 0.6})
@@ -197,7 +204,7 @@ def test_a_profile_is_no_calibration_of_a_method_that_needs_none(
     assert json.loads((output / "report.json").read_text())["calibration"] is None
 
 
-def test_what_does_not_go_together_is_refused(lrc, recipe: Path, output: Path) -> None:
+def test_options_that_contradict_each_other_are_refused(lrc, recipe: Path, output: Path) -> None:
     for windows in (0, 5):
         lrc("plan", recipe, "--profile", windows).refuses(
             2, f"--profile: must be in [1, 4], the windows of the calibration, got {windows}"

@@ -17,7 +17,7 @@ from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.load import load_recipe
 
-# Newer Pythons warn of any fork beside threads; those of torch are idle.
+# Newer Pythons warn of any fork with threads; those of torch are idle.
 pytestmark = [
     pytest.mark.quiet,
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
@@ -30,7 +30,7 @@ EVERY_STAGE = ("stages=[{decompose: {method: kfac, keep: 0.6, compensate: {}}}]"
 
 @pytest.fixture
 def hold(tmp_path: Path) -> Callable[..., Callable[[], None]]:
-    """Make a child wait at the first step whose stage starts so, after it has said it is there."""
+    """Make a child wait at the first step of a stage, after it has created the file `there`."""
 
     def make(stage: str, seconds: float) -> Callable[[], None]:
         def before() -> None:
@@ -63,7 +63,7 @@ def wait_for(path: Path) -> None:
 
 
 def checkpoint_of(output: Path) -> dict[str, bytes]:
-    """Read what does not depend on the name of the output folder, or on times and peaks."""
+    """Read what depends neither on the name of the output folder nor on times and peaks."""
     folder = output / "checkpoint"
     files = [f for f in folder.iterdir() if f.is_file() and f.name != "README.md"]
     return {f.name: f.read_bytes() for f in [*files, folder / "lrc/plan.json"]}
@@ -76,7 +76,7 @@ def undisturbed(
     tiny_recipe: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, bytes]:
-    """Return the checkpoint of a run that nobody stops."""
+    """Return the checkpoint of an uninterrupted run."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -91,7 +91,7 @@ def undisturbed(
         (signal.SIGINT, "calibrate"),
         (signal.SIGTERM, "gradients"),
         (signal.SIGINT, "allocate"),
-        (signal.SIGTERM, "decompose"),
+        (signal.SIGTERM, "compress"),
         (signal.SIGINT, "evaluate dense"),
         (signal.SIGTERM, "evaluate compressed"),
     ],
@@ -128,7 +128,7 @@ def test_a_signal_stops_after_the_step_and_the_same_command_continues(
     assert (output / "report.json").exists()
 
 
-def test_a_second_signal_leaves_at_once(
+def test_a_second_signal_stops_at_once(
     lrc: Callable[..., Any],
     fork_lrc: Callable[..., Any],
     hold: Callable[..., Callable[[], None]],
@@ -138,20 +138,22 @@ def test_a_second_signal_leaves_at_once(
 ) -> None:
     child = fork_lrc("compress", recipe, before=hold("calibrate", FOREVER))
     wait_for(tmp_path / "there")
-    lrc("compress", recipe).refuses(1, "is in use by another lrc compress")  # while it is at work
+    lrc("compress", recipe).refuses(
+        1, "is in use by another lrc compress", code="invalid-output"
+    )  # while the child runs
     os.kill(child.id, signal.SIGINT)
-    time.sleep(0.1)  # two of a kind in one moment would arrive as one
+    time.sleep(0.1)  # simultaneous equal signals would arrive as one
     start = time.monotonic()
     os.kill(child.id, signal.SIGINT)
     ended = child.ended()
     assert time.monotonic() - start < FOREVER / 2
     assert ended.code == 75
     assert ended.err.splitlines()[-1].startswith("stopped: at once; the same command continues")
-    assert lrc("compress", recipe, "-q").code == 0  # the lock has gone with its process
+    assert lrc("compress", recipe, "-q").code == 0  # the lock has ended with its process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_the_first_step_leaves_at_once(
+def test_a_signal_before_the_first_step_stops_at_once(
     fork_lrc: Callable[..., Any], recipe: Path, output: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     def before() -> None:
@@ -174,7 +176,7 @@ def test_a_signal_before_the_first_step_leaves_at_once(
     assert not output.exists()
 
 
-def test_an_evaluation_of_its_own_stops_too(
+def test_lrc_eval_stops_too(
     fork_lrc: Callable[..., Any],
     hold: Callable[..., Callable[[], None]],
     tiny_model_folder: Path,

@@ -17,7 +17,8 @@ from lrc.cli.inspect import describe
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress, measure
 from lrc.compressors.prepare import prepare
-from lrc.compressors.slicing import slice_stage as stages
+from lrc.compressors.slicing import slice_stage
+from lrc.compressors.stages import STAGES
 from lrc.configs.errors import ModelError, RecipeError, Stopped
 from lrc.configs.load import load_recipe
 
@@ -27,7 +28,7 @@ DROP = {"method": "drop", "keep": 0.8}  # three of the five layers
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Two would mostly wait for each other."""
+    """Calculate on one thread: two would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -84,7 +85,7 @@ def test_layers_that_do_nothing_are_removed_first_and_without_loss(
 def test_layers_whose_removal_costs_least_loss_are_removed(
     prepared: Callable[..., Any], source: Path, tmp_path: Path
 ) -> None:
-    report = compress(prepared(tmp_path / "run", {"slice": DROP | {"verify": "perplexity"}}))
+    report = compress(prepared(tmp_path / "run", {"slice": DROP | {"criterion": "perplexity"}}))
     facts = report["slices"][0]["facts"]
     tokens = load_file(tmp_path / "run/work/windows.safetensors")["tokens"]
     model = load(source)
@@ -163,18 +164,18 @@ def test_a_decomposition_works_on_what_the_slice_leaves(
     assert measure(loaded).slices[0].parameters[1] == report["slices"][0]["parameters"][1]
 
 
-def test_a_slice_is_made_of_what_the_one_before_it_found(
+def test_a_slice_starts_from_the_result_of_the_one_before(
     prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
     """The rotary table of narrower heads comes from calibration; a later stage must keep it."""
-    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "multiple": 2}}
+    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "width_multiple": 2}}
     rotate = {"slice": {"method": "slicegpt", "keep": 0.8}}
     decompose = {"decompose": {"method": "svd-llm", "keep": 0.9}}
     loaded = prepared(tmp_path / "run", narrow, rotate, decompose)
     tables = []
 
     def look(stage: str, done: int, total: int) -> None:
-        if stage == "decompose" and done == 1:
+        if stage == "compress" and done == 1:
             for number in (0, 1):
                 text = (tmp_path / f"run/work/sliced-{number}/config.json").read_text()
                 tables.append(json.loads(text)["rope_parameters"])
@@ -194,8 +195,8 @@ def test_a_slice_is_made_of_what_the_one_before_it_found(
 def test_narrower_heads_are_not_narrowed_again(
     prepared: Callable[..., Any], tmp_path: Path
 ) -> None:
-    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "multiple": 2}}
-    again = {"slice": {"method": "modegpt", "keep": 0.985, "multiple": 2}}
+    narrow = {"slice": {"method": "modegpt", "keep": 0.6, "width_multiple": 2}}
+    again = {"slice": {"method": "modegpt", "keep": 0.985, "width_multiple": 2}}
     first, second = compress(prepared(tmp_path / "run", narrow, again))["slices"]
     assert first["config"]["head_dim"][1] < 8
     assert "head_dim" not in second["config"]
@@ -207,7 +208,7 @@ def test_weights_may_be_shards(
     prepared: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compress(prepared(tmp_path / "one", {"slice": DROP}))
-    monkeypatch.setattr(stages, "MAX_SHARD_BYTES", 20_000)  # the embedding alone takes 32,768
+    monkeypatch.setattr(slice_stage, "MAX_SHARD_BYTES", 20_000)  # the embedding alone takes 32,768
     compress(prepared(tmp_path / "many", {"slice": DROP}))
     torch.testing.assert_close(
         logits(tmp_path / "many/checkpoint"), logits(tmp_path / "one/checkpoint"), rtol=0, atol=0
@@ -224,7 +225,7 @@ def test_weights_that_are_not_finite_are_named(
     weights["model.layers.2.mlp.gate_proj.weight"] *= 1e30
     save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
     loaded = load_recipe(tiny_recipe(spoiled, tmp_path / "run", stages=[{"slice": DROP}]))
-    with pytest.raises(ModelError, match=r"in model\.layers\.2 is not finite"):
+    with pytest.raises(ModelError, match=r"not finite .* in model\.layers\.2"):
         compress(loaded)
 
 
@@ -233,18 +234,21 @@ def test_few_tokens_for_many_channels_give_a_warning(
 ) -> None:
     stage = {"slice": {"method": "modegpt", "keep": 0.8}}
     calibration = {"source": "python-docs", "samples": 2, "length": 64}
-    few = prepare(prepared(tmp_path / "run", stage, calibration=calibration).recipe)
+    few = prepare(prepared(tmp_path / "run", stage, calibration=calibration).recipe, STAGES)
     (warning,) = few.plan.warnings
     assert warning.startswith("calibration: 128 tokens are few for modegpt; 384 or more")
     enough = calibration | {"samples": 6}
-    assert not prepare(prepared(tmp_path / "run", stage, calibration=enough).recipe).plan.warnings
+    loaded = prepared(tmp_path / "run", stage, calibration=enough)
+    assert not prepare(loaded.recipe, STAGES).plan.warnings
 
 
 def test_two_slices_follow_each_other(prepared: Callable[..., Any], tmp_path: Path) -> None:
     half = {"slice": {"method": "drop", "keep": 0.9}}
     report = compress(prepared(tmp_path / "run", half, half))
     first, second = report["slices"]
-    assert first["config"] == {"num_hidden_layers": [5, 4]}  # nor precision nor path have changed
+    assert first["config"] == {
+        "num_hidden_layers": [5, 4]
+    }  # neither precision nor path has changed
     assert second["config"] == {"num_hidden_layers": [4, 3]}
     assert first["parameters"][1] == second["parameters"][0]
 
@@ -255,7 +259,7 @@ def test_a_run_that_was_stopped_continues_after_the_slice(
     stages = {"slice": DROP}, {"decompose": {"method": "svd-llm", "keep": 0.8}}
 
     def stop(stage: str, done: int, total: int) -> None:
-        if stage == "decompose":
+        if stage == "compress":
             raise Stopped("here")
 
     loaded = prepared(tmp_path / "run", *stages)
@@ -273,29 +277,44 @@ def test_a_run_that_was_stopped_continues_after_the_slice(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "words"),
+    ("stages", "code", "words"),
     [
-        ([{"slice": DROP | {"keep": 0.1}}], ["stages[0].slice.keep", "at least 0."]),
-        ([{"slice": DROP | {"keep": 1}}], ["stages[0].slice.keep", "nothing would be removed"]),
-        ([{"slice": {"method": "drop"}}], ["exactly one of 'keep' and 'size'", "neither"]),
-        ([{"slice": DROP | {"size": "1MiB"}}], ["exactly one of 'keep' and 'size'", "both"]),
-        ([{"slice": {"method": "drop", "size": "9GiB"}}], ["slice.size", "lower size"]),
-        ([{"slice": DROP | {"method": "dorp"}}], ["did you mean 'drop'?"]),
-        ([{"slice": DROP, "decompose": {}}], ["cannot stand beside"]),
+        (
+            [{"slice": DROP | {"keep": 0.1}}],
+            "invalid-recipe",
+            ["stages[0].slice.keep", "at least 0."],
+        ),
+        (
+            [{"slice": DROP | {"keep": 1}}],
+            "invalid-recipe",
+            ["stages[0].slice.keep", "nothing would be"],
+        ),
+        ([{"slice": {"method": "drop"}}], "conflicting-keys", ["stages[0].slice", "neither"]),
+        ([{"slice": DROP | {"size": "1MiB"}}], "conflicting-keys", ["stages[0].slice", "both"]),
+        (
+            [{"slice": {"method": "drop", "size": "9GiB"}}],
+            "invalid-recipe",
+            ["slice.size", "lower size"],
+        ),
+        ([{"slice": DROP | {"method": "dorp"}}], "unknown-value", ["did you mean 'drop'?"]),
+        ([{"slice": DROP, "decompose": {}}], "misplaced-key", ["stages[0].decompose", "'slice'"]),
         (
             [{"decompose": {"method": "svd", "keep": 0.5}}, {"slice": DROP}],
+            "conflicting-keys",
             ["before every 'decompose'", "stages[1]", "move it to the front"],
         ),
     ],
 )
 def test_what_cannot_be_sliced_is_refused_in_the_plan(
-    wanted: list[dict[str, Any]],
+    stages: list[dict[str, Any]],
+    code: str,
     words: list[str],
     prepared: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     with pytest.raises(RecipeError) as refused:
-        compress(prepared(tmp_path / "run", *wanted))
+        compress(prepared(tmp_path / "run", *stages))
+    assert refused.value.code == code
     assert all(word in str(refused.value) for word in words), str(refused.value)
     assert not (tmp_path / "run").exists()
 
@@ -305,7 +324,7 @@ def test_a_recipe_that_only_slices_has_no_sensitivity(
     option: list[str], lrc: Callable[..., Any], source: Path, tiny_recipe: Any, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(source, tmp_path / "run", stages=[{"slice": DROP}])
-    lrc("plan", recipe, *option).refuses(2, "--sensitivity", "no 'decompose' stage")
+    lrc("plan", recipe, *option).refuses(2, "'decompose'", where="--sensitivity")
     shown = lrc("plan", recipe)
     assert shown.code == 0
     assert "num_hidden_layers 5 -> 3" in shown.out

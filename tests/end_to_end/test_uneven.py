@@ -19,6 +19,7 @@ from lrc.cli.inspect import describe
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.io.shards import read_headers
 from lrc.compressors.pipeline import compress, measure
+from lrc.compressors.planning.summary import summarize
 from lrc.configs.errors import CheckpointError, RecipeError, Stopped
 from lrc.configs.load import load_recipe
 
@@ -102,7 +103,7 @@ def test_unused_channels_are_removed_from_every_layer_without_loss(uneven: Uneve
     )
 
 
-def test_the_config_is_that_of_the_architecture_and_a_table_tells_the_rest(uneven: Uneven) -> None:
+def test_the_config_is_that_of_the_architecture_with_a_table_of_shapes(uneven: Uneven) -> None:
     config = json.loads((uneven.checkpoint / "config.json").read_text())
     assert config["intermediate_size"] == WIDTH
     block = config["quantization_config"]
@@ -118,14 +119,14 @@ def test_the_config_is_that_of_the_architecture_and_a_table_tells_the_rest(uneve
     assert "lrc is not needed" not in card
 
 
-def test_what_is_stored_is_what_was_counted(uneven: Uneven) -> None:
+def test_stored_bytes_are_those_of_the_plan(uneven: Uneven) -> None:
     headers = read_headers([uneven.checkpoint / "model.safetensors"]).values()
     stored = sum(4 * prod(header.shape) for header in headers)
     dense, small = uneven.report["slices"][0]["bytes"]
     assert stored == small <= keeping(48) * dense < small + 3 * 32 * 4 * 2
 
 
-def test_it_generates_with_a_cache_as_without(uneven: Uneven) -> None:
+def test_generation_is_the_same_with_and_without_a_cache(uneven: Uneven) -> None:
     model = uneven.load()
     cached, plain = (
         model.generate(TOKENS, max_new_tokens=6, do_sample=False, use_cache=use)
@@ -134,13 +135,13 @@ def test_it_generates_with_a_cache_as_without(uneven: Uneven) -> None:
     assert torch.equal(cached, plain)
 
 
-def test_it_is_saved_and_loaded_as_it_is(uneven: Uneven, tmp_path: Path) -> None:
+def test_saving_and_loading_change_nothing(uneven: Uneven, tmp_path: Path) -> None:
     model = uneven.load()
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
-def test_dense_again_it_is_a_plain_model_of_the_same_function(
+def test_dequantized_it_is_a_plain_model_with_the_same_outputs(
     uneven: Uneven, tmp_path: Path
 ) -> None:
     model = uneven.load()
@@ -154,7 +155,7 @@ def test_dense_again_it_is_a_plain_model_of_the_same_function(
     torch.testing.assert_close(logits(dense), expected)
 
 
-def test_parts_of_it_may_lie_on_disk(uneven: Uneven, tmp_path: Path) -> None:
+def test_parts_may_be_offloaded_to_disk(uneven: Uneven, tmp_path: Path) -> None:
     device_map = dict.fromkeys(
         ["model.embed_tokens", "model.rotary_emb", "model.layers.1", "model.norm", "lm_head"], "cpu"
     ) | {"model.layers.0": "disk"}
@@ -180,14 +181,23 @@ TABLE: dict[str, tuple[Any, tuple[str, ...]]] = {
     "half a size": ({"lm_head": [1.5, 32]}, ("shapes['lm_head'] must be",)),
     "three sizes": ({"lm_head": [1, 2, 3]}, ("shapes['lm_head'] must be",)),
 }
-MISFITS: dict[str, tuple[dict[str, list[int]], tuple[str, ...]]] = {
+MISMATCHES: dict[str, tuple[dict[str, list[int]], tuple[str, ...], str]] = {
     "unknown": (
         {"model.layers.7.mlp.up_proj": [8, 32]},
-        ("layers.7.mlp.up_proj", "no linear"),
+        ("layers.7.mlp.up_proj", "not a linear"),
+        "found nothing",
     ),
-    "no linear": ({"model.norm": [8, 32]}, ("model.norm is no linear layer",)),
-    "wider": ({"model.layers.0.mlp.up_proj": [49, 32]}, ("cannot become [49, 32], wider",)),
-    "not the file's": ({"model.layers.0.mlp.up_proj": [9, 32]}, ("expected [9, 32]", "found [8")),
+    "no linear": ({"model.norm": [8, 32]}, ("model.norm is not a linear layer",), "found [32]"),
+    "wider": (
+        {"model.layers.0.mlp.up_proj": [49, 32]},
+        ("must be at most", "got [49, 32]"),
+        "found [8, 32]",
+    ),
+    "not the file's": (
+        {"model.layers.0.mlp.up_proj": [9, 32]},
+        ("expected [9, 32]", "found [8"),
+        "found [8, 32]",
+    ),
 }
 
 
@@ -200,24 +210,24 @@ def spoiled(uneven: Uneven, folder: Path, change: Callable[[dict[str, Any]], obj
 
 
 @pytest.mark.parametrize("case", TABLE)
-def test_what_is_no_table_is_refused(
+def test_invalid_tables_are_refused(
     uneven: Uneven, lrc: Callable[..., Any], tmp_path: Path, case: str
 ) -> None:
     table, words = TABLE[case]
     folder = spoiled(uneven, tmp_path / "bad", lambda block: block.update(shapes=table))
-    lrc("inspect", folder).refuses(1, str(folder), *words, "was edited")
+    lrc("inspect", folder).refuses(1, str(folder), *words, code="invalid-checkpoint")
     with pytest.raises(CheckpointError):
         load(folder)
 
 
-@pytest.mark.parametrize("case", MISFITS)
+@pytest.mark.parametrize("case", MISMATCHES)
 def test_a_table_of_another_model_is_refused(
     uneven: Uneven, lrc: Callable[..., Any], tmp_path: Path, case: str
 ) -> None:
-    table, words = MISFITS[case]
+    table, words, found = MISMATCHES[case]
     folder = spoiled(uneven, tmp_path / "bad", lambda block: block["shapes"].update(table))
     lrc("eval", folder, *EVAL).refuses(1, str(folder), *words)
-    lrc("inspect", folder).refuses(1, str(folder), "do not fit config.json")
+    lrc("inspect", folder).refuses(1, str(folder), found, code="tensor-mismatch")
 
 
 def test_the_plan_shows_what_is_pending_and_the_total_size(
@@ -245,7 +255,7 @@ def test_heads_and_a_decomposition_go_with_it(
     assert widths[0] != widths[1]
     assert cut["config"]["head_dim"][1] < 8
     assert cut["bytes"][1] <= 0.8 * cut["bytes"][0] < cut["bytes"][1] + 2 * 3 * 32 * 4
-    shapes = {record["name"]: record["shape"] for record in report["layers"]}
+    shapes = {record["name"]: record["config"]["shape"] for record in report["layers"]}
     assert shapes["model.layers.1.mlp.up_proj"] == [widths[1], 32]
     folder = tmp_path / "run/checkpoint"
     stored = sum(t.numel() * t.itemsize for t in load_file(folder / "model.safetensors").values())
@@ -270,15 +280,15 @@ def test_a_run_that_was_stopped_continues_with_the_chosen_widths(
     loaded = load_recipe(path)
 
     def stop(stage: str, done: int, total: int) -> None:
-        if stage == "decompose":
+        if stage == "compress":
             raise Stopped("here")
 
     planned = measure(loaded)
     with pytest.raises(Stopped):
         compress(loaded, Machine(device="cpu", on_step=stop))
     report = compress(loaded)
-    shapes = {matrix.name: [*matrix.shape] for matrix in planned.matrices}
-    assert {record["name"]: record["shape"] for record in report["layers"]} == shapes
+    shapes = {weight.name: [*weight.shape] for weight in summarize(planned)}
+    assert {record["name"]: record["config"]["shape"] for record in report["layers"]} == shapes
     low, high = sorted(report["slices"][0]["facts"]["intermediate_size"][1])
     assert low < high
     shown = lrc("compress", path, "-q")

@@ -1,4 +1,4 @@
-"""Four top-level folders are one import package, and its lists hold all that is in them."""
+"""Four top-level folders are one import package, and its lists are complete."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def answer(code: str, folder: Path) -> Any:
 
 
 def test_every_package_is_listed(setuptools):
-    """What is not goes missing from the wheel, and works everywhere else."""
+    """A package that is not listed is missing from the wheel only."""
     inner = [
         ".".join(("lrc", *path.parent.relative_to(ROOT).parts))
         for folder in FOLDERS
@@ -114,7 +114,7 @@ def test_the_command_is_installed():
 
 
 def test_the_loader_can_be_imported_first() -> None:
-    """It imports the registry, which calls for the loader while that is half done."""
+    """It imports the registry, which imports the loader while that is half initialized."""
     code = (
         "from lrc.compressors.checkpoint.quantizer import LrcQuantizer\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"

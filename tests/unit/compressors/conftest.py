@@ -56,7 +56,10 @@ def plan_of() -> Callable[..., Plan]:
         other: Mapping[str, tuple[int, int]] | None = None,
         **calibration: int,
     ) -> Plan:
-        """Plan for a model of equal layers; `other` are shapes by name that some have instead."""
+        """Plan for a model of equal layers; `other` are shapes by name that some have instead.
+
+        Stages are options of ``decompose``, svd by default, or ``{"quantize": options}``.
+        """
         linears = []
         for layer in range(layers):
             for leaf, shape in SHAPES.items():
@@ -67,7 +70,10 @@ def plan_of() -> Callable[..., Plan]:
         recipe = Recipe.model_validate(
             {
                 "model": "m",
-                "stages": [{"decompose": {"method": "svd", **stage}} for stage in stages],
+                "stages": [
+                    stage if "quantize" in stage else {"decompose": {"method": "svd", **stage}}
+                    for stage in stages
+                ],
                 "calibration": calibration,
                 "output": "o",
             }

@@ -1,4 +1,4 @@
-"""Every refusal is explained, for any model; test_error_messages.py has the wording."""
+"""Every rejected value is explained, for any model; test_error_messages.py has the wording."""
 
 import random
 from typing import Annotated, Any, Literal
@@ -31,20 +31,20 @@ def found(model: type[BaseModel], value: Any) -> list[tuple[str, str]]:
     return [(each.code, each.where) for each in explain(caught.value, value, shape, {(): ""})]
 
 
-def test_the_empty_mapping_asks_for_compensation_with_its_defaults() -> None:
+def test_an_empty_mapping_requests_compensation_with_its_defaults() -> None:
     text = GOOD.replace("0.8", "0.8, compensate: {}")
     assert parse_recipe(text, name="recipe.yaml").stages[0].decompose.compensate == Compensate()
     assert parse_recipe(GOOD, name="recipe.yaml").stages[0].decompose.compensate is None
 
 
-def test_half_of_the_groups_is_removed_where_nothing_else_is_said() -> None:
+def test_half_of_the_groups_are_removed_by_default() -> None:
     text = GOOD.replace("decompose: {method: svd-llm, keep: 0.8}", "quantize: {METHOD}")
     for method, sparsity in (("gqsa, group_size: 8", 0.5), ("gptq", None)):
         stage = parse_recipe(text.replace("METHOD", f"method: {method}"), name="recipe.yaml").stages
         assert stage[0].quantize.sparsity == sparsity
 
 
-def test_a_budget_can_come_from_a_plan_alone_or_beside_a_share() -> None:
+def test_a_budget_can_come_from_a_plan_with_or_without_a_fraction() -> None:
     for budget in ("plan: a.json", "keep: 0.8, plan: a.json", "size: 1.5 GiB"):
         text = GOOD.replace("keep: 0.8", budget)
         parse_recipe(text, name="recipe.yaml")
@@ -150,14 +150,14 @@ def spoilt(value: Any, random_: random.Random) -> Any:
     return rest | {new: spoilt(value[key], random_)}
 
 
-def test_every_refusal_has_a_sentence_of_its_own() -> None:
+def test_every_rejected_value_has_a_specific_code() -> None:
     random_ = random.Random(0)
     shape = Shape(recipe_schema())
     starts = [
         parse_recipe(shipped.read(name), name=name).model_dump(mode="json")
         for name in ("svd-llm", "kfac", "basis-sharing")
     ]
-    refused = 0
+    rejected = 0
     for _ in range(2000):
         value = spoilt(random_.choice(starts), random_)
         if random_.random() < 0.5 and isinstance(value, dict):
@@ -165,8 +165,8 @@ def test_every_refusal_has_a_sentence_of_its_own() -> None:
         try:
             Recipe.model_validate(value, strict=True)
         except ValidationError as error:
-            refused += 1
+            rejected += 1
             codes = [each.code for each in explain(error, value, shape, {(): ""})]
             assert codes, value
             assert "invalid-value" not in codes, value
-    assert refused > 1000
+    assert rejected > 1000

@@ -75,7 +75,7 @@ def test_editors_accept_every_short_form() -> None:
         ("sead", 1),
     ],
 )
-def test_editors_refuse_what_loading_refuses(path: str, value: Any) -> None:
+def test_editors_reject_what_loading_rejects(path: str, value: Any) -> None:
     assert list(VALIDATOR.iter_errors(read_yaml(SHORT).value | {path: value}))
 
 

@@ -34,7 +34,7 @@ def test_decimal_units_are_powers_of_1000_and_binary_ones_of_1024() -> None:
     ["", "180", "180M", "180mb", "MiB", "-1MiB", "1e3MB", "1,5GB", ".5GB", "1.GB", "1  GB",
      "1GB ", "1GB\n", "\u0661GB", "1/2GB", "9" * 5000 + "B"],
 )  # fmt: skip
-def test_what_is_no_size_is_refused_with_what_is_allowed(text: str) -> None:
+def test_invalid_sizes_are_rejected_with_the_allowed_form(text: str) -> None:
     with pytest.raises(ValueError, match="must be a size such as 180MiB, got") as caught:
         parse_size(text)
     assert str(caught.value).endswith(f"; write a number and a unit, one of {', '.join(UNITS)}")

@@ -1,4 +1,4 @@
-"""Gradients layer by layer are those of the whole model; labels have the moments they claim."""
+"""Gradients layer by layer are those of the whole model; labels have their documented moments."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_passes import logit_gradient
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
@@ -28,7 +29,7 @@ EVERYTHING = frozenset({"inputs", "gradients", "input_mean", "input_magnitude", 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Two would mostly wait for each other over matrices this small."""
+    """Use one thread: two would mostly wait for each other over matrices this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +52,10 @@ def collect(architecture: Architecture, reader: WeightReader, tokens: Tensor, fo
     }
     journal = Journal(folder)
     journal.work.mkdir(parents=True, exist_ok=True)
-    statistics.collect(architecture, reader, tokens, required, journal, **arguments | changes)
+    context = CalibrationContext(
+        architecture, reader, lambda: tokens, journal, **arguments | changes
+    )
+    statistics.collect(context, required)
     return journal
 
 
@@ -106,7 +110,7 @@ def test_statistics_are_those_of_autograd_over_the_whole_model(
     assert len(forms) == 4  # whole and image, on both sides
 
 
-def test_windows_are_told_apart_where_a_model_flattens_their_tokens(tokens, tmp_path):
+def test_windows_are_separated_where_a_model_flattens_their_tokens(tokens, tmp_path):
     """OPT gives its MLP all tokens in one dimension; the row Fisher is a sum over windows."""
     config = OPTConfig(
         vocab_size=512,
@@ -147,7 +151,7 @@ def test_only_required_statistics_are_collected(architecture, reader, tokens, tm
     assert statistics.load(journal, 0, "model.layers.0.mlp.up_proj") == Statistics()
     s = statistics.load(journal, 1, name)
     assert s.missing(EVERYTHING) == ["input_magnitude", "input_mean", "inputs", "row_fisher"]
-    assert not journal.has(statistics.gradients_file(0))  # nothing below the lowest target
+    assert not journal.has(statistics.statistics_files(0)[1])  # nothing below the lowest target
 
 
 @pytest.mark.parametrize("labels", ["model", "sampled", "real"])
@@ -199,7 +203,7 @@ class Kill(Exception):
 
 @pytest.mark.parametrize("moment", range(2 * LAYERS))
 @pytest.mark.parametrize("snapshots", [False, True])
-def test_a_collection_that_was_stopped_anywhere_ends_with_the_same_bytes(
+def test_a_collection_stopped_at_any_step_continues_to_the_same_bytes(
     architecture, reader, tokens, tmp_path, monkeypatch, moment, snapshots
 ):
     if snapshots:
@@ -224,7 +228,7 @@ def test_gradients_that_are_not_finite_name_their_layer(
         return torch.full_like(logits, torch.inf)
 
     monkeypatch.setattr("lrc.compressors.calibrate.calibration_passes.logit_gradient", infinite)
-    with pytest.raises(ModelError, match=r"gradients in model\.layers\.2 are not finite"):
+    with pytest.raises(ModelError, match=r"not finite .*: the gradients in model\.layers\.2"):
         collect(architecture, reader, tokens, tmp_path / "out")
 
 
@@ -258,7 +262,16 @@ def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
     """Two layers replaced on the way; every input against hooks on two whole models."""
     monkeypatch.setitem(BATCH_TOKENS, "cpu", batch * tokens.shape[1])
     sequence = SequentialCalibration(
-        architecture, reader, tokens, Journal(tmp_path), device="cpu", memory_limit_gib=1.0
+        CalibrationContext(
+            architecture,
+            reader,
+            lambda: tokens,
+            Journal(tmp_path),
+            device="cpu",
+            memory_limit_gib=1.0,
+            seed=0,
+            on_step=lambda *_: None,
+        )
     )
     models = [AutoModelForCausalLM.from_pretrained(source).eval() for _ in range(2)]
     g = torch.Generator().manual_seed(2)
@@ -295,6 +308,6 @@ def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
                 module = models[1].get_submodule(name)
                 noise = torch.randn(module.weight.shape, generator=g)
                 module.weight.data += 0.05 * noise
-                sequence.replace(name, module.weight.data)
+                sequence.insert(name, module.weight.data)
         sequence.advance(layer)
     assert all(p.is_meta for p in architecture.model.parameters())

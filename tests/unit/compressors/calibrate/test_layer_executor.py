@@ -1,6 +1,6 @@
 """Layer by layer execution gives the result of the whole model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,13 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lrc.compressors.calibrate import statistics
-from lrc.compressors.calibrate.layer_executor import (
-    LayerExecutor,
-    apply,
-    batch_size,
-    batches,
-    watch_inputs,
-)
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, LayerExecutor, batches, watch
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture
 from lrc.configs.errors import ModelError
@@ -25,17 +20,41 @@ LAYERS = 3  # of the model in conftest.py
 
 
 @pytest.fixture
-def executor(architecture, reader) -> LayerExecutor:
-    return LayerExecutor(architecture, reader, device="cpu", dtype=torch.float32)
-
-
-@pytest.fixture
 def tokens() -> Tensor:
     return torch.randint(2, 512, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture
+def make_executor(architecture, reader, tmp_path) -> Callable[[Tensor], LayerExecutor]:
+    def make(tokens: Tensor) -> LayerExecutor:
+        return LayerExecutor(
+            CalibrationContext(
+                architecture,
+                reader,
+                lambda: tokens,
+                Journal(tmp_path / "out"),
+                device="cpu",
+                memory_limit_gib=1.0,
+                seed=0,
+                on_step=lambda *_: None,
+            )
+        )
+
+    return make
+
+
+@pytest.fixture
+def executor(make_executor, tokens) -> LayerExecutor:
+    return make_executor(tokens)
+
+
+@pytest.fixture
+def batches_of_two(monkeypatch, tokens) -> None:
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 2 * tokens.shape[1])
+
+
 def resident(architecture: Architecture) -> set[int]:
-    """Name the decoder layers that are not wholly on the meta device."""
+    """Return the decoder layers that are not completely on the meta device."""
     return {
         index
         for index, layer in enumerate(architecture.layers)
@@ -45,7 +64,7 @@ def resident(architecture: Architecture) -> set[int]:
 
 @contextmanager
 def residents_seen(architecture: Architecture) -> Iterator[list[tuple[int, set[int]]]]:
-    """Note, whenever a linear is applied, its layer and which layers are resident."""
+    """Record, whenever a linear is applied, its layer and which layers are resident."""
     seen: list[tuple[int, set[int]]] = []
     hooks = [
         architecture.model.get_submodule(linear.name).register_forward_hook(
@@ -58,54 +77,40 @@ def residents_seen(architecture: Architecture) -> Iterator[list[tuple[int, set[i
         hook.remove()
 
 
-def test_only_the_layer_at_work_is_off_the_meta_device(architecture, reader, tokens, tmp_path):
+def test_only_the_executed_layer_has_weights(architecture, executor):
     with residents_seen(architecture) as seen:
-        statistics.collect(
-            architecture,
-            reader,
-            tokens,
-            {linear.name: {"inputs"} for linear in architecture.linears},
-            Journal(tmp_path / "out"),
-            labels="model",
-            seed=0,
-            device="cpu",
-            memory_limit_gib=1.0,
-            on_step=lambda *_: None,
-        )
+        required = {linear.name: {"inputs"} for linear in architecture.linears}
+        statistics.collect(executor.context, required)
     assert all(layers == {layer} for layer, layers in seen)
     assert {layer for layer, _ in seen} == set(range(LAYERS))
     assert len(seen) == 2 * len(architecture.linears)  # traced once, applied once
     assert all(p.is_meta for p in architecture.model.parameters())
 
 
-def test_the_head_is_never_read(architecture, executor, tokens):
+def test_the_head_is_never_read(architecture, executor):
     with executor.around_layers():
         assert resident(architecture) == set()
         assert not architecture.model.model.embed_tokens.weight.is_meta
         assert architecture.model.lm_head.weight.is_meta
-        executor.trace(tokens, len(tokens))
     assert architecture.model.model.embed_tokens.weight.is_meta
 
 
+@pytest.mark.usefixtures("batches_of_two")
 def test_layers_applied_in_turn_give_the_states_of_the_whole_model(source, executor, tokens):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(tokens, output_hidden_states=True).hidden_states
-    with executor.around_layers():
-        calls = executor.trace(tokens, 2)
-        hidden = torch.cat([executor.embed(tokens[:2]), executor.embed(tokens[2:])])
-    for index, call in enumerate(calls):
+    hidden = executor.embedded()
+    for index in range(LAYERS):
         torch.testing.assert_close(hidden, expected[index], rtol=1e-5, atol=1e-5)
-        with executor.layer(index) as layer, torch.no_grad():
-            hidden = torch.cat([apply(layer, call, hidden[:2]), apply(layer, call, hidden[2:])])
+        with executor.layer(index):
+            executor.advance_(index, hidden)
     final = model.model.norm(hidden)
     torch.testing.assert_close(final, expected[-1], rtol=1e-5, atol=1e-5)
 
 
-def test_the_trace_finds_what_shares_an_input(executor, tokens):
-    with executor.around_layers():
-        calls = executor.trace(tokens, len(tokens))
-    for index, call in enumerate(calls):
+def test_the_trace_finds_linears_with_a_common_input(executor):
+    for index, call in enumerate(executor.calls):
         prefix = f"model.layers.{index}"
         assert call.groups == [
             [f"{prefix}.self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj")],
@@ -115,8 +120,8 @@ def test_the_trace_finds_what_shares_an_input(executor, tokens):
         ]
 
 
-def test_another_view_of_the_same_memory_is_another_input(architecture, executor, tokens):
-    """Same address, other columns: one second moment cannot stand for both."""
+def test_another_view_of_the_same_memory_is_another_input(architecture, executor):
+    """Same address, other columns: the second moments differ."""
 
     class Halves(nn.Module):
         def __init__(self, inner: Any) -> None:
@@ -131,35 +136,29 @@ def test_another_view_of_the_same_memory_is_another_input(architecture, executor
 
     for layer in architecture.layers:
         layer.mlp = Halves(layer.mlp)
-    with executor.around_layers():
-        calls = executor.trace(tokens, len(tokens))
-    assert ["model.layers.0.mlp.gate_proj"] in calls[0].groups
-    assert ["model.layers.0.mlp.up_proj"] in calls[0].groups
+    assert ["model.layers.0.mlp.gate_proj"] in executor.calls[0].groups
+    assert ["model.layers.0.mlp.up_proj"] in executor.calls[0].groups
 
 
 @pytest.mark.parametrize("calls", [0, 1])
-def test_a_model_that_skips_layers_is_refused(architecture, executor, tokens, monkeypatch, calls):
+def test_a_model_that_skips_layers_is_rejected(architecture, executor, monkeypatch, calls):
     def forward(**_: Any) -> None:
         for layer in architecture.layers[:calls]:
             layer.forward = lambda x: x
             layer(torch.zeros(1, 1, 32))
 
     monkeypatch.setattr(architecture.model.model, "forward", forward)
-    with executor.around_layers():
-        with pytest.raises(ModelError, match="does not call every decoder layer"):
-            executor.trace(tokens, len(tokens))
-        if not calls:
-            with pytest.raises(ModelError, match="never calls the first decoder layer"):
-                executor.embed(tokens)
+    with pytest.raises(ModelError, match="does not call every decoder layer"):
+        executor.embedded()
 
 
-def test_an_error_in_a_layer_leaves_no_hook_and_no_weight(architecture, executor, tokens):
+def test_an_error_in_a_layer_leaves_no_hook_and_no_weight(architecture, executor):
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("in the second layer")
 
     architecture.layers[1].mlp.forward = fail
-    with executor.around_layers(), pytest.raises(RuntimeError, match="second layer"):
-        executor.trace(tokens, len(tokens))
+    with pytest.raises(RuntimeError, match="second layer"):
+        executor.trace()
     hooks = [
         hook
         for module in architecture.model.modules()
@@ -174,7 +173,7 @@ def test_watching_ends_with_its_context(architecture, executor):
     name = "model.layers.0.mlp.up_proj"
     x = torch.ones(2, 32)
     with executor.layer(0) as layer:
-        with watch_inputs(layer, "model.layers.0", [name], lambda *args: seen.append(args)):
+        with watch(architecture.model, [name], lambda *args: seen.append(args)):
             layer.mlp.up_proj(x)
         layer.mlp.up_proj(x)
     assert len(seen) == 1
@@ -187,17 +186,16 @@ def test_watching_ends_with_its_context(architecture, executor):
     [(128, 1024, 2), (6, 48, 6), (7, 1024, 2), (10, 512, 4), (1, 8192, 1), (9, 700, 2)],
 )
 def test_a_batch_is_as_large_as_the_token_budget_allows(n_windows, length, expected):
-    assert batch_size(n_windows, length, "cpu") == expected
-    rows = list(batches(n_windows, expected))
+    rows = batches(torch.zeros(n_windows, length), BATCH_TOKENS["cpu"])
     assert [i for each in rows for i in range(n_windows)[each]] == list(range(n_windows))
     assert all(len(range(n_windows)[each]) == expected for each in rows[:-1])
+    assert len(rows) == -(-n_windows // expected)
 
 
-def test_a_smaller_last_batch_is_called_with_its_own_arguments(source, executor, tokens):
-    """And without a layer being loaded for it."""
-    with executor.around_layers():
-        calls = executor.trace(tokens[:3], 2)
-        expected = executor.trace(tokens[2:3], 1)
+@pytest.mark.usefixtures("batches_of_two")
+def test_a_smaller_last_batch_is_called_with_its_own_arguments(make_executor, tokens):
+    """These are found without loading a layer."""
+    calls, expected = make_executor(tokens[:3]).calls, make_executor(tokens[2:3]).calls
     assert [set(call.arguments) for call in calls] == [{2, 1}] * LAYERS
     for call, alone in zip(calls, expected, strict=True):
         (args, kwargs), (args_alone, kwargs_alone) = call.arguments[1], alone.arguments[1]
@@ -208,13 +206,13 @@ def test_a_smaller_last_batch_is_called_with_its_own_arguments(source, executor,
                 torch.testing.assert_close(value, kwargs_alone[key], rtol=0, atol=0)
 
 
-def test_layers_get_back_a_forward_of_their_own(architecture, executor, tokens):
+def test_a_forward_of_the_layer_instance_is_restored(architecture, executor, tokens):
     def own(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden
 
     architecture.layers[1].forward = own
+    hidden = executor.embedded()
     with executor.around_layers(head=True):
-        (*_, call) = executor.trace(tokens, 3)
-        executor.logits(executor.embed(tokens), tokens, call)
+        executor.logits(hidden, tokens)
     assert vars(architecture.layers[1])["forward"] is own
     assert "forward" not in vars(architecture.layers[0])

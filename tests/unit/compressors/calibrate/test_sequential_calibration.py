@@ -1,4 +1,4 @@
-"""Who writes to the residual stream is found out, not declared."""
+"""The layers that write to the residual stream are found by execution, not declared."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_writers_are_what_the_stream_lacks_without_them(family: str) -> None:
+def test_writers_are_the_layers_whose_outputs_are_added_to_the_stream(family: str) -> None:
     options, expected = FAMILIES[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**SIZES, **options)).eval()

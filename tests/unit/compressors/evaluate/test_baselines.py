@@ -19,7 +19,8 @@ from lrc.compressors.evaluate.baselines import (
     plan_baseline,
     record,
 )
-from lrc.compressors.layers.scheme import Scheme
+from lrc.compressors.layers import QuantizationArgs
+from lrc.compressors.layers.compressed_linear import sentinel
 from lrc.compressors.layers.sparse import Sparse
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.errors import DataError, Stopped
@@ -53,15 +54,15 @@ def make(baseline: Baseline, model: Any) -> dict[str, Tensor]:
 
 
 def tensors_of(baseline: Baseline, dense: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Write the tensors of a file, each form in its own words."""
+    """Return the tensors of a file that contains the baseline."""
     tensors = {name: weight for name, weight in dense.items() if name != "lm_head.weight"}
     for name, form in baseline.forms.items():
         weight = tensors.pop(f"{name}.weight")
-        if isinstance(form, Scheme):
+        if isinstance(form, QuantizationArgs):
             stored = round_to_nearest(weight, form, dtype=torch.bfloat16).encode("weight")
         else:
             least = weight.float().abs().sort(dim=1, descending=True).values[:, form - 1 : form]
-            stored = Sparse.encode(weight, weight.float().abs() >= least)
+            stored = Sparse.encode(weight, weight.float().abs() >= least) | {"weight": sentinel()}
         tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
     return tensors
 
@@ -90,7 +91,7 @@ def test_the_bytes_are_those_of_a_file(
 
 
 @pytest.mark.parametrize("written", WRITTEN)
-def test_only_the_targets_change_and_to_what_the_file_stands_for(
+def test_only_the_targets_change_and_to_the_weights_of_the_file(
     model: Any, targets: Targets, written: str
 ) -> None:
     model = model.float()
@@ -101,7 +102,7 @@ def test_only_the_targets_change_and_to_what_the_file_stands_for(
     assert changed == {f"{name}.weight" for name in targets.shapes}
     for name, form in baseline.forms.items():
         W, W_hat = before[f"{name}.weight"], after[f"{name}.weight"]
-        if isinstance(form, Scheme):
+        if isinstance(form, QuantizationArgs):
             assert torch.equal(
                 W_hat, round_to_nearest(W, form, dtype=torch.bfloat16).weight().float()
             )
@@ -112,11 +113,11 @@ def test_only_the_targets_change_and_to_what_the_file_stands_for(
         assert (W.abs().where(kept, torch.inf).amin(1) >= W_hat.sub(W).abs().amax(1)).all()
 
 
-def test_rows_that_groups_do_not_fill_have_one_scale(targets: Targets) -> None:
+def test_rows_that_groups_do_not_divide_have_one_scale(targets: Targets) -> None:
     baseline = plan_baseline("int4-g32-asymmetric", targets)
     for name, (_, d_in) in targets.shapes.items():
         group = None if d_in % 32 else 32
-        assert baseline.forms[name] == Scheme(4, group, symmetric=False)
+        assert baseline.forms[name] == QuantizationArgs(4, group, symmetric=False)
     assert "one scale a row in 2 of 12 matrices, whose rows of 48 numbers" in baseline.how
     assert "one scale a row" not in plan_baseline("int4-g16", targets).how
 
@@ -130,14 +131,14 @@ def test_sparse_takes_the_bytes_of_the_result_and_no_more(targets: Targets) -> N
     assert f"the largest {100 * shares[0]:.0f}" in baseline.how.replace(".", " ")
 
 
-def test_sparse_keeps_an_entry_where_the_mask_alone_is_too_much(targets: Targets) -> None:
+def test_sparse_keeps_an_entry_where_the_mask_alone_is_too_large(targets: Targets) -> None:
     tiny = replace(targets, compressed_bytes=targets.dense_bytes - targets.source_bits // 8)
     baseline = plan_baseline("sparse", tiny)
     assert {*baseline.forms.values()} == {1}
     assert baseline.bytes > tiny.compressed_bytes
 
 
-def test_making_can_be_stopped_between_matrices(model: Any, targets: Targets) -> None:
+def test_applying_can_be_stopped_between_matrices(model: Any, targets: Targets) -> None:
     heard = []
 
     def stop(done: int, total: int) -> None:
@@ -155,7 +156,7 @@ def evaluate(tiny_text: Path) -> Evaluate:
     return Evaluate(perplexity=[Perplexity(source=str(tiny_text), name="it", window=32, windows=2)])
 
 
-def test_a_record_is_of_the_text_of_the_result(
+def test_a_record_requires_the_texts_of_the_result(
     model: Any, targets: Targets, tiny_tokenizer: Any, evaluate: Evaluate
 ) -> None:
     baseline = plan_baseline("int8", targets)
@@ -169,7 +170,7 @@ def test_a_record_is_of_the_text_of_the_result(
         record(baseline, scores, {"it": entry | {"text_sha256": "other"}})
 
 
-def test_a_baseline_that_is_not_finite_or_has_no_scales_fails_no_run(
+def test_a_baseline_that_overflows_does_not_fail_the_run(
     model: Any,
     targets: Targets,
     tiny_tokenizer: Any,
@@ -182,8 +183,8 @@ def test_a_baseline_that_is_not_finite_or_has_no_scales_fails_no_run(
     assert broken == {"it": None}
     assert record(baseline, broken, {"it": {}})["perplexity"] == {"it": None}
 
-    def refuse(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ValueError("a scale underflows float16")
 
-    monkeypatch.setattr(baselines, "round_to_nearest", refuse)
+    monkeypatch.setattr(baselines, "round_to_nearest", fail)
     assert measure(baseline, model, tiny_tokenizer, evaluate, lambda *_: None) == {"it": None}

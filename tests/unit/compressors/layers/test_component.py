@@ -165,7 +165,7 @@ EXAMPLES = [
 def test_every_component_is_covered() -> None:
     covered = {(kind, shared) for types, shared in SIZES for kind in types.split("+")}
     assert {kind for kind, _ in covered} | QUANTIZED == COMPONENTS.keys()
-    can_share = {kind for kind, found in COMPONENTS.items() if found.CAN_SHARE}
+    can_share = {kind for kind, found in COMPONENTS.items() if found.SHARED_SIZE}
     assert {kind for kind, shared in covered if shared} == can_share
 
 

@@ -74,7 +74,7 @@ def test_a_stored_zero_keeps_its_place(nonzeros: int) -> None:
         (2**15 + 1, 1, "mask", 2**12 + 1),
     ],
 )
-def test_atoms_are_told_by_the_smaller_of_mask_and_indices(
+def test_positions_are_stored_as_the_smaller_of_mask_and_indices(
     atoms: int, nonzeros: int, expected: str, n_bytes: int
 ) -> None:
     S = torch.zeros(atoms, 2, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_indices_and_values_ascend_with_the_atoms() -> None:
 
 
 @pytest.mark.parametrize(("atoms", "counts"), [(8, [1, 3]), (64, [1, 3]), (8, [0, 0]), (8, [0, 2])])
-def test_outputs_of_unequal_coefficients_are_refused(atoms: int, counts: list[int]) -> None:
+def test_outputs_of_unequal_coefficients_are_rejected(atoms: int, counts: list[int]) -> None:
     mask = torch.zeros(atoms, 2, dtype=torch.bool)
     for column, count in enumerate(counts):
         mask[:count, column] = True
@@ -171,7 +171,7 @@ def test_an_adapter_on_the_dictionary_counts_at_any_length(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 100])
-def test_an_offloaded_dictionary_is_brought_at_any_length(tokens: int) -> None:
+def test_an_offloaded_dictionary_is_loaded_at_any_length(tokens: int) -> None:
     D, (S, mask) = random(20, 30), coefficients(30, 24, 9)
     layer = accelerate.cpu_offload(dictionary(D, S, mask), execution_device=torch.device("cpu"))
     assert layer.a.weight.is_meta

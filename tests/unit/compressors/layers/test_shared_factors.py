@@ -23,7 +23,7 @@ SHAPES = {"zero": (5, 8), "one": (6, 8), "two": (7, 8)}
 
 
 def test_every_component_that_can_share_is_covered() -> None:
-    assert OWNERS.keys() == {kind for kind, found in COMPONENTS.items() if found.CAN_SHARE}
+    assert OWNERS.keys() == {kind for kind, found in COMPONENTS.items() if found.SHARED_SIZE}
 
 
 @pytest.fixture(params=OWNERS)

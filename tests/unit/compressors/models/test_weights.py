@@ -1,4 +1,4 @@
-"""Tensors by the names of the module tree, from files that may call them otherwise."""
+"""Tensors by the names of the module tree, from files that may name them differently."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture
 def source(tiny_llama, tmp_path):
-    """Folder of a tiny Llama in float32."""
+    """Return the folder of a tiny Llama in float32."""
     tiny_llama().save_pretrained(tmp_path / "source")
     return tmp_path / "source"
 
@@ -40,7 +40,7 @@ def rename(folder: Path, old: str, new: str) -> None:
     save_file({n.replace(old, new, 1): t for n, t in tensors.items()}, folder / "model.safetensors")
 
 
-def test_a_tensor_comes_back_at_the_recipes_precision(source):
+def test_tensors_are_read_in_the_dtype_of_the_recipe(source):
     stored = load_file(source / "model.safetensors")[UP]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         reader = WeightReader(source, skeleton(source, str(dtype).removeprefix("torch.")))
@@ -58,7 +58,7 @@ def test_what_is_read_is_a_copy(source):
 
 
 @pytest.mark.parametrize(("old", "new"), [("model.", ""), ("model.", "model.model.")])
-def test_a_prefix_too_few_is_added_and_one_too_many_is_dropped(source, old, new):
+def test_a_missing_prefix_is_added_and_a_superfluous_one_is_removed(source, old, new):
     expected = load_file(source / "model.safetensors")[UP]
     architecture = skeleton(source)
     rename(source, old, new)
@@ -102,7 +102,7 @@ def test_a_truncated_file_is_named(source):
 
 
 @pytest.mark.parametrize("damage", ["shard", "index", "map"])
-def test_an_incomplete_set_of_shards_is_refused(tiny_llama, tmp_path, damage):
+def test_an_incomplete_set_of_shards_is_rejected(tiny_llama, tmp_path, damage):
     tiny_llama().save_pretrained(tmp_path, max_shard_size="20KB")
     architecture = skeleton(tmp_path)
     assert UP in WeightReader(tmp_path, architecture)
@@ -152,7 +152,7 @@ def test_filling_and_emptying_leaves_the_skeleton_as_it_was(source):
         assert torch.equal(table, tables[name])
 
 
-def test_a_module_that_was_filled_in_another_precision_is_still_read_in_the_models(source):
+def test_filling_a_module_in_another_dtype_does_not_change_the_dtype_of_reading(source):
     architecture = skeleton(source, "bfloat16")
     first = WeightReader(source, architecture)
     first.fill_("model.layers.1", device="cpu", dtype=torch.float32)

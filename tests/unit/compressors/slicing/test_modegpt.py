@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
@@ -25,7 +26,6 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.slicing import mlp_widths
 from lrc.compressors.slicing.layout import Layout, find_layout
 from lrc.compressors.slicing.modegpt import Modegpt
-from lrc.compressors.slicing.slice_context import SliceContext
 from lrc.compressors.slicing.slice_method import Budget
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Model
@@ -122,7 +122,7 @@ def slice_to(
     architecture: Architecture, reader: WeightReader, budget: Budget, folder: Path, **changes: Any
 ) -> tuple[Any, dict[str, Any], list[str]]:
     """Slice, save, and load with transformers alone; return also facts and names in order."""
-    context = SliceContext(
+    context = CalibrationContext(
         architecture,
         reader,
         lambda: TOKENS,
@@ -288,7 +288,7 @@ def test_a_model_without_such_mlps_is_refused(tmp_path):
     mlp.w1 = mlp.gate_proj
     del mlp.gate_proj
     dense = stored(architecture)
-    with pytest.raises(RecipeError, match=r"keep: 'modegpt' narrows MLPs.*holds 0 MLPs"):
+    with pytest.raises(RecipeError, match=r"keep: 'modegpt' narrows MLPs.*has 0 modules"):
         Modegpt().plan(architecture, options(), Budget("stages[0].slice.keep", dense, dense))
 
 

@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.slicing import slice_stage as stages
 from lrc.compressors.slicing.families import find_family
-from lrc.compressors.slicing.rotated_weights import StreamParameters, config_with_tables
-from lrc.compressors.slicing.slice_context import SliceContext
+from lrc.compressors.slicing.rotated_weights import StreamParameters
 from lrc.compressors.slicing.slice_method import Budget
-from lrc.compressors.slicing.slicegpt import Slicegpt
+from lrc.compressors.slicing.slicegpt import Slicegpt, untied_config
 from lrc.compressors.slicing.stream_bases import ROTATIONS, project, projected_blocks
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Model
@@ -50,7 +50,7 @@ class Case:
         self.source = locate(spec)
         self.architecture = build(self.source)
         self.family = find_family(self.architecture.model)
-        self.context = SliceContext(
+        self.context = CalibrationContext(
             self.architecture,
             WeightReader(folder / "dense", self.architecture),
             lambda: tokens,
@@ -66,7 +66,7 @@ class Case:
         )
 
     def sliced(self, width: int) -> Path:
-        config = config_with_tables(self.architecture.model.config, self.roles.tables(width))
+        config = untied_config(self.architecture.model.config, self.roles.tables(width))
         out = self.folder / f"sliced-{width}"
         out.mkdir()
         stages.apply_slice(out, self.context, OPTIONS, config, self.source)

@@ -1,4 +1,4 @@
-"""Small matrices, and inputs with massive channels, for the tests of rounding."""
+"""Small matrices, and inputs with massive channels, for the tests of quantization."""
 
 from collections.abc import Callable
 

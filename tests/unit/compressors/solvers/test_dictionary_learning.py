@@ -286,7 +286,7 @@ def test_zero_moments_are_left_out_and_said() -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dead_channels_few_tokens_and_silent_outputs_are_survived(
+def test_dead_channels_few_tokens_and_silent_outputs_are_accepted(
     solver: str, shape: tuple[int, int]
 ) -> None:
     W, H, G = weight(*shape), correlated(shape[1], tokens=10), torch.eye(shape[0]).double()
@@ -416,6 +416,6 @@ def test_the_nearest_orthonormal_columns_are_the_polar_factor(
         ({"rounds": 2, "solver": "rocket"}, "rounds must be 1 with rocket"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments: dict[str, object], message: str) -> None:
+def test_impossible_arguments_are_rejected(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         solve_dictionary(weight(40, 24), **{"atoms": 8, "nonzeros": 4, **arguments})

@@ -1,4 +1,4 @@
-"""Dictionaries of several sizes: one weight made ready for all of them, and what a ratio gives."""
+"""Dictionaries of several sizes: one problem for all of them, and the sizes of a ratio."""
 
 from itertools import pairwise
 
@@ -37,7 +37,7 @@ def gradients_of(solver: str, d_out: int) -> Moment | None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_weight_made_ready_gives_every_bit_of_one_that_was_not(
+def test_a_problem_gives_the_same_solution_however_often_it_is_solved(
     solver: str, shape: tuple[int, int]
 ) -> None:
     W, H, G = normal(*shape), moment(shape[1], 1), gradients_of(solver, shape[0])
@@ -55,7 +55,7 @@ def test_a_weight_made_ready_gives_every_bit_of_one_that_was_not(
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_curve_begins_afresh_with_every_larger_dictionary(solver: str) -> None:
+def test_a_curve_starts_again_with_every_larger_dictionary(solver: str) -> None:
     W, H = normal(40, 24), moment(24, 1)
     problem = DictionaryProblem.of(W, H, solver=solver)
     growing = [{"atoms": 8, "nonzeros": 4}, {"atoms": 12, "nonzeros": 4}]
@@ -66,7 +66,7 @@ def test_a_curve_begins_afresh_with_every_larger_dictionary(solver: str) -> None
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_what_a_curve_finds_has_its_sizes_and_the_energy_that_is_claimed(
+def test_solutions_of_a_curve_have_their_sizes_and_the_reported_error(
     solver: str, shape: tuple[int, int]
 ) -> None:
     W, H = normal(*shape), moment(shape[1], 1)
@@ -82,7 +82,7 @@ def test_what_a_curve_finds_has_its_sizes_and_the_energy_that_is_claimed(
     assert energies == sorted(energies)
 
 
-def test_few_rounds_from_a_larger_dictionary_come_close_to_many_from_none() -> None:
+def test_few_rounds_from_a_larger_dictionary_come_close_to_many_from_scratch() -> None:
     problem = DictionaryProblem.of(normal(200, 48), moment(48, 1))
     sizes = [{"atoms": min(48, 3 * n), "nonzeros": n} for n in (20, 16, 12, 10, 8)]
     warm = list(problem.curve(sizes, rounds=6))
@@ -91,7 +91,7 @@ def test_few_rounds_from_a_larger_dictionary_come_close_to_many_from_none() -> N
         assert not torch.equal(found.D, problem.solve(**each, rounds=6).D)
 
 
-def test_a_size_that_does_not_fit_is_refused_on_a_curve_too() -> None:
+def test_a_size_that_does_not_fit_is_rejected_on_a_curve_too() -> None:
     problem = DictionaryProblem.of(normal(40, 24), solver="compot")
     with pytest.raises(ValueError, match=r"atoms must be in \[1, 24\] with compot"):
         list(problem.curve([{"atoms": 25, "nonzeros": 4}]))
@@ -116,9 +116,7 @@ def test_sizes_hold_their_ratio_up_to_a_complete_basis(
 
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 3.0, 12.0])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_bits_that_are_counted_are_those_that_are_stored(
-    shape: tuple[int, int], ratio: float
-) -> None:
+def test_counted_bits_are_those_that_are_stored(shape: tuple[int, int], ratio: float) -> None:
     W, known = normal(*shape), Statistics(200, moment(shape[1], 1), moment(shape[0], 3))
     sizes = DICTIONARY.sizes_at(7, *shape, ratio=ratio)
     (parts,) = METHODS["dictionary"].solve(W, known, sizes, **DAMPING, rounds=2).parts

@@ -159,7 +159,7 @@ def test_inputs_that_were_all_zero_are_said(matrices):
     assert "all zero" in found.fallback
 
 
-def test_bad_input_is_refused(matrices):
+def test_bad_input_is_rejected(matrices):
     W, H = matrices()
     scheme = QuantizationArgs.parse("int4")
     with pytest.raises(ValueError, match=r"must be \[32, 32\], got \[31, 31\]"):

@@ -49,7 +49,7 @@ def test_without_inputs_every_direction_counts_the_same(matrices):
         assert weighted_error(E, L @ R) == pytest.approx(float(tail))
 
 
-def test_bad_input_is_refused(matrices):
+def test_bad_input_is_rejected(matrices):
     E, H = matrices()
     with pytest.raises(ValueError, match=r"rank must be in \[1, 12\] for a weight .*, got 13"):
         low_rank_correction(E, H, 13)

@@ -52,7 +52,7 @@ def test_weights_of_columns_are_a_diagonal_moment(shape: tuple[int, int]) -> Non
     assert (moment.image is None) == (shape[1] < shape[0])
 
 
-def test_a_moment_without_content_is_refused_and_an_image_is_not_the_whole() -> None:
+def test_a_moment_without_content_is_rejected_and_an_image_is_not_the_whole() -> None:
     with pytest.raises(ValueError, match="'full' or 'image'"):
         Moment(torch.ones(3))
     with pytest.raises(ValueError, match="only its image"):

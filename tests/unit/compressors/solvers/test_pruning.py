@@ -291,11 +291,11 @@ def test_arguments_are_left_alone_and_bfloat16_will_do() -> None:
         ({"nonzeros": 9, "saliency": "best"}, "saliency must be one of magnitude, wanda"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(arguments: dict, message: str) -> None:
+def test_arguments_that_make_no_sense_are_rejected(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prune(weight(6, 22), **arguments)
 
 
-def test_a_curve_refuses_what_prune_refuses() -> None:
+def test_a_curve_rejects_what_prune_rejects() -> None:
     with pytest.raises(ValueError, match=r"nonzeros must be in \[1, 132\]"):
         prune_curve(weight(6, 22), nonzeros=[9, 133])

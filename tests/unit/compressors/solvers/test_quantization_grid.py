@@ -1,4 +1,4 @@
-"""Grids: what they hold, what they lose, and what they refuse."""
+"""Grids: their range, their rounding errors, and what they reject."""
 
 import pytest
 import torch
@@ -105,14 +105,14 @@ def test_codes_belong_to_the_scale_as_stored():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_no_number_is_refused(matrices, bad):
+def test_numbers_that_are_not_finite_are_rejected(matrices, bad):
     W, _ = matrices()
     W[3, 4] = bad
     with pytest.raises(ValueError, match=r"the matrix \[12, 32\] holds infinities or NaN"):
         round_to_nearest(W, QuantizationArgs.parse("int4"), dtype=torch.bfloat16)
 
 
-def test_scales_that_the_file_cannot_hold_are_refused(matrices):
+def test_scales_that_the_file_cannot_hold_are_rejected(matrices):
     W, _ = matrices()
     with pytest.raises(ScaleOverflow, match=r"scales up to .* overflow torch.float16"):
         round_to_nearest(W * 1e6, QuantizationArgs.parse("int4"), dtype=torch.float16)
@@ -135,7 +135,7 @@ def test_numbers_below_all_scales_are_rounded_on_the_least(matrices, scheme, dty
     assert float(exact.abs().max()) <= 0.51 * least
 
 
-def test_rows_that_groups_do_not_fill_are_refused(matrices):
+def test_rows_that_groups_do_not_fill_are_rejected(matrices):
     W, _ = matrices()
     with pytest.raises(ValueError, match="not a multiple of the group size 64"):
         round_to_nearest(W, QuantizationArgs.parse("int4-g64"), dtype=torch.bfloat16)

@@ -137,7 +137,7 @@ def test_without_inputs_the_largest_groups_are_kept_and_rounded_to_nearest(probl
     assert found.fallback == f"{why}: groups kept by norm, rounded to nearest"
 
 
-def test_inputs_that_are_never_on_cost_nothing(problem):
+def test_inputs_that_are_always_zero_cost_nothing(problem):
     W, H = problem
     H[:WIDTH], H[:, :WIDTH] = 0, 0
     found = quantize_blocks(W, H, ROWS * (A_ROW - 1), INT4, dtype=BF16)
@@ -145,7 +145,7 @@ def test_inputs_that_are_never_on_cost_nothing(problem):
     assert found.fallback is None
 
 
-def test_what_cannot_be_is_refused(problem):
+def test_impossible_arguments_are_rejected(problem):
     W, H = problem
     for groups in (0, 201):
         sentence = rf"n_blocks must be in \[1, 200\] for a weight \[20, 80\], got {groups}"

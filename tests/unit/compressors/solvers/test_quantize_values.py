@@ -91,6 +91,6 @@ def test_an_empty_row_and_inputs_that_are_all_zero(matrices):
     assert bool(torch.isfinite(scale).all())
 
 
-def test_what_is_no_number_is_refused():
+def test_numbers_that_are_not_finite_are_rejected():
     with pytest.raises(ValueError, match=r"the values \[2\] holds infinities or NaN"):
         quantize_values(torch.tensor([1.0, torch.nan]), QuantizationArgs.parse("int4"), dtype=BF16)

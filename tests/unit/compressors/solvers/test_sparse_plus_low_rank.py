@@ -74,7 +74,9 @@ def test_a_planted_sum_is_found(d_out: int, d_in: int, weighted: bool) -> None:
 
 @pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
 @pytest.mark.parametrize(("rank", "nonzeros"), [(1, 1), (1, 1500), (4, 800), (48, 1), (3, 3072)])
-def test_it_is_what_it_says_it_is(d_out: int, d_in: int, rank: int, nonzeros: int) -> None:
+def test_parts_and_error_are_those_reported(
+    d_out: int, d_in: int, rank: int, nonzeros: int
+) -> None:
     W, H, G = case(d_out, d_in)
     found = SparsePlusLowRankProblem.of(W, H, G, **DAMPING).solve(rank=rank, nonzeros=nonzeros)
     assert found.mask.sum() == nonzeros
@@ -169,7 +171,7 @@ def test_steps_lead_to_the_truncated_spectrum(d_out: int, d_in: int, diagonal: b
 
 
 @pytest.mark.parametrize("zeros", ["weight", "inputs", "channel"])
-def test_what_is_zero_is_survived(zeros: str) -> None:
+def test_zeros_are_accepted(zeros: str) -> None:
     W, H, G = case(48, 64)
     if zeros == "weight":
         W = torch.zeros_like(W)
@@ -187,7 +189,7 @@ def test_what_is_zero_is_survived(zeros: str) -> None:
     assert (found.fallback is not None) == (zeros == "inputs")
 
 
-def test_sizes_that_no_weight_has_are_refused() -> None:
+def test_sizes_that_no_weight_has_are_rejected() -> None:
     problem = SparsePlusLowRankProblem.of(normal(4, 6))
     with pytest.raises(
         ValueError, match=r"^rank must be in \[1, 4\] for a weight \[4, 6\], got 5$"

@@ -309,7 +309,7 @@ def test_a_rank_beyond_the_weights_own_is_lowered_and_said() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 25])
-def test_ranks_that_do_not_exist_are_refused(rank: int) -> None:
+def test_ranks_that_do_not_exist_are_rejected(rank: int) -> None:
     with pytest.raises(ValueError, match=r"rank must be in \[1, 24\], got"):
         spectrum(weight(24, 40)).truncate(rank)
 

@@ -1,4 +1,4 @@
-"""Measured rises of the loss: against models changed by hand; rank correlation against scipy."""
+"""Measured increases of the loss, compared with models that are changed by hand."""
 
 import copy
 from collections.abc import Callable
@@ -10,15 +10,17 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from lrc.compressors.calibrate.statistics import inputs_file
-from lrc.compressors.compress.finalize import product
-from lrc.compressors.compress.layerwise import decompose, factors_file
-from lrc.compressors.compress.profile import Profile, profile_plan, spearman
+from lrc.compressors.calibrate.statistics import statistics_files
+from lrc.compressors.compress.group import stored_weight
+from lrc.compressors.compress.layerwise import compress_layers, layer_file
+from lrc.compressors.compress.profile import Profile, profile_plan, rank_correlation
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.planning.plan import Matrix, Plan
+from lrc.compressors.layers import ComponentConfig, WeightConfig
+from lrc.compressors.methods.table import METHODS
+from lrc.compressors.planning.plan import ModelInfo, Plan
+from lrc.compressors.planning.tasks import LayerTask, Weight
 from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.configs.errors import OutputError, Stopped
-from lrc.configs.recipe import Recipe
 
 LEAVES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
 NAMES = [f"model.layers.{layer}.{leaf}" for layer in (0, 1) for leaf in LEAVES]
@@ -29,7 +31,7 @@ NATS = 2e-5
 
 
 class Weights:
-    """Stands for a `WeightReader` of a model in memory."""
+    """Replaces a `WeightReader` for a model in memory."""
 
     def __init__(self, model: Any) -> None:
         self.tensors = model.state_dict()
@@ -48,43 +50,45 @@ def tokens() -> Tensor:
     return torch.randint(2, 512, (3, 24), generator=torch.Generator().manual_seed(0))
 
 
-def known(matrix: Matrix) -> Statistics:
-    """Return statistics that are as good as any: of random inputs off centre."""
-    X = torch.randn(200, matrix.shape[1], generator=torch.Generator().manual_seed(1)).double() + 1
+def known(weight: Weight) -> Statistics:
+    """Return statistics of random inputs with a mean."""
+    d_in = 48 if weight.name.endswith("down_proj") else 32
+    X = torch.randn(200, d_in, generator=torch.Generator().manual_seed(1)).double() + 1
     return Statistics(200, inputs=Moment.of(X.T @ X), input_mean=X.sum(dim=0))
 
 
-def plan_of(model: Any, method: str, **changes: Any) -> Plan:
-    matrices = []
-    for name in NAMES:
+def plan_of(model: Any, method: str, types: str = "low_rank") -> Plan:
+    shared = method == "basis-sharing"
+    tasks = []
+    for name in NAMES[: len(LEAVES)] if shared else NAMES:
+        both = name, name.replace("layers.0", "layers.1")
+        names = both if shared else (name,)
         shape = tuple(model.get_submodule(name).weight.shape)
-        bits = shape[0] * shape[1] * 32
-        form = changes.get("form", "low_rank")
-        m = Matrix(name, int(name.split(".")[2]), shape, 0, method, form, None, bits, bits)
-        if method == "lord":
-            m = Matrix(**{**vars(m), "bias": "added"})
-        if method == "basis-sharing":
-            m = m.shared(name.replace("layers.1", "layers.0"))
-        matrices.append(m.at(RANK))
-    return Plan(matrices, 0, 0, "s", None, False, "float32", "Llama", budgets=[None])
-
-
-def recipe_of(method: str) -> Recipe:
-    stages = [{"decompose": {"method": method, "keep": 0.9}}]
-    return Recipe.model_validate({"model": "m", "stages": stages, "output": "o"})
+        components = (ComponentConfig(types, {"rank": RANK}),)
+        task = LayerTask(
+            weights=tuple(Weight(each, int(each.split(".")[2])) for each in names),
+            config=WeightConfig(shape, components, bias=METHODS[method].has_bias),
+            number_bits=32,
+            stage=0,
+            method=method,
+            types=types,
+            options=dict.fromkeys(METHODS[method].options, 1e-6),
+            statistics=tuple(METHODS[method].statistics),
+        )
+        tasks.append(task)
+    return Plan(ModelInfo("s", "float32", "Llama", 0, 0, None, False), 0, {}, tasks)
 
 
 def journal_of(folder: Path) -> Journal:
     journal = Journal(folder)
-    for layer in (0, 1):  # that statistics are there, not what they say, is looked at
-        journal.write_json(inputs_file(layer), {})
+    for layer in (0, 1):  # only the existence of the statistics is checked
+        journal.write_json(statistics_files(layer)[0], {})
     return journal
 
 
 def measured(plan: Plan, model: Any, tokens: Tensor, journal: Journal, **changes: Any) -> Profile:
     arguments = {"dense": lambda: copy.deepcopy(model), "on_step": lambda *_: None, **changes}
-    recipe = recipe_of(plan.matrices[0].method)
-    about: Any = (plan, recipe, Weights(model), journal, known)
+    about: Any = (plan, Weights(model), journal, known)
     return profile_plan(*about, tokens, device="cpu", **arguments)
 
 
@@ -94,7 +98,7 @@ def loss_of(model: Any, tokens: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("method", "form"),
+    ("method", "types"),
     [
         ("svd", "low_rank"),
         ("svd-llm", "pivoted_low_rank"),
@@ -102,38 +106,40 @@ def loss_of(model: Any, tokens: Tensor) -> float:
         ("basis-sharing", "low_rank"),
     ],
 )
-def test_a_rise_is_that_of_a_model_changed_by_hand(
-    method: str, form: str, model: Any, tokens: Tensor, tmp_path: Path
+def test_an_increase_is_that_of_a_model_changed_by_hand(
+    method: str, types: str, model: Any, tokens: Tensor, tmp_path: Path
 ) -> None:
-    plan = plan_of(model, method, form=form)
+    plan = plan_of(model, method, types)
     profile = measured(plan, model, tokens, journal_of(tmp_path / "a"))
     journal = Journal(tmp_path / "b")
-    executed = decompose(
-        *(plan, recipe_of(method), Weights(model), journal, known),  # type: ignore[arg-type]
+    executed = compress_layers(
+        *(plan, Weights(model), journal, known),  # type: ignore[arg-type]
         device="cpu",
         on_step=lambda *_: None,
     )
     dense = loss_of(model, tokens)
     assert profile.dense == pytest.approx(dense, abs=NATS)
     assert (profile.windows, profile.tokens) == (3, 3 * 23)
-    assert max(map(abs, profile.rises.values())) > 1e-2  # a thousand times what is tolerated
-    groups: dict[str, list[Matrix]] = {}
-    for m in executed.matrices:
-        groups.setdefault(m.group or m.name, []).append(m)
-    assert list(profile.rises) == list(groups)
-    for name, members in groups.items():
+    assert max(map(abs, profile.increases.values())) > 1e-2  # a thousand times the tolerance
+    assert list(profile.increases) == [task.name for task in executed.tasks]
+    assert all(len(t.weights) == (2 if method == "basis-sharing" else 1) for t in executed.tasks)
+    for task in executed.tasks:
         changed = copy.deepcopy(model)
-        for m in members:
-            file = factors_file(executed.homes()[m.name])
-            linear = changed.get_submodule(m.name)
-            W_hat = product(m, lambda key, file=file: journal.read_tensor(file, key))
-            linear.weight.data.copy_(W_hat)
+
+        def read(key: str, file: str = layer_file(task.layer)) -> Tensor:
+            return journal.read_tensor(file, key)
+
+        for weight in task.weights:
+            linear = changed.get_submodule(weight.name)
+            result = executed.results[task.name]
+            assert result.config.compressed
+            linear.weight.data.copy_(stored_weight(task, result, weight.name, read))
             if method == "lord":
-                linear.bias = nn.Parameter(journal.read_tensor(file, f"{m.name}.b.bias"))
-        rise = loss_of(changed, tokens) - dense
-        assert profile.rises[name] == pytest.approx(rise, abs=NATS)
+                linear.bias = nn.Parameter(read(f"{weight.name}.bias"))
+        increase = loss_of(changed, tokens) - dense
+        assert profile.increases[task.name] == pytest.approx(increase, abs=NATS)
         divergence = divergence_of(changed, model, tokens)
-        assert profile.divergences[name] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+        assert profile.divergences[task.name] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
 
 
 def divergence_of(changed: Any, model: Any, tokens: Tensor) -> float:
@@ -145,7 +151,7 @@ def divergence_of(changed: Any, model: Any, tokens: Tensor) -> float:
     return float(loss) / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
-def test_a_rise_of_svd_is_that_of_the_truncated_weight(
+def test_an_increase_of_svd_is_that_of_the_truncated_weight(
     model: Any, tokens: Tensor, tmp_path: Path
 ) -> None:
     profile = measured(plan_of(model, "svd"), model, tokens, Journal(tmp_path))
@@ -154,11 +160,11 @@ def test_a_rise_of_svd_is_that_of_the_truncated_weight(
         weight = changed.get_submodule(name).weight.data
         U, S, Vh = torch.linalg.svd(weight.double())
         weight.copy_(U[:, :RANK] * S[:RANK] @ Vh[:RANK])
-        rise = loss_of(changed, tokens) - loss_of(model, tokens)
-        assert profile.rises[name] == pytest.approx(rise, abs=NATS)
+        increase = loss_of(changed, tokens) - loss_of(model, tokens)
+        assert profile.increases[name] == pytest.approx(increase, abs=NATS)
 
 
-def test_the_model_is_dense_again_after_every_matrix(
+def test_the_model_is_dense_again_after_every_weight(
     model: Any, tokens: Tensor, tmp_path: Path
 ) -> None:
     used = copy.deepcopy(model)
@@ -169,9 +175,7 @@ def test_the_model_is_dense_again_after_every_matrix(
     }
 
 
-def test_layers_that_are_measured_are_not_measured_again(
-    model: Any, tokens: Tensor, tmp_path: Path
-) -> None:
+def test_measured_layers_are_not_measured_again(model: Any, tokens: Tensor, tmp_path: Path) -> None:
     plan, loaded = plan_of(model, "svd"), []
 
     def dense() -> Any:
@@ -192,51 +196,55 @@ def test_layers_that_are_measured_are_not_measured_again(
     assert len(loaded) == 2
     assert measured(plan, model, tokens, journal, dense=dense) == undisturbed
     assert len(loaded) == 2
-    fewer = measured(plan, model, tokens[:1], journal, dense=dense)  # on others it is another
+    # Other windows need another measurement.
+    fewer = measured(plan, model, tokens[:1], journal, dense=dense)
     assert (len(loaded), fewer.windows) == (3, 1)
-    assert fewer.rises != undisturbed.rises
+    assert fewer.increases != undisturbed.increases
 
 
 def test_deleted_statistics_are_named(model: Any, tokens: Tensor, tmp_path: Path) -> None:
     journal = journal_of(tmp_path)
-    journal.forget(inputs_file(1))
-    with pytest.raises(OutputError, match=r"layers.1.self_attn.q_proj .* choose another folder"):
+    journal.forget(statistics_files(1)[0])
+    with pytest.raises(OutputError, match=r"layers.1.self_attn.q_proj .*") as caught:
         measured(plan_of(model, "svd-llm"), model, tokens, journal)
+    assert caught.value.code == "statistics-deleted"
 
 
-def test_what_cannot_be_factored_raises_nothing(
+def test_weights_that_cannot_be_compressed_change_nothing(
     model: Any, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(measured.__globals__, "known", lambda matrix: Statistics())
+    monkeypatch.setitem(measured.__globals__, "known", lambda weight: Statistics())
     profile = measured(plan_of(model, "svd-llm"), model, tokens, journal_of(tmp_path))
-    assert set(profile.rises.values()) == set(profile.divergences.values()) == {0.0}
+    assert set(profile.increases.values()) == set(profile.divergences.values()) == {0.0}
 
 
-def test_a_plan_of_dense_matrices_has_an_empty_profile(
+def test_a_plan_of_dense_weights_has_an_empty_profile(
     model: Any, tokens: Tensor, tmp_path: Path
 ) -> None:
     plan = plan_of(model, "svd")
-    plan = plan.with_matrices(m.dense() for m in plan.matrices)
+    plan = plan.with_tasks(task.dense() for task in plan.tasks)
     profile = measured(plan, model, tokens, Journal(tmp_path))
-    assert (profile.dense, profile.rises, profile.divergences) == (None, {}, {})
+    assert (profile.dense, profile.increases, profile.divergences) == (None, {}, {})
     assert profile.to_json(plan)["spearman"] == {"predicted_nats": None, "loss": None}
 
 
-def test_tied_ranks_are_shared() -> None:
-    x, y = torch.tensor([1.0, 2.0, 2.0, 4.0]), torch.tensor([1.0, 30.0, 2.0, 2.0])
-    # Ranks 1, 2.5, 2.5, 4 and 1, 4, 2.5, 2.5: less 2.5 their product is 2.25, their squares 4.5.
-    assert spearman(x, y) == pytest.approx(0.5, rel=1e-12)
-    assert spearman(x, -x) == pytest.approx(-1, rel=1e-12)
+def test_tied_ranks_are_averaged() -> None:
+    x, y = [1.0, 2.0, 2.0, 4.0], [1.0, 30.0, 2.0, 2.0]
+    # Ranks 1, 2.5, 2.5, 4 and 1, 4, 2.5, 2.5: centred, their product is 2.25, their squares 4.5.
+    assert rank_correlation(x, y) == pytest.approx(0.5, rel=1e-12)
+    assert rank_correlation(x, [-each for each in x]) == pytest.approx(-1, rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_rank_correlation_is_scipy_s(seed: int) -> None:
+def test_the_rank_correlation_is_that_of_scipy(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 6, (40,), generator=generator).double()
     y = x + 3 * torch.randn(40, generator=generator).round()
-    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic, rel=1e-10)
+    found = rank_correlation(x.tolist(), y.tolist())
+    assert found == pytest.approx(spearmanr(x, y).statistic, rel=1e-10)
 
 
-def test_the_rank_correlation_of_a_constant_is_not_defined() -> None:
-    assert spearman(torch.ones(3), torch.arange(3.0)) is None
-    assert spearman(torch.ones(0), torch.ones(0)) is None
+def test_the_rank_correlation_of_a_constant_is_undefined() -> None:
+    assert rank_correlation([1.0, 1.0, 1.0], [0.0, 1.0, 2.0]) is None
+    assert rank_correlation([0.0, 1.0, 2.0], [1.0, 1.0, 1.0]) is None
+    assert rank_correlation([], []) is None

@@ -1,9 +1,10 @@
-"""Every form, from factors to a checkpoint that stock transformers loads, keeps and gives back."""
+"""Every component, from a solution to a checkpoint that stock transformers loads and saves."""
 
 import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,89 +17,99 @@ from transformers import AutoModelForCausalLM
 
 from lrc.cli.inspect import describe
 from lrc.compressors import prepare
-from lrc.compressors.checkpoint.format import block
+from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.checkpoint.writer import write_config, write_weights
 from lrc.compressors.io.machine import Machine
-from lrc.compressors.layers import FORMS, Form, RankForm
+from lrc.compressors.layers import (
+    COMPONENTS,
+    ComponentConfig,
+    CompressedLinear,
+    WeightConfig,
+    layer_tensors,
+    sentinel,
+)
 from lrc.compressors.pipeline import compress
-from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.compile import Compiled
 from lrc.compressors.solvers.spectrum import spectrum
 from lrc.configs.errors import CheckpointError
 from lrc.configs.load import load_recipe
 
-OWNER = "model.layers.0.self_attn.q_proj"
-# Always packed: test_quantize, test_embedded.
-INTEGERS = {"integers", "integers_plus_low_rank", "group_sparse", "embedded_integers"}
-# Enough of each form to meet its special cases: the module table of a checkpoint.
-TABLES: dict[str, dict[str, dict[str, Any]]] = {
-    "low_rank": {
-        OWNER: {"form": "low_rank", "rank": 8},
-        "model.layers.1.mlp.down_proj": {"form": "low_rank", "rank": 5, "bias": True},
-    },
-    "pivoted_low_rank": {
-        OWNER: {"form": "pivoted_low_rank", "rank": 8},
-        "model.layers.1.self_attn.v_proj": {"form": "pivoted_low_rank", "rank": 16},  # all its rows
-        "model.layers.1.mlp.down_proj": {"form": "pivoted_low_rank", "rank": 5, "bias": True},
-    },
-    "shared_low_rank": {
-        "model.layers.1.self_attn.q_proj": {"form": "shared_low_rank", "rank": 8, "shares": OWNER},
-        "model.layers.1.mlp.up_proj": {
-            "form": "shared_low_rank",
-            "rank": 8,
-            "shares": OWNER,
-            "bias": True,
+OWNER, V_PROJ = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
+Q_PROJ, UP_PROJ = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+DOWN_PROJ = "model.layers.1.mlp.down_proj"
+SHAPES = {
+    OWNER: (32, 32),
+    Q_PROJ: (32, 32),
+    V_PROJ: (16, 32),
+    UP_PROJ: (48, 32),
+    DOWN_PROJ: (32, 48),
+}
+QUANTIZED = {"dense", "block_sparse"}  # always: test_quantize, test_embeddings
+
+
+def component(kind: str, *, shares: str | None = None, **sizes: int) -> ComponentConfig:
+    return ComponentConfig(kind, sizes, shares=shares)
+
+
+# Enough of each type to meet its special cases: components of layers, and the layer with a bias.
+TABLES: dict[str, tuple[dict[str, list[ComponentConfig]], str | None]] = {
+    "low_rank": (
+        {OWNER: [component("low_rank", rank=8)], DOWN_PROJ: [component("low_rank", rank=5)]},
+        DOWN_PROJ,
+    ),
+    "pivoted_low_rank": (
+        {
+            OWNER: [component("pivoted_low_rank", rank=8)],
+            V_PROJ: [component("pivoted_low_rank", rank=16)],  # all its rows
+            DOWN_PROJ: [component("pivoted_low_rank", rank=5)],
         },
-        OWNER: {"form": "low_rank", "rank": 8},
-    },
-    "sparse": {
-        OWNER: {"form": "sparse", "nonzeros": 500, "d_in": 32},
-        "model.layers.1.mlp.down_proj": {
-            "form": "sparse",
-            "nonzeros": 700,
-            "d_in": 48,
-            "bias": True,
+        DOWN_PROJ,
+    ),
+    "shared low_rank": (
+        {
+            Q_PROJ: [component("low_rank", rank=8, shares=OWNER)],
+            UP_PROJ: [component("low_rank", rank=8, shares=OWNER)],
+            OWNER: [component("low_rank", rank=8)],
         },
-    },
-    "low_rank_plus_sparse": {
-        OWNER: {"form": "low_rank_plus_sparse", "rank": 3, "nonzeros": 400},
-        "model.layers.1.self_attn.v_proj": {
-            "form": "low_rank_plus_sparse",
-            "rank": 16,  # all its rows
-            "nonzeros": 1,
+        UP_PROJ,
+    ),
+    "sparse": (
+        {
+            OWNER: [component("sparse", nonzeros=500)],
+            DOWN_PROJ: [component("sparse", nonzeros=700)],
         },
-        "model.layers.1.mlp.down_proj": {
-            "form": "low_rank_plus_sparse",
-            "rank": 1,
-            "nonzeros": 700,
-            "bias": True,
+        DOWN_PROJ,
+    ),
+    "pivoted_low_rank+sparse": (
+        {
+            OWNER: [component("pivoted_low_rank", rank=3), component("sparse", nonzeros=400)],
+            V_PROJ: [
+                component("pivoted_low_rank", rank=16),  # all its rows
+                component("sparse", nonzeros=1),
+            ],
+            DOWN_PROJ: [component("pivoted_low_rank", rank=1), component("sparse", nonzeros=700)],
         },
-    },
-    "dictionary": {
-        OWNER: {"form": "dictionary", "atoms": 30, "nonzeros": 9},  # a mask; whole for many tokens
-        "model.layers.1.self_attn.v_proj": {"form": "dictionary", "atoms": 7, "nonzeros": 7},
-        "model.layers.1.mlp.down_proj": {
-            "form": "dictionary",
-            "atoms": 20,
-            "nonzeros": 1,  # a list of indices
-            "bias": True,
+        DOWN_PROJ,
+    ),
+    "dictionary": (
+        {
+            # With a mask, and multiplied out for many tokens.
+            OWNER: [component("dictionary", atoms=30, nonzeros=9)],
+            V_PROJ: [component("dictionary", atoms=7, nonzeros=7)],
+            DOWN_PROJ: [component("dictionary", atoms=20, nonzeros=1)],  # a list of indices
         },
-    },
-    "shared_dictionary": {
-        "model.layers.1.self_attn.q_proj": {
-            "form": "shared_dictionary",
-            "atoms": 24,
-            "nonzeros": 9,  # a mask; whole for many tokens
-            "shares": OWNER,
+        DOWN_PROJ,
+    ),
+    "shared dictionary": (
+        {
+            # With a mask, and multiplied out for many tokens.
+            Q_PROJ: [component("dictionary", atoms=24, nonzeros=9, shares=OWNER)],
+            # With a list of indices.
+            UP_PROJ: [component("dictionary", atoms=24, nonzeros=1, shares=OWNER)],
+            OWNER: [component("dictionary", atoms=24, nonzeros=12)],
         },
-        "model.layers.1.mlp.up_proj": {
-            "form": "shared_dictionary",
-            "atoms": 24,
-            "nonzeros": 1,  # a list of indices
-            "shares": OWNER,
-            "bias": True,
-        },
-        OWNER: {"form": "dictionary", "atoms": 24, "nonzeros": 12},
-    },
+        UP_PROJ,
+    ),
 }
 DISK = {
     "model.embed_tokens": "cpu",
@@ -112,73 +123,82 @@ DISK = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint of one form, and the dense model of the same function."""
+    """A checkpoint with one type of components, and the dense model of the same function."""
 
     folder: Path
     dense: Any
-    modules: dict[str, dict[str, Any]]
+    modules: dict[str, WeightConfig]
 
     def load(self, **options: Any) -> Any:
         options = {"dtype": torch.float32, **options}
         return AutoModelForCausalLM.from_pretrained(self.folder, **options).eval()
 
 
-def test_every_form_is_covered() -> None:
-    assert TABLES.keys() | INTEGERS == FORMS.keys()
+def test_every_component_is_covered() -> None:
+    covered = {each.type for table, _ in TABLES.values() for row in table.values() for each in row}
+    assert covered | QUANTIZED == COMPONENTS.keys()
 
 
 @pytest.fixture(scope="module", params=TABLES)
 def stored(request, families, tmp_path_factory) -> Stored:
-    """Write a checkpoint of the tiny llama by hand: methods that make the forms come later."""
-    modules = TABLES[request.param]
+    """Write a checkpoint of the tiny llama by hand, without any method."""
+    table, with_bias = TABLES[request.param]
+    modules = {
+        name: WeightConfig(SHAPES[name], tuple(components), bias=name == with_bias)
+        for name, components in table.items()
+    }
     dense = families("llama").dense()
     tensors = {name: t.clone() for name, t in dense.state_dict().items()}
     shared: dict[str, Tensor] = {}
-    for name in sorted(modules, key=lambda name: "shares" in modules[name]):  # owners first
-        spec, linear = modules[name], dense.get_submodule(name)
-        form = FORMS[spec["form"]]
-        content, W_hat = contents(name, spec, linear.weight.detach().double(), shared)
-        del tensors[f"{name}.weight"]
-        tensors |= {f"{name}.{leaf}": t for leaf, t in form.encode(*content).items()}
+    for name in sorted(modules, key=lambda name: modules[name].shares is not None):  # owners first
+        config, linear = modules[name], dense.get_submodule(name)
+        parts, W_hat = contents(name, config, linear.weight.detach().double(), shared)
+        tensors[f"{name}.weight"] = sentinel()
+        for each, part in zip(config.components, parts, strict=True):
+            for leaf, tensor in COMPONENTS[each.type].encode(**part).items():
+                if f"{each.type}.{leaf}" in config.tensors():  # members lack the shared factor
+                    tensors[f"{name}.{each.type}.{leaf}"] = tensor
         with torch.no_grad():
             linear.weight.copy_(W_hat)
-        if spec.get("bias"):
+        if config.bias:
             bias = torch.linspace(-1, 1, linear.out_features)
-            tensors[f"{name}.{form.BIAS}"] = bias
+            tensors[f"{name}.bias"] = bias
             linear.bias = nn.Parameter(bias.clone())
     tensors = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("components")
     write_weights(folder, {n: t.to("meta") for n, t in tensors.items()}, tensors.__getitem__)
-    write_config(folder, dense.config, block(modules, {}), "float32")
+    write_config(folder, dense.config, quantization_config(modules, {}), "float32")
     return Stored(folder, dense, modules)
 
 
 def contents(
-    name: str, spec: dict[str, Any], W: Tensor, shared: dict[str, Tensor]
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return what `encode` takes so that a form comes near `W`, and the weight that it holds."""
-    if spec["form"] == "sparse":
-        mask = largest(W.flatten(), spec["nonzeros"]).view_as(W)
-        return (W * mask, mask), W * mask
-    if spec["form"] == "low_rank_plus_sparse":
-        low = spectrum(W).truncate(spec["rank"])
+    name: str, config: WeightConfig, W: Tensor, shared: dict[str, Tensor]
+) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Return arguments of `encode` that approximate `W`, and the weight that they represent."""
+    sizes = config.sizes
+    if config.types == "sparse":
+        mask = largest(W.flatten(), sizes["nonzeros"]).view_as(W)
+        return [{"W_hat": W * mask, "mask": mask}], W * mask
+    if config.types == "pivoted_low_rank+sparse":
+        low = spectrum(W).truncate(sizes["rank"])
         E = W - low.B @ low.A
-        mask = largest(E.abs().flatten(), spec["nonzeros"]).view_as(W)
-        return (low.B, low.A, E * mask, mask), low.B @ low.A + E * mask
-    if "atoms" in spec:
-        atoms = torch.randperm(len(W), generator=torch.Generator().manual_seed(0))[: spec["atoms"]]
-        D = shared[spec["shares"]] if "shares" in spec else W[atoms].T  # [d_in, atoms]
+        mask = largest(E.abs().flatten(), sizes["nonzeros"]).view_as(W)
+        parts = [{"B": low.B, "A": low.A}, {"W_hat": E * mask, "mask": mask}]
+        return parts, low.B @ low.A + E * mask
+    if config.types == "dictionary":
+        atoms = torch.randperm(len(W), generator=torch.Generator().manual_seed(0))[: sizes["atoms"]]
+        D = W[atoms].T if config.shares is None else shared[config.shares]  # [d_in, atoms]
         shared[name] = D
         S = torch.linalg.lstsq(D, W.T).solution  # [atoms, d_out]
-        mask = largest(S.abs().T, spec["nonzeros"]).T
-        return (D, S * mask, mask), (D @ (S * mask)).T
-    factors = spectrum(W).truncate(spec["rank"])
+        mask = largest(S.abs().T, sizes["nonzeros"]).T
+        return [{"D": D, "S": S * mask, "mask": mask}], (D @ (S * mask)).T
+    factors = spectrum(W).truncate(sizes["rank"])
     B, A = factors.B, factors.A
-    if "shares" in spec:
-        A = shared[spec["shares"]]
+    if config.shares is not None:
+        A = shared[config.shares]
         B = W @ torch.linalg.pinv(A)
     shared[name] = A
-    return (B, A), B @ A
+    return [{"B": B, "A": A}], B @ A
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -194,7 +214,7 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
 
 def assert_same(stored: Stored, logits: Tensor, expected: Tensor) -> None:
     """Demand every bit, but of a dictionary whose products cannot be multiplied out here."""
-    multiplied_out = any("atoms" in spec for spec in stored.modules.values())
+    multiplied_out = any("atoms" in config.sizes for config in stored.modules.values())
     # Measured 3e-6, of logits up to 6.
     torch.testing.assert_close(logits, expected, rtol=0, atol=5e-5 if multiplied_out else 0)
 
@@ -208,7 +228,7 @@ def expected(stored: Stored, sample: Tensor) -> Tensor:
     return logits_of(stored.load(), sample)
 
 
-def test_it_computes_what_it_stands_for(stored, sample, expected) -> None:
+def test_it_computes_what_it_represents(stored, sample, expected) -> None:
     # Measured 4e-6, of logits up to 6.
     torch.testing.assert_close(expected, logits_of(stored.dense, sample), rtol=0, atol=1e-4)
 
@@ -223,15 +243,11 @@ def test_every_device_map_gives_the_same_logits(stored, sample, expected, tmp_pa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dtype_at_load_converts_numbers_and_no_indices(stored, sample, expected, dtype) -> None:
     model = stored.load(dtype=dtype)
-    for name, spec in stored.modules.items():
+    for name, config in stored.modules.items():
         layer = model.get_submodule(name)
         assert {p.dtype for p in layer.parameters()} == {dtype}
-        for leaf, (_, kind) in (
-            FORMS[spec["form"]]
-            .shapes(layer.out_features, layer.in_features, spec, bias=False)
-            .items()
-        ):
-            assert layer.state_dict()[leaf].dtype == (kind or dtype)
+        for leaf, spec in layer_tensors(config).items():
+            assert layer.state_dict()[leaf].dtype == (spec.dtype or dtype)
     # Measured 0.015 and 0.10, of logits up to 6.
     bound = {torch.float16: 0.03, torch.bfloat16: 0.25}[dtype]
     assert (logits_of(model, sample) - expected).abs().max() <= bound
@@ -243,14 +259,14 @@ def test_saving_again_changes_nothing(stored, sample, expected, tmp_path) -> Non
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     block = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert block["modules"] == stored.modules
+    assert block["modules"] == {name: c.to_json() for name, c in stored.modules.items()}
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(logits_of(again, sample), expected)
 
 
 # transformers warns that saving needs memory for one shard.
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules:UserWarning")
-def test_a_model_on_disk_is_saved_whole(stored, tmp_path) -> None:
+def test_a_model_on_disk_is_saved_completely(stored, tmp_path) -> None:
     model = stored.load(device_map=DISK, offload_folder=tmp_path / "offload")
     model.save_pretrained(tmp_path / "again")
     before, after = state_of(stored.folder), state_of(tmp_path / "again")
@@ -258,7 +274,7 @@ def test_a_model_on_disk_is_saved_whole(stored, tmp_path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_copy_is_whole(stored, sample, expected) -> None:
+def test_a_copy_is_complete(stored, sample, expected) -> None:
     model = stored.load()
     twin = copy.deepcopy(model)
     for parameter in model.parameters():
@@ -269,10 +285,10 @@ def test_a_copy_is_whole(stored, sample, expected) -> None:
 def test_a_dequantized_model_is_plain(stored, sample, expected, tmp_path) -> None:
     model = stored.load()
     model.dequantize()
-    assert not any(isinstance(module, Form) for module in model.modules())
+    assert not any(isinstance(module, CompressedLinear) for module in model.modules())
     torch.testing.assert_close(logits_of(model, sample), expected, rtol=0, atol=1e-4)
     model.save_pretrained(tmp_path)
-    biases = {f"{n}.bias" for n, spec in stored.modules.items() if spec.get("bias")}
+    biases = {f"{n}.bias" for n, config in stored.modules.items() if config.bias}
     assert state_of(tmp_path).keys() == {n for n, _ in stored.dense.named_parameters()}
     assert biases <= state_of(tmp_path).keys()
 
@@ -281,11 +297,12 @@ def test_a_dequantized_model_is_plain(stored, sample, expected, tmp_path) -> Non
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lora_trains_and_merges(stored, sample, expected) -> None:
     model = stored.load()
-    # A form need not have a linear of its own; a dense one takes gradients through all of them.
+    # A component need not have a linear child; a dense layer gets gradients through all of them.
     linears = ["model.layers.0.self_attn.v_proj"] + [
         f"{name}.{child}"
         for name in stored.modules
-        for child, _ in model.get_submodule(name).named_children()
+        for child, module in model.get_submodule(name).named_modules()
+        if isinstance(module, nn.Linear)
     ]
     config = peft.LoraConfig(r=2, target_modules=linears, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, config)
@@ -304,7 +321,7 @@ def test_lora_trains_and_merges(stored, sample, expected) -> None:
     torch.testing.assert_close(logits_of(merged, sample), tuned, rtol=0, atol=1e-4)
 
 
-def test_generation_compiles_nothing_away(stored, sample) -> None:
+def test_generation_and_compilation_work(stored, sample) -> None:
     model = stored.load()
     tokens = model.generate(sample[:, :8], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape == (2, 12)
@@ -316,9 +333,8 @@ def test_inspect_knows_shape_and_size(stored) -> None:
     facts = describe(stored.folder, verify=False)
     model = stored.load()
     for module in facts["modules"]:
-        spec, layer = stored.modules[module["name"]], model.get_submodule(module["name"])
-        for key in ("form", *FORMS[spec["form"]].SIZES):
-            assert module[key] == spec[key]
+        config, layer = stored.modules[module["name"]], model.get_submodule(module["name"])
+        assert module.items() >= config.to_json().items()
         assert module["shape"] == [layer.out_features, layer.in_features]
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
 
@@ -331,7 +347,7 @@ SPOILED: dict[str, Callable[[Tensor], Tensor | None]] = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_tensors_that_do_not_fit_are_refused_by_name(stored, tmp_path, case) -> None:
+def test_tensors_that_do_not_match_are_refused_by_name(stored, tmp_path, case) -> None:
     (tmp_path / "config.json").write_bytes((stored.folder / "config.json").read_bytes())
     tensors, model = state_of(stored.folder), stored.load(device_map="meta")
     for name in stored.modules:
@@ -343,42 +359,43 @@ def test_tensors_that_do_not_fit_are_refused_by_name(stored, tmp_path, case) -> 
             content = {k: t for k, t in tensors.items() if k != f"{name}.{leaf}"}
             content |= {} if spoiled is None else {f"{name}.{leaf}": spoiled}
             save_file(content, tmp_path / "model.safetensors", metadata={"format": "pt"})
-            with pytest.raises(CheckpointError, match=f"fit config.json.*{name}.{leaf}: expected"):
-                AutoModelForCausalLM.from_pretrained(tmp_path)
-            with pytest.raises(CheckpointError, match=f"fit config.json.*{name}.{leaf}"):
-                describe(tmp_path, verify=False)
+            for read in (
+                AutoModelForCausalLM.from_pretrained,
+                partial(describe, verify=False),
+            ):
+                with pytest.raises(CheckpointError, match=f"{name}.{leaf}: expected") as refused:
+                    read(tmp_path)
+                assert refused.value.code == "tensor-mismatch"
 
 
 @pytest.mark.parametrize("family", ["llama", "opt-bare"])
-def test_the_pipeline_carries_any_form_from_the_plan(
+def test_the_pipeline_carries_any_component_from_the_plan(
     family, families, write_recipe, tmp_path, sample, monkeypatch
 ) -> None:
-    """As far as matrices stand alone and hold what the stage's method makes: two factors.
+    """As far as weights are independent and store what the method of the stage makes: two factors.
 
-    Those that share come from a method that groups them, other contents from methods of their own.
+    Those that share come from a method that groups them, other contents from other methods.
     """
-    make_plan = prepare.make_plan
-    alone = [
-        form
-        for form, table in TABLES.items()
-        if issubclass(FORMS[form], RankForm) and all("shares" not in s for s in table.values())
-    ]
+    compile_plan = prepare.compile_plan
+    types = ["low_rank", "pivoted_low_rank"]
 
-    def mixed(*args: Any) -> Plan:
-        plan = make_plan(*args)
-        matrices = [
-            replace(m, form=alone[i % len(alone)]) if m.rank else m
-            for i, m in enumerate(plan.matrices)
+    def mixed(*args: Any) -> Compiled:
+        compiled = compile_plan(*args)
+        tasks = [
+            task.decided(replace(task.config, components=(component(types[i % 2], **sizes),)))
+            if (sizes := task.config.sizes)
+            else task
+            for i, task in enumerate(compiled.plan.tasks)
         ]
-        return replace(plan, matrices=matrices)
+        return replace(compiled, plan=compiled.plan.with_tasks(tasks))
 
     run = families(family)
     recipe = write_recipe(tmp_path, run.source)
-    monkeypatch.setattr(prepare, "make_plan", mixed)
+    monkeypatch.setattr(prepare, "compile_plan", mixed)
     report = compress(load_recipe(recipe), Machine(device="cpu"))
     folder = tmp_path / "run/checkpoint"
     modules = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
-    assert {spec["form"] for spec in modules.values()} == {*alone}
+    assert {c["type"] for record in modules.values() for c in record["components"]} == {*types}
     assert report["size"]["targeted"]["bits"] < run.report["size"]["targeted"]["bits"]
     facts = describe(folder, verify=False)
     assert facts["parameters"] == report["size"]["model"]["parameters"]["compressed"]

@@ -13,12 +13,17 @@ SHAPES = [(24, 40), (40, 24), (30, 30)]
 RANK = 7
 LOW_RANK = [name for name, method in METHODS.items() if isinstance(method, LowRankMethod)]
 N_TOKENS = 300
+VALUES = {"alpha": 0.5, "damp": 1e-6, "gradient_damp": 0.1}
 
 
 def low_rank(name: str) -> LowRankMethod:
     method = METHODS[name]
     assert isinstance(method, LowRankMethod)
     return method
+
+
+def options_of(name: str) -> dict[str, float]:
+    return {option: VALUES[option] for option in METHODS[name].options}
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -53,6 +58,7 @@ def cut_svd(M: Tensor, rank: int = RANK) -> Tensor:
 
 
 def product_of(name: str, W: Tensor, statistics: Statistics, **options: float) -> Tensor:
+    options = options_of(name) | options
     factors = low_rank(name).solve(W, statistics, **options).truncate(RANK)
     return factors.B @ factors.A
 
@@ -82,7 +88,9 @@ def test_asvd_is_the_svd_of_the_column_scaled_weight(shape: tuple[int, int], alp
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_svd_llm_its_second_version_and_output_pca_are_one_optimum(shape: tuple[int, int]) -> None:
+def test_svd_llm_its_second_version_and_output_pca_give_the_same_weight(
+    shape: tuple[int, int],
+) -> None:
     W, X, statistics = case(shape)
     H = X.T @ X
     actual = product_of("svd-llm", W, statistics, damp=0.0)
@@ -119,11 +127,11 @@ def test_lord_is_atomic_feature_mimicking_and_keeps_the_mean_output(
     assert (X @ W_hat.T + bias - Y).square().sum() < without_bias
 
 
-def test_lord_works_from_the_outputs_alone() -> None:
+def test_lord_needs_only_the_outputs() -> None:
     W, X, statistics = case((24, 40))
     Y = X @ W.T
     seen = Statistics(len(X), inputs=Moment(X.square().sum(0), image=Y.T @ Y), input_mean=X.sum(0))
-    a, b = (low_rank("lord").solve(W, known) for known in (seen, statistics))
+    a, b = (low_rank("lord").solve(W, known, damp=1e-6) for known in (seen, statistics))
     one, other = (curve.truncate(RANK) for curve in (a, b))
     torch.testing.assert_close(one.B @ one.A, other.B @ other.A, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(a.mean, b.mean, rtol=1e-7, atol=1e-6)
@@ -140,7 +148,7 @@ def test_kfac_is_the_svd_between_the_root_of_g_and_the_factor_of_h(shape: tuple[
     root, L = Q * e.sqrt() @ Q.T, torch.linalg.cholesky(H)
     un_rooted = torch.linalg.solve(root, cut_svd(root @ W @ L))
     expected = torch.linalg.solve_triangular(L.T, un_rooted.T, upper=True).T
-    actual = product_of("kfac", W, statistics)  # with the damping of the table
+    actual = product_of("kfac", W, statistics)
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -156,47 +164,54 @@ def test_predicted_nats_are_exact_where_inputs_and_gradients_are_independent() -
     factors = s.truncate(3)
     change = X @ (factors.B @ factors.A - W).T  # [n_tokens, d_out]
     losses = 0.5 * (gradients * change).sum(1).square()  # what each token's loss grows by
-    predicted = method.nats_per_token(s.tail_energy(3), len(X))
+    predicted = method.predicted_increase(s.tail_energy(3), len(X))
     assert predicted == pytest.approx(float(losses.mean()), rel=1e-8)
 
 
-def test_only_two_sided_energies_are_losses() -> None:
-    able = {name for name, m in METHODS.items() if m.nats_per_token(1.0, 10) is not None}
+def test_only_two_sided_methods_predict_losses() -> None:
+    able = {name for name, m in METHODS.items() if m.predicted_increase(1.0, 10) is not None}
     assert able == {"kfac", "sparse", "compot", "rocket", "dictionary", "mixed"}
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_energies_alone_are_those_of_the_solution(name: str, shape: tuple[int, int]) -> None:
+def test_energies_without_vectors_are_those_of_the_solution(
+    name: str, shape: tuple[int, int]
+) -> None:
     W, _, statistics = case(shape)
     method = low_rank(name)
-    energies = method.solve(W, statistics).energies
-    alone = method.energies(W, statistics)
+    energies = method.solve(W, statistics, **options_of(name)).energies
+    alone = method.energies(W, statistics, **options_of(name))
     torch.testing.assert_close(alone, energies, rtol=1e-10, atol=1e-13 * float(energies[0]))
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
-def test_every_row_says_what_it_does_and_takes_no_other_options(name: str) -> None:
-    method = low_rank(name)
+def test_every_row_is_documented_and_takes_only_its_options(name: str) -> None:
+    method, options = low_rank(name), options_of(name)
     assert (method.metric.__doc__ or "").partition("\n")[0].endswith(".")
     assert method.source
     W, _, statistics = case((24, 40))
     with pytest.raises(TypeError):
-        method.solve(W, statistics, no_such_option=1.0)
-    if method.needs:
-        with pytest.raises(ValueError, match=f"lack {sorted(method.needs)[0]}"):
-            method.solve(W, Statistics())
+        method.solve(W, statistics, **options, no_such_option=1.0)
+    for option in options:
+        with pytest.raises(TypeError):
+            method.solve(W, statistics, **{k: v for k, v in options.items() if k != option})
+    if method.statistics:
+        with pytest.raises(ValueError, match=f"lack {sorted(method.statistics)[0]}"):
+            method.solve(W, Statistics(), **options)
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dead_channels_are_survived_by_every_method(name: str, shape: tuple[int, int]) -> None:
+def test_channels_without_input_or_gradient_give_finite_weights(
+    name: str, shape: tuple[int, int]
+) -> None:
     W, X, gradients = normal(*shape, seed=0), tokens(shape[1]), tokens(shape[0], seed=2)
     X[:, 3] = 0
     gradients[:, 5] = 0
     statistics = known(X, gradients)
     statistics.row_fisher[5] = 0
-    factors = low_rank(name).solve(W, statistics).truncate(RANK)
+    factors = low_rank(name).solve(W, statistics, **options_of(name)).truncate(RANK)
     assert torch.isfinite(factors.B @ factors.A).all()
 
 
@@ -216,13 +231,13 @@ def test_basis_sharing_is_the_svd_of_the_stacked_whitened_weights(shape: tuple[i
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_group_of_one_is_svd_llm(shape: tuple[int, int]) -> None:
+def test_basis_sharing_of_one_layer_is_svd_llm(shape: tuple[int, int]) -> None:
     W, _, statistics = case(shape)
     alone = shared_spectrum([W], statistics.inputs, damp=1e-6).truncate(RANK)
     expected = product_of("svd-llm", W, statistics)
     torch.testing.assert_close(alone.B @ alone.A, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_weights_of_several_shapes_share_no_basis() -> None:
+def test_weights_of_several_shapes_cannot_share_a_basis() -> None:
     with pytest.raises(ValueError, match="one shape"):
         shared_spectrum([torch.zeros(3, 4), torch.zeros(5, 4)], Moment.of(torch.eye(4)))

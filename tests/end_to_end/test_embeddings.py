@@ -1,4 +1,4 @@
-"""Embedding and head as integers: counted, stored, loaded, looked at, and what is refused."""
+"""Embedding and head as integers: counted, stored, loaded, inspected, and what is refused."""
 
 import json
 from collections.abc import Callable
@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lrc.compressors.checkpoint.reader import load_checkpoint
-from lrc.compressors.compress import embeddings as outside
+from lrc.compressors.compress import embeddings
 from lrc.compressors.io.machine import Machine
-from lrc.compressors.layers import EmbeddedIntegers, Scheme, TiedHead
+from lrc.compressors.layers import CompressedEmbedding, QuantizationArgs, TiedHead
 from lrc.compressors.pipeline import compress
+from lrc.compressors.planning.plan import Plan
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.load import load_recipe
 
@@ -36,7 +37,7 @@ RECIPES: dict[str, tuple[bool, list[dict[str, Any]]]] = {
     "tied-alone": (True, [quantize(targets=[], embeddings="int4-g16-asymmetric")]),
     "apart": (False, [quantize(embeddings="int8", lm_head="int6")]),
     "head-alone": (False, [quantize(targets=[], lm_head="int8")]),
-    "behind-factors": (
+    "after-factors": (
         True,
         [
             {"decompose": {"method": "kfac", "size": "50KiB"}},
@@ -49,7 +50,7 @@ RECIPES: dict[str, tuple[bool, list[dict[str, Any]]]] = {
         [mixed(keep=0.3, embeddings="int8", lm_head="int8", components=["dense"])],
     ),
     "dropped": (True, [DROP, quantize(bits=4, embeddings="int8")]),
-    "turned": (False, [BLOCKS, quantize(bits=8, embeddings="int8", lm_head="int8")]),
+    "rotated": (False, [BLOCKS, quantize(bits=8, embeddings="int8", lm_head="int8")]),
 }
 RECIPES["untied-by-a-slice"] = (
     True,
@@ -59,7 +60,7 @@ RECIPES["untied-by-a-slice"] = (
     ],
 )
 """Whether the head is tied, and the stages."""
-CUT = ("dropped", "turned", "untied-by-a-slice")
+SLICED = ("dropped", "rotated", "untied-by-a-slice")
 
 
 @pytest.fixture(scope="module")
@@ -98,38 +99,41 @@ def runs(
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_bytes_are_counted_and_the_model_is_the_dense_one_of_what_is_stored(
-    name: str, runs: Callable[[str], Path]
+def test_bytes_are_counted_and_the_model_is_the_dense_one_of_the_stored_weights(
+    name: str, runs: Callable[[str], Path], executed: Callable[[Path], Plan]
 ) -> None:
     checkpoint = runs(name) / "checkpoint"
-    plan = json.loads((checkpoint / "lrc/plan.json").read_text())
+    plan = executed(runs(name))
     report = json.loads((checkpoint / "lrc/report.json").read_text())
     tensors = load_file(checkpoint / "model.safetensors")
     stored = sum(t.numel() * t.element_size() for t in tensors.values())
     sentinels = 1 if name == "head-alone" else 0  # a plain checkpoint has none
     counted = report["size"]["model"]["tensor_bytes"]["compressed"]
-    if name not in CUT:  # cuts are counted by themselves
+    if name not in SLICED:  # slices are counted separately
         assert stored + sentinels == counted
     baselines = report["size"]["baselines"]
     assert 0.15 * report["size"]["model"]["tensor_bytes"]["dense"] < min(baselines.values())
     model = load_checkpoint(checkpoint)
-    rounded = {m["name"]: m for m in plan["outside"]}
-    assert rounded.keys() <= {layer["name"] for layer in report["layers"]}
-    assert all(0 < m["loss"] < 0.05 for m in rounded.values())
+    quantized = {task.name: plan.results[task.name] for task in plan.embeddings}
+    assert quantized.keys() <= {layer["name"] for layer in report["layers"]}
+    assert all(0 < (result.loss or 0) < 0.05 for result in quantized.values())
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
         logits = model(ids).logits
-        if "model.embed_tokens" in rounded:
-            assert isinstance(model.model.embed_tokens, EmbeddedIntegers)
-        if name == "turned":
+        if "model.embed_tokens" in quantized:
+            assert isinstance(model.model.embed_tokens, CompressedEmbedding)
+        if name == "rotated":
             return
         plain = model.dequantize() if name != "head-alone" else model
-        assert not any(isinstance(m, EmbeddedIntegers | TiedHead) for m in plain.modules())
+        assert not any(isinstance(m, CompressedEmbedding | TiedHead) for m in plain.modules())
         torch.testing.assert_close(plain(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["tied", "apart", "joint"])
-def test_rows_are_those_of_the_dense_model_rounded(
+SCHEMES_OF = {"tied": "int8", "apart": "int8", "joint": "int6-g16"}
+
+
+@pytest.mark.parametrize("name", SCHEMES_OF)
+def test_rows_are_those_of_the_dense_model_quantized(
     name: str, runs: Callable[[str], Path], folders: dict[bool, Path]
 ) -> None:
     dense = AutoModelForCausalLM.from_pretrained(
@@ -137,15 +141,15 @@ def test_rows_are_those_of_the_dense_model_rounded(
     ).model.embed_tokens.weight
     model = AutoModelForCausalLM.from_pretrained(runs(name) / "checkpoint")
     embedding = model.model.embed_tokens
-    wanted = round_to_nearest(
-        dense.detach(), Scheme.read(str(embedding.scheme)), dtype=torch.float32
-    ).weight()
-    torch.testing.assert_close(embedding.product(), wanted.float())
+    args = embedding.config.quantization
+    assert args == QuantizationArgs.parse(SCHEMES_OF[name])
+    expected = round_to_nearest(dense.detach(), args, dtype=torch.float32).weight()
+    torch.testing.assert_close(embedding.dense_weight(), expected.float())
     assert isinstance(model.lm_head, TiedHead) == RECIPES[name][0]
 
 
-@pytest.mark.parametrize("name", ["tied", "apart", "joint"])
-def test_what_is_loaded_can_be_saved_loaded_and_run_again(
+@pytest.mark.parametrize("name", SCHEMES_OF)
+def test_a_loaded_model_can_be_saved_loaded_and_run_again(
     name: str, runs: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(runs(name) / "checkpoint")
@@ -165,7 +169,7 @@ def test_what_is_loaded_can_be_saved_loaded_and_run_again(
 def test_a_size_counts_the_integers_of_the_embedding(runs: Callable[[str], Path]) -> None:
     file = (runs("joint") / "checkpoint/model.safetensors").stat().st_size
     assert file <= 72 * 1024  # of which the headers of so small a model may take most
-    file = (runs("behind-factors") / "checkpoint/model.safetensors").stat().st_size
+    file = (runs("after-factors") / "checkpoint/model.safetensors").stat().st_size
     assert 0.8 * 50 * 1024 < file <= 50 * 1024
 
 
@@ -177,19 +181,19 @@ def test_a_head_alone_is_a_plain_checkpoint(runs: Callable[[str], Path]) -> None
     assert "model.layers.0.self_attn.q_proj" in block["ignore"]
 
 
-def test_a_stopped_run_goes_on_behind_what_is_rounded(
+def test_a_stopped_run_continues_after_the_quantized_embedding(
     folders: dict[bool, Path], tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
     path = tiny_recipe(folders[True], tmp_path / "run", stages=RECIPES["tied"][1])
     loaded = load_recipe(path)
 
     def stop(stage: str, *_: Any) -> None:
-        if stage == "decompose":
+        if stage == "compress":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         compress(loaded, Machine("cpu", on_step=stop))
-    monkeypatch.setattr(outside, "rtn", None)  # is not called again
+    monkeypatch.setattr(embeddings, "round_to_nearest", None)  # is not called again
     compress(loaded, Machine("cpu"))
     model = load_checkpoint(tmp_path / "run/checkpoint")
     assert isinstance(model.lm_head, TiedHead)
@@ -208,35 +212,40 @@ def test_it_is_planned_shown_and_inspected(
     assert "model.embed_tokens" in planned.out
     inspected = lrc("inspect", str(runs("tied") / "checkpoint"), "--verify")
     assert inspected.code == 0, inspected.err
-    assert "embedded_integers" in inspected.out
+    row = next(line for line in inspected.out.splitlines() if "model.embed_tokens" in line)
+    assert "dense int8" in row
 
 
-BAD: dict[str, tuple[bool, list[dict[str, Any]], str]] = {
+BAD: dict[str, tuple[bool, list[dict[str, Any]], str, str]] = {
     "a head that is tied": (
         True,
         [quantize(lm_head="int8")],
-        "stages[0].quantize.lm_head: needs a head of its own, got one that is tied to "
-        "model.embed_tokens; give 'embeddings', which rounds both",
+        "unsupported-embedding",
+        "stages[0].quantize.lm_head",
     ),
     "groups that do not divide": (
         True,
         [quantize(embeddings="int8-g24")],
-        "stages[0].quantize.embeddings: must have groups that divide its rows of 32, got int8-g24",
+        "indivisible-rows",
+        "stages[0].quantize.embeddings",
     ),
     "twice": (
         True,
         [mixed(keep=0.3, embeddings="int8"), quantize(targets=[], embeddings="int8")],
-        "stages[1].quantize.embeddings: must be given once, got it in stages[0] too; remove one",
+        "given-twice",
+        "stages[1].quantize.embeddings",
     ),
-    "no scheme": (
+    "a malformed scheme": (
         True,
         [quantize(embeddings="int9")],
-        "stages[0].quantize.embeddings: must be an integer format such as int8, int4-g64",
+        "unknown-value",
+        "stages[0].quantize.embeddings",
     ),
     "keys that apply to nothing": (
         True,
         [quantize(targets=[], group_size=16, embeddings="int8")],
-        "stages[0].quantize: targets: [] selects no linear layer, so that 'group_size' has no",
+        "conflicting-keys",
+        "stages[0].quantize",
     ),
     "linears that all stay dense": (
         True,
@@ -244,26 +253,28 @@ BAD: dict[str, tuple[bool, list[dict[str, Any]], str]] = {
             {"decompose": {"method": "svd-llm", "keep": 0.05, "rank_multiple": 16}},
             quantize(targets=[], embeddings="int8"),
         ],
+        "nothing-smaller",
         "stages",
     ),
     "what grows": (
         True,
         [quantize(embeddings="int8-g1")],
-        "stages[0].quantize.embeddings: must take fewer bits than the 16 of the model's numbers",
+        "no-saving",
+        "stages[0].quantize.embeddings",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_had_is_refused(
+def test_impossible_quantization_is_refused(
     name: str, folders: dict[bool, Path], tiny_recipe: Any, tmp_path: Path, lrc: Any
 ) -> None:
-    tied, stages, words = BAD[name]
+    tied, stages, code, where = BAD[name]
     path = tiny_recipe(folders[tied], tmp_path / "run", stages=stages)
-    lrc("compress", str(path)).refuses(2, words)
+    lrc("compress", str(path)).refuses(2, code=code, where=where)
 
 
-def test_a_plan_that_rounds_otherwise_than_the_recipe_is_refused(
+def test_a_plan_that_quantizes_differently_than_the_recipe_is_refused(
     runs: Callable[[str], Path],
     folders: dict[bool, Path],
     tiny_recipe: Any,
@@ -281,10 +292,14 @@ def test_a_plan_that_rounds_otherwise_than_the_recipe_is_refused(
 
     file.write_text(json.dumps(plan))
     assert planned(embeddings="int6-g16").code == 0
-    words = "rounds model.embed_tokens to int6-g16, got nothing of it in the recipe; give"
-    planned().refuses(2, words)
-    plan["outside"][0]["scheme"] = "int4-g16"
+    differs = {"code": "user-plan-mismatch", "where": "stages[0].decompose.plan"}
+    planned().refuses(2, "model.embed_tokens to int6-g16, got nothing", **differs)
+    plan["embeddings"][0]["config"]["components"][0]["quantization"] = "int4-g16"
     file.write_text(json.dumps(plan))
-    planned(embeddings="int6-g16").refuses(2, "rounds model.embed_tokens to int4-g16, got int6-g16")
-    file.write_text(json.dumps({**plan, "outside": 3}))
-    planned(embeddings="int6-g16").refuses(2, "outside: must be as lrc wrote it, got 3")
+    words = "model.embed_tokens to int4-g16, got int6-g16"
+    planned(embeddings="int6-g16").refuses(2, words, **differs)
+    for spoiled in (3, [3]):
+        file.write_text(json.dumps({**plan, "embeddings": spoiled}))
+        planned(embeddings="int6-g16").refuses(
+            2, "embeddings", code="invalid-user-plan", where=str(file)
+        )

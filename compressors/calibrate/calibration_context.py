@@ -1,0 +1,49 @@
+"""The inputs of everything that runs the calibration text through a model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.io.journal import Journal
+from lrc.compressors.io.machine import OnStep
+from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.weights import WeightReader
+from lrc.configs.errors import ModelError
+
+Labels = Literal["model", "sampled", "real"]
+
+
+@dataclass(frozen=True)
+class CalibrationContext:
+    """A dense model, the calibration text, and the device to compute on."""
+
+    architecture: Architecture
+    reader: WeightReader
+    windows: Callable[[], Tensor]
+    """Returns the calibration windows [n_windows, length]; the text is read at the first call."""
+    journal: Journal
+    device: str
+    memory_limit_gib: float
+    """For the hidden states of all windows; what is larger goes to disk."""
+    seed: int
+    on_step: OnStep
+    labels: Labels = "model"
+    """Labels of the loss whose gradients are taken, see `logit_gradient`."""
+
+    @property
+    def device_type(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return torch.device(self.device).type
+
+
+def check_finite(
+    value: Tensor | float,
+    what: str,
+    remedy: str = "its weights or those before it are damaged or overflow: check the source model",
+) -> None:
+    """Raise a ModelError if a value is not finite; `what` names it, and where it was computed."""
+    if not bool(torch.as_tensor(value).isfinite().all()):
+        raise ModelError(f"model: not finite on the calibration text: {what}; {remedy}")
