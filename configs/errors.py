@@ -12,24 +12,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
-
-    Parameters
-    ----------
-    code : str
-        Short and stable, in kebab case, such as `unknown-key`; it does not change with the wording.
-    where : str
-        Key path of the recipe, file, or name of a layer; may be empty.
-    message : str
-        The sentence after it.
-    source : str
-        The line of the file or the override that wrote the value at `where`; may be empty.
-    """
+    """One thing that is wrong."""
 
     code: str
+    """Short and stable, in kebab case, such as `unknown-key`; it does not change with `message`."""
     where: str
+    """Key path of the recipe, file, or name of a layer; may be empty."""
     message: str
     source: str = ""
+    """The line of the file or the override that wrote the value at `where`; may be empty."""
 
     @classmethod
     def parse(cls, text: str) -> "Problem":
@@ -49,14 +40,8 @@ class Problem:
 class LrcError(Exception):
     """Base of every error that the user can correct.
 
-    Parameters
-    ----------
-    message : str
-        What is wrong and what to do about it; several lines are several problems.
-    code : str, optional
-        Code of the problem; that of the class if left out.
-    where : str
-        File, key path or layer that the message is about.
+    Several lines of the message are several problems, all of the same `code`, by default that of
+    the class, and about the same file, key path or layer, `where`.
     """
 
     exit_code = 1
@@ -71,11 +56,8 @@ class LrcError(Exception):
 class RecipeError(LrcError):
     """The recipe, an override or the command line requests something impossible.
 
-    Parameters
-    ----------
-    problems : str or sequence of Problem or str
-        Every problem found; they are all shown together. Plain sentences, `where: message`, have
-        the code `invalid-recipe`.
+    All problems are shown together. Plain sentences, `where: message`, have the code
+    `invalid-recipe`; a single one needs no list.
     """
 
     exit_code = 2

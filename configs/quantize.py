@@ -56,13 +56,12 @@ LmHead = Annotated[
         "round-to-nearest. Not quantized if left out."
     ),
 ]
-CorrectionMethod = Literal["qera", "eora", "lqer"]
 
 
 class LowRankCorrection(Strict):
     """A low-rank product in floating point that is added to the integers of a whole weight."""
 
-    method: CorrectionMethod = "qera"
+    method: Literal["qera", "eora", "lqer"] = "qera"
     """Metric under which the quantization error is approximated: the second moment of the inputs
     (`qera`, exact), only its eigenvalues (`eora`), or only its diagonal (`lqer`)."""
     rank: PositiveInt = 32

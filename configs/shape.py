@@ -72,7 +72,7 @@ class Shape:
 
     def holds(self, value: Any) -> bool:
         """Return whether a value has this part's type, whatever its range."""
-        return type(value) in _TYPES[self.kind]
+        return type(value) in _TYPES.get(self.kind, (type(value),))
 
     def admits(self, value: Any) -> bool:
         """Return whether a value of this part's type is one of its options and fits its pattern."""

@@ -32,15 +32,15 @@ def _allowed_part(part: Shape) -> str:
     if part.options:
         one, *more = map(str, part.options)
         return f"one of {', '.join([one, *more])}" if more else f"'{one}'"
-    if "x-words" in part.schema:
-        return str(part.schema["x-words"])
+    if "pattern" in part.schema:
+        return str(part.schema.get("x-words", f"a string like {part.schema['pattern']}"))
     if part.kind == "array":
         return f"a list of entries, each {allowed(Shape(part.schema['items'], part.root))}"
     if part.kind == "object":
         return f"a mapping with the {keys(part.properties)}"
     limits = " and ".join(f"{sign} {limit}" for sign, _, limit in part.limits)
     rule = "that is not empty" if part.schema.get("minLength") else limits
-    return f"{_NOUNS[part.kind]} {rule}".rstrip()
+    return f"{_NOUNS.get(part.kind, 'any value')} {rule}".rstrip()
 
 
 def keys(names: Collection[str]) -> str:

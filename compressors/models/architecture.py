@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lrc.compressors.layers.model_shapes import rebuild_
-from lrc.compressors.models.configuration import SUPPORTED
+from lrc.compressors.models.configuration import SUPPORTED, first_line
 from lrc.compressors.models.source import Source
 from lrc.configs.errors import ModelError
 
@@ -73,8 +73,7 @@ def build(source: Source) -> Architecture:
                 config, dtype=torch.float32, trust_remote_code=source.spec.trust_remote_code
             )
     except (ValueError, KeyError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        raise _unsupported(config, reason) from error
+        raise _unsupported(config, first_line(error)) from error
     rebuild_(model)
     for parameter in model.parameters():  # not the buffers: computed tables and scales stay exact
         parameter.data = parameter.data.to(source.dtype)
@@ -114,11 +113,9 @@ def _refuse_unsupported_weights(name: str, layer: nn.Module, config: Any) -> Non
             raise _unsupported(config, f"{name}.{child_name} is a Conv1D, not an nn.Linear")
         for parameter_name, parameter in child.named_parameters(recurse=False):
             if parameter.ndim >= 3 and not isinstance(child, nn.Conv1d | nn.Conv2d):
-                raise _unsupported(
-                    config,
-                    f"{name}.{child_name}.{parameter_name} holds fused experts "
-                    f"{list(parameter.shape)}",
-                )
+                full_name = f"{name}.{child_name}.{parameter_name}"
+                shape = list(parameter.shape)
+                raise _unsupported(config, f"{full_name} holds fused experts {shape}")
 
 
 def _unsupported(config: Any, reason: str) -> ModelError:

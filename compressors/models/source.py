@@ -89,11 +89,10 @@ def locate(spec: Model, *, weights: bool = True) -> Source:
     elif HUB_ID.match(spec.path) and not spec.path.endswith(".gguf"):
         source = _from_hub(spec, weights=weights)
     else:
-        text = (
+        raise RecipeError(
             f"model.path: no file or folder {spec.path!r}, and it is not a Hub id (org/name) "
             "either; check the path (it is relative to the current folder)"
         )
-        raise RecipeError([text])
     _refuse_unsafe(source)
     return source
 
@@ -160,11 +159,10 @@ def load_tokenizer(source: Source) -> Any:
     folder = Path(spec.tokenizer).expanduser() if spec.tokenizer else source.folder
     if spec.tokenizer and not folder.is_dir():
         if folder.exists() or not HUB_ID.match(spec.tokenizer):
-            text = (
+            raise RecipeError(
                 f"model.tokenizer: no folder {spec.tokenizer!r}, and it is not a Hub id "
                 "(org/name) either; give the folder that holds tokenizer.json"
             )
-            raise RecipeError([text])
         with _reaching(spec.tokenizer, "model.tokenizer"):
             folder = Path(snapshot_download(spec.tokenizer, allow_patterns=SMALL_FILES))
     try:

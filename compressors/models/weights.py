@@ -123,9 +123,8 @@ class WeightReader:
             stored = self._architecture.tied.get(full, full)
             if stored in self._keys:
                 dtype = self._parameters[stored].dtype
-                _set(
-                    owner, leaf, torch.empty_like(getattr(owner, leaf), dtype=dtype, device="meta")
-                )
+                empty = torch.empty_like(getattr(owner, leaf), dtype=dtype, device="meta")
+                _set(owner, leaf, empty)
 
     def _entries(self, name: str, skip: Collection[str]) -> list[tuple[str, nn.Module, str]]:
         """Return (full name, owner, attribute) of every parameter and buffer below a module."""

@@ -6,16 +6,11 @@ import torch
 
 
 def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Run a function once, and return a function that repeats it, as a CUDA graph if possible.
+    """Run a function once, and return a function that repeats it: `step` itself without CUDA.
 
-    Parameters
-    ----------
-    step : callable
-        Reads and writes tensors on `device` in place. Neither shapes nor control flow may depend on
-        their values, and it must not wait for the device.
-    device : torch.device
-        If it is a CUDA device, kernels are recorded for it even if another one is current, and
-        repeated on its current stream. Otherwise `step` itself is returned.
+    It reads and writes tensors on `device` in place. Neither shapes nor control flow may depend on
+    their values, and it must not wait for the device. Kernels are recorded for `device` even if
+    another one is current, and repeated on its current stream.
     """
     if device.type != "cuda":
         step()

@@ -22,14 +22,8 @@ def balanced_factors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Write a product ``B @ A`` as other pairs of factors, to choose from for quantization.
 
-    Parameters
-    ----------
-    B : Tensor, shape [d_out, rank]
-    A : Tensor, shape [rank, d_in]
-    H, G : Tensor
-        Second moments of the inputs and of the output gradients; G is the identity if omitted.
-    seed : int
-        Seed of the random rotation.
+    B is [d_out, rank] and A is [rank, d_in]. H and G, by default the identity, are the second
+    moments of the inputs and of the output gradients; `seed` is that of the random rotation.
 
     Returns
     -------

@@ -38,12 +38,7 @@ def round_to_nearest(
     """Round every number of a matrix [rows, columns] to the nearest point of its grid.
 
     Scales are stored in `dtype`. The diagonal of `H` [columns, columns], the second moment of the
-    inputs, weights the errors by which grids are chosen.
-
-    Raises
-    ------
-    ValueError
-        See `find_grid`.
+    inputs, weights the errors by which `find_grid` chooses, which also raises the errors.
     """
     grid = find_grid(W, scheme, dtype=dtype, weights=None if H is None else H.diagonal())
     return QuantizedMatrix(round_to_grid(W, grid, scheme), grid.scale, grid.zero, scheme)

@@ -16,13 +16,8 @@ def shared_spectrum(weights: Sequence[Tensor], inputs: Moment, *, damp: float = 
     spectrum of the weights stacked along their outputs, see `split`. With one weight the method is
     SVD-LLM.
 
-    Parameters
-    ----------
-    weights : sequence of Tensor, each of shape [d_out, d_in]
-    inputs : Moment
-        Sum over the layers of the second moments of their inputs; needs `full`.
-    damp : float
-        Fraction of ``mean(diag(H))`` added to its diagonal.
+    The weights are [d_out, d_in]. `inputs` is the sum over the layers of the second moments H of
+    their inputs; ``damp * mean(diag(H))`` is added to its diagonal.
 
     Raises
     ------

@@ -124,12 +124,8 @@ class SparsePlusLowRankProblem:
 
         `sizes` has the parameters "rank" and "nonzeros" of `solve`. Each search continues from the
         size before unless that is smaller. The energies are above those of `solve`: by 1 to 7 % if
-        half of the bits or less are kept, 8 to 13 % at 0.8 of them, a third at 0.95.
-
-        Raises
-        ------
-        ValueError
-            If a size is out of range.
+        half of the bits or less are kept, 8 to 13 % at 0.8 of them, a third at 0.95. The errors
+        raised are those of `solve`.
         """
         now: _State | None = None
         energies = []

@@ -46,13 +46,7 @@ class WhitenedSpace:
         damp: float,
         gradient_damp: float,
     ) -> "WhitenedSpace":
-        """Derive the space from the `spectrum` of the weight.
-
-        Raises
-        ------
-        ValueError
-            If d_out >= d_in and the moment of the inputs has no `full`.
-        """
+        """Derive the space from the `spectrum` of the weight, which raises the errors."""
         weights = torch.ones(W.shape[0], dtype=torch.float64, device=W.device)
         outputs = gradients
         if gradients is not None and not gradients.empty:

@@ -15,12 +15,12 @@ FILES: dict[str, tuple[bytes, str, str, tuple[str, ...]]] = {
     "only a comment": (b"# later\n", "empty-recipe", "", ()),
     "binary": (b"model: \xff\xfe\x00", "unreadable-recipe", "", ("UTF-8", "byte 7")),
     "not YAML": (b"model: [a", "invalid-yaml", ":1:10", ("closing ']' is missing",)),
-    "a list": (b"- model: a\n", "wrong-type", "", ("got a list of 1 entry", "model: ...")),
+    "a list": (b"- model: a\n", "wrong-type", "", ("got a list of 1 entry", "remove the '- '")),
     "one key twice": (
         b"model: a\nstages: [{decompose: {method: svd, keep: 1}}]\noutput: o\nmodel: b\n",
         "duplicate-key",
-        ":4",
-        ("model: ", "first in line 1"),
+        ":1",
+        ("model: ", "again in line 4"),
     ),
 }
 
