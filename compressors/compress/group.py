@@ -1,7 +1,7 @@
 """A group of weights that are compressed together: what is known about it, and the result."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -95,14 +95,9 @@ def stored_weight(
     )
 
 
-def left_dense(
-    task: LayerTask, reason: str | None = None, *, note: str | None = None
-) -> CompressedGroup:
+def left_dense(task: LayerTask, reason: str | None = None) -> CompressedGroup:
     """Return a group that stays as it is in the source; `reason` is a fallback from the plan."""
-    return CompressedGroup(
-        replace(task, note=task.note if note is None else note),
-        LayerResult(WeightConfig(task.shape), fallback=reason),
-    )
+    return CompressedGroup(task, LayerResult(WeightConfig(task.shape), fallback=reason))
 
 
 def joined(*notes: str | None) -> str | None:

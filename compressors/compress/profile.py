@@ -143,11 +143,10 @@ def _measured(journal: Journal, layer: int, windows: int) -> bool:
 
 
 def _check_statistics(tasks: list[LayerTask], journal: Journal) -> None:
-    for task in tasks:
-        missing = [w.name for w in task.weights if not journal.has(statistics_files(w.layer)[0])]
-        if task.statistics and missing:
+    for weight in (weight for task in tasks if task.statistics for weight in task.weights):
+        if not journal.has(statistics_files(weight.layer)[0]):
             raise OutputError(
-                f"output: {journal.output} contains a run that has compressed {missing[0]} and "
+                f"output: {journal.output} contains a run that has compressed {weight.name} and "
                 "deleted its statistics, which profiling needs; choose another folder",
                 code="statistics-deleted",
             )

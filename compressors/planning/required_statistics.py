@@ -10,11 +10,10 @@ def solver_statistics(task: LayerTask) -> frozenset[str]:
     """Return the fields of `Statistics` that the solvers of a task read."""
     if not task.compressed:
         return frozenset()
-    quantize = task.quantize
-    sees_inputs = quantize is not None and (
-        quantize.quantizer == "gptq" or quantize.correction is not None
-    )
-    return METHODS[task.method].statistics | ({"inputs"} if sees_inputs else set())
+    needed, how = METHODS[task.method].statistics, task.quantize
+    if how is not None and (how.quantizer == "gptq" or how.correction is not None):
+        return needed | {"inputs"}
+    return needed
 
 
 def with_statistics(task: LayerTask) -> LayerTask:
@@ -27,6 +26,7 @@ def with_statistics(task: LayerTask) -> LayerTask:
     method = METHODS[task.method]
     if isinstance(method, Quantization) and task.compensate is not None:
         needed = frozenset()
-    if method.full_moments or task.quantize is not None:  # quantization leaves the weight's span
+    # The error of quantization is not in the span that an image through the weight shows.
+    if method.full_moments or task.quantize is not None:
         needed |= {f"whole_{side}" for side in ("inputs", "gradients") if side in needed}
     return replace(task, statistics=tuple(sorted(needed)))

@@ -205,7 +205,7 @@ def applied(kind: str, sizes: Sizes) -> tuple[LayerTask, Problems]:
 )
 def test_a_user_plan_cannot_leave_the_pattern(kind: str, sizes: Sizes) -> None:
     decided, problems = applied(kind, sizes)
-    assert [(p.code, p.where) for p in problems] == [("size-out-of-range", "plan.json")]
+    assert [(p.code, p.where) for p in problems] == [("size-out-of-range", "plan.json: m")]
     assert not decided.config.compressed
 
 
