@@ -40,7 +40,7 @@ $(MODEL): | $(VENV)/installed
 ## make demo      compress the demo model, compare the text it writes and its perplexity
 demo: install $(MODEL)
 	$(BIN)/lrc compress recipes/demo.yaml
-	$(BIN)/lrc generate $(MODEL) runs/demo/checkpoint --prompt "The capital of France is"
+	$(BIN)/lrc generate $(MODEL) runs/demo/checkpoint --prompt "A compiler is a program that"
 	$(BIN)/lrc inspect runs/demo/checkpoint --verify > runs/demo/contents.txt
 	sed -n '/^comparison with baselines/,$$p' runs/demo/contents.txt
 

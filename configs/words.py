@@ -98,7 +98,7 @@ def _near(shape: Shape, value: Any) -> str:
 
 def _into_range(part: Shape, value: Any) -> str:
     if isinstance(value, (str, list)):
-        return "write it out" if isinstance(value, str) else "add an entry"
+        return "write it out" if isinstance(value, str) else "add at least 1 entry"
     if not math.isfinite(value):
         return "write a finite number"
     if part.schema.get("maximum") == 1 and 10 <= value <= 100:

@@ -107,7 +107,7 @@ STAGES = [
     ("{decompose: {method: svd, keep: 0.8, overrides: [{match: a, keep: 0.1, rank: 2}]}}", "conflicting-keys", ".decompose.overrides[0]: give exactly one of 'keep' and 'rank', got both"),
     ("{decompose: {method: dictionary, keep: 0.8, ratio: 0.5}}", "out-of-range", ".decompose.ratio: must be a number >= 1 or a list of entries, each a number >= 1, got 0.5; raise it"),
     ("{decompose: {method: dictionary, keep: 0.8, ratio: [2, 0]}}", "out-of-range", ".decompose.ratio[1]: must be a number >= 1, got 0; raise it"),
-    ("{decompose: {method: mixed, keep: 0.8, ratio: []}}", "out-of-range", ".decompose.ratio: must be a number >= 1 or a list of entries, each a number >= 1, got []; add an entry"),
+    ("{decompose: {method: mixed, keep: 0.8, ratio: []}}", "out-of-range", ".decompose.ratio: must be a number >= 1 or a list of entries, each a number >= 1, got []; add at least 1 entry"),
     ("{decompose: {method: cospadi, keep: 0.8, ratio: two}}", "wrong-type", ".decompose.ratio: must be a number >= 1 or a list of entries, each a number >= 1, got 'two'"),
     ("{decompose: {method: cospadi, keep: 0.8, ratio: '3'}}", "wrong-type", ".decompose.ratio: must be a number >= 1 or a list of entries, each a number >= 1, got '3'; write 3"),
     ("{decompose: {method: cospadi, keep: 0.8, ratio: .inf}}", "out-of-range", ".decompose.ratio: must be a number >= 1 or a list of entries, each a number >= 1, got inf; write a finite number"),
