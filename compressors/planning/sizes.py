@@ -1,13 +1,17 @@
 """Find the sizes of a task that fit a fraction of its cost."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 from lrc.compressors.layers import QuantizationArgs, WeightConfig
 from lrc.compressors.methods.size_families import components_at, largest_step
 from lrc.compressors.planning.tasks import LayerTask, Measure
+
+# Allocation enumerates thousands of ranks for every weight, and many weights have the same shape.
+_CONFIGS: dict[Hashable, WeightConfig] = {}
+_COSTS: dict[Hashable, int] = {}
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,26 @@ class SizeSteps:
         ValueError
             If no weight of the task's shape can have its pattern.
         """
-        found = components_at(
-            self.types,
-            step,
-            *self.task.stacked_shape,
-            ratio=self.ratio,
-            pattern=self.task.pattern,
-        )
-        return self.task.with_components(found).quantized(self.args)
+        key = self._key, step
+        if key not in _CONFIGS:
+            shape, pattern = self.task.stacked_shape, self.task.pattern
+            found = components_at(self.types, step, *shape, ratio=self.ratio, pattern=pattern)
+            _CONFIGS[key] = self.task.with_components(found).quantized(self.args)
+        return _CONFIGS[key]
 
     def cost(self, step: int, measure: Measure) -> int:
         """Return the cost of configuration number `step`."""
-        return self.task.cost(self.config(step), measure)
+        key = self._key, step, measure
+        if key not in _COSTS:
+            _COSTS[key] = self.task.cost(self.config(step), measure)
+        return _COSTS[key]
+
+    @cached_property
+    def _key(self) -> Hashable:
+        """Everything that configurations and costs depend on."""
+        task = self.task
+        stored = task.shape, len(task.weights), task.number_bits, task.config.bias, task.source_bias
+        return stored, task.pattern, self.types, self.args, self.ratio
 
     def within(self, keep: float, measure: Measure, *, multiple: int = 1) -> int:
         """Return the largest step that costs at most `keep` of the dense weights; 0 if none."""

@@ -110,7 +110,7 @@ STAGES: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
         [{"decompose": {"method": "kfac", "size": "90kB"}}, GPTQ],
         "contradiction",
         "stages[0].decompose.size",
-        ("give 'keep'",),
+        ("use 'keep'",),
     ),
     "a correction as large as the smallest weight": (
         [gptq(low_rank_correction={"rank": 16})],
@@ -152,7 +152,7 @@ STAGES: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
         [decompose("mixed", 0.8, components=["pivoted_low_rank+sparse"]), INT4],
         "contradiction",
         "stages[0].decompose.components",
-        ("groups of 16",),
+        ("group_size 16",),
     ),
     "a malformed scheme": (
         [decompose("mixed", 0.3, schemes=["int4-64"])],

@@ -44,6 +44,9 @@ def test_a_shipped_recipe_runs(
         overrides.append("stages.0.quantize.group_size=16")
     if name == "joint":
         overrides.append("stages.0.decompose.schemes=[int8, int4-g16, int3-g16, int2-g16]")
+    if name == "demo":
+        overrides += ["stages.0.decompose.schemes=[int8, int4-g16]", "stages.0.decompose.size=86kB"]
+        overrides.append("stages.0.decompose.embeddings=int5-g16")
     ended = lrc("compress", recipe, *overrides, "-q", "--json")
     assert ended.code == 0, ended.err
     report = json.loads(ended.out)

@@ -120,7 +120,7 @@ def test_without_lrc_loading_stops(rotated: Rotated) -> None:
 
 
 def test_dequantizing_is_refused(rotated: Rotated) -> None:
-    with pytest.raises(CheckpointError, match=r"no plain model.*rotations: global"):
+    with pytest.raises(CheckpointError, match=r"cannot dequantize.*rotations: global"):
         load(rotated.checkpoint).dequantize()
 
 
