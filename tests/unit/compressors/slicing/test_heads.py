@@ -133,15 +133,21 @@ def test_pairs_without_scores_are_removed_first(random):
     assert lost < 1e-10
 
 
-def test_pairs_of_one_frequency_make_up_for_each_other(random):
+def test_pairs_of_one_frequency_make_up_for_each_other(random, rounding):
     """The queries of the removed pair are twice those of the kept one, rotated by 90 degrees."""
     q, k = random(2, LENGTH, 1, 4), random(2, LENGTH, 1, 4)
     same = torch.tensor([0.3, 0.3])
     q[..., 1], q[..., 3] = -2 * q[..., 2], 2 * q[..., 0]
     k[..., 1], k[..., 3] = k[..., 0], k[..., 2]
     M = score_moments(q, k, torch.arange(LENGTH), same, scaling=0.3)
-    pairs, turns, lost = choose_pairs(M, 1, damp=1e-9)
-    assert lost < 1e-9
+    damp = 1e-9
+    pairs, turns, lost = choose_pairs(M, 1, damp=damp)
+    # The exact weights w of the kept pair lose nothing. What remains is (1, -w) E (1, -w)^T with
+    # |w| <= 2, where E is what is added to M: the rounding of its sums in float32, and damping.
+    noise = rounding(LENGTH, torch.float32) * float(torch.linalg.matrix_norm(M, 2).max())
+    excess = noise + damp * float(M.diagonal(dim1=1, dim2=2).mean())
+    assert lost < (1 + 2**2) * excess / float(M[:, :2, :2].sum())
+    assert lost < 1e-3
     W = q[0].flatten(1).T  # [4, length]: queries as rows of a weight
     turned = turn_queries(W, pairs, turns, 4).T.reshape(LENGTH, 1, 2)
     kept = pair_dimensions(pairs, 4)
