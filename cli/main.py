@@ -240,7 +240,7 @@ def inspect(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what is inside a compressed checkpoint: forms, ranks, bytes, recipe, provenance."""
+    """Show what a compressed checkpoint contains: components, sizes, recipe, origin."""
     from lrc.cli import tables
     from lrc.cli.inspect import describe
 

@@ -56,7 +56,7 @@ class Baseline:
     name: str
     how: str
     """Description for the report."""
-    forms: Mapping[str, QuantizationArgs | int]
+    stored: Mapping[str, QuantizationArgs | int]
     """Linear -> how it is quantized, or how many entries of every row are kept."""
     bits: int
     """Of the matrices."""
@@ -77,11 +77,11 @@ class Baseline:
 
         `on_matrix` is called with (done, total) after each and may raise to stop.
         """
-        for done, (name, form) in enumerate(self.forms.items(), 1):
+        for done, (name, storage) in enumerate(self.stored.items(), 1):
             weight = model.get_submodule(name).weight
             with torch.no_grad():
-                weight.copy_(_compressed(name, weight, form, self.targets.dtype))
-            on_matrix(done, len(self.forms))
+                weight.copy_(_compressed(name, weight, storage, self.targets.dtype))
+            on_matrix(done, len(self.stored))
 
 
 def plan_baseline(written: str, targets: Targets) -> Baseline:
@@ -92,7 +92,7 @@ def plan_baseline(written: str, targets: Targets) -> Baseline:
 
 
 def _quantized(scheme: QuantizationArgs, targets: Targets) -> Baseline:
-    forms: dict[str, QuantizationArgs | int] = {}
+    stored: dict[str, QuantizationArgs | int] = {}
     bits = 0
     undivided: Counter[int] = Counter()
     for name, shape in targets.shapes.items():
@@ -100,17 +100,17 @@ def _quantized(scheme: QuantizationArgs, targets: Targets) -> Baseline:
         if scheme.group_size is not None and shape[1] % scheme.group_size:
             own = QuantizationArgs(scheme.bits, symmetric=scheme.symmetric)
             undivided[shape[1]] += 1
-        forms[name] = own
+        stored[name] = own
         specs = own.matrix_specs("weight", list(shape)).values()
         bits += sum(8 * prod(s.shape) * (s.dtype or targets.dtype).itemsize for s in specs)
     how = "round to nearest, every scale covers the full range of its numbers"
     if undivided:
         rows = ", ".join(str(width) for width in sorted(undivided))
         how += (
-            f"; one scale a row in {undivided.total()} of {len(forms)} matrices, whose rows of "
+            f"; one scale a row in {undivided.total()} of {len(stored)} matrices, whose rows of "
             f"{rows} numbers are not divisible into groups of {scheme.group_size}"
         )
-    return Baseline(str(scheme), how, forms, bits, targets)
+    return Baseline(str(scheme), how, stored, bits, targets)
 
 
 def _sparse(targets: Targets) -> Baseline:
@@ -138,15 +138,15 @@ def _sparse(targets: Targets) -> Baseline:
 
 
 def _compressed(
-    name: str, weight: Tensor, form: QuantizationArgs | int, dtype: torch.dtype
+    name: str, weight: Tensor, storage: QuantizationArgs | int, dtype: torch.dtype
 ) -> Tensor:
     """Return the compressed weight [d_out, d_in]; `dtype` is that of scales in the file."""
-    if isinstance(form, QuantizationArgs):
+    if isinstance(storage, QuantizationArgs):
         try:
-            return round_to_nearest(weight, form, dtype=dtype).weight()
+            return round_to_nearest(weight, storage, dtype=dtype).weight()
         except ValueError as error:
-            raise ModelError(f"{name}: cannot be quantized to {form} ({error})") from error
-    largest = weight.abs().topk(form, dim=1, sorted=False).indices  # [d_out, form]
+            raise ModelError(f"{name}: cannot be quantized to {storage} ({error})") from error
+    largest = weight.abs().topk(storage, dim=1, sorted=False).indices  # [d_out, storage]
     return torch.zeros_like(weight).scatter_(1, largest, weight.gather(1, largest))
 
 

@@ -1,7 +1,6 @@
 """The stage ``decompose``: replace weights by sums of components."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from lrc.compressors.layers import QuantizationArgs, WeightConfig
@@ -196,15 +195,14 @@ def _check_options(draft: Draft, found: DecomposeTargets) -> None:
 
 def _from_user_plan(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
     assert found.options.plan is not None
-    tasks = [replace(task, config=replace(task.config)) for task in found.tasks]
     plan = read_user_plan(found.options.plan, found.where, draft.problems)
     if plan is None:
-        return [task.dense() for task in tasks]
+        return found.tasks
     draft.user_plans[found.index] = plan.text
     known = {linear.name for linear in draft.architecture.linears}
     check_names(plan, draft.tasks, known, draft.problems)
     check_user_plan(found.index, plan.embeddings, draft.embeddings, draft.problems)
-    return apply_user_plan(plan, tasks, METHODS[found.options.method], draft.problems)
+    return apply_user_plan(plan, found.tasks, METHODS[found.options.method], draft.problems)
 
 
 def _remedy(options: DecomposeBase) -> str:

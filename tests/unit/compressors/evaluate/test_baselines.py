@@ -56,12 +56,14 @@ def make(baseline: Baseline, model: Any) -> dict[str, Tensor]:
 def tensors_of(baseline: Baseline, dense: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a file that contains the baseline."""
     tensors = {name: weight for name, weight in dense.items() if name != "lm_head.weight"}
-    for name, form in baseline.forms.items():
+    for name, storage in baseline.stored.items():
         weight = tensors.pop(f"{name}.weight")
-        if isinstance(form, QuantizationArgs):
-            stored = round_to_nearest(weight, form, dtype=torch.bfloat16).encode("weight")
+        if isinstance(storage, QuantizationArgs):
+            stored = round_to_nearest(weight, storage, dtype=torch.bfloat16).encode("weight")
         else:
-            least = weight.float().abs().sort(dim=1, descending=True).values[:, form - 1 : form]
+            least = (
+                weight.float().abs().sort(dim=1, descending=True).values[:, storage - 1 : storage]
+            )
             stored = Sparse.encode(weight, weight.float().abs() >= least) | {"weight": sentinel()}
         tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
     return tensors
@@ -100,16 +102,16 @@ def test_only_the_targets_change_and_to_the_weights_of_the_file(
     after = make(baseline, model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"{name}.weight" for name in targets.shapes}
-    for name, form in baseline.forms.items():
+    for name, storage in baseline.stored.items():
         W, W_hat = before[f"{name}.weight"], after[f"{name}.weight"]
-        if isinstance(form, QuantizationArgs):
+        if isinstance(storage, QuantizationArgs):
             assert torch.equal(
-                W_hat, round_to_nearest(W, form, dtype=torch.bfloat16).weight().float()
+                W_hat, round_to_nearest(W, storage, dtype=torch.bfloat16).weight().float()
             )
             continue
         kept = W_hat != 0
         assert torch.equal(W_hat[kept], W[kept])
-        assert (kept.sum(dim=1) == form).all()
+        assert (kept.sum(dim=1) == storage).all()
         assert (W.abs().where(kept, torch.inf).amin(1) >= W_hat.sub(W).abs().amax(1)).all()
 
 
@@ -117,7 +119,7 @@ def test_rows_that_groups_do_not_divide_have_one_scale(targets: Targets) -> None
     baseline = plan_baseline("int4-g32-asymmetric", targets)
     for name, (_, d_in) in targets.shapes.items():
         group = None if d_in % 32 else 32
-        assert baseline.forms[name] == QuantizationArgs(4, group, symmetric=False)
+        assert baseline.stored[name] == QuantizationArgs(4, group, symmetric=False)
     assert "one scale a row in 2 of 12 matrices, whose rows of 48 numbers" in baseline.how
     assert "one scale a row" not in plan_baseline("int4-g16", targets).how
 
@@ -126,7 +128,7 @@ def test_sparse_takes_the_bytes_of_the_result_and_no_more(targets: Targets) -> N
     baseline = plan_baseline("sparse", targets)
     one_more = sum(16 * m for m, _ in targets.shapes.values())
     assert targets.budget_bits - one_more < baseline.bits <= targets.budget_bits
-    shares = [entries / targets.shapes[name][1] for name, entries in baseline.forms.items()]
+    shares = [entries / targets.shapes[name][1] for name, entries in baseline.stored.items()]
     assert max(shares) - min(shares) < 1 / 32
     assert f"the largest {100 * shares[0]:.0f}" in baseline.how.replace(".", " ")
 
@@ -134,7 +136,7 @@ def test_sparse_takes_the_bytes_of_the_result_and_no_more(targets: Targets) -> N
 def test_sparse_keeps_an_entry_where_the_mask_alone_is_too_large(targets: Targets) -> None:
     tiny = replace(targets, compressed_bytes=targets.dense_bytes - targets.source_bits // 8)
     baseline = plan_baseline("sparse", tiny)
-    assert {*baseline.forms.values()} == {1}
+    assert {*baseline.stored.values()} == {1}
     assert baseline.bytes > tiny.compressed_bytes
 
 
