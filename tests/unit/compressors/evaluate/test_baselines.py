@@ -61,7 +61,8 @@ def tensors_of(baseline: Baseline, dense: dict[str, Tensor]) -> dict[str, Tensor
         if isinstance(storage, QuantizationArgs):
             stored = round_to_nearest(weight, storage, dtype=torch.bfloat16).encode("weight")
         else:
-            least = (
+            largest = weight.float().abs().sort(dim=1, descending=True).values
+            least = largest[:, storage - 1 : storage]
                 weight.float().abs().sort(dim=1, descending=True).values[:, storage - 1 : storage]
             )
             stored = Sparse.encode(weight, weight.float().abs() >= least) | {"weight": sentinel()}
