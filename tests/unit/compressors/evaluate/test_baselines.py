@@ -63,8 +63,6 @@ def tensors_of(baseline: Baseline, dense: dict[str, Tensor]) -> dict[str, Tensor
         else:
             largest = weight.float().abs().sort(dim=1, descending=True).values
             least = largest[:, storage - 1 : storage]
-                weight.float().abs().sort(dim=1, descending=True).values[:, storage - 1 : storage]
-            )
             stored = Sparse.encode(weight, weight.float().abs() >= least) | {"weight": sentinel()}
         tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
     return tensors
