@@ -22,7 +22,7 @@ from lrc.compressors.models.source import Source, convert_gguf, load_dense
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import SliceRecord
 from lrc.compressors.prepare import Prepared
-from lrc.compressors.slicing.slice_stage import (
+from lrc.compressors.slicing.slices import (
     apply_slice,
     config_changes,
     read_facts,

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from lrc.compressors.planning.compile import Draft
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session
-from lrc.compressors.stages.decompose import DecomposeStage
-from lrc.compressors.stages.quantize import QuantizeStage
-from lrc.compressors.stages.slice import SliceStage
+from lrc.compressors.stages.decompose_stage import DecomposeStage
+from lrc.compressors.stages.quantize_stage import QuantizeStage
+from lrc.compressors.stages.slice_stage import SliceStage
 
 
 class Stage(Protocol):

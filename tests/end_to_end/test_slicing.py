@@ -17,7 +17,7 @@ from lrc.cli.inspect import describe
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress, measure
 from lrc.compressors.prepare import prepare
-from lrc.compressors.slicing import slice_stage
+from lrc.compressors.slicing import slices
 from lrc.compressors.stages import STAGES
 from lrc.configs.errors import ModelError, RecipeError, Stopped
 from lrc.configs.load import load_recipe
@@ -208,7 +208,7 @@ def test_weights_may_be_shards(
     prepared: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compress(prepared(tmp_path / "one", {"slice": DROP}))
-    monkeypatch.setattr(slice_stage, "MAX_SHARD_BYTES", 20_000)  # the embedding alone takes 32,768
+    monkeypatch.setattr(slices, "MAX_SHARD_BYTES", 20_000)  # the embedding alone takes 32,768
     compress(prepared(tmp_path / "many", {"slice": DROP}))
     torch.testing.assert_close(
         logits(tmp_path / "many/checkpoint"), logits(tmp_path / "one/checkpoint"), rtol=0, atol=0

@@ -18,7 +18,7 @@ from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.slicing import slice_stage as stages
+from lrc.compressors.slicing import slices as stages
 from lrc.compressors.slicing.families import find_family
 from lrc.compressors.slicing.rotated_weights import StreamParameters
 from lrc.compressors.slicing.slice_method import Budget

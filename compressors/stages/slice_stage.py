@@ -6,7 +6,7 @@ from dataclasses import replace
 from lrc.compressors.planning.compile import Draft, compile_plan
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session
-from lrc.compressors.slicing.slice_stage import PENDING, plan_slices, slice_warnings
+from lrc.compressors.slicing.slices import PENDING, plan_slices, slice_warnings
 from lrc.configs.slice import SliceBase
 
 

@@ -18,7 +18,7 @@ from lrc.compressors.planning.targets import match_targets
 from lrc.compressors.planning.tasks import LayerTask, QuantizationTask, Weight
 from lrc.compressors.session import Session
 from lrc.compressors.stages.compress_weights import compress_weights
-from lrc.compressors.stages.decompose import compensation
+from lrc.compressors.stages.decompose_stage import compensation
 from lrc.compressors.stages.embeddings import add_embeddings
 from lrc.configs.quantize import Quantize
 
