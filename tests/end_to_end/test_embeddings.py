@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lrc.compressors.checkpoint.reader import load_checkpoint
-from lrc.compressors.compress import embeddings
+from lrc.compressors.compress import quantize_embeddings as embeddings
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.layers import CompressedEmbedding, QuantizationArgs, TiedHead
 from lrc.compressors.pipeline import compress

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lrc.compressors.compress import embeddings
+from lrc.compressors.compress import quantize_embeddings as embeddings
 from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.layers import QuantizationArgs
