@@ -4,10 +4,9 @@ A stage is compiled into the plan before any work starts, and run later. To add 
 to `lrc.configs.recipe.STAGES` and an entry here.
 """
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
-from lrc.compressors.planning.compile import Draft
+from lrc.compressors.planning.compile import StageCompiler
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session
 from lrc.compressors.stages.decompose_stage import DecomposeStage
@@ -15,14 +14,8 @@ from lrc.compressors.stages.quantize_stage import QuantizeStage
 from lrc.compressors.stages.slice_stage import SliceStage
 
 
-class Stage(Protocol):
-    """A kind of stage; `stages` are the options of all of its stages by index in the recipe."""
-
-    def announce(self, draft: Draft, stages: Mapping[int, Any]) -> None:
-        """Record what other stages must know, before any stage is compiled."""
-
-    def compile(self, draft: Draft, stages: Mapping[int, Any]) -> None:
-        """Add the stages to the draft of the plan; problems are collected there."""
+class Stage(StageCompiler, Protocol):
+    """A kind of stage: its compilation and execution."""
 
     def run(self, session: Session, plan: Plan) -> Plan:
         """Carry out the stages; what is in the journal already is not done again."""
