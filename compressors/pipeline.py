@@ -20,7 +20,7 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import prepare
 from lrc.compressors.session import Session, open_session
 from lrc.compressors.stages import STAGES
-from lrc.compressors.stages.compress_weights import executed_plan, predict_losses
+from lrc.compressors.stages.compress_weights import EXECUTED, executed_plan, predict_losses
 from lrc.configs.errors import GateMissed
 from lrc.configs.load import LoadedRecipe
 
@@ -111,7 +111,7 @@ def _run_stages(session: Session) -> Plan:
     for kind, stage in STAGES.items():
         if session.prepared.recipe.stages_of(kind):
             plan = stage.run(session, plan)
-    session.journal.write_json("executed.json", plan.to_json())
+    session.journal.write_json(EXECUTED, plan.to_json())
     return plan
 
 

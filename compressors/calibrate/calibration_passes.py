@@ -50,8 +50,9 @@ def logit_gradient(
 ) -> Tensor:
     """Return the gradient [n, length, vocabulary] of every token's loss with respect to its logits.
 
-    The curvature of a language model's loss is the Fisher matrix of its own predictions, with the
-    second moment ``diag(p) - p p^T`` per token at the logits.
+    The Hessian of the loss with respect to the logits of a token is ``diag(p) - p p^T``, where p is
+    the predicted distribution. It is also the second moment of the gradients if labels are drawn
+    from p (Fisher information).
 
     Parameters
     ----------

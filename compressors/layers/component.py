@@ -213,8 +213,9 @@ class SharedFactorComponent(Component):
         )
         if ours != theirs or owner.config.shares is not None:
             raise ValueError(
-                f"must share a factor of its own type, shape [{ours[1]}, {ours[2]}] and "
-                f"quantization, got {owner.config}"
+                f"the layer that stores the shared factor must be {self.TYPE} with "
+                f"{self.SHARED_SIZE} {ours[1]}, {ours[2]} inputs and quantization {ours[3]}, got "
+                f"{owner.config} with {owner.d_in} inputs"
             )
         # Not registered: it would appear once per layer in state_dict() and named_modules().
         object.__setattr__(self, "owner", owner)

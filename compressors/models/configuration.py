@@ -66,7 +66,7 @@ def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedC
     if kind not in CONFIG_MAPPING and not spec.trust_remote_code:
         if "auto_map" in raw:
             raise ModelError(
-                f"model.path: {spec.path} needs Python code of its own (auto_map in config.json); "
+                f"model.path: {spec.path} comes with Python code (auto_map in config.json); "
                 "read that code, then set model.trust_remote_code: true to run it"
             )
         raise ModelError(

@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "remote code": (
         set_config(model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
-        ("needs Python code of its own", "set model.trust_remote_code: true"),
+        ("comes with Python code", "set model.trust_remote_code: true"),
     ),
     "unknown type": (
         set_config(model_type="zebra"),
