@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lrc.compressors.calibrate.calibration_context import Labels, check_finite
 from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches, watch
 from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
+from lrc.compressors.solvers.moments import token_weights
 
 # Logits of this many tokens at once: with a vocabulary of 128k a GiB on a GPU is 2k tokens.
 HEAD_TOKENS = {"cpu": 1024, "cuda": 4096}
@@ -35,6 +36,9 @@ def forward_layer(
     def see(name: str, x: Tensor, y: Tensor) -> None:
         linear = model.get_submodule(name)
         y = y if linear.bias is None else y - linear.bias
+        if name in statistics.capped:
+            x = x.reshape(-1, x.shape[-1])
+            x = x * token_weights(x, executor.tokens.shape[1]).sqrt()
         statistics.add(name, LinearBatch(x, y, linear.weight))
 
     with executor.layer(index), watch(model, statistics.watched, see):

@@ -18,6 +18,7 @@ from lrc.compressors.calibrate.layer_executor import ForwardEnded, LayerExecutor
 from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.solvers.error_compensation import PrefixMoments
 from lrc.compressors.solvers.linalg import tensor_cores
+from lrc.compressors.solvers.moments import token_weights
 
 TOLERANCE = 1e-2  # relative; rounding of large hidden states is below it, any factor is above it
 
@@ -53,10 +54,13 @@ class SequentialCalibration:
                 self._replaced[name, leaf] = nn.Parameter(tensor, requires_grad=False)
 
     @torch.no_grad()
-    def measure(self, layer: int, names: Sequence[str], *, deficit: bool) -> PrefixMoments:
+    def measure(
+        self, layer: int, names: Sequence[str], *, deficit: bool, capped: bool = False
+    ) -> PrefixMoments:
         """Return sums over the tokens of the input that the linears of one of the `groups` share.
 
-        `deficit` requests the difference of the residual streams too. Raises a `ModelError` that
+        `deficit` requests the difference of the residual streams too; with `capped` the tokens are
+        weighted by `token_weights` of the compressed model's inputs. Raises a `ModelError` that
         names the linear if the inputs are not finite.
         """
         leader, sums = names[0], RunningSums()
@@ -67,10 +71,14 @@ class SequentialCalibration:
                 x, stream = self._input(layer, self._dense[rows], leader, later)
                 with self._using_replaced():
                     x_hat, stream_hat = self._input(layer, self._compressed[rows], leader, later)
+                if capped:
+                    weights = token_weights(x_hat, self._executor.tokens.shape[1]).sqrt()
+                    x, x_hat = weights * x, weights * x_hat
                 sums.add_square("H", x_hat)
                 sums.add_product("cross", x, x_hat)
                 if stream is not None and stream_hat is not None:
-                    sums.add_product("deficit", (stream - stream_hat).flatten(0, -2), x_hat)
+                    missing = (stream - stream_hat).flatten(0, -2)
+                    sums.add_product("deficit", weights * missing if capped else missing, x_hat)
         for total in sums.values():
             check_finite(
                 total,

@@ -15,7 +15,9 @@ from lrc.compressors.solvers.moments import Moment, Statistics
 
 Required = Mapping[str, Collection[str]]
 """Linear -> names of the fields of `Statistics` to collect. ``whole_inputs`` and
-``whole_gradients`` also demand the full matrix of that moment instead of its image."""
+``whole_gradients`` also demand the full matrix of that moment instead of its image;
+``capped_inputs`` weights the tokens of the inputs by `token_weights`, unless another linear with
+the same input needs them unweighted."""
 
 
 class RunningSums(dict[str, Tensor]):
@@ -93,8 +95,17 @@ BACKWARD = {
 class LinearStatistics:
     """Running sums for the linears of one layer in one pass."""
 
-    def __init__(self, table: Mapping[str, Row], rows: Mapping[str, Collection[str]]) -> None:
-        """Accumulate ``rows[name]`` of the table for each linear `name`."""
+    def __init__(
+        self,
+        table: Mapping[str, Row],
+        rows: Mapping[str, Collection[str]],
+        capped: Collection[str] = (),
+    ) -> None:
+        """Accumulate ``rows[name]`` of the table for each linear `name`.
+
+        The tokens of the linears in `capped` are to be weighted by `token_weights`.
+        """
+        self.capped = capped
         self._table = table
         self._rows = {name: dict.fromkeys(selected) for name, selected in rows.items()}
         self.sums = RunningSums()
@@ -115,6 +126,7 @@ class LinearStatistics:
         accumulated as its images through the weights: the second moments of those outputs.
         """
         rows: defaultdict[str, list[str]] = defaultdict(list)
+        capped = set()
         for group in groups:
             leader, members = group[0], [name for name in group if required.get(name)]
             names = {each for name in members for each in required[name]}
@@ -123,6 +135,8 @@ class LinearStatistics:
             if not moments:
                 continue
             rows[leader].append("diagonal")
+            if all("capped_inputs" in required[name] for name in members):
+                capped.add(leader)
             width, heights = linears[leader].d_in, [linears[name].d_out for name in moments]
             smaller = max(heights) <= width and sum(height**2 for height in heights) < width**2
             if smaller and "whole_inputs" not in names:
@@ -130,7 +144,7 @@ class LinearStatistics:
                     rows[name].append("image")
             else:
                 rows[leader].append("inputs")
-        return cls(FORWARD, rows)
+        return cls(FORWARD, rows, capped)
 
     @classmethod
     def backward(cls, linears: Mapping[str, Linear], required: Required) -> Self:

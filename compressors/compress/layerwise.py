@@ -20,7 +20,7 @@ from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
-from lrc.compressors.planning.required_statistics import solver_statistics
+from lrc.compressors.planning.required_statistics import caps_tokens, solver_statistics
 from lrc.compressors.planning.tasks import LayerResult, LayerTask, Weight
 from lrc.compressors.solvers.error_compensation import PrefixMoments, refit_target
 from lrc.compressors.solvers.moments import Moment, Statistics
@@ -34,10 +34,12 @@ class Prefix(Protocol):
     def groups(self, layer: int) -> list[list[str]]:
         """Return the linear layers of a decoder layer grouped by input, in execution order."""
 
-    def measure(self, layer: int, names: Sequence[str], *, deficit: bool) -> PrefixMoments:
+    def measure(
+        self, layer: int, names: Sequence[str], *, deficit: bool, capped: bool
+    ) -> PrefixMoments:
         """Return the moments of a common input, and with `deficit` what the residual stream lacks.
 
-        See `PrefixMoments`.
+        With `capped` tokens are weighted by `token_weights`. See `PrefixMoments`.
         """
 
     def insert(self, name: str, W_hat: Tensor) -> None:
@@ -155,7 +157,8 @@ class Compression:
                 targets = [refit.pop(name) for name in names if name in refit]
                 if targets:
                     deficit = any(t.compensate and t.compensate.residual > 0 for t in targets)
-                    measured = prefix.measure(layer, names, deficit=deficit)
+                    capped = all(caps_tokens(t) for t in targets)
+                    measured = prefix.measure(layer, names, deficit=deficit, capped=capped)
                     for task in targets:
                         store(self._refit(task, measured))
                 self.insert(names, results, tensors, prefix)

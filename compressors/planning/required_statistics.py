@@ -16,6 +16,11 @@ def solver_statistics(task: LayerTask) -> frozenset[str]:
     return needed
 
 
+def caps_tokens(task: LayerTask) -> bool:
+    """Return whether massive tokens are to weigh less: in the quantization of whole weights."""
+    return isinstance(METHODS[task.method], Quantization)
+
+
 def with_statistics(task: LayerTask) -> LayerTask:
     """Return the task with what calibration has to collect.
 
@@ -24,6 +29,8 @@ def with_statistics(task: LayerTask) -> LayerTask:
     """
     needed = solver_statistics(task)
     method = METHODS[task.method]
+    if "inputs" in needed and caps_tokens(task):
+        needed |= {"capped_inputs"}
     if isinstance(method, Quantization) and task.compensate is not None:
         needed = frozenset()
     # The error of quantization is not in the span that an image through the weight shows.

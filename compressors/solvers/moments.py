@@ -10,6 +10,42 @@ from typing import Self
 import torch
 from torch import Tensor
 
+TOKEN_CAP = 10.0
+"""Largest energy of a token, relative to the median of its window, that counts in full.
+
+Without massive activations a few tokens in 10,000 exceed it."""
+
+
+def token_weights(x: Tensor, window: int) -> Tensor:
+    """Return the weights of tokens that limit what single ones contribute to a second moment.
+
+    In most models a few tokens, the first of a text among them, have inputs of some layers whose
+    energy ``|x|^2`` is 100 to 100,000 times that of others (massive activations,
+    https://arxiv.org/abs/2402.17762). They would dominate the sum, although the norm that follows
+    makes their error no more important than that of others: integers would be fitted to the massive
+    tokens of the calibration text, at the expense of all tokens and of every other text.
+
+    Parameters
+    ----------
+    x : Tensor, shape [n_tokens, d]
+        Consecutive windows of tokens; or any number of tokens, which are then one window.
+    window : int
+        Tokens per window.
+
+    Returns
+    -------
+    Tensor, shape [n_tokens, 1]
+        1, or less where the energy exceeds `TOKEN_CAP` times the median of the window: then the
+        weighted energy equals that limit. A median of zero sets no limit.
+    """
+    if len(x) == 0:
+        return x.new_ones(0, 1)
+    energy = x.square().sum(dim=1)
+    windows = energy.view(-1, len(x) if len(x) % window else window)
+    limit = TOKEN_CAP * windows.quantile(0.5, dim=1, keepdim=True)
+    weights = torch.where((windows > limit) & (limit > 0), limit / windows, 1)
+    return weights.view(-1, 1)
+
 
 @dataclass(frozen=True)
 class _Tensors:

@@ -19,7 +19,8 @@ from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.solvers.moments import Statistics
+from lrc.compressors.solvers import moments
+from lrc.compressors.solvers.moments import Statistics, token_weights
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Model
 
@@ -108,6 +109,31 @@ def test_statistics_are_those_of_autograd_over_the_whole_model(
         close(s.row_fisher, fisher)
         assert s.n_tokens == tokens.numel()
     assert len(forms) == 4  # whole and image, on both sides
+
+
+@pytest.mark.parametrize("batch", [6, 4])
+def test_capped_inputs_are_those_of_weighted_tokens(
+    source, architecture, reader, tokens, tmp_path, monkeypatch, batch
+):
+    """Unless a linear of the same input needs every token in full."""
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", batch * tokens.shape[1])
+    monkeypatch.setattr(moments, "TOKEN_CAP", 1.0)  # about half of all tokens
+    capped = {"inputs", "whole_inputs", "capped_inputs"}
+    required = {lin.name: capped for lin in architecture.linears}
+    required |= {n: capped - {"capped_inputs"} for n in required if n.endswith("v_proj")}
+    found = known(
+        collect(architecture, reader, tokens, tmp_path / "out", required=required), architecture
+    )
+    expected = of_whole_model(source, tokens)
+    for name, s in found.items():
+        x = expected[name][0]
+        weights = token_weights(x, tokens.shape[1])
+        assert 0.2 < float((weights < 1).float().mean()) < 0.8
+        if not name.endswith(("q_proj", "k_proj", "v_proj")):
+            x = weights.sqrt() * x
+        assert s.inputs is not None
+        close(s.inputs.whole(), (x.T @ x).double())
+        close(s.inputs.diagonal, x.square().sum(dim=0))
 
 
 def test_windows_are_separated_where_a_model_flattens_their_tokens(tokens, tmp_path):
@@ -304,6 +330,16 @@ def test_sequential_calibration_sees_the_inputs_of_the_replaced_model(
             assert set(found.deficit) <= {f"{block}.o_proj", f"{block}.down_proj"}
             assert bool(found.deficit) == (linear in added_to)
             assert not sequence.measure(layer, names, deficit=False).deficit
+            with monkeypatch.context() as patch:
+                patch.setattr(moments, "TOKEN_CAP", 1.0)
+                lighter = sequence.measure(layer, names, deficit=True, capped=True)
+                weights = token_weights(x_hat, tokens.shape[1])
+            assert bool((weights < 1).any())
+            close(lighter.H, x_hat.T @ (weights * x_hat))
+            close(lighter.cross, x.T @ (weights * x_hat))
+            if linear in added_to:
+                missing = stream - stream_hat
+                close(lighter.deficit[names[0]], missing.T @ (weights * x_hat))
             for name in names:
                 module = models[1].get_submodule(name)
                 noise = torch.randn(module.weight.shape, generator=g)

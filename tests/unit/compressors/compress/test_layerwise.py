@@ -74,6 +74,7 @@ class Chain:
     def __post_init__(self) -> None:
         self.dense, self.now = self.tokens.double(), self.tokens.double()
         self.replaced: dict[str, Tensor] = {}
+        self.capped: set[bool] = set()
 
     def groups(self, layer: int) -> list[list[str]]:
         return [[f"layers.{layer}.in"], [f"layers.{layer}.out"]]
@@ -84,8 +85,11 @@ class Chain:
         before = f"layers.{layer}.in"
         return self.dense @ self._was(before).T, self.now @ self._is(before).T
 
-    def measure(self, layer: int, names: Sequence[str], *, deficit: bool) -> PrefixMoments:
+    def measure(
+        self, layer: int, names: Sequence[str], *, deficit: bool, capped: bool
+    ) -> PrefixMoments:
         self.log.append(("measure", *names))
+        self.capped.add(capped)
         X, now = self.inputs(layer, names[0])
         writes = deficit and names[0].endswith(".out")
         lacking = {names[0]: (self.dense - self.now).T @ now} if writes else {}
@@ -320,6 +324,21 @@ def test_every_weight_is_measured_after_the_replaced_ones(
             expected += [("measure", name), ("replace", name)]
         expected += [("advance", layer)] if layer < LAYERS - 1 else []
     assert chain.log == expected
+
+
+@pytest.mark.parametrize("method", ["gptq", "svd-llm"])
+def test_massive_tokens_weigh_less_for_integers_alone(
+    method, tmp_path, reader, statistics, tokens
+) -> None:
+    plan = plan_of("svd-llm", compensate=BOTH)
+    if method == "gptq":
+        how = QuantizationTask(0, "gptq", QuantizationArgs(8))
+        plan = plan_of(method, rank=None, compensate=BOTH, quantize=how)
+        tasks = [replace(t, config=how.applied_to(t.config)) for t in plan.tasks]
+        plan = plan.with_tasks(tasks)
+    chain = Chain(reader.tensors, tokens)
+    run(plan, tmp_path, reader, statistics, prefix=chain)
+    assert chain.capped == {method == "gptq"}
 
 
 def test_a_dense_weight_is_refit_too(tmp_path, reader, statistics, tokens) -> None:

@@ -8,6 +8,7 @@ from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.coordinate_descent import coordinate_descent
 from lrc.compressors.solvers.gptq import factor_inverse_hessian, gptq, propagate_error
 from lrc.compressors.solvers.linalg import damped, weighted_error
+from lrc.compressors.solvers.moments import token_weights
 from lrc.compressors.solvers.quantization_grid import Grid, find_grid
 from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, round_to_nearest, row_errors
 
@@ -140,6 +141,29 @@ def test_channels_that_are_never_on_are_rounded_to_nearest(matrices):
         found = gptq(W, H, QuantizationArgs.parse("int8"), dtype=torch.float32, damp=damp)
         step = found.scale.abs().double().squeeze(1)
         assert bool(((found.weight() - W)[:, 5].abs() <= 0.51 * step).all())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("written", ["int4-g8", "int3-g16"])
+def test_massive_tokens_do_not_make_it_worse_than_rounding_to_nearest(written, seed):
+    """On other text, whose massive tokens differ; without the cap it is twice as bad."""
+    generator = torch.Generator().manual_seed(seed)
+    d, window = 32, 64
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    mixing, W = normal(d, d), normal(48, d)
+    text, other = normal(32 * window, d) @ mixing, normal(32 * window, d) @ mixing
+    text[::window] = 1000 * normal(32, d)
+    scheme = QuantizationArgs.parse(written)
+    nearest = error(W, round_to_nearest(W, scheme, dtype=torch.float32), other.T @ other)
+
+    def relative(x: Tensor) -> float:
+        return error(W, gptq(W, x.T @ x, scheme, dtype=torch.float32), other.T @ other) / nearest
+
+    assert relative(text) > 1.5
+    assert relative(token_weights(text, window).sqrt() * text) < 0.7
 
 
 def test_damping_that_had_to_be_raised_is_said(matrices):

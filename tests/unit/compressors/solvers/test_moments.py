@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lrc.compressors.solvers.linalg import damped
-from lrc.compressors.solvers.moments import Moment, Statistics
+from lrc.compressors.solvers.moments import TOKEN_CAP, Moment, Statistics, token_weights
 
 
 @pytest.fixture
@@ -67,3 +67,46 @@ def test_statistics_name_what_is_missing_and_move_as_a_whole() -> None:
     assert moved.inputs is not None
     assert moved.inputs.full.device.type == moved.input_mean.device.type == "meta"
     assert moved.gradients is None
+
+
+def test_ordinary_tokens_count_in_full(tokens: torch.Tensor) -> None:
+    weights = token_weights(tokens, 20)
+    assert torch.equal(weights, torch.ones(60, 1).double())
+
+
+def test_no_token_counts_for_more_than_the_cap(tokens: torch.Tensor) -> None:
+    x = tokens.clone()
+    x[::20] *= 1000  # the first token of every window
+    weights = token_weights(x, 20)
+    assert ((weights < 1).nonzero()[:, 0] == torch.arange(0, 60, 20)).all()
+    counted = (weights[:, 0] * x.square().sum(1)).view(3, 20)
+    medians = x.square().sum(1).view(3, 20).quantile(0.5, dim=1)
+    torch.testing.assert_close(counted[:, 0], TOKEN_CAP * medians)
+
+
+def test_weights_depend_on_neither_other_windows_nor_scale(tokens: torch.Tensor) -> None:
+    x = tokens.clone()
+    x[3], x[27] = 50 * x[3], 70 * x[27]
+    weights = token_weights(x, 20)
+    torch.testing.assert_close(weights[20:40], token_weights(x[20:40], 20))
+    torch.testing.assert_close(weights, token_weights(1e-3 * x, 20))
+    turned = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3)))[0]
+    torch.testing.assert_close(weights, token_weights(x @ turned.double(), 20))
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 7])
+def test_tokens_that_are_no_whole_windows_are_one(tokens: torch.Tensor, n_tokens: int) -> None:
+    """An expert sees some tokens of a window."""
+    weights = token_weights(tokens[:n_tokens], 20)
+    assert torch.equal(weights, torch.ones(n_tokens, 1).double())
+
+
+def test_mostly_zero_tokens_set_no_limit_and_bad_ones_stay_bad(tokens: torch.Tensor) -> None:
+    x = tokens.clone()
+    x[:15] = 0
+    x[30] = torch.nan
+    x[50] = torch.inf
+    weights = token_weights(x, 20)
+    assert torch.equal(weights[:20], torch.ones(20, 1).double())
+    assert not bool((weights[30] * x[30]).isfinite().any())
+    assert not bool((weights[50] * x[50]).isfinite().any())
