@@ -16,6 +16,12 @@ from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, better_row
 QuantizerName = Literal["rtn", "gptq"]
 
 DAMP = 0.01  # of the mean diagonal, as in the paper
+SHRINKAGE = 0.05
+"""Fraction by which the second moment is moved to its diagonal.
+
+Correlations of inputs are more specific to the calibration text than their sizes. On SmolLM2-135M
+at int4-g64, calibrated on source code, 0.05 to 0.1 lower the error on other text the most, at no
+cost on other code. With unlimited text of the same kind 0.05 would raise the error by 1 %."""
 
 
 def gptq(
@@ -25,12 +31,13 @@ def gptq(
     *,
     dtype: torch.dtype,
     damp: float = DAMP,
+    shrinkage: float = SHRINKAGE,
     act_order: bool = True,
     passes: int = PASSES,
 ) -> QuantizedMatrix:
-    """Quantize a matrix to minimize ``tr((W - W_q) H (W - W_q)^T)``.
+    """Quantize a matrix to minimize ``tr((W - W_q) S (W - W_q)^T)``, with S shrunk from `H`.
 
-    No row has a larger error than by `round_to_nearest`.
+    No row has a larger error under S than by `round_to_nearest`.
 
     Parameters
     ----------
@@ -41,6 +48,8 @@ def gptq(
         Dtype of the stored scales.
     damp : float
         Fraction of ``mean(diag(H))`` added to its diagonal.
+    shrinkage : float
+        Fraction in [0, 1] by which H is moved to its diagonal, see `shrunk`.
     act_order : bool
         Quantize the columns with the largest inputs first.
     passes : int
@@ -67,12 +76,25 @@ def gptq(
         nearest = round_to_nearest(W, scheme, dtype=dtype)
         return replace(nearest, fallback="inputs were all zero; rounded to nearest")
     nearest = round_to_nearest(W, scheme, dtype=dtype, H=H)
+    H = shrunk(H, shrinkage)
     inverse = factor_inverse_hessian(H, damp, act_order=act_order)
     grid = find_grid(W, scheme, dtype=dtype, weights=inverse.weights)
     codes = propagate_error(W, inverse, *grid.expand(W.shape[1]), scheme)
     start = QuantizedMatrix(codes, grid.scale, grid.zero, scheme, inverse.fallback)
     found = coordinate_descent(W, H, start, damp=damp, passes=passes)
     return better_rows(W, H, found, nearest)
+
+
+def shrunk(H: Tensor, shrinkage: float) -> Tensor:
+    """Return ``(1 - shrinkage) H + shrinkage diag(H)``.
+
+    The estimator with the target of unequal variances of Schaefer and Strimmer (2005),
+    https://doi.org/10.2202/1544-6115.1175. Unlike damping it does not depend on the scale of the
+    channels: a massive one does not make the others look independent.
+    """
+    result = (1 - shrinkage) * H
+    result.diagonal().copy_(H.diagonal())
+    return result
 
 
 def check_metric(W: Tensor, H: Tensor) -> None:

@@ -392,7 +392,8 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path 
         before = json.loads((curves / "seconds.json").read_text())
     with open_journal(output, identity(prepared)) as journal:
         if "slice" not in stages[0] and not journal.has(WINDOWS):
-            _link(shared.path("statistics"), journal.path("statistics"))
+            if "quantize" not in stages[0]:  # integers alone have statistics with capped tokens
+                _link(shared.path("statistics"), journal.path("statistics"))
             if before:
                 _link(curves, journal.path("energies"))
             os.link(shared.path(WINDOWS), journal.path(WINDOWS))
