@@ -19,9 +19,10 @@ DAMP = 0.01  # of the mean diagonal, as in the paper
 SHRINKAGE = 0.05
 """Fraction by which the second moment is moved to its diagonal.
 
-Correlations of inputs are more specific to the calibration text than their sizes. On SmolLM2-135M
-at int4-g64, calibrated on source code, 0.05 to 0.1 lower the error on other text the most, at no
-cost on other code. With unlimited text of the same kind 0.05 would raise the error by 1 %."""
+Correlations of inputs are more specific to the calibration text than their sizes. Not tuned: on
+five layers of SmolLM2-135M at int4-g64, 0.05, 0.1 and 0.2 did about equally well on other text.
+Under H itself 0.05 raises the error of a matrix by 1 % on average, by up to 6 % for some value
+projections."""
 
 
 def gptq(
