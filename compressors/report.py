@@ -20,7 +20,8 @@ from lrc.compressors.calibrate.calibration_windows import provenance
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.reader import is_plain
 from lrc.compressors.evaluate.baselines import Targets, plan_baseline
-from lrc.compressors.io.journal import Journal, write_text
+from lrc.compressors.io.files import write_text
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.versions import versions
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.summary import summarize
@@ -101,9 +102,9 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
 
 
 def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
-    """Return the report of an earlier run of the same recipe, if it is complete."""
+    """Return the report of an earlier run of the same recipe, if it has one."""
     path = journal.output / "report.json"
-    if not path.is_file() or not (journal.output / "checkpoint").is_dir():
+    if not path.is_file():
         return None
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
