@@ -20,6 +20,7 @@ from lrc.compressors.calibrate.calibration_windows import provenance
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.reader import is_plain
 from lrc.compressors.evaluate.baselines import Targets, plan_baseline
+from lrc.compressors.evaluate.evaluator import is_current
 from lrc.compressors.io.files import write_text
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.versions import versions
@@ -110,6 +111,7 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         requested = prepared.recipe.model_dump(mode="json")
         known = (report["schema_version"], report["recipe"]) == (SCHEMA_VERSION, requested)
+        known = known and is_current(journal, prepared.recipe.evaluate)
     except (ValueError, TypeError, KeyError):  # edited: written again
         return None
     return report if known else None

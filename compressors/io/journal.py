@@ -25,7 +25,7 @@ from lrc.compressors.io.files import (
 )
 from lrc.configs.errors import OutputError
 
-LOCK, IDENTITY = "lock", "run.json"
+WORK, LOCK, IDENTITY = "work", "lock", "run.json"
 FILES = "files.json"
 """Names and sizes of the files of a finished folder."""
 # What a run writes to its output folder besides `work`; nothing else is ever deleted there. Not
@@ -42,7 +42,7 @@ class Journal:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.work = output / "work"
+        self.work = output / WORK
 
     def path(self, name: str) -> Path:
         """Return the path of the piece `name`, finished or not."""
