@@ -202,7 +202,7 @@ def baseline_targets(plan: Plan, prepared: Prepared) -> Targets:
 def _memory(device: str) -> dict[str, int | None]:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    gpu = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
+    gpu = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
     return {"peak_rss_bytes": peak, "peak_gpu_bytes": gpu}
 
 
@@ -214,5 +214,5 @@ def _environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
     }

@@ -77,7 +77,8 @@ class Session:
 def open_session(prepared: Prepared, machine: Machine) -> Iterator[Session]:
     """Enter the output folder of a recipe; raises as `open_journal`."""
     output = Path(prepared.recipe.output).expanduser()
-    with open_journal(output, identity(prepared), overwrite=machine.overwrite) as journal:
+    known = identity(prepared)
+    with machine.current(), open_journal(output, known, overwrite=machine.overwrite) as journal:
         yield Session(prepared, journal, machine, Clock(journal))
 
 
