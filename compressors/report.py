@@ -111,10 +111,9 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         requested = prepared.recipe.model_dump(mode="json")
         known = (report["schema_version"], report["recipe"]) == (SCHEMA_VERSION, requested)
-        known = known and is_current(journal, prepared.recipe.evaluate)
     except (ValueError, TypeError, KeyError):  # edited: written again
         return None
-    return report if known else None
+    return report if known and is_current(journal, prepared.recipe.evaluate) else None
 
 
 def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
