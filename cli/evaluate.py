@@ -41,16 +41,16 @@ def run(
     def labelled(checkpoint: str, stage: str, done: int, total: int) -> None:
         on_step(f"{checkpoint}: {stage}", done, total)
 
-    with options_in_errors():
+    machine = Machine(device)
+    with options_in_errors(), machine.current():
         for spec in request.perplexity:
             check_source(spec.source, part="evaluation")
         check_tasks(request.tasks)
         for checkpoint in checkpoints:  # before one of them is measured for hours
             check_model(checkpoint)
-        chosen = Machine(device=device).chosen
         scores = {}
         for checkpoint in checkpoints:
-            model, tokenizer = load_model(checkpoint, chosen)
+            model, tokenizer = load_model(checkpoint, machine.chosen)
             step = partial(labelled, checkpoint)
             scores[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
             del model

@@ -17,11 +17,11 @@ def run(models: list[str], prompt: str, *, tokens: int, device: str) -> dict[str
         raise RecipeError(["--prompt: must contain text, got none; give a sentence to continue"])
     if tokens < 1:
         raise RecipeError([f"--tokens: must be a whole number >= 1, got {tokens}"])
-    chosen = Machine(device=device).chosen
-    with options_in_errors():
+    machine = Machine(device)
+    with options_in_errors(), machine.current():
         for path in models:
             check_model(path)
-        return {path: _continuation(path, prompt, tokens, chosen) for path in models}
+        return {path: _continuation(path, prompt, tokens, machine.chosen) for path in models}
 
 
 def _continuation(path: str, prompt: str, tokens: int, device: str) -> str:

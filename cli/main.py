@@ -98,7 +98,7 @@ def plan(
     if sensitivity or profile is not None:
         if every:
             raise RecipeError("--all: --sensitivity shows every matrix anyway; leave one out")
-        _sensitivity(loaded, profile, _device(device), as_json=as_json, quiet=quiet)
+        _sensitivity(loaded, profile, device, as_json=as_json, quiet=quiet)
         return
     from lrc.cli import tables
     from lrc.compressors.estimate import estimate
@@ -107,8 +107,9 @@ def plan(
     from lrc.compressors.stages import STAGES
 
     console.quiet_transformers()
+    machine = Machine(device)
     prepared = prepare(loaded.recipe, STAGES, weights=False)
-    expected = estimate(prepared, Machine(device=_device(device)).chosen)
+    expected = estimate(prepared, machine.chosen)
     if as_json:
         _print_json(prepared.plan.to_json() | {"estimate": vars(expected)})
     else:
@@ -138,7 +139,7 @@ def compress(
     missed: GateMissed | None = None
     with console.Steps(quiet=quiet).running() as steps:
         try:
-            report = run(loaded, Machine(_device(device), overwrite=overwrite, on_step=steps))
+            report = run(loaded, Machine(device, overwrite=overwrite, on_step=steps))
         except GateMissed as error:
             missed, report = error, error.report
     if as_json:
@@ -190,18 +191,16 @@ def evaluate(
         )
     from lrc.cli.evaluate import run
     from lrc.cli.quality import print_evaluation
-    from lrc.compressors.io.machine import Machine
     from lrc.configs.recipe import Evaluate, Perplexity, Tasks
 
     request = Evaluate(
         perplexity=[Perplexity(source=s, window=window, windows=windows) for s in perplexity or []],
         tasks=Tasks(names=names, include_path=include_path, limit=limit),
     )
-    chosen = Machine(_device(device)).chosen
 
     console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
-        blocks = run(checkpoints, request, seed=seed, device=chosen, on_step=steps)
+        blocks = run(checkpoints, request, seed=seed, device=device, on_step=steps)
     if as_json:
         _print_json({"checkpoints": blocks})
     else:
@@ -223,7 +222,7 @@ def generate(
     from lrc.cli.generate import run
 
     console.quiet_transformers()
-    texts = run(models, prompt, tokens=tokens, device=_device(device))
+    texts = run(models, prompt, tokens=tokens, device=device)
     if as_json:
         _print_json({"prompt": prompt, "continuations": texts})
         return
@@ -327,23 +326,6 @@ def _sensitivity(
     print_sensitivity(plan)
     if measured is not None:
         print_profile(plan, measured)
-
-
-def _device(name: str) -> str:
-    """Check a device name against this machine."""
-    import torch
-
-    if name in ("auto", "cpu"):
-        return name
-    kind, _, number = name.partition(":")
-    if kind != "cuda" or (number and not number.isdecimal()):
-        raise RecipeError(f"--device: must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            f"--device: {name} requested, but torch sees {torch.cuda.device_count()} GPUs; "
-            "use --device cpu, or install a torch build for your GPU"
-        )
-    return name
 
 
 def _print_json(value: Any) -> None:

@@ -169,6 +169,6 @@ def _best_of(run: object, device: str, tries: int = 4) -> float:
         start = time.perf_counter()
         run()  # type: ignore[operator]
         if device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.checkpoint.writer import copy_code, new_folder
+from lrc.compressors.checkpoint.writer import copy_code
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, Machine
 from lrc.compressors.models.architecture import Architecture, build
@@ -52,7 +52,7 @@ class ModelVersions:
         if source.gguf is None:
             return source.folder
         if not self.journal.has("source"):
-            with self.clock("convert"), new_folder(self.journal.path("source")) as folder:
+            with self.clock("convert"), self.journal.new_folder("source") as folder:
                 convert_gguf(source, folder)
         return self.journal.path("source")
 
@@ -116,8 +116,8 @@ class ModelVersions:
     def _slice(self, number: int, record: SliceRecord) -> None:
         source, before = self.prepared.source, self._folder(number)
         options = _OPTIONS.validate_python(record.options)
-        final = self.journal.path(slice_folder(number))
-        with self.clock("slice"), new_folder(final) as folder:
+        name = slice_folder(number)
+        with self.clock("slice"), self.journal.new_folder(name) as folder:
             apply_slice(
                 folder, self.calibration(number), options, self.prepared.sliced[number], source
             )

@@ -7,13 +7,13 @@ import torch
 from lrc.compressors import report
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.checkpoint.assemble import write_checkpoint
-from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
-from lrc.compressors.checkpoint.writer import new_folder
+from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer, missing_files
 from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates
 from lrc.compressors.evaluate.scores import check_texts
+from lrc.compressors.io.files import new_folder
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.planning.plan import Plan
@@ -21,7 +21,7 @@ from lrc.compressors.prepare import prepare
 from lrc.compressors.session import Session, open_session
 from lrc.compressors.stages import STAGES
 from lrc.compressors.stages.compress_weights import EXECUTED, executed_plan, predict_losses
-from lrc.configs.errors import GateMissed
+from lrc.configs.errors import CheckpointError, GateMissed, OutputError
 from lrc.configs.load import LoadedRecipe
 
 
@@ -44,9 +44,10 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
     recipe = loaded.recipe
     prepared = prepare(recipe, STAGES)
     with open_session(prepared, machine) as session:
-        result = report.stored(prepared, session.journal)
+        written = _has_checkpoint(session)
+        result = report.stored(prepared, session.journal) if written else None
         if result is None:
-            if not session.checkpoint.is_dir():
+            if not written:
                 check_texts(prepared.architecture.model, prepared.tokenizer, recipe.evaluate)
                 _save(session, _run_stages(session), loaded)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
@@ -124,6 +125,23 @@ def _executed(session: Session) -> Plan:
     plan = executed_plan(session)
     assert plan is not None
     return plan
+
+
+def _has_checkpoint(session: Session) -> bool:
+    """Return whether the checkpoint is written; refuse one that is no longer complete."""
+    folder = session.checkpoint
+    if not folder.exists():
+        return False
+    try:
+        missing = missing_files(folder)
+    except CheckpointError as error:
+        missing = [str(error)]
+    if missing:
+        raise OutputError(
+            f"{folder}: is not complete ({missing[0]}); delete the folder and run the same command "
+            "again, which recreates it"
+        )
+    return True
 
 
 def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:

@@ -4,12 +4,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.gates import check_gate_names
 from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.perplexity import check_window
+from lrc.compressors.io.journal import RESULTS, WORK
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
@@ -58,6 +60,7 @@ def prepare(
         check_source(recipe.calibration.source, part="calibration")
     with _collected(problems):
         source = locate(recipe.model, weights=weights)
+    _check_output(recipe, problems)
     problems.raise_if_any()
     for number, spec in enumerate(recipe.evaluate.perplexity):
         with _collected(problems):
@@ -77,6 +80,35 @@ def prepare(
         WeightReader(source.folder, dense)  # reads headers: files are complete, tensors exist
         _ = prepared.tokenizer
     return prepared
+
+
+def _check_output(recipe: Recipe, problems: Problems) -> None:
+    """Report inputs that the run itself would delete or replace, as with ``--overwrite``."""
+    inputs = {
+        "model.path": recipe.model.path,
+        "model.tokenizer": recipe.model.tokenizer,
+        "calibration.source": recipe.calibration.source,
+        **{
+            f"evaluate.perplexity[{i}].source": spec.source
+            for i, spec in enumerate(recipe.evaluate.perplexity)
+        },
+        "evaluate.tasks.include_path": recipe.evaluate.tasks.include_path,
+        **{
+            f"stages[{i}].decompose.plan": stage.plan
+            for i, stage in recipe.stages_of("decompose").items()
+        },
+    }
+    output = Path(recipe.output).expanduser()
+    owned = [(output / name).resolve() for name in (WORK, *RESULTS)]
+    for key, given in inputs.items():
+        path = Path(given or "").expanduser()
+        if given and path.exists() and any(path.resolve().is_relative_to(one) for one in owned):
+            problems.add(
+                "contradiction",
+                "output",
+                f"must not contain what the run reads, got {recipe.output} with {key} in it, "
+                f"{given}; choose another output, or move that first",
+            )
 
 
 @contextmanager

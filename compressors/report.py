@@ -20,7 +20,9 @@ from lrc.compressors.calibrate.calibration_windows import provenance
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.reader import is_plain
 from lrc.compressors.evaluate.baselines import Targets, plan_baseline
-from lrc.compressors.io.journal import Journal, write_text
+from lrc.compressors.evaluate.evaluator import is_current
+from lrc.compressors.io.files import write_text
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.versions import versions
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.summary import summarize
@@ -101,9 +103,9 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
 
 
 def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
-    """Return the report of an earlier run of the same recipe, if it is complete."""
+    """Return the report of an earlier run of the same recipe, if it has one."""
     path = journal.output / "report.json"
-    if not path.is_file() or not (journal.output / "checkpoint").is_dir():
+    if not path.is_file():
         return None
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -111,7 +113,7 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
         known = (report["schema_version"], report["recipe"]) == (SCHEMA_VERSION, requested)
     except (ValueError, TypeError, KeyError):  # edited: written again
         return None
-    return report if known else None
+    return report if known and is_current(journal, prepared.recipe.evaluate) else None
 
 
 def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
@@ -199,7 +201,7 @@ def baseline_targets(plan: Plan, prepared: Prepared) -> Targets:
 def _memory(device: str) -> dict[str, int | None]:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    gpu = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
+    gpu = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
     return {"peak_rss_bytes": peak, "peak_gpu_bytes": gpu}
 
 
@@ -211,5 +213,5 @@ def _environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
     }

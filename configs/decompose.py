@@ -78,7 +78,7 @@ class DecomposeBase(Strict):
     ignore: list[str] = []
     """Shell patterns of linear layers to leave unchanged; they do not count in `keep`."""
     overrides: list[Override] = []
-    """Budgets by name; the first that matches applies."""
+    """Budgets by name; the first that matches applies. The others share what these leave."""
 
     produces: ClassVar[str] = "low_rank"
     """Component type of methods that do not let the recipe choose one."""

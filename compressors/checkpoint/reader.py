@@ -173,6 +173,19 @@ def check_files(folder: Path) -> dict[str, Header]:
     return headers
 
 
+def missing_files(folder: Path) -> list[str]:
+    """Return the files that the manifest of a checkpoint names but its folder lacks.
+
+    Raises
+    ------
+    CheckpointError
+        If the manifest cannot be read or a weight file is truncated.
+    """
+    names = read_object(folder / layout.MANIFEST).get("sha256", {})
+    check_files(folder)
+    return [name for name in names if not (folder / name).is_file()]
+
+
 def verify_hashes(folder: Path) -> list[str]:
     """Return one sentence for every file that is missing or differs from its hash.
 

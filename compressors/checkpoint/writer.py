@@ -4,9 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.io.journal import publish, storage_errors
 from lrc.compressors.models.source import Source
 
 INDEX = "model.safetensors.index.json"
@@ -92,25 +90,3 @@ def sha256(paths: Iterable[Path]) -> list[str]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
         return list(pool.map(of, paths))
-
-
-@contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which gets its final name only when it is complete.
-
-    On a clean exit it is flushed and renamed, on an error removed.
-
-    Raises
-    ------
-    OutputError
-        If something could not be written.
-    """
-    partial = final.with_name(f".{final.name}.partial")
-    try:
-        with storage_errors(final):
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-            partial.mkdir(parents=True)
-            yield partial
-            publish(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

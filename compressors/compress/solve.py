@@ -16,6 +16,7 @@ from lrc.compressors.compress.group import (
 from lrc.compressors.compress.quantize_parts import QuantizedParts, quantize_parts, quantize_whole
 from lrc.compressors.io.machine import to_host
 from lrc.compressors.layers import COMPONENTS, WeightConfig, reconstruct
+from lrc.compressors.layers.pivot_rows import NoPivotRows
 from lrc.compressors.methods.base import FixedSizeMethod, Method
 from lrc.compressors.methods.group_statistics import combined, has_zero_statistics, missing_reason
 from lrc.compressors.methods.table import METHODS, LowRankMethod
@@ -147,7 +148,7 @@ def _encoded(
         sizes = {"rank": factors.rank}
         config = replace(task.config, components=(replace(component, sizes=sizes),))
         return config, factors, encoded, factors.fallback
-    except ValueError as error:
+    except NoPivotRows as error:
         reason, fraction = str(error), task.bits_of(task.config) / task.dense_bits
     plain = SizeSteps(task, "low_rank", args)
     rank = plain.within(fraction, "bits", multiple=group_size)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lrc.compressors.corpus.hub import HUB_SOURCES, read_hub
 from lrc.compressors.corpus.python_docs import python_docs
+from lrc.compressors.io.fingerprint import fingerprint
 from lrc.configs.errors import DataError, RecipeError
 
 Part = Literal["calibration", "evaluation"]
@@ -78,12 +79,12 @@ def check_source(source: str, *, part: Part) -> None:
         raise RecipeError([f"{key}: no such file: {source}{_hint(path)}; allowed: {_allowed()}"])
 
 
-def fingerprint(source: str) -> list[int] | None:
-    """Return size and modification time of a file; None for named sources."""
+def source_identity(source: str) -> str:
+    """Return the name of a source, or for a file what identifies its content."""
     if source in SOURCES or source == "self":
-        return None
-    found = Path(source).expanduser().stat()
-    return [found.st_size, found.st_mtime_ns]
+        return source
+    path = Path(source).expanduser()
+    return f"{path.suffix.lower()} {fingerprint(path, whole=True)}"
 
 
 def _allowed() -> str:

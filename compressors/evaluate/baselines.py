@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrc.compressors.evaluate.scores import Scores, check_same, perplexity_entry
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
-from lrc.compressors.solvers.quantized_matrix import round_to_nearest
+from lrc.compressors.solvers.quantization_grid import ScaleOverflow
+from lrc.compressors.solvers.quantized_matrix import NUMBERS, round_to_nearest
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Evaluate
 
@@ -80,7 +81,8 @@ class Baseline:
         for done, (name, storage) in enumerate(self.stored.items(), 1):
             weight = model.get_submodule(name).weight
             with torch.no_grad():
-                weight.copy_(_compressed(name, weight, storage, self.targets.dtype))
+                for rows in weight.split(max(1, NUMBERS // weight.shape[1])):
+                    rows.copy_(_compressed(name, rows, storage, self.targets.dtype))
             on_matrix(done, len(self.stored))
 
 
@@ -144,7 +146,7 @@ def _compressed(
     if isinstance(storage, QuantizationArgs):
         try:
             return round_to_nearest(weight, storage, dtype=dtype).weight()
-        except ValueError as error:
+        except ScaleOverflow as error:
             raise ModelError(f"{name}: cannot be quantized to {storage} ({error})") from error
     largest = weight.abs().topk(storage, dim=1, sorted=False).indices  # [d_out, storage]
     return torch.zeros_like(weight).scatter_(1, largest, weight.gather(1, largest))

@@ -3,14 +3,41 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from lrc.compressors.corpus.documents import source_identity
 from lrc.compressors.evaluate.baseline_comparison import compare_with_baselines
 from lrc.compressors.evaluate.baselines import Baseline, Targets, measure, plan_baseline, record
 from lrc.compressors.evaluate.scores import Scores, compare, evaluate_model
+from lrc.compressors.io.fingerprint import fingerprints
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, OnStep, release_memory
 from lrc.configs.recipe import Evaluate
+
+ALL = {"perplexity", "tasks"}
+"""Options of an evaluation that a score depends on."""
+
+TASK_FILES = ("**/*.yaml", "**/*.yml", "**/*.py", "**/*.json*", "**/*.txt", "**/*.csv")
+
+
+def score_options(options: Evaluate, keys: set[str]) -> dict[str, Any]:
+    """Return the options in `keys`, and what identifies the content of their files."""
+    found = options.model_dump(mode="json", include=keys)
+    found["texts"] = [source_identity(spec.source) for spec in options.perplexity]
+    folder = options.tasks.include_path
+    if "tasks" in keys and folder is not None:
+        found["task_files"] = fingerprints(Path(folder).expanduser(), *TASK_FILES)
+    return found
+
+
+def is_current(journal: Journal, options: Evaluate) -> bool:
+    """Return whether the scores of the compressed model are those of the present texts."""
+    if not options.perplexity and not options.tasks.names:
+        return True
+    file = "evaluation-compressed.json"
+    current = score_options(options, ALL)
+    return journal.has(file) and bool(journal.read_json(file)["options"] == current)
 
 
 @dataclass(frozen=True)
@@ -35,10 +62,10 @@ class Evaluator:
         with self.clock("evaluate"):
             if not self.options.perplexity and not self.options.tasks.names:
                 return compare(None, {"perplexity": {}, "tasks": {}})
-            keys, dense = {"perplexity", "tasks"}, None
+            dense = None
             if self.options.dense:
-                dense = self._once("dense", keys, partial(self._score, self.load_dense))
-            compressed = self._once("compressed", keys, partial(self._score, self.load_compressed))
+                dense = self._once("dense", ALL, partial(self._score, self.load_dense))
+            compressed = self._once("compressed", ALL, partial(self._score, self.load_compressed))
             return compare(dense, compressed)
 
     def add_baselines(self, evaluation: dict[str, Any], targets: Targets) -> dict[str, Any]:
@@ -59,7 +86,7 @@ class Evaluator:
     def _once(self, name: str, keys: set[str], score: Callable[[OnStep], Scores]) -> Scores:
         """Score a model unless the journal has its scores for the same options in `keys`."""
         file = f"evaluation-{name}.json"
-        options = self.options.model_dump(mode="json", include=keys)
+        options = score_options(self.options, keys)
         if not self.journal.has(file) or self.journal.read_json(file)["options"] != options:
             scores = score(
                 lambda stage, done, total: self.on_step(f"evaluate {name}: {stage}", done, total)

@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils.quantization_config import GgufConfig
 
+from lrc.compressors.io.fingerprint import fingerprint, fingerprints
 from lrc.compressors.io.shards import shard_files
 from lrc.compressors.models.configuration import first_line, read_config, read_gguf_config
 from lrc.configs.errors import ModelError, RecipeError
@@ -22,6 +23,11 @@ from lrc.configs.recipe import Model
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 # Files of tokenizers and configs; never a pickle.
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+# Those of them that a result depends on.
+IDENTIFYING = (
+    *("config.json", "generation_config.json", "*token*", "vocab*", "merges*", "chat_template*"),
+    *("*.model", "*.jinja", "*.tiktoken"),
+)
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -51,13 +57,14 @@ class Source:
         return sum(f.stat().st_size for f in self._files()) if self.weights_local else None
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the source: file names, sizes and modification times."""
-        stats = [(file.name, file.stat()) for file in self._files()]
-        return {
-            "path": self.spec.path,
-            "revision": self.spec.revision,
-            "files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats],
-        }
+        """Return what identifies the source: the content of its files, wherever they are."""
+        own = ["*.py"] if self.spec.trust_remote_code else []
+        small = {} if self.gguf else fingerprints(self.folder, *IDENTIFYING, *own)
+        tokenizer: Any = self.spec.tokenizer
+        if tokenizer and (folder := Path(tokenizer).expanduser()).is_dir():
+            tokenizer = fingerprints(folder, *IDENTIFYING)
+        weights = {file.name: fingerprint(file) for file in self._files()}
+        return {"files": small | weights, "dtype": self.spec.dtype, "tokenizer": tokenizer}
 
     def _files(self) -> list[Path]:
         """Return the files that the weights are read from."""

@@ -97,8 +97,8 @@ def _decide(
     """
     if not tasks:
         return []
-    measure, budget = allocation.measure, allocation.budget
-    fraction = budget / sum(task.dense_cost(measure) for task in tasks)
+    measure, spent = allocation.measure, 0
+    fraction = allocation.budget / sum(task.dense_cost(measure) for task in tasks)
     found: list[tuple[LayerTask, float | None]] = []
     compared: list[LayerTask] = []
     for task in tasks:
@@ -107,14 +107,15 @@ def _decide(
             config, note = _at_fraction(task, fraction, allocation, curve.note)
             found.append((task.decided(config, note), None))
             # The budget counts sizes before a later stage quantizes them.
-            budget -= task.cost(config, measure)
+            spent += task.cost(config, measure)
         else:
             compared.append(task)
-    if not compared:
-        return found
     offer, allocator = ALLOCATORS[allocation.allocator]
     candidates = [offer(task, curves[task.name], allocation) for task in compared]
-    picked = allocator(candidates, budget)
+    try:
+        picked = allocator(candidates, allocation.budget - spent)
+    except BudgetError as error:
+        raise BudgetError(allocation.budget, error.smallest + spent) from error
     for task, offered, index in zip(compared, candidates, picked, strict=True):
         config, loss = offered[index].config, offered[index].loss
         if config.compressed:

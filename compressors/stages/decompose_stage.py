@@ -58,13 +58,22 @@ class DecomposeStage:
         ]
         for each in found:
             _check_options(draft, each)
+            before = len(draft.problems)
             decided = (
                 _from_user_plan(draft, each) if each.options.plan else spend_budget(draft, each)
             )
             for task in decided:
                 for weight in task.weights:
                     draft.tasks[weight.name] = task
-            draft.no_saving_advice = draft.no_saving_advice or _no_saving_advice(each.options)
+            remedy, keep = _no_saving_advice(each.options), each.options.keep or 1
+            dense = decided and not any(task.compressed for task in decided)
+            if keep < 1 and dense and each.options.plan is None and len(draft.problems) == before:
+                draft.problems.add(
+                    "nothing-smaller",
+                    "stages" if each.alone else each.where,
+                    f"every targeted weight stays dense, so nothing would become smaller; {remedy}",
+                )
+            draft.no_saving_advice = draft.no_saving_advice or remedy
             _warn(draft, each)
 
     def run(self, session: Session, plan: Plan) -> Plan:

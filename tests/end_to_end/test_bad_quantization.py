@@ -52,7 +52,7 @@ STAGES: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
         ("got 7 for", "leave group_size out"),
     ),
     "groups that ranks of an earlier stage do not fill": (
-        [decompose("svd", overrides=[{"match": "*.q_proj", "rank": 5}]), INT4],
+        [decompose("svd", keep=0.9, overrides=[{"match": "*.q_proj", "rank": 5}]), INT4],
         "indivisible-rows",
         "stages[1].quantize.group_size",
         ("rows of 5); make their ranks multiples of it",),

@@ -225,3 +225,38 @@ def test_the_folder_of_another_run_is_refused(lrc, recipe: Path, output: Path) -
     lrc("plan", recipe, *other).refuses(
         1, "holds a run that differs in stages", "pass --overwrite to lrc compress"
     )
+
+
+SLICES = {
+    "drop": {"method": "drop", "keep": 0.9},
+    "modegpt by layer": {"method": "modegpt", "keep": 0.9, "heads": False, "uniform": False},
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_the_facts_of_slices_are_those_of_the_run(
+    lrc: Callable[..., Any],
+    tiny_llama: Callable[..., Any],
+    make_tokenizer: Callable[..., Any],
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    output: Path,
+    name: str,
+) -> None:
+    """Before and after a first run, after another allocation, and after compression."""
+    model = tmp_path / "model"
+    tiny_llama(num_hidden_layers=4).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    stages = [{"slice": SLICES[name]}, {"decompose": {"method": "svd-llm", "keep": 0.8}}]
+    recipe = tiny_recipe(model, output, stages=stages, evaluate={"baselines": []})
+    shown = []
+    for command in ("plan", "compress", "plan"):
+        options = ("--sensitivity",) if command == "plan" else ()
+        ended = lrc(command, recipe, *options, "--json", "-q")
+        assert ended.code == 0, ended.err
+        shown.append(json.loads(ended.out)["slices"])
+    for stored in (output / "plan.json", output / "checkpoint/lrc/plan.json"):
+        shown.append(json.loads(stored.read_text())["slices"])
+    assert shown[0][0]["facts"]
+    assert "pending" not in json.dumps(shown[0])
+    assert all(each == shown[0] for each in shown), shown

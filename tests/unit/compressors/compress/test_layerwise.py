@@ -20,6 +20,7 @@ from lrc.compressors.layers import (
     QuantizationArgs,
     WeightConfig,
 )
+from lrc.compressors.layers.pivot_rows import NoPivotRows
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.allocate import allocate
 from lrc.compressors.planning.plan import Allocation, ModelInfo, Plan
@@ -258,7 +259,7 @@ def test_factors_without_pivots_are_stored_as_two_factors(
     tmp_path, reader, statistics, monkeypatch
 ) -> None:
     def fail(B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        raise ValueError("no pivot rows were found")
+        raise NoPivotRows("no pivot rows were found")
 
     monkeypatch.setattr(COMPONENTS["pivoted_low_rank"], "encode", staticmethod(fail))
     plan = plan_of("svd", types="pivoted_low_rank", rank=6)
