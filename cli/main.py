@@ -138,7 +138,8 @@ def compress(
     missed: GateMissed | None = None
     with console.Steps(quiet=quiet).running() as steps:
         try:
-            report = run(loaded, Machine(_device(device), overwrite=overwrite, on_step=steps))
+            machine = Machine(_device(device), overwrite, on_step=steps, on_warning=console.warn)
+            report = run(loaded, machine)
         except GateMissed as error:
             missed, report = error, error.report
     if as_json:
@@ -201,7 +202,8 @@ def evaluate(
 
     console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
-        blocks = run(checkpoints, request, seed=seed, device=chosen, on_step=steps)
+        machine = Machine(chosen, on_step=steps, on_warning=console.warn)
+        blocks = run(checkpoints, request, machine, seed=seed)
     if as_json:
         _print_json({"checkpoints": blocks})
     else:
@@ -316,7 +318,7 @@ def _sensitivity(
     console.quiet_transformers()
     measured = None
     with console.Steps(quiet=quiet).running() as steps:
-        machine = Machine(device, on_step=steps)
+        machine = Machine(device, on_step=steps)  # warnings are printed with the plan
         if windows is None:
             plan = pipeline.measure(loaded, machine)
         else:

@@ -15,7 +15,7 @@ from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.config_tables import check_tables
 from lrc.compressors.checkpoint.format import COPY_AGAIN
 from lrc.compressors.checkpoint.writer import sha256
-from lrc.compressors.io.shards import Header, read_headers, shard_files
+from lrc.compressors.io.shards import Header, read_folder
 from lrc.configs.errors import CheckpointError
 
 
@@ -163,7 +163,7 @@ def check_files(folder: Path) -> dict[str, Header]:
         If a file is truncated or a shard named by the index is missing.
     """
     try:
-        headers = read_headers(shard_files(folder))
+        headers = read_folder(folder)
     except ValueError as error:
         raise CheckpointError(f"{error}; {COPY_AGAIN}") from error
     if not headers:
