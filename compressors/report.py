@@ -59,7 +59,7 @@ SCHEMA = {
     "timing.seconds.STAGE": "wall time, summed over the runs of an interrupted one",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
-    "warnings": "what was planned although it is not recommended",
+    "warnings": "what the source holds and the result will not; what is planned but not advised",
 }
 
 

@@ -86,8 +86,8 @@ def check_gguf(path: Path, architecture: Architecture) -> tuple[Contents, list[s
     if not other:
         return contents, []
     return contents, [
-        f"model.path: {len(other)} metadata keys of the source are not read by transformers: "
-        + first(other, ", ")
+        "model.path: metadata of the source that transformers does not read is left out "
+        f"({len(other)}): {first(other, ', ')}"
     ]
 
 

@@ -50,8 +50,9 @@ def check_contents(
         n_bytes = sum(header.nbytes for header in contents.unused)
         names = first([header.name for header in contents.unused], ", ")
         warnings.append(
-            f"model.path: {len(contents.unused)} tensors of the source ({n_bytes:,} bytes) have no "
-            f"place in {type(architecture.model).__name__} and are left out: {names}"
+            f"model.path: tensors of the source without a place in "
+            f"{type(architecture.model).__name__} are left out ({len(contents.unused)}, "
+            f"{n_bytes:,} bytes): {names}"
         )
     return source, architecture, warnings + _precision(source, contents)
 

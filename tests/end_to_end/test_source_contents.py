@@ -36,7 +36,7 @@ def test_what_is_left_out_is_said_in_plan_compress_eval_and_report(
     lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path], options
 ) -> None:
     add(model, **{"mtp.layers.0.eh_proj.weight": torch.ones(8)})
-    words = ("1 tensors of the source (32 bytes)", "mtp.layers.0.eh_proj.weight")
+    words = ("(1, 32 bytes)", "mtp.layers.0.eh_proj.weight")
     recipe = tiny_recipe(model, output, stages=RTN)
     planned = lrc("plan", recipe)
     shown = " ".join(planned.out.split())
