@@ -8,7 +8,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Model
@@ -16,7 +19,7 @@ from lrc.configs.recipe import Model
 TESTED = "Llama, Mistral, Qwen2, Qwen3, Gemma-3, OPT and GPT-NeoX"
 SUPPORTED = f"decoder-only models whose layers hold torch.nn.Linear (tested: {TESTED})"
 # Names of classes with a head for the next token; `build` refuses those of masked tokens.
-CAUSAL = re.compile(r"(For(CausalLM|ConditionalGeneration|MaskedLM)|LMHeadModel|WithLMHead)$")
+CAUSAL = re.compile(r"(For(CausalLM|ConditionalGeneration|MaskedLM)|LMHeadModel)$")
 
 
 def read_gguf_config(path: Path) -> PreTrainedConfig:
@@ -84,7 +87,6 @@ def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedC
             "follow; save the model again with save_pretrained"
         )
     kind = raw.get("model_type")
-    _refuse_other_heads(raw, path)
     if kind not in CONFIG_MAPPING and not spec.trust_remote_code:
         if "auto_map" in raw:
             raise ModelError(
@@ -95,6 +97,7 @@ def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedC
             f"model.path: {path} names the model_type {kind!r}, which transformers "
             f"{transformers_version} does not know; supported are {SUPPORTED}"
         )
+    _refuse_other_heads(raw, path)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # as above
@@ -107,22 +110,24 @@ def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedC
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raise a `ModelError` if there is an adapter, which transformers would add to the model."""
+    """Raise a `ModelError` if there is an adapter beside or instead of a model."""
     found = [*folder.glob("adapter_config.json"), *folder.glob("adapter_model*")]
     if found:
         raise ModelError(
-            f"model.path: {folder} holds an adapter ({found[0].name}), which would be in the dense "
-            "model and not in the result; merge it first (merge_and_unload and save_pretrained of "
-            "PEFT), or move it to another folder"
+            f"model.path: {folder} holds an adapter ({found[0].name}), which transformers adds to "
+            "the model that it loads, but which lrc would not compress; merge it first "
+            "(merge_and_unload and save_pretrained of PEFT), or move it to another folder"
         )
 
 
 def _refuse_other_heads(raw: dict[str, Any], path: Path) -> None:
     """Refuse models that predict anything else than the next token."""
     names = raw.get("architectures") or []
-    decoder = MODEL_MAPPING_NAMES.get(raw.get("model_type", ""))
-    own = "AutoModelForCausalLM" in (raw.get("auto_map") or {})
-    other = [n for n in names if not CAUSAL.search(str(n)) and n != decoder]
+    names = names if isinstance(names, list) else [names]
+    tables = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES)  # the latter: bare decoders
+    known = [table.get(str(raw.get("model_type"))) for table in tables]
+    own = "AutoModelForCausalLM" in str(raw.get("auto_map"))
+    other = [name for name in names if not CAUSAL.search(str(name)) and name not in known]
     if other and not own:
         raise ModelError(
             f"model.path: {path} describes a {other[0]} (architectures), which is no causal "

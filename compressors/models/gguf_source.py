@@ -25,30 +25,35 @@ from lrc.compressors.models.configuration import first_line, refuse_part
 from lrc.compressors.models.contents import Contents, first, match, renamed
 from lrc.configs.errors import ModelError
 
-# What the absence of a key means, for keys that change the computation.
+# Keys that change the computation, with the value that means the same as no key, if there is one.
 NEUTRAL: dict[str, Any] = {
     "attention.causal": True,
     "attention.clamp_kqv": 0,
-    "attention.key_length": 0,
+    "attention.key_length": None,
+    "attention.layer_norm_epsilon": None,
+    "attention.layer_norm_rms_epsilon": None,
     "attention.max_alibi_bias": 0,
     "attention.scale": 0,
     "attention.sliding_window": 0,
-    "attention.value_length": 0,
+    "attention.value_length": None,
     "attn_logit_softcapping": 0,
     "embedding_scale": 1,
     "expert_count": 0,
     "final_logit_softcapping": 0,
     "logit_scale": 1,
+    "pooling_type": 0,
     "residual_scale": 1,
-    "rope.dimension_count": 0,
+    "rope.dimension_count": None,
+    "rope.freq_base": None,
     "rope.scale_linear": 1,
     "rope.scaling.attn_factor": 1,
     "rope.scaling.factor": 1,
     "rope.scaling.type": "none",
 }
-# Keys that describe, or act only together with one of those above.
+# Keys that describe, that sizes of tensors show, or that act only together with one of those above.
 INERT = re.compile(
-    r"(.*context_length|vocab_size|block_count|tensor_data_layout|rope\.scaling\.(finetuned|yarn_.*))"
+    r"(.*context_length|vocab_size|block_count|feed_forward_length|embedding_length"
+    r"|tensor_data_layout|rope\.scaling\.(finetuned|yarn_.*))"
 )
 # Tensors that scale the rotary frequencies.
 ROPE = re.compile(r"(^|\.)rope_(freqs|factors_\w+)\.weight$")
@@ -104,10 +109,11 @@ def ignored_metadata(metadata: dict[str, Any], config: Any) -> tuple[list[str], 
         prefix, _, suffix = key.partition(".")
         if prefix != architecture or table.get(suffix) is not None or INERT.fullmatch(suffix):
             continue
+        expected = NEUTRAL.get(suffix), _of(config, suffix, value)
+        if any(_equal(value, each) for each in expected):
+            continue
         if suffix in NEUTRAL:
-            expected = NEUTRAL[suffix], _of(config, suffix, value)
-            if not any(_equal(value, each) for each in expected):
-                changing.append(f"{key} = {value!r:.60}")
+            changing.append(f"{key} = {value!r:.60}")
         elif table and suffix not in table:
             other.append(f"{key} = {value!r:.60}")
     return changing, other
@@ -123,11 +129,16 @@ def _of(config: Any, suffix: str, value: Any) -> Any:
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
+    epsilons = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps", "rms_norm_eps")
+    epsilon = next((getattr(config, name) for name in epsilons if hasattr(config, name)), None)
     return {
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
+        "attention.layer_norm_epsilon": epsilon,
+        "attention.layer_norm_rms_epsilon": epsilon,
         "attention.scale": (getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5,
         "rope.dimension_count": int(head_dim * partial),
+        "rope.freq_base": rope.get("rope_theta"),
         "rope.scaling.type": rope.get("rope_type"),
         "rope.scaling.factor": rope.get("factor"),
     }.get(suffix, getattr(config, suffix, None))

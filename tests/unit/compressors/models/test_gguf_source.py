@@ -6,9 +6,10 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
-from lrc.compressors.io.gguf_file import read_gguf
 from lrc.compressors.models.architecture import build
+from lrc.compressors.models.gguf_source import ignored_metadata
 from lrc.compressors.models.source import convert_gguf, locate
 from lrc.compressors.models.source_check import check_contents
 from lrc.configs.errors import ModelError
@@ -24,18 +25,6 @@ def check(path: Path, **options: str) -> list[str]:
     """Return the warnings about a file."""
     source = locate(Model(path=str(path), **options))
     return check_contents(source, build(source))[2]
-
-
-def test_the_header_is_that_of_the_package_gguf(write_gguf, model, tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", model, metadata={"llama.note": "ä", "a.b": True})
-    metadata, headers = read_gguf(path)
-    reader = gguf.GGUFReader(path)
-    assert metadata == {
-        key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")
-    }
-    assert [(t.name, t.data_offset, t.n_bytes, [*t.shape[::-1]]) for t in reader.tensors] == [
-        (h.name, h.offset, h.nbytes, h.shape) for h in headers.values()
-    ]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -112,6 +101,7 @@ CHANGING = {
     "residual_scale": 0.5,
     "attention.max_alibi_bias": 8.0,
     "attention.clamp_kqv": 8.0,
+    "pooling_type": 4,
 }
 
 
@@ -138,6 +128,52 @@ def test_metadata_without_an_effect_is_passed_over(write_gguf, model, tmp_path):
     }
     metadata = {f"llama.{key}": value for key, value in same.items()}
     assert check(write_gguf(tmp_path / "m.gguf", model, metadata=metadata)) == []
+
+
+DENSE = {"context_length": 4096, "embedding_length": 64, "feed_forward_length": 96}
+HEADS = {"block_count": 2, "attention.head_count": 4, "attention.head_count_kv": 2}
+FAMILIES = {
+    "qwen2": {"attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 1e6},
+    "qwen3": {"attention.key_length": 128, "attention.value_length": 128},
+    "gemma2": {
+        "attention.key_length": 256,
+        "attention.value_length": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "attention.sliding_window": 4096,
+    },
+    "gemma3": {"attention.key_length": 256, "attention.value_length": 256, "rope.freq_base": 1e6},
+    "phi3": {"rope.dimension_count": 16, "rope.scaling.original_context_length": 4096},
+    "stablelm": {
+        "use_parallel_residual": False,
+        "rope.dimension_count": 4,
+        "attention.layer_norm_epsilon": 1e-5,
+    },
+    "starcoder2": {"rope.freq_base": 10000.0, "attention.layer_norm_epsilon": 1e-5},
+    "falcon": {"attention.layer_norm_epsilon": 1e-5, "tensor_data_layout": "jploski"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_converters_write_about_other_families_is_read_or_agrees(family):
+    options = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model_type = family + "_text" * (family == "gemma3")
+    config = AutoConfig.for_model(model_type, **options, num_hidden_layers=2)
+    values = {"attention.sliding_window": 512} if family == "gemma3" else {}
+    values = {**DENSE, **HEADS, **FAMILIES[family], **values}
+    metadata = {f"{family}.{key}": value for key, value in values.items()}
+    metadata["general.architecture"] = family
+    assert ignored_metadata(metadata, config) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [("starcoder2", "rope.freq_base", 1e6), ("stablelm", "rope.dimension_count", 8)],
+)
+def test_what_transformers_takes_from_its_own_defaults_must_agree(family, key, value):
+    config = AutoConfig.for_model(family, hidden_size=64, num_attention_heads=4)
+    metadata = {"general.architecture": family, f"{family}.{key}": value}
+    assert ignored_metadata(metadata, config) == ([f"{family}.{key} = {value!r}"], [])
 
 
 def test_unknown_metadata_is_a_warning(write_gguf, model, tmp_path):

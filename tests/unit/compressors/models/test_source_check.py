@@ -261,7 +261,9 @@ def test_a_classifier_as_transformers_saves_it_is_refused(tied, tmp_path):
         locate(Model(path=str(tmp_path / "classifier")))
 
 
-@pytest.mark.parametrize("names", [None, [], ["LlamaModel"], ["LLaMAForCausalLM"]])
+@pytest.mark.parametrize(
+    "names", [None, [], ["LlamaModel"], ["LLaMAForCausalLM"], "LlamaForCausalLM"]
+)
 def test_other_names_of_causal_models_are_accepted(folder, names):
     edit_config(folder, architectures=names)
     assert warnings(folder) == []
