@@ -28,6 +28,7 @@ COMPUTED = re.compile(
     r"(^|[._])(inv_freq|position_ids|masked_bias|causal_mask|(cos|sin)_cached|rope\.freqs"
     r"|relative_position_index|_extra_state)$"
 )
+TIE = " (set tie_word_embeddings: true in config.json if the embedding stands for it)"
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,7 @@ def match(
     head = getattr(architecture.model.get_output_embeddings(), "weight", None)
     for name, parameter in architecture.stored_parameters().items():
         if contents.of(name) is None:
-            tie = (
-                " (or set tie_word_embeddings: true in config.json if the embedding stands for it)"
-            )
-            contents.problems.append(f"{name} is missing{tie * (parameter is head)}")
+            contents.problems.append(f"{name} is missing{TIE * (parameter is head)}")
     return contents
 
 

@@ -121,22 +121,27 @@ def ignored_metadata(metadata: dict[str, Any], config: Any) -> tuple[list[str], 
 
 def _of(config: Any, suffix: str, value: Any) -> Any:
     """Return the value that a config has for a key of GGUF; None if it has none."""
+
+    def one_of(*names: str, default: Any = None) -> Any:
+        return next((found for n in names if (found := getattr(config, n, None))), default)
+
     if suffix == "attention.sliding_window" and not isinstance(value, list):
-        window: int | None = getattr(config, "sliding_window", None)
-        return value if value >= config.max_position_embeddings else window  # wider: no limit
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    rope = getattr(config, "rope_parameters", None) or {}
+        no_limit = value >= one_of("max_position_embeddings", default=math.inf)
+        return value if no_limit else one_of("sliding_window")
+    head_dim = one_of("hidden_size", default=1) // one_of("num_attention_heads", default=1)
+    head_dim = one_of("head_dim", default=head_dim)
+    rope = one_of("rope_parameters", default={})
     rope = rope.get("full_attention", rope)
-    partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
-    epsilons = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps", "rms_norm_eps")
-    epsilon = next((getattr(config, name) for name in epsilons if hasattr(config, name)), None)
+    partial = rope.get("partial_rotary_factor", one_of("partial_rotary_factor", default=1.0))
+    epsilon = one_of(
+        "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps", "rms_norm_eps"
+    )
     return {
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_epsilon": epsilon,
         "attention.layer_norm_rms_epsilon": epsilon,
-        "attention.scale": (getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5,
+        "attention.scale": one_of("query_pre_attn_scalar", default=head_dim) ** -0.5,
         "rope.dimension_count": int(head_dim * partial),
         "rope.freq_base": rope.get("rope_theta"),
         "rope.scaling.type": rope.get("rope_type"),

@@ -176,6 +176,12 @@ def test_what_transformers_takes_from_its_own_defaults_must_agree(family, key, v
     assert ignored_metadata(metadata, config) == ([f"{family}.{key} = {value!r}"], [])
 
 
+def test_a_model_without_attention_has_no_head_size():
+    metadata = {"general.architecture": "mamba", "mamba.attention.key_length": 8, "mamba.x": 1}
+    found = ignored_metadata(metadata, AutoConfig.for_model("mamba"))
+    assert found == (["mamba.attention.key_length = 8"], ["mamba.x = 1"])
+
+
 def test_unknown_metadata_is_a_warning(write_gguf, model, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", model, metadata={"llama.mystery": 3, "other.key": 1})
     (warning,) = check(path)
