@@ -19,8 +19,11 @@ from lrc.compressors.checkpoint.reader import (
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.scores import evaluate_model
-from lrc.compressors.io.machine import Machine, OnStep
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.models import source as models
+from lrc.compressors.models.architecture import build
+from lrc.compressors.models.configuration import refuse_adapter
+from lrc.compressors.models.source_check import check_contents
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Evaluate, Model
 
@@ -34,25 +37,28 @@ OPTIONS = {
 
 
 def run(
-    checkpoints: list[str], request: Evaluate, *, seed: int, device: str, on_step: OnStep
+    checkpoints: list[str], request: Evaluate, machine: Machine, *, seed: int
 ) -> dict[str, Any]:
-    """Measure every checkpoint; return checkpoint -> scores."""
+    """Measure every checkpoint; return checkpoint -> scores, and the warnings about it."""
 
     def labelled(checkpoint: str, stage: str, done: int, total: int) -> None:
-        on_step(f"{checkpoint}: {stage}", done, total)
+        machine.on_step(f"{checkpoint}: {stage}", done, total)
 
-    machine = Machine(device)
     with options_in_errors(), machine.current():
         for spec in request.perplexity:
             check_source(spec.source, part="evaluation")
         check_tasks(request.tasks)
-        for checkpoint in checkpoints:  # before one of them is measured for hours
-            check_model(checkpoint)
+        # Before one of them is measured for hours.
+        warnings = {checkpoint: check_model(checkpoint) for checkpoint in checkpoints}
+        for checkpoint, texts in warnings.items():
+            for text in texts:
+                machine.on_warning(f"{checkpoint}: {text}")
         scores = {}
         for checkpoint in checkpoints:
             model, tokenizer = load_model(checkpoint, machine.chosen)
             step = partial(labelled, checkpoint)
             scores[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
+            scores[checkpoint]["warnings"] = warnings[checkpoint]
             del model
     return scores
 
@@ -79,13 +85,22 @@ def options_in_errors() -> Iterator[None]:
         raise type(error)(translate(str(error)), code=error.code) from error
 
 
-def check_model(path: str) -> None:
-    """Refuse a folder, Hub id or GGUF file that cannot be loaded."""
-    if Path(path).is_dir():
-        read_config(Path(path))
-        check_files(Path(path))
-    else:
-        models.locate(Model(path=path))
+def check_model(path: str) -> list[str]:
+    """Refuse a folder, Hub id or GGUF file that cannot be loaded as it is; return warnings."""
+    folder = Path(path)
+    if folder.is_dir():
+        refuse_adapter(folder)
+        config = read_config(folder)
+        check_files(folder)
+        if config.get("quantization_config"):
+            return []  # has other tensors than the model in its config
+    found = models.locate(Model(path=path, dtype="bfloat16"))
+    try:
+        architecture = build(found)
+    except ModelError:  # one that can be measured but not compressed
+        return []
+    _, _, warnings = check_contents(found, architecture)
+    return [text.removeprefix("model.path: ") for text in warnings]
 
 
 def load_model(path: str, device: str) -> tuple[Any, Any]:

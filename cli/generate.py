@@ -1,5 +1,6 @@
 """`lrc generate`: the continuations of one prompt by several models."""
 
+from lrc.cli import console
 from lrc.cli.evaluate import check_model, load_model, options_in_errors
 from lrc.compressors.io.machine import Machine
 from lrc.configs.errors import RecipeError
@@ -20,7 +21,8 @@ def run(models: list[str], prompt: str, *, tokens: int, device: str) -> dict[str
     machine = Machine(device)
     with options_in_errors(), machine.current():
         for path in models:
-            check_model(path)
+            for text in check_model(path):
+                console.warn(f"{path}: {text}")
         return {path: _continuation(path, prompt, tokens, machine.chosen) for path in models}
 
 

@@ -139,7 +139,8 @@ def compress(
     missed: GateMissed | None = None
     with console.Steps(quiet=quiet).running() as steps:
         try:
-            report = run(loaded, Machine(device, overwrite=overwrite, on_step=steps))
+            machine = Machine(device, overwrite=overwrite, on_step=steps, on_warning=console.warn)
+            report = run(loaded, machine)
         except GateMissed as error:
             missed, report = error, error.report
     if as_json:
@@ -191,6 +192,7 @@ def evaluate(
         )
     from lrc.cli.evaluate import run
     from lrc.cli.quality import print_evaluation
+    from lrc.compressors.io.machine import Machine
     from lrc.configs.recipe import Evaluate, Perplexity, Tasks
 
     request = Evaluate(
@@ -200,7 +202,8 @@ def evaluate(
 
     console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
-        blocks = run(checkpoints, request, seed=seed, device=device, on_step=steps)
+        machine = Machine(device, on_step=steps, on_warning=console.warn)
+        blocks = run(checkpoints, request, machine, seed=seed)
     if as_json:
         _print_json({"checkpoints": blocks})
     else:
@@ -315,7 +318,7 @@ def _sensitivity(
     console.quiet_transformers()
     measured = None
     with console.Steps(quiet=quiet).running() as steps:
-        machine = Machine(device, on_step=steps)
+        machine = Machine(device, on_step=steps)  # warnings are printed with the plan
         if windows is None:
             plan = pipeline.measure(loaded, machine)
         else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from lrc.compressors.evaluate.perplexity import check_window
 from lrc.compressors.io.journal import RESULTS, WORK
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source, load_tokenizer, locate
-from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.models.source_check import check_contents
 from lrc.compressors.planning.compile import Compiled, StageCompiler, compile_plan
 from lrc.compressors.planning.problems import Problems
 from lrc.configs.errors import RecipeError
@@ -67,7 +67,9 @@ def prepare(
             check_window(source.config, spec.window, f"evaluate.perplexity[{number}].window")
     with _collected(problems):
         check_window(source.config, recipe.calibration.length, "calibration.length")
-    dense = build(source)
+    dense, warnings = build(source), list[str]()
+    if source.weights_local:  # reads headers only
+        source, dense, warnings = check_contents(source, dense)
     with _collected(problems):
         compiled = compile_plan(recipe, source, dense, stages)
     with _collected(problems):
@@ -75,9 +77,10 @@ def prepare(
         check_gate_names(recipe.evaluate.gates, recipe.evaluate)
     if problems:
         raise RecipeError(problems)
+    plan = replace(compiled.plan, warnings=[*warnings, *compiled.plan.warnings])
+    compiled = replace(compiled, plan=plan)
     prepared = Prepared(**vars(compiled), recipe=recipe, source=source, dense=dense)
     if source.gguf is None and source.weights_local:
-        WeightReader(source.folder, dense)  # reads headers: files are complete, tensors exist
         _ = prepared.tokenizer
     return prepared
 

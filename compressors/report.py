@@ -61,7 +61,7 @@ SCHEMA = {
     "timing.seconds.STAGE": "wall time; after an interruption, the sum over all attempts",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
-    "warnings": "what was planned although it is not recommended",
+    "warnings": "what the source holds and the result will not; what is planned but not advised",
 }
 
 

@@ -75,7 +75,9 @@ class Session:
 
 @contextmanager
 def open_session(prepared: Prepared, machine: Machine) -> Iterator[Session]:
-    """Enter the output folder of a recipe; raises as `open_journal`."""
+    """Say the warnings of a plan and enter the output folder; raises as `open_journal`."""
+    for warning in prepared.plan.warnings:
+        machine.on_warning(warning)
     output = Path(prepared.recipe.output).expanduser()
     known = identity(prepared)
     with machine.current(), open_journal(output, known, overwrite=machine.overwrite) as journal:

@@ -15,7 +15,8 @@ from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.config_tables import check_tables
 from lrc.compressors.checkpoint.format import COPY_AGAIN
 from lrc.compressors.checkpoint.writer import sha256
-from lrc.compressors.io.shards import Header, read_headers, shard_files
+from lrc.compressors.io.shards import Header, read_folder
+from lrc.compressors.models.source import why_no_tokenizer
 from lrc.configs.errors import CheckpointError
 
 
@@ -94,8 +95,8 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises nearly anything here
         raise CheckpointError(
-            f"{folder}: no tokenizer could be loaded ({type(error).__name__}); copy the checkpoint "
-            "again, with tokenizer.json"
+            f"{folder}: no tokenizer could be loaded ({why_no_tokenizer(folder, error)}); copy the "
+            "checkpoint again, with tokenizer.json"
         ) from error
 
 
@@ -163,7 +164,7 @@ def check_files(folder: Path) -> dict[str, Header]:
         If a file is truncated or a shard named by the index is missing.
     """
     try:
-        headers = read_headers(shard_files(folder))
+        headers = read_folder(folder)
     except ValueError as error:
         raise CheckpointError(f"{error}; {COPY_AGAIN}") from error
     if not headers:

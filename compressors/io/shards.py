@@ -8,15 +8,20 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CHUNK = 2**20
 
 
 @dataclass(frozen=True)
 class Header:
-    """File, shape and safetensors type (``BF16``, ``I16``) of a tensor."""
+    """File, shape and safetensors type (``BF16``, ``I16``) of a tensor, and its place there."""
 
     file: Path
     shape: list[int]
     dtype: str
+    name: str
+    offset: int
+    """Of its first byte, from the start of the file."""
+    nbytes: int
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -25,22 +30,52 @@ def shard_files(folder: Path) -> list[Path]:
     Raises
     ------
     ValueError
-        If the index cannot be read or names a missing file.
+        If the index cannot be read or names a missing file, or transformers would find no weights.
     """
     index = folder / INDEX
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
+        others = sorted(folder.glob("*.safetensors"))
+        if others:
+            raise ValueError(
+                f"{others[0]}: {folder} has neither {SINGLE} nor {INDEX}, by which transformers "
+                "finds the weights"
+            )
+        return []
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(_weight_map(index).values()))
         files = [folder / name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except TypeError as error:
         raise ValueError(f"{index}: not an index of shards ({error!r})") from error
+    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise ValueError(f"{index}: names {outside[0]!r}, which is outside its folder")
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"{missing[0]}: missing, one of {len(missing)} of {len(files)} shards")
     return files
+
+
+def read_folder(folder: Path) -> dict[str, Header]:
+    """Read the headers of all weight files of a folder; return tensor name -> header.
+
+    Raises
+    ------
+    ValueError
+        As `shard_files` and `read_headers`, or if a tensor in the index is in no file.
+    """
+    files = shard_files(folder)
+    headers = read_headers(files)
+    if files != [folder / SINGLE] and files:
+        listed = _weight_map(folder / INDEX)
+        lost = [name for name in listed if name not in headers]
+        if lost:
+            raise ValueError(
+                f"{folder / listed[lost[0]]}: lacks {lost[0]}, one of {len(lost)} of {len(listed)} "
+                "tensors of the index that no shard holds"
+            )
+    return headers
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Header]:
@@ -49,16 +84,48 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     Raises
     ------
     ValueError
-        If a file is not a complete safetensors file.
+        If a file is not a complete safetensors file, or two hold different tensors of one name.
     """
     headers: dict[str, Header] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():
-                    tensor = shard.get_slice(name)
-                    headers[name] = Header(file, list(tensor.get_shape()), tensor.get_dtype())
+            with safe_open(file, framework="pt"), file.open("rb") as raw:  # the former checks sizes
+                length = int.from_bytes(raw.read(8), "little")
+                entries = json.loads(raw.read(length))
         except (SafetensorError, OSError) as error:
             reason = str(error).strip()[:200]
             raise ValueError(f"{file}: not a whole safetensors file ({reason})") from error
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            start, end = entry["data_offsets"]
+            offset = 8 + length + start
+            found = Header(file, entry["shape"], entry["dtype"], name, offset, end - start)
+            other = headers.setdefault(name, found)
+            if not same_tensor(other, found):
+                raise ValueError(f"{file}: {name} differs from that in {other.file.name}")
     return headers
+
+
+def same_tensor(a: Header, b: Header) -> bool:
+    """Return whether two stored tensors agree bit by bit."""
+    if a is b or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return a is b
+    sizes = [min(CHUNK, a.nbytes - done) for done in range(0, a.nbytes, CHUNK)]
+    with a.file.open("rb") as one, b.file.open("rb") as other:
+        one.seek(a.offset)
+        other.seek(b.offset)
+        return all(one.read(size) == other.read(size) for size in sizes)
+
+
+def unread_files(folder: Path) -> list[str]:
+    """Return the names of the safetensors files in a folder that are not among its weights."""
+    files = shard_files(folder)
+    return sorted(file.name for file in folder.glob("*.safetensors") if file not in files)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return dict(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: not an index of shards ({error!r})") from error

@@ -1,7 +1,7 @@
 """Find and load models: a Hub id, a folder of safetensors, or a GGUF file."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 from transformers.utils.quantization_config import GgufConfig
 
 from lrc.compressors.io.fingerprint import fingerprint, fingerprints
@@ -178,9 +179,24 @@ def load_tokenizer(source: Source) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # transformers and gguf raise nearly anything
         raise ModelError(
-            f"model: no tokenizer could be loaded from {folder} ({first_line(error)}); put "
-            "tokenizer.json into the folder of the model or name its folder in model.tokenizer"
+            f"model: no tokenizer could be loaded from {folder} "
+            f"({why_no_tokenizer(folder, error)}); put tokenizer.json into the folder of the model "
+            "or name its folder in model.tokenizer"
         ) from error
+
+
+def why_no_tokenizer(folder: Path, error: Exception) -> str:
+    """Return why a tokenizer could not be loaded.
+
+    Without these packages transformers takes tokenizer.model for a file of another package.
+    """
+    sentences = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    installed = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    lacking = [name for name, there in installed.items() if not there]
+    if sentences and lacking:
+        packages = " ".join(lacking)
+        return f"reading tokenizer.model needs more packages: run `pip install {packages}`"
+    return first_line(error)
 
 
 def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str) -> Any:
@@ -189,13 +205,16 @@ def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str
     `weights` is the folder of safetensors (for GGUF, the converted one); `device` may be ``auto``,
     which spreads the model over all devices.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         weights,
+        config=deepcopy(source.config),
         dtype=dtype,
         device_map=device,
         trust_remote_code=source.spec.trust_remote_code,
         use_safetensors=True,
+        output_loading_info=True,
     )
+    model = _complete(loaded, weights)
     if dtype != source.dtype:  # parameters only, as in a checkpoint, not buffers
         with torch.no_grad():
             for parameter in model.parameters():
@@ -210,12 +229,13 @@ def convert_gguf(source: Source, folder: Path) -> None:
     is passed, because reading the file's metadata takes seconds.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             gguf_file=source.gguf,
             config=deepcopy(source.config),
             dtype=source.dtype,
             quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
     except Exception as error:  # transformers and gguf raise nearly anything
         raise ModelError(
@@ -223,4 +243,16 @@ def convert_gguf(source: Source, folder: Path) -> None:
             f"({first_line(error)}); it may be truncated, or of an architecture that "
             "transformers does not read from GGUF"
         ) from error
-    model.save_pretrained(folder)
+    _complete(loaded, source.folder / str(source.gguf)).save_pretrained(folder)
+
+
+def _complete(loaded: tuple[Any, Mapping[str, Any]], where: Path) -> Any:
+    """Return a loaded model, unless transformers has filled tensors of it with random numbers."""
+    model, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model.path: transformers finds no {missing[0]} in {where}, one of {len(missing)} "
+            "tensors; copy or download it again, or give the original model"
+        )
+    return model
