@@ -10,7 +10,7 @@ import typer
 
 from lrc.cli import console
 from lrc.configs import shipped
-from lrc.configs.errors import GateMissed, RecipeError
+from lrc.configs.errors import EvaluationIncomplete, GateMissed, RecipeError
 
 if TYPE_CHECKING:
     from lrc.configs.load import LoadedRecipe
@@ -135,11 +135,11 @@ def compress(
     from lrc.compressors.pipeline import compress as run
 
     console.quiet_transformers()
-    missed: GateMissed | None = None
+    missed: EvaluationIncomplete | GateMissed | None = None
     with console.Steps(quiet=quiet).running() as steps:
         try:
             report = run(loaded, Machine(_device(device), overwrite=overwrite, on_step=steps))
-        except GateMissed as error:
+        except (EvaluationIncomplete, GateMissed) as error:
             missed, report = error, error.report
     if as_json:
         _print_json(report)
@@ -188,7 +188,7 @@ def evaluate(
         raise RecipeError(
             "lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"
         )
-    from lrc.cli.evaluate import run
+    from lrc.cli.evaluate import raise_if_missing, run
     from lrc.cli.quality import print_evaluation
     from lrc.compressors.io.machine import Machine
     from lrc.configs.recipe import Evaluate, Perplexity, Tasks
@@ -206,6 +206,7 @@ def evaluate(
         _print_json({"checkpoints": blocks})
     else:
         print_evaluation(blocks)
+    raise_if_missing(blocks)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates
-from lrc.compressors.evaluate.scores import check_texts
+from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.planning.plan import Plan
@@ -21,7 +21,7 @@ from lrc.compressors.prepare import prepare
 from lrc.compressors.session import Session, open_session
 from lrc.compressors.stages import STAGES
 from lrc.compressors.stages.compress_weights import EXECUTED, executed_plan, predict_losses
-from lrc.configs.errors import GateMissed
+from lrc.configs.errors import EvaluationIncomplete, GateMissed
 from lrc.configs.load import LoadedRecipe
 
 
@@ -47,13 +47,16 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
         result = report.stored(prepared, session.journal)
         if result is None:
             if not session.checkpoint.is_dir():
-                check_texts(prepared.architecture.model, prepared.tokenizer, recipe.evaluate)
+                model, tokenizer = prepared.architecture.model, prepared.tokenizer
+                check_evaluation(model, tokenizer, recipe.evaluate, seed=recipe.seed)
                 _save(session, _run_stages(session), loaded)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
             evaluation = _evaluate(session)
             result = report.write(session, _executed(session), evaluation)
         sliced = [slice_folder(stage) for stage, _ in enumerate(prepared.sliced)]
         session.journal.forget("compressed", "source", *sliced)
+    if missing := missing_sentences(result["evaluation"]["missing"]):
+        raise EvaluationIncomplete(missing, result)
     missed = check_gates(recipe.evaluate.gates, result["evaluation"])
     if missed:
         raise GateMissed(missed, result)
@@ -151,6 +154,7 @@ def _evaluate(session: Session) -> dict[str, Any]:
         session.journal,
         session.clock,
         session.on_step,
+        precision={"dtype": str(models.dtype), "device": torch.device(session.device).type},
         load_tokenizer=lambda: load_tokenizer(session.checkpoint),
         load_dense=lambda: models.load_dense(models.dtype),
         load_compressed=lambda: load_checkpoint(

@@ -52,6 +52,7 @@ SCHEMA = {
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
     "evaluation.tasks.NAME.METRIC": "dense, compressed, stderr, recovery in percent of dense",
+    "evaluation.missing[].{model,metric,reason}": "what could not be measured; exit code 1",
     "evaluation.baselines[].{name,how}": "the same matrices compressed without calibration",
     "evaluation.baselines[].{bytes,kept}": "tensors of the whole model; as size.targeted.kept",
     "evaluation.baselines[].perplexity.NAME": "measured in this run; null if not finite",
@@ -109,6 +110,7 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         requested = prepared.recipe.model_dump(mode="json")
         known = (report["schema_version"], report["recipe"]) == (SCHEMA_VERSION, requested)
+        known = known and not report["evaluation"]["missing"]
     except (ValueError, TypeError, KeyError):  # edited: written again
         return None
     return report if known else None
