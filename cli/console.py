@@ -91,6 +91,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    say(f"warning: {text}")
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep other libraries from printing and warning; enter before they are imported."""

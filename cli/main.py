@@ -138,7 +138,8 @@ def compress(
     missed: EvaluationIncomplete | GateMissed | None = None
     with console.Steps(quiet=quiet).running() as steps:
         try:
-            report = run(loaded, Machine(_device(device), overwrite=overwrite, on_step=steps))
+            machine = Machine(_device(device), overwrite, on_step=steps, on_warning=console.warn)
+            report = run(loaded, machine)
         except (EvaluationIncomplete, GateMissed) as error:
             missed, report = error, error.report
     if as_json:

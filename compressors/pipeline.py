@@ -1,5 +1,6 @@
 """Run a recipe from start to end, one call per phase."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
 from lrc.compressors.checkpoint.writer import new_folder
 from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
+from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
-from lrc.compressors.io.machine import Machine
+from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import prepare
@@ -49,6 +51,7 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
             if not session.checkpoint.is_dir():
                 model, tokenizer = prepared.architecture.model, prepared.tokenizer
                 check_evaluation(model, tokenizer, recipe.evaluate, seed=recipe.seed)
+                _check_source(session)
                 _save(session, _run_stages(session), loaded)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
             evaluation = _evaluate(session)
@@ -107,6 +110,19 @@ def profile(
             device=session.device,
             on_step=session.on_step,
         )
+
+
+def _check_source(session: Session) -> None:
+    """Warn of a dense model that is no better than chance, if that is found quickly."""
+    prepared, models = session.prepared, session.models
+    evaluate = prepared.recipe.evaluate
+    n_bytes = prepared.plan.dense_parameters * models.dtype.itemsize
+    if not (evaluate.dense and evaluate.perplexity and is_quick(n_bytes, session.device)):
+        return
+    load, spec = partial(models.load_dense, models.dtype), evaluate.perplexity[0]
+    for warning in check_source_model(load, prepared.tokenizer, spec):
+        session.machine.on_warning(warning)
+    release_memory()
 
 
 def _run_stages(session: Session) -> Plan:

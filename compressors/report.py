@@ -20,6 +20,7 @@ from lrc.compressors.calibrate.calibration_windows import provenance
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.reader import is_plain
 from lrc.compressors.evaluate.baselines import Targets, plan_baseline
+from lrc.compressors.evaluate.broken_source import near_uniform
 from lrc.compressors.io.journal import Journal, write_text
 from lrc.compressors.io.versions import versions
 from lrc.compressors.planning.plan import Plan
@@ -60,7 +61,7 @@ SCHEMA = {
     "timing.seconds.STAGE": "wall time, summed over the runs of an interrupted one",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
-    "warnings": "what was planned although it is not recommended",
+    "warnings": "what is not recommended, and signs that the source model is broken",
 }
 
 
@@ -90,7 +91,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "timing": {"seconds": {k: round(s, 2) for k, s in session.clock.seconds.items()}},
         "memory": _memory(session.device),
         "environment": _environment(session.device),
-        "warnings": plan.warnings,
+        "warnings": plan.warnings + _source_warnings(prepared, evaluation),
     }
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     card = model_card(report, plan, plain=is_plain(checkpoint))
@@ -144,6 +145,12 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
         plain=plain,
         integers="dense" in types,
     )
+
+
+def _source_warnings(prepared: Prepared, evaluation: dict[str, Any]) -> list[str]:
+    """Return warnings of a dense model that is no better than chance."""
+    dense = {name: entry["dense"] for name, entry in evaluation["perplexity"].items()}
+    return near_uniform(dense, prepared.source.config.get_text_config().vocab_size)
 
 
 def _reads_text(plan: Plan) -> bool:

@@ -22,16 +22,22 @@ def no_progress(stage: str, done: int, total: int) -> None:
     """Ignore progress."""
 
 
+def no_warning(text: str) -> None:
+    """Ignore a warning."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """How to run, as opposed to what: the same recipe gives the same result elsewhere.
 
-    `device` is a torch device or ``auto``; `on_step` may raise `Stopped`.
+    `device` is a torch device or ``auto``; `on_step` may raise `Stopped`; `on_warning` is called
+    with every warning of the plan before work starts.
     """
 
     device: str = "auto"
     overwrite: bool = False
     on_step: OnStep = no_progress
+    on_warning: Callable[[str], None] = no_warning
 
     @property
     def chosen(self) -> str:
