@@ -16,6 +16,7 @@ from lrc.compressors.checkpoint.config_tables import check_tables
 from lrc.compressors.checkpoint.format import COPY_AGAIN
 from lrc.compressors.checkpoint.writer import sha256
 from lrc.compressors.io.shards import Header, read_headers, shard_files
+from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import CheckpointError
 
 
@@ -94,8 +95,8 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises nearly anything here
         raise CheckpointError(
-            f"{folder}: no tokenizer could be loaded ({type(error).__name__}); copy the checkpoint "
-            "again, with tokenizer.json"
+            f"{folder}: no tokenizer could be loaded ({why_no_tokenizer(folder, error)}); copy the "
+            "checkpoint again, with tokenizer.json"
         ) from error
 
 

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from lrc.compressors.io.shards import shard_files
 from lrc.compressors.models.configuration import first_line, read_config, read_gguf_config
+from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.recipe import Model
 
@@ -170,8 +171,10 @@ def load_tokenizer(source: Source) -> Any:
             return AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # transformers and gguf raise nearly anything
+        in_gguf = source.gguf and not spec.tokenizer
+        reason = first_line(error) if in_gguf else why_no_tokenizer(folder, error)
         raise ModelError(
-            f"model: no tokenizer could be loaded from {folder} ({first_line(error)}); put "
+            f"model: no tokenizer could be loaded from {folder} ({reason}); put "
             "tokenizer.json into the folder of the model or name its folder in model.tokenizer"
         ) from error
 
