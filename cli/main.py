@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrc.cli import console
+from lrc.cli import console, streams
 from lrc.configs import shipped
 from lrc.configs.errors import EvaluationIncomplete, GateMissed, RecipeError
 
@@ -354,6 +354,7 @@ def _print_json(value: Any) -> None:
 
 def main() -> None:
     """Run the command line and exit with its exit code."""
+    streams.keep_writable()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from the first moment
     command = typer.main.get_command(app)
     try:
