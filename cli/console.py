@@ -51,6 +51,11 @@ class Steps:
             self._printed = now
             say(f"{stage}: {done} of {total}")
 
+    def warn(self, text: str) -> None:
+        """Print a warning, unless quiet: it is in the report too."""
+        if not self._quiet:
+            say(f"warning: {text}")
+
     @contextmanager
     def running(self) -> Iterator["Steps"]:
         """Show progress and catch SIGINT and SIGTERM inside the context."""
@@ -89,11 +94,6 @@ class Steps:
 def say(text: str) -> None:
     """Print a line to stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def warn(text: str) -> None:
-    """Print a warning to stderr."""
-    say(f"warning: {text}")
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def compress(
     missed: EvaluationIncomplete | GateMissed | None = None
     with console.Steps(quiet=quiet).running() as steps:
         try:
-            machine = Machine(_device(device), overwrite, on_step=steps, on_warning=console.warn)
+            machine = Machine(_device(device), overwrite, on_step=steps, on_warning=steps.warn)
             report = run(loaded, machine)
         except (EvaluationIncomplete, GateMissed) as error:
             missed, report = error, error.report
