@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.windows import evaluation_windows
 from lrc.compressors.evaluate.perplexity import perplexity
+from lrc.compressors.models.weights import not_finite
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Perplexity
 
@@ -27,13 +28,16 @@ def check_source_model(
     Raises
     ------
     ModelError
-        If its logits are not finite.
+        If its weights or logits are not finite.
     """
     first = evaluation_windows(spec.model_copy(update={"windows": 1}), tokenizer)
     model = load()
     try:
         found = perplexity(model, replace(first, tokens=first.tokens[:1])).perplexity
     except ModelError as error:
+        for name, weight in model.named_parameters():
+            if not bool(torch.isfinite(weight).all()):
+                raise not_finite(name, weight.dtype) from error
         raise ModelError(
             f"the source model is broken: on the first window of {spec.name}, {error}; check the"
             " files of the model, and model.dtype: float16 overflows where bfloat16 does not",

@@ -43,7 +43,7 @@ def test_a_model_that_guesses_is_named(lrc, damage, recipe, tmp_path):
     assert [warning.split(":")[0] for warning in warnings] == ["near-uniform-model"]
 
 
-def test_a_model_without_finite_logits_is_refused(lrc, damage, recipe, tmp_path):
+def test_a_model_without_finite_weights_is_refused(lrc, damage, recipe, tmp_path):
     ended = lrc("compress", recipe(damage(float("inf"))))
-    ended.refuses(1, "not finite", code="broken-source", where="model.path")
+    ended.refuses(1, "lm_head.weight", code="invalid-model", where="model.path")
     assert not (tmp_path / "run/checkpoint").exists()

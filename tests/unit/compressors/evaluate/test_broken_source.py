@@ -19,9 +19,16 @@ def test_a_model_that_guesses_gets_a_warning(tiny_llama, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_an_error(tiny_llama, tiny_tokenizer, value):
+def test_weights_that_are_not_finite_are_named(tiny_llama, tiny_tokenizer, value):
     model = tiny_llama()
     model.lm_head.weight.data[7].fill_(value)
+    with pytest.raises(ModelError, match=r"model\.path: lm_head\.weight holds NaN or Inf"):
+        check_source_model(lambda: model, tiny_tokenizer, SPEC)
+
+
+def test_logits_that_overflow_are_an_error(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    model.lm_head.weight.data.fill_(torch.finfo(torch.float32).max)
     with pytest.raises(ModelError) as caught:
         check_source_model(lambda: model, tiny_tokenizer, SPEC)
     assert caught.value.code == "broken-source"
