@@ -18,13 +18,18 @@ from lrc.compressors.checkpoint.reader import (
 )
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.harness import check_tasks
-from lrc.compressors.evaluate.scores import evaluate_model
+from lrc.compressors.evaluate.scores import (
+    check_evaluation,
+    evaluate_model,
+    list_missing,
+    missing_sentences,
+)
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.models import source as models
 from lrc.compressors.models.architecture import build
 from lrc.compressors.models.configuration import refuse_adapter
 from lrc.compressors.models.source_check import check_contents
-from lrc.configs.errors import DataError, ModelError, RecipeError
+from lrc.configs.errors import DataError, EvaluationIncomplete, ModelError, RecipeError
 from lrc.configs.recipe import Evaluate, Model
 
 OPTIONS = {
@@ -56,11 +61,18 @@ def run(
         scores = {}
         for checkpoint in checkpoints:
             model, tokenizer = load_model(checkpoint, machine.chosen)
+            check_evaluation(model, tokenizer, request, seed=seed)
             step = partial(labelled, checkpoint)
             scores[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
             scores[checkpoint]["warnings"] = warnings[checkpoint]
             del model
     return scores
+
+
+def raise_if_missing(blocks: dict[str, Any]) -> None:
+    """Raise `EvaluationIncomplete` if something could not be measured."""
+    if missing := list_missing(blocks):
+        raise EvaluationIncomplete(missing_sentences(missing), blocks)
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrc.cli import console
+from lrc.cli import console, streams
 from lrc.configs import shipped
-from lrc.configs.errors import GateMissed, RecipeError
+from lrc.configs.errors import EvaluationIncomplete, GateMissed, RecipeError
 
 if TYPE_CHECKING:
     from lrc.configs.load import LoadedRecipe
@@ -136,12 +136,12 @@ def compress(
     from lrc.compressors.pipeline import compress as run
 
     console.quiet_transformers()
-    missed: GateMissed | None = None
+    missed: EvaluationIncomplete | GateMissed | None = None
     with console.Steps(quiet=quiet).running() as steps:
         try:
-            machine = Machine(device, overwrite=overwrite, on_step=steps, on_warning=console.warn)
+            machine = Machine(device, overwrite=overwrite, on_step=steps, on_warning=steps.warn)
             report = run(loaded, machine)
-        except GateMissed as error:
+        except (EvaluationIncomplete, GateMissed) as error:
             missed, report = error, error.report
     if as_json:
         _print_json(report)
@@ -190,7 +190,7 @@ def evaluate(
         raise RecipeError(
             "lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"
         )
-    from lrc.cli.evaluate import run
+    from lrc.cli.evaluate import raise_if_missing, run
     from lrc.cli.quality import print_evaluation
     from lrc.compressors.io.machine import Machine
     from lrc.configs.recipe import Evaluate, Perplexity, Tasks
@@ -202,12 +202,13 @@ def evaluate(
 
     console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
-        machine = Machine(device, on_step=steps, on_warning=console.warn)
+        machine = Machine(device, on_step=steps, on_warning=steps.warn)
         blocks = run(checkpoints, request, machine, seed=seed)
     if as_json:
         _print_json({"checkpoints": blocks})
     else:
         print_evaluation(blocks)
+    raise_if_missing(blocks)
 
 
 @app.command()
@@ -337,6 +338,7 @@ def _print_json(value: Any) -> None:
 
 def main() -> None:
     """Run the command line and exit with its exit code."""
+    streams.keep_writable()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from the first moment
     command = typer.main.get_command(app)
     try:

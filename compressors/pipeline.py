@@ -1,5 +1,6 @@
 """Run a recipe from start to end, one call per phase."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,18 +11,19 @@ from lrc.compressors.checkpoint.assemble import write_checkpoint
 from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer, missing_files
 from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
+from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates
-from lrc.compressors.evaluate.scores import check_texts
+from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
 from lrc.compressors.io.files import new_folder
-from lrc.compressors.io.machine import Machine
+from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import prepare
 from lrc.compressors.session import Session, open_session
 from lrc.compressors.stages import STAGES
 from lrc.compressors.stages.compress_weights import EXECUTED, executed_plan, predict_losses
-from lrc.configs.errors import CheckpointError, GateMissed, OutputError
+from lrc.configs.errors import CheckpointError, EvaluationIncomplete, GateMissed, OutputError
 from lrc.configs.load import LoadedRecipe
 
 
@@ -48,13 +50,17 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
         result = report.stored(prepared, session.journal) if written else None
         if result is None:
             if not written:
-                check_texts(prepared.architecture.model, prepared.tokenizer, recipe.evaluate)
+                model, tokenizer = prepared.architecture.model, prepared.tokenizer
+                check_evaluation(model, tokenizer, recipe.evaluate, seed=recipe.seed)
+                _check_source(session)
                 _save(session, _run_stages(session), loaded)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
             evaluation = _evaluate(session)
             result = report.write(session, _executed(session), evaluation)
         sliced = [slice_folder(stage) for stage, _ in enumerate(prepared.sliced)]
         session.journal.forget("compressed", "source", *sliced)
+    if missing := missing_sentences(result["evaluation"]["missing"]):
+        raise EvaluationIncomplete(missing, result)
     missed = check_gates(recipe.evaluate.gates, result["evaluation"])
     if missed:
         raise GateMissed(missed, result)
@@ -105,6 +111,19 @@ def profile(
             device=session.device,
             on_step=session.on_step,
         )
+
+
+def _check_source(session: Session) -> None:
+    """Warn of a dense model that is no better than chance, if that is found quickly."""
+    prepared, models = session.prepared, session.models
+    evaluate = prepared.recipe.evaluate
+    n_bytes = prepared.plan.dense_parameters * models.dtype.itemsize
+    if not (evaluate.dense and evaluate.perplexity and is_quick(n_bytes, session.device)):
+        return
+    load, spec = partial(models.load_dense, models.dtype), evaluate.perplexity[0]
+    for warning in check_source_model(load, prepared.tokenizer, spec):
+        session.machine.on_warning(warning)
+    release_memory()
 
 
 def _run_stages(session: Session) -> Plan:
@@ -169,6 +188,7 @@ def _evaluate(session: Session) -> dict[str, Any]:
         session.journal,
         session.clock,
         session.on_step,
+        precision={"dtype": str(models.dtype), "device": torch.device(session.device).type},
         load_tokenizer=lambda: load_tokenizer(session.checkpoint),
         load_dense=lambda: models.load_dense(models.dtype),
         load_compressed=lambda: load_checkpoint(

@@ -20,6 +20,7 @@ from lrc.compressors.calibrate.calibration_windows import provenance
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.reader import is_plain
 from lrc.compressors.evaluate.baselines import Targets, plan_baseline
+from lrc.compressors.evaluate.broken_source import near_uniform
 from lrc.compressors.evaluate.evaluator import is_current
 from lrc.compressors.io.files import write_text
 from lrc.compressors.io.journal import Journal
@@ -54,6 +55,7 @@ SCHEMA = {
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
     "evaluation.tasks.NAME.METRIC": "dense, compressed, stderr, recovery in percent of dense",
+    "evaluation.missing[].{model,metric,reason}": "what could not be measured; exit code 1",
     "evaluation.baselines[].{name,how}": "the same matrices compressed without calibration",
     "evaluation.baselines[].{bytes,kept}": "of all tensors of the model; as size.targeted.kept",
     "evaluation.baselines[].perplexity.NAME": "measured in this run; null if not finite",
@@ -61,7 +63,7 @@ SCHEMA = {
     "timing.seconds.STAGE": "wall time; after an interruption, the sum over all attempts",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
-    "warnings": "what the source holds and the result will not; what is planned but not advised",
+    "warnings": "what of the source is left out, what is not advised, signs of a broken source",
 }
 
 
@@ -91,7 +93,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "timing": {"seconds": {k: round(s, 2) for k, s in session.clock.seconds.items()}},
         "memory": _memory(session.device),
         "environment": _environment(session.device),
-        "warnings": plan.warnings,
+        "warnings": plan.warnings + _source_warnings(prepared, evaluation),
     }
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     card = model_card(report, plan, plain=is_plain(checkpoint))
@@ -111,6 +113,7 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         requested = prepared.recipe.model_dump(mode="json")
         known = (report["schema_version"], report["recipe"]) == (SCHEMA_VERSION, requested)
+        known = known and not report["evaluation"]["missing"]
     except (ValueError, TypeError, KeyError):  # edited: written again
         return None
     return report if known and is_current(journal, prepared.recipe.evaluate) else None
@@ -144,6 +147,12 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
         plain=plain,
         integers="dense" in types,
     )
+
+
+def _source_warnings(prepared: Prepared, evaluation: dict[str, Any]) -> list[str]:
+    """Return warnings of a dense model that is no better than chance."""
+    dense = {name: entry["dense"] for name, entry in evaluation["perplexity"].items()}
+    return near_uniform(dense, prepared.source.config.get_text_config().vocab_size)
 
 
 def _reads_text(plan: Plan) -> bool:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -53,7 +54,7 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(read_documents("python-docs", part="calibration")[:20], trainer)
+    bpe.train_from_iterator(islice(read_documents("python-docs", part="calibration"), 20), trainer)
     plain = bpe.to_str()
 
     def make(*, bos: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerFast:

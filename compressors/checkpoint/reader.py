@@ -16,7 +16,7 @@ from lrc.compressors.checkpoint.config_tables import check_tables
 from lrc.compressors.checkpoint.format import COPY_AGAIN
 from lrc.compressors.checkpoint.writer import sha256
 from lrc.compressors.io.shards import Header, read_folder
-from lrc.compressors.models.source import why_no_tokenizer
+from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import CheckpointError
 
 

@@ -182,7 +182,8 @@ def record(
     been measured on the same texts.
     """
     for name, entry in scores.items():
-        check_same(f"perplexity.{name}", entry, perplexity[name], what=baseline.name)
+        if name in perplexity:
+            check_same(f"perplexity.{name}", entry, perplexity[name], what=baseline.name)
     return {
         "name": baseline.name,
         "how": baseline.how,

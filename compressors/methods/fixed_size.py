@@ -106,7 +106,8 @@ class DictionaryLearning(FixedSizeMethod):
         error = float(metric.energy(W.double() - found.weight()))
         total = float(metric.energy(W.double()))
         parts = ({"D": found.D, "S": found.S, "mask": found.mask},)
-        return FixedSizeResult(parts, error, error / total if total > 0 else 0.0, found.fallback)
+        loss = min(1.0, error / total) if total > 0 else 0.0
+        return FixedSizeResult(parts, error, loss, found.fallback)
 
     def squared_errors(
         self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any

@@ -12,12 +12,12 @@ import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 from transformers.utils.quantization_config import GgufConfig
 
 from lrc.compressors.io.fingerprint import fingerprint, fingerprints
 from lrc.compressors.io.shards import shard_files
 from lrc.compressors.models.configuration import first_line, read_config, read_gguf_config
+from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.recipe import Model
 
@@ -178,25 +178,12 @@ def load_tokenizer(source: Source) -> Any:
             return AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # transformers and gguf raise nearly anything
+        in_gguf = source.gguf and not spec.tokenizer
+        reason = first_line(error) if in_gguf else why_no_tokenizer(folder, error)
         raise ModelError(
-            f"model: no tokenizer could be loaded from {folder} "
-            f"({why_no_tokenizer(folder, error)}); put tokenizer.json into the folder of the model "
-            "or name its folder in model.tokenizer"
+            f"model: no tokenizer could be loaded from {folder} ({reason}); put "
+            "tokenizer.json into the folder of the model or name its folder in model.tokenizer"
         ) from error
-
-
-def why_no_tokenizer(folder: Path, error: Exception) -> str:
-    """Return why a tokenizer could not be loaded.
-
-    Without these packages transformers takes tokenizer.model for a file of another package.
-    """
-    sentences = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-    installed = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
-    lacking = [name for name, there in installed.items() if not there]
-    if sentences and lacking:
-        packages = " ".join(lacking)
-        return f"reading tokenizer.model needs more packages: run `pip install {packages}`"
-    return first_line(error)
 
 
 def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str) -> Any:

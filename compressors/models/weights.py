@@ -12,6 +12,14 @@ from lrc.compressors.models.contents import read_contents
 from lrc.configs.errors import ModelError
 
 
+def not_finite(name: str, dtype: torch.dtype) -> ModelError:
+    """Return the error for a weight of the source with entries that are not finite."""
+    return ModelError(
+        f"model.path: {name} holds NaN or Inf; the source is damaged (or overflows {dtype}): copy "
+        "or download it again, or try another model.dtype"
+    )
+
+
 class WeightReader:
     """Reads the tensors of a model by their names in the module tree.
 
@@ -59,11 +67,7 @@ class WeightReader:
                 "back unchanged and run the same command again, it continues"
             ) from error
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(
-                f"model.path: {name} holds NaN or Inf; the source is damaged (or overflows "
-                f"{self._parameters[name].dtype}): copy or download it again, or try another "
-                "model.dtype"
-            )
+            raise not_finite(name, self._parameters[name].dtype)
         return tensor
 
     def fill_(

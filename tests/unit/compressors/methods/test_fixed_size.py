@@ -135,3 +135,27 @@ def test_missing_statistics_and_unknown_options_are_rejected(name: str) -> None:
     if method.statistics:
         with pytest.raises(ValueError, match=f"lack {sorted(method.statistics)[0]}"):
             method.solve(W, Statistics(), sizes, **options)
+
+
+def rank_one(shape: tuple[int, int], seed: int) -> Statistics:
+    """Moments of one direction, summed in float32 as those of a run are."""
+    moments = []
+    for d, number in zip(reversed(shape), (1, 2), strict=True):
+        X = normal(300, 1, seed=seed + number) @ normal(1, d, seed=seed + number + 10)
+        moments.append(Moment.of(X.float().T @ X.float()))
+    return Statistics(300, inputs=moments[0], gradients=moments[1])
+
+
+@pytest.mark.parametrize("damp", [0.0, 1e-6])
+@pytest.mark.parametrize("name", FIXED_SIZE)
+def test_no_predicted_loss_is_negative_with_inputs_of_rank_one(name: str, damp: float) -> None:
+    method, shape = FIXED_SIZE[name], (24, 24)
+    sizes = sizes_of(method, shape)
+    options = options_of(name) | ({"damp": damp} if "damp" in method.options else {})
+    for seed in range(0, 60, 20):
+        W, statistics = normal(*shape, seed=seed), rank_one(shape, seed)
+        found = method.solve(W, statistics, sizes, **options)
+        assert found.squared_error >= 0
+        assert 0 <= found.loss <= 1
+        curve, total = method.squared_errors(W, statistics, [sizes], **options)
+        assert min(*curve, total) >= 0
