@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 
-from lrc.compressors.checkpoint.reader import (
-    check_files,
-    load_checkpoint,
-    load_tokenizer,
-    read_config,
-)
+from lrc.compressors.checkpoint.reader import check_checkpoint, load_checkpoint, load_tokenizer
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.scores import evaluate_model
@@ -82,8 +77,7 @@ def options_in_errors() -> Iterator[None]:
 def check_model(path: str) -> None:
     """Refuse a folder, Hub id or GGUF file that cannot be loaded."""
     if Path(path).is_dir():
-        read_config(Path(path))
-        check_files(Path(path))
+        check_checkpoint(Path(path))
     else:
         models.locate(Model(path=path))
 

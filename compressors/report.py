@@ -18,9 +18,10 @@ from jinja2 import Environment, StrictUndefined
 
 from lrc.compressors.calibrate.calibration_windows import provenance
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.reader import is_plain
+from lrc.compressors.checkpoint.manifest import read_manifest
 from lrc.compressors.evaluate.baselines import Targets, plan_baseline
 from lrc.compressors.io.journal import Journal, write_text
+from lrc.compressors.io.json_text import CHECKSUM, checksum
 from lrc.compressors.io.versions import versions
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.summary import summarize
@@ -60,6 +61,7 @@ SCHEMA = {
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
     "warnings": "what was planned although it is not recommended",
+    "sha256": "of the other keys, as JSON with sorted keys and without spaces",
 }
 
 
@@ -91,8 +93,11 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "environment": _environment(session.device),
         "warnings": plan.warnings,
     }
+    report[CHECKSUM] = checksum(report)
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    card = model_card(report, plan, plain=is_plain(checkpoint))
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    card = model_card(report, plan, plain=manifest.plain)
     write_text(checkpoint / layout.REPORT, text)
     for folder in (checkpoint, session.journal.output):
         write_text(folder / "README.md", card)
@@ -108,7 +113,8 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         requested = prepared.recipe.model_dump(mode="json")
-        known = (report["schema_version"], report["recipe"]) == (SCHEMA_VERSION, requested)
+        found = (report["schema_version"], report["recipe"], report[CHECKSUM])
+        known = found == (SCHEMA_VERSION, requested, checksum(report))
     except (ValueError, TypeError, KeyError):  # edited: written again
         return None
     return report if known else None
