@@ -71,6 +71,11 @@ class LrcQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> Any:
+        if not checkpoint_files:
+            raise CheckpointError(
+                "transformers did not say which files it loads, so that they cannot be checked; "
+                "load the folder of a checkpoint, with a version of transformers that lrc supports"
+            )
         modules = layout.parse_modules(self.quantization_config.modules, BLOCK)
         tables = tables_of(model.config)
         shapes, biases = tables.get(SHAPES, {}), tables.get(BIASES, [])
@@ -85,11 +90,6 @@ class LrcQuantizer(HfQuantizer):
         with _matching(BLOCK):
             shortcuts = place_norms_(model, tables.get(NORMS, {}))
         expected |= {name: TensorSpec(shape) for name, shape in shortcuts.items()}
-        if not checkpoint_files:
-            raise CheckpointError(
-                "transformers did not say which files it loads, so that they cannot be checked; "
-                "load the folder of a checkpoint, with a version of transformers that lrc supports"
-            )
         check_headers(expected, checkpoint_files, floating=_floating(model))
         # Files are compared with their hashes while transformers loads them.
         manifest = read_manifest(Path(checkpoint_files[0]).parent)
@@ -97,10 +97,10 @@ class LrcQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        check_values(model)
         if self._wait_for_hashes is not None:
             self._wait_for_hashes()
             self._wait_for_hashes = None  # a model is copied and pickled with its quantizer
+        check_values(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
