@@ -6,7 +6,7 @@ compares the safetensors headers with the expected tensors, because transformers
 missing tensors and leaves them uninitialized. After loading it checks masks, indices and scales.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class LrcQuantizer(HfQuantizer):
         with _matching(BLOCK):
             shortcuts = place_norms_(model, tables.get(NORMS, {}))
         expected |= {name: TensorSpec(shape) for name, shape in shortcuts.items()}
-        check_headers(expected, checkpoint_files, floating=_floating(model))
+        check_headers(expected, checkpoint_files, model)
         # Files are compared with their hashes while transformers loads them.
         manifest = read_manifest(Path(checkpoint_files[0]).parent)
         self._wait_for_hashes = manifest.start_check() if manifest else None
@@ -206,17 +206,11 @@ def check_values(model: nn.Module) -> None:
         )
 
 
-def check_headers(
-    expected: TensorSpecs, files: list[str], *, floating: Collection[str] = ()
-) -> None:
+def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) -> None:
     """Compare the tensors that a checkpoint must have with the headers of its files.
 
-    Parameters
-    ----------
-    expected : TensorSpecs
-    files : list of str
-    floating : collection of str
-        Names of other tensors that must have a floating-point type if the files contain them.
+    With `model`, its other weights must be there too, as floating-point numbers: transformers would
+    initialize missing ones, and convert integers.
 
     Raises
     ------
@@ -227,12 +221,9 @@ def check_headers(
         found = read_headers(map(Path, files))
     except ValueError as error:
         raise CheckpointError(f"{error}; {layout.COPY_AGAIN}") from error
+    if model is not None:
+        expected = _other_weights(model) | expected
     wrong = layout.mismatches(expected, found)
-    wrong += [
-        f"{name}: expected floating-point numbers, found {found[name].dtype}"
-        for name in floating
-        if name in found and name not in expected and not found[name].is_number
-    ]
     if wrong:
         raise CheckpointError(
             f"the weights do not match config.json: {_first(wrong)}; {layout.COPY_AGAIN}",
@@ -240,8 +231,19 @@ def check_headers(
         )
 
 
-def _floating(model: nn.Module) -> list[str]:
-    return [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
+def _other_weights(model: Any) -> TensorSpecs:
+    """Return the floating-point tensors of the decoder and the output head, without tied ones."""
+    prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    heads = tuple(f"{name}." for name, module in model.named_modules() if module is head)
+    if model.base_model is model:  # names have no prefix
+        prefix = ""
+    return {
+        name: TensorSpec(list(tensor.shape))
+        for name, tensor in model.state_dict().items()
+        if name.startswith((prefix, *heads))
+        and name not in model.all_tied_weights_keys
+        and tensor.is_floating_point()
+    }
 
 
 def _first(problems: list[str]) -> str:

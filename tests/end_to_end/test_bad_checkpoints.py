@@ -92,14 +92,14 @@ def replace_text(name: str, old: str, new: str) -> Callable[[Path], None]:
 
 
 def index_names(*names: str) -> Callable[[Path], None]:
-    """Replace the weights by an index that lists these files, which are copies where possible."""
+    """Replace the weights by an index that lists these files, which are different copies."""
 
     def rewrite(checkpoint: Path) -> None:
         content = (checkpoint / "model.safetensors").read_bytes()
         (checkpoint / "model.safetensors").unlink()
-        for name in names:
+        for number, name in enumerate(names):
             if name and "/" not in name:
-                (checkpoint / name).write_bytes(content)
+                (checkpoint / name).write_bytes(content[:-1] + bytes([content[-1] ^ number]))
         index = {"metadata": {}, "weight_map": {str(i): name for i, name in enumerate(names)}}
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -225,7 +225,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
     "a tensor twice": (
         index_names("model-1.safetensors", "model-2.safetensors"),
         "invalid-checkpoint",
-        ("model-2.safetensors", "is also in model-1.safetensors"),
+        ("model-2.safetensors: ", "model-1.safetensors"),
     ),
     "no tensors": (
         index_names(),
@@ -246,7 +246,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(lrc, checkpoint: Path, case: st
 def test_a_missing_tensor_is_not_replaced_by_random_numbers(lrc, checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / "lrc")  # the hashes
     rename_tensor("model.norm.weight", None)(checkpoint)
-    lrc("eval", checkpoint, *EVAL).refuses(1, str(checkpoint), "lack model.norm.weight", "again")
+    words = (str(checkpoint), "model.norm.weight: expected [32], found nothing", "again")
+    lrc("eval", checkpoint, *EVAL).refuses(1, *words, code="tensor-mismatch")
+    rename_tensor("lm_head.weight", None)(checkpoint)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: expected"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
 def test_no_tokenizer(lrc, checkpoint: Path) -> None:
