@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.manifest import Manifest, read_object
+from lrc.compressors.checkpoint.manifest import CHECKSUM, Manifest, read_object, report_checksum
 from lrc.compressors.checkpoint.reader import is_ours, read_config, read_contents
-from lrc.compressors.io.json_text import CHECKSUM, checksum
 from lrc.compressors.layers.model_shapes import SHAPES
 from lrc.configs.errors import CheckpointError, RecipeError
 
@@ -75,8 +74,10 @@ def _read_records(
     if verify:
         manifest.check_names(loaded_only=False)
     record = read_object(report) if report.is_file() else {}
-    if record and record.get(CHECKSUM) != checksum(record):
+    if report.is_file() and record.get(CHECKSUM) != report_checksum(folder, record):
         raise CheckpointError(
-            f"{report}: has changed since it was written; {layout.COPY_AGAIN}", code="changed-file"
+            f"{report}: has changed since it was written, or belongs to another checkpoint; "
+            f"{layout.COPY_AGAIN}",
+            code="changed-file",
         )
     return read_object(plan), record

@@ -18,10 +18,9 @@ from jinja2 import Environment, StrictUndefined
 
 from lrc.compressors.calibrate.calibration_windows import provenance
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.manifest import read_manifest
+from lrc.compressors.checkpoint.manifest import CHECKSUM, read_manifest, report_checksum
 from lrc.compressors.evaluate.baselines import Targets, plan_baseline
 from lrc.compressors.io.journal import Journal, write_text
-from lrc.compressors.io.json_text import CHECKSUM, checksum
 from lrc.compressors.io.versions import versions
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.summary import summarize
@@ -61,7 +60,7 @@ SCHEMA = {
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
     "warnings": "what was planned although it is not recommended",
-    "sha256": "of the other keys, as JSON with sorted keys and without spaces",
+    "sha256": "of lrc/manifest.json and the other keys, sorted and without spaces",
 }
 
 
@@ -93,7 +92,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "environment": _environment(session.device),
         "warnings": plan.warnings,
     }
-    report[CHECKSUM] = checksum(report)
+    report[CHECKSUM] = report_checksum(checkpoint, report)
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     manifest = read_manifest(checkpoint)
     assert manifest is not None
@@ -114,8 +113,9 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         requested = prepared.recipe.model_dump(mode="json")
         found = (report["schema_version"], report["recipe"], report[CHECKSUM])
-        known = found == (SCHEMA_VERSION, requested, checksum(report))
-    except (ValueError, TypeError, KeyError):  # edited: written again
+        checksum = report_checksum(journal.output / "checkpoint", report)
+        known = found == (SCHEMA_VERSION, requested, checksum)
+    except (OSError, ValueError, TypeError, KeyError):  # edited: written again
         return None
     return report if known else None
 

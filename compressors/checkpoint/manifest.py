@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,8 @@ from lrc.compressors.io.json_text import parse_json
 from lrc.compressors.io.shards import listed_file
 from lrc.configs.errors import CheckpointError
 
+CHECKSUM = "sha256"
+"""Key of the report that contains its own checksum."""
 LATER = (layout.REPORT, "README.md")
 """Not listed: the report, which is written later and contains its own hash, and the model card."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -175,6 +177,16 @@ def write_manifest(folder: Path, *, plain: bool) -> None:
     record = {"format_version": layout.FORMAT_VERSION, "plain": plain, "sha256": hashes}
     text = json.dumps(record, indent=1) + "\n"
     (folder / layout.MANIFEST).write_text(text, encoding="utf-8")
+
+
+def report_checksum(folder: Path, report: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the manifest of a checkpoint and of its report, without `CHECKSUM`.
+
+    It ties the report to the checkpoint, which is complete before the report can be written.
+    """
+    rest = {key: value for key, value in report.items() if key != CHECKSUM}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256((folder / layout.MANIFEST).read_bytes() + text.encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

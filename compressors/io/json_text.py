@@ -1,13 +1,8 @@
-"""JSON files whose damage is noticed: strict parsing, and checksums within a record."""
+"""Parse JSON without accepting what is not JSON, or is ambiguous."""
 
-import hashlib
 import json
-from collections.abc import Mapping
 from math import isfinite
 from typing import Any
-
-CHECKSUM = "sha256"
-"""Key of a record that contains the checksum of its other keys."""
 
 
 def parse_json(text: str, *, finite: bool = True) -> Any:
@@ -31,16 +26,6 @@ def parse_json(text: str, *, finite: bool = True) -> Any:
         return json.loads(text, object_pairs_hook=_without_repeated_keys, **options)
     except RecursionError:
         raise ValueError("the values are nested too deeply") from None
-
-
-def checksum(record: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the keys of a record other than `CHECKSUM`.
-
-    It does not depend on the order of keys or on white space.
-    """
-    rest = {key: value for key, value in record.items() if key != CHECKSUM}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
