@@ -196,6 +196,8 @@ def parse_modules(modules: Any, where: str) -> dict[str, WeightConfig]:
     for name, record in modules.items():
         try:
             found[name] = WeightConfig.from_json(record)
+            if not found[name].compressed:
+                raise ValueError("'components' must not be empty")
         except ValueError as error:
             raise CheckpointError(
                 f"{where}: modules[{name!r}]: {error}; the file was edited, or a newer lrc wrote "

@@ -65,11 +65,13 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
             f"{folder}: cannot be loaded ({lines[0][:200]}); {COPY_AGAIN}"
         ) from error
     wait_for_hashes()
-    missing = sorted(loading["missing_keys"])
+    missing, unused = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     if missing:  # transformers has initialized them with random numbers
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(f"{folder}: the weights lack {_first(missing)}; {COPY_AGAIN}")
+    if unused and (contents.needs_lrc or manifest):  # a table that says where they belong is lost
         raise CheckpointError(
-            f"{folder}: the weights lack {', '.join(missing[:3])}{more}; {COPY_AGAIN}"
+            f"{folder}: the model has no place for {_first(unused)}; {COPY_AGAIN}",
+            code="tensor-mismatch",
         )
     model = model.eval()
     if hasattr(model, "ct_decompress_hook"):
@@ -78,6 +80,10 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
         with torch.no_grad(), _without_bars():
             model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
     return model
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager

@@ -57,10 +57,14 @@ def edit_block(**changes: Any) -> Callable[[Path], None]:
 
 def edit_first_component(**changes: Any) -> Callable[[Path], None]:
     def change(config: dict[str, Any]) -> None:
-        module = next(iter(config["quantization_config"]["modules"].values()))
-        module["components"][0].update(changes)
+        first_module(config)["components"][0].update(changes)
 
     return edit(change)
+
+
+def first_module(config: dict[str, Any]) -> dict[str, Any]:
+    module: dict[str, Any] = next(iter(config["quantization_config"]["modules"].values()))
+    return module
 
 
 def rename_tensor(old: str, new: str | None) -> Callable[[Path], None]:
@@ -171,6 +175,16 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
         ("low_rank, pivoted_low_rank", "got 'tensor_train'", "newer lrc", "upgrade"),
     ),
     "modules a list": (edit_block(modules=[1]), "invalid-config", ("modules must map names",)),
+    "a table of another version": (
+        edit_block(offsets={}),
+        "invalid-config",
+        ("unknown key 'offsets'", "upgrade"),
+    ),
+    "components empty": (
+        edit(lambda c: first_module(c).update(components=[])),
+        "invalid-config",
+        ("'components' must not be empty",),
+    ),
     "block lost": (
         edit(lambda config: config.pop("quantization_config")),
         "invalid-checkpoint",
@@ -251,6 +265,15 @@ def test_a_missing_tensor_is_not_replaced_by_random_numbers(lrc, checkpoint: Pat
     rename_tensor("lm_head.weight", None)(checkpoint)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: expected"):
         AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_a_tensor_without_a_place_is_refused(lrc, checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "lrc")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.0.mlp.bias"] = torch.zeros(2)
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    words = (str(checkpoint), "no place for model.layers.0.mlp.bias", "again")
+    lrc("eval", checkpoint, *EVAL).refuses(1, *words, code="tensor-mismatch")
 
 
 def test_no_tokenizer(lrc, checkpoint: Path) -> None:
