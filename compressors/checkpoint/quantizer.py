@@ -69,7 +69,11 @@ class LrcQuantizer(HfQuantizer):
     _wait_for_hashes: Callable[[], None] | None
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+        self,
+        model: Any,
+        checkpoint_files: list[str] | None = None,
+        device_map: Mapping[str, Any] | None = None,
+        **_: Any,
     ) -> Any:
         if not checkpoint_files:
             raise CheckpointError(
@@ -93,7 +97,8 @@ class LrcQuantizer(HfQuantizer):
         check_headers(expected, checkpoint_files, model)
         # Files are compared with their hashes while transformers loads them.
         manifest = read_manifest(Path(checkpoint_files[0]).parent)
-        self._wait_for_hashes = manifest.start_check() if manifest else None
+        read = not device_map or {*map(str, device_map.values())} != {"meta"}
+        self._wait_for_hashes = manifest.start_check() if manifest and read else None
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

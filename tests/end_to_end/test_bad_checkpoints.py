@@ -477,6 +477,12 @@ def test_links_into_the_cache_of_the_hub_are_followed(lrc, sound: Path, tmp_path
     assert lrc("inspect", snapshot, "--verify").code == 0
 
 
+def test_a_skeleton_reads_no_weights(checkpoint: Path) -> None:
+    flip_a_bit("model.safetensors")(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 def test_a_saved_copy_has_no_hashes_and_loads(lrc, sound: Path, tmp_path: Path) -> None:
     for name in ("model", "tokenizer"):
         loader = AutoModelForCausalLM if name == "model" else AutoTokenizer

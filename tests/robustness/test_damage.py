@@ -53,6 +53,8 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "sliced, uneven": [{"slice": {"method": "modegpt", "uniform": False, **SLICE}}],
     "sliced, by block": [{"slice": {"method": "slicegpt", "rotations": "block", **SLICE}}],
 }
+# Damage to whole files does not depend on the type of a component.
+EXCHANGED = ("low_rank", "two shards", "plain integers", "plain, sliced", "sliced, by block")
 POSITIONS = {
     "values": 9,
     "headers": 5,
@@ -219,6 +221,8 @@ def run(
             put(file, position, new)
             found = outcome(sound, file)
             counts[found] += 1
+            # The model card is not checked, and white space of the report means nothing.
+            assert found != "harmless" or file.name in ("README.md", "report.json"), file
             if found == "undetected":
                 undetected.append(f"{file} at {position}: {old!r} -> {new!r}")
             if kind in ("values", "headers"):
@@ -247,7 +251,7 @@ def test_a_wrong_byte_is_refused_or_harmless(
 
 
 @pytest.mark.robustness
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EXCHANGED)
 def test_truncated_and_exchanged_files_are_refused(
     form: str,
     make: Callable[..., Checkpoint],
