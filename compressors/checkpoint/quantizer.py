@@ -72,7 +72,7 @@ class LrcQuantizer(HfQuantizer):
         self,
         model: Any,
         checkpoint_files: list[str] | None = None,
-        device_map: Mapping[str, Any] | None = None,
+        device_map: Mapping[str, Any] | str | None = None,
         **_: Any,
     ) -> Any:
         if not checkpoint_files:
@@ -97,8 +97,9 @@ class LrcQuantizer(HfQuantizer):
         check_headers(expected, checkpoint_files, model)
         # Files are compared with their hashes while transformers loads them.
         manifest = read_manifest(Path(checkpoint_files[0]).parent)
-        read = not device_map or {*map(str, device_map.values())} != {"meta"}
-        self._wait_for_hashes = manifest.start_check() if manifest and read else None
+        devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+        skeleton = {*map(str, devices)} == {"meta"}
+        self._wait_for_hashes = manifest.start_check() if manifest and not skeleton else None
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
