@@ -12,7 +12,7 @@ TORCH  ?= torch==2.13.0
 JOBS   ?= $(shell n=$$(nproc); echo $$((n > 8 ? 8 : n)))
 
 .DELETE_ON_ERROR:
-.PHONY: help install model demo test check format clean
+.PHONY: help install model demo test robustness check format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -51,10 +51,14 @@ demo: install $(MODEL)
 test: install $(MODEL)
 	@failed=0; \
 	echo "== tests in $(JOBS) processes"; \
-	$(BIN)/python -m pytest -q -m "not quiet" -n $(JOBS) --dist worksteal || failed=1; \
+	$(BIN)/python -m pytest -q -m "not quiet and not robustness" -n $(JOBS) --dist worksteal || failed=1; \
 	echo "== quiet tests, one at a time"; \
 	$(BIN)/python -m pytest -q -m quiet || failed=1; \
 	exit $$failed
+
+## make robustness  damaged checkpoints, many architectures: takes minutes, prints tables
+robustness: install
+	$(BIN)/python -m pytest -q -m robustness -n $(JOBS) --dist worksteal
 
 ## make check     formatting, lint, types, import contracts
 check: install

@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 
-from lrc.compressors.checkpoint.reader import (
-    check_files,
-    load_checkpoint,
-    load_tokenizer,
-    read_config,
-)
+from lrc.compressors.checkpoint.reader import check_checkpoint, load_checkpoint, load_tokenizer
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.scores import (
@@ -102,9 +97,7 @@ def check_model(path: str) -> list[str]:
     folder = Path(path)
     if folder.is_dir():
         refuse_adapter(folder)
-        config = read_config(folder)
-        check_files(folder)
-        if config.get("quantization_config"):
+        if check_checkpoint(folder).config.get("quantization_config"):
             return []  # has other tensors than the model in its config
     found = models.locate(Model(path=path, dtype="bfloat16"))
     try:

@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from lrc.compressors.calibrate.calibration_windows import provenance
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.reader import is_plain
+from lrc.compressors.checkpoint.manifest import CHECKSUM, read_manifest, report_checksum
 from lrc.compressors.evaluate.baselines import Targets, plan_baseline
 from lrc.compressors.evaluate.broken_source import near_uniform
 from lrc.compressors.evaluate.evaluator import is_current
@@ -64,6 +64,7 @@ SCHEMA = {
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
     "warnings": "what of the source is left out, what is not advised, signs of a broken source",
+    "sha256": "of lrc/manifest.json and the other keys, sorted and without spaces",
 }
 
 
@@ -95,8 +96,11 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "environment": _environment(session.device),
         "warnings": plan.warnings + _source_warnings(prepared, evaluation),
     }
+    report[CHECKSUM] = report_checksum(checkpoint, report)
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    card = model_card(report, plan, plain=is_plain(checkpoint))
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    card = model_card(report, plan, plain=manifest.plain)
     write_text(checkpoint / layout.REPORT, text)
     for folder in (checkpoint, session.journal.output):
         write_text(folder / "README.md", card)
@@ -112,9 +116,11 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         requested = prepared.recipe.model_dump(mode="json")
-        known = (report["schema_version"], report["recipe"]) == (SCHEMA_VERSION, requested)
+        found = (report["schema_version"], report["recipe"], report[CHECKSUM])
+        checksum = report_checksum(journal.output / "checkpoint", report)
+        known = found == (SCHEMA_VERSION, requested, checksum)
         known = known and not report["evaluation"]["missing"]
-    except (ValueError, TypeError, KeyError):  # edited: written again
+    except (OSError, ValueError, TypeError, KeyError):  # edited: written again
         return None
     return report if known and is_current(journal, prepared.recipe.evaluate) else None
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.manifest import write_manifest
 from lrc.compressors.checkpoint.plain import compressed_tensors_config, is_plain, plain_name
-from lrc.compressors.checkpoint.writer import copy_code, write_config, write_manifest, write_weights
+from lrc.compressors.checkpoint.writer import copy_code, write_config, write_weights
 from lrc.compressors.layers import sentinel
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture

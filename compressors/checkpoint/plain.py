@@ -111,9 +111,9 @@ def read_plain(
     try:
         for group in block["config_groups"].values():
             weights, targets = group["weights"], group["targets"]
-            found = QuantizationArgs(
-                weights["num_bits"], weights["group_size"], weights["symmetric"]
-            )
+            found = QuantizationArgs(weights["num_bits"], weights["group_size"])
+            if (weights["symmetric"], QuantizationArgs.parse(str(found))) != (True, found):
+                raise ValueError(f"{found} must be symmetric")
             args |= dict.fromkeys(sorted(packed) if targets == ["Linear"] else targets, found)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(

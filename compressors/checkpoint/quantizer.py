@@ -6,7 +6,7 @@ compares the safetensors headers with the expected tensors, because transformers
 missing tensors and leaves them uninitialized. After loading it checks masks, indices and scales.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.config_tables import check_tables
+from lrc.compressors.checkpoint.manifest import read_manifest
 from lrc.compressors.io.shards import read_headers
 from lrc.compressors.layers import (
     CompressedEmbedding,
@@ -32,6 +33,7 @@ from lrc.compressors.layers import (
     TiedHead,
     WeightConfig,
 )
+from lrc.compressors.layers.component import finite_problems
 from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, tables_of, widen_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
 from lrc.configs.errors import CheckpointError
@@ -74,10 +76,20 @@ class LrcQuantizer(HfQuantizer):
 
     requires_calibration = True  # loads compressed checkpoints; cannot compress while loading
     quantization_config: LrcConfig
+    _wait_for_hashes: Callable[[], None] | None
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+        self,
+        model: Any,
+        checkpoint_files: list[str] | None = None,
+        device_map: Mapping[str, Any] | str | None = None,
+        **_: Any,
     ) -> Any:
+        if not checkpoint_files:
+            raise CheckpointError(
+                "transformers did not say which files it loads, so that they cannot be checked; "
+                "load the folder of a checkpoint, with a version of transformers that lrc supports"
+            )
         modules = layout.parse_modules(self.quantization_config.modules, BLOCK)
         tables = tables_of(model.config)
         shapes, biases = tables.get(SHAPES, {}), tables.get(BIASES, [])
@@ -93,11 +105,18 @@ class LrcQuantizer(HfQuantizer):
             # They change the basis of the residual stream between blocks.
             shortcuts = place_norms_(model, tables.get(NORMS, {}))
         expected |= {name: TensorSpec(shape) for name, shape in shortcuts.items()}
-        if checkpoint_files is not None:
-            check_headers(expected, checkpoint_files)
+        check_headers(expected, checkpoint_files, model)
+        # Files are compared with their hashes while transformers loads them.
+        manifest = read_manifest(Path(checkpoint_files[0]).parent)
+        devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+        skeleton = {*map(str, devices)} == {"meta"}
+        self._wait_for_hashes = manifest.start_check() if manifest and not skeleton else None
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self._wait_for_hashes is not None:
+            self._wait_for_hashes()
+            self._wait_for_hashes = None  # a model is copied and pickled with its quantizer
         check_values(model)
         return model
 
@@ -178,20 +197,26 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
 
 
 def check_values(model: nn.Module) -> None:
-    """Check masks, indices and scales of all compressed layers that have been loaded.
+    """Check the tensors of a model that has been loaded.
+
+    All numbers must be finite, and masks, indices and scales of compressed layers consistent.
+    Weights that are offloaded to disk are not checked.
 
     Raises
     ------
     CheckpointError
         Naming the layers whose tensors violate the invariants of their components.
     """
-    problems = []
+    problems, checked = [], set()
     for name, module in model.named_modules():
         if isinstance(module, CompressedLinear):
             tensors = [*module.parameters(), *module.buffers()]
-            if any(tensor.is_meta for tensor in tensors):
-                continue  # weights offloaded to disk are not checked
-            problems += [f"{name}.{text}" for text in module.problems()]
+            checked |= {*map(id, tensors)}
+            if not any(tensor.is_meta for tensor in tensors):
+                problems += [f"{name}.{text}" for text in module.problems()]
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in checked and not parameter.is_meta:
+            problems += [f"{name} {text}" for text in finite_problems(parameter)]
     if problems:
         raise CheckpointError(
             f"the weights are damaged: {_first(problems)}; {layout.COPY_AGAIN}",
@@ -199,8 +224,11 @@ def check_values(model: nn.Module) -> None:
         )
 
 
-def check_headers(expected: TensorSpecs, files: list[str]) -> None:
+def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) -> None:
     """Compare the tensors that a checkpoint must have with the headers of its files.
+
+    With `model`, its other weights must be there too, as floating-point numbers: transformers would
+    initialize missing ones, and convert integers.
 
     Raises
     ------
@@ -211,12 +239,29 @@ def check_headers(expected: TensorSpecs, files: list[str]) -> None:
         found = read_headers(map(Path, files))
     except ValueError as error:
         raise CheckpointError(f"{error}; {layout.COPY_AGAIN}") from error
+    if model is not None:
+        expected = _other_weights(model) | expected
     wrong = layout.mismatches(expected, found)
     if wrong:
         raise CheckpointError(
             f"the weights do not match config.json: {_first(wrong)}; {layout.COPY_AGAIN}",
             code="tensor-mismatch",
         )
+
+
+def _other_weights(model: Any) -> TensorSpecs:
+    """Return the floating-point tensors of the decoder and the output head, without tied ones."""
+    prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    heads = tuple(f"{name}." for name, module in model.named_modules() if module is head)
+    if model.base_model is model:  # names have no prefix
+        prefix = ""
+    return {
+        name: TensorSpec(list(tensor.shape))
+        for name, tensor in model.state_dict().items()
+        if name.startswith((prefix, *heads))
+        and name not in model.all_tied_weights_keys
+        and tensor.is_floating_point()
+    }
 
 
 def _first(problems: list[str]) -> str:

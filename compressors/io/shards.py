@@ -1,11 +1,12 @@
 """Find the safetensors files of a folder and read their headers, but no tensor."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from safetensors import SafetensorError, safe_open
+
+from lrc.compressors.io.json_text import parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK = 2**20
@@ -23,6 +24,11 @@ class Header:
     """Of its first byte, from the start of the file."""
     nbytes: int
 
+    @property
+    def is_number(self) -> bool:
+        """Whether the tensor contains parameters; sentinels, codes and indices are integers."""
+        return not self.dtype.startswith(("U", "I", "BOOL"))
+
 
 def shard_files(folder: Path) -> list[Path]:
     """Return the weight files of a folder, in the order in which transformers looks for them.
@@ -30,7 +36,8 @@ def shard_files(folder: Path) -> list[Path]:
     Raises
     ------
     ValueError
-        If the index cannot be read or names a missing file, or transformers would find no weights.
+        If the index cannot be read, or names a missing file or one that is not in the folder, or if
+        transformers would find no weights.
     """
     index = folder / INDEX
     if (folder / SINGLE).is_file():
@@ -44,13 +51,10 @@ def shard_files(folder: Path) -> list[Path]:
             )
         return []
     try:
-        names = sorted(set(_weight_map(index).values()))
-        files = [folder / name for name in names]
-    except TypeError as error:
-        raise ValueError(f"{index}: not an index of shards ({error!r})") from error
-    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
-    if outside:
-        raise ValueError(f"{index}: names {outside[0]!r}, which is outside its folder")
+        names = set(_weight_map(index).values())
+        files = [listed_file(folder, name) for name in sorted(names)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{index}: not an index of shards ({error})") from error
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"{missing[0]}: missing, one of {len(missing)} of {len(files)} shards")
@@ -78,6 +82,21 @@ def read_folder(folder: Path) -> dict[str, Header]:
     return headers
 
 
+def listed_file(folder: Path, name: object) -> Path:
+    """Return the path of a file that a list in `folder` names.
+
+    Raises
+    ------
+    ValueError
+        If the name is not a relative path that stays in the folder.
+    """
+    inside = isinstance(name, str) and name.isprintable() and bool(name)
+    path = PurePath(name if isinstance(name, str) else "")
+    if not inside or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r:.80} must be the name of a file in the folder")
+    return folder / path
+
+
 def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     """Read the headers of safetensors files; return tensor name -> header.
 
@@ -91,7 +110,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
         try:
             with safe_open(file, framework="pt"), file.open("rb") as raw:  # the former checks sizes
                 length = int.from_bytes(raw.read(8), "little")
-                entries = json.loads(raw.read(length))
+                entries = parse_json(raw.read(length).decode())
         except (SafetensorError, OSError) as error:
             reason = str(error).strip()[:200]
             raise ValueError(f"{file}: not a whole safetensors file ({reason})") from error
@@ -125,7 +144,7 @@ def unread_files(folder: Path) -> list[str]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found: dict[str, str] = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         return dict(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of shards ({error!r})") from error

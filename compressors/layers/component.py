@@ -173,11 +173,17 @@ class Component(nn.Module, ABC):
 
     def problems(self) -> list[str]:
         """Return violated invariants of the loaded tensors, such as indices out of range."""
-        return [
-            f"{name} is not finite"
-            for name, scale in self.named_parameters()
-            if name.endswith("_scale") and not bool(torch.isfinite(scale).all())
-        ]
+        found = []
+        for name, tensor in self.named_parameters():
+            found += [f"{name} {text}" for text in finite_problems(tensor)]
+            # Scales are never stored as zero, but float16 cannot hold the smallest of bfloat16.
+            if name.endswith("_scale") and tensor.dtype != torch.float16 and not tensor.all():
+                found.append(f"{name} contains zeros")
+        for name, spec in self.tensors(self.d_out, self.d_in, self.config).items():
+            shape = dict(self.named_buffers()).get(f"{name}_shape")
+            if shape is not None and shape.tolist() != spec.shape:
+                found.append(f"{name}_shape must be {spec.shape}, got {shape.tolist()}")
+        return found
 
     def stored_values(self) -> Tensor:
         """Return the tensor ``values``, dequantized."""
@@ -265,3 +271,13 @@ def check_range(name: str, value: int, largest: int, d_out: int, d_in: int) -> N
     """Raise ValueError if a size is not in ``[1, largest]``."""
     if not 1 <= value <= largest:
         raise ValueError(f"{name} must be in [1, {largest}] for [{d_out}, {d_in}], got {value}")
+
+
+def finite_problems(tensor: Tensor) -> list[str]:
+    """Return a list that says so if a tensor contains infinities or NaN; empty otherwise.
+
+    The dtype is named, because large numbers of bfloat16 overflow when loaded in float16.
+    """
+    if bool(torch.isfinite(tensor).all()):
+        return []
+    return [f"is not finite in {str(tensor.dtype).removeprefix('torch.')}"]

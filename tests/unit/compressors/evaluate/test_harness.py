@@ -1,6 +1,7 @@
 """lm-eval on local task files, dense against compressed, and quality gates."""
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -470,6 +471,12 @@ def test_missed_gates_are_sentences(gate, missed):
     for sentence, words in zip(found, missed, strict=True):
         assert words in sentence
         assert gate["metric"] in sentence
+
+
+@pytest.mark.parametrize("threshold", [{"at_most": 30.0}, {"at_least": 0.0}])
+def test_a_score_that_is_not_a_number_misses_every_gate(threshold):
+    evaluation = compare(block(20.0, 0.5), block(math.nan, 0.4))
+    assert len(check_gates([Gate(metric="perplexity.w", **threshold)], evaluation)) == 1
 
 
 def test_gates_on_what_is_not_there_are_errors():
