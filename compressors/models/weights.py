@@ -43,7 +43,7 @@ class WeightReader:
         except ValueError as error:
             raise ModelError(f"model.path: {error}; copy or download it again") from error
         self._parameters = architecture.stored_parameters()
-        found = _renamed(headers, architecture.model)
+        found = renamed(headers, architecture.model)
         self._keys: dict[str, tuple[str, Path]] = {}
         problems = []
         for name, parameter in self._parameters.items():
@@ -148,7 +148,7 @@ def _set(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def _renamed(keys: Iterable[str], model: Any) -> dict[str, str]:
+def renamed(keys: Iterable[str], model: Any) -> dict[str, str]:
     """Return name in the module tree -> key in the file.
 
     Without keys whose tensors transformers would not only rename, but split or merge.
