@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    CompressedTensorsConfig,
     LlamaForCausalLM,
 )
 
@@ -52,6 +54,8 @@ KINDS: dict[str, tuple[bool, list[dict[str, Any]]]] = {
 PLAIN = [kind for kind in KINDS if kind.startswith("integer")]
 PACKED_ROWS = [kind for kind in KINDS if "embedding" in kind]
 RESIZABLE = [kind for kind in KINDS if kind not in PLAIN + PACKED_ROWS]
+DISK = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"], "cpu")
+DISK |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
 TOKENS = torch.arange(2, 30)[None]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,6 +182,28 @@ def test_dequantizing_takes_a_dtype(results) -> None:
     model = load(results("low rank"))
     model.dequantize(dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+# PEFT asks for an attribute that the newest transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize("kind", PLAIN)
+def test_integers_are_expanded_while_loading_as_the_readme_says(kind, results, tmp_path) -> None:
+    expected = output_of(load(results(kind)))
+    expanded = CompressedTensorsConfig(run_compressed=False)
+    options = {"device_map": DISK, "offload_folder": tmp_path / "offload"}
+    offloaded = load(results(kind), quantization_config=expanded, **options)
+    torch.testing.assert_close(output_of(offloaded), expected)
+    model = load(results(kind), quantization_config=expanded)
+    model.resize_token_embeddings(520)
+    config = peft.LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    adapted(TOKENS, labels=TOKENS).loss.backward()
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again = output_of(load(tmp_path))
+    torch.testing.assert_close(again[..., :512], expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
