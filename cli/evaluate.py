@@ -21,6 +21,7 @@ from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.scores import evaluate_model
 from lrc.compressors.io.machine import Machine, OnStep
 from lrc.compressors.models import source as models
+from lrc.compressors.models.configuration import check_code
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Evaluate, Model
 
@@ -30,11 +31,18 @@ OPTIONS = {
     "evaluate.tasks.names": "--tasks",
     "evaluate.tasks.include_path": "--include-path",
     "model.path: ": "",
+    "set model.trust_remote_code: true": "add --trust-remote-code",
 }
 
 
 def run(
-    checkpoints: list[str], request: Evaluate, *, seed: int, device: str, on_step: OnStep
+    checkpoints: list[str],
+    request: Evaluate,
+    *,
+    seed: int,
+    device: str,
+    on_step: OnStep,
+    trusted: bool = False,
 ) -> dict[str, Any]:
     """Measure every checkpoint; return checkpoint -> scores."""
 
@@ -46,11 +54,11 @@ def run(
             check_source(spec.source, part="evaluation")
         check_tasks(request.tasks)
         for checkpoint in checkpoints:  # before one of them is measured for hours
-            check_model(checkpoint)
+            check_model(checkpoint, trusted=trusted)
         chosen = Machine(device=device).chosen
         scores = {}
         for checkpoint in checkpoints:
-            model, tokenizer = load_model(checkpoint, chosen)
+            model, tokenizer = load_model(checkpoint, chosen, trusted=trusted)
             step = partial(labelled, checkpoint)
             scores[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
             del model
@@ -79,25 +87,26 @@ def options_in_errors() -> Iterator[None]:
         raise type(error)(translate(str(error)), code=error.code) from error
 
 
-def check_model(path: str) -> None:
+def check_model(path: str, *, trusted: bool = False) -> None:
     """Refuse a folder, Hub id or GGUF file that cannot be loaded."""
     if Path(path).is_dir():
-        read_config(Path(path))
+        check_code(read_config(Path(path)), Path(path), trusted=trusted)
         check_files(Path(path))
     else:
-        models.locate(Model(path=path))
+        models.locate(Model(path=path, trust_remote_code=trusted))
 
 
-def load_model(path: str, device: str) -> tuple[Any, Any]:
+def load_model(path: str, device: str, *, trusted: bool = False) -> tuple[Any, Any]:
     """Load model and tokenizer: a folder as it is stored, a Hub id or GGUF file as in a recipe."""
     dtype = torch.float32 if device == "cpu" else None
+    load = partial(load_checkpoint, dtype=dtype, device=device, trust_remote_code=trusted)
     folder = Path(path)
     if folder.is_dir():
-        return load_checkpoint(folder, dtype=dtype, device=device), load_tokenizer(folder)
-    found = models.locate(Model(path=path))
+        return load(folder), load_tokenizer(folder, trust_remote_code=trusted)
+    found = models.locate(Model(path=path, trust_remote_code=trusted))
     tokenizer = models.load_tokenizer(found)
     if found.gguf is None:
-        return load_checkpoint(found.folder, dtype=dtype, device=device), tokenizer
+        return load(found.folder), tokenizer
     with tempfile.TemporaryDirectory() as converted:
         models.convert_gguf(found, Path(converted))
-        return load_checkpoint(Path(converted), dtype=dtype, device=device), tokenizer
+        return load(Path(converted)), tokenizer

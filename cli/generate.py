@@ -5,7 +5,9 @@ from lrc.compressors.io.machine import Machine
 from lrc.configs.errors import RecipeError
 
 
-def run(models: list[str], prompt: str, *, tokens: int, device: str) -> dict[str, str]:
+def run(
+    models: list[str], prompt: str, *, tokens: int, device: str, trusted: bool = False
+) -> dict[str, str]:
     """Return model -> its greedy continuation of `prompt`, at most `tokens` tokens long.
 
     Raises
@@ -20,12 +22,12 @@ def run(models: list[str], prompt: str, *, tokens: int, device: str) -> dict[str
     chosen = Machine(device=device).chosen
     with options_in_errors():
         for path in models:
-            check_model(path)
-        return {path: _continuation(path, prompt, tokens, chosen) for path in models}
+            check_model(path, trusted=trusted)
+        return {path: _continuation(path, prompt, tokens, chosen, trusted) for path in models}
 
 
-def _continuation(path: str, prompt: str, tokens: int, device: str) -> str:
-    model, tokenizer = load_model(path, device)
+def _continuation(path: str, prompt: str, tokens: int, device: str, trusted: bool) -> str:
+    model, tokenizer = load_model(path, device, trusted=trusted)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0]
     new = written[inputs["input_ids"].shape[1] :]

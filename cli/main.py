@@ -38,6 +38,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to std
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
 
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
+]
+
 
 def _positive(number: int | None) -> int | None:
     if number is not None and number < 1:
@@ -178,6 +182,7 @@ def evaluate(
         int | None, typer.Option(callback=_positive, help="Windows per text, at most.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -201,7 +206,14 @@ def evaluate(
 
     console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
-        blocks = run(checkpoints, request, seed=seed, device=chosen, on_step=steps)
+        blocks = run(
+            checkpoints,
+            request,
+            seed=seed,
+            device=chosen,
+            on_step=steps,
+            trusted=trust_remote_code,
+        )
     if as_json:
         _print_json({"checkpoints": blocks})
     else:
@@ -216,6 +228,7 @@ def generate(
     ],
     prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
     tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 40,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -223,7 +236,8 @@ def generate(
     from lrc.cli.generate import run
 
     console.quiet_transformers()
-    texts = run(models, prompt, tokens=tokens, device=_device(device))
+    chosen = _device(device)
+    texts = run(models, prompt, tokens=tokens, device=chosen, trusted=trust_remote_code)
     if as_json:
         _print_json({"prompt": prompt, "continuations": texts})
         return

@@ -16,10 +16,17 @@ from lrc.compressors.checkpoint.config_tables import check_tables
 from lrc.compressors.checkpoint.format import COPY_AGAIN
 from lrc.compressors.checkpoint.writer import sha256
 from lrc.compressors.io.shards import Header, read_headers, shard_files
+from lrc.compressors.models.configuration import check_code, tokenizer_needs_code
 from lrc.configs.errors import CheckpointError
 
 
-def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+def load_checkpoint(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
     """Load a causal language model from a local folder.
 
     Parameters
@@ -28,13 +35,17 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
         A compressed checkpoint, or any folder that `save_pretrained` wrote.
     dtype : torch.dtype, optional
         Precision to run in; the stored one if left out.
+    trust_remote_code : bool
+        Run the Python code of a model that comes with its own.
 
     Raises
     ------
     CheckpointError
         Missing, truncated or tampered files, or a newer format.
+    ModelError
+        If the model needs its own code, which is not trusted.
     """
-    read_config(folder)
+    check_code(read_config(folder), folder, trusted=trust_remote_code)
     check_files(folder)
     try:
         with _without_bars():
@@ -42,6 +53,7 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
                 folder,
                 dtype=dtype or "auto",
                 device_map=device,
+                trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
             )
@@ -83,16 +95,20 @@ def _without_bars() -> Iterator[None]:
         tqdm.__init__ = drawn
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a checkpoint.
 
     Raises
     ------
     CheckpointError
+    ModelError
+        If it needs its own code, which is not trusted.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly anything here
+        if (needed := tokenizer_needs_code(error, folder)) is not None:
+            raise needed from error
         raise CheckpointError(
             f"{folder}: no tokenizer could be loaded ({type(error).__name__}); copy the checkpoint "
             "again, with tokenizer.json"

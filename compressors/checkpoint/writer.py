@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.io.journal import publish, storage_errors
-from lrc.compressors.models.source import Source
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 10**9
@@ -74,13 +73,6 @@ def write_manifest(folder: Path, *, plain: bool) -> None:
     manifest = {"format_version": layout.FORMAT_VERSION, "plain": plain, "sha256": hashes}
     text = json.dumps(manifest, indent=1) + "\n"
     (folder / layout.MANIFEST).write_text(text, encoding="utf-8")
-
-
-def copy_code(source: Source, folder: Path) -> None:
-    """Copy the code of a model that has its own, if the recipe trusts it."""
-    if source.spec.trust_remote_code:
-        for code in source.folder.glob("*.py"):
-            shutil.copy(code, folder)
 
 
 def sha256(paths: Iterable[Path]) -> list[str]:

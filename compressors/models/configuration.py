@@ -1,7 +1,9 @@
 """Read the config of a model, and refuse unsupported ones."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
@@ -63,12 +65,8 @@ def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedC
             "from full-precision weights: give the original model"
         )
     kind = raw.get("model_type")
+    check_code(raw, folder, trusted=spec.trust_remote_code)
     if kind not in CONFIG_MAPPING and not spec.trust_remote_code:
-        if "auto_map" in raw:
-            raise ModelError(
-                f"model.path: {spec.path} comes with Python code (auto_map in config.json); "
-                "read that code, then set model.trust_remote_code: true to run it"
-            )
         raise ModelError(
             f"model.path: {path} names the model_type {kind!r}, which transformers "
             f"{transformers_version} does not know; supported are {SUPPORTED}"
@@ -82,6 +80,37 @@ def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedC
         ) from error
     assert isinstance(config, PreTrainedConfig)
     return config
+
+
+def check_code(config: Mapping[str, Any], folder: Path, *, trusted: bool) -> None:
+    """Refuse a model that only its own code, which is not trusted, can load.
+
+    Parameters
+    ----------
+    config : mapping
+        Its ``config.json``.
+
+    Raises
+    ------
+    ModelError
+    """
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trusted:
+        raise needs_code(folder, "config.json")
+
+
+def needs_code(folder: Path, file: str) -> ModelError:
+    """Return the error about a file whose `auto_map` names code that is not trusted."""
+    return ModelError(
+        f"model.path: {folder} comes with Python code (auto_map in {file}); read that code, then "
+        "set model.trust_remote_code: true to run it",
+        code="remote-code",
+    )
+
+
+def tokenizer_needs_code(error: Exception, folder: Path) -> ModelError | None:
+    """Return the error to raise if loading a tokenizer failed because its code is not trusted."""
+    named = "trust_remote_code" in str(error)  # transformers has no class for this error
+    return needs_code(folder, "tokenizer_config.json") if named else None
 
 
 def first_line(error: BaseException) -> str:
