@@ -79,8 +79,8 @@ def plan(
         bool,
         typer.Option(
             "--sensitivity",
-            help="Calibrate, and show the predicted loss of every matrix at its rank; `lrc "
-            "compress` continues from there.",
+            help="Calibrate, and show the predicted loss increase of every matrix at its planned "
+            "size; `lrc compress` continues from there.",
         ),
     ] = False,
     profile: Annotated[
@@ -314,7 +314,7 @@ def _sensitivity(
 ) -> None:
     if not loaded.recipe.stages_of("decompose"):
         raise RecipeError(
-            "--sensitivity: shows the predicted losses of decompositions, but the recipe has "
+            "--sensitivity: shows predictions for 'decompose' stages, but the recipe has "
             "no 'decompose' stage; add one, or leave the option out"
         )
     samples = loaded.recipe.calibration.samples

@@ -1,4 +1,4 @@
-"""Load compressed checkpoints with transformers: a quantization method outside its source tree.
+"""Load compressed checkpoints with transformers: a quantization method registered from outside.
 
 `from_pretrained` builds the original architecture on the meta device, calls the quantizer to
 replace modules, and then loads tensors by name. This quantizer replaces compressed layers and
@@ -49,7 +49,17 @@ BLOCK = "config.json: quantization_config"
 
 
 class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc, unused-ignore]
-    """The `quantization_config` block of a compressed checkpoint."""
+    """The `quantization_config` block of a compressed checkpoint.
+
+    Parameters
+    ----------
+    modules : dict
+        Name of a layer or embedding -> its `WeightConfig` as JSON.
+    format_version : int
+    **tables
+        How a sliced model differs from its architecture: shapes of resized modules, added biases,
+        and norms, see `TABLES`. Other keys, which transformers adds, are ignored.
+    """
 
     def __init__(
         self,
@@ -90,7 +100,7 @@ class LrcQuantizer(HfQuantizer):
         self.quantization_config.tables = tables
         modules = layout.parse_modules(tables[MODULES], BLOCK)
         shapes, biases = tables.get(SHAPES, {}), tables.get(BIASES, [])
-        with _matching(BLOCK):
+        with _as_checkpoint_error(BLOCK):
             self._original_shapes = resize_(model, shapes)
             if NORMS in tables:
                 heads = head_shapes(model, shapes)
@@ -103,7 +113,8 @@ class LrcQuantizer(HfQuantizer):
             if name not in modules:
                 expected[f"{name}.bias"] = TensorSpec([model.get_submodule(name).out_features])
         expected |= replace_layers(model, modules)
-        with _matching(BLOCK):
+        with _as_checkpoint_error(BLOCK):
+            # They change the basis of the residual stream between blocks.
             shortcuts = place_norms_(model, tables.get(NORMS, {}))
         expected |= {name: TensorSpec(shape) for name, shape in shortcuts.items()}
         if checkpoint_files is not None:
@@ -139,13 +150,14 @@ class LrcQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear):
                 model.set_submodule(name, module.to_dense())
+        # After the embeddings, which the tied heads read, are dense.
         for name, module in list(model.named_modules()):
             if isinstance(module, TiedHead):
                 embedding = model.get_input_embeddings()
                 model.set_submodule(name, module.to_dense(embedding))
                 owner = next(n for n, each in model.named_modules() if each is embedding)
                 model.all_tied_weights_keys[f"{name}.weight"] = f"{owner}.weight"
-        widen_(model, self._original_shapes)  # the config that remains has these
+        widen_(model, self._original_shapes)  # those of the config without `quantization_config`
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
@@ -159,8 +171,8 @@ class LrcQuantizer(HfQuantizer):
         """Return True: `save_pretrained` can write the state dict as it is."""
         return True
 
-    is_trainable = True  # by Trainer and PEFT: unquantized factors are ordinary parameters
-    is_qat_trainable = True  # by Trainer without adapters
+    is_trainable = True  # Trainer and PEFT accept it: unquantized factors are ordinary parameters
+    is_qat_trainable = True  # Trainer may train it without adapters
     is_compileable = True
 
 
@@ -186,7 +198,7 @@ def _resize_token_embeddings(
 
 
 @contextmanager
-def _matching(where: str) -> Iterator[None]:
+def _as_checkpoint_error(where: str) -> Iterator[None]:
     """Convert a ValueError about a part of the config to a CheckpointError."""
     try:
         yield
@@ -197,7 +209,7 @@ def _matching(where: str) -> Iterator[None]:
 
 
 def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> TensorSpecs:
-    """Replace layers by empty compressed ones; return the tensors that they expect.
+    """Replace layers by uninitialized compressed ones; return the tensors that they expect.
 
     Raises
     ------
@@ -220,7 +232,7 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
                 code="invalid-config",
             )
         weight: nn.Parameter = dense.get_parameter("weight")
-        with _matching(f"{BLOCK}.modules[{name!r}]"):
+        with _as_checkpoint_error(f"{BLOCK}.modules[{name!r}]"):
             if tuple(weight.shape) != config.shape:
                 raise ValueError(f"shape must be {list(weight.shape)}, got {list(config.shape)}")
             bias = getattr(dense, "bias", None) is not None
@@ -230,7 +242,7 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
         model.set_submodule(name, replaced[name])
     # A second pass, because the layer that stores a shared factor may be listed after its users.
     for name, layer in replaced.items():
-        with _matching(f"{BLOCK}.modules[{name!r}]"):
+        with _as_checkpoint_error(f"{BLOCK}.modules[{name!r}]"):
             layer.connect(model)
     return expected
 

@@ -95,7 +95,9 @@ def _fixed_size(group: WeightGroup, method: FixedSizeMethod) -> CompressedGroup:
         for member in parts
     ]
     nats = _predicted(group, method, found.squared_error)
-    return _stored(group, LayerResult(config, found.loss, nats, fallback=found.fallback), encoded)
+    return _stored(
+        group, LayerResult(config, found.relative_error, nats, fallback=found.fallback), encoded
+    )
 
 
 def _low_rank(group: WeightGroup, method: LowRankMethod) -> CompressedGroup:
@@ -111,7 +113,7 @@ def _low_rank(group: WeightGroup, method: LowRankMethod) -> CompressedGroup:
     if config is None:
         return left_dense(group.task, note)
     nats = _predicted(group, method, curve.tail_energy(factors.rank))
-    result = LayerResult(config, factors.loss, nats, fallback=note)
+    result = LayerResult(config, factors.relative_error, nats, fallback=note)
     return _stored(group, result, encoded, curve.mean)
 
 
@@ -146,7 +148,7 @@ def _encoded(
         config = replace(task.config, components=(replace(component, sizes=sizes),))
         return config, factors, encoded, factors.fallback
     except ValueError as error:
-        reason, fraction = str(error), task.bits_of(task.config) / task.source_bits
+        reason, fraction = str(error), task.bits_of(task.config) / task.dense_bits
     plain = SizeSteps(task, "low_rank", args)
     rank = plain.within(fraction, "bits", multiple=group_size)
     if rank == 0:

@@ -39,14 +39,14 @@ class Targets:
     compressed_bytes: int
 
     @property
-    def source_bits(self) -> int:
+    def dense_bits(self) -> int:
         """Bits of the matrices in the dense model."""
         return sum(self.dtype.itemsize * 8 * m * n for m, n in self.shapes.values())
 
     @property
     def budget_bits(self) -> int:
         """Bits for the matrices in a model of as many bytes as the result."""
-        return self.source_bits - 8 * (self.dense_bytes - self.compressed_bytes)
+        return self.dense_bits - 8 * (self.dense_bytes - self.compressed_bytes)
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Baseline:
     @property
     def bytes(self) -> int:
         """Bytes of the tensors of the whole model."""
-        return self.targets.dense_bytes - (self.targets.source_bits - self.bits) // 8
+        return self.targets.dense_bytes - (self.targets.dense_bits - self.bits) // 8
 
     @property
     def kept(self) -> float:
         """Bits of the matrices over those in the dense model."""
-        return self.bits / self.targets.source_bits
+        return self.bits / self.targets.dense_bits
 
     def apply_(self, model: Any, on_matrix: Callable[[int, int], None]) -> None:
         """Compress the weights of a dense model in place.

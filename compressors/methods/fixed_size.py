@@ -60,7 +60,7 @@ class Pruning(FixedSizeMethod):
             **options,
         )
         parts = ({"W_hat": found.W_hat, "mask": found.mask},)
-        return FixedSizeResult(parts, found.energy, found.loss, found.fallback)
+        return FixedSizeResult(parts, found.energy, found.relative_error, found.fallback)
 
     def squared_errors(
         self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any
@@ -157,7 +157,7 @@ class LowRankPlusSparse(FixedSizeMethod):
         """Find a product of ``rank`` and ``nonzeros`` entries."""
         found = self._problem(W, statistics, options).solve(**sizes)
         parts = {"B": found.B, "A": found.A}, {"W_hat": found.M, "mask": found.mask}
-        return FixedSizeResult(parts, found.energy, found.loss, found.fallback)
+        return FixedSizeResult(parts, found.energy, found.relative_error, found.fallback)
 
     def squared_errors(
         self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any

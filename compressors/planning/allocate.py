@@ -92,7 +92,7 @@ def _predictable(task: LayerTask, plan: Plan) -> bool:
     solved = not isinstance(METHODS[task.method], Quantization)
     solved = solved and task.config.types in METHODS[task.method].types
     result = plan.results.get(task.name)
-    return not task.pending and solved and (result is None or result.loss is None)
+    return not task.pending and solved and (result is None or result.relative_error is None)
 
 
 def _decide(

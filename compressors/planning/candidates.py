@@ -76,7 +76,7 @@ def candidates_for(task: LayerTask, curve: Curve, allocation: Allocation) -> lis
     dense = Candidate(WeightConfig(task.shape), task.dense_cost(measure), 0.0)
     if curve.note:
         return [dense]
-    floor, cap = allocation.min_keep * dense.cost, allocation.max_loss * curve.total
+    floor, cap = allocation.min_keep * dense.cost, allocation.max_relative_error * curve.total
     energies = curve.energies.double()
     lost = [*energies.flip(0).cumsum(0).flip(0).tolist(), 0.0]  # at each rank
     found: list[Candidate] = []
@@ -90,7 +90,7 @@ def candidates_for(task: LayerTask, curve: Curve, allocation: Allocation) -> lis
             if types in LOW_RANK_TYPES:
                 steps = SizeSteps(task, types, args)
                 for rank, cost in _ranks(steps, numerical_rank(energies), allocation, limit):
-                    if lost[rank] <= allocation.max_loss * lost[0]:
+                    if lost[rank] <= allocation.max_relative_error * lost[0]:
                         loss = lost[rank] + LOW_RANK_ERROR * error
                         found.append(Candidate(steps.config(rank), cost, loss))
         for point in curve.points:

@@ -48,8 +48,8 @@ class Draft:
     """Whether a later stage quantizes linear layers."""
     sized: bool = False
     """Whether a stage has a budget in bytes, which embeddings may suffice to meet."""
-    remedy: str | None = None
-    """What to change if nothing becomes smaller; None until a stage decomposes."""
+    no_saving_advice: str | None = None
+    """Ending of the error raised if the plan makes nothing smaller; None without decomposition."""
     executed_slices: bool = False
     """Whether the slicing stages have been carried out; `architecture` is then their result."""
 
@@ -124,11 +124,12 @@ def compile_plan(
     first = {linear.name: n for n, linear in enumerate(draft.architecture.linears)}
     ordered = [with_statistics(t) for t in sorted(tasks, key=lambda t: first[t.name])]
     smaller = any(task.compressed for task in ordered) or (draft.embeddings and draft.sized)
-    if draft.remedy is not None and not draft.problems and not smaller:
+    if draft.no_saving_advice is not None and not draft.problems and not smaller:
         draft.problems.add(
             "nothing-smaller",
             "stages",
-            f"every targeted weight stays dense, so nothing would become smaller; {draft.remedy}",
+            f"every targeted weight stays dense, so nothing would become smaller; "
+            f"{draft.no_saving_advice}",
         )
     draft.problems.raise_if_any()
     whole, allocations = draft.whole, draft.allocations

@@ -78,7 +78,7 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
         rank_multiple=multiple,
         group_multiple=draft.group_multiple,
         min_keep=options.min_keep,
-        max_loss=options.max_loss,
+        max_relative_error=options.max_relative_error,
         keep=options.keep,
         size=options.size,
         total=total,
@@ -96,7 +96,7 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
         replace(
             task,
             allocation=len(draft.allocations) - 1,
-            estimated_bits=int(fraction * task.source_bits),
+            estimated_bits=int(fraction * task.dense_bits),
         )
         for task in rest
     ]
@@ -145,7 +145,7 @@ def _even_fraction(budget: int, tasks: list[LayerTask], multiple: int) -> float:
     """
     left, others = budget, tasks
     while others:
-        fraction = left / sum(task.source_bits for task in others)
+        fraction = left / sum(task.dense_bits for task in others)
         if fraction <= 0:
             return 0.0
         fitting = [
@@ -157,7 +157,7 @@ def _even_fraction(budget: int, tasks: list[LayerTask], multiple: int) -> float:
         ]
         if len(fitting) == len(others):
             return fraction
-        left -= sum(task.source_bits for task in others if task not in fitting)
+        left -= sum(task.dense_bits for task in others if task not in fitting)
         others = fitting
     return 0.0
 
@@ -201,7 +201,7 @@ def _overridden(
         )
         return task
     config = steps.config(override.rank)
-    if task.bits_of(config) >= task.source_bits:
+    if task.bits_of(config) >= task.dense_bits:
         return task.dense(f"factors of rank {override.rank} would be larger than the weight")
     return task.decided(config)
 

@@ -88,7 +88,7 @@ def test_the_bytes_are_those_of_a_file(
         if n.rpartition(".")[0] in targets.shapes
     )
     assert baseline.bits == 8 * own
-    assert baseline.kept == baseline.bits / targets.source_bits
+    assert baseline.kept == baseline.bits / targets.dense_bits
 
 
 @pytest.mark.parametrize("written", WRITTEN)
@@ -133,7 +133,7 @@ def test_sparse_takes_the_bytes_of_the_result_and_no_more(targets: Targets) -> N
 
 
 def test_sparse_keeps_an_entry_where_the_mask_alone_is_too_large(targets: Targets) -> None:
-    tiny = replace(targets, compressed_bytes=targets.dense_bytes - targets.source_bits // 8)
+    tiny = replace(targets, compressed_bytes=targets.dense_bytes - targets.dense_bits // 8)
     baseline = plan_baseline("sparse", tiny)
     assert {*baseline.stored.values()} == {1}
     assert baseline.bytes > tiny.compressed_bytes

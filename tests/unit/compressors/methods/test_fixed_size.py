@@ -89,7 +89,7 @@ def test_stored_components_have_the_reported_error(name: str, shape: tuple[int, 
     W_hat = decoded(method, found.parts, shape)
     error = weighted_error(W, W_hat, H, G)
     assert found.squared_error == pytest.approx(error, rel=1e-6)
-    assert found.loss == pytest.approx(error / weighted_error(W, 0 * W, H, G), rel=1e-6)
+    assert found.relative_error == pytest.approx(error / weighted_error(W, 0 * W, H, G), rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -108,7 +108,7 @@ def test_curves_are_those_of_the_solutions(name: str, shape: tuple[int, int]) ->
         # Curves of dictionaries take few rounds: on problems this small, far from convergence.
         if sparse:
             assert error <= 3 * one.squared_error
-        assert one.loss == pytest.approx(one.squared_error / total, rel=1e-6)
+        assert one.relative_error == pytest.approx(one.squared_error / total, rel=1e-6)
     rounding = 1e-12 * total
     assert all(small <= large + rounding for small, large in pairwise(errors))
 
