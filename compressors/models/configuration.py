@@ -103,7 +103,6 @@ def needs_code(folder: Path, file: str) -> ModelError:
     return ModelError(
         f"model.path: {folder} comes with Python code (auto_map in {file}); read that code, then "
         "set model.trust_remote_code: true to run it",
-        code="remote-code",
     )
 
 

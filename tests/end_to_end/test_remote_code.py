@@ -129,12 +129,12 @@ def test_what_is_not_trusted_is_not_run(
 ) -> None:
     for command in ("plan", "compress"):
         ended = lrc(command, write(STAGES["low rank"], trusted=False))
-        ended.refuses(1, "auto_map", KEY, code="remote-code", where="model.path")
+        ended.refuses(1, "auto_map", KEY, code="invalid-model", where="model.path")
     assert lrc("compress", write(STAGES["low rank"]), "--quiet").code == 0
     checkpoint = tmp_path / "run/checkpoint"
     assert lrc("inspect", checkpoint, "--verify").code == 0
     measure = ("--perplexity", tiny_text, "--window", 32, "--windows", 2)
     for folder in (checkpoint, remote):
         for command in (("eval", folder, *measure), ("generate", folder, "--prompt", "A")):
-            lrc(*command).refuses(1, "auto_map", "--trust-remote-code", code="remote-code")
+            lrc(*command).refuses(1, "auto_map", "--trust-remote-code", code="invalid-model")
             assert lrc(*command, "--trust-remote-code").code == 0
