@@ -6,7 +6,9 @@ from lrc.compressors.io.machine import Machine
 from lrc.configs.errors import RecipeError
 
 
-def run(models: list[str], prompt: str, *, tokens: int, device: str) -> dict[str, str]:
+def run(
+    models: list[str], prompt: str, *, tokens: int, device: str, trusted: bool = False
+) -> dict[str, str]:
     """Return model -> its greedy continuation of `prompt`, at most `tokens` tokens long.
 
     Raises
@@ -21,13 +23,15 @@ def run(models: list[str], prompt: str, *, tokens: int, device: str) -> dict[str
     machine = Machine(device)
     with options_in_errors(), machine.current():
         for path in models:
-            for text in check_model(path):
+            for text in check_model(path, trusted=trusted):
                 console.warn(f"{path}: {text}")
-        return {path: _continuation(path, prompt, tokens, machine.chosen) for path in models}
+        return {
+            path: _continuation(path, prompt, tokens, machine.chosen, trusted) for path in models
+        }
 
 
-def _continuation(path: str, prompt: str, tokens: int, device: str) -> str:
-    model, tokenizer = load_model(path, device)
+def _continuation(path: str, prompt: str, tokens: int, device: str, trusted: bool) -> str:
+    model, tokenizer = load_model(path, device, trusted=trusted)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0]
     new = written[inputs["input_ids"].shape[1] :]

@@ -38,6 +38,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to std
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
 
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
+]
+
 
 def _positive(number: int | None) -> int | None:
     if number is not None and number < 1:
@@ -180,6 +184,7 @@ def evaluate(
         int | None, typer.Option(callback=_positive, help="Windows per text, at most.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -203,7 +208,7 @@ def evaluate(
     console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
         machine = Machine(device, on_step=steps, on_warning=steps.warn)
-        blocks = run(checkpoints, request, machine, seed=seed)
+        blocks = run(checkpoints, request, machine, seed=seed, trusted=trust_remote_code)
     if as_json:
         _print_json({"checkpoints": blocks})
     else:
@@ -219,6 +224,7 @@ def generate(
     ],
     prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
     tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 40,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -226,7 +232,7 @@ def generate(
     from lrc.cli.generate import run
 
     console.quiet_transformers()
-    texts = run(models, prompt, tokens=tokens, device=device)
+    texts = run(models, prompt, tokens=tokens, device=device, trusted=trust_remote_code)
     if as_json:
         _print_json({"prompt": prompt, "continuations": texts})
         return

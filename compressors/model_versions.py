@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.checkpoint.writer import copy_code
+from lrc.compressors.checkpoint.companions import copy_companions
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, Machine
 from lrc.compressors.models.architecture import Architecture, build
@@ -123,8 +123,8 @@ class ModelVersions:
             )
             generation = before / "generation_config.json"
             if generation.is_file():
-                shutil.copy(generation, folder)
-            copy_code(source, folder)
+                shutil.copyfile(generation, folder / generation.name)
+            copy_companions(source, folder)
         self.journal.forget(*cache_files(self.journal))
 
     @property

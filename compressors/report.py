@@ -25,6 +25,7 @@ from lrc.compressors.evaluate.evaluator import is_current
 from lrc.compressors.io.files import write_text
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.versions import versions
+from lrc.compressors.models.source import HUB_ID
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.summary import summarize
 from lrc.compressors.prepare import Prepared
@@ -131,7 +132,9 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
     `plain` states that transformers loads the checkpoint without lrc.
     """
     base = report["recipe"]["model"]["path"]
-    on_hub = not Path(base).exists() and not base.endswith(".gguf")
+    local = Path(base).expanduser()
+    on_hub = HUB_ID.match(base) is not None and not local.exists()
+    name = base.rpartition("/")[2] if on_hub else local.resolve().name.removesuffix(".gguf")
     types = {c["type"] for layer in report["layers"] for c in layer["config"]["components"]}
     header = ModelCardData(
         library_name="transformers",
@@ -142,14 +145,13 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["mib"] = lambda n: "unknown" if n is None else f"{n / 2**20:,.1f} MiB"
     template = resources.files("lrc.compressors").joinpath("card.md.j2").read_text("utf-8")
-    name = Path(base).stem if base.endswith(".gguf") else base.rstrip("/").rpartition("/")[2]
     return environment.from_string(template).render(
         header=header.to_yaml(),
         name=name,
         report=report,
         architecture=plan.model.architecture,
         dtype=plan.model.dtype,
-        base=base,
+        base=base if on_hub else name,
         plain=plain,
         integers="dense" in types,
     )

@@ -8,11 +8,13 @@ missing tensors and leaves them uninitialized. After loading it checks masks, in
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -24,6 +26,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.config_tables import check_tables
 from lrc.compressors.checkpoint.manifest import read_manifest
+from lrc.compressors.checkpoint.model_tables import (
+    MODULES,
+    added_biases,
+    current_tables,
+    fit_names,
+    head_shapes,
+)
 from lrc.compressors.io.shards import read_headers
 from lrc.compressors.layers import (
     CompressedEmbedding,
@@ -34,8 +43,9 @@ from lrc.compressors.layers import (
     WeightConfig,
 )
 from lrc.compressors.layers.component import finite_problems
-from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, tables_of, widen_
+from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, widen_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
+from lrc.compressors.models.contents import renamed
 from lrc.configs.errors import CheckpointError
 
 BLOCK = "config.json: quantization_config"
@@ -51,7 +61,7 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
     format_version : int
     **tables
         How a sliced model differs from its architecture: shapes of resized modules, added biases,
-        and norms, see `TABLES`. Other keys, which transformers adds, are ignored.
+        and norms, see `TABLES`.
     """
 
     def __init__(
@@ -62,13 +72,22 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
     ) -> None:
         self.quant_method = layout.QUANT_METHOD  # type: ignore[assignment]  # an out-of-tree name
         self.format_version = format_version
-        self.modules = modules or {}
         layout.check_version(format_version, BLOCK)
-        layout.parse_modules(self.modules, BLOCK)
+        layout.parse_modules(modules or {}, BLOCK)
         check_tables(tables, BLOCK)
-        for key, table in tables.items():
-            if key in TABLES:  # absent tables are not set, so that they are not saved either
-                setattr(self, key, table)
+        self.tables = {MODULES: modules or {}, **tables}
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """The tables `modules`, and those of a sliced model that are not empty."""
+        return {key: table for key, table in vars(self).items() if key in (MODULES, *TABLES)}
+
+    @tables.setter
+    def tables(self, tables: Mapping[str, Any]) -> None:
+        for key in (MODULES, *TABLES):  # empty ones are not set, so that they are not saved either
+            vars(self).pop(key, None)
+            if tables.get(key) or key == MODULES:
+                setattr(self, key, tables[key])
 
 
 class LrcQuantizer(HfQuantizer):
@@ -90,12 +109,18 @@ class LrcQuantizer(HfQuantizer):
                 "transformers did not say which files it loads, so that they cannot be checked; "
                 "load the folder of a checkpoint, with a version of transformers that lrc supports"
             )
-        modules = layout.parse_modules(self.quantization_config.modules, BLOCK)
-        tables = tables_of(model.config)
+        tables = fit_names(self.quantization_config.tables, model)
+        self.quantization_config.tables = tables
+        modules = layout.parse_modules(tables[MODULES], BLOCK)
         shapes, biases = tables.get(SHAPES, {}), tables.get(BIASES, [])
         with _as_checkpoint_error(BLOCK):
             self._original_shapes = resize_(model, shapes)
+            if NORMS in tables:
+                heads = head_shapes(model, shapes)
+                resize_(model, heads)
+                self.quantization_config.tables = {**tables, SHAPES: {**shapes, **heads}}
             add_biases_(model, biases)
+        self._added_biases = [*biases, *added_biases(model, modules)]
         expected = layout.resized_tensors(shapes)
         for name in biases:
             if name not in modules:
@@ -111,6 +136,10 @@ class LrcQuantizer(HfQuantizer):
         devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
         skeleton = {*map(str, devices)} == {"meta"}
         self._wait_for_hashes = manifest.start_check() if manifest and not skeleton else None
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(isinstance(end, CompressedLinear | TiedHead) for end in ends):
+            # Not a bound method, which would be pickled as the one of the class.
+            model.resize_token_embeddings = partial(_resize_token_embeddings, model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -120,8 +149,19 @@ class LrcQuantizer(HfQuantizer):
         check_values(model)
         return model
 
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Replace all compressed layers by ordinary ones.
+
+        Biases that the architecture lacks stay in the config, so that a saved model is complete.
+        """
+        super().dequantize(model, dtype=dtype)  # type: ignore[no-untyped-call, unused-ignore]
+        vars(model).pop("resize_token_embeddings", None)
+        if self._added_biases:
+            model.config.quantization_config = LrcConfig(biases=self._added_biases)
+        return model if dtype is None else model.to(dtype)
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        if tables_of(model.config).get(NORMS):
+        if NORMS in self.quantization_config.tables:
             raise CheckpointError(
                 "cannot dequantize: with 'rotations: block' every block uses its own basis of the "
                 "residual stream, which the original architecture cannot express; slice with "
@@ -133,9 +173,19 @@ class LrcQuantizer(HfQuantizer):
         # After the embeddings, which the tied heads read, are dense.
         for name, module in list(model.named_modules()):
             if isinstance(module, TiedHead):
-                model.set_submodule(name, module.to_dense(model.get_input_embeddings()))
+                embedding = model.get_input_embeddings()
+                model.set_submodule(name, module.to_dense(embedding))
+                owner = next(n for n, each in model.named_modules() if each is embedding)
+                model.all_tied_weights_keys[f"{name}.weight"] = f"{owner}.weight"
         widen_(model, self._original_shapes)  # those of the config without `quantization_config`
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        """Update the config, which `save_pretrained` writes after this call."""
+        config = self.quantization_config
+        config.tables = current_tables(config.tables, model)
+        model.config.quantization_config = config
+        return None, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Return True: `save_pretrained` can write the state dict as it is."""
@@ -144,6 +194,27 @@ class LrcQuantizer(HfQuantizer):
     is_trainable = True  # Trainer and PEFT accept it: unquantized factors are ordinary parameters
     is_qat_trainable = True  # Trainer may train it without adapters
     is_compileable = True
+
+
+def _resize_token_embeddings(
+    model: Any,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> Any:
+    """Replace the method of a model with a quantized embedding or head, whose rows are packed."""
+    embedding = model.get_input_embeddings()
+    multiple = pad_to_multiple_of or 1
+    size = -(-(new_num_tokens or embedding.num_embeddings) // multiple) * multiple
+    if size == embedding.num_embeddings:
+        return embedding
+    raise CheckpointError(
+        f"cannot resize the vocabulary from {embedding.num_embeddings} to {size} tokens: the "
+        "embedding or the head is stored as integers; call model.dequantize() first (after "
+        "'rotations: block', which has no dequantize(): compress without 'embeddings' and "
+        "'lm_head')",
+        code="quantized-embedding",
+    )
 
 
 @contextmanager
@@ -227,8 +298,9 @@ def check_values(model: nn.Module) -> None:
 def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) -> None:
     """Compare the tensors that a checkpoint must have with the headers of its files.
 
-    With `model`, its other weights must be there too, as floating-point numbers: transformers would
-    initialize missing ones, and convert integers.
+    With `model`, names in the files are those that transformers reads as names of the model, and
+    its other weights must be there too, as floating-point numbers: transformers would initialize
+    missing ones, and convert integers.
 
     Raises
     ------
@@ -236,12 +308,14 @@ def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) ->
         If a file is truncated, or tensors are missing or have a wrong shape or dtype.
     """
     try:
-        found = read_headers(map(Path, files))
+        headers = read_headers(map(Path, files))
     except ValueError as error:
         raise CheckpointError(f"{error}; {layout.COPY_AGAIN}") from error
     if model is not None:
+        names = renamed(headers, get_model_conversion_mapping(model), model).items()
+        headers = {name: headers[key] for key, (name, converted) in names if not converted}
         expected = _other_weights(model) | expected
-    wrong = layout.mismatches(expected, found)
+    wrong = layout.mismatches(expected, headers)
     if wrong:
         raise CheckpointError(
             f"the weights do not match config.json: {_first(wrong)}; {layout.COPY_AGAIN}",

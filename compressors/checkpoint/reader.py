@@ -19,11 +19,18 @@ from lrc.compressors.checkpoint.quantizer import check_values
 from lrc.compressors.io.shards import Header, read_folder
 from lrc.compressors.layers import TensorSpecs, WeightConfig
 from lrc.compressors.layers.model_shapes import SHAPES
+from lrc.compressors.models.configuration import check_code, tokenizer_needs_code
 from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import CheckpointError
 
 
-def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+def load_checkpoint(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
     """Load a causal language model from a local folder.
 
     Parameters
@@ -32,13 +39,18 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
         A compressed checkpoint, or any folder that `save_pretrained` wrote.
     dtype : torch.dtype, optional
         Precision to run in; the stored one if left out.
+    trust_remote_code : bool
+        Run the Python code of a model that comes with its own.
 
     Raises
     ------
     CheckpointError
         Missing, truncated or changed files, or a newer format.
+    ModelError
+        If the model needs its own code, which is not trusted.
     """
     contents = read_contents(folder)
+    check_code(contents.config, folder, trusted=trust_remote_code)
     # `LrcQuantizer` checks hashes and values of checkpoints in lrc's format.
     manifest = None if contents.needs_lrc else contents.manifest
     wait_for_hashes = manifest.start_check() if manifest else lambda: None
@@ -48,6 +60,7 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
                 folder,
                 dtype=dtype or "auto",
                 device_map=device,
+                trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
             )
@@ -102,16 +115,20 @@ def _without_bars() -> Iterator[None]:
         tqdm.__init__ = drawn
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a checkpoint.
 
     Raises
     ------
     CheckpointError
+    ModelError
+        If it needs its own code, which is not trusted.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly anything here
+        if (needed := tokenizer_needs_code(error, folder)) is not None:
+            raise needed from error
         raise CheckpointError(
             f"{folder}: no tokenizer could be loaded ({why_no_tokenizer(folder, error)}); copy the "
             "checkpoint again, with tokenizer.json"

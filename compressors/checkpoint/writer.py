@@ -1,7 +1,6 @@
 """Write a compressed checkpoint, one shard in memory at a time."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,6 @@ from typing import Any
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-
-from lrc.compressors.models.source import Source
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 10**9
@@ -54,10 +51,3 @@ def write_config(folder: Path, config: Any, block: Mapping[str, Any], dtype: str
         content["quantization_config"] = block
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def copy_code(source: Source, folder: Path) -> None:
-    """Copy the code of a model that has its own, if the recipe trusts it."""
-    if source.spec.trust_remote_code:
-        for code in source.folder.glob("*.py"):
-            shutil.copy(code, folder)

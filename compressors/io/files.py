@@ -125,9 +125,17 @@ def partial_path(path: Path) -> Path:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Flush a finished file or folder to the disk and rename it atomically."""
+    """Flush a finished file or folder to the disk and rename it atomically.
+
+    Files get the permissions of new files: safetensors lets only their owner read them.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
     with storage_errors(final):
         for path in [*partial.rglob("*"), partial] if partial.is_dir() else [partial]:
+            if path.is_file():
+                with suppress(PermissionError):  # of a file system without permissions
+                    path.chmod(0o666 & ~umask)
             _fsync(path)
         os.replace(partial, final)
         _fsync(final.parent)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,8 @@ def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedC
             "follow; save the model again with save_pretrained"
         )
     kind = raw.get("model_type")
+    check_code(raw, folder, trusted=spec.trust_remote_code)
     if kind not in CONFIG_MAPPING and not spec.trust_remote_code:
-        if "auto_map" in raw:
-            raise ModelError(
-                f"model.path: {spec.path} comes with Python code (auto_map in config.json); "
-                "read that code, then set model.trust_remote_code: true to run it"
-            )
         raise ModelError(
             f"model.path: {path} names the model_type {kind!r}, which transformers "
             f"{transformers_version} does not know; supported are {SUPPORTED}"
@@ -164,6 +161,36 @@ def refuse_part(
             f"{metadata.get('split.no', 0) + 1} of {n_parts} of a model; merge the parts first "
             "(llama-gguf-split --merge FIRST-PART MERGED) and give the merged file"
         )
+
+
+def check_code(config: Mapping[str, Any], folder: Path, *, trusted: bool) -> None:
+    """Refuse a model that only its own code, which is not trusted, can load.
+
+    Parameters
+    ----------
+    config : mapping
+        Its ``config.json``.
+
+    Raises
+    ------
+    ModelError
+    """
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trusted:
+        raise needs_code(folder, "config.json")
+
+
+def needs_code(folder: Path, file: str) -> ModelError:
+    """Return the error about a file whose `auto_map` names code that is not trusted."""
+    return ModelError(
+        f"model.path: {folder} comes with Python code (auto_map in {file}); read that code, then "
+        "set model.trust_remote_code: true to run it",
+    )
+
+
+def tokenizer_needs_code(error: Exception, folder: Path) -> ModelError | None:
+    """Return the error to raise if loading a tokenizer failed because its code is not trusted."""
+    named = "trust_remote_code" in str(error)  # transformers has no class for this error
+    return needs_code(folder, "tokenizer_config.json") if named else None
 
 
 def first_line(error: BaseException) -> str:

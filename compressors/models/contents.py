@@ -6,9 +6,10 @@ the module tree is in the files, and every tensor in the files has a place in th
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -86,7 +87,7 @@ def read_contents(folder: Path, architecture: Architecture) -> Contents:
     except ValueError as error:
         raise ModelError(f"model.path: {error}; copy or download it again") from error
     conversions = get_model_conversion_mapping(architecture.model)
-    found = renamed(headers, conversions, architecture)
+    found = renamed(headers, conversions, architecture.model)
     names = {key: None if converted else name for key, (name, converted) in found.items()}
     contents = match(headers, names, architecture)
     for name, parameter in architecture.stored_parameters().items():
@@ -106,12 +107,12 @@ def read_contents(folder: Path, architecture: Architecture) -> Contents:
 
 
 def renamed(
-    keys: Mapping[str, Header], conversions: Sequence[WeightTransform], architecture: Architecture
+    keys: Iterable[str], conversions: Sequence[WeightTransform], model: Any
 ) -> dict[str, tuple[str, bool]]:
     """Return key in the file -> name in the module tree, and whether more than the name changes."""
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    tree, prefix = architecture.model.state_dict(), architecture.model.base_model_prefix
+    tree, prefix = model.state_dict(), model.base_model_prefix
     found = {k: rename_source_key(k, renamings, converters, prefix, tree) for k in keys}
     return {key: (name, converted is not None) for key, (name, converted) in found.items()}
 

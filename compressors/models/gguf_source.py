@@ -164,7 +164,7 @@ def _names(
     """Return name in the file -> name in the module tree, as transformers maps them; else ""."""
     kind, model = metadata["general.architecture"], architecture.model
     if is_gguf_arch_supported(kind):
-        found = renamed(headers, get_gguf_conversion_mapping(kind, model.config), architecture)
+        found = renamed(headers, get_gguf_conversion_mapping(kind, model.config), model)
         return {key: name for key, (name, _) in found.items()}
 
     def shallow(module: Any, *children: tuple[str, Any]) -> Any:

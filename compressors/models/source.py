@@ -16,7 +16,12 @@ from transformers.utils.quantization_config import GgufConfig
 
 from lrc.compressors.io.fingerprint import fingerprint, fingerprints
 from lrc.compressors.io.shards import shard_files
-from lrc.compressors.models.configuration import first_line, read_config, read_gguf_config
+from lrc.compressors.models.configuration import (
+    first_line,
+    read_config,
+    read_gguf_config,
+    tokenizer_needs_code,
+)
 from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.recipe import Model
@@ -117,7 +122,7 @@ def _from_file(spec: Model, path: Path) -> Source:
 
 
 def _from_hub(spec: Model, *, weights: bool) -> Source:
-    patterns = SMALL_FILES + ["*.py"] * spec.trust_remote_code + ["*.safetensors"] * weights
+    patterns = _small_files(spec) + ["*.safetensors"] * weights
     with _reaching(spec.path, "model.path"):
         if spec.file:
             found = hf_hub_download(spec.path, spec.file, revision=spec.revision)
@@ -127,6 +132,10 @@ def _from_hub(spec: Model, *, weights: bool) -> Source:
     if spec.file:
         return _from_file(spec, path)
     return Source(spec, path, read_config(path, spec), weights_local=weights)
+
+
+def _small_files(spec: Model) -> list[str]:
+    return SMALL_FILES + ["*.py"] * spec.trust_remote_code
 
 
 @contextmanager
@@ -172,12 +181,14 @@ def load_tokenizer(source: Source) -> Any:
                 "(org/name) either; give the folder that holds tokenizer.json"
             )
         with _reaching(spec.tokenizer, "model.tokenizer"):
-            folder = Path(snapshot_download(spec.tokenizer, allow_patterns=SMALL_FILES))
+            folder = Path(snapshot_download(spec.tokenizer, allow_patterns=_small_files(spec)))
     try:
         if source.gguf and not spec.tokenizer:
             return AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # transformers and gguf raise nearly anything
+        if (needed := tokenizer_needs_code(error, folder)) is not None:
+            raise needed from error
         in_gguf = source.gguf and not spec.tokenizer
         reason = first_line(error) if in_gguf else why_no_tokenizer(folder, error)
         raise ModelError(

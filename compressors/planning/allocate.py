@@ -8,8 +8,15 @@ from lrc.compressors.layers import WeightConfig
 from lrc.compressors.methods.table import METHODS, Quantization
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.allocators import BudgetError, heavy_tail, lagrangian
-from lrc.compressors.planning.candidates import candidates_for, schemes_for, tail_candidates
+from lrc.compressors.planning.candidates import (
+    Candidate,
+    candidates_for,
+    joint_candidates,
+    schemes_for,
+    tail_candidates,
+)
 from lrc.compressors.planning.feasibility import unreachable
+from lrc.compressors.planning.fused_layers import fused_groups
 from lrc.compressors.planning.plan import Allocation, Plan
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.rate_distortion import Curve, curves_for
@@ -111,13 +118,20 @@ def _decide(
         else:
             compared.append(task)
     offer, allocator = ALLOCATORS[allocation.allocator]
-    candidates = [offer(task, curves[task.name], allocation) for task in compared]
+    offers = {task.name: offer(task, curves[task.name], allocation) for task in compared}
+    fused = fused_groups(offers) if allocation.one_scheme else []
+    others = [[name] for name in offers if not any(name in group for group in fused)]
+    groups = sorted([*fused, *others], key=lambda group: list(offers).index(group[0]))
+    candidates = [joint_candidates([offers[name] for name in group]) for group in groups]
     try:
         picked = allocator(candidates, allocation.budget - spent)
     except BudgetError as error:
         raise BudgetError(allocation.budget, error.smallest + spent) from error
-    for task, offered, index in zip(compared, candidates, picked, strict=True):
-        config, loss = offered[index].config, offered[index].loss
+    chosen: dict[str, Candidate] = {}
+    for group, offered, index in zip(groups, candidates, picked, strict=True):
+        chosen |= zip(group, offered[index].parts, strict=True)
+    for task in compared:
+        config, loss = chosen[task.name].config, chosen[task.name].loss
         if config.compressed:
             found.append((task.decided(config), loss))
         else:

@@ -1,6 +1,6 @@
 """Configurations that an allocator can choose for a task, with their costs and losses."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import lcm
 
@@ -30,6 +30,34 @@ class Candidate:
     """In the measure of the allocation."""
     loss: float
     """Weighted squared error; comparable between tasks."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Candidates of one or more tasks that are chosen together."""
+
+    parts: tuple[Candidate, ...]
+    """One per task."""
+    cost: int
+    loss: float
+
+
+def joint_candidates(offers: Sequence[Sequence[Candidate]]) -> list[Joint]:
+    """Return the choices that give several tasks the same scheme; for one task, all of its own.
+
+    Parameters
+    ----------
+    offers : sequence of sequence of Candidate
+        One sequence per task; if several, with at most one candidate per scheme.
+    """
+    parts: list[tuple[Candidate, ...]]
+    if len(offers) == 1:
+        parts = [(candidate,) for candidate in offers[0]]
+    else:
+        by_scheme = [{c.config.quantization: c for c in offered} for offered in offers]
+        common = [key for key in by_scheme[0] if all(key in other for other in by_scheme)]
+        parts = [tuple(each[key] for each in by_scheme) for key in common]
+    return [Joint(p, sum(c.cost for c in p), sum(c.loss for c in p)) for p in parts]
 
 
 def schemes_for(

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Protocol
 
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
+from lrc.compressors.planning.fused_layers import fused_warnings, gives_plain_integers
 from lrc.compressors.planning.plan import Allocation, ModelInfo, Plan, SliceRecord
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.required_statistics import solver_statistics, with_statistics
@@ -131,7 +132,11 @@ def compile_plan(
             f"{draft.no_saving_advice}",
         )
     draft.problems.raise_if_any()
-    whole = draft.whole
+    whole, allocations = draft.whole, draft.allocations
+    warnings = [*draft.warnings, *_few_tokens(ordered, draft.tokens)]
+    if gives_plain_integers(ordered, draft.embeddings, allocations, draft.architecture):
+        allocations = [replace(each, one_scheme=True) for each in allocations]
+        warnings += fused_warnings(ordered, [each.name for each in draft.architecture.linears])
     plan = Plan(
         model=ModelInfo(
             source=recipe.model.path,
@@ -146,12 +151,12 @@ def compile_plan(
         calibration=calibration.model_dump(mode="json"),
         tasks=ordered,
         embeddings=draft.embeddings,
-        allocations=draft.allocations,
+        allocations=allocations,
         slices=draft.slices,
         user_plans={
             stage: sha256(text.encode()).hexdigest() for stage, text in draft.user_plans.items()
         },
-        warnings=[*draft.warnings, *_few_tokens(ordered, draft.tokens)],
+        warnings=warnings,
     )
     return Compiled(plan, draft.architecture, draft.sliced, draft.user_plans)
 

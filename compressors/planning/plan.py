@@ -47,6 +47,8 @@ class Allocation:
     """Cost of all dense weights of the stage."""
     overrides: bool = False
     """Whether the recipe fixes the budgets of some weights."""
+    one_scheme: bool = False
+    """Whether layers that serving engines fuse get the same scheme."""
 
 
 @dataclass(frozen=True)
