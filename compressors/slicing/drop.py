@@ -58,7 +58,12 @@ class Drop(SliceMethod[Options]):
                 f"{budget.bytes:,} of {budget.dense_bytes:,} bytes; raise it"
             )
         smaller = deepcopy(config)
-        _keep_layers_(smaller, range(kept))
+        try:
+            _keep_layers_(smaller, range(kept))
+        except NotImplementedError as error:  # a derived key
+            raise budget.refusal(
+                f"the config of {kind} does not let {N_LAYERS} be changed; use another method"
+            ) from error
         return smaller
 
     def passes(self, options: Options, config: PreTrainedConfig) -> float:
