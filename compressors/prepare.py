@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from torch import nn
+
 from lrc.compressors.calibrate.layer_check import build_checked
+from lrc.compressors.checkpoint.plain import is_plain, loads_packed
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.gates import check_gate_names
 from lrc.compressors.evaluate.harness import check_tasks
@@ -73,11 +76,25 @@ def prepare(
         check_gate_names(recipe.evaluate.gates, recipe.evaluate)
     if problems:
         raise RecipeError(problems)
+    warnings = [*compiled.plan.warnings, *_needs_lrc(compiled)]
+    compiled = replace(compiled, plan=replace(compiled.plan, warnings=warnings))
     prepared = Prepared(**vars(compiled), recipe=recipe, source=source, dense=dense)
     if source.gguf is None and source.weights_local:
         WeightReader(source.folder, dense)  # reads headers: files are complete, tensors exist
         _ = prepared.tokenizer
     return prepared
+
+
+def _needs_lrc(compiled: Compiled) -> list[str]:
+    """Return a warning if only the model class prevents a plain checkpoint of integers."""
+    model, modules = compiled.architecture.model, compiled.plan.modules()
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not modules or not is_plain(modules, linears) or loads_packed(model, modules):
+        return []
+    return [
+        f"stages: {type(model).__name__} cannot be loaded with packed integers by transformers "
+        "alone, so loading the result needs `import lrc`"
+    ]
 
 
 @contextmanager

@@ -61,16 +61,21 @@ class Drop(SliceMethod[Options]):
             )
         # Calibration chooses the layers; these shift all positions from the first on, one or most.
         for start in sorted({0, min(1, len(layers) - kept), len(layers) - kept}, reverse=True):
-            smaller = deepcopy(config)
-            chosen = range(start, start + kept)
-            _keep_layers_(smaller, chosen)
-            fewer = describe(skeleton(architecture, smaller))
-            difference = differing_layer(architecture, fewer, chosen)
-            if difference:
+            smaller, chosen = deepcopy(config), range(start, start + kept)
+            try:
+                _keep_layers_(smaller, chosen)
+            except NotImplementedError as error:  # a derived key
                 raise budget.refusal(
-                    f"{kind} computes differently with {kept} layers instead of {len(layers)}: "
-                    f"{difference}; use another method"
-                )
+                    f"the config of {kind} does not let {N_LAYERS} be changed; use another method"
+                ) from error
+            fewer = describe(skeleton(architecture, smaller))
+            if len(fewer.layers) == kept:  # `plan_slices` refuses another number
+                difference = differing_layer(architecture, fewer, chosen)
+                if difference:
+                    raise budget.refusal(
+                        f"{kind} computes differently with {kept} layers instead of "
+                        f"{len(layers)}: {difference}; use another method"
+                    )
         return smaller
 
     def passes(self, options: Options, config: PreTrainedConfig) -> float:

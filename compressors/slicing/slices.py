@@ -53,7 +53,12 @@ def plan_slices(
         pending = method.pending(options, config)
         architecture = build_checked(sliced_source(source, config))
         after = WholeModel(architecture.stored_parameters())
-        assert after.bytes <= budget.bytes, f"{options.method} planned beyond its budget"
+        if after.bytes > budget.bytes:  # the class reads other keys than those that were changed
+            raise budget.refusal(
+                f"{type(architecture.model).__name__} does not take its sizes from the config keys "
+                f"that {options.method} changes ({', '.join(config_changes(old, config))}); use "
+                "another method"
+            )
         if after.bytes == before.bytes:
             raise budget.refusal("allows the whole model, so nothing would be removed; lower it")
         records.append(
