@@ -5,6 +5,7 @@ matrices are replaced: a linear layer returns some of its inputs with random sig
 a wave whose phase depends on the token. All other parameters get random values.
 """
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 from zlib import crc32
@@ -52,13 +53,17 @@ class SimulatedReader(WeightReader):
         } | {name for name, p in self._parameters.items() if p.numel() > MAX_VALUES}
 
     def read(self, name: str, *, device: str | torch.device = "cpu") -> Tensor:
-        """Return random values between 0.5 and 1.5, or a meta tensor instead of a large matrix."""
+        """Return random values, or a meta tensor instead of a large matrix.
+
+        Vectors are between 0.5 and 1.5, as norms are; the products of matrices keep the scale.
+        """
         parameter = self._parameters[name]
         if name in self._large or not parameter.is_floating_point():
             return parameter.detach()
         values = torch.rand(parameter.shape, generator=_generator(self._identity(name)))
-        # Matrices average their inputs: hidden states keep their scale through many layers.
-        return (values + 0.5) / (parameter.shape[-1] if parameter.ndim > 1 else 1)
+        if parameter.ndim < 2:
+            return values + 0.5
+        return (2 * values - 1) / math.sqrt(parameter.shape[-1])
 
     def fill_(
         self,
@@ -85,12 +90,19 @@ class SimulatedProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Replace `linear` and `embedding`; leave all other functions unchanged."""
+        """Replace `linear` and look-ups of rows; leave all other functions unchanged."""
         kwargs = kwargs or {}
-        if func is linear and hasattr(args[1], "identity") and args[1].is_meta:
+        if func is linear and _simulated(args[1]):
             return self._linear(*args, **kwargs)
-        if func is embedding and hasattr(args[1], "identity") and args[1].is_meta:
+        if func is embedding and _simulated(args[1]):
             return self._embedding(*args[:2])
+        if args and _simulated(args[0]):
+            if func == Tensor.device.__get__:
+                return torch.device("cpu")  # where the model computes
+            if func is Tensor.__getitem__ and not isinstance(args[1], slice):
+                rows, *columns = args[1] if isinstance(args[1], tuple) else (args[1],)
+                if all(column == slice(None) for column in columns):
+                    return self._embedding(torch.as_tensor(rows), args[0])
         result = func(*args, **kwargs)
         no_values = isinstance(result, Tensor) and result.is_meta and "device" not in kwargs
         if no_values and any(isinstance(each, Tensor) and not each.is_meta for each in args):
@@ -119,6 +131,11 @@ class SimulatedProducts(TorchFunctionMode):
             sign = torch.randint(2, (d_out,), generator=generator) * 2.0 - 1.0
             self._drawn[key] = index, sign
         return self._drawn[key]
+
+
+def _simulated(weight: Any) -> bool:
+    """Whether a tensor is the weight of a simulated product."""
+    return isinstance(weight, Tensor) and hasattr(weight, "identity") and weight.is_meta
 
 
 def _generator(identity: str) -> torch.Generator:

@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lrc.compressors.layers.model_shapes import rebuild_
@@ -73,6 +73,8 @@ def build(source: Source) -> Architecture:
         raise unsupported(config, "it is an encoder-decoder model")
     if any(name.endswith("ForMaskedLM") for name in config.architectures or []):
         raise unsupported(config, "it predicts masked tokens, not the next one")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        raise unsupported(config, "transformers has no causal language model of this type")
     try:
         with init_empty_weights(include_buffers=False), _NoLargeTensors():
             model = AutoModelForCausalLM.from_config(
@@ -121,20 +123,27 @@ class _NoLargeTensors(TorchFunctionMode):
 def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
     """Find the list of repeated layers in the text decoder.
 
-    It has the length that the config states, or else the most parameters.
+    Of the lists with the length that the config states (or else of all) it is the outermost one:
+    the towers of other modalities are deeper. Of several, it has the most parameters.
     """
     decoder = model.get_decoder()
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        decoder = model  # ModernBERT's `decoder` is its head
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
     n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+
+    def rank(name: str, layers: nn.ModuleList) -> tuple[bool, int, int]:
+        size = sum(parameter.numel() for parameter in layers.parameters())
+        return len(layers) == n_layers, -name.count("."), size
+
     candidates = [
-        (len(module) == n_layers, sum(p.numel() for p in module.parameters()), name, module)
+        (name, module)
         for name, module in decoder.named_modules(prefix=prefix)
         if isinstance(module, nn.ModuleList) and len(module) > 0
     ]
     if not candidates:
         raise unsupported(config, "it has no list of repeated layers")
-    _, _, name, layers = max(candidates, key=lambda candidate: candidate[:2])
-    return name, layers
+    return max(candidates, key=lambda candidate: rank(*candidate))
 
 
 def _refuse_unsupported_weights(name: str, layer: nn.Module, config: Any) -> None:
