@@ -145,16 +145,20 @@ def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
 def _evaluate(session: Session) -> dict[str, Any]:
     """Score the dense and the compressed model and the baselines."""
     models, recipe = session.models, session.prepared.recipe
+    trusted = recipe.model.trust_remote_code
     evaluator = Evaluator(
         recipe.evaluate,
         recipe.seed,
         session.journal,
         session.clock,
         session.on_step,
-        load_tokenizer=lambda: load_tokenizer(session.checkpoint),
+        load_tokenizer=lambda: load_tokenizer(session.checkpoint, trust_remote_code=trusted),
         load_dense=lambda: models.load_dense(models.dtype),
         load_compressed=lambda: load_checkpoint(
-            session.checkpoint, dtype=models.dtype, device=session.device
+            session.checkpoint,
+            dtype=models.dtype,
+            device=session.device,
+            trust_remote_code=trusted,
         ),
     )
     targets = report.baseline_targets(_executed(session), session.prepared)

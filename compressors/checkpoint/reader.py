@@ -19,7 +19,13 @@ from lrc.compressors.io.shards import Header, read_headers, shard_files
 from lrc.configs.errors import CheckpointError
 
 
-def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+def load_checkpoint(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
     """Load a causal language model from a local folder.
 
     Parameters
@@ -28,6 +34,8 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
         A compressed checkpoint, or any folder that `save_pretrained` wrote.
     dtype : torch.dtype, optional
         Precision to run in; the stored one if left out.
+    trust_remote_code : bool
+        Whether to run the Python code of the checkpoint, if it has any.
 
     Raises
     ------
@@ -43,6 +51,7 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
                 dtype=dtype or "auto",
                 device_map=device,
                 use_safetensors=True,
+                trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
         model, loading = found
@@ -83,15 +92,15 @@ def _without_bars() -> Iterator[None]:
         tqdm.__init__ = drawn
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a checkpoint.
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a checkpoint; for the code of one, see `load_checkpoint`.
 
     Raises
     ------
     CheckpointError
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly anything here
         raise CheckpointError(
             f"{folder}: no tokenizer could be loaded ({type(error).__name__}); copy the checkpoint "
