@@ -10,6 +10,7 @@ from torch import nn
 
 from lrc.compressors.calibrate.layer_check import build_checked
 from lrc.compressors.checkpoint.plain import is_plain, loads_packed
+from lrc.compressors.checkpoint.rehearsal import rehearse_loading
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.gates import check_gate_names
 from lrc.compressors.evaluate.harness import check_tasks
@@ -78,6 +79,7 @@ def prepare(
         raise RecipeError(problems)
     warnings = [*compiled.plan.warnings, *_needs_lrc(compiled)]
     compiled = replace(compiled, plan=replace(compiled.plan, warnings=warnings))
+    rehearse_loading(compiled.plan, compiled.architecture.model, source)
     prepared = Prepared(**vars(compiled), recipe=recipe, source=source, dense=dense)
     if source.gguf is None and source.weights_local:
         WeightReader(source.folder, dense)  # reads headers: files are complete, tensors exist

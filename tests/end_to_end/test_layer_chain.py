@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lrc.compressors.checkpoint import rehearsal
+
 SIZES = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48}
 IDS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
@@ -140,3 +142,21 @@ def test_a_model_with_code_is_loaded_again_by_the_run_that_compressed_it(
     ended = lrc("compress", recipe, "-q", "--json")
     assert ended.code == 0, ended.err
     assert (output / "checkpoint" / "mine.py").is_file()
+
+
+def test_a_result_that_could_not_be_loaded_is_rejected_before_any_work(
+    lrc, tiny_model_folder: Path, output: Path, tiny_recipe, monkeypatch
+) -> None:
+    """The config is written and read back, and its layers are replaced, when the plan is made."""
+    whole = rehearsal.write_config
+
+    def damaged(folder: Path, config: Any, block: dict[str, Any], dtype: str) -> None:
+        modules = {name.replace("q_proj", "w_proj"): c for name, c in block["modules"].items()}
+        whole(folder, config, {**block, "modules": modules}, dtype)
+
+    monkeypatch.setattr(rehearsal, "write_config", damaged)
+    for command in ("plan", "compress"):
+        lrc(command, tiny_recipe(tiny_model_folder, output)).refuses(
+            1, "could not load the result", "w_proj", code="invalid-model"
+        )
+    assert not output.exists()
