@@ -7,6 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from lrc.compressors.calibrate.layer_check import check_layers
+from lrc.compressors.checkpoint.plain import is_plain, loads_packed
+from lrc.compressors.checkpoint.rehearsal import rehearse_loading
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.gates import check_gate_names
 from lrc.compressors.evaluate.harness import check_tasks
@@ -70,6 +75,7 @@ def prepare(
     dense, warnings = build(source), list[str]()
     if source.weights_local:  # reads headers only
         source, dense, warnings = check_contents(source, dense)
+    dense = check_layers(dense)
     with _collected(problems):
         compiled = compile_plan(recipe, source, dense, stages)
     with _collected(problems):
@@ -77,8 +83,9 @@ def prepare(
         check_gate_names(recipe.evaluate.gates, recipe.evaluate)
     if problems:
         raise RecipeError(problems)
-    plan = replace(compiled.plan, warnings=[*warnings, *compiled.plan.warnings])
-    compiled = replace(compiled, plan=plan)
+    warnings = [*warnings, *compiled.plan.warnings, *_needs_lrc(compiled)]
+    compiled = replace(compiled, plan=replace(compiled.plan, warnings=warnings))
+    rehearse_loading(compiled.plan, compiled.architecture.model, source)
     prepared = Prepared(**vars(compiled), recipe=recipe, source=source, dense=dense)
     if source.gguf is None and source.weights_local:
         _ = prepared.tokenizer
@@ -112,6 +119,18 @@ def _check_output(recipe: Recipe, problems: Problems) -> None:
                 f"must not contain what the run reads, got {recipe.output} with {key} in it, "
                 f"{given}; choose another output, or move that first",
             )
+
+
+def _needs_lrc(compiled: Compiled) -> list[str]:
+    """Return a warning if only the model class prevents a plain checkpoint of integers."""
+    model, modules = compiled.architecture.model, compiled.plan.modules()
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not modules or not is_plain(modules, linears) or loads_packed(model, modules):
+        return []
+    return [
+        f"stages: {type(model).__name__} cannot be loaded with packed integers by transformers "
+        "alone, so loading the result needs `import lrc`"
+    ]
 
 
 @contextmanager

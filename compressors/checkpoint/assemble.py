@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.companions import copy_companions
 from lrc.compressors.checkpoint.manifest import write_manifest
-from lrc.compressors.checkpoint.plain import compressed_tensors_config, is_plain, plain_name
+from lrc.compressors.checkpoint.plain import (
+    compressed_tensors_config,
+    is_plain,
+    loads_packed,
+    plain_name,
+)
 from lrc.compressors.checkpoint.writer import write_config, write_weights
 from lrc.compressors.layers import sentinel
 from lrc.compressors.layers.model_shapes import tables_of
@@ -52,6 +57,7 @@ def write_checkpoint(
     named = architecture.model.named_modules()
     linears = [name for name, module in named if isinstance(module, nn.Linear)]
     plain = is_plain(modules, linears) and not tables
+    plain = plain and loads_packed(architecture.model, modules)
     owners = plan.owner_layers()
     refit = {name for name, result in plan.results.items() if result.refit} - {*modules}
     origin: dict[str, Callable[[], Tensor]] = {}

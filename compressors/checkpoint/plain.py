@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,26 @@ def is_plain(modules: Mapping[str, WeightConfig], linears: Collection[str]) -> b
         and not config.bias
         for name, config in modules.items()
     )
+
+
+def loads_packed(model: Any, names: Iterable[str]) -> bool:
+    """Return whether the class of a skeleton can be loaded with packed layers of these names.
+
+    A packed layer has no `weight`, but `from_pretrained` still calls the `_init_weights` of the
+    class for it, which in some families (Falcon, Mamba, nanochat) reads that `weight`.
+    """
+    trial = deepcopy(model)
+    for tensor in [*trial.parameters(), *trial.buffers()]:
+        tensor._is_hf_initialized = True  # nothing is drawn anew
+    for module in trial.modules():
+        module._is_hf_initialized = False  # but every module is visited
+    for name in names:
+        delattr(trial.get_submodule(name), "weight")
+    try:
+        trial.initialize_weights()
+    except AttributeError:
+        return False
+    return True
 
 
 def plain_name(name: str) -> str:

@@ -40,7 +40,7 @@ def load_checkpoint(
     dtype : torch.dtype, optional
         Precision to run in; the stored one if left out.
     trust_remote_code : bool
-        Run the Python code of a model that comes with its own.
+        Whether to run the Python code of the checkpoint, if it has any.
 
     Raises
     ------
@@ -60,8 +60,8 @@ def load_checkpoint(
                 folder,
                 dtype=dtype or "auto",
                 device_map=device,
-                trust_remote_code=trust_remote_code,
                 use_safetensors=True,
+                trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
         model, loading = found
@@ -116,7 +116,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a checkpoint.
+    """Load the tokenizer of a checkpoint; for the code of one, see `load_checkpoint`.
 
     Raises
     ------

@@ -133,7 +133,11 @@ def compile_plan(
         )
     draft.problems.raise_if_any()
     whole, allocations = draft.whole, draft.allocations
-    warnings = [*draft.warnings, *_few_tokens(ordered, draft.tokens)]
+    warnings = [
+        *draft.warnings,
+        *(_unused(draft.architecture) if draft.tasks else []),
+        *_few_tokens(ordered, draft.tokens),
+    ]
     if gives_plain_integers(ordered, draft.embeddings, allocations, draft.architecture):
         allocations = [replace(each, one_scheme=True) for each in allocations]
         warnings += fused_warnings(ordered, [each.name for each in draft.architecture.linears])
@@ -159,6 +163,18 @@ def compile_plan(
         warnings=warnings,
     )
     return Compiled(plan, draft.architecture, draft.sliced, draft.user_plans)
+
+
+def _unused(architecture: Architecture) -> list[str]:
+    """Return a warning for every reason for which linear layers of decoder layers stay dense."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in architecture.unused.items():
+        reasons.setdefault(reason, []).append(name)
+    return [
+        f"model: {len(names)} linear layers stay dense, because each {reason}: "
+        + ", ".join(dict.fromkeys("*." + name.rpartition(".")[2] for name in names))
+        for reason, names in reasons.items()
+    ]
 
 
 def _few_tokens(tasks: list[LayerTask], tokens: int) -> list[str]:
