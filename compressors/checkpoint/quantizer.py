@@ -158,6 +158,10 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
         replaced[name] = kind.replacing(dense, config)
         replaced[name].requires_grad_(weight.requires_grad)
         model.set_submodule(name, replaced[name])
+        # Some classes (Blt) initialize the weights of layers from the module that has them.
+        owner: Any = model.get_submodule(name.rpartition(".")[0])
+        if owner is not model and not owner._non_persistent_buffers_set:
+            owner._is_hf_initialized = True
     # A second pass, because the layer that stores a shared factor may be listed after its users.
     for name, layer in replaced.items():
         with _matching(f"{BLOCK}.modules[{name!r}]"):

@@ -35,7 +35,7 @@ from lrc.compressors.stages import STAGES
 from lrc.configs.errors import LrcError
 from lrc.configs.load import load_recipe
 
-SAMPLES, LENGTH = 3, 32
+SAMPLES, LENGTH = 5, 32
 STAGES_OF = {
     "svd-llm": {"decompose": {"method": "svd-llm", "keep": 0.7}},
     "rtn": {"quantize": {"method": "rtn", "bits": 8}},
@@ -122,10 +122,11 @@ class FamilyCheck:
             self._compare_layers_in_turn()
         with self._collected("drop"):
             try:
-                compress(self._recipe("drop"), Machine("cpu"))
+                prepare(self._recipe("drop").recipe, STAGES)
             except LrcError as error:
                 self.outcome.drop = str(error)
             else:
+                compress(self._recipe("drop"), Machine("cpu"))
                 self._compare_without_layers()
 
     @cached_property
@@ -211,7 +212,7 @@ class FamilyCheck:
 
     @torch.no_grad()
     def _compare_layers_in_turn(self) -> None:
-        """Apply the layers one after the other, in two batches of different sizes."""
+        """Apply the layers one after the other, in batches of two windows, and one of one."""
         before = layer_executor.BATCH_TOKENS["cpu"]
         layer_executor.BATCH_TOKENS["cpu"] = 2 * LENGTH
         try:

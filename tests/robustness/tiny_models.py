@@ -63,11 +63,13 @@ SIZES: list[tuple[str, int]] = [
         96,
     ),
     (r"d_inner|d_ssm|lru_width", 2 * HIDDEN),
+    (r"attention_hidden_size", -2 * HIDDEN),
     (
         r"hidden_size|hidden_dim|d_model|n_embd|emb\w*_dim|emb\w*_size|proj_dim|^dim$|d_embed|width",
         -HIDDEN,
     ),
-    (r"groups", 2),
+    (r"groups|compress_ratio", 2),
+    (r"budget", WINDOW),
     (r"image_size|crop_size", 32),
     (r"channels|features|_dim$|_size$", HIDDEN),
 ]
@@ -77,11 +79,15 @@ CHANGES: list[dict[str, int]] = [
     {"fill": 1},
     {"kv": 4},
     {"fill": 1, "kv": 4},
+    {"fill": 1, "kv": 1},
+    {"kinds": 1},
     {"rope": 16},
     {"rope": 16, "kv": 4},
     {"head_dim": 32},
     {"layers": 8},
     {"layers": 12, "periods": 1},
+    {"layers": 12, "periods": 1, "head_dim": 32},
+    {"off": 1},
 ]
 
 
@@ -159,7 +165,10 @@ def _shrunk(
     config_class: type[PreTrainedConfig], default: PreTrainedConfig, changes: dict[str, int]
 ) -> dict[str, Any]:
     """Return the arguments of a config class that make it small."""
-    names = {field.name for field in dataclasses.fields(config_class) if field.init}
+    fields = [field for field in dataclasses.fields(config_class) if field.init]
+    if "periods" in changes:  # lists that follow from them are left to the class
+        fields = [f for f in fields if f.default is not None or "layer" not in f.name]
+    names = {field.name for field in fields}
     values = {name: vars(default).get(name) for name in names}
     reduced: dict[str, Any] = {}
     picked = _picked_layers(values, default, changes)
@@ -170,11 +179,11 @@ def _shrunk(
             reduced[name] = _token(name, value)
         elif name == "is_decoder":
             reduced[name] = True
-        elif value is None:
-            if "fill" in changes:
+        elif value is None or (name == "rope_parameters" and "kinds" in changes):
+            if "fill" in changes or name == "rope_parameters":
                 reduced[name] = _filled(name, config_class, values, changes)
         elif isinstance(value, bool):
-            continue
+            reduced[name] = value and not ("off" in changes and name != "tie_word_embeddings")
         elif isinstance(value, int):
             reduced[name] = _size(name, value, changes)
         elif isinstance(value, list | tuple) and len(value) == picked.length:
@@ -236,15 +245,20 @@ def _filled(
 ) -> Any:
     """Return a value for an optional argument that some configs cannot be without."""
     annotation = str(next(f.type for f in dataclasses.fields(config_class) if f.name == name))
-    if "int" in annotation and "token" not in name and "list" not in annotation:
+    if (
+        "int" in annotation
+        and not re.search("list|dict", annotation + name)
+        and "token" not in name
+    ):
         size = _size(name, 10**9, changes)
         return None if size == 10**9 else size
     if name == "layer_types":
         kinds = _layer_types(config_class)
         return (kinds * LAYERS)[: changes.get("layers", LAYERS)] or None
     if name == "rope_parameters":
-        plain = {"rope_type": "default", "rope_theta": 10000.0}
-        return {kind: plain for kind in _layer_types(config_class)}
+        plain = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+        kinds = values.get("layer_types") or _layer_types(config_class)
+        return dict.fromkeys(kinds, plain) if "kinds" in changes else plain
     options = values.get(f"{name.removeprefix('default_')}s")
     return options[0] if name.startswith("default_") and options else None
 
