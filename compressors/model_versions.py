@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.layer_check import build_checked
 from lrc.compressors.checkpoint.writer import copy_code, new_folder
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, Machine
-from lrc.compressors.models.architecture import Architecture, build
+from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.configuration import read_config
 from lrc.compressors.models.source import Source, convert_gguf, load_dense
 from lrc.compressors.models.weights import WeightReader
@@ -136,7 +137,7 @@ class ModelVersions:
         return self.journal.path(slice_folder(stages - 1)) if stages else self.weights
 
     def _architecture(self, stages: int) -> Architecture:
-        return build(self._source(stages)) if stages else self.prepared.dense
+        return build_checked(self._source(stages)) if stages else self.prepared.dense
 
     def _source(self, stages: int) -> Source:
         source = self.prepared.source

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from lrc.compressors.calibrate.layer_check import build_checked
 from lrc.compressors.checkpoint.plain import is_plain, loads_packed
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.gates import check_gate_names
 from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.perplexity import check_window
-from lrc.compressors.models.architecture import Architecture, build
+from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.compile import Compiled, StageCompiler, compile_plan
@@ -67,7 +68,7 @@ def prepare(
             check_window(source.config, spec.window, f"evaluate.perplexity[{number}].window")
     with _collected(problems):
         check_window(source.config, recipe.calibration.length, "calibration.length")
-    dense = build(source)
+    dense = build_checked(source)
     with _collected(problems):
         compiled = compile_plan(recipe, source, dense, stages)
     with _collected(problems):

@@ -150,9 +150,25 @@ def compile_plan(
         user_plans={
             stage: sha256(text.encode()).hexdigest() for stage, text in draft.user_plans.items()
         },
-        warnings=[*draft.warnings, *_few_tokens(ordered, draft.tokens)],
+        warnings=[
+            *draft.warnings,
+            *(_unused(draft.architecture) if draft.tasks else []),
+            *_few_tokens(ordered, draft.tokens),
+        ],
     )
     return Compiled(plan, draft.architecture, draft.sliced, draft.user_plans)
+
+
+def _unused(architecture: Architecture) -> list[str]:
+    """Return a warning for every reason for which linear layers of decoder layers stay dense."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in architecture.unused.items():
+        reasons.setdefault(reason, []).append(name)
+    return [
+        f"model: {len(names)} linear layers stay dense, because each {reason}: "
+        + ", ".join(dict.fromkeys("*." + name.rpartition(".")[2] for name in names))
+        for reason, names in reasons.items()
+    ]
 
 
 def _few_tokens(tasks: list[LayerTask], tokens: int) -> list[str]:

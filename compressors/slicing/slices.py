@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.layer_check import build_checked
 from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, write_weights
 from lrc.compressors.layers.model_shapes import tables_of
@@ -58,7 +59,7 @@ def plan_slices(
                 f"({first_line(error)}); use another method"
             ) from error
         pending = method.pending(options, config)
-        architecture = build(sliced_source(source, config))
+        architecture = build_checked(sliced_source(source, config))
         after = WholeModel(architecture.stored_parameters())
         if after.bytes > budget.bytes:  # the class reads other keys than those that were changed
             raise budget.refusal(

@@ -84,6 +84,7 @@ def _claim_targets(
         where,
         problems,
         {f"overrides[{i}].match": o.match for i, o in enumerate(options.overrides)},
+        draft.architecture.unused,
     )
     linears = []
     for linear in matched:
