@@ -109,6 +109,20 @@ class LrcQuantizer(HfQuantizer):
                 "transformers did not say which files it loads, so that they cannot be checked; "
                 "load the folder of a checkpoint, with a version of transformers that lrc supports"
             )
+        check_headers(self.rebuild_(model), checkpoint_files, model)
+        # Files are compared with their hashes while transformers loads them.
+        manifest = read_manifest(Path(checkpoint_files[0]).parent)
+        devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+        skeleton = {*map(str, devices)} == {"meta"}
+        self._wait_for_hashes = manifest.start_check() if manifest and not skeleton else None
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(isinstance(end, CompressedLinear | TiedHead) for end in ends):
+            # Not a bound method, which would be pickled as the one of the class.
+            model.resize_token_embeddings = partial(_resize_token_embeddings, model)
+        return model
+
+    def rebuild_(self, model: Any) -> TensorSpecs:
+        """Change a model without weights as the config states; return the tensors it expects."""
         tables = fit_names(self.quantization_config.tables, model)
         self.quantization_config.tables = tables
         modules = layout.parse_modules(tables[MODULES], BLOCK)
@@ -130,17 +144,7 @@ class LrcQuantizer(HfQuantizer):
             # They change the basis of the residual stream between blocks.
             shortcuts = place_norms_(model, tables.get(NORMS, {}))
         expected |= {name: TensorSpec(shape) for name, shape in shortcuts.items()}
-        check_headers(expected, checkpoint_files, model)
-        # Files are compared with their hashes while transformers loads them.
-        manifest = read_manifest(Path(checkpoint_files[0]).parent)
-        devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
-        skeleton = {*map(str, devices)} == {"meta"}
-        self._wait_for_hashes = manifest.start_check() if manifest and not skeleton else None
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        if any(isinstance(end, CompressedLinear | TiedHead) for end in ends):
-            # Not a bound method, which would be pickled as the one of the class.
-            model.resize_token_embeddings = partial(_resize_token_embeddings, model)
-        return model
+        return expected
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         if self._wait_for_hashes is not None:
@@ -260,6 +264,10 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
         replaced[name] = kind.replacing(dense, config)
         replaced[name].requires_grad_(weight.requires_grad)
         model.set_submodule(name, replaced[name])
+        # Some classes (Blt) initialize the weights of layers from the module that has them.
+        owner: Any = model.get_submodule(name.rpartition(".")[0])
+        if owner is not model and not owner._non_persistent_buffers_set:
+            owner._is_hf_initialized = True
     # A second pass, because the layer that stores a shared factor may be listed after its users.
     for name, layer in replaced.items():
         with _as_checkpoint_error(f"{BLOCK}.modules[{name!r}]"):

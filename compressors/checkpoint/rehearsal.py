@@ -7,9 +7,10 @@ from typing import Any
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lrc.compressors.checkpoint.companions import copy_companions
 from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.checkpoint.quantizer import LrcConfig, LrcQuantizer
-from lrc.compressors.checkpoint.writer import copy_code, write_config
+from lrc.compressors.checkpoint.writer import write_config
 from lrc.compressors.layers import ComponentConfig, WeightConfig
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.configuration import first_line
@@ -45,14 +46,14 @@ def rehearse_loading(plan: Plan, model: Any, source: Source) -> None:
     try:
         with TemporaryDirectory() as folder:
             write_config(Path(folder), model.config, block, plan.model.dtype)
-            copy_code(source, Path(folder))
+            copy_companions(source, Path(folder), code_only=True)
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
             with init_empty_weights(include_buffers=False):
                 result: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
         if block:
             stored = config.quantization_config
             options = LrcConfig(**{k: v for k, v in stored.items() if k != "quant_method"})
-            LrcQuantizer(options)._process_model_before_weight_loading(result)
+            LrcQuantizer(options).rebuild_(result)
     except Exception as error:  # transformers raises nearly anything
         raise ModelError(
             f"model: transformers could not load the result of {type(model).__name__} from its "

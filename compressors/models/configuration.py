@@ -194,6 +194,7 @@ def tokenizer_needs_code(error: Exception, folder: Path) -> ModelError | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return type and first line of another library's error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    """Return type and first line of another library's error; two lines if one ends in a colon."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -15,6 +15,7 @@ from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, write_weights
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture, build
+from lrc.compressors.models.configuration import first_line
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.plan import SliceRecord
 from lrc.compressors.planning.size_budget import WholeModel
@@ -50,6 +51,13 @@ def plan_slices(
                 "layer shapes that config.json cannot describe; make that stage the last slice"
             )
         config = method.plan(architecture, options, budget)
+        try:
+            type(config).from_dict(config.to_dict())  # as the result will be read
+        except Exception as error:  # validators of configs raise nearly anything
+            raise budget.refusal(
+                f"{type(config).__name__} does not accept the changes of {options.method} "
+                f"({first_line(error)}); use another method"
+            ) from error
         pending = method.pending(options, config)
         architecture = build_checked(sliced_source(source, config))
         after = WholeModel(architecture.stored_parameters())
