@@ -104,8 +104,8 @@ def check_model(path: str, *, trusted: bool = False) -> list[str]:
     """Refuse a folder, Hub id or GGUF file that cannot be loaded as it is; return warnings."""
     folder = Path(path)
     if folder.is_dir():
-        refuse_adapter(folder)
         config = check_checkpoint(folder).config
+        refuse_adapter(folder)
         check_code(config, folder, trusted=trusted)
         if config.get("quantization_config"):
             return []  # has other tensors than the model in its config

@@ -85,7 +85,7 @@ def prepare(
         raise RecipeError(problems)
     warnings = [*warnings, *compiled.plan.warnings, *_needs_lrc(compiled)]
     compiled = replace(compiled, plan=replace(compiled.plan, warnings=warnings))
-    rehearse_loading(compiled.plan, compiled.architecture.model, source)
+    rehearse_loading(compiled.plan, compiled.architecture.model)
     prepared = Prepared(**vars(compiled), recipe=recipe, source=source, dense=dense)
     if source.gguf is None and source.weights_local:
         _ = prepared.tokenizer

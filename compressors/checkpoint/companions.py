@@ -13,20 +13,18 @@ MAX_BYTES = 2**26
 """Larger files are data; the largest tokenizers have 40 MB."""
 
 
-def copy_companions(source: Source, folder: Path, *, code_only: bool = False) -> None:
+def copy_companions(source: Source, folder: Path) -> None:
     """Copy what a loader may need in addition to weights, config and tokenizer.
 
     These are processors of images and sound, chat templates, vocabularies of other tokenizer
     libraries, the generation config, and the code of the model if the recipe trusts it. Adapters,
     indices of weights, states of trainers and hidden files are left out. Files that exist in
-    `folder` are kept. Next to a GGUF file may be anything, so nothing is copied from there. With
-    `code_only`, only the code is copied.
+    `folder` are kept. Next to a GGUF file may be anything, so nothing is copied from there.
     """
     if source.gguf is not None:
         return
     for file in source.folder.iterdir():
-        wanted = file.suffix == ".py" or not code_only
-        if wanted and _belongs(file, source) and not (folder / file.name).exists():
+        if _belongs(file, source) and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
 
 

@@ -332,8 +332,13 @@ def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) ->
 
 
 def _other_weights(model: Any) -> TensorSpecs:
-    """Return the floating-point tensors of the decoder and the output head, without tied ones."""
+    """Return the floating-point tensors of the decoder and the output head, without tied ones.
+
+    The head is left out if the files are of another class, such as the decoder alone.
+    """
     prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    if type(model).__name__ not in (model.config.architectures or [type(model).__name__]):
+        head = None
     heads = tuple(f"{name}." for name, module in model.named_modules() if module is head)
     if model.base_model is model:  # names have no prefix
         prefix = ""

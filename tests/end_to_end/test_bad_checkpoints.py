@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,12 @@ def index_names(*names: str) -> Callable[[Path], None]:
 
     def rewrite(checkpoint: Path) -> None:
         content = (checkpoint / "model.safetensors").read_bytes()
+        tensors = load_file(checkpoint / "model.safetensors")
         (checkpoint / "model.safetensors").unlink()
         for number, name in enumerate(names):
             if name and "/" not in name:
                 (checkpoint / name).write_bytes(content[:-1] + bytes([content[-1] ^ number]))
-        index = {"metadata": {}, "weight_map": {str(i): name for i, name in enumerate(names)}}
+        index = {"metadata": {}, "weight_map": dict(zip(tensors, cycle(names)))}
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
 
     return rewrite

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lrc.compressors.models import source
+from lrc.compressors.models import tokenizer_files
 
 
 @pytest.fixture
@@ -147,8 +147,8 @@ def test_a_tokenizer_of_packages_that_are_not_installed_names_them(
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.model").write_bytes(b"a sentencepiece model")
     (model / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    monkeypatch.setattr(source, "is_sentencepiece_available", lambda: False)
-    monkeypatch.setattr(source, "is_protobuf_available", lambda: False)
+    monkeypatch.setattr(tokenizer_files, "is_sentencepiece_available", lambda: False)
+    monkeypatch.setattr(tokenizer_files, "is_protobuf_available", lambda: False)
     words = ("no tokenizer", "pip install sentencepiece protobuf")
     lrc("plan", tiny_recipe(model, output)).refuses(1, *words, code="invalid-model")
     lrc("eval", model, "--perplexity", "python-docs").refuses(1, *words)

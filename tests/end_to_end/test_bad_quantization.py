@@ -176,7 +176,7 @@ STAGES: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
         [decompose("mixed", 0.3, schemes=["int8", "int4-g64"])],
         "indivisible-rows",
         "stages[0].decompose.schemes[1]",
-        ("32, 48, got int4-g64",),
+        ("(row lengths: 32, 48), got int4-g64",),
     ),
     "schemes for multiply-adds": (
         [decompose("mixed", schemes=["int8"], measure="macs")],

@@ -68,8 +68,7 @@ def test_an_own_head_beside_a_tied_config_is_in_the_dense_model_and_in_the_resul
     done = lrc("compress", recipe, "-q", "--json")
     assert done.code == 0, done.err
     report = json.loads(done.out)
-    (warning,) = report["warnings"]
-    assert f"{HEAD} and {EMBEDDING} differ" in warning
+    assert any(f"{HEAD} and {EMBEDDING} differ" in warning for warning in report["warnings"])
     assert report["evaluation"]["perplexity"]["it"]["ratio"] == pytest.approx(1, abs=0.02)
 
     result = AutoModelForCausalLM.from_pretrained(output / "checkpoint", dtype=torch.float32)

@@ -112,9 +112,9 @@ def test_every_command_works_with_its_device_current(
     monkeypatch.setattr(Machine, "current", current)
     load = evaluate.load_model
 
-    def loading(*arguments: Any) -> Any:
+    def loading(*arguments: Any, **options: Any) -> Any:
         loads.append(inside[-1])
-        return load(*arguments)
+        return load(*arguments, **options)
 
     for module in (evaluate, generate):
         monkeypatch.setattr(module, "load_model", loading)
@@ -126,7 +126,7 @@ def test_every_command_works_with_its_device_current(
     machine = Machine("cpu", on_step=on_step)
     if command == "eval":
         texts = Evaluate(perplexity=[Perplexity(source=str(tiny_text), window=32, windows=1)])
-        evaluate.run([str(tiny_model_folder)], texts, seed=0, device="cpu", on_step=on_step)
+        evaluate.run([str(tiny_model_folder)], texts, machine, seed=0)
     elif command == "generate":
         generate.run([str(tiny_model_folder)], "A", tokens=1, device="cpu")
     elif command == "profile":

@@ -156,6 +156,6 @@ def test_no_predicted_loss_is_negative_with_inputs_of_rank_one(name: str, damp: 
         W, statistics = normal(*shape, seed=seed), rank_one(shape, seed)
         found = method.solve(W, statistics, sizes, **options)
         assert found.squared_error >= 0
-        assert 0 <= found.loss <= 1
+        assert 0 <= found.relative_error <= 1
         curve, total = method.squared_errors(W, statistics, [sizes], **options)
         assert min(*curve, total) >= 0
