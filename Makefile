@@ -12,7 +12,7 @@ TORCH  ?= torch==2.13.0
 JOBS   ?= $(shell n=$$(nproc); echo $$((n > 8 ? 8 : n)))
 
 .DELETE_ON_ERROR:
-.PHONY: help install model demo test check format clean
+.PHONY: help install model demo test robustness check format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -47,14 +47,19 @@ demo: install $(MODEL)
 ## make test      every test that needs no GPU
 #
 # Most run in as many processes as there are cores, each calculating on one thread. What measures
-# time or sends signals (marked `quiet`) follows on its own. Both parts always run.
+# time or sends signals (marked `quiet`) follows on its own. Both parts always run. Tests marked
+# `robustness` are left out, see below.
 test: install $(MODEL)
 	@failed=0; \
 	echo "== tests in $(JOBS) processes"; \
-	$(BIN)/python -m pytest -q -m "not quiet" -n $(JOBS) --dist worksteal || failed=1; \
+	$(BIN)/python -m pytest -q -m "not quiet and not robustness" -n $(JOBS) --dist worksteal || failed=1; \
 	echo "== quiet tests, one at a time"; \
-	$(BIN)/python -m pytest -q -m quiet || failed=1; \
+	$(BIN)/python -m pytest -q -m "quiet and not robustness" || failed=1; \
 	exit $$failed
+
+## make robustness   every model family of transformers, and damaged checkpoints; minutes
+robustness: install
+	$(BIN)/python -m pytest -q -m robustness -n $(JOBS) --dist worksteal tests/robustness
 
 ## make check     formatting, lint, types, import contracts
 check: install

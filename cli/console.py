@@ -51,6 +51,11 @@ class Steps:
             self._printed = now
             say(f"{stage}: {done} of {total}")
 
+    def warn(self, text: str) -> None:
+        """Print a warning, unless quiet: it is in the report too."""
+        if not self._quiet:
+            say(f"warning: {text}")
+
     @contextmanager
     def running(self) -> Iterator["Steps"]:
         """Show progress and catch SIGINT and SIGTERM inside the context."""
@@ -89,6 +94,11 @@ class Steps:
 def say(text: str) -> None:
     """Print a line to stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    say(f"warning: {text}")
 
 
 @contextmanager
@@ -144,9 +154,7 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
             say(f"error[usage]: {sentence} `{command} --help` lists its options")
         return int(getattr(error, "exit_code", 1))
     text = " ".join(str(error).split())[:500]
-    if isinstance(error, BrokenPipeError):  # the reader of our output is gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         say(
             f"error[out-of-memory]: out of memory ({text[:200] or 'no details'}); lower "
             "calibration.memory_limit_gib or use --device cpu, and the same command continues; "

@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 
-from lrc.compressors.checkpoint.reader import (
-    check_files,
-    load_checkpoint,
-    load_tokenizer,
-    read_config,
-)
+from lrc.compressors.checkpoint.reader import check_checkpoint, load_checkpoint, load_tokenizer
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.harness import check_tasks
-from lrc.compressors.evaluate.scores import evaluate_model
-from lrc.compressors.io.machine import Machine, OnStep
+from lrc.compressors.evaluate.scores import (
+    check_evaluation,
+    evaluate_model,
+    list_missing,
+    missing_sentences,
+)
+from lrc.compressors.io.machine import Machine
 from lrc.compressors.models import source as models
-from lrc.configs.errors import DataError, ModelError, RecipeError
+from lrc.compressors.models.architecture import build
+from lrc.compressors.models.configuration import check_code, refuse_adapter
+from lrc.compressors.models.source_check import check_contents
+from lrc.configs.errors import DataError, EvaluationIncomplete, ModelError, RecipeError
 from lrc.configs.recipe import Evaluate, Model
 
 OPTIONS = {
@@ -30,31 +33,49 @@ OPTIONS = {
     "evaluate.tasks.names": "--tasks",
     "evaluate.tasks.include_path": "--include-path",
     "model.path: ": "",
+    "set model.trust_remote_code: true": "add --trust-remote-code",
 }
 
 
 def run(
-    checkpoints: list[str], request: Evaluate, *, seed: int, device: str, on_step: OnStep
+    checkpoints: list[str],
+    request: Evaluate,
+    machine: Machine,
+    *,
+    seed: int,
+    trusted: bool = False,
 ) -> dict[str, Any]:
-    """Measure every checkpoint; return checkpoint -> scores."""
+    """Measure every checkpoint; return checkpoint -> scores, and the warnings about it."""
 
     def labelled(checkpoint: str, stage: str, done: int, total: int) -> None:
-        on_step(f"{checkpoint}: {stage}", done, total)
+        machine.on_step(f"{checkpoint}: {stage}", done, total)
 
-    with options_in_errors():
+    with options_in_errors(), machine.current():
         for spec in request.perplexity:
             check_source(spec.source, part="evaluation")
         check_tasks(request.tasks)
-        for checkpoint in checkpoints:  # before one of them is measured for hours
-            check_model(checkpoint)
-        chosen = Machine(device=device).chosen
+        # Before one of them is measured for hours.
+        warnings = {
+            checkpoint: check_model(checkpoint, trusted=trusted) for checkpoint in checkpoints
+        }
+        for checkpoint, texts in warnings.items():
+            for text in texts:
+                machine.on_warning(f"{checkpoint}: {text}")
         scores = {}
         for checkpoint in checkpoints:
-            model, tokenizer = load_model(checkpoint, chosen)
+            model, tokenizer = load_model(checkpoint, machine.chosen, trusted=trusted)
+            check_evaluation(model, tokenizer, request, seed=seed)
             step = partial(labelled, checkpoint)
             scores[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
+            scores[checkpoint]["warnings"] = warnings[checkpoint]
             del model
     return scores
+
+
+def raise_if_missing(blocks: dict[str, Any]) -> None:
+    """Raise `EvaluationIncomplete` if something could not be measured."""
+    if missing := list_missing(blocks):
+        raise EvaluationIncomplete(missing_sentences(missing), blocks)
 
 
 @contextmanager
@@ -79,25 +100,35 @@ def options_in_errors() -> Iterator[None]:
         raise type(error)(translate(str(error)), code=error.code) from error
 
 
-def check_model(path: str) -> None:
-    """Refuse a folder, Hub id or GGUF file that cannot be loaded."""
-    if Path(path).is_dir():
-        read_config(Path(path))
-        check_files(Path(path))
-    else:
-        models.locate(Model(path=path))
-
-
-def load_model(path: str, device: str) -> tuple[Any, Any]:
-    """Load model and tokenizer: a folder as it is stored, a Hub id or GGUF file as in a recipe."""
-    dtype = torch.float32 if device == "cpu" else None
+def check_model(path: str, *, trusted: bool = False) -> list[str]:
+    """Refuse a folder, Hub id or GGUF file that cannot be loaded as it is; return warnings."""
     folder = Path(path)
     if folder.is_dir():
-        return load_checkpoint(folder, dtype=dtype, device=device), load_tokenizer(folder)
-    found = models.locate(Model(path=path))
+        config = check_checkpoint(folder).config
+        refuse_adapter(folder)
+        check_code(config, folder, trusted=trusted)
+        if config.get("quantization_config"):
+            return []  # has other tensors than the model in its config
+    found = models.locate(Model(path=path, dtype="bfloat16", trust_remote_code=trusted))
+    try:
+        architecture = build(found)
+    except ModelError:  # one that can be measured but not compressed
+        return []
+    _, _, warnings = check_contents(found, architecture)
+    return [text.removeprefix("model.path: ") for text in warnings]
+
+
+def load_model(path: str, device: str, *, trusted: bool = False) -> tuple[Any, Any]:
+    """Load model and tokenizer: a folder as it is stored, a Hub id or GGUF file as in a recipe."""
+    dtype = torch.float32 if device == "cpu" else None
+    load = partial(load_checkpoint, dtype=dtype, device=device, trust_remote_code=trusted)
+    folder = Path(path)
+    if folder.is_dir():
+        return load(folder), load_tokenizer(folder, trust_remote_code=trusted)
+    found = models.locate(Model(path=path, trust_remote_code=trusted))
     tokenizer = models.load_tokenizer(found)
     if found.gguf is None:
-        return load_checkpoint(found.folder, dtype=dtype, device=device), tokenizer
+        return load(found.folder), tokenizer
     with tempfile.TemporaryDirectory() as converted:
         models.convert_gguf(found, Path(converted))
-        return load_checkpoint(Path(converted), dtype=dtype, device=device), tokenizer
+        return load(Path(converted)), tokenizer

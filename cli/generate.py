@@ -1,11 +1,14 @@
 """`lrc generate`: the continuations of one prompt by several models."""
 
+from lrc.cli import console
 from lrc.cli.evaluate import check_model, load_model, options_in_errors
 from lrc.compressors.io.machine import Machine
 from lrc.configs.errors import RecipeError
 
 
-def run(models: list[str], prompt: str, *, tokens: int, device: str) -> dict[str, str]:
+def run(
+    models: list[str], prompt: str, *, tokens: int, device: str, trusted: bool = False
+) -> dict[str, str]:
     """Return model -> its greedy continuation of `prompt`, at most `tokens` tokens long.
 
     Raises
@@ -17,15 +20,18 @@ def run(models: list[str], prompt: str, *, tokens: int, device: str) -> dict[str
         raise RecipeError(["--prompt: must contain text, got none; give a sentence to continue"])
     if tokens < 1:
         raise RecipeError([f"--tokens: must be a whole number >= 1, got {tokens}"])
-    chosen = Machine(device=device).chosen
-    with options_in_errors():
+    machine = Machine(device)
+    with options_in_errors(), machine.current():
         for path in models:
-            check_model(path)
-        return {path: _continuation(path, prompt, tokens, chosen) for path in models}
+            for text in check_model(path, trusted=trusted):
+                console.warn(f"{path}: {text}")
+        return {
+            path: _continuation(path, prompt, tokens, machine.chosen, trusted) for path in models
+        }
 
 
-def _continuation(path: str, prompt: str, tokens: int, device: str) -> str:
-    model, tokenizer = load_model(path, device)
+def _continuation(path: str, prompt: str, tokens: int, device: str, trusted: bool) -> str:
+    model, tokenizer = load_model(path, device, trusted=trusted)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0]
     new = written[inputs["input_ids"].shape[1] :]

@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.plain import plain_name, read_plain
-from lrc.compressors.checkpoint.reader import check_files, read_config, read_object, verify_hashes
-from lrc.compressors.io.shards import Header
-from lrc.compressors.layers import TensorSpecs
+from lrc.compressors.checkpoint.manifest import CHECKSUM, Manifest, read_object, report_checksum
+from lrc.compressors.checkpoint.reader import is_ours, read_config, read_contents
 from lrc.compressors.layers.model_shapes import SHAPES
 from lrc.configs.errors import CheckpointError, RecipeError
 
@@ -23,44 +21,16 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
         raise RecipeError(
             f"{folder}: no such folder; the checkpoint of a run is its folder OUTPUT/checkpoint"
         )
-    config = read_config(folder)
-    block = config.get("quantization_config")
-    method = block.get("quant_method") if isinstance(block, dict) else None
-    if method != layout.QUANT_METHOD and not (folder / layout.MANIFEST).is_file():
+    if not is_ours(read_config(folder)) and not (folder / layout.FOLDER).is_dir():
         raise CheckpointError(
             f"{folder}: a model, but not one that lrc compressed; give the folder "
             "OUTPUT/checkpoint of a run, or measure a dense model with `lrc eval`"
         )
-    headers = check_files(folder)
-    stopped = method == layout.QUANT_METHOD  # loaders without lrc, by a sentinel
-    if stopped:
-        assert block is not None
-        modules = layout.parse_modules(block.get("modules", {}), f"{folder}/config.json")
-    else:
-        modules = {} if method is None else read_plain(folder, block or {}, headers)
-    if verify and (problems := verify_hashes(folder)):
-        raise CheckpointError(f"{folder}: {'; '.join(problems)}; {layout.COPY_AGAIN}")
-    plan, report = (
-        read_object(path) if path.is_file() else {}
-        for path in (folder / layout.PLAN, folder / layout.REPORT)
-    )
-    shapes = (block or {}).get(SHAPES, {})
-    expected: TensorSpecs = {}
-    for name, weight in modules.items():
-        specs = layout.expected_tensors(name, weight, bias=f"{name}.bias" in headers)
-        if not stopped:
-            del specs[f"{name}.weight"]
-            specs = {plain_name(tensor): spec for tensor, spec in specs.items()}
-        expected |= specs
-    counted = {*expected} - {f"{name}.bias" for name in modules}
-    expected |= layout.resized_tensors({n: shapes[n] for n in shapes if n not in modules})
-    if wrong := layout.mismatches(expected, headers):
-        raise CheckpointError(
-            f"{folder}: the tensors do not match config.json: {'; '.join(wrong[:5])}; "
-            f"{layout.COPY_AGAIN}",
-            code="tensor-mismatch",
-        )
-    others = [h for name, h in headers.items() if name not in counted and _is_number(h)]
+    contents = read_contents(folder)
+    config, headers, modules = contents.config, contents.headers, contents.modules
+    plan, report = _read_records(folder, contents.manifest, verify=verify)
+    counted = {*contents.stored_tensors()} - {f"{name}.bias" for name in modules}
+    others = [h for name, h in headers.items() if name not in counted and h.is_number]
     return {
         "path": str(folder),
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
@@ -79,7 +49,7 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
             }
             for name, config in modules.items()
         ],
-        SHAPES: shapes,
+        SHAPES: (config.get("quantization_config") or {}).get(SHAPES, {}),
         "totals": plan.get("totals"),
         **{
             key: report.get(key)
@@ -88,6 +58,26 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
     }
 
 
-def _is_number(header: Header) -> bool:
-    """Return whether a tensor contains parameters; sentinels and indices are integers."""
-    return not header.dtype.startswith(("U", "I"))
+def _read_records(
+    folder: Path, manifest: Manifest | None, *, verify: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the plan and the report of a checkpoint, which must be as they were written."""
+    plan, report = folder / layout.PLAN, folder / layout.REPORT
+    if manifest is None:
+        if verify:
+            raise CheckpointError(
+                f"{folder}: has no {layout.MANIFEST} with the hashes to compare; "
+                f"{layout.COPY_AGAIN}"
+            )
+        return {}, {}
+    manifest.check_hashes(manifest.hashes if verify else ["config.json", layout.PLAN])
+    if verify:
+        manifest.check_names(loaded_only=False)
+    record = read_object(report) if report.is_file() else {}
+    if report.is_file() and record.get(CHECKSUM) != report_checksum(folder, record):
+        raise CheckpointError(
+            f"{report}: has changed since it was written, or belongs to another checkpoint; "
+            f"{layout.COPY_AGAIN}",
+            code="changed-file",
+        )
+    return read_object(plan), record

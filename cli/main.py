@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrc.cli import console
+from lrc.cli import console, streams
 from lrc.configs import shipped
-from lrc.configs.errors import GateMissed, RecipeError
+from lrc.configs.errors import EvaluationIncomplete, GateMissed, RecipeError
 
 if TYPE_CHECKING:
     from lrc.configs.load import LoadedRecipe
@@ -37,6 +37,10 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
+
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
+]
 
 
 def _positive(number: int | None) -> int | None:
@@ -75,8 +79,8 @@ def plan(
         bool,
         typer.Option(
             "--sensitivity",
-            help="Calibrate, and show the predicted loss of every matrix at its rank; `lrc "
-            "compress` continues from there.",
+            help="Calibrate, and show the predicted loss increase of every matrix at its planned "
+            "size; `lrc compress` continues from there.",
         ),
     ] = False,
     profile: Annotated[
@@ -98,7 +102,7 @@ def plan(
     if sensitivity or profile is not None:
         if every:
             raise RecipeError("--all: --sensitivity shows every matrix anyway; leave one out")
-        _sensitivity(loaded, profile, _device(device), as_json=as_json, quiet=quiet)
+        _sensitivity(loaded, profile, device, as_json=as_json, quiet=quiet)
         return
     from lrc.cli import tables
     from lrc.compressors.estimate import estimate
@@ -107,8 +111,9 @@ def plan(
     from lrc.compressors.stages import STAGES
 
     console.quiet_transformers()
+    machine = Machine(device)
     prepared = prepare(loaded.recipe, STAGES, weights=False)
-    expected = estimate(prepared, Machine(device=_device(device)).chosen)
+    expected = estimate(prepared, machine.chosen)
     if as_json:
         _print_json(prepared.plan.to_json() | {"estimate": vars(expected)})
     else:
@@ -135,11 +140,12 @@ def compress(
     from lrc.compressors.pipeline import compress as run
 
     console.quiet_transformers()
-    missed: GateMissed | None = None
+    missed: EvaluationIncomplete | GateMissed | None = None
     with console.Steps(quiet=quiet).running() as steps:
         try:
-            report = run(loaded, Machine(_device(device), overwrite=overwrite, on_step=steps))
-        except GateMissed as error:
+            machine = Machine(device, overwrite=overwrite, on_step=steps, on_warning=steps.warn)
+            report = run(loaded, machine)
+        except (EvaluationIncomplete, GateMissed) as error:
             missed, report = error, error.report
     if as_json:
         _print_json(report)
@@ -178,6 +184,7 @@ def evaluate(
         int | None, typer.Option(callback=_positive, help="Windows per text, at most.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -188,7 +195,7 @@ def evaluate(
         raise RecipeError(
             "lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"
         )
-    from lrc.cli.evaluate import run
+    from lrc.cli.evaluate import raise_if_missing, run
     from lrc.cli.quality import print_evaluation
     from lrc.compressors.io.machine import Machine
     from lrc.configs.recipe import Evaluate, Perplexity, Tasks
@@ -197,15 +204,16 @@ def evaluate(
         perplexity=[Perplexity(source=s, window=window, windows=windows) for s in perplexity or []],
         tasks=Tasks(names=names, include_path=include_path, limit=limit),
     )
-    chosen = Machine(_device(device)).chosen
 
     console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
-        blocks = run(checkpoints, request, seed=seed, device=chosen, on_step=steps)
+        machine = Machine(device, on_step=steps, on_warning=steps.warn)
+        blocks = run(checkpoints, request, machine, seed=seed, trusted=trust_remote_code)
     if as_json:
         _print_json({"checkpoints": blocks})
     else:
         print_evaluation(blocks)
+    raise_if_missing(blocks)
 
 
 @app.command()
@@ -216,6 +224,7 @@ def generate(
     ],
     prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
     tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 40,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -223,7 +232,7 @@ def generate(
     from lrc.cli.generate import run
 
     console.quiet_transformers()
-    texts = run(models, prompt, tokens=tokens, device=_device(device))
+    texts = run(models, prompt, tokens=tokens, device=device, trusted=trust_remote_code)
     if as_json:
         _print_json({"prompt": prompt, "continuations": texts})
         return
@@ -300,7 +309,7 @@ def _sensitivity(
 ) -> None:
     if not loaded.recipe.stages_of("decompose"):
         raise RecipeError(
-            "--sensitivity: shows the predicted losses of decompositions, but the recipe has "
+            "--sensitivity: shows predictions for 'decompose' stages, but the recipe has "
             "no 'decompose' stage; add one, or leave the option out"
         )
     samples = loaded.recipe.calibration.samples
@@ -316,7 +325,7 @@ def _sensitivity(
     console.quiet_transformers()
     measured = None
     with console.Steps(quiet=quiet).running() as steps:
-        machine = Machine(device, on_step=steps)
+        machine = Machine(device, on_step=steps)  # warnings are printed with the plan
         if windows is None:
             plan = pipeline.measure(loaded, machine)
         else:
@@ -329,29 +338,13 @@ def _sensitivity(
         print_profile(plan, measured)
 
 
-def _device(name: str) -> str:
-    """Check a device name against this machine."""
-    import torch
-
-    if name in ("auto", "cpu"):
-        return name
-    kind, _, number = name.partition(":")
-    if kind != "cuda" or (number and not number.isdecimal()):
-        raise RecipeError(f"--device: must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            f"--device: {name} requested, but torch sees {torch.cuda.device_count()} GPUs; "
-            "use --device cpu, or install a torch build for your GPU"
-        )
-    return name
-
-
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
 def main() -> None:
     """Run the command line and exit with its exit code."""
+    streams.keep_writable()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from the first moment
     command = typer.main.get_command(app)
     try:

@@ -83,13 +83,20 @@ def print_baselines(report: dict[str, Any]) -> None:
 def print_evaluation(blocks: dict[str, Any]) -> None:
     """Print the scores of several checkpoints, one column each."""
     table = new_table("", "", *blocks)
-    first = next(iter(blocks.values()))
-    for name, p in first["perplexity"].items():
-        cells = [as_number(block["perplexity"][name]["perplexity"]) for block in blocks.values()]
-        table.add_row(f"perplexity {name} ({p['tokens']:,} tokens)", *cells)
-    for task, metrics in first["tasks"].items():
-        for metric in metrics:
-            values = [block["tasks"][task][metric] for block in blocks.values()]
-            cells = [as_score(v["value"], v["stderr"]) for v in values]
-            table.add_row(f"{task} {metric}", *cells)
+    models = list(blocks.values())
+    for name in dict.fromkeys(name for block in models for name in block["perplexity"]):
+        found = [block["perplexity"].get(name) for block in models]
+        tokens = next(p["tokens"] for p in found if p)
+        cells = [as_number(p and p["perplexity"]) for p in found]
+        table.add_row(f"perplexity {name} ({tokens:,} tokens)", *cells)
+    rows = dict.fromkeys(
+        (task, metric)
+        for block in models
+        for task, metrics in block["tasks"].items()
+        for metric in metrics
+    )
+    for task, metric in rows:
+        values = [block["tasks"].get(task, {}).get(metric) for block in models]
+        cells = ["" if v is None else as_score(v["value"], v["stderr"]) for v in values]
+        table.add_row(f"{task} {metric}", *cells)
     OUT.print(table)

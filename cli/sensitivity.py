@@ -1,4 +1,4 @@
-"""Predicted and measured losses of matrices, as tables of decoder layers by projections."""
+"""Predicted and measured errors of matrices, as tables of decoder layers by projections."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,9 @@ from lrc.compressors.planning.summary import WeightSummary, summarize
 
 @dataclass(frozen=True)
 class Quantity:
-    """A loss: its unit, how several are aggregated (sum or mean), format and lookup."""
+    """What is predicted: name and unit, how to aggregate it (sum or mean), format and lookup."""
 
+    name: str
     unit: str
     total: str
     write: Callable[[float], str]
@@ -28,9 +29,17 @@ def _nats(value: float) -> str:
     return f"{value:.5f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
-# Fractions refer to different energies, so their sum is meaningless.
-NATS = Quantity("nats per token", "sum", _nats, lambda m: m.result.predicted_nats)
-SHARE = Quantity("% of the energy", "mean", lambda x: f"{100 * x:.2f}", lambda m: m.result.loss)
+NATS = Quantity(
+    "predicted loss increase", "nats per token", "sum", _nats, lambda m: m.result.predicted_nats
+)
+# Relative to a different total for every matrix, so that their sum is meaningless.
+SHARE = Quantity(
+    "predicted relative error",
+    "%",
+    "mean",
+    lambda x: f"{100 * x:.2f}",
+    lambda m: m.result.relative_error,
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Grid:
             return ""
         compressed = [m for m in self.at(layer, column) if m.config.compressed]
         ranks = [m.rank for m in compressed if m.rank is not None]
-        kept = sorted(m.bits / m.source_bits for m in compressed if m.rank is None)
+        kept = sorted(m.bits / m.dense_bits for m in compressed if m.rank is None)
         found = ["r" + "-".join(map(str, sorted({min(ranks), max(ranks)})))] if ranks else []
         found += ["-".join(dict.fromkeys(f"{x:.0%}" for x in (kept[0], kept[-1])))] if kept else []
         return " ".join(found)
@@ -91,13 +100,13 @@ class Grid:
     def kept(self, column: str | None) -> str:
         """Return the fraction of the bits of a column that is kept."""
         matrices = self.at(None, column)
-        return f"{sum(m.bits for m in matrices) / sum(m.source_bits for m in matrices):.1%}"
+        return f"{sum(m.bits for m in matrices) / sum(m.dense_bits for m in matrices):.1%}"
 
 
 def print_sensitivity(plan: Plan) -> None:
-    """Print predicted loss and size of every matrix, and the bits kept of every column."""
+    """Print predicted error and size of every matrix, and the bits kept of every column."""
     for quantity, matrices in _by_quantity(plan):
-        title = f"predicted loss, {quantity.unit}"
+        title = f"{quantity.name}, {quantity.unit}"
         grid = Grid(matrices, _predicted(matrices, quantity), quantity)
         sizes = (
             "rank"
@@ -110,8 +119,8 @@ def print_sensitivity(plan: Plan) -> None:
         else:
             _print(title, _table(grid, grid.text, kept=True))
             _print(sizes, _table(grid, grid.size, totals=False))
-        OUT.print(f"{quantity.total} of the predicted losses: {grid.text()} {quantity.unit}")
-    # No loss is predicted for embeddings.
+        OUT.print(f"{quantity.name}, {quantity.total}: {grid.text()} {quantity.unit}")
+    # Nothing is predicted for embeddings.
     embeddings = [f"{task.name} as {task.config.quantization}" for task in plan.embeddings]
     included = f", including {' and '.join(embeddings)}" if embeddings else ""
     OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted weights{included}")

@@ -55,8 +55,8 @@ def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> Non
         )
         alike.setdefault(cells, []).append(row)
     for (name, shape, method, components, size), group in alike.items():
-        bits, source_bits = sum(row.bits for row in group), sum(row.source_bits for row in group)
-        known = [f"{bits / 8 / 2**20:.2f}", f"{bits / source_bits:.1%}"]
+        bits, dense_bits = sum(row.bits for row in group), sum(row.dense_bits for row in group)
+        known = [f"{bits / 8 / 2**20:.2f}", f"{bits / dense_bits:.1%}"]
         table.add_row(
             name,
             str(len(group)),
@@ -86,7 +86,7 @@ def print_report(report: dict[str, Any], output: str) -> None:
     rows: list[tuple[str, Callable[[int], str], int, int]] = [
         ("parameters", "{:,}".format, parameters["dense"], parameters["compressed"]),
         ("weight files", as_size, files["dense"], files["compressed"]),
-        ("targeted weights", as_size, targeted["source_bits"] // 8, targeted["bits"] // 8),
+        ("targeted weights", as_size, targeted["dense_bits"] // 8, targeted["bits"] // 8),
     ]
     for name, write, dense, compressed in rows:
         if dense:
@@ -180,7 +180,7 @@ def _print_sizes(plan: Plan) -> None:
     if plan.all_tasks:
         kind = "budget" if any(task.pending for task in plan.tasks) else "kept"
         OUT.print(
-            f"targeted weights: {as_size(plan.source_bits // 8)} -> {as_size(plan.bits // 8)} "
+            f"targeted weights: {as_size(plan.dense_bits // 8)} -> {as_size(plan.bits // 8)} "
             f"({kind} {plan.kept:.1%})"
         )
     OUT.print(

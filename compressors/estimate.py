@@ -142,7 +142,7 @@ def fixed_size_flops(plan: Plan) -> tuple[int, int]:
                 looked_at = [sizes for _, found in families for sizes in found]
                 curves += part.flops(*task.stacked_shape, looked_at, curve=True, **options)
                 steps = SizeSteps(task, types, ratio=families[0][0].ratio)
-                step = steps.within(task.bits / task.source_bits, "bits")
+                step = steps.within(task.bits / task.dense_bits, "bits")
                 final = [steps.config(step).sizes] if step else []
             largest = max(largest, part.flops(*task.stacked_shape, final, curve=False, **options))
         solutions += largest
@@ -169,6 +169,6 @@ def _best_of(run: object, device: str, tries: int = 4) -> float:
         start = time.perf_counter()
         run()  # type: ignore[operator]
         if device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.checkpoint.writer import copy_code, new_folder
+from lrc.compressors.calibrate.layer_check import build_checked
+from lrc.compressors.checkpoint.companions import copy_companions
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, Machine
-from lrc.compressors.models.architecture import Architecture, build
+from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.configuration import read_config
 from lrc.compressors.models.source import Source, convert_gguf, load_dense
 from lrc.compressors.models.weights import WeightReader
@@ -52,7 +53,7 @@ class ModelVersions:
         if source.gguf is None:
             return source.folder
         if not self.journal.has("source"):
-            with self.clock("convert"), new_folder(self.journal.path("source")) as folder:
+            with self.clock("convert"), self.journal.new_folder("source") as folder:
                 convert_gguf(source, folder)
         return self.journal.path("source")
 
@@ -116,15 +117,15 @@ class ModelVersions:
     def _slice(self, number: int, record: SliceRecord) -> None:
         source, before = self.prepared.source, self._folder(number)
         options = _OPTIONS.validate_python(record.options)
-        final = self.journal.path(slice_folder(number))
-        with self.clock("slice"), new_folder(final) as folder:
+        name = slice_folder(number)
+        with self.clock("slice"), self.journal.new_folder(name) as folder:
             apply_slice(
                 folder, self.calibration(number), options, self.prepared.sliced[number], source
             )
             generation = before / "generation_config.json"
             if generation.is_file():
-                shutil.copy(generation, folder)
-            copy_code(source, folder)
+                shutil.copyfile(generation, folder / generation.name)
+            copy_companions(source, folder)
         self.journal.forget(*cache_files(self.journal))
 
     @property
@@ -136,7 +137,7 @@ class ModelVersions:
         return self.journal.path(slice_folder(stages - 1)) if stages else self.weights
 
     def _architecture(self, stages: int) -> Architecture:
-        return build(self._source(stages)) if stages else self.prepared.dense
+        return build_checked(self._source(stages)) if stages else self.prepared.dense
 
     def _source(self, stages: int) -> Source:
         source = self.prepared.source

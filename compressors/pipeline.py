@@ -1,5 +1,6 @@
 """Run a recipe from start to end, one call per phase."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,21 +8,22 @@ import torch
 from lrc.compressors import report
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.checkpoint.assemble import write_checkpoint
-from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
-from lrc.compressors.checkpoint.writer import new_folder
+from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer, missing_files
 from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
+from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates
-from lrc.compressors.evaluate.scores import check_texts
-from lrc.compressors.io.machine import Machine
+from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
+from lrc.compressors.io.files import new_folder
+from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import prepare
 from lrc.compressors.session import Session, open_session
 from lrc.compressors.stages import STAGES
 from lrc.compressors.stages.compress_weights import EXECUTED, executed_plan, predict_losses
-from lrc.configs.errors import GateMissed
+from lrc.configs.errors import CheckpointError, EvaluationIncomplete, GateMissed, OutputError
 from lrc.configs.load import LoadedRecipe
 
 
@@ -44,16 +46,21 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
     recipe = loaded.recipe
     prepared = prepare(recipe, STAGES)
     with open_session(prepared, machine) as session:
-        result = report.stored(prepared, session.journal)
+        written = _has_checkpoint(session)
+        result = report.stored(prepared, session.journal) if written else None
         if result is None:
-            if not session.checkpoint.is_dir():
-                check_texts(prepared.architecture.model, prepared.tokenizer, recipe.evaluate)
+            if not written:
+                model, tokenizer = prepared.architecture.model, prepared.tokenizer
+                check_evaluation(model, tokenizer, recipe.evaluate, seed=recipe.seed)
+                _check_source(session)
                 _save(session, _run_stages(session), loaded)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
             evaluation = _evaluate(session)
             result = report.write(session, _executed(session), evaluation)
         sliced = [slice_folder(stage) for stage, _ in enumerate(prepared.sliced)]
         session.journal.forget("compressed", "source", *sliced)
+    if missing := missing_sentences(result["evaluation"]["missing"]):
+        raise EvaluationIncomplete(missing, result)
     missed = check_gates(recipe.evaluate.gates, result["evaluation"])
     if missed:
         raise GateMissed(missed, result)
@@ -106,6 +113,19 @@ def profile(
         )
 
 
+def _check_source(session: Session) -> None:
+    """Warn of a dense model that is no better than chance, if that is found quickly."""
+    prepared, models = session.prepared, session.models
+    evaluate = prepared.recipe.evaluate
+    n_bytes = prepared.plan.dense_parameters * models.dtype.itemsize
+    if not (evaluate.dense and evaluate.perplexity and is_quick(n_bytes, session.device)):
+        return
+    load, spec = partial(models.load_dense, models.dtype), evaluate.perplexity[0]
+    for warning in check_source_model(load, prepared.tokenizer, spec):
+        session.machine.on_warning(warning)
+    release_memory()
+
+
 def _run_stages(session: Session) -> Plan:
     plan = session.prepared.plan
     for kind, stage in STAGES.items():
@@ -124,6 +144,23 @@ def _executed(session: Session) -> Plan:
     plan = executed_plan(session)
     assert plan is not None
     return plan
+
+
+def _has_checkpoint(session: Session) -> bool:
+    """Return whether the checkpoint is written; refuse one that is no longer complete."""
+    folder = session.checkpoint
+    if not folder.exists():
+        return False
+    try:
+        missing = missing_files(folder)
+    except CheckpointError as error:
+        missing = [str(error)]
+    if missing:
+        raise OutputError(
+            f"{folder}: is not complete ({missing[0]}); delete the folder and run the same command "
+            "again, which recreates it"
+        )
+    return True
 
 
 def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
@@ -145,16 +182,21 @@ def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
 def _evaluate(session: Session) -> dict[str, Any]:
     """Score the dense and the compressed model and the baselines."""
     models, recipe = session.models, session.prepared.recipe
+    trusted = recipe.model.trust_remote_code
     evaluator = Evaluator(
         recipe.evaluate,
         recipe.seed,
         session.journal,
         session.clock,
         session.on_step,
-        load_tokenizer=lambda: load_tokenizer(session.checkpoint),
+        precision={"dtype": str(models.dtype), "device": torch.device(session.device).type},
+        load_tokenizer=lambda: load_tokenizer(session.checkpoint, trust_remote_code=trusted),
         load_dense=lambda: models.load_dense(models.dtype),
         load_compressed=lambda: load_checkpoint(
-            session.checkpoint, dtype=models.dtype, device=session.device
+            session.checkpoint,
+            dtype=models.dtype,
+            device=session.device,
+            trust_remote_code=trusted,
         ),
     )
     targets = report.baseline_targets(_executed(session), session.prepared)

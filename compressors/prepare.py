@@ -2,17 +2,24 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from lrc.compressors.calibrate.layer_check import check_layers
+from lrc.compressors.checkpoint.plain import is_plain, loads_packed
+from lrc.compressors.checkpoint.rehearsal import rehearse_loading
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.gates import check_gate_names
 from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.perplexity import check_window
+from lrc.compressors.io.journal import RESULTS, WORK
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source, load_tokenizer, locate
-from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.models.source_check import check_contents
 from lrc.compressors.planning.compile import Compiled, StageCompiler, compile_plan
 from lrc.compressors.planning.problems import Problems
 from lrc.configs.errors import RecipeError
@@ -58,13 +65,17 @@ def prepare(
         check_source(recipe.calibration.source, part="calibration")
     with _collected(problems):
         source = locate(recipe.model, weights=weights)
+    _check_output(recipe, problems)
     problems.raise_if_any()
     for number, spec in enumerate(recipe.evaluate.perplexity):
         with _collected(problems):
             check_window(source.config, spec.window, f"evaluate.perplexity[{number}].window")
     with _collected(problems):
         check_window(source.config, recipe.calibration.length, "calibration.length")
-    dense = build(source)
+    dense, warnings = build(source), list[str]()
+    if source.weights_local:  # reads headers only
+        source, dense, warnings = check_contents(source, dense)
+    dense = check_layers(dense)
     with _collected(problems):
         compiled = compile_plan(recipe, source, dense, stages)
     with _collected(problems):
@@ -72,11 +83,54 @@ def prepare(
         check_gate_names(recipe.evaluate.gates, recipe.evaluate)
     if problems:
         raise RecipeError(problems)
+    warnings = [*warnings, *compiled.plan.warnings, *_needs_lrc(compiled)]
+    compiled = replace(compiled, plan=replace(compiled.plan, warnings=warnings))
+    rehearse_loading(compiled.plan, compiled.architecture.model)
     prepared = Prepared(**vars(compiled), recipe=recipe, source=source, dense=dense)
     if source.gguf is None and source.weights_local:
-        WeightReader(source.folder, dense)  # reads headers: files are complete, tensors exist
         _ = prepared.tokenizer
     return prepared
+
+
+def _check_output(recipe: Recipe, problems: Problems) -> None:
+    """Report inputs that the run itself would delete or replace, as with ``--overwrite``."""
+    inputs = {
+        "model.path": recipe.model.path,
+        "model.tokenizer": recipe.model.tokenizer,
+        "calibration.source": recipe.calibration.source,
+        **{
+            f"evaluate.perplexity[{i}].source": spec.source
+            for i, spec in enumerate(recipe.evaluate.perplexity)
+        },
+        "evaluate.tasks.include_path": recipe.evaluate.tasks.include_path,
+        **{
+            f"stages[{i}].decompose.plan": stage.plan
+            for i, stage in recipe.stages_of("decompose").items()
+        },
+    }
+    output = Path(recipe.output).expanduser()
+    owned = [(output / name).resolve() for name in (WORK, *RESULTS)]
+    for key, given in inputs.items():
+        path = Path(given or "").expanduser()
+        if given and path.exists() and any(path.resolve().is_relative_to(one) for one in owned):
+            problems.add(
+                "contradiction",
+                "output",
+                f"must not contain what the run reads, got {recipe.output} with {key} in it, "
+                f"{given}; choose another output, or move that first",
+            )
+
+
+def _needs_lrc(compiled: Compiled) -> list[str]:
+    """Return a warning if only the model class prevents a plain checkpoint of integers."""
+    model, modules = compiled.architecture.model, compiled.plan.modules()
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not modules or not is_plain(modules, linears) or loads_packed(model, modules):
+        return []
+    return [
+        f"stages: {type(model).__name__} cannot be loaded with packed integers by transformers "
+        "alone, so loading the result needs `import lrc`"
+    ]
 
 
 @contextmanager

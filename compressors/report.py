@@ -18,10 +18,14 @@ from jinja2 import Environment, StrictUndefined
 
 from lrc.compressors.calibrate.calibration_windows import provenance
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.reader import is_plain
+from lrc.compressors.checkpoint.manifest import CHECKSUM, read_manifest, report_checksum
 from lrc.compressors.evaluate.baselines import Targets, plan_baseline
-from lrc.compressors.io.journal import Journal, write_text
+from lrc.compressors.evaluate.broken_source import near_uniform
+from lrc.compressors.evaluate.evaluator import is_current
+from lrc.compressors.io.files import write_text
+from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.versions import versions
+from lrc.compressors.models.source import HUB_ID
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.summary import summarize
 from lrc.compressors.prepare import Prepared
@@ -32,34 +36,36 @@ SCHEMA = {
     "schema_version": "2; raised when a key changes its meaning or is removed",
     "recipe": "the recipe, written out in full",
     "seed": "the recipe's seed",
-    "size.targeted.{bits,source_bits}": "of the targeted weights, as stored and dense",
-    "size.targeted.{kept,removed}": "bits / source_bits, and 1 minus that; 1 and 0 without targets",
+    "size.targeted.{bits,dense_bits}": "of the targeted weights: stored, and in model.dtype",
+    "size.targeted.{kept,removed}": "bits / dense_bits, and 1 minus that; 1 and 0 without targets",
     "size.model.parameters.{dense,compressed}": "of the whole model; tied ones once",
     "size.model.file_bytes.{dense,compressed}": "safetensors files; dense: in the recipe's dtype",
     "size.model.tensor_bytes.{dense,compressed}": "the same without the headers of the files",
-    "size.source.{file_bytes,quantized}": "the weights as the source stores them; null on the Hub",
-    "size.baselines.NAME": "bytes of the same model, quantized by round-to-nearest, calculated",
+    "size.source.{file_bytes,quantized}": "weight files, and whether quantized; null on the Hub",
+    "size.baselines.NAME": "computed bytes of the model after round-to-nearest",
     "slices[].{stage,method}": "one record per slicing stage",
     "slices[].{parameters,bytes,config}": "before and after; changed config keys",
     "slices[].facts": "decisions of the method, such as the removed layers",
     "layers[].{name,stage,method}": "one record per targeted weight; index of its stage",
     "layers[].config": "how it is stored: shape and components, as in config.json",
-    "layers[].{bits,source_bits}": "size as stored, and dense",
-    "layers[].loss": "weighted squared error relative to that of removing the weight, [0, 1]",
-    "layers[].predicted_nats": "increase of the loss, nats per token; null if not predictable",
+    "layers[].{bits,dense_bits}": "size as stored, and in model.dtype",
+    "layers[].relative_error": "squared error relative to removing the weight, [0, 1]",
+    "layers[].predicted_nats": "predicted loss increase, nats per token; null without gradients",
     "layers[].refit": "whether it was fitted to the inputs that the compressed model produces",
     "layers[].{note,fallback}": "why it stays dense; deviations from the plan; null if none",
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
     "evaluation.tasks.NAME.METRIC": "dense, compressed, stderr, recovery in percent of dense",
+    "evaluation.missing[].{model,metric,reason}": "what could not be measured; exit code 1",
     "evaluation.baselines[].{name,how}": "the same matrices compressed without calibration",
-    "evaluation.baselines[].{bytes,kept}": "tensors of the whole model; as size.targeted.kept",
+    "evaluation.baselines[].{bytes,kept}": "of all tensors of the model; as size.targeted.kept",
     "evaluation.baselines[].perplexity.NAME": "measured in this run; null if not finite",
     "evaluation.baseline_comparison": "which wins, result or baseline: one sentence, or null",
-    "timing.seconds.STAGE": "wall time, summed over the runs of an interrupted one",
+    "timing.seconds.STAGE": "wall time; after an interruption, the sum over all attempts",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
-    "warnings": "what was planned although it is not recommended",
+    "warnings": "what of the source is left out, what is not advised, signs of a broken source",
+    "sha256": "of lrc/manifest.json and the other keys, sorted and without spaces",
 }
 
 
@@ -89,10 +95,13 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "timing": {"seconds": {k: round(s, 2) for k, s in session.clock.seconds.items()}},
         "memory": _memory(session.device),
         "environment": _environment(session.device),
-        "warnings": plan.warnings,
+        "warnings": plan.warnings + _source_warnings(prepared, evaluation),
     }
+    report[CHECKSUM] = report_checksum(checkpoint, report)
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    card = model_card(report, plan, plain=is_plain(checkpoint))
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    card = model_card(report, plan, plain=manifest.plain)
     write_text(checkpoint / layout.REPORT, text)
     for folder in (checkpoint, session.journal.output):
         write_text(folder / "README.md", card)
@@ -101,17 +110,20 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
 
 
 def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
-    """Return the report of an earlier run of the same recipe, if it is complete."""
+    """Return the report of an earlier run of the same recipe, if it has one."""
     path = journal.output / "report.json"
-    if not path.is_file() or not (journal.output / "checkpoint").is_dir():
+    if not path.is_file():
         return None
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         requested = prepared.recipe.model_dump(mode="json")
-        known = (report["schema_version"], report["recipe"]) == (SCHEMA_VERSION, requested)
-    except (ValueError, TypeError, KeyError):  # edited: written again
+        found = (report["schema_version"], report["recipe"], report[CHECKSUM])
+        checksum = report_checksum(journal.output / "checkpoint", report)
+        known = found == (SCHEMA_VERSION, requested, checksum)
+        known = known and not report["evaluation"]["missing"]
+    except (OSError, ValueError, TypeError, KeyError):  # edited: written again
         return None
-    return report if known else None
+    return report if known and is_current(journal, prepared.recipe.evaluate) else None
 
 
 def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
@@ -120,7 +132,9 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
     `plain` states that transformers loads the checkpoint without lrc.
     """
     base = report["recipe"]["model"]["path"]
-    on_hub = not Path(base).exists() and not base.endswith(".gguf")
+    local = Path(base).expanduser()
+    on_hub = HUB_ID.match(base) is not None and not local.exists()
+    name = base.rpartition("/")[2] if on_hub else local.resolve().name.removesuffix(".gguf")
     types = {c["type"] for layer in report["layers"] for c in layer["config"]["components"]}
     header = ModelCardData(
         library_name="transformers",
@@ -131,17 +145,22 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["mib"] = lambda n: "unknown" if n is None else f"{n / 2**20:,.1f} MiB"
     template = resources.files("lrc.compressors").joinpath("card.md.j2").read_text("utf-8")
-    name = Path(base).stem if base.endswith(".gguf") else base.rstrip("/").rpartition("/")[2]
     return environment.from_string(template).render(
         header=header.to_yaml(),
         name=name,
         report=report,
         architecture=plan.model.architecture,
         dtype=plan.model.dtype,
-        base=base,
+        base=base if on_hub else name,
         plain=plain,
         integers="dense" in types,
     )
+
+
+def _source_warnings(prepared: Prepared, evaluation: dict[str, Any]) -> list[str]:
+    """Return warnings of a dense model that is no better than chance."""
+    dense = {name: entry["dense"] for name, entry in evaluation["perplexity"].items()}
+    return near_uniform(dense, prepared.source.config.get_text_config().vocab_size)
 
 
 def _reads_text(plan: Plan) -> bool:
@@ -156,7 +175,7 @@ def _size(plan: Plan, checkpoint: Path, prepared: Prepared) -> dict[str, Any]:
     return {
         "targeted": {
             "bits": plan.bits,
-            "source_bits": plan.source_bits,
+            "dense_bits": plan.dense_bits,
             "kept": plan.kept,
             "removed": 1 - plan.kept,
         },
@@ -199,7 +218,7 @@ def baseline_targets(plan: Plan, prepared: Prepared) -> Targets:
 def _memory(device: str) -> dict[str, int | None]:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    gpu = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
+    gpu = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
     return {"peak_rss_bytes": peak, "peak_gpu_bytes": gpu}
 
 
@@ -211,5 +230,5 @@ def _environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
     }

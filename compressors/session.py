@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.calibration_windows import take_windows
-from lrc.compressors.corpus.documents import fingerprint
+from lrc.compressors.corpus.documents import source_identity
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import Clock, Machine, OnStep
 from lrc.compressors.io.versions import versions
@@ -75,9 +75,12 @@ class Session:
 
 @contextmanager
 def open_session(prepared: Prepared, machine: Machine) -> Iterator[Session]:
-    """Enter the output folder of a recipe; raises as `open_journal`."""
+    """Say the warnings of a plan and enter the output folder; raises as `open_journal`."""
+    for warning in prepared.plan.warnings:
+        machine.on_warning(warning)
     output = Path(prepared.recipe.output).expanduser()
-    with open_journal(output, identity(prepared), overwrite=machine.overwrite) as journal:
+    known = identity(prepared)
+    with machine.current(), open_journal(output, known, overwrite=machine.overwrite) as journal:
         yield Session(prepared, journal, machine, Clock(journal))
 
 
@@ -85,12 +88,11 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     """Return everything that determines the bytes of the checkpoint."""
     recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
     del recipe["calibration"]["memory_limit_gib"]
-    source, installed = prepared.source, versions()
+    recipe["calibration"]["source"] = source_identity(prepared.recipe.calibration.source)
+    installed = versions()
     return {
-        "model": source.fingerprint()
-        | {"dtype": source.spec.dtype, "tokenizer": source.spec.tokenizer},
+        "model": prepared.source.fingerprint(),
         **recipe,
-        "calibration_text": fingerprint(prepared.recipe.calibration.source),
         "user_plans": {str(k): v for k, v in prepared.plan.user_plans.items()},
         "versions": {name: installed[name] for name in ("lrc", "torch", "transformers")},
     }

@@ -66,7 +66,7 @@ class DecomposeBase(Strict):
     """Ranks are multiples of this number; 8 to 128 suit tensor cores and group sizes."""
     min_keep: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Lowest fraction that any matrix keeps, [0, 1)."""
-    max_loss: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_relative_error: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Highest fraction of its weighted squared norm that any matrix loses, (0, 1]; `lagrangian`
     only."""
     plan: Text | None = None
@@ -78,7 +78,7 @@ class DecomposeBase(Strict):
     ignore: list[str] = []
     """Shell patterns of linear layers to leave unchanged; they do not count in `keep`."""
     overrides: list[Override] = []
-    """Budgets by name; the first that matches applies."""
+    """Budgets by name; the first that matches applies. The others share what these leave."""
 
     produces: ClassVar[str] = "low_rank"
     """Component type of methods that do not let the recipe choose one."""

@@ -94,6 +94,16 @@ class OutputError(LrcError):
     default_code = "invalid-output"
 
 
+class EvaluationIncomplete(LrcError):
+    """The run is complete and saved, but some texts or tasks could not be measured."""
+
+    default_code = "evaluation-incomplete"
+
+    def __init__(self, missing: list[str], report: dict[str, Any]) -> None:
+        self.report = report
+        super().__init__("\n".join(missing))
+
+
 class GateMissed(LrcError):
     """The run is complete and saved, but missed quality gates of the recipe: one sentence each."""
 

@@ -54,7 +54,7 @@ class Calibration(Strict):
 
     source: Text = "python-docs"
     """`python-docs` (packaged), `self` (sampled from the model), `c4`, `wikitext2`, or a path to a
-    `.jsonl` or `.txt` file."""
+    `.jsonl` or `.txt` file; of a long file, evenly spaced excerpts are used."""
     samples: PositiveInt = 32
     """Number of windows."""
     length: PositiveInt = 1024

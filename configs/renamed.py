@@ -7,6 +7,7 @@ RENAMED_KEYS = {
     "gauge": "balance",
     "group_size": "layers_per_group",
     "head": "lm_head",
+    "max_loss": "max_relative_error",
     "multiple": "width_multiple",
     "order": "act_order",
     "rounder": "quantizer",

@@ -12,12 +12,15 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get(
 import gc
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
+import gguf
 import pytest
 import torch
 import yaml
@@ -51,7 +54,7 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(read_documents("python-docs", part="calibration")[:20], trainer)
+    bpe.train_from_iterator(islice(read_documents("python-docs", part="calibration"), 20), trainer)
     plain = bpe.to_str()
 
     def make(*, bos: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -116,6 +119,77 @@ def tiny_model_folder(
     tiny_llama().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[..., Path]:
+    """Write a tiny Llama as llama.cpp's converter does, without a tokenizer."""
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers": "blk",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+
+    def write(
+        path: Path,
+        model: LlamaForCausalLM,
+        *,
+        leave_out: Collection[str] = (),
+        tensors: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        metadata: Mapping[str, object] = MappingProxyType({}),
+    ) -> Path:
+        """Write a file; `metadata` is added, `leave_out` and `tensors` are names in the file."""
+        config, stored = model.config, {}
+        for name, tensor in model.state_dict().items():
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue
+            for old, new in names.items():
+                name = name.replace(old, new)
+            for part, heads in (
+                ("q", config.num_attention_heads),
+                ("k", config.num_key_value_heads),
+            ):
+                if f"attn_{part}." in name:
+                    tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+            stored[name] = tensor
+        values = {
+            "general.type": "model",
+            "llama.block_count": config.num_hidden_layers,
+            "llama.context_length": config.max_position_embeddings,
+            "llama.embedding_length": config.hidden_size,
+            "llama.feed_forward_length": config.intermediate_size,
+            "llama.attention.head_count": config.num_attention_heads,
+            "llama.attention.head_count_kv": config.num_key_value_heads,
+            "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+            "llama.rope.freq_base": 10000.0,
+            "llama.rope.dimension_count": config.head_dim,
+            "llama.vocab_size": config.vocab_size,
+            **metadata,
+        }
+        writer = gguf.GGUFWriter(path, "llama")
+        for key, value in values.items():
+            kind = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}[type(value)]
+            writer.add_key_value(key, value, gguf.GGUFValueType[kind])
+        for name, tensor in {**stored, **tensors}.items():
+            if name not in leave_out:
+                writer.add_tensor(name, tensor.detach().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

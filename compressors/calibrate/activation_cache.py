@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.io.journal import Journal, publish, storage_errors
+from lrc.compressors.io.files import publish, storage_errors
+from lrc.compressors.io.journal import Journal
 
 SNAPSHOT_SECONDS = 30.0
 GIB = 2**30

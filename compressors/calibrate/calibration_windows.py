@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.corpus.windows import (
-    Windows,
-    calibration_windows,
-    check_vocabulary,
-    default_bos,
-)
+from lrc.compressors.corpus.tokens import check_vocabulary, default_bos
+from lrc.compressors.corpus.windows import Windows, calibration_windows
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
 from lrc.configs.recipe import Calibration

@@ -35,8 +35,8 @@ class LayerCall:
     """Whether the hidden states are passed as a keyword."""
     groups: list[list[str]] = field(default_factory=list)
     """Full names of the linears of each distinct input, in order of use."""
-    returns_tuple: bool = False
-    """Whether the layer returns a tuple that starts with the hidden states."""
+    others: tuple[Any, ...] | None = None
+    """What the layer returns after the hidden states, if it returns a tuple."""
     d_model: int = 0
 
 
@@ -127,8 +127,7 @@ class LayerExecutor:
         layers replaced by the constant `hidden`, so that whatever follows the layers (norms,
         scaling, soft-capping) is applied. Needs ``around_layers(head=True)``.
         """
-        passed = (hidden,) if self.calls[-1].returns_tuple else hidden
-        with self._layers_replaced(lambda *_, **__: passed):
+        with self._layers_replaced(self.calls, lambda *_, **__: hidden):
             model, ids = self.architecture.model, tokens.to(self.context.device)
             result: Tensor = model(input_ids=ids, use_cache=False).logits
         return result
@@ -169,15 +168,13 @@ class LayerExecutor:
             hooks.close()
             last = self.tokens[self.batches[-1]]
             if len(last) not in calls[0].arguments:
-                in_tuple = calls[-1].returns_tuple
 
                 def identity(*args: Any, **kwargs: Any) -> Any:
-                    hidden = args[0] if args else kwargs["hidden_states"]
-                    return (hidden,) if in_tuple else hidden
+                    return args[0] if args else kwargs["hidden_states"]
 
                 for layer, call in zip(layers, calls, strict=True):
                     hooks.enter_context(_record_arguments(layer, call))
-                with self._layers_replaced(identity):
+                with self._layers_replaced(calls, identity):
                     self._forward(last)
         return calls
 
@@ -203,7 +200,7 @@ class LayerExecutor:
         def unload(_: nn.Module, __: Any, out: Any) -> None:
             loaded.close()
             call.groups = [members for _, members in inputs]
-            call.returns_tuple = isinstance(out, tuple)
+            call.others = out[1:] if isinstance(out, tuple) else None
             inputs.clear()
 
         hooks.enter_context(_record_arguments(layer, call))
@@ -211,12 +208,20 @@ class LayerExecutor:
         hooks.enter_context(layer.register_forward_hook(unload))
 
     @contextmanager
-    def _layers_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """Let `forward` compute in place of every decoder layer."""
+    def _layers_replaced(
+        self, calls: Sequence[LayerCall], forward: Callable[..., Tensor]
+    ) -> Iterator[None]:
+        """Let `forward` compute the hidden states in place of every decoder layer."""
         layers = self.architecture.layers
         before = [vars(layer).get("forward") for layer in layers]
-        for layer in layers:
-            layer.forward = forward
+
+        def replaced(others: tuple[Any, ...] | None) -> Callable[..., Any]:
+            if others is None:
+                return forward
+            return lambda *args, **kwargs: (forward(*args, **kwargs), *others)
+
+        for layer, call in zip(layers, calls, strict=True):
+            layer.forward = replaced(call.others)
         try:
             yield
         finally:

@@ -1,8 +1,9 @@
 """Sequential calibration: inputs of a layer after the layers before it have been compressed.
 
-And which linears of a layer write to the residual stream. No family is listed: a linear writes to
-the stream if silencing it removes exactly its output from the layer's output. A norm or a factor in
-between, as some families have, shows as a difference.
+This module also finds out which linear layers write to the residual stream, without a table of
+model families. A linear is a writer if replacing its output by zeros changes the output of its
+decoder layer by exactly that output. If a norm or a multiplier follows, as in some architectures,
+the change differs, and the linear is not a writer.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,15 +21,15 @@ from lrc.compressors.solvers.error_compensation import PrefixMoments
 from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.compressors.solvers.moments import token_weights
 
-TOLERANCE = 1e-2  # relative; rounding of large hidden states is below it, any factor is above it
+TOLERANCE = 1e-2  # relative; more than rounding causes, and less than a multiplier causes
 
 
 class SequentialCalibration:
     """Hidden states of the dense model and of the partly compressed one, layer by layer.
 
-    `replace` sets compressed weights, `measure` compares the inputs of a linear in both models,
-    `advance` goes on to the next layer. Within a layer, `measure` may be called between
-    replacements, in the order in which the linears are used.
+    `insert` sets a compressed weight, `measure` sums moments of the inputs of a linear in both
+    models, and `advance` goes on to the next layer. Within a layer, call `measure` and `insert` in
+    the order in which the linears are used.
     """
 
     def __init__(self, context: CalibrationContext) -> None:
@@ -57,20 +58,23 @@ class SequentialCalibration:
     def measure(
         self, layer: int, names: Sequence[str], *, deficit: bool, capped: bool = False
     ) -> PrefixMoments:
-        """Return sums over the tokens of the input that the linears of one of the `groups` share.
+        """Return second moments of the input that the linears `names`, one of `groups`, share.
 
-        `deficit` requests the difference of the residual streams too; with `capped` the tokens are
-        weighted by `token_weights` of the compressed model's inputs. Raises a `ModelError` that
-        names the linear if the inputs are not finite.
+        With `deficit`, the moments of the difference between the residual streams are included if
+        the first linear writes to the stream. With `capped`, tokens are weighted by `token_weights`
+        of the inputs in the compressed model. Raises a `ModelError` that names the linear if the
+        inputs are not finite.
         """
         leader, sums = names[0], RunningSums()
         with self._loaded(layer) as module:
             writers = self._residual_writers(layer, module) if deficit else []
-            later = writers[writers.index(leader) :] if leader in writers else []
+            # Without the output of the leader and of later writers, the output of the layer is the
+            # residual stream to which the leader adds its output.
+            zeroed = writers[writers.index(leader) :] if leader in writers else []
             for rows in self._executor.batches:
-                x, stream = self._input(layer, self._dense[rows], leader, later)
+                x, stream = self._input(layer, self._dense[rows], leader, zeroed)
                 with self._using_replaced():
-                    x_hat, stream_hat = self._input(layer, self._compressed[rows], leader, later)
+                    x_hat, stream_hat = self._input(layer, self._compressed[rows], leader, zeroed)
                 if capped:
                     weights = token_weights(x_hat, self._executor.tokens.shape[1]).sqrt()
                     x, x_hat = weights * x, weights * x_hat
@@ -85,27 +89,31 @@ class SequentialCalibration:
                 f"the inputs of {leader} after the compressed layers",
                 "raise 'keep', or leave out 'compensate'",
             )
-        return PrefixMoments(sums["H"], sums["cross"], {leader: sums["deficit"]} if later else {})
+        return PrefixMoments(sums["H"], sums["cross"], {leader: sums["deficit"]} if zeroed else {})
 
     def _input(
-        self, layer: int, hidden: Tensor, leader: str, later: Sequence[str]
+        self, layer: int, hidden: Tensor, leader: str, zeroed: Sequence[str]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return a linear's input [n_tokens, d_in], and the layer's output without `later`."""
+        """Return the input [n_tokens, d_in] of the linear `leader`, and the output of the layer.
+
+        The outputs of the linears `zeroed` are replaced by zeros. Without any, the layer is left
+        after the input has been seen, and its output is None.
+        """
         seen: list[Tensor] = []
 
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen.append(args[0].reshape(-1, args[0].shape[-1]))
-            if not later:
+            if not zeroed:
                 raise ForwardEnded
 
         stream = None
         with (
             self._linear(leader).register_forward_pre_hook(see),
             suppress(ForwardEnded),
-            silenced(map(self._linear, later)),
+            silenced(map(self._linear, zeroed)),
         ):
             stream = self._executor.apply(layer, hidden)
-        assert seen, f"{leader} was used in the trace but not now"
+        assert seen, f"{leader} was called when the layer was recorded, but not now"
         return seen[0], stream
 
     def _residual_writers(self, layer: int, module: nn.Module) -> list[str]:
@@ -162,6 +170,8 @@ def find_writers(
     `linears` are in order of use; `forward` applies the layer to some tokens.
     """
     found: dict[str, nn.Module] = {}
+    # From last to first: without the outputs of later writers, an output reaches the end of the
+    # layer only through the residual connection.
     for name, linear in reversed(linears):
         outputs: list[Tensor] = []
 
@@ -174,8 +184,8 @@ def find_writers(
             continue
         y = outputs[0].reshape(whole.shape)  # some flatten all tokens into one dimension
         with silenced([linear, *found.values()]):
-            missing = whole - forward() - y
-        if float(missing.norm()) <= TOLERANCE * float(y.norm()):
+            unexplained = whole - forward() - y
+        if float(unexplained.norm()) <= TOLERANCE * float(y.norm()):
             found[name] = linear
     return [name for name, _ in linears if name in found]
 

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.plain import compressed_tensors_config, is_plain, plain_name
-from lrc.compressors.checkpoint.writer import copy_code, write_config, write_manifest, write_weights
+from lrc.compressors.checkpoint.companions import copy_companions
+from lrc.compressors.checkpoint.manifest import write_manifest
+from lrc.compressors.checkpoint.plain import (
+    compressed_tensors_config,
+    is_plain,
+    loads_packed,
+    plain_name,
+)
+from lrc.compressors.checkpoint.writer import write_config, write_weights
 from lrc.compressors.layers import sentinel
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture
@@ -50,6 +57,7 @@ def write_checkpoint(
     named = architecture.model.named_modules()
     linears = [name for name, module in named if isinstance(module, nn.Linear)]
     plain = is_plain(modules, linears) and not tables
+    plain = plain and loads_packed(architecture.model, modules)
     owners = plan.owner_layers()
     refit = {name for name, result in plan.results.items() if result.refit} - {*modules}
     origin: dict[str, Callable[[], Tensor]] = {}
@@ -86,11 +94,11 @@ def write_checkpoint(
     generation = getattr(architecture.model, "generation_config", None)
     stored_generation = reader.folder / "generation_config.json"
     if stored_generation.is_file():
-        shutil.copy(stored_generation, folder)
+        shutil.copyfile(stored_generation, folder / stored_generation.name)
     elif generation is not None:
         generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    copy_code(source, folder)
+    copy_companions(source, folder)
     (folder / layout.FOLDER).mkdir()
     _write(folder / layout.RECIPE_GIVEN, loaded.text)
     _write(folder / layout.RECIPE, dump_recipe(loaded.recipe))

@@ -15,12 +15,19 @@ def check_tables(tables: Mapping[str, Any], where: str) -> None:
     Parameters
     ----------
     tables : mapping
-        A ``quantization_config``; its other keys are ignored.
+        A ``quantization_config``.
 
     Raises
     ------
     CheckpointError
     """
+    unknown = sorted(map(str, tables.keys() - {*RULES, *OTHER_KEYS}))
+    if unknown:
+        raise CheckpointError(
+            f"{where}: has the unknown key {unknown[0]!r}; a newer lrc wrote it: upgrade lrc, or "
+            f"{EDITED}",
+            code="invalid-config",
+        )
     for key, (contents, check, rule) in RULES.items():
         table = tables.get(key)
         if table is None:
@@ -49,6 +56,7 @@ def _is_size(number: Any) -> bool:
     return type(number) is int and number >= 1
 
 
+OTHER_KEYS = ("quant_method", "format_version", "modules")
 RULES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     SHAPES: (
         "map names of linear layers to [d_out, d_in]",

@@ -65,7 +65,12 @@ and the `config.json` of the original architecture. In addition:
   the ``compressed-tensors`` method: ``NAME.weight_packed`` and so on, no sentinels.
 
 * The folder ``lrc/``: the recipe as given and in full, the plan files that stages were given, the
-  executed plan, the report, and ``manifest.json`` with the SHA-256 of every other file.
+  executed plan, the report, and ``manifest.json`` with the SHA-256 of every other file except the
+  model card and the report, which contains its own. Loading compares all files that it reads with
+  their hashes, and refuses files that are not listed if transformers might read them. A folder that
+  `save_pretrained` wrote has neither this folder nor hashes: what loading then still notices are
+  names, shapes and types that do not match, numbers that are not finite, and inconsistent masks,
+  indices and scales.
 """
 
 from collections.abc import Mapping, Sequence
@@ -123,6 +128,8 @@ def mismatches(expected: TensorSpecs, found: Mapping[str, Header]) -> list[str]:
             problems.append(f"{name}: expected {shape}, found nothing")
         elif header.shape != shape:
             problems.append(f"{name}: expected {shape}, found {header.shape}")
+        elif dtype is None and not header.is_number:
+            problems.append(f"{name}: expected floating-point numbers, found {header.dtype}")
         elif dtype is not None and header.dtype != SAFETENSORS_NAMES[dtype]:
             problems.append(f"{name}: expected {SAFETENSORS_NAMES[dtype]}, found {header.dtype}")
     return problems
@@ -189,6 +196,8 @@ def parse_modules(modules: Any, where: str) -> dict[str, WeightConfig]:
     for name, record in modules.items():
         try:
             found[name] = WeightConfig.from_json(record)
+            if not found[name].compressed:
+                raise ValueError("'components' must not be empty")
         except ValueError as error:
             raise CheckpointError(
                 f"{where}: modules[{name!r}]: {error}; the file was edited, or a newer lrc wrote "

@@ -1,6 +1,8 @@
 """Checkpoints that consist of integers only, in the format of compressed-tensors."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,26 @@ def is_plain(modules: Mapping[str, WeightConfig], linears: Collection[str]) -> b
     )
 
 
+def loads_packed(model: Any, names: Iterable[str]) -> bool:
+    """Return whether the class of a skeleton can be loaded with packed layers of these names.
+
+    A packed layer has no `weight`, but `from_pretrained` still calls the `_init_weights` of the
+    class for it, which in some families (Falcon, Mamba, nanochat) reads that `weight`.
+    """
+    trial = deepcopy(model)
+    for tensor in [*trial.parameters(), *trial.buffers()]:
+        tensor._is_hf_initialized = True  # nothing is drawn anew
+    for module in trial.modules():
+        module._is_hf_initialized = False  # but every module is visited
+    for name in names:
+        delattr(trial.get_submodule(name), "weight")
+    try:
+        trial.initialize_weights()
+    except AttributeError:
+        return False
+    return True
+
+
 def plain_name(name: str) -> str:
     """Return the name of a tensor of a ``dense`` component in a plain checkpoint."""
     module, found, leaf = name.rpartition(".dense.")
@@ -59,7 +81,7 @@ def compressed_tensors_config(
         by_args.setdefault(config.quantization, []).append(name)
     groups = {
         f"group_{number}": {
-            "targets": ["Linear"] if len(by_args) == 1 else names,
+            "targets": _targets(names, linears),
             "weights": {
                 "num_bits": args.bits,
                 "type": "int",
@@ -85,6 +107,30 @@ def compressed_tensors_config(
     }
 
 
+def _targets(names: list[str], linears: Iterable[str]) -> list[str]:
+    r"""Return expressions that match these linear layers and no others, whatever their prefix.
+
+    Other classes than the compressed one lack the prefix of the decoder and have other heads, which
+    the class name `Linear` would match. An expression such as
+    ``re:(.*\.)?layers\.\d+\.mlp\.up_proj$`` covers several layers if all are among `names`.
+    """
+    others = {_expression(name, any_layer=True) for name in {*linears} - {*names}}
+    general = {name: _expression(name, any_layer=True) for name in names}
+    found = (
+        _expression(name, any_layer=False) if expression in others else expression
+        for name, expression in general.items()
+    )
+    return list(dict.fromkeys(found))
+
+
+def _expression(name: str, *, any_layer: bool) -> str:
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    start = max(numbers[0] - 1, 0) if numbers else len(parts) - 1  # from the list of layers on
+    local = [r"\d+" if part.isdigit() and any_layer else part for part in parts[start:]]
+    return r"re:(.*\.)?" + r"\.".join(local) + "$"
+
+
 def read_plain(
     folder: Path, block: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, WeightConfig]:
@@ -108,14 +154,18 @@ def read_plain(
         n.removesuffix(end) for n in names for end in (PACKED, SCALE, SHAPE) if n.endswith(end)
     }
     args: dict[str, QuantizationArgs] = {}
+    unmatched: list[str] = []
     try:
         for group in block["config_groups"].values():
             weights, targets = group["weights"], group["targets"]
-            found = QuantizationArgs(
-                weights["num_bits"], weights["group_size"], weights["symmetric"]
-            )
-            args |= dict.fromkeys(sorted(packed) if targets == ["Linear"] else targets, found)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+            found = QuantizationArgs(weights["num_bits"], weights["group_size"])
+            if (weights["symmetric"], QuantizationArgs.parse(str(found))) != (True, found):
+                raise ValueError(f"{found} must be symmetric")
+            for target in targets:
+                matched = [n for n in sorted(packed) if _matches(n, target)]
+                args |= dict.fromkeys(matched, found)
+                unmatched += [] if matched else [target]
+    except (KeyError, AttributeError, TypeError, ValueError, re.error) as error:
         raise CheckpointError(
             f"{folder}/config.json: quantization_config must be as lrc wrote it, got groups that "
             f"cannot be read ({error!r:.80}); {COPY_AGAIN}",
@@ -130,7 +180,7 @@ def read_plain(
                     d_out, d_in = shard.get_tensor(name).tolist()
                     components = (ComponentConfig("dense", {}, args[module]),)
                     modules[module] = WeightConfig((d_out, d_in), components)
-    lost = sorted((packed - {*modules}) | ({*args} - {*modules}))
+    lost = sorted((packed - {*modules}) | {*unmatched})
     if lost:
         raise CheckpointError(
             f"{folder}: the tensors do not match config.json: {', '.join(lost[:5])} must be in "
@@ -138,3 +188,11 @@ def read_plain(
             code="tensor-mismatch",
         )
     return modules
+
+
+def _matches(name: str, target: str) -> bool:
+    """Return whether compressed-tensors applies a target to the linear layer `name`."""
+    expression = target.removeprefix("re:")
+    if expression != target:
+        return re.match(expression, name) is not None
+    return target in ("Linear", name)

@@ -1,4 +1,4 @@
-"""Load compressed checkpoints with transformers: a quantization method outside its source tree.
+"""Load compressed checkpoints with transformers: a quantization method registered from outside.
 
 `from_pretrained` builds the original architecture on the meta device, calls the quantizer to
 replace modules, and then loads tensors by name. This quantizer replaces compressed layers and
@@ -6,13 +6,15 @@ compares the safetensors headers with the expected tensors, because transformers
 missing tensors and leaves them uninitialized. After loading it checks masks, indices and scales.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -23,6 +25,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.config_tables import check_tables
+from lrc.compressors.checkpoint.manifest import read_manifest
+from lrc.compressors.checkpoint.model_tables import (
+    MODULES,
+    added_biases,
+    current_tables,
+    fit_names,
+    head_shapes,
+)
 from lrc.compressors.io.shards import read_headers
 from lrc.compressors.layers import (
     CompressedEmbedding,
@@ -32,15 +42,27 @@ from lrc.compressors.layers import (
     TiedHead,
     WeightConfig,
 )
-from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, tables_of, widen_
+from lrc.compressors.layers.component import finite_problems
+from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, widen_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
+from lrc.compressors.models.contents import renamed
 from lrc.configs.errors import CheckpointError
 
 BLOCK = "config.json: quantization_config"
 
 
 class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc, unused-ignore]
-    """The `quantization_config` block of a compressed checkpoint."""
+    """The `quantization_config` block of a compressed checkpoint.
+
+    Parameters
+    ----------
+    modules : dict
+        Name of a layer or embedding -> its `WeightConfig` as JSON.
+    format_version : int
+    **tables
+        How a sliced model differs from its architecture: shapes of resized modules, added biases,
+        and norms, see `TABLES`.
+    """
 
     def __init__(
         self,
@@ -50,13 +72,22 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
     ) -> None:
         self.quant_method = layout.QUANT_METHOD  # type: ignore[assignment]  # an out-of-tree name
         self.format_version = format_version
-        self.modules = modules or {}
         layout.check_version(format_version, BLOCK)
-        layout.parse_modules(self.modules, BLOCK)
+        layout.parse_modules(modules or {}, BLOCK)
         check_tables(tables, BLOCK)
-        for key, table in tables.items():
-            if key in TABLES:  # absent tables are not set, so that they are not saved either
-                setattr(self, key, table)
+        self.tables = {MODULES: modules or {}, **tables}
+
+    @property
+    def tables(self) -> dict[str, Any]:
+        """The tables `modules`, and those of a sliced model that are not empty."""
+        return {key: table for key, table in vars(self).items() if key in (MODULES, *TABLES)}
+
+    @tables.setter
+    def tables(self, tables: Mapping[str, Any]) -> None:
+        for key in (MODULES, *TABLES):  # empty ones are not set, so that they are not saved either
+            vars(self).pop(key, None)
+            if tables.get(key) or key == MODULES:
+                setattr(self, key, tables[key])
 
 
 class LrcQuantizer(HfQuantizer):
@@ -64,34 +95,77 @@ class LrcQuantizer(HfQuantizer):
 
     requires_calibration = True  # loads compressed checkpoints; cannot compress while loading
     quantization_config: LrcConfig
+    _wait_for_hashes: Callable[[], None] | None
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+        self,
+        model: Any,
+        checkpoint_files: list[str] | None = None,
+        device_map: Mapping[str, Any] | str | None = None,
+        **_: Any,
     ) -> Any:
-        modules = layout.parse_modules(self.quantization_config.modules, BLOCK)
-        tables = tables_of(model.config)
+        if not checkpoint_files:
+            raise CheckpointError(
+                "transformers did not say which files it loads, so that they cannot be checked; "
+                "load the folder of a checkpoint, with a version of transformers that lrc supports"
+            )
+        check_headers(self.rebuild_(model), checkpoint_files, model)
+        # Files are compared with their hashes while transformers loads them.
+        manifest = read_manifest(Path(checkpoint_files[0]).parent)
+        devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+        skeleton = {*map(str, devices)} == {"meta"}
+        self._wait_for_hashes = manifest.start_check() if manifest and not skeleton else None
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(isinstance(end, CompressedLinear | TiedHead) for end in ends):
+            # Not a bound method, which would be pickled as the one of the class.
+            model.resize_token_embeddings = partial(_resize_token_embeddings, model)
+        return model
+
+    def rebuild_(self, model: Any) -> TensorSpecs:
+        """Change a model without weights as the config states; return the tensors it expects."""
+        tables = fit_names(self.quantization_config.tables, model)
+        self.quantization_config.tables = tables
+        modules = layout.parse_modules(tables[MODULES], BLOCK)
         shapes, biases = tables.get(SHAPES, {}), tables.get(BIASES, [])
-        with _matching(BLOCK):
+        with _as_checkpoint_error(BLOCK):
             self._original_shapes = resize_(model, shapes)
+            if NORMS in tables:
+                heads = head_shapes(model, shapes)
+                resize_(model, heads)
+                self.quantization_config.tables = {**tables, SHAPES: {**shapes, **heads}}
             add_biases_(model, biases)
+        self._added_biases = [*biases, *added_biases(model, modules)]
         expected = layout.resized_tensors(shapes)
         for name in biases:
             if name not in modules:
                 expected[f"{name}.bias"] = TensorSpec([model.get_submodule(name).out_features])
         expected |= replace_layers(model, modules)
-        with _matching(BLOCK):
+        with _as_checkpoint_error(BLOCK):
+            # They change the basis of the residual stream between blocks.
             shortcuts = place_norms_(model, tables.get(NORMS, {}))
         expected |= {name: TensorSpec(shape) for name, shape in shortcuts.items()}
-        if checkpoint_files is not None:
-            check_headers(expected, checkpoint_files)
-        return model
+        return expected
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self._wait_for_hashes is not None:
+            self._wait_for_hashes()
+            self._wait_for_hashes = None  # a model is copied and pickled with its quantizer
         check_values(model)
         return model
 
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Replace all compressed layers by ordinary ones.
+
+        Biases that the architecture lacks stay in the config, so that a saved model is complete.
+        """
+        super().dequantize(model, dtype=dtype)  # type: ignore[no-untyped-call, unused-ignore]
+        vars(model).pop("resize_token_embeddings", None)
+        if self._added_biases:
+            model.config.quantization_config = LrcConfig(biases=self._added_biases)
+        return model if dtype is None else model.to(dtype)
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        if tables_of(model.config).get(NORMS):
+        if NORMS in self.quantization_config.tables:
             raise CheckpointError(
                 "cannot dequantize: with 'rotations: block' every block uses its own basis of the "
                 "residual stream, which the original architecture cannot express; slice with "
@@ -100,23 +174,55 @@ class LrcQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear):
                 model.set_submodule(name, module.to_dense())
+        # After the embeddings, which the tied heads read, are dense.
         for name, module in list(model.named_modules()):
             if isinstance(module, TiedHead):
-                model.set_submodule(name, module.to_dense(model.get_input_embeddings()))
-        widen_(model, self._original_shapes)  # the config that remains has these
+                embedding = model.get_input_embeddings()
+                model.set_submodule(name, module.to_dense(embedding))
+                owner = next(n for n, each in model.named_modules() if each is embedding)
+                model.all_tied_weights_keys[f"{name}.weight"] = f"{owner}.weight"
+        widen_(model, self._original_shapes)  # those of the config without `quantization_config`
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        """Update the config, which `save_pretrained` writes after this call."""
+        config = self.quantization_config
+        config.tables = current_tables(config.tables, model)
+        model.config.quantization_config = config
+        return None, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Return True: `save_pretrained` can write the state dict as it is."""
         return True
 
-    is_trainable = True  # by Trainer and PEFT: unquantized factors are ordinary parameters
-    is_qat_trainable = True  # by Trainer without adapters
+    is_trainable = True  # Trainer and PEFT accept it: unquantized factors are ordinary parameters
+    is_qat_trainable = True  # Trainer may train it without adapters
     is_compileable = True
 
 
+def _resize_token_embeddings(
+    model: Any,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> Any:
+    """Replace the method of a model with a quantized embedding or head, whose rows are packed."""
+    embedding = model.get_input_embeddings()
+    multiple = pad_to_multiple_of or 1
+    size = -(-(new_num_tokens or embedding.num_embeddings) // multiple) * multiple
+    if size == embedding.num_embeddings:
+        return embedding
+    raise CheckpointError(
+        f"cannot resize the vocabulary from {embedding.num_embeddings} to {size} tokens: the "
+        "embedding or the head is stored as integers; call model.dequantize() first (after "
+        "'rotations: block', which has no dequantize(): compress without 'embeddings' and "
+        "'lm_head')",
+        code="quantized-embedding",
+    )
+
+
 @contextmanager
-def _matching(where: str) -> Iterator[None]:
+def _as_checkpoint_error(where: str) -> Iterator[None]:
     """Convert a ValueError about a part of the config to a CheckpointError."""
     try:
         yield
@@ -127,7 +233,7 @@ def _matching(where: str) -> Iterator[None]:
 
 
 def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> TensorSpecs:
-    """Replace layers by empty compressed ones; return the tensors that they expect.
+    """Replace layers by uninitialized compressed ones; return the tensors that they expect.
 
     Raises
     ------
@@ -150,7 +256,7 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
                 code="invalid-config",
             )
         weight: nn.Parameter = dense.get_parameter("weight")
-        with _matching(f"{BLOCK}.modules[{name!r}]"):
+        with _as_checkpoint_error(f"{BLOCK}.modules[{name!r}]"):
             if tuple(weight.shape) != config.shape:
                 raise ValueError(f"shape must be {list(weight.shape)}, got {list(config.shape)}")
             bias = getattr(dense, "bias", None) is not None
@@ -158,28 +264,38 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
         replaced[name] = kind.replacing(dense, config)
         replaced[name].requires_grad_(weight.requires_grad)
         model.set_submodule(name, replaced[name])
+        # Some classes (Blt) initialize the weights of layers from the module that has them.
+        owner: Any = model.get_submodule(name.rpartition(".")[0])
+        if owner is not model and not owner._non_persistent_buffers_set:
+            owner._is_hf_initialized = True
     # A second pass, because the layer that stores a shared factor may be listed after its users.
     for name, layer in replaced.items():
-        with _matching(f"{BLOCK}.modules[{name!r}]"):
+        with _as_checkpoint_error(f"{BLOCK}.modules[{name!r}]"):
             layer.connect(model)
     return expected
 
 
 def check_values(model: nn.Module) -> None:
-    """Check masks, indices and scales of all compressed layers that have been loaded.
+    """Check the tensors of a model that has been loaded.
+
+    All numbers must be finite, and masks, indices and scales of compressed layers consistent.
+    Weights that are offloaded to disk are not checked.
 
     Raises
     ------
     CheckpointError
         Naming the layers whose tensors violate the invariants of their components.
     """
-    problems = []
+    problems, checked = [], set()
     for name, module in model.named_modules():
         if isinstance(module, CompressedLinear):
             tensors = [*module.parameters(), *module.buffers()]
-            if any(tensor.is_meta for tensor in tensors):
-                continue  # weights offloaded to disk are not checked
-            problems += [f"{name}.{text}" for text in module.problems()]
+            checked |= {*map(id, tensors)}
+            if not any(tensor.is_meta for tensor in tensors):
+                problems += [f"{name}.{text}" for text in module.problems()]
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in checked and not parameter.is_meta:
+            problems += [f"{name} {text}" for text in finite_problems(parameter)]
     if problems:
         raise CheckpointError(
             f"the weights are damaged: {_first(problems)}; {layout.COPY_AGAIN}",
@@ -187,8 +303,12 @@ def check_values(model: nn.Module) -> None:
         )
 
 
-def check_headers(expected: TensorSpecs, files: list[str]) -> None:
+def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) -> None:
     """Compare the tensors that a checkpoint must have with the headers of its files.
+
+    With `model`, names in the files are those that transformers reads as names of the model, and
+    its other weights must be there too, as floating-point numbers: transformers would initialize
+    missing ones, and convert integers.
 
     Raises
     ------
@@ -196,15 +316,39 @@ def check_headers(expected: TensorSpecs, files: list[str]) -> None:
         If a file is truncated, or tensors are missing or have a wrong shape or dtype.
     """
     try:
-        found = read_headers(map(Path, files))
+        headers = read_headers(map(Path, files))
     except ValueError as error:
         raise CheckpointError(f"{error}; {layout.COPY_AGAIN}") from error
-    wrong = layout.mismatches(expected, found)
+    if model is not None:
+        names = renamed(headers, get_model_conversion_mapping(model), model).items()
+        headers = {name: headers[key] for key, (name, converted) in names if not converted}
+        expected = _other_weights(model) | expected
+    wrong = layout.mismatches(expected, headers)
     if wrong:
         raise CheckpointError(
             f"the weights do not match config.json: {_first(wrong)}; {layout.COPY_AGAIN}",
             code="tensor-mismatch",
         )
+
+
+def _other_weights(model: Any) -> TensorSpecs:
+    """Return the floating-point tensors of the decoder and the output head, without tied ones.
+
+    The head is left out if the files are of another class, such as the decoder alone.
+    """
+    prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    if type(model).__name__ not in (model.config.architectures or [type(model).__name__]):
+        head = None
+    heads = tuple(f"{name}." for name, module in model.named_modules() if module is head)
+    if model.base_model is model:  # names have no prefix
+        prefix = ""
+    return {
+        name: TensorSpec(list(tensor.shape))
+        for name, tensor in model.state_dict().items()
+        if name.startswith((prefix, *heads))
+        and name not in model.all_tied_weights_keys
+        and tensor.is_floating_point()
+    }
 
 
 def _first(problems: list[str]) -> str:

@@ -1,25 +1,36 @@
 """Load a checkpoint from a local folder, compressed or dense, and report what is wrong with it."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.config_tables import check_tables
 from lrc.compressors.checkpoint.format import COPY_AGAIN
-from lrc.compressors.checkpoint.writer import sha256
-from lrc.compressors.io.shards import Header, read_headers, shard_files
+from lrc.compressors.checkpoint.manifest import Manifest, read_manifest, read_object
+from lrc.compressors.checkpoint.plain import plain_name, read_plain
+from lrc.compressors.checkpoint.quantizer import check_values
+from lrc.compressors.io.shards import Header, read_folder
+from lrc.compressors.layers import TensorSpecs, WeightConfig
+from lrc.compressors.layers.model_shapes import SHAPES
+from lrc.compressors.models.configuration import check_code, tokenizer_needs_code
+from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import CheckpointError
 
 
-def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+def load_checkpoint(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
     """Load a causal language model from a local folder.
 
     Parameters
@@ -28,14 +39,21 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
         A compressed checkpoint, or any folder that `save_pretrained` wrote.
     dtype : torch.dtype, optional
         Precision to run in; the stored one if left out.
+    trust_remote_code : bool
+        Whether to run the Python code of the checkpoint, if it has any.
 
     Raises
     ------
     CheckpointError
-        Missing, truncated or tampered files, or a newer format.
+        Missing, truncated or changed files, or a newer format.
+    ModelError
+        If the model needs its own code, which is not trusted.
     """
-    read_config(folder)
-    check_files(folder)
+    contents = read_contents(folder)
+    check_code(contents.config, folder, trusted=trust_remote_code)
+    # `LrcQuantizer` checks hashes and values of checkpoints in lrc's format.
+    manifest = None if contents.needs_lrc else contents.manifest
+    wait_for_hashes = manifest.start_check() if manifest else lambda: None
     try:
         with _without_bars():
             found: Any = AutoModelForCausalLM.from_pretrained(
@@ -43,21 +61,31 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
                 dtype=dtype or "auto",
                 device_map=device,
                 use_safetensors=True,
+                trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
         model, loading = found
-    except CheckpointError as error:  # from `LrcQuantizer`, which does not know the folder
-        raise CheckpointError(f"{folder}: {error}", code=error.code) from error
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        if manifest:
+            check_values(model)
+    except CheckpointError as error:  # from functions that do not know the folder
+        text = str(error).removeprefix(f"{folder}: ")
+        raise CheckpointError(f"{folder}: {text}", code=error.code) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises nearly anything for damaged files
+        wait_for_hashes()
         lines = str(error).strip().splitlines() or [repr(error)]
         raise CheckpointError(
             f"{folder}: cannot be loaded ({lines[0][:200]}); {COPY_AGAIN}"
         ) from error
-    missing = sorted(loading["missing_keys"])
+    wait_for_hashes()
+    missing, unused = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     if missing:  # transformers has initialized them with random numbers
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(f"{folder}: the weights lack {_first(missing)}; {COPY_AGAIN}")
+    if unused and (contents.needs_lrc or manifest):  # a table that says where they belong is lost
         raise CheckpointError(
-            f"{folder}: the weights lack {', '.join(missing[:3])}{more}; {COPY_AGAIN}"
+            f"{folder}: the model has no place for {_first(unused)}; {COPY_AGAIN}",
+            code="tensor-mismatch",
         )
     model = model.eval()
     if hasattr(model, "ct_decompress_hook"):
@@ -66,6 +94,10 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype | None = None, device: s
         with torch.no_grad(), _without_bars():
             model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
     return model
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager
@@ -83,20 +115,109 @@ def _without_bars() -> Iterator[None]:
         tqdm.__init__ = drawn
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a checkpoint.
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a checkpoint; for the code of one, see `load_checkpoint`.
+
+    Raises
+    ------
+    CheckpointError
+    ModelError
+        If it needs its own code, which is not trusted.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises nearly anything here
+        if (needed := tokenizer_needs_code(error, folder)) is not None:
+            raise needed from error
+        raise CheckpointError(
+            f"{folder}: no tokenizer could be loaded ({why_no_tokenizer(folder, error)}); copy the "
+            "checkpoint again, with tokenizer.json"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What config.json, the manifest and the headers of a folder say; they agree."""
+
+    config: dict[str, Any]
+    headers: dict[str, Header]
+    manifest: Manifest | None
+    modules: dict[str, WeightConfig]
+    """Compressed layers; empty for a dense model, or one that another tool compressed."""
+    needs_lrc: bool
+    """Whether the format is that of lrc, so that loading calls `LrcQuantizer`."""
+
+    def stored_tensors(self) -> TensorSpecs:
+        """Return the tensors of compressed layers by their names in the file."""
+        found: TensorSpecs = {}
+        for name, config in self.modules.items():
+            specs = layout.expected_tensors(name, config, bias=f"{name}.bias" in self.headers)
+            if not self.needs_lrc:
+                del specs[f"{name}.weight"]  # a plain checkpoint has no sentinels
+                specs = {plain_name(tensor): spec for tensor, spec in specs.items()}
+            found |= specs
+        return found
+
+
+def check_checkpoint(folder: Path) -> Contents:
+    """Check everything about a checkpoint that does not require loading the model.
 
     Raises
     ------
     CheckpointError
     """
+    contents = read_contents(folder)
+    if contents.manifest is not None:
+        contents.manifest.start_check()()
+    return contents
+
+
+def read_contents(folder: Path) -> Contents:
+    """Read the tables and headers of a folder and compare them with each other.
+
+    Raises
+    ------
+    CheckpointError
+        Missing, truncated, contradictory or unlisted files, or a newer format.
+    """
+    config, manifest = read_config(folder), read_manifest(folder)
+    headers = check_files(folder)
+    block, path = config.get("quantization_config"), folder / "config.json"
+    needs_lrc = is_ours(config)
+    modules: dict[str, WeightConfig] = {}
+    if needs_lrc:
+        assert block is not None
+        modules = layout.parse_modules(block.get("modules", {}), str(path))
+        loaded = {header.file for header in headers.values()}
+        if unlisted := sorted({*folder.glob("*.safetensors")} - loaded):
+            raise CheckpointError(
+                f"{unlisted[0]}: is not a file of this checkpoint, and loaders may read it; "
+                f"remove it, or {COPY_AGAIN}",
+                code="unlisted-file",
+            )
+    elif manifest is not None and block:
+        modules = read_plain(folder, block, headers)
+    if manifest is not None:
+        manifest.check_names(loaded_only=True)
+    contents = Contents(config, headers, manifest, modules, needs_lrc)
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers raises nearly anything here
+        expected = contents.stored_tensors()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; {layout.EDITED}", code="invalid-config") from None
+    shapes = block[SHAPES] if needs_lrc and block and SHAPES in block else {}
+    expected |= layout.resized_tensors({n: shapes[n] for n in shapes if n not in modules})
+    if wrong := layout.mismatches(expected, headers):
         raise CheckpointError(
-            f"{folder}: no tokenizer could be loaded ({type(error).__name__}); copy the checkpoint "
-            "again, with tokenizer.json"
-        ) from error
+            f"{folder}: the tensors do not match config.json: {'; '.join(wrong[:5])}; {COPY_AGAIN}",
+            code="tensor-mismatch",
+        )
+    return contents
+
+
+def is_ours(config: Mapping[str, Any]) -> bool:
+    """Return whether a ``config.json`` has a block in lrc's format."""
+    block = config.get("quantization_config")
+    return isinstance(block, Mapping) and block.get("quant_method") == layout.QUANT_METHOD
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -112,46 +233,27 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: {what}; the checkpoint of a run is its folder OUTPUT/checkpoint"
         )
-    config = read_object(path)
-    block = config.get("quantization_config") or {}
+    config = read_object(path, finite=False)
     where = f"{path}: quantization_config"
-    if isinstance(block, dict) and block.get("quant_method") == layout.QUANT_METHOD:
+    manifest = read_manifest(folder)
+    block: Any = config.get("quantization_config")
+    if is_ours(config):
+        read_object(path)
         layout.check_version(block.get("format_version"), where)
         layout.parse_modules(block.get("modules", {}), where)
         check_tables(block, where)
-    elif (folder / layout.MANIFEST).is_file() and not is_plain(folder):
+    elif manifest is not None and not manifest.plain:
         raise CheckpointError(
             f"{path}: has lost its quantization_config, which names the matrices; {COPY_AGAIN}"
         )
-    return config
-
-
-def is_plain(folder: Path) -> bool:
-    """Return whether a checkpoint of lrc loads without lrc, as its manifest says.
-
-    Raises
-    ------
-    CheckpointError
-    """
-    return bool(read_object(folder / layout.MANIFEST).get("plain"))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    names = config.get("architectures")
+    if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise CheckpointError(
-            f"{path}: not a readable JSON file ({error}); {COPY_AGAIN}"
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must be a JSON object, got {value!r:.60}; {COPY_AGAIN}")
-    return value
+            f"{path}: architectures must be a list of class names, got {names!r:.80}; {COPY_AGAIN}"
+        )
+    if block is not None and not isinstance(block, dict):
+        raise CheckpointError(f"{where} must be an object, got {block!r:.80}; {COPY_AGAIN}")
+    return config
 
 
 def check_files(folder: Path) -> dict[str, Header]:
@@ -163,7 +265,7 @@ def check_files(folder: Path) -> dict[str, Header]:
         If a file is truncated or a shard named by the index is missing.
     """
     try:
-        headers = read_headers(shard_files(folder))
+        headers = read_folder(folder)
     except ValueError as error:
         raise CheckpointError(f"{error}; {COPY_AGAIN}") from error
     if not headers:
@@ -173,25 +275,16 @@ def check_files(folder: Path) -> dict[str, Header]:
     return headers
 
 
-def verify_hashes(folder: Path) -> list[str]:
-    """Return one sentence for every file that is missing or differs from its hash.
+def missing_files(folder: Path) -> list[str]:
+    """Return the files that the manifest of a checkpoint names but its folder lacks.
 
     Raises
     ------
     CheckpointError
-        If there is no manifest.
+        If the manifest cannot be read or a weight file is truncated.
     """
-    path = folder / layout.MANIFEST
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: has no {layout.MANIFEST} with the hashes to compare; {COPY_AGAIN}"
-        )
-    hashes = read_object(path).get("sha256")
-    if not isinstance(hashes, dict):
-        raise CheckpointError(f"{path}: holds no hashes; {COPY_AGAIN}")
-    present = [name for name in hashes if (folder / name).is_file()]
-    found = dict(zip(present, sha256(folder / name for name in present), strict=True))
-    problems = [f"{name} is missing" for name in hashes if name not in found]
-    return problems + [
-        f"{name} has changed since it was written" for name in found if found[name] != hashes[name]
-    ]
+    manifest = read_manifest(folder)
+    check_files(folder)
+    if manifest is None:
+        return [layout.MANIFEST]
+    return [name for name in manifest.hashes if not (folder / name).is_file()]

@@ -1,22 +1,13 @@
 """Write a compressed checkpoint, one shard in memory at a time."""
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-
-from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.io.journal import publish, storage_errors
-from lrc.compressors.models.source import Source
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 10**9
@@ -60,57 +51,3 @@ def write_config(folder: Path, config: Any, block: Mapping[str, Any], dtype: str
         content["quantization_config"] = block
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def write_manifest(folder: Path, *, plain: bool) -> None:
-    """Write the SHA-256 of every file of the checkpoint except the report, which is added later.
-
-    `plain` records that the checkpoint loads without lrc, so that no table of modules is expected.
-    """
-    later = {layout.MANIFEST, layout.REPORT, "README.md"}
-    found = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
-    names = sorted(found - later)
-    hashes = dict(zip(names, sha256(folder / name for name in names), strict=True))
-    manifest = {"format_version": layout.FORMAT_VERSION, "plain": plain, "sha256": hashes}
-    text = json.dumps(manifest, indent=1) + "\n"
-    (folder / layout.MANIFEST).write_text(text, encoding="utf-8")
-
-
-def copy_code(source: Source, folder: Path) -> None:
-    """Copy the code of a model that has its own, if the recipe trusts it."""
-    if source.spec.trust_remote_code:
-        for code in source.folder.glob("*.py"):
-            shutil.copy(code, folder)
-
-
-def sha256(paths: Iterable[Path]) -> list[str]:
-    """Return the SHA-256 of every file, read in pieces, several files at a time."""
-
-    def of(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
-        return list(pool.map(of, paths))
-
-
-@contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which gets its final name only when it is complete.
-
-    On a clean exit it is flushed and renamed, on an error removed.
-
-    Raises
-    ------
-    OutputError
-        If something could not be written.
-    """
-    partial = final.with_name(f".{final.name}.partial")
-    try:
-        with storage_errors(final):
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-            partial.mkdir(parents=True)
-            yield partial
-            publish(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

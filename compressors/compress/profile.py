@@ -49,13 +49,13 @@ class Profile:
     def to_json(self, plan: Plan) -> dict[str, Any]:
         """Return JSON values with sums and rank correlations between prediction and measurement."""
         nats = {name: result.predicted_nats for name, result in plan.results.items()}
-        losses = {name: result.loss for name, result in plan.results.items()}
+        losses = {name: result.relative_error for name, result in plan.results.items()}
         return asdict(self) | {
             "divergence": sum(self.divergences.values()),
             "increase": sum(self.increases.values()),
             "spearman": {
                 "predicted_nats": rank_correlation(*self.compared(nats)),
-                "loss": rank_correlation(*self.compared(losses)),
+                "relative_error": rank_correlation(*self.compared(losses)),
             },
         }
 

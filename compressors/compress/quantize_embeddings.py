@@ -12,11 +12,8 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.tasks import LayerResult, LayerTask
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
-from lrc.compressors.solvers.quantized_matrix import round_to_nearest
+from lrc.compressors.solvers.quantized_matrix import NUMBERS, round_to_nearest
 from lrc.configs.errors import ModelError
-
-NUMBERS = 2**24
-"""Numbers of a matrix that are quantized at once, in float64."""
 
 
 def quantize_embeddings(plan: Plan, reader: WeightReader, journal: Journal, *, device: str) -> Plan:

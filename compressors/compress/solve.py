@@ -16,6 +16,7 @@ from lrc.compressors.compress.group import (
 from lrc.compressors.compress.quantize_parts import QuantizedParts, quantize_parts, quantize_whole
 from lrc.compressors.io.machine import to_host
 from lrc.compressors.layers import COMPONENTS, WeightConfig, reconstruct
+from lrc.compressors.layers.pivot_rows import NoPivotRows
 from lrc.compressors.methods.base import FixedSizeMethod, Method
 from lrc.compressors.methods.group_statistics import combined, has_zero_statistics, missing_reason
 from lrc.compressors.methods.table import METHODS, LowRankMethod
@@ -95,7 +96,9 @@ def _fixed_size(group: WeightGroup, method: FixedSizeMethod) -> CompressedGroup:
         for member in parts
     ]
     nats = _predicted(group, method, found.squared_error)
-    return _stored(group, LayerResult(config, found.loss, nats, fallback=found.fallback), encoded)
+    return _stored(
+        group, LayerResult(config, found.relative_error, nats, fallback=found.fallback), encoded
+    )
 
 
 def _low_rank(group: WeightGroup, method: LowRankMethod) -> CompressedGroup:
@@ -111,7 +114,7 @@ def _low_rank(group: WeightGroup, method: LowRankMethod) -> CompressedGroup:
     if config is None:
         return left_dense(group.task, note)
     nats = _predicted(group, method, curve.tail_energy(factors.rank))
-    result = LayerResult(config, factors.loss, nats, fallback=note)
+    result = LayerResult(config, factors.relative_error, nats, fallback=note)
     return _stored(group, result, encoded, curve.mean)
 
 
@@ -145,8 +148,8 @@ def _encoded(
         sizes = {"rank": factors.rank}
         config = replace(task.config, components=(replace(component, sizes=sizes),))
         return config, factors, encoded, factors.fallback
-    except ValueError as error:
-        reason, fraction = str(error), task.bits_of(task.config) / task.source_bits
+    except NoPivotRows as error:
+        reason, fraction = str(error), task.bits_of(task.config) / task.dense_bits
     plain = SizeSteps(task, "low_rank", args)
     rank = plain.within(fraction, "bits", multiple=group_size)
     if rank == 0:

@@ -4,16 +4,18 @@ import json
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
+from lrc.compressors.corpus.chat import Document, check_unicode, parse_conversation, shown
 from lrc.compressors.corpus.hub import HUB_SOURCES, read_hub
 from lrc.compressors.corpus.python_docs import python_docs
+from lrc.compressors.io.fingerprint import fingerprint
 from lrc.configs.errors import DataError, RecipeError
 
 Part = Literal["calibration", "evaluation"]
-Document = str | list[dict[str, Any]]
-"""Plain text, or the messages of a conversation."""
-
+SEPARATOR = "\n\n"
+"""Between two documents, as in the perplexity of GPTQ, SliceGPT and SVD-LLM."""
+BLOCK = 2**22  # bytes of a text file in memory at once
 SOURCES = ("python-docs", *HUB_SOURCES)
 SUFFIXES = (".jsonl", ".txt")
 KEYS: dict[Part, str] = {
@@ -29,37 +31,36 @@ def read_documents(
     field: str = "text",
     chat: bool = False,
     characters: int | None = None,
-) -> list[Document]:
-    """Read the documents of a source, of which at least one is not blank.
+) -> Iterator[Document]:
+    """Read the documents of a source one by one, of which at least one is not blank.
 
     Named sources have two disjoint parts; a file is used whole for both. Blank rows of a data set
     are kept: they are part of its published text. `field` is the key of the text in a `.jsonl` row;
-    with `chat` its `messages` are used if it has them. If the source can be streamed, no more than
-    `characters` are downloaded.
+    with `chat` its `messages` are used if it has them. A `.txt` file is one document, or several of
+    about `BLOCK` bytes that, joined by `SEPARATOR`, are its text. If the source can be streamed, no
+    more than `characters` are downloaded.
 
     Raises
     ------
     RecipeError
         If the name is unknown or the file does not exist.
     DataError
-        If the source is empty, binary, malformed or unreachable.
+        If the source is empty, binary, malformed or unreachable; at the end, if it is blank.
     """
     check_source(source, part=part)
-    documents: list[Document]
+    documents: Iterator[Document]
     if source == "python-docs":
-        documents = list(python_docs(part))
+        documents = iter(python_docs(part))
     elif source in HUB_SOURCES:
-        documents = list(read_hub(source, part=part, characters=characters))
+        documents = read_hub(source, part=part, characters=characters)
     else:
-        path = Path(source).expanduser()
-        where = f"{KEYS[part]} {path}"
-        if path.suffix.lower() == ".txt":
-            documents = [_decode(_read(path, where), where)]
-        else:
-            documents = list(_rows(_read(path, where), where, field, chat))
-    if not any(isinstance(each, list) or each.strip() for each in documents):
+        documents = _read_file(Path(source).expanduser(), KEYS[part], field, chat)
+    blank = True
+    for document in documents:
+        blank = blank and isinstance(document, str) and not document.strip()
+        yield document
+    if blank:
         raise DataError(f"{KEYS[part]} {source}: holds no text; give a source with some")
-    return documents
 
 
 def check_source(source: str, *, part: Part) -> None:
@@ -78,12 +79,12 @@ def check_source(source: str, *, part: Part) -> None:
         raise RecipeError([f"{key}: no such file: {source}{_hint(path)}; allowed: {_allowed()}"])
 
 
-def fingerprint(source: str) -> list[int] | None:
-    """Return size and modification time of a file; None for named sources."""
+def source_identity(source: str) -> str:
+    """Return the name of a source, or for a file what identifies its content."""
     if source in SOURCES or source == "self":
-        return None
-    found = Path(source).expanduser().stat()
-    return [found.st_size, found.st_mtime_ns]
+        return source
+    path = Path(source).expanduser()
+    return f"{path.suffix.lower()} {fingerprint(path, whole=True)}"
 
 
 def _allowed() -> str:
@@ -99,36 +100,48 @@ def _hint(path: Path) -> str:
     return f"; did you mean '{names[0]}'?" if names else ""
 
 
-def _read(path: Path, where: str) -> bytes:
+def _read_file(path: Path, key: str, field: str, chat: bool) -> Iterator[Document]:
+    where = f"{key} {path}"
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            if not file.peek(1):
+                raise DataError(f"{where}: the file is empty; give a file with text")
+            plain = path.suffix.lower() == ".txt"
+            yield from _blocks(file, where) if plain else _rows(file, where, field, chat)
     except OSError as error:
         raise DataError(f"{where}: cannot be read: {error.strerror or error}") from error
-    if not data:
-        raise DataError(f"{where}: the file is empty; give a file with text")
-    return data
 
 
-def _decode(data: bytes, where: str) -> str:
+def _blocks(file: BinaryIO, where: str) -> Iterator[str]:
+    """Split a text at the last blank line of every block; without one, blocks are joined."""
+    rest, offset = b"", 0
+    while len(block := file.read(BLOCK)) == BLOCK:
+        text, found, rest = (rest + block).rpartition(SEPARATOR.encode())
+        if found:
+            yield _decode(text, where, offset)
+            offset += len(text + found)
+    yield _decode(rest + block, where, offset)
+
+
+def _decode(data: bytes, where: str, offset: int = 0) -> str:
+    """Decode UTF-8 that starts at an offset of the file or line."""
     if b"\0" in data:
         raise DataError(
             f"{where}: must be UTF-8 text, got NUL bytes (a binary or UTF-16 file);"
             " convert it to UTF-8"
         )
     try:
-        return data.decode("utf-8-sig")  # a byte order mark is not text
+        return data.decode("utf-8" if offset else "utf-8-sig")  # a byte order mark is not text
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: must be UTF-8 text, got byte 0x{data[error.start]:02x} at offset"
-            f" {error.start}; convert it to UTF-8"
+            f" {offset + error.start}; convert it to UTF-8"
         ) from error
 
 
-def _rows(data: bytes, where: str, field: str, chat: bool) -> Iterator[Document]:
+def _rows(file: BinaryIO, where: str, field: str, chat: bool) -> Iterator[Document]:
     """Read JSON lines; blank lines are not rows."""
-    if b"\0" in data:
-        _decode(data, where)
-    for number, line in enumerate(data.split(b"\n"), 1):
+    for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         here = f"{where}, line {number}"
@@ -138,24 +151,16 @@ def _rows(data: bytes, where: str, field: str, chat: bool) -> Iterator[Document]
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise DataError(
-                f"{here}: must be one JSON object, got {_shown(text)} ({reason})"
+                f"{here}: must be one JSON object, got {shown(text)} ({reason})"
             ) from error
         if not isinstance(row, dict):
-            raise DataError(f"{here}: must be a JSON object, got {_shown(text)}")
+            raise DataError(f"{here}: must be a JSON object, got {shown(text)}")
         yield _document(row, here, field, chat)
 
 
 def _document(row: dict[str, Any], where: str, field: str, chat: bool) -> Document:
     if chat and "messages" in row:
-        messages = row["messages"]
-        if not (isinstance(messages, list) and messages) or not all(
-            isinstance(m, dict) and "role" in m and "content" in m for m in messages
-        ):
-            raise DataError(
-                f"{where}: 'messages' must be a list of objects with 'role' and 'content',"
-                f" got {_shown(json.dumps(messages))}"
-            )
-        return messages
+        return parse_conversation(row["messages"], where)
     if field not in row:
         chats = " (or set chat_template: true for rows with 'messages')" * ("messages" in row)
         raise DataError(
@@ -164,17 +169,5 @@ def _document(row: dict[str, Any], where: str, field: str, chat: bool) -> Docume
         )
     value = row[field]
     if not isinstance(value, str):
-        raise DataError(f"{where}: '{field}' must be a string, got {_shown(json.dumps(value))}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # "\ud800" is legal JSON and no text
-        raise DataError(
-            f"{where}: '{field}' must be Unicode text, got half a surrogate pair at character"
-            f" {error.start}; repair the escape"
-        ) from error
-    return value
-
-
-def _shown(text: str) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= 40 else text[:40] + "...")
+        raise DataError(f"{where}: '{field}' must be a string, got {shown(value)}")
+    return check_unicode(value, f"{where}: '{field}'")

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal
 
 from lrc.configs.errors import DataError
 
@@ -41,7 +42,7 @@ HUB_SOURCES: dict[str, dict[Literal["calibration", "evaluation"], HubPart]] = {
 
 def read_hub(
     name: str, *, part: Literal["calibration", "evaluation"], characters: int | None = None
-) -> list[str]:
+) -> Iterator[str]:
     """Read the rows of one of the two disjoint parts of a named data set.
 
     Stops after `characters` if rows are streamed.
@@ -51,12 +52,22 @@ def read_hub(
     DataError
         If the data set is neither on the Hub nor in the local cache.
     """
+    source = HUB_SOURCES[name][part]
+    enough = characters if source.file is not None else None
+    total = 0
+    for row in islice(_rows(name, source), source.rows):
+        yield row[COLUMN]
+        total += len(row[COLUMN])
+        if enough is not None and total >= enough:
+            return
+
+
+def _rows(name: str, source: HubPart) -> Iterator[dict[str, Any]]:
     import datasets
 
-    source = HUB_SOURCES[name][part]
     try:
         with quiet_datasets():
-            rows = datasets.load_dataset(
+            yield from datasets.load_dataset(
                 source.path,
                 source.config,
                 data_files=None if source.file is None else {source.split: source.file},
@@ -64,15 +75,6 @@ def read_hub(
                 # Streaming needs the network; offline, the cache holds whole files only.
                 streaming=source.file is not None and not datasets.config.HF_HUB_OFFLINE,
             )
-            texts: list[str] = []
-            total = 0
-            for row in rows:
-                texts.append(row[COLUMN])
-                total += len(row[COLUMN])
-                enough = source.file and characters is not None and total >= characters
-                if len(texts) == source.rows or enough:
-                    break
-            return texts
     except Exception as error:  # datasets, httpx and fsspec share no base class
         reason = " ".join(str(error).split())
         raise DataError(

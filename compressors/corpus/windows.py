@@ -1,25 +1,27 @@
 """Documents -> text -> tokens -> windows, for calibration and perplexity."""
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.corpus.documents import Document, read_documents
+from lrc.compressors.corpus.chat import Document, Renderer, chat_renderer
+from lrc.compressors.corpus.documents import SOURCES, read_documents
+from lrc.compressors.corpus.excerpts import TextHash, excerpts, joined, measured
+from lrc.compressors.corpus.tokens import default_bos, tokenize
 from lrc.configs.errors import DataError
 from lrc.configs.recipe import Calibration, Perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SEPARATOR = "\n\n"
-"""Between two documents, as in the perplexity of GPTQ, SliceGPT and SVD-LLM."""
-STREAMED_CHARACTERS_PER_TOKEN = 12
-"""How much of a streamed source to read: English has about four characters per token, and random
-windows should come from about three times the text that they cover."""
+CHARACTERS_PER_TOKEN = 12
+"""How much of a long text to read: English has about four characters per token, and random windows
+should come from about three times the text that they cover."""
+WHOLE_CHARACTERS = 2**22
+"""Shorter texts are read whole for calibration: tokenizing them takes seconds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,75 +33,11 @@ class Windows:
     source: str
     """Name or path of the text, as in the recipe."""
     sha256: str | None
-    """Of the whole text as tokenized, in UTF-8."""
+    """Of the whole text in UTF-8, before a chat template."""
     bos: bool
     """Whether every window starts with the tokenizer's BOS token."""
     text_tokens: int
-    """Number of tokens of the whole text."""
-
-
-def join_documents(
-    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, chat_template: bool
-) -> str:
-    """Join documents by a blank line.
-
-    With `chat_template` every document is first rendered by the tokenizer's template; plain text
-    becomes one user turn, and blank text is dropped.
-
-    Raises
-    ------
-    DataError
-        If the tokenizer has no chat template, or the template refuses a conversation.
-    """
-    if not chat_template:
-        return SEPARATOR.join(d for d in documents if isinstance(d, str))
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"calibration.chat_template: the tokenizer ({tokenizer.name_or_path or 'unnamed'}) has"
-            " no chat template; set chat_template: false or name the tokenizer of an instruct"
-            " model under model.tokenizer"
-        )
-    rendered = []
-    for number, document in enumerate(documents, 1):
-        if isinstance(document, str):
-            if not document.strip():
-                continue
-            document = [{"role": "user", "content": document}]
-        try:
-            rendered.append(str(tokenizer.apply_chat_template(document, tokenize=False)))
-        except Exception as error:  # jinja2 errors, and whatever a template raises itself
-            raise DataError(
-                f"calibration.chat_template: the tokenizer's template refuses document {number}:"
-                f" {error}; repair its messages or set chat_template: false"
-            ) from error
-    return SEPARATOR.join(rendered)
-
-
-def tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
-    """Return the tokens [n_tokens] (int64) of a text, without special tokens."""
-    # verbose=False: no warning about the length, as the text is cut into windows
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
-
-
-def default_bos(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """Return the BOS token if the tokenizer adds it by default.
-
-    Tried on a text, because no attribute tells whether a post-processor adds it.
-    """
-    probe = tokenizer("a", verbose=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return bos if isinstance(bos, int) and probe and probe[0] == bos else None
-
-
-def check_vocabulary(tokens: Tensor, embedding: Any) -> None:
-    """Raise `DataError` for tokens that a model's embedding has no row for."""
-    rows, largest = getattr(embedding, "num_embeddings", None), int(tokens.max())
-    if isinstance(rows, int) and largest >= rows:  # on a GPU an index error kills the process
-        raise DataError(
-            f"model.tokenizer: the tokenizer gives token {largest}, the model has {rows} tokens;"
-            " use the tokenizer that belongs to the model"
-        )
+    """Number of tokens of the text that was tokenized."""
 
 
 def random_windows(
@@ -156,35 +94,61 @@ def calibration_windows(
 ) -> Windows:
     """Read the calibration text of a recipe and draw its windows.
 
-    Source `self` is sampled from the model and not handled here.
+    A file longer than `WHOLE_CHARACTERS`, and than `CHARACTERS_PER_TOKEN` for every token of the
+    windows, is not tokenized whole: the windows are drawn from as many evenly spaced excerpts as
+    there are windows. Source `self` is sampled from the model and not handled here.
     """
     samples, length = calibration.samples, calibration.length
-    documents = read_documents(
+    wanted = samples * length
+    characters = wanted * CHARACTERS_PER_TOKEN
+    render: Renderer = chat_renderer(tokenizer) if calibration.chat_template else str
+    read = partial(
+        read_documents,
         calibration.source,
         part="calibration",
         field=calibration.field,
         chat=calibration.chat_template,
-        characters=samples * length * STREAMED_CHARACTERS_PER_TOKEN,
+        characters=characters,
     )
-    text = join_documents(documents, tokenizer, chat_template=calibration.chat_template)
-    ids, bos = tokenize(text, tokenizer), default_bos(tokenizer)
+    whole = calibration.source in SOURCES  # of known size, and drawn from as in the papers
+    total, text_hash = 0, TextHash()
+    documents: list[Document] = []
+    for document in text_hash.reading(read()):
+        total += measured(document)
+        if whole or total <= max(characters, WHOLE_CHARACTERS):
+            documents.append(document)
+        else:
+            documents.clear()
+    while True:
+        texts = (
+            (text for text in map(render, documents) if text is not None)
+            if documents
+            else excerpts(read(), render, total=total, count=samples, characters=characters)
+        )
+        ids = tokenize(joined(texts), tokenizer)
+        if documents or len(ids) >= wanted or characters >= total:
+            break
+        characters = min(4 * characters, total)  # of a tokenizer with very long tokens
+    bos = default_bos(tokenizer)
     tokens = random_windows(ids, samples=samples, length=length, generator=generator, bos=bos)
-    return Windows(tokens, calibration.source, _sha256(text), bos is not None, ids.numel())
+    return Windows(tokens, calibration.source, text_hash.hexdigest(), bos is not None, ids.numel())
 
 
 def evaluation_windows(spec: Perplexity, tokenizer: "PreTrainedTokenizerBase") -> Windows:
-    """Read the text of a perplexity and cut it into disjoint windows."""
-    documents = read_documents(spec.source, part="evaluation", field=spec.field)
-    text = join_documents(documents, tokenizer, chat_template=False)
-    ids, bos = tokenize(text, tokenizer), default_bos(tokenizer)
+    """Read the text of a perplexity and cut it into disjoint windows.
+
+    No more of it is tokenized than the windows need.
+    """
+    text_hash = TextHash()
+    documents = text_hash.reading(read_documents(spec.source, part="evaluation", field=spec.field))
+    texts = (str(document) for document in documents)  # none is a conversation
+    limits = [spec.tokens, spec.windows and spec.windows * spec.window]
+    limit = min(filter(None, limits), default=None)
+    ids, bos = tokenize(joined(texts), tokenizer, limit=limit), default_bos(tokenizer)
+    for _ in texts:  # the rest is checked and hashed
+        pass
     try:
-        tokens = disjoint_windows(
-            ids[: spec.tokens], window=spec.window, limit=spec.windows, bos=bos
-        )
+        tokens = disjoint_windows(ids, window=spec.window, limit=spec.windows, bos=bos)
     except DataError as error:
         raise DataError(f"evaluate.perplexity {spec.name}: {error}") from error
-    return Windows(tokens, spec.source, _sha256(text), bos is not None, ids.numel())
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return Windows(tokens, spec.source, text_hash.hexdigest(), bos is not None, ids.numel())

@@ -69,8 +69,8 @@ def compare_with_baselines(
     verb = "is" if measured == "better" else "was"
     beaten = [each.name for each in found if each.outcome == "loses"]
     summary = (
-        f"no baseline of this size or smaller {verb} {measured}; "
-        f"{_and([each.in_short for each in found])}."
+        f"{_and([each.in_short for each in found])}; "
+        f"no baseline of this size or smaller {verb} {measured}."
     )
     if not beaten:
         return summary

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrc.compressors.evaluate.scores import Scores, check_same, perplexity_entry
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
-from lrc.compressors.solvers.quantized_matrix import round_to_nearest
+from lrc.compressors.solvers.quantization_grid import ScaleOverflow
+from lrc.compressors.solvers.quantized_matrix import NUMBERS, round_to_nearest
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Evaluate
 
@@ -39,14 +40,14 @@ class Targets:
     compressed_bytes: int
 
     @property
-    def source_bits(self) -> int:
+    def dense_bits(self) -> int:
         """Bits of the matrices in the dense model."""
         return sum(self.dtype.itemsize * 8 * m * n for m, n in self.shapes.values())
 
     @property
     def budget_bits(self) -> int:
         """Bits for the matrices in a model of as many bytes as the result."""
-        return self.source_bits - 8 * (self.dense_bytes - self.compressed_bytes)
+        return self.dense_bits - 8 * (self.dense_bytes - self.compressed_bytes)
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ class Baseline:
     @property
     def bytes(self) -> int:
         """Bytes of the tensors of the whole model."""
-        return self.targets.dense_bytes - (self.targets.source_bits - self.bits) // 8
+        return self.targets.dense_bytes - (self.targets.dense_bits - self.bits) // 8
 
     @property
     def kept(self) -> float:
         """Bits of the matrices over those in the dense model."""
-        return self.bits / self.targets.source_bits
+        return self.bits / self.targets.dense_bits
 
     def apply_(self, model: Any, on_matrix: Callable[[int, int], None]) -> None:
         """Compress the weights of a dense model in place.
@@ -80,7 +81,8 @@ class Baseline:
         for done, (name, storage) in enumerate(self.stored.items(), 1):
             weight = model.get_submodule(name).weight
             with torch.no_grad():
-                weight.copy_(_compressed(name, weight, storage, self.targets.dtype))
+                for rows in weight.split(max(1, NUMBERS // weight.shape[1])):
+                    rows.copy_(_compressed(name, rows, storage, self.targets.dtype))
             on_matrix(done, len(self.stored))
 
 
@@ -144,7 +146,7 @@ def _compressed(
     if isinstance(storage, QuantizationArgs):
         try:
             return round_to_nearest(weight, storage, dtype=dtype).weight()
-        except ValueError as error:
+        except ScaleOverflow as error:
             raise ModelError(f"{name}: cannot be quantized to {storage} ({error})") from error
     largest = weight.abs().topk(storage, dim=1, sorted=False).indices  # [d_out, storage]
     return torch.zeros_like(weight).scatter_(1, largest, weight.gather(1, largest))
@@ -180,7 +182,8 @@ def record(
     been measured on the same texts.
     """
     for name, entry in scores.items():
-        check_same(f"perplexity.{name}", entry, perplexity[name], what=baseline.name)
+        if name in perplexity:
+            check_same(f"perplexity.{name}", entry, perplexity[name], what=baseline.name)
     return {
         "name": baseline.name,
         "how": baseline.how,

@@ -2,15 +2,47 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
+from lrc.compressors.corpus.documents import source_identity
 from lrc.compressors.evaluate.baseline_comparison import compare_with_baselines
 from lrc.compressors.evaluate.baselines import Baseline, Targets, measure, plan_baseline, record
-from lrc.compressors.evaluate.scores import Scores, compare, evaluate_model
+from lrc.compressors.evaluate.scores import (
+    Scores,
+    compare,
+    evaluate_model,
+    list_missing,
+    unmeasured,
+)
+from lrc.compressors.io.fingerprint import fingerprints
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, OnStep, release_memory
 from lrc.configs.recipe import Evaluate
+
+ALL = {"perplexity", "tasks"}
+"""Options of an evaluation that a score depends on."""
+
+TASK_FILES = ("**/*.yaml", "**/*.yml", "**/*.py", "**/*.json*", "**/*.txt", "**/*.csv")
+
+
+def score_options(options: Evaluate, keys: set[str]) -> dict[str, Any]:
+    """Return the options in `keys`, and what identifies the content of their files."""
+    found = options.model_dump(mode="json", include=keys)
+    found["texts"] = [source_identity(spec.source) for spec in options.perplexity]
+    folder = options.tasks.include_path
+    if "tasks" in keys and folder is not None:
+        found["task_files"] = fingerprints(Path(folder).expanduser(), *TASK_FILES)
+    return found
+
+
+def is_current(journal: Journal, options: Evaluate) -> bool:
+    """Return whether the scores of the compressed model are those of the present texts."""
+    if not options.perplexity and not options.tasks.names:
+        return True
+    file = "evaluation-compressed.json"
+    current = score_options(options, ALL)
+    return journal.has(file) and bool(journal.read_json(file)["options"] == current)
 
 
 @dataclass(frozen=True)
@@ -26,6 +58,8 @@ class Evaluator:
     journal: Journal
     clock: Clock
     on_step: OnStep
+    precision: dict[str, str]
+    """Dtype and kind of device, on which scores depend: those of another are measured again."""
     load_tokenizer: Callable[[], Any]
     load_dense: Callable[[], Any]
     load_compressed: Callable[[], Any]
@@ -33,45 +67,74 @@ class Evaluator:
     def evaluate(self) -> dict[str, Any]:
         """Score the dense and the compressed model, and compare them."""
         with self.clock("evaluate"):
-            if not self.options.perplexity and not self.options.tasks.names:
-                return compare(None, {"perplexity": {}, "tasks": {}})
-            keys, dense = {"perplexity", "tasks"}, None
-            if self.options.dense:
-                dense = self._once("dense", keys, partial(self._score, self.load_dense))
-            compressed = self._once("compressed", keys, partial(self._score, self.load_compressed))
-            return compare(dense, compressed)
+            models = {}
+            if self.options.perplexity or self.options.tasks.names:
+                if self.options.dense:
+                    models["dense"] = self._score("dense", self.load_dense)
+                models["compressed"] = self._score("compressed", self.load_compressed)
+        compressed = models.get("compressed") or unmeasured(self.options)
+        comparison = compare(models.get("dense"), compressed)
+        return comparison | {"missing": list_missing(models)}
 
     def add_baselines(self, evaluation: dict[str, Any], targets: Targets) -> dict[str, Any]:
         """Add the scores of the baselines to the result of `evaluate`, and the comparison."""
-        if not self.options.perplexity or not self.options.baselines:
-            return evaluation | {"baselines": [], "baseline_comparison": None}
         perplexity = evaluation["perplexity"]
+        if not perplexity or not self.options.baselines:
+            return evaluation | {"baselines": [], "baseline_comparison": None}
         records = []
         with self.clock("baselines"):
             for written in self.options.baselines:
                 baseline = plan_baseline(written, targets)
-                scores = self._once(written, {"perplexity"}, partial(self._measure, baseline))
+                scores = self._stored(written, {"perplexity"})
+                if scores is None:
+                    scores = self._measure(baseline, self._labelled(written))
+                    self._store(written, {"perplexity"}, scores)
                 records.append(record(baseline, scores, perplexity))
         ours = {text: entry["compressed"] for text, entry in perplexity.items()}
         sentence = compare_with_baselines(targets.compressed_bytes, ours, records)
         return evaluation | {"baselines": records, "baseline_comparison": sentence}
 
-    def _once(self, name: str, keys: set[str], score: Callable[[OnStep], Scores]) -> Scores:
-        """Score a model unless the journal has its scores for the same options in `keys`."""
-        file = f"evaluation-{name}.json"
-        options = self.options.model_dump(mode="json", include=keys)
-        if not self.journal.has(file) or self.journal.read_json(file)["options"] != options:
-            scores = score(
-                lambda stage, done, total: self.on_step(f"evaluate {name}: {stage}", done, total)
+    def _score(self, name: str, load: Callable[[], Any]) -> Scores:
+        """Score a model on what the journal lacks."""
+        scores = self._stored(name, ALL)
+        if scores is None or scores["missing"]:
+            tokenizer = self.load_tokenizer()
+            scores = evaluate_model(
+                load(),
+                tokenizer,
+                self.options,
+                seed=self.seed,
+                on_step=self._labelled(name),
+                scores=scores,
             )
-            self.journal.write_json(file, {"options": options, "scores": scores})
-            release_memory()
-        stored: Scores = self.journal.read_json(file)["scores"]
+            self._store(name, ALL, scores)
+        return scores
+
+    def _stored(self, name: str, keys: set[str]) -> Scores | None:
+        """Return the scores of a model if they were measured with the same options in `keys`."""
+        file = f"evaluation-{name}.json"
+        if not self.journal.has(file):
+            return None
+        found = self.journal.read_json(file)
+        same = found["options"] == score_options(self.options, keys)
+        same = same and found["precision"] == self.precision
+        stored: Scores | None = found["scores"] if same else None
         return stored
 
-    def _score(self, load: Callable[[], Any], on_step: OnStep) -> Scores:
-        tokenizer = self.load_tokenizer()
-        return evaluate_model(load(), tokenizer, self.options, seed=self.seed, on_step=on_step)
+    def _store(self, name: str, keys: set[str], scores: Scores) -> None:
+        content = {
+            "options": score_options(self.options, keys),
+            "precision": self.precision,
+            "scores": scores,
+        }
+        self.journal.write_json(f"evaluation-{name}.json", content)
+        release_memory()
+
+    def _labelled(self, name: str) -> OnStep:
+        def step(stage: str, done: int, total: int) -> None:
+            self.on_step(f"evaluate {name}: {stage}", done, total)
+
+        return step
 
     def _measure(self, baseline: Baseline, on_step: OnStep) -> Scores:
         # The dense model is loaded for each baseline: no second copy of its weights is kept.

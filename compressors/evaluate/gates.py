@@ -91,9 +91,10 @@ def _missed(gate: Gate, entry: dict[str, Any]) -> list[str]:
         value = value / dense
         got = f"{got}, compressed / dense {value:.4g}"
     sentences = []
-    if gate.at_most is not None and value > gate.at_most:
+    # Written so that NaN misses every threshold.
+    if gate.at_most is not None and not value <= gate.at_most:
         sentences.append(f"{got}: must be at most {gate.at_most:g}")
-    if gate.at_least is not None and value < gate.at_least:
+    if gate.at_least is not None and not value >= gate.at_least:
         sentences.append(f"{got}: must be at least {gate.at_least:g}")
     return sentences
 

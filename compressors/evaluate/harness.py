@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.hub import quiet_datasets
@@ -57,34 +58,106 @@ def run_tasks(
     if not tasks.names:
         return {}
     manager = _manager_for(tasks)
+    _check_template(tokenizer, tasks)
+    results: TaskScores = {}
+    for name in dict.fromkeys(tasks.names):
+        on_step(name, 0, 1)
+        with seeded(seed), quiet_harness(partial(on_step, name)):
+            loaded = _load(manager, name, tasks, seed)
+            lm = _language_model(model, tokenizer, tasks.batch_size)
+            lm._device = input_device(model)  # it takes the first weight's: "meta" if offloaded
+            answers = _evaluate(lm, loaded, tasks, tasks.limit)
+        results |= _results(name, answers, loaded)
+    return results
+
+
+def check_requests(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, *, seed: int
+) -> None:
+    """Build the requests of one document of every task, and score made-up answers.
+
+    The model may be a skeleton without weights.
+
+    Raises
+    ------
+    RecipeError
+        If a task cannot be run with this tokenizer and model: all problems at once.
+    DataError
+        If a task's data is not available.
+    """
+    if not tasks.names:
+        return
+    manager = _manager_for(tasks)
+    _check_template(tokenizer, tasks)
+    problems = []
+    for name in dict.fromkeys(tasks.names):
+        with seeded(seed), quiet_harness():
+            loaded = _load(manager, name, tasks, seed)
+            try:
+                _evaluate(_pretend(_language_model(model, tokenizer, 1)), loaded, tasks, 1)
+            except Exception as error:  # the code of a task or of lm-eval
+                problems.append(_unsuitable(name, tokenizer, error))
+    if problems:
+        raise RecipeError(problems)
+
+
+def _pretend(lm: Any) -> Any:
+    """Let lm-eval tokenize its requests, but give made-up answers instead of the model's."""
+
+    def likelihoods(requests: Any, **_: Any) -> list[tuple[float, bool]]:
+        for _request, context, continuation in requests:
+            if not context or not continuation:
+                raise ValueError("a text of it has no tokens")
+        return [(-1.0, False)] * len(requests)
+
+    def generated(context: Any, **_: Any) -> Any:
+        return torch.cat([context, context[:, -1:]], dim=1)
+
+    lm._device = torch.device("cpu")
+    lm._loglikelihood_tokens, lm._model_generate = likelihoods, generated
+    return lm
+
+
+def _unsuitable(name: str, tokenizer: PreTrainedTokenizerBase, error: Exception) -> str:
+    where = f"evaluate.tasks.names: task '{name}' cannot be run with this model and its tokenizer"
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        return (
+            f"{where}: it has neither a bos nor an eos token, and lm-eval puts one before a text;"
+            " add one to tokenizer_config.json, name another tokenizer under model.tokenizer, or"
+            " remove the task"
+        )
+    reason = " ".join(str(error).split())[:500]
+    return f"{where} ({type(error).__name__}: {reason}); repair or remove the task"
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, tasks: Tasks) -> None:
     if tasks.apply_chat_template and not tokenizer.chat_template:
         raise RecipeError(
             "evaluate.tasks.apply_chat_template: the tokenizer has no chat template; set it"
             " to false or name the tokenizer of an instruct model under model.tokenizer"
         )
-    results: TaskScores = {}
-    for name in dict.fromkeys(tasks.names):
-        on_step(name, 0, 1)
-        with seeded(seed), quiet_harness(partial(on_step, name)):
-            from lm_eval.evaluator import evaluate
-            from lm_eval.models.huggingface import HFLM
 
-            loaded = _load(manager, name, tasks, seed)
-            # It adds a padding token where there is none.
-            own = copy.deepcopy(tokenizer)
-            lm = HFLM(pretrained=model, tokenizer=own, batch_size=tasks.batch_size)
-            lm._device = input_device(model)  # it takes the first weight's: "meta" if offloaded
-            answers = evaluate(
-                lm=lm,
-                task_dict=loaded,
-                limit=tasks.limit,
-                bootstrap_iters=BOOTSTRAP_DRAWS,
-                log_samples=False,
-                apply_chat_template=tasks.apply_chat_template,
-                fewshot_as_multiturn=tasks.apply_chat_template,
-            )
-        results |= _results(name, answers, loaded)
-    return results
+
+def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    own = copy.deepcopy(tokenizer)  # it adds a padding token where there is none
+    return HFLM(pretrained=model, tokenizer=own, batch_size=batch)
+
+
+def _evaluate(lm: Any, loaded: Any, tasks: Tasks, limit: int | None) -> dict[str, Any]:
+    from lm_eval.evaluator import evaluate
+
+    answers: dict[str, Any] = evaluate(
+        lm=lm,
+        task_dict=loaded,
+        limit=limit,
+        bootstrap_iters=BOOTSTRAP_DRAWS,
+        log_samples=False,
+        apply_chat_template=tasks.apply_chat_template,
+        fewshot_as_multiturn=tasks.apply_chat_template,
+    )
+    return answers
 
 
 def check_tasks(tasks: Tasks) -> None:

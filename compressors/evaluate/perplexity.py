@@ -16,7 +16,8 @@ from torch.nn import Embedding
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from lrc.compressors.corpus.windows import Windows, check_vocabulary
+from lrc.compressors.corpus.tokens import check_vocabulary
+from lrc.compressors.corpus.windows import Windows
 from lrc.configs.errors import ModelError, RecipeError
 
 PROTOCOL = (

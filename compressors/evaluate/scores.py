@@ -1,22 +1,32 @@
 """Scores of one model, and the comparison of two models' scores, as JSON values."""
 
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.windows import evaluation_windows
-from lrc.compressors.evaluate.harness import run_tasks
+from lrc.compressors.evaluate.harness import check_requests, run_tasks
 from lrc.compressors.evaluate.perplexity import PROTOCOL, check_fit, check_window, perplexity
 from lrc.compressors.io.machine import OnStep, no_progress
-from lrc.configs.errors import DataError
+from lrc.configs.errors import DataError, LrcError, RecipeError, Stopped
 from lrc.configs.recipe import Evaluate, Perplexity
 
 Scores = dict[str, Any]
 
-SHARED = ("tokens", "window", "windows", "bos", "protocol", "text_sha256")
+SHARED = ("tokens", "window", "windows", "bos", "protocol", "text_sha256", "dtype")
 """Keys in which two perplexities must agree to be comparable."""
+
+
+def unmeasured(evaluate: Evaluate) -> Scores:
+    """Return the scores of a model of which nothing has been measured."""
+    wanted = [f"perplexity.{spec.name}" for spec in evaluate.perplexity]
+    wanted += [f"tasks.{name}" for name in evaluate.tasks.names]
+    return {"perplexity": {}, "tasks": {}, "missing": dict.fromkeys(wanted, "not measured yet")}
 
 
 def evaluate_model(
@@ -26,33 +36,68 @@ def evaluate_model(
     *,
     seed: int,
     on_step: OnStep = no_progress,
+    scores: Scores | None = None,
 ) -> Scores:
-    """Score one model on the texts and tasks of `evaluate`.
+    """Score one model on the texts and tasks of `evaluate`, or on those that `scores` lack.
 
-    Returns JSON values only: ``{"perplexity": {NAME: {...}}, "tasks": {TASK: {METRIC: {...}}}}``.
-    `seed` is for the tasks' few-shot examples and sampling.
+    A text or task that fails costs no other. Returns JSON values only: ``{"perplexity": {NAME:
+    {...}}, "tasks": {TASK: {METRIC: {...}}}, "missing": {"perplexity.NAME" or "tasks.TASK":
+    REASON}}``. `seed` is for the tasks' few-shot examples and sampling.
+
+    Raises
+    ------
+    RecipeError
+        If a window or a task is impossible with this model.
     """
     for spec in evaluate.perplexity:  # before the first is measured
         check_window(model.config, spec.window)
-    return {
-        "perplexity": {
-            spec.name: perplexity_entry(model, tokenizer, spec, on_step)
-            for spec in evaluate.perplexity
-        },
-        "tasks": run_tasks(model, tokenizer, evaluate.tasks, seed=seed, on_step=on_step),
-    }
+    scores = deepcopy(scores) or unmeasured(evaluate)
+    missing = scores["missing"]
+    for spec in evaluate.perplexity:
+        entry = partial(perplexity_entry, model, tokenizer, spec, on_step)
+        found = _attempt(missing, f"perplexity.{spec.name}", entry, LrcError)
+        scores["perplexity"] |= {spec.name: found} if found else {}
+    for name in dict.fromkeys(evaluate.tasks.names):
+        one = evaluate.tasks.model_copy(update={"names": [name]})
+        run = partial(run_tasks, model, tokenizer, one, seed=seed, on_step=on_step)
+        # A task is a program of others: it may raise anything.
+        scores["tasks"] |= _attempt(missing, f"tasks.{name}", run, Exception)
+    return scores
 
 
-def check_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluate: Evaluate
+def _attempt(
+    missing: dict[str, str], key: str, measure: Callable[[], Scores], errors: type[Exception]
+) -> Scores:
+    """Measure what is missing; return nothing and note the reason if that fails."""
+    if key not in missing:
+        return {}
+    try:
+        found = measure()
+    except (Stopped, RecipeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except errors as error:
+        kind = "" if isinstance(error, LrcError) else f"{type(error).__name__}: "
+        missing[key] = kind + " ".join(str(error).split())[:500]
+        return {}
+    del missing[key]
+    return found
+
+
+def check_evaluation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluate: Evaluate,
+    *,
+    seed: int,
 ) -> None:
-    """Refuse unavailable, too short or unsuitable texts before hours are spent.
+    """Refuse unavailable, too short or unsuitable texts and tasks before hours are spent.
 
     The model may be a skeleton without weights.
     """
     for spec in evaluate.perplexity:
         windows = evaluation_windows(spec, tokenizer)
         check_fit(model, windows.tokens, bos=windows.bos)
+    check_requests(model, tokenizer, evaluate.tasks, seed=seed)
 
 
 def perplexity_entry(
@@ -72,7 +117,8 @@ def compare(dense: Scores | None, compressed: Scores) -> Scores:
     """Compare the scores of two models from `evaluate_model`, in the shape of the report.
 
     `ratio` is compressed / dense, `recovery` a percentage; both are None without a dense score.
-    Raises `DataError` if the two were not scored on the same text, windows or documents.
+    Raises `DataError` if the two were not scored on the same text, windows or documents, or not in
+    the same precision.
     """
     dense = dense or {"perplexity": {}, "tasks": {}}
     return {
@@ -88,6 +134,24 @@ def compare(dense: Scores | None, compressed: Scores) -> Scores:
             for task, metrics in compressed["tasks"].items()
         },
     }
+
+
+def list_missing(models: Mapping[str, Scores]) -> list[dict[str, str]]:
+    """List what could not be measured of each model, in the shape of the report."""
+    return [
+        {"model": model, "metric": metric, "reason": reason}
+        for model, scores in models.items()
+        for metric, reason in scores["missing"].items()
+    ]
+
+
+def missing_sentences(missing: Iterable[Mapping[str, str]]) -> list[str]:
+    """Return an error for each item of `list_missing`."""
+    return [
+        f"evaluation.{each['metric']} of the {each['model']} model: {each['reason']}; all else was"
+        " measured, and the same command tries it again"
+        for each in missing
+    ]
 
 
 def recovery(dense: float, compressed: float, higher_is_better: bool | None) -> float | None:
@@ -112,7 +176,7 @@ def _compare_perplexity(name: str, dense: Scores | None, compressed: Scores) -> 
         "dense": value,
         "compressed": compressed["perplexity"],
         "ratio": value and compressed["perplexity"] / value,
-        **{key: compressed[key] for key in (*SHARED, "dtype")},
+        **{key: compressed[key] for key in SHARED},
     }
 
 
@@ -137,10 +201,11 @@ def check_same(
     *,
     what: str = "dense",
 ) -> None:
-    """Raise `DataError` if two scores are of different data; `other` may be None."""
+    """Raise `DataError` if two scores are not comparable; `other` may be None."""
     for key in keys:
         if other and other[key] != compressed[key]:
             raise DataError(
-                f"evaluation.{where}: {what} and compressed were scored on different data"
-                f" ({key}: {other[key]!r} and {compressed[key]!r}); score both again"
+                f"evaluation.{where}: {what} and compressed were scored on different data or in"
+                f" different precision ({key}: {other[key]!r} and {compressed[key]!r}); score both"
+                " again"
             )

@@ -5,57 +5,36 @@ when it is complete (written under another name, flushed, renamed). ``run.json``
 run; a lock excludes a second process and ends with the process that holds it.
 """
 
-import errno
 import json
-import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from lrc.compressors.io.files import (
+    new_folder,
+    partial_path,
+    remove,
+    storage_errors,
+    write_tensors,
+    write_text,
+)
 from lrc.configs.errors import OutputError
 
-IDENTITY = "run.json"
-REMEDIES = {
-    errno.ENOSPC: "the disk is full: free space and run the same command again, it continues",
-    errno.EDQUOT: "the disk quota is used up: free space and run the same command again",
-    errno.EFBIG: "larger than files may be here: raise the limit and run the same command again",
-    errno.EROFS: "the file system is read-only: choose another 'output'",
-    errno.EACCES: "permission denied: choose another 'output'",
-    errno.EPERM: "permission denied: choose another 'output'",
-    errno.ENOTDIR: "a part of the path is a file: choose another 'output'",
-    errno.EEXIST: "a file of that name is in the way: choose another 'output'",
-    errno.ENOENT: "the folder cannot be made there: choose another 'output'",
-}
-OS_ERROR = re.compile(r"(?:code: |os error )(\d+)")  # how safetensors writes an errno
+WORK, LOCK, IDENTITY = "work", "lock", "run.json"
+FILES = "files.json"
+"""Names and sizes of the files of a finished folder."""
 # What a run writes to its output folder besides `work`; nothing else is ever deleted there. Not
 # plan.json, which users edit and may refer to in a recipe.
 RESULTS = ("checkpoint", "report.json", "README.md")
 # A run that left only these has done no work and may be replaced by a corrected recipe.
-CLAIMS = ("lock", IDENTITY, "seconds.json")
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn operating system errors about `path` into an `OutputError` with a remedy."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None)
-        if code is None and (found := OS_ERROR.search(str(error))):
-            code = int(found[1])
-        if code not in REMEDIES:
-            raise
-        raise OutputError(
-            f"{path}: cannot be written ({os.strerror(code)}); {REMEDIES[code]}"
-        ) from error
+CLAIMS = (LOCK, IDENTITY, "seconds.json")
+# Instead of the identity of a run, of which any part may be deleted already.
+DELETING = {"deleting": True}
 
 
 class Journal:
@@ -63,15 +42,16 @@ class Journal:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.work = output / "work"
+        self.work = output / WORK
 
     def path(self, name: str) -> Path:
         """Return the path of the piece `name`, finished or not."""
         return self.work / name
 
     def has(self, name: str) -> bool:
-        """Return whether the piece `name` is finished."""
-        return self.path(name).exists()
+        """Return whether the piece `name` is finished; a folder must have all of its files."""
+        path = self.path(name)
+        return _is_whole(path) if path.is_dir() else path.exists()
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON value as a finished piece."""
@@ -105,16 +85,34 @@ class Journal:
             metadata = file.metadata() or {}
             return {key: json.loads(value) for key, value in metadata.items()}
 
+    @contextmanager
+    def new_folder(self, name: str) -> Iterator[Path]:
+        """Yield a folder to write into, which is then the finished piece `name`."""
+        self.forget(name)  # what is left of it
+        with new_folder(self.path(name)) as folder:
+            yield folder
+            sizes = {str(f.relative_to(folder)): f.stat().st_size for f in _files(folder)}
+            (folder / FILES).write_text(json.dumps(sizes), encoding="utf-8")
+
     def forget(self, *names: str) -> None:
         """Delete pieces that are no longer needed."""
         for name in names:
-            path = self.path(name)
-            partial = path.with_name(_partial(path.name))
-            shutil.rmtree(partial, ignore_errors=True)  # of an interrupted deletion
-            if path.is_dir():  # renamed first: a half-deleted folder would count as finished
-                shutil.rmtree(path.rename(partial), ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            with storage_errors(self.path(name)):
+                remove(self.path(name))
+
+
+def _is_whole(folder: Path) -> bool:
+    listing = folder / FILES
+    if not listing.is_file():
+        return False
+    with _damage(listing):
+        sizes = json.loads(listing.read_text(encoding="utf-8"))
+    present = {str(f.relative_to(folder)): f.stat().st_size for f in _files(folder)}
+    return all(present.get(name) == size for name, size in sizes.items())
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 @contextmanager
@@ -135,9 +133,13 @@ def open_journal(
     with storage_errors(output):
         _refuse_foreign(journal)
         journal.work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(journal.work / "lock")
+        lock = FileLock(journal.work / LOCK)
         try:
             lock.acquire(timeout=0)
+        except NotImplementedError as error:
+            raise OutputError(
+                f"output: {output} is on a file system without locks; choose another folder"
+            ) from error
         except Timeout:
             raise OutputError(
                 f"output: {output} is in use by another lrc compress or lrc plan; wait for it, "
@@ -146,7 +148,7 @@ def open_journal(
     try:
         with storage_errors(output):
             if overwrite:
-                _clear(journal)
+                journal.write_json(IDENTITY, DELETING)
             _claim(journal, json.loads(json.dumps(identity)))
         yield journal
     finally:
@@ -161,7 +163,9 @@ def _refuse_foreign(journal: Journal) -> None:
         return
     others = [f for f in output.iterdir() if f != work]
     if work.is_dir():
-        others += [f for f in work.iterdir() if f.name not in ("lock", _partial(IDENTITY))]
+        others += [
+            f for f in work.iterdir() if f.name not in (LOCK, partial_path(work / IDENTITY).name)
+        ]
     elif work.exists():
         others.append(work)
     if others:
@@ -173,18 +177,21 @@ def _refuse_foreign(journal: Journal) -> None:
 
 def _claim(journal: Journal, identity: dict[str, Any]) -> None:
     found = journal.read_json(IDENTITY) if journal.has(IDENTITY) else identity
-    if found != identity:
-        names = [path.name for path in journal.work.iterdir()]
-        has_work = any(name not in CLAIMS and not name.endswith(".partial") for name in names)
-        if has_work or (journal.output / "checkpoint").exists():
-            differences = "; ".join(_differences(found, identity))
-            raise OutputError(
-                f"output: {journal.output} holds a run that differs in {differences}; choose "
-                "another folder, or pass --overwrite to lrc compress to delete that run"
-            )
-        _clear(journal)
-    if not journal.has(IDENTITY):
-        journal.write_json(IDENTITY, identity)
+    if found == identity:
+        if not journal.has(IDENTITY):
+            journal.write_json(IDENTITY, identity)
+        return
+    names = [path.name for path in journal.work.iterdir()]
+    has_work = any(name not in CLAIMS and not name.endswith(".partial") for name in names)
+    if found != DELETING and (has_work or (journal.output / "checkpoint").exists()):
+        differences = "; ".join(_differences(found, identity))
+        raise OutputError(
+            f"output: {journal.output} holds a run that differs in {differences}; choose "
+            "another folder, or pass --overwrite to lrc compress to delete that run"
+        )
+    journal.write_json(IDENTITY, DELETING)
+    _clear(journal)
+    journal.write_json(IDENTITY, identity)
 
 
 def _differences(there: Any, here: Any, key: str = "") -> list[str]:
@@ -200,19 +207,16 @@ def _differences(there: Any, here: Any, key: str = "") -> list[str]:
 
 
 def _clear(journal: Journal) -> None:
-    """Delete what an earlier run has written; other files stay."""
-    results = [journal.output / each for name in RESULTS for each in (name, _partial(name))]
-    # The identity last: without it, the rest would be taken for files of others.
-    work = sorted(journal.work.iterdir(), key=lambda path: path.name == IDENTITY)
-    for path in [*results, *work]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink(missing_ok=True)
+    """Delete what an earlier run has written; other files stay.
 
-
-def _partial(name: str) -> str:
-    return f".{name}.partial"
+    The identity stays too, to be replaced: without it the folder would be taken for that of others.
+    """
+    for name in RESULTS:
+        remove(journal.output / name)
+        partial_path(journal.output / name).unlink(missing_ok=True)
+    for path in journal.work.iterdir():
+        if path.name not in (LOCK, IDENTITY):
+            remove(path)
 
 
 @contextmanager
@@ -225,49 +229,3 @@ def _damage(path: Path) -> Iterator[None]:
             remedy = "choose another folder, or pass --overwrite to lrc compress to delete that run"
         reason = str(error).strip()[:200]
         raise OutputError(f"{path}: is damaged ({reason}); {remedy}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears only when it is complete."""
-    with _atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
-) -> None:
-    """Write a safetensors file that appears only when complete; `metadata` are JSON values."""
-    facts = {key: json.dumps(value) for key, value in (metadata or {}).items()}
-    with _atomic(path) as partial:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=facts)
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    partial = path.with_name(_partial(path.name))
-    try:
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            publish(partial, path)
-    except BaseException:
-        with suppress(OSError):  # free the space, which the disk may lack
-            partial.unlink(missing_ok=True)
-        raise
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Flush a finished file or folder to the disk and rename it atomically."""
-    with storage_errors(final):
-        for path in [*partial.rglob("*"), partial] if partial.is_dir() else [partial]:
-            _fsync(path)
-        os.replace(partial, final)
-        _fsync(final.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

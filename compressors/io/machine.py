@@ -2,16 +2,18 @@
 
 import ctypes
 import gc
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.io.journal import Journal
+from lrc.configs.errors import Problem, RecipeError
 
 OnStep = Callable[[str, int, int], None]
 """Progress callback, called with (stage, done, total) when everything finished so far is on disk.
@@ -22,16 +24,37 @@ def no_progress(stage: str, done: int, total: int) -> None:
     """Ignore progress."""
 
 
+def no_warning(text: str) -> None:
+    """Ignore a warning."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """How to run, as opposed to what: the same recipe gives the same result elsewhere.
 
-    `device` is a torch device or ``auto``; `on_step` may raise `Stopped`.
+    `device` is a torch device or ``auto``; `on_step` may raise `Stopped`; `on_warning` is called
+    with every warning of the plan before work starts.
     """
 
     device: str = "auto"
     overwrite: bool = False
     on_step: OnStep = no_progress
+    on_warning: Callable[[str], None] = no_warning
+
+    def __post_init__(self) -> None:
+        """Raise `RecipeError` if the device does not exist here."""
+        if self.device in ("auto", "cpu"):
+            return
+        found = re.fullmatch(r"cuda(?::(0|[1-9][0-9]{0,3}))?", self.device)
+        if found is None:
+            problem = f"must be auto, cpu, cuda or cuda:N, got {self.device!r}; choose one of them"
+            raise RecipeError([Problem("unknown-device", "--device", problem)])
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(found[1] or 0) >= count:
+            several = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda"
+            remedy = several if count else "cpu, or install a torch build for your GPU"
+            problem = f"{self.device} requested, but torch sees {count} GPUs; use --device {remedy}"
+            raise RecipeError([Problem("unknown-device", "--device", problem)])
 
     @property
     def chosen(self) -> str:
@@ -39,6 +62,12 @@ class Machine:
         if self.device != "auto":
             return self.device
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the device torch's current one, which Triton kernels and libraries work on."""
+        with torch.cuda.device(self.chosen) if self.chosen.startswith("cuda") else nullcontext():
+            yield
 
 
 class Clock:

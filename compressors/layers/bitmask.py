@@ -37,10 +37,31 @@ def scatter_values(values: Tensor, packed: Tensor, n: int) -> Tensor:
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-def mask_problem(packed: Tensor, n: int, count: int) -> str | None:
-    """Return what is wrong with a packed mask of `count` set bits; None if it is consistent."""
+def mask_problems(
+    packed: Tensor, n: int, count: int, *, per_row: int | None = None, pattern: str | None = None
+) -> list[str]:
+    """Return what is wrong with a packed mask [rows, n]; empty if it is consistent.
+
+    Parameters
+    ----------
+    packed : Tensor, shape [rows, packed_width(n)]
+    n : int
+        Number of columns.
+    count : int
+        Number of set bits.
+    per_row : int, optional
+        Number of set bits of every row, if all have equally many.
+    pattern : str, optional
+        ``2:4`` if exactly two of every four consecutive bits are set.
+    """
     bits = unpack_bits(packed, packed.shape[1] * BYTE)
     if bool(bits[:, n:].any()):
-        return f"the mask has bits set after column {n}"
+        return [f"the mask has bits set after column {n}"]
     found = int(bits.sum())
-    return None if found == count else f"the mask has {found} bits set, expected {count}"
+    if found != count:
+        return [f"the mask has {found} bits set, expected {count}"]
+    if pattern is not None and bool((bits[:, :n].unflatten(1, (-1, 4)).sum(dim=2) != 2).any()):
+        return ["the mask does not have 2 bits in every 4 columns"]
+    if per_row is not None and bool((bits.sum(dim=1) != per_row).any()):
+        return [f"the mask does not have {per_row} bits in every row"]
+    return []

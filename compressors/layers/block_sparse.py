@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.bitmask import mask_problem, pack_bits, packed_width, unpack_bits
+from lrc.compressors.layers.bitmask import mask_problems, pack_bits, packed_width, unpack_bits
 from lrc.compressors.layers.component import Component, ComponentConfig, check_range
 from lrc.compressors.layers.packing import encode_values
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpec, TensorSpecs
@@ -79,8 +79,8 @@ class BlockSparse(Component):
 
     def problems(self) -> list[str]:
         """Return violated invariants: the mask must have as many bits as there are groups."""
-        found = mask_problem(self.get_buffer("mask"), self._per_row, self.config.sizes["groups"])
-        return super().problems() + ([] if found is None else [found])
+        mask, count = self.get_buffer("mask"), self.config.sizes["groups"]
+        return super().problems() + mask_problems(mask, self._per_row, count)
 
     @property
     def _per_row(self) -> int:

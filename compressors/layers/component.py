@@ -56,8 +56,9 @@ class Component(nn.Module, ABC):
     """One term of the sum that approximates a weight; ``forward`` multiplies by it.
 
     Sizes are computed by class methods, so that planning and validation need no module instance.
-    Tensors called ``NAME.weight`` become `nn.Linear` children, so that PEFT adapters can target
-    them; all others become parameters or buffers of the component.
+    Tensors called ``NAME.weight`` become children: `nn.Linear`, so that PEFT adapters can target
+    them, or `PackedLinear` if quantized. Others with a dtype of their own (masks, indices, packed
+    integers) become buffers, the rest parameters. One called ``values`` is read by `stored_values`.
 
     Parameters
     ----------
@@ -75,7 +76,8 @@ class Component(nn.Module, ABC):
     PATTERNS: ClassVar[tuple[str, ...]] = ()
     """Values of `ComponentConfig.pattern` that the layout supports."""
     SHARED_SIZE: ClassVar[str | None] = None
-    """Size that layers with a shared first factor have in common; None if they cannot share."""
+    """Key of `sizes` that is equal in layers that share a first factor, the matrix applied to the
+    input; None if the component cannot share one."""
 
     def __init__(
         self,
@@ -98,9 +100,9 @@ class Component(nn.Module, ABC):
             stored = {name: spec}
             if config.quantization is not None:
                 stored = config.quantization.quantized_specs(stored)
-            for key, (size, kind, _) in stored.items():
-                tensor = torch.empty(size, dtype=kind or dtype, device=device)
-                if kind is None:
+            for key, (stored_shape, stored_dtype, _) in stored.items():
+                tensor = torch.empty(stored_shape, dtype=stored_dtype or dtype, device=device)
+                if stored_dtype is None:
                     self.register_parameter(key, nn.Parameter(tensor))
                 else:
                     self.register_buffer(key, tensor)
@@ -108,7 +110,7 @@ class Component(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def tensors(cls, d_out: int, d_in: int, config: ComponentConfig) -> TensorSpecs:
-        """Return the tensors of one component before quantization.
+        """Return the shape and dtype of every tensor, before quantization.
 
         Raises
         ------
@@ -120,16 +122,16 @@ class Component(nn.Module, ABC):
     def sizes_at(
         cls, step: int, d_out: int, d_in: int, *, ratio: float = 2.0, pattern: str | None = None
     ) -> Sizes:
-        """Return the sizes number `step`, from the smallest, counted from 1.
+        """Return the sizes at position `step`, counted from 1, of all sizes in ascending order.
 
-        The default is for components with one size, which is the step itself.
+        The default is for components with one size: it equals `step`.
 
         Parameters
         ----------
         ratio : float
-            Ratio of the first size to the last, for components with two sizes.
+            First size divided by the last one, for components with two sizes.
         pattern : str, optional
-            Return sizes that this pattern allows, the nearest ones if there are several.
+            Return the sizes nearest to those of `step` that this pattern allows.
 
         Raises
         ------
@@ -156,7 +158,10 @@ class Component(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def encode(**parts: Tensor) -> dict[str, Tensor]:
-        """Convert the result of a solver to the tensors of `tensors`, not yet cast or quantized."""
+        """Convert the result of a solver to unquantized tensors, named as in `tensors`.
+
+        The keywords depend on the component type, see the subclasses.
+        """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out], by default with the materialized matrix."""
@@ -168,11 +173,17 @@ class Component(nn.Module, ABC):
 
     def problems(self) -> list[str]:
         """Return violated invariants of the loaded tensors, such as indices out of range."""
-        return [
-            f"{name} is not finite"
-            for name, scale in self.named_parameters()
-            if name.endswith("_scale") and not bool(torch.isfinite(scale).all())
-        ]
+        found = []
+        for name, tensor in self.named_parameters():
+            found += [f"{name} {text}" for text in finite_problems(tensor)]
+            # Scales are never stored as zero, but float16 cannot hold the smallest of bfloat16.
+            if name.endswith("_scale") and tensor.dtype != torch.float16 and not tensor.all():
+                found.append(f"{name} contains zeros")
+        for name, spec in self.tensors(self.d_out, self.d_in, self.config).items():
+            shape = dict(self.named_buffers()).get(f"{name}_shape")
+            if shape is not None and shape.tolist() != spec.shape:
+                found.append(f"{name}_shape must be {spec.shape}, got {shape.tolist()}")
+        return found
 
     def stored_values(self) -> Tensor:
         """Return the tensor ``values``, dequantized."""
@@ -260,3 +271,13 @@ def check_range(name: str, value: int, largest: int, d_out: int, d_in: int) -> N
     """Raise ValueError if a size is not in ``[1, largest]``."""
     if not 1 <= value <= largest:
         raise ValueError(f"{name} must be in [1, {largest}] for [{d_out}, {d_in}], got {value}")
+
+
+def finite_problems(tensor: Tensor) -> list[str]:
+    """Return a list that says so if a tensor contains infinities or NaN; empty otherwise.
+
+    The dtype is named, because large numbers of bfloat16 overflow when loaded in float16.
+    """
+    if bool(torch.isfinite(tensor).all()):
+        return []
+    return [f"is not finite in {str(tensor.dtype).removeprefix('torch.')}"]

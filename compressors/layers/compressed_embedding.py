@@ -47,6 +47,7 @@ class TiedHead(nn.Module):
     """Compute logits ``x @ W_hat.T`` with the integers of the embedding, which stores them."""
 
     owner: CompressedEmbedding
+    bias = None  # model classes ask every output head
 
     def __init__(self, owner: CompressedEmbedding) -> None:
         super().__init__()

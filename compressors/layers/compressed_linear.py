@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.component import Component, Device, SharedFactorComponent
+from lrc.compressors.layers.component import (
+    Component,
+    Device,
+    SharedFactorComponent,
+    finite_problems,
+)
 from lrc.compressors.layers.config import COMPONENTS, WeightConfig
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
@@ -122,7 +127,12 @@ class CompressedLinear(nn.Module):
 
     def problems(self) -> list[str]:
         """Return violated invariants of the loaded tensors."""
-        return [f"{c.TYPE}: {text}" for c in self.components for text in c.problems()]
+        found = [f"{c.TYPE}: {text}" for c in self.components for text in c.problems()]
+        if self.weight.any():
+            found.append("weight must be the sentinel 0")
+        if self.bias is not None:
+            found += [f"bias {text}" for text in finite_problems(self.bias)]
+        return found
 
     def extra_repr(self) -> str:
         """Return the shape for `print(model)`."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.bitmask import mask_problem, pack_bits, packed_width, unpack_bits
+from lrc.compressors.layers.bitmask import mask_problems, pack_bits, packed_width, unpack_bits
 from lrc.compressors.layers.component import ComponentConfig, SharedFactorComponent, Sizes
 from lrc.compressors.layers.packing import PackedLinear
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
@@ -127,11 +127,9 @@ class Dictionary(SharedFactorComponent):
         found = super().problems()
         atoms, nonzeros = self.config.sizes["atoms"], self.config.sizes["nonzeros"]
         if "mask" in self._buffers:
-            mask = self.get_buffer("mask")
-            problem = mask_problem(mask, atoms, self.d_out * nonzeros)
-            if problem is None and bool((unpack_bits(mask, atoms).sum(dim=1) != nonzeros).any()):
-                problem = f"the mask does not have {nonzeros} bits in every row"
-            return found + ([] if problem is None else [problem])
+            mask, pattern = self.get_buffer("mask"), self.config.pattern
+            count = self.d_out * nonzeros
+            return found + mask_problems(mask, atoms, count, per_row=nonzeros, pattern=pattern)
         index = self.get_buffer("index").long()
         ok = int(index.min()) >= 0 and int(index.max()) < atoms
         ok = ok and bool((index.diff(dim=1) > 0).all())

@@ -28,6 +28,10 @@ MAX_SWAPS, MAX_SOLUTIONS = 100, 5
 MODERATE = 1e3
 
 
+class NoPivotRows(ValueError):
+    """Factors of a valid shape that have no usable pivot rows."""
+
+
 def pivot_rows(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Write ``B @ A`` as its pivot rows and the coefficients of the others.
 
@@ -49,9 +53,11 @@ def pivot_rows(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises
     ------
+    NoPivotRows
+        If B is not finite or numerically rank-deficient, or if no pivot rows within the bound are
+        found.
     ValueError
-        If B has fewer rows than columns, is not finite or numerically rank-deficient, or if no
-        pivot rows within the bound are found.
+        If B has fewer rows than columns.
 
     Notes
     -----
@@ -77,7 +83,7 @@ def pivot_rows(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             break
         C = torch.linalg.solve(L[here[:rank]], L[here[rank:]], left=False)
     else:
-        raise ValueError(f"no pivot rows with coefficients up to {BOUND} were found")
+        raise NoPivotRows(f"no pivot rows with coefficients up to {BOUND} were found")
     rows = rows[here]
     order = torch.empty_like(rows)
     order[rows] = torch.arange(d_out, device=B.device)
@@ -88,13 +94,13 @@ def _lower_factor(B: Tensor) -> tuple[Tensor, Tensor]:
     """Return the unit lower factor of LU with partial pivoting, and the order of the rows."""
     d_out, rank = B.shape
     if not bool(torch.isfinite(B).all()):
-        raise ValueError("the factors must be finite, got infinities or NaN")
+        raise NoPivotRows("the factors must be finite, got infinities or NaN")
     LU, swaps, _ = torch.linalg.lu_factor_ex(B)
     # What elimination leaves of a linearly dependent column is rounding error.
     rounding = d_out * torch.finfo(B.dtype).eps * B.abs().amax(dim=0)  # [rank]
     dependent = int((LU.diagonal().abs() <= rounding).sum())
     if dependent:
-        raise ValueError(
+        raise NoPivotRows(
             f"the left factor [{d_out}, {rank}] must have full column rank, got numerical rank "
             f"{rank - dependent}"
         )
@@ -118,7 +124,7 @@ def _exchange_(here: Tensor, C: Tensor) -> bool:
         i, j = divmod(int(C.abs().argmax()), rank)  # returns the position of a NaN if there is one
         value = float(C[i, j])
         if not isfinite(value):
-            raise ValueError("no pivot rows were found, because elimination overflows")
+            raise NoPivotRows("no pivot rows were found, because elimination overflows")
         if abs(value) <= BOUND:
             return True
         # Row i of the others becomes pivot j: a Sherman-Morrison update of the coefficients.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.bitmask import mask_problem, pack_bits, packed_width, scatter_values
+from lrc.compressors.layers.bitmask import mask_problems, pack_bits, packed_width, scatter_values
 from lrc.compressors.layers.component import Component, ComponentConfig, Sizes, check_range
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
@@ -64,8 +64,9 @@ class Sparse(Component):
 
     def problems(self) -> list[str]:
         """Return violated invariants: the mask must have as many bits as there are values."""
-        found = mask_problem(self.get_buffer("mask"), self.d_in, self.config.sizes["nonzeros"])
-        return super().problems() + ([] if found is None else [found])
+        mask, count = self.get_buffer("mask"), self.config.sizes["nonzeros"]
+        pattern = self.config.pattern
+        return super().problems() + mask_problems(mask, self.d_in, count, pattern=pattern)
 
 
 def _two_of_four(d_out: int, d_in: int) -> int:

@@ -80,7 +80,7 @@ class FixedSizeResult:
     """Arguments of `Component.encode`, one mapping per component."""
     squared_error: float
     """Weighted by the statistics of the method."""
-    loss: float
+    relative_error: float
     """Squared error relative to that of removing the whole weight, in [0, 1]."""
     fallback: str | None = None
     """Deviation from the request; None if there was none."""

@@ -60,7 +60,7 @@ class Pruning(FixedSizeMethod):
             **options,
         )
         parts = ({"W_hat": found.W_hat, "mask": found.mask},)
-        return FixedSizeResult(parts, found.energy, found.loss, found.fallback)
+        return FixedSizeResult(parts, found.energy, found.relative_error, found.fallback)
 
     def squared_errors(
         self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any
@@ -106,7 +106,8 @@ class DictionaryLearning(FixedSizeMethod):
         error = float(metric.energy(W.double() - found.weight()))
         total = float(metric.energy(W.double()))
         parts = ({"D": found.D, "S": found.S, "mask": found.mask},)
-        return FixedSizeResult(parts, error, error / total if total > 0 else 0.0, found.fallback)
+        loss = min(1.0, error / total) if total > 0 else 0.0
+        return FixedSizeResult(parts, error, loss, found.fallback)
 
     def squared_errors(
         self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any
@@ -157,7 +158,7 @@ class LowRankPlusSparse(FixedSizeMethod):
         """Find a product of ``rank`` and ``nonzeros`` entries."""
         found = self._problem(W, statistics, options).solve(**sizes)
         parts = {"B": found.B, "A": found.A}, {"W_hat": found.M, "mask": found.mask}
-        return FixedSizeResult(parts, found.energy, found.loss, found.fallback)
+        return FixedSizeResult(parts, found.energy, found.relative_error, found.fallback)
 
     def squared_errors(
         self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any

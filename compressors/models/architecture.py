@@ -5,19 +5,23 @@ buffers, but no weights. Decoder layers are the `ModuleList` that holds most of 
 every `nn.Linear` inside can be compressed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
+from torch.overrides import TorchFunctionMode
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lrc.compressors.layers.model_shapes import rebuild_
 from lrc.compressors.models.configuration import SUPPORTED, first_line
 from lrc.compressors.models.source import Source
 from lrc.configs.errors import ModelError
+
+MAX_BUFFER = 2**28  # values of the largest table that is computed in memory
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Architecture:
     layer_names: list[str]
     linears: list[Linear]
     tied: dict[str, str]
+    unused: dict[str, str] = field(default_factory=dict)
+    """Linears of decoder layers that no stage may replace, and why; see `layer_check`."""
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -64,19 +70,27 @@ def build(source: Source) -> Architecture:
     """
     config = source.config
     if getattr(config, "is_encoder_decoder", False):
-        raise _unsupported(config, "it is an encoder-decoder model")
+        raise unsupported(config, "it is an encoder-decoder model")
     if any(name.endswith("ForMaskedLM") for name in config.architectures or []):
-        raise _unsupported(config, "it predicts masked tokens, not the next one")
+        raise unsupported(config, "it predicts masked tokens, not the next one")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        raise unsupported(config, "transformers has no causal language model of this type")
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _NoLargeTensors():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=source.spec.trust_remote_code
             )
-    except (ValueError, KeyError, AttributeError, ImportError) as error:
-        raise _unsupported(config, first_line(error)) from error
+    except Exception as error:  # modeling code may raise anything for the values of a config
+        raise unsupported(config, first_line(error)) from error
     rebuild_(model)
     for parameter in model.parameters():  # not the buffers: computed tables and scales stay exact
         parameter.data = parameter.data.to(source.dtype)
+    return describe(model)
+
+
+def describe(model: Any) -> Architecture:
+    """Find the decoder layers and linears of a skeleton; raises as `build`."""
+    config = model.config
     list_name, layers = _decoder_layers(model, config)
     names = [f"{list_name}.{index}" for index in range(len(layers))]
     linears = []
@@ -88,37 +102,64 @@ def build(source: Source) -> Architecture:
             if isinstance(m, nn.Linear)
         ]
     if not linears:
-        raise _unsupported(config, f"its layers ({type(layers[0]).__name__}) hold no nn.Linear")
+        raise unsupported(config, f"its layers ({type(layers[0]).__name__}) hold no nn.Linear")
     return Architecture(model.eval(), names, linears, dict(model.all_tied_weights_keys))
 
 
-def _decoder_layers(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
-    """Find the repeated layers: of all module lists of one class, the one with most parameters."""
+class _NoLargeTensors(TorchFunctionMode):
+    """Create what would not fit into memory, such as the experts of a layer, without values."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand):
+            sizes = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            if prod(sizes) > MAX_BUFFER and kwargs.get("device") is None:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
+    """Find the list of repeated layers in the text decoder.
+
+    Of the lists with the length that the config states (or else of all) it is the outermost one:
+    the towers of other modalities are deeper. Of several, it has the most parameters.
+    """
+    decoder = model.get_decoder()
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        decoder = model  # ModernBERT's `decoder` is its head
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+
+    def rank(name: str, layers: nn.ModuleList) -> tuple[bool, int, int]:
+        size = sum(parameter.numel() for parameter in layers.parameters())
+        return len(layers) == n_layers, -name.count("."), size
+
     candidates = [
-        (sum(p.numel() for p in module.parameters()), name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and len({type(child) for child in module}) == 1
+        (name, module)
+        for name, module in decoder.named_modules(prefix=prefix)
+        if isinstance(module, nn.ModuleList) and len(module) > 0
     ]
     if not candidates:
-        raise _unsupported(config, "it has no list of repeated layers")
-    _, name, layers = max(candidates, key=lambda candidate: candidate[0])
-    return name, layers
+        raise unsupported(config, "it has no list of repeated layers")
+    return max(candidates, key=lambda candidate: rank(*candidate))
 
 
 def _refuse_unsupported_weights(name: str, layer: nn.Module, config: Any) -> None:
     for child_name, child in layer.named_modules():
         if isinstance(child, Conv1D):
-            raise _unsupported(config, f"{name}.{child_name} is a Conv1D, not an nn.Linear")
+            raise unsupported(config, f"{name}.{child_name} is a Conv1D, not an nn.Linear")
         for parameter_name, parameter in child.named_parameters(recurse=False):
-            if parameter.ndim >= 3 and not isinstance(child, nn.Conv1d | nn.Conv2d):
-                full_name = f"{name}.{child_name}.{parameter_name}"
+            full_name = f"{name}.{child_name}.{parameter_name}"
+            owner = f"{child_name}.{parameter_name} {type(child).__name__}".lower()
+            if parameter.ndim >= 3 and "expert" in owner:
                 shape = list(parameter.shape)
-                raise _unsupported(config, f"{full_name} holds fused experts {shape}")
+                raise unsupported(config, f"{full_name} holds fused experts {shape}")
 
 
-def _unsupported(config: Any, reason: str) -> ModelError:
+def unsupported(config: Any, reason: str) -> ModelError:
+    """Return the error for a model whose architecture cannot be compressed."""
     architectures = getattr(config, "architectures", None) or [type(config).__name__]
     return ModelError(
         f"model: {architectures[0]} (model_type {config.model_type!r}) is not supported yet: "

@@ -1,7 +1,7 @@
 """Find and load models: a Hub id, a folder of safetensors, or a GGUF file."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,14 +14,26 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils.quantization_config import GgufConfig
 
+from lrc.compressors.io.fingerprint import fingerprint, fingerprints
 from lrc.compressors.io.shards import shard_files
-from lrc.compressors.models.configuration import first_line, read_config, read_gguf_config
+from lrc.compressors.models.configuration import (
+    first_line,
+    read_config,
+    read_gguf_config,
+    tokenizer_needs_code,
+)
+from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.recipe import Model
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 # Files of tokenizers and configs; never a pickle.
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+# Those of them that a result depends on.
+IDENTIFYING = (
+    *("config.json", "generation_config.json", "*token*", "vocab*", "merges*", "chat_template*"),
+    *("*.model", "*.jinja", "*.tiktoken"),
+)
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -51,13 +63,14 @@ class Source:
         return sum(f.stat().st_size for f in self._files()) if self.weights_local else None
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the source: file names, sizes and modification times."""
-        stats = [(file.name, file.stat()) for file in self._files()]
-        return {
-            "path": self.spec.path,
-            "revision": self.spec.revision,
-            "files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats],
-        }
+        """Return what identifies the source: the content of its files, wherever they are."""
+        own = ["*.py"] if self.spec.trust_remote_code else []
+        small = {} if self.gguf else fingerprints(self.folder, *IDENTIFYING, *own)
+        tokenizer: Any = self.spec.tokenizer
+        if tokenizer and (folder := Path(tokenizer).expanduser()).is_dir():
+            tokenizer = fingerprints(folder, *IDENTIFYING)
+        weights = {file.name: fingerprint(file) for file in self._files()}
+        return {"files": small | weights, "dtype": self.spec.dtype, "tokenizer": tokenizer}
 
     def _files(self) -> list[Path]:
         """Return the files that the weights are read from."""
@@ -109,7 +122,7 @@ def _from_file(spec: Model, path: Path) -> Source:
 
 
 def _from_hub(spec: Model, *, weights: bool) -> Source:
-    patterns = SMALL_FILES + ["*.py"] * spec.trust_remote_code + ["*.safetensors"] * weights
+    patterns = _small_files(spec) + ["*.safetensors"] * weights
     with _reaching(spec.path, "model.path"):
         if spec.file:
             found = hf_hub_download(spec.path, spec.file, revision=spec.revision)
@@ -119,6 +132,10 @@ def _from_hub(spec: Model, *, weights: bool) -> Source:
     if spec.file:
         return _from_file(spec, path)
     return Source(spec, path, read_config(path, spec), weights_local=weights)
+
+
+def _small_files(spec: Model) -> list[str]:
+    return SMALL_FILES + ["*.py"] * spec.trust_remote_code
 
 
 @contextmanager
@@ -164,14 +181,18 @@ def load_tokenizer(source: Source) -> Any:
                 "(org/name) either; give the folder that holds tokenizer.json"
             )
         with _reaching(spec.tokenizer, "model.tokenizer"):
-            folder = Path(snapshot_download(spec.tokenizer, allow_patterns=SMALL_FILES))
+            folder = Path(snapshot_download(spec.tokenizer, allow_patterns=_small_files(spec)))
     try:
         if source.gguf and not spec.tokenizer:
             return AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # transformers and gguf raise nearly anything
+        if (needed := tokenizer_needs_code(error, folder)) is not None:
+            raise needed from error
+        in_gguf = source.gguf and not spec.tokenizer
+        reason = first_line(error) if in_gguf else why_no_tokenizer(folder, error)
         raise ModelError(
-            f"model: no tokenizer could be loaded from {folder} ({first_line(error)}); put "
+            f"model: no tokenizer could be loaded from {folder} ({reason}); put "
             "tokenizer.json into the folder of the model or name its folder in model.tokenizer"
         ) from error
 
@@ -182,13 +203,16 @@ def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str
     `weights` is the folder of safetensors (for GGUF, the converted one); `device` may be ``auto``,
     which spreads the model over all devices.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         weights,
+        config=deepcopy(source.config),
         dtype=dtype,
         device_map=device,
         trust_remote_code=source.spec.trust_remote_code,
         use_safetensors=True,
+        output_loading_info=True,
     )
+    model = _complete(loaded, weights)
     if dtype != source.dtype:  # parameters only, as in a checkpoint, not buffers
         with torch.no_grad():
             for parameter in model.parameters():
@@ -203,12 +227,13 @@ def convert_gguf(source: Source, folder: Path) -> None:
     is passed, because reading the file's metadata takes seconds.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             gguf_file=source.gguf,
             config=deepcopy(source.config),
             dtype=source.dtype,
             quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
     except Exception as error:  # transformers and gguf raise nearly anything
         raise ModelError(
@@ -216,4 +241,16 @@ def convert_gguf(source: Source, folder: Path) -> None:
             f"({first_line(error)}); it may be truncated, or of an architecture that "
             "transformers does not read from GGUF"
         ) from error
-    model.save_pretrained(folder)
+    _complete(loaded, source.folder / str(source.gguf)).save_pretrained(folder)
+
+
+def _complete(loaded: tuple[Any, Mapping[str, Any]], where: Path) -> Any:
+    """Return a loaded model, unless transformers has filled tensors of it with random numbers."""
+    model, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model.path: transformers finds no {missing[0]} in {where}, one of {len(missing)} "
+            "tensors; copy or download it again, or give the original model"
+        )
+    return model

@@ -1,26 +1,27 @@
 """Read weights from safetensors, one tensor at a time, by the names of the module tree."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from lrc.compressors.io.shards import read_headers, shard_files
 from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.contents import read_contents
 from lrc.configs.errors import ModelError
+
+
+def not_finite(name: str, dtype: torch.dtype) -> ModelError:
+    """Return the error for a weight of the source with entries that are not finite."""
+    return ModelError(
+        f"model.path: {name} holds NaN or Inf; the source is damaged (or overflows {dtype}): copy "
+        "or download it again, or try another model.dtype"
+    )
 
 
 class WeightReader:
     """Reads the tensors of a model by their names in the module tree.
-
-    Other names in a file are renamed as in transformers: a bare decoder lacks the prefix of the
-    causal model (`layers.0...` for `model.layers.0...`), and some architectures were published
-    under older names (GPT-NeoX: `embed_out` for `lm_head`).
 
     Parameters
     ----------
@@ -32,39 +33,16 @@ class WeightReader:
     Raises
     ------
     ModelError
-        An incomplete file, missing tensors or wrong shapes; all problems at once.
+        As `read_contents`.
     """
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
         self.folder = folder
         self._architecture = architecture
-        try:
-            headers = read_headers(shard_files(folder))
-        except ValueError as error:
-            raise ModelError(f"model.path: {error}; copy or download it again") from error
         self._parameters = architecture.stored_parameters()
-        found = _renamed(headers, architecture.model)
-        self._keys: dict[str, tuple[str, Path]] = {}
-        problems = []
-        for name, parameter in self._parameters.items():
-            # A tied tensor may have been saved under its other name only.
-            names = [name, *(tied for tied, main in architecture.tied.items() if main == name)]
-            key = next((found[n] for n in names if n in found), None)
-            if key is None:
-                problems.append(f"{name} is missing")
-                continue
-            if headers[key].shape != list(parameter.shape):
-                problems.append(f"{name} is {headers[key].shape}, not {list(parameter.shape)}")
-            self._keys[name] = key, headers[key].file
-        if problems:
-            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-            raise ModelError(
-                f"model.path: the weights in {folder} do not fit config.json: "
-                + "; ".join(problems[:5])
-                + more
-                + "; the folder may be incomplete, or its tensor names need a conversion that "
-                "lrc does not know: load and save it once with transformers"
-            )
+        contents = read_contents(folder, architecture)
+        found = {name: contents.of(name) for name in self._parameters}
+        self._keys = {name: (h.name, h.file) for name, h in found.items() if h is not None}
 
     def __contains__(self, name: object) -> bool:
         return name in self._keys
@@ -89,11 +67,7 @@ class WeightReader:
                 "back unchanged and run the same command again, it continues"
             ) from error
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(
-                f"model.path: {name} holds NaN or Inf; the source is damaged (or overflows "
-                f"{self._parameters[name].dtype}): copy or download it again, or try another "
-                "model.dtype"
-            )
+            raise not_finite(name, self._parameters[name].dtype)
         return tensor
 
     def fill_(
@@ -146,20 +120,3 @@ def _set(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
-
-
-def _renamed(keys: Iterable[str], model: Any) -> dict[str, str]:
-    """Return name in the module tree -> key in the file.
-
-    Without keys whose tensors transformers would not only rename, but split or merge.
-    """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    tree, prefix = model.state_dict(), model.base_model_prefix
-    result: dict[str, str] = {}
-    for key in keys:
-        name, converted = rename_source_key(key, renamings, converters, prefix, tree)
-        if converted is None:
-            result[name] = key
-    return result

@@ -8,8 +8,15 @@ from lrc.compressors.layers import WeightConfig
 from lrc.compressors.methods.table import METHODS, Quantization
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.allocators import BudgetError, heavy_tail, lagrangian
-from lrc.compressors.planning.candidates import candidates_for, schemes_for, tail_candidates
+from lrc.compressors.planning.candidates import (
+    Candidate,
+    candidates_for,
+    joint_candidates,
+    schemes_for,
+    tail_candidates,
+)
 from lrc.compressors.planning.feasibility import unreachable
+from lrc.compressors.planning.fused_layers import fused_groups
 from lrc.compressors.planning.plan import Allocation, Plan
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.rate_distortion import Curve, curves_for
@@ -85,7 +92,7 @@ def _predictable(task: LayerTask, plan: Plan) -> bool:
     solved = not isinstance(METHODS[task.method], Quantization)
     solved = solved and task.config.types in METHODS[task.method].types
     result = plan.results.get(task.name)
-    return not task.pending and solved and (result is None or result.loss is None)
+    return not task.pending and solved and (result is None or result.relative_error is None)
 
 
 def _decide(
@@ -97,8 +104,8 @@ def _decide(
     """
     if not tasks:
         return []
-    measure, budget = allocation.measure, allocation.budget
-    fraction = budget / sum(task.dense_cost(measure) for task in tasks)
+    measure, spent = allocation.measure, 0
+    fraction = allocation.budget / sum(task.dense_cost(measure) for task in tasks)
     found: list[tuple[LayerTask, float | None]] = []
     compared: list[LayerTask] = []
     for task in tasks:
@@ -107,16 +114,24 @@ def _decide(
             config, note = _at_fraction(task, fraction, allocation, curve.note)
             found.append((task.decided(config, note), None))
             # The budget counts sizes before a later stage quantizes them.
-            budget -= task.cost(config, measure)
+            spent += task.cost(config, measure)
         else:
             compared.append(task)
-    if not compared:
-        return found
     offer, allocator = ALLOCATORS[allocation.allocator]
-    candidates = [offer(task, curves[task.name], allocation) for task in compared]
-    picked = allocator(candidates, budget)
-    for task, offered, index in zip(compared, candidates, picked, strict=True):
-        config, loss = offered[index].config, offered[index].loss
+    offers = {task.name: offer(task, curves[task.name], allocation) for task in compared}
+    fused = fused_groups(offers) if allocation.one_scheme else []
+    others = [[name] for name in offers if not any(name in group for group in fused)]
+    groups = sorted([*fused, *others], key=lambda group: list(offers).index(group[0]))
+    candidates = [joint_candidates([offers[name] for name in group]) for group in groups]
+    try:
+        picked = allocator(candidates, allocation.budget - spent)
+    except BudgetError as error:
+        raise BudgetError(allocation.budget, error.smallest + spent) from error
+    chosen: dict[str, Candidate] = {}
+    for group, offered, index in zip(groups, candidates, picked, strict=True):
+        chosen |= zip(group, offered[index].parts, strict=True)
+    for task in compared:
+        config, loss = chosen[task.name].config, chosen[task.name].loss
         if config.compressed:
             found.append((task.decided(config), loss))
         else:

@@ -85,6 +85,8 @@ def lagrangian(candidates: Sequence[Sequence[Priced]], budget: int) -> list[int]
     smallest = sum(int(costs[0]) for costs, _ in tables)
     if smallest > budget:
         raise BudgetError(budget, smallest)
+    if not tables:
+        return []
     chosen = _hull_choice(tables, budget)
     spent = sum(int(costs[i]) for (costs, _), i in zip(tables, chosen, strict=True))
     return _spend(tables, chosen, budget - spent)

@@ -1,6 +1,6 @@
 """Configurations that an allocator can choose for a task, with their costs and losses."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import lcm
 
@@ -32,6 +32,34 @@ class Candidate:
     """Weighted squared error; comparable between tasks."""
 
 
+@dataclass(frozen=True)
+class Joint:
+    """Candidates of one or more tasks that are chosen together."""
+
+    parts: tuple[Candidate, ...]
+    """One per task."""
+    cost: int
+    loss: float
+
+
+def joint_candidates(offers: Sequence[Sequence[Candidate]]) -> list[Joint]:
+    """Return the choices that give several tasks the same scheme; for one task, all of its own.
+
+    Parameters
+    ----------
+    offers : sequence of sequence of Candidate
+        One sequence per task; if several, with at most one candidate per scheme.
+    """
+    parts: list[tuple[Candidate, ...]]
+    if len(offers) == 1:
+        parts = [(candidate,) for candidate in offers[0]]
+    else:
+        by_scheme = [{c.config.quantization: c for c in offered} for offered in offers]
+        common = [key for key in by_scheme[0] if all(key in other for other in by_scheme)]
+        parts = [tuple(each[key] for each in by_scheme) for key in common]
+    return [Joint(p, sum(c.cost for c in p), sum(c.loss for c in p)) for p in parts]
+
+
 def schemes_for(
     task: LayerTask, schemes: Iterable[QuantizationArgs]
 ) -> list[QuantizationArgs | None]:
@@ -48,7 +76,7 @@ def candidates_for(task: LayerTask, curve: Curve, allocation: Allocation) -> lis
     dense = Candidate(WeightConfig(task.shape), task.dense_cost(measure), 0.0)
     if curve.note:
         return [dense]
-    floor, cap = allocation.min_keep * dense.cost, allocation.max_loss * curve.total
+    floor, cap = allocation.min_keep * dense.cost, allocation.max_relative_error * curve.total
     energies = curve.energies.double()
     lost = [*energies.flip(0).cumsum(0).flip(0).tolist(), 0.0]  # at each rank
     found: list[Candidate] = []
@@ -62,7 +90,7 @@ def candidates_for(task: LayerTask, curve: Curve, allocation: Allocation) -> lis
             if types in LOW_RANK_TYPES:
                 steps = SizeSteps(task, types, args)
                 for rank, cost in _ranks(steps, numerical_rank(energies), allocation, limit):
-                    if lost[rank] <= allocation.max_loss * lost[0]:
+                    if lost[rank] <= allocation.max_relative_error * lost[0]:
                         loss = lost[rank] + LOW_RANK_ERROR * error
                         found.append(Candidate(steps.config(rank), cost, loss))
         for point in curve.points:

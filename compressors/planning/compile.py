@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Protocol
 
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
+from lrc.compressors.planning.fused_layers import fused_warnings, gives_plain_integers
 from lrc.compressors.planning.plan import Allocation, ModelInfo, Plan, SliceRecord
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.required_statistics import solver_statistics, with_statistics
@@ -47,8 +48,8 @@ class Draft:
     """Whether a later stage quantizes linear layers."""
     sized: bool = False
     """Whether a stage has a budget in bytes, which embeddings may suffice to meet."""
-    remedy: str | None = None
-    """What to change if nothing becomes smaller; None until a stage decomposes."""
+    no_saving_advice: str | None = None
+    """Ending of the error raised if the plan makes nothing smaller; None without decomposition."""
     executed_slices: bool = False
     """Whether the slicing stages have been carried out; `architecture` is then their result."""
 
@@ -123,14 +124,23 @@ def compile_plan(
     first = {linear.name: n for n, linear in enumerate(draft.architecture.linears)}
     ordered = [with_statistics(t) for t in sorted(tasks, key=lambda t: first[t.name])]
     smaller = any(task.compressed for task in ordered) or (draft.embeddings and draft.sized)
-    if draft.remedy is not None and not draft.problems and not smaller:
+    if draft.no_saving_advice is not None and not draft.problems and not smaller:
         draft.problems.add(
             "nothing-smaller",
             "stages",
-            f"every targeted weight stays dense, so nothing would become smaller; {draft.remedy}",
+            f"every targeted weight stays dense, so nothing would become smaller; "
+            f"{draft.no_saving_advice}",
         )
     draft.problems.raise_if_any()
-    whole = draft.whole
+    whole, allocations = draft.whole, draft.allocations
+    warnings = [
+        *draft.warnings,
+        *(_unused(draft.architecture) if draft.tasks else []),
+        *_few_tokens(ordered, draft.tokens),
+    ]
+    if gives_plain_integers(ordered, draft.embeddings, allocations, draft.architecture):
+        allocations = [replace(each, one_scheme=True) for each in allocations]
+        warnings += fused_warnings(ordered, [each.name for each in draft.architecture.linears])
     plan = Plan(
         model=ModelInfo(
             source=recipe.model.path,
@@ -145,14 +155,26 @@ def compile_plan(
         calibration=calibration.model_dump(mode="json"),
         tasks=ordered,
         embeddings=draft.embeddings,
-        allocations=draft.allocations,
+        allocations=allocations,
         slices=draft.slices,
         user_plans={
             stage: sha256(text.encode()).hexdigest() for stage, text in draft.user_plans.items()
         },
-        warnings=[*draft.warnings, *_few_tokens(ordered, draft.tokens)],
+        warnings=warnings,
     )
     return Compiled(plan, draft.architecture, draft.sliced, draft.user_plans)
+
+
+def _unused(architecture: Architecture) -> list[str]:
+    """Return a warning for every reason for which linear layers of decoder layers stay dense."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in architecture.unused.items():
+        reasons.setdefault(reason, []).append(name)
+    return [
+        f"model: {len(names)} linear layers stay dense, because each {reason}: "
+        + ", ".join(dict.fromkeys("*." + name.rpartition(".")[2] for name in names))
+        for reason, names in reasons.items()
+    ]
 
 
 def _few_tokens(tasks: list[LayerTask], tokens: int) -> list[str]:

@@ -55,7 +55,7 @@ def embedding_task(
         method="rtn",
         quantize=QuantizationTask(stage, "rtn", args),
     )
-    if task.bits >= task.source_bits:
+    if task.bits >= task.dense_bits:
         problems.add(
             "no-saving",
             where,
@@ -66,7 +66,7 @@ def embedding_task(
     return task
 
 
-def check_user_plan(
+def check_user_embeddings(
     stage: int,
     configs: Mapping[tuple[str, ...], WeightConfig],
     tasks: list[LayerTask],

@@ -52,8 +52,8 @@ def unreachable(allocation: Allocation, smallest: int) -> Problem:
         remedies.append(f"lower 'rank_multiple' ({allocation.rank_multiple})")
     if allocation.min_keep > 0:
         remedies.append(f"lower 'min_keep' ({allocation.min_keep:g})")
-    if allocation.max_loss < 1:
-        remedies.append(f"raise 'max_loss' ({allocation.max_loss:g})")
+    if allocation.max_relative_error < 1:
+        remedies.append(f"raise 'max_relative_error' ({allocation.max_relative_error:g})")
     if allocation.overrides:
         remedies.append("lower the budgets of 'overrides'")
     missing = smallest - allocation.budget

@@ -39,7 +39,7 @@ class Allocation:
     group_multiple: int = 1
     """The part of `rank_multiple` that the group sizes of later quantization require."""
     min_keep: float = 0.0
-    max_loss: float = 1.0
+    max_relative_error: float = 1.0
     keep: float | None = None
     size: str | None = None
     """The budget as the recipe states it."""
@@ -47,6 +47,8 @@ class Allocation:
     """Cost of all dense weights of the stage."""
     overrides: bool = False
     """Whether the recipe fixes the budgets of some weights."""
+    one_scheme: bool = False
+    """Whether layers that serving engines fuse get the same scheme."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,9 @@ class Plan:
         return [*self.tasks, *self.embeddings]
 
     @property
-    def source_bits(self) -> int:
+    def dense_bits(self) -> int:
         """Size of the dense targeted weights."""
-        return sum(task.source_bits for task in self.all_tasks)
+        return sum(task.dense_bits for task in self.all_tasks)
 
     @property
     def bits(self) -> int:
@@ -119,8 +121,8 @@ class Plan:
 
     @property
     def kept(self) -> float:
-        """Ratio of `bits` to `source_bits`; 1 if nothing is targeted."""
-        return self.bits / self.source_bits if self.source_bits else 1.0
+        """Ratio of `bits` to `dense_bits`; 1 if nothing is targeted."""
+        return self.bits / self.dense_bits if self.dense_bits else 1.0
 
     @property
     def dense_parameters(self) -> int:
@@ -136,7 +138,7 @@ class Plan:
     def compressed_parameters(self) -> int:
         """Parameters of the compressed model; an estimate while allocations are pending."""
         removed = sum(
-            task.source_bits // task.number_bits - self._stored(task).parameters
+            task.dense_bits // task.number_bits - self._stored(task).parameters
             for task in self.all_tasks
         )
         return self.model.parameters - removed
@@ -144,7 +146,7 @@ class Plan:
     @property
     def compressed_bytes(self) -> int:
         """Bytes of the tensors of the compressed model."""
-        return self.model.bytes - (self.source_bits - self.bits) // 8
+        return self.model.bytes - (self.dense_bits - self.bits) // 8
 
     def stored_config(self, task: LayerTask) -> WeightConfig:
         """Return the configuration of a task as executed, or as planned."""
@@ -185,7 +187,7 @@ class Plan:
         values["totals"] = {
             "kept": self.kept,
             "bits": self.bits,
-            "source_bits": self.source_bits,
+            "dense_bits": self.dense_bits,
             "dense_parameters": self.dense_parameters,
             "dense_bytes": self.dense_bytes,
             "compressed_parameters": self.compressed_parameters,

@@ -1,8 +1,10 @@
 """Rate-distortion curves: the squared error of every task as a function of its size.
 
-A low-rank method gives all ranks at once, as singular values without vectors. A fixed-size method
-is solved at some sizes, from most of the bits to few, and interpolated. Curves are computed layer
-by layer; each layer is one file of the journal.
+For low-rank methods, the singular values give the error at every rank. All other methods (sparse,
+dictionaries, sums), called fixed-size methods, must be solved for every size separately. They are
+solved at some sizes, those with `FRACTIONS` of the cost of the dense weight, and interpolated in
+between. Curves are computed layer by layer and kept in the journal, the folder of finished
+intermediate results, one file per layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,12 +29,13 @@ from lrc.compressors.solvers.moments import Statistics
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.compressors.solvers.spectrum import energies_only
 
-# Fractions of the cost at which a fixed-size method is solved; between them the logarithm of the
-# error is close to linear in the size.
+# Fractions of the dense cost (bits or multiply-adds) at which a fixed-size method is solved.
+# Between them, the logarithm of the error is close to linear in the size.
 FRACTIONS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 POINTS_BETWEEN = 8
 QUANTIZER_ERROR = {"rtn": 1.0, "gptq": 0.4}
-"""Squared error relative to rounding to nearest; 0.33 to 0.46 on SmolLM2-135M's weights."""
+"""Squared error of each quantizer over that of rounding to nearest. For `gptq`, 0.33 to 0.46 were
+measured on the weights of SmolLM2-135M."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Curve:
     """The squared error of a task at the sizes that it can have."""
 
     energies: Tensor
-    """Squared singular values, largest first; zeros for fixed-size methods."""
+    """Squared singular values of the weight in the metric of the method, largest first; zeros for
+    fixed-size methods."""
     n_tokens: int
     """Tokens that errors are summed over."""
     note: str | None = None
@@ -61,7 +65,7 @@ class Curve:
     total: float = 0.0
     """Squared error of removing the weights."""
     quantization: dict[str, float] = field(default_factory=dict)
-    """Integers -> squared error of quantizing the weight to them."""
+    """Scheme, such as ``int4-g64`` -> squared error of quantizing the weight to it."""
 
     def squared_error(self, sizes: Sizes) -> float:
         """Return the squared error at sizes that the curve contains."""
@@ -89,22 +93,26 @@ def curves_for(
     layers = sorted({task.layer for task in tasks})
     curves: dict[str, Curve] = {}
     for done, layer in enumerate(layers, start=1):
-        here: dict[str, tuple[LayerTask, Allocation | None]] = {}
+        requested: dict[str, tuple[LayerTask, Allocation | None]] = {}
         for task in tasks:
             if task.layer == layer:
                 allocation = None if task.allocation is None else allocations[task.allocation]
-                # Heavy-tail allocators use the bare weights, without statistics.
+                # The heavy-tail allocator uses no statistics. Such curves have another key, so that
+                # a task can have both kinds.
                 bare = allocation is not None and allocation.allocator == "heavy-tail"
-                here[f"{task.name}.weight" if bare else task.name] = task, allocation
+                requested[f"{task.name}.weight" if bare else task.name] = task, allocation
         file = energies_file(layer)
-        known = journal.read_facts(file)["curves"] if journal.has(file) else {}
-        if not here.keys() <= known.keys():
-            found = {key: _curve(*each, reader, statistics, device) for key, each in here.items()}
-            known = {key: asdict(curve) for key, curve in found.items()}
-            energies = {key: facts.pop("energies") for key, facts in known.items()}
-            journal.write_tensors(file, energies, {"curves": known})
-        for key, (task, _) in here.items():
-            facts = known[key] | {"points": [Point(**point) for point in known[key]["points"]]}
+        saved = journal.read_facts(file)["curves"] if journal.has(file) else {}
+        if not requested.keys() <= saved.keys():
+            computed = {
+                key: _curve(task, allocation, reader, statistics, device)
+                for key, (task, allocation) in requested.items()
+            }
+            saved = {key: asdict(curve) for key, curve in computed.items()}
+            energies = {key: facts.pop("energies") for key, facts in saved.items()}
+            journal.write_tensors(file, energies, {"curves": saved})
+        for key, (task, _) in requested.items():
+            facts = saved[key] | {"points": [Point(**point) for point in saved[key]["points"]]}
             curves[task.name] = Curve(journal.read_tensor(file, key), **facts)
         on_step("allocate", done, len(layers))
     return curves
@@ -121,15 +129,15 @@ def _curve(
     if allocation is not None and allocation.allocator == "heavy-tail":
         return Curve(energies_only(stack).cpu(), 0)
     method = METHODS[task.method]
-    known = [statistics(w) if method.statistics else Statistics() for w in task.weights]
+    per_weight = [statistics(w) if method.statistics else Statistics() for w in task.weights]
     energies = torch.zeros(min(stack.shape), dtype=torch.float64)
-    note = missing_reason(known, method.statistics)
+    note = missing_reason(per_weight, method.statistics)
     if note is not None:
         return Curve(energies, 0, note)
-    known = [each.to(device) for each in known]
-    together = combined(known)
+    per_weight = [each.to(device) for each in per_weight]
+    together = combined(per_weight)
     points: list[Point] = []
-    total = 0.0
+    total = 0.0  # the same for all parts: they share the metric of the method
     wanted = (task.config.types,) if allocation is None else allocation.types
     parts = {types: part for types, part in method.parts.items() if types in wanted}
     low_rank = next((part for part in parts.values() if isinstance(part, LowRankMethod)), None)
@@ -150,20 +158,21 @@ def _curve(
     quantization: dict[str, float] = {}
     if allocation is not None and allocation.quantization:
         quantization, total = _quantization_errors(task, allocation, stack, together)
-    comparable = total > 0 and not has_zero_statistics(known)
-    return Curve(energies, known[0].n_tokens, None, comparable, points, total, quantization)
+    comparable = total > 0 and not has_zero_statistics(per_weight)
+    return Curve(energies, per_weight[0].n_tokens, None, comparable, points, total, quantization)
 
 
 def size_families(
     task: LayerTask, types: str, allocation: Allocation | None
 ) -> list[tuple[SizeSteps, list[Sizes]]]:
-    """Return the planned sizes, or those at `FRACTIONS` of the cost for every ratio.
+    """Return the sizes to solve for: the planned ones, or those at `FRACTIONS` of the dense cost.
 
-    Each ratio has a separate curve: interpolation between sizes of different ratios is meaningless.
+    An allocation of dictionaries has one family per ratio, because interpolation between sizes of
+    different ratios is meaningless.
     """
     if allocation is None:
         return [(SizeSteps(task, types, ratio=task.ratio), [task.config.sizes])]
-    ratios = allocation.ratios if types == "dictionary" else (2.0,)
+    ratios = allocation.ratios if types == "dictionary" else (2.0,)  # unused by other types
     families: list[tuple[SizeSteps, list[Sizes]]] = []
     for ratio in ratios:
         steps = SizeSteps(task, types, ratio=ratio)
@@ -173,7 +182,11 @@ def size_families(
 
 
 def _interpolated(steps: SizeSteps, points: Sequence[Point]) -> list[Point]:
-    """Add points between solved ones, geometrically in the error, by their last size."""
+    """Insert points between consecutive solved ones.
+
+    The last size, which is the step of `SizeSteps` for all components, is interpolated linearly,
+    and the squared error geometrically.
+    """
     filled: list[Point] = []
     for high, low in pairwise(points):
         filled.append(high)
@@ -192,17 +205,17 @@ def _interpolated(steps: SizeSteps, points: Sequence[Point]) -> list[Point]:
 
 
 def _quantization_errors(
-    task: LayerTask, allocation: Allocation, W: Tensor, known: Statistics
+    task: LayerTask, allocation: Allocation, W: Tensor, statistics: Statistics
 ) -> tuple[dict[str, float], float]:
     """Return the squared error of quantizing a weight to each scheme, and that of removing it."""
-    assert known.inputs is not None
+    assert statistics.inputs is not None
     assert task.quantize is not None
     damping = {"damp": task.options["damp"], "gradient_damp": task.options["gradient_damp"]}
-    metric, _ = damped_metric(known.inputs, known.gradients, **damping)
-    H, factor = known.inputs.whole(), QUANTIZER_ERROR[task.quantize.quantizer]
-    found = {}
+    metric, _ = damped_metric(statistics.inputs, statistics.gradients, **damping)
+    H, factor = statistics.inputs.whole(), QUANTIZER_ERROR[task.quantize.quantizer]
+    errors = {}
     for args in allocation.quantization:
         if args.divides(task.shape[1]):
             W_hat = round_to_nearest(W, args, dtype=W.dtype, H=H).weight()
-            found[str(args)] = float(metric.energy(W.double() - W_hat)) * factor
-    return found, float(metric.energy(W.double()))
+            errors[str(args)] = float(metric.energy(W.double() - W_hat)) * factor
+    return errors, float(metric.energy(W.double()))

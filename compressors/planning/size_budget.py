@@ -96,9 +96,9 @@ class WholeModel:
         """
         wanted = parse_size(size)
         dense = self.bytes + self.header_bytes([])
-        rest = self.bytes - sum(t.source_bits for t in tasks) // 8
+        rest = self.bytes - sum(t.dense_bits for t in tasks) // 8
         rest += self.header_bytes(tasks, types, schemes)
-        rest -= sum(t.source_bits - t.bits for t in self.embeddings) // 8
+        rest -= sum(t.dense_bits - t.bits for t in self.embeddings) // 8
         if not rest < wanted < dense:
             problems.add(
                 "infeasible-size",

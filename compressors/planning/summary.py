@@ -20,7 +20,7 @@ class WeightSummary:
     method: str
     config: WeightConfig
     bits: int
-    source_bits: int
+    dense_bits: int
     owner: str
     """Name of its task: of the weight that stores the factor if one is shared."""
     allocator: str | None
@@ -41,8 +41,8 @@ class WeightSummary:
             "method": self.method,
             "config": self.config.to_json(),
             "bits": self.bits,
-            "source_bits": self.source_bits,
-            "loss": self.result.loss,
+            "dense_bits": self.dense_bits,
+            "relative_error": self.result.relative_error,
             "predicted_nats": self.result.predicted_nats,
             "refit": self.result.refit,
             "note": self.note,
@@ -70,7 +70,7 @@ def _row(plan: Plan, task: LayerTask, weight: Weight) -> WeightSummary:
         method=task.method,
         config=task.config_of(weight, config),
         bits=even if task.pending else task.weight_bits(weight, config),
-        source_bits=prod(task.shape) * task.number_bits,
+        dense_bits=prod(task.shape) * task.number_bits,
         owner=task.name,
         allocator=None if task.allocation is None else plan.allocations[task.allocation].allocator,
         note=task.note if not config.compressed else None,

@@ -1,6 +1,6 @@
 """Match the patterns of a stage with the linear layers of the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -15,12 +15,14 @@ def match_targets(
     where: str,
     problems: Problems,
     others: Mapping[str, str] | None = None,
+    unused: Collection[str] = (),
 ) -> list[Linear]:
     """Return the layers that match a pattern of `targets` and none of `ignore`.
 
     A pattern that matches no layer is a problem; `others` are further patterns to check, by key.
+    `unused` are layers that patterns may name, but that are never returned.
     """
-    names = [linear.name for linear in linears]
+    names = [*(linear.name for linear in linears), *unused]
     patterns = [("targets", p) for p in targets] + [("ignore", p) for p in ignore]
     for key, pattern in [*patterns, *(others or {}).items()]:
         if not any(fnmatchcase(name, pattern) for name in names):

@@ -150,7 +150,7 @@ class LayerTask:
         return self.pending or self.config.compressed
 
     @property
-    def source_bits(self) -> int:
+    def dense_bits(self) -> int:
         """Size of the dense weights."""
         return len(self.weights) * prod(self.shape) * self.number_bits
 
@@ -197,13 +197,13 @@ class LayerTask:
         the weights would be stored dense.
         """
         bits = self.bits_of(config)
-        if bits >= self.source_bits:
+        if bits >= self.dense_bits:
             return self.dense_cost(measure)
         return bits if measure == "bits" else len(self.weights) * config.multiply_adds()
 
     def dense_cost(self, measure: Measure) -> int:
         """Return the cost of the dense weights."""
-        return self.source_bits if measure == "bits" else len(self.weights) * prod(self.shape)
+        return self.dense_bits if measure == "bits" else len(self.weights) * prod(self.shape)
 
     def with_components(self, components: tuple[ComponentConfig, ...]) -> WeightConfig:
         """Return a configuration of these weights with the given components."""
@@ -226,7 +226,7 @@ class LayerResult:
 
     config: ConfigField
     """How each weight is stored, which a fallback may have changed."""
-    loss: float | None = None
+    relative_error: float | None = None
     """Weighted squared error relative to that of removing the weight: predicted, then measured."""
     predicted_nats: float | None = None
     """Predicted increase of the mean loss of a token, if the method can predict it."""

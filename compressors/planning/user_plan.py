@@ -215,7 +215,7 @@ def _size_problem(task: LayerTask, config: WeightConfig) -> str | None:
         bits = task.bits_of(config)
     except ValueError as error:  # sizes that contradict each other or the group size
         return f"{error}; correct it, or make the weight dense"
-    if bits < task.source_bits:
+    if bits < task.dense_bits:
         return None
     if not config.sizes:
         return (
@@ -241,7 +241,7 @@ def _largest_fitting(task: LayerTask, config: WeightConfig) -> tuple[int, str]:
         changed = replace(last, sizes={**last.sizes, name: size})
         return task.bits_of(replace(config, components=(*config.components[:-1], changed)))
 
-    fitting = bisect_left(range(step, last.sizes[name], step), task.source_bits, key=bits)
+    fitting = bisect_left(range(step, last.sizes[name], step), task.dense_bits, key=bits)
     return step * fitting, name
 
 

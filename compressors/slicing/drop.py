@@ -12,8 +12,10 @@ from transformers import PreTrainedConfig
 
 from lrc.compressors.calibrate.activation_cache import GIB, ActivationCache
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
+from lrc.compressors.calibrate.layer_check import differing_layer
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
-from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.architecture import Architecture, describe
+from lrc.compressors.slicing.layout import skeleton
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
 from lrc.configs.errors import RecipeError
 from lrc.configs.slice import Drop as Options
@@ -57,8 +59,23 @@ class Drop(SliceMethod[Options]):
                 "one layer and everything outside the layers), got "
                 f"{budget.bytes:,} of {budget.dense_bytes:,} bytes; raise it"
             )
-        smaller = deepcopy(config)
-        _keep_layers_(smaller, range(kept))
+        # Calibration chooses the layers; these shift all positions from the first on, one or most.
+        for start in sorted({0, min(1, len(layers) - kept), len(layers) - kept}, reverse=True):
+            smaller, chosen = deepcopy(config), range(start, start + kept)
+            try:
+                _keep_layers_(smaller, chosen)
+            except NotImplementedError as error:  # a derived key
+                raise budget.refusal(
+                    f"the config of {kind} does not let {N_LAYERS} be changed; use another method"
+                ) from error
+            fewer = describe(skeleton(architecture, smaller))
+            if len(fewer.layers) == kept:  # `plan_slices` refuses another number
+                difference = differing_layer(architecture, fewer, chosen)
+                if difference:
+                    raise budget.refusal(
+                        f"{kind} computes differently with {kept} layers instead of "
+                        f"{len(layers)}: {difference}; use another method"
+                    )
         return smaller
 
     def passes(self, options: Options, config: PreTrainedConfig) -> float:

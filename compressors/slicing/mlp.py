@@ -108,7 +108,7 @@ def refit(W: Tensor, C: Tensor, kept: Tensor, *, damp: float) -> Tensor:
 def lost_energy(W: Tensor, W_hat: Tensor, C: Tensor) -> float:
     """Return ``tr(E C E^T) / tr(W C W^T)`` with ``E = W - W_hat``; 0 if the output is zero."""
     total = weighted_error(W, torch.zeros_like(W), C)
-    return max(0.0, weighted_error(W, W_hat, C) / total) if total > 0 else 0.0
+    return weighted_error(W, W_hat, C) / total if total > 0 else 0.0
 
 
 def _eliminate(W: Tensor, Q: Tensor, width: int) -> tuple[Tensor, Tensor]:

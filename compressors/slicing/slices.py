@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.layer_check import build_checked
 from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, write_weights
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture, build
+from lrc.compressors.models.configuration import first_line
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.plan import SliceRecord
 from lrc.compressors.planning.size_budget import WholeModel
@@ -49,10 +51,22 @@ def plan_slices(
                 "layer shapes that config.json cannot describe; make that stage the last slice"
             )
         config = method.plan(architecture, options, budget)
+        try:
+            type(config).from_dict(config.to_dict())  # as the result will be read
+        except Exception as error:  # validators of configs raise nearly anything
+            raise budget.refusal(
+                f"{type(config).__name__} does not accept the changes of {options.method} "
+                f"({first_line(error)}); use another method"
+            ) from error
         pending = method.pending(options, config)
-        architecture = build(sliced_source(source, config))
+        architecture = build_checked(sliced_source(source, config))
         after = WholeModel(architecture.stored_parameters())
-        assert after.bytes <= budget.bytes, f"{options.method} planned beyond its budget"
+        if after.bytes > budget.bytes:  # the class reads other keys than those that were changed
+            raise budget.refusal(
+                f"{type(architecture.model).__name__} does not take its sizes from the config keys "
+                f"that {options.method} changes ({', '.join(config_changes(old, config))}); use "
+                "another method"
+            )
         if after.bytes == before.bytes:
             raise budget.refusal("allows the whole model, so nothing would be removed; lower it")
         records.append(

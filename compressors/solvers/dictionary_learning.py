@@ -35,7 +35,7 @@ class Dictionary:
     """[atoms, d_out], bool; exactly `nonzeros` true in every column."""
     energy: float
     """``||L^T (W^T - D @ S) K||_F^2``, see `DictionaryProblem`."""
-    loss: float
+    relative_error: float
     fallback: str | None = None
     errors: tuple[float, ...] = ()
     """Lowest energy so far after each round."""
@@ -186,7 +186,7 @@ class DictionaryProblem:
             S=S / space.weights,
             mask=code.mask,
             energy=error,
-            loss=error / self.total if self.total > 0 else 0.0,
+            relative_error=error / self.total if self.total > 0 else 0.0,
             fallback=self.fallback,
             errors=tuple(e * scale**2 for e in code.errors),
         )

@@ -98,7 +98,7 @@ def check_size(name: str, size: int, most: int, shape: Sequence[int]) -> None:
 def weighted_error(
     W: Tensor, W_hat: Tensor, H: Tensor | None = None, G: Tensor | None = None
 ) -> float:
-    """Compute ``tr(G E H E^T)`` with ``E = W - W_hat`` [d_out, d_in], in float64.
+    """Compute ``tr(G E H E^T)`` with ``E = W - W_hat`` [d_out, d_in], in float64, at least 0.
 
     `H` [d_in, d_in] and `G` [d_out, d_out] default to the identity. Without `G` this is the squared
     error of the layer's output, summed over the tokens of `H`.
@@ -106,4 +106,4 @@ def weighted_error(
     E = (W - W_hat).double()
     right = E if H is None else E @ H.double()  # [d_out, d_in]
     left = E if G is None else G.double() @ E  # [d_out, d_in]
-    return float((left * right).sum())
+    return max(0.0, float((left * right).sum()))  # of a singular H, rounding has either sign

@@ -26,8 +26,12 @@ class Metric:
         return self.G @ E if self.G.ndim == 2 else self.G[:, None] * E
 
     def energy(self, E: Tensor) -> Tensor:
-        """Return ``tr(G E H E^T)``."""
-        return (E * self(E)).sum()
+        """Return ``tr(G E H E^T)``, at least 0.
+
+        Errors that a singular metric does not weigh, such as that of inputs of rank one, sum to
+        rounding errors of either sign.
+        """
+        return (E * self(E)).sum().clamp(min=0)
 
     def diagonals(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """Return the diagonals of G [d_out, 1] and H [d_in], for errors like `W`."""

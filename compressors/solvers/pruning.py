@@ -34,7 +34,7 @@ class PrunedWeight:
     """[d_out, d_in], bool, True where an entry is kept."""
     energy: float
     """Weighted squared error."""
-    loss: float
+    relative_error: float
     """The same relative to that of removing the whole weight, in [0, 1]."""
     fallback: str | None = None
     """Damping that was increased; None if there was none."""
@@ -104,8 +104,8 @@ def prune(
         mask = _one_shot(W, metric, kept, pattern, saliency)
         W_hat = torch.where(mask, W, 0)
     energy, total = float(metric.energy(W - W_hat)), float(metric.energy(W))
-    loss = min(1.0, energy / total) if total > 0 else 0.0
-    return PrunedWeight(W_hat, mask, energy, loss, fallback)
+    relative_error = min(1.0, energy / total) if total > 0 else 0.0
+    return PrunedWeight(W_hat, mask, energy, relative_error, fallback)
 
 
 def prune_curve(

@@ -9,6 +9,9 @@ from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.layers.packing import dequantize, encode_matrix
 from lrc.compressors.solvers.quantization_grid import find_grid, round_to_grid
 
+NUMBERS = 2**24
+"""Numbers of an embedding that are quantized at once, in float64."""
+
 
 @dataclass(frozen=True)
 class QuantizedMatrix:

@@ -48,7 +48,7 @@ class SparsePlusLowRank:
     mask: Tensor
     """[d_out, d_in], bool, True where an entry is kept."""
     energy: float
-    loss: float
+    relative_error: float
     fallback: str | None = None
 
 
@@ -116,8 +116,8 @@ class SparsePlusLowRankProblem:
         A = rows[:rank]
         M = masked_least_squares(self.W - B @ A, self.metric, mask, M, steps=STEPS_IN_METRIC)
         energy = float(self.metric.energy(self.W - B @ A - M))
-        loss = min(1.0, energy / self.total) if self.total > 0 else 0.0
-        return SparsePlusLowRank(B, A, M, mask, energy, loss, self.fallback)
+        relative_error = min(1.0, energy / self.total) if self.total > 0 else 0.0
+        return SparsePlusLowRank(B, A, M, mask, energy, relative_error, self.fallback)
 
     def curve(self, sizes: Sequence[Sizes]) -> list[float]:
         """Return approximately the energies of `solve` for several sizes, in much less time.

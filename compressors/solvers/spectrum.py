@@ -23,7 +23,7 @@ class Factors:
     """[d_out, rank]"""
     A: Tensor
     """[rank, d_in], applied first."""
-    loss: float
+    relative_error: float
     fallback: str | None = None
 
     @property

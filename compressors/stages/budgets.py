@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import ceil, lcm
+from math import lcm
 
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
@@ -13,7 +13,8 @@ from lrc.compressors.planning.feasibility import cheapest, unreachable
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.sizes import SizeSteps
-from lrc.compressors.planning.tasks import MEASURE_NAMES, LayerTask
+from lrc.compressors.planning.tasks import LayerTask
+from lrc.compressors.stages.uniform import check_pattern_fraction, uniform, within
 from lrc.configs.decompose import DecomposeBase
 from lrc.configs.decompose_methods import Learning
 
@@ -65,7 +66,7 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
     if rest:
         _check_multiple(found, rest, multiple, problems)
         _check_ratios(found, rest, problems)
-    if len(problems) > before or not rest:
+    if len(problems) > before:
         return [*fixed, *rest]
     allocation = Allocation(
         stage=found.index,
@@ -78,104 +79,30 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
         rank_multiple=multiple,
         group_multiple=draft.group_multiple,
         min_keep=options.min_keep,
-        max_loss=options.max_loss,
+        max_relative_error=options.max_relative_error,
         keep=options.keep,
         size=options.size,
         total=total,
         overrides=bool(options.overrides),
     )
     smallest = cheapest(rest, allocation)
-    if smallest > budget and not (options.allocation == "uniform" and options.keep):
+    if smallest > budget and (fixed or options.allocation != "uniform" or options.size):
         problems.append(unreachable(allocation, smallest))
+    if len(problems) > before or not rest:
         return [*fixed, *rest]
     if options.allocation == "uniform":
-        return [*fixed, *_uniform(found, rest, allocation, problems)]
-    fraction = budget / sum(task.dense_cost(options.measure) for task in rest)
+        return [*fixed, *uniform(rest, allocation, problems)]
+    fraction = min(budget / sum(task.dense_cost(options.measure) for task in rest), 1)
     draft.allocations.append(allocation)
     pending = [
         replace(
             task,
             allocation=len(draft.allocations) - 1,
-            estimated_bits=int(fraction * task.source_bits),
+            estimated_bits=int(fraction * task.dense_bits),
         )
         for task in rest
     ]
     return [*fixed, *pending]
-
-
-def _uniform(
-    found: DecomposeTargets, tasks: list[LayerTask], allocation: Allocation, problems: Problems
-) -> list[LayerTask]:
-    """Give every task the same fraction of its cost."""
-    options, multiple = found.options, allocation.rank_multiple
-    if options.keep is not None:
-        fraction = options.keep
-        _check_pattern_fraction(f"{found.where}.keep", tasks, fraction, allocation, problems)
-    else:
-        fraction = _even_fraction(allocation.budget, tasks, multiple)
-        if fraction <= options.min_keep:
-            problems.add(
-                "infeasible-budget",
-                f"{found.where}.size",
-                f"leaves every weight the same fraction {max(fraction, 0):.4g}, with 'min_keep' "
-                f"{options.min_keep:g} and 'rank_multiple' {multiple}; raise size, or use "
-                "allocation: lagrangian",
-            )
-            return tasks
-    decided = []
-    for task in tasks:
-        chosen = _within(task, fraction, options, multiple)
-        floor = options.min_keep * task.dense_cost(options.measure)
-        if chosen.config.compressed and task.cost(chosen.config, options.measure) < floor:
-            problems.add(
-                "infeasible-budget",
-                f"{found.where}.min_keep",
-                f"{task.name} {list(task.shape)} has no rank that keeps between "
-                f"{options.min_keep:g} and {fraction:g}, with 'rank_multiple' {multiple}; lower "
-                "min_keep or rank_multiple",
-            )
-        decided.append(chosen)
-    return decided
-
-
-def _even_fraction(budget: int, tasks: list[LayerTask], multiple: int) -> float:
-    """Return the fraction that, given to every task, spends a budget of bits.
-
-    Tasks that are too small for the fraction stay dense, and the others share what remains.
-    """
-    left, others = budget, tasks
-    while others:
-        fraction = left / sum(task.source_bits for task in others)
-        if fraction <= 0:
-            return 0.0
-        fitting = [
-            task
-            for task in others
-            if SizeSteps(task, task.types, ratio=task.ratio).within(
-                fraction, "bits", multiple=multiple
-            )
-        ]
-        if len(fitting) == len(others):
-            return fraction
-        left -= sum(task.source_bits for task in others if task not in fitting)
-        others = fitting
-    return 0.0
-
-
-def _within(task: LayerTask, keep: float, options: DecomposeBase, multiple: int) -> LayerTask:
-    """Return the task with the largest sizes within a fraction of its dense cost."""
-    if keep == 1:
-        return task.dense("keep is 1")
-    steps = SizeSteps(task, task.types, ratio=task.ratio)
-    step = steps.within(keep, options.measure, multiple=multiple)
-    if step > 0:
-        return task.decided(steps.config(step))
-    least = steps.config(multiple)
-    rank = "rank " if "rank" in least.sizes else ""
-    return task.dense(
-        f"too small: {rank}{least.description} needs more than {keep:.0%} of its "
-        f"{MEASURE_NAMES[options.measure]}"
-    )
 
 
 def _overridden(
@@ -186,8 +113,8 @@ def _overridden(
     override, key = options.overrides[number], f"{found.where}.overrides[{number}]"
     if override.rank is None:
         assert override.keep is not None
-        _check_pattern_fraction(f"{key}.keep", [task], override.keep, options, problems)
-        return _within(task, override.keep, options, multiple)
+        check_pattern_fraction(f"{key}.keep", [task], override.keep, options.measure, problems)
+        return within(task, override.keep, options.measure, multiple)
     if task.types not in LOW_RANK_TYPES:
         problems.add("contradiction", f"{key}.rank", f"{options.method} has no ranks; give 'keep'")
         return task
@@ -201,7 +128,7 @@ def _overridden(
         )
         return task
     config = steps.config(override.rank)
-    if task.bits_of(config) >= task.source_bits:
+    if task.bits_of(config) >= task.dense_bits:
         return task.dense(f"factors of rank {override.rank} would be larger than the weight")
     return task.decided(config)
 
@@ -219,36 +146,6 @@ def _check_patterns(found: DecomposeTargets, problems: Problems) -> None:
                 f"{found.where}.pattern",
                 f"{task.name}: {error}; list the layer under 'ignore' or use pattern: unstructured",
             )
-
-
-def _check_pattern_fraction(
-    key: str,
-    tasks: list[LayerTask],
-    keep: float,
-    options: Allocation | DecomposeBase,
-    problems: Problems,
-) -> None:
-    """Report a fraction that is too small for a pattern, the largest need first.
-
-    A small weight without sizes normally stays dense. With pattern 2:4, a fraction below what every
-    weight needs would leave all of them dense without a message.
-    """
-    measure, needs = options.measure, []
-    for task in tasks:
-        if task.pattern is None:
-            continue
-        dense = task.dense_cost(measure)
-        least = SizeSteps(task, task.types, ratio=task.ratio).cost(1, measure)
-        if keep * dense < least < dense:
-            needs.append((least / dense, task))
-    for need, task in sorted(needs, key=lambda pair: pair[0], reverse=True):
-        problems.add(
-            "infeasible-budget",
-            key,
-            f"must be at least {ceil(need * 1e4) / 1e4:g} of the {MEASURE_NAMES[measure]} for "
-            f"{task.name} {list(task.shape)} with pattern {task.pattern}, got {keep:g}; raise keep "
-            "or list the layer under 'ignore'",
-        )
 
 
 def _check_multiple(

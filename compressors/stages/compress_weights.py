@@ -8,7 +8,7 @@ from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.compress.layerwise import compress_layers, layer_file, read_results
 from lrc.compressors.compress.quantize_embeddings import quantize_embeddings
-from lrc.compressors.io.journal import write_text
+from lrc.compressors.io.files import write_text
 from lrc.compressors.planning.allocate import allocate
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session

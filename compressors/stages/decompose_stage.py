@@ -1,4 +1,9 @@
-"""The stage ``decompose``: replace weights by sums of components."""
+"""The stage ``decompose``: replace weights by sums of components.
+
+Like every kind of stage (see `StageCompiler`), it is compiled in two steps: `announce` is called
+for all stages of the recipe before any `compile`, which adds this stage's tasks to a `Draft` of the
+plan. `run` executes the plan later.
+"""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -8,7 +13,7 @@ from lrc.compressors.methods.base import LOW_RANK_TYPES
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.models.architecture import Linear
 from lrc.compressors.planning.compile import Draft
-from lrc.compressors.planning.embedding_tasks import check_user_plan
+from lrc.compressors.planning.embedding_tasks import check_user_embeddings
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.targets import layer_groups, match_targets
 from lrc.compressors.planning.tasks import Compensation, LayerTask, QuantizationTask, Weight
@@ -25,7 +30,7 @@ class DecomposeStage:
     """Compilation and execution of ``decompose`` stages."""
 
     def announce(self, draft: Draft, stages: Mapping[int, DecomposeBase]) -> None:
-        """Add embeddings, and record whether there are budgets in bytes and error compensation."""
+        """Add the tasks of embeddings, and record which options other stages must know of."""
         for index, options in stages.items():
             draft.sized |= options.size is not None
             draft.compensates |= options.compensate is not None
@@ -39,7 +44,10 @@ class DecomposeStage:
                 )
 
     def compile(self, draft: Draft, stages: Mapping[int, DecomposeBase]) -> None:
-        """Add the tasks of every stage, with their configurations or pending allocations.
+        """Add the tasks of every stage.
+
+        A task has either its final configuration or, if that depends on calibration, the number of
+        the allocation that will choose it.
 
         Targets of all stages are resolved first, because a user plan may also list weights of other
         stages.
@@ -50,17 +58,26 @@ class DecomposeStage:
         ]
         for each in found:
             _check_options(draft, each)
+            before = len(draft.problems)
             decided = (
                 _from_user_plan(draft, each) if each.options.plan else spend_budget(draft, each)
             )
             for task in decided:
                 for weight in task.weights:
                     draft.tasks[weight.name] = task
-            draft.remedy = draft.remedy or _remedy(each.options)
+            remedy, keep = _no_saving_advice(each.options), each.options.keep or 1
+            dense = decided and not any(task.compressed for task in decided)
+            if keep < 1 and dense and each.options.plan is None and len(draft.problems) == before:
+                draft.problems.add(
+                    "nothing-smaller",
+                    "stages" if each.alone else each.where,
+                    f"every targeted weight stays dense, so nothing would become smaller; {remedy}",
+                )
+            draft.no_saving_advice = draft.no_saving_advice or remedy
             _warn(draft, each)
 
     def run(self, session: Session, plan: Plan) -> Plan:
-        """Compress the weights."""
+        """Execute all tasks of the plan that are not done yet, of whichever stage."""
         return compress_weights(session, plan)
 
 
@@ -84,6 +101,7 @@ def _claim_targets(
         where,
         problems,
         {f"overrides[{i}].match": o.match for i, o in enumerate(options.overrides)},
+        draft.architecture.unused,
     )
     linears = []
     for linear in matched:
@@ -96,12 +114,11 @@ def _claim_targets(
             )
         else:
             linears.append(linear)
-    overrides = {
-        linear.name: number
-        for linear in linears
-        for number, override in reversed(list(enumerate(options.overrides)))
-        if fnmatchcase(linear.name, override.match)  # reversed: the first match wins
-    }
+    overrides = {}
+    for linear in linears:
+        matching = (i for i, o in enumerate(options.overrides) if fnmatchcase(linear.name, o.match))
+        if (first := next(matching, None)) is not None:
+            overrides[linear.name] = first
     layers, size = draft.architecture.layer_names, options.group_layers
     if size > len(layers):
         problems.add(
@@ -125,6 +142,7 @@ def _task(draft: Draft, index: int, options: DecomposeBase, group: list[Linear])
         quantize = QuantizationTask(
             index, options.quantizer, act_order=options.act_order, balance=options.balance
         )
+    # Until an allocation chooses: low rank, whose sizes an estimate can interpolate.
     low_rank = next((t for t in options.component_types if t in LOW_RANK_TYPES), None)
     return LayerTask(
         weights=tuple(Weight(linear.name, linear.layer) for linear in group),
@@ -145,20 +163,24 @@ def _task(draft: Draft, index: int, options: DecomposeBase, group: list[Linear])
 def _check_options(draft: Draft, found: DecomposeTargets) -> None:
     """Report options that conflict with each other or with options of other stages."""
     options, where, problems = found.options, found.where, draft.problems
-    if options.max_loss < 1 and options.allocation != "lagrangian" and options.plan is None:
+    if (
+        options.max_relative_error < 1
+        and options.allocation != "lagrangian"
+        and options.plan is None
+    ):
         problems.add(
             "contradiction",
-            f"{where}.max_loss",
+            f"{where}.max_relative_error",
             "needs allocation: lagrangian, which predicts losses, got "
-            f"{options.allocation}; change allocation or leave max_loss out",
+            f"{options.allocation}; change allocation or leave max_relative_error out",
         )
     if draft.group_multiple > 1 and any("+" in types for types in options.component_types):
         problems.add(
             "contradiction",
             f"{where}.components",
-            "pivoted_low_rank+sparse has ranks that are not multiples of a group size, got a later "
-            f"'quantize' with group_size {draft.group_multiple}; remove that sum, or remove "
-            "group_size",
+            "pivoted_low_rank+sparse cannot be combined with a later 'quantize' with group_size "
+            f"{draft.group_multiple}, because its ranks are not multiples of it; remove "
+            "pivoted_low_rank+sparse, or remove group_size",
         )
     if options.size is not None and draft.quantizes_linears:
         problems.add(
@@ -187,9 +209,9 @@ def _check_options(draft: Draft, found: DecomposeTargets) -> None:
             problems.add(
                 "indivisible-rows",
                 f"{where}.schemes[{number}]",
-                "must have a group size that divides the number of inputs of a targeted weight, "
-                f"{', '.join(map(str, widths))}, got {scheme}; change the number after -g, or "
-                "remove the scheme",
+                "must have a group size that divides the row length of a targeted weight "
+                f"(row lengths: {', '.join(map(str, widths))}), got {scheme}; change the number "
+                "after -g, or remove the scheme",
             )
 
 
@@ -201,11 +223,12 @@ def _from_user_plan(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
     draft.user_plans[found.index] = plan.text
     known = {linear.name for linear in draft.architecture.linears}
     check_names(plan, draft.tasks, known, draft.problems)
-    check_user_plan(found.index, plan.embeddings, draft.embeddings, draft.problems)
+    check_user_embeddings(found.index, plan.embeddings, draft.embeddings, draft.problems)
     return apply_user_plan(plan, found.tasks, METHODS[found.options.method], draft.problems)
 
 
-def _remedy(options: DecomposeBase) -> str:
+def _no_saving_advice(options: DecomposeBase) -> str:
+    """Return what to change if no weight becomes smaller."""
     if options.plan is not None:
         return f"assign components to at least one weight in {options.plan}"
     if options.keep == 1:

@@ -63,7 +63,12 @@ def _compile(draft: Draft, index: int, options: Quantize) -> None:
     )
     before = len(problems)
     matched = match_targets(
-        options.targets, options.ignore, draft.architecture.linears, where, problems
+        options.targets,
+        options.ignore,
+        draft.architecture.linears,
+        where,
+        problems,
+        unused=draft.architecture.unused,
     )
     taken: list[LayerTask] = []
     for linear in matched:

@@ -100,7 +100,7 @@ def rows() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         yield f"kfac, gradient damp {damp:g}, 0.8", plain | {"gradient_damp": damp}, {}
     for share in (0.3, 0.5):
         yield f"kfac, min_keep {share}, 0.8", plain | {"min_keep": share}, {}
-    yield "kfac, max_loss 0.02, 0.8", plain | {"max_loss": 0.02}, {}
+    yield "kfac, max_relative_error 0.02, 0.8", plain | {"max_relative_error": 0.02}, {}
     yield "kfac, rank multiples of 8, 0.8", plain | {"rank_multiple": 8}, {}
     yield "kfac, factors, 0.8", plain | {"storage": "low_rank"}, {}
     yield "kfac, sampled labels, 0.8", plain, {"labels": "sampled"}
@@ -342,7 +342,7 @@ def _family(row: Row) -> str:
     if stage is None:  # has no curves
         return hashlib.sha256(name.encode()).hexdigest()[:16]
     options: DecomposeBase = TypeAdapter(Decompose).validate_python(stage)
-    decided = {"keep", "compensate", "min_keep", "max_loss", "rank_multiple"}
+    decided = {"keep", "compensate", "min_keep", "max_relative_error", "rank_multiple"}
     shared = options.model_dump(exclude=set() if options.allocation == "uniform" else decided)
     return hashlib.sha256(json.dumps([changes, shared]).encode()).hexdigest()[:16]
 

@@ -1,14 +1,23 @@
 """A checkpoint that is damaged, tampered with or too new is refused by name, never half loaded."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lrc.compressors.checkpoint.manifest import write_manifest
+from lrc.compressors.checkpoint.quantizer import LrcConfig, LrcQuantizer
+from lrc.configs.errors import CheckpointError
 
 EVAL = ("--perplexity", "python-docs", "--window", 32, "--windows", 1, "-q")
 
@@ -49,10 +58,14 @@ def edit_block(**changes: Any) -> Callable[[Path], None]:
 
 def edit_first_component(**changes: Any) -> Callable[[Path], None]:
     def change(config: dict[str, Any]) -> None:
-        module = next(iter(config["quantization_config"]["modules"].values()))
-        module["components"][0].update(changes)
+        first_module(config)["components"][0].update(changes)
 
     return edit(change)
+
+
+def first_module(config: dict[str, Any]) -> dict[str, Any]:
+    module: dict[str, Any] = next(iter(config["quantization_config"]["modules"].values()))
+    return module
 
 
 def rename_tensor(old: str, new: str | None) -> Callable[[Path], None]:
@@ -61,6 +74,40 @@ def rename_tensor(old: str, new: str | None) -> Callable[[Path], None]:
         moved = tensors.pop(old)
         tensors |= {new: moved} if new else {}
         save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+    return rewrite
+
+
+def change_tensor(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    def rewrite(checkpoint: Path) -> None:
+        tensors = load_file(checkpoint / "model.safetensors")
+        tensors[name] = change(tensors[name])
+        save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+    return rewrite
+
+
+def replace_text(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def rewrite(checkpoint: Path) -> None:
+        text = (checkpoint / name).read_text()
+        assert old in text
+        (checkpoint / name).write_text(text.replace(old, new))
+
+    return rewrite
+
+
+def index_names(*names: str) -> Callable[[Path], None]:
+    """Replace the weights by an index that lists these files, which are different copies."""
+
+    def rewrite(checkpoint: Path) -> None:
+        content = (checkpoint / "model.safetensors").read_bytes()
+        tensors = load_file(checkpoint / "model.safetensors")
+        (checkpoint / "model.safetensors").unlink()
+        for number, name in enumerate(names):
+            if name and "/" not in name:
+                (checkpoint / name).write_bytes(content[:-1] + bytes([content[-1] ^ number]))
+        index = {"metadata": {}, "weight_map": dict(zip(tensors, cycle(names)))}
+        (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
 
     return rewrite
 
@@ -130,6 +177,16 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
         ("low_rank, pivoted_low_rank", "got 'tensor_train'", "newer lrc", "upgrade"),
     ),
     "modules a list": (edit_block(modules=[1]), "invalid-config", ("modules must map names",)),
+    "a table of another version": (
+        edit_block(offsets={}),
+        "invalid-config",
+        ("unknown key 'offsets'", "upgrade"),
+    ),
+    "components empty": (
+        edit(lambda c: first_module(c).update(components=[])),
+        "invalid-config",
+        ("'components' must not be empty",),
+    ),
     "block lost": (
         edit(lambda config: config.pop("quantization_config")),
         "invalid-checkpoint",
@@ -139,6 +196,57 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
         rename_tensor(f"{LAYER}.low_rank.a.weight", "other"),
         "tensor-mismatch",
         (LAYER, "low_rank.a.weight"),
+    ),
+    "integers as weights": (
+        change_tensor(f"{LAYER}.low_rank.a.weight", lambda tensor: tensor.to(torch.int16)),
+        "tensor-mismatch",
+        (f"{LAYER}.low_rank.a.weight: expected floating-point numbers", "I16"),
+    ),
+    "a key twice": (
+        replace_text("config.json", '"model_type"', '"model_type": "gpt2", "model_type"'),
+        "invalid-checkpoint",
+        ("config.json: not a readable JSON", "'model_type' occurs more than once"),
+    ),
+    "not a number": (
+        edit(lambda config: config.update(rms_norm_eps=math.nan)),
+        "invalid-checkpoint",
+        ("config.json: not a readable JSON", "NaN is not a finite number"),
+    ),
+    "infinite": (
+        replace_text("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e600'),
+        "invalid-checkpoint",
+        ("config.json: not a readable JSON", "1e600 is not a finite number"),
+    ),
+    "nested without end": (
+        write("config.json", "[" * 200_000),
+        "invalid-checkpoint",
+        ("config.json: not a readable JSON",),
+    ),
+    "architectures no names": (
+        edit(lambda config: config.update(architectures={"0": 1})),
+        "invalid-checkpoint",
+        ("architectures must be a list of class names",),
+    ),
+    "a shard outside": (
+        index_names("../model.safetensors"),
+        "invalid-checkpoint",
+        ("model.safetensors.index.json", "'../model.safetensors' must be", "in the folder"),
+    ),
+    "a shard by its absolute path": (
+        index_names("/tmp/model.safetensors"),
+        "invalid-checkpoint",
+        ("'/tmp/model.safetensors' must be",),
+    ),
+    "a shard without a name": (index_names(""), "invalid-checkpoint", ("'' must be",)),
+    "a tensor twice": (
+        index_names("model-1.safetensors", "model-2.safetensors"),
+        "invalid-checkpoint",
+        ("model-2.safetensors: ", "model-1.safetensors"),
+    ),
+    "no tensors": (
+        index_names(),
+        "invalid-checkpoint",
+        ("holds no weights",),
     ),
 }
 
@@ -152,11 +260,26 @@ def test_a_damaged_checkpoint_is_refused_by_name(lrc, checkpoint: Path, case: st
 
 
 def test_a_missing_tensor_is_not_replaced_by_random_numbers(lrc, checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "lrc")  # the hashes
     rename_tensor("model.norm.weight", None)(checkpoint)
-    lrc("eval", checkpoint, *EVAL).refuses(1, str(checkpoint), "lack model.norm.weight", "again")
+    words = (str(checkpoint), "model.norm.weight: expected [32], found nothing", "again")
+    lrc("eval", checkpoint, *EVAL).refuses(1, *words, code="tensor-mismatch")
+    rename_tensor("lm_head.weight", None)(checkpoint)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: expected"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_a_tensor_without_a_place_is_refused(lrc, checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "lrc")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.0.mlp.bias"] = torch.zeros(2)
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    words = (str(checkpoint), "no place for model.layers.0.mlp.bias", "again")
+    lrc("eval", checkpoint, *EVAL).refuses(1, *words, code="tensor-mismatch")
 
 
 def test_no_tokenizer(lrc, checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "lrc")
     for file in checkpoint.glob("token*"):
         file.unlink()
     lrc("eval", checkpoint, *EVAL).refuses(1, str(checkpoint), "no tokenizer", "tokenizer.json")
@@ -171,25 +294,220 @@ def flip_a_bit(name: str) -> Callable[[Path], object]:
     return flip
 
 
-TAMPERED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "weights": (flip_a_bit("model.safetensors"), ("model.safetensors has changed",)),
-    "tokenizer": (flip_a_bit("tokenizer.json"), ("tokenizer.json has changed",)),
+def edit_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def rewrite(checkpoint: Path) -> None:
+        manifest = json.loads((checkpoint / "lrc/manifest.json").read_text())
+        change(manifest)
+        (checkpoint / "lrc/manifest.json").write_text(json.dumps(manifest))
+
+    return rewrite
+
+
+def list_in_manifest(name: str, value: Any = "0" * 64) -> Callable[[Path], None]:
+    return edit_manifest(lambda manifest: manifest["sha256"].update({name: value}))
+
+
+def link_outside(checkpoint: Path) -> None:
+    moved = checkpoint.with_name("elsewhere.json")
+    (checkpoint / "tokenizer.json").rename(moved)
+    (checkpoint / "tokenizer.json").symlink_to(moved)
+
+
+def forget_weights(manifest: dict[str, Any]) -> None:
+    del manifest["sha256"]["model.safetensors"]
+
+
+MANIFEST = "lrc/manifest.json"
+Spoil = Callable[[Path], object]
+# What loading notices too, unlike changes of the recipe and the plan.
+TAMPERED: dict[str, tuple[Spoil, str, tuple[str, ...]]] = {
+    "weights": (
+        flip_a_bit("model.safetensors"),
+        "changed-file",
+        ("model.safetensors has changed",),
+    ),
+    "tokenizer": (flip_a_bit("tokenizer.json"), "changed-file", ("tokenizer.json has changed",)),
+    "config": (
+        edit(lambda c: c.update(rope_theta=1.0)),
+        "changed-file",
+        ("config.json has changed", "on purpose, remove the folder lrc/"),
+    ),
+    "a file missing": (
+        remove("generation_config.json"),
+        "changed-file",
+        ("generation_config.json is missing",),
+    ),
+    "a link": (link_outside, "changed-file", ("tokenizer.json is a link to", "elsewhere.json")),
+    "manifest missing": (remove(MANIFEST), "invalid-checkpoint", (f"has no {MANIFEST}", "again")),
+    "manifest damaged": (
+        write(MANIFEST, "{"),
+        "invalid-checkpoint",
+        ("manifest.json: not a readable JSON",),
+    ),
+    "manifest without hashes": (
+        write(MANIFEST, "{}"),
+        "invalid-checkpoint",
+        ("manifest.json: holds no hashes",),
+    ),
+    "manifest with an empty list": (
+        edit_manifest(lambda manifest: manifest.update(sha256={})),
+        "invalid-checkpoint",
+        ("manifest.json: holds no hashes",),
+    ),
+    "manifest of a newer format": (
+        edit_manifest(lambda manifest: manifest.update(format_version=3)),
+        "newer-version",
+        ("manifest.json: format_version is 3",),
+    ),
+    "plain no truth value": (
+        edit_manifest(lambda manifest: manifest.update(plain="false")),
+        "invalid-manifest",
+        ("plain must be true or false, got 'false'",),
+    ),
+    "weights not listed": (
+        edit_manifest(forget_weights),
+        "invalid-manifest",
+        ("files of weights must be listed",),
+    ),
+    "a hash that is none": (
+        list_in_manifest("config.json", "abc"),
+        "invalid-manifest",
+        ("config.json must have a SHA-256, got 'abc'",),
+    ),
+    "a name outside": (
+        list_in_manifest("../secret.json"),
+        "invalid-manifest",
+        ("'../secret.json' must be", "in the folder"),
+    ),
+    "an absolute name": (
+        list_in_manifest("/etc/passwd"),
+        "invalid-manifest",
+        ("'/etc/passwd' must be",),
+    ),
+    "a name with a line break": (
+        list_in_manifest("a\nb"),
+        "invalid-manifest",
+        ("'a\\nb' must be",),
+    ),
+    "half a character in a name": (
+        list_in_manifest("\ud800"),
+        "invalid-manifest",
+        ("'\\ud800' must be",),
+    ),
+    "pickled weights": (write("pytorch_model.bin", ""), "unlisted-file", ("pytorch_model.bin",)),
+    "code": (
+        write("modeling_llama.py", ""),
+        "unlisted-file",
+        ("modeling_llama.py must be listed",),
+    ),
+    "an adapter": (write("adapter_config.json", "{}"), "unlisted-file", ("adapter_config.json",)),
+    "a template": (write("chat_template.jinja", ""), "unlisted-file", ("chat_template.jinja",)),
+    "other weights": (
+        lambda checkpoint: shutil.copy(
+            checkpoint / "model.safetensors", checkpoint / "consolidated.safetensors"
+        ),
+        "unlisted-file",
+        ("consolidated.safetensors",),
+    ),
+}
+UNREAD: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "recipe": (flip_a_bit("lrc/recipe.yaml"), ("lrc/recipe.yaml has changed",)),
     "plan": (write("lrc/plan.json", "{"), ("lrc/plan.json has changed",)),
-    "config": (edit(lambda c: c.update(rope_theta=1.0)), ("config.json has changed",)),
-    "a file missing": (remove("generation_config.json"), ("generation_config.json is missing",)),
-    "manifest missing": (remove("lrc/manifest.json"), ("has no lrc/manifest.json", "again")),
-    "manifest damaged": (write("lrc/manifest.json", "{"), ("manifest.json: not a readable JSON",)),
-    "manifest empty": (write("lrc/manifest.json", "{}"), ("manifest.json: holds no hashes",)),
+    "report": (
+        replace_text("lrc/report.json", '"seed": 0', '"seed": 1'),
+        ("lrc/report.json: has changed",),
+    ),
+    "report damaged": (write("lrc/report.json", "{"), ("report.json: not a readable JSON",)),
+    "report without checksum": (write("lrc/report.json", '{"size": 1}'), ("has changed",)),
+    "unlisted": (write("lrc/more.json", "{}"), ("lrc/more.json must be listed",)),
 }
 
 
 @pytest.mark.parametrize("case", TAMPERED)
-def test_verify_names_what_has_changed(lrc, checkpoint: Path, case: str) -> None:
+def test_every_command_refuses_changed_files(lrc, checkpoint: Path, case: str) -> None:
+    spoil, code, words = TAMPERED[case]
+    spoil(checkpoint)
+    words = (str(checkpoint), *words)
+    lrc("inspect", checkpoint, "--verify").refuses(1, *words, code=code)
+    lrc("eval", checkpoint, *EVAL).refuses(1, *words, code=code)
+    lrc("generate", checkpoint, "--prompt", "The").refuses(1, *words, code=code)
+    if case != "tokenizer":
+        with pytest.raises(CheckpointError) as caught:
+            AutoModelForCausalLM.from_pretrained(checkpoint)
+        assert caught.value.code == code
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_verify_also_compares_what_loading_does_not_read(lrc, checkpoint: Path, case: str) -> None:
     assert lrc("inspect", checkpoint, "--verify").code == 0
-    spoil, words = TAMPERED[case]
+    spoil, words = UNREAD[case]
     spoil(checkpoint)
     lrc("inspect", checkpoint, "--verify").refuses(1, str(checkpoint), *words, "again")
+    if case not in ("recipe", "unlisted"):  # what `inspect` prints is always compared
+        lrc("inspect", checkpoint).refuses(1, str(checkpoint), *words, "again")
+    assert lrc("eval", checkpoint, *EVAL).code == 0
+
+
+def test_an_unlisted_file_is_not_preferred_to_shards(lrc, sound: Path, tmp_path: Path) -> None:
+    """Transformers reads ``model.safetensors`` if there is one, whatever the index says."""
+    for hashes in (True, False):
+        checkpoint = Path(shutil.copytree(sound, tmp_path / f"hashes-{hashes}"))
+        index_names("model-00001-of-00001.safetensors")(checkpoint)
+        shutil.rmtree(checkpoint / "lrc")
+        if hashes:
+            (checkpoint / "lrc").mkdir()
+            write_manifest(checkpoint, plain=False)
+        assert lrc("eval", checkpoint, *EVAL).code == 0
+        shutil.copy(sound / "model.safetensors", checkpoint)
+        for command in (("eval", checkpoint, *EVAL), ("inspect", checkpoint)):
+            lrc(*command).refuses(1, ".safetensors", "remove it", code="unlisted-file")
+
+
+def test_the_model_card_may_be_edited(lrc, checkpoint: Path) -> None:
+    write("README.md", "edited")(checkpoint)
+    write("LICENSE", "added")(checkpoint)
+    assert lrc("inspect", checkpoint, "--verify").code == 0
+
+
+def test_links_into_the_cache_of_the_hub_are_followed(lrc, sound: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots/abc"
+    shutil.copytree(sound, snapshot)
+    blobs.mkdir()
+    for number, file in enumerate(path for path in [*snapshot.rglob("*")] if path.is_file()):
+        file.rename(blobs / str(number))
+        file.symlink_to(blobs / str(number))
+    assert lrc("inspect", snapshot, "--verify").code == 0
+
+
+def test_a_skeleton_reads_no_weights(checkpoint: Path) -> None:
+    flip_a_bit("model.safetensors")(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_saved_copy_has_no_hashes_and_loads(lrc, sound: Path, tmp_path: Path) -> None:
+    for name in ("model", "tokenizer"):
+        loader = AutoModelForCausalLM if name == "model" else AutoTokenizer
+        loader.from_pretrained(sound).save_pretrained(tmp_path)
+    assert lrc("eval", tmp_path, *EVAL).code == 0
+    assert lrc("inspect", tmp_path).code == 0
+    lrc("inspect", tmp_path, "--verify").refuses(1, "has no lrc/manifest.json")
+
+
+def test_values_are_checked_without_hashes(lrc, checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "lrc")
+    for name in ("model.norm.weight", f"{LAYER}.low_rank.b.weight"):
+        change_tensor(name, lambda tensor: tensor.fill_(math.inf))(checkpoint)
+        words = (str(checkpoint), name.replace(".b.w", ": b.w"), "is not finite in float32")
+        lrc("eval", checkpoint, *EVAL).refuses(1, *words, code="damaged-weights")
+        change_tensor(name, lambda tensor: tensor.fill_(1))(checkpoint)
+
+
+def test_files_that_transformers_does_not_name_are_not_taken_on_trust() -> None:
+    quantizer = LrcQuantizer(LrcConfig({}))
+    for files in ({}, {"checkpoint_files": None}, {"checkpoint_files": []}):
+        with pytest.raises(CheckpointError, match="did not say which files it loads"):
+            quantizer._process_model_before_weight_loading(torch.nn.Module(), **files)
 
 
 def test_a_folder_without_a_checkpoint(lrc, tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -241,9 +241,9 @@ BUDGETS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         ("model.layers.0.", "between 0.59 and 0.6", "lower min_keep or rank_"),
     ),
     "a cap without predictions": (
-        "{method: svd, keep: 0.6, max_loss: 0.1}",
+        "{method: svd, keep: 0.6, max_relative_error: 0.1}",
         "contradiction",
-        "stages[0].decompose.max_loss",
+        "stages[0].decompose.max_relative_error",
         ("allocation: lagrangian", "got uniform"),
     ),
     "overrides above the budget": (
@@ -351,9 +351,9 @@ def test_impossible_quantization_is_refused_before_any_weight_is_read(
 
 def test_a_cap_on_losses_that_no_budget_allows(lrc, recipe: Path, output: Path) -> None:
     """Only the weights show it: the run stops right before they are compressed."""
-    stage = "{method: svd, keep: 0.2, allocation: lagrangian, max_loss: 0.0001}"
+    stage = "{method: svd, keep: 0.2, allocation: lagrangian, max_relative_error: 0.0001}"
     ended = lrc("compress", recipe, f"stages=[{{decompose: {stage}}}]", "-q")
-    words = ("at least", "got 0.2", "raise 'max_loss' (0.0001)")
+    words = ("at least", "got 0.2", "raise 'max_relative_error' (0.0001)")
     ended.refuses(2, *words, code="infeasible-budget", where="stages[0].decompose.keep")
     assert not (output / "work/compressed").exists()
     assert not (output / "plan.json").exists()

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lrc.compressors.models import tokenizer_files
+
 
 @pytest.fixture
 def model(tiny_model_folder: Path, tmp_path: Path) -> Path:
@@ -137,6 +139,19 @@ def test_unusable_models_are_refused_before_anything_is_written(
     lrc("compress", tiny_recipe(model, output)).refuses(1, *words, code="invalid-model")
     assert not output.exists()
     lrc("plan", tiny_recipe(model, output)).refuses(1, *words, code="invalid-model")
+
+
+def test_a_tokenizer_of_packages_that_are_not_installed_names_them(
+    lrc, model: Path, output: Path, tiny_recipe: Callable[..., Path], monkeypatch
+) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(b"a sentencepiece model")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr(tokenizer_files, "is_sentencepiece_available", lambda: False)
+    monkeypatch.setattr(tokenizer_files, "is_protobuf_available", lambda: False)
+    words = ("no tokenizer", "pip install sentencepiece protobuf")
+    lrc("plan", tiny_recipe(model, output)).refuses(1, *words, code="invalid-model")
+    lrc("eval", model, "--perplexity", "python-docs").refuses(1, *words)
 
 
 def test_a_checkpoint_of_lrc_is_not_compressed_again(

@@ -52,7 +52,7 @@ STAGES: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
         ("got 7 for", "leave group_size out"),
     ),
     "groups that ranks of an earlier stage do not fill": (
-        [decompose("svd", overrides=[{"match": "*.q_proj", "rank": 5}]), INT4],
+        [decompose("svd", keep=0.9, overrides=[{"match": "*.q_proj", "rank": 5}]), INT4],
         "indivisible-rows",
         "stages[1].quantize.group_size",
         ("rows of 5); make their ranks multiples of it",),
@@ -176,7 +176,7 @@ STAGES: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
         [decompose("mixed", 0.3, schemes=["int8", "int4-g64"])],
         "indivisible-rows",
         "stages[0].decompose.schemes[1]",
-        ("32, 48, got int4-g64",),
+        ("(row lengths: 32, 48), got int4-g64",),
     ),
     "schemes for multiply-adds": (
         [decompose("mixed", schemes=["int8"], measure="macs")],

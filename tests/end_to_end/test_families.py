@@ -120,7 +120,7 @@ def test_every_step_of_the_recommended_method_has_an_effect(run):
         assert {w.config.types for w in weights} <= {"low_rank", "dense"}
         return
     assert {w.config.types for w in weights if w.rank} == {"pivoted_low_rank"}
-    assert len({round(w.bits / w.source_bits, 2) for w in weights}) > 2  # unequal fractions
+    assert len({round(w.bits / w.dense_bits, 2) for w in weights}) > 2  # unequal fractions
     assert all(w.result.refit and w.result.fallback is None for w in weights)
     assert all((w.result.predicted_nats or 0) > 0 for w in weights if w.rank)
 

@@ -152,6 +152,21 @@ def test_damage_in_the_work_folder_is_named(lrc, recipe: Path, output: Path) -> 
     assert lrc("compress", recipe, "seed=1", "--overwrite", "-q").code == 0
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "lrc/manifest.json"])
+def test_a_checkpoint_that_lacks_a_file_is_not_a_finished_run(
+    lrc, recipe: Path, output: Path, name: str
+) -> None:
+    assert lrc("compress", recipe, "-q").code == 0
+    before = contents(output / "checkpoint")
+    (output / "checkpoint" / name).unlink()
+    for override in ((), ("evaluate.perplexity.0.windows=3",)):
+        lrc("compress", recipe, *override).refuses(1, "delete the folder", code="invalid-output")
+    shutil.rmtree(output / "checkpoint")
+    assert lrc("compress", recipe, "-q").code == 0
+    after = contents(output / "checkpoint")
+    assert after[name] == before[name]
+
+
 @FORKS
 @pytest.mark.parametrize("limit", [3_000, 20_000, 40_000])
 def test_a_full_disk_is_reported_and_the_same_command_continues(

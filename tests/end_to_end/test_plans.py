@@ -175,7 +175,7 @@ def test_multiples_floors_and_overrides_are_honoured(
             assert row.rank == 3
         elif row.rank is not None:
             assert row.rank % 4 == 0
-            assert row.bits >= 0.3 * row.source_bits
+            assert row.bits >= 0.3 * row.dense_bits
 
 
 def test_the_lagrangian_loses_least_in_sum(

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from threading import RLock
 from typing import Any, NoReturn
@@ -71,7 +72,7 @@ def new_recipe(
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Write a short text, which is read quickly."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(read_documents("python-docs", part="calibration")[:3]))
+    path.write_text("\n\n".join(islice(read_documents("python-docs", part="calibration"), 3)))
     return str(path)
 
 

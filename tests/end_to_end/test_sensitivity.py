@@ -61,7 +61,7 @@ def decomposed(plan: dict[str, Any]) -> dict[str, WeightSummary]:
 
 
 def losses(plan: dict[str, Any]) -> dict[str, float | None]:
-    return {name: row.result.loss for name, row in decomposed(plan).items()}
+    return {name: row.result.relative_error for name, row in decomposed(plan).items()}
 
 
 @pytest.mark.parametrize("case", STAGES)
@@ -85,10 +85,10 @@ def test_compress_continues_where_the_predictions_ended(
     for name, row in decomposed(plan).items():
         there, predicted = executed[name], row.result
         assert row.config == configs[name]
-        assert predicted.loss is not None
-        assert predicted.loss > 0
+        assert predicted.relative_error is not None
+        assert predicted.relative_error > 0
         if not compensated:  # those are of other inputs
-            assert predicted.loss == pytest.approx(there["loss"], rel=1e-6)
+            assert predicted.relative_error == pytest.approx(there["relative_error"], rel=1e-6)
         if case == "by predicted loss":
             assert predicted.predicted_nats == pytest.approx(there["predicted_nats"], rel=1e-6)
 
@@ -109,7 +109,9 @@ def test_compress_continues_where_the_predictions_ended(
 
     finished = lrc("plan", recipe, "--sensitivity", "--json")
     assert (finished.code, finished.err) == (0, "")  # nothing was done
-    assert losses(json.loads(finished.out)) == {name: m["loss"] for name, m in executed.items()}
+    assert losses(json.loads(finished.out)) == {
+        name: m["relative_error"] for name, m in executed.items()
+    }
 
 
 def test_a_run_that_is_half_done_predicts_the_other_half(
@@ -176,15 +178,18 @@ def test_predictions_are_checked_and_measurements_are_kept(
 
 
 @pytest.mark.parametrize(
-    ("case", "unit"),
-    [("by predicted loss", "nats per token"), ("a shared basis", "% of the energy")],
+    ("case", "quantity"),
+    [
+        ("by predicted loss", "predicted loss increase, nats per token"),
+        ("a shared basis", "predicted relative error, %"),
+    ],
 )
-def test_tables_are_printed_on_stdout(lrc, of_stage: Callable[..., Path], case: str, unit: str):
+def test_tables_are_printed_on_stdout(lrc, of_stage: Callable[..., Path], case: str, quantity: str):
     ended = lrc("plan", of_stage(STAGES[case]), "--profile", 1, "-q")
     assert (ended.code, ended.err) == (0, "")
     lines = ended.out.splitlines()
     titles = [
-        f"predicted loss, {unit}, and rank",
+        f"{quantity}, and rank",
         "measured divergence from the dense model, nats per token, and predicted",
     ]
     assert [line for line in lines if line in titles] == titles
@@ -220,3 +225,38 @@ def test_the_folder_of_another_run_is_refused(lrc, recipe: Path, output: Path) -
     lrc("plan", recipe, *other).refuses(
         1, "holds a run that differs in stages", "pass --overwrite to lrc compress"
     )
+
+
+SLICES = {
+    "drop": {"method": "drop", "keep": 0.9},
+    "modegpt by layer": {"method": "modegpt", "keep": 0.9, "heads": False, "uniform": False},
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_the_facts_of_slices_are_those_of_the_run(
+    lrc: Callable[..., Any],
+    tiny_llama: Callable[..., Any],
+    make_tokenizer: Callable[..., Any],
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    output: Path,
+    name: str,
+) -> None:
+    """Before and after a first run, after another allocation, and after compression."""
+    model = tmp_path / "model"
+    tiny_llama(num_hidden_layers=4).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    stages = [{"slice": SLICES[name]}, {"decompose": {"method": "svd-llm", "keep": 0.8}}]
+    recipe = tiny_recipe(model, output, stages=stages, evaluate={"baselines": []})
+    shown = []
+    for command in ("plan", "compress", "plan"):
+        options = ("--sensitivity",) if command == "plan" else ()
+        ended = lrc(command, recipe, *options, "--json", "-q")
+        assert ended.code == 0, ended.err
+        shown.append(json.loads(ended.out)["slices"])
+    for stored in (output / "plan.json", output / "checkpoint/lrc/plan.json"):
+        shown.append(json.loads(stored.read_text())["slices"])
+    assert shown[0][0]["facts"]
+    assert "pending" not in json.dumps(shown[0])
+    assert all(each == shown[0] for each in shown), shown

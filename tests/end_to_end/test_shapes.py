@@ -29,7 +29,7 @@ def test_a_random_model_is_timed_and_its_files_are_deleted(shapes, tmp_path, cap
     facts = json.loads(capsys.readouterr().out)
     assert facts["model"]["matrices"] == {"64 x 64": 4, "32 x 64": 4, "96 x 64": 4, "64 x 96": 2}
     assert facts["model"]["parameters"]["dense"] == 2 * 512 * 64 + 5 * 64 + 2 * 64 * (3 * 64 + 288)
-    assert facts["kept"] < 0.7
+    assert facts["kept"] <= 0.8  # the total that `keep` gives, overrides included
     seconds = facts["seconds"]
     assert {"calibrate", "compress", "save"} <= seconds["stages"].keys()
     assert sum(seconds["stages"].values()) <= seconds["compress"] + 0.05

@@ -124,7 +124,7 @@ def test_the_budget_is_of_the_whole_model_and_is_kept(
     assert 0 <= small - tensors[1] < 8000  # the header of the file
     assert report["size"]["targeted"] == {
         "bits": 0,
-        "source_bits": 0,
+        "dense_bits": 0,
         "kept": 1.0,
         "removed": 0.0,
     }

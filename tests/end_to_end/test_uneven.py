@@ -226,8 +226,11 @@ def test_a_table_of_another_model_is_refused(
 ) -> None:
     table, words, found = MISMATCHES[case]
     folder = spoiled(uneven, tmp_path / "bad", lambda block: block["shapes"].update(table))
-    lrc("eval", folder, *EVAL).refuses(1, str(folder), *words)
-    lrc("inspect", folder).refuses(1, str(folder), found, code="tensor-mismatch")
+    for command in (("eval", folder, *EVAL), ("inspect", folder)):
+        lrc(*command).refuses(1, str(folder), found, code="tensor-mismatch")
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert all(word in str(caught.value) for word in words)
 
 
 def test_the_plan_shows_what_is_pending_and_the_total_size(

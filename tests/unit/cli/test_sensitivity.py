@@ -110,7 +110,7 @@ def test_totals_are_sums_of_nats_and_means_of_fractions(matrices: list[WeightSum
     assert rows[2] == pytest.approx(3 * 28 / 1000)
     assert columns[2] == pytest.approx(3 * 6 / 1000)
     assert nats.total(0, "q_proj") is None
-    shares = Grid(matrices, {m.name: m.result.loss or 0.0 for m in matrices}, SHARE)
+    shares = Grid(matrices, {m.name: m.result.relative_error or 0.0 for m in matrices}, SHARE)
     assert shares.total(layer=2) == pytest.approx(3 * 4 / 100)
     assert shares.text(2, "q_proj") == "3.00"
 
@@ -124,23 +124,23 @@ def test_ranks_are_shown_next_to_losses_if_they_fit(
     weights: list[Compressed], matrices: list[WeightSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide = printed(160, monkeypatch, print_sensitivity, plan_of(weights))
-    assert wide[0] == "predicted loss, nats per token, and rank"
+    assert wide[0] == "predicted loss increase, nats per token, and rank"
     assert wide[1] == "layer " + " ".join(LEAVES) + " sum"
     assert wide[2].startswith("0 0.00200 r101 0.00300 r102")
     assert wide[3].startswith("1 0.00200 r100 dense 0.00600 r102")
     assert wide[5].startswith("sum 0.00500 0.00800 0.01800")
     assert wide[6] == "kept " + " ".join(
-        f"{sum(m.bits for m in c) / sum(m.source_bits for m in c):.1%}"
+        f"{sum(m.bits for m in c) / sum(m.dense_bits for m in c):.1%}"
         for c in [*([m for m in matrices if m.name.endswith(leaf)] for leaf in LEAVES), matrices]
     )
     kept = plan_of(weights).kept
     assert wide[7:] == [
-        "sum of the predicted losses: 0.15700 nats per token",
+        "predicted loss increase, sum: 0.15700 nats per token",
         f"kept {kept:.1%} of the bits of the targeted weights",
         "warning: too few tokens",
     ]
     narrow = printed(100, monkeypatch, print_sensitivity, plan_of(weights))
-    titles = ["predicted loss, nats per token", "rank"]
+    titles = ["predicted loss increase, nats per token", "rank"]
     assert [line for line in narrow if line in titles] == titles
     assert "1 0.00200 dense 0.00600 0.00800 0.01000 0.01200 0.01400 0.05200" in narrow
     assert "1 r100 dense r102 r103 r104 r105 r106" in narrow
@@ -185,10 +185,10 @@ def test_methods_that_predict_no_nats_have_a_table_of_fractions(
 ) -> None:
     one_sided = [weight(layer, "extra", "svd", rank=9, loss=0.5) for layer in range(LAYERS)]
     lines = printed(160, monkeypatch, print_sensitivity, plan_of([*weights, *one_sided]))
-    first, second = (lines.index(f"predicted loss, {u}, and rank") for u in (NATS.unit, SHARE.unit))
+    first, second = (lines.index(f"{q.name}, {q.unit}, and rank") for q in (NATS, SHARE))
     assert all("extra" not in line for line in lines[first:second])
     assert lines[second + 1 : second + 3] == ["layer extra mean", "0 50.00 r9 50.00"]
-    assert "mean of the predicted losses: 50.00 % of the energy" in lines
+    assert "predicted relative error, mean: 50.00 %" in lines
 
 
 def test_weights_of_one_place_share_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,4 +220,4 @@ def test_a_plan_of_components_without_ranks_is_not_shown_as_dense(
     text = "\n".join(printed(80, monkeypatch, print_sensitivity, plan_of([pruned("sparse")])))
     assert "dense" not in text
     assert "rank or fraction of the bits" in text
-    assert "sum of the predicted losses: 0.5" in text
+    assert "predicted loss increase, sum: 0.5" in text

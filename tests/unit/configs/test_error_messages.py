@@ -15,7 +15,7 @@ stages:
 output: out
 """
 ALLOWED_AT_TOP = "Allowed: model, calibration, stages, evaluate, output, seed"
-ALLOWED_ANYWHERE = "Allowed: method, keep, size, measure, allocation, rank_multiple, min_keep, max_loss, plan, compensate, targets, ignore, overrides"
+ALLOWED_ANYWHERE = "Allowed: method, keep, size, measure, allocation, rank_multiple, min_keep, max_relative_error, plan, compensate, targets, ignore, overrides"
 METHODS = "asvd, basis-sharing, compot, cospadi, dictionary, fwsvd, kfac, lord, magnitude, mixed, rocket, sparse, svd, svd-llm, wanda"
 UNITS = "write a number and a unit, one of B, kB, MB, GB, KiB, MiB, GiB"
 BASELINE = "a baseline such as int8, int4-g64 or sparse"
@@ -123,7 +123,7 @@ STAGES = [
     ("decompose:svd", "wrong-type", ": must be a mapping with the keys slice, decompose, quantize, got 'decompose:svd'; put a space after the colon"),
     ("svd", "wrong-type", ": must be a mapping with the keys slice, decompose, quantize, got 'svd'"),
     ("{}", "missing-key", ": is empty; write one of the keys slice, decompose, quantize"),
-    ('{decompose: "a\\n\\ebxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}', "wrong-type", ".decompose: must be a mapping with the keys method, keep, size, measure, allocation, rank_multiple, min_keep, max_loss and others, got 'a\\n?bxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...'"),
+    ('{decompose: "a\\n\\ebxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}', "wrong-type", ".decompose: must be a mapping with the keys method, keep, size, measure, allocation, rank_multiple, min_keep, max_relative_error and others, got 'a\\n?bxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...'"),
     ("{decompose: {method: svd, keep: 0.8, overrides: [{keep: 0.1}]}}", "missing-key", ".decompose.overrides[0].match: missing; add a string that is not empty (Shell pattern of full module names, such as `*.down_proj` or `model.layers.0.*`)"),
     ("{decompose: {method: svd, keep: 0.5, skip: [a]}}", "renamed-key", ".decompose.skip: this key is now called 'ignore'; rename it"),
     ("{decompose: {method: svd, keep: 0.5, storage: pivot}}", "renamed-value", ".decompose.storage: must be one of low_rank, pivoted_low_rank, got 'pivot'; this value is now called 'pivoted_low_rank'"),

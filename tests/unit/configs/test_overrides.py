@@ -34,7 +34,7 @@ def test_overrides_reach_every_place_in_order() -> None:
         "allocation": "uniform",
         "rank_multiple": 8,
         "min_keep": 0.0,
-        "max_loss": 1.0,
+        "max_relative_error": 1.0,
         "plan": None,
         "compensate": {"mix": 0.5, "residual": 0.5, "damp": 1e-4},
         "targets": ["*.q_proj", "b"],

@@ -20,6 +20,7 @@ from lrc.compressors.layers import (
     QuantizationArgs,
     WeightConfig,
 )
+from lrc.compressors.layers.pivot_rows import NoPivotRows
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.allocate import allocate
 from lrc.compressors.planning.plan import Allocation, ModelInfo, Plan
@@ -212,7 +213,7 @@ def test_a_two_sided_method_predicts_nats_that_add_up(tmp_path, reader, statisti
     for name in NAMES:
         there, here = done.results[name], predicted.results[name]
         assert there.predicted_nats == pytest.approx(here.predicted_nats, rel=1e-9)
-        assert there.loss == pytest.approx(here.loss, rel=1e-9)
+        assert there.relative_error == pytest.approx(here.relative_error, rel=1e-9)
     assert plan.results == {}
 
 
@@ -262,7 +263,7 @@ def test_factors_without_pivots_are_stored_as_two_factors(
     tmp_path, reader, statistics, monkeypatch
 ) -> None:
     def fail(B: Tensor, A: Tensor) -> dict[str, Tensor]:
-        raise ValueError("no pivot rows were found")
+        raise NoPivotRows("no pivot rows were found")
 
     monkeypatch.setattr(COMPONENTS["pivoted_low_rank"], "encode", staticmethod(fail))
     plan = plan_of("svd", types="pivoted_low_rank", rank=6)
@@ -349,7 +350,7 @@ def test_a_dense_weight_is_refit_too(tmp_path, reader, statistics, tokens) -> No
     task = done.tasks[2]
     result = done.results[task.name]
     assert (result.config.compressed, result.refit) == (False, True)
-    assert task.bits_of(result.config) == task.source_bits
+    assert task.bits_of(result.config) == task.dense_bits
     weight = journal.read_tensor(layer_file(1), f"{task.name}.weight")
     assert not torch.equal(weight, reader.read(f"{task.name}.weight"))
     assert torch.equal(chain.replaced[task.name].float(), weight)
@@ -416,7 +417,7 @@ def test_whole_weights_in_integers_keep_the_prediction_of_their_allocation(
         assert after.config == before.config
         assert str(after.config.quantization) == "int4"
         assert after.predicted_nats == before.predicted_nats > 0
-        assert after.loss != before.loss
+        assert after.relative_error != before.relative_error
 
 
 @pytest.mark.parametrize("method", ["svd-llm", "lord", "kfac"])
@@ -443,10 +444,10 @@ def test_an_allocation_from_a_plan_that_is_read_back_is_the_same(
     tmp_path, reader, statistics
 ) -> None:
     tasks = [task_of(name, method="kfac", rank=None) for name in NAMES]
-    total = sum(task.source_bits for task in tasks)
+    total = sum(task.dense_bits for task in tasks)
     allocation = Allocation(0, "lagrangian", int(0.6 * total), "bits", ("low_rank",), keep=0.6)
     pending = [
-        replace(task, allocation=0, estimated_bits=int(0.6 * task.source_bits)) for task in tasks
+        replace(task, allocation=0, estimated_bits=int(0.6 * task.dense_bits)) for task in tasks
     ]
     plan = plan_with(pending, allocations=[allocation])
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
@@ -464,10 +465,10 @@ def test_weights_with_zero_statistics_get_an_average_fraction_and_unmeasured_one
 ) -> None:
     """Zeros on one side of a layer allow ranks, no token at all does not."""
     tasks = [task_of(name, method="svd-llm", rank=None) for name in NAMES]
-    total = sum(task.source_bits for task in tasks)
+    total = sum(task.dense_bits for task in tasks)
     allocation = Allocation(0, "lagrangian", int(0.6 * total), "bits", ("low_rank",), keep=0.6)
     pending = [
-        replace(task, allocation=0, estimated_bits=int(0.6 * task.source_bits)) for task in tasks
+        replace(task, allocation=0, estimated_bits=int(0.6 * task.dense_bits)) for task in tasks
     ]
     plan = plan_with(pending, allocations=[allocation])
 
@@ -482,7 +483,7 @@ def test_weights_with_zero_statistics_get_an_average_fraction_and_unmeasured_one
     zeros = done.tasks[0]
     rank = zeros.config.sizes["rank"]
     larger = zeros.bits_of(SizeSteps(zeros, "low_rank").config(rank + 1))
-    assert zeros.bits <= 0.6 * zeros.source_bits < larger
+    assert zeros.bits <= 0.6 * zeros.dense_bits < larger
     assert zeros.name not in done.results
     assert done.tasks[1].note == "saw no calibration token; stays dense"
     assert done.bits <= 0.6 * total

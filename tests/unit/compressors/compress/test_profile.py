@@ -225,7 +225,7 @@ def test_a_plan_of_dense_weights_has_an_empty_profile(
     plan = plan.with_tasks(task.dense() for task in plan.tasks)
     profile = measured(plan, model, tokens, Journal(tmp_path))
     assert (profile.dense, profile.increases, profile.divergences) == (None, {}, {})
-    assert profile.to_json(plan)["spearman"] == {"predicted_nats": None, "loss": None}
+    assert profile.to_json(plan)["spearman"] == {"predicted_nats": None, "relative_error": None}
 
 
 def test_tied_ranks_are_averaged() -> None:

@@ -98,7 +98,7 @@ def test_the_layers_store_the_slices_of_the_stacked_solution(known: list[Statist
         return problem.solve(atoms=ATOMS, nonzeros=NONZEROS, rounds=3)
 
     expected = learned(H)
-    assert done.result.loss == pytest.approx(expected.loss, rel=1e-9)
+    assert done.result.relative_error == pytest.approx(expected.relative_error, rel=1e-9)
     torch.testing.assert_close(
         torch.cat(products(done)), expected.weight(), rtol=0, atol=1e-5 * float(stack.abs().max())
     )
@@ -183,13 +183,13 @@ def test_the_predicted_loss_of_a_group_is_the_one_it_has(
     task = task_of(rounds=3)
     done = solved(task, weights, known)
     predicted = allocated(plan_of(task), known, tmp_path, predict_all=True).results[task.name]
-    assert predicted.loss == pytest.approx(done.result.loss, rel=1e-9)
+    assert predicted.relative_error == pytest.approx(done.result.relative_error, rel=1e-9)
     assert predicted.predicted_nats is None
 
 
 def test_an_allocation_gives_a_group_one_size(known: list[Statistics], tmp_path: Path) -> None:
     task = task_of(rounds=3)
-    budget = int(0.6 * task.source_bits)
+    budget = int(0.6 * task.dense_bits)
     pending = replace(task, config=WeightConfig((D_OUT, D_IN)), allocation=0, estimated_bits=budget)
     allocation = Allocation(0, "lagrangian", budget, "bits", ("dictionary",))
     plan = allocated(plan_of(pending, allocation), known, tmp_path)
@@ -197,4 +197,4 @@ def test_an_allocation_gives_a_group_one_size(known: list[Statistics], tmp_path:
     assert not decided.pending
     assert decided.config.types == "dictionary"
     assert shares(decided) == [None, NAMES[0]]
-    assert 0.5 * task.source_bits < plan.bits <= budget
+    assert 0.5 * task.dense_bits < plan.bits <= budget

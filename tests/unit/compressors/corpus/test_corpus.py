@@ -9,17 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lrc.compressors.corpus import hub
-from lrc.compressors.corpus.documents import check_source, read_documents
+from lrc.compressors.corpus import documents, hub, windows
+from lrc.compressors.corpus.chat import chat_renderer
+from lrc.compressors.corpus.documents import check_source
+from lrc.compressors.corpus.excerpts import joined
 from lrc.compressors.corpus.python_docs import paragraphs, without_repeats
+from lrc.compressors.corpus.tokens import default_bos, tokenize
 from lrc.compressors.corpus.windows import (
     calibration_windows,
-    default_bos,
     disjoint_windows,
     evaluation_windows,
-    join_documents,
     random_windows,
-    tokenize,
 )
 from lrc.configs.errors import DataError, RecipeError
 from lrc.configs.recipe import Calibration, Perplexity
@@ -29,6 +29,16 @@ CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def read_documents(source, **options):
+    return list(documents.read_documents(source, **options))
+
+
+def chat_text(found, tokenizer):
+    """Return the text of documents by the tokenizer's chat template."""
+    rendered = map(chat_renderer(tokenizer), found)
+    return "".join(joined(text for text in rendered if text is not None))
 
 
 # Documents
@@ -198,7 +208,7 @@ def test_an_unreachable_hub_says_what_to_do_instead():
 
 
 def test_documents_are_joined_by_a_blank_line_and_tokenized_once(tiny_tokenizer, caplog):
-    text = join_documents(["one", "", "two"], tiny_tokenizer, chat_template=False)
+    text = "".join(joined(["one", "", "two"]))
     assert text == "one\n\n\n\ntwo"
     with caplog.at_level(logging.WARNING):
         ids = tokenize(text * 200, tiny_tokenizer)  # far longer than model_max_length
@@ -211,23 +221,87 @@ def test_the_chat_template_takes_messages_and_makes_text_a_user_turn(make_tokeni
     path = tmp_path / "chat.jsonl"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     path.write_text(json.dumps({"messages": messages}) + '\n{"text": "why"}\n{"text": " "}\n')
-    documents = read_documents(str(path), part="calibration", chat=True)
+    found = read_documents(str(path), part="calibration", chat=True)
     tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
-    text = join_documents(documents, tokenizer, chat_template=True)
+    text = chat_text(found, tokenizer)
     assert text == "<s>user: hi</s><s>assistant: ho</s>\n\n<s>user: why</s>"
     assert tokenize(text, tokenizer)[0] == tokenizer.bos_token_id
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}], "one two"),
+        ([{"type": "text", "text": "one"}], "one"),
+        ([], ""),
+    ],
+)
+def test_text_parts_of_a_message_are_joined(make_tokenizer, tmp_path, content, text):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": content}]}))
+    found = read_documents(str(path), part="calibration", chat=True)
+    tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
+    assert chat_text(found, tokenizer) == f"<s>user: {text}</s>"
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "user"}, ["got 'null'"]),
+        ({"role": "user", "content": None}, ["got 'null'"]),
+        ({"role": "user", "content": 7}, ["'7'"]),
+        ({"role": "user", "content": {"text": "a"}}, ["text"]),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ["part 1"]),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "audio"}]},
+            ["part 2", "audio"],
+        ),
+        ({"role": "user", "content": [{"type": "text"}]}, ["part 1"]),
+        ({"role": "user", "content": ["plain", 3]}, ["part 2"]),
+        ({"role": "user", "content": "\ud800"}, ["surrogate"]),
+        ({"content": "no role"}, ["'role'"]),
+        ({"role": None, "content": "a"}, ["'role'"]),
+        ("hi", ["'messages' must be"]),
+    ],
+)
+def test_other_contents_are_refused_with_file_and_line(tmp_path, message, words):
+    path = tmp_path / "chat.jsonl"
+    good = {"role": "user", "content": "a"}
+    rows = [{"messages": [good]}, {"messages": [good, message]}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError) as caught:
+        read_documents(str(path), part="calibration", chat=True)
+    for word in [str(path), "line 2, message 2", *words]:
+        assert word in str(caught.value)
+
+
+def test_tool_calls_need_no_content_but_a_template_that_writes_them(make_tokenizer, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    message = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    path.write_text(json.dumps({"messages": [message]}))
+    found = read_documents(str(path), part="calibration", chat=True)
+    with pytest.raises(DataError, match=r"chat\.jsonl, line 1: has tool calls"):
+        chat_text(found, make_tokenizer(chat_template=CHAT_TEMPLATE))
+    calls = "{{ m.tool_calls[0].function.name }}"
+    template = CHAT_TEMPLATE.replace("</s>", calls + "</s>")
+    assert chat_text(found, make_tokenizer(chat_template=template)) == "<s>assistant: f</s>"
+
+
 def test_bad_conversations_are_refused(make_tokenizer, tmp_path):
     path = tmp_path / "chat.jsonl"
-    path.write_text('{"messages": [{"role": "user"}]}')
+    path.write_text('{"messages": []}')
     with pytest.raises(DataError, match=r"line 1.*'messages' must be"):
         read_documents(str(path), part="calibration", chat=True)
+    path.write_text('\n{"messages": [{"role": "user", "content": "a"}]}')
+    found = read_documents(str(path), part="calibration", chat=True)
     strict = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"refuses document 1.*roles must alternate"):
-        join_documents(["a"], strict, chat_template=True)
+    with pytest.raises(DataError, match=r"refuses .*chat\.jsonl, line 2: roles must alternate"):
+        chat_text(found, strict)
     with pytest.raises(DataError, match=r"no chat template.*chat_template: false"):
-        join_documents(["a"], make_tokenizer(), chat_template=True)
+        chat_renderer(make_tokenizer())
 
 
 def test_bos_is_found_where_the_tokenizer_adds_it(make_tokenizer):
@@ -308,4 +382,96 @@ def test_the_tokens_of_a_perplexity_limit_its_windows(tiny_tokenizer):
     )
     assert some.tokens.shape == (15, 64)
     assert torch.equal(some.tokens, whole.tokens[:15])
-    assert some.text_tokens == whole.text_tokens
+    assert some.sha256 == whole.sha256
+
+
+# Texts that are much longer than their windows
+
+
+@pytest.fixture(scope="module")
+def long_rows(tmp_path_factory):
+    """4.2 MB of rows, each of its own number."""
+    path = tmp_path_factory.mktemp("long") / "rows.jsonl"
+    with path.open("w") as file:
+        for i in range(70_000):
+            file.write(json.dumps({"text": f"row {i} of a text that is long, and so on"}) + "\n")
+    return path
+
+
+def counting(tokenizer, monkeypatch):
+    """Count the characters that a tokenizer is given."""
+    counted, call = [0], type(tokenizer).__call__
+
+    def spy(self, text, **options):
+        counted[0] += len(text)
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", spy)
+    return counted
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_calibration_tokenizes_no_more_of_a_long_file_than_its_windows_need(
+    make_tokenizer, long_rows, monkeypatch, chat
+):
+    monkeypatch.setattr(windows, "WHOLE_CHARACTERS", 2**20)
+    tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
+    recipe = Calibration(source=str(long_rows), samples=8, length=64, chat_template=chat)
+    counted = counting(tokenizer, monkeypatch)
+    found = calibration_windows(recipe, tokenizer, generator=generator())
+    assert counted[0] < 3 * 8 * 64 * windows.CHARACTERS_PER_TOKEN
+    assert found.tokens.shape == (8, 64)
+    again = calibration_windows(recipe, tokenizer, generator=generator())
+    assert torch.equal(found.tokens, again.tokens)
+    # They come from all of the file.
+    rows = [int(w) for w in tokenizer.decode(found.tokens.flatten()).split() if w.isdigit()]
+    assert min(rows) < 20_000
+    assert max(rows) > 50_000
+
+
+def test_windows_of_a_file_that_is_not_long_are_drawn_from_all_of_it(
+    tiny_tokenizer, tmp_path, monkeypatch
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(9000)))
+    recipe = Calibration(source=str(path), samples=4, length=16)
+    found = calibration_windows(recipe, tiny_tokenizer, generator=generator())
+    ids = tokenize("\n\n".join(f"row {i}" for i in range(9000)), tiny_tokenizer)
+    expected = random_windows(ids, samples=4, length=16, generator=generator(), bos=None)
+    assert torch.equal(found.tokens, expected)
+
+
+@pytest.mark.parametrize("row", ["one endless line. " * 20_000, "x" * 300_000])
+def test_a_single_row_may_be_long(tiny_tokenizer, tmp_path, monkeypatch, row):
+    monkeypatch.setattr(windows, "WHOLE_CHARACTERS", 2**10)
+    path = tmp_path / "line.jsonl"
+    path.write_text(json.dumps({"text": row}))
+    recipe = Calibration(source=str(path), samples=2, length=16)
+    counted = counting(tiny_tokenizer, monkeypatch)
+    found = calibration_windows(recipe, tiny_tokenizer, generator=generator())
+    assert found.tokens.shape == (2, 16)
+    assert counted[0] < 10_000
+
+
+def test_evaluation_tokenizes_no_more_than_its_windows_need(tiny_tokenizer, long_rows, monkeypatch):
+    counted = counting(tiny_tokenizer, monkeypatch)
+    spec = Perplexity(source=str(long_rows), window=64, windows=4)
+    found = evaluation_windows(spec, tiny_tokenizer)
+    assert counted[0] < 300_000
+    text = "\n\n".join(f"row {i} of a text that is long, and so on" for i in range(70_000))
+    assert found.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert torch.equal(found.tokens.flatten(), tokenize(text[:10_000], tiny_tokenizer)[:256])
+
+
+def test_a_long_text_file_is_read_in_blocks_that_join_to_its_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK", 100)
+    text = "\ufefffirst " + "".join(f"word {i}\n\n" * (i % 3) + f"wörd {i}\n" for i in range(200))
+    text += "e" * 300 + "\n\n\n"
+    path = tmp_path / "book.txt"
+    path.write_text(text, encoding="utf-8")
+    found = read_documents(str(path), part="evaluation")
+    assert len(found) > 10
+    assert "".join(joined(found)) == text.removeprefix("\ufeff")
+    path.write_bytes(text.encode() + b"\xe9")
+    with pytest.raises(DataError, match=f"offset {len(text.encode())}"):
+        read_documents(str(path), part="evaluation")

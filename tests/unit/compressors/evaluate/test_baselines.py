@@ -1,6 +1,7 @@
 """Baselines: the compressed weights, and the bytes of a file that would hold them."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lrc.compressors.evaluate.baselines import (
 from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.layers.compressed_linear import sentinel
 from lrc.compressors.layers.sparse import Sparse
+from lrc.compressors.solvers.quantization_grid import ScaleOverflow
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
 from lrc.configs.errors import DataError, Stopped
 from lrc.configs.recipe import Evaluate, Perplexity
@@ -88,7 +90,7 @@ def test_the_bytes_are_those_of_a_file(
         if n.rpartition(".")[0] in targets.shapes
     )
     assert baseline.bits == 8 * own
-    assert baseline.kept == baseline.bits / targets.source_bits
+    assert baseline.kept == baseline.bits / targets.dense_bits
 
 
 @pytest.mark.parametrize("written", WRITTEN)
@@ -133,7 +135,7 @@ def test_sparse_takes_the_bytes_of_the_result_and_no_more(targets: Targets) -> N
 
 
 def test_sparse_keeps_an_entry_where_the_mask_alone_is_too_large(targets: Targets) -> None:
-    tiny = replace(targets, compressed_bytes=targets.dense_bytes - targets.source_bits // 8)
+    tiny = replace(targets, compressed_bytes=targets.dense_bytes - targets.dense_bits // 8)
     baseline = plan_baseline("sparse", tiny)
     assert {*baseline.stored.values()} == {1}
     assert baseline.bytes > tiny.compressed_bytes
@@ -184,8 +186,34 @@ def test_a_baseline_that_overflows_does_not_fail_the_run(
     assert broken == {"it": None}
     assert record(baseline, broken, {"it": {}})["perplexity"] == {"it": None}
 
+    def overflow(*_: object, **__: object) -> None:
+        raise ScaleOverflow("scales up to 1e5 overflow float16")
+
+    monkeypatch.setattr(baselines, "round_to_nearest", overflow)
+    assert measure(baseline, model, tiny_tokenizer, evaluate, lambda *_: None) == {"it": None}
+
     def fail(*_: object, **__: object) -> None:
-        raise ValueError("a scale underflows float16")
+        raise ValueError("a mistake of ours")
 
     monkeypatch.setattr(baselines, "round_to_nearest", fail)
-    assert measure(baseline, model, tiny_tokenizer, evaluate, lambda *_: None) == {"it": None}
+    with pytest.raises(ValueError, match="of ours"):  # and not "no finite perplexity"
+        measure(baseline, model, tiny_tokenizer, evaluate, lambda *_: None)
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_large_matrices_are_compressed_some_rows_at_a_time(
+    model: Any, targets: Targets, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    baseline, other = plan_baseline(written, targets), deepcopy(model)
+    at_once = make(baseline, model)
+    most, compressed = [0], baselines._compressed
+
+    def watched(name: str, rows: Tensor, *arguments: Any) -> Tensor:
+        most.append(rows.numel())
+        return compressed(name, rows, *arguments)
+
+    monkeypatch.setattr(baselines, "_compressed", watched)
+    monkeypatch.setattr(baselines, "NUMBERS", 100)  # a few rows
+    for name, weight in make(baseline, other).items():
+        assert torch.equal(weight, at_once[name]), name
+    assert max(most) <= 100

@@ -1,7 +1,10 @@
 """lm-eval on local task files, dense against compressed, and quality gates."""
 
 import json
+import math
 import random
+import shutil
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -10,7 +13,7 @@ import yaml
 
 from lrc.compressors.evaluate import harness
 from lrc.compressors.evaluate.gates import check_gate_names, check_gates
-from lrc.compressors.evaluate.harness import check_tasks, run_tasks
+from lrc.compressors.evaluate.harness import check_requests, check_tasks, run_tasks
 from lrc.compressors.evaluate.scores import compare, evaluate_model, recovery
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Evaluate, Gate, Perplexity, Tasks
@@ -256,6 +259,106 @@ def test_a_score_that_is_not_finite_is_an_error(tiny_llama, tiny_tokenizer, fold
         run_tasks(model, tiny_tokenizer, tasks(folder, "toy_text"), seed=0)
 
 
+# Before the work, and after it
+
+
+@pytest.fixture
+def without_special_tokens(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    return tokenizer
+
+
+def skeleton(tiny_llama):
+    with torch.device("meta"):
+        return type(tiny_llama())(tiny_llama().config)
+
+
+def test_one_request_of_every_task_is_built_before_the_work(tiny_llama, tiny_tokenizer, folder):
+    names = ["toy_choice", "toy_text", "toy_word", "toy_group", "toy_tag"]
+    check_requests(skeleton(tiny_llama), tiny_tokenizer, tasks(folder, *names), seed=0)
+    check_requests(skeleton(tiny_llama), tiny_tokenizer, Tasks(), seed=0)
+    assert tiny_tokenizer.pad_token is None
+
+
+def test_a_tokenizer_without_bos_and_eos_is_found_before_the_work(
+    tiny_llama, without_special_tokens, folder
+):
+    options = tasks(folder, "toy_choice", "toy_text", "toy_generate")
+    with pytest.raises(RecipeError) as caught:
+        check_requests(skeleton(tiny_llama), without_special_tokens, options, seed=0)
+    assert len(caught.value.problems) == 3
+    for problem, name in zip(caught.value.problems, options.names, strict=True):
+        assert problem.where == "evaluate.tasks.names"
+        assert f"'{name}'" in str(problem)
+        assert "neither a bos nor an eos token" in str(problem)
+
+
+def broken(folder, tmp_path, **changes):
+    """Return options with a task that lm-eval loads and cannot run."""
+    content = yaml.safe_load((Path(folder) / "toy_word.yaml").read_text())
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(content | {"task": "broken"} | changes))
+    for name in ("toy_word", "toy_choice"):
+        shutil.copy(Path(folder) / f"{name}.yaml", tmp_path)
+    return tasks(str(tmp_path), "toy_word", "broken", "toy_choice")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"doc_to_target": "{{missing.key}}"},
+        {"doc_to_text": "{% if %}"},
+        {"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]},
+    ],
+)
+def test_a_task_that_cannot_be_run_is_found_before_the_work(
+    tiny_llama, tiny_tokenizer, folder, tmp_path, changes
+):
+    options = broken(folder, tmp_path, **changes)
+    # The last would generate 256 tokens, which is all of the model's context.
+    with pytest.raises((RecipeError, DataError), match="task 'broken' cannot be") as caught:
+        check_requests(skeleton(tiny_llama), tiny_tokenizer, options, seed=0)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_task_that_fails_costs_no_other_result(tiny_llama, tiny_tokenizer, folder, tmp_path):
+    failing = "{% if text|length > 30 %}{{ missing.key }}{% endif %}ok"  # not the first document
+    options = Evaluate(
+        perplexity=[Perplexity(source="python-docs", window=64, windows=1)],
+        tasks=broken(folder, tmp_path, doc_to_target=failing),
+    )
+    check_requests(skeleton(tiny_llama), tiny_tokenizer, options.tasks, seed=0)
+    scores = evaluate_model(tiny_llama(), tiny_tokenizer, options, seed=0)
+    assert list(scores["perplexity"]) == ["python-docs"]
+    assert list(scores["tasks"]) == ["toy_word", "toy_choice"]
+    assert list(scores["missing"]) == ["tasks.broken"]
+    assert "missing" in scores["missing"]["tasks.broken"]
+    # The same again measures only what is missing.
+    steps = []
+    again = evaluate_model(
+        tiny_llama(),
+        tiny_tokenizer,
+        options,
+        seed=0,
+        on_step=lambda *step: steps.append(step[0]),
+        scores=scores,
+    )
+    assert set(steps) == {"broken"}
+    assert again == scores
+
+
+def test_a_perplexity_that_is_not_finite_costs_no_other_result(tiny_llama, tiny_tokenizer, folder):
+    model = tiny_llama()
+    model.lm_head.weight.data[7].fill_(torch.nan)
+    options = Evaluate(
+        perplexity=[Perplexity(source="python-docs", window=64, windows=1)],
+        tasks=tasks(folder, "toy_choice"),
+    )
+    scores = evaluate_model(model, tiny_tokenizer, options, seed=0)
+    assert "not finite" in scores["missing"]["perplexity.python-docs"]
+    assert list(scores["tasks"]) == ["toy_choice"]
+
+
 @pytest.mark.parametrize(
     ("dense", "compressed", "higher", "expected"),
     [
@@ -331,6 +434,11 @@ def test_without_a_dense_model_nothing_is_relative():
     assert report["tasks"]["t"]["acc"]["recovery"] is None
 
 
+def test_scores_in_different_precision_are_not_compared():
+    with pytest.raises(DataError, match=r"perplexity\.w: .*dtype: 'bfloat16' and 'float32'"):
+        compare(block(20.0, 0.5, dtype="bfloat16"), block(25.0, 0.4))
+
+
 def test_scores_on_different_texts_are_not_compared():
     with pytest.raises(DataError, match=r"perplexity\.w: .*text_sha256"):
         compare(block(20.0, 0.5, text_sha256="1"), block(25.0, 0.4))
@@ -363,6 +471,12 @@ def test_missed_gates_are_sentences(gate, missed):
     for sentence, words in zip(found, missed, strict=True):
         assert words in sentence
         assert gate["metric"] in sentence
+
+
+@pytest.mark.parametrize("threshold", [{"at_most": 30.0}, {"at_least": 0.0}])
+def test_a_score_that_is_not_a_number_misses_every_gate(threshold):
+    evaluation = compare(block(20.0, 0.5), block(math.nan, 0.4))
+    assert len(check_gates([Gate(metric="perplexity.w", **threshold)], evaluation)) == 1
 
 
 def test_gates_on_what_is_not_there_are_errors():

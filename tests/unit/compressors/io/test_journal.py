@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrc.compressors.io.journal import Journal, open_journal, storage_errors, write_text
+from lrc.compressors.io.files import storage_errors, write_text
+from lrc.compressors.io.journal import Journal, open_journal
 from lrc.configs.errors import OutputError
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.layers.bitmask import (
-    mask_problem,
+    mask_problems,
     pack_bits,
     packed_width,
     scatter_values,
@@ -70,10 +70,10 @@ def test_values_are_scattered_row_by_row() -> None:
 @pytest.mark.parametrize("n", WIDTHS)
 def test_only_masks_with_the_right_bits_are_consistent(n: int) -> None:
     packed = pack_bits(torch.ones(3, n, dtype=torch.bool))
-    assert mask_problem(packed, n, 3 * n) is None
+    assert mask_problems(packed, n, 3 * n) == []
     for count in (3 * n - 1, 3 * n + 1):
         problem = f"the mask has {3 * n} bits set, expected {count}"
-        assert mask_problem(packed, n, count) == problem
+        assert mask_problems(packed, n, count) == [problem]
     if n % 8:
         packed[1, -1] |= 128
-        assert mask_problem(packed, n, 3 * n + 1) == f"the mask has bits set after column {n}"
+        assert mask_problems(packed, n, 3 * n + 1) == [f"the mask has bits set after column {n}"]

@@ -61,6 +61,9 @@ def loaded(name: str, quantization: str | None = None) -> tuple[nn.Module, Compr
             parameter.fill_(1.0)
         for buffer in layer.buffers():
             buffer.zero_()
+        for part, spec in COMPONENTS[kind].tensors(D_OUT, D_IN, config.components[0]).items():
+            if f"{kind}.{part}_shape" in dict(layer.named_buffers()):
+                layer.get_buffer(f"{kind}.{part}_shape").copy_(torch.tensor(spec.shape))
     if name in CONSISTENT:
         leaf, tensor = CONSISTENT[name]
         layer.get_buffer(f"{kind}.{leaf}").copy_(tensor)
@@ -151,19 +154,75 @@ def test_damaged_masks_orders_and_indices_are_reported(
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_scales_that_are_not_finite_are_reported(name: str, number: float) -> None:
+def test_numbers_that_are_not_finite_are_reported(name: str, number: float) -> None:
+    for quantization in (None, "int4" if name == "dictionary with indices" else "int4-g4"):
+        kind = EXAMPLES[name][0]
+        names = [n for n, _ in loaded(name, quantization)[1].named_parameters()]
+        assert names
+        for tensor in names:
+            model, layer = loaded(name, quantization)
+            with torch.no_grad():
+                layer.get_parameter(tensor).view(-1)[-1] = number
+            leaf = tensor.removeprefix(f"{kind}.")
+            assert layer.problems() == [f"{kind}: {leaf} is not finite in float32"]
+            with pytest.raises(CheckpointError) as caught:
+                check_values(model)
+            assert caught.value.code == "damaged-weights"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_scales_of_zero_are_reported(name: str) -> None:
     quantization = "int4" if name == "dictionary with indices" else "int4-g4"
     kind = EXAMPLES[name][0]
     scales = [n for n, _ in loaded(name, quantization)[1].named_parameters() if "_scale" in n]
     assert scales
     for scale in scales:
-        model, layer = loaded(name, quantization)
+        _, layer = loaded(name, quantization)
         with torch.no_grad():
-            layer.get_parameter(scale).view(-1)[-1] = number
-        assert layer.problems() == [f"{kind}: {scale.removeprefix(f'{kind}.')} is not finite"]
-        with pytest.raises(CheckpointError) as caught:
-            check_values(model)
-        assert caught.value.code == "damaged-weights"
+            layer.get_parameter(scale).view(-1)[0] = 0
+        assert layer.problems() == [f"{kind}: {scale.removeprefix(f'{kind}.')} contains zeros"]
+        # The smallest scales of bfloat16 become zero where a model is loaded in float16.
+        assert layer.half().problems() == []
+
+
+def test_stored_shapes_sentinels_and_biases_are_checked() -> None:
+    _, layer = loaded("low_rank", "int4-g4")
+    layer.low_rank.a.weight_shape[1] = 45
+    layer.weight.fill_(1)
+    layer.bias = nn.Parameter(torch.tensor([0.0, torch.nan]))
+    assert layer.problems() == [
+        "low_rank: a.weight_shape must be [4, 44], got [4, 45]",
+        "weight must be the sentinel 0",
+        "bias is not finite in float32",
+    ]
+
+
+def test_masks_must_have_the_pattern() -> None:
+    sparse = WeightConfig((4, 8), (ComponentConfig("sparse", {"nonzeros": 16}, pattern="2:4"),))
+    sizes = {"atoms": 4, "nonzeros": 2}
+    dictionary = WeightConfig((4, 8), (ComponentConfig("dictionary", sizes, pattern="2:4"),))
+    for config, columns in ((sparse, 8), (dictionary, 4)):
+        (component,) = CompressedLinear(config).components
+        mask = torch.zeros(4, columns, dtype=torch.bool)
+        mask[:, [i for i in range(columns) if i % 4 in (0, 3)]] = True
+        with torch.no_grad():
+            component.values.fill_(1)
+            component.mask.copy_(pack_bits(mask))
+            assert component.problems() == []
+            mask[0, 0], mask[1, 1] = False, True
+            component.mask.copy_(pack_bits(mask))
+        assert component.problems() == ["the mask does not have 2 bits in every 4 columns"]
+
+
+def test_layers_that_are_not_compressed_must_be_finite_too() -> None:
+    model, _ = loaded("low_rank")
+    model.norm = nn.LayerNorm(D_OUT)
+    check_values(model)
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"norm\.weight is not finite") as caught:
+        check_values(model)
+    assert caught.value.code == "damaged-weights"
 
 
 def test_all_problems_of_a_sum_are_reported() -> None:
@@ -178,8 +237,11 @@ def test_all_problems_of_a_sum_are_reported() -> None:
             tensor.zero_()
         layer.dense.weight_scale[0] = torch.nan
     assert layer.problems() == [
+        "sparse: values_scale contains zeros",
         "sparse: the mask has 0 bits set, expected 5",
-        "dense: weight_scale is not finite",
+        "dense: weight_scale is not finite in float32",
+        "dense: weight_scale contains zeros",
+        "dense: weight_shape must be [6, 44], got [0, 0]",
     ]
 
 

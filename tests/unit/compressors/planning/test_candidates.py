@@ -40,8 +40,8 @@ def test_candidates_respect_multiples_floor_cap_and_dense() -> None:
     assert [c.loss for c in every] == [11, 7, 5, 4, 0]
     assert ranks(candidates(energies, 8, 12, rank_multiple=2)) == [2, 4, 0]
     assert ranks(candidates(energies, 8, 12, min_keep=41 / 96)) == [3, 4, 0]
-    assert ranks(candidates(energies, 8, 12, max_loss=0.3)) == [3, 4, 0]
-    assert ranks(candidates(energies, 8, 12, max_loss=0.01)) == [0]
+    assert ranks(candidates(energies, 8, 12, max_relative_error=0.3)) == [3, 4, 0]
+    assert ranks(candidates(energies, 8, 12, max_relative_error=0.01)) == [0]
 
 
 def test_candidates_end_at_the_numerical_rank() -> None:

@@ -28,10 +28,10 @@ def test_no_weight_takes_more_than_its_fraction_and_the_total_is_counted(plan_of
         found = rank(task)
         if found is not None:
             numbers = found * sum(task.shape)
-            assert task.bits == 16 * numbers + 8 <= 0.5 * task.source_bits  # and the sentinel
+            assert task.bits == 16 * numbers + 8 <= 0.5 * task.dense_bits  # and the sentinel
     assert plan.bits == sum(task.bits for task in plan.tasks)
-    assert plan.kept == plan.bits / plan.source_bits
-    assert plan.model.bytes - plan.compressed_bytes == (plan.source_bits - plan.bits) // 8
+    assert plan.kept == plan.bits / plan.dense_bits
+    assert plan.model.bytes - plan.compressed_bytes == (plan.dense_bits - plan.bits) // 8
 
 
 def test_a_weight_too_small_for_any_rank_stays_dense_with_a_note(plan_of: Planner) -> None:
@@ -39,7 +39,7 @@ def test_a_weight_too_small_for_any_rank_stays_dense_with_a_note(plan_of: Planne
     assert {task.config.types for task in tiny} == {"dense"}
     assert not any(task.compressed for task in tiny)
     assert tiny[0].note == "too small: rank 1 needs more than 50% of its bits"
-    assert tiny[0].bits == tiny[0].source_bits
+    assert tiny[0].bits == tiny[0].dense_bits
 
 
 def test_factors_larger_than_the_weight_are_not_planned(plan_of: Planner) -> None:
@@ -149,9 +149,9 @@ def test_pivoted_factors_have_more_rank_for_the_same_budget(plan_of: Planner, me
             assert (m.config.types, p.config.types) == ("low_rank", "pivoted_low_rank")
             assert high >= low
             cost = p.bits if measure == "bits" else p.config.multiply_adds()
-            dense = p.source_bits if measure == "bits" else p.shape[0] * p.shape[1]
+            dense = p.dense_bits if measure == "bits" else p.shape[0] * p.shape[1]
             assert cost <= 0.5 * dense
-            assert p.bits < p.source_bits
+            assert p.bits < p.dense_bits
     ranks = [sum(rank(task) or 0 for task in plan.tasks) for plan in (plain, pivoted)]
     assert ranks[1] > 1.1 * ranks[0]  # measured 1.13 and 1.15
 
@@ -185,7 +185,7 @@ def test_a_size_leaves_what_the_rest_of_the_file_does_not_take(
     plan_of: Planner, allocation: str
 ) -> None:
     plan = plan_of({"size": "43kB", "allocation": allocation})
-    rest = plan.model.bytes - plan.source_bits // 8
+    rest = plan.model.bytes - plan.dense_bits // 8
     spent = plan.allocations[0].budget if plan.allocations else plan.bits
     assert bool(plan.allocations) == (allocation == "lagrangian")
     headers = 43_000 - rest - spent / 8
@@ -203,7 +203,7 @@ def test_biases_that_the_source_lacks_are_counted(plan_of: Planner) -> None:
         if found is not None:
             assert lord.config.bias
             assert not lord.source_bias
-            assert lord.bits <= 0.5 * lord.source_bits
+            assert lord.bits <= 0.5 * lord.dense_bits
             without = replace(lord, config=replace(lord.config, bias=False))
             assert lord.bits == without.bits + lord.shape[0] * 16
             assert lord.parameters == without.parameters + lord.shape[0]
@@ -257,9 +257,9 @@ REJECTED: dict[str, tuple[list[dict[str, Any]], str, str, str]] = {
         "30kB",
     ),
     "a cap without predictions": (
-        [{"keep": 0.5, "max_loss": 0.1}],
+        [{"keep": 0.5, "max_relative_error": 0.1}],
         "contradiction",
-        f"{WHERE}.max_loss",
+        f"{WHERE}.max_relative_error",
         "allocation: lagrangian",
     ),
     "overrides that take it all": (
@@ -340,10 +340,10 @@ def test_problems_of_several_stages_are_reported_together(
     problems: Callable[..., list[Problem]],
 ) -> None:
     found = problems(
-        {"keep": 0.5, "max_loss": 0.1, "targets": ["*mlp*"]},
+        {"keep": 0.5, "max_relative_error": 0.1, "targets": ["*mlp*"]},
         {"keep": 0.1, "allocation": "lagrangian", "rank_multiple": 60, "targets": ["*attn*"]},
     )
     assert [(each.code, each.where) for each in found] == [
-        ("contradiction", "stages[0].decompose.max_loss"),
+        ("contradiction", "stages[0].decompose.max_relative_error"),
         ("out-of-range", "stages[1].decompose.rank_multiple"),
     ]

@@ -124,7 +124,7 @@ def test_two_of_every_four_are_stored_and_the_curve_has_the_error_of_that(name: 
         name: spec.shape for name, spec in config.tensors().items()
     }
     errors, total = method.squared_errors(W, known(shape), [config.sizes], **options)
-    assert found.loss == pytest.approx(found.squared_error / total, rel=1e-9)
+    assert found.relative_error == pytest.approx(found.squared_error / total, rel=1e-9)
     # The one size of a pruned matrix is solved completely; dictionaries take fewer rounds.
     assert errors[0] == pytest.approx(found.squared_error, rel=1e-9 if name in PRUNING else 0.2)
 

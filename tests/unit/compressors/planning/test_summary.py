@@ -30,7 +30,7 @@ def test_rows_add_up_to_the_plan_in_the_order_of_layers(plan_of: Planner, case: 
     plan = plan_of(*STAGES[case], layers=4)
     rows = summarize(plan)
     assert sum(row.bits for row in rows) == pytest.approx(plan.bits, abs=len(rows))
-    assert sum(row.source_bits for row in rows) == plan.source_bits
+    assert sum(row.dense_bits for row in rows) == plan.dense_bits
     assert [row.layer for row in rows] == sorted(row.layer for row in rows)
     assert len({row.name for row in rows}) == len(rows) == sum(len(t.weights) for t in plan.tasks)
     modules = plan.modules()
@@ -57,5 +57,5 @@ def test_rows_show_the_allocator_while_pending_and_results_afterwards(plan_of: P
     task = plan.tasks[0]
     result = LayerResult(task.dense().config, fallback="saw no calibration token; stays dense")
     row = summarize(plan.with_results({task.name: result}))[0]
-    assert (row.name, row.rank, row.bits) == (task.name, None, task.source_bits)
+    assert (row.name, row.rank, row.bits) == (task.name, None, task.dense_bits)
     assert row.to_json()["fallback"] == result.fallback

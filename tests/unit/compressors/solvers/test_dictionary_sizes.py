@@ -49,8 +49,8 @@ def test_a_problem_gives_the_same_solution_however_often_it_is_solved(
         found = problem.solve(**search)
         for name in ("D", "S", "mask"):
             assert torch.equal(getattr(found, name), getattr(alone, name)), name
-        assert (found.energy, found.loss, found.errors, found.fallback) == (
-            alone.energy, alone.loss, alone.errors, alone.fallback
+        assert (found.energy, found.relative_error, found.errors, found.fallback) == (
+            alone.energy, alone.relative_error, alone.errors, alone.fallback
         )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_error_is_the_tail_of_the_spectrum(
         factors = s.truncate(rank)
         error = weighted_error(W, product(factors), H, G)
         assert error == pytest.approx(s.tail_energy(rank), rel=1e-8, abs=1e-10 * total)
-        assert factors.loss == pytest.approx(s.tail_energy(rank) / total, rel=1e-10)
+        assert factors.relative_error == pytest.approx(s.tail_energy(rank) / total, rel=1e-10)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -99,7 +99,7 @@ def test_both_branches_minimise_the_same_error() -> None:
         tall_factors.B @ tall_factors.A, (wide_factors.B @ wide_factors.A)[:, :24],
         rtol=1e-8, atol=1e-9,
     )  # fmt: skip
-    assert tall_factors.loss == pytest.approx(wide_factors.loss, rel=1e-9)
+    assert tall_factors.relative_error == pytest.approx(wide_factors.relative_error, rel=1e-9)
 
 
 def test_no_other_factors_of_the_rank_do_better() -> None:

@@ -30,7 +30,7 @@ def test_the_same_weight_of_consecutive_layers_shares_a_factor(plan_of: Planner)
     modules = plan.modules()
     shares = [modules[weight.name].shares for task in up for weight in task.weights]
     assert shares == [None, up[0].name, None, up[1].name, None]
-    assert up[0].bits <= 0.5 * up[0].source_bits
+    assert up[0].bits <= 0.5 * up[0].dense_bits
     assert up[0].bits == sum(modules[weight.name].stored_bits(16) for weight in up[0].weights)
     assert up[0].config.sizes["rank"] > up[2].config.sizes["rank"]  # sharing pays for rank
 
@@ -40,8 +40,8 @@ def test_the_same_weight_of_consecutive_layers_shares_a_dictionary(plan_of: Plan
     three, one = tasks_of(plan, "up_proj")
     assert groups_of([three, one]) == [[0, 1, 2], [3]]
     assert {task.config.types for task in (three, one)} == {"dictionary"}
-    assert three.source_bits == 3 * one.source_bits
-    assert three.bits <= 0.7 * three.source_bits
+    assert three.dense_bits == 3 * one.dense_bits
+    assert three.bits <= 0.7 * three.dense_bits
     last = plan.modules()[three.weights[2].name]
     assert last.to_json()["components"] == [
         {"type": "dictionary", **three.config.sizes, "shares": three.name}
@@ -120,7 +120,7 @@ def test_pruned_two_of_four_every_weight_has_its_one_size(plan_of: Planner) -> N
         (component,) = task.config.components
         assert (component.type, component.pattern) == ("sparse", "2:4")
         assert component.sizes == {"nonzeros": task.shape[0] * task.shape[1] // 2}
-        assert task.bits == task.source_bits * 9 // 16 + 8
+        assert task.bits == task.dense_bits * 9 // 16 + 8
     patterns = {c.pattern for config in plan.modules().values() for c in config.components}
     assert patterns == {"2:4"}
     pending = plan_of({**TWO_OF_FOUR, "keep": 0.6})
@@ -141,10 +141,10 @@ def test_dictionaries_two_of_four_stay_within_their_fraction(plan_of: Planner) -
         sizes = component.sizes
         assert sizes["atoms"] % 4 == 0
         assert sizes["nonzeros"] == sizes["atoms"] // 2
-        assert task.bits <= 0.6 * task.source_bits
+        assert task.bits <= 0.6 * task.dense_bits
         larger = {name: size + size // sizes["nonzeros"] * 2 for name, size in sizes.items()}
         config = task.with_components((replace(component, sizes=larger),))
-        assert task.bits_of(config) > 0.6 * task.source_bits
+        assert task.bits_of(config) > 0.6 * task.dense_bits
 
 
 WHERE = "stages[0].decompose"
@@ -219,7 +219,7 @@ def test_dictionaries_have_the_requested_ratio(plan_of: Planner, method: str, ra
     for task in sized:
         sizes = task.config.sizes
         assert sizes["atoms"] == min(round(ratio * sizes["nonzeros"]), *task.shape)
-        assert task.bits == task.config.stored_bits(16) <= 0.6 * task.source_bits
+        assert task.bits == task.config.stored_bits(16) <= 0.6 * task.dense_bits
 
 
 def test_published_methods_have_twice_as_many_atoms_by_default_and_ours_three_times(

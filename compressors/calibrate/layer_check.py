@@ -1,0 +1,289 @@
+"""Check that a model can be processed layer by layer, before any of its weights is read.
+
+The model runs on simulated weights, once as a whole and once as calibration runs it: one layer
+after the other, each called as in the first batch. Both must agree.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_map
+
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches
+from lrc.compressors.calibrate.replaceable import irreplaceable, is_linear
+from lrc.compressors.calibrate.simulated_weights import SimulatedProducts, SimulatedReader
+from lrc.compressors.io.journal import Journal
+from lrc.compressors.models.architecture import Architecture, build, unsupported
+from lrc.compressors.models.configuration import first_line
+from lrc.compressors.models.source import Source
+
+LENGTH, BATCH, WINDOWS = 8, 2, 5  # two full batches and a smaller one
+TOLERANCE = 1e-3  # relative to the largest value
+
+
+def build_checked(source: Source) -> Architecture:
+    """Build the skeleton of a model, and check it with `check_layers`."""
+    return check_layers(build(source))
+
+
+def check_layers(architecture: Architecture) -> Architecture:
+    """Check that the layers of a model can be processed one after the other.
+
+    Returns
+    -------
+    Architecture
+        Its linears are those that can be replaced; `Architecture.unused` gives the others.
+
+    Raises
+    ------
+    ModelError
+        If the architecture is not supported, with the reason.
+    """
+    config = architecture.model.config
+    unused = irreplaceable(architecture)
+    try:
+        with _simulation(architecture, unused) as executor:
+            wholes = [_run_whole(executor, executor.tokens[rows]) for rows in executor.batches]
+            reason = _structure(executor, wholes) or _differences(executor, wholes)
+    except Exception as error:  # modeling code may raise anything
+        raise unsupported(config, f"it fails on a short text ({first_line(error)})") from error
+    if reason:
+        raise unsupported(config, reason)
+    for linear in architecture.linears:
+        if linear.name not in unused and wholes[0].uses.get(linear.name, 0) != 1:
+            uses = wholes[0].uses.get(linear.name, 0)
+            unused[linear.name] = f"is called {uses} times in a forward, not once"
+    linears = [linear for linear in architecture.linears if linear.name not in unused]
+    if not linears:
+        name, why = next(iter(unused.items()))
+        raise unsupported(config, f"no linear layer can be replaced: {name} {why}")
+    return replace(architecture, linears=linears, unused=unused)
+
+
+def differing_layer(old: Architecture, new: Architecture, kept: Sequence[int]) -> str:
+    """Return which layer computes something else in a model that keeps only some of the layers.
+
+    Layer j of `new` is layer ``kept[j]`` of `old`. Both are compared on the same states, and so are
+    the input of the first layer and the logits. Returns a clause, or "" without a difference.
+    """
+    renamed = {f"{new.layer_names[j]}.": f"{old.layer_names[i]}." for j, i in enumerate(kept)}
+
+    def identity(name: str) -> str:
+        prefix = next((prefix for prefix in renamed if name.startswith(prefix)), "")
+        return renamed.get(prefix, "") + name.removeprefix(prefix)
+
+    with (
+        _simulation(old, old.unused) as before,
+        _simulation(new, irreplaceable(new), identity) as after,
+    ):
+        rows = before.batches[0]
+        whole = _run_whole(before, before.tokens[rows])
+        embedded = torch.empty(after.shape)
+        after.embed_(embedded)
+        if not _close(embedded[rows], whole.inputs[0]):
+            return "the input of the first layer changes"
+        for j, i in enumerate(kept):
+            with after.layer(j):
+                if not _close(after.apply(j, whole.inputs[i]), whole.outputs[i]):
+                    return f"{old.layer_names[i]} computes something else as layer {j}"
+        with after.around_layers(head=True):
+            logits = after.logits(whole.outputs[-1], before.tokens[rows])
+        return "" if _close(logits, whole.logits) else "the logits are scaled differently"
+
+
+@contextmanager
+def _simulation(
+    architecture: Architecture,
+    exact: dict[str, str],
+    identity: Callable[[str], str] = lambda name: name,
+) -> Iterator[LayerExecutor]:
+    """Yield an executor of the architecture on simulated weights and random tokens."""
+    context = CalibrationContext(
+        architecture,
+        SimulatedReader(architecture, exact, identity),
+        lambda: _tokens(architecture.model),
+        Journal(Path()),  # nothing is written
+        "cpu",
+        memory_limit_gib=1.0,
+        seed=0,
+        on_step=lambda *_: None,
+    )
+    executor = LayerExecutor(context)
+    executor.batches = batches(executor.tokens, BATCH * LENGTH)
+    with _cheap(architecture.model), SimulatedProducts(), torch.no_grad():
+        yield executor
+
+
+@contextmanager
+def _cheap(model: nn.Module) -> Iterator[None]:
+    """Compute recurrences in short chunks, and every product by the function of `nn.Linear`."""
+    before = []
+    for module in model.modules():
+        own = vars(module)
+        if isinstance(own.get("chunk_size"), int):  # the cost grows with the size of the chunks
+            before.append((own, "chunk_size", own["chunk_size"]))
+            own["chunk_size"] = min(own["chunk_size"], LENGTH)
+        if isinstance(module, nn.Linear) and is_linear(type(module)) and "forward" not in own:
+            before.append((own, "forward", None))
+            own["forward"] = MethodType(nn.Linear.forward, module)
+    try:
+        yield
+    finally:
+        for own, key, value in before:
+            del own[key]
+            if value is not None:
+                own[key] = value
+
+
+def _tokens(model: Any) -> Tensor:
+    """Return random windows; the first two differ in the last token only."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (WINDOWS, LENGTH), generator=generator)
+    tokens[1, :-1] = tokens[0, :-1]
+    # A model may treat these differently, for example leave them out of its attention.
+    config = model.config.get_text_config(decoder=True)
+    special = [getattr(config, f"{key}_token_id", None) for key in ("pad", "bos", "eos")]
+    for position, token in enumerate(special, start=2):
+        if isinstance(token, int) and 0 <= token < vocabulary:
+            tokens[BATCH, position] = token
+    return tokens
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What the decoder layers of the whole model received and returned for one batch."""
+
+    inputs: list[Any]
+    outputs: list[Any]
+    arguments: list[dict[str, Any]]
+    """Other arguments by name or position."""
+    uses: dict[str, int]
+    """Number of calls of every layer and linear by name."""
+    logits: Tensor
+
+
+def _run_whole(executor: LayerExecutor, tokens: Tensor) -> _Whole:
+    """Run the whole model on a batch [n, length]."""
+    architecture = executor.architecture
+    n_layers = len(architecture.layers)
+    inputs, outputs = [None] * n_layers, [None] * n_layers
+    arguments: list[dict[str, Any]] = [{} for _ in range(n_layers)]
+    uses: dict[str, int] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            uses[name] = uses.get(name, 0) + 1
+
+        return hook
+
+    def before(index: int, layer: nn.Module) -> Callable[..., None]:
+        parameters = [*inspect.signature(layer.forward).parameters]
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            named = dict(zip(parameters, args, strict=False)) | kwargs
+            # Copies: some layers add to their inputs in place.
+            named = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, named)
+            inputs[index] = named.pop(parameters[0] if args else "hidden_states", None)
+            arguments[index] = named
+
+        return hook
+
+    def after(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            outputs[index] = out[0].clone() if isinstance(out, tuple) else out.clone()
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(executor.around_layers(head=True))
+        for index, layer in enumerate(architecture.layers):
+            stack.enter_context(executor.layer(index))
+            stack.enter_context(
+                layer.register_forward_pre_hook(before(index, layer), with_kwargs=True)
+            )
+            stack.enter_context(layer.register_forward_hook(after(index)))
+        for name in [*architecture.layer_names, *(each.name for each in architecture.linears)]:
+            module = architecture.model.get_submodule(name)
+            stack.enter_context(module.register_forward_hook(count(name)))
+        logits = architecture.model(input_ids=tokens, use_cache=False).logits
+    return _Whole(inputs, outputs, arguments, uses, logits)
+
+
+def _structure(executor: LayerExecutor, wholes: list[_Whole]) -> str:
+    """Return what is wrong with the calls and the states of the layers, or ""."""
+    whole, names = wholes[0], executor.architecture.layer_names
+    for name, states in zip(names, whole.inputs, strict=True):
+        uses = whole.uses.get(name, 0)
+        if uses != 1:
+            return f"its forward calls {name} {uses} times, not once"
+        if not isinstance(states, Tensor):
+            return f"{name} does not receive hidden states"
+        if states.shape[:-1] != (BATCH, LENGTH):
+            return (
+                f"the hidden states of {name} have the shape {list(states.shape)} for {BATCH} "
+                f"windows of {LENGTH} tokens, not [{BATCH}, {LENGTH}, width]"
+            )
+    for states in (*whole.inputs, whole.logits):
+        if not bool(states.isfinite().all()):
+            return "its hidden states overflow on simulated weights"
+        if not _close(states[0, :-1], states[1, :-1]):
+            return "its predictions depend on later tokens: it is not a causal language model"
+    return ""
+
+
+def _differences(executor: LayerExecutor, wholes: list[_Whole]) -> str:
+    """Return where layers applied one after the other differ from the whole model, or ""."""
+    names, each = (
+        executor.architecture.layer_names,
+        list(zip(executor.batches, wholes, strict=True)),
+    )
+    states = torch.empty(executor.shape)
+    executor.embed_(states)
+    for index, name in enumerate(names):
+        if not all(_close(states[rows], whole.inputs[index]) for rows, whole in each):
+            change = (
+                "something outside the layers changes it" if index else "it is not reproducible"
+            )
+            return _unequal_argument(names, wholes) or f"the input of {name} differs: {change}"
+        with executor.layer(index):
+            executor.advance_(index, states)
+        if not all(_close(states[rows], whole.outputs[index]) for rows, whole in each):
+            return _unequal_argument(names, wholes) or f"{name} depends on earlier calls"
+    with executor.around_layers(head=True):
+        for rows, whole in each:
+            if not _close(executor.logits(states[rows], executor.tokens[rows]), whole.logits):
+                return (
+                    _unequal_argument(names, wholes)
+                    or "its logits depend on more than the output of the last layer"
+                )
+    return ""
+
+
+def _unequal_argument(names: list[str], wholes: list[_Whole]) -> str:
+    """Return which argument of a layer depends on the tokens, or ""."""
+    first, second = wholes[:2]
+    for name, before, after in zip(names, first.arguments, second.arguments, strict=True):
+        (old, _), (new, _) = tree_flatten_with_path(before), tree_flatten_with_path(after)
+        for (path, a), (_, b) in zip(old, new, strict=False):
+            if isinstance(a, Tensor) and not _close(a.float(), b):
+                key = getattr(path[0], "key", "")
+                return f"{name} receives {key!r}, which depends on the tokens or on other layers"
+    return ""
+
+
+def _close(a: Tensor, b: Any) -> bool:
+    """Whether two tensors are equal except for rounding."""
+    if not isinstance(b, Tensor) or a.shape != b.shape:
+        return False
+    difference = (a.float() - b.float()).abs()
+    limit = TOLERANCE * float(b.float().abs().max()) if b.numel() else 0.0
+    return bool((difference[difference.isfinite()] <= limit).all())  # masks hold -inf

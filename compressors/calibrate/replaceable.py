@@ -1,0 +1,86 @@
+"""Which linear layers a compressed layer can take the place of: those that are only called."""
+
+import copy
+import inspect
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lrc.compressors.layers import ComponentConfig, CompressedLinear, WeightConfig
+from lrc.compressors.models.architecture import Architecture
+
+
+def irreplaceable(architecture: Architecture) -> dict[str, str]:
+    """Return the linears that do more than ``x @ W.T + bias``, or whose weights other code reads.
+
+    By name, with a clause that says why. Fused kernels read weights, which only the source code
+    tells: on the CPU they do not run.
+    """
+    found = {}
+    for linear in architecture.linears:
+        module = architecture.model.get_submodule(linear.name)
+        *parents, leaf = linear.name.split(".")
+        for depth in range(len(parents) + 1):
+            owner: Any = type(architecture.model.get_submodule(".".join(parents[:depth])))
+            if re.search(rf"\.{leaf}\.(weight|bias)\b(?!\.device)", _code(owner)):
+                found[linear.name] = f"is read by {owner.__name__}, not only called"
+        if not is_linear(type(module)):
+            found[linear.name] = f"is a {type(module).__name__}, which computes something else"
+    others = [linear.name for linear in architecture.linears if linear.name not in found]
+    if not _loads(architecture.model, others):
+        kinds: dict[str, list[str]] = {}
+        for name in others:
+            kinds.setdefault(name.rpartition(".")[2], []).append(name)
+        for names in kinds.values():
+            if not _loads(architecture.model, names):
+                found |= dict.fromkeys(names, "is read while the model is loaded")
+    return found
+
+
+def _loads(model: nn.Module, names: Iterable[str]) -> bool:
+    """Return whether `from_pretrained` can build the model with these linears compressed.
+
+    It calls the `_init_weights` of the class for every module, also of those that are stored.
+    """
+    trial: Any = copy.deepcopy(model)
+    for name in names:
+        linear = trial.get_submodule(name)
+        config = WeightConfig(
+            tuple(linear.weight.shape), (ComponentConfig("low_rank", {"rank": 1}),)
+        )
+        trial.set_submodule(name, CompressedLinear.replacing(linear, config))
+    for tensor in (*trial.parameters(), *trial.buffers()):
+        tensor._is_hf_initialized = True
+    for module in trial.modules():
+        module._is_hf_initialized = False
+    try:
+        trial.initialize_weights()
+    except Exception:  # modeling code may raise anything
+        return False
+    return True
+
+
+def is_linear(kind: type[nn.Module]) -> bool:
+    """Return whether a subclass of `nn.Linear` computes the same as `nn.Linear`."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    x, like = torch.randn(2, 3, 6), nn.Linear(6, 5)
+    module = kind.__new__(kind)
+    vars(module).update(copy.copy(vars(like)))
+    try:
+        return torch.allclose(module(x), functional.linear(x, like.weight, like.bias))
+    except Exception:  # it needs attributes that a linear layer does not have
+        return False
+
+
+@lru_cache
+def _code(kind: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # defined where no file is
+        return ""

@@ -1,0 +1,56 @@
+"""Build the result of a plan from its config, without weights, before any work starts."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from accelerate import init_empty_weights
+
+from lrc.compressors.checkpoint.format import quantization_config
+from lrc.compressors.checkpoint.quantizer import LrcConfig, LrcQuantizer
+from lrc.compressors.checkpoint.writer import write_config
+from lrc.compressors.layers import ComponentConfig, WeightConfig
+from lrc.compressors.layers.model_shapes import tables_of
+from lrc.compressors.models.configuration import first_line
+from lrc.compressors.planning.plan import Plan
+from lrc.configs.errors import ModelError
+
+PLACEHOLDER = (ComponentConfig("low_rank", {"rank": 1}),)
+"""For weights whose components an allocation will choose."""
+
+
+def rehearse_loading(plan: Plan, model: Any) -> None:
+    """Build a model from the config of the result, and replace the layers that it lists.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Skeleton of the model that is decomposed.
+
+    Raises
+    ------
+    ModelError
+        If transformers could not load the result.
+    """
+    modules = plan.modules() | {
+        weight.name: WeightConfig(task.shape, PLACEHOLDER)
+        for task in plan.tasks
+        for weight in task.weights
+        if task.pending
+    }
+    block = quantization_config(modules, tables_of(model.config))
+    try:
+        with TemporaryDirectory() as folder:
+            write_config(Path(folder), model.config, block, plan.model.dtype)
+            config = type(model.config).from_json_file(Path(folder) / "config.json")
+        with init_empty_weights(include_buffers=False):
+            result = type(model)(config)
+        if block:
+            stored = config.quantization_config
+            options = LrcConfig(**{k: v for k, v in stored.items() if k != "quant_method"})
+            LrcQuantizer(options).rebuild_(result)
+    except Exception as error:  # transformers raises nearly anything
+        raise ModelError(
+            f"model: transformers could not load the result of {type(model).__name__} from its "
+            f"config.json ({first_line(error)}); give other targets or another model"
+        ) from error

@@ -1,0 +1,149 @@
+"""Compare the tensors in the files of a model with those of the module tree.
+
+transformers fills what is missing with random numbers and leaves out what it does not know. The
+dense reference, what is compressed and the result are therefore one model only if every tensor of
+the module tree is in the files, and every tensor in the files has a place in the module tree.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
+
+from lrc.compressors.io.shards import Header, read_folder, same_tensor
+from lrc.compressors.models.architecture import Architecture
+from lrc.configs.errors import ModelError
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+# Tables that older versions of transformers stored, and that are computed today.
+COMPUTED = re.compile(
+    r"(^|[._])(inv_freq|position_ids|masked_bias|causal_mask|(cos|sin)_cached|rope\.freqs"
+    r"|relative_position_index|_extra_state)$"
+)
+TIE = " (set tie_word_embeddings: true in config.json if the embedding stands for it)"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The tensors in the files, by their names in the module tree."""
+
+    architecture: Architecture
+    stored: dict[str, Header]
+    """A tied tensor is stored under one of its names, or under several."""
+    unused: list[Header]
+    """Without a place in the module tree; without tables that are computed."""
+    problems: list[str]
+    """Parameters that are missing, or stand in the files twice."""
+
+    def of(self, name: str) -> Header | None:
+        """Return a parameter, which may be stored under the name of one that is tied to it."""
+        tied = (each for each, main in self.architecture.tied.items() if main == name)
+        return next((self.stored[each] for each in (name, *tied) if each in self.stored), None)
+
+    def untied(self) -> list[str]:
+        """Return the tied parameters that differ from the one to which they are tied."""
+        return [
+            name
+            for name, main in self.architecture.tied.items()
+            if name in self.stored
+            and (other := self.of(main)) is not None
+            and not same_tensor(self.stored[name], other)
+        ]
+
+    def refuse_problems(self, where: str, remedy: str) -> None:
+        """Raise a `ModelError` with all problems, if there are any."""
+        if self.problems:
+            parameters = self.architecture.stored_parameters()
+            found = sum(self.of(name) is not None for name in parameters)
+            raise ModelError(
+                f"model.path: the weights in {where}: {first(self.problems)}; {found} of "
+                f"{len(parameters)} tensors of the model are there; {remedy}"
+            )
+
+
+def read_contents(folder: Path, architecture: Architecture) -> Contents:
+    """Compare the headers of a folder of safetensors with a model.
+
+    Names are changed as in transformers: a bare decoder lacks the prefix of the causal model
+    (`layers.0...` for `model.layers.0...`), and some architectures were published under older names
+    (GPT-NeoX: `embed_out` for `lm_head`).
+
+    Raises
+    ------
+    ModelError
+        An incomplete file; missing, ambiguous or quantized tensors, or wrong shapes, all at once.
+    """
+    try:
+        headers = read_folder(folder)
+    except ValueError as error:
+        raise ModelError(f"model.path: {error}; copy or download it again") from error
+    conversions = get_model_conversion_mapping(architecture.model)
+    found = renamed(headers, conversions, architecture.model)
+    names = {key: None if converted else name for key, (name, converted) in found.items()}
+    contents = match(headers, names, architecture)
+    for name, parameter in architecture.stored_parameters().items():
+        header = contents.of(name)
+        if header is None:
+            continue
+        if header.shape != list(parameter.shape):
+            contents.problems.append(f"{name} is {header.shape}, not {list(parameter.shape)}")
+        elif parameter.is_floating_point() and header.dtype not in FLOATS:
+            contents.problems.append(f"{name} is stored as {header.dtype}: it is quantized")
+    contents.refuse_problems(
+        f"{folder} do not fit config.json",
+        "the folder may be incomplete, or its tensor names need a conversion that lrc does not "
+        "know: load and save it once with transformers",
+    )
+    return contents
+
+
+def renamed(
+    keys: Iterable[str], conversions: Sequence[WeightTransform], model: Any
+) -> dict[str, tuple[str, bool]]:
+    """Return key in the file -> name in the module tree, and whether more than the name changes."""
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    tree, prefix = model.state_dict(), model.base_model_prefix
+    found = {k: rename_source_key(k, renamings, converters, prefix, tree) for k in keys}
+    return {key: (name, converted is not None) for key, (name, converted) in found.items()}
+
+
+def match(
+    headers: Mapping[str, Header], names: Mapping[str, str | None], architecture: Architecture
+) -> Contents:
+    """Assign tensors to the module tree by `names`, which are None where more would change."""
+    contents = Contents(architecture, {}, [], [])
+    tree = architecture.model.state_dict()
+    for key, header in headers.items():
+        name = names[key]
+        if name is not None and name in tree:
+            other = contents.stored.setdefault(name, header)
+            if not same_tensor(other, header):
+                contents.problems.append(f"{other.name} and {key} differ, but are both {name}")
+        elif name is not None and not _is_computed(header):
+            contents.unused.append(header)
+    head = getattr(architecture.model.get_output_embeddings(), "weight", None)
+    for name, parameter in architecture.stored_parameters().items():
+        if contents.of(name) is None:
+            contents.problems.append(f"{name} is missing{TIE * (parameter is head)}")
+    return contents
+
+
+def first(items: Sequence[str], separator: str = "; ") -> str:
+    """Return the first five of a list, and how many more there are."""
+    more = f" (and {len(items) - 5} more)" if len(items) > 5 else ""
+    return separator.join(items[:5]) + more
+
+
+def _is_computed(header: Header) -> bool:
+    mask = header.name.endswith(".bias") and len(header.shape) == 4  # of causal attention
+    return mask or COMPUTED.search(header.name) is not None

@@ -1,0 +1,126 @@
+"""The allocation ``uniform``: every weight keeps the same fraction of its cost."""
+
+from math import ceil
+
+from lrc.compressors.planning.plan import Allocation
+from lrc.compressors.planning.problems import Problems
+from lrc.compressors.planning.sizes import SizeSteps
+from lrc.compressors.planning.tasks import MEASURE_NAMES, LayerTask, Measure
+
+
+def uniform(tasks: list[LayerTask], allocation: Allocation, problems: Problems) -> list[LayerTask]:
+    """Give every task the same fraction of its cost, of what overrides leave of the budget.
+
+    Ranks are rounded down. Tasks that are too small for the fraction stay dense, and the others
+    share what remains. If no task can become smaller, all are returned dense.
+    """
+    where, measure = f"stages[{allocation.stage}].decompose", allocation.measure
+    multiple, floor = allocation.rank_multiple, allocation.min_keep
+    keep = None if allocation.overrides else allocation.keep
+    if keep is not None:
+        check_pattern_fraction(f"{where}.keep", tasks, keep, measure, problems)
+    fraction = _even_fraction(tasks, allocation, keep)
+    if keep is not None and fraction <= 0:
+        return tasks
+    if fraction <= (floor if keep is None else 0):
+        key = "size" if allocation.keep is None else "keep"
+        problems.add(
+            "infeasible-budget",
+            f"{where}.{key}",
+            f"leaves every weight the same fraction {max(fraction, 0):.4g}, with 'min_keep' "
+            f"{floor:g} and 'rank_multiple' {multiple}; raise {key}, or use allocation: lagrangian",
+        )
+        return tasks
+    decided = []
+    for task in tasks:
+        chosen = within(task, fraction, measure, multiple, stated=keep)
+        cost = task.cost(chosen.config, measure)
+        if chosen.config.compressed and cost < floor * task.dense_cost(measure):
+            problems.add(
+                "infeasible-budget",
+                f"{where}.min_keep",
+                f"{task.name} {list(task.shape)} has no rank that keeps between {floor:g} and "
+                f"{fraction:g}, with 'rank_multiple' {multiple}; lower min_keep or rank_multiple",
+            )
+        decided.append(chosen)
+    return decided
+
+
+def _even_fraction(tasks: list[LayerTask], allocation: Allocation, keep: float | None) -> float:
+    """Return the fraction that, given to every task, spends a budget; 0 if there is none.
+
+    `keep` is the fraction of all of them together, if it is known exactly.
+    """
+    left, others, measure = allocation.budget, tasks, allocation.measure
+    while others:
+        fraction = left / sum(task.dense_cost(measure) for task in others)
+        if keep is not None and others is tasks:
+            fraction = keep
+        if fraction >= 1:
+            return fraction
+        fitting = [
+            task
+            for task in others
+            if SizeSteps(task, task.types, ratio=task.ratio).within(
+                fraction, measure, multiple=allocation.rank_multiple
+            )
+        ]
+        if len(fitting) == len(others):
+            return fraction
+        left -= sum(task.dense_cost(measure) for task in others if task not in fitting)
+        others = fitting
+    return 0.0
+
+
+def within(
+    task: LayerTask, keep: float, measure: Measure, multiple: int, *, stated: float | None = None
+) -> LayerTask:
+    """Return the task with the largest sizes within a fraction of its dense cost.
+
+    The note of a task that is too small gives the fraction `stated` in the recipe, if it is too
+    small for that one as well.
+    """
+    if keep >= 1:
+        return task.dense("keep is 1" if keep == 1 else "the overrides leave enough for it")
+    steps = SizeSteps(task, task.types, ratio=task.ratio)
+    step = steps.within(keep, measure, multiple=multiple)
+    if step > 0:
+        return task.decided(steps.config(step))
+    if stated is not None and not steps.within(stated, measure, multiple=multiple):
+        keep = stated
+    least = steps.config(multiple)
+    rank = "rank " if "rank" in least.sizes else ""
+    return task.dense(
+        f"too small: {rank}{least.description} needs more than {keep:.0%} of its "
+        f"{MEASURE_NAMES[measure]}"
+    )
+
+
+def check_pattern_fraction(
+    key: str,
+    tasks: list[LayerTask],
+    keep: float,
+    measure: Measure,
+    problems: Problems,
+) -> None:
+    """Report a fraction that is too small for a pattern, the largest need first.
+
+    A small weight without sizes normally stays dense. With pattern 2:4, a fraction below what every
+    weight needs would leave all of them dense without a message.
+    """
+    needs = []
+    for task in tasks:
+        if task.pattern is None:
+            continue
+        dense = task.dense_cost(measure)
+        least = SizeSteps(task, task.types, ratio=task.ratio).cost(1, measure)
+        if keep * dense < least < dense:
+            needs.append((least / dense, task))
+    for need, task in sorted(needs, key=lambda pair: pair[0], reverse=True):
+        problems.add(
+            "infeasible-budget",
+            key,
+            f"must be at least {ceil(need * 1e4) / 1e4:g} of the {MEASURE_NAMES[measure]} for "
+            f"{task.name} {list(task.shape)} with pattern {task.pattern}, got {keep:g}; raise keep "
+            "or list the layer under 'ignore'",
+        )

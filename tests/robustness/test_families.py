@@ -1,0 +1,61 @@
+"""Every causal language model of transformers is compressed correctly, or rejected by the plan."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from tests.robustness.tiny_models import causal_families
+
+SAMPLE = ("bart", "falcon", "gemma3", "gpt2", "mamba", "qwen3_moe")
+"""Families of `make test`: all others are left to `make robustness`."""
+ROOT = Path(__file__).parents[2]
+
+
+def documented() -> dict[str, str]:
+    """Return family -> status in the documentation, if that is about the installed version."""
+    text = (ROOT / "MODELS.md").read_text(encoding="utf-8")
+    if f"With transformers {transformers.__version__}," not in text:
+        return {}
+    found, status = {}, ""
+    for line in text.splitlines():
+        if heading := re.match(r"### (\w+)", line):
+            status = {"Supported": "served", "Rejected": "rejected"}.get(heading[1], "not built")
+        elif status and (row := re.match(r"\| ([\w.-]+) \|", line)):
+            found[row[1]] = status
+    return found
+
+
+@pytest.mark.parametrize(
+    "families",
+    [
+        pytest.param(SAMPLE, id="sample"),
+        pytest.param((), id="all", marks=pytest.mark.robustness),
+    ],
+)
+def test_families_are_compressed_correctly_or_rejected_by_the_plan(
+    families: tuple[str, ...], tmp_path: Path
+) -> None:
+    # In a process of its own, because it forks: threads of this one would be missing in a child.
+    records = tmp_path / "outcomes.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.robustness.sweep", *families, "--json", records],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert records.is_file(), done.stderr
+    outcomes = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+    assert {o["family"] for o in outcomes} == {*(families or causal_families())}
+    assert not {o["family"]: o["failures"] for o in outcomes if o["failures"]}
+    known = documented()
+    changed = {
+        o["family"]: o for o in outcomes if known.get(o["family"], o["status"]) != o["status"]
+    }
+    assert not changed
+    slow = {o["family"]: o["seconds"] for o in outcomes if o["status"] == "rejected"}
+    assert not {family: seconds for family, seconds in slow.items() if seconds > 5}
