@@ -1,14 +1,13 @@
 """Build the result of a plan from its config, without weights, before any work starts."""
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
+import json
 from typing import Any
 
 from accelerate import init_empty_weights
 
 from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.checkpoint.quantizer import LrcConfig, LrcQuantizer
-from lrc.compressors.checkpoint.writer import write_config
+from lrc.compressors.checkpoint.writer import config_text
 from lrc.compressors.layers import ComponentConfig, WeightConfig
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.configuration import first_line
@@ -40,9 +39,8 @@ def rehearse_loading(plan: Plan, model: Any) -> None:
     }
     block = quantization_config(modules, tables_of(model.config))
     try:
-        with TemporaryDirectory() as folder:
-            write_config(Path(folder), model.config, block, plan.model.dtype)
-            config = type(model.config).from_json_file(Path(folder) / "config.json")
+        text = config_text(model.config, block, plan.model.dtype)
+        config = type(model.config).from_dict(json.loads(text, object_hook=_special_float))
         with init_empty_weights(include_buffers=False):
             result = type(model)(config)
         if block:
@@ -54,3 +52,8 @@ def rehearse_loading(plan: Plan, model: Any) -> None:
             f"model: transformers could not load the result of {type(model).__name__} from its "
             f"config.json ({first_line(error)}); give other targets or another model"
         ) from error
+
+
+def _special_float(content: dict[str, Any]) -> Any:
+    """Decode ``{"__float__": "Infinity"}``, as transformers does when it reads a config.json."""
+    return float(content["__float__"]) if content.keys() == {"__float__"} else content

@@ -42,12 +42,16 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_config(folder: Path, config: Any, block: Mapping[str, Any], dtype: str) -> None:
-    """Write ``config.json``: that of the architecture, with `quantization_config` if not empty."""
+def config_text(config: Any, block: Mapping[str, Any], dtype: str) -> str:
+    """Return a ``config.json``: that of the architecture, `block` as `quantization_config`."""
     content = json.loads(config.to_json_string(use_diff=True)) | {"dtype": dtype}
     for key in ("_name_or_path", "quantization_config"):
         content.pop(key, None)
     if block:
         content["quantization_config"] = block
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def write_config(folder: Path, config: Any, block: Mapping[str, Any], dtype: str) -> None:
+    """Write ``config.json``, see `config_text`."""
+    (folder / "config.json").write_text(config_text(config, block, dtype), encoding="utf-8")

@@ -147,14 +147,14 @@ def test_a_model_with_code_is_loaded_again_by_the_run_that_compressed_it(
 def test_a_result_that_could_not_be_loaded_is_rejected_before_any_work(
     lrc, tiny_model_folder: Path, output: Path, tiny_recipe, monkeypatch
 ) -> None:
-    """The config is written and read back, and its layers are replaced, when the plan is made."""
-    whole = rehearsal.write_config
+    """A model is built from the config of the result, and its layers replaced, for the plan."""
+    whole = rehearsal.config_text
 
-    def damaged(folder: Path, config: Any, block: dict[str, Any], dtype: str) -> None:
+    def damaged(config: Any, block: dict[str, Any], dtype: str) -> str:
         modules = {name.replace("q_proj", "w_proj"): c for name, c in block["modules"].items()}
-        whole(folder, config, {**block, "modules": modules}, dtype)
+        return whole(config, {**block, "modules": modules}, dtype)
 
-    monkeypatch.setattr(rehearsal, "write_config", damaged)
+    monkeypatch.setattr(rehearsal, "config_text", damaged)
     for command in ("plan", "compress"):
         lrc(command, tiny_recipe(tiny_model_folder, output)).refuses(
             1, "could not load the result", "w_proj", code="invalid-model"
