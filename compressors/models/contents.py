@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 )
 
 from lrc.compressors.io.shards import Header, read_folder, same_tensor
-from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.architecture import Architecture, unsupported
 from lrc.configs.errors import ModelError
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -90,6 +90,13 @@ def read_contents(folder: Path, architecture: Architecture) -> Contents:
     found = renamed(headers, conversions, architecture.model)
     names = {key: None if converted else name for key, (name, converted) in found.items()}
     contents = match(headers, names, architecture)
+    changed = [key for key, name in names.items() if name is None]
+    if changed and contents.problems:
+        raise unsupported(
+            architecture.model.config,
+            "transformers splits, merges or reshapes some of its tensors while it loads them: "
+            + first(changed, ", "),
+        )
     for name, parameter in architecture.stored_parameters().items():
         header = contents.of(name)
         if header is None:

@@ -280,3 +280,13 @@ def test_float16_that_the_default_dtype_would_round_is_a_warning(folder, tiny_ll
     (warning,) = warnings(folder)
     assert warning.startswith("model.dtype: ")
     assert all(warnings(folder, dtype=name) == [] for name in ("bfloat16", "float16", "float32"))
+
+
+def test_a_family_whose_tensors_transformers_converts_is_not_called_incomplete(tmp_path):
+    """Checkpoints of HRM hold one tensor for queries, keys, values and gates."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("hrm_text", **sizes, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"is not supported yet.*splits.*gqkv_proj"):
+        check(tmp_path)
