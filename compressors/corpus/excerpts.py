@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 
 from lrc.compressors.corpus.chat import Document, Renderer, size
-from lrc.compressors.corpus.documents import SEPARATOR
+from lrc.compressors.corpus.documents import SEPARATOR, Continuation
 
 
 class TextHash:
@@ -19,7 +19,8 @@ class TextHash:
         """Pass documents on, adding each."""
         for document in documents:
             text = document if isinstance(document, str) else json.dumps(document.messages)
-            self._hash.update(self._separator)
+            if not isinstance(document, Continuation):
+                self._hash.update(self._separator)
             self._hash.update(text.encode())
             self._separator = SEPARATOR.encode()
             yield document
@@ -32,7 +33,7 @@ class TextHash:
 def joined(documents: Iterable[str]) -> Iterator[str]:
     """Yield the pieces of a text: documents, and blank lines between them."""
     for number, document in enumerate(documents):
-        if number:
+        if number and not isinstance(document, Continuation):
             yield SEPARATOR
         yield document
 

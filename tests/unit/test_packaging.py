@@ -1,6 +1,8 @@
 """Four top-level folders are one import package, and its lists are complete."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -45,6 +47,21 @@ def test_every_folder_with_code_is_a_package():
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             assert (path.parent / "__init__.py").is_file(), path
+
+
+def test_every_imported_package_is_declared():
+    found = set()
+    for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {each.name.split(".")[0] for each in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module is not None, f"{path} imports by a relative name"
+                found.add(node.module.split(".")[0])
+    names = {"yaml": "pyyaml", "compressed_tensors": "compressed-tensors", "lm_eval": "lm-eval"}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = {re.split(r"[<>=\[ ]", each)[0] for each in listed}
+    assert {names.get(m, m) for m in found - sys.stdlib_module_names - {"lrc"}} <= declared
 
 
 def test_every_data_file_is_listed(setuptools):

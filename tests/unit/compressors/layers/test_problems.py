@@ -206,7 +206,8 @@ def test_masks_must_have_the_pattern() -> None:
         mask = torch.zeros(4, columns, dtype=torch.bool)
         mask[:, [i for i in range(columns) if i % 4 in (0, 3)]] = True
         with torch.no_grad():
-            component.values.fill_(1)
+            for parameter in component.parameters():
+                parameter.fill_(1)
             component.mask.copy_(pack_bits(mask))
             assert component.problems() == []
             mask[0, 0], mask[1, 1] = False, True
