@@ -284,6 +284,7 @@ def _close(a: Tensor, b: Any) -> bool:
     """Whether two tensors are equal except for rounding."""
     if not isinstance(b, Tensor) or a.shape != b.shape:
         return False
-    difference = (a.float() - b.float()).abs()
-    limit = TOLERANCE * float(b.float().abs().max()) if b.numel() else 0.0
-    return bool((difference[difference.isfinite()] <= limit).all())  # masks hold -inf
+    a, b = a.float(), b.float()
+    finite = b[b.isfinite()].abs()
+    limit = TOLERANCE * float(finite.max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=0, atol=limit)  # equal infinities, as in masks, agree

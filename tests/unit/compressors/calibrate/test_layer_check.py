@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
-from lrc.compressors.calibrate.layer_check import build_checked, differing_layer
+from lrc.compressors.calibrate.layer_check import _close, build_checked, differing_layer
 from lrc.compressors.models.architecture import Architecture, describe
 from lrc.compressors.models.source import Source
 from lrc.compressors.slicing.drop import _keep_layers_
@@ -160,3 +161,18 @@ def test_a_constant_that_depends_on_the_depth_is_found(family, changes, differen
     found = differing_layer(old, new, [1, 2])
     assert (difference in found) if difference else found == ""
     assert all(p.is_meta for p in (*old.model.parameters(), *new.model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "equal"),
+    [
+        ([5.0, 7.0, 0.0], [0.0, -torch.inf, 1.0], False),
+        ([0.0, -torch.inf, 0.0], [0.0, 0.0, -torch.inf], False),
+        ([torch.nan, 1.0], [0.0, 1.0], False),
+        ([0.0, -torch.inf, 0.0], [0.0, -torch.inf, 0.0], True),
+        ([-torch.inf, 1000.5], [-torch.inf, 1000.0], True),  # except for rounding
+        ([-torch.inf, 1002.0], [-torch.inf, 1000.0], False),
+    ],
+)
+def test_infinities_are_compared_and_hide_no_other_difference(a, b, equal) -> None:
+    assert _close(torch.tensor(a), torch.tensor(b)) is equal
