@@ -101,7 +101,7 @@ REJECTED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "a division outside the layers": (
-        "something outside the layers changes it",
+        "is changed outside the layers",
         {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 512}
         | {"rescale_every": 2},
     ),
