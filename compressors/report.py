@@ -41,7 +41,9 @@ SCHEMA = {
     "size.model.parameters.{dense,compressed}": "of the whole model; tied ones once",
     "size.model.file_bytes.{dense,compressed}": "safetensors files; dense: in the recipe's dtype",
     "size.model.tensor_bytes.{dense,compressed}": "the same without the headers of the files",
-    "size.source.{file_bytes,quantized}": "weight files, and whether quantized; null on the Hub",
+    "size.source.{file_bytes,quantized}": (
+        "weight files, and whether quantized; null if the source was still on the Hub"
+    ),
     "size.baselines.NAME": "computed bytes of the model after round-to-nearest",
     "slices[].{stage,method}": "one record per slicing stage",
     "slices[].{parameters,bytes,config}": "before and after; changed config keys",
@@ -49,7 +51,9 @@ SCHEMA = {
     "layers[].{name,stage,method}": "one record per targeted weight; index of its stage",
     "layers[].config": "how it is stored: shape and components, as in config.json",
     "layers[].{bits,dense_bits}": "size as stored, and in model.dtype",
-    "layers[].relative_error": "squared error relative to removing the weight, [0, 1]",
+    "layers[].relative_error": (
+        "weighted squared error, divided by that of replacing the weight by zero, [0, 1]"
+    ),
     "layers[].predicted_nats": "predicted loss increase, nats per token; null without gradients",
     "layers[].refit": "whether it was fitted to the inputs that the compressed model produces",
     "layers[].{note,fallback}": "why it stays dense; deviations from the plan; null if none",
@@ -64,7 +68,9 @@ SCHEMA = {
     "timing.seconds.STAGE": "wall time; after an interruption, the sum over all attempts",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
-    "warnings": "what of the source is left out, what is not advised, signs of a broken source",
+    "warnings": (
+        "parts of the source that were ignored, discouraged options, signs of a damaged source"
+    ),
     "sha256": "of lrc/manifest.json and the other keys, sorted and without spaces",
 }
 

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Literal
 from lrc.compressors.corpus.chat import Document, check_unicode, parse_conversation, shown
 from lrc.compressors.corpus.hub import HUB_SOURCES, read_hub
 from lrc.compressors.corpus.python_docs import python_docs
-from lrc.compressors.io.fingerprint import fingerprint
+from lrc.compressors.io.fingerprint import sha256
 from lrc.configs.errors import DataError, RecipeError
 
 Part = Literal["calibration", "evaluation"]
@@ -92,7 +92,7 @@ def source_identity(source: str) -> str:
     if source in SOURCES or source == "self":
         return source
     path = Path(source).expanduser()
-    return f"{path.suffix.lower()} {fingerprint(path, whole=True)}"
+    return f"{path.suffix.lower()} {sha256(path)}"
 
 
 def _allowed() -> str:

@@ -59,6 +59,12 @@ class WeightConfig:
         return next((c.quantization for c in self.components if c.quantization), None)
 
     @property
+    def plain_integers(self) -> bool:
+        """Whether this is one dense matrix of symmetric integers, without an own bias."""
+        args = self.quantization
+        return self.types == "dense" and args is not None and args.symmetric and not self.bias
+
+    @property
     def shares(self) -> str | None:
         """Name of the layer whose first factor this one uses."""
         return next((c.shares for c in self.components if c.shares), None)

@@ -95,9 +95,9 @@ def apply_user_plan(
     configs = [_config_for(plan, task, method, found) for task in tasks]
     _report(found, plan.path, problems)
     return [
-        task.decided(config)
+        task.with_config(config)
         if config is not None and config.compressed
-        else task.dense(None if config is None else "dense in the given plan")
+        else task.kept_dense(None if config is None else "dense in the given plan")
         for task, config in zip(tasks, configs, strict=True)
     ]
 

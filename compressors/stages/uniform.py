@@ -81,16 +81,16 @@ def within(
     small for that one as well.
     """
     if keep >= 1:
-        return task.dense("keep is 1" if keep == 1 else "the overrides leave enough for it")
+        return task.kept_dense("keep is 1" if keep == 1 else "the overrides leave enough for it")
     steps = SizeSteps(task, task.types, ratio=task.ratio)
     step = steps.within(keep, measure, multiple=multiple)
     if step > 0:
-        return task.decided(steps.config(step))
+        return task.with_config(steps.config(step))
     if stated is not None and not steps.within(stated, measure, multiple=multiple):
         keep = stated
     least = steps.config(multiple)
     rank = "rank " if "rank" in least.sizes else ""
-    return task.dense(
+    return task.kept_dense(
         f"too small: {rank}{least.description} needs more than {keep:.0%} of its "
         f"{MEASURE_NAMES[measure]}"
     )

@@ -382,7 +382,7 @@ def test_the_pipeline_carries_any_component_from_the_plan(
     def mixed(*args: Any) -> Compiled:
         compiled = compile_plan(*args)
         tasks = [
-            task.decided(replace(task.config, components=(component(types[i % 2], **sizes),)))
+            task.with_config(replace(task.config, components=(component(types[i % 2], **sizes),)))
             if (sizes := task.config.sizes)
             else task
             for i, task in enumerate(compiled.plan.tasks)

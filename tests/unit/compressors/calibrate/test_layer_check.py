@@ -5,10 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers import AutoConfig
 
-from lrc.compressors.calibrate.layer_check import build_checked, check_layers, differing_layer
+from lrc.compressors.calibrate.layer_check import (
+    _close,
+    build_checked,
+    check_layers,
+    differing_layer,
+)
 from lrc.compressors.models.architecture import Architecture, build, describe
 from lrc.compressors.models.source import Source
 from lrc.compressors.slicing.drop import _keep_layers_
@@ -145,7 +151,7 @@ REJECTED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "a division outside the layers": (
-        "something outside the layers changes it",
+        "is changed outside the layers",
         {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 512}
         | {"rescale_every": 2},
     ),
@@ -205,3 +211,18 @@ def test_a_constant_that_depends_on_the_depth_is_found(family, changes, differen
     found = differing_layer(old, new, [1, 2])
     assert (difference in found) if difference else found == ""
     assert all(p.is_meta for p in (*old.model.parameters(), *new.model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "equal"),
+    [
+        ([5.0, 7.0, 0.0], [0.0, -torch.inf, 1.0], False),
+        ([0.0, -torch.inf, 0.0], [0.0, 0.0, -torch.inf], False),
+        ([torch.nan, 1.0], [0.0, 1.0], False),
+        ([0.0, -torch.inf, 0.0], [0.0, -torch.inf, 0.0], True),
+        ([-torch.inf, 1000.5], [-torch.inf, 1000.0], True),  # except for rounding
+        ([-torch.inf, 1002.0], [-torch.inf, 1000.0], False),
+    ],
+)
+def test_infinities_are_compared_and_hide_no_other_difference(a, b, equal) -> None:
+    assert _close(torch.tensor(a), torch.tensor(b)) is equal

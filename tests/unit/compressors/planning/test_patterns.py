@@ -135,7 +135,7 @@ def test_a_plan_keeps_the_pattern_through_json() -> None:
     (again,) = Plan.from_json(json.loads(json.dumps(plan.to_json()))).tasks
     assert again == task
     assert again.config.components[0].pattern == "2:4"
-    assert task.dense().config == WeightConfig((8, 12))
+    assert task.kept_dense().config == WeightConfig((8, 12))
 
 
 SPARSE = {"type": "sparse", "nonzeros": 48, "pattern": "2:4"}
