@@ -51,8 +51,8 @@ class Settings:
 
     def points(self) -> list[Point]:
         """Return the grid: prompts vary fastest, modes slowest; repeated values count once."""
-        places = product(*map(dict.fromkeys, (self.modes, self.batches, self.prompts)))
-        return [Point(*place, self.tokens) for place in places]
+        places = dict.fromkeys(product(self.modes, self.batches, self.prompts))
+        return [Point(*place, tokens=self.tokens) for place in places]
 
 
 def default_modes(device: str) -> tuple[Mode, ...]:

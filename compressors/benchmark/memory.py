@@ -88,8 +88,8 @@ def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of the parameters and buffers of a model; those of shared storage once."""
     tensors: Iterable[Tensor] = chain(model.parameters(), model.buffers())
     storages = [tensor.untyped_storage() for tensor in tensors]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(sizes.values())
+    total: int = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+    return total
 
 
 def estimate_bytes(contents: Contents, dtype: torch.dtype) -> int:
@@ -99,7 +99,7 @@ def estimate_bytes(contents: Contents, dtype: torch.dtype) -> int:
     """
     expanded: Any = () if contents.needs_lrc else contents.modules.values()
     replaced = contents.stored_tensors() if expanded else {}
-    numbers = sum(prod(config.shape) for config in expanded)
+    numbers: int = sum(prod(config.shape) for config in expanded)
     others = 0
     for name, header in contents.headers.items():
         if name in replaced:
