@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lrc.compressors.benchmark.memory import Meter, fit_together, weight_bytes
+from lrc.compressors.benchmark.memory import Meter, fit_together, read_pages, weight_bytes
 from lrc.compressors.benchmark.targets import Target
 from lrc.compressors.benchmark.timing import Timer
 from lrc.compressors.checkpoint.reader import load_checkpoint
@@ -19,7 +19,8 @@ class Loading:
     """What loading a model takes; all sizes in bytes."""
 
     seconds: float
-    """With files that the system has cached; includes the comparison with their hashes."""
+    """With files that the system has cached, until every weight has been read; includes the
+    comparison of files with their hashes."""
     weight_bytes: int
     """Of parameters and buffers."""
     resident_bytes: int
@@ -59,9 +60,12 @@ def load(
     models: list[Any] = []
 
     def run() -> None:
-        models.append(
-            load_checkpoint(target.folder, dtype=dtype, device=device, trust_remote_code=trusted)
+        model = load_checkpoint(
+            target.folder, dtype=dtype, device=device, trust_remote_code=trusted
         )
+        if device == "cpu":
+            read_pages(model)
+        models.append(model)
 
     with meter.peak() as peak:
         before = meter.used()

@@ -1,5 +1,6 @@
 """Memory in use, its peak, and whether several models fit."""
 
+import mmap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,6 +91,16 @@ def weight_bytes(model: nn.Module) -> int:
     storages = [tensor.untyped_storage() for tensor in tensors]
     total: int = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
     return total
+
+
+def read_pages(model: nn.Module) -> None:
+    """Read a byte of every page of the weights on a CPU.
+
+    They may be files mapped into memory, of which nothing is read before it is used.
+    """
+    for tensor in chain(model.parameters(), model.buffers()):
+        stored = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
+        stored[:: mmap.PAGESIZE].sum()
 
 
 def estimate_bytes(contents: Contents, dtype: torch.dtype) -> int:

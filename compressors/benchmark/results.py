@@ -26,7 +26,7 @@ SCHEMA = {
     "models[].weight_bytes": "parameters and buffers in memory; null if it was not loaded",
     "models[].resident_bytes": "growth of memory by loading: allocated on a GPU, or resident set",
     "models[].load_peak_bytes": "largest growth while it was loaded",
-    "models[].load_seconds": "with cached files; includes the comparison with their hashes",
+    "models[].load_seconds": "from cached files until all weights are read; hashes are compared",
     "results[].{model,repeated}": "one record per turn; true for the dense model measured again",
     "results[].{mode,batch,prompt,tokens}": "the point of the grid",
     "results[].rounds": "number of measurements",

@@ -142,6 +142,28 @@ def test_running_out_of_memory_while_loading_falls_back_to_turns(
     assert len(calls) == 2 + 3
 
 
+def test_in_turn_a_model_that_cannot_be_loaded_is_reported(
+    lrc, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "turns_together", lambda *_: False)
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    weights = broken / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    ended = lrc("bench", broken, checkpoint, *SMALL, "--json")
+    assert ended.code == 1
+    (error,) = ended.errors
+    assert f"{broken}: not measured (eager, batch 1, prompt 16): not loaded: " in error
+    found = json.loads(ended.out)
+    assert [each["failed"] is None for each in found["results"]] == [True, False, True, True]
+    assert found["models"][1]["weight_bytes"] is None
+    assert found["results"][2]["decode"]["ratio"] > 0
+    shown = lrc("bench", broken, checkpoint, *SMALL)
+    assert (shown.code, "unknown" in shown.out) == (1, True)
+
+
 def test_a_mode_that_fails_is_reported_and_the_others_survive(
     lrc, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +199,10 @@ def test_a_budget_of_seconds_ends_the_rounds_early(lrc, tiny_model_folder: Path)
 @pytest.mark.quiet
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_steps_are_compiled_for_a_dense_and_a_compressed_model(lrc, checkpoint: Path) -> None:
+def test_steps_are_compiled_for_a_dense_and_a_compressed_model(
+    lrc, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not shared with other programs
     report = results(lrc("bench", checkpoint, *SMALL, "--mode", "compile", "--json"))
     assert [each["mode"] for each in report["results"]] == ["compile"] * 3
 

@@ -3,6 +3,7 @@
 import inspect
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,7 +157,10 @@ def test_only_arguments_of_the_model_are_passed() -> None:
 @pytest.mark.quiet
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_step_gives_the_logits_of_plain_forwards() -> None:
+def test_a_compiled_step_gives_the_logits_of_plain_forwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not shared with other programs
     prompt, following = tokens()
     for seed_layers in (1, 2):  # two models in one process
         model = make("llama", num_hidden_layers=seed_layers)
