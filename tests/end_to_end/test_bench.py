@@ -199,10 +199,7 @@ def test_a_budget_of_seconds_ends_the_rounds_early(lrc, tiny_model_folder: Path)
 @pytest.mark.quiet
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_steps_are_compiled_for_a_dense_and_a_compressed_model(
-    lrc, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not shared with other programs
+def test_steps_are_compiled_for_a_dense_and_a_compressed_model(lrc, checkpoint: Path) -> None:
     report = results(lrc("bench", checkpoint, *SMALL, "--mode", "compile", "--json"))
     assert [each["mode"] for each in report["results"]] == ["compile"] * 3
 
