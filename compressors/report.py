@@ -4,8 +4,6 @@
 """
 
 import json
-import os
-import platform
 import resource
 import sys
 from importlib import resources
@@ -24,7 +22,7 @@ from lrc.compressors.evaluate.broken_source import near_uniform
 from lrc.compressors.evaluate.evaluator import is_current
 from lrc.compressors.io.files import write_text
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.versions import versions
+from lrc.compressors.io.versions import environment
 from lrc.compressors.models.source import HUB_ID
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.summary import summarize
@@ -100,7 +98,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "evaluation": evaluation,
         "timing": {"seconds": {k: round(s, 2) for k, s in session.clock.seconds.items()}},
         "memory": _memory(session.device),
-        "environment": _environment(session.device),
+        "environment": environment(session.device),
         "warnings": plan.warnings + _source_warnings(prepared, evaluation),
     }
     report[CHECKSUM] = report_checksum(checkpoint, report)
@@ -226,15 +224,3 @@ def _memory(device: str) -> dict[str, int | None]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     gpu = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
     return {"peak_rss_bytes": peak, "peak_gpu_bytes": gpu}
-
-
-def _environment(device: str) -> dict[str, Any]:
-    on_gpu = device.startswith("cuda")
-    return {
-        "versions": versions(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-    }

@@ -58,6 +58,7 @@ def test_help_names_every_command_and_exit_code() -> None:
         "plan",
         "compress",
         "eval",
+        "bench",
         "generate",
         "inspect",
         "recipes",
