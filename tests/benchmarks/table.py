@@ -38,7 +38,7 @@ from lrc.compressors.calibrate.calibration_windows import take_windows
 from lrc.compressors.evaluate.scores import evaluate_model
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import release_memory
-from lrc.compressors.models.source import load_dense
+from lrc.compressors.models.source import convert_gguf, load_dense, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
 from lrc.compressors.session import identity
@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args()
     deadline = time.time() + asked.seconds
+    asked.overrides += _as_folder(load_recipe(asked.recipe, asked.overrides), asked.folder)
     if not (asked.folder / "dense.json").is_file():
         _dense(load_recipe(asked.recipe, asked.overrides), asked.folder)
     wanted = [
@@ -271,6 +272,22 @@ def main() -> None:
         if not _make_all(pool, make, list(families.values())):
             print("time is up; the same command goes on", file=sys.stderr)
     _print(asked.folder)
+
+
+def _as_folder(recipe: LoadedRecipe, folder: Path) -> list[str]:
+    """Dequantize a GGUF model once for all rows; return the override that names the result."""
+    source = locate(recipe.recipe.model)
+    if source.gguf is None:
+        return []
+    model = folder / "model"
+    if not model.is_dir():
+        partial_copy = folder / "model.partial"
+        shutil.rmtree(partial_copy, ignore_errors=True)
+        partial_copy.mkdir(parents=True)
+        convert_gguf(source, partial_copy)
+        load_tokenizer(source).save_pretrained(partial_copy)
+        partial_copy.rename(model)
+    return [f"model={model}"]
 
 
 def _dense(recipe: LoadedRecipe, folder: Path) -> None:
