@@ -63,8 +63,8 @@ def swap_in_groups(mask: Tensor, losses: Tensor, gains: Tensor, *, size: int, sw
     gain, so that at most one pair is exchanged: two exchanges in one group would each be chosen as
     if the other were not made. Parameters are those of `drop_and_swap`.
     """
-    out, outgoing = torch.where(mask, losses, torch.inf).view(-1, size).min(dim=1)  # [groups]
-    come, incoming = torch.where(mask, -torch.inf, gains).view(-1, size).max(dim=1)
+    out, outgoing = torch.where(mask, losses, torch.inf).reshape(-1, size).min(dim=1)  # [groups]
+    come, incoming = torch.where(mask, -torch.inf, gains).reshape(-1, size).max(dim=1)
     chosen = largest(come - out, min(swaps, len(out))) & (come > out)
     places = torch.arange(size, device=mask.device)
     pair = (places == outgoing[:, None]) | (places == incoming[:, None])  # [groups, size]

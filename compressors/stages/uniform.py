@@ -38,11 +38,17 @@ def uniform(tasks: list[LayerTask], allocation: Allocation, problems: Problems) 
         chosen = within(task, fraction, measure, multiple, stated=keep)
         cost = task.cost(chosen.config, measure)
         if chosen.config.compressed and cost < floor * task.dense_cost(measure):
+            between = f"that keeps between {floor:g} and {fraction:g}"
             problems.add(
                 "infeasible-budget",
                 f"{where}.min_keep",
-                f"{task.name} {list(task.shape)} has no rank that keeps between {floor:g} and "
-                f"{fraction:g}, with 'rank_multiple' {multiple}; lower min_keep or rank_multiple",
+                f"{task.name} {list(task.shape)} has no "
+                + (
+                    f"n of n:8 {between}; lower min_keep"
+                    if coarse(task.types)
+                    else f"rank {between}, with 'rank_multiple' {multiple}; lower min_keep or "
+                    "rank_multiple"
+                ),
             )
         decided.append(chosen)
     return _spread(decided, fraction, measure)

@@ -222,6 +222,13 @@ REJECTED: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]], str, str, 
         "stages[0].decompose.keep",
         ["must be at least 0.18", "got 0.1"],
     ),
+    "a floor between two sizes": (
+        {"keep": 0.6, "min_keep": 0.58, "allocation": "uniform"},
+        {},
+        "infeasible-budget",
+        "stages[0].decompose.min_keep",
+        ["[64, 64] has no n of n:8 that keeps between 0.58 and 0.6; lower min_keep"],
+    ),
     "a rank": (
         {"keep": 0.6, "overrides": [{"match": "*.q_proj", "rank": 5}]},
         {},
