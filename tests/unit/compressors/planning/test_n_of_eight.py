@@ -311,11 +311,3 @@ def test_solutions_have_the_declared_tensors(name: str) -> None:
         }
         rows = encoded["values"].flatten(1)
         assert torch.equal(rows, parts["W_hat"][parts["mask"]].view(16, -1))
-
-
-def test_unequal_groups_cannot_be_stored() -> None:
-    mask = torch.zeros(2, 16, dtype=torch.bool)
-    mask[:, :3] = mask[:, 8:11] = True
-    mask[1, 11] = True
-    with pytest.raises(ValueError, match="equally many entries, got 3 to 4"):
-        COMPONENTS[KIND].encode(W_hat=torch.ones(2, 16), mask=mask)
