@@ -25,7 +25,8 @@ from lrc.compressors.solvers.metric import Metric
 SEARCH_DAMP = 1e-4
 # Swaps in the first round as a fraction of the removed entries, and the decay of that fraction per
 # round. With more swaps at once they interfere; with fewer, eight rounds are not enough.
-# Groups exchange at most one pair each and bear three times as many.
+# Groups exchange at most one pair each and bear three times as many: on three matrices of
+# SmolLM2-135M at 4:8, 0.05 leaves 4 to 6 % more error, 0.3 up to 2 %.
 SWAPS, GROUP_SWAPS, SWAPS_DECAY = 0.05, 0.15, 0.65
 # Conjugate-gradient steps after a swap; for the first and the last mask, so that masks are compared
 # fairly; and finally without `SEARCH_DAMP`. With few tokens a metric is so ill-conditioned that
