@@ -76,7 +76,7 @@ def _spread(tasks: list[LayerTask], fraction: float, measure: Measure) -> list[L
         if step < steps.within(1, measure):
             price = steps.cost(step + 1, measure) - steps.cost(step, measure)
             if price <= carried:
-                spread[i] = task.decided(steps.config(step + 1))
+                spread[i] = task.with_config(steps.config(step + 1))
                 carried -= price
     return spread
 
