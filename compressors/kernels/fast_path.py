@@ -42,8 +42,8 @@ class FastPath:
         return (
             entry is not None
             and x.dtype == like.dtype
-            and x.device.type == entry.device
             and x.device == like.device
+            and like.device.type == entry.device
             and (entry.rows is None or x.numel() <= entry.rows * x.shape[-1])
             and not needs_gradients(x, like)
             and not torch.is_autocast_enabled(entry.device)
@@ -52,7 +52,7 @@ class FastPath:
 
 def needs_gradients(*tensors: Tensor) -> bool:
     """Return whether autograd would record a product of these tensors."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
 
 
 def optimize(model: nn.Module) -> dict[str, str]:

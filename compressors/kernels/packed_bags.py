@@ -22,6 +22,9 @@ PARTS = 8
 """Bags per row of the input if the whole row has one scale: something to do for every thread."""
 CHUNK = 1 << 20
 """Numbers that are unpacked at a time: 4 MiB in float32, so that they stay in the cache."""
+TABLE_WIDTH = 8192
+"""Largest number of outputs in one table: partial sums and unpacked numbers of a whole vocabulary
+would not fit into the cache."""
 SMALLEST_GROUP = 8
 """Smaller groups write as many bytes of partial sums as they read codes."""
 
@@ -57,25 +60,25 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> dict[s
     Returns
     -------
     dict of str to Tensor
-        ``codes`` [d_in, bytes], each row followed by a factor of 1 and the smallest code, as
-        embedding bags expect; ``scale`` [groups, d_out], float32, and, for zero points, their
+        ``codes`` [tables, d_in, bytes], each row followed by a factor of 1 and the smallest code,
+        as embedding bags expect; ``scale`` [groups, d_out], float32, and, for zero points, their
         products with the scales, ``shift`` [groups, d_out].
     """
     d_out, d_in = codes.shape
     each, offset = per_byte(bits), 1 << (bits - 1)
-    width = -(-d_out // each)
+    tables, width = _tables(d_out, each)
     tail = _row_parameters(bits)
-    rows = codes.new_empty(d_in, width + len(tail), dtype=torch.uint8)
-    rows[:, width:] = tail
-    step = max(1, CHUNK // d_out)
-    for k in range(0, d_in, step):
-        part = codes.new_zeros(len(rows[k : k + step]), width * each, dtype=torch.uint8)
-        part[:, :d_out] = codes.view(torch.uint8)[:, k : k + step].T + offset
-        part = part.view(-1, width, each)
+    packed = codes.new_empty(tables, d_in, width + len(tail), dtype=torch.uint8)
+    packed[:, :, width:] = tail
+    for table, n in enumerate(range(0, d_out, width * each)):
+        rows = codes[n : n + width * each].view(torch.uint8) + offset
+        part = rows.new_zeros(d_in, width * each)
+        part[:, : len(rows)] = rows.T
+        part = part.view(d_in, width, each)
         for place in range(1, each):
             part[:, :, 0] |= part[:, :, place] << (8 // each * place)
-        rows[k : k + step, :width] = part[:, :, 0]
-    tensors = {"codes": rows, "scale": scale.T.float().contiguous()}
+        packed[table, :, :width] = part[:, :, 0]
+    tensors = {"codes": packed, "scale": scale.detach().T.float().contiguous()}
     if zero is not None:
         tensors["shift"] = tensors["scale"] * zero.T
     return tensors
@@ -85,20 +88,23 @@ def unpack(
     tensors: dict[str, Tensor], bits: int, shape: tuple[int, int], ids: Tensor | None = None
 ) -> Tensor:
     """Return the int8 codes [d_out, d_in] that `pack` converted, or those of the rows `ids`."""
-    d_out, _ = shape
     each, offset = per_byte(bits), 1 << (bits - 1)
-    packed = tensors["codes"][:, : -(-d_out // each)]
-    ids = torch.arange(d_out, device=packed.device) if ids is None else ids
-    found = packed.index_select(1, ids // each).T  # [n, d_in]
+    _, width = _tables(shape[0], each)
+    stored = tensors["codes"].transpose(1, 2)  # [tables, bytes, d_in]
+    if ids is None:
+        found = stored[:, :width, None].expand(-1, -1, each, -1).flatten(0, 2)[: shape[0]]
+        ids = torch.arange(shape[0], device=found.device)
+    else:
+        found = stored[ids // (width * each), ids // each % width]  # [n, d_in]
     if each > 1:
-        width = 8 // each
-        found = (found >> (ids % each * width).to(torch.uint8)[:, None]) & ((1 << width) - 1)
+        bits_each = 8 // each
+        found = (found >> (ids % each * bits_each).to(torch.uint8)[:, None]) & (
+            (1 << bits_each) - 1
+        )
     return (found - offset).contiguous().view(torch.int8)
 
 
-def multiply(
-    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bits: int
-) -> Tensor:
+def multiply(x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bits: int) -> Tensor:
     """Return ``x @ W.T`` [rows, d_out], in the dtype of `x` and computed in float32.
 
     Parameters
@@ -108,32 +114,36 @@ def multiply(
         As returned by `pack`.
     bits : int
     """
-    exact = x.float().contiguous()
-    y = _sum_bags(exact, codes, scale, bits)
+    exact, each = x.float().contiguous(), per_byte(bits)
+    product = _sum_bags if len(x) <= BAG_ROWS else _unpacked_product
+    if len(codes) == 1:
+        y = product(exact, codes[0], scale, each)
+    else:
+        y = exact.new_empty(len(x), scale.shape[1])
+        _, width = _tables(scale.shape[1], each)
+        for table, n in enumerate(range(0, scale.shape[1], width * each)):
+            part = slice(n, n + width * each)
+            y[:, part] = product(exact, codes[table], scale[:, part], each)
     if shift is not None:
         y = torch.addmm(y, exact.unflatten(1, (len(shift), -1)).sum(2), shift, alpha=-1)
     return y.to(x.dtype)
 
 
-def _sum_bags(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _sum_bags(x: Tensor, codes: Tensor, scale: Tensor, each: int) -> Tensor:
     (rows, d_in), (groups, d_out) = x.shape, scale.shape
-    each = per_byte(bits)
-    if rows > BAG_ROWS:
-        return _unpacked_product(x, codes, scale, bits)
     bags = groups if groups > 1 else min(PARTS, d_in)
     index, offsets = _bags(d_in, bags)
-    sums = BAGS[each]()(
-        codes, index[: rows * d_in], offsets[: rows * bags], per_sample_weights=x.view(-1)
-    ).view(rows, bags, -1)[:, :, :d_out]  # [rows, bags, d_out]
+    index, offsets = index[: rows * d_in], offsets[: rows * bags]
+    sums = BAGS[each]()(codes, index, offsets, per_sample_weights=x.view(-1))
+    sums = sums.view(rows, bags, -1)[:, :, :d_out]  # [rows, bags, d_out]
     if groups > 1:
         return sums.mul_(scale).sum(1)
     return sums.sum(1).mul_(scale)
 
 
-def _unpacked_product(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _unpacked_product(x: Tensor, codes: Tensor, scale: Tensor, each: int) -> Tensor:
     (rows, d_in), (groups, d_out) = x.shape, scale.shape
-    size, each = d_in // groups, per_byte(bits)
-    step = max(64, CHUNK // d_out)
+    size, step = d_in // groups, max(64, CHUNK // d_out)
     if groups > 1:
         step = max(1, step // size) * size
     y = x.new_zeros(rows, d_out)
@@ -144,6 +154,12 @@ def _unpacked_product(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Ten
             part.unflatten(0, (-1, size)).mul_(factors)
         y.addmm_(x[:, k : k + step], part)
     return y if groups > 1 else y.mul_(scale)
+
+
+def _tables(d_out: int, each: int) -> tuple[int, int]:
+    """Return the number of tables that hold the outputs, and the bytes of codes of their rows."""
+    tables = -(-d_out // TABLE_WIDTH)
+    return tables, -(-d_out // (tables * each))
 
 
 @cache
@@ -172,9 +188,7 @@ def refuse(need: Need) -> str | None:
 
 
 @torch.library.custom_op("lrc::packed_bags", mutates_args=())
-def packed_bags(
-    x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bits: int
-) -> Tensor:
+def packed_bags(x: Tensor, codes: Tensor, scale: Tensor, shift: Tensor | None, bits: int) -> Tensor:
     """Return ``x @ W.T`` as `multiply` does."""
     return multiply(x, codes, scale, shift, bits)
 

@@ -22,6 +22,8 @@ class PackedWeight(FastPath, nn.Module):
     without a fast path.
     """
 
+    _copy: dict[str, Tensor] | None = None
+    """The converted copy; its tensors are buffers, too, so that they count as memory."""
     _scale_state: tuple[int, int] | None = None
 
     @property
@@ -37,11 +39,12 @@ class PackedWeight(FastPath, nn.Module):
     def codes(self, ids: Tensor | None = None) -> Tensor:
         """Return the int8 codes [rows, columns], or those of the rows `ids` [n]."""
         args, (_, columns) = self._args(), self.packed_shape
-        if self.entry is not None and self.entry.layout is not None:
-            # A device map may have moved them. They are only read on the CPU.
-            tensors = {key: tensor.cpu() for key, tensor in self._converted().items()}
+        if self._copy is not None:
+            assert self.entry is not None
+            assert self.entry.layout is not None
             rows = None if ids is None else ids.cpu()
-            found = self.entry.layout.unpack(tensors, args.bits, self.packed_shape, rows)
+            found = self.entry.layout.unpack(self._copy, args.bits, self.packed_shape, rows)
+            # Hooks of device maps move parameters and buffers, but not the copy.
             return found.to(self.get_parameter("weight_scale").device)
         packed = self.get_buffer("weight_packed")
         if ids is not None:
@@ -68,22 +71,24 @@ class PackedWeight(FastPath, nn.Module):
 
     def packed_product(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., columns] to [..., rows]."""
-        scale = self.get_parameter("weight_scale")
+        scale = self._parameters["weight_scale"]  # `get_parameter` takes as long as a product
+        assert scale is not None
         if not self.is_fast(x, scale):
             return nn.functional.linear(x, self.packed_matrix())
+        # Converted scales are copies. Guards of compiled code do not see versions of tensors.
+        if self._copy is not None and not torch.compiler.is_compiling():
+            if self._scale_state != _state(scale):
+                self.optimize()
         entry, args = self.entry, self._args()
         assert entry is not None
         rows, columns = self.packed_shape
-        flat = x.reshape(-1, columns)
-        if entry.layout is None:
-            zero = None if args.symmetric else self.get_buffer("weight_zero_point")
-            y = entry.run(flat, self.get_buffer("weight_packed"), scale, zero, args.bits, columns)
+        flat = x if x.dim() == 2 else x.reshape(-1, columns)
+        if self._copy is not None:
+            y: Tensor = entry.run(flat, self._copy, args.bits, rows)
         else:
-            # Converted scales are copies. Guards of compiled code do not see versions of tensors.
-            if not torch.compiler.is_compiling() and self._scale_state != _state(scale):
-                self.optimize()
-            y = entry.run(flat, self._converted(), args.bits, rows)
-        return y.view(*x.shape[:-1], rows)
+            packed, zero = self._buffers["weight_packed"], self._buffers.get("weight_zero_point")
+            y = entry.run(flat, packed, scale, zero, args.bits, columns)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
     def optimize(self) -> str | None:
         """Select a fast path for the current device and dtype; return the reason if none fits."""
@@ -116,34 +121,23 @@ class PackedWeight(FastPath, nn.Module):
             for key, tensor in converted.items():
                 self.register_buffer(CONVERTED + key, tensor, persistent=False)
             del self._buffers["weight_packed"]
-            self._scale_state = _state(scale)
+            self._copy, self._scale_state = converted, _state(scale)
         self.entry = found
         return None
 
     def restore(self) -> None:
         """Return to the plain product and to the stored tensors."""
-        entry = self.entry
-        if entry is not None and entry.layout is not None:
-            packed = self._repacked()
-            self.entry = None
-            for key in self._converted():
+        if self._copy is not None:
+            self.register_buffer("weight_packed", self._repacked())
+            for key in self._copy:
                 delattr(self, CONVERTED + key)
-            self._scale_state = None
-            self.register_buffer("weight_packed", packed)
+            self._copy = self._scale_state = None
         self.entry = None
 
     def _args(self) -> QuantizationArgs:
         args = self.packed_args
         assert args is not None
         return args
-
-    def _converted(self) -> dict[str, Tensor]:
-        start = len(CONVERTED)
-        return {
-            name[start:]: tensor
-            for name, tensor in self._buffers.items()
-            if tensor is not None and name.startswith(CONVERTED)
-        }
 
     def _repacked(self) -> Tensor:
         return repack_integers(self.codes(), self._args().bits)
@@ -154,7 +148,7 @@ class PackedWeight(FastPath, nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        if self.entry is not None and self.entry.layout is not None:
+        if self._copy is not None:
             destination[f"{prefix}weight_packed"] = self._repacked()
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
@@ -177,15 +171,13 @@ class PackedWeight(FastPath, nn.Module):
         """Copy and pickle the stored tensors: converted ones depend on the processor."""
         state = dict(self.__dict__)
         state["_fast"] = self.entry is not None
-        if self.entry is not None and self.entry.layout is not None:
+        if self._copy is not None:
             kept = {k: t for k, t in self._buffers.items() if not k.startswith(CONVERTED)}
             state["_buffers"] = {**kept, "weight_packed": self._repacked()}
             state["_non_persistent_buffers_set"] = {
-                name
-                for name in self._non_persistent_buffers_set
-                if not name.startswith(CONVERTED)
+                name for name in self._non_persistent_buffers_set if not name.startswith(CONVERTED)
             }
-            state["_scale_state"] = None
+            state["_copy"] = state["_scale_state"] = None
         state["entry"] = None
         return state
 

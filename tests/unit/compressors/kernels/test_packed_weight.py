@@ -57,7 +57,7 @@ def inputs(rows: int, d_in: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_fast_product_differs_by_rounding(scheme: str, dtype: torch.dtype) -> None:
-    for d_out, d_in in ((100, 96), (33, 160)):
+    for d_out, d_in in ((100, 96), (33, 160), (9001, 32)):
         module = packed(scheme, d_out, d_in, dtype)
         for rows in ROWS:
             x = inputs(rows, d_in, dtype)
@@ -164,7 +164,7 @@ def test_operators_are_registered_correctly() -> None:
     ):
         module = packed(scheme, 100, 192, dtype)
         module.optimize()
-        tensors, x = module._converted(), inputs(3, 192, dtype)
+        tensors, x = module._copy, inputs(3, 192, dtype)
         operator = getattr(torch.ops.lrc, module.entry.run.__module__.rpartition(".")[2])
         given = [x, tensors["codes"], tensors["scale"]]
         if operator is not torch.ops.lrc.packed_bytes:
