@@ -1,11 +1,14 @@
 """What modules with a fast product have in common, and switching it on for a model."""
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrc.compressors.kernels.table import Entry
+
+log = logging.getLogger(__name__)
 
 
 class FastPath:
@@ -69,7 +72,22 @@ def optimize(model: nn.Module) -> dict[str, str]:
     for module in model.modules():
         if isinstance(module, FastPath):
             module.optimize()
-    return slow_layers(model)
+    slow = slow_layers(model)
+    for reason, names in _by_reason(slow).items():
+        if any(device.type == "cuda" for device in _devices(model)):
+            log.warning("%d layers have no fast path, such as %s: %s", len(names), names[0], reason)
+    return slow
+
+
+def _by_reason(slow: dict[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in slow.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {parameter.device for parameter in model.parameters()}
 
 
 def slow_layers(model: nn.Module) -> dict[str, str]:
