@@ -7,6 +7,8 @@ from lrc.compressors.kernels.table import Entry, Layout, Need, register
 
 KERNEL_ROWS = 48
 """Largest number of input rows for the kernel; more are multiplied after conversion."""
+COLUMNS = 32
+"""The kernel reads whole registers, beyond the end of the matrix if rows are shorter."""
 CHUNK = 1 << 20
 """Numbers that are converted at a time, so that they stay in the cache."""
 
@@ -44,6 +46,8 @@ def refuse(need: Need) -> str | None:
         return "needs a processor with AVX2"
     if need.group_size not in (None, need.shape[1]) or not need.symmetric:
         return "needs symmetric codes with one scale per row"
+    if need.shape[1] % COLUMNS:
+        return f"needs a multiple of {COLUMNS} inputs"
     return None
 
 
