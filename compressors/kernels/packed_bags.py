@@ -20,8 +20,8 @@ BAG_ROWS = 8
 1.2 for 16."""
 PARTS = 8
 """Bags per row of the input if the whole row has one scale: something to do for every thread."""
-CHUNK = 1 << 20
-"""Numbers that are unpacked at a time: 4 MiB in float32, so that they stay in the cache."""
+CHUNK = 1 << 18
+"""Numbers that are unpacked at a time: 1 MiB in float32, so that they stay in the cache."""
 TABLE_WIDTH = 8192
 """Largest number of outputs in one table: partial sums and unpacked numbers of a whole vocabulary
 would not fit into the cache."""

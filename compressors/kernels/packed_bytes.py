@@ -1,15 +1,16 @@
 """Products with bytes and one scale per row on the CPU, in bfloat16: torch's int8 kernel."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lrc.compressors.kernels.scratch import scratch
 from lrc.compressors.kernels.table import Entry, Layout, Need, register
 
 KERNEL_ROWS = 48
 """Largest number of input rows for the kernel; more are multiplied after conversion."""
 COLUMNS = 32
 """The kernel reads whole registers, beyond the end of the matrix if rows are shorter."""
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Numbers that are converted at a time, so that they stay in the cache."""
 
 
@@ -35,8 +36,10 @@ def multiply(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     y = x.new_empty(len(x), len(codes))
     step = max(64, CHUNK // codes.shape[1])
     for n in range(0, len(codes), step):
-        matrix = codes[n : n + step].to(x.dtype).mul_(scale[n : n + step, None])
-        y[:, n : n + step] = nn.functional.linear(x, matrix)
+        part = codes[n : n + step]
+        matrix = scratch("matrix", part.shape, x.dtype).copy_(part).mul_(scale[n : n + step, None])
+        product = scratch("product", (len(x), len(part)), x.dtype)
+        y[:, n : n + step] = torch.mm(x, matrix.T, out=product)
     return y
 
 

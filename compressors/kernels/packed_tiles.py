@@ -8,13 +8,14 @@ inputs and sums in float32. Codes of fewer bits are stored as 4. Codes of 5 to 8
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.kernels.scratch import scratch
 from lrc.compressors.kernels.table import Entry, Layout, Need, register
 
 GROUPS = (256, 128, 64, 32)
 """Group sizes of the kernel."""
 KERNEL_ROWS = 64
 """Largest number of input rows for the kernel; more are multiplied after unpacking."""
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Numbers that are unpacked at a time, so that they stay in the cache."""
 HALF = 8
 """Code of zero in the kernel."""
@@ -90,14 +91,9 @@ def unpack(
         tiles, places = ids // (2 * half), ids % (2 * half)
         found = packed[tiles, :, places % half]  # [n, planes * d_in]
         stored = (found >> (4 * (places // half)).to(torch.uint8)[:, None]) & 0xF
-    return _signed(stored, bits, dim=1)
-
-
-def _signed(stored: Tensor, bits: int, dim: int) -> Tensor:
-    """Return int8 codes for uint8 codes as the kernel stores them, planes next to each other."""
     if bits <= 4:
         return (stored - HALF).view(torch.int8)
-    high, low = stored.chunk(2, dim=dim)
+    high, low = stored.chunk(2, dim=1)
     return (((high - HALF) << 4) | low).view(torch.int8)
 
 
@@ -121,13 +117,13 @@ def multiply(
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(whole, flat, size, scale)
         y = y[:, :d_out]
     else:
-        y = _unpacked_product(x, codes, scale, bits)[:, :d_out]
+        y = _unpacked_product(x, codes, scale, bits, shift is not None)[:, :d_out]
     if shift is not None:
         y = torch.addmm(y, x.unflatten(1, (len(shift), -1)).sum(2), shift)
     return y
 
 
-def _unpacked_product(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _unpacked_product(x: Tensor, codes: Tensor, scale: Tensor, bits: int, shifted: bool) -> Tensor:
     tiles, stored, half = codes.shape
     (rows, d_in), planes = x.shape, 1 if bits <= 4 else 2
     size = planes * d_in // len(scale)
@@ -137,14 +133,20 @@ def _unpacked_product(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Ten
     step = max(1, CHUNK // (d_in * 2 * half))
     for n in range(0, tiles, step):
         part = codes[n : n + step].transpose(0, 1)  # [planes * d_in, step, half]
-        wide = part.new_empty(stored, part.shape[1], 2 * half)
+        wide = scratch("codes", (stored, part.shape[1], 2 * half), torch.uint8)
         torch.bitwise_and(part, 0xF, out=wide[:, :, :half])
         torch.bitwise_right_shift(part, 4, out=wide[:, :, half:])
+        signed = wide.flatten(1)[:d_in].sub_(HALF)
+        if planes == 2:
+            signed.bitwise_left_shift_(4).bitwise_or_(wide.flatten(1)[d_in:])
+        matrix = scratch("matrix", signed.shape, x.dtype).copy_(signed.view(torch.int8))
         outputs = slice(n * 2 * half, (n + step) * 2 * half)
-        matrix = _signed(wide.flatten(1), bits, dim=0).to(x.dtype)  # [d_in, outputs]
-        grouped = matrix.unflatten(0, (-1, size))
-        grouped.mul_(factors[:, None, outputs]).add_(zeros[:, None, outputs])
-        y[:, outputs] = x @ matrix
+        grouped = matrix.unflatten(0, (-1, size))  # [groups, size, outputs]
+        grouped.mul_(factors[:, None, outputs])
+        if shifted:
+            grouped.add_(zeros[:, None, outputs])
+        product = scratch("product", (rows, matrix.shape[1]), x.dtype)
+        y[:, outputs] = torch.mm(x, matrix, out=product)
     return y
 
 
