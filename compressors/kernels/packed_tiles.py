@@ -124,7 +124,7 @@ def multiply(
 
 
 def _unpacked_product(x: Tensor, codes: Tensor, scale: Tensor, bits: int, shifted: bool) -> Tensor:
-    tiles, stored, half = codes.shape
+    tiles, _, half = codes.shape
     (rows, d_in), planes = x.shape, 1 if bits <= 4 else 2
     size = planes * d_in // len(scale)
     factors = scale[-(d_in // size) :, :, 0]  # [groups, outputs]; the lowest plane is not scaled
@@ -132,19 +132,21 @@ def _unpacked_product(x: Tensor, codes: Tensor, scale: Tensor, bits: int, shifte
     y = x.new_empty(rows, tiles * 2 * half)
     step = max(1, CHUNK // (d_in * 2 * half))
     for n in range(0, tiles, step):
-        part = codes[n : n + step].transpose(0, 1)  # [planes * d_in, step, half]
-        wide = scratch("codes", (stored, part.shape[1], 2 * half), torch.uint8)
-        torch.bitwise_and(part, 0xF, out=wide[:, :, :half])
-        torch.bitwise_right_shift(part, 4, out=wide[:, :, half:])
-        signed = wide.flatten(1)[:d_in].sub_(HALF)
+        part = codes[n : n + step]  # [step, planes * d_in, half]
+        halves = scratch("codes", (2, *part.shape), torch.uint8)
+        torch.bitwise_and(part, 0xF, out=halves[0])
+        torch.bitwise_right_shift(part, 4, out=halves[1])
+        signed = halves[:, :, :d_in].sub_(HALF)  # [2, step, d_in, half]
         if planes == 2:
-            signed.bitwise_left_shift_(4).bitwise_or_(wide.flatten(1)[d_in:])
-        matrix = scratch("matrix", signed.shape, x.dtype).copy_(signed.view(torch.int8))
+            signed.bitwise_left_shift_(4).bitwise_or_(halves[:, :, d_in:])
+        matrix = scratch("matrix", (d_in, len(part) * 2 * half), x.dtype)
+        tiled = matrix.view(d_in, len(part), 2, half).permute(2, 1, 0, 3)
+        tiled.copy_(signed.view(torch.int8))
         outputs = slice(n * 2 * half, (n + step) * 2 * half)
         grouped = matrix.unflatten(0, (-1, size))  # [groups, size, outputs]
-        grouped.mul_(factors[:, None, outputs])
+        grouped.mul_(factors[:, None, outputs].contiguous())
         if shifted:
-            grouped.add_(zeros[:, None, outputs])
+            grouped.add_(zeros[:, None, outputs].contiguous())
         product = scratch("product", (rows, matrix.shape[1]), x.dtype)
         y[:, outputs] = torch.mm(x, matrix, out=product)
     return y

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     Memory of a megabyte goes back to the system when it is freed, and the page faults of getting
     it again take several times as long as what it is used for. Every thread has its own.
     """
-    buffers: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__
+    buffers: dict[Any, Tensor] = _local.__dict__
     size, found = prod(shape), buffers.get((name, dtype))
     if found is None or found.numel() < size:
         # An inference tensor could not be written to outside of inference mode.

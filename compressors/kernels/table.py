@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODULES = ("packed_linear", "packed_tiles", "packed_bytes", "packed_bags")
+MODULES = ("packed_linear", "packed_bytes", "packed_tiles", "packed_bags")
 """Modules of this package that register entries, in order of preference."""
 
 
