@@ -35,6 +35,7 @@ from lrc.compressors.checkpoint.model_tables import (
 )
 from lrc.compressors.io.shards import read_headers
 from lrc.compressors.io.shortened import shortened
+from lrc.compressors.kernels import optimize
 from lrc.compressors.layers import (
     CompressedEmbedding,
     CompressedLinear,
@@ -152,6 +153,7 @@ class LrcQuantizer(HfQuantizer):
             self._wait_for_hashes()
             self._wait_for_hashes = None  # a model is copied and pickled with its quantizer
         check_values(model)
+        optimize(model)
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
