@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODULES = ("packed_linear", "packed_bytes", "packed_tiles", "packed_bags")
-"""Modules of this package that register entries, in order of preference."""
+MODULES = ("packed_bytes", "packed_tiles", "packed_bags")
+"""Modules of this package that register entries, in order of preference.
+
+`packed_linear`, the kernels for CUDA, is not among them until its speed has been measured."""
 
 
 @dataclass(frozen=True)
