@@ -121,6 +121,7 @@ class MineForCausalLM(LlamaForCausalLM):
 """
 
 
+@pytest.mark.usefixtures("code_cache")
 def test_a_model_with_code_is_loaded_again_by_the_run_that_compressed_it(
     lrc, tiny_model_folder: Path, make_tokenizer, output: Path, tiny_recipe, tiny_text, tmp_path
 ) -> None:
