@@ -17,8 +17,6 @@ def _product(
 ) -> Tensor:
     from lrc.compressors.kernels import packed_linear_triton as kernels
 
-    if x.device.index == torch.cuda.current_device():
-        return kernels.product(x, packed, scale, zero_point, bits)
     with torch.cuda.device(x.device):  # Triton launches on the current device
         return kernels.product(x, packed, scale, zero_point, bits)
 
