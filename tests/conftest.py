@@ -5,7 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Before torch reads it. Processes of pytest-xdist share the cores among themselves. They inherit
-# the environment of the first process, so the number that the user has set, if any, is kept separately.
+# the environment of the first process, so the number that the user has set is kept apart.
 os.environ["LRC_TEST_THREADS"] = os.environ.get(
     "LRC_TEST_THREADS", os.environ.get("OMP_NUM_THREADS", "")
 )
