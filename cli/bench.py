@@ -120,8 +120,13 @@ def run(
 
     from lrc.cli.evaluate import options_in_errors
     from lrc.compressors.benchmark.measure import Benchmark
+    from lrc.compressors.benchmark.measured_models import (
+        check_targets,
+        find_dense,
+        find_target,
+        is_same,
+    )
     from lrc.compressors.benchmark.results import results_json
-    from lrc.compressors.benchmark.targets import check_targets, find_dense, find_target, is_same
 
     notes = []
     if against is None:

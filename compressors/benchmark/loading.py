@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from lrc.compressors.benchmark.measured_models import Target
 from lrc.compressors.benchmark.memory import Meter, fit_together, read_pages, weight_bytes
-from lrc.compressors.benchmark.targets import Target
 from lrc.compressors.benchmark.timing import Timer
 from lrc.compressors.checkpoint.reader import load_checkpoint
 

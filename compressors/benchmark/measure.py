@@ -27,8 +27,8 @@ from lrc.compressors.benchmark.loading import (
     load,
     turns_together,
 )
+from lrc.compressors.benchmark.measured_models import Target
 from lrc.compressors.benchmark.memory import Meter
-from lrc.compressors.benchmark.targets import Target
 from lrc.compressors.benchmark.timing import Timer, rounds
 from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.models.configuration import first_line

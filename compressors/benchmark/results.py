@@ -7,7 +7,7 @@ import torch
 
 from lrc.compressors.benchmark.grid import SEED, Settings
 from lrc.compressors.benchmark.measure import IN_TURN, Measured, Samples
-from lrc.compressors.benchmark.targets import Target
+from lrc.compressors.benchmark.measured_models import Target
 from lrc.compressors.benchmark.timing import paired_ratio, speed_of
 from lrc.compressors.io.versions import environment
 

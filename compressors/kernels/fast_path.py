@@ -1,17 +1,18 @@
 """What modules with a fast product have in common, and switching it on for a model."""
 
 import logging
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.kernels.table import Entry
+from lrc.compressors.kernels.implementations import Entry
 
 log = logging.getLogger(__name__)
 
 
-class FastPath:
+class FastPath(ABC):
     """Mixin of modules that can replace their plain product by an entry of the table.
 
     The plain product stays available: it is used for training and wherever no entry fits.
@@ -22,9 +23,9 @@ class FastPath:
     reason: str | None = None
     """Why there is no fast path, after `optimize` has been called."""
 
+    @abstractmethod
     def optimize(self) -> str | None:
         """Select a fast path for the current device and dtype; return the reason if none fits."""
-        raise NotImplementedError
 
     def restore(self) -> None:
         """Return to the plain product and to the stored tensors."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.kernels.table import Entry, Layout, Need, register
+from lrc.compressors.kernels.implementations import Entry, Layout, Need, register
 
 BAG_ROWS = 8
 """Largest number of input rows for bags. Unpacking once is faster for more: with 4 bits

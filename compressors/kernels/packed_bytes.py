@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from lrc.compressors.kernels.implementations import Entry, Layout, Need, register
 from lrc.compressors.kernels.scratch import scratch
-from lrc.compressors.kernels.table import Entry, Layout, Need, register
 
 KERNEL_ROWS = 48
 """Largest number of input rows for the kernel; more are multiplied after conversion."""

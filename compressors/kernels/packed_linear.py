@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from lrc.compressors.kernels.table import Entry, Need, register
+from lrc.compressors.kernels.implementations import Entry, Need, register
 
 OLDEST = (8, 0)
 """Compute capability of the first devices with bfloat16."""

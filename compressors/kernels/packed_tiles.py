@@ -8,8 +8,8 @@ inputs and sums in float32. Codes of fewer bits are stored as 4. Codes of 5 to 8
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.kernels.implementations import Entry, Layout, Need, register
 from lrc.compressors.kernels.scratch import scratch
-from lrc.compressors.kernels.table import Entry, Layout, Need, register
 
 GROUPS = (256, 128, 64, 32)
 """Group sizes of the kernel."""

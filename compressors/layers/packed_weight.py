@@ -1,5 +1,6 @@
 """A module that stores a quantized matrix, and a linear layer with such a weight."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ CONVERTED = "converted_"
 """Prefix of the buffers of a converted copy; they are not part of the state dict."""
 
 
-class PackedWeight(FastPath, nn.Module):
+class PackedWeight(nn.Module, FastPath):
     """A module whose matrix may be stored as packed integers, under the name ``weight``.
 
     Some fast paths need the codes in another order. The converted copy then takes the place of the
@@ -27,14 +28,14 @@ class PackedWeight(FastPath, nn.Module):
     _scale_state: tuple[int, int] | None = None
 
     @property
+    @abstractmethod
     def packed_shape(self) -> tuple[int, int]:
         """Rows and columns of the matrix."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def packed_args(self) -> QuantizationArgs | None:
         """Quantization of the matrix; None if it is not quantized."""
-        raise NotImplementedError
 
     def codes(self, ids: Tensor | None = None) -> Tensor:
         """Return the int8 codes [rows, columns], or those of the rows `ids` [n]."""

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ def test_every_imported_package_is_declared():
     optional = {"triton"}  # comes with PyTorch for CUDA
     others = found - sys.stdlib_module_names - {"lrc"} - optional
     assert {names.get(name, name) for name in others} <= declared
+
+
+def test_no_two_modules_have_one_name():
+    paths = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    names = Counter(path.stem for path in paths if path.stem != "__init__")
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_every_data_file_is_listed(setuptools):

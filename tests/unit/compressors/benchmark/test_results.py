@@ -11,8 +11,8 @@ from lrc.cli.bench_tables import slower_models
 from lrc.compressors.benchmark.grid import Mode, Point, Settings
 from lrc.compressors.benchmark.loading import Loading
 from lrc.compressors.benchmark.measure import IN_TURN, Measured, Samples
+from lrc.compressors.benchmark.measured_models import Target
 from lrc.compressors.benchmark.results import SCHEMA, failures, results_json
-from lrc.compressors.benchmark.targets import Target
 
 SETTINGS = Settings((Mode.EAGER,), (2,), (100,), tokens=10, repeats=3)
 POINT = Point(Mode.EAGER, 2, 100, 10)
