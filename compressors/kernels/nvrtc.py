@@ -1,0 +1,144 @@
+"""Compile CUDA C++ at run time, and launch it on the current stream.
+
+PyTorch ships NVRTC, NVIDIA's compiler library, and loads it itself; neither the CUDA toolkit nor a
+C compiler is needed. Sources include no headers. A kernel takes about half a second to compile, once
+per process and combination of macros.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+
+
+class CompilationError(RuntimeError):
+    """A kernel could not be compiled or loaded."""
+
+
+class Kernel:
+    """A compiled kernel.
+
+    Parameters
+    ----------
+    source : str
+        Name of a file beside this one.
+    name : str
+        The function in it, declared ``extern "C"``.
+    macros : tuple of (str, int)
+        Its compile-time constants.
+    device : int
+        Index of the CUDA device.
+
+    Raises
+    ------
+    CompilationError
+        With the compiler's messages.
+    """
+
+    def __init__(self, source: str, name: str, macros: tuple[tuple[str, int], ...], device: int):
+        self.name = name
+        major, minor = torch.cuda.get_device_capability(device)
+        image = compiled(source, macros, f"sm_{major}{minor}")
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # modules are loaded into the current context
+            module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+            _check(_driver().cuModuleLoadData(ctypes.byref(module), image), source)
+            found = _driver().cuModuleGetFunction(
+                ctypes.byref(self._function), module, name.encode()
+            )
+            _check(found, name)
+
+    def __call__(self, grid: Sequence[int], threads: int, *arguments: Tensor | int) -> None:
+        """Launch on the current stream of the current device, which has compiled the kernel.
+
+        Parameters
+        ----------
+        grid : sequence of 3 ints
+            Blocks.
+        threads : int
+            Per block.
+        *arguments : Tensor or int
+            Pointers and 32-bit integers.
+        """
+        values = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a)
+            for a in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(
+            *[ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values]
+        )
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        _check(
+            _driver().cuLaunchKernel(
+                self._function, *grid, threads, 1, 1, 0, stream, pointers, None
+            ),
+            self.name,
+        )
+
+
+@cache
+def kernel(source: str, name: str, macros: tuple[tuple[str, int], ...], device: int) -> Kernel:
+    """Return a kernel, compiled at the first call."""
+    return Kernel(source, name, macros, device)
+
+
+@cache
+def compiled(source: str, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+    """Return the machine code of a source file for an architecture such as ``sm_90``."""
+    library = _nvrtc()
+    program = ctypes.c_void_p()
+    text = (FOLDER / source).read_bytes()
+    if library.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None):
+        raise CompilationError(f"NVRTC cannot read {source}")
+    options = [f"--gpu-architecture={architecture}", "--std=c++20", "-default-device"]
+    options += [f"-D{name}={value}" for name, value in macros]
+    array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+    try:
+        failed = library.nvrtcCompileProgram(program, len(options), array)
+        if failed:
+            log = _bytes(library, program, "ProgramLog").decode(errors="replace")
+            raise CompilationError(f"NVRTC cannot compile {source} {dict(macros)}: {log}")
+        return _bytes(library, program, "CUBIN")
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _bytes(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    data = ctypes.create_string_buffer(size.value)
+    getattr(library, f"nvrtcGet{what}")(program, data)
+    return data.raw
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    major = str(torch.version.cuda).partition(".")[0]
+    names = [f"libnvrtc.so.{major}", "libnvrtc.so", f"nvrtc64_{major}0_0.dll"]
+    return _library(names, "NVRTC, which PyTorch for CUDA contains")
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return _library(["libcuda.so.1", "nvcuda.dll"], "the CUDA driver")
+
+
+def _library(names: list[str], what: str) -> ctypes.CDLL:
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise CompilationError(f"cannot load {what}: tried {', '.join(names)}")
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise CompilationError(f"{what}: {(text.value or b'unknown error').decode()}")
