@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.layers.packing import PackedLinear, read_values
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpecs
+from lrc.compressors.layers.stacked_factors import StackedFactors
 
 Device = torch.device | str | None
 Sizes = Mapping[str, int]
@@ -78,6 +79,11 @@ class Component(nn.Module, ABC):
     SHARED_SIZE: ClassVar[str | None] = None
     """Key of `sizes` that is equal in layers that share a first factor, the matrix applied to the
     input; None if the component cannot share one."""
+
+    stack: StackedFactors | None = None
+    """The layers with which this one shares the product with ``a``."""
+    position: int = 0
+    """Position among them."""
 
     def __init__(
         self,
@@ -171,6 +177,20 @@ class Component(nn.Module, ABC):
     def matrix(self) -> Tensor:
         """Return the matrix [d_out, d_in] of this component."""
 
+    def multiply_a(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., d_in] by the child ``a``, together with the layers of `stack`."""
+        p = None if self.stack is None else self.stack.multiply(self.position, x)
+        if p is None:
+            p = self.get_submodule("a")(x)
+        return p
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Convert all tensors, for `to`, `half` and the like."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.stack is not None:
+            self.stack.follow()
+        return self
+
     def problems(self) -> list[str]:
         """Return violated invariants of the loaded tensors, such as indices out of range."""
         found = []
@@ -243,14 +263,13 @@ class SharedFactorComponent(Component):
 
     def multiply_first(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., d_in] by ``a``."""
-        a = self.first
         if self.owner is None:
-            p: Tensor = a(x)
-            return p
+            return self.multiply_a(x)
+        a = self.first
         # A device map may place the owner elsewhere. Hooks of accelerate bring offloaded (meta)
         # weights to the device of the input.
         device = next(a.parameters()).device
-        p = a(x if device.type == "meta" else x.to(device))
+        p: Tensor = a(x if device.type == "meta" else x.to(device))
         return p.to(x.device)
 
 

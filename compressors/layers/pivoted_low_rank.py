@@ -63,7 +63,7 @@ class PivotedLowRank(Component):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
-        p = self._part("a")(x)  # [..., rank]
+        p = self.multiply_a(x)  # [..., rank]
         y = torch.cat([p, self._part("c")(p)], dim=-1) if "c" in self._modules else p
         return y.index_select(-1, self.get_buffer("order").int())  # int16 is not supported
 
