@@ -35,6 +35,7 @@ from lrc.compressors.checkpoint.model_tables import (
 )
 from lrc.compressors.io.shards import read_headers
 from lrc.compressors.layers import (
+    Component,
     CompressedEmbedding,
     CompressedLinear,
     TensorSpec,
@@ -152,6 +153,9 @@ class LrcQuantizer(HfQuantizer):
             self._wait_for_hashes()
             self._wait_for_hashes = None  # a model is copied and pickled with its quantizer
         check_values(model)
+        for module in model.modules():
+            if isinstance(module, Component):
+                module.optimize()
         stack_first_factors(model)
         return model
 

@@ -184,6 +184,9 @@ class Component(nn.Module, ABC):
             p = self.get_submodule("a")(x)
         return p
 
+    def optimize(self) -> None:
+        """Derive what fast paths need from the loaded tensors; by default nothing."""
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Convert all tensors, for `to`, `half` and the like."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -284,6 +287,16 @@ def _empty_linear(
         nn.Linear, columns, rows, bias=False, device=device or "cpu", dtype=dtype
     )
     return linear
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return whether calling a child is multiplying by its weight: no adapter, hook or offload."""
+    if type(module) not in (nn.Linear, PackedLinear):
+        return False
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not hooked and not any(
+        weight.is_meta for weight in module._parameters.values() if weight is not None
+    )
 
 
 def check_range(name: str, value: int, largest: int, d_out: int, d_in: int) -> None:

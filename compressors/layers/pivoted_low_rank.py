@@ -3,7 +3,20 @@
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.component import Component, ComponentConfig, check_range
+from lrc.compressors.kernels.pivoted import (
+    TRANSPOSE_FROM,
+    has_kernel,
+    interleave,
+    interleave_by_rows,
+    inverse_of,
+    pivoted_rows,
+)
+from lrc.compressors.layers.component import (
+    Component,
+    ComponentConfig,
+    check_range,
+    is_plain,
+)
 from lrc.compressors.layers.packing import PackedLinear
 from lrc.compressors.layers.pivot_rows import pivot_rows
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
@@ -31,6 +44,9 @@ class PivotedLowRank(Component):
 
     TYPE = "pivoted_low_rank"
     SIZES = ("rank",)
+
+    inverse: Tensor | None = None
+    """Where each row of ``cat([a, c])`` goes, [d_out] int32; None until `optimize`."""
 
     @classmethod
     def tensors(cls, d_out: int, d_in: int, config: ComponentConfig) -> TensorSpecs:
@@ -61,11 +77,42 @@ class PivotedLowRank(Component):
         tensors = {"a.weight": R, "order": order.to(_index_dtype(len(order)))}
         return tensors | ({"c.weight": C} if len(C) else {})
 
+    def optimize(self) -> None:
+        """Derive what the kernels need from the loaded tensors."""
+        order = self.get_buffer("order")
+        if not order.is_meta and "c" in self._modules:
+            self.register_buffer("inverse", inverse_of(order), persistent=False)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
         p = self.multiply_a(x)  # [..., rank]
-        y = torch.cat([p, self._part("c")(p)], dim=-1) if "c" in self._modules else p
-        return y.index_select(-1, self.get_buffer("order").int())  # int16 is not supported
+        order = self.get_buffer("order")
+        if "c" not in self._modules:
+            return p.index_select(-1, order.int())  # int16 is not supported
+        y = self._without_gather(p, order)
+        if y is None:
+            y = torch.cat([p, self._part("c")(p)], dim=-1).index_select(-1, order.int())
+        return y
+
+    def _without_gather(self, p: Tensor, order: Tensor) -> Tensor | None:
+        """Return the outputs [..., d_out] by the fastest product for their number, or None."""
+        c = self._part("c")
+        if p.is_cpu:
+            # Compiled code needs no choice by the number of rows: it fuses the gather.
+            if torch.compiler.is_compiling() or not is_plain(c):
+                return None
+            if p.numel() < TRANSPOSE_FROM * p.shape[-1]:
+                return None
+            rows = p.reshape(-1, p.shape[-1])  # [n, rank]
+            return interleave_by_rows(rows, c.weight, order).view(*p.shape[:-1], self.d_out)
+        if torch.is_grad_enabled() or not has_kernel(p):
+            return None
+        rows = p.reshape(-1, p.shape[-1])
+        if self.inverse is not None and is_plain(c) and type(c) is nn.Linear:
+            y: Tensor = pivoted_rows(rows, c.weight, order, self.inverse)
+        else:
+            y = interleave(rows, c(rows), order)
+        return y.view(*p.shape[:-1], self.d_out)
 
     def matrix(self) -> Tensor:
         """Return the matrix [d_out, d_in] in float32."""

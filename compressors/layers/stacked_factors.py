@@ -36,7 +36,7 @@ class StackedFactors:
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
         self.members = tuple(members)
-        widths = [member.get_submodule("a").out_features for member in members]
+        widths: list[int] = [member.get_submodule("a").out_features for member in members]  # type: ignore[misc]
         stops = [sum(widths[: i + 1]) for i in range(len(widths))]
         self._columns = tuple(zip([0, *stops[:-1]], stops, strict=True))
         self._rest = tuple(
@@ -81,7 +81,7 @@ class StackedFactors:
         modules = [_plain_linear(member) for member in self.members]
         if self._dissolved or torch.compiler.is_compiling() or None in modules:
             return False
-        weights = [module.weight for module in modules if module is not None]
+        weights: list[Any] = [module.weight for module in modules if module is not None]
         first = weights[0]
         if len({(w.dtype, w.device) for w in weights}) > 1 or not _can_move(first):
             return False
