@@ -45,9 +45,6 @@ class PivotedLowRank(Component):
     TYPE = "pivoted_low_rank"
     SIZES = ("rank",)
 
-    inverse: Tensor | None = None
-    """Where each row of ``cat([a, c])`` goes, [d_out] int32; None until `optimize`."""
-
     @classmethod
     def tensors(cls, d_out: int, d_in: int, config: ComponentConfig) -> TensorSpecs:
         """Return pivot rows ``a``, coefficients ``c`` and the ``order`` of the rows."""
@@ -78,7 +75,7 @@ class PivotedLowRank(Component):
         return tensors | ({"c.weight": C} if len(C) else {})
 
     def optimize(self) -> None:
-        """Derive what the kernels need from the loaded tensors."""
+        """Store where each row of ``cat([a, c])`` goes, next to the `order` of a file."""
         order = self.get_buffer("order")
         if not order.is_meta and "c" in self._modules:
             self.register_buffer("inverse", inverse_of(order), persistent=False)
@@ -108,8 +105,9 @@ class PivotedLowRank(Component):
         if torch.is_grad_enabled() or not has_kernel(p):
             return None
         rows = p.reshape(-1, p.shape[-1])
-        if self.inverse is not None and is_plain(c) and type(c) is nn.Linear:
-            y: Tensor = pivoted_rows(rows, c.weight, order, self.inverse)
+        inverse = self._buffers.get("inverse")
+        if inverse is not None and is_plain(c) and type(c) is nn.Linear:
+            y: Tensor = pivoted_rows(rows, c.weight, order, inverse)
         else:
             y = interleave(rows, c(rows), order)
         return y.view(*p.shape[:-1], self.d_out)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 Held = tuple[Tensor, int, Tensor, tuple[int, ...]]
 """Input, its version, the product, and the positions of the layers that have not taken theirs."""
@@ -19,11 +20,12 @@ Held = tuple[Tensor, int, Tensor, tuple[int, ...]]
 class StackedFactors:
     """The product of an input with the first factors of several layers.
 
-    The weights of the layers stay parameters of their own, which become views of one tensor: this
-    takes no additional memory, and names, saving and training in place do not change. Whether they
-    still are views is checked for every product; where they are not, after a conversion or in a
-    copy, they are stacked again. There is no product where gradients are recorded or a factor has
-    an adapter, a hook, or a weight that is offloaded: the layers then multiply separately.
+    The weights of the layers stay parameters of their own, whose numbers lie after each other
+    in the memory of one tensor: this takes no additional memory, and names, files and training in
+    place do not change. Whether they still do is checked for every product; where not, after a
+    conversion or in a copy, they are stacked again. There is no product where gradients are
+    recorded or a factor has an adapter, a hook, or a weight that is offloaded: the layers then
+    multiply separately.
 
     Which layers receive the same input is an expectation. If the first round shows that it is
     wrong, because a layer is called with another tensor, the group is dissolved.
@@ -43,14 +45,14 @@ class StackedFactors:
             tuple(j for j in range(len(widths)) if j != i) for i in range(len(widths))
         )
         self._weight: Tensor | None = None  # [sum of ranks, d_in]
-        self._views: tuple[tuple[nn.Parameter, int], ...] = ()
+        self._rows: tuple[tuple[nn.Parameter, int], ...] = ()
         self._held: Held | None = None
         self._confirmed = False
         self._dissolved = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and files keep: the weights are those of the members."""
-        return vars(self) | {"_weight": None, "_views": (), "_held": None}
+        return vars(self) | {"_weight": None, "_rows": (), "_held": None}
 
     def multiply(self, position: int, x: Tensor) -> Tensor | None:
         """Return ``x`` [..., d_in] times the factor of one member, [..., rank], or None.
@@ -76,8 +78,8 @@ class StackedFactors:
         return self._take(position, x, product, (position, *self._rest[position]))
 
     def stack(self) -> bool:
-        """Make the weights views of one tensor; return whether that was possible."""
-        self._weight, self._views = None, ()
+        """Move the weights into one tensor; return whether that was possible."""
+        self._weight, self._rows = None, ()
         modules = [_plain_linear(member) for member in self.members]
         if self._dissolved or torch.compiler.is_compiling() or None in modules:
             return False
@@ -89,15 +91,15 @@ class StackedFactors:
         with torch.inference_mode(False), torch.no_grad():
             whole = torch.cat([weight.detach() for weight in weights])  # [sum of ranks, d_in]
             for weight, (start, stop) in zip(weights, self._columns, strict=True):
-                weight.data = whole[start:stop]
+                weight.data = _part(whole, start, stop)
         self._weight = whole
-        self._views = tuple((weight, weight.data_ptr()) for weight in weights)
+        self._rows = tuple((weight, weight.data_ptr()) for weight in weights)
         return True
 
     def follow(self) -> None:
         """Stack again after a member was moved or converted, once all of them have been."""
         if self._weight is not None and not self._stacked():
-            self._weight, self._views = None, ()
+            self._weight, self._rows = None, ()
         if self._weight is None:
             self.stack()
 
@@ -111,11 +113,11 @@ class StackedFactors:
         return product[..., start:stop]
 
     def _stacked(self) -> bool:
-        """Whether the weights of all members are the views that were made."""
+        """Whether the weights of all members are the rows of the tensor."""
         if self._weight is None:
             return False
         compiling = torch.compiler.is_compiling()
-        for member, (weight, address) in zip(self.members, self._views, strict=True):
+        for member, (weight, address) in zip(self.members, self._rows, strict=True):
             module = _plain_linear(member)
             if module is None or module.weight is not weight:
                 return False
@@ -127,7 +129,7 @@ class StackedFactors:
 
     def _dissolve(self) -> None:
         self._dissolved = True
-        self._weight, self._views = None, ()
+        self._weight, self._rows = None, ()
 
 
 def _plain_linear(member: nn.Module) -> nn.Linear | None:
@@ -137,6 +139,16 @@ def _plain_linear(member: nn.Module) -> nn.Linear | None:
         return None
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return None if hooked or type(module.weight) is not nn.Parameter else module
+
+
+def _part(whole: Tensor, start: int, stop: int) -> Tensor:
+    """Return rows of a matrix as a tensor that has a storage of its own on the same memory.
+
+    Files of tensors that share a storage hold all of it for each of them (pickle), are refused
+    (safetensors), or lack all but one (accelerate).
+    """
+    rows: Tensor = from_dlpack(to_dlpack(whole[start:stop]))
+    return rows
 
 
 def _can_move(weight: Tensor) -> bool:
