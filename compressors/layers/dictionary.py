@@ -4,8 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.layers.bitmask import mask_problems, pack_bits, packed_width, unpack_bits
-from lrc.compressors.layers.component import ComponentConfig, SharedFactorComponent, Sizes
-from lrc.compressors.layers.packing import PackedLinear
+from lrc.compressors.layers.component import (
+    ComponentConfig,
+    SharedFactorComponent,
+    Sizes,
+    is_plain,
+)
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 
@@ -105,15 +109,15 @@ class Dictionary(SharedFactorComponent):
         """Map ``x`` [..., d_in] to [..., d_out], through the atoms or with the whole matrix.
 
         The whole matrix has fewer columns than the two products need together, which pays off for
-        many tokens.
+        many tokens. Code that is compiled for any number of tokens uses the atoms, because a choice
+        would compile it twice.
         """
         S = self._coefficients()  # [d_out, atoms]
         atoms, tokens = self.config.sizes["atoms"], x.numel() // self.d_in
         through_atoms = tokens * atoms * (self.d_in + self.d_out)
+        many = through_atoms > (tokens + atoms) * self.d_in * self.d_out
         # Adapters and hooks for offloaded weights only act when the module is called.
-        plain = type(self.first) in (nn.Linear, PackedLinear)
-        plain = plain and not next(self.first.parameters()).is_meta
-        if plain and through_atoms > (tokens + atoms) * self.d_in * self.d_out:
+        if is_plain(self.first) and _is_certain(many):
             return nn.functional.linear(x, S @ self.first_matrix(S))
         return nn.functional.linear(self.multiply_first(x), S)
 
@@ -143,6 +147,16 @@ class Dictionary(SharedFactorComponent):
             mask = unpack_bits(self.get_buffer("mask"), zeros.shape[1])
             return zeros.masked_scatter(mask, values)
         return zeros.scatter(1, self.get_buffer("index").long(), values)
+
+
+def _is_certain(condition: bool) -> bool:
+    """Return whether a condition on sizes holds; False if it depends on a size left open."""
+    if not torch.compiler.is_compiling():
+        return condition
+    # Imported here because it takes a second; whoever compiles has done so.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _positions(d_out: int, atoms: int, nonzeros: int) -> TensorSpecs:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 Held = tuple[Tensor, int, Tensor, tuple[int, ...]]
 """Input, its version, the product, and the positions of the layers that have not taken theirs."""
