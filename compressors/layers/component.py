@@ -84,6 +84,8 @@ class Component(nn.Module, ABC):
     """The layers with which this one shares the product with ``a``."""
     position: int = 0
     """Position among them."""
+    tile: int | None = None
+    """Largest number of tokens to multiply by factors at once, see `stream_low_rank`."""
 
     def __init__(
         self,
@@ -266,9 +268,14 @@ class SharedFactorComponent(Component):
 
     def multiply_first(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., d_in] by ``a``."""
-        if self.owner is None:
-            return self.multiply_a(x)
+        return self.multiply_a(x) if self.owner is None else self.multiply_first_alone(x)
+
+    def multiply_first_alone(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., d_in] by ``a``, without the layers of `stack`."""
         a = self.first
+        if self.owner is None:
+            q: Tensor = a(x)
+            return q
         # A device map may place the owner elsewhere. Hooks of accelerate bring offloaded (meta)
         # weights to the device of the input.
         device = next(a.parameters()).device

@@ -11,6 +11,7 @@ from lrc.compressors.layers.component import (
     is_plain,
 )
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
+from lrc.compressors.layers.tiles import is_certain
 
 
 class Dictionary(SharedFactorComponent):
@@ -117,7 +118,7 @@ class Dictionary(SharedFactorComponent):
         through_atoms = tokens * atoms * (self.d_in + self.d_out)
         many = through_atoms > (tokens + atoms) * self.d_in * self.d_out
         # Adapters and hooks for offloaded weights only act when the module is called.
-        if is_plain(self.first) and _is_certain(many):
+        if is_plain(self.first) and is_certain(many):
             return nn.functional.linear(x, S @ self.first_matrix(S))
         return nn.functional.linear(self.multiply_first(x), S)
 
@@ -147,16 +148,6 @@ class Dictionary(SharedFactorComponent):
             mask = unpack_bits(self.get_buffer("mask"), zeros.shape[1])
             return zeros.masked_scatter(mask, values)
         return zeros.scatter(1, self.get_buffer("index").long(), values)
-
-
-def _is_certain(condition: bool) -> bool:
-    """Return whether a condition on sizes holds; False if it depends on a size left open."""
-    if not torch.compiler.is_compiling():
-        return condition
-    # Imported here because it takes a second; whoever compiles has done so.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(condition)
 
 
 def _positions(d_out: int, atoms: int, nonzeros: int) -> TensorSpecs:

@@ -20,6 +20,7 @@ from lrc.compressors.layers.component import (
 from lrc.compressors.layers.packing import PackedLinear
 from lrc.compressors.layers.pivot_rows import pivot_rows
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
+from lrc.compressors.layers.tiles import exceeds, in_tiles
 
 INT16_ROWS = 2**15 - 1
 """Largest number of rows that int16 can index."""
@@ -82,7 +83,12 @@ class PivotedLowRank(Component):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
-        p = self.multiply_a(x)  # [..., rank]
+        if self.tile is not None and exceeds(x, self.tile):
+            return in_tiles(lambda rows: self._outputs(self._part("a")(rows)), x, self.tile)
+        return self._outputs(self.multiply_a(x))
+
+    def _outputs(self, p: Tensor) -> Tensor:
+        """Map outputs ``p`` [..., rank] of the pivot rows to all outputs [..., d_out]."""
         order = self.get_buffer("order")
         if "c" not in self._modules:
             return p.index_select(-1, order.int())  # int16 is not supported
