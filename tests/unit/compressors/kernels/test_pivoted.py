@@ -101,6 +101,16 @@ def test_the_kernel_for_few_rows_agrees(kernels, shape, dtype, n, ascending, rou
         assert_close(found, expected, shape[1], rounding)
 
 
+@pytest.mark.parametrize("n", [1, 17, 33])
+def test_the_kernel_for_many_rows_agrees(kernels, shape, dtype, n, rounding) -> None:
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter of Triton multiplies bfloat16 matrices as integers")
+    p, c, order, expected = example(n, *shape, dtype)
+    for blocks, tokens in ((kernels.Blocks(16, 32), 16), (kernels.Blocks(128, 64, warps=8), 128)):
+        found = kernels.many_rows(p, c, pivoted.inverse_of(order), blocks, tokens)
+        assert_close(found, expected, shape[1], rounding)
+
+
 @pytest.mark.parametrize("n", TOKENS)
 def test_the_kernel_that_interleaves_moves_every_bit(kernels, shape, dtype, n) -> None:
     p, c, order, _ = example(n, *shape, dtype)
