@@ -44,8 +44,7 @@ def pivoted_linear(x: Tensor, a: Tensor, c: Tensor, order: Tensor) -> Tensor:
     Tensor, shape [n, d_out]
     """
     p = torch.nn.functional.linear(x, a)  # [n, rank]
-    y: Tensor = pivoted_rows(p, c, order, inverse_of(order))
-    return y
+    return pivoted_rows(p, c, order, inverse_of(order))
 
 
 def has_kernel(p: Tensor) -> bool:
@@ -53,7 +52,6 @@ def has_kernel(p: Tensor) -> bool:
     return p.is_cuda and p.dtype != torch.float64 and _kernels() is not None
 
 
-@torch.library.custom_op("lrc::pivoted_rows", mutates_args=())
 def pivoted_rows(p: Tensor, c: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Return ``cat([p, p @ c.T], -1)[:, order]`` without storing the concatenation.
 
@@ -69,20 +67,11 @@ def pivoted_rows(p: Tensor, c: Tensor, order: Tensor, inverse: Tensor) -> Tensor
     -------
     Tensor, shape [n, d_out]
     """
-    kernels = _kernels() if has_kernel(p) else None
-    if kernels is not None and 0 < len(p) <= FEW_ROWS:
-        y: Tensor = kernels.few_rows(p, c, inverse)
-        return y
-    placed: Tensor = interleave(p, torch.nn.functional.linear(p, c), order)
-    return placed
+    # Dispatching to an operator takes longer than launching a kernel; only compilers need one.
+    y: Tensor = (pivoted_rows_op if torch.compiler.is_compiling() else _rows)(p, c, order, inverse)
+    return y
 
 
-@pivoted_rows.register_fake
-def _(p: Tensor, c: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    return p.new_empty(p.shape[0], order.shape[0])
-
-
-@torch.library.custom_op("lrc::interleave", mutates_args=())
 def interleave(p: Tensor, others: Tensor, order: Tensor) -> Tensor:
     """Return ``cat([p, others], -1)[:, order]``.
 
@@ -92,6 +81,19 @@ def interleave(p: Tensor, others: Tensor, order: Tensor) -> Tensor:
     others : Tensor, shape [n, d_out - rank]
     order : Tensor, shape [d_out], integer
     """
+    y: Tensor = (interleave_op if torch.compiler.is_compiling() else _placed)(p, others, order)
+    return y
+
+
+def _rows(p: Tensor, c: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    kernels = _kernels() if has_kernel(p) else None
+    if kernels is not None and 0 < len(p) <= FEW_ROWS:
+        y: Tensor = kernels.few_rows(p, c, inverse)
+        return y
+    return _placed(p, torch.nn.functional.linear(p, c), order)
+
+
+def _placed(p: Tensor, others: Tensor, order: Tensor) -> Tensor:
     kernels = _kernels() if has_kernel(p) else None
     if kernels is not None and p.numel():
         y: Tensor = kernels.interleave(p, others, order)
@@ -99,7 +101,16 @@ def interleave(p: Tensor, others: Tensor, order: Tensor) -> Tensor:
     return torch.cat([p, others], dim=-1).index_select(-1, order.int())
 
 
-@interleave.register_fake
+pivoted_rows_op = torch.library.custom_op("lrc::pivoted_rows", _rows, mutates_args=())
+interleave_op = torch.library.custom_op("lrc::interleave", _placed, mutates_args=())
+
+
+@pivoted_rows_op.register_fake
+def _(p: Tensor, c: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return p.new_empty(p.shape[0], order.shape[0])
+
+
+@interleave_op.register_fake
 def _(p: Tensor, others: Tensor, order: Tensor) -> Tensor:
     return p.new_empty(p.shape[0], order.shape[0])
 

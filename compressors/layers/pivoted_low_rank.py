@@ -1,5 +1,7 @@
 """A low-rank matrix as some of its rows and the coefficients of the others."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -81,6 +83,11 @@ class PivotedLowRank(Component):
         if not order.is_meta and "c" in self._modules:
             self.register_buffer("inverse", inverse_of(order), persistent=False)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if "inverse" in self._buffers:  # the order may be another one
+            self.optimize()
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
         if self.tile is not None and exceeds(x, self.tile):
@@ -99,23 +106,20 @@ class PivotedLowRank(Component):
 
     def _without_gather(self, p: Tensor, order: Tensor) -> Tensor | None:
         """Return the outputs [..., d_out] by the fastest product for their number, or None."""
-        c = self._part("c")
-        if p.is_cpu:
-            # Compiled code needs no choice by the number of rows: it fuses the gather.
-            if torch.compiler.is_compiling() or not is_plain(c):
+        c, inverse = self._part("c"), self._buffers.get("inverse")
+        rows = p.reshape(-1, p.shape[-1])  # [n, rank]
+        if has_kernel(p) and not torch.is_grad_enabled():
+            if inverse is not None and is_plain(c) and type(c) is nn.Linear:
+                y = pivoted_rows(rows, c.weight, order, inverse)
+            else:
+                y = interleave(rows, c(rows), order)
+        # Compiled code for a CPU needs no choice by the number of rows: it fuses the gather.
+        elif p.is_cpu and not torch.compiler.is_compiling() and is_plain(c):
+            if len(rows) < TRANSPOSE_FROM:
                 return None
-            if p.numel() < TRANSPOSE_FROM * p.shape[-1]:
-                return None
-            rows = p.reshape(-1, p.shape[-1])  # [n, rank]
-            return interleave_by_rows(rows, c.weight, order).view(*p.shape[:-1], self.d_out)
-        if torch.is_grad_enabled() or not has_kernel(p):
-            return None
-        rows = p.reshape(-1, p.shape[-1])
-        inverse = self._buffers.get("inverse")
-        if inverse is not None and is_plain(c) and type(c) is nn.Linear:
-            y: Tensor = pivoted_rows(rows, c.weight, order, inverse)
+            y = interleave_by_rows(rows, c.weight, order)
         else:
-            y = interleave(rows, c(rows), order)
+            return None
         return y.view(*p.shape[:-1], self.d_out)
 
     def matrix(self) -> Tensor:

@@ -130,7 +130,7 @@ def test_operators_are_registered_completely() -> None:
     p, c, order, _ = example(3, 24, 8, torch.float32)
     checks = ("test_schema", "test_faketensor")
     for op, args in (
-        (pivoted.pivoted_rows, (p, c, order, pivoted.inverse_of(order))),
-        (pivoted.interleave, (p, p @ c.T, order)),
+        (pivoted.pivoted_rows_op, (p, c, order, pivoted.inverse_of(order))),
+        (pivoted.interleave_op, (p, p @ c.T, order)),
     ):
         torch.library.opcheck(op, args, test_utils=checks)
