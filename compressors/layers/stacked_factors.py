@@ -44,7 +44,7 @@ class StackedFactors:
         self._rest = tuple(
             tuple(j for j in range(len(widths)) if j != i) for i in range(len(widths))
         )
-        self._weight: Tensor | None = None  # [sum of ranks, d_in]
+        self._weight: nn.Parameter | None = None  # [sum of ranks, d_in]
         self._rows: tuple[tuple[nn.Parameter, int], ...] = ()
         self._held: Held | None = None
         self._confirmed = False
@@ -92,7 +92,8 @@ class StackedFactors:
             whole = torch.cat([weight.detach() for weight in weights])  # [sum of ranks, d_in]
             for weight, (start, stop) in zip(weights, self._columns, strict=True):
                 weight.data = _part(whole, start, stop)
-        self._weight = whole
+            # Not a plain tensor, which a CUDA graph would copy into its own memory for every call.
+            self._weight = nn.Parameter(whole, requires_grad=False)
         self._rows = tuple((weight, weight.data_ptr()) for weight in weights)
         return True
 
