@@ -21,12 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-try:
-    import lrc  # noqa: F401
-except ImportError:  # not installed: only what needs no other package
-    ROOT = Path(__file__).parents[2]
+if __name__ == "__main__":
+    # The package of this checkout, which need not be installed: its __init__ asks for a version.
     sys.modules["lrc"] = ModuleType("lrc")
-    sys.modules["lrc"].__path__ = [str(ROOT)]
+    sys.modules["lrc"].__path__ = [str(Path(__file__).parents[2])]
 
 from lrc.compressors.kernels import pivoted, pivoted_triton
 from lrc.compressors.layers.component import ComponentConfig
@@ -126,10 +124,10 @@ def check(args: argparse.Namespace) -> None:
                     calls["few_rows"] = (partial(few, p, c, inverse), placed)
                     calls["few_rows, no order"] = (partial(few, p, c, None), exact)
                 for name, (call, expected) in calls.items():
-                    # Sums in float32, then one rounding; cuBLAS may use tensor cores for float32.
-                    eps = 2.0**-10 if "pivoted" in name else 2.0**-23
-                    bound = 4 * rank**0.5 * eps * (dtype == torch.float32 or eps < 1e-6)
-                    bound = (bound + torch.finfo(dtype).eps) * float(expected.abs().max())
+                    # Sums in float32, then one rounding; cuBLAS may round parts of a sum.
+                    roundings = 4 if name == "pivoted_rows" and n > pivoted.FEW_ROWS else 1
+                    bound = 4 * rank**0.5 * 2.0**-23 + roundings * torch.finfo(dtype).eps
+                    bound *= float(expected.abs().max())
                     error = float((call().double() - expected).abs().max()) / bound
                     worst[name] = max(worst[name], error)
         print(f"{dtype!s:16}", "  ".join(f"{name} {error:.2f}" for name, error in worst.items()))
@@ -305,8 +303,8 @@ def tune(args: argparse.Namespace) -> None:
     few = [
         pivoted_triton.Blocks(r, k, w, s)
         for r in (2, 4, 8, 16, 32)
-        for k in (128, 256, 512, 1024)
-        for w, s in ((4, 3), (8, 3), (4, 5))
+        for k in (256, 512, 1024)
+        for w, s in ((4, 3), (8, 3))
         if r * k <= 16384
     ]
     print(f"\nfastest blocks at keep {keep}: rows, columns, warps, stages; us and TB/s or TFLOP/s")
