@@ -273,13 +273,14 @@ class SharedFactorComponent(Component):
     def multiply_first_alone(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., d_in] by ``a``, without the layers of `stack`."""
         a = self.first
+        p: Tensor
         if self.owner is None:
-            q: Tensor = a(x)
-            return q
+            p = a(x)
+            return p
         # A device map may place the owner elsewhere. Hooks of accelerate bring offloaded (meta)
         # weights to the device of the input.
         device = next(a.parameters()).device
-        p: Tensor = a(x if device.type == "meta" else x.to(device))
+        p = a(x if device.type == "meta" else x.to(device))
         return p.to(x.device)
 
 

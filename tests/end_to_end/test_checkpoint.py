@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lrc.compressors.layers import CompressedLinear
+from lrc.compressors.layers import Component, CompressedLinear
 
 # transformers wants every module named where one of them is offloaded.
 DISK = {
@@ -122,6 +122,16 @@ def test_saving_again_in_small_shards(run, sample, expected, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(logits_of(again, sample), expected)
+
+
+def test_layers_with_the_same_input_share_a_product(run, sample):
+    model = run.load()
+    before = sum(p.nbytes for p in model.parameters())
+    groups = {c.stack for c in model.modules() if isinstance(c, Component)} - {None}
+    assert sorted(len(group.members) for group in groups) == [2, 2, 3, 3]  # two layers
+    logits_of(model, sample)
+    assert all(group._confirmed for group in groups)
+    assert sum(p.nbytes for p in model.parameters()) == before
 
 
 def test_factors_learn_as_ordinary_parameters(run, sample):
