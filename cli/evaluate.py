@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrc.compressors.checkpoint.reader import check_checkpoint, load_checkpoint, load_tokenizer
 from lrc.compressors.corpus.documents import check_source
@@ -61,10 +63,10 @@ def run(
         for checkpoint, texts in warnings.items():
             for text in texts:
                 machine.on_warning(f"{checkpoint}: {text}")
+            check_evaluation(*load_skeleton(checkpoint, trusted=trusted), request, seed=seed)
         scores = {}
         for checkpoint in checkpoints:
             model, tokenizer = load_model(checkpoint, machine.chosen, trusted=trusted)
-            check_evaluation(model, tokenizer, request, seed=seed)
             step = partial(labelled, checkpoint)
             scores[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
             scores[checkpoint]["warnings"] = warnings[checkpoint]
@@ -116,6 +118,20 @@ def check_model(path: str, *, trusted: bool = False) -> list[str]:
         return []
     _, _, warnings = check_contents(found, architecture)
     return [text.removeprefix("model.path: ") for text in warnings]
+
+
+def load_skeleton(path: str, *, trusted: bool = False) -> tuple[Any, Any]:
+    """Return the tokenizer and, in its original shapes, the model of `load_model` on meta."""
+    folder = Path(path)
+    if folder.is_dir():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+    else:
+        found = models.locate(Model(path=path, trust_remote_code=trusted))
+        config, tokenizer = found.config, models.load_tokenizer(found)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    return model, tokenizer
 
 
 def load_model(path: str, device: str, *, trusted: bool = False) -> tuple[Any, Any]:

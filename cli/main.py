@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrc.cli import console, streams
+from lrc.cli.bench import bench
+from lrc.cli.options import Device, Json, Quiet, TrustRemoteCode, positive
 from lrc.configs import shipped
 from lrc.configs.errors import EvaluationIncomplete, GateMissed, RecipeError
 
@@ -34,19 +36,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Overrides, e.g. `stages.0.decompose.keep=0.6`.", metavar="[KEY=VALUE]..."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
-
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
-]
-
-
-def _positive(number: int | None) -> int | None:
-    if number is not None and number < 1:
-        raise typer.BadParameter(f"must be a whole number >= 1, got {number}")
-    return number
 
 
 def _version(show: bool) -> None:
@@ -175,13 +164,13 @@ def evaluate(
         str | None, typer.Option(help="Folder with your own lm-eval task files.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(callback=_positive, help="Documents per task, at most.")
+        int | None, typer.Option(callback=positive, help="Documents per task, at most.")
     ] = None,
     window: Annotated[
-        int, typer.Option(callback=_positive, help="Tokens per perplexity window.")
+        int, typer.Option(callback=positive, help="Tokens per perplexity window.")
     ] = 2048,
     windows: Annotated[
-        int | None, typer.Option(callback=_positive, help="Windows per text, at most.")
+        int | None, typer.Option(callback=positive, help="Windows per text, at most.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
@@ -239,6 +228,9 @@ def generate(
     typer.echo(f"prompt: {prompt}")
     for path, text in texts.items():
         typer.echo(f"\n{path}:\n{text.strip()}")
+
+
+app.command()(bench)
 
 
 @app.command()

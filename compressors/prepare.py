@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from lrc.compressors.calibrate.layer_check import check_layers
+from lrc.compressors.checkpoint.loading_check import check_loading
 from lrc.compressors.checkpoint.plain import is_plain, loads_packed
-from lrc.compressors.checkpoint.rehearsal import rehearse_loading
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.gates import check_gate_names
 from lrc.compressors.evaluate.harness import check_tasks
@@ -85,7 +85,7 @@ def prepare(
         raise RecipeError(problems)
     warnings = [*warnings, *compiled.plan.warnings, *_needs_lrc(compiled)]
     compiled = replace(compiled, plan=replace(compiled.plan, warnings=warnings))
-    rehearse_loading(compiled.plan, compiled.architecture.model)
+    check_loading(compiled.plan, compiled.architecture.model)
     prepared = Prepared(**vars(compiled), recipe=recipe, source=source, dense=dense)
     if source.gguf is None and source.weights_local:
         _ = prepared.tokenizer

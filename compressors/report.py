@@ -4,8 +4,6 @@
 """
 
 import json
-import os
-import platform
 import resource
 import sys
 from importlib import resources
@@ -24,7 +22,7 @@ from lrc.compressors.evaluate.broken_source import near_uniform
 from lrc.compressors.evaluate.evaluator import is_current
 from lrc.compressors.io.files import write_text
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.versions import versions
+from lrc.compressors.io.versions import environment
 from lrc.compressors.models.source import HUB_ID
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.summary import summarize
@@ -41,7 +39,9 @@ SCHEMA = {
     "size.model.parameters.{dense,compressed}": "of the whole model; tied ones once",
     "size.model.file_bytes.{dense,compressed}": "safetensors files; dense: in the recipe's dtype",
     "size.model.tensor_bytes.{dense,compressed}": "the same without the headers of the files",
-    "size.source.{file_bytes,quantized}": "weight files, and whether quantized; null on the Hub",
+    "size.source.{file_bytes,quantized}": (
+        "weight files, and whether quantized; null if the source was still on the Hub"
+    ),
     "size.baselines.NAME": "computed bytes of the model after round-to-nearest",
     "slices[].{stage,method}": "one record per slicing stage",
     "slices[].{parameters,bytes,config}": "before and after; changed config keys",
@@ -49,7 +49,9 @@ SCHEMA = {
     "layers[].{name,stage,method}": "one record per targeted weight; index of its stage",
     "layers[].config": "how it is stored: shape and components, as in config.json",
     "layers[].{bits,dense_bits}": "size as stored, and in model.dtype",
-    "layers[].relative_error": "squared error relative to removing the weight, [0, 1]",
+    "layers[].relative_error": (
+        "weighted squared error, divided by that of replacing the weight by zero, [0, 1]"
+    ),
     "layers[].predicted_nats": "predicted loss increase, nats per token; null without gradients",
     "layers[].refit": "whether it was fitted to the inputs that the compressed model produces",
     "layers[].{note,fallback}": "why it stays dense; deviations from the plan; null if none",
@@ -64,7 +66,9 @@ SCHEMA = {
     "timing.seconds.STAGE": "wall time; after an interruption, the sum over all attempts",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
-    "warnings": "what of the source is left out, what is not advised, signs of a broken source",
+    "warnings": (
+        "parts of the source that were ignored, discouraged options, signs of a damaged source"
+    ),
     "sha256": "of lrc/manifest.json and the other keys, sorted and without spaces",
 }
 
@@ -94,7 +98,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "evaluation": evaluation,
         "timing": {"seconds": {k: round(s, 2) for k, s in session.clock.seconds.items()}},
         "memory": _memory(session.device),
-        "environment": _environment(session.device),
+        "environment": environment(session.device),
         "warnings": plan.warnings + _source_warnings(prepared, evaluation),
     }
     report[CHECKSUM] = report_checksum(checkpoint, report)
@@ -220,15 +224,3 @@ def _memory(device: str) -> dict[str, int | None]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     gpu = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
     return {"peak_rss_bytes": peak, "peak_gpu_bytes": gpu}
-
-
-def _environment(device: str) -> dict[str, Any]:
-    on_gpu = device.startswith("cuda")
-    return {
-        "versions": versions(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-    }

@@ -104,6 +104,12 @@ class EvaluationIncomplete(LrcError):
         super().__init__("\n".join(missing))
 
 
+class BenchmarkIncomplete(LrcError):
+    """Some speeds could not be measured; the others are shown."""
+
+    default_code = "benchmark-incomplete"
+
+
 class GateMissed(LrcError):
     """The run is complete and saved, but missed quality gates of the recipe: one sentence each."""
 

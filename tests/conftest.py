@@ -4,9 +4,13 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Before torch reads it. Processes of pytest-xdist share the cores among themselves.
-os.environ["OMP_NUM_THREADS"] = os.environ.get(
-    "OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+# Before torch reads it. Processes of pytest-xdist share the cores among themselves. They inherit
+# the environment of the first process, so the number that the user has set is kept apart.
+os.environ["LRC_TEST_THREADS"] = os.environ.get(
+    "LRC_TEST_THREADS", os.environ.get("OMP_NUM_THREADS", "")
+)
+os.environ["OMP_NUM_THREADS"] = os.environ["LRC_TEST_THREADS"] or (
+    "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 )
 
 import gc

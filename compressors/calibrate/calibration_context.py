@@ -10,7 +10,7 @@ from torch import Tensor
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.models.weights import SkeletonFiller
 from lrc.configs.errors import ModelError
 
 Labels = Literal["model", "sampled", "real"]
@@ -21,7 +21,7 @@ class CalibrationContext:
     """A dense model, the calibration text, and the device to compute on."""
 
     architecture: Architecture
-    reader: WeightReader
+    reader: SkeletonFiller
     windows: Callable[[], Tensor]
     """Returns the calibration windows [n_windows, length]; the text is read at the first call."""
     journal: Journal

@@ -1,7 +1,7 @@
 """Check that a model can be processed layer by layer, before any of its weights is read.
 
-The model runs on simulated weights, once as a whole and once as calibration runs it: one layer
-after the other, each called as in the first batch. Both must agree.
+The model runs on simulated weights, once as a whole, and once layer by layer, as calibration does:
+each layer is called again with the arguments recorded on the first batch. The results must agree.
 """
 
 import inspect
@@ -58,8 +58,8 @@ def check_layers(architecture: Architecture) -> Architecture:
     if reason:
         raise unsupported(config, reason)
     for linear in architecture.linears:
-        if linear.name not in unused and wholes[0].uses.get(linear.name, 0) != 1:
-            uses = wholes[0].uses.get(linear.name, 0)
+        uses = wholes[0].uses.get(linear.name, 0)
+        if linear.name not in unused and uses != 1:
             unused[linear.name] = f"is called {uses} times in a forward, not once"
     linears = [linear for linear in architecture.linears if linear.name not in unused]
     if not linears:
@@ -69,20 +69,20 @@ def check_layers(architecture: Architecture) -> Architecture:
 
 
 def differing_layer(old: Architecture, new: Architecture, kept: Sequence[int]) -> str:
-    """Return which layer computes something else in a model that keeps only some of the layers.
+    """Describe the first difference between a model and one that keeps only some of its layers.
 
-    Layer j of `new` is layer ``kept[j]`` of `old`. Both are compared on the same states, and so are
-    the input of the first layer and the logits. Returns a clause, or "" without a difference.
+    Returns "" if there is none. Layer j of `new` is layer ``kept[j]`` of `old` and must compute the
+    same. The first layer's input and the logits are compared too.
     """
     renamed = {f"{new.layer_names[j]}.": f"{old.layer_names[i]}." for j, i in enumerate(kept)}
 
-    def identity(name: str) -> str:
+    def seed_name(name: str) -> str:
         prefix = next((prefix for prefix in renamed if name.startswith(prefix)), "")
         return renamed.get(prefix, "") + name.removeprefix(prefix)
 
     with (
         _simulation(old, old.unused) as before,
-        _simulation(new, irreplaceable(new), identity) as after,
+        _simulation(new, irreplaceable(new), seed_name) as after,
     ):
         rows = before.batches[0]
         whole = _run_whole(before, before.tokens[rows])
@@ -103,12 +103,12 @@ def differing_layer(old: Architecture, new: Architecture, kept: Sequence[int]) -
 def _simulation(
     architecture: Architecture,
     exact: dict[str, str],
-    identity: Callable[[str], str] = lambda name: name,
+    seed_name: Callable[[str], str] = lambda name: name,
 ) -> Iterator[LayerExecutor]:
     """Yield an executor of the architecture on simulated weights and random tokens."""
     context = CalibrationContext(
         architecture,
-        SimulatedReader(architecture, exact, identity),
+        SimulatedReader(architecture, exact, seed_name),
         lambda: _tokens(architecture.model),
         Journal(Path()),  # nothing is written
         "cpu",
@@ -242,24 +242,24 @@ def _structure(executor: LayerExecutor, wholes: list[_Whole]) -> str:
 
 def _differences(executor: LayerExecutor, wholes: list[_Whole]) -> str:
     """Return where layers applied one after the other differ from the whole model, or ""."""
-    names, each = (
-        executor.architecture.layer_names,
-        list(zip(executor.batches, wholes, strict=True)),
-    )
+    names = executor.architecture.layer_names
+    pairs = list(zip(executor.batches, wholes, strict=True))
     states = torch.empty(executor.shape)
     executor.embed_(states)
     for index, name in enumerate(names):
-        if not all(_close(states[rows], whole.inputs[index]) for rows, whole in each):
-            change = (
-                "something outside the layers changes it" if index else "it is not reproducible"
-            )
-            return _unequal_argument(names, wholes) or f"the input of {name} differs: {change}"
+        if not all(_close(states[rows], whole.inputs[index]) for rows, whole in pairs):
+            change = "is changed outside the layers"
+            if index == 0:
+                change = "differs between two identical runs"
+            return _unequal_argument(names, wholes) or f"the input of {name} {change}"
         with executor.layer(index):
             executor.advance_(index, states)
-        if not all(_close(states[rows], whole.outputs[index]) for rows, whole in each):
-            return _unequal_argument(names, wholes) or f"{name} depends on earlier calls"
+        if not all(_close(states[rows], whole.outputs[index]) for rows, whole in pairs):
+            return _unequal_argument(names, wholes) or (
+                f"{name} gives other outputs when it is called again (it keeps state between calls)"
+            )
     with executor.around_layers(head=True):
-        for rows, whole in each:
+        for rows, whole in pairs:
             if not _close(executor.logits(states[rows], executor.tokens[rows]), whole.logits):
                 return (
                     _unequal_argument(names, wholes)
@@ -284,6 +284,7 @@ def _close(a: Tensor, b: Any) -> bool:
     """Whether two tensors are equal except for rounding."""
     if not isinstance(b, Tensor) or a.shape != b.shape:
         return False
-    difference = (a.float() - b.float()).abs()
-    limit = TOLERANCE * float(b.float().abs().max()) if b.numel() else 0.0
-    return bool((difference[difference.isfinite()] <= limit).all())  # masks hold -inf
+    a, b = a.float(), b.float()
+    finite = b[b.isfinite()].abs()
+    limit = TOLERANCE * float(finite.max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=0, atol=limit)  # equal infinities, as in masks, agree

@@ -16,13 +16,13 @@ from torch.nn.functional import embedding, linear
 from torch.overrides import TorchFunctionMode
 
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.models.weights import SkeletonFiller
 
 MAX_VALUES = 2**24
 """Parameters with more values stay on the meta device; whatever computes with them fails."""
 
 
-class SimulatedReader(WeightReader):
+class SimulatedReader(SkeletonFiller):
     """Fills a skeleton with random values instead of reading its weights from files.
 
     Weights of linear layers and embeddings stay on the meta device; `SimulatedProducts` computes
@@ -33,19 +33,19 @@ class SimulatedReader(WeightReader):
     architecture : Architecture
     exact : collection of str
         Linears whose weights the model's code also reads by itself, so that they need values.
-    identity : callable, optional
-        Maps the name of a parameter to a text that determines its values.
+    seed_name : callable, optional
+        Maps a parameter name to the name that seeds its random values, so that the same parameter
+        of two models gets equal values.
     """
 
     def __init__(
         self,
         architecture: Architecture,
         exact: Collection[str] = (),
-        identity: Callable[[str], str] = lambda name: name,
+        seed_name: Callable[[str], str] = lambda name: name,
     ) -> None:
-        self._architecture, self._identity = architecture, identity
-        self._parameters = architecture.stored_parameters()
-        self._keys = dict.fromkeys(self._parameters)  # type: ignore[assignment]
+        super().__init__(architecture)
+        self._seed_name = seed_name
         self._large = {
             f"{name}.weight"
             for name, module in architecture.model.named_modules()
@@ -60,7 +60,7 @@ class SimulatedReader(WeightReader):
         parameter = self._parameters[name]
         if name in self._large or not parameter.is_floating_point():
             return parameter.detach()
-        values = torch.rand(parameter.shape, generator=_generator(self._identity(name)))
+        values = torch.rand(parameter.shape, generator=_generator(self._seed_name(name)))
         if parameter.ndim < 2:
             return values + 0.5
         return (2 * values - 1) / math.sqrt(parameter.shape[-1])
@@ -73,11 +73,14 @@ class SimulatedReader(WeightReader):
         dtype: torch.dtype,
         skip: Collection[str] = (),
     ) -> None:
-        """Load random values for the module `name`, and tell `SimulatedProducts` its names."""
+        """Fill the module `name` with random values.
+
+        Its parameters are marked, so that `SimulatedProducts` recognizes them.
+        """
         super().fill_(name, device=device, dtype=dtype, skip=skip)
         for full, owner, leaf in self._entries(name, skip):
             stored = self._architecture.tied.get(full, full)
-            getattr(owner, leaf).identity = self._identity(stored)
+            getattr(owner, leaf).seed_name = self._seed_name(stored)
 
 
 class SimulatedProducts(TorchFunctionMode):
@@ -124,9 +127,9 @@ class SimulatedProducts(TorchFunctionMode):
 
     def _draw(self, weight: Any, d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
         """Draw an input and a sign for every output, the same for every use of a weight."""
-        key = weight.identity, d_out, d_in
+        key = weight.seed_name, d_out, d_in
         if key not in self._drawn:
-            generator = _generator(weight.identity)
+            generator = _generator(weight.seed_name)
             index = torch.randint(d_in, (d_out,), generator=generator)
             sign = torch.randint(2, (d_out,), generator=generator) * 2.0 - 1.0
             self._drawn[key] = index, sign
@@ -135,8 +138,8 @@ class SimulatedProducts(TorchFunctionMode):
 
 def _simulated(weight: Any) -> bool:
     """Whether a tensor is the weight of a simulated product."""
-    return isinstance(weight, Tensor) and hasattr(weight, "identity") and weight.is_meta
+    return isinstance(weight, Tensor) and hasattr(weight, "seed_name") and weight.is_meta
 
 
-def _generator(identity: str) -> torch.Generator:
-    return torch.Generator().manual_seed(crc32(identity.encode()))
+def _generator(seed_name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(crc32(seed_name.encode()))

@@ -7,25 +7,27 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.io.fingerprint import sha256
 from lrc.compressors.io.json_text import parse_json
 from lrc.compressors.io.shards import listed_file
+from lrc.compressors.io.shortened import shortened
 from lrc.configs.errors import CheckpointError
 
 CHECKSUM = "sha256"
 """Key of the report that contains its own checksum."""
-LATER = (layout.REPORT, "README.md")
-"""Not listed: the report, which is written later and contains its own hash, and the model card."""
+UNLISTED = (layout.REPORT, "README.md")
+"""Files without a hash in the manifest: the report, which contains its own checksum, and the model
+card, which may be edited."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 LOADABLE = (*PICKLES, ".safetensors", ".gguf", ".json", ".py", ".jinja", ".model", ".tiktoken")
 """Types of files that transformers may find and read although nothing refers to them."""
-ON_PURPOSE = (
-    f"{layout.COPY_AGAIN}; after a change on purpose, remove the folder {layout.FOLDER}/, which "
-    "describes the checkpoint as it was written"
+REMEDY = (
+    f"{layout.COPY_AGAIN}; if the change was intended, remove the folder {layout.FOLDER}/, which "
+    "describes the original checkpoint"
 )
 SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -64,10 +66,10 @@ class Manifest:
         }
         if loaded_only:
             found = {name for name in found if not name.startswith(f"{layout.FOLDER}/")}
-        if unlisted := sorted(found - self.hashes.keys() - {layout.MANIFEST, *LATER}):
+        if unlisted := sorted(found - self.hashes.keys() - {layout.MANIFEST, *UNLISTED}):
             raise CheckpointError(
-                f"{self.folder}: {', '.join(unlisted[:5])} must be listed in {layout.MANIFEST}, "
-                f"because loaders may read every file of this type; remove it, or {ON_PURPOSE}",
+                f"{self.folder}: {shortened(unlisted, ', ')} must be listed in {layout.MANIFEST}, "
+                f"because loaders may read every file of this type; remove it, or {REMEDY}",
                 code="unlisted-file",
             )
 
@@ -83,10 +85,8 @@ class Manifest:
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter's lock
             problems = list(filter(None, pool.map(self._problem, names)))
         if problems:
-            more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             raise CheckpointError(
-                f"{self.folder}: {'; '.join(problems[:5])}{more}; {ON_PURPOSE}",
-                code="changed-file",
+                f"{self.folder}: {shortened(problems)}; {REMEDY}", code="changed-file"
             )
 
     def start_check(self) -> Callable[[], None]:
@@ -108,7 +108,7 @@ class Manifest:
         pool = ThreadPoolExecutor(1)
         running = pool.submit(self.check_hashes, large)
         pool.shutdown(wait=False)
-        return partial(_wait, running)
+        return running.result
 
     def _problem(self, name: str) -> str | None:
         path = self.folder / name
@@ -125,10 +125,6 @@ class Manifest:
         return None if found == self.hashes[name] else f"{name} has changed since it was written"
 
 
-def _wait(running: Any) -> None:
-    running.result()
-
-
 def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest of a checkpoint; None if the folder was not written by `lrc compress`.
 
@@ -142,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: has no {layout.MANIFEST} with the hashes to compare; {ON_PURPOSE}"
+            f"{folder}: has no {layout.MANIFEST} with the hashes to compare; {REMEDY}"
         )
     record = read_object(path)
     hashes, plain = record.get("sha256"), record.get("plain")
@@ -154,7 +150,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             listed_file(folder, name)
             if not isinstance(value, str) or not SHA256.fullmatch(value):
                 raise ValueError(f"{name} must have a SHA-256, got {value!r:.80}")
-        if type(plain) is not bool:
+        if not isinstance(plain, bool):
             raise ValueError(f"plain must be true or false, got {plain!r:.80}")
         if not any(name.endswith(".safetensors") for name in hashes) or "config.json" not in hashes:
             raise ValueError("config.json and files of weights must be listed")
@@ -166,12 +162,12 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def write_manifest(folder: Path, *, plain: bool) -> None:
-    """Write the SHA-256 of every file of a checkpoint except `LATER`.
+    """Write the SHA-256 of every file of a checkpoint except `UNLISTED`.
 
-    `plain` records that the checkpoint loads without lrc, so that no table of modules is expected.
+    `plain`: the checkpoint loads without lrc; config.json then has no table of compressed modules.
     """
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    names = sorted(found - {layout.MANIFEST, *LATER})
+    names = sorted(found - {layout.MANIFEST, *UNLISTED})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         hashes = dict(zip(names, pool.map(sha256, map(folder.joinpath, names)), strict=True))
     record = {"format_version": layout.FORMAT_VERSION, "plain": plain, "sha256": hashes}
@@ -187,12 +183,6 @@ def report_checksum(folder: Path, report: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in report.items() if key != CHECKSUM}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256((folder / layout.MANIFEST).read_bytes() + text.encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_object(path: Path, *, finite: bool = True) -> dict[str, Any]:

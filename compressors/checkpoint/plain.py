@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from lrc.compressors.checkpoint.format import COPY_AGAIN
 from lrc.compressors.io.shards import shard_files
+from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
 from lrc.configs.errors import CheckpointError
 
@@ -27,14 +28,7 @@ def is_plain(modules: Mapping[str, WeightConfig], linears: Collection[str]) -> b
     transformers with compressed-tensors 0.20 expects zero points in another shape than the format
     packs them to, and rejects them.
     """
-    return all(
-        name in linears
-        and config.types == "dense"
-        and config.quantization is not None
-        and config.quantization.symmetric
-        and not config.bias
-        for name, config in modules.items()
-    )
+    return all(name in linears and config.plain_integers for name, config in modules.items())
 
 
 def loads_packed(model: Any, names: Iterable[str]) -> bool:
@@ -183,7 +177,7 @@ def read_plain(
     lost = sorted((packed - {*modules}) | {*unmatched})
     if lost:
         raise CheckpointError(
-            f"{folder}: the tensors do not match config.json: {', '.join(lost[:5])} must be in "
+            f"{folder}: the tensors do not match config.json: {shortened(lost, ', ')} must be in "
             f"both, with a weight_shape; {COPY_AGAIN}",
             code="tensor-mismatch",
         )

@@ -34,8 +34,9 @@ from lrc.compressors.checkpoint.model_tables import (
     head_shapes,
 )
 from lrc.compressors.io.shards import read_headers
+from lrc.compressors.io.shortened import shortened
+from lrc.compressors.kernels import optimize
 from lrc.compressors.layers import (
-    Component,
     CompressedEmbedding,
     CompressedLinear,
     TensorSpec,
@@ -153,9 +154,7 @@ class LrcQuantizer(HfQuantizer):
             self._wait_for_hashes()
             self._wait_for_hashes = None  # a model is copied and pickled with its quantizer
         check_values(model)
-        for module in model.modules():
-            if isinstance(module, Component):
-                module.optimize()
+        optimize(model)
         stack_first_factors(model)
         return model
 
@@ -304,7 +303,7 @@ def check_values(model: nn.Module) -> None:
             problems += [f"{name} {text}" for text in finite_problems(parameter)]
     if problems:
         raise CheckpointError(
-            f"the weights are damaged: {_first(problems)}; {layout.COPY_AGAIN}",
+            f"the weights are damaged: {shortened(problems)}; {layout.COPY_AGAIN}",
             code="damaged-weights",
         )
 
@@ -332,7 +331,7 @@ def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) ->
     wrong = layout.mismatches(expected, headers)
     if wrong:
         raise CheckpointError(
-            f"the weights do not match config.json: {_first(wrong)}; {layout.COPY_AGAIN}",
+            f"the weights do not match config.json: {shortened(wrong)}; {layout.COPY_AGAIN}",
             code="tensor-mismatch",
         )
 
@@ -355,11 +354,6 @@ def _other_weights(model: Any) -> TensorSpecs:
         and name not in model.all_tied_weights_keys
         and tensor.is_floating_point()
     }
-
-
-def _first(problems: list[str]) -> str:
-    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-    return "; ".join(problems[:5]) + more
 
 
 def register() -> None:

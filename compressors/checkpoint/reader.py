@@ -17,6 +17,7 @@ from lrc.compressors.checkpoint.manifest import Manifest, read_manifest, read_ob
 from lrc.compressors.checkpoint.plain import plain_name, read_plain
 from lrc.compressors.checkpoint.quantizer import check_values
 from lrc.compressors.io.shards import Header, read_folder
+from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers import TensorSpecs, WeightConfig
 from lrc.compressors.layers.model_shapes import SHAPES
 from lrc.compressors.models.configuration import check_code, tokenizer_needs_code
@@ -81,10 +82,11 @@ def load_checkpoint(
     wait_for_hashes()
     missing, unused = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     if missing:  # transformers has initialized them with random numbers
-        raise CheckpointError(f"{folder}: the weights lack {_first(missing)}; {COPY_AGAIN}")
+        names = shortened(missing, ", ")
+        raise CheckpointError(f"{folder}: the weights lack {names}; {COPY_AGAIN}")
     if unused and (contents.needs_lrc or manifest):  # a table that says where they belong is lost
         raise CheckpointError(
-            f"{folder}: the model has no place for {_first(unused)}; {COPY_AGAIN}",
+            f"{folder}: the model has no place for {shortened(unused, ', ')}; {COPY_AGAIN}",
             code="tensor-mismatch",
         )
     model = model.eval()
@@ -94,10 +96,6 @@ def load_checkpoint(
         with torch.no_grad(), _without_bars():
             model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
     return model
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager
@@ -208,7 +206,7 @@ def read_contents(folder: Path) -> Contents:
     expected |= layout.resized_tensors({n: shapes[n] for n in shapes if n not in modules})
     if wrong := layout.mismatches(expected, headers):
         raise CheckpointError(
-            f"{folder}: the tensors do not match config.json: {'; '.join(wrong[:5])}; {COPY_AGAIN}",
+            f"{folder}: the tensors do not match config.json: {shortened(wrong)}; {COPY_AGAIN}",
             code="tensor-mismatch",
         )
     return contents

@@ -9,19 +9,27 @@ from typing import Any, BinaryIO, Literal
 from lrc.compressors.corpus.chat import Document, check_unicode, parse_conversation, shown
 from lrc.compressors.corpus.hub import HUB_SOURCES, read_hub
 from lrc.compressors.corpus.python_docs import python_docs
-from lrc.compressors.io.fingerprint import fingerprint
+from lrc.compressors.io.fingerprint import sha256
 from lrc.configs.errors import DataError, RecipeError
 
 Part = Literal["calibration", "evaluation"]
 SEPARATOR = "\n\n"
 """Between two documents, as in the perplexity of GPTQ, SliceGPT and SVD-LLM."""
-BLOCK = 2**22  # bytes of a text file in memory at once
+BLOCK = 2**22  # bytes of a text file in memory at once; more than any separator
 SOURCES = ("python-docs", *HUB_SOURCES)
 SUFFIXES = (".jsonl", ".txt")
 KEYS: dict[Part, str] = {
     "calibration": "calibration.source",
     "evaluation": "evaluate.perplexity.source",
 }
+
+
+class Continuation(str):
+    """A document that continues the one before it, without a separator between them."""
+
+    def __str__(self) -> str:
+        """Return the object itself, so that rendering it keeps its type."""
+        return self
 
 
 def read_documents(
@@ -37,8 +45,8 @@ def read_documents(
     Named sources have two disjoint parts; a file is used whole for both. Blank rows of a data set
     are kept: they are part of its published text. `field` is the key of the text in a `.jsonl` row;
     with `chat` its `messages` are used if it has them. A `.txt` file is one document, or several of
-    about `BLOCK` bytes that, joined by `SEPARATOR`, are its text. If the source can be streamed, no
-    more than `characters` are downloaded.
+    about `BLOCK` bytes; `Continuation` marks those that do not start after a blank line. If the
+    source can be streamed, no more than `characters` are downloaded.
 
     Raises
     ------
@@ -84,7 +92,7 @@ def source_identity(source: str) -> str:
     if source in SOURCES or source == "self":
         return source
     path = Path(source).expanduser()
-    return f"{path.suffix.lower()} {fingerprint(path, whole=True)}"
+    return f"{path.suffix.lower()} {sha256(path)}"
 
 
 def _allowed() -> str:
@@ -113,14 +121,25 @@ def _read_file(path: Path, key: str, field: str, chat: bool) -> Iterator[Documen
 
 
 def _blocks(file: BinaryIO, where: str) -> Iterator[str]:
-    """Split a text at the last blank line of every block; without one, blocks are joined."""
-    rest, offset = b"", 0
+    """Split a text at the last blank line of every block, or else at its last line or character."""
+    rest, offset, kind = b"", 0, str
     while len(block := file.read(BLOCK)) == BLOCK:
         text, found, rest = (rest + block).rpartition(SEPARATOR.encode())
-        if found:
-            yield _decode(text, where, offset)
-            offset += len(text + found)
-    yield _decode(rest + block, where, offset)
+        if not found:
+            end = rest.rfind(b"\n") + 1 or _last_character(rest)
+            text, rest = rest[:end], rest[end:]
+        yield kind(_decode(text, where, offset))
+        offset += len(text + found)
+        kind = str if found else Continuation
+    yield kind(_decode(rest + block, where, offset))
+
+
+def _last_character(data: bytes) -> int:
+    """Return where the last character of UTF-8 starts, which may be cut off."""
+    start = len(data) - 1
+    while start > 0 and data[start] & 0b11000000 == 0b10000000:
+        start -= 1
+    return start
 
 
 def _decode(data: bytes, where: str, offset: int = 0) -> str:

@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 
 from lrc.compressors.corpus.chat import Document, Renderer, size
-from lrc.compressors.corpus.documents import SEPARATOR
+from lrc.compressors.corpus.documents import SEPARATOR, Continuation
 
 
 class TextHash:
-    """SHA-256 of documents joined by a blank line; of conversations, of their messages as JSON."""
+    """Computes the SHA-256 of a text while its documents are read.
+
+    Documents are joined by blank lines; a conversation counts as its messages in JSON.
+    """
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -19,7 +23,8 @@ class TextHash:
         """Pass documents on, adding each."""
         for document in documents:
             text = document if isinstance(document, str) else json.dumps(document.messages)
-            self._hash.update(self._separator)
+            if not isinstance(document, Continuation):
+                self._hash.update(self._separator)
             self._hash.update(text.encode())
             self._separator = SEPARATOR.encode()
             yield document
@@ -32,7 +37,7 @@ class TextHash:
 def joined(documents: Iterable[str]) -> Iterator[str]:
     """Yield the pieces of a text: documents, and blank lines between them."""
     for number, document in enumerate(documents):
-        if number:
+        if number and not isinstance(document, Continuation):
             yield SEPARATOR
         yield document
 
@@ -50,19 +55,20 @@ def excerpts(
     count: int,
     characters: int,
 ) -> Iterator[str]:
-    """Take `count` evenly spaced excerpts from documents of `total` characters (`measured`).
+    """Yield the text of `count` evenly spaced excerpts.
 
-    An excerpt has about ``characters / count`` characters. Documents that are not longer are kept
-    whole; only those that are needed are rendered.
+    `total` is the sum of `measured` over all documents. An excerpt has about ``characters / count``
+    characters. Documents that are not longer are kept whole; only those that are needed are
+    rendered.
     """
     length = max(1, characters // count)
+    starts = [k * total // count for k in range(count)]
     end = 0
     for document in documents:
         start, end = end, end + measured(document)
-        # Excerpt k begins at k * total // count: the first that ends after this document begins,
-        # and the first that begins after it ends.
-        first = max(0, -(-(start - length + 1) * count // total))
-        last = min(count, -(-end * count // total))
+        # Excerpt k covers [begin, begin + length) with begin = starts[k]. Those from `first` to
+        # `last` - 1 overlap this document.
+        first, last = bisect_right(starts, start - length), bisect_left(starts, end)
         if first >= last:
             continue
         text = render(document)
@@ -72,8 +78,7 @@ def excerpts(
             yield text
             continue
         scale = len(text) / (end - start)  # a template makes a document longer
-        for number in range(first, last):
-            begin = number * total // count - start
+        for begin in (each - start for each in starts[first:last]):
             piece = text[max(0, int(begin * scale)) : max(0, int((begin + length) * scale))]
             if piece:
                 yield piece

@@ -1,4 +1,7 @@
-"""Find a dense model that predicts no better than chance: damaged, or read in a wrong way."""
+"""Detect a dense model that hardly predicts better than chance.
+
+Its files are damaged, or were read incorrectly.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,9 +18,11 @@ from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Perplexity
 
 NEAR_UNIFORM = 0.5
-"""Of the vocabulary size, which is the perplexity of a model that guesses. Trained models stay far
-below on any text in a language: a byte-level model of 256 tokens has about 3."""
-MEMORY = 0.5  # of the free memory: a model that takes less is loaded for a check
+"""Fraction of the vocabulary size, the perplexity of random guessing, from which a model is
+reported. Trained models stay far below on any text in a language: a byte-level model of 256 tokens
+has about 3."""
+MEMORY = 0.5
+"""Largest fraction of the free memory that the dense model may take to be checked in advance."""
 
 
 def check_source_model(
@@ -48,18 +53,22 @@ def check_source_model(
 
 
 def near_uniform(dense: dict[str, float | None], vocabulary: int) -> list[str]:
-    """Return a warning for every text on which the dense model is not better than chance."""
+    """Return a warning for every text on which the dense model is hardly better than chance.
+
+    Its perplexity is then at least `NEAR_UNIFORM` times the vocabulary size.
+    """
     return [
-        f"near-uniform-model: the source model has perplexity {value:,.0f} on {name}, and one that"
-        f" guesses among its {vocabulary:,} tokens {vocabulary:,}; its files may be damaged or its"
-        " tokenizer another's: comparisons with it mean nothing"
+        f"near-uniform-model: the source model has perplexity {value:,.0f} on {name}; random"
+        f" guessing among its {vocabulary:,} tokens gives {vocabulary:,}. Comparisons with it are"
+        " meaningless: check that its files are undamaged and that the tokenizer belongs to the"
+        " model"
         for name, value in dense.items()
         if value is not None and not value < NEAR_UNIFORM * vocabulary
     ]
 
 
 def is_quick(n_bytes: int, device: str) -> bool:
-    """Return whether a model of this size is loaded without strain."""
+    """Return whether the model fits in `MEMORY` of the free memory."""
     kind = torch.device(device)
     free = torch.cuda.mem_get_info(kind)[0] if kind.type == "cuda" else free_memory()
     return n_bytes <= MEMORY * free

@@ -1,4 +1,7 @@
-"""Identify files by their content, as times of modification change without it."""
+"""Identify files by a hash of their content.
+
+Modification times change even if the content does not.
+"""
 
 import hashlib
 from pathlib import Path
@@ -6,23 +9,24 @@ from pathlib import Path
 BLOCK, BLOCKS = 2**14, 2**10
 
 
-def fingerprint(path: Path, *, whole: bool = False) -> str:
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
     """Return a hash of the size and content of a file.
 
-    Parameters
-    ----------
-    path : Path
-        An existing file.
-    whole : bool
-        Read all of it. Otherwise, 1,024 blocks of 16 KiB, from the first to the last at equal
-        distances, stand for a file of more than 16 MiB: a new range of 1/1,024 of its bytes, such
-        as one matrix of a shard, is noticed, and a model of any size is identified in seconds.
+    Only 1,024 evenly spaced blocks of 16 KiB are hashed if the file is larger than 16 MiB, so that
+    a model of any size is identified in seconds. A change of more than 1/1,024 of the file in one
+    place, such as another matrix, is detected; a smaller one may not be.
     """
     size = path.stat().st_size
+    if size <= BLOCK * BLOCKS:
+        return sha256(path)
+    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        if whole or size <= BLOCK * BLOCKS:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256(str(size).encode())
         for number in range(BLOCKS):
             file.seek((size - BLOCK) * number // (BLOCKS - 1))
             digest.update(file.read(BLOCK))

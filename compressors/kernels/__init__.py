@@ -1,1 +1,14 @@
-"""Fast paths: functions on tensors, with kernels for devices and plain PyTorch elsewhere."""
+"""Products with compressed weights that are faster than rebuilding the weight for every call."""
+
+from lrc.compressors.kernels.fast_path import FastPath, needs_gradients, optimize, slow_layers
+from lrc.compressors.kernels.implementations import Entry, Need, select
+
+__all__ = [
+    "Entry",
+    "FastPath",
+    "Need",
+    "needs_gradients",
+    "optimize",
+    "select",
+    "slow_layers",
+]

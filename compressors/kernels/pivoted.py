@@ -5,11 +5,15 @@ many numbers as the product writes.
 """
 
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lrc.compressors.kernels.implementations import Entry, Need
+from lrc.compressors.kernels.packed_linear import triton_problem
 
 FEW_ROWS = 16
 """Up to this many inputs the product is limited by reading the matrix, so one kernel does all."""
@@ -129,3 +133,35 @@ def _kernels() -> Any:
     from lrc.compressors.kernels import pivoted_triton
 
     return pivoted_triton
+
+
+def run(
+    p: Tensor,
+    c: Callable[[Tensor], Tensor],
+    weight: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+) -> Tensor:
+    """Return ``cat([p, c(p)], -1)[:, order]``.
+
+    Parameters
+    ----------
+    p : Tensor, shape [n, rank]
+    c : callable
+        Maps `p` to the other outputs [n, d_out - rank].
+    weight : Tensor, shape [d_out - rank, rank], or None
+        The matrix by which `c` multiplies, if it does nothing else.
+    order, inverse : Tensor, shape [d_out]
+        See `inverse_of`.
+    """
+    if weight is None:
+        return interleave(p, c(p), order)
+    return pivoted_rows(p, weight, order, inverse)
+
+
+def refuse(need: Need) -> str | None:
+    """Return why the Triton kernels do not serve a product; None if they do."""
+    return triton_problem(need.device.index or 0)
+
+
+ENTRIES = [Entry("Triton", "pivoted_rows", "cuda", ("float", *range(2, 9)), run, refuse=refuse)]

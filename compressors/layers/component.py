@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.packing import PackedLinear, read_values
+from lrc.compressors.layers.packed_weight import PackedLinear
+from lrc.compressors.layers.packing import read_values
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpecs
 from lrc.compressors.layers.stacked_factors import StackedFactors
 
@@ -58,8 +59,9 @@ class Component(nn.Module, ABC):
 
     Sizes are computed by class methods, so that planning and validation need no module instance.
     Tensors called ``NAME.weight`` become children: `nn.Linear`, so that PEFT adapters can target
-    them, or `PackedLinear` if quantized. Others with a dtype of their own (masks, indices, packed
-    integers) become buffers, the rest parameters. One called ``values`` is read by `stored_values`.
+    them, or `PackedLinear` if quantized. Of the others, tensors with a fixed dtype (masks, indices,
+    packed integers) become buffers, the rest parameters. `stored_values` reads the tensor called
+    ``values``.
 
     Parameters
     ----------
@@ -76,9 +78,12 @@ class Component(nn.Module, ABC):
     """Keys of `ComponentConfig.sizes`, in the order in which tables show them."""
     PATTERNS: ClassVar[tuple[str, ...]] = ()
     """Values of `ComponentConfig.pattern` that the layout supports."""
+    COARSE: ClassVar[bool] = False
+    """Whether there are so few sizes that an allocation considers all of them, and that a uniform
+    budget is met only by giving some weights the next one."""
     SHARED_SIZE: ClassVar[str | None] = None
-    """Key of `sizes` that is equal in layers that share a first factor, the matrix applied to the
-    input; None if the component cannot share one."""
+    """Name of the size that all layers sharing a first factor (the matrix applied to the input)
+    have in common; None if the component cannot share a factor."""
 
     stack: StackedFactors | None = None
     """The layers with which this one shares the product with ``a``."""
@@ -130,7 +135,7 @@ class Component(nn.Module, ABC):
     def sizes_at(
         cls, step: int, d_out: int, d_in: int, *, ratio: float = 2.0, pattern: str | None = None
     ) -> Sizes:
-        """Return the sizes at position `step`, counted from 1, of all sizes in ascending order.
+        """Return the sizes of the `step`-th smallest configuration, counted from 1.
 
         The default is for components with one size: it equals `step`.
 
@@ -150,7 +155,7 @@ class Component(nn.Module, ABC):
 
     @classmethod
     def largest_step(cls, d_out: int, d_in: int) -> int:
-        """Return the largest step of `sizes_at`; by default the largest rank."""
+        """Return the largest step of `sizes_at`, by default the largest rank; 0 if none exists."""
         return min(d_out, d_in)
 
     @classmethod
@@ -186,9 +191,6 @@ class Component(nn.Module, ABC):
             p = self.get_submodule("a")(x)
         return p
 
-    def optimize(self) -> None:
-        """Derive what fast paths need from the loaded tensors; by default nothing."""
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Convert all tensors, for `to`, `half` and the like."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -201,11 +203,13 @@ class Component(nn.Module, ABC):
         found = []
         for name, tensor in self.named_parameters():
             found += [f"{name} {text}" for text in finite_problems(tensor)]
-            # Scales are never stored as zero, but float16 cannot hold the smallest of bfloat16.
+            # A stored scale is never zero. float16 is excluded, because small bfloat16 scales
+            # underflow to zero when loaded in it.
             if name.endswith("_scale") and tensor.dtype != torch.float16 and not tensor.all():
                 found.append(f"{name} contains zeros")
+        buffers = dict(self.named_buffers())
         for name, spec in self.tensors(self.d_out, self.d_in, self.config).items():
-            shape = dict(self.named_buffers()).get(f"{name}_shape")
+            shape = buffers.get(f"{name}_shape")
             if shape is not None and shape.tolist() != spec.shape:
                 found.append(f"{name}_shape must be {spec.shape}, got {shape.tolist()}")
         return found
@@ -314,7 +318,7 @@ def check_range(name: str, value: int, largest: int, d_out: int, d_in: int) -> N
 
 
 def finite_problems(tensor: Tensor) -> list[str]:
-    """Return a list that says so if a tensor contains infinities or NaN; empty otherwise.
+    """Return one problem if a tensor contains infinities or NaN, else an empty list.
 
     The dtype is named, because large numbers of bfloat16 overflow when loaded in float16.
     """

@@ -13,10 +13,12 @@ from lrc.compressors.layers.dictionary import Dictionary
 from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.pivoted_low_rank import PivotedLowRank
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpecs
+from lrc.compressors.layers.semi_structured import SemiStructured
 from lrc.compressors.layers.sparse import Sparse
 
 COMPONENTS: dict[str, type[Component]] = {
-    kind.TYPE: kind for kind in (Dense, LowRank, PivotedLowRank, Sparse, BlockSparse, Dictionary)
+    kind.TYPE: kind
+    for kind in (Dense, LowRank, PivotedLowRank, Sparse, SemiStructured, BlockSparse, Dictionary)
 }
 SENTINEL_BITS = 8
 """Every compressed weight stores one byte under the name of the dense weight."""
@@ -57,6 +59,12 @@ class WeightConfig:
     def quantization(self) -> QuantizationArgs | None:
         """Parameters of the first quantized component."""
         return next((c.quantization for c in self.components if c.quantization), None)
+
+    @property
+    def plain_integers(self) -> bool:
+        """Whether this is one dense matrix of symmetric integers, without an own bias."""
+        args = self.quantization
+        return self.types == "dense" and args is not None and args.symmetric and not self.bias
 
     @property
     def shares(self) -> str | None:

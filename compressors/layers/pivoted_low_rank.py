@@ -1,25 +1,12 @@
 """A low-rank matrix as some of its rows and the coefficients of the others."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.kernels.pivoted import (
-    TRANSPOSE_FROM,
-    has_kernel,
-    interleave,
-    interleave_by_rows,
-    inverse_of,
-    pivoted_rows,
-)
-from lrc.compressors.layers.component import (
-    Component,
-    ComponentConfig,
-    check_range,
-    is_plain,
-)
-from lrc.compressors.layers.packing import PackedLinear
+from lrc.compressors.kernels import FastPath, Need, select
+from lrc.compressors.kernels.pivoted import TRANSPOSE_FROM, interleave_by_rows, inverse_of
+from lrc.compressors.layers.component import Component, ComponentConfig, check_range, is_plain
+from lrc.compressors.layers.packed_weight import PackedLinear
 from lrc.compressors.layers.pivot_rows import pivot_rows
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 from lrc.compressors.layers.tiles import exceeds, in_tiles
@@ -28,7 +15,7 @@ INT16_ROWS = 2**15 - 1
 """Largest number of rows that int16 can index."""
 
 
-class PivotedLowRank(Component):
+class PivotedLowRank(FastPath, Component):
     """Pivot rows ``R`` of a matrix of rank r, and coefficients ``C`` of the other rows.
 
     The outputs of the pivot rows are ``p = R x``, the others ``C p``. That is ``rank**2`` fewer
@@ -77,16 +64,20 @@ class PivotedLowRank(Component):
         tensors = {"a.weight": R, "order": order.to(_index_dtype(len(order)))}
         return tensors | ({"c.weight": C} if len(C) else {})
 
-    def optimize(self) -> None:
-        """Store where each row of ``cat([a, c])`` goes, next to the `order` of a file."""
-        order = self.get_buffer("order")
-        if not order.is_meta and "c" in self._modules:
-            self.register_buffer("inverse", inverse_of(order), persistent=False)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if "inverse" in self._buffers:  # the order may be another one
-            self.optimize()
+    def _select(self) -> str | None:
+        args, order = self.config.quantization, self.get_buffer("order")
+        if "c" not in self._modules:
+            return None
+        like = next(self._part("c").parameters())
+        if order.is_meta or like.is_meta:
+            return "the weights are offloaded"
+        codec, shape = "float" if args is None else args.bits, (self.d_out, self.d_in)
+        found = select(Need("pivoted_rows", codec, order.device, like.dtype, shape))
+        if isinstance(found, str):
+            return None if order.is_cpu else found  # see `_outputs`
+        self._derive(inverse=inverse_of(order))
+        self.entry = found
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
@@ -99,28 +90,20 @@ class PivotedLowRank(Component):
         order = self.get_buffer("order")
         if "c" not in self._modules:
             return p.index_select(-1, order.int())  # int16 is not supported
-        y = self._without_gather(p, order)
-        if y is None:
-            y = torch.cat([p, self._part("c")(p)], dim=-1).index_select(-1, order.int())
-        return y
-
-    def _without_gather(self, p: Tensor, order: Tensor) -> Tensor | None:
-        """Return the outputs [..., d_out] by the fastest product for their number, or None."""
-        c, inverse = self._part("c"), self._buffers.get("inverse")
+        c = self._part("c")
         rows = p.reshape(-1, p.shape[-1])  # [n, rank]
-        if has_kernel(p) and not torch.is_grad_enabled():
-            if inverse is not None and is_plain(c) and type(c) is nn.Linear:
-                y = pivoted_rows(rows, c.weight, order, inverse)
-            else:
-                y = interleave(rows, c(rows), order)
+        weight = c.weight if type(c) is nn.Linear and is_plain(c) else None
+        like = next(c.parameters()) if weight is None else weight
+        # Parameters of adapters may have gradients, too.
+        if self.is_fast(p, like) and not (weight is None and torch.is_grad_enabled()):
+            assert self.entry is not None
+            y: Tensor = self.entry.run(rows, c, weight, order, self.get_buffer("inverse"))
+            return y.view(*p.shape[:-1], self.d_out)
         # Compiled code for a CPU needs no choice by the number of rows: it fuses the gather.
-        elif p.is_cpu and not torch.compiler.is_compiling() and is_plain(c):
-            if len(rows) < TRANSPOSE_FROM:
-                return None
-            y = interleave_by_rows(rows, c.weight, order)
-        else:
-            return None
-        return y.view(*p.shape[:-1], self.d_out)
+        transposed = weight is not None and p.is_cpu and not torch.compiler.is_compiling()
+        if transposed and len(rows) >= TRANSPOSE_FROM:
+            return interleave_by_rows(rows, like, order).view(*p.shape[:-1], self.d_out)
+        return torch.cat([p, c(p)], dim=-1).index_select(-1, order.int())
 
     def matrix(self) -> Tensor:
         """Return the matrix [d_out, d_in] in float32."""

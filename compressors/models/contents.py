@@ -1,8 +1,7 @@
 """Compare the tensors in the files of a model with those of the module tree.
 
-transformers fills what is missing with random numbers and leaves out what it does not know. The
-dense reference, what is compressed and the result are therefore one model only if every tensor of
-the module tree is in the files, and every tensor in the files has a place in the module tree.
+transformers initializes missing tensors randomly and ignores unknown ones, so a wrong model would
+be compressed silently. Here missing tensors are reported as problems, and unknown ones as unused.
 """
 
 import re
@@ -20,6 +19,7 @@ from transformers.core_model_loading import (
 )
 
 from lrc.compressors.io.shards import Header, read_folder, same_tensor
+from lrc.compressors.io.shortened import shortened
 from lrc.compressors.models.architecture import Architecture, unsupported
 from lrc.configs.errors import ModelError
 
@@ -29,7 +29,10 @@ COMPUTED = re.compile(
     r"(^|[._])(inv_freq|position_ids|masked_bias|causal_mask|(cos|sin)_cached|rope\.freqs"
     r"|relative_position_index|_extra_state)$"
 )
-TIE = " (set tie_word_embeddings: true in config.json if the embedding stands for it)"
+TIE = (
+    " (if the model uses the embedding as output head, set tie_word_embeddings: true in "
+    "config.json)"
+)
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,15 @@ class Contents:
 
     architecture: Architecture
     stored: dict[str, Header]
-    """A tied tensor is stored under one of its names, or under several."""
+    """A tied tensor may appear under any of its names."""
     unused: list[Header]
-    """Without a place in the module tree; without tables that are computed."""
+    """Tensors without a place in the module tree, except tables that transformers now computes."""
     problems: list[str]
-    """Parameters that are missing, or stand in the files twice."""
+    """Descriptions of parameters that are missing, stored twice with different values, quantized,
+    or of a wrong shape."""
 
-    def of(self, name: str) -> Header | None:
-        """Return a parameter, which may be stored under the name of one that is tied to it."""
+    def header_of(self, name: str) -> Header | None:
+        """Return the header of a parameter; a tied one may be stored under another name."""
         tied = (each for each, main in self.architecture.tied.items() if main == name)
         return next((self.stored[each] for each in (name, *tied) if each in self.stored), None)
 
@@ -55,17 +59,17 @@ class Contents:
             name
             for name, main in self.architecture.tied.items()
             if name in self.stored
-            and (other := self.of(main)) is not None
+            and (other := self.header_of(main)) is not None
             and not same_tensor(self.stored[name], other)
         ]
 
-    def refuse_problems(self, where: str, remedy: str) -> None:
+    def refuse_problems(self, mismatch: str, remedy: str) -> None:
         """Raise a `ModelError` with all problems, if there are any."""
         if self.problems:
             parameters = self.architecture.stored_parameters()
-            found = sum(self.of(name) is not None for name in parameters)
+            found = sum(self.header_of(name) is not None for name in parameters)
             raise ModelError(
-                f"model.path: the weights in {where}: {first(self.problems)}; {found} of "
+                f"model.path: the weights in {mismatch}: {shortened(self.problems)}; {found} of "
                 f"{len(parameters)} tensors of the model are there; {remedy}"
             )
 
@@ -95,10 +99,10 @@ def read_contents(folder: Path, architecture: Architecture) -> Contents:
         raise unsupported(
             architecture.model.config,
             "transformers splits, merges or reshapes some of its tensors while it loads them: "
-            + first(changed, ", "),
+            + shortened(changed, ", "),
         )
     for name, parameter in architecture.stored_parameters().items():
-        header = contents.of(name)
+        header = contents.header_of(name)
         if header is None:
             continue
         if header.shape != list(parameter.shape):
@@ -116,7 +120,10 @@ def read_contents(folder: Path, architecture: Architecture) -> Contents:
 def renamed(
     keys: Iterable[str], conversions: Sequence[WeightTransform], model: Any
 ) -> dict[str, tuple[str, bool]]:
-    """Return key in the file -> name in the module tree, and whether more than the name changes."""
+    """Map every key to its name in the module tree, and to whether also the tensor changes.
+
+    A tensor changes if transformers splits, merges or reshapes it.
+    """
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     tree, prefix = model.state_dict(), model.base_model_prefix
@@ -127,7 +134,11 @@ def renamed(
 def match(
     headers: Mapping[str, Header], names: Mapping[str, str | None], architecture: Architecture
 ) -> Contents:
-    """Assign tensors to the module tree by `names`, which are None where more would change."""
+    """Assign tensors to the module tree.
+
+    `names` maps a key to its name in the module tree, or to None if transformers would also change
+    the tensor.
+    """
     contents = Contents(architecture, {}, [], [])
     tree = architecture.model.state_dict()
     for key, header in headers.items():
@@ -140,15 +151,9 @@ def match(
             contents.unused.append(header)
     head = getattr(architecture.model.get_output_embeddings(), "weight", None)
     for name, parameter in architecture.stored_parameters().items():
-        if contents.of(name) is None:
+        if contents.header_of(name) is None:
             contents.problems.append(f"{name} is missing{TIE * (parameter is head)}")
     return contents
-
-
-def first(items: Sequence[str], separator: str = "; ") -> str:
-    """Return the first five of a list, and how many more there are."""
-    more = f" (and {len(items) - 5} more)" if len(items) > 5 else ""
-    return separator.join(items[:5]) + more
 
 
 def _is_computed(header: Header) -> bool:

@@ -20,9 +20,10 @@ from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map as 
 
 from lrc.compressors.io.gguf_file import read_gguf
 from lrc.compressors.io.shards import Header
+from lrc.compressors.io.shortened import shortened
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.configuration import first_line, refuse_part
-from lrc.compressors.models.contents import Contents, first, match, renamed
+from lrc.compressors.models.contents import Contents, match, renamed
 from lrc.configs.errors import ModelError
 
 # Keys that change the computation, with the value that means the same as no key, if there is one.
@@ -72,7 +73,7 @@ def check_gguf(path: Path, architecture: Architecture) -> tuple[Contents, list[s
     refuse_part(path, metadata, len(headers), len(architecture.stored_parameters()))
     contents = match(headers, _names(path, metadata, headers, architecture), architecture)
     for name, parameter in architecture.stored_parameters().items():
-        header = contents.of(name)
+        header = contents.header_of(name)
         # Vectors and kernels may lack a dimension of size 1.
         if header is not None and math.prod(header.shape) != parameter.numel():
             contents.problems.append(f"{name} is {header.shape}, not {list(parameter.shape)}")
@@ -85,14 +86,14 @@ def check_gguf(path: Path, architecture: Architecture) -> tuple[Contents, list[s
     changing += [header.name for header in contents.unused if ROPE.search(header.name)]
     if changing:
         raise ModelError(
-            f"model.path: transformers does not read {first(changing, ', ')} of {path}, and would "
-            "make another model of it; give the original model (a folder of safetensors)"
+            f"model.path: transformers does not read {shortened(changing, ', ')} of {path}, and "
+            "would make another model of it; give the original model (a folder of safetensors)"
         )
     if not other:
         return contents, []
     return contents, [
         "model.path: metadata of the source that transformers does not read is left out "
-        f"({len(other)}): {first(other, ', ')}"
+        f"({len(other)}): {shortened(other, ', ')}"
     ]
 
 

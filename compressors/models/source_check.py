@@ -1,4 +1,4 @@
-"""Check, before any work, that the model in the files of a source is the one that is compressed."""
+"""Check that the files of a source contain the model of its config, before any work starts."""
 
 from collections import Counter
 from copy import deepcopy
@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 
 from lrc.compressors.io.shards import INDEX, SINGLE, unread_files
+from lrc.compressors.io.shortened import shortened
 from lrc.compressors.models.architecture import Architecture, build
-from lrc.compressors.models.contents import Contents, first, read_contents
+from lrc.compressors.models.contents import Contents, read_contents
 from lrc.compressors.models.source import Source
 from lrc.configs.errors import ModelError
 
@@ -48,7 +49,7 @@ def check_contents(
         )
     if contents.unused:
         n_bytes = sum(header.nbytes for header in contents.unused)
-        names = first([header.name for header in contents.unused], ", ")
+        names = shortened([header.name for header in contents.unused], ", ")
         warnings.append(
             f"model.path: tensors of the source without a place in "
             f"{type(architecture.model).__name__} are left out ({len(contents.unused)}, "
@@ -69,8 +70,10 @@ def _contents(source: Source, architecture: Architecture) -> tuple[Contents, lis
     if not unread:
         return contents, []
     single = (source.folder / SINGLE).is_file()
-    why = f"{SINGLE} is there" if single else f"{INDEX} does not list them"
-    return contents, [f"model.path: not read, because {why}: {first(unread, ', ')}"]
+    why = f"transformers reads only {SINGLE}" if single else f"{INDEX} does not list them"
+    return contents, [
+        f"model.path: weight files that are ignored, because {why}: {shortened(unread, ', ')}"
+    ]
 
 
 def _untie(source: Source) -> Source:

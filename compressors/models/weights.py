@@ -1,5 +1,6 @@
 """Read weights from safetensors, one tensor at a time, by the names of the module tree."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from pathlib import Path
 
@@ -20,7 +21,72 @@ def not_finite(name: str, dtype: torch.dtype) -> ModelError:
     )
 
 
-class WeightReader:
+class SkeletonFiller(ABC):
+    """Gives values to modules of a skeleton, and takes them away again.
+
+    Parameters
+    ----------
+    architecture : Architecture
+        The skeleton; its parameters give names, shapes and dtypes.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture = architecture
+        self._parameters = architecture.stored_parameters()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parameters
+
+    @abstractmethod
+    def read(self, name: str, *, device: str | torch.device = "cpu") -> Tensor:
+        """Return the values of a parameter by its name in the module tree."""
+
+    def fill_(
+        self,
+        name: str,
+        *,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        skip: Collection[str] = (),
+    ) -> None:
+        """Load the weights of the module `name` of the skeleton, on `device` in `dtype`.
+
+        Modules in `skip` and their descendants are left unchanged.
+        """
+        for full, owner, leaf in self._entries(name, skip):
+            stored = self._architecture.tied.get(full, full)
+            if stored in self._parameters:
+                tensor = self.read(stored, device=device)
+                tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            else:  # a buffer that is not stored has its value already
+                tensor = getattr(owner, leaf).to(device)
+            _set(owner, leaf, tensor)
+
+    def empty_(self, name: str, *, skip: Collection[str] = ()) -> None:
+        """Move the weights of the module `name` back to the meta device."""
+        for full, owner, leaf in self._entries(name, skip):
+            stored = self._architecture.tied.get(full, full)
+            if stored in self._parameters:
+                dtype = self._parameters[stored].dtype
+                empty = torch.empty_like(getattr(owner, leaf), dtype=dtype, device="meta")
+                _set(owner, leaf, empty)
+
+    def _entries(self, name: str, skip: Collection[str]) -> list[tuple[str, nn.Module, str]]:
+        """Return (full name, owner, attribute) of every parameter and buffer below a module."""
+        result = []
+        module = self._architecture.model.get_submodule(name)
+        for prefix, owner in module.named_modules(prefix=name):
+            if any(prefix == other or prefix.startswith(f"{other}.") for other in skip):
+                continue
+            result += [
+                (f"{prefix}.{leaf}" if prefix else leaf, owner, leaf)
+                for leaf in [*owner._parameters, *owner._buffers]
+                if getattr(owner, leaf) is not None
+            ]
+        return result
+
+
+class WeightReader(SkeletonFiller):
     """Reads the tensors of a model by their names in the module tree.
 
     Parameters
@@ -37,15 +103,11 @@ class WeightReader:
     """
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
+        super().__init__(architecture)
         self.folder = folder
-        self._architecture = architecture
-        self._parameters = architecture.stored_parameters()
         contents = read_contents(folder, architecture)
-        found = {name: contents.of(name) for name in self._parameters}
+        found = {name: contents.header_of(name) for name in self._parameters}
         self._keys = {name: (h.name, h.file) for name, h in found.items() if h is not None}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._keys
 
     def read(self, name: str, *, device: str | torch.device = "cpu") -> Tensor:
         """Read one tensor at the precision of the reference model.
@@ -69,50 +131,6 @@ class WeightReader:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise not_finite(name, self._parameters[name].dtype)
         return tensor
-
-    def fill_(
-        self,
-        name: str,
-        *,
-        device: str | torch.device,
-        dtype: torch.dtype,
-        skip: Collection[str] = (),
-    ) -> None:
-        """Load the weights of the module `name` of the skeleton, on `device` in `dtype`.
-
-        Modules in `skip` and their descendants are left unchanged.
-        """
-        for full, owner, leaf in self._entries(name, skip):
-            stored = self._architecture.tied.get(full, full)
-            if stored in self._keys:
-                tensor = self.read(stored, device=device)
-                tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            else:  # a buffer that is not stored has its value already
-                tensor = getattr(owner, leaf).to(device)
-            _set(owner, leaf, tensor)
-
-    def empty_(self, name: str, *, skip: Collection[str] = ()) -> None:
-        """Move the weights of the module `name` back to the meta device."""
-        for full, owner, leaf in self._entries(name, skip):
-            stored = self._architecture.tied.get(full, full)
-            if stored in self._keys:
-                dtype = self._parameters[stored].dtype
-                empty = torch.empty_like(getattr(owner, leaf), dtype=dtype, device="meta")
-                _set(owner, leaf, empty)
-
-    def _entries(self, name: str, skip: Collection[str]) -> list[tuple[str, nn.Module, str]]:
-        """Return (full name, owner, attribute) of every parameter and buffer below a module."""
-        result = []
-        module = self._architecture.model.get_submodule(name)
-        for prefix, owner in module.named_modules(prefix=name):
-            if any(prefix == other or prefix.startswith(f"{other}.") for other in skip):
-                continue
-            result += [
-                (f"{prefix}.{leaf}" if prefix else leaf, owner, leaf)
-                for leaf in [*owner._parameters, *owner._buffers]
-                if getattr(owner, leaf) is not None
-            ]
-        return result
 
 
 def _set(owner: nn.Module, leaf: str, tensor: Tensor) -> None:

@@ -112,7 +112,7 @@ def _decide(
         curve = curves[task.name]
         if not curve.comparable or (curve.note is not None and allocation.quantization):
             config, note = _at_fraction(task, fraction, allocation, curve.note)
-            found.append((task.decided(config, note), None))
+            found.append((task.with_config(config, note), None))
             # The budget counts sizes before a later stage quantizes them.
             spent += task.cost(config, measure)
         else:
@@ -133,11 +133,11 @@ def _decide(
     for task in compared:
         config, loss = chosen[task.name].config, chosen[task.name].loss
         if config.compressed:
-            found.append((task.decided(config), loss))
+            found.append((task.with_config(config), loss))
         else:
             note = curves[task.name].note
             note = note or f"kept dense by the {allocation.allocator} allocator"
-            found.append((task.dense(note), None))
+            found.append((task.kept_dense(note), None))
     return found
 
 

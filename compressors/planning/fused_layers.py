@@ -50,8 +50,7 @@ def _is_plain(task: LayerTask, allocations: Sequence[Allocation]) -> bool:
         schemes = allocations[task.allocation].quantization
         only = not allocations[task.allocation].types and bool(schemes)
         return only and all(args.symmetric for args in schemes)
-    args, config = task.config.quantization, task.config
-    return config.types == "dense" and args is not None and args.symmetric and not config.bias
+    return task.config.plain_integers
 
 
 def fused_warnings(tasks: Iterable[LayerTask], names: Iterable[str]) -> list[str]:
@@ -60,7 +59,8 @@ def fused_warnings(tasks: Iterable[LayerTask], names: Iterable[str]) -> list[str
     Parameters
     ----------
     tasks : iterable of LayerTask
-        Of a plan for which `gives_plain_integers` holds; an allocation gives its tasks one format.
+        Tasks of a plan for which `gives_plain_integers` is true. Within one allocation, fused
+        layers get the same format, so only layers of different allocations are compared.
     names : iterable of str
         Names of all linear layers.
     """

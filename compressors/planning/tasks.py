@@ -100,7 +100,7 @@ class LayerTask:
     method: str
     """Key of `METHODS`."""
     types: str = "dense"
-    """Component types for sizes that are not chosen by an allocation, joined by ``+``."""
+    """Component types, joined by ``+``, if the recipe fixes them; an allocation chooses its own."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the method's solver."""
     pattern: str | None = None
@@ -126,7 +126,10 @@ class LayerTask:
 
     @property
     def layer(self) -> int:
-        """Decoder layer whose journal file stores the results of the group."""
+        """Index of the decoder layer of the first weight.
+
+        Intermediate results are saved per decoder layer.
+        """
         return self.weights[0].layer
 
     @property
@@ -165,7 +168,7 @@ class LayerTask:
         if self.estimated_bits is not None:
             args = self.quantize.args if self.quantize else None
             return self.estimated_bits // (self.number_bits if args is None else args.bits)
-        added = self.shape[0] if self.config.bias and not self.source_bias else 0
+        added = self._added_biases(self.config)
         return sum(self.config_of(w).parameters() + added for w in self.weights)
 
     def config_of(self, weight: Weight, config: WeightConfig | None = None) -> WeightConfig:
@@ -187,8 +190,11 @@ class LayerTask:
 
     def weight_bits(self, weight: Weight, config: WeightConfig) -> int:
         """Return the size of one weight stored with `config`, as for `bits_of`."""
-        added = self.shape[0] * self.number_bits if config.bias and not self.source_bias else 0
+        added = self._added_biases(config) * self.number_bits
         return self.config_of(weight, config).stored_bits(self.number_bits) + added
+
+    def _added_biases(self, config: WeightConfig) -> int:
+        return self.shape[0] if config.bias and not self.source_bias else 0
 
     def cost(self, config: WeightConfig, measure: Measure) -> int:
         """Return the size in bits, or the multiply-adds per token, of the group with `config`.
@@ -210,14 +216,17 @@ class LayerTask:
         bias = self.config.bias and bool(components)
         return replace(self.config, components=components, bias=bias)
 
-    def decided(self, config: WeightConfig, note: str | None = None) -> "LayerTask":
-        """Return the task with a configuration, quantized if a later stage quantizes it."""
+    def with_config(self, config: WeightConfig, note: str | None = None) -> "LayerTask":
+        """Return the task with its final configuration.
+
+        The quantization that a later stage applies is added to it.
+        """
         stored = config if self.quantize is None else self.quantize.applied_to(config)
         return replace(self, config=stored, allocation=None, estimated_bits=None, note=note)
 
-    def dense(self, note: str | None = None) -> "LayerTask":
+    def kept_dense(self, note: str | None = None) -> "LayerTask":
         """Return the task without decomposition, quantized if a later stage quantizes it."""
-        return self.decided(WeightConfig(self.shape), note)
+        return self.with_config(WeightConfig(self.shape), note)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.compressors.layers import COMPONENTS, WeightConfig
-from lrc.compressors.methods.base import Method
+from lrc.compressors.methods.base import FixedSizeMethod, Method
 from lrc.compressors.planning.plan import PLAN_VERSION
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.tasks import LayerTask
@@ -95,9 +95,9 @@ def apply_user_plan(
     configs = [_config_for(plan, task, method, found) for task in tasks]
     _report(found, plan.path, problems)
     return [
-        task.decided(config)
+        task.with_config(config)
         if config is not None and config.compressed
-        else task.dense(None if config is None else "dense in the given plan")
+        else task.kept_dense(None if config is None else "dense in the given plan")
         for task, config in zip(tasks, configs, strict=True)
     ]
 
@@ -166,7 +166,8 @@ def _config_for(
     config = _before_quantization(config, task, method)
     if not config.compressed:
         return config
-    allowed = [task.types] if len(task.weights) > 1 else [*method.types]
+    one = len(task.weights) > 1 or isinstance(method, FixedSizeMethod)
+    allowed = [task.types] if one else [*method.types]
     if method.chooses_quantization:
         allowed.append("dense")
     if config.types not in allowed:

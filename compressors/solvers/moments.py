@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 TOKEN_CAP = 10.0
-"""Largest energy of a token, relative to the median of its window, that counts in full.
-
-Without massive activations a few tokens in 10,000 exceed it."""
+"""Energy ``|x|^2`` above this multiple of the window's median is capped. In layers without massive
+activations, only a few of 10,000 tokens are affected."""
 
 
 def token_weights(x: Tensor, window: int) -> Tensor:
-    """Return the weights of tokens that limit what single ones contribute to a second moment.
+    """Return one weight per token that caps its contribution to a second moment.
 
     In most models a few tokens, the first of a text among them, have inputs of some layers whose
     energy ``|x|^2`` is 100 to 100,000 times that of others (massive activations,
-    https://arxiv.org/abs/2402.17762). They would dominate the sum, although the norm that follows
-    makes their error no more important than that of others: integers would be fitted to the massive
-    tokens of the calibration text, at the expense of all tokens and of every other text.
+    https://arxiv.org/abs/2402.17762). Uncapped, they dominate the second moment, although the
+    normalization after the layer makes their errors no more important than those of other tokens.
+    Quantized weights would then fit a few tokens of the calibration text and be worse on everything
+    else.
 
     Parameters
     ----------
@@ -40,8 +40,9 @@ def token_weights(x: Tensor, window: int) -> Tensor:
     """
     if len(x) == 0:
         return x.new_ones(0, 1)
-    energy = x.square().sum(dim=1)
-    windows = energy.view(-1, len(x) if len(x) % window else window)
+    if len(x) % window:
+        window = len(x)  # one window
+    windows = x.square().sum(dim=1).view(-1, window)
     limit = TOKEN_CAP * windows.quantile(0.5, dim=1, keepdim=True)
     weights = torch.where((windows > limit) & (limit > 0), limit / windows, 1)
     return weights.view(-1, 1)
@@ -150,7 +151,7 @@ class Moment(_Tensors):
 def without_empty(
     inputs: Moment | None, gradients: Moment | None
 ) -> tuple[Moment | None, Moment | None, list[str]]:
-    """Replace moments of zeros only by None, and return a note for each."""
+    """Return the moments, with None for each that is entirely zero, and a note for each None."""
     notes = []
     if inputs is not None and inputs.empty:
         inputs = None

@@ -60,7 +60,7 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
     else:
         assert options.keep is not None
         if options.keep == 1:
-            return [*fixed, *(task.dense("keep is 1") for task in rest)]
+            return [*fixed, *(task.kept_dense("keep is 1") for task in rest)]
         budget = int(options.keep * total)
     budget -= sum(task.cost(task.config, options.measure) for task in fixed)
     if rest:
@@ -129,17 +129,17 @@ def _overridden(
         return task
     config = steps.config(override.rank)
     if task.bits_of(config) >= task.dense_bits:
-        return task.dense(f"factors of rank {override.rank} would be larger than the weight")
-    return task.decided(config)
+        return task.kept_dense(f"factors of rank {override.rank} would be larger than the weight")
+    return task.with_config(config)
 
 
 def _check_patterns(found: DecomposeTargets, problems: Problems) -> None:
-    """Report weights whose shape cannot have the pattern."""
+    """Report weights whose shape cannot have the pattern; method `mixed` gives them other types."""
+    if not isinstance(METHODS[found.options.method], FixedSizeMethod):
+        return
     for task in found.tasks:
-        if task.pattern is None:
-            continue
         try:
-            SizeSteps(task, task.types).config(1)
+            SizeSteps(task, task.types).config(1).tensors()
         except ValueError as error:
             problems.add(
                 "pattern-mismatch",

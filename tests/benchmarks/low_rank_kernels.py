@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.modules["lrc"] = ModuleType("lrc")
     sys.modules["lrc"].__path__ = [str(Path(__file__).parents[2])]
 
-from lrc.compressors.kernels import pivoted, pivoted_triton
+from lrc.compressors.kernels import implementations, pivoted, pivoted_triton
 from lrc.compressors.layers.component import ComponentConfig
 from lrc.compressors.layers.compressed_linear import CompressedLinear
 from lrc.compressors.layers.config import WeightConfig
@@ -61,6 +61,8 @@ def main() -> None:
     for name, (d_out, d_in) in SHAPES.items():
         SHAPES[name] = (d_out // args.scale, d_in // args.scale)
     torch.manual_seed(0)
+    if "pivoted" not in implementations.MODULES:  # measured before it is in use
+        implementations.MODULES += ("pivoted",)
     if args.device == "cuda":
         print(torch.cuda.get_device_name(), torch.__version__)
     for part in args.parts:

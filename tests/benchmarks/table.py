@@ -38,7 +38,7 @@ from lrc.compressors.calibrate.calibration_windows import take_windows
 from lrc.compressors.evaluate.scores import evaluate_model
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import release_memory
-from lrc.compressors.models.source import load_dense
+from lrc.compressors.models.source import convert_gguf, load_dense, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
 from lrc.compressors.session import identity
@@ -134,11 +134,23 @@ def other_forms() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             for allocation in ("lagrangian", "uniform"):
                 stage = {"method": method, "keep": keep, "allocation": allocation}
                 yield f"{method}, {allocation}, {keep}", stage, {}
+        eights = sparse | {"pattern": "n:8"}
+        yield f"sparse, n:8, compensate, {keep}", eights | {"compensate": {}}, {}
+        for allocation in ("lagrangian", "uniform"):
+            yield f"sparse, n:8, {allocation}, {keep}", eights | {"allocation": allocation}, {}
+        either = mixed | {"components": ["pivoted_low_rank", "semi_structured"]}
+        yield f"mixed with n:8, compensate, {keep}", either | {"compensate": {}}, {}
         for method in ("wanda", "magnitude"):
             yield f"{method}, uniform, {keep}", {"method": method, "keep": keep}, {}
     for method in ("sparse", "wanda", "magnitude"):
         stage = {"method": method, "keep": 0.563, "pattern": "2:4", "allocation": "uniform"}
         yield f"{method}, 2:4, 0.563", stage, {}
+        if method == "sparse":
+            yield "sparse, 2:4, compensate, 0.563", stage | {"compensate": {}}, {}
+            for pattern in ("n:8", "unstructured"):  # the same bits
+                other = stage | {"pattern": pattern}
+                yield f"sparse, {pattern}, 0.563", other, {}
+                yield f"sparse, {pattern}, compensate, 0.563", other | {"compensate": {}}, {}
 
 
 def every_row() -> Iterator[tuple[str, Stages, dict[str, Any]]]:
@@ -248,6 +260,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args()
     deadline = time.time() + asked.seconds
+    asked.overrides += _as_folder(load_recipe(asked.recipe, asked.overrides), asked.folder)
     if not (asked.folder / "dense.json").is_file():
         _dense(load_recipe(asked.recipe, asked.overrides), asked.folder)
     wanted = [
@@ -271,6 +284,22 @@ def main() -> None:
         if not _make_all(pool, make, list(families.values())):
             print("time is up; the same command goes on", file=sys.stderr)
     _print(asked.folder)
+
+
+def _as_folder(recipe: LoadedRecipe, folder: Path) -> list[str]:
+    """Dequantize a GGUF model once for all rows; return the override that names the result."""
+    source = locate(recipe.recipe.model)
+    if source.gguf is None:
+        return []
+    model = folder / "model"
+    if not model.is_dir():
+        partial_copy = folder / "model.partial"
+        shutil.rmtree(partial_copy, ignore_errors=True)
+        partial_copy.mkdir(parents=True)
+        convert_gguf(source, partial_copy)
+        load_tokenizer(source).save_pretrained(partial_copy)
+        partial_copy.rename(model)
+    return [f"model={model}"]
 
 
 def _dense(recipe: LoadedRecipe, folder: Path) -> None:

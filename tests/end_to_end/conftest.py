@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    dynamic_module_utils,
+)
 
 from lrc.compressors.calibrate import layer_executor
 from lrc.compressors.checkpoint import assemble
@@ -312,3 +318,17 @@ def recipe(
     perplexity = {"source": str(tiny_text), "name": "english", "window": 32, "windows": 2}
     evaluate = {"perplexity": [perplexity], "baselines": []}
     return tiny_recipe(tiny_model_folder, output, evaluate=evaluate)
+
+
+@pytest.fixture
+def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep copies of the code of models, which transformers imports, out of the user's cache.
+
+    Modules imported from another cache are forgotten: their package would be searched there.
+    """
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+    monkeypatch.syspath_prepend(str(folder))
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)

@@ -330,7 +330,7 @@ TAMPERED: dict[str, tuple[Spoil, str, tuple[str, ...]]] = {
     "config": (
         edit(lambda c: c.update(rope_theta=1.0)),
         "changed-file",
-        ("config.json has changed", "on purpose, remove the folder lrc/"),
+        ("config.json has changed", "if the change was intended, remove the folder lrc/"),
     ),
     "a file missing": (
         remove("generation_config.json"),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import OPTConfig, OPTForCausalLM
 
 COLOR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
 HEAVY = ("torch", "transformers", "lm_eval", "datasets", "safetensors", "numpy")
@@ -57,6 +58,7 @@ def test_help_names_every_command_and_exit_code() -> None:
         "plan",
         "compress",
         "eval",
+        "bench",
         "generate",
         "inspect",
         "recipes",
@@ -291,3 +293,23 @@ def test_copies_of_recipes_do_not_replace_files(lrc, tmp_path: Path) -> None:
     lrc("recipes", "copy", "demo", target).refuses(2, "exists already; name another file")
     assert target.read_text() == "mine"
     lrc("recipes", "copy", "demo", target / "below").refuses(2, "cannot be written", "another file")
+
+
+def test_every_model_is_checked_before_one_is_measured(
+    lrc, tiny_model_folder, tiny_text, make_tokenizer, tmp_path
+):
+    config = OPTConfig(
+        vocab_size=512,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path / "short")
+    make_tokenizer().save_pretrained(tmp_path / "short")
+    options = ("--perplexity", tiny_text, "--window", 64, "--windows", 2)
+    ended = lrc("eval", tiny_model_folder, tmp_path / "short", *options)
+    ended.refuses(2, "--window: must be at most 32")
+    assert "perplexity tiny" not in ended.err  # the progress of the first model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrc.compressors.checkpoint import rehearsal
+from lrc.compressors.checkpoint import loading_check
 
 SIZES = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48}
@@ -121,6 +121,7 @@ class MineForCausalLM(LlamaForCausalLM):
 """
 
 
+@pytest.mark.usefixtures("code_cache")
 def test_a_model_with_code_is_loaded_again_by_the_run_that_compressed_it(
     lrc, tiny_model_folder: Path, make_tokenizer, output: Path, tiny_recipe, tiny_text, tmp_path
 ) -> None:
@@ -148,13 +149,13 @@ def test_a_result_that_could_not_be_loaded_is_rejected_before_any_work(
     lrc, tiny_model_folder: Path, output: Path, tiny_recipe, monkeypatch
 ) -> None:
     """A model is built from the config of the result, and its layers replaced, for the plan."""
-    whole = rehearsal.config_text
+    whole = loading_check.config_text
 
     def damaged(config: Any, block: dict[str, Any], dtype: str) -> str:
         modules = {name.replace("q_proj", "w_proj"): c for name, c in block["modules"].items()}
         return whole(config, {**block, "modules": modules}, dtype)
 
-    monkeypatch.setattr(rehearsal, "config_text", damaged)
+    monkeypatch.setattr(loading_check, "config_text", damaged)
     for command in ("plan", "compress"):
         lrc(command, tiny_recipe(tiny_model_folder, output)).refuses(
             1, "could not load the result", "w_proj", code="invalid-model"

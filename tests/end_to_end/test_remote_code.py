@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
@@ -44,17 +44,8 @@ STAGES: dict[str, list[dict[str, Any]]] = {
     "drop": [{"slice": {"method": "drop", "keep": 0.9}}],
     "embedding": [{"quantize": {"method": "rtn", "embeddings": "int8", "lm_head": "int8"}}],
 }
+pytestmark = pytest.mark.usefixtures("code_cache")
 KEY = "set model.trust_remote_code: true"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep copies of the code, which transformers makes, out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
-        patch.syspath_prepend(folder)
-        yield
 
 
 @pytest.fixture(params=["model", "tokenizer"])

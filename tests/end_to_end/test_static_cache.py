@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import CompileConfig, LlamaForCausalLM
 
 from lrc.compressors.checkpoint.quantizer import replace_layers
+from lrc.compressors.kernels import optimize
 from lrc.compressors.layers import (
     COMPONENTS,
     Component,
@@ -46,6 +47,7 @@ MODELS: dict[str, list[Layer]] = {
             component("low_rank", rank=4),
             component("sparse", nonzeros=d_out * d_in // 4),
         ],
+        lambda d_out, d_in: [component("semi_structured", n=4)],
     ],
     "integers": [
         INTEGERS,
@@ -84,7 +86,7 @@ def make(tiny_llama: Callable[..., LlamaForCausalLM]) -> Callable[..., Any]:
             if isinstance(module, Component):
                 fill(module, g)
                 assert not module.problems()
-                module.optimize()
+        optimize(found)
         stack_first_factors(found)
         return found
 
@@ -109,6 +111,9 @@ def fill(module: Component, g: torch.Generator) -> None:
         elif name.endswith("_shape"):
             specs = module.tensors(module.d_out, module.d_in, module.config)
             buffer.copy_(torch.tensor(specs[name.removesuffix("_shape")].shape))
+        elif name == "mask" and "n" in sizes:
+            places = torch.arange(module.d_in).expand(module.d_out, -1)
+            buffer.copy_(pack_bits(places % 8 < sizes["n"]))
         elif name == "mask":
             width = sizes.get("atoms") or (
                 module.d_in if "nonzeros" in sizes else module.d_in // 16

@@ -1,9 +1,12 @@
 """Four top-level folders are one import package, and its lists are complete."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,29 @@ def test_every_folder_with_code_is_a_package():
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             assert (path.parent / "__init__.py").is_file(), path
+
+
+def test_every_imported_package_is_declared():
+    found = set()
+    for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {each.name.split(".")[0] for each in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module is not None, f"{path} imports by a relative name"
+                found.add(node.module.split(".")[0])
+    names = {"yaml": "pyyaml", "compressed_tensors": "compressed-tensors", "lm_eval": "lm-eval"}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = {re.split(r"[<>=\[ ]", each)[0] for each in listed}
+    optional = {"triton"}  # comes with PyTorch for CUDA
+    others = found - sys.stdlib_module_names - {"lrc"} - optional
+    assert {names.get(name, name) for name in others} <= declared
+
+
+def test_no_two_modules_have_one_name():
+    paths = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    names = Counter(path.stem for path in paths if path.stem != "__init__")
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_every_data_file_is_listed(setuptools):

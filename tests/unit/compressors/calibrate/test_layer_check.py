@@ -5,10 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from transformers import AutoConfig
 
-from lrc.compressors.calibrate.layer_check import build_checked, differing_layer
-from lrc.compressors.models.architecture import Architecture, describe
+from lrc.compressors.calibrate.layer_check import (
+    _close,
+    build_checked,
+    check_layers,
+    differing_layer,
+)
+from lrc.compressors.models.architecture import Architecture, build, describe
 from lrc.compressors.models.source import Source
 from lrc.compressors.slicing.drop import _keep_layers_
 from lrc.compressors.slicing.layout import skeleton
@@ -52,6 +59,50 @@ def checked(model_type: str, **changes: Any) -> Architecture:
     sizes = {} if model_type in ("mamba", "rwkv") else SIZES
     config = AutoConfig.for_model(model_type, **{**sizes, **changes})
     return build_checked(Source(Model(path="m"), Path("m"), config, weights_local=False))
+
+
+class _Twice(nn.ModuleList):
+    """Layers of which the first is called again at the end."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found: Any = super().__getitem__(index)
+        return [*found, found[0]] if isinstance(index, slice) else found
+
+
+def llama() -> Architecture:
+    config = AutoConfig.for_model("llama", **SIZES)
+    return build(Source(Model(path="m"), Path("m"), config, weights_local=False))
+
+
+def test_a_layer_that_is_called_twice_is_rejected() -> None:
+    found = llama()
+    found.model.model.layers = _Twice(found.model.model.layers)
+    with pytest.raises(ModelError, match="2 times, not once"):
+        check_layers(found)
+
+
+def test_a_linear_that_is_called_twice_stays_dense() -> None:
+    found = llama()
+    mlp = found.model.model.layers[1].mlp
+    once = mlp.forward
+    mlp.forward = lambda x: once(x) + mlp.down_proj(mlp.up_proj(x))
+    names = {f"model.layers.1.mlp.{name}" for name in ("up_proj", "down_proj")}
+    assert {*check_layers(found).unused} == names
+
+
+def test_a_tower_larger_than_the_text_model_is_not_the_decoder() -> None:
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    text = {"model_type": "gemma3_text", **SIZES, "head_dim": 16, "num_hidden_layers": 2}
+    found = checked("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    assert found.layer_names == [f"model.language_model.layers.{i}" for i in range(2)]
 
 
 SERVED: dict[str, dict[str, Any]] = {
@@ -100,7 +151,7 @@ REJECTED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "a division outside the layers": (
-        "something outside the layers changes it",
+        "is changed outside the layers",
         {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 512}
         | {"rescale_every": 2},
     ),
@@ -160,3 +211,18 @@ def test_a_constant_that_depends_on_the_depth_is_found(family, changes, differen
     found = differing_layer(old, new, [1, 2])
     assert (difference in found) if difference else found == ""
     assert all(p.is_meta for p in (*old.model.parameters(), *new.model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "equal"),
+    [
+        ([5.0, 7.0, 0.0], [0.0, -torch.inf, 1.0], False),
+        ([0.0, -torch.inf, 0.0], [0.0, 0.0, -torch.inf], False),
+        ([torch.nan, 1.0], [0.0, 1.0], False),
+        ([0.0, -torch.inf, 0.0], [0.0, -torch.inf, 0.0], True),
+        ([-torch.inf, 1000.5], [-torch.inf, 1000.0], True),  # except for rounding
+        ([-torch.inf, 1002.0], [-torch.inf, 1000.0], False),
+    ],
+)
+def test_infinities_are_compared_and_hide_no_other_difference(a, b, equal) -> None:
+    assert _close(torch.tensor(a), torch.tensor(b)) is equal

@@ -344,7 +344,7 @@ def test_massive_tokens_weigh_less_for_integers_alone(
 
 def test_a_dense_weight_is_refit_too(tmp_path, reader, statistics, tokens) -> None:
     plan = plan_of("svd-llm", compensate=BOTH)
-    plan = plan.with_tasks([plan.tasks[2].dense("keep is 1")])
+    plan = plan.with_tasks([plan.tasks[2].kept_dense("keep is 1")])
     chain = Chain(reader.tensors, tokens)
     done, journal = run(plan, tmp_path, reader, statistics, prefix=chain)
     task = done.tasks[2]

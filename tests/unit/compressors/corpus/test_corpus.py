@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import logging
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -475,3 +476,23 @@ def test_a_long_text_file_is_read_in_blocks_that_join_to_its_text(tmp_path, monk
     path.write_bytes(text.encode() + b"\xe9")
     with pytest.raises(DataError, match=f"offset {len(text.encode())}"):
         read_documents(str(path), part="evaluation")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n\r\n", " "])
+def test_a_long_text_without_blank_lines_is_not_held_in_memory(
+    tiny_tokenizer, tmp_path, monkeypatch, end
+):
+    monkeypatch.setattr(documents, "BLOCK", 2**16)
+    path, text = tmp_path / "lines.txt", f"one sentence in évery line{end}" * 200_000
+    path.write_bytes(text.encode())  # 6 MB
+    tracemalloc.start()
+    longest = max(map(len, documents.read_documents(str(path), part="calibration")))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert longest <= 2 * 2**16
+    assert peak < 2**20
+    found = evaluation_windows(Perplexity(source=str(path), window=64, windows=4), tiny_tokenizer)
+    assert found.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert torch.equal(found.tokens.flatten(), tokenize(text[:10_000], tiny_tokenizer)[:256])
+    pieces = documents.read_documents(str(path), part="calibration")
+    assert "".join(joined(map(str, pieces))) == text

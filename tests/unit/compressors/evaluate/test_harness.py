@@ -14,7 +14,7 @@ import yaml
 from lrc.compressors.evaluate import harness
 from lrc.compressors.evaluate.gates import check_gate_names, check_gates
 from lrc.compressors.evaluate.harness import check_requests, check_tasks, run_tasks
-from lrc.compressors.evaluate.scores import compare, evaluate_model, recovery
+from lrc.compressors.evaluate.scores import check_evaluation, compare, evaluate_model, recovery
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Evaluate, Gate, Perplexity, Tasks
 
@@ -286,7 +286,9 @@ def test_a_tokenizer_without_bos_and_eos_is_found_before_the_work(
 ):
     options = tasks(folder, "toy_choice", "toy_text", "toy_generate")
     with pytest.raises(RecipeError) as caught:
-        check_requests(skeleton(tiny_llama), without_special_tokens, options, seed=0)
+        check_evaluation(
+            skeleton(tiny_llama), without_special_tokens, Evaluate(tasks=options), seed=0
+        )
     assert len(caught.value.problems) == 3
     for problem, name in zip(caught.value.problems, options.names, strict=True):
         assert problem.where == "evaluate.tasks.names"

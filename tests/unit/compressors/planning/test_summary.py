@@ -55,7 +55,7 @@ def test_rows_show_the_allocator_while_pending_and_results_afterwards(plan_of: P
     plan = plan_of({"keep": 0.5})
     assert {row.allocator for row in summarize(plan)} == {None}
     task = plan.tasks[0]
-    result = LayerResult(task.dense().config, fallback="saw no calibration token; stays dense")
+    result = LayerResult(task.kept_dense().config, fallback="saw no calibration token; stays dense")
     row = summarize(plan.with_results({task.name: result}))[0]
     assert (row.name, row.rank, row.bits) == (task.name, None, task.dense_bits)
     assert row.to_json()["fallback"] == result.fallback

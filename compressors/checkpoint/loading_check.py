@@ -1,4 +1,4 @@
-"""Build the result of a plan from its config, without weights, before any work starts."""
+"""Check, before any work starts, that transformers can build the planned checkpoint."""
 
 import json
 from typing import Any
@@ -18,11 +18,13 @@ PLACEHOLDER = (ComponentConfig("low_rank", {"rank": 1}),)
 """For weights whose components an allocation will choose."""
 
 
-def rehearse_loading(plan: Plan, model: Any) -> None:
-    """Build a model from the config of the result, and replace the layers that it lists.
+def check_loading(plan: Plan, model: Any) -> None:
+    """Build the compressed model, without weights, from the config.json that the plan would write.
 
     Parameters
     ----------
+    plan : Plan
+        Gives the compressed layers; those that an allocation will choose are taken as low rank.
     model : PreTrainedModel
         Skeleton of the model that is decomposed.
 
@@ -50,7 +52,8 @@ def rehearse_loading(plan: Plan, model: Any) -> None:
     except Exception as error:  # transformers raises nearly anything
         raise ModelError(
             f"model: transformers could not load the result of {type(model).__name__} from its "
-            f"config.json ({first_line(error)}); give other targets or another model"
+            f"config.json ({first_line(error)}); exclude the layers named above "
+            "with 'ignore', or use another model"
         ) from error
 
 

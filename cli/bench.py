@@ -1,0 +1,170 @@
+"""`lrc bench`: the speed and memory of several models, side by side."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lrc.cli import console
+from lrc.cli.options import Device, Json, Quiet, TrustRemoteCode, all_positive, positive
+from lrc.compressors.benchmark.grid import Mode, Settings, default_modes
+from lrc.configs.errors import BenchmarkIncomplete, RecipeError
+from lrc.configs.shape import closest
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def bench(
+    models: Annotated[
+        list[str], typer.Argument(help="Folders, Hub ids or .gguf files.", show_default=False)
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="The dense model to compare with; the source of the models if left out.",
+            metavar="DENSE",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int], typer.Option(callback=all_positive, help="Sequences at a time; repeatable.")
+    ] = [1, 16],  # noqa: B006  # typer copies it
+    prompt: Annotated[
+        list[int], typer.Option(callback=all_positive, help="Tokens of a prompt; repeatable.")
+    ] = [1024],  # noqa: B006
+    tokens: Annotated[int, typer.Option(callback=positive, help="New tokens after a prompt.")] = 64,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`eager`, `compile` or, on a GPU, `graph` (one CUDA graph per step); repeatable. "
+            "By default eager, on a GPU also graph."
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(callback=positive, help="Measurements, in turn.")] = 7,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Start no further measurement of a batch size and prompt after this time.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="`float32`, `bfloat16` or `float16`; by default float32 on a CPU, bfloat16 on a "
+            "GPU."
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how fast models read prompts and generate, next to the dense model."""
+    modes = [_known("--mode", each, [*Mode]) for each in mode or []]
+    if dtype is not None:
+        _known("--dtype", dtype, DTYPES)
+    if seconds is not None and not seconds > 0:
+        raise RecipeError(f"--seconds: must be above 0, got {seconds:g}; raise it")
+    from lrc.cli.bench_tables import print_benchmark
+    from lrc.compressors.benchmark.results import failures
+    from lrc.compressors.io.machine import Machine
+
+    console.quiet_transformers()
+    with console.Steps(quiet=quiet).running() as steps:
+        machine = Machine(device, on_step=steps, on_warning=steps.warn)
+        if "graph" in modes and not machine.chosen.startswith("cuda"):
+            raise RecipeError(
+                f"--mode: graph must run on a GPU, and the device is {machine.chosen}; use eager "
+                "or compile, or --device cuda"
+            )
+        settings = Settings(
+            tuple(map(Mode, modes)) or default_modes(machine.chosen),
+            tuple(batch),
+            tuple(prompt),
+            tokens,
+            repeats,
+            seconds,
+        )
+        report = run(models, against, settings, machine, dtype=dtype, trusted=trust_remote_code)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2, allow_nan=False))
+    else:
+        print_benchmark(report)
+    if missing := failures(report):
+        raise BenchmarkIncomplete("\n".join(missing))
+
+
+def run(
+    names: list[str],
+    against: str | None,
+    settings: Settings,
+    machine: Any,
+    *,
+    dtype: str | None,
+    trusted: bool = False,
+) -> dict[str, Any]:
+    """Find all models, measure them, and return the results as JSON.
+
+    Raises
+    ------
+    RecipeError
+        If there is no such model, or the models cannot read the same prompts.
+    CheckpointError, ModelError
+        If a model is damaged.
+    """
+    import torch
+
+    from lrc.cli.evaluate import options_in_errors
+    from lrc.compressors.benchmark.measure import Benchmark
+    from lrc.compressors.benchmark.measured_models import (
+        check_targets,
+        find_dense,
+        find_target,
+        is_same,
+    )
+    from lrc.compressors.benchmark.results import results_json
+
+    notes = []
+    if against is None:
+        against, note = find_dense(names)
+        if note is not None:
+            notes.append(f"no ratios: {note}")
+    if against is not None:
+        dense = against
+        names = [dense, *(name for name in names if not is_same(name, dense))]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        options_in_errors(),
+        machine.current(),
+    ):
+        targets = [find_target(name, Path(scratch), trusted=trusted) for name in names]
+        check_targets(targets, settings)
+        chosen = dtype or ("float32" if machine.chosen == "cpu" else "bfloat16")
+        run_in: torch.dtype = getattr(torch, chosen)
+        benchmark = Benchmark(
+            targets, settings, machine, run_in, dense=against is not None, trusted=trusted
+        )
+        measured = benchmark.run()
+        return results_json(
+            measured,
+            targets,
+            settings,
+            device=machine.chosen,
+            dtype=run_in,
+            dense=against is not None,
+            notes=notes,
+        )
+
+
+def _known(option: str, value: str, allowed: Sequence[str]) -> str:
+    """Return `value`, unless it is none of those that are allowed."""
+    if value in allowed:
+        return value
+    *others, last = allowed
+    near = closest(value, [*allowed])
+    hint = "choose one of them" if near is None else f"did you mean {near}?"
+    raise RecipeError(f"{option}: must be {', '.join(others)} or {last}, got {value!r}; {hint}")

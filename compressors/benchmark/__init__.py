@@ -1,0 +1,1 @@
+"""Measure how fast models read a prompt and generate, and the memory they take."""
