@@ -1,0 +1,1 @@
+"""Fast paths: functions on tensors, with kernels for devices and plain PyTorch elsewhere."""
