@@ -1,8 +1,8 @@
 """Triton kernels for matrices of which some entries are stored, at the places that a mask names.
 
-All kernels see a matrix as units of eight consecutive columns of a row. `_unit` finds the mask of a
-unit and the place of its first value, and `_entry` reads one entry; what is done with the entries
-differs: they are multiplied by a few inputs, fed to tensor cores, or written to a dense matrix.
+All kernels see a matrix as units of eight consecutive columns of a row, see `entries_triton`. What
+is done with the entries differs: they are multiplied by a few inputs, fed to tensor cores, or
+written to a dense matrix.
 
 A thread holds a unit. The eight columns of the input that belong to it stay in registers for all
 rows of a block, so that nothing is gathered but values, which neighbouring threads read from
@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrc.compressors.kernels.bits_triton import count_bits, join_eight, split_eight
+from lrc.compressors.kernels.bits_triton import join_eight, split_eight
+from lrc.compressors.kernels.entries_triton import (
+    PRODUCT_BF16,
+    PRODUCT_FP16,
+    PRODUCT_OPERANDS,
+    entries,
+    unit,
+    words_of,
+)
 
 EIGHT_OF, FREE, GROUPS = 0, 1, 2
 """Layouts: n values for each unit; values row by row without gaps; groups of integers."""
@@ -74,6 +82,7 @@ class Stored(NamedTuple):
             "BITS": self.bits,
             "GROUP": self.group,
             "ALIGNED": stride % 8 == 0 and self.mask.data_ptr() % 8 == 0,
+            "ASM": self.mask.is_cuda and torch.version.hip is None,
         }
 
 
@@ -137,141 +146,6 @@ def _blocks(d_out: int, columns: int) -> Blocks:
 
 
 @triton.jit
-def _unit(
-    mask,
-    starts,
-    offsets,
-    rows,  # [R, 1]
-    units,  # [1, G]
-    exists,  # [R, G]
-    mask_stride,
-    offsets_stride,
-    LAYOUT: tl.constexpr,
-    N: tl.constexpr,
-    GROUP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """Return the masks of units, lowest bit first, and the places of their first values."""
-    if LAYOUT == 0:
-        at = tl.max_contiguous(rows * mask_stride + units, [1, 1])
-        unit = tl.load(mask + at, exists, other=0).to(tl.int32)
-        place = at * N
-    else:
-        # A bit of the mask is a column, or a group of columns of which a unit is a part.
-        per_group: tl.constexpr = GROUP // 8 if LAYOUT == 2 else 1
-        bit = units // per_group if LAYOUT == 2 else units * 8
-        bits, place = _bits_from(
-            mask, starts, offsets, rows, bit, exists, mask_stride, offsets_stride, ALIGNED
-        )
-        if LAYOUT == 2:
-            unit = tl.where(exists & ((bits & 1) != 0), 255, 0)
-            place = place * GROUP + (units % per_group) * 8
-        else:
-            unit = bits & 255
-    return unit, place
-
-
-@triton.jit
-def _bits_from(
-    mask,
-    starts,
-    offsets,
-    rows,
-    bit,  # [1, G]
-    exists,
-    mask_stride,
-    offsets_stride,
-    ALIGNED: tl.constexpr,
-):
-    """Return the bits of rows from `bit` on, and the number of bits before it in the mask."""
-    place = tl.load(starts + rows, exists, other=0)
-    place += tl.load(offsets + rows * offsets_stride + bit // 64, exists, other=0).to(tl.int32)
-    if ALIGNED:
-        words = mask.to(tl.pointer_type(tl.int64)) + rows * (mask_stride // 8) + bit // 64
-        word = tl.load(words, exists, other=0)
-        low = word.to(tl.int32)
-        high = (word >> 32).to(tl.int32)
-        shift = bit & 31
-        below = (1 << shift) - 1
-        upper = (bit & 32) != 0
-        place += count_bits(low & tl.where(upper, -1, below))
-        place += count_bits(high & tl.where(upper, below, 0))
-        bits = tl.where(upper, high, low) >> shift
-    else:
-        start = mask + rows * mask_stride + bit // 8
-        byte = tl.load(start, exists, other=0).to(tl.int32)
-        for before in tl.static_range(1, 8):
-            inside = exists & (((bit // 8) & 7) >= before)
-            place += count_bits(tl.load(start - before, inside, other=0).to(tl.int32))
-        place += count_bits(byte & ((1 << (bit & 7)) - 1))
-        bits = byte >> (bit & 7)
-    return bits, place
-
-
-@triton.jit
-def _entry(values, scale, place, stored, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """Return the values at `place`, in the dtype of the matrix; 0 where nothing is stored."""
-    if BITS == 0:
-        entry = tl.load(values + place, stored, other=0.0)
-    else:
-        # Code i takes bits BITS * i and following; 32 codes fill BITS words.
-        first = (place & 31) * BITS
-        word = (place >> 5) * BITS + (first >> 5)
-        shift = first & 31
-        code = tl.load(values + word, stored, other=0).to(tl.uint32) >> shift.to(tl.uint32)
-        if 32 % BITS != 0:
-            straddles = stored & (shift + BITS > 32)
-            upper = tl.load(values + word + 1, straddles, other=0).to(tl.uint32)
-            code |= upper << ((32 - shift) & 31).to(tl.uint32)
-        step = (code & ((1 << BITS) - 1)).to(tl.int32) - (1 << (BITS - 1))
-        step_size = tl.load(scale + place // GROUP, stored, other=0.0)
-        # Rounded like the product of a code and a scale in the dtype of the scale.
-        entry = (step.to(tl.float32) * step_size.to(tl.float32)).to(scale.dtype.element_ty)
-    return entry
-
-
-@triton.jit
-def _entries(
-    values,
-    scale,
-    mask,
-    starts,
-    offsets,
-    rows,
-    units,
-    exists,
-    mask_stride,
-    offsets_stride,
-    LAYOUT: tl.constexpr,
-    N: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """Return the eight entries of each unit, each [R, G]."""
-    m, p0 = _unit(
-        mask, starts, offsets, rows, units, exists, mask_stride, offsets_stride,
-        LAYOUT, N, GROUP, ALIGNED,
-    )  # fmt: skip
-    p1 = p0 + (m & 1)
-    p2 = p1 + ((m >> 1) & 1)
-    p3 = p2 + ((m >> 2) & 1)
-    p4 = p3 + ((m >> 3) & 1)
-    p5 = p4 + ((m >> 4) & 1)
-    p6 = p5 + ((m >> 5) & 1)
-    p7 = p6 + ((m >> 6) & 1)
-    e0 = _entry(values, scale, p0, (m & 1) != 0, BITS, GROUP)
-    e1 = _entry(values, scale, p1, (m & 2) != 0, BITS, GROUP)
-    e2 = _entry(values, scale, p2, (m & 4) != 0, BITS, GROUP)
-    e3 = _entry(values, scale, p3, (m & 8) != 0, BITS, GROUP)
-    e4 = _entry(values, scale, p4, (m & 16) != 0, BITS, GROUP)
-    e5 = _entry(values, scale, p5, (m & 32) != 0, BITS, GROUP)
-    e6 = _entry(values, scale, p6, (m & 64) != 0, BITS, GROUP)
-    e7 = _entry(values, scale, p7, (m & 128) != 0, BITS, GROUP)
-    return e0, e1, e2, e3, e4, e5, e6, e7
-
-
-@triton.jit
 def _few_rows(
     x,  # [n, columns]
     y,  # [n, d_out]
@@ -290,32 +164,56 @@ def _few_rows(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ASM: tl.constexpr,
     T: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
 ):
     rows = tl.program_id(0) * R + tl.arange(0, R)
     tokens = tl.arange(0, T)
+    row_starts = tl.load(starts + rows, rows < d_out, other=0)[:, None]
     acc = tl.zeros([T, R, G], tl.float32)
     for first in range(0, tl.cdiv(columns, 8), G):
         units = first + tl.arange(0, G)
         exists = (rows < d_out)[:, None] & (units * 8 < columns)[None, :]
-        e0, e1, e2, e3, e4, e5, e6, e7 = _entries(
-            values, scale, mask, starts, offsets, rows[:, None], units[None, :], exists,
-            mask_stride, offsets_stride, LAYOUT, N, BITS, GROUP, ALIGNED,
+        m, place = unit(
+            mask, row_starts, offsets, rows[:, None], units[None, :], exists, mask_stride,
+            offsets_stride, LAYOUT, N, GROUP, ALIGNED,
         )  # fmt: skip
         k = units[:, None] * 8 + tl.arange(0, 8)[None, :]  # [G, 8]
         inside = (tokens < n)[:, None, None] & (k < columns)[None]
         inputs = tl.load(x + tokens[:, None, None] * columns + k[None], inside, other=0.0)
         x0, x1, x2, x3, x4, x5, x6, x7 = split_eight(inputs)  # each [T, G]
-        acc += e0.to(tl.float32)[None] * x0.to(tl.float32)[:, None, :]
-        acc += e1.to(tl.float32)[None] * x1.to(tl.float32)[:, None, :]
-        acc += e2.to(tl.float32)[None] * x2.to(tl.float32)[:, None, :]
-        acc += e3.to(tl.float32)[None] * x3.to(tl.float32)[:, None, :]
-        acc += e4.to(tl.float32)[None] * x4.to(tl.float32)[:, None, :]
-        acc += e5.to(tl.float32)[None] * x5.to(tl.float32)[:, None, :]
-        acc += e6.to(tl.float32)[None] * x6.to(tl.float32)[:, None, :]
-        acc += e7.to(tl.float32)[None] * x7.to(tl.float32)[:, None, :]
+        x0 = x0.to(tl.float32)[:, None, :]
+        x1 = x1.to(tl.float32)[:, None, :]
+        x2 = x2.to(tl.float32)[:, None, :]
+        x3 = x3.to(tl.float32)[:, None, :]
+        x4 = x4.to(tl.float32)[:, None, :]
+        x5 = x5.to(tl.float32)[:, None, :]
+        x6 = x6.to(tl.float32)[:, None, :]
+        x7 = x7.to(tl.float32)[:, None, :]
+        if ASM and T == 1 and BITS == 0 and values.dtype.element_ty.primitive_bitwidth == 16:
+            w0, w1, w2, w3, w4, shift = words_of(values, m[None], place[None])
+            acc = tl.inline_asm_elementwise(
+                PRODUCT_BF16 if values.dtype.element_ty == tl.bfloat16 else PRODUCT_FP16,
+                PRODUCT_OPERANDS,
+                [acc, x0, x1, x2, x3, x4, x5, x6, x7, w0, w1, w2, w3, w4, m[None], shift],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            e0, e1, e2, e3, e4, e5, e6, e7 = entries(
+                values, scale, m, place, LAYOUT, BITS, GROUP, ASM
+            )
+            acc += e0.to(tl.float32)[None] * x0
+            acc += e1.to(tl.float32)[None] * x1
+            acc += e2.to(tl.float32)[None] * x2
+            acc += e3.to(tl.float32)[None] * x3
+            acc += e4.to(tl.float32)[None] * x4
+            acc += e5.to(tl.float32)[None] * x5
+            acc += e6.to(tl.float32)[None] * x6
+            acc += e7.to(tl.float32)[None] * x7
     out = tl.sum(acc, axis=2).to(y.dtype.element_ty)  # [T, R]
     to = y + tokens[:, None] * d_out + rows[None, :]
     tl.store(to, out, (tokens < n)[:, None] & (rows < d_out)[None, :])
@@ -340,20 +238,25 @@ def _some_rows(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ASM: tl.constexpr,
     T: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
 ):
     rows = tl.program_id(0) * R + tl.arange(0, R)
     tokens = tl.arange(0, T)
+    row_starts = tl.load(starts + rows, rows < d_out, other=0)[:, None]
     acc = tl.zeros([R, T], tl.float32)
     for first in range(0, tl.cdiv(columns, 8), G):
         units = first + tl.arange(0, G)
         exists = (rows < d_out)[:, None] & (units * 8 < columns)[None, :]
-        e0, e1, e2, e3, e4, e5, e6, e7 = _entries(
-            values, scale, mask, starts, offsets, rows[:, None], units[None, :], exists,
-            mask_stride, offsets_stride, LAYOUT, N, BITS, GROUP, ALIGNED,
+        m, place = unit(
+            mask, row_starts, offsets, rows[:, None], units[None, :], exists, mask_stride,
+            offsets_stride, LAYOUT, N, GROUP, ALIGNED,
         )  # fmt: skip
+        e0, e1, e2, e3, e4, e5, e6, e7 = entries(
+            values, scale, m, place, LAYOUT, BITS, GROUP, ASM
+        )
         W = tl.reshape(join_eight(e0, e1, e2, e3, e4, e5, e6, e7), [R, 8 * G])
         k = first * 8 + tl.arange(0, 8 * G)
         inside = (tokens < n)[:, None] & (k < columns)[None, :]
@@ -380,16 +283,19 @@ def _expand(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ASM: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
 ):
     rows = tl.program_id(0) * R + tl.arange(0, R)
+    row_starts = tl.load(starts + rows, rows < d_out, other=0)[:, None]
     units = tl.program_id(1) * G + tl.arange(0, G)
     exists = (rows < d_out)[:, None] & (units * 8 < columns)[None, :]
-    e0, e1, e2, e3, e4, e5, e6, e7 = _entries(
-        values, scale, mask, starts, offsets, rows[:, None], units[None, :], exists,
-        mask_stride, offsets_stride, LAYOUT, N, BITS, GROUP, ALIGNED,
+    m, place = unit(
+        mask, row_starts, offsets, rows[:, None], units[None, :], exists, mask_stride,
+        offsets_stride, LAYOUT, N, GROUP, ALIGNED,
     )  # fmt: skip
+    e0, e1, e2, e3, e4, e5, e6, e7 = entries(values, scale, m, place, LAYOUT, BITS, GROUP, ASM)
     k = units[:, None] * 8 + tl.arange(0, 8)[None, :]  # [G, 8]
     to = W + rows[:, None, None].to(tl.int64) * columns + k[None]
     joined = join_eight(e0, e1, e2, e3, e4, e5, e6, e7)  # [R, G, 8]

@@ -1,0 +1,272 @@
+"""Triton functions that read eight consecutive entries of sparse rows.
+
+A thread reads what belongs to its unit of eight columns in a few words, whose number does not
+depend on the mask, and then takes one value for every bit. Reading value by value needs an address
+and a predicate for each, and leaves few reads in flight.
+"""
+
+import triton
+import triton.language as tl
+
+from lrc.compressors.kernels.bits_triton import count_bits
+
+
+def _shift_out(take: list[str], registers: str, first: int, before: str = "", after: str = "") -> str:
+    """Return PTX that takes a 16-bit value from v0 for each bit of a mask.
+
+    Operands from `first` on are five words, the mask, and the number of bits before the first
+    value. After column k at most 7 - k values are left in v0 to v3, so that fewer words move.
+    """
+    lines = [f".reg .pred p; .reg .b32 v0, v1, v2, v3, t; {registers}"]
+    for i in range(4):
+        lines.append(f"shf.r.wrap.b32 v{i}, ${first + i}, ${first + i + 1}, ${first + 6};")
+    lines.append(before)
+    for k in range(8):
+        lines.append(f"and.b32 t, ${first + 5}, {1 << k}; setp.ne.b32 p, t, 0;")
+        lines.append(take[k])
+        words = (8 - k) // 2
+        for i in range(words):
+            whole = i + 1 < words or k % 2 == 1  # the next word holds a value that is needed
+            shift = f"prmt.b32 v{i}, v{i}, v{i + 1}, 0x5432;" if whole else f"shr.u32 v{i}, v{i}, 16;"
+            lines.append(f"@p {shift}")
+    return "{\n" + "\n".join([*lines, after]) + "\n}"
+
+
+def _insert(k: int) -> str:
+    """Return PTX that makes the lower half of v0 entry k of eight in four words."""
+    selector = "0x5410" if k % 2 else "0x3254"
+    return f"@p prmt.b32 d{k // 2}, d{k // 2}, v0, {selector};"
+
+
+ENTRIES = tl.constexpr(
+    _shift_out(
+        [_insert(k) for k in range(8)],
+        ".reg .b32 d0, d1, d2, d3;",
+        8,
+        before=" ".join(f"mov.b32 d{i}, 0;" for i in range(4)),
+        after=" ".join(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, d{i};" for i in range(4)),
+    )
+)
+"""Eight 16-bit numbers: values where the mask has bits, zeros elsewhere."""
+ENTRIES_OPERANDS = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 7))
+PRODUCT_BF16 = tl.constexpr(
+    _shift_out(
+        [f"shl.b32 t, v0, 16; mov.b32 f, t; @p fma.rn.f32 $0, f, ${2 + k}, $0;" for k in range(8)],
+        ".reg .f32 f;",
+        10,
+        before="mov.f32 $0, $1;",
+    )
+)
+"""The sum of a number and the products of the values with eight inputs."""
+PRODUCT_FP16 = tl.constexpr(
+    _shift_out(
+        [
+            f"mov.b32 {{h, g}}, v0; cvt.f32.f16 f, h; @p fma.rn.f32 $0, f, ${2 + k}, $0;"
+            for k in range(8)
+        ],
+        ".reg .f32 f; .reg .b16 h, g;",
+        10,
+        before="mov.f32 $0, $1;",
+    )
+)
+PRODUCT_OPERANDS = tl.constexpr(",".join(["=&f"] + ["f"] * 9 + ["r"] * 7))
+
+
+@triton.jit
+def words_of(values, m, place):
+    """Return the five words that hold the 16-bit values of a unit, and the bits before them.
+
+    The last word that is read may hold half a word that is no value of the unit, nor perhaps of
+    any; it is never taken.
+    """
+    odd = place & 1
+    words = values.to(tl.pointer_type(tl.int32)) + (place >> 1)
+    needed = odd + count_bits(m)
+    w0 = tl.load(words, needed > 0, other=0)
+    w1 = tl.load(words + 1, needed > 2, other=0)
+    w2 = tl.load(words + 2, needed > 4, other=0)
+    w3 = tl.load(words + 3, needed > 6, other=0)
+    w4 = tl.load(words + 4, needed > 8, other=0)
+    return w0, w1, w2, w3, w4, odd * 16
+
+
+@triton.jit
+def unit(
+    mask,
+    starts,  # [R, 1]
+    offsets,
+    rows,  # [R, 1]
+    units,  # [1, G]
+    exists,  # [R, G]
+    mask_stride,
+    offsets_stride,
+    LAYOUT: tl.constexpr,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Return the masks of units, lowest bit first, and the places of their first values."""
+    if LAYOUT == 0:
+        # Not contiguous for the compiler: it would give a thread several units of this load alone.
+        at = tl.max_contiguous(rows * mask_stride + units, [1, 1])
+        bits = tl.load(mask + at, exists, other=0).to(tl.int32)
+        place = (rows * mask_stride + units) * N
+    else:
+        # A bit of the mask is a column, or a group of columns of which a unit is a part.
+        per_group: tl.constexpr = GROUP // 8 if LAYOUT == 2 else 1
+        bit = units // per_group if LAYOUT == 2 else units * 8
+        bits, place = _bits_from(
+            mask, starts, offsets, rows, bit, exists, mask_stride, offsets_stride, ALIGNED
+        )
+        if LAYOUT == 2:
+            bits = tl.where(exists & ((bits & 1) != 0), 255, 0)
+            place = place * GROUP + (units % per_group) * 8
+        else:
+            bits = bits & 255
+    return bits, place
+
+
+@triton.jit
+def _bits_from(
+    mask,
+    starts,
+    offsets,
+    rows,
+    bit,  # [1, G]
+    exists,
+    mask_stride,
+    offsets_stride,
+    ALIGNED: tl.constexpr,
+):
+    """Return the bits of rows from `bit` on, and the number of bits before it in the mask."""
+    place = starts + tl.load(offsets + rows * offsets_stride + bit // 64, exists, other=0)
+    if ALIGNED:
+        words = mask.to(tl.pointer_type(tl.int64)) + rows * (mask_stride // 8) + bit // 64
+        word = tl.load(words, exists, other=0)
+        low = word.to(tl.int32)
+        high = (word >> 32).to(tl.int32)
+        shift = bit & 31
+        below = (1 << shift) - 1
+        upper = (bit & 32) != 0
+        place += count_bits(low & tl.where(upper, -1, below))
+        place += count_bits(high & tl.where(upper, below, 0))
+        bits = tl.where(upper, high, low) >> shift
+    else:
+        start = mask + rows * mask_stride + bit // 8
+        byte = tl.load(start, exists, other=0).to(tl.int32)
+        for before in tl.static_range(1, 8):
+            inside = exists & (((bit // 8) & 7) >= before)
+            place += count_bits(tl.load(start - before, inside, other=0).to(tl.int32))
+        place += count_bits(byte & ((1 << (bit & 7)) - 1))
+        bits = byte >> (bit & 7)
+    return bits, place
+
+
+@triton.jit
+def entries(
+    values,
+    scale,
+    m,  # [R, G], as of `unit`
+    place,  # [R, G]
+    LAYOUT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Return the eight entries of each unit, each [R, G], with zeros."""
+    if BITS > 0:
+        e0, e1, e2, e3, e4, e5, e6, e7 = _packed_entries(
+            values, scale, m, place, LAYOUT, BITS, GROUP
+        )
+    elif ASM and values.dtype.element_ty.primitive_bitwidth == 16:
+        w0, w1, w2, w3, w4, shift = words_of(values, m, place)
+        e0, e1, e2, e3, e4, e5, e6, e7 = tl.inline_asm_elementwise(
+            ENTRIES,
+            ENTRIES_OPERANDS,
+            [w0, w1, w2, w3, w4, m, shift],
+            dtype=(
+                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
+            ),
+            is_pure=True,
+            pack=1,
+        )  # fmt: skip
+        dtype: tl.constexpr = values.dtype.element_ty
+        e0 = e0.to(dtype, bitcast=True)
+        e1 = e1.to(dtype, bitcast=True)
+        e2 = e2.to(dtype, bitcast=True)
+        e3 = e3.to(dtype, bitcast=True)
+        e4 = e4.to(dtype, bitcast=True)
+        e5 = e5.to(dtype, bitcast=True)
+        e6 = e6.to(dtype, bitcast=True)
+        e7 = e7.to(dtype, bitcast=True)
+    else:
+        e0, place = _entry(values, place, (m & 1) != 0)
+        e1, place = _entry(values, place, (m & 2) != 0)
+        e2, place = _entry(values, place, (m & 4) != 0)
+        e3, place = _entry(values, place, (m & 8) != 0)
+        e4, place = _entry(values, place, (m & 16) != 0)
+        e5, place = _entry(values, place, (m & 32) != 0)
+        e6, place = _entry(values, place, (m & 64) != 0)
+        e7, place = _entry(values, place, (m & 128) != 0)
+    return e0, e1, e2, e3, e4, e5, e6, e7
+
+
+@triton.jit
+def _entry(values, place, stored):
+    return tl.load(values + place, stored, other=0.0), tl.where(stored, place + 1, place)
+
+
+@triton.jit
+def _packed_entries(
+    values, scale, m, place, LAYOUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
+):
+    """Return entries that are stored as integers, rounded to the dtype of the scales."""
+    count = count_bits(m)
+    # The last codes of a matrix may end before the words of a whole unit.
+    codes = _codes_of(values, place, count, BITS)
+    stored = m != 0
+    group = place // GROUP
+    s0 = tl.load(scale + group, stored, other=0.0).to(tl.float32)
+    s1 = s0
+    left = place * 0 + 8
+    if LAYOUT != 2:  # the values of a unit have at most two scales, if a scale has 8 values or more
+        left = (group + 1) * GROUP - place  # values with the first scale
+        s1 = tl.load(scale + group + 1, stored & (count > left), other=0.0).to(tl.float32)
+    dtype: tl.constexpr = scale.dtype.element_ty
+    e0, codes, left = _packed_entry(codes, s0, s1, left, (m & 1) != 0, dtype, BITS)
+    e1, codes, left = _packed_entry(codes, s0, s1, left, (m & 2) != 0, dtype, BITS)
+    e2, codes, left = _packed_entry(codes, s0, s1, left, (m & 4) != 0, dtype, BITS)
+    e3, codes, left = _packed_entry(codes, s0, s1, left, (m & 8) != 0, dtype, BITS)
+    e4, codes, left = _packed_entry(codes, s0, s1, left, (m & 16) != 0, dtype, BITS)
+    e5, codes, left = _packed_entry(codes, s0, s1, left, (m & 32) != 0, dtype, BITS)
+    e6, codes, left = _packed_entry(codes, s0, s1, left, (m & 64) != 0, dtype, BITS)
+    e7, codes, left = _packed_entry(codes, s0, s1, left, (m & 128) != 0, dtype, BITS)
+    return e0, e1, e2, e3, e4, e5, e6, e7
+
+
+@triton.jit
+def _codes_of(values, place, count, BITS: tl.constexpr):
+    """Return the 64 bits from code `place` on, of which the lowest hold `count` codes."""
+    first = (place & 31) * BITS
+    words = values + (place >> 5) * BITS + (first >> 5)
+    shift = (first & 31).to(tl.uint64)
+    end = (first & 31) + count * BITS
+    w0 = tl.load(words, count > 0, other=0).to(tl.uint32).to(tl.uint64)
+    w1 = tl.load(words + 1, end > 32, other=0).to(tl.uint32).to(tl.uint64)
+    out = (w0 | (w1 << 32)) >> shift
+    if BITS > 4:
+        w2 = tl.load(words + 2, end > 64, other=0).to(tl.uint32).to(tl.uint64)
+        # A shift by 64 is undefined; without a shift, w2 is zero.
+        out |= w2 << ((64 - shift) & 63)
+    return out
+
+
+@triton.jit
+def _packed_entry(codes, s0, s1, left, stored, dtype: tl.constexpr, BITS: tl.constexpr):
+    """Return one entry; the codes and the number of values with the first scale after it."""
+    step = (codes & ((1 << BITS) - 1)).to(tl.int32) - (1 << (BITS - 1))
+    size = tl.where(left > 0, s0, s1)
+    # Rounded once, like the product of a code and a scale in the dtype of the scale.
+    entry = tl.where(stored, step.to(tl.float32) * size, 0.0).to(dtype)
+    codes = tl.where(stored, codes >> BITS, codes)
+    return entry, codes, tl.where(stored, left - 1, left)
