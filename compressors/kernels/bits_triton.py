@@ -41,8 +41,12 @@ def permute_bytes(a, b, selector, ASM: tl.constexpr):
 
 
 @triton.jit
-def count_bits(word):
-    """Return the number of bits set in int32 words; LLVM knows this form as one instruction."""
+def count_bits(word, ASM: tl.constexpr):
+    """Return the number of bits set in int32 words."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "popc.b32 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
+        )
     word = word.to(tl.uint32)
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)

@@ -73,7 +73,7 @@ PRODUCT_OPERANDS = tl.constexpr(",".join(["=&f"] + ["f"] * 9 + ["r"] * 7))
 
 
 @triton.jit
-def words_of(values, m, place):
+def words_of(values, m, place, ASM: tl.constexpr):
     """Return the five words that hold the 16-bit values of a unit, and the bits before them.
 
     The last word that is read may hold half a word that is no value of the unit, nor perhaps of
@@ -81,7 +81,7 @@ def words_of(values, m, place):
     """
     odd = place & 1
     words = values.to(tl.pointer_type(tl.int32)) + (place >> 1)
-    needed = odd + count_bits(m)
+    needed = odd + count_bits(m, ASM)
     w0 = tl.load(words, needed > 0, other=0)
     w1 = tl.load(words + 1, needed > 2, other=0)
     w2 = tl.load(words + 2, needed > 4, other=0)
@@ -104,6 +104,7 @@ def unit(
     N: tl.constexpr,
     GROUP: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Return the masks of units, lowest bit first, and the places of their first values."""
     if LAYOUT == 0:
@@ -116,7 +117,7 @@ def unit(
         per_group: tl.constexpr = GROUP // 8 if LAYOUT == 2 else 1
         bit = units // per_group if LAYOUT == 2 else units * 8
         bits, place = _bits_from(
-            mask, starts, offsets, rows, bit, exists, mask_stride, offsets_stride, ALIGNED
+            mask, starts, offsets, rows, bit, exists, mask_stride, offsets_stride, ALIGNED, ASM
         )
         if LAYOUT == 2:
             bits = tl.where(exists & ((bits & 1) != 0), 255, 0)
@@ -137,6 +138,7 @@ def _bits_from(
     mask_stride,
     offsets_stride,
     ALIGNED: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Return the bits of rows from `bit` on, and the number of bits before it in the mask."""
     place = starts + tl.load(offsets + rows * offsets_stride + bit // 64, exists, other=0)
@@ -148,16 +150,16 @@ def _bits_from(
         shift = bit & 31
         below = (1 << shift) - 1
         upper = (bit & 32) != 0
-        place += count_bits(low & tl.where(upper, -1, below))
-        place += count_bits(high & tl.where(upper, below, 0))
+        place += count_bits(low & tl.where(upper, -1, below), ASM)
+        place += count_bits(high & tl.where(upper, below, 0), ASM)
         bits = tl.where(upper, high, low) >> shift
     else:
         start = mask + rows * mask_stride + bit // 8
         byte = tl.load(start, exists, other=0).to(tl.int32)
         for before in tl.static_range(1, 8):
             inside = exists & (((bit // 8) & 7) >= before)
-            place += count_bits(tl.load(start - before, inside, other=0).to(tl.int32))
-        place += count_bits(byte & ((1 << (bit & 7)) - 1))
+            place += count_bits(tl.load(start - before, inside, other=0).to(tl.int32), ASM)
+        place += count_bits(byte & ((1 << (bit & 7)) - 1), ASM)
         bits = byte >> (bit & 7)
     return bits, place
 
@@ -176,10 +178,10 @@ def entries(
     """Return the eight entries of each unit, each [R, G], with zeros."""
     if BITS > 0:
         e0, e1, e2, e3, e4, e5, e6, e7 = _packed_entries(
-            values, scale, m, place, LAYOUT, BITS, GROUP
+            values, scale, m, place, LAYOUT, BITS, GROUP, ASM
         )
     elif ASM and values.dtype.element_ty.primitive_bitwidth == 16:
-        w0, w1, w2, w3, w4, shift = words_of(values, m, place)
+        w0, w1, w2, w3, w4, shift = words_of(values, m, place, ASM)
         e0, e1, e2, e3, e4, e5, e6, e7 = tl.inline_asm_elementwise(
             ENTRIES,
             ENTRIES_OPERANDS,
@@ -218,10 +220,17 @@ def _entry(values, place, stored):
 
 @triton.jit
 def _packed_entries(
-    values, scale, m, place, LAYOUT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr
+    values,
+    scale,
+    m,
+    place,
+    LAYOUT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Return entries that are stored as integers, rounded to the dtype of the scales."""
-    count = count_bits(m)
+    count = count_bits(m, ASM)
     # The last codes of a matrix may end before the words of a whole unit.
     codes = _codes_of(values, place, count, BITS)
     stored = m != 0
@@ -270,3 +279,38 @@ def _packed_entry(codes, s0, s1, left, stored, dtype: tl.constexpr, BITS: tl.con
     entry = tl.where(stored, step.to(tl.float32) * size, 0.0).to(dtype)
     codes = tl.where(stored, codes >> BITS, codes)
     return entry, codes, tl.where(stored, left - 1, left)
+
+
+@triton.jit
+def group_products(
+    values, scale, m, place, x0, x1, x2, x3, x4, x5, x6, x7, BITS: tl.constexpr, GROUP: tl.constexpr
+):
+    """Return the products [T, R, G] of units of groups with inputs [T, 1, G], in float32.
+
+    A group is stored or not, so that the bits of a unit need not be told apart.
+    """
+    stored = m != 0
+    if BITS == 4:
+        codes = tl.load(values + place // 8, stored, other=0).to(tl.uint32).to(tl.uint64)
+    elif BITS == 8:
+        both = tl.load(values.to(tl.pointer_type(tl.int64)) + place // 8, stored, other=0)
+        codes = both.to(tl.uint64)
+    else:
+        codes = _codes_of(values, place, tl.where(stored, 8, 0), BITS)
+    size = tl.load(scale + place // GROUP, stored, other=0.0).to(tl.float32)  # 0: nothing is stored
+    total = _step(codes, 0, BITS)[None] * x0
+    total += _step(codes, 1, BITS)[None] * x1
+    total += _step(codes, 2, BITS)[None] * x2
+    total += _step(codes, 3, BITS)[None] * x3
+    total += _step(codes, 4, BITS)[None] * x4
+    total += _step(codes, 5, BITS)[None] * x5
+    total += _step(codes, 6, BITS)[None] * x6
+    total += _step(codes, 7, BITS)[None] * x7
+    return total * size[None]
+
+
+@triton.jit
+def _step(codes, k: tl.constexpr, BITS: tl.constexpr):
+    """Return signed code k in float32: the code becomes the last bits of 2**23 + code."""
+    code = (codes >> (k * BITS)).to(tl.int32) & ((1 << BITS) - 1)
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + (1 << (BITS - 1)))

@@ -22,6 +22,7 @@ from lrc.compressors.kernels.entries_triton import (
     PRODUCT_FP16,
     PRODUCT_OPERANDS,
     entries,
+    group_products,
     unit,
     words_of,
 )
@@ -178,7 +179,7 @@ def _few_rows(
         exists = (rows < d_out)[:, None] & (units * 8 < columns)[None, :]
         m, place = unit(
             mask, row_starts, offsets, rows[:, None], units[None, :], exists, mask_stride,
-            offsets_stride, LAYOUT, N, GROUP, ALIGNED,
+            offsets_stride, LAYOUT, N, GROUP, ALIGNED, ASM,
         )  # fmt: skip
         k = units[:, None] * 8 + tl.arange(0, 8)[None, :]  # [G, 8]
         inside = (tokens < n)[:, None, None] & (k < columns)[None]
@@ -193,7 +194,7 @@ def _few_rows(
         x6 = x6.to(tl.float32)[:, None, :]
         x7 = x7.to(tl.float32)[:, None, :]
         if ASM and T == 1 and BITS == 0 and values.dtype.element_ty.primitive_bitwidth == 16:
-            w0, w1, w2, w3, w4, shift = words_of(values, m[None], place[None])
+            w0, w1, w2, w3, w4, shift = words_of(values, m[None], place[None], ASM)
             acc = tl.inline_asm_elementwise(
                 PRODUCT_BF16 if values.dtype.element_ty == tl.bfloat16 else PRODUCT_FP16,
                 PRODUCT_OPERANDS,
@@ -201,6 +202,10 @@ def _few_rows(
                 dtype=tl.float32,
                 is_pure=True,
                 pack=1,
+            )
+        elif LAYOUT == 2:
+            acc += group_products(
+                values, scale, m, place, x0, x1, x2, x3, x4, x5, x6, x7, BITS, GROUP
             )
         else:
             e0, e1, e2, e3, e4, e5, e6, e7 = entries(
@@ -252,7 +257,7 @@ def _some_rows(
         exists = (rows < d_out)[:, None] & (units * 8 < columns)[None, :]
         m, place = unit(
             mask, row_starts, offsets, rows[:, None], units[None, :], exists, mask_stride,
-            offsets_stride, LAYOUT, N, GROUP, ALIGNED,
+            offsets_stride, LAYOUT, N, GROUP, ALIGNED, ASM,
         )  # fmt: skip
         e0, e1, e2, e3, e4, e5, e6, e7 = entries(
             values, scale, m, place, LAYOUT, BITS, GROUP, ASM
@@ -293,7 +298,7 @@ def _expand(
     exists = (rows < d_out)[:, None] & (units * 8 < columns)[None, :]
     m, place = unit(
         mask, row_starts, offsets, rows[:, None], units[None, :], exists, mask_stride,
-        offsets_stride, LAYOUT, N, GROUP, ALIGNED,
+        offsets_stride, LAYOUT, N, GROUP, ALIGNED, ASM,
     )  # fmt: skip
     e0, e1, e2, e3, e4, e5, e6, e7 = entries(values, scale, m, place, LAYOUT, BITS, GROUP, ASM)
     k = units[:, None] * 8 + tl.arange(0, 8)[None, :]  # [G, 8]
