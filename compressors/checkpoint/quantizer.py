@@ -34,6 +34,7 @@ from lrc.compressors.checkpoint.model_tables import (
     head_shapes,
 )
 from lrc.compressors.io.shards import read_headers
+from lrc.compressors.kernels import optimize
 from lrc.compressors.layers import (
     CompressedEmbedding,
     CompressedLinear,
@@ -151,6 +152,7 @@ class LrcQuantizer(HfQuantizer):
             self._wait_for_hashes()
             self._wait_for_hashes = None  # a model is copied and pickled with its quantizer
         check_values(model)
+        optimize(model)
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

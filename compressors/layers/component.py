@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.packing import PackedLinear, read_values
+from lrc.compressors.layers.packed_weight import PackedLinear
+from lrc.compressors.layers.packing import read_values
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpecs
 
 Device = torch.device | str | None

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrc.compressors.layers.compressed_linear import CompressedLinear
+from lrc.compressors.layers.dense import Dense
 
 
 class CompressedEmbedding(CompressedLinear):
@@ -16,6 +17,10 @@ class CompressedEmbedding(CompressedLinear):
     """
 
     REPLACES = nn.Embedding
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._set_multiplies(False)
 
     @property
     def num_embeddings(self) -> int:
@@ -34,6 +39,12 @@ class CompressedEmbedding(CompressedLinear):
         for head in [head for head, kept in tied.items() if kept.removesuffix(".weight") in names]:
             model.set_submodule(head.removesuffix(".weight"), TiedHead(self))
             del tied[head]  # transformers would tie the parameters by name
+            self._set_multiplies(True)
+
+    def _set_multiplies(self, multiplies: bool) -> None:
+        for component in self.components:
+            if isinstance(component, Dense):
+                component.multiplies = multiplies
 
     def to_dense(self) -> nn.Embedding:  # type: ignore[override]
         """Return the ordinary embedding with the same rows."""

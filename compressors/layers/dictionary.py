@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.layers.bitmask import mask_problems, pack_bits, packed_width, unpack_bits
 from lrc.compressors.layers.component import ComponentConfig, SharedFactorComponent, Sizes
-from lrc.compressors.layers.packing import PackedLinear
+from lrc.compressors.layers.packed_weight import PackedLinear
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 

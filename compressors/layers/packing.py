@@ -1,4 +1,4 @@
-"""Pack integers of few bits into int32 words; a linear layer with a packed weight."""
+"""Pack integers of few bits into int32 words, and read them."""
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,33 @@ def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:
     return torch.stack(codes, dim=-1).flatten(1)[:, :columns]
 
 
+def repack_integers(codes: Tensor, bits: int) -> Tensor:
+    """Pack like `pack_integers`, without compressed-tensors, which takes seconds to import.
+
+    Undoing a conversion must not need more than loading does.
+    """
+    rows, columns = codes.shape
+    words = -(-columns * bits // WORD)
+    stored = codes.contiguous().view(torch.uint8) + (1 << (bits - 1))
+    padded = nn.functional.pad(stored, (0, -columns % WORD))
+    if bits in (2, 4, 8):  # a word holds a whole number of codes
+        each = 8 // bits
+        parts = padded.view(rows, -1, each)
+        as_bytes = parts[:, :, 0].clone(memory_format=torch.contiguous_format)
+        for place in range(1, each):
+            as_bytes |= parts[:, :, place] << (bits * place)
+        return as_bytes.view(torch.int32)[:, :words].contiguous()
+    grouped = padded.view(rows, -1, WORD)
+    packed = grouped.new_zeros(rows, grouped.shape[1], bits + 1, dtype=torch.int32)
+    for i in range(WORD):
+        word, shift = divmod(i * bits, WORD)
+        code = grouped[:, :, i].int()
+        packed[:, :, word] |= code << shift
+        if shift + bits > WORD:
+            packed[:, :, word + 1] |= code >> (WORD - shift)
+    return packed[:, :, :bits].flatten(1)[:, :words].contiguous()
+
+
 def encode_matrix(
     name: str, codes: Tensor, scale: Tensor, zero: Tensor | None, args: QuantizationArgs
 ) -> dict[str, Tensor]:
@@ -101,68 +128,8 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     return (steps.to(scale.dtype) * scale[:, :, None]).view(rows, -1)
 
 
-def read_matrix(module: nn.Module, rows: int, columns: int, args: QuantizationArgs) -> Tensor:
-    """Return the quantized matrix [rows, columns] that a module stores as ``weight``."""
-    scale = module.get_parameter("weight_scale")
-    codes = unpack_integers(module.get_buffer("weight_packed"), args.bits, columns)
-    zero = None
-    if not args.symmetric:
-        zero = unpack_integers(module.get_buffer("weight_zero_point").T, args.bits, rows).T
-    return dequantize(codes, scale, zero)
-
-
 def read_values(packed: Tensor, scale: Tensor, count: int, args: QuantizationArgs) -> Tensor:
     """Return the numbers [count] of `encode_values`, in the dtype of `scale`."""
     codes = unpack_integers(packed, args.bits, count)[0]
     each = scale.repeat_interleave(args.group_size or VALUES_GROUP)[:count]
     return codes.to(scale.dtype) * each
-
-
-class PackedLinear(nn.Module):
-    """Compute ``y = x @ W.T`` from a quantized matrix under the tensor names of a linear layer.
-
-    Scales are parameters, which training can tune; packed codes are buffers.
-
-    Parameters
-    ----------
-    in_features, out_features : int
-    args : QuantizationArgs
-    device, dtype : optional
-        Of the scales. All tensors are uninitialized.
-
-    Raises
-    ------
-    ValueError
-        If the group size does not divide the rows.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        args: QuantizationArgs,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.args = in_features, out_features, args
-        for name, spec in args.matrix_specs("weight", [out_features, in_features]).items():
-            tensor = torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device)
-            if spec.dtype is None:
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor)
-
-    @property
-    def weight(self) -> Tensor:
-        """The matrix [out_features, in_features], in the dtype of the scales."""
-        return read_matrix(self, self.out_features, self.in_features, self.args)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` [..., in_features] to [..., out_features]."""
-        return nn.functional.linear(x, self.weight)
-
-    def extra_repr(self) -> str:
-        """Return shape and quantization for `print(model)`."""
-        return f"{self.in_features}, {self.out_features}, {self.args}"

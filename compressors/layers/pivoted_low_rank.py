@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.layers.component import Component, ComponentConfig, check_range
-from lrc.compressors.layers.packing import PackedLinear
+from lrc.compressors.layers.packed_weight import PackedLinear
 from lrc.compressors.layers.pivot_rows import pivot_rows
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 

@@ -119,7 +119,9 @@ def test_every_device_map_gives_the_same_logits(
 ) -> None:
     model = load(runs(name), device_map=device_map, offload_folder=tmp_path / "offload")
     expected = logits_of(load(runs(name)), sample)
-    assert torch.equal(logits_of(model, sample), expected)
+    # Offloaded weights have no fast path, whose results differ by rounding.
+    atol = 1e-5 if device_map is DISK else 0
+    torch.testing.assert_close(logits_of(model, sample), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", [*OURS, "int4"])

@@ -22,7 +22,8 @@ from lrc.compressors.layers import (
     reconstruct,
     sentinel,
 )
-from lrc.compressors.layers.packing import PackedLinear, read_values
+from lrc.compressors.layers.packed_weight import PackedLinear
+from lrc.compressors.layers.packing import read_values
 from lrc.compressors.planning.tasks import LayerTask, QuantizationTask, Weight
 from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow

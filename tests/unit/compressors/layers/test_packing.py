@@ -9,8 +9,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import (
 from torch import Tensor, nn
 
 from lrc.compressors.layers import QuantizationArgs
+from lrc.compressors.layers.packed_weight import PackedLinear
 from lrc.compressors.layers.packing import (
-    PackedLinear,
     encode_matrix,
     encode_values,
     pack_integers,

@@ -1,0 +1,15 @@
+"""Products with compressed weights that are faster than rebuilding the weight for every call."""
+
+from lrc.compressors.kernels.fast_path import FastPath, needs_gradients, optimize, slow_layers
+from lrc.compressors.kernels.table import Entry, Need, register, select
+
+__all__ = [
+    "Entry",
+    "FastPath",
+    "Need",
+    "needs_gradients",
+    "optimize",
+    "register",
+    "select",
+    "slow_layers",
+]

@@ -1,0 +1,94 @@
+"""Products with packed integers on CUDA devices, which read the stored tensors as they are."""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.kernels.table import Entry, Need, register
+
+OLDEST = (8, 0)
+"""Compute capability of the first devices with bfloat16."""
+
+
+def _product(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
+) -> Tensor:
+    from lrc.compressors.kernels import packed_linear_triton as kernels
+
+    if x.device.index == torch.cuda.current_device():
+        return kernels.product(x, packed, scale, zero_point, bits)
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        return kernels.product(x, packed, scale, zero_point, bits)
+
+
+@torch.library.custom_op("lrc::packed_linear", mutates_args=(), device_types="cuda")
+def packed_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, columns: int
+) -> Tensor:
+    """Return ``x @ W.T`` for a matrix of packed integers.
+
+    Parameters
+    ----------
+    x : Tensor, shape [rows, columns]
+    packed : Tensor, shape [d_out, ceil(columns * bits / 32)], int32
+        As `pack_integers` returns them.
+    scale : Tensor, shape [d_out, groups]
+        In the dtype of `x`.
+    zero_point : Tensor, shape [ceil(d_out * bits / 32), groups], int32, or None
+        Packed along the rows of the matrix.
+    bits : int
+        In [2, 8].
+    columns : int
+
+    Returns
+    -------
+    Tensor, shape [rows, d_out]
+        In the dtype of `x`; sums are float32.
+    """
+    return _product(x, packed, scale, zero_point, bits)
+
+
+@packed_linear.register_fake
+def _(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, columns: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], packed.shape[0])
+
+
+def run(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, columns: int
+) -> Tensor:
+    """Return ``x @ W.T`` like `packed_linear`, without the cost of an operator if not compiled."""
+    if torch.compiler.is_compiling():
+        y: Tensor = packed_linear(x, packed, scale, zero_point, bits, columns)
+        return y
+    return _product(x, packed, scale, zero_point, bits)
+
+
+def refuse(need: Need) -> str | None:
+    """Return why the Triton kernels do not serve a product; None if they do."""
+    return triton_problem(need.device.index or 0)
+
+
+@cache
+def triton_problem(device: int) -> str | None:
+    """Return why Triton cannot be used on a CUDA device; None if a small product succeeds."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}"
+    x = torch.ones(1, 32, device=f"cuda:{device}", dtype=torch.float16)
+    packed = torch.zeros(4, 4, device=x.device, dtype=torch.int32)
+    try:
+        y = _product(x, packed, x.new_ones(4, 1), None, 4)
+    except Exception as error:  # Triton needs a C compiler at run time, among others
+        return f"Triton fails: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    expected = x.new_full((1, 4), -8.0 * 32)
+    return None if torch.equal(y, expected) else "Triton computes wrong results"
+
+
+register(Entry("Triton", "packed_linear", "cuda", range(2, 9), run, refuse=refuse))

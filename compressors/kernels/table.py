@@ -1,0 +1,107 @@
+"""The table of fast products: which implementation serves an operation on a device.
+
+A module that implements a product registers entries when it is imported, and `MODULES` lists it.
+Components call `select` once after loading. The first entry whose requirements are met is used; it
+handles every number of rows up to its limit, and larger inputs take the plain product.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODULES = ("packed_linear", "packed_tiles", "packed_bytes", "packed_bags")
+"""Modules of this package that register entries, in order of preference."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """A product that a component computes, as it is known after loading."""
+
+    operation: str
+    """Name of the custom operator in the namespace ``lrc``, for example ``packed_linear``."""
+    codec: int | str
+    """Bits of the integers, or a word such as ``float`` or ``n8``."""
+    device: torch.device
+    dtype: torch.dtype
+    """Of inputs, scales and outputs."""
+    shape: tuple[int, int]
+    """``(d_out, d_in)``."""
+    group_size: int | None = None
+    """Columns that share a scale; None for the whole row, or if nothing is quantized."""
+    symmetric: bool = True
+
+
+def always(need: Need) -> None:
+    """Accept every product."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A converted copy of the stored tensors, which takes their place while it is used."""
+
+    pack: Callable[..., dict[str, Tensor]]
+    """Converts codes [d_out, d_in], int8, scales, zero points or None, and bits."""
+    unpack: Callable[..., Tensor]
+    """Returns the codes for the converted tensors, bits and shape, or those of some rows."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One implementation of an operation."""
+
+    name: str
+    """What `lrc inspect` and `lrc bench` call it."""
+    operation: str
+    device: str
+    """Device type."""
+    codecs: Collection[int | str]
+    run: Callable[..., Any]
+    """The product; its arguments depend on the operation."""
+    dtypes: Collection[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
+    rows: int | None = None
+    """Largest number of rows of the input; None if unlimited."""
+    refuse: Callable[[Need], str | None] = always
+    """Returns why the entry does not serve a product; None if it does."""
+    layout: Layout | None = None
+    """None if `run` reads the stored tensors as they are."""
+
+
+TABLE: list[Entry] = []
+_loaded = False
+
+
+def register(*entries: Entry) -> None:
+    """Add entries, each after those registered earlier."""
+    TABLE.extend(entries)
+
+
+def select(need: Need) -> Entry | str:
+    """Return the first entry that serves a product, or the reason why there is none."""
+    global _loaded
+    if not _loaded:  # here, because the modules import this one
+        _loaded = True
+        for name in MODULES:
+            import_module(f"lrc.compressors.kernels.{name}")
+    reasons = []
+    for entry in TABLE:
+        if entry.operation != need.operation or entry.device != need.device.type:
+            continue
+        reason = _refusal(entry, need)
+        if reason is None:
+            return entry
+        reasons.append(f"{entry.name}: {reason}")
+    if not reasons:
+        return f"{need.operation} has no fast path on {need.device.type}"
+    return "; ".join(reasons)
+
+
+def _refusal(entry: Entry, need: Need) -> str | None:
+    if need.codec not in entry.codecs:
+        return f"codec {need.codec} is not supported"
+    if need.dtype not in entry.dtypes:
+        return f"{str(need.dtype).removeprefix('torch.')} is not supported"
+    return entry.refuse(need)

@@ -1,0 +1,254 @@
+"""A module that stores a quantized matrix, and a linear layer with such a weight."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lrc.compressors.kernels import FastPath, Need, select
+from lrc.compressors.layers.packing import dequantize, repack_integers, unpack_integers
+from lrc.compressors.layers.quantization_args import QuantizationArgs
+
+CONVERTED = "converted_"
+"""Prefix of the buffers of a converted copy; they are not part of the state dict."""
+
+
+class PackedWeight(FastPath, nn.Module):
+    """A module whose matrix may be stored as packed integers, under the name ``weight``.
+
+    Some fast paths need the codes in another order. The converted copy then takes the place of the
+    stored buffers, and every way to read or write these converts back: state dicts are the same as
+    without a fast path.
+    """
+
+    _copy: dict[str, Tensor] | None = None
+    """The converted copy; its tensors are buffers, too, so that they count as memory."""
+    _scale_state: tuple[int, int] | None = None
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        raise NotImplementedError
+
+    @property
+    def packed_args(self) -> QuantizationArgs | None:
+        """Quantization of the matrix; None if it is not quantized."""
+        raise NotImplementedError
+
+    def codes(self, ids: Tensor | None = None) -> Tensor:
+        """Return the int8 codes [rows, columns], or those of the rows `ids` [n]."""
+        args, (_, columns) = self._args(), self.packed_shape
+        if self._copy is not None:
+            assert self.entry is not None
+            assert self.entry.layout is not None
+            rows = None if ids is None else ids.cpu()
+            found = self.entry.layout.unpack(self._copy, args.bits, self.packed_shape, rows)
+            # Hooks of device maps move parameters and buffers, but not the copy.
+            return found.to(self.get_parameter("weight_scale").device)
+        packed = self.get_buffer("weight_packed")
+        if ids is not None:
+            packed = packed.index_select(0, ids)
+        return unpack_integers(packed, args.bits, columns)
+
+    def zero_points(self) -> Tensor | None:
+        """Return the codes that represent 0 [rows, groups], int8; None if symmetric."""
+        args = self._args()
+        if args.symmetric:
+            return None
+        packed = self.get_buffer("weight_zero_point").T
+        return unpack_integers(packed, args.bits, self.packed_shape[0]).T
+
+    def packed_matrix(self) -> Tensor:
+        """Return the matrix [rows, columns], in the dtype of the scales."""
+        return dequantize(self.codes(), self.get_parameter("weight_scale"), self.zero_points())
+
+    def packed_rows(self, ids: Tensor) -> Tensor:
+        """Return the rows `ids` [n] of the matrix as [n, columns]."""
+        zero = self.zero_points()
+        scale = self.get_parameter("weight_scale").index_select(0, ids)  # refuses negative ids
+        return dequantize(self.codes(ids), scale, None if zero is None else zero[ids])
+
+    def packed_product(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., columns] to [..., rows]."""
+        scale = self._parameters["weight_scale"]  # `get_parameter` takes as long as a product
+        assert scale is not None
+        if not self.is_fast(x, scale):
+            return nn.functional.linear(x, self.packed_matrix())
+        # Converted scales are copies. Guards of compiled code do not see versions of tensors.
+        if self._copy is not None and not torch.compiler.is_compiling():
+            if self._scale_state != _state(scale):
+                self.optimize()
+        entry, args = self.entry, self._args()
+        assert entry is not None
+        rows, columns = self.packed_shape
+        flat = x if x.dim() == 2 else x.reshape(-1, columns)
+        if self._copy is not None:
+            y: Tensor = entry.run(flat, self._copy, args.bits, rows)
+        else:
+            packed, zero = self._buffers["weight_packed"], self._buffers.get("weight_zero_point")
+            y = entry.run(flat, packed, scale, zero, args.bits, columns)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
+
+    def optimize(self) -> str | None:
+        """Select a fast path for the current device and dtype; return the reason if none fits."""
+        self.restore()
+        self.reason = None
+        if self.packed_args is None:
+            return None  # a dense product is as fast as it gets
+        scale, packed = self.get_parameter("weight_scale"), self.get_buffer("weight_packed")
+        args, shape = self._args(), self.packed_shape
+        if scale.is_meta or packed.is_meta:
+            self.reason = "the weights are offloaded"
+            return self.reason
+        size = args.group_size
+        need = Need(
+            "packed_linear", args.bits, packed.device, scale.dtype, shape, size, args.symmetric
+        )
+        found = select(need)
+        if isinstance(found, str):
+            self.reason = found
+            return found
+        if found.layout is not None:
+            with torch.no_grad():
+                codes, zero = self.codes(), self.zero_points()
+                converted = found.layout.pack(codes, scale, zero, args.bits)
+                back = found.layout.unpack(converted, args.bits, shape)
+                # The stored words are released, so that they must be recovered bit by bit.
+                if not torch.equal(repack_integers(back, args.bits), packed):
+                    self.reason = f"{found.name}: the conversion is not reversible here"
+                    return self.reason
+            for key, tensor in converted.items():
+                self.register_buffer(CONVERTED + key, tensor, persistent=False)
+            del self._buffers["weight_packed"]
+            self._copy, self._scale_state = converted, _state(scale)
+        self.entry = found
+        return None
+
+    def restore(self) -> None:
+        """Return to the plain product and to the stored tensors."""
+        if self._copy is not None:
+            self.register_buffer("weight_packed", self._repacked())
+            for key in self._copy:
+                delattr(self, CONVERTED + key)
+            self._copy = self._scale_state = None
+        self.entry = None
+
+    def _args(self) -> QuantizationArgs:
+        args = self.packed_args
+        assert args is not None
+        return args
+
+    def _repacked(self) -> Tensor:
+        return repack_integers(self.codes(), self._args().bits)
+
+    # What reads or writes the stored tensors as they are.
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self._copy is not None:
+            destination[f"{prefix}weight_packed"] = self._repacked()
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        fast = self.entry is not None
+        self.restore()
+        super()._load_from_state_dict(*args, **options)  # type: ignore[no-untyped-call]
+        if fast:
+            self.optimize()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert the stored tensors, and select for their new device and dtype."""
+        fast = self.entry is not None or self.reason is not None
+        self.restore()
+        super()._apply(fn, recurse)
+        if fast:
+            self.optimize()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the stored tensors: converted ones depend on the processor."""
+        state = dict(self.__dict__)
+        state["_fast"] = self.entry is not None
+        if self._copy is not None:
+            kept = {k: t for k, t in self._buffers.items() if not k.startswith(CONVERTED)}
+            state["_buffers"] = {**kept, "weight_packed": self._repacked()}
+            state["_non_persistent_buffers_set"] = {
+                name for name in self._non_persistent_buffers_set if not name.startswith(CONVERTED)
+            }
+            state["_copy"] = state["_scale_state"] = None
+        state["entry"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Select a fast path where the copy is."""
+        fast = state.pop("_fast", False)
+        super().__setstate__(state)
+        if fast:
+            self.optimize()
+
+
+def _state(scale: Tensor) -> tuple[int, int]:
+    """Return what changes when a tensor is replaced or written to."""
+    return scale.data_ptr(), 0 if scale.is_inference() else scale._version
+
+
+class PackedLinear(PackedWeight):
+    """Compute ``y = x @ W.T`` from a quantized matrix under the tensor names of a linear layer.
+
+    Scales are parameters, which training can tune; packed codes are buffers.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    args : QuantizationArgs
+    device, dtype : optional
+        Of the scales. All tensors are uninitialized.
+
+    Raises
+    ------
+    ValueError
+        If the group size does not divide the rows.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        args: QuantizationArgs,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.args = in_features, out_features, args
+        for name, spec in args.matrix_specs("weight", [out_features, in_features]).items():
+            tensor = torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device)
+            if spec.dtype is None:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        return self.out_features, self.in_features
+
+    @property
+    def packed_args(self) -> QuantizationArgs:
+        """Quantization of the matrix."""
+        return self.args
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix [out_features, in_features], in the dtype of the scales."""
+        return self.packed_matrix()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., in_features] to [..., out_features]."""
+        return self.packed_product(x)
+
+    def extra_repr(self) -> str:
+        """Return shape and quantization for `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, {self.args}"
