@@ -24,18 +24,24 @@ Storage = Annotated[
     ),
 ]
 Component = Literal[
-    "low_rank", "pivoted_low_rank", "sparse", "pivoted_low_rank+sparse", "dictionary", "dense"
+    "low_rank",
+    "pivoted_low_rank",
+    "sparse",
+    "semi_structured",
+    "pivoted_low_rank+sparse",
+    "dictionary",
+    "dense",
 ]
-Pattern = Literal["unstructured", "2:4"]
 EntryPattern = Annotated[
-    Pattern,
+    Literal["unstructured", "2:4", "n:8"],
     Field(
-        description="Which entries may be kept: any (`unstructured`), or two of every four "
-        "consecutive inputs (`2:4`), which always takes 0.5625 of the bits of 16-bit weights."
+        description="Which entries may be kept: any (`unstructured`); two of every four "
+        "consecutive inputs (`2:4`), which always takes 0.5625 of the bits of 16-bit weights; or "
+        "equally many of every eight (`n:8`), with one n for every matrix."
     ),
 ]
 AtomPattern = Annotated[
-    Pattern,
+    Literal["unstructured", "2:4"],
     Field(
         description="Which atoms an output may use: any (`unstructured`), or two of every four "
         "consecutive ones (`2:4`)."
@@ -133,9 +139,17 @@ class BasisSharing(DecomposeBase):
 class Pruning(FixedSize):
     """Options of the methods that keep some entries of a matrix."""
 
-    produces = "sparse"
-
     pattern: EntryPattern = "unstructured"
+
+    @property
+    def component_types(self) -> tuple[str, ...]:
+        """Return the component that stores the pattern."""
+        return ("semi_structured" if self.pattern == "n:8" else "sparse",)
+
+    @property
+    def zero_pattern(self) -> str | None:
+        """Return the pattern that the component has besides its sizes."""
+        return "2:4" if self.pattern == "2:4" else None
 
 
 class Magnitude(Pruning):
@@ -234,7 +248,7 @@ class Mixed(DecomposeBase):
     method: Literal["mixed"]
     components: Annotated[list[Component], Field(min_length=1)] = ["pivoted_low_rank", "sparse"]
     """Component types to choose from; leaving a matrix `dense` is always possible.
-    `pivoted_low_rank+sparse` is the sum of both."""
+    `pivoted_low_rank+sparse` is the sum of both; `semi_structured` is sparse with pattern n:8."""
     schemes: list[SchemeName] = []
     """Integer formats, such as `int8` or `int4-g64`, to which any matrix, dense ones included, may
     be quantized."""

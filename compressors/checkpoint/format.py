@@ -21,6 +21,9 @@ and the `config.json` of the original architecture. In addition:
                        of the matrix is row ``order[j]`` of ``cat([a, c @ a])``
   ``sparse``           ``values`` [nonzeros], row by row; ``mask`` [d_out, ceil(d_in / 8)],
                        uint8, with one bit per entry
+  ``semi_structured``  n of every eight columns of a row: ``values`` [d_out, d_in / 8, n], of each
+                       group in ascending order of its columns; ``mask`` [d_out, d_in / 8], uint8,
+                       with one byte per group, of which n bits are set
   ``dictionary``       ``a.weight`` [atoms, d_in]; ``values`` [d_out, nonzeros], the
                        coefficients of every output in ascending order of their atoms; ``mask``
                        [d_out, ceil(atoms / 8)], uint8, or ``index`` [d_out, nonzeros], int16,

@@ -141,7 +141,7 @@ def _pivoted(of: _Target, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _sparse(of: _Target, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     values, packed, d_in = tensors["values"], tensors["mask"], of.W.shape[1]
     if of.how.quantizer == "rtn":
-        codes, scale = quantize_values(values, of.args, dtype=of.dtype)
+        codes, scale = quantize_values(values.flatten(), of.args, dtype=of.dtype)
     else:
         W_hat, mask = scatter_values(values, packed, d_in), unpack_bits(packed, d_in)
         codes, scale = quantize_sparse_values(of.W, W_hat, mask, of.H, of.args, dtype=of.dtype)
@@ -152,6 +152,7 @@ JOINT_QUANTIZERS: dict[str, Callable[[_Target, dict[str, Tensor]], dict[str, Ten
     "low_rank": _low_rank,
     "pivoted_low_rank": _pivoted,
     "sparse": _sparse,
+    "semi_structured": _sparse,
 }
 """Components whose tensors are quantized one after the other, each correcting the previous ones;
 those of other types are rounded to nearest separately."""

@@ -32,7 +32,7 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
 
 
 def scatter_values(values: Tensor, packed: Tensor, n: int) -> Tensor:
-    """Place `values` [count] row by row where the mask [rows, n] is set, zeros elsewhere."""
+    """Place `values`, in order, row by row where the mask [rows, n] is set; zeros elsewhere."""
     mask = unpack_bits(packed, n)
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
@@ -52,7 +52,7 @@ def mask_problems(
     per_row : int, optional
         Number of set bits of every row, if all have equally many.
     pattern : str, optional
-        ``2:4`` if exactly two of every four consecutive bits are set.
+        ``2:4`` if exactly two of every four consecutive bits are set; other numbers likewise.
     """
     bits = unpack_bits(packed, packed.shape[1] * BYTE)
     if bool(bits[:, n:].any()):
@@ -60,8 +60,10 @@ def mask_problems(
     found = int(bits.sum())
     if found != count:
         return [f"the mask has {found} bits set, expected {count}"]
-    if pattern is not None and bool((bits[:, :n].unflatten(1, (-1, 4)).sum(dim=2) != 2).any()):
-        return ["the mask does not have 2 bits in every 4 columns"]
+    if pattern is not None:
+        kept, size = map(int, pattern.split(":"))
+        if bool((bits[:, :n].unflatten(1, (-1, size)).sum(dim=2) != kept).any()):
+            return [f"the mask does not have {kept} bits in every {size} columns"]
     if per_row is not None and bool((bits.sum(dim=1) != per_row).any()):
         return [f"the mask does not have {per_row} bits in every row"]
     return []

@@ -76,6 +76,9 @@ class Component(nn.Module, ABC):
     """Keys of `ComponentConfig.sizes`, in the order in which tables show them."""
     PATTERNS: ClassVar[tuple[str, ...]] = ()
     """Values of `ComponentConfig.pattern` that the layout supports."""
+    COARSE: ClassVar[bool] = False
+    """Whether there are so few sizes that an allocation considers all of them, and that a uniform
+    budget is met only by giving some weights the next one."""
     SHARED_SIZE: ClassVar[str | None] = None
     """Key of `sizes` that is equal in layers that share a first factor, the matrix applied to the
     input; None if the component cannot share one."""
@@ -143,7 +146,7 @@ class Component(nn.Module, ABC):
 
     @classmethod
     def largest_step(cls, d_out: int, d_in: int) -> int:
-        """Return the largest step of `sizes_at`; by default the largest rank."""
+        """Return the largest step of `sizes_at`, by default the largest rank; 0 if none exists."""
         return min(d_out, d_in)
 
     @classmethod

@@ -13,10 +13,12 @@ from lrc.compressors.layers.dictionary import Dictionary
 from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.pivoted_low_rank import PivotedLowRank
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpecs
+from lrc.compressors.layers.semi_structured import SemiStructured
 from lrc.compressors.layers.sparse import Sparse
 
 COMPONENTS: dict[str, type[Component]] = {
-    kind.TYPE: kind for kind in (Dense, LowRank, PivotedLowRank, Sparse, BlockSparse, Dictionary)
+    kind.TYPE: kind
+    for kind in (Dense, LowRank, PivotedLowRank, Sparse, SemiStructured, BlockSparse, Dictionary)
 }
 SENTINEL_BITS = 8
 """Every compressed weight stores one byte under the name of the dense weight."""

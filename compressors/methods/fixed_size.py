@@ -11,6 +11,7 @@ from lrc.compressors.methods.base import FixedSizeMethod, FixedSizeResult
 from lrc.compressors.solvers.dictionary_learning import DictionaryProblem
 from lrc.compressors.solvers.flops import dictionary_work, pruning_work, sum_work
 from lrc.compressors.solvers.linalg import tensor_cores
+from lrc.compressors.solvers.masks import GROUP_SIZES, Pattern
 from lrc.compressors.solvers.metric import Metric, damped_metric, weighted_energy
 from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.compressors.solvers.pruning import (
@@ -44,20 +45,23 @@ def _moments(
 class Pruning(FixedSizeMethod):
     """Keep the entries with the largest saliency."""
 
-    types: tuple[str, ...] = field(default=("sparse",), kw_only=True)
+    types: tuple[str, ...] = field(default=("sparse", "semi_structured"), kw_only=True)
     saliency: Saliency = "second-order"
 
     def solve(
         self, W: Tensor, statistics: Statistics, sizes: Sizes, **options: Any
     ) -> FixedSizeResult:
-        """Keep ``nonzeros`` entries of the whole matrix; half of them with pattern 2:4."""
-        unstructured = options.get("pattern", "unstructured") == "unstructured"
+        """Keep ``nonzeros`` entries of the whole matrix, or ``n`` of every eight.
+
+        With pattern 2:4 half of the entries are kept.
+        """
+        pattern = _pattern(sizes, options)
         found = prune(
             W,
             *_moments(self, statistics),
-            nonzeros=sizes["nonzeros"] if unstructured else None,
+            nonzeros=None if pattern == "2:4" else _count(sizes, W),
             saliency=self.saliency,
-            **options,
+            **options | {"pattern": pattern},
         )
         parts = ({"W_hat": found.W_hat, "mask": found.mask},)
         return FixedSizeResult(parts, found.energy, found.relative_error, found.fallback)
@@ -69,12 +73,18 @@ class Pruning(FixedSizeMethod):
         inputs, gradients = _moments(self, statistics)
         damping = {key: value for key, value in options.items() if key != "pattern"}
         total = weighted_energy(W, inputs, gradients, **damping)
-        if options.get("pattern") == "2:4":  # a single size; solving it takes less than a curve
+        pattern = _pattern(sizes[0], options) if sizes else "unstructured"
+        if pattern == "2:4":  # a single size; solving it takes less than a curve
             solved = [self.solve(W, statistics, each, **options) for each in sizes]
             return [each.squared_error for each in solved], total
-        nonzeros = [each["nonzeros"] for each in sizes]
         found = prune_curve(
-            W, inputs, gradients, nonzeros=nonzeros, saliency=self.saliency, **damping
+            W,
+            inputs,
+            gradients,
+            nonzeros=[_count(each, W) for each in sizes],
+            pattern=pattern,
+            saliency=self.saliency,
+            **damping,
         )
         return found, total
 
@@ -85,6 +95,18 @@ class Pruning(FixedSizeMethod):
         if self.saliency != "second-order":
             return 0
         return len(sizes) * pruning_work(d_out, d_in, rounds=CURVE_ROUNDS if curve else ROUNDS)
+
+
+def _pattern(sizes: Sizes, options: Mapping[str, Any]) -> Pattern:
+    """Return the pattern of a pruned weight: only the sizes of n:8 tell it in a mixed plan."""
+    return "n:8" if "n" in sizes else options.get("pattern", "unstructured")
+
+
+def _count(sizes: Sizes, W: Tensor) -> int:
+    """Return the number of entries that are kept in the whole matrix."""
+    if "n" in sizes:
+        return sizes["n"] * W.numel() // GROUP_SIZES["n:8"]
+    return sizes["nonzeros"]
 
 
 @dataclass(frozen=True)

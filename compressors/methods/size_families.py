@@ -10,8 +10,13 @@ SUM_RATIO = 0.1
 
 
 def largest_step(types: str, d_out: int, d_in: int) -> int:
-    """Return the largest step of `components_at`."""
+    """Return the largest step of `components_at`; 0 if no weight of that shape has any."""
     return COMPONENTS[types.rpartition("+")[2]].largest_step(d_out, d_in)
+
+
+def coarse(types: str) -> bool:
+    """Return whether there are only a few steps, see `Component.COARSE`."""
+    return COMPONENTS[types.rpartition("+")[2]].COARSE
 
 
 def components_at(

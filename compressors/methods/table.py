@@ -164,6 +164,12 @@ METHODS: dict[str, Method] = {
         frozenset({"inputs", "gradients"}),
         "one Lagrangian over components, whose losses are comparable under one metric",
         options=("damp", "gradient_damp", "rounds"),
-        types=(*LOW_RANK_TYPES, "sparse", "pivoted_low_rank+sparse", "dictionary"),
+        types=(
+            *LOW_RANK_TYPES,
+            "sparse",
+            "semi_structured",
+            "pivoted_low_rank+sparse",
+            "dictionary",
+        ),
     ),
 }

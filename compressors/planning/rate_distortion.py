@@ -19,6 +19,7 @@ from lrc.compressors.io.machine import OnStep
 from lrc.compressors.layers import Sizes
 from lrc.compressors.methods.base import FixedSizeMethod
 from lrc.compressors.methods.group_statistics import combined, has_zero_statistics, missing_reason
+from lrc.compressors.methods.size_families import coarse
 from lrc.compressors.methods.table import METHODS, LowRankMethod
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Allocation
@@ -167,6 +168,8 @@ def size_families(
 ) -> list[tuple[SizeSteps, list[Sizes]]]:
     """Return the sizes to solve for: the planned ones, or those at `FRACTIONS` of the dense cost.
 
+    Of types with a few sizes, all that are cheaper than the dense weight are solved for.
+
     An allocation of dictionaries has one family per ratio, because interpolation between sizes of
     different ratios is meaningless.
     """
@@ -176,7 +179,11 @@ def size_families(
     families: list[tuple[SizeSteps, list[Sizes]]] = []
     for ratio in ratios:
         steps = SizeSteps(task, types, ratio=ratio)
-        numbers = dict.fromkeys(steps.within(keep, allocation.measure) for keep in FRACTIONS)
+        if coarse(types):
+            numbers = list(range(steps.within(1, allocation.measure), 0, -1))
+        else:
+            numbers = [steps.within(keep, allocation.measure) for keep in FRACTIONS]
+            numbers = list(dict.fromkeys(numbers))
         families.append((steps, [steps.config(number).sizes for number in numbers if number > 0]))
     return families
 

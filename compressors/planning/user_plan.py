@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.compressors.layers import COMPONENTS, WeightConfig
-from lrc.compressors.methods.base import Method
+from lrc.compressors.methods.base import FixedSizeMethod, Method
 from lrc.compressors.planning.plan import PLAN_VERSION
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.tasks import LayerTask
@@ -166,7 +166,8 @@ def _config_for(
     config = _before_quantization(config, task, method)
     if not config.compressed:
         return config
-    allowed = [task.types] if len(task.weights) > 1 else [*method.types]
+    one = len(task.weights) > 1 or isinstance(method, FixedSizeMethod)
+    allowed = [task.types] if one else [*method.types]
     if method.chooses_quantization:
         allowed.append("dense")
     if config.types not in allowed:

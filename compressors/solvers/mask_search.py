@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.solvers.masked_least_squares import compensated_error, masked_least_squares
-from lrc.compressors.solvers.masks import Pattern, drop_and_swap, largest, two_of_four
+from lrc.compressors.solvers.masks import (
+    GROUP_SIZES,
+    Pattern,
+    drop_and_swap,
+    largest_of_groups,
+    swap_in_groups,
+)
 from lrc.compressors.solvers.metric import Metric
 
 # Damping of the inverses, as a fraction of the mean of the metrics scaled to unit diagonal. In
@@ -19,7 +25,8 @@ from lrc.compressors.solvers.metric import Metric
 SEARCH_DAMP = 1e-4
 # Swaps in the first round as a fraction of the removed entries, and the decay of that fraction per
 # round. With more swaps at once they interfere; with fewer, eight rounds are not enough.
-SWAPS, SWAPS_DECAY = 0.05, 0.65
+# Groups exchange at most one pair each and bear three times as many.
+SWAPS, GROUP_SWAPS, SWAPS_DECAY = 0.05, 0.15, 0.65
 # Conjugate-gradient steps after a swap; for the first and the last mask, so that masks are compared
 # fairly; and finally without `SEARCH_DAMP`. With few tokens a metric is so ill-conditioned that
 # half of these steps leave twice the error if most entries are removed.
@@ -83,7 +90,7 @@ class MaskSearch:
     def best(self, state: MaskState, nonzeros: int, rounds: int) -> MaskState:
         """Prune to `nonzeros` entries, swap entries, and return the state of lowest error."""
         best = now = self.swapped(state, nonzeros, 0.0, OUTER_STEPS)
-        fraction = SWAPS
+        fraction = SWAPS if self.pattern == "unstructured" else GROUP_SWAPS
         for _ in range(rounds):
             mask = self._reselected(now, nonzeros, fraction)
             if torch.equal(mask, now.mask):
@@ -120,10 +127,8 @@ class MaskSearch:
         gains = state.multipliers.square() * self.slack
         if self.pattern == "unstructured":
             return drop_and_swap(state.mask, losses, gains, drop=drop, swaps=swaps)
-        scores = torch.where(state.mask, losses, gains)
-        mask = two_of_four(scores, 1)
+        size = GROUP_SIZES[self.pattern]
         if drop:
-            return mask
-        gain = (scores * (mask.float() - state.mask.float())).view(-1, 4).sum(1)
-        changed = largest(gain, min(swaps, len(gain))) & (gain > 0)
-        return torch.where(changed.repeat_interleave(4).view(mask.shape), mask, state.mask)
+            count = nonzeros * size // self.W.numel()  # in every group
+            return largest_of_groups(torch.where(state.mask, losses, -1), count, size, 1)
+        return swap_in_groups(state.mask, losses, gains, size=size, swaps=swaps)

@@ -1,11 +1,13 @@
-"""Boolean masks: selection of entries by score, in any place or two of every four."""
+"""Boolean masks: selection of entries by score, in any place or equally many of every group."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Pattern = Literal["unstructured", "2:4"]
+Pattern = Literal["unstructured", "2:4", "n:8"]
+GROUP_SIZES: dict[Pattern, int] = {"2:4": 4, "n:8": 8}
+"""Number of consecutive entries of a row of which equally many are kept."""
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -14,19 +16,19 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return mask.index_fill_(0, scores.flatten().topk(count).indices, True).view(scores.shape)
 
 
-def two_of_four(scores: Tensor, dim: int) -> Tensor:
-    """Return a mask of the two largest of every four consecutive scores along a dimension >= 0.
+def largest_of_groups(scores: Tensor, count: int, size: int, dim: int) -> Tensor:
+    """Return a mask of the `count` largest of every `size` consecutive scores along `dim` >= 0.
 
-    The size along `dim` is a multiple of 4. Of equal scores the earlier one is selected.
+    The size along `dim` is a multiple of `size`. Of equal scores the earlier one is selected.
     """
-    fours = scores.unflatten(dim, (-1, 4)).unbind(dim + 1)
-    ranks = [torch.zeros_like(four, dtype=torch.int8) for four in fours]
-    for i in range(4):
+    members = scores.unflatten(dim, (-1, size)).unbind(dim + 1)
+    ranks = [torch.zeros_like(member, dtype=torch.int8) for member in members]
+    for i in range(size):
         for j in range(i):
-            later = fours[i] > fours[j]
+            later = members[i] > members[j]
             ranks[j] += later
             ranks[i] += ~later
-    return torch.stack([rank < 2 for rank in ranks], dim=dim + 1).reshape(scores.shape)
+    return torch.stack([rank < count for rank in ranks], dim=dim + 1).reshape(scores.shape)
 
 
 def drop_and_swap(mask: Tensor, losses: Tensor, gains: Tensor, *, drop: int, swaps: int) -> Tensor:
@@ -52,3 +54,18 @@ def drop_and_swap(mask: Tensor, losses: Tensor, gains: Tensor, *, drop: int, swa
     flat[outgoing[drop:]] &= ~pays
     flat[incoming] |= pays
     return flat.view(mask.shape)
+
+
+def swap_in_groups(mask: Tensor, losses: Tensor, gains: Tensor, *, size: int, swaps: int) -> Tensor:
+    """Exchange a kept for a removed entry in the groups of a row where this pays most.
+
+    Groups have `size` consecutive entries. In each, the smallest loss is paired with the largest
+    gain, so that at most one pair is exchanged: two exchanges in one group would each be chosen as
+    if the other were not made. Parameters are those of `drop_and_swap`.
+    """
+    out, outgoing = torch.where(mask, losses, torch.inf).reshape(-1, size).min(dim=1)  # [groups]
+    come, incoming = torch.where(mask, -torch.inf, gains).reshape(-1, size).max(dim=1)
+    chosen = largest(come - out, min(swaps, len(out))) & (come > out)
+    places = torch.arange(size, device=mask.device)
+    pair = (places == outgoing[:, None]) | (places == incoming[:, None])  # [groups, size]
+    return mask ^ (pair & chosen[:, None]).view(mask.shape)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrc.compressors.solvers.linalg import check_size
 from lrc.compressors.solvers.mask_search import MaskSearch
-from lrc.compressors.solvers.masks import Pattern, largest, two_of_four
+from lrc.compressors.solvers.masks import GROUP_SIZES, Pattern, largest, largest_of_groups
 from lrc.compressors.solvers.metric import Metric, damped_metric
 from lrc.compressors.solvers.moments import Moment
 
@@ -63,9 +63,10 @@ def prune(
         Second moments H and G and their damping, as for `damped_metric`. None is the identity.
     nonzeros : int, optional
         Number of entries to keep in the whole matrix. Must be None with the pattern "2:4", which
-        keeps half of them.
-    pattern : {"unstructured", "2:4"}
-        Any positions, or exactly two of every four consecutive entries of a row.
+        keeps half of them, and a multiple of the number of groups with "n:8".
+    pattern : {"unstructured", "2:4", "n:8"}
+        Any positions, exactly two of every four consecutive entries of a row, or equally many of
+        every eight.
     saliency : {"magnitude", "wanda", "second-order"}
         "magnitude": the largest ``|W_ij|`` of the matrix. "wanda": the largest
         ``|W_ij| sqrt(H_jj)`` of each row (https://arxiv.org/abs/2306.11695). "second-order": the
@@ -114,6 +115,7 @@ def prune_curve(
     gradients: Moment | None = None,
     *,
     nonzeros: Sequence[int],
+    pattern: Pattern = "unstructured",
     saliency: Saliency = "second-order",
     damp: float = 0.0,
     gradient_damp: float = 0.0,
@@ -127,13 +129,13 @@ def prune_curve(
     `prune`.
     """
     if saliency != "second-order":
-        one = partial(prune, W, inputs, gradients, saliency=saliency)
+        one = partial(prune, W, inputs, gradients, pattern=pattern, saliency=saliency)
         return [one(nonzeros=n, damp=damp, gradient_damp=gradient_damp).energy for n in nonzeros]
     for budget in nonzeros:
-        _check(W, budget, "unstructured", saliency)
+        _check(W, budget, pattern, saliency)
     W = W.double()
     metric, _ = damped_metric(inputs, gradients, damp, gradient_damp)
-    search = MaskSearch.of(W, metric, "unstructured")
+    search = MaskSearch.of(W, metric, pattern)
     state = search.dense()
     energies: dict[int, float] = {}
     for budget in sorted(set(nonzeros), reverse=True):
@@ -143,7 +145,7 @@ def prune_curve(
     return [energies[budget] for budget in nonzeros]
 
 
-def _check(W: Tensor, nonzeros: int | None, pattern: str, saliency: str) -> None:
+def _check(W: Tensor, nonzeros: int | None, pattern: Pattern, saliency: str) -> None:
     shape = list(W.shape)
     for name, value, allowed in (
         ("pattern", pattern, get_args(Pattern)),
@@ -151,17 +153,25 @@ def _check(W: Tensor, nonzeros: int | None, pattern: str, saliency: str) -> None
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if pattern == "2:4" and nonzeros is not None:
+        raise ValueError(f"nonzeros must be omitted with pattern 2:4, got {nonzeros}")
+    size = GROUP_SIZES.get(pattern, 1)
+    if shape[1] % size:
+        raise ValueError(
+            f"pattern {pattern} needs inputs in groups of {size}, got a weight {shape}; use "
+            "'unstructured'"
+        )
     if pattern == "2:4":
-        if nonzeros is not None:
-            raise ValueError(f"nonzeros must be omitted with pattern 2:4, got {nonzeros}")
-        if shape[1] % 4:
-            raise ValueError(
-                f"pattern 2:4 needs inputs in groups of 4, got a weight {shape}; use 'unstructured'"
-            )
-    elif nonzeros is None:
-        raise ValueError("nonzeros is required with pattern unstructured, got None")
-    else:
-        check_size("nonzeros", nonzeros, W.numel(), shape)
+        return
+    if nonzeros is None:
+        raise ValueError(f"nonzeros is required with pattern {pattern}, got None")
+    check_size("nonzeros", nonzeros, W.numel(), shape)
+    groups = W.numel() // size
+    if pattern != "unstructured" and nonzeros % groups:
+        raise ValueError(
+            f"nonzeros must be a multiple of {groups}, the number of groups, with pattern "
+            f"{pattern}, got {nonzeros}"
+        )
 
 
 def _one_shot(W: Tensor, metric: Metric, nonzeros: int, pattern: Pattern, saliency: str) -> Tensor:
@@ -169,8 +179,9 @@ def _one_shot(W: Tensor, metric: Metric, nonzeros: int, pattern: Pattern, salien
     score = W.abs()
     if saliency == "wanda":
         score = score * metric.diagonals(W)[1].clamp_min(0).sqrt()
-    if pattern == "2:4":
-        return two_of_four(score, 1)
+    if pattern != "unstructured":
+        size = GROUP_SIZES[pattern]
+        return largest_of_groups(score, nonzeros * size // W.numel(), size, 1)
     if saliency == "magnitude":
         return largest(score, nonzeros)
     d_out, d_in = W.shape

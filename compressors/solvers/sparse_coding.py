@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrc.compressors.solvers.conjugate_gradients import conjugate_gradients
 from lrc.compressors.solvers.linalg import whitening_factor
-from lrc.compressors.solvers.masks import Pattern, two_of_four
+from lrc.compressors.solvers.masks import Pattern, largest_of_groups
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def support(score: Tensor, nonzeros: int, pattern: Pattern = "unstructured") -> 
     the two highest of every four consecutive atoms are selected, which makes half of them.
     """
     if pattern == "2:4":
-        return two_of_four(score, 0)
+        return largest_of_groups(score, 2, 4, 0)
     kept = score.T.contiguous().topk(nonzeros, dim=1, sorted=False).indices  # [columns, nonzeros]
     mask = torch.zeros(score.T.shape, dtype=torch.bool, device=score.device)
     return mask.scatter_(1, kept, True).T.contiguous()

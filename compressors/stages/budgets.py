@@ -134,12 +134,12 @@ def _overridden(
 
 
 def _check_patterns(found: DecomposeTargets, problems: Problems) -> None:
-    """Report weights whose shape cannot have the pattern."""
+    """Report weights whose shape cannot have the pattern; method `mixed` gives them other types."""
+    if not isinstance(METHODS[found.options.method], FixedSizeMethod):
+        return
     for task in found.tasks:
-        if task.pattern is None:
-            continue
         try:
-            SizeSteps(task, task.types).config(1)
+            SizeSteps(task, task.types).config(1).tensors()
         except ValueError as error:
             problems.add(
                 "pattern-mismatch",

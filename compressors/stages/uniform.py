@@ -2,6 +2,7 @@
 
 from math import ceil
 
+from lrc.compressors.methods.size_families import coarse
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.sizes import SizeSteps
@@ -12,7 +13,8 @@ def uniform(tasks: list[LayerTask], allocation: Allocation, problems: Problems) 
     """Give every task the same fraction of its cost, of what overrides leave of the budget.
 
     Ranks are rounded down. Tasks that are too small for the fraction stay dense, and the others
-    share what remains. If no task can become smaller, all are returned dense.
+    share what remains. If no task can become smaller, all are returned dense. Where there are only
+    a few sizes, as with pattern n:8, some tasks get the next larger one, see `_spread`.
     """
     where, measure = f"stages[{allocation.stage}].decompose", allocation.measure
     multiple, floor = allocation.rank_multiple, allocation.min_keep
@@ -36,14 +38,47 @@ def uniform(tasks: list[LayerTask], allocation: Allocation, problems: Problems) 
         chosen = within(task, fraction, measure, multiple, stated=keep)
         cost = task.cost(chosen.config, measure)
         if chosen.config.compressed and cost < floor * task.dense_cost(measure):
+            between = f"that keeps between {floor:g} and {fraction:g}"
             problems.add(
                 "infeasible-budget",
                 f"{where}.min_keep",
-                f"{task.name} {list(task.shape)} has no rank that keeps between {floor:g} and "
-                f"{fraction:g}, with 'rank_multiple' {multiple}; lower min_keep or rank_multiple",
+                f"{task.name} {list(task.shape)} has no "
+                + (
+                    f"n of n:8 {between}; lower min_keep"
+                    if coarse(task.types)
+                    else f"rank {between}, with 'rank_multiple' {multiple}; lower min_keep or "
+                    "rank_multiple"
+                ),
             )
         decided.append(chosen)
-    return decided
+    return _spread(decided, fraction, measure)
+
+
+def _spread(tasks: list[LayerTask], fraction: float, measure: Measure) -> list[LayerTask]:
+    """Give tasks with a few sizes the next larger one, spread evenly, as far as the budget goes.
+
+    What rounding down leaves is carried from task to task and spent as soon as it pays for a larger
+    size: layer by layer for each kind of matrix, smaller matrices first, whose remainder pays for
+    next to nothing of a larger one.
+    """
+    spread, carried = list(tasks), 0.0
+
+    def kind(i: int) -> tuple[int, str]:
+        return tasks[i].dense_cost(measure), tasks[i].name.rpartition(".")[2]
+
+    for i in sorted(range(len(tasks)), key=kind):
+        task = tasks[i]
+        if not task.config.compressed or not coarse(task.types):
+            continue
+        steps = SizeSteps(task, task.types)
+        step = steps.within(fraction, measure)
+        carried += fraction * task.dense_cost(measure) - steps.cost(step, measure)
+        if step < steps.within(1, measure):
+            price = steps.cost(step + 1, measure) - steps.cost(step, measure)
+            if price <= carried:
+                spread[i] = task.decided(steps.config(step + 1))
+                carried -= price
+    return spread
 
 
 def _even_fraction(tasks: list[LayerTask], allocation: Allocation, keep: float | None) -> float:

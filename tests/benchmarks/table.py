@@ -134,11 +134,23 @@ def other_forms() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             for allocation in ("lagrangian", "uniform"):
                 stage = {"method": method, "keep": keep, "allocation": allocation}
                 yield f"{method}, {allocation}, {keep}", stage, {}
+        eights = sparse | {"pattern": "n:8"}
+        yield f"sparse, n:8, compensate, {keep}", eights | {"compensate": {}}, {}
+        for allocation in ("lagrangian", "uniform"):
+            yield f"sparse, n:8, {allocation}, {keep}", eights | {"allocation": allocation}, {}
+        either = mixed | {"components": ["pivoted_low_rank", "semi_structured"]}
+        yield f"mixed with n:8, compensate, {keep}", either | {"compensate": {}}, {}
         for method in ("wanda", "magnitude"):
             yield f"{method}, uniform, {keep}", {"method": method, "keep": keep}, {}
     for method in ("sparse", "wanda", "magnitude"):
         stage = {"method": method, "keep": 0.563, "pattern": "2:4", "allocation": "uniform"}
         yield f"{method}, 2:4, 0.563", stage, {}
+        if method == "sparse":
+            yield "sparse, 2:4, compensate, 0.563", stage | {"compensate": {}}, {}
+            for pattern in ("n:8", "unstructured"):  # the same bits
+                other = stage | {"pattern": pattern}
+                yield f"sparse, {pattern}, 0.563", other, {}
+                yield f"sparse, {pattern}, compensate, 0.563", other | {"compensate": {}}, {}
 
 
 def every_row() -> Iterator[tuple[str, Stages, dict[str, Any]]]:

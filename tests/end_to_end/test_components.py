@@ -80,6 +80,14 @@ TABLES: dict[str, tuple[dict[str, list[ComponentConfig]], str | None]] = {
         },
         DOWN_PROJ,
     ),
+    "semi_structured": (
+        {
+            OWNER: [component("semi_structured", n=5)],
+            V_PROJ: [component("semi_structured", n=8)],
+            DOWN_PROJ: [component("semi_structured", n=1)],
+        },
+        DOWN_PROJ,
+    ),
     "pivoted_low_rank+sparse": (
         {
             OWNER: [component("pivoted_low_rank", rank=3), component("sparse", nonzeros=400)],
@@ -178,6 +186,9 @@ def contents(
     sizes = config.sizes
     if config.types == "sparse":
         mask = largest(W.flatten(), sizes["nonzeros"]).view_as(W)
+        return [{"W_hat": W * mask, "mask": mask}], W * mask
+    if config.types == "semi_structured":
+        mask = largest(W.abs().unflatten(1, (-1, 8)), sizes["n"]).flatten(1)
         return [{"W_hat": W * mask, "mask": mask}], W * mask
     if config.types == "pivoted_low_rank+sparse":
         low = spectrum(W).truncate(sizes["rank"])

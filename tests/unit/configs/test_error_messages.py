@@ -130,7 +130,7 @@ STAGES = [
     ("{decompose: {method: wanda, keep: 0.5, storage: mask}}", "misplaced-key", f".decompose.storage: not a key of method 'wanda'; remove it. {ALLOWED_ANYWHERE}, pattern, damp"),
     ("{decompose: {method: basis-sharing, keep: 0.5, group_size: 2}}", "renamed-key", ".decompose.group_size: this key is now called 'layers_per_group'; rename it"),
     ("{decompose: {method: mixed, keep: 0.5, storage: pivot}}", "renamed-key", ".decompose.storage: this key is now called 'components'; rename it"),
-    ("{decompose: {method: mixed, keep: 0.5, components: [sum]}}", "renamed-value", ".decompose.components[0]: must be one of low_rank, pivoted_low_rank, sparse, pivoted_low_rank+sparse, dictionary, dense, got 'sum'; this value is now called 'pivoted_low_rank+sparse'"),
+    ("{decompose: {method: mixed, keep: 0.5, components: [sum]}}", "renamed-value", ".decompose.components[0]: must be one of low_rank, pivoted_low_rank, sparse, semi_structured, pivoted_low_rank+sparse, dictionary, dense, got 'sum'; this value is now called 'pivoted_low_rank+sparse'"),
     ("{decompose: {method: mixed, keep: 0.5, forms: [sparse]}}", "renamed-key", ".decompose.forms: this key is now called 'components'; rename it"),
     ("{decompose: {method: mixed, keep: 0.5, rounder: rtn}}", "renamed-key", ".decompose.rounder: this key is now called 'quantizer'; rename it"),
     ("{decompose: {method: mixed, keep: 0.5, components: [low_rank, pivoted_low_rank]}}", "conflicting-keys", ".decompose: 'components' may list low_rank or pivoted_low_rank, got both; keep pivoted_low_rank, which stores the same product in fewer bits"),

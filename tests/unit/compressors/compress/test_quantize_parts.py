@@ -35,6 +35,7 @@ SIZES: dict[str, dict[str, int]] = {
     "low_rank": {"rank": RANK},
     "pivoted_low_rank": {"rank": RANK},
     "sparse": {"nonzeros": 900},
+    "semi_structured": {"n": 5},
     "pivoted_low_rank+sparse": {"rank": RANK, "nonzeros": 500},
     "dictionary": {"atoms": 32, "nonzeros": 8},
     "dense": {},
@@ -110,6 +111,10 @@ def contents(example: Example) -> list[dict[str, Tensor]]:
         elif kind == "sparse":
             W = random(D_OUT, D_IN, seed=2)
             mask = largest(W.flatten(), sizes["nonzeros"]).view_as(W)
+            found.append({"W_hat": W * mask, "mask": mask})
+        elif kind == "semi_structured":
+            W = random(D_OUT, D_IN, seed=2)
+            mask = largest(W.unflatten(1, (-1, 8)), sizes["n"]).flatten(1)
             found.append({"W_hat": W * mask, "mask": mask})
         else:
             found.append({"B": random(D_OUT, RANK), "A": random(RANK, D_IN, seed=1)})

@@ -27,6 +27,7 @@ from lrc.compressors.layers import (
 from lrc.compressors.methods.size_families import components_at, largest_step
 
 D_OUT, D_IN, RANK = 24, 43, 6  # the width fills no whole number of bytes of a mask
+EIGHTS = 48  # the width of what is stored in groups of eight
 # Always quantized: test_quantize_parts, test_block_sparse, test_compressed_embedding.
 QUANTIZED = {"dense", "block_sparse"}
 
@@ -56,6 +57,12 @@ def sparse(nonzeros: int) -> Content:
     return {"W_hat": W * mask, "mask": mask}, W * mask
 
 
+def semi_structured(n: int) -> Content:
+    W = random(D_OUT, EIGHTS)
+    mask = largest(W.unflatten(1, (-1, 8)), n).flatten(1)
+    return {"W_hat": W * mask, "mask": mask}, W * mask
+
+
 def dictionary(atoms: int, nonzeros: int) -> Content:
     D, S = random(D_IN, atoms), random(atoms, D_OUT, seed=1)
     mask = largest(S.T, nonzeros).T
@@ -66,6 +73,7 @@ CONTENT: dict[str, Callable[..., Content]] = {
     "low_rank": low_rank,
     "pivoted_low_rank": low_rank,
     "sparse": sparse,
+    "semi_structured": semi_structured,
     "dictionary": dictionary,
 }
 RANKS = [{"rank": 1}, {"rank": RANK}, {"rank": D_OUT}]
@@ -81,6 +89,7 @@ SIZES: dict[tuple[str, bool], list[dict[str, int]]] = {
     ("low_rank", True): RANKS,
     ("pivoted_low_rank", False): RANKS,
     ("sparse", False): [{"nonzeros": 1}, {"nonzeros": 300}, {"nonzeros": D_OUT * D_IN}],
+    ("semi_structured", False): [{"n": 1}, {"n": 5}, {"n": 8}],
     ("pivoted_low_rank+sparse", False): [
         {"rank": 1, "nonzeros": 1},
         {"rank": RANK, "nonzeros": 300},
@@ -104,6 +113,10 @@ class Example:
         kind = "shared_" * self.shared + self.types
         return "-".join([kind, *map(str, self.sizes.values())])
 
+    @property
+    def d_in(self) -> int:
+        return EIGHTS if self.types == "semi_structured" else D_IN
+
     def _content(self, kind: str) -> Content:
         own = {name: self.sizes[name] for name in COMPONENTS[kind].SIZES}
         return CONTENT[kind](**own)
@@ -121,7 +134,7 @@ class Example:
             )
             for kind in self.types.split("+")
         )
-        return WeightConfig((D_OUT, D_IN), components, bias)
+        return WeightConfig((D_OUT, self.d_in), components, bias)
 
     def encoded(self) -> dict[str, Tensor]:
         """Return the tensors that the layer stores itself, by their names within it."""
@@ -145,7 +158,7 @@ class Example:
         The example comes first, before the layer whose factor it may use.
         """
         model = nn.Module()
-        model.layer = nn.Linear(D_IN, D_OUT, bias=bias, dtype=dtype)
+        model.layer = nn.Linear(self.d_in, D_OUT, bias=bias, dtype=dtype)
         model.other = nn.Linear(D_IN, D_OUT, bias=False, dtype=dtype)
         replace_layers(model, {"layer": self.config(bias=own_bias), "other": self.other.config()})
         state = {f"layer.{leaf}": tensor for leaf, tensor in self.encoded().items()}
@@ -188,14 +201,14 @@ def test_computes_the_product_and_becomes_dense(
     example: Example, bias: str, rounding: Callable[..., float]
 ) -> None:
     layer = example.model(bias=bias == "of the dense layer", own_bias=bias == "its own").layer
-    x = random(3, 5, D_IN, seed=3)
+    x = random(3, 5, example.d_in, seed=3)
     expected = x @ example.weight.T + (0 if bias == "none" else random(D_OUT, seed=2))
     torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
     assert layer(x[:, :0]).shape == (3, 0, D_OUT)
     dense = layer.to_dense()
     assert type(dense) is nn.Linear
     assert dense.weight.dtype == torch.float64
-    close = rounding(D_IN, torch.float32) * float(expected.abs().max())  # through float32
+    close = rounding(example.d_in, torch.float32) * float(expected.abs().max())  # through float32
     torch.testing.assert_close(dense(x), expected, rtol=0, atol=close)
 
 
@@ -237,11 +250,11 @@ def test_encoded_and_loaded_tensors_are_the_declared_ones(example: Example, own_
 def test_multiply_adds_are_counted_as_torch_counts_them(example: Example) -> None:
     layer = example.model().layer
     with FlopCounterMode(display=False) as counter:
-        layer(random(7, D_IN))
+        layer(random(7, example.d_in))
     assert counter.get_total_flops() == 2 * 7 * example.config().multiply_adds()
 
 
-@pytest.mark.parametrize(("d_out", "d_in"), [(D_OUT, D_IN), (D_IN, D_OUT), (1, 9), (9, 1)])
+@pytest.mark.parametrize(("d_out", "d_in"), [(D_OUT, D_IN), (D_IN, D_OUT), (1, 9), (9, 1), (3, 8)])
 def test_a_larger_step_stores_more(usual: Example, d_out: int, d_in: int) -> None:
     bits = []
     shared = "other" if usual.shared else None
@@ -257,17 +270,18 @@ def test_a_larger_step_stores_more(usual: Example, d_out: int, d_in: int) -> Non
         assert config.description
         bits.append(config.stored_bits(16))
     assert bits == sorted({*bits})
+    assert bits or (usual.types == "semi_structured" and d_in % 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_conversion_leaves_integers_alone(example: Example, dtype: torch.dtype) -> None:
     model = example.model()
-    expected = model.layer(random(2, D_IN, seed=3)).detach()
+    expected = model.layer(random(2, example.d_in, seed=3)).detach()
     before = {n: t.clone() for n, t in model.state_dict().items() if not t.is_floating_point()}
     model.half() if dtype == torch.float16 else model.to(dtype)
     for name, tensor in before.items():
         assert torch.equal(model.state_dict()[name], tensor)
-    y = model.layer(random(2, D_IN, seed=3).to(dtype)).detach()
+    y = model.layer(random(2, example.d_in, seed=3).to(dtype)).detach()
     assert y.dtype == dtype
     assert model.layer.to_dense().weight.dtype == dtype
     error = float((y.double() - expected).norm() / expected.norm())
@@ -279,13 +293,13 @@ def test_compiles_as_one_graph(example: Example) -> None:
     model = example.model(bias=True)
     torch.compiler.reset()  # all examples share a `forward`, of which torch keeps few graphs
     graph = torch.compile(model.layer, fullgraph=True, backend="eager")
-    x = random(2, D_IN, seed=3)
+    x = random(2, example.d_in, seed=3)
     torch.testing.assert_close(graph(x), model.layer(x))
 
 
 def test_gradients_reach_every_parameter(example: Example) -> None:
     model = example.model(bias=True)
-    model.layer(random(2, D_IN)).square().sum().backward()
+    model.layer(random(2, example.d_in)).square().sum().backward()
     for name, parameter in model.layer.named_parameters():
         assert parameter.grad is not None, name
         assert bool(parameter.grad.any()), name
@@ -298,7 +312,7 @@ def test_a_copied_model_is_independent(
     example: Example, copied: Callable[[nn.Module], nn.Module]
 ) -> None:
     model = example.model()
-    x = random(2, D_IN, seed=3)
+    x = random(2, example.d_in, seed=3)
     expected = model.layer(x)
     twin = copied(model)
     for parameter in model.parameters():

@@ -25,6 +25,7 @@ SIZES: dict[str, dict[str, int]] = {
     "low_rank": {"rank": 8},
     "pivoted_low_rank": {"rank": 8},
     "sparse": {"nonzeros": 24 * 48 // 2},
+    "semi_structured": {"n": 5},
     "block_sparse": {"groups": 9},
     "dictionary": {"atoms": 8, "nonzeros": 4},
 }
@@ -175,6 +176,9 @@ def test_what_is_not_a_mapping_is_rejected(whole: Any) -> None:
         ("sparse", {"nonzeros": 24 * 48 + 1}, r"nonzeros must be in \[1, 1152\]"),
         ("pivoted_low_rank", {"rank": 25}, r"rank must be in \[1, 24\]"),
         ("block_sparse", {"groups": 24 * 3 + 1}, r"groups must be in \[1, 72\]"),
+        ("semi_structured", {"n": 9}, r"n must be in \[1, 8\] for \[24, 48\], got 9"),
+        ("semi_structured", {"n": 0}, "'n' must be a whole number >= 1, got 0"),
+        ("semi_structured", {"n": 4.0}, "'n' must be a whole number >= 1, got 4.0"),
         ("dictionary", {"atoms": 3, "nonzeros": 4}, r"nonzeros must be in \[1, 3\]"),
     ],
 )
@@ -189,7 +193,7 @@ def test_sizes_of_no_weight_are_rejected(kind: str, sizes: dict[str, int], words
 def test_groups_that_do_not_divide_the_rows_are_rejected(kind: str) -> None:
     record = WeightConfig(SHAPE, (one(kind),)).to_json()
     record["components"][0]["quantization"] = "int4-g7"
-    if kind == "sparse":  # whose values have no rows
+    if kind in ("sparse", "semi_structured"):  # whose values have no rows
         assert WeightConfig.from_json(record).quantization == QuantizationArgs(4, 7)
         return
     with pytest.raises(ValueError, match="not a multiple of the group size 7"):

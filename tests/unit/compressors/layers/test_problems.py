@@ -18,12 +18,14 @@ from lrc.compressors.layers.bitmask import pack_bits
 from lrc.configs.errors import CheckpointError
 
 D_OUT, D_IN = 6, 44
+EIGHTS = 40  # the width of what is stored in groups of eight
 # Sizes, quantization where it is required, and tensors without which a component is inconsistent.
 EXAMPLES: dict[str, tuple[str, dict[str, int], str | None]] = {
     "dense": ("dense", {}, "int4-g4"),
     "low_rank": ("low_rank", {"rank": 4}, None),
     "pivoted_low_rank": ("pivoted_low_rank", {"rank": 4}, None),
     "sparse": ("sparse", {"nonzeros": 3 * D_OUT}, None),
+    "semi_structured": ("semi_structured", {"n": 3}, None),
     "block_sparse": ("block_sparse", {"groups": 2 * D_OUT}, "int4-g4"),
     "dictionary with a mask": ("dictionary", {"atoms": 12, "nonzeros": 4}, None),
     "dictionary with indices": ("dictionary", {"atoms": 44, "nonzeros": 2}, None),
@@ -40,6 +42,10 @@ def columns_of(n: int, *columns: int) -> Tensor:
 CONSISTENT: dict[str, tuple[str, Tensor]] = {
     "pivoted_low_rank": ("order", torch.tensor([3, 0, 5, 1, 2, 4], dtype=torch.int16)),
     "sparse": ("mask", columns_of(D_IN, 0, 7, 43)),
+    "semi_structured": (
+        "mask",
+        columns_of(EIGHTS, *(8 * group + i for group in range(5) for i in (0, 3, 7))),
+    ),
     "block_sparse": ("mask", columns_of(D_IN // 4, 0, 10)),
     "dictionary with a mask": ("mask", columns_of(12, 0, 3, 8, 11)),
     "dictionary with indices": ("index", torch.tensor([[0, 43]] * D_OUT, dtype=torch.int16)),
@@ -52,8 +58,9 @@ def loaded(name: str, quantization: str | None = None) -> tuple[nn.Module, Compr
     written = quantization or required
     args = None if written is None else QuantizationArgs.parse(written)
     model = nn.Module()
-    model.proj = nn.Linear(D_IN, D_OUT, bias=False)
-    config = WeightConfig((D_OUT, D_IN), (ComponentConfig(kind, sizes, args),))
+    d_in = EIGHTS if kind == "semi_structured" else D_IN
+    model.proj = nn.Linear(d_in, D_OUT, bias=False)
+    config = WeightConfig((D_OUT, d_in), (ComponentConfig(kind, sizes, args),))
     replace_layers(model, {"proj": config})
     layer: CompressedLinear = model.proj
     with torch.no_grad():
@@ -61,7 +68,7 @@ def loaded(name: str, quantization: str | None = None) -> tuple[nn.Module, Compr
             parameter.fill_(1.0)
         for buffer in layer.buffers():
             buffer.zero_()
-        for part, spec in COMPONENTS[kind].tensors(D_OUT, D_IN, config.components[0]).items():
+        for part, spec in COMPONENTS[kind].tensors(D_OUT, d_in, config.components[0]).items():
             if f"{kind}.{part}_shape" in dict(layer.named_buffers()):
                 layer.get_buffer(f"{kind}.{part}_shape").copy_(torch.tensor(spec.shape))
     if name in CONSISTENT:
@@ -101,6 +108,12 @@ def moved(mask: Tensor) -> None:
     set_bit(1, 1, True)(mask)
 
 
+def moved_within(mask: Tensor) -> None:
+    """Move a bit from one group of eight to the next one of the same row."""
+    set_bit(4, 3, False)(mask)
+    set_bit(4, 9, True)(mask)
+
+
 def entries(*values: int) -> Callable[[Tensor], None]:
     def change(tensor: Tensor) -> None:
         tensor[: len(values)] = torch.tensor(values, dtype=tensor.dtype)
@@ -124,6 +137,10 @@ DAMAGE: list[tuple[str, Callable[[Tensor], None], str]] = [
     ("sparse", set_bit(0, 0, False), "the mask has 17 bits set, expected 18"),
     ("sparse", set_bit(5, 20, True), "the mask has 19 bits set, expected 18"),
     ("sparse", set_bit(0, 44, True), "the mask has bits set after column 44"),
+    ("semi_structured", set_bit(0, 0, False), "the mask has 89 bits set, expected 90"),
+    ("semi_structured", set_bit(5, 20, True), "the mask has 91 bits set, expected 90"),
+    ("semi_structured", moved, "the mask does not have 3 bits in every 8 columns"),
+    ("semi_structured", moved_within, "the mask does not have 3 bits in every 8 columns"),
     ("block_sparse", set_bit(0, 0, False), "the mask has 11 bits set, expected 12"),
     ("block_sparse", set_bit(3, 9, True), "the mask has 13 bits set, expected 12"),
     ("block_sparse", set_bit(3, 11, True), "the mask has bits set after column 11"),

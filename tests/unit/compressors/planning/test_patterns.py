@@ -111,7 +111,7 @@ def known(shape: tuple[int, int]) -> Statistics:
 def test_two_of_every_four_are_stored_and_the_curve_has_the_error_of_that(name: str) -> None:
     shape, method = (16, 24), METHODS[name]
     assert isinstance(method, FixedSizeMethod)
-    (kind,) = method.types
+    kind = method.types[0]
     options = method.select(OPTIONS | {"rounds": ROUNDS.get(name)})
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     config = steps_of(kind, shape).config(6)

@@ -1,6 +1,6 @@
 """Pruning under two metrics: identities, exact least squares, and every mask of a tiny weight."""
 
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import pytest
 import torch
@@ -72,6 +72,18 @@ def test_two_of_four_inputs_are_kept(saliency: Saliency) -> None:
     assert torch.equal(sparse.W_hat != 0, sparse.mask)
 
 
+@pytest.mark.parametrize("saliency", ["magnitude", "wanda", "second-order"])
+@pytest.mark.parametrize("n", range(1, 9))
+def test_equally_many_of_every_eight_inputs_are_kept(saliency: Saliency, n: int) -> None:
+    W, H, G = case()
+    sparse = prune(W, H, G, nonzeros=n * 120, pattern="n:8", saliency=saliency, **DAMPING)
+    assert (sparse.mask.view(24, 5, 8).sum(2) == n).all()
+    assert torch.equal(sparse.W_hat != 0, sparse.mask)
+    if n == 8:
+        assert torch.equal(sparse.W_hat, W)
+        assert sparse.energy == 0
+
+
 @pytest.mark.parametrize("nonzeros", [240, 250])
 def test_wanda_equals_a_plain_loop_over_rows(nonzeros: int) -> None:
     W, H, G = case()
@@ -89,14 +101,14 @@ def test_wanda_equals_a_plain_loop_over_rows(nonzeros: int) -> None:
     assert torch.equal(sparse.W_hat, expected)
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "n:8"])
 @pytest.mark.parametrize("given", [False, True])
 def test_without_correlations_the_largest_entries_stay_as_they_are(
     pattern: str, given: bool
 ) -> None:
     W = weight(24, 40)
     eyes = [Moment.of(torch.eye(d).double()) if given else None for d in (40, 24)]
-    budget = {"nonzeros": 500} if pattern == "unstructured" else {}
+    budget = {"unstructured": {"nonzeros": 500}, "2:4": {}, "n:8": {"nonzeros": 600}}[pattern]
     second = prune(W, *eyes, pattern=pattern, **budget)
     plain = prune(W, pattern=pattern, saliency="magnitude", **budget)
     assert torch.equal(second.mask, plain.mask)
@@ -227,6 +239,72 @@ def test_no_mask_of_a_tiny_weight_does_better(d_out: int) -> None:
     assert max(ratios) < 1.01  # 1.0000 measured
 
 
+@pytest.mark.parametrize("n", range(1, 8))
+def test_under_diagonal_metrics_no_other_places_in_a_group_of_eight_do_better(n: int) -> None:
+    """Without correlations nothing is refitted, and every group is a problem of its own."""
+    W, diagonals = weight(3, 16), [weight(1, d, seed=7)[0].square() for d in (16, 3)]
+    H, G = (Moment.of(d.diag()) for d in diagonals)
+    sparse = prune(W, H, G, nonzeros=n * 6, pattern="n:8")
+    cost = W.square() * diagonals[0] * diagonals[1][:, None]
+    removed = torch.zeros(3, 2, dtype=torch.float64)
+    for i, group in [(i, group) for i in range(3) for group in range(2)]:
+        eight = cost[i, 8 * group : 8 * group + 8].tolist()
+        removed[i, group] = min(sum(left) for left in combinations(eight, 8 - n))
+    assert sparse.energy == pytest.approx(float(removed.sum()), rel=1e-9)
+    assert torch.equal(sparse.W_hat, W * sparse.mask)
+
+
+@pytest.mark.parametrize("d_out", [1, 2])
+def test_no_places_in_the_groups_of_a_tiny_weight_do_better(d_out: int) -> None:
+    """Local swaps do not promise the optimum; on these seeds they come close to it."""
+    ratios, n = [], 4
+    for seed in range(6):
+        W = weight(d_out, 8, seed)
+        H, G = correlated(8, seed + 20), correlated(d_out, seed + 40)
+        best = float("inf")
+        for rows in product(combinations(range(8), n), repeat=d_out):
+            mask = torch.zeros(d_out, 8, dtype=torch.bool)
+            for i, kept in enumerate(rows):
+                mask[i, list(kept)] = True
+            best = min(best, weighted_error(W, exact_refit(W, H, G, mask), H, G))
+        found = prune(W, Moment.of(H), Moment.of(G), nonzeros=n * d_out, pattern="n:8")
+        ratios.append(found.energy / best)
+    assert min(ratios) > 1 - 1e-9
+    assert max(ratios) < 1.05  # 1.029 measured
+
+
+@pytest.mark.parametrize("saliency", ["magnitude", "second-order"])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_a_pattern_costs_as_much_as_it_forbids(saliency: Saliency, shape: tuple[int, int]) -> None:
+    """Any places are among the best, those of 4:8 next, those of 2:4, a part of them, last."""
+    for seed in range(4):
+        W, half = weight(*shape, seed), shape[0] * shape[1] // 2
+        H, G = (Moment.of(correlated(d, seed + d)) for d in reversed(shape))
+        # The metric of magnitudes is the identity: under it, each mask is the best there is.
+        metrics = () if saliency == "magnitude" else (H, G)
+        found = [
+            prune(W, *metrics, saliency=saliency, **arguments).energy
+            for arguments in (
+                {"nonzeros": half},
+                {"nonzeros": half, "pattern": "n:8"},
+                {"pattern": "2:4"},
+            )
+        ]
+        assert found == sorted(found)
+        assert found[0] < found[1] < found[2]
+
+
+@pytest.mark.parametrize("saliency", ["magnitude", "wanda", "second-order"])
+def test_a_curve_of_n_of_eight_is_that_of_prune(saliency: Saliency) -> None:
+    W, H, G = case()
+    budgets = [n * 120 for n in (7, 6, 5, 4, 3, 2, 1)]
+    curve = prune_curve(W, H, G, nonzeros=budgets, pattern="n:8", saliency=saliency, **DAMPING)
+    assert curve == sorted(curve)
+    for budget, energy in zip(budgets, curve, strict=True):
+        alone = prune(W, H, G, nonzeros=budget, pattern="n:8", saliency=saliency, **DAMPING).energy
+        assert energy == pytest.approx(alone, rel=0.2 if saliency == "second-order" else 1e-12)
+
+
 @pytest.mark.parametrize("saliency", ["magnitude", "wanda", "second-order"])
 def test_a_curve_is_that_of_prune(saliency: Saliency) -> None:
     W, H, G = case()
@@ -287,13 +365,27 @@ def test_arguments_are_left_alone_and_bfloat16_will_do() -> None:
         ({"nonzeros": 133}, r"nonzeros must be in \[1, 132\] for a weight \[6, 22\], got 133"),
         ({"nonzeros": 9, "pattern": "2:4"}, "must be omitted with pattern 2:4, got 9"),
         ({"pattern": "2:4"}, r"groups of 4, got a weight \[6, 22\]; use 'unstructured'"),
-        ({"nonzeros": 9, "pattern": "4:8"}, "pattern must be one of unstructured, 2:4, got '4:8'"),
+        (
+            {"nonzeros": 9, "pattern": "4:8"},
+            "pattern must be one of unstructured, 2:4, n:8, got '4:8'",
+        ),
+        ({"nonzeros": 66, "pattern": "n:8"}, r"groups of 8, got a weight \[6, 22\]; use 'unst"),
         ({"nonzeros": 9, "saliency": "best"}, "saliency must be one of magnitude, wanda"),
     ],
 )
 def test_arguments_that_make_no_sense_are_rejected(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prune(weight(6, 22), **arguments)
+
+
+def test_n_of_eight_needs_a_number_for_equal_groups() -> None:
+    with pytest.raises(ValueError, match="nonzeros is required with pattern n:8, got None"):
+        prune(weight(6, 24), pattern="n:8")
+    words = "nonzeros must be a multiple of 18, the number of groups, with pattern n:8, got 70"
+    with pytest.raises(ValueError, match=words):
+        prune(weight(6, 24), nonzeros=70, pattern="n:8")
+    with pytest.raises(ValueError, match=r"nonzeros must be in \[1, 144\]"):
+        prune(weight(6, 24), nonzeros=9 * 18, pattern="n:8")
 
 
 def test_a_curve_rejects_what_prune_rejects() -> None:
