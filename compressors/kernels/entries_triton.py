@@ -11,7 +11,9 @@ import triton.language as tl
 from lrc.compressors.kernels.bits_triton import count_bits
 
 
-def _shift_out(take: list[str], registers: str, first: int, before: str = "", after: str = "") -> str:
+def _shift_out(
+    take: list[str], registers: str, first: int, before: str = "", after: str = ""
+) -> str:
     """Return PTX that takes a 16-bit value from v0 for each bit of a mask.
 
     Operands from `first` on are five words, the mask, and the number of bits before the first
@@ -27,7 +29,9 @@ def _shift_out(take: list[str], registers: str, first: int, before: str = "", af
         words = (8 - k) // 2
         for i in range(words):
             whole = i + 1 < words or k % 2 == 1  # the next word holds a value that is needed
-            shift = f"prmt.b32 v{i}, v{i}, v{i + 1}, 0x5432;" if whole else f"shr.u32 v{i}, v{i}, 16;"
+            shift = (
+                f"prmt.b32 v{i}, v{i}, v{i + 1}, 0x5432;" if whole else f"shr.u32 v{i}, v{i}, 16;"
+            )
             lines.append(f"@p {shift}")
     return "{\n" + "\n".join([*lines, after]) + "\n}"
 

@@ -26,12 +26,9 @@ from lrc.compressors.kernels.entries_triton import (
     unit,
     words_of,
 )
+from lrc.compressors.kernels.masked import Masked
 
-EIGHT_OF, FREE, GROUPS = 0, 1, 2
-"""Layouts: n values for each unit; values row by row without gaps; groups of integers."""
 UNIT = 8
-FMA_ROWS = 4
-"""Up to this many inputs are multiplied without tensor cores, which take 16 at a time."""
 
 
 class Blocks(NamedTuple):
@@ -43,61 +40,41 @@ class Blocks(NamedTuple):
     stages: int = 2
 
 
-class Stored(NamedTuple):
-    """A stored matrix; tensors that a layout lacks are given as any other tensor."""
-
-    layout: int
-    shape: tuple[int, int]
-    values: Tensor
-    scale: Tensor
-    mask: Tensor
-    starts: Tensor
-    offsets: Tensor
-    n: int = 0
-    """Values in a unit, of layout `EIGHT_OF`."""
-    bits: int = 0
-    """Of the integers; 0 if values are stored as they are."""
-    group: int = 1
-    """Consecutive values with a common scale; with `GROUPS`, consecutive columns."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the entries."""
-        return self.scale.dtype if self.bits else self.values.dtype
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments that the kernels have in common."""
-        stride = self.mask.stride(0)
-        return {
-            "values": self.values,
-            "scale": self.scale,
-            "mask": self.mask,
-            "starts": self.starts,
-            "offsets": self.offsets,
-            "d_out": self.shape[0],
-            "columns": self.shape[1],
-            "mask_stride": stride,
-            "offsets_stride": self.offsets.stride(0) if self.offsets.dim() == 2 else 0,
-            "LAYOUT": self.layout,
-            "N": self.n,
-            "BITS": self.bits,
-            "GROUP": self.group,
-            "ALIGNED": stride % 8 == 0 and self.mask.data_ptr() % 8 == 0,
-            "ASM": self.mask.is_cuda and torch.version.hip is None,
-        }
+def arguments(stored: Masked) -> dict[str, Any]:
+    """Return the keyword arguments that the kernels have in common."""
+    mask, stride = stored.mask, stored.mask.stride(0)
+    starts = mask if stored.starts is None else stored.starts
+    offsets = mask if stored.offsets is None else stored.offsets
+    return {
+        "values": stored.values,
+        "scale": stored.values if stored.scale is None else stored.scale,
+        "mask": mask,
+        "starts": starts,
+        "offsets": offsets,
+        "d_out": stored.d_out,
+        "columns": stored.columns,
+        "mask_stride": stride,
+        "offsets_stride": offsets.stride(0),
+        "LAYOUT": stored.layout,
+        "N": stored.n,
+        "BITS": stored.bits,
+        "GROUP": stored.group,
+        "ALIGNED": stride % 8 == 0 and mask.data_ptr() % 8 == 0,
+        "ASM": mask.is_cuda,
+    }
 
 
-def few_rows(x: Tensor, stored: Stored, blocks: Blocks | None = None) -> Tensor:
-    """Multiply up to `FMA_ROWS` inputs [n, columns], contiguous, with multiply-adds in float32."""
+def few_rows(x: Tensor, stored: Masked, blocks: Blocks | None = None) -> Tensor:
+    """Multiply up to 4 inputs [n, columns], contiguous, with multiply-adds in float32."""
     n, columns = x.shape
-    d_out = stored.shape[0]
+    d_out = stored.d_out
     y = x.new_empty(n, d_out)
     b = blocks or _blocks(d_out, columns)
     _few_rows[(triton.cdiv(d_out, b.rows),)](
         x,
         y,
         n,
-        **stored.arguments(),
+        **arguments(stored),
         T=triton.next_power_of_2(n),
         R=b.rows,
         G=b.units,
@@ -107,17 +84,17 @@ def few_rows(x: Tensor, stored: Stored, blocks: Blocks | None = None) -> Tensor:
     return y
 
 
-def some_rows(x: Tensor, stored: Stored, blocks: Blocks | None = None) -> Tensor:
+def some_rows(x: Tensor, stored: Masked, blocks: Blocks | None = None) -> Tensor:
     """Multiply up to 64 inputs [n, columns], contiguous, with tensor cores."""
     n, _ = x.shape
-    d_out = stored.shape[0]
+    d_out = stored.d_out
     y = x.new_empty(n, d_out)
     b = blocks or Blocks(16, 32, 4)
     _some_rows[(triton.cdiv(d_out, b.rows),)](
         x,
         y,
         n,
-        **stored.arguments(),
+        **arguments(stored),
         T=max(16, triton.next_power_of_2(n)),
         R=b.rows,
         G=b.units,
@@ -127,14 +104,14 @@ def some_rows(x: Tensor, stored: Stored, blocks: Blocks | None = None) -> Tensor
     return y
 
 
-def expand(stored: Stored, blocks: Blocks | None = None) -> Tensor:
+def expand(stored: Masked, blocks: Blocks | None = None) -> Tensor:
     """Return the dense matrix [d_out, columns]."""
-    d_out, columns = stored.shape
+    d_out, columns = stored.d_out, stored.columns
     W = stored.mask.new_empty(d_out, columns, dtype=stored.dtype)
     units = triton.cdiv(columns, UNIT)
     b = blocks or Blocks(4, min(128, triton.next_power_of_2(units)), 4)
     grid = (triton.cdiv(d_out, b.rows), triton.cdiv(units, b.units))
-    _expand[grid](W, **stored.arguments(), R=b.rows, G=b.units, num_warps=b.warps)
+    _expand[grid](W, **arguments(stored), R=b.rows, G=b.units, num_warps=b.warps)
     return W
 
 
@@ -259,9 +236,7 @@ def _some_rows(
             mask, row_starts, offsets, rows[:, None], units[None, :], exists, mask_stride,
             offsets_stride, LAYOUT, N, GROUP, ALIGNED, ASM,
         )  # fmt: skip
-        e0, e1, e2, e3, e4, e5, e6, e7 = entries(
-            values, scale, m, place, LAYOUT, BITS, GROUP, ASM
-        )
+        e0, e1, e2, e3, e4, e5, e6, e7 = entries(values, scale, m, place, LAYOUT, BITS, GROUP, ASM)
         W = tl.reshape(join_eight(e0, e1, e2, e3, e4, e5, e6, e7), [R, 8 * G])
         k = first * 8 + tl.arange(0, 8 * G)
         inside = (tokens < n)[:, None] & (k < columns)[None, :]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODULES = ("packed_linear", "packed_tiles", "packed_bytes", "packed_bags")
+MODULES = ("packed_linear", "packed_tiles", "packed_bytes", "packed_bags", "masked", "masked_csr")
 """Modules of this package that register entries, in order of preference."""
 
 
@@ -50,6 +50,14 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Places:
+    """What an entry derives from the mask of a sparse matrix, next to the stored tensors."""
+
+    find: Callable[[Tensor, int], dict[str, Tensor]]
+    """Returns tensors for a mask [d_out, bytes] and the number of columns."""
+
+
+@dataclass(frozen=True)
 class Entry:
     """One implementation of an operation."""
 
@@ -68,6 +76,8 @@ class Entry:
     """Returns why the entry does not serve a product; None if it does."""
     layout: Layout | None = None
     """None if `run` reads the stored tensors as they are."""
+    places: Places | None = None
+    """None if the operation has no mask."""
 
 
 TABLE: list[Entry] = []
