@@ -136,9 +136,8 @@ def _sum_bags(x: Tensor, codes: Tensor, scale: Tensor, each: int) -> Tensor:
     index, offsets = index[: rows * d_in], offsets[: rows * bags]
     sums = BAGS[each]()(codes, index, offsets, per_sample_weights=x.view(-1))
     sums = sums.view(rows, bags, -1)[:, :, :d_out]  # [rows, bags, d_out]
-    if groups > 1:
-        return sums.mul_(scale).sum(1)
-    return sums.sum(1).mul_(scale)
+    y: Tensor = sums.mul_(scale).sum(1) if groups > 1 else sums.sum(1).mul_(scale)
+    return y
 
 
 def _unpacked_product(x: Tensor, codes: Tensor, scale: Tensor, each: int) -> Tensor:

@@ -2,8 +2,10 @@
 
 Code i of a row takes bits ``i * bits`` and following of the row's words. A *unit* is the smallest
 run of codes that fills whole words: one word for 2, 4 and 8 bits, otherwise 32 codes in `bits`
-words. This file imports torch and Triton only, so that it can be timed without lrc.
+words. A code in the low bits of 0x4B000000, which is 2**23 as float32, makes 2**23 + code, so that
+no integer is converted. This file imports torch and Triton only, to be timed without lrc.
 """
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from dataclasses import dataclass
 
@@ -16,8 +18,6 @@ LANES_K = 8
 """Threads of a warp along a row; the other 4 are for different rows. Neighbours along a row read
 inputs 64 bytes apart, so that more of them would make the cache serve one line per thread."""
 LANES_N = 4
-MAGIC = 0x4B000000
-"""2**23 as float32: a code in its low bits makes 2**23 + code, without an integer conversion."""
 
 
 @dataclass(frozen=True)
@@ -236,17 +236,40 @@ def _vector_kernel(
 
 
 @triton.jit
-def _codes(packed_ptr, n, k, n_words, mask, BITS: tl.constexpr):
-    """Return signed codes as float32 for rows n and columns k; words are loaded once per code."""
-    bit = k * BITS
-    address = packed_ptr + n.to(tl.int64) * n_words + bit // 32
-    shift = (bit % 32).to(tl.uint32)
-    code = tl.load(address, mask=mask, other=0).to(tl.uint32, bitcast=True) >> shift
-    if 32 % BITS != 0:
+def _codes(
+    packed_ptr,
+    n,
+    start,
+    d_out,
+    d_in,
+    n_words,
+    BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return signed codes [BLOCK_N, BLOCK_K] as float32, for rows n [BLOCK_N] and columns at start.
+
+    Columns after the last one are not zero; `start` is a multiple of 32.
+    """
+    row = packed_ptr + n.to(tl.int64)[:, None] * n_words
+    if 32 % BITS == 0:
+        CODES: tl.constexpr = 32 // BITS
+        at = start // CODES + tl.arange(0, BLOCK_K // CODES)[None, :]
+        words = tl.load(row + at, mask=(n < d_out)[:, None] & (at < n_words), other=0)
+        words = words.to(tl.uint32, bitcast=True)
+        shifts = (tl.arange(0, CODES) * BITS).to(tl.uint32)
+        code = tl.reshape(words[:, :, None] >> shifts[None, None, :], [BLOCK_N, BLOCK_K])
+    else:  # words are loaded once per code, most of them from the cache
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        bit = k * BITS
+        mask = (n < d_out)[:, None] & (k < d_in)
+        shift = (bit % 32).to(tl.uint32)
+        code = tl.load(row + bit // 32, mask=mask, other=0).to(tl.uint32, bitcast=True) >> shift
         straddles = bit % 32 + BITS > 32
-        high = tl.load(address + 1, mask=mask & straddles, other=0)
+        high = tl.load(row + bit // 32 + 1, mask=mask & straddles, other=0)
         code = code | (high.to(tl.uint32, bitcast=True) << ((32 - shift) & 31))
-    return (code & ((1 << BITS) - 1)).to(tl.int32).to(tl.float32) - (1 << (BITS - 1))
+    code = (code & ((1 << BITS) - 1)) | 0x4B000000
+    return code.to(tl.float32, bitcast=True) - (8388608.0 + (1 << (BITS - 1)))
 
 
 @triton.jit
@@ -279,7 +302,7 @@ def _tile_kernel(
         inside = (n < d_out)[:, None] & (k < d_in)[None, :]
         x_at = x_ptr + m.to(tl.int64)[:, None] * d_in + k[None, :]
         x = tl.load(x_at, mask=(m < rows)[:, None] & (k < d_in)[None, :], other=0)
-        codes = _codes(packed_ptr, n[:, None], k[None, :], n_words, inside, BITS)
+        codes = _codes(packed_ptr, n, start, d_out, d_in, n_words, BITS, BLOCK_N, BLOCK_K)
         if PER_TILE:
             group = start // GROUP if GROUP > 0 else 0
             if ASYMMETRIC:
@@ -321,11 +344,12 @@ def _matrix_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Write the dequantized matrix."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.program_id(1) * BLOCK_K
+    n, k = rows[:, None], start + tl.arange(0, BLOCK_K)[None, :]
     inside = (n < d_out) & (k < d_in)
     group = k // GROUP if GROUP > 0 else k * 0
-    codes = _codes(packed_ptr, n, k, n_words, inside, BITS)
+    codes = _codes(packed_ptr, rows, start, d_out, d_in, n_words, BITS, BLOCK_N, BLOCK_K)
     if ASYMMETRIC:
         codes -= _zero_points(zero_ptr, n, group, n_groups, inside, BITS)
     scale = tl.load(scale_ptr + n * n_groups + group, mask=inside, other=0).to(tl.float32)

@@ -76,9 +76,9 @@ class PackedWeight(FastPath, nn.Module):
         if not self.is_fast(x, scale):
             return nn.functional.linear(x, self.packed_matrix())
         # Converted scales are copies. Guards of compiled code do not see versions of tensors.
-        if self._copy is not None and not torch.compiler.is_compiling():
-            if self._scale_state != _state(scale):
-                self.optimize()
+        converted = self._copy is not None and not torch.compiler.is_compiling()
+        if converted and self._scale_state != _state(scale):
+            self.optimize()
         entry, args = self.entry, self._args()
         assert entry is not None
         rows, columns = self.packed_shape
@@ -147,14 +147,14 @@ class PackedWeight(FastPath, nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._copy is not None:
             destination[f"{prefix}weight_packed"] = self._repacked()
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         fast = self.entry is not None
         self.restore()
-        super()._load_from_state_dict(*args, **options)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **options)
         if fast:
             self.optimize()
 
@@ -162,7 +162,7 @@ class PackedWeight(FastPath, nn.Module):
         """Move or convert the stored tensors, and select for their new device and dtype."""
         fast = self.entry is not None or self.reason is not None
         self.restore()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if fast:
             self.optimize()
         return self
@@ -184,7 +184,7 @@ class PackedWeight(FastPath, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Select a fast path where the copy is."""
         fast = state.pop("_fast", False)
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if fast:
             self.optimize()
 

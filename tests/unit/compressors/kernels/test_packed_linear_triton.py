@@ -18,10 +18,20 @@ from lrc.compressors.kernels import packed_linear_triton as kernels  # noqa: E40
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SCHEMES = [
-    f"int{bits}{group}{zero}"
-    for bits in range(2, 9)
-    for group in ("", "-g32", "-g20")
-    for zero in ("", "-asymmetric")
+    "int2-g32",
+    "int2-asymmetric",
+    "int3",
+    "int3-g32",
+    "int3-g32-asymmetric",
+    "int3-g20",
+    "int4",
+    "int4-g32",
+    "int4-g20-asymmetric",
+    "int5-g32",
+    "int6-asymmetric",
+    "int7",
+    "int8",
+    "int8-g32-asymmetric",
 ]
 PRODUCTS = {
     "vector": (kernels.vector_product, (1, 3)),
@@ -66,4 +76,6 @@ def test_a_kernel_differs_from_the_plain_product_by_rounding(scheme, kind, dtype
             y = multiply(x, module.weight_packed, scale, stored, module.args.bits)
             error = (y.double() - exact).abs().max()
             rounding = torch.finfo(dtype).eps * exact.abs().max()
-            assert error <= 3 * max(plain, rounding)
+            # Sums are float32 in another order than those of the plain product.
+            order = torch.finfo(torch.float32).eps * (x.double().abs() @ matrix.abs().T).max()
+            assert error <= 2 * max(plain, rounding) + order

@@ -48,6 +48,13 @@ def exact_product(module: PackedLinear, x: Tensor) -> Tensor:
     return x.double() @ (codes * scale[:, :, None]).flatten(1).T
 
 
+def magnitude(module: PackedLinear, x: Tensor) -> Tensor:
+    """Return the largest sum of absolute products."""
+    steps = 1 << module.args.bits
+    scale = module.weight_scale.double().max()
+    return x.double().abs().sum(1).max() * steps * scale
+
+
 def inputs(rows: int, d_in: int, dtype: torch.dtype) -> Tensor:
     x = torch.randn(rows, d_in, generator=torch.Generator().manual_seed(rows))
     return (x + 0.5).to(dtype)
@@ -71,7 +78,9 @@ def test_the_fast_product_differs_by_rounding(scheme: str, dtype: torch.dtype) -
             error = (y.double() - exact).abs().max()
             # The plain product may be exact by chance; outputs are rounded at least.
             rounding = torch.finfo(dtype).eps * exact.abs().max()
-            assert error <= 3 * max(plain, rounding)
+            # Codes without their offset are up to twice as large, and float32 sums in other orders.
+            order = torch.finfo(torch.float32).eps * magnitude(module, x)
+            assert error <= 2 * max(plain, rounding) + 2 * order
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
