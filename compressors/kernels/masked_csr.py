@@ -1,8 +1,9 @@
 """Products with sparse rows on the CPU, with the compressed rows of torch and MKL.
 
-Unpacking a mask takes twenty times as long as multiplying by a dense matrix. Indices of 32 bits that
-are made once after loading avoid it, and cost 4 bytes for each value; the values are those that are
-stored. One core of an EPYC, float32, [1536, 576] and [576, 1536], relative to a dense matrix:
+Unpacking a mask takes twenty times as long as multiplying by a dense matrix. Indices of 32 bits
+that are made once after loading avoid it, and cost 4 bytes for each value; the values are those
+that are stored. One core of an EPYC, float32, speed relative to a dense matrix of [1536, 576] and
+[576, 1536]:
 
 =======  ==========  ==========  ===========  =============
 density  1 row       2 rows      16 rows      rebuilt, 1 row
@@ -15,6 +16,7 @@ A dense copy in its place would have the speed and the memory of a dense model.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +63,7 @@ def run(x: Tensor, stored: Masked) -> Tensor:
     """Return ``x @ W.T`` [rows, d_out]."""
     assert stored.starts is not None
     assert stored.offsets is not None
-    product = csr_linear if torch.compiler.is_compiling() else _product
+    product: Any = csr_linear if torch.compiler.is_compiling() else _product
     values = stored.values.detach().flatten()
     y: Tensor = product(x, values, stored.starts, stored.offsets, stored.columns)
     return y
@@ -74,7 +76,9 @@ def _product(x: Tensor, values: Tensor, pointers: Tensor, indices: Tensor, colum
     with warnings.catch_warnings():
         # "Sparse CSR tensor support is in beta state": the first one in a process warns.
         warnings.simplefilter("ignore")
-        W = torch._sparse_csr_tensor_unsafe(pointers, indices, values, (d_out, columns))
+        W = torch.sparse_csr_tensor(
+            pointers, indices, values, (d_out, columns), check_invariants=False
+        )
     if len(x) == 1:
         return torch.mv(W, x[0].contiguous())[None]
     return (W @ x.T.contiguous()).T.contiguous()

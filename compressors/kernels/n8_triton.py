@@ -1,12 +1,13 @@
 """Triton kernel for the pattern n:8 with 16-bit values and few inputs.
 
 Value i of a unit of eight columns belongs to one of the columns i to i + 8 - n. The eight inputs of
-a unit are four registers, and a byte permutation takes the inputs of two values from two or three of
-them. Its selectors depend on the byte of the mask alone and come from a table, so that there is
+a unit are four registers, and a byte permutation takes the inputs of two values from two or three
+of them. Its selectors depend on the byte of the mask alone and come from a table, so that there is
 neither a gather nor a zero that is multiplied: about four instructions a column at n = 4, where
 gathering the inputs needs six and most of the first-level cache.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 from functools import cache
 
 import torch

@@ -30,7 +30,7 @@ class MaskedWeight(FastPath, Component):
         args, buffers = self.config.quantization, self._buffers
         mask = buffers["mask"]
         assert mask is not None
-        places = {name: buffers[name] for name in self._places}
+        places: dict[str, Any] = {name: buffers[name] for name in self._places}
         if args is None:
             values = self._parameters["values"]
             assert values is not None
@@ -43,7 +43,7 @@ class MaskedWeight(FastPath, Component):
         )
 
     def masked_product(self, x: Tensor) -> Tensor | None:
-        """Map ``x`` [..., columns] to [..., d_out] with the fast path; None if it does not apply."""
+        """Map ``x`` [..., columns] to [..., d_out] with the fast path, or return None."""
         like = self._parameters["values" if self.config.quantization is None else "values_scale"]
         assert like is not None
         if not self.is_fast(x, like):
@@ -104,7 +104,7 @@ class MaskedWeight(FastPath, Component):
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         fast = self.entry is not None
         self.restore()
-        super()._load_from_state_dict(*args, **options)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **options)
         if fast:
             self.optimize()
 

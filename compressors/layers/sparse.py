@@ -13,10 +13,10 @@ from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 class Sparse(MaskedWeight):
     """Values row by row without gaps, and one bit per entry that says where they belong.
 
-    Without a fast path the dense matrix is rebuilt for every call: this saves memory, not
-    arithmetic. `nonzeros` is the number of values of the whole matrix. With pattern 2:4 every four consecutive entries of a row
-    hold two values, so that the mask takes as many bits as the two 2-bit indices of sparse tensor
-    cores.
+    `nonzeros` is the number of values of the whole matrix. With pattern 2:4 every four consecutive
+    entries of a row hold two values, so that the mask takes as many bits as the two 2-bit indices
+    of sparse tensor cores. Without a fast path the dense matrix is rebuilt for every
+    call: this saves memory, not arithmetic.
     """
 
     TYPE = "sparse"
