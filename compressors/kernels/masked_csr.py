@@ -16,6 +16,7 @@ A dense copy in its place would have the speed and the memory of a dense model.
 """
 
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,15 +74,19 @@ def _product(x: Tensor, values: Tensor, pointers: Tensor, indices: Tensor, colum
     d_out = len(pointers) - 1
     if len(x) > CSR_ROWS:
         return nn.functional.linear(x, _matrix(values, pointers, indices, columns))
-    with warnings.catch_warnings():
-        # "Sparse CSR tensor support is in beta state": the first one in a process warns.
-        warnings.simplefilter("ignore")
-        W = torch.sparse_csr_tensor(
-            pointers, indices, values, (d_out, columns), check_invariants=False
-        )
+    _accept_warning()
+    W = torch.sparse_csr_tensor(pointers, indices, values, (d_out, columns), check_invariants=False)
     if len(x) == 1:
         return torch.mv(W, x[0].contiguous())[None]
     return (W @ x.T.contiguous()).T.contiguous()
+
+
+@cache
+def _accept_warning() -> None:
+    """Hide that the support of compressed rows is in beta state, which the first tensor says."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()
 
 
 def _matrix(values: Tensor, pointers: Tensor, indices: Tensor, columns: int) -> Tensor:
