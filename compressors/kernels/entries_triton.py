@@ -3,77 +3,25 @@
 A thread reads what belongs to its unit of eight columns in a few words, whose number does not
 depend on the mask, and then takes one value for every bit. Reading value by value needs an address
 and a predicate for each, and leaves few reads in flight.
+
+The hints `max_contiguous` and `multiple_of` are not true, and make all loads have the same layout:
+one unit a thread, and neighbouring threads along a row. The compiler lets threads follow the
+dimension that is contiguous, and reads as much at once as is aligned, of which it then knows
+nothing.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 import triton
 import triton.language as tl
 
+from lrc.compressors.kernels import shift_out
 from lrc.compressors.kernels.bits_triton import count_bits
 
-
-def _shift_out(
-    take: list[str], registers: str, first: int, before: str = "", after: str = ""
-) -> str:
-    """Return PTX that takes a 16-bit value from v0 for each bit of a mask.
-
-    Operands from `first` on are five words, the mask, and the number of bits before the first
-    value. After column k at most 7 - k values are left in v0 to v3, so that fewer words move.
-    """
-    lines = [f".reg .pred p; .reg .b32 v0, v1, v2, v3, t; {registers}"]
-    for i in range(4):
-        lines.append(f"shf.r.wrap.b32 v{i}, ${first + i}, ${first + i + 1}, ${first + 6};")
-    lines.append(before)
-    for k in range(8):
-        lines.append(f"and.b32 t, ${first + 5}, {1 << k}; setp.ne.b32 p, t, 0;")
-        lines.append(take[k])
-        words = (8 - k) // 2
-        for i in range(words):
-            whole = i + 1 < words or k % 2 == 1  # the next word holds a value that is needed
-            shift = (
-                f"prmt.b32 v{i}, v{i}, v{i + 1}, 0x5432;" if whole else f"shr.u32 v{i}, v{i}, 16;"
-            )
-            lines.append(f"@p {shift}")
-    return "{\n" + "\n".join([*lines, after]) + "\n}"
-
-
-def _insert(k: int) -> str:
-    """Return PTX that makes the lower half of v0 entry k of eight in four words."""
-    selector = "0x5410" if k % 2 else "0x3254"
-    return f"@p prmt.b32 d{k // 2}, d{k // 2}, v0, {selector};"
-
-
-ENTRIES = tl.constexpr(
-    _shift_out(
-        [_insert(k) for k in range(8)],
-        ".reg .b32 d0, d1, d2, d3;",
-        8,
-        before=" ".join(f"mov.b32 d{i}, 0;" for i in range(4)),
-        after=" ".join(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, d{i};" for i in range(4)),
-    )
-)
-"""Eight 16-bit numbers: values where the mask has bits, zeros elsewhere."""
+ENTRIES = tl.constexpr(shift_out.ENTRIES)
 ENTRIES_OPERANDS = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 7))
-PRODUCT_BF16 = tl.constexpr(
-    _shift_out(
-        [f"shl.b32 t, v0, 16; mov.b32 f, t; @p fma.rn.f32 $0, f, ${2 + k}, $0;" for k in range(8)],
-        ".reg .f32 f;",
-        10,
-        before="mov.f32 $0, $1;",
-    )
-)
-"""The sum of a number and the products of the values with eight inputs."""
-PRODUCT_FP16 = tl.constexpr(
-    _shift_out(
-        [
-            f"mov.b32 {{h, g}}, v0; cvt.f32.f16 f, h; @p fma.rn.f32 $0, f, ${2 + k}, $0;"
-            for k in range(8)
-        ],
-        ".reg .f32 f; .reg .b16 h, g;",
-        10,
-        before="mov.f32 $0, $1;",
-    )
-)
+PRODUCT_BF16 = tl.constexpr(shift_out.PRODUCT_BF16)
+PRODUCT_FP16 = tl.constexpr(shift_out.PRODUCT_FP16)
+# The result is written before the last input is read.
 PRODUCT_OPERANDS = tl.constexpr(",".join(["=&f"] + ["f"] * 9 + ["r"] * 7))
 
 
@@ -85,7 +33,8 @@ def words_of(values, m, place, ASM: tl.constexpr):
     any; it is never taken.
     """
     odd = place & 1
-    words = values.to(tl.pointer_type(tl.int32)) + (place >> 1)
+    word = tl.max_contiguous(tl.multiple_of(place >> 1, [1, 1]), [1, 2])
+    words = values.to(tl.pointer_type(tl.int32)) + word
     needed = odd + count_bits(m, ASM)
     w0 = tl.load(words, needed > 0, other=0)
     w1 = tl.load(words + 1, needed > 2, other=0)
@@ -113,8 +62,7 @@ def unit(
 ):
     """Return the masks of units, lowest bit first, and the places of their first values."""
     if LAYOUT == 0:
-        # Not contiguous for the compiler: it would give a thread several units of this load alone.
-        at = tl.max_contiguous(rows * mask_stride + units, [1, 1])
+        at = tl.max_contiguous(tl.multiple_of(rows * mask_stride + units, [1, 1]), [1, 2])
         bits = tl.load(mask + at, exists, other=0).to(tl.int32)
         place = (rows * mask_stride + units) * N
     else:
@@ -146,10 +94,13 @@ def _bits_from(
     ASM: tl.constexpr,
 ):
     """Return the bits of rows from `bit` on, and the number of bits before it in the mask."""
-    place = starts + tl.load(offsets + rows * offsets_stride + bit // 64, exists, other=0)
+    block = tl.max_contiguous(tl.multiple_of(rows * offsets_stride + bit // 64, [1, 1]), [1, 2])
+    place = starts + tl.load(offsets + block, exists, other=0)
     if ALIGNED:
-        words = mask.to(tl.pointer_type(tl.int64)) + rows * (mask_stride // 8) + bit // 64
-        word = tl.load(words, exists, other=0)
+        at = tl.max_contiguous(
+            tl.multiple_of(rows * (mask_stride // 8) + bit // 64, [1, 1]), [1, 2]
+        )
+        word = tl.load(mask.to(tl.pointer_type(tl.int64)) + at, exists, other=0)
         low = word.to(tl.int32)
         high = (word >> 32).to(tl.int32)
         shift = bit & 31
@@ -159,7 +110,8 @@ def _bits_from(
         place += count_bits(high & tl.where(upper, below, 0), ASM)
         bits = tl.where(upper, high, low) >> shift
     else:
-        start = mask + rows * mask_stride + bit // 8
+        at = tl.max_contiguous(tl.multiple_of(rows * mask_stride + bit // 8, [1, 1]), [1, 2])
+        start = mask + at
         byte = tl.load(start, exists, other=0).to(tl.int32)
         for before in tl.static_range(1, 8):
             inside = exists & (((bit // 8) & 7) >= before)
@@ -220,7 +172,8 @@ def entries(
 
 @triton.jit
 def _entry(values, place, stored):
-    return tl.load(values + place, stored, other=0.0), tl.where(stored, place + 1, place)
+    at = tl.max_contiguous(tl.multiple_of(place + 0, [1, 1]), [1, 2])
+    return tl.load(values + at, stored, other=0.0), tl.where(stored, place + 1, place)
 
 
 @triton.jit
@@ -239,7 +192,7 @@ def _packed_entries(
     # The last codes of a matrix may end before the words of a whole unit.
     codes = _codes_of(values, place, count, BITS)
     stored = m != 0
-    group = place // GROUP
+    group = tl.max_contiguous(tl.multiple_of(place // GROUP, [1, 1]), [1, 2])
     s0 = tl.load(scale + group, stored, other=0.0).to(tl.float32)
     s1 = s0
     left = place * 0 + 8
@@ -262,7 +215,8 @@ def _packed_entries(
 def _codes_of(values, place, count, BITS: tl.constexpr):
     """Return the 64 bits from code `place` on, of which the lowest hold `count` codes."""
     first = (place & 31) * BITS
-    words = values + (place >> 5) * BITS + (first >> 5)
+    word = tl.max_contiguous(tl.multiple_of((place >> 5) * BITS + (first >> 5), [1, 1]), [1, 2])
+    words = values + word
     shift = (first & 31).to(tl.uint64)
     end = (first & 31) + count * BITS
     w0 = tl.load(words, count > 0, other=0).to(tl.uint32).to(tl.uint64)
@@ -295,23 +249,43 @@ def group_products(
     A group is stored or not, so that the bits of a unit need not be told apart.
     """
     stored = m != 0
+    unit_place = tl.max_contiguous(tl.multiple_of(place // 8, [1, 1]), [1, 2])
+    group = tl.max_contiguous(tl.multiple_of(place // GROUP, [1, 1]), [1, 2])
+    size = tl.load(scale + group, stored, other=0.0).to(tl.float32)  # 0: nothing is stored
     if BITS == 4:
-        codes = tl.load(values + place // 8, stored, other=0).to(tl.uint32).to(tl.uint64)
-    elif BITS == 8:
-        both = tl.load(values.to(tl.pointer_type(tl.int64)) + place // 8, stored, other=0)
-        codes = both.to(tl.uint64)
+        # Codes stay where they are if 2**23 + 15 * 16**k is a float32; inputs are scaled instead.
+        word = tl.load(values + unit_place, stored, other=0)
+        total = _nibble(word, 0)[None] * x0
+        total += _nibble(word, 1)[None] * (x1 * 2.0**-4)
+        total += _nibble(word, 2)[None] * (x2 * 2.0**-8)
+        total += _nibble(word, 3)[None] * (x3 * 2.0**-12)
+        total += _nibble(word, 4)[None] * (x4 * 2.0**-16)
+        word = word >> 20
+        total += _nibble(word, 0)[None] * x5
+        total += _nibble(word, 1)[None] * (x6 * 2.0**-4)
+        total += _nibble(word, 2)[None] * (x7 * 2.0**-8)
     else:
-        codes = _codes_of(values, place, tl.where(stored, 8, 0), BITS)
-    size = tl.load(scale + place // GROUP, stored, other=0.0).to(tl.float32)  # 0: nothing is stored
-    total = _step(codes, 0, BITS)[None] * x0
-    total += _step(codes, 1, BITS)[None] * x1
-    total += _step(codes, 2, BITS)[None] * x2
-    total += _step(codes, 3, BITS)[None] * x3
-    total += _step(codes, 4, BITS)[None] * x4
-    total += _step(codes, 5, BITS)[None] * x5
-    total += _step(codes, 6, BITS)[None] * x6
-    total += _step(codes, 7, BITS)[None] * x7
+        if BITS == 8:
+            pairs = values.to(tl.pointer_type(tl.int64))
+            codes = tl.load(pairs + unit_place, stored, other=0).to(tl.uint64)
+        else:
+            codes = _codes_of(values, place, tl.where(stored, 8, 0), BITS)
+        total = _step(codes, 0, BITS)[None] * x0
+        total += _step(codes, 1, BITS)[None] * x1
+        total += _step(codes, 2, BITS)[None] * x2
+        total += _step(codes, 3, BITS)[None] * x3
+        total += _step(codes, 4, BITS)[None] * x4
+        total += _step(codes, 5, BITS)[None] * x5
+        total += _step(codes, 6, BITS)[None] * x6
+        total += _step(codes, 7, BITS)[None] * x7
     return total * size[None]
+
+
+@triton.jit
+def _nibble(word, k: tl.constexpr):
+    """Return 16**k times the signed code in bits 4 k to 4 k + 3, in float32."""
+    code = (word & (15 << (4 * k))) | 0x4B000000
+    return code.to(tl.float32, bitcast=True) - (8388608.0 + 8 * 16**k)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """Products with matrices of which some entries are stored, at the places that a mask names."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -220,8 +221,8 @@ def _product(x: Tensor, stored: Masked) -> Tensor:
         return x.new_empty(0, stored.d_out)
     from lrc.compressors.kernels import masked_triton, n8_triton
 
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        x = x.contiguous()
+    x = x.contiguous()
+    with _current(x.device):
         if rows > FEW_ROWS:
             return masked_triton.some_rows(x, stored)
         if stored.layout == EIGHT_OF and not stored.bits and x.dtype.itemsize == 2:
@@ -232,8 +233,15 @@ def _product(x: Tensor, stored: Masked) -> Tensor:
 def _matrix(stored: Masked) -> Tensor:
     from lrc.compressors.kernels import masked_triton
 
-    with torch.cuda.device(stored.mask.device):
+    with _current(stored.mask.device):
         return masked_triton.expand(stored)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which Triton, which launches on the current device, uses this one."""
+    if device.index == torch.cuda.current_device():
+        return nullcontext()  # much cheaper
+    return torch.cuda.device(device)
 
 
 def refuse(need: Need) -> str | None:

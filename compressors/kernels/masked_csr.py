@@ -12,7 +12,8 @@ density  1 row       2 rows      16 rows      rebuilt, 1 row
 0.8      1.0, 1.1    1.6, 0.9    0.61, 0.59   0.07, 0.07
 =======  ==========  ==========  ===========  =============
 
-A dense copy in its place would have the speed and the memory of a dense model.
+`dequantize()` of a model makes dense copies instead, with the speed and the memory of a dense
+model.
 """
 
 import warnings

@@ -160,7 +160,8 @@ def _few_rows(
         )  # fmt: skip
         k = units[:, None] * 8 + tl.arange(0, 8)[None, :]  # [G, 8]
         inside = (tokens < n)[:, None, None] & (k < columns)[None]
-        inputs = tl.load(x + tokens[:, None, None] * columns + k[None], inside, other=0.0)
+        at = tl.max_contiguous(tokens[:, None, None] * columns + k[None], [1, 2, 8])
+        inputs = tl.load(x + at, inside, other=0.0)
         x0, x1, x2, x3, x4, x5, x6, x7 = split_eight(inputs)  # each [T, G]
         x0 = x0.to(tl.float32)[:, None, :]
         x1 = x1.to(tl.float32)[:, None, :]
@@ -171,11 +172,28 @@ def _few_rows(
         x6 = x6.to(tl.float32)[:, None, :]
         x7 = x7.to(tl.float32)[:, None, :]
         if ASM and T == 1 and BITS == 0 and values.dtype.element_ty.primitive_bitwidth == 16:
-            w0, w1, w2, w3, w4, shift = words_of(values, m[None], place[None], ASM)
+            w0, w1, w2, w3, w4, shift = words_of(values, m, place, ASM)
             acc = tl.inline_asm_elementwise(
                 PRODUCT_BF16 if values.dtype.element_ty == tl.bfloat16 else PRODUCT_FP16,
                 PRODUCT_OPERANDS,
-                [acc, x0, x1, x2, x3, x4, x5, x6, x7, w0, w1, w2, w3, w4, m[None], shift],
+                [
+                    acc,
+                    x0,
+                    x1,
+                    x2,
+                    x3,
+                    x4,
+                    x5,
+                    x6,
+                    x7,
+                    w0[None],
+                    w1[None],
+                    w2[None],
+                    w3[None],
+                    w4[None],
+                    m[None],
+                    shift[None],
+                ],
                 dtype=tl.float32,
                 is_pure=True,
                 pack=1,

@@ -117,9 +117,10 @@ def _add(
         acc += low_half(word, dtype)[None] * low_half(pair, dtype)
         acc += high_half(word, dtype)[None] * high_half(pair, dtype)
     else:
-        first = tl.load(values + at + 2 * J, exists, other=0.0).to(tl.float32)
+        place = tl.max_contiguous(tl.multiple_of(at + 2 * J, [1, 1]), [1, 2])
+        first = tl.load(values + place, exists, other=0.0).to(tl.float32)
         if 2 * J + 1 < N:
-            second = tl.load(values + at + (2 * J + 1), exists, other=0.0).to(tl.float32)
+            second = tl.load(values + place + 1, exists, other=0.0).to(tl.float32)
             acc += second[None] * high_half(pair, dtype)
         acc += first[None] * low_half(pair, dtype)
     return acc
@@ -148,12 +149,18 @@ def _few_rows(
     pairs = values.to(tl.pointer_type(tl.int32))
     units = tl.arange(0, G)
     exists = (rows < d_out)[:, None] & (units < groups)[None, :]
-    # At most one unit a thread: all loads then have the same layout, and nothing is exchanged.
-    m = tl.load(mask + tl.max_contiguous(start + units[None, :], [1, 1]), exists, other=0)
+    # The hints are not true, and make all loads have the same layout: one unit a thread, and
+    # neighbouring threads along a row. The compiler lets threads follow the dimension that is
+    # contiguous, and reads as much at once as is aligned, of which it then knows nothing.
+    m = tl.load(
+        mask + tl.max_contiguous(tl.multiple_of(start + units[None, :], [1, 1]), [1, 2]),
+        exists,
+        other=0,
+    )
     for first in range(0, groups, G):
         units = first + tl.arange(0, G)
         exists = (rows < d_out)[:, None] & (units < groups)[None, :]
-        at = tl.max_contiguous(start + units[None, :], [1, 1])
+        at = tl.max_contiguous(tl.multiple_of(start + units[None, :], [1, 1]), [1, 2])
         # Values are requested before the selectors, which have to wait for the mask.
         word0 = m
         word1 = m
@@ -165,18 +172,24 @@ def _few_rows(
             word0 = both.to(tl.int32)
             word1 = (both >> 32).to(tl.int32)
         elif N == 6:
-            word0 = tl.load(pairs + 3 * at, exists, other=0)
-            word1 = tl.load(pairs + 3 * at + 1, exists, other=0)
-            word2 = tl.load(pairs + 3 * at + 2, exists, other=0)
-        index = m.to(tl.int32)
+            triple = tl.max_contiguous(tl.multiple_of(3 * at, [1, 1]), [1, 2])
+            word0 = tl.load(pairs + triple, exists, other=0)
+            word1 = tl.load(pairs + triple + 1, exists, other=0)
+            word2 = tl.load(pairs + triple + 2, exists, other=0)
+        index = tl.max_contiguous(tl.multiple_of(m.to(tl.int32), [1, 1]), [1, 2])
         # The masks of the next block: the first of two loads that wait for each other.
         after = units + G
         more = (rows < d_out)[:, None] & (after < groups)[None, :]
-        m = tl.load(mask + tl.max_contiguous(start + after[None, :], [1, 1]), more, other=0)
+        m = tl.load(
+            mask + tl.max_contiguous(tl.multiple_of(start + after[None, :], [1, 1]), [1, 2]),
+            more,
+            other=0,
+        )
 
         four = tl.arange(0, 4)
         inside = (tokens < n)[:, None, None] & (units < groups)[None, :, None]
         columns = tokens[:, None, None] * (4 * groups) + (units[:, None] * 4 + four[None, :])[None]
+        columns = tl.max_contiguous(columns, [1, 2, 4])
         loaded = tl.load(x.to(tl.pointer_type(tl.int32)) + columns, inside, other=0)  # [T, G, 4]
         even, odd = tl.split(tl.reshape(loaded, [T, G, 2, 2]))
         x0, x2 = tl.split(even)
@@ -195,9 +208,10 @@ def _few_rows(
             acc = _add(acc, x0, x1, x2, x3, s0, values, word0, at * N, exists, N, 0, ASM)
             acc = _add(acc, x0, x1, x2, x3, s1, values, word1, at * N, exists, N, 1, ASM)
         elif N == 5:
-            s0 = tl.load(table + 4 * index)
-            s1 = tl.load(table + 4 * index + 1)
-            s2 = tl.load(table + 4 * index + 2)
+            index = tl.max_contiguous(tl.multiple_of(index * 4, [1, 1]), [1, 2])
+            s0 = tl.load(table + index)
+            s1 = tl.load(table + index + 1)
+            s2 = tl.load(table + index + 2)
             acc = _add(acc, x0, x1, x2, x3, s0, values, word0, at * N, exists, N, 0, ASM)
             acc = _add(acc, x0, x1, x2, x3, s1, values, word1, at * N, exists, N, 1, ASM)
             acc = _add(acc, x0, x1, x2, x3, s2, values, word2, at * N, exists, N, 2, ASM)

@@ -7,8 +7,9 @@ Needs torch and Triton, not lrc, and less than four minutes::
 Every time is the median over replays of a CUDA graph that multiplies by different matrices in turn,
 more than fit into the cache. A column is the speed relative to cuBLAS, and the best configuration:
 rows and warps of a program. `permute` is the kernel for n of 8, `few` multiplies with
-multiply-adds, `dot` with tensor cores, `expand` writes a dense matrix for cuBLAS, `run` is what production code
-chooses. Kernels are compiled by several processes first; Triton keeps them in its cache.
+multiply-adds, `dot` with tensor cores, `expand` writes a dense matrix for cuBLAS, `run` is what
+production code chooses. Kernels are compiled by several processes first; Triton keeps them in its
+cache.
 """
 
 import argparse
