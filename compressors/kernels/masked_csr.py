@@ -2,15 +2,9 @@
 
 Unpacking a mask takes twenty times as long as multiplying by a dense matrix. Indices of 32 bits
 that are made once after loading avoid it, and cost 4 bytes for each value; the values are those
-that are stored. One core of an EPYC, float32, speed relative to a dense matrix of [1536, 576] and
-[576, 1536]:
-
-=======  ==========  ==========  ===========  =============
-density  1 row       2 rows      16 rows      rebuilt, 1 row
-=======  ==========  ==========  ===========  =============
-0.5      1.2, 0.85   1.7, 1.7    1.2, 0.71    0.04, 0.02
-0.8      1.0, 1.1    1.6, 0.9    0.61, 0.59   0.07, 0.07
-=======  ==========  ==========  ===========  =============
+that are stored. The linear layers of 12 blocks of SmolLM2-135M's shapes, one row, float32, one core
+of an EPYC, speed relative to dense matrices: 1.9 at density 0.25, 1.26 at 0.5, 1.09 at 0.625, 0.91
+at 0.8; rebuilt for every call, 0.02 to 0.07. For 2 to 16 rows 0.6 to 1.7.
 
 `dequantize()` of a model makes dense copies instead, with the speed and the memory of a dense
 model.
