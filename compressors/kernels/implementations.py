@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODULES = ("packed_bytes", "packed_tiles", "packed_bags")
+MODULES = ("packed_bytes", "packed_tiles", "packed_bags", "masked_csr")
 """Modules of this package whose entries are used, in order of preference.
 
-The kernels for CUDA, `packed_linear` and `pivoted`, are not among them until their speed has been
-measured."""
+The kernels for CUDA, `packed_linear`, `pivoted` and `masked`, are not among them until their speed
+has been measured."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,14 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Places:
+    """What an entry derives from the mask of a sparse matrix, alongside the stored tensors."""
+
+    find: Callable[[Tensor, int], dict[str, Tensor]]
+    """Returns tensors for a mask [d_out, bytes] and the number of columns."""
+
+
+@dataclass(frozen=True)
 class Entry:
     """One implementation of an operation."""
 
@@ -72,6 +80,8 @@ class Entry:
     """Returns why the entry does not serve a product; None if it does."""
     layout: Layout | None = None
     """None if `run` reads the stored tensors as they are."""
+    places: Places | None = None
+    """None if the operation has no mask."""
 
 
 def select(need: Need) -> Entry | str:
