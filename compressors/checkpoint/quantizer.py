@@ -47,6 +47,7 @@ from lrc.compressors.layers import (
 from lrc.compressors.layers.component import finite_problems
 from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, widen_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
+from lrc.compressors.layers.siblings import stack_first_factors
 from lrc.compressors.models.contents import renamed
 from lrc.configs.errors import CheckpointError
 
@@ -154,6 +155,7 @@ class LrcQuantizer(HfQuantizer):
             self._wait_for_hashes = None  # a model is copied and pickled with its quantizer
         check_values(model)
         optimize(model)
+        stack_first_factors(model)
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -1,7 +1,7 @@
 """Products with compressed weights that are faster than rebuilding the weight for every call."""
 
 from lrc.compressors.kernels.fast_path import FastPath, needs_gradients, optimize, slow_layers
-from lrc.compressors.kernels.implementations import Entry, Need, register, select
+from lrc.compressors.kernels.implementations import Entry, Need, select
 
 __all__ = [
     "Entry",
@@ -9,7 +9,6 @@ __all__ = [
     "Need",
     "needs_gradients",
     "optimize",
-    "register",
     "select",
     "slow_layers",
 ]

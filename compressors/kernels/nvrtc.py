@@ -13,7 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "cuda"
+OLDEST = (8, 0)
+"""Compute capability of the first devices with bfloat16."""
+INVALID_CONTEXT = 201
+Macros = tuple[tuple[str, int | str], ...]
 
 
 class CompilationError(RuntimeError):
@@ -26,7 +30,7 @@ class Kernel:
     Parameters
     ----------
     source : str
-        Name of a file beside this one.
+        Name of a file in the folder `cuda`.
     name : str
         The function in it, declared ``extern "C"``.
     macros : tuple of (str, int)
@@ -40,12 +44,12 @@ class Kernel:
         With the compiler's messages.
     """
 
-    def __init__(self, source: str, name: str, macros: tuple[tuple[str, int], ...], device: int):
-        self.name = name
+    def __init__(self, source: str, name: str, macros: Macros, device: int):
+        self.name, self.device = name, device
         major, minor = torch.cuda.get_device_capability(device)
         image = compiled(source, macros, f"sm_{major}{minor}")
         with torch.cuda.device(device):
-            torch.cuda.current_stream()  # modules are loaded into the current context
+            _make_current(device)
             module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
             _check(_driver().cuModuleLoadData(ctypes.byref(module), image), source)
             found = _driver().cuModuleGetFunction(
@@ -73,29 +77,29 @@ class Kernel:
             *[ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values]
         )
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _check(
-            _driver().cuLaunchKernel(
-                self._function, *grid, threads, 1, 1, 0, stream, pointers, None
-            ),
-            self.name,
-        )
+        launch = (self._function, *grid, threads, 1, 1, 0, stream, pointers, None)
+        status = _driver().cuLaunchKernel(*launch)
+        if status == INVALID_CONTEXT:  # in a thread that has not used the device yet
+            _make_current(self.device)
+            status = _driver().cuLaunchKernel(*launch)
+        _check(status, self.name)
 
 
 @cache
-def kernel(source: str, name: str, macros: tuple[tuple[str, int], ...], device: int) -> Kernel:
+def kernel(source: str, name: str, macros: Macros, device: int) -> Kernel:
     """Return a kernel, compiled at the first call."""
     return Kernel(source, name, macros, device)
 
 
 @cache
-def compiled(source: str, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+def compiled(source: str, macros: Macros, architecture: str) -> bytes:
     """Return the machine code of a source file for an architecture such as ``sm_90``."""
     library = _nvrtc()
     program = ctypes.c_void_p()
     text = (FOLDER / source).read_bytes()
     if library.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None):
         raise CompilationError(f"NVRTC cannot read {source}")
-    options = [f"--gpu-architecture={architecture}", "--std=c++20", "-default-device"]
+    options = [f"--gpu-architecture={architecture}", "--std=c++20", "-default-device", f"-I{FOLDER}"]
     options += [f"-D{name}={value}" for name, value in macros]
     array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
     try:
@@ -137,8 +141,33 @@ def _library(names: list[str], what: str) -> ctypes.CDLL:
     raise CompilationError(f"cannot load {what}: tried {', '.join(names)}")
 
 
+def _make_current(device: int) -> None:
+    """Make PyTorch's context of a device the current one of this thread."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "context")
+    _check(_driver().cuCtxSetCurrent(context), "context")
+
+
 def _check(status: int, what: str) -> None:
     if status:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
         raise CompilationError(f"{what}: {(text.value or b'unknown error').decode()}")
+
+
+@cache
+def problem(device: int) -> str | None:
+    """Return why kernels cannot be used on a CUDA device; None if a small one succeeds."""
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, got {capability[0]}.{capability[1]}"
+    out = torch.empty(32, dtype=torch.int32, device=f"cuda:{device}")
+    try:
+        with torch.cuda.device(device):
+            kernel("probe.cu", "probe", (), device)((1, 1, 1), 32, out, 7)
+    except Exception as error:
+        return f"CUDA kernels fail: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    right = torch.equal(out.cpu(), torch.arange(7, 39, dtype=torch.int32))
+    return None if right else "CUDA kernels compute wrong results"

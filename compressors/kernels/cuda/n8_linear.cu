@@ -6,37 +6,55 @@
 
 #include "few_tokens.cuh"
 
-
 // The smallest number of values before column 2 p.
 __device__ __forceinline__ constexpr int first_value(int p) {
     return 2 * p > 8 - N ? 2 * p - (8 - N) : 0;
 }
 
 struct EightOf {
-    static constexpr int DISTANCE = 1;
+    static constexpr int DISTANCE = 1, PIECE = N == 4 ? 16 : 32;
+    static constexpr int PIECES = 32 / PIECE, WORDS = PIECE * N / 16;  // of a piece
+    static constexpr bool WHOLE = true;
+    struct Row {
+        u32 next;  // column of the matrix, as one row, of the first piece that is read next
+    };
     struct Chunk {
-        u32 values[2 * N], mask;
+        u32 values[2 * N];
+        u16 masks[2];  // of 16 columns each
     };
 
     const u32* values;
-    const u32* masks;
+    const u16* masks;
     const uint2* selectors;
     int d_in;
 
-    __device__ __forceinline__ void start(Chunk&, int, int) const {}
+    __device__ __forceinline__ Row row(int index) const {
+        return {(u32)index * d_in + threadIdx.x / 32 * 128 + threadIdx.x % 4 * PIECE};
+    }
 
-    __device__ __forceinline__ void read(Chunk& chunk, int row, int step) const {
-        const int index = step * 4 + threadIdx.x % 4;
-        if (index * 32 >= d_in) return;
-        const size_t place = (size_t)row * (d_in / 32) + index;
-        read_once<2 * N>(chunk.values, values + place * (2 * N));
-        chunk.mask = __ldg(masks + place);
+    __device__ __forceinline__ void start(Chunk& chunk, Row&, int) const {
+#pragma unroll
+        for (int i = 0; i < 2 * N; i++) chunk.values[i] = 0;
+        chunk.masks[0] = chunk.masks[1] = 0;
+    }
+
+    __device__ __forceinline__ void read(Chunk& chunk, Row& row, int step) const {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            const bool exists = column_of<PIECE>(step, i * PIECE) < d_in;
+            const u32 first = row.next + i * 4 * PIECE;
+            read_words<WORDS>(chunk.values + i * WORDS, values + first / 16 * N, exists);
+#pragma unroll
+            for (int j = 0; j < 2 / PIECES; j++)
+                read_half(chunk.masks[i + j], masks + first / 16 + j, exists);
+        }
+        row.next += WARPS * 128;
     }
 
     __device__ __forceinline__ void unpack(
-        const Chunk& chunk, int row, int step, u32 (&pairs)[16]) const {
+        const Chunk& chunk, const Row&, int, u32 (&pairs)[16]) const {
         repeat<4>([&]<int UNIT>() {
-            const u32 byte = chunk.mask >> (8 * UNIT) & 0xFF;
+            const u32 byte = chunk.masks[UNIT / 2] >> UNIT % 2 * 8 & 0xFF;
             const uint2 selector = selectors[byte];
             const u32 spread = byte | byte << 15;  // bits 0 and 16: columns 0 and 1
             repeat<4>([&]<int P>() {
@@ -50,8 +68,7 @@ struct EightOf {
                 }
                 const u32 chosen = P < 2 ? selector.x : selector.y;
                 const u32 exist = (spread >> 2 * P & 0x00010001) * 0xFFFF;
-                pairs[4 * UNIT + P] =
-                    __byte_perm(low, high, P % 2 ? chosen >> 16 : chosen & 0xFFFF) & exist;
+                pairs[4 * UNIT + P] = __byte_perm(low, high, chosen >> P % 2 * 16) & exist;
             });
         });
     }
@@ -60,7 +77,7 @@ struct EightOf {
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
-    const u16* __restrict__ x, const u32* __restrict__ values, const u32* __restrict__ masks,
+    const u16* __restrict__ x, const u32* __restrict__ values, const u16* __restrict__ masks,
     u16* __restrict__ y, int tokens, int d_out, int d_in) {
     __shared__ uint2 selectors[256];
     for (int byte = threadIdx.x; byte < 256; byte += WARPS * 32) {

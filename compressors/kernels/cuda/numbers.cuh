@@ -68,27 +68,47 @@ __device__ __forceinline__ void multiply(
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Read words that are used once, and should not displace inputs from the first-level cache.
-// `aligned`: to 16 bytes if COUNT is a multiple of 4, to 8 bytes if it is even.
+// Read COUNT words if they exist, else leave what is there. They start at a multiple of 16 bytes if
+// COUNT is a multiple of 4, of 8 bytes if it is even. Words that four threads read side by side, 16
+// bytes each, are used once, and should not displace inputs from the first-level cache.
 template <int COUNT>
-__device__ __forceinline__ void read_once(u32* words, const u32* at) {
-    if constexpr (COUNT % 4 == 0) {
+__device__ __forceinline__ void read_words(u32* words, const u32* at, bool exist) {
+    const int p = exist;
+    if constexpr (COUNT == 4) {
+        asm volatile(
+            "{.reg .pred p; setp.ne.s32 p, %5, 0;"
+            "@p ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];}"
+            : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+            : "l"(at), "r"(p));
+    } else if constexpr (COUNT % 4 == 0) {
 #pragma unroll
         for (int i = 0; i < COUNT; i += 4)
-            asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
-                : "l"(at + i));
+            asm volatile(
+                "{.reg .pred p; setp.ne.s32 p, %5, 0;"
+                "@p ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
+                : "+r"(words[i]), "+r"(words[i + 1]), "+r"(words[i + 2]), "+r"(words[i + 3])
+                : "l"(at + i), "r"(p));
     } else if constexpr (COUNT % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < COUNT; i += 2)
-            asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
-                : "=r"(words[i]), "=r"(words[i + 1])
-                : "l"(at + i));
+            asm volatile(
+                "{.reg .pred p; setp.ne.s32 p, %3, 0; @p ld.global.nc.v2.u32 {%0,%1}, [%2];}"
+                : "+r"(words[i]), "+r"(words[i + 1])
+                : "l"(at + i), "r"(p));
     } else {
-        // Neighbouring threads read the rest of the same sectors, from the cache.
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) words[i] = __ldg(at + i);
+        for (int i = 0; i < COUNT; i++)
+            asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.nc.u32 %0, [%1];}"
+                         : "+r"(words[i])
+                         : "l"(at + i), "r"(p));
     }
+}
+
+// Read a half word if it exists.
+__device__ __forceinline__ void read_half(u16& half, const u16* at, bool exists) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.nc.u16 %0, [%1];}"
+                 : "+h"(half)
+                 : "l"(at), "r"((int)exists));
 }
 
 // Call use.operator()<0>(), ..., <COUNT - 1>().

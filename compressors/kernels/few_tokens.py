@@ -1,0 +1,95 @@
+"""Launch the products of few rows of inputs, the tokens, with a matrix that is unpacked on the fly.
+
+All sources that include ``cuda/few_tokens.cuh`` take the input, the stored tensors, the output, and
+the numbers of tokens, rows and columns, in this order.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.kernels import nvrtc
+
+MOST = 64
+"""Tokens above which a dense matrix is written first, for cuBLAS: the kernels read the stored
+tensors again for every 32 tokens."""
+
+
+class Blocks(NamedTuple):
+    """How a kernel divides its work; see ``cuda/few_tokens.cuh``."""
+
+    tokens: int
+    """Rows of the input per block: 8, 16, 32 or 64."""
+    tiles: int
+    """Tiles of 16 rows of the matrix per block."""
+    warps: int
+    """Warps per block, which share the columns."""
+    stages: int
+    """Chunks of 32 columns that a thread reads ahead."""
+
+
+def tokens_per_block(tokens: int) -> int:
+    """Return how many tokens a block multiplies."""
+    return 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+
+
+def multiply(
+    source: str,
+    x: Tensor,
+    stored: Sequence[Tensor],
+    y: Tensor,
+    d_out: int,
+    numbers: Sequence[int],
+    macros: dict[str, int | str],
+    blocks: Blocks,
+    *,
+    more_blocks: int = 0,
+) -> Tensor:
+    """Launch a kernel and return `y`.
+
+    Parameters
+    ----------
+    source : str
+        File in the folder ``cuda``.
+    x : Tensor, shape [tokens, d_in], float16 or bfloat16
+    stored : sequence of Tensor
+        Contiguous.
+    y : Tensor, shape [tokens, ...]
+    d_out : int
+        Rows of the matrix.
+    numbers : sequence of int
+        What the kernel needs besides the sizes.
+    macros : dict
+        Constants of the source, besides those of `Blocks`.
+    more_blocks : int
+        Blocks of threads after those of the rows.
+    """
+    tokens, d_in = x.shape
+    constants = (
+        *macros.items(),
+        ("BFLOAT", int(x.dtype == torch.bfloat16)),
+        ("TOKENS", blocks.tokens),
+        ("TILES", blocks.tiles),
+        ("WARPS", blocks.warps),
+        ("STAGES", blocks.stages),
+    )
+    kernel = nvrtc.kernel(source, "product", constants, x.get_device())
+    grid = -(-d_out // (16 * blocks.tiles)) + more_blocks, -(-tokens // blocks.tokens), 1
+    with on_device(x.device):
+        kernel(grid, 32 * blocks.warps, x, *stored, y, tokens, d_out, d_in, *numbers)
+    return y
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which kernels are launched on a device."""
+    if device.index == torch.cuda.current_device():
+        return nullcontext()  # much cheaper
+    return torch.cuda.device(device)
+
+
+def starts_at_16_bytes(*tensors: Tensor) -> bool:
+    """Return whether all tensors start at a multiple of 16 bytes."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
