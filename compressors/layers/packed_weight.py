@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.kernels import FastPath, Need, select
+from lrc.compressors.kernels.implementations import Layout
 from lrc.compressors.layers.packing import dequantize, repack_integers, unpack_integers
 from lrc.compressors.layers.quantization_args import QuantizationArgs
 
 CONVERTED = "converted_"
 """Prefix of the buffers of a converted copy; they are not part of the state dict."""
+PART = 1 << 21
+"""Codes that are converted at a time: temporary tensors are small next to a large matrix."""
 
 
 class PackedWeight(nn.Module, FastPath):
@@ -112,11 +115,11 @@ class PackedWeight(nn.Module, FastPath):
             return found
         if found.layout is not None:
             with torch.no_grad():
-                codes, zero = self.codes(), self.zero_points()
-                converted = found.layout.pack(codes, scale, zero, args.bits)
-                back = found.layout.unpack(converted, args.bits, shape)
+                converted = found.layout.pack(
+                    self._codes_by_parts(), scale, self.zero_points(), args.bits
+                )
                 # The stored words are released, so that they must be recovered bit by bit.
-                if not torch.equal(repack_integers(back, args.bits), packed):
+                if not self._is_reversible(found.layout, converted):
                     self.reason = f"{found.name}: the conversion is not reversible here"
                     return self.reason
             for key, tensor in converted.items():
@@ -139,6 +142,27 @@ class PackedWeight(nn.Module, FastPath):
         args = self.packed_args
         assert args is not None
         return args
+
+    def _codes_by_parts(self) -> Tensor:
+        """Return the stored codes [rows, columns]; unpacking needs several times as much memory."""
+        packed, bits, (rows, columns) = self.get_buffer("weight_packed"), *self._coded()
+        codes = packed.new_empty(rows, columns, dtype=torch.int8)
+        for part in _parts(rows, columns):
+            codes[part] = unpack_integers(packed[part], bits, columns)
+        return codes
+
+    def _is_reversible(self, layout: Layout, converted: dict[str, Tensor]) -> bool:
+        """Return whether the stored words can be recovered from a converted copy."""
+        packed, bits, (rows, columns) = self.get_buffer("weight_packed"), *self._coded()
+        for part in _parts(rows, columns):
+            ids = torch.arange(rows)[part]
+            codes = layout.unpack(converted, bits, (rows, columns), ids)
+            if not torch.equal(repack_integers(codes, bits), packed[part]):
+                return False
+        return True
+
+    def _coded(self) -> tuple[int, tuple[int, int]]:
+        return self._args().bits, self.packed_shape
 
     def _repacked(self) -> Tensor:
         return repack_integers(self.codes(), self._args().bits)
@@ -188,6 +212,12 @@ class PackedWeight(nn.Module, FastPath):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if fast:
             self.optimize()
+
+
+def _parts(rows: int, columns: int) -> list[slice]:
+    """Return slices of rows with about `PART` numbers each."""
+    step = max(1, PART // columns)
+    return [slice(n, n + step) for n in range(0, rows, step)]
 
 
 def _state(scale: Tensor) -> tuple[int, int]:
