@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-BATCH = 16 * 2**20
+BATCH = 2 * 2**20
 """Bytes of tensors that are collected before memory is given back: it takes milliseconds."""
 MADV_DONTNEED = 4
 """Of Linux. Pages of a file that is mapped privately are read again if they are needed."""
