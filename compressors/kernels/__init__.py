@@ -1,5 +1,6 @@
 """Products with compressed weights that are faster than rebuilding the weight for every call."""
 
+from lrc.compressors.kernels.failures import run_or_restore
 from lrc.compressors.kernels.fast_path import FastPath, needs_gradients, optimize, slow_layers
 from lrc.compressors.kernels.implementations import Entry, Need, register, select
 
@@ -10,6 +11,7 @@ __all__ = [
     "needs_gradients",
     "optimize",
     "register",
+    "run_or_restore",
     "select",
     "slow_layers",
 ]

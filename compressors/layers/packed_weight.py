@@ -7,14 +7,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.kernels import FastPath, Need, select
+from lrc.compressors.kernels import FastPath, Need, run_or_restore, select
 from lrc.compressors.kernels.implementations import Layout
 from lrc.compressors.layers.packing import dequantize, repack_integers, unpack_integers
 from lrc.compressors.layers.quantization_args import QuantizationArgs
 
 CONVERTED = "converted_"
 """Prefix of the buffers of a converted copy; they are not part of the state dict."""
-PART = 1 << 21
+PART = 1 << 19
 """Codes that are converted at a time: temporary tensors are small next to a large matrix."""
 
 
@@ -83,15 +83,15 @@ class PackedWeight(nn.Module, FastPath):
         converted = self._copy is not None and not torch.compiler.is_compiling()
         if converted and self._scale_state != _state(scale):
             self.optimize()
-        entry, args = self.entry, self._args()
-        assert entry is not None
-        rows, columns = self.packed_shape
+        args, (rows, columns) = self._args(), self.packed_shape
         flat = x if x.dim() == 2 else x.reshape(-1, columns)
         if self._copy is not None:
-            y: Tensor = entry.run(flat, self._copy, args.bits, rows)
+            y: Tensor | None = run_or_restore(self, flat, self._copy, args.bits, rows)
         else:
             packed, zero = self._buffers["weight_packed"], self._buffers.get("weight_zero_point")
-            y = entry.run(flat, packed, scale, zero, args.bits, columns)
+            y = run_or_restore(self, flat, packed, scale, zero, args.bits, columns)
+        if y is None:
+            return nn.functional.linear(x, self.packed_matrix())
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
     def optimize(self) -> str | None:
