@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.kernels.failures import described
-from lrc.compressors.kernels.implementations import Entry, Need, register
+from lrc.compressors.kernels.implementations import Entry, Need
 
 OLDEST = (8, 0)
 """Compute capability of the first devices with bfloat16."""
@@ -116,4 +116,4 @@ def _broken(error: Exception) -> str:
     )
 
 
-register(Entry("Triton", "packed_linear", "cuda", range(2, 9), run, refuse=refuse))
+ENTRIES = [Entry("Triton", "packed_linear", "cuda", range(2, 9), run, refuse=refuse)]

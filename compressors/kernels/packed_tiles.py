@@ -8,7 +8,7 @@ inputs and sums in float32. Codes of fewer bits are stored as 4. Codes of 5 to 8
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.kernels.implementations import Entry, Layout, Need, register
+from lrc.compressors.kernels.implementations import Entry, Layout, Need
 from lrc.compressors.kernels.scratch import scratch
 
 GROUPS = (256, 128, 64, 32)
@@ -185,7 +185,7 @@ def run(x: Tensor, tensors: dict[str, Tensor], bits: int, d_out: int) -> Tensor:
     return y
 
 
-register(
+ENTRIES = [
     Entry(
         "int4 (torch)",
         "packed_linear",
@@ -196,4 +196,4 @@ register(
         refuse=refuse,
         layout=Layout(pack, unpack),
     )
-)
+]

@@ -1,8 +1,7 @@
 """A module that stores a quantized matrix, and a linear layer with such a weight."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ PART = 1 << 19
 """Codes that are converted at a time: temporary tensors are small next to a large matrix."""
 
 
-class PackedWeight(nn.Module, FastPath):
+class PackedWeight(FastPath):
     """A module whose matrix may be stored as packed integers, under the name ``weight``.
 
     Some fast paths need the codes in another order. The converted copy then takes the place of the
@@ -94,24 +93,19 @@ class PackedWeight(nn.Module, FastPath):
             return nn.functional.linear(x, self.packed_matrix())
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
-    def optimize(self) -> str | None:
-        """Select a fast path for the current device and dtype; return the reason if none fits."""
-        self.restore()
-        self.reason = None
+    def _select(self) -> str | None:
         if self.packed_args is None:
             return None  # a dense product is as fast as it gets
         scale, packed = self.get_parameter("weight_scale"), self.get_buffer("weight_packed")
         args, shape = self._args(), self.packed_shape
         if scale.is_meta or packed.is_meta:
-            self.reason = "the weights are offloaded"
-            return self.reason
+            return "the weights are offloaded"
         size = args.group_size
         need = Need(
             "packed_linear", args.bits, packed.device, scale.dtype, shape, size, args.symmetric
         )
         found = select(need)
         if isinstance(found, str):
-            self.reason = found
             return found
         if found.layout is not None:
             with torch.no_grad():
@@ -120,10 +114,8 @@ class PackedWeight(nn.Module, FastPath):
                 )
                 # The stored words are released, so that they must be recovered bit by bit.
                 if not self._is_reversible(found.layout, converted):
-                    self.reason = f"{found.name}: the conversion is not reversible here"
-                    return self.reason
-            for key, tensor in converted.items():
-                self.register_buffer(CONVERTED + key, tensor, persistent=False)
+                    return f"{found.name}: the conversion is not reversible here"
+            self._derive(**{CONVERTED + key: tensor for key, tensor in converted.items()})
             del self._buffers["weight_packed"]
             self._copy, self._scale_state = converted, _state(scale)
         self.entry = found
@@ -133,10 +125,8 @@ class PackedWeight(nn.Module, FastPath):
         """Return to the plain product and to the stored tensors."""
         if self._copy is not None:
             self.register_buffer("weight_packed", self._repacked())
-            for key in self._copy:
-                delattr(self, CONVERTED + key)
             self._copy = self._scale_state = None
-        self.entry = None
+        super().restore()
 
     def _args(self) -> QuantizationArgs:
         args = self.packed_args
@@ -176,42 +166,13 @@ class PackedWeight(nn.Module, FastPath):
         if self._copy is not None:
             destination[f"{prefix}weight_packed"] = self._repacked()
 
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        fast = self.entry is not None
-        self.restore()
-        super()._load_from_state_dict(*args, **options)
-        if fast:
-            self.optimize()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert the stored tensors, and select for their new device and dtype."""
-        fast = self.entry is not None or self.reason is not None
-        self.restore()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if fast:
-            self.optimize()
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle the stored tensors: converted ones depend on the processor."""
-        state = dict(self.__dict__)
-        state["_fast"] = self.entry is not None
+        """Copy and pickle the stored tensors."""
+        state = super().__getstate__()
         if self._copy is not None:
-            kept = {k: t for k, t in self._buffers.items() if not k.startswith(CONVERTED)}
-            state["_buffers"] = {**kept, "weight_packed": self._repacked()}
-            state["_non_persistent_buffers_set"] = {
-                name for name in self._non_persistent_buffers_set if not name.startswith(CONVERTED)
-            }
+            state["_buffers"]["weight_packed"] = self._repacked()
             state["_copy"] = state["_scale_state"] = None
-        state["entry"] = None
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Select a fast path where the copy is."""
-        fast = state.pop("_fast", False)
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if fast:
-            self.optimize()
 
 
 def _parts(rows: int, columns: int) -> list[slice]:
