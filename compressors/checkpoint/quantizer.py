@@ -157,7 +157,7 @@ class LrcQuantizer(HfQuantizer):
         check_values(model)
         replaced = ReplacedTensors()
         optimize(model, replaced=replaced)
-        stack_first_factors(model)
+        stack_first_factors(model, replaced=replaced)
         replaced.flush()
         return model
 

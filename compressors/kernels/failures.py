@@ -1,6 +1,7 @@
 """Kernels that fail when they run: the layer goes on with its plain product."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ log = logging.getLogger(__name__)
 _reported: set[tuple[str, str]] = set()
 
 
-def run_or_restore(module: FastPath, *args: Any) -> Any:
+def run_or_restore(module: FastPath, *args: Any, run: Callable[..., Any] | None = None) -> Any:
     """Return the product of the fast path of a module; None if it fails, and from then on.
 
     Kernels are compiled at their first call for some number of rows, which fails if they need more
@@ -24,6 +25,8 @@ def run_or_restore(module: FastPath, *args: Any) -> Any:
         With an entry. It has none, but a reason, after a failure.
     *args
         Of ``entry.run``.
+    run : callable, optional
+        Another kernel of the same entry.
 
     Raises
     ------
@@ -32,10 +35,11 @@ def run_or_restore(module: FastPath, *args: Any) -> Any:
     """
     entry = module.entry
     assert entry is not None
+    product = run or entry.run
     if torch.compiler.is_compiling():
-        return entry.run(*args)
+        return product(*args)
     try:
-        return entry.run(*args)
+        return product(*args)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # those of Triton, CUDA and compilers have no common class
