@@ -1,5 +1,6 @@
 """Products with compressed weights that are faster than rebuilding the weight for every call."""
 
+from lrc.compressors.kernels.failures import run_or_restore
 from lrc.compressors.kernels.fast_path import FastPath, needs_gradients, optimize, slow_layers
 from lrc.compressors.kernels.implementations import Entry, Need, select
 
@@ -9,6 +10,7 @@ __all__ = [
     "Need",
     "needs_gradients",
     "optimize",
+    "run_or_restore",
     "select",
     "slow_layers",
 ]

@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
@@ -111,11 +111,23 @@ def needs_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
 
 
-def optimize(model: nn.Module) -> dict[str, str]:
+def ignore(tensors: Iterable[Tensor]) -> None:
+    """Leave tensors to the garbage collector."""
+
+
+def optimize(
+    model: nn.Module, *, replaced: Callable[[Iterable[Tensor]], None] = ignore
+) -> dict[str, str]:
     """Select fast paths for all modules of a model that can have one.
 
     Loading with `from_pretrained` does this. It is undone by ``model.dequantize()``; a model that
-    was moved, or whose dtype changed, selects again.
+    was moved, or whose dtype changed, selects again. On a GPU, one warning names all modules
+    without a fast path.
+
+    Parameters
+    ----------
+    replaced : callable, optional
+        Called after each module with the tensors that others have replaced.
 
     Returns
     -------
@@ -124,23 +136,35 @@ def optimize(model: nn.Module) -> dict[str, str]:
     """
     for module in model.modules():
         if isinstance(module, FastPath):
+            before = _tensors(module)
             module.optimize()
+            after = {id(tensor) for tensor in _tensors(module)}
+            replaced([tensor for tensor in before if id(tensor) not in after])
     slow = slow_layers(model)
-    for reason, names in _by_reason(slow).items():
-        if any(device.type == "cuda" for device in _devices(model)):
-            log.warning("%d layers have no fast path, such as %s: %s", len(names), names[0], reason)
+    devices = {str(p.device): None for p in model.parameters() if p.device.type == "cuda"}
+    if slow and devices:
+        log.warning("%s", _sentence(slow, " and ".join(devices)))
     return slow
 
 
-def _by_reason(slow: dict[str, str]) -> dict[str, list[str]]:
+def _tensors(module: Any) -> list[Tensor]:
+    found = [*module._parameters.values(), *module._buffers.values()]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _sentence(slow: dict[str, str], device: str) -> str:
+    """Return one sentence about modules without a fast path."""
     found: dict[str, list[str]] = {}
     for name, reason in slow.items():
         found.setdefault(reason, []).append(name)
-    return found
-
-
-def _devices(model: nn.Module) -> set[torch.device]:
-    return {parameter.device for parameter in model.parameters()}
+    parts = [
+        f"{reason} ({len(names)} modules, such as {names[0] or 'the model'})"
+        for reason, names in found.items()
+    ]
+    return (
+        f"without a fast path on {device}, compressed weights are multiplied by plain PyTorch, "
+        f"which may be slower than the dense model: {'; '.join(parts)}"
+    )
 
 
 def slow_layers(model: nn.Module) -> dict[str, str]:

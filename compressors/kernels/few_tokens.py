@@ -18,6 +18,10 @@ MOST = 64
 tensors again for every 32 tokens."""
 
 
+MOST_WARPS = 3600
+"""Of all blocks, if the columns are divided among several warps at all."""
+
+
 class Blocks(NamedTuple):
     """How a kernel divides its work; see ``cuda/few_tokens.cuh``."""
 
@@ -31,9 +35,18 @@ class Blocks(NamedTuple):
     """Chunks of 32 columns that a thread reads ahead."""
 
 
-def tokens_per_block(tokens: int) -> int:
-    """Return how many tokens a block multiplies."""
-    return 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+def blocks_for(tokens: int, d_out: int, d_in: int, *, tiles: int) -> Blocks:
+    """Return how to divide a product, with at most `tiles` tiles per block.
+
+    A GPU reads at full speed with about 16 warps on every processor. Measured on one H200 with the
+    shapes of Llama-3-8B.
+    """
+    tiles = tiles if d_out >= 4096 else 1
+    blocks, steps = -(-d_out // (16 * tiles)), -(-d_in // 128)
+    warps = 16
+    while warps > 2 and (blocks * warps > MOST_WARPS or warps > steps):
+        warps //= 2
+    return Blocks(8 if tokens <= 8 else 16 if tokens <= 16 else 32, tiles, warps, 1)
 
 
 def multiply(

@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODULES = ("packed_bytes", "packed_tiles", "packed_bags", "masked_csr")
-"""Modules of this package whose entries are used, in order of preference.
-
-The kernels for CUDA, `packed_linear`, `pivoted` and `masked`, are not among them until their speed
-has been measured."""
+MODULES = (
+    "packed_bytes",
+    "packed_tiles",
+    "packed_bags",
+    "masked_csr",
+    "packed_linear",
+    "pivoted",
+    "masked",
+)
+"""Modules of this package whose entries are used, in order of preference."""
 
 
 @dataclass(frozen=True)

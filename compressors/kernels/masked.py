@@ -1,11 +1,12 @@
 """Products with matrices of which some entries are stored, at the places that a mask names."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.kernels import few_tokens, masked_cuda
+from lrc.compressors.kernels.few_tokens import on_device
 from lrc.compressors.kernels.implementations import Entry, Need, Places
 from lrc.compressors.kernels.mask_places import UNIT, starts_and_offsets
 from lrc.compressors.kernels.triton_device import triton_problem
@@ -14,10 +15,11 @@ EIGHT_OF, FREE, GROUPS = 0, 1, 2
 """Layouts: n values for each unit of eight columns; values row by row without gaps; groups of
 integers, of consecutive columns."""
 FEW_ROWS = 4
-"""Up to this many inputs are multiplied without tensor cores, which take 16 at a time."""
-SOME_ROWS = 16
-"""Up to this many inputs the product is limited by reading the matrix. More are multiplied by a
-dense matrix, which one kernel writes."""
+"""Up to this many inputs are multiplied by the Triton kernels. More are multiplied by a dense
+matrix, which one kernel writes, where there is no kernel in CUDA C++."""
+PERMUTED_ROWS = 2
+"""Up to this many inputs n of eight are faster without tensor cores. One H200, density 0.5, one
+input: 1.6 to 1.8 times dense, with tensor cores 1.2 to 1.4; four inputs 1.1 and 1.2."""
 
 
 class Masked(NamedTuple):
@@ -215,33 +217,52 @@ def _product(x: Tensor, stored: Masked) -> Tensor:
     if stored.layout == EIGHT_OF and stored.n == UNIT and not stored.bits:
         return nn.functional.linear(x, stored.values.view(stored.d_out, stored.columns))
     rows = len(x)
-    if rows > SOME_ROWS:
-        return nn.functional.linear(x, _matrix(stored))
     if rows == 0:
         return x.new_empty(0, stored.d_out)
+    x = x.contiguous()
+    if rows <= few_tokens.MOST and few_tokens.starts_at_16_bytes(x):
+        y = _few_tokens(x, stored)
+        if y is not None:
+            return y
+    if rows > FEW_ROWS:
+        return nn.functional.linear(x, _matrix(stored))
     from lrc.compressors.kernels import masked_triton, n8_triton
 
-    x = x.contiguous()
-    with _current(x.device):
-        if rows > FEW_ROWS:
-            return masked_triton.some_rows(x, stored)
+    with on_device(x.device):
         if stored.layout == EIGHT_OF and not stored.bits and x.dtype.itemsize == 2:
             return n8_triton.few_rows(x, stored.values, stored.mask, stored.n)
         return masked_triton.few_rows(x, stored)
 
 
+def _few_tokens(x: Tensor, stored: Masked) -> Tensor | None:
+    """Multiply with a kernel in CUDA C++, or return None if there is none."""
+    if stored.layout == EIGHT_OF and not stored.bits and len(x) > PERMUTED_ROWS:
+        eight = masked_cuda.EightOf(stored.values, stored.mask, stored.n)
+        if masked_cuda.serves_eight_of(eight, stored.columns):
+            return masked_cuda.eight_of(x, eight)
+    if stored.layout == GROUPS:
+        assert stored.scale is not None
+        assert stored.starts is not None
+        assert stored.offsets is not None
+        groups = masked_cuda.Groups(
+            stored.values,
+            stored.scale,
+            stored.mask,
+            stored.starts,
+            stored.offsets,
+            stored.bits,
+            stored.group,
+        )
+        if masked_cuda.serves_groups(groups, stored.columns):
+            return masked_cuda.groups(x, groups)
+    return None
+
+
 def _matrix(stored: Masked) -> Tensor:
     from lrc.compressors.kernels import masked_triton
 
-    with _current(stored.mask.device):
+    with on_device(stored.mask.device):
         return masked_triton.expand(stored)
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which Triton, which launches on the current device, uses this one."""
-    if device.index == torch.cuda.current_device():
-        return nullcontext()  # much cheaper
-    return torch.cuda.device(device)
 
 
 def refuse(need: Need) -> str | None:
@@ -257,7 +278,9 @@ def refuse(need: Need) -> str | None:
 def find_places(mask: Tensor, columns: int) -> dict[str, Tensor]:
     """Return what the kernels derive from a mask, by the names of fields of `Masked`."""
     starts, offsets = starts_and_offsets(mask)
-    return {"starts": starts, "offsets": offsets}
+    found = {"starts": starts, "offsets": offsets}
+    whole = masked_cuda.padded(mask)
+    return found if whole.shape == mask.shape else found | {"padded": whole}
 
 
 ENTRIES = [

@@ -1,8 +1,7 @@
 """Triton kernels for matrices of which some entries are stored, at the places that a mask names.
 
-All kernels see a matrix as units of eight consecutive columns of a row, see `entries_triton`. What
-is done with the entries differs: they are multiplied by a few inputs, fed to tensor cores, or
-written to a dense matrix.
+All kernels see a matrix as units of eight consecutive columns of a row, see `entries_triton`. They
+are multiplied by a few inputs, or written to a dense matrix.
 
 A thread holds a unit. The eight columns of the input that belong to it stay in registers for all
 rows of a block, so that nothing is gathered but values, which neighbouring threads read from
@@ -76,26 +75,6 @@ def few_rows(x: Tensor, stored: Masked, blocks: Blocks | None = None) -> Tensor:
         n,
         **arguments(stored),
         T=triton.next_power_of_2(n),
-        R=b.rows,
-        G=b.units,
-        num_warps=b.warps,
-        num_stages=b.stages,
-    )
-    return y
-
-
-def some_rows(x: Tensor, stored: Masked, blocks: Blocks | None = None) -> Tensor:
-    """Multiply up to 64 inputs [n, columns], contiguous, with tensor cores."""
-    n, _ = x.shape
-    d_out = stored.d_out
-    y = x.new_empty(n, d_out)
-    b = blocks or Blocks(16, 32, 4)
-    _some_rows[(triton.cdiv(d_out, b.rows),)](
-        x,
-        y,
-        n,
-        **arguments(stored),
-        T=max(16, triton.next_power_of_2(n)),
         R=b.rows,
         G=b.units,
         num_warps=b.warps,
@@ -217,51 +196,6 @@ def _few_rows(
     out = tl.sum(acc, axis=2).to(y.dtype.element_ty)  # [T, R]
     to = y + tokens[:, None] * d_out + rows[None, :]
     tl.store(to, out, (tokens < n)[:, None] & (rows < d_out)[None, :])
-
-
-@triton.jit
-def _some_rows(
-    x,  # [n, columns]
-    y,  # [n, d_out]
-    n,
-    values,
-    scale,
-    mask,
-    starts,
-    offsets,
-    d_out,
-    columns,
-    mask_stride,
-    offsets_stride,
-    LAYOUT: tl.constexpr,
-    N: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ASM: tl.constexpr,
-    T: tl.constexpr,
-    R: tl.constexpr,
-    G: tl.constexpr,
-):
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    tokens = tl.arange(0, T)
-    row_starts = tl.load(starts + rows, rows < d_out, other=0)[:, None]
-    acc = tl.zeros([R, T], tl.float32)
-    for first in range(0, tl.cdiv(columns, 8), G):
-        units = first + tl.arange(0, G)
-        exists = (rows < d_out)[:, None] & (units * 8 < columns)[None, :]
-        m, place = unit(
-            mask, row_starts, offsets, rows[:, None], units[None, :], exists, mask_stride,
-            offsets_stride, LAYOUT, N, GROUP, ALIGNED, ASM,
-        )  # fmt: skip
-        e0, e1, e2, e3, e4, e5, e6, e7 = entries(values, scale, m, place, LAYOUT, BITS, GROUP, ASM)
-        W = tl.reshape(join_eight(e0, e1, e2, e3, e4, e5, e6, e7), [R, 8 * G])
-        k = first * 8 + tl.arange(0, 8 * G)
-        inside = (tokens < n)[:, None] & (k < columns)[None, :]
-        inputs = tl.load(x + tokens[:, None] * columns + k[None, :], inside, other=0.0)
-        acc = tl.dot(W.to(x.dtype.element_ty), tl.trans(inputs), acc, input_precision="ieee")
-    to = y + tokens[None, :] * d_out + rows[:, None]
-    tl.store(to, acc.to(y.dtype.element_ty), (rows < d_out)[:, None] & (tokens < n)[None, :])
 
 
 @triton.jit

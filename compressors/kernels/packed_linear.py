@@ -1,21 +1,16 @@
 """Products with packed integers on CUDA devices, which read the stored tensors as they are.
 
-Few rows of inputs are multiplied by tensor cores while the codes are unpacked in registers; for more
-rows the matrix is written once, in the dtype of the input, for cuBLAS.
+Few rows of inputs are multiplied by tensor cores while the codes are unpacked in registers; for
+more rows the matrix is written once, in the dtype of the input, for cuBLAS.
 """
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.kernels import few_tokens, nvrtc
-from lrc.compressors.kernels.few_tokens import Blocks, on_device
+from lrc.compressors.kernels.cuda_device import cuda_problem
+from lrc.compressors.kernels.few_tokens import Blocks, blocks_for, on_device
 from lrc.compressors.kernels.implementations import Entry, Need
-
-
-def blocks_for(tokens: int, d_out: int, bits: int) -> Blocks:
-    """Return how to divide the product of a few tokens."""
-    tiles = 2 if d_out >= 4096 else 1
-    return Blocks(few_tokens.tokens_per_block(tokens), tiles, 8, 2 if bits > 4 else 4)
 
 
 def product(
@@ -28,10 +23,10 @@ def product(
 ) -> Tensor:
     """Return ``x @ W.T`` [tokens, d_out] for ``x`` [tokens, d_in], unpacking codes in registers."""
     x, stored, numbers = x.contiguous(), *_stored(packed, scale, zero_point)
-    (tokens, d_in), (d_out, words) = x.shape, packed.shape
+    (tokens, d_in), d_out = x.shape, len(packed)
     aligned = d_in % 32 == 0 and few_tokens.starts_at_16_bytes(x, *stored)
     macros = _macros(scale, zero_point, bits, d_in) | {"ALIGNED": int(aligned)}
-    blocks = blocks or blocks_for(tokens, d_out, bits)
+    blocks = blocks or blocks_for(tokens, d_out, d_in, tiles=1 if bits > 4 else 2)
     y = x.new_empty(tokens, d_out)
     return few_tokens.multiply("packed_linear.cu", x, stored, y, d_out, numbers, macros, blocks)
 
@@ -126,7 +121,7 @@ def run(
 
 def refuse(need: Need) -> str | None:
     """Return why the kernels do not serve a product; None if they do."""
-    return nvrtc.problem(need.device.index or 0)
+    return cuda_problem(need.device.index or 0)
 
 
 ENTRIES = [

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.kernels import one_row
 from lrc.compressors.layers.packed_weight import PackedLinear
 from lrc.compressors.layers.packing import read_values
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpecs
@@ -188,7 +189,7 @@ class Component(nn.Module, ABC):
         """Multiply ``x`` [..., d_in] by the child ``a``, together with the layers of `stack`."""
         p = None if self.stack is None else self.stack.multiply(self.position, x)
         if p is None:
-            p = self.get_submodule("a")(x)
+            p = multiply(self.get_submodule("a"), x)
         return p
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -277,14 +278,12 @@ class SharedFactorComponent(Component):
     def multiply_first_alone(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., d_in] by ``a``, without the layers of `stack`."""
         a = self.first
-        p: Tensor
         if self.owner is None:
-            p = a(x)
-            return p
+            return multiply(a, x)
         # A device map may place the owner elsewhere. Hooks of accelerate bring offloaded (meta)
         # weights to the device of the input.
         device = next(a.parameters()).device
-        p = a(x if device.type == "meta" else x.to(device))
+        p: Tensor = a(x if device.type == "meta" else x.to(device))
         return p.to(x.device)
 
 
@@ -299,6 +298,14 @@ def _empty_linear(
         nn.Linear, columns, rows, bias=False, device=device or "cpu", dtype=dtype
     )
     return linear
+
+
+def multiply(module: nn.Module, x: Tensor) -> Tensor:
+    """Return ``module(x)`` for a factor, with a faster kernel for one row on a CUDA device."""
+    if type(module) is nn.Linear and is_plain(module):
+        return one_row.linear(x, module.weight)
+    y: Tensor = module(x)
+    return y
 
 
 def is_plain(module: nn.Module) -> bool:

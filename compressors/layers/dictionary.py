@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.kernels import needs_gradients
+from lrc.compressors.kernels import needs_gradients, run_or_restore
 from lrc.compressors.kernels.masked import FREE, expand
 from lrc.compressors.layers.bitmask import mask_problems, pack_bits, packed_width, unpack_bits
 from lrc.compressors.layers.component import (
@@ -154,7 +154,9 @@ class Dictionary(MaskedWeight, SharedFactorComponent):
         if self.entry is not None and self.entry.device == "cuda":
             stored = self.masked()
             if stored.mask.is_cuda and not needs_gradients(*self.parameters(recurse=False)):
-                return expand(stored)
+                expanded: Tensor | None = run_or_restore(self, stored, run=expand)
+                if expanded is not None:
+                    return expanded
         values = self.stored_values()
         zeros = values.new_zeros(self.d_out, self.config.sizes["atoms"])
         if "mask" in self._buffers:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lrc.compressors.layers.component import ComponentConfig, SharedFactorComponent
+from lrc.compressors.layers.component import ComponentConfig, SharedFactorComponent, multiply
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 from lrc.compressors.layers.tiles import exceeds, in_tiles
 
@@ -47,12 +47,10 @@ class LowRank(SharedFactorComponent):
         """Map ``x`` [..., d_in] to [..., d_out]."""
         if self.tile is not None and exceeds(x, self.tile):
             return in_tiles(self._of_tile, x, self.tile)
-        y: Tensor = self.get_submodule("b")(self.multiply_first(x))
-        return y
+        return multiply(self.get_submodule("b"), self.multiply_first(x))
 
     def _of_tile(self, x: Tensor) -> Tensor:
-        y: Tensor = self.get_submodule("b")(self.multiply_first_alone(x))
-        return y
+        return multiply(self.get_submodule("b"), self.multiply_first_alone(x))
 
     def matrix(self) -> Tensor:
         """Return ``B @ A`` [d_out, d_in] in float32."""

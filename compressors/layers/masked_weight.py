@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrc.compressors.kernels import FastPath, Need, select
+from lrc.compressors.kernels import FastPath, Need, run_or_restore, select
 from lrc.compressors.kernels.masked import EIGHT_OF, Masked
 from lrc.compressors.layers.component import Component
 from lrc.compressors.layers.quantization_args import VALUES_GROUP
@@ -29,6 +29,7 @@ class MaskedWeight(FastPath, Component):
         mask = buffers["mask"]
         assert mask is not None
         places: dict[str, Any] = {name: buffers[name] for name in self._derived}
+        mask = places.pop("padded", mask)
         if args is None:
             values = self._parameters["values"]
             assert values is not None
@@ -46,9 +47,8 @@ class MaskedWeight(FastPath, Component):
         assert like is not None
         if not self.is_fast(x, like):
             return None
-        assert self.entry is not None
-        y: Tensor = self.entry.run(x.reshape(-1, x.shape[-1]), self.masked())
-        return y.view(*x.shape[:-1], self.d_out)
+        y: Tensor | None = run_or_restore(self, x.reshape(-1, x.shape[-1]), self.masked())
+        return None if y is None else y.view(*x.shape[:-1], self.d_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""

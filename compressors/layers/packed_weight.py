@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.kernels import FastPath, Need, select
+from lrc.compressors.kernels import FastPath, Need, run_or_restore, select
+from lrc.compressors.kernels.implementations import Layout
 from lrc.compressors.layers.packing import dequantize, repack_integers, unpack_integers
 from lrc.compressors.layers.quantization_args import QuantizationArgs
 
 CONVERTED = "converted_"
 """Prefix of the buffers of a converted copy; they are not part of the state dict."""
+PART = 1 << 19
+"""Codes that are converted at a time: temporary tensors are small next to a large matrix."""
 
 
 class PackedWeight(FastPath):
@@ -79,15 +82,15 @@ class PackedWeight(FastPath):
         converted = self._copy is not None and not torch.compiler.is_compiling()
         if converted and self._scale_state != _state(scale):
             self.optimize()
-        entry, args = self.entry, self._args()
-        assert entry is not None
-        rows, columns = self.packed_shape
+        args, (rows, columns) = self._args(), self.packed_shape
         flat = x if x.dim() == 2 else x.reshape(-1, columns)
         if self._copy is not None:
-            y: Tensor = entry.run(flat, self._copy, args.bits, rows)
+            y: Tensor | None = run_or_restore(self, flat, self._copy, args.bits, rows)
         else:
             packed, zero = self._buffers["weight_packed"], self._buffers.get("weight_zero_point")
-            y = entry.run(flat, packed, scale, zero, args.bits, columns)
+            y = run_or_restore(self, flat, packed, scale, zero, args.bits, columns)
+        if y is None:
+            return nn.functional.linear(x, self.packed_matrix())
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
     def _select(self) -> str | None:
@@ -106,11 +109,11 @@ class PackedWeight(FastPath):
             return found
         if found.layout is not None:
             with torch.no_grad():
-                codes, zero = self.codes(), self.zero_points()
-                converted = found.layout.pack(codes, scale, zero, args.bits)
-                back = found.layout.unpack(converted, args.bits, shape)
+                converted = found.layout.pack(
+                    self._codes_by_parts(), scale, self.zero_points(), args.bits
+                )
                 # The stored words are released, so that they must be recovered bit by bit.
-                if not torch.equal(repack_integers(back, args.bits), packed):
+                if not self._is_reversible(found.layout, converted):
                     return f"{found.name}: the conversion is not reversible here"
             self._derive(**{CONVERTED + key: tensor for key, tensor in converted.items()})
             del self._buffers["weight_packed"]
@@ -129,6 +132,27 @@ class PackedWeight(FastPath):
         args = self.packed_args
         assert args is not None
         return args
+
+    def _codes_by_parts(self) -> Tensor:
+        """Return the stored codes [rows, columns]; unpacking needs several times as much memory."""
+        packed, bits, (rows, columns) = self.get_buffer("weight_packed"), *self._coded()
+        codes = packed.new_empty(rows, columns, dtype=torch.int8)
+        for part in _parts(rows, columns):
+            codes[part] = unpack_integers(packed[part], bits, columns)
+        return codes
+
+    def _is_reversible(self, layout: Layout, converted: dict[str, Tensor]) -> bool:
+        """Return whether the stored words can be recovered from a converted copy."""
+        packed, bits, (rows, columns) = self.get_buffer("weight_packed"), *self._coded()
+        for part in _parts(rows, columns):
+            ids = torch.arange(rows)[part]
+            codes = layout.unpack(converted, bits, (rows, columns), ids)
+            if not torch.equal(repack_integers(codes, bits), packed[part]):
+                return False
+        return True
+
+    def _coded(self) -> tuple[int, tuple[int, int]]:
+        return self._args().bits, self.packed_shape
 
     def _repacked(self) -> Tensor:
         return repack_integers(self.codes(), self._args().bits)
@@ -149,6 +173,12 @@ class PackedWeight(FastPath):
             state["_buffers"]["weight_packed"] = self._repacked()
             state["_copy"] = state["_scale_state"] = None
         return state
+
+
+def _parts(rows: int, columns: int) -> list[slice]:
+    """Return slices of rows with about `PART` numbers each."""
+    step = max(1, PART // columns)
+    return [slice(n, n + step) for n in range(0, rows, step)]
 
 
 def _state(scale: Tensor) -> tuple[int, int]:

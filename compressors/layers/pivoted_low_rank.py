@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.kernels import FastPath, Need, select
+from lrc.compressors.kernels import FastPath, Need, run_or_restore, select
 from lrc.compressors.kernels.pivoted import TRANSPOSE_FROM, interleave_by_rows, inverse_of
 from lrc.compressors.layers.component import Component, ComponentConfig, check_range, is_plain
 from lrc.compressors.layers.packed_weight import PackedLinear
@@ -96,9 +96,10 @@ class PivotedLowRank(FastPath, Component):
         like = next(c.parameters()) if weight is None else weight
         # Parameters of adapters may have gradients, too.
         if self.is_fast(p, like) and not (weight is None and torch.is_grad_enabled()):
-            assert self.entry is not None
-            y: Tensor = self.entry.run(rows, c, weight, order, self.get_buffer("inverse"))
-            return y.view(*p.shape[:-1], self.d_out)
+            inverse = self.get_buffer("inverse")
+            y: Tensor | None = run_or_restore(self, rows, c, weight, order, inverse)
+            if y is not None:
+                return y.view(*p.shape[:-1], self.d_out)
         # Compiled code for a CPU needs no choice by the number of rows: it fuses the gather.
         transposed = weight is not None and p.is_cpu and not torch.compiler.is_compiling()
         if transposed and len(rows) >= TRANSPOSE_FROM:

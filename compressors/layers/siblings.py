@@ -1,9 +1,10 @@
 """Find the layers of a model that receive the same input."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
+from lrc.compressors.kernels.fast_path import ignore
 from lrc.compressors.layers.component import Component
 from lrc.compressors.layers.compressed_linear import CompressedLinear
 from lrc.compressors.layers.low_rank import LowRank
@@ -23,11 +24,18 @@ SIBLINGS = (
 """Children of one module that receive the same input, unless it is a cross-attention."""
 
 
-def stack_first_factors(model: nn.Module) -> list[StackedFactors]:
+def stack_first_factors(
+    model: nn.Module, *, replaced: Callable[[Iterable[Tensor]], None] = ignore
+) -> list[StackedFactors]:
     """Make layers that receive the same input share one product for their first factors.
 
     These are layers of one parent with low-rank or pivoted components whose factor ``a`` is
     unquantized and not that of another layer. The results differ by the rounding of the product.
+
+    Parameters
+    ----------
+    replaced : callable, optional
+        Called after each group with the factors that were moved into one tensor.
 
     Returns
     -------
@@ -44,7 +52,11 @@ def stack_first_factors(model: nn.Module) -> list[StackedFactors]:
             group = StackedFactors(members)
             for position, member in enumerate(members):
                 member.stack, member.position = group, position
-            group.stack()
+            before = [
+                member.get_submodule("a").get_parameter("weight").detach() for member in members
+            ]
+            if group.stack():
+                replaced(before)
             groups.append(group)
     return groups
 

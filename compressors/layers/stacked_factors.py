@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
+from lrc.compressors.kernels import one_row
+
 Held = tuple[Tensor, int, Tensor, tuple[int, ...]]
 """Input, its version, the product, and the positions of the layers that have not taken theirs."""
 
@@ -74,7 +76,7 @@ class StackedFactors:
         assert self._weight is not None
         if self._weight.device != x.device:  # in a replica of the model on another device
             return None
-        product = nn.functional.linear(x, self._weight)  # [..., sum of ranks]
+        product = one_row.linear(x, self._weight)  # [..., sum of ranks]
         return self._take(position, x, product, (position, *self._rest[position]))
 
     def stack(self) -> bool:
@@ -95,6 +97,7 @@ class StackedFactors:
             # Not a plain tensor, which a CUDA graph would copy into its own memory for every call.
             self._weight = nn.Parameter(whole, requires_grad=False)
         self._rows = tuple((weight, weight.data_ptr()) for weight in weights)
+        one_row.prepare(whole.device)
         return True
 
     def follow(self) -> None:

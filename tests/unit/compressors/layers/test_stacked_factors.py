@@ -84,6 +84,15 @@ def products(model: Any, x: Tensor) -> list[int]:
     return found
 
 
+def test_the_factors_that_were_moved_are_reported() -> None:
+    model, replaced = make(), list[Tensor]()
+    before = {a.weight.data_ptr(): a.weight.clone() for a in first_factors(model)}
+    assert len(stack_first_factors(model, replaced=replaced.extend)) == 1
+    assert {tensor.data_ptr() for tensor in replaced} == before.keys()
+    assert all(torch.equal(tensor, before[tensor.data_ptr()]) for tensor in replaced)
+    assert not before.keys() & {a.weight.data_ptr() for a in first_factors(model)}
+
+
 ALONE, TOGETHER = list(RANKS.values()), [sum(RANKS.values())]
 
 
