@@ -66,11 +66,6 @@ class DecomposeBase(Strict):
     measure: Literal["bits", "macs", "latency"] = "bits"
     """What `keep` is a fraction of: stored bits, multiply-adds per token, or the time of the
     products on the device that runs `lrc compress` or that `latency_table` was made on."""
-    rows: PositiveInt = 1
-    """With `measure: latency`: tokens per step of the products; 1 for generating one text."""
-    latency_table: Text | None = None
-    """With `measure: latency`: file of times that `lrc latency` has written, possibly on another
-    machine; left out, times are measured at the start of `lrc compress`."""
     allocation: Allocation = "uniform"
     rank_multiple: PositiveInt = 1
     """Ranks are multiples of this number; 8 to 128 suit tensor cores and group sizes."""
@@ -89,6 +84,11 @@ class DecomposeBase(Strict):
     """Shell patterns of linear layers to leave unchanged; they do not count in `keep`."""
     overrides: list[Override] = []
     """Budgets by name; the first that matches applies. The others share what these leave."""
+    rows: PositiveInt = 1
+    """With `measure: latency`: tokens per step of the products; 1 for generating one text."""
+    latency_table: Text | None = None
+    """With `measure: latency`: file of times that `lrc latency` has written, possibly on another
+    machine; left out, times are measured at the start of `lrc compress`."""
 
     produces: ClassVar[str] = "low_rank"
     """Component type of methods that do not let the recipe choose one."""

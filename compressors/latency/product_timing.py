@@ -34,8 +34,8 @@ BATCH = 512 << 20
 ROUNDS, SECONDS = 40, 4.0
 """Rounds per batch, and the time after which no further one starts; at least `FEWEST`."""
 FEWEST = 7
-HOPELESS = 2.0
-"""Larger matrices of a form are not measured once one takes so many times as long as dense."""
+HOPELESS = 1.5
+"""Larger sizes of a form are not measured if the smallest takes so many times as long as dense."""
 
 Clock = Callable[[], int]
 
@@ -60,7 +60,7 @@ def measure_table(
     rows : int
         Of the input.
     """
-    runner = _Runner(torch.device(device), dtype, rows, torch.Generator().manual_seed(seed))
+    runner = _Runner(dtype, rows, torch.Generator(device).manual_seed(seed))
     by_shape: dict[Shape, dict[tuple[str, int], Product]] = {}
     for product in products:
         found = by_shape.setdefault(product.shape, {(DENSE, 0): Product(product.shape)})
@@ -101,53 +101,58 @@ def device_name(device: str) -> str:
 class _Runner:
     """Times products of one shape."""
 
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype, rows: int, generator: torch.Generator
-    ) -> None:
-        self.device, self.dtype, self.rows, self.generator = device, dtype, rows, generator
+    def __init__(self, dtype: torch.dtype, rows: int, generator: torch.Generator) -> None:
+        self.device, self.generator = generator.device, generator
+        self.dtype, self.rows = dtype, rows
 
     @torch.no_grad()
     def times(self, products: Sequence[Product]) -> list[tuple[Product, float]]:
         """Return nanoseconds by product; the first one is dense, and sizes ascend in each form.
 
-        Products that are certain to be slower than dense are left out.
+        The smallest size of every form is measured first. Larger ones of a form that is certain to
+        be slower than dense are left out.
         """
-        x = torch.randn(self.rows, 1, products[0].shape[1], generator=self.generator)
-        x = x.to(self.device, self.dtype)
-        if self.device.type == "cuda":
-            return self._on_gpu(products, x)
-        found: list[tuple[Product, float]] = []
-        dense, batch, size = self._layer(products[0]), dict[int, nn.Module](), 0
-        quick, hopeless = _warm(dense, x), set[str]()
-        references: list[float] = []
-
-        def measure() -> None:
-            nonlocal batch, size
-            ratios, reference = self._in_turn([dense, *batch.values()], x)
-            references.append(reference)
-            found.extend(zip((products[i] for i in batch), ratios[1:], strict=True))
-            batch, size = {}, 0
-
-        for number, product in enumerate(products[1:], start=1):
-            if product.form in hopeless:
-                continue
-            layer = self._layer(product)
-            if _warm(layer, x) > HOPELESS * quick:
-                hopeless.add(product.form)
-            batch[number] = layer
-            size += _bytes(layer)
-            if size > BATCH:
-                measure()
-        if batch or not references:
-            measure()
+        x = torch.empty(
+            self.rows, 1, products[0].shape[1], device=self.device, dtype=self.dtype
+        ).normal_(generator=self.generator)
+        dense, *others = products
+        smallest = {product.form: product for product in reversed(others)}
+        relative, references = self._relative(dense, [*smallest.values()], x)
+        hopeless = {product.form for product, ratio in relative if ratio > HOPELESS}
+        larger = [p for p in others if p.form not in hopeless and p is not smallest[p.form]]
+        if larger:
+            more, again = self._relative(dense, larger, x)
+            relative, references = [*relative, *more], [*references, *again]
         reference = median(references)
-        return [(products[0], reference), *((each, ratio * reference) for each, ratio in found)]
+        found = [(dense, reference), *((each, ratio * reference) for each, ratio in relative)]
+        return sorted(found, key=lambda each: products.index(each[0]))
+
+    def _relative(
+        self, dense: Product, products: Sequence[Product], x: Tensor
+    ) -> tuple[list[tuple[Product, float]], list[float]]:
+        """Return times relative to dense, and the nanoseconds of dense in every batch."""
+        reference = self._layer(dense)
+        if self.device.type == "cuda":
+            time_of_dense = self._graph_time(reference, x)
+            times = [self._graph_time(self._layer(each), x) for each in products]
+            ratios = [each / time_of_dense for each in times]
+            return list(zip(products, ratios, strict=True)), [time_of_dense]
+        found: list[tuple[Product, float]] = []
+        references: list[float] = []
+        batch: list[tuple[Product, nn.Module]] = []
+        for number, product in enumerate(products):
+            batch.append((product, self._layer(product)))
+            full = sum(_bytes(layer) for _, layer in batch) > BATCH
+            if full or number == len(products) - 1:
+                taken, nanoseconds = self._in_turn([reference, *(each for _, each in batch)], x)
+                found += [(each, t) for (each, _), t in zip(batch, taken[1:], strict=True)]
+                references.append(nanoseconds)
+                batch = []
+        return found, references or [self._in_turn([reference], x)[1]]
 
     def _layer(self, product: Product) -> nn.Module:
         """Return a layer with its fast path, as after loading."""
-        layer = random_layer(
-            product, device=self.device, dtype=self.dtype, generator=self.generator
-        )
+        layer = random_layer(product, dtype=self.dtype, generator=self.generator)
         for module in layer.modules():
             if isinstance(module, FastPath):
                 module.optimize()
@@ -176,20 +181,9 @@ class _Runner:
         ratios = [median(t / d for t, d in zip(one, each[0], strict=True)) for one in each]
         return ratios, median(each[0])
 
-    def _on_gpu(self, products: Sequence[Product], x: Tensor) -> list[tuple[Product, float]]:
-        found: list[tuple[Product, float]] = []
-        hopeless: set[str] = set()
-        for product in products:
-            if product.form in hopeless:
-                continue
-            found.append((product, self._graph_time([self._layer(product)], x)))
-            if found[-1][1] > HOPELESS * found[0][1]:
-                hopeless.add(product.form)
-        return found
-
-    def _graph_time(self, layers: Sequence[nn.Module], x: Tensor) -> float:
-        """Return nanoseconds per call of one layer, the median over replays of a CUDA graph."""
-        copies = [each for (each,) in self._copies(layers)]
+    def _graph_time(self, layer: nn.Module, x: Tensor) -> float:
+        """Return nanoseconds per call of a layer, the median over replays of a CUDA graph."""
+        copies = [each for (each,) in self._copies([layer])]
 
         def step() -> None:
             for layer in copies:
@@ -209,16 +203,6 @@ class _Runner:
             stop.synchronize()
             taken.append(1e6 * start.elapsed_time(stop) / len(copies))
         return median(taken[1:])
-
-
-def _warm(layer: nn.Module, x: Tensor) -> int:
-    """Return the shortest nanoseconds of a few calls, which find the matrix in the cache."""
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter_ns()
-        layer(x)
-        taken.append(time.perf_counter_ns() - start)
-    return min(taken)
 
 
 def _bytes(layer: nn.Module) -> int:

@@ -1,5 +1,7 @@
 """Layers with random contents in their stored form, to be timed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,27 +14,25 @@ from lrc.compressors.layers.packing import pack_integers
 
 
 @torch.no_grad()
-def random_layer(
-    product: Product, *, device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> nn.Module:
+def random_layer(product: Product, *, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
     """Return the layer that a loaded model has for a product, without a fast path yet.
 
-    Parameters
-    ----------
-    generator : torch.Generator
-        Of the CPU.
+    It is on the device of the generator.
     """
     d_out, d_in = product.shape
+    device = generator.device
     if product.component is None:
-        linear: nn.Linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=False, dtype=dtype)
-        linear.weight.copy_(torch.randn(d_out, d_in, generator=generator))
-        return linear.requires_grad_(False).to(device)
-    layer = CompressedLinear(WeightConfig(product.shape, (product.component,)), dtype=dtype)
-    layer.eval().requires_grad_(False)
+        linear: nn.Linear = nn.utils.skip_init(
+            nn.Linear, d_in, d_out, bias=False, device=device, dtype=dtype
+        )
+        linear.weight.normal_(generator=generator)
+        return linear.requires_grad_(False)
+    config = WeightConfig(product.shape, (product.component,))
+    layer = CompressedLinear(config, device=device, dtype=dtype).eval().requires_grad_(False)
     for component in layer.components:
         for module in component.modules():
             _fill(module, component, generator)
-    return layer.to(device)
+    return layer
 
 
 def _fill(module: nn.Module, component: Component, generator: torch.Generator) -> None:
@@ -40,9 +40,9 @@ def _fill(module: nn.Module, component: Component, generator: torch.Generator) -
     args = component.config.quantization
     for name, parameter in module.named_parameters(recurse=False):
         if name.endswith("_scale"):  # integers times scales are about as large as other weights
-            parameter.copy_(torch.rand(parameter.shape, generator=generator).add_(0.5).div_(100))
+            parameter.uniform_(0.005, 0.015, generator=generator)
         else:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+            parameter.normal_(std=0.1, generator=generator)
     for name, tensor in module.named_buffers(recurse=False):
         if name.endswith("_shape"):
             assert isinstance(module, PackedWeight)
@@ -55,10 +55,10 @@ def _fill(module: nn.Module, component: Component, generator: torch.Generator) -
         elif name == "mask":
             tensor.copy_(_mask(tensor, component, generator))
         elif name == "order":
-            tensor.copy_(torch.randperm(len(tensor), generator=generator))
+            tensor.copy_(torch.randperm(len(tensor), **_where(generator)))
         elif name == "index":
             atoms = component.config.sizes["atoms"]
-            keys = torch.rand(len(tensor), atoms, generator=generator)
+            keys = torch.rand(len(tensor), atoms, **_where(generator))
             tensor.copy_(keys.argsort(1)[:, : tensor.shape[1]].sort(1).values)
         else:
             raise ValueError(f"{component.TYPE} has a tensor {name!r} of unknown content")
@@ -78,7 +78,7 @@ def _packed(
         specs = component.tensors(component.d_out, component.d_in, component.config)
         rows, columns = 1, torch.Size(specs["values"].shape).numel()
     shape = (rows, columns)
-    codes = torch.randint(args.lowest, args.highest + 1, shape, generator=generator)
+    codes = torch.randint(args.lowest, args.highest + 1, shape, **_where(generator))
     return pack_integers(codes, args.bits)
 
 
@@ -102,7 +102,12 @@ def _mask(packed: Tensor, component: Component, generator: torch.Generator) -> T
 def _choose(groups: int, size: int, count: int, generator: torch.Generator) -> Tensor:
     """Return a mask [groups, size] with `count` random entries in every row."""
     if groups == 1:
-        chosen = torch.randperm(size, generator=generator)[None, :count]
+        chosen = torch.randperm(size, **_where(generator))[None, :count]
     else:
-        chosen = torch.rand(groups, size, generator=generator).argsort(1)[:, :count]
-    return torch.zeros(groups, size, dtype=torch.bool).scatter_(1, chosen, True)
+        chosen = torch.rand(groups, size, **_where(generator)).argsort(1)[:, :count]
+    zeros = torch.zeros(groups, size, dtype=torch.bool, device=generator.device)
+    return zeros.scatter_(1, chosen, True)
+
+
+def _where(generator: torch.Generator) -> dict[str, Any]:
+    return {"generator": generator, "device": generator.device}

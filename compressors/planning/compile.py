@@ -13,7 +13,14 @@ from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.fused_layers import fused_warnings, gives_plain_integers
 from lrc.compressors.planning.needed_products import Choices, needed_products
-from lrc.compressors.planning.plan import Allocation, ModelInfo, Plan, ProductTimes, SliceRecord
+from lrc.compressors.planning.plan import (
+    Allocation,
+    ModelInfo,
+    Plan,
+    ProductTimes,
+    SliceRecord,
+    with_times,
+)
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.required_statistics import solver_statistics, with_statistics
 from lrc.compressors.planning.size_budget import WholeModel
@@ -170,7 +177,8 @@ def compile_plan(
             f"{draft.no_saving_advice}",
         )
     draft.problems.raise_if_any()
-    whole, allocations = draft.whole, draft.allocations
+    whole, times = draft.whole, _times(draft)
+    allocations = with_times(draft.allocations, times)
     warnings = [
         *draft.warnings,
         *(_unused(draft.architecture) if draft.tasks else []),
@@ -199,7 +207,7 @@ def compile_plan(
             stage: sha256(text.encode()).hexdigest() for stage, text in draft.user_plans.items()
         },
         warnings=warnings,
-        times=_times(draft),
+        times=times,
     )
     return Compiled(plan, draft.architecture, draft.sliced, draft.user_plans, draft.all_products)
 

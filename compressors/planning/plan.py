@@ -103,6 +103,17 @@ class ProductTimes:
     """Tasks among `Plan.embeddings` that multiply: output heads, or embeddings tied to one."""
 
 
+def with_times(allocations: Iterable[Allocation], times: ProductTimes | None) -> list[Allocation]:
+    """Return allocations that count time by the table of `times`, if they count time."""
+    if times is None:
+        return [*allocations]
+    latency = Latency(times.table)
+    return [
+        replace(each, measure=latency) if isinstance(each.measure, Latency) else each
+        for each in allocations
+    ]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that will be done, and what is known about the result so far."""
@@ -232,14 +243,7 @@ class Plan:
             If the values are not those of a plan.
         """
         plan = _adapter().validate_python({k: v for k, v in values.items() if k != "totals"})
-        if plan.times is None:
-            return plan
-        latency = Latency(plan.times.table)
-        allocations = [
-            replace(each, measure=latency) if isinstance(each.measure, Latency) else each
-            for each in plan.allocations
-        ]
-        return replace(plan, allocations=allocations)
+        return replace(plan, allocations=with_times(plan.allocations, plan.times))
 
 
 @cache
