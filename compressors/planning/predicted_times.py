@@ -1,6 +1,6 @@
 """Predicted times of the targeted matrices, and of a decoding step of the whole model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,24 +51,28 @@ class PredictedTimes:
         """Device, dtype and rows in words."""
         return LatencyTable(self.device, self.dtype, self.rows, self.threads, {}, {}).place
 
-    def step_seconds(self, dense_step_seconds: float) -> float:
-        """Predict the time of a decoding step of the compressed model.
-
-        Everything but the products that are compressed takes as long as in the dense model.
-
-        Parameters
-        ----------
-        dense_step_seconds : float
-            Of a step of the dense model, measured for as many rows as the table.
-        """
-        saved = self.dense_seconds - self.seconds + self.head_dense_seconds - self.head_seconds
-        return dense_step_seconds - saved
-
     def to_json(self) -> dict[str, Any]:
         """Return the section of the report."""
         values = vars(self) | {"forms": [vars(form) for form in self.forms]}
         del values["pending"]
         return values | {"ratio": self.ratio, "place": self.place}
+
+
+def predicted_step(times: Mapping[str, Any], dense_step_seconds: float) -> float:
+    """Predict the seconds of a decoding step of the compressed model.
+
+    Everything but the products that are compressed is taken to last as long as in the dense model.
+
+    Parameters
+    ----------
+    times : mapping
+        As `PredictedTimes.to_json` returns them.
+    dense_step_seconds : float
+        Of a step of the dense model, measured for as many rows as the table.
+    """
+    dense = times["dense_seconds"] + times["head_dense_seconds"]
+    rest = dense_step_seconds - dense
+    return float(rest + times["seconds"] + times["head_seconds"])
 
 
 def predicted_times(plan: Plan) -> PredictedTimes | None:
