@@ -128,8 +128,8 @@ def print_report(report: dict[str, Any], output: str) -> None:
         _print_slice(record)
     if size["source"]["quantized"]:
         OUT.print(f"the source file is itself quantized: {as_size(size['source']['file_bytes'])}")
-    if report["latency"]:
-        print_times(report["latency"], report["latency"]["place"])
+    if times := report.get("latency"):  # reports of earlier versions have none
+        print_times(times, times["place"])
     print_comparison(report["evaluation"])
     print_baselines(report)
     fallbacks = [layer for layer in report["layers"] if layer["fallback"]]

@@ -10,7 +10,7 @@ from lrc.compressors.layers import CompressedLinear, QuantizationArgs, WeightCon
 from lrc.compressors.layers.bitmask import BYTE, pack_bits
 from lrc.compressors.layers.component import Component
 from lrc.compressors.layers.packed_weight import PackedWeight
-from lrc.compressors.layers.packing import pack_integers
+from lrc.compressors.layers.packing import repack_integers
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def _packed(
         rows, columns = 1, torch.Size(specs["values"].shape).numel()
     shape = (rows, columns)
     codes = torch.randint(args.lowest, args.highest + 1, shape, **_where(generator))
-    return pack_integers(codes, args.bits)
+    return repack_integers(codes.to(torch.int8), args.bits)
 
 
 def _mask(packed: Tensor, component: Component, generator: torch.Generator) -> Tensor:

@@ -184,7 +184,8 @@ def compile_plan(
         *(_unused(draft.architecture) if draft.tasks else []),
         *_few_tokens(ordered, draft.tokens),
     ]
-    if gives_plain_integers(ordered, draft.embeddings, allocations, draft.architecture):
+    plain = gives_plain_integers(ordered, draft.embeddings, allocations, draft.architecture)
+    if plain and not draft.timed:
         allocations = [replace(each, one_scheme=True) for each in allocations]
         warnings += fused_warnings(ordered, [each.name for each in draft.architecture.linears])
     plan = Plan(

@@ -14,6 +14,7 @@ from lrc.compressors.latency import product_timing
 from lrc.compressors.latency.latency_table import DENSE, LatencyTable, Product
 from lrc.compressors.latency.product_timing import device_name
 from lrc.compressors.latency.time_curve import TimeCurve
+from lrc.compressors.layers import CompressedLinear
 from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.stages import measured_times
@@ -107,6 +108,21 @@ def test_times_are_measured_once_and_a_stopped_run_continues(
     assert not plan.unmeasured
     model = AutoModelForCausalLM.from_pretrained(output / "checkpoint", dtype=torch.float32)
     assert bool(torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all())
+
+
+def test_integers_alone_are_not_saved_in_the_format_that_is_expanded(
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    output: Path,
+    measurements: list[int],
+) -> None:
+    stage = {key: STAGE[key] for key in ("method", "schemes", "keep", "measure")}
+    stages = [{"decompose": {**stage, "components": ["dense"]}}]
+    compress(load_recipe(tiny_recipe(tiny_model_folder, output, stages=stages)), Machine("cpu"))
+    model = AutoModelForCausalLM.from_pretrained(output / "checkpoint", dtype=torch.float32)
+    linears = [each for each in model.modules() if isinstance(each, CompressedLinear)]
+    assert {each.config.types for each in linears} == {"dense"}
+    assert all(fast.entry is not None for each in linears for fast in each.components)
 
 
 def test_a_damaged_table_of_a_run_is_one_error(
