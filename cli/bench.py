@@ -71,9 +71,9 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Measure how fast models read prompts and generate, next to the dense model."""
-    modes = [_known("--mode", each, [*Mode]) for each in mode or []]
+    modes = [known("--mode", each, [*Mode]) for each in mode or []]
     if dtype is not None:
-        _known("--dtype", dtype, DTYPES)
+        known("--dtype", dtype, DTYPES)
     if seconds is not None and not seconds > 0:
         raise RecipeError(f"--seconds: must be above 0, got {seconds:g}; raise it")
     from lrc.cli.bench_tables import print_benchmark
@@ -175,7 +175,7 @@ def run(
         )
 
 
-def _known(option: str, value: str, allowed: Sequence[str]) -> str:
+def known(option: str, value: str, allowed: Sequence[str]) -> str:
     """Return `value`, unless it is none of those that are allowed."""
     if value in allowed:
         return value

@@ -80,6 +80,8 @@ def _print_point(rows: list[dict[str, Any]], *, compared: bool) -> None:
             cells = ["failed", *[""] * (len(columns) - 1)]
         else:
             cells = [cell for phase in PHASES for cell in _cells(row[phase], compared=compared)]
+            if row["predicted_ratio"] is not None:
+                cells[-1] += f" (predicted {row['predicted_ratio']:.2f}x)"
         table.add_row(name, *cells, as_size(row["peak_bytes"]) if row["peak_bytes"] else "")
     OUT.print(table)
     for name, reason in failed:

@@ -10,7 +10,8 @@ import typer
 
 from lrc.cli import console, streams
 from lrc.cli.bench import bench
-from lrc.cli.options import Device, Json, Quiet, TrustRemoteCode, positive
+from lrc.cli.latency import latency
+from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile, TrustRemoteCode, positive
 from lrc.configs import shipped
 from lrc.configs.errors import EvaluationIncomplete, GateMissed, RecipeError
 
@@ -30,12 +31,6 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lrc.")
 app.add_typer(recipes_app, name="recipes")
-
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Overrides, e.g. `stages.0.decompose.keep=0.6`.", metavar="[KEY=VALUE]..."),
-]
 
 
 def _version(show: bool) -> None:
@@ -96,6 +91,7 @@ def plan(
     from lrc.cli import tables
     from lrc.compressors.estimate import estimate
     from lrc.compressors.io.machine import Machine
+    from lrc.compressors.planning.predicted_times import predicted_times
     from lrc.compressors.prepare import prepare
     from lrc.compressors.stages import STAGES
 
@@ -103,10 +99,18 @@ def plan(
     machine = Machine(device)
     prepared = prepare(loaded.recipe, STAGES, weights=False)
     expected = estimate(prepared, machine.chosen)
+    found, unmeasured = prepared.plan, prepared.products if prepared.plan.unmeasured else []
     if as_json:
-        _print_json(prepared.plan.to_json() | {"estimate": vars(expected)})
+        times = predicted_times(found)
+        _print_json(
+            found.to_json()
+            | {"estimate": vars(expected), "products_to_measure": len(unmeasured)}
+            | {"predicted_times": None if times is None else times.to_json()}
+        )
     else:
-        tables.print_plan(prepared.plan, expected, every=every)
+        tables.print_plan(found, expected, every=every)
+        if unmeasured:
+            tables.print_unmeasured(len(unmeasured), machine.chosen)
 
 
 @app.command()
@@ -231,6 +235,7 @@ def generate(
 
 
 app.command()(bench)
+app.command()(latency)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from lrc.cli.quality import OUT, as_size, new_table, print_baselines, print_comp
 from lrc.compressors.estimate import Estimate
 from lrc.compressors.io.natural_order import natural
 from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import WeightSummary, summarize
 
 LAYER_NUMBER = re.compile(r"\.\d+\.")
@@ -26,6 +27,9 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     if rows:
         _print_weights(plan, rows, every=every)
     _print_sizes(plan)
+    times = predicted_times(plan)
+    if times is not None:
+        print_times(times.to_json(), times.place, pending=times.pending)
     print_warnings(plan)
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
     OUT.print(
@@ -34,6 +38,32 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     )
     if expected.not_estimated:
         OUT.print(f"not estimated: {', '.join(expected.not_estimated)}")
+
+
+def print_unmeasured(products: int, device: str) -> None:
+    """Print what has to be measured before a budget in time can be divided."""
+    OUT.print(
+        f"pending: `lrc compress` first measures {products} products on this machine ({device}); "
+        "`lrc latency` makes a table of their times for 'latency_table'"
+    )
+
+
+def print_times(times: dict[str, Any], place: str, *, pending: bool = False) -> None:
+    """Print the predicted times of the targeted matrices."""
+    dense, used = times["dense_seconds"], times["seconds"]
+    OUT.print(
+        f"predicted time of the targeted matrices per step: {1e3 * dense:.3g} ms -> "
+        f"{'at most ' if pending else ''}{1e3 * used:.3g} ms ({used / dense:.1%}, "
+        f"{dense / used:.2f}x as fast) on {place}"
+    )
+    for form in times["forms"]:
+        OUT.print(
+            f"  {form['form']}: {form['weights']} matrices, {1e3 * form['dense_seconds']:.3g} ms "
+            f"-> {1e3 * form['seconds']:.3g} ms"
+        )
+    if times["slower_forms"]:
+        slower = (f"{form} ({count} matrices)" for form, count in times["slower_forms"].items())
+        OUT.print(f"never faster than dense there, and not chosen: {', '.join(slower)}")
 
 
 def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> None:
@@ -69,6 +99,8 @@ def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> Non
             *(["", ""] if group[0].allocator else known),
         )
     OUT.print(table)
+    if plan.unmeasured:
+        return
     for allocator in sorted({row.allocator for row in rows if row.allocator}):
         OUT.print(f"pending: the {allocator} allocator will choose within the budget")
 
@@ -98,6 +130,8 @@ def print_report(report: dict[str, Any], output: str) -> None:
         _print_slice(record)
     if size["source"]["quantized"]:
         OUT.print(f"the source file is itself quantized: {as_size(size['source']['file_bytes'])}")
+    if times := report.get("latency"):  # reports of earlier versions have none
+        print_times(times, times["place"])
     print_comparison(report["evaluation"])
     print_baselines(report)
     fallbacks = [layer for layer in report["layers"] if layer["fallback"]]

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
+from lrc.compressors.planning.measures import BITS
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.rate_distortion import size_families
 from lrc.compressors.planning.sizes import SizeSteps
@@ -142,7 +143,7 @@ def fixed_size_flops(plan: Plan) -> tuple[int, int]:
                 looked_at = [sizes for _, found in families for sizes in found]
                 curves += part.flops(*task.stacked_shape, looked_at, curve=True, **options)
                 steps = SizeSteps(task, types, ratio=families[0][0].ratio)
-                step = steps.within(task.bits / task.dense_bits, "bits")
+                step = steps.within(task.bits / task.dense_bits, BITS)
                 final = [steps.config(step).sizes] if step else []
             largest = max(largest, part.flops(*task.stacked_shape, final, curve=False, **options))
         solutions += largest

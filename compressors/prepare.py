@@ -107,6 +107,10 @@ def _check_output(recipe: Recipe, problems: Problems) -> None:
             f"stages[{i}].decompose.plan": stage.plan
             for i, stage in recipe.stages_of("decompose").items()
         },
+        **{
+            f"stages[{i}].decompose.latency_table": stage.latency_table
+            for i, stage in recipe.stages_of("decompose").items()
+        },
     }
     output = Path(recipe.output).expanduser()
     owned = [(output / name).resolve() for name in (WORK, *RESULTS)]

@@ -25,6 +25,7 @@ from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.versions import environment
 from lrc.compressors.models.source import HUB_ID
 from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import summarize
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.session import Session
@@ -55,6 +56,12 @@ SCHEMA = {
     "layers[].predicted_nats": "predicted loss increase, nats per token; null without gradients",
     "layers[].refit": "whether it was fitted to the inputs that the compressed model produces",
     "layers[].{note,fallback}": "why it stays dense; deviations from the plan; null if none",
+    "latency": "predicted times, see below; null without `measure: latency`",
+    "latency.{device,dtype,rows,threads,place}": "what times hold for, and the same in words",
+    "latency.{dense_seconds,seconds,ratio}": "of all targeted matrices per step, and their ratio",
+    "latency.forms[].{form,weights,seconds,dense_seconds}": "by the way that matrices are stored",
+    "latency.{head_dense_seconds,head_seconds}": "of the output head, if quantized; else 0",
+    "latency.slower_forms.FORM": "number of matrices for which it is never faster than dense",
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
     "evaluation.tasks.NAME.METRIC": "dense, compressed, stderr, recovery in percent of dense",
@@ -88,6 +95,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         The content of ``report.json``.
     """
     prepared, checkpoint = session.prepared, session.checkpoint
+    times = predicted_times(plan)
     report = {
         "schema_version": SCHEMA_VERSION,
         "recipe": prepared.recipe.model_dump(mode="json"),
@@ -95,6 +103,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "size": _size(plan, checkpoint, prepared),
         "slices": plan.to_json()["slices"],
         "layers": [row.to_json() for row in summarize(plan)],
+        "latency": None if times is None else times.to_json(),
         "calibration": provenance(session.journal) if _reads_text(plan) else None,
         "evaluation": evaluation,
         "timing": {"seconds": {k: round(s, 2) for k, s in session.clock.seconds.items()}},

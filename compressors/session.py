@@ -89,10 +89,11 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
     del recipe["calibration"]["memory_limit_gib"]
     recipe["calibration"]["source"] = source_identity(prepared.recipe.calibration.source)
-    installed = versions()
+    installed, times = versions(), prepared.plan.times
     return {
         "model": prepared.source.fingerprint(),
         **recipe,
+        **({} if times is None else {"latency_table": times.table.digest}),
         "user_plans": {str(k): v for k, v in prepared.plan.user_plans.items()},
         "versions": {name: installed[name] for name in ("lrc", "torch", "transformers")},
     }

@@ -11,6 +11,8 @@ Keep = Annotated[float, Field(gt=0, le=1)]
 Size = Annotated[
     str, Field(pattern=SIZE, json_schema_extra={"x-words": SIZE_WORDS, "x-remedy": SIZE_REMEDY})
 ]
+TIMED: dict[str, Any] = {"rows": 1, "latency_table": None}
+"""Options that only `measure: latency` has -> their defaults."""
 Allocation = Annotated[
     Literal["uniform", "heavy-tail", "lagrangian"],
     Field(
@@ -27,7 +29,8 @@ class Override(Strict):
     match: Text
     """Shell pattern of full module names, such as `*.down_proj` or `model.layers.0.*`."""
     keep: Keep | None = None
-    """Compressed bits over the bits of the matrix in the source model, (0, 1]."""
+    """Compressed bits over the bits of the matrix in the source model, or what `measure` says,
+    (0, 1]."""
     rank: PositiveInt | None = None
     """Rank of the factors."""
 
@@ -56,11 +59,13 @@ class DecomposeBase(Strict):
     method: str
     """How the components are found."""
     keep: Keep | None = None
-    """Compressed bits over the bits of the targeted matrices in the source model, (0, 1]."""
+    """Compressed bits over the bits of the targeted matrices in the source model, or what `measure`
+    says, (0, 1]."""
     size: Size | None = None
     """Instead of `keep`: size of the weight files of the whole model, such as `180MiB`."""
-    measure: Literal["bits", "macs"] = "bits"
-    """What `keep` is a fraction of: stored bits, or multiply-adds per token."""
+    measure: Literal["bits", "macs", "latency"] = "bits"
+    """What `keep` is a fraction of: stored bits, multiply-adds per token, or the time of the
+    products on the device that runs `lrc compress` or that `latency_table` was made on."""
     allocation: Allocation = "uniform"
     rank_multiple: PositiveInt = 1
     """Ranks are multiples of this number; 8 to 128 suit tensor cores and group sizes."""
@@ -79,6 +84,11 @@ class DecomposeBase(Strict):
     """Shell patterns of linear layers to leave unchanged; they do not count in `keep`."""
     overrides: list[Override] = []
     """Budgets by name; the first that matches applies. The others share what these leave."""
+    rows: PositiveInt = 1
+    """With `measure: latency`: tokens per step of the products; 1 for generating one text."""
+    latency_table: Text | None = None
+    """With `measure: latency`: file of times that `lrc latency` has written, possibly on another
+    machine; left out, times are measured at the start of `lrc compress`."""
 
     produces: ClassVar[str] = "low_rank"
     """Component type of methods that do not let the recipe choose one."""
@@ -123,7 +133,14 @@ class DecomposeBase(Strict):
             raise ValueError(f"{text}; got {' and '.join(given) or 'none of them'}")
         if self.size is not None and self.measure != "bits":
             raise ValueError(
-                "'size' counts bytes and cannot be measured in 'macs'; give 'keep' instead"
+                f"'size' counts bytes and cannot be measured in '{self.measure}'; give 'keep' "
+                "instead"
+            )
+        idle = [key for key, default in TIMED.items() if getattr(self, key) != default]
+        if idle and self.measure != "latency":
+            raise ValueError(
+                f"'{idle[0]}' has no effect with measure: {self.measure}; remove it, or choose "
+                "measure: latency"
             )
         if self.keep is not None and self.min_keep > self.keep:
             raise ValueError(

@@ -273,10 +273,10 @@ class Mixed(DecomposeBase):
     def _components_and_schemes(self) -> "Mixed":
         if twice := repeated(self.schemes):
             raise ValueError(f"the 'schemes' must differ, got twice: {twice}; remove one")
-        if self.schemes and self.measure != "bits":
+        if self.schemes and self.measure == "macs":
             raise ValueError(
-                f"'schemes' save bits and no multiply-adds, got measure: {self.measure}; choose "
-                "measure: bits, or remove 'schemes'"
+                "'schemes' save bits and no multiply-adds, got measure: macs; choose measure: bits "
+                "or latency, or remove 'schemes'"
             )
         if not self.schemes and set(self.components) == {"dense"} and self.plan is None:
             raise ValueError(

@@ -225,6 +225,21 @@ class Recipe(Strict):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _one_table_of_times(self) -> "Recipe":
+        timed = {
+            index: (options.rows, options.latency_table)
+            for index, options in self.stages_of("decompose").items()
+            if options.measure == "latency"
+        }
+        if len(set(timed.values())) > 1:
+            stages = " and ".join(f"stages[{index}]" for index in timed)
+            raise ValueError(
+                f"{stages} must have the same 'rows' and 'latency_table', because one table gives "
+                "the times of all of them; make them equal"
+            )
+        return self
+
     def stages_of(self, kind: str) -> dict[int, Any]:
         """Return the options of the stages of one kind by their index, in order."""
         return {i: stage.options for i, stage in enumerate(self.stages) if stage.kind == kind}

@@ -9,6 +9,7 @@ import torch
 from lrc.compressors.benchmark.grid import SEED, Settings
 from lrc.compressors.benchmark.measure import IN_TURN, Measured, Samples
 from lrc.compressors.benchmark.measured_models import Target
+from lrc.compressors.benchmark.predictions import predicted_ratio
 from lrc.compressors.benchmark.timing import paired_ratio, speed_of
 from lrc.compressors.io.versions import environment
 
@@ -38,6 +39,10 @@ SCHEMA = {
     "results[].PHASE.{median,p10,p90}": "over the rounds",
     "results[].PHASE.ratio": "median over the rounds of the speed relative to dense; null if none",
     "results[].PHASE.verdict": "faster, slower, or equal within the noise; null without a ratio",
+    "results[].predicted_ratio": (
+        "decode speed relative to dense by the predicted times in its report; null without them or "
+        "if they hold for another batch size, mode, dtype, device or number of threads"
+    ),
     "results[].peak_bytes": "largest use of memory by the model while it runs, weights included",
     "results[].failed": "why it could not be measured, or null; exit code 1",
     "noise[].{mode,batch,prompt,prefill,decode}": "difference of dense from dense repeated",
@@ -88,6 +93,11 @@ def results_json(
                     "tokens": point.tokens,
                     "rounds": len(samples.decode),
                     **speeds,
+                    "predicted_ratio": predicted_ratio(
+                        targets[index].folder, point, slots[0], device=device, dtype=dtype
+                    )
+                    if dense and index
+                    else None,
                     "peak_bytes": samples.peak_bytes,
                     "failed": samples.failed,
                 }

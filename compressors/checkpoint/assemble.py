@@ -56,7 +56,8 @@ def write_checkpoint(
     tables = tables_of(architecture.model.config)
     named = architecture.model.named_modules()
     linears = [name for name, module in named if isinstance(module, nn.Linear)]
-    plain = is_plain(modules, linears) and not tables
+    # Budgets in time are met by the layers of lrc; transformers alone expands integers.
+    plain = is_plain(modules, linears) and not tables and plan.times is None
     plain = plain and loads_packed(architecture.model, modules)
     owners = plan.owner_layers()
     refit = {name for name, result in plan.results.items() if result.refit} - {*modules}

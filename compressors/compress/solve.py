@@ -20,6 +20,7 @@ from lrc.compressors.layers.pivot_rows import NoPivotRows
 from lrc.compressors.methods.base import FixedSizeMethod, Method
 from lrc.compressors.methods.group_statistics import combined, has_zero_statistics, missing_reason
 from lrc.compressors.methods.table import METHODS, LowRankMethod
+from lrc.compressors.planning.measures import BITS
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerResult, LayerTask
 from lrc.compressors.solvers.linalg import weighted_error
@@ -151,7 +152,7 @@ def _encoded(
     except NoPivotRows as error:
         reason, fraction = str(error), task.bits_of(task.config) / task.dense_bits
     plain = SizeSteps(task, "low_rank", args)
-    rank = plain.within(fraction, "bits", multiple=group_size)
+    rank = plain.within(fraction, BITS, multiple=group_size)
     if rank == 0:
         return None, factors, [], joined(factors.fallback, f"{reason}; stays dense")
     factors = _padded(curve.truncate(rank), group_size)

@@ -60,6 +60,7 @@ def allocate(
     RecipeError
         If a budget is below the cost of the cheapest candidates; names the smallest feasible one.
     """
+    assert not plan.unmeasured
     pending = [task for task in plan.tasks if task.pending]
     known = [task for task in plan.tasks if predict_all and _predictable(task, plan)]
     curves = curves_for(
@@ -157,7 +158,9 @@ def _at_fraction(
     ]
     if integers:
         costs = {task.cost(config, measure): config for config in integers}
-        within = [cost for cost in costs if cost <= fraction * dense]
+        if min(costs) >= dense:
+            return WeightConfig(task.shape), "no integers are faster or smaller than the weight"
+        within = [cost for cost in costs if cost <= fraction * dense and cost < dense]
         return costs[max(within) if within else min(costs)], task.note
     if note is not None or not allocation.types:
         return task.config, note or "saw zeros only, and no integers fit its rows"

@@ -6,10 +6,21 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Protocol
 
+from torch import nn
+
+from lrc.compressors.latency.latency_table import LatencyTable, Product
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.fused_layers import fused_warnings, gives_plain_integers
-from lrc.compressors.planning.plan import Allocation, ModelInfo, Plan, SliceRecord
+from lrc.compressors.planning.needed_products import Choices, needed_products
+from lrc.compressors.planning.plan import (
+    Allocation,
+    ModelInfo,
+    Plan,
+    ProductTimes,
+    SliceRecord,
+    with_times,
+)
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.required_statistics import solver_statistics, with_statistics
 from lrc.compressors.planning.size_budget import WholeModel
@@ -39,6 +50,12 @@ class Draft:
     """Configs of the model after each slicing stage."""
     user_plans: dict[int, str] = field(default_factory=dict)
     """Texts of plan files by stage."""
+    table: LatencyTable | None = None
+    """Times for stages with a budget in time; None if there are none, or they are not measured."""
+    products: list[Product] = field(default_factory=list)
+    """Whose times these stages need."""
+    timed: list[int] = field(default_factory=list)
+    """Indices of these stages."""
     warnings: list[str] = field(default_factory=list)
     group_multiple: int = 1
     """Ranks must be multiples of it so that later stages can quantize them in groups."""
@@ -57,6 +74,27 @@ class Draft:
     def number_bits(self) -> int:
         """Bits of one number in the dtype of the model."""
         return self.source.dtype.itemsize * 8
+
+    @property
+    def heads(self) -> list[LayerTask]:
+        """The tasks among `embeddings` whose matrix is multiplied by."""
+        model, tied = self.architecture.model, self.architecture.tied.values()
+        return [
+            task
+            for task in self.embeddings
+            if f"{task.name}.weight" in tied
+            or isinstance(model.get_submodule(task.name), nn.Linear)
+        ]
+
+    @property
+    def head_products(self) -> list[Product]:
+        """The products with the output head, if it is quantized and times are needed."""
+        return needed_products(self.heads, Choices(())) if self.timed else []
+
+    @property
+    def all_products(self) -> list[Product]:
+        """The products whose times are needed."""
+        return [*self.products, *self.head_products]
 
     @property
     def whole(self) -> WholeModel:
@@ -85,6 +123,8 @@ class Compiled:
     """Configs of the model after each slicing stage."""
     user_plans: Mapping[int, str]
     """Texts of the given plan files by stage."""
+    products: list[Product]
+    """Whose times the stages with a budget in time need."""
 
 
 def compile_plan(
@@ -93,6 +133,8 @@ def compile_plan(
     architecture: Architecture,
     kinds: Mapping[str, StageCompiler],
     slices: list[SliceRecord] | None = None,
+    *,
+    table: LatencyTable | None = None,
 ) -> Compiled:
     """Decide what happens to every weight.
 
@@ -102,6 +144,8 @@ def compile_plan(
         The registry of stages, in pipeline order.
     slices : list of SliceRecord, optional
         Slicing stages that have been carried out; `architecture` is then their result.
+    table : LatencyTable, optional
+        Measured times, if stages have a budget in time and name no table.
 
     Raises
     ------
@@ -110,7 +154,8 @@ def compile_plan(
         exist, budgets that cannot be met, plan files of other models, nothing that becomes smaller.
     """
     calibration = recipe.calibration
-    draft = Draft(source, architecture, recipe.seed, calibration.samples * calibration.length)
+    tokens = calibration.samples * calibration.length
+    draft = Draft(source, architecture, recipe.seed, tokens, table=table)
     if slices is not None:
         draft.slices, draft.executed_slices = slices, True
     requested = {kind: recipe.stages_of(kind) for kind in kinds}
@@ -132,13 +177,15 @@ def compile_plan(
             f"{draft.no_saving_advice}",
         )
     draft.problems.raise_if_any()
-    whole, allocations = draft.whole, draft.allocations
+    whole, times = draft.whole, _times(draft)
+    allocations = with_times(draft.allocations, times)
     warnings = [
         *draft.warnings,
         *(_unused(draft.architecture) if draft.tasks else []),
         *_few_tokens(ordered, draft.tokens),
     ]
-    if gives_plain_integers(ordered, draft.embeddings, allocations, draft.architecture):
+    plain = gives_plain_integers(ordered, draft.embeddings, allocations, draft.architecture)
+    if plain and not draft.timed:
         allocations = [replace(each, one_scheme=True) for each in allocations]
         warnings += fused_warnings(ordered, [each.name for each in draft.architecture.linears])
     plan = Plan(
@@ -161,8 +208,16 @@ def compile_plan(
             stage: sha256(text.encode()).hexdigest() for stage, text in draft.user_plans.items()
         },
         warnings=warnings,
+        times=times,
     )
-    return Compiled(plan, draft.architecture, draft.sliced, draft.user_plans)
+    return Compiled(plan, draft.architecture, draft.sliced, draft.user_plans, draft.all_products)
+
+
+def _times(draft: Draft) -> ProductTimes | None:
+    if draft.table is None or not draft.timed:
+        return None
+    table = draft.table.only(draft.all_products)
+    return ProductTimes(tuple(draft.timed), table, tuple(task.name for task in draft.heads))
 
 
 def _unused(architecture: Architecture) -> list[str]:

@@ -10,7 +10,7 @@ from lrc.compressors.planning.candidates import schemes_for
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.rate_distortion import size_families
 from lrc.compressors.planning.sizes import SizeSteps
-from lrc.compressors.planning.tasks import MEASURE_NAMES, LayerTask
+from lrc.compressors.planning.tasks import LayerTask
 from lrc.configs.errors import Problem
 from lrc.configs.size import parse_size
 
@@ -64,7 +64,7 @@ def unreachable(allocation: Allocation, smallest: int) -> Problem:
         assert allocation.keep is not None
         key, got = "keep", f"{allocation.keep:g}"
         fraction = (int(allocation.keep * allocation.total) + missing) / allocation.total
-        least = f"{ceil(fraction * 1e4) / 1e4:g} of the {MEASURE_NAMES[allocation.measure]}"
+        least = f"{ceil(fraction * 1e4) / 1e4:g} of the {allocation.measure.words}"
     fixed = " in addition to what the overrides fix" if allocation.overrides else ""
     multiple = (
         " (ranks are also multiples of the group_size of a later 'quantize' stage)"

@@ -8,12 +8,20 @@ output of `Plan.to_json`, which `Plan.from_json` reads back.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
+from lrc.compressors.latency.latency_table import LatencyTable
 from lrc.compressors.layers import WeightConfig
-from lrc.compressors.planning.tasks import ArgsField, LayerResult, LayerTask, Measure
+from lrc.compressors.planning.measures import Latency, MeasureField
+from lrc.compressors.planning.tasks import ArgsField, LayerResult, LayerTask
+
+TableField = Annotated[
+    LatencyTable,
+    PlainValidator(lambda v: v if isinstance(v, LatencyTable) else LatencyTable.from_json(v)),
+    PlainSerializer(lambda table: table.to_json()),
+]
 
 PLAN_VERSION = 2
 """Raised when a key changes its meaning or is removed."""
@@ -28,7 +36,7 @@ class Allocation:
     allocator: Literal["lagrangian", "heavy-tail"]
     budget: int
     """Upper limit of the total cost of the pending tasks."""
-    measure: Measure
+    measure: MeasureField
     types: tuple[str, ...]
     """Sums of component types to choose from."""
     quantization: tuple[ArgsField, ...] = ()
@@ -84,6 +92,29 @@ class SliceRecord:
 
 
 @dataclass(frozen=True)
+class ProductTimes:
+    """Times of the products of a model, where stages have ``measure: latency``."""
+
+    stages: tuple[int, ...]
+    """Indices of these stages in the recipe."""
+    table: TableField
+    """Of the products that the stages may choose from."""
+    heads: tuple[str, ...] = ()
+    """Tasks among `Plan.embeddings` that multiply: output heads, or embeddings tied to one."""
+
+
+def with_times(allocations: Iterable[Allocation], times: ProductTimes | None) -> list[Allocation]:
+    """Return allocations that count time by the table of `times`, if they count time."""
+    if times is None:
+        return [*allocations]
+    latency = Latency(times.table)
+    return [
+        replace(each, measure=latency) if isinstance(each.measure, Latency) else each
+        for each in allocations
+    ]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that will be done, and what is known about the result so far."""
 
@@ -102,6 +133,8 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     results: dict[str, LayerResult] = field(default_factory=dict)
     """By the name of the task."""
+    times: ProductTimes | None = None
+    """None without ``measure: latency``, and before the times have been measured."""
     version: Literal[2] = 2
 
     @property
@@ -147,6 +180,11 @@ class Plan:
     def compressed_bytes(self) -> int:
         """Bytes of the tensors of the compressed model."""
         return self.model.bytes - (self.dense_bits - self.bits) // 8
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether a budget is in time and the times have yet to be measured."""
+        return any(each.measure.provisional for each in self.allocations)
 
     def stored_config(self, task: LayerTask) -> WeightConfig:
         """Return the configuration of a task as executed, or as planned."""
@@ -204,7 +242,8 @@ class Plan:
         ValueError
             If the values are not those of a plan.
         """
-        return _adapter().validate_python({k: v for k, v in values.items() if k != "totals"})
+        plan = _adapter().validate_python({k: v for k, v in values.items() if k != "totals"})
+        return replace(plan, allocations=with_times(plan.allocations, plan.times))
 
 
 @cache

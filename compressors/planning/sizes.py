@@ -7,7 +7,8 @@ from functools import cached_property, partial
 
 from lrc.compressors.layers import QuantizationArgs, WeightConfig
 from lrc.compressors.methods.size_families import components_at, largest_step
-from lrc.compressors.planning.tasks import LayerTask, Measure
+from lrc.compressors.planning.measures import Measure
+from lrc.compressors.planning.tasks import LayerTask
 
 # Allocation enumerates thousands of ranks for every weight, and many weights have the same shape.
 _CONFIGS: dict[Hashable, WeightConfig] = {}

@@ -13,9 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import PlainSerializer, PlainValidator
 
 from lrc.compressors.layers import COMPONENTS, ComponentConfig, QuantizationArgs, WeightConfig
-
-Measure = Literal["bits", "macs"]
-MEASURE_NAMES: dict[Measure, str] = {"bits": "bits", "macs": "multiply-adds"}
+from lrc.compressors.planning.measures import Measure
 
 ConfigField = Annotated[
     WeightConfig,
@@ -197,19 +195,23 @@ class LayerTask:
         return self.shape[0] if config.bias and not self.source_bias else 0
 
     def cost(self, config: WeightConfig, measure: Measure) -> int:
-        """Return the size in bits, or the multiply-adds per token, of the group with `config`.
+        """Return the cost of the group stored with `config`, in bits, multiply-adds or time.
 
-        A configuration that is not smaller than the dense weights costs as much as they do, because
-        the weights would be stored dense.
+        A configuration that is not smaller than the dense weights, or not cheaper, costs as much as
+        they do, because the weights would be stored dense.
         """
-        bits = self.bits_of(config)
-        if bits >= self.dense_bits:
-            return self.dense_cost(measure)
-        return bits if measure == "bits" else len(self.weights) * config.multiply_adds()
+        dense = self.dense_cost(measure)
+        if not config.compressed:
+            return dense
+        bits = [self.weight_bits(weight, config) for weight in self.weights]
+        if sum(bits) >= self.dense_bits:
+            return dense
+        return min(sum(measure.compressed(config, each) for each in bits), dense)
 
     def dense_cost(self, measure: Measure) -> int:
         """Return the cost of the dense weights."""
-        return self.dense_bits if measure == "bits" else len(self.weights) * prod(self.shape)
+        number = len(self.weights)
+        return number * measure.dense(self.shape, self.dense_bits // number)
 
     def with_components(self, components: tuple[ComponentConfig, ...]) -> WeightConfig:
         """Return a configuration of these weights with the given components."""

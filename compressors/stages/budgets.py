@@ -10,10 +10,13 @@ from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.compile import Draft
 from lrc.compressors.planning.feasibility import cheapest, unreachable
+from lrc.compressors.planning.measures import Measure, measure_of
+from lrc.compressors.planning.needed_products import Choices, needed_products
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerTask
+from lrc.compressors.stages.measured_times import check_table
 from lrc.compressors.stages.uniform import check_pattern_fraction, uniform, within
 from lrc.configs.decompose import DecomposeBase
 from lrc.configs.decompose_methods import Learning
@@ -41,18 +44,23 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
     _check_patterns(found, problems)
     if len(problems) > before:
         return found.tasks
+    measure = measure_of(options.measure, draft.table)
     multiple = options.rank_multiple
     if not isinstance(METHODS[options.method], FixedSizeMethod):
         # A rank is the length of a factor's rows, which later quantization divides into groups.
         multiple = lcm(multiple, draft.group_multiple)
     schemes = tuple(QuantizationArgs.parse(s) for s in options.scheme_choices)
+    if options.measure == "latency":
+        add_products(draft, found, found.tasks)
+        if len(problems) > before:
+            return found.tasks
     fixed = [
-        _overridden(task, found, multiple, problems)
+        _overridden(task, found, measure, multiple, problems)
         for task in found.tasks
         if task.name in found.overrides
     ]
     rest = [task for task in found.tasks if task.name not in found.overrides]
-    total = sum(task.dense_cost(options.measure) for task in found.tasks)
+    total = sum(task.dense_cost(measure) for task in found.tasks)
     if options.size is not None:
         budget = draft.whole.budget_bits(
             options.size, found.tasks, where, problems, options.component_types, schemes
@@ -62,17 +70,19 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
         if options.keep == 1:
             return [*fixed, *(task.kept_dense("keep is 1") for task in rest)]
         budget = int(options.keep * total)
-    budget -= sum(task.cost(task.config, options.measure) for task in fixed)
+    if measure.provisional and len(problems) == before:
+        fixed, rest = [], found.tasks  # what overrides take is not known either
+    budget -= sum(task.cost(task.config, measure) for task in fixed)
     if rest:
-        _check_multiple(found, rest, multiple, problems)
-        _check_ratios(found, rest, problems)
+        _check_multiple(found, rest, measure, multiple, problems)
+        _check_ratios(found, rest, measure, problems)
     if len(problems) > before:
         return [*fixed, *rest]
     allocation = Allocation(
         stage=found.index,
         allocator="heavy-tail" if options.allocation == "heavy-tail" else "lagrangian",
         budget=budget,
-        measure=options.measure,
+        measure=measure,
         types=options.component_types,
         quantization=schemes,
         ratios=options.ratios,
@@ -85,14 +95,14 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
         total=total,
         overrides=bool(options.overrides),
     )
-    smallest = cheapest(rest, allocation)
+    smallest = 0 if measure.provisional else cheapest(rest, allocation)
     if smallest > budget and (fixed or options.allocation != "uniform" or options.size):
         problems.append(unreachable(allocation, smallest))
     if len(problems) > before or not rest:
         return [*fixed, *rest]
-    if options.allocation == "uniform":
+    if options.allocation == "uniform" and not measure.provisional:
         return [*fixed, *uniform(rest, allocation, problems)]
-    fraction = min(budget / sum(task.dense_cost(options.measure) for task in rest), 1)
+    fraction = min(budget / sum(task.dense_cost(measure) for task in rest), 1)
     draft.allocations.append(allocation)
     pending = [
         replace(
@@ -105,16 +115,26 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
     return [*fixed, *pending]
 
 
+def add_products(draft: Draft, found: DecomposeTargets, tasks: list[LayerTask]) -> None:
+    """Add the products whose times a stage needs to the draft, and check that there are times."""
+    options = found.options
+    schemes = tuple(QuantizationArgs.parse(s) for s in options.scheme_choices)
+    choices = Choices(options.component_types, schemes, options.ratios, options.rank_multiple)
+    before = len(draft.products)
+    draft.products += needed_products(tasks, choices)
+    check_table(draft, found.where, [*draft.products[before:], *draft.head_products])
+
+
 def _overridden(
-    task: LayerTask, found: DecomposeTargets, multiple: int, problems: Problems
+    task: LayerTask, found: DecomposeTargets, measure: Measure, multiple: int, problems: Problems
 ) -> LayerTask:
     """Return the task with the budget of its override."""
     number, options = found.overrides[task.name], found.options
     override, key = options.overrides[number], f"{found.where}.overrides[{number}]"
     if override.rank is None:
         assert override.keep is not None
-        check_pattern_fraction(f"{key}.keep", [task], override.keep, options.measure, problems)
-        return within(task, override.keep, options.measure, multiple)
+        check_pattern_fraction(f"{key}.keep", [task], override.keep, measure, problems)
+        return within(task, override.keep, measure, multiple)
     if task.types not in LOW_RANK_TYPES:
         problems.add("contradiction", f"{key}.rank", f"{options.method} has no ranks; give 'keep'")
         return task
@@ -149,10 +169,13 @@ def _check_patterns(found: DecomposeTargets, problems: Problems) -> None:
 
 
 def _check_multiple(
-    found: DecomposeTargets, tasks: list[LayerTask], multiple: int, problems: Problems
+    found: DecomposeTargets,
+    tasks: list[LayerTask],
+    measure: Measure,
+    multiple: int,
+    problems: Problems,
 ) -> None:
     """Report a multiple above every rank that makes its weight cheaper."""
-    measure = found.options.measure
     largest = max(SizeSteps(t, t.types, ratio=t.ratio).within(1, measure) for t in tasks)
     if 0 < largest < multiple:
         grouped = (
@@ -168,12 +191,13 @@ def _check_multiple(
         )
 
 
-def _check_ratios(found: DecomposeTargets, tasks: list[LayerTask], problems: Problems) -> None:
+def _check_ratios(
+    found: DecomposeTargets, tasks: list[LayerTask], measure: Measure, problems: Problems
+) -> None:
     """Report ratios at which the atoms for one coefficient cost as much as any weight."""
     if not isinstance(found.options, Learning):
         return
-    measure = found.options.measure
-    largest = max(_most_atoms(task, found.options) for task in tasks)
+    largest = max(_most_atoms(task, measure) for task in tasks)
     for ratio in found.options.ratios:
         fits = any(SizeSteps(t, t.types, ratio=ratio).within(1, measure) for t in tasks)
         if largest > 0 and not fits:
@@ -185,11 +209,11 @@ def _check_ratios(found: DecomposeTargets, tasks: list[LayerTask], problems: Pro
             )
 
 
-def _most_atoms(task: LayerTask, options: DecomposeBase) -> int:
+def _most_atoms(task: LayerTask, measure: Measure) -> int:
     """Return the largest number of atoms for one coefficient that makes the weight smaller."""
 
     def cost(atoms: int) -> int:
         component = ComponentConfig("dictionary", {"atoms": atoms, "nonzeros": 1})
-        return task.cost(task.with_components((component,)), options.measure)
+        return task.cost(task.with_components((component,)), measure)
 
-    return bisect_left(range(1, min(task.shape) + 1), task.dense_cost(options.measure), key=cost)
+    return bisect_left(range(1, min(task.shape) + 1), task.dense_cost(measure), key=cost)

@@ -12,6 +12,7 @@ from lrc.compressors.io.files import write_text
 from lrc.compressors.planning.allocate import allocate
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session
+from lrc.compressors.stages.measured_times import with_measured_times
 
 ALLOCATED, EXECUTED = "plan.json", "executed.json"
 """Plans in the journal: before compression, and with results."""
@@ -23,6 +24,7 @@ def compress_weights(session: Session, plan: Plan) -> Plan:
     # A finished run has deleted the tensors: they are computed again if its checkpoint is missing.
     if done is not None and all(session.journal.has(layer_file(t.layer)) for t in done.all_tasks):
         return done
+    plan = with_measured_times(session, plan)
     calibrate(session, plan)
     plan = replace(allocate_budgets(session, plan), slices=plan.slices)
 
@@ -90,6 +92,7 @@ def predict_losses(session: Session, plan: Plan) -> Plan:
     done = executed_plan(session)
     if done is not None:
         return done
+    plan = with_measured_times(session, plan)
     calibrate(session, plan)
     plan = allocate_budgets(session, plan)
     for layer in {task.layer for task in plan.tasks if session.journal.has(layer_file(task.layer))}:

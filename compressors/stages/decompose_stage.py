@@ -19,9 +19,10 @@ from lrc.compressors.planning.targets import layer_groups, match_targets
 from lrc.compressors.planning.tasks import Compensation, LayerTask, QuantizationTask, Weight
 from lrc.compressors.planning.user_plan import apply_user_plan, check_names, read_user_plan
 from lrc.compressors.session import Session
-from lrc.compressors.stages.budgets import DecomposeTargets, spend_budget
+from lrc.compressors.stages.budgets import DecomposeTargets, add_products, spend_budget
 from lrc.compressors.stages.compress_weights import compress_weights
 from lrc.compressors.stages.embeddings import add_embeddings
+from lrc.compressors.stages.measured_times import read_given_table
 from lrc.configs.decompose import Compensate, DecomposeBase
 from lrc.configs.decompose_methods import Mixed
 
@@ -33,6 +34,11 @@ class DecomposeStage:
         """Add the tasks of embeddings, and record which options other stages must know of."""
         for index, options in stages.items():
             draft.sized |= options.size is not None
+            if options.measure == "latency":
+                draft.timed.append(index)
+                if draft.table is None:
+                    where = f"stages[{index}].decompose"
+                    draft.table = read_given_table(options, where, draft.problems)
             draft.compensates |= options.compensate is not None
             if isinstance(options, Mixed):
                 add_embeddings(
@@ -62,6 +68,8 @@ class DecomposeStage:
             decided = (
                 _from_user_plan(draft, each) if each.options.plan else spend_budget(draft, each)
             )
+            if each.options.plan and each.options.measure == "latency":
+                add_products(draft, each, decided)
             for task in decided:
                 for weight in task.weights:
                     draft.tasks[weight.name] = task
@@ -188,6 +196,13 @@ def _check_options(draft: Draft, found: DecomposeTargets) -> None:
             f"{where}.size",
             "is computed before quantization and cannot be combined with a later 'quantize'; use "
             "'keep', which is before quantization too, or method: mixed with 'schemes'",
+        )
+    if options.measure == "latency" and draft.quantizes_linears:
+        problems.add(
+            "contradiction",
+            f"{where}.measure",
+            "latency is computed before quantization and cannot be combined with a later "
+            "'quantize'; use method: mixed with 'schemes'",
         )
     if options.size is not None and not found.alone:
         problems.add(

@@ -3,10 +3,11 @@
 from math import ceil
 
 from lrc.compressors.methods.size_families import coarse
+from lrc.compressors.planning.measures import Measure
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.sizes import SizeSteps
-from lrc.compressors.planning.tasks import MEASURE_NAMES, LayerTask, Measure
+from lrc.compressors.planning.tasks import LayerTask
 
 
 def uniform(tasks: list[LayerTask], allocation: Allocation, problems: Problems) -> list[LayerTask]:
@@ -126,8 +127,7 @@ def within(
     least = steps.config(multiple)
     rank = "rank " if "rank" in least.sizes else ""
     return task.kept_dense(
-        f"too small: {rank}{least.description} needs more than {keep:.0%} of its "
-        f"{MEASURE_NAMES[measure]}"
+        f"too small: {rank}{least.description} needs more than {keep:.0%} of its {measure.words}"
     )
 
 
@@ -155,7 +155,7 @@ def check_pattern_fraction(
         problems.add(
             "infeasible-budget",
             key,
-            f"must be at least {ceil(need * 1e4) / 1e4:g} of the {MEASURE_NAMES[measure]} for "
+            f"must be at least {ceil(need * 1e4) / 1e4:g} of the {measure.words} for "
             f"{task.name} {list(task.shape)} with pattern {task.pattern}, got {keep:g}; raise keep "
             "or list the layer under 'ignore'",
         )

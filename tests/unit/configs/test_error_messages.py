@@ -15,7 +15,7 @@ stages:
 output: out
 """
 ALLOWED_AT_TOP = "Allowed: model, calibration, stages, evaluate, output, seed"
-ALLOWED_ANYWHERE = "Allowed: method, keep, size, measure, allocation, rank_multiple, min_keep, max_relative_error, plan, compensate, targets, ignore, overrides"
+ALLOWED_ANYWHERE = "Allowed: method, keep, size, measure, allocation, rank_multiple, min_keep, max_relative_error, plan, compensate, targets, ignore, overrides, rows, latency_table"
 METHODS = "asvd, basis-sharing, compot, cospadi, dictionary, fwsvd, kfac, lord, magnitude, mixed, rocket, sparse, svd, svd-llm, wanda"
 UNITS = "write a number and a unit, one of B, kB, MB, GB, KiB, MiB, GiB"
 BASELINE = "a baseline such as int8, int4-g64 or sparse"
@@ -83,7 +83,11 @@ STAGES = [
     ("{decompose: {method: svd-llm, size: -1MiB}}", "unknown-value", f".decompose.size: must be null or a size such as 180MiB, got '-1MiB'; {UNITS}"),
     ("{decompose: {method: svd-llm, size: 180}}", "wrong-type", f".decompose.size: must be null or a size such as 180MiB, got 180; {UNITS}"),
     ("{decompose: {method: svd, size: 1GB, measure: macs}}", "conflicting-keys", ".decompose: 'size' counts bytes and cannot be measured in 'macs'; give 'keep' instead"),
-    ("{decompose: {method: svd, keep: 0.5, measure: flops}}", "unknown-value", ".decompose.measure: must be one of bits, macs, got 'flops'"),
+    ("{decompose: {method: svd, size: 1GB, measure: latency}}", "conflicting-keys", ".decompose: 'size' counts bytes and cannot be measured in 'latency'; give 'keep' instead"),
+    ("{decompose: {method: svd, keep: 0.5, rows: 4}}", "conflicting-keys", ".decompose: 'rows' has no effect with measure: bits; remove it, or choose measure: latency"),
+    ("{decompose: {method: svd, keep: 0.5, measure: macs, latency_table: a.json}}", "conflicting-keys", ".decompose: 'latency_table' has no effect with measure: macs; remove it, or choose measure: latency"),
+    ("{decompose: {method: svd, keep: 0.5, measure: latency, rows: 0}}", "out-of-range", ".decompose.rows: must be a whole number > 0, got 0; raise it"),
+    ("{decompose: {method: svd, keep: 0.5, measure: flops}}", "unknown-value", ".decompose.measure: must be one of bits, macs, latency, got 'flops'"),
     ("{decompose: {method: svd, keep: 0.5, min_keep: 0.6}}", "conflicting-keys", ".decompose: 'min_keep' must be at most 'keep', 0.5, got 0.6; lower min_keep or raise keep"),
     ("{decompose: {method: svd, keep: 0.5, allocation: lagrangean}}", "unknown-value", ".decompose.allocation: must be one of uniform, heavy-tail, lagrangian, got 'lagrangean'; did you mean 'lagrangian'?"),
     ("{decompose: {method: svd, keep: 0.5, rank_multiple: 0}}", "out-of-range", ".decompose.rank_multiple: must be a whole number > 0, got 0; raise it"),
@@ -137,7 +141,7 @@ STAGES = [
     ("{decompose: {method: mixed, keep: 0.5, components: [dense]}}", "conflicting-keys", ".decompose: components: [dense] needs 'schemes' to make anything smaller, got none; add some, such as [int8, int4-g64], or list other components"),
     ("{decompose: {method: mixed, keep: 0.5, schemes: [int9]}}", "unknown-value", ".decompose.schemes[0]: must be an integer format such as int8, int4-g64 or int3-g32-asymmetric, got 'int9'; write int2 to int8, optionally followed by -gSIZE (SIZE numbers of a row share a scale) and -asymmetric"),
     ("{decompose: {method: mixed, keep: 0.5, schemes: [int4, int4]}}", "conflicting-keys", ".decompose: the 'schemes' must differ, got twice: ['int4']; remove one"),
-    ("{decompose: {method: mixed, keep: 0.5, schemes: [int4], measure: macs}}", "conflicting-keys", ".decompose: 'schemes' save bits and no multiply-adds, got measure: macs; choose measure: bits, or remove 'schemes'"),
+    ("{decompose: {method: mixed, keep: 0.5, schemes: [int4], measure: macs}}", "conflicting-keys", ".decompose: 'schemes' save bits and no multiply-adds, got measure: macs; choose measure: bits or latency, or remove 'schemes'"),
     ("{slice: {method: drop}}", "conflicting-keys", ".slice: give exactly one of 'keep' and 'size', got neither"),
     ("{quantize: {method: gptq, targets: [], embeddings: int8, bits: 4}}", "conflicting-keys", ".quantize: targets: [] selects no linear layer, so that 'bits' has no effect; remove what has no effect, or list 'targets'"),
     ("{quantize: {method: gptq, order: false}}", "renamed-key", ".quantize.order: this key is now called 'act_order'; rename it"),

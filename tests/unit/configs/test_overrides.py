@@ -31,6 +31,8 @@ def test_overrides_reach_every_place_in_order() -> None:
         "keep": 0.6,
         "size": None,
         "measure": "bits",
+        "rows": 1,
+        "latency_table": None,
         "allocation": "uniform",
         "rank_multiple": 8,
         "min_keep": 0.0,

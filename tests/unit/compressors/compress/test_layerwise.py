@@ -23,6 +23,7 @@ from lrc.compressors.layers import (
 from lrc.compressors.layers.pivot_rows import NoPivotRows
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.allocate import allocate
+from lrc.compressors.planning.measures import BITS
 from lrc.compressors.planning.plan import Allocation, ModelInfo, Plan
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.summary import summarize
@@ -405,8 +406,8 @@ def test_whole_weights_in_integers_keep_the_prediction_of_their_allocation(
         task_of(name, method="mixed", rank=None, quantize=QuantizationTask(0, "gptq"))
         for name in NAMES
     ]
-    allocation = Allocation(0, "lagrangian", 0, "bits", (), quantization=(int4,), keep=0.2)
-    budget = sum(SizeSteps(task, "dense", int4).cost(1, "bits") for task in tasks)
+    allocation = Allocation(0, "lagrangian", 0, BITS, (), quantization=(int4,), keep=0.2)
+    budget = sum(SizeSteps(task, "dense", int4).cost(1, BITS) for task in tasks)
     pending = [replace(task, allocation=0, estimated_bits=budget // len(tasks)) for task in tasks]
     plan = plan_with(pending, allocations=[replace(allocation, budget=budget)])
     arguments: Any = (plan, reader, Journal(tmp_path / "a"), statistics)
@@ -445,7 +446,7 @@ def test_an_allocation_from_a_plan_that_is_read_back_is_the_same(
 ) -> None:
     tasks = [task_of(name, method="kfac", rank=None) for name in NAMES]
     total = sum(task.dense_bits for task in tasks)
-    allocation = Allocation(0, "lagrangian", int(0.6 * total), "bits", ("low_rank",), keep=0.6)
+    allocation = Allocation(0, "lagrangian", int(0.6 * total), BITS, ("low_rank",), keep=0.6)
     pending = [
         replace(task, allocation=0, estimated_bits=int(0.6 * task.dense_bits)) for task in tasks
     ]
@@ -466,7 +467,7 @@ def test_weights_with_zero_statistics_get_an_average_fraction_and_unmeasured_one
     """Zeros on one side of a layer allow ranks, no token at all does not."""
     tasks = [task_of(name, method="svd-llm", rank=None) for name in NAMES]
     total = sum(task.dense_bits for task in tasks)
-    allocation = Allocation(0, "lagrangian", int(0.6 * total), "bits", ("low_rank",), keep=0.6)
+    allocation = Allocation(0, "lagrangian", int(0.6 * total), BITS, ("low_rank",), keep=0.6)
     pending = [
         replace(task, allocation=0, estimated_bits=int(0.6 * task.dense_bits)) for task in tasks
     ]

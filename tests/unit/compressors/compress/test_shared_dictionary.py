@@ -16,6 +16,7 @@ from lrc.compressors.layers import COMPONENTS, ComponentConfig, WeightConfig
 from lrc.compressors.methods.base import FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.allocate import allocate
+from lrc.compressors.planning.measures import BITS
 from lrc.compressors.planning.plan import Allocation, ModelInfo, Plan
 from lrc.compressors.planning.tasks import LayerTask, Weight
 from lrc.compressors.solvers.dictionary_learning import Dictionary, DictionaryProblem
@@ -191,7 +192,7 @@ def test_an_allocation_gives_a_group_one_size(known: list[Statistics], tmp_path:
     task = task_of(rounds=3)
     budget = int(0.6 * task.dense_bits)
     pending = replace(task, config=WeightConfig((D_OUT, D_IN)), allocation=0, estimated_bits=budget)
-    allocation = Allocation(0, "lagrangian", budget, "bits", ("dictionary",))
+    allocation = Allocation(0, "lagrangian", budget, BITS, ("dictionary",))
     plan = allocated(plan_of(pending, allocation), known, tmp_path)
     (decided,) = plan.tasks
     assert not decided.pending

@@ -12,6 +12,7 @@ from torch import Tensor
 from lrc.compressors.layers import WeightConfig
 from lrc.compressors.planning.allocators import BudgetError, heavy_tail, lagrangian
 from lrc.compressors.planning.candidates import Candidate, tail_candidates
+from lrc.compressors.planning.measures import MACS
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.rate_distortion import Curve
 from lrc.compressors.planning.tasks import LayerTask, Weight
@@ -212,7 +213,7 @@ def tails(energies: Tensor, d_out: int, d_in: int, multiple: int = 1) -> list[Ca
         method="svd",
         types="low_rank",
     )
-    allocation = Allocation(0, "heavy-tail", 0, "macs", ("low_rank",), rank_multiple=multiple)
+    allocation = Allocation(0, "heavy-tail", 0, MACS, ("low_rank",), rank_multiple=multiple)
     return tail_candidates(task, Curve(energies, 0), allocation)
 
 

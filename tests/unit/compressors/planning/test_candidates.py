@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lrc.compressors.layers import WeightConfig
 from lrc.compressors.planning.candidates import Candidate, candidates_for
+from lrc.compressors.planning.measures import MACS
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.rate_distortion import Curve
 from lrc.compressors.planning.tasks import LayerTask, Weight
@@ -22,7 +23,7 @@ def candidates(energies: Tensor, d_out: int, d_in: int, **changes: Any) -> list[
         method="svd",
         types="low_rank",
     )
-    allocation = Allocation(0, "lagrangian", 0, "macs", ("low_rank",), **changes)
+    allocation = Allocation(0, "lagrangian", 0, MACS, ("low_rank",), **changes)
     curve = Curve(energies, 100, total=float(energies.sum()))
     return candidates_for(task, curve, allocation)
 

@@ -11,6 +11,7 @@ import torch
 
 from lrc.compressors.planning import allocate as module
 from lrc.compressors.planning.allocate import allocate
+from lrc.compressors.planning.measures import measure_of
 from lrc.compressors.planning.plan import Allocation, Plan
 from lrc.compressors.planning.rate_distortion import Curve, Point, size_families
 from lrc.compressors.planning.sizes import SizeSteps
@@ -117,7 +118,7 @@ def test_the_total_is_met_from_below_and_overrides_are_respected(
 
 
 def check(plan: Plan, stage: dict[str, Any], case: Any) -> None:
-    measure, multiple = stage["measure"], stage["rank_multiple"]
+    measure, multiple = measure_of(stage["measure"]), stage["rank_multiple"]
     costs = {task.name: task.cost(task.config, measure) for task in plan.tasks}
     dense = {task.name: task.dense_cost(measure) for task in plan.tasks}
     budget = stage["keep"] * sum(dense.values())

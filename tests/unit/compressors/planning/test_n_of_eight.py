@@ -14,6 +14,7 @@ from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning import allocate as module
 from lrc.compressors.planning.allocate import allocate
 from lrc.compressors.planning.candidates import candidates_for
+from lrc.compressors.planning.measures import BITS
 from lrc.compressors.planning.plan import Allocation, Plan
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.rate_distortion import Curve, Point, size_families
@@ -69,20 +70,20 @@ def test_steps_are_n_and_a_fraction_gives_the_largest_that_fits(bits: int) -> No
     steps = steps_of((16, 24), bits)
     assert steps.largest == 8
     assert [steps.config(n).sizes for n in range(1, 9)] == [{"n": n} for n in range(1, 9)]
-    dense = steps.task.dense_cost("bits")
-    costs = [steps.cost(n, "bits") for n in range(1, 8)]
+    dense = steps.task.dense_cost(BITS)
+    costs = [steps.cost(n, BITS) for n in range(1, 8)]
     assert costs == sorted(costs)
     for n, cost in enumerate(costs, start=1):
-        assert steps.within(cost / dense, "bits") == n
-        assert steps.within((cost - 1) / dense, "bits") == n - 1
-    assert steps.within(1, "bits") == 7  # all eight, with a mask, take more than the dense weight
-    assert steps.cheapest("bits", multiple=1, min_keep=0.0) == costs[0]
+        assert steps.within(cost / dense, BITS) == n
+        assert steps.within((cost - 1) / dense, BITS) == n - 1
+    assert steps.within(1, BITS) == 7  # all eight, with a mask, take more than the dense weight
+    assert steps.cheapest(BITS, multiple=1, min_keep=0.0) == costs[0]
 
 
 @pytest.mark.parametrize("d_in", [1, 4, 12, 43])
 def test_a_width_that_is_no_multiple_of_eight_has_no_size(d_in: int) -> None:
     steps = steps_of((16, d_in))
-    assert steps.largest == steps.within(1, "bits") == 0
+    assert steps.largest == steps.within(1, BITS) == 0
     words = rf"^pattern n:8 needs a number of inputs divisible by 8, got a weight \[16, {d_in}\]$"
     with pytest.raises(ValueError, match=words):
         steps.config(4).tensors()
@@ -101,7 +102,7 @@ def test_uniform_meets_keep_with_two_neighbouring_sizes_spread_over_the_layers(
     largest = max(task.dense_bits for task in plan.tasks) / 8
     bits = sum(task.bits for task in plan.tasks)
     assert keep * dense - largest < bits <= keep * dense
-    lower = {task.name: SizeSteps(task, KIND).within(keep, "bits") for task in plan.tasks}
+    lower = {task.name: SizeSteps(task, KIND).within(keep, BITS) for task in plan.tasks}
     raised: dict[tuple[int, int], list[int]] = {}  # every kind of matrix has another shape
     for task in plan.tasks:
         assert n_of(task) - lower[task.name] in (0, 1)
@@ -109,7 +110,7 @@ def test_uniform_meets_keep_with_two_neighbouring_sizes_spread_over_the_layers(
     for shape, found in raised.items():
         assert len(found) == layers
         steps = steps_of(shape)
-        cost, larger = (steps.cost(steps.within(keep, "bits") + i, "bits") for i in (0, 1))
+        cost, larger = (steps.cost(steps.within(keep, BITS) + i, BITS) for i in (0, 1))
         share = (keep * steps.task.dense_bits - cost) / (larger - cost)
         # Also in every part of the model, up to what is carried over from other kinds of matrices.
         for part in (found[: layers // 2], found[layers // 2 :], found):

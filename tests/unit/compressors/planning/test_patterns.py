@@ -12,6 +12,7 @@ from lrc.compressors.checkpoint.quantizer import replace_layers
 from lrc.compressors.layers import COMPONENTS, ComponentConfig, Sizes, WeightConfig
 from lrc.compressors.methods.base import FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
+from lrc.compressors.planning.measures import BITS
 from lrc.compressors.planning.plan import ModelInfo, Plan
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.sizes import SizeSteps
@@ -48,10 +49,10 @@ def test_a_pruned_matrix_has_one_size(shape: tuple[int, int]) -> None:
     for step in (1, 5, pruned.largest):
         assert pruned.config(step).sizes == {"nonzeros": shape[0] * shape[1] // 2}
         assert pruned.config(step).components[0].pattern == "2:4"
-    fraction = pruned.cost(1, "bits") / pruned.task.dense_cost("bits")
-    assert pruned.within(fraction, "bits") > 0
-    assert pruned.within(fraction - 1e-6, "bits") == 0
-    assert pruned.cheapest("bits", multiple=1, min_keep=0) == pruned.cost(1, "bits")
+    fraction = pruned.cost(1, BITS) / pruned.task.dense_cost(BITS)
+    assert pruned.within(fraction, BITS) > 0
+    assert pruned.within(fraction - 1e-6, BITS) == 0
+    assert pruned.cheapest(BITS, multiple=1, min_keep=0) == pruned.cost(1, BITS)
 
 
 def test_half_of_the_values_and_four_bits_per_group_are_stored() -> None:

@@ -9,6 +9,7 @@ from lrc.compressors.methods.size_families import (
     largest_step,
     pivoted_rank,
 )
+from lrc.compressors.planning.measures import BITS
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerTask, Weight
 
@@ -25,7 +26,7 @@ def test_the_rank_is_the_largest_within_the_budget(shape: tuple[int, int], keep:
     def stored(rank: int) -> int:
         return steps.config(rank).stored_bits(16)
 
-    rank = steps.within(keep, "bits")
+    rank = steps.within(keep, BITS)
     assert steps.config(3).sizes == {"rank": 3}
     assert rank == 0 or stored(rank) <= budget
     if rank < min(shape):
