@@ -134,9 +134,7 @@ def test_groups(scheme, dtype, rounding):
         whole = masked_cuda.padded(pack_bits(mask).cuda())
         starts, offsets = starts_and_offsets(whole)
         words = pack_integers(codes.view(1, -1), args.bits).cuda()
-        stored = masked_cuda.Groups(
-            words, scale.cuda(), whole, starts, offsets, args.bits, size
-        )
+        stored = masked_cuda.Groups(words, scale.cuda(), whole, starts, offsets, args.bits, size)
         assert masked_cuda.serves_groups(stored, columns)
         for tokens in ROWS:
             check(
