@@ -18,8 +18,8 @@ MOST = 64
 tensors again for every 32 tokens."""
 
 
-MOST_WARPS = 3600
-"""Of all blocks, if the columns are divided among several warps at all."""
+SHARED_MEMORY = 48 << 10
+"""Bytes that a block can have without asking for more."""
 
 
 class Blocks(NamedTuple):
@@ -35,18 +35,33 @@ class Blocks(NamedTuple):
     """Chunks of 32 columns that a thread reads ahead."""
 
 
-def blocks_for(tokens: int, d_out: int, d_in: int, *, tiles: int) -> Blocks:
-    """Return how to divide a product, with at most `tiles` tiles per block.
+def blocks_for(
+    tokens: int, d_out: int, d_in: int, *, tiles: int = 2, most_warps: int = 2100
+) -> Blocks:
+    """Return how to divide a product.
 
-    A GPU reads at full speed with about 16 warps on every processor. Measured on one H200 with the
-    shapes of Llama-3-8B.
+    About 16 warps on each of 132 processors read at full speed if all of them work on the same rows
+    of the matrix, more if these are many. Measured on one H200 with the shapes of Llama-3-8B.
+
+    Parameters
+    ----------
+    tokens, d_out, d_in : int
+    tiles : int
+        Tiles of 16 rows per block, unless the matrix has few rows.
+    most_warps : int
+        Of all blocks, if several warps share the columns.
     """
+    of_block = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
     tiles = tiles if d_out >= 4096 else 1
     blocks, steps = -(-d_out // (16 * tiles)), -(-d_in // 128)
     warps = 16
-    while warps > 2 and (blocks * warps > MOST_WARPS or warps > steps):
+    while warps > 2 and (
+        blocks * warps > most_warps
+        or warps > steps
+        or 4 * warps * of_block * (16 * tiles + 4) > SHARED_MEMORY
+    ):
         warps //= 2
-    return Blocks(8 if tokens <= 8 else 16 if tokens <= 16 else 32, tiles, warps, 1)
+    return Blocks(of_block, tiles, warps, 1)
 
 
 def multiply(

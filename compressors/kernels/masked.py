@@ -17,6 +17,8 @@ integers, of consecutive columns."""
 FEW_ROWS = 4
 """Up to this many inputs are multiplied by the Triton kernels. More are multiplied by a dense
 matrix, which one kernel writes, where there is no kernel in CUDA C++."""
+SOME_ROWS = 32
+"""Up to this many inputs are multiplied by the kernels in CUDA C++."""
 PERMUTED_ROWS = 2
 """Up to this many inputs n of eight are faster without tensor cores. One H200, density 0.5, one
 input: 1.6 to 1.8 times dense, with tensor cores 1.2 to 1.4; four inputs 1.1 and 1.2."""
@@ -220,7 +222,7 @@ def _product(x: Tensor, stored: Masked) -> Tensor:
     if rows == 0:
         return x.new_empty(0, stored.d_out)
     x = x.contiguous()
-    if rows <= few_tokens.MOST and few_tokens.starts_at_16_bytes(x):
+    if rows <= SOME_ROWS and few_tokens.starts_at_16_bytes(x):
         y = _few_tokens(x, stored)
         if y is not None:
             return y

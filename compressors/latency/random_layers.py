@@ -55,13 +55,20 @@ def _fill(module: nn.Module, component: Component, generator: torch.Generator) -
         elif name == "mask":
             tensor.copy_(_mask(tensor, component, generator))
         elif name == "order":
-            tensor.copy_(torch.randperm(len(tensor), **_where(generator)))
+            tensor.copy_(_order(len(tensor), component.config.sizes["rank"], generator))
         elif name == "index":
             atoms = component.config.sizes["atoms"]
             keys = torch.rand(len(tensor), atoms, **_where(generator))
             tensor.copy_(keys.argsort(1)[:, : tensor.shape[1]].sort(1).values)
         else:
             raise ValueError(f"{component.TYPE} has a tensor {name!r} of unknown content")
+
+
+def _order(d_out: int, rank: int, generator: torch.Generator) -> Tensor:
+    """Return where rows are, if random ones are pivots; both parts are ascending, as in files."""
+    rows = torch.randperm(d_out, **_where(generator))
+    rows = torch.cat([rows[:rank].sort().values, rows[rank:].sort().values])
+    return torch.empty_like(rows).index_copy_(0, rows, torch.arange(d_out, device=rows.device))
 
 
 def _packed(

@@ -118,5 +118,7 @@ def _is_mlp(module: nn.Module) -> bool:
             among, alone = module(x)[:, 1:2], module(x[:, 1:2])
         except (RuntimeError, IndexError, TypeError):
             return False
+    if among.shape != alone.shape:
+        return False
     close = 0.05 if like.dtype.itemsize == 2 else 1e-3
-    return among.shape == alone.shape and torch.allclose(among, alone, rtol=close, atol=close)
+    return bool((among - alone).abs().max() <= close * among.abs().max())

@@ -324,20 +324,21 @@ def speed(llama: Any, batch: int, args: argparse.Namespace) -> str:
     prompt = torch.randint(100, (batch, length), device=args.device)
     kind = GraphDecoder if args.device == "cuda" else EagerDecoder
     decoder = kind(llama, prompt, tokens)
-    clock = (
-        (lambda call: elapsed(call, 6) / 1e3)
-        if args.device == "cuda"
-        else (lambda call: timed(call))
-    )
-    prefill = clock(decoder.prefill)
-    decode = clock(decoder.decode)
+    times = []
+    for _ in range(5 if args.device == "cuda" else 1):
+        times.append([seconds(decoder.prefill), seconds(decoder.decode)])
+    prefill, decode = (median(each[1:] or each) for each in zip(*times, strict=True))
     return f"{batch:2}: {batch * length / prefill:8.0f} {batch * tokens / decode:8.1f}"
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Return the seconds of a call on a CPU."""
+def seconds(call: Callable[[], Any]) -> float:
+    """Return the seconds of a call, on either device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
     call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

@@ -23,7 +23,8 @@ def test_a_name_in_modules_switches_kernels_on(name: str, monkeypatch: pytest.Mo
     assert select(need) == f"{need.operation} has no fast path on cuda"
     monkeypatch.setattr(implementations, "MODULES", (*others, name))
     module = import_module(f"lrc.compressors.kernels.{name}")
-    monkeypatch.setattr(module, "triton_problem", lambda device: "no GPU here")
-    assert select(need) == "Triton: no GPU here"
-    monkeypatch.setattr(module, "triton_problem", lambda device: None)
+    problem = "cuda_problem" if name == "packed_linear" else "triton_problem"
+    monkeypatch.setattr(module, problem, lambda device: "no GPU here")
+    assert select(need) == f"{module.ENTRIES[0].name}: no GPU here"
+    monkeypatch.setattr(module, problem, lambda device: None)
     assert select(need) in module.ENTRIES
