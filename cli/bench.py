@@ -58,6 +58,13 @@ def bench(
             "GPU."
         ),
     ] = None,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="Add the results to report and model card of the checkpoints that lrc compressed.",
+        ),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -70,10 +77,14 @@ def bench(
     if seconds is not None and not seconds > 0:
         raise RecipeError(f"--seconds: must be above 0, got {seconds:g}; raise it")
     from lrc.cli.bench_tables import print_benchmark
+    from lrc.compressors.benchmark.measured_models import is_same
     from lrc.compressors.benchmark.results import failures
+    from lrc.compressors.benchmark.run_report import add_speed, find_reports
     from lrc.compressors.io.machine import Machine
 
     console.quiet_transformers()
+    others = [name for name in models if against is None or not is_same(name, against)]
+    reports = find_reports(others) if report else {}
     with console.Steps(quiet=quiet).running() as steps:
         machine = Machine(device, on_step=steps, on_warning=steps.warn)
         if "graph" in modes and not machine.chosen.startswith("cuda"):
@@ -89,12 +100,16 @@ def bench(
             repeats,
             seconds,
         )
-        report = run(models, against, settings, machine, dtype=dtype, trusted=trust_remote_code)
+        found = run(models, against, settings, machine, dtype=dtype, trusted=trust_remote_code)
     if as_json:
-        typer.echo(json.dumps(report, indent=2, allow_nan=False))
+        typer.echo(json.dumps(found, indent=2, allow_nan=False))
     else:
-        print_benchmark(report)
-    if missing := failures(report):
+        print_benchmark(found)
+    for name, folder in reports.items():
+        written = add_speed(folder, name, found)
+        if not quiet:
+            console.say(f"added the results to {', '.join(map(str, written))}")
+    if missing := failures(found):
         raise BenchmarkIncomplete("\n".join(missing))
 
 

@@ -3,9 +3,11 @@
 from itertools import groupby
 from typing import Any
 
-from lrc.cli.quality import OUT, as_size, new_table
+from rich.markup import escape
 
-PHASES = ("prefill", "decode")
+from lrc.cli.quality import OUT, as_size, new_table
+from lrc.compressors.benchmark.results import PHASES, slower_models
+
 REPEATED = "dense, repeated"
 NAMED = 6
 """Slower measurements that are named per model; the others are counted."""
@@ -23,27 +25,29 @@ def print_benchmark(report: dict[str, Any]) -> None:
         OUT.print(f"noise: dense and dense, repeated differ by up to {max(noise):.1%}")
     for note in report["notes"]:
         OUT.print(f"[yellow]note[/]: {note}")
-    for sentence in slower_models(report):
-        OUT.print(sentence)
+    for model in report["models"]:
+        print_slow_forms(model["slow_forms"], f"in {escape(model['name'])}")
+    print_slower_models(report)
 
 
-def slower_models(report: dict[str, Any]) -> list[str]:
-    """Return one sentence for every model that is slower than dense in some measurement."""
-    found: dict[str, list[str]] = {}
-    count: dict[str, int] = {}
-    for each in report["results"]:
-        for phase in PHASES:
-            if each["repeated"] or not each[phase] or each[phase]["ratio"] is None:
-                continue
-            count[each["model"]] = count.get(each["model"], 0) + 1
-            if each[phase]["verdict"] == "slower":
-                place = f"{phase} {_short(each)} {each[phase]['ratio']:.2f}x"
-                found.setdefault(each["model"], []).append(place)
-    return [
-        f"[yellow]slower than dense[/]: {model} in {len(places)} of {count[model]} measurements: "
-        f"{'; '.join(places[:NAMED])}{'; and others' if len(places) > NAMED else ''}"
-        for model, places in found.items()
-    ]
+def print_slower_models(report: dict[str, Any]) -> None:
+    """Print one sentence for every model that is slower than dense in some measurement."""
+    for each in slower_models(report):
+        OUT.print(
+            f"[yellow]slower than dense[/]: {escape(each.model)} in {len(each.places)} of "
+            f"{each.compared} measurements: {'; '.join(each.places[:NAMED])}"
+            f"{'; and others' if len(each.places) > NAMED else ''}"
+        )
+
+
+def print_slow_forms(forms: list[dict[str, Any]], where: str) -> None:
+    """Print one line for each form without a fast path."""
+    for each in forms:
+        some = "1 layer" if each["layers"] == 1 else f"{each['layers']} layers, such as"
+        OUT.print(
+            f"[yellow]no fast path[/] {where}: {each['form']} ({some} {each['example']}): ", end=""
+        )
+        OUT.print(each["reason"], markup=False)
 
 
 def _print_models(report: dict[str, Any]) -> None:
@@ -110,7 +114,3 @@ def _label(name: str, *, dense: bool) -> str:
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["mode"], row["batch"], row["prompt"], row["tokens"]
-
-
-def _short(row: dict[str, Any]) -> str:
-    return f"({row['mode']}, batch {row['batch']}, prompt {row['prompt']:,})"

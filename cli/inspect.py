@@ -1,18 +1,20 @@
-"""`lrc inspect`: what is inside a checkpoint, read from its headers alone."""
+"""`lrc inspect`: what is inside a checkpoint, read from its headers and one layer of each form."""
 
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from lrc.compressors.benchmark.fast_paths import stored_dtype, stored_slow_forms
+from lrc.compressors.benchmark.run_report import read_report
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.manifest import CHECKSUM, Manifest, read_object, report_checksum
-from lrc.compressors.checkpoint.reader import is_ours, read_config, read_contents
+from lrc.compressors.checkpoint.manifest import Manifest, read_object
+from lrc.compressors.checkpoint.reader import Contents, is_ours, read_config, read_contents
 from lrc.compressors.layers.model_shapes import SHAPES
 from lrc.configs.errors import CheckpointError, RecipeError
 
 
-def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
-    """Return the facts of a compressed checkpoint.
+def describe(folder: Path, *, verify: bool, device: str = "cpu") -> dict[str, Any]:
+    """Return the facts of a compressed checkpoint, and which forms are slow on a device.
 
     Raises a `CheckpointError` for a folder that is no checkpoint of lrc, damaged, of a newer format
     or, with `verify`, changed.
@@ -49,12 +51,24 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
             }
             for name, config in modules.items()
         ],
+        "fast_paths": _fast_paths(folder, contents, device),
         SHAPES: (config.get("quantization_config") or {}).get(SHAPES, {}),
         "totals": plan.get("totals"),
         **{
             key: report.get(key)
-            for key in ("slices", "evaluation", "size", "environment", "recipe")
+            for key in ("slices", "evaluation", "size", "environment", "recipe", "speed")
         },
+    }
+
+
+def _fast_paths(folder: Path, contents: Contents, device: str) -> dict[str, Any]:
+    """Return what has no fast path; needs one layer of each configuration at a time in memory."""
+    dtype = stored_dtype(contents)
+    forms = stored_slow_forms(folder, contents, device, dtype)
+    return {
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "slow_forms": [form.to_json() for form in forms],
     }
 
 
@@ -73,11 +87,5 @@ def _read_records(
     manifest.check_hashes(manifest.hashes if verify else ["config.json", layout.PLAN])
     if verify:
         manifest.check_names(loaded_only=False)
-    record = read_object(report) if report.is_file() else {}
-    if report.is_file() and record.get(CHECKSUM) != report_checksum(folder, record):
-        raise CheckpointError(
-            f"{report}: has changed since it was written, or belongs to another checkpoint; "
-            f"{layout.COPY_AGAIN}",
-            code="changed-file",
-        )
+    record = read_report(folder) if report.is_file() else {}
     return read_object(plan), record

@@ -244,13 +244,15 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with its recorded hash.")
     ] = False,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Show what a compressed checkpoint contains: components, sizes, recipe, origin."""
+    """Show what a compressed checkpoint contains, and which of it has no fast path on a device."""
     from lrc.cli import tables
     from lrc.cli.inspect import describe
+    from lrc.compressors.io.machine import Machine
 
-    facts = describe(checkpoint, verify=verify)
+    facts = describe(checkpoint, verify=verify, device=Machine(device).chosen)
     if as_json:
         _print_json(facts)
     else:

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from lrc.cli.bench_tables import print_slow_forms, print_slower_models
 from lrc.cli.quality import OUT, as_size, new_table, print_baselines, print_comparison
 from lrc.compressors.estimate import Estimate
+from lrc.compressors.io.natural_order import natural
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import WeightSummary, summarize
@@ -149,7 +151,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
     """Print the facts of a checkpoint."""
     columns = ("weight", "shape", "components", "size") if facts["modules"] else ()
     table = new_table(f"{facts['path']} ({facts['architecture']})", *columns)
-    for m in sorted(facts["modules"], key=lambda m: _natural(m["name"])):
+    for m in sorted(facts["modules"], key=lambda m: natural(m["name"])):
         patterns = [c["pattern"] for c in m["components"] if "pattern" in c]
         components = " ".join(filter(None, [m["types"], *patterns, m["quantization"]]))
         shape = f"{m['shape'][0]} x {m['shape'][1]}"
@@ -170,6 +172,10 @@ def print_inspection(facts: dict[str, Any]) -> None:
             f"made from {facts['recipe']['model']['path']} with lrc {versions['lrc']}, torch "
             f"{versions['torch']}, transformers {versions['transformers']}"
         )
+    fast = facts["fast_paths"]
+    print_slow_forms(fast["slow_forms"], f"on {fast['device']} in {fast['dtype']}")
+    if facts["speed"]:
+        print_slower_models(facts["speed"])
     if facts["evaluation"]:
         print_comparison(facts["evaluation"])
         print_baselines(facts)
@@ -187,11 +193,6 @@ def _components(plan: Plan, row: WeightSummary) -> str:
     patterns = [c.pattern for c in row.config.components if c.pattern]
     text = " ".join([row.config.types, *patterns, *([] if args is None else [str(args)])])
     return text if row.note is None else f"{text}: {row.note}"
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort layer 10 after layer 9."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _print_slice(record: dict[str, Any]) -> None:

@@ -73,6 +73,7 @@ SCHEMA = {
     "timing.seconds.STAGE": "wall time; after an interruption, the sum over all attempts",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
     "environment": "versions, processor, threads, device",
+    "speed": "result of `lrc bench --report`: its JSON for this model and dense; null if none",
     "warnings": (
         "parts of the source that were ignored, discouraged options, signs of a damaged source"
     ),
@@ -108,6 +109,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "timing": {"seconds": {k: round(s, 2) for k, s in session.clock.seconds.items()}},
         "memory": _memory(session.device),
         "environment": environment(session.device),
+        "speed": None,
         "warnings": plan.warnings + _source_warnings(prepared, evaluation),
     }
     report[CHECKSUM] = report_checksum(checkpoint, report)

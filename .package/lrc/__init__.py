@@ -9,9 +9,19 @@
 """
 
 from importlib import metadata
+from typing import Any
 
 from lrc._register import register_with_transformers
 
 __version__ = metadata.version("lrc-compress")
 
 register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is used."""
+    if name == "stream_low_rank":
+        from lrc.compressors.layers.streaming import stream_low_rank
+
+        return stream_low_rank
+    raise AttributeError(f"module 'lrc' has no attribute {name!r}")

@@ -19,6 +19,7 @@ from lrc.compressors.benchmark.decoders import (
     check_steps,
     random_tokens,
 )
+from lrc.compressors.benchmark.fast_paths import SlowForm, slow_forms
 from lrc.compressors.benchmark.grid import Mode, Point, Settings, turn_order
 from lrc.compressors.benchmark.loading import (
     OUT_OF_MEMORY,
@@ -67,6 +68,8 @@ class Measured:
     samples: dict[tuple[int, Point], Samples]
     together: bool
     """Whether all models were in memory at the same time."""
+    slow: dict[int, list[SlowForm]] = field(default_factory=dict)
+    """Slot -> its weights without a fast path, those included whose kernel failed meanwhile."""
 
 
 @dataclass
@@ -123,6 +126,7 @@ class Benchmark:
         slots = {slot: models[index] for slot, index in enumerate(order)}
         for point in self._points:
             found.samples |= self._measure(point, slots, str(point))
+        found.slow = {slot: slow_forms(each.model) for slot, each in enumerate(models)}
         return found
 
     def _run_in_turn(self, order: list[int]) -> Measured:
@@ -141,6 +145,7 @@ class Benchmark:
             for point in self._points:
                 title = f"{target.name}: {point}"
                 found.samples |= self._measure(point, {slot: loaded}, title)
+            found.slow[slot] = slow_forms(loaded.model)
             del loaded
             release_memory()
         return found

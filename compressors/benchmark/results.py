@@ -1,6 +1,7 @@
 """The results of a benchmark as JSON. `SCHEMA` documents every key."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ SCHEMA = {
     "models[].resident_bytes": "growth of memory by loading: allocated on a GPU, or resident set",
     "models[].load_peak_bytes": "largest growth while it was loaded",
     "models[].load_seconds": "from cached files until all weights are read; hashes are compared",
+    "models[].slow_forms[].{form,layers,example,reason}": (
+        "weights without a fast path on the device: component, pattern, quantization; number, name"
+    ),
     "results[].{model,repeated}": "one record per turn; true for the dense model measured again",
     "results[].{mode,batch,prompt,tokens}": "the point of the grid",
     "results[].rounds": "number of measurements",
@@ -135,6 +139,36 @@ def failures(report: dict[str, Any]) -> list[str]:
     ]
 
 
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Slower:
+    """A model that is slower than dense in some measurements."""
+
+    model: str
+    places: tuple[str, ...]
+    """Phase, point and ratio of each, such as ``decode (eager, batch 1, prompt 64) 0.87x``."""
+    compared: int
+    """Number of measurements with a ratio."""
+
+
+def slower_models(report: dict[str, Any]) -> list[Slower]:
+    """Return the models that are slower than dense in some measurement."""
+    found: dict[str, list[str]] = {}
+    count: dict[str, int] = {}
+    for each in report["results"]:
+        for phase in PHASES:
+            if each["repeated"] or not each[phase] or each[phase]["ratio"] is None:
+                continue
+            count[each["model"]] = count.get(each["model"], 0) + 1
+            if each[phase]["verdict"] == "slower":
+                point = f"({each['mode']}, batch {each['batch']}, prompt {each['prompt']:,})"
+                place = f"{phase} {point} {each[phase]['ratio']:.2f}x"
+                found.setdefault(each["model"], []).append(place)
+    return [Slower(model, tuple(places), count[model]) for model, places in found.items()]
+
+
 def _model(target: Target, measured: Measured, slot: int, *, dense: bool) -> dict[str, Any]:
     loading = measured.loading.get(slot)
     return {
@@ -145,6 +179,7 @@ def _model(target: Target, measured: Measured, slot: int, *, dense: bool) -> dic
         "resident_bytes": None if loading is None else loading.resident_bytes,
         "load_peak_bytes": None if loading is None else loading.peak_bytes,
         "load_seconds": None if loading is None else loading.seconds,
+        "slow_forms": [form.to_json() for form in measured.slow.get(slot, [])],
     }
 
 

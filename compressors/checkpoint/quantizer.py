@@ -33,6 +33,7 @@ from lrc.compressors.checkpoint.model_tables import (
     fit_names,
     head_shapes,
 )
+from lrc.compressors.io.freed_memory import ReplacedTensors
 from lrc.compressors.io.shards import read_headers
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.kernels import optimize
@@ -47,6 +48,7 @@ from lrc.compressors.layers import (
 from lrc.compressors.layers.component import finite_problems
 from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, widen_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
+from lrc.compressors.layers.siblings import stack_first_factors
 from lrc.compressors.models.contents import renamed
 from lrc.configs.errors import CheckpointError
 
@@ -153,7 +155,10 @@ class LrcQuantizer(HfQuantizer):
             self._wait_for_hashes()
             self._wait_for_hashes = None  # a model is copied and pickled with its quantizer
         check_values(model)
-        optimize(model)
+        replaced = ReplacedTensors()
+        optimize(model, replaced=replaced)
+        stack_first_factors(model, replaced=replaced)
+        replaced.flush()
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

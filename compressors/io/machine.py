@@ -1,9 +1,7 @@
 """The machine a run executes on: device, progress callback, memory and time of the stages."""
 
-import ctypes
 import gc
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrc.compressors.io.freed_memory import trim
 from lrc.compressors.io.journal import Journal
 from lrc.configs.errors import Problem, RecipeError
 
@@ -112,7 +111,4 @@ def release_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         getattr(torch.accelerator, "empty_host_cache", lambda: None)()  # from torch 2.12 on
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
+    trim()

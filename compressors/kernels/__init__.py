@@ -1,7 +1,8 @@
 """Products with compressed weights that are faster than rebuilding the weight for every call."""
 
+from lrc.compressors.kernels.failures import run_or_restore
 from lrc.compressors.kernels.fast_path import FastPath, needs_gradients, optimize, slow_layers
-from lrc.compressors.kernels.implementations import Entry, Need, register, select
+from lrc.compressors.kernels.implementations import Entry, Need, select
 
 __all__ = [
     "Entry",
@@ -9,7 +10,7 @@ __all__ = [
     "Need",
     "needs_gradients",
     "optimize",
-    "register",
+    "run_or_restore",
     "select",
     "slow_layers",
 ]

@@ -1,22 +1,24 @@
 """The table of fast products: which implementation serves an operation on a device.
 
-A module that implements a product registers entries when it is imported, and `MODULES` lists it.
+A module that implements a product has a list `ENTRIES`, and `MODULES` lists the modules in use.
 Components call `select` once after loading. The first entry whose requirements are met is used; it
 handles every number of rows up to its limit, and larger inputs take the plain product.
 """
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MODULES = ("packed_bytes", "packed_tiles", "packed_bags")
-"""Modules of this package that register entries, in order of preference.
+MODULES = ("packed_bytes", "packed_tiles", "packed_bags", "masked_csr")
+"""Modules of this package whose entries are used, in order of preference.
 
-`packed_linear`, the kernels for CUDA, is not among them until its speed has been measured."""
+The kernels for CUDA, `packed_linear`, `pivoted` and `masked`, are not among them until their speed
+has been measured."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,14 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Places:
+    """What an entry derives from the mask of a sparse matrix, alongside the stored tensors."""
+
+    find: Callable[[Tensor, int], dict[str, Tensor]]
+    """Returns tensors for a mask [d_out, bytes] and the number of columns."""
+
+
+@dataclass(frozen=True)
 class Entry:
     """One implementation of an operation."""
 
@@ -70,26 +80,14 @@ class Entry:
     """Returns why the entry does not serve a product; None if it does."""
     layout: Layout | None = None
     """None if `run` reads the stored tensors as they are."""
-
-
-TABLE: list[Entry] = []
-_loaded = False
-
-
-def register(*entries: Entry) -> None:
-    """Add entries, each after those registered earlier."""
-    TABLE.extend(entries)
+    places: Places | None = None
+    """None if the operation has no mask."""
 
 
 def select(need: Need) -> Entry | str:
     """Return the first entry that serves a product, or the reason why there is none."""
-    global _loaded
-    if not _loaded:  # here, because the modules import this one
-        _loaded = True
-        for name in MODULES:
-            import_module(f"lrc.compressors.kernels.{name}")
     reasons = []
-    for entry in TABLE:
+    for entry in _table(MODULES):
         if entry.operation != need.operation or entry.device != need.device.type:
             continue
         reason = _refusal(entry, need)
@@ -99,6 +97,13 @@ def select(need: Need) -> Entry | str:
     if not reasons:
         return f"{need.operation} has no fast path on {need.device.type}"
     return "; ".join(reasons)
+
+
+@cache
+def _table(modules: tuple[str, ...]) -> list[Entry]:
+    # Imported here, because the modules import this one.
+    found = (import_module(f"lrc.compressors.kernels.{name}") for name in modules)
+    return [entry for module in found for entry in module.ENTRIES]
 
 
 def _refusal(entry: Entry, need: Need) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.kernels.implementations import Entry, Layout, Need, register
+from lrc.compressors.kernels.implementations import Entry, Layout, Need
 
 BAG_ROWS = 8
 """Largest number of input rows for bags. Unpacking once is faster for more: with 4 bits
@@ -204,7 +204,7 @@ def run(x: Tensor, tensors: dict[str, Tensor], bits: int, d_out: int) -> Tensor:
     return y
 
 
-register(
+ENTRIES = [
     Entry(
         "embedding bags (FBGEMM)",
         "packed_linear",
@@ -214,4 +214,4 @@ register(
         refuse=refuse,
         layout=Layout(pack, unpack),
     )
-)
+]

@@ -1,12 +1,13 @@
 """Products with packed integers on CUDA devices, which read the stored tensors as they are."""
 
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.kernels.implementations import Entry, Need, register
+from lrc.compressors.kernels.failures import described
+from lrc.compressors.kernels.implementations import Entry, Need
 
 OLDEST = (8, 0)
 """Compute capability of the first devices with bfloat16."""
@@ -72,21 +73,47 @@ def refuse(need: Need) -> str | None:
 
 @cache
 def triton_problem(device: int) -> str | None:
-    """Return why Triton cannot be used on a CUDA device; None if a small product succeeds."""
-    if find_spec("triton") is None:
-        return "Triton is not installed"
+    """Return why Triton cannot be used on a CUDA device, with a remedy; None if a product succeeds.
+
+    What cannot be changed comes first: nobody should install Triton for a GPU that is too old.
+    """
     if torch.version.hip is not None:
-        return "the Triton kernels are for NVIDIA GPUs"
-    if torch.cuda.get_device_capability(device) < OLDEST:
-        return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}"
-    x = torch.ones(1, 32, device=f"cuda:{device}", dtype=torch.float16)
-    packed = torch.zeros(4, 4, device=x.device, dtype=torch.int32)
+        return "the kernels are for NVIDIA GPUs, and this torch is built for AMD"
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        name, (major, minor) = torch.cuda.get_device_name(device), found
+        return (
+            f"cuda:{device} ({name}) has compute capability {major}.{minor}, and the kernels need "
+            f"{OLDEST[0]}.{OLDEST[1]}; use a newer GPU"
+        )
     try:
+        import_module("triton")
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "Triton is not installed; `pip install triton`"
+        return _broken(error)
+    except Exception as error:  # a library that does not fit raises nearly anything
+        return _broken(error)
+    try:
+        x = torch.ones(1, 32, device=f"cuda:{device}", dtype=torch.float16)
+        packed = torch.zeros(4, 4, device=x.device, dtype=torch.int32)
         y = _product(x, packed, x.new_ones(4, 1), None, 4)
-    except Exception as error:  # Triton needs a C compiler at run time, among others
-        return f"Triton fails: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-    expected = x.new_full((1, 4), -8.0 * 32)
-    return None if torch.equal(y, expected) else "Triton computes wrong results"
+        expected = x.new_full((1, 4), -8.0 * 32)
+        correct = torch.equal(y, expected)
+    except Exception as error:
+        return (
+            f"Triton cannot compile or launch a kernel ({described(error)}); it needs a C compiler "
+            "such as gcc, and the version that belongs to this torch: "
+            "`pip install --force-reinstall torch triton`"
+        )
+    return None if correct else f"Triton computes wrong results on cuda:{device}; update it"
 
 
-register(Entry("Triton", "packed_linear", "cuda", range(2, 9), run, refuse=refuse))
+def _broken(error: Exception) -> str:
+    return (
+        f"Triton cannot be imported ({described(error)}); install the version that belongs to this "
+        "torch: `pip install --force-reinstall torch triton`"
+    )
+
+
+ENTRIES = [Entry("Triton", "packed_linear", "cuda", range(2, 9), run, refuse=refuse)]

@@ -8,7 +8,7 @@ inputs and sums in float32. Codes of fewer bits are stored as 4. Codes of 5 to 8
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.kernels.implementations import Entry, Layout, Need, register
+from lrc.compressors.kernels.implementations import Entry, Layout, Need
 from lrc.compressors.kernels.scratch import scratch
 
 GROUPS = (256, 128, 64, 32)
@@ -52,15 +52,16 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> dict[s
     d_out, d_in = codes.shape
     height, size = tile(), kernel_group(d_in, scale.shape[1])
     assert size is not None
-    tiles = []
+    planes, half = 1 if bits <= 4 else 2, height // 2
+    tiles = codes.new_empty(-(-d_out // height), planes * d_in, half, dtype=torch.uint8)
     step = max(1, CHUNK // (d_in * height)) * height
     for n in range(0, d_out, step):
         part = codes[n : n + step].int()
-        planes = [part + HALF] if bits <= 4 else [(part >> 4) + HALF, part & 0xF]
-        whole = torch.cat(planes, dim=1)
+        both = [part + HALF] if planes == 1 else [(part >> 4) + HALF, part & 0xF]
+        whole = torch.cat(both, dim=1)
         whole = nn.functional.pad(whole, (0, 0, 0, -len(whole) % height), value=HALF)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 2)
-        tiles.append(packed.view(-1, whole.shape[1], height // 2))
+        tiles[n // height : (n + step) // height] = packed.view(-1, whole.shape[1], half)
     scales = scale.detach().T.repeat_interleave(d_in // scale.shape[1] // size, dim=0)
     scales = nn.functional.pad(scales, (0, -d_out % height))
     zeros = torch.zeros_like(scales)
@@ -75,7 +76,7 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> dict[s
     if bits > 4:  # both factors are powers of two, so that nothing is rounded
         low = torch.stack([scales, scales * HALF], dim=-1)
         pairs = torch.cat([torch.stack([scales * 16, zeros], dim=-1), low])
-    return {"codes": torch.cat(tiles), "scale": pairs.contiguous(), **tensors}
+    return {"codes": tiles, "scale": pairs.contiguous(), **tensors}
 
 
 def unpack(
@@ -184,7 +185,7 @@ def run(x: Tensor, tensors: dict[str, Tensor], bits: int, d_out: int) -> Tensor:
     return y
 
 
-register(
+ENTRIES = [
     Entry(
         "int4 (torch)",
         "packed_linear",
@@ -195,4 +196,4 @@ register(
         refuse=refuse,
         layout=Layout(pack, unpack),
     )
-)
+]

@@ -3,18 +3,20 @@
 import torch
 from torch import Tensor
 
+from lrc.compressors.kernels.masked import GROUPS
 from lrc.compressors.layers.bitmask import mask_problems, pack_bits, packed_width, unpack_bits
-from lrc.compressors.layers.component import Component, ComponentConfig, check_range
+from lrc.compressors.layers.component import ComponentConfig, check_range
+from lrc.compressors.layers.masked_weight import MaskedWeight
 from lrc.compressors.layers.packing import encode_values
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpec, TensorSpecs
 
 
-class BlockSparse(Component):
+class BlockSparse(MaskedWeight):
     """Groups of consecutive columns of a row that are either stored or zero.
 
     A group is what shares a scale. The codes of the stored groups follow each other row by row
     without gaps, and so do their scales; a mask has one bit per group. `groups` is the number of
-    stored groups of the whole matrix. The matrix is dequantized for every call.
+    stored groups of the whole matrix. Without a fast path the matrix is dequantized for every call.
 
     Notes
     -----
@@ -69,6 +71,10 @@ class BlockSparse(Component):
             Symmetric, with a group size.
         """
         return {"mask": pack_bits(mask), **encode_values("values", codes.flatten(), scale, args)}
+
+    def layout(self) -> tuple[int, int, int, int]:
+        """Return how the groups are laid out."""
+        return GROUPS, self.d_in, 0, self.values_group()
 
     def matrix(self) -> Tensor:
         """Return the dequantized matrix [d_out, d_in]."""

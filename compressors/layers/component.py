@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lrc.compressors.layers.packed_weight import PackedLinear
 from lrc.compressors.layers.packing import read_values
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpecs
+from lrc.compressors.layers.stacked_factors import StackedFactors
 
 Device = torch.device | str | None
 Sizes = Mapping[str, int]
@@ -83,6 +84,13 @@ class Component(nn.Module, ABC):
     SHARED_SIZE: ClassVar[str | None] = None
     """Name of the size that all layers sharing a first factor (the matrix applied to the input)
     have in common; None if the component cannot share a factor."""
+
+    stack: StackedFactors | None = None
+    """The layers with which this one shares the product with ``a``."""
+    position: int = 0
+    """Position among them."""
+    tile: int | None = None
+    """Largest number of tokens to multiply by factors at once, see `stream_low_rank`."""
 
     def __init__(
         self,
@@ -176,6 +184,20 @@ class Component(nn.Module, ABC):
     def matrix(self) -> Tensor:
         """Return the matrix [d_out, d_in] of this component."""
 
+    def multiply_a(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., d_in] by the child ``a``, together with the layers of `stack`."""
+        p = None if self.stack is None else self.stack.multiply(self.position, x)
+        if p is None:
+            p = self.get_submodule("a")(x)
+        return p
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Convert all tensors, for `to`, `half` and the like."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.stack is not None:
+            self.stack.follow()
+        return self
+
     def problems(self) -> list[str]:
         """Return violated invariants of the loaded tensors, such as indices out of range."""
         found = []
@@ -250,9 +272,14 @@ class SharedFactorComponent(Component):
 
     def multiply_first(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., d_in] by ``a``."""
+        return self.multiply_a(x) if self.owner is None else self.multiply_first_alone(x)
+
+    def multiply_first_alone(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., d_in] by ``a``, without the layers of `stack`."""
         a = self.first
+        p: Tensor
         if self.owner is None:
-            p: Tensor = a(x)
+            p = a(x)
             return p
         # A device map may place the owner elsewhere. Hooks of accelerate bring offloaded (meta)
         # weights to the device of the input.
@@ -272,6 +299,16 @@ def _empty_linear(
         nn.Linear, columns, rows, bias=False, device=device or "cpu", dtype=dtype
     )
     return linear
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return whether calling a child is multiplying by its weight: no adapter, hook or offload."""
+    if type(module) not in (nn.Linear, PackedLinear):
+        return False
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not hooked and not any(
+        weight.is_meta for weight in module._parameters.values() if weight is not None
+    )
 
 
 def check_range(name: str, value: int, largest: int, d_out: int, d_in: int) -> None:

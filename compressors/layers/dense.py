@@ -37,9 +37,8 @@ class Dense(PackedWeight, Component):
         """Quantization of the matrix; None if it is not quantized."""
         return self.config.quantization
 
-    def optimize(self) -> str | None:
-        """Select a fast path, unless the matrix is only used to look up rows."""
-        return super().optimize() if self.multiplies else None
+    def _select(self) -> str | None:
+        return super()._select() if self.multiplies else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]; integer ids [...] to rows [..., d_in]."""

@@ -3,13 +3,21 @@
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.kernels import needs_gradients, run_or_restore
+from lrc.compressors.kernels.masked import FREE, expand
 from lrc.compressors.layers.bitmask import mask_problems, pack_bits, packed_width, unpack_bits
-from lrc.compressors.layers.component import ComponentConfig, SharedFactorComponent, Sizes
-from lrc.compressors.layers.packed_weight import PackedLinear
+from lrc.compressors.layers.component import (
+    ComponentConfig,
+    SharedFactorComponent,
+    Sizes,
+    is_plain,
+)
+from lrc.compressors.layers.masked_weight import MaskedWeight
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
+from lrc.compressors.layers.tiles import is_certain
 
 
-class Dictionary(SharedFactorComponent):
+class Dictionary(MaskedWeight, SharedFactorComponent):
     """The transpose of ``D @ S`` with `nonzeros` coefficients for every output.
 
     ``a`` stores the dictionary ``D^T`` [atoms, d_in], which the layers of a group can share [1]_.
@@ -105,17 +113,23 @@ class Dictionary(SharedFactorComponent):
         """Map ``x`` [..., d_in] to [..., d_out], through the atoms or with the whole matrix.
 
         The whole matrix has fewer columns than the two products need together, which pays off for
-        many tokens.
+        many tokens. Code that is compiled for any number of tokens uses the atoms, because a choice
+        would compile it twice.
         """
-        S = self._coefficients()  # [d_out, atoms]
         atoms, tokens = self.config.sizes["atoms"], x.numel() // self.d_in
         through_atoms = tokens * atoms * (self.d_in + self.d_out)
+        many = through_atoms > (tokens + atoms) * self.d_in * self.d_out
         # Adapters and hooks for offloaded weights only act when the module is called.
-        plain = type(self.first) in (nn.Linear, PackedLinear)
-        plain = plain and not next(self.first.parameters()).is_meta
-        if plain and through_atoms > (tokens + atoms) * self.d_in * self.d_out:
+        if is_plain(self.first) and is_certain(many):
+            S = self._coefficients()  # [d_out, atoms]
             return nn.functional.linear(x, S @ self.first_matrix(S))
-        return nn.functional.linear(self.multiply_first(x), S)
+        p = self.multiply_first(x)  # [..., atoms]
+        y = self.masked_product(p)
+        return nn.functional.linear(p, self._coefficients()) if y is None else y
+
+    def layout(self) -> tuple[int, int, int, int]:
+        """Return how the coefficients are laid out."""
+        return FREE, self.config.sizes["atoms"], 0, self.values_group()
 
     def matrix(self) -> Tensor:
         """Return the matrix [d_out, d_in] in float32."""
@@ -137,6 +151,12 @@ class Dictionary(SharedFactorComponent):
 
     def _coefficients(self) -> Tensor:
         """Return ``S^T`` [d_out, atoms] with its zeros."""
+        if self.entry is not None and self.entry.device == "cuda":
+            stored = self.masked()
+            if stored.mask.is_cuda and not needs_gradients(*self.parameters(recurse=False)):
+                expanded: Tensor | None = run_or_restore(self, stored, run=expand)
+                if expanded is not None:
+                    return expanded
         values = self.stored_values()
         zeros = values.new_zeros(self.d_out, self.config.sizes["atoms"])
         if "mask" in self._buffers:

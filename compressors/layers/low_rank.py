@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lrc.compressors.layers.component import ComponentConfig, SharedFactorComponent
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
+from lrc.compressors.layers.tiles import exceeds, in_tiles
 
 
 class LowRank(SharedFactorComponent):
@@ -44,7 +45,13 @@ class LowRank(SharedFactorComponent):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
+        if self.tile is not None and exceeds(x, self.tile):
+            return in_tiles(self._of_tile, x, self.tile)
         y: Tensor = self.get_submodule("b")(self.multiply_first(x))
+        return y
+
+    def _of_tile(self, x: Tensor) -> Tensor:
+        y: Tensor = self.get_submodule("b")(self.multiply_first_alone(x))
         return y
 
     def matrix(self) -> Tensor:

@@ -1,21 +1,23 @@
 """A module that stores a quantized matrix, and a linear layer with such a weight."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.kernels import FastPath, Need, select
+from lrc.compressors.kernels import FastPath, Need, run_or_restore, select
+from lrc.compressors.kernels.implementations import Layout
 from lrc.compressors.layers.packing import dequantize, repack_integers, unpack_integers
 from lrc.compressors.layers.quantization_args import QuantizationArgs
 
 CONVERTED = "converted_"
 """Prefix of the buffers of a converted copy; they are not part of the state dict."""
+PART = 1 << 19
+"""Codes that are converted at a time: temporary tensors are small next to a large matrix."""
 
 
-class PackedWeight(nn.Module, FastPath):
+class PackedWeight(FastPath):
     """A module whose matrix may be stored as packed integers, under the name ``weight``.
 
     Some fast paths need the codes in another order. The converted copy then takes the place of the
@@ -80,47 +82,40 @@ class PackedWeight(nn.Module, FastPath):
         converted = self._copy is not None and not torch.compiler.is_compiling()
         if converted and self._scale_state != _state(scale):
             self.optimize()
-        entry, args = self.entry, self._args()
-        assert entry is not None
-        rows, columns = self.packed_shape
+        args, (rows, columns) = self._args(), self.packed_shape
         flat = x if x.dim() == 2 else x.reshape(-1, columns)
         if self._copy is not None:
-            y: Tensor = entry.run(flat, self._copy, args.bits, rows)
+            y: Tensor | None = run_or_restore(self, flat, self._copy, args.bits, rows)
         else:
             packed, zero = self._buffers["weight_packed"], self._buffers.get("weight_zero_point")
-            y = entry.run(flat, packed, scale, zero, args.bits, columns)
+            y = run_or_restore(self, flat, packed, scale, zero, args.bits, columns)
+        if y is None:
+            return nn.functional.linear(x, self.packed_matrix())
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
-    def optimize(self) -> str | None:
-        """Select a fast path for the current device and dtype; return the reason if none fits."""
-        self.restore()
-        self.reason = None
+    def _select(self) -> str | None:
         if self.packed_args is None:
             return None  # a dense product is as fast as it gets
         scale, packed = self.get_parameter("weight_scale"), self.get_buffer("weight_packed")
         args, shape = self._args(), self.packed_shape
         if scale.is_meta or packed.is_meta:
-            self.reason = "the weights are offloaded"
-            return self.reason
+            return "the weights are offloaded"
         size = args.group_size
         need = Need(
             "packed_linear", args.bits, packed.device, scale.dtype, shape, size, args.symmetric
         )
         found = select(need)
         if isinstance(found, str):
-            self.reason = found
             return found
         if found.layout is not None:
             with torch.no_grad():
-                codes, zero = self.codes(), self.zero_points()
-                converted = found.layout.pack(codes, scale, zero, args.bits)
-                back = found.layout.unpack(converted, args.bits, shape)
+                converted = found.layout.pack(
+                    self._codes_by_parts(), scale, self.zero_points(), args.bits
+                )
                 # The stored words are released, so that they must be recovered bit by bit.
-                if not torch.equal(repack_integers(back, args.bits), packed):
-                    self.reason = f"{found.name}: the conversion is not reversible here"
-                    return self.reason
-            for key, tensor in converted.items():
-                self.register_buffer(CONVERTED + key, tensor, persistent=False)
+                if not self._is_reversible(found.layout, converted):
+                    return f"{found.name}: the conversion is not reversible here"
+            self._derive(**{CONVERTED + key: tensor for key, tensor in converted.items()})
             del self._buffers["weight_packed"]
             self._copy, self._scale_state = converted, _state(scale)
         self.entry = found
@@ -130,15 +125,34 @@ class PackedWeight(nn.Module, FastPath):
         """Return to the plain product and to the stored tensors."""
         if self._copy is not None:
             self.register_buffer("weight_packed", self._repacked())
-            for key in self._copy:
-                delattr(self, CONVERTED + key)
             self._copy = self._scale_state = None
-        self.entry = None
+        super().restore()
 
     def _args(self) -> QuantizationArgs:
         args = self.packed_args
         assert args is not None
         return args
+
+    def _codes_by_parts(self) -> Tensor:
+        """Return the stored codes [rows, columns]; unpacking needs several times as much memory."""
+        packed, bits, (rows, columns) = self.get_buffer("weight_packed"), *self._coded()
+        codes = packed.new_empty(rows, columns, dtype=torch.int8)
+        for part in _parts(rows, columns):
+            codes[part] = unpack_integers(packed[part], bits, columns)
+        return codes
+
+    def _is_reversible(self, layout: Layout, converted: dict[str, Tensor]) -> bool:
+        """Return whether the stored words can be recovered from a converted copy."""
+        packed, bits, (rows, columns) = self.get_buffer("weight_packed"), *self._coded()
+        for part in _parts(rows, columns):
+            ids = torch.arange(rows)[part]
+            codes = layout.unpack(converted, bits, (rows, columns), ids)
+            if not torch.equal(repack_integers(codes, bits), packed[part]):
+                return False
+        return True
+
+    def _coded(self) -> tuple[int, tuple[int, int]]:
+        return self._args().bits, self.packed_shape
 
     def _repacked(self) -> Tensor:
         return repack_integers(self.codes(), self._args().bits)
@@ -152,42 +166,19 @@ class PackedWeight(nn.Module, FastPath):
         if self._copy is not None:
             destination[f"{prefix}weight_packed"] = self._repacked()
 
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        fast = self.entry is not None
-        self.restore()
-        super()._load_from_state_dict(*args, **options)
-        if fast:
-            self.optimize()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert the stored tensors, and select for their new device and dtype."""
-        fast = self.entry is not None or self.reason is not None
-        self.restore()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if fast:
-            self.optimize()
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle the stored tensors: converted ones depend on the processor."""
-        state = dict(self.__dict__)
-        state["_fast"] = self.entry is not None
+        """Copy and pickle the stored tensors."""
+        state = super().__getstate__()
         if self._copy is not None:
-            kept = {k: t for k, t in self._buffers.items() if not k.startswith(CONVERTED)}
-            state["_buffers"] = {**kept, "weight_packed": self._repacked()}
-            state["_non_persistent_buffers_set"] = {
-                name for name in self._non_persistent_buffers_set if not name.startswith(CONVERTED)
-            }
+            state["_buffers"]["weight_packed"] = self._repacked()
             state["_copy"] = state["_scale_state"] = None
-        state["entry"] = None
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Select a fast path where the copy is."""
-        fast = state.pop("_fast", False)
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if fast:
-            self.optimize()
+
+def _parts(rows: int, columns: int) -> list[slice]:
+    """Return slices of rows with about `PART` numbers each."""
+    step = max(1, PART // columns)
+    return [slice(n, n + step) for n in range(0, rows, step)]
 
 
 def _state(scale: Tensor) -> tuple[int, int]:

@@ -49,7 +49,8 @@ def pivot_rows(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     C : Tensor, shape [d_out - rank, rank], float64
         Coefficients: row i of the remaining rows is ``C[i] @ R``; no entry above `BOUND`.
     order : Tensor, shape [d_out], int64
-        Row j of the product is row ``order[j]`` of ``cat([R, C @ R])``.
+        Row j of the product is row ``order[j]`` of ``cat([R, C @ R])``. It ascends among the pivot
+        rows and among the others, so that neighbours stay close when outputs are put in order.
 
     Raises
     ------
@@ -85,9 +86,12 @@ def pivot_rows(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     else:
         raise NoPivotRows(f"no pivot rows with coefficients up to {BOUND} were found")
     rows = rows[here]
+    pivots, columns = rows[:rank].sort()
+    others, along = rows[rank:].sort()
+    rows, C = torch.cat([pivots, others]), C[along][:, columns]
     order = torch.empty_like(rows)
     order[rows] = torch.arange(d_out, device=B.device)
-    return B[rows[:rank]] @ A, C, order
+    return B[pivots] @ A, C, order
 
 
 def _lower_factor(B: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,16 +3,19 @@
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.layers.component import Component, ComponentConfig, check_range
+from lrc.compressors.kernels import FastPath, Need, run_or_restore, select
+from lrc.compressors.kernels.pivoted import TRANSPOSE_FROM, interleave_by_rows, inverse_of
+from lrc.compressors.layers.component import Component, ComponentConfig, check_range, is_plain
 from lrc.compressors.layers.packed_weight import PackedLinear
 from lrc.compressors.layers.pivot_rows import pivot_rows
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
+from lrc.compressors.layers.tiles import exceeds, in_tiles
 
 INT16_ROWS = 2**15 - 1
 """Largest number of rows that int16 can index."""
 
 
-class PivotedLowRank(Component):
+class PivotedLowRank(FastPath, Component):
     """Pivot rows ``R`` of a matrix of rank r, and coefficients ``C`` of the other rows.
 
     The outputs of the pivot rows are ``p = R x``, the others ``C p``. That is ``rank**2`` fewer
@@ -61,11 +64,47 @@ class PivotedLowRank(Component):
         tensors = {"a.weight": R, "order": order.to(_index_dtype(len(order)))}
         return tensors | ({"c.weight": C} if len(C) else {})
 
+    def _select(self) -> str | None:
+        args, order = self.config.quantization, self.get_buffer("order")
+        if "c" not in self._modules:
+            return None
+        like = next(self._part("c").parameters())
+        if order.is_meta or like.is_meta:
+            return "the weights are offloaded"
+        codec, shape = "float" if args is None else args.bits, (self.d_out, self.d_in)
+        found = select(Need("pivoted_rows", codec, order.device, like.dtype, shape))
+        if isinstance(found, str):
+            return None if order.is_cpu else found  # see `_outputs`
+        self._derive(inverse=inverse_of(order))
+        self.entry = found
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
-        p = self._part("a")(x)  # [..., rank]
-        y = torch.cat([p, self._part("c")(p)], dim=-1) if "c" in self._modules else p
-        return y.index_select(-1, self.get_buffer("order").int())  # int16 is not supported
+        if self.tile is not None and exceeds(x, self.tile):
+            return in_tiles(lambda rows: self._outputs(self._part("a")(rows)), x, self.tile)
+        return self._outputs(self.multiply_a(x))
+
+    def _outputs(self, p: Tensor) -> Tensor:
+        """Map outputs ``p`` [..., rank] of the pivot rows to all outputs [..., d_out]."""
+        order = self.get_buffer("order")
+        if "c" not in self._modules:
+            return p.index_select(-1, order.int())  # int16 is not supported
+        c = self._part("c")
+        rows = p.reshape(-1, p.shape[-1])  # [n, rank]
+        weight = c.weight if type(c) is nn.Linear and is_plain(c) else None
+        like = next(c.parameters()) if weight is None else weight
+        # Parameters of adapters may have gradients, too.
+        if self.is_fast(p, like) and not (weight is None and torch.is_grad_enabled()):
+            inverse = self.get_buffer("inverse")
+            y: Tensor | None = run_or_restore(self, rows, c, weight, order, inverse)
+            if y is not None:
+                return y.view(*p.shape[:-1], self.d_out)
+        # Compiled code for a CPU needs no choice by the number of rows: it fuses the gather.
+        transposed = weight is not None and p.is_cpu and not torch.compiler.is_compiling()
+        if transposed and len(rows) >= TRANSPOSE_FROM:
+            return interleave_by_rows(rows, like, order).view(*p.shape[:-1], self.d_out)
+        return torch.cat([p, c(p)], dim=-1).index_select(-1, order.int())
 
     def matrix(self) -> Tensor:
         """Return the matrix [d_out, d_in] in float32."""

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from lrc.compressors.kernels.masked import EIGHT_OF
 from lrc.compressors.layers.bitmask import BYTE, mask_problems, pack_bits, scatter_values
-from lrc.compressors.layers.component import Component, ComponentConfig, check_range
+from lrc.compressors.layers.component import ComponentConfig, check_range
+from lrc.compressors.layers.masked_weight import MaskedWeight
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 
-class SemiStructured(Component):
+class SemiStructured(MaskedWeight):
     """The pattern n:8: `n` values for every group of eight inputs, and one byte for their places.
 
     Every row and every group has the same number of values, so that the place of a group's values
@@ -65,6 +67,10 @@ class SemiStructured(Component):
                 f"every group of 8 must have equally many entries, got {fewest} to {most}"
             )
         return {"values": W_hat[mask].view(*counts.shape, int(most)), "mask": pack_bits(mask)}
+
+    def layout(self) -> tuple[int, int, int, int]:
+        """Return how the values are laid out."""
+        return EIGHT_OF, self.d_in, self.config.sizes["n"], self.values_group()
 
     def matrix(self) -> Tensor:
         """Return the matrix [d_out, d_in] with its zeros."""

@@ -3,18 +3,26 @@
 import torch
 from torch import Tensor
 
-from lrc.compressors.layers.bitmask import mask_problems, pack_bits, packed_width, scatter_values
-from lrc.compressors.layers.component import Component, ComponentConfig, Sizes, check_range
+from lrc.compressors.kernels.masked import EIGHT_OF, FREE
+from lrc.compressors.layers.bitmask import (
+    BYTE,
+    mask_problems,
+    pack_bits,
+    packed_width,
+    scatter_values,
+)
+from lrc.compressors.layers.component import ComponentConfig, Sizes, check_range
+from lrc.compressors.layers.masked_weight import MaskedWeight
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 
-class Sparse(Component):
+class Sparse(MaskedWeight):
     """Values row by row without gaps, and one bit per entry that says where they belong.
 
-    The dense matrix is rebuilt for every call: this saves memory, not arithmetic. `nonzeros` is the
-    number of values of the whole matrix. With pattern 2:4 every four consecutive entries of a row
-    hold two values, so that the mask takes as many bits as the two 2-bit indices of sparse tensor
-    cores.
+    `nonzeros` is the number of values of the whole matrix. With pattern 2:4 every four consecutive
+    entries of a row hold two values, so that the mask takes as many bits as the two 2-bit indices
+    of sparse tensor cores. Without a fast path the dense matrix is rebuilt for every call: this
+    saves memory, not arithmetic.
     """
 
     TYPE = "sparse"
@@ -57,6 +65,12 @@ class Sparse(Component):
     def encode(W_hat: Tensor, mask: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the entries of `W_hat` [d_out, d_in] that `mask` [d_out, d_in] selects."""
         return {"values": W_hat[mask], "mask": pack_bits(mask)}
+
+    def layout(self) -> tuple[int, int, int, int]:
+        """Return how the values are laid out; 2:4 in whole units of eight columns is 4:8."""
+        if self.config.pattern == "2:4" and self.d_in % BYTE == 0:
+            return EIGHT_OF, self.d_in, 4, self.values_group()
+        return FREE, self.d_in, 0, self.values_group()
 
     def matrix(self) -> Tensor:
         """Return the matrix [d_out, d_in] with its zeros."""

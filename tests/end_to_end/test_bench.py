@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lrc.compressors.benchmark import measure
+from lrc.compressors.benchmark import fast_paths, measure
 from lrc.compressors.benchmark.decoders import DECODERS, StaticDecoder
 from lrc.compressors.benchmark.grid import Mode
+from lrc.compressors.layers import packed_weight
 
 SMALL = ("--prompt", 16, "--tokens", 4, "--repeats", 2, "--batch", 1)
 
@@ -259,3 +260,167 @@ def test_another_vocabulary_cannot_be_compared(
     lrc("bench", tmp_path / "other", "--against", tiny_model_folder, *SMALL).refuses(
         2, "other: has a vocabulary of 520 tokens", "has 512", "the same vocabulary"
     )
+
+
+@pytest.fixture(scope="module")
+def integers(
+    tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path_factory: Any
+) -> Path:
+    """Return the output folder of a run with integers; the embedding is among them."""
+    from lrc.compressors.io.machine import Machine
+    from lrc.compressors.pipeline import compress
+    from lrc.configs.load import load_recipe
+
+    output: Path = tmp_path_factory.mktemp("integers") / "run"
+    quantize = {"method": "rtn", "bits": 4, "group_size": 16, "embeddings": "int8"}
+    recipe = tiny_recipe(tiny_model_folder, output, stages=[{"quantize": quantize}])
+    compress(load_recipe(recipe), Machine("cpu"))
+    return output
+
+
+@pytest.fixture
+def run_folder(integers: Path, tmp_path: Path) -> Path:
+    """Return a copy that may be changed."""
+    return Path(shutil.copytree(integers, tmp_path / "run"))
+
+
+@pytest.fixture
+def four_bits_are_slow(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Have no fast path for int4, and return the reason."""
+    reason = "Triton [x]: Triton is not installed; `pip install triton`"
+    select = packed_weight.select
+    monkeypatch.setattr(
+        packed_weight, "select", lambda need: reason if need.codec == 4 else select(need)
+    )
+    return reason
+
+
+def test_forms_without_a_fast_path_are_named_by_bench_and_inspect(
+    lrc, integers: Path, four_bits_are_slow: str
+) -> None:
+    checkpoint = integers / "checkpoint"
+    dense, model = results(lrc("bench", checkpoint, *SMALL, "--json"))["models"]
+    (form,) = model["slow_forms"]
+    layers = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["modules"]
+    assert dense["slow_forms"] == []
+    assert form == {
+        "form": "dense int4-g16",
+        "layers": len(layers) - 1,
+        "example": "model.layers.0.mlp.down_proj",
+        "reason": four_bits_are_slow,
+    }
+    inspected = results(lrc("inspect", checkpoint, "--json", "--device", "cpu"))
+    assert inspected["fast_paths"]["device"] == "cpu"
+    assert inspected["fast_paths"]["dtype"] == "bfloat16"
+    assert inspected["fast_paths"]["slow_forms"] == [form]
+    for command in (("bench", checkpoint, *SMALL, "-q"), ("inspect", checkpoint)):
+        shown = " ".join(lrc(*command).out.split())
+        assert "no fast path" in shown
+        assert f"dense int4-g16 ({form['layers']} layers, such as {form['example']})" in shown
+        assert four_bits_are_slow in shown
+
+
+def test_inspect_loads_one_layer_of_each_configuration(
+    lrc, integers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, load = [], fast_paths._load_layer
+
+    def load_one(name: str, config: Any, *rest: Any) -> Any:
+        loaded.append((config.shape, config.types, str(config.quantization)))
+        return load(name, config, *rest)
+
+    monkeypatch.setattr(fast_paths, "_load_layer", load_one)
+    found = results(lrc("inspect", integers / "checkpoint", "--json"))
+    assert len(loaded) == len(set(loaded)) < len(found["modules"])
+    multiplied = [m for m in found["modules"] if "embed" not in m["name"]]
+    assert {(tuple(m["shape"]), m["types"], m["quantization"]) for m in multiplied} == {*loaded}
+
+
+def test_an_embedding_that_is_only_looked_up_needs_no_fast_path(
+    lrc, tiny_llama: Any, tiny_tokenizer: Any, tiny_recipe: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    source, output = tmp_path / "source", tmp_path / "run"
+    tiny_llama(tie_word_embeddings=False).save_pretrained(source)
+    tiny_tokenizer.save_pretrained(source)
+    quantize = {"method": "rtn", "bits": 4, "embeddings": "int8", "lm_head": "int6"}
+    from lrc.compressors.io.machine import Machine
+    from lrc.compressors.pipeline import compress
+    from lrc.configs.load import load_recipe
+
+    compress(load_recipe(tiny_recipe(source, output, stages=[{"quantize": quantize}])), Machine())
+    monkeypatch.setattr(packed_weight, "select", lambda _: "none")
+    found = results(lrc("inspect", output / "checkpoint", "--json"))["fast_paths"]["slow_forms"]
+    assert {form["form"] for form in found} == {"dense int4", "dense int6"}
+    (model,) = results(lrc("bench", output / "checkpoint", "--against", output / "checkpoint",
+                           *SMALL, "--json"))["models"]  # fmt: skip
+    assert model["slow_forms"] == found
+
+
+def test_inspect_names_a_device_that_is_not_there(lrc, integers: Path) -> None:
+    lrc("inspect", integers / "checkpoint", "--device", "gpu").refuses(
+        2, "--device", "must be auto, cpu, cuda or cuda:N", code="unknown-device"
+    )
+
+
+def test_results_are_added_to_report_and_card(
+    lrc, run_folder: Path, tiny_recipe: Callable[..., Path]
+) -> None:
+    checkpoint = run_folder / "checkpoint"
+    card = run_folder / "README.md"
+    card.write_text(card.read_text() + "\nEdited by hand.\n")
+    before = card.read_text()
+    for batch in (1, 2):  # the second run replaces the first
+        ended = lrc("bench", checkpoint, *SMALL[:-1], batch, "--report", "--json")
+        found = results(ended)
+        report = json.loads((run_folder / "report.json").read_text())
+        assert report["speed"] == found
+        same = (checkpoint / "lrc" / "report.json").read_text()
+        assert same == (run_folder / "report.json").read_text()
+        for path in (card, checkpoint / "README.md"):
+            text = path.read_text()
+            assert text.count("## Speed") == 1
+            assert f"| eager | {batch} | 16 | 4 | this model |" in text
+            assert ("Slower than dense in" in text) != ("In no measurement slower" in text)
+            assert text.index("## Speed") < text.index("## Load it")
+    text = card.read_text()
+    start, end = text.index("<!-- lrc bench -->"), text.index("<!-- end of lrc bench -->")
+    assert (text[:start] + text[end + 25 :]).split() == before.split()
+    assert lrc("inspect", checkpoint, "--verify").code == 0
+    assert results(lrc("inspect", checkpoint, "--json"))["speed"] == found
+    assert lrc("bench", checkpoint, *SMALL).code == 0  # leaves the report alone
+    assert json.loads((run_folder / "report.json").read_text()) == report
+
+
+def test_a_damaged_report_is_refused_before_anything_is_measured(
+    lrc, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run_folder / "checkpoint" / "lrc" / "report.json"
+    report = json.loads(path.read_text())
+    report["speed"] = {"results": []}  # added by hand
+    path.write_text(json.dumps(report))
+    monkeypatch.setattr(measure, "load", None)
+    for command in (("bench", path.parents[1], *SMALL, "--report"), ("inspect", path.parents[1])):
+        lrc(*command).refuses(1, "report.json", "has changed", code="changed-file")
+    path.write_text("{")
+    lrc("bench", path.parents[1], *SMALL, "--report").refuses(
+        1, "report.json", "not a readable JSON file", code="invalid-checkpoint"
+    )
+
+
+def test_a_report_of_another_run_next_to_a_checkpoint_is_left_alone(lrc, run_folder: Path) -> None:
+    other = run_folder / "report.json"
+    other.write_text("{}")
+    card = (run_folder / "README.md").read_text()
+    assert lrc("bench", run_folder / "checkpoint", *SMALL, "--report").code == 0
+    assert other.read_text() == "{}"
+    assert (run_folder / "README.md").read_text() == card
+    assert "speed" in (run_folder / "checkpoint" / "lrc" / "report.json").read_text()
+
+
+def test_without_a_report_to_add_to_the_option_is_refused(
+    lrc, integers: Path, tiny_model_folder: Path
+) -> None:
+    for models in ((tiny_model_folder,), (integers / "checkpoint", "--against",
+                                          integers / "checkpoint")):  # fmt: skip
+        lrc("bench", *models, *SMALL, "--report").refuses(2, "--report", "no model has one")

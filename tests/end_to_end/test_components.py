@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from lrc.cli.inspect import describe
 from lrc.compressors import prepare
+from lrc.compressors.benchmark import fast_paths
+from lrc.compressors.benchmark.fast_paths import slow_forms, stored_slow_forms
 from lrc.compressors.checkpoint.format import quantization_config
+from lrc.compressors.checkpoint.reader import read_contents
 from lrc.compressors.checkpoint.writer import write_config, write_weights
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.layers import (
@@ -221,6 +224,25 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(tokens).logits
         return logits.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forms_without_a_fast_path_are_known_without_loading_the_model(
+    stored: Stored, dtype: torch.dtype
+) -> None:
+    found = stored_slow_forms(stored.folder, read_contents(stored.folder), "cpu", dtype)
+    assert found == slow_forms(stored.load(dtype=dtype))
+
+
+def test_a_damaged_layer_is_a_reason(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("index out of range\nmore")
+
+    monkeypatch.setattr(fast_paths, "optimize", fail)
+    found = stored_slow_forms(stored.folder, read_contents(stored.folder), "cpu", torch.float32)
+    reason = "the layer cannot be loaded (RuntimeError: index out of range)"
+    assert {form.reason for form in found} == {reason}
+    assert {name for form in found for name in form.weights} == stored.modules.keys()
 
 
 def assert_same(stored: Stored, logits: Tensor, expected: Tensor) -> None:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from lrc.compressors.checkpoint import quantizer
+from lrc.compressors.io.freed_memory import ReplacedTensors
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.kernels import optimize, slow_layers
 from lrc.compressors.layers import CompressedLinear
@@ -88,6 +90,20 @@ def test_loading_selects_fast_paths_and_saving_writes_the_stored_tensors(
     for key, tensor in before.items():
         if not tensor.is_floating_point():
             assert torch.equal(tensor, after[key])
+
+
+def test_loading_gives_back_what_was_replaced(runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced: list[Tensor] = []
+
+    class Recorder(ReplacedTensors):
+        def __call__(self, tensors: Any) -> None:
+            replaced.extend(tensors)
+
+    monkeypatch.setattr(quantizer, "ReplacedTensors", Recorder)
+    model = load(runs("integers"), torch.float32)
+    converted = [each for each in packed(model) if each._copy is not None]
+    assert len(replaced) == len(converted) > 0
+    assert {tensor.dtype for tensor in replaced} == {torch.int32}
 
 
 @both

@@ -164,7 +164,8 @@ def test_tables_are_those_of_the_saved_model(results, tmp_path) -> None:
     block = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert len(block["modules"]) == 6
     assert name not in block["modules"]
-    assert torch.equal(output_of(load(tmp_path)), expected)
+    # The dense layer shares no product any more; measured 1.4e-6, of logits up to 5.
+    torch.testing.assert_close(output_of(load(tmp_path)), expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("kind", [k for k in RESIZABLE + PACKED_ROWS if "blocks" not in k])

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from lrc.cli.bench_tables import slower_models
+from lrc.compressors.benchmark.fast_paths import SlowForm
 from lrc.compressors.benchmark.grid import Mode, Point, Settings
 from lrc.compressors.benchmark.loading import Loading
 from lrc.compressors.benchmark.measure import IN_TURN, Measured, Samples
 from lrc.compressors.benchmark.measured_models import Target
-from lrc.compressors.benchmark.results import SCHEMA, failures, results_json
+from lrc.compressors.benchmark.results import SCHEMA, Slower, failures, results_json, slower_models
 
 SETTINGS = Settings((Mode.EAGER,), (2,), (100,), tokens=10, repeats=3)
 POINT = Point(Mode.EAGER, 2, 100, 10)
@@ -31,6 +31,7 @@ def report(slots: list[Samples], *, dense: bool = True, together: bool = True) -
         loading={slot: Loading(0.5, 4000, 5000, 6000) for slot in range(count)},
         samples={(slot, POINT): each for slot, each in enumerate(slots)},
         together=together,
+        slow={count - 1: [SlowForm("dense int4", "needs Triton", ("q", "k"))]},
     )
     targets = [target(name) for name in ("dense", "a", "b")[:count]]
     return results_json(
@@ -68,8 +69,8 @@ def test_noise_is_the_difference_of_the_two_dense_results() -> None:
     assert found["noise"][0]["decode"] == 0
     model = found["results"][1]
     assert [model[phase]["verdict"] for phase in ("prefill", "decode")] == ["equal", "slower"]
-    (sentence,) = slower_models(found)
-    assert "a in 1 of 2 measurements: decode (eager, batch 2, prompt 100) 0.50x" in sentence
+    place = "decode (eager, batch 2, prompt 100) 0.50x"
+    assert slower_models(found) == [Slower("a", (place,), compared=2)]
 
 
 def test_a_failure_is_reported_with_its_reason_and_the_others_survive() -> None:
@@ -98,6 +99,13 @@ def test_models_that_were_loaded_in_turn_are_noted() -> None:
     found = report([DENSE, HALF, AGAIN], together=False)
     assert found["notes"] == ["first", IN_TURN]
     assert found["settings"]["together"] is False
+
+
+def test_weights_without_a_fast_path_are_listed_per_model() -> None:
+    dense, model = report([DENSE, HALF, AGAIN])["models"]
+    assert dense["slow_forms"] == []
+    found = {"form": "dense int4", "layers": 2, "example": "q", "reason": "needs Triton"}
+    assert model["slow_forms"] == [found]
 
 
 def paths(value: Any, prefix: str = "") -> set[str]:

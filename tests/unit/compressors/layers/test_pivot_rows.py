@@ -60,6 +60,7 @@ def test_rows_and_coefficients_are_the_product(factors, shape: tuple[int, int, i
     assert order.sort().values.tolist() == list(range(shape[0]))
     pivots = order < shape[2]
     torch.testing.assert_close((B @ A)[pivots], R[order[pivots]], rtol=1e-12, atol=1e-12)
+    assert all(bool((order[part].diff() > 0).all()) for part in (pivots, ~pivots))
 
 
 @pytest.mark.parametrize("rank", [20, 60, 200])

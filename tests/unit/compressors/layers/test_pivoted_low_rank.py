@@ -1,13 +1,25 @@
 """Pivoted low rank: smaller than two factors of the same product, with compact indices."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lrc.compressors.checkpoint.quantizer import replace_layers
-from lrc.compressors.layers import ComponentConfig, WeightConfig
+from lrc.compressors.kernels import pivoted
+from lrc.compressors.layers import (
+    ComponentConfig,
+    QuantizationArgs,
+    WeightConfig,
+    pivoted_low_rank,
+)
 from lrc.compressors.layers.pivoted_low_rank import PivotedLowRank
 from lrc.configs.errors import CheckpointError
+
+ENTRY = replace(pivoted.ENTRIES[0], device="cpu")
+"""The entry for a GPU, which falls back to plain operations elsewhere."""
 
 
 def config(kind: str, shape: tuple[int, int], rank: int) -> WeightConfig:
@@ -55,3 +67,67 @@ def test_a_rank_above_the_rows_is_rejected_by_name() -> None:
     words = r"modules\['layer'\]: rank must be in \[1, 24\] for \[24, 40\], got 30"
     with pytest.raises(CheckpointError, match=words):
         replace_layers(model, {"layer": config("pivoted_low_rank", (24, 40), 30)})
+
+
+def test_the_inverse_of_the_order_follows_loading_moving_and_copying(monkeypatch) -> None:
+    first, second = (PivotedLowRank.encode(*gaussian(24, 20, rank)) for rank in (8, 8))
+    second["order"] = second["order"].flip(0)
+    layer = PivotedLowRank((24, 20), ComponentConfig("pivoted_low_rank", {"rank": 8}))
+    layer.load_state_dict(first)
+    monkeypatch.setattr(pivoted_low_rank, "select", lambda need: ENTRY)
+    layer.optimize()
+    assert layer.state_dict().keys() == first.keys()
+    for encoded in (second, first):
+        layer.load_state_dict(encoded)
+        twin = copy.deepcopy(layer).half()
+        for each in (layer, twin):
+            assert each.inverse.dtype == torch.int32
+            assert torch.equal(each.inverse[each.order.int()], torch.arange(24, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 40])
+@pytest.mark.parametrize("rank", [8, 23, 24])
+def test_any_number_of_tokens_and_pivots(n: int, rank: int, rounding) -> None:
+    B, A = gaussian(24, 30, rank)
+    layer = PivotedLowRank((24, 30), ComponentConfig("pivoted_low_rank", {"rank": rank})).double()
+    layer.load_state_dict(PivotedLowRank.encode(B, A))
+    x = torch.randn(2, n, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    y = layer(x[:, :, :])
+    expected = x @ (B @ A).T
+    assert y.is_contiguous()
+    scale = float(expected.detach().abs().max())
+    torch.testing.assert_close(y, expected, rtol=0, atol=rounding(30, condition=100) * scale)
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    wanted = 2 * (x @ (B @ A).T) @ (B @ A)
+    scale = float(wanted.detach().abs().max())
+    torch.testing.assert_close(grad, wanted, rtol=0, atol=rounding(60, condition=100) * scale)
+
+
+@pytest.mark.parametrize("quantization", [None, QuantizationArgs(8)], ids=str)
+@pytest.mark.parametrize("n", [1, 17])
+def test_the_way_through_kernels_computes_the_same(monkeypatch, quantization, n: int) -> None:
+    """As on a GPU; with the kernels themselves under TRITON_INTERPRET=1."""
+    settings = ComponentConfig("pivoted_low_rank", {"rank": 8}, quantization)
+    layer = PivotedLowRank((24, 30), settings)
+    g = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, generator=g)
+    for name, buffer in layer.named_buffers():
+        if name.endswith("_packed"):
+            buffer.random_(-(2**31), 2**31 - 1, generator=g)
+    layer.order.copy_(torch.randperm(24, generator=g))
+    assert layer.optimize() is None
+    x = torch.randn(n, 2, 30, generator=g)
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(pivoted, "has_kernel", lambda p: True)
+        monkeypatch.setattr(pivoted_low_rank, "select", lambda need: ENTRY)
+        layer.optimize()
+        assert layer.entry is ENTRY
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5 * scale)
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-5 * scale)
+        torch.compiler.reset()

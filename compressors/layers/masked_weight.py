@@ -1,0 +1,84 @@
+"""Components that store values and a mask of their places, and multiply by them without zeros."""
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from lrc.compressors.kernels import FastPath, Need, run_or_restore, select
+from lrc.compressors.kernels.masked import EIGHT_OF, Masked
+from lrc.compressors.layers.component import Component
+from lrc.compressors.layers.quantization_args import VALUES_GROUP
+
+
+class MaskedWeight(FastPath, Component):
+    """A component with the tensors ``values`` and ``mask``.
+
+    What a fast path derives from the mask is kept in buffers that are not part of the state dict,
+    named after the fields of `Masked`.
+    """
+
+    @abstractmethod
+    def layout(self) -> tuple[int, int, int, int]:
+        """Return the fields `layout`, `columns`, `n` and `group` of `Masked`."""
+
+    def masked(self) -> Masked:
+        """Return the stored tensors for the entry in use."""
+        layout, columns, n, group = self.layout()
+        args, buffers = self.config.quantization, self._buffers
+        mask = buffers["mask"]
+        assert mask is not None
+        places: dict[str, Any] = {name: buffers[name] for name in self._derived}
+        if args is None:
+            values = self._parameters["values"]
+            assert values is not None
+            return Masked(layout, columns, values, mask, n=n, group=group, **places)
+        packed = buffers["values_packed"]
+        assert packed is not None
+        scale = self._parameters["values_scale"]
+        return Masked(
+            layout, columns, packed, mask, scale, n=n, bits=args.bits, group=group, **places
+        )
+
+    def masked_product(self, x: Tensor) -> Tensor | None:
+        """Map ``x`` [..., columns] to [..., d_out] with the fast path, or return None."""
+        like = self._parameters["values" if self.config.quantization is None else "values_scale"]
+        assert like is not None
+        if not self.is_fast(x, like):
+            return None
+        y: Tensor | None = run_or_restore(self, x.reshape(-1, x.shape[-1]), self.masked())
+        return None if y is None else y.view(*x.shape[:-1], self.d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., d_in] to [..., d_out]."""
+        y = self.masked_product(x)
+        return nn.functional.linear(x, self.matrix()) if y is None else y
+
+    def _select(self) -> str | None:
+        args, mask = self.config.quantization, self._buffers.get("mask")
+        if mask is None:
+            return "positions are stored as indices"
+        like = self.get_parameter("values" if args is None else "values_scale")
+        if like.is_meta or mask.is_meta:
+            return "the weights are offloaded"
+        layout, columns, _, group = self.layout()
+        need = Need(
+            "masked_linear",
+            "float" if args is None else args.bits,
+            mask.device,
+            like.dtype,
+            (self.d_out, columns),
+            None if args is None else group,
+        )
+        entry = select(need)
+        if isinstance(entry, str):
+            return entry
+        if entry.places is not None and (layout != EIGHT_OF or entry.device == "cpu"):
+            self._derive(**entry.places.find(mask, columns))
+        self.entry = entry
+        return None
+
+    def values_group(self) -> int:
+        """Return the number of consecutive values with a common scale; 1 without scales."""
+        args = self.config.quantization
+        return 1 if args is None else args.group_size or VALUES_GROUP

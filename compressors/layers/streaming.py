@@ -1,0 +1,122 @@
+"""Long inputs without their wide activations: low-rank layers computed in tiles of tokens."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrc.compressors.layers.compressed_linear import CompressedLinear
+from lrc.compressors.layers.low_rank import LowRank
+from lrc.compressors.layers.pivoted_low_rank import PivotedLowRank
+from lrc.compressors.layers.tiles import exceeds, in_tiles
+
+TOKENS = 4096
+"""Products of this many tokens are as fast as those of all on an H200."""
+
+
+def stream_low_rank(model: nn.Module, tokens: int | None = TOKENS) -> list[str]:
+    """Compute low-rank layers in tiles of tokens, so that long prefills need less memory.
+
+    An MLP then stores no activation of shape [all tokens, d_ff], and no layer the outputs of its
+    first factor for all tokens. Results differ by the rounding of products. Without effect where
+    gradients are recorded, in code that is compiled for any number of tokens, and in MLPs whose
+    layers have forward hooks. Components that are rebuilt for every call, such as masks next to
+    factors in an MLP, are rebuilt for every tile.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place. MLPs are recognized in evaluation mode.
+    tokens : int, optional
+        Largest number of tokens of a tile; None computes all at once again.
+
+    Returns
+    -------
+    list of str
+        Names of the modules that are computed in tiles: MLPs, and linear layers outside of them.
+
+    Raises
+    ------
+    ValueError
+        If `tokens` is less than 1.
+
+    Notes
+    -----
+    After [1]_, which streams tiles through factors in a fused kernel. Here every tile is large
+    enough that separate products are limited by arithmetic, as in the product of all tokens.
+
+    References
+    ----------
+    .. [1] Z. Shao et al., "FlashSVD: Memory-Efficient Inference with Streaming for Low-Rank
+       Models", 2025. https://arxiv.org/abs/2508.01506
+    """
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    streamed: list[str] = []
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), _Tiled):
+            del module.forward
+        if isinstance(module, LowRank | PivotedLowRank):
+            module.tile = tokens
+    if tokens is None:
+        return []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in streamed)
+        if isinstance(module, CompressedLinear):
+            if not inside and _has_factors(module):
+                streamed.append(name)
+        elif not inside and _is_mlp(module):
+            module.forward = _Tiled(module, tokens)
+            streamed.append(name)
+    return streamed
+
+
+class _Tiled:
+    """The `forward` of an MLP, applied to tiles of tokens."""
+
+    def __init__(self, module: nn.Module, tokens: int) -> None:
+        self.module, self.tokens = module, tokens
+
+    def __call__(self, x: Tensor) -> Any:
+        module = self.module
+        whole = type(module).forward
+        # A hook may expect to see all tokens at once.
+        if not exceeds(x, self.tokens) or any(c._forward_hooks for c in module.children()):
+            return whole(module, x)
+        return in_tiles(lambda tile: whole(module, tile), x, self.tokens)
+
+
+def _has_factors(layer: nn.Module) -> bool:
+    return isinstance(layer, CompressedLinear) and any(
+        isinstance(component, LowRank | PivotedLowRank) for component in layer.components
+    )
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """Return whether a module with low-rank layers maps every token by itself.
+
+    It has linear layers and functions without weights as children, its `forward` takes one tensor,
+    and it computes the same for a token alone and among others.
+    """
+    children = list(module.children())
+    linear = [c for c in children if isinstance(c, nn.Linear | CompressedLinear)]
+    if len(linear) < 2 or not any(map(_has_factors, linear)) or "forward" in vars(module):
+        return False
+    others = (c for c in children if not isinstance(c, nn.Linear | CompressedLinear))
+    if any([*other.parameters()] for other in others):
+        return False
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return False
+    like = next(linear[0].parameters())
+    if like.is_meta or module.training:
+        return False
+    x = torch.arange(3.0 * linear[0].in_features, device=like.device).square().sin()
+    x = x.to(like.dtype).view(1, 3, -1)
+    with torch.no_grad():
+        try:
+            among, alone = module(x)[:, 1:2], module(x[:, 1:2])
+        except (RuntimeError, IndexError, TypeError):
+            return False
+    close = 0.05 if like.dtype.itemsize == 2 else 1e-3
+    return among.shape == alone.shape and torch.allclose(among, alone, rtol=close, atol=close)
