@@ -5,8 +5,11 @@ and without gradients. While a model generates, its weights come from memory, no
 products are timed on several copies in turn, which together exceed every cache.
 
 On a CPU calls of different products take turns, and every time is taken relative to that of the
-dense matrix in the same round, so that a machine that changes its speed affects both. On a GPU one
-CUDA graph multiplies by all copies of one matrix.
+dense matrix in the same round, so that a machine that changes its speed affects both. Several calls
+of the same product in a row would be faster than in a model, where other operations come in
+between: for the linear layers of SmolLM2-135M on two threads, 26.0 ms per token were predicted this
+way (15.6 ms with some of them in int8) and 27.0 ms (16.0 ms) measured inside the model, but 17 to
+23 ms from four calls in a row. On a GPU one CUDA graph multiplies by all copies of one matrix.
 """
 
 import copy
