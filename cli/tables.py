@@ -26,6 +26,12 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     rows = summarize(plan)
     if rows:
         _print_weights(plan, rows, every=every)
+    for trained in plan.training:
+        through = " through every layer" if trained.method == "block" else ""
+        OUT.print(
+            f"{trained.kind}, {trained.method}: {trained.steps:,} steps, {trained.tokens:,} tokens"
+            + through
+        )
     _print_sizes(plan)
     times = predicted_times(plan)
     if times is not None:
@@ -128,6 +134,8 @@ def print_report(report: dict[str, Any], output: str) -> None:
     OUT.print(table)
     for record in report["slices"]:
         _print_slice(record)
+    for record in report.get("training", []):  # reports of earlier versions have none
+        _print_training(record)
     if size["source"]["quantized"]:
         OUT.print(f"the source file is itself quantized: {as_size(size['source']['file_bytes'])}")
     if times := report.get("latency"):  # reports of earlier versions have none
@@ -209,6 +217,19 @@ def _print_slice(record: dict[str, Any]) -> None:
     OUT.print(f"slice, {record['method']}: {', '.join(changes)}; {before} -> {after}")
     if pending := record["facts"].get("pending"):
         OUT.print(f"pending: {pending}; shown is an even split of the same size")
+
+
+def _print_training(record: dict[str, Any]) -> None:
+    """Print what a stage that trains gained on text that it was not trained on."""
+    before, after = (
+        "not finite" if record[key] is None else f"{record[key]:.4f}" for key in ("before", "after")
+    )
+    OUT.print(
+        f"heal, {record['method']}: {record['trainable']:,} numbers, {record['tokens']:,} tokens, "
+        f"{record['seconds']:.0f} s; divergence from dense on held-out text {before} -> {after} "
+        "nats per token"
+        + ("" if record["kept"] else "; no step was better, so the weights are those before it")
+    )
 
 
 def _print_sizes(plan: Plan) -> None:

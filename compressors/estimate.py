@@ -92,6 +92,9 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         seconds["compress"] += 2 * solutions / products
     if compensates:
         seconds["compress"] += COMPENSATION_PASSES * tokens * 2 * in_layers / products
+    if plan.training:
+        work = sum(record.passes * record.tokens for record in plan.training)
+        seconds["heal"] = work * 2 * in_layers / products
     seconds["save"] = plan.compressed_bytes / 0.5e9
     scored = sum(s.windows * s.window for s in evaluate.perplexity if s.windows)
     not_estimated = [

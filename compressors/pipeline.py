@@ -15,6 +15,8 @@ from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
+from lrc.compressors.heal.files import trained_tensors
+from lrc.compressors.heal.run import training_files
 from lrc.compressors.io.files import new_folder
 from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.model_versions import slice_folder
@@ -49,6 +51,7 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
         written = _has_checkpoint(session)
         result = report.stored(prepared, session.journal) if written else None
         if result is None:
+            _check_stages(session)
             if not written:
                 model, tokenizer = prepared.architecture.model, prepared.tokenizer
                 check_evaluation(model, tokenizer, recipe.evaluate, seed=recipe.seed)
@@ -58,7 +61,8 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
             evaluation = _evaluate(session)
             result = report.write(session, _executed(session), evaluation)
         sliced = [slice_folder(stage) for stage, _ in enumerate(prepared.sliced)]
-        session.journal.forget("compressed", "source", *sliced)
+        trained = training_files(prepared.plan)
+        session.journal.forget("compressed", "source", *sliced, *trained)
     if missing := missing_sentences(result["evaluation"]["missing"]):
         raise EvaluationIncomplete(missing, result)
     missed = check_gates(recipe.evaluate.gates, result["evaluation"])
@@ -126,6 +130,12 @@ def _check_source(session: Session) -> None:
     release_memory()
 
 
+def _check_stages(session: Session) -> None:
+    for kind, stage in STAGES.items():
+        if stages := session.prepared.recipe.stages_of(kind):
+            stage.check(session, stages)
+
+
 def _run_stages(session: Session) -> Plan:
     plan = session.prepared.plan
     for kind, stage in STAGES.items():
@@ -176,6 +186,7 @@ def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
             tokenizer=session.prepared.tokenizer,
             user_plans=session.prepared.user_plans,
             compressed=lambda layer, name: session.journal.read_tensor(layer_file(layer), name),
+            trained=trained_tensors(session.journal, plan),
         )
 
 

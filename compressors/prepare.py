@@ -111,6 +111,7 @@ def _check_output(recipe: Recipe, problems: Problems) -> None:
             f"stages[{i}].decompose.latency_table": stage.latency_table
             for i, stage in recipe.stages_of("decompose").items()
         },
+        **{f"stages[{i}].heal.source": o.source for i, o in recipe.stages_of("heal").items()},
     }
     output = Path(recipe.output).expanduser()
     owned = [(output / name).resolve() for name in (WORK, *RESULTS)]

@@ -20,6 +20,7 @@ from lrc.compressors.checkpoint.manifest import CHECKSUM, read_manifest, report_
 from lrc.compressors.evaluate.baselines import Targets, plan_baseline
 from lrc.compressors.evaluate.broken_source import near_uniform
 from lrc.compressors.evaluate.evaluator import is_current
+from lrc.compressors.heal.run import training_report
 from lrc.compressors.io.files import write_text
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.versions import environment
@@ -47,6 +48,15 @@ SCHEMA = {
     "slices[].{stage,method}": "one record per slicing stage",
     "slices[].{parameters,bytes,config}": "before and after; changed config keys",
     "slices[].facts": "decisions of the method, such as the removed layers",
+    "training[].{stage,method,steps,tokens}": "one record per stage that trains; its budget",
+    "training[].{trainable,kept}": "numbers that were trained; whether the result is used",
+    "training[].{before,after}": "divergence from dense on held-out text, nats per token",
+    "training[].{losses,best_step,skipped}": (
+        "of the whole model, [step, divergence]; steps without finite gradients"
+    ),
+    "training[].layers[]": "of `block`: the same for every fit, with relative errors of outputs",
+    "training[].{text,warning}": "source, hash, numbers of tokens; whether it is repeated",
+    "training[].{seconds,peak_bytes}": "wall time; peak memory up to its end, of the GPU if used",
     "layers[].{name,stage,method}": "one record per targeted weight; index of its stage",
     "layers[].config": "how it is stored: shape and components, as in config.json",
     "layers[].{bits,dense_bits}": "size as stored, and in model.dtype",
@@ -102,6 +112,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "seed": plan.seed,
         "size": _size(plan, checkpoint, prepared),
         "slices": plan.to_json()["slices"],
+        "training": training_report(plan, session.journal, session.clock.seconds),
         "layers": [row.to_json() for row in summarize(plan)],
         "latency": None if times is None else times.to_json(),
         "calibration": provenance(session.journal) if _reads_text(plan) else None,
@@ -110,7 +121,11 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "memory": _memory(session.device),
         "environment": environment(session.device),
         "speed": None,
-        "warnings": plan.warnings + _source_warnings(prepared, evaluation),
+        "warnings": [
+            *plan.warnings,
+            *(record.facts["warning"] for record in plan.training if record.facts.get("warning")),
+            *_source_warnings(prepared, evaluation),
+        ],
     }
     report[CHECKSUM] = report_checksum(checkpoint, report)
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"

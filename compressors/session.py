@@ -89,6 +89,10 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
     del recipe["calibration"]["memory_limit_gib"]
     recipe["calibration"]["source"] = source_identity(prepared.recipe.calibration.source)
+    for stage in recipe["stages"]:
+        for options in stage.values():
+            if options.get("source") is not None:  # a text of the stage
+                options["source"] = source_identity(options["source"])
     installed, times = versions(), prepared.plan.times
     return {
         "model": prepared.source.fingerprint(),

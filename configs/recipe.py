@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import Field, PositiveInt, create_model, model_validator
 
 from lrc.configs.decompose_methods import Decompose
+from lrc.configs.heal import Heal
 from lrc.configs.quantize import SCHEME, Quantize
 from lrc.configs.slice import Slice
 from lrc.configs.strict import Strict, Text, repeated
@@ -181,6 +182,7 @@ STAGES: dict[str, Any] = {
     "slice": Slice,
     "decompose": Decompose,
     "quantize": Annotated[Quantize, Field(description="Store weights as integers.")],
+    "heal": Heal,
 }
 """Kind of a stage -> its options, in the order of the pipeline."""
 

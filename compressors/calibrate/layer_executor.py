@@ -50,11 +50,11 @@ class LayerExecutor:
     The skeleton of the context's architecture is filled and emptied in place.
     """
 
-    def __init__(self, context: CalibrationContext) -> None:
+    def __init__(self, context: CalibrationContext, *, batch_tokens: int | None = None) -> None:
         self.context, self.architecture = context, context.architecture
         self.tokens = context.windows()
         """[n_windows, length]"""
-        self.batches = batches(self.tokens, BATCH_TOKENS[context.device_type])
+        self.batches = batches(self.tokens, batch_tokens or BATCH_TOKENS[context.device_type])
         head = self.architecture.model.get_output_embeddings()
         self._heads = [n for n, module in self.architecture.model.named_modules() if module is head]
 
@@ -132,9 +132,13 @@ class LayerExecutor:
             result: Tensor = model(input_ids=ids, use_cache=False).logits
         return result
 
-    def apply(self, index: int, hidden: Tensor) -> Tensor:
-        """Apply a resident layer to hidden states [n, length, d_model], as its model would."""
-        layer, call = self.architecture.layers[index], self.calls[index]
+    def apply(self, index: int, hidden: Tensor, layer: nn.Module | None = None) -> Tensor:
+        """Apply a resident layer to hidden states [n, length, d_model], as its model would.
+
+        Another `layer` with the same signature can take its place.
+        """
+        call = self.calls[index]
+        layer = self.architecture.layers[index] if layer is None else layer
         args, kwargs = call.arguments[len(hidden)]
         hidden = hidden.to(self.context.device)
         if call.by_keyword:
@@ -145,10 +149,13 @@ class LayerExecutor:
         return result
 
     @torch.no_grad()
-    def advance_(self, index: int, states: Tensor) -> None:
-        """Replace the states [n_windows, length, d_model] by the output of a resident layer."""
+    def advance_(self, index: int, states: Tensor, layer: nn.Module | None = None) -> None:
+        """Replace the states [n_windows, length, d_model] by the output of a resident layer.
+
+        For `layer`, see `apply`.
+        """
         for rows in self.batches:
-            states[rows] = self.apply(index, states[rows])
+            states[rows] = self.apply(index, states[rows], layer)
 
     @torch.no_grad()
     def trace(self) -> list[LayerCall]:

@@ -40,6 +40,7 @@ def write_checkpoint(
     tokenizer: Any,
     user_plans: Mapping[int, str],
     compressed: Callable[[int, str], Tensor],
+    trained: Mapping[str, Callable[[], Tensor]],
 ) -> None:
     """Fill an empty folder with a checkpoint that `from_pretrained` loads.
 
@@ -51,6 +52,8 @@ def write_checkpoint(
         Texts of plan files by stage.
     compressed : callable
         Returns a compressed tensor by the layer in whose file it is, and its full name.
+    trained : mapping of str to callable
+        Return tensors that take the place of stored ones, by their full names.
     """
     modules = plan.modules()
     tables = tables_of(architecture.model.config)
@@ -70,11 +73,13 @@ def write_checkpoint(
             meta[name], origin[name] = parameter, partial(reader.read, name)
             if leaf == "weight" and module in refit:
                 origin[name] = partial(compressed, owners[module], name)
+            origin[name] = trained.get(name, origin[name])
             continue
         config = modules[module]
         if leaf == "bias":
             if not config.bias:
-                meta[name], origin[name] = parameter, partial(reader.read, name)
+                meta[name] = parameter
+                origin[name] = trained.get(name, partial(reader.read, name))
             continue
         for stored, (shape, dtype, _) in layout.expected_tensors(
             module, config, bias=False
@@ -85,7 +90,8 @@ def write_checkpoint(
                     continue  # a sentinel is only needed where lrc is needed for loading
                 origin[final] = sentinel
             else:
-                origin[final] = partial(compressed, owners[module], stored)
+                kept = partial(compressed, owners[module], stored)
+                origin[final] = trained.get(stored, kept)
             meta[final] = torch.empty(shape, dtype=dtype or parameter.dtype, device="meta")
     write_weights(folder, meta, lambda name: origin[name]())
     block = layout.quantization_config(modules, tables)

@@ -39,6 +39,7 @@ def read_documents(
     field: str = "text",
     chat: bool = False,
     characters: int | None = None,
+    key: str | None = None,
 ) -> Iterator[Document]:
     """Read the documents of a source one by one, of which at least one is not blank.
 
@@ -46,7 +47,8 @@ def read_documents(
     are kept: they are part of its published text. `field` is the key of the text in a `.jsonl` row;
     with `chat` its `messages` are used if it has them. A `.txt` file is one document, or several of
     about `BLOCK` bytes; `Continuation` marks those that do not start after a blank line. If the
-    source can be streamed, no more than `characters` are downloaded.
+    source can be streamed, no more than `characters` are downloaded. Errors name the `key` of the
+    recipe, by default that of the part.
 
     Raises
     ------
@@ -55,27 +57,31 @@ def read_documents(
     DataError
         If the source is empty, binary, malformed or unreachable; at the end, if it is blank.
     """
-    check_source(source, part=part)
+    key = key or KEYS[part]
+    check_source(source, part=part, key=key)
     documents: Iterator[Document]
     if source == "python-docs":
         documents = iter(python_docs(part))
     elif source in HUB_SOURCES:
         documents = read_hub(source, part=part, characters=characters)
     else:
-        documents = _read_file(Path(source).expanduser(), KEYS[part], field, chat)
+        documents = _read_file(Path(source).expanduser(), key, field, chat)
     blank = True
     for document in documents:
         blank = blank and isinstance(document, str) and not document.strip()
         yield document
     if blank:
-        raise DataError(f"{KEYS[part]} {source}: holds no text; give a source with some")
+        raise DataError(f"{key} {source}: holds no text; give a source with some")
 
 
-def check_source(source: str, *, part: Part) -> None:
-    """Check that a source exists; for calibration, `self` samples from the model."""
+def check_source(source: str, *, part: Part, key: str | None = None) -> None:
+    """Check that a source exists; for calibration, `self` samples from the model.
+
+    Errors name the `key` of the recipe, by default that of the part.
+    """
     if source in SOURCES or (source == "self" and part == "calibration"):
         return
-    key, path = KEYS[part], Path(source).expanduser()
+    key, path = key or KEYS[part], Path(source).expanduser()
     if source == "self":
         raise RecipeError([f"{key}: 'self' is for calibration only; allowed: {_allowed()}"])
     if path.is_dir():

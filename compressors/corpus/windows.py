@@ -66,7 +66,7 @@ def random_windows(
     # max: a text of exactly one window has one start, which randint's open end would leave out
     starts = torch.randint(0, max(1, n_tokens - length), (samples,), generator=generator)
     windows = ids[starts[:, None] + torch.arange(length)]  # [samples, length]
-    return windows if bos is None else _with_bos(windows[:, :-1], bos)
+    return windows if bos is None else with_bos(windows[:, :-1], bos)
 
 
 def disjoint_windows(ids: Tensor, *, window: int, limit: int | None, bos: int | None) -> Tensor:
@@ -82,11 +82,22 @@ def disjoint_windows(ids: Tensor, *, window: int, limit: int | None, bos: int | 
             f" lower the window to at most {ids.numel():,} or give more text"
         )
     windows = ids[: count * window].view(count, window)[:limit]
-    return windows.clone() if bos is None else _with_bos(windows, bos)
+    return windows.clone() if bos is None else with_bos(windows, bos)
 
 
-def _with_bos(windows: Tensor, bos: int) -> Tensor:
+def with_bos(windows: Tensor, bos: int) -> Tensor:
+    """Return windows [n, length] with a BOS token before each."""
     return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """The tokens of a text, or of evenly spaced excerpts of a long one."""
+
+    ids: Tensor
+    """[n_tokens], int64."""
+    sha256: str
+    """Of the whole text in UTF-8, before a chat template."""
 
 
 def calibration_windows(
@@ -94,9 +105,22 @@ def calibration_windows(
 ) -> Windows:
     """Read the calibration text of a recipe and draw its windows.
 
+    Source `self` is sampled from the model and not handled here.
+    """
+    text, bos = calibration_text(calibration, tokenizer), default_bos(tokenizer)
+    samples, length = calibration.samples, calibration.length
+    tokens = random_windows(text.ids, samples=samples, length=length, generator=generator, bos=bos)
+    n_tokens = text.ids.numel()
+    return Windows(tokens, calibration.source, text.sha256, bos is not None, n_tokens)
+
+
+def calibration_text(
+    calibration: Calibration, tokenizer: "PreTrainedTokenizerBase", *, key: str | None = None
+) -> Text:
+    """Read and tokenize a calibration text; errors name the `key` of its source in the recipe.
+
     A file longer than `WHOLE_CHARACTERS`, and than `CHARACTERS_PER_TOKEN` for every token of the
-    windows, is not tokenized whole: the windows are drawn from as many evenly spaced excerpts as
-    there are windows. Source `self` is sampled from the model and not handled here.
+    windows, is not tokenized whole, but only as many evenly spaced excerpts as there are windows.
     """
     samples, length = calibration.samples, calibration.length
     wanted = samples * length
@@ -109,6 +133,7 @@ def calibration_windows(
         field=calibration.field,
         chat=calibration.chat_template,
         characters=characters,
+        key=key,
     )
     whole = calibration.source in SOURCES  # of known size, and drawn from as in the papers
     total, text_hash = 0, TextHash()
@@ -127,11 +152,8 @@ def calibration_windows(
         )
         ids = tokenize(joined(texts), tokenizer)
         if documents or len(ids) >= wanted or characters >= total:
-            break
+            return Text(ids, text_hash.hexdigest())
         characters = min(4 * characters, total)  # of a tokenizer with very long tokens
-    bos = default_bos(tokenizer)
-    tokens = random_windows(ids, samples=samples, length=length, generator=generator, bos=bos)
-    return Windows(tokens, calibration.source, text_hash.hexdigest(), bos is not None, ids.numel())
 
 
 def evaluation_windows(spec: Perplexity, tokenizer: "PreTrainedTokenizerBase") -> Windows:

@@ -78,7 +78,7 @@ def perplexity(
     try:
         with torch.inference_mode():
             device = input_device(model)
-            head_only = _head_gives_logits(model, tokens[0, :PROBE].to(device))
+            head_only = head_gives_logits(model, tokens[0, :PROBE].to(device))
             for number, ids in enumerate(tokens, 1):
                 nll = _window_nll(model, ids.to(device), head_only)
                 if not math.isfinite(nll):
@@ -165,8 +165,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return next(embedding.parameters()).device
 
 
-def _head_gives_logits(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Return whether decoder plus output embedding equal the model, on a few positions.
+def head_gives_logits(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Return whether decoder plus output embedding equal the model, on tokens `ids` [n].
 
     A model may cap or scale its logits after the head (Gemma 2, Granite, Cohere). The comparison
     is exact, as both sides are the same operations; a mismatch costs time, not correctness.

@@ -19,6 +19,7 @@ from lrc.compressors.planning.plan import (
     Plan,
     ProductTimes,
     SliceRecord,
+    TrainingRecord,
     with_times,
 )
 from lrc.compressors.planning.problems import Problems
@@ -38,6 +39,8 @@ class Draft:
     seed: int
     tokens: int
     """Calibration tokens."""
+    window: int
+    """Tokens per calibration window."""
     problems: Problems = field(default_factory=Problems)
     tasks: dict[str, LayerTask] = field(default_factory=dict)
     """By the name of each weight."""
@@ -46,6 +49,7 @@ class Draft:
     """``embeddings`` or ``lm_head`` -> index of the stage that requests it."""
     allocations: list[Allocation] = field(default_factory=list)
     slices: list[SliceRecord] = field(default_factory=list)
+    training: list[TrainingRecord] = field(default_factory=list)
     sliced: list[Any] = field(default_factory=list)
     """Configs of the model after each slicing stage."""
     user_plans: dict[int, str] = field(default_factory=dict)
@@ -155,7 +159,7 @@ def compile_plan(
     """
     calibration = recipe.calibration
     tokens = calibration.samples * calibration.length
-    draft = Draft(source, architecture, recipe.seed, tokens, table=table)
+    draft = Draft(source, architecture, recipe.seed, tokens, calibration.length, table=table)
     if slices is not None:
         draft.slices, draft.executed_slices = slices, True
     requested = {kind: recipe.stages_of(kind) for kind in kinds}
@@ -204,6 +208,7 @@ def compile_plan(
         embeddings=draft.embeddings,
         allocations=allocations,
         slices=draft.slices,
+        training=draft.training,
         user_plans={
             stage: sha256(text.encode()).hexdigest() for stage, text in draft.user_plans.items()
         },

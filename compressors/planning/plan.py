@@ -92,6 +92,26 @@ class SliceRecord:
 
 
 @dataclass(frozen=True)
+class TrainingRecord:
+    """A stage that trains stored numbers: its budget and, once it has run, the result."""
+
+    stage: int
+    """Index of the stage in the recipe."""
+    kind: str
+    """Key of the stage in the registry."""
+    method: str
+    options: Mapping[str, Any]
+    """Options of the stage in the recipe."""
+    steps: int
+    tokens: int
+    """Training tokens."""
+    passes: float
+    """Cost of a token in forward passes over the layers, to estimate the time."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What was trained on what, and the losses; empty before it has run."""
+
+
+@dataclass(frozen=True)
 class ProductTimes:
     """Times of the products of a model, where stages have ``measure: latency``."""
 
@@ -128,6 +148,8 @@ class Plan:
     """Input embedding and output head, where they are quantized."""
     allocations: list[Allocation] = field(default_factory=list)
     slices: list[SliceRecord] = field(default_factory=list)
+    training: list[TrainingRecord] = field(default_factory=list)
+    """Stages that train, in order."""
     user_plans: Mapping[int, str] = field(default_factory=dict)
     """SHA-256 of the plan file that a stage was given, by the index of the stage."""
     warnings: list[str] = field(default_factory=list)

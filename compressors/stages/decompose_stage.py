@@ -84,6 +84,9 @@ class DecomposeStage:
             draft.no_saving_advice = draft.no_saving_advice or remedy
             _warn(draft, each)
 
+    def check(self, session: Session, stages: Mapping[int, DecomposeBase]) -> None:
+        """Check nothing: calibration reads the text first."""
+
     def run(self, session: Session, plan: Plan) -> Plan:
         """Execute all tasks of the plan that are not done yet, of whichever stage."""
         return compress_weights(session, plan)

@@ -42,6 +42,9 @@ class QuantizeStage:
             if options.rounds_linears:
                 _compile(draft, index, options)
 
+    def check(self, session: Session, stages: Mapping[int, Quantize]) -> None:
+        """Check nothing: calibration reads the text first."""
+
     def run(self, session: Session, plan: Plan) -> Plan:
         """Compress the weights."""
         return compress_weights(session, plan)

@@ -27,6 +27,9 @@ class SliceStage:
     def compile(self, draft: Draft, stages: Mapping[int, SliceBase]) -> None:
         """Add nothing: slicing is planned before all other stages."""
 
+    def check(self, session: Session, stages: Mapping[int, SliceBase]) -> None:
+        """Check nothing: calibration reads the text first."""
+
     def run(self, session: Session, plan: Plan) -> Plan:
         """Slice the model; shapes that calibration chooses require a new plan for later stages."""
         records = session.models.slice()

@@ -68,11 +68,11 @@ def test_capped_logits_take_the_fallback_and_agree(tokens, monkeypatch, budget):
     monkeypatch.setattr(module, "FALLBACK_LOGITS", budget)
     monkeypatch.setattr(module, "PIECE", 8)
     model = gemma(final_logit_softcapping=2.0)
-    assert not module._head_gives_logits(model, tokens[0])
+    assert not module.head_gives_logits(model, tokens[0])
     expected = straightforward(model, tokens)
     assert perplexity(model, tokens).perplexity == pytest.approx(expected, rel=1e-6)
     uncapped = gemma(final_logit_softcapping=None)
-    assert module._head_gives_logits(uncapped, tokens[0])
+    assert module.head_gives_logits(uncapped, tokens[0])
     assert straightforward(uncapped, tokens) > 1.1 * expected  # the cap matters here
 
 

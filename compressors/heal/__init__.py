@@ -1,0 +1,1 @@
+"""Training of the numbers that a compressed model stores in floating point."""

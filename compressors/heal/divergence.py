@@ -1,0 +1,111 @@
+"""The Kullback-Leibler divergence between the predictions of two models, a few positions at a time.
+
+Logits take far more memory than hidden states. They are computed from the output of the decoder for
+`PIECE` positions at a time; gradients at that output are added up before the decoder's backward
+pass.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.evaluate.perplexity import head_gives_logits
+
+PIECE = {"cpu": 256, "cuda": 2048}
+PROBE = 16  # positions on which the head is compared with the model
+Kind = Literal["forward", "reverse", "both"]
+
+
+def divergence(dense: Tensor, compressed: Tensor, kind: Kind) -> Tensor:
+    """Return the sum over positions of the divergence of predictions, in nats.
+
+    Parameters
+    ----------
+    dense, compressed : Tensor, shape [n, vocabulary]
+        Logits.
+    kind : {"forward", "reverse", "both"}
+        ``sum p (log p - log q)`` with p of the dense model, with p and q exchanged, or the mean.
+    """
+    log_p, log_q = dense.float().log_softmax(-1), compressed.float().log_softmax(-1)
+    forward = (log_p.exp() * (log_p - log_q)).sum()
+    if kind == "forward":
+        return forward
+    reverse = (log_q.exp() * (log_q - log_p)).sum()
+    return reverse if kind == "reverse" else (forward + reverse) / 2
+
+
+class Predictor:
+    """A model in two steps: features of every position, and logits from features.
+
+    Features are the output of the decoder. If the model does more than multiply them by its head,
+    such as capping logits, they are the logits.
+    """
+
+    def __init__(self, model: Any, tokens: Tensor, *, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+        self._device = model.get_input_embeddings().parameters().__next__().device
+        with torch.no_grad():
+            split = head_gives_logits(model, tokens[0, :PROBE].to(self._device))
+        self._head = model.get_output_embeddings() if split else None
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Return the context to compute in: 16-bit products of float32 weights on a GPU."""
+        if self._device.type == "cpu" or self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self._device.type, self._dtype)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """Return the features [n_positions, d] of windows [n, length]."""
+        ids = tokens.to(self._device)
+        with self.precision():
+            if self._head is None:
+                out: Tensor = self._model(input_ids=ids, use_cache=False).logits
+            else:
+                out = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return out.flatten(0, 1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return logits [n, vocabulary] of features [n, d]."""
+        if self._head is None:
+            return features
+        with self.precision():
+            found: Tensor = self._head(features)
+        return found
+
+    def pieces(self, n_positions: int) -> Iterator[slice]:
+        """Return slices of positions whose logits exist at the same time."""
+        size = PIECE[self._device.type]
+        return (slice(start, start + size) for start in range(0, n_positions, size))
+
+
+@torch.no_grad()
+def mean_divergence(
+    dense: Predictor, compressed: Predictor, windows: Tensor, *, together: int
+) -> float:
+    """Return the forward divergence per position on windows [n, length], in nats."""
+    total = 0.0
+    for tokens in windows.split(together):
+        expected, found = dense.features(tokens), compressed.features(tokens)
+        for rows in compressed.pieces(len(found)):
+            logits = dense.logits(expected[rows]), compressed.logits(found[rows])
+            total += float(divergence(*logits, "forward"))
+    return total / windows.numel()
+
+
+def add_gradients(
+    dense: Predictor, compressed: Predictor, windows: Tensor, *, kind: Kind, positions: int
+) -> None:
+    """Add the gradients of the divergence on windows [n, length], divided by `positions`."""
+    with torch.no_grad():
+        expected = dense.features(windows)
+    found = compressed.features(windows)
+    leaf = found.detach().requires_grad_(True)
+    for rows in compressed.pieces(len(found)):
+        with torch.no_grad():
+            logits = dense.logits(expected[rows])
+        loss = divergence(logits, compressed.logits(leaf[rows]), kind)
+        (loss / positions).backward()
+    found.backward(leaf.grad)

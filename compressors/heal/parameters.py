@@ -1,0 +1,137 @@
+"""Which stored numbers are trained, and their copies in float32.
+
+What a stage may train follows from the role of a tensor in its component, so that a new component
+type needs nothing here: masks, indices and integers are buffers and never change.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lrc.compressors.layers import CompressedLinear
+from lrc.compressors.methods.base import LOW_RANK_TYPES
+
+ALL = "all"
+SCALE = "_scale"
+SMALLEST_SCALE = 1 / 16  # of its first value: a scale of zero would be refused when loading
+
+
+def parameter_roles(
+    root: nn.Module, excluded: Iterable[nn.Module | None] = ()
+) -> dict[str, frozenset[str]]:
+    """Return for every parameter which values of the option `train` include it.
+
+    ``factors`` are the low-rank components, as in WeLore [1]_; ``norms`` are norms and biases, as
+    in PERP [2]_; ``scales`` are the scales of integers, as in EfficientQAT's second phase [3]_,
+    with norms, and biases of quantized layers.
+
+    Parameters
+    ----------
+    root : nn.Module
+        A model or a decoder layer, with its compressed layers.
+    excluded : iterable of nn.Module
+        Modules whose parameters are never trained, such as the embedding.
+
+    References
+    ----------
+    .. [1] A. Jaiswal et al., "From Low Rank Gradient Subspace Stabilization to Low-Rank Weights",
+       2024. https://arxiv.org/abs/2407.11239
+    .. [2] M. Zimmer et al., "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", 2023.
+       https://arxiv.org/abs/2312.15230
+    .. [3] M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large Language
+       Models", 2024. https://arxiv.org/abs/2407.11062
+    """
+    found: dict[int, set[str]] = {}
+    for module in root.modules():
+        if isinstance(module, CompressedLinear):
+            found |= _compressed_roles(module)
+        elif isinstance(module, nn.Linear):
+            if module.bias is not None:
+                found.setdefault(id(module.bias), {ALL, "norms"})
+            found.setdefault(id(module.weight), {ALL})
+    fixed = {id(p) for module in excluded if module is not None for p in module.parameters()}
+    fixed |= {id(p) for m in root.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    others = {1: {ALL, "norms", "scales"}}  # vectors outside linear layers are those of norms
+    return {
+        name: frozenset(found.get(id(p)) or others.get(p.ndim, {ALL}))
+        for name, p in root.named_parameters()
+        if id(p) not in fixed
+    }
+
+
+def _compressed_roles(layer: CompressedLinear) -> dict[int, set[str]]:
+    found: dict[int, set[str]] = {}
+    for component in layer.components:
+        for leaf, parameter in component.named_parameters():
+            roles = found.setdefault(id(parameter), {ALL})
+            if component.TYPE in LOW_RANK_TYPES:
+                roles.add("factors")
+            if leaf.removesuffix(SCALE) == "values":
+                roles.add("values")
+            if leaf.endswith(SCALE):
+                roles.add("scales")
+    if layer.bias is not None:
+        quantized = layer.config.quantization is not None
+        found[id(layer.bias)] = {ALL, "norms"} | ({"scales"} if quantized else set())
+    return found
+
+
+class TrainedParameters:
+    """Parameters in float32 that are trained, with the dtypes in which they are stored.
+
+    Parameters
+    ----------
+    parameters : mapping of str to nn.Parameter
+        By their names in the checkpoint. They require gradients from now on.
+    dtypes : mapping of str to torch.dtype
+        Of the stored tensors, whose values the parameters have.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], dtypes: Mapping[str, torch.dtype]
+    ) -> None:
+        self.parameters = {name: parameters[name].requires_grad_(True) for name in parameters}
+        self._dtypes = dtypes
+        self.start = self.rounded()
+        self._limits = {
+            name: (SMALLEST_SCALE * start.float().abs(), start.float().sign())
+            for name, start in self.start.items()
+            if name.endswith(SCALE)
+        }
+
+    @property
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    def rounded(self) -> dict[str, Tensor]:
+        """Return the values as they would be stored."""
+        return {
+            name: p.detach().to(self._dtypes[name], copy=True)
+            for name, p in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def set_(self, values: Mapping[str, Tensor]) -> None:
+        """Replace the values."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Compute with the values as they would be stored, inside the context."""
+        exact = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.set_(self.rounded())
+        try:
+            yield
+        finally:
+            self.set_(exact)
+
+    @torch.no_grad()
+    def limit_(self) -> None:
+        """Keep scales away from zero, and their signs as they were."""
+        for name, (smallest, sign) in self._limits.items():
+            parameter = self.parameters[name]
+            parameter.copy_(torch.maximum(parameter * sign, smallest) * sign)

@@ -1,0 +1,105 @@
+"""Run a stage that trains: its text, its method, and the record of what it did."""
+
+import resource
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lrc.compressors.heal.block_fit import fit_blocks
+from lrc.compressors.heal.distill import distill
+from lrc.compressors.heal.files import facts_file, folder, memory_file, state_file, text_file
+from lrc.compressors.heal.held_out import (
+    TextRequest,
+    TrainingText,
+    repetition_warning,
+    training_text,
+)
+from lrc.compressors.heal.work import HealWork
+from lrc.compressors.io.journal import Journal
+from lrc.compressors.planning.plan import Plan, TrainingRecord
+from lrc.compressors.session import Session
+from lrc.configs.heal import Block, Distill, HealBase, Scales
+
+
+def text_request(session: Session, stage: int, options: HealBase) -> TextRequest:
+    """Return what text a stage needs."""
+    where = f"stages[{stage}].heal"
+    return TextRequest(where, options, session.calibration, stage, session.prepared.plan.seed)
+
+
+def read_text(session: Session, request: TextRequest) -> TrainingText:
+    """Return the windows of a stage; raises as `training_text`."""
+    embedding = session.prepared.dense.model.get_input_embeddings()
+    return training_text(
+        request, session.prepared.tokenizer, embedding, session.journal, session.windows
+    )
+
+
+def run_training(session: Session, plan: Plan, options: dict[int, HealBase]) -> Plan:
+    """Carry out the stages that train; return the plan with their facts."""
+    for record in plan.training:
+        stage, journal = record.stage, session.journal
+        if not journal.has(facts_file(stage)):
+            with session.clock(clock_name(plan, stage)):
+                facts = _train(session, plan, record, options[stage])
+            journal.write_json(memory_file(stage), _peak_memory(session.device))
+            journal.write_json(facts_file(stage), facts)
+        done = replace(record, facts=journal.read_json(facts_file(stage)))
+        training = [done if each.stage == stage else each for each in plan.training]
+        plan = replace(plan, training=training)
+    return plan
+
+
+def clock_name(plan: Plan, stage: int) -> str:
+    """Return the name under which the time of a stage is counted."""
+    return "heal" if len(plan.training) == 1 else f"heal[{stage}]"
+
+
+def training_files(plan: Plan) -> list[str]:
+    """Return the journal's names of everything that the stages leave."""
+    kinds = (folder, state_file, text_file)
+    return [name(record.stage) for record in plan.training for name in kinds]
+
+
+def training_report(
+    plan: Plan, journal: Journal, seconds: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Return the records of the stages for the report."""
+    return [
+        {
+            "stage": record.stage,
+            "method": record.method,
+            "steps": record.steps,
+            "tokens": record.tokens,
+            **record.facts,
+            "seconds": round(seconds.get(clock_name(plan, record.stage), 0.0), 2),
+            "peak_bytes": journal.read_json(memory_file(record.stage))
+            if journal.has(memory_file(record.stage))
+            else None,
+        }
+        for record in plan.training
+    ]
+
+
+def _train(
+    session: Session, plan: Plan, record: TrainingRecord, options: HealBase
+) -> dict[str, Any]:
+    request = text_request(session, record.stage, options)
+    text = read_text(session, request)
+    work = HealWork(session, plan, record.stage, options, record.steps, text)
+    if isinstance(options, Block):
+        facts = fit_blocks(work, options)
+    else:
+        assert isinstance(options, Distill | Scales)
+        facts = distill(work, options)
+    return {**facts, "text": text.facts, "warning": repetition_warning(request, text)}
+
+
+def _peak_memory(device: str) -> int:
+    """Return the peak so far: of the GPU's memory, or of the process on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

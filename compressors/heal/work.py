@@ -1,0 +1,152 @@
+"""What the healing methods are given, and what they return."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrc.compressors.heal.descent import Descent
+from lrc.compressors.heal.files import state_file
+from lrc.compressors.heal.held_out import TrainingText
+from lrc.compressors.heal.parameters import TrainedParameters, parameter_roles
+from lrc.compressors.heal.stored import StoredModel
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.session import Session
+from lrc.configs.errors import RecipeError
+from lrc.configs.heal import HealBase
+
+SNAPSHOT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class HealWork:
+    """A stage that trains."""
+
+    session: Session
+    plan: Plan
+    """With results."""
+    stage: int
+    options: HealBase
+    """Of a healing method."""
+    steps: int
+    text: TrainingText
+
+    @property
+    def where(self) -> str:
+        """Key path of the stage."""
+        return f"stages[{self.stage}].heal"
+
+    @property
+    def seed(self) -> int:
+        """Seed of the order of windows, different for every stage."""
+        return self.plan.seed * 1_000_003 + self.stage
+
+    def stored(self) -> StoredModel:
+        """Return the reader of the model before this stage."""
+        return StoredModel(self.session, self.plan, self.stage)
+
+
+def select(
+    root: nn.Module, train: str, excluded: tuple[nn.Module | None, ...] = ()
+) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, see `parameter_roles`."""
+    roles = parameter_roles(root, excluded)
+    return {
+        name: parameter
+        for name, parameter in root.named_parameters()
+        if train in roles.get(name, ()) and parameter.is_floating_point()
+    }
+
+
+def nothing_to_train(where: str, train: str) -> RecipeError:
+    """Return the error for a model without parameters of the kind that is trained."""
+    return RecipeError(
+        f"{where}.train: must select something, got '{train}', of which the compressed model has "
+        "nothing; choose another value, such as all, or remove the stage"
+    )
+
+
+def trained_parameters(
+    parameters: Mapping[str, nn.Parameter], stored: StoredModel
+) -> TrainedParameters:
+    """Return parameters to train, which are named as in the checkpoint."""
+    return TrainedParameters(parameters, stored.dtypes(parameters))
+
+
+class Snapshots:
+    """The state of a descent in the journal, from which an interrupted run continues.
+
+    A snapshot is written from time to time, and when the progress callback stops the run.
+    """
+
+    def __init__(self, work: HealWork, descent: Descent) -> None:
+        self._journal, self._on_step = work.session.journal, work.session.on_step
+        self._piece = state_file(work.stage)
+        self._descent = descent
+        self._saved = time.monotonic()
+
+    def resume(self) -> bool:
+        """Load the snapshot; return whether there was one."""
+        if not self._journal.has(self._piece):
+            return False
+        facts = self._journal.read_facts(self._piece)["state"]
+        names = {name: name for name in self._descent.state_names()}
+        self._descent.resume(self._journal.read_tensors(self._piece, names), facts)
+        return True
+
+    def finish_step(self) -> None:
+        """Save if a snapshot is due; report progress."""
+        if time.monotonic() - self._saved >= SNAPSHOT_SECONDS:
+            self._save()
+        try:
+            self._on_step("heal", self._descent.done, self._descent.steps)
+        except BaseException:
+            self._save()
+            raise
+
+    def forget(self) -> None:
+        """Delete the snapshot."""
+        self._journal.forget(self._piece)
+
+    def _save(self) -> None:
+        tensors, facts = self._descent.state()
+        self._journal.write_tensors(self._piece, tensors, {"state": facts})
+        self._saved = time.monotonic()
+
+
+def loss_facts(descent: Descent) -> dict[str, Any]:
+    """Return what a descent did, as JSON values."""
+    return {
+        "trainable": descent.trained.count,
+        "losses": [[step, finite(loss)] for step, loss in descent.losses],
+        "best_step": descent.best_step,
+        "skipped": descent.skipped,
+    }
+
+
+def finite(loss: float) -> float | None:
+    """Return a loss as a JSON value: None if it is not finite."""
+    return loss if math.isfinite(loss) else None
+
+
+def deterministic(device: str) -> "_Deterministic":
+    """Return a context in which backward passes on a GPU add in a fixed order."""
+    return _Deterministic(device.startswith("cuda"))
+
+
+class _Deterministic:
+    def __init__(self, active: bool) -> None:
+        self._active = active
+
+    def __enter__(self) -> None:
+        self._before = torch.are_deterministic_algorithms_enabled()
+        self._warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        if self._active:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(self._before, warn_only=self._warn_only)

@@ -1,0 +1,118 @@
+"""The stage ``heal``: train what is stored in floating point."""
+
+from collections.abc import Mapping
+
+from lrc.compressors.corpus.documents import check_source
+from lrc.compressors.evaluate.perplexity import check_window
+from lrc.compressors.heal.held_out import SELF, check_evaluation_texts, repetition_warning
+from lrc.compressors.heal.run import read_text, run_training, text_request
+from lrc.compressors.layers import COMPONENTS
+from lrc.compressors.methods.base import LOW_RANK_TYPES
+from lrc.compressors.planning.compile import Draft
+from lrc.compressors.planning.plan import Plan, TrainingRecord
+from lrc.compressors.session import Session
+from lrc.configs.errors import DataError, RecipeError
+from lrc.configs.heal import Block, HealBase
+
+# In forward passes: the dense model's, the compressed model's, and two for its gradients. The fit
+# of a layer takes the dense layer's only once.
+DISTILL_PASSES, BLOCK_PASSES = 4.0, 3.0
+NAMES = {"factors": "low-rank components", "values": "masks", "scales": "integers"}
+
+
+class HealStage:
+    """Compilation and execution of ``heal`` stages."""
+
+    def announce(self, draft: Draft, stages: Mapping[int, HealBase]) -> None:
+        """Check the names of the texts."""
+        for index, options in stages.items():
+            where = f"stages[{index}].heal"
+            try:
+                if options.source is not None:
+                    check_source(options.source, part="calibration", key=f"{where}.source")
+                if options.length is not None:
+                    check_window(draft.source.config, options.length, f"{where}.length")
+            except RecipeError as error:
+                draft.problems += error.problems
+
+    def compile(self, draft: Draft, stages: Mapping[int, HealBase]) -> None:
+        """Add the records of the stages."""
+        for index, options in stages.items():
+            _check(draft, index, options)
+            length = options.length or draft.window
+            steps = options.number_of_steps(length)
+            block = isinstance(options, Block)
+            draft.training.append(
+                TrainingRecord(
+                    stage=index,
+                    kind="heal",
+                    method=options.method,
+                    options=options.model_dump(mode="json"),
+                    steps=steps,
+                    tokens=steps * options.batch * length,
+                    passes=BLOCK_PASSES if block else DISTILL_PASSES,
+                )
+            )
+
+    def check(self, session: Session, stages: Mapping[int, HealBase]) -> None:
+        """Refuse texts that are evaluated on, or too short, before any stage runs."""
+        for index, options in stages.items():
+            request = text_request(session, index, options)
+            check_evaluation_texts(request, session.prepared.recipe.evaluate.perplexity)
+            if request.source == SELF:
+                samples = session.calibration.samples
+                if options.length not in (None, session.calibration.length):
+                    raise RecipeError(
+                        f"{request.where}.length: must be calibration.length with source: self, "
+                        f"got {options.length}; leave it out"
+                    )
+                if samples <= request.n_held_out:
+                    raise DataError(
+                        f"{request.where}.held_out: must leave some of the {samples} windows of "
+                        f"source: self, got {options.held_out:,} tokens; lower it to at most "
+                        f"{(samples - 1) * request.length:,}, or raise calibration.samples"
+                    )
+            elif not session.checkpoint.exists():
+                text = read_text(session, request)
+                if warning := repetition_warning(request, text):
+                    session.machine.on_warning(warning)
+
+    def run(self, session: Session, plan: Plan) -> Plan:
+        """Train."""
+        return run_training(session, plan, session.prepared.recipe.stages_of("heal"))
+
+
+def _check(draft: Draft, index: int, options: HealBase) -> None:
+    """Report options that find nothing to train, as far as the plan tells."""
+    where = f"stages[{index}].heal"
+    tasks = [task for task in draft.tasks.values() if task.compressed]
+    if not tasks and (isinstance(options, Block) or not (draft.slices or draft.embeddings)):
+        draft.problems.add(
+            "nothing-to-train",
+            where,
+            "must follow a stage that compresses linear layers, got none; add a 'decompose' or "
+            "'quantize' stage before it",
+        )
+        return
+    if any(task.pending for task in tasks):
+        return  # known when it runs
+    components = [component for task in tasks for component in task.config.components]
+    present = {
+        "factors": any(c.type in LOW_RANK_TYPES for c in components),
+        "values": any(
+            "values" in COMPONENTS[c.type].tensors(*task.shape, c)
+            for task in tasks
+            for c in task.config.components
+        ),
+        "scales": any(c.quantization is not None for c in components),
+    }
+    train = getattr(options, "train", "all")
+    if not present.get(train, True):
+        key = "method" if options.method == train else "train"
+        draft.problems.add(
+            "nothing-to-train",
+            f"{where}.{key}",
+            f"must select something that earlier stages leave, got '{train}' and no "
+            f"{NAMES[train]}; choose another value, such as "
+            f"{'distill' if key == 'method' else 'all'}, or remove the stage",
+        )

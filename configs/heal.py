@@ -1,0 +1,109 @@
+"""Options of healing: training of the numbers that earlier stages left in the model."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from lrc.configs.strict import Strict, Text
+
+Train = Annotated[
+    Literal["all", "factors", "values", "scales", "norms"],
+    Field(
+        description="What is trained; all other tensors keep their bits. `all`: everything in "
+        "floating point except embedding and head; `factors`: low-rank components (WeLore); "
+        "`values`: stored values of masks and dictionaries, at their places; `scales`: scales of "
+        "integers, norms, and biases of quantized layers; `norms`: norms and biases (PERP)."
+    ),
+]
+
+
+class HealBase(Strict):
+    """Options of every healing method."""
+
+    method: str
+    """What the compressed model is fitted to."""
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Number of steps; for `block`, of every fit of a layer. 150 (`block`: 100) if neither this nor
+    `tokens` is given. 0 only measures."""
+    tokens: PositiveInt | None = None
+    """Instead of `steps`: training tokens, rounded up to whole steps."""
+    batch: PositiveInt = 8
+    """Windows per step."""
+    rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    """Highest learning rate: it rises over the first steps and then falls to zero as a cosine."""
+    held_out: PositiveInt = 16384
+    """Tokens of the text that are never trained on; they choose the best step, and decide whether
+    the result is used."""
+    source: Text | None = None
+    """Training text, as `calibration.source`, which is the default."""
+    length: PositiveInt | None = None
+    """Tokens per window; that of `calibration` if left out."""
+
+    default_steps: ClassVar[int] = 150
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "HealBase":
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError("give at most one of 'steps' and 'tokens', got both; remove one")
+        return self
+
+    def number_of_steps(self, length: int) -> int:
+        """Return the number of steps with windows of `length` tokens."""
+        if self.tokens is not None:
+            return -(-self.tokens // (self.batch * length))
+        return self.default_steps if self.steps is None else self.steps
+
+
+class LogitFit(HealBase):
+    """Options of the methods that train the whole model."""
+
+    divergence: Literal["forward", "reverse", "both"] = "forward"
+    """The loss, a Kullback-Leibler divergence between the predictions of the dense model and those
+    of the compressed one: with the dense model's as weights (`forward`), with the compressed
+    model's (`reverse`), or the mean of both."""
+    checkpointing: bool = False
+    """Recompute the inside of every layer for the backward pass: less memory, a third slower."""
+
+
+class Distill(LogitFit):
+    """Distillation: the whole model is trained to predict what the dense model predicts."""
+
+    method: Literal["distill"]
+    train: Train = "all"
+
+
+class Scales(LogitFit):
+    """Distillation that changes only scales of integers, norms, and biases of quantized layers."""
+
+    method: Literal["scales"]
+
+    @property
+    def train(self) -> Literal["scales"]:
+        """What is trained."""
+        return "scales"
+
+
+class Block(HealBase):
+    """Each layer is trained to produce the dense layer's outputs; one layer is in memory."""
+
+    method: Literal["block"]
+    train: Train = "all"
+    parts: Literal["together", "separate"] = "together"
+    """Whether attention and MLP of a layer are trained together, to the output of the layer, or one
+    after the other: attention to its own output, then the MLP to the output of the layer."""
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Fraction of the windows of a step that enter a layer as the dense model computes them; the
+    others as the compressed layers before it do, [0, 1]."""
+    samples: PositiveInt = 128
+    """Number of training windows, whose hidden states are kept; they are used repeatedly."""
+
+    default_steps: ClassVar[int] = 100
+
+
+Heal = Annotated[
+    Distill | Scales | Block,
+    Field(
+        discriminator="method",
+        description="Train what is stored in floating point; masks, indices and integers stay.",
+    ),
+]

@@ -1,0 +1,442 @@
+"""Healing: what is trained gets better on text that is held out, and nothing else changes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lrc.compressors.heal import work
+from lrc.compressors.io.machine import Machine
+from lrc.compressors.layers import COMPONENTS, CompressedLinear
+from lrc.compressors.pipeline import compress
+from lrc.configs.errors import Stopped
+from lrc.configs.load import load_recipe
+
+Run = Callable[..., tuple[dict[str, Any], Path]]
+
+DISTILL = {"method": "distill", "steps": 30, "batch": 4, "rate": 3e-3, "held_out": 512}
+BLOCK = {"method": "block", "steps": 20, "batch": 4, "rate": 3e-3, "held_out": 512, "samples": 16}
+INT4 = {"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}
+
+FORMS: dict[str, list[dict[str, Any]]] = {
+    "low_rank": [{"decompose": {"method": "svd", "keep": 0.6, "storage": "low_rank"}}],
+    "shared low_rank": [{"decompose": {"method": "basis-sharing", "keep": 0.6}}],
+    "pivoted_low_rank": [
+        {"decompose": {"method": "svd", "keep": 0.6, "storage": "pivoted_low_rank"}}
+    ],
+    "low_rank with a bias": [{"decompose": {"method": "lord", "keep": 0.6}}],
+    "sparse": [{"decompose": {"method": "magnitude", "keep": 0.6}}],
+    "sparse 2:4": [{"decompose": {"method": "magnitude", "keep": 0.6, "pattern": "2:4"}}],
+    "semi_structured": [{"decompose": {"method": "magnitude", "keep": 0.6, "pattern": "n:8"}}],
+    "dictionary": [{"decompose": {"method": "dictionary", "keep": 0.6}}],
+    "shared dictionary": [
+        {"decompose": {"method": "cospadi", "keep": 0.6, "rounds": 1, "layers_per_group": 2}}
+    ],
+    "dense": [INT4],
+    "dense, asymmetric": [
+        {"quantize": {"method": "rtn", "bits": 3, "group_size": 16, "symmetric": False}}
+    ],
+    "dense, correction": [
+        {"quantize": {"method": "rtn", "bits": 2, "low_rank_correction": {"rank": 4}}}
+    ],
+    "block_sparse": [{"quantize": {"method": "gqsa", "bits": 4, "group_size": 16}}],
+    "quantized low_rank": [
+        {"decompose": {"method": "svd", "keep": 0.6, "storage": "low_rank"}},
+        {"quantize": {"method": "rtn", "bits": 4}},
+    ],
+    "quantized pivoted_low_rank": [
+        {"decompose": {"method": "svd", "keep": 0.6, "storage": "pivoted_low_rank"}},
+        {"quantize": {"method": "rtn", "bits": 4}},
+    ],
+    "quantized sparse": [
+        {"decompose": {"method": "magnitude", "keep": 0.6}},
+        {"quantize": {"method": "rtn", "bits": 4}},
+    ],
+    "quantized semi_structured": [
+        {"decompose": {"method": "magnitude", "keep": 0.6, "pattern": "n:8"}},
+        {"quantize": {"method": "rtn", "bits": 4}},
+    ],
+    "quantized dictionary": [
+        {"decompose": {"method": "dictionary", "keep": 0.6}},
+        {"quantize": {"method": "rtn", "bits": 4}},
+    ],
+    "quantized embedding": [
+        {"quantize": {"method": "rtn", "bits": 4, "group_size": 16, "embeddings": "int8"}}
+    ],
+    "sliced": [{"slice": {"method": "modegpt", "keep": 0.9}}],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    """Two would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(
+    tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path_factory: Any
+) -> Run:
+    """Run stages on the tiny model; return the report and the output folder. Runs are shared."""
+    done: dict[str, tuple[dict[str, Any], Path]] = {}
+
+    def start(*stages: dict[str, Any], machine: Machine | None = None, **changes: Any) -> Any:
+        key = json.dumps([stages, changes])
+        if machine is not None or key not in done:
+            output = tmp_path_factory.mktemp("heal") / "run"
+            recipe = tiny_recipe(tiny_model_folder, output, stages=[*stages], **changes)
+            done[key] = compress(load_recipe(recipe), machine), output
+        return done[key]
+
+    return start
+
+
+def tensors_of(output: Path) -> dict[str, Tensor]:
+    return load_file(output / "checkpoint/model.safetensors")
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Return the names of tensors that differ between two checkpoints."""
+    ours, theirs = tensors_of(before), tensors_of(after)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].dtype == theirs[name].dtype for name in ours)
+    return {name for name in ours if not torch.equal(ours[name], theirs[name])}
+
+
+def test_every_component_type_is_among_the_forms() -> None:
+    assert {*COMPONENTS} <= {name.split(",")[0].split()[-1] for name in FORMS}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", [DISTILL, BLOCK], ids=["distill", "block"])
+def test_every_stored_form_trains_and_is_saved(
+    run: Run, form: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    if form == "sliced" and options is BLOCK:
+        pytest.skip("block fits to the sliced model, so that there is nothing to fit")
+    report, output = run(*FORMS[form], {"heal": options})
+    (record,) = report["training"]
+    assert record["kept"]
+    assert record["after"] < 0.97 * record["before"]
+    _, plain = run(*FORMS[form])
+    names = changed(plain, output)
+    assert names
+    before = tensors_of(plain)
+    assert all(before[name].is_floating_point() for name in names)
+    model = AutoModelForCausalLM.from_pretrained(output / "checkpoint")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        logits = model(ids).logits
+        model.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert torch.equal(again(ids).logits, logits)
+
+
+@pytest.mark.parametrize("options", [DISTILL, BLOCK], ids=["distill", "block"])
+def test_zero_steps_change_nothing(run: Run, options: dict[str, Any]) -> None:
+    report, output = run(INT4, {"heal": {**options, "steps": 0}})
+    (record,) = report["training"]
+    assert not record["kept"]
+    assert record["after"] == record["before"] > 0
+    _, plain = run(INT4)
+    assert changed(plain, output) == set()
+
+
+def test_a_result_that_is_no_better_is_not_used(run: Run) -> None:
+    report, output = run(INT4, {"heal": {**DISTILL, "steps": 2, "rate": 0.9}})
+    (record,) = report["training"]
+    assert not record["kept"]
+    assert record["best_step"] == 0
+    _, plain = run(INT4)
+    assert changed(plain, output) == set()
+
+
+MIXED = [
+    {"decompose": {"method": "svd", "keep": 0.6, "targets": ["*.mlp.*"]}},
+    {"decompose": {"method": "magnitude", "keep": 0.6, "targets": ["*.q_proj", "*.k_proj"]}},
+    {"quantize": {"method": "rtn", "bits": 4, "group_size": 16, "targets": ["*.o_proj"]}},
+]
+
+
+@pytest.mark.parametrize("method", ["distill", "block"])
+@pytest.mark.parametrize(
+    ("train", "trained"),
+    [
+        ("all", ("low_rank", "values", "_scale", "norm", "v_proj")),
+        ("factors", ("low_rank",)),
+        ("values", ("values",)),
+        ("scales", ("_scale", "norm")),
+        ("norms", ("norm",)),
+    ],
+)
+def test_what_is_not_trained_keeps_its_bits(
+    run: Run, method: str, train: str, trained: tuple[str, ...]
+) -> None:
+    options = DISTILL if method == "distill" else BLOCK
+    report, output = run(*MIXED, {"heal": {**options, "train": train}})
+    assert report["training"][0]["kept"]
+    _, plain = run(*MIXED)
+    names = changed(plain, output)
+    for kind in trained:
+        assert any(kind in name for name in names), kind
+    assert all(any(kind in name for kind in trained) for name in names)
+
+
+def test_scales_is_distillation_of_scales(run: Run) -> None:
+    _, ours = run(INT4, {"heal": {**DISTILL, "method": "scales"}})
+    _, theirs = run(INT4, {"heal": {**DISTILL, "train": "scales"}})
+    assert changed(ours, theirs) == set()
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "both"])
+def test_every_divergence_lowers_the_loss(run: Run, divergence: str) -> None:
+    report, _ = run(INT4, {"heal": {**DISTILL, "divergence": divergence}})
+    assert report["training"][0]["kept"]
+
+
+def test_recomputation_gives_the_same_bytes(run: Run) -> None:
+    _, ours = run(INT4, {"heal": DISTILL})
+    _, theirs = run(INT4, {"heal": {**DISTILL, "checkpointing": True}})
+    assert changed(ours, theirs) == set()
+
+
+def test_attention_and_mlp_are_fitted_one_after_the_other(run: Run) -> None:
+    report, _ = run(INT4, {"heal": {**BLOCK, "parts": "separate"}})
+    (record,) = report["training"]
+    assert record["kept"]
+    fits = [[fit["part"] for fit in layer["fits"]] for layer in record["layers"]]
+    assert fits == [["self_attn", "layer"]] * 2
+    for layer in record["layers"]:
+        for fit in layer["fits"]:
+            losses = dict(map(tuple, fit["losses"]))
+            assert losses[fit["best_step"]] < losses[0]
+
+
+def test_stages_go_on_from_each_other(run: Run) -> None:
+    report, output = run(INT4, {"heal": BLOCK}, {"heal": DISTILL})
+    block, distill = report["training"]
+    assert distill["after"] < distill["before"] < block["before"]
+    assert distill["before"] == pytest.approx(block["after"], rel=0.05)
+    _, single = run(INT4, {"heal": DISTILL})
+    assert changed(single, output)
+
+
+CHAIN = [MIXED[0], {"heal": {**BLOCK, "parts": "separate"}}, {"heal": DISTILL}]
+
+
+class Stopper:
+    """Stops a run after a number of calls with the stage ``heal``."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.calls -= stage == "heal"
+        if self.calls == 0 and stage == "heal":
+            raise Stopped("stopped by a test")
+
+
+@pytest.mark.parametrize("snapshots", [0.0, 1e9])
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    run: Run,
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    snapshots: float,
+) -> None:
+    monkeypatch.setattr(work, "SNAPSHOT_SECONDS", snapshots)
+    _, undisturbed = run(*CHAIN)
+    recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=CHAIN))
+    for calls in (1, 1, 1, 7, 11, 5):  # in both layers of the first, and in the second
+        with pytest.raises(Stopped):
+            compress(recipe, Machine(on_step=Stopper(calls)))
+    report = compress(recipe)
+    assert changed(undisturbed, tmp_path / "run") == set()
+    plans = [
+        (output / "checkpoint/lrc/plan.json").read_text()
+        for output in (undisturbed, tmp_path / "run")
+    ]
+    assert plans[0] == plans[1]
+    assert [each["kept"] for each in report["training"]] == [True, True]
+    left = {path.name for path in (tmp_path / "run/work").iterdir()}
+    assert not any("heal" in name for name in left)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
+    run: Run, tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    _, first = run(INT4, {"heal": DISTILL})
+    stages = [INT4, {"heal": DISTILL}]
+    for seed, same in ((0, True), (1, False)):
+        output = tmp_path / f"run-{seed}"
+        compress(load_recipe(tiny_recipe(tiny_model_folder, output, stages=stages, seed=seed)))
+        assert (changed(first, output) == set()) == same
+
+
+def test_a_checkpoint_that_is_deleted_is_made_again(run: Run, tmp_path: Path) -> None:
+    _, first = run(INT4, {"heal": DISTILL})
+    output = tmp_path / "run"
+    shutil.copytree(first, output)
+    shutil.rmtree(output / "checkpoint")
+    (output / "report.json").unlink()
+    recipe = first.with_name("run.yaml").read_text().replace(str(first), str(output))
+    (tmp_path / "run.yaml").write_text(recipe)
+    compress(load_recipe(tmp_path / "run.yaml"))
+    assert changed(first, output) == set()
+
+
+def test_the_report_says_what_was_done(run: Run) -> None:
+    report, output = run(INT4, {"heal": {**DISTILL, "steps": None, "tokens": 4000}})
+    (record,) = report["training"]
+    assert record["steps"] == 16  # of 256 tokens
+    assert record["tokens"] == 4096
+    assert record["text"]["held_out_tokens"] == 512
+    assert record["text"]["training_tokens"] == 4096
+    assert record["warning"] is None
+    assert record["seconds"] > 0
+    assert record["peak_bytes"] > 1e6
+    assert [step for step, _ in record["losses"]] == list(range(17))
+    model = AutoModelForCausalLM.from_pretrained(output / "checkpoint")
+    scales = sum(
+        p.numel()
+        for layer in model.modules()
+        if isinstance(layer, CompressedLinear)
+        for p in layer.parameters()
+    )
+    # A plain checkpoint has no layers of lrc; its scales are the same.
+    named = tensors_of(output)
+    stored = sum(t.numel() for name, t in named.items() if "_scale" in name or "norm" in name)
+    assert record["trainable"] == (scales or stored)
+
+
+def test_a_text_that_is_repeated_is_warned_of(run: Run) -> None:
+    report, _ = run(INT4, {"heal": {**DISTILL, "steps": 400, "rate": 1e-5}})
+    (record,) = report["training"]
+    assert "is repeated" in record["warning"]
+    assert record["warning"] in report["warnings"]
+
+
+def test_the_plan_shows_the_budget(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    stages = [INT4, {"heal": BLOCK}, {"heal": DISTILL}]
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+    ended = lrc("plan", recipe)
+    assert ended.code == 0, ended.err
+    assert "heal, block: 20 steps, 5,120 tokens through every layer" in ended.out
+    assert "heal, distill: 30 steps, 7,680 tokens" in ended.out
+    assert "heal 0 s" in ended.out
+    assert not (tmp_path / "run").exists()
+
+
+BAD: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...]]] = {
+    "an unknown method": (
+        {"method": "distil"},
+        "",
+        "stages[1].heal.method",
+        ("did you mean 'distill'", "distill"),
+    ),
+    "two budgets": (
+        {**DISTILL, "tokens": 100},
+        "conflicting-keys",
+        "stages[1].heal",
+        ("at most one of 'steps' and 'tokens'", "remove one"),
+    ),
+    "no text of that name": (
+        {**DISTILL, "source": "wikitext3"},
+        "",
+        "stages[1].heal.source",
+        ("wikitext2",),
+    ),
+    "no masks": (
+        {**DISTILL, "train": "values"},
+        "nothing-to-train",
+        "stages[1].heal.train",
+        ("no masks", "such as all"),
+    ),
+    "no factors": (
+        {**BLOCK, "train": "factors"},
+        "nothing-to-train",
+        "stages[1].heal.train",
+        ("no low-rank components",),
+    ),
+    "a window that is too long": (
+        {**DISTILL, "length": 300},
+        "",
+        "stages[1].heal.length",
+        ("at most 256",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_error(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    case: str,
+) -> None:
+    options, code, where, words = BAD[case]
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=[INT4, {"heal": options}])
+    lrc("plan", recipe).refuses(2, *words, code=code, where=where)
+
+
+def test_scales_need_integers(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    stages = [{"decompose": {"method": "svd", "keep": 0.6}}, {"heal": {"method": "scales"}}]
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+    lrc("plan", recipe).refuses(2, "no integers", where="stages[1].heal.method")
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=[{"heal": DISTILL}])
+    lrc("plan", recipe).refuses(2, "add a 'decompose'", where="stages[0].heal")
+
+
+def test_texts_that_do_not_do_are_refused_before_any_work(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tiny_text: Path,
+    tmp_path: Path,
+) -> None:
+    empty, copy = tmp_path / "empty.txt", tmp_path / "copy.txt"
+    empty.write_text("")
+    shutil.copyfile(tiny_text, copy)
+    evaluate = {"perplexity": [{"source": str(copy), "name": "mine", "window": 32}]}
+    cases = [
+        ({**DISTILL, "source": str(empty)}, {}, 1, ("stages[1].heal.source", "is empty")),
+        ({**DISTILL, "held_out": 10**6}, {}, 1, ("stages[1].heal.held_out", "at most")),
+        (DISTILL, {"evaluate": evaluate}, 2, ("calibration.source", "evaluate.perplexity mine")),
+    ]
+    for number, (options, changes, code, words) in enumerate(cases):
+        output = tmp_path / f"run-{number}"
+        stages = [INT4, {"heal": options}]
+        recipe = tiny_recipe(tiny_model_folder, output, stages=stages, **changes)
+        lrc("compress", recipe, "-q").refuses(code, *words)
+        assert not (output / "work/compressed").exists()
+
+
+def test_windows_of_the_source_self_are_used(run: Run, tiny_text: Path) -> None:
+    calibration = {"source": "self", "samples": 12, "length": 64}
+    report, _ = run(INT4, {"heal": DISTILL}, calibration=calibration)
+    (record,) = report["training"]
+    assert record["text"]["source"] == "self"
+    assert record["text"]["training_tokens"] == 4 * 64
+    assert record["kept"]
