@@ -15,8 +15,8 @@ from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
-from lrc.compressors.heal.files import trained_tensors
 from lrc.compressors.heal.run import training_files
+from lrc.compressors.heal.trained_files import trained_tensors
 from lrc.compressors.io.files import new_folder
 from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.model_versions import slice_folder

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from lrc.compressors.calibrate.activation_cache import ActivationCache, cache_files
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, LayerExecutor
 from lrc.compressors.heal.divergence import PIECE, divergence
-from lrc.compressors.heal.files import TRAINED, layer_file, write_trained
 from lrc.compressors.heal.layer_fit import Apply, LayerData, LayerFit, find_parts
 from lrc.compressors.heal.parameters import TrainedParameters
+from lrc.compressors.heal.trained_files import TRAINED, layer_file, write_trained
 from lrc.compressors.heal.work import (
     HealWork,
     deterministic,

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.divergence import Predictor, add_gradients, mean_divergence
-from lrc.compressors.heal.files import model_file, write_trained
 from lrc.compressors.heal.schedule import batch_rows, is_judged
+from lrc.compressors.heal.trained_files import model_file, write_trained
 from lrc.compressors.heal.work import (
     HealWork,
     Snapshots,

@@ -11,7 +11,7 @@ from lrc.compressors.corpus.documents import SOURCES, read_documents
 from lrc.compressors.corpus.excerpts import TextHash
 from lrc.compressors.corpus.tokens import check_vocabulary, default_bos
 from lrc.compressors.corpus.windows import calibration_text, with_bos
-from lrc.compressors.heal.files import text_file
+from lrc.compressors.heal.trained_files import text_file
 from lrc.compressors.io.journal import Journal
 from lrc.configs.errors import DataError, RecipeError
 from lrc.configs.heal import Block, HealBase

@@ -9,12 +9,18 @@ import torch
 
 from lrc.compressors.heal.block_fit import fit_blocks
 from lrc.compressors.heal.distill import distill
-from lrc.compressors.heal.files import facts_file, folder, memory_file, state_file, text_file
 from lrc.compressors.heal.held_out import (
     TextRequest,
     TrainingText,
     repetition_warning,
     training_text,
+)
+from lrc.compressors.heal.trained_files import (
+    facts_file,
+    folder,
+    memory_file,
+    state_file,
+    text_file,
 )
 from lrc.compressors.heal.work import HealWork
 from lrc.compressors.io.journal import Journal

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.checkpoint.quantizer import replace_layers
 from lrc.compressors.compress.layerwise import layer_file
-from lrc.compressors.heal.files import trained_tensors
+from lrc.compressors.heal.trained_files import trained_tensors
 from lrc.compressors.layers import CompressedLinear, layer_tensors, sentinel
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from lrc.compressors.heal.descent import Descent
-from lrc.compressors.heal.files import state_file
 from lrc.compressors.heal.held_out import TrainingText
 from lrc.compressors.heal.parameters import TrainedParameters, parameter_roles
 from lrc.compressors.heal.stored import StoredModel
+from lrc.compressors.heal.trained_files import state_file
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session
 from lrc.configs.errors import RecipeError

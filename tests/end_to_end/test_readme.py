@@ -47,7 +47,7 @@ def test_stages_in_the_readme_are_valid() -> None:
     for part in stages:
         recipe = {**yaml.safe_load(whole), **yaml.safe_load(part)}
         kinds |= {stage.kind for stage in Recipe.model_validate(recipe).stages}
-    assert kinds == {"decompose", "quantize"}
+    assert kinds == {"decompose", "quantize", "heal"}
 
 
 def test_every_recipe_of_the_readme_is_shipped() -> None:
