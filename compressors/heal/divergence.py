@@ -46,7 +46,7 @@ class Predictor:
 
     def __init__(self, model: Any, tokens: Tensor, *, dtype: torch.dtype) -> None:
         self._model, self._dtype = model, dtype
-        self._device = model.get_input_embeddings().parameters().__next__().device
+        self._device = next(model.get_input_embeddings().parameters()).device
         with torch.no_grad():
             split = head_gives_logits(model, tokens[0, :PROBE].to(self._device))
         self._head = model.get_output_embeddings() if split else None

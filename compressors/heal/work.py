@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,20 +134,14 @@ def finite(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def deterministic(device: str) -> "_Deterministic":
-    """Return a context in which backward passes on a GPU add in a fixed order."""
-    return _Deterministic(device.startswith("cuda"))
-
-
-class _Deterministic:
-    def __init__(self, active: bool) -> None:
-        self._active = active
-
-    def __enter__(self) -> None:
-        self._before = torch.are_deterministic_algorithms_enabled()
-        self._warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        if self._active:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-
-    def __exit__(self, *_: object) -> None:
-        torch.use_deterministic_algorithms(self._before, warn_only=self._warn_only)
+@contextmanager
+def deterministic(device: str) -> Iterator[None]:
+    """Let backward passes on a GPU add in a fixed order inside the context."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.startswith("cuda"):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -1,0 +1,94 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrc.compressors.heal.descent import Descent
+from lrc.compressors.heal.parameters import SMALLEST_SCALE, TrainedParameters
+
+TARGET = torch.tensor([0.5, -0.25, 2.0])
+
+
+def start(rate: float = 0.05, steps: int = 60) -> Descent:
+    parameters = {"x": nn.Parameter(torch.ones(3)), "unused": nn.Parameter(torch.ones(2))}
+    dtypes = dict.fromkeys(parameters, torch.bfloat16)
+    return Descent(TrainedParameters(parameters, dtypes), steps=steps, rate=rate)
+
+
+def loss_of(descent: Descent) -> Tensor:
+    return (descent.trained.parameters["x"] - TARGET).square().sum()
+
+
+def advance(descent: Descent, steps: int) -> None:
+    for _ in range(steps):
+        loss_of(descent).backward()
+        descent.update_()
+        descent.judge(loss_of(descent).item())
+
+
+def test_it_descends_and_the_best_is_stored_in_its_dtype() -> None:
+    descent = start()
+    descent.judge(loss_of(descent).item())
+    advance(descent, 60)
+    assert descent.best_loss < 1e-2 * descent.losses[0][1]
+    assert descent.best["x"].dtype == torch.bfloat16
+    torch.testing.assert_close(descent.best["x"].float(), TARGET, atol=0.1, rtol=0)
+
+
+def test_a_saved_state_continues_to_the_same_bits() -> None:
+    undisturbed, first, second = start(), start(), start()
+    for each in (undisturbed, first):
+        each.judge(loss_of(each).item())
+    advance(undisturbed, 60)
+    advance(first, 23)
+    tensors, facts = first.state()
+    assert {*tensors} <= {*first.state_names()}
+    second.resume({name: tensor.clone() for name, tensor in tensors.items()}, facts)
+    advance(second, 37)
+    ours, theirs = undisturbed.state(), second.state()
+    assert ours[1] == theirs[1]
+    assert ours[0].keys() == theirs[0].keys()
+    assert all(torch.equal(ours[0][name], theirs[0][name]) for name in ours[0])
+
+
+def test_gradients_that_are_not_finite_are_skipped() -> None:
+    descent = start()
+    descent.judge(1.0)
+    before = descent.trained.rounded()
+    (loss_of(descent) * math.inf).backward()
+    descent.update_()
+    assert (descent.done, descent.skipped) == (1, 1)
+    assert torch.equal(descent.trained.parameters["x"], before["x"].float())
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best() -> None:
+    descent = start()
+    descent.judge(1.0)
+    advance(descent, 1)
+    descent.judge(math.nan)
+    assert descent.best_step == 0 or math.isfinite(descent.best_loss)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_scales_stay_away_from_zero(sign: float) -> None:
+    scale = nn.Parameter(torch.full((2,), sign * 0.01))
+    name = "layer.weight_scale"
+    trained = TrainedParameters({name: scale}, {name: torch.float32})
+    with torch.no_grad():
+        scale.copy_(torch.tensor([-sign, sign]))
+    trained.limit_()
+    torch.testing.assert_close(
+        scale.detach(), torch.tensor([sign * 0.01 * SMALLEST_SCALE, sign]), rtol=1e-6, atol=0
+    )
+
+
+def test_values_are_rounded_as_stored_only_inside_the_context() -> None:
+    x = nn.Parameter(torch.ones(1))
+    trained = TrainedParameters({"x": x}, {"x": torch.bfloat16})
+    with torch.no_grad():
+        x.fill_(1.001)
+    exact = x.detach().clone()
+    with trained.as_stored():
+        assert x.item() == 1.0
+    assert torch.equal(x, exact)

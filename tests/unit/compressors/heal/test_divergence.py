@@ -1,0 +1,66 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from lrc.compressors.heal import divergence as module
+from lrc.compressors.heal.divergence import Predictor, add_gradients, divergence, mean_divergence
+
+KINDS = ("forward", "reverse", "both")
+
+
+def test_the_divergences_are_those_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense, compressed = torch.randn(2, 5, 11, generator=generator)
+    log_p, log_q = dense.log_softmax(-1), compressed.log_softmax(-1)
+    forward = kl_div(log_q, log_p, reduction="sum", log_target=True)
+    reverse = kl_div(log_p, log_q, reduction="sum", log_target=True)
+    for kind, expected in zip(KINDS, (forward, reverse, (forward + reverse) / 2), strict=True):
+        torch.testing.assert_close(divergence(dense, compressed, kind), expected)
+        assert float(divergence(dense, dense, kind)) == 0
+
+
+def gemma(seed: int) -> Any:
+    """Return a model that caps its logits after the head."""
+    config = Gemma2Config(
+        vocab_size=128,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        final_logit_softcapping=1.0,
+        initializer_range=0.5,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Gemma2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_pieces_are_those_of_the_whole_loss(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, family: str, kind: Any
+) -> None:
+    monkeypatch.setitem(module.PIECE, "cpu", 7)
+    models = [tiny_llama(seed=s) if family == "llama" else gemma(s) for s in range(2)]
+    tokens = torch.arange(60).view(3, 20)
+    dense, compressed = (Predictor(model, tokens, dtype=torch.float32) for model in models)
+    loss = divergence(
+        *(model(input_ids=tokens, use_cache=False).logits.flatten(0, 1) for model in models), kind
+    )
+    names, parameters = zip(*models[1].model.layers.named_parameters(), strict=True)
+    expected = torch.autograd.grad(loss / 60, parameters)
+    add_gradients(dense, compressed, tokens[:2], kind=kind, positions=60)
+    add_gradients(dense, compressed, tokens[2:], kind=kind, positions=60)
+    for name, parameter, gradient in zip(names, parameters, expected, strict=True):
+        torch.testing.assert_close(
+            parameter.grad, gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    if kind == "forward":
+        measured = mean_divergence(dense, compressed, tokens, together=2)
+        assert measured == pytest.approx(loss.item() / 60, rel=1e-5)
