@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -54,14 +55,18 @@ def find_parts(
     block that is called after it. The last part is fitted to the output of the layer.
     """
     children = dict(layer.named_children())
+    order = _order(apply, hidden, layer) if separate else []
+    blocks = [name for name in order if _is_compressed(children[name])]
+    # Linear layers that follow each other, as the MLP of OPT does, are one block.
     blocks = [
         name
-        for name in (_order(apply, hidden, layer) if separate else [])
-        if any(isinstance(module, CompressedLinear) for module in children[name].modules())
+        for name, following in zip_longest(blocks, blocks[1:])
+        if following is None
+        or not isinstance(children[name], CompressedLinear)
+        or not isinstance(children[following], CompressedLinear)
     ]
     if len(blocks) < 2:
         return [Part(None, tuple(trainable))]
-    order = _order(apply, hidden, layer)
     found: dict[str, list[str]] = {name: [] for name in blocks}
     for name in trainable:
         child = name.partition(".")[0]
@@ -71,6 +76,10 @@ def find_parts(
     parts = [Part(name, tuple(names)) for name, names in found.items()]
     parts[-1] = Part(None, parts[-1].parameters)
     return [part for part in parts if part.parameters]
+
+
+def _is_compressed(module: nn.Module) -> bool:
+    return any(isinstance(each, CompressedLinear) for each in module.modules())
 
 
 @torch.no_grad()

@@ -440,3 +440,37 @@ def test_windows_of_the_source_self_are_used(run: Run, tiny_text: Path) -> None:
     assert record["text"]["source"] == "self"
     assert record["text"]["training_tokens"] == 4 * 64
     assert record["kept"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama-tied", "mistral", "gemma3", "opt", "gpt-neox", "llama-bare-tied", "qwen2-float16"],
+)
+def test_every_family_heals(
+    families: Callable[[str], Any],
+    write_recipe: Callable[..., Path],
+    tiny_text: Path,
+    tmp_path: Path,
+    name: str,
+) -> None:
+    family = families(name)
+    block = {**BLOCK, "steps": 10, "parts": "separate", "rate": 1e-3}
+    recipe = write_recipe(
+        tmp_path,
+        family.source,
+        model={"path": str(family.source), "dtype": family.family.dtype},
+        calibration={"source": str(tiny_text), "samples": 4, "length": 64},
+        stages=[
+            {"decompose": {"method": "svd", "keep": 0.5}},
+            {"heal": block},
+            {"heal": {**DISTILL, "steps": 10, "rate": 1e-3}},
+        ],
+    )
+    first, second = compress(load_recipe(recipe))["training"]
+    assert [len(layer["fits"]) for layer in first["layers"]] == [2, 2]
+    assert first["kept"]
+    assert second["kept"]
+    assert second["after"] < second["before"] < first["before"]
+    dtype = getattr(torch, family.family.dtype)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
