@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.measures import BITS
-from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.plan import Plan, TrainingRecord
 from lrc.compressors.planning.rate_distortion import size_families
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.prepare import Prepared
@@ -114,13 +114,27 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     evaluates = bool(evaluate.perplexity or evaluate.tasks.names)
     calibrating = min(hidden, int(calibration.memory_limit_gib * GIB)) + layer
     calibrating += 4 * max((w for _, w in inputs), default=0) ** 2 * 3
+    training = max((_training_bytes(plan, record) for record in plan.training), default=0)
     now = psutil.Process().memory_info().rss
     converted = plan.dense_bytes if plan.model.source_quantized else 0
     converted += sum(record.bytes[1] for record in plan.slices)
     # Hidden states are replaced by writing new ones first.
     disk = statistics + 2 * hidden + plan.bits // 8 + plan.compressed_bytes + converted
-    memory = now + max(calibrating, whole if evaluates else 0, plan.compressed_bytes)
+    memory = now + max(calibrating, whole if evaluates else 0, training, plan.compressed_bytes)
     return Estimate(seconds, memory, disk, not_estimated)
+
+
+def _training_bytes(plan: Plan, record: TrainingRecord) -> int:
+    """Return the memory of a stage that trains the whole model, without activations.
+
+    In float32: the dense model, the compressed one and, for each number that is trained, a
+    gradient, two averages and the best value.
+    """
+    if record.method == "block":
+        return 0  # hidden states and one layer, as in calibration
+    few = record.options.get("train", "scales") in ("scales", "norms")
+    trained = 0 if few else plan.compressed_parameters
+    return 4 * (plan.dense_parameters + plan.compressed_parameters + 4 * trained)
 
 
 def fixed_size_flops(plan: Plan) -> tuple[int, int]:

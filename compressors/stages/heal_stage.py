@@ -7,9 +7,11 @@ from lrc.compressors.evaluate.perplexity import check_window
 from lrc.compressors.heal.held_out import SELF, check_evaluation_texts, repetition_warning
 from lrc.compressors.heal.run import read_text, run_training, text_request
 from lrc.compressors.layers import COMPONENTS
+from lrc.compressors.layers.masked_weight import MaskedWeight
 from lrc.compressors.methods.base import LOW_RANK_TYPES
 from lrc.compressors.planning.compile import Draft
 from lrc.compressors.planning.plan import Plan, TrainingRecord
+from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.session import Session
 from lrc.configs.errors import DataError, RecipeError
 from lrc.configs.heal import Block, HealBase
@@ -38,7 +40,8 @@ class HealStage:
     def compile(self, draft: Draft, stages: Mapping[int, HealBase]) -> None:
         """Add the records of the stages."""
         for index, options in stages.items():
-            _check(draft, index, options)
+            if not draft.problems:  # earlier stages are as they were meant
+                _check(draft, index, options)
             length = options.length or draft.window
             steps = options.number_of_steps(length)
             block = isinstance(options, Block)
@@ -83,7 +86,7 @@ class HealStage:
 
 
 def _check(draft: Draft, index: int, options: HealBase) -> None:
-    """Report options that find nothing to train, as far as the plan tells."""
+    """Report options that find nothing to train, whatever allocations choose."""
     where = f"stages[{index}].heal"
     tasks = [task for task in draft.tasks.values() if task.compressed]
     if not tasks and (isinstance(options, Block) or not (draft.slices or draft.embeddings)):
@@ -94,17 +97,12 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
             "'quantize' stage before it",
         )
         return
-    if any(task.pending for task in tasks):
-        return  # known when it runs
-    components = [component for task in tasks for component in task.config.components]
+    found = [_possible(draft, task) for task in tasks]
+    types = {each for kinds, _ in found for each in kinds}
     present = {
-        "factors": any(c.type in LOW_RANK_TYPES for c in components),
-        "values": any(
-            "values" in COMPONENTS[c.type].tensors(*task.shape, c)
-            for task in tasks
-            for c in task.config.components
-        ),
-        "scales": any(c.quantization is not None for c in components),
+        "factors": not types.isdisjoint(LOW_RANK_TYPES),
+        "values": any(issubclass(COMPONENTS[each], MaskedWeight) for each in types),
+        "scales": any(quantized for _, quantized in found),
     }
     train = getattr(options, "train", "all")
     if not present.get(train, True):
@@ -116,3 +114,14 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
             f"{NAMES[train]}; choose another value, such as "
             f"{'distill' if key == 'method' else 'all'}, or remove the stage",
         )
+
+
+def _possible(draft: Draft, task: LayerTask) -> tuple[set[str], bool]:
+    """Return the component types that a weight may have, and whether it may be quantized."""
+    if task.allocation is None:
+        components = task.config.components
+        return {c.type for c in components}, any(c.quantization for c in components)
+    allocation = draft.allocations[task.allocation]
+    later = task.quantize is not None and task.quantize.args is not None
+    types = {each for types in allocation.types for each in types.split("+")}
+    return types, later or bool(allocation.quantization)

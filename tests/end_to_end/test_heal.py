@@ -405,6 +405,11 @@ def test_scales_need_integers(
     stages = [{"decompose": {"method": "svd", "keep": 0.6}}, {"heal": {"method": "scales"}}]
     recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
     lrc("plan", recipe).refuses(2, "no integers", where="stages[1].heal.method")
+    # Not even the allocation that has yet to be made can choose one.
+    mixed = {"method": "mixed", "keep": 0.6, "components": ["sparse"]}
+    stages = [{"decompose": mixed}, {"heal": {**BLOCK, "train": "factors"}}]
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+    lrc("plan", recipe).refuses(2, "no low-rank components", where="stages[1].heal.train")
     recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=[{"heal": DISTILL}])
     lrc("plan", recipe).refuses(2, "add a 'decompose'", where="stages[0].heal")
 
