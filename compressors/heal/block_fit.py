@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache, cache_files
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, LayerExecutor
+from lrc.compressors.heal.descent import is_better
 from lrc.compressors.heal.divergence import PIECE, divergence
 from lrc.compressors.heal.layer_fit import Apply, LayerData, LayerFit, find_parts
-from lrc.compressors.heal.parameters import TrainedParameters
 from lrc.compressors.heal.trained_files import TRAINED, layer_file, write_trained
 from lrc.compressors.heal.work import (
     HealWork,
@@ -33,7 +33,9 @@ from lrc.compressors.heal.work import (
     loss_facts,
     nothing_to_train,
     select,
+    trained_parameters,
 )
+from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.configs.heal import Block
 
 
@@ -49,7 +51,8 @@ def fit_blocks(work: HealWork, options: Block) -> dict[str, Any]:
     RecipeError
         If the model has nothing that the options train.
     """
-    with deterministic(work.session.device):
+    device = work.session.device
+    with deterministic(device), tensor_cores(device):
         return BlockFit(work, options).run()
 
 
@@ -98,7 +101,7 @@ class BlockFit:
             raise nothing_to_train(work.where, self._options.train)
         before, after = self._divergence(self._before), self._divergence(self._healed)
         self._journal.forget(*cache_files(self._journal))
-        kept = after < before
+        kept = is_better(after, before)
         if not kept:
             self._journal.forget(*(layer_file(work.stage, index) for index in range(n_layers)))
         return {
@@ -153,7 +156,7 @@ class BlockFit:
         fits, trainable = [], 0
         for part in parts if selected else []:
             named = {f"{prefix}.{name}": selected[name] for name in part.parameters}
-            trained = TrainedParameters(named, self._stored.dtypes(named))
+            trained = trained_parameters(named, self._stored)
             fit = LayerFit(apply, dense, compressed, part, data)
             seed = work.seed * 1_000_003 + index
             descent = fit.run(trained, options, steps=work.steps, seed=seed)

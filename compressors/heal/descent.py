@@ -16,6 +16,11 @@ PARTS = {"average": "exp_avg", "square": "exp_avg_sq", "step": "step"}
 """Names of AdamW's state in a saved state -> those in torch."""
 
 
+def is_better(loss: float, best: float) -> bool:
+    """Return whether a loss is lower than another one, which may be the first that is finite."""
+    return math.isfinite(loss) and not loss >= best
+
+
 class Descent:
     """AdamW without weight decay; gradients are clipped, and the learning rate follows a schedule.
 
@@ -61,7 +66,7 @@ class Descent:
 
     def judge(self, loss: float) -> None:
         """Record the loss on held-out text; the values are kept if it is the lowest so far."""
-        better = math.isfinite(loss) and (not self.losses or loss < self.best_loss)
+        better = is_better(loss, self.best_loss if self.losses else math.nan)
         self.losses.append((self.done, loss))
         if better:
             self.best, self.best_step = self.trained.rounded(), self.done
