@@ -129,7 +129,11 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def read_values(packed: Tensor, scale: Tensor, count: int, args: QuantizationArgs) -> Tensor:
-    """Return the numbers [count] of `encode_values`, in the dtype of `scale`."""
+    """Return the numbers [count] of `encode_values`, in the dtype of `scale`.
+
+    The gradient of a scale is a sum over its group, in a fixed order on every device.
+    """
     codes = unpack_integers(packed, args.bits, count)[0]
-    each = scale.repeat_interleave(args.group_size or VALUES_GROUP)[:count]
-    return codes.to(scale.dtype) * each
+    missing = len(scale) * (args.group_size or VALUES_GROUP) - count  # in the last group
+    grouped = nn.functional.pad(codes, (0, missing)).view(len(scale), -1)
+    return (grouped.to(scale.dtype) * scale[:, None]).flatten()[:count]
