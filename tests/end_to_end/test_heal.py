@@ -71,6 +71,14 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"quantize": {"method": "rtn", "bits": 4, "group_size": 16, "embeddings": "int8"}}
     ],
     "sliced": [{"slice": {"method": "modegpt", "keep": 0.9}}],
+    "sliced, with widths of calibration": [
+        {"slice": {"method": "modegpt", "keep": 0.97, "uniform": False, "width_multiple": 1}},
+        {"quantize": {"method": "rtn", "bits": 4}},
+    ],
+    "sliced, with bases of blocks": [
+        {"slice": {"method": "slicegpt", "keep": 0.95, "rotations": "block"}},
+        {"quantize": {"method": "rtn", "bits": 4}},
+    ],
 }
 
 
