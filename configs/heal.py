@@ -29,8 +29,9 @@ class HealBase(Strict):
     """Instead of `steps`: training tokens, rounded up to whole steps."""
     batch: PositiveInt = 8
     """Windows per step."""
-    rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    """Highest learning rate: it rises over the first steps and then falls to zero as a cosine."""
+    rate: Annotated[float, Field(gt=0, lt=1)] = 5e-4
+    """Highest learning rate, relative to the root mean square of each tensor: it rises over the
+    first steps and then falls to zero as a cosine."""
     held_out: PositiveInt = 16384
     """Tokens of the text that are never trained on; they choose the best step, and decide whether
     the result is used."""

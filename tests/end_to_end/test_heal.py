@@ -21,8 +21,8 @@ from lrc.configs.load import load_recipe
 
 Run = Callable[..., tuple[dict[str, Any], Path]]
 
-DISTILL = {"method": "distill", "steps": 30, "batch": 4, "rate": 3e-3, "held_out": 512}
-BLOCK = {"method": "block", "steps": 20, "batch": 4, "rate": 3e-3, "held_out": 512, "samples": 16}
+DISTILL = {"method": "distill", "steps": 30, "batch": 4, "rate": 1e-2, "held_out": 512}
+BLOCK = {"method": "block", "steps": 20, "batch": 4, "rate": 1e-2, "held_out": 512, "samples": 16}
 INT4 = {"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}
 
 FORMS: dict[str, list[dict[str, Any]]] = {
@@ -130,8 +130,6 @@ def test_every_stored_form_trains_and_is_saved(
 ) -> None:
     if form == "sliced" and options is BLOCK:
         pytest.skip("block fits to the sliced model, so that there is nothing to fit")
-    if "dictionary" in form and "shared" not in form:  # atoms have larger entries than weights
-        options = {**options, "rate": 3e-4}
     report, output = run(*FORMS[form], {"heal": options})
     (record,) = report["training"]
     assert record["kept"]
@@ -231,7 +229,7 @@ def test_attention_and_mlp_are_fitted_one_after_the_other(run: Run) -> None:
 
 
 def test_stages_go_on_from_each_other(run: Run) -> None:
-    report, output = run(INT4, {"heal": BLOCK}, {"heal": {**DISTILL, "rate": 3e-4}})
+    report, output = run(INT4, {"heal": BLOCK}, {"heal": {**DISTILL, "rate": 1e-3}})
     block, distill = report["training"]
     assert distill["after"] < distill["before"] < block["before"]
     assert distill["before"] == pytest.approx(block["after"], rel=0.05)
@@ -448,7 +446,7 @@ def test_texts_that_do_not_do_are_refused_before_any_work(
 
 def test_windows_of_the_source_self_are_used(run: Run, tiny_text: Path) -> None:
     calibration = {"source": "self", "samples": 12, "length": 64}
-    report, _ = run(INT4, {"heal": {**DISTILL, "rate": 3e-4}}, calibration=calibration)
+    report, _ = run(INT4, {"heal": {**DISTILL, "rate": 1e-3}}, calibration=calibration)
     (record,) = report["training"]
     assert record["text"]["source"] == "self"
     assert record["text"]["training_tokens"] == 4 * 64
@@ -467,7 +465,7 @@ def test_every_family_heals(
     name: str,
 ) -> None:
     family = families(name)
-    block = {**BLOCK, "steps": 10, "parts": "separate", "rate": 1e-3}
+    block = {**BLOCK, "steps": 10, "parts": "separate", "rate": 5e-3}
     recipe = write_recipe(
         tmp_path,
         family.source,
@@ -476,7 +474,7 @@ def test_every_family_heals(
         stages=[
             {"decompose": {"method": "svd", "keep": 0.5}},
             {"heal": block},
-            {"heal": {**DISTILL, "steps": 10, "rate": 1e-3}},
+            {"heal": {**DISTILL, "steps": 10, "rate": 5e-3}},
         ],
     )
     first, second = compress(load_recipe(recipe))["training"]
