@@ -16,6 +16,16 @@ Train = Annotated[
     ),
 ]
 
+Rate = Annotated[
+    float,
+    Field(
+        gt=0,
+        lt=1,
+        description="Highest learning rate, relative to the root mean square of each tensor: it "
+        "rises over the first steps and then falls to zero as a cosine.",
+    ),
+]
+
 
 class HealBase(Strict):
     """Options of every healing method."""
@@ -29,9 +39,7 @@ class HealBase(Strict):
     """Instead of `steps`: training tokens, rounded up to whole steps."""
     batch: PositiveInt = 8
     """Windows per step."""
-    rate: Annotated[float, Field(gt=0, lt=1)] = 5e-4
-    """Highest learning rate, relative to the root mean square of each tensor: it rises over the
-    first steps and then falls to zero as a cosine."""
+    rate: Rate = 5e-4
     held_out: PositiveInt = 16384
     """Tokens of the text that are never trained on; they choose the best step, and decide whether
     the result is used."""
@@ -89,6 +97,7 @@ class Block(HealBase):
 
     method: Literal["block"]
     train: Train = "all"
+    rate: Rate = 5e-3
     parts: Literal["together", "separate"] = "together"
     """Whether attention and MLP of a layer are trained together, to the output of the layer, or one
     after the other: attention to its own output, then the MLP to the output of the layer."""
