@@ -1,7 +1,8 @@
 """Train the whole compressed model to predict what the dense model predicts.
 
-Half a minute of it gains more than any closed form: 150 steps of 8 x 1,024 tokens take the C4
-perplexity of SmolLM2-135M at half its bits from 37.0 to 34.3 (dense 28.1).
+It gains more than closed forms do. In a first experiment, 150 steps of 8 x 1,024 tokens with AdamW
+at 1e-4 took the C4 perplexity of SmolLM2-135M at half its bits from 37.0 to 34.3 (dense 28.1), in
+39 seconds on a GPU.
 """
 
 from functools import partial
