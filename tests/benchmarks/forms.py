@@ -31,6 +31,8 @@ from lrc.compressors.layers.siblings import stack_first_factors
 from lrc.compressors.layers.streaming import stream_low_rank
 
 D, KV, FF, LAYERS, VOCABULARY = 4096, 1024, 14336, 32, 128256
+COPIES = 8
+"""Layers whose linears are timed together, which do not fit into a cache."""
 
 
 @dataclass(frozen=True)
@@ -206,32 +208,35 @@ def elapsed(call: Callable[[], Any], repeats: int) -> float:
 
 def layers(args: argparse.Namespace) -> None:
     """Print the time of every form, relative to dense."""
-    copies, dtype = 8, torch.bfloat16 if args.device == "cuda" else torch.float32
-    print(f"\nseven linears, {copies} layers in one graph: speed relative to dense")
+    print(f"\nseven linears, {COPIES} layers in one graph: speed relative to dense")
     print(f"{'':22}" + "".join(f"{f'{n} rows':>12}" for n in args.rows))
-    dense: dict[int, float] = {}
+    dense: list[float] = []
     for name in [*FORMS, "dense"]:
-        make = maker(FORMS[name], args)
-        models = [prepared(Layer(make, args.scale)) for _ in range(copies)]
-        cells = []
-        for n in args.rows:
-            x = torch.randn(n, D // args.scale, device=args.device, dtype=dtype)
-            h = torch.randn(n, FF // args.scale, device=args.device, dtype=dtype)
-
-            def everything(x: Tensor = x, h: Tensor = h) -> None:
-                for model in models:  # noqa: B023
-                    model.linears(x, h)  # type: ignore[operator]
-
-            ms = graph_time(everything, args.device)
-            if name == "dense":
-                cells.append(f"{ms / copies * 1e3:9.1f} us")
-                dense.setdefault(n, ms)
-            else:
-                cells.append(f"{dense[n] / ms:11.2f}x")
-            del x, h, everything
+        times = form_times(FORMS[name], args)
+        dense = dense or times
+        if name == "dense":
+            cells = [f"{ms * 1e3:9.1f} us" for ms in times]
+        else:
+            cells = [f"{before / ms:11.2f}x" for before, ms in zip(dense, times, strict=True)]
         print(f"{name:22}" + "".join(cells), flush=True)
-        del models
         free()
+
+
+def form_times(form: Form, args: argparse.Namespace) -> list[float]:
+    """Return the milliseconds of the linears of a layer, for every number of rows."""
+    make, dtype = maker(form, args), torch.bfloat16 if args.device == "cuda" else torch.float32
+    models: list[Any] = [prepared(Layer(make, args.scale)) for _ in range(COPIES)]
+    times = []
+    for n in args.rows:
+        x = torch.randn(n, D // args.scale, device=args.device, dtype=dtype)
+        h = torch.randn(n, FF // args.scale, device=args.device, dtype=dtype)
+
+        def everything(x: Tensor = x, h: Tensor = h) -> None:
+            for model in models:
+                model.linears(x, h)
+
+        times.append(graph_time(everything, args.device) / COPIES)
+    return times
 
 
 def stream(args: argparse.Namespace) -> None:
