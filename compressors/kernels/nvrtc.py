@@ -1,8 +1,8 @@
 """Compile CUDA C++ at run time, and launch it on the current stream.
 
 PyTorch ships NVRTC, NVIDIA's compiler library; neither the CUDA toolkit nor a C compiler is needed.
-Sources include no headers but those beside them. A kernel takes about half a second to compile, once
-per process and combination of macros.
+Sources include no headers but those beside them. A kernel takes about half a second to compile,
+once per process and combination of macros.
 """
 
 import ctypes

@@ -8,7 +8,7 @@ layers  the seven linears of a layer, several different layers in one CUDA graph
 stream  8 x 4,096 tokens through the low-rank forms, all at once and in tiles: time and memory
 model   a whole model of 32 layers, one form after the other: tokens a second at batch 1 and 16
 
-`--device cpu --scale 64` only shows that the script runs.
+`--device cpu --scale 32` only shows that the script runs.
 """
 
 import argparse
