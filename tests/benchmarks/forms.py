@@ -98,6 +98,7 @@ FORMS = {
     "unstructured 0.5": sparse(0.5),
     "2:4": sparse(0.5, "2:4"),
     "int4-g16 groups 0.5": groups("int4-g16", 0.5),
+    "int4-g64 groups 0.5": groups("int4-g64", 0.5),
 }
 IN_MODEL = (
     "dense",
