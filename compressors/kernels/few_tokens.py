@@ -5,7 +5,6 @@ the numbers of tokens, rows and columns, in this order.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -106,16 +105,9 @@ def multiply(
     )
     kernel = nvrtc.kernel(source, "product", constants, x.get_device())
     grid = -(-d_out // (16 * blocks.tiles)) + more_blocks, -(-tokens // blocks.tokens), 1
-    with on_device(x.device):
+    with torch.cuda.device(x.device):
         kernel(grid, 32 * blocks.warps, x, *stored, y, tokens, d_out, d_in, *numbers)
     return y
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which kernels are launched on a device."""
-    if device.index == torch.cuda.current_device():
-        return nullcontext()  # much cheaper
-    return torch.cuda.device(device)
 
 
 def starts_at_16_bytes(*tensors: Tensor) -> bool:

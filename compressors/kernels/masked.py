@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.kernels import few_tokens, masked_cuda
-from lrc.compressors.kernels.few_tokens import on_device
 from lrc.compressors.kernels.implementations import Entry, Need, Places
 from lrc.compressors.kernels.mask_places import UNIT, starts_and_offsets
 from lrc.compressors.kernels.triton_device import triton_problem
@@ -230,7 +229,7 @@ def _product(x: Tensor, stored: Masked) -> Tensor:
         return nn.functional.linear(x, _matrix(stored))
     from lrc.compressors.kernels import masked_triton, n8_triton
 
-    with on_device(x.device):
+    with torch.cuda.device(x.device):
         if stored.layout == EIGHT_OF and not stored.bits and x.dtype.itemsize == 2:
             return n8_triton.few_rows(x, stored.values, stored.mask, stored.n)
         return masked_triton.few_rows(x, stored)
@@ -263,7 +262,7 @@ def _few_tokens(x: Tensor, stored: Masked) -> Tensor | None:
 def _matrix(stored: Masked) -> Tensor:
     from lrc.compressors.kernels import masked_triton
 
-    with on_device(stored.mask.device):
+    with torch.cuda.device(stored.mask.device):
         return masked_triton.expand(stored)
 
 

@@ -56,7 +56,7 @@ class Kernel:
             _check(found, name)
 
     def __call__(self, grid: Sequence[int], threads: int, *arguments: Tensor | int) -> None:
-        """Launch on the current stream of the current device, which has compiled the kernel.
+        """Launch on the current stream of the device, which must be the current device.
 
         Parameters
         ----------
@@ -74,7 +74,7 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(
             *[ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values]
         )
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         launch = (self._function, *grid, threads, 1, 1, 0, stream, pointers, None)
         status = _driver().cuLaunchKernel(*launch)
         if status == INVALID_CONTEXT:  # in a thread that has not used the device yet

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.kernels.fast_path import needs_gradients
-from lrc.compressors.kernels.few_tokens import on_device
 from lrc.compressors.kernels.implementations import MODULES
 from lrc.compressors.kernels.triton_device import triton_problem
 
@@ -49,7 +48,7 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
 def _one_row(x: Tensor, weight: Tensor) -> Tensor:
     from lrc.compressors.kernels import pivoted_triton
 
-    with on_device(x.device):
+    with torch.cuda.device(x.device):
         y: Tensor = pivoted_triton.few_rows(x, weight, None)
     return y
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrc.compressors.kernels import few_tokens, nvrtc
 from lrc.compressors.kernels.cuda_device import cuda_problem
-from lrc.compressors.kernels.few_tokens import Blocks, blocks_for, on_device
+from lrc.compressors.kernels.few_tokens import Blocks, blocks_for
 from lrc.compressors.kernels.implementations import Entry, Need
 
 
@@ -49,7 +49,7 @@ def matrix(
     constants = (*macros.items(), ("BFLOAT", int(scale.dtype == torch.bfloat16)))
     W = scale.new_empty(len(packed), columns)
     kernel = nvrtc.kernel("packed_matrix.cu", "matrix", constants, packed.get_device())
-    with on_device(packed.device):
+    with torch.cuda.device(packed.device):
         kernel((len(packed), -(-columns // 2048), 1), 256, *stored, W, *W.shape, *numbers)
     return W
 
