@@ -4,7 +4,7 @@ usage: python -m tests.benchmarks.forms [layers] [stream] [model] [--rows 1 16 1
            [--device cuda] [--scale 1] [--seconds S]
 
 layers  the seven linears of a layer, several different layers in one CUDA graph, so that no weight
-        stays in a cache; ratios to dense, which is measured first and last
+        stays in a cache; ratios to dense, which takes turns with every form
 stream  8 x 4,096 tokens through the low-rank forms, all at once and in tiles: time and memory
 model   a whole model of 32 layers, one form after the other: tokens a second at batch 1 and 16
 
@@ -31,7 +31,7 @@ from lrc.compressors.layers.siblings import stack_first_factors
 from lrc.compressors.layers.streaming import stream_low_rank
 
 D, KV, FF, LAYERS, VOCABULARY = 4096, 1024, 14336, 32, 128256
-COPIES = 8
+COPIES, ROUNDS = 8, 15
 """Layers whose linears are timed together, which do not fit into a cache."""
 
 
@@ -188,11 +188,11 @@ def prepared(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def graph_time(call: Callable[[], Any], device: str, repeats: int = 15) -> float:
-    """Return the median milliseconds of a call, in a CUDA graph."""
+def recorded(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """Return a call as a CUDA graph; on a CPU, as it is."""
     call()
     if device == "cpu":
-        return 1e3 * median(seconds(call) for _ in range(repeats))
+        return call
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -201,43 +201,28 @@ def graph_time(call: Callable[[], Any], device: str, repeats: int = 15) -> float
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return elapsed(graph.replay, repeats)
-
-
-def elapsed(call: Callable[[], Any], repeats: int) -> float:
-    """Return the median milliseconds of a call on a GPU."""
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return median(times[1:])
+    return graph.replay
 
 
 def layers(args: argparse.Namespace) -> None:
-    """Print the time of every form, relative to dense."""
+    """Print the speed of every form relative to dense; both take turns."""
     print(f"\nseven linears, {COPIES} layers in one graph: speed relative to dense")
     print(f"{'':22}" + "".join(f"{f'{n} rows':>12}" for n in args.rows))
-    dense: list[float] = []
-    for name in [*FORMS, "dense"]:
-        times = form_times(FORMS[name], args)
-        dense = dense or times
-        if name == "dense":
-            cells = [f"{ms * 1e3:9.1f} us" for ms in times]
-        else:
-            cells = [f"{before / ms:11.2f}x" for before, ms in zip(dense, times, strict=True)]
+    dense = steps(FORMS["dense"], args)
+    print(f"{'dense':22}" + "".join(f"{ms * 1e3:9.1f} us" for ms in map(alone, dense)))
+    for name in [*list(FORMS)[1:], "dense"]:
+        found = steps(FORMS[name], args)
+        cells = [f"{ratio(d, f):11.2f}x" for d, f in zip(dense, found, strict=True)]
         print(f"{name:22}" + "".join(cells), flush=True)
+        del found
         free()
 
 
-def form_times(form: Form, args: argparse.Namespace) -> list[float]:
-    """Return the milliseconds of the linears of a layer, for every number of rows."""
+def steps(form: Form, args: argparse.Namespace) -> list[Callable[[], Any]]:
+    """Return calls of the linears of all layers, for every number of rows."""
     make, dtype = maker(form, args), torch.bfloat16 if args.device == "cuda" else torch.float32
     models: list[Any] = [prepared(Layer(make, args.scale)) for _ in range(COPIES)]
-    times = []
+    found = []
     for n in args.rows:
         x = torch.randn(n, D // args.scale, device=args.device, dtype=dtype)
         h = torch.randn(n, FF // args.scale, device=args.device, dtype=dtype)
@@ -246,8 +231,18 @@ def form_times(form: Form, args: argparse.Namespace) -> list[float]:
             for model in models:
                 model.linears(x, h)
 
-        times.append(graph_time(everything, args.device) / COPIES)
-    return times
+        found.append(recorded(everything, args.device))
+    return found
+
+
+def alone(step: Callable[[], Any]) -> float:
+    """Return the median milliseconds of a layer."""
+    return 1e3 * median(seconds(step) for _ in range(ROUNDS)) / COPIES
+
+
+def ratio(dense: Callable[[], Any], step: Callable[[], Any]) -> float:
+    """Return the median over rounds of the time of dense, relative to that of a step."""
+    return median(seconds(dense) / seconds(step) for _ in range(ROUNDS))
 
 
 def stream(args: argparse.Namespace) -> None:
@@ -281,7 +276,7 @@ def transient(module: nn.Module, x: Tensor, device: str) -> tuple[float, float]:
     y = module(x)
     mib = (torch.cuda.max_memory_allocated() - before - y.nbytes) / 2**20
     del y
-    return elapsed(lambda: module(x), 21), mib
+    return 1e3 * median(seconds(lambda: module(x)) for _ in range(21)), mib
 
 
 def model(args: argparse.Namespace) -> None:
