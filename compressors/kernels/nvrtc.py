@@ -1,8 +1,8 @@
 """Compile CUDA C++ at run time, and launch it on the current stream.
 
 PyTorch ships NVRTC, NVIDIA's compiler library; neither the CUDA toolkit nor a C compiler is needed.
-Sources include no headers but those beside them. A kernel takes about half a second to compile,
-once per process and combination of macros.
+Sources include no headers but those in the same folder. A kernel takes about half a second to
+compile, once per process and combination of macros.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ class Kernel:
         Name of a file in the folder `cuda`.
     name : str
         The function in it, declared ``extern "C"``.
-    macros : tuple of (str, int)
+    macros : tuple of (str, int or str)
         Its compile-time constants.
     device : int
         Index of the CUDA device.

@@ -106,7 +106,7 @@ class BlockSparse(MaskedWeight):
             return super().masked_product(x)
         scale = self._parameters["values_scale"]
         assert scale is not None
-        if not self.is_fast(x, scale):
+        if x.shape[-1] != self.d_in or not self.is_fast(x, scale):
             return None
         # Guards of compiled code do not see versions of tensors.
         if not torch.compiler.is_compiling() and self._scale_state != state_of(scale):
