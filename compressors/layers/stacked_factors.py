@@ -97,7 +97,6 @@ class StackedFactors:
             # Not a plain tensor, which a CUDA graph would copy into its own memory for every call.
             self._weight = nn.Parameter(whole, requires_grad=False)
         self._rows = tuple((weight, weight.data_ptr()) for weight in weights)
-        one_row.prepare(whole.device)
         return True
 
     def follow(self) -> None:

@@ -83,7 +83,8 @@ class _Tiled:
         module = self.module
         whole = type(module).forward
         # A hook may expect to see all tokens at once.
-        if not exceeds(x, self.tokens) or any(c._forward_hooks for c in module.children()):
+        hooked = any(c._forward_hooks or c._forward_pre_hooks for c in module.children())
+        if hooked or not exceeds(x, self.tokens):
             return whole(module, x)
         return in_tiles(lambda tile: whole(module, tile), x, self.tokens)
 

@@ -197,6 +197,10 @@ def test_one_graph_is_compiled_and_hooks_see_all_tokens(model, x) -> None:
     mlp.down_proj.register_forward_hook(lambda _, __, y: seen.append(y.shape))
     hidden(model, x)
     assert seen == [(2, TOKENS // 2, 64)]
+    mlp.down_proj._forward_hooks.clear()
+    mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    hidden(model, x)
+    assert seen[1:] == [(2, TOKENS // 2, 224)]
 
 
 class Mixer(nn.Module):
