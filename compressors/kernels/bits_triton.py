@@ -1,4 +1,4 @@
-"""Triton functions that several kernels share: 16-bit halves, permuted bytes, counted bits."""
+"""Triton functions of the sparse kernels: 16-bit halves, permuted bytes, counted bits."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 import triton
@@ -53,20 +53,6 @@ def count_bits(word, ASM: tl.constexpr):
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
     return ((word * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
-def four_words(start, groups, count, G: tl.constexpr):
-    """Load 16 bytes for every group: four int32 tensors [1, G], zero from `count` on.
-
-    One 16-byte load for each thread; the words are taken apart in registers.
-    """
-    words = start.to(tl.pointer_type(tl.int32)) + groups[:, None] * 4 + tl.arange(0, 4)[None, :]
-    loaded = tl.load(words, (groups < count)[:, None], other=0)  # [G, 4]
-    even, odd = tl.split(tl.reshape(loaded, [G, 2, 2]))
-    w0, w2 = tl.split(even)
-    w1, w3 = tl.split(odd)
-    return w0[None, :], w1[None, :], w2[None, :], w3[None, :]
 
 
 @triton.jit

@@ -15,9 +15,9 @@ _reported: set[tuple[str, str]] = set()
 def run_or_restore(module: FastPath, *args: Any, run: Callable[..., Any] | None = None) -> Any:
     """Return the product of the fast path of a module; None if it fails, and from then on.
 
-    Kernels are compiled at their first call for some number of rows, which fails if they need more
-    registers or shared memory than the device has, or a compiler that is missing. The first failure
-    of a kind is a warning. Compiled code cannot return to the plain product.
+    A kernel is compiled at its first call with a number of rows. That fails if it needs more
+    registers or shared memory than the device has, or if a compiler is missing. The first failure
+    of a kind is logged as a warning. Code compiled by torch raises the error instead.
 
     Parameters
     ----------

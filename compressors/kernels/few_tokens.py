@@ -1,11 +1,10 @@
-"""Launch the products of few rows of inputs, the tokens, with a matrix that is unpacked on the fly.
+"""Launch products of few tokens, rows of the input, with a matrix that is unpacked in registers.
 
 All sources that include ``cuda/few_tokens.cuh`` take the input, the stored tensors, the output, and
 the numbers of tokens, rows and columns, in this order.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,20 +12,15 @@ from torch import Tensor
 
 from lrc.compressors.kernels import nvrtc
 
-MOST = 64
-"""Tokens above which a dense matrix is written first, for cuBLAS: the kernels read the stored
-tensors again for every 32 tokens."""
-
-
 SHARED_MEMORY = 48 << 10
-"""Bytes that a block can have without asking for more."""
+"""Bytes that a block can have without special permission."""
 
 
 class Blocks(NamedTuple):
     """How a kernel divides its work; see ``cuda/few_tokens.cuh``."""
 
     tokens: int
-    """Rows of the input per block: 8, 16, 32 or 64."""
+    """Rows of the input per block: 8, 16 or 32."""
     tiles: int
     """Tiles of 16 rows of the matrix per block."""
     warps: int
@@ -40,8 +34,9 @@ def blocks_for(
 ) -> Blocks:
     """Return how to divide a product.
 
-    About 16 warps on each of 132 processors read at full speed if all of them work on the same rows
-    of the matrix, more if these are many. Measured on one H200 with the shapes of Llama-3-8B.
+    As many warps share the columns of a row as there is work for, up to `most_warps` in all blocks:
+    about 16 on each of 132 multiprocessors read at full speed. Measured on one H200 with the shapes
+    of Llama-3-8B.
 
     Parameters
     ----------
@@ -49,7 +44,7 @@ def blocks_for(
     tiles : int
         Tiles of 16 rows per block, unless the matrix has few rows.
     most_warps : int
-        Of all blocks, if several warps share the columns.
+        Of all blocks; a block has at least two all the same.
     """
     of_block = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
     tiles = tiles if d_out >= 4096 else 1
@@ -73,8 +68,6 @@ def multiply(
     numbers: Sequence[int],
     macros: dict[str, int | str],
     blocks: Blocks,
-    *,
-    more_blocks: int = 0,
 ) -> Tensor:
     """Launch a kernel and return `y`.
 
@@ -92,8 +85,6 @@ def multiply(
         What the kernel needs besides the sizes.
     macros : dict
         Constants of the source, besides those of `Blocks`.
-    more_blocks : int
-        Blocks of threads after those of the rows.
     """
     tokens, d_in = x.shape
     constants = (
@@ -105,17 +96,10 @@ def multiply(
         ("STAGES", blocks.stages),
     )
     kernel = nvrtc.kernel(source, "product", constants, x.get_device())
-    grid = -(-d_out // (16 * blocks.tiles)) + more_blocks, -(-tokens // blocks.tokens), 1
-    with on_device(x.device):
+    grid = -(-d_out // (16 * blocks.tiles)), -(-tokens // blocks.tokens), 1
+    with torch.cuda.device(x.device):
         kernel(grid, 32 * blocks.warps, x, *stored, y, tokens, d_out, d_in, *numbers)
     return y
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which kernels are launched on a device."""
-    if device.index == torch.cuda.current_device():
-        return nullcontext()  # much cheaper
-    return torch.cuda.device(device)
 
 
 def starts_at_16_bytes(*tensors: Tensor) -> bool:

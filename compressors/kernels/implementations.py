@@ -33,7 +33,7 @@ class Need:
     operation: str
     """Name of the custom operator in the namespace ``lrc``, for example ``packed_linear``."""
     codec: int | str
-    """Bits of the integers, or a word such as ``float`` or ``n8``."""
+    """Bits of the integers; ``float`` if nothing is quantized."""
     device: torch.device
     dtype: torch.dtype
     """Of inputs, scales and outputs."""

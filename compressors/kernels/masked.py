@@ -1,4 +1,4 @@
-"""Products with matrices of which some entries are stored, at the places that a mask names."""
+"""Products with matrices of which only some entries are stored; a mask says where they belong."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.kernels import few_tokens, masked_cuda
-from lrc.compressors.kernels.few_tokens import on_device
+from lrc.compressors.kernels.cuda_device import cuda_problem
 from lrc.compressors.kernels.implementations import Entry, Need, Places
 from lrc.compressors.kernels.mask_places import UNIT, starts_and_offsets
 from lrc.compressors.kernels.triton_device import triton_problem
@@ -15,13 +15,14 @@ EIGHT_OF, FREE, GROUPS = 0, 1, 2
 """Layouts: n values for each unit of eight columns; values row by row without gaps; groups of
 integers, of consecutive columns."""
 FEW_ROWS = 4
-"""Up to this many inputs are multiplied by the Triton kernels. More are multiplied by a dense
-matrix, which one kernel writes, where there is no kernel in CUDA C++."""
+"""Largest number of tokens for the Triton kernels. For more tokens, and where no kernel in CUDA C++
+serves them, a kernel writes the dense matrix, which cuBLAS multiplies."""
 SOME_ROWS = 32
-"""Up to this many inputs are multiplied by the kernels in CUDA C++."""
+"""Largest number of tokens for the kernels in CUDA C++, which are preferred where there is one."""
 PERMUTED_ROWS = 2
-"""Up to this many inputs n of eight are faster without tensor cores. One H200, density 0.5, one
-input: 1.6 to 1.8 times dense, with tensor cores 1.2 to 1.4; four inputs 1.1 and 1.2."""
+"""Largest number of tokens for which n:8 in 16 bits is multiplied by the Triton kernel, without
+tensor cores, although there is a kernel in CUDA C++, with tensor cores. Speed relative to dense on
+one H200 at density 0.5: 1.6 to 1.8 against 1.2 to 1.4 for one token, 1.1 against 1.2 for four."""
 
 
 class Masked(NamedTuple):
@@ -56,82 +57,8 @@ class Masked(NamedTuple):
         return self.values.dtype if self.scale is None else self.scale.dtype
 
 
-def n8_linear(x: Tensor, values: Tensor, mask: Tensor, n: int, columns: int) -> Tensor:
-    """Return ``x @ W.T`` for a matrix with `n` entries in every eight columns.
-
-    Parameters
-    ----------
-    x : Tensor, shape [rows, columns]
-    values : Tensor, shape [d_out, columns / 8, n]
-    mask : Tensor, shape [d_out, columns / 8], uint8
-    n, columns : int
-
-    Returns
-    -------
-    Tensor, shape [rows, d_out]
-        In the dtype of `x`; sums are float32.
-    """
-    return run(x, Masked(EIGHT_OF, columns, values, mask, n=n))
-
-
-def sparse_linear(
-    x: Tensor, values: Tensor, mask: Tensor, starts: Tensor, offsets: Tensor, columns: int
-) -> Tensor:
-    """Return ``x @ W.T`` for a matrix with entries anywhere.
-
-    Parameters
-    ----------
-    x : Tensor, shape [rows, columns]
-    values : Tensor, shape [count]
-        Row by row without gaps.
-    mask : Tensor, shape [d_out, ceil(columns / 8)], uint8
-    starts, offsets : Tensor
-        As `starts_and_offsets` returns them for the mask.
-    columns : int
-
-    Returns
-    -------
-    Tensor, shape [rows, d_out]
-    """
-    return run(x, Masked(FREE, columns, values, mask, starts=starts, offsets=offsets))
-
-
-def block_sparse_linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    mask: Tensor,
-    starts: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
-    columns: int,
-) -> Tensor:
-    """Return ``x @ W.T`` for a matrix of which some groups of columns are stored as integers.
-
-    Parameters
-    ----------
-    x : Tensor, shape [rows, columns]
-    packed : Tensor, shape [1, words], int32
-        Codes of the stored groups, row by row without gaps.
-    scale : Tensor, shape [groups]
-        One for each stored group.
-    mask : Tensor, shape [d_out, ceil(columns / group_size / 8)], uint8
-        A bit for each group.
-    starts, offsets : Tensor
-        As `starts_and_offsets` returns them for the mask.
-    bits, group_size, columns : int
-
-    Returns
-    -------
-    Tensor, shape [rows, d_out]
-    """
-    stored = Masked(GROUPS, columns, packed, mask, scale, starts, offsets, 0, bits, group_size)
-    return run(x, stored)
-
-
 def run(x: Tensor, stored: Masked) -> Tensor:
-    """Return ``x @ W.T`` [rows, d_out], without the cost of an operator if not compiled."""
+    """Return ``x @ W.T`` [tokens, d_out]; only compiled code pays for a custom operator."""
     if torch.compiler.is_compiling():
         y: Tensor = masked_linear(x, *_flat(stored))
         return y
@@ -222,7 +149,9 @@ def _product(x: Tensor, stored: Masked) -> Tensor:
     if rows == 0:
         return x.new_empty(0, stored.d_out)
     x = x.contiguous()
-    if rows <= SOME_ROWS and few_tokens.starts_at_16_bytes(x):
+    if rows <= SOME_ROWS:
+        if not few_tokens.starts_at_16_bytes(x):
+            x = x.clone()  # kernels read several numbers at once
         y = _few_tokens(x, stored)
         if y is not None:
             return y
@@ -230,14 +159,16 @@ def _product(x: Tensor, stored: Masked) -> Tensor:
         return nn.functional.linear(x, _matrix(stored))
     from lrc.compressors.kernels import masked_triton, n8_triton
 
-    with on_device(x.device):
+    with torch.cuda.device(x.device):
         if stored.layout == EIGHT_OF and not stored.bits and x.dtype.itemsize == 2:
             return n8_triton.few_rows(x, stored.values, stored.mask, stored.n)
         return masked_triton.few_rows(x, stored)
 
 
 def _few_tokens(x: Tensor, stored: Masked) -> Tensor | None:
-    """Multiply with a kernel in CUDA C++, or return None if there is none."""
+    """Multiply with a kernel in CUDA C++, or return None if none serves."""
+    if cuda_problem(x.device.index or 0) is not None:
+        return None
     if stored.layout == EIGHT_OF and not stored.bits and len(x) > PERMUTED_ROWS:
         eight = masked_cuda.EightOf(stored.values, stored.mask, stored.n)
         if masked_cuda.serves_eight_of(eight, stored.columns):
@@ -263,18 +194,40 @@ def _few_tokens(x: Tensor, stored: Masked) -> Tensor | None:
 def _matrix(stored: Masked) -> Tensor:
     from lrc.compressors.kernels import masked_triton
 
-    with on_device(stored.mask.device):
+    with torch.cuda.device(stored.mask.device):
         return masked_triton.expand(stored)
 
 
 def refuse(need: Need) -> str | None:
-    """Return why the Triton kernels do not serve a product; None if they do."""
+    """Return why the kernels do not serve a product; None if they do.
+
+    Without Triton there are none: one of its kernels writes the dense matrix for many tokens.
+    """
     d_out, d_in = need.shape
     if d_out * d_in >= 2**31:
-        return "more than 2**31 entries"
+        return "2**31 entries or more"
     if need.group_size is not None and (need.group_size < UNIT or need.group_size % UNIT):
         return f"groups of {need.group_size}, not a multiple of {UNIT}"
     return triton_problem(need.device.index or 0)
+
+
+def prepare(device: torch.device, n: int) -> None:
+    """Do once per device what is not possible while a CUDA graph is recorded.
+
+    A table that a product made then would be in the memory of the graph.
+
+    Parameters
+    ----------
+    device : torch.device
+        A CUDA device.
+    n : int
+        Values in a unit, with `EIGHT_OF`; else 0.
+    """
+    cuda_problem(device.index or 0)
+    if 0 < n < UNIT:
+        from lrc.compressors.kernels import n8_triton
+
+        n8_triton.table(n, device)
 
 
 def find_places(mask: Tensor, columns: int) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from lrc.compressors.kernels.few_tokens import Blocks, blocks_for
 from lrc.compressors.kernels.mask_places import BLOCK, UNIT
 
 CHUNK = 32
-"""Columns of which the kernels need a multiple."""
+"""The number of columns must be a multiple of this."""
 
 
 class EightOf(NamedTuple):
@@ -31,7 +31,7 @@ class Groups(NamedTuple):
     scale: Tensor
     """[groups]"""
     mask: Tensor
-    """[d_out, bytes], uint8; a multiple of 8 bytes"""
+    """[d_out, bytes], uint8; `bytes` is a multiple of 8, see `padded`"""
     starts: Tensor
     offsets: Tensor
     """As `starts_and_offsets` returns them."""

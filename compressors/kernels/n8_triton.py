@@ -28,7 +28,7 @@ def few_rows(
     Parameters
     ----------
     x : Tensor, shape [rows, columns]
-        bfloat16 or float16, like the values.
+        bfloat16 or float16, like the values. It starts at a multiple of 16 bytes.
     values : Tensor, shape [d_out, columns / 8, n]
     mask : Tensor, shape [d_out, columns / 8], uint8
     n : int

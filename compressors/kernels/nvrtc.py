@@ -1,8 +1,8 @@
 """Compile CUDA C++ at run time, and launch it on the current stream.
 
 PyTorch ships NVRTC, NVIDIA's compiler library; neither the CUDA toolkit nor a C compiler is needed.
-Sources include no headers but those beside them. A kernel takes about half a second to compile, once
-per process and combination of macros.
+Sources include no headers but those in the same folder. A kernel takes about half a second to
+compile, once per process and combination of macros.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ class Kernel:
         Name of a file in the folder `cuda`.
     name : str
         The function in it, declared ``extern "C"``.
-    macros : tuple of (str, int)
+    macros : tuple of (str, int or str)
         Its compile-time constants.
     device : int
         Index of the CUDA device.
@@ -56,7 +56,7 @@ class Kernel:
             _check(found, name)
 
     def __call__(self, grid: Sequence[int], threads: int, *arguments: Tensor | int) -> None:
-        """Launch on the current stream of the current device, which has compiled the kernel.
+        """Launch on the current stream of the device, which must be the current device.
 
         Parameters
         ----------
@@ -74,7 +74,7 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(
             *[ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values]
         )
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         launch = (self._function, *grid, threads, 1, 1, 0, stream, pointers, None)
         status = _driver().cuLaunchKernel(*launch)
         if status == INVALID_CONTEXT:  # in a thread that has not used the device yet

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.kernels.fast_path import needs_gradients
-from lrc.compressors.kernels.few_tokens import on_device
 from lrc.compressors.kernels.implementations import MODULES
 from lrc.compressors.kernels.triton_device import triton_problem
 
 _usable: dict[int, bool] = {}
-"""Whether a device runs the kernel. A dictionary, which compiled code can read."""
+"""Whether a device runs the kernel, by its index. Not a cached function, because compiled code
+reads this."""
 
 
 def prepare(device: torch.device) -> None:
@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def _serves(x: Tensor, weight: Tensor) -> bool:
     return (
         weight.is_cuda
-        and x.numel() == x.shape[-1]
+        and x.numel() == x.shape[-1] == weight.shape[1]
         and x.device == weight.device
         and x.dtype == weight.dtype
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -49,8 +49,8 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
 def _one_row(x: Tensor, weight: Tensor) -> Tensor:
     from lrc.compressors.kernels import pivoted_triton
 
-    with on_device(x.device):
-        y: Tensor = pivoted_triton.few_rows(x, weight, None)
+    with torch.cuda.device(x.device):
+        y: Tensor = pivoted_triton.few_rows(x.contiguous(), weight, None)
     return y
 
 

@@ -1,7 +1,7 @@
 """Products with packed integers on CUDA devices, which read the stored tensors as they are.
 
-Few rows of inputs are multiplied by tensor cores while the codes are unpacked in registers; for
-more rows the matrix is written once, in the dtype of the input, for cuBLAS.
+Few tokens are multiplied by tensor cores while the codes are unpacked in registers; for more tokens
+the matrix is written once, in the dtype of the input, for cuBLAS.
 """
 
 import torch
@@ -9,8 +9,12 @@ from torch import Tensor
 
 from lrc.compressors.kernels import few_tokens, nvrtc
 from lrc.compressors.kernels.cuda_device import cuda_problem
-from lrc.compressors.kernels.few_tokens import Blocks, blocks_for, on_device
+from lrc.compressors.kernels.few_tokens import Blocks, blocks_for
 from lrc.compressors.kernels.implementations import Entry, Need
+
+MOST_TOKENS = 64
+"""Tokens above which the matrix is written first: the kernel reads the stored tensors again for
+every 32 tokens."""
 
 
 def product(
@@ -49,7 +53,7 @@ def matrix(
     constants = (*macros.items(), ("BFLOAT", int(scale.dtype == torch.bfloat16)))
     W = scale.new_empty(len(packed), columns)
     kernel = nvrtc.kernel("packed_matrix.cu", "matrix", constants, packed.get_device())
-    with on_device(packed.device):
+    with torch.cuda.device(packed.device):
         kernel((len(packed), -(-columns // 2048), 1), 256, *stored, W, *W.shape, *numbers)
     return W
 
@@ -79,14 +83,14 @@ def _product(
 ) -> Tensor:
     if len(x) == 0:
         return x.new_empty(0, len(packed))
-    if len(x) <= few_tokens.MOST:
+    if len(x) <= MOST_TOKENS:
         return product(x, packed, scale, zero_point, bits)
     return torch.mm(x, matrix(packed, scale, zero_point, bits, x.shape[1]).T)
 
 
 @torch.library.custom_op("lrc::packed_linear", mutates_args=(), device_types="cuda")
 def packed_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, columns: int
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
 ) -> Tensor:
     """Return ``x @ W.T`` for a matrix of packed integers.
 
@@ -101,7 +105,6 @@ def packed_linear(
         Packed along the rows of the matrix.
     bits : int
         In [2, 8].
-    columns : int
 
     Returns
     -------
@@ -112,24 +115,23 @@ def packed_linear(
 
 
 @packed_linear.register_fake
-def _(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, columns: int
-) -> Tensor:
+def _(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
-def run(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, columns: int
-) -> Tensor:
-    """Return ``x @ W.T`` like `packed_linear`, without the cost of an operator if not compiled."""
+def run(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """Return ``x @ W.T`` like `packed_linear`; only compiled code pays for a custom operator."""
     if torch.compiler.is_compiling():
-        y: Tensor = packed_linear(x, packed, scale, zero_point, bits, columns)
+        y: Tensor = packed_linear(x, packed, scale, zero_point, bits)
         return y
     return _product(x, packed, scale, zero_point, bits)
 
 
 def refuse(need: Need) -> str | None:
     """Return why the kernels do not serve a product; None if they do."""
+    d_out, d_in = need.shape
+    if d_out * d_in >= 2**31:
+        return "2**31 entries or more"
     return cuda_problem(need.device.index or 0)
 
 

@@ -16,13 +16,14 @@ from lrc.compressors.kernels.implementations import Entry, Need
 from lrc.compressors.kernels.triton_device import triton_problem
 
 FEW_ROWS = 1
-"""Up to this many inputs one kernel does all; for more, cuBLAS multiplies and a second kernel
-places. One H200, seven linears of Llama-3-8B at 0.6 of their size, relative to dense: one input 1.2
-with one kernel, 16 inputs 0.7."""
+"""Largest number of tokens that one kernel multiplies and places; for more, cuBLAS multiplies and a
+second kernel places. Speed of the one kernel relative to dense on one H200, for the seven linears
+of Llama-3-8B at 0.6 of their size: 1.2 for one token, 0.7 for 16."""
 TRANSPOSE_FROM = 16
-"""From this many inputs on a CPU rows are gathered before the result is transposed: a gather along
-the last dimension copies number by number. One core of an EPYC, C [3546, 550], 512 inputs: bfloat16
-8.1 ms with a gather, 6.1 transposed, products alone 5.1; float32 the same; 4 inputs 0.4 and 1.6."""
+"""Number of tokens from which, on a CPU, rows are gathered before the result is transposed: a
+gather along the last dimension copies number by number. One core of an EPYC, C [3546, 550], 512
+tokens in bfloat16: 8.1 ms with a gather, 6.1 transposed, products alone 5.1; float32 the same. Four
+tokens: 0.4 and 1.6 ms."""
 
 
 def inverse_of(order: Tensor) -> Tensor:
@@ -30,27 +31,6 @@ def inverse_of(order: Tensor) -> Tensor:
     inverse = torch.empty(len(order), dtype=torch.int32, device=order.device)
     places = torch.arange(len(order), dtype=torch.int32, device=order.device)
     return inverse.index_copy_(0, order.long(), places)
-
-
-def pivoted_linear(x: Tensor, a: Tensor, c: Tensor, order: Tensor) -> Tensor:
-    """Return ``x @ cat([a, c @ a])[order].T`` in two products.
-
-    Parameters
-    ----------
-    x : Tensor, shape [n, d_in]
-    a : Tensor, shape [rank, d_in]
-        Pivot rows.
-    c : Tensor, shape [d_out - rank, rank]
-        Coefficients of the other rows.
-    order : Tensor, shape [d_out], integer
-        Row j of the matrix is row ``order[j]`` of the pivot rows and the others.
-
-    Returns
-    -------
-    Tensor, shape [n, d_out]
-    """
-    p = torch.nn.functional.linear(x, a)  # [n, rank]
-    return pivoted_rows(p, c, order, inverse_of(order))
 
 
 def has_kernel(p: Tensor) -> bool:
@@ -94,7 +74,8 @@ def interleave(p: Tensor, others: Tensor, order: Tensor) -> Tensor:
 def _rows(p: Tensor, c: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     kernels = _kernels() if has_kernel(p) else None
     if kernels is not None and 0 < len(p) <= FEW_ROWS:
-        y: Tensor = kernels.few_rows(p, c, inverse)
+        with torch.cuda.device(p.device):
+            y: Tensor = kernels.few_rows(p, c, inverse)
         return y
     return _placed(p, torch.nn.functional.linear(p, c), order)
 
@@ -102,7 +83,8 @@ def _rows(p: Tensor, c: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 def _placed(p: Tensor, others: Tensor, order: Tensor) -> Tensor:
     kernels = _kernels() if has_kernel(p) else None
     if kernels is not None and p.numel():
-        y: Tensor = kernels.interleave(p, others, order)
+        with torch.cuda.device(p.device):
+            y: Tensor = kernels.interleave(p, others, order)
         return y
     return torch.cat([p, others], dim=-1).index_select(-1, order.int())
 

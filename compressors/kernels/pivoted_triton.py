@@ -13,7 +13,8 @@ PROGRAMS = 4 * 132
 TENSOR_CORE_ROWS = 16
 """Smallest number of rows that tensor cores multiply."""
 PLACE_TOKENS, PLACE_COLUMNS = 4, 512
-COPY_TOKENS, COPY_COLUMNS = 16, 256
+MOST_TOKENS = 65535 * PLACE_TOKENS
+"""Tokens of a launch of `interleave`: the second dimension of a grid has at most 65,535 blocks."""
 
 
 class Blocks(NamedTuple):
@@ -70,64 +71,27 @@ def few_rows(p: Tensor, c: Tensor, inverse: Tensor | None, blocks: Blocks | None
     return y
 
 
-def many_rows(
-    p: Tensor,
-    c: Tensor,
-    inverse: Tensor,
-    blocks: Blocks | None = None,
-    tokens: int = 128,
-) -> Tensor:
-    """Multiply any number of inputs, see `few_rows`; a program computes ``[tokens, blocks.rows]``.
-
-    A library multiplies faster, but its result has to be read and written again.
-    """
-    n, rank = p.shape
-    others = len(c)
-    blocks = blocks or Blocks(128, 64, warps=8)
-    y = p.new_empty(n, rank + others)
-    products = triton.cdiv(n, tokens) * triton.cdiv(others, blocks.rows)
-    copies = triton.cdiv(n, COPY_TOKENS) * triton.cdiv(rank, COPY_COLUMNS)
-    _many_rows[(products + copies,)](
-        p,
-        c,
-        inverse,
-        y,
-        n,
-        rank,
-        others,
-        p.stride(0),
-        y.stride(0),
-        TOKENS=tokens,
-        ROWS=blocks.rows,
-        COLUMNS=blocks.columns,
-        GROUP=8,
-        COPY_TOKENS=COPY_TOKENS,
-        COPY_COLUMNS=COPY_COLUMNS,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-    )
-    return y
-
-
 def interleave(p: Tensor, others: Tensor, order: Tensor) -> Tensor:
     """Return ``cat([p, others], -1)[:, order]``; both are contiguous within a row."""
     n, rank = p.shape
     y = p.new_empty(n, len(order))
-    grid = (triton.cdiv(len(order), PLACE_COLUMNS), triton.cdiv(n, PLACE_TOKENS))
-    _interleave[grid](
-        p,
-        others,
-        order,
-        y,
-        n,
-        rank,
-        len(order),
-        p.stride(0),
-        others.stride(0),
-        y.stride(0),
-        TOKENS=PLACE_TOKENS,
-        COLUMNS=PLACE_COLUMNS,
-    )
+    for first in range(0, n, MOST_TOKENS):
+        tokens = min(n - first, MOST_TOKENS)
+        grid = (triton.cdiv(len(order), PLACE_COLUMNS), triton.cdiv(tokens, PLACE_TOKENS))
+        _interleave[grid](
+            p[first:],
+            others[first:],
+            order,
+            y[first:],
+            tokens,
+            rank,
+            len(order),
+            p.stride(0),
+            others.stride(0),
+            y.stride(0),
+            TOKENS=PLACE_TOKENS,
+            COLUMNS=PLACE_COLUMNS,
+        )
     return y
 
 
@@ -198,58 +162,6 @@ def _few_rows(
         for token in range(n):
             copied = tl.load(p + token * p_stride + j, j < rank)
             tl.store(y + token * y_stride + targets, copied, j < rank)
-
-
-@triton.jit
-def _many_rows(
-    p,  # [n, rank]
-    c,  # [others, rank]
-    inverse,  # [rank + others]
-    y,  # [n, rank + others]
-    n,
-    rank,
-    others,
-    p_stride,
-    y_stride,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    COPY_TOKENS: tl.constexpr,
-    COPY_COLUMNS: tl.constexpr,
-):
-    program = tl.program_id(0)
-    across, down = tl.cdiv(others, ROWS), tl.cdiv(n, TOKENS)
-    if program < across * down:
-        # Neighbouring programs read the same rows of p and c, which then stay in the cache.
-        per_group = GROUP * across
-        first = program // per_group * GROUP
-        height = min(down - first, GROUP)
-        tokens = (first + program % per_group % height) * TOKENS + tl.arange(0, TOKENS)
-        rows = program % per_group // height * ROWS + tl.arange(0, ROWS)
-        x_start = p + (tokens % n)[:, None].to(tl.int64) * p_stride
-        W_start = c + (rows % others)[None, :].to(tl.int64) * rank
-        out = tl.zeros([TOKENS, ROWS], dtype=tl.float32)
-        for begin in range(0, rank, COLUMNS):
-            k = begin + tl.arange(0, COLUMNS)
-            x = tl.load(x_start + k[None, :], (k < rank)[None, :], other=0.0)
-            W = tl.load(W_start + k[:, None], (k < rank)[:, None], other=0.0)
-            out = tl.dot(x, W, out, input_precision="ieee")
-        places = tl.load(inverse + rank + rows, rows < others, other=0)
-        tl.store(
-            y + tokens[:, None].to(tl.int64) * y_stride + places[None, :],
-            out.to(y.dtype.element_ty),
-            (tokens < n)[:, None] & (rows < others)[None, :],
-        )
-    else:  # copy the outputs of the pivot rows
-        piece = program - across * down
-        pieces = tl.cdiv(rank, COPY_COLUMNS)
-        some = (piece // pieces * COPY_TOKENS + tl.arange(0, COPY_TOKENS)).to(tl.int64)[:, None]
-        j = piece % pieces * COPY_COLUMNS + tl.arange(0, COPY_COLUMNS)
-        targets = tl.load(inverse + j, j < rank, other=0)
-        exists = (some < n) & (j < rank)[None, :]
-        copied = tl.load(p + some * p_stride + j[None, :], exists)
-        tl.store(y + some * y_stride + targets[None, :], copied, exists)
 
 
 @triton.jit

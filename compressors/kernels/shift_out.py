@@ -1,8 +1,8 @@
 """PTX that takes 16-bit values out of words, one for each bit of a mask.
 
-A value costs four instructions, of which none depends on memory. The compiler makes twice as many
-of the same steps written with selections. Operands are five words, the mask, and the number of bits
-before the first value.
+A value takes four instructions, none of which accesses memory. Written with selections, the same
+steps compile to twice as many. The operands are five words, the mask, and the number of bits before
+the first value.
 """
 
 

@@ -11,9 +11,9 @@ from lrc.compressors.kernels.failures import described
 
 @cache
 def triton_problem(device: int) -> str | None:
-    """Return why Triton cannot be used on a CUDA device, with a remedy; None if a product succeeds.
+    """Return why Triton cannot be used on a CUDA device, with a remedy; None if a kernel succeeds.
 
-    What cannot be changed comes first: nobody should install Triton for a GPU that is too old.
+    A GPU that is too old comes first: installing Triton would not help.
     """
     problem = gpu_problem(device)
     if problem is not None:

@@ -4,9 +4,10 @@ A table holds for one device, dtype and number of input rows. A key is the shape
 form: ``dense`` for a matrix in the dtype of the table, else the component type, its pattern and its
 integers, such as ``low_rank int4-g64``. The time of a sum of components is the sum of their times.
 
-That ranks, numbers of entries and so on form a continuum is taken into account by `TimeCurve`.
-Layers that share a factor are priced as if each had its own: each of them multiplies by it. That
-several layers with a common input may be multiplied by at once is not taken into account.
+Between the measured ranks, numbers of entries and so on, a `TimeCurve` interpolates. Layers that
+share a factor are priced as if each had its own, because each of them multiplies by it. That the
+first factors of layers with a common input may be multiplied in one product is not taken into
+account.
 """
 
 import json
@@ -25,6 +26,8 @@ KIND = "lrc latency table"
 DENSE = "dense"
 MAX_BYTES = 10**8
 """A larger file was named by mistake."""
+LARGEST = 2**63 - 1
+"""Of the numbers in the file."""
 Shape = tuple[int, int]
 Key = tuple[Shape, str]
 """Shape ``(d_out, d_in)`` and form."""
@@ -271,4 +274,4 @@ def _entry(entry: Any) -> tuple[Key, TimeCurve]:
 
 
 def _whole(value: Any, least: int) -> bool:
-    return type(value) is int and value >= least
+    return type(value) is int and least <= value <= LARGEST

@@ -7,9 +7,9 @@ products are timed on several copies in turn, which together exceed every cache.
 On a CPU calls of different products take turns, and every time is taken relative to that of the
 dense matrix in the same round, so that a machine that changes its speed affects both. Several calls
 of the same product in a row would be faster than in a model, where other operations come in
-between: for the linear layers of SmolLM2-135M on two threads, 26.0 ms per token were predicted this
-way (15.6 ms with some of them in int8) and 27.0 ms (16.0 ms) measured inside the model, but 17 to
-23 ms from four calls in a row. On a GPU one CUDA graph multiplies by all copies of one matrix.
+between. The linear layers of SmolLM2-135M on two threads took 27.0 ms per token inside the model
+(16.0 ms with some of them in int8); calls in turn predict 26.0 ms (15.6 ms), and four calls in a
+row 17 to 23 ms. On a GPU one CUDA graph multiplies by all copies of one matrix.
 """
 
 import copy
@@ -26,6 +26,7 @@ from lrc.compressors.kernels import FastPath
 from lrc.compressors.latency.latency_table import DENSE, Key, LatencyTable, Product, Shape
 from lrc.compressors.latency.random_layers import random_layer
 from lrc.compressors.latency.time_curve import TimeCurve
+from lrc.compressors.layers.component import Component
 from lrc.compressors.solvers.cuda_graphs import record
 
 CACHES = {"cpu": 128 << 20, "cuda": 256 << 20}
@@ -159,6 +160,8 @@ class _Runner:
         for module in layer.modules():
             if isinstance(module, FastPath):
                 module.optimize()
+            if isinstance(module, Component):
+                module.prepare()
         return layer
 
     def _copies(self, layers: Sequence[nn.Module]) -> list[Sequence[nn.Module]]:

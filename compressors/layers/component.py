@@ -192,9 +192,16 @@ class Component(nn.Module, ABC):
             p = multiply(self.get_submodule("a"), x)
         return p
 
+    def prepare(self) -> None:
+        """Find out whether the devices of the factors run the kernel for one row."""
+        for child in self._modules.values():
+            if type(child) is nn.Linear:
+                one_row.prepare(child.weight.device)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Convert all tensors, for `to`, `half` and the like."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.prepare()
         if self.stack is not None:
             self.stack.follow()
         return self

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrc.compressors.kernels import FastPath, Need, run_or_restore, select
-from lrc.compressors.kernels.masked import EIGHT_OF, Masked
+from lrc.compressors.kernels.masked import EIGHT_OF, Masked, prepare
 from lrc.compressors.layers.component import Component
 from lrc.compressors.layers.quantization_args import VALUES_GROUP
 
@@ -45,7 +45,7 @@ class MaskedWeight(FastPath, Component):
         """Map ``x`` [..., columns] to [..., d_out] with the fast path, or return None."""
         like = self._parameters["values" if self.config.quantization is None else "values_scale"]
         assert like is not None
-        if not self.is_fast(x, like):
+        if x.shape[-1] != self.layout()[1] or not self.is_fast(x, like):
             return None
         y: Tensor | None = run_or_restore(self, x.reshape(-1, x.shape[-1]), self.masked())
         return None if y is None else y.view(*x.shape[:-1], self.d_out)
@@ -62,7 +62,7 @@ class MaskedWeight(FastPath, Component):
         like = self.get_parameter("values" if args is None else "values_scale")
         if like.is_meta or mask.is_meta:
             return "the weights are offloaded"
-        layout, columns, _, group = self.layout()
+        layout, columns, n, group = self.layout()
         need = Need(
             "masked_linear",
             "float" if args is None else args.bits,
@@ -76,6 +76,8 @@ class MaskedWeight(FastPath, Component):
             return entry
         if entry.places is not None and (layout != EIGHT_OF or entry.device == "cpu"):
             self._derive(**entry.places.find(mask, columns))
+        if entry.device == "cuda":
+            prepare(mask.device, n)
         self.entry = entry
         return None
 

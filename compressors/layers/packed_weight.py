@@ -76,19 +76,19 @@ class PackedWeight(FastPath):
         """Map ``x`` [..., columns] to [..., rows]."""
         scale = self._parameters["weight_scale"]  # `get_parameter` takes as long as a product
         assert scale is not None
-        if not self.is_fast(x, scale):
+        args, (rows, columns) = self._args(), self.packed_shape
+        if x.shape[-1] != columns or not self.is_fast(x, scale):
             return nn.functional.linear(x, self.packed_matrix())
         # Converted scales are copies. Guards of compiled code do not see versions of tensors.
         converted = self._copy is not None and not torch.compiler.is_compiling()
-        if converted and self._scale_state != _state(scale):
+        if converted and self._scale_state != state_of(scale):
             self.optimize()
-        args, (rows, columns) = self._args(), self.packed_shape
         flat = x if x.dim() == 2 else x.reshape(-1, columns)
         if self._copy is not None:
             y: Tensor | None = run_or_restore(self, flat, self._copy, args.bits, rows)
         else:
             packed, zero = self._buffers["weight_packed"], self._buffers.get("weight_zero_point")
-            y = run_or_restore(self, flat, packed, scale, zero, args.bits, columns)
+            y = run_or_restore(self, flat, packed, scale, zero, args.bits)
         if y is None:
             return nn.functional.linear(x, self.packed_matrix())
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
@@ -117,7 +117,7 @@ class PackedWeight(FastPath):
                     return f"{found.name}: the conversion is not reversible here"
             self._derive(**{CONVERTED + key: tensor for key, tensor in converted.items()})
             del self._buffers["weight_packed"]
-            self._copy, self._scale_state = converted, _state(scale)
+            self._copy, self._scale_state = converted, state_of(scale)
         self.entry = found
         return None
 
@@ -181,7 +181,7 @@ def _parts(rows: int, columns: int) -> list[slice]:
     return [slice(n, n + step) for n in range(0, rows, step)]
 
 
-def _state(scale: Tensor) -> tuple[int, int]:
+def state_of(scale: Tensor) -> tuple[int, int]:
     """Return what changes when a tensor is replaced or written to."""
     return scale.data_ptr(), 0 if scale.is_inference() else scale._version
 

@@ -31,6 +31,7 @@ def stack_first_factors(
 
     These are layers of one parent with low-rank or pivoted components whose factor ``a`` is
     unquantized and not that of another layer. The results differ by the rounding of the product.
+    Factors of all other layers get the kernel for one row, too, on a device that runs it.
 
     Parameters
     ----------
@@ -44,6 +45,8 @@ def stack_first_factors(
     """
     groups = []
     for parent in model.modules():
+        if isinstance(parent, Component):
+            parent.prepare()
         for names in SIBLINGS:
             members = [c for name in names for c in _candidates(parent, name)]
             widths = {member.d_in for member in members}

@@ -22,15 +22,14 @@ Held = tuple[Tensor, int, Tensor, tuple[int, ...]]
 class StackedFactors:
     """The product of an input with the first factors of several layers.
 
-    The weights of the layers stay parameters of their own, whose numbers lie after each other
-    in the memory of one tensor: this takes no additional memory, and names, files and training in
-    place do not change. Whether they still do is checked for every product; where not, after a
-    conversion or in a copy, they are stacked again. There is no product where gradients are
-    recorded or a factor has an adapter, a hook, or a weight that is offloaded: the layers then
-    multiply separately.
+    The weights of the layers stay separate parameters, whose numbers follow each other in the
+    memory of one tensor: this takes no additional memory, and names, files and training in place do
+    not change. Every product checks whether the parameters still are in that memory; after a
+    conversion or in a copy they are not, and are stacked again. The layers multiply separately
+    where gradients are recorded, or if a factor has an adapter, a hook, or an offloaded weight.
 
-    Which layers receive the same input is an expectation. If the first round shows that it is
-    wrong, because a layer is called with another tensor, the group is dissolved.
+    That the layers receive the same input is an assumption. If a layer is called with another
+    tensor before all of them have been called once with the same one, the group is dissolved.
 
     Parameters
     ----------
@@ -73,10 +72,11 @@ class StackedFactors:
                 self._dissolve()
         if self._dissolved or recording or not (self._stacked() or self.stack()):
             return None
-        assert self._weight is not None
-        if self._weight.device != x.device:  # in a replica of the model on another device
+        weight = self._weight
+        # Replicas of a model, on other devices and in other threads, share the group.
+        if weight is None or weight.device != x.device:
             return None
-        product = one_row.linear(x, self._weight)  # [..., sum of ranks]
+        product = one_row.linear(x, weight)  # [..., sum of ranks]
         return self._take(position, x, product, (position, *self._rest[position]))
 
     def stack(self) -> bool:
@@ -97,7 +97,6 @@ class StackedFactors:
             # Not a plain tensor, which a CUDA graph would copy into its own memory for every call.
             self._weight = nn.Parameter(whole, requires_grad=False)
         self._rows = tuple((weight, weight.data_ptr()) for weight in weights)
-        one_row.prepare(whole.device)
         return True
 
     def follow(self) -> None:
@@ -118,10 +117,11 @@ class StackedFactors:
 
     def _stacked(self) -> bool:
         """Whether the weights of all members are the rows of the tensor."""
-        if self._weight is None:
+        rows = self._rows
+        if self._weight is None or not rows:
             return False
         compiling = torch.compiler.is_compiling()
-        for member, (weight, address) in zip(self.members, self._rows, strict=True):
+        for member, (weight, address) in zip(self.members, rows, strict=True):
             module = _plain_linear(member)
             if module is None or module.weight is not weight:
                 return False

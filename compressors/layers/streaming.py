@@ -12,17 +12,17 @@ from lrc.compressors.layers.pivoted_low_rank import PivotedLowRank
 from lrc.compressors.layers.tiles import exceeds, in_tiles
 
 TOKENS = 4096
-"""Products of this many tokens are as fast as those of all on an H200."""
+"""Tokens of a tile by default: on an H200, tiles of this size are as fast as one product."""
 
 
 def stream_low_rank(model: nn.Module, tokens: int | None = TOKENS) -> list[str]:
     """Compute low-rank layers in tiles of tokens, so that long prefills need less memory.
 
-    An MLP then stores no activation of shape [all tokens, d_ff], and no layer the outputs of its
-    first factor for all tokens. Results differ by the rounding of products. Without effect where
-    gradients are recorded, in code that is compiled for any number of tokens, and in MLPs whose
-    layers have forward hooks. Components that are rebuilt for every call, such as masks next to
-    factors in an MLP, are rebuilt for every tile.
+    An MLP then stores no activation of shape [all tokens, d_ff], and no layer stores the outputs of
+    its first factor for all tokens. Results differ by the rounding of products. This has no effect
+    where gradients are recorded, in code that is compiled for any number of tokens, and in MLPs
+    whose layers have forward hooks. In an MLP, a component without a fast path next to the factors,
+    such as a mask, builds its dense matrix for every tile.
 
     Parameters
     ----------
@@ -78,11 +78,13 @@ class _Tiled:
     def __init__(self, module: nn.Module, tokens: int) -> None:
         self.module, self.tokens = module, tokens
 
-    def __call__(self, x: Tensor) -> Any:
+    def __call__(self, *args: Tensor, **named: Tensor) -> Any:
+        (x,) = (*args, *named.values())  # models pass it by position or by name
         module = self.module
         whole = type(module).forward
         # A hook may expect to see all tokens at once.
-        if not exceeds(x, self.tokens) or any(c._forward_hooks for c in module.children()):
+        hooked = any(c._forward_hooks or c._forward_pre_hooks for c in module.children())
+        if hooked or not exceeds(x, self.tokens):
             return whole(module, x)
         return in_tiles(lambda tile: whole(module, tile), x, self.tokens)
 
@@ -94,10 +96,10 @@ def _has_factors(layer: nn.Module) -> bool:
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    """Return whether a module with low-rank layers maps every token by itself.
+    """Return whether a module has low-rank layers and maps every token independently.
 
-    It has linear layers and functions without weights as children, its `forward` takes one tensor,
-    and it computes the same for a token alone and among others.
+    Its children are linear layers and modules without weights, its `forward` takes one tensor, and
+    a token has the same output alone as after another token.
     """
     children = list(module.children())
     linear = [c for c in children if isinstance(c, nn.Linear | CompressedLinear)]

@@ -4,11 +4,11 @@ usage: python -m tests.benchmarks.forms [layers] [stream] [model] [--rows 1 16 1
            [--device cuda] [--scale 1] [--seconds S]
 
 layers  the seven linears of a layer, several different layers in one CUDA graph, so that no weight
-        stays in a cache; ratios to dense, which is measured first and last
+        stays in a cache; ratios to dense, which takes turns with every form
 stream  8 x 4,096 tokens through the low-rank forms, all at once and in tiles: time and memory
 model   a whole model of 32 layers, one form after the other: tokens a second at batch 1 and 16
 
-`--device cpu --scale 64` only shows that the script runs.
+On a CPU, in float32, `--device cpu --scale 4` takes a minute.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from lrc.compressors.layers.siblings import stack_first_factors
 from lrc.compressors.layers.streaming import stream_low_rank
 
 D, KV, FF, LAYERS, VOCABULARY = 4096, 1024, 14336, 32, 128256
+COPIES, ROUNDS = 8, 15
+"""Layers whose linears are timed together, which do not fit into a cache."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,17 @@ def sparse(density: float, pattern: str | None = None) -> Form:
     )
 
 
+def dictionary(keep: float) -> Form:
+    """Return dictionaries with three atoms for each coefficient of an output."""
+
+    def component(d_out: int, d_in: int) -> ComponentConfig:
+        each = 3 * d_in + d_out * (1 + 3 / 16)  # numbers of 16 bits for one coefficient
+        count = int(keep * d_out * d_in / each)
+        return ComponentConfig("dictionary", {"atoms": 3 * count, "nonzeros": count})
+
+    return Form(component)
+
+
 def eight(n: int) -> Form:
     """Return the pattern n:8."""
     return Form(lambda d_out, d_in: ComponentConfig("semi_structured", {"n": n}))
@@ -95,7 +108,9 @@ FORMS = {
     "4:8": eight(4),
     "unstructured 0.5": sparse(0.5),
     "2:4": sparse(0.5, "2:4"),
+    "dictionary 0.6": dictionary(0.6),
     "int4-g16 groups 0.5": groups("int4-g16", 0.5),
+    "int4-g64 groups 0.5": groups("int4-g64", 0.5),
 }
 IN_MODEL = (
     "dense",
@@ -173,13 +188,11 @@ def prepared(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def graph_time(call: Callable[[], Any], device: str, repeats: int = 15) -> float:
-    """Return the median milliseconds of a call, in a CUDA graph."""
+def recorded(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """Return a call as a CUDA graph; on a CPU, as it is."""
     call()
     if device == "cpu":
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
+        return call
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -188,50 +201,48 @@ def graph_time(call: Callable[[], Any], device: str, repeats: int = 15) -> float
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return elapsed(graph.replay, repeats)
-
-
-def elapsed(call: Callable[[], Any], repeats: int) -> float:
-    """Return the median milliseconds of a call on a GPU."""
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return median(times[1:])
+    return graph.replay
 
 
 def layers(args: argparse.Namespace) -> None:
-    """Print the time of every form, relative to dense."""
-    copies, dtype = 8, torch.bfloat16 if args.device == "cuda" else torch.float32
-    print(f"\nseven linears, {copies} layers in one graph: speed relative to dense")
+    """Print the speed of every form relative to dense; both take turns."""
+    print(f"\nseven linears, {COPIES} layers in one graph: speed relative to dense")
     print(f"{'':22}" + "".join(f"{f'{n} rows':>12}" for n in args.rows))
-    dense: dict[int, float] = {}
-    for name in [*FORMS, "dense"]:
-        make = maker(FORMS[name], args)
-        models = [prepared(Layer(make, args.scale)) for _ in range(copies)]
-        cells = []
-        for n in args.rows:
-            x = torch.randn(n, D // args.scale, device=args.device, dtype=dtype)
-            h = torch.randn(n, FF // args.scale, device=args.device, dtype=dtype)
-
-            def everything(x: Tensor = x, h: Tensor = h) -> None:
-                for model in models:  # noqa: B023
-                    model.linears(x, h)  # type: ignore[operator]
-
-            ms = graph_time(everything, args.device)
-            if name == "dense":
-                cells.append(f"{ms / copies * 1e3:9.1f} us")
-                dense.setdefault(n, ms)
-            else:
-                cells.append(f"{dense[n] / ms:11.2f}x")
-            del x, h, everything
+    dense = steps(FORMS["dense"], args)
+    print(f"{'dense':22}" + "".join(f"{ms * 1e3:9.1f} us" for ms in map(alone, dense)))
+    for name in [*list(FORMS)[1:], "dense"]:
+        found = steps(FORMS[name], args)
+        cells = [f"{ratio(d, f):11.2f}x" for d, f in zip(dense, found, strict=True)]
         print(f"{name:22}" + "".join(cells), flush=True)
-        del models
+        del found
         free()
+
+
+def steps(form: Form, args: argparse.Namespace) -> list[Callable[[], Any]]:
+    """Return calls of the linears of all layers, for every number of rows."""
+    make, dtype = maker(form, args), torch.bfloat16 if args.device == "cuda" else torch.float32
+    models: list[Any] = [prepared(Layer(make, args.scale)) for _ in range(COPIES)]
+    found = []
+    for n in args.rows:
+        x = torch.randn(n, D // args.scale, device=args.device, dtype=dtype)
+        h = torch.randn(n, FF // args.scale, device=args.device, dtype=dtype)
+
+        def everything(x: Tensor = x, h: Tensor = h) -> None:
+            for model in models:
+                model.linears(x, h)
+
+        found.append(recorded(everything, args.device))
+    return found
+
+
+def alone(step: Callable[[], Any]) -> float:
+    """Return the median milliseconds of a layer."""
+    return 1e3 * median(seconds(step) for _ in range(ROUNDS)) / COPIES
+
+
+def ratio(dense: Callable[[], Any], step: Callable[[], Any]) -> float:
+    """Return the median over rounds of the time of dense, relative to that of a step."""
+    return median(seconds(dense) / seconds(step) for _ in range(ROUNDS))
 
 
 def stream(args: argparse.Namespace) -> None:
@@ -265,7 +276,7 @@ def transient(module: nn.Module, x: Tensor, device: str) -> tuple[float, float]:
     y = module(x)
     mib = (torch.cuda.max_memory_allocated() - before - y.nbytes) / 2**20
     del y
-    return elapsed(lambda: module(x), 21), mib
+    return 1e3 * median(seconds(lambda: module(x)) for _ in range(21)), mib
 
 
 def model(args: argparse.Namespace) -> None:

@@ -9,9 +9,9 @@
 // A tensor core multiplies 16 rows by 8 tokens, 16 columns at a time, and a sum over columns may be
 // taken in any order. So a thread unpacks a *chunk* of 32 columns of a row, and the numbers are used
 // in the order in which they come. A *step* is 128 columns: threads 4 g to 4 g + 3 of a warp have
-// four chunks of the rows g and g + 8, and of token g. A chunk is one piece of 32 columns, or several
-// shorter ones that are as many columns apart as four pieces have, if four threads should read
-// neighbouring words at once.
+// four chunks of the rows g and g + 8, and of token g. A chunk is one piece of 32 columns, or two
+// pieces of 16 columns that are 64 columns apart: then the four threads read neighbouring words at
+// once.
 //
 // The type Matrix, which the kernel's file defines, describes what is stored:
 //   DISTANCE  columns between the two numbers of a pair: number 2 DISTANCE i + j of a chunk is with
@@ -22,7 +22,7 @@
 //   Chunk                    the registers of a chunk that is read ahead
 //   start(chunk, row, step)  called before the first read
 //   read(chunk, row, step)   request a chunk; for the steps of a warp, one after the other
-//   unpack(chunk, row, step, values)  make 16 pairs of it: any numbers where columns end
+//   unpack(chunk, row, step, values)  make 16 pairs of it: any finite numbers where columns end
 //   scale(index)             factor of the sums of a row
 #pragma once
 

@@ -32,8 +32,9 @@ SCHEMES = [
     "int8-g20-asymmetric",
 ]
 HALVES = [torch.bfloat16, torch.float16]
-ROWS = (1, 8, 17, 40)
-BLOCKS = (Blocks(8, 1, 8, 2), Blocks(16, 2, 4, 1), Blocks(32, 1, 2, 1))
+ROWS = (1, 17)
+BLOCKS = (Blocks(8, 1, 8, 2), Blocks(16, 2, 4, 1))
+"""Few, because a kernel is compiled for its tokens, tiles, warps and stages: half a second each."""
 
 
 def check(multiply, matrix, dtype, columns, tokens, rounding):
@@ -84,15 +85,15 @@ def test_packed_integers(scheme, dtype, rounding):
                 tokens,
                 rounding,
             )
-        for blocks in BLOCKS:
-            check(
-                lambda x: packed_linear.product(x, *stored, bits, blocks),  # noqa: B023
-                matrix,
-                dtype,
-                d_in,
-                19,
-                rounding,
-            )
+        blocks = BLOCKS[bits % 2]
+        check(
+            lambda x: packed_linear.product(x, *stored, bits, blocks),  # noqa: B023
+            matrix,
+            dtype,
+            d_in,
+            19,
+            rounding,
+        )
         written = packed_linear.matrix(*stored, bits, d_in)
         torch.testing.assert_close(written.double(), matrix, rtol=torch.finfo(dtype).eps, atol=0)
 
@@ -179,7 +180,7 @@ def test_a_kernel_runs_in_a_thread_that_has_not_used_the_device():
 
 
 def test_an_error_of_the_compiler_is_shown():
-    with pytest.raises(nvrtc.CompilationError, match="few_tokens.cuh"):
+    with pytest.raises(nvrtc.CompilationError, match=r"few_tokens\.cuh"):
         nvrtc.kernel("n8_linear.cu", "product", (("N", 4),), 0)
 
 

@@ -161,6 +161,18 @@ def test_a_kernel_that_fails_at_a_call_is_replaced_by_the_plain_product(
     assert all("Triton: failed at a call (RuntimeError: out of" in r for r in reasons.values())
 
 
+@pytest.mark.parametrize("shape", [(1, 16), (2, 64), (1, 2, 64)])
+def test_an_input_of_the_wrong_width_is_an_error_and_not_given_to_a_kernel(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = packed()
+    monkeypatch.setattr(packed_weight, "select", lambda _: failing(AssertionError("called")))
+    module.optimize()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        module(torch.randn(shape))
+    assert module.entry is not None
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError()])
 def test_running_out_of_memory_is_not_a_failure_of_the_kernel(
     error: BaseException, monkeypatch: pytest.MonkeyPatch

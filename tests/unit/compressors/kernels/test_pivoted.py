@@ -80,10 +80,6 @@ def test_plain_operations_agree(shape, dtype, n, ascending, rounding) -> None:
     assert_close(pivoted.interleave_by_rows(p, c, order), expected, shape[1], rounding)
     placed = pivoted.interleave(p, (p.double() @ c.double().T).to(dtype), order)
     assert_close(placed, expected, shape[1], rounding)
-    a = torch.randn(shape[1], 9, dtype=dtype, device=p.device)
-    x = torch.randn(n, 9, dtype=dtype, device=p.device)
-    again = pivoted.pivoted_rows(x @ a.T, c, order, pivoted.inverse_of(order))
-    torch.testing.assert_close(pivoted.pivoted_linear(x, a, c, order), again)
 
 
 @pytest.mark.parametrize("n", [1, 2, 16])
@@ -98,16 +94,6 @@ def test_the_kernel_for_few_rows_agrees(kernels, shape, dtype, n, ascending, rou
     assert_close(product, p.double().cpu() @ c.double().cpu().T, shape[1], rounding)
     for blocks in (kernels.Blocks(16, 16), kernels.Blocks(32, 128)):
         found = kernels.few_rows(p, c, pivoted.inverse_of(order), blocks)
-        assert_close(found, expected, shape[1], rounding)
-
-
-@pytest.mark.parametrize("n", [1, 17, 33])
-def test_the_kernel_for_many_rows_agrees(kernels, shape, dtype, n, rounding) -> None:
-    if INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("the interpreter of Triton multiplies bfloat16 matrices as integers")
-    p, c, order, expected = example(n, *shape, dtype)
-    for blocks, tokens in ((kernels.Blocks(16, 32), 16), (kernels.Blocks(128, 64, warps=8), 128)):
-        found = kernels.many_rows(p, c, pivoted.inverse_of(order), blocks, tokens)
         assert_close(found, expected, shape[1], rounding)
 
 

@@ -95,6 +95,7 @@ def entry(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (entry(form=""), r"entries\[2\]: 'form' must be a string"),
         (entry(sizes=[4, 1.5]), r"entries\[2\]: 'sizes' must be whole numbers"),
         (entry(nanoseconds=[0, 1]), r"entries\[2\]: 'nanoseconds' must be whole numbers from 1"),
+        (entry(nanoseconds=[1, 10**400]), r"entries\[2\]: 'nanoseconds' must be whole numbers"),
         (entry(nanoseconds=[3]), r"entries\[2\]: needs as many times as ascending sizes"),
     ],
 )

@@ -141,3 +141,27 @@ def test_only_groups_of_the_mask_are_not_zero() -> None:
     layer = layer_of(example(1, QuantizationArgs.parse("int4-g8")))
     product: Tensor = layer.dense_weight()
     assert int((product.view(D_OUT, -1, 8) != 0).any(dim=2).sum()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", ["int2-g8", "int3-g8", "int4-g8", "int8-g8"])
+def test_on_a_cpu_the_fast_path_multiplies_by_all_groups(scheme, dtype, rounding):
+    args = QuantizationArgs.parse(scheme)
+    component = layer_of(example(40, args)).components[0].to(dtype).requires_grad_(False)
+    assert isinstance(component, BlockSparse)
+    before = {name: tensor.clone() for name, tensor in component.state_dict().items()}
+    if component.optimize() is not None:
+        pytest.skip(component.reason)  # needs a processor with AVX2
+    for rows in (1, 3, 17):
+        x = torch.randn(rows, D_IN, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        matrix = component.matrix().double()
+        exact = x.double() @ matrix.T
+        bound = (x.double().abs() @ matrix.abs().T).max()
+        error = (component(x).double() - exact).abs().max()
+        # Products of codes and scales are rounded by the plain path only.
+        assert error <= bound * (rounding(D_IN, torch.float32) + 3 * torch.finfo(dtype).eps)
+    assert all(torch.equal(before[name], now) for name, now in component.state_dict().items())
+    component.values_scale.mul_(2)  # a step of an optimizer is seen at once
+    torch.testing.assert_close(component(x), (2 * exact).to(dtype), rtol=0.05, atol=float(bound))
+    component.restore()
+    assert not component._derived

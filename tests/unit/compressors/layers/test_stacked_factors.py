@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from lrc.compressors.checkpoint.quantizer import replace_layers
+from lrc.compressors.kernels import one_row
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
 from lrc.compressors.layers.siblings import stack_first_factors
 
@@ -312,3 +313,13 @@ def test_a_compiled_pass_is_one_graph_that_fits_every_call(model, x, close) -> N
 def fresh_compiler() -> Iterator[None]:
     yield
     torch.compiler.reset()
+
+
+def test_layers_without_siblings_get_the_kernel_for_one_row(monkeypatch: Any) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(one_row, "prepare", asked.append)
+    layer = make().o_proj
+    assert stack_first_factors(layer) == []
+    assert asked == [torch.device("cpu")] * 2  # both factors
+    layer.to("meta")
+    assert asked[2:] == [torch.device("meta")] * 2

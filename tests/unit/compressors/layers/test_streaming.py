@@ -119,6 +119,22 @@ def test_tiles_compute_the_same(model, x, tile, rounding) -> None:
     assert "forward" not in vars(layer.mlp)
 
 
+def test_an_mlp_takes_its_input_by_name(model) -> None:
+    mlp = model.model.layers[0].mlp
+
+    class Named(type(mlp)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            states: Tensor = super().forward(hidden_states)
+            return states
+
+    mlp.__class__ = Named
+    states = torch.randn(1, TOKENS, 64, dtype=torch.float64)
+    lrc.stream_low_rank(model, TILE)
+    assert "forward" in vars(mlp)
+    with torch.no_grad():
+        assert torch.equal(mlp(hidden_states=states), mlp(states))
+
+
 def test_memory_is_a_fraction(model) -> None:
     layer = model.model.layers[0]
     states = torch.randn(1, TOKENS, 64, dtype=torch.float64)
@@ -181,6 +197,10 @@ def test_one_graph_is_compiled_and_hooks_see_all_tokens(model, x) -> None:
     mlp.down_proj.register_forward_hook(lambda _, __, y: seen.append(y.shape))
     hidden(model, x)
     assert seen == [(2, TOKENS // 2, 64)]
+    mlp.down_proj._forward_hooks.clear()
+    mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    hidden(model, x)
+    assert seen[1:] == [(2, TOKENS // 2, 224)]
 
 
 class Mixer(nn.Module):
