@@ -16,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["LRC_TEST_THREADS"] or (
 import gc
 import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from typing import Any, NoReturn
 import gguf
 import pytest
 import torch
+import tqdm
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,6 +36,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lrc.compressors.corpus.documents import read_documents
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# By default tqdm, which torch.compile uses, has a lock that processes share: a child that a test
+# kills while it holds the lock would stop all later tests.
+tqdm.tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture(scope="module", autouse=True)
