@@ -79,61 +79,46 @@ def _flat(stored: Masked) -> tuple[Any, ...]:
     return (*tensors, s.layout, s.columns, s.n, s.bits, s.group)
 
 
-def _stored(
-    values: Tensor,
-    mask: Tensor,
-    scale: Tensor | None,
-    starts: Tensor | None,
-    offsets: Tensor | None,
-    layout: int,
-    columns: int,
-    n: int,
-    bits: int,
-    group: int,
-) -> Masked:
+def _stored(values: Tensor, mask: Tensor, *rest: Any) -> Masked:
+    """Return what `_flat` took apart."""
+    scale, starts, offsets, layout, columns, n, bits, group = rest
     return Masked(layout, columns, values, mask, scale, starts, offsets, n, bits, group)
 
 
-@torch.library.custom_op("lrc::masked_linear", mutates_args=(), device_types="cuda")
-def masked_linear(
-    x: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    scale: Tensor | None,
-    starts: Tensor | None,
-    offsets: Tensor | None,
-    layout: int,
-    columns: int,
-    n: int,
-    bits: int,
-    group: int,
-) -> Tensor:
-    """Return ``x @ W.T`` as `run` does; the arguments are the fields of `Masked`."""
-    return _product(
-        x, _stored(values, mask, scale, starts, offsets, layout, columns, n, bits, group)
-    )
+FIELDS = (
+    "Tensor values, Tensor mask, Tensor? scale, Tensor? starts, Tensor? offsets, "
+    "SymInt layout, SymInt columns, SymInt n, SymInt bits, SymInt group"
+)
+"""The fields of `Masked`, as `_flat` returns them, in the language of operators."""
+
+
+def _linear(x: Tensor, *fields: Any) -> Tensor:
+    return _product(x, _stored(*fields))
+
+
+def _dense(*fields: Any) -> Tensor:
+    return _matrix(_stored(*fields))
+
+
+masked_linear = torch.library.custom_op(
+    "lrc::masked_linear",
+    _linear,
+    mutates_args=(),
+    device_types="cuda",
+    schema=f"(Tensor x, {FIELDS}) -> Tensor",
+)
+masked_matrix = torch.library.custom_op(
+    "lrc::masked_matrix",
+    _dense,
+    mutates_args=(),
+    device_types="cuda",
+    schema=f"({FIELDS}) -> Tensor",
+)
 
 
 @masked_linear.register_fake
 def _(x: Tensor, values: Tensor, mask: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], mask.shape[0])
-
-
-@torch.library.custom_op("lrc::masked_matrix", mutates_args=(), device_types="cuda")
-def masked_matrix(
-    values: Tensor,
-    mask: Tensor,
-    scale: Tensor | None,
-    starts: Tensor | None,
-    offsets: Tensor | None,
-    layout: int,
-    columns: int,
-    n: int,
-    bits: int,
-    group: int,
-) -> Tensor:
-    """Return the matrix as `expand` does; the arguments are the fields of `Masked`."""
-    return _matrix(_stored(values, mask, scale, starts, offsets, layout, columns, n, bits, group))
 
 
 @masked_matrix.register_fake

@@ -29,6 +29,7 @@ from lrc.compressors.latency.random_layers import random_layer
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs
 from lrc.compressors.layers.siblings import stack_first_factors
 from lrc.compressors.layers.streaming import stream_low_rank
+from lrc.compressors.solvers.cuda_graphs import record
 
 D, KV, FF, LAYERS, VOCABULARY = 4096, 1024, 14336, 32, 128256
 COPIES, ROUNDS = 8, 15
@@ -188,22 +189,6 @@ def prepared(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def recorded(call: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """Return a call as a CUDA graph; on a CPU, as it is."""
-    call()
-    if device == "cpu":
-        return call
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def layers(args: argparse.Namespace) -> None:
     """Print the speed of every form relative to dense; both take turns."""
     print(f"\nseven linears, {COPIES} layers in one graph: speed relative to dense")
@@ -231,7 +216,7 @@ def steps(form: Form, args: argparse.Namespace) -> list[Callable[[], Any]]:
             for model in models:
                 model.linears(x, h)
 
-        found.append(recorded(everything, args.device))
+        found.append(record(everything, x.device))
     return found
 
 

@@ -26,6 +26,7 @@ from lrc.compressors.kernels.mask_places import starts_and_offsets
 from lrc.compressors.latency.latency_table import Product
 from lrc.compressors.latency.random_layers import random_layer
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs
+from lrc.compressors.solvers.cuda_graphs import record
 
 SHAPES = "4096x4096,14336x4096,4096x14336,1024x4096"
 FORMS = "int4-g64,int8,int3-g64,4:8,6:8,groups"
@@ -80,20 +81,17 @@ def call_of(form: str, tensors: dict[str, Tensor]) -> Call:
 
 def timed(steps: list[Callable[[], Any]], replays: int = 11) -> float:
     """Return the microseconds of a step, all of them in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        steps[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def everything() -> None:
         for step in steps:
             step()
+
+    replay = record(everything, torch.device("cuda", torch.cuda.current_device()))
     times = []
     for _ in range(replays):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))

@@ -24,13 +24,7 @@ SOME = "evaluate.baselines=[int8, int4-g16, sparse]"
 ORDER = ["int8", "int4-g16", "sparse, magnitude"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Calculate on one thread: two would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(recipe: Path, *overrides: str, **options: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Pattern n:8 from a recipe to a checkpoint that is loaded, generates text and is saved again."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,7 @@ STAGES: dict[str, list[dict[str, Any]]] = {
 CASES = pytest.mark.parametrize("case", STAGES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

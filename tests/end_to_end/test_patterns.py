@@ -1,7 +1,7 @@
 """Pattern 2:4 from a recipe to a checkpoint: what is written keeps the pattern."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,7 @@ STAGES = {case: {**stage, "pattern": "2:4"} for case, stage in STAGES.items()}
 CASES = pytest.mark.parametrize("case", STAGES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
