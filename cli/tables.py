@@ -28,10 +28,11 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
         _print_weights(plan, rows, every=every)
     for trained in plan.training:
         through = " through every layer" if trained.method == "block" else ""
-        OUT.print(
-            f"{trained.kind}, {trained.method}: {trained.steps:,} steps, {trained.tokens:,} tokens"
-            + through
-        )
+        if trained.steps is None:
+            budget = f"{trained.minutes:g} minutes"
+        else:
+            budget = f"{trained.steps:,} steps, {trained.tokens:,} tokens{through}"
+        OUT.print(f"{trained.kind}, {trained.method}: {budget}")
     _print_sizes(plan)
     times = predicted_times(plan)
     if times is not None:
@@ -225,9 +226,9 @@ def _print_training(record: dict[str, Any]) -> None:
         "not finite" if record[key] is None else f"{record[key]:.4f}" for key in ("before", "after")
     )
     OUT.print(
-        f"heal, {record['method']}: {record['trainable']:,} numbers, {record['tokens']:,} tokens, "
-        f"{record['seconds']:.0f} s; divergence from dense on held-out text {before} -> {after} "
-        "nats per token"
+        f"heal, {record['method']}: {record['trainable']:,} numbers, {record['steps']:,} steps, "
+        f"{record['tokens']:,} tokens, {record['seconds']:.0f} s; divergence from dense on held-"
+        f"out text {before} -> {after} nats per token"
         + ("" if record["kept"] else "; no step was better, so the weights are those before it")
     )
 

@@ -48,7 +48,8 @@ SCHEMA = {
     "slices[].{stage,method}": "one record per slicing stage",
     "slices[].{parameters,bytes,config}": "before and after; changed config keys",
     "slices[].facts": "decisions of the method, such as the removed layers",
-    "training[].{stage,method,steps,tokens}": "one record per stage that trains; its budget",
+    "training[].{stage,method,minutes}": "one record per stage that trains; its limit of time",
+    "training[].{steps,tokens}": "what was done; of `block`, the mean number of a fit",
     "training[].{trainable,kept}": "numbers that were trained; whether the result is used",
     "training[].{before,after}": "divergence from dense on held-out text, nats per token",
     "training[].{losses,best_step,skipped}": (

@@ -32,7 +32,8 @@ from lrc.configs.heal import Block, Distill, HealBase, Scales
 def text_request(session: Session, stage: int, options: HealBase) -> TextRequest:
     """Return what text a stage needs."""
     where = f"stages[{stage}].heal"
-    return TextRequest(where, options, session.calibration, stage, session.prepared.plan.seed)
+    seed, device = session.prepared.plan.seed, torch.device(session.device).type
+    return TextRequest(where, options, session.calibration, stage, seed, device)
 
 
 def read_text(session: Session, request: TextRequest) -> TrainingText:
@@ -77,8 +78,7 @@ def training_report(
         {
             "stage": record.stage,
             "method": record.method,
-            "steps": record.steps,
-            "tokens": record.tokens,
+            "minutes": record.minutes,
             **record.facts,
             "seconds": round(seconds.get(clock_name(plan, record.stage), 0.0), 2),
             "peak_bytes": journal.read_json(memory_file(record.stage))
@@ -100,7 +100,14 @@ def _train(
     else:
         assert isinstance(options, Distill | Scales)
         facts = distill(work, options)
-    return {**facts, "text": text.facts, "warning": repetition_warning(request, text)}
+    if record.steps is not None:
+        facts["steps"] = record.steps  # also if a layer had nothing to train
+    return {
+        **facts,
+        "tokens": facts["steps"] * options.batch * request.length,
+        "text": text.facts,
+        "warning": repetition_warning(request, text, facts["steps"]),
+    }
 
 
 def _peak_memory(device: str) -> int:

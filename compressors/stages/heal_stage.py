@@ -52,7 +52,8 @@ class HealStage:
                     method=options.method,
                     options=options.model_dump(mode="json"),
                     steps=steps,
-                    tokens=steps * options.batch * length,
+                    tokens=None if steps is None else steps * options.batch * length,
+                    minutes=options.minutes,
                     passes=BLOCK_PASSES if block else DISTILL_PASSES,
                 )
             )

@@ -326,6 +326,44 @@ def test_the_report_says_what_was_done(run: Run) -> None:
     assert record["trainable"] == (scales or stored)
 
 
+@pytest.mark.parametrize("options", [DISTILL, BLOCK], ids=["distill", "block"])
+def test_a_limit_of_the_time_is_a_budget(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(work, "SNAPSHOT_SECONDS", 0.0)
+    stages = [INT4, {"heal": {**options, "steps": None, "minutes": 0.03}}]
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+    ended = lrc("plan", recipe)
+    assert ended.code == 0, ended.err
+    assert f"heal, {options['method']}: 0.03 minutes" in ended.out
+    assert "heal 2 s" in ended.out
+    with pytest.raises(Stopped):
+        compress(load_recipe(recipe), Machine(on_step=Stopper(1)))
+    (record,) = compress(load_recipe(recipe))["training"]
+    assert record["minutes"] == 0.03
+    fits = [fit for layer in record.get("layers", []) for fit in layer["fits"]] or [record]
+    assert len(fits) in (1, 2)
+    for fit in fits:
+        assert fit["losses"][-1][0] == fit["steps"] >= 1
+    assert record["tokens"] == 256 * record["steps"]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_give_the_same_values_up_to_rounding(run: Run, micro_batch: int) -> None:
+    few = {**DISTILL, "steps": 3, "rate": 1e-3}
+    expected, _ = run(INT4, {"heal": few})
+    found, _ = run(INT4, {"heal": {**few, "micro_batch": micro_batch}})
+    for ours, theirs in zip(
+        found["training"][0]["losses"], expected["training"][0]["losses"], strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_a_text_that_is_repeated_is_warned_of(run: Run) -> None:
     report, _ = run(INT4, {"heal": {**DISTILL, "steps": 400, "rate": 1e-5}})
     (record,) = report["training"]
@@ -360,7 +398,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...]]] = {
         {**DISTILL, "tokens": 100},
         "conflicting-keys",
         "stages[1].heal",
-        ("at most one of 'steps' and 'tokens'", "remove one"),
+        ("'steps', 'tokens' and 'minutes'", "got 'steps' and 'tokens'", "keep one"),
     ),
     "no text of that name": (
         {**DISTILL, "source": "wikitext3"},

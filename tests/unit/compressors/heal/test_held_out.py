@@ -1,14 +1,20 @@
 import pytest
 import torch
 
-from lrc.compressors.heal.held_out import TextRequest, split
+from lrc.compressors.heal.held_out import (
+    TOKENS_PER_SECOND,
+    TextRequest,
+    TrainingText,
+    repetition_warning,
+    split,
+)
 from lrc.configs.errors import DataError
 from lrc.configs.heal import Block, Distill, HealBase
 from lrc.configs.recipe import Calibration
 
 
 def request(options: HealBase) -> TextRequest:
-    return TextRequest("stages[1].heal", options, Calibration(length=8), stage=1, seed=3)
+    return TextRequest("stages[1].heal", options, Calibration(length=8), 1, seed=3, device="cpu")
 
 
 def distill(**options: int) -> TextRequest:
@@ -47,3 +53,19 @@ def test_tokens_are_rounded_up_to_whole_steps() -> None:
     assert Distill(method="distill").number_of_steps(8) == 150
     assert Block(method="block").number_of_steps(8) == 100
     assert Block(method="block", steps=0).number_of_steps(8) == 0
+    assert Block(method="block", minutes=2).number_of_steps(8) is None
+
+
+def test_limited_time_reads_text_by_its_length() -> None:
+    short, long = (request(Distill(method="distill", minutes=m)).wanted for m in (0.001, 1.0))
+    assert 0 < short < long
+    assert long == 60 * TOKENS_PER_SECOND["cpu"] // 8
+    assert request(Block(method="block", minutes=1.0, samples=5)).wanted == 5
+
+
+def test_repetition_is_judged_by_the_steps_that_limited_time_allowed() -> None:
+    limited = request(Distill(method="distill", batch=2, minutes=1.0, held_out=32))
+    text = TrainingText(*split(WINDOWS, limited), {"source": "mine"})
+    assert repetition_warning(limited, text) is None  # nobody knows yet
+    assert repetition_warning(limited, text, 10) is None
+    assert "3.8 times" in str(repetition_warning(limited, text, 30))
