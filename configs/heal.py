@@ -85,6 +85,10 @@ class LogitFit(HealBase):
     """The loss, a Kullback-Leibler divergence between the predictions of the dense model and those
     of the compressed one: with the dense model's as weights (`forward`), with the compressed
     model's (`reverse`), or the mean of both."""
+    hidden: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a second term of the loss: the L1 distance between the outputs of every layer in
+    the two models, relative to the dense one at each position, as a mean over positions and layers.
+    Not after slices that change the residual stream."""
     checkpointing: bool = False
     """Recompute the inside of every layer for the backward pass: less memory, a third slower."""
     micro_batch: PositiveInt | None = None

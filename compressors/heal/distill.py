@@ -50,12 +50,20 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     if not parameters:
         raise nothing_to_train(work.where, options.train)
     trained = trained_parameters(parameters, stored)
+    names = models.architecture.layer_names
     if options.checkpointing:
-        for name in models.architecture.layer_names:
+        for name in names:
             recompute_(student.get_submodule(name))
     teacher = models.load_dense(models.dtype).requires_grad_(False)
-    dense = Predictor(teacher, text.held_out, dtype=models.dtype)
-    compressed = Predictor(student, text.held_out, dtype=models.dtype)
+    dense, compressed = (
+        Predictor(
+            model,
+            text.held_out,
+            dtype=models.dtype,
+            layers=[model.get_submodule(name) for name in names] if options.hidden else [],
+        )
+        for model in (teacher, student)
+    )
     most = BATCH_TOKENS[torch.device(device).type] // text.training.shape[1]
     together = min(options.batch, options.micro_batch or max(1, most))
     descent = Descent(trained, budget=work.budget(), rate=options.rate)
@@ -83,6 +91,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
                     part,
                     kind=options.divergence,
                     positions=windows.numel(),
+                    hidden=options.hidden,
                 )
             descent.update_()
             if descent.is_judged:

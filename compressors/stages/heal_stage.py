@@ -13,8 +13,9 @@ from lrc.compressors.planning.compile import Draft
 from lrc.compressors.planning.plan import Plan, TrainingRecord
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.session import Session
+from lrc.compressors.slicing import METHODS as SLICERS
 from lrc.configs.errors import DataError, RecipeError
-from lrc.configs.heal import Block, HealBase
+from lrc.configs.heal import Block, HealBase, LogitFit
 
 # In forward passes: the dense model's, the compressed model's, and two for its gradients. The fit
 # of a layer takes the dense layer's only once.
@@ -98,6 +99,14 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
             "'quantize' stage before it",
         )
         return
+    moved = [each.method for each in draft.slices if not SLICERS[each.method].KEEPS_STREAM]
+    if isinstance(options, LogitFit) and options.hidden and moved:
+        draft.problems.add(
+            "contradiction",
+            f"{where}.hidden",
+            f"must be 0 after slice.method: {moved[0]}, whose model has other hidden states, got "
+            f"{options.hidden:g}; remove the key",
+        )
     found = [_possible(draft, task) for task in tasks]
     types = {each for kinds, _ in found for each in kinds}
     present = {

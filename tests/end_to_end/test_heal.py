@@ -210,10 +210,36 @@ def test_every_divergence_lowers_the_loss(run: Run, divergence: str) -> None:
     assert report["training"][0]["kept"]
 
 
-def test_recomputation_gives_the_same_bytes(run: Run) -> None:
-    _, ours = run(INT4, {"heal": DISTILL})
-    _, theirs = run(INT4, {"heal": {**DISTILL, "checkpointing": True}})
+@pytest.mark.parametrize("hidden", [0.0, 1.0])
+def test_recomputation_gives_the_same_bytes(run: Run, hidden: float) -> None:
+    _, ours = run(INT4, {"heal": {**DISTILL, "hidden": hidden}})
+    _, theirs = run(INT4, {"heal": {**DISTILL, "hidden": hidden, "checkpointing": True}})
     assert changed(ours, theirs) == set()
+
+
+@pytest.mark.parametrize(
+    "before", [INT4, {"slice": {"method": "modegpt", "keep": 0.9}}], ids=["integers", "sliced"]
+)
+def test_hidden_states_change_the_loss(run: Run, before: dict[str, Any]) -> None:
+    report, ours = run(before, {"heal": {**DISTILL, "hidden": 1.0}})
+    assert report["training"][0]["kept"]
+    _, theirs = run(before, {"heal": DISTILL})
+    assert changed(ours, theirs)
+
+
+def test_hidden_states_of_another_residual_stream_are_refused(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    for method in ("slicegpt", "drop"):
+        stages = [
+            {"slice": {"method": method, "keep": 0.9}},
+            {"heal": {**DISTILL, "hidden": 1.0}},
+        ]
+        recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+        lrc("plan", recipe).refuses(2, f"slice.method: {method}", where="stages[1].heal.hidden")
 
 
 def test_attention_and_mlp_are_fitted_one_after_the_other(run: Run) -> None:
