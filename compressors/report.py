@@ -74,6 +74,7 @@ SCHEMA = {
     "latency.{head_dense_seconds,head_seconds}": "of the output head, if quantized; else 0",
     "latency.slower_forms.FORM": "number of matrices for which it is never faster than dense",
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
+    "{calibration,training[].text}.texts[]": "of several sources: the same for each",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
     "evaluation.tasks.NAME.METRIC": "dense, compressed, stderr, recovery in percent of dense",
     "evaluation.missing[].{model,metric,reason}": "what could not be measured; exit code 1",

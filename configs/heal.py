@@ -4,7 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from lrc.configs.strict import Strict, Text
+from lrc.configs.sources import Source
+from lrc.configs.strict import Strict
 
 Train = Annotated[
     Literal["all", "factors", "values", "scales", "norms"],
@@ -46,7 +47,7 @@ class HealBase(Strict):
     held_out: PositiveInt = 16384
     """Tokens of the text that are never trained on; they choose the best step, and decide whether
     the result is used."""
-    source: Text | None = None
+    source: Source | None = None
     """Training text, as `calibration.source`, which is the default."""
     length: PositiveInt | None = None
     """Tokens per window; that of `calibration` if left out."""
