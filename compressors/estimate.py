@@ -134,7 +134,9 @@ def _training_bytes(plan: Plan, record: TrainingRecord) -> int:
     if record.method == "block":
         return 0  # hidden states and one layer, as in calibration
     few = record.options.get("train", "scales") in ("scales", "norms")
-    trained = 0 if few else plan.compressed_parameters
+    # Where masks change, all entries of a matrix are trained.
+    moves = record.options.get("support") == "moving"
+    trained = 0 if few else plan.dense_parameters if moves else plan.compressed_parameters
     return 4 * (plan.dense_parameters + plan.compressed_parameters + 4 * trained)
 
 

@@ -51,6 +51,7 @@ SCHEMA = {
     "training[].{stage,method,minutes}": "one record per stage that trains; its limit of time",
     "training[].{steps,tokens}": "what was done; of `block`, the mean number of a fit",
     "training[].{trainable,kept}": "numbers that were trained; whether the result is used",
+    "training[].moved": "values that have other places; null if places are fixed",
     "training[].{before,after}": "divergence from dense on held-out text, nats per token",
     "training[].{losses,best_step,skipped}": (
         "of the whole model, [step, divergence]; steps without finite gradients"

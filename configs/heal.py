@@ -17,6 +17,15 @@ Train = Annotated[
     ),
 ]
 
+Support = Annotated[
+    Literal["fixed", "moving"],
+    Field(
+        description="Whether values of masks and dictionaries keep their places. With `moving` all "
+        "entries of a matrix are trained and the largest ones are used, always as many as are "
+        "stored (DSFormer); this needs memory for all entries. Quantized values keep their places."
+    ),
+]
+
 Rate = Annotated[
     float,
     Field(
@@ -66,6 +75,11 @@ class HealBase(Strict):
         return self
 
     @property
+    def moves_support(self) -> bool:
+        """Whether values change their places."""
+        return False
+
+    @property
     def seconds(self) -> float:
         """The limit of the time; 0 if there is none."""
         return 60 * (self.minutes or 0.0)
@@ -77,6 +91,26 @@ class HealBase(Strict):
         if self.tokens is not None:
             return -(-self.tokens // (self.batch * length))
         return self.default_steps if self.steps is None else self.steps
+
+
+class Selective(HealBase):
+    """Options of the methods that train a selection of parameters."""
+
+    train: Train = "all"
+    support: Support = "fixed"
+
+    @property
+    def moves_support(self) -> bool:
+        """Whether values change their places."""
+        return self.support == "moving"
+
+    @model_validator(mode="after")
+    def _values_move(self) -> "Selective":
+        if self.moves_support and self.train not in ("all", "values"):
+            raise ValueError(
+                f"'support: moving' needs 'train' to be values or all, got {self.train}; change one"
+            )
+        return self
 
 
 class LogitFit(HealBase):
@@ -97,11 +131,10 @@ class LogitFit(HealBase):
     memory. By default as many as hold 8,192 tokens on a GPU, 2,048 on a CPU."""
 
 
-class Distill(LogitFit):
+class Distill(Selective, LogitFit):
     """Distillation: the whole model is trained to predict what the dense model predicts."""
 
     method: Literal["distill"]
-    train: Train = "all"
 
 
 class Scales(LogitFit):
@@ -115,11 +148,10 @@ class Scales(LogitFit):
         return "scales"
 
 
-class Block(HealBase):
+class Block(Selective):
     """Each layer is trained to produce the dense layer's outputs; one layer is in memory."""
 
     method: Literal["block"]
-    train: Train = "all"
     rate: Rate = 5e-3
     parts: Literal["together", "separate"] = "together"
     """Whether attention and MLP of a layer are trained together, to the output of the layer, or one

@@ -35,6 +35,7 @@ from lrc.compressors.heal.work import (
     loss_facts,
     nothing_to_train,
     select,
+    selected_supports_,
     trained_parameters,
 )
 from lrc.compressors.solvers.linalg import tensor_cores
@@ -134,7 +135,10 @@ class BlockFit:
                 self._start = time.monotonic() - self._journal.read_facts(piece)[ELAPSED]
             else:
                 self._fit(index, dense, compressed, piece)
-            trained = {f"{prefix}.{name}": p for name, p in compressed.named_parameters()}
+            trained = {
+                f"{prefix}.{name}": tensor
+                for name, tensor in (*compressed.named_parameters(), *compressed.named_buffers())
+            }
             names: list[str] = self._journal.read_facts(piece)[TRAINED]
             with torch.no_grad():
                 for name in names:
@@ -154,6 +158,7 @@ class BlockFit:
             for name, parameter in select(compressed, options.train).items()
             if not any(f"{prefix}.{name}".startswith(shared) for shared in self._shared)
         }
+        supports = selected_supports_(compressed, selected, options)
         data = LayerData(self._dense, self._healed, self._targets, self._n_held_out, self._together)
         parts = find_parts(
             apply,
@@ -167,14 +172,17 @@ class BlockFit:
         parts = parts if selected else []
         for number, part in enumerate(parts):
             named = {f"{prefix}.{name}": selected[name] for name in part.parameters}
-            trained = trained_parameters(named, self._stored)
+            moving = {f"{prefix}.{n}": supports[n] for n in part.parameters if n in supports}
+            trained = trained_parameters(named, self._stored, moving)
             fit = LayerFit(apply, dense, compressed, part, data)
             seed = work.seed * 1_000_003 + index
             budget = self._budget(index, parts_left=len(parts) - number)
             descent = fit.run(trained, options, budget=budget, seed=seed)
-            tensors |= {name: value.cpu() for name, value in descent.best.items()}
+            tensors |= trained.encoded(descent.best)
             fits.append({"part": part.child or "layer", **loss_facts(descent)})
             trainable += trained.count
+        for support in supports.values():
+            support.restore_()
         facts = {"layer": prefix, "trainable": trainable, "fits": fits}
         record = {"facts": facts, ELAPSED: time.monotonic() - self._start}
         if tensors:

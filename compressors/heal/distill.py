@@ -25,6 +25,7 @@ from lrc.compressors.heal.work import (
     loss_facts,
     nothing_to_train,
     select,
+    selected_supports_,
     trained_parameters,
 )
 from lrc.configs.heal import Distill, Scales
@@ -49,7 +50,8 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     parameters = select(student, options.train, ends)
     if not parameters:
         raise nothing_to_train(work.where, options.train)
-    trained = trained_parameters(parameters, stored)
+    supports = selected_supports_(student, parameters, options)
+    trained = trained_parameters(parameters, stored, supports)
     names = models.architecture.layer_names
     if options.checkpointing:
         for name in names:
@@ -99,7 +101,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
             snapshots.finish_step()
     kept = descent.best_step > 0
     if kept:
-        tensors = {name: tensor.cpu() for name, tensor in descent.best.items()}
+        tensors = trained.encoded(descent.best)
         write_trained(session.journal, model_file(work.stage), tensors, {})
     snapshots.forget()
     return {

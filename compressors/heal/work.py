@@ -13,6 +13,7 @@ from torch import nn
 from lrc.compressors.heal.budget import Budget, StepBudget, TimeBudget
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.held_out import TrainingText
+from lrc.compressors.heal.moving_support import MovingSupport, move_supports_
 from lrc.compressors.heal.parameters import TrainedParameters, parameter_roles
 from lrc.compressors.heal.stored import StoredModel
 from lrc.compressors.heal.trained_files import state_file
@@ -71,6 +72,13 @@ def select(
     }
 
 
+def selected_supports_(
+    root: nn.Module, parameters: dict[str, nn.Parameter], options: HealBase
+) -> dict[str, MovingSupport]:
+    """Let values change their places if the options say so, see `move_supports_`."""
+    return move_supports_(root, parameters) if options.moves_support else {}
+
+
 def nothing_to_train(where: str, train: str) -> RecipeError:
     """Return the error for a model without parameters of the kind that is trained."""
     return RecipeError(
@@ -80,10 +88,12 @@ def nothing_to_train(where: str, train: str) -> RecipeError:
 
 
 def trained_parameters(
-    parameters: Mapping[str, nn.Parameter], stored: StoredModel
+    parameters: Mapping[str, nn.Parameter],
+    stored: StoredModel,
+    supports: Mapping[str, MovingSupport],
 ) -> TrainedParameters:
     """Return parameters to train, which are named as in the checkpoint."""
-    return TrainedParameters(parameters, stored.dtypes(parameters))
+    return TrainedParameters(parameters, stored.dtypes(parameters), supports)
 
 
 class Snapshots:
@@ -131,6 +141,7 @@ def loss_facts(descent: Descent) -> dict[str, Any]:
     """Return what a descent did, as JSON values."""
     return {
         "trainable": descent.trained.count,
+        "moved": descent.trained.moved(descent.best),
         "steps": descent.done,
         "losses": [[step, finite(loss)] for step, loss in descent.losses],
         "best_step": descent.best_step,

@@ -12,6 +12,7 @@ from lrc.compressors.heal.held_out import (
 )
 from lrc.compressors.heal.run import read_text, requests_of, run_training
 from lrc.compressors.layers import COMPONENTS
+from lrc.compressors.layers.masked_entries import MaskedEntries
 from lrc.compressors.layers.masked_weight import MaskedWeight
 from lrc.compressors.methods.base import LOW_RANK_TYPES
 from lrc.compressors.planning.compile import Draft
@@ -104,12 +105,25 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
             f"{options.hidden:g}; remove the key",
         )
     found = [_possible(draft, task) for task in tasks]
-    types = {each for kinds, _ in found for each in kinds}
+    types = {each for kinds, _, _ in found for each in kinds}
     present = {
         "factors": not types.isdisjoint(LOW_RANK_TYPES),
         "values": any(issubclass(COMPONENTS[each], MaskedWeight) for each in types),
-        "scales": any(quantized for _, quantized in found),
+        "scales": any(quantized for _, quantized, _ in found),
     }
+    movable = any(
+        issubclass(COMPONENTS[each], MaskedEntries)
+        for kinds, _, exact in found
+        for each in kinds
+        if exact
+    )
+    if options.moves_support and not movable:
+        draft.problems.add(
+            "nothing-to-train",
+            f"{where}.support",
+            "must be fixed unless earlier stages leave masks or dictionaries in floating point, "
+            "got moving; remove the key",
+        )
     train = getattr(options, "train", "all")
     if not present.get(train, True):
         key = "method" if options.method == train else "train"
@@ -122,12 +136,13 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
         )
 
 
-def _possible(draft: Draft, task: LayerTask) -> tuple[set[str], bool]:
-    """Return the component types that a weight may have, and whether it may be quantized."""
+def _possible(draft: Draft, task: LayerTask) -> tuple[set[str], bool, bool]:
+    """Return the component types that a weight may have, and whether in integers and in floats."""
     if task.allocation is None:
         components = task.config.components
-        return {c.type for c in components}, any(c.quantization for c in components)
+        quantized = [c.quantization is not None for c in components]
+        return {c.type for c in components}, any(quantized), not all(quantized)
     allocation = draft.allocations[task.allocation]
     later = task.quantize is not None and task.quantize.args is not None
     types = {each for types in allocation.types for each in types.split("+")}
-    return types, later or bool(allocation.quantization)
+    return types, later or bool(allocation.quantization), not later

@@ -198,6 +198,60 @@ def test_what_is_not_trained_keeps_its_bits(
     assert all(any(kind in name for kind in trained) for name in names)
 
 
+MASKED = {
+    name: FORMS[name]
+    for name in ("sparse", "sparse 2:4", "semi_structured", "dictionary", "shared dictionary")
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [*((form, DISTILL) for form in MASKED), ("sparse", BLOCK), ("shared dictionary", BLOCK)],
+    ids=lambda value: value if isinstance(value, str) else value["method"],
+)
+def test_values_change_their_places_but_not_their_number(
+    run: Run, form: str, options: dict[str, Any]
+) -> None:
+    moving = {"train": "values", "support": "moving", "rate": 0.05}
+    report, output = run(*MASKED[form], {"heal": {**options, **moving}})
+    (record,) = report["training"]
+    assert record["kept"]
+    assert record["after"] < 0.99 * record["before"]
+    fits = [fit for layer in record.get("layers", []) for fit in layer["fits"]] or [record]
+    assert all(fit["moved"] > 0 for fit in fits)
+    _, plain = run(*MASKED[form])
+    names = changed(plain, output)
+    assert {name.rpartition(".")[2] for name in names} <= {"values", "mask", "index"}
+    assert any(not name.endswith("values") for name in names)
+    before, after = tensors_of(plain), tensors_of(output)
+    assert all(before[name].shape == after[name].shape for name in before)
+    # Loading verifies the masks.
+    model = AutoModelForCausalLM.from_pretrained(output / "checkpoint")
+    assert bool(model(torch.arange(40)[None]).logits.isfinite().all())
+
+
+def test_zero_steps_move_nothing(run: Run) -> None:
+    moving = {"train": "values", "support": "moving", "steps": 0}
+    for options in (DISTILL, BLOCK):
+        report, output = run(*MASKED["sparse"], {"heal": {**options, **moving}})
+        assert report["training"][0]["after"] == report["training"][0]["before"]
+        _, plain = run(*MASKED["sparse"])
+        assert changed(plain, output) == set()
+
+
+def test_stages_go_on_from_places_that_have_moved(run: Run) -> None:
+    moving = {"train": "values", "support": "moving", "rate": 0.05}
+    first = [*MASKED["sparse"], {"heal": {**BLOCK, **moving, "parts": "separate"}}]
+    earlier, _ = run(*first)
+    later, _ = run(*first, {"heal": {**DISTILL, "rate": 1e-3}})
+    again, _ = run(*first, {"heal": {**DISTILL, **moving}})
+    for report in (later, again):
+        before, after = report["training"]
+        assert before["after"] == earlier["training"][0]["after"]
+        assert after["before"] == pytest.approx(before["after"], rel=1e-3)
+        assert after["kept"]
+
+
 def test_scales_is_distillation_of_scales(run: Run) -> None:
     _, ours = run(INT4, {"heal": {**DISTILL, "method": "scales"}})
     _, theirs = run(INT4, {"heal": {**DISTILL, "train": "scales"}})
@@ -263,7 +317,15 @@ def test_stages_go_on_from_each_other(run: Run) -> None:
     assert changed(single, output)
 
 
-CHAIN = [MIXED[0], {"heal": {**BLOCK, "parts": "separate"}}, {"heal": DISTILL}]
+MOVING = {"train": "values", "support": "moving", "rate": 0.05}
+CHAINS: dict[str, list[dict[str, Any]]] = {
+    "fixed": [MIXED[0], {"heal": {**BLOCK, "parts": "separate"}}, {"heal": DISTILL}],
+    "moving": [
+        *MASKED["sparse"],
+        {"heal": {**BLOCK, "parts": "separate", **MOVING}},
+        {"heal": {**DISTILL, **MOVING}},
+    ],
+}
 
 
 class Stopper:
@@ -278,18 +340,20 @@ class Stopper:
             raise Stopped("stopped by a test")
 
 
-@pytest.mark.parametrize("snapshots", [0.0, 1e9])
+@pytest.mark.parametrize(("chain", "snapshots"), [("fixed", 0.0), ("fixed", 1e9), ("moving", 0.0)])
 def test_an_interrupted_run_ends_with_the_same_bytes(
     run: Run,
     tiny_model_folder: Path,
     tiny_recipe: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    chain: str,
     snapshots: float,
 ) -> None:
     monkeypatch.setattr(work, "SNAPSHOT_SECONDS", snapshots)
-    _, undisturbed = run(*CHAIN)
-    recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=CHAIN))
+    stages = CHAINS[chain]
+    _, undisturbed = run(*stages)
+    recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages))
     for calls in (1, 1, 1, 7, 11, 5):  # in both layers of the first, and in the second
         with pytest.raises(Stopped):
             compress(recipe, Machine(on_step=Stopper(calls)))
@@ -362,16 +426,16 @@ def test_a_limit_of_the_time_is_a_budget(
     options: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(work, "SNAPSHOT_SECONDS", 0.0)
-    stages = [INT4, {"heal": {**options, "steps": None, "minutes": 0.03}}]
+    stages = [INT4, {"heal": {**options, "steps": None, "minutes": 0.01}}]
     recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
     ended = lrc("plan", recipe)
     assert ended.code == 0, ended.err
-    assert f"heal, {options['method']}: 0.03 minutes" in ended.out
-    assert "heal 2 s" in ended.out
+    assert f"heal, {options['method']}: 0.01 minutes" in ended.out
+    assert "heal 1 s" in ended.out
     with pytest.raises(Stopped):
         compress(load_recipe(recipe), Machine(on_step=Stopper(1)))
     (record,) = compress(load_recipe(recipe))["training"]
-    assert record["minutes"] == 0.03
+    assert record["minutes"] == 0.01
     fits = [fit for layer in record.get("layers", []) for fit in layer["fits"]] or [record]
     assert len(fits) in (1, 2)
     for fit in fits:
@@ -437,6 +501,18 @@ BAD: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...]]] = {
         "nothing-to-train",
         "stages[1].heal.train",
         ("no masks", "such as all"),
+    ),
+    "no masks to move": (
+        {**DISTILL, "support": "moving"},
+        "nothing-to-train",
+        "stages[1].heal.support",
+        ("masks or dictionaries", "remove the key"),
+    ),
+    "places of what is not trained": (
+        {**DISTILL, "train": "norms", "support": "moving"},
+        "conflicting-keys",
+        "stages[1].heal",
+        ("values or all", "got norms"),
     ),
     "no factors": (
         {**BLOCK, "train": "factors"},
