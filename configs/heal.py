@@ -169,6 +169,6 @@ Heal = Annotated[
     Distill | Scales | Block,
     Field(
         discriminator="method",
-        description="Train what is stored in floating point; masks, indices and integers stay.",
+        description="Train what is stored in floating point; integers stay.",
     ),
 ]

@@ -200,7 +200,8 @@ def training_text(
 def mixed(requests: Sequence[TextRequest], texts: Sequence[TrainingText]) -> TrainingText:
     """Return the text of a stage from those of its sources.
 
-    Windows of a source that has too few are repeated, so that fractions are as requested.
+    Windows of a source that has too few are repeated, so that fractions are as requested. Held-out
+    windows of all sources are spread evenly: a method may use only the first of them.
     """
     if len(texts) == 1:
         return texts[0]
@@ -208,6 +209,9 @@ def mixed(requests: Sequence[TextRequest], texts: Sequence[TrainingText]) -> Tra
         text.training[torch.arange(request.wanted) % len(text.training)]
         for request, text in zip(requests, texts, strict=True)
     ]
+    places = [torch.arange(len(text.held_out)).add(0.5) / len(text.held_out) for text in texts]
+    order = torch.cat(places).argsort(stable=True)
+    held_out = torch.cat([text.held_out for text in texts])[order]
     keys = ("text_tokens", "training_tokens", "held_out_tokens")
     facts = {
         "source": described({request.source: request.fraction for request in requests}),
@@ -215,7 +219,7 @@ def mixed(requests: Sequence[TextRequest], texts: Sequence[TrainingText]) -> Tra
         **{key: sum(text.facts[key] for text in texts) for key in keys},
         "texts": [text.facts for text in texts],
     }
-    return TrainingText(torch.cat(training), torch.cat([text.held_out for text in texts]), facts)
+    return TrainingText(torch.cat(training), held_out, facts)
 
 
 def _read(request: TextRequest, tokenizer: Any) -> tuple[Tensor, str, int]:
