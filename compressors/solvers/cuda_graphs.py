@@ -1,16 +1,18 @@
 """Recording of short sequences of CUDA kernels, which take longer to launch than to run."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 
-def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def record(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """Run a function once, and return a function that repeats it: `step` itself without CUDA.
 
     It reads and writes tensors on `device` in place. Neither shapes nor control flow may depend on
     their values, and it must not wait for the device. Kernels are recorded for `device` even if
-    another one is current, and repeated on its current stream.
+    another one is current, and repeated on its current stream. The returned function keeps `step`,
+    and with it the tensors that `step` refers to, whose addresses are part of the recording.
     """
     if device.type != "cuda":
         step()
@@ -28,8 +30,15 @@ def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]
             graph.capture_end()
     current.wait_stream(stream)
 
-    def replay() -> None:
-        with torch.cuda.device(device):
-            graph.replay()
+    return _Recording(step, graph, device)
 
-    return replay
+
+@dataclass(frozen=True)
+class _Recording:
+    step: Callable[[], object]
+    graph: torch.cuda.CUDAGraph
+    device: torch.device
+
+    def __call__(self) -> None:
+        with torch.cuda.device(self.device):
+            self.graph.replay()
