@@ -56,6 +56,7 @@ class CompressedLinear(nn.Module):
         self.config = config
         self.out_features, self.in_features = config.shape
         self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8, device=device))
+        self._terms = tuple(c.type for c in config.components)
         for c in config.components:
             made = COMPONENTS[c.type](config.shape, c, device=device, dtype=dtype)
             self.add_module(c.type, made)
@@ -97,10 +98,10 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
-        first, *others = self.components
-        y: Tensor = first(x)
-        for other in others:
-            y = y + other(x)
+        children: dict[str, Any] = self._modules  # `getattr` and `children` are slow
+        y: Tensor = children[self._terms[0]](x)
+        for name in self._terms[1:]:
+            y = y + children[name](x)
         return y if self.bias is None else y + self.bias
 
     def dense_weight(self) -> Tensor:
