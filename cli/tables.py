@@ -12,6 +12,7 @@ from lrc.compressors.io.natural_order import natural
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import WeightSummary, summarize
+from lrc.configs.sources import counts, described
 
 LAYER_NUMBER = re.compile(r"\.\d+\.")
 
@@ -26,12 +27,19 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     rows = summarize(plan)
     if rows:
         _print_weights(plan, rows, every=every)
+    given = plan.calibration["source"]
+    if not isinstance(given, str):
+        OUT.print(f"calibration: {_shares(given, plan.calibration['samples'], 'windows')}")
     for trained in plan.training:
         through = " through every layer" if trained.method == "block" else ""
-        OUT.print(
-            f"{trained.kind}, {trained.method}: {trained.steps:,} steps, {trained.tokens:,} tokens"
-            + through
-        )
+        if trained.steps is None:
+            budget = f"{trained.minutes:g} minutes"
+        else:
+            budget = f"{trained.steps:,} steps, {trained.tokens:,} tokens{through}"
+        source = trained.options["source"] or given
+        if not isinstance(source, str):
+            budget += f" ({_shares(source, trained.tokens, 'tokens')})"
+        OUT.print(f"{trained.kind}, {trained.method}: {budget}")
     _print_sizes(plan)
     times = predicted_times(plan)
     if times is not None:
@@ -70,6 +78,13 @@ def print_times(times: dict[str, Any], place: str, *, pending: bool = False) -> 
     if times["slower_forms"]:
         slower = (f"{form} ({count} matrices)" for form, count in times["slower_forms"].items())
         OUT.print(f"never faster than dense there, and not chosen: {', '.join(slower)}")
+
+
+def _shares(source: dict[str, float], total: int | None, unit: str) -> str:
+    """Return what a mixture takes from every source."""
+    if total is None:
+        return described(source)
+    return ", ".join(f"{count:,} {unit} of {name}" for name, count in counts(source, total).items())
 
 
 def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> None:
@@ -225,9 +240,9 @@ def _print_training(record: dict[str, Any]) -> None:
         "not finite" if record[key] is None else f"{record[key]:.4f}" for key in ("before", "after")
     )
     OUT.print(
-        f"heal, {record['method']}: {record['trainable']:,} numbers, {record['tokens']:,} tokens, "
-        f"{record['seconds']:.0f} s; divergence from dense on held-out text {before} -> {after} "
-        "nats per token"
+        f"heal, {record['method']}: {record['trainable']:,} numbers, {record['steps']:,} steps, "
+        f"{record['tokens']:,} tokens, {record['seconds']:.0f} s; divergence from dense on held-"
+        f"out text {before} -> {after} nats per token"
         + ("" if record["kept"] else "; no step was better, so the weights are those before it")
     )
 

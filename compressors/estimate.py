@@ -93,8 +93,9 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     if compensates:
         seconds["compress"] += COMPENSATION_PASSES * tokens * 2 * in_layers / products
     if plan.training:
-        work = sum(record.passes * record.tokens for record in plan.training)
+        work = sum(record.passes * (record.tokens or 0) for record in plan.training)
         seconds["heal"] = work * 2 * in_layers / products
+        seconds["heal"] += sum(60 * (record.minutes or 0) for record in plan.training)
     seconds["save"] = plan.compressed_bytes / 0.5e9
     scored = sum(s.windows * s.window for s in evaluate.perplexity if s.windows)
     not_estimated = [

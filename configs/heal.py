@@ -4,7 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from lrc.configs.strict import Strict, Text
+from lrc.configs.sources import Source
+from lrc.configs.strict import Strict
 
 Train = Annotated[
     Literal["all", "factors", "values", "scales", "norms"],
@@ -33,17 +34,20 @@ class HealBase(Strict):
     method: str
     """What the compressed model is fitted to."""
     steps: Annotated[int, Field(ge=0)] | None = None
-    """Number of steps; for `block`, of every fit of a layer. 150 (`block`: 100) if neither this nor
-    `tokens` is given. 0 only measures."""
+    """Number of steps; for `block`, of every fit of a layer. 150 (`block`: 100) if no other
+    budget is given. 0 only measures."""
     tokens: PositiveInt | None = None
     """Instead of `steps`: training tokens, rounded up to whole steps."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Instead of `steps`: wall-clock time of the training; for `block`, of all layers together.
+    The number of steps then differs from run to run, and so does the result."""
     batch: PositiveInt = 8
     """Windows per step."""
     rate: Rate = 5e-4
     held_out: PositiveInt = 16384
     """Tokens of the text that are never trained on; they choose the best step, and decide whether
     the result is used."""
-    source: Text | None = None
+    source: Source | None = None
     """Training text, as `calibration.source`, which is the default."""
     length: PositiveInt | None = None
     """Tokens per window; that of `calibration` if left out."""
@@ -52,12 +56,24 @@ class HealBase(Strict):
 
     @model_validator(mode="after")
     def _one_budget(self) -> "HealBase":
-        if self.steps is not None and self.tokens is not None:
-            raise ValueError("give at most one of 'steps' and 'tokens', got both; remove one")
+        budgets = ("steps", "tokens", "minutes")
+        given = [f"'{key}'" for key in budgets if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                "give at most one of 'steps', 'tokens' and 'minutes', got "
+                f"{' and '.join(given)}; keep one"
+            )
         return self
 
-    def number_of_steps(self, length: int) -> int:
-        """Return the number of steps with windows of `length` tokens."""
+    @property
+    def seconds(self) -> float:
+        """The limit of the time; 0 if there is none."""
+        return 60 * (self.minutes or 0.0)
+
+    def number_of_steps(self, length: int) -> int | None:
+        """Return the number of steps with windows of `length` tokens; None if time is limited."""
+        if self.minutes is not None:
+            return None
         if self.tokens is not None:
             return -(-self.tokens // (self.batch * length))
         return self.default_steps if self.steps is None else self.steps
@@ -70,8 +86,15 @@ class LogitFit(HealBase):
     """The loss, a Kullback-Leibler divergence between the predictions of the dense model and those
     of the compressed one: with the dense model's as weights (`forward`), with the compressed
     model's (`reverse`), or the mean of both."""
+    hidden: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a second term of the loss: the L1 distance between the outputs of every layer in
+    the two models, relative to the dense one at each position, as a mean over positions and layers.
+    Not after slices that change the residual stream."""
     checkpointing: bool = False
     """Recompute the inside of every layer for the backward pass: less memory, a third slower."""
+    micro_batch: PositiveInt | None = None
+    """Windows that are computed at once; the gradients of a step are added up. Fewer need less
+    memory. By default as many as hold 8,192 tokens on a GPU, 2,048 on a CPU."""
 
 
 class Distill(LogitFit):

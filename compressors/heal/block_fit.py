@@ -12,6 +12,7 @@ References
    https://arxiv.org/abs/2412.16719
 """
 
+import time
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache, cache_files
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, LayerExecutor
+from lrc.compressors.heal.budget import Budget
 from lrc.compressors.heal.descent import is_better
 from lrc.compressors.heal.divergence import PIECE, divergence
 from lrc.compressors.heal.layer_fit import Apply, LayerData, LayerFit, find_parts
@@ -37,6 +39,9 @@ from lrc.compressors.heal.work import (
 )
 from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.configs.heal import Block
+
+ELAPSED = "elapsed"
+"""Key of the facts about a piece: seconds of training until it was written."""
 
 
 def fit_blocks(work: HealWork, options: Block) -> dict[str, Any]:
@@ -88,6 +93,7 @@ class BlockFit:
         )
         self._healed.copy_(self._dense)
         self._before = self._dense[: self._n_held_out].clone()
+        self._start = time.monotonic()
 
     def run(self) -> dict[str, Any]:
         """Fit all layers, and compare the predictions of the model with those before."""
@@ -101,11 +107,13 @@ class BlockFit:
             raise nothing_to_train(work.where, self._options.train)
         before, after = self._divergence(self._before), self._divergence(self._healed)
         self._journal.forget(*cache_files(self._journal))
+        steps = [fit["steps"] for each in facts for fit in each["fits"]]
         kept = is_better(after, before)
         if not kept:
             self._journal.forget(*(layer_file(work.stage, index) for index in range(n_layers)))
         return {
             "trainable": trainable,
+            "steps": round(sum(steps) / len(steps)),
             "layers": facts,
             "kept": kept,
             "before": finite(before),
@@ -122,7 +130,9 @@ class BlockFit:
             compressed = deepcopy(dense)
             self._stored.compress_layer_(compressed, prefix)
             self._advance(apply, compressed, self._before, self._before)
-            if not self._journal.has(piece):
+            if self._journal.has(piece):
+                self._start = time.monotonic() - self._journal.read_facts(piece)[ELAPSED]
+            else:
                 self._fit(index, dense, compressed, piece)
             trained = {f"{prefix}.{name}": p for name, p in compressed.named_parameters()}
             names: list[str] = self._journal.read_facts(piece)[TRAINED]
@@ -154,21 +164,30 @@ class BlockFit:
         )
         tensors: dict[str, Tensor] = {}
         fits, trainable = [], 0
-        for part in parts if selected else []:
+        parts = parts if selected else []
+        for number, part in enumerate(parts):
             named = {f"{prefix}.{name}": selected[name] for name in part.parameters}
             trained = trained_parameters(named, self._stored)
             fit = LayerFit(apply, dense, compressed, part, data)
             seed = work.seed * 1_000_003 + index
-            descent = fit.run(trained, options, steps=work.steps, seed=seed)
+            budget = self._budget(index, parts_left=len(parts) - number)
+            descent = fit.run(trained, options, budget=budget, seed=seed)
             tensors |= {name: value.cpu() for name, value in descent.best.items()}
             fits.append({"part": part.child or "layer", **loss_facts(descent)})
             trainable += trained.count
         facts = {"layer": prefix, "trainable": trainable, "fits": fits}
+        record = {"facts": facts, ELAPSED: time.monotonic() - self._start}
         if tensors:
-            write_trained(self._journal, piece, tensors, {"facts": facts})
+            write_trained(self._journal, piece, tensors, record)
         else:  # a safetensors file needs at least one tensor
             nothing = {"none": torch.zeros(1)}
-            self._journal.write_tensors(piece, nothing, {TRAINED: [], "facts": facts})
+            self._journal.write_tensors(piece, nothing, {TRAINED: [], **record})
+
+    def _budget(self, index: int, *, parts_left: int) -> Budget:
+        """Return the budget of a part: limited time is divided evenly between layers."""
+        done = (index + 1) / len(self._executor.architecture.layers)
+        left = self._options.seconds * done - (time.monotonic() - self._start)
+        return self._work.budget(left / parts_left)
 
     @torch.no_grad()
     def _advance(self, apply: Apply, layer: nn.Module, states: Tensor, out: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrc.compressors.heal.budget import Budget
 from lrc.compressors.heal.parameters import TrainedParameters
 from lrc.compressors.heal.schedule import learning_rate
 
@@ -33,8 +34,7 @@ class Descent:
     Parameters
     ----------
     trained : TrainedParameters
-    steps : int
-        Number of steps in all.
+    budget : Budget
     rate : float
         Highest learning rate, relative.
 
@@ -44,8 +44,8 @@ class Descent:
        ICML 2018, section 8. https://arxiv.org/abs/1804.04235
     """
 
-    def __init__(self, trained: TrainedParameters, *, steps: int, rate: float) -> None:
-        self.trained, self.steps, self._rate = trained, steps, rate
+    def __init__(self, trained: TrainedParameters, *, budget: Budget, rate: float) -> None:
+        self.trained, self.budget, self._rate = trained, budget, rate
         self.done = 0
         self.losses: list[tuple[int, float]] = []
         """Steps done, and the loss on held-out text with the values as they would be stored."""
@@ -59,6 +59,16 @@ class Descent:
         ]
         groups = [{"params": [parameter]} for parameter in trained.parameters.values()]
         self._optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, weight_decay=0.0)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps in all, as far as it is known."""
+        return self.budget.total(self.done)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the loss on held-out text is due."""
+        return self.budget.is_judged(self.done)
 
     @property
     def best_loss(self) -> float:
@@ -78,6 +88,7 @@ class Descent:
             self.skipped += 1
         self._optimizer.zero_grad()
         self.done += 1
+        self.budget.advance()
 
     def judge(self, loss: float) -> None:
         """Record the loss on held-out text; the values are kept if it is the lowest so far."""
@@ -105,6 +116,7 @@ class Descent:
             "losses": self.losses,
             "skipped": self.skipped,
             "best_step": self.best_step,
+            "budget": self.budget.state(),
         }
         return {name: tensor.cpu() for name, tensor in tensors.items()}, facts
 
@@ -116,6 +128,7 @@ class Descent:
         self.best = {name: tensors[f"best/{name}"].to(device) for name in names}
         self.done, self.skipped = facts["done"], facts["skipped"]
         self.best_step = facts["best_step"]
+        self.budget.resume(facts["budget"])
         self.losses = [(step, loss) for step, loss in facts["losses"]]
         for name, parameter in names.items():
             if f"average/{name}" in tensors:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.divergence import Predictor, add_gradients, mean_divergence
-from lrc.compressors.heal.schedule import batch_rows, is_judged
+from lrc.compressors.heal.schedule import batch_rows
 from lrc.compressors.heal.trained_files import model_file, write_trained
 from lrc.compressors.heal.work import (
     HealWork,
@@ -50,15 +50,23 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     if not parameters:
         raise nothing_to_train(work.where, options.train)
     trained = trained_parameters(parameters, stored)
+    names = models.architecture.layer_names
     if options.checkpointing:
-        for name in models.architecture.layer_names:
+        for name in names:
             recompute_(student.get_submodule(name))
     teacher = models.load_dense(models.dtype).requires_grad_(False)
-    dense = Predictor(teacher, text.held_out, dtype=models.dtype)
-    compressed = Predictor(student, text.held_out, dtype=models.dtype)
-    limit = BATCH_TOKENS[torch.device(device).type]
-    together = max(1, min(options.batch, limit // text.training.shape[1]))
-    descent = Descent(trained, steps=work.steps, rate=options.rate)
+    dense, compressed = (
+        Predictor(
+            model,
+            text.held_out,
+            dtype=models.dtype,
+            layers=[model.get_submodule(name) for name in names] if options.hidden else [],
+        )
+        for model in (teacher, student)
+    )
+    most = BATCH_TOKENS[torch.device(device).type] // text.training.shape[1]
+    together = min(options.batch, options.micro_batch or max(1, most))
+    descent = Descent(trained, budget=work.budget(), rate=options.rate)
     snapshots = Snapshots(work, descent)
 
     def held_out_loss() -> float:
@@ -83,9 +91,10 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
                     part,
                     kind=options.divergence,
                     positions=windows.numel(),
+                    hidden=options.hidden,
                 )
             descent.update_()
-            if is_judged(descent.done, descent.steps):
+            if descent.is_judged:
                 descent.judge(held_out_loss())
             snapshots.finish_step()
     kept = descent.best_step > 0

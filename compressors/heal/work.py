@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrc.compressors.heal.budget import Budget, StepBudget, TimeBudget
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.held_out import TrainingText
 from lrc.compressors.heal.parameters import TrainedParameters, parameter_roles
@@ -33,7 +34,8 @@ class HealWork:
     stage: int
     options: HealBase
     """Of a healing method."""
-    steps: int
+    steps: int | None
+    """None if the time is limited instead."""
     text: TrainingText
 
     @property
@@ -45,6 +47,12 @@ class HealWork:
     def seed(self) -> int:
         """Seed of the order of windows, different for every stage."""
         return self.plan.seed * 1_000_003 + self.stage
+
+    def budget(self, seconds: float | None = None) -> Budget:
+        """Return a budget that starts now; by default with all of the time, if it is limited."""
+        if self.steps is not None:
+            return StepBudget(self.steps)
+        return TimeBudget(self.options.seconds if seconds is None else seconds)
 
     def stored(self) -> StoredModel:
         """Return the reader of the model before this stage."""
@@ -123,6 +131,7 @@ def loss_facts(descent: Descent) -> dict[str, Any]:
     """Return what a descent did, as JSON values."""
     return {
         "trainable": descent.trained.count,
+        "steps": descent.done,
         "losses": [[step, finite(loss)] for step, loss in descent.losses],
         "best_step": descent.best_step,
         "skipped": descent.skipped,

@@ -102,11 +102,14 @@ class TrainingRecord:
     method: str
     options: Mapping[str, Any]
     """Options of the stage in the recipe."""
-    steps: int
-    tokens: int
-    """Training tokens."""
+    steps: int | None
+    """None if time is limited, see `minutes`."""
+    tokens: int | None
+    """Training tokens; None if time is limited."""
     passes: float
     """Cost of a token in forward passes over the layers, to estimate the time."""
+    minutes: float | None = None
+    """Limit of the time; None if the number of steps is given."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What was trained on what, and the losses; empty before it has run."""
 

@@ -210,10 +210,36 @@ def test_every_divergence_lowers_the_loss(run: Run, divergence: str) -> None:
     assert report["training"][0]["kept"]
 
 
-def test_recomputation_gives_the_same_bytes(run: Run) -> None:
-    _, ours = run(INT4, {"heal": DISTILL})
-    _, theirs = run(INT4, {"heal": {**DISTILL, "checkpointing": True}})
+@pytest.mark.parametrize("hidden", [0.0, 1.0])
+def test_recomputation_gives_the_same_bytes(run: Run, hidden: float) -> None:
+    _, ours = run(INT4, {"heal": {**DISTILL, "hidden": hidden}})
+    _, theirs = run(INT4, {"heal": {**DISTILL, "hidden": hidden, "checkpointing": True}})
     assert changed(ours, theirs) == set()
+
+
+@pytest.mark.parametrize(
+    "before", [INT4, {"slice": {"method": "modegpt", "keep": 0.9}}], ids=["integers", "sliced"]
+)
+def test_hidden_states_change_the_loss(run: Run, before: dict[str, Any]) -> None:
+    report, ours = run(before, {"heal": {**DISTILL, "hidden": 1.0}})
+    assert report["training"][0]["kept"]
+    _, theirs = run(before, {"heal": DISTILL})
+    assert changed(ours, theirs)
+
+
+def test_hidden_states_of_another_residual_stream_are_refused(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    for method in ("slicegpt", "drop"):
+        stages = [
+            {"slice": {"method": method, "keep": 0.9}},
+            {"heal": {**DISTILL, "hidden": 1.0}},
+        ]
+        recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+        lrc("plan", recipe).refuses(2, f"slice.method: {method}", where="stages[1].heal.hidden")
 
 
 def test_attention_and_mlp_are_fitted_one_after_the_other(run: Run) -> None:
@@ -326,6 +352,44 @@ def test_the_report_says_what_was_done(run: Run) -> None:
     assert record["trainable"] == (scales or stored)
 
 
+@pytest.mark.parametrize("options", [DISTILL, BLOCK], ids=["distill", "block"])
+def test_a_limit_of_the_time_is_a_budget(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(work, "SNAPSHOT_SECONDS", 0.0)
+    stages = [INT4, {"heal": {**options, "steps": None, "minutes": 0.03}}]
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+    ended = lrc("plan", recipe)
+    assert ended.code == 0, ended.err
+    assert f"heal, {options['method']}: 0.03 minutes" in ended.out
+    assert "heal 2 s" in ended.out
+    with pytest.raises(Stopped):
+        compress(load_recipe(recipe), Machine(on_step=Stopper(1)))
+    (record,) = compress(load_recipe(recipe))["training"]
+    assert record["minutes"] == 0.03
+    fits = [fit for layer in record.get("layers", []) for fit in layer["fits"]] or [record]
+    assert len(fits) in (1, 2)
+    for fit in fits:
+        assert fit["losses"][-1][0] == fit["steps"] >= 1
+    assert record["tokens"] == 256 * record["steps"]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_give_the_same_values_up_to_rounding(run: Run, micro_batch: int) -> None:
+    few = {**DISTILL, "steps": 3, "rate": 1e-3}
+    expected, _ = run(INT4, {"heal": few})
+    found, _ = run(INT4, {"heal": {**few, "micro_batch": micro_batch}})
+    for ours, theirs in zip(
+        found["training"][0]["losses"], expected["training"][0]["losses"], strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_a_text_that_is_repeated_is_warned_of(run: Run) -> None:
     report, _ = run(INT4, {"heal": {**DISTILL, "steps": 400, "rate": 1e-5}})
     (record,) = report["training"]
@@ -360,7 +424,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...]]] = {
         {**DISTILL, "tokens": 100},
         "conflicting-keys",
         "stages[1].heal",
-        ("at most one of 'steps' and 'tokens'", "remove one"),
+        ("'steps', 'tokens' and 'minutes'", "got 'steps' and 'tokens'", "keep one"),
     ),
     "no text of that name": (
         {**DISTILL, "source": "wikitext3"},
@@ -451,6 +515,87 @@ def test_windows_of_the_source_self_are_used(run: Run, tiny_text: Path) -> None:
     assert record["text"]["source"] == "self"
     assert record["text"]["training_tokens"] == 4 * 64
     assert record["kept"]
+    # Calibration on another text leaves none, so that some are sampled.
+    calibration["source"] = str(tiny_text)
+    few = {**DISTILL, "rate": 1e-3, "source": "self", "length": 32, "steps": 1}
+    other, _ = run(INT4, {"heal": {**few, "held_out": 128}}, calibration=calibration)
+    assert other["training"][0]["text"]["source"] == "self"
+    assert other["training"][0]["text"]["text_tokens"] == (4 + 4) * 32
+
+
+def test_text_may_come_from_several_sources(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tiny_text: Path,
+    tmp_path: Path,
+) -> None:
+    ours = {str(tiny_text): 0.75, "self": 0.25}
+    stages = [
+        {"decompose": {"method": "svd-llm", "keep": 0.6}},
+        {"heal": {**DISTILL, "rate": 1e-3, "steps": 6}},
+        {"heal": {**BLOCK, "steps": 4, "source": {str(tiny_text): 0.5, "python-docs": 0.5}}},
+    ]
+    changes = {"calibration": {"source": ours, "samples": 16, "length": 64}, "stages": stages}
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", **changes)
+    ended = lrc("plan", recipe)
+    assert ended.code == 0, ended.err
+    text = " ".join(ended.out.split())
+    assert f"calibration: 12 windows of {tiny_text}, 4 windows of self" in text
+    assert f"6 steps, 1,536 tokens (1,152 tokens of {tiny_text}, 384 tokens of self)" in text
+    assert f"(512 tokens of {tiny_text}, 512 tokens of python-docs)" in text
+    for calls in (3, 3):
+        with pytest.raises(Stopped):
+            compress(load_recipe(recipe), Machine(on_step=Stopper(calls)))
+    report = compress(load_recipe(recipe))
+    found = report["calibration"]
+    assert found["source"] == f"75 % {tiny_text}, 25 % self"
+    assert [each["tokens"] for each in found["texts"]] == [768, 256]
+    first, second = (record["text"]["texts"] for record in report["training"])
+    assert [each["source"] for each in first] == [*ours]
+    assert [each["held_out_tokens"] for each in first] == [384, 128]
+    assert [each["held_out_tokens"] for each in second] == [256, 256]
+    again = tiny_recipe(tiny_model_folder, tmp_path / "again", **changes)
+    compress(load_recipe(again))
+    assert changed(tmp_path / "run", tmp_path / "again") == set()
+
+
+def test_every_source_of_a_mixture_is_checked(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tiny_text: Path,
+    tmp_path: Path,
+) -> None:
+    wrong = {"c4": 0.5, "wikitext3": 0.5}
+    stages = [INT4, {"heal": {**DISTILL, "source": wrong}}]
+    recipe = tiny_recipe(
+        tiny_model_folder, tmp_path / "run", stages=stages, calibration={"source": wrong}
+    )
+    ended = lrc("plan", recipe)
+    ended.refuses(2, "wikitext3", "did you mean 'wikitext2'?", where="calibration.source")
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+    lrc("plan", recipe).refuses(2, "did you mean 'wikitext2'?", where="stages[1].heal.source")
+    # A text that is evaluated on may not be trained on, whatever it is mixed with.
+    copy = tmp_path / "copy.txt"
+    shutil.copyfile(tiny_text, copy)
+    mixture = {"python-docs": 0.5, str(tiny_text): 0.5}
+    recipe = tiny_recipe(
+        tiny_model_folder,
+        tmp_path / "run",
+        stages=[INT4, {"heal": {**DISTILL, "source": mixture}}],
+        evaluate={"perplexity": [{"source": str(copy), "name": "mine", "window": 32}]},
+    )
+    lrc("compress", recipe, "-q").refuses(2, "heal.source", "evaluate.perplexity mine")
+    # Few windows are sampled from the model.
+    recipe = tiny_recipe(
+        tiny_model_folder,
+        tmp_path / "few",
+        stages=[INT4, {"heal": {**DISTILL, "source": {"python-docs": 0.5, "self": 0.5}}}],
+        calibration={"source": str(tiny_text), "samples": 4, "length": 64},
+    )
+    ended = lrc("compress", recipe, "-q")
+    ended.refuses(1, "raise calibration.samples", where="stages[1].heal.held_out")
 
 
 @pytest.mark.parametrize(

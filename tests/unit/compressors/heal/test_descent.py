@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.heal.budget import StepBudget
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.parameters import SMALLEST_SCALE, TrainedParameters
 
@@ -13,7 +14,7 @@ TARGET = torch.tensor([0.5, -0.25, 2.0])
 def start(rate: float = 0.05, steps: int = 60) -> Descent:
     parameters = {"x": nn.Parameter(torch.ones(3)), "unused": nn.Parameter(torch.ones(2))}
     dtypes = dict.fromkeys(parameters, torch.bfloat16)
-    return Descent(TrainedParameters(parameters, dtypes), steps=steps, rate=rate)
+    return Descent(TrainedParameters(parameters, dtypes), budget=StepBudget(steps), rate=rate)
 
 
 def loss_of(descent: Descent) -> Tensor:
