@@ -174,6 +174,9 @@ def print_inspection(facts: dict[str, Any]) -> None:
     )
     if facts["totals"] and facts["modules"]:
         OUT.print(f"kept {facts['totals']['kept']:.1%} of the bits of the targeted weights")
+    if facts["elastic"]:
+        budgets = ", ".join(f"{keep:g}" for keep in facts["elastic"])
+        OUT.print(f"elastic: can be cut to {budgets}, see `lrc export --keep`")
     if facts["environment"]:
         versions = facts["environment"]["versions"]
         OUT.print(

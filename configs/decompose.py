@@ -11,6 +11,15 @@ Keep = Annotated[float, Field(gt=0, le=1)]
 Size = Annotated[
     str, Field(pattern=SIZE, json_schema_extra={"x-words": SIZE_WORDS, "x-remedy": SIZE_REMEDY})
 ]
+Budgets = Annotated[
+    list[Keep],
+    Field(
+        min_length=2,
+        description="Instead of `keep`: several budgets, the largest first, each below 1. The "
+        "checkpoint stores the largest, and can be cut to any of the others without calibration. "
+        "For low-rank methods with `storage: low_rank`.",
+    ),
+]
 TIMED: dict[str, Any] = {"rows": 1, "latency_table": None}
 """Options that only `measure: latency` has -> their defaults."""
 Allocation = Annotated[
@@ -63,6 +72,7 @@ class DecomposeBase(Strict):
     says, (0, 1]."""
     size: Size | None = None
     """Instead of `keep`: size of the weight files of the whole model, such as `180MiB`."""
+    elastic: Budgets | None = None
     measure: Literal["bits", "macs", "latency"] = "bits"
     """What `keep` is a fraction of: stored bits, multiply-adds per token, or the time of the
     products on the device that runs `lrc compress` or that `latency_table` was made on."""
@@ -92,6 +102,13 @@ class DecomposeBase(Strict):
 
     produces: ClassVar[str] = "low_rank"
     """Component type of methods that do not let the recipe choose one."""
+    why_not_elastic: ClassVar[str | None] = "its components have no order in which they can be cut"
+    """Why the result of the method has no smaller budgets; None if it has."""
+
+    @property
+    def largest_keep(self) -> float | None:
+        """The budget as a fraction, of several the largest; None if it is a size or in a plan."""
+        return self.keep if self.elastic is None else self.elastic[0]
 
     @property
     def component_types(self) -> tuple[str, ...]:
@@ -127,9 +144,10 @@ class DecomposeBase(Strict):
 
     @model_validator(mode="after")
     def _one_budget(self) -> "DecomposeBase":
-        given = [name for name in ("keep", "size") if getattr(self, name) is not None]
-        if len(given) == 2 or not (given or self.plan):
-            text = "give exactly one of 'keep' and 'size', or a 'plan' with the ranks"
+        names = ("keep", "size", "elastic")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1 or not (given or self.plan):
+            text = "give exactly one of 'keep', 'size' and 'elastic', or a 'plan' with the ranks"
             raise ValueError(f"{text}; got {' and '.join(given) or 'none of them'}")
         if self.size is not None and self.measure != "bits":
             raise ValueError(
@@ -146,5 +164,47 @@ class DecomposeBase(Strict):
             raise ValueError(
                 f"'min_keep' must be at most 'keep', {self.keep:g}, got {self.min_keep:g}; "
                 "lower min_keep or raise keep"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _elastic_budgets(self) -> "DecomposeBase":
+        budgets = self.elastic
+        if budgets is None:
+            return self
+        if self.why_not_elastic is not None:
+            raise ValueError(
+                f"'elastic' cannot be used with method: {self.method}, because "
+                f"{self.why_not_elastic}; use svd-llm or kfac with storage: low_rank, or give "
+                "'keep'"
+            )
+        listed = ", ".join(f"{each:g}" for each in budgets)
+        if sorted(set(budgets), reverse=True) != budgets:
+            raise ValueError(
+                f"'elastic' must list different budgets from the largest to the smallest, got "
+                f"[{listed}]; write [{', '.join(f'{b:g}' for b in sorted({*budgets})[::-1])}]"
+            )
+        if budgets[0] == 1:
+            raise ValueError(
+                f"'elastic' must list budgets below 1, at which the weights stay dense and cannot "
+                f"be cut, got [{listed}]; lower the first one"
+            )
+        for key, value, needed in (
+            ("storage", self.component_types[0], "low_rank"),
+            ("measure", self.measure, "bits"),
+            ("plan", self.plan, None),
+        ):
+            if value != needed:
+                remedy = f"set {key}: {needed}" if needed else f"remove '{key}'"
+                raise ValueError(f"'elastic' cannot be combined with {key}: {value}; {remedy}")
+        if self.allocation == "heavy-tail":
+            raise ValueError(
+                "'elastic' cannot be combined with allocation: heavy-tail, which compares "
+                "singular values and not losses; set allocation: uniform or lagrangian"
+            )
+        if self.min_keep > budgets[-1]:
+            raise ValueError(
+                f"'min_keep' must be at most the smallest of 'elastic', {budgets[-1]:g}, got "
+                f"{self.min_keep:g}; lower min_keep"
             )
         return self
