@@ -224,15 +224,21 @@ def _print_slice(record: dict[str, Any]) -> None:
 
 def _print_training(record: dict[str, Any]) -> None:
     """Print what a stage that trains gained on text that it was not trained on."""
-    before, after = (
-        "not finite" if record[key] is None else f"{record[key]:.4f}" for key in ("before", "after")
-    )
     OUT.print(
         f"heal, {record['method']}: {record['trainable']:,} numbers, {record['tokens']:,} tokens, "
-        f"{record['seconds']:.0f} s; divergence from dense on held-out text {before} -> {after} "
+        f"{record['seconds']:.0f} s; divergence from dense on held-out text {_change(record)} "
         "nats per token"
         + ("" if record["kept"] else "; no step was better, so the weights are those before it")
     )
+    for each in record.get("budgets", []):
+        OUT.print(f"  budget {each['keep']:g}: {_change(each)}")
+
+
+def _change(losses: dict[str, Any]) -> str:
+    before, after = (
+        "not finite" if losses[key] is None else f"{losses[key]:.4f}" for key in ("before", "after")
+    )
+    return f"{before} -> {after}"
 
 
 def _print_sizes(plan: Plan) -> None:

@@ -11,15 +11,7 @@ Keep = Annotated[float, Field(gt=0, le=1)]
 Size = Annotated[
     str, Field(pattern=SIZE, json_schema_extra={"x-words": SIZE_WORDS, "x-remedy": SIZE_REMEDY})
 ]
-Budgets = Annotated[
-    list[Keep],
-    Field(
-        min_length=2,
-        description="Instead of `keep`: several budgets, the largest first, each below 1. The "
-        "checkpoint stores the largest, and can be cut to any of the others without calibration. "
-        "For low-rank methods with `storage: low_rank`.",
-    ),
-]
+Budgets = Annotated[list[Keep], Field(min_length=1)]
 TIMED: dict[str, Any] = {"rows": 1, "latency_table": None}
 """Options that only `measure: latency` has -> their defaults."""
 Allocation = Annotated[
@@ -73,6 +65,9 @@ class DecomposeBase(Strict):
     size: Size | None = None
     """Instead of `keep`: size of the weight files of the whole model, such as `180MiB`."""
     elastic: Budgets | None = None
+    """Instead of `keep`: two or more budgets below 1, the largest first. The checkpoint stores the
+    largest, and can be cut to any of the others without calibration. For low-rank methods with
+    `storage: low_rank`."""
     measure: Literal["bits", "macs", "latency"] = "bits"
     """What `keep` is a fraction of: stored bits, multiply-adds per token, or the time of the
     products on the device that runs `lrc compress` or that `latency_table` was made on."""
@@ -169,42 +164,54 @@ class DecomposeBase(Strict):
 
     @model_validator(mode="after")
     def _elastic_budgets(self) -> "DecomposeBase":
-        budgets = self.elastic
-        if budgets is None:
+        if self.elastic is None:
+            return self
+        listed, ordered = (
+            f"[{', '.join(f'{each:g}' for each in budgets)}]"
+            for budgets in (self.elastic, sorted({*self.elastic}, reverse=True))
+        )
+        if len(self.elastic) < 2:
+            raise ValueError(
+                f"'elastic' must list two or more budgets, got {listed}; add a smaller one, or "
+                "give it as 'keep'"
+            )
+        if listed != ordered:
+            raise ValueError(
+                "'elastic' must list different budgets from the largest to the smallest, got "
+                f"{listed}; write {ordered}"
+            )
+        if self.elastic[0] == 1:
+            raise ValueError(
+                "'elastic' must list budgets below 1, at which the weights stay dense and cannot "
+                f"be cut, got {listed}; lower the first one"
+            )
+        if self.min_keep > self.elastic[-1]:
+            raise ValueError(
+                "'min_keep' must be at most the smallest of 'elastic', "
+                f"{self.elastic[-1]:g}, got {self.min_keep:g}; lower min_keep"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _elastic_combinations(self) -> "DecomposeBase":
+        if self.elastic is None:
             return self
         if self.why_not_elastic is not None:
             raise ValueError(
-                f"'elastic' cannot be used with method: {self.method}, because "
-                f"{self.why_not_elastic}; use svd-llm or kfac with storage: low_rank, or give "
-                "'keep'"
+                f"'elastic' cannot be combined with method: {self.method}, because "
+                f"{self.why_not_elastic}; choose svd-llm or kfac with storage: low_rank, or give "
+                "'keep' instead"
             )
-        listed = ", ".join(f"{each:g}" for each in budgets)
-        if sorted(set(budgets), reverse=True) != budgets:
-            raise ValueError(
-                f"'elastic' must list different budgets from the largest to the smallest, got "
-                f"[{listed}]; write [{', '.join(f'{b:g}' for b in sorted({*budgets})[::-1])}]"
-            )
-        if budgets[0] == 1:
-            raise ValueError(
-                f"'elastic' must list budgets below 1, at which the weights stay dense and cannot "
-                f"be cut, got [{listed}]; lower the first one"
-            )
-        for key, value, needed in (
-            ("storage", self.component_types[0], "low_rank"),
-            ("measure", self.measure, "bits"),
-            ("plan", self.plan, None),
+        for key, value, allowed in (
+            ("storage", self.component_types[0], ("low_rank",)),
+            ("measure", self.measure, ("bits",)),
+            ("allocation", self.allocation, ("uniform", "lagrangian")),
+            ("plan", self.plan, (None,)),
         ):
-            if value != needed:
-                remedy = f"set {key}: {needed}" if needed else f"remove '{key}'"
-                raise ValueError(f"'elastic' cannot be combined with {key}: {value}; {remedy}")
-        if self.allocation == "heavy-tail":
-            raise ValueError(
-                "'elastic' cannot be combined with allocation: heavy-tail, which compares "
-                "singular values and not losses; set allocation: uniform or lagrangian"
-            )
-        if self.min_keep > budgets[-1]:
-            raise ValueError(
-                f"'min_keep' must be at most the smallest of 'elastic', {budgets[-1]:g}, got "
-                f"{self.min_keep:g}; lower min_keep"
-            )
+            if value not in allowed:
+                remedy = " or ".join(filter(None, allowed))
+                raise ValueError(
+                    f"'elastic' cannot be combined with {key}: {value}; "
+                    + (f"set {key}: {remedy}" if remedy else f"remove '{key}'")
+                )
         return self

@@ -132,14 +132,14 @@ class Kfac(LowRank):
 class BasisSharing(DecomposeBase):
     """Basis Sharing: the same matrix of consecutive layers shares its right factor."""
 
-    why_not_elastic = "several layers share a factor"
-
     method: Literal["basis-sharing"]
     damp: Damp = 1e-6
     layers_per_group: Annotated[int, Field(ge=2)] = 2
     """Number of consecutive layers that share a factor."""
     compensate: None = None
     """Not available with this method, which solves several layers together."""
+
+    why_not_elastic = "several layers share a factor"
 
 
 class Pruning(FixedSize):

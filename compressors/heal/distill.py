@@ -6,6 +6,7 @@ at 1e-4 took the C4 perplexity of SmolLM2-135M at half its bits from 37.0 to 34.
 """
 
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
+from lrc.compressors.heal.budget_switch import BudgetSwitch
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.divergence import Predictor, add_gradients, mean_divergence
 from lrc.compressors.heal.schedule import batch_rows, is_judged
@@ -20,6 +22,7 @@ from lrc.compressors.heal.trained_files import model_file, write_trained
 from lrc.compressors.heal.work import (
     HealWork,
     Snapshots,
+    budget_facts,
     deterministic,
     finite,
     loss_facts,
@@ -33,7 +36,8 @@ from lrc.configs.heal import Distill, Scales
 def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     """Train by distillation and write the best values; return the facts for the report.
 
-    If nothing is better on held-out text than before, nothing is written.
+    An elastic model is trained with a random budget in every step, and its loss is the mean over
+    budgets. If nothing is better on held-out text than before, nothing is written.
 
     Raises
     ------
@@ -60,14 +64,17 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     together = max(1, min(options.batch, limit // text.training.shape[1]))
     descent = Descent(trained, steps=work.steps, rate=options.rate)
     snapshots = Snapshots(work, descent)
+    switch = BudgetSwitch(student, work.plan.elastic)
 
-    def held_out_loss() -> float:
+    def held_out_losses() -> list[float]:
         with trained.as_stored():
-            return mean_divergence(dense, compressed, text.held_out, together=together)
+            return switch.measure(
+                lambda: mean_divergence(dense, compressed, text.held_out, together=together)
+            )
 
     with deterministic(device):
         if not snapshots.resume():
-            descent.judge(held_out_loss())
+            descent.judge(fmean(held_out_losses()))
         while descent.done < descent.steps:
             rows = batch_rows(
                 descent.done,
@@ -76,6 +83,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
                 seed=work.seed,
             )
             windows = text.training[rows]
+            switch.use_for(descent.done, seed=work.seed)
             for part in windows.split(together):
                 add_gradients(
                     dense,
@@ -86,8 +94,14 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
                 )
             descent.update_()
             if is_judged(descent.done, descent.steps):
-                descent.judge(held_out_loss())
+                descent.judge(fmean(held_out_losses()))
             snapshots.finish_step()
+        budgets = []
+        if switch.budgets:
+            trained.set_(trained.start)
+            before = held_out_losses()
+            trained.set_(descent.best)
+            budgets = budget_facts(switch.budgets, before, held_out_losses())
     kept = descent.best_step > 0
     if kept:
         tensors = {name: tensor.cpu() for name, tensor in descent.best.items()}
@@ -98,6 +112,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
         "kept": kept,
         "before": finite(descent.losses[0][1]),
         "after": finite(descent.best_loss),
+        "budgets": budgets,
     }
 
 

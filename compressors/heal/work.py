@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -127,6 +127,16 @@ def loss_facts(descent: Descent) -> dict[str, Any]:
         "best_step": descent.best_step,
         "skipped": descent.skipped,
     }
+
+
+def budget_facts(
+    budgets: Sequence[float], before: Sequence[float], after: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Return the losses at every budget before and after training, as JSON values."""
+    return [
+        {"keep": keep, "before": finite(first), "after": finite(last)}
+        for keep, first, last in zip(budgets, before, after, strict=True)
+    ]
 
 
 def finite(loss: float) -> float | None:

@@ -183,7 +183,8 @@ def _component(record: Any) -> ComponentConfig:
     kind = COMPONENTS.get(got) if isinstance(got, str) else None
     if kind is None:
         raise ValueError(f"'type' must be one of {', '.join(COMPONENTS)}, got {got!r:.60}")
-    unknown = found.keys() - {"type", *kind.SIZES, "quantization", "pattern", "shares", "ranks"}
+    known = {"type", *kind.SIZES, "quantization", "pattern", "shares"}
+    unknown = found.keys() - known - ({"ranks"} if kind is LowRank else set())
     if unknown:
         raise ValueError(f"a {kind.TYPE} component has no {min(unknown)!r}")
     for name in kind.SIZES:
@@ -209,10 +210,8 @@ def _component(record: Any) -> ComponentConfig:
 
 
 def _with_ranks(component: ComponentConfig, ranks: Any) -> ComponentConfig:
-    if component.type != LowRank.TYPE or component.quantization or component.shares:
-        raise ValueError(
-            "'ranks' must be left out, except of low_rank without 'quantization' and 'shares'"
-        )
+    if component.quantization or component.shares:
+        raise ValueError("'ranks' must be left out next to 'quantization' and 'shares'")
     whole = isinstance(ranks, list) and all(type(rank) is int and rank >= 1 for rank in ranks)
     if not whole or ranks[:1] != [component.sizes["rank"]] or sorted(ranks)[::-1] != ranks:
         raise ValueError(

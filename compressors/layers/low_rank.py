@@ -13,9 +13,9 @@ from lrc.compressors.layers.tiles import exceeds, in_tiles
 class LowRank(SharedFactorComponent):
     """The product ``B @ A``, multiplied one factor after the other.
 
-    The layers of a group can share ``A`` [1]_. In an elastic checkpoint the columns of ``B`` and the
-    rows of ``A`` are ordered by what they contribute, so that the first ones alone are a good
-    product of a lower rank.
+    The layers of a group can share ``A`` [1]_. In an elastic checkpoint columns of ``B`` and rows
+    of ``A`` are ordered by what they contribute: the first ones alone are a good product of a
+    lower rank.
 
     References
     ----------

@@ -96,7 +96,10 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
         overrides=bool(options.overrides),
         elastic=tuple(options.elastic or ()),
     )
-    smallest, lowest = 0 if measure.provisional else cheapest(rest, allocation), allocation.all_budgets[-1]
+    smallest, lowest = (
+        0 if measure.provisional else cheapest(rest, allocation),
+        allocation.all_budgets[-1],
+    )
     if smallest > lowest.budget and (fixed or options.allocation != "uniform" or options.size):
         problems.append(unreachable(lowest, smallest))
     if len(problems) > before or not rest:

@@ -97,6 +97,13 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
             "'quantize' stage before it",
         )
         return
+    if draft.elastic and isinstance(options, Block):
+        draft.problems.add(
+            "contradiction",
+            f"{where}.method",
+            "must be distill after a stage with 'elastic', got block, which fits each layer for a "
+            "single budget; use method: distill, or replace elastic by 'keep'",
+        )
     found = [_possible(draft, task) for task in tasks]
     types = {each for kinds, _ in found for each in kinds}
     present = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
+from lrc.compressors.heal import work
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.layers import CompressedLinear
 from lrc.compressors.pipeline import compress
-from lrc.configs.errors import CheckpointError
+from lrc.configs.errors import CheckpointError, Stopped
 from lrc.configs.load import load_recipe
 
 BUDGETS = [0.9, 0.8, 0.7, 0.6]
@@ -265,3 +267,256 @@ def test_a_wrong_export_is_one_error(run: Run, lrc: Callable[..., Any], tmp_path
     inside = checkpoint / "inside"
     lrc("export", checkpoint, inside, "--keep", 0.7).refuses(1, "must not be inside")
     assert not out.exists()
+
+
+HEAL = {"method": "distill", "steps": 40, "batch": 4, "rate": 1e-2, "held_out": 512}
+
+
+def test_healing_lowers_the_loss_of_every_budget(run: Run, sample: Tensor, tmp_path: Path) -> None:
+    report, output = run({"decompose": SVD_LLM}, {"heal": HEAL})
+    (record,) = report["training"]
+    assert record["kept"]
+    assert [each["keep"] for each in record["budgets"]] == BUDGETS
+    assert all(each["after"] < 0.97 * each["before"] for each in record["budgets"])
+    for key in ("before", "after"):
+        mean = sum(each[key] for each in record["budgets"]) / len(BUDGETS)
+        assert record[key] == pytest.approx(mean, rel=1e-6)
+    before = [each["before"] for each in record["budgets"]]
+    assert before == sorted(before)  # the largest budget is the closest to the dense model
+    _, plain = run({"decompose": SVD_LLM})
+    assert ranks_of(output / "checkpoint") == ranks_of(plain / "checkpoint")
+    expected = logits(cut_by_hand(output / "checkpoint", tmp_path / "hand", 3), sample)
+    found = logits(output / "checkpoint", sample, budget=0.6)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_healing_one_budget_serves_the_others_less(run: Run) -> None:
+    """The mean over budgets is what training for all of them is better at."""
+    report, _ = run({"decompose": SVD_LLM}, {"heal": HEAL})
+    single, _ = run({"decompose": {"method": "svd-llm", "keep": 0.9}}, {"heal": HEAL})
+    (ours,), (theirs,) = report["training"], single["training"]
+    assert theirs["budgets"] == []
+    largest = ours["budgets"][0]
+    assert theirs["before"] == pytest.approx(largest["before"], rel=1e-6)
+    assert theirs["after"] < largest["after"]
+
+
+@pytest.mark.parametrize("stage", ["decompose", "heal"])
+def test_an_interrupted_elastic_run_ends_with_the_same_bytes(
+    run: Run,
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    monkeypatch.setattr(work, "SNAPSHOT_SECONDS", 1e9)
+    stages = [{"decompose": KFAC}, {"heal": HEAL}]
+    _, undisturbed = run(*stages)
+    recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages))
+    name, number = ("heal", 17) if stage == "heal" else ("compress", 1)
+
+    def stop(running: str, done: int, total: int) -> None:
+        if (running, done) == (name, number):
+            raise Stopped("stopped by a test")
+
+    with pytest.raises(Stopped):
+        compress(recipe, Machine("cpu", on_step=stop))
+    compress(recipe, Machine("cpu"))
+    for file in ("model.safetensors", "config.json", "lrc/plan.json"):
+        ours, theirs = (each / "checkpoint" / file for each in (tmp_path / "run", undisturbed))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+BAD: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
+    "a budget above 1": (
+        [{"decompose": {**SVD_LLM, "elastic": [1.2, 0.8]}}],
+        "",
+        "stages[0].decompose.elastic[0]",
+        ("<= 1, got 1.2",),
+    ),
+    "a budget of 0": (
+        [{"decompose": {**SVD_LLM, "elastic": [0.8, 0]}}],
+        "",
+        "stages[0].decompose.elastic[1]",
+        ("got 0",),
+    ),
+    "a budget of 1": (
+        [{"decompose": {**SVD_LLM, "elastic": [1, 0.8]}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("'elastic' must list budgets below 1", "[1, 0.8]"),
+    ),
+    "no budget": (
+        [{"decompose": {**SVD_LLM, "elastic": []}}],
+        "",
+        "stages[0].decompose.elastic",
+        ("got []", "add at least 1 entry"),
+    ),
+    "a single budget": (
+        [{"decompose": {**SVD_LLM, "elastic": [0.8]}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("two or more budgets, got [0.8]",),
+    ),
+    "an ascending list": (
+        [{"decompose": {**SVD_LLM, "elastic": [0.6, 0.8]}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("from the largest to the smallest, got [0.6, 0.8]", "write [0.8, 0.6]"),
+    ),
+    "a budget twice": (
+        [{"decompose": {**SVD_LLM, "elastic": [0.8, 0.8, 0.6]}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("different budgets", "write [0.8, 0.6]"),
+    ),
+    "two kinds of budgets": (
+        [{"decompose": {**SVD_LLM, "keep": 0.9}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("exactly one of 'keep', 'size' and 'elastic'", "got keep and elastic"),
+    ),
+    "a method without ranks": (
+        [{"decompose": {"method": "sparse", "elastic": BUDGETS}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("'elastic' cannot be combined with method: sparse", "no order", "svd-llm or kfac"),
+    ),
+    "a method with biases": (
+        [{"decompose": {"method": "lord", "elastic": BUDGETS}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("method: lord", "biases"),
+    ),
+    "shared factors": (
+        [{"decompose": {"method": "basis-sharing", "elastic": BUDGETS}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("method: basis-sharing", "share a factor"),
+    ),
+    "several component types": (
+        [{"decompose": {"method": "mixed", "elastic": BUDGETS}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("method: mixed",),
+    ),
+    "pivoted factors": (
+        [{"decompose": {"method": "kfac", "elastic": BUDGETS}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("storage: pivoted_low_rank", "set storage: low_rank"),
+    ),
+    "budgets in multiply-adds": (
+        [{"decompose": {**SVD_LLM, "measure": "macs"}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("measure: macs", "set measure: bits"),
+    ),
+    "a plan": (
+        [{"decompose": {**SVD_LLM, "plan": "plan.json"}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("plan: plan.json", "remove 'plan'"),
+    ),
+    "thresholds": (
+        [{"decompose": {**SVD_LLM, "allocation": "heavy-tail"}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("allocation: heavy-tail", "set allocation: uniform or lagrangian"),
+    ),
+    "a floor above the smallest budget": (
+        [{"decompose": {**SVD_LLM, "min_keep": 0.65}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        ("'min_keep' must be at most the smallest of 'elastic', 0.6, got 0.65",),
+    ),
+    "integers": (
+        [{"decompose": SVD_LLM}, {"quantize": {"method": "rtn", "bits": 8}}],
+        "contradiction",
+        "stages[0].decompose.elastic",
+        ("later 'quantize'",),
+    ),
+    "different budgets of two stages": (
+        [
+            {"decompose": {**SVD_LLM, "targets": ["*.mlp.*"]}},
+            {"decompose": {**SVD_LLM, "targets": ["*.self_attn.*"], "elastic": [0.9, 0.5]}},
+        ],
+        "contradiction",
+        "stages[1].decompose.elastic",
+        ("[0.9, 0.8, 0.7, 0.6]", "got [0.9, 0.5]"),
+    ),
+    "a fit of layers": (
+        [{"decompose": SVD_LLM}, {"heal": {"method": "block"}}],
+        "contradiction",
+        "stages[1].heal.method",
+        ("must be distill after a stage with 'elastic', got block",),
+    ),
+    "a budget that ranks cannot meet": (
+        [{"decompose": {**SVD_LLM, "elastic": [0.9, 0.02]}}],
+        "infeasible-budget",
+        "stages[0].decompose.elastic",
+        ("raise the smallest budget",),
+    ),
+    "a budget that an allocation cannot meet": (
+        [{"decompose": {**SVD_LLM, "elastic": [0.9, 0.02], "allocation": "lagrangian"}}],
+        "infeasible-budget",
+        "stages[0].decompose.elastic",
+        ("must be at least", "got 0.02", "raise elastic"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_error(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    case: str,
+) -> None:
+    stages, code, where, words = BAD[case]
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+    lrc("plan", recipe).refuses(2, *words, code=code, where=where)
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a newer version": (lambda b: b["elastic"].update(version=2), "upgrade lrc"),
+    "no budgets": (lambda b: b["elastic"].pop("budgets"), "'version' and 'budgets'"),
+    "ascending budgets": (lambda b: b["elastic"]["budgets"].reverse(), "descending order"),
+    "a budget too many": (lambda b: b["elastic"]["budgets"].append(0.1), "one rank for each"),
+    "budgets of another kind": (lambda b: b["elastic"].update(budgets="all"), "budgets must be"),
+    "no table": (lambda b: b.pop("elastic"), "one rank for each of the 0 budgets"),
+    "a list": (lambda b: b.update(elastic=[0.9, 0.8]), "must be an object"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_table_is_refused(
+    run: Run, lrc: Callable[..., Any], tmp_path: Path, case: str
+) -> None:
+    _, output = run({"decompose": SVD_LLM})
+    shutil.copytree(output / "checkpoint", tmp_path / "damaged")
+    shutil.rmtree(tmp_path / "damaged/lrc")
+    path = tmp_path / "damaged/config.json"
+    config = json.loads(path.read_text())
+    change, words = DAMAGE[case]
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+    lrc("inspect", tmp_path / "damaged").refuses(1, words)
+    lrc("export", tmp_path / "damaged", tmp_path / "out", "--keep", 0.7).refuses(1, words)
+    with pytest.raises(CheckpointError, match=words):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "damaged")
+
+
+def test_a_plan_of_an_elastic_run_gives_its_largest_budget(
+    run: Run, tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    _, output = run({"decompose": SVD_LLM})
+    stage = {"decompose": {"method": "svd-llm", "plan": str(output / "plan.json")}}
+    compress(load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=[stage])))
+    ours, theirs = (
+        load_file(each / "checkpoint/model.safetensors") for each in (tmp_path / "run", output)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert ranks_of(tmp_path / "run/checkpoint") == {}
