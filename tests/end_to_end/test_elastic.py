@@ -182,8 +182,38 @@ def test_an_exported_budget_is_an_ordinary_checkpoint(
     assert 0.6 < facts["totals"]["kept"] <= 0.7
     assert facts["elastic"] is None
     assert facts["evaluation"] is None  # measured for the largest budget
+    files = [
+        {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+        for folder in (output / "checkpoint", out)
+    ]
+    assert files[0] - files[1] == {"README.md", "lrc/report.json"}
+    assert files[1] <= files[0]
     again = lrc("export", out, tmp_path / "again", "--keep", 0.6)
     again.refuses(1, "not elastic", "compress with 'elastic'", code="not-elastic", where=str(out))
+
+
+def test_a_saved_model_in_shards_is_exported(
+    run: Run, lrc: Callable[..., Any], sample: Tensor, tmp_path: Path
+) -> None:
+    _, output = run({"decompose": SVD_LLM})
+    model = AutoModelForCausalLM.from_pretrained(output / "checkpoint")
+    model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
+    assert len([*(tmp_path / "saved").glob("*.safetensors")]) > 1
+    ended = lrc("export", tmp_path / "saved", tmp_path / "out", "--keep", 0.8)
+    assert ended.code == 0, ended.err
+    expected = logits(output / "checkpoint", sample, budget=0.8)
+    assert torch.equal(logits(tmp_path / "out", sample), expected)
+
+
+def test_offloaded_weights_are_not_cut(run: Run, tmp_path: Path) -> None:
+    _, output = run({"decompose": SVD_LLM})
+    places = {"model.layers.1": "disk", "model.layers.0": "cpu", "model.embed_tokens": "cpu"}
+    places |= {"model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1.*offloaded.*lrc export") as caught:
+        AutoModelForCausalLM.from_pretrained(
+            output / "checkpoint", budget=0.7, device_map=places, offload_folder=tmp_path
+        )
+    assert caught.value.code == "offloaded-weight"
 
 
 def test_inspection_lists_the_budgets(run: Run, lrc: Callable[..., Any]) -> None:
