@@ -110,13 +110,17 @@ class StaticDecoder(Decoder):
     def prefill(self) -> None:
         """Read the prompt into the emptied cache, by a plain forward."""
         self.cache.reset()
-        self.logits = self.forward(self.prompt, self.cache)
-        self.token.copy_(self.logits.argmax(-1, keepdim=True))
+        logits = self.forward(self.prompt, self.cache)
+        if not hasattr(self, "logits"):
+            self.logits = torch.empty_like(logits)
+        self.logits.copy_(logits)
+        self.token.copy_(logits.argmax(-1, keepdim=True))
         self.position.fill_(self.prompt.shape[1])
 
     def step(self) -> None:
         """Run a step and move on by one position."""
-        self.logits, token = self._next(self.token, self.position)
+        logits, token = self._next(self.token, self.position)
+        self.logits.copy_(logits)
         self.token.copy_(token)
         self.position.add_(1)
 

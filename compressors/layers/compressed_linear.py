@@ -14,6 +14,7 @@ from lrc.compressors.layers.component import (
     finite_problems,
 )
 from lrc.compressors.layers.config import COMPONENTS, WeightConfig
+from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 SENTINEL = {"weight": TensorSpec([1], torch.uint8)}
@@ -103,6 +104,13 @@ class CompressedLinear(nn.Module):
         for name in self._terms[1:]:
             y = y + children[name](x)
         return y if self.bias is None else y + self.bias
+
+    def cut_(self, index: int) -> None:
+        """Cut components with several budgets to one of these, which are counted from 0."""
+        self.config = self.config.at_budget(index)
+        for component in self.components:
+            if isinstance(component, LowRank) and component.config.ranks:
+                component.cut_(index)
 
     def dense_weight(self) -> Tensor:
         """Return ``W_hat`` [d_out, d_in] in float32."""

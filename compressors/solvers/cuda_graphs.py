@@ -2,17 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 
-def record(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+def record(
+    step: Callable[[], object], device: torch.device, pool: Any = None
+) -> Callable[[], object]:
     """Run a function once, and return a function that repeats it: `step` itself without CUDA.
 
     It reads and writes tensors on `device` in place. Neither shapes nor control flow may depend on
     their values, and it must not wait for the device. Kernels are recorded for `device` even if
     another one is current, and repeated on its current stream. The returned function keeps `step`,
     and with it the tensors that `step` refers to, whose addresses are part of the recording.
+    Recordings with the same `pool`, see `torch.cuda.graph_pool_handle`, share the memory of their
+    intermediate results.
     """
     if device.type != "cuda":
         step()
@@ -23,7 +28,7 @@ def record(step: Callable[[], object], device: torch.device) -> Callable[[], obj
     with torch.cuda.stream(stream):  # also makes `device` the current one
         step()  # libraries allocate their workspaces on first use, which cannot be recorded
         stream.synchronize()
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             step()
         finally:

@@ -108,6 +108,30 @@ def test_the_recorded_step_starts_from_the_prompt_again() -> None:
     check_steps(decoder, following)
 
 
+def test_a_recording_writes_the_logits_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph repeats what was launched, into the same tensors, and sets no attributes."""
+
+    def recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        step()
+        written = vars(decoder).copy()
+
+        def repeat() -> None:
+            now = vars(decoder).copy()
+            vars(decoder).update(written)
+            step()
+            vars(decoder).update(now)
+
+        return repeat
+
+    model = make("llama")
+    prompt, following = tokens()
+    decoder = GraphDecoder.__new__(GraphDecoder)
+    monkeypatch.setattr("lrc.compressors.benchmark.decoders.record", recorded)
+    decoder.__init__(model, prompt, POINT.tokens)  # type: ignore[misc]
+    plain = EagerDecoder(model, prompt, POINT.tokens)
+    assert_same_logits(decoder, plain, following)
+
+
 def test_layers_with_different_numbers_of_heads_can_be_decoded(
     tiny_llama: Callable[..., LlamaForCausalLM],
 ) -> None:
