@@ -189,6 +189,9 @@ def print_inspection(facts: dict[str, Any]) -> None:
     )
     if facts["totals"] and facts["modules"]:
         OUT.print(f"kept {facts['totals']['kept']:.1%} of the bits of the targeted weights")
+    if facts["elastic"]:
+        budgets = ", ".join(f"{keep:g}" for keep in facts["elastic"])
+        OUT.print(f"elastic: can be cut to {budgets}, see `lrc export --keep`")
     if facts["environment"]:
         versions = facts["environment"]["versions"]
         OUT.print(
@@ -236,15 +239,21 @@ def _print_slice(record: dict[str, Any]) -> None:
 
 def _print_training(record: dict[str, Any]) -> None:
     """Print what a stage that trains gained on text that it was not trained on."""
-    before, after = (
-        "not finite" if record[key] is None else f"{record[key]:.4f}" for key in ("before", "after")
-    )
     OUT.print(
         f"heal, {record['method']}: {record['trainable']:,} numbers, {record['steps']:,} steps, "
         f"{record['tokens']:,} tokens, {record['seconds']:.0f} s; divergence from dense on held-"
-        f"out text {before} -> {after} nats per token"
+        f"out text {_change(record)} nats per token"
         + ("" if record["kept"] else "; no step was better, so the weights are those before it")
     )
+    for each in record.get("budgets", []):
+        OUT.print(f"  budget {each['keep']:g}: {_change(each)}")
+
+
+def _change(losses: dict[str, Any]) -> str:
+    before, after = (
+        "not finite" if losses[key] is None else f"{losses[key]:.4f}" for key in ("before", "after")
+    )
+    return f"{before} -> {after}"
 
 
 def _print_sizes(plan: Plan) -> None:

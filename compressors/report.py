@@ -56,6 +56,9 @@ SCHEMA = {
     "training[].{losses,best_step,skipped}": (
         "of the whole model, [step, divergence]; steps without finite gradients"
     ),
+    "training[].budgets[].{keep,before,after}": (
+        "of an elastic checkpoint: divergence at each budget, above are means; else empty"
+    ),
     "training[].layers[]": "of `block`: the same for every fit, with relative errors of outputs",
     "training[].{text,warning}": "source, hash, numbers of tokens; whether it is repeated",
     "training[].{seconds,peak_bytes}": "wall time; peak memory up to its end, of the GPU if used",

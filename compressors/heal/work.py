@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +149,16 @@ def loss_facts(descent: Descent) -> dict[str, Any]:
     }
 
 
+def budget_facts(
+    budgets: Sequence[float], before: Sequence[float], after: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Return the losses at every budget before and after training, as JSON values."""
+    return [
+        {"keep": keep, "before": finite(first), "after": finite(last)}
+        for keep, first, last in zip(budgets, before, after, strict=True)
+    ]
+
+
 def finite(loss: float) -> float | None:
     """Return a loss as a JSON value: None if it is not finite."""
     return loss if math.isfinite(loss) else None
@@ -158,10 +168,14 @@ def finite(loss: float) -> float | None:
 def deterministic(device: str) -> Iterator[None]:
     """Let backward passes on a GPU add in a fixed order inside the context."""
     before = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if device.startswith("cuda"):
         torch.use_deterministic_algorithms(True, warn_only=True)
+        settings.fill_uninitialized_memory = False  # a kernel for every tensor
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        settings.fill_uninitialized_memory = filled

@@ -104,6 +104,13 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
             f"must be 0 after slice.method: {moved[0]}, whose model has other hidden states, got "
             f"{options.hidden:g}; remove the key",
         )
+    if draft.elastic and isinstance(options, Block):
+        draft.problems.add(
+            "contradiction",
+            f"{where}.method",
+            "must be distill after a stage with 'elastic', got block, which fits each layer for a "
+            "single budget; use method: distill, or replace elastic by 'keep'",
+        )
     found = [_possible(draft, task) for task in tasks]
     types = {each for kinds, _, _ in found for each in kinds}
     present = {
