@@ -40,13 +40,16 @@ class SelectLargest(torch.autograd.Function):
 class MovingSupport:
     """A component whose values may change their places until `restore_` is called.
 
-    The parameter ``values`` of the component is replaced by one with all entries of the matrix.
+    The parameter ``values`` of the component is replaced by one with all entries of the matrix. The
+    selection stays as it is until `select_` is called, and its mask is then changed in place: a
+    recorded step reads it.
     """
 
     def __init__(self, component: MaskedEntries) -> None:
         self._component, self._stored = component, component.get_parameter(VALUES)
         self.entries = nn.Parameter(component.entries().detach().clone(), requires_grad=False)
-        self._mask, self._version = torch.empty(0), -1
+        self.mask = component.largest(self.entries)
+        """The places of the largest entries [d_out, columns]."""
         component.register_parameter(VALUES, self.entries)
         component.forward = self._forward  # type: ignore[method-assign]
 
@@ -55,13 +58,10 @@ class MovingSupport:
         del self._component.forward
         self._component.register_parameter(VALUES, self._stored)
 
-    @property
-    def mask(self) -> Tensor:
-        """The places of the largest entries [d_out, columns]."""
-        if self._version != self.entries._version:
-            self._mask = self._component.largest(self.entries.detach())
-            self._version = self.entries._version
-        return self._mask
+    @torch.no_grad()
+    def select_(self) -> None:
+        """Select the entries that are the largest now."""
+        self.mask.copy_(self._component.largest(self.entries))
 
     def selected(self) -> Tensor:
         """Return the largest entries, and zeros elsewhere."""

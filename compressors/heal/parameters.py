@@ -148,6 +148,7 @@ class TrainedParameters:
         """Replace the values."""
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+        self._select_()
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:
@@ -161,7 +162,12 @@ class TrainedParameters:
 
     @torch.no_grad()
     def limit_(self) -> None:
-        """Keep scales away from zero, and their signs as they were."""
+        """Keep scales away from zero, and their signs; use the largest entries of supports."""
         for name, (smallest, sign) in self._limits.items():
             parameter = self.parameters[name]
             parameter.copy_(torch.maximum(parameter * sign, smallest) * sign)
+        self._select_()
+
+    def _select_(self) -> None:
+        for support in self._supports.values():
+            support.select_()

@@ -62,6 +62,7 @@ def test_a_support_starts_where_the_values_are_and_is_restored(component: Masked
     torch.testing.assert_close(component(X), before)
     with torch.no_grad():
         support.entries.add_(1.0)
+    support.select_()
     assert not torch.allclose(component(X), before)
     support.restore_()
     assert torch.equal(component(X), before)
@@ -75,6 +76,9 @@ def test_exactly_as_many_values_as_before_are_stored(component: MaskedEntries, e
     moved = torch.randn(support.entries.shape, generator=generator(3))
     with torch.no_grad():
         support.entries.copy_(moved.sign() if equal else moved)
+    mask = support.mask
+    support.select_()
+    assert support.mask is mask  # recorded steps read it
     group, count = component.support
     assert (support.mask.view(-1, group).sum(dim=1) == count).all()
     expected = component(X)
@@ -98,6 +102,7 @@ def test_zeros_are_stored_if_nothing_else_is_left(component: MaskedEntries) -> N
     support = MovingSupport(component)
     with torch.no_grad():
         support.entries.zero_()
+    support.select_()
     tensors = support.encode(support.selected())
     support.restore_()
     component.load_state_dict({**component.state_dict(), **tensors})
