@@ -75,7 +75,10 @@ class LogitFit(HealBase):
 
 
 class Distill(LogitFit):
-    """Distillation: the whole model is trained to predict what the dense model predicts."""
+    """Distillation: the whole model is trained to predict what the dense model predicts.
+
+    An elastic model is trained with a random budget in every step.
+    """
 
     method: Literal["distill"]
     train: Train = "all"
