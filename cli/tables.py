@@ -1,7 +1,7 @@
 """Plans, reports and checkpoints as tables on stdout."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -41,6 +41,8 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
             budget += f" ({_shares(source, trained.tokens, 'tokens')})"
         OUT.print(f"{trained.kind}, {trained.method}: {budget}")
     _print_sizes(plan)
+    if plan.elastic:
+        _print_budgets(plan.elastic)
     times = predicted_times(plan)
     if times is not None:
         print_times(times.to_json(), times.place, pending=times.pending)
@@ -190,8 +192,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
     if facts["totals"] and facts["modules"]:
         OUT.print(f"kept {facts['totals']['kept']:.1%} of the bits of the targeted weights")
     if facts["elastic"]:
-        budgets = ", ".join(f"{keep:g}" for keep in facts["elastic"])
-        OUT.print(f"elastic: can be cut to {budgets}, see `lrc export --keep`")
+        _print_budgets(facts["elastic"])
     if facts["environment"]:
         versions = facts["environment"]["versions"]
         OUT.print(
@@ -205,6 +206,12 @@ def print_inspection(facts: dict[str, Any]) -> None:
     if facts["evaluation"]:
         print_comparison(facts["evaluation"])
         print_baselines(facts)
+
+
+def _print_budgets(budgets: Sequence[float]) -> None:
+    """Print the budgets of an elastic checkpoint."""
+    listed = ", ".join(f"{keep:g}" for keep in budgets)
+    OUT.print(f"elastic: can be cut to {listed}, see `lrc export`; sizes are those of the first")
 
 
 def _components(plan: Plan, row: WeightSummary) -> str:

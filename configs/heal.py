@@ -132,7 +132,10 @@ class LogitFit(HealBase):
 
 
 class Distill(Selective, LogitFit):
-    """Distillation: the whole model is trained to predict what the dense model predicts."""
+    """Distillation: the whole model is trained to predict what the dense model predicts.
+
+    An elastic model is trained with a random budget in every step.
+    """
 
     method: Literal["distill"]
 

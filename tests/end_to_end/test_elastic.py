@@ -216,8 +216,10 @@ def test_offloaded_weights_are_not_cut(run: Run, tmp_path: Path) -> None:
     assert caught.value.code == "offloaded-weight"
 
 
-def test_inspection_lists_the_budgets(run: Run, lrc: Callable[..., Any]) -> None:
+def test_plan_and_inspection_list_the_budgets(run: Run, lrc: Callable[..., Any]) -> None:
     _, output = run({"decompose": SVD_LLM})
+    ended = lrc("plan", output.with_suffix(".yaml"))
+    assert "elastic: can be cut to 0.9, 0.8, 0.7, 0.6" in ended.out
     ended = lrc("inspect", output / "checkpoint")
     assert "elastic: can be cut to 0.9, 0.8, 0.7, 0.6" in ended.out
     facts = json.loads(lrc("inspect", output / "checkpoint", "--json").out)
