@@ -101,6 +101,7 @@ class LlamaCpp:
         )
         self._llama = llama
         pointer, integer, text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
+        flag = ctypes.c_bool
         declarations = {
             "llama_model_default_params": (_ModelParameters, []),
             "llama_context_default_params": (_ContextParameters, []),
@@ -117,8 +118,7 @@ class LlamaCpp:
             "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [pointer]),
             "llama_tokenize": (
                 integer,
-                [pointer, text, integer, ctypes.POINTER(integer), integer]
-                + [ctypes.c_bool, ctypes.c_bool],
+                [pointer, text, integer, ctypes.POINTER(integer), integer, flag, flag],
             ),
         }
         for name, (result, arguments) in declarations.items():
