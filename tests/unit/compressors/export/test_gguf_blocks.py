@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import Tensor
 
@@ -14,7 +15,9 @@ from lrc.compressors.export.gguf_blocks import (
     inexact_scales,
 )
 from lrc.compressors.export.stored_weights import Integers
-from lrc.compressors.layers import QuantizationArgs
+from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
+from lrc.compressors.layers.config import SENTINEL_BITS
+from lrc.configs import shipped
 
 ROWS, COLUMNS = 6, 192
 GROUPS = ("", "-g32", "-g64", "-g96")
@@ -83,6 +86,18 @@ def test_asymmetric_integers_are_exact_up_to_the_float16_of_minimums(
     # float32 holds `d * q + m` only to 24 bits.
     assert torch.allclose(difference, rounding[:, :, None].expand_as(difference), atol=1e-8)
     assert rounding.abs().max() <= minimum.abs().max() * 2.0**-11
+
+
+def test_sizes_of_the_recipe_for_gguf_are_those_of_the_blocks() -> None:
+    options = yaml.safe_load(shipped.read("gguf"))["stages"][0]["decompose"]
+    for scheme in [*options["schemes"], options["embeddings"]]:
+        args = QuantizationArgs.parse(scheme)
+        component = ComponentConfig("dense", {}, args)
+        config = WeightConfig((ROWS, COLUMNS), (component,))
+        shape_bits = 2 * 64  # the stored shape
+        counted = config.stored_bits(16) - SENTINEL_BITS - shape_bits
+        block, size = GGML_QUANT_SIZES[blocks(args).kind]
+        assert counted == ROWS * COLUMNS // block * size * 8
 
 
 @pytest.mark.parametrize(
