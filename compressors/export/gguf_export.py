@@ -35,6 +35,7 @@ from lrc.compressors.layers.model_shapes import SHAPES, tables_of
 from lrc.configs.errors import ExportError
 
 MLP = ("gate_proj", "up_proj", "down_proj")
+MAX_UINT32 = 2**32 - 1
 TYPES = {
     bool: GGUFValueType.BOOL,
     float: GGUFValueType.FLOAT32,
@@ -98,8 +99,7 @@ class GgufExport:
         writer = GGUFWriter(path, self._arch)
         self.metadata.setdefault("general.name", self._weights.source.folder.name)
         for key, value in self.metadata.items():
-            kind = GGUFValueType.INT32 if type(value) is int and value < 0 else GGUFValueType.UINT32
-            writer.add_key_value(key, value, TYPES.get(type(value), kind))
+            writer.add_key_value(key, value, _value_type(value))
         tensors = self._all_tensors()
         for tensor in tensors:
             writer.add_tensor_info(
@@ -145,11 +145,19 @@ class GgufExport:
         return [table, *self.tensors]
 
 
+def _value_type(value: Any) -> GGUFValueType:
+    """Return the type that a value of the metadata is written in."""
+    if type(value) is int:
+        large = GGUFValueType.UINT64 if value > MAX_UINT32 else GGUFValueType.UINT32
+        return GGUFValueType.INT32 if value < 0 else large
+    return TYPES[type(value)]
+
+
 def _mlp_widths(weights: StoredWeights, family: Family) -> list[int]:
     """Return the MLP width of every layer; only these may differ from the config."""
     table = tables_of(weights.source.config).get(SHAPES, {})
     other = [name for name in table if name.split(".")[-1] not in MLP]
-    shapes = weights.shapes()
+    shapes = weights.shapes
     names = weights.architecture.layer_names
     widths = [shapes[f"{name}.mlp.up_proj.weight"][0] for name in names]
     uneven = len({*widths}) > 1 and family.layer_widths is None

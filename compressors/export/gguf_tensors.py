@@ -82,8 +82,7 @@ class TensorPlanner:
         model = self.weights.architecture.model
         ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
         self._ends = {f"{n}.weight" for n, m in model.named_modules() if id(m) in ends}
-        shapes = self.weights.shapes()
-        found = [self._tensor(name, shape) for name, shape in shapes.items()]
+        found = [self._tensor(name, shape) for name, shape in self.weights.shapes.items()]
         if self._refused:
             raise ExportError("\n".join(self._sentence(reason) for reason in self._refused))
         return [tensor for tensor in found if tensor is not None]
@@ -150,7 +149,7 @@ class TensorPlanner:
         names = self._refused[reason]
         text, product, _ = reason.partition(": PRODUCT")
         if product:
-            shapes = self.weights.shapes()
+            shapes = self.weights.shapes
             now = sum(map(self.weights.stored_bytes, names))
             then = sum(2 * prod(shapes[name]) for name in names)
             options = "--embedding-type" if {*names} <= self._ends else "--type"

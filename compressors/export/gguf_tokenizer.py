@@ -12,7 +12,7 @@ from gguf import TokenType
 
 from lrc.compressors.checkpoint.reader import load_tokenizer
 from lrc.compressors.io.gguf_file import read_gguf
-from lrc.configs.errors import ExportError
+from lrc.configs.errors import CheckpointError, ExportError
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,7 +30,10 @@ SPECIAL = {
     "mask_token_id": "mask_token_id",
 }
 """Attribute of a tokenizer -> key of GGUF."""
-NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version")
+NOT_COPIED = {
+    f"general.{key}" for key in ("architecture", "alignment", "file_type", "quantization_version")
+}
+"""Properties of a file, not of the model."""
 MARK = "\u2581"
 """Stands for a space in vocabularies of SentencePiece."""
 REMEDY = (
@@ -59,7 +62,7 @@ def gguf_tokenizer(path: Path, vocabulary: int) -> dict[str, Any]:
     return {
         key: value
         for key, value in metadata.items()
-        if key.startswith(("tokenizer.", "general.")) and key not in NOT_COPIED
+        if key.startswith(("tokenizer.", "general.")) and key not in NOT_COPIED and value != []
     }
 
 
@@ -79,7 +82,10 @@ def folder_tokenizer(
     ExportError
         If llama.cpp would split text into other tokens, or there are more tokens than rows.
     """
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    except CheckpointError as error:
+        raise ExportError(f"{error}; or {REMEDY}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ExportError(f"{folder}: its tokenizer has no tokenizer.json; {REMEDY}")

@@ -46,6 +46,15 @@ class StoredWeights:
     trust_remote_code : bool
         Whether to run the Python code of the checkpoint, if it has any.
 
+    Attributes
+    ----------
+    modules : dict of str to WeightConfig
+        Compressed layers.
+    dtype : torch.dtype
+        Of the checkpoint.
+    shapes : dict of str to list of int
+        Of every weight and bias; of tied parameters, only the stored one.
+
     Raises
     ------
     CheckpointError, ModelError
@@ -75,15 +84,11 @@ class StoredWeights:
         spec = Model(path=str(folder), dtype=name, trust_remote_code=trust_remote_code)
         self.source = Source(spec, folder, read_config(folder, spec, ours=True))
         self.architecture: Architecture = build(self.source)
+        parameters = self.architecture.stored_parameters()
+        biases = {f"{name}.bias": [c.shape[0]] for name, c in self.modules.items() if c.bias}
+        self.shapes = {name: list(tensor.shape) for name, tensor in parameters.items()} | biases
         self._reader = None if self.modules else WeightReader(folder, self.architecture)
         self._headers = self._named_headers() if self.modules else {}
-
-    def shapes(self) -> dict[str, list[int]]:
-        """Return the shape of every weight and bias; of tied parameters, only the stored one."""
-        parameters = self.architecture.stored_parameters()
-        found = {name: list(tensor.shape) for name, tensor in parameters.items()}
-        biases = {f"{name}.bias": [c.shape[0]] for name, c in self.modules.items() if c.bias}
-        return found | biases
 
     def config_of(self, name: str) -> WeightConfig | None:
         """Return how a weight is compressed; None if it is stored as it is."""
@@ -94,8 +99,7 @@ class StoredWeights:
         """Return the size of a weight in the checkpoint."""
         bits = torch.finfo(self.dtype).bits
         config = self.config_of(name)
-        shape = self.shapes()[name] if config is None else []
-        return (prod(shape) * bits if config is None else config.stored_bits(bits)) / 8
+        return (prod(self.shapes[name]) * bits if config is None else config.stored_bits(bits)) / 8
 
     def read(self, name: str) -> Tensor:
         """Return a weight or bias; a compressed weight as the dense matrix, in float32."""

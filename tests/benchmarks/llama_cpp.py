@@ -1,6 +1,6 @@
 """Measure the perplexity of GGUF files in llama.cpp, next to that of models in transformers.
 
-usage: python tests/benchmarks/llama_cpp.py TEXT.jsonl FILE.gguf ... [--transformers FOLDER ...]
+usage: python -m tests.benchmarks.llama_cpp TEXT.jsonl FILE.gguf ... [--transformers FOLDER ...]
            [--windows 16] [--length 512] [--threads 1]
 
 TEXT is a file of rows {"text": ...}. Its documents are joined by a blank line and tokenized by
@@ -19,13 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tests.llama_library import LlamaCpp, LlamaModel, why_missing
 from transformers import AutoModelForCausalLM
 
 import lrc  # noqa: F401  # registers the format
 from lrc.compressors.corpus.documents import SEPARATOR, read_documents
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.llama_library import LlamaCpp, LlamaModel, why_missing
 
 CHARACTERS = 8  # of text per token, more than any tokenizer has on average
 

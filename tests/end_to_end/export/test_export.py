@@ -273,6 +273,33 @@ def test_an_interrupted_export_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_attention_windows_limit_the_context(
+    save_family: Callable[..., Any], lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    save_family(tmp_path / "source", model_type="mistral", sliding_window=24)
+    ended = lrc("export", tmp_path / "source", tmp_path / "out.gguf", "--format", "gguf")
+    assert "note: the context is limited to 24 tokens" in ended.out
+    assert read_gguf(tmp_path / "out.gguf")[0]["llama.context_length"] == 24
+
+
+def test_integers_that_lrc_cannot_identify_are_refused(
+    checkpoint: Callable[[str], Path], lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint("plain"), folder, ignore=shutil.ignore_patterns("lrc"))
+    ended = lrc("export", folder, tmp_path / "out", "--format", "dense")
+    ended.refuses(1, "'compressed-tensors' without lrc/manifest.json", code="cannot-export")
+
+
+def test_folders_without_a_tokenizer_are_refused(
+    source: Path, lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("token*"))
+    ended = lrc("export", folder, tmp_path / "out.gguf", "--format", "gguf")
+    ended.refuses(1, "no tokenizer could be loaded", "--tokenizer", code="cannot-export")
+
+
 def test_damaged_checkpoints_are_refused(
     checkpoint: Callable[[str], Path], lrc: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -37,6 +37,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"vocab_size": 520},
     "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
     "gemma3_text": {**WINDOW, "num_hidden_layers": 7},
+    "gemma3-scaled": {
+        **WINDOW,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
     "gemma3-period": {
         **WINDOW,
         "model_type": "gemma3_text",
