@@ -10,9 +10,9 @@ from lrc.cli import console
 from lrc.cli.bench import known
 from lrc.cli.options import Json, Quiet, TrustRemoteCode
 from lrc.configs.errors import RecipeError
+from lrc.configs.export import FORMATS, GGUF_TYPES
 
-FORMATS = ("dense", "gguf")
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+TYPES = "|".join(GGUF_TYPES)
 
 
 def export(
@@ -34,7 +34,7 @@ def export(
         typer.Option(
             "--type",
             help="Of gguf: type of matrices whose stored form GGUF lacks, and of dense ones.",
-            metavar="|".join(TYPES),
+            metavar=TYPES,
             show_default=False,
         ),
     ] = None,
@@ -43,7 +43,7 @@ def export(
         typer.Option(
             "--embedding-type",
             help="Of gguf: the same for embedding and head.",
-            metavar="|".join(TYPES),
+            metavar=TYPES,
             show_default=False,
         ),
     ] = None,
@@ -66,7 +66,7 @@ def export(
         raise RecipeError(f"{given[0]}: is an option of --format gguf; leave it out")
     for name in ("--type", "--embedding-type"):
         if options[name] is not None:
-            known(name, str(options[name]), TYPES)
+            known(name, str(options[name]), GGUF_TYPES)
     _check_paths(folder, out, form, tokenizer)
     from lrc.cli.evaluate import options_in_errors
     from lrc.compressors.export.stored_weights import StoredWeights

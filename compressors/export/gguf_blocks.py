@@ -17,9 +17,6 @@ from lrc.compressors.export.stored_weights import Integers
 from lrc.compressors.layers import QuantizationArgs
 
 BLOCK = 32
-FLOAT_TYPES = ("f32", "f16", "bf16")
-TYPES = (*FLOAT_TYPES, "q8_0", "q4_0")
-"""Types that a dense matrix can be stored in."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def encode_integers(found: BlockType, integers: Integers) -> np.ndarray:
 
 
 def encode_floats(kind: GGMLQuantizationType, matrix: Tensor) -> np.ndarray:
-    """Return a tensor in a type of `TYPES`, by the reference implementation of gguf."""
+    """Return a tensor in one of the `GGUF_TYPES`, by the reference implementation of gguf."""
     values = matrix.float().contiguous().numpy()
     encoded: np.ndarray = quants.quantize(values, kind)
     return encoded

@@ -97,7 +97,7 @@ class GgufExport:
         """Write the file, with one matrix in memory at a time."""
         logging.getLogger("gguf").setLevel(logging.ERROR)
         writer = GGUFWriter(path, self._arch)
-        self.metadata.setdefault("general.name", self._weights.source.folder.name)
+        self.metadata.setdefault("general.name", _name(self._weights.source.folder))
         for key, value in self.metadata.items():
             writer.add_key_value(key, value, _value_type(value))
         tensors = self._all_tensors()
@@ -143,6 +143,12 @@ class GgufExport:
             lambda: encode_floats(kind, factors),
         )
         return [table, *self.tensors]
+
+
+def _name(folder: Path) -> str:
+    """Return the name of a model: that of its folder, or of the run that wrote it there."""
+    path = folder.resolve()
+    return path.parent.name if path.name == "checkpoint" else path.name
 
 
 def _value_type(value: Any) -> GGUFValueType:

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from lrc.compressors.export.gguf_blocks import (
     BLOCK,
-    FLOAT_TYPES,
-    TYPES,
     BlockType,
     block_type,
     encode_floats,
@@ -23,6 +21,7 @@ from lrc.compressors.export.gguf_families import ALTERNATIVE, Family
 from lrc.compressors.export.stored_weights import Integers, StoredWeights
 from lrc.compressors.io.shortened import shortened
 from lrc.configs.errors import ExportError
+from lrc.configs.export import FLOAT_TYPES, GGUF_TYPES
 
 ROLES = ("integers", "weights", "products", "vectors")
 """How a tensor relates to the checkpoint: the stored codes as blocks, a weight of the source, the
@@ -60,7 +59,7 @@ class TensorPlanner:
     family : Family
     names : TensorNameMap
     matrices, embeddings : str, optional
-        Of `TYPES`: for matrices without an exact block type, and for embedding and head among
+        Of `GGUF_TYPES`: for matrices without an exact block type, and for embedding and head among
         them. By default source weights keep their type, and other matrices are refused.
     """
 
@@ -154,7 +153,7 @@ class TensorPlanner:
             then = sum(2 * prod(shapes[name]) for name in names)
             options = "--embedding-type" if {*names} <= self._ends else "--type"
             text += (
-                f"; {options} {', '.join(TYPES[1:])} stores the dense matrix instead: "
+                f"; {options} {', '.join(GGUF_TYPES[1:])} stores the dense matrix instead: "
                 f"{mib(then)} in 16 bits, {mib(now)} in the checkpoint"
             )
         return f"{shortened(names, ', ')}: {text}"

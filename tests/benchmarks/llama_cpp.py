@@ -53,7 +53,8 @@ def main() -> None:
         first = found[0] if first is None else first
         size = path.stat().st_size / 2**20
         print(
-            f"{path.name}: {size:.1f} MiB, {perplexity(found, windows):.3f}, {speed:.0f} tokens/s"
+            f"{path.name}: {size:.1f} MiB, perplexity {perplexity(found, windows):.3f}, "
+            f"{speed:.0f} tokens/s"
         )
     for folder in args.transformers:
         found = reference(folder, windows)
@@ -61,8 +62,8 @@ def main() -> None:
         difference = np.abs(found[0] - first).max() / found[0].std()
         same = (found[0].argmax(1) == first.argmax(1)).mean()
         print(
-            f"{folder} in transformers: {perplexity(found, windows):.3f}; first window: largest "
-            f"difference {difference:.3f} standard deviations, {same:.1%} of argmax equal"
+            f"{folder} in transformers: perplexity {perplexity(found, windows):.3f}; first window: "
+            f"largest difference {difference:.3f} standard deviations, {same:.1%} of argmax equal"
         )
 
 
