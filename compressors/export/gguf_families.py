@@ -92,7 +92,7 @@ LLAMA = Family(
     frequency_table=True,
     layer_widths=MODEL_ARCH.DECI,
 )
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": Family(MODEL_ARCH.QWEN2, "silu", biases=ATTENTION, check=_check_qwen),

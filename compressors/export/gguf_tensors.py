@@ -151,9 +151,10 @@ class TensorPlanner:
             shapes = self.weights.shapes
             now = sum(map(self.weights.stored_bytes, names))
             then = sum(2 * prod(shapes[name]) for name in names)
+            *others, last = GGUF_TYPES[1:]
             options = "--embedding-type" if {*names} <= self._ends else "--type"
             text += (
-                f"; {options} {', '.join(GGUF_TYPES[1:])} stores the dense matrix instead: "
+                f"; {options} {', '.join(others)} or {last} stores the dense matrix instead: "
                 f"{mib(then)} in 16 bits, {mib(now)} in the checkpoint"
             )
         return f"{shortened(names, ', ')}: {text}"

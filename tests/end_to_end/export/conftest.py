@@ -61,6 +61,12 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "narrow-heads": [{"slice": {"method": "modegpt", "keep": 0.7, "width_multiple": 2}}],
     "uneven": [UNEVEN],
     "uneven-integers": [UNEVEN, INT8],
+    "rotated": [
+        {"slice": {"method": "slicegpt", "keep": 0.9, "width_multiple": 32, "rotations": "global"}}
+    ],
+    "rotated-blocks": [
+        {"slice": {"method": "slicegpt", "keep": 0.9, "width_multiple": 1, "rotations": "block"}}
+    ],
     "small-groups": [quantize(bits=4, group_size=16)],
 }
 

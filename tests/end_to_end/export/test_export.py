@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lrc.compressors.export.gguf_families import FAMILIES as FAMILIES_OF_GGUF
 from lrc.compressors.export.stored_weights import StoredWeights
 from lrc.compressors.io.files import partial_path
 from lrc.compressors.io.gguf_file import read_gguf
@@ -48,7 +50,8 @@ def reread(path: Path, scratch: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "embedded", "factors", "shared", "sparse", "narrow-heads", "uneven"]
+    "name",
+    ["plain", "embedded", "factors", "shared", "sparse", "narrow-heads", "uneven", "rotated"],
 )
 def test_dense_folders_load_without_lrc_and_compute_the_same(
     name: str, checkpoint: Callable[[str], Path], lrc: Callable[..., Any], tmp_path: Path
@@ -205,6 +208,41 @@ def test_what_gguf_cannot_express_is_refused_with_an_alternative(
     ended = lrc("export", checkpoint(name), out, "--format", "gguf", *options)
     ended.refuses(2 if options else 1, *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "message"),
+    [
+        ("uneven", "layer_widths", "must have the same shapes in all layers"),
+        ("narrow-heads", "frequency_table", "slice with `heads: false`"),
+    ],
+)
+def test_slices_are_refused_for_families_that_cannot_express_them(
+    name: str,
+    missing: str,
+    message: str,
+    checkpoint: Callable[[str], Path],
+    lrc: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    limited = replace(FAMILIES_OF_GGUF["llama"], **{missing: None})
+    monkeypatch.setitem(FAMILIES_OF_GGUF, "llama", limited)
+    out = tmp_path / "out.gguf"
+    lrc("export", checkpoint(name), out, "--format", "gguf").refuses(1, message)
+    if name == "uneven":  # the alternative in the message
+        assert lrc("export", checkpoint(name), tmp_path / "dense", "--format", "dense").code == 0
+        assert lrc("export", tmp_path / "dense", out, "--format", "gguf").code == 0
+        again, expected = logits(reread(out, tmp_path / "again")), logits(checkpoint(name))
+        torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bases_of_single_blocks_are_refused(
+    checkpoint: Callable[[str], Path], lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    for form in ("dense", "gguf"):
+        ended = lrc("export", checkpoint("rotated-blocks"), tmp_path / "out.gguf", "--format", form)
+        ended.refuses(1, "rotations: global", code="cannot-export")
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {

@@ -98,6 +98,7 @@ def test_logits_and_tokens_of_every_family_are_those_of_transformers(
         ("asymmetric", "llama"),
         ("mixed", "llama"),
         ("narrow-heads", "llama"),
+        ("rotated", "llama"),
         ("uneven", "deci"),
         ("uneven-integers", "deci"),
     ],
