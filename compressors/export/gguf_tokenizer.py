@@ -36,6 +36,8 @@ NOT_COPIED = {
 """Properties of a file, not of the model."""
 MARK = "\u2581"
 """Stands for a space in vocabularies of SentencePiece."""
+UNMERGED = -1e4
+"""Score of tokens that no merge makes; it is not used."""
 REMEDY = (
     "give --tokenizer FILE.gguf, a GGUF file of the same model, from which the tokenizer is copied"
 )
@@ -100,11 +102,13 @@ def folder_tokenizer(
             f"{folder}: its tokenizer has ids up to {max(ids)}, the embedding only {vocabulary} "
             f"rows; {REMEDY}"
         )
-    keys = _byte_level(state, folder) if not model.get("byte_fallback") else _pieces(state, folder)
-    keys["tokens"] = [ids.get(index, f"[PAD{index}]") for index in range(vocabulary)]
+    tokens = [ids.get(index, f"[PAD{index}]") for index in range(vocabulary)]
+    rules = _pieces(state, folder) if model.get("byte_fallback") else _byte_level(state, folder)
+    keys: dict[str, Any] = {**rules, "tokens": tokens}
     keys["token_type"] = [int(_type(index, ids, added, model)) for index in range(vocabulary)]
-    if "scores" in keys:
-        keys["scores"] = [keys["scores"].get(token, -1e4) for token in keys["tokens"]]
+    if model.get("byte_fallback"):
+        scores = _scores(model["merges"])
+        keys["scores"] = [scores.get(token, UNMERGED) for token in tokens]
     for attribute, key in SPECIAL.items():
         if (index := getattr(tokenizer, attribute, None)) is not None:
             keys[key] = index
@@ -144,7 +148,7 @@ def _byte_level(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _pieces(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the keys of a vocabulary of SentencePiece; `scores` maps tokens to numbers."""
+    """Return the keys of a vocabulary of SentencePiece."""
     steps = _sequence(state.get("normalizer"), "normalizers")
     steps += _sequence(state.get("pre_tokenizer"), "pretokenizers")
     prefix = False
@@ -162,11 +166,16 @@ def _pieces(state: dict[str, Any], folder: Path) -> dict[str, Any]:
                 f"({kind}); {REMEDY}"
             )
         prefix |= kind == "Prepend" or (kind == "Metaspace" and prepend != "never")
+    return {"model": "llama", "pre": "default", "add_space_prefix": prefix}
+
+
+def _scores(merges: list[Any]) -> dict[str, float]:
+    """Return token -> score: llama.cpp merges the pair with the highest score first."""
     scores: dict[str, float] = {}
-    for rank, pair in enumerate(state["model"]["merges"]):
+    for rank, pair in enumerate(merges):
         left, right = pair if isinstance(pair, list) else pair.split(" ")
         scores.setdefault(left + right, -float(rank))
-    return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}
+    return scores
 
 
 def _sequence(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
