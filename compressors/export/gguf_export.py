@@ -221,7 +221,7 @@ def _notes(
         size = sum(tensor.nbytes for tensor in products)
         stored = sum(weights.stored_bytes(tensor.source) for tensor in products)
         notes.append(
-            f"{len(products)} matrices are stored as dense products: {mib(size)}, against "
+            f"matrices stored as dense products: {len(products)}, {mib(size)}, against "
             f"{mib(stored)} in the checkpoint"
         )
     larger = [
@@ -233,9 +233,9 @@ def _notes(
         size = sum(tensor.nbytes for tensor in larger)
         stored = sum(weights.stored_bytes(tensor.source) for tensor in larger)
         notes.append(
-            f"{len(larger)} matrices of integers need {mib(size)} in blocks of GGUF, against "
-            f"{mib(stored)} in the checkpoint: bit widths and groups of int4-g32, int5-g32 and "
-            "int8-g32 are the same in both"
+            f"matrices of integers that need more space in GGUF: {len(larger)}, {mib(size)}, "
+            f"against {mib(stored)} in the checkpoint; int4-g32, int5-g32 and int8-g32 take the "
+            "same space in both"
         )
     if any(tensor.kind.name in ("Q4_1", "Q5_1") for tensor in tensors):
         notes.append("minimums of asymmetric schemes are rounded to float16")

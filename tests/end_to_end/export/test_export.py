@@ -159,7 +159,7 @@ def test_products_are_stored_in_the_requested_type_at_a_stated_cost(
     assert ended.code == 0, ended.err
     facts = json.loads(ended.out)
     assert facts["roles"]["products"] == 14
-    assert "14 matrices are stored as dense products: 0." in facts["notes"][0]
+    assert "matrices stored as dense products: 14, 0." in facts["notes"][0]
     assert facts["types"][kind.upper()]["tensors"] >= 15
     again, expected = logits(reread(out, tmp_path / "again")), logits(checkpoint("factors"))
     close = {"f32": 1e-4, "f16": 0.01, "bf16": 0.1, "q8_0": 0.3, "q4_0": 4.0}
