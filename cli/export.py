@@ -1,30 +1,143 @@
-"""`lrc export`: write a checkpoint in another size."""
+"""`lrc export`: write a checkpoint in the format of another program, or in another size."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lrc.cli import console
+from lrc.cli.bench import known
+from lrc.cli.options import Json, Quiet, TrustRemoteCode
 from lrc.configs.errors import RecipeError
+from lrc.configs.export import FORMATS, GGUF_TYPES
+
+TYPES = "|".join(GGUF_TYPES)
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
-    keep: Annotated[
-        float | None,
+    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(help="Folder, or file NAME.gguf, to write.", show_default=False)
+    ],
+    form: Annotated[
+        str,
         typer.Option(
-            help="A budget of an elastic checkpoint, such as 0.7; nothing is calibrated.",
+            "--format",
+            help="`dense`: a folder for transformers; `gguf`: a file for llama.cpp.",
+            show_default=False,
+            metavar="|".join(FORMATS),
+        ),
+    ] = "",
+    matrices: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="Of gguf: type of matrices whose stored form GGUF lacks, and of dense ones.",
+            metavar=TYPES,
             show_default=False,
         ),
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            "--embedding-type",
+            help="Of gguf: the same for embedding and head.",
+            metavar=TYPES,
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of gguf: folder or GGUF file with the tokenizer, if not that of the checkpoint.",
+            show_default=False,
+        ),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --format: a budget of an elastic checkpoint, such as 0.7; nothing is "
+            "calibrated.",
+            show_default=False,
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write a smaller budget of an elastic checkpoint as an ordinary checkpoint."""
-    if keep is None:
-        raise RecipeError("--keep: missing; give a budget of the checkpoint, such as --keep 0.7")
+    """Write a checkpoint as a dense model, as a GGUF file for llama.cpp, or with a smaller budget."""
+    options = {"--type": matrices, "--embedding-type": embeddings, "--tokenizer": tokenizer}
+    given = [name for name, value in options.items() if value is not None]
+    if keep is not None:
+        _export_budget(folder, out, keep, others=["--format"] if form else given)
+        return
+    known("--format", form, FORMATS)
+    if form == "dense" and given:
+        raise RecipeError(f"{given[0]}: is an option of --format gguf; leave it out")
+    for name in ("--type", "--embedding-type"):
+        if options[name] is not None:
+            known(name, str(options[name]), GGUF_TYPES)
+    _check_paths(folder, out, form, tokenizer)
+    from lrc.cli.evaluate import options_in_errors
+    from lrc.compressors.export.stored_weights import StoredWeights
+    from lrc.compressors.io.files import new_file, new_folder
+
+    console.quiet_transformers()
+    facts: dict[str, Any] = {"format": form, "path": str(out)}
+    with console.Steps(quiet=quiet).running() as steps, options_in_errors():
+        weights = StoredWeights(folder, trust_remote_code=trust_remote_code)
+        if form == "dense":
+            from lrc.compressors.export.dense_folder import write_dense
+
+            with new_folder(out) as partial:
+                facts["notes"] = write_dense(weights, partial, steps)
+        else:
+            from lrc.compressors.export.gguf_export import GgufExport, GgufOptions
+
+            exported = GgufExport(weights, GgufOptions(matrices, embeddings, tokenizer))
+            with new_file(out) as partial:
+                exported.write(partial, steps)
+            facts |= exported.to_json()
+    files = out.rglob("*") if out.is_dir() else [out]
+    facts["bytes"] = sum(file.stat().st_size for file in files if file.is_file())
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, allow_nan=False))
+    else:
+        _print(facts)
+
+
+def _export_budget(folder: Path, out: Path, keep: float, *, others: list[str]) -> None:
+    if others:
+        raise RecipeError(
+            f"{others[0]}: cannot be combined with --keep; export the budget first, and then the "
+            "result in another format"
+        )
     from lrc.compressors.checkpoint.export import export_budget
 
     console.quiet_transformers()
-    export_budget(checkpoint, output, keep, key="--keep")
-    console.say(f"wrote {output}")
+    export_budget(folder, out, keep, key="--keep")
+    console.say(f"wrote {out}")
+
+
+def _check_paths(folder: Path, out: Path, form: str, tokenizer: Path | None) -> None:
+    """Reject paths that cannot work, before a library is imported."""
+    if not folder.is_dir():
+        raise RecipeError(
+            f"{folder}: no such folder; the checkpoint of a run is its folder OUTPUT/checkpoint"
+        )
+    if out.exists() or out.is_symlink():
+        raise RecipeError(f"{out}: exists already; choose another name, or delete it")
+    if form == "gguf" and out.suffix != ".gguf":
+        raise RecipeError(f"{out}: the name of a GGUF file must end in .gguf; use {out.name}.gguf")
+    if tokenizer is not None and not tokenizer.exists():
+        raise RecipeError(f"--tokenizer: no file or folder {tokenizer}; check the path")
+
+
+def _print(facts: dict[str, Any]) -> None:
+    typer.echo(f"{facts['path']}: {facts['format']}, {facts['bytes'] / 2**20:.1f} MiB")
+    for name, entry in facts.get("types", {}).items():
+        size = entry["bytes"] / 2**20
+        typer.echo(f"  {name:<5} {entry['tensors']:>5} tensors {size:>10.1f} MiB")
+    for note in facts["notes"]:
+        typer.echo(f"note: {note}")

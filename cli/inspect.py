@@ -4,11 +4,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lrc.compressors.benchmark.fast_paths import stored_dtype, stored_slow_forms
+from lrc.compressors.benchmark.fast_paths import stored_slow_forms
 from lrc.compressors.benchmark.run_report import read_report
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.manifest import Manifest, read_object
-from lrc.compressors.checkpoint.reader import Contents, is_ours, read_config, read_contents
+from lrc.compressors.checkpoint.reader import (
+    Contents,
+    is_ours,
+    read_config,
+    read_contents,
+    stored_dtype,
+)
 from lrc.compressors.layers.model_shapes import SHAPES
 from lrc.configs.errors import CheckpointError, RecipeError
 

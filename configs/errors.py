@@ -88,6 +88,12 @@ class CheckpointError(LrcError):
     default_code = "invalid-checkpoint"
 
 
+class ExportError(LrcError):
+    """A checkpoint cannot be expressed in the requested format."""
+
+    default_code = "cannot-export"
+
+
 class OutputError(LrcError):
     """The output folder is in use, locked, read-only or full."""
 

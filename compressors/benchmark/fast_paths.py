@@ -100,13 +100,6 @@ def stored_slow_forms(
     return _grouped(layers)
 
 
-def stored_dtype(contents: Contents) -> torch.dtype:
-    """Return the precision in which a checkpoint runs unless another one is requested."""
-    name = contents.config.get("dtype") or contents.config.get("torch_dtype")
-    found = getattr(torch, str(name), None)
-    return found if isinstance(found, torch.dtype) else torch.float32
-
-
 def _grouped(layers: Iterable[tuple[str, Reasons]]) -> list[SlowForm]:
     """Return forms and their layers in an order that does not depend on that of the layers."""
     found: dict[tuple[str, str], list[str]] = {}

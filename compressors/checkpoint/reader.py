@@ -213,6 +213,13 @@ def read_contents(folder: Path) -> Contents:
     return contents
 
 
+def stored_dtype(contents: Contents) -> torch.dtype:
+    """Return the precision in which a checkpoint runs unless another one is requested."""
+    name = contents.config.get("dtype") or contents.config.get("torch_dtype")
+    found = getattr(torch, str(name), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
 def is_ours(config: Mapping[str, Any]) -> bool:
     """Return whether a ``config.json`` has a block in lrc's format."""
     block = config.get("quantization_config")

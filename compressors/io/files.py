@@ -60,7 +60,7 @@ def _concerns(named: Path, path: Path) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file that appears only when it is complete."""
-    with _atomic(path) as partial:
+    with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -69,12 +69,21 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file that appears only when complete; `metadata` are JSON values."""
     facts = {key: json.dumps(value) for key, value in (metadata or {}).items()}
-    with _atomic(path) as partial:
+    with new_file(path) as partial:
         save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata=facts)
 
 
 @contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file to, which gets its final name only when it is complete.
+
+    On a clean exit it is flushed and renamed, on an error removed.
+
+    Raises
+    ------
+    OutputError
+        If it could not be written.
+    """
     partial = partial_path(path)
     try:
         with storage_errors(path):

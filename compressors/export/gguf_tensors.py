@@ -1,0 +1,209 @@
+"""Decide the name and type of every tensor of a GGUF file, before anything is written."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, TensorNameMap
+from torch import Tensor
+
+from lrc.compressors.export.gguf_blocks import (
+    BLOCK,
+    BlockType,
+    block_type,
+    encode_floats,
+    encode_integers,
+    inexact_scales,
+)
+from lrc.compressors.export.gguf_families import ALTERNATIVE, Family
+from lrc.compressors.export.stored_weights import Integers, StoredWeights
+from lrc.compressors.io.shortened import shortened
+from lrc.configs.errors import ExportError
+from lrc.configs.export import FLOAT_TYPES, GGUF_TYPES
+
+ROLES = ("integers", "weights", "products", "vectors")
+"""How a tensor relates to the checkpoint: the stored codes as blocks, a weight of the source, the
+dense product of a compressed weight, or a norm or bias."""
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of the file, and how to make its data."""
+
+    name: str
+    source: str
+    """Name in the module tree."""
+    shape: list[int]
+    kind: GGMLQuantizationType
+    role: str
+    """One of `ROLES`."""
+    encode: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file, without padding."""
+        block, block_bytes = GGML_QUANT_SIZES[self.kind]
+        size: int = prod(self.shape) // block * block_bytes
+        return size
+
+
+@dataclass
+class TensorPlanner:
+    """Plans the tensors of a model.
+
+    Parameters
+    ----------
+    weights : StoredWeights
+    family : Family
+    names : TensorNameMap
+    matrices, embeddings : str, optional
+        Of `GGUF_TYPES`: for matrices without an exact block type, and for embedding and head among
+        them. By default source weights keep their type, and other matrices are refused.
+    """
+
+    weights: StoredWeights
+    family: Family
+    names: TensorNameMap
+    matrices: str | None = None
+    embeddings: str | None = None
+    _refused: dict[str, list[str]] = field(default_factory=dict)
+
+    def plan(self) -> list[GgufTensor]:
+        """Return all tensors, in the order of the model.
+
+        Raises
+        ------
+        ExportError
+            Naming all weights that cannot be stored, with the reasons.
+        """
+        model = self.weights.architecture.model
+        ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+        self._ends = {f"{n}.weight" for n, m in model.named_modules() if id(m) in ends}
+        found = [self._tensor(name, shape) for name, shape in self.weights.shapes.items()]
+        if self._refused:
+            raise ExportError("\n".join(self._sentence(reason) for reason in self._refused))
+        return [tensor for tensor in found if tensor is not None]
+
+    def _tensor(self, name: str, shape: list[int]) -> GgufTensor | None:
+        stored = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
+        module = name.removesuffix(".bias")
+        if stored is None or (module != name and module.split(".")[-1] not in self.family.biases):
+            arch = self.family.arch.name.lower()
+            self._refuse(name, f"{arch} models in GGUF have no such tensor; {ALTERNATIVE}")
+            return None
+        if len(shape) == 1:
+            kind = GGMLQuantizationType.F32
+            return GgufTensor(stored, name, shape, kind, "vectors", lambda: self._vector(name))
+        exact = self._exact(name)
+        if isinstance(exact, BlockType):
+            blocks = exact
+            return GgufTensor(
+                stored, name, shape, exact.kind, "integers", lambda: self._integers(name, blocks)
+            )
+        requested = self._requested(name)
+        if requested is None:
+            requested = self._default(name, shape, exact)
+        if requested is None:
+            return None
+        if requested not in FLOAT_TYPES and shape[1] % BLOCK:
+            self._refuse(
+                name,
+                f"rows of {shape[1]} numbers are not a multiple of {BLOCK}, which {requested} "
+                "needs; use --type bf16",
+            )
+        kind = GGMLQuantizationType[requested.upper()]
+        role = "weights" if exact is None else "products"
+        return GgufTensor(stored, name, shape, kind, role, lambda: self._matrix(name, kind))
+
+    def _exact(self, name: str) -> BlockType | str | None:
+        """Return the exact block type of a weight, why there is none, or None if it is dense."""
+        config = self.weights.config_of(name)
+        if config is None:
+            return None
+        args = config.quantization
+        if config.types != "dense" or args is None:
+            return f"GGUF has no type for {config.types}"
+        found = block_type(args, config.shape[1])
+        if isinstance(found, str):
+            return found
+        return inexact_scales(self.weights.scale(name.removesuffix(".weight"))) or found
+
+    def _requested(self, name: str) -> str | None:
+        return (self.embeddings if name in self._ends else None) or self.matrices
+
+    def _default(self, name: str, shape: list[int], reason: str | None) -> str | None:
+        """Return the type of a weight for which none is requested."""
+        if reason is not None:
+            self._refuse(name, f"{reason}: PRODUCT")
+            return None
+        return {"float32": "f32", "float16": "f16"}.get(self.weights.source.spec.dtype, "bf16")
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self._refused.setdefault(reason, []).append(name)
+
+    def _sentence(self, reason: str) -> str:
+        """Return what is wrong with several weights, and what storing their products costs."""
+        names = self._refused[reason]
+        text, product, _ = reason.partition(": PRODUCT")
+        if product:
+            shapes = self.weights.shapes
+            now = sum(map(self.weights.stored_bytes, names))
+            then = sum(2 * prod(shapes[name]) for name in names)
+            *others, last = GGUF_TYPES[1:]
+            options = "--embedding-type" if {*names} <= self._ends else "--type"
+            text += (
+                f"; {options} {', '.join(others)} or {last} stores the dense matrix instead: "
+                f"{mib(then)} in 16 bits, {mib(now)} in the checkpoint"
+            )
+        return f"{shortened(names, ', ')}: {text}"
+
+    # What is called when the file is written.
+
+    def _vector(self, name: str) -> np.ndarray:
+        vector = self._permuted(name, self.weights.read(name)).float()
+        if name.endswith("norm.weight"):
+            vector = vector + self.family.norm_offset
+        values: np.ndarray = vector.numpy()
+        return values
+
+    def _integers(self, name: str, found: BlockType) -> np.ndarray:
+        codes, scale, zero = self.weights.integers(name.removesuffix(".weight"))
+        moved = [None if t is None else self._permuted(name, t) for t in (codes, scale, zero)]
+        return encode_integers(found, Integers(*moved))  # type: ignore[arg-type]
+
+    def _matrix(self, name: str, kind: GGMLQuantizationType) -> np.ndarray:
+        matrix = self._permuted(name, self.weights.read(name))
+        if kind == GGMLQuantizationType.F16 and not matrix.half().isfinite().all():
+            raise ExportError(f"{name}: has numbers beyond the range of f16; use --type bf16")
+        return encode_floats(kind, matrix)
+
+    def _permuted(self, name: str, rows: Tensor) -> Tensor:
+        """Move rows of q and k, and their scales and zero points, to where llama.cpp expects them.
+
+        A head of transformers has the first numbers of all rotary pairs, then the second ones;
+        that of llama.cpp has one pair after the other.
+        """
+        config: Any = self.weights.architecture.model.config
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        count = heads.get(name.split(".")[-2]) if self.family.permuted else None
+        if count is None:
+            return rows
+        moved: Tensor = rows.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
+        return moved
+
+
+def mib(size: float) -> str:
+    """Return a number of bytes in MiB."""
+    return f"{size / 2**20:.1f} MiB"
+
+
+def totals(tensors: Sequence[GgufTensor]) -> dict[str, dict[str, int]]:
+    """Return type -> number of tensors and bytes."""
+    found: dict[str, dict[str, int]] = {}
+    for tensor in tensors:
+        entry = found.setdefault(tensor.kind.name, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.nbytes
+    return found

@@ -1,0 +1,158 @@
+"""llama.cpp computes the logits of transformers from exported files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.llama_library import LlamaCpp, why_missing
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from lrc.compressors.io.gguf_file import read_gguf
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(why_missing() is not None, reason=str(why_missing())),
+]
+
+TOKENS = torch.randint(2, 512, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+TEXT = "def f(x): return x + 12345  # don't\n\n\n    end\tnaïve café 你好"
+WINDOW = {"query_pre_attn_scalar": 16, "sliding_window": 24}  # shorter than the text
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama-frequencies": {"model_type": "llama", "rope_parameters": LLAMA3},
+    "mistral": {"sliding_window": None, "head_dim": 32},
+    "qwen2": {"vocab_size": 520},
+    "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
+    "gemma3_text": {**WINDOW, "num_hidden_layers": 7},
+    "gemma3-scaled": {
+        **WINDOW,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "gemma3-period": {
+        **WINDOW,
+        "model_type": "gemma3_text",
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def llama() -> LlamaCpp:
+    return LlamaCpp()
+
+
+@torch.no_grad()
+def reference(model: Any) -> np.ndarray:
+    found: np.ndarray = model(torch.tensor([TOKENS])).logits[0].float().numpy()
+    return found
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_tokens_of_every_family_are_those_of_transformers(
+    family: str,
+    llama: LlamaCpp,
+    save_family: Callable[..., Any],
+    lrc: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    expected = reference(
+        save_family(tmp_path / "source", **{"model_type": family, **FAMILIES[family]})
+    )
+    out = tmp_path / "out.gguf"
+    assert lrc("export", tmp_path / "source", out, "--format", "gguf").code == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
+    with llama.open(out) as model:
+        found, tokens = model.logits(TOKENS), model.tokenize(TEXT)
+    # llama.cpp keeps keys and values in float16.
+    assert np.abs(found - expected).max() < 0.05 * expected.std()
+    assert (found.argmax(1) == expected.argmax(1)).mean() > 0.95
+    assert tokens == tokenizer(TEXT)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        ("plain", "llama"),
+        ("asymmetric", "llama"),
+        ("mixed", "llama"),
+        ("narrow-heads", "llama"),
+        ("rotated", "llama"),
+        ("uneven", "deci"),
+        ("uneven-integers", "deci"),
+    ],
+)
+def test_logits_of_checkpoints_are_those_of_transformers(
+    name: str,
+    architecture: str,
+    llama: LlamaCpp,
+    checkpoint: Callable[[str], Path],
+    lrc: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(name), dtype=torch.float32)
+    expected, out = reference(model.eval()), tmp_path / "out.gguf"
+    assert lrc("export", checkpoint(name), out, "--format", "gguf").code == 0
+    metadata, tensors = read_gguf(out)
+    assert metadata["general.architecture"] == architecture
+    assert ("rope_freqs.weight" in tensors) == (name == "narrow-heads")
+    with llama.open(out) as opened:
+        found = opened.logits(TOKENS)
+    # llama.cpp rounds the inputs of quantized weights to int8.
+    assert correlation(found, expected) > 0.999
+    if architecture == "deci":
+        assert len({*metadata["deci.feed_forward_length"]}) == 2
+
+
+@pytest.mark.parametrize("prefix", ["never", "first"])
+def test_pieces_are_split_as_in_tokenizers(
+    prefix: str,
+    llama: LlamaCpp,
+    save_family: Callable[..., Any],
+    lrc: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    space = {"replacement": "\u2581", "prepend_scheme": prefix, "split": False}
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(**space | {"split": True})
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=tokens, show_progress=False)
+    bpe.train_from_iterator(["the cat and the other cat return their return values"] * 9, trainer)
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(**space)
+    if prefix == "never":
+        bpe.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        bpe.normalizer = normalizers.Replace(" ", "\u2581")
+    state = bpe.to_str()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(state), bos_token="<s>", unk_token="<unk>"
+    )
+    save_family(tmp_path / "source")
+    fast.save_pretrained(tmp_path / "pieces")
+    out = tmp_path / "out.gguf"
+    options = ("--format", "gguf", "--tokenizer", tmp_path / "pieces")
+    ended = lrc("export", tmp_path / "source", out, *options)
+    assert ended.code == 0, ended.err
+    text = "the other cat returns 你 values and  their"
+    with llama.open(out) as model:
+        assert model.tokenize(text) == fast(text)["input_ids"]
