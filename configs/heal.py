@@ -4,15 +4,17 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from lrc.configs.adapters import AdapterOptions
 from lrc.configs.strict import Strict, Text
 
 Train = Annotated[
-    Literal["all", "factors", "values", "scales", "norms"],
+    Literal["all", "factors", "values", "scales", "norms", "lora"],
     Field(
         description="What is trained; all other tensors keep their bits. `all`: everything in "
         "floating point except embedding and head; `factors`: low-rank components (WeLore); "
         "`values`: stored values of masks and dictionaries, at their places; `scales`: scales of "
-        "integers, norms, and biases of quantized layers; `norms`: norms and biases (PERP)."
+        "integers, norms, and biases of quantized layers; `norms`: norms and biases (PERP); "
+        "`lora`: low-rank adapters on all matrices, which are merged in the end (LoRA)."
     ),
 ]
 
@@ -74,7 +76,7 @@ class LogitFit(HealBase):
     """Recompute the inside of every layer for the backward pass: less memory, a third slower."""
 
 
-class Distill(LogitFit):
+class Distill(AdapterOptions, LogitFit):
     """Distillation: the whole model is trained to predict what the dense model predicts."""
 
     method: Literal["distill"]
@@ -92,7 +94,7 @@ class Scales(LogitFit):
         return "scales"
 
 
-class Block(HealBase):
+class Block(AdapterOptions, HealBase):
     """Each layer is trained to produce the dense layer's outputs; one layer is in memory."""
 
     method: Literal["block"]

@@ -15,6 +15,7 @@ References
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -124,7 +125,10 @@ class BlockFit:
             self._advance(apply, compressed, self._before, self._before)
             if not self._journal.has(piece):
                 self._fit(index, dense, compressed, piece)
-            trained = {f"{prefix}.{name}": p for name, p in compressed.named_parameters()}
+            trained = {
+                f"{prefix}.{name}": tensor
+                for name, tensor in chain(compressed.named_parameters(), compressed.named_buffers())
+            }
             names: list[str] = self._journal.read_facts(piece)[TRAINED]
             with torch.no_grad():
                 for name in names:
@@ -141,7 +145,7 @@ class BlockFit:
         apply: Apply = partial(self._executor.apply, index)
         selected = {
             name: parameter
-            for name, parameter in select(compressed, options.train).items()
+            for name, parameter in select(compressed, options).items()
             if not any(f"{prefix}.{name}".startswith(shared) for shared in self._shared)
         }
         data = LayerData(self._dense, self._healed, self._targets, self._n_held_out, self._together)
@@ -156,11 +160,12 @@ class BlockFit:
         fits, trainable = [], 0
         for part in parts if selected else []:
             named = {f"{prefix}.{name}": selected[name] for name in part.parameters}
-            trained = trained_parameters(named, self._stored)
-            fit = LayerFit(apply, dense, compressed, part, data)
             seed = work.seed * 1_000_003 + index
+            trained = trained_parameters(named, self._stored, options, seed)
+            fit = LayerFit(apply, dense, compressed, part, data)
             descent = fit.run(trained, options, steps=work.steps, seed=seed)
-            tensors |= {name: value.cpu() for name, value in descent.best.items()}
+            stored = trained.finish(descent.best)
+            tensors |= {name: value.cpu() for name, value in stored.items()}
             fits.append({"part": part.child or "layer", **loss_facts(descent)})
             trainable += trained.count
         facts = {"layer": prefix, "trainable": trainable, "fits": fits}

@@ -53,10 +53,7 @@ class Descent:
         """Steps without effect, because gradients were not finite."""
         self.best = trained.start
         self.best_step = 0
-        self._sizes = [
-            max(float(p.detach().square().mean().sqrt()), SMALLEST_SIZE)
-            for p in trained.parameters.values()
-        ]
+        self._sizes = [max(trained.scale(name), SMALLEST_SIZE) for name in trained.parameters]
         groups = [{"params": [parameter]} for parameter in trained.parameters.values()]
         self._optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, weight_decay=0.0)
 

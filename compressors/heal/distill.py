@@ -46,10 +46,10 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     student = models.load_sliced(torch.float32)
     stored.compress_(student)
     ends = (student.get_input_embeddings(), student.get_output_embeddings())
-    parameters = select(student, options.train, ends)
-    if not parameters:
+    selected = select(student, options, ends)
+    if not selected:
         raise nothing_to_train(work.where, options.train)
-    trained = trained_parameters(parameters, stored)
+    trained = trained_parameters(selected, stored, options, work.seed)
     if options.checkpointing:
         for name in models.architecture.layer_names:
             recompute_(student.get_submodule(name))
@@ -90,7 +90,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
             snapshots.finish_step()
     kept = descent.best_step > 0
     if kept:
-        tensors = {name: tensor.cpu() for name, tensor in descent.best.items()}
+        tensors = {name: t.cpu() for name, t in trained.finish(descent.best).items()}
         write_trained(session.journal, model_file(work.stage), tensors, {})
     snapshots.forget()
     return {

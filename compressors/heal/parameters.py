@@ -119,6 +119,17 @@ class TrainedParameters:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 
+    def scale(self, name: str) -> float:
+        """Return the size to which the learning rate of a parameter is relative."""
+        return float(self.parameters[name].detach().square().mean().sqrt())
+
+    def finish(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """End the training with these values, and return the stored tensors by name."""
+        self.set_(values)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+        return dict(values)
+
     @contextmanager
     def as_stored(self) -> Iterator[None]:
         """Compute with the values as they would be stored, inside the context."""

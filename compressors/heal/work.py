@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrc.compressors.heal.adapted_matrices import AdaptedMatrix, IntegerMatrix, adaptable
+from lrc.compressors.heal.adapted_parameters import AdaptedParameters
+from lrc.compressors.heal.adapter_kinds import ADAPTERS
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.held_out import TrainingText
 from lrc.compressors.heal.parameters import TrainedParameters, parameter_roles
@@ -51,10 +54,17 @@ class HealWork:
         return StoredModel(self.session, self.plan, self.stage)
 
 
+Trainable = nn.Parameter | AdaptedMatrix
+"""What is trained of a stored tensor: its values, or an adapter that is added to it."""
+
+
 def select(
-    root: nn.Module, train: str, excluded: tuple[nn.Module | None, ...] = ()
-) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, see `parameter_roles`."""
+    root: nn.Module, options: Any, excluded: tuple[nn.Module | None, ...] = ()
+) -> dict[str, Trainable]:
+    """Return what the option `train` selects, see `parameter_roles` and `ADAPTERS`, by name."""
+    train: str = options.train
+    if train in ADAPTERS:
+        return {**ADAPTERS[train](options).select(adaptable(root, excluded))}
     roles = parameter_roles(root, excluded)
     return {
         name: parameter
@@ -72,10 +82,22 @@ def nothing_to_train(where: str, train: str) -> RecipeError:
 
 
 def trained_parameters(
-    parameters: Mapping[str, nn.Parameter], stored: StoredModel
+    selected: Mapping[str, Trainable], stored: StoredModel, options: Any, seed: int
 ) -> TrainedParameters:
-    """Return parameters to train, which are named as in the checkpoint."""
-    return TrainedParameters(parameters, stored.dtypes(parameters))
+    """Return the parameters of what is trained, which is named as in the checkpoint."""
+    dtypes = stored.dtypes(selected)
+    matrices = {n: each for n, each in selected.items() if isinstance(each, AdaptedMatrix)}
+    if not matrices:
+        parameters = {n: each for n, each in selected.items() if isinstance(each, nn.Parameter)}
+        return TrainedParameters(parameters, dtypes)
+    for name, matrix in matrices.items():
+        layer, found, _ = name.partition(".dense.weight")
+        if isinstance(matrix, IntegerMatrix) and found:
+            matrix.start_from(stored.source(layer))
+    kind = ADAPTERS[options.train](options)
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    adapters = {name: kind.adapter(name, each, generator) for name, each in matrices.items()}
+    return AdaptedParameters(matrices, adapters, dtypes)
 
 
 class Snapshots:

@@ -1,0 +1,36 @@
+"""Options of adapters: small trained differences to matrices, which are merged into them."""
+
+from typing import ClassVar
+
+from pydantic import PositiveInt, model_validator
+
+from lrc.configs.strict import Strict
+
+
+class AdapterOptions(Strict):
+    """Options of the values of `train` that train a difference to a matrix."""
+
+    rank: PositiveInt | None = None
+    """Rank of the adapters of `lora`. 16 if left out."""
+
+    uses: ClassVar[dict[str, tuple[str, ...]]] = {"lora": ("rank",)}
+    """Value of `train` -> the options here that it has."""
+    default_ranks: ClassVar[dict[str, int]] = {"lora": 16}
+
+    @model_validator(mode="after")
+    def _only_used(self) -> "AdapterOptions":
+        train: str = getattr(self, "train", "")
+        for name, field in AdapterOptions.model_fields.items():
+            if name in self.uses.get(train, ()) or getattr(self, name) == field.default:
+                continue
+            users = [each for each, names in self.uses.items() if name in names]
+            raise ValueError(
+                f"'{name}' is an option of 'train: {' or '.join(users)}', got 'train: {train}'; "
+                f"remove '{name}', or change 'train'"
+            )
+        return self
+
+    @property
+    def adapter_rank(self) -> int:
+        """Rank of the adapters."""
+        return self.rank or self.default_ranks[getattr(self, "train", "")]
