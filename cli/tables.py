@@ -28,6 +28,8 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
         _print_weights(plan, rows, every=every)
     for trained in plan.training:
         through = " through every layer" if trained.method == "block" else ""
+        if trained.added_bytes:
+            through += f"; adds up to {as_size(trained.added_bytes)} to the sizes below"
         OUT.print(
             f"{trained.kind}, {trained.method}: {trained.steps:,} steps, {trained.tokens:,} tokens"
             + through

@@ -81,6 +81,9 @@ class Distill(AdapterOptions, LogitFit):
 
     method: Literal["distill"]
     train: Train = "all"
+    merge: bool = True
+    """Of `lora`: whether integers are rounded to the sum with their adapters. Otherwise they stay,
+    and the adapters are stored as low-rank components, which adds to the size."""
 
 
 class Scales(LogitFit):

@@ -16,8 +16,8 @@ References
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -43,8 +43,6 @@ class AdaptedMatrix(ABC):
         A module whose `forward` multiplies by the matrix.
     """
 
-    LEAF: str
-    """Name of the stored tensor within the module."""
     adapter: Adapter | None = None
 
     def __init__(self, module: Any) -> None:
@@ -58,16 +56,36 @@ class AdaptedMatrix(ABC):
     @property
     @abstractmethod
     def numbers(self) -> Tensor:
-        """The numbers of the matrix, without zeros that a mask says."""
+        """The numbers of the matrix, without those that a mask sets to zero."""
 
     @property
     def size(self) -> float:
         """Root mean square of the matrix."""
         return float(self.numbers.detach().float().square().mean().sqrt())
 
+    @property
+    def like(self) -> str:
+        """What follows the name of the matrix in that of a tensor stored in the same dtype."""
+        return ""
+
     @abstractmethod
     def attach(self, adapter: Adapter) -> None:
         """Add an adapter to the matrix in all calls of the module from now on."""
+
+    @abstractmethod
+    def as_stored(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Compute as if the adapter were stored in `dtype`, inside the context."""
+
+    @abstractmethod
+    def merge_(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Store the adapter; return the tensors by what follows the name of the matrix."""
+
+
+class AbsorbingMatrix(AdaptedMatrix):
+    """A matrix whose stored form can represent the sum with an adapter."""
+
+    LEAF: str
+    """Name of the stored tensor within the module."""
 
     @abstractmethod
     def detach(self) -> None:
@@ -77,28 +95,32 @@ class AdaptedMatrix(ABC):
     def merged(self) -> Tensor:
         """Return the stored tensor with the adapter in it, in the dtype of the module."""
 
-    @torch.no_grad()
-    def replace_(self, tensor: Tensor) -> None:
-        """Replace the stored tensor, which is a parameter or a buffer of the module."""
-        getattr(self.module, self.LEAF).copy_(tensor)
-
     @contextmanager
     def as_stored(self, dtype: torch.dtype) -> Iterator[None]:
-        """Compute as if the adapter were merged and stored in `dtype`, inside the context."""
+        """Compute with the sum as it would be stored, inside the context."""
         adapter = self.adapter
         assert adapter is not None
-        merged = self.merged().to(dtype)
         before = getattr(self.module, self.LEAF).detach().clone()
-        self.detach()
-        self.replace_(merged)
+        self.merge_(dtype)
         try:
             yield
         finally:
-            self.replace_(before)
+            self._replace_(before)
             self.attach(adapter)
 
+    def merge_(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Replace the stored tensor by the sum, and return it."""
+        merged = self.merged().to(dtype)
+        self.detach()
+        self._replace_(merged)
+        return {"": merged}
 
-class FloatMatrix(AdaptedMatrix):
+    @torch.no_grad()
+    def _replace_(self, tensor: Tensor) -> None:
+        getattr(self.module, self.LEAF).copy_(tensor)
+
+
+class FloatMatrix(AbsorbingMatrix):
     """The weight of a linear layer: of a dense one, or a factor of a component."""
 
     LEAF = "weight"
@@ -131,7 +153,7 @@ class FloatMatrix(AdaptedMatrix):
         return self.module.weight + self.adapter.delta()
 
 
-class MaskedValues(AdaptedMatrix):
+class MaskedValues(AbsorbingMatrix):
     """The values of a mask, or the coefficients of a dictionary."""
 
     LEAF = "values"
@@ -189,7 +211,7 @@ class MaskedValues(AdaptedMatrix):
         return values + self.adapter.delta().flatten()[self.places].view_as(values)
 
 
-class IntegerMatrix(AdaptedMatrix):
+class IntegerMatrix(AbsorbingMatrix):
     """A matrix of integers with scales, which do not change."""
 
     LEAF = "weight_packed"
@@ -267,7 +289,7 @@ class IntegerMatrix(AdaptedMatrix):
         return self.module.get_parameter("weight_scale")[:, :, None]
 
 
-KINDS: dict[type[nn.Module], Callable[[Any], AdaptedMatrix]] = {
+KINDS: dict[type[nn.Module], Callable[[Any], AbsorbingMatrix]] = {
     nn.Linear: FloatMatrix,
     PackedLinear: IntegerMatrix,
     Dense: IntegerMatrix,
@@ -277,13 +299,13 @@ KINDS: dict[type[nn.Module], Callable[[Any], AdaptedMatrix]] = {
 
 def adaptable(
     root: nn.Module, excluded: Iterable[nn.Module | None] = ()
-) -> Mapping[str, AdaptedMatrix]:
+) -> dict[str, AdaptedMatrix]:
     """Return the matrices of a model or a decoder layer by the names of their stored tensors.
 
     Quantized values of masks have no grid to round to that a matrix would have, and are left out.
     """
     skipped = {id(m) for module in excluded if module is not None for m in module.modules()}
-    found = {}
+    found: dict[str, AdaptedMatrix] = {}
     for name, module in root.named_modules():
         kind = next((make for type_, make in KINDS.items() if isinstance(module, type_)), None)
         if kind is None or id(module) in skipped:

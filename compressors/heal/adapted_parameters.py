@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.heal.adapted_matrices import AdaptedMatrix
 from lrc.compressors.heal.adapters import Adapter
+from lrc.compressors.heal.added_components import AddedComponent
 from lrc.compressors.heal.parameters import TrainedParameters
 
 
@@ -17,7 +18,7 @@ class AdaptedParameters(TrainedParameters):
     Parameters
     ----------
     matrices : mapping of str to AdaptedMatrix
-        By the names of their stored tensors in the checkpoint.
+        By the names of their stored tensors in the checkpoint, or of the layers of components.
     adapters : mapping of str to Adapter
         Those of the matrices. They are attached.
     dtypes : mapping of str to torch.dtype
@@ -45,6 +46,15 @@ class AdaptedParameters(TrainedParameters):
             matrices[name].attach(adapter)
         super().__init__(named, dict.fromkeys(named, torch.float32))
 
+    @property
+    def added(self) -> dict[str, int]:
+        """Ranks of the low-rank components that are added, by the name of the layer."""
+        return {
+            name: matrix.rank
+            for name, matrix in self._matrices.items()
+            if isinstance(matrix, AddedComponent)
+        }
+
     def scale(self, name: str) -> float:
         """Return the size to which the learning rate of a parameter is relative."""
         return self._scales[name]
@@ -60,9 +70,8 @@ class AdaptedParameters(TrainedParameters):
     def finish(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Merge the adapters with these values, and return the stored tensors by name."""
         super().finish(values)
-        found = {}
-        for name, matrix in self._matrices.items():
-            found[name] = matrix.merged().to(self._stored_dtypes[name])
-            matrix.detach()
-            matrix.replace_(found[name])
-        return found
+        return {
+            f"{name}{suffix}": tensor
+            for name, matrix in self._matrices.items()
+            for suffix, tensor in matrix.merge_(self._stored_dtypes[name]).items()
+        }

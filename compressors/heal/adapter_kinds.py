@@ -1,43 +1,41 @@
 """The values of the option `train` that train adapters: which matrices get which adapter."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 from lrc.compressors.heal.adapted_matrices import AdaptedMatrix
 from lrc.compressors.heal.adapters import Adapter, LowRankAdapter
 
 
-class AdapterKind(Protocol):
-    """What a value of `train` adds to matrices.
+@dataclass(frozen=True)
+class AdapterSite:
+    """A matrix, and how the adapter that it gets is made."""
 
-    `options` are those of the method.
-    """
-
-    def __init__(self, options: Any) -> None: ...
-
-    def select(self, matrices: Mapping[str, AdaptedMatrix]) -> dict[str, AdaptedMatrix]:
-        """Return those of the matrices, by the names of their tensors, that get an adapter."""
-
-    def adapter(self, name: str, matrix: AdaptedMatrix, generator: torch.Generator) -> Adapter:
-        """Return a new adapter."""
+    matrix: AdaptedMatrix
+    make: Callable[[torch.Generator], Adapter]
 
 
-class Lora:
-    """Low-rank adapters on all matrices."""
-
-    def __init__(self, options: Any) -> None:
-        self._rank = options.adapter_rank
-
-    def select(self, matrices: Mapping[str, AdaptedMatrix]) -> dict[str, AdaptedMatrix]:
-        """Return all matrices."""
-        return dict(matrices)
-
-    def adapter(self, name: str, matrix: AdaptedMatrix, generator: torch.Generator) -> Adapter:
-        """Return a low-rank adapter."""
-        return LowRankAdapter(matrix.shape, rank=self._rank, size=matrix.size, generator=generator)
+Sites = dict[str, AdapterSite]
+"""By the name of the stored tensor, or of the layer that gets a component."""
 
 
-ADAPTERS: dict[str, Callable[[Any], AdapterKind]] = {"lora": Lora}
-"""Values of `train` that train adapters."""
+def low_rank_sites(root: nn.Module, matrices: Mapping[str, AdaptedMatrix], options: Any) -> Sites:
+    """Return all matrices, for low-rank adapters."""
+
+    def make(matrix: AdaptedMatrix, generator: torch.Generator) -> Adapter:
+        return LowRankAdapter(
+            matrix.shape, rank=options.adapter_rank, size=matrix.size, generator=generator
+        )
+
+    return {name: AdapterSite(each, partial(make, each)) for name, each in matrices.items()}
+
+
+ADAPTERS: dict[str, Callable[[nn.Module, Mapping[str, AdaptedMatrix], Any], Sites]] = {
+    "lora": low_rank_sites,
+}
+"""Value of `train` -> what returns the matrices of a model or a decoder layer that are adapted."""

@@ -161,7 +161,7 @@ class BlockFit:
         for part in parts if selected else []:
             named = {f"{prefix}.{name}": selected[name] for name in part.parameters}
             seed = work.seed * 1_000_003 + index
-            trained = trained_parameters(named, self._stored, options, seed)
+            trained = trained_parameters(named, self._stored, seed)
             fit = LayerFit(apply, dense, compressed, part, data)
             descent = fit.run(trained, options, steps=work.steps, seed=seed)
             stored = trained.finish(descent.best)

@@ -49,7 +49,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     selected = select(student, options, ends)
     if not selected:
         raise nothing_to_train(work.where, options.train)
-    trained = trained_parameters(selected, stored, options, work.seed)
+    trained = trained_parameters(selected, stored, work.seed)
     if options.checkpointing:
         for name in models.architecture.layer_names:
             recompute_(student.get_submodule(name))
@@ -96,6 +96,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     return {
         **loss_facts(descent),
         "kept": kept,
+        **({"added": trained.added} if kept and trained.added else {}),
         "before": finite(descent.losses[0][1]),
         "after": finite(descent.best_loss),
     }

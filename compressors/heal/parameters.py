@@ -102,6 +102,11 @@ class TrainedParameters:
         }
 
     @property
+    def added(self) -> dict[str, int]:
+        """Ranks of the low-rank components that are added, by the name of the layer: none."""
+        return {}
+
+    @property
     def count(self) -> int:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters.values())

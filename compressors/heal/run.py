@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lrc.compressors.heal.added_components import with_added
 from lrc.compressors.heal.block_fit import fit_blocks
 from lrc.compressors.heal.distill import distill
 from lrc.compressors.heal.held_out import (
@@ -54,7 +55,7 @@ def run_training(session: Session, plan: Plan, options: dict[int, HealBase]) -> 
             journal.write_json(facts_file(stage), facts)
         done = replace(record, facts=journal.read_json(facts_file(stage)))
         training = [done if each.stage == stage else each for each in plan.training]
-        plan = replace(plan, training=training)
+        plan = with_added(replace(plan, training=training), done.facts.get("added", {}))
     return plan
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrc.compressors.heal.adapted_matrices import AdaptedMatrix, IntegerMatrix, adaptable
+from lrc.compressors.heal.adapted_matrices import IntegerMatrix, adaptable
 from lrc.compressors.heal.adapted_parameters import AdaptedParameters
-from lrc.compressors.heal.adapter_kinds import ADAPTERS
+from lrc.compressors.heal.adapter_kinds import ADAPTERS, AdapterSite
+from lrc.compressors.heal.added_components import adding
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.held_out import TrainingText
 from lrc.compressors.heal.parameters import TrainedParameters, parameter_roles
@@ -54,7 +55,7 @@ class HealWork:
         return StoredModel(self.session, self.plan, self.stage)
 
 
-Trainable = nn.Parameter | AdaptedMatrix
+Trainable = nn.Parameter | AdapterSite
 """What is trained of a stored tensor: its values, or an adapter that is added to it."""
 
 
@@ -64,7 +65,10 @@ def select(
     """Return what the option `train` selects, see `parameter_roles` and `ADAPTERS`, by name."""
     train: str = options.train
     if train in ADAPTERS:
-        return {**ADAPTERS[train](options).select(adaptable(root, excluded))}
+        matrices = adaptable(root, excluded)
+        if not getattr(options, "merge", True):
+            matrices = adding(root, matrices, excluded)
+        return {**ADAPTERS[train](root, matrices, options)}
     roles = parameter_roles(root, excluded)
     return {
         name: parameter
@@ -82,22 +86,23 @@ def nothing_to_train(where: str, train: str) -> RecipeError:
 
 
 def trained_parameters(
-    selected: Mapping[str, Trainable], stored: StoredModel, options: Any, seed: int
+    selected: Mapping[str, Trainable], stored: StoredModel, seed: int
 ) -> TrainedParameters:
     """Return the parameters of what is trained, which is named as in the checkpoint."""
-    dtypes = stored.dtypes(selected)
-    matrices = {n: each for n, each in selected.items() if isinstance(each, AdaptedMatrix)}
-    if not matrices:
+    sites = {n: each for n, each in selected.items() if isinstance(each, AdapterSite)}
+    if not sites:
         parameters = {n: each for n, each in selected.items() if isinstance(each, nn.Parameter)}
-        return TrainedParameters(parameters, dtypes)
+        return TrainedParameters(parameters, stored.dtypes(parameters))
+    matrices = {name: site.matrix for name, site in sites.items()}
     for name, matrix in matrices.items():
-        layer, found, _ = name.partition(".dense.weight")
-        if isinstance(matrix, IntegerMatrix) and found:
+        layer, whole, _ = name.partition(".dense.weight")
+        if isinstance(matrix, IntegerMatrix) and whole:
             matrix.start_from(stored.source(layer))
-    kind = ADAPTERS[options.train](options)
     generator = torch.Generator().manual_seed(seed % 2**63)
-    adapters = {name: kind.adapter(name, each, generator) for name, each in matrices.items()}
-    return AdaptedParameters(matrices, adapters, dtypes)
+    adapters = {name: site.make(generator) for name, site in sites.items()}
+    names = {name: f"{name}{matrix.like}" for name, matrix in matrices.items()}
+    found = stored.dtypes(names.values())
+    return AdaptedParameters(matrices, adapters, {n: found[like] for n, like in names.items()})
 
 
 class Snapshots:

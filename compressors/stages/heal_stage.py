@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.perplexity import check_window
+from lrc.compressors.heal.adapter_checks import added_bytes, check_merge
 from lrc.compressors.heal.held_out import SELF, check_evaluation_texts, repetition_warning
 from lrc.compressors.heal.run import read_text, run_training, text_request
 from lrc.compressors.layers import COMPONENTS
@@ -42,6 +43,7 @@ class HealStage:
         for index, options in stages.items():
             if not draft.problems:  # earlier stages are as they were meant
                 _check(draft, index, options)
+                check_merge(draft, f"stages[{index}].heal", options)
             length = options.length or draft.window
             steps = options.number_of_steps(length)
             block = isinstance(options, Block)
@@ -54,6 +56,7 @@ class HealStage:
                     steps=steps,
                     tokens=steps * options.batch * length,
                     passes=BLOCK_PASSES if block else DISTILL_PASSES,
+                    added_bytes=added_bytes(draft, options),
                 )
             )
 

@@ -140,6 +140,7 @@ class Stopper:
             raise Stopped("stopped by a test")
 
 
+ONE = {"rank": None, "rate": 1e-2}
 CHAIN = [*MIXED, {"heal": {**BLOCK, "parts": "separate"}}, {"heal": DISTILL}]
 
 
@@ -161,6 +162,60 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert changed(undisturbed, tmp_path / "run") == set()
     trainable = [[each["trainable"] for each in done["training"]] for done in (report, again)]
     assert trainable[0] == trainable[1]
+
+
+KEPT = {**DISTILL, "merge": False, "rate": 1e-2}
+
+
+def test_adapters_of_integers_can_be_kept_as_components(
+    run: Run, executed: Callable[[Path], Any]
+) -> None:
+    report, output = run(*MIXED, {"heal": KEPT}, {"heal": {**DISTILL, "train": "factors", **ONE}})
+    first, second = report["training"]
+    assert first["kept"]
+    assert second["kept"]
+    assert second["before"] == pytest.approx(first["after"], rel=1e-3)
+    _, plain = run(*MIXED)
+    before, after = tensors_of(plain), tensors_of(output)
+    added = after.keys() - before.keys()
+    layers = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(2)]
+    factors = ("low_rank.a.weight", "low_rank.b.weight")
+    assert added == {f"{layer}.{leaf}" for layer in layers for leaf in factors}
+    kept = [name for name in before if "o_proj" in name]
+    assert kept
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    plans = executed(plain), executed(output)
+    bits = [plan.bits for plan in plans]
+    assert bits[1] - bits[0] == 16 * sum(after[name].numel() for name in added)
+    assert plans[1].training[0].added_bytes == (bits[1] - bits[0]) // 8
+    model = AutoModelForCausalLM.from_pretrained(output / "checkpoint")
+    for layer in layers:
+        assert model.get_submodule(layer).config.types == "dense+low_rank"
+
+
+def test_adapters_that_do_not_help_are_not_kept(run: Run) -> None:
+    report, output = run(*MIXED, {"heal": {**KEPT, "rate": 0.9, "steps": 2}})
+    assert not report["training"][0]["kept"]
+    _, plain = run(*MIXED)
+    assert changed(plain, output) == set()
+
+
+def test_components_that_save_nothing_are_refused(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    sparse = {"decompose": {"method": "magnitude", "keep": 0.6}}
+    cases = [
+        ([INT4, {"heal": {**KEPT, "rank": 16}}], "stages[1].heal.rank", "lower it"),
+        ([sparse, {"heal": KEPT}], "stages[1].heal.merge", "without integers"),
+    ]
+    for stages, where, words in cases:
+        recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+        lrc("plan", recipe).refuses(2, words, where=where)
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=[INT4, {"heal": KEPT}])
+    assert "adds up to" in lrc("plan", recipe).out
 
 
 def test_an_option_of_another_value_is_refused(

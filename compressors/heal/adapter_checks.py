@@ -1,0 +1,68 @@
+"""Checks of the options of adapters before anything runs, and the bytes that adapters add."""
+
+from typing import Any
+
+from lrc.compressors.heal.added_components import takes_component, with_component
+from lrc.compressors.planning.compile import Draft
+from lrc.compressors.planning.tasks import LayerTask
+
+
+def added_bytes(draft: Draft, options: Any) -> int:
+    """Return how many bytes the low-rank components add that are stored with `merge: false`.
+
+    While an allocation is pending, that is an upper limit.
+    """
+    if getattr(options, "merge", True):
+        return 0
+    bits = 0
+    for task in _taking(draft):
+        m, n = task.shape
+        bits += min(options.adapter_rank, m, n) * (m + n) * draft.number_bits
+    return bits // 8
+
+
+def check_merge(draft: Draft, where: str, options: Any) -> None:
+    """Report `merge: false` where no component can be added, or one saves nothing."""
+    if getattr(options, "merge", True):
+        return
+    taking = _taking(draft)
+    if draft.timed:
+        draft.problems.add(
+            "conflicting-keys",
+            f"{where}.merge",
+            "must be true in a recipe with a budget in time, which added components would exceed, "
+            "got false; remove it",
+        )
+    elif not taking:
+        draft.problems.add(
+            "nothing-to-train",
+            f"{where}.merge",
+            "must be true without integers that a component can be added to, got false; remove it",
+        )
+    for task in [] if draft.timed else taking:
+        bits = task.bits_of(with_component(task.config, options.adapter_rank))
+        if task.pending or bits < task.dense_bits:
+            continue
+        draft.problems.add(
+            "no-saving",
+            f"{where}.rank",
+            f"must leave {task.name} {list(task.shape)} smaller than its {task.dense_bits // 8:,} "
+            f"bytes, got {options.adapter_rank}, which results in {bits // 8:,} bytes; lower it, "
+            "or remove 'merge'",
+        )
+
+
+def _taking(draft: Draft) -> list[LayerTask]:
+    """Return the tasks whose weight gets a component, or may get one while it is pending."""
+    tasks = {id(task): task for task in draft.tasks.values() if len(task.weights) == 1}
+    return [
+        task
+        for task in tasks.values()
+        if (_may_have_integers(draft, task) if task.pending else takes_component(task.config))
+    ]
+
+
+def _may_have_integers(draft: Draft, task: LayerTask) -> bool:
+    assert task.allocation is not None
+    later = task.quantize is not None and task.quantize.args is not None
+    return later or bool(draft.allocations[task.allocation].quantization)
