@@ -8,13 +8,16 @@ from lrc.configs.adapters import AdapterOptions
 from lrc.configs.strict import Strict, Text
 
 Train = Annotated[
-    Literal["all", "factors", "values", "scales", "norms", "lora"],
+    Literal["all", "factors", "values", "scales", "norms", "lora", "s2ft", "compacter"],
     Field(
         description="What is trained; all other tensors keep their bits. `all`: everything in "
         "floating point except embedding and head; `factors`: low-rank components (WeLore); "
         "`values`: stored values of masks and dictionaries, at their places; `scales`: scales of "
         "integers, norms, and biases of quantized layers; `norms`: norms and biases (PERP); "
-        "`lora`: low-rank adapters on all matrices, which are merged in the end (LoRA)."
+        "`lora`: low-rank adapters on all matrices, which are merged in the end (LoRA); "
+        "`s2ft`: the same channels and heads in all matrices of an MLP or an attention that are "
+        "stored in 16 bits (S2FT); `compacter`: sums of Kronecker products, merged into 16-bit "
+        "matrices (Compacter)."
     ),
 ]
 

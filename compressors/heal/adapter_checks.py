@@ -1,10 +1,17 @@
 """Checks of the options of adapters before anything runs, and the bytes that adapters add."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from lrc.compressors.heal.adapted_matrices import FloatMatrix
+from lrc.compressors.heal.adapter_kinds import ADAPTERS
 from lrc.compressors.heal.added_components import takes_component, with_component
+from lrc.compressors.methods.base import LOW_RANK_TYPES
 from lrc.compressors.planning.compile import Draft
 from lrc.compressors.planning.tasks import LayerTask
+
+MATRIX_TYPES = {"dense", "dictionary", *LOW_RANK_TYPES}
+"""Component types with a matrix whose entries are all stored."""
 
 
 def added_bytes(draft: Draft, options: Any) -> int:
@@ -66,3 +73,46 @@ def _may_have_integers(draft: Draft, task: LayerTask) -> bool:
     assert task.allocation is not None
     later = task.quantize is not None and task.quantize.args is not None
     return later or bool(draft.allocations[task.allocation].quantization)
+
+
+Found = tuple[set[str], bool]
+"""Component types that a weight may have, and whether it may be quantized."""
+
+
+def _any_form(types: set[str], quantized: bool) -> bool:
+    """Return whether a form has a matrix, or values of masks in 16 bits."""
+    return not quantized or not types.isdisjoint(MATRIX_TYPES)
+
+
+def _unquantized_matrix(types: set[str], quantized: bool) -> bool:
+    return not (quantized or types.isdisjoint(MATRIX_TYPES))
+
+
+ABSORBING: dict[str, Callable[[set[str], bool], bool]] = {
+    "lora": _any_form,
+    "compacter": _unquantized_matrix,
+}
+"""Value of `train` -> whether compressed weights of some form may get its adapters."""
+
+
+def finds_adaptable(draft: Draft, options: Any, compressed: Iterable[Found]) -> bool:
+    """Return whether a value of `train` that trains adapters may find matrices.
+
+    `compressed` are the forms of the compressed weights.
+    """
+    of = draft.architecture.model.get_submodule
+    dense = {
+        f"{linear.name}.weight": FloatMatrix(of(linear.name))
+        for linear in draft.architecture.linears
+        if _may_stay_dense(draft, draft.tasks.get(linear.name))
+    }
+    if ADAPTERS[options.train](draft.architecture.model, dense, options):
+        return True
+    absorbs = ABSORBING.get(options.train)
+    return absorbs is not None and any(absorbs(*each) for each in compressed)
+
+
+def _may_stay_dense(draft: Draft, task: LayerTask | None) -> bool:
+    if task is None or not task.pending:
+        return task is None or not task.compressed
+    return not _may_have_integers(draft, task)

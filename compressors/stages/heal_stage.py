@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.perplexity import check_window
-from lrc.compressors.heal.adapter_checks import added_bytes, check_merge
+from lrc.compressors.heal.adapter_checks import added_bytes, check_merge, finds_adaptable
+from lrc.compressors.heal.adapter_kinds import ADAPTERS
 from lrc.compressors.heal.held_out import SELF, check_evaluation_texts, repetition_warning
 from lrc.compressors.heal.run import read_text, run_training, text_request
 from lrc.compressors.layers import COMPONENTS
@@ -20,7 +21,14 @@ from lrc.configs.heal import Block, HealBase
 # In forward passes: the dense model's, the compressed model's, and two for its gradients. The fit
 # of a layer takes the dense layer's only once.
 DISTILL_PASSES, BLOCK_PASSES = 4.0, 3.0
-NAMES = {"factors": "low-rank components", "values": "masks", "scales": "integers"}
+NAMES = {
+    "factors": "low-rank components",
+    "values": "masks",
+    "scales": "integers",
+    "lora": "matrix or mask that absorbs adapters",
+    "s2ft": "MLP or attention matrices in 16 bits with that 'fraction' of channels or heads",
+    "compacter": "16-bit matrices with sides that 'terms' divides",
+}
 
 
 class HealStage:
@@ -108,6 +116,8 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
         "scales": any(quantized for _, quantized in found),
     }
     train = getattr(options, "train", "all")
+    if train in ADAPTERS:
+        present[train] = finds_adaptable(draft, options, found)
     if not present.get(train, True):
         key = "method" if options.method == train else "train"
         draft.problems.add(

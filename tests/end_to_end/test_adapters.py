@@ -19,9 +19,12 @@ from lrc.configs.load import load_recipe
 
 Run = Callable[..., tuple[dict[str, Any], Path]]
 
-LORA = {"train": "lora", "rank": 4, "rate": 2e-2, "batch": 4, "held_out": 512}
-DISTILL = {"method": "distill", "steps": 30, **LORA}
-BLOCK = {"method": "block", "steps": 20, "samples": 16, **LORA}
+LORA = {"train": "lora", "rank": 4}
+S2FT = {"train": "s2ft", "fraction": 0.5}
+COMPACTER = {"train": "compacter", "rank": 2}
+BUDGET = {"rate": 2e-2, "batch": 4, "held_out": 512}
+DISTILL = {"method": "distill", "steps": 30, **LORA, **BUDGET}
+BLOCK = {"method": "block", "steps": 20, "samples": 16, **LORA, **BUDGET}
 INT4 = {"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}
 
 FORMS: dict[str, list[dict[str, Any]]] = {
@@ -100,9 +103,63 @@ def test_every_stored_form_absorbs_its_adapters(
     AutoModelForCausalLM.from_pretrained(output / "checkpoint")
 
 
-@pytest.mark.parametrize("options", [DISTILL, BLOCK], ids=["distill", "block"])
-def test_zero_steps_change_nothing(run: Run, options: dict[str, Any]) -> None:
-    report, output = run(*MIXED, {"heal": {**options, "steps": 0}})
+def options_for(train: dict[str, Any], method: str) -> dict[str, Any]:
+    """Return the options of a method with those of another value of `train`."""
+    options = DISTILL if method == "distill" else BLOCK
+    return {name: value for name, value in options.items() if name != "rank"} | train
+
+
+@pytest.mark.parametrize("method", ["distill", "block"])
+@pytest.mark.parametrize("train", [S2FT, COMPACTER], ids=["s2ft", "compacter"])
+def test_16_bit_matrices_absorb_slices_and_kronecker_products(
+    run: Run, train: dict[str, Any], method: str
+) -> None:
+    report, output = run(*MIXED, {"heal": options_for(train, method)})
+    (record,) = report["training"]
+    assert record["kept"]
+    assert record["after"] < 0.99 * record["before"]
+    _, plain = run(*MIXED)
+    names = changed(plain, output)
+    # Value projections are dense; of the factors, only those with sides that four divides.
+    dense = {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in range(2)}
+    factors = {
+        name
+        for name, tensor in tensors_of(plain).items()
+        if ".low_rank." in name and not any(side % 4 for side in tensor.shape)
+    }
+    assert names == dense | (factors if train is COMPACTER else set())
+
+
+def test_the_slices_of_a_sliced_model_are_trained(run: Run) -> None:
+    sliced = {"slice": {"method": "modegpt", "keep": 0.9}}
+    heal = options_for({"train": "s2ft", "fraction": 0.1}, "distill")
+    report, output = run(sliced, {"heal": heal})
+    (record,) = report["training"]
+    assert record["kept"]
+    _, plain = run(sliced)
+    before, after = tensors_of(plain), tensors_of(output)
+    trainable = 0
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp"
+        differs = {
+            part: before[name] != after[name]
+            for part in ("gate", "up", "down")
+            if (name := f"{prefix}.{part}_proj.weight")
+        }
+        width = len(differs["up"])
+        channels = differs["up"].any(1).nonzero().flatten().tolist()
+        assert len(channels) == round(0.1 * width)
+        assert differs["gate"].any(1).nonzero().flatten().tolist() == channels
+        assert differs["down"].any(0).nonzero().flatten().tolist() == channels
+        trainable += 3 * 32 * len(channels)
+    assert record["trainable"] == trainable
+    assert all("mlp" in name for name in changed(plain, output))
+
+
+@pytest.mark.parametrize("method", ["distill", "block"])
+@pytest.mark.parametrize("train", [LORA, S2FT, COMPACTER], ids=["lora", "s2ft", "compacter"])
+def test_zero_steps_change_nothing(run: Run, train: dict[str, Any], method: str) -> None:
+    report, output = run(*MIXED, {"heal": {**options_for(train, method), "steps": 0}})
     (record,) = report["training"]
     assert not record["kept"]
     assert record["after"] == record["before"] > 0
@@ -141,20 +198,28 @@ class Stopper:
 
 
 ONE = {"rank": None, "rate": 1e-2}
-CHAIN = [*MIXED, {"heal": {**BLOCK, "parts": "separate"}}, {"heal": DISTILL}]
 
 
+def chain(train: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return stages of which two train."""
+    block = {**options_for(train, "block"), "parts": "separate"}
+    return [*MIXED, {"heal": block}, {"heal": options_for(train, "distill")}]
+
+
+@pytest.mark.parametrize("train", [LORA, S2FT, COMPACTER], ids=["lora", "s2ft", "compacter"])
 def test_an_interrupted_run_ends_with_the_same_bytes(
     run: Run,
+    train: dict[str, Any],
     tiny_model_folder: Path,
     tiny_recipe: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(work, "SNAPSHOT_SECONDS", 0.0)
-    report, undisturbed = run(*CHAIN)
-    assert [each["kept"] for each in report["training"]] == [True, True]
-    recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=CHAIN))
+    stages = chain(train)
+    report, undisturbed = run(*stages)
+    assert report["training"][1]["kept"]
+    recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages))
     for calls in (1, 2, 7, 11):
         with pytest.raises(Stopped):
             compress(recipe, Machine(on_step=Stopper(calls)))
@@ -218,18 +283,54 @@ def test_components_that_save_nothing_are_refused(
     assert "adds up to" in lrc("plan", recipe).out
 
 
-def test_an_option_of_another_value_is_refused(
+BAD = {
+    "an option of another value": (
+        INT4,
+        {**LORA, "train": "factors"},
+        "conflicting-keys",
+        "stages[1].heal",
+        "'rank' is an option of 'train: lora or compacter'",
+    ),
+    "integers have no slices": (
+        INT4,
+        S2FT,
+        "nothing-to-train",
+        "stages[1].heal.train",
+        "no MLP or attention matrices in 16 bits",
+    ),
+    "fewer than half a channel": (
+        {"decompose": {"method": "svd", "keep": 0.6, "targets": ["*.q_proj"]}},
+        {"train": "s2ft", "fraction": 0.01},
+        "nothing-to-train",
+        "stages[1].heal.train",
+        "with that 'fraction' of channels",
+    ),
+    "integers and Kronecker products": (
+        INT4,
+        COMPACTER,
+        "nothing-to-train",
+        "stages[1].heal.train",
+        "no 16-bit matrices with sides that 'terms' divides",
+    ),
+    "masks of integers": (
+        {"quantize": {"method": "gqsa", "bits": 4, "group_size": 16}},
+        LORA,
+        "nothing-to-train",
+        "stages[1].heal.train",
+        "no matrix or mask that absorbs adapters",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_error(
     lrc: Callable[..., Any],
     tiny_model_folder: Path,
     tiny_recipe: Callable[..., Path],
     tmp_path: Path,
+    case: str,
 ) -> None:
-    heal = {"method": "distill", "train": "factors", "rank": 4}
-    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=[INT4, {"heal": heal}])
-    lrc("plan", recipe).refuses(
-        2,
-        "'rank' is an option of 'train: lora",
-        "remove 'rank'",
-        code="conflicting-keys",
-        where="stages[1].heal",
-    )
+    first, train, code, where, words = BAD[case]
+    stages = [first, {"heal": options_for(train, "distill")}]
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+    lrc("plan", recipe).refuses(2, words, code=code, where=where)

@@ -1,12 +1,15 @@
 """Adapters and the matrices that absorb them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lrc.compressors.heal.adapted_matrices import IntegerMatrix, adaptable
 from lrc.compressors.heal.adapted_parameters import AdaptedParameters
-from lrc.compressors.heal.adapters import Adapter, LowRankAdapter
+from lrc.compressors.heal.adapter_kinds import kronecker_sites
+from lrc.compressors.heal.adapters import Adapter, KroneckerAdapter, LowRankAdapter, SliceAdapter
 from lrc.compressors.layers import COMPONENTS, ComponentConfig, CompressedLinear, WeightConfig
 from lrc.compressors.layers.packing import encode_matrix
 from lrc.compressors.layers.quantization_args import QuantizationArgs
@@ -30,7 +33,25 @@ def low_rank(shape: tuple[int, int] = SHAPE, size: float = 0.5) -> Adapter:
     return LowRankAdapter(shape, rank=3, size=size, generator=seeded())
 
 
-ADAPTERS = {"low rank": low_rank}
+def some_rows() -> Adapter:
+    return SliceAdapter(SHAPE, dim=0, places=torch.tensor([1, 7, 8]), size=0.5)
+
+
+def some_columns() -> Adapter:
+    return SliceAdapter(SHAPE, dim=1, places=torch.tensor([0, 5]), size=0.5)
+
+
+def kronecker() -> KroneckerAdapter:
+    A = KroneckerAdapter.new_terms(4, seeded(1))
+    return KroneckerAdapter(SHAPE, A=A, rank=2, size=0.5, generator=seeded())
+
+
+ADAPTERS = {
+    "low rank": low_rank,
+    "rows": some_rows,
+    "columns": some_columns,
+    "Kronecker": kronecker,
+}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -54,6 +75,42 @@ def test_a_low_rank_adapter_has_its_rank_and_size() -> None:
     assert sum(p.numel() for p in adapter.parameters()) == 3 * 700
     # A thin factor cannot have more.
     assert LowRankAdapter((400, 2), rank=3, size=1.0, generator=seeded()).A.shape == (2, 2)
+
+
+def test_the_difference_is_a_sum_of_kronecker_products() -> None:
+    adapter = kronecker()
+    fill(adapter, 1.0)
+    A, s, t = adapter.A, adapter.s, adapter.t
+    assert (A.shape, s.shape, t.shape) == ((4, 4, 4), (4, 3, 2), (4, 2, 2))
+    expected = 0.5 * sum(torch.kron(A[i], s[i] @ t[i]) for i in range(4))
+    torch.testing.assert_close(adapter.delta(), expected)
+    # It can have any rank, unlike LoRA with as many numbers.
+    assert int(torch.linalg.matrix_rank(adapter.delta().detach())) == 8
+
+
+def test_one_term_of_full_rank_is_any_matrix() -> None:
+    """The small factor is then a number."""
+    A = nn.Parameter(torch.ones(1, 1, 1))
+    adapter = KroneckerAdapter(SHAPE, A=A, rank=8, size=1.0, generator=seeded())
+    target = torch.randn(SHAPE, generator=seeded(2))
+    with torch.no_grad():
+        adapter.t.copy_(torch.eye(8)[None])
+        adapter.s.copy_(target[None])
+    torch.testing.assert_close(adapter.delta(), target)
+
+
+def test_shared_factors_are_trained_once() -> None:
+    root = nn.ModuleDict({"a": nn.Linear(8, 12), "b": nn.Linear(8, 12), "odd": nn.Linear(8, 10)})
+    for share, count in ((True, 1), (False, 2)):
+        options = SimpleNamespace(terms=4, adapter_rank=2, share=share)
+        sites = kronecker_sites(root, adaptable(root), options)
+        assert {*sites} == {"a.weight", "b.weight"}
+        generator = seeded()
+        matrices = {name: site.matrix for name, site in sites.items()}
+        adapters = {name: site.make(generator) for name, site in sites.items()}
+        dtypes = dict.fromkeys(sites, torch.float32)
+        trained = AdaptedParameters(matrices, adapters, dtypes)
+        assert trained.count == count * 4**3 + 2 * 2 * (12 + 8)
 
 
 def component(kind: str) -> CompressedLinear:
