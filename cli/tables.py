@@ -228,10 +228,15 @@ def _print_training(record: dict[str, Any]) -> None:
     )
     OUT.print(
         f"heal, {record['method']}: {record['trainable']:,} numbers, {record['tokens']:,} tokens, "
-        f"{record['seconds']:.0f} s; divergence from dense on held-out text {before} -> {after} "
-        "nats per token"
+        f"{record['seconds']:.0f} s{_speed(record)}; divergence from dense on held-out text "
+        f"{before} -> {after} nats per token"
         + ("" if record["kept"] else "; no step was better, so the weights are those before it")
     )
+
+
+def _speed(record: dict[str, Any]) -> str:
+    speed = record.get("tokens_per_second")  # reports of earlier versions have none
+    return "" if speed is None else f" at {speed:,.0f} tokens/s"
 
 
 def _print_sizes(plan: Plan) -> None:

@@ -67,11 +67,11 @@ class AdaptedParameters(TrainedParameters):
                 stack.enter_context(matrix.as_stored(self._stored_dtypes[name]))
             yield
 
-    def finish(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Merge the adapters with these values, and return the stored tensors by name."""
-        super().finish(values)
+    def encoded(self, rounded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Merge the adapters with these values; return the stored tensors by name, on the CPU."""
+        self.set_(rounded)
         return {
-            f"{name}{suffix}": tensor
+            f"{name}{suffix}": tensor.cpu()
             for name, matrix in self._matrices.items()
             for suffix, tensor in matrix.merge_(self._stored_dtypes[name]).items()
         }

@@ -164,8 +164,7 @@ class BlockFit:
             trained = trained_parameters(named, self._stored, seed)
             fit = LayerFit(apply, dense, compressed, part, data)
             descent = fit.run(trained, options, steps=work.steps, seed=seed)
-            stored = trained.finish(descent.best)
-            tensors |= {name: value.cpu() for name, value in stored.items()}
+            tensors |= trained.encoded(descent.best)
             fits.append({"part": part.child or "layer", **loss_facts(descent)})
             trainable += trained.count
         facts = {"layer": prefix, "trainable": trainable, "fits": fits}

@@ -76,21 +76,22 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
                 seed=work.seed,
             )
             windows = text.training[rows]
-            for part in windows.split(together):
-                add_gradients(
-                    dense,
-                    compressed,
-                    part,
-                    kind=options.divergence,
-                    positions=windows.numel(),
-                )
-            descent.update_()
+            with work.pace.step(windows.numel()):
+                for part in windows.split(together):
+                    add_gradients(
+                        dense,
+                        compressed,
+                        part,
+                        kind=options.divergence,
+                        positions=windows.numel(),
+                    )
+                descent.update_()
             if is_judged(descent.done, descent.steps):
                 descent.judge(held_out_loss())
             snapshots.finish_step()
     kept = descent.best_step > 0
     if kept:
-        tensors = {name: t.cpu() for name, t in trained.finish(descent.best).items()}
+        tensors = trained.encoded(descent.best)
         write_trained(session.journal, model_file(work.stage), tensors, {})
     snapshots.forget()
     return {

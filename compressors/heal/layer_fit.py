@@ -143,7 +143,7 @@ class LayerFit:
         self._dense, self._compressed = dense, compressed
 
     def run(self, trained: TrainedParameters, options: Block, *, steps: int, seed: int) -> Descent:
-        """Train; `TrainedParameters.finish` then leaves the best values in the layer."""
+        """Train, and leave the best values in the layer."""
         descent = Descent(trained, steps=steps, rate=options.rate)
         first = self.held_out_error(trained)
         descent.judge(first)
@@ -161,6 +161,9 @@ class LayerFit:
             descent.update_()
             if is_judged(descent.done, steps):
                 descent.judge(self.held_out_error(trained))
+        trained.set_(descent.best)
+        for parameter in trained.parameters.values():
+            parameter.requires_grad_(False)
         return descent
 
     @torch.no_grad()

@@ -128,12 +128,9 @@ class TrainedParameters:
         """Return the size to which the learning rate of a parameter is relative."""
         return float(self.parameters[name].detach().square().mean().sqrt())
 
-    def finish(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """End the training with these values, and return the stored tensors by name."""
-        self.set_(values)
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(False)
-        return dict(values)
+    def encoded(self, rounded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of the checkpoint for what `rounded` returned, on the CPU."""
+        return {name: tensor.cpu() for name, tensor in rounded.items()}
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:

@@ -16,12 +16,13 @@ from lrc.compressors.heal.held_out import (
     repetition_warning,
     training_text,
 )
+from lrc.compressors.heal.pace import Pace
 from lrc.compressors.heal.trained_files import (
     facts_file,
     folder,
-    memory_file,
     state_file,
     text_file,
+    usage_file,
 )
 from lrc.compressors.heal.work import HealWork
 from lrc.compressors.io.journal import Journal
@@ -50,8 +51,13 @@ def run_training(session: Session, plan: Plan, options: dict[int, HealBase]) -> 
         stage, journal = record.stage, session.journal
         if not journal.has(facts_file(stage)):
             with session.clock(clock_name(plan, stage)):
-                facts = _train(session, plan, record, options[stage])
-            journal.write_json(memory_file(stage), _peak_memory(session.device))
+                pace = Pace()
+                facts = _train(session, plan, record, options[stage], pace)
+            usage = {
+                "peak_bytes": _peak_memory(session.device),
+                "tokens_per_second": pace.tokens_per_second,
+            }
+            journal.write_json(usage_file(stage), usage)
             journal.write_json(facts_file(stage), facts)
         done = replace(record, facts=journal.read_json(facts_file(stage)))
         training = [done if each.stage == stage else each for each in plan.training]
@@ -82,20 +88,22 @@ def training_report(
             "tokens": record.tokens,
             **record.facts,
             "seconds": round(seconds.get(clock_name(plan, record.stage), 0.0), 2),
-            "peak_bytes": journal.read_json(memory_file(record.stage))
-            if journal.has(memory_file(record.stage))
-            else None,
+            **(
+                journal.read_json(usage_file(record.stage))
+                if journal.has(usage_file(record.stage))
+                else {"peak_bytes": None, "tokens_per_second": None}
+            ),
         }
         for record in plan.training
     ]
 
 
 def _train(
-    session: Session, plan: Plan, record: TrainingRecord, options: HealBase
+    session: Session, plan: Plan, record: TrainingRecord, options: HealBase, pace: Pace
 ) -> dict[str, Any]:
     request = text_request(session, record.stage, options)
     text = read_text(session, request)
-    work = HealWork(session, plan, record.stage, options, record.steps, text)
+    work = HealWork(session, plan, record.stage, options, record.steps, text, pace)
     if isinstance(options, Block):
         facts = fit_blocks(work, options)
     else:

@@ -16,6 +16,7 @@ from lrc.compressors.heal.adapter_kinds import ADAPTERS, AdapterSite
 from lrc.compressors.heal.added_components import adding
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.held_out import TrainingText
+from lrc.compressors.heal.pace import Pace
 from lrc.compressors.heal.parameters import TrainedParameters, parameter_roles
 from lrc.compressors.heal.stored import StoredModel
 from lrc.compressors.heal.trained_files import state_file
@@ -39,6 +40,8 @@ class HealWork:
     """Of a healing method."""
     steps: int
     text: TrainingText
+    pace: Pace
+    """Counts the steps."""
 
     @property
     def where(self) -> str:

@@ -174,7 +174,7 @@ def test_merging_computes_the_same_as_the_adapters(kind: str) -> None:
     with torch.no_grad(), trained.as_stored():
         torch.testing.assert_close(layer(x), found)
     torch.testing.assert_close(layer(x), found)
-    stored = trained.finish(trained.rounded())
+    stored = trained.encoded(trained.rounded())
     torch.testing.assert_close(layer(x), found)
     after = layer.state_dict()
     assert {*stored} == {name for name in after if not torch.equal(after[name], state[name])}
