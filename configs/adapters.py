@@ -14,7 +14,6 @@ class AdapterOptions(Strict):
     rank: PositiveInt | None = None
     """Rank of the adapters of `lora`, 16 if left out; or of the large factors of the Kronecker
     products of `compacter`, 1 if left out."""
-
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.03
     """Of `s2ft`: fraction of the channels of every MLP, and of the heads of every attention, that
     are trained, rounded to whole ones. (0, 1]."""
@@ -32,7 +31,7 @@ class AdapterOptions(Strict):
         "s2ft": ("fraction", "choose"),
         "compacter": ("rank", "terms", "share"),
     }
-    """Value of `train` -> the options here that it has."""
+    """Value of `train` -> the options that only such values have."""
     default_ranks: ClassVar[dict[str, int]] = {"lora": 16, "compacter": 1}
 
     @model_validator(mode="after")

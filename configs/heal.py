@@ -122,6 +122,7 @@ Heal = Annotated[
     Distill | Scales | Block,
     Field(
         discriminator="method",
-        description="Train what is stored in floating point; masks, indices and integers stay.",
+        description="Train what is stored in floating point; masks and indices stay, and integers "
+        "unless they have adapters.",
     ),
 ]

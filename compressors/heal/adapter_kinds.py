@@ -1,6 +1,6 @@
-"""The values of the option `train` that train adapters: which matrices get which adapter."""
+"""Which matrices can be adapted, and what each value of `train` gives them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,9 +8,45 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrc.compressors.heal.adapted_matrices import AdaptedMatrix, FloatMatrix
+from lrc.compressors.heal.adapted_integers import IntegerMatrix
+from lrc.compressors.heal.adapted_matrices import (
+    AbsorbingMatrix,
+    AdaptedMatrix,
+    FloatMatrix,
+    MaskedValues,
+)
 from lrc.compressors.heal.adapters import Adapter, KroneckerAdapter, LowRankAdapter
 from lrc.compressors.heal.slices import sliced_matrices
+from lrc.compressors.layers.dense import Dense
+from lrc.compressors.layers.masked_weight import MaskedWeight
+from lrc.compressors.layers.packed_weight import PackedLinear
+
+KINDS: dict[type[nn.Module], Callable[[Any], AbsorbingMatrix]] = {
+    nn.Linear: FloatMatrix,
+    PackedLinear: IntegerMatrix,
+    Dense: IntegerMatrix,
+    MaskedWeight: MaskedValues,
+}
+
+
+def adaptable(
+    root: nn.Module, excluded: Iterable[nn.Module | None] = ()
+) -> dict[str, AdaptedMatrix]:
+    """Return the matrices of a model or a decoder layer by the names of their stored tensors.
+
+    Quantized values of masks are left out.
+    """
+    skipped = {id(m) for module in excluded if module is not None for m in module.modules()}
+    found: dict[str, AdaptedMatrix] = {}
+    for name, module in root.named_modules():
+        kind = next((make for type_, make in KINDS.items() if isinstance(module, type_)), None)
+        if kind is None or id(module) in skipped:
+            continue
+        if isinstance(module, MaskedWeight) and module.config.quantization is not None:
+            continue
+        matrix = kind(module)
+        found[f"{name}.{matrix.LEAF}"] = matrix
+    return found
 
 
 @dataclass(frozen=True)
@@ -49,7 +85,7 @@ def kronecker_sites(root: nn.Module, matrices: Mapping[str, AdaptedMatrix], opti
     def make(name: str, matrix: AdaptedMatrix, generator: torch.Generator) -> Adapter:
         key = "" if options.share else name
         if key not in shared:
-            shared[key] = KroneckerAdapter.new_terms(n, generator)
+            shared[key] = KroneckerAdapter.new_terms(n, generator, matrix.numbers.device)
         return KroneckerAdapter(
             matrix.shape,
             A=shared[key],

@@ -161,9 +161,10 @@ class KroneckerAdapter(Adapter):
         self.t = nn.Parameter(torch.randn(n, rank, d_in, generator=generator) * self.spread)
 
     @staticmethod
-    def new_terms(n: int, generator: torch.Generator) -> nn.Parameter:
+    def new_terms(n: int, generator: torch.Generator, device: torch.device) -> nn.Parameter:
         """Return new matrices `A` for `n` terms [n, n, n]."""
-        return nn.Parameter(torch.randn(n, n, n, generator=generator) * n**-0.5)
+        A = torch.randn(n, n, n, generator=generator) * n**-0.5
+        return nn.Parameter(A.to(device))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` with the product added, without the Kronecker products."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.heal.adapted_matrices import AdaptedMatrix, IntegerMatrix
+from lrc.compressors.heal.adapted_integers import IntegerMatrix
+from lrc.compressors.heal.adapted_matrices import AdaptedMatrix
 from lrc.compressors.heal.adapters import Adapter, LowRankAdapter
 from lrc.compressors.layers import (
     ComponentConfig,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrc.compressors.heal.adapted_matrices import IntegerMatrix, adaptable
+from lrc.compressors.heal.adapted_integers import IntegerMatrix
 from lrc.compressors.heal.adapted_parameters import AdaptedParameters
-from lrc.compressors.heal.adapter_kinds import ADAPTERS, AdapterSite
+from lrc.compressors.heal.adapter_kinds import ADAPTERS, AdapterSite, adaptable
 from lrc.compressors.heal.added_components import adding
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.held_out import TrainingText
@@ -20,12 +20,15 @@ from lrc.compressors.heal.pace import Pace
 from lrc.compressors.heal.parameters import TrainedParameters, parameter_roles
 from lrc.compressors.heal.stored import StoredModel
 from lrc.compressors.heal.trained_files import state_file
+from lrc.compressors.layers.dense import Dense
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session
 from lrc.configs.errors import RecipeError
 from lrc.configs.heal import HealBase
 
 SNAPSHOT_SECONDS = 30.0
+WHOLE = f".{Dense.TYPE}.{IntegerMatrix.LEAF}"
+"""Ending of the names of integers that are a whole weight, not a factor."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,8 @@ def trained_parameters(
         return TrainedParameters(parameters, stored.dtypes(parameters))
     matrices = {name: site.matrix for name, site in sites.items()}
     for name, matrix in matrices.items():
-        layer, whole, _ = name.partition(".dense.weight")
-        if isinstance(matrix, IntegerMatrix) and whole:
-            matrix.start_from(stored.source(layer))
+        if isinstance(matrix, IntegerMatrix) and name.endswith(WHOLE):
+            matrix.start_from(stored.source(name.removesuffix(WHOLE)))
     generator = torch.Generator().manual_seed(seed % 2**63)
     adapters = {name: site.make(generator) for name, site in sites.items()}
     names = {name: f"{name}{matrix.like}" for name, matrix in matrices.items()}

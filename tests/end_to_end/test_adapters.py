@@ -37,6 +37,10 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "semi_structured": [{"decompose": {"method": "magnitude", "keep": 0.6, "pattern": "n:8"}}],
     "dictionary": [{"decompose": {"method": "dictionary", "keep": 0.6}}],
     "integers": [INT4],
+    "sliced integers": [
+        {"slice": {"method": "slicegpt", "keep": 0.95, "rotations": "block"}},
+        {"quantize": {"method": "rtn", "bits": 3, "group_size": 8}},
+    ],
     "asymmetric integers": [
         {"quantize": {"method": "rtn", "bits": 3, "group_size": 16, "symmetric": False}}
     ],
@@ -231,6 +235,12 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert changed(undisturbed, tmp_path / "run") == set()
     trainable = [[each["trainable"] for each in done["training"]] for done in (report, again)]
     assert trainable[0] == trainable[1]
+
+
+def test_recomputation_gives_the_same_bytes(run: Run) -> None:
+    _, ours = run(*MIXED, {"heal": DISTILL})
+    _, theirs = run(*MIXED, {"heal": {**DISTILL, "checkpointing": True}})
+    assert changed(ours, theirs) == set()
 
 
 KEPT = {**DISTILL, "merge": False, "rate": 1e-2}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.heal.adapted_matrices import IntegerMatrix, adaptable
+from lrc.compressors.heal.adapted_integers import IntegerMatrix
 from lrc.compressors.heal.adapted_parameters import AdaptedParameters
-from lrc.compressors.heal.adapter_kinds import kronecker_sites
+from lrc.compressors.heal.adapter_kinds import adaptable, kronecker_sites
 from lrc.compressors.heal.adapters import Adapter, KroneckerAdapter, LowRankAdapter, SliceAdapter
 from lrc.compressors.layers import COMPONENTS, ComponentConfig, CompressedLinear, WeightConfig
 from lrc.compressors.layers.packing import encode_matrix
@@ -42,7 +42,7 @@ def some_columns() -> Adapter:
 
 
 def kronecker() -> KroneckerAdapter:
-    A = KroneckerAdapter.new_terms(4, seeded(1))
+    A = KroneckerAdapter.new_terms(4, seeded(1), torch.device("cpu"))
     return KroneckerAdapter(SHAPE, A=A, rank=2, size=0.5, generator=seeded())
 
 

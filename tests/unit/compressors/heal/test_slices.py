@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrc.compressors.heal.adapted_matrices import adaptable
+from lrc.compressors.heal.adapter_kinds import adaptable
 from lrc.compressors.heal.slices import coupled_layers, sliced_matrices
 
 SIZES = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 8}
