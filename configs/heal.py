@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from lrc.configs.adapters import AdapterOptions
+from lrc.configs.adapter_options import AdapterOptions
 from lrc.configs.strict import Strict, Text
 
 Train = Annotated[

@@ -16,7 +16,7 @@ from lrc.compressors.heal.adapted_matrices import (
     MaskedValues,
 )
 from lrc.compressors.heal.adapters import Adapter, KroneckerAdapter, LowRankAdapter
-from lrc.compressors.heal.slices import sliced_matrices
+from lrc.compressors.heal.trained_slices import sliced_matrices
 from lrc.compressors.layers.dense import Dense
 from lrc.compressors.layers.masked_weight import MaskedWeight
 from lrc.compressors.layers.packed_weight import PackedLinear

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrc.compressors.heal.adapter_kinds import adaptable
-from lrc.compressors.heal.slices import coupled_layers, sliced_matrices
+from lrc.compressors.heal.trained_slices import coupled_layers, sliced_matrices
 
 SIZES = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 8}
 GATED = {"intermediate_size": 40, "num_key_value_heads": 4, "head_dim": 4}
