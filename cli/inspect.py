@@ -30,6 +30,7 @@ def describe(folder: Path, *, verify: bool, device: str = "cpu") -> dict[str, An
         )
     contents = read_contents(folder)
     config, headers, modules = contents.config, contents.headers, contents.modules
+    block = config.get("quantization_config") or {}
     plan, report = _read_records(folder, contents.manifest, verify=verify)
     counted = {*contents.stored_tensors()} - {f"{name}.bias" for name in modules}
     others = [h for name, h in headers.items() if name not in counted and h.is_number]
@@ -52,7 +53,8 @@ def describe(folder: Path, *, verify: bool, device: str = "cpu") -> dict[str, An
             for name, config in modules.items()
         ],
         "fast_paths": _fast_paths(folder, contents, device),
-        SHAPES: (config.get("quantization_config") or {}).get(SHAPES, {}),
+        layout.ELASTIC: (block.get(layout.ELASTIC) or {}).get("budgets"),
+        SHAPES: block.get(SHAPES, {}),
         "totals": plan.get("totals"),
         **{
             key: report.get(key)

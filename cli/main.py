@@ -10,6 +10,7 @@ import typer
 
 from lrc.cli import console, streams
 from lrc.cli.bench import bench
+from lrc.cli.export import export
 from lrc.cli.latency import latency
 from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile, TrustRemoteCode, positive
 from lrc.configs import shipped
@@ -236,6 +237,7 @@ def generate(
 
 app.command()(bench)
 app.command()(latency)
+app.command()(export)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from lrc.compressors.io.natural_order import natural
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import WeightSummary, summarize
+from lrc.configs.sources import counts, described
 
 LAYER_NUMBER = re.compile(r"\.\d+\.")
 
@@ -26,14 +27,22 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     rows = summarize(plan)
     if rows:
         _print_weights(plan, rows, every=every)
+    given = plan.calibration["source"]
+    if not isinstance(given, str):
+        OUT.print(f"calibration: {_shares(given, plan.calibration['samples'], 'windows')}")
     for trained in plan.training:
         through = " through every layer" if trained.method == "block" else ""
         if trained.added_bytes:
             through += f"; adds up to {as_size(trained.added_bytes)} to the sizes below"
-        OUT.print(
-            f"{trained.kind}, {trained.method}: {trained.steps:,} steps, {trained.tokens:,} tokens"
-            + through
-        )
+        if trained.steps is None:
+            budget = f"{trained.minutes:g} minutes"
+        else:
+            budget = f"{trained.steps:,} steps, {trained.tokens:,} tokens"
+        source = trained.options["source"] or given
+        if not isinstance(source, str):
+            shares = f" ({_shares(source, trained.tokens, 'tokens')})"
+            through += shares
+        OUT.print(f"{trained.kind}, {trained.method}: {budget}{through}")
     _print_sizes(plan)
     times = predicted_times(plan)
     if times is not None:
@@ -72,6 +81,13 @@ def print_times(times: dict[str, Any], place: str, *, pending: bool = False) -> 
     if times["slower_forms"]:
         slower = (f"{form} ({count} matrices)" for form, count in times["slower_forms"].items())
         OUT.print(f"never faster than dense there, and not chosen: {', '.join(slower)}")
+
+
+def _shares(source: dict[str, float], total: int | None, unit: str) -> str:
+    """Return what a mixture takes from every source."""
+    if total is None:
+        return described(source)
+    return ", ".join(f"{count:,} {unit} of {name}" for name, count in counts(source, total).items())
 
 
 def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> None:
@@ -176,6 +192,9 @@ def print_inspection(facts: dict[str, Any]) -> None:
     )
     if facts["totals"] and facts["modules"]:
         OUT.print(f"kept {facts['totals']['kept']:.1%} of the bits of the targeted weights")
+    if facts["elastic"]:
+        budgets = ", ".join(f"{keep:g}" for keep in facts["elastic"])
+        OUT.print(f"elastic: can be cut to {budgets}, see `lrc export --keep`")
     if facts["environment"]:
         versions = facts["environment"]["versions"]
         OUT.print(
@@ -223,15 +242,21 @@ def _print_slice(record: dict[str, Any]) -> None:
 
 def _print_training(record: dict[str, Any]) -> None:
     """Print what a stage that trains gained on text that it was not trained on."""
-    before, after = (
-        "not finite" if record[key] is None else f"{record[key]:.4f}" for key in ("before", "after")
-    )
     OUT.print(
-        f"heal, {record['method']}: {record['trainable']:,} numbers, {record['tokens']:,} tokens, "
-        f"{record['seconds']:.0f} s{_speed(record)}; divergence from dense on held-out text "
-        f"{before} -> {after} nats per token"
+        f"heal, {record['method']}: {record['trainable']:,} numbers, {record['steps']:,} steps, "
+        f"{record['tokens']:,} tokens, {record['seconds']:.0f} s{_speed(record)}; divergence from "
+        f"dense on held-out text {_change(record)} nats per token"
         + ("" if record["kept"] else "; no step was better, so the weights are those before it")
     )
+    for each in record.get("budgets", []):
+        OUT.print(f"  budget {each['keep']:g}: {_change(each)}")
+
+
+def _change(losses: dict[str, Any]) -> str:
+    before, after = (
+        "not finite" if losses[key] is None else f"{losses[key]:.4f}" for key in ("before", "after")
+    )
+    return f"{before} -> {after}"
 
 
 def _speed(record: dict[str, Any]) -> str:

@@ -93,8 +93,9 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     if compensates:
         seconds["compress"] += COMPENSATION_PASSES * tokens * 2 * in_layers / products
     if plan.training:
-        work = sum(record.passes * record.tokens for record in plan.training)
+        work = sum(record.passes * (record.tokens or 0) for record in plan.training)
         seconds["heal"] = work * 2 * in_layers / products
+        seconds["heal"] += sum(60 * (record.minutes or 0) for record in plan.training)
     seconds["save"] = plan.compressed_bytes / 0.5e9
     scored = sum(s.windows * s.window for s in evaluate.perplexity if s.windows)
     not_estimated = [
@@ -133,7 +134,9 @@ def _training_bytes(plan: Plan, record: TrainingRecord) -> int:
     if record.method == "block":
         return 0  # hidden states and one layer, as in calibration
     few = record.options.get("train", "scales") in ("scales", "norms")
-    trained = 0 if few else plan.compressed_parameters
+    # Where masks change, all entries of a matrix are trained.
+    moves = record.options.get("support") == "moving"
+    trained = 0 if few else plan.dense_parameters if moves else plan.compressed_parameters
     return 4 * (plan.dense_parameters + plan.compressed_parameters + 4 * trained)
 
 

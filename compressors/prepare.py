@@ -24,6 +24,7 @@ from lrc.compressors.planning.compile import Compiled, StageCompiler, compile_pl
 from lrc.compressors.planning.problems import Problems
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Recipe
+from lrc.configs.sources import fractions
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ def prepare(
     for spec in recipe.evaluate.perplexity:
         with _collected(problems):
             check_source(spec.source, part="evaluation")
-    with _collected(problems):
-        check_source(recipe.calibration.source, part="calibration")
+    for name in fractions(recipe.calibration.source):
+        with _collected(problems):
+            check_source(name, part="calibration")
     with _collected(problems):
         source = locate(recipe.model, weights=weights)
     _check_output(recipe, problems)
@@ -94,10 +96,14 @@ def prepare(
 
 def _check_output(recipe: Recipe, problems: Problems) -> None:
     """Report inputs that the run itself would delete or replace, as with ``--overwrite``."""
-    inputs = {
+    texts = {
+        "calibration.source": recipe.calibration.source,
+        **{f"stages[{i}].heal.source": o.source for i, o in recipe.stages_of("heal").items()},
+    }
+    inputs = [(key, name) for key, source in texts.items() if source for name in fractions(source)]
+    inputs += {
         "model.path": recipe.model.path,
         "model.tokenizer": recipe.model.tokenizer,
-        "calibration.source": recipe.calibration.source,
         **{
             f"evaluate.perplexity[{i}].source": spec.source
             for i, spec in enumerate(recipe.evaluate.perplexity)
@@ -111,11 +117,10 @@ def _check_output(recipe: Recipe, problems: Problems) -> None:
             f"stages[{i}].decompose.latency_table": stage.latency_table
             for i, stage in recipe.stages_of("decompose").items()
         },
-        **{f"stages[{i}].heal.source": o.source for i, o in recipe.stages_of("heal").items()},
-    }
+    }.items()
     output = Path(recipe.output).expanduser()
     owned = [(output / name).resolve() for name in (WORK, *RESULTS)]
-    for key, given in inputs.items():
+    for key, given in inputs:
         path = Path(given or "").expanduser()
         if given and path.exists() and any(path.resolve().is_relative_to(one) for one in owned):
             problems.add(

@@ -48,11 +48,16 @@ SCHEMA = {
     "slices[].{stage,method}": "one record per slicing stage",
     "slices[].{parameters,bytes,config}": "before and after; changed config keys",
     "slices[].facts": "decisions of the method, such as the removed layers",
-    "training[].{stage,method,steps,tokens}": "one record per stage that trains; its budget",
+    "training[].{stage,method,minutes}": "one record per stage that trains; its limit of time",
+    "training[].{steps,tokens}": "what was done; of `block`, the mean number of a fit",
     "training[].{trainable,kept}": "numbers that were trained; whether the result is used",
+    "training[].moved": "values that have other places; null if places are fixed",
     "training[].{before,after}": "divergence from dense on held-out text, nats per token",
     "training[].{losses,best_step,skipped}": (
         "of the whole model, [step, divergence]; steps without finite gradients"
+    ),
+    "training[].budgets[].{keep,before,after}": (
+        "of an elastic checkpoint: divergence at each budget, above are means; else empty"
     ),
     "training[].layers[]": "of `block`: the same for every fit, with relative errors of outputs",
     "training[].{text,warning}": "source, hash, numbers of tokens; whether it is repeated",
@@ -73,6 +78,7 @@ SCHEMA = {
     "latency.{head_dense_seconds,head_seconds}": "of the output head, if quantized; else 0",
     "latency.slower_forms.FORM": "number of matrices for which it is never faster than dense",
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
+    "{calibration,training[].text}.texts[]": "of several sources: the same for each",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
     "evaluation.tasks.NAME.METRIC": "dense, compressed, stderr, recovery in percent of dense",
     "evaluation.missing[].{model,metric,reason}": "what could not be measured; exit code 1",

@@ -1,17 +1,19 @@
 """The context of one run: the prepared recipe, the journal of its results, and the machine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate import statistics
-from lrc.compressors.calibrate.calibration_windows import take_windows
+from lrc.compressors.calibrate.calibration_windows import SELF, sample_windows, take_windows
 from lrc.compressors.corpus.documents import source_identity
+from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import Clock, Machine, OnStep
 from lrc.compressors.io.versions import versions
@@ -56,6 +58,21 @@ class Session:
         """The source model and what slicing leaves of it."""
         return ModelVersions(self.prepared, self.journal, self.machine, self.clock, self.windows)
 
+    def sampled_windows(self, samples: int, length: int, *, seed: int) -> Tensor:
+        """Return windows [samples, length] of text that the dense model writes.
+
+        If the calibration text is such a text, with windows of that length, these are returned.
+        """
+        if self.calibration.source == SELF and self.calibration.length == length:
+            return self.windows()
+        return sample_windows(
+            self.models.load_dense(self.models.dtype),
+            (samples, length),
+            bos=default_bos(self.prepared.tokenizer),
+            generator=torch.Generator().manual_seed(seed),
+            on_step=self.on_step,
+        )
+
     def windows(self) -> Tensor:
         """Return the calibration windows [samples, length], drawn once per run."""
         return take_windows(
@@ -73,6 +90,12 @@ class Session:
         return statistics.load(self.journal, weight.layer, weight.name)
 
 
+def _text_identity(source: str | Mapping[str, float]) -> str | list[list[str | float]]:
+    if isinstance(source, str):
+        return source_identity(source)
+    return [[source_identity(name), fraction] for name, fraction in source.items()]
+
+
 @contextmanager
 def open_session(prepared: Prepared, machine: Machine) -> Iterator[Session]:
     """Say the warnings of a plan and enter the output folder; raises as `open_journal`."""
@@ -88,11 +111,10 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     """Return everything that determines the bytes of the checkpoint."""
     recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
     del recipe["calibration"]["memory_limit_gib"]
-    recipe["calibration"]["source"] = source_identity(prepared.recipe.calibration.source)
-    for stage in recipe["stages"]:
-        for options in stage.values():
-            if options.get("source") is not None:  # a text of the stage
-                options["source"] = source_identity(options["source"])
+    texts = [recipe["calibration"], *(o for stage in recipe["stages"] for o in stage.values())]
+    for options in texts:
+        if options.get("source") is not None:
+            options["source"] = _text_identity(options["source"])
     installed, times = versions(), prepared.plan.times
     return {
         "model": prepared.source.fingerprint(),

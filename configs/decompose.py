@@ -11,6 +11,7 @@ Keep = Annotated[float, Field(gt=0, le=1)]
 Size = Annotated[
     str, Field(pattern=SIZE, json_schema_extra={"x-words": SIZE_WORDS, "x-remedy": SIZE_REMEDY})
 ]
+Budgets = Annotated[list[Keep], Field(min_length=1)]
 TIMED: dict[str, Any] = {"rows": 1, "latency_table": None}
 """Options that only `measure: latency` has -> their defaults."""
 Allocation = Annotated[
@@ -63,6 +64,10 @@ class DecomposeBase(Strict):
     says, (0, 1]."""
     size: Size | None = None
     """Instead of `keep`: size of the weight files of the whole model, such as `180MiB`."""
+    elastic: Budgets | None = None
+    """Instead of `keep`: two or more budgets below 1, the largest first. The checkpoint stores the
+    largest, and can be cut to any of the others without calibration. For low-rank methods with
+    `storage: low_rank`."""
     measure: Literal["bits", "macs", "latency"] = "bits"
     """What `keep` is a fraction of: stored bits, multiply-adds per token, or the time of the
     products on the device that runs `lrc compress` or that `latency_table` was made on."""
@@ -92,6 +97,13 @@ class DecomposeBase(Strict):
 
     produces: ClassVar[str] = "low_rank"
     """Component type of methods that do not let the recipe choose one."""
+    why_not_elastic: ClassVar[str | None] = "its components have no order in which they can be cut"
+    """Why the result of the method has no smaller budgets; None if it has."""
+
+    @property
+    def largest_keep(self) -> float | None:
+        """The budget as a fraction, of several the largest; None if it is a size or in a plan."""
+        return self.keep if self.elastic is None else self.elastic[0]
 
     @property
     def component_types(self) -> tuple[str, ...]:
@@ -127,9 +139,10 @@ class DecomposeBase(Strict):
 
     @model_validator(mode="after")
     def _one_budget(self) -> "DecomposeBase":
-        given = [name for name in ("keep", "size") if getattr(self, name) is not None]
-        if len(given) == 2 or not (given or self.plan):
-            text = "give exactly one of 'keep' and 'size', or a 'plan' with the ranks"
+        names = ("keep", "size", "elastic")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1 or not (given or self.plan):
+            text = "give exactly one of 'keep', 'size' and 'elastic', or a 'plan' with the ranks"
             raise ValueError(f"{text}; got {' and '.join(given) or 'none of them'}")
         if self.size is not None and self.measure != "bits":
             raise ValueError(
@@ -147,4 +160,58 @@ class DecomposeBase(Strict):
                 f"'min_keep' must be at most 'keep', {self.keep:g}, got {self.min_keep:g}; "
                 "lower min_keep or raise keep"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _elastic_budgets(self) -> "DecomposeBase":
+        if self.elastic is None:
+            return self
+        listed, ordered = (
+            f"[{', '.join(f'{each:g}' for each in budgets)}]"
+            for budgets in (self.elastic, sorted({*self.elastic}, reverse=True))
+        )
+        if len(self.elastic) < 2:
+            raise ValueError(
+                f"'elastic' must list two or more budgets, got {listed}; add a smaller one, or "
+                "give it as 'keep'"
+            )
+        if listed != ordered:
+            raise ValueError(
+                "'elastic' must list different budgets from the largest to the smallest, got "
+                f"{listed}; write {ordered}"
+            )
+        if self.elastic[0] == 1:
+            raise ValueError(
+                "'elastic' must list budgets below 1, at which the weights stay dense and cannot "
+                f"be cut, got {listed}; lower the first one"
+            )
+        if self.min_keep > self.elastic[-1]:
+            raise ValueError(
+                "'min_keep' must be at most the smallest of 'elastic', "
+                f"{self.elastic[-1]:g}, got {self.min_keep:g}; lower min_keep"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _elastic_combinations(self) -> "DecomposeBase":
+        if self.elastic is None:
+            return self
+        if self.why_not_elastic is not None:
+            raise ValueError(
+                f"'elastic' cannot be combined with method: {self.method}, because "
+                f"{self.why_not_elastic}; choose svd-llm or kfac with storage: low_rank, or give "
+                "'keep' instead"
+            )
+        for key, value, allowed in (
+            ("storage", self.component_types[0], ("low_rank",)),
+            ("measure", self.measure, ("bits",)),
+            ("allocation", self.allocation, ("uniform", "lagrangian")),
+            ("plan", self.plan, (None,)),
+        ):
+            if value not in allowed:
+                remedy = " or ".join(filter(None, allowed))
+                raise ValueError(
+                    f"'elastic' cannot be combined with {key}: {value}; "
+                    + (f"set {key}: {remedy}" if remedy else f"remove '{key}'")
+                )
         return self

@@ -1,6 +1,6 @@
 """Options of each decomposition method, one model per method."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -72,6 +72,8 @@ class LowRank(DecomposeBase):
 
     storage: Storage = "low_rank"
 
+    why_not_elastic: ClassVar[str | None] = None
+
 
 class FixedSize(DecomposeBase):
     """Options of the methods without ranks."""
@@ -114,6 +116,8 @@ class Lord(LowRank):
     method: Literal["lord"]
     damp: Damp = 1e-6
 
+    why_not_elastic = "its biases restore the mean output at one rank only"
+
 
 class Kfac(LowRank):
     """The least predicted loss, from second moments of inputs and of output gradients."""
@@ -134,6 +138,8 @@ class BasisSharing(DecomposeBase):
     """Number of consecutive layers that share a factor."""
     compensate: None = None
     """Not available with this method, which solves several layers together."""
+
+    why_not_elastic = "several layers share a factor"
 
 
 class Pruning(FixedSize):

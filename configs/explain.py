@@ -39,6 +39,9 @@ def _check(shape: Shape, value: Any, path: Path) -> Iterator[tuple[Path, Message
     part = next((part for part in shape.parts if part.holds(value)), None)
     if part is None or not part.admits(value) or not part.covers(value):
         yield path, refusal(shape, value)
+    elif isinstance(value, dict) and part.entries is not None:
+        for key, each in value.items():
+            yield from _check(part.entries, each, (*path, key))
     elif isinstance(value, dict):
         yield from _check_mapping(part, value, path)
     elif isinstance(value, list):

@@ -5,7 +5,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from lrc.configs.adapter_options import AdapterOptions
-from lrc.configs.strict import Strict, Text
+from lrc.configs.sources import Source
+from lrc.configs.strict import Strict
 
 Train = Annotated[
     Literal["all", "factors", "values", "scales", "norms", "lora", "s2ft", "compacter"],
@@ -18,6 +19,15 @@ Train = Annotated[
         "`s2ft`: the same channels and heads in all matrices of an MLP or an attention that are "
         "stored in 16 bits (S2FT); `compacter`: sums of Kronecker products, merged into 16-bit "
         "matrices (Compacter)."
+    ),
+]
+
+Support = Annotated[
+    Literal["fixed", "moving"],
+    Field(
+        description="Whether values of masks and dictionaries keep their places. With `moving` all "
+        "entries of a matrix are trained and the largest ones are used, always as many as are "
+        "stored (DSFormer); this needs memory for all entries. Quantized values keep their places."
     ),
 ]
 
@@ -38,17 +48,20 @@ class HealBase(Strict):
     method: str
     """What the compressed model is fitted to."""
     steps: Annotated[int, Field(ge=0)] | None = None
-    """Number of steps; for `block`, of every fit of a layer. 150 (`block`: 100) if neither this nor
-    `tokens` is given. 0 only measures."""
+    """Number of steps; for `block`, of every fit of a layer. 150 (`block`: 100) if no other
+    budget is given. 0 only measures."""
     tokens: PositiveInt | None = None
     """Instead of `steps`: training tokens, rounded up to whole steps."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Instead of `steps`: wall-clock time of the training; for `block`, of all layers together.
+    The number of steps then differs from run to run, and so does the result."""
     batch: PositiveInt = 8
     """Windows per step."""
     rate: Rate = 5e-4
     held_out: PositiveInt = 16384
     """Tokens of the text that are never trained on; they choose the best step, and decide whether
     the result is used."""
-    source: Text | None = None
+    source: Source | None = None
     """Training text, as `calibration.source`, which is the default."""
     length: PositiveInt | None = None
     """Tokens per window; that of `calibration` if left out."""
@@ -57,15 +70,52 @@ class HealBase(Strict):
 
     @model_validator(mode="after")
     def _one_budget(self) -> "HealBase":
-        if self.steps is not None and self.tokens is not None:
-            raise ValueError("give at most one of 'steps' and 'tokens', got both; remove one")
+        budgets = ("steps", "tokens", "minutes")
+        given = [f"'{key}'" for key in budgets if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                "give at most one of 'steps', 'tokens' and 'minutes', got "
+                f"{' and '.join(given)}; keep one"
+            )
         return self
 
-    def number_of_steps(self, length: int) -> int:
-        """Return the number of steps with windows of `length` tokens."""
+    @property
+    def moves_support(self) -> bool:
+        """Whether values change their places."""
+        return False
+
+    @property
+    def seconds(self) -> float:
+        """The limit of the time; 0 if there is none."""
+        return 60 * (self.minutes or 0.0)
+
+    def number_of_steps(self, length: int) -> int | None:
+        """Return the number of steps with windows of `length` tokens; None if time is limited."""
+        if self.minutes is not None:
+            return None
         if self.tokens is not None:
             return -(-self.tokens // (self.batch * length))
         return self.default_steps if self.steps is None else self.steps
+
+
+class Selective(AdapterOptions, HealBase):
+    """Options of the methods that train a selection of parameters."""
+
+    train: Train = "all"
+    support: Support = "fixed"
+
+    @property
+    def moves_support(self) -> bool:
+        """Whether values change their places."""
+        return self.support == "moving"
+
+    @model_validator(mode="after")
+    def _values_move(self) -> "Selective":
+        if self.moves_support and self.train not in ("all", "values"):
+            raise ValueError(
+                f"'support: moving' needs 'train' to be values or all, got {self.train}; change one"
+            )
+        return self
 
 
 class LogitFit(HealBase):
@@ -75,15 +125,21 @@ class LogitFit(HealBase):
     """The loss, a Kullback-Leibler divergence between the predictions of the dense model and those
     of the compressed one: with the dense model's as weights (`forward`), with the compressed
     model's (`reverse`), or the mean of both."""
+    hidden: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a second term of the loss: the L1 distance between the outputs of every layer in
+    the two models, relative to the dense one at each position, as a mean over positions and layers.
+    Not after slices that change the residual stream."""
     checkpointing: bool = False
     """Recompute the inside of every layer for the backward pass: less memory, a third slower."""
+    micro_batch: PositiveInt | None = None
+    """Windows that are computed at once; the gradients of a step are added up. Fewer need less
+    memory. By default as many as hold 8,192 tokens on a GPU, 2,048 on a CPU."""
 
 
-class Distill(AdapterOptions, LogitFit):
+class Distill(Selective, LogitFit):
     """Distillation: the whole model is trained to predict what the dense model predicts."""
 
     method: Literal["distill"]
-    train: Train = "all"
     merge: bool = True
     """Of `lora`: whether integers are rounded to the sum with their adapters. Otherwise they stay,
     and the adapters are stored as low-rank components, which adds to the size."""
@@ -100,11 +156,10 @@ class Scales(LogitFit):
         return "scales"
 
 
-class Block(AdapterOptions, HealBase):
+class Block(Selective):
     """Each layer is trained to produce the dense layer's outputs; one layer is in memory."""
 
     method: Literal["block"]
-    train: Train = "all"
     rate: Rate = 5e-3
     parts: Literal["together", "separate"] = "together"
     """Whether attention and MLP of a layer are trained together, to the output of the layer, or one
@@ -122,7 +177,7 @@ Heal = Annotated[
     Distill | Scales | Block,
     Field(
         discriminator="method",
-        description="Train what is stored in floating point; masks and indices stay, and integers "
-        "unless they have adapters.",
+        description="Train what is stored in floating point; integers stay unless they have "
+        "adapters.",
     ),
 ]

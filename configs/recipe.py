@@ -14,6 +14,7 @@ from lrc.configs.decompose_methods import Decompose
 from lrc.configs.heal import Heal
 from lrc.configs.quantize import SCHEME, Quantize
 from lrc.configs.slice import Slice
+from lrc.configs.sources import Source, counts
 from lrc.configs.strict import Strict, Text, repeated
 
 Baseline = Annotated[
@@ -53,9 +54,10 @@ class Calibration(Strict):
 
     short_form = (str, "source")
 
-    source: Text = "python-docs"
+    source: Source = "python-docs"
     """`python-docs` (packaged), `self` (sampled from the model), `c4`, `wikitext2`, or a path to a
-    `.jsonl` or `.txt` file; of a long file, evenly spaced excerpts are used."""
+    `.jsonl` or `.txt` file; of a long file, evenly spaced excerpts are used. Several sources are
+    written with their fractions, as in `{c4: 0.5, self: 0.5}`."""
     samples: PositiveInt = 32
     """Number of windows."""
     length: PositiveInt = 1024
@@ -70,6 +72,20 @@ class Calibration(Strict):
     token sampled from it (`sampled`), or the actual next token (`real`)."""
     memory_limit_gib: Annotated[float, Field(gt=0)] = 2.0
     """Hidden states larger than this (GiB) are kept on disk."""
+
+    @model_validator(mode="after")
+    def _a_window_of_every_source(self) -> "Calibration":
+        for name, windows in counts(self.source, self.samples).items():
+            if windows == 0:
+                raise ValueError(
+                    f"'samples' must give every source a window, got {self.samples} and none for "
+                    f"{name}; raise it"
+                )
+        return self
+
+    def of(self, source: str, samples: int) -> "Calibration":
+        """Return the same options for one source and a number of windows."""
+        return self.model_copy(update={"source": source, "samples": samples})
 
 
 class Perplexity(Strict):

@@ -105,6 +105,12 @@ class Shape:
             found[self.tag] = self._at({"type": "string", "enum": tags})
         return found
 
+    @property
+    def entries(self) -> "Shape | None":
+        """What is allowed under the keys of a mapping whose keys are free; None if they are not."""
+        schema = self.schema.get("additionalProperties")
+        return self._at(schema) if isinstance(schema, dict) else None
+
     def variant(self, value: Mapping[str, Any]) -> "Shape":
         """Return the variant that a mapping means, or this shape if that cannot be told."""
         if self.tag is not None:
@@ -119,6 +125,7 @@ class Shape:
     def inside(self, step: str | int) -> "Shape | None":
         """Return what is allowed under a key or for a list's entries; None if nothing is."""
         if isinstance(step, str):
-            return self.parts[-1].properties.get(step)
+            last = self.parts[-1]
+            return last.properties.get(step) or last.entries
         items = (part.schema["items"] for part in self.parts if part.kind == "array")
         return next(map(self._at, items), None)

@@ -24,7 +24,9 @@ def _complete_schema(schema: dict[str, Any], part: type["Strict"]) -> None:
     if part.short_form is not None:
         key = part.short_form[1]
         same = ("type", "minLength", "items")
-        short = {name: rule for name, rule in schema["properties"][key].items() if name in same}
+        value = schema["properties"][key]
+        value = value.get("anyOf", [value])[0]  # only a plain value can be a short form
+        short = {name: rule for name, rule in value.items() if name in same}
         short["description"] = f"Short for `{{{key}: ...}}`."
         full = dict(schema)
         schema.clear()

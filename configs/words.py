@@ -36,6 +36,8 @@ def _allowed_part(part: Shape) -> str:
         return str(part.schema.get("x-words", f"a string like {part.schema['pattern']}"))
     if part.kind == "array":
         return f"a list of entries, each {allowed(Shape(part.schema['items'], part.root))}"
+    if part.kind == "object" and part.entries is not None:
+        return str(part.schema["x-words"])
     if part.kind == "object":
         return f"a mapping with the {keys(part.properties)}"
     limits = " and ".join(f"{sign} {limit}" for sign, _, limit in part.limits)

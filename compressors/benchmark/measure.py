@@ -15,7 +15,7 @@ import torch
 from lrc.compressors.benchmark.decoders import (
     DECODERS,
     Decoder,
-    EagerDecoder,
+    StaticDecoder,
     check_steps,
     random_tokens,
 )
@@ -209,8 +209,8 @@ class Benchmark:
                 decoder.prefill()
                 decoder.decode()
             samples.peak_bytes = peak.grown + loaded.loading.resident_bytes
-            if point.mode is not Mode.EAGER:
-                check_steps(decoder, EagerDecoder(model, prompt, point.tokens), following)
+            if isinstance(decoder, StaticDecoder):
+                check_steps(decoder, following)
             return decoder
 
         return _attempt(prepare, samples)

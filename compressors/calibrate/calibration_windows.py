@@ -13,8 +13,11 @@ from lrc.compressors.corpus.windows import Windows, calibration_windows
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
 from lrc.configs.recipe import Calibration
+from lrc.configs.sources import counts, described
 
 FILE = "windows.safetensors"
+SELF = "self"
+"""The source that is sampled from the model."""
 SAMPLED_TOGETHER = 16
 
 
@@ -35,25 +38,52 @@ def take_windows(
     """
     if not journal.has(FILE):
         generator = torch.Generator().manual_seed(seed)
-        if calibration.source == "self":
-            bos = default_bos(tokenizer)
-            shape = calibration.samples, calibration.length
-            tokens = sample_windows(dense(), shape, bos=bos, generator=generator, on_step=on_step)
-            windows = Windows(tokens, "self", None, bos is not None, tokens.numel())
-        else:
-            windows = calibration_windows(calibration, tokenizer, generator=generator)
-        tokens = windows.tokens
+        bos = default_bos(tokenizer)
+        found = []
+        for source, samples in counts(calibration.source, calibration.samples).items():
+            if source == SELF:
+                shape = samples, calibration.length
+                sampled = sample_windows(
+                    dense(), shape, bos=bos, generator=generator, on_step=on_step
+                )
+                found.append(Windows(sampled, SELF, None, bos is not None, sampled.numel()))
+                continue
+            part = calibration.of(source, samples)
+            fraction = samples / calibration.samples
+            found.append(
+                calibration_windows(part, tokenizer, generator=generator, fraction=fraction)
+            )
+        tokens = torch.cat([windows.tokens for windows in found])
+        if len(found) > 1:  # the first windows are then of all sources, too
+            tokens = tokens[torch.randperm(len(tokens), generator=generator)]
         check_vocabulary(tokens, embedding)
         facts = {
-            "source": windows.source,
-            "text_sha256": windows.sha256,
-            "text_tokens": windows.text_tokens,
-            "bos": windows.bos,
+            **_facts(found, described(calibration.source)),
+            "bos": bos is not None,
             "tokens": tokens.numel(),
             "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         }
         journal.write_tensors(FILE, {"tokens": tokens}, {"facts": facts})
     return journal.read_tensor(FILE, "tokens")
+
+
+def _facts(found: list[Windows], source: str) -> dict[str, Any]:
+    """Return the origin of windows; of several sources, also that of each."""
+    texts = [
+        {"source": each.source, "text_sha256": each.sha256, "text_tokens": each.text_tokens}
+        for each in found
+    ]
+    if len(texts) == 1:
+        return texts[0]
+    n_tokens = sum(each.text_tokens for each in found)
+    return {
+        "source": source,
+        "text_sha256": None,
+        "text_tokens": n_tokens,
+        "texts": [
+            {**text, "tokens": each.tokens.numel()} for text, each in zip(texts, found, strict=True)
+        ],
+    }
 
 
 def provenance(journal: Journal) -> dict[str, Any] | None:

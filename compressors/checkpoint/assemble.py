@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.budgets import elastic_table
 from lrc.compressors.checkpoint.companions import copy_companions
 from lrc.compressors.checkpoint.manifest import write_manifest
 from lrc.compressors.checkpoint.plain import (
@@ -94,7 +95,8 @@ def write_checkpoint(
                 origin[final] = trained.get(stored, kept)
             meta[final] = torch.empty(shape, dtype=dtype or parameter.dtype, device="meta")
     write_weights(folder, meta, lambda name: origin[name]())
-    block = layout.quantization_config(modules, tables)
+    budgets = elastic_table(modules, plan.elastic)
+    block = layout.quantization_config(modules, {**tables, **budgets})
     if plain and modules:
         block = compressed_tensors_config(modules, linears)
     write_config(folder, architecture.model.config, block, plan.model.dtype)

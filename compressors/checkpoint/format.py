@@ -52,6 +52,12 @@ and the `config.json` of the original architecture. In addition:
   Bit ``j`` of byte ``i`` of a row of a mask, starting from the lowest, is column ``8 i + j``; bits
   after the last column are 0. Tensors without a stated dtype have that of the model.
 
+* In an elastic checkpoint the block has ``"elastic": {"version": 1, "budgets": [0.9, 0.7]}``, the
+  budgets in descending order, and ``low_rank`` components that can be cut have ``"ranks"``, one for
+  each budget, which do not increase. The first one is stored. At rank r a budget takes the first r
+  rows of ``a.weight`` and the first r columns of ``b.weight``; everything else is the same for all
+  budgets. ``"budget"`` in ``config.json`` is the one that is loaded unless another is requested.
+
 * An input embedding is stored like a layer of d_out tokens and d_in channels with a ``dense``
   component. What the architecture ties to it has neither tensors nor an entry and uses the same
   integers.
@@ -87,6 +93,7 @@ from lrc.configs.errors import CheckpointError
 
 QUANT_METHOD = "lrc"
 FORMAT_VERSION = 2
+ELASTIC = "elastic"
 COPY_AGAIN = "copy or download the checkpoint again, or compress again"
 EDITED = f"the file was edited: {COPY_AGAIN}"
 SAFETENSORS_NAMES = {
@@ -174,7 +181,7 @@ def quantization_config(
     ----------
     modules : mapping of str to WeightConfig
     tables : mapping
-        Tables of a sliced model that are not empty.
+        Tables of a sliced model that are not empty, and that of budgets.
     """
     if not modules and not tables:
         return {}

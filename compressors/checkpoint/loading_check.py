@@ -5,6 +5,7 @@ from typing import Any
 
 from accelerate import init_empty_weights
 
+from lrc.compressors.checkpoint.budgets import elastic_table
 from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.checkpoint.quantizer import LrcConfig, LrcQuantizer
 from lrc.compressors.checkpoint.writer import config_text
@@ -39,7 +40,8 @@ def check_loading(plan: Plan, model: Any) -> None:
         for weight in task.weights
         if task.pending
     }
-    block = quantization_config(modules, tables_of(model.config))
+    tables = {**tables_of(model.config), **elastic_table(modules, plan.elastic)}
+    block = quantization_config(modules, tables)
     try:
         text = config_text(model.config, block, plan.model.dtype)
         config = type(model.config).from_dict(json.loads(text, object_hook=_special_float))

@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.budgets import BUDGET, budget_index, cut_model_, parse_budgets
 from lrc.compressors.checkpoint.config_tables import check_tables
 from lrc.compressors.checkpoint.manifest import read_manifest
 from lrc.compressors.checkpoint.model_tables import (
@@ -63,6 +64,8 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
     modules : dict
         Name of a layer or embedding -> its `WeightConfig` as JSON.
     format_version : int
+    elastic : dict, optional
+        Budgets that the checkpoint can be cut to, see `parse_budgets`.
     **tables
         How a sliced model differs from its architecture: shapes of resized modules, added biases,
         and norms, see `TABLES`.
@@ -72,14 +75,22 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
         self,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = layout.FORMAT_VERSION,
+        elastic: dict[str, Any] | None = None,
         **tables: Any,
     ) -> None:
         self.quant_method = layout.QUANT_METHOD  # type: ignore[assignment]  # an out-of-tree name
         self.format_version = format_version
         layout.check_version(format_version, BLOCK)
-        layout.parse_modules(modules or {}, BLOCK)
+        parsed = layout.parse_modules(modules or {}, BLOCK)
         check_tables(tables, BLOCK)
+        if parse_budgets(elastic, parsed, BLOCK):
+            self.elastic = elastic  # not set otherwise, so that it is not saved
         self.tables = {MODULES: modules or {}, **tables}
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """The budgets that the checkpoint can be cut to, the stored one first."""
+        return tuple(vars(self).get(layout.ELASTIC, {}).get("budgets", ()))
 
     @property
     def tables(self) -> dict[str, Any]:
@@ -100,6 +111,8 @@ class LrcQuantizer(HfQuantizer):
     requires_calibration = True  # loads compressed checkpoints; cannot compress while loading
     quantization_config: LrcConfig
     _wait_for_hashes: Callable[[], None] | None
+    _cut = 0
+    """Number of the budget to cut to after loading."""
 
     def _process_model_before_weight_loading(
         self,
@@ -113,9 +126,13 @@ class LrcQuantizer(HfQuantizer):
                 "transformers did not say which files it loads, so that they cannot be checked; "
                 "load the folder of a checkpoint, with a version of transformers that lrc supports"
             )
+        folder, options = Path(checkpoint_files[0]).parent, self.quantization_config
+        if options.budgets:
+            keep = getattr(model.config, BUDGET, options.budgets[0])
+            self._cut = budget_index(options.budgets, keep, where=str(folder), key=BUDGET)
         check_headers(self.rebuild_(model), checkpoint_files, model)
         # Files are compared with their hashes while transformers loads them.
-        manifest = read_manifest(Path(checkpoint_files[0]).parent)
+        manifest = read_manifest(folder)
         devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
         skeleton = {*map(str, devices)} == {"meta"}
         self._wait_for_hashes = manifest.start_check() if manifest and not skeleton else None
@@ -155,6 +172,9 @@ class LrcQuantizer(HfQuantizer):
             self._wait_for_hashes()
             self._wait_for_hashes = None  # a model is copied and pickled with its quantizer
         check_values(model)
+        if self._cut:
+            cut_model_(model, self._cut)
+            self._forget_budgets(model)
         replaced = ReplacedTensors()
         optimize(model, replaced=replaced)
         stack_first_factors(model, replaced=replaced)
@@ -168,9 +188,16 @@ class LrcQuantizer(HfQuantizer):
         """
         super().dequantize(model, dtype=dtype)  # type: ignore[no-untyped-call, unused-ignore]
         vars(model).pop("resize_token_embeddings", None)
+        self._forget_budgets(model)
         if self._added_biases:
             model.config.quantization_config = LrcConfig(biases=self._added_biases)
         return model if dtype is None else model.to(dtype)
+
+    def _forget_budgets(self, model: Any) -> None:
+        """Remove what only an elastic model has in its config."""
+        self._cut = 0
+        vars(model.config).pop(BUDGET, None)
+        vars(self.quantization_config).pop(layout.ELASTIC, None)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         if NORMS in self.quantization_config.tables:

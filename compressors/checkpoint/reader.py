@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.budgets import parse_budgets
 from lrc.compressors.checkpoint.config_tables import check_tables
 from lrc.compressors.checkpoint.format import COPY_AGAIN
 from lrc.compressors.checkpoint.manifest import Manifest, read_manifest, read_object
@@ -238,8 +239,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if is_ours(config):
         read_object(path)
         layout.check_version(block.get("format_version"), where)
-        layout.parse_modules(block.get("modules", {}), where)
+        modules = layout.parse_modules(block.get("modules", {}), where)
         check_tables(block, where)
+        parse_budgets(block.get(layout.ELASTIC), modules, where)
     elif manifest is not None and not manifest.plain:
         raise CheckpointError(
             f"{path}: has lost its quantization_config, which names the matrices; {COPY_AGAIN}"

@@ -9,6 +9,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lrc.compressors.checkpoint.budgets import BUDGET
+from lrc.compressors.checkpoint.format import ELASTIC
+
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 10**9
 
@@ -49,6 +52,8 @@ def config_text(config: Any, block: Mapping[str, Any], dtype: str) -> str:
         content.pop(key, None)
     if block:
         content["quantization_config"] = block
+    if ELASTIC in block:
+        content[BUDGET] = block[ELASTIC]["budgets"][0]
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 

@@ -146,8 +146,7 @@ def _encoded(
 
     try:
         encoded = encode(component.type)
-        sizes = {"rank": factors.rank}
-        config = replace(task.config, components=(replace(component, sizes=sizes),))
+        config = replace(task.config, components=(component.with_rank(factors.rank),))
         return config, factors, encoded, factors.fallback
     except NoPivotRows as error:
         reason, fraction = str(error), task.bits_of(task.config) / task.dense_bits

@@ -13,6 +13,7 @@ from lrc.compressors.corpus.excerpts import TextHash, excerpts, joined, measured
 from lrc.compressors.corpus.tokens import default_bos, tokenize
 from lrc.configs.errors import DataError
 from lrc.configs.recipe import Calibration, Perplexity
+from lrc.configs.sources import described, fractions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,12 +42,19 @@ class Windows:
 
 
 def random_windows(
-    ids: Tensor, *, samples: int, length: int, generator: torch.Generator, bos: int | None
+    ids: Tensor,
+    *,
+    samples: int,
+    length: int,
+    generator: torch.Generator,
+    bos: int | None,
+    fraction: float = 1.0,
 ) -> Tensor:
     """Draw windows [samples, length] (int64) that start anywhere in the text `ids` [n_tokens].
 
     With `bos` as the first token, a window has one text token less. `generator`, on the CPU, is
-    used for one draw: `torch.randint(0, n_tokens - length, (samples,))`.
+    used for one draw: `torch.randint(0, n_tokens - length, (samples,))`. `fraction` is that of all
+    windows; errors name the number of these.
 
     Raises
     ------
@@ -55,7 +63,7 @@ def random_windows(
     """
     n_tokens, wanted = ids.numel(), samples * length
     if n_tokens < wanted:
-        key, at_most = "samples", n_tokens // length
+        key, at_most = "samples", int(n_tokens // length / fraction)
         if not at_most:
             key, at_most = "length", n_tokens
         raise DataError(
@@ -101,41 +109,55 @@ class Text:
 
 
 def calibration_windows(
-    calibration: Calibration, tokenizer: "PreTrainedTokenizerBase", *, generator: torch.Generator
+    calibration: Calibration,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    generator: torch.Generator,
+    fraction: float = 1.0,
 ) -> Windows:
-    """Read the calibration text of a recipe and draw its windows.
+    """Read a calibration text, which has a single source, and draw its windows.
 
-    Source `self` is sampled from the model and not handled here.
+    Source `self` is sampled from the model and not handled here. `fraction` is that of all windows
+    of the recipe.
     """
     text, bos = calibration_text(calibration, tokenizer), default_bos(tokenizer)
-    samples, length = calibration.samples, calibration.length
-    tokens = random_windows(text.ids, samples=samples, length=length, generator=generator, bos=bos)
-    n_tokens = text.ids.numel()
-    return Windows(tokens, calibration.source, text.sha256, bos is not None, n_tokens)
+    tokens = random_windows(
+        text.ids,
+        samples=calibration.samples,
+        length=calibration.length,
+        generator=generator,
+        bos=bos,
+        fraction=fraction,
+    )
+    source, n_tokens = described(calibration.source), text.ids.numel()
+    return Windows(tokens, source, text.sha256, bos is not None, n_tokens)
 
 
 def calibration_text(
     calibration: Calibration, tokenizer: "PreTrainedTokenizerBase", *, key: str | None = None
 ) -> Text:
-    """Read and tokenize a calibration text; errors name the `key` of its source in the recipe.
+    """Read and tokenize a calibration text, which has a single source.
+
+    Errors name the `key` of the source in the recipe.
 
     A file longer than `WHOLE_CHARACTERS`, and than `CHARACTERS_PER_TOKEN` for every token of the
     windows, is not tokenized whole, but only as many evenly spaced excerpts as there are windows.
     """
     samples, length = calibration.samples, calibration.length
+    (source,) = fractions(calibration.source)
     wanted = samples * length
     characters = wanted * CHARACTERS_PER_TOKEN
     render: Renderer = chat_renderer(tokenizer) if calibration.chat_template else str
     read = partial(
         read_documents,
-        calibration.source,
+        source,
         part="calibration",
         field=calibration.field,
         chat=calibration.chat_template,
         characters=characters,
         key=key,
     )
-    whole = calibration.source in SOURCES  # of known size, and drawn from as in the papers
+    whole = source in SOURCES  # of known size, and drawn from as in the papers
     total, text_hash = 0, TextHash()
     documents: list[Document] = []
     for document in text_hash.reading(read()):

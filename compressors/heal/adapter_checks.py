@@ -59,6 +59,17 @@ def check_merge(draft: Draft, where: str, options: Any) -> None:
         )
 
 
+def check_elastic(draft: Draft, where: str, options: Any) -> None:
+    """Report adapters of factors that have several budgets, of which training cuts some."""
+    if draft.elastic:
+        draft.problems.add(
+            "contradiction",
+            f"{where}.train",
+            f"must not train adapters after a stage with 'elastic', got {options.train}; use "
+            "another value, such as factors, or replace elastic by 'keep'",
+        )
+
+
 def _taking(draft: Draft) -> list[LayerTask]:
     """Return the tasks whose weight gets a component, or may get one while it is pending."""
     tasks = {id(task): task for task in draft.tasks.values() if len(task.weights) == 1}

@@ -12,6 +12,7 @@ References
    https://arxiv.org/abs/2412.16719
 """
 
+import time
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache, cache_files
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, LayerExecutor
+from lrc.compressors.heal.budget import Budget
 from lrc.compressors.heal.descent import is_better
 from lrc.compressors.heal.divergence import PIECE, divergence
 from lrc.compressors.heal.layer_fit import Apply, LayerData, LayerFit, find_parts
@@ -34,10 +36,14 @@ from lrc.compressors.heal.work import (
     loss_facts,
     nothing_to_train,
     select,
+    selected_supports_,
     trained_parameters,
 )
 from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.configs.heal import Block
+
+ELAPSED = "elapsed"
+"""Key of the facts about a piece: seconds of training until it was written."""
 
 
 def fit_blocks(work: HealWork, options: Block) -> dict[str, Any]:
@@ -89,6 +95,7 @@ class BlockFit:
         )
         self._healed.copy_(self._dense)
         self._before = self._dense[: self._n_held_out].clone()
+        self._start = time.monotonic()
 
     def run(self) -> dict[str, Any]:
         """Fit all layers, and compare the predictions of the model with those before."""
@@ -102,11 +109,13 @@ class BlockFit:
             raise nothing_to_train(work.where, self._options.train)
         before, after = self._divergence(self._before), self._divergence(self._healed)
         self._journal.forget(*cache_files(self._journal))
+        steps = [fit["steps"] for each in facts for fit in each["fits"]]
         kept = is_better(after, before)
         if not kept:
             self._journal.forget(*(layer_file(work.stage, index) for index in range(n_layers)))
         return {
             "trainable": trainable,
+            "steps": round(sum(steps) / len(steps)),
             "layers": facts,
             "kept": kept,
             "before": finite(before),
@@ -123,7 +132,9 @@ class BlockFit:
             compressed = deepcopy(dense)
             self._stored.compress_layer_(compressed, prefix)
             self._advance(apply, compressed, self._before, self._before)
-            if not self._journal.has(piece):
+            if self._journal.has(piece):
+                self._start = time.monotonic() - self._journal.read_facts(piece)[ELAPSED]
+            else:
                 self._fit(index, dense, compressed, piece)
             trained = {
                 f"{prefix}.{name}": tensor
@@ -148,6 +159,7 @@ class BlockFit:
             for name, parameter in select(compressed, options).items()
             if not any(f"{prefix}.{name}".startswith(shared) for shared in self._shared)
         }
+        supports = selected_supports_(compressed, selected, options)
         data = LayerData(self._dense, self._healed, self._targets, self._n_held_out, self._together)
         parts = find_parts(
             apply,
@@ -158,21 +170,33 @@ class BlockFit:
         )
         tensors: dict[str, Tensor] = {}
         fits, trainable = [], 0
-        for part in parts if selected else []:
+        parts = parts if selected else []
+        for number, part in enumerate(parts):
             named = {f"{prefix}.{name}": selected[name] for name in part.parameters}
             seed = work.seed * 1_000_003 + index
-            trained = trained_parameters(named, self._stored, seed)
+            moving = {f"{prefix}.{n}": supports[n] for n in part.parameters if n in supports}
+            trained = trained_parameters(named, self._stored, moving, seed=seed)
             fit = LayerFit(apply, dense, compressed, part, data)
-            descent = fit.run(trained, options, steps=work.steps, seed=seed)
+            budget = self._budget(index, parts_left=len(parts) - number)
+            descent = fit.run(trained, options, budget=budget, seed=seed)
             tensors |= trained.encoded(descent.best)
             fits.append({"part": part.child or "layer", **loss_facts(descent)})
             trainable += trained.count
+        for support in supports.values():
+            support.restore_()
         facts = {"layer": prefix, "trainable": trainable, "fits": fits}
+        record = {"facts": facts, ELAPSED: time.monotonic() - self._start}
         if tensors:
-            write_trained(self._journal, piece, tensors, {"facts": facts})
+            write_trained(self._journal, piece, tensors, record)
         else:  # a safetensors file needs at least one tensor
             nothing = {"none": torch.zeros(1)}
-            self._journal.write_tensors(piece, nothing, {TRAINED: [], "facts": facts})
+            self._journal.write_tensors(piece, nothing, {TRAINED: [], **record})
+
+    def _budget(self, index: int, *, parts_left: int) -> Budget:
+        """Return the budget of a part: limited time is divided evenly between layers."""
+        done = (index + 1) / len(self._executor.architecture.layers)
+        left = self._options.seconds * done - (time.monotonic() - self._start)
+        return self._work.budget(left / parts_left)
 
     @torch.no_grad()
     def _advance(self, apply: Apply, layer: nn.Module, states: Tensor, out: Tensor) -> None:

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrc.compressors.heal.budget import Budget
 from lrc.compressors.heal.parameters import TrainedParameters
 from lrc.compressors.heal.schedule import learning_rate
 
-BETAS = (0.9, 0.95)
+BETAS, EPSILON = (0.9, 0.95), 1e-8
 LARGEST_NORM = 1.0
 SMALLEST_SIZE = 1e-3
 """Root mean square from which on learning rates are relative, so that zeros are trained too."""
-PARTS = {"average": "exp_avg", "square": "exp_avg_sq", "step": "step"}
-"""Names of AdamW's state in a saved state -> those in torch."""
 
 
 def is_better(loss: float, best: float) -> bool:
@@ -24,7 +23,7 @@ def is_better(loss: float, best: float) -> bool:
 
 
 class Descent:
-    """AdamW without weight decay; gradients are clipped, and the learning rate follows a schedule.
+    """Adam; gradients are clipped, and the learning rate follows a schedule.
 
     The learning rate of a tensor is relative to the root mean square of its values at first, as in
     Adafactor [1]_: stored forms differ in scale by orders of magnitude, and so do models. For the
@@ -33,8 +32,7 @@ class Descent:
     Parameters
     ----------
     trained : TrainedParameters
-    steps : int
-        Number of steps in all.
+    budget : Budget
     rate : float
         Highest learning rate, relative.
 
@@ -44,8 +42,8 @@ class Descent:
        ICML 2018, section 8. https://arxiv.org/abs/1804.04235
     """
 
-    def __init__(self, trained: TrainedParameters, *, steps: int, rate: float) -> None:
-        self.trained, self.steps, self._rate = trained, steps, rate
+    def __init__(self, trained: TrainedParameters, *, budget: Budget, rate: float) -> None:
+        self.trained, self.budget, self._rate = trained, budget, rate
         self.done = 0
         self.losses: list[tuple[int, float]] = []
         """Steps done, and the loss on held-out text with the values as they would be stored."""
@@ -54,8 +52,21 @@ class Descent:
         self.best = trained.start
         self.best_step = 0
         self._sizes = [max(trained.scale(name), SMALLEST_SIZE) for name in trained.parameters]
-        groups = [{"params": [parameter]} for parameter in trained.parameters.values()]
-        self._optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, weight_decay=0.0)
+        self._parameters = [*trained.parameters.values()]
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)  # stays, as recorded steps add to it
+        self._averages = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._squares = [torch.zeros_like(parameter) for parameter in self._parameters]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps in all, as far as it is known."""
+        return self.budget.total(self.done)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the loss on held-out text is due."""
+        return self.budget.is_judged(self.done)
 
     @property
     def best_loss(self) -> float:
@@ -64,17 +75,31 @@ class Descent:
 
     def update_(self) -> None:
         """Take a step along the accumulated gradients, and clear them."""
-        rate = learning_rate(self.done, self.steps, self._rate)
-        for group, size in zip(self._optimizer.param_groups, self._sizes, strict=True):
-            group["lr"] = rate * size
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters.values(), LARGEST_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, LARGEST_NORM)
+        gradients: Any = [parameter.grad for parameter in self._parameters]
         if bool(norm.isfinite()):
-            self._optimizer.step()
+            self._adam_(gradients)
             self.trained.limit_()
         else:
             self.skipped += 1
-        self._optimizer.zero_grad()
+        torch._foreach_zero_(gradients)
         self.done += 1
+        self.budget.advance()
+
+    @torch.no_grad()
+    def _adam_(self, gradients: Any) -> None:
+        """Update all tensors by a few operations; torch's optimizer needs some for each rate."""
+        rate = learning_rate(self.done, self.steps, self._rate)
+        first, second = BETAS
+        count = self.done - self.skipped + 1
+        torch._foreach_lerp_(self._averages, gradients, 1 - first)
+        torch._foreach_mul_(self._squares, second)
+        torch._foreach_addcmul_(self._squares, gradients, gradients, value=1 - second)
+        roots = torch._foreach_sqrt(self._squares)
+        torch._foreach_div_(roots, math.sqrt(1 - second**count))
+        torch._foreach_add_(roots, EPSILON)
+        factors = [-rate * size / (1 - first**count) for size in self._sizes]
+        torch._foreach_addcdiv_(self._parameters, self._averages, roots, factors)
 
     def judge(self, loss: float) -> None:
         """Record the loss on held-out text; the values are kept if it is the lowest so far."""
@@ -84,24 +109,24 @@ class Descent:
             self.best, self.best_step = self.trained.rounded(), self.done
 
     def state_names(self) -> list[str]:
-        """Return the names of the tensors in a saved state; averages are absent at first."""
-        kinds = ("value", "best", *PARTS)
+        """Return the names of the tensors in a saved state."""
+        kinds = ("value", "best", "average", "square")
         return [f"{kind}/{name}" for kind in kinds for name in self.trained.parameters]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and facts from which `resume` continues to the same bytes."""
         tensors = {}
-        for name, parameter in self.trained.parameters.items():
+        for index, (name, parameter) in enumerate(self.trained.parameters.items()):
             tensors[f"value/{name}"] = parameter.detach()
             tensors[f"best/{name}"] = self.best[name]
-            for part, key in PARTS.items():
-                if parameter in self._optimizer.state:
-                    tensors[f"{part}/{name}"] = self._optimizer.state[parameter][key]
+            tensors[f"average/{name}"] = self._averages[index]
+            tensors[f"square/{name}"] = self._squares[index]
         facts = {
             "done": self.done,
             "losses": self.losses,
             "skipped": self.skipped,
             "best_step": self.best_step,
+            "budget": self.budget.state(),
         }
         return {name: tensor.cpu() for name, tensor in tensors.items()}, facts
 
@@ -113,11 +138,8 @@ class Descent:
         self.best = {name: tensors[f"best/{name}"].to(device) for name in names}
         self.done, self.skipped = facts["done"], facts["skipped"]
         self.best_step = facts["best_step"]
+        self.budget.resume(facts["budget"])
         self.losses = [(step, loss) for step, loss in facts["losses"]]
-        for name, parameter in names.items():
-            if f"average/{name}" in tensors:
-                self._optimizer.state[parameter] = {
-                    # torch keeps the number of steps on the CPU.
-                    key: tensors[f"{part}/{name}"].to("cpu" if part == "step" else device)
-                    for part, key in PARTS.items()
-                }
+        for index, name in enumerate(names):
+            self._averages[index].copy_(tensors[f"average/{name}"])
+            self._squares[index].copy_(tensors[f"square/{name}"])

@@ -6,6 +6,7 @@ at 1e-4 took the C4 perplexity of SmolLM2-135M at half its bits from 37.0 to 34.
 """
 
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,18 +14,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
+from lrc.compressors.heal.budget_switch import BudgetSwitch
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.divergence import Predictor, add_gradients, mean_divergence
-from lrc.compressors.heal.schedule import batch_rows, is_judged
+from lrc.compressors.heal.gradient_step import GradientStep
+from lrc.compressors.heal.schedule import batch_rows
 from lrc.compressors.heal.trained_files import model_file, write_trained
 from lrc.compressors.heal.work import (
     HealWork,
     Snapshots,
+    budget_facts,
     deterministic,
     finite,
     loss_facts,
     nothing_to_train,
     select,
+    selected_supports_,
     trained_parameters,
 )
 from lrc.configs.heal import Distill, Scales
@@ -33,7 +38,8 @@ from lrc.configs.heal import Distill, Scales
 def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     """Train by distillation and write the best values; return the facts for the report.
 
-    If nothing is better on held-out text than before, nothing is written.
+    An elastic model is trained with a random budget in every step, and its loss is the mean over
+    budgets. If nothing is better on held-out text than before, nothing is written.
 
     Raises
     ------
@@ -49,25 +55,49 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     selected = select(student, options, ends)
     if not selected:
         raise nothing_to_train(work.where, options.train)
-    trained = trained_parameters(selected, stored, work.seed)
+    supports = selected_supports_(student, selected, options)
+    trained = trained_parameters(selected, stored, supports, seed=work.seed)
+    names = models.architecture.layer_names
     if options.checkpointing:
-        for name in models.architecture.layer_names:
+        for name in names:
             recompute_(student.get_submodule(name))
     teacher = models.load_dense(models.dtype).requires_grad_(False)
-    dense = Predictor(teacher, text.held_out, dtype=models.dtype)
-    compressed = Predictor(student, text.held_out, dtype=models.dtype)
-    limit = BATCH_TOKENS[torch.device(device).type]
-    together = max(1, min(options.batch, limit // text.training.shape[1]))
-    descent = Descent(trained, steps=work.steps, rate=options.rate)
+    dense, compressed = (
+        Predictor(
+            model,
+            text.held_out,
+            dtype=models.dtype,
+            layers=[model.get_submodule(name) for name in names] if options.hidden else [],
+        )
+        for model in (teacher, student)
+    )
+    most = BATCH_TOKENS[torch.device(device).type] // text.training.shape[1]
+    together = min(options.batch, options.micro_batch or max(1, most))
+    descent = Descent(trained, budget=work.budget(), rate=options.rate)
     snapshots = Snapshots(work, descent)
+    switch = BudgetSwitch(student, work.plan.elastic)
 
-    def held_out_loss() -> float:
+    def held_out_losses() -> list[float]:
         with trained.as_stored():
-            return mean_divergence(dense, compressed, text.held_out, together=together)
+            return switch.measure(
+                lambda: mean_divergence(dense, compressed, text.held_out, together=together)
+            )
 
+    add = GradientStep(
+        partial(
+            add_gradients,
+            dense,
+            compressed,
+            kind=options.divergence,
+            positions=options.batch * text.training.shape[1],
+            hidden=options.hidden,
+        ),
+        [*trained.parameters.values()],
+        torch.device(device),
+    )
     with deterministic(device):
         if not snapshots.resume():
-            descent.judge(held_out_loss())
+            descent.judge(fmean(held_out_losses()))
         while descent.done < descent.steps:
             rows = batch_rows(
                 descent.done,
@@ -76,19 +106,20 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
                 seed=work.seed,
             )
             windows = text.training[rows]
+            switch.use_for(descent.done, seed=work.seed)
             with work.pace.step(windows.numel()):
                 for part in windows.split(together):
-                    add_gradients(
-                        dense,
-                        compressed,
-                        part,
-                        kind=options.divergence,
-                        positions=windows.numel(),
-                    )
+                    add(part, variant=switch.used if switch.budgets else None)
                 descent.update_()
-            if is_judged(descent.done, descent.steps):
-                descent.judge(held_out_loss())
+            if descent.is_judged:
+                descent.judge(fmean(held_out_losses()))
             snapshots.finish_step()
+        budgets = []
+        if switch.budgets:
+            trained.set_(trained.start)
+            before = held_out_losses()
+            trained.set_(descent.best)
+            budgets = budget_facts(switch.budgets, before, held_out_losses())
     kept = descent.best_step > 0
     if kept:
         tensors = trained.encoded(descent.best)
@@ -100,9 +131,14 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
         **({"added": trained.added} if kept and trained.added else {}),
         "before": finite(descent.losses[0][1]),
         "after": finite(descent.best_loss),
+        "budgets": budgets,
     }
 
 
 def recompute_(layer: nn.Module) -> None:
     """Let a layer keep only its input for the backward pass."""
-    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    # Layers in eval mode draw no random numbers, and reading the state of a generator cannot be
+    # recorded in a CUDA graph.
+    layer.forward = partial(
+        checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+    )

@@ -5,14 +5,15 @@ Logits take far more memory than hidden states. They are computed from the outpu
 pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrc.compressors.evaluate.perplexity import head_gives_logits
+from lrc.compressors.heal.hidden_states import hidden_distance, recorded
 
 PIECE = {"cpu": 256, "cuda": 2048}
 PROBE = 16  # positions on which the head is compared with the model
@@ -42,10 +43,22 @@ class Predictor:
 
     Features are the output of the decoder. If the model does more than multiply them by its head,
     such as capping logits, they are the logits.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    tokens : Tensor, shape [n, length]
+        Any windows.
+    dtype : torch.dtype
+        In which a GPU multiplies.
+    layers : sequence of nn.Module
+        Layers of the model of which hidden states are compared.
     """
 
-    def __init__(self, model: Any, tokens: Tensor, *, dtype: torch.dtype) -> None:
-        self._model, self._dtype = model, dtype
+    def __init__(
+        self, model: Any, tokens: Tensor, *, dtype: torch.dtype, layers: Sequence[nn.Module] = ()
+    ) -> None:
+        self._model, self._dtype, self.layers = model, dtype, layers
         self._device = next(model.get_input_embeddings().parameters()).device
         with torch.no_grad():
             split = head_gives_logits(model, tokens[0, :PROBE].to(self._device))
@@ -96,16 +109,30 @@ def mean_divergence(
 
 
 def add_gradients(
-    dense: Predictor, compressed: Predictor, windows: Tensor, *, kind: Kind, positions: int
+    dense: Predictor,
+    compressed: Predictor,
+    windows: Tensor,
+    *,
+    kind: Kind,
+    positions: int,
+    hidden: float = 0.0,
 ) -> None:
-    """Add the gradients of the divergence on windows [n, length], divided by `positions`."""
-    with torch.no_grad():
+    """Add the gradients of the divergence on windows [n, length], divided by `positions`.
+
+    With `hidden`, that multiple of `hidden_distance` is added to the divergence.
+    """
+    with torch.no_grad(), recorded(dense.layers) as expected_states:
         expected = dense.features(windows)
-    found = compressed.features(windows)
+    with recorded(compressed.layers) as states:
+        found = compressed.features(windows)
     leaf = found.detach().requires_grad_(True)
     for rows in compressed.pieces(len(found)):
         with torch.no_grad():
             logits = dense.logits(expected[rows])
         loss = divergence(logits, compressed.logits(leaf[rows]), kind)
         (loss / positions).backward()
-    found.backward(leaf.grad)
+    if not hidden:
+        found.backward(leaf.grad)
+        return
+    distance = hidden * hidden_distance(expected_states, states) / positions
+    torch.autograd.backward([found, distance], [leaf.grad, torch.ones_like(distance)])

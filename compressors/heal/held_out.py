@@ -1,5 +1,6 @@
 """The text of a stage: windows to train on, and windows that are never trained on."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,19 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrc.compressors.calibrate.calibration_windows import SELF
 from lrc.compressors.corpus.documents import SOURCES, read_documents
 from lrc.compressors.corpus.excerpts import TextHash
 from lrc.compressors.corpus.tokens import check_vocabulary, default_bos
 from lrc.compressors.corpus.windows import calibration_text, with_bos
-from lrc.compressors.heal.trained_files import text_file
+from lrc.compressors.heal.trained_files import text_folder
 from lrc.compressors.io.journal import Journal
 from lrc.configs.errors import DataError, RecipeError
 from lrc.configs.heal import Block, HealBase
 from lrc.configs.recipe import Calibration, Perplexity
+from lrc.configs.sources import counts, described, fractions
 
 REPEATED = 2.0
 """Repetitions of a text from which on a warning is due; more than two or three overfit."""
-SELF = "self"
+TOKENS_PER_SECOND = {"cpu": 3_000, "cuda": 30_000}
+"""How much text to read where time is limited: more than is trained on. An H200 trains a model of
+135M parameters on about 30,000 tokens a second."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class TrainingText:
 
 @dataclass(frozen=True)
 class TextRequest:
-    """What text a stage needs."""
+    """What text a stage needs of one source."""
 
     where: str
     """Key path of the stage."""
@@ -45,11 +50,18 @@ class TextRequest:
     """That of the recipe."""
     stage: int
     seed: int
-
-    @property
-    def source(self) -> str:
-        """Name or path of the text."""
-        return self.options.source or self.calibration.source
+    device: str
+    """Type of the device, such as ``cpu``."""
+    number: int
+    """Of the source among those of the stage."""
+    source: str
+    """Name or path of the text."""
+    fraction: float
+    """Of the tokens of the stage."""
+    n_held_out: int
+    """Number of windows that are held out."""
+    wanted: int
+    """Number of different windows to train on, at most if time is limited."""
 
     @property
     def key(self) -> str:
@@ -62,16 +74,53 @@ class TextRequest:
         return self.options.length or self.calibration.length
 
     @property
-    def wanted(self) -> int:
-        """Number of different windows to train on."""
-        options = self.options
-        windows = options.number_of_steps(self.length) * options.batch
-        return min(windows, options.samples) if isinstance(options, Block) else windows
+    def available(self) -> int:
+        """Number of windows to take from a text; sampling is slow, so that fewer are sampled."""
+        windows = max(1, self.wanted) + self.n_held_out
+        return min(windows, self.calibration.samples) if self.source == SELF else windows
 
-    @property
-    def n_held_out(self) -> int:
-        """Number of windows that are held out."""
-        return max(1, self.options.held_out // self.length)
+    def used(self, steps: int) -> int:
+        """Return how many windows that number of steps trains on, the same ones repeatedly."""
+        if isinstance(self.options, Block):
+            return self.wanted
+        return math.ceil(self.fraction * steps * self.options.batch)
+
+
+def text_requests(
+    where: str, options: HealBase, calibration: Calibration, *, stage: int, seed: int, device: str
+) -> list[TextRequest]:
+    """Return what text a stage needs, one request for every source.
+
+    Parameters
+    ----------
+    where : str
+        Key path of the stage.
+    """
+    source, length = options.source or calibration.source, options.length or calibration.length
+    steps = options.number_of_steps(length)
+    if steps is None:
+        windows = math.ceil(options.seconds * TOKENS_PER_SECOND[device] / length)
+    else:
+        windows = steps * options.batch
+    wanted = min(windows, options.samples) if isinstance(options, Block) else windows
+    held_out = counts(source, max(1, options.held_out // length))
+    several = len(held_out) > 1
+    return [
+        TextRequest(
+            where,
+            options,
+            calibration,
+            stage,
+            seed,
+            device,
+            number=number,
+            source=name,
+            fraction=fractions(source)[name],
+            n_held_out=max(1, held_out[name]),
+            wanted=max(1, count) if several else count,
+        )
+        for number, (name, count) in enumerate(counts(source, wanted).items())
+    ]
 
 
 def check_evaluation_texts(request: TextRequest, texts: Sequence[Perplexity]) -> None:
@@ -115,21 +164,22 @@ def training_text(
     tokenizer: Any,
     embedding: Any,
     journal: Journal,
-    windows: Callable[[], Tensor],
+    sample: Callable[[int, int], Tensor],
 ) -> TrainingText:
-    """Return the windows of a stage, which are read once per run.
+    """Return the windows of one source of a stage, which are read once per run.
 
-    `windows` returns the calibration windows; those of the source ``self`` are used as they are.
+    `sample` returns windows of the source ``self`` by their number and length.
 
     Raises
     ------
     DataError, RecipeError
         As `read_documents`, or if the text is too short.
     """
-    piece = text_file(request.stage)
+    piece = f"{text_folder(request.stage)}/{request.number}.safetensors"
     if not journal.has(piece):
         if request.source == SELF:
-            found, sha256, n_tokens = windows(), None, windows().numel()
+            found, sha256 = sample(request.available, request.length), None
+            n_tokens = found.numel()
         else:
             found, sha256, n_tokens = _read(request, tokenizer)
         check_vocabulary(found, embedding)
@@ -147,15 +197,36 @@ def training_text(
     return TrainingText(read["training"], read["held_out"], journal.read_facts(piece)["facts"])
 
 
+def mixed(requests: Sequence[TextRequest], texts: Sequence[TrainingText]) -> TrainingText:
+    """Return the text of a stage from those of its sources.
+
+    Windows of a source that has too few are repeated, so that fractions are as requested. Held-out
+    windows of all sources are spread evenly: a method may use only the first of them.
+    """
+    if len(texts) == 1:
+        return texts[0]
+    training = [
+        text.training[torch.arange(request.wanted) % len(text.training)]
+        for request, text in zip(requests, texts, strict=True)
+    ]
+    places = [torch.arange(len(text.held_out)).add(0.5) / len(text.held_out) for text in texts]
+    order = torch.cat(places).argsort(stable=True)
+    held_out = torch.cat([text.held_out for text in texts])[order]
+    keys = ("text_tokens", "training_tokens", "held_out_tokens")
+    facts = {
+        "source": described({request.source: request.fraction for request in requests}),
+        "text_sha256": None,
+        **{key: sum(text.facts[key] for text in texts) for key in keys},
+        "texts": [text.facts for text in texts],
+    }
+    return TrainingText(torch.cat(training), held_out, facts)
+
+
 def _read(request: TextRequest, tokenizer: Any) -> tuple[Tensor, str, int]:
     """Return all disjoint windows of the text, its hash, and its number of tokens."""
     bos = default_bos(tokenizer)
-    update = {
-        "source": request.source,
-        "samples": request.wanted + request.n_held_out,
-        "length": request.length,
-    }
-    calibration = request.calibration.model_copy(update=update)
+    calibration = request.calibration.of(request.source, request.available)
+    calibration = calibration.model_copy(update={"length": request.length})
     text = calibration_text(calibration, tokenizer, key=request.key)
     width = request.length - (bos is not None)
     count = text.ids.numel() // max(1, width)
@@ -174,15 +245,8 @@ def split(windows: Tensor, request: TextRequest) -> tuple[Tensor, Tensor]:
     DataError
         If too few are left to train on.
     """
+    check_held_out(len(windows), request)
     n_windows, n_held_out = len(windows), request.n_held_out
-    if n_windows <= n_held_out:
-        most = (n_windows - 1) * request.length
-        short = f"lower {request.where}.length or give more text under 'source'"
-        raise DataError(
-            f"{request.where}.held_out: must be less than the text, {n_windows} windows of "
-            f"{request.length:,} tokens, got {request.options.held_out:,} tokens; "
-            + (f"lower it to at most {most:,}, or give more text under 'source'" if most else short)
-        )
     held_out = torch.arange(n_held_out) * n_windows // n_held_out
     others = torch.ones(n_windows, dtype=torch.bool)
     others[held_out] = False
@@ -194,13 +258,41 @@ def split(windows: Tensor, request: TextRequest) -> tuple[Tensor, Tensor]:
     return windows[training], windows[held_out]
 
 
-def repetition_warning(request: TextRequest, text: TrainingText) -> str | None:
-    """Return a warning if a text is repeated more than is good, or has fewer windows than asked."""
-    repeats = request.wanted / len(text.training)
+def check_held_out(n_windows: int, request: TextRequest) -> None:
+    """Refuse a text whose windows are all held out.
+
+    Raises
+    ------
+    DataError
+    """
+    if n_windows > request.n_held_out:
+        return
+    most = int((n_windows - 1) * request.length / request.fraction)
+    what = "calibration.samples" if request.source == SELF else "'source'"
+    more = f"{'raise' if request.source == SELF else 'give more text under'} {what}"
+    short = f"lower {request.where}.length or {more}"
+    raise DataError(
+        f"{request.where}.held_out: must be less than the text, {n_windows} windows of "
+        f"{request.length:,} tokens of {request.source}, got {request.options.held_out:,} tokens; "
+        + (f"lower it to at most {most:,}, or {more}" if most else short)
+    )
+
+
+def repetition_warning(
+    request: TextRequest, text: TrainingText, steps: int | None = None
+) -> str | None:
+    """Return a warning if a text is repeated more than is good.
+
+    The number of `steps` is that which was made; if it is not known yet, there is no warning.
+    """
+    if steps is None:
+        return None
+    repeats = request.used(steps) / (text.facts["training_tokens"] / request.length)
     if repeats <= REPEATED:
         return None
+    more = "raise calibration.samples" if request.source == SELF else "give more text"
     return (
-        f"{request.where}: the text {request.source} has {text.training.numel():,} tokens to train "
-        f"on and is repeated {repeats:.1f} times, which may overfit; give more text under "
-        "'source', or lower 'steps'"
+        f"{request.where}: the text {request.source} has {text.facts['training_tokens']:,} tokens "
+        f"to train on and is repeated {repeats:.1f} times, which may overfit; {more}, or lower the "
+        "budget"
     )

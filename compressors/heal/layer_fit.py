@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.calibrate.layer_executor import ForwardEnded
+from lrc.compressors.heal.budget import Budget
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.parameters import TrainedParameters
-from lrc.compressors.heal.schedule import batch_rows, is_judged
+from lrc.compressors.heal.schedule import batch_rows
 from lrc.compressors.layers import CompressedLinear
 from lrc.compressors.solvers.moments import token_weights
 from lrc.configs.heal import Block
@@ -142,14 +143,16 @@ class LayerFit:
         self._apply, self._data, self._part = apply, data, part
         self._dense, self._compressed = dense, compressed
 
-    def run(self, trained: TrainedParameters, options: Block, *, steps: int, seed: int) -> Descent:
+    def run(
+        self, trained: TrainedParameters, options: Block, *, budget: Budget, seed: int
+    ) -> Descent:
         """Train, and leave the best values in the layer."""
-        descent = Descent(trained, steps=steps, rate=options.rate)
+        descent = Descent(trained, budget=budget, rate=options.rate)
         first = self.held_out_error(trained)
         descent.judge(first)
         n_windows = len(self._data.dense) - self._data.n_held_out
         from_dense = round(options.mix * options.batch)
-        while descent.done < steps and first > 0:
+        while descent.done < descent.steps and first > 0:
             rows = batch_rows(descent.done, n_windows=n_windows, batch=options.batch, seed=seed)
             rows = rows + self._data.n_held_out
             mixed = torch.arange(options.batch) < from_dense
@@ -159,7 +162,7 @@ class LayerFit:
                 loss = self._error(part, dense) / (first * len(rows) / len(part))
                 loss.backward()
             descent.update_()
-            if is_judged(descent.done, steps):
+            if descent.is_judged:
                 descent.judge(self.held_out_error(trained))
         trained.set_(descent.best)
         for parameter in trained.parameters.values():

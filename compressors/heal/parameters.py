@@ -1,15 +1,17 @@
 """Which stored numbers are trained, and their copies in float32.
 
 What a stage may train follows from the role of a tensor in its component, so that a new component
-type needs nothing here: masks, indices and integers are buffers and never change.
+type needs nothing here: masks, indices and integers are buffers, which training does not change.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.heal.moving_support import VALUES, MovingSupport
 from lrc.compressors.layers import CompressedLinear
 from lrc.compressors.methods.base import LOW_RANK_TYPES
 
@@ -68,7 +70,7 @@ def _compressed_roles(layer: CompressedLinear) -> dict[int, set[str]]:
             roles = found.setdefault(id(parameter), {ALL})
             if component.TYPE in LOW_RANK_TYPES:
                 roles.add("factors")
-            if leaf.removesuffix(SCALE) == "values":
+            if leaf.removesuffix(SCALE) == VALUES:
                 roles.add("values")
             if leaf.endswith(SCALE):
                 roles.add("scales")
@@ -87,11 +89,17 @@ class TrainedParameters:
         By their names in the checkpoint. They require gradients from now on.
     dtypes : mapping of str to torch.dtype
         Of the stored tensors, whose values the parameters have.
+    supports : mapping of str to MovingSupport
+        Of the parameters of which only the largest entries are stored.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], dtypes: Mapping[str, torch.dtype]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        dtypes: Mapping[str, torch.dtype],
+        supports: Mapping[str, MovingSupport] = MappingProxyType({}),
     ) -> None:
+        self._supports = supports
         self.parameters = {name: parameters[name].requires_grad_(True) for name in parameters}
         self._dtypes = dtypes
         self.start = self.rounded()
@@ -112,11 +120,33 @@ class TrainedParameters:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     def rounded(self) -> dict[str, Tensor]:
-        """Return the values as they would be stored."""
-        return {
-            name: p.detach().to(self._dtypes[name], copy=True)
-            for name, p in self.parameters.items()
-        }
+        """Return the values as they would be stored; with zeros outside a moving support."""
+        found = {}
+        for name, parameter in self.parameters.items():
+            support = self._supports.get(name)
+            exact = parameter.detach() if support is None else support.selected()
+            found[name] = exact.to(self._dtypes[name], copy=True)
+        return found
+
+    def encoded(self, rounded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of the checkpoint for what `rounded` returned, on the CPU."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in rounded.items():
+            support = self._supports.get(name)
+            tensors = {name: tensor}
+            if support is not None:
+                prefix = name.removesuffix(VALUES)
+                tensors = {f"{prefix}{key}": each for key, each in support.encode(tensor).items()}
+            found |= {key: each.cpu() for key, each in tensors.items()}
+        return found
+
+    def moved(self, rounded: Mapping[str, Tensor]) -> int | None:
+        """Return how many values have other places than at first; None if places are fixed."""
+        if not self._supports:
+            return None
+        return sum(
+            int(((rounded[name] != 0) & (self.start[name] == 0)).sum()) for name in self._supports
+        )
 
     @torch.no_grad()
     def set_(self, values: Mapping[str, Tensor]) -> None:
@@ -127,10 +157,6 @@ class TrainedParameters:
     def scale(self, name: str) -> float:
         """Return the size to which the learning rate of a parameter is relative."""
         return float(self.parameters[name].detach().square().mean().sqrt())
-
-    def encoded(self, rounded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of the checkpoint for what `rounded` returned, on the CPU."""
-        return {name: tensor.cpu() for name, tensor in rounded.items()}
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import resource
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from lrc.compressors.heal.distill import distill
 from lrc.compressors.heal.held_out import (
     TextRequest,
     TrainingText,
+    mixed,
     repetition_warning,
+    text_requests,
     training_text,
 )
 from lrc.compressors.heal.pace import Pace
@@ -21,7 +24,7 @@ from lrc.compressors.heal.trained_files import (
     facts_file,
     folder,
     state_file,
-    text_file,
+    text_folder,
     usage_file,
 )
 from lrc.compressors.heal.work import HealWork
@@ -31,18 +34,23 @@ from lrc.compressors.session import Session
 from lrc.configs.heal import Block, Distill, HealBase, Scales
 
 
-def text_request(session: Session, stage: int, options: HealBase) -> TextRequest:
-    """Return what text a stage needs."""
-    where = f"stages[{stage}].heal"
-    return TextRequest(where, options, session.calibration, stage, session.prepared.plan.seed)
+def requests_of(session: Session, stage: int, options: HealBase) -> list[TextRequest]:
+    """Return what text a stage needs, one request for every source."""
+    return text_requests(
+        f"stages[{stage}].heal",
+        options,
+        session.calibration,
+        stage=stage,
+        seed=session.prepared.plan.seed,
+        device=torch.device(session.device).type,
+    )
 
 
 def read_text(session: Session, request: TextRequest) -> TrainingText:
-    """Return the windows of a stage; raises as `training_text`."""
+    """Return the windows of one source of a stage; raises as `training_text`."""
     embedding = session.prepared.dense.model.get_input_embeddings()
-    return training_text(
-        request, session.prepared.tokenizer, embedding, session.journal, session.windows
-    )
+    sample = partial(session.sampled_windows, seed=request.seed + 1 + request.stage)
+    return training_text(request, session.prepared.tokenizer, embedding, session.journal, sample)
 
 
 def run_training(session: Session, plan: Plan, options: dict[int, HealBase]) -> Plan:
@@ -72,7 +80,7 @@ def clock_name(plan: Plan, stage: int) -> str:
 
 def training_files(plan: Plan) -> list[str]:
     """Return the journal's names of everything that the stages leave."""
-    kinds = (folder, state_file, text_file)
+    kinds = (folder, state_file, text_folder)
     return [name(record.stage) for record in plan.training for name in kinds]
 
 
@@ -84,8 +92,7 @@ def training_report(
         {
             "stage": record.stage,
             "method": record.method,
-            "steps": record.steps,
-            "tokens": record.tokens,
+            "minutes": record.minutes,
             **record.facts,
             "seconds": round(seconds.get(clock_name(plan, record.stage), 0.0), 2),
             **(
@@ -101,15 +108,27 @@ def training_report(
 def _train(
     session: Session, plan: Plan, record: TrainingRecord, options: HealBase, pace: Pace
 ) -> dict[str, Any]:
-    request = text_request(session, record.stage, options)
-    text = read_text(session, request)
+    requests = requests_of(session, record.stage, options)
+    texts = [read_text(session, request) for request in requests]
+    text = mixed(requests, texts)
     work = HealWork(session, plan, record.stage, options, record.steps, text, pace)
     if isinstance(options, Block):
         facts = fit_blocks(work, options)
     else:
         assert isinstance(options, Distill | Scales)
         facts = distill(work, options)
-    return {**facts, "text": text.facts, "warning": repetition_warning(request, text)}
+    if record.steps is not None:
+        facts["steps"] = record.steps  # also if a layer had nothing to train
+    warnings = (
+        repetition_warning(request, each, facts["steps"])
+        for request, each in zip(requests, texts, strict=True)
+    )
+    return {
+        **facts,
+        "tokens": facts["steps"] * options.batch * text.training.shape[1],
+        "text": text.facts,
+        "warning": "; ".join(filter(None, warnings)) or None,
+    }
 
 
 def _peak_memory(device: str) -> int:

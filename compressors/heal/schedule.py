@@ -1,4 +1,4 @@
-"""When a stage trains on which windows, and how fast."""
+"""On which windows a step trains, and how fast."""
 
 import math
 
@@ -7,8 +7,6 @@ from torch import Tensor
 
 WARM_UP = 10
 """Steps over which the learning rate rises, or a tenth of all steps if these are fewer."""
-JUDGEMENTS = 10
-"""How often the loss on held-out text is measured during training."""
 
 
 def learning_rate(step: int, steps: int, highest: float) -> float:
@@ -21,11 +19,6 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
     if step < warm_up:
         return highest * (step + 1) / warm_up
     return highest * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2
-
-
-def is_judged(done: int, steps: int) -> bool:
-    """Return whether the loss on held-out text is measured after `done` of all steps."""
-    return done == steps or done % max(1, steps // JUDGEMENTS) == 0
 
 
 def batch_rows(step: int, *, n_windows: int, batch: int, seed: int) -> Tensor:

@@ -42,9 +42,9 @@ def state_file(stage: int) -> str:
     return f"heal-{stage}-state.safetensors"
 
 
-def text_file(stage: int) -> str:
+def text_folder(stage: int) -> str:
     """Return the journal's name for the windows that a stage trains and measures on."""
-    return f"heal-{stage}-text.safetensors"
+    return f"heal-{stage}-text"
 
 
 def write_trained(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,10 @@ from lrc.compressors.heal.adapted_integers import IntegerMatrix
 from lrc.compressors.heal.adapted_parameters import AdaptedParameters
 from lrc.compressors.heal.adapter_kinds import ADAPTERS, AdapterSite, adaptable
 from lrc.compressors.heal.added_components import adding
+from lrc.compressors.heal.budget import Budget, StepBudget, TimeBudget
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.held_out import TrainingText
+from lrc.compressors.heal.moving_support import MovingSupport, move_supports_
 from lrc.compressors.heal.pace import Pace
 from lrc.compressors.heal.parameters import TrainedParameters, parameter_roles
 from lrc.compressors.heal.stored import StoredModel
@@ -41,7 +43,8 @@ class HealWork:
     stage: int
     options: HealBase
     """Of a healing method."""
-    steps: int
+    steps: int | None
+    """None if the time is limited instead."""
     text: TrainingText
     pace: Pace
     """Counts the steps."""
@@ -55,6 +58,12 @@ class HealWork:
     def seed(self) -> int:
         """Seed of the order of windows, different for every stage."""
         return self.plan.seed * 1_000_003 + self.stage
+
+    def budget(self, seconds: float | None = None) -> Budget:
+        """Return a budget that starts now; by default with all of the time, if it is limited."""
+        if self.steps is not None:
+            return StepBudget(self.steps)
+        return TimeBudget(self.options.seconds if seconds is None else seconds)
 
     def stored(self) -> StoredModel:
         """Return the reader of the model before this stage."""
@@ -83,6 +92,13 @@ def select(
     }
 
 
+def selected_supports_(
+    root: nn.Module, selected: dict[str, Trainable], options: HealBase
+) -> dict[str, MovingSupport]:
+    """Let values change their places if the options say so, see `move_supports_`."""
+    return move_supports_(root, selected) if options.moves_support else {}
+
+
 def nothing_to_train(where: str, train: str) -> RecipeError:
     """Return the error for a model without parameters of the kind that is trained."""
     return RecipeError(
@@ -92,13 +108,17 @@ def nothing_to_train(where: str, train: str) -> RecipeError:
 
 
 def trained_parameters(
-    selected: Mapping[str, Trainable], stored: StoredModel, seed: int
+    selected: Mapping[str, Trainable],
+    stored: StoredModel,
+    supports: Mapping[str, MovingSupport],
+    *,
+    seed: int,
 ) -> TrainedParameters:
     """Return the parameters of what is trained, which is named as in the checkpoint."""
     sites = {n: each for n, each in selected.items() if isinstance(each, AdapterSite)}
     if not sites:
         parameters = {n: each for n, each in selected.items() if isinstance(each, nn.Parameter)}
-        return TrainedParameters(parameters, stored.dtypes(parameters))
+        return TrainedParameters(parameters, stored.dtypes(parameters), supports)
     matrices = {name: site.matrix for name, site in sites.items()}
     for name, matrix in matrices.items():
         if isinstance(matrix, IntegerMatrix) and name.endswith(WHOLE):
@@ -155,10 +175,22 @@ def loss_facts(descent: Descent) -> dict[str, Any]:
     """Return what a descent did, as JSON values."""
     return {
         "trainable": descent.trained.count,
+        "moved": descent.trained.moved(descent.best),
+        "steps": descent.done,
         "losses": [[step, finite(loss)] for step, loss in descent.losses],
         "best_step": descent.best_step,
         "skipped": descent.skipped,
     }
+
+
+def budget_facts(
+    budgets: Sequence[float], before: Sequence[float], after: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Return the losses at every budget before and after training, as JSON values."""
+    return [
+        {"keep": keep, "before": finite(first), "after": finite(last)}
+        for keep, first, last in zip(budgets, before, after, strict=True)
+    ]
 
 
 def finite(loss: float) -> float | None:
@@ -170,10 +202,14 @@ def finite(loss: float) -> float | None:
 def deterministic(device: str) -> Iterator[None]:
     """Let backward passes on a GPU add in a fixed order inside the context."""
     before = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if device.startswith("cuda"):
         torch.use_deterministic_algorithms(True, warn_only=True)
+        settings.fill_uninitialized_memory = False  # a kernel for every tensor
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        settings.fill_uninitialized_memory = filled

@@ -5,6 +5,7 @@ the numbers of tokens, rows and columns, in this order.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class Blocks(NamedTuple):
     """Chunks of 32 columns that a thread reads ahead."""
 
 
+@cache
 def blocks_for(
     tokens: int, d_out: int, d_in: int, *, tiles: int = 2, most_warps: int = 2100
 ) -> Blocks:
@@ -66,7 +68,7 @@ def multiply(
     y: Tensor,
     d_out: int,
     numbers: Sequence[int],
-    macros: dict[str, int | str],
+    macros: nvrtc.Macros,
     blocks: Blocks,
 ) -> Tensor:
     """Launch a kernel and return `y`.
@@ -83,23 +85,30 @@ def multiply(
         Rows of the matrix.
     numbers : sequence of int
         What the kernel needs besides the sizes.
-    macros : dict
+    macros : tuple of (str, int or str)
         Constants of the source, besides those of `Blocks`.
     """
     tokens, d_in = x.shape
+    kernel = _kernel(source, macros, x.dtype, blocks, x.get_device())
+    grid = -(-d_out // (16 * blocks.tiles)), -(-tokens // blocks.tokens), 1
+    with torch.cuda.device(x.device):
+        kernel(grid, 32 * blocks.warps, x, *stored, y, tokens, d_out, d_in, *numbers)
+    return y
+
+
+@cache
+def _kernel(
+    source: str, macros: nvrtc.Macros, dtype: torch.dtype, blocks: Blocks, device: int
+) -> nvrtc.Kernel:
     constants = (
-        *macros.items(),
-        ("BFLOAT", int(x.dtype == torch.bfloat16)),
+        *macros,
+        ("BFLOAT", int(dtype == torch.bfloat16)),
         ("TOKENS", blocks.tokens),
         ("TILES", blocks.tiles),
         ("WARPS", blocks.warps),
         ("STAGES", blocks.stages),
     )
-    kernel = nvrtc.kernel(source, "product", constants, x.get_device())
-    grid = -(-d_out // (16 * blocks.tiles)), -(-tokens // blocks.tokens), 1
-    with torch.cuda.device(x.device):
-        kernel(grid, 32 * blocks.warps, x, *stored, y, tokens, d_out, d_in, *numbers)
-    return y
+    return nvrtc.kernel(source, "product", constants, device)
 
 
 def starts_at_16_bytes(*tensors: Tensor) -> bool:

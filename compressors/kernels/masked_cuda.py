@@ -67,17 +67,14 @@ def eight_of(x: Tensor, stored: EightOf, blocks: Blocks | None = None) -> Tensor
     (tokens, columns), d_out = x.shape, len(stored.mask)
     blocks = blocks or blocks_for(tokens, d_out, columns, tiles=1, most_warps=3600)
     tensors, y = [stored.values, stored.mask], x.new_empty(tokens, d_out)
-    return few_tokens.multiply("n8_linear.cu", x, tensors, y, d_out, [], {"N": stored.n}, blocks)
+    return few_tokens.multiply("n8_linear.cu", x, tensors, y, d_out, [], (("N", stored.n),), blocks)
 
 
 def groups(x: Tensor, stored: Groups, blocks: Blocks | None = None) -> Tensor:
     """Return ``x @ W.T`` [tokens, d_out] for ``x`` [tokens, columns], contiguous and aligned."""
     (tokens, columns), (d_out, count) = x.shape, stored.offsets.shape
-    macros: dict[str, int | str] = {
-        "BITS": stored.bits,
-        "GROUP": stored.group,
-        "OFFSETS": "short" if stored.offsets.dtype == torch.int16 else "int",
-    }
+    offsets = "short" if stored.offsets.dtype == torch.int16 else "int"
+    macros = ("BITS", stored.bits), ("GROUP", stored.group), ("OFFSETS", offsets)
     blocks = blocks or blocks_for(tokens, d_out, columns)
     return few_tokens.multiply(
         "group_sparse_linear.cu",

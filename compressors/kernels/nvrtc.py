@@ -65,15 +65,14 @@ class Kernel:
         threads : int
             Per block.
         *arguments : Tensor or int
-            Pointers and 32-bit integers.
+            Pointers and 32-bit integers, which must not be negative.
         """
-        values = [
-            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a)
-            for a in arguments
-        ]
-        pointers = (ctypes.c_void_p * len(values))(
-            *[ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values]
-        )
+        # A 32-bit integer is the lower half of 64 bits.
+        words = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        count = len(words)
+        values = (ctypes.c_uint64 * count)(*words)
+        first = ctypes.addressof(values)
+        pointers = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         launch = (self._function, *grid, threads, 1, 1, 0, stream, pointers, None)
         status = _driver().cuLaunchKernel(*launch)

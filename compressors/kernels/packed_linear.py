@@ -4,6 +4,8 @@ Few tokens are multiplied by tensor cores while the codes are unpacked in regist
 the matrix is written once, in the dtype of the input, for cuBLAS.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -29,12 +31,19 @@ def product(
     x, stored, numbers = x.contiguous(), *_stored(packed, scale, zero_point)
     (tokens, d_in), d_out = x.shape, len(packed)
     aligned = d_in % 32 == 0 and few_tokens.starts_at_16_bytes(x, *stored)
-    macros = _macros(scale, zero_point, bits, d_in) | {"ALIGNED": int(aligned)}
+    macros = _macros(bits, _group(scale, d_in), zero_point is not None, aligned=aligned)
     blocks = blocks or _blocks(tokens, d_out, d_in, bits)
     y = x.new_empty(tokens, d_out)
     return few_tokens.multiply("packed_linear.cu", x, stored, y, d_out, numbers, macros, blocks)
 
 
+@cache
+def _macros(bits: int, group: int, asymmetric: bool, **others: bool) -> nvrtc.Macros:
+    named = {"BITS": bits, "GROUP": group, "ASYMMETRIC": int(asymmetric)}
+    return (*named.items(), *((name.upper(), int(value)) for name, value in others.items()))
+
+
+@cache
 def _blocks(tokens: int, d_out: int, d_in: int, bits: int) -> Blocks:
     """Return the fastest division of those that were measured."""
     if max(d_out, d_in) < 8192 and bits != 4:
@@ -49,13 +58,20 @@ def matrix(
 ) -> Tensor:
     """Return the dequantized matrix [d_out, columns], in the dtype of `scale`."""
     stored, numbers = _stored(packed, scale, zero_point)
-    macros = _macros(scale, zero_point, bits, columns)
-    constants = (*macros.items(), ("BFLOAT", int(scale.dtype == torch.bfloat16)))
+    group, asymmetric = _group(scale, columns), zero_point is not None
+    kernel = _matrix_kernel(bits, group, asymmetric, scale.dtype, packed.get_device())
     W = scale.new_empty(len(packed), columns)
-    kernel = nvrtc.kernel("packed_matrix.cu", "matrix", constants, packed.get_device())
     with torch.cuda.device(packed.device):
         kernel((len(packed), -(-columns // 2048), 1), 256, *stored, W, *W.shape, *numbers)
     return W
+
+
+@cache
+def _matrix_kernel(
+    bits: int, group: int, asymmetric: bool, dtype: torch.dtype, device: int
+) -> nvrtc.Kernel:
+    macros = _macros(bits, group, asymmetric, bfloat=dtype == torch.bfloat16)
+    return nvrtc.kernel("packed_matrix.cu", "matrix", macros, device)
 
 
 def _stored(
@@ -67,15 +83,10 @@ def _stored(
     return [packed, scale, zero], [packed.shape[1], scale.shape[1], len(zero)]
 
 
-def _macros(
-    scale: Tensor, zero_point: Tensor | None, bits: int, columns: int
-) -> dict[str, int | str]:
+def _group(scale: Tensor, columns: int) -> int:
+    """Return the columns that share a scale; 0 for all."""
     groups = scale.shape[1]
-    return {
-        "BITS": bits,
-        "GROUP": columns // groups if groups > 1 else 0,
-        "ASYMMETRIC": int(zero_point is not None),
-    }
+    return columns // groups if groups > 1 else 0
 
 
 def _product(

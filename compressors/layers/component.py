@@ -38,6 +38,18 @@ class ComponentConfig:
     """``2:4`` if exactly two of every four consecutive entries are stored; None if unstructured."""
     shares: str | None = None
     """Name of the layer that stores the shared first factor; None if this one has its own."""
+    ranks: tuple[int, ...] = ()
+    """Ranks that the component can be cut to, one for every budget of an elastic checkpoint, from
+    the stored one on; empty if it has no other budgets."""
+
+    def with_rank(self, rank: int) -> "ComponentConfig":
+        """Return the same configuration with another rank, which limits those of all budgets."""
+        ranks = tuple(min(each, rank) for each in self.ranks)
+        return replace(self, sizes={**self.sizes, "rank": rank}, ranks=ranks)
+
+    def at_budget(self, index: int) -> "ComponentConfig":
+        """Return the configuration after a cut to one of the budgets, which are counted from 0."""
+        return replace(self.with_rank(self.ranks[index]), ranks=()) if self.ranks else self
 
     def with_quantization(self, args: QuantizationArgs | None) -> "ComponentConfig":
         """Return the same configuration with other quantization parameters."""
@@ -52,6 +64,8 @@ class ComponentConfig:
             record["pattern"] = self.pattern
         if self.shares is not None:
             record["shares"] = self.shares
+        if self.ranks:
+            record["ranks"] = list(self.ranks)
         return record
 
 
@@ -339,6 +353,7 @@ def finite_problems(tensor: Tensor) -> list[str]:
 
     The dtype is named, because large numbers of bfloat16 overflow when loaded in float16.
     """
-    if bool(torch.isfinite(tensor).all()):
+    # NaN propagates. `isfinite` would need two and a half times the memory of the tensor.
+    if tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
         return []
     return [f"is not finite in {str(tensor.dtype).removeprefix('torch.')}"]

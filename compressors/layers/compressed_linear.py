@@ -14,6 +14,7 @@ from lrc.compressors.layers.component import (
     finite_problems,
 )
 from lrc.compressors.layers.config import COMPONENTS, WeightConfig
+from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 SENTINEL = {"weight": TensorSpec([1], torch.uint8)}
@@ -56,6 +57,7 @@ class CompressedLinear(nn.Module):
         self.config = config
         self.out_features, self.in_features = config.shape
         self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8, device=device))
+        self._terms = tuple(c.type for c in config.components)
         for c in config.components:
             made = COMPONENTS[c.type](config.shape, c, device=device, dtype=dtype)
             self.add_module(c.type, made)
@@ -97,11 +99,18 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
-        first, *others = self.components
-        y: Tensor = first(x)
-        for other in others:
-            y = y + other(x)
+        children: dict[str, Any] = self._modules  # `getattr` and `children` are slow
+        y: Tensor = children[self._terms[0]](x)
+        for name in self._terms[1:]:
+            y = y + children[name](x)
         return y if self.bias is None else y + self.bias
+
+    def cut_(self, index: int) -> None:
+        """Cut components with several budgets to one of these, which are counted from 0."""
+        self.config = self.config.at_budget(index)
+        for component in self.components:
+            if isinstance(component, LowRank) and component.config.ranks:
+                component.cut_(index)
 
     def dense_weight(self) -> Tensor:
         """Return ``W_hat`` [d_out, d_in] in float32."""

@@ -75,6 +75,15 @@ class WeightConfig:
         """Return the configuration with all components quantized."""
         return replace(self, components=tuple(c.with_quantization(args) for c in self.components))
 
+    @property
+    def elastic(self) -> bool:
+        """Whether the weight has ranks for several budgets."""
+        return any(c.ranks for c in self.components)
+
+    def at_budget(self, index: int) -> "WeightConfig":
+        """Return the configuration after a cut to one of the budgets, which are counted from 0."""
+        return replace(self, components=tuple(c.at_budget(index) for c in self.components))
+
     def tensors(self) -> TensorSpecs:
         """Return the stored tensors by their names within the layer, without sentinel and bias.
 
@@ -174,7 +183,8 @@ def _component(record: Any) -> ComponentConfig:
     kind = COMPONENTS.get(got) if isinstance(got, str) else None
     if kind is None:
         raise ValueError(f"'type' must be one of {', '.join(COMPONENTS)}, got {got!r:.60}")
-    unknown = found.keys() - {"type", *kind.SIZES, "quantization", "pattern", "shares"}
+    known = {"type", *kind.SIZES, "quantization", "pattern", "shares"}
+    unknown = found.keys() - known - ({"ranks"} if kind is LowRank else set())
     if unknown:
         raise ValueError(f"a {kind.TYPE} component has no {min(unknown)!r}")
     for name in kind.SIZES:
@@ -195,7 +205,20 @@ def _component(record: Any) -> ComponentConfig:
     except ValueError as error:
         raise ValueError(f"'quantization' {error}") from None
     sizes = {name: found[name] for name in kind.SIZES}
-    return ComponentConfig(kind.TYPE, sizes, parsed, pattern, shares)
+    component = ComponentConfig(kind.TYPE, sizes, parsed, pattern, shares)
+    return component if "ranks" not in found else _with_ranks(component, found["ranks"])
+
+
+def _with_ranks(component: ComponentConfig, ranks: Any) -> ComponentConfig:
+    if component.quantization or component.shares:
+        raise ValueError("'ranks' must be left out next to 'quantization' and 'shares'")
+    whole = isinstance(ranks, list) and all(type(rank) is int and rank >= 1 for rank in ranks)
+    if not whole or ranks[:1] != [component.sizes["rank"]] or sorted(ranks)[::-1] != ranks:
+        raise ValueError(
+            f"'ranks' must be whole numbers >= 1 that start with the rank "
+            f"{component.sizes['rank']} and do not increase, got {ranks!r:.60}"
+        )
+    return replace(component, ranks=tuple(ranks))
 
 
 def _expect(value: Any, kind: type, what: str) -> Any:

@@ -12,12 +12,12 @@ from lrc.compressors.layers.component import (
     Sizes,
     is_plain,
 )
-from lrc.compressors.layers.masked_weight import MaskedWeight
+from lrc.compressors.layers.masked_entries import MaskedEntries
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 from lrc.compressors.layers.tiles import is_certain
 
 
-class Dictionary(MaskedWeight, SharedFactorComponent):
+class Dictionary(MaskedEntries, SharedFactorComponent):
     """The transpose of ``D @ S`` with `nonzeros` coefficients for every output.
 
     ``a`` stores the dictionary ``D^T`` [atoms, d_in], which the layers of a group can share [1]_.
@@ -96,18 +96,22 @@ class Dictionary(MaskedWeight, SharedFactorComponent):
         ValueError
             If the columns have different numbers of coefficients.
         """
-        mask = mask.T.contiguous()  # [d_out, atoms]
-        d_out, atoms = mask.shape
-        fewest, most = mask.sum(dim=1).aminmax()
-        if not 0 < int(fewest) == int(most):
-            raise ValueError(
-                f"every output must have equally many coefficients, got {fewest} to {most}"
-            )
-        values = S.T[mask].view(d_out, -1)  # [d_out, nonzeros]
-        tensors = {"a.weight": D.T, "values": values}
-        if "mask" in _positions(d_out, atoms, values.shape[1]):
-            return tensors | {"mask": pack_bits(mask)}
-        return tensors | {"index": mask.nonzero()[:, 1].view(d_out, -1).to(torch.int16)}
+        return {"a.weight": D.T, **_encode_coefficients(S.T, mask.T.contiguous())}
+
+    @property
+    def support(self) -> tuple[int, int]:
+        """Of how many coefficients how many are stored: of those of an output, or two of four."""
+        if self.config.pattern is not None:
+            return 4, 2
+        return self.config.sizes["atoms"], self.config.sizes["nonzeros"]
+
+    def encode_entries(self, entries: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return ``values``, and ``mask`` or ``index``."""
+        return _encode_coefficients(entries, mask)
+
+    def multiply_entries(self, x: Tensor, entries: Tensor) -> Tensor:
+        """Map ``x`` [..., d_in] to [..., d_out] with other coefficients [d_out, atoms]."""
+        return nn.functional.linear(self.multiply_first(x), entries)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out], through the atoms or with the whole matrix.
@@ -121,11 +125,11 @@ class Dictionary(MaskedWeight, SharedFactorComponent):
         many = through_atoms > (tokens + atoms) * self.d_in * self.d_out
         # Adapters and hooks for offloaded weights only act when the module is called.
         if is_plain(self.first) and is_certain(many):
-            S = self._coefficients()  # [d_out, atoms]
+            S = self.entries()  # [d_out, atoms]
             return nn.functional.linear(x, S @ self.first_matrix(S))
         p = self.multiply_first(x)  # [..., atoms]
         y = self.masked_product(p)
-        return nn.functional.linear(p, self._coefficients()) if y is None else y
+        return nn.functional.linear(p, self.entries()) if y is None else y
 
     def layout(self) -> tuple[int, int, int, int]:
         """Return how the coefficients are laid out."""
@@ -133,7 +137,7 @@ class Dictionary(MaskedWeight, SharedFactorComponent):
 
     def matrix(self) -> Tensor:
         """Return the matrix [d_out, d_in] in float32."""
-        S = self._coefficients().float()
+        S = self.entries().float()
         return S @ self.first_matrix(S)
 
     def problems(self) -> list[str]:
@@ -149,7 +153,7 @@ class Dictionary(MaskedWeight, SharedFactorComponent):
         ok = ok and bool((index.diff(dim=1) > 0).all())
         return found + ([] if ok else [f"index is not ascending in [0, {atoms})"])
 
-    def _coefficients(self) -> Tensor:
+    def entries(self) -> Tensor:
         """Return ``S^T`` [d_out, atoms] with its zeros."""
         if self.entry is not None and self.entry.device == "cuda":
             stored = self.masked()
@@ -163,6 +167,20 @@ class Dictionary(MaskedWeight, SharedFactorComponent):
             mask = unpack_bits(self.get_buffer("mask"), zeros.shape[1])
             return zeros.masked_scatter(mask, values)
         return zeros.scatter(1, self.get_buffer("index").long(), values)
+
+
+def _encode_coefficients(entries: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return the tensors for the coefficients [d_out, atoms] that a mask selects."""
+    d_out, atoms = mask.shape
+    fewest, most = mask.sum(dim=1).aminmax()
+    if not 0 < int(fewest) == int(most):
+        raise ValueError(
+            f"every output must have equally many coefficients, got {fewest} to {most}"
+        )
+    values = entries[mask].view(d_out, -1)  # [d_out, nonzeros]
+    if "mask" in _positions(d_out, atoms, values.shape[1]):
+        return {"values": values, "mask": pack_bits(mask)}
+    return {"values": values, "index": mask.nonzero()[:, 1].view(d_out, -1).to(torch.int16)}
 
 
 def _positions(d_out: int, atoms: int, nonzeros: int) -> TensorSpecs:

@@ -6,11 +6,11 @@ from torch import Tensor
 from lrc.compressors.kernels.masked import EIGHT_OF
 from lrc.compressors.layers.bitmask import BYTE, mask_problems, pack_bits, scatter_values
 from lrc.compressors.layers.component import ComponentConfig, check_range
-from lrc.compressors.layers.masked_weight import MaskedWeight
+from lrc.compressors.layers.masked_entries import MaskedEntries
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 
-class SemiStructured(MaskedWeight):
+class SemiStructured(MaskedEntries):
     """The pattern n:8: `n` values for every group of eight inputs, and one byte for their places.
 
     Every row and every group has the same number of values, so that the place of a group's values
@@ -68,11 +68,20 @@ class SemiStructured(MaskedWeight):
             )
         return {"values": W_hat[mask].view(*counts.shape, int(most)), "mask": pack_bits(mask)}
 
+    @property
+    def support(self) -> tuple[int, int]:
+        """Of how many entries how many are stored."""
+        return BYTE, self.config.sizes["n"]
+
     def layout(self) -> tuple[int, int, int, int]:
         """Return how the values are laid out."""
         return EIGHT_OF, self.d_in, self.config.sizes["n"], self.values_group()
 
     def matrix(self) -> Tensor:
+        """Return the matrix [d_out, d_in] with its zeros."""
+        return self.entries()
+
+    def entries(self) -> Tensor:
         """Return the matrix [d_out, d_in] with its zeros."""
         return scatter_values(self.stored_values(), self.get_buffer("mask"), self.d_in)
 

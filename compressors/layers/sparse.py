@@ -12,11 +12,11 @@ from lrc.compressors.layers.bitmask import (
     scatter_values,
 )
 from lrc.compressors.layers.component import ComponentConfig, Sizes, check_range
-from lrc.compressors.layers.masked_weight import MaskedWeight
+from lrc.compressors.layers.masked_entries import MaskedEntries
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 
 
-class Sparse(MaskedWeight):
+class Sparse(MaskedEntries):
     """Values row by row without gaps, and one bit per entry that says where they belong.
 
     `nonzeros` is the number of values of the whole matrix. With pattern 2:4 every four consecutive
@@ -66,6 +66,13 @@ class Sparse(MaskedWeight):
         """Return the entries of `W_hat` [d_out, d_in] that `mask` [d_out, d_in] selects."""
         return {"values": W_hat[mask], "mask": pack_bits(mask)}
 
+    @property
+    def support(self) -> tuple[int, int]:
+        """Of how many entries how many are stored: of all, or two of four."""
+        if self.config.pattern is not None:
+            return 4, 2
+        return self.d_out * self.d_in, self.config.sizes["nonzeros"]
+
     def layout(self) -> tuple[int, int, int, int]:
         """Return how the values are laid out; 2:4 in whole units of eight columns is 4:8."""
         if self.config.pattern == "2:4" and self.d_in % BYTE == 0:
@@ -73,6 +80,10 @@ class Sparse(MaskedWeight):
         return FREE, self.d_in, 0, self.values_group()
 
     def matrix(self) -> Tensor:
+        """Return the matrix [d_out, d_in] with its zeros."""
+        return self.entries()
+
+    def entries(self) -> Tensor:
         """Return the matrix [d_out, d_in] with its zeros."""
         return scatter_values(self.stored_values(), self.get_buffer("mask"), self.d_in)
 

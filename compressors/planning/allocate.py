@@ -15,6 +15,7 @@ from lrc.compressors.planning.candidates import (
     schemes_for,
     tail_candidates,
 )
+from lrc.compressors.planning.elastic import nested_choices, with_budgets
 from lrc.compressors.planning.feasibility import unreachable
 from lrc.compressors.planning.fused_layers import fused_groups
 from lrc.compressors.planning.plan import Allocation, Plan
@@ -78,12 +79,13 @@ def allocate(
     for index, allocation in enumerate(plan.allocations):
         tasks = [task for task in pending if task.allocation == index]
         try:
-            for task, loss in _decide(tasks, curves, allocation):
+            decide = _decide_elastic if allocation.elastic else _decide
+            for task, loss in decide(tasks, curves, allocation):
                 decided.append(with_statistics(task))
                 if allocation.allocator == "lagrangian" and loss is not None:
                     results[task.name] = _prediction(task, curves[task.name], loss)
         except BudgetError as error:
-            problems.append(unreachable(allocation, error.smallest))
+            problems.append(unreachable(allocation.all_budgets[-1], error.smallest))
     problems.raise_if_any()
     return plan.with_tasks(decided).with_results(results)
 
@@ -138,6 +140,43 @@ def _decide(
         else:
             note = curves[task.name].note
             note = note or f"kept dense by the {allocation.allocator} allocator"
+            found.append((task.kept_dense(note), None))
+    return found
+
+
+def _decide_elastic(
+    tasks: Sequence[LayerTask], curves: dict[str, Curve], allocation: Allocation
+) -> list[tuple[LayerTask, float | None]]:
+    """Return the same as `_decide` for the largest budget, with ranks for all budgets."""
+    budgets = allocation.all_budgets
+    total = sum(task.dense_cost(allocation.measure) for task in tasks)
+    left = [each.budget for each in budgets]
+    found: list[tuple[LayerTask, float | None]] = []
+    offers: dict[str, list[Candidate]] = {}
+    for task in tasks:
+        if curves[task.name].comparable:
+            offers[task.name] = candidates_for(task, curves[task.name], allocation)
+            continue
+        parts = [_at_fraction(task, each.budget / total, each, None) for each in budgets]
+        config, note = with_budgets([part[0] for part in parts]), parts[-1][1]
+        config = WeightConfig(task.shape) if config is None else config
+        found.append((task.with_config(config, note), None))
+        for index in range(len(budgets)):
+            left[index] -= task.cost(config.at_budget(index), allocation.measure)
+    try:
+        choices = nested_choices([*offers.values()], left)
+    except BudgetError as error:
+        others = budgets[-1].budget - left[-1]
+        raise BudgetError(budgets[-1].budget, error.smallest + others) from error
+    compared = [task for task in tasks if task.name in offers]
+    for task, *picked in zip(compared, *choices, strict=True):
+        chosen = [offers[task.name][index] for index in picked]
+        config = with_budgets([candidate.config for candidate in chosen])
+        assert config is not None
+        if config.compressed:
+            found.append((task.with_config(config), chosen[0].loss))
+        else:
+            note = curves[task.name].note or "kept dense at all budgets by the lagrangian allocator"
             found.append((task.kept_dense(note), None))
     return found
 

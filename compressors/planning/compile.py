@@ -67,6 +67,8 @@ class Draft:
     """Whether a stage compensates errors."""
     quantizes_linears: bool = False
     """Whether a later stage quantizes linear layers."""
+    elastic: tuple[float, ...] = ()
+    """Budgets that the checkpoint can be cut to, if there are several."""
     sized: bool = False
     """Whether a stage has a budget in bytes, which embeddings may suffice to meet."""
     no_saving_advice: str | None = None
@@ -213,6 +215,7 @@ def compile_plan(
             stage: sha256(text.encode()).hexdigest() for stage, text in draft.user_plans.items()
         },
         warnings=warnings,
+        elastic=draft.elastic,
         times=times,
     )
     return Compiled(plan, draft.architecture, draft.sliced, draft.user_plans, draft.all_products)

@@ -47,7 +47,7 @@ def _cheapest(task: LayerTask, allocation: Allocation) -> int:
 
 def unreachable(allocation: Allocation, smallest: int) -> Problem:
     """Return the problem of a budget below `smallest`, the cheapest cost of the pending tasks."""
-    remedies = []
+    remedies, key = [], allocation.key
     if allocation.rank_multiple > 1:
         remedies.append(f"lower 'rank_multiple' ({allocation.rank_multiple})")
     if allocation.min_keep > 0:
@@ -58,11 +58,11 @@ def unreachable(allocation: Allocation, smallest: int) -> Problem:
         remedies.append("lower the budgets of 'overrides'")
     missing = smallest - allocation.budget
     if allocation.size is not None:
-        key, got = "size", allocation.size
+        got = allocation.size
         least = f"{parse_size(allocation.size) + ceil(missing / 8):,} bytes"
     else:
         assert allocation.keep is not None
-        key, got = "keep", f"{allocation.keep:g}"
+        got = f"{allocation.keep:g}"
         fraction = (int(allocation.keep * allocation.total) + missing) / allocation.total
         least = f"{ceil(fraction * 1e4) / 1e4:g} of the {allocation.measure.words}"
     fixed = " in addition to what the overrides fix" if allocation.overrides else ""

@@ -57,6 +57,26 @@ class Allocation:
     """Whether the recipe fixes the budgets of some weights."""
     one_scheme: bool = False
     """Whether layers that serving engines fuse get the same scheme."""
+    elastic: tuple[float, ...] = ()
+    """All budgets of an elastic checkpoint, as the recipe states them; `keep` is the first."""
+
+    @property
+    def key(self) -> str:
+        """Key of the budget in the recipe."""
+        if self.elastic:
+            return "elastic"
+        return "size" if self.keep is None else "keep"
+
+    @property
+    def all_budgets(self) -> "list[Allocation]":
+        """The same allocation with each of the budgets, from this one on."""
+        if not self.elastic:
+            return [self]
+        assert self.keep is not None
+        fixed = int(self.keep * self.total) - self.budget
+        return [
+            replace(self, keep=keep, budget=int(keep * self.total) - fixed) for keep in self.elastic
+        ]
 
 
 @dataclass(frozen=True)
@@ -102,11 +122,14 @@ class TrainingRecord:
     method: str
     options: Mapping[str, Any]
     """Options of the stage in the recipe."""
-    steps: int
-    tokens: int
-    """Training tokens."""
+    steps: int | None
+    """None if time is limited, see `minutes`."""
+    tokens: int | None
+    """Training tokens; None if time is limited."""
     passes: float
     """Cost of a token in forward passes over the layers, to estimate the time."""
+    minutes: float | None = None
+    """Limit of the time; None if the number of steps is given."""
     added_bytes: int = 0
     """Of the low-rank components that it adds if the result is used; an upper limit while
     allocations are pending."""
@@ -158,6 +181,8 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     results: dict[str, LayerResult] = field(default_factory=dict)
     """By the name of the task."""
+    elastic: tuple[float, ...] = ()
+    """Budgets that the checkpoint can be cut to, the stored one first; empty if there are none."""
     times: ProductTimes | None = None
     """None without ``measure: latency``, and before the times have been measured."""
     version: Literal[2] = 2

@@ -126,7 +126,7 @@ def _configs(
             found.add("invalid-user-plan", f"{path}: {min(twice)}", "is listed twice; delete one")
         seen |= {*names}
         try:
-            configs[names] = WeightConfig.from_json(record.get("config"))
+            configs[names] = WeightConfig.from_json(record.get("config")).at_budget(0)
         except ValueError as error:
             found.add("invalid-user-plan", f"{path}: {names[0]}", f"'config' {error}; correct it")
     return configs

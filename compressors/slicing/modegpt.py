@@ -37,6 +37,8 @@ class Modegpt(SliceMethod[Options]):
     2025. https://arxiv.org/abs/2408.09632
     """
 
+    KEEPS_STREAM = True
+
     def plan(
         self, architecture: Architecture, options: Options, budget: Budget
     ) -> PreTrainedConfig:

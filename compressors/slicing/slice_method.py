@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -60,6 +60,9 @@ def with_tables(config: PreTrainedConfig, tables: dict[str, Any]) -> PreTrainedC
 
 class SliceMethod(ABC, Generic[OptionsT]):
     """A slicing method; an entry of the METHODS table. All of them read calibration text."""
+
+    KEEPS_STREAM: ClassVar[bool] = False
+    """Whether the smaller model approximates the output of every layer of the dense one."""
 
     @abstractmethod
     def plan(

@@ -6,6 +6,7 @@ added to the later targets, times a constant coupling.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -38,7 +39,7 @@ class ColumnQuantizer:
         cuda = device.type == "cuda"
         self.dtype = torch.float32 if cuda else torch.float64
         self.width = CUDA_WIDTH if cuda else CPU_WIDTH
-        self._recorded: dict[torch.Size, tuple[Inputs, Outputs, Callable[[], None]]] = {}
+        self._recorded: dict[torch.Size, tuple[Inputs, Outputs, Callable[[], object]]] = {}
 
     def quantize(
         self,
@@ -70,7 +71,7 @@ class ColumnQuantizer:
         inputs: Inputs = (target, coupling, scale, zero, current)
         if self.device.type != "cuda":
             outputs = torch.empty_like(target), torch.empty_like(target)
-            self._quantize(inputs, outputs)
+            _quantize(self.scheme, inputs, outputs)
             return outputs
         if target.shape not in self._recorded:
             self._recorded[target.shape] = self._record(inputs)
@@ -81,21 +82,23 @@ class ColumnQuantizer:
         replay()
         return outputs
 
-    def _record(self, inputs: Inputs) -> tuple[Inputs, Outputs, Callable[[], None]]:
+    def _record(self, inputs: Inputs) -> tuple[Inputs, Outputs, Callable[[], object]]:
         places = cast(Inputs, tuple(None if t is None else t.clone() for t in inputs))
         outputs = torch.empty_like(places[0]), torch.empty_like(places[0])
-        return places, outputs, record(lambda: self._quantize(places, outputs), self.device)
+        step = partial(_quantize, self.scheme, places, outputs)
+        return places, outputs, record(step, self.device)
 
-    def _quantize(self, inputs: Inputs, outputs: Outputs) -> None:
-        target, coupling, scale, zero, current = inputs
-        delta, steps = outputs
-        for k in range(len(target)):
-            value = torch.addmv(target[k], delta[:k].T, coupling[:k, k]) if k else target[k]
-            step = torch.div(value, scale[k], out=steps[k]).round_()
-            if zero is not None:
-                step.add_(zero[k])
-            step.clamp_(self.scheme.lowest, self.scheme.highest)
-            if zero is not None:
-                step.sub_(zero[k])
-            start = value if current is None else current[k]
-            torch.addcmul(start, step, scale[k], value=-1, out=delta[k]).neg_()
+
+def _quantize(scheme: QuantizationArgs, inputs: Inputs, outputs: Outputs) -> None:
+    target, coupling, scale, zero, current = inputs
+    delta, steps = outputs
+    for k in range(len(target)):
+        value = torch.addmv(target[k], delta[:k].T, coupling[:k, k]) if k else target[k]
+        step = torch.div(value, scale[k], out=steps[k]).round_()
+        if zero is not None:
+            step.add_(zero[k])
+        step.clamp_(scheme.lowest, scheme.highest)
+        if zero is not None:
+            step.sub_(zero[k])
+        start = value if current is None else current[k]
+        torch.addcmul(start, step, scale[k], value=-1, out=delta[k]).neg_()

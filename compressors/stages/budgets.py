@@ -17,7 +17,7 @@ from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.stages.measured_times import check_table
-from lrc.compressors.stages.uniform import check_pattern_fraction, uniform, within
+from lrc.compressors.stages.uniform import check_pattern_fraction, elastic_uniform, within
 from lrc.configs.decompose import DecomposeBase
 from lrc.configs.decompose_methods import Learning
 
@@ -66,10 +66,10 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
             options.size, found.tasks, where, problems, options.component_types, schemes
         )
     else:
-        assert options.keep is not None
-        if options.keep == 1:
+        assert options.largest_keep is not None
+        if options.largest_keep == 1:
             return [*fixed, *(task.kept_dense("keep is 1") for task in rest)]
-        budget = int(options.keep * total)
+        budget = int(options.largest_keep * total)
     if measure.provisional and len(problems) == before:
         fixed, rest = [], found.tasks  # what overrides take is not known either
     budget -= sum(task.cost(task.config, measure) for task in fixed)
@@ -90,18 +90,22 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
         group_multiple=draft.group_multiple,
         min_keep=options.min_keep,
         max_relative_error=options.max_relative_error,
-        keep=options.keep,
+        keep=options.largest_keep,
         size=options.size,
         total=total,
         overrides=bool(options.overrides),
+        elastic=tuple(options.elastic or ()),
     )
-    smallest = 0 if measure.provisional else cheapest(rest, allocation)
-    if smallest > budget and (fixed or options.allocation != "uniform" or options.size):
-        problems.append(unreachable(allocation, smallest))
+    smallest, lowest = (
+        0 if measure.provisional else cheapest(rest, allocation),
+        allocation.all_budgets[-1],
+    )
+    if smallest > lowest.budget and (fixed or options.allocation != "uniform" or options.size):
+        problems.append(unreachable(lowest, smallest))
     if len(problems) > before or not rest:
         return [*fixed, *rest]
     if options.allocation == "uniform" and not measure.provisional:
-        return [*fixed, *uniform(rest, allocation, problems)]
+        return [*fixed, *elastic_uniform(rest, allocation, problems)]
     fraction = min(budget / sum(task.dense_cost(measure) for task in rest), 1)
     draft.allocations.append(allocation)
     pending = [

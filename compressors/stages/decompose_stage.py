@@ -34,6 +34,7 @@ class DecomposeStage:
         """Add the tasks of embeddings, and record which options other stages must know of."""
         for index, options in stages.items():
             draft.sized |= options.size is not None
+            _announce_budgets(draft, index, options)
             if options.measure == "latency":
                 draft.timed.append(index)
                 if draft.table is None:
@@ -73,7 +74,7 @@ class DecomposeStage:
             for task in decided:
                 for weight in task.weights:
                     draft.tasks[weight.name] = task
-            remedy, keep = _no_saving_advice(each.options), each.options.keep or 1
+            remedy, keep = _no_saving_advice(each.options), each.options.largest_keep or 1
             dense = decided and not any(task.compressed for task in decided)
             if keep < 1 and dense and each.options.plan is None and len(draft.problems) == before:
                 draft.problems.add(
@@ -90,6 +91,20 @@ class DecomposeStage:
     def run(self, session: Session, plan: Plan) -> Plan:
         """Execute all tasks of the plan that are not done yet, of whichever stage."""
         return compress_weights(session, plan)
+
+
+def _announce_budgets(draft: Draft, index: int, options: DecomposeBase) -> None:
+    """Record the budgets of an elastic checkpoint, which must be the same for all stages."""
+    budgets = tuple(options.elastic or ())
+    if budgets and draft.elastic not in ((), budgets):
+        draft.problems.add(
+            "contradiction",
+            f"stages[{index}].decompose.elastic",
+            f"must be [{', '.join(f'{each:g}' for each in draft.elastic)}] as in an earlier stage, "
+            f"got [{', '.join(f'{each:g}' for each in budgets)}]; a checkpoint has one list of "
+            "budgets: make them equal",
+        )
+    draft.elastic = draft.elastic or budgets
 
 
 def compensation(options: Compensate | None) -> Compensation | None:
@@ -192,6 +207,13 @@ def _check_options(draft: Draft, found: DecomposeTargets) -> None:
             "pivoted_low_rank+sparse cannot be combined with a later 'quantize' with group_size "
             f"{draft.group_multiple}, because its ranks are not multiples of it; remove "
             "pivoted_low_rank+sparse, or remove group_size",
+        )
+    if options.elastic is not None and draft.quantizes_linears:
+        problems.add(
+            "contradiction",
+            f"{where}.elastic",
+            "cannot be combined with a later 'quantize', because integers cannot be cut; remove "
+            "the 'quantize' stage, or replace elastic by 'keep'",
         )
     if options.size is not None and draft.quantizes_linears:
         problems.add(

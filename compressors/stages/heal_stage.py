@@ -2,21 +2,34 @@
 
 from collections.abc import Mapping
 
+from lrc.compressors.calibrate.calibration_windows import SELF
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.perplexity import check_window
-from lrc.compressors.heal.adapter_checks import added_bytes, check_merge, finds_adaptable
+from lrc.compressors.heal.adapter_checks import (
+    added_bytes,
+    check_elastic,
+    check_merge,
+    finds_adaptable,
+)
 from lrc.compressors.heal.adapter_kinds import ADAPTERS
-from lrc.compressors.heal.held_out import SELF, check_evaluation_texts, repetition_warning
-from lrc.compressors.heal.run import read_text, run_training, text_request
+from lrc.compressors.heal.held_out import (
+    check_evaluation_texts,
+    check_held_out,
+    repetition_warning,
+)
+from lrc.compressors.heal.run import read_text, requests_of, run_training
 from lrc.compressors.layers import COMPONENTS
+from lrc.compressors.layers.masked_entries import MaskedEntries
 from lrc.compressors.layers.masked_weight import MaskedWeight
 from lrc.compressors.methods.base import LOW_RANK_TYPES
 from lrc.compressors.planning.compile import Draft
 from lrc.compressors.planning.plan import Plan, TrainingRecord
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.session import Session
-from lrc.configs.errors import DataError, RecipeError
-from lrc.configs.heal import Block, HealBase
+from lrc.compressors.slicing import METHODS as SLICERS
+from lrc.configs.errors import RecipeError
+from lrc.configs.heal import Block, HealBase, LogitFit
+from lrc.configs.sources import fractions
 
 # In forward passes: the dense model's, the compressed model's, and two for its gradients. The fit
 # of a layer takes the dense layer's only once.
@@ -39,8 +52,8 @@ class HealStage:
         for index, options in stages.items():
             where = f"stages[{index}].heal"
             try:
-                if options.source is not None:
-                    check_source(options.source, part="calibration", key=f"{where}.source")
+                for name in fractions(options.source or {}):
+                    check_source(name, part="calibration", key=f"{where}.source")
                 if options.length is not None:
                     check_window(draft.source.config, options.length, f"{where}.length")
             except RecipeError as error:
@@ -62,7 +75,8 @@ class HealStage:
                     method=options.method,
                     options=options.model_dump(mode="json"),
                     steps=steps,
-                    tokens=steps * options.batch * length,
+                    tokens=None if steps is None else steps * options.batch * length,
+                    minutes=options.minutes,
                     passes=BLOCK_PASSES if block else DISTILL_PASSES,
                     added_bytes=added_bytes(draft, options),
                 )
@@ -71,25 +85,15 @@ class HealStage:
     def check(self, session: Session, stages: Mapping[int, HealBase]) -> None:
         """Refuse texts that are evaluated on, or too short, before any stage runs."""
         for index, options in stages.items():
-            request = text_request(session, index, options)
-            check_evaluation_texts(request, session.prepared.recipe.evaluate.perplexity)
-            if request.source == SELF:
-                samples = session.calibration.samples
-                if options.length not in (None, session.calibration.length):
-                    raise RecipeError(
-                        f"{request.where}.length: must be calibration.length with source: self, "
-                        f"got {options.length}; leave it out"
-                    )
-                if samples <= request.n_held_out:
-                    raise DataError(
-                        f"{request.where}.held_out: must leave some of the {samples} windows of "
-                        f"source: self, got {options.held_out:,} tokens; lower it to at most "
-                        f"{(samples - 1) * request.length:,}, or raise calibration.samples"
-                    )
-            elif not session.checkpoint.exists():
-                text = read_text(session, request)
-                if warning := repetition_warning(request, text):
-                    session.machine.on_warning(warning)
+            for request in requests_of(session, index, options):
+                check_evaluation_texts(request, session.prepared.recipe.evaluate.perplexity)
+                if request.source == SELF:  # it is sampled when it is needed
+                    check_held_out(request.available, request)
+                elif not session.checkpoint.exists():
+                    text = read_text(session, request)
+                    steps = options.number_of_steps(request.length)
+                    if warning := repetition_warning(request, text, steps):
+                        session.machine.on_warning(warning)
 
     def run(self, session: Session, plan: Plan) -> Plan:
         """Train."""
@@ -108,16 +112,45 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
             "'quantize' stage before it",
         )
         return
+    moved = [each.method for each in draft.slices if not SLICERS[each.method].KEEPS_STREAM]
+    if isinstance(options, LogitFit) and options.hidden and moved:
+        draft.problems.add(
+            "contradiction",
+            f"{where}.hidden",
+            f"must be 0 after slice.method: {moved[0]}, whose model has other hidden states, got "
+            f"{options.hidden:g}; remove the key",
+        )
+    if draft.elastic and isinstance(options, Block):
+        draft.problems.add(
+            "contradiction",
+            f"{where}.method",
+            "must be distill after a stage with 'elastic', got block, which fits each layer for a "
+            "single budget; use method: distill, or replace elastic by 'keep'",
+        )
     found = [_possible(draft, task) for task in tasks]
-    types = {each for kinds, _ in found for each in kinds}
+    types = {each for kinds, _, _ in found for each in kinds}
     present = {
         "factors": not types.isdisjoint(LOW_RANK_TYPES),
         "values": any(issubclass(COMPONENTS[each], MaskedWeight) for each in types),
-        "scales": any(quantized for _, quantized in found),
+        "scales": any(quantized for _, quantized, _ in found),
     }
+    movable = any(
+        issubclass(COMPONENTS[each], MaskedEntries)
+        for kinds, _, exact in found
+        for each in kinds
+        if exact
+    )
+    if options.moves_support and not movable:
+        draft.problems.add(
+            "nothing-to-train",
+            f"{where}.support",
+            "must be fixed unless earlier stages leave masks or dictionaries in floating point, "
+            "got moving; remove the key",
+        )
     train = getattr(options, "train", "all")
     if train in ADAPTERS:
-        present[train] = finds_adaptable(draft, options, found)
+        present[train] = finds_adaptable(draft, options, (each[:2] for each in found))
+        check_elastic(draft, where, options)
     if not present.get(train, True):
         key = "method" if options.method == train else "train"
         draft.problems.add(
@@ -129,12 +162,13 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
         )
 
 
-def _possible(draft: Draft, task: LayerTask) -> tuple[set[str], bool]:
-    """Return the component types that a weight may have, and whether it may be quantized."""
+def _possible(draft: Draft, task: LayerTask) -> tuple[set[str], bool, bool]:
+    """Return the component types that a weight may have, and whether in integers and in floats."""
     if task.allocation is None:
         components = task.config.components
-        return {c.type for c in components}, any(c.quantization for c in components)
+        quantized = [c.quantization is not None for c in components]
+        return {c.type for c in components}, any(quantized), not all(quantized)
     allocation = draft.allocations[task.allocation]
     later = task.quantize is not None and task.quantize.args is not None
     types = {each for types in allocation.types for each in types.split("+")}
-    return types, later or bool(allocation.quantization)
+    return types, later or bool(allocation.quantization), not later

@@ -1,8 +1,10 @@
 """The allocation ``uniform``: every weight keeps the same fraction of its cost."""
 
+from dataclasses import replace
 from math import ceil
 
 from lrc.compressors.methods.size_families import coarse
+from lrc.compressors.planning.elastic import with_budgets
 from lrc.compressors.planning.measures import Measure
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.problems import Problems
@@ -21,12 +23,12 @@ def uniform(tasks: list[LayerTask], allocation: Allocation, problems: Problems) 
     multiple, floor = allocation.rank_multiple, allocation.min_keep
     keep = None if allocation.overrides else allocation.keep
     if keep is not None:
-        check_pattern_fraction(f"{where}.keep", tasks, keep, measure, problems)
+        check_pattern_fraction(f"{where}.{allocation.key}", tasks, keep, measure, problems)
     fraction = _even_fraction(tasks, allocation, keep)
     if keep is not None and fraction <= 0:
         return tasks
     if fraction <= (floor if keep is None else 0):
-        key = "size" if allocation.keep is None else "keep"
+        key = allocation.key
         problems.add(
             "infeasible-budget",
             f"{where}.{key}",
@@ -53,6 +55,35 @@ def uniform(tasks: list[LayerTask], allocation: Allocation, problems: Problems) 
             )
         decided.append(chosen)
     return _spread(decided, fraction, measure)
+
+
+def elastic_uniform(
+    tasks: list[LayerTask], allocation: Allocation, problems: Problems
+) -> list[LayerTask]:
+    """Apply `uniform` to each budget of an allocation.
+
+    Returns
+    -------
+    list of LayerTask
+        For the first budget, with the ranks of all budgets if there are several.
+    """
+    largest, *others = (uniform(tasks, each, problems) for each in allocation.all_budgets)
+    if not others:
+        return largest
+    found = []
+    for task, *smaller in zip(largest, *others, strict=True):
+        config = with_budgets([task.config, *(each.config for each in smaller)])
+        if config is None:
+            problems.add(
+                "infeasible-budget",
+                f"stages[{allocation.stage}].decompose.elastic",
+                f"must leave {task.name} {list(task.shape)} dense at every budget or at none; "
+                "raise the smallest budget, or list the layer under 'ignore'",
+            )
+        else:
+            task = replace(task, config=config)
+        found.append(task)
+    return found
 
 
 def _spread(tasks: list[LayerTask], fraction: float, measure: Measure) -> list[LayerTask]:

@@ -159,8 +159,61 @@ def every_row() -> Iterator[tuple[str, Stages, dict[str, Any]]]:
         yield name, [{"decompose": options}], changes
     for name, options, changes in slices():
         yield name, [options if "slice" in options else {"decompose": options}], changes
-    for name, stages in integers():
+    for name, stages in [*integers(), *healed()]:
         yield name, stages, {}
+    for name, options in timed():
+        yield name, [{"decompose": options}], {}
+
+
+def healed() -> Iterator[tuple[str, Stages]]:
+    """Yield rows that are trained after compression, next to those that are not."""
+
+    def low_rank(keep: float) -> dict[str, Any]:
+        return {"decompose": {"method": "kfac", "keep": keep, "compensate": {}}}
+
+    def joint(keep: float) -> dict[str, Any]:
+        schemes = ["int8", "int6-g64", "int5-g64", "int4-g64", "int3-g64", "int3-g32"]
+        return {"decompose": mixed(keep)["decompose"] | {"schemes": schemes}}
+
+    def mixed(keep: float) -> dict[str, Any]:
+        return {"decompose": {"method": "mixed", "keep": keep, "compensate": {}}}
+
+    def integer(method: str, bits: int, group: int, **options: Any) -> dict[str, Any]:
+        return {"quantize": {"method": method, "bits": bits, "group_size": group, **options}}
+
+    distill: dict[str, Any] = {"method": "distill", "tokens": 1_200_000}
+    scales = distill | {"method": "scales"}
+    for name, stage, heal in (
+        ("mixed 0.5", mixed(0.5), distill),
+        ("mixed 0.6", mixed(0.6), distill),
+        ("joint 0.203", joint(0.203125), scales),
+        ("int3-g64", integer("gptq", 3, 64, compensate={}), scales),
+        ("kfac 0.8", low_rank(0.8), distill),
+        ("kfac 0.6", low_rank(0.6), distill),
+        ("modegpt 0.7", {"slice": {"method": "modegpt", "keep": 0.7}}, distill),
+        ("dictionary 0.6", {"decompose": {"method": "dictionary", "keep": 0.6}}, distill),
+        ("gqsa W4S50", integer("gqsa", 4, 16, sparsity=0.5, compensate={}), scales),
+        ("int2-g32", integer("gptq", 2, 32, compensate={}), scales),
+    ):
+        yield f"before healing: {name}", [stage]
+        yield f"healed: {name}", [stage, {"heal": heal}]
+        long = heal | {"tokens": 20_000_000}
+        yield f"healed with 20 million tokens: {name}", [stage, {"heal": long}]
+
+
+def timed() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows whose products take the same time, by latency.json, which `lrc latency` writes."""
+    time = {"measure": "latency", "latency_table": "latency.json", "compensate": {}}
+    forms = ["pivoted_low_rank", "sparse", "semi_structured"]
+    for keep in (0.77, 0.6):
+        for name, options in {
+            "mixed": {"method": "mixed", "components": forms},
+            "pivoted low rank": {"method": "kfac", "storage": "pivoted_low_rank"},
+            "low rank": {"method": "kfac", "storage": "low_rank"},
+            "unstructured": {"method": "sparse"},
+            "n:8": {"method": "sparse", "pattern": "n:8"},
+        }.items():
+            yield f"time {keep}: {name}", {**options, "keep": keep, **time}
 
 
 def integers() -> Iterator[tuple[str, Stages]]:
@@ -443,6 +496,8 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path 
         "seconds": {k: seconds.get(k, 0) for k in ("allocate", "compress", "save", "evaluate")},
         "dense": sum(not layer["config"]["components"] for layer in report["layers"]),
         "evaluation": report["evaluation"],
+        "training": report["training"],
+        "latency": report["latency"],
     }
     (folder / f"{name}.json").write_text(json.dumps(facts))
     p = {k: round(v["compressed"], 2) for k, v in report["evaluation"]["perplexity"].items()}

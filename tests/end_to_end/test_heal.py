@@ -198,6 +198,60 @@ def test_what_is_not_trained_keeps_its_bits(
     assert all(any(kind in name for kind in trained) for name in names)
 
 
+MASKED = {
+    name: FORMS[name]
+    for name in ("sparse", "sparse 2:4", "semi_structured", "dictionary", "shared dictionary")
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [*((form, DISTILL) for form in MASKED), ("sparse", BLOCK), ("shared dictionary", BLOCK)],
+    ids=lambda value: value if isinstance(value, str) else value["method"],
+)
+def test_values_change_their_places_but_not_their_number(
+    run: Run, form: str, options: dict[str, Any]
+) -> None:
+    moving = {"train": "values", "support": "moving", "rate": 0.05}
+    report, output = run(*MASKED[form], {"heal": {**options, **moving}})
+    (record,) = report["training"]
+    assert record["kept"]
+    assert record["after"] < 0.99 * record["before"]
+    fits = [fit for layer in record.get("layers", []) for fit in layer["fits"]] or [record]
+    assert all(fit["moved"] > 0 for fit in fits)
+    _, plain = run(*MASKED[form])
+    names = changed(plain, output)
+    assert {name.rpartition(".")[2] for name in names} <= {"values", "mask", "index"}
+    assert any(not name.endswith("values") for name in names)
+    before, after = tensors_of(plain), tensors_of(output)
+    assert all(before[name].shape == after[name].shape for name in before)
+    # Loading verifies the masks.
+    model = AutoModelForCausalLM.from_pretrained(output / "checkpoint")
+    assert bool(model(torch.arange(40)[None]).logits.isfinite().all())
+
+
+def test_zero_steps_move_nothing(run: Run) -> None:
+    moving = {"train": "values", "support": "moving", "steps": 0}
+    for options in (DISTILL, BLOCK):
+        report, output = run(*MASKED["sparse"], {"heal": {**options, **moving}})
+        assert report["training"][0]["after"] == report["training"][0]["before"]
+        _, plain = run(*MASKED["sparse"])
+        assert changed(plain, output) == set()
+
+
+def test_stages_go_on_from_places_that_have_moved(run: Run) -> None:
+    moving = {"train": "values", "support": "moving", "rate": 0.05}
+    first = [*MASKED["sparse"], {"heal": {**BLOCK, **moving, "parts": "separate"}}]
+    earlier, _ = run(*first)
+    later, _ = run(*first, {"heal": {**DISTILL, "rate": 1e-3}})
+    again, _ = run(*first, {"heal": {**DISTILL, **moving}})
+    for report in (later, again):
+        before, after = report["training"]
+        assert before["after"] == earlier["training"][0]["after"]
+        assert after["before"] == pytest.approx(before["after"], rel=1e-3)
+        assert after["kept"]
+
+
 def test_scales_is_distillation_of_scales(run: Run) -> None:
     _, ours = run(INT4, {"heal": {**DISTILL, "method": "scales"}})
     _, theirs = run(INT4, {"heal": {**DISTILL, "train": "scales"}})
@@ -210,10 +264,36 @@ def test_every_divergence_lowers_the_loss(run: Run, divergence: str) -> None:
     assert report["training"][0]["kept"]
 
 
-def test_recomputation_gives_the_same_bytes(run: Run) -> None:
-    _, ours = run(INT4, {"heal": DISTILL})
-    _, theirs = run(INT4, {"heal": {**DISTILL, "checkpointing": True}})
+@pytest.mark.parametrize("hidden", [0.0, 1.0])
+def test_recomputation_gives_the_same_bytes(run: Run, hidden: float) -> None:
+    _, ours = run(INT4, {"heal": {**DISTILL, "hidden": hidden}})
+    _, theirs = run(INT4, {"heal": {**DISTILL, "hidden": hidden, "checkpointing": True}})
     assert changed(ours, theirs) == set()
+
+
+@pytest.mark.parametrize(
+    "before", [INT4, {"slice": {"method": "modegpt", "keep": 0.9}}], ids=["integers", "sliced"]
+)
+def test_hidden_states_change_the_loss(run: Run, before: dict[str, Any]) -> None:
+    report, ours = run(before, {"heal": {**DISTILL, "hidden": 1.0}})
+    assert report["training"][0]["kept"]
+    _, theirs = run(before, {"heal": DISTILL})
+    assert changed(ours, theirs)
+
+
+def test_hidden_states_of_another_residual_stream_are_refused(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    for method in ("slicegpt", "drop"):
+        stages = [
+            {"slice": {"method": method, "keep": 0.9}},
+            {"heal": {**DISTILL, "hidden": 1.0}},
+        ]
+        recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+        lrc("plan", recipe).refuses(2, f"slice.method: {method}", where="stages[1].heal.hidden")
 
 
 def test_attention_and_mlp_are_fitted_one_after_the_other(run: Run) -> None:
@@ -237,7 +317,15 @@ def test_stages_go_on_from_each_other(run: Run) -> None:
     assert changed(single, output)
 
 
-CHAIN = [MIXED[0], {"heal": {**BLOCK, "parts": "separate"}}, {"heal": DISTILL}]
+MOVING = {"train": "values", "support": "moving", "rate": 0.05}
+CHAINS: dict[str, list[dict[str, Any]]] = {
+    "fixed": [MIXED[0], {"heal": {**BLOCK, "parts": "separate"}}, {"heal": DISTILL}],
+    "moving": [
+        *MASKED["sparse"],
+        {"heal": {**BLOCK, "parts": "separate", **MOVING}},
+        {"heal": {**DISTILL, **MOVING}},
+    ],
+}
 
 
 class Stopper:
@@ -252,18 +340,20 @@ class Stopper:
             raise Stopped("stopped by a test")
 
 
-@pytest.mark.parametrize("snapshots", [0.0, 1e9])
+@pytest.mark.parametrize(("chain", "snapshots"), [("fixed", 0.0), ("fixed", 1e9), ("moving", 0.0)])
 def test_an_interrupted_run_ends_with_the_same_bytes(
     run: Run,
     tiny_model_folder: Path,
     tiny_recipe: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    chain: str,
     snapshots: float,
 ) -> None:
     monkeypatch.setattr(work, "SNAPSHOT_SECONDS", snapshots)
-    _, undisturbed = run(*CHAIN)
-    recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=CHAIN))
+    stages = CHAINS[chain]
+    _, undisturbed = run(*stages)
+    recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages))
     for calls in (1, 1, 1, 7, 11, 5):  # in both layers of the first, and in the second
         with pytest.raises(Stopped):
             compress(recipe, Machine(on_step=Stopper(calls)))
@@ -327,6 +417,44 @@ def test_the_report_says_what_was_done(run: Run) -> None:
     assert record["trainable"] == (scales or stored)
 
 
+@pytest.mark.parametrize("options", [DISTILL, BLOCK], ids=["distill", "block"])
+def test_a_limit_of_the_time_is_a_budget(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(work, "SNAPSHOT_SECONDS", 0.0)
+    stages = [INT4, {"heal": {**options, "steps": None, "minutes": 0.01}}]
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+    ended = lrc("plan", recipe)
+    assert ended.code == 0, ended.err
+    assert f"heal, {options['method']}: 0.01 minutes" in ended.out
+    assert "heal 1 s" in ended.out
+    with pytest.raises(Stopped):
+        compress(load_recipe(recipe), Machine(on_step=Stopper(1)))
+    (record,) = compress(load_recipe(recipe))["training"]
+    assert record["minutes"] == 0.01
+    fits = [fit for layer in record.get("layers", []) for fit in layer["fits"]] or [record]
+    assert len(fits) in (1, 2)
+    for fit in fits:
+        assert fit["losses"][-1][0] == fit["steps"] >= 1
+    assert record["tokens"] == 256 * record["steps"]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_give_the_same_values_up_to_rounding(run: Run, micro_batch: int) -> None:
+    few = {**DISTILL, "steps": 3, "rate": 1e-3}
+    expected, _ = run(INT4, {"heal": few})
+    found, _ = run(INT4, {"heal": {**few, "micro_batch": micro_batch}})
+    for ours, theirs in zip(
+        found["training"][0]["losses"], expected["training"][0]["losses"], strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_a_text_that_is_repeated_is_warned_of(run: Run) -> None:
     report, _ = run(INT4, {"heal": {**DISTILL, "steps": 400, "rate": 1e-5}})
     (record,) = report["training"]
@@ -361,7 +489,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...]]] = {
         {**DISTILL, "tokens": 100},
         "conflicting-keys",
         "stages[1].heal",
-        ("at most one of 'steps' and 'tokens'", "remove one"),
+        ("'steps', 'tokens' and 'minutes'", "got 'steps' and 'tokens'", "keep one"),
     ),
     "no text of that name": (
         {**DISTILL, "source": "wikitext3"},
@@ -374,6 +502,18 @@ BAD: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...]]] = {
         "nothing-to-train",
         "stages[1].heal.train",
         ("no masks", "such as all"),
+    ),
+    "no masks to move": (
+        {**DISTILL, "support": "moving"},
+        "nothing-to-train",
+        "stages[1].heal.support",
+        ("masks or dictionaries", "remove the key"),
+    ),
+    "places of what is not trained": (
+        {**DISTILL, "train": "norms", "support": "moving"},
+        "conflicting-keys",
+        "stages[1].heal",
+        ("values or all", "got norms"),
     ),
     "no factors": (
         {**BLOCK, "train": "factors"},
@@ -452,6 +592,87 @@ def test_windows_of_the_source_self_are_used(run: Run, tiny_text: Path) -> None:
     assert record["text"]["source"] == "self"
     assert record["text"]["training_tokens"] == 4 * 64
     assert record["kept"]
+    # Calibration on another text leaves none, so that some are sampled.
+    calibration["source"] = str(tiny_text)
+    few = {**DISTILL, "rate": 1e-3, "source": "self", "length": 32, "steps": 1}
+    other, _ = run(INT4, {"heal": {**few, "held_out": 128}}, calibration=calibration)
+    assert other["training"][0]["text"]["source"] == "self"
+    assert other["training"][0]["text"]["text_tokens"] == (4 + 4) * 32
+
+
+def test_text_may_come_from_several_sources(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tiny_text: Path,
+    tmp_path: Path,
+) -> None:
+    ours = {str(tiny_text): 0.75, "self": 0.25}
+    stages = [
+        {"decompose": {"method": "svd-llm", "keep": 0.6}},
+        {"heal": {**DISTILL, "rate": 1e-3, "steps": 6}},
+        {"heal": {**BLOCK, "steps": 4, "source": {str(tiny_text): 0.5, "python-docs": 0.5}}},
+    ]
+    changes = {"calibration": {"source": ours, "samples": 16, "length": 64}, "stages": stages}
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", **changes)
+    ended = lrc("plan", recipe)
+    assert ended.code == 0, ended.err
+    text = " ".join(ended.out.split())
+    assert f"calibration: 12 windows of {tiny_text}, 4 windows of self" in text
+    assert f"6 steps, 1,536 tokens (1,152 tokens of {tiny_text}, 384 tokens of self)" in text
+    assert f"(512 tokens of {tiny_text}, 512 tokens of python-docs)" in text
+    for calls in (3, 3):
+        with pytest.raises(Stopped):
+            compress(load_recipe(recipe), Machine(on_step=Stopper(calls)))
+    report = compress(load_recipe(recipe))
+    found = report["calibration"]
+    assert found["source"] == f"75 % {tiny_text}, 25 % self"
+    assert [each["tokens"] for each in found["texts"]] == [768, 256]
+    first, second = (record["text"]["texts"] for record in report["training"])
+    assert [each["source"] for each in first] == [*ours]
+    assert [each["held_out_tokens"] for each in first] == [384, 128]
+    assert [each["held_out_tokens"] for each in second] == [256, 256]
+    again = tiny_recipe(tiny_model_folder, tmp_path / "again", **changes)
+    compress(load_recipe(again))
+    assert changed(tmp_path / "run", tmp_path / "again") == set()
+
+
+def test_every_source_of_a_mixture_is_checked(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tiny_text: Path,
+    tmp_path: Path,
+) -> None:
+    wrong = {"c4": 0.5, "wikitext3": 0.5}
+    stages = [INT4, {"heal": {**DISTILL, "source": wrong}}]
+    recipe = tiny_recipe(
+        tiny_model_folder, tmp_path / "run", stages=stages, calibration={"source": wrong}
+    )
+    ended = lrc("plan", recipe)
+    ended.refuses(2, "wikitext3", "did you mean 'wikitext2'?", where="calibration.source")
+    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
+    lrc("plan", recipe).refuses(2, "did you mean 'wikitext2'?", where="stages[1].heal.source")
+    # A text that is evaluated on may not be trained on, whatever it is mixed with.
+    copy = tmp_path / "copy.txt"
+    shutil.copyfile(tiny_text, copy)
+    mixture = {"python-docs": 0.5, str(tiny_text): 0.5}
+    recipe = tiny_recipe(
+        tiny_model_folder,
+        tmp_path / "run",
+        stages=[INT4, {"heal": {**DISTILL, "source": mixture}}],
+        evaluate={"perplexity": [{"source": str(copy), "name": "mine", "window": 32}]},
+    )
+    lrc("compress", recipe, "-q").refuses(2, "heal.source", "evaluate.perplexity mine")
+    # Few windows are sampled from the model.
+    recipe = tiny_recipe(
+        tiny_model_folder,
+        tmp_path / "few",
+        stages=[INT4, {"heal": {**DISTILL, "source": {"python-docs": 0.5, "self": 0.5}}}],
+        calibration={"source": str(tiny_text), "samples": 4, "length": 64},
+    )
+    ended = lrc("compress", recipe, "-q")
+    ended.refuses(1, "raise calibration.samples", where="stages[1].heal.held_out")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ stages:
 output: out
 """
 ALLOWED_AT_TOP = "Allowed: model, calibration, stages, evaluate, output, seed"
-ALLOWED_ANYWHERE = "Allowed: method, keep, size, measure, allocation, rank_multiple, min_keep, max_relative_error, plan, compensate, targets, ignore, overrides, rows, latency_table"
+ALLOWED_ANYWHERE = "Allowed: method, keep, size, elastic, measure, allocation, rank_multiple, min_keep, max_relative_error, plan, compensate, targets, ignore, overrides, rows, latency_table"
 METHODS = "asvd, basis-sharing, compot, cospadi, dictionary, fwsvd, kfac, lord, magnitude, mixed, rocket, sparse, svd, svd-llm, wanda"
 UNITS = "write a number and a unit, one of B, kB, MB, GB, KiB, MiB, GiB"
 BASELINE = "a baseline such as int8, int4-g64 or sparse"
@@ -35,7 +35,13 @@ LINES = [
     ("calibration: {samples: 1_000}", "wrong-type", "calibration.samples: must be a whole number > 0, got '1_000'; write 1000"),
     ("calibration: {samples: 2.5}", "wrong-type", "calibration.samples: must be a whole number > 0, got 2.5"),
     ("calibration: {samples: '64'}", "wrong-type", "calibration.samples: must be a whole number > 0, got '64'; write 64"),
-    ("calibration: {source: ''}", "out-of-range", "calibration.source: must be a string that is not empty, got ''; write it out"),
+    ("calibration: {source: ''}", "out-of-range", "calibration.source: must be a string that is not empty or a mapping of sources to fractions, got ''; write it out"),
+    ("calibration: {source: {c4: 50, self: 0.5}}", "out-of-range", "calibration.source.c4: must be a number > 0 and <= 1, got 50; for 50 % write 0.5"),
+    ("calibration: {source: {c4: 0.5, self: most}}", "wrong-type", "calibration.source.self: must be a number > 0 and <= 1, got 'most'"),
+    ("calibration: {source: {c4: 0.5, self: 0.4}}", "conflicting-keys", "calibration.source: fractions of sources must add up to 1, got 0.9; change them, as in {c4: 0.5, self: 0.5}"),
+    ("calibration: {source: {}}", "conflicting-keys", "calibration.source: fractions of sources must add up to 1, got 0; change them, as in {c4: 0.5, self: 0.5}"),
+    ("calibration: {source: [c4, self]}", "wrong-type", "calibration.source: must be a string that is not empty or a mapping of sources to fractions, got a list of 2 entries; write one name, or every source with its fraction: {c4: 0.5, self: 0.5}"),
+    ("calibration: {source: {c4: 0.9, self: 0.1}, samples: 4}", "conflicting-keys", "calibration: 'samples' must give every source a window, got 4 and none for self; raise it"),
     ("calibration: ''", "out-of-range", "calibration: must be a string that is not empty or a mapping with the keys source, samples, length, field, chat_template, labels, memory_limit_gib, got ''; write it out"),
     ("calibration: {field: [text]}", "wrong-type", "calibration.field: must be a string, got a list of 1 entry"),
     ("calibration: {chat_template: yes}", "wrong-type", "calibration.chat_template: must be true or false, got 'yes'; write true"),
@@ -76,8 +82,8 @@ STAGES = [
     ("{decompose: {method: svd-llm, keep: '0,8'}}", "wrong-type", ".decompose.keep: must be null or a number > 0 and <= 1, got '0,8'; write 0.8"),
     ("{decompose: {method: svd-llm, keep: true}}", "wrong-type", ".decompose.keep: must be null or a number > 0 and <= 1, got true"),
     ("{decompose: {method: svd-llm, keep: .nan}}", "out-of-range", ".decompose.keep: must be null or a number > 0 and <= 1, got nan; write a finite number"),
-    ("{decompose: {method: svd-llm}}", "conflicting-keys", ".decompose: give exactly one of 'keep' and 'size', or a 'plan' with the ranks; got none of them"),
-    ("{decompose: {method: svd-llm, keep: 0.8, size: 1GB}}", "conflicting-keys", ".decompose: give exactly one of 'keep' and 'size', or a 'plan' with the ranks; got keep and size"),
+    ("{decompose: {method: svd-llm}}", "conflicting-keys", ".decompose: give exactly one of 'keep', 'size' and 'elastic', or a 'plan' with the ranks; got none of them"),
+    ("{decompose: {method: svd-llm, keep: 0.8, size: 1GB}}", "conflicting-keys", ".decompose: give exactly one of 'keep', 'size' and 'elastic', or a 'plan' with the ranks; got keep and size"),
     ("{decompose: {method: svd-llm, size: '180'}}", "unknown-value", f".decompose.size: must be null or a size such as 180MiB, got '180'; {UNITS}"),
     ("{decompose: {method: svd-llm, size: 180M}}", "unknown-value", f".decompose.size: must be null or a size such as 180MiB, got '180M'; {UNITS}"),
     ("{decompose: {method: svd-llm, size: -1MiB}}", "unknown-value", f".decompose.size: must be null or a size such as 180MiB, got '-1MiB'; {UNITS}"),
@@ -127,7 +133,7 @@ STAGES = [
     ("decompose:svd", "wrong-type", ": must be a mapping with the keys slice, decompose, quantize, heal, got 'decompose:svd'; put a space after the colon"),
     ("svd", "wrong-type", ": must be a mapping with the keys slice, decompose, quantize, heal, got 'svd'"),
     ("{}", "missing-key", ": is empty; write one of the keys slice, decompose, quantize, heal"),
-    ('{decompose: "a\\n\\ebxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}', "wrong-type", ".decompose: must be a mapping with the keys method, keep, size, measure, allocation, rank_multiple, min_keep, max_relative_error and others, got 'a\\n?bxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...'"),
+    ('{decompose: "a\\n\\ebxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}', "wrong-type", ".decompose: must be a mapping with the keys method, keep, size, elastic, measure, allocation, rank_multiple, min_keep and others, got 'a\\n?bxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...'"),
     ("{decompose: {method: svd, keep: 0.8, overrides: [{keep: 0.1}]}}", "missing-key", ".decompose.overrides[0].match: missing; add a string that is not empty (Shell pattern of full module names, such as `*.down_proj` or `model.layers.0.*`)"),
     ("{decompose: {method: svd, keep: 0.5, skip: [a]}}", "renamed-key", ".decompose.skip: this key is now called 'ignore'; rename it"),
     ("{decompose: {method: svd, keep: 0.5, storage: pivot}}", "renamed-value", ".decompose.storage: must be one of low_rank, pivoted_low_rank, got 'pivot'; this value is now called 'pivoted_low_rank'"),

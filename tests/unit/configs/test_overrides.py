@@ -30,6 +30,7 @@ def test_overrides_reach_every_place_in_order() -> None:
         "method": "svd-llm",
         "keep": 0.6,
         "size": None,
+        "elastic": None,
         "measure": "bits",
         "rows": 1,
         "latency_table": None,

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.heal.descent import Descent
+from lrc.compressors.heal.budget import StepBudget
+from lrc.compressors.heal.descent import BETAS, EPSILON, LARGEST_NORM, Descent
 from lrc.compressors.heal.parameters import SMALLEST_SCALE, TrainedParameters
+from lrc.compressors.heal.schedule import learning_rate
 
 TARGET = torch.tensor([0.5, -0.25, 2.0])
 
@@ -13,7 +15,7 @@ TARGET = torch.tensor([0.5, -0.25, 2.0])
 def start(rate: float = 0.05, steps: int = 60) -> Descent:
     parameters = {"x": nn.Parameter(torch.ones(3)), "unused": nn.Parameter(torch.ones(2))}
     dtypes = dict.fromkeys(parameters, torch.bfloat16)
-    return Descent(TrainedParameters(parameters, dtypes), steps=steps, rate=rate)
+    return Descent(TrainedParameters(parameters, dtypes), budget=StepBudget(steps), rate=rate)
 
 
 def loss_of(descent: Descent) -> Tensor:
@@ -50,6 +52,29 @@ def test_a_saved_state_continues_to_the_same_bits() -> None:
     assert ours[1] == theirs[1]
     assert ours[0].keys() == theirs[0].keys()
     assert all(torch.equal(ours[0][name], theirs[0][name]) for name in ours[0])
+
+
+def test_steps_are_those_of_adam_with_a_rate_for_every_tensor() -> None:
+    g = torch.Generator().manual_seed(0)
+    values = [torch.randn(4, generator=g), 100 * torch.randn(3, 2, generator=g)]
+    parameters = {f"{i}": nn.Parameter(value.clone()) for i, value in enumerate(values)}
+    trained = TrainedParameters(parameters, dict.fromkeys(parameters, torch.float32))
+    descent = Descent(trained, budget=StepBudget(20), rate=0.01)
+    expected = [nn.Parameter(value.clone()) for value in values]
+    sizes = [float(value.square().mean().sqrt()) for value in values]
+    adam = torch.optim.Adam([{"params": [p]} for p in expected], betas=BETAS, eps=EPSILON)
+    for step in range(20):
+        for group, size in zip(adam.param_groups, sizes, strict=True):
+            group["lr"] = learning_rate(step, 20, 0.01) * size
+        gradients = [torch.randn(p.shape, generator=g) for p in expected]
+        norm = math.sqrt(sum(float(each.square().sum()) for each in gradients))
+        for ours, theirs, gradient in zip(parameters.values(), expected, gradients, strict=True):
+            ours.grad.add_(gradient)  # type: ignore[union-attr]
+            theirs.grad = gradient * min(1.0, LARGEST_NORM / norm)
+        descent.update_()
+        adam.step()
+    for ours, theirs in zip(parameters.values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_that_are_not_finite_are_skipped() -> None:

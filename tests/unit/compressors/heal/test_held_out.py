@@ -1,14 +1,32 @@
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from lrc.compressors.heal.held_out import TextRequest, split
+from lrc.compressors.heal.held_out import (
+    TOKENS_PER_SECOND,
+    TextRequest,
+    TrainingText,
+    mixed,
+    repetition_warning,
+    split,
+    text_requests,
+)
 from lrc.configs.errors import DataError
 from lrc.configs.heal import Block, Distill, HealBase
 from lrc.configs.recipe import Calibration
 
 
+def requests(options: HealBase, **calibration: Any) -> list[TextRequest]:
+    recipe = Calibration(length=8, **calibration)
+    where = "stages[1].heal"
+    return text_requests(where, options, recipe, stage=1, seed=3, device="cpu")
+
+
 def request(options: HealBase) -> TextRequest:
-    return TextRequest("stages[1].heal", options, Calibration(length=8), stage=1, seed=3)
+    (single,) = requests(options)
+    return single
 
 
 def distill(**options: int) -> TextRequest:
@@ -47,3 +65,66 @@ def test_tokens_are_rounded_up_to_whole_steps() -> None:
     assert Distill(method="distill").number_of_steps(8) == 150
     assert Block(method="block").number_of_steps(8) == 100
     assert Block(method="block", steps=0).number_of_steps(8) == 0
+    assert Block(method="block", minutes=2).number_of_steps(8) is None
+
+
+def test_limited_time_reads_text_by_its_length() -> None:
+    short, long = (request(Distill(method="distill", minutes=m)).wanted for m in (0.001, 1.0))
+    assert 0 < short < long
+    assert long == 60 * TOKENS_PER_SECOND["cpu"] // 8
+    assert request(Block(method="block", minutes=1.0, samples=5)).wanted == 5
+
+
+def test_repetition_is_judged_by_the_steps_that_limited_time_allowed() -> None:
+    limited = request(Distill(method="distill", batch=2, minutes=1.0, held_out=32))
+    text = text_of(limited, WINDOWS)
+    assert repetition_warning(limited, text) is None  # nobody knows yet
+    assert repetition_warning(limited, text, 10) is None
+    assert "3.8 times" in str(repetition_warning(limited, text, 30))
+
+
+def text_of(single: TextRequest, windows: Tensor) -> TrainingText:
+    training, held_out = split(windows, single)
+    facts = {
+        "source": single.source,
+        "text_tokens": windows.numel(),
+        "training_tokens": training.numel(),
+        "held_out_tokens": held_out.numel(),
+    }
+    return TrainingText(training, held_out, facts)
+
+
+MIXTURE = {"c4": 0.75, "self": 0.25}
+
+
+def test_a_mixture_has_its_fractions_of_training_and_held_out_windows() -> None:
+    options = Distill(method="distill", batch=4, steps=8, held_out=64, source=MIXTURE)
+    c4, own = both = requests(options, samples=6)
+    assert [each.wanted for each in both] == [24, 8]
+    assert [each.n_held_out for each in both] == [6, 2]
+    assert (c4.available, own.available) == (30, 6)  # few are sampled
+    texts = [text_of(c4, torch.arange(320).view(40, 8)), text_of(own, -torch.arange(48).view(6, 8))]
+    text = mixed(both, texts)
+    assert len(text.training) == 32
+    assert int((text.training.sum(dim=1) > 0).sum()) == 24
+    own_windows = (text.held_out < 0).any(dim=1)
+    assert own_windows.tolist() == [False, False, True, False, False, False, True, False]
+    # The windows that were sampled are trained on twice.
+    assert len(text.training[24:].unique(dim=0)) == 4
+    assert text.facts["source"] == "75 % c4, 25 % self"
+    assert text.facts["training_tokens"] == 24 * 8 + 4 * 8
+    assert [each["source"] for each in text.facts["texts"]] == ["c4", "self"]
+    assert repetition_warning(own, texts[1], 8) is None
+    assert "calibration.samples" in str(repetition_warning(own, texts[1], 12))
+    assert repetition_warning(c4, texts[0], 12) is None
+
+
+def test_the_text_of_the_calibration_is_used_unless_another_is_given() -> None:
+    options = Distill(method="distill", batch=4, steps=8)
+    found = requests(options, source=MIXTURE)
+    assert [(each.source, each.key) for each in found] == [
+        ("c4", "calibration.source"),
+        ("self", "calibration.source"),
+    ]
+    (other,) = requests(Distill(method="distill", source="wikitext2"), source=MIXTURE)
+    assert (other.source, other.key) == ("wikitext2", "stages[1].heal.source")

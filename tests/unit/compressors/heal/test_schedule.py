@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lrc.compressors.heal.schedule import JUDGEMENTS, batch_rows, is_judged, learning_rate
+from lrc.compressors.heal.schedule import batch_rows, learning_rate
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 150, 2000])
@@ -29,10 +29,3 @@ def test_a_batch_depends_on_its_number_and_the_seed_only() -> None:
     assert torch.equal(first, batch_rows(11, n_windows=7, batch=3, seed=5))
     others = [batch_rows(11, n_windows=700, batch=3, seed=seed) for seed in range(2)]
     assert not torch.equal(*others)
-
-
-@pytest.mark.parametrize("steps", [1, 5, 10, 99, 150])
-def test_the_last_step_is_judged(steps: int) -> None:
-    judged = [done for done in range(1, steps + 1) if is_judged(done, steps)]
-    assert judged[-1] == steps
-    assert min(steps, JUDGEMENTS) <= len(judged) <= 2 * JUDGEMENTS

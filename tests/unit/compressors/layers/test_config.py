@@ -107,7 +107,7 @@ WRONG_RECORDS: dict[str, tuple[Spoil, str]] = {
     "no type": (lambda _, c: c.pop("type"), f"'type' must be one of {', '.join(COMPONENTS)}, got"),
     "unknown type": (lambda _, c: c.update(type="x"), "'type' must be one of .* got 'x'"),
     "type a list": (lambda _, c: c.update(type=["sparse"]), "'type' must be one of .* got"),
-    "unknown size": (lambda _, c: c.update(ranks=3), "component has no 'ranks'"),
+    "unknown size": (lambda _, c: c.update(width=3), "component has no 'width'"),
     "unknown quantization": (lambda _, c: c.update(quantization="fp4"), "'quantization' must be"),
     "too many bits": (lambda _, c: c.update(quantization="int9"), r"'quantization' .*\[2, 8\]"),
     "quantization a number": (lambda _, c: c.update(quantization=4), "'quantization' must be"),

@@ -1,5 +1,7 @@
 """Recorded steps: they repeat what the function does, on the device of its tensors."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -28,6 +30,21 @@ def test_without_a_gpu_the_step_itself_is_repeated() -> None:
 def test_recording_counts_as_the_first_time() -> None:
     assert counted(torch.device("cuda"), 1) == 1
     assert counted(torch.device("cuda"), 10) == 10
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recording_keeps_the_tensors_that_its_step_refers_to() -> None:
+    device = torch.device("cuda")
+    total = torch.zeros(1, device=device)
+
+    def adding() -> Callable[[], None]:
+        ones = torch.ones(2**24, device=device)  # too large for memory that the allocator divides
+        return record(lambda: total.add_(ones.sum()), device)
+
+    repeat = adding()
+    torch.cuda.empty_cache()
+    repeat()
+    assert float(total) == 2 * 2**24
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

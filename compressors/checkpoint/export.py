@@ -1,0 +1,139 @@
+"""Write a smaller budget of an elastic checkpoint as a checkpoint of its own."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lrc.compressors.checkpoint import format as layout
+from lrc.compressors.checkpoint.budgets import BUDGET, budget_index, parse_budgets
+from lrc.compressors.checkpoint.manifest import UNLISTED, read_object, write_manifest
+from lrc.compressors.checkpoint.reader import Contents, check_checkpoint
+from lrc.compressors.checkpoint.writer import INDEX, write_weights
+from lrc.compressors.io.files import new_folder
+from lrc.compressors.io.shards import Header
+from lrc.compressors.layers.low_rank import LowRank, cut_factor
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.tasks import LayerResult
+from lrc.configs.errors import OutputError
+
+
+def export_budget(folder: Path, output: Path, keep: float, *, key: str = BUDGET) -> None:
+    """Write the part of an elastic checkpoint that belongs to one of its budgets.
+
+    The result is not elastic. It has the recipe and the plan of the run, but neither its report nor
+    its model card, whose numbers hold for the largest budget. One shard is in memory at a time.
+
+    Parameters
+    ----------
+    folder, output : Path
+        A checkpoint, and the folder to create.
+    keep : float
+        A budget that the checkpoint offers.
+    key : str
+        Name of `keep` in error messages.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint is damaged, not elastic, or has no such budget.
+    OutputError
+        If `output` exists, is inside the checkpoint, or cannot be written.
+    """
+    contents = check_checkpoint(folder)
+    block = contents.config.get("quantization_config") or {}
+    budgets = parse_budgets(block.get(layout.ELASTIC), contents.modules, str(folder))
+    index = budget_index(budgets, keep, where=str(folder), key=key)
+    if output.exists():
+        raise OutputError(f"{output}: exists already; name another folder, or delete it")
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(f"{output}: must not be inside the checkpoint; name another folder")
+    with new_folder(output) as out:
+        _write_weights(out, contents, index)
+        _write_config(out, contents, index)
+        _copy_files(folder, out, contents, index)
+        if contents.manifest is not None:
+            write_manifest(out, plain=False)
+
+
+def _write_weights(out: Path, contents: Contents, index: int) -> None:
+    ranks = {
+        f"{name}.{component.type}.{factor}.weight": (factor, component.ranks[index])
+        for name, config in contents.modules.items()
+        for component in config.components
+        if component.type == LowRank.TYPE and component.ranks
+        for factor in ("a", "b")
+    }
+    meta: dict[str, Tensor] = {}
+    read: dict[str, Callable[[], Tensor]] = {}
+    for name, header in contents.headers.items():
+        read[name] = partial(_read, header, name)
+        shape = list(header.shape)
+        if name in ranks:
+            factor, rank = ranks[name]
+            shape[0 if factor == "a" else 1] = rank
+            read[name] = partial(_read_cut, header, name, factor, rank)
+        meta[name] = torch.empty(shape, dtype=_dtype(header, name), device="meta")
+    write_weights(out, meta, lambda name: read[name]())
+
+
+def _dtype(header: Header, name: str) -> torch.dtype:
+    with safe_open(header.file, framework="pt") as file:
+        found: Tensor = file.get_slice(name)[:0] if header.shape else file.get_tensor(name)
+    return found.dtype
+
+
+def _read(header: Header, name: str) -> Tensor:
+    with safe_open(header.file, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _read_cut(header: Header, name: str, factor: str, rank: int) -> Tensor:
+    return cut_factor(factor, _read(header, name), rank)
+
+
+def _write_config(out: Path, contents: Contents, index: int) -> None:
+    config = {key: value for key, value in contents.config.items() if key != BUDGET}
+    block = {k: v for k, v in config["quantization_config"].items() if k != layout.ELASTIC}
+    modules = {name: c.at_budget(index).to_json() for name, c in contents.modules.items()}
+    config["quantization_config"] = {**block, "modules": modules}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def _copy_files(folder: Path, out: Path, contents: Contents, index: int) -> None:
+    """Copy tokenizer, code, recipe and the like, and write the plan of the budget."""
+    manifest = contents.manifest
+    names = [file.name for file in folder.iterdir() if file.is_file()]
+    if manifest is not None:
+        names = [*manifest.hashes]
+    for name in names:
+        left_out = name in ("config.json", INDEX, layout.PLAN, *UNLISTED)
+        if not left_out and not name.endswith(".safetensors"):
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, out / name)
+    if manifest is not None:
+        plan = Plan.from_json(read_object(folder / layout.PLAN))
+        text = json.dumps(cut_plan(plan, index).to_json(), indent=1) + "\n"
+        (out / layout.PLAN).write_text(text, encoding="utf-8")
+
+
+def cut_plan(plan: Plan, index: int) -> Plan:
+    """Return an executed plan as it would be for one of its budgets, without predicted losses."""
+    tasks = [replace(task, config=task.config.at_budget(index)) for task in plan.tasks]
+    results = {name: _cut_result(result, index) for name, result in plan.results.items()}
+    return replace(plan.with_tasks(tasks), results=results, elastic=())
+
+
+def _cut_result(result: LayerResult, index: int) -> LayerResult:
+    config = result.config.at_budget(index)
+    if config == result.config.at_budget(0):
+        return replace(result, config=config)
+    return replace(result, config=config, relative_error=None, predicted_nats=None)
