@@ -32,14 +32,17 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
         OUT.print(f"calibration: {_shares(given, plan.calibration['samples'], 'windows')}")
     for trained in plan.training:
         through = " through every layer" if trained.method == "block" else ""
+        if trained.added_bytes:
+            through += f"; adds up to {as_size(trained.added_bytes)} to the sizes below"
         if trained.steps is None:
             budget = f"{trained.minutes:g} minutes"
         else:
-            budget = f"{trained.steps:,} steps, {trained.tokens:,} tokens{through}"
+            budget = f"{trained.steps:,} steps, {trained.tokens:,} tokens"
         source = trained.options["source"] or given
         if not isinstance(source, str):
-            budget += f" ({_shares(source, trained.tokens, 'tokens')})"
-        OUT.print(f"{trained.kind}, {trained.method}: {budget}")
+            shares = f" ({_shares(source, trained.tokens, 'tokens')})"
+            through += shares
+        OUT.print(f"{trained.kind}, {trained.method}: {budget}{through}")
     _print_sizes(plan)
     if plan.elastic:
         _print_budgets(plan.elastic)
@@ -248,8 +251,8 @@ def _print_training(record: dict[str, Any]) -> None:
     """Print what a stage that trains gained on text that it was not trained on."""
     OUT.print(
         f"heal, {record['method']}: {record['trainable']:,} numbers, {record['steps']:,} steps, "
-        f"{record['tokens']:,} tokens, {record['seconds']:.0f} s; divergence from dense on held-"
-        f"out text {_change(record)} nats per token"
+        f"{record['tokens']:,} tokens, {record['seconds']:.0f} s{_speed(record)}; divergence from "
+        f"dense on held-out text {_change(record)} nats per token"
         + ("" if record["kept"] else "; no step was better, so the weights are those before it")
     )
     for each in record.get("budgets", []):
@@ -261,6 +264,11 @@ def _change(losses: dict[str, Any]) -> str:
         "not finite" if losses[key] is None else f"{losses[key]:.4f}" for key in ("before", "after")
     )
     return f"{before} -> {after}"
+
+
+def _speed(record: dict[str, Any]) -> str:
+    speed = record.get("tokens_per_second")  # reports of earlier versions have none
+    return "" if speed is None else f" at {speed:,.0f} tokens/s"
 
 
 def _print_sizes(plan: Plan) -> None:

@@ -4,16 +4,21 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from lrc.configs.adapter_options import AdapterOptions
 from lrc.configs.sources import Source
 from lrc.configs.strict import Strict
 
 Train = Annotated[
-    Literal["all", "factors", "values", "scales", "norms"],
+    Literal["all", "factors", "values", "scales", "norms", "lora", "s2ft", "compacter"],
     Field(
         description="What is trained; all other tensors keep their bits. `all`: everything in "
         "floating point except embedding and head; `factors`: low-rank components (WeLore); "
         "`values`: stored values of masks and dictionaries, at their places; `scales`: scales of "
-        "integers, norms, and biases of quantized layers; `norms`: norms and biases (PERP)."
+        "integers, norms, and biases of quantized layers; `norms`: norms and biases (PERP); "
+        "`lora`: low-rank adapters on all matrices, which are merged in the end (LoRA); "
+        "`s2ft`: the same channels and heads in all matrices of an MLP or an attention that are "
+        "stored in 16 bits (S2FT); `compacter`: sums of Kronecker products, merged into 16-bit "
+        "matrices (Compacter)."
     ),
 ]
 
@@ -93,7 +98,7 @@ class HealBase(Strict):
         return self.default_steps if self.steps is None else self.steps
 
 
-class Selective(HealBase):
+class Selective(AdapterOptions, HealBase):
     """Options of the methods that train a selection of parameters."""
 
     train: Train = "all"
@@ -138,6 +143,9 @@ class Distill(Selective, LogitFit):
     """
 
     method: Literal["distill"]
+    merge: bool = True
+    """Of `lora`: whether integers are rounded to the sum with their adapters. Otherwise they stay,
+    and the adapters are stored as low-rank components, which adds to the size."""
 
 
 class Scales(LogitFit):
@@ -172,6 +180,7 @@ Heal = Annotated[
     Distill | Scales | Block,
     Field(
         discriminator="method",
-        description="Train what is stored in floating point; integers stay.",
+        description="Train what is stored in floating point; integers stay unless they have "
+        "adapters.",
     ),
 ]

@@ -16,6 +16,7 @@ import time
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ class BlockFit:
                 self._fit(index, dense, compressed, piece)
             trained = {
                 f"{prefix}.{name}": tensor
-                for name, tensor in (*compressed.named_parameters(), *compressed.named_buffers())
+                for name, tensor in chain(compressed.named_parameters(), compressed.named_buffers())
             }
             names: list[str] = self._journal.read_facts(piece)[TRAINED]
             with torch.no_grad():
@@ -155,7 +156,7 @@ class BlockFit:
         apply: Apply = partial(self._executor.apply, index)
         selected = {
             name: parameter
-            for name, parameter in select(compressed, options.train).items()
+            for name, parameter in select(compressed, options).items()
             if not any(f"{prefix}.{name}".startswith(shared) for shared in self._shared)
         }
         supports = selected_supports_(compressed, selected, options)
@@ -172,10 +173,10 @@ class BlockFit:
         parts = parts if selected else []
         for number, part in enumerate(parts):
             named = {f"{prefix}.{name}": selected[name] for name in part.parameters}
-            moving = {f"{prefix}.{n}": supports[n] for n in part.parameters if n in supports}
-            trained = trained_parameters(named, self._stored, moving)
-            fit = LayerFit(apply, dense, compressed, part, data)
             seed = work.seed * 1_000_003 + index
+            moving = {f"{prefix}.{n}": supports[n] for n in part.parameters if n in supports}
+            trained = trained_parameters(named, self._stored, moving, seed=seed)
+            fit = LayerFit(apply, dense, compressed, part, data)
             budget = self._budget(index, parts_left=len(parts) - number)
             descent = fit.run(trained, options, budget=budget, seed=seed)
             tensors |= trained.encoded(descent.best)

@@ -51,10 +51,7 @@ class Descent:
         """Steps without effect, because gradients were not finite."""
         self.best = trained.start
         self.best_step = 0
-        self._sizes = [
-            max(float(p.detach().square().mean().sqrt()), SMALLEST_SIZE)
-            for p in trained.parameters.values()
-        ]
+        self._sizes = [max(trained.scale(name), SMALLEST_SIZE) for name in trained.parameters]
         self._parameters = [*trained.parameters.values()]
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)  # stays, as recorded steps add to it

@@ -52,11 +52,11 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     student = models.load_sliced(torch.float32)
     stored.compress_(student)
     ends = (student.get_input_embeddings(), student.get_output_embeddings())
-    parameters = select(student, options.train, ends)
-    if not parameters:
+    selected = select(student, options, ends)
+    if not selected:
         raise nothing_to_train(work.where, options.train)
-    supports = selected_supports_(student, parameters, options)
-    trained = trained_parameters(parameters, stored, supports)
+    supports = selected_supports_(student, selected, options)
+    trained = trained_parameters(selected, stored, supports, seed=work.seed)
     names = models.architecture.layer_names
     if options.checkpointing:
         for name in names:
@@ -92,7 +92,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
             positions=options.batch * text.training.shape[1],
             hidden=options.hidden,
         ),
-        [*parameters.values()],
+        [*trained.parameters.values()],
         torch.device(device),
     )
     with deterministic(device):
@@ -107,9 +107,10 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
             )
             windows = text.training[rows]
             switch.use_for(descent.done, seed=work.seed)
-            for part in windows.split(together):
-                add(part, variant=switch.used if switch.budgets else None)
-            descent.update_()
+            with work.pace.step(windows.numel()):
+                for part in windows.split(together):
+                    add(part, variant=switch.used if switch.budgets else None)
+                descent.update_()
             if descent.is_judged:
                 descent.judge(fmean(held_out_losses()))
             snapshots.finish_step()
@@ -127,6 +128,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     return {
         **loss_facts(descent),
         "kept": kept,
+        **({"added": trained.added} if kept and trained.added else {}),
         "before": finite(descent.losses[0][1]),
         "after": finite(descent.best_loss),
         "budgets": budgets,

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrc.compressors.models.configuration import first_line
 from lrc.compressors.solvers.cuda_graphs import record
@@ -28,7 +28,7 @@ class GradientStep:
     add : callable
         Adds the gradients for a batch of token ids [n, length] on the device to those of the
         parameters, in place.
-    parameters : sequence of nn.Parameter
+    parameters : sequence of Tensor
         Their gradients exist.
     device : torch.device
     """
@@ -36,7 +36,7 @@ class GradientStep:
     def __init__(
         self,
         add: Callable[[Tensor], object],
-        parameters: Sequence[nn.Parameter],
+        parameters: Sequence[Tensor],
         device: torch.device,
     ) -> None:
         self._add, self._parameters, self._device = add, parameters, device

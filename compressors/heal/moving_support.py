@@ -76,9 +76,7 @@ class MovingSupport:
         return self._component.multiply_entries(x, select(self.entries, self.mask))
 
 
-def move_supports_(
-    root: nn.Module, parameters: dict[str, nn.Parameter]
-) -> dict[str, MovingSupport]:
+def move_supports_(root: nn.Module, parameters: dict[str, Any]) -> dict[str, MovingSupport]:
     """Let the values among `parameters` change their places; return their supports by name.
 
     In `parameters`, whose names are those in `root`, values are replaced by all entries. Quantized

@@ -110,6 +110,11 @@ class TrainedParameters:
         }
 
     @property
+    def added(self) -> dict[str, int]:
+        """Ranks of the low-rank components that are added, by the name of the layer: none."""
+        return {}
+
+    @property
     def count(self) -> int:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters.values())
@@ -149,6 +154,10 @@ class TrainedParameters:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
         self._select_()
+
+    def scale(self, name: str) -> float:
+        """Return the size to which the learning rate of a parameter is relative."""
+        return float(self.parameters[name].detach().square().mean().sqrt())
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:

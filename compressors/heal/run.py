@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lrc.compressors.heal.added_components import with_added
 from lrc.compressors.heal.block_fit import fit_blocks
 from lrc.compressors.heal.distill import distill
 from lrc.compressors.heal.held_out import (
@@ -18,12 +19,13 @@ from lrc.compressors.heal.held_out import (
     text_requests,
     training_text,
 )
+from lrc.compressors.heal.pace import Pace
 from lrc.compressors.heal.trained_files import (
     facts_file,
     folder,
-    memory_file,
     state_file,
     text_folder,
+    usage_file,
 )
 from lrc.compressors.heal.work import HealWork
 from lrc.compressors.io.journal import Journal
@@ -57,12 +59,17 @@ def run_training(session: Session, plan: Plan, options: dict[int, HealBase]) -> 
         stage, journal = record.stage, session.journal
         if not journal.has(facts_file(stage)):
             with session.clock(clock_name(plan, stage)):
-                facts = _train(session, plan, record, options[stage])
-            journal.write_json(memory_file(stage), _peak_memory(session.device))
+                pace = Pace()
+                facts = _train(session, plan, record, options[stage], pace)
+            usage = {
+                "peak_bytes": _peak_memory(session.device),
+                "tokens_per_second": pace.tokens_per_second,
+            }
+            journal.write_json(usage_file(stage), usage)
             journal.write_json(facts_file(stage), facts)
         done = replace(record, facts=journal.read_json(facts_file(stage)))
         training = [done if each.stage == stage else each for each in plan.training]
-        plan = replace(plan, training=training)
+        plan = with_added(replace(plan, training=training), done.facts.get("added", {}))
     return plan
 
 
@@ -88,21 +95,23 @@ def training_report(
             "minutes": record.minutes,
             **record.facts,
             "seconds": round(seconds.get(clock_name(plan, record.stage), 0.0), 2),
-            "peak_bytes": journal.read_json(memory_file(record.stage))
-            if journal.has(memory_file(record.stage))
-            else None,
+            **(
+                journal.read_json(usage_file(record.stage))
+                if journal.has(usage_file(record.stage))
+                else {"peak_bytes": None, "tokens_per_second": None}
+            ),
         }
         for record in plan.training
     ]
 
 
 def _train(
-    session: Session, plan: Plan, record: TrainingRecord, options: HealBase
+    session: Session, plan: Plan, record: TrainingRecord, options: HealBase, pace: Pace
 ) -> dict[str, Any]:
     requests = requests_of(session, record.stage, options)
     texts = [read_text(session, request) for request in requests]
     text = mixed(requests, texts)
-    work = HealWork(session, plan, record.stage, options, record.steps, text)
+    work = HealWork(session, plan, record.stage, options, record.steps, text, pace)
     if isinstance(options, Block):
         facts = fit_blocks(work, options)
     else:

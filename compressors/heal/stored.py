@@ -1,6 +1,6 @@
 """The stored tensors of a compressed model, and modules that hold them in float32."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -52,9 +52,13 @@ class StoredModel:
         origin = self._origin.get(name)
         return self._reader.read(name) if origin is None else origin()
 
-    def dtypes(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.dtype]:
-        """Return the dtypes in which parameters are stored."""
-        return {name: self.read(name).dtype for name in parameters}
+    def source(self, name: str) -> Tensor:
+        """Return the weight of a layer before it was compressed, after slicing."""
+        return self._reader.read(f"{name}.weight")
+
+    def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
+        """Return the dtypes in which tensors are stored."""
+        return {name: self.read(name).dtype for name in names}
 
     @torch.no_grad()
     def fill_(self, name: str, layer: CompressedLinear) -> None:

@@ -22,9 +22,9 @@ def facts_file(stage: int) -> str:
     return f"{folder(stage)}/facts.json"
 
 
-def memory_file(stage: int) -> str:
-    """Return the journal's name for the peak memory, which is different in every run."""
-    return f"{folder(stage)}/memory.json"
+def usage_file(stage: int) -> str:
+    """Return the journal's name for memory and speed, which are different in every run."""
+    return f"{folder(stage)}/usage.json"
 
 
 def model_file(stage: int) -> str:

@@ -10,19 +10,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrc.compressors.heal.adapted_integers import IntegerMatrix
+from lrc.compressors.heal.adapted_parameters import AdaptedParameters
+from lrc.compressors.heal.adapter_kinds import ADAPTERS, AdapterSite, adaptable
+from lrc.compressors.heal.added_components import adding
 from lrc.compressors.heal.budget import Budget, StepBudget, TimeBudget
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.held_out import TrainingText
 from lrc.compressors.heal.moving_support import MovingSupport, move_supports_
+from lrc.compressors.heal.pace import Pace
 from lrc.compressors.heal.parameters import TrainedParameters, parameter_roles
 from lrc.compressors.heal.stored import StoredModel
 from lrc.compressors.heal.trained_files import state_file
+from lrc.compressors.layers.dense import Dense
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session
 from lrc.configs.errors import RecipeError
 from lrc.configs.heal import HealBase
 
 SNAPSHOT_SECONDS = 30.0
+WHOLE = f".{Dense.TYPE}.{IntegerMatrix.LEAF}"
+"""Ending of the names of integers that are a whole weight, not a factor."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class HealWork:
     steps: int | None
     """None if the time is limited instead."""
     text: TrainingText
+    pace: Pace
+    """Counts the steps."""
 
     @property
     def where(self) -> str:
@@ -60,10 +70,20 @@ class HealWork:
         return StoredModel(self.session, self.plan, self.stage)
 
 
+Trainable = nn.Parameter | AdapterSite
+"""What is trained of a stored tensor: its values, or an adapter that is added to it."""
+
+
 def select(
-    root: nn.Module, train: str, excluded: tuple[nn.Module | None, ...] = ()
-) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, see `parameter_roles`."""
+    root: nn.Module, options: Any, excluded: tuple[nn.Module | None, ...] = ()
+) -> dict[str, Trainable]:
+    """Return what the option `train` selects, see `parameter_roles` and `ADAPTERS`, by name."""
+    train: str = options.train
+    if train in ADAPTERS:
+        matrices = adaptable(root, excluded)
+        if not getattr(options, "merge", True):
+            matrices = adding(root, matrices, excluded)
+        return {**ADAPTERS[train](root, matrices, options)}
     roles = parameter_roles(root, excluded)
     return {
         name: parameter
@@ -73,10 +93,10 @@ def select(
 
 
 def selected_supports_(
-    root: nn.Module, parameters: dict[str, nn.Parameter], options: HealBase
+    root: nn.Module, selected: dict[str, Trainable], options: HealBase
 ) -> dict[str, MovingSupport]:
     """Let values change their places if the options say so, see `move_supports_`."""
-    return move_supports_(root, parameters) if options.moves_support else {}
+    return move_supports_(root, selected) if options.moves_support else {}
 
 
 def nothing_to_train(where: str, train: str) -> RecipeError:
@@ -88,12 +108,26 @@ def nothing_to_train(where: str, train: str) -> RecipeError:
 
 
 def trained_parameters(
-    parameters: Mapping[str, nn.Parameter],
+    selected: Mapping[str, Trainable],
     stored: StoredModel,
     supports: Mapping[str, MovingSupport],
+    *,
+    seed: int,
 ) -> TrainedParameters:
-    """Return parameters to train, which are named as in the checkpoint."""
-    return TrainedParameters(parameters, stored.dtypes(parameters), supports)
+    """Return the parameters of what is trained, which is named as in the checkpoint."""
+    sites = {n: each for n, each in selected.items() if isinstance(each, AdapterSite)}
+    if not sites:
+        parameters = {n: each for n, each in selected.items() if isinstance(each, nn.Parameter)}
+        return TrainedParameters(parameters, stored.dtypes(parameters), supports)
+    matrices = {name: site.matrix for name, site in sites.items()}
+    for name, matrix in matrices.items():
+        if isinstance(matrix, IntegerMatrix) and name.endswith(WHOLE):
+            matrix.start_from(stored.source(name.removesuffix(WHOLE)))
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    adapters = {name: site.make(generator) for name, site in sites.items()}
+    names = {name: f"{name}{matrix.like}" for name, matrix in matrices.items()}
+    found = stored.dtypes(names.values())
+    return AdaptedParameters(matrices, adapters, {n: found[like] for n, like in names.items()})
 
 
 class Snapshots:

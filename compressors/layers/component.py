@@ -240,7 +240,10 @@ class Component(nn.Module, ABC):
         """Return the tensor ``values``, dequantized."""
         args, shape = self.config.quantization, self._values_shape
         if args is None:
-            return self.get_parameter("values")
+            # Not `get_parameter`: training may put values in its place that it has computed.
+            values = self._parameters["values"]
+            assert values is not None
+            return values
         packed, scale = self.get_buffer("values_packed"), self.get_parameter("values_scale")
         return read_values(packed, scale, shape.numel(), args).view(shape)
 

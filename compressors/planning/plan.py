@@ -130,6 +130,9 @@ class TrainingRecord:
     """Cost of a token in forward passes over the layers, to estimate the time."""
     minutes: float | None = None
     """Limit of the time; None if the number of steps is given."""
+    added_bytes: int = 0
+    """Of the low-rank components that it adds if the result is used; an upper limit while
+    allocations are pending."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What was trained on what, and the losses; empty before it has run."""
 

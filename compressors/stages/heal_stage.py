@@ -5,6 +5,13 @@ from collections.abc import Mapping
 from lrc.compressors.calibrate.calibration_windows import SELF
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.perplexity import check_window
+from lrc.compressors.heal.adapter_checks import (
+    added_bytes,
+    check_elastic,
+    check_merge,
+    finds_adaptable,
+)
+from lrc.compressors.heal.adapter_kinds import ADAPTERS
 from lrc.compressors.heal.held_out import (
     check_evaluation_texts,
     check_held_out,
@@ -27,7 +34,14 @@ from lrc.configs.sources import fractions
 # In forward passes: the dense model's, the compressed model's, and two for its gradients. The fit
 # of a layer takes the dense layer's only once.
 DISTILL_PASSES, BLOCK_PASSES = 4.0, 3.0
-NAMES = {"factors": "low-rank components", "values": "masks", "scales": "integers"}
+NAMES = {
+    "factors": "low-rank components",
+    "values": "masks",
+    "scales": "integers",
+    "lora": "matrix or mask that absorbs adapters",
+    "s2ft": "MLP or attention matrices in 16 bits with that 'fraction' of channels or heads",
+    "compacter": "16-bit matrices with sides that 'terms' divides",
+}
 
 
 class HealStage:
@@ -50,6 +64,7 @@ class HealStage:
         for index, options in stages.items():
             if not draft.problems:  # earlier stages are as they were meant
                 _check(draft, index, options)
+                check_merge(draft, f"stages[{index}].heal", options)
             length = options.length or draft.window
             steps = options.number_of_steps(length)
             block = isinstance(options, Block)
@@ -63,6 +78,7 @@ class HealStage:
                     tokens=None if steps is None else steps * options.batch * length,
                     minutes=options.minutes,
                     passes=BLOCK_PASSES if block else DISTILL_PASSES,
+                    added_bytes=added_bytes(draft, options),
                 )
             )
 
@@ -132,6 +148,9 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
             "got moving; remove the key",
         )
     train = getattr(options, "train", "all")
+    if train in ADAPTERS:
+        present[train] = finds_adaptable(draft, options, (each[:2] for each in found))
+        check_elastic(draft, where, options)
     if not present.get(train, True):
         key = "method" if options.method == train else "train"
         draft.problems.add(

@@ -402,6 +402,7 @@ def test_the_report_says_what_was_done(run: Run) -> None:
     assert record["warning"] is None
     assert record["seconds"] > 0
     assert record["peak_bytes"] > 1e6
+    assert record["tokens_per_second"] > 0
     assert [step for step, _ in record["losses"]] == list(range(17))
     model = AutoModelForCausalLM.from_pretrained(output / "checkpoint")
     scales = sum(
