@@ -66,7 +66,7 @@ def export(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a checkpoint as a dense model, as a GGUF file for llama.cpp, or with a smaller budget."""
+    """Write a checkpoint as a dense model, a GGUF file for llama.cpp, or with a smaller budget."""
     options = {"--type": matrices, "--embedding-type": embeddings, "--tokenizer": tokenizer}
     given = [name for name, value in options.items() if value is not None]
     if keep is not None:
@@ -113,7 +113,7 @@ def _export_budget(folder: Path, out: Path, keep: float, *, others: list[str]) -
             f"{others[0]}: cannot be combined with --keep; export the budget first, and then the "
             "result in another format"
         )
-    from lrc.compressors.checkpoint.export import export_budget
+    from lrc.compressors.checkpoint.budget_export import export_budget
 
     console.quiet_transformers()
     export_budget(folder, out, keep, key="--keep")

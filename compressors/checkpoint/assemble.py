@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.budgets import elastic_table
 from lrc.compressors.checkpoint.companions import copy_companions
+from lrc.compressors.checkpoint.elastic_budgets import elastic_table
 from lrc.compressors.checkpoint.manifest import write_manifest
 from lrc.compressors.checkpoint.plain import (
     compressed_tensors_config,

@@ -5,7 +5,7 @@ from typing import Any
 
 from accelerate import init_empty_weights
 
-from lrc.compressors.checkpoint.budgets import elastic_table
+from lrc.compressors.checkpoint.elastic_budgets import elastic_table
 from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.checkpoint.quantizer import LrcConfig, LrcQuantizer
 from lrc.compressors.checkpoint.writer import config_text

@@ -24,8 +24,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.budgets import BUDGET, budget_index, cut_model_, parse_budgets
 from lrc.compressors.checkpoint.config_tables import check_tables
+from lrc.compressors.checkpoint.elastic_budgets import (
+    BUDGET,
+    budget_index,
+    cut_model_,
+    parse_budgets,
+)
 from lrc.compressors.checkpoint.manifest import read_manifest
 from lrc.compressors.checkpoint.model_tables import (
     MODULES,

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.budgets import parse_budgets
 from lrc.compressors.checkpoint.config_tables import check_tables
+from lrc.compressors.checkpoint.elastic_budgets import parse_budgets
 from lrc.compressors.checkpoint.format import COPY_AGAIN
 from lrc.compressors.checkpoint.manifest import Manifest, read_manifest, read_object
 from lrc.compressors.checkpoint.plain import plain_name, read_plain

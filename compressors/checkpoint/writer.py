@@ -9,7 +9,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrc.compressors.checkpoint.budgets import BUDGET
+from lrc.compressors.checkpoint.elastic_budgets import BUDGET
 from lrc.compressors.checkpoint.format import ELASTIC
 
 INDEX = "model.safetensors.index.json"

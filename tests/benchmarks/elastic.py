@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lrc.compressors import pipeline
-from lrc.compressors.checkpoint.export import export_budget
+from lrc.compressors.checkpoint.budget_export import export_budget
 from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
 from lrc.compressors.evaluate.scores import evaluate_model
 from lrc.compressors.io.machine import release_memory

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.budgets import BUDGET, budget_index, parse_budgets
+from lrc.compressors.checkpoint.elastic_budgets import BUDGET, budget_index, parse_budgets
 from lrc.compressors.checkpoint.manifest import UNLISTED, read_object, write_manifest
 from lrc.compressors.checkpoint.reader import Contents, check_checkpoint
 from lrc.compressors.checkpoint.writer import INDEX, write_weights
