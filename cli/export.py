@@ -10,7 +10,7 @@ from lrc.cli import console
 from lrc.cli.bench import known
 from lrc.cli.options import Json, Quiet, TrustRemoteCode
 from lrc.configs.errors import RecipeError
-from lrc.configs.export import FORMATS, GGUF_TYPES
+from lrc.configs.export_types import FORMATS, GGUF_TYPES
 
 TYPES = "|".join(GGUF_TYPES)
 

@@ -21,7 +21,7 @@ from lrc.compressors.export.gguf_families import ALTERNATIVE, Family
 from lrc.compressors.export.stored_weights import Integers, StoredWeights
 from lrc.compressors.io.shortened import shortened
 from lrc.configs.errors import ExportError
-from lrc.configs.export import FLOAT_TYPES, GGUF_TYPES
+from lrc.configs.export_types import FLOAT_TYPES, GGUF_TYPES
 
 ROLES = ("integers", "weights", "products", "vectors")
 """How a tensor relates to the checkpoint: the stored codes as blocks, a weight of the source, the
