@@ -72,6 +72,11 @@ def export(
     if keep is not None:
         _export_budget(folder, out, keep, others=["--format"] if form else given)
         return
+    if not form:
+        raise RecipeError(
+            f"--format: missing; give {' or '.join(FORMATS)}, or --keep for a budget of an elastic "
+            "checkpoint"
+        )
     known("--format", form, FORMATS)
     if form == "dense" and given:
         raise RecipeError(f"{given[0]}: is an option of --format gguf; leave it out")
