@@ -41,7 +41,7 @@ def check_loading(plan: Plan, model: Any) -> None:
     }
     block = quantization_config(modules, tables_of(model.config))
     try:
-        text = config_text(model.config, block, plan.model.dtype)
+        text = config_text(model, block, plan.model.dtype)
         config = type(model.config).from_dict(json.loads(text, object_hook=_special_float))
         with init_empty_weights(include_buffers=False):
             result = type(model)(config)
