@@ -1,6 +1,6 @@
 """What a serving engine does not support of a checkpoint, and what it must have loaded."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,56 @@ def check_supported(
                 "transformers",
                 code=UNSUPPORTED,
             )
+
+
+def check_version_of(
+    package: str, version: str, first: tuple[int, int], after: tuple[int, int]
+) -> None:
+    """Reject versions of an engine with which lrc was not tested.
+
+    Parameters
+    ----------
+    package, version : str
+    first, after : tuple of int
+        The first version that is supported, and the first after it that is not.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
+    if not first <= numbers < after:
+        oldest, newest = (".".join(map(str, each)) for each in (first, after))
+        raise CheckpointError(
+            f"{package}: must be at least {oldest} and older than {newest} to serve a checkpoint "
+            f"of lrc, got {version}; install such a version, or serve a plain checkpoint (slicing, "
+            "or integers without factors)",
+            code=UNSUPPORTED,
+        )
+
+
+def fused_names(prefix: str, mapping: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the names of the layers that an engine fuses into one.
+
+    >>> fused_names("model.layers.0.mlp.gate_up_proj", {"gate_up_proj": ["gate_proj", "up_proj"]})
+    ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
+    """
+    parent, dot, leaf = prefix.rpartition(".")
+    return [f"{parent}{dot}{name}" for name in mapping.get(leaf, [leaf])]
+
+
+def embedding_name(
+    prefix: str, shape: tuple[int, int], modules: Mapping[str, WeightConfig]
+) -> str | None:
+    """Return the name of a quantized embedding or head in the checkpoint; None if it is neither.
+
+    Some classes of engines do not state the name of the input embedding. It is then the only module
+    of this shape that is not an output head.
+    """
+    if prefix:
+        return prefix if prefix in modules else None
+    found = [name for name, c in modules.items() if c.shape == shape and "head" not in name]
+    return found[0] if len(found) == 1 else None
 
 
 class LayerTensors:

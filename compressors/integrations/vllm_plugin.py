@@ -22,13 +22,18 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from lrc.compressors.checkpoint.format import QUANT_METHOD, check_version, parse_modules
-from lrc.compressors.integrations.serving_checks import UNSUPPORTED, check_supported, check_used
+from lrc.compressors.integrations.serving_checks import (
+    check_supported,
+    check_used,
+    check_version_of,
+    embedding_name,
+    fused_names,
+)
 from lrc.compressors.integrations.vllm_methods import (
     CompressedEmbeddingMethod,
     CompressedLinearMethod,
 )
 from lrc.compressors.layers import WeightConfig
-from lrc.configs.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +87,7 @@ class LrcConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         CheckpointError
             If the block is damaged, or this plugin does not support the checkpoint or vLLM.
         """
-        check_engine(vllm.__version__)
+        check_version_of("vllm", vllm.__version__, *TESTED)
         where = "config.json: quantization_config"
         check_version(config.get("format_version"), where)
         modules = parse_modules(config.get("modules", {}), where)
@@ -99,8 +104,7 @@ class LrcConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
             return self._embedding_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
-        parent, dot, leaf = prefix.rpartition(".")
-        names = [parent + dot + n for n in self.packed_modules_mapping.get(leaf, [leaf])]
+        names = fused_names(prefix, self.packed_modules_mapping)
         configs = [self.modules.get(name) for name in names]
         self._used.update(name for name in names if name in self.modules)
         if not any(configs):
@@ -114,12 +118,9 @@ class LrcConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         return super().get_checkpoint_weight_mapper()
 
     def _embedding_method(self, layer: Any, prefix: str) -> CompressedEmbeddingMethod | None:
-        name: str | None = prefix
-        if not prefix:  # some classes do not state it for the input embedding
-            shape = (layer.org_vocab_size, layer.embedding_dim)
-            found = [n for n, c in self.modules.items() if c.shape == shape and "head" not in n]
-            name = found[0] if len(found) == 1 else None
-        if name is None or name not in self.modules:
+        shape = (layer.org_vocab_size, layer.embedding_dim)
+        name = embedding_name(prefix, shape, self.modules)
+        if name is None:
             return None
         self._used.add(name)
         return CompressedEmbeddingMethod(name, self.modules[name], self._report)
@@ -142,24 +143,6 @@ class LrcConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
                 self._bytes[1] / MIB,
                 self._bytes[0] / MIB,
             )
-
-
-def check_engine(version: str) -> None:
-    """Reject a version of vLLM with which the plugin was not tested.
-
-    Raises
-    ------
-    CheckpointError
-    """
-    numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
-    if not TESTED[0] <= numbers < TESTED[1]:
-        first, after = (".".join(map(str, each)) for each in TESTED)
-        raise CheckpointError(
-            f"vllm: must be at least {first} and older than {after} to serve a checkpoint of lrc, "
-            f"got {version}; install such a version, or serve a plain checkpoint (slicing, or "
-            "integers without factors)",
-            code=UNSUPPORTED,
-        )
 
 
 def register() -> None:

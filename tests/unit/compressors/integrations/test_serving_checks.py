@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from lrc.compressors.integrations.serving_checks import LayerTensors, check_supported, check_used
-from lrc.compressors.layers import ComponentConfig, WeightConfig
+from lrc.compressors.integrations.serving_checks import (
+    LayerTensors,
+    check_supported,
+    check_used,
+    check_version_of,
+    embedding_name,
+    fused_names,
+)
+from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
 from lrc.configs.errors import CheckpointError
 
 Q_PROJ, K_PROJ = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
@@ -91,3 +98,31 @@ def test_a_layer_without_compression_has_its_weight_alone() -> None:
 def test_a_layer_of_another_shape_is_rejected() -> None:
     with pytest.raises(CheckpointError, match=r"shape must be \[8, 4\], got \[8, 6\]"):
         LayerTensors(Q_PROJ, LOW_RANK, (8, 4))
+
+
+@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "1.0", "dev"])
+def test_other_versions_of_an_engine_are_rejected(version) -> None:
+    with pytest.raises(CheckpointError, match=f"vllm: must be at least 0.32 .* got {version};"):
+        check_version_of("vllm", version, (0, 32), (0, 33))
+
+
+def test_tested_versions_are_accepted() -> None:
+    for version in ("0.32.0", "0.32.1.post1", "0.32.2+cpu"):
+        check_version_of("vllm", version, (0, 32), (0, 33))
+
+
+def test_names_of_fused_layers() -> None:
+    mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    assert fused_names("a.qkv_proj", mapping) == ["a.q_proj", "a.k_proj", "a.v_proj"]
+    assert fused_names("a.o_proj", mapping) == ["a.o_proj"]
+    assert fused_names("lm_head", mapping) == ["lm_head"]
+
+
+def test_an_embedding_without_a_name_is_found_by_its_shape() -> None:
+    rows = WeightConfig((50, 6), (ComponentConfig("dense", {}, QuantizationArgs(8)),))
+    modules = {"model.embed_tokens": rows, "lm_head": rows, Q_PROJ: LOW_RANK}
+    assert embedding_name("", (50, 6), modules) == "model.embed_tokens"
+    assert embedding_name("lm_head", (50, 6), modules) == "lm_head"
+    assert embedding_name("", (60, 6), modules) is None
+    assert embedding_name("transformer.wte", (50, 6), modules) is None
+    assert embedding_name("", (50, 6), {**modules, "model.other": rows}) is None
