@@ -21,6 +21,8 @@ from lrc.compressors.layers.packing import encode_matrix
 with warnings.catch_warnings():  # of vLLM's imports
     warnings.simplefilter("ignore")
     pytest.importorskip("vllm")
+    from vllm.model_executor import parameter
+
     from lrc.compressors.integrations.vllm_methods import CompressedLinearMethod
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -28,6 +30,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 D_IN = 64
 INT4 = QuantizationArgs.parse("int4-g32")
 X = torch.randn(7, D_IN, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters of vLLM ask for the group of processes, which an engine makes."""
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
 
 
 def numbers(*shape: int) -> Tensor:
