@@ -13,7 +13,8 @@ from lrc.compressors.integrations.terms import Matrix
 from lrc.compressors.layers.packing import repack_integers
 
 KERNEL_BITS = (4, 8)
-"""Bits for which vLLM's kernels are used; some accept others without supporting them."""
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+"""For which vLLM's kernels are used; some accept others and then fail or are wrong."""
 
 
 class DenseProduct(nn.Module):
@@ -49,8 +50,8 @@ class IntegerProduct(nn.Module):
         args, (rows, columns) = matrix.args, matrix.shape
         assert args is not None
         assert matrix.scale is not None
-        if args.bits not in KERNEL_BITS:
-            raise ValueError(f"int{args.bits} is not one of int4 and int8")
+        if args.bits not in KERNEL_BITS or matrix.scale.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"vLLM has no kernel for {args} in {matrix.scale.dtype}")
         self._scheme: Any = CompressedTensorsWNA16(
             "channel" if args.group_size is None else "group",
             args.bits,

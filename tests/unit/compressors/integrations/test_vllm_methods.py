@@ -76,6 +76,7 @@ def served(
     rank: int = 0,
     devices: int = 1,
     d_in: int = D_IN,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, CompressedLinearMethod, list[Any]]:
     """Create a layer as vLLM does, load the tensors, and return it with its method and reports."""
     reports: list[Any] = []
@@ -85,7 +86,7 @@ def served(
     )
     layer = nn.Module()
     vars(layer).update(tp_rank=rank, tp_size=devices, has_bias=False)
-    method.create_weights(layer, d_in, sizes, D_IN, output_size, torch.float32)
+    method.create_weights(layer, d_in, sizes, D_IN, output_size, dtype)
     for (_, tensors), shard in zip(parts, shards, strict=True):
         for name, tensor in tensors.items():
             parameter: Any = layer.get_parameter(name)
@@ -102,10 +103,26 @@ def test_one_layer(kind) -> None:
     part = stored(kind, 96)
     layer, method, reports = served([part], [None], [96], 96)
     torch.testing.assert_close(method.apply(layer, X), reference(*part, X), rtol=1e-4, atol=1e-4)
-    assert [report[:2] for report in reports] == [(["part0"], [])]
+    # Kernels for integers multiply inputs of 16 bits.
+    assert [report[:2] for report in reports] == [(["part0"], ["int4-g32"] * (kind == "integers"))]
     bias = numbers(96)
     with_bias = method.apply(layer, X, bias)
     torch.testing.assert_close(with_bias, method.apply(layer, X) + bias)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_integers_are_multiplied_by_a_kernel_in_16_bits(divided) -> None:
+    part = stored("integers", 64)
+    found = []
+    for rank in range(1 + divided):
+        rows = 64 // (1 + divided)
+        layer, method, reports = served(
+            [part], [None], [rows], 64, rank=rank, devices=1 + divided, dtype=torch.bfloat16
+        )
+        assert reports[0][1] == []
+        found.append(method.apply(layer, X.bfloat16()).float())
+    # Sums of 64 products of bfloat16 numbers, which are rounded to 2 ** -8.
+    torch.testing.assert_close(torch.cat(found, -1), reference(*part, X), rtol=0.03, atol=0.03)
 
 
 def test_fused_layers_of_different_forms() -> None:
