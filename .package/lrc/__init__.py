@@ -11,11 +11,11 @@
 from importlib import metadata
 from typing import Any
 
-from lrc._register import register_with_transformers
+from lrc._register import register_loaders
 
 __version__ = metadata.version("lrc-compress")
 
-register_with_transformers()
+register_loaders()
 
 
 def __getattr__(name: str) -> Any:

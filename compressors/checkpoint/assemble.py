@@ -99,7 +99,7 @@ def write_checkpoint(
     block = layout.quantization_config(modules, {**tables, **budgets})
     if plain and modules:
         block = compressed_tensors_config(modules, linears)
-    write_config(folder, architecture.model.config, block, plan.model.dtype)
+    write_config(folder, architecture.model, block, plan.model.dtype)
     generation = getattr(architecture.model, "generation_config", None)
     stored_generation = reader.folder / "generation_config.json"
     if stored_generation.is_file():

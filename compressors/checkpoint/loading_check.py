@@ -43,7 +43,7 @@ def check_loading(plan: Plan, model: Any) -> None:
     tables = {**tables_of(model.config), **elastic_table(modules, plan.elastic)}
     block = quantization_config(modules, tables)
     try:
-        text = config_text(model.config, block, plan.model.dtype)
+        text = config_text(model, block, plan.model.dtype)
         config = type(model.config).from_dict(json.loads(text, object_hook=_special_float))
         with init_empty_weights(include_buffers=False):
             result = type(model)(config)

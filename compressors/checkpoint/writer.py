@@ -45,9 +45,14 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def config_text(config: Any, block: Mapping[str, Any], dtype: str) -> str:
-    """Return a ``config.json``: that of the architecture, `block` as `quantization_config`."""
-    content = json.loads(config.to_json_string(use_diff=True)) | {"dtype": dtype}
+def config_text(model: Any, block: Mapping[str, Any], dtype: str) -> str:
+    """Return a ``config.json``: that of the model, `block` as `quantization_config`.
+
+    `architectures` names the class of `model`, which some sources do not state (GGUF files) or
+    state for the decoder alone: serving engines and converters choose their code by it.
+    """
+    content = json.loads(model.config.to_json_string(use_diff=True))
+    content |= {"architectures": [type(model).__name__], "dtype": dtype}
     for key in ("_name_or_path", "quantization_config"):
         content.pop(key, None)
     if block:
@@ -57,6 +62,6 @@ def config_text(config: Any, block: Mapping[str, Any], dtype: str) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-def write_config(folder: Path, config: Any, block: Mapping[str, Any], dtype: str) -> None:
+def write_config(folder: Path, model: Any, block: Mapping[str, Any], dtype: str) -> None:
     """Write ``config.json``, see `config_text`."""
-    (folder / "config.json").write_text(config_text(config, block, dtype), encoding="utf-8")
+    (folder / "config.json").write_text(config_text(model, block, dtype), encoding="utf-8")

@@ -17,6 +17,7 @@ from lrc.compressors.kernels import one_row
 from lrc.compressors.layers.packed_weight import PackedLinear
 from lrc.compressors.layers.packing import read_values
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpecs
+from lrc.compressors.layers.recomputed import product
 from lrc.compressors.layers.stacked_factors import StackedFactors
 
 Device = torch.device | str | None
@@ -193,7 +194,7 @@ class Component(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out], by default with the materialized matrix."""
-        return nn.functional.linear(x, self.matrix())
+        return product(x, self.matrix, self)
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -262,8 +263,10 @@ class SharedFactorComponent(Component):
     """
 
     owner: "SharedFactorComponent | None" = None
+    shared = False
+    """Whether other layers use the factor of this one."""
 
-    def use_factor_of(self, owner: Component) -> None:
+    def use_factor_of(self, owner: "SharedFactorComponent") -> None:
         """Use the factor ``a`` of `owner` from now on.
 
         Raises
@@ -284,6 +287,7 @@ class SharedFactorComponent(Component):
             )
         # Not registered: it would appear once per layer in state_dict() and named_modules().
         object.__setattr__(self, "owner", owner)
+        owner.shared = True
 
     @property
     def first(self) -> Any:

@@ -1,6 +1,7 @@
 """The layer that takes the place of a compressed linear layer."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.layers.component import (
     Component,
+    ComponentConfig,
     Device,
     SharedFactorComponent,
     finite_problems,
@@ -133,6 +135,56 @@ class CompressedLinear(nn.Module):
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear
+
+    @torch.no_grad()
+    def plus_low_rank(
+        self, B: Tensor, A: Tensor, *, bias: Tensor | None = None
+    ) -> "CompressedLinear":
+        """Return a layer with the product ``B @ A`` added to its weight; this one is unchanged.
+
+        The product becomes a `low_rank` component, or columns and rows of the one that the layer
+        has. The tensors of all other components belong to both layers.
+
+        Parameters
+        ----------
+        B : Tensor, shape [d_out, rank]
+        A : Tensor, shape [rank, d_in]
+        bias : Tensor, shape [d_out], optional
+            Added to the bias of the layer.
+
+        Raises
+        ------
+        ValueError
+            If the layer has a `low_rank` component that is quantized or shared with other layers.
+        """
+        like = next(self.parameters())
+        old: Any = self._modules.get(LowRank.TYPE)
+        if old is not None:
+            if old.config.quantization is not None or old.shared or old.owner is not None:
+                kind = "quantized" if old.config.quantization is not None else "shared"
+                raise ValueError(
+                    f"the low-rank factors of the layer are {kind}, and cannot get more columns"
+                )
+            B = torch.cat([old.b.weight, B.to(like)], dim=1)
+            A = torch.cat([old.a.weight, A.to(like)])
+            if old.stack is not None:
+                old.stack.dissolve()
+        config = ComponentConfig(LowRank.TYPE, {"rank": len(A)})
+        added = LowRank(self.config.shape, config, device=like.device, dtype=like.dtype)
+        added.load_state_dict({"a.weight": A, "b.weight": B})
+        added.requires_grad_(like.requires_grad)
+        layer = copy(self)
+        layer._modules = {**self._modules, LowRank.TYPE: added}
+        layer._parameters = dict(self._parameters)
+        if bias is not None:
+            whole = bias.to(like) if self.bias is None else self.bias + bias
+            layer.bias = nn.Parameter(whole, requires_grad=like.requires_grad)
+        layer.config = replace(
+            self.config,
+            components=tuple(c.config for c in layer.components),
+            bias=self.config.bias or (self.bias is None and bias is not None),
+        )
+        return layer
 
     def problems(self) -> list[str]:
         """Return violated invariants of the loaded tensors."""

@@ -3,12 +3,13 @@
 from abc import abstractmethod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrc.compressors.kernels import FastPath, Need, run_or_restore, select
 from lrc.compressors.kernels.masked import EIGHT_OF, Masked, prepare
 from lrc.compressors.layers.component import Component
 from lrc.compressors.layers.quantization_args import VALUES_GROUP
+from lrc.compressors.layers.recomputed import product
 
 
 class MaskedWeight(FastPath, Component):
@@ -53,7 +54,7 @@ class MaskedWeight(FastPath, Component):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
         y = self.masked_product(x)
-        return nn.functional.linear(x, self.matrix()) if y is None else y
+        return product(x, self.matrix, self) if y is None else y
 
     def _select(self) -> str | None:
         args, mask = self.config.quantization, self._buffers.get("mask")

@@ -10,6 +10,7 @@ from lrc.compressors.kernels import FastPath, Need, run_or_restore, select
 from lrc.compressors.kernels.implementations import Layout
 from lrc.compressors.layers.packing import dequantize, repack_integers, unpack_integers
 from lrc.compressors.layers.quantization_args import QuantizationArgs
+from lrc.compressors.layers.recomputed import product
 
 CONVERTED = "converted_"
 """Prefix of the buffers of a converted copy; they are not part of the state dict."""
@@ -78,7 +79,7 @@ class PackedWeight(FastPath):
         assert scale is not None
         args, (rows, columns) = self._args(), self.packed_shape
         if x.shape[-1] != columns or not self.is_fast(x, scale):
-            return nn.functional.linear(x, self.packed_matrix())
+            return product(x, self.packed_matrix, self)
         # Converted scales are copies. Guards of compiled code do not see versions of tensors.
         converted = self._copy is not None and not torch.compiler.is_compiling()
         if converted and self._scale_state != state_of(scale):

@@ -69,7 +69,7 @@ class StackedFactors:
                     return None
                 return self._take(position, x, product, waiting)
             if not self._confirmed:
-                self._dissolve()
+                self.dissolve()
         if self._dissolved or recording or not (self._stacked() or self.stack()):
             return None
         weight = self._weight
@@ -131,7 +131,8 @@ class StackedFactors:
                 return False
         return True
 
-    def _dissolve(self) -> None:
+    def dissolve(self) -> None:
+        """Let every layer multiply by itself from now on."""
         self._dissolved = True
         self._weight, self._rows = None, ()
 

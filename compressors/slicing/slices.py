@@ -29,7 +29,13 @@ FACTS = "lrc-slice.json"
 PENDING = "pending"
 """Key in the facts of a planned slice: the shapes that calibration will choose."""
 # Config keys that record how a model was stored and read. No slicing method changes them.
-PROVENANCE = {"dtype", "_name_or_path", "quantization_config", "transformers_version"}
+PROVENANCE = {
+    "architectures",
+    "dtype",
+    "_name_or_path",
+    "quantization_config",
+    "transformers_version",
+}
 
 
 def plan_slices(
@@ -113,7 +119,8 @@ def apply_slice(
 ) -> None:
     """Slice the model of the context and write the smaller model into an empty folder."""
     sliced = METHODS[options.method].apply(context, options, config)
-    stored = build(sliced_source(source, sliced.config)).stored_parameters()
+    architecture = build(sliced_source(source, sliced.config))
+    stored = architecture.stored_parameters()
     # The writer asks for a tensor larger than a shard out of order, which a stream cannot serve.
     largest = max(t.numel() * t.element_size() for t in stored.values())
     write_weights(
@@ -122,9 +129,8 @@ def apply_slice(
         _sequential_reader(sliced.tensors, stored),
         max_shard_bytes=max(MAX_SHARD_BYTES, largest),
     )
-    write_config(
-        folder, sliced.config, quantization_config({}, tables_of(sliced.config)), source.spec.dtype
-    )
+    block = quantization_config({}, tables_of(sliced.config))
+    write_config(folder, architecture.model, block, source.spec.dtype)
     text = json.dumps(sliced.facts, indent=1) + "\n"
     (folder / FACTS).write_text(text, encoding="utf-8")
 

@@ -178,7 +178,7 @@ def stored(request, families, tmp_path_factory) -> Stored:
     tensors = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
     folder = tmp_path_factory.mktemp("components")
     write_weights(folder, {n: t.to("meta") for n, t in tensors.items()}, tensors.__getitem__)
-    write_config(folder, dense.config, quantization_config(modules, {}), "float32")
+    write_config(folder, dense, quantization_config(modules, {}), "float32")
     return Stored(folder, dense, modules)
 
 

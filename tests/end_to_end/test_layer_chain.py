@@ -151,9 +151,9 @@ def test_a_result_that_could_not_be_loaded_is_rejected_before_any_work(
     """A model is built from the config of the result, and its layers replaced, for the plan."""
     whole = loading_check.config_text
 
-    def damaged(config: Any, block: dict[str, Any], dtype: str) -> str:
+    def damaged(model: Any, block: dict[str, Any], dtype: str) -> str:
         modules = {name.replace("q_proj", "w_proj"): c for name, c in block["modules"].items()}
-        return whole(config, {**block, "modules": modules}, dtype)
+        return whole(model, {**block, "modules": modules}, dtype)
 
     monkeypatch.setattr(loading_check, "config_text", damaged)
     for command in ("plan", "compress"):

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,26 @@ def test_every_command_refuses_what_is_another_model(
     ):
         lrc(*command).refuses(1, word, code="invalid-model")
     assert not output.exists()
+
+
+STAGES: dict[str, list[dict[str, Any]]] = {
+    "plain": RTN,
+    "factors": [{"decompose": {"method": "svd", "keep": 0.6}}],
+    "sliced": [{"slice": {"method": "drop", "keep": 0.9}}],
+}
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_results_of_a_gguf_file_name_their_class(
+    stages, lrc, write_gguf, tiny_llama, tiny_model_folder, output, tiny_recipe
+) -> None:
+    """Serving engines and converters choose their code by it, and GGUF files do not state it."""
+    source = write_gguf(output.with_name("tiny.gguf"), tiny_llama(num_hidden_layers=3))
+    model = {"path": str(source), "tokenizer": str(tiny_model_folder)}
+    recipe = tiny_recipe(source, output, model=model, stages=STAGES[stages])
+    assert lrc("compress", recipe).code == 0
+    config = json.loads((output / "checkpoint/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_every_command_refuses_a_gguf_that_transformers_would_read_as_another_model(

@@ -1,0 +1,157 @@
+"""Compare vLLM with transformers on checkpoints: greedy tokens, and perplexity.
+
+    python tests/benchmarks/vllm_check.py --text FILE CHECKPOINT...
+
+Both run in float32 by default, so that rounding changes no token. vLLM has kernels for integers in
+16 bits only: use ``--dtype bfloat16`` to test them. For every checkpoint, a process generates with
+transformers one prompt at a time and with vLLM all prompts, which differ in length, in one batch;
+and measures the perplexity of windows of the text. Prints a Markdown table; exit code 1 if a token
+differs or the perplexity differs by more than 0.1 %.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+import lrc  # noqa: F401  # registers the format with transformers
+
+PROMPTS = (
+    "A compiler is a program that",
+    "The three most important things to know about the history of the city of Rome are that it "
+    "was founded on seven hills, that it ruled the Mediterranean for centuries, and that",
+)
+LARGEST_DIFFERENCE = 1e-3  # of the perplexities, relative
+
+
+def check(
+    folder: Path, text: str, tokens: int, window: int, windows: int, dtype: str, eager: bool
+) -> None:
+    """Compare one checkpoint; print a JSON record as the last line."""
+    import vllm
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    ids = tokenizer(text)["input_ids"][: window * windows]
+    rows = [ids[start : start + window] for start in range(0, len(ids), window)]
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    expected, nats = [], []
+    with torch.no_grad():
+        for prompt in prompts:
+            found = model.generate(
+                torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=None
+            )
+            expected.append(found[0, len(prompt) :].tolist())
+        for row in rows:
+            logits = model(torch.tensor([row])).logits[0, :-1].float()
+            nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:])))
+    theirs = math.exp(float(torch.stack(nats).mean()))
+    del model
+
+    start = time.perf_counter()
+    llm = vllm.LLM(
+        str(folder), dtype=dtype, enforce_eager=eager, max_model_len=window + 16, max_num_seqs=4
+    )
+    seconds = time.perf_counter() - start
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = [each.outputs[0].token_ids for each in llm.generate(requests, greedy)]
+    scored = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    results = llm.generate([{"prompt_token_ids": row} for row in rows], scored)
+    logprobs = [
+        [
+            steps[token].logprob
+            for token, steps in zip(row[1:], each.prompt_logprobs[1:], strict=True)
+        ]
+        for row, each in zip(rows, results, strict=True)
+    ]
+    ours = math.exp(-sum(map(sum, logprobs)) / sum(map(len, logprobs)))
+    equal = sum(
+        a == b
+        for ours_, theirs_ in zip(outputs, expected, strict=True)
+        for a, b in zip(ours_, theirs_, strict=True)
+    )
+    record = {
+        "name": folder.parent.name if folder.name == "checkpoint" else folder.name,
+        "equal": equal,
+        "tokens": tokens * len(prompts),
+        "transformers": theirs,
+        "vllm": ours,
+        "seconds": seconds,
+    }
+    print(json.dumps(record))
+
+
+def main() -> int:
+    """Check every folder in its own process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--text", type=Path, required=True, help="a .txt file, or .jsonl with text")
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--compile", action="store_true", help="without enforce_eager")
+    parser.add_argument("--here", action="store_true", help="one folder, in this process")
+    options = parser.parse_args()
+    if options.here:
+        text = options.text.read_text(encoding="utf-8")
+        if options.text.suffix == ".jsonl":
+            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines()[:200])
+        sizes = (options.tokens, options.window, options.windows)
+        check(options.folders[0], text, *sizes, options.dtype, eager=not options.compile)
+        return 0
+    parts = [f"{name} {version(name)}" for name in ("torch", "transformers", "lrc-compress")]
+    print(
+        f"vLLM {vllm_version()}, {', '.join(parts)}, {os.cpu_count()} CPU cores, {options.dtype}\n"
+    )
+    print("| checkpoint | equal tokens | perplexity, transformers | vLLM | load, s |")
+    print("|---|---|---|---|---|", flush=True)
+    failed = 0
+    for folder in options.folders:
+        arguments = [*sys.argv[1:]]
+        for other in options.folders:
+            arguments.remove(str(other))
+        command = [sys.executable, __file__, "--here", *arguments, str(folder)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = ended.stdout.splitlines()
+        if ended.returncode or not lines:
+            failed += 1
+            print(f"| {folder} | failed | | | |\n{ended.stderr[-4000:]}", flush=True)
+            continue
+        r = json.loads(lines[-1])
+        difference = abs(r["vllm"] / r["transformers"] - 1)
+        failed += r["equal"] < r["tokens"] or difference > LARGEST_DIFFERENCE
+        print(
+            f"| {r['name']} | {r['equal']} of {r['tokens']} | {r['transformers']:.4f} "
+            f"| {r['vllm']:.4f} | {r['seconds']:.0f} |",
+            flush=True,
+        )
+        warnings = [line for line in ended.stderr.splitlines() if "has no kernel" in line]
+        print(*warnings, sep="\n", end="\n" * bool(warnings), flush=True)
+    return int(failed > 0)
+
+
+def vllm_version() -> str:
+    """Return the version, under either name of the package."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
