@@ -59,7 +59,7 @@ def write_dense(weights: StoredWeights, folder: Path, on_step: OnStep) -> list[s
         return _padded(weights.read(name).to(weights.dtype), list(meta[name].shape))
 
     write_weights(folder, meta, read)
-    write_config(folder, config, block, weights.source.spec.dtype)
+    write_config(folder, full.model, block, weights.source.spec.dtype)
     copy_companions(weights.source, folder)
     return [NEEDS_LRC] if biases else []
 

@@ -59,7 +59,6 @@ class CompressedLinear(nn.Module):
         self.config = config
         self.out_features, self.in_features = config.shape
         self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8, device=device))
-        self._terms = tuple(c.type for c in config.components)
         for c in config.components:
             made = COMPONENTS[c.type](config.shape, c, device=device, dtype=dtype)
             self.add_module(c.type, made)
@@ -102,9 +101,10 @@ class CompressedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
         children: dict[str, Any] = self._modules  # `getattr` and `children` are slow
-        y: Tensor = children[self._terms[0]](x)
-        for name in self._terms[1:]:
-            y = y + children[name](x)
+        first, *others = self.config.components
+        y: Tensor = children[first.type](x)
+        for term in others:
+            y = y + children[term.type](x)
         return y if self.bias is None else y + self.bias
 
     def cut_(self, index: int) -> None:
