@@ -134,7 +134,10 @@ class Evaluator:
 
     def _score_pair(self) -> Scores:
         """Compare both models on what the journal lacks."""
-        scores = self._stored(PAIR, BOTH) or unmeasured_pair(self.options)
+        wanted = unmeasured_pair(self.options)
+        if not wanted["missing"]:
+            return wanted
+        scores = self._stored(PAIR, BOTH) or wanted
         if scores["missing"]:
 
             def load() -> tuple[Any, Any]:

@@ -107,7 +107,10 @@ def agreement_entry(
     result = asdict(compare_predictions(dense, compressed, windows, on_window=on_window))
     return {
         **_flat(result),
-        "positions": [_flat(each) for each in result["positions"]],
+        # A list, as it is read back.
+        "positions": [
+            {**_flat(each), "context": list(each["context"])} for each in result["positions"]
+        ],
         "text_sha256": windows.sha256,
     }
 
