@@ -85,7 +85,7 @@ SCHEMA = {
     ),
     "evaluation.domain_gap": "a sentence if text that is not in domain loses much more; or null",
     "evaluation.kl.NAME.{forward,reverse}": (
-        "KL(dense || compressed) and KL(compressed || dense), nats per token"
+        "KL divergence of compressed from dense, and the reverse, nats per token"
     ),
     "evaluation.kl.NAME.agreement": "fraction of positions with the same most likely token",
     "evaluation.kl.NAME.stderr": (
