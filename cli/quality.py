@@ -81,7 +81,8 @@ def _print_agreement(kl: dict[str, Any]) -> None:
         table.add_row(f"{name} ({entry['tokens']:,} tokens)", *agreement_cells(entry))
         for part in entry["positions"]:
             first, last = part["context"]
-            table.add_row(f"  after {first:,} to {last:,} tokens", *agreement_cells(part))
+            numbers = f"{first:,} to {last:,} tokens" if first < last else _tokens(first)
+            table.add_row(f"  after {numbers}", *agreement_cells(part))
     if table.rows:
         OUT.print(table)
 
@@ -95,10 +96,14 @@ def agreement_cells(entry: dict[str, Any]) -> list[str]:
     ]
 
 
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count:,} tokens"
+
+
 def _print_generation(each: dict[str, Any]) -> None:
     """Print the continuations of a prompt, one below the other."""
     first, count = each["first_difference"], each["new_tokens"]
-    where = "the same text" if first is None else f"differ after {first:,} tokens"
+    where = "the same text" if first is None else f"differ after {_tokens(first)}"
     numbers = f"{count['dense']:,} and {count['compressed']:,} new tokens"
     OUT.print(f"[bold]prompt[/]: {escape(each['prompt'])} [dim]({numbers}, {where})[/]")
     for model in ("dense", "compressed"):

@@ -76,7 +76,7 @@ def test_predictions_are_compared_in_report_table_and_card(
         for value, error in zip(found[:2], ("forward", "reverse"), strict=True):
             assert f"{value:.4f} ± {entry['stderr'][error]:.4f}" in text
     assert "english (93 tokens)" in said
-    assert "after 1 to 1 tokens" in said
+    assert "after 1 token 0." in said
     assert "in domain" in said
 
     first, second = evaluation["generations"]
