@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lrc.compressors.evaluate.scores import (
     list_missing,
     missing_sentences,
 )
+from lrc.compressors.evaluate.side_by_side import evaluate_pair, refuse_pair, unmeasured_pair
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.models import source as models
 from lrc.compressors.models.architecture import build
@@ -47,7 +48,11 @@ def run(
     seed: int,
     trusted: bool = False,
 ) -> dict[str, Any]:
-    """Measure every checkpoint; return checkpoint -> scores, and the warnings about it."""
+    """Measure every checkpoint; return checkpoint -> scores, and the warnings about it.
+
+    The predictions of all but the first are compared with those of the first, if both have the same
+    tokens.
+    """
 
     def labelled(checkpoint: str, stage: str, done: int, total: int) -> None:
         machine.on_step(f"{checkpoint}: {stage}", done, total)
@@ -64,14 +69,53 @@ def run(
             for text in texts:
                 machine.on_warning(f"{checkpoint}: {text}")
             check_evaluation(*load_skeleton(checkpoint, trusted=trusted), request, seed=seed)
-        scores = {}
+        scores: dict[str, Any] = {}
         for checkpoint in checkpoints:
             model, tokenizer = load_model(checkpoint, machine.chosen, trusted=trusted)
             step = partial(labelled, checkpoint)
-            scores[checkpoint] = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
-            scores[checkpoint]["warnings"] = warnings[checkpoint]
+            found = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
+            found |= {"warnings": warnings[checkpoint], "kl": {}}
+            if scores and request.compared_texts:
+                first = _First(checkpoints[0], machine.chosen, trusted)
+                if first.has_vocabulary_of(model, tokenizer):
+                    pair = evaluate_pair(
+                        partial(first.beside, model),
+                        tokenizer,
+                        request,
+                        unmeasured_pair(request),
+                        on_step=step,
+                    )
+                    found["kl"] = pair["kl"]
+                    found["missing"] |= pair["missing"]
+                else:
+                    text = f"has another vocabulary than {checkpoints[0]}; no KL divergence from it"
+                    machine.on_warning(f"{checkpoint}: {text}")
+                    found["warnings"].append(text)
+            scores[checkpoint] = found
             del model
     return scores
+
+
+@dataclass(frozen=True)
+class _First:
+    """The checkpoint with which the others are compared."""
+
+    path: str
+    device: str
+    trusted: bool
+
+    def has_vocabulary_of(self, model: Any, tokenizer: Any) -> bool:
+        """Return whether its tokens are those of another checkpoint, which is in memory."""
+        skeleton, own = load_skeleton(self.path, trusted=self.trusted)
+        sizes = {each.config.get_text_config().vocab_size for each in (skeleton, model)}
+        return len(sizes) == 1 and bool(own.get_vocab() == tokenizer.get_vocab())
+
+    def beside(self, model: Any) -> tuple[Any, Any]:
+        """Load it, and return it with another checkpoint."""
+        skeleton, _ = load_skeleton(self.path, trusted=self.trusted)
+        # On a CPU, models run in float32.
+        refuse_pair(4 * sum(p.numel() for p in skeleton.parameters()), self.device)
+        return load_model(self.path, self.device, trusted=self.trusted)[0], model
 
 
 def raise_if_missing(blocks: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from lrc.cli import console
 from lrc.cli.evaluate import check_model, load_model, options_in_errors
+from lrc.compressors.evaluate.generations import continue_greedily
 from lrc.compressors.io.machine import Machine
 from lrc.configs.errors import RecipeError
 
@@ -32,8 +33,4 @@ def run(
 
 def _continuation(path: str, prompt: str, tokens: int, device: str, trusted: bool) -> str:
     model, tokenizer = load_model(path, device, trusted=trusted)
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
-    written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0]
-    new = written[inputs["input_ids"].shape[1] :]
-    text: str = tokenizer.decode(new, skip_special_tokens=True)
-    return text
+    return continue_greedily(model, tokenizer, prompt, tokens).text

@@ -177,13 +177,21 @@ def evaluate(
     windows: Annotated[
         int | None, typer.Option(callback=positive, help="Windows per text, at most.")
     ] = None,
+    kl_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Tokens of every text on which predictions are compared with those of the first "
+            "model: KL divergence, top-1 agreement. 0 compares none.",
+        ),
+    ] = 32768,
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity and lm-eval tasks of checkpoints, side by side."""
+    """Measure perplexity, KL divergence and lm-eval tasks of checkpoints, side by side."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names and not perplexity:
         raise RecipeError(
@@ -197,6 +205,7 @@ def evaluate(
     request = Evaluate(
         perplexity=[Perplexity(source=s, window=window, windows=windows) for s in perplexity or []],
         tasks=Tasks(names=names, include_path=include_path, limit=limit),
+        kl_tokens=kl_tokens,
     )
 
     console.quiet_transformers()

@@ -11,6 +11,7 @@ import psutil
 import torch
 from pydantic import TypeAdapter
 
+from lrc.compressors.evaluate.side_by_side import unmeasured_pair
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.measures import BITS
@@ -106,7 +107,13 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     not_estimated += [f"task {name}" for name in evaluate.tasks.names]
     if scored:
         models = 1 + evaluate.dense + len(evaluate.baselines)
-        seconds["evaluate"] = models * scored * 2 * plan.dense_parameters / products
+        compared = sum(
+            min(s.windows * s.window, max(evaluate.kl_tokens, s.window))
+            for s in evaluate.compared_texts
+            if s.windows
+        )
+        passes = models * scored + 2 * compared
+        seconds["evaluate"] = passes * 2 * plan.dense_parameters / products
 
     hidden = _width(prepared) * tokens * 4
     layer = 4 * max(in_layers, in_dense) // n_layers
@@ -121,7 +128,10 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     converted += sum(record.bytes[1] for record in plan.slices)
     # Hidden states are replaced by writing new ones first.
     disk = statistics + 2 * hidden + plan.bits // 8 + plan.compressed_bytes + converted
-    memory = now + max(calibrating, whole if evaluates else 0, training, plan.compressed_bytes)
+    evaluating = whole if evaluates else 0
+    if unmeasured_pair(evaluate)["missing"]:
+        evaluating = whole + plan.compressed_bytes
+    memory = now + max(calibrating, evaluating, training, plan.compressed_bytes)
     return Estimate(seconds, memory, disk, not_estimated)
 
 

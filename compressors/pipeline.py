@@ -192,7 +192,8 @@ def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
 
 def _evaluate(session: Session) -> dict[str, Any]:
     """Score the dense and the compressed model and the baselines."""
-    models, recipe = session.models, session.prepared.recipe
+    models, prepared, executed = session.models, session.prepared, _executed(session)
+    recipe = prepared.recipe
     trusted = recipe.model.trust_remote_code
     evaluator = Evaluator(
         recipe.evaluate,
@@ -201,6 +202,8 @@ def _evaluate(session: Session) -> dict[str, Any]:
         session.clock,
         session.on_step,
         precision={"dtype": str(models.dtype), "device": torch.device(session.device).type},
+        pair_bytes=prepared.plan.dense_parameters * models.dtype.itemsize
+        + executed.compressed_bytes,
         load_tokenizer=lambda: load_tokenizer(session.checkpoint, trust_remote_code=trusted),
         load_dense=lambda: models.load_dense(models.dtype),
         load_compressed=lambda: load_checkpoint(
@@ -210,5 +213,5 @@ def _evaluate(session: Session) -> dict[str, Any]:
             trust_remote_code=trusted,
         ),
     )
-    targets = report.baseline_targets(_executed(session), session.prepared)
+    targets = report.baseline_targets(executed, prepared)
     return evaluator.add_baselines(evaluator.evaluate(), targets)

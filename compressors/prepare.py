@@ -14,6 +14,7 @@ from lrc.compressors.checkpoint.loading_check import check_loading
 from lrc.compressors.checkpoint.plain import is_plain, loads_packed
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.gates import check_gate_names
+from lrc.compressors.evaluate.generations import read_prompts
 from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.perplexity import check_window
 from lrc.compressors.io.journal import RESULTS, WORK
@@ -62,6 +63,8 @@ def prepare(
     for spec in recipe.evaluate.perplexity:
         with _collected(problems):
             check_source(spec.source, part="evaluation")
+    with _collected(problems):
+        read_prompts(recipe.evaluate.generations)
     for name in fractions(recipe.calibration.source):
         with _collected(problems):
             check_source(name, part="calibration")
@@ -108,6 +111,7 @@ def _check_output(recipe: Recipe, problems: Problems) -> None:
             f"evaluate.perplexity[{i}].source": spec.source
             for i, spec in enumerate(recipe.evaluate.perplexity)
         },
+        "evaluate.generations.file": recipe.evaluate.generations.file,
         "evaluate.tasks.include_path": recipe.evaluate.tasks.include_path,
         **{
             f"stages[{i}].decompose.plan": stage.plan

@@ -19,6 +19,7 @@ from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.manifest import CHECKSUM, read_manifest, report_checksum
 from lrc.compressors.evaluate.baselines import Targets, plan_baseline
 from lrc.compressors.evaluate.broken_source import near_uniform
+from lrc.compressors.evaluate.domains import domain_gap, texts_read, with_domains
 from lrc.compressors.evaluate.evaluator import is_current
 from lrc.compressors.heal.run import training_report
 from lrc.compressors.io.files import write_text
@@ -80,6 +81,27 @@ SCHEMA = {
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
     "{calibration,training[].text}.texts[]": "of several sources: the same for each",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
+    "evaluation.perplexity.NAME.in_domain": (
+        "whether it has the source or the hash of a text that the compression read; null if none"
+    ),
+    "evaluation.domain_gap": "a sentence if text that is not in domain loses much more; or null",
+    "evaluation.kl.NAME.{forward,reverse}": (
+        "KL divergence of compressed from dense, and the reverse, nats per token"
+    ),
+    "evaluation.kl.NAME.agreement": "fraction of positions with the same most likely token",
+    "evaluation.kl.NAME.stderr": (
+        "standard errors of the same, from the differences between windows; null for one window"
+    ),
+    "evaluation.kl.NAME.positions[].{context,forward,reverse,agreement,stderr}": (
+        "the same by number of tokens that the predictions see, [smallest, largest]"
+    ),
+    "evaluation.kl.NAME.{tokens,window,windows,bos,dtype,text_sha256}": (
+        "what was compared: the first windows of the perplexity text"
+    ),
+    "evaluation.generations[].{prompt,dense,compressed}": "greedy continuations of a prompt",
+    "evaluation.generations[].{new_tokens,first_difference}": (
+        "of each model; number of new tokens before the first that differs, null if none does"
+    ),
     "evaluation.tasks.NAME.METRIC": "dense, compressed, stderr, recovery in percent of dense",
     "evaluation.missing[].{model,metric,reason}": "what could not be measured; exit code 1",
     "evaluation.baselines[].{name,how}": "the same matrices compressed without calibration",
@@ -112,16 +134,23 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
     """
     prepared, checkpoint = session.prepared, session.checkpoint
     times = predicted_times(plan)
+    calibration = provenance(session.journal) if _reads_text(plan) else None
+    training = training_report(plan, session.journal, session.clock.seconds)
+    read = texts_read([calibration, *(each["text"] for each in training if each["kept"])])
+    specs = prepared.recipe.evaluate.perplexity
+    perplexity = with_domains(evaluation["perplexity"], specs, read)
+    gap = domain_gap(perplexity)
+    evaluation = {**evaluation, "perplexity": perplexity, "domain_gap": gap}
     report = {
         "schema_version": SCHEMA_VERSION,
         "recipe": prepared.recipe.model_dump(mode="json"),
         "seed": plan.seed,
         "size": _size(plan, checkpoint, prepared),
         "slices": plan.to_json()["slices"],
-        "training": training_report(plan, session.journal, session.clock.seconds),
+        "training": training,
         "layers": [row.to_json() for row in summarize(plan)],
         "latency": None if times is None else times.to_json(),
-        "calibration": provenance(session.journal) if _reads_text(plan) else None,
+        "calibration": calibration,
         "evaluation": evaluation,
         "timing": {"seconds": {k: round(s, 2) for k, s in session.clock.seconds.items()}},
         "memory": _memory(session.device),
@@ -131,6 +160,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
             *plan.warnings,
             *(record.facts["warning"] for record in plan.training if record.facts.get("warning")),
             *_source_warnings(prepared, evaluation),
+            *([] if gap is None else [gap]),
         ],
     }
     report[CHECKSUM] = report_checksum(checkpoint, report)

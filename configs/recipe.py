@@ -132,11 +132,26 @@ class Tasks(Strict):
     """Format requests with the tokenizer's chat template."""
 
 
+class Generations(Strict):
+    """Prompts that both models continue, greedily. Short form: a list of prompts."""
+
+    short_form = (list, "prompts")
+
+    prompts: list[Text] = []
+    """Texts to continue."""
+    file: Text | None = None
+    """A `.txt` file with a prompt on every line, or a `.jsonl` file with the key `prompt`."""
+    tokens: PositiveInt = 64
+    """Tokens to generate, at most."""
+
+
 class Gate(Strict):
     """A quality threshold; the command exits with 4 if the compressed model misses it."""
 
     metric: Text
-    """`perplexity.NAME` or `tasks.NAME.METRIC`."""
+    """`perplexity.NAME`, `kl.NAME` (KL divergence from the dense model, nats per token),
+    `agreement.NAME` (fraction of positions with the same most likely token) or
+    `tasks.NAME.METRIC`."""
     at_most: float | None = None
     """Highest value that passes."""
     at_least: float | None = None
@@ -162,6 +177,11 @@ class Evaluate(Strict):
     """Quality thresholds for the compressed model."""
     dense: bool = True
     """Evaluate the dense model too."""
+    kl_tokens: Annotated[int, Field(ge=0)] = 32768
+    """Tokens of every `perplexity` text, from its start and in whole windows, on which the
+    predictions of both models are compared: KL divergence and top-1 agreement. 0 compares none."""
+    generations: Generations = Generations()
+    """Prompts that both models continue, for a comparison side by side."""
     baselines: list[Baseline] = ["int8", "int4-g64"]
     """Simple compressions of the same layers whose perplexity is measured for comparison: integers
     by round-to-nearest (`int8`, `int4-g64` with one scale per 64 numbers, `int3-g64-asymmetric`
@@ -177,7 +197,17 @@ class Evaluate(Strict):
                 f"the names of the 'perplexity' entries must differ, got twice: {twice}; give one "
                 "of each pair another 'name'"
             )
+        if not self.dense and (self.generations.prompts or self.generations.file):
+            raise ValueError(
+                "'generations' compares with the dense model, but 'dense' is false; set 'dense' to "
+                "true or remove 'generations'"
+            )
         return self
+
+    @property
+    def compared_texts(self) -> list[Perplexity]:
+        """The texts on which predictions of both models are compared."""
+        return self.perplexity if self.dense and self.kl_tokens else []
 
 
 class Stage(Strict):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lrc.compressors.calibrate.statistics import statistics_files
 from lrc.compressors.compress.group import CompressedGroup
 from lrc.compressors.compress.layerwise import Compression
+from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
 from lrc.compressors.evaluate.perplexity import perplexity
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
@@ -161,14 +162,13 @@ def _compare(model: Any, done: CompressedGroup, tokens: Tensor) -> tuple[float, 
 
         def predictions(row: Tensor = row) -> Tensor:
             logits: Tensor = model(input_ids=row, use_cache=False).logits
-            return logits[0, :-1].float().log_softmax(dim=-1)  # [length - 1, vocabulary]
+            return log_probabilities(logits[0, :-1])  # [length - 1, vocabulary]
 
         p = predictions()
         with _replaced(model, done):
             q = predictions()
-        change = p - q
-        divergence += float((p.exp() * change).sum(dtype=torch.float64))
-        increase += float(change.gather(1, row[0, 1:, None]).sum(dtype=torch.float64))
+        divergence += float(kl_divergence(p, q).sum(dtype=torch.float64))
+        increase += float((p - q).gather(1, row[0, 1:, None]).sum(dtype=torch.float64))
     count = tokens.shape[0] * (tokens.shape[1] - 1)
     return divergence / count, increase / count
 

@@ -8,6 +8,7 @@ from typing import Any
 from lrc.compressors.corpus.documents import source_identity
 from lrc.compressors.evaluate.baseline_comparison import compare_with_baselines
 from lrc.compressors.evaluate.baselines import Baseline, Targets, measure, plan_baseline, record
+from lrc.compressors.evaluate.generations import read_prompts
 from lrc.compressors.evaluate.scores import (
     Scores,
     compare,
@@ -15,13 +16,22 @@ from lrc.compressors.evaluate.scores import (
     list_missing,
     unmeasured,
 )
+from lrc.compressors.evaluate.side_by_side import (
+    evaluate_pair,
+    refuse_pair,
+    unmeasured_pair,
+)
 from lrc.compressors.io.fingerprint import fingerprints
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, OnStep, release_memory
 from lrc.configs.recipe import Evaluate
 
 ALL = {"perplexity", "tasks"}
-"""Options of an evaluation that a score depends on."""
+"""Options of an evaluation that a score of one model depends on."""
+BOTH = {"perplexity", "kl_tokens", "generations"}
+"""Options that the scores of both models together depend on."""
+PAIR = "pair"
+"""Name of the scores of both models together."""
 
 TASK_FILES = ("**/*.yaml", "**/*.yml", "**/*.py", "**/*.json*", "**/*.txt", "**/*.csv")
 
@@ -33,23 +43,31 @@ def score_options(options: Evaluate, keys: set[str]) -> dict[str, Any]:
     folder = options.tasks.include_path
     if "tasks" in keys and folder is not None:
         found["task_files"] = fingerprints(Path(folder).expanduser(), *TASK_FILES)
+    if "generations" in keys:
+        found["prompts"] = read_prompts(options.generations)
     return found
 
 
 def is_current(journal: Journal, options: Evaluate) -> bool:
-    """Return whether the scores of the compressed model are those of the present texts."""
-    if not options.perplexity and not options.tasks.names:
-        return True
-    file = "evaluation-compressed.json"
-    current = score_options(options, ALL)
-    return journal.has(file) and bool(journal.read_json(file)["options"] == current)
+    """Return whether all scores are those of the present texts, tasks and prompts."""
+    wanted = {}
+    if options.perplexity or options.tasks.names:
+        wanted["compressed"] = ALL
+    if unmeasured_pair(options)["missing"]:
+        wanted[PAIR] = BOTH
+    return all(
+        journal.has(file := f"evaluation-{name}.json")
+        and journal.read_json(file)["options"] == score_options(options, keys)
+        for name, keys in wanted.items()
+    )
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores one model after the other, with at most one in memory.
+    """Scores one model after the other, and then both together.
 
-    The functions that load the tokenizer and the models are called once per score.
+    Until then at most one is in memory. The functions that load the tokenizer and the models are
+    called once per score.
     """
 
     options: Evaluate
@@ -60,6 +78,8 @@ class Evaluator:
     on_step: OnStep
     precision: dict[str, str]
     """Dtype and kind of device, on which scores depend: those of another are measured again."""
+    pair_bytes: int
+    """Memory that both models take at least."""
     load_tokenizer: Callable[[], Any]
     load_dense: Callable[[], Any]
     load_compressed: Callable[[], Any]
@@ -72,9 +92,11 @@ class Evaluator:
                 if self.options.dense:
                     models["dense"] = self._score("dense", self.load_dense)
                 models["compressed"] = self._score("compressed", self.load_compressed)
+            pair = self._score_pair()
         compressed = models.get("compressed") or unmeasured(self.options)
-        comparison = compare(models.get("dense"), compressed)
-        return comparison | {"missing": list_missing(models)}
+        comparison = compare(models.get("dense"), compressed, pair)
+        missing = list_missing(models) + list_missing({"compressed": pair})
+        return comparison | {"missing": missing}
 
     def add_baselines(self, evaluation: dict[str, Any], targets: Targets) -> dict[str, Any]:
         """Add the scores of the baselines to the result of `evaluate`, and the comparison."""
@@ -108,6 +130,24 @@ class Evaluator:
                 scores=scores,
             )
             self._store(name, ALL, scores)
+        return scores
+
+    def _score_pair(self) -> Scores:
+        """Compare both models on what the journal lacks."""
+        wanted = unmeasured_pair(self.options)
+        if not wanted["missing"]:
+            return wanted
+        scores = self._stored(PAIR, BOTH) or wanted
+        if scores["missing"]:
+
+            def load() -> tuple[Any, Any]:
+                refuse_pair(self.pair_bytes, self.precision["device"])
+                return self.load_dense(), self.load_compressed()
+
+            on_step = self._labelled("dense and compressed")
+            tokenizer = self.load_tokenizer()
+            scores = evaluate_pair(load, tokenizer, self.options, scores, on_step=on_step)
+            self._store(PAIR, BOTH, scores)
         return scores
 
     def _stored(self, name: str, keys: set[str]) -> Scores | None:

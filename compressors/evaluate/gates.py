@@ -8,6 +8,9 @@ from lrc.compressors.evaluate.harness import declared_metrics
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Evaluate, Gate
 
+PREDICTIONS = {"kl": "forward", "agreement": "agreement"}
+"""Kind of a metric that compares predictions of both models -> its key in the report."""
+
 
 def check_gate_names(gates: Sequence[Gate], evaluate: Evaluate) -> None:
     """Refuse gates on metrics that will not be evaluated, before hours are spent.
@@ -23,19 +26,40 @@ def check_gate_names(gates: Sequence[Gate], evaluate: Evaluate) -> None:
             names = [f"perplexity.{spec.name}" for spec in evaluate.perplexity]
             if gate.metric not in names:
                 problems.append(_unknown(where, gate.metric, names))
+        elif kind in PREDICTIONS:
+            problems += _prediction_problems(where, gate, kind, evaluate)
         elif kind == "tasks" and "." in name:
             problems += _task_problems(where, gate.metric, evaluate)
         else:
             problems.append(
-                f"{where}.metric: must be perplexity.NAME or tasks.NAME.METRIC, got '{gate.metric}'"
+                f"{where}.metric: must be perplexity.NAME, kl.NAME, agreement.NAME or"
+                f" tasks.NAME.METRIC, got '{gate.metric}'"
             )
-        if gate.relative and not evaluate.dense:
+        if gate.relative and not evaluate.dense and kind not in PREDICTIONS:
             problems.append(
                 f"{where}.relative: compares with the dense model, but evaluate.dense is false;"
                 " set it to true or drop relative"
             )
     if problems:
         raise RecipeError(problems)
+
+
+def _prediction_problems(where: str, gate: Gate, kind: str, evaluate: Evaluate) -> list[str]:
+    names = [f"{kind}.{spec.name}" for spec in evaluate.compared_texts]
+    if evaluate.perplexity and not names:
+        key, value = ("kl_tokens", "0") if evaluate.dense else ("dense", "false")
+        return [
+            f"{where}.metric: {gate.metric} compares the predictions of both models, but"
+            f" evaluate.{key} is {value}; change it or remove the gate"
+        ]
+    if gate.metric not in names:
+        return [_unknown(where, gate.metric, names)]
+    if gate.relative:
+        return [
+            f"{where}.relative: {gate.metric} is a comparison with the dense model already; drop"
+            " relative"
+        ]
+    return []
 
 
 def _task_problems(where: str, metric: str, evaluate: Evaluate) -> list[str]:
@@ -58,6 +82,11 @@ def check_gates(gates: Sequence[Gate], evaluation: dict[str, Any]) -> list[str]:
     """
     metrics = {
         **{f"perplexity.{name}": entry for name, entry in evaluation["perplexity"].items()},
+        **{
+            f"{kind}.{name}": {"compressed": entry[key], "dense": None}
+            for kind, key in PREDICTIONS.items()
+            for name, entry in evaluation["kl"].items()
+        },
         **{
             f"tasks.{task}.{metric}": entry
             for task, entries in evaluation["tasks"].items()

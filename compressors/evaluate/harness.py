@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.hub import quiet_datasets
-from lrc.compressors.evaluate.perplexity import input_device
+from lrc.compressors.evaluate.logits import input_device
 from lrc.compressors.evaluate.quiet import quiet_harness, seeded
 from lrc.compressors.io.machine import OnStep, no_progress
 from lrc.configs.errors import DataError, ModelError, RecipeError

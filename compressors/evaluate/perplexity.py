@@ -4,11 +4,10 @@ The text is tokenized once and cut into disjoint windows (`lrc.compressors.corpu
 taken over every predicted token of all of them. lm-eval's `word_perplexity` is another quantity.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lrc.compressors.corpus.tokens import check_vocabulary
 from lrc.compressors.corpus.windows import Windows
+from lrc.compressors.evaluate.logits import head_gives_logits, input_device, logit_pieces
 from lrc.configs.errors import ModelError, RecipeError
 
 PROTOCOL = (
@@ -26,7 +26,6 @@ PROTOCOL = (
 )
 PIECE = 256  # positions whose logits exist at once; 256 x 262,144 in fp32 are 0.25 GiB
 FALLBACK_LOGITS = 2**28  # if the decoder must run again for each piece: 1 GiB in fp32
-PROBE = 16  # positions on which the head is compared with the model
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def perplexity(
     try:
         with torch.inference_mode():
             device = input_device(model)
-            head_only = head_gives_logits(model, tokens[0, :PROBE].to(device))
+            head_only = head_gives_logits(model, tokens[0].to(device))
             for number, ids in enumerate(tokens, 1):
                 nll = _window_nll(model, ids.to(device), head_only)
                 if not math.isfinite(nll):
@@ -155,63 +154,14 @@ def _learned_positions(model: PreTrainedModel) -> int | None:
     return None
 
 
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Return the device of token ids: the embedding's, or where accelerate will move it."""
-    embedding = model.get_input_embeddings()
-    hook = getattr(embedding, "_hf_hook", None)
-    place = getattr(hook, "execution_device", None)
-    if place is not None:
-        return torch.device(place)
-    return next(embedding.parameters()).device
-
-
-def head_gives_logits(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Return whether decoder plus output embedding equal the model, on tokens `ids` [n].
-
-    A model may cap or scale its logits after the head (Gemma 2, Granite, Cohere). The comparison
-    is exact, as both sides are the same operations; a mismatch costs time, not correctness.
-    """
-    decoder, head = model.base_model, _head(model)
-    if head is None or decoder is model:
-        return False
-    ids = ids[None]  # [1, n]
-    hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    if hidden is None:  # a wrapper such as PEFT's, whose base model includes the head
-        return False
-    logits = model(input_ids=ids, use_cache=False).logits
-    return torch.equal(head(hidden).float().cpu(), logits.float().cpu())
-
-
-def _head(model: PreTrainedModel) -> Any:
-    return cast(Any, model).get_output_embeddings()  # not annotated in transformers
-
-
 def _window_nll(model: PreTrainedModel, ids: Tensor, head_only: bool) -> float:
     """Sum the negative log-likelihood of tokens 1, 2, ... given those before."""
-    pieces = _head_pieces(model, ids) if head_only else _model_pieces(model, ids)
+    size = PIECE
+    if not head_only:
+        size = max(PIECE, FALLBACK_LOGITS // model.config.get_text_config().vocab_size)
     total = 0.0
-    for start, logits in pieces:  # logits: [k, vocabulary]
+    for start, logits in logit_pieces(model, ids, head_only=head_only, size=size):
         target = ids[start + 1 : start + 1 + len(logits)].to(logits.device)
         nll = cross_entropy(logits.float(), target, reduction="none")  # [k]
         total += float(nll.double().sum())
     return total
-
-
-def _head_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Run the decoder once, the output embedding in pieces."""
-    hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
-    head = _head(model)
-    for start in range(0, len(hidden), PIECE):
-        yield start, head(hidden[start : start + PIECE])
-
-
-def _model_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Run the whole model, once for every piece of logits that fits in memory."""
-    predicted = len(ids) - 1
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        yield 0, model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        return
-    step = max(PIECE, FALLBACK_LOGITS // model.config.get_text_config().vocab_size)
-    for start in range(0, predicted, step):
-        keep = torch.arange(start, min(start + step, predicted), device=ids.device)
-        yield start, model(input_ids=ids[None], logits_to_keep=keep, use_cache=False).logits[0]

@@ -55,20 +55,23 @@ def evaluate_model(
     missing = scores["missing"]
     for spec in evaluate.perplexity:
         entry = partial(perplexity_entry, model, tokenizer, spec, on_step)
-        found = _attempt(missing, f"perplexity.{spec.name}", entry, LrcError)
+        found = attempt(missing, f"perplexity.{spec.name}", entry, LrcError)
         scores["perplexity"] |= {spec.name: found} if found else {}
     for name in dict.fromkeys(evaluate.tasks.names):
         one = evaluate.tasks.model_copy(update={"names": [name]})
         run = partial(run_tasks, model, tokenizer, one, seed=seed, on_step=on_step)
         # A task is a program of others: it may raise anything.
-        scores["tasks"] |= _attempt(missing, f"tasks.{name}", run, Exception)
+        scores["tasks"] |= attempt(missing, f"tasks.{name}", run, Exception)
     return scores
 
 
-def _attempt(
+def attempt(
     missing: dict[str, str], key: str, measure: Callable[[], Scores], errors: type[Exception]
 ) -> Scores:
-    """Measure what is missing; return nothing and note the reason if that fails."""
+    """Measure what is missing; return nothing and note the reason in `missing` if that fails.
+
+    Only `errors` are noted, and not those that would recur, such as a lack of memory.
+    """
     if key not in missing:
         return {}
     try:
@@ -113,14 +116,17 @@ def perplexity_entry(
     return asdict(result) | {"protocol": PROTOCOL, "text_sha256": windows.sha256}
 
 
-def compare(dense: Scores | None, compressed: Scores) -> Scores:
+def compare(dense: Scores | None, compressed: Scores, pair: Scores | None = None) -> Scores:
     """Compare the scores of two models from `evaluate_model`, in the shape of the report.
 
+    `pair` are their scores from `evaluate_pair`.
     `ratio` is compressed / dense, `recovery` a percentage; both are None without a dense score.
     Raises `DataError` if the two were not scored on the same text, windows or documents, or not in
     the same precision.
     """
     dense = dense or {"perplexity": {}, "tasks": {}}
+    pair = pair or {"kl": {}, "generations": {}}
+    numbered = sorted(pair["generations"].items(), key=lambda item: int(item[0]))
     return {
         "perplexity": {
             name: _compare_perplexity(name, dense["perplexity"].get(name), entry)
@@ -133,6 +139,8 @@ def compare(dense: Scores | None, compressed: Scores) -> Scores:
             }
             for task, metrics in compressed["tasks"].items()
         },
+        "kl": pair["kl"],
+        "generations": [entry for _, entry in numbered],
     }
 
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.evaluate.perplexity import head_gives_logits
+from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
+from lrc.compressors.evaluate.logits import head_gives_logits
 from lrc.compressors.heal.hidden_states import hidden_distance, recorded
 
 PIECE = {"cpu": 256, "cuda": 2048}
-PROBE = 16  # positions on which the head is compared with the model
 Kind = Literal["forward", "reverse", "both"]
 
 
@@ -30,11 +30,11 @@ def divergence(dense: Tensor, compressed: Tensor, kind: Kind) -> Tensor:
     kind : {"forward", "reverse", "both"}
         ``sum p (log p - log q)`` with p of the dense model, with p and q exchanged, or the mean.
     """
-    log_p, log_q = dense.float().log_softmax(-1), compressed.float().log_softmax(-1)
-    forward = (log_p.exp() * (log_p - log_q)).sum()
+    log_p, log_q = log_probabilities(dense), log_probabilities(compressed)
+    forward = kl_divergence(log_p, log_q).sum()
     if kind == "forward":
         return forward
-    reverse = (log_q.exp() * (log_q - log_p)).sum()
+    reverse = kl_divergence(log_q, log_p).sum()
     return reverse if kind == "reverse" else (forward + reverse) / 2
 
 
@@ -61,7 +61,7 @@ class Predictor:
         self._model, self._dtype, self.layers = model, dtype, layers
         self._device = next(model.get_input_embeddings().parameters()).device
         with torch.no_grad():
-            split = head_gives_logits(model, tokens[0, :PROBE].to(self._device))
+            split = head_gives_logits(model, tokens[0].to(self._device))
         self._head = model.get_output_embeddings() if split else None
 
     def precision(self) -> AbstractContextManager[object]:

@@ -94,7 +94,7 @@ def test_measured_baselines_are_not_measured_again(recipe: Path, output: Path) -
     names = [stage.partition(":")[0].removeprefix("evaluate ") for stage in evaluated]
     # dense, compressed and int8 once; an interrupted baseline starts again
     assert [n for i, n in enumerate(names) if i == 0 or names[i - 1] != n] == [
-        *("dense", "compressed", "int8", "int4-g16", "sparse")
+        *("dense", "compressed", "dense and compressed", "int8", "int4-g16", "sparse")
     ]
     assert evaluated.count("evaluate int8: weights") == 1
     assert evaluated.count("evaluate sparse: weights") == 2

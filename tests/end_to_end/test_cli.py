@@ -188,7 +188,8 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(
     warning, *lines = done.err.splitlines()  # a random model is no better than chance
     assert warning.startswith("warning: near-uniform-model: ")
     stages = [line.partition(":")[0] for line in lines]
-    assert stages == ["calibrate", "compress", "evaluate dense", "evaluate compressed"]
+    evaluated = ["evaluate dense", "evaluate compressed", "evaluate dense and compressed"]
+    assert stages == ["calibrate", "compress", *evaluated]
     assert "\x1b" not in done.err
 
     checkpoint = output / "checkpoint"
@@ -201,7 +202,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(
         pytest.approx(report["dense"], rel=1e-2),  # in bfloat16 there, as stored here
         pytest.approx(report["compressed"], rel=1e-6),
     ]
-    assert len(measured.err.splitlines()) == 2
+    assert len(measured.err.splitlines()) == 3  # one line a model, and their comparison
 
     inspected = lrc("inspect", checkpoint, "--verify", "--json")
     assert (inspected.code, inspected.err) == (0, "")

@@ -103,6 +103,7 @@ def test_another_evaluation_only_measures_again(lrc, recipe: Path, output: Path)
     assert {line.split(":")[0] for line in ended.err.splitlines()} == {
         "evaluate dense",
         "evaluate compressed",
+        "evaluate dense and compressed",
     }
     assert (output / "checkpoint/model.safetensors").stat().st_mtime_ns == written
     report = json.loads((output / "report.json").read_text())

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from lrc.compressors.benchmark.results import SCHEMA as BENCHMARK_SCHEMA
+from lrc.compressors.evaluate.gates import check_gate_names
 from lrc.compressors.report import SCHEMA
 from lrc.configs.recipe import Recipe
 
@@ -48,6 +49,15 @@ def test_stages_in_the_readme_are_valid() -> None:
         recipe = {**yaml.safe_load(whole), **yaml.safe_load(part)}
         kinds |= {stage.kind for stage in Recipe.model_validate(recipe).stages}
     assert kinds == {"decompose", "quantize", "heal"}
+
+
+def test_evaluations_in_the_readme_are_valid() -> None:
+    whole, *parts = blocks("yaml")
+    found = [part for part in parts if part.startswith("evaluate:")]
+    assert found
+    for part in found:
+        evaluate = Recipe.model_validate({**yaml.safe_load(whole), **yaml.safe_load(part)}).evaluate
+        check_gate_names(evaluate.gates, evaluate)
 
 
 def test_every_recipe_of_the_readme_is_shipped() -> None:

@@ -426,7 +426,16 @@ def test_compare_gives_the_shape_of_the_report():
                 }
             }
         },
+        "kl": {},
+        "generations": [],
     }
+
+
+def test_the_comparison_of_both_models_is_part_of_the_report():
+    pair = {"kl": {"w": {"forward": 0.1}}, "generations": {"10": "c", "2": "b", "0": "a"}}
+    report = compare(block(20.0, 0.5), block(25.0, 0.4), pair)
+    assert report["kl"] == {"w": {"forward": 0.1}}
+    assert report["generations"] == ["a", "b", "c"]
 
 
 def test_without_a_dense_model_nothing_is_relative():
@@ -475,6 +484,49 @@ def test_missed_gates_are_sentences(gate, missed):
         assert gate["metric"] in sentence
 
 
+@pytest.mark.parametrize(
+    ("gate", "missed"),
+    [
+        ({"metric": "kl.w", "at_most": 0.1}, []),
+        ({"metric": "kl.w", "at_most": 0.05}, ["is 0.1: must be at most 0.05"]),
+        ({"metric": "agreement.w", "at_least": 0.9}, []),
+        (
+            {"metric": "agreement.w", "at_least": 0.95},
+            ["is 0.9: must be at least 0.95"],
+        ),
+    ],
+)
+def test_gates_on_predictions(gate, missed):
+    pair = {"kl": {"w": {"forward": 0.1, "reverse": 0.3, "agreement": 0.9}}, "generations": {}}
+    evaluation = compare(block(20.0, 0.5), block(25.0, 0.4), pair)
+    sentences = check_gates([Gate(**gate)], evaluation)
+    assert sentences == [f"{gate['metric']} {words}" for words in missed]
+
+
+@pytest.mark.parametrize(
+    ("metric", "options", "words"),
+    [
+        ("kl.c44", {}, r"gates\[0\]\.metric: .*did you mean 'kl\.c4'"),
+        ("agreement.c", {}, r"gates\[0\]\.metric: .*did you mean 'agreement\.c4'"),
+        ("kl.c4", {"kl_tokens": 0}, r"evaluate\.kl_tokens is 0; change it or remove the gate"),
+        ("kl.c4", {"dense": False}, r"evaluate\.dense is false; change it or remove the gate"),
+        ("kl.c4", {"perplexity": []}, "allowed: none"),
+    ],
+)
+def test_gates_on_predictions_that_are_not_compared_are_refused(metric, options, words):
+    evaluate = Evaluate(**{"perplexity": [Perplexity(source="c4")], **options})
+    with pytest.raises(RecipeError, match=words) as caught:
+        check_gate_names([Gate(metric=metric, at_most=0.1)], evaluate)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_comparison_of_predictions_has_no_relative_gate():
+    evaluate = Evaluate(perplexity=[Perplexity(source="c4")])
+    check_gate_names([Gate(metric="kl.c4", at_most=0.1)], evaluate)
+    with pytest.raises(RecipeError, match=r"gates\[0\]\.relative: kl\.c4 is a comparison"):
+        check_gate_names([Gate(metric="kl.c4", at_most=0.1, relative=True)], evaluate)
+
+
 @pytest.mark.parametrize("threshold", [{"at_most": 30.0}, {"at_least": 0.0}])
 def test_a_score_that_is_not_a_number_misses_every_gate(threshold):
     evaluation = compare(block(20.0, 0.5), block(math.nan, 0.4))
@@ -499,8 +551,8 @@ def test_gate_names_are_checked_before_the_run(folder):
         "perplexity.wx": "did you mean 'perplexity.w.x'",
         "tasks.toy_choice.ac": "did you mean 'tasks.toy_choice.acc'",
         "tasks.toy_choise.acc": "did you mean 'tasks.toy_choice.acc'",
-        "tasks.toy_choice": "must be perplexity.NAME or tasks.NAME.METRIC",
-        "size.kept": "must be perplexity.NAME or tasks.NAME.METRIC",
+        "tasks.toy_choice": "must be perplexity.NAME, kl.NAME, agreement.NAME or tasks.NAME.METRIC",
+        "size.kept": "must be perplexity.NAME, kl.NAME, agreement.NAME or tasks.NAME.METRIC",
     }
     options = Evaluate(
         perplexity=[Perplexity(source="python-docs", name="w.x")],

@@ -8,7 +8,9 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from lrc.compressors.corpus.windows import Windows, evaluation_windows
+from lrc.compressors.evaluate import logits
 from lrc.compressors.evaluate import perplexity as module
+from lrc.compressors.evaluate.logits import head_gives_logits
 from lrc.compressors.evaluate.perplexity import perplexity
 from lrc.configs.errors import DataError, ModelError, RecipeError
 from lrc.configs.recipe import Perplexity
@@ -68,11 +70,11 @@ def test_capped_logits_take_the_fallback_and_agree(tokens, monkeypatch, budget):
     monkeypatch.setattr(module, "FALLBACK_LOGITS", budget)
     monkeypatch.setattr(module, "PIECE", 8)
     model = gemma(final_logit_softcapping=2.0)
-    assert not module.head_gives_logits(model, tokens[0])
+    assert not head_gives_logits(model, tokens[0])
     expected = straightforward(model, tokens)
     assert perplexity(model, tokens).perplexity == pytest.approx(expected, rel=1e-6)
     uncapped = gemma(final_logit_softcapping=None)
-    assert module.head_gives_logits(uncapped, tokens[0])
+    assert head_gives_logits(uncapped, tokens[0])
     assert straightforward(uncapped, tokens) > 1.1 * expected  # the cap matters here
 
 
@@ -87,7 +89,7 @@ def test_a_model_that_cannot_select_logits_is_measured_whole(tiny_llama, tokens)
 
 def test_logits_exist_only_in_pieces(tiny_llama, tokens, monkeypatch):
     monkeypatch.setattr(module, "PIECE", 10)
-    monkeypatch.setattr(module, "PROBE", 10)
+    monkeypatch.setattr(logits, "PROBE", 10)
     model, rows = tiny_llama(), []
     model.lm_head.register_forward_hook(lambda _m, _x, y: rows.append(y.shape[-2]))
     perplexity(model, tokens)

@@ -1,0 +1,87 @@
+"""The logits of a causal language model, a few positions at a time.
+
+Logits take far more memory than hidden states: at 2,048 positions and a vocabulary of 262,144 they
+are 2 GiB in float32.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+PROBE = 16  # positions on which the head is compared with the model
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return the device of token ids: the embedding's, or where accelerate will move it."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    if place is not None:
+        return torch.device(place)
+    return next(embedding.parameters()).device
+
+
+def head_gives_logits(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Return whether decoder plus output embedding equal the model, on the first tokens of `ids`.
+
+    A model may cap or scale its logits after the head (Gemma 2, Granite, Cohere). The comparison
+    is exact, as both sides are the same operations; a mismatch costs time, not correctness. `ids`
+    is a window [length].
+    """
+    decoder, head = model.base_model, _head(model)
+    if head is None or decoder is model:
+        return False
+    ids = ids[None, :PROBE]  # [1, n]
+    hidden = getattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if hidden is None:  # a wrapper such as PEFT's, whose base model includes the head
+        return False
+    logits = model(input_ids=ids, use_cache=False).logits
+    return torch.equal(head(hidden).float().cpu(), logits.float().cpu())
+
+
+def logit_pieces(
+    model: PreTrainedModel, ids: Tensor, *, head_only: bool, size: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the logits at all positions of a window but the last, `size` positions at a time.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    ids : Tensor, shape [length]
+        Tokens of the window, on the device of the embedding.
+    head_only : bool
+        Whether the output embedding gives the logits, see `head_gives_logits`. The decoder is then
+        run once, otherwise the whole model once for every piece; once in all, with all logits in
+        memory, if it cannot select positions.
+    size : int
+
+    Yields
+    ------
+    start : int
+        The first position of the piece.
+    logits : Tensor, shape [n, vocabulary]
+        With n at most `size`.
+    """
+    n_positions = len(ids) - 1
+    if head_only:
+        hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
+        head = _head(model)
+        for start in range(0, n_positions, size):
+            yield start, head(hidden[start : start + size])
+        return
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        for start in range(0, n_positions, size):
+            yield start, logits[start : start + size]
+        return
+    for start in range(0, n_positions, size):
+        keep = torch.arange(start, min(start + size, n_positions), device=ids.device)
+        yield start, model(input_ids=ids[None], logits_to_keep=keep, use_cache=False).logits[0]
+
+
+def _head(model: PreTrainedModel) -> Any:
+    return cast(Any, model).get_output_embeddings()  # not annotated in transformers
