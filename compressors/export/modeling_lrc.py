@@ -54,7 +54,7 @@ class Scheme(NamedTuple):
             return None
         found = re.fullmatch(r"int(\d)(?:-g(\d+))?(-asymmetric)?", text)
         if found is None:
-            raise ValueError(f"config.json: unknown quantization {text!r}")
+            raise ValueError(f"unknown quantization {text!r}")
         bits, group, asymmetric = found.groups()
         return cls(int(bits), int(group) if group else None, asymmetric is None)
 
@@ -67,7 +67,7 @@ def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:
     """
     offset = 1 << (bits - 1)
     if bits in (4, 8):  # every byte has a whole number of codes
-        codes = packed.contiguous().view(torch.uint8)  # [rows, 4 * words]
+        codes = packed.flatten().view(torch.uint8).view(len(packed), -1)  # [rows, 4 * words]
         if bits == 4:
             codes = torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(1)  # [rows, 8 * words]
         signed: Tensor = codes[:, :columns] - offset
@@ -151,7 +151,7 @@ class Dense(PackedMatrix):
     def __init__(self, shape: Shape, record: dict[str, Any], like: Tensor) -> None:
         scheme = Scheme.of(record)
         if scheme is None:
-            raise ValueError("config.json: a dense term must have a quantization")
+            raise ValueError("a dense term must have a quantization")
         super().__init__(*shape, scheme, like)
 
 
@@ -281,7 +281,7 @@ class BlockSparse(Masked):
     def __init__(self, shape: Shape, record: dict[str, Any], like: Tensor) -> None:
         scheme = Scheme.of(record)
         if scheme is None or scheme.group is None:
-            raise ValueError("config.json: a block_sparse term must have groups, like int4-g16")
+            raise ValueError("a block_sparse term must have groups, like int4-g16")
         mask = (shape[0], shape[1] // scheme.group)
         super().__init__(mask, [record["groups"], scheme.group], record, like)
 
@@ -487,8 +487,9 @@ def rebuild_(model: Any, block: dict[str, Any]) -> None:
 def _replace_layers(model: Any, records: dict[str, Any]) -> None:
     tied: dict[str, str] = model.all_tied_weights_keys
     for name, record in records.items():
+        dense = _find(model, name)
         try:
-            layer = CompressedLinear(record, _find(model, name))
+            layer = CompressedLinear(record, dense)
         except (ValueError, KeyError) as error:
             raise ValueError(f"config.json: {BLOCK}.modules[{name!r}]: {error}") from error
         model.set_submodule(name, layer)
@@ -556,6 +557,29 @@ class CompressedModel:
         if KEY in vars(model.config):
             setattr(model.config, BLOCK, vars(model.config).pop(KEY))
         return (model, info) if output_loading_info else model
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **options: Any
+    ) -> Any:
+        """Resize the vocabulary, as the class of transformers does.
+
+        Raises
+        ------
+        ValueError
+            If the embedding or the head is compressed.
+        """
+        model: Any = self
+        base: Any = super()
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if not any(isinstance(end, CompressedLinear | TiedHead) for end in ends):
+            return base.resize_token_embeddings(new_num_tokens, *args, **options)
+        size = model.config.get_text_config().vocab_size
+        if new_num_tokens in (None, size):
+            return ends[0]
+        raise ValueError(
+            f"cannot resize the vocabulary from {size} to {new_num_tokens} tokens, because the "
+            "embedding or the head is stored as integers; compress the model without these"
+        )
 
 
 def _check_values(model: nn.Module, folder: Any) -> None:

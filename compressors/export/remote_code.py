@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lrc.compressors.checkpoint import format as layout
@@ -19,6 +18,7 @@ from lrc.compressors.io.machine import OnStep
 from lrc.compressors.io.shards import INDEX, shard_files
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers import TensorSpec, TensorSpecs
+from lrc.compressors.models.architecture import build
 from lrc.compressors.models.configuration import first_line, read_config
 from lrc.compressors.models.contents import renamed
 from lrc.compressors.models.source import Source
@@ -51,11 +51,13 @@ class RemoteCodeExport:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         contents = check_checkpoint(folder)
-        self._config = _config(folder, contents)
+        _refuse_other_formats(folder, contents.config)
         spec = Model(path=str(folder), dtype="float32")
         self._source = Source(spec, folder, read_config(folder, spec, ours=True))
+        name = type(build(self._source).model).__name__
+        self._config = _config(contents, name)
         self.notes = [LARGEST] if layout.ELASTIC in contents.config[runtime.BLOCK] else []
-        self._check(contents)
+        self._check(contents, name)
 
     def write(self, out: Path, on_step: OnStep) -> None:
         """Fill an empty folder: weights as they are, config, tokenizer and the file."""
@@ -70,9 +72,8 @@ class RemoteCodeExport:
         copy_companions(self._source, out)
         shutil.copyfile(FILE, out / FILE.name)
 
-    def _check(self, contents: Contents) -> None:
+    def _check(self, contents: Contents, name: str) -> None:
         """Build the model without weights, and compare its tensors with those of the files."""
-        name = self._config["architectures"][0]
         config: Any = deepcopy(self._source.config)
         config.quantization_config = self._config[runtime.BLOCK]
         try:
@@ -96,9 +97,8 @@ class RemoteCodeExport:
             )
 
 
-def _config(folder: Path, contents: Contents) -> dict[str, Any]:
-    """Return the ``config.json`` to write."""
-    config = {key: value for key, value in contents.config.items() if key != BUDGET}
+def _refuse_other_formats(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse checkpoints that load without lrc already, or that come with other code."""
     if not is_ours(config):
         method = (config.get(runtime.BLOCK) or {}).get("quant_method")
         loads = "transformers" + (f" and the package {method}" if method else "")
@@ -109,17 +109,16 @@ def _config(folder: Path, contents: Contents) -> dict[str, Any]:
     if "auto_map" in config:
         raise ExportError(
             f"{folder}: cannot be exported as remote-code: the model comes with code already "
-            "(auto_map in config.json), which one more file cannot extend; load it with lrc, or "
+            "(auto_map in config.json), which this format would replace; load it with lrc, or "
             "export it with --format dense"
         )
-    name = (config.get("architectures") or [""])[0]
-    if not hasattr(transformers, name or "-"):
-        raise ExportError(
-            f"{folder}/config.json: architectures must name a class of transformers, got {name!r}; "
-            "enter the one of the source model"
-        )
+
+
+def _config(contents: Contents, name: str) -> dict[str, Any]:
+    """Return the ``config.json`` of a model of the class `name`."""
+    config = {key: value for key, value in contents.config.items() if key != BUDGET}
     block = {key: value for key, value in config[runtime.BLOCK].items() if key != layout.ELASTIC}
-    block["modules"] = {name: c.at_budget(0).to_json() for name, c in contents.modules.items()}
+    block["modules"] = {module: c.at_budget(0).to_json() for module, c in contents.modules.items()}
     auto_map = {"AutoModelForCausalLM": f"{FILE.stem}.{name}"}
     return {**config, runtime.BLOCK: block, "auto_map": auto_map}
 
