@@ -90,7 +90,7 @@ def export(
         if form == "remote-code":
             from lrc.compressors.export.remote_code import RemoteCodeExport
 
-            with_code = RemoteCodeExport(folder)
+            with_code = RemoteCodeExport(folder, trust_remote_code=trust_remote_code)
             facts["notes"] = with_code.notes
             with new_folder(out) as partial:
                 with_code.write(partial, steps)

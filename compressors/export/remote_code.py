@@ -39,6 +39,13 @@ class RemoteCodeExport:
     ----------
     folder : Path
         A compressed checkpoint.
+    trust_remote_code : bool
+        Whether to copy the code of its tokenizer, if it has any.
+
+    Attributes
+    ----------
+    notes : list of str
+        What the user should know about the result.
 
     Raises
     ------
@@ -48,11 +55,11 @@ class RemoteCodeExport:
         If it loads without lrc already, or the file cannot build its model.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         self._folder = folder
         contents = check_checkpoint(folder)
         _refuse_other_formats(folder, contents.config)
-        spec = Model(path=str(folder), dtype="float32")
+        spec = Model(path=str(folder), dtype="float32", trust_remote_code=trust_remote_code)
         self._source = Source(spec, folder, read_config(folder, spec, ours=True))
         name = type(build(self._source).model).__name__
         self._config = _config(contents, name)
@@ -120,7 +127,8 @@ def _config(contents: Contents, name: str) -> dict[str, Any]:
     block = {key: value for key, value in config[runtime.BLOCK].items() if key != layout.ELASTIC}
     block["modules"] = {module: c.at_budget(0).to_json() for module, c in contents.modules.items()}
     auto_map = {"AutoModelForCausalLM": f"{FILE.stem}.{name}"}
-    return {**config, runtime.BLOCK: block, "auto_map": auto_map}
+    names = config.get("architectures") or [name]  # missing if the source was a GGUF file
+    return {**config, "architectures": names, runtime.BLOCK: block, "auto_map": auto_map}
 
 
 def _tensors(model: Any) -> TensorSpecs:
