@@ -9,12 +9,12 @@ package and no compiled kernels::
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-A compressed weight is a sum of terms, such as a low-rank product and a sparse matrix.
-``quantization_config`` in config.json lists the terms of every weight, and how the shapes, biases
-and norms of the model differ from those of its architecture. The model is the class of transformers
-with these modules replaced. Quantized, sparse and dictionary matrices are expanded for every
-product: they save memory, not time. With `import lrc` instead of `trust_remote_code=True`, the same
-folder runs with the kernels of lrc.
+A compressed weight is a sum of components, such as a low-rank product and a sparse matrix.
+``quantization_config`` in config.json lists the components of every weight, and how the shapes,
+biases and norms of the model differ from those of its architecture. The model is the class of
+transformers with these modules replaced. Quantized, sparse and dictionary matrices are expanded for
+every product: this saves memory, not time. With `import lrc` instead of `trust_remote_code=True`,
+the same folder runs with the kernels of lrc.
 """
 
 import copy
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 FORMAT_VERSION = 2
 BLOCK = "quantization_config"
 KEY = "compressed_modules"
-"""Name of the block in a config while transformers loads weights: it looks for no quantizer."""
+"""Attribute with the block while weights are loaded, so that no quantizer is looked for."""
 KNOWN = {"quant_method", "format_version", "modules", "shapes", "biases", "norms"}
 VALUES_GROUP = 128
 """Values per scale if the scheme states no group and the values are not arranged in rows."""
@@ -48,7 +48,7 @@ class Scheme(NamedTuple):
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Scheme | None":
-        """Read the scheme of a term, written like ``int4-g64-asymmetric``; None for floats."""
+        """Read the scheme of a component, written like ``int4-g64-asymmetric``; None for floats."""
         text = record.get("quantization")
         if text is None:
             return None
@@ -138,7 +138,7 @@ class PackedMatrix(nn.Module):
 
 
 def _factor(rows: int, columns: int, record: dict[str, Any], like: Tensor) -> Any:
-    """Return an uninitialized matrix of a term as a linear layer."""
+    """Return an uninitialized matrix of a component as a linear layer."""
     scheme = Scheme.of(record)
     if scheme is not None:
         return PackedMatrix(rows, columns, scheme, like)
@@ -151,12 +151,12 @@ class Dense(PackedMatrix):
     def __init__(self, shape: Shape, record: dict[str, Any], like: Tensor) -> None:
         scheme = Scheme.of(record)
         if scheme is None:
-            raise ValueError("a dense term must have a quantization")
+            raise ValueError("a dense component must have a quantization")
         super().__init__(*shape, scheme, like)
 
 
 class SharedFactor(nn.Module):
-    """A term whose first factor ``a`` can be that of the same term of another layer, `owner`."""
+    """A component whose first factor ``a`` can be that of `owner`, a component of another layer."""
 
     owner: Any = None
 
@@ -215,7 +215,7 @@ class PivotedLowRank(nn.Module):
 
 
 class Masked(nn.Module):
-    """Base class of terms that store some entries of a matrix [d_out, columns] and their places."""
+    """Base class of components that store entries of a matrix [d_out, columns] and their places."""
 
     def __init__(
         self, mask: Shape, values: list[int], record: dict[str, Any], like: Tensor
@@ -281,7 +281,7 @@ class BlockSparse(Masked):
     def __init__(self, shape: Shape, record: dict[str, Any], like: Tensor) -> None:
         scheme = Scheme.of(record)
         if scheme is None or scheme.group is None:
-            raise ValueError("a block_sparse term must have groups, like int4-g16")
+            raise ValueError("a block_sparse component must have groups, like int4-g16")
         mask = (shape[0], shape[1] // scheme.group)
         super().__init__(mask, [record["groups"], scheme.group], record, like)
 
@@ -331,7 +331,7 @@ class Dictionary(Masked, SharedFactor):
         return nn.functional.linear(self.multiply_first(x), S)
 
 
-TERMS: dict[str, Any] = {
+COMPONENTS: dict[str, Any] = {
     "dense": Dense,
     "low_rank": LowRank,
     "pivoted_low_rank": PivotedLowRank,
@@ -340,11 +340,11 @@ TERMS: dict[str, Any] = {
     "block_sparse": BlockSparse,
     "dictionary": Dictionary,
 }
-"""Type of a term in config.json -> its module, a child of the layer with that name."""
+"""Type of a component in config.json -> its module, a child of the layer with that name."""
 
 
 class CompressedLinear(nn.Module):
-    """A linear layer, or an embedding, whose weight [d_out, d_in] is a sum of terms.
+    """A linear layer, or an embedding, whose weight [d_out, d_in] is a sum of components.
 
     ``weight`` is a sentinel of one byte: without this file, transformers stops at its shape instead
     of starting from random weights.
@@ -358,11 +358,11 @@ class CompressedLinear(nn.Module):
             raise ValueError(f"must have the shape {list(dense.weight.shape)}, got {list(shape)}")
         like = dense.weight.detach()
         self.register_buffer("weight", like.new_zeros(1, dtype=torch.uint8))
-        for term in record["components"]:
-            if term["type"] not in TERMS:
-                raise ValueError(f"must consist of {', '.join(TERMS)}, got {term['type']!r}")
-            self.add_module(term["type"], TERMS[term["type"]](shape, term, like))
-        self.terms = [term["type"] for term in record["components"]]
+        self.types = [component["type"] for component in record["components"]]
+        for kind, component in zip(self.types, record["components"], strict=True):
+            if kind not in COMPONENTS:
+                raise ValueError(f"components must be {', '.join(COMPONENTS)}, got {kind!r}")
+            self.add_module(kind, COMPONENTS[kind](shape, component, like))
         has_bias = getattr(dense, "bias", None) is not None or record.get("bias", False)
         self.bias = nn.Parameter(like.new_empty(self.out_features)) if has_bias else None
 
@@ -378,9 +378,9 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]; of an embedding, ids [...] to [..., d_in]."""
-        y: Tensor = self._modules[self.terms[0]](x)  # type: ignore[misc]
-        for name in self.terms[1:]:
-            y = y + self._modules[name](x)  # type: ignore[misc]
+        y: Tensor = self._modules[self.types[0]](x)  # type: ignore[misc]
+        for kind in self.types[1:]:
+            y = y + self._modules[kind](x)  # type: ignore[misc]
         return y if self.bias is None else y + self.bias
 
 
@@ -490,7 +490,7 @@ def _replace_layers(model: Any, records: dict[str, Any]) -> None:
         dense = _find(model, name)
         try:
             layer = CompressedLinear(record, dense)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"config.json: {BLOCK}.modules[{name!r}]: {error}") from error
         model.set_submodule(name, layer)
         # Some classes initialize the weights of layers from the module that has them.
@@ -501,10 +501,10 @@ def _replace_layers(model: Any, records: dict[str, Any]) -> None:
             model.set_submodule(head.removesuffix(".weight"), TiedHead(layer))
             del tied[head]  # transformers would tie the parameters by name
     for name, record in records.items():
-        for term in record["components"]:
-            if "shares" in term:
-                owner = _find(model, f"{term['shares']}.{term['type']}")
-                object.__setattr__(_find(model, f"{name}.{term['type']}"), "owner", owner)
+        for component in record["components"]:
+            if "shares" in component:
+                owner = _find(model, f"{component['shares']}.{component['type']}")
+                object.__setattr__(_find(model, f"{name}.{component['type']}"), "owner", owner)
 
 
 class CompressedModel:

@@ -56,8 +56,6 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     ],
     "factors": [decompose("svd-llm")],
     "elastic": [{"decompose": {"method": "svd-llm", "elastic": [0.9, 0.6]}}],
-    "patterns": [decompose("sparse", pattern="n:8")],
-    "dictionaries": [decompose("dictionary")],
     "shared": [decompose("basis-sharing")],
     "sparse": [decompose("sparse")],
     "biases": [decompose("lord")],
