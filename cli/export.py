@@ -24,7 +24,8 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="`dense`: a folder for transformers; `gguf`: a file for llama.cpp.",
+            help="`dense`: a folder for transformers; `gguf`: a file for llama.cpp; "
+            "`remote-code`: a folder with the compressed weights and the code that loads them.",
             show_default=False,
             metavar="|".join(FORMATS),
         ),
@@ -66,7 +67,7 @@ def export(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a checkpoint as a dense model, a GGUF file for llama.cpp, or with a smaller budget."""
+    """Write a checkpoint in another format, or with a smaller budget."""
     options = {"--type": matrices, "--embedding-type": embeddings, "--tokenizer": tokenizer}
     given = [name for name, value in options.items() if value is not None]
     if keep is not None:
@@ -74,11 +75,11 @@ def export(
         return
     if not form:
         raise RecipeError(
-            f"--format: missing; give {' or '.join(FORMATS)}, or --keep for a budget of an elastic "
-            "checkpoint"
+            f"--format: missing; give {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or --keep for a "
+            "budget of an elastic checkpoint"
         )
     known("--format", form, FORMATS)
-    if form == "dense" and given:
+    if form != "gguf" and given:
         raise RecipeError(f"{given[0]}: is an option of --format gguf; leave it out")
     for name in ("--type", "--embedding-type"):
         if options[name] is not None:
@@ -91,15 +92,23 @@ def export(
     console.quiet_transformers()
     facts: dict[str, Any] = {"format": form, "path": str(out)}
     with console.Steps(quiet=quiet).running() as steps, options_in_errors():
-        weights = StoredWeights(folder, trust_remote_code=trust_remote_code)
-        if form == "dense":
+        if form == "remote-code":
+            from lrc.compressors.export.remote_code import RemoteCodeExport
+
+            with_code = RemoteCodeExport(folder, trust_remote_code=trust_remote_code)
+            facts["notes"] = with_code.notes
+            with new_folder(out) as partial:
+                with_code.write(partial, steps)
+        elif form == "dense":
             from lrc.compressors.export.dense_folder import write_dense
 
+            weights = StoredWeights(folder, trust_remote_code=trust_remote_code)
             with new_folder(out) as partial:
                 facts["notes"] = write_dense(weights, partial, steps)
         else:
             from lrc.compressors.export.gguf_export import GgufExport, GgufOptions
 
+            weights = StoredWeights(folder, trust_remote_code=trust_remote_code)
             exported = GgufExport(weights, GgufOptions(matrices, embeddings, tokenizer))
             with new_file(out) as partial:
                 exported.write(partial, steps)

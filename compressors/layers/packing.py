@@ -40,7 +40,8 @@ def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:
     """
     offset = 1 << (bits - 1)
     if bits in (4, 8):  # every byte holds a whole number of codes
-        as_bytes = packed.contiguous().view(torch.uint8)  # [rows, 4 * words]
+        # `contiguous` would keep the strides of a transposed row, which has one word per row.
+        as_bytes = packed.flatten().view(torch.uint8).view(len(packed), -1)  # [rows, 4 * words]
         if bits == 4:
             halves = torch.stack((as_bytes & 0xF, as_bytes >> 4), dim=-1)
             as_bytes = halves.flatten(1)  # [rows, 8 * words]

@@ -46,6 +46,14 @@ def test_unpacking_inverts_packing(bits, columns):
     assert torch.equal(unpack_integers(pack_integers(numbers, bits), bits, columns), numbers)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_transposed_words_are_unpacked(bits):
+    """Zero points of a few rows are one word for each group."""
+    numbers = codes(6, 4, bits)
+    packed = pack_integers(numbers, bits).T.contiguous()
+    assert torch.equal(unpack_integers(packed.T, bits, 4), numbers)
+
+
 def test_the_smallest_and_largest_codes_are_kept():
     for bits in BITS:
         args = QuantizationArgs(bits)
