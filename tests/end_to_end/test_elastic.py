@@ -170,8 +170,11 @@ def test_an_exported_budget_is_an_ordinary_checkpoint(
 ) -> None:
     _, output = run({"decompose": STAGES[stage]})
     out = tmp_path / "out"
-    ended = lrc("export", output / "checkpoint", out, "--keep", 0.7)
+    ended = lrc("export", output / "checkpoint", out, "--keep", 0.7, "--json")
     assert ended.code == 0, ended.err
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    facts = {"format": "lrc", "path": str(out), "keep": 0.7, "notes": [], "bytes": size}
+    assert json.loads(ended.out) == facts
     assert torch.equal(logits(out, sample), logits(output / "checkpoint", sample, budget=0.7))
     assert ranks_of(out) == {}
     assert "elastic" not in block_of(out)
@@ -294,10 +297,16 @@ def test_a_wrong_export_is_one_error(run: Run, lrc: Callable[..., Any], tmp_path
     ended.refuses(1, "0.9, 0.8, 0.7, 0.6, got 0.65", code="unknown-budget")
     ended = lrc("export", plain, out, "--keep", 0.7)
     ended.refuses(1, "--keep", "not elastic", code="not-elastic", where=str(plain))
-    lrc("export", tmp_path / "none", out, "--keep", 0.7).refuses(1, "no such folder")
-    lrc("export", checkpoint, tmp_path, "--keep", 0.7).refuses(1, "exists already")
+    lrc("export", tmp_path / "none", out, "--keep", 0.7).refuses(2, "no such folder")
+    lrc("export", checkpoint, tmp_path, "--keep", 0.7).refuses(2, "exists already")
     inside = checkpoint / "inside"
-    lrc("export", checkpoint, inside, "--keep", 0.7).refuses(1, "must not be inside")
+    lrc("export", checkpoint, inside, "--keep", 0.7).refuses(2, "must not be inside")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    (damaged / "lrc/plan.json").write_text("{}")
+    lrc("export", damaged, out, "--keep", 0.7).refuses(1, "plan.json", code="changed-file")
+    (damaged / "lrc/plan.json").unlink()
+    lrc("export", damaged, out, "--keep", 0.7).refuses(1, "plan.json is missing")
     assert not out.exists()
 
 
