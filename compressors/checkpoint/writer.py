@@ -48,7 +48,7 @@ def write_weights(
 def config_text(config: Any, block: Mapping[str, Any], dtype: str) -> str:
     """Return a ``config.json``: that of the architecture, `block` as `quantization_config`."""
     content = json.loads(config.to_json_string(use_diff=True)) | {"dtype": dtype}
-    for key in ("_name_or_path", "quantization_config"):
+    for key in ("_name_or_path", "quantization_config", BUDGET):
         content.pop(key, None)
     if block:
         content["quantization_config"] = block

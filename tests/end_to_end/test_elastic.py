@@ -280,6 +280,14 @@ def test_the_decoder_alone_and_tokens_are_generated(run: Run, sample: Tensor) ->
     assert whole.generate(sample[:1, :5], max_new_tokens=3, do_sample=False).shape == (1, 8)
 
 
+def test_a_dense_copy_has_no_budget(run: Run, lrc: Callable[..., Any], tmp_path: Path) -> None:
+    checkpoint = run({"decompose": SVD_LLM})[1] / "checkpoint"
+    out = tmp_path / "dense"
+    assert lrc("export", checkpoint, out, "--format", "dense").code == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config.keys().isdisjoint({"budget", "quantization_config"})
+
+
 @pytest.mark.parametrize("keep", [0.65, 0.5, 1, "all", True])
 def test_a_budget_that_is_not_offered_is_refused(run: Run, keep: Any) -> None:
     _, output = run({"decompose": SVD_LLM})
