@@ -3,7 +3,7 @@
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,10 @@ from lrc.compressors.models.source import Source
 from lrc.compressors.models.weights import WeightReader
 from lrc.configs.errors import ExportError
 from lrc.configs.recipe import Model
+
+
+DTYPES = get_args(Model.model_fields["dtype"].annotation)
+"""Names of the dtypes that models may have."""
 
 
 class Integers(NamedTuple):
@@ -81,6 +85,11 @@ class StoredWeights:
             )
         self.dtype = stored_dtype(self.contents)
         name: Any = str(self.dtype).removeprefix("torch.")
+        if name not in DTYPES:
+            raise ExportError(
+                f"{folder / 'config.json'}: dtype must be {', '.join(DTYPES)}, got {name}; load "
+                "and save the model with transformers in one of these"
+            )
         spec = Model(path=str(folder), dtype=name, trust_remote_code=trust_remote_code)
         self.source = Source(spec, folder, read_config(folder, spec, ours=True))
         self.architecture: Architecture = build(self.source)

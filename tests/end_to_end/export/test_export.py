@@ -339,6 +339,25 @@ def test_folders_without_a_tokenizer_are_refused(
     ended.refuses(1, "no tokenizer could be loaded", "--tokenizer", code="cannot-export")
 
 
+def test_a_changed_recipe_is_refused_where_the_source_is_read_from_it(
+    checkpoint: Callable[[str], Path], lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(checkpoint("mixed"), folder)
+    (folder / "lrc/recipe.yaml").write_text("model: [", encoding="utf-8")
+    ended = lrc("export", folder, tmp_path / "out.gguf", "--format", "gguf")
+    ended.refuses(1, "lrc/recipe.yaml", code="changed-file")
+
+
+def test_a_dtype_that_models_cannot_have_is_refused(
+    source: Path, lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "double"
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64).save_pretrained(folder)
+    ended = lrc("export", folder, tmp_path / "out", "--format", "dense")
+    ended.refuses(1, "bfloat16, float16, float32, got float64", code="cannot-export")
+
+
 def test_damaged_checkpoints_are_refused(
     checkpoint: Callable[[str], Path], lrc: Callable[..., Any], tmp_path: Path
 ) -> None:
