@@ -486,6 +486,12 @@ BAD: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
         "stages[0].decompose.elastic",
         ("later 'quantize'",),
     ),
+    "groups of integers, to which ranks would be rounded": (
+        [{"decompose": SVD_LLM}, {"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}],
+        "contradiction",
+        "stages[0].decompose.elastic",
+        ("later 'quantize'",),
+    ),
     "different budgets of two stages": (
         [
             {"decompose": {**SVD_LLM, "targets": ["*.mlp.*"]}},
