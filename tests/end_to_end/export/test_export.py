@@ -358,6 +358,29 @@ def test_a_dtype_that_models_cannot_have_is_refused(
     ended.refuses(1, "bfloat16, float16, float32, got float64", code="cannot-export")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_hidden_layers", 1, "which has none there"),
+        ("intermediate_size", 128, "which has [64, 128] there, got [64, 96]"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(
+    checkpoint: Callable[[str], Path],
+    lrc: Callable[..., Any],
+    tmp_path: Path,
+    key: str,
+    value: int,
+    words: str,
+) -> None:
+    folder = tmp_path / "edited"
+    shutil.copytree(checkpoint("factors"), folder, ignore=shutil.ignore_patterns("lrc"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    ended = lrc("export", folder, tmp_path / "out", "--format", "dense")
+    ended.refuses(1, words, code="invalid-config")
+
+
 def test_damaged_checkpoints_are_refused(
     checkpoint: Callable[[str], Path], lrc: Callable[..., Any], tmp_path: Path
 ) -> None:
