@@ -71,7 +71,8 @@ def export(
     options = {"--type": matrices, "--embedding-type": embeddings, "--tokenizer": tokenizer}
     given = [name for name, value in options.items() if value is not None]
     if keep is not None:
-        _export_budget(folder, out, keep, others=["--format"] if form else given)
+        others = ["--format"] if form else given
+        _export_budget(folder, out, keep, others=others, as_json=as_json)
         return
     if not form:
         raise RecipeError(
@@ -113,28 +114,26 @@ def export(
             with new_file(out) as partial:
                 exported.write(partial, steps)
             facts |= exported.to_json()
-    files = out.rglob("*") if out.is_dir() else [out]
-    facts["bytes"] = sum(file.stat().st_size for file in files if file.is_file())
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2, allow_nan=False))
-    else:
-        _print(facts)
+    _print(facts, out, as_json=as_json)
 
 
-def _export_budget(folder: Path, out: Path, keep: float, *, others: list[str]) -> None:
+def _export_budget(
+    folder: Path, out: Path, keep: float, *, others: list[str], as_json: bool
+) -> None:
     if others:
         raise RecipeError(
             f"{others[0]}: cannot be combined with --keep; export the budget first, and then the "
             "result in another format"
         )
+    _check_paths(folder, out)
     from lrc.compressors.checkpoint.budget_export import export_budget
 
     console.quiet_transformers()
     export_budget(folder, out, keep, key="--keep")
-    console.say(f"wrote {out}")
+    _print({"format": "lrc", "path": str(out), "keep": keep, "notes": []}, out, as_json=as_json)
 
 
-def _check_paths(folder: Path, out: Path, form: str, tokenizer: Path | None) -> None:
+def _check_paths(folder: Path, out: Path, form: str = "", tokenizer: Path | None = None) -> None:
     """Reject paths that cannot work, before a library is imported."""
     if not folder.is_dir():
         raise RecipeError(
@@ -142,13 +141,20 @@ def _check_paths(folder: Path, out: Path, form: str, tokenizer: Path | None) -> 
         )
     if out.exists() or out.is_symlink():
         raise RecipeError(f"{out}: exists already; choose another name, or delete it")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise RecipeError(f"{out}: must not be inside the checkpoint; choose another folder")
     if form == "gguf" and out.suffix != ".gguf":
         raise RecipeError(f"{out}: the name of a GGUF file must end in .gguf; use {out.name}.gguf")
     if tokenizer is not None and not tokenizer.exists():
         raise RecipeError(f"--tokenizer: no file or folder {tokenizer}; check the path")
 
 
-def _print(facts: dict[str, Any]) -> None:
+def _print(facts: dict[str, Any], out: Path, *, as_json: bool) -> None:
+    files = out.rglob("*") if out.is_dir() else [out]
+    facts["bytes"] = sum(file.stat().st_size for file in files if file.is_file())
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, allow_nan=False))
+        return
     typer.echo(f"{facts['path']}: {facts['format']}, {facts['bytes'] / 2**20:.1f} MiB")
     for name, entry in facts.get("types", {}).items():
         size = entry["bytes"] / 2**20

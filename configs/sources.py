@@ -45,7 +45,9 @@ def counts(source: str | Mapping[str, float], total: int) -> dict[str, int]:
     >>> counts({"c4": 0.5, "self": 0.3, "mine.txt": 0.2}, 7)
     {'c4': 4, 'self': 2, 'mine.txt': 1}
     """
-    exact = {name: fraction * total for name, fraction in fractions(source).items()}
+    given = fractions(source)
+    unit = total / sum(given.values())
+    exact = {name: fraction * unit for name, fraction in given.items()}
     found = {name: int(share + TOLERANCE) for name, share in exact.items()}
     left = total - sum(found.values())
     for name in sorted(exact, key=lambda name: found[name] - exact[name])[:left]:

@@ -21,7 +21,6 @@ from lrc.compressors.io.shards import Header
 from lrc.compressors.layers.low_rank import LowRank, cut_factor
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.tasks import LayerResult
-from lrc.configs.errors import OutputError
 
 
 def export_budget(folder: Path, output: Path, keep: float, *, key: str = BUDGET) -> None:
@@ -44,16 +43,14 @@ def export_budget(folder: Path, output: Path, keep: float, *, key: str = BUDGET)
     CheckpointError
         If the checkpoint is damaged, not elastic, or has no such budget.
     OutputError
-        If `output` exists, is inside the checkpoint, or cannot be written.
+        If `output` cannot be written.
     """
     contents = check_checkpoint(folder)
     block = contents.config.get("quantization_config") or {}
     budgets = parse_budgets(block.get(layout.ELASTIC), contents.modules, str(folder))
     index = budget_index(budgets, keep, where=str(folder), key=key)
-    if output.exists():
-        raise OutputError(f"{output}: exists already; name another folder, or delete it")
-    if output.resolve().is_relative_to(folder.resolve()):
-        raise OutputError(f"{output}: must not be inside the checkpoint; name another folder")
+    if (manifest := contents.manifest) is not None:  # recipe and plan get new hashes
+        manifest.check_hashes(manifest.hashes.keys() - {*manifest.loaded_files()})
     with new_folder(output) as out:
         _write_weights(out, contents, index)
         _write_config(out, contents, index)

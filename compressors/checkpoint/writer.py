@@ -53,7 +53,7 @@ def config_text(model: Any, block: Mapping[str, Any], dtype: str) -> str:
     """
     content = json.loads(model.config.to_json_string(use_diff=True))
     content |= {"architectures": [type(model).__name__], "dtype": dtype}
-    for key in ("_name_or_path", "quantization_config"):
+    for key in ("_name_or_path", "quantization_config", BUDGET):
         content.pop(key, None)
     if block:
         content["quantization_config"] = block

@@ -68,6 +68,8 @@ class GgufExport:
     ------
     ExportError
         If GGUF cannot express the model, or llama.cpp would compute something else.
+    CheckpointError
+        If the recipe in the checkpoint, which names the source, has changed.
     """
 
     def __init__(self, weights: StoredWeights, options: GgufOptions) -> None:
@@ -180,21 +182,23 @@ def _mlp_widths(weights: StoredWeights, family: Family) -> list[int]:
 def _tokenizer(weights: StoredWeights, given: Path | None, vocabulary: int) -> dict[str, Any]:
     """Return the metadata of the tokenizer."""
     folder, trusted = weights.source.folder, weights.source.spec.trust_remote_code
-    path = given or _source_gguf(folder) or folder
+    path = given or _source_gguf(weights) or folder
     if path.is_dir():
         return folder_tokenizer(path, vocabulary, trust_remote_code=trusted)
     return gguf_tokenizer(path, vocabulary)
 
 
-def _source_gguf(folder: Path) -> Path | None:
+def _source_gguf(weights: StoredWeights) -> Path | None:
     """Return the GGUF file that a checkpoint was made from; None if it was none.
 
     transformers converts the tokenizers of GGUF files imperfectly, so that the one in the folder
     can differ from the original.
     """
-    recipe = folder / layout.RECIPE
-    if not recipe.is_file():
+    folder, manifest = weights.source.folder, weights.contents.manifest
+    if manifest is None or layout.RECIPE not in manifest.hashes:
         return None
+    manifest.check_hashes([layout.RECIPE])
+    recipe = folder / layout.RECIPE
     model = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("model")
     spec = {"path": model} if isinstance(model, str) else model
     name = str(spec.get("file") or spec["path"])

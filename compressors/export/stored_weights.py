@@ -3,13 +3,14 @@
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from lrc.compressors.checkpoint.format import EDITED
 from lrc.compressors.checkpoint.plain import plain_name
 from lrc.compressors.checkpoint.reader import check_checkpoint, stored_dtype
 from lrc.compressors.io.shards import Header
@@ -21,8 +22,11 @@ from lrc.compressors.models.configuration import read_config
 from lrc.compressors.models.contents import renamed
 from lrc.compressors.models.source import Source
 from lrc.compressors.models.weights import WeightReader
-from lrc.configs.errors import ExportError
+from lrc.configs.errors import CheckpointError, ExportError
 from lrc.configs.recipe import Model
+
+DTYPES = get_args(Model.model_fields["dtype"].annotation)
+"""Names of the dtypes that models may have."""
 
 
 class Integers(NamedTuple):
@@ -58,7 +62,8 @@ class StoredWeights:
     Raises
     ------
     CheckpointError, ModelError
-        If the folder is damaged, or its architecture is not supported.
+        If the folder is damaged, its parts contradict each other, or its architecture is not
+        supported.
     ExportError
         If its model has no dense form, or another tool has compressed it.
     """
@@ -81,14 +86,35 @@ class StoredWeights:
             )
         self.dtype = stored_dtype(self.contents)
         name: Any = str(self.dtype).removeprefix("torch.")
+        if name not in DTYPES:
+            raise ExportError(
+                f"{folder / 'config.json'}: dtype must be {', '.join(DTYPES)}, got {name}; load "
+                "and save the model with transformers in one of these"
+            )
         spec = Model(path=str(folder), dtype=name, trust_remote_code=trust_remote_code)
         self.source = Source(spec, folder, read_config(folder, spec, ours=True))
         self.architecture: Architecture = build(self.source)
+        self._check_modules()
         parameters = self.architecture.stored_parameters()
         biases = {f"{name}.bias": [c.shape[0]] for name, c in self.modules.items() if c.bias}
         self.shapes = {name: list(tensor.shape) for name, tensor in parameters.items()} | biases
         self._reader = None if self.modules else WeightReader(folder, self.architecture)
         self._headers = self._named_headers() if self.modules else {}
+
+    def _check_modules(self) -> None:
+        """Compare the shapes of compressed weights with those of the architecture."""
+        model = self.architecture.model
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        for name, config in self.modules.items():
+            weight = weights.get(f"{name}.weight")
+            found = None if weight is None else list(weight.shape)
+            if found != list(config.shape):
+                raise CheckpointError(
+                    f"{self.source.folder / 'config.json'}: quantization_config.modules[{name!r}]: "
+                    f"must be a weight of the model, which has {found or 'none'} there, got "
+                    f"{list(config.shape)}; {EDITED}",
+                    code="invalid-config",
+                )
 
     def config_of(self, name: str) -> WeightConfig | None:
         """Return how a weight is compressed; None if it is stored as it is."""

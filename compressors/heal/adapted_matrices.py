@@ -150,6 +150,10 @@ class MaskedValues(AbsorbingMatrix):
     LEAF = "values"
     module: MaskedWeight
 
+    def __init__(self, module: MaskedWeight) -> None:
+        super().__init__(module)
+        self._places: Tensor | None = None
+
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the matrix with its zeros."""
@@ -162,7 +166,16 @@ class MaskedValues(AbsorbingMatrix):
 
     @property
     def places(self) -> Tensor:
-        """Places of the values in the flattened matrix, in the order of the values."""
+        """Places of the values in the flattened matrix, in the order of the values.
+
+        Always the same tensor: a recorded step has its address, also after a measurement in which
+        the adapter was detached.
+        """
+        if self._places is None:
+            self._places = self._find_places()
+        return self._places
+
+    def _find_places(self) -> Tensor:
         buffers, (rows, columns) = dict(self.module.named_buffers()), self.shape
         if "mask" in buffers:
             return unpack_bits(buffers["mask"], columns).flatten().nonzero().flatten()

@@ -1,6 +1,7 @@
 """Checks of the options of adapters before anything runs, and the bytes that adapters add."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from lrc.compressors.heal.adapted_matrices import FloatMatrix
@@ -86,27 +87,39 @@ def _may_have_integers(draft: Draft, task: LayerTask) -> bool:
     return later or bool(draft.allocations[task.allocation].quantization)
 
 
-Found = tuple[set[str], bool]
-"""Component types that a weight may have, and whether it may be quantized."""
+@dataclass(frozen=True)
+class Form:
+    """What a compressed weight may become."""
+
+    shape: tuple[int, int]
+    types: set[str]
+    """Component types that it may have."""
+    quantized: bool
+    """Whether it may be quantized."""
 
 
-def _any_form(types: set[str], quantized: bool) -> bool:
+def _any_form(form: Form, options: Any) -> bool:
     """Return whether a form has a matrix, or values of masks in 16 bits."""
-    return not quantized or not types.isdisjoint(MATRIX_TYPES)
+    return not form.quantized or not form.types.isdisjoint(MATRIX_TYPES)
 
 
-def _unquantized_matrix(types: set[str], quantized: bool) -> bool:
-    return not (quantized or types.isdisjoint(MATRIX_TYPES))
+def _divisible_matrix(form: Form, options: Any) -> bool:
+    """Return whether a form has a 16-bit matrix with a side that the number of terms divides.
+
+    The other side may be a rank that is not known yet.
+    """
+    exact = not (form.quantized or form.types.isdisjoint(MATRIX_TYPES))
+    return exact and any(side % options.terms == 0 for side in form.shape)
 
 
-ABSORBING: dict[str, Callable[[set[str], bool], bool]] = {
+ABSORBING: dict[str, Callable[[Form, Any], bool]] = {
     "lora": _any_form,
-    "compacter": _unquantized_matrix,
+    "compacter": _divisible_matrix,
 }
 """Value of `train` -> whether compressed weights of some form may get its adapters."""
 
 
-def finds_adaptable(draft: Draft, options: Any, compressed: Iterable[Found]) -> bool:
+def finds_adaptable(draft: Draft, options: Any, compressed: Iterable[Form]) -> bool:
     """Return whether a value of `train` that trains adapters may find matrices.
 
     `compressed` are the forms of the compressed weights.
@@ -120,7 +133,7 @@ def finds_adaptable(draft: Draft, options: Any, compressed: Iterable[Found]) -> 
     if ADAPTERS[options.train](draft.architecture.model, dense, options):
         return True
     absorbs = ABSORBING.get(options.train)
-    return absorbs is not None and any(absorbs(*each) for each in compressed)
+    return absorbs is not None and any(absorbs(form, options) for form in compressed)
 
 
 def _may_stay_dense(draft: Draft, task: LayerTask | None) -> bool:

@@ -61,7 +61,7 @@ class StepBudget(Budget):
 
 
 class TimeBudget(Budget):
-    """As many steps as fit into a time, and at least one.
+    """As many steps as fit into a time, and at least one unless none is left.
 
     The number of steps is estimated again after every step, from the mean time of those so far with
     the measurements between them; the first, which includes preparations, does not count. The
@@ -70,7 +70,7 @@ class TimeBudget(Budget):
     Parameters
     ----------
     seconds : float
-        From now on.
+        From now on. A layer may get none, if the layers before it took longer than their share.
     clock : callable
         Returns the time in seconds.
     """

@@ -65,10 +65,15 @@ class Predictor:
         self._head = model.get_output_embeddings() if split else None
 
     def precision(self) -> AbstractContextManager[object]:
-        """Return the context to compute in: 16-bit products of float32 weights on a GPU."""
+        """Return the context to compute in: 16-bit products of float32 weights on a GPU.
+
+        Where gradients are computed, float16 is replaced by bfloat16: the gradient of a logit is a
+        difference of probabilities divided by the number of positions, zero in float16.
+        """
         if self._device.type == "cpu" or self._dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self._device.type, self._dtype)
+        underflows = self._dtype == torch.float16 and torch.is_grad_enabled()
+        return torch.autocast(self._device.type, torch.bfloat16 if underflows else self._dtype)
 
     def features(self, tokens: Tensor) -> Tensor:
         """Return the features [n_positions, d] of windows [n, length]."""

@@ -182,8 +182,8 @@ def training_text(
             n_tokens = found.numel()
         else:
             found, sha256, n_tokens = _read(request, tokenizer)
-        check_vocabulary(found, embedding)
         training, held_out = split(found, request)
+        check_vocabulary(found, embedding)
         facts = {
             "source": request.source,
             "text_sha256": sha256,
@@ -274,7 +274,7 @@ def check_held_out(n_windows: int, request: TextRequest) -> None:
     raise DataError(
         f"{request.where}.held_out: must be less than the text, {n_windows} windows of "
         f"{request.length:,} tokens of {request.source}, got {request.options.held_out:,} tokens; "
-        + (f"lower it to at most {most:,}, or {more}" if most else short)
+        + (f"lower it to at most {most:,}, or {more}" if most > 0 else short)
     )
 
 

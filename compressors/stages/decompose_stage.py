@@ -64,8 +64,8 @@ class DecomposeStage:
             for index, options in stages.items()
         ]
         for each in found:
-            _check_options(draft, each)
             before = len(draft.problems)
+            _check_options(draft, each)
             decided = (
                 _from_user_plan(draft, each) if each.options.plan else spend_budget(draft, each)
             )

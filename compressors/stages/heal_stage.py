@@ -6,6 +6,7 @@ from lrc.compressors.calibrate.calibration_windows import SELF
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.perplexity import check_window
 from lrc.compressors.heal.adapter_checks import (
+    Form,
     added_bytes,
     check_elastic,
     check_merge,
@@ -149,7 +150,11 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
         )
     train = getattr(options, "train", "all")
     if train in ADAPTERS:
-        present[train] = finds_adaptable(draft, options, (each[:2] for each in found))
+        forms = [
+            Form(task.shape, kinds, quantized)
+            for task, (kinds, quantized, _) in zip(tasks, found, strict=True)
+        ]
+        present[train] = finds_adaptable(draft, options, forms)
         check_elastic(draft, where, options)
     if not present.get(train, True):
         key = "method" if options.method == train else "train"

@@ -170,8 +170,11 @@ def test_an_exported_budget_is_an_ordinary_checkpoint(
 ) -> None:
     _, output = run({"decompose": STAGES[stage]})
     out = tmp_path / "out"
-    ended = lrc("export", output / "checkpoint", out, "--keep", 0.7)
+    ended = lrc("export", output / "checkpoint", out, "--keep", 0.7, "--json")
     assert ended.code == 0, ended.err
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    facts = {"format": "lrc", "path": str(out), "keep": 0.7, "notes": [], "bytes": size}
+    assert json.loads(ended.out) == facts
     assert torch.equal(logits(out, sample), logits(output / "checkpoint", sample, budget=0.7))
     assert ranks_of(out) == {}
     assert "elastic" not in block_of(out)
@@ -277,6 +280,14 @@ def test_the_decoder_alone_and_tokens_are_generated(run: Run, sample: Tensor) ->
     assert whole.generate(sample[:1, :5], max_new_tokens=3, do_sample=False).shape == (1, 8)
 
 
+def test_a_dense_copy_has_no_budget(run: Run, lrc: Callable[..., Any], tmp_path: Path) -> None:
+    checkpoint = run({"decompose": SVD_LLM})[1] / "checkpoint"
+    out = tmp_path / "dense"
+    assert lrc("export", checkpoint, out, "--format", "dense").code == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config.keys().isdisjoint({"budget", "quantization_config"})
+
+
 @pytest.mark.parametrize("keep", [0.65, 0.5, 1, "all", True])
 def test_a_budget_that_is_not_offered_is_refused(run: Run, keep: Any) -> None:
     _, output = run({"decompose": SVD_LLM})
@@ -294,10 +305,16 @@ def test_a_wrong_export_is_one_error(run: Run, lrc: Callable[..., Any], tmp_path
     ended.refuses(1, "0.9, 0.8, 0.7, 0.6, got 0.65", code="unknown-budget")
     ended = lrc("export", plain, out, "--keep", 0.7)
     ended.refuses(1, "--keep", "not elastic", code="not-elastic", where=str(plain))
-    lrc("export", tmp_path / "none", out, "--keep", 0.7).refuses(1, "no such folder")
-    lrc("export", checkpoint, tmp_path, "--keep", 0.7).refuses(1, "exists already")
+    lrc("export", tmp_path / "none", out, "--keep", 0.7).refuses(2, "no such folder")
+    lrc("export", checkpoint, tmp_path, "--keep", 0.7).refuses(2, "exists already")
     inside = checkpoint / "inside"
-    lrc("export", checkpoint, inside, "--keep", 0.7).refuses(1, "must not be inside")
+    lrc("export", checkpoint, inside, "--keep", 0.7).refuses(2, "must not be inside")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    (damaged / "lrc/plan.json").write_text("{}")
+    lrc("export", damaged, out, "--keep", 0.7).refuses(1, "plan.json", code="changed-file")
+    (damaged / "lrc/plan.json").unlink()
+    lrc("export", damaged, out, "--keep", 0.7).refuses(1, "plan.json is missing")
     assert not out.exists()
 
 
@@ -465,6 +482,12 @@ BAD: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
     ),
     "integers": (
         [{"decompose": SVD_LLM}, {"quantize": {"method": "rtn", "bits": 8}}],
+        "contradiction",
+        "stages[0].decompose.elastic",
+        ("later 'quantize'",),
+    ),
+    "groups of integers, to which ranks would be rounded": (
+        [{"decompose": SVD_LLM}, {"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}],
         "contradiction",
         "stages[0].decompose.elastic",
         ("later 'quantize'",),

@@ -568,12 +568,14 @@ def test_texts_that_do_not_do_are_refused_before_any_work(
     tiny_text: Path,
     tmp_path: Path,
 ) -> None:
-    empty, copy = tmp_path / "empty.txt", tmp_path / "copy.txt"
+    empty, short, copy = (tmp_path / f"{name}.txt" for name in ("empty", "short", "copy"))
     empty.write_text("")
+    short.write_text("shorter than one window")
     shutil.copyfile(tiny_text, copy)
     evaluate = {"perplexity": [{"source": str(copy), "name": "mine", "window": 32}]}
     cases = [
         ({**DISTILL, "source": str(empty)}, {}, 1, ("stages[1].heal.source", "is empty")),
+        ({**DISTILL, "source": str(short)}, {}, 1, ("stages[1].heal.held_out", "0 windows")),
         ({**DISTILL, "held_out": 10**6}, {}, 1, ("stages[1].heal.held_out", "at most")),
         (DISTILL, {"evaluate": evaluate}, 2, ("calibration.source", "evaluate.perplexity mine")),
     ]

@@ -326,6 +326,13 @@ BAD = {
         "stages[1].heal.train",
         "no 16-bit matrices with sides that 'terms' divides",
     ),
+    "terms that divide no side": (
+        {"decompose": {"method": "svd", "keep": 0.6, "storage": "low_rank"}},
+        {**COMPACTER, "terms": 1000},
+        "nothing-to-train",
+        "stages[1].heal.train",
+        "no 16-bit matrices with sides that 'terms' divides",
+    ),
     "masks of integers": (
         {"quantize": {"method": "gqsa", "bits": 4, "group_size": 16}},
         LORA,

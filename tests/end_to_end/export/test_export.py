@@ -286,6 +286,7 @@ def test_paths_are_checked_and_nothing_is_overwritten(
         ([source, tmp_path / "out", "--format", "gguf"], "must end in .gguf"),
         ([source, tmp_path / "out", "--format", "gguff"], "did you mean gguf?"),
         ([source, tmp_path / "out"], "--format: missing; give dense, gguf or remote-code"),
+        ([source, source / "out", "--format", "dense"], "must not be inside"),
         ([tmp_path / "none", tmp_path / "out", "--format", "dense"], "no such folder"),
         ([source, tmp_path / "out", "--format", "dense", "--type", "f16"], "--format gguf"),
     ):
@@ -336,6 +337,48 @@ def test_folders_without_a_tokenizer_are_refused(
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("token*"))
     ended = lrc("export", folder, tmp_path / "out.gguf", "--format", "gguf")
     ended.refuses(1, "no tokenizer could be loaded", "--tokenizer", code="cannot-export")
+
+
+def test_a_changed_recipe_is_refused_where_the_source_is_read_from_it(
+    checkpoint: Callable[[str], Path], lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(checkpoint("mixed"), folder)
+    (folder / "lrc/recipe.yaml").write_text("model: [", encoding="utf-8")
+    ended = lrc("export", folder, tmp_path / "out.gguf", "--format", "gguf")
+    ended.refuses(1, "lrc/recipe.yaml", code="changed-file")
+
+
+def test_a_dtype_that_models_cannot_have_is_refused(
+    source: Path, lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "double"
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64).save_pretrained(folder)
+    ended = lrc("export", folder, tmp_path / "out", "--format", "dense")
+    ended.refuses(1, "bfloat16, float16, float32, got float64", code="cannot-export")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_hidden_layers", 1, "which has none there"),
+        ("intermediate_size", 128, "which has [64, 128] there, got [64, 96]"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(
+    checkpoint: Callable[[str], Path],
+    lrc: Callable[..., Any],
+    tmp_path: Path,
+    key: str,
+    value: int,
+    words: str,
+) -> None:
+    folder = tmp_path / "edited"
+    shutil.copytree(checkpoint("factors"), folder, ignore=shutil.ignore_patterns("lrc"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    ended = lrc("export", folder, tmp_path / "out", "--format", "dense")
+    ended.refuses(1, words, code="invalid-config")
 
 
 def test_damaged_checkpoints_are_refused(

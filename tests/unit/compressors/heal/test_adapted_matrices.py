@@ -1,10 +1,13 @@
 """Adapters and the matrices that absorb them."""
 
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from lrc.compressors.heal.adapted_integers import IntegerMatrix
 from lrc.compressors.heal.adapted_parameters import AdaptedParameters
@@ -181,6 +184,51 @@ def test_merging_computes_the_same_as_the_adapters(kind: str) -> None:
     assert all(torch.equal(stored[name], after[name]) for name in stored)
     assert not layer.problems()
     torch.testing.assert_close(x @ layer.dense_weight().T, found, rtol=1e-4, atol=1e-5)
+
+
+class ReadTensors(TorchDispatchMode):
+    """Records the tensors that operations read and that existed before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, Tensor] = {}
+        self._made: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = MappingProxyType({})
+    ) -> Any:
+        for tensor in tree_flatten((args, dict(kwargs)))[0]:
+            if isinstance(tensor, Tensor) and tensor.data_ptr() not in self._made:
+                self.found[tensor.data_ptr()] = tensor
+        out = func(*args, **kwargs)
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, Tensor) and tensor.data_ptr() not in self.found:
+                self._made[tensor.data_ptr()] = tensor  # kept, so that no address occurs twice
+        return out
+
+
+@pytest.mark.parametrize(
+    "kind", ["low_rank", "pivoted_low_rank", "sparse", "semi_structured", "dictionary", "dense"]
+)
+def test_measurements_leave_the_tensors_of_a_step_at_their_addresses(kind: str) -> None:
+    """A recorded step, which is repeated after measurements, reads them there."""
+    layer = component(kind)
+    matrices = adaptable(layer)
+    adapters = {name: low_rank(each.shape, each.size) for name, each in matrices.items()}
+    dtypes = dict.fromkeys(matrices, torch.float32)
+    trained = AdaptedParameters(matrices, adapters, dtypes)
+    for parameter in trained.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.randn(3, 8, generator=seeded(10))
+    reads = []
+    for _ in range(2):
+        with ReadTensors() as read:
+            layer(x).sum().backward()
+        reads.append(read)
+        with torch.no_grad(), trained.as_stored():
+            layer(x)
+    assert len(reads[0].found) > 3
+    assert {*reads[0].found} == {*reads[1].found}
 
 
 def test_rounding_to_16_bits_is_seen_by_as_stored() -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,3 +65,23 @@ def test_gradients_in_pieces_are_those_of_the_whole_loss(
     if kind == "forward":
         measured = mean_divergence(dense, compressed, tokens, together=2)
         assert measured == pytest.approx(loss.item() / 60, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_do_not_underflow_on_a_gpu(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """They would in float16: a difference of probabilities, divided by very many positions."""
+    tokens = torch.arange(60).view(3, 20)
+    dense, compressed = (Predictor(tiny_llama(seed=s), tokens, dtype=dtype) for s in range(2))
+    parameter = compressed._model.model.layers[0].mlp.up_proj.weight
+    add_gradients(dense, compressed, tokens, kind="forward", positions=60)  # on a CPU: in float32
+    expected, parameter.grad = parameter.grad, None
+    # Computes on a CPU what a GPU would.
+    autocast, windows = torch.autocast, SimpleNamespace(to=lambda _: tokens)
+    monkeypatch.setattr(torch, "autocast", lambda _, dtype: autocast("cpu", dtype))
+    for predictor in (dense, compressed):
+        predictor._device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+    add_gradients(dense, compressed, windows, kind="forward", positions=10**7)  # type: ignore[arg-type]
+    found = parameter.grad * 10**7 / 60
+    assert float((found - expected).norm() / expected.norm()) < 0.1

@@ -52,7 +52,9 @@ def test_no_more_windows_are_taken_than_are_trained_on() -> None:
     assert len(split(WINDOWS, block)[0]) == 5
 
 
-@pytest.mark.parametrize(("n_windows", "remedy"), [(4, "at most 24"), (1, "heal.length")])
+@pytest.mark.parametrize(
+    ("n_windows", "remedy"), [(4, "at most 24"), (1, "heal.length"), (0, "heal.length")]
+)
 def test_a_text_that_leaves_nothing_to_train_on_is_refused(n_windows: int, remedy: str) -> None:
     with pytest.raises(DataError, match=remedy) as raised:
         split(WINDOWS[:n_windows], distill(held_out=32))
