@@ -81,16 +81,16 @@ def check_source(source: str, *, part: Part, key: str | None = None) -> None:
     """
     if source in SOURCES or (source == "self" and part == "calibration"):
         return
-    key, path = key or KEYS[part], Path(source).expanduser()
+    key, path, allowed = key or KEYS[part], Path(source).expanduser(), _allowed(part)
     if source == "self":
-        raise RecipeError([f"{key}: 'self' is for calibration only; allowed: {_allowed()}"])
+        raise RecipeError([f"{key}: 'self' is for calibration only; allowed: {allowed}"])
     if path.is_dir():
         raise RecipeError([f"{key}: {source} is a folder; give a .jsonl or .txt file in it"])
     if path.suffix.lower() not in SUFFIXES:
         got = f"a file ending '{path.suffix}'" if path.exists() else f"'{source}'"
-        raise RecipeError([f"{key}: must be {_allowed()}, got {got}{_hint(path)}"])
+        raise RecipeError([f"{key}: must be {allowed}, got {got}{_hint(path)}"])
     if not path.exists():
-        raise RecipeError([f"{key}: no such file: {source}{_hint(path)}; allowed: {_allowed()}"])
+        raise RecipeError([f"{key}: no such file: {source}{_hint(path)}; allowed: {allowed}"])
 
 
 def source_identity(source: str) -> str:
@@ -101,8 +101,9 @@ def source_identity(source: str) -> str:
     return f"{path.suffix.lower()} {sha256(path)}"
 
 
-def _allowed() -> str:
-    return f"{', '.join(SOURCES)} or the path of a .jsonl or .txt file"
+def _allowed(part: Part) -> str:
+    names = (*SOURCES, "self") if part == "calibration" else SOURCES
+    return f"{', '.join(names)} or the path of a .jsonl or .txt file"
 
 
 def _hint(path: Path) -> str:

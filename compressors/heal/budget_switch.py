@@ -45,7 +45,7 @@ class BudgetSwitch:
             component.used_rank = component.config.ranks[index]
 
     def use_for(self, step: int, *, seed: int) -> None:
-        """Compute with the budget of a training step: all in random order, then in another one."""
+        """Compute with the budget of a training step: each once in random order, and then again."""
         if self.budgets:
             self.use(int(batch_rows(step, n_windows=len(self.budgets), batch=1, seed=seed)))
 

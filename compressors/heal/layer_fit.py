@@ -183,7 +183,8 @@ class LayerFit:
     def _error(self, rows: Tensor, from_dense: Tensor) -> Tensor:
         """Return the relative error on windows, of which some have inputs of the dense model."""
         inputs = self._data.compressed[rows]
-        inputs[from_dense] = self._data.dense[rows[from_dense]]
+        # One of the two may be on the GPU, and the other not, if it had no room for both.
+        inputs[from_dense] = self._data.dense[rows[from_dense]].to(inputs.device)
         found, target = self._outputs(rows, inputs)
         error, whole = squares(found, target, self._data.dense.shape[1])
         return error / whole.clamp_min(torch.finfo(whole.dtype).tiny)

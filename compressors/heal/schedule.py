@@ -22,9 +22,10 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
 
 
 def batch_rows(step: int, *, n_windows: int, batch: int, seed: int) -> Tensor:
-    """Return which windows a step trains on [batch]: all in random order, then in another one.
+    """Return the indices of the windows [batch] that a step trains on.
 
-    The result depends on nothing but the arguments, so that a resumed run goes on as it would have.
+    Every window is used once, in random order, before all are used again in a new order. The result
+    depends on nothing but the arguments, so that a resumed run continues with the same windows.
     """
     rows: list[Tensor] = []
     for number in range(step * batch, (step + 1) * batch):

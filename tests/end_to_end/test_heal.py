@@ -653,6 +653,7 @@ def test_every_source_of_a_mixture_is_checked(
     )
     ended = lrc("plan", recipe)
     ended.refuses(2, "wikitext3", "did you mean 'wikitext2'?", where="calibration.source")
+    assert "c4, self or the path of a .jsonl or .txt file" in ended.err
     recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
     lrc("plan", recipe).refuses(2, "did you mean 'wikitext2'?", where="stages[1].heal.source")
     # A text that is evaluated on may not be trained on, whatever it is mixed with.

@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.heal.layer_fit import find_parts, output, squares
+from lrc.compressors.heal.layer_fit import LayerData, LayerFit, Part, find_parts, output, squares
 from lrc.compressors.layers import ComponentConfig, CompressedLinear, WeightConfig
 from lrc.compressors.solvers.moments import TOKEN_CAP
 
@@ -75,3 +76,14 @@ def test_massive_tokens_count_no_more_than_the_cap() -> None:
     error, whole = squares(1.1 * target, target, 5)
     torch.testing.assert_close(error / whole, torch.tensor(0.01), rtol=1e-3, atol=0)
     torch.testing.assert_close(whole, torch.tensor(float((4 + TOKEN_CAP) * D)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("places", [("cuda", "cpu"), ("cpu", "cuda")])
+def test_hidden_states_may_be_on_several_devices(places: tuple[str, str]) -> None:
+    dense, compressed = (torch.randn(4, 3, D).to(place) for place in places)
+    data = LayerData(dense, compressed, dense, n_held_out=1, together=3)
+    layer = nn.Linear(D, D).cuda()
+    fit = LayerFit(lambda x, module: module(x.cuda()), layer, layer, Part(None, ()), data)
+    error = fit._error(torch.tensor([1, 2, 3]), torch.tensor([True, False, False]))
+    assert float(error) > 0
