@@ -57,7 +57,7 @@ class HealBase(Strict):
     The number of steps then differs from run to run, and so does the result."""
     batch: PositiveInt = 8
     """Windows per step."""
-    rate: Rate = 5e-4
+    rate: Rate = 1e-3
     held_out: PositiveInt = 16384
     """Tokens of the text that are never trained on; they choose the best step, and decide whether
     the result is used."""
@@ -152,6 +152,7 @@ class Scales(LogitFit):
     """Distillation that changes only scales of integers, norms, and biases of quantized layers."""
 
     method: Literal["scales"]
+    rate: Rate = 3e-3
 
     @property
     def train(self) -> Literal["scales"]:

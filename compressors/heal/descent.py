@@ -27,7 +27,7 @@ class Descent:
 
     The learning rate of a tensor is relative to the root mean square of its values at first, as in
     Adafactor [1]_: stored forms differ in scale by orders of magnitude, and so do models. For the
-    weights of SmolLM2-135M (0.19) 5e-4 is 1e-4, for those of a Llama of 8B parameters about 1e-5.
+    weights of SmolLM2-135M (0.19) 1e-3 is 2e-4, for those of a Llama of 8B parameters about 2e-5.
 
     Parameters
     ----------
