@@ -87,6 +87,14 @@ class Page:
         )
 
 
+def fix_layout(figure: Figure) -> None:
+    """Calculate the layout now; what is added later has to fit into the axes."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+
+
 def _body(svg: str, name: str) -> str:
     """Return what an SVG file draws, in the colours of the page and with ids of its own."""
     _, _, rest = svg.partition("<svg ")
@@ -106,7 +114,22 @@ def _body(svg: str, name: str) -> str:
     for color, variable in VARIABLES.items():
         body = body.replace(color, f"var(--{variable})")
     body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)  # hundredths of a point cannot be seen
-    return re.sub(r"\n\s*", "\n", body)
+    body = re.sub(r" font-family: [^;\"]*;?", "", body)  # the style sheet of the page has it once
+    body = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", body)
+    return re.sub(r"\s*\n\s*", " ", _without_plain_groups(body))
+
+
+def _without_plain_groups(svg: str) -> str:
+    """Remove groups without attributes, which change nothing; their elements stay."""
+    kept: list[bool] = []
+
+    def tag(found: re.Match[str]) -> str:
+        if found[0] == "</g>":
+            return found[0] if kept.pop() else ""
+        kept.append(found[0] != "<g>")
+        return found[0] if kept[-1] else ""
+
+    return re.sub(r"</g>|<g(?: [^>]*[^/])?>", tag, svg.replace("<g/>", ""))
 
 
 def shortened_label(text: str, limit: int = 34) -> str:

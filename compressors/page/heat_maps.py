@@ -1,13 +1,14 @@
 """Heat maps of decoder layers by projections."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import log10
 
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Patch, Rectangle
 
-from lrc.compressors.page.drawing import INK, LINE, SERIES, WIDTH, Page, shortened_label
+from lrc.compressors.page.drawing import INK, LINE, SERIES, WIDTH, Page, fix_layout, shortened_label
 from lrc.compressors.page.matrices import Grid
 from lrc.compressors.page.number_text import short_text
 
@@ -26,13 +27,12 @@ def heat_map(page: Page, title: str, unit: str, grid: Grid, *, logarithmic: bool
     """
     opacities = _opacities(grid.cells, logarithmic=logarithmic)
     with page.figure(*_size(grid)) as (figure, axes):
-        for (row, column), value in grid.cells.items():
-            place = (grid.columns.index(column), grid.rows.index(row))
-            _cell(axes, place, SERIES[0], opacities[row, column])
-            text = axes.text(*place, short_text(value), ha="center", va="center", fontsize=6)
-            text.set_in_layout(False)  # measuring hundreds of texts would take seconds
-        _frame(axes, grid)
+        _draw_cells(axes, grid, lambda place: to_rgba(SERIES[0], opacities[place]))
         axes.set_title(f"{title}, {unit}" if unit else title)
+        fix_layout(figure)  # measuring hundreds of texts would take seconds
+        for place, value in grid.cells.items():
+            text = short_text(value)
+            axes.text(*_position(grid, place), text, ha="center", va="center", fontsize=6)
         values = grid.cells.values()
         listed = f"{len(values)} values, {min(values):.4g} to {max(values):.4g} {unit}"
         return page.svg(figure, title, f"{listed}. The table of matrices lists all of them.")
@@ -42,10 +42,7 @@ def kinds_map(page: Page, title: str, grid: Grid, kinds: Sequence[str]) -> str:
     """Draw a kind for every place; values of `grid` are indices of `kinds`."""
     height, width = _size(grid)
     with page.figure(height + 0.17 * ((len(kinds) + 1) // 2), width) as (figure, axes):
-        for (row, column), value in grid.cells.items():
-            place = (grid.columns.index(column), grid.rows.index(row))
-            _cell(axes, place, _color(int(value)), FULL)
-        _frame(axes, grid)
+        _draw_cells(axes, grid, lambda place: to_rgba(_color(int(grid.cells[place])), FULL))
         axes.set_title(title)
         handles = [
             Patch(facecolor=to_rgba(_color(index), FULL), label=shortened_label(kind, 30))
@@ -65,12 +62,18 @@ def _color(kind: int) -> str:
     return SERIES[kind % len(SERIES)]
 
 
-def _cell(axes: Axes, place: tuple[int, int], color: str, opacity: float) -> None:
-    corner = (place[0] - 0.5, place[1] - 0.5)
-    axes.add_patch(Rectangle(corner, 1, 1, facecolor=to_rgba(color, opacity), linewidth=0))
+def _position(grid: Grid, place: tuple[int, str]) -> tuple[int, int]:
+    """Return the coordinates of the centre of a cell."""
+    return grid.columns.index(place[1]), grid.rows.index(place[0])
 
 
-def _frame(axes: Axes, grid: Grid) -> None:
+def _draw_cells(
+    axes: Axes, grid: Grid, color: Callable[[tuple[int, str]], tuple[float, float, float, float]]
+) -> None:
+    corners = [_position(grid, place) for place in grid.cells]
+    cells = [Rectangle((x - 0.5, y - 0.5), 1, 1) for x, y in corners]
+    colors = [color(place) for place in grid.cells]
+    axes.add_collection(PatchCollection(cells, facecolors=colors, linewidths=0), autolim=False)
     axes.set_xlim(-0.5, len(grid.columns) - 0.5)
     axes.set_ylim(len(grid.rows) - 0.5, -0.5)
     names = [shortened_label(name, 18) for name in grid.columns]
