@@ -131,9 +131,9 @@ def pairs(
 ) -> str:
     """Draw values of the dense and the compressed model with error bars, one row each."""
     with page.figure(0.8 + 0.3 * len(rows)) as (figure, axes):
+        series = ([dense for _, dense, _ in rows], [compressed for *_, compressed in rows])
         for index, (label, color) in enumerate((("dense", INK), ("compressed", SERIES[0]))):
-            found = [(place, row[1 + index]) for place, row in enumerate(rows)]
-            known = [(place, each) for place, each in found if each is not None]
+            known = [(place, each) for place, each in enumerate(series[index]) if each is not None]
             if known:
                 axes.errorbar(
                     [each.value for _, each in known],
@@ -179,7 +179,7 @@ def training_losses(
                     label=f"used: step {step}",
                 )
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-        axes.set_ylim(bottom=0)
+        _from_zero(axes, values)
         axes.set_xlabel("training step")
         axes.set_ylabel("divergence, nats per token")
         axes.grid(True)
@@ -219,7 +219,7 @@ def before_and_after(
                 label=label,
             )
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-        axes.set_ylim(bottom=0)
+        _from_zero(axes, [value for pair in values for value in pair])
         axes.set_xlabel("fit, in the order of the layers")
         axes.set_ylabel(unit)
         axes.grid(True)
@@ -273,6 +273,11 @@ def durations(page: Page, rows: Sequence[tuple[str, float]]) -> str:
         axes.set_xlabel("seconds")
         listed = "; ".join(f"{name}: {seconds:.1f} s" for name, seconds in rows)
         return page.svg(figure, "Wall time of the phases", listed)
+
+
+def _from_zero(axes: Axes, values: Sequence[float]) -> None:
+    """Start the vertical axis at zero, and leave space for markers at the top."""
+    axes.set_ylim(0, 1.08 * max(values) or 1.0)
 
 
 def _sparse_ticks(axes: Axes) -> None:

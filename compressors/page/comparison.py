@@ -118,8 +118,7 @@ def _rows(runs: dict[str, SavedRun]) -> list[Row]:
     for name, run in runs.items():
         for row in model_rows(run, name):
             found.setdefault((row[0], row[1], *row[2].values()), row)
-    rows = [*found.values()]
-    return sorted(rows, key=lambda row: ("dense", "result", "baseline").index(row[3]))
+    return [*found.values()]
 
 
 def _tasks(runs: dict[str, SavedRun]) -> list[Part]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from html import escape
 from io import StringIO
 from itertools import count
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ VARIABLES = {
 WIDTH = 3.75
 """Inches of a figure: 360 pixels of a page, which fit on a phone."""
 PIXELS_PER_POINT = 4 / 3
-STYLE = {
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names may contain dollar signs
     "svg.fonttype": "none",  # smaller than outlines; can be searched, selected and read aloud
     # Of the same widths as the first, with which the layout is calculated.
@@ -60,7 +61,7 @@ class Page:
     @contextmanager
     def figure(self, height: float, width: float = WIDTH) -> Iterator[tuple[Figure, Axes]]:
         """Yield an empty figure and its axes; sizes in inches."""
-        matplotlib.set_loglevel("error")  # it reports missing fonts, which only the browser needs
+        matplotlib.set_loglevel("ERROR")  # it reports missing fonts, which only the browser needs
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(width, height), layout="constrained")
             axes = figure.add_subplot()
@@ -113,10 +114,15 @@ def _body(svg: str, name: str) -> str:
     body = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", body)
     for color, variable in VARIABLES.items():
         body = body.replace(color, f"var(--{variable})")
-    body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)  # hundredths of a point cannot be seen
+    body = re.sub(r"<[^>]*>", _rounded, body)
     body = re.sub(r" font-family: [^;\"]*;?", "", body)  # the style sheet of the page has it once
     body = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", body)
     return re.sub(r"\s*\n\s*", " ", _without_plain_groups(body))
+
+
+def _rounded(tag: re.Match[str]) -> str:
+    """Cut coordinates after hundredths of a point, which cannot be seen."""
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0])
 
 
 def _without_plain_groups(svg: str) -> str:

@@ -16,6 +16,8 @@ FAINT, FULL = 0.06, 0.72
 """Opacity of the smallest and the largest value: text on it must be readable in both schemes."""
 ROW, COLUMN = 0.145, 0.46
 """Inches of a cell, at least."""
+DECADES = 1.0
+"""Range of a logarithmic scale, at least."""
 USUAL_COLUMNS = 7
 """Number of columns that fit into the usual width."""
 
@@ -90,15 +92,19 @@ def _draw_cells(
 def _opacities(
     values: Mapping[tuple[int, str], float], *, logarithmic: bool
 ) -> dict[tuple[int, str], float]:
-    positive = [value for value in values.values() if value > 0]
-    if logarithmic and positive:
-        low, high = log10(min(positive)), log10(max(positive))
-        scaled = {key: (log10(v) if v > 0 else low) for key, v in values.items()}
-    else:
-        low, high = min(values.values()), max(values.values())
-        scaled = dict(values)
-    width = high - low
-    return {
-        key: FAINT + (FULL - FAINT) * ((value - low) / width if width else 0.5)
-        for key, value in scaled.items()
-    }
+    """Scale values between 0 and the largest, or over at least `DECADES` powers of ten.
+
+    A narrower scale would make values look different that are nearly equal.
+    """
+    top = max(values.values())
+    if top <= 0:
+        return dict.fromkeys(values, FAINT)
+    low = min((value for value in values.values() if value > 0), default=top)
+    decades = max(DECADES, log10(top / low))
+
+    def scaled(value: float) -> float:
+        if not logarithmic:
+            return value / top
+        return max(0.0, 1 + log10(value / top) / decades) if value > 0 else 0.0
+
+    return {key: FAINT + (FULL - FAINT) * scaled(value) for key, value in values.items()}

@@ -54,6 +54,8 @@ class Code:
 
     kind: ClassVar[str] = "code"
     text: str
+    summary: str = ""
+    """If given, the page shows the text only on request, under this title."""
 
 
 Part = Text | Facts | Table | Figures | Code

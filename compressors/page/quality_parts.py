@@ -230,7 +230,9 @@ def model_rows(run: SavedRun, name: str) -> Iterator[Row]:
 
 def points_of(rows: list[Row], text: str) -> list[Point]:
     """Return the points of models whose perplexity on a text is finite."""
-    found = ((name, size, scores.get(text), kind) for name, size, scores, kind in rows)
+    order = ("dense", "result", "baseline").index
+    ordered = sorted(rows, key=lambda row: order(row[3]))
+    found = ((name, size, scores.get(text), kind) for name, size, scores, kind in ordered)
     return [
         Point(name, size, score, kind) for name, size, score, kind in found if score is not None
     ]

@@ -8,7 +8,7 @@ import yaml
 from lrc.compressors.page import charts
 from lrc.compressors.page.drawing import Page
 from lrc.compressors.page.number_text import seconds_text, size_text
-from lrc.compressors.page.parts import Code, Part, Table, Text, figures, tables
+from lrc.compressors.page.parts import Code, Part, Table, figures, tables
 from lrc.compressors.page.saved_runs import SavedRun
 
 
@@ -40,11 +40,10 @@ def calibration(run: SavedRun, page: Page) -> list[Part]:
 
 
 def recipe(run: SavedRun, page: Page) -> list[Part]:
-    """Return the recipe as it was written, or in full if only that is known."""
-    if run.recipe is not None:
-        return [Code(run.recipe)]
+    """Return the recipe as it was written, if known, and in full."""
     full = yaml.safe_dump(run.report["recipe"], sort_keys=False, allow_unicode=True)
-    return [Text("The recipe, written out in full:"), Code(full)]
+    written = [] if run.recipe is None else [Code(run.recipe)]
+    return [*written, Code(full, "In full, with overrides of the command line and defaults")]
 
 
 def environment(run: SavedRun, page: Page) -> list[Part]:

@@ -1,15 +1,26 @@
 """Sections about slicing and training."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lrc.compressors.page import charts
 from lrc.compressors.page.drawing import Page
 from lrc.compressors.page.number_text import nats_text, seconds_text, size_text
-from lrc.compressors.page.parts import Part, Text, figures, tables
+from lrc.compressors.page.parts import Part, figures, tables
 from lrc.compressors.page.saved_runs import SavedRun
 
 NATS = "nats per token"
+MEANINGS = {
+    "lost_mlp": "MLP, fraction of energy lost",
+    "lost_values": "values, fraction of energy lost",
+    "lost_scores": "scores, fraction of variance lost",
+    "influence": "influence",
+}
+"""Facts of slicing methods, as the page names them; others have their own names."""
+BY_LAYER = ("influence",)
+"""Facts that are lists of one number for every layer."""
+MOST = 64
+"""Numbers of a list that a table shows."""
 
 
 def slices(run: SavedRun, page: Page) -> list[Part]:
@@ -22,39 +33,46 @@ def slices(run: SavedRun, page: Page) -> list[Part]:
             ["tensors", size_text(bytes_before), size_text(bytes_after)],
             *(_change(key, *values) for key, values in record["config"].items()),
         ]
-        caption = f"Stage {record['stage']}, {record['method']}: before and after slicing"
-        parts += tables(caption, ["", "before", "after"], rows)
-        parts += _lost(page, record["facts"])
-        for key, value in record["facts"].items():
-            if isinstance(value, str | int | float) or (
-                key not in record["config"] and _is_short(value)
-            ):
-                parts.append(Text(f"{key}: {value}"))
+        name = f"Stage {record['stage']}, {record['method']}"
+        parts += tables(f"{name}: before and after slicing", ["", "before", "after"], rows)
+        parts += figures(*_facts_by_layer(page, record["facts"]))
+        parts += tables(
+            f"{name}: decisions",
+            ["", "value"],
+            (
+                [MEANINGS.get(key, key), _fact_text(value)]
+                for key, value in record["facts"].items()
+                if key not in record["config"] and key not in BY_LAYER and _is_short(value)
+            ),
+        )
     return parts
 
 
-def _lost(page: Page, facts: Mapping[str, Any]) -> list[Part]:
-    """Return the fractions of the output energy that layers lose, where a method states them."""
-    layers = [each for each in facts.get("layers", []) if isinstance(each, dict)]
-    keys = [
-        key
-        for key in dict.fromkeys(key for each in layers for key in each)
-        if key != "layer" and all(isinstance(each.get(key), float | int) for each in layers)
-    ]
-    figure = [
-        (
-            charts.by_layer(page, key, [(each["layer"], each[key]) for each in layers]),
-            f"{key} by decoder layer.",
-        )
-        for key in keys
-    ]
-    return figures(*figure)
+def _facts_by_layer(page: Page, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield figures of what a method states about every layer."""
+    records = [each for each in facts.get("layers", []) if isinstance(each, dict)]
+    series = {
+        key: [(each["layer"], each[key]) for each in records if isinstance(each.get(key), float)]
+        for key in dict.fromkeys(key for each in records for key in each)
+    }
+    series |= {key: [*enumerate(facts[key])] for key in BY_LAYER if key in facts}
+    for key, values in series.items():
+        if len(values) > 1:
+            title = MEANINGS.get(key, key)
+            yield charts.by_layer(page, title, values), f"{title}, by layer."
 
 
 def _is_short(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) <= 64 and not any(isinstance(v, dict) for v in value)
-    )
+    """Return whether a fact is a word, a number, or a short list of numbers."""
+    if isinstance(value, list):
+        return len(value) <= MOST and all(isinstance(each, int | float) for each in value)
+    return isinstance(value, str | int | float)
+
+
+def _fact_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_fact_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _change(key: str, before: Any, after: Any) -> list[str]:
