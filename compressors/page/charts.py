@@ -38,15 +38,16 @@ def size_and_quality(page: Page, text: str, points: Sequence[Point]) -> str:
     """Plot perplexity on one text against size; smaller and lower is better."""
     rows = (len(points) + 1) // 2
     with page.figure(2.5 + 0.17 * rows) as (figure, axes):
-        colors = iter(range(10**6))
+        compressed = [point for point in points if point.kind != "dense"]
         for point in points:
-            number = 0 if point.kind == "dense" else next(colors)
-            color = INK if point.kind == "dense" else SERIES[number % len(SERIES)]
+            dense = point.kind == "dense"
+            number = 0 if dense else compressed.index(point)
+            color = INK if dense else SERIES[number % len(SERIES)]
             axes.plot(
                 point.bytes / MIB,
                 point.score,
                 linestyle="",
-                marker="o" if point.kind == "dense" else MARKERS[number % len(MARKERS)],
+                marker=MARKERS[number % len(MARKERS)],
                 markersize=7 if point.kind == "result" else 5.5,
                 markerfacecolor="none" if point.kind == "baseline" else color,
                 markeredgecolor=color,

@@ -49,17 +49,19 @@ def _matrix(record: Mapping[str, Any]) -> Matrix:
     name = record["name"]
     found = NUMBER.search(name)
     inner = name if found is None else name[found.end() :]
+    config = WeightConfig.from_json(record["config"])
     remarks = (record["note"], record["fallback"])
     return Matrix(
         name=name,
         layer=None if found is None else int(found[1]),
         projection=re.sub(r"\.\d+(?=\.|$)", ".*", inner),
         method=record["method"],
-        config=WeightConfig.from_json(record["config"]),
+        config=config,
         bits=record["bits"],
         dense_bits=record["dense_bits"],
         relative_error=record["relative_error"],
-        predicted_nats=record["predicted_nats"],
+        # Of a group that shares a factor, every record has the sum, which counts once.
+        predicted_nats=None if config.shares else record["predicted_nats"],
         remark="; ".join(map(str, filter(None, remarks))),
     )
 

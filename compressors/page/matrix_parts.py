@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scipy.stats import spearmanr
-
+from lrc.compressors.compress.profile import rank_correlation
 from lrc.compressors.page import charts
 from lrc.compressors.page.charts import Bar
 from lrc.compressors.page.drawing import Page
@@ -71,7 +70,6 @@ def bytes_by_place(run: SavedRun, page: Page) -> list[Part]:
     targeted = run.report["size"]["targeted"]
     rest = Bar(
         OTHER,
-        # After slicing the dense targeted matrices are those of the sliced model.
         total["dense"] - targeted["dense_bits"] / 8,
         total["compressed"] - targeted["bits"] / 8,
     )
@@ -89,12 +87,14 @@ def bytes_by_place(run: SavedRun, page: Page) -> list[Part]:
         for bar in bars
     ]
     title = "Bytes by projection"
+    # After slicing, the dense targeted matrices are those of the sliced model.
+    sliced = ", and what slicing has removed" if run.report["slices"] else ""
     return [
         *figures(
             (
                 charts.bytes_by_part(page, title, bars),
                 "Stored bytes by projection, over all layers, and the percentage kept. Other "
-                "tensors are not targeted, such as norms.",
+                f"tensors are those that are not targeted, such as norms{sliced}.",
             ),
             (
                 charts.bytes_by_layer(page, layers, by_layer),
@@ -197,10 +197,8 @@ def profile(run: SavedRun, page: Page) -> list[Part]:
     if not numbers:
         return []
     title = "Predicted and measured loss of single matrices"
-    correlation = ""
-    if len({x for x, _ in numbers}) > 1 and len({y for _, y in numbers}) > 1:
-        rank = spearmanr(*zip(*numbers, strict=True)).statistic
-        correlation = f" Their rank correlation (Spearman) is {rank:.3f}."
+    rank = rank_correlation([x for x, _ in numbers], [y for _, y in numbers])
+    correlation = "" if rank is None else f" Their rank correlation (Spearman) is {rank:.3f}."
     text = (
         f"Divergence from the dense model if a single matrix is replaced, over "
         f"{measured['tokens']:,} calibration tokens, without compensation. The sum over "

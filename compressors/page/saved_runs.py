@@ -6,6 +6,7 @@ from typing import Any
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.manifest import CHECKSUM, report_checksum
+from lrc.compressors.io.journal import IDENTITY, WORK
 from lrc.compressors.io.json_text import parse_json
 from lrc.compressors.report import SCHEMA_VERSION
 from lrc.configs.errors import CheckpointError, RecipeError
@@ -82,7 +83,7 @@ def _find(path: Path) -> tuple[Path, Path]:
         raise RecipeError(
             f"{path}: no such folder; give the output folder of a finished run of `lrc compress`"
         )
-    unfinished = (path / "work").is_dir()
+    unfinished = (path / WORK / IDENTITY).is_file()
     raise RecipeError(
         f"{path}: a run that is not finished, without {REPORT}; continue it with `lrc compress`"
         if unfinished

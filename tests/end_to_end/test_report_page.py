@@ -343,7 +343,7 @@ def test_what_was_measured_later_or_by_other_options_is_shown(
     [
         (None, 2, ["no such folder; give the output folder of a finished run"], "invalid-recipe"),
         ({}, 2, ["not the output folder of a run, it has no report.json"], "invalid-recipe"),
-        ({"work/lock": ""}, 2, ["a run that is not finished"], "invalid-recipe"),
+        ({"work/run.json": "{}"}, 2, ["a run that is not finished"], "invalid-recipe"),
         ({"report.json": "{"}, 1, ["not a readable JSON file", "again"], "invalid-report"),
         ({"report.json": "[]"}, 1, ["must be a JSON object, got []"], "invalid-report"),
         ({"report.json": "{}"}, 1, ["schema_version must be 2, got None"], "invalid-report"),
