@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from math import log10
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lrc.compressors.page.drawing import (
     INK,
@@ -57,6 +58,7 @@ def size_and_quality(page: Page, text: str, points: Sequence[Point]) -> str:
         scores = [point.score for point in points]
         if max(scores) > WIDE_RANGE * min(scores):
             axes.set_yscale("log")
+            _plain_ticks(axes.yaxis, scores)
         axes.margins(0.08, 0.12)
         axes.set_xlim(left=0)
         axes.set_xlabel("tensors of the model, MiB")
@@ -249,10 +251,11 @@ def predicted_and_measured(
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        _plain_ticks(axes.xaxis, [predicted for predicted, _ in numbers])
+        _plain_ticks(axes.yaxis, [measured for _, measured in numbers])
         if unit == "nats per token":
             ends = [min(map(min, numbers)), max(map(max, numbers))]
             axes.plot(ends, ends, color=MUTED, linewidth=0.8, linestyle="--", label="equal")
-        _sparse_ticks(axes)
         axes.set_xlabel(f"predicted, {unit}")
         axes.set_ylabel("measured, nats per token")
         axes.grid(True)
@@ -281,9 +284,9 @@ def _from_zero(axes: Axes, values: Sequence[float]) -> None:
     axes.set_ylim(0, 1.08 * max(values) or 1.0)
 
 
-def _sparse_ticks(axes: Axes) -> None:
-    """Label at most six powers of ten on both logarithmic axes."""
-    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        if log10(high / low) >= 1:  # else the minor ticks are the only ones
-            axis.set_minor_formatter(NullFormatter())
-            axis.set_minor_locator(NullLocator())
+def _plain_ticks(axis: Axis, values: Sequence[float]) -> None:
+    """Give a logarithmic axis a few ticks that are plain numbers."""
+    decades = log10(max(values) / min(values))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=6))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())

@@ -25,13 +25,18 @@ def figures(page: Page) -> list[str]:
     """Return one figure of every kind."""
     return [
         charts.size_and_quality(page, "c4", [Point("a", 2**20, 9.0, "dense")]),
+        charts.size_and_quality(
+            page, "c4", [Point("a", 2**20, 9.0, "dense"), Point("b", 2**19, 9e4, "result")]
+        ),
         charts.bytes_by_part(page, "title", [Bar("q", 2e6, 1e6), Bar("none", 0, 0)]),
         charts.bytes_by_layer(page, [0, 1], [Bar("0", 2e6, 1e6), Bar("1", 2e6, 5e5)]),
         charts.pairs(page, "title", "accuracy", [("piqa", None, Interval(0.5, 0.1, 0.1))]),
         charts.training_losses(page, "title", [(0, 1.0), (5, 0.5)], 5),
         charts.before_and_after(page, "title", "error", [(1.0, 0.5), (0.0, 0.0)]),
         charts.by_layer(page, "energy", [(0, 0.1), (1, 0.0)]),
-        charts.predicted_and_measured(page, "title", "nats per token", [("q", [(1e-4, 1e-3)])]),
+        charts.predicted_and_measured(
+            page, "title", "nats per token", [("q", [(1e-7, 1e-6), (3e-4, 1e-3)])]
+        ),
         charts.durations(page, [("slice", 0.0)]),
         heat_map(page, "Rank", "", GRID),
     ]
@@ -50,6 +55,7 @@ def test_every_figure_is_xml_with_title_and_text_in_colors_of_the_page() -> None
         assert not any(color in svg for color in VARIABLES)
         assert re.search(r"#[0-9a-f]{6}", svg) is None  # a color that does not follow the page
         assert "font-family" not in svg
+        assert "$" not in svg  # numbers of logarithmic axes, too, are plain text
         ids = [each.get("id") for each in root.iter() if each.get("id")]
         assert len(ids) == len({*ids})
         assert all(str(each).startswith(name) for each in ids)
