@@ -61,7 +61,6 @@ class Page:
     @contextmanager
     def figure(self, height: float, width: float = WIDTH) -> Iterator[tuple[Figure, Axes]]:
         """Yield an empty figure and its axes; sizes in inches."""
-        matplotlib.set_loglevel("ERROR")  # it reports missing fonts, which only the browser needs
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(width, height), layout="constrained")
             axes = figure.add_subplot()
