@@ -79,8 +79,9 @@ def bench(
     from lrc.cli.bench_tables import print_benchmark
     from lrc.compressors.benchmark.measured_models import is_same
     from lrc.compressors.benchmark.results import failures
-    from lrc.compressors.benchmark.run_report import add_speed, find_reports
+    from lrc.compressors.benchmark.run_report import add_speed, find_reports, read_report
     from lrc.compressors.io.machine import Machine
+    from lrc.compressors.page.page_file import PAGE, write_page
 
     console.quiet_transformers()
     others = [name for name in models if against is None or not is_same(name, against)]
@@ -107,6 +108,10 @@ def bench(
         print_benchmark(found)
     for name, folder in reports.items():
         written = add_speed(folder, name, found)
+        output = folder.resolve().parent
+        if output / "report.json" in written:
+            drawn = write_page(output, read_report(folder), console.warn)
+            written += [output / PAGE] if drawn else []
         if not quiet:
             console.say(f"added the results to {', '.join(map(str, written))}")
     if missing := failures(found):

@@ -13,6 +13,7 @@ from lrc.cli.bench import bench
 from lrc.cli.export import export
 from lrc.cli.latency import latency
 from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile, TrustRemoteCode, positive
+from lrc.cli.pages import report as report_pages
 from lrc.configs import shipped
 from lrc.configs.errors import EvaluationIncomplete, GateMissed, RecipeError
 
@@ -247,6 +248,7 @@ def generate(
 app.command()(bench)
 app.command()(latency)
 app.command()(export)
+app.command("report")(report_pages)
 
 
 @app.command()

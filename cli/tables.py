@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lrc.cli.bench_tables import print_slow_forms, print_slower_models
@@ -172,7 +173,8 @@ def print_report(report: dict[str, Any], output: str) -> None:
         f"{sum(seconds.values()):.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}), "
         f"peak memory {as_size(report['memory']['peak_rss_bytes'])}"
     )
-    OUT.print(f"checkpoint: {output}/checkpoint   report: {output}/report.json")
+    drawn = ", report.html" if Path(output, "report.html").expanduser().is_file() else ""
+    OUT.print(f"checkpoint: {output}/checkpoint   report: {output}/report.json{drawn}")
 
 
 def print_inspection(facts: dict[str, Any]) -> None:

@@ -17,9 +17,10 @@ from lrc.compressors.evaluate.gates import check_gates
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
 from lrc.compressors.heal.run import training_files
 from lrc.compressors.heal.trained_files import trained_tensors
-from lrc.compressors.io.files import new_folder
+from lrc.compressors.io.files import new_folder, remove
 from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.model_versions import slice_folder
+from lrc.compressors.page.page_file import PAGE, write_page
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import prepare
 from lrc.compressors.session import Session, open_session
@@ -59,7 +60,11 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
                 _save(session, _run_stages(session), loaded)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
             evaluation = _evaluate(session)
+            remove(session.journal.output / PAGE)  # of an earlier evaluation
             result = report.write(session, _executed(session), evaluation)
+        page = session.journal.output / PAGE
+        if not page.is_file():
+            write_page(page.parent, result, machine.on_warning)
         sliced = [slice_folder(stage) for stage, _ in enumerate(prepared.sliced)]
         trained = training_files(prepared.plan)
         session.journal.forget("compressed", "source", *sliced, *trained)

@@ -6,6 +6,7 @@
 import json
 import resource
 import sys
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from lrc.compressors.calibrate.calibration_windows import provenance
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.manifest import CHECKSUM, read_manifest, report_checksum
+from lrc.compressors.compress.profile import stored_profile
 from lrc.compressors.evaluate.baselines import Targets, plan_baseline
 from lrc.compressors.evaluate.broken_source import near_uniform
 from lrc.compressors.evaluate.domains import domain_gap, texts_read, with_domains
@@ -72,6 +74,11 @@ SCHEMA = {
     "layers[].predicted_nats": "predicted loss increase, nats per token; null without gradients",
     "layers[].refit": "whether it was fitted to the inputs that the compressed model produces",
     "layers[].{note,fallback}": "why it stays dense; deviations from the plan; null if none",
+    "profile": "what `lrc plan --profile` measured before this run compressed; null if nothing",
+    "profile.{windows,tokens,dense}": "of the calibration text; loss of the dense model on them",
+    "profile.{divergences,increases}.NAME": (
+        "KL divergence from dense and increase of the loss due to this matrix alone, nats per token"
+    ),
     "latency": "predicted times, see below; null without `measure: latency`",
     "latency.{device,dtype,rows,threads,place}": "what times hold for, and the same in words",
     "latency.{dense_seconds,seconds,ratio}": "of all targeted matrices per step, and their ratio",
@@ -141,6 +148,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
     perplexity = with_domains(evaluation["perplexity"], specs, read)
     gap = domain_gap(perplexity)
     evaluation = {**evaluation, "perplexity": perplexity, "domain_gap": gap}
+    profile = stored_profile(plan, session.journal)
     report = {
         "schema_version": SCHEMA_VERSION,
         "recipe": prepared.recipe.model_dump(mode="json"),
@@ -149,6 +157,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "slices": plan.to_json()["slices"],
         "training": training,
         "layers": [row.to_json() for row in summarize(plan)],
+        "profile": None if profile is None else asdict(profile),
         "latency": None if times is None else times.to_json(),
         "calibration": calibration,
         "evaluation": evaluation,

@@ -51,6 +51,16 @@ def frozen_heap() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pages() -> Iterator[None]:
+    """Draw no page after a run: half a second each. Its tests restore the function."""
+    from lrc.compressors import pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "write_page", lambda *arguments: True)
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """Byte-level BPE of 512 tokens; `bos=True` makes it start every text with <s>."""

@@ -122,11 +122,27 @@ def profile_plan(
             facts = {"windows": len(tokens), "dense": before, "measured": measured}
             journal.write_json(profile_file(layer), facts)
         on_step("profile", done, len(layers))
+    return _collect(journal, layers, windows=len(tokens), length=tokens.shape[1])
+
+
+def stored_profile(plan: Plan, journal: Journal) -> Profile | None:
+    """Return what an earlier `profile_plan` of the run has measured; None if it is incomplete."""
+    layers = sorted({t.layer for t in plan.tasks if plan.stored_config(t).compressed})
+    files = [profile_file(layer) for layer in layers]
+    if not files or not all(map(journal.has, files)):
+        return None
+    counts = {journal.read_json(file)["windows"] for file in files}
+    if len(counts) > 1:
+        return None
+    return _collect(journal, layers, windows=counts.pop(), length=plan.calibration["length"])
+
+
+def _collect(journal: Journal, layers: list[int], *, windows: int, length: int) -> Profile:
     found = [journal.read_json(profile_file(layer)) for layer in layers]
     pairs = {name: pair for facts in found for name, pair in facts["measured"].items()}
     return Profile(
-        windows=len(tokens),
-        tokens=tokens.shape[0] * (tokens.shape[1] - 1),
+        windows=windows,
+        tokens=windows * (length - 1),
         dense=found[0]["dense"] if found else None,
         divergences={name: divergence for name, (divergence, _) in pairs.items()},
         increases={name: increase for name, (_, increase) in pairs.items()},

@@ -30,7 +30,7 @@ FILES = "files.json"
 """Names and sizes of the files of a finished folder."""
 # What a run writes to its output folder besides `work`; nothing else is ever deleted there. Not
 # plan.json, which users edit and may refer to in a recipe.
-RESULTS = ("checkpoint", "report.json", "README.md")
+RESULTS = ("checkpoint", "report.json", "report.html", "README.md")
 # A run that left only these has done no work and may be replaced by a corrected recipe.
 CLAIMS = (LOCK, IDENTITY, "seconds.json")
 # Instead of the identity of a run, of which any part may be deleted already.

@@ -375,6 +375,7 @@ def test_results_are_added_to_report_and_card(
         found = results(ended)
         report = json.loads((run_folder / "report.json").read_text())
         assert report["speed"] == found
+        assert f"eager, batch {batch}, prompt 16" in (run_folder / "report.html").read_text()
         same = (checkpoint / "lrc" / "report.json").read_text()
         assert same == (run_folder / "report.json").read_text()
         for path in (card, checkpoint / "README.md"):

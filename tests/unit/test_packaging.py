@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("cli", "compressors", "configs", "recipes")
-HEAVY = ("torch", "transformers", "datasets", "lm_eval", "accelerate", "numpy")
+HEAVY = ("torch", "transformers", "datasets", "lm_eval", "accelerate", "numpy", "matplotlib")
 
 
 @pytest.fixture(scope="module")
