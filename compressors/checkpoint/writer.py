@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lrc.compressors.checkpoint.elastic_budgets import BUDGET
 from lrc.compressors.checkpoint.format import ELASTIC
@@ -45,7 +46,7 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def config_text(model: Any, block: Mapping[str, Any], dtype: str) -> str:
+def config_text(model: PreTrainedModel, block: Mapping[str, Any], dtype: str) -> str:
     """Return a ``config.json``: that of the model, `block` as `quantization_config`.
 
     `architectures` names the class of `model`, which some sources do not state (GGUF files) or
@@ -62,6 +63,8 @@ def config_text(model: Any, block: Mapping[str, Any], dtype: str) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-def write_config(folder: Path, model: Any, block: Mapping[str, Any], dtype: str) -> None:
+def write_config(
+    folder: Path, model: PreTrainedModel, block: Mapping[str, Any], dtype: str
+) -> None:
     """Write ``config.json``, see `config_text`."""
     (folder / "config.json").write_text(config_text(model, block, dtype), encoding="utf-8")

@@ -202,7 +202,7 @@ def test_every_term_in_one_model(
     folder = tmp_path / "made"
     folder.mkdir()
     write_weights(folder, {n: t.to("meta") for n, t in tensors.items()}, tensors.__getitem__)
-    write_config(folder, model.config, quantization_config(modules, {}), "float32")
+    write_config(folder, model, quantization_config(modules, {}), "float32")
     with nothing_logged():
         found = load(export(folder))
     expected = with_lrc(folder)
