@@ -31,7 +31,13 @@ import torch
 import tqdm
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from lrc.compressors.corpus.documents import read_documents
 
@@ -123,6 +129,30 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return LlamaForCausalLM(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma() -> Callable[..., Gemma2ForCausalLM]:
+    """Random Gemma 2, which caps its logits after the head unless `cap` is None, in eval mode."""
+
+    def make(*, seed: int = 0, cap: float | None = 2.0) -> Gemma2ForCausalLM:
+        config = Gemma2Config(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=256,
+            final_logit_softcapping=cap,
+            initializer_range=0.5,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return Gemma2ForCausalLM(config).eval()
 
     return make
 

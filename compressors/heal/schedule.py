@@ -24,8 +24,9 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
 def batch_rows(step: int, *, n_windows: int, batch: int, seed: int) -> Tensor:
     """Return the indices of the windows [batch] that a step trains on.
 
-    Every window is used once, in random order, before all are used again in a new order. The result
-    depends on nothing but the arguments, so that a resumed run continues with the same windows.
+    Every window is used once, in random order, before all are used again in a new order. The same
+    arguments always give the same result: a resumed run trains on the windows that it would have
+    trained on without the interruption.
     """
     rows: list[Tensor] = []
     for number in range(step * batch, (step + 1) * batch):

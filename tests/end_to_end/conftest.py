@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tests.shared_runs import Run
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -57,6 +58,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run_stages(
+    tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path_factory: Any
+) -> Run:
+    """Run stages on the tiny model; return the report and the output folder. Runs are shared."""
+    done: dict[str, tuple[dict[str, Any], Path]] = {}
+
+    def start(*stages: dict[str, Any], device: str = "auto", **changes: Any) -> Any:
+        key = json.dumps([stages, device, changes])
+        if key not in done:
+            output = tmp_path_factory.mktemp("runs") / "run"
+            recipe = tiny_recipe(tiny_model_folder, output, stages=[*stages], **changes)
+            done[key] = compress(load_recipe(recipe), Machine(device)), output
+        return done[key]
+
+    return start
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.shared_runs import Run
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -21,6 +23,8 @@ from lrc.compressors.layers import CompressedLinear
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError, Stopped
 from lrc.configs.load import load_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BUDGETS = [0.9, 0.8, 0.7, 0.6]
 SVD_LLM = {"method": "svd-llm", "elastic": BUDGETS}
@@ -32,32 +36,12 @@ KFAC = {
     "overrides": [{"match": "*.1.mlp.down_proj", "rank": 7}],
 }
 STAGES = {"svd-llm": SVD_LLM, "kfac": KFAC}
-Run = Callable[..., tuple[dict[str, Any], Path]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """Two would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path_factory: Any) -> Run:
-    """Run stages on the tiny model; return the report and the output folder. Runs are shared."""
-    done: dict[str, tuple[dict[str, Any], Path]] = {}
-
-    def start(*stages: dict[str, Any]) -> Any:
-        key = json.dumps(stages)
-        if key not in done:
-            output = tmp_path_factory.mktemp("elastic") / "run"
-            recipe = tiny_recipe(tiny_model_folder, output, stages=[*stages])
-            done[key] = compress(load_recipe(recipe), Machine("cpu")), output
-        return done[key]
-
-    return start
+def run(run_stages: Run) -> Run:
+    """Checkpoints are compared with others that are computed on the CPU."""
+    return partial(run_stages, device="cpu")
 
 
 def block_of(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Healing: what is trained gets better on text that is held out, and nothing else changes."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from tests.shared_runs import Run, Stopper, changed, tensors_of
 from transformers import AutoModelForCausalLM
 
 from lrc.compressors.heal import work
@@ -19,7 +17,8 @@ from lrc.compressors.pipeline import compress
 from lrc.configs.errors import Stopped
 from lrc.configs.load import load_recipe
 
-Run = Callable[..., tuple[dict[str, Any], Path]]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 DISTILL = {"method": "distill", "steps": 30, "batch": 4, "rate": 1e-2, "held_out": 512}
 BLOCK = {"method": "block", "steps": 20, "batch": 4, "rate": 1e-2, "held_out": 512, "samples": 16}
@@ -82,43 +81,6 @@ FORMS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """Two would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def run(tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path_factory: Any) -> Run:
-    """Run stages on the tiny model; return the report and the output folder. Runs are shared."""
-    done: dict[str, tuple[dict[str, Any], Path]] = {}
-
-    def start(*stages: dict[str, Any], machine: Machine | None = None, **changes: Any) -> Any:
-        key = json.dumps([stages, changes])
-        if machine is not None or key not in done:
-            output = tmp_path_factory.mktemp("heal") / "run"
-            recipe = tiny_recipe(tiny_model_folder, output, stages=[*stages], **changes)
-            done[key] = compress(load_recipe(recipe), machine), output
-        return done[key]
-
-    return start
-
-
-def tensors_of(output: Path) -> dict[str, Tensor]:
-    return load_file(output / "checkpoint/model.safetensors")
-
-
-def changed(before: Path, after: Path) -> set[str]:
-    """Return the names of tensors that differ between two checkpoints."""
-    ours, theirs = tensors_of(before), tensors_of(after)
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].dtype == theirs[name].dtype for name in ours)
-    return {name for name in ours if not torch.equal(ours[name], theirs[name])}
-
-
 def test_every_component_type_is_among_the_forms() -> None:
     assert {*COMPONENTS} <= {name.split(",")[0].split()[-1] for name in FORMS}
 
@@ -126,15 +88,15 @@ def test_every_component_type_is_among_the_forms() -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("options", [DISTILL, BLOCK], ids=["distill", "block"])
 def test_every_stored_form_trains_and_is_saved(
-    run: Run, form: str, options: dict[str, Any], tmp_path: Path
+    run_stages: Run, form: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     if form == "sliced" and options is BLOCK:
         pytest.skip("block fits to the sliced model, so that there is nothing to fit")
-    report, output = run(*FORMS[form], {"heal": options})
+    report, output = run_stages(*FORMS[form], {"heal": options})
     (record,) = report["training"]
     assert record["kept"]
     assert record["after"] < 0.99 * record["before"]
-    _, plain = run(*FORMS[form])
+    _, plain = run_stages(*FORMS[form])
     names = changed(plain, output)
     assert names
     before = tensors_of(plain)
@@ -149,21 +111,21 @@ def test_every_stored_form_trains_and_is_saved(
 
 
 @pytest.mark.parametrize("options", [DISTILL, BLOCK], ids=["distill", "block"])
-def test_zero_steps_change_nothing(run: Run, options: dict[str, Any]) -> None:
-    report, output = run(INT4, {"heal": {**options, "steps": 0}})
+def test_zero_steps_change_nothing(run_stages: Run, options: dict[str, Any]) -> None:
+    report, output = run_stages(INT4, {"heal": {**options, "steps": 0}})
     (record,) = report["training"]
     assert not record["kept"]
     assert record["after"] == record["before"] > 0
-    _, plain = run(INT4)
+    _, plain = run_stages(INT4)
     assert changed(plain, output) == set()
 
 
-def test_a_result_that_is_no_better_is_not_used(run: Run) -> None:
-    report, output = run(INT4, {"heal": {**DISTILL, "steps": 2, "rate": 0.9}})
+def test_a_result_that_is_no_better_is_not_used(run_stages: Run) -> None:
+    report, output = run_stages(INT4, {"heal": {**DISTILL, "steps": 2, "rate": 0.9}})
     (record,) = report["training"]
     assert not record["kept"]
     assert record["best_step"] == 0
-    _, plain = run(INT4)
+    _, plain = run_stages(INT4)
     assert changed(plain, output) == set()
 
 
@@ -186,12 +148,12 @@ MIXED = [
     ],
 )
 def test_what_is_not_trained_keeps_its_bits(
-    run: Run, method: str, train: str, trained: tuple[str, ...]
+    run_stages: Run, method: str, train: str, trained: tuple[str, ...]
 ) -> None:
     options = DISTILL if method == "distill" else BLOCK
-    report, output = run(*MIXED, {"heal": {**options, "train": train}})
+    report, output = run_stages(*MIXED, {"heal": {**options, "train": train}})
     assert report["training"][0]["kept"]
-    _, plain = run(*MIXED)
+    _, plain = run_stages(*MIXED)
     names = changed(plain, output)
     for kind in trained:
         assert any(kind in name for name in names), kind
@@ -210,16 +172,16 @@ MASKED = {
     ids=lambda value: value if isinstance(value, str) else value["method"],
 )
 def test_values_change_their_places_but_not_their_number(
-    run: Run, form: str, options: dict[str, Any]
+    run_stages: Run, form: str, options: dict[str, Any]
 ) -> None:
     moving = {"train": "values", "support": "moving", "rate": 0.05}
-    report, output = run(*MASKED[form], {"heal": {**options, **moving}})
+    report, output = run_stages(*MASKED[form], {"heal": {**options, **moving}})
     (record,) = report["training"]
     assert record["kept"]
     assert record["after"] < 0.99 * record["before"]
     fits = [fit for layer in record.get("layers", []) for fit in layer["fits"]] or [record]
     assert all(fit["moved"] > 0 for fit in fits)
-    _, plain = run(*MASKED[form])
+    _, plain = run_stages(*MASKED[form])
     names = changed(plain, output)
     assert {name.rpartition(".")[2] for name in names} <= {"values", "mask", "index"}
     assert any(not name.endswith("values") for name in names)
@@ -230,21 +192,21 @@ def test_values_change_their_places_but_not_their_number(
     assert bool(model(torch.arange(40)[None]).logits.isfinite().all())
 
 
-def test_zero_steps_move_nothing(run: Run) -> None:
+def test_zero_steps_move_nothing(run_stages: Run) -> None:
     moving = {"train": "values", "support": "moving", "steps": 0}
     for options in (DISTILL, BLOCK):
-        report, output = run(*MASKED["sparse"], {"heal": {**options, **moving}})
+        report, output = run_stages(*MASKED["sparse"], {"heal": {**options, **moving}})
         assert report["training"][0]["after"] == report["training"][0]["before"]
-        _, plain = run(*MASKED["sparse"])
+        _, plain = run_stages(*MASKED["sparse"])
         assert changed(plain, output) == set()
 
 
-def test_stages_go_on_from_places_that_have_moved(run: Run) -> None:
+def test_stages_go_on_from_places_that_have_moved(run_stages: Run) -> None:
     moving = {"train": "values", "support": "moving", "rate": 0.05}
     first = [*MASKED["sparse"], {"heal": {**BLOCK, **moving, "parts": "separate"}}]
-    earlier, _ = run(*first)
-    later, _ = run(*first, {"heal": {**DISTILL, "rate": 1e-3}})
-    again, _ = run(*first, {"heal": {**DISTILL, **moving}})
+    earlier, _ = run_stages(*first)
+    later, _ = run_stages(*first, {"heal": {**DISTILL, "rate": 1e-3}})
+    again, _ = run_stages(*first, {"heal": {**DISTILL, **moving}})
     for report in (later, again):
         before, after = report["training"]
         assert before["after"] == earlier["training"][0]["after"]
@@ -252,32 +214,32 @@ def test_stages_go_on_from_places_that_have_moved(run: Run) -> None:
         assert after["kept"]
 
 
-def test_scales_is_distillation_of_scales(run: Run) -> None:
-    _, ours = run(INT4, {"heal": {**DISTILL, "method": "scales"}})
-    _, theirs = run(INT4, {"heal": {**DISTILL, "train": "scales"}})
+def test_scales_is_distillation_of_scales(run_stages: Run) -> None:
+    _, ours = run_stages(INT4, {"heal": {**DISTILL, "method": "scales"}})
+    _, theirs = run_stages(INT4, {"heal": {**DISTILL, "train": "scales"}})
     assert changed(ours, theirs) == set()
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "both"])
-def test_every_divergence_lowers_the_loss(run: Run, divergence: str) -> None:
-    report, _ = run(INT4, {"heal": {**DISTILL, "divergence": divergence}})
+def test_every_divergence_lowers_the_loss(run_stages: Run, divergence: str) -> None:
+    report, _ = run_stages(INT4, {"heal": {**DISTILL, "divergence": divergence}})
     assert report["training"][0]["kept"]
 
 
 @pytest.mark.parametrize("hidden", [0.0, 1.0])
-def test_recomputation_gives_the_same_bytes(run: Run, hidden: float) -> None:
-    _, ours = run(INT4, {"heal": {**DISTILL, "hidden": hidden}})
-    _, theirs = run(INT4, {"heal": {**DISTILL, "hidden": hidden, "checkpointing": True}})
+def test_recomputation_gives_the_same_bytes(run_stages: Run, hidden: float) -> None:
+    _, ours = run_stages(INT4, {"heal": {**DISTILL, "hidden": hidden}})
+    _, theirs = run_stages(INT4, {"heal": {**DISTILL, "hidden": hidden, "checkpointing": True}})
     assert changed(ours, theirs) == set()
 
 
 @pytest.mark.parametrize(
     "before", [INT4, {"slice": {"method": "modegpt", "keep": 0.9}}], ids=["integers", "sliced"]
 )
-def test_hidden_states_change_the_loss(run: Run, before: dict[str, Any]) -> None:
-    report, ours = run(before, {"heal": {**DISTILL, "hidden": 1.0}})
+def test_hidden_states_change_the_loss(run_stages: Run, before: dict[str, Any]) -> None:
+    report, ours = run_stages(before, {"heal": {**DISTILL, "hidden": 1.0}})
     assert report["training"][0]["kept"]
-    _, theirs = run(before, {"heal": DISTILL})
+    _, theirs = run_stages(before, {"heal": DISTILL})
     assert changed(ours, theirs)
 
 
@@ -296,8 +258,8 @@ def test_hidden_states_of_another_residual_stream_are_refused(
         lrc("plan", recipe).refuses(2, f"slice.method: {method}", where="stages[1].heal.hidden")
 
 
-def test_attention_and_mlp_are_fitted_one_after_the_other(run: Run) -> None:
-    report, _ = run(INT4, {"heal": {**BLOCK, "parts": "separate"}})
+def test_attention_and_mlp_are_fitted_one_after_the_other(run_stages: Run) -> None:
+    report, _ = run_stages(INT4, {"heal": {**BLOCK, "parts": "separate"}})
     (record,) = report["training"]
     assert record["kept"]
     fits = [[fit["part"] for fit in layer["fits"]] for layer in record["layers"]]
@@ -308,12 +270,12 @@ def test_attention_and_mlp_are_fitted_one_after_the_other(run: Run) -> None:
             assert losses[fit["best_step"]] < losses[0]
 
 
-def test_stages_go_on_from_each_other(run: Run) -> None:
-    report, output = run(INT4, {"heal": BLOCK}, {"heal": {**DISTILL, "rate": 1e-3}})
+def test_stages_go_on_from_each_other(run_stages: Run) -> None:
+    report, output = run_stages(INT4, {"heal": BLOCK}, {"heal": {**DISTILL, "rate": 1e-3}})
     block, distill = report["training"]
     assert distill["after"] < distill["before"] < block["before"]
     assert distill["before"] == pytest.approx(block["after"], rel=0.05)
-    _, single = run(INT4, {"heal": DISTILL})
+    _, single = run_stages(INT4, {"heal": DISTILL})
     assert changed(single, output)
 
 
@@ -328,21 +290,9 @@ CHAINS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-class Stopper:
-    """Stops a run after a number of calls with the stage ``heal``."""
-
-    def __init__(self, calls: int) -> None:
-        self.calls = calls
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        self.calls -= stage == "heal"
-        if self.calls == 0 and stage == "heal":
-            raise Stopped("stopped by a test")
-
-
 @pytest.mark.parametrize(("chain", "snapshots"), [("fixed", 0.0), ("fixed", 1e9), ("moving", 0.0)])
 def test_an_interrupted_run_ends_with_the_same_bytes(
-    run: Run,
+    run_stages: Run,
     tiny_model_folder: Path,
     tiny_recipe: Callable[..., Path],
     tmp_path: Path,
@@ -352,7 +302,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(work, "SNAPSHOT_SECONDS", snapshots)
     stages = CHAINS[chain]
-    _, undisturbed = run(*stages)
+    _, undisturbed = run_stages(*stages)
     recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages))
     for calls in (1, 1, 1, 7, 11, 5):  # in both layers of the first, and in the second
         with pytest.raises(Stopped):
@@ -370,9 +320,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
-    run: Run, tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path: Path
+    run_stages: Run, tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    _, first = run(INT4, {"heal": DISTILL})
+    _, first = run_stages(INT4, {"heal": DISTILL})
     stages = [INT4, {"heal": DISTILL}]
     for seed, same in ((0, True), (1, False)):
         output = tmp_path / f"run-{seed}"
@@ -380,8 +330,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
         assert (changed(first, output) == set()) == same
 
 
-def test_a_checkpoint_that_is_deleted_is_made_again(run: Run, tmp_path: Path) -> None:
-    _, first = run(INT4, {"heal": DISTILL})
+def test_a_checkpoint_that_is_deleted_is_made_again(run_stages: Run, tmp_path: Path) -> None:
+    _, first = run_stages(INT4, {"heal": DISTILL})
     output = tmp_path / "run"
     shutil.copytree(first, output)
     shutil.rmtree(output / "checkpoint")
@@ -392,8 +342,8 @@ def test_a_checkpoint_that_is_deleted_is_made_again(run: Run, tmp_path: Path) ->
     assert changed(first, output) == set()
 
 
-def test_the_report_says_what_was_done(run: Run) -> None:
-    report, output = run(INT4, {"heal": {**DISTILL, "steps": None, "tokens": 4000}})
+def test_the_report_says_what_was_done(run_stages: Run) -> None:
+    report, output = run_stages(INT4, {"heal": {**DISTILL, "steps": None, "tokens": 4000}})
     (record,) = report["training"]
     assert record["steps"] == 16  # of 256 tokens
     assert record["tokens"] == 4096
@@ -445,18 +395,20 @@ def test_a_limit_of_the_time_is_a_budget(
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_micro_batches_give_the_same_values_up_to_rounding(run: Run, micro_batch: int) -> None:
+def test_micro_batches_give_the_same_values_up_to_rounding(
+    run_stages: Run, micro_batch: int
+) -> None:
     few = {**DISTILL, "steps": 3, "rate": 1e-3}
-    expected, _ = run(INT4, {"heal": few})
-    found, _ = run(INT4, {"heal": {**few, "micro_batch": micro_batch}})
+    expected, _ = run_stages(INT4, {"heal": few})
+    found, _ = run_stages(INT4, {"heal": {**few, "micro_batch": micro_batch}})
     for ours, theirs in zip(
         found["training"][0]["losses"], expected["training"][0]["losses"], strict=True
     ):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_a_text_that_is_repeated_is_warned_of(run: Run) -> None:
-    report, _ = run(INT4, {"heal": {**DISTILL, "steps": 400, "rate": 1e-5}})
+def test_a_text_that_is_repeated_is_warned_of(run_stages: Run) -> None:
+    report, _ = run_stages(INT4, {"heal": {**DISTILL, "steps": 400, "rate": 1e-5}})
     (record,) = report["training"]
     assert "is repeated" in record["warning"]
     assert record["warning"] in report["warnings"]
@@ -587,9 +539,9 @@ def test_texts_that_do_not_do_are_refused_before_any_work(
         assert not (output / "work/compressed").exists()
 
 
-def test_windows_of_the_source_self_are_used(run: Run, tiny_text: Path) -> None:
+def test_windows_of_the_source_self_are_used(run_stages: Run, tiny_text: Path) -> None:
     calibration = {"source": "self", "samples": 12, "length": 64}
-    report, _ = run(INT4, {"heal": {**DISTILL, "rate": 1e-3}}, calibration=calibration)
+    report, _ = run_stages(INT4, {"heal": {**DISTILL, "rate": 1e-3}}, calibration=calibration)
     (record,) = report["training"]
     assert record["text"]["source"] == "self"
     assert record["text"]["training_tokens"] == 4 * 64
@@ -597,7 +549,7 @@ def test_windows_of_the_source_self_are_used(run: Run, tiny_text: Path) -> None:
     # Calibration on another text leaves none, so that some are sampled.
     calibration["source"] = str(tiny_text)
     few = {**DISTILL, "rate": 1e-3, "source": "self", "length": 32, "steps": 1}
-    other, _ = run(INT4, {"heal": {**few, "held_out": 128}}, calibration=calibration)
+    other, _ = run_stages(INT4, {"heal": {**few, "held_out": 128}}, calibration=calibration)
     assert other["training"][0]["text"]["source"] == "self"
     assert other["training"][0]["text"]["text_tokens"] == (4 + 4) * 32
 

@@ -1,14 +1,12 @@
 """Healing with adapters: they are merged into what is stored, and nothing else changes."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from tests.shared_runs import Run, Stopper, changed, tensors_of
 from transformers import AutoModelForCausalLM
 
 from lrc.compressors.heal import work
@@ -17,7 +15,8 @@ from lrc.compressors.pipeline import compress
 from lrc.configs.errors import Stopped
 from lrc.configs.load import load_recipe
 
-Run = Callable[..., tuple[dict[str, Any], Path]]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 LORA = {"train": "lora", "rank": 4}
 S2FT = {"train": "s2ft", "fraction": 0.5}
@@ -62,39 +61,6 @@ def options_for(train: dict[str, Any], method: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "rank"} | train
 
 
-@pytest.fixture(scope="module", autouse=True)
-def in_one_thread(one_thread: None) -> None:
-    """Two would mostly wait for each other."""
-
-
-@pytest.fixture(scope="module")
-def run(tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path_factory: Any) -> Run:
-    """Run stages on the tiny model; return the report and the output folder. Runs are shared."""
-    done: dict[str, tuple[dict[str, Any], Path]] = {}
-
-    def start(*stages: dict[str, Any]) -> Any:
-        key = json.dumps(stages)
-        if key not in done:
-            output = tmp_path_factory.mktemp("adapters") / "run"
-            recipe = tiny_recipe(tiny_model_folder, output, stages=[*stages])
-            done[key] = compress(load_recipe(recipe)), output
-        return done[key]
-
-    return start
-
-
-def tensors_of(output: Path) -> dict[str, Tensor]:
-    return load_file(output / "checkpoint/model.safetensors")
-
-
-def changed(before: Path, after: Path) -> set[str]:
-    """Return the names of tensors that differ between two checkpoints of the same form."""
-    ours, theirs = tensors_of(before), tensors_of(after)
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].dtype == theirs[name].dtype for name in ours)
-    return {name for name in ours if not torch.equal(ours[name], theirs[name])}
-
-
 @pytest.mark.parametrize(
     ("method", "form"),
     [
@@ -102,14 +68,14 @@ def changed(before: Path, after: Path) -> set[str]:
         *(("block", form) for form in ("shared low_rank", "dictionary", "integers")),
     ],
 )
-def test_every_stored_form_absorbs_its_adapters(run: Run, form: str, method: str) -> None:
+def test_every_stored_form_absorbs_its_adapters(run_stages: Run, form: str, method: str) -> None:
     options = options_for(LORA, method)
     rate = 5e-3 if form.endswith("integers") else options["rate"]
-    report, output = run(*FORMS[form], {"heal": {**options, "rate": rate}})
+    report, output = run_stages(*FORMS[form], {"heal": {**options, "rate": rate}})
     (record,) = report["training"]
     assert record["kept"]
     assert record["after"] < 0.99 * record["before"]
-    _, plain = run(*FORMS[form])
+    _, plain = run_stages(*FORMS[form])
     names = changed(plain, output)
     assert names
     kinds = ("weight", "weight_packed", "values")
@@ -120,13 +86,13 @@ def test_every_stored_form_absorbs_its_adapters(run: Run, form: str, method: str
 @pytest.mark.parametrize("method", ["distill", "block"])
 @pytest.mark.parametrize("train", [S2FT, COMPACTER], ids=["s2ft", "compacter"])
 def test_16_bit_matrices_absorb_slices_and_kronecker_products(
-    run: Run, train: dict[str, Any], method: str
+    run_stages: Run, train: dict[str, Any], method: str
 ) -> None:
-    report, output = run(*MIXED, {"heal": options_for(train, method)})
+    report, output = run_stages(*MIXED, {"heal": options_for(train, method)})
     (record,) = report["training"]
     assert record["kept"]
     assert record["after"] < 0.99 * record["before"]
-    _, plain = run(*MIXED)
+    _, plain = run_stages(*MIXED)
     names = changed(plain, output)
     # Value projections are dense; of the factors, only those with sides that four divides.
     dense = {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in range(2)}
@@ -138,13 +104,13 @@ def test_16_bit_matrices_absorb_slices_and_kronecker_products(
     assert names == dense | (factors if train is COMPACTER else set())
 
 
-def test_the_slices_of_a_sliced_model_are_trained(run: Run) -> None:
+def test_the_slices_of_a_sliced_model_are_trained(run_stages: Run) -> None:
     sliced = {"slice": {"method": "modegpt", "keep": 0.9}}
     heal = options_for({"train": "s2ft", "fraction": 0.1}, "distill")
-    report, output = run(sliced, {"heal": heal})
+    report, output = run_stages(sliced, {"heal": heal})
     (record,) = report["training"]
     assert record["kept"]
-    _, plain = run(sliced)
+    _, plain = run_stages(sliced)
     before, after = tensors_of(plain), tensors_of(output)
     trainable = 0
     for layer in range(2):
@@ -166,18 +132,18 @@ def test_the_slices_of_a_sliced_model_are_trained(run: Run) -> None:
 
 @pytest.mark.parametrize("method", ["distill", "block"])
 @pytest.mark.parametrize("train", [LORA, S2FT, COMPACTER], ids=["lora", "s2ft", "compacter"])
-def test_zero_steps_change_nothing(run: Run, train: dict[str, Any], method: str) -> None:
-    report, output = run(*MIXED, {"heal": {**options_for(train, method), "steps": 0}})
+def test_zero_steps_change_nothing(run_stages: Run, train: dict[str, Any], method: str) -> None:
+    report, output = run_stages(*MIXED, {"heal": {**options_for(train, method), "steps": 0}})
     (record,) = report["training"]
     assert not record["kept"]
     assert record["after"] == record["before"] > 0
-    _, plain = run(*MIXED)
+    _, plain = run_stages(*MIXED)
     assert changed(plain, output) == set()
 
 
-def test_norms_scales_masks_and_embeddings_keep_their_bits(run: Run) -> None:
-    report, output = run(*MIXED, {"heal": DISTILL})
-    _, plain = run(*MIXED)
+def test_norms_scales_masks_and_embeddings_keep_their_bits(run_stages: Run) -> None:
+    report, output = run_stages(*MIXED, {"heal": DISTILL})
+    _, plain = run_stages(*MIXED)
     names = changed(plain, output)
     # Two layers: q, k, v, o, and two factors each of gate, up and down.
     assert len(names) == 2 * (4 + 6)
@@ -193,18 +159,6 @@ def test_norms_scales_masks_and_embeddings_keep_their_bits(run: Run) -> None:
     assert report["training"][0]["trainable"] == sum(4 * (m + n) for m, n in shapes)
 
 
-class Stopper:
-    """Stops a run after a number of calls with the stage ``heal``."""
-
-    def __init__(self, calls: int) -> None:
-        self.calls = calls
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        self.calls -= stage == "heal"
-        if self.calls == 0 and stage == "heal":
-            raise Stopped("stopped by a test")
-
-
 ONE = {"rank": None, "rate": 1e-2}
 
 
@@ -216,7 +170,7 @@ def chain(train: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("train", [LORA, COMPACTER], ids=["lora", "compacter"])
 def test_an_interrupted_run_ends_with_the_same_bytes(
-    run: Run,
+    run_stages: Run,
     train: dict[str, Any],
     tiny_model_folder: Path,
     tiny_recipe: Callable[..., Path],
@@ -225,7 +179,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(work, "SNAPSHOT_SECONDS", 0.0)
     stages = chain(train)
-    report, undisturbed = run(*stages)
+    report, undisturbed = run_stages(*stages)
     assert report["training"][1]["kept"]
     recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages))
     for calls in (1, 2, 11):
@@ -237,9 +191,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert trainable[0] == trainable[1]
 
 
-def test_recomputation_gives_the_same_bytes(run: Run) -> None:
-    _, ours = run(*MIXED, {"heal": DISTILL})
-    _, theirs = run(*MIXED, {"heal": {**DISTILL, "checkpointing": True}})
+def test_recomputation_gives_the_same_bytes(run_stages: Run) -> None:
+    _, ours = run_stages(*MIXED, {"heal": DISTILL})
+    _, theirs = run_stages(*MIXED, {"heal": {**DISTILL, "checkpointing": True}})
     assert changed(ours, theirs) == set()
 
 
@@ -247,14 +201,16 @@ KEPT = {**DISTILL, "merge": False, "rate": 1e-2}
 
 
 def test_adapters_of_integers_can_be_kept_as_components(
-    run: Run, executed: Callable[[Path], Any]
+    run_stages: Run, executed: Callable[[Path], Any]
 ) -> None:
-    report, output = run(*MIXED, {"heal": KEPT}, {"heal": {**DISTILL, "train": "factors", **ONE}})
+    report, output = run_stages(
+        *MIXED, {"heal": KEPT}, {"heal": {**DISTILL, "train": "factors", **ONE}}
+    )
     first, second = report["training"]
     assert first["kept"]
     assert second["kept"]
     assert second["before"] == pytest.approx(first["after"], rel=1e-3)
-    _, plain = run(*MIXED)
+    _, plain = run_stages(*MIXED)
     before, after = tensors_of(plain), tensors_of(output)
     added = after.keys() - before.keys()
     layers = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(2)]
@@ -272,10 +228,10 @@ def test_adapters_of_integers_can_be_kept_as_components(
         assert model.get_submodule(layer).config.types == "dense+low_rank"
 
 
-def test_adapters_that_do_not_help_are_not_kept(run: Run) -> None:
-    report, output = run(*MIXED, {"heal": {**KEPT, "rate": 0.9, "steps": 2}})
+def test_adapters_that_do_not_help_are_not_kept(run_stages: Run) -> None:
+    report, output = run_stages(*MIXED, {"heal": {**KEPT, "rate": 0.9, "steps": 2}})
     assert not report["training"][0]["kept"]
-    _, plain = run(*MIXED)
+    _, plain = run_stages(*MIXED)
     assert changed(plain, output) == set()
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from lrc.compressors.corpus.windows import Windows
 from lrc.compressors.evaluate import agreement as module
@@ -29,24 +28,6 @@ def windows_of(tokens: Tensor, *, bos: bool = False) -> Windows:
 @pytest.fixture
 def windows() -> Windows:
     return windows_of(torch.randint(2, 512, (3, 40), generator=torch.Generator().manual_seed(1)))
-
-
-def gemma(seed: int) -> Any:
-    """Return a model that caps its logits after the head."""
-    config = Gemma2Config(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        final_logit_softcapping=2.0,
-        initializer_range=0.5,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Gemma2ForCausalLM(config).eval()
 
 
 @torch.no_grad()
@@ -72,6 +53,7 @@ def as_list(measures: Measures | None) -> list[float]:
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_pieces_give_what_full_logits_give(
     tiny_llama: Callable[..., Any],
+    tiny_gemma: Callable[..., Any],
     windows: Windows,
     monkeypatch: pytest.MonkeyPatch,
     family: str,
@@ -79,7 +61,7 @@ def test_pieces_give_what_full_logits_give(
     piece: int,
 ) -> None:
     monkeypatch.setattr(module, "PIECE_LOGITS", piece * 512)
-    models = [tiny_llama(seed=s) if family == "llama" else gemma(s) for s in range(2)]
+    models = [tiny_llama(seed=s) if family == "llama" else tiny_gemma(seed=s) for s in range(2)]
     dense, compressed = (model.to(dtype) for model in models)
     assert head_gives_logits(dense, windows.tokens[0]) == (family == "llama")
     expected = straightforward(dense, compressed, windows.tokens)

@@ -5,7 +5,6 @@ import math
 import accelerate
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from lrc.compressors.corpus.windows import Windows, evaluation_windows
 from lrc.compressors.evaluate import logits
@@ -19,25 +18,6 @@ from lrc.configs.recipe import Perplexity
 @pytest.fixture
 def tokens():
     return torch.randint(2, 512, (3, 40), generator=torch.Generator().manual_seed(1))
-
-
-def gemma(**changes):
-    """Make a model that caps its logits after the head."""
-    config = Gemma2Config(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        initializer_range=0.5,
-        **changes,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Gemma2ForCausalLM(config).eval()
 
 
 def straightforward(model, tokens):
@@ -66,14 +46,14 @@ def test_pieces_give_what_full_logits_give(tiny_llama, tokens, monkeypatch, piec
 
 
 @pytest.mark.parametrize("budget", [512 * 10, 2**28])
-def test_capped_logits_take_the_fallback_and_agree(tokens, monkeypatch, budget):
+def test_capped_logits_take_the_fallback_and_agree(tiny_gemma, tokens, monkeypatch, budget):
     monkeypatch.setattr(module, "FALLBACK_LOGITS", budget)
     monkeypatch.setattr(module, "PIECE", 8)
-    model = gemma(final_logit_softcapping=2.0)
+    model = tiny_gemma()
     assert not head_gives_logits(model, tokens[0])
     expected = straightforward(model, tokens)
     assert perplexity(model, tokens).perplexity == pytest.approx(expected, rel=1e-6)
-    uncapped = gemma(final_logit_softcapping=None)
+    uncapped = tiny_gemma(cap=None)
     assert head_gives_logits(uncapped, tokens[0])
     assert straightforward(uncapped, tokens) > 1.1 * expected  # the cap matters here
 

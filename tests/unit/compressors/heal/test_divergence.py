@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import kl_div
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from lrc.compressors.heal import divergence as module
 from lrc.compressors.heal.divergence import Predictor, add_gradients, divergence, mean_divergence
@@ -24,31 +23,17 @@ def test_the_divergences_are_those_of_torch() -> None:
         assert float(divergence(dense, dense, kind)) == 0
 
 
-def gemma(seed: int) -> Any:
-    """Return a model that caps its logits after the head."""
-    config = Gemma2Config(
-        vocab_size=128,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        final_logit_softcapping=1.0,
-        initializer_range=0.5,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Gemma2ForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_in_pieces_are_those_of_the_whole_loss(
-    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, family: str, kind: Any
+    tiny_llama: Callable[..., Any],
+    tiny_gemma: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    kind: Any,
 ) -> None:
     monkeypatch.setitem(module.PIECE, "cpu", 7)
-    models = [tiny_llama(seed=s) if family == "llama" else gemma(s) for s in range(2)]
+    models = [tiny_llama(seed=s) if family == "llama" else tiny_gemma(seed=s) for s in range(2)]
     tokens = torch.arange(60).view(3, 20)
     dense, compressed = (Predictor(model, tokens, dtype=torch.float32) for model in models)
     loss = divergence(
