@@ -54,7 +54,7 @@ from lrc.compressors.layers import (
 from lrc.compressors.layers.component import finite_problems
 from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, widen_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
-from lrc.compressors.layers.siblings import stack_first_factors
+from lrc.compressors.layers.siblings import share_inputs
 from lrc.compressors.models.contents import renamed
 from lrc.configs.errors import CheckpointError
 
@@ -182,7 +182,7 @@ class LrcQuantizer(HfQuantizer):
             self._forget_budgets(model)
         replaced = ReplacedTensors()
         optimize(model, replaced=replaced)
-        stack_first_factors(model, replaced=replaced)
+        share_inputs(model, replaced=replaced)
         replaced.flush()
         return model
 

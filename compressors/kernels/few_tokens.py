@@ -1,7 +1,8 @@
 """Launch products of few tokens, rows of the input, with a matrix that is unpacked in registers.
 
-All sources that include ``cuda/few_tokens.cuh`` take the input, the stored tensors, the output, and
-the numbers of tokens, rows and columns, in this order.
+Matrices that multiply the same input can share a launch: a product of a small matrix takes little
+longer than its launch. All sources that include ``cuda/few_tokens.cuh`` take the structure
+`Arguments` that is defined there.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,17 @@ class Blocks(NamedTuple):
     """Warps per block, which share the columns."""
     stages: int
     """Chunks of 32 columns that a thread reads ahead."""
+
+
+class Stored(NamedTuple):
+    """A matrix as a kernel reads it."""
+
+    tensors: Sequence[Tensor]
+    """Contiguous."""
+    numbers: Sequence[int]
+    """What the kernel needs besides the tensors and sizes."""
+    d_out: int
+    """Rows of the matrix."""
 
 
 @cache
@@ -64,41 +76,52 @@ def blocks_for(
 def multiply(
     source: str,
     x: Tensor,
-    stored: Sequence[Tensor],
-    y: Tensor,
-    d_out: int,
-    numbers: Sequence[int],
+    members: Sequence[Stored],
     macros: nvrtc.Macros,
     blocks: Blocks,
-) -> Tensor:
-    """Launch a kernel and return `y`.
+) -> list[Tensor]:
+    """Return the products of one input with one or several matrices, by one launch.
 
     Parameters
     ----------
     source : str
         File in the folder ``cuda``.
     x : Tensor, shape [tokens, d_in], float16 or bfloat16
-    stored : sequence of Tensor
         Contiguous.
-    y : Tensor, shape [tokens, ...]
-    d_out : int
-        Rows of the matrix.
-    numbers : sequence of int
-        What the kernel needs besides the sizes.
+    members : sequence of Stored
+        Matrices with equal columns and constants.
     macros : tuple of (str, int or str)
         Constants of the source, besides those of `Blocks`.
+    blocks : Blocks
+
+    Returns
+    -------
+    list of Tensor, shape [tokens, d_out]
     """
     tokens, d_in = x.shape
-    kernel = _kernel(source, macros, x.dtype, blocks, x.get_device())
-    grid = -(-d_out // (16 * blocks.tiles)), -(-tokens // blocks.tokens), 1
+    kernel = _kernel(source, macros, x.dtype, blocks, len(members), x.get_device())
+    products, rows = [], 0
+    arguments: list[Tensor | int] = [x, tokens, d_in]
+    for member in members:
+        y = x.new_empty(tokens, member.d_out)
+        products.append(y)
+        arguments += [*member.tensors, *member.numbers, y, member.d_out]
+        rows += -(-member.d_out // (16 * blocks.tiles))
+    grid = rows, -(-tokens // blocks.tokens), 1
     with torch.cuda.device(x.device):
-        kernel(grid, 32 * blocks.warps, x, *stored, y, tokens, d_out, d_in, *numbers)
-    return y
+        # The kernel has one parameter, whose fields these are.
+        kernel(grid, 32 * blocks.warps, *arguments)
+    return products
 
 
 @cache
 def _kernel(
-    source: str, macros: nvrtc.Macros, dtype: torch.dtype, blocks: Blocks, device: int
+    source: str,
+    macros: nvrtc.Macros,
+    dtype: torch.dtype,
+    blocks: Blocks,
+    members: int,
+    device: int,
 ) -> nvrtc.Kernel:
     constants = (
         *macros,
@@ -107,6 +130,7 @@ def _kernel(
         ("TILES", blocks.tiles),
         ("WARPS", blocks.warps),
         ("STAGES", blocks.stages),
+        ("MEMBERS", members),
     )
     return nvrtc.kernel(source, "product", constants, device)
 

@@ -85,6 +85,9 @@ class Entry:
     """Returns why the entry does not serve a product; None if it does."""
     layout: Layout | None = None
     """None if `run` reads the stored tensors as they are."""
+    together: Callable[..., Any] | None = None
+    """Multiplies one input by several matrices, given as a sequence of the other arguments of
+    `run`; returns a list of products, or None if the matrices differ in what must be equal."""
     places: Places | None = None
     """None if the operation has no mask."""
 

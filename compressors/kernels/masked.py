@@ -1,5 +1,6 @@
 """Products with matrices of which only some entries are stored; a mask says where they belong."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -159,21 +160,92 @@ def _few_tokens(x: Tensor, stored: Masked) -> Tensor | None:
         if masked_cuda.serves_eight_of(eight, stored.columns):
             return masked_cuda.eight_of(x, eight)
     if stored.layout == GROUPS:
-        assert stored.scale is not None
-        assert stored.starts is not None
-        assert stored.offsets is not None
-        groups = masked_cuda.Groups(
-            stored.values,
-            stored.scale,
-            stored.mask,
-            stored.starts,
-            stored.offsets,
-            stored.bits,
-            stored.group,
-        )
+        groups = _groups(stored)
         if masked_cuda.serves_groups(groups, stored.columns):
-            return masked_cuda.groups(x, groups)
+            (y,) = masked_cuda.groups(x, [groups])
+            return y
     return None
+
+
+def _groups(stored: Masked) -> masked_cuda.Groups:
+    assert stored.scale is not None
+    assert stored.starts is not None
+    assert stored.offsets is not None
+    return masked_cuda.Groups(
+        stored.values,
+        stored.scale,
+        stored.mask,
+        stored.starts,
+        stored.offsets,
+        stored.bits,
+        stored.group,
+    )
+
+
+def run_together(x: Tensor, matrices: Sequence[tuple[Masked]]) -> list[Tensor] | None:
+    """Return the products of one input and several matrices; None if one launch is impossible.
+
+    There is a kernel for groups of integers.
+    """
+    members = [stored for (stored,) in matrices]
+    groups = [_groups(stored) for stored in members if stored.layout == GROUPS]
+    if len(groups) < len(members):
+        return None
+    same = {(masked_cuda.constants(g), m.columns) for g, m in zip(groups, members, strict=True)}
+    if len(same) > 1:
+        return None
+    if torch.compiler.is_compiling():
+        first = members[0]
+        together: list[Tensor] = group_linears(
+            x,
+            [stored.values for stored in members],
+            [stored.mask for stored in members],
+            [stored.scale for stored in members],
+            [stored.starts for stored in members],
+            [stored.offsets for stored in members],
+            first.columns,
+            first.bits,
+            first.group,
+        )
+        return together
+    return _products(x, members)
+
+
+def _products(x: Tensor, members: Sequence[Masked]) -> list[Tensor]:
+    """Multiply by groups of integers, which agree in all but their numbers of rows."""
+    index, groups = x.device.index or 0, [_groups(stored) for stored in members]
+    serves = 0 < len(x) <= SOME_ROWS and cuda_problem(index) is None
+    if not serves or not all([masked_cuda.serves_groups(g, x.shape[1]) for g in groups]):
+        return [_product(x, stored) for stored in members]
+    x = x.contiguous()
+    return masked_cuda.groups(x if few_tokens.starts_at_16_bytes(x) else x.clone(), groups)
+
+
+@torch.library.custom_op("lrc::group_linears", mutates_args=(), device_types="cuda")
+def group_linears(
+    x: Tensor,
+    values: Sequence[Tensor],
+    mask: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    columns: int,
+    bits: int,
+    group: int,
+) -> list[Tensor]:
+    """Return the products of one input and matrices in groups of integers."""
+    return _products(
+        x,
+        [
+            Masked(GROUPS, columns, *tensors, bits=bits, group=group)
+            for tensors in zip(values, mask, scale, starts, offsets, strict=True)
+        ],
+    )
+
+
+@group_linears.register_fake
+def _(x: Tensor, values: Sequence[Tensor], mask: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], rows.shape[0]) for rows in mask]
 
 
 def _matrix(stored: Masked) -> Tensor:
@@ -231,6 +303,7 @@ ENTRIES = [
         ("float", *range(2, 9)),
         run,
         refuse=refuse,
+        together=run_together,
         places=Places(find_places),
     )
 ]

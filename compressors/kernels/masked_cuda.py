@@ -1,12 +1,13 @@
 """Products of few inputs with the sparse forms for which there is a kernel in CUDA C++."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrc.compressors.kernels import few_tokens
-from lrc.compressors.kernels.few_tokens import Blocks, blocks_for
+from lrc.compressors.kernels import few_tokens, nvrtc
+from lrc.compressors.kernels.few_tokens import Blocks, Stored, blocks_for
 from lrc.compressors.kernels.mask_places import BLOCK, UNIT
 
 CHUNK = 32
@@ -66,26 +67,34 @@ def eight_of(x: Tensor, stored: EightOf, blocks: Blocks | None = None) -> Tensor
     """Return ``x @ W.T`` [tokens, d_out] for ``x`` [tokens, columns], contiguous and aligned."""
     (tokens, columns), d_out = x.shape, len(stored.mask)
     blocks = blocks or blocks_for(tokens, d_out, columns, tiles=1, most_warps=3600)
-    tensors, y = [stored.values, stored.mask], x.new_empty(tokens, d_out)
-    return few_tokens.multiply("n8_linear.cu", x, tensors, y, d_out, [], (("N", stored.n),), blocks)
+    matrix = Stored([stored.values, stored.mask], [], d_out)
+    (y,) = few_tokens.multiply("n8_linear.cu", x, [matrix], (("N", stored.n),), blocks)
+    return y
 
 
-def groups(x: Tensor, stored: Groups, blocks: Blocks | None = None) -> Tensor:
-    """Return ``x @ W.T`` [tokens, d_out] for ``x`` [tokens, columns], contiguous and aligned."""
-    (tokens, columns), (d_out, count) = x.shape, stored.offsets.shape
+def groups(x: Tensor, stored: Sequence[Groups], blocks: Blocks | None = None) -> list[Tensor]:
+    """Return the products of one input and matrices that agree in `constants`, by one launch.
+
+    Parameters
+    ----------
+    x : Tensor, shape [tokens, columns]
+        Contiguous and aligned.
+    stored : sequence of Groups
+    blocks : Blocks, optional
+
+    Returns
+    -------
+    list of Tensor, shape [tokens, d_out]
+    """
+    members = [Stored(m[:5], [m.offsets.shape[1]], len(m.offsets)) for m in stored]
+    blocks = blocks or blocks_for(len(x), sum([m.d_out for m in members]), x.shape[1])
+    return few_tokens.multiply("group_sparse_linear.cu", x, members, constants(stored[0]), blocks)
+
+
+def constants(stored: Groups) -> nvrtc.Macros:
+    """Return what a kernel is compiled for."""
     offsets = "short" if stored.offsets.dtype == torch.int16 else "int"
-    macros = ("BITS", stored.bits), ("GROUP", stored.group), ("OFFSETS", offsets)
-    blocks = blocks or blocks_for(tokens, d_out, columns)
-    return few_tokens.multiply(
-        "group_sparse_linear.cu",
-        x,
-        stored[:5],
-        x.new_empty(tokens, d_out),
-        d_out,
-        [count],
-        macros,
-        blocks,
-    )
+    return ("BITS", stored.bits), ("GROUP", stored.group), ("OFFSETS", offsets)
 
 
 def padded(mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Few tokens are multiplied by tensor cores while the codes are unpacked in regist
 the matrix is written once, in the dtype of the input, for cuBLAS.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lrc.compressors.kernels import few_tokens, nvrtc
 from lrc.compressors.kernels.cuda_device import cuda_problem
-from lrc.compressors.kernels.few_tokens import Blocks, blocks_for
+from lrc.compressors.kernels.few_tokens import Blocks, Stored, blocks_for
 from lrc.compressors.kernels.implementations import Entry, Need
 
 MOST_TOKENS = 64
@@ -28,13 +29,27 @@ def product(
     blocks: Blocks | None = None,
 ) -> Tensor:
     """Return ``x @ W.T`` [tokens, d_out] for ``x`` [tokens, d_in], unpacking codes in registers."""
-    x, stored, numbers = x.contiguous(), *_stored(packed, scale, zero_point)
-    (tokens, d_in), d_out = x.shape, len(packed)
-    aligned = d_in % 32 == 0 and few_tokens.starts_at_16_bytes(x, *stored)
-    macros = _macros(bits, _group(scale, d_in), zero_point is not None, aligned=aligned)
-    blocks = blocks or _blocks(tokens, d_out, d_in, bits)
-    y = x.new_empty(tokens, d_out)
-    return few_tokens.multiply("packed_linear.cu", x, stored, y, d_out, numbers, macros, blocks)
+    (y,) = products(x, [packed], [scale], [zero_point], bits, blocks)
+    return y
+
+
+def products(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor | None],
+    bits: int,
+    blocks: Blocks | None = None,
+) -> list[Tensor]:
+    """Return `product` for matrices of the same scheme and width, by one launch."""
+    x, (tokens, d_in) = x.contiguous(), x.shape
+    members = [_stored(*tensors) for tensors in zip(packed, scale, zero_point, strict=True)]
+    aligned = d_in % 32 == 0 and few_tokens.starts_at_16_bytes(
+        x, *[tensor for member in members for tensor in member.tensors]
+    )
+    macros = _macros(bits, _group(scale[0], d_in), zero_point[0] is not None, aligned=aligned)
+    blocks = blocks or _blocks(tokens, sum([member.d_out for member in members]), d_in, bits)
+    return few_tokens.multiply("packed_linear.cu", x, members, macros, blocks)
 
 
 @cache
@@ -57,7 +72,7 @@ def matrix(
     packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, columns: int
 ) -> Tensor:
     """Return the dequantized matrix [d_out, columns], in the dtype of `scale`."""
-    stored, numbers = _stored(packed, scale, zero_point)
+    stored, numbers, _ = _stored(packed, scale, zero_point)
     group, asymmetric = _group(scale, columns), zero_point is not None
     kernel = _matrix_kernel(bits, group, asymmetric, scale.dtype, packed.get_device())
     W = scale.new_empty(len(packed), columns)
@@ -74,13 +89,11 @@ def _matrix_kernel(
     return nvrtc.kernel("packed_matrix.cu", "matrix", macros, device)
 
 
-def _stored(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None
-) -> tuple[list[Tensor], list[int]]:
+def _stored(packed: Tensor, scale: Tensor, zero_point: Tensor | None) -> Stored:
     """Return the tensors that kernels take, and the sizes of their rows."""
     packed, scale = packed.contiguous(), scale.contiguous()
     zero = packed if zero_point is None else zero_point.contiguous()
-    return [packed, scale, zero], [packed.shape[1], scale.shape[1], len(zero)]
+    return Stored([packed, scale, zero], [packed.shape[1], scale.shape[1], len(zero)], len(packed))
 
 
 def _group(scale: Tensor, columns: int) -> int:
@@ -130,12 +143,65 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits:
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
+def _products(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor | None],
+    bits: int,
+) -> list[Tensor]:
+    if 0 < len(x) <= MOST_TOKENS:
+        return products(x, packed, scale, zero_point, bits)
+    matrices = zip(packed, scale, zero_point, strict=True)
+    return [_product(x, *matrix, bits) for matrix in matrices]
+
+
+@torch.library.custom_op("lrc::packed_linears", mutates_args=(), device_types="cuda")
+def packed_linears(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor | None],
+    bits: int,
+) -> list[Tensor]:
+    """Return `packed_linear` for matrices of the same scheme that multiply the same input."""
+    return _products(x, packed, scale, zero_point, bits)
+
+
+@packed_linears.register_fake
+def _(x: Tensor, packed: Sequence[Tensor], *_: object) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], matrix.shape[0]) for matrix in packed]
+
+
 def run(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """Return ``x @ W.T`` like `packed_linear`; only compiled code pays for a custom operator."""
     if torch.compiler.is_compiling():
         y: Tensor = packed_linear(x, packed, scale, zero_point, bits)
         return y
     return _product(x, packed, scale, zero_point, bits)
+
+
+Matrix = tuple[Tensor, Tensor, Tensor | None, int]
+"""Packed codes, scales, zero points and bits, as `packed_linear` takes them."""
+
+
+def run_together(x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor] | None:
+    """Return the products of one input and several matrices; None if their schemes differ."""
+    first_packed, first_scale, first_zero, bits = matrices[0]
+    words, groups = first_packed.shape[1], first_scale.shape[1]
+    for packed, scale, zero, other_bits in matrices:
+        if (packed.shape[1], scale.shape[1], other_bits) != (words, groups, bits):
+            return None
+        if (zero is None) != (first_zero is None):
+            return None
+    if torch.compiler.is_compiling():
+        together: list[Tensor] = packed_linears(
+            x, [m[0] for m in matrices], [m[1] for m in matrices], [m[2] for m in matrices], bits
+        )
+        return together
+    return _products(
+        x, [m[0] for m in matrices], [m[1] for m in matrices], [m[2] for m in matrices], bits
+    )
 
 
 def refuse(need: Need) -> str | None:
@@ -155,5 +221,6 @@ ENTRIES = [
         run,
         dtypes=(torch.bfloat16, torch.float16),
         refuse=refuse,
+        together=run_together,
     )
 ]

@@ -18,7 +18,7 @@ from lrc.compressors.layers.packed_weight import PackedLinear
 from lrc.compressors.layers.packing import read_values
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpecs
 from lrc.compressors.layers.recomputed import product
-from lrc.compressors.layers.stacked_factors import StackedFactors
+from lrc.compressors.layers.shared_input import SharedInput
 
 Device = torch.device | str | None
 Sizes = Mapping[str, int]
@@ -101,8 +101,8 @@ class Component(nn.Module, ABC):
     """Name of the size that all layers sharing a first factor (the matrix applied to the input)
     have in common; None if the component cannot share a factor."""
 
-    stack: StackedFactors | None = None
-    """The layers with which this one shares the product with ``a``."""
+    siblings: SharedInput | None = None
+    """Components of other layers with the same input, with which products are computed."""
     position: int = 0
     """Position among them."""
     tile: int | None = None
@@ -201,8 +201,8 @@ class Component(nn.Module, ABC):
         """Return the matrix [d_out, d_in] of this component."""
 
     def multiply_a(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` [..., d_in] by the child ``a``, together with the layers of `stack`."""
-        p = None if self.stack is None else self.stack.multiply(self.position, x)
+        """Multiply ``x`` [..., d_in] by the child ``a``, together with its siblings."""
+        p = None if self.siblings is None else self.siblings.multiply(self.position, x)
         if p is None:
             p = multiply(self.get_submodule("a"), x)
         return p
@@ -217,8 +217,8 @@ class Component(nn.Module, ABC):
         """Convert all tensors, for `to`, `half` and the like."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.prepare()
-        if self.stack is not None:
-            self.stack.follow()
+        if self.siblings is not None:
+            self.siblings.follow()
         return self
 
     def problems(self) -> list[str]:

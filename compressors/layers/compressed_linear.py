@@ -167,8 +167,8 @@ class CompressedLinear(nn.Module):
                 )
             B = torch.cat([old.b.weight, B.to(like)], dim=1)
             A = torch.cat([old.a.weight, A.to(like)])
-            if old.stack is not None:
-                old.stack.dissolve()
+            if old.siblings is not None:
+                old.siblings.dissolve()
         config = ComponentConfig(LowRank.TYPE, {"rank": len(A)})
         added = LowRank(self.config.shape, config, device=like.device, dtype=like.dtype)
         added.load_state_dict({"a.weight": A, "b.weight": B})

@@ -47,7 +47,8 @@ class Dense(PackedWeight, Component):
             product = nn.functional.linear if x.is_floating_point() else nn.functional.embedding
             return product(x, weight)
         if x.is_floating_point():
-            return self.packed_product(x)
+            y = None if self.siblings is None else self.siblings.multiply(self.position, x)
+            return self.packed_product(x) if y is None else y
         return self.packed_rows(x.flatten()).view(*x.shape, self.d_in)
 
     def matrix(self) -> Tensor:

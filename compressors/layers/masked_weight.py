@@ -42,10 +42,18 @@ class MaskedWeight(FastPath, Component):
             layout, columns, packed, mask, scale, n=n, bits=args.bits, group=group, **places
         )
 
-    def masked_product(self, x: Tensor) -> Tensor | None:
-        """Map ``x`` [..., columns] to [..., d_out] with the fast path, or return None."""
+    def fast_arguments(self) -> tuple[Tensor, tuple[Any, ...]]:
+        """Return values or scales, and the arguments of the entry in use besides the input."""
+        return self._numbers(), (self.masked(),)
+
+    def _numbers(self) -> Tensor:
         like = self._parameters["values" if self.config.quantization is None else "values_scale"]
         assert like is not None
+        return like
+
+    def masked_product(self, x: Tensor) -> Tensor | None:
+        """Map ``x`` [..., columns] to [..., d_out] with the fast path, or return None."""
+        like = self._numbers()
         if x.shape[-1] != self.layout()[1] or not self.is_fast(x, like):
             return None
         y: Tensor | None = run_or_restore(self, x.reshape(-1, x.shape[-1]), self.masked())
@@ -53,7 +61,8 @@ class MaskedWeight(FastPath, Component):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., d_in] to [..., d_out]."""
-        y = self.masked_product(x)
+        y = None if self.siblings is None else self.siblings.multiply(self.position, x)
+        y = self.masked_product(x) if y is None else y
         return product(x, self.matrix, self) if y is None else y
 
     def _select(self) -> str | None:

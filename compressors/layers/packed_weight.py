@@ -77,7 +77,7 @@ class PackedWeight(FastPath):
         """Map ``x`` [..., columns] to [..., rows]."""
         scale = self._parameters["weight_scale"]  # `get_parameter` takes as long as a product
         assert scale is not None
-        args, (rows, columns) = self._args(), self.packed_shape
+        rows, columns = self.packed_shape
         if x.shape[-1] != columns or not self.is_fast(x, scale):
             return product(x, self.packed_matrix, self)
         # Converted scales are copies. Guards of compiled code do not see versions of tensors.
@@ -85,14 +85,19 @@ class PackedWeight(FastPath):
         if converted and self._scale_state != state_of(scale):
             self.optimize()
         flat = x if x.dim() == 2 else x.reshape(-1, columns)
-        if self._copy is not None:
-            y: Tensor | None = run_or_restore(self, flat, self._copy, args.bits, rows)
-        else:
-            packed, zero = self._buffers["weight_packed"], self._buffers.get("weight_zero_point")
-            y = run_or_restore(self, flat, packed, scale, zero, args.bits)
+        y: Tensor | None = run_or_restore(self, flat, *self.fast_arguments()[1])
         if y is None:
             return nn.functional.linear(x, self.packed_matrix())
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
+
+    def fast_arguments(self) -> tuple[Tensor, tuple[Any, ...]]:
+        """Return the scales, and the arguments of the entry in use besides the input."""
+        scale, bits = self._parameters["weight_scale"], self._args().bits
+        assert scale is not None
+        if self._copy is not None:
+            return scale, (self._copy, bits, self.packed_shape[0])
+        packed, zero = self._buffers["weight_packed"], self._buffers.get("weight_zero_point")
+        return scale, (packed, scale, zero, bits)
 
     def _select(self) -> str | None:
         if self.packed_args is None:

@@ -14,22 +14,17 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from lrc.compressors.kernels import one_row
-
-Held = tuple[Tensor, int, Tensor, tuple[int, ...]]
-"""Input, its version, the product, and the positions of the layers that have not taken theirs."""
+from lrc.compressors.layers.shared_input import SharedInput
 
 
-class StackedFactors:
+class StackedFactors(SharedInput):
     """The product of an input with the first factors of several layers.
 
     The weights of the layers stay separate parameters, whose numbers follow each other in the
     memory of one tensor: this takes no additional memory, and names, files and training in place do
     not change. Every product checks whether the parameters still are in that memory; after a
     conversion or in a copy they are not, and are stacked again. The layers multiply separately
-    where gradients are recorded, or if a factor has an adapter, a hook, or an offloaded weight.
-
-    That the layers receive the same input is an assumption. If a layer is called with another
-    tensor before all of them have been called once with the same one, the group is dissolved.
+    if a factor has an adapter, a hook, or an offloaded weight.
 
     Parameters
     ----------
@@ -38,46 +33,26 @@ class StackedFactors:
     """
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
-        self.members = tuple(members)
+        super().__init__(members)
         widths: list[int] = [member.get_submodule("a").out_features for member in members]  # type: ignore[misc]
         stops = [sum(widths[: i + 1]) for i in range(len(widths))]
         self._columns = tuple(zip([0, *stops[:-1]], stops, strict=True))
-        self._rest = tuple(
-            tuple(j for j in range(len(widths)) if j != i) for i in range(len(widths))
-        )
         self._weight: nn.Parameter | None = None  # [sum of ranks, d_in]
         self._rows: tuple[tuple[nn.Parameter, int], ...] = ()
-        self._held: Held | None = None
-        self._confirmed = False
-        self._dissolved = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and files keep: the weights are those of the members."""
-        return vars(self) | {"_weight": None, "_rows": (), "_held": None}
+        return super().__getstate__() | {"_weight": None, "_rows": ()}
 
-    def multiply(self, position: int, x: Tensor) -> Tensor | None:
-        """Return ``x`` [..., d_in] times the factor of one member, [..., rank], or None.
-
-        None says that the member must multiply by itself.
-        """
-        held, self._held = self._held, None
-        recording = torch.is_grad_enabled()
-        if held is not None:
-            source, version, product, waiting = held
-            if source is x and position in waiting and version == _version(x):
-                if recording:
-                    return None
-                return self._take(position, x, product, waiting)
-            if not self._confirmed:
-                self.dissolve()
-        if self._dissolved or recording or not (self._stacked() or self.stack()):
+    def _products(self, x: Tensor) -> Sequence[Tensor] | None:
+        if not (self._stacked() or self.stack()):
             return None
         weight = self._weight
         # Replicas of a model, on other devices and in other threads, share the group.
         if weight is None or weight.device != x.device:
             return None
         product = one_row.linear(x, weight)  # [..., sum of ranks]
-        return self._take(position, x, product, (position, *self._rest[position]))
+        return [product[..., start:stop] for start, stop in self._columns]
 
     def stack(self) -> bool:
         """Move the weights into one tensor; return whether that was possible."""
@@ -101,19 +76,11 @@ class StackedFactors:
 
     def follow(self) -> None:
         """Stack again after a member was moved or converted, once all of them have been."""
+        super().follow()
         if self._weight is not None and not self._stacked():
             self._weight, self._rows = None, ()
         if self._weight is None:
             self.stack()
-
-    def _take(self, position: int, x: Tensor, product: Tensor, waiting: tuple[int, ...]) -> Tensor:
-        waiting = tuple(other for other in waiting if other != position)
-        if waiting:
-            self._held = (x, _version(x), product, waiting)
-        elif not torch.compiler.is_compiling() and not self._confirmed:
-            self._confirmed = True  # a compiled graph would have to be compiled again
-        start, stop = self._columns[position]
-        return product[..., start:stop]
 
     def _stacked(self) -> bool:
         """Whether the weights of all members are the rows of the tensor."""
@@ -133,7 +100,7 @@ class StackedFactors:
 
     def dissolve(self) -> None:
         """Let every layer multiply by itself from now on."""
-        self._dissolved = True
+        super().dissolve()
         self._weight, self._rows = None, ()
 
 
@@ -163,8 +130,3 @@ def _can_move(weight: Tensor) -> bool:
     if weight.is_cuda:
         return not torch.cuda.is_current_stream_capturing()
     return not weight.is_shared()  # with another process
-
-
-def _version(x: Tensor) -> int:
-    """Return a number that changes when a tensor is modified, where there is one."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version

@@ -27,7 +27,7 @@ from lrc.compressors.kernels import optimize
 from lrc.compressors.latency.latency_table import Product
 from lrc.compressors.latency.random_layers import random_layer
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs
-from lrc.compressors.layers.siblings import stack_first_factors
+from lrc.compressors.layers.siblings import share_inputs
 from lrc.compressors.layers.streaming import stream_low_rank
 from lrc.compressors.solvers.cuda_graphs import record
 
@@ -185,7 +185,7 @@ def maker(form: Form, args: argparse.Namespace) -> Callable[[int, int], nn.Modul
 def prepared(model: nn.Module) -> nn.Module:
     """Select the fast paths, as loading does."""
     optimize(model)
-    stack_first_factors(model)
+    share_inputs(model)
     return model.eval().requires_grad_(False)
 
 

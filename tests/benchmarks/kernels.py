@@ -69,7 +69,7 @@ def call_of(form: str, tensors: dict[str, Tensor]) -> Call:
         mask = masked_cuda.padded(tensors["mask"])
         packed, scale = tensors["values_packed"], tensors["values_scale"]
         stored = masked_cuda.Groups(packed, scale, mask, *starts_and_offsets(mask), 4, 16)
-        return lambda x, blocks: masked_cuda.groups(x, stored, blocks)
+        return lambda x, blocks: masked_cuda.groups(x, [stored], blocks)[0]
     if form.endswith(":8"):
         eight = masked_cuda.EightOf(tensors["values"], tensors["mask"], int(form[0]))
         return lambda x, blocks: masked_cuda.eight_of(x, eight, blocks)

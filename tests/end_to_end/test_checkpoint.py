@@ -127,7 +127,7 @@ def test_saving_again_in_small_shards(run, sample, expected, tmp_path):
 def test_layers_with_the_same_input_share_a_product(run, sample):
     model = run.load()
     before = sum(p.nbytes for p in model.parameters())
-    groups = {c.stack for c in model.modules() if isinstance(c, Component)} - {None}
+    groups = {c.siblings for c in model.modules() if isinstance(c, Component)} - {None}
     assert sorted(len(group.members) for group in groups) == [2, 2, 3, 3]  # two layers
     logits_of(model, sample)
     assert all(group._confirmed for group in groups)

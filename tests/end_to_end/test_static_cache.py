@@ -19,7 +19,7 @@ from lrc.compressors.layers import (
 )
 from lrc.compressors.layers.bitmask import pack_bits
 from lrc.compressors.layers.residual_basis import place_norms_
-from lrc.compressors.layers.siblings import stack_first_factors
+from lrc.compressors.layers.siblings import share_inputs
 
 Layer = Callable[[int, int], list[ComponentConfig]]
 
@@ -87,7 +87,7 @@ def make(tiny_llama: Callable[..., LlamaForCausalLM]) -> Callable[..., Any]:
                 fill(module, g)
                 assert not module.problems()
         optimize(found)
-        stack_first_factors(found)
+        share_inputs(found)
         return found
 
     return model

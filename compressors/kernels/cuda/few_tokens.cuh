@@ -5,6 +5,7 @@
 //   TILES   tiles of 16 rows of the matrix per block
 //   WARPS   warps per block, which share the columns
 //   STAGES  chunks that a thread reads ahead
+//   MEMBERS matrices that multiply the same input in one launch
 //
 // A tensor core multiplies 16 rows by 8 tokens, 16 columns at a time, and a sum over columns may be
 // taken in any order. So a thread unpacks a *chunk* of 32 columns of a row, and the numbers are used
@@ -29,6 +30,34 @@
 #include "numbers.cuh"
 
 constexpr int EIGHTS = TOKENS / 8;
+constexpr int ROWS = TILES * 16;  // of a matrix per block
+
+// The only parameter of a kernel. All fields have eight bytes, so that a launch can pass an array.
+template <typename Stored>
+struct Arguments {
+    const u16* x;
+    long long tokens, d_in;
+    struct Member {
+        Stored stored;
+        u16* y;
+        long long d_out;
+    } members[MEMBERS];
+};
+
+// The matrix of this block, and the number of the block among those of the matrix.
+template <typename Stored>
+__device__ __forceinline__ const typename Arguments<Stored>::Member& member_of_block(
+    const Arguments<Stored>& arguments, int& block) {
+    int member = 0;
+    block = blockIdx.x;
+#pragma unroll
+    for (int i = 0; i + 1 < MEMBERS; i++) {
+        const int blocks = ((int)arguments.members[i].d_out + ROWS - 1) / ROWS;
+        if (member == i && block >= blocks) member++, block -= blocks;
+    }
+    return arguments.members[member];
+}
+
 // A tensor core takes about 20 cycles to add to a sum: several sums are under way.
 constexpr int CHAINS = EIGHTS * TILES >= 4 ? 1 : EIGHTS * TILES >= 2 ? 2 : 4;
 
@@ -71,10 +100,10 @@ __device__ __forceinline__ void read_input(
 
 template <typename Matrix>
 __device__ __forceinline__ void multiply_few_tokens(
-    const Matrix& matrix, const u16* x, u16* y, int tokens, int d_out, int d_in) {
-    __shared__ float partial[WARPS][TOKENS][TILES * 16 + 4];  // 4: fewer conflicts of banks
+    const Matrix& matrix, const u16* x, u16* y, int tokens, int d_out, int d_in, int block) {
+    __shared__ float partial[WARPS][TOKENS][ROWS + 4];  // 4: fewer conflicts of banks
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int first_row = blockIdx.x * (TILES * 16), first_token = blockIdx.y * TOKENS;
+    const int first_row = block * ROWS, first_token = blockIdx.y * TOKENS;
     const int steps = (d_in + 127) / 128;
 
     typename Matrix::Row rows[TILES][2];
@@ -157,8 +186,8 @@ __device__ __forceinline__ void multiply_few_tokens(
                 partial[warp][e * 8 + 2 * t + j % 2][i * 16 + j / 2 * 8 + g] = sum;
             }
     __syncthreads();
-    for (int i = threadIdx.x; i < TOKENS * TILES * 16; i += WARPS * 32) {
-        const int token = i / (TILES * 16), at = i % (TILES * 16), row = first_row + at;
+    for (int i = threadIdx.x; i < TOKENS * ROWS; i += WARPS * 32) {
+        const int token = i / ROWS, at = i % ROWS, row = first_row + at;
         if (first_token + token >= tokens || row >= d_out) continue;
         float sum = 0;
 #pragma unroll

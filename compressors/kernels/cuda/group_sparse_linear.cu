@@ -84,12 +84,23 @@ struct GroupSparse {
     __device__ __forceinline__ float scale(int) const { return 1; }
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
-    const u16* __restrict__ x, const u32* __restrict__ packed, const u16* __restrict__ scales,
-    const uint2* __restrict__ masks, const int* __restrict__ starts,
-    const OFFSETS* __restrict__ offsets, u16* __restrict__ y, int tokens, int d_out, int d_in,
-    int blocks) {
-    const GroupSparse matrix{packed,  scales, masks,  starts,
-                             offsets, d_in,   blocks, magic_register()};
-    multiply_few_tokens(matrix, x, y, tokens, d_out, d_in);
+struct Stored {
+    const u32* packed;
+    const u16* scales;
+    const uint2* masks;
+    const int* starts;
+    const OFFSETS* offsets;
+    long long blocks;
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    product(const __grid_constant__ Arguments<Stored> arguments) {
+    int block;
+    const auto& member = member_of_block(arguments, block);
+    const Stored& s = member.stored;
+    const int d_in = arguments.d_in;
+    const GroupSparse matrix{s.packed,  s.scales, s.masks,       s.starts,
+                             s.offsets, d_in,     (int)s.blocks, magic_register()};
+    multiply_few_tokens(
+        matrix, arguments.x, member.y, arguments.tokens, member.d_out, d_in, block);
 }

@@ -76,9 +76,13 @@ struct EightOf {
     __device__ __forceinline__ float scale(int) const { return 1; }
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
-    const u16* __restrict__ x, const u32* __restrict__ values, const u16* __restrict__ masks,
-    u16* __restrict__ y, int tokens, int d_out, int d_in) {
+struct Stored {
+    const u32* values;
+    const u16* masks;
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    product(const __grid_constant__ Arguments<Stored> arguments) {
     __shared__ uint2 selectors[256];
     for (int byte = threadIdx.x; byte < 256; byte += WARPS * 32) {
         u32 found[4];
@@ -92,5 +96,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
         selectors[byte] = make_uint2(found[0] | found[1] << 16, found[2] | found[3] << 16);
     }
     __syncthreads();
-    multiply_few_tokens(EightOf{values, masks, selectors, d_in}, x, y, tokens, d_out, d_in);
+    int block;
+    const auto& member = member_of_block(arguments, block);
+    const int d_in = arguments.d_in;
+    const EightOf matrix{member.stored.values, member.stored.masks, selectors, d_in};
+    multiply_few_tokens(
+        matrix, arguments.x, member.y, arguments.tokens, member.d_out, d_in, block);
 }

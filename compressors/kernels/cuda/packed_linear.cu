@@ -106,11 +106,21 @@ struct PackedIntegers {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
-    const u16* __restrict__ x, const u32* __restrict__ packed, const u16* __restrict__ scales,
-    const u32* __restrict__ zero_points, u16* __restrict__ y, int tokens, int d_out, int d_in,
-    int words, int groups, int zero_words) {
-    const PackedIntegers matrix{packed, scales,     zero_points,     d_in,
-                                words,  groups, zero_words, magic_register()};
-    multiply_few_tokens(matrix, x, y, tokens, d_out, d_in);
+struct Stored {
+    const u32* packed;
+    const u16* scales;
+    const u32* zero_points;
+    long long words, groups, zero_words;
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    product(const __grid_constant__ Arguments<Stored> arguments) {
+    int block;
+    const auto& member = member_of_block(arguments, block);
+    const Stored& s = member.stored;
+    const int d_in = arguments.d_in;
+    const PackedIntegers matrix{s.packed,      s.scales,      s.zero_points,     d_in,
+                                (int)s.words, (int)s.groups, (int)s.zero_words, magic_register()};
+    multiply_few_tokens(
+        matrix, arguments.x, member.y, arguments.tokens, member.d_out, d_in, block);
 }

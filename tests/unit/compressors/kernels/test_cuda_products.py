@@ -6,7 +6,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from lrc.compressors.kernels import few_tokens, masked_cuda, nvrtc, one_row, packed_linear
+from lrc.compressors.kernels import few_tokens, masked, masked_cuda, nvrtc, one_row, packed_linear
 from lrc.compressors.kernels.few_tokens import Blocks
 from lrc.compressors.kernels.mask_places import starts_and_offsets
 from lrc.compressors.layers import QuantizationArgs
@@ -139,13 +139,61 @@ def test_groups(scheme, dtype, rounding):
         assert masked_cuda.serves_groups(stored, columns)
         for tokens in ROWS:
             check(
-                lambda x: masked_cuda.groups(x, stored),  # noqa: B023
+                lambda x: masked_cuda.groups(x, [stored])[0],  # noqa: B023
                 W.flatten(1).cuda(),
                 dtype,
                 columns,
                 tokens,
                 rounding,
             )
+
+
+def grouped(d_out: int, columns: int, dtype: torch.dtype) -> masked.Masked:
+    """Return a random matrix in groups of 16 integers of 4 bits, about half of them."""
+    generator = torch.Generator().manual_seed(d_out)
+    mask = torch.rand(d_out, columns // 16, generator=generator) < 0.5
+    codes = torch.randint(-8, 8, (1, 16 * int(mask.sum())), generator=generator)
+    scale = torch.rand(int(mask.sum()), generator=generator).add(0.5).to("cuda", dtype)
+    bits = pack_bits(mask).cuda()
+    words = pack_integers(codes, 4).cuda()
+    places = masked.find_places(bits, columns)
+    bits = places.pop("padded", bits)
+    return masked.Masked(masked.GROUPS, columns, words, bits, scale, bits=4, group=16, **places)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 17, 80])
+@pytest.mark.parametrize("heights", [(37, 5), (24, 8, 160)])
+def test_several_matrices_in_one_launch(heights, tokens, compiling):
+    """Equal to single launches but for the order of the sums: the matrices have few rows."""
+    torch.compiler.reset()
+    x = torch.randn(tokens, 320, device="cuda", dtype=torch.bfloat16)
+
+    def integers(x):
+        matrices = [(m.weight_packed, m.weight_scale, m._buffers.get(Z), 3) for m in modules]
+        return packed_linear.run_together(x, matrices), [packed_linear.run(x, *m) for m in matrices]
+
+    def groups(x):
+        return masked.run_together(x, [(g,) for g in stored]), [masked.run(x, g) for g in stored]
+
+    Z = "weight_zero_point"
+    modules = [packed("int3-g32-asymmetric", rows, 320, torch.bfloat16) for rows in heights]
+    stored = [grouped(rows, 320, torch.bfloat16) for rows in heights]
+    for multiply in (integers, groups):
+        function = torch.compile(multiply, fullgraph=True) if compiling else multiply
+        together, single = function(x)
+        for y, alone in zip(together, single, strict=True):
+            largest = float(alone.float().abs().max()) if alone.numel() else 0.0
+            torch.testing.assert_close(y.float(), alone.float(), rtol=0, atol=2**-7 * largest)
+
+
+def test_matrices_of_other_schemes_are_not_launched_together():
+    x = torch.randn(1, 320, device="cuda", dtype=torch.bfloat16)
+    matrices = []
+    for scheme in ("int3-g32", "int3-g64"):
+        module = packed(scheme, 40, 320, torch.bfloat16)
+        matrices.append((module.weight_packed, module.weight_scale, None, 3))
+    assert packed_linear.run_together(x, matrices) is None
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

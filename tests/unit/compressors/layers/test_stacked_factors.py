@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from lrc.compressors.checkpoint.quantizer import replace_layers
 from lrc.compressors.kernels import one_row
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
-from lrc.compressors.layers.siblings import stack_first_factors
+from lrc.compressors.layers.siblings import share_inputs
 
 D, WIDTHS = 32, {"q_proj": 24, "k_proj": 9, "v_proj": 16}
 RANKS = {"q_proj": 7, "k_proj": 3, "v_proj": 5}
@@ -88,7 +88,7 @@ def products(model: Any, x: Tensor) -> list[int]:
 def test_the_factors_that_were_moved_are_reported() -> None:
     model, replaced = make(), list[Tensor]()
     before = {a.weight.data_ptr(): a.weight.clone() for a in first_factors(model)}
-    assert len(stack_first_factors(model, replaced=replaced.extend)) == 1
+    assert len(share_inputs(model, replaced=replaced.extend)) == 1
     assert {tensor.data_ptr() for tensor in replaced} == before.keys()
     assert all(torch.equal(tensor, before[tensor.data_ptr()]) for tensor in replaced)
     assert not before.keys() & {a.weight.data_ptr() for a in first_factors(model)}
@@ -111,7 +111,7 @@ def expected(x: Tensor) -> Tensor:
 @pytest.fixture
 def model() -> Any:
     model = make()
-    (group,) = stack_first_factors(model)  # without o_proj, which has other inputs
+    (group,) = share_inputs(model)  # without o_proj, which has other inputs
     model.group = [group]  # a list, so that it is not mistaken for a part of the model
     return model
 
@@ -258,7 +258,7 @@ def test_adapters_and_hooks_are_called(model, x) -> None:
 
 def test_other_inputs_dissolve_the_group(x, close) -> None:
     model = make()
-    (group,) = stack_first_factors(model)
+    (group,) = share_inputs(model)
     other = x.flip(0)
     with torch.no_grad():
         close(model(x, other), model(x, other))
@@ -288,7 +288,7 @@ def test_quantized_and_shared_factors_are_not_stacked() -> None:
         "v_proj": ComponentConfig("low_rank", {"rank": 3}, quantization=args),
     }
     replace_layers(model, {n: WeightConfig((WIDTHS[n], D), (c,)) for n, c in kinds.items()})
-    assert not stack_first_factors(model)
+    assert not share_inputs(model)
 
 
 def test_a_compiled_pass_is_one_graph_that_fits_every_call(model, x, close) -> None:
@@ -319,7 +319,7 @@ def test_layers_without_siblings_get_the_kernel_for_one_row(monkeypatch: Any) ->
     asked: list[torch.device] = []
     monkeypatch.setattr(one_row, "prepare", asked.append)
     layer = make().o_proj
-    assert stack_first_factors(layer) == []
+    assert share_inputs(layer) == []
     assert asked == [torch.device("cpu")] * 2  # both factors
     layer.to("meta")
     assert asked[2:] == [torch.device("meta")] * 2

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import lrc
 from lrc.compressors.checkpoint.quantizer import replace_layers
 from lrc.compressors.layers import ComponentConfig, WeightConfig
-from lrc.compressors.layers.siblings import stack_first_factors
+from lrc.compressors.layers.siblings import share_inputs
 from lrc.compressors.layers.tiles import in_tiles
 
 TOKENS, TILE = 192, 16
@@ -90,7 +90,7 @@ def model(request: pytest.FixtureRequest, tiny_llama: Callable[..., Any]) -> Any
     for name, buffer in model.named_buffers():
         if name.endswith("order"):
             buffer.copy_(torch.randperm(len(buffer), generator=g))
-    stack_first_factors(model)
+    share_inputs(model)
     return model.eval()
 
 
