@@ -59,6 +59,7 @@ SCHEMA = {
     "training[].{losses,best_step,skipped}": (
         "of the whole model, [step, divergence]; steps without finite gradients"
     ),
+    "training[].rates": "steps done at every start of training, and the learning rate from there",
     "training[].budgets[].{keep,before,after}": (
         "of an elastic checkpoint: divergence at each budget, above are means; else empty"
     ),

@@ -15,6 +15,8 @@ BETAS, EPSILON = (0.9, 0.95), 1e-8
 LARGEST_NORM = 1.0
 SMALLEST_SIZE = 1e-3
 """Root mean square from which on learning rates are relative, so that zeros are trained too."""
+LOWER = 1 / 3
+"""Factor of the learning rate after a restart."""
 
 
 def is_better(loss: float, best: float) -> bool:
@@ -25,6 +27,9 @@ def is_better(loss: float, best: float) -> bool:
 class Descent:
     """Adam; gradients are clipped, and the learning rate follows a schedule.
 
+    As long as no step was better than the untrained values, every measurement that is worse shows
+    that the rate is too high: training starts again with a lower one, for the steps that are left.
+
     The learning rate of a tensor is relative to the root mean square of its values at first, as in
     Adafactor [1]_: stored forms differ in scale by orders of magnitude, and so do models. For the
     weights of SmolLM2-135M (0.19) 1e-3 is 2e-4, for those of a Llama of 8B parameters about 2e-5.
@@ -34,7 +39,7 @@ class Descent:
     trained : TrainedParameters
     budget : Budget
     rate : float
-        Highest learning rate, relative.
+        Highest learning rate, relative, until a restart.
 
     References
     ----------
@@ -43,12 +48,15 @@ class Descent:
     """
 
     def __init__(self, trained: TrainedParameters, *, budget: Budget, rate: float) -> None:
-        self.trained, self.budget, self._rate = trained, budget, rate
+        self.trained, self.budget = trained, budget
         self.done = 0
+        self.rates = [(0, rate)]
+        """Steps done at every start, and the learning rate from then on."""
         self.losses: list[tuple[int, float]] = []
         """Steps done, and the loss on held-out text with the values as they would be stored."""
         self.skipped = 0
         """Steps without effect, because gradients were not finite."""
+        self._updates = 0  # since the last start
         self.best = trained.start
         self.best_step = 0
         self._sizes = [max(trained.scale(name), SMALLEST_SIZE) for name in trained.parameters]
@@ -89,9 +97,10 @@ class Descent:
     @torch.no_grad()
     def _adam_(self, gradients: Any) -> None:
         """Update all tensors by a few operations; torch's optimizer needs some for each rate."""
-        rate = learning_rate(self.done, self.steps, self._rate)
+        start, highest = self.rates[-1]
+        rate = learning_rate(self.done - start, self.steps - start, highest)
         first, second = BETAS
-        count = self.done - self.skipped + 1
+        self._updates = count = self._updates + 1
         torch._foreach_lerp_(self._averages, gradients, 1 - first)
         torch._foreach_mul_(self._squares, second)
         torch._foreach_addcmul_(self._squares, gradients, gradients, value=1 - second)
@@ -107,6 +116,16 @@ class Descent:
         self.losses.append((self.done, loss))
         if better:
             self.best, self.best_step = self.trained.rounded(), self.done
+        elif self.best_step == 0 < self.done < self.steps:
+            self._restart_()
+
+    def _restart_(self) -> None:
+        """Return to the values at the start, and train with a lower rate from here on."""
+        self.trained.set_(self.trained.start)
+        self.rates.append((self.done, LOWER * self.rates[-1][1]))
+        self._updates = 0
+        for tensor in [*self._averages, *self._squares]:
+            tensor.zero_()
 
     def state_names(self) -> list[str]:
         """Return the names of the tensors in a saved state."""
@@ -125,6 +144,8 @@ class Descent:
             "done": self.done,
             "losses": self.losses,
             "skipped": self.skipped,
+            "rates": self.rates,
+            "updates": self._updates,
             "best_step": self.best_step,
             "budget": self.budget.state(),
         }
@@ -137,7 +158,8 @@ class Descent:
         device = next(iter(names.values())).device
         self.best = {name: tensors[f"best/{name}"].to(device) for name in names}
         self.done, self.skipped = facts["done"], facts["skipped"]
-        self.best_step = facts["best_step"]
+        self.best_step, self._updates = facts["best_step"], facts["updates"]
+        self.rates = [(step, rate) for step, rate in facts["rates"]]
         self.budget.resume(facts["budget"])
         self.losses = [(step, loss) for step, loss in facts["losses"]]
         for index, name in enumerate(names):

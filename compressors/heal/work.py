@@ -180,6 +180,7 @@ def loss_facts(descent: Descent) -> dict[str, Any]:
         "losses": [[step, finite(loss)] for step, loss in descent.losses],
         "best_step": descent.best_step,
         "skipped": descent.skipped,
+        "rates": [[step, rate] for step, rate in descent.rates],
     }
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.heal.budget import StepBudget
-from lrc.compressors.heal.descent import BETAS, EPSILON, LARGEST_NORM, Descent
+from lrc.compressors.heal.descent import BETAS, EPSILON, LARGEST_NORM, LOWER, Descent
 from lrc.compressors.heal.parameters import SMALLEST_SCALE, TrainedParameters
 from lrc.compressors.heal.schedule import learning_rate
 
@@ -38,8 +38,9 @@ def test_it_descends_and_the_best_is_stored_in_its_dtype() -> None:
     torch.testing.assert_close(descent.best["x"].float(), TARGET, atol=0.1, rtol=0)
 
 
-def test_a_saved_state_continues_to_the_same_bits() -> None:
-    undisturbed, first, second = start(), start(), start()
+@pytest.mark.parametrize("rate", [0.05, 30.0])
+def test_a_saved_state_continues_to_the_same_bits(rate: float) -> None:
+    undisturbed, first, second = start(rate), start(rate), start(rate)
     for each in (undisturbed, first):
         each.judge(loss_of(each).item())
     advance(undisturbed, 60)
@@ -97,6 +98,37 @@ def test_a_loss_that_is_not_finite_is_never_the_best() -> None:
     broken.judge(math.nan)
     advance(broken, 1)
     assert broken.best_step == 1
+
+
+def test_training_starts_again_with_a_lower_rate_until_a_step_is_better() -> None:
+    """With a rate of 30 the first steps overshoot; what is restored is the start, bit by bit."""
+    descent = start(rate=30.0)
+    descent.judge(loss_of(descent).item())
+    before = descent.trained.parameters["x"].detach().clone()
+    while descent.best_step == 0:
+        assert torch.equal(descent.trained.parameters["x"], before)
+        advance(descent, 1)
+    assert [step for step, _ in descent.rates] == [*range(len(descent.rates))]
+    assert [rate for _, rate in descent.rates] == pytest.approx(
+        [30 * LOWER**i for i in range(len(descent.rates))]
+    )
+    assert 1 < len(descent.rates) < 8
+    count = len(descent.rates)
+    advance(descent, 60 - descent.done)
+    assert descent.best_loss < 1e-2 * descent.losses[0][1]
+    assert len(descent.rates) == count  # a worse step after a better one is no reason
+
+
+def test_a_restart_is_a_new_descent_for_the_steps_that_are_left() -> None:
+    descent, fresh = start(rate=30.0, steps=20), start(rate=30.0 * LOWER, steps=19)
+    for each in (descent, fresh):
+        each.judge(loss_of(each).item())
+    advance(descent, 1)
+    assert len(descent.rates) == 2
+    for each in (descent, fresh):
+        loss_of(each).backward()
+        each.update_()
+    assert torch.equal(*(each.trained.parameters["x"] for each in (descent, fresh)))
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
