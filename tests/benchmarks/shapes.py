@@ -167,6 +167,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "recipe": report["recipe"],
         "kept": report["size"]["targeted"]["kept"],
         "slices": report["slices"],
+        "training": report["training"],
         "seconds": took | {"stages": report["timing"]["seconds"]},
         **report["memory"],
         **report["environment"],
