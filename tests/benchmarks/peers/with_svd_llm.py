@@ -21,7 +21,7 @@ def svd_llm(calibrated: Calibrated, *, code: str, keep: float = 0.8) -> Compress
         setattr(import_module(module), name, None)
     program, model = import_module("SVDLLM"), calibrated.model
     names = list(layer_linears(model))
-    statistics = program.profle_svdllm("llama", model, calibrated.batches(1), calibrated.device)
+    statistics = program.profle_svdllm("llama", model, calibrated.batches(8), calibrated.device)
     program.whitening("llama", model, statistics, keep, calibrated.device)
     weights, bits = {}, {}
     for name in names:
