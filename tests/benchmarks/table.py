@@ -3,10 +3,10 @@
 usage: python tests/benchmarks/table.py RECIPE FOLDER [KEY=VALUE ...]
            [--seconds N] [--jobs N] [--rows PATTERN ...] [--checkpoints]
 
-RECIPE gives model, calibration text and evaluation, as tests/benchmarks/protocol_a.yaml does; the
-rows of table_rows.py replace its stages. Rows that want the same calibration share its statistics. A row that
-is finished in FOLDER is not run again, and one that was begun goes on, so that the table can be
-made in pieces of N seconds.
+RECIPE gives model, calibration text and evaluation, as tests/benchmarks/protocol_a.yaml does; rows
+of table_rows.py replace its stages. Rows that want the same calibration share its statistics. A row
+that is finished in FOLDER is not run again, and one that was begun goes on, so that the table can
+be made in pieces of N seconds.
 A small model leaves most of a GPU idle: several rows may be made side by side, at the expense of
 the column of seconds.
 """
