@@ -67,9 +67,9 @@ def make(
     from lrc.compressors.io.files import new_folder
 
     console.quiet_transformers()
-    with console.Steps(quiet=quiet).running() as steps, options_in_errors():
-        with new_folder(out) as partial:
-            facts = make_delta(base, tuned, partial, chosen, steps)
+    steps = console.Steps(quiet=quiet)
+    with steps.running(), options_in_errors(), new_folder(out) as partial:
+        facts = make_delta(base, tuned, partial, chosen, steps)
     facts = {"path": str(out), **facts, "file_bytes": _bytes(out)}
     if as_json:
         _print_json(facts)
@@ -94,9 +94,9 @@ def apply(
     from lrc.compressors.io.files import new_folder
 
     console.quiet_transformers()
-    with console.Steps(quiet=quiet).running() as steps, options_in_errors():
-        with new_folder(out) as partial:
-            facts = apply_delta(base, delta, partial, steps)
+    steps = console.Steps(quiet=quiet)
+    with steps.running(), options_in_errors(), new_folder(out) as partial:
+        facts = apply_delta(base, delta, partial, steps)
     facts = {"path": str(out), **facts, "file_bytes": _bytes(out)}
     if as_json:
         _print_json(facts)

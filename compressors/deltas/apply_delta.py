@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lrc.compressors.checkpoint.companions import copy_companions
 from lrc.compressors.checkpoint.writer import write_weights
-from lrc.compressors.deltas.delta_format import FILES, Delta, read_delta
-from lrc.compressors.deltas.lora_folder import CONFIG, WEIGHTS
+from lrc.compressors.deltas.delta_format import Delta, read_delta
+from lrc.compressors.deltas.lora_folder import WEIGHTS
 from lrc.compressors.deltas.weight_files import WeightFiles
 from lrc.compressors.deltas.weight_hash import WeightHash
 from lrc.compressors.io.machine import OnStep
@@ -58,9 +58,12 @@ def apply_delta(base: str, delta_folder: Path, folder: Path, on_step: OnStep) ->
     delta.refuse_other_base(base, found.hexdigest(), "sha256")
     if delta.is_adapter:
         save_file(delta.read_adapter(), folder / WEIGHTS, metadata={"format": "pt"})
-        shutil.copyfile(delta_folder / FILES / CONFIG, folder / CONFIG)
     else:
         _write_model(original, delta, folder, on_step)
+    for file in delta.files:
+        shutil.copyfile(file, folder / file.name)
+    if not delta.is_adapter:
+        copy_companions(original.source, folder)
     return {"kind": delta.description["kind"], "tensors": len(delta.records)}
 
 
@@ -78,6 +81,3 @@ def _write_model(original: WeightFiles, delta: Delta, folder: Path, on_step: OnS
         return delta.read(name, tensor) if name in delta.records else tensor
 
     write_weights(folder, meta, read)
-    if (delta.folder / FILES).is_dir():
-        shutil.copytree(delta.folder / FILES, folder, dirs_exist_ok=True)
-    copy_companions(original.source, folder)

@@ -82,6 +82,11 @@ class Delta:
         """Whether the tuned model is given as an adapter."""
         return bool(self.description["kind"] == "adapter")
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of the tuned model that are not weights."""
+        return [self.folder / name for name in self.description["sha256"] if name != WEIGHTS]
+
     @cached_property
     def _starts(self) -> dict[tuple[str, str], int]:
         starts, ends = {}, dict.fromkeys(self.stored, 0)

@@ -28,6 +28,11 @@ class LoadedDeltas:
     model : PreTrainedModel
         The base model. It must not be trained or cast to another dtype while a delta is active.
 
+    Raises
+    ------
+    DeltaError
+        If it is not a model of transformers.
+
     Examples
     --------
     >>> deltas = LoadedDeltas(model)                        # doctest: +SKIP
@@ -39,6 +44,11 @@ class LoadedDeltas:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise DeltaError(
+                f"model: must be a model of transformers without adapters, got "
+                f"{type(model).__name__}; give the base model"
+            )
         self.model = model
         self.active: str | None = None
         self._deltas: dict[str, Delta] = {}
@@ -75,8 +85,7 @@ class LoadedDeltas:
                     code="other-base",
                 )
             found.add(key, value.to(dtype))
-        where = f"{type(self.model).__name__}"
-        delta.refuse_other_base(where, found.hexdigest(), "changed_sha256")
+        delta.refuse_other_base(type(self.model).__name__, found.hexdigest(), "changed_sha256")
         if delta.is_adapter:
             parse_config(delta.folder / FILES / CONFIG)
         self._places |= places

@@ -60,7 +60,8 @@ class Lora:
 
     def with_factors(self, factors: dict[str, tuple[Tensor, Tensor]]) -> "Lora":
         """Return the adapter with other factors B and A, of other ranks, at the same scaling."""
-        tensors, ranks, alphas = {}, {}, {}
+        tensors: dict[str, Tensor] = {}
+        ranks, alphas = {}, {}
         for module, (B, A) in factors.items():
             first, second = keys(module)
             tensors |= {first: A, second: B}

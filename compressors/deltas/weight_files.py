@@ -66,6 +66,6 @@ class WeightFiles:
                 "unchanged and run the same command again"
             ) from error
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            error = not_finite(name, tensor.dtype)
-            raise ModelError(str(error).replace("model.path: ", f"{self.path}: "))
+            text = str(not_finite(name, tensor.dtype))
+            raise ModelError(text.replace("model.path: ", f"{self.path}: "))
         return tensor

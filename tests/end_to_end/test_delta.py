@@ -282,6 +282,8 @@ def test_other_bases_are_refused(
         with pytest.raises(DeltaError, match=r"SHA-256|loaded in"):
             package.load_delta(cast, delta)
     adapted = peft.PeftModel.from_pretrained(load(models / "base"), models / "adapter")
+    with pytest.raises(DeltaError, match="without adapters, got PeftModel"):
+        package.load_delta(adapted, tmp_path / "tuned")
     with pytest.raises(DeltaError, match="has no dense tensors"):
         package.load_delta(adapted.get_base_model(), tmp_path / "tuned")
 
@@ -294,7 +296,7 @@ def test_names_of_loaded_deltas_are_checked(
     deltas.add("a", tmp_path / "delta")
     with pytest.raises(DeltaError, match="has been added already"):
         deltas.add("a", tmp_path / "delta")
-    with pytest.raises(DeltaError, match="must be the name of a delta.*one of a"):
+    with pytest.raises(DeltaError, match=r"must be the name of a delta.*one of a"):
         deltas.activate("b")
 
 

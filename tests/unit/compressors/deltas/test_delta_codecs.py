@@ -183,5 +183,5 @@ def test_the_counted_bits_are_those_of_the_parts() -> None:
 )
 def test_parts_that_do_not_fit_are_refused(codec: str, facts: Any, parts: Any) -> None:
     parts = {"scale": torch.ones(1), **parts} if codec == "ternary" else parts
-    with pytest.raises(ValueError, match="do not (fit|hold)"):
+    with pytest.raises(ValueError, match=r"do not (fit|hold)"):
         decode(Encoded(codec, facts, parts), torch.zeros(3, 4), torch.float32)

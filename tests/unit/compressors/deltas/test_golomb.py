@@ -19,7 +19,7 @@ def gaps_of(seed: int) -> np.ndarray:
 
 
 def textbook_code(gap: int, m: int) -> str:
-    """The code of one gap as in the literature: quotient in unary, remainder truncated binary."""
+    """Return the code of one gap: quotient in unary, remainder in truncated binary."""
     quotient, remainder = divmod(gap, m)
     b = (m - 1).bit_length()
     short = (1 << b) - m
