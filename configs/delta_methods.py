@@ -24,6 +24,17 @@ Density = Annotated[
 ]
 
 
+Balance = Annotated[
+    Literal["measured", "stored", "even", "rotated"],
+    Field(
+        description="Of adapters: which of the factors with the same product are compressed. "
+        "`stored`: those of the adapter; `even`: singular vectors times the square roots of the "
+        "singular values; `rotated`: these with a random rotation between them; `measured`: "
+        "whichever has the least error, for each layer."
+    ),
+]
+
+
 class Ternary(Strict):
     """Signs of the largest differences, and one scale per tensor (ComPEFT)."""
 
@@ -34,6 +45,7 @@ class Ternary(Strict):
     error, or the standard deviation of all differences of the tensor, as in the paper."""
     alpha: Annotated[float, Field(gt=0)] = 1.0
     """Factor of the scale. The paper chooses it on a validation set."""
+    balance: Balance = "measured"
 
 
 class LowRank(Strict):
@@ -71,6 +83,7 @@ class Integers(Strict):
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     group_size: PositiveInt = 64
     """Consecutive numbers of a tensor that share a scale."""
+    balance: Balance = "measured"
 
 
 class Sparse(Strict):
@@ -81,6 +94,7 @@ class Sparse(Strict):
     values: Literal["exact", "bfloat16"] = "exact"
     """What is stored at these places: the numbers of the tuned model in its precision, or the
     differences in bfloat16, which is smaller if the tuned model is in float32."""
+    balance: Balance = "measured"
 
 
 DeltaMethod = Ternary | LowRank | Integers | Sparse

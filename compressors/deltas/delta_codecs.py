@@ -21,7 +21,7 @@ from lrc.compressors.deltas.chosen_places import (
     pack,
     unpack,
 )
-from lrc.compressors.layers.packing import encode_values, read_values
+from lrc.compressors.layers.packing import read_values, repack_integers
 from lrc.compressors.layers.quantization_args import QuantizationArgs
 from lrc.compressors.solvers.linalg import check_size
 from lrc.compressors.solvers.quantize_values import quantize_values
@@ -140,16 +140,17 @@ def encode_integers(base: Tensor, tuned: Tensor, options: Integers) -> Encoded:
     """Round differences to the nearest integers, with one scale for consecutive groups."""
     scheme = QuantizationArgs(options.bits, options.group_size)
     codes, scale = quantize_values(difference(base, tuned).flatten(), scheme, dtype=SCALE_DTYPE)
-    stored = encode_values("codes", codes, scale, scheme)
+    # compressed-tensors needs a second per million numbers to pack a long row of two bits.
+    packed = repack_integers(codes[None], options.bits)[0]
     facts = {"bits": options.bits, "group_size": options.group_size}
-    return Encoded("int", facts, {name: part.flatten() for name, part in stored.items()})
+    return Encoded("int", facts, {"codes": packed, "scale": scale})
 
 
 def decode_integers(encoded: Encoded, base: Tensor, dtype: torch.dtype) -> Tensor:
     """Add the integers times their scales."""
     scheme = QuantizationArgs(encoded.facts["bits"], encoded.facts["group_size"])
-    packed, scale = encoded.parts["codes_packed"], encoded.parts["codes_scale"].float()
-    return add(base, read_values(packed[None], scale, base.numel(), scheme), dtype)
+    codes, scale = encoded.parts["codes"][None], encoded.parts["scale"].float()
+    return add(base, read_values(codes, scale, base.numel(), scheme), dtype)
 
 
 def encode_low_rank(base: Tensor, tuned: Tensor, rank: int, dtype: torch.dtype) -> Encoded:

@@ -1,7 +1,6 @@
 """Compress the difference between two models, or an adapter, into a folder."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.checkpoint.companions import copy_companions
+from lrc.compressors.deltas.adapter_delta import encode_adapter
 from lrc.compressors.deltas.delta_codecs import (
     ENCODERS,
     Encoded,
@@ -16,9 +16,10 @@ from lrc.compressors.deltas.delta_codecs import (
     encode_exact,
     encode_low_rank,
 )
-from lrc.compressors.deltas.delta_format import FILES, Record, write_delta
-from lrc.compressors.deltas.lora_folder import CONFIG, Lora, is_adapter, keys, read_lora
-from lrc.compressors.deltas.ranks import adapter_ranks, matrix_ranks, truncated
+from lrc.compressors.deltas.delta_format import FILES, write_delta
+from lrc.compressors.deltas.encoded_tensors import EncodedTensors
+from lrc.compressors.deltas.lora_folder import CONFIG, Lora, is_adapter, read_lora
+from lrc.compressors.deltas.ranks import matrix_ranks
 from lrc.compressors.deltas.weight_files import WeightFiles
 from lrc.compressors.deltas.weight_hash import WeightHash, dtype_name
 from lrc.compressors.io.fingerprint import sha256
@@ -26,50 +27,6 @@ from lrc.compressors.io.machine import OnStep
 from lrc.compressors.io.shortened import shortened
 from lrc.configs.delta_methods import DeltaMethod, LowRank
 from lrc.configs.errors import DeltaError
-
-DENSE_BITS = 16
-"""Bits per number with which deltas are compared, whatever the dtype of the tuned model."""
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """Size and error of one tensor of a delta."""
-
-    name: str
-    codec: str
-    shape: list[int]
-    bits: int
-    relative_error: float
-    """Norm of the error over the norm of the difference."""
-
-
-@dataclass
-class _Collected:
-    """Encoded tensors, ready to be written."""
-
-    records: list[Record] = field(default_factory=list)
-    parts: dict[str, list[Tensor]] = field(default_factory=dict)
-    reports: list[TensorReport] = field(default_factory=list)
-    error: float = 0.0
-    energy: float = 0.0
-
-    def add(self, name: str, tuned: Tensor, encoded: Encoded, relative_error: float) -> None:
-        """Add a tensor."""
-        record = Record.of(name, tuned, encoded)
-        self.records.append(record)
-        for part, key, _ in record.keys:
-            self.parts.setdefault(key, []).append(encoded.parts[part])
-        shape = list(tuned.shape)
-        report = TensorReport(name, encoded.codec, shape, encoded.bits, relative_error)
-        self.reports.append(report)
-
-    def measure(self, base: Tensor, tuned: Tensor, decoded: Tensor) -> float:
-        """Add the error of a decoded tensor to the totals; return its relative error."""
-        error = float((decoded.double() - tuned.double()).square().sum())
-        energy = float((tuned.double() - base.double()).square().sum())
-        self.error += error
-        self.energy += energy
-        return (error / energy) ** 0.5 if energy else 0.0
 
 
 def make_delta(
@@ -105,15 +62,7 @@ def make_delta(
         kind, numbers, base_hash, found = _model(original, tuned, files, options, on_step)
     if not any(files.iterdir()):
         files.rmdir()
-    bits = sum(report.bits for report in found.reports)
-    sizes = {
-        "tensors": len(found.records),
-        "numbers": numbers,
-        "bits": bits,
-        "bits_per_number": bits / numbers,
-        "ratio": DENSE_BITS * numbers / bits,
-        "relative_error": (found.error / found.energy) ** 0.5,
-    }
+    sizes = found.sizes(numbers)
     description = {
         "kind": kind,
         "method": options.model_dump(mode="json"),
@@ -121,7 +70,7 @@ def make_delta(
         "sizes": sizes,
     }
     write_delta(folder, description, found.records, found.parts, base_hash.dtypes)
-    return description | {"tensors": [asdict(report) for report in found.reports]}
+    return description | {"tensors": found.to_json()}
 
 
 class _BaseHash:
@@ -142,7 +91,7 @@ class _BaseHash:
         return {"sha256": self._all.hexdigest(), "changed_sha256": self._changed.hexdigest()}
 
 
-_Made = tuple[str, int, _BaseHash, _Collected]
+_Made = tuple[str, int, _BaseHash, EncodedTensors]
 
 
 def _model(
@@ -154,7 +103,7 @@ def _model(
     if isinstance(options, LowRank):
         changed = (pair for pair in _pairs(original, other) if _differ(*pair[1:]))
         ranks = matrix_ranks(changed, options)
-    found, base_hash, numbers = _Collected(), _BaseHash(), 0
+    found, base_hash, numbers = EncodedTensors(), _BaseHash(), 0
     for done, (name, before, after) in enumerate(_pairs(original, other), 1):
         changed_here = _differ(before, after)
         base_hash.add(name, before, changed=changed_here)
@@ -208,40 +157,13 @@ def _adapter(
             code="no-difference",
         )
     numbers = sum(tensor.numel() for tensor in lora.tensors.values())
-    found = _Collected()
-    if isinstance(options, LowRank):
-        _add_products(found, lora, options, files)
-    else:
-        for name, tensor in lora.tensors.items():
-            zeros = torch.zeros_like(tensor)
-            encoded = ENCODERS[type(options)](zeros, tensor, options)
-            error = found.measure(zeros, tensor, decode(encoded, zeros, tensor.dtype))
-            found.add(name, tensor, encoded, error)
-        (files / CONFIG).write_text(lora.config_text, encoding="utf-8")
+    smaller, found = encode_adapter(lora, options)
+    (files / CONFIG).write_text(smaller.config_text, encoding="utf-8")
     base_hash = _BaseHash()
     for done, name in enumerate(sorted(original.headers), 1):
         base_hash.add(name, original.read(name), changed=name in targets)
         on_step("delta", done, len(original.headers))
     return "adapter", numbers, base_hash, found
-
-
-def _add_products(found: _Collected, lora: Lora, options: LowRank, files: Path) -> None:
-    """Add the factors of the products of an adapter, cut to lower ranks."""
-    smaller = truncated(lora, adapter_ranks(lora, options))
-    for module in lora.modules:
-        B, A = (factor.double() for factor in lora.factors(module))
-        factors = smaller.factors(module)
-        encoded = [encode_exact(factor, getattr(torch, options.dtype)) for factor in factors]
-        B_hat, A_hat = (
-            decode(each, factor, torch.float64)
-            for each, factor in zip(encoded, factors, strict=True)
-        )
-        # Of the scaled product, to which both factors belong.
-        product, shorter = (lora.scaling(module) * each for each in (B @ A, B_hat @ A_hat))
-        error = found.measure(torch.zeros_like(product), product, shorter)
-        for name, factor, each in zip(reversed(keys(module)), factors, encoded, strict=True):
-            found.add(name, factor, each, error)
-    (files / CONFIG).write_text(smaller.config_text, encoding="utf-8")
 
 
 def _pairs(original: WeightFiles, other: WeightFiles) -> Iterator[tuple[str, Tensor, Tensor]]:

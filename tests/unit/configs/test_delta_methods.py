@@ -13,6 +13,7 @@ def test_options_are_read_by_method() -> None:
         "density": 0.05,
         "scale": "std",
         "alpha": 2.0,
+        "balance": "measured",
     }
     for method in ("ternary", "low-rank", "int", "sparse"):
         assert parse_delta_method(method, []).method == method

@@ -1,0 +1,96 @@
+"""Compress the factors of a LoRA adapter."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.deltas.delta_codecs import ENCODERS, Encoded, decode, encode_exact
+from lrc.compressors.deltas.encoded_tensors import EncodedTensors
+from lrc.compressors.deltas.lora_folder import Lora, keys, truncated_product
+from lrc.compressors.deltas.ranks import adapter_ranks, truncated
+from lrc.configs.delta_methods import DeltaMethod, LowRank
+
+Factors = tuple[Tensor, Tensor]
+
+
+def encode_adapter(lora: Lora, options: DeltaMethod) -> tuple[Lora, EncodedTensors]:
+    """Encode the factors of every layer.
+
+    Returns
+    -------
+    Lora
+        The adapter, with the ranks of the encoded factors.
+    EncodedTensors
+        Errors are those of the scaled products.
+
+    Notes
+    -----
+    The product of the factors stays the same if B is multiplied by an invertible matrix and A by
+    its inverse, but the error of the compressed factors does not. A new adapter has random numbers
+    in A: few large singular values are then spread over all of its numbers, and the largest numbers
+    are no better than others. `balance` chooses between the factors as they are, singular vectors
+    times the square roots of singular values (`even`), and a random rotation of these (`rotated`).
+    """
+    if isinstance(options, LowRank):
+        lora = truncated(lora, adapter_ranks(lora, options))
+        candidates = ["stored"]
+    else:
+        measured = options.balance == "measured"
+        candidates = ["stored", "even", "rotated"] if measured else [options.balance]
+    found = EncodedTensors()
+    for module in lora.modules:
+        product = _product(lora.factors(module))
+        tried = [
+            _encode(factors, options) for factors in _balanced(lora.factors(module), candidates)
+        ]
+        errors = [float((_decoded(each, lora, module) - product).norm()) for each in tried]
+        best = tried[errors.index(min(errors))]
+        scaling = lora.scaling(module)
+        exact, stored = scaling * product, scaling * _decoded(best, lora, module)
+        error = found.measure(torch.zeros_like(exact), exact, stored)
+        for name, factor, each in zip(
+            reversed(keys(module)), lora.factors(module), best, strict=True
+        ):
+            found.add(name, factor, each, error)
+    return lora, found
+
+
+def _balanced(factors: Factors, candidates: list[str]) -> Iterator[Factors]:
+    """Yield factors of the same product, in the dtypes of those given."""
+    B, A = factors
+    for balance in candidates:
+        if balance == "stored":
+            yield factors
+            continue
+        first, second, _ = truncated_product(B, A, len(A))  # [d_out, rank], [rank, d_in]
+        if first.shape != B.shape:  # a side of the matrix is smaller than the rank
+            yield factors
+            continue
+        if balance == "rotated":
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(len(A), len(A), generator=generator, dtype=torch.float64)
+            Q = torch.linalg.qr(noise).Q
+            first, second = first @ Q, Q.T @ second
+        yield first.to(B.dtype), second.to(A.dtype)
+
+
+def _encode(factors: Factors, options: DeltaMethod) -> list[Encoded]:
+    if isinstance(options, LowRank):
+        return [encode_exact(factor, getattr(torch, options.dtype)) for factor in factors]
+    encode = ENCODERS[type(options)]
+    return [encode(torch.zeros_like(factor), factor, options) for factor in factors]
+
+
+def _decoded(encoded: list[Encoded], lora: Lora, module: str) -> Tensor:
+    """Return the product of encoded factors, in float64."""
+    B, A = (
+        decode(each, torch.zeros_like(factor), factor.dtype)
+        for each, factor in zip(encoded, lora.factors(module), strict=True)
+    )
+    return _product((B, A))
+
+
+def _product(factors: Factors) -> Tensor:
+    B, A = factors
+    return B.double() @ A.double()
