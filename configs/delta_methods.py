@@ -41,10 +41,11 @@ class Ternary(Strict):
     method: Literal["ternary"]
     density: Density = 0.1
     scale: Literal["least-squares", "std"] = "least-squares"
-    """What the scale is: the mean magnitude of the kept differences, which has the least squared
-    error, or the standard deviation of all differences of the tensor, as in the paper."""
+    """What the scale is: that of the least squared error (of adapters, the error of the product), or
+    the standard deviation of all differences of the tensor, as in the paper."""
     alpha: Annotated[float, Field(gt=0)] = 1.0
-    """Factor of the scale. The paper chooses it on a validation set."""
+    """Factor of the scale. The paper chooses it on a validation set. Of adapters it applies to the
+    product with `least-squares`, and to both factors with `std`."""
     balance: Balance = "measured"
 
 

@@ -9,7 +9,7 @@ from lrc.compressors.deltas.delta_codecs import ENCODERS, Encoded, decode, encod
 from lrc.compressors.deltas.encoded_tensors import EncodedTensors
 from lrc.compressors.deltas.lora_folder import Lora, keys, truncated_product
 from lrc.compressors.deltas.ranks import adapter_ranks, truncated
-from lrc.configs.delta_methods import DeltaMethod, LowRank
+from lrc.configs.delta_methods import DeltaMethod, LowRank, Ternary
 
 Factors = tuple[Tensor, Tensor]
 
@@ -31,6 +31,7 @@ def encode_adapter(lora: Lora, options: DeltaMethod) -> tuple[Lora, EncodedTenso
     in A: few large singular values are then spread over all of its numbers, and the largest numbers
     are no better than others. `balance` chooses between the factors as they are, singular vectors
     times the square roots of singular values (`even`), and a random rotation of these (`rotated`).
+    Scales of `ternary` with the least squared error are those of the products.
     """
     if isinstance(options, LowRank):
         lora = truncated(lora, adapter_ranks(lora, options))
@@ -44,10 +45,10 @@ def encode_adapter(lora: Lora, options: DeltaMethod) -> tuple[Lora, EncodedTenso
         tried = [
             _encode(factors, options) for factors in _balanced(lora.factors(module), candidates)
         ]
-        errors = [float((_decoded(each, lora, module) - product).norm()) for each in tried]
+        errors = [float((_decoded(each, lora.factors(module)) - product).norm()) for each in tried]
         best = tried[errors.index(min(errors))]
         scaling = lora.scaling(module)
-        exact, stored = scaling * product, scaling * _decoded(best, lora, module)
+        exact, stored = scaling * product, scaling * _decoded(best, lora.factors(module))
         error = found.measure(torch.zeros_like(exact), exact, stored)
         for name, factor, each in zip(
             reversed(keys(module)), lora.factors(module), best, strict=True
@@ -78,15 +79,28 @@ def _balanced(factors: Factors, candidates: list[str]) -> Iterator[Factors]:
 def _encode(factors: Factors, options: DeltaMethod) -> list[Encoded]:
     if isinstance(options, LowRank):
         return [encode_exact(factor, getattr(torch, options.dtype)) for factor in factors]
+    fitted = isinstance(options, Ternary) and options.scale == "least-squares"
+    used = options.model_copy(update={"alpha": 1.0}) if fitted else options
     encode = ENCODERS[type(options)]
-    return [encode(torch.zeros_like(factor), factor, options) for factor in factors]
+    encoded = [encode(torch.zeros_like(factor), factor, used) for factor in factors]
+    if isinstance(options, Ternary) and fitted:
+        _fit_scale_(encoded, factors, options.alpha)
+    return encoded
 
 
-def _decoded(encoded: list[Encoded], lora: Lora, module: str) -> Tensor:
-    """Return the product of encoded factors, in float64."""
+def _fit_scale_(encoded: list[Encoded], factors: Factors, alpha: float) -> None:
+    """Change the scale of B so that that of the product has the least error, times `alpha`."""
+    product, stored = _product(factors), _decoded(encoded, factors)
+    energy = float(stored.square().sum())
+    best = float((product * stored).sum()) / energy if energy else 1.0
+    encoded[0].parts["scale"] *= alpha * best
+
+
+def _decoded(encoded: list[Encoded], factors: Factors) -> Tensor:
+    """Return the product of encoded factors, which have the shapes of `factors`, in float64."""
     B, A = (
         decode(each, torch.zeros_like(factor), factor.dtype)
-        for each, factor in zip(encoded, lora.factors(module), strict=True)
+        for each, factor in zip(encoded, factors, strict=True)
     )
     return _product((B, A))
 

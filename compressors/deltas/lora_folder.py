@@ -183,6 +183,6 @@ def truncated_product(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, 
     """
     Q_left, R_left = torch.linalg.qr(B.double())  # [d_out, r], [r, r]
     Q_right, R_right = torch.linalg.qr(A.double().T)  # [d_in, r], [r, r]
-    U, S, Vh = torch.linalg.svd(R_left @ R_right.T)
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
     root = S[:rank].sqrt()
     return (Q_left @ U[:, :rank]) * root, root[:, None] * (Vh[:rank] @ Q_right.T), S

@@ -16,7 +16,7 @@ class WeightHash:
         """Add a tensor."""
         self._digest.update(f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
         values = tensor.detach().cpu().contiguous().flatten()
-        self._digest.update(memoryview(values.view(torch.uint8).numpy()))
+        self._digest.update(values.view(torch.uint8).numpy().data)
 
     def hexdigest(self) -> str:
         """Return the hash in hexadecimal digits."""

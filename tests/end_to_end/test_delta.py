@@ -349,7 +349,12 @@ def test_unsupported_adapters_are_refused(
 
 
 def test_other_bad_input_is_refused(
-    make: Callable[..., dict[str, Any]], lrc: Callable[..., Any], models: Path, tmp_path: Path
+    make: Callable[..., dict[str, Any]],
+    lrc: Callable[..., Any],
+    models: Path,
+    write_gguf: Callable[..., Path],
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    tmp_path: Path,
 ) -> None:
     base, tuned, out = models / "base", models / "tuned", tmp_path / "out"
 
@@ -377,6 +382,9 @@ def test_other_bad_input_is_refused(
     (quantized / "config.json").write_text(json.dumps(config))
     arguments = ("make", quantized, tuned, out)
     refused(*arguments, exit_code=1, code="invalid-model", words="already compressed")
+
+    gguf = write_gguf(tmp_path / "model.gguf", tiny_llama())
+    refused("make", gguf, tuned, out, exit_code=1, code="invalid-model", words="is a GGUF file")
 
     shutil.copytree(models / "adapter", tmp_path / "zero")
     path = tmp_path / "zero/adapter_model.safetensors"

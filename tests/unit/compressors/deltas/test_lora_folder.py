@@ -64,6 +64,14 @@ def error_of(options: DeltaMethod) -> float:
     return relative
 
 
+def test_no_other_scale_of_the_product_has_a_smaller_error() -> None:
+    least = error_of(Ternary(method="ternary", density=0.5, balance="stored"))
+    for alpha in (0.9, 0.99, 1.01, 1.1):
+        options = Ternary(method="ternary", density=0.5, balance="stored", alpha=alpha)
+        assert error_of(options) > least
+    assert least < error_of(Ternary(method="ternary", density=0.5, balance="stored", scale="std"))
+
+
 @pytest.mark.parametrize("density", [0.1, 0.3, 1.0])
 def test_measured_factors_have_the_least_error(density: float) -> None:
     errors = {
