@@ -41,7 +41,7 @@ class Ternary(Strict):
     method: Literal["ternary"]
     density: Density = 0.1
     scale: Literal["least-squares", "std"] = "least-squares"
-    """What the scale is: that of the least squared error (of adapters, the error of the product), or
+    """What the scale is: that of the least squared error, of adapters the error of the product; or
     the standard deviation of all differences of the tensor, as in the paper."""
     alpha: Annotated[float, Field(gt=0)] = 1.0
     """Factor of the scale. The paper chooses it on a validation set. Of adapters it applies to the

@@ -34,27 +34,23 @@ def encode_adapter(lora: Lora, options: DeltaMethod) -> tuple[Lora, EncodedTenso
     Scales of `ternary` with the least squared error are those of the products.
     """
     if isinstance(options, LowRank):
-        lora = truncated(lora, adapter_ranks(lora, options))
+        result = truncated(lora, adapter_ranks(lora, options))
         candidates = ["stored"]
     else:
-        measured = options.balance == "measured"
+        result, measured = lora, options.balance == "measured"
         candidates = ["stored", "even", "rotated"] if measured else [options.balance]
     found = EncodedTensors()
     for module in lora.modules:
-        product = _product(lora.factors(module))
-        tried = [
-            _encode(factors, options) for factors in _balanced(lora.factors(module), candidates)
-        ]
-        errors = [float((_decoded(each, lora.factors(module)) - product).norm()) for each in tried]
+        product, own = _product(lora.factors(module)), result.factors(module)
+        tried = [_encode(factors, options) for factors in _balanced(own, candidates)]
+        errors = [float((_decoded(each, own) - product).norm()) for each in tried]
         best = tried[errors.index(min(errors))]
         scaling = lora.scaling(module)
-        exact, stored = scaling * product, scaling * _decoded(best, lora.factors(module))
+        exact, stored = scaling * product, scaling * _decoded(best, own)
         error = found.measure(torch.zeros_like(exact), exact, stored)
-        for name, factor, each in zip(
-            reversed(keys(module)), lora.factors(module), best, strict=True
-        ):
+        for name, factor, each in zip(reversed(keys(module)), own, best, strict=True):
             found.add(name, factor, each, error)
-    return lora, found
+    return result, found
 
 
 def _balanced(factors: Factors, candidates: list[str]) -> Iterator[Factors]:

@@ -9,7 +9,7 @@ import torch
 from lrc.compressors.deltas.adapter_delta import encode_adapter
 from lrc.compressors.deltas.lora_folder import Lora, keys, truncated_product
 from lrc.compressors.deltas.ranks import truncated
-from lrc.configs.delta_methods import DeltaMethod, Sparse, Ternary
+from lrc.configs.delta_methods import DeltaMethod, LowRank, Sparse, Ternary
 
 
 def lora(**config: Any) -> Lora:
@@ -57,6 +57,14 @@ def test_other_ranks_keep_the_scaling(config: dict[str, Any], scaling: list[floa
     assert [smaller.scaling(module) for module in found.modules] == pytest.approx(scaling)
     ranks = {smaller.config["r"], *smaller.config["rank_pattern"].values()}
     assert ranks == {2, 3}
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 6])
+def test_the_error_of_a_rank_is_the_tail_of_the_spectra(rank: int) -> None:
+    tail = torch.tensor([1, 0.5, 0.3, 0.01, 0.01, 0.01]).square()
+    expected = float((tail[rank:].sum() / tail.sum()).sqrt())
+    found = error_of(LowRank(method="low-rank", rank=rank, dtype="float32"))
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def error_of(options: DeltaMethod) -> float:
