@@ -37,8 +37,8 @@ def make(
         typer.Argument(
             help="Options of the method. `ternary`: density, scale (least-squares, std), alpha. "
             "`low-rank`: rank, keep or size (2MiB), dtype. `int`: bits, group_size. `sparse`: "
-            "density, values (exact, bfloat16). All but `low-rank`, for adapters: balance (measured, "
-            "stored, even, rotated).",
+            "density, values (exact, bfloat16). All but `low-rank`, for adapters: balance "
+            "(measured, stored, even, rotated).",
             metavar="[KEY=VALUE]...",
         ),
     ] = None,
