@@ -74,7 +74,7 @@ def encode_ternary(base: Tensor, tuned: Tensor, options: Ternary) -> Encoded:
 
     Notes
     -----
-    Algorithm 1 of ComPEFT [1]_, with the places chosen in every tensor instead of in the whole
+    As in ComPEFT [1]_, with the places chosen in every tensor instead of in the whole
     model, and one scale per tensor. The paper takes alpha times the standard deviation of all
     differences; the least-squares scale for given places and signs is the mean magnitude at these
     places.
@@ -140,7 +140,7 @@ def encode_integers(base: Tensor, tuned: Tensor, options: Integers) -> Encoded:
     """Round differences to the nearest integers, with one scale for consecutive groups."""
     scheme = QuantizationArgs(options.bits, options.group_size)
     codes, scale = quantize_values(difference(base, tuned).flatten(), scheme, dtype=SCALE_DTYPE)
-    # compressed-tensors needs a second per million numbers to pack a long row of two bits.
+    # compressed-tensors takes over a second per million numbers for a long row of two bits.
     packed = repack_integers(codes[None], options.bits)[0]
     facts = {"bits": options.bits, "group_size": options.group_size}
     return Encoded("int", facts, {"codes": packed, "scale": scale})
