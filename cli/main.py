@@ -10,6 +10,7 @@ import typer
 
 from lrc.cli import console, streams
 from lrc.cli.bench import bench
+from lrc.cli.delta import delta_app
 from lrc.cli.export import export
 from lrc.cli.latency import latency
 from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile, TrustRemoteCode, positive
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lrc.")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(delta_app, name="delta")
 
 
 def _version(show: bool) -> None:

@@ -94,6 +94,12 @@ class ExportError(LrcError):
     default_code = "cannot-export"
 
 
+class DeltaError(LrcError):
+    """A delta cannot be made, is damaged, or does not belong to this base model."""
+
+    default_code = "invalid-delta"
+
+
 class OutputError(LrcError):
     """The output folder is in use, locked, read-only or full."""
 

@@ -24,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from lrc.compressors.layers.streaming import stream_low_rank
 
         return stream_low_rank
+    if name in ("LoadedDeltas", "load_delta"):
+        from lrc.compressors.deltas import loaded_deltas
+
+        return getattr(loaded_deltas, name)
     raise AttributeError(f"module 'lrc' has no attribute {name!r}")

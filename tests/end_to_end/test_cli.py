@@ -59,6 +59,7 @@ def test_help_names_every_command_and_exit_code() -> None:
         "compress",
         "eval",
         "bench",
+        "delta",
         "export",
         "generate",
         "inspect",

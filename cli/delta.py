@@ -1,0 +1,126 @@
+"""`lrc delta`: compress the difference between a tuned model and its base, and apply it."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lrc.cli import console
+from lrc.cli.options import Json, Quiet
+from lrc.configs.errors import RecipeError
+
+METHODS = "ternary|low-rank|int|sparse"
+
+delta_app = typer.Typer(
+    no_args_is_help=True,
+    help="Compressed differences between a tuned model, or a LoRA adapter, and its base model.",
+)
+Base = Annotated[
+    str, typer.Argument(help="Folder or Hub id of the base model.", show_default=False)
+]
+Out = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
+
+
+@delta_app.command()
+def make(
+    base: Base,
+    tuned: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of the tuned model, or of a LoRA adapter of PEFT.", show_default=False
+        ),
+    ],
+    out: Out,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Options of the method. `ternary`: density, scale (least-squares, std), alpha. "
+            "`low-rank`: rank, keep or size (2MiB), dtype. `int`: bits, group_size. `sparse`: "
+            "density, values (exact, bfloat16). All but `low-rank`, for adapters: balance "
+            "(measured, stored, even, rotated).",
+            metavar="[KEY=VALUE]...",
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="`ternary`: signs of the largest differences and a scale per tensor; `low-rank`: "
+            "products of two factors; `int`: integers with scales; `sparse`: the largest "
+            "differences.",
+            metavar=METHODS,
+        ),
+    ] = "ternary",
+    every: Annotated[
+        bool, typer.Option("--all", help="One row per tensor, even where layers are alike.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress what fine-tuning has changed."""
+    from lrc.configs.delta_methods import parse_delta_method
+
+    chosen = parse_delta_method(method, options or [])
+    _check_paths(tuned, out)
+    from lrc.cli.delta_tables import print_delta
+    from lrc.cli.evaluate import options_in_errors
+    from lrc.compressors.deltas.make_delta import make_delta
+    from lrc.compressors.io.files import new_folder
+
+    console.quiet_transformers()
+    steps = console.Steps(quiet=quiet)
+    with steps.running(), options_in_errors(), new_folder(out) as partial:
+        facts = make_delta(base, tuned, partial, chosen, steps)
+    facts = {"path": str(out), **facts, "file_bytes": _bytes(out)}
+    if as_json:
+        _print_json(facts)
+    else:
+        print_delta(facts, every=every)
+
+
+@delta_app.command()
+def apply(
+    base: Base,
+    delta: Annotated[
+        Path, typer.Argument(help="Folder that `lrc delta make` wrote.", show_default=False)
+    ],
+    out: Out,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the tuned model as a dense folder, or the adapter as a folder of PEFT."""
+    _check_paths(delta, out)
+    from lrc.cli.evaluate import options_in_errors
+    from lrc.compressors.deltas.apply_delta import apply_delta
+    from lrc.compressors.io.files import new_folder
+
+    console.quiet_transformers()
+    steps = console.Steps(quiet=quiet)
+    with steps.running(), options_in_errors(), new_folder(out) as partial:
+        facts = apply_delta(base, delta, partial, steps)
+    facts = {"path": str(out), **facts, "file_bytes": _bytes(out)}
+    if as_json:
+        _print_json(facts)
+    else:
+        typer.echo(
+            f"{out}: {facts['kind']}, {facts['tensors']} tensors from the delta, "
+            f"{facts['file_bytes'] / 2**20:.1f} MiB"
+        )
+
+
+def _check_paths(source: Path, out: Path) -> None:
+    """Reject paths that cannot work, before a library is imported."""
+    if not source.is_dir():
+        raise RecipeError(f"{source}: no such folder; check the path")
+    if out.exists() or out.is_symlink():
+        raise RecipeError(f"{out}: exists already; choose another name, or delete it")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise RecipeError(f"{out}: must not be inside {source}; choose another folder")
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))

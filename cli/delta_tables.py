@@ -1,0 +1,37 @@
+"""The sizes and errors of a delta, as a table."""
+
+from math import prod
+from typing import Any
+
+from lrc.cli.quality import OUT, as_size, new_table
+from lrc.cli.tables import LAYER_NUMBER
+from lrc.compressors.io.natural_order import natural
+
+
+def print_delta(facts: dict[str, Any], *, every: bool) -> None:
+    """Print what `make_delta` returned.
+
+    Tensors that differ only in the number of their layer share a row, unless `every` is set.
+    """
+    alike: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for each in sorted(facts["tensors"], key=lambda each: natural(each["name"])):
+        name = each["name"] if every else LAYER_NUMBER.sub(".*.", each["name"], count=1)
+        shape = " x ".join(map(str, each["shape"]))
+        alike.setdefault((name, shape, each["codec"]), []).append(each)
+    columns = ("tensor", "layers", "shape", "stored", "bits/number", "largest error")
+    title = f"{facts['path']} ({facts['method']['method']}, {facts['kind']})"
+    table = new_table(title, *columns)
+    for (name, shape, codec), group in alike.items():
+        bits = sum(each["bits"] for each in group)
+        numbers = sum(prod(each["shape"]) for each in group)
+        error = max(each["relative_error"] for each in group)
+        cells = (str(len(group)), shape, codec.replace("_", " "))
+        table.add_row(name, *cells, f"{bits / numbers:.3f}", f"{error:.1%}")
+    OUT.print(table)
+    sizes = facts["sizes"]
+    OUT.print(
+        f"{sizes['numbers']:,} numbers in {as_size(sizes['bits'] // 8)}: "
+        f"{sizes['bits_per_number']:.3f} bits each, {sizes['ratio']:.1f} times smaller than in 16 "
+        f"bits; all files {as_size(facts['file_bytes'])}; relative error "
+        f"{sizes['relative_error']:.1%}"
+    )

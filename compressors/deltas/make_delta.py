@@ -1,0 +1,215 @@
+"""Compress the difference between two models, or an adapter, into a folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.checkpoint.companions import copy_companions
+from lrc.compressors.deltas.adapter_delta import encode_adapter
+from lrc.compressors.deltas.delta_codecs import (
+    ENCODERS,
+    Encoded,
+    decode,
+    encode_exact,
+    encode_low_rank,
+)
+from lrc.compressors.deltas.delta_format import FILES, write_delta
+from lrc.compressors.deltas.encoded_tensors import EncodedTensors
+from lrc.compressors.deltas.lora_folder import CONFIG, Lora, is_adapter, read_lora
+from lrc.compressors.deltas.ranks import matrix_ranks
+from lrc.compressors.deltas.weight_files import WeightFiles
+from lrc.compressors.deltas.weight_hash import WeightHash, dtype_name
+from lrc.compressors.io.fingerprint import sha256
+from lrc.compressors.io.machine import OnStep
+from lrc.compressors.io.shortened import shortened
+from lrc.configs.delta_methods import DeltaMethod, LowRank
+from lrc.configs.errors import DeltaError
+
+
+def make_delta(
+    base: str, tuned: Path, folder: Path, options: DeltaMethod, on_step: OnStep
+) -> dict[str, Any]:
+    """Fill an empty folder with the compressed difference between two models.
+
+    Parameters
+    ----------
+    base : str
+        Folder or Hub id of the base model.
+    tuned : Path
+        Folder of a model with the same tensors, or of a LoRA adapter of PEFT.
+    folder : Path
+        Existing folder.
+
+    Returns
+    -------
+    dict
+        Kind, method, sizes, and one entry per tensor.
+
+    Raises
+    ------
+    DeltaError, ModelError, RecipeError
+        If the models do not fit each other or the options.
+    """
+    original = WeightFiles(base)
+    files = folder / FILES
+    files.mkdir()
+    if is_adapter(tuned):
+        kind, numbers, base_hash, found = _adapter(original, tuned, files, options, on_step)
+    else:
+        kind, numbers, base_hash, found = _model(original, tuned, files, options, on_step)
+    if not any(files.iterdir()):
+        files.rmdir()
+    sizes = found.sizes(numbers)
+    description = {
+        "kind": kind,
+        "method": options.model_dump(mode="json"),
+        "base": {"name": base, **base_hash.hashes},
+        "sizes": sizes,
+    }
+    write_delta(folder, description, found.records, found.parts, base_hash.dtypes)
+    return description | {"tensors": found.to_json()}
+
+
+class _BaseHash:
+    """Hashes of the weights of a base model: of all, and of those that a delta changes."""
+
+    def __init__(self) -> None:
+        self._all, self._changed = WeightHash(), WeightHash()
+        self.dtypes: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor, *, changed: bool) -> None:
+        self._all.add(name, tensor)
+        if changed:
+            self._changed.add(name, tensor)
+            self.dtypes[name] = dtype_name(tensor.dtype)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        return {"sha256": self._all.hexdigest(), "changed_sha256": self._changed.hexdigest()}
+
+
+_Made = tuple[str, int, _BaseHash, EncodedTensors]
+
+
+def _model(
+    original: WeightFiles, tuned: Path, files: Path, options: DeltaMethod, on_step: OnStep
+) -> _Made:
+    other = WeightFiles(str(tuned))
+    _refuse_other_tensors(original, other)
+    ranks: dict[str, int] = {}
+    if isinstance(options, LowRank):
+        changed = (pair for pair in _pairs(original, other) if _differ(*pair[1:]))
+        ranks = matrix_ranks(changed, options)
+    found, base_hash, numbers = EncodedTensors(), _BaseHash(), 0
+    for done, (name, before, after) in enumerate(_pairs(original, other), 1):
+        changed_here = _differ(before, after)
+        base_hash.add(name, before, changed=changed_here)
+        if changed_here:
+            numbers += after.numel()
+            encoded = _encode(name, before, after, options, ranks)
+            error = found.measure(before, after, decode(encoded, before, after.dtype))
+            found.add(name, after, encoded, error)
+        on_step("delta", done, len(original.headers))
+    if not found.records:
+        raise DeltaError(
+            f"{tuned}: has the same weights as {original.path}, so that there is no delta; give "
+            "the tuned model",
+            code="no-difference",
+        )
+    copy_companions(other.source, files)
+    for file in files.iterdir():
+        same = original.folder / file.name
+        if same.is_file() and sha256(same) == sha256(file):
+            file.unlink()
+    return "model", numbers, base_hash, found
+
+
+def _encode(
+    name: str, before: Tensor, after: Tensor, options: DeltaMethod, ranks: dict[str, int]
+) -> Encoded:
+    """Encode a tensor; in full if the method cannot, or if that is smaller."""
+    exact = encode_exact(after)
+    if not after.is_floating_point():
+        return exact
+    if not isinstance(options, LowRank):
+        encoded = ENCODERS[type(options)](before, after, options)
+    elif name in ranks:
+        encoded = encode_low_rank(before, after, ranks[name], getattr(torch, options.dtype))
+    else:
+        return exact
+    return encoded if encoded.bits < exact.bits else exact
+
+
+def _adapter(
+    original: WeightFiles, tuned: Path, files: Path, options: DeltaMethod, on_step: OnStep
+) -> _Made:
+    lora = read_lora(tuned)
+    targets = _targets(original, lora)
+    for name, tensor in lora.tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DeltaError(f"{tuned}: {name} contains NaN or Inf; train the adapter again")
+    if not any(bool((B.float() @ A.float()).any()) for B, A in map(lora.factors, lora.modules)):
+        raise DeltaError(
+            f"{tuned}: the adapter is zero, so that there is no delta; give a trained adapter",
+            code="no-difference",
+        )
+    numbers = sum(tensor.numel() for tensor in lora.tensors.values())
+    smaller, found = encode_adapter(lora, options)
+    (files / CONFIG).write_text(smaller.config_text, encoding="utf-8")
+    base_hash = _BaseHash()
+    for done, name in enumerate(sorted(original.headers), 1):
+        base_hash.add(name, original.read(name), changed=name in targets)
+        on_step("delta", done, len(original.headers))
+    return "adapter", numbers, base_hash, found
+
+
+def _pairs(original: WeightFiles, other: WeightFiles) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name in sorted(original.headers):
+        yield name, original.read(name), other.read(name)
+
+
+def _differ(before: Tensor, after: Tensor) -> bool:
+    """Return whether two tensors have different values, whatever their dtypes."""
+    dtype = torch.promote_types(before.dtype, after.dtype)
+    return not torch.equal(before.to(dtype), after.to(dtype))
+
+
+def _refuse_other_tensors(original: WeightFiles, other: WeightFiles) -> None:
+    before, after = original.headers, other.headers
+    problems = [f"{name} is missing" for name in sorted(before.keys() - after.keys())]
+    problems += [f"{n} is not in the base model" for n in sorted(after.keys() - before.keys())]
+    problems += [
+        f"{name} is {after[name].shape}, not {before[name].shape}"
+        for name in sorted(before.keys() & after.keys())
+        if after[name].shape != before[name].shape
+    ]
+    if problems:
+        raise DeltaError(
+            f"{other.path}: must have the tensors of {original.path}, got: {shortened(problems)}; "
+            "give the base model that it was tuned from, and load and save both with the same "
+            "version of transformers if only names differ",
+            code="tensor-mismatch",
+        )
+
+
+def _targets(original: WeightFiles, lora: Lora) -> set[str]:
+    """Return the matrices of the base to which an adapter is added."""
+    problems = []
+    for module in lora.modules:
+        B, A = lora.factors(module)
+        shape, header = [len(B), A.shape[1]], original.headers.get(f"{module}.weight")
+        if header is None:
+            problems.append(f"{module}.weight is missing")
+        elif header.shape != shape:
+            problems.append(f"{module}.weight is {header.shape}, not {shape}")
+    if problems:
+        raise DeltaError(
+            f"{original.path}: must be the model that the adapter {lora.folder} belongs to: "
+            f"{shortened(problems)}; give its base model "
+            f"({lora.config.get('base_model_name_or_path')})",
+            code="tensor-mismatch",
+        )
+    return {f"{module}.weight" for module in lora.modules}
