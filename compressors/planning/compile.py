@@ -197,7 +197,7 @@ def compile_plan(
     ]
     if weights.plain_integers and not draft.timed:
         allocations = [replace(each, one_scheme=True) for each in allocations]
-        warnings += serving_warnings(weights)
+        warnings += [] if draft.served else serving_warnings(weights)
     plan = Plan(
         model=ModelInfo(
             source=recipe.model.path,
