@@ -3,7 +3,7 @@
     python tests/benchmarks/vllm_check.py --text FILE CHECKPOINT...
 
 Both run in float32 by default, so that rounding changes no token. vLLM has kernels for integers in
-16 bits only: use ``--dtype bfloat16`` to test them. For every checkpoint, a process generates with
+16 bits only: test them with ``--dtype``, and ``--reference float32`` for transformers. For every checkpoint, a process generates with
 transformers one prompt at a time and with vLLM all prompts, which differ in length, in one batch;
 and measures the perplexity of windows of the text. With ``--server``, the OpenAI server of vLLM
 continues the same prompts too, in one request. Prints a Markdown table; exit code 1 if a token
@@ -17,6 +17,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -45,7 +46,15 @@ EXTRA = 16  # room for tokens after a window
 
 
 def check(
-    folder: Path, text: str, tokens: int, window: int, windows: int, dtype: str, eager: bool
+    folder: Path,
+    text: str,
+    tokens: int,
+    window: int,
+    windows: int,
+    *,
+    dtype: str,
+    reference: str,
+    eager: bool,
 ) -> None:
     """Compare one checkpoint; print a JSON record as the last line."""
     import vllm
@@ -55,7 +64,7 @@ def check(
     ids = tokenizer(text)["input_ids"][: window * windows]
     rows = [ids[start : start + window] for start in range(0, len(ids), window)]
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, reference)).eval()
     expected, nats = [], []
     with torch.no_grad():
         for prompt in prompts:
@@ -119,7 +128,10 @@ def server(folder: Path, window: int, dtype: str, eager: bool) -> Iterator[str]:
     command += ["--enforce-eager"] if eager else []
     address = f"http://127.0.0.1:{port}"
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
+    ):
         try:
             end = time.monotonic() + START_SECONDS
             while True:
@@ -128,7 +140,9 @@ def server(folder: Path, window: int, dtype: str, eager: bool) -> Iterator[str]:
                     break
                 except OSError as error:
                     if process.poll() is not None or time.monotonic() > end:
-                        raise RuntimeError(f"the server did not start: {error}") from error
+                        log.seek(0)
+                        text = log.read().decode(errors="replace")[-4000:]
+                        raise RuntimeError(f"the server did not start:\n{text}") from error
                     time.sleep(2)
             yield address
         finally:
@@ -157,7 +171,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", default="float32", choices=dtypes)
+    parser.add_argument("--reference", choices=dtypes, help="of transformers, if another")
     parser.add_argument("--compile", action="store_true", help="without enforce_eager")
     parser.add_argument("--server", action="store_true", help="test the OpenAI server too")
     parser.add_argument("--here", action="store_true", help="one folder, in this process")
@@ -167,11 +183,13 @@ def main() -> int:
         if options.text.suffix == ".jsonl":
             text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines()[:200])
         sizes = (options.tokens, options.window, options.windows)
-        check(options.folders[0], text, *sizes, options.dtype, eager=not options.compile)
+        dtypes = {"dtype": options.dtype, "reference": options.reference or options.dtype}
+        check(options.folders[0], text, *sizes, **dtypes, eager=not options.compile)
         return 0
     parts = [f"{name} {version(name)}" for name in ("torch", "transformers", "lrc-compress")]
     print(
-        f"vLLM {vllm_version()}, {', '.join(parts)}, {os.cpu_count()} CPU cores, {options.dtype}\n"
+        f"vLLM {vllm_version()}, {', '.join(parts)}, {os.cpu_count()} CPU cores, {options.dtype}"
+        f"{f', transformers in {options.reference}' if options.reference else ''}\n"
     )
     print("| checkpoint | equal tokens | server | perplexity, transformers | vLLM | load, s |")
     print("|---|---|---|---|---|---|", flush=True)
