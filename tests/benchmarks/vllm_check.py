@@ -3,11 +3,11 @@
     python tests/benchmarks/vllm_check.py --text FILE CHECKPOINT...
 
 Both run in float32 by default, so that rounding changes no token. vLLM has kernels for integers in
-16 bits only: test them with ``--dtype``, and ``--reference float32`` for transformers. For every checkpoint, a process generates with
-transformers one prompt at a time and with vLLM all prompts, which differ in length, in one batch;
-and measures the perplexity of windows of the text. With ``--server``, the OpenAI server of vLLM
-continues the same prompts too, in one request. Prints a Markdown table; exit code 1 if a token
-differs or the perplexity differs by more than 0.1 %.
+16 bits only: test them with ``--dtype``, and with ``--reference float32`` for transformers. For
+every checkpoint, a process generates with transformers one prompt at a time and with vLLM all
+prompts, which differ in length, in one batch; and measures the perplexity of windows of the text.
+With ``--server``, the OpenAI server of vLLM continues the same prompts too, in one request. Prints
+a Markdown table; exit code 1 if a token differs or the perplexity differs by more than 0.1 %.
 """
 
 import argparse
