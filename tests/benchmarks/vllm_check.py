@@ -55,6 +55,7 @@ def check(
     dtype: str,
     reference: str,
     eager: bool,
+    quantization: str | None,
 ) -> None:
     """Compare one checkpoint; print a JSON record as the last line."""
     import vllm
@@ -80,7 +81,12 @@ def check(
 
     start = time.perf_counter()
     llm = vllm.LLM(
-        str(folder), dtype=dtype, enforce_eager=eager, max_model_len=window + EXTRA, max_num_seqs=4
+        str(folder),
+        dtype=dtype,
+        enforce_eager=eager,
+        quantization=quantization,
+        max_model_len=window + EXTRA,
+        max_num_seqs=4,
     )
     seconds = time.perf_counter() - start
     greedy = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -117,15 +123,14 @@ def equal(found: list[list[int]], expected: list[list[int]]) -> int:
 
 
 @contextmanager
-def server(folder: Path, window: int, dtype: str, eager: bool) -> Iterator[str]:
-    """Run the OpenAI server of vLLM; yield its address."""
+def server(folder: Path, window: int, options: list[str]) -> Iterator[str]:
+    """Run the OpenAI server of vLLM with these options; yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", "checkpoint", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", dtype, "--max-model-len", str(window + EXTRA), "--max-num-seqs", "4"]
-    command += ["--enforce-eager"] if eager else []
+    command += ["--max-model-len", str(window + EXTRA), "--max-num-seqs", "4", *options]
     address = f"http://127.0.0.1:{port}"
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with (
@@ -175,6 +180,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=dtypes)
     parser.add_argument("--reference", choices=dtypes, help="of transformers, if another")
     parser.add_argument("--compile", action="store_true", help="without enforce_eager")
+    parser.add_argument("--quantization", help="`lrc`: plain checkpoints by the plugin, too")
     parser.add_argument("--server", action="store_true", help="test the OpenAI server too")
     parser.add_argument("--here", action="store_true", help="one folder, in this process")
     options = parser.parse_args()
@@ -184,7 +190,14 @@ def main() -> int:
             text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines()[:200])
         sizes = (options.tokens, options.window, options.windows)
         dtypes = {"dtype": options.dtype, "reference": options.reference or options.dtype}
-        check(options.folders[0], text, *sizes, **dtypes, eager=not options.compile)
+        check(
+            options.folders[0],
+            text,
+            *sizes,
+            **dtypes,
+            eager=not options.compile,
+            quantization=options.quantization,
+        )
         return 0
     parts = [f"{name} {version(name)}" for name in ("torch", "transformers", "lrc-compress")]
     print(
@@ -209,7 +222,10 @@ def main() -> int:
         difference = abs(r["vllm"] / r["transformers"] - 1)
         counts, total = [r["equal"]], sum(map(len, r["expected"]))
         if options.server:
-            with server(folder, options.window, options.dtype, not options.compile) as address:
+            given = ["--dtype", options.dtype]
+            given += [] if options.compile else ["--enforce-eager"]
+            given += ["--quantization", options.quantization] if options.quantization else []
+            with server(folder, options.window, given) as address:
                 counts.append(equal(served_tokens(address, options.tokens), r["expected"]))
         failed += min(counts) < total or difference > LARGEST_DIFFERENCE
         cells = [f"{count} of {total}" for count in counts] + [""] * (not options.server)

@@ -43,6 +43,8 @@ KINDS: dict[str, list[dict[str, Any]]] = {
         {"decompose": {"method": "magnitude", "keep": 0.8, "targets": ["*.mlp.*"]}},
         rtn("*.q_proj", bits=8, embeddings="int8"),
     ],
+    # For which vLLM has no kernel, or not for layers that it fuses.
+    "plain": [rtn("*.self_attn.*", bits=8), rtn("*.up_proj", bits=3, group_size=32)],
 }
 PROMPTS = [[7, 5, 300, 12, 44, 91, 6, 23, 18, 19, 250], [3, 9, 4]]
 
@@ -73,8 +75,15 @@ def checkpoint(
 
 
 def engine(folder: Path) -> Any:
+    options = {"quantization": "lrc"} if "plain" in str(folder) else {}
     return vllm.LLM(
-        str(folder), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=2, seed=0
+        str(folder),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=64,
+        max_num_seqs=2,
+        seed=0,
+        **options,
     )
 
 
