@@ -131,7 +131,7 @@ def serving_warnings(weights: PlannedWeights) -> list[str]:
             names = [*dict.fromkeys(name for each in wrong.values() for name in each)]
             warnings.append(
                 f"stages: {engine.title} has no kernel for {', '.join(wrong)} and will not load "
-                f"{shortened(names, ', ')}; 'serve: {key}' allows only what it loads"
+                f"{shortened(names, ', ')} without lrc; 'serve: {key}' allows only what it loads"
             )
     return warnings
 
