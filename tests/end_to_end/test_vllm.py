@@ -44,7 +44,7 @@ KINDS: dict[str, list[dict[str, Any]]] = {
         rtn("*.q_proj", bits=8, embeddings="int8"),
     ],
     # For which vLLM has no kernel, or not for layers that it fuses.
-    "plain": [rtn("*.self_attn.*", bits=8), rtn("*.up_proj", bits=3, group_size=32)],
+    "plain": [rtn("*.self_attn.*", bits=8), rtn("*.up_proj", bits=4, group_size=32)],
 }
 SERVED = {"served": [rtn(ALL, bits=4, group_size=32, serve="vllm-cpu")]}
 PROMPTS = [[7, 5, 300, 12, 44, 91, 6, 23, 18, 19, 250], [3, 9, 4]]
