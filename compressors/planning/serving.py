@@ -173,8 +173,8 @@ def _whole_model(
         if each.options.get(key) == value
     ]
     found += [
-        f"needs whole matrices, got low-rank components that stages[{each.stage}].heal adds; merge "
-        "them, or choose another method there"
+        f"needs whole matrices, got low-rank components that stages[{each.stage}].heal adds; "
+        "remove 'merge: false' there"
         for each in training
         if each.added_bytes
     ]

@@ -85,15 +85,38 @@ def test_a_served_plan_loads_in_vllm(
         assert bool(matched[0]) == (found[group[0]] is not None)
 
 
-def test_a_served_plan_refuses_other_formats(
-    tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path: Path, lrc: Any
+SERVED = rtn(bits=4, serve="vllm")
+UNEVEN = {"method": "modegpt", "keep": 0.9, "heads": False, "uniform": False, "width_multiple": 4}
+REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "formats": (
+        [rtn(targets=["*.q_proj"], bits=4, serve="vllm"), rtn(ignore=["*.q_proj"])],
+        "stages[0].quantize.serve: needs the same format for all layers that vLLM fuses, got "
+        "q_proj, k_proj, v_proj of model.layers.0.self_attn with",
+    ),
+    "widths": (
+        [{"slice": UNEVEN}, SERVED],
+        "stages[1].quantize.serve: needs a model that config.json describes, got uniform: False",
+    ),
+    "embedding": (
+        [SERVED, rtn(targets=[], embeddings="int8")],
+        "got model.embed_tokens quantized by stages[1]; leave out 'embeddings'",
+    ),
+    "adapters": (
+        [SERVED, {"heal": {"method": "distill", "train": "lora", "merge": False, "steps": 1}}],
+        "got low-rank components that stages[1].heal adds",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_served_plan_refuses_what_only_lrc_reads(
+    name: str, tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path: Path, lrc: Any
 ) -> None:
-    stages = [rtn(targets=["*.q_proj"], bits=4, serve="vllm"), rtn(ignore=["*.q_proj"])]
+    stages, expected = REFUSED[name]
     ended = lrc("plan", tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages))
     assert ended.code == 2
     assert "error[not-servable]" in ended.err
-    assert "stages[0].quantize.serve: needs the same format for all layers" in ended.err
-    assert "q_proj, k_proj, v_proj of model.layers.0.self_attn" in ended.err
+    assert expected in ended.err
 
 
 MIXES: dict[str, list[dict[str, Any]]] = {
