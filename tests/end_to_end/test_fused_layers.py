@@ -102,7 +102,10 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
         "got model.embed_tokens quantized by stages[1]; leave out 'embeddings'",
     ),
     "adapters": (
-        [SERVED, {"heal": {"method": "distill", "train": "lora", "merge": False, "steps": 1}}],
+        [
+            SERVED,
+            {"heal": {"method": "distill", "train": "lora", "merge": False, "rank": 1, "steps": 1}},
+        ],
         "got low-rank components that stages[1].heal adds",
     ),
 }
@@ -115,7 +118,7 @@ def test_a_served_plan_refuses_what_only_lrc_reads(
     stages, expected = REFUSED[name]
     ended = lrc("plan", tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages))
     assert ended.code == 2
-    assert "error[not-servable]" in ended.err
+    assert "error[not-servable]" in ended.err, ended.err
     assert expected in ended.err
 
 
