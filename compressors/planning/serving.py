@@ -8,6 +8,7 @@ from torch import nn
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.planning.fused_layers import fused_groups
+from lrc.compressors.planning.measures import Latency
 from lrc.compressors.planning.plan import Allocation, SliceRecord, TrainingRecord
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.tasks import LayerTask
@@ -85,17 +86,15 @@ class PlannedWeights:
         Within one allocation, fused layers get the same format.
         """
         formats = {
-            weight.name: f"allocation {task.allocation}" if task.pending else task.config
+            weight.name: f"allocation {task.allocation}"
+            if task.pending
+            else task.config.quantization
             for task in self.tasks
             for weight in task.weights
         }
-        schemes = {
-            name: each if isinstance(each, str) else each.quantization
-            for name, each in formats.items()
-        }
         names = [each.name for each in self.architecture.linears]
         return [
-            group for group in fused_groups(names) if len({schemes.get(name) for name in group}) > 1
+            group for group in fused_groups(names) if len({formats.get(name) for name in group}) > 1
         ]
 
     def odd_shapes(self, multiple: int) -> list[str]:
@@ -167,7 +166,7 @@ def _whole_model(
     """Return what gives a checkpoint that only lrc reads, apart from layers."""
     found = [
         f"needs a model that config.json describes, got {key}: {value} in stages[{each.stage}]"
-        f".slice; remove that key"
+        ".slice; remove that key"
         for each in slices
         for key, value in (("uniform", False), ("rotations", "block"))
         if each.options.get(key) == value
@@ -177,6 +176,12 @@ def _whole_model(
         "remove 'merge: false' there"
         for each in training
         if each.added_bytes
+    ]
+    # Times of different formats need not order those of fused layers alike, so these are not tied.
+    found += [
+        f"needs a budget in bits, got measure: latency in stages[{each.stage}].decompose; change it"
+        for each in weights.allocations
+        if isinstance(each.measure, Latency)
     ]
     found += [
         f"needs a dense embedding and head, got {task.name} quantized by stages[{task.stage}]; "

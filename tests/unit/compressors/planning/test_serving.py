@@ -101,6 +101,13 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
         ],
         r"got int4-asymmetric dense of layers\.0\.mlp\.up_proj",
     ),
+    "a budget in time, for which fused layers are not tied": (
+        [
+            {**MIXED, "keep": 0.5, "serve": "vllm", "targets": ["*mlp*"]},
+            {**MIXED, "keep": 0.5, "measure": "latency", "targets": ["*attn*"]},
+        ],
+        r"needs a budget in bits, got measure: latency in stages\[1\]\.decompose; change it",
+    ),
     "shapes of which the kernel needs multiples": (
         [quantize(bits=4, serve="vllm-cpu", targets=["*attn*"])],
         r"multiples of 32, got layers\.0\.attn\.q_proj \[64, 64\], ",  # 64 + 16 outputs
