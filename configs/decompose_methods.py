@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from lrc.configs.decompose import Allocation, DecomposeBase
+from lrc.configs.engines import Serve, engine_problem
 from lrc.configs.quantize import ActOrder, Balance, Embeddings, LmHead, Quantizer, SchemeName
 from lrc.configs.strict import Damp, repeated
 
@@ -260,6 +261,7 @@ class Mixed(DecomposeBase):
     be quantized."""
     embeddings: Embeddings = None
     lm_head: LmHead = None
+    serve: Serve = None
     quantizer: Quantizer = "gptq"
     act_order: ActOrder = True
     balance: Balance = "measured"
@@ -294,6 +296,21 @@ class Mixed(DecomposeBase):
                 "'components' may list low_rank or pivoted_low_rank, got both; keep "
                 "pivoted_low_rank, which stores the same product in fewer bits"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _plain_if_served(self) -> "Mixed":
+        if self.serve is None:
+            return self
+        types = ", ".join(self.component_types)
+        unsupported = {
+            f"components: [{types}] instead of [dense]": bool(types),
+            f"measure: {self.measure} instead of bits": self.measure != "bits",
+            "'embeddings'": self.embeddings is not None,
+            "'lm_head'": self.lm_head is not None,
+        }
+        if problem := engine_problem(self.serve, self.schemes, unsupported):
+            raise ValueError(problem)
         return self
 
 

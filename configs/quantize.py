@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from lrc.configs.decompose import Compensate
+from lrc.configs.engines import Serve, engine_problem
 from lrc.configs.strict import Damp, Strict
 
 SCHEME = r"int[2-8](-g[1-9][0-9]{0,8})?(-asymmetric)?"
@@ -93,6 +94,7 @@ class Quantize(Strict):
     """Correct part of the quantization error of each layer that no earlier stage has factored."""
     embeddings: Embeddings = None
     lm_head: LmHead = None
+    serve: Serve = None
     targets: list[str] = ["*"]
     """Shell patterns of module names; all linear layers of decoder layers by default. `[]`
     quantizes none of them, only 'embeddings' or 'lm_head'."""
@@ -141,6 +143,21 @@ class Quantize(Strict):
             )
         if self.sparsity is None:
             object.__setattr__(self, "sparsity", 0.5)  # the paper's main setting
+        return self
+
+    @model_validator(mode="after")
+    def _plain_if_served(self) -> "Quantize":
+        if self.serve is None:
+            return self
+        unsupported = {
+            "method: gqsa": self.method == "gqsa",
+            "'low_rank_correction'": self.low_rank_correction is not None,
+            "symmetric: false": not self.symmetric,
+            "'embeddings'": self.embeddings is not None,
+            "'lm_head'": self.lm_head is not None,
+        }
+        if problem := engine_problem(self.serve, [self.scheme], unsupported):
+            raise ValueError(problem)
         return self
 
     @property

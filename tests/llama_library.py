@@ -12,8 +12,10 @@ import io
 import platform
 import sys
 import tarfile
+import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,23 @@ class _ContextParameters(ctypes.Structure):
     )
 
 
+class _Importance(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+class _QuantizeParameters(ctypes.Structure):
+    """The parameters up to the importance matrix; larger than the real structure."""
+
+    _fields_ = (
+        ("nthread", ctypes.c_int32),
+        ("ftype", ctypes.c_int32),
+        ("types", ctypes.c_int32 * 2),
+        ("flags", ctypes.c_bool * 6),
+        ("imatrix", ctypes.POINTER(_Importance)),
+        ("rest", ctypes.c_uint64 * 61),
+    )
+
+
 class _Batch(ctypes.Structure):
     _fields_ = (
         ("n_tokens", ctypes.c_int32),
@@ -115,7 +134,13 @@ class LlamaCpp:
             "llama_batch_init": (_Batch, [integer, integer, integer]),
             "llama_batch_free": (None, [_Batch]),
             "llama_decode": (integer, [pointer, _Batch]),
+            "llama_synchronize": (None, [pointer]),
             "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [pointer]),
+            "llama_model_quantize_default_params": (_QuantizeParameters, []),
+            "llama_model_quantize": (
+                ctypes.c_uint32,
+                [text, text, ctypes.POINTER(_QuantizeParameters)],
+            ),
             "llama_tokenize": (
                 integer,
                 [pointer, text, integer, ctypes.POINTER(integer), integer, flag, flag],
@@ -130,6 +155,40 @@ class LlamaCpp:
         llama.llama_log_set(self._on_log, None)
         ggml.ggml_backend_load_all_from_path.argtypes = [text]
         ggml.ggml_backend_load_all_from_path(str(folder).encode())
+
+    def quantize(
+        self,
+        source: Path,
+        target: Path,
+        file_type: int,
+        importance: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Quantize a file as ``llama-quantize`` does.
+
+        Parameters
+        ----------
+        source, target : Path
+        file_type : int
+            Number of the mixture of block types, see `gguf.LlamaFileType`.
+        importance : mapping of str to ndarray, optional
+            Importance matrix: tensor -> mean square of each of its inputs.
+
+        Raises
+        ------
+        RuntimeError
+            With the end of the log.
+        """
+        self._log.clear()
+        parameters = self._llama.llama_model_quantize_default_params()
+        parameters.nthread, parameters.ftype = 1, file_type
+        kept = [np.ascontiguousarray(each, np.float32) for each in (importance or {}).values()]
+        if importance is not None:
+            entries = zip((name.encode() for name in importance), kept, strict=True)
+            rows = [_Importance(name, each.ctypes.data, each.size) for name, each in entries]
+            parameters.imatrix = (_Importance * (len(rows) + 1))(*rows)  # ends with a null name
+        names = str(source).encode(), str(target).encode()
+        if self._llama.llama_model_quantize(*names, ctypes.byref(parameters)):
+            raise RuntimeError("".join(self._log[-5:]))
 
     def open(self, path: Path) -> "LlamaModel":
         """Load a model.
@@ -173,26 +232,56 @@ class LlamaModel:
 
     def logits(self, tokens: Sequence[int], *, threads: int = 1) -> np.ndarray:
         """Return the logits [n_tokens, n_vocabulary] after every token, from an empty context."""
-        count = len(tokens)
+        with self._context(len(tokens), threads) as decode:
+            decode(tokens, 0, len(tokens))
+            found = self._llama.llama_get_logits(decode.context)
+            return np.ctypeslib.as_array(found, (len(tokens), self.n_tokens)).copy()
+
+    def speed(self, prompt: Sequence[int], count: int, *, threads: int = 1) -> tuple[float, float]:
+        """Return tokens per second of a prompt, and of `count` tokens, one at a time, after it."""
+        with self._context(len(prompt) + count, threads) as decode:
+            start = time.perf_counter()
+            decode(prompt, 0, 1)
+            middle = time.perf_counter()
+            for i in range(count):
+                decode([prompt[i % len(prompt)]], len(prompt) + i, 1)
+            end = time.perf_counter()
+        return len(prompt) / (middle - start), count / (end - middle)
+
+    @contextmanager
+    def _context(self, length: int, threads: int) -> Iterator["_Decoder"]:
         parameters = self._llama.llama_context_default_params()
-        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = count
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = length
         context = self._llama.llama_init_from_model(self._model, parameters)
         if not context:
-            raise RuntimeError(f"llama.cpp has no room for {count} tokens")
-        self._llama.llama_set_n_threads(context, threads, threads)
+            raise RuntimeError(f"llama.cpp has no room for {length} tokens")
+        try:
+            self._llama.llama_set_n_threads(context, threads, threads)
+            yield _Decoder(self._llama, context)
+        finally:
+            self._llama.llama_free(context)
+
+
+class _Decoder:
+    """Adds tokens to a context."""
+
+    def __init__(self, library: ctypes.CDLL, context: int) -> None:
+        self._llama, self.context = library, context
+
+    def __call__(self, tokens: Sequence[int], first: int, n_logits: int) -> None:
+        """Run tokens from the position `first` on; compute the logits of the last `n_logits`."""
+        count = len(tokens)
         batch = self._llama.llama_batch_init(count, 0, 1)
         batch.n_tokens = count
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, i, 1
-            batch.seq_id[i][0], batch.logits[i] = 0, 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, first + i, 1
+            batch.seq_id[i][0], batch.logits[i] = 0, i >= count - n_logits
         try:
-            if status := self._llama.llama_decode(context, batch):
+            if status := self._llama.llama_decode(self.context, batch):
                 raise RuntimeError(f"llama_decode returned {status}")
-            found = self._llama.llama_get_logits(context)
-            return np.ctypeslib.as_array(found, (count, self.n_tokens)).copy()
+            self._llama.llama_synchronize(self.context)
         finally:
             self._llama.llama_batch_free(batch)
-            self._llama.llama_free(context)
 
 
 def main() -> int:

@@ -125,6 +125,33 @@ def _expression(name: str, *, any_layer: bool) -> str:
     return r"re:(.*\.)?" + r"\.".join(local) + "$"
 
 
+def plain_targets(block: Mapping[str, Any], where: str) -> dict[str, QuantizationArgs]:
+    """Return the integers of every target of a `quantization_config` of ``compressed-tensors``.
+
+    Raises
+    ------
+    CheckpointError
+        If lrc cannot have written the block.
+    """
+    found: dict[str, QuantizationArgs] = {}
+    try:
+        for group in block["config_groups"].values():
+            weights = group["weights"]
+            args = QuantizationArgs(weights["num_bits"], weights["group_size"])
+            if (weights["symmetric"], QuantizationArgs.parse(str(args))) != (True, args):
+                raise ValueError(f"{args} must be symmetric")
+            for target in group["targets"]:
+                re.compile(target)
+                found[target] = args
+    except (KeyError, AttributeError, TypeError, ValueError, re.error) as error:
+        raise CheckpointError(
+            f"{where}: quantization_config must be as lrc wrote it, got groups that cannot be read "
+            f"({error!r:.80}); {COPY_AGAIN}",
+            code="invalid-config",
+        ) from error
+    return found
+
+
 def read_plain(
     folder: Path, block: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, WeightConfig]:
@@ -149,22 +176,10 @@ def read_plain(
     }
     args: dict[str, QuantizationArgs] = {}
     unmatched: list[str] = []
-    try:
-        for group in block["config_groups"].values():
-            weights, targets = group["weights"], group["targets"]
-            found = QuantizationArgs(weights["num_bits"], weights["group_size"])
-            if (weights["symmetric"], QuantizationArgs.parse(str(found))) != (True, found):
-                raise ValueError(f"{found} must be symmetric")
-            for target in targets:
-                matched = [n for n in sorted(packed) if _matches(n, target)]
-                args |= dict.fromkeys(matched, found)
-                unmatched += [] if matched else [target]
-    except (KeyError, AttributeError, TypeError, ValueError, re.error) as error:
-        raise CheckpointError(
-            f"{folder}/config.json: quantization_config must be as lrc wrote it, got groups that "
-            f"cannot be read ({error!r:.80}); {COPY_AGAIN}",
-            code="invalid-config",
-        ) from error
+    for target, found in plain_targets(block, f"{folder}/config.json").items():
+        matched = [n for n in sorted(packed) if matches(n, target)]
+        args |= dict.fromkeys(matched, found)
+        unmatched += [] if matched else [target]
     modules: dict[str, WeightConfig] = {}
     for file in shard_files(folder):
         with safe_open(file, framework="pt") as shard:
@@ -184,7 +199,7 @@ def read_plain(
     return modules
 
 
-def _matches(name: str, target: str) -> bool:
+def matches(name: str, target: str) -> bool:
     """Return whether compressed-tensors applies a target to the linear layer `name`."""
     expression = target.removeprefix("re:")
     if expression != target:

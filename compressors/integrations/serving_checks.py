@@ -8,7 +8,15 @@ from torch import Tensor
 
 from lrc.compressors.checkpoint.format import COPY_AGAIN
 from lrc.compressors.io.shortened import shortened
-from lrc.compressors.layers import TensorSpec, TensorSpecs, WeightConfig, layer_tensors
+from lrc.compressors.layers import (
+    ComponentConfig,
+    QuantizationArgs,
+    TensorSpec,
+    TensorSpecs,
+    WeightConfig,
+    layer_tensors,
+    sentinel,
+)
 from lrc.compressors.layers.model_shapes import SHAPES
 from lrc.compressors.layers.residual_basis import BIASES, NORMS
 from lrc.configs.errors import CheckpointError
@@ -125,13 +133,19 @@ class LayerTensors:
     ----------
     name : str
         For messages.
-    config : WeightConfig or None
-        None for a layer that is not compressed.
+    config : WeightConfig, QuantizationArgs or None
+        None for a layer that is not compressed; integers of a plain checkpoint, whose tensors have
+        other names.
     shape : tuple of int
         ``(d_out, d_in)`` of the whole weight.
     """
 
-    def __init__(self, name: str, config: WeightConfig | None, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, name: str, config: WeightConfig | QuantizationArgs | None, shape: tuple[int, int]
+    ) -> None:
+        self.plain = isinstance(config, QuantizationArgs)
+        if isinstance(config, QuantizationArgs):
+            config = WeightConfig(shape, (ComponentConfig("dense", {}, config),))
         self.name, self.config, self.shape = name, config, shape
         self.found: dict[str, Tensor] = {}
         if config is not None and config.shape != shape:
@@ -149,6 +163,9 @@ class LayerTensors:
             return {"weight": TensorSpec(list(self.shape))}
         specs = layer_tensors(self.config)
         specs.pop("bias", None)
+        if self.plain:
+            del specs["weight"]  # a plain checkpoint has no sentinels
+            specs = {leaf.removeprefix("dense."): spec for leaf, spec in specs.items()}
         return specs
 
     def add(self, leaf: str, tensor: Tensor) -> None:
@@ -172,7 +189,7 @@ class LayerTensors:
         self.found[leaf] = tensor
 
     def take(self, device: torch.device) -> dict[str, Tensor]:
-        """Return all tensors on a device, and forget them.
+        """Return all tensors on a device by the names of `layer_tensors`, and forget them.
 
         Raises
         ------
@@ -183,6 +200,8 @@ class LayerTensors:
         if missing:
             raise self.damaged(f"missing: {shortened(missing, ', ')}")
         found, self.found = self.found, {}
+        if self.plain:
+            found = {"weight": sentinel(), **{f"dense.{leaf}": t for leaf, t in found.items()}}
         return {leaf: tensor.to(device) for leaf, tensor in found.items()}
 
     def damaged(self, what: str) -> CheckpointError:

@@ -18,7 +18,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from lrc.compressors.integrations.serving_checks import UNSUPPORTED, LayerTensors
 from lrc.compressors.integrations.terms import FusedProduct, Matrix, Term, terms_of
 from lrc.compressors.integrations.vllm_products import make_product
-from lrc.compressors.layers import CompressedLinear, TensorSpecs, WeightConfig
+from lrc.compressors.layers import (
+    CompressedLinear,
+    QuantizationArgs,
+    TensorSpec,
+    TensorSpecs,
+    WeightConfig,
+)
 from lrc.configs.errors import CheckpointError
 
 SHARDS = {"q": 0, "k": 1, "v": 2}
@@ -35,14 +41,17 @@ class CompressedLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ign
     ----------
     names : sequence of str
         Full names of the fused layers, in the order of their outputs.
-    configs : sequence of WeightConfig or None
-        None for those that are not compressed.
+    configs : sequence of WeightConfig, QuantizationArgs or None
+        Integers of a plain checkpoint, or None for those that are not compressed.
     report : callable
         Called when the layer is ready.
     """
 
     def __init__(
-        self, names: Sequence[str], configs: Sequence[WeightConfig | None], report: Report
+        self,
+        names: Sequence[str],
+        configs: Sequence[WeightConfig | QuantizationArgs | None],
+        report: Report,
     ) -> None:
         self.names, self.configs, self.report = names, configs, report
 
@@ -71,14 +80,15 @@ class CompressedLinearMethod(LinearMethodBase):  # type: ignore[misc, unused-ign
             LayerTensors(name, config, (d_out, input_size))
             for name, config, d_out in zip(self.names, self.configs, d_outs, strict=True)
         ]
-        for name, config in zip(self.names, self.configs, strict=True):
-            if config is not None and config.bias and not layer.has_bias:
+        for part in self.parts:
+            if part.config is not None and part.config.bias and not layer.has_bias:
                 raise CheckpointError(
-                    f"{name}: has a bias that the {type(layer).__name__} of vLLM lacks; compress "
-                    "with another method than lord, or use transformers",
+                    f"{part.name}: has a bias that the {type(layer).__name__} of vLLM lacks; "
+                    "compress with another method than lord, or use transformers",
                     code=UNSUPPORTED,
                 )
-        specs: TensorSpecs = {leaf: s for part in self.parts for leaf, s in part.expected.items()}
+        specs: TensorSpecs = {"weight": TensorSpec([0])}  # in plain checkpoints there is none
+        specs |= {leaf: spec for part in self.parts for leaf, spec in part.expected.items()}
         for leaf, spec in specs.items():
             *path, last = leaf.split(".")
             owner = layer

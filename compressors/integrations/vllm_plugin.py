@@ -22,6 +22,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from lrc.compressors.checkpoint.format import QUANT_METHOD, check_version, parse_modules
+from lrc.compressors.checkpoint.plain import QUANT_METHOD as PLAIN_METHOD
+from lrc.compressors.checkpoint.plain import matches, plain_targets
 from lrc.compressors.integrations.serving_checks import (
     check_supported,
     check_used,
@@ -33,7 +35,7 @@ from lrc.compressors.integrations.vllm_methods import (
     CompressedEmbeddingMethod,
     CompressedLinearMethod,
 )
-from lrc.compressors.layers import WeightConfig
+from lrc.compressors.layers import QuantizationArgs, WeightConfig
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +52,17 @@ class LrcConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
     ----------
     modules : mapping of str to WeightConfig
         By names of the checkpoint, until vLLM maps them to its own.
+    targets : mapping of str to QuantizationArgs
+        Of a plain checkpoint instead: what names of layers match, and their integers.
     """
 
-    def __init__(self, modules: Mapping[str, WeightConfig]) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, WeightConfig],
+        targets: Mapping[str, QuantizationArgs] | None = None,
+    ) -> None:
         super().__init__()
-        self.modules = dict(modules)
+        self.modules, self.targets = dict(modules), dict(targets or {})
         self._used: set[str] = set()
         self._ready: set[str] = set()
         self._expanded: Counter[str] = Counter()
@@ -88,11 +96,24 @@ class LrcConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
             If the block is damaged, or this plugin does not support the checkpoint or vLLM.
         """
         check_version_of("vllm", vllm.__version__, *TESTED)
+        if config["quant_method"] == PLAIN_METHOD:
+            return cls({}, plain_targets(config, "config.json"))
         where = "config.json: quantization_config"
         check_version(config.get("format_version"), where)
         modules = parse_modules(config.get("modules", {}), where)
         check_supported(config, modules, ENGINE)
         return cls(modules)
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
+    ) -> Any:
+        """Return the name of this method if the user requests it for a plain checkpoint.
+
+        vLLM refuses integers in it for which it has no kernel; here they are expanded.
+        """
+        plain = hf_quant_cfg.get("quant_method") == PLAIN_METHOD
+        return QUANT_METHOD if plain and user_quant == QUANT_METHOD else None
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Replace the names of the checkpoint by those of a model class of vLLM."""
@@ -105,11 +126,16 @@ class LrcConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]
         if not isinstance(layer, LinearBase):
             return None
         names = fused_names(prefix, self.packed_modules_mapping)
-        configs = [self.modules.get(name) for name in names]
-        self._used.update(name for name in names if name in self.modules)
+        configs = [self._config_of(name) for name in names]
+        self._used.update(name for name, each in zip(names, configs, strict=True) if each)
         if not any(configs):
             return UnquantizedLinearMethod()
         return CompressedLinearMethod(names, configs, self._report)
+
+    def _config_of(self, name: str) -> WeightConfig | QuantizationArgs | None:
+        if name in self.modules:
+            return self.modules[name]
+        return next((args for target, args in self.targets.items() if matches(name, target)), None)
 
     def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override, unused-ignore]
         """Check that the model has all compressed layers; vLLM calls this before it loads them."""

@@ -111,20 +111,31 @@ def _decide(
     fraction = allocation.budget / sum(task.dense_cost(measure) for task in tasks)
     found: list[tuple[LayerTask, float | None]] = []
     compared: list[LayerTask] = []
+    fused = fused_groups(task.name for task in tasks) if allocation.one_scheme else []
+    partners = {name: tuple(group) for group in fused for name in group}
+
+    def predictable(name: str) -> bool:
+        curve = curves[name]
+        return curve.comparable and (curve.note is None or not allocation.quantization)
+
+    first: dict[str, WeightConfig] = {}
     for task in tasks:
-        curve = curves[task.name]
-        if not curve.comparable or (curve.note is not None and allocation.quantization):
-            config, note = _at_fraction(task, fraction, allocation, curve.note)
-            found.append((task.with_config(config, note), None))
-            # The budget counts sizes before a later stage quantizes them.
-            spent += task.cost(config, measure)
-        else:
+        group = partners.get(task.name, (task.name,))
+        if all(map(predictable, group)):
             compared.append(task)
+            continue
+        note = curves[task.name].note
+        if group[0] in first:
+            config = _with_scheme_of(first[group[0]], task)
+        else:
+            config, note = _at_fraction(task, fraction, allocation, note)
+            first[group[0]] = config
+        found.append((task.with_config(config, note), None))
+        # The budget counts sizes before a later stage quantizes them.
+        spent += task.cost(config, measure)
     offer, allocator = ALLOCATORS[allocation.allocator]
     offers = {task.name: offer(task, curves[task.name], allocation) for task in compared}
-    fused = fused_groups(offers) if allocation.one_scheme else []
-    others = [[name] for name in offers if not any(name in group for group in fused)]
-    groups = sorted([*fused, *others], key=lambda group: list(offers).index(group[0]))
+    groups = [*dict.fromkeys(partners.get(name, (name,)) for name in offers)]
     candidates = [joint_candidates([offers[name] for name in group]) for group in groups]
     try:
         picked = allocator(candidates, allocation.budget - spent)
@@ -208,6 +219,12 @@ def _at_fraction(
     if step == 0 or steps.cost(step, measure) < allocation.min_keep * dense:
         return task.config, "saw zeros only, and nothing fits its part of the budget"
     return steps.config(step), task.note
+
+
+def _with_scheme_of(config: WeightConfig, task: LayerTask) -> WeightConfig:
+    """Return the configuration of a task with the integers of another one, or dense like it."""
+    args = config.quantization
+    return SizeSteps(task, "dense", args).config(1) if args else WeightConfig(task.shape)
 
 
 def _prediction(task: LayerTask, curve: Curve, loss: float | None) -> LayerResult:

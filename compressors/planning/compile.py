@@ -11,7 +11,6 @@ from torch import nn
 from lrc.compressors.latency.latency_table import LatencyTable, Product
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
-from lrc.compressors.planning.fused_layers import fused_warnings, gives_plain_integers
 from lrc.compressors.planning.needed_products import Choices, needed_products
 from lrc.compressors.planning.plan import (
     Allocation,
@@ -24,6 +23,7 @@ from lrc.compressors.planning.plan import (
 )
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.required_statistics import solver_statistics, with_statistics
+from lrc.compressors.planning.serving import PlannedWeights, check_served, serving_warnings
 from lrc.compressors.planning.size_budget import WholeModel
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.configs.recipe import Recipe
@@ -69,6 +69,8 @@ class Draft:
     """Whether a later stage quantizes linear layers."""
     elastic: tuple[float, ...] = ()
     """Budgets that the checkpoint can be cut to, if there are several."""
+    served: dict[str, str] = field(default_factory=dict)
+    """Path of a key `serve` -> engine for which the checkpoint is planned."""
     sized: bool = False
     """Whether a stage has a budget in bytes, which embeddings may suffice to meet."""
     no_saving_advice: str | None = None
@@ -182,6 +184,9 @@ def compile_plan(
             f"every targeted weight stays dense, so nothing would become smaller; "
             f"{draft.no_saving_advice}",
         )
+    weights = PlannedWeights(draft.architecture, ordered, draft.embeddings, draft.allocations)
+    if not draft.problems:
+        check_served(draft.served, weights, draft.slices, draft.training, draft.problems)
     draft.problems.raise_if_any()
     whole, times = draft.whole, _times(draft)
     allocations = with_times(draft.allocations, times)
@@ -190,10 +195,9 @@ def compile_plan(
         *(_unused(draft.architecture) if draft.tasks else []),
         *_few_tokens(ordered, draft.tokens),
     ]
-    plain = gives_plain_integers(ordered, draft.embeddings, allocations, draft.architecture)
-    if plain and not draft.timed:
+    if weights.plain_integers and not draft.timed:
         allocations = [replace(each, one_scheme=True) for each in allocations]
-        warnings += fused_warnings(ordered, [each.name for each in draft.architecture.linears])
+        warnings += [] if draft.served else serving_warnings(weights)
     plan = Plan(
         model=ModelInfo(
             source=recipe.model.path,

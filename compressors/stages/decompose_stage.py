@@ -42,6 +42,8 @@ class DecomposeStage:
                     draft.table = read_given_table(options, where, draft.problems)
             draft.compensates |= options.compensate is not None
             if isinstance(options, Mixed):
+                if options.serve is not None:
+                    draft.served[f"stages[{index}].decompose.serve"] = options.serve
                 add_embeddings(
                     draft,
                     index,

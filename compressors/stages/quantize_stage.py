@@ -32,6 +32,8 @@ class QuantizeStage:
             add_embeddings(
                 draft, index, "quantize", embeddings=options.embeddings, lm_head=options.lm_head
             )
+            if options.serve is not None:
+                draft.served[f"stages[{index}].quantize.serve"] = options.serve
             draft.quantizes_linears |= options.rounds_linears
             draft.compensates |= options.compensate is not None
             draft.group_multiple = lcm(draft.group_multiple, options.group_size or 1)

@@ -1,20 +1,21 @@
-"""Measure the perplexity of GGUF files in llama.cpp, next to that of models in transformers.
+"""Measure GGUF files in llama.cpp: perplexity, next to models in transformers, and speed.
 
 usage: python -m tests.benchmarks.llama_cpp TEXT.jsonl FILE.gguf ... [--transformers FOLDER ...]
-           [--windows 16] [--length 512] [--threads 1]
+           [--windows 16] [--length 512] [--threads 1] [--rounds 0]
 
 TEXT is a file of rows {"text": ...}. Its documents are joined by a blank line and tokenized by
 llama.cpp with the vocabulary of the first file; all files must have the same. Windows are disjoint,
-without BOS; the first token of a window is not predicted. Prints size, perplexity and tokens per
-second of each file, and, with folders, the perplexity in transformers in float32 on the same tokens
-and the largest difference of logits of the first window from those of the first file. Needs
-`make llama`.
+without BOS; the first token of a window is not predicted. Prints size and perplexity of each file,
+and, with folders, the perplexity in transformers in float32 on the same tokens and the largest
+difference of logits of the first window from those of the first file. With rounds, each measures
+the speed of all files one after the other, with a prompt of 256 tokens and 48 tokens after it; the
+medians are printed. Needs `make llama`.
 """
 
 import argparse
 import math
 import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM
 import lrc  # noqa: F401  # registers the format
 from lrc.compressors.corpus.documents import SEPARATOR, read_documents
 
+PROMPT, TOKENS = 256, 48  # as in `llama-bench -p 256 -n 48`
 CHARACTERS = 8  # of text per token, more than any tokenizer has on average
 
 
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=0, help="of the measurement of speed")
     args = parser.parse_args()
     if (reason := why_missing()) is not None:
         sys.exit(reason)
@@ -47,15 +50,10 @@ def main() -> None:
     print(f"{windows.shape[0]} windows, {windows.shape[0] * (args.length - 1)} predicted tokens")
     for path in args.files:
         with library.open(path) as model:
-            started = time.perf_counter()
             found = [model.logits(window.tolist(), threads=args.threads) for window in windows]
-            speed = windows.size / (time.perf_counter() - started)
         first = found[0] if first is None else first
         size = path.stat().st_size / 2**20
-        print(
-            f"{path.name}: {size:.1f} MiB, perplexity {perplexity(found, windows):.3f}, "
-            f"{speed:.0f} tokens/s"
-        )
+        print(f"{path.name}: {size:.1f} MiB, perplexity {perplexity(found, windows):.3f}")
     for folder in args.transformers:
         found = reference(folder, windows)
         assert first is not None
@@ -65,6 +63,27 @@ def main() -> None:
             f"{folder} in transformers: perplexity {perplexity(found, windows):.3f}; first window: "
             f"largest difference {difference:.3f} standard deviations, {same:.1%} of argmax equal"
         )
+    if args.rounds:
+        speeds = alternating(library, args.files, windows[0], args.rounds, args.threads)
+        for path, (prompt, generated) in zip(args.files, speeds, strict=True):
+            print(f"{path.name}: prompt {prompt:.0f}, generated {generated:.0f} tokens/s")
+
+
+def alternating(
+    library: LlamaCpp, files: list[Path], window: np.ndarray, rounds: int, threads: int
+) -> list[list[float]]:
+    """Return the median speed of prompt and generation of every file, in tokens per second."""
+    prompt = window[:PROMPT].tolist()
+    with ExitStack() as stack:
+        models = [stack.enter_context(library.open(path)) for path in files]
+        for model in models:
+            model.speed(prompt, TOKENS, threads=threads)  # reads the file into memory
+        found = [
+            [model.speed(prompt, TOKENS, threads=threads) for model in models]
+            for _ in range(rounds)
+        ]
+    medians: list[list[float]] = np.median(np.array(found), axis=0).tolist()
+    return medians
 
 
 def tokenized(model: LlamaModel, text: str, count: int, length: int) -> np.ndarray:

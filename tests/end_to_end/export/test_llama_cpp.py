@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
+from gguf.quants import dequantize
 from tests.llama_library import LlamaCpp, why_missing
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -156,3 +158,31 @@ def test_pieces_are_split_as_in_tokenizers(
     text = "the other cat returns 你 values and  their"
     with llama.open(out) as model:
         assert model.tokenize(text) == fast(text)["input_ids"]
+
+
+def test_the_quantizer_of_llama_cpp_and_its_importance_matrix(
+    llama: LlamaCpp, source: Path, lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Its files are baselines of benchmarks; without the matrix they are those of lrc."""
+    for name in ("f32", "q4_0"):
+        out = tmp_path / f"{name}.gguf"
+        assert lrc("export", source, out, "--format", "gguf", "--type", name).code == 0
+    llama.quantize(tmp_path / "f32.gguf", tmp_path / "theirs.gguf", LlamaFileType.MOSTLY_Q4_0)
+    name = "blk.0.ffn_up.weight"
+    ours, theirs = (data(tmp_path / file, name) for file in ("q4_0.gguf", "theirs.gguf"))
+    assert np.array_equal(ours, theirs)
+    weights = np.logspace(-4, 4, 64)
+    weighted = tmp_path / "weighted.gguf"
+    llama.quantize(tmp_path / "f32.gguf", weighted, LlamaFileType.MOSTLY_Q4_0, {name: weights})
+    dense = data(tmp_path / "f32.gguf", name)
+    errors = [
+        ((dequantize(found, GGMLQuantizationType.Q4_0) - dense) ** 2 * weights).sum()
+        for found in (data(weighted, name), theirs)
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def data(path: Path, name: str) -> np.ndarray:
+    """Return a tensor of a file as it is stored."""
+    found: np.ndarray = next(each.data for each in GGUFReader(path).tensors if each.name == name)
+    return found

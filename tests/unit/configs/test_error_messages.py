@@ -20,6 +20,8 @@ METHODS = "asvd, basis-sharing, compot, cospadi, dictionary, fwsvd, kfac, lord, 
 UNITS = "write a number and a unit, one of B, kB, MB, GB, KiB, MiB, GiB"
 BASELINE = "a baseline such as int8, int4-g64 or sparse"
 BASELINE_REMEDY = "write int2 to int8, optionally followed by -gSIZE (SIZE numbers of a row share a scale) and -asymmetric, or sparse"
+PLAIN = "dense weights or whole matrices of symmetric integers, which"
+KERNELS = "int4, int4-g32, int4-g64, int4-g128, int8, int8-g32, int8-g64, int8-g128"
 COMPENSATE = "must be null or a mapping with the keys mix, residual, damp"
 
 # A line after GOOD, the code of its error and the message after `recipe.yaml:5: `.
@@ -150,6 +152,13 @@ STAGES = [
     ("{decompose: {method: mixed, keep: 0.5, schemes: [int9]}}", "unknown-value", ".decompose.schemes[0]: must be an integer format such as int8, int4-g64 or int3-g32-asymmetric, got 'int9'; write int2 to int8, optionally followed by -gSIZE (SIZE numbers of a row share a scale) and -asymmetric"),
     ("{decompose: {method: mixed, keep: 0.5, schemes: [int4, int4]}}", "conflicting-keys", ".decompose: the 'schemes' must differ, got twice: ['int4']; remove one"),
     ("{decompose: {method: mixed, keep: 0.5, schemes: [int4], measure: macs}}", "conflicting-keys", ".decompose: 'schemes' save bits and no multiply-adds, got measure: macs; choose measure: bits or latency, or remove 'schemes'"),
+    ("{decompose: {method: mixed, keep: 0.5, schemes: [int4], serve: vllm}}", "conflicting-keys", f".decompose: serve: vllm needs {PLAIN} vLLM reads without lrc, got components: [pivoted_low_rank, sparse] instead of [dense]; change it, or remove 'serve'"),
+    ("{decompose: {method: mixed, keep: 0.5, components: [dense], schemes: [int8, int3], serve: vllm}}", "conflicting-keys", f".decompose: serve: vllm needs integer formats for which vLLM has a kernel, {KERNELS}, got int3; choose among them, or remove 'serve'"),
+    ("{decompose: {method: mixed, keep: 0.5, components: [dense], schemes: [int8], measure: latency, serve: vllm}}", "conflicting-keys", f".decompose: serve: vllm needs {PLAIN} vLLM reads without lrc, got measure: latency instead of bits; change it, or remove 'serve'"),
+    ("{quantize: {method: gptq, serve: vllm-cpu}}", "conflicting-keys", ".quantize: serve: vllm-cpu needs integer formats for which vLLM on CPUs has a kernel, int4, int4-g32, int4-g64, int4-g128, got int8; choose among them, or remove 'serve'"),
+    ("{quantize: {method: rtn, symmetric: false, serve: vllm}}", "conflicting-keys", f".quantize: serve: vllm needs {PLAIN} vLLM reads without lrc, got symmetric: false; change it, or remove 'serve'"),
+    ("{quantize: {method: rtn, embeddings: int8, serve: vllm}}", "conflicting-keys", f".quantize: serve: vllm needs {PLAIN} vLLM reads without lrc, got 'embeddings'; change it, or remove 'serve'"),
+    ("{quantize: {method: rtn, serve: sglang}}", "unknown-value", ".quantize.serve: must be null or one of vllm, vllm-cpu, got 'sglang'"),
     ("{slice: {method: drop}}", "conflicting-keys", ".slice: give exactly one of 'keep' and 'size', got neither"),
     ("{quantize: {method: gptq, targets: [], embeddings: int8, bits: 4}}", "conflicting-keys", ".quantize: targets: [] selects no linear layer, so that 'bits' has no effect; remove what has no effect, or list 'targets'"),
     ("{quantize: {method: gptq, order: false}}", "renamed-key", ".quantize.order: this key is now called 'act_order'; rename it"),

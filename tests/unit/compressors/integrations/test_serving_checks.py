@@ -11,7 +11,7 @@ from lrc.compressors.integrations.serving_checks import (
     embedding_name,
     fused_names,
 )
-from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
+from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig, layer_tensors
 from lrc.configs.errors import CheckpointError
 
 Q_PROJ, K_PROJ = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
@@ -50,6 +50,17 @@ def test_layers_that_the_engine_lacks_are_rejected() -> None:
     with pytest.raises(CheckpointError, match=rf"no linear layer or embedding for {Q_PROJ};"):
         check_used([Q_PROJ, K_PROJ], [K_PROJ], "Engine 1.2")
     check_used([K_PROJ], [K_PROJ], "Engine 1.2")
+
+
+def test_tensors_of_a_plain_checkpoint_have_no_prefix_and_no_sentinel() -> None:
+    part = LayerTensors(Q_PROJ, QuantizationArgs.parse("int8"), (8, 6))
+    assert part.expected.keys() == {"weight_packed", "weight_scale", "weight_shape"}
+    for name, spec in part.expected.items():
+        part.add(name, torch.zeros(spec.shape, dtype=spec.dtype or torch.bfloat16))
+    with pytest.raises(CheckpointError, match=r"weight: expected nothing, found \[1\]"):
+        part.add("weight", TENSORS["weight"])
+    assert part.config is not None
+    assert part.take(torch.device("cpu")).keys() == layer_tensors(part.config).keys()
 
 
 def test_all_tensors_of_a_layer_are_taken_once() -> None:
