@@ -48,8 +48,8 @@ def whole_rank(config: WeightConfig) -> int:
 
 
 def is_refined(allocation: Allocation) -> bool:
-    """Return whether the weights of an elastic allocation are pivot rows with a refinement."""
-    return allocation.types == (PivotedLowRank.TYPE,)
+    """Return whether an allocation gives weights pivot rows with a refinement."""
+    return bool(allocation.elastic) and allocation.types == (PivotedLowRank.TYPE,)
 
 
 def elastic_config(
