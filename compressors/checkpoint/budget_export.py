@@ -101,7 +101,7 @@ def _read_cut(header: Header, name: str, leaf: str, config: ComponentConfig, ind
 
 
 def _write_config(out: Path, contents: Contents, index: int) -> None:
-    config = {key: value for key, value in contents.config.items() if key != BUDGET}
+    config = {**contents.config, BUDGET: None}
     block = {k: v for k, v in config["quantization_config"].items() if k != layout.ELASTIC}
     modules = {name: c.at_budget(index).to_json() for name, c in contents.modules.items()}
     config["quantization_config"] = {**block, "modules": modules}

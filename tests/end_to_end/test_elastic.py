@@ -135,7 +135,7 @@ def test_an_exported_budget_is_an_ordinary_checkpoint(
     assert torch.equal(logits(out, sample), logits(output / "checkpoint", sample, budget=0.7))
     assert ranks_of(out) == {}
     assert "elastic" not in block_of(out)
-    assert "budget" not in json.loads((out / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text())["budget"] is None
     inspected = lrc("inspect", out, "--verify", "--json")
     assert inspected.code == 0, inspected.err
     facts = json.loads(inspected.out)
@@ -245,6 +245,17 @@ def test_a_dense_copy_has_no_budget(run: Run, lrc: Callable[..., Any], tmp_path:
     assert lrc("export", checkpoint, out, "--format", "dense").code == 0
     config = json.loads((out / "config.json").read_text())
     assert config.keys().isdisjoint({"budget", "quantization_config"})
+
+
+def test_a_checkpoint_with_one_budget_says_so(run: Run, tmp_path: Path) -> None:
+    dedicated = run({"decompose": {"method": "svd-llm", "keep": 0.9}})[1] / "checkpoint"
+    elastic = run({"decompose": SVD_LLM})[1] / "checkpoint"
+    AutoModelForCausalLM.from_pretrained(dedicated).save_pretrained(tmp_path / "saved")
+    AutoModelForCausalLM.from_pretrained(elastic, budget=0.7).save_pretrained(tmp_path / "cut")
+    for folder in (dedicated, tmp_path / "saved", tmp_path / "cut"):
+        with pytest.raises(CheckpointError, match="not elastic and has only the size") as caught:
+            AutoModelForCausalLM.from_pretrained(folder, budget=0.7)
+        assert caught.value.code == "not-elastic"
 
 
 @pytest.mark.parametrize("keep", [0.65, 0.5, 1, "all", True])
