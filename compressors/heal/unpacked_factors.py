@@ -40,7 +40,8 @@ class UnpackedFactor:
     def __init__(self, component: LowRank, name: str, dtype: torch.dtype) -> None:
         packed: Any = component.get_submodule(name)
         weight = packed.weight.detach().float()
-        linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        rows, columns = weight.shape
+        linear = nn.Linear(columns, rows, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         component.add_module(name, linear)
         self.numbers, self._dtype = linear.weight, dtype
