@@ -94,11 +94,16 @@ def test_without_compensation_a_budget_is_the_dedicated_checkpoint(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"compensate": {}}, {"compensate": {}, "allocation": "uniform"}],
+    ids=["plain", "compensated", "uniform"],
+)
 def test_the_smallest_budget_of_a_refinement_is_the_dedicated_checkpoint(
-    run: Run, lrc: Callable[..., Any], tmp_path: Path
+    run: Run, lrc: Callable[..., Any], tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    _, output = run({"decompose": REFINED})
-    _, dedicated = run({"decompose": {"method": "kfac", "keep": BUDGETS[-1]}})
+    _, output = run({"decompose": {**REFINED, **options}})
+    _, dedicated = run({"decompose": {"method": "kfac", "keep": BUDGETS[-1], **options}})
     ended = lrc("export", output / "checkpoint", tmp_path / "out", "--keep", BUDGETS[-1])
     assert ended.code == 0, ended.err
     ours, theirs = (
