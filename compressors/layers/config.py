@@ -52,8 +52,12 @@ class WeightConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes of all components."""
-        return {name: size for c in self.components for name, size in c.sizes.items()}
+        """Sizes of all components; the rank is that of their sum."""
+        found: dict[str, int] = {}
+        for component in self.components:
+            for name, size in component.sizes.items():
+                found[name] = found.get(name, 0) + size
+        return found
 
     @property
     def quantization(self) -> QuantizationArgs | None:

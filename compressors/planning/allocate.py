@@ -94,7 +94,7 @@ def allocate(
 def _predictable(task: LayerTask, plan: Plan) -> bool:
     """Return whether a curve can predict the loss of a task with a known configuration."""
     solved = not isinstance(METHODS[task.method], Quantization)
-    solved = solved and task.config.types in METHODS[task.method].types
+    solved = solved and task.config.at_budget(-1).types in METHODS[task.method].types
     result = plan.results.get(task.name)
     return not task.pending and solved and (result is None or result.relative_error is None)
 

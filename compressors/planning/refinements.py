@@ -42,11 +42,6 @@ def refined(config: WeightConfig, ranks: Sequence[int]) -> WeightConfig:
     return replace(config, components=(*config.components, added))
 
 
-def whole_rank(config: WeightConfig) -> int:
-    """Return the rank of the pivot rows and of the refinement together."""
-    return sum(component.sizes["rank"] for component in config.components)
-
-
 def is_refined(allocation: Allocation) -> bool:
     """Return whether an allocation gives weights pivot rows with a refinement."""
     return bool(allocation.elastic) and allocation.types == (PivotedLowRank.TYPE,)
@@ -102,7 +97,7 @@ def refinement_within(
         return task.cost(refined(config, [rank]), measure)
 
     limit = min(cost, task.dense_cost(measure) - 1)
-    largest = min(task.shape) - whole_rank(config)
+    largest = min(task.shape) - config.sizes["rank"]
     return largest_within(cost_at, limit, largest, multiple=multiple)
 
 
@@ -121,7 +116,7 @@ def refinements(
     lost = curve.energies.double().flip(0).cumsum(0).flip(0).tolist()
     found = [smallest]
     for rank in range(multiple, most + 1, multiple):
-        each, whole = refined(config, [rank]), whole_rank(config) + rank
+        each, whole = refined(config, [rank]), config.sizes["rank"] + rank
         loss = lost[whole] if whole < len(lost) else 0.0
         if loss < found[-1].loss:
             found.append(Candidate(each, task.cost(each, measure), loss))
@@ -178,5 +173,5 @@ def _for_all(configs: Sequence[WeightConfig]) -> WeightConfig:
     smallest = configs[-1]
     if not smallest.compressed:
         return smallest
-    base = whole_rank(smallest)
-    return refined(smallest, [whole_rank(config) - base for config in configs])
+    base = smallest.sizes["rank"]
+    return refined(smallest, [config.sizes["rank"] - base for config in configs])

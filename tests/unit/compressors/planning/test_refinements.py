@@ -16,7 +16,6 @@ from lrc.compressors.planning.refinements import (
     elastic_config,
     refined,
     refined_choices,
-    whole_rank,
 )
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerTask, Weight
@@ -82,7 +81,7 @@ def choose(
 
 
 def lost(curve: Curve, config: WeightConfig) -> float:
-    return float(curve.energies[whole_rank(config) :].sum()) if config.compressed else 0.0
+    return float(curve.energies[config.sizes["rank"] :].sum()) if config.compressed else 0.0
 
 
 def test_every_budget_is_met_and_the_smallest_is_the_separate_optimum(
@@ -156,4 +155,4 @@ def test_a_weight_without_refinement_is_that_of_the_smallest_budget() -> None:
     assert refined(alone, [0, 0]) == alone
     config = refined(alone, [5, 3, 0])
     assert WeightConfig.from_json(config.to_json()) == config
-    assert [whole_rank(config.at_budget(i)) for i in range(3)] == [12, 10, 7]
+    assert [config.at_budget(i).sizes["rank"] for i in range(3)] == [12, 10, 7]
