@@ -19,9 +19,9 @@ class AdapterOptions(Strict):
     are trained, rounded to whole ones. (0, 1]."""
     choose: Literal["random", "norm"] = "random"
     """Of `s2ft`: whether they are drawn at random, or are those with the largest weights."""
-    terms: Annotated[int, Field(ge=2)] = 4
-    """Of `compacter`: number of Kronecker products, and the width of their small factors. Matrices
-    with sides that it does not divide are not trained."""
+    terms: Annotated[int, Field(ge=2, le=64)] = 4
+    """Of `compacter`: number of Kronecker products, and the width of their small factors, [2, 64].
+    Matrices with sides that it does not divide are not trained."""
     share: bool = True
     """Of `compacter`: whether all adapters have the same small factors; with `block`, those of a
     layer."""

@@ -66,8 +66,7 @@ class DecomposeBase(Strict):
     """Instead of `keep`: size of the weight files of the whole model, such as `180MiB`."""
     elastic: Budgets | None = None
     """Instead of `keep`: two or more budgets below 1, the largest first. The checkpoint stores the
-    largest, and can be cut to any of the others without calibration. For low-rank methods with
-    `storage: low_rank`."""
+    largest, and can be cut to any of the others without calibration. For low-rank methods."""
     measure: Literal["bits", "macs", "latency"] = "bits"
     """What `keep` is a fraction of: stored bits, multiply-adds per token, or the time of the
     products on the device that runs `lrc compress` or that `latency_table` was made on."""
@@ -199,11 +198,9 @@ class DecomposeBase(Strict):
         if self.why_not_elastic is not None:
             raise ValueError(
                 f"'elastic' cannot be combined with method: {self.method}, because "
-                f"{self.why_not_elastic}; choose svd-llm or kfac with storage: low_rank, or give "
-                "'keep' instead"
+                f"{self.why_not_elastic}; choose svd-llm or kfac, or give 'keep' instead"
             )
         for key, value, allowed in (
-            ("storage", self.component_types[0], ("low_rank",)),
             ("measure", self.measure, ("bits",)),
             ("allocation", self.allocation, ("uniform", "lagrangian")),
             ("plan", self.plan, (None,)),

@@ -52,11 +52,12 @@ class HealBase(Strict):
     budget is given. 0 only measures."""
     tokens: PositiveInt | None = None
     """Instead of `steps`: training tokens, rounded up to whole steps."""
-    minutes: Annotated[float, Field(gt=0)] | None = None
-    """Instead of `steps`: wall-clock time of the training; for `block`, of all layers together.
+    minutes: Annotated[float, Field(gt=0, le=10080)] | None = None
+    """Instead of `steps`: wall-clock time of the training, at most a week (10,080); for `block`, of
+    all layers together.
     The number of steps then differs from run to run, and so does the result."""
-    batch: PositiveInt = 8
-    """Windows per step."""
+    batch: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Windows per step, [1, 4096]."""
     rate: Rate = 1e-3
     held_out: PositiveInt = 16384
     """Tokens of the text that are never trained on; they choose the best step, and decide whether

@@ -18,7 +18,9 @@ from lrc.compressors.checkpoint.reader import Contents, check_checkpoint
 from lrc.compressors.checkpoint.writer import INDEX, write_weights
 from lrc.compressors.io.files import new_folder
 from lrc.compressors.io.shards import Header
-from lrc.compressors.layers.low_rank import LowRank, cut_factor
+from lrc.compressors.layers import ComponentConfig
+from lrc.compressors.layers.config import stored_tensors
+from lrc.compressors.layers.low_rank import cut_tensor
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.tasks import LayerResult
 
@@ -60,22 +62,24 @@ def export_budget(folder: Path, output: Path, keep: float, *, key: str = BUDGET)
 
 
 def _write_weights(out: Path, contents: Contents, index: int) -> None:
-    ranks = {
-        f"{name}.{component.type}.{factor}.weight": (factor, component.ranks[index])
-        for name, config in contents.modules.items()
-        for component in config.components
-        if component.type == LowRank.TYPE and component.ranks
-        for factor in ("a", "b")
-    }
+    shapes: dict[str, list[int]] = {}
+    cuts: dict[str, tuple[str, ComponentConfig]] = {}
+    for module, config in contents.modules.items():
+        for component in config.components:
+            if component.ranks:
+                for leaf in stored_tensors(*config.shape, component):
+                    cuts[f"{module}.{component.type}.{leaf}"] = leaf, component
+        for leaf, spec in config.at_budget(index).tensors().items():
+            shapes[f"{module}.{leaf}"] = spec.shape
     meta: dict[str, Tensor] = {}
     read: dict[str, Callable[[], Tensor]] = {}
     for name, header in contents.headers.items():
+        if name in cuts and name not in shapes:
+            continue  # this budget lacks the component
         read[name] = partial(_read, header, name)
-        shape = list(header.shape)
-        if name in ranks:
-            factor, rank = ranks[name]
-            shape[0 if factor == "a" else 1] = rank
-            read[name] = partial(_read_cut, header, name, factor, rank)
+        if name in cuts:
+            read[name] = partial(_read_cut, header, name, *cuts[name], index)
+        shape = shapes.get(name, list(header.shape))
         meta[name] = torch.empty(shape, dtype=_dtype(header, name), device="meta")
     write_weights(out, meta, lambda name: read[name]())
 
@@ -92,12 +96,12 @@ def _read(header: Header, name: str) -> Tensor:
     return tensor
 
 
-def _read_cut(header: Header, name: str, factor: str, rank: int) -> Tensor:
-    return cut_factor(factor, _read(header, name), rank)
+def _read_cut(header: Header, name: str, leaf: str, config: ComponentConfig, index: int) -> Tensor:
+    return cut_tensor(leaf, _read(header, name), config, config.ranks[index])
 
 
 def _write_config(out: Path, contents: Contents, index: int) -> None:
-    config = {key: value for key, value in contents.config.items() if key != BUDGET}
+    config = {**contents.config, BUDGET: None}
     block = {k: v for k, v in config["quantization_config"].items() if k != layout.ELASTIC}
     modules = {name: c.at_budget(index).to_json() for name, c in contents.modules.items()}
     config["quantization_config"] = {**block, "modules": modules}

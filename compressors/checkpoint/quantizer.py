@@ -132,8 +132,8 @@ class LrcQuantizer(HfQuantizer):
                 "load the folder of a checkpoint, with a version of transformers that lrc supports"
             )
         folder, options = Path(checkpoint_files[0]).parent, self.quantization_config
-        if options.budgets:
-            keep = getattr(model.config, BUDGET, options.budgets[0])
+        keep = getattr(model.config, BUDGET, None)
+        if keep is not None:
             self._cut = budget_index(options.budgets, keep, where=str(folder), key=BUDGET)
         check_headers(self.rebuild_(model), checkpoint_files, model)
         # Files are compared with their hashes while transformers loads them.
@@ -180,6 +180,7 @@ class LrcQuantizer(HfQuantizer):
         if self._cut:
             cut_model_(model, self._cut)
             self._forget_budgets(model)
+            setattr(model.config, BUDGET, None)
         replaced = ReplacedTensors()
         optimize(model, replaced=replaced)
         share_inputs(model, replaced=replaced)

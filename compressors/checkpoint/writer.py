@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrc.compressors.checkpoint.elastic_budgets import BUDGET
-from lrc.compressors.checkpoint.format import ELASTIC
+from lrc.compressors.checkpoint.format import ELASTIC, QUANT_METHOD
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 10**9
@@ -58,8 +58,9 @@ def config_text(model: PreTrainedModel, block: Mapping[str, Any], dtype: str) ->
         content.pop(key, None)
     if block:
         content["quantization_config"] = block
-    if ELASTIC in block:
-        content[BUDGET] = block[ELASTIC]["budgets"][0]
+    if block.get("quant_method") == QUANT_METHOD:
+        # `from_pretrained` passes an argument on to the loader only if the config has its name.
+        content[BUDGET] = block[ELASTIC]["budgets"][0] if ELASTIC in block else None
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 

@@ -34,7 +34,7 @@ class WeightGroup:
 
     def gradient_moment(self, member: int) -> Tensor | None:
         """Return the damped second moment of the output gradients, if errors are weighted by it."""
-        part = METHODS[self.task.method].parts.get(self.task.config.types)
+        part = METHODS[self.task.method].parts.get(self.task.config.at_budget(-1).types)
         gradients = self.statistics[member].gradients
         if part is None or "gradients" not in part.statistics:
             return None

@@ -15,9 +15,11 @@ from lrc.compressors.compress.group import (
     left_dense,
     stored_weight,
 )
+from lrc.compressors.compress.refine import refine
 from lrc.compressors.compress.solve import compress_group, refit_dense
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
+from lrc.compressors.layers import layer_tensors
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.required_statistics import caps_tokens, solver_statistics
@@ -25,6 +27,8 @@ from lrc.compressors.planning.tasks import LayerResult, LayerTask, Weight
 from lrc.compressors.solvers.error_compensation import PrefixMoments, refit_target
 from lrc.compressors.solvers.moments import Moment, Statistics
 
+COMPRESSED = "compressed"
+"""Folder of the journal with the results."""
 _RESULTS = TypeAdapter(dict[str, LayerResult])
 
 
@@ -59,6 +63,8 @@ def compress_layers(
     on_step: OnStep,
     prefix: Prefix | None = None,
     finished: Callable[[int], None] = lambda layer: None,
+    folder: str = COMPRESSED,
+    base: str | None = None,
 ) -> Plan:
     """Compress every weight of a plan.
 
@@ -73,6 +79,11 @@ def compress_layers(
     finished : callable
         Called with the index of a layer when its results are stored and its statistics can be
         deleted.
+    folder : str
+        Of the journal, for the results.
+    base : str, optional
+        Folder with the results of the same plan at its smallest budget. Tasks that compensate then
+        only add refinements to them.
 
     Returns
     -------
@@ -81,36 +92,36 @@ def compress_layers(
         checkpoint and in the dtype of the model; those of a group are in the file of its first
         layer.
     """
-    work = Compression(plan, reader, journal, statistics, device)
+    work = Compression(plan, reader, journal, statistics, device, folder, base)
     layers = sorted({w.layer for task in plan.tasks for w in task.weights})
     # Hidden states are needed up to the last layer that still has to be refitted.
     refit = [task.layer for task in plan.tasks if task.compensate is not None]
-    last = max((i for i in refit if not journal.has(layer_file(i))), default=-1)
+    last = max((i for i in refit if not journal.has(layer_file(i, folder))), default=-1)
     assert prefix is not None or last < 0
     for index in range(max(layers[-1], last) + 1):
         follows = prefix if index <= last else None
         if index in layers:
-            if not journal.has(layer_file(index)):
+            if not journal.has(layer_file(index, folder)):
                 work.write_layer(index, follows)
             elif follows is not None:
                 names = [name for group in follows.groups(index) for name in group]
                 work.insert(names, {}, {}, follows)  # resumed: this layer is on disk
             finished(index)
-            plan = plan.with_results(read_results(journal, index))
+            plan = plan.with_results(read_results(journal, index, folder))
             on_step("compress", layers.index(index) + 1, len(layers))
         if follows is not None and index < last:
             follows.advance(index)
     return plan
 
 
-def layer_file(layer: int) -> str:
+def layer_file(layer: int, folder: str = COMPRESSED) -> str:
     """Return the journal's name for the compressed tensors of one decoder layer."""
-    return f"compressed/layer-{layer:04d}.safetensors"
+    return f"{folder}/layer-{layer:04d}.safetensors"
 
 
-def read_results(journal: Journal, layer: int) -> dict[str, LayerResult]:
+def read_results(journal: Journal, layer: int, folder: str = COMPRESSED) -> dict[str, LayerResult]:
     """Read the results of the tasks that belong to a finished layer."""
-    facts: Any = journal.read_facts(layer_file(layer))["results"]
+    facts: Any = journal.read_facts(layer_file(layer, folder))["results"]
     return _RESULTS.validate_python(facts)
 
 
@@ -119,12 +130,13 @@ def write_results(
     layer: int,
     results: Mapping[str, LayerResult],
     tensors: Mapping[str, Tensor],
+    folder: str = COMPRESSED,
 ) -> None:
     """Write results and tensors of a layer; a layer whose file exists is finished."""
     facts = _RESULTS.dump_python(dict(results), mode="json")
     # A safetensors file needs at least one tensor, and a layer may stay dense as a whole.
     stored = tensors or {"none": torch.zeros(1)}
-    journal.write_tensors(layer_file(layer), stored, {"results": facts})
+    journal.write_tensors(layer_file(layer, folder), stored, {"results": facts})
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,8 @@ class Compression:
     journal: Journal
     statistics: Callable[[Weight], Statistics]
     device: str
+    folder: str = COMPRESSED
+    base: str | None = None
 
     def write_layer(self, layer: int, prefix: Prefix | None) -> None:
         """Compress the tasks of a layer and finish its file."""
@@ -164,7 +178,7 @@ class Compression:
                 self.insert(names, results, tensors, prefix)
             for task in refit.values():  # not executed by the model, like an unused expert
                 store(self.compress(task))
-        write_results(self.journal, layer, results, tensors)
+        write_results(self.journal, layer, results, tensors, self.folder)
 
     def insert(
         self,
@@ -179,10 +193,10 @@ class Compression:
             if name not in task_of:
                 continue
             task = task_of[name]
-            file = layer_file(task.layer)
+            file = layer_file(task.layer, self.folder)
             result = results.get(task.name)
             if result is None:
-                result = read_results(self.journal, task.layer)[task.name]
+                result = read_results(self.journal, task.layer, self.folder)[task.name]
 
             def read(key: str, file: str = file) -> Tensor:
                 known = tensors[key] if key in tensors else self.journal.read_tensor(file, key)
@@ -212,6 +226,9 @@ class Compression:
             deficit=measured.deficit.get(task.name),
             residual=compensate.residual,
         )
+        if self.base is not None:
+            group = self._group(task, [V], W.dtype, inputs=Moment.of(measured.H))
+            return refine(group, self._at_smallest(task, self.base))
         if not task.config.compressed:
             return refit_dense(task, V, W.dtype, note)
         done = compress_group(self._group(task, [V], W.dtype, inputs=Moment.of(measured.H)))
@@ -219,6 +236,16 @@ class Compression:
         if not done.result.config.compressed:
             return refit_dense(task, V, W.dtype, fallback)
         return replace(done, result=replace(done.result, refit=True, fallback=fallback))
+
+    def _at_smallest(self, task: LayerTask, folder: str) -> CompressedGroup:
+        """Return the result of a task for the smallest budget."""
+        file = layer_file(task.layer, folder)
+        result = read_results(self.journal, task.layer, folder)[task.name]
+        leaves = [leaf for leaf in layer_tensors(result.config) if leaf != "weight"]
+        if not result.config.compressed:
+            leaves = ["weight"] if result.refit else []
+        names = {f"{task.name}.{leaf}": f"{task.name}.{leaf}" for leaf in leaves}
+        return CompressedGroup(task, result, self.journal.read_tensors(file, names))
 
     def _predicted(self, done: CompressedGroup) -> LayerResult:
         """Return the result with the allocator's prediction where the solver made none."""

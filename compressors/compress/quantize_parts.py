@@ -90,7 +90,7 @@ def quantize_parts(
     H, how = group.input_moment(member), _quantizer(group)
     joint = JOINT_QUANTIZERS.get(config.types)
     if H is None or joint is None or config.shares is not None or len(group.weights) > 1:
-        nearest = [_nearest(part, args, group.dtype) for part in encoded]
+        nearest = [nearest_parts(part, args, group.dtype) for part in encoded]
         return QuantizedParts(nearest, NO_INPUT if H is None and how.quantizer != "rtn" else None)
     G = group.gradient_moment(member) if config.types in USES_GRADIENTS else None
     target = _Target(group.weights[member], H, G, args, how, group.dtype, group.seed)
@@ -159,10 +159,10 @@ those of other types are rounded to nearest separately."""
 USES_GRADIENTS = ("low_rank", "pivoted_low_rank")
 
 
-def _nearest(
+def nearest_parts(
     tensors: dict[str, Tensor], args: QuantizationArgs, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Round every matrix and all values to nearest."""
+    """Round every matrix and all values of a component to nearest."""
     quantized: dict[str, Tensor] = {}
     for leaf, tensor in tensors.items():
         if leaf.endswith(".weight"):

@@ -13,7 +13,12 @@ from lrc.compressors.compress.group import (
     joined,
     left_dense,
 )
-from lrc.compressors.compress.quantize_parts import QuantizedParts, quantize_parts, quantize_whole
+from lrc.compressors.compress.quantize_parts import (
+    QuantizedParts,
+    nearest_parts,
+    quantize_parts,
+    quantize_whole,
+)
 from lrc.compressors.io.machine import to_host
 from lrc.compressors.layers import COMPONENTS, WeightConfig, reconstruct
 from lrc.compressors.layers.pivot_rows import NoPivotRows
@@ -73,7 +78,7 @@ def _decomposed(group: WeightGroup) -> CompressedGroup:
     task, method = group.task, METHODS[group.task.method]
     if reason := missing_reason(group.statistics, method.statistics):
         return left_dense(task, reason)
-    part = method.parts[task.config.types]
+    part = method.parts[task.config.at_budget(-1).types]
     if isinstance(part, FixedSizeMethod):
         return _fixed_size(group, part)
     assert isinstance(part, LowRankMethod)
@@ -111,7 +116,7 @@ def _low_rank(group: WeightGroup, method: LowRankMethod) -> CompressedGroup:
         curve = shared_spectrum(group.weights, inputs, **options)
     else:
         curve = method.solve(group.weights[0], group.statistics[0], **options)
-    config, factors, encoded, note = _encoded(group.task, curve)
+    config, factors, encoded, note = _encoded(group.task, curve, group.dtype)
     if config is None:
         return left_dense(group.task, note)
     nats = _predicted(group, method, curve.tail_energy(factors.rank))
@@ -128,16 +133,18 @@ def _predicted(group: WeightGroup, method: Method, squared_error: float) -> floa
 
 
 def _encoded(
-    task: LayerTask, curve: Spectrum
+    task: LayerTask, curve: Spectrum, dtype: torch.dtype
 ) -> tuple[WeightConfig | None, Factors, Encoded, str | None]:
     """Truncate at the planned rank and encode; as two plain factors if that is not possible.
 
     Plain factors of the same rank are larger: the rank is lowered to the planned size.
     """
-    component = task.config.components[0]
+    component, *others = task.config.components
     args = component.quantization
     group_size = 1 if args is None else args.group_size or 1
     rank = component.sizes["rank"]
+    if others:
+        return _refined(task, curve, dtype)
     factors = _padded(curve.truncate(rank), group_size)
 
     def encode(kind: str) -> Encoded:
@@ -157,6 +164,39 @@ def _encoded(
     factors = _padded(curve.truncate(rank), group_size)
     note = joined(factors.fallback, f"stored as low_rank of rank {factors.rank}: {reason}")
     return plain.config(factors.rank), factors, encode("low_rank"), note
+
+
+def _refined(
+    task: LayerTask, curve: Spectrum, dtype: torch.dtype
+) -> tuple[WeightConfig, Factors, Encoded, str | None]:
+    """Encode the first singular vectors as pivot rows, and the next ones as integers.
+
+    Without pivot rows, two plain factors take at each budget as much as planned.
+    """
+    base, refinement = task.config.components
+    args, planned = refinement.quantization, base.sizes["rank"]
+    assert args is not None
+    factors = curve.truncate(planned + refinement.sizes["rank"])
+    rank = min(planned, factors.rank)
+    try:
+        encoded = [COMPONENTS[base.type].encode(B=factors.B[:, :rank], A=factors.A[:rank])]
+    except NoPivotRows as error:
+        plain = SizeSteps(task, "low_rank")
+        costs = [task.bits_of(task.config.at_budget(i)) for i in range(len(refinement.ranks))]
+        ranks = [max(plain.within(cost / task.dense_bits, BITS), 1) for cost in costs]
+        factors = curve.truncate(ranks[0])
+        note = joined(factors.fallback, f"stored as low_rank of rank {factors.rank}: {error}")
+        (component,) = plain.config(ranks[0]).components
+        component = replace(component, ranks=tuple(ranks)).with_rank(factors.rank)
+        config = replace(task.config, components=(component,))
+        return config, factors, [[COMPONENTS["low_rank"].encode(B=factors.B, A=factors.A)]], note
+    components = [base.with_rank(rank)]
+    if factors.rank > rank:
+        components.append(refinement.with_rank(factors.rank - rank))
+        rest = {"a.weight": factors.A[rank:], "b.weight": factors.B[:, rank:]}
+        encoded.append(nearest_parts(rest, args, dtype))
+    config = replace(task.config, components=tuple(components))
+    return config, factors, [encoded], factors.fallback
 
 
 def _padded(factors: Factors, multiple: int) -> Factors:
@@ -180,7 +220,7 @@ def _stored(
             own = group.task.config_of(weight, config)
             found = (
                 QuantizedParts(_cast(encoded[member], group.dtype))
-                if config.quantization is None
+                if config.quantization is None or config.elastic
                 else quantize_parts(group, member, own, encoded[member])
             )
             fallback = joined(fallback, found.fallback)

@@ -18,8 +18,10 @@ from lrc.compressors.heal.budget_switch import BudgetSwitch
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.divergence import Predictor, add_gradients, mean_divergence
 from lrc.compressors.heal.gradient_step import GradientStep
+from lrc.compressors.heal.moving_support import MovingSupport
 from lrc.compressors.heal.schedule import batch_rows
 from lrc.compressors.heal.trained_files import model_file, write_trained
+from lrc.compressors.heal.unpacked_factors import UnpackedFactor, unpack_factors_
 from lrc.compressors.heal.work import (
     HealWork,
     Snapshots,
@@ -55,8 +57,11 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     selected = select(student, options, ends)
     if not selected:
         raise nothing_to_train(work.where, options.train)
-    supports = selected_supports_(student, selected, options)
-    trained = trained_parameters(selected, stored, supports, seed=work.seed)
+    forms: dict[str, MovingSupport | UnpackedFactor] = {}
+    forms |= selected_supports_(student, selected, options)
+    if options.train != "scales":
+        forms |= unpack_factors_(student, selected, stored)
+    trained = trained_parameters(selected, stored, forms, seed=work.seed)
     names = models.architecture.layer_names
     if options.checkpointing:
         for name in names:

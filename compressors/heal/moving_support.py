@@ -45,6 +45,9 @@ class MovingSupport:
     recorded step reads it.
     """
 
+    moves = True
+    """Whether values change their places."""
+
     def __init__(self, component: MaskedEntries) -> None:
         self._component, self._stored = component, component.get_parameter(VALUES)
         self.entries = nn.Parameter(component.entries().detach().clone(), requires_grad=False)

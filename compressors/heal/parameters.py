@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.heal.moving_support import VALUES, MovingSupport
+from lrc.compressors.heal.unpacked_factors import UnpackedFactor
 from lrc.compressors.layers import CompressedLinear
 from lrc.compressors.methods.base import LOW_RANK_TYPES
 
@@ -89,17 +90,17 @@ class TrainedParameters:
         By their names in the checkpoint. They require gradients from now on.
     dtypes : mapping of str to torch.dtype
         Of the stored tensors, whose values the parameters have.
-    supports : mapping of str to MovingSupport
-        Of the parameters of which only the largest entries are stored.
+    forms : mapping of str to MovingSupport or UnpackedFactor
+        Of the parameters that are stored in another form: only the largest entries, or integers.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         dtypes: Mapping[str, torch.dtype],
-        supports: Mapping[str, MovingSupport] = MappingProxyType({}),
+        forms: Mapping[str, MovingSupport | UnpackedFactor] = MappingProxyType({}),
     ) -> None:
-        self._supports = supports
+        self._forms = forms
         self.parameters = {name: parameters[name].requires_grad_(True) for name in parameters}
         self._dtypes = dtypes
         self.start = self.rounded()
@@ -120,11 +121,11 @@ class TrainedParameters:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     def rounded(self) -> dict[str, Tensor]:
-        """Return the values as they would be stored; with zeros outside a moving support."""
+        """Return the values as they would be stored: rounded, or zero outside of a support."""
         found = {}
         for name, parameter in self.parameters.items():
-            support = self._supports.get(name)
-            exact = parameter.detach() if support is None else support.selected()
+            form = self._forms.get(name)
+            exact = parameter.detach() if form is None else form.selected()
             found[name] = exact.to(self._dtypes[name], copy=True)
         return found
 
@@ -132,21 +133,20 @@ class TrainedParameters:
         """Return the tensors of the checkpoint for what `rounded` returned, on the CPU."""
         found: dict[str, Tensor] = {}
         for name, tensor in rounded.items():
-            support = self._supports.get(name)
+            form = self._forms.get(name)
             tensors = {name: tensor}
-            if support is not None:
+            if form is not None:
                 prefix = name.removesuffix(VALUES)
-                tensors = {f"{prefix}{key}": each for key, each in support.encode(tensor).items()}
+                tensors = {f"{prefix}{key}": each for key, each in form.encode(tensor).items()}
             found |= {key: each.cpu() for key, each in tensors.items()}
         return found
 
     def moved(self, rounded: Mapping[str, Tensor]) -> int | None:
         """Return how many values have other places than at first; None if places are fixed."""
-        if not self._supports:
+        moving = [name for name, form in self._forms.items() if form.moves]
+        if not moving:
             return None
-        return sum(
-            int(((rounded[name] != 0) & (self.start[name] == 0)).sum()) for name in self._supports
-        )
+        return sum(int(((rounded[name] != 0) & (self.start[name] == 0)).sum()) for name in moving)
 
     @torch.no_grad()
     def set_(self, values: Mapping[str, Tensor]) -> None:
@@ -178,5 +178,5 @@ class TrainedParameters:
         self._select_()
 
     def _select_(self) -> None:
-        for support in self._supports.values():
-            support.select_()
+        for form in self._forms.values():
+            form.select_()

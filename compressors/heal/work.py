@@ -22,6 +22,7 @@ from lrc.compressors.heal.pace import Pace
 from lrc.compressors.heal.parameters import TrainedParameters, parameter_roles
 from lrc.compressors.heal.stored import StoredModel
 from lrc.compressors.heal.trained_files import state_file
+from lrc.compressors.heal.unpacked_factors import UnpackedFactor
 from lrc.compressors.layers.dense import Dense
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session
@@ -110,7 +111,7 @@ def nothing_to_train(where: str, train: str) -> RecipeError:
 def trained_parameters(
     selected: Mapping[str, Trainable],
     stored: StoredModel,
-    supports: Mapping[str, MovingSupport],
+    forms: Mapping[str, MovingSupport | UnpackedFactor],
     *,
     seed: int,
 ) -> TrainedParameters:
@@ -118,7 +119,11 @@ def trained_parameters(
     sites = {n: each for n, each in selected.items() if isinstance(each, AdapterSite)}
     if not sites:
         parameters = {n: each for n, each in selected.items() if isinstance(each, nn.Parameter)}
-        return TrainedParameters(parameters, stored.dtypes(parameters), supports)
+        unpacked = {n for n, form in forms.items() if isinstance(form, UnpackedFactor)}
+        dtypes = stored.dtypes(parameters.keys() - unpacked)
+        return TrainedParameters(
+            parameters, {**dtypes, **dict.fromkeys(unpacked, torch.float32)}, forms
+        )
     matrices = {name: site.matrix for name, site in sites.items()}
     for name, matrix in matrices.items():
         if isinstance(matrix, IntegerMatrix) and name.endswith(WHOLE):

@@ -41,7 +41,7 @@ class ComponentConfig:
     """Name of the layer that stores the shared first factor; None if this one has its own."""
     ranks: tuple[int, ...] = ()
     """Ranks that the component can be cut to, one for every budget of an elastic checkpoint, from
-    the stored one on; empty if it has no other budgets."""
+    the stored one on, 0 where a budget lacks the component; empty if it has no other budgets."""
 
     def with_rank(self, rank: int) -> "ComponentConfig":
         """Return the same configuration with another rank, which limits those of all budgets."""

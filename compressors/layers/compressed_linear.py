@@ -111,8 +111,11 @@ class CompressedLinear(nn.Module):
         """Cut components with several budgets to one of these, which are counted from 0."""
         self.config = self.config.at_budget(index)
         for component in self.components:
-            if isinstance(component, LowRank) and component.config.ranks:
-                component.cut_(index)
+            if isinstance(component, LowRank) and (ranks := component.config.ranks):
+                if ranks[index] == 0:
+                    del self._modules[component.TYPE]
+                else:
+                    component.cut_(index)
 
     def dense_weight(self) -> Tensor:
         """Return ``W_hat`` [d_out, d_in] in float32."""

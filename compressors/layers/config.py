@@ -52,8 +52,12 @@ class WeightConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes of all components."""
-        return {name: size for c in self.components for name, size in c.sizes.items()}
+        """Sizes of all components; the rank is that of their sum."""
+        found: dict[str, int] = {}
+        for component in self.components:
+            for name, size in component.sizes.items():
+                found[name] = found.get(name, 0) + size
+        return found
 
     @property
     def quantization(self) -> QuantizationArgs | None:
@@ -82,7 +86,8 @@ class WeightConfig:
 
     def at_budget(self, index: int) -> "WeightConfig":
         """Return the configuration after a cut to one of the budgets, which are counted from 0."""
-        return replace(self, components=tuple(c.at_budget(index) for c in self.components))
+        kept = (c.at_budget(index) for c in self.components if not c.ranks or c.ranks[index])
+        return replace(self, components=tuple(kept))
 
     def tensors(self) -> TensorSpecs:
         """Return the stored tensors by their names within the layer, without sentinel and bias.
@@ -154,7 +159,7 @@ class WeightConfig:
         if not isinstance(shape, list) or [type(n) for n in shape] != [int, int] or min(shape) < 1:
             raise ValueError(f"'shape' must be [d_out, d_in], got {shape!r:.60}")
         listed = _expect(found.get("components"), list, "a list 'components'")
-        components = tuple(_component(each) for each in listed)
+        components = tuple(_component(each, alone=len(listed) == 1) for each in listed)
         if len({c.type for c in components}) < len(components):
             raise ValueError("the types of 'components' must differ")
         bias = _expect(found.get("bias", False), bool, "true or false as 'bias'")
@@ -177,7 +182,7 @@ def stored_tensors(d_out: int, d_in: int, component: ComponentConfig) -> TensorS
     return component.quantization.quantized_specs(specs)
 
 
-def _component(record: Any) -> ComponentConfig:
+def _component(record: Any, *, alone: bool) -> ComponentConfig:
     found = _expect(record, dict, "components that are mappings with a 'type'")
     got = found.get("type")
     kind = COMPONENTS.get(got) if isinstance(got, str) else None
@@ -206,16 +211,21 @@ def _component(record: Any) -> ComponentConfig:
         raise ValueError(f"'quantization' {error}") from None
     sizes = {name: found[name] for name in kind.SIZES}
     component = ComponentConfig(kind.TYPE, sizes, parsed, pattern, shares)
-    return component if "ranks" not in found else _with_ranks(component, found["ranks"])
+    return component if "ranks" not in found else _with_ranks(component, found["ranks"], alone)
 
 
-def _with_ranks(component: ComponentConfig, ranks: Any) -> ComponentConfig:
-    if component.quantization or component.shares:
-        raise ValueError("'ranks' must be left out next to 'quantization' and 'shares'")
-    whole = isinstance(ranks, list) and all(type(rank) is int and rank >= 1 for rank in ranks)
+def _with_ranks(component: ComponentConfig, ranks: Any, alone: bool) -> ComponentConfig:
+    args = component.quantization
+    if component.shares or (args is not None and (args.group_size or not args.symmetric)):
+        raise ValueError(
+            "'ranks' must be left out next to 'shares', and next to a 'quantization' with groups "
+            "or zero points"
+        )
+    least = 1 if alone else 0
+    whole = isinstance(ranks, list) and all(type(rank) is int and rank >= least for rank in ranks)
     if not whole or ranks[:1] != [component.sizes["rank"]] or sorted(ranks)[::-1] != ranks:
         raise ValueError(
-            f"'ranks' must be whole numbers >= 1 that start with the rank "
+            f"'ranks' must be whole numbers >= {least} that start with the rank "
             f"{component.sizes['rank']} and do not increase, got {ranks!r:.60}"
         )
     return replace(component, ranks=tuple(ranks))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.layers.component import ComponentConfig, SharedFactorComponent, multiply
+from lrc.compressors.layers.packing import repack_integers, unpack_integers
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 from lrc.compressors.layers.tiles import exceeds, in_tiles
 
@@ -67,18 +68,25 @@ class LowRank(SharedFactorComponent):
         return multiply(self.get_submodule("b"), self.multiply_first_alone(x))
 
     def _cut_product(self, x: Tensor, rank: int) -> Tensor:
-        a, b = (self.get_submodule(name).get_parameter("weight") for name in ("a", "b"))
+        a, b = (linear.weight for linear in self._factors())
         return nn.functional.linear(nn.functional.linear(x, a[:rank]), b[:, :rank])
 
+    def _factors(self) -> tuple[Any, Any]:
+        return self.get_submodule("a"), self.get_submodule("b")
+
+    @torch.no_grad()
     def cut_(self, index: int) -> None:
         """Cut the factors to one of the budgets, which are counted from 0, and free the rest."""
-        self.config = self.config.at_budget(index)
+        old, self.config = self.config, self.config.at_budget(index)
         rank = self.config.sizes["rank"]
-        for name in ("a", "b"):
-            linear: Any = self.get_submodule(name)
-            weight = cut_factor(name, linear.weight.detach(), rank)
-            linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-            linear.out_features, linear.in_features = weight.shape
+        for name, linear in zip(("a", "b"), self._factors(), strict=True):
+            for key, parameter in linear.named_parameters():
+                cut = cut_tensor(f"{name}.{key}", parameter, old, rank)
+                setattr(linear, key, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+            for key, buffer in linear.named_buffers():
+                setattr(linear, key, cut_tensor(f"{name}.{key}", buffer, old, rank))
+        first, second = self._factors()
+        first.out_features = second.in_features = rank
 
     def matrix(self) -> Tensor:
         """Return ``B @ A`` [d_out, d_in] in float32."""
@@ -87,8 +95,33 @@ class LowRank(SharedFactorComponent):
         return B @ self.first_matrix(B)
 
 
-def cut_factor(name: str, factor: Tensor, rank: int) -> Tensor:
-    """Return a copy of the first rows of the factor ``a``, or of the first columns of ``b``."""
-    return (factor[:rank] if name == "a" else factor[:, :rank]).clone(
-        memory_format=torch.contiguous_format
-    )
+def cut_tensor(name: str, tensor: Tensor, config: ComponentConfig, rank: int) -> Tensor:
+    """Return a copy of what a lower rank needs of a stored tensor.
+
+    These are the first rows of the factor ``a`` and the first columns of ``b``. Integers of both
+    keep their scales, of which every row has one.
+
+    Parameters
+    ----------
+    name : str
+        Within the component, for example ``b.weight_packed``.
+    tensor : Tensor
+    config : ComponentConfig
+        Of the component before the cut.
+    rank : int
+        The lower rank.
+    """
+    factor, leaf = name.split(".")
+    if leaf == "weight_shape":
+        shape = tensor.clone()
+        shape[0 if factor == "a" else 1] = rank
+        return shape
+    if factor == "a":
+        return tensor[:rank].clone()
+    if leaf == "weight_packed":
+        assert config.quantization is not None
+        bits = config.quantization.bits
+        codes = unpack_integers(tensor, bits, config.sizes["rank"])
+        return repack_integers(codes[:, :rank], bits)
+    columns = tensor[:, :rank] if leaf == "weight" else tensor
+    return columns.clone(memory_format=torch.contiguous_format)

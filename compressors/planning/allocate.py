@@ -21,6 +21,7 @@ from lrc.compressors.planning.fused_layers import fused_groups
 from lrc.compressors.planning.plan import Allocation, Plan
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.rate_distortion import Curve, curves_for
+from lrc.compressors.planning.refinements import elastic_config, is_refined, refined_choices
 from lrc.compressors.planning.required_statistics import with_statistics
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerResult, LayerTask, Weight
@@ -93,7 +94,7 @@ def allocate(
 def _predictable(task: LayerTask, plan: Plan) -> bool:
     """Return whether a curve can predict the loss of a task with a known configuration."""
     solved = not isinstance(METHODS[task.method], Quantization)
-    solved = solved and task.config.types in METHODS[task.method].types
+    solved = solved and task.config.at_budget(-1).types in METHODS[task.method].types
     result = plan.results.get(task.name)
     return not task.pending and solved and (result is None or result.relative_error is None)
 
@@ -169,26 +170,49 @@ def _decide_elastic(
             offers[task.name] = candidates_for(task, curves[task.name], allocation)
             continue
         parts = [_at_fraction(task, each.budget / total, each, None) for each in budgets]
-        config, note = with_budgets([part[0] for part in parts]), parts[-1][1]
+        config, note = elastic_config(task, [part[0] for part in parts], allocation), parts[-1][1]
         config = WeightConfig(task.shape) if config is None else config
         found.append((task.with_config(config, note), None))
         for index in range(len(budgets)):
             left[index] -= task.cost(config.at_budget(index), allocation.measure)
+    compared = [task for task in tasks if task.name in offers]
     try:
-        choices = nested_choices([*offers.values()], left)
+        chosen = _choose_elastic(compared, offers, curves, left, allocation)
     except BudgetError as error:
         others = budgets[-1].budget - left[-1]
         raise BudgetError(budgets[-1].budget, error.smallest + others) from error
-    compared = [task for task in tasks if task.name in offers]
-    for task, *picked in zip(compared, *choices, strict=True):
-        chosen = [offers[task.name][index] for index in picked]
-        config = with_budgets([candidate.config for candidate in chosen])
-        assert config is not None
+    for task, (config, largest) in zip(compared, chosen, strict=True):
         if config.compressed:
-            found.append((task.with_config(config), chosen[0].loss))
+            found.append((task.with_config(config), largest.loss))
         else:
             note = curves[task.name].note or "kept dense at all budgets by the lagrangian allocator"
             found.append((task.kept_dense(note), None))
+    return found
+
+
+def _choose_elastic(
+    tasks: Sequence[LayerTask],
+    offers: dict[str, list[Candidate]],
+    curves: dict[str, Curve],
+    budgets: Sequence[int],
+    allocation: Allocation,
+) -> list[tuple[WeightConfig, Candidate]]:
+    """Return the configuration of every task for all budgets, and the choice for the largest."""
+    candidates = [offers[task.name] for task in tasks]
+    if is_refined(allocation):
+        return refined_choices(
+            candidates,
+            tasks,
+            [curves[task.name] for task in tasks],
+            budgets,
+            allocation.measure,
+            multiple=allocation.rank_multiple,
+        )
+    found = []
+    for each, *picked in zip(candidates, *nested_choices(candidates, budgets), strict=True):
+        config = with_budgets([each[index].config for index in picked])
+        assert config is not None
+        found.append((config, each[picked[0]]))
     return found
 
 

@@ -139,7 +139,7 @@ def _curve(
     together = combined(per_weight)
     points: list[Point] = []
     total = 0.0  # the same for all parts: they share the metric of the method
-    wanted = (task.config.types,) if allocation is None else allocation.types
+    wanted = (task.config.at_budget(-1).types,) if allocation is None else allocation.types
     parts = {types: part for types, part in method.parts.items() if types in wanted}
     low_rank = next((part for part in parts.values() if isinstance(part, LowRankMethod)), None)
     if low_rank is not None:

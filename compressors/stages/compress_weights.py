@@ -2,18 +2,27 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
-from lrc.compressors.compress.layerwise import compress_layers, layer_file, read_results
+from lrc.compressors.compress.layerwise import (
+    COMPRESSED,
+    compress_layers,
+    layer_file,
+    read_results,
+)
 from lrc.compressors.compress.quantize_embeddings import quantize_embeddings
 from lrc.compressors.io.files import write_text
 from lrc.compressors.planning.allocate import allocate
 from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.session import Session
 from lrc.compressors.stages.measured_times import with_measured_times
 
+SMALLEST = "smallest"
+"""Folder of the journal with weights at the smallest budget, to which refinements are added."""
 ALLOCATED, EXECUTED = "plan.json", "executed.json"
 """Plans in the journal: before compression, and with results."""
 
@@ -35,17 +44,24 @@ def compress_weights(session: Session, plan: Plan) -> Plan:
     with session.clock("compress"):
         plan = quantize_embeddings(plan, reader, session.journal, device=device)
         if plan.tasks:
-            plan = compress_layers(
-                plan,
-                reader,
-                session.journal,
-                session.statistics,
+            compress = partial(
+                compress_layers,
+                reader=reader,
+                journal=session.journal,
+                statistics=session.statistics,
                 device=device,
                 on_step=session.on_step,
-                prefix=_prefix(session, plan),
-                finished=finished,
             )
+            base = None
+            if any(_fits_each_budget(task) for task in plan.tasks):
+                base = SMALLEST
+                smallest = plan.with_tasks(
+                    replace(task, config=task.config.at_budget(-1)) for task in plan.tasks
+                )
+                compress(smallest, prefix=_prefix(session, smallest, base), folder=base)
+            plan = compress(plan, prefix=_prefix(session, plan), finished=finished, base=base)
     session.journal.write_json(EXECUTED, plan.to_json())
+    session.journal.forget(SMALLEST)
     return plan
 
 
@@ -112,9 +128,14 @@ def _allocate(session: Session, plan: Plan, *, predict_all: bool = False) -> Pla
     )
 
 
-def _prefix(session: Session, plan: Plan) -> SequentialCalibration | None:
+def _fits_each_budget(task: LayerTask) -> bool:
+    """Return whether a task compensates for errors that depend on the budget, with a refinement."""
+    return task.compensate is not None and task.config.elastic and len(task.config.components) > 1
+
+
+def _prefix(session: Session, plan: Plan, folder: str = COMPRESSED) -> SequentialCalibration | None:
     """Return the dense and the compressed model for error compensation, if layers need it."""
     refit = {task.layer for task in plan.tasks if task.compensate is not None}
-    if all(session.journal.has(layer_file(layer)) for layer in refit):
+    if all(session.journal.has(layer_file(layer, folder)) for layer in refit):
         return None
     return SequentialCalibration(session.models.calibration())

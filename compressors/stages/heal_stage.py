@@ -25,6 +25,7 @@ from lrc.compressors.layers.masked_weight import MaskedWeight
 from lrc.compressors.methods.base import LOW_RANK_TYPES
 from lrc.compressors.planning.compile import Draft
 from lrc.compressors.planning.plan import Plan, TrainingRecord
+from lrc.compressors.planning.refinements import is_refined
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.session import Session
 from lrc.compressors.slicing import METHODS as SLICERS
@@ -176,4 +177,5 @@ def _possible(draft: Draft, task: LayerTask) -> tuple[set[str], bool, bool]:
     allocation = draft.allocations[task.allocation]
     later = task.quantize is not None and task.quantize.args is not None
     types = {each for types in allocation.types for each in types.split("+")}
-    return types, later or bool(allocation.quantization), not later
+    integers = later or bool(allocation.quantization) or is_refined(allocation)
+    return types, integers, not later

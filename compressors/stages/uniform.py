@@ -4,10 +4,10 @@ from dataclasses import replace
 from math import ceil
 
 from lrc.compressors.methods.size_families import coarse
-from lrc.compressors.planning.elastic import with_budgets
 from lrc.compressors.planning.measures import Measure
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.problems import Problems
+from lrc.compressors.planning.refinements import elastic_config
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerTask
 
@@ -72,7 +72,8 @@ def elastic_uniform(
         return largest
     found = []
     for task, *smaller in zip(largest, *others, strict=True):
-        config = with_budgets([task.config, *(each.config for each in smaller)])
+        separate = [task.config, *(each.config for each in smaller)]
+        config = elastic_config(task, separate, allocation)
         if config is None:
             problems.add(
                 "infeasible-budget",

@@ -1,7 +1,8 @@
 """Compare each budget of an elastic checkpoint with a run for this budget alone.
 
 usage: python tests/benchmarks/elastic.py RECIPE FOLDER [KEY=VALUE ...]
-           [--budgets 0.9 0.8 ...] [--method NAME] [--compensate] [--heal TOKENS]
+           [--budgets 0.9 0.8 ...] [--method NAME] [--storage TYPE] [--compensate]
+           [--heal TOKENS]
 
 RECIPE gives model, calibration text and evaluation, as tests/benchmarks/protocol_a.yaml does; its
 stages are replaced. Each run is written into a folder of FOLDER and is not repeated if it is there,
@@ -63,6 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
     parser.add_argument("--method", default="kfac")
+    parser.add_argument("--storage", default="pivoted_low_rank")
     parser.add_argument("--compensate", action="store_true")
     parser.add_argument("--heal", type=int, default=0, metavar="TOKENS")
     return parser.parse_intermixed_args()
@@ -72,14 +74,14 @@ def run(
     loaded: LoadedRecipe, options: argparse.Namespace, budget: dict[str, Any], name: str
 ) -> Path:
     """Compress with one budget or several, unless that is done; return the folder of the run."""
-    stage: dict[str, Any] = {"method": options.method, "storage": "low_rank", **budget}
+    stage: dict[str, Any] = {"method": options.method, "storage": options.storage, **budget}
     stages: list[dict[str, Any]] = [{"decompose": stage}]
     if options.compensate:
         stage["compensate"], name = {}, f"{name}-compensate"
     if options.heal:
         stages.append({"heal": {"method": "distill", "tokens": options.heal}})
         name = f"{name}-heal-{options.heal}"
-    output = options.folder / f"{options.method}-{name}"
+    output = options.folder / f"{options.method}-{options.storage}-{name}"
     if not (output / "report.json").exists():
         changed = loaded.recipe.model_dump(mode="json") | {"stages": stages, "output": str(output)}
         pipeline.compress(replace(loaded, recipe=Recipe.model_validate(changed)))

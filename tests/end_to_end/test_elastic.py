@@ -12,8 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tests.shared_runs import Run
+from safetensors.torch import load_file
+from tests.elastic_runs import (
+    BUDGETS,
+    EVENLY_REFINED,
+    REFINED,
+    STAGES,
+    SVD_LLM,
+    block_of,
+    component_bits,
+    cut_by_hand,
+    logits,
+    ranks_of,
+)
+from tests.shared_runs import Run, changed
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -26,65 +38,11 @@ from lrc.configs.load import load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BUDGETS = [0.9, 0.8, 0.7, 0.6]
-SVD_LLM = {"method": "svd-llm", "elastic": BUDGETS}
-KFAC = {
-    "method": "kfac",
-    "storage": "low_rank",
-    "elastic": BUDGETS,
-    "compensate": {},
-    "overrides": [{"match": "*.1.mlp.down_proj", "rank": 7}],
-}
-STAGES = {"svd-llm": SVD_LLM, "kfac": KFAC}
-
 
 @pytest.fixture(scope="module")
 def run(run_stages: Run) -> Run:
     """Checkpoints are compared with others that are computed on the CPU."""
     return partial(run_stages, device="cpu")
-
-
-def block_of(folder: Path) -> dict[str, Any]:
-    """Return the block of lrc in the config of a checkpoint."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config["quantization_config"]
-
-
-def ranks_of(folder: Path) -> dict[str, list[int]]:
-    """Return the table of ranks: name of a layer -> rank at every budget."""
-    modules = block_of(folder)["modules"]
-    return {
-        name: record["components"][0]["ranks"]
-        for name, record in modules.items()
-        if "ranks" in record["components"][0]
-    }
-
-
-def cut_by_hand(folder: Path, out: Path, index: int) -> Path:
-    """Write an ordinary checkpoint of truncated factors, without the code that is tested."""
-    out.mkdir()
-    ranks = ranks_of(folder)
-    tensors = load_file(folder / "model.safetensors")
-    for name, all_ranks in ranks.items():
-        a, b = f"{name}.low_rank.a.weight", f"{name}.low_rank.b.weight"
-        tensors[a] = tensors[a][: all_ranks[index]].contiguous()
-        tensors[b] = tensors[b][:, : all_ranks[index]].contiguous()
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    del config["budget"], config["quantization_config"]["elastic"]
-    for name, all_ranks in ranks.items():
-        component = config["quantization_config"]["modules"][name]["components"][0]
-        component["rank"] = all_ranks[index]
-        del component["ranks"]
-    (out / "config.json").write_text(json.dumps(config))
-    return out
-
-
-@torch.no_grad()
-def logits(folder: Path, sample: Tensor, **options: Any) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    found: Tensor = model(sample).logits
-    return found
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -95,16 +53,15 @@ def test_ranks_do_not_increase_and_every_budget_is_met(run: Run, stage: str) -> 
     assert all(sorted(each, reverse=True) == each for each in ranks.values())
     assert all(len(each) == len(BUDGETS) for each in ranks.values())
     assert any(each[0] > each[-1] for each in ranks.values())
-    assert ("model.layers.1.mlp.down_proj" in ranks) == (stage == "svd-llm")
+    assert ("model.layers.1.mlp.down_proj" in ranks) == (stage != "kfac")
     total = sum(layer["dense_bits"] for layer in report["layers"])
     for index, keep in enumerate(BUDGETS):
         bits = 0
         for layer in report["layers"]:
-            d_out, d_in = layer["config"]["shape"]
-            stored = ranks.get(layer["name"])
+            record, stored = layer["config"], ranks.get(layer["name"])
             bits += layer["bits"]
             if stored:
-                bits -= (stored[0] - stored[index]) * (d_out + d_in) * 16
+                bits += component_bits(record, stored[index]) - component_bits(record, stored[0])
         assert keep - 0.12 < bits / total <= keep
 
 
@@ -137,9 +94,30 @@ def test_without_compensation_a_budget_is_the_dedicated_checkpoint(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_file_is_that_of_the_largest_budget(run: Run) -> None:
-    _, output = run({"decompose": SVD_LLM})
-    _, dedicated = run({"decompose": {"method": "svd-llm", "keep": BUDGETS[0]}})
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"compensate": {}}, {"compensate": {}, "allocation": "uniform"}],
+    ids=["plain", "compensated", "uniform"],
+)
+def test_the_smallest_budget_of_a_refinement_is_the_dedicated_checkpoint(
+    run: Run, lrc: Callable[..., Any], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    _, output = run({"decompose": {**REFINED, **options}})
+    _, dedicated = run({"decompose": {"method": "kfac", "keep": BUDGETS[-1], **options}})
+    ended = lrc("export", output / "checkpoint", tmp_path / "out", "--keep", BUDGETS[-1])
+    assert ended.code == 0, ended.err
+    ours, theirs = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "out", dedicated / "checkpoint")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("stage", [SVD_LLM, REFINED], ids=["svd-llm", "refined"])
+def test_the_file_is_that_of_the_largest_budget(run: Run, stage: dict[str, Any]) -> None:
+    _, output = run({"decompose": stage})
+    _, dedicated = run({"decompose": {"method": stage["method"], "keep": BUDGETS[0]}})
     ours, theirs = (
         sum(file.stat().st_size for file in (each / "checkpoint").glob("*.safetensors"))
         for each in (output, dedicated)
@@ -162,7 +140,7 @@ def test_an_exported_budget_is_an_ordinary_checkpoint(
     assert torch.equal(logits(out, sample), logits(output / "checkpoint", sample, budget=0.7))
     assert ranks_of(out) == {}
     assert "elastic" not in block_of(out)
-    assert "budget" not in json.loads((out / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text())["budget"] is None
     inspected = lrc("inspect", out, "--verify", "--json")
     assert inspected.code == 0, inspected.err
     facts = json.loads(inspected.out)
@@ -231,19 +209,21 @@ def test_a_fresh_process_loads_a_budget(run: Run, sample: Tensor, tmp_path: Path
     torch.testing.assert_close(torch.load(found), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stage", [SVD_LLM, REFINED], ids=["svd-llm", "refined"])
 def test_a_saved_model_stays_elastic_unless_it_is_cut(
-    run: Run, sample: Tensor, tmp_path: Path
+    run: Run, sample: Tensor, tmp_path: Path, stage: dict[str, Any]
 ) -> None:
-    _, output = run({"decompose": SVD_LLM})
+    _, output = run({"decompose": stage})
     checkpoint = output / "checkpoint"
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "whole")
     assert ranks_of(tmp_path / "whole") == ranks_of(checkpoint)
     expected = logits(checkpoint, sample, budget=0.7)
     assert torch.equal(logits(tmp_path / "whole", sample, budget=0.7), expected)
     cut = AutoModelForCausalLM.from_pretrained(checkpoint, budget=0.7)
-    ranks = {name: each[2] for name, each in ranks_of(checkpoint).items()}
     layers = {n: m for n, m in cut.named_modules() if isinstance(m, CompressedLinear)}
-    assert {n: layer.config.sizes["rank"] for n, layer in layers.items()} == ranks
+    for name, ranks in ranks_of(checkpoint).items():
+        found = [c for c in layers[name].config.components if c.type == "low_rank"]
+        assert [c.sizes["rank"] for c in found] == ([ranks[2]] if ranks[2] else [])
     cut.save_pretrained(tmp_path / "cut")
     assert ranks_of(tmp_path / "cut") == {}
     assert torch.equal(logits(tmp_path / "cut", sample), expected)
@@ -270,6 +250,17 @@ def test_a_dense_copy_has_no_budget(run: Run, lrc: Callable[..., Any], tmp_path:
     assert lrc("export", checkpoint, out, "--format", "dense").code == 0
     config = json.loads((out / "config.json").read_text())
     assert config.keys().isdisjoint({"budget", "quantization_config"})
+
+
+def test_a_checkpoint_with_one_budget_says_so(run: Run, tmp_path: Path) -> None:
+    dedicated = run({"decompose": {"method": "svd-llm", "keep": 0.9}})[1] / "checkpoint"
+    elastic = run({"decompose": SVD_LLM})[1] / "checkpoint"
+    AutoModelForCausalLM.from_pretrained(dedicated).save_pretrained(tmp_path / "saved")
+    AutoModelForCausalLM.from_pretrained(elastic, budget=0.7).save_pretrained(tmp_path / "cut")
+    for folder in (dedicated, tmp_path / "saved", tmp_path / "cut"):
+        with pytest.raises(CheckpointError, match="not elastic and has only the size") as caught:
+            AutoModelForCausalLM.from_pretrained(folder, budget=0.7)
+        assert caught.value.code == "not-elastic"
 
 
 @pytest.mark.parametrize("keep", [0.65, 0.5, 1, "all", True])
@@ -305,22 +296,38 @@ def test_a_wrong_export_is_one_error(run: Run, lrc: Callable[..., Any], tmp_path
 HEAL = {"method": "distill", "steps": 40, "batch": 4, "rate": 1e-2, "held_out": 512}
 
 
-def test_healing_lowers_the_loss_of_every_budget(run: Run, sample: Tensor, tmp_path: Path) -> None:
-    report, output = run({"decompose": SVD_LLM}, {"heal": HEAL})
+@pytest.mark.parametrize("stage", [SVD_LLM, REFINED], ids=["svd-llm", "refined"])
+def test_healing_lowers_the_loss_of_every_budget(
+    run: Run, sample: Tensor, tmp_path: Path, stage: dict[str, Any]
+) -> None:
+    report, output = run({"decompose": stage}, {"heal": HEAL})
     (record,) = report["training"]
     assert record["kept"]
     assert [each["keep"] for each in record["budgets"]] == BUDGETS
-    assert all(each["after"] < 0.97 * each["before"] for each in record["budgets"])
+    # On the tiny model the largest budget of a refinement is too close to the dense model to gain.
+    gaining = record["budgets"][stage == REFINED :]
+    assert all(each["after"] < 0.97 * each["before"] for each in gaining)
     for key in ("before", "after"):
         mean = sum(each[key] for each in record["budgets"]) / len(BUDGETS)
         assert record[key] == pytest.approx(mean, rel=1e-6)
     before = [each["before"] for each in record["budgets"]]
     assert before == sorted(before)  # the largest budget is the closest to the dense model
-    _, plain = run({"decompose": SVD_LLM})
+    _, plain = run({"decompose": stage})
     assert ranks_of(output / "checkpoint") == ranks_of(plain / "checkpoint")
-    expected = logits(cut_by_hand(output / "checkpoint", tmp_path / "hand", 3), sample)
-    found = logits(output / "checkpoint", sample, budget=0.6)
+    expected = logits(cut_by_hand(output / "checkpoint", tmp_path / "hand", 2), sample)
+    found = logits(output / "checkpoint", sample, budget=0.7)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_healing_trains_the_integers_of_a_refinement(run: Run) -> None:
+    _, plain = run({"decompose": REFINED})
+    _, healed = run({"decompose": REFINED}, {"heal": HEAL})
+    changed_names = changed(plain, healed)
+    assert any(name.endswith("low_rank.b.weight_packed") for name in changed_names)
+    _, scaled = run({"decompose": REFINED}, {"heal": {**HEAL, "method": "scales"}})
+    kinds = {name.rpartition(".")[2] for name in changed(plain, scaled)}
+    assert "weight_scale" in kinds
+    assert "weight_packed" not in kinds
 
 
 def test_healing_one_budget_serves_the_others_less(run: Run) -> None:
@@ -344,7 +351,7 @@ def test_an_interrupted_elastic_run_ends_with_the_same_bytes(
     stage: str,
 ) -> None:
     monkeypatch.setattr(work, "SNAPSHOT_SECONDS", 1e9)
-    stages = [{"decompose": KFAC}, {"heal": HEAL}]
+    stages = [{"decompose": EVENLY_REFINED}, {"heal": HEAL}]
     _, undisturbed = run(*stages)
     recipe = load_recipe(tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages))
     name, number = ("heal", 17) if stage == "heal" else ("compress", 1)
@@ -359,193 +366,6 @@ def test_an_interrupted_elastic_run_ends_with_the_same_bytes(
     for file in ("model.safetensors", "config.json", "lrc/plan.json"):
         ours, theirs = (each / "checkpoint" / file for each in (tmp_path / "run", undisturbed))
         assert ours.read_bytes() == theirs.read_bytes()
-
-
-BAD: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
-    "a budget above 1": (
-        [{"decompose": {**SVD_LLM, "elastic": [1.2, 0.8]}}],
-        "",
-        "stages[0].decompose.elastic[0]",
-        ("<= 1, got 1.2",),
-    ),
-    "a budget of 0": (
-        [{"decompose": {**SVD_LLM, "elastic": [0.8, 0]}}],
-        "",
-        "stages[0].decompose.elastic[1]",
-        ("got 0",),
-    ),
-    "a budget of 1": (
-        [{"decompose": {**SVD_LLM, "elastic": [1, 0.8]}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("'elastic' must list budgets below 1", "[1, 0.8]"),
-    ),
-    "no budget": (
-        [{"decompose": {**SVD_LLM, "elastic": []}}],
-        "",
-        "stages[0].decompose.elastic",
-        ("got []", "add at least 1 entry"),
-    ),
-    "a single budget": (
-        [{"decompose": {**SVD_LLM, "elastic": [0.8]}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("two or more budgets, got [0.8]",),
-    ),
-    "an ascending list": (
-        [{"decompose": {**SVD_LLM, "elastic": [0.6, 0.8]}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("from the largest to the smallest, got [0.6, 0.8]", "write [0.8, 0.6]"),
-    ),
-    "a budget twice": (
-        [{"decompose": {**SVD_LLM, "elastic": [0.8, 0.8, 0.6]}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("different budgets", "write [0.8, 0.6]"),
-    ),
-    "two kinds of budgets": (
-        [{"decompose": {**SVD_LLM, "keep": 0.9}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("exactly one of 'keep', 'size' and 'elastic'", "got keep and elastic"),
-    ),
-    "a method without ranks": (
-        [{"decompose": {"method": "sparse", "elastic": BUDGETS}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("'elastic' cannot be combined with method: sparse", "no order", "svd-llm or kfac"),
-    ),
-    "a method with biases": (
-        [{"decompose": {"method": "lord", "elastic": BUDGETS}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("method: lord", "biases"),
-    ),
-    "shared factors": (
-        [{"decompose": {"method": "basis-sharing", "elastic": BUDGETS}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("method: basis-sharing", "share a factor"),
-    ),
-    "several component types": (
-        [{"decompose": {"method": "mixed", "elastic": BUDGETS}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("method: mixed",),
-    ),
-    "pivoted factors": (
-        [{"decompose": {"method": "kfac", "elastic": BUDGETS}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("storage: pivoted_low_rank", "set storage: low_rank"),
-    ),
-    "budgets in multiply-adds": (
-        [{"decompose": {**SVD_LLM, "measure": "macs"}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("measure: macs", "set measure: bits"),
-    ),
-    "a plan": (
-        [{"decompose": {**SVD_LLM, "plan": "plan.json"}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("plan: plan.json", "remove 'plan'"),
-    ),
-    "thresholds": (
-        [{"decompose": {**SVD_LLM, "allocation": "heavy-tail"}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("allocation: heavy-tail", "set allocation: uniform or lagrangian"),
-    ),
-    "a floor above the smallest budget": (
-        [{"decompose": {**SVD_LLM, "min_keep": 0.65}}],
-        "conflicting-keys",
-        "stages[0].decompose",
-        ("'min_keep' must be at most the smallest of 'elastic', 0.6, got 0.65",),
-    ),
-    "integers": (
-        [{"decompose": SVD_LLM}, {"quantize": {"method": "rtn", "bits": 8}}],
-        "contradiction",
-        "stages[0].decompose.elastic",
-        ("later 'quantize'",),
-    ),
-    "groups of integers, to which ranks would be rounded": (
-        [{"decompose": SVD_LLM}, {"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}],
-        "contradiction",
-        "stages[0].decompose.elastic",
-        ("later 'quantize'",),
-    ),
-    "different budgets of two stages": (
-        [
-            {"decompose": {**SVD_LLM, "targets": ["*.mlp.*"]}},
-            {"decompose": {**SVD_LLM, "targets": ["*.self_attn.*"], "elastic": [0.9, 0.5]}},
-        ],
-        "contradiction",
-        "stages[1].decompose.elastic",
-        ("[0.9, 0.8, 0.7, 0.6]", "got [0.9, 0.5]"),
-    ),
-    "a fit of layers": (
-        [{"decompose": SVD_LLM}, {"heal": {"method": "block"}}],
-        "contradiction",
-        "stages[1].heal.method",
-        ("must be distill after a stage with 'elastic', got block",),
-    ),
-    "a budget that ranks cannot meet": (
-        [{"decompose": {**SVD_LLM, "elastic": [0.9, 0.02]}}],
-        "infeasible-budget",
-        "stages[0].decompose.elastic",
-        ("raise the smallest budget",),
-    ),
-    "a budget that an allocation cannot meet": (
-        [{"decompose": {**SVD_LLM, "elastic": [0.9, 0.02], "allocation": "lagrangian"}}],
-        "infeasible-budget",
-        "stages[0].decompose.elastic",
-        ("must be at least", "got 0.02", "raise elastic"),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_error(
-    lrc: Callable[..., Any],
-    tiny_model_folder: Path,
-    tiny_recipe: Callable[..., Path],
-    tmp_path: Path,
-    case: str,
-) -> None:
-    stages, code, where, words = BAD[case]
-    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
-    lrc("plan", recipe).refuses(2, *words, code=code, where=where)
-
-
-DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "a newer version": (lambda b: b["elastic"].update(version=2), "upgrade lrc"),
-    "no budgets": (lambda b: b["elastic"].pop("budgets"), "'version' and 'budgets'"),
-    "ascending budgets": (lambda b: b["elastic"]["budgets"].reverse(), "descending order"),
-    "a budget too many": (lambda b: b["elastic"]["budgets"].append(0.1), "one rank for each"),
-    "budgets of another kind": (lambda b: b["elastic"].update(budgets="all"), "budgets must be"),
-    "no table": (lambda b: b.pop("elastic"), "one rank for each of the 0 budgets"),
-    "a list": (lambda b: b.update(elastic=[0.9, 0.8]), "must be an object"),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_table_is_refused(
-    run: Run, lrc: Callable[..., Any], tmp_path: Path, case: str
-) -> None:
-    _, output = run({"decompose": SVD_LLM})
-    shutil.copytree(output / "checkpoint", tmp_path / "damaged")
-    shutil.rmtree(tmp_path / "damaged/lrc")
-    path = tmp_path / "damaged/config.json"
-    config = json.loads(path.read_text())
-    change, words = DAMAGE[case]
-    change(config["quantization_config"])
-    path.write_text(json.dumps(config))
-    lrc("inspect", tmp_path / "damaged").refuses(1, words)
-    lrc("export", tmp_path / "damaged", tmp_path / "out", "--keep", 0.7).refuses(1, words)
-    with pytest.raises(CheckpointError, match=words):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "damaged")
 
 
 def test_a_plan_of_an_elastic_run_gives_its_largest_budget(

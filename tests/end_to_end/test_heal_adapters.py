@@ -284,7 +284,7 @@ BAD = {
     ),
     "terms that divide no side": (
         {"decompose": {"method": "svd", "keep": 0.6, "storage": "low_rank"}},
-        {**COMPACTER, "terms": 1000},
+        {**COMPACTER, "terms": 37},
         "nothing-to-train",
         "stages[1].heal.train",
         "no 16-bit matrices with sides that 'terms' divides",

@@ -56,6 +56,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     ],
     "factors": [decompose("svd-llm")],
     "elastic": [{"decompose": {"method": "svd-llm", "elastic": [0.9, 0.6]}}],
+    "refined": [{"decompose": {"method": "kfac", "elastic": [0.9, 0.6]}}],
     "shared": [decompose("basis-sharing")],
     "sparse": [decompose("sparse")],
     "biases": [decompose("lord")],

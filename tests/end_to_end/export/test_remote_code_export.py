@@ -284,14 +284,15 @@ def test_a_saved_model_has_the_code_too(
     )
 
 
+@pytest.mark.parametrize("name", ["elastic", "refined"])
 def test_an_elastic_checkpoint_is_exported_with_its_largest_budget(
-    checkpoint: Callable[[str], Path], lrc: Callable[..., Any], tmp_path: Path
+    checkpoint: Callable[[str], Path], lrc: Callable[..., Any], tmp_path: Path, name: str
 ) -> None:
     out = tmp_path / "out"
-    ended = lrc("export", checkpoint("elastic"), out, "--format", "remote-code")
+    ended = lrc("export", checkpoint(name), out, "--format", "remote-code")
     assert "note: the checkpoint is elastic" in ended.out
     assert "--keep" in ended.out
-    expected = with_lrc(checkpoint("elastic"))
+    expected = with_lrc(checkpoint(name))
     torch.testing.assert_close(logits(load(out)), logits(expected), rtol=0, atol=5e-5)
 
 

@@ -134,7 +134,8 @@ def test_only_plain_factors_have_ranks() -> None:
     record = low_rank(8).to_json()
     for change, words in (
         ({"type": "pivoted_low_rank"}, "a pivoted_low_rank component has no 'ranks'"),
-        ({"quantization": "int8"}, "'ranks' must be left out"),
+        ({"quantization": "int8-g4"}, "'ranks' must be left out"),
+        ({"quantization": "int8-asymmetric"}, "'ranks' must be left out"),
         ({"shares": "other"}, "'ranks' must be left out"),
     ):
         changed = {**record, "components": [{**record["components"][0], "ranks": [8, 4], **change}]}
