@@ -14,6 +14,7 @@ from lrc.cli.export import export
 from lrc.cli.latency import latency
 from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile, TrustRemoteCode, positive
 from lrc.cli.pages import report as report_pages
+from lrc.cli.sweep import sweep
 from lrc.configs import shipped
 from lrc.configs.errors import EvaluationIncomplete, GateMissed, RecipeError
 
@@ -248,6 +249,7 @@ def generate(
 app.command()(bench)
 app.command()(latency)
 app.command()(export)
+app.command()(sweep)
 app.command("report")(report_pages)
 
 

@@ -13,7 +13,7 @@ from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
 from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
-from lrc.compressors.evaluate.gates import check_gates
+from lrc.compressors.evaluate.gates import check_gates, metrics_of
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
 from lrc.compressors.heal.run import training_files
 from lrc.compressors.heal.trained_files import trained_tensors
@@ -22,7 +22,7 @@ from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.page.page_file import PAGE, write_page
 from lrc.compressors.planning.plan import Plan
-from lrc.compressors.prepare import prepare
+from lrc.compressors.prepare import Prepared, prepare
 from lrc.compressors.session import Session, open_session
 from lrc.compressors.stages import STAGES
 from lrc.compressors.stages.compress_weights import EXECUTED, executed_plan, predict_losses
@@ -30,10 +30,17 @@ from lrc.configs.errors import CheckpointError, EvaluationIncomplete, GateMissed
 from lrc.configs.load import LoadedRecipe
 
 
-def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, Any]:
+def compress(
+    loaded: LoadedRecipe, machine: Machine | None = None, prepared: Prepared | None = None
+) -> dict[str, Any]:
     """Run a recipe: compile, run its stages, save, evaluate, report.
 
     Results of an earlier, interrupted run of the same recipe are used.
+
+    Parameters
+    ----------
+    prepared : Prepared, optional
+        Result of `prepare` for this recipe, if there is one.
 
     Returns
     -------
@@ -47,7 +54,7 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
     """
     machine = machine or Machine()
     recipe = loaded.recipe
-    prepared = prepare(recipe, STAGES)
+    prepared = prepared or prepare(recipe, STAGES)
     with open_session(prepared, machine) as session:
         written = _has_checkpoint(session)
         result = report.stored(prepared, session.journal) if written else None
@@ -70,8 +77,8 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
         session.journal.forget("compressed", "source", *sliced, *trained)
     if missing := missing_sentences(result["evaluation"]["missing"]):
         raise EvaluationIncomplete(missing, result)
-    missed = check_gates(recipe.evaluate.gates, result["evaluation"])
-    if missed:
+    gates = check_gates(recipe.evaluate.gates, metrics_of(result))
+    if missed := [each.sentence for each in gates if not each.passed]:
         raise GateMissed(missed, result)
     return result
 

@@ -88,6 +88,9 @@ SCHEMA = {
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
     "{calibration,training[].text}.texts[]": "of several sources: the same for each",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
+    "evaluation.perplexity.NAME.stderr.{dense,compressed}": (
+        "standard error, from the differences between windows; null for one window"
+    ),
     "evaluation.perplexity.NAME.in_domain": (
         "whether it has the source or the hash of a text that the compression read; null if none"
     ),

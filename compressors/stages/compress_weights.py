@@ -1,6 +1,7 @@
 """What decomposition and quantization have in common: one pass over the layers does both."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lrc.compressors.calibrate import statistics
@@ -11,6 +12,7 @@ from lrc.compressors.compress.quantize_embeddings import quantize_embeddings
 from lrc.compressors.io.files import write_text
 from lrc.compressors.planning.allocate import allocate
 from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.session import Session
 from lrc.compressors.stages.measured_times import with_measured_times
 
@@ -58,17 +60,18 @@ def executed_plan(session: Session) -> Plan | None:
 
 def calibrate(session: Session, plan: Plan) -> None:
     """Collect the statistics that tasks of unfinished layers require."""
-    required = {
-        weight.name: task.statistics
-        for task in plan.tasks
-        if task.statistics and not session.journal.has(layer_file(task.layer))
-        for weight in task.weights
-    }
+    left = [task for task in plan.tasks if not session.journal.has(layer_file(task.layer))]
+    required = required_statistics(left)
     with session.clock("calibrate"):
         if not required:
             return
         statistics.collect(session.models.calibration(), required)
         session.journal.forget(*cache_files(session.journal))
+
+
+def required_statistics(tasks: Sequence[LayerTask]) -> dict[str, tuple[str, ...]]:
+    """Return the statistics that calibration has to collect for some tasks, by linear."""
+    return {w.name: task.statistics for task in tasks if task.statistics for w in task.weights}
 
 
 def allocate_budgets(session: Session, plan: Plan) -> Plan:
