@@ -4,12 +4,12 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from lrc.cli import console, streams
-from lrc.cli.bench import bench
+from lrc.cli.bench import bench, known
 from lrc.cli.export import export
 from lrc.cli.latency import latency
 from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile, TrustRemoteCode, positive
@@ -17,9 +17,7 @@ from lrc.cli.pages import report as report_pages
 from lrc.cli.sweep import sweep
 from lrc.configs import shipped
 from lrc.configs.errors import EvaluationIncomplete, GateMissed, RecipeError
-
-if TYPE_CHECKING:
-    from lrc.configs.load import LoadedRecipe
+from lrc.configs.export_types import SETTINGS
 
 app = typer.Typer(
     name="lrc",
@@ -79,6 +77,25 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also draw the predicted loss of every matrix against its bits; implies "
+            "--sensitivity.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    program: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Print the bit widths of the plan as settings of another program; implies "
+            "--sensitivity.",
+            metavar="|".join(SETTINGS),
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -86,10 +103,14 @@ def plan(
     from lrc.configs.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    if sensitivity or profile is not None:
+    if sensitivity or profile is not None or svg is not None or program is not None:
         if every:
             raise RecipeError("--all: --sensitivity shows every matrix anyway; leave one out")
-        _sensitivity(loaded, profile, device, as_json=as_json, quiet=quiet)
+        if program is not None:
+            known("--format", program, SETTINGS)
+        from lrc.cli.predictions import run
+
+        run(loaded, profile, device, svg=svg, program=program, as_json=as_json, quiet=quiet)
         return
     from lrc.cli import tables
     from lrc.compressors.estimate import estimate
@@ -316,40 +337,6 @@ def recipes_copy(
         message = f"{target} cannot be written ({error.strerror}); name another file"
         raise RecipeError(message) from error
     console.say(f"wrote {target}")
-
-
-def _sensitivity(
-    loaded: "LoadedRecipe", windows: int | None, device: str, *, as_json: bool, quiet: bool
-) -> None:
-    if not loaded.recipe.stages_of("decompose"):
-        raise RecipeError(
-            "--sensitivity: shows predictions for 'decompose' stages, but the recipe has "
-            "no 'decompose' stage; add one, or leave the option out"
-        )
-    samples = loaded.recipe.calibration.samples
-    if windows is not None and not 1 <= windows <= samples:
-        raise RecipeError(
-            f"--profile: must be in [1, {samples}], the windows of the calibration, got "
-            f"{windows}; change it, or raise calibration.samples"
-        )
-    from lrc.cli.sensitivity import print_profile, print_sensitivity
-    from lrc.compressors import pipeline
-    from lrc.compressors.io.machine import Machine
-
-    console.quiet_transformers()
-    measured = None
-    with console.Steps(quiet=quiet).running() as steps:
-        machine = Machine(device, on_step=steps)  # warnings are printed with the plan
-        if windows is None:
-            plan = pipeline.measure(loaded, machine)
-        else:
-            plan, measured = pipeline.profile(loaded, windows, machine)
-    if as_json:
-        _print_json(plan.to_json() | ({"profile": measured.to_json(plan)} if measured else {}))
-        return
-    print_sensitivity(plan)
-    if measured is not None:
-        print_profile(plan, measured)
 
 
 def _print_json(value: Any) -> None:

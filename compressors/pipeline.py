@@ -1,5 +1,6 @@
 """Run a recipe from start to end, one call per phase."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,19 @@ from lrc.compressors.heal.trained_files import trained_tensors
 from lrc.compressors.io.files import new_folder, remove
 from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.model_versions import slice_folder
+from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.page.page_file import PAGE, write_page
+from lrc.compressors.planning.loss_curves import LossCurves
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import Prepared, prepare
 from lrc.compressors.session import Session, open_session
 from lrc.compressors.stages import STAGES
-from lrc.compressors.stages.compress_weights import EXECUTED, executed_plan, predict_losses
+from lrc.compressors.stages.compress_weights import (
+    EXECUTED,
+    executed_plan,
+    predict_losses,
+    stored_curves,
+)
 from lrc.configs.errors import CheckpointError, EvaluationIncomplete, GateMissed, OutputError
 from lrc.configs.load import LoadedRecipe
 
@@ -83,7 +91,20 @@ def compress(
     return result
 
 
-def measure(loaded: LoadedRecipe, machine: Machine | None = None) -> Plan:
+@dataclass(frozen=True)
+class Sensitivity:
+    """What is predicted before anything is compressed."""
+
+    plan: Plan
+    """After allocation, with predicted losses."""
+    curves: LossCurves
+    """Of the matrices whose size an allocator has chosen by predicted loss; empty if a finished run
+    has deleted them."""
+    architecture: Architecture
+    """Of the model that is decomposed."""
+
+
+def measure(loaded: LoadedRecipe, machine: Machine | None = None) -> Sensitivity:
     """Run a recipe as far as its allocation, and predict what every weight loses.
 
     `compress` continues from there. Results of an earlier run are used where they exist.
@@ -95,7 +116,9 @@ def measure(loaded: LoadedRecipe, machine: Machine | None = None) -> Plan:
     """
     prepared = prepare(loaded.recipe, STAGES)
     with open_session(prepared, machine or Machine()) as session:
-        return predict_losses(session, _sliced(session))
+        planned = _sliced(session)
+        plan = predict_losses(session, planned)
+        return Sensitivity(plan, stored_curves(session, planned), session.models.architecture)
 
 
 def profile(

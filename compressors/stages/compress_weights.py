@@ -11,7 +11,9 @@ from lrc.compressors.compress.layerwise import compress_layers, layer_file, read
 from lrc.compressors.compress.quantize_embeddings import quantize_embeddings
 from lrc.compressors.io.files import write_text
 from lrc.compressors.planning.allocate import allocate
+from lrc.compressors.planning.loss_curves import LossCurves, loss_curves
 from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.rate_distortion import curves_for, energies_file
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.session import Session
 from lrc.compressors.stages.measured_times import with_measured_times
@@ -101,6 +103,24 @@ def predict_losses(session: Session, plan: Plan) -> Plan:
     for layer in {task.layer for task in plan.tasks if session.journal.has(layer_file(task.layer))}:
         plan = plan.with_results(read_results(session.journal, layer))
     return _allocate(session, plan, predict_all=True)
+
+
+def stored_curves(session: Session, plan: Plan) -> LossCurves:
+    """Return the loss curves of a plan before allocation, if they are still in the journal."""
+    plan = with_measured_times(session, plan)
+    pending = [task for task in plan.tasks if task.pending]
+    if not all(session.journal.has(energies_file(task.layer)) for task in pending):
+        return {}
+    curves = curves_for(
+        pending,
+        plan.allocations,
+        session.models.reader,
+        session.journal,
+        session.statistics,
+        device=session.device,
+        on_step=session.on_step,
+    )
+    return loss_curves(plan, curves)
 
 
 def _allocate(session: Session, plan: Plan, *, predict_all: bool = False) -> Plan:
