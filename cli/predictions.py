@@ -53,10 +53,11 @@ def run(
     measured = None
     with console.Steps(quiet=quiet).running() as steps:
         machine = Machine(device, on_step=steps)  # warnings are printed with the plan
-        found = pipeline.measure(loaded, machine)
-        plan = found.plan
-        if windows is not None:
-            plan, measured = pipeline.profile(loaded, windows, machine)
+        if windows is None:
+            found = pipeline.measure(loaded, machine)
+        else:
+            found, measured = pipeline.profile(loaded, windows, machine)
+    plan = found.plan
     if svg is not None:
         if not found.curves:
             raise RecipeError(

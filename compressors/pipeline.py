@@ -116,14 +116,12 @@ def measure(loaded: LoadedRecipe, machine: Machine | None = None) -> Sensitivity
     """
     prepared = prepare(loaded.recipe, STAGES)
     with open_session(prepared, machine or Machine()) as session:
-        planned = _sliced(session)
-        plan = predict_losses(session, planned)
-        return Sensitivity(plan, stored_curves(session, planned), session.models.architecture)
+        return _predict(session)
 
 
 def profile(
     loaded: LoadedRecipe, windows: int, machine: Machine | None = None
-) -> tuple[Plan, Profile]:
+) -> tuple[Sensitivity, Profile]:
     """Run `measure`, then compare its predictions with the dense model, see `profile_plan`.
 
     Parameters
@@ -138,9 +136,9 @@ def profile(
     """
     prepared = prepare(loaded.recipe, STAGES)
     with open_session(prepared, machine or Machine()) as session:
-        plan = predict_losses(session, _sliced(session))
-        return plan, profile_plan(
-            plan,
+        found = _predict(session)
+        return found, profile_plan(
+            found.plan,
             session.models.reader,
             session.journal,
             session.statistics,
@@ -150,6 +148,12 @@ def profile(
             device=session.device,
             on_step=session.on_step,
         )
+
+
+def _predict(session: Session) -> Sensitivity:
+    planned = _sliced(session)
+    plan = predict_losses(session, planned)
+    return Sensitivity(plan, stored_curves(session, planned), session.models.architecture)
 
 
 def _check_source(session: Session) -> None:

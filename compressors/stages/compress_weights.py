@@ -10,6 +10,7 @@ from lrc.compressors.calibrate.sequential_calibration import SequentialCalibrati
 from lrc.compressors.compress.layerwise import compress_layers, layer_file, read_results
 from lrc.compressors.compress.quantize_embeddings import quantize_embeddings
 from lrc.compressors.io.files import write_text
+from lrc.compressors.io.machine import no_progress
 from lrc.compressors.planning.allocate import allocate
 from lrc.compressors.planning.loss_curves import LossCurves, loss_curves
 from lrc.compressors.planning.plan import Plan
@@ -118,7 +119,7 @@ def stored_curves(session: Session, plan: Plan) -> LossCurves:
         session.journal,
         session.statistics,
         device=session.device,
-        on_step=session.on_step,
+        on_step=no_progress,
     )
     return loss_curves(plan, curves)
 
