@@ -11,12 +11,27 @@ import typer
 from lrc.cli import console, streams
 from lrc.cli.bench import bench, known
 from lrc.cli.export import export
+from lrc.cli.gate_results import (
+    GateTexts,
+    Junit,
+    gates_json,
+    missed_gates,
+    print_gates,
+    read_gates,
+    write_junit,
+)
 from lrc.cli.latency import latency
 from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile, TrustRemoteCode, positive
 from lrc.cli.pages import report as report_pages
 from lrc.cli.sweep import sweep
 from lrc.configs import shipped
-from lrc.configs.errors import EvaluationIncomplete, GateMissed, RecipeError
+from lrc.configs.errors import (
+    EvaluationIncomplete,
+    GateMissed,
+    LrcError,
+    RecipeError,
+    Stopped,
+)
 from lrc.configs.export_types import SETTINGS
 
 app = typer.Typer(
@@ -145,6 +160,7 @@ def compress(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an earlier run in the output folder.")
     ] = False,
+    junit: Junit = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -153,6 +169,7 @@ def compress(
 
     loaded = load_recipe(recipe, overrides or [])
     from lrc.cli import tables
+    from lrc.compressors.evaluate.gates import check_gates, metrics_of
     from lrc.compressors.io.machine import Machine
     from lrc.compressors.pipeline import compress as run
 
@@ -164,10 +181,23 @@ def compress(
             report = run(loaded, machine)
         except (EvaluationIncomplete, GateMissed) as error:
             missed, report = error, error.report
+        except Stopped:
+            raise
+        except LrcError as error:
+            if junit is not None:
+                write_junit(junit, "compress", {}, error)
+            raise
+    output = loaded.recipe.output
+    incomplete = isinstance(missed, EvaluationIncomplete)
+    wanted = [] if incomplete else loaded.recipe.evaluate.gates
+    gates = {output: check_gates(wanted, metrics_of(report))}
     if as_json:
         _print_json(report)
     else:
-        tables.print_report(report, loaded.recipe.output)
+        tables.print_report(report, output)
+        print_gates(gates)
+    if junit is not None:
+        write_junit(junit, "compress", gates, missed if incomplete else None)
     if missed is not None:
         raise missed
     if not (steps.taken or quiet):
@@ -209,6 +239,8 @@ def evaluate(
         ),
     ] = 32768,
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
+    gate: GateTexts = None,
+    junit: Junit = None,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -220,7 +252,7 @@ def evaluate(
         raise RecipeError(
             "lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"
         )
-    from lrc.cli.evaluate import raise_if_missing, run
+    from lrc.cli.evaluate import check_eval_gates, raise_if_missing, run
     from lrc.cli.quality import print_evaluation
     from lrc.compressors.io.machine import Machine
     from lrc.configs.recipe import Evaluate, Perplexity, Tasks
@@ -229,17 +261,31 @@ def evaluate(
         perplexity=[Perplexity(source=s, window=window, windows=windows) for s in perplexity or []],
         tasks=Tasks(names=names, include_path=include_path, limit=limit),
         kl_tokens=kl_tokens,
+        gates=read_gates(gate),
     )
 
     console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
         machine = Machine(device, on_step=steps, on_warning=steps.warn)
-        blocks = run(checkpoints, request, machine, seed=seed, trusted=trust_remote_code)
+        try:
+            blocks = run(checkpoints, request, machine, seed=seed, trusted=trust_remote_code)
+            gates = check_eval_gates(request.gates, blocks)
+        except Stopped:
+            raise
+        except LrcError as error:
+            if junit is not None:
+                write_junit(junit, "eval", {}, error)
+            raise
     if as_json:
-        _print_json({"checkpoints": blocks})
+        _print_json({"checkpoints": blocks, "gates": gates_json(gates)})
     else:
         print_evaluation(blocks)
+        print_gates(gates)
+    if junit is not None:
+        write_junit(junit, "eval", gates)
     raise_if_missing(blocks)
+    if sentences := missed_gates(gates):
+        raise GateMissed(sentences, blocks)
 
 
 @app.command()
