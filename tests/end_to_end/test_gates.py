@@ -52,8 +52,9 @@ def test_compress_prints_every_gate_and_writes_them_as_tests(
 
 
 def test_a_run_that_fails_is_a_failed_test(
-    lrc: Callable[..., Any], recipe: Path, tmp_path: Path
+    lrc: Callable[..., Any], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
     file = tmp_path / "gates.xml"
     ended = lrc("compress", recipe, "stages.0.decompose.keep=0.0001", "--junit", file, "-q")
     assert ended.code == 2
