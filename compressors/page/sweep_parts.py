@@ -103,20 +103,19 @@ def _plot(sweep: Mapping[str, Any], page: Page, metric: str) -> Plot:
             entries = [run["metrics"][metric] for run in members]
             values = [entry["value"] for entry in entries]
             label = shortened_label(name or "runs", 26)
-            axes.plot(places, values, color=color, linewidth=0.9, marker=marker, label=label)
-            errors = [entry["stderr"] or 0.0 for entry in entries]
-            if any(errors):
-                axes.errorbar(places, values, errors, fmt="none", ecolor=color, elinewidth=0.8)
-            for run, place, value in zip(members, places, values, strict=True):
-                if run["name"] not in optimal:  # an empty marker
-                    axes.plot(
-                        place,
-                        value,
-                        marker=marker,
-                        markersize=3.5,
-                        markerfacecolor="#ffffff",
-                        markeredgecolor=color,
-                    )
+            axes.plot(places, values, color=color, linewidth=0.9)
+            axes.plot([], [], color=color, linewidth=0.9, marker=marker, label=label)
+            for run, place, entry in zip(members, places, entries, strict=True):
+                filled = color if run["name"] in optimal else "none"
+                axes.errorbar(
+                    place,
+                    entry["value"],
+                    entry["stderr"],
+                    fmt=marker,
+                    color=color,
+                    markerfacecolor=filled,
+                    elinewidth=0.8,
+                )
         dense = {run["metrics"][metric]["dense"] for run in runs} - {None}
         for value in dense:
             axes.axhline(value, color=MUTED, linewidth=0.8, linestyle="--", label="dense")

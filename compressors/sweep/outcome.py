@@ -9,6 +9,8 @@ from lrc.compressors.benchmark.results import PHASES
 from lrc.configs.axes import Combination
 from lrc.configs.errors import LrcError
 
+SIMILAR = 1.005
+"""Ratio of two sizes that count as equal, as in the comparison with baselines."""
 SCHEMA_VERSION = 1
 SCHEMA = {
     "schema_version": "1; raised when a key changes its meaning or is removed",
@@ -21,7 +23,7 @@ SCHEMA = {
     "runs[].metrics.NAME.{value,dense,stderr}": "a measurement, under the name that gates use",
     "runs[].metrics.NAME.higher_is_better": "direction of the metric",
     "runs[].seconds": "wall time by stage, without what runs share",
-    "pareto.NAME": "runs of which no other is as small and as good, and better in one of both",
+    "pareto.NAME": "runs of which no other is as small and better, or smaller and as good",
     "target": "search for the smallest `keep`, see below; null without --target",
     "target.{gate,evaluations}": "the threshold; runs that the search may take per combination",
     "target.found[].{values,run,keep}": "smallest run that meets it; null if none does",
@@ -97,7 +99,8 @@ def sweep_json(recipe: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 def pareto(runs: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     """Return the names of the runs that are optimal in size and one metric, smallest first.
 
-    Runs without the metric are left out. Of equal runs all are returned.
+    Runs without the metric are left out. Sizes within `SIMILAR` of each other count as equal: the
+    headers of files and the steps of ranks differ. Of equal runs all are returned.
     """
     points = []
     for run in runs:
@@ -108,7 +111,7 @@ def pareto(runs: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
         name
         for size, loss, name in sorted(points)
         if not any(
-            other <= size and least <= loss and (other, least) != (size, loss)
+            (least < loss and other <= size * SIMILAR) or (least == loss and other * SIMILAR < size)
             for other, least, _ in points
         )
     ]
