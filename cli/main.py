@@ -123,7 +123,7 @@ def plan(
             raise RecipeError("--all: --sensitivity shows every matrix anyway; leave one out")
         if program is not None:
             known("--format", program, SETTINGS)
-        from lrc.cli.predictions import run
+        from lrc.cli.loss_predictions import run
 
         run(loaded, profile, device, svg=svg, program=program, as_json=as_json, quiet=quiet)
         return
