@@ -132,7 +132,8 @@ def bench(
         )
     results = check_speeds(gates, found)
     if as_json:
-        typer.echo(json.dumps(found | {"gates": gates_json(results)}, indent=2, allow_nan=False))
+        shown = found | {"gates": gates_json(results)} if gates else found
+        typer.echo(json.dumps(shown, indent=2, allow_nan=False))
     else:
         print_benchmark(found)
         print_gates(results)
