@@ -50,6 +50,7 @@ class Sweep:
     """By name of the combination, in the order of the runs."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Further keys of ``sweep.json``."""
+    _warned: set[str] = field(default_factory=set)
 
     @contextmanager
     def opened(self) -> Iterator[SharedWork]:
@@ -143,13 +144,15 @@ class Sweep:
             self.machine.on_warning(f"{name}: {'; '.join(outcome.problems)}")
 
     def _labelled(self, name: str) -> Machine:
-        """Return the machine with progress and warnings that name a run."""
+        """Return the machine with progress and warnings that name a run, each warning once."""
         on_step, on_warning = self.machine.on_step, self.machine.on_warning
 
         def step(stage: str, done: int, total: int) -> None:
             on_step(f"{name}: {stage}", done, total)
 
         def warn(text: str) -> None:
-            on_warning(f"{name}: {text}")
+            if text not in self._warned:
+                self._warned.add(text)
+                on_warning(f"{name}: {text}")
 
         return replace(self.machine, on_step=step, on_warning=warn)

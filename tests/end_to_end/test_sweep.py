@@ -61,6 +61,7 @@ def test_runs_are_those_of_compress_and_share_statistics_curves_and_dense_scores
     assert forward.count == 2  # layers of one pass, for three requirements
     assert curves.count == 2 * 14  # matrices, for the methods with an allocation
     assert ended.err.count("evaluate dense: perplexity english") == 1
+    assert ended.err.count("tokens are few for") <= 2  # input widths
     assert ended.err.count("evaluate int8: perplexity english") == 1
     assert [path.name for path in (folder / "shared/work").glob("shared-*")] == []
     names = [run["name"] for run in found["runs"]]
