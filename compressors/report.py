@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from lrc.compressors.calibrate.calibration_windows import provenance
+from lrc.compressors.calibrate.calibration_windows import provenance, vocabulary_warning
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.manifest import CHECKSUM, read_manifest, report_checksum
 from lrc.compressors.compress.profile import stored_profile
@@ -87,8 +87,12 @@ SCHEMA = {
     "latency.{head_dense_seconds,head_seconds}": "of the output head, if quantized; else 0",
     "latency.slower_forms.FORM": "number of matrices for which it is never faster than dense",
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
+    "calibration.vocabulary.{used,size}": "different tokens in the windows; all of the model",
     "{calibration,training[].text}.texts[]": "of several sources: the same for each",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
+    "evaluation.perplexity.NAME.stderr.{dense,compressed}": (
+        "standard error, from the differences between windows; null for one window"
+    ),
     "evaluation.perplexity.NAME.in_domain": (
         "whether it has the source or the hash of a text that the compression read; null if none"
     ),
@@ -150,6 +154,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
     gap = domain_gap(perplexity)
     evaluation = {**evaluation, "perplexity": perplexity, "domain_gap": gap}
     profile = stored_profile(plan, session.journal)
+    little = vocabulary_warning(calibration)
     report = {
         "schema_version": SCHEMA_VERSION,
         "recipe": prepared.recipe.model_dump(mode="json"),
@@ -171,6 +176,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
             *(record.facts["warning"] for record in plan.training if record.facts.get("warning")),
             *_source_warnings(prepared, evaluation),
             *([] if gap is None else [gap]),
+            *([] if little is None else [little]),
         ],
     }
     report[CHECKSUM] = report_checksum(checkpoint, report)

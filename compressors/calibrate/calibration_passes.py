@@ -6,6 +6,7 @@ propagates the gradient at its output to its input, and sums over the gradients 
 its linears.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -22,15 +23,16 @@ HEAD_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 def forward_layer(
-    executor: LayerExecutor, index: int, hidden: Tensor, required: Required
-) -> LinearStatistics:
+    executor: LayerExecutor, index: int, hidden: Tensor, required: Sequence[Required]
+) -> list[dict[str, Tensor]]:
     """Replace the hidden states [n_windows, length, d_model] by the layer's output, in place.
 
-    Returns the sums for the linears in `required`. Inputs or hidden states that are not finite
-    raise `ModelError`.
+    Returns the sums for the linears in each entry of `required`. Inputs or hidden states that are
+    not finite raise `ModelError`.
     """
     linears, groups = executor.linears(index), executor.calls[index].groups
-    statistics = LinearStatistics.forward(groups, linears, required)
+    parts = [LinearStatistics.forward(groups, linears, each) for each in required]
+    statistics = LinearStatistics.union(parts)
     model = executor.architecture.model
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
@@ -46,7 +48,7 @@ def forward_layer(
     for key, total in statistics.sums.items():
         check_finite(total, f"the inputs of {key.rpartition('.')[0]}")
     check_finite(hidden, f"the output of {executor.architecture.layer_names[index]}")
-    return statistics
+    return [part.of(statistics.sums) for part in parts]
 
 
 def logit_gradient(
@@ -108,15 +110,16 @@ def backward_layer(
     index: int,
     states: Tensor,
     gradients: Tensor,
-    required: Required,
-) -> LinearStatistics:
+    required: Sequence[Required],
+) -> list[dict[str, Tensor]]:
     """Replace the gradients at a layer's output by those at its input, in place.
 
     `states` and `gradients` are [n_windows, length, d_model], the states at the layer's input.
-    Returns the sums for the linears in `required`. Gradients that are not finite raise
-    `ModelError`.
+    Returns the sums for the linears in each entry of `required`. Gradients that are not finite
+    raise `ModelError`.
     """
-    statistics = LinearStatistics.backward(executor.linears(index), required)
+    parts = [LinearStatistics.backward(executor.linears(index), each) for each in required]
+    statistics = LinearStatistics.union(parts)
     model, context = executor.architecture.model, executor.context
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
@@ -144,7 +147,7 @@ def backward_layer(
             "its weights are damaged or overflow: check the source model, or choose a method "
             "without gradients, such as svd-llm",
         )
-    return statistics
+    return [part.of(statistics.sums) for part in parts]
 
 
 def _by_window(x: Tensor, hidden: Tensor) -> Tensor:

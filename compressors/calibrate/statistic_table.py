@@ -4,7 +4,7 @@ A new statistic is a row of `FORWARD` or `BACKWARD` and a field of the same name
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -115,6 +115,20 @@ class LinearStatistics:
         """Add a batch of one linear."""
         for row in self._rows[name]:
             self._table[row].accumulate(self.sums, f"{name}.{row}", batch)
+
+    @classmethod
+    def union(cls, parts: Sequence[Self]) -> Self:
+        """Select the rows of all `parts`, which are of one table and cap the same tokens."""
+        rows: defaultdict[str, list[str]] = defaultdict(list)
+        for part in parts:
+            for name, selected in part._rows.items():
+                rows[name] += selected
+        return cls(parts[0]._table, rows, parts[0].capped)
+
+    def of(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of the sums of a union that belong to this part of it."""
+        selected = (f"{name}.{row}" for name, rows in self._rows.items() for row in rows)
+        return {key: sums[key] for key in selected if key in sums}
 
     @classmethod
     def forward(
