@@ -59,7 +59,8 @@ def check_layers(architecture: Architecture) -> Architecture:
         raise unsupported(config, reason)
     for linear in architecture.linears:
         uses = wholes[0].uses.get(linear.name, 0)
-        if linear.name not in unused and uses != 1:
+        unrouted = uses == 0 and linear.expert is not None
+        if linear.name not in unused and uses != 1 and not unrouted:
             unused[linear.name] = f"is called {uses} times in a forward, not once"
     linears = [linear for linear in architecture.linears if linear.name not in unused]
     if not linears:
