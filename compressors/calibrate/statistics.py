@@ -21,7 +21,7 @@ from lrc.compressors.calibrate.statistic_table import Required
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import to_host
 from lrc.compressors.solvers.linalg import tensor_cores
-from lrc.compressors.solvers.moments import Statistics
+from lrc.compressors.solvers.moments import Statistics, needed_tokens
 
 INPUTS, GRADIENTS = 0, 1  # indices of `statistics_files`
 
@@ -43,17 +43,31 @@ def collect(context: CalibrationContext, required: Required) -> None:
 
 
 def load(journal: Journal, layer: int, name: str) -> Statistics:
-    """Return the statistics of one linear; empty if none were collected."""
+    """Return the statistics of one linear; empty if none were collected.
+
+    Those of an expert with fewer tokens than `needed_tokens` have the number of tokens only.
+    """
     inputs, gradients = statistics_files(layer)
     facts = journal.read_facts(inputs) if journal.has(inputs) else {"leaders": {}}
     leader = facts["leaders"].get(name)
     if leader is None:
         return Statistics()
+    n_routed, needed = facts["routed"].get(name, (None, 0))
+    if n_routed is not None and n_routed < needed:
+        return Statistics(n_routed)
     forward = journal.read_tensors(inputs, table.sum_names(table.FORWARD, name, leader))
     backward = {}
     if journal.has(gradients):
         backward = journal.read_tensors(gradients, table.sum_names(table.BACKWARD, name, leader))
-    return table.build_statistics(facts["n_tokens"], forward, backward)
+    return table.build_statistics(facts["n_tokens"], forward, backward, n_routed)
+
+
+def routed_tokens(journal: Journal, layer: int) -> dict[str, tuple[int, int]]:
+    """Return for each linear of an expert how many tokens it received, and how many it needs."""
+    inputs, _ = statistics_files(layer)
+    if not journal.has(inputs):
+        return {}
+    return {name: tuple(pair) for name, pair in journal.read_facts(inputs)["routed"].items()}
 
 
 def statistics_files(layer: int) -> tuple[str, str]:
@@ -118,7 +132,8 @@ class _Collection:
                 groups = self.executor.calls[index].groups
                 leaders = {n: group[0] for group in groups for n in group if n in required}
                 facts = {"leaders": leaders, "n_tokens": self.executor.tokens.numel()}
-                self._write(index, INPUTS, statistics.sums, facts)
+                routed = self._routed(index, required, statistics)
+                self._write(index, INPUTS, statistics.sums, {**facts, "routed": routed})
             states.finish_layer(save=not checkpoints and index < n_layers - 1)
             self.context.on_step("calibrate", index + 1, n_layers)
 
@@ -133,6 +148,17 @@ class _Collection:
                 self._write(index, GRADIENTS, statistics.sums, {})
             gradients.finish_layer(save=index > stop)
             self.context.on_step("gradients", gradients.done, n_layers - stop)
+
+    def _routed(
+        self, layer: int, required: Required, statistics: table.LinearStatistics
+    ) -> dict[str, list[int]]:
+        """Return the number of tokens that each linear of an expert received, and that it needs."""
+        linears = self.executor.linears(layer)
+        return {
+            name: [statistics.n_tokens[name], needed_tokens(linears[name].d_in)]
+            for name in required
+            if linears[name].expert is not None
+        }
 
     def _missing(self, layer: int, side: int) -> Required:
         """Return the statistics of a layer that one side of it still lacks."""

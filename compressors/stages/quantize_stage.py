@@ -93,9 +93,9 @@ def _compile(draft: Draft, index: int, options: Quantize) -> None:
             )
         elif task not in taken:
             taken.append(task)
-    names = {linear.name for linear in matched}
+    linears = {linear.name: linear for linear in matched}
     for task in taken:
-        left = [w.name for w in task.weights if w.name not in names]
+        left = [w.name for w in task.weights if w.name not in linears]
         if left:
             problems.add(
                 "shared-factor",
@@ -119,7 +119,9 @@ def _compile(draft: Draft, index: int, options: Quantize) -> None:
     # Marked even if there are problems, so that a second stage reports that it quantizes twice.
     marked = [
         replace(
-            task, quantize=quantize, compensate=task.compensate or compensation(options.compensate)
+            task,
+            quantize=quantize,
+            compensate=task.compensate or compensation(options.compensate, linears[task.name]),
         )
         for task in taken
     ]
