@@ -21,6 +21,7 @@ from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches
 from lrc.compressors.calibrate.replaceable import irreplaceable, is_linear
 from lrc.compressors.calibrate.simulated_weights import SimulatedProducts, SimulatedReader
 from lrc.compressors.io.journal import Journal
+from lrc.compressors.layers.experts import split_modules
 from lrc.compressors.models.architecture import Architecture, build, unsupported
 from lrc.compressors.models.configuration import first_line
 from lrc.compressors.models.source import Source
@@ -66,7 +67,7 @@ def check_layers(architecture: Architecture) -> Architecture:
     if not linears:
         name, why = next(iter(unused.items()))
         raise unsupported(config, f"no linear layer can be replaced: {name} {why}")
-    return replace(architecture, linears=linears, unused=unused)
+    return replace(architecture, linears=linears, unused=unused, experts=wholes[0].experts)
 
 
 def differing_layer(old: Architecture, new: Architecture, kept: Sequence[int]) -> str:
@@ -170,6 +171,8 @@ class _Whole:
     uses: dict[str, int]
     """Number of calls of every layer and linear by name."""
     logits: Tensor
+    experts: dict[str, tuple[int, int]]
+    """Name of a module of experts -> their number, and how many of them a token selects."""
 
 
 def _run_whole(executor: LayerExecutor, tokens: Tensor) -> _Whole:
@@ -204,6 +207,14 @@ def _run_whole(executor: LayerExecutor, tokens: Tensor) -> _Whole:
 
         return hook
 
+    experts: dict[str, tuple[int, int]] = {}
+
+    def route(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            experts[name] = module.n_experts, module.selected(*args)
+
+        return hook
+
     with ExitStack() as stack:
         stack.enter_context(executor.around_layers(head=True))
         for index, layer in enumerate(architecture.layers):
@@ -215,8 +226,10 @@ def _run_whole(executor: LayerExecutor, tokens: Tensor) -> _Whole:
         for name in [*architecture.layer_names, *(each.name for each in architecture.linears)]:
             module = architecture.model.get_submodule(name)
             stack.enter_context(module.register_forward_hook(count(name)))
+        for name, module in split_modules(architecture.model):
+            stack.enter_context(module.register_forward_pre_hook(route(name)))
         logits = architecture.model(input_ids=tokens, use_cache=False).logits
-    return _Whole(inputs, outputs, arguments, uses, logits)
+    return _Whole(inputs, outputs, arguments, uses, logits, experts)
 
 
 def _structure(executor: LayerExecutor, wholes: list[_Whole]) -> str:

@@ -48,7 +48,8 @@ def irreplaceable(architecture: Architecture) -> dict[str, str]:
                 found |= {
                     linear.name: "is read while the model is loaded"
                     for linear in architecture.linears
-                    if linear.name in names or linear.name.rpartition(".")[2] == kind and linear.expert
+                    if linear.name in names
+                    or (linear.name.rpartition(".")[2] == kind and linear.expert)
                 }
     return found
 
@@ -106,7 +107,7 @@ def is_linear(kind: type[nn.Module]) -> bool:
 
 
 @lru_cache
-def _reads(owner: type[nn.Module], leaf: str) -> bool:
+def _reads(owner: Any, leaf: str) -> bool:
     return re.search(rf"\.{leaf}\.(weight|bias)\b(?!\.device)", _code(owner)) is not None
 
 

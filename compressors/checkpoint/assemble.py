@@ -100,9 +100,8 @@ def write_checkpoint(
     def read(name: str) -> Tensor:
         return origin[name]()
 
-    if not any(name.startswith(experts) for name in modules):
-        meta, read = with_fused(architecture, meta, read)
-    write_weights(folder, meta, read)
+    split = any(name.startswith(experts) for name in modules)
+    write_weights(folder, *((meta, read) if split else with_fused(architecture, meta, read)))
     budgets = elastic_table(modules, plan.elastic)
     block = layout.quantization_config(modules, {**tables, **budgets})
     if plain and modules:

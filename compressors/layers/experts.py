@@ -2,9 +2,9 @@
 
 transformers stores the experts of a layer as 3-D parameters, such as `gate_up_proj` [n_experts,
 2 * width, d_model] and `down_proj` [n_experts, d_model, width], or transposed. `SplitExperts` takes
-the place of such a module. Its matrices are views of the 3-D parameters in ordinary linear layers
-called ``EXPERT.gate_up_proj`` and ``EXPERT.down_proj``, which can be targeted, observed and replaced
-like all others. Routers and shared experts are modules of their own and do not change.
+the place of such a module. Its matrices are views of the 3-D parameters in ordinary linear layers,
+``EXPERT.gate_up_proj`` and ``EXPERT.down_proj``, which can be targeted, observed and replaced like
+all others. Routers and shared experts are separate modules and do not change.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,9 +57,7 @@ class Expert(nn.Module):
             )
             linear.weight = nn.Parameter(weight, requires_grad=stored.requires_grad)
             if bias is not None:
-                linear.bias = nn.Parameter(
-                    bias.detach()[number], requires_grad=bias.requires_grad
-                )
+                linear.bias = nn.Parameter(bias.detach()[number], requires_grad=bias.requires_grad)
             self.add_module(tensor.leaf, linear)
 
     def forward(self, x: Tensor, gates: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -120,6 +118,10 @@ class SplitExperts(nn.Module):
             start += count
         return result
 
+    def selected(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> int:
+        """Return how many experts a token selects, given the arguments of a call."""
+        return top_k_index.shape[1]
+
     @torch.no_grad()
     def to_fused(self) -> nn.Module:
         """Return the original module with the present matrices, all of which must be dense."""
@@ -152,7 +154,9 @@ def fused_tensors(module: nn.Module) -> tuple[FusedTensor, ...]:
         return ()
     names = [name for leaf in matrices for name in (leaf, leaf + BIAS) if name in own]
     return tuple(
-        FusedTensor(name, tuple(own[name].shape), bool(module.is_transposed) and own[name].ndim == 3)
+        FusedTensor(
+            name, tuple(own[name].shape), bool(module.is_transposed) and own[name].ndim == 3
+        )
         for name in names
     )
 

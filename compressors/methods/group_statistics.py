@@ -9,7 +9,9 @@ from lrc.compressors.solvers.moments import Moment, Statistics
 
 def few_tokens(n_tokens: int) -> str:
     """Return the reason why a weight has no statistics, although it may have received tokens."""
-    return f"saw {'only ' * (n_tokens > 0)}{n_tokens or 'no'} calibration token{'s' * (n_tokens > 1)}"
+    return (
+        f"saw {'only ' * (n_tokens > 0)}{n_tokens or 'no'} calibration token{'s' * (n_tokens > 1)}"
+    )
 
 
 def combined(known: Sequence[Statistics]) -> Statistics:

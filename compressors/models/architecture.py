@@ -51,6 +51,9 @@ class Architecture:
     tied: dict[str, str]
     unused: dict[str, str] = field(default_factory=dict)
     """Linears of decoder layers that no stage may replace, and why; see `layer_check`."""
+    experts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Name of a module of experts -> their number, and how many of them a token selects; found by
+    `layer_check`."""
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -114,7 +117,9 @@ def describe(model: Any) -> Architecture:
     linears = []
     for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
         _refuse_unsupported_weights(name, layer, config)
-        experts = {n: int(n.rpartition(".")[2]) for n, m in layer.named_modules() if type(m) is Expert}
+        experts = {
+            n: int(n.rpartition(".")[2]) for n, m in layer.named_modules() if type(m) is Expert
+        }
         linears += [
             Linear(
                 f"{name}.{n}",

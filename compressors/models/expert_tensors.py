@@ -1,8 +1,8 @@
 """Where the tensors of single experts are in the files of a model.
 
-Files have one tensor for all experts of a layer, as the classes of transformers do, or one for every
-matrix of every expert, as most models were published. transformers converts the latter while it
-loads them; here every expert is read on its own.
+Files have one tensor for all experts of a layer, like the classes of transformers, or one for each
+matrix of each expert, as most models were published. transformers converts the latter while it
+loads them; here the tensors of an expert are read without those of the others.
 """
 
 import re
@@ -77,7 +77,7 @@ def own_conversions(model: Any) -> list[WeightTransform]:
 def without_experts(
     conversions: Sequence[WeightTransform], model: nn.Module
 ) -> list[WeightTransform]:
-    """Return the conversions without those that make fused experts, if those of `model` are split."""
+    """Return the conversions without those that fuse experts, if those of the model are split."""
     if not any(split_modules(model)):
         return list(conversions)
     return [
@@ -126,12 +126,17 @@ def with_fused(
 def as_header(pieces: Sequence[Piece]) -> Header:
     """Describe the concatenation of pieces like a tensor of a file."""
     shape = [sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:]]
-    n_bytes = sum(piece.header.nbytes // (piece.header.shape[0] if piece.index is not None else 1) for piece in pieces)
+    n_bytes = sum(
+        piece.header.nbytes // (piece.header.shape[0] if piece.index is not None else 1)
+        for piece in pieces
+    )
     return replace(pieces[0].header, shape=shape, nbytes=n_bytes)
 
 
 def expert_pieces(
-    headers: Mapping[str, Header], conversions: Sequence[WeightTransform], architecture: Architecture
+    headers: Mapping[str, Header],
+    conversions: Sequence[WeightTransform],
+    architecture: Architecture,
 ) -> tuple[dict[str, list[Piece]], set[str]]:
     """Find the tensors of experts in files.
 
@@ -154,9 +159,7 @@ def expert_pieces(
     found: dict[str, dict[int, Piece]] = {}
     used: dict[str, set[str]] = {}
     for key, header in headers.items():
-        name, pattern = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, tree
-        )
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, tree)
         if name not in fused:
             continue
         tensor, parts = fused[name]

@@ -125,9 +125,10 @@ class WeightReader(SkeletonFiller):
         try:
             parts = [piece.read().to(device, dtype, copy=True) for piece in pieces]
         except (SafetensorError, OSError) as error:
+            path, reason = pieces[0].header.file, str(error).strip()[:200]
             raise ModelError(
-                f"model.path: {pieces[0].header.file} can no longer be read ({str(error).strip()[:200]}); put it "
-                "back unchanged and run the same command again, it continues"
+                f"model.path: {path} can no longer be read ({reason}); put it back unchanged and "
+                "run the same command again, it continues"
             ) from error
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

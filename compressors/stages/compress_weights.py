@@ -10,6 +10,7 @@ from lrc.compressors.compress.layerwise import compress_layers, layer_file, read
 from lrc.compressors.compress.quantize_embeddings import quantize_embeddings
 from lrc.compressors.io.files import write_text
 from lrc.compressors.planning.allocate import allocate
+from lrc.compressors.planning.coverage import measured_coverage, refuse_starved
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session
 from lrc.compressors.stages.measured_times import with_measured_times
@@ -68,6 +69,12 @@ def calibrate(session: Session, plan: Plan) -> None:
         if not required:
             return
         statistics.collect(session.models.calibration(), required)
+        counts = {
+            name: pair
+            for layer in range(len(session.models.architecture.layers))
+            for name, pair in statistics.routed_tokens(session.journal, layer).items()
+        }
+        refuse_starved(measured_coverage(counts), session.windows().numel())
         session.journal.forget(*cache_files(session.journal))
 
 

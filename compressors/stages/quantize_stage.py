@@ -73,7 +73,7 @@ def _compile(draft: Draft, index: int, options: Quantize) -> None:
         problems,
         unused=draft.architecture.unused,
     )
-    taken: list[LayerTask] = []
+    found: dict[str, LayerTask] = {}
     for linear in matched:
         task = draft.tasks.get(linear.name) or LayerTask(
             weights=(Weight(linear.name, linear.layer),),
@@ -91,8 +91,9 @@ def _compile(draft: Draft, index: int, options: Quantize) -> None:
                 f"{linear.name} is already quantized by stages[{earlier.stage}]; list it under one "
                 "of the two 'ignore', or leave out 'schemes' there, if it has any",
             )
-        elif task not in taken:
-            taken.append(task)
+        else:
+            found.setdefault(task.name, task)
+    taken = [*found.values()]
     linears = {linear.name: linear for linear in matched}
     for task in taken:
         left = [w.name for w in task.weights if w.name not in linears]
