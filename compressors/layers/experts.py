@@ -102,8 +102,7 @@ class SplitExperts(nn.Module):
             Numbers of the selected experts; `n_experts` or larger for none.
         top_k_weights : Tensor, shape [n_tokens, top_k]
         """
-        fused: Any = vars(self)["fused"]
-        activation = fused._apply_gate if fused.has_gate else fused.act_fn
+        activation = self._activation
         order = top_k_index.flatten().argsort(stable=True)
         counts = top_k_index.flatten().bincount(minlength=self.n_experts).tolist()
         selected = order // top_k_index.shape[1]  # tokens, expert by expert
@@ -117,6 +116,12 @@ class SplitExperts(nn.Module):
                 result.index_add_(0, tokens, y.to(result.dtype))
             start += count
         return result
+
+    @property
+    def _activation(self) -> Callable[[Tensor], Tensor]:
+        fused: Any = vars(self)["fused"]
+        found: Callable[[Tensor], Tensor] = fused._apply_gate if fused.has_gate else fused.act_fn
+        return found
 
     def selected(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> int:
         """Return how many experts a token selects, given the arguments of a call."""
@@ -138,14 +143,57 @@ class SplitExperts(nn.Module):
         return f"{self.n_experts} experts"
 
 
+class GroupedExperts(SplitExperts):
+    """Experts, as of Llama 4, that receive all tokens, scaled by the router, once per expert."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the outputs [n_experts * n_tokens, d_model], expert by expert.
+
+        ``hidden_states`` has the same shape. A token is zero where the router has not selected the
+        expert, and so is its output.
+        """
+        result = torch.zeros_like(hidden_states)
+        routed = hidden_states.any(dim=1)
+        rows = routed.nonzero().flatten()
+        counts = routed.view(self.n_experts, -1).sum(dim=1).tolist()
+        for number, tokens in enumerate(rows.split(counts)):
+            if len(tokens):
+                x = hidden_states[tokens]
+                y = self._modules[str(number)](x, x.new_ones(len(x), 1), self._activation)  # type: ignore[misc]
+                result = result.index_copy(0, tokens, y)
+        return result
+
+    @property
+    def _activation(self) -> Callable[[Tensor], Tensor]:
+        act: Callable[[Tensor], Tensor] = vars(self)["fused"].act_fn
+
+        def gated(y: Tensor) -> Tensor:
+            gate, up = y.chunk(2, dim=-1)
+            return up * act(gate)
+
+        return gated
+
+    def selected(self, hidden_states: Tensor) -> int:  # type: ignore[override]
+        """Return how many experts a token selects, given the arguments of a call."""
+        routed = hidden_states.any(dim=1)
+        return int(routed.sum()) * self.n_experts // len(routed)
+
+
+GROUPED = ("Llama4TextExperts",)
+"""Names of classes of experts whose place `GroupedExperts` takes; they store transposed matrices,
+but transformers does not dispatch them to other implementations."""
+
+
 def fused_tensors(module: nn.Module) -> tuple[FusedTensor, ...]:
     """Return the fused tensors of a module of experts; none of any other module.
 
     These are the modules that transformers dispatches to interchangeable implementations, which
-    state their layout. Modules with further parameters are left out.
+    state their layout, and those of `GROUPED`. Modules with further parameters are left out.
     """
-    if not hasattr(module, "is_transposed") or not hasattr(module, "_apply_gate"):
+    grouped = type(module).__name__ in GROUPED
+    if not grouped and not (hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")):
         return ()
+    transposed = grouped or bool(module.is_transposed)
     own: dict[str, Tensor] = dict(module.named_parameters())
     if any(name.removesuffix(BIAS) not in MATRICES for name in own) or "down_proj" not in own:
         return ()
@@ -154,9 +202,7 @@ def fused_tensors(module: nn.Module) -> tuple[FusedTensor, ...]:
         return ()
     names = [name for leaf in matrices for name in (leaf, leaf + BIAS) if name in own]
     return tuple(
-        FusedTensor(
-            name, tuple(own[name].shape), bool(module.is_transposed) and own[name].ndim == 3
-        )
+        FusedTensor(name, tuple(own[name].shape), transposed and own[name].ndim == 3)
         for name in names
     )
 
@@ -169,7 +215,9 @@ def fused_modules(model: nn.Module) -> list[str]:
 def split_experts_(model: nn.Module) -> None:
     """Replace all modules of fused experts in a model by `SplitExperts`."""
     for name in fused_modules(model):
-        model.set_submodule(name, SplitExperts(model.get_submodule(name)))
+        fused = model.get_submodule(name)
+        kind = GroupedExperts if type(fused).__name__ in GROUPED else SplitExperts
+        model.set_submodule(name, kind(fused))
 
 
 def fuse_experts_(model: nn.Module) -> None:

@@ -37,7 +37,7 @@ def missing_reason(known: Sequence[Statistics], needed: Collection[str]) -> str 
     if not missing:
         return None
     if all(each.n_tokens == 0 for each in known) or "inputs" in missing:
-        return f"{few_tokens(known[0].n_tokens)}; stays dense"
+        return f"{few_tokens(min(each.n_tokens for each in known))}; stays dense"
     return f"calibration has no {', '.join(sorted(missing))} for it; stays dense"
 
 

@@ -133,8 +133,14 @@ def renamed(
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     tree, prefix = model.state_dict(), model.base_model_prefix
-    found = {k: rename_source_key(k, renamings, converters, prefix, tree) for k in keys}
-    return {key: (name, converted is not None) for key, (name, converted) in found.items()}
+
+    def rename(key: str) -> tuple[str, bool]:
+        name, converted = rename_source_key(key, renamings, converters, prefix, tree)
+        if name not in tree and key in tree and converted is None:
+            return key, False  # a pattern for older names that also matches this one
+        return name, converted is not None
+
+    return {key: rename(key) for key in keys}
 
 
 def match(
