@@ -136,7 +136,7 @@ def renamed(
 
     def rename(key: str) -> tuple[str, bool]:
         name, converted = rename_source_key(key, renamings, converters, prefix, tree)
-        if name not in tree and key in tree and converted is None:
+        if name not in tree and key in tree:
             return key, False  # a pattern for older names that also matches this one
         return name, converted is not None
 
