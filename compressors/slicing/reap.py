@@ -21,7 +21,7 @@ from lrc.configs.slice import Reap as Options
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Config keys for the number of experts; a class reads one of them."""
-GROUPS = ("n_group", "n_groups", "num_expert_group")
+GROUPS = ("n_group", "num_expert_group")
 """Config keys for the number of groups of experts of which the router first selects some."""
 
 
