@@ -75,7 +75,13 @@ def _loads(model: nn.Module, names: Iterable[str]) -> bool:
 
     It calls the `_init_weights` of the class for every module, also of those that are stored.
     """
-    trial: Any = copy.deepcopy(model)
+    shared = {
+        id(expert): expert
+        for _, experts in split_modules(model)
+        for number, expert in experts.named_children()
+        if number != "0"
+    }
+    trial: Any = copy.deepcopy(model, shared)
     for name in names:
         linear = trial.get_submodule(name)
         config = WeightConfig(
