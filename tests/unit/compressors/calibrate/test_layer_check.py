@@ -119,6 +119,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "mamba": MAMBA,
     "minicpm3": MINICPM3,
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "minimax": {"num_local_experts": 4, "num_experts_per_tok": 2},  # its masks are stored buffers
 }
 
 
