@@ -137,11 +137,11 @@ def _check_output(recipe: Recipe, problems: Problems) -> None:
 def _needs_lrc(compiled: Compiled) -> list[str]:
     """Return a warning if only the model class prevents a plain checkpoint of integers."""
     model, modules = compiled.architecture.model, compiled.plan.modules()
-    if (
-        not modules
-        or not is_plain(modules, ordinary_linears(model))
-        or loads_packed(model, modules)
-    ):
+    linears = [linear.name for linear in compiled.architecture.linears]
+    if not modules or not is_plain(modules, [*linears, *ordinary_linears(model)]):
+        return []
+    experts = modules.keys() - {*ordinary_linears(model)}
+    if not experts and loads_packed(model, modules):
         return []
     return [
         f"stages: {type(model).__name__} cannot be loaded with packed integers by transformers "

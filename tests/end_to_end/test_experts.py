@@ -157,6 +157,11 @@ def test_bytes_of_every_expert_are_those_of_the_plan(name, runs):
     assert sum(sizes.values()) == 8 * plan.compressed_bytes
 
 
+def test_integers_of_experts_are_said_to_need_lrc(runs):
+    warnings = json.loads((runs("gpt_oss gptq") / "report.json").read_text())["warnings"]
+    assert any("GptOssForCausalLM" in text and "`import lrc`" in text for text in warnings)
+
+
 def test_routers_stay_as_they_are(runs, folders):
     for name in ("mixtral svd-llm", "gpt_oss gptq", "deepseek_v3 mixed", "llama4_text kfac"):
         dense, found = load(folders(RUNS[name][0])), load(runs(name) / "checkpoint")
