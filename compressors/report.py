@@ -28,6 +28,7 @@ from lrc.compressors.io.files import write_text
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.versions import environment
 from lrc.compressors.models.source import HUB_ID
+from lrc.compressors.planning.coverage import coverage_json
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import summarize
@@ -75,6 +76,14 @@ SCHEMA = {
     "layers[].predicted_nats": "predicted loss increase, nats per token; null without gradients",
     "layers[].refit": "whether it was fitted to the inputs that the compressed model produces",
     "layers[].{note,fallback}": "why it stays dense; deviations from the plan; null if none",
+    "experts": "what the experts received of the calibration text; null without experts",
+    "experts.{layers,per_layer,per_token}": "layers with experts; number; selected by a token",
+    "experts.coverage.{experts,tokens_min,tokens_median}": (
+        "calibration tokens that they received; null if no statistics were needed"
+    ),
+    "experts.coverage.{needed,starved}": (
+        "tokens that statistics need; number of experts with fewer, which use a fallback"
+    ),
     "profile": "what `lrc plan --profile` measured before this run compressed; null if nothing",
     "profile.{windows,tokens,dense}": "of the calibration text; loss of the dense model on them",
     "profile.{divergences,increases}.NAME": (
@@ -163,6 +172,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "slices": plan.to_json()["slices"],
         "training": training,
         "layers": [row.to_json() for row in summarize(plan)],
+        "experts": coverage_json(plan),
         "profile": None if profile is None else asdict(profile),
         "latency": None if times is None else times.to_json(),
         "calibration": calibration,

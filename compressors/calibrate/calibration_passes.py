@@ -6,16 +6,19 @@ propagates the gradient at its output to its input, and sums over the gradients 
 its linears.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lrc.compressors.calibrate.calibration_context import Labels, check_finite
 from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches, watch
 from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
+from lrc.compressors.layers.experts import Expert
 from lrc.compressors.solvers.moments import token_weights
 
 # Logits of this many tokens at once: with a vocabulary of 128k a GiB on a GPU is 2k tokens.
@@ -24,11 +27,11 @@ HEAD_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 def forward_layer(
     executor: LayerExecutor, index: int, hidden: Tensor, required: Sequence[Required]
-) -> list[dict[str, Tensor]]:
+) -> tuple[list[dict[str, Tensor]], Counter[str]]:
     """Replace the hidden states [n_windows, length, d_model] by the layer's output, in place.
 
-    Returns the sums for the linears in each entry of `required`. Inputs or hidden states that are
-    not finite raise `ModelError`.
+    Returns the sums for the linears in each entry of `required`, and the number of tokens that
+    every linear received. Inputs or hidden states that are not finite raise `ModelError`.
     """
     linears, groups = executor.linears(index), executor.calls[index].groups
     parts = [LinearStatistics.forward(groups, linears, each) for each in required]
@@ -41,14 +44,35 @@ def forward_layer(
         if name in statistics.capped:
             x = x.reshape(-1, x.shape[-1])
             x = x * token_weights(x, executor.tokens.shape[1]).sqrt()
+        expert = name.rpartition(".")[0]
+        if name in statistics.gated and expert in gates:
+            x, y = x * gates[expert], y * gates[expert]
         statistics.add(name, LinearBatch(x, y, linear.weight))
 
-    with executor.layer(index), watch(model, statistics.watched, see):
+    gates: dict[str, Tensor] = {}  # of the present batch
+    with (
+        executor.layer(index) as layer,
+        watch_gates(executor.architecture.layer_names[index], layer, gates),
+        watch(model, statistics.watched, see),
+    ):
         executor.advance_(index, hidden)
     for key, total in statistics.sums.items():
         check_finite(total, f"the inputs of {key.rpartition('.')[0]}")
     check_finite(hidden, f"the output of {executor.architecture.layer_names[index]}")
-    return [part.of(statistics.sums) for part in parts]
+    return [part.of(statistics.sums) for part in parts], statistics.n_tokens
+
+
+def watch_gates(name: str, layer: nn.Module, gates: dict[str, Tensor]) -> ExitStack:
+    """Keep the weights [n_tokens, 1] by which the router scales each expert, within the context.
+
+    By the full name of the expert; `name` is that of the layer.
+    """
+    hooks = ExitStack()
+    for expert, module in layer.named_modules(prefix=name):
+        if isinstance(module, Expert):
+            hook = partial(lambda expert, _, args: gates.__setitem__(expert, args[1]), expert)
+            hooks.enter_context(module.register_forward_pre_hook(hook))
+    return hooks
 
 
 def logit_gradient(
@@ -151,6 +175,11 @@ def backward_layer(
 
 
 def _by_window(x: Tensor, hidden: Tensor) -> Tensor:
-    """Undo the flattening of all tokens into one dimension, as in OPT: [n, length, d]."""
-    flat = x.ndim == 2 and len(x) == hidden.shape[0] * hidden.shape[1]
-    return x.unflatten(0, hidden.shape[:2]) if flat else x
+    """Undo the flattening of all tokens into one dimension, as in OPT: [n, length, d].
+
+    The tokens of an expert, whose windows are not known here, count as one: [1, n_tokens, d].
+    """
+    if x.ndim != 2:
+        return x
+    n, length = hidden.shape[:2]
+    return x.unflatten(0, (n, length)) if len(x) == n * length else x[None]

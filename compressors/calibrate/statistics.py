@@ -21,7 +21,7 @@ from lrc.compressors.calibrate.statistic_table import Required
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import to_host
 from lrc.compressors.solvers.linalg import tensor_cores
-from lrc.compressors.solvers.moments import Statistics
+from lrc.compressors.solvers.moments import Statistics, needed_tokens
 
 INPUTS, GRADIENTS = 0, 1  # indices of `statistics_files`
 
@@ -42,7 +42,8 @@ def collect_together(
     """Write what several runs require, each to a journal, in one pass.
 
     The files are those of separate calls of `collect`. Snapshots are in the journal of the context,
-    which must be one for these requirements. Runs with ``capped_inputs`` need a pass of their own.
+    which must be one for these requirements. Runs with ``capped_inputs`` need a pass of their own,
+    and so do all runs of a model with experts, whose tokens are weighted as the run requires.
     """
     variants = [_Variant.of(context, *each) for each in wanted]
     with tensor_cores(context.device):
@@ -50,17 +51,31 @@ def collect_together(
 
 
 def load(journal: Journal, layer: int, name: str) -> Statistics:
-    """Return the statistics of one linear; empty if none were collected."""
+    """Return the statistics of one linear; empty if none were collected.
+
+    Those of an expert with fewer tokens than `needed_tokens` have the number of tokens only.
+    """
     inputs, gradients = statistics_files(layer)
     facts = journal.read_facts(inputs) if journal.has(inputs) else {"leaders": {}}
     leader = facts["leaders"].get(name)
     if leader is None:
         return Statistics()
+    n_routed, needed = facts["routed"].get(name, (None, 0))
+    if n_routed is not None and n_routed < needed:
+        return Statistics(n_routed)
     forward = journal.read_tensors(inputs, table.sum_names(table.FORWARD, name, leader))
     backward = {}
     if journal.has(gradients):
         backward = journal.read_tensors(gradients, table.sum_names(table.BACKWARD, name, leader))
-    return table.build_statistics(facts["n_tokens"], forward, backward)
+    return table.build_statistics(facts["n_tokens"], forward, backward, n_routed)
+
+
+def routed_tokens(journal: Journal, layer: int) -> dict[str, tuple[int, int]]:
+    """Return for each linear of an expert how many tokens it received, and how many it needs."""
+    inputs, _ = statistics_files(layer)
+    if not journal.has(inputs):
+        return {}
+    return {name: tuple(pair) for name, pair in journal.read_facts(inputs)["routed"].items()}
 
 
 def statistics_files(layer: int) -> tuple[str, str]:
@@ -138,13 +153,15 @@ class _Collection:
             if checkpoints:
                 checkpoints[index].copy_(states.tensor)
             required = [each.missing(index, INPUTS) for each in self.variants]
-            found = forward_layer(self.executor, index, states.tensor, required)
+            found, n_tokens = forward_layer(self.executor, index, states.tensor, required)
             groups = self.executor.calls[index].groups
             for variant, names, sums in zip(self.variants, required, found, strict=True):
                 if names:
                     leaders = {n: group[0] for group in groups for n in group if n in names}
                     facts = {"leaders": leaders, "n_tokens": self.executor.tokens.numel()}
-                    _write(variant.journal, statistics_files(index)[INPUTS], sums, facts)
+                    routed = self._routed(index, names, n_tokens)
+                    file = statistics_files(index)[INPUTS]
+                    _write(variant.journal, file, sums, facts | {"routed": routed})
             states.finish_layer(save=not checkpoints and index < n_layers - 1)
             self.context.on_step("calibrate", index + 1, n_layers)
 
@@ -160,6 +177,17 @@ class _Collection:
                     _write(variant.journal, statistics_files(index)[GRADIENTS], sums, {})
             gradients.finish_layer(save=index > stop)
             self.context.on_step("gradients", gradients.done, n_layers - stop)
+
+    def _routed(
+        self, layer: int, required: Required, n_tokens: Mapping[str, int]
+    ) -> dict[str, list[int]]:
+        """Return the number of tokens that each linear of an expert received, and that it needs."""
+        linears = self.executor.linears(layer)
+        return {
+            name: [n_tokens[name], needed_tokens(linears[name].d_in)]
+            for name in required
+            if linears[name].expert is not None
+        }
 
     def _missing(self, layer: int, side: int) -> bool:
         return any(each.missing(layer, side) for each in self.variants)

@@ -18,6 +18,7 @@ from lrc.compressors.compress.quantize_embeddings import quantize_embeddings
 from lrc.compressors.io.files import write_text
 from lrc.compressors.io.machine import no_progress
 from lrc.compressors.planning.allocate import allocate
+from lrc.compressors.planning.coverage import measured_coverage, refuse_starved
 from lrc.compressors.planning.loss_curves import LossCurves, loss_curves
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.rate_distortion import curves_for, energies_file
@@ -84,6 +85,12 @@ def calibrate(session: Session, plan: Plan) -> None:
         if not required:
             return
         statistics.collect(session.models.calibration(), required)
+        counts = {
+            name: pair
+            for layer in range(len(session.models.architecture.layers))
+            for name, pair in statistics.routed_tokens(session.journal, layer).items()
+        }
+        refuse_starved(measured_coverage(counts), session.windows().numel())
         session.journal.forget(*cache_files(session.journal))
 
 

@@ -99,13 +99,14 @@ class SharedWork:
             self._of_requirement(each).output: required_statistics(each.plan.tasks)
             for each in group
         }
+        experts = any(linear.expert is not None for linear in session.models.architecture.linears)
         plain: list[tuple[Journal, Any]] = []
-        capped: list[tuple[Journal, Any]] = []
+        alone: list[tuple[Journal, Any]] = []
         for folder, required in wanted.items():
             # Sums over weighted tokens have the names of those over all tokens.
-            weighted = any("capped_inputs" in names for names in required.values())
-            (capped if weighted else plain).append((Journal(folder), required))
-        for together in [plain, *([each] for each in capped)]:
+            weighted = experts or any("capped_inputs" in names for names in required.values())
+            (alone if weighted else plain).append((Journal(folder), required))
+        for together in [plain, *([each] for each in alone)]:
             if together:
                 self._collect_together(session, together)
 
