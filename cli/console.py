@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from lrc.cli.gate_results import annotation, on_github
 from lrc.configs.errors import LrcError, Stopped
 
 HEARTBEAT_SECONDS = 60.0
@@ -144,6 +145,8 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
     if isinstance(error, LrcError):
         for problem in error.problems:
             say(f"error[{problem.code}]: {problem}")
+            if on_github():
+                say(annotation(problem))
         return error.exit_code
     if hasattr(error, "format_message"):  # typer's, about the command line
         text = " ".join(error.format_message().split()).removesuffix(".")

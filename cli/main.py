@@ -4,22 +4,36 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from lrc.cli import console, streams
-from lrc.cli.bench import bench
+from lrc.cli.bench import bench, known
 from lrc.cli.delta import delta_app
 from lrc.cli.export import export
+from lrc.cli.gate_results import (
+    GateTexts,
+    Junit,
+    gates_json,
+    missed_gates,
+    print_gates,
+    read_gates,
+    write_junit,
+)
 from lrc.cli.latency import latency
 from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile, TrustRemoteCode, positive
 from lrc.cli.pages import report as report_pages
+from lrc.cli.sweep import sweep
 from lrc.configs import shipped
-from lrc.configs.errors import EvaluationIncomplete, GateMissed, RecipeError
-
-if TYPE_CHECKING:
-    from lrc.configs.load import LoadedRecipe
+from lrc.configs.errors import (
+    EvaluationIncomplete,
+    GateMissed,
+    LrcError,
+    RecipeError,
+    Stopped,
+)
+from lrc.configs.export_types import SETTINGS
 
 app = typer.Typer(
     name="lrc",
@@ -80,6 +94,25 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also draw the predicted loss of every matrix against its bits; implies "
+            "--sensitivity.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    program: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Print the bit widths of the plan as settings of another program; implies "
+            "--sensitivity.",
+            metavar="|".join(SETTINGS),
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -87,10 +120,14 @@ def plan(
     from lrc.configs.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    if sensitivity or profile is not None:
+    if sensitivity or profile is not None or svg is not None or program is not None:
         if every:
             raise RecipeError("--all: --sensitivity shows every matrix anyway; leave one out")
-        _sensitivity(loaded, profile, device, as_json=as_json, quiet=quiet)
+        if program is not None:
+            known("--format", program, SETTINGS)
+        from lrc.cli.loss_predictions import run
+
+        run(loaded, profile, device, svg=svg, program=program, as_json=as_json, quiet=quiet)
         return
     from lrc.cli import tables
     from lrc.compressors.estimate import estimate
@@ -125,6 +162,7 @@ def compress(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an earlier run in the output folder.")
     ] = False,
+    junit: Junit = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -133,6 +171,7 @@ def compress(
 
     loaded = load_recipe(recipe, overrides or [])
     from lrc.cli import tables
+    from lrc.compressors.evaluate.gates import check_gates, metrics_of
     from lrc.compressors.io.machine import Machine
     from lrc.compressors.pipeline import compress as run
 
@@ -144,10 +183,23 @@ def compress(
             report = run(loaded, machine)
         except (EvaluationIncomplete, GateMissed) as error:
             missed, report = error, error.report
+        except Stopped:
+            raise
+        except LrcError as error:
+            if junit is not None:
+                write_junit(junit, "compress", {}, error)
+            raise
+    output = loaded.recipe.output
+    incomplete = isinstance(missed, EvaluationIncomplete)
+    wanted = [] if incomplete else loaded.recipe.evaluate.gates
+    gates = {output: check_gates(wanted, metrics_of(report))}
     if as_json:
         _print_json(report)
     else:
-        tables.print_report(report, loaded.recipe.output)
+        tables.print_report(report, output)
+        print_gates(gates)
+    if junit is not None:
+        write_junit(junit, "compress", gates, missed if incomplete else None)
     if missed is not None:
         raise missed
     if not (steps.taken or quiet):
@@ -189,6 +241,8 @@ def evaluate(
         ),
     ] = 32768,
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
+    gate: GateTexts = None,
+    junit: Junit = None,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -200,7 +254,7 @@ def evaluate(
         raise RecipeError(
             "lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"
         )
-    from lrc.cli.evaluate import raise_if_missing, run
+    from lrc.cli.evaluate import check_eval_gates, raise_if_missing, run
     from lrc.cli.quality import print_evaluation
     from lrc.compressors.io.machine import Machine
     from lrc.configs.recipe import Evaluate, Perplexity, Tasks
@@ -209,17 +263,31 @@ def evaluate(
         perplexity=[Perplexity(source=s, window=window, windows=windows) for s in perplexity or []],
         tasks=Tasks(names=names, include_path=include_path, limit=limit),
         kl_tokens=kl_tokens,
+        gates=read_gates(gate),
     )
 
     console.quiet_transformers()
     with console.Steps(quiet=quiet).running() as steps:
         machine = Machine(device, on_step=steps, on_warning=steps.warn)
-        blocks = run(checkpoints, request, machine, seed=seed, trusted=trust_remote_code)
+        try:
+            blocks = run(checkpoints, request, machine, seed=seed, trusted=trust_remote_code)
+            gates = check_eval_gates(request.gates, blocks)
+        except Stopped:
+            raise
+        except LrcError as error:
+            if junit is not None:
+                write_junit(junit, "eval", {}, error)
+            raise
     if as_json:
-        _print_json({"checkpoints": blocks})
+        _print_json({"checkpoints": blocks, "gates": gates_json(gates)})
     else:
         print_evaluation(blocks)
+        print_gates(gates)
+    if junit is not None:
+        write_junit(junit, "eval", gates)
     raise_if_missing(blocks)
+    if sentences := missed_gates(gates):
+        raise GateMissed(sentences, blocks)
 
 
 @app.command()
@@ -250,6 +318,7 @@ def generate(
 app.command()(bench)
 app.command()(latency)
 app.command()(export)
+app.command()(sweep)
 app.command("report")(report_pages)
 
 
@@ -316,40 +385,6 @@ def recipes_copy(
         message = f"{target} cannot be written ({error.strerror}); name another file"
         raise RecipeError(message) from error
     console.say(f"wrote {target}")
-
-
-def _sensitivity(
-    loaded: "LoadedRecipe", windows: int | None, device: str, *, as_json: bool, quiet: bool
-) -> None:
-    if not loaded.recipe.stages_of("decompose"):
-        raise RecipeError(
-            "--sensitivity: shows predictions for 'decompose' stages, but the recipe has "
-            "no 'decompose' stage; add one, or leave the option out"
-        )
-    samples = loaded.recipe.calibration.samples
-    if windows is not None and not 1 <= windows <= samples:
-        raise RecipeError(
-            f"--profile: must be in [1, {samples}], the windows of the calibration, got "
-            f"{windows}; change it, or raise calibration.samples"
-        )
-    from lrc.cli.sensitivity import print_profile, print_sensitivity
-    from lrc.compressors import pipeline
-    from lrc.compressors.io.machine import Machine
-
-    console.quiet_transformers()
-    measured = None
-    with console.Steps(quiet=quiet).running() as steps:
-        machine = Machine(device, on_step=steps)  # warnings are printed with the plan
-        if windows is None:
-            plan = pipeline.measure(loaded, machine)
-        else:
-            plan, measured = pipeline.profile(loaded, windows, machine)
-    if as_json:
-        _print_json(plan.to_json() | ({"profile": measured.to_json(plan)} if measured else {}))
-        return
-    print_sensitivity(plan)
-    if measured is not None:
-        print_profile(plan, measured)
 
 
 def _print_json(value: Any) -> None:
