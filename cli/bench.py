@@ -1,6 +1,5 @@
 """`lrc bench`: the speed and memory of several models, side by side."""
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,7 +132,7 @@ def bench(
     results = check_speeds(gates, found)
     if as_json:
         shown = found | {"gates": gates_json(results)} if gates else found
-        typer.echo(json.dumps(shown, indent=2, allow_nan=False))
+        console.print_json(shown)
     else:
         print_benchmark(found)
         print_gates(results)

@@ -1,5 +1,6 @@
 """Progress, signals and errors, on stderr; results go to stdout."""
 
+import json
 import os
 import signal
 import sys
@@ -10,11 +11,18 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import typer
+
 from lrc.cli.gate_results import annotation, on_github
 from lrc.configs.errors import LrcError, Stopped
 
 HEARTBEAT_SECONDS = 60.0
 AT_ONCE = "stopped: at once; the same command continues from the last finished step"
+
+
+def print_json(value: Any) -> None:
+    """Print a result as one JSON object to stdout."""
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
 class Steps:

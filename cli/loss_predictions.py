@@ -1,6 +1,5 @@
 """`lrc plan --sensitivity`: predictions, their figure, and settings of other programs."""
 
-import json
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +78,7 @@ def run(
     elif as_json:
         extra = {"profile": measured.to_json(plan)} if measured else {}
         extra |= {"curves": curves_json(found.curves)} if found.curves else {}
-        typer.echo(json.dumps(plan.to_json() | extra, indent=2, allow_nan=False))
+        console.print_json(plan.to_json() | extra)
     else:
         print_sensitivity(plan)
         if measured is not None:

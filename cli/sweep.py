@@ -1,6 +1,5 @@
 """`lrc sweep`: one recipe with several values, and the best of the results."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +91,7 @@ def sweep(
     if plot:
         write_text(folder / "sweep.svg", plot)
     if as_json:
-        typer.echo(json.dumps(found, indent=2, allow_nan=False))
+        console.print_json(found)
     else:
         print_sweep(found, folder)
     _raise_problems(found)
