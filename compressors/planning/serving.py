@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -52,7 +53,14 @@ class PlannedWeights:
                 found.setdefault(self._form(task), []).append(task)
         return found
 
+    @cached_property
+    def _of_experts(self) -> frozenset[str]:
+        """Weights that the file of a dense model has for all experts of a layer at once."""
+        return frozenset(each.name for each in self.architecture.linears if each.expert is not None)
+
     def _is_plain(self, task: LayerTask) -> bool:
+        if task.name in self._of_experts:
+            return False
         if task.allocation is not None:
             allocation = self.allocations[task.allocation]
             schemes = allocation.quantization
@@ -60,6 +68,8 @@ class PlannedWeights:
         return task.config.plain_integers
 
     def _form(self, task: LayerTask) -> str:
+        if task.name in self._of_experts:
+            return "compressed experts"
         if task.allocation is not None:
             return " or ".join(self.allocations[task.allocation].types) or "integers"
         scheme = task.config.quantization
