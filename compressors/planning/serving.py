@@ -120,7 +120,10 @@ class PlannedWeights:
 
 
 def serving_warnings(weights: PlannedWeights) -> list[str]:
-    """Return what serving engines refuse of a plain checkpoint of integers."""
+    """Return what serving engines refuse of a plain checkpoint of integers.
+
+    Formats are those of vLLM on GPUs; on CPUs it has fewer kernels, see `serve`.
+    """
     warnings = []
     if groups := weights.unequal_groups:
         warnings.append(
@@ -128,20 +131,14 @@ def serving_warnings(weights: PlannedWeights) -> list[str]:
             "such groups); serving engines that fuse these layers refuse the checkpoint: target "
             "all of a group with the same 'bits', or none"
         )
-    named: set[str] = set()
-    for key, engine in ENGINES.items():
-        wrong = {
-            scheme: names
-            for scheme, names in weights.schemes.items()
-            if scheme not in {*engine.schemes, *named}
-        }
-        named |= {*wrong}
-        if wrong:
-            names = [*dict.fromkeys(name for each in wrong.values() for name in each)]
-            warnings.append(
-                f"stages: {engine.title} has no kernel for {', '.join(wrong)} and will not load "
-                f"{shortened(names, ', ')} without lrc; 'serve: {key}' allows only what it loads"
-            )
+    engine = ENGINES["vllm"]
+    wrong = {s: names for s, names in weights.schemes.items() if s not in engine.schemes}
+    if wrong:
+        names = [*dict.fromkeys(name for each in wrong.values() for name in each)]
+        warnings.append(
+            f"stages: {engine.title} has no kernel for {', '.join(wrong)} and will not load "
+            f"{shortened(names, ', ')} without lrc; 'serve: vllm' allows only what it loads"
+        )
     return warnings
 
 
