@@ -21,6 +21,8 @@ from lrc.compressors.compress.group import stored_weight
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import Plan
+from lrc.compressors.prepare import prepare
+from lrc.compressors.stages import STAGES
 from lrc.configs.errors import DataError, RecipeError
 from lrc.configs.load import load_recipe
 
@@ -160,6 +162,15 @@ def test_bytes_of_every_expert_are_those_of_the_plan(name, runs):
 def test_integers_of_experts_are_said_to_need_lrc(runs):
     warnings = json.loads((runs("gpt_oss gptq") / "report.json").read_text())["warnings"]
     assert any("GptOssForCausalLM" in text and "`import lrc`" in text for text in warnings)
+
+
+def test_experts_of_integers_are_refused_for_engines(folders, tiny_recipe, tmp_path):
+    stages = [{"quantize": {"method": "rtn", "bits": 8}}]
+    recipe = tiny_recipe(folders("qwen3_moe"), tmp_path / "run", stages=stages)
+    plan = prepare(load_recipe(recipe).recipe, STAGES).plan
+    assert not any("kernel" in text for text in plan.warnings)
+    with pytest.raises(RecipeError, match="got compressed experts of model"):
+        prepare(load_recipe(recipe, ["serve=vllm"]).recipe, STAGES)
 
 
 def test_routers_stay_as_they_are(runs, folders):
