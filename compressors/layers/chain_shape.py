@@ -86,17 +86,12 @@ class ChainShape:
     def of(cls, d_out: int, d_in: int, pattern: str | None, bond: int) -> "ChainShape":
         """Return the shape whose bond dimensions are `bond`, or less where that is full.
 
-        Parameters
-        ----------
-        pattern : str or None
-            None stands for two cores with balanced factors.
-
         Raises
         ------
         ValueError
             If the pattern is not one of that matrix, or the bond dimension is out of range.
         """
-        outputs, inputs = _parsed(d_out, d_in, pattern or pattern_for(d_out, d_in, CORES[0]))
+        outputs, inputs = _parsed(d_out, d_in, pattern)
         full = _full_bonds(outputs, inputs)
         if not 1 <= bond <= max(full):
             raise ValueError(
@@ -144,8 +139,7 @@ def largest_bond(d_out: int, d_in: int, pattern: str | None) -> int:
     ValueError
         If the pattern is not one of that matrix.
     """
-    factors = _parsed(d_out, d_in, pattern or pattern_for(d_out, d_in, CORES[0]))
-    return max(_full_bonds(*factors))
+    return max(_full_bonds(*_parsed(d_out, d_in, pattern)))
 
 
 def _full_bonds(outputs: Sequence[int], inputs: Sequence[int]) -> list[int]:
@@ -154,20 +148,22 @@ def _full_bonds(outputs: Sequence[int], inputs: Sequence[int]) -> list[int]:
     return [min(prod(sizes[:k]), prod(sizes[k:])) for k in range(1, len(sizes))]
 
 
-def _parsed(d_out: int, d_in: int, pattern: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _parsed(
+    d_out: int, d_in: int, pattern: str | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the factors of outputs and inputs that a pattern states."""
-    found = PATTERN.fullmatch(pattern)
+    found = None if pattern is None else PATTERN.fullmatch(pattern)
     if found is None:
         raise ValueError(
-            "pattern must be the factors of outputs and inputs, such as 24x24,32x48, got "
-            f"{pattern!r:.60}"
+            "'pattern' of tensor_train must be the factors of outputs and inputs, such as "
+            f"24x24,32x48, got {pattern!r:.60}"
         )
     outputs, inputs = (tuple(map(int, side.split("x"))) for side in found.groups())
     least, most = CORES
     if len(outputs) != len(inputs) or not least <= len(outputs) <= most:
         raise ValueError(
-            f"pattern must have {least} to {most} factors, equally many for outputs and inputs, "
-            f"got {pattern:.60}"
+            f"'pattern' of tensor_train must be {least} to {most} factors for outputs and as many "
+            f"for inputs, got {pattern!r:.60}"
         )
     for name, d, factors in (("outputs", d_out, outputs), ("inputs", d_in, inputs)):
         if prod(factors) != d:

@@ -205,7 +205,7 @@ def _component(record: Any) -> ComponentConfig:
     if kind is Dense and args is None:
         raise ValueError("a dense component must have a 'quantization', such as int8")
     pattern, shares = found.get("pattern"), found.get("shares")
-    if not (pattern is None or (isinstance(pattern, str) and kind.allows(pattern))):
+    if pattern is not None and not (isinstance(pattern, str) and kind.allows(pattern)):
         allowed = " or ".join(kind.PATTERNS) or "left out"
         raise ValueError(f"'pattern' of {kind.TYPE} must be {allowed}, got {pattern!r:.60}")
     if shares is not None and (kind.SHARED_SIZE is None or not isinstance(shares, str)):

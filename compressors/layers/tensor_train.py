@@ -42,8 +42,8 @@ class TensorTrain(Component):
 
     @classmethod
     def allows(cls, pattern: str | None) -> bool:
-        """Return True: whether the factors are those of a matrix depends on its shape."""
-        return True
+        """Return whether there is a pattern; which ones are possible depends on the shape."""
+        return pattern is not None
 
     @classmethod
     def tensors(cls, d_out: int, d_in: int, config: ComponentConfig) -> TensorSpecs:
@@ -93,7 +93,8 @@ class TensorTrain(Component):
         rows, left = tokens, self.d_in
         for core, (a, m, n, b) in zip(self.children(), self.chain.cores, strict=True):
             left //= n
-            p = multiply(core, x.reshape(rows, a * n, left).transpose(1, 2))  # [rows, left, m * b]
+            p = x.reshape(rows, a * n, left).transpose(1, 2).flatten(0, 1)  # [rows * left, a * n]
+            p = multiply(core, p)  # [rows * left, m * b]
             x = p.view(rows, left, m, b).permute(0, 2, 3, 1)  # [rows, m, b, left]
             rows *= m
         return x
@@ -103,9 +104,9 @@ class TensorTrain(Component):
         rows, right = tokens * self.d_in, 1
         for core, (a, m, n, b) in zip(self._cores()[::-1], self.chain.cores[::-1], strict=True):
             rows //= n
-            turned = core.reshape(a * m, n * b)
-            p = nn.functional.linear(x.reshape(rows, n * b, right).transpose(1, 2), turned)
-            x = p.transpose(1, 2)  # [rows, a * m, right]
+            p = x.reshape(rows, n * b, right).transpose(1, 2).flatten(0, 1)
+            p = nn.functional.linear(p, core.reshape(a * m, n * b))  # [rows * right, a * m]
+            x = p.view(rows, right, a * m).transpose(1, 2)
             right *= m
         return x
 

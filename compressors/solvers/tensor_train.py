@@ -119,7 +119,8 @@ class ChainProblem:
             H = _along(right.inverses, _along(right.inverses, H).T)
         if left is not None and G is not None:
             W = _along(left.roots, W)
-            G = _along(left.inverses, _along(left.inverses, G.view(len(G), -1)).view_as(G).T)
+            half = _along(left.inverses, G if G.ndim == 2 else G[:, None])
+            G = _along(left.inverses, half.T).view_as(G) if G.ndim == 2 else half[:, 0] ** 2 / G
         return cls(W, Metric(H, G), left, right, total, fallback)
 
     def solve(self, shape: ChainShape, rounds: int) -> ChainSolution:
