@@ -126,9 +126,7 @@ class ChainShape:
         """Multiply-adds to multiply the cores out to the matrix."""
         sizes = (m * n for m, n in zip(self.outputs, self.inputs, strict=True))
         entries = list(accumulate(sizes, mul))  # of the matrix of the first cores
-        return sum(
-            done * prod(core) for done, core in zip(entries, self.cores[1:], strict=False)
-        )
+        return sum(done * prod(core) for done, core in zip(entries, self.cores[1:], strict=False))
 
 
 def largest_bond(d_out: int, d_in: int, pattern: str | None) -> int:
@@ -148,9 +146,7 @@ def _full_bonds(outputs: Sequence[int], inputs: Sequence[int]) -> list[int]:
     return [min(prod(sizes[:k]), prod(sizes[k:])) for k in range(1, len(sizes))]
 
 
-def _parsed(
-    d_out: int, d_in: int, pattern: str | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _parsed(d_out: int, d_in: int, pattern: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the factors of outputs and inputs that a pattern states."""
     found = None if pattern is None else PATTERN.fullmatch(pattern)
     if found is None:

@@ -16,9 +16,9 @@ class TensorTrain(Component):
     """A chain of two to four cores, with the outputs and inputs factored among them [1]_, [2]_.
 
     Entry ``(i_1 ... i_N, j_1 ... j_N)`` of the matrix is the product of the matrices
-    ``core_k[:, i_k, j_k, :]``, whose inner dimensions are the bond dimensions: `bond`, or less where
-    less is enough for every matrix. The first factor of a dimension is its slowest index. The
-    pattern states the factors, see `ChainShape`.
+    ``core_k[:, i_k, j_k, :]``, whose inner dimensions are the bond dimensions: `bond`, or less
+    where less is enough for every matrix. The first factor of a dimension is its slowest index. The
+    pattern states the factors, see `ChainShape`. Two cores are a sum of `bond` Kronecker products.
 
     Few rows are multiplied by one core after the other, in the cheaper of the two directions. For
     many rows it is cheaper to multiply the cores out to the matrix.
@@ -34,9 +34,7 @@ class TensorTrain(Component):
     TYPE = "tensor_train"
     SIZES = ("bond",)
 
-    def __init__(
-        self, shape: tuple[int, int], config: ComponentConfig, **where: Any
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], config: ComponentConfig, **where: Any) -> None:
         super().__init__(shape, config, **where)
         self.chain = _chain_of(*shape, config)
 

@@ -5,10 +5,10 @@ All functions count multiply-adds. The weight is [d_out, d_in].
 
 from math import prod
 
+from lrc.compressors.solvers.chain_fit import CG_STEPS
 from lrc.compressors.solvers.ksvd import POWER_STEPS
 from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS, STEPS_IN_METRIC
 from lrc.compressors.solvers.sparse_plus_low_rank import START_STEPS, directions
-from lrc.compressors.solvers.tensor_train import CG_STEPS
 from lrc.compressors.solvers.thresholding import CODE_STEPS, FINAL_ROUNDS, FINAL_STEPS, START_ROUNDS
 
 # A multiplication of a matrix-vector product takes as long as this many of a matrix product: every

@@ -35,8 +35,8 @@ from lrc.compressors.layers.chain_shape import ChainShape
 from lrc.compressors.layers.tensor_train import multiply_out
 from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.compile import Compiled
+from lrc.compressors.solvers.chain_fit import tensor_train_svd
 from lrc.compressors.solvers.spectrum import spectrum
-from lrc.compressors.solvers.tensor_train import tensor_train_svd
 from lrc.configs.errors import CheckpointError
 from lrc.configs.load import load_recipe
 
@@ -266,8 +266,8 @@ def test_a_damaged_layer_is_a_reason(stored: Stored, monkeypatch: pytest.MonkeyP
 def assert_same(stored: Stored, logits: Tensor, expected: Tensor) -> None:
     """Demand every bit, but of masks and chains, which have other paths for some modules.
 
-    Weights that are offloaded have no fast path. Cores with adapters, and offloaded ones, are always
-    multiplied from the first to the last.
+    Weights that are offloaded have no fast path. Cores with adapters, and offloaded ones, are
+    always multiplied from the first to the last.
     """
     kinds = {c.type for config in stored.modules.values() for c in config.components}
     other = kinds & {"dictionary", "sparse", "semi_structured", "block_sparse", "tensor_train"}

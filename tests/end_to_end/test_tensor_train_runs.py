@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lrc.compressors.io.machine import Machine
-from lrc.compressors.planning.plan import Plan
 from lrc.compressors.pipeline import compress
+from lrc.compressors.planning.plan import Plan
 from lrc.configs.errors import RecipeError
 from lrc.configs.load import load_recipe
 

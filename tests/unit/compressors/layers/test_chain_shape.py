@@ -73,8 +73,7 @@ def test_the_parameters_are_those_of_the_example_of_the_paper() -> None:
 def test_cores_grow_with_the_bond_dimension(shape: tuple[int, int], cores: int) -> None:
     pattern = pattern_for(*shape, cores)
     chains = [
-        ChainShape.of(*shape, pattern, bond)
-        for bond in range(1, largest_bond(*shape, pattern) + 1)
+        ChainShape.of(*shape, pattern, bond) for bond in range(1, largest_bond(*shape, pattern) + 1)
     ]
     numbers = [sum(map(prod, chain.cores)) for chain in chains]
     assert all(small < large for small, large in pairwise(numbers))

@@ -47,9 +47,7 @@ def entry(layer: TensorTrain, i: int, j: int) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cores", [2, 3, 4])
 @pytest.mark.parametrize("rows", [1, 17])
-def test_every_order_gives_the_dense_product(
-    shape: tuple[int, int], cores: int, rows: int
-) -> None:
+def test_every_order_gives_the_dense_product(shape: tuple[int, int], cores: int, rows: int) -> None:
     pattern = pattern_for(*shape, cores)
     try:
         largest = largest_bond(*shape, pattern)
@@ -85,9 +83,7 @@ def test_the_order_with_the_fewest_multiplications_is_taken(
     chain = layer.chain
     assert (chain.from_first < chain.from_last) == (cheaper == "first")
     contracted = rows * min(chain.from_first, chain.from_last)
-    assert multiplications(layer, random(rows, 36)) == min(
-        contracted, chain.whole + rows * 24 * 36
-    )
+    assert multiplications(layer, random(rows, 36)) == min(contracted, chain.whole + rows * 24 * 36)
 
 
 def test_the_matrix_is_built_for_many_rows_only() -> None:

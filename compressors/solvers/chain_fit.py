@@ -187,7 +187,8 @@ def _leading_basis(M: Tensor, rank: int) -> Tensor:
     if M.shape[0] <= M.shape[1]:
         return descending_eigh(M @ M.T)[1][:, :rank].contiguous()
     _, V = descending_eigh(M.T @ M)
-    return torch.linalg.qr(M @ V[:, :rank]).Q
+    Q: Tensor = torch.linalg.qr(M @ V[:, :rank]).Q
+    return Q
 
 
 class _Search:

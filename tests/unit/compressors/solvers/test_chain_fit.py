@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lrc.compressors.layers.chain_shape import ChainShape, largest_bond, pattern_for
 from lrc.compressors.layers.tensor_train import multiply_out
-from lrc.compressors.solvers import tensor_train
+from lrc.compressors.solvers import chain_fit
+from lrc.compressors.solvers.chain_fit import ChainProblem, tensor_train_svd
 from lrc.compressors.solvers.linalg import damped, weighted_error
 from lrc.compressors.solvers.moments import Moment
 from lrc.compressors.solvers.spectrum import spectrum
-from lrc.compressors.solvers.tensor_train import ChainProblem, tensor_train_svd
 
 SHAPES = [(24, 36), (36, 24), (7, 12), (13, 24)]
 DAMPING = {"damp": 1e-4, "gradient_damp": 0.1}
@@ -55,9 +55,7 @@ def test_the_full_bond_dimension_is_lossless(
 
 @pytest.mark.parametrize(("shape", "cores"), [((24, 36), 2), ((24, 36), 3), ((36, 36), 4)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_planted_chain_is_recovered(
-    shape: tuple[int, int], cores: int, weighted: bool
-) -> None:
+def test_a_planted_chain_is_recovered(shape: tuple[int, int], cores: int, weighted: bool) -> None:
     chain = ChainShape.of(*shape, pattern_for(*shape, cores), 3)
     W = multiply_out([normal(*core, seed=k) for k, core in enumerate(chain.cores)])
     found = problem_of(W, chain, weighted=weighted).solve(chain, 1)
@@ -88,8 +86,7 @@ def test_two_cores_are_the_sum_of_kronecker_products_of_the_rearranged_svd() -> 
     rearranged = W.view(6, 4, 4, 9).transpose(1, 2).reshape(24, 36)
     U, S, Vh = torch.linalg.svd(rearranged)
     expected = sum(
-        S[r] * torch.kron(U[:, r].reshape(6, 4), Vh[r].reshape(4, 9).contiguous())
-        for r in range(3)
+        S[r] * torch.kron(U[:, r].reshape(6, 4), Vh[r].reshape(4, 9).contiguous()) for r in range(3)
     )
     found = problem_of(W, chain, weighted=False).solve(chain, 2)
     torch.testing.assert_close(multiply_out(found.cores), expected, rtol=1e-8, atol=1e-8)
@@ -110,7 +107,7 @@ def test_with_one_side_in_every_core_it_is_the_method_kfac(pattern: str) -> None
 def test_no_round_increases_the_error(
     shape: tuple[int, int], cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensor_train, "CONVERGED", 0.0)
+    monkeypatch.setattr(chain_fit, "CONVERGED", 0.0)
     W, pattern = normal(*shape), pattern_for(*shape, cores)
     chain = ChainShape.of(*shape, pattern, max(largest_bond(*shape, pattern) // 3, 1))
     problem = problem_of(W, chain)

@@ -9,9 +9,9 @@ from torch import Tensor
 from lrc.compressors.layers import Sizes
 from lrc.compressors.layers.chain_shape import ChainShape, pattern_for
 from lrc.compressors.methods.base import FixedSizeMethod, FixedSizeResult
+from lrc.compressors.solvers.chain_fit import ChainProblem
 from lrc.compressors.solvers.flops import chain_work
 from lrc.compressors.solvers.moments import Statistics
-from lrc.compressors.solvers.tensor_train import ChainProblem
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,12 @@ class TensorTrain(FixedSizeMethod):
         rounds = min(options["rounds"], self.CURVE_ROUNDS) if curve else options["rounds"]
         return len(sizes) * chain_work(d_out, d_in, cores=options["cores"], rounds=rounds)
 
-    def _shapes(self, W: Tensor, sizes: Sequence[Sizes], options: Mapping[str, Any]) -> list[ChainShape]:
-        pattern = self.pattern_of(*W.shape, options)
-        return [ChainShape.of(*W.shape, pattern, each["bond"]) for each in sizes]
+    def _shapes(
+        self, W: Tensor, sizes: Sequence[Sizes], options: Mapping[str, Any]
+    ) -> list[ChainShape]:
+        d_out, d_in = W.shape
+        pattern = self.pattern_of(d_out, d_in, options)
+        return [ChainShape.of(d_out, d_in, pattern, each["bond"]) for each in sizes]
 
     def _problem(
         self,
@@ -70,7 +73,7 @@ class TensorTrain(FixedSizeMethod):
         **damping: float,
     ) -> ChainProblem:
         self.check(statistics)
-        pattern = pattern_for(*W.shape, cores, factors)
-        shape = ChainShape.of(*W.shape, pattern, 1)
+        options = {"cores": cores, "factors": factors}
+        (shape,) = self._shapes(W, [{"bond": 1}], options)
         sides = shape.outputs, shape.inputs
         return ChainProblem.of(W, statistics.inputs, statistics.gradients, sides, **damping)
