@@ -24,6 +24,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "uniform": {**BASE, "allocation": "uniform"},
     "four cores": {**BASE, "cores": 4, "allocation": "uniform"},
     "given factors": {**BASE, "factors": [[2, 16], [6, 8]], "allocation": "uniform"},
+    "compensated": {**BASE, "compensate": {}},
     "a size": {**BASE, "size": "90kB", "keep": None},
 }
 
