@@ -50,7 +50,7 @@ def pattern_for(d_out: int, d_in: int, cores: int, given: Sequence[Sequence[int]
     Examples
     --------
     >>> pattern_for(576, 1536, 2), pattern_for(576, 1536, 2, [[2, 288]])
-    ('24x24,32x48', '2x288,48x32')
+    ('24x24,48x32', '2x288,48x32')
     """
     chosen = {prod(factors): tuple(factors) for factors in given}
     outputs, inputs = chosen.get(d_out), chosen.get(d_in)
