@@ -96,6 +96,8 @@ class DecomposeBase(Strict):
 
     produces: ClassVar[str] = "low_rank"
     """Component type of methods that do not let the recipe choose one."""
+    pattern_key: ClassVar[tuple[str, str]] = ("pattern", "use pattern: unstructured")
+    """Option that decides about the pattern, and a remedy where no weight can have it."""
     why_not_elastic: ClassVar[str | None] = "its components have no order in which they can be cut"
     """Why the result of the method has no smaller budgets; None if it has."""
 

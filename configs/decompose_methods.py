@@ -1,5 +1,6 @@
 """Options of each decomposition method, one model per method."""
 
+from math import prod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -249,6 +250,41 @@ class Dictionary(TwoSidedLearning):
     pattern: AtomPattern = "unstructured"
 
 
+class TensorTrain(FixedSize):
+    """A chain of cores (CompactifAI) with the least predicted loss; experimental."""
+
+    method: Literal["tensor-train"]
+    cores: Annotated[int, Field(ge=2, le=4)] = 2
+    """Number of cores, [2, 4]."""
+    factors: list[Annotated[list[PositiveInt], Field(min_length=2, max_length=4)]] = []
+    """How to factor dimensions: lists of as many factors as there are cores, such as
+    `[[24, 24], [32, 48]]` for the dimensions 576 and 1536. Others are factored automatically, into
+    factors of similar size."""
+    rounds: Annotated[PositiveInt, Field(description="Alternating updates of all cores.")] = 8
+    damp: Damp = 1e-6
+    gradient_damp: GradientDamp = 0.1
+    allocation: FixedSizeAllocation = "lagrangian"
+
+    produces = "tensor_train"
+    pattern_key = ("cores", "lower cores")
+
+    @model_validator(mode="after")
+    def _one_factor_per_core(self) -> "TensorTrain":
+        dimensions = [prod(each) for each in self.factors]
+        for number, each in enumerate(self.factors):
+            if len(each) != self.cores:
+                raise ValueError(
+                    f"'factors' must list {self.cores} factors for every dimension, one per core, "
+                    f"got {each}; change it, or set cores: {len(each)}"
+                )
+            if dimensions[number] in dimensions[:number]:
+                raise ValueError(
+                    f"'factors' must list every dimension once, got {dimensions[number]} twice; "
+                    f"remove {each}"
+                )
+        return self
+
+
 class Mixed(DecomposeBase):
     """Several component types: each matrix gets the one with the least loss under one budget."""
 
@@ -318,6 +354,6 @@ LowRankMethod = Svd | Fwsvd | Asvd | SvdLlm | Lord | Kfac | BasisSharing
 SparseMethod = Magnitude | Wanda | Sparse
 DictionaryMethod = Cospadi | Compot | Rocket | Dictionary
 Decompose = Annotated[
-    LowRankMethod | SparseMethod | DictionaryMethod | Mixed,
+    LowRankMethod | SparseMethod | DictionaryMethod | TensorTrain | Mixed,
     Field(discriminator="method", description="Replace weight matrices by smaller components."),
 ]

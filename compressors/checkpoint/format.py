@@ -29,6 +29,14 @@ and the `config.json` of the original architecture. In addition:
                        [d_out, ceil(atoms / 8)], uint8, or ``index`` [d_out, nonzeros], int16,
                        whichever is smaller (index only if atoms <= 32768). The matrix is
                        ``c @ a`` with the coefficients in ``c`` [d_out, atoms]
+  ``tensor_train``     ``core1.weight`` to ``coreN.weight``, N from 2 to 4; core k with bonds a
+                       before and b after it, m outputs and n inputs is [m * b, a * n], with the
+                       outputs in front of b and a in front of the inputs, and maps those with a
+                       to the others. Entry (i_1 ... i_N, j_1 ... j_N) of the matrix, with the
+                       first factor of a dimension as its slowest index, is the product of the
+                       matrices [a, b] of outputs i_k and inputs j_k. Bonds are 1 at the ends, and
+                       otherwise ``bond`` or, if less, the number of entries of the matrix of the
+                       cores on one side
   ``dense``            with quantization only: ``weight``
   ``block_sparse``     with symmetric quantization in groups of g columns only: ``values``
                        [groups, g], the stored groups row by row; ``mask`` [d_out,
@@ -47,7 +55,9 @@ and the `config.json` of the original architecture. In addition:
   stored in one row as ``values_packed`` [1, ceil(count * bits / 32)] and ``values_scale``
   [ceil(count / group)], with groups of 128 if the quantization has none.
 
-  With ``"pattern": "2:4"`` exactly two of every four consecutive columns of the mask are set.
+  With ``"pattern": "2:4"`` exactly two of every four consecutive columns of the mask are set. The
+  pattern of a ``tensor_train`` component, such as ``"24x24,32x48"``, has the factors of d_out and
+  d_in.
 
   Bit ``j`` of byte ``i`` of a row of a mask, starting from the lowest, is column ``8 i + j``; bits
   after the last column are 0. Tensors without a stated dtype have that of the model.

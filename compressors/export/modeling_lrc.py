@@ -331,6 +331,75 @@ class Dictionary(Masked, SharedFactor):
         return nn.functional.linear(self.multiply_first(x), S)
 
 
+class TensorTrain(nn.Module):
+    """A chain of cores [bond, outputs, inputs, bond], whose outputs and inputs are factored.
+
+    Core k is stored as a matrix [outputs * bond after it, bond before it * inputs].
+    """
+
+    def __init__(self, shape: Shape, record: dict[str, Any], like: Tensor) -> None:
+        super().__init__()
+        self.d_out, self.d_in = shape
+        sides = [tuple(map(int, side.split("x"))) for side in record["pattern"].split(",")]
+        sizes = [m * n for m, n in zip(*sides, strict=True)]
+        full = [min(prod(sizes[:k]), prod(sizes[k:])) for k in range(1, len(sizes))]
+        bonds = [1, *(min(record["bond"], each) for each in full), 1]
+        self.shapes = list(zip(bonds, *sides, bonds[1:], strict=False))
+        for k, (a, m, n, b) in enumerate(self.shapes, start=1):
+            self.add_module(f"core{k}", _factor(m * b, a * n, record, like))
+        # Multiply-adds: of a token from the first core and from the last, and of the whole matrix.
+        cores = list(enumerate(map(prod, self.shapes)))
+        (outputs, inputs), work = sides, []
+        for before, after in ((outputs, inputs), (inputs, outputs)):
+            work.append(sum(prod(before[:k]) * prod(after[k + 1 :]) * core for k, core in cores))
+        self.first, self.last = work
+        self.whole = sum(prod(sizes[:k]) * core for k, core in cores[1:])
+
+    def cores(self) -> list[Tensor]:
+        """Return the cores [a, m, n, b]."""
+        found = []
+        for child, (a, m, n, b) in zip(self.children(), self.shapes, strict=True):
+            weight: Any = child.weight
+            found.append(weight.reshape(m, b, a, n).permute(2, 0, 3, 1))
+        return found
+
+    def matrix(self) -> Tensor:
+        """Return the matrix [d_out, d_in]."""
+        cores = self.cores()
+        (_, rows, columns, b), *others = self.shapes
+        found = cores[0].reshape(-1, b)  # [rows * columns, b]
+        for core, (_, m, n, b) in zip(cores[1:], others, strict=True):
+            found = found @ core.reshape(-1, m * n * b)
+            found = found.view(rows, columns, m, n, b).transpose(1, 2).reshape(-1, b)
+            rows, columns = rows * m, columns * n
+        return found.view(rows, columns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., d_in] to [..., d_out] with the fewest multiply-adds."""
+        tokens, leading = x.numel() // self.d_in, x.shape[:-1]
+        dense = self.whole + tokens * self.d_out * self.d_in
+        plain = all(type(core) in (nn.Linear, PackedMatrix) for core in self.children())
+        if plain and tokens * min(self.first, self.last) > dense:
+            return nn.functional.linear(x, self.matrix())
+        if plain and self.last < self.first:
+            rows, right = tokens * self.d_in, 1
+            for core, (a, m, n, b) in zip(self.cores()[::-1], self.shapes[::-1], strict=True):
+                rows //= n
+                p = x.reshape(rows, n * b, right).transpose(1, 2).flatten(0, 1)
+                p = nn.functional.linear(p, core.reshape(a * m, n * b))  # [rows * right, a * m]
+                x = p.view(rows, right, a * m).transpose(1, 2)
+                right *= m
+            return x.reshape(*leading, self.d_out)
+        rows, left = tokens, self.d_in
+        for child, (a, m, n, b) in zip(self.children(), self.shapes, strict=True):
+            left //= n
+            p = x.reshape(rows, a * n, left).transpose(1, 2).flatten(0, 1)
+            p = child(p)  # [rows * left, m * b]
+            x = p.view(rows, left, m, b).permute(0, 2, 3, 1)  # [rows, m, b, left]
+            rows *= m
+        return x.reshape(*leading, self.d_out)
+
+
 COMPONENTS: dict[str, Any] = {
     "dense": Dense,
     "low_rank": LowRank,
@@ -339,6 +408,7 @@ COMPONENTS: dict[str, Any] = {
     "semi_structured": SemiStructured,
     "block_sparse": BlockSparse,
     "dictionary": Dictionary,
+    "tensor_train": TensorTrain,
 }
 """Type of a component in config.json -> its module, a child of the layer with that name."""
 

@@ -11,7 +11,7 @@ from lrc.compressors.methods.base import LOW_RANK_TYPES
 from lrc.compressors.planning.compile import Draft
 from lrc.compressors.planning.tasks import LayerTask
 
-MATRIX_TYPES = {"dense", "dictionary", *LOW_RANK_TYPES}
+MATRIX_TYPES = {"dense", "dictionary", "tensor_train", *LOW_RANK_TYPES}
 """Component types with a matrix whose entries are all stored."""
 
 

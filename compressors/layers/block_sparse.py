@@ -52,7 +52,7 @@ class BlockSparse(MaskedWeight):
         }
 
     @classmethod
-    def largest_step(cls, d_out: int, d_in: int) -> int:
+    def largest_step(cls, d_out: int, d_in: int, *, pattern: str | None = None) -> int:
         """Return the number of groups of one column; the width depends on the quantization."""
         return d_out * d_in
 

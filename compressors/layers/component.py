@@ -36,7 +36,8 @@ class ComponentConfig:
     quantization: QuantizationArgs | None = None
     """Quantization of matrices and values; None stores them in the dtype of the model."""
     pattern: str | None = None
-    """``2:4`` if exactly two of every four consecutive entries are stored; None if unstructured."""
+    """``2:4`` if exactly two of every four consecutive entries are stored; of a chain of cores the
+    factors of the dimensions, see `ChainShape`; None if unstructured."""
     shares: str | None = None
     """Name of the layer that stores the shared first factor; None if this one has its own."""
     ranks: tuple[int, ...] = ()
@@ -93,7 +94,7 @@ class Component(nn.Module, ABC):
     SIZES: ClassVar[tuple[str, ...]] = ()
     """Keys of `ComponentConfig.sizes`, in the order in which tables show them."""
     PATTERNS: ClassVar[tuple[str, ...]] = ()
-    """Values of `ComponentConfig.pattern` that the layout supports."""
+    """Values of `ComponentConfig.pattern` that the layout supports, see `allows`."""
     COARSE: ClassVar[bool] = False
     """Whether there are so few sizes that an allocation considers all of them, and that a uniform
     budget is met only by giving some weights the next one."""
@@ -170,8 +171,19 @@ class Component(nn.Module, ABC):
         return dict.fromkeys(cls.SIZES, step)
 
     @classmethod
-    def largest_step(cls, d_out: int, d_in: int) -> int:
-        """Return the largest step of `sizes_at`, by default the largest rank; 0 if none exists."""
+    def allows(cls, pattern: str | None) -> bool:
+        """Return whether weights of some shape can have the pattern."""
+        return pattern in (None, *cls.PATTERNS)
+
+    @classmethod
+    def largest_step(cls, d_out: int, d_in: int, *, pattern: str | None = None) -> int:
+        """Return the largest step of `sizes_at`, by default the largest rank; 0 if none exists.
+
+        Raises
+        ------
+        ValueError
+            If the sizes depend on the pattern, and no weight of that shape can have it.
+        """
         return min(d_out, d_in)
 
     @classmethod

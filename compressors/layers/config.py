@@ -15,10 +15,20 @@ from lrc.compressors.layers.pivoted_low_rank import PivotedLowRank
 from lrc.compressors.layers.quantization_args import QuantizationArgs, TensorSpecs
 from lrc.compressors.layers.semi_structured import SemiStructured
 from lrc.compressors.layers.sparse import Sparse
+from lrc.compressors.layers.tensor_train import TensorTrain
 
 COMPONENTS: dict[str, type[Component]] = {
     kind.TYPE: kind
-    for kind in (Dense, LowRank, PivotedLowRank, Sparse, SemiStructured, BlockSparse, Dictionary)
+    for kind in (
+        Dense,
+        LowRank,
+        PivotedLowRank,
+        Sparse,
+        SemiStructured,
+        BlockSparse,
+        Dictionary,
+        TensorTrain,
+    )
 }
 SENTINEL_BITS = 8
 """Every compressed weight stores one byte under the name of the dense weight."""
@@ -200,7 +210,7 @@ def _component(record: Any, *, alone: bool) -> ComponentConfig:
     if kind is Dense and args is None:
         raise ValueError("a dense component must have a 'quantization', such as int8")
     pattern, shares = found.get("pattern"), found.get("shares")
-    if pattern not in (None, *kind.PATTERNS):
+    if pattern is not None and not (isinstance(pattern, str) and kind.allows(pattern)):
         allowed = " or ".join(kind.PATTERNS) or "left out"
         raise ValueError(f"'pattern' of {kind.TYPE} must be {allowed}, got {pattern!r:.60}")
     if shares is not None and (kind.SHARED_SIZE is None or not isinstance(shares, str)):

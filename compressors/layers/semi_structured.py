@@ -42,7 +42,7 @@ class SemiStructured(MaskedEntries):
         }
 
     @classmethod
-    def largest_step(cls, d_out: int, d_in: int) -> int:
+    def largest_step(cls, d_out: int, d_in: int, *, pattern: str | None = None) -> int:
         """Return 8, at which everything is stored; 0 if the inputs are no groups of eight."""
         return 0 if d_in % BYTE else BYTE
 

@@ -52,7 +52,7 @@ class Sparse(MaskedEntries):
         return {"nonzeros": step if pattern is None else _two_of_four(d_out, d_in)}
 
     @classmethod
-    def largest_step(cls, d_out: int, d_in: int) -> int:
+    def largest_step(cls, d_out: int, d_in: int, *, pattern: str | None = None) -> int:
         """Return the number of entries."""
         return d_out * d_in
 

@@ -50,6 +50,10 @@ class Method:
         """Return those of the options that this method takes."""
         return {name: options[name] for name in self.options if name in options}
 
+    def pattern_of(self, d_out: int, d_in: int, options: Mapping[str, Any]) -> str | None:
+        """Return the pattern of weights of a shape, if it depends on the shape; else None."""
+        return None
+
     def predicted_increase(self, squared_error: float, n_tokens: int) -> float | None:
         """Predict by how much a weighted error increases the loss, in nats per token.
 

@@ -9,9 +9,9 @@ SUM_RATIO = 0.1
 """Numbers of the low-rank part per value of the sparse part in ``pivoted_low_rank+sparse``."""
 
 
-def largest_step(types: str, d_out: int, d_in: int) -> int:
+def largest_step(types: str, d_out: int, d_in: int, *, pattern: str | None = None) -> int:
     """Return the largest step of `components_at`; 0 if no weight of that shape has any."""
-    return COMPONENTS[types.rpartition("+")[2]].largest_step(d_out, d_in)
+    return COMPONENTS[types.rpartition("+")[2]].largest_step(d_out, d_in, pattern=pattern)
 
 
 def coarse(types: str) -> bool:
@@ -31,7 +31,7 @@ def components_at(
     ratio : float
         Atoms per coefficient, for dictionaries.
     pattern : str, optional
-        ``2:4``; several steps then have the same sizes.
+        ``2:4``, with which several steps have the same sizes; or the factors of a chain of cores.
 
     Raises
     ------
@@ -66,5 +66,5 @@ def components_of(
     for name in types.split("+"):
         kind = COMPONENTS[name]
         own = {size: sizes[size] for size in kind.SIZES}
-        found.append(ComponentConfig(name, own, pattern=pattern if kind.PATTERNS else None))
+        found.append(ComponentConfig(name, own, pattern=pattern if kind.allows(pattern) else None))
     return tuple(found)

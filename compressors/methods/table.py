@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from lrc.compressors.methods.base import LOW_RANK_TYPES, Method
+from lrc.compressors.methods.chains import TensorTrain
 from lrc.compressors.methods.fixed_size import FIXED_SIZE, LOW_RANK_PLUS_SPARSE
 from lrc.compressors.solvers.moments import Moment, Statistics
 from lrc.compressors.solvers.spectrum import Spectrum, energies_only, spectrum
@@ -157,6 +158,11 @@ METHODS: dict[str, Method] = {
         shares_factors=True,
     ),
     **FIXED_SIZE,
+    "tensor-train": TensorTrain(
+        frozenset({"inputs", "gradients"}),
+        "CompactifAI, arXiv:2401.14109; TT-SVD (Oseledets 2011) and alternating least squares "
+        "under the K-FAC metric",
+    ),
     "gptq": Quantization(frozenset({"inputs"}), "GPTQ, arXiv:2210.17323"),
     "gqsa": Quantization(frozenset({"inputs"}), "GQSA, arXiv:2412.17560", types=("block_sparse",)),
     "rtn": Quantization(frozenset(), "rounding to nearest"),

@@ -115,7 +115,8 @@ def _possible(
 ) -> list[WeightConfig]:
     """Return one configuration for every set of tensor names that a weight may get."""
     # Tensor names depend on whether integers have zero points, not on bits and group size.
-    found = [components_at(each, 1, *task.stacked_shape) for each in types]
+    shape, pattern = task.stacked_shape, task.pattern
+    found = [components_at(each, 1, *shape, pattern=pattern) for each in types]
     quantized = [*found, components_at("dense", 1, *task.shape)]
     configs = [replace(task.config, components=each) for each in found]
     for args in {replace(s, bits=8, group_size=None) for s in schemes}:

@@ -27,7 +27,8 @@ class SizeSteps:
     @cached_property
     def largest(self) -> int:
         """The number of the largest configuration; they are counted from 1."""
-        return largest_step(self.types, *self.task.stacked_shape)
+        task = self.task
+        return largest_step(self.types, *task.stacked_shape, pattern=task.pattern)
 
     def config(self, step: int) -> WeightConfig:
         """Return configuration number `step`; for low-rank types that is the rank.

@@ -204,8 +204,12 @@ def _size_problem(task: LayerTask, config: WeightConfig) -> str | None:
     """Return why a task cannot have the sizes of a configuration, or gains nothing by them."""
     types, shape = config.types, task.stacked_shape
     largest: dict[str, int] = {}
-    for kind in (COMPONENTS[c.type] for c in config.components):
-        largest |= kind.sizes_at(kind.largest_step(*shape), *shape, ratio=task.ratio)
+    try:
+        for kind in (COMPONENTS[c.type] for c in config.components):
+            steps = kind.largest_step(*shape, pattern=task.pattern)
+            largest |= kind.sizes_at(steps, *shape, ratio=task.ratio)
+    except ValueError as error:  # no weight of that shape can have the pattern
+        return f"{error}; make the weight dense"
     for name, size in config.sizes.items():
         if size > largest[name]:
             return (

@@ -5,6 +5,7 @@ All functions count multiply-adds. The weight is [d_out, d_in].
 
 from math import prod
 
+from lrc.compressors.solvers.chain_fit import CG_STEPS
 from lrc.compressors.solvers.ksvd import POWER_STEPS
 from lrc.compressors.solvers.mask_search import OUTER_STEPS, STEPS, STEPS_IN_METRIC
 from lrc.compressors.solvers.sparse_plus_low_rank import START_STEPS, directions
@@ -33,6 +34,16 @@ def sum_work(d_out: int, d_in: int, *, rank: int, rounds: int, start: bool) -> i
     fits = rounds * (STEPS + 3) + start * (OUTER_STEPS + 3)
     steps = rounds + start * START_STEPS
     return fits * metric + steps * (step + EIGENVECTORS * wide**3)
+
+
+def chain_work(d_out: int, d_in: int, *, cores: int, rounds: int) -> int:
+    """Count the search for a chain of cores: products with the metric, and the eigenvectors.
+
+    Products with the other cores are left out. They take less as long as the bond dimensions are
+    below the sides of the matrix.
+    """
+    steps = rounds * (2 * (cores - 1) * (CG_STEPS + 1) + 1) + METRICS
+    return steps * d_out * d_in * (d_out + d_in) + EIGENVECTORS * min(d_out, d_in) ** 3
 
 
 def dictionary_work(

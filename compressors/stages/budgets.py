@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import lcm
+from math import lcm, prod
 
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
@@ -19,7 +19,7 @@ from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.stages.measured_times import check_table
 from lrc.compressors.stages.uniform import check_pattern_fraction, elastic_uniform, within
 from lrc.configs.decompose import DecomposeBase
-from lrc.configs.decompose_methods import Learning
+from lrc.configs.decompose_methods import Learning, TensorTrain
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
     options, where, problems = found.options, found.where, draft.problems
     before = len(problems)
     _check_patterns(found, problems)
+    _check_factors(found, problems)
     if len(problems) > before:
         return found.tasks
     measure = measure_of(options.measure, draft.table)
@@ -161,14 +162,31 @@ def _check_patterns(found: DecomposeTargets, problems: Problems) -> None:
     """Report weights whose shape cannot have the pattern; method `mixed` gives them other types."""
     if not isinstance(METHODS[found.options.method], FixedSizeMethod):
         return
+    key, remedy = found.options.pattern_key
     for task in found.tasks:
         try:
             SizeSteps(task, task.types).config(1).tensors()
         except ValueError as error:
             problems.add(
                 "pattern-mismatch",
-                f"{found.where}.pattern",
-                f"{task.name}: {error}; list the layer under 'ignore' or use pattern: unstructured",
+                f"{found.where}.{key}",
+                f"{task.name}: {error}; list the layer under 'ignore' or {remedy}",
+            )
+
+
+def _check_factors(found: DecomposeTargets, problems: Problems) -> None:
+    """Report factors whose product is no dimension of a targeted weight."""
+    if not isinstance(found.options, TensorTrain) or not found.tasks:
+        return
+    dimensions = sorted({d for task in found.tasks for d in task.shape})
+    for number, factors in enumerate(found.options.factors):
+        if prod(factors) not in dimensions:
+            problems.add(
+                "no-match",
+                f"{found.where}.factors[{number}]",
+                f"must multiply to a dimension of a targeted weight "
+                f"({', '.join(map(str, dimensions))}), got {factors} with product "
+                f"{prod(factors)}; correct or remove it",
             )
 
 

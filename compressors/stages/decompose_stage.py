@@ -170,7 +170,8 @@ def _claim_targets(
 
 
 def _task(draft: Draft, index: int, options: DecomposeBase, group: list[Linear]) -> LayerTask:
-    method = METHODS[options.method]
+    method, shape = METHODS[options.method], (group[0].d_out, group[0].d_in)
+    selected = method.select({**options.solver_options, "seed": draft.seed})
     quantize = None
     if isinstance(options, Mixed) and (options.schemes or options.plan):
         quantize = QuantizationTask(
@@ -180,13 +181,13 @@ def _task(draft: Draft, index: int, options: DecomposeBase, group: list[Linear])
     low_rank = next((t for t in options.component_types if t in LOW_RANK_TYPES), None)
     return LayerTask(
         weights=tuple(Weight(linear.name, linear.layer) for linear in group),
-        config=WeightConfig((group[0].d_out, group[0].d_in), bias=method.has_bias),
+        config=WeightConfig(shape, bias=method.has_bias),
         number_bits=draft.number_bits,
         stage=index,
         method=options.method,
         types=low_rank or next(iter(options.component_types), "dense"),
-        options=method.select({**options.solver_options, "seed": draft.seed}),
-        pattern=options.zero_pattern,
+        options=selected,
+        pattern=options.zero_pattern or method.pattern_of(*shape, selected),
         ratio=options.ratios[0],
         source_bias=group[0].bias,
         quantize=quantize,

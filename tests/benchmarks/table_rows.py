@@ -88,6 +88,9 @@ def other_forms() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
             yield f"sparse, n:8, {allocation}, {keep}", eights | {"allocation": allocation}, {}
         either = mixed | {"components": ["pivoted_low_rank", "semi_structured"]}
         yield f"mixed with n:8, compensate, {keep}", either | {"compensate": {}}, {}
+        for allocation in ("lagrangian", "uniform"):
+            stage = {"method": "tensor-train", "keep": keep, "allocation": allocation}
+            yield f"tensor-train, {allocation}, {keep}", stage, {}
         for method in ("wanda", "magnitude"):
             yield f"{method}, uniform, {keep}", {"method": method, "keep": keep}, {}
     for method in ("sparse", "wanda", "magnitude"):

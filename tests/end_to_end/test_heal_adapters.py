@@ -35,6 +35,11 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "sparse": [{"decompose": {"method": "magnitude", "keep": 0.6}}],
     "semi_structured": [{"decompose": {"method": "magnitude", "keep": 0.6, "pattern": "n:8"}}],
     "dictionary": [{"decompose": {"method": "dictionary", "keep": 0.6}}],
+    "quantized tensor_train": [
+        {"decompose": {"method": "tensor-train", "keep": 0.6, "rounds": 1}},
+        {"quantize": {"method": "rtn", "bits": 4}},
+    ],
+    "tensor_train": [{"decompose": {"method": "tensor-train", "keep": 0.6, "rounds": 1}}],
     "integers": [INT4],
     "sliced integers": [
         {"slice": {"method": "slicegpt", "keep": 0.95, "rotations": "block"}},

@@ -56,6 +56,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "rounds": 3,
         "ratio": [1.5, 3],
     },
+    "chains of cores": {"method": "tensor-train", "keep": 0.6, "cores": 3, "rounds": 1},
     "sums": {"method": "mixed", "keep": 0.6, "components": ["pivoted_low_rank+sparse"]},
     "bytes, for sums": {
         "method": "mixed",

@@ -55,6 +55,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "shared": [decompose("basis-sharing"), INT4],
     "sparse": [decompose("sparse"), INT4],
     "dictionary": [decompose("dictionary"), INT4],
+    "tensor-train": [decompose("tensor-train"), INT8],
     "sum": [decompose("mixed", components=["pivoted_low_rank+sparse"]), INT8],
     "mixed": [decompose("mixed", 0.25, schemes=SCHEMES)],
     "mixed-compensated": [decompose("mixed", 0.2, schemes=SCHEMES, compensate={})],

@@ -16,7 +16,7 @@ output: out
 """
 ALLOWED_AT_TOP = "Allowed: model, calibration, stages, evaluate, output, seed"
 ALLOWED_ANYWHERE = "Allowed: method, keep, size, elastic, measure, allocation, rank_multiple, min_keep, max_relative_error, plan, compensate, targets, ignore, overrides, rows, latency_table"
-METHODS = "asvd, basis-sharing, compot, cospadi, dictionary, fwsvd, kfac, lord, magnitude, mixed, rocket, sparse, svd, svd-llm, wanda"
+METHODS = "asvd, basis-sharing, compot, cospadi, dictionary, fwsvd, kfac, lord, magnitude, mixed, rocket, sparse, svd, svd-llm, tensor-train, wanda"
 UNITS = "write a number and a unit, one of B, kB, MB, GB, KiB, MiB, GiB"
 BASELINE = "a baseline such as int8, int4-g64 or sparse"
 BASELINE_REMEDY = "write int2 to int8, optionally followed by -gSIZE (SIZE numbers of a row share a scale) and -asymmetric, or sparse"

@@ -38,9 +38,11 @@ SIZES: dict[str, dict[str, int]] = {
     "semi_structured": {"n": 5},
     "pivoted_low_rank+sparse": {"rank": RANK, "nonzeros": 500},
     "dictionary": {"atoms": 32, "nonzeros": 8},
+    "tensor_train": {"bond": RANK},
     "dense": {},
     "dense+low_rank": {"rank": 3},
 }
+PATTERNS = {"tensor_train": "12x4,16x4"}
 WHOLE = ("dense", "dense+low_rank")
 
 
@@ -62,6 +64,7 @@ class Example:
                 kind,
                 {name: SIZES[self.types][name] for name in COMPONENTS[kind].SIZES},
                 None if self.types == "dense+low_rank" and kind == "low_rank" else args,
+                PATTERNS.get(kind),
                 shares="other" if self.shared else None,
             )
             for kind in self.types.split("+")
@@ -116,6 +119,9 @@ def contents(example: Example) -> list[dict[str, Tensor]]:
             W = random(D_OUT, D_IN, seed=2)
             mask = largest(W.unflatten(1, (-1, 8)), sizes["n"]).flatten(1)
             found.append({"W_hat": W * mask, "mask": mask})
+        elif kind == "tensor_train":
+            first, second = random(1, 12, 16, RANK), random(RANK, 4, 4, 1, seed=1)
+            found.append({"core1": first, "core2": second})
         else:
             found.append({"B": random(D_OUT, RANK), "A": random(RANK, D_IN, seed=1)})
     return found

@@ -33,6 +33,9 @@ SIZES: list[tuple[str, dict[str, int], str | None]] = [
     ("dictionary", {"atoms": 16, "nonzeros": 5}, None),  # with a mask
     ("dictionary", {"atoms": 24, "nonzeros": 1}, None),  # with indices
     ("dictionary", {"atoms": 24, "nonzeros": 12}, "2:4"),
+    ("tensor_train", {"bond": 1}, "6x4,8x6"),
+    ("tensor_train", {"bond": 2}, "1x24,16x3"),  # the last core is multiplied first
+    ("tensor_train", {"bond": 16}, "2x3x4,8x2x3"),
 ]
 SCHEMES = [None, "int2", "int3-g8", "int4-g8", "int5-g8", "int8", "int4-g8-asymmetric"]
 

@@ -3,7 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from lrc.compressors.layers import (
     reconstruct,
     sentinel,
 )
+from lrc.compressors.layers.chain_shape import ChainShape, pattern_for
 from lrc.compressors.methods.size_families import components_at, largest_step
 
 D_OUT, D_IN, RANK = 24, 43, 6  # the width fills no whole number of bytes of a mask
@@ -69,12 +70,20 @@ def dictionary(atoms: int, nonzeros: int) -> Content:
     return {"D": D, "S": S * mask, "mask": mask}, (D @ (S * mask)).T
 
 
+def tensor_train(bond: int) -> Content:
+    shape = ChainShape.of(D_OUT, D_IN, pattern_for(D_OUT, D_IN, 2), bond)
+    cores = [random(*core, seed=k) for k, core in enumerate(shape.cores)]
+    W = torch.einsum("xacb,bdey->adce", *cores).reshape(D_OUT, D_IN)
+    return {"core1": cores[0], "core2": cores[1]}, W
+
+
 CONTENT: dict[str, Callable[..., Content]] = {
     "low_rank": low_rank,
     "pivoted_low_rank": low_rank,
     "sparse": sparse,
     "semi_structured": semi_structured,
     "dictionary": dictionary,
+    "tensor_train": tensor_train,
 }
 RANKS = [{"rank": 1}, {"rank": RANK}, {"rank": D_OUT}]
 DICTIONARIES = [
@@ -97,7 +106,13 @@ SIZES: dict[tuple[str, bool], list[dict[str, int]]] = {
     ],
     ("dictionary", False): DICTIONARIES,
     ("dictionary", True): DICTIONARIES,
+    ("tensor_train", False): [{"bond": 1}, {"bond": 3}, {"bond": 6}],
 }
+
+
+def pattern_of(kind: str, d_out: int, d_in: int) -> str | None:
+    """Return the pattern of a component that needs one."""
+    return pattern_for(d_out, d_in, 2) if kind == "tensor_train" else None
 
 
 @dataclass(frozen=True)
@@ -130,6 +145,7 @@ class Example:
             ComponentConfig(
                 kind,
                 {name: self.sizes[name] for name in COMPONENTS[kind].SIZES},
+                pattern=pattern_of(kind, D_OUT, self.d_in),
                 shares="other" if self.shared else None,
             )
             for kind in self.types.split("+")
@@ -258,10 +274,11 @@ def test_multiply_adds_are_counted_as_torch_counts_them(example: Example) -> Non
 def test_a_larger_step_stores_more(usual: Example, d_out: int, d_in: int) -> None:
     bits = []
     shared = "other" if usual.shared else None
-    for step in range(1, largest_step(usual.types, d_out, d_in) + 1):
+    pattern = pattern_of(usual.types, d_out, d_in)
+    for step in range(1, largest_step(usual.types, d_out, d_in, pattern=pattern) + 1):
         components = tuple(
-            ComponentConfig(c.type, c.sizes, shares=shared)
-            for c in components_at(usual.types, step, d_out, d_in)
+            replace(c, shares=shared)
+            for c in components_at(usual.types, step, d_out, d_in, pattern=pattern)
         )
         for c in components:
             assert c.sizes.keys() == {*COMPONENTS[c.type].SIZES}

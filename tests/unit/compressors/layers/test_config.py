@@ -28,14 +28,16 @@ SIZES: dict[str, dict[str, int]] = {
     "semi_structured": {"n": 5},
     "block_sparse": {"groups": 9},
     "dictionary": {"atoms": 8, "nonzeros": 4},
+    "tensor_train": {"bond": 8},
 }
+NEEDS_PATTERN = {"tensor_train": "3x8,16x3"}
 NEEDS_QUANTIZATION = {"dense": "int8", "block_sparse": "int4-g16"}
 
 
 def one(kind: str, quantization: str | None = None, **more: Any) -> ComponentConfig:
     written = quantization or NEEDS_QUANTIZATION.get(kind)
     args = None if written is None else QuantizationArgs.parse(written)
-    return ComponentConfig(kind, SIZES[kind], args, **more)
+    return ComponentConfig(kind, SIZES[kind], args, **{"pattern": NEEDS_PATTERN.get(kind)} | more)
 
 
 def configs() -> list[WeightConfig]:

@@ -29,7 +29,9 @@ EXAMPLES: dict[str, tuple[str, dict[str, int], str | None]] = {
     "block_sparse": ("block_sparse", {"groups": 2 * D_OUT}, "int4-g4"),
     "dictionary with a mask": ("dictionary", {"atoms": 12, "nonzeros": 4}, None),
     "dictionary with indices": ("dictionary", {"atoms": 44, "nonzeros": 2}, None),
+    "tensor_train": ("tensor_train", {"bond": 4}, None),
 }
+PATTERNS = {"tensor_train": "3x2,4x11"}
 
 
 def columns_of(n: int, *columns: int) -> Tensor:
@@ -60,7 +62,7 @@ def loaded(name: str, quantization: str | None = None) -> tuple[nn.Module, Compr
     model = nn.Module()
     d_in = EIGHTS if kind == "semi_structured" else D_IN
     model.proj = nn.Linear(d_in, D_OUT, bias=False)
-    config = WeightConfig((D_OUT, d_in), (ComponentConfig(kind, sizes, args),))
+    config = WeightConfig((D_OUT, d_in), (ComponentConfig(kind, sizes, args, PATTERNS.get(kind)),))
     replace_layers(model, {"proj": config})
     layer: CompressedLinear = model.proj
     with torch.no_grad():

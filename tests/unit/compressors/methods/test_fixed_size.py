@@ -30,6 +30,8 @@ VALUES: dict[str, Any] = {
     "pattern": "unstructured",
     "seed": 0,
     "rounds": 15,
+    "cores": 2,
+    "factors": [],
 }
 ROUNDS = {"cospadi": 60, "compot": 20}
 SHAPES = [(16, 24), (24, 16)]
@@ -57,7 +59,9 @@ def components_of(
     method: FixedSizeMethod, shape: tuple[int, int], kept: float = KEPT
 ) -> tuple[ComponentConfig, ...]:
     (types,) = method.types
-    return components_at(types, int(kept * largest_step(types, *shape)), *shape)
+    pattern = method.pattern_of(*shape, VALUES)
+    step = int(kept * largest_step(types, *shape, pattern=pattern))
+    return components_at(types, step, *shape, pattern=pattern)
 
 
 def sizes_of(method: FixedSizeMethod, shape: tuple[int, int], kept: float = KEPT) -> dict[str, int]:

@@ -170,7 +170,7 @@ def test_predicted_nats_are_exact_where_inputs_and_gradients_are_independent() -
 
 def test_only_two_sided_methods_predict_losses() -> None:
     able = {name for name, m in METHODS.items() if m.predicted_increase(1.0, 10) is not None}
-    assert able == {"kfac", "sparse", "compot", "rocket", "dictionary", "mixed"}
+    assert able == {"kfac", "sparse", "compot", "rocket", "dictionary", "tensor-train", "mixed"}
 
 
 @pytest.mark.parametrize("name", LOW_RANK)

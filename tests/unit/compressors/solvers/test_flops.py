@@ -17,11 +17,17 @@ SIZES = {
     "dictionary": {"atoms": 48, "nonzeros": 16},
     "compot": {"atoms": 48, "nonzeros": 24},
     "rocket": {"atoms": 48, "nonzeros": 24},
+    "tensor-train": {"bond": 32},
 }
 FIXED_SIZE = {**METHODS, "sum": LOW_RANK_PLUS_SPARSE}
 DAMPING = {"damp": 1e-6, "gradient_damp": 0.1}
 OPTIONS = {
-    name: DAMPING | {"dictionary": {"rounds": 15}, "compot": {"rounds": 20}}.get(name, {})
+    name: DAMPING
+    | {
+        "dictionary": {"rounds": 15},
+        "compot": {"rounds": 20},
+        "tensor-train": {"rounds": 4, "cores": 2, "factors": []},
+    }.get(name, {})
     for name in SIZES
 }
 

@@ -1,0 +1,283 @@
+"""Chains of cores: tensor-train decomposition, refined under the metric of the method.
+
+The metric mixes the factors of a dimension, so that a whitened weight cannot be decomposed and
+un-whitened exactly. What can be is the separable part of the metric: a Kronecker product of one
+small matrix for every factor of every dimension, which cores absorb. The decomposition starts from
+the weight whitened by it, and alternating least squares under the whole metric follows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lrc.compressors.layers.chain_shape import ChainShape
+from lrc.compressors.layers.tensor_train import multiply_out
+from lrc.compressors.solvers.conjugate_gradients import conjugate_gradients
+from lrc.compressors.solvers.linalg import descending_eigh
+from lrc.compressors.solvers.metric import Metric, damped_metric
+from lrc.compressors.solvers.moments import Moment
+
+CG_STEPS = 8
+"""Conjugate gradient steps for a core, before its neighbour is next."""
+CONVERGED = 1e-3
+"""The search ends when a round reduces the error by less than this fraction."""
+# Relative to the largest. A singular metric has no inverse; the start need not be exact.
+SMALLEST_EIGENVALUE = 1e-8
+ROUNDING = 1e-14
+
+
+@dataclass(frozen=True)
+class ChainSolution:
+    """Cores, and what they lose."""
+
+    cores: list[Tensor]
+    """[a, m, n, b], float64."""
+    energy: float
+    """Weighted squared error."""
+    relative_error: float
+    """Of removing the whole weight, in [0, 1]."""
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class _Roots:
+    """Symmetric roots of the separable part of one side of the metric, and their inverses."""
+
+    roots: list[Tensor]
+    """[f, f] for every factor f of the dimension."""
+    inverses: list[Tensor]
+
+    @classmethod
+    def of(cls, M: Tensor, factors: Sequence[int]) -> "_Roots":
+        """Take the partial traces of a moment [d, d], or of its diagonal [d]."""
+        roots, inverses = [], []
+        for k, f in enumerate(factors):
+            a, b = prod(factors[:k]), prod(factors[k + 1 :])
+            if M.ndim == 1:
+                trace = M.view(a, f, b).sum(dim=(0, 2)).diag()
+            else:
+                trace = torch.einsum("afbagb->fg", M.view(a, f, b, a, f, b))
+            values, Q = descending_eigh(trace)
+            scale = values.mean().clamp_min(torch.finfo(M.dtype).tiny)
+            root = (values / scale).clamp_min(SMALLEST_EIGENVALUE * values[0] / scale).sqrt()
+            roots.append(Q * root @ Q.T)
+            inverses.append(Q / root @ Q.T)
+        return cls(roots, inverses)
+
+
+def _along(matrices: Sequence[Tensor], X: Tensor) -> Tensor:
+    """Multiply ``X`` [d, columns] by the Kronecker product of `matrices` from the left."""
+    shape = X.shape
+    for k, matrix in enumerate(matrices):
+        before = prod(len(each) for each in matrices[:k])
+        X = torch.einsum("fg,agc->afc", matrix, X.reshape(before, len(matrix), -1))
+    return X.reshape(shape)
+
+
+@dataclass(frozen=True)
+class ChainProblem:
+    """A weight, whitened by the separable part of a metric, and the metric that remains."""
+
+    W: Tensor
+    """[d_out, d_in], whitened."""
+    metric: Metric
+    """Of errors of `W`; they have the energy of the same errors before whitening."""
+    left: _Roots | None
+    right: _Roots | None
+    total: float
+    """Energy of the weight."""
+    fallback: str | None
+
+    @classmethod
+    def of(
+        cls,
+        W: Tensor,
+        inputs: Moment | None,
+        gradients: Moment | None,
+        factors: tuple[Sequence[int], Sequence[int]],
+        **damping: float,
+    ) -> "ChainProblem":
+        """Whiten a weight [d_out, d_in].
+
+        Parameters
+        ----------
+        inputs, gradients, **damping
+            Those of `damped_metric`.
+        factors : tuple
+            Of the outputs and of the inputs.
+        """
+        metric, fallback = damped_metric(inputs, gradients, **damping)
+        W, H, G = W.double(), metric.H, metric.G
+        total = float(metric.energy(W))
+        left = None if G is None else _Roots.of(G, factors[0])
+        right = None if H is None else _Roots.of(H, factors[1])
+        if right is not None and H is not None:
+            W = _along(right.roots, W.T).T
+            H = _along(right.inverses, _along(right.inverses, H).T)
+        if left is not None and G is not None:
+            W = _along(left.roots, W)
+            half = _along(left.inverses, G if G.ndim == 2 else G[:, None])
+            G = _along(left.inverses, half.T).view_as(G) if G.ndim == 2 else half[:, 0] ** 2 / G
+        return cls(W, Metric(H, G), left, right, total, fallback)
+
+    def solve(self, shape: ChainShape, rounds: int) -> ChainSolution:
+        """Find the cores of a chain.
+
+        Parameters
+        ----------
+        rounds : int
+            Passes over all cores from the last to the first and back; 0 for the start alone.
+        """
+        search = _Search(self, shape, tensor_train_svd(self.W, shape))
+        energy = before = search.energy()
+        for _ in range(rounds):
+            search.round()
+            before, energy = energy, search.energy()
+            if energy >= (1 - CONVERGED) * before:
+                break
+        relative = min(1.0, energy / self.total) if self.total > 0 else 0.0
+        return ChainSolution(self._unwhitened(search.cores), energy, relative, self.fallback)
+
+    def _unwhitened(self, cores: list[Tensor]) -> list[Tensor]:
+        """Return cores of the weight itself, all with the same norm."""
+        found = []
+        for k, core in enumerate(cores):
+            if self.left is not None:
+                core = torch.einsum("ij,ajnb->ainb", self.left.inverses[k], core)
+            if self.right is not None:
+                core = torch.einsum("ij,amjb->amib", self.right.inverses[k], core)
+            found.append(core)
+        norms = [float(core.norm()) for core in found]
+        if min(norms) == 0:
+            return found
+        mean = prod(norm ** (1 / len(norms)) for norm in norms)
+        return [core * (mean / norm) for core, norm in zip(found, norms, strict=True)]
+
+
+def tensor_train_svd(W: Tensor, shape: ChainShape) -> list[Tensor]:
+    """Decompose a matrix [d_out, d_in] by successive truncated singular value decompositions.
+
+    The error is at most ``sqrt(N - 1)`` times the least one of a chain of N cores with these bond
+    dimensions [1]_. All cores but the last are orthogonal: as matrices [a m n, b] they have
+    orthonormal columns.
+
+    References
+    ----------
+    .. [1] I. V. Oseledets, "Tensor-Train Decomposition", SIAM J. Sci. Comput. 33 (5), 2011.
+       https://doi.org/10.1137/090752286
+    """
+    count = len(shape.outputs)
+    order = [axis for k in range(count) for axis in (k, count + k)]
+    rest = W.reshape(*shape.outputs, *shape.inputs).permute(order)
+    cores = []
+    for core in shape.cores[:-1]:
+        a, m, n, b = core
+        rest = rest.reshape(a * m * n, -1)
+        Q = _leading_basis(rest, b)
+        cores.append(Q.view(core))
+        rest = Q.T @ rest
+    return [*cores, rest.reshape(shape.cores[-1])]
+
+
+def _leading_basis(M: Tensor, rank: int) -> Tensor:
+    """Return an orthonormal basis [rows, rank] of the leading left singular vectors."""
+    if M.shape[0] <= M.shape[1]:
+        return descending_eigh(M @ M.T)[1][:, :rank].contiguous()
+    _, V = descending_eigh(M.T @ M)
+    Q: Tensor = torch.linalg.qr(M @ V[:, :rank]).Q
+    return Q
+
+
+class _Search:
+    """Alternating least squares; one core after the other is solved for, given the others.
+
+    The cores before the current one have orthonormal columns, as in `tensor_train_svd`, and those
+    after it orthonormal rows. The problem of a core is then no worse conditioned than the metric.
+    """
+
+    def __init__(self, problem: ChainProblem, shape: ChainShape, cores: list[Tensor]) -> None:
+        self.problem, self.shape, self.cores = problem, shape, cores
+        self.rounding = ROUNDING * float(problem.metric(problem.W).norm())
+
+    def energy(self) -> float:
+        """Return the weighted squared error."""
+        return float(self.problem.metric.energy(self.problem.W - multiply_out(self.cores)))
+
+    def round(self) -> None:
+        """Solve for all cores from the last one to the first, and back."""
+        last = len(self.cores) - 1
+        for k in range(last, 0, -1):
+            self._improve(k)
+            a, m, n, b = self.cores[k].shape
+            Q, R = torch.linalg.qr(self.cores[k].reshape(a, -1).T)  # [m * n * b, a], [a, a]
+            self.cores[k] = Q.T.reshape(a, m, n, b)
+            self.cores[k - 1] = self.cores[k - 1] @ R.T
+        for k in range(last):
+            self._improve(k)
+            a, m, n, b = self.cores[k].shape
+            Q, R = torch.linalg.qr(self.cores[k].reshape(-1, b))  # [a * m * n, b], [b, b]
+            self.cores[k] = Q.view(a, m, n, b)
+            self.cores[k + 1] = torch.einsum("cb,bmnd->cmnd", R, self.cores[k + 1])
+
+    def _improve(self, k: int) -> None:
+        """Reduce the error by changing core `k` alone."""
+        frame = _Frame.of(self.cores, k)
+        metric, core = self.problem.metric, self.cores[k]
+        error = self.problem.W - frame.matrix(core)
+        self.cores[k], _ = conjugate_gradients(
+            lambda change: frame.core(metric(frame.matrix(change))),
+            core,
+            frame.core(metric(error)),
+            steps=CG_STEPS,
+            floor=self.rounding**2,
+        )
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The chain without one core: a linear map from the core to the matrix, and its adjoint."""
+
+    before: Tensor
+    """Product of the cores before it [rows * columns, a]."""
+    after: Tensor
+    """Product of the cores after it [b, rows * columns]."""
+    sizes: tuple[int, int, int, int, int, int]
+    """Outputs before the core, of the core and after it; inputs likewise."""
+    bonds: tuple[int, int]
+
+    @classmethod
+    def of(cls, cores: Sequence[Tensor], k: int) -> "_Frame":
+        """Return the chain without core `k`."""
+        before, after = cores[0].new_ones(1, 1), cores[0].new_ones(1, 1)
+        m0 = n0 = m1 = n1 = 1
+        for core in cores[:k]:
+            a, m, n, b = core.shape
+            before = (before @ core.reshape(a, -1)).view(m0, n0, m, n, b)
+            before = before.transpose(1, 2).reshape(-1, b)
+            m0, n0 = m0 * m, n0 * n
+        for core in reversed(cores[k + 1 :]):
+            a, m, n, b = core.shape
+            after = (core.reshape(-1, b) @ after).view(a, m, n, m1, n1)
+            after = after.transpose(2, 3).reshape(a, -1)
+            m1, n1 = m * m1, n * n1
+        a, m, n, b = cores[k].shape
+        return cls(before, after, (m0, m, m1, n0, n, n1), (a, b))
+
+    def matrix(self, core: Tensor) -> Tensor:
+        """Return the matrix [d_out, d_in] with a core [a, m, n, b]."""
+        m0, m, m1, n0, n, n1 = self.sizes
+        a, b = self.bonds
+        found = (self.before @ core.reshape(a, -1)).view(-1, b) @ self.after
+        found = found.view(m0, n0, m, n, m1, n1).permute(0, 2, 4, 1, 3, 5)
+        return found.reshape(m0 * m * m1, n0 * n * n1)
+
+    def core(self, E: Tensor) -> Tensor:
+        """Return the image [a, m, n, b] of a matrix [d_out, d_in] under the adjoint map."""
+        m0, m, m1, n0, n, n1 = self.sizes
+        a, b = self.bonds
+        split = E.reshape(m0, m, m1, n0, n, n1).permute(0, 3, 1, 4, 2, 5)
+        found = split.reshape(-1, m1 * n1) @ self.after.T  # [m0 * n0 * m * n, b]
+        return (self.before.T @ found.view(m0 * n0, -1)).view(a, m, n, b)
