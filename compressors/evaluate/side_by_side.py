@@ -14,10 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.windows import evaluation_windows
 from lrc.compressors.evaluate.agreement import compare_predictions
-from lrc.compressors.evaluate.broken_source import free_memory
 from lrc.compressors.evaluate.generations import compare_continuations, read_prompts
 from lrc.compressors.evaluate.scores import Scores, attempt
-from lrc.compressors.io.machine import OnStep
+from lrc.compressors.io.machine import OnStep, free_memory
 from lrc.configs.errors import LrcError
 from lrc.configs.recipe import Evaluate, Perplexity
 
@@ -120,7 +119,7 @@ def refuse_pair(n_bytes: int, device: str) -> None:
 
     Linux ends a process that uses more memory than there is; a GPU raises an error by itself.
     """
-    if torch.device(device).type == "cpu" and n_bytes > (free := free_memory()):
+    if torch.device(device).type == "cpu" and n_bytes > (free := free_memory(device)):
         raise MemoryError(
             f"they take at least {n_bytes / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
         )
