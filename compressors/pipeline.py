@@ -15,10 +15,11 @@ from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
+from lrc.compressors.evaluate.streaming import ModelBytes, streams
 from lrc.compressors.heal.run import training_files
 from lrc.compressors.heal.trained_files import trained_tensors
 from lrc.compressors.io.files import new_folder, remove
-from lrc.compressors.io.machine import Machine, release_memory
+from lrc.compressors.io.machine import Machine, free_memory, release_memory
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.page.page_file import PAGE, write_page
 from lrc.compressors.planning.plan import Plan
@@ -26,6 +27,8 @@ from lrc.compressors.prepare import prepare
 from lrc.compressors.session import Session, open_session
 from lrc.compressors.stages import STAGES
 from lrc.compressors.stages.compress_weights import EXECUTED, executed_plan, predict_losses
+from lrc.compressors.streamed.checkpoint_layers import open_checkpoint
+from lrc.compressors.streamed.streamed_evaluation import StreamedEvaluation
 from lrc.configs.errors import CheckpointError, EvaluationIncomplete, GateMissed, OutputError
 from lrc.configs.load import LoadedRecipe
 
@@ -200,6 +203,20 @@ def _evaluate(session: Session) -> dict[str, Any]:
     models, prepared, executed = session.models, session.prepared, _executed(session)
     recipe = prepared.recipe
     trusted = recipe.model.trust_remote_code
+    targets = report.baseline_targets(executed, prepared)
+    dense_bytes = prepared.plan.dense_parameters * models.dtype.itemsize
+    sizes = ModelBytes(dense_bytes, executed.compressed_bytes)
+    streaming = StreamedEvaluation(
+        dense=models.dense_files,
+        compressed=lambda: open_checkpoint(session.checkpoint, trust_remote_code=trusted),
+        targets=targets,
+        journal=session.journal,
+        device=session.device,
+        dtype=models.dtype,
+        memory_limit_gib=session.calibration.memory_limit_gib,
+        on_step=session.on_step,
+    )
+    streamed = streams(recipe.evaluate, sizes, free_memory(session.device))
     evaluator = Evaluator(
         recipe.evaluate,
         recipe.seed,
@@ -207,8 +224,7 @@ def _evaluate(session: Session) -> dict[str, Any]:
         session.clock,
         session.on_step,
         precision={"dtype": str(models.dtype), "device": torch.device(session.device).type},
-        pair_bytes=prepared.plan.dense_parameters * models.dtype.itemsize
-        + executed.compressed_bytes,
+        sizes=sizes,
         load_tokenizer=lambda: load_tokenizer(session.checkpoint, trust_remote_code=trusted),
         load_dense=lambda: models.load_dense(models.dtype),
         load_compressed=lambda: load_checkpoint(
@@ -217,6 +233,6 @@ def _evaluate(session: Session) -> dict[str, Any]:
             device=session.device,
             trust_remote_code=trusted,
         ),
+        streaming=streaming if streamed else None,
     )
-    targets = report.baseline_targets(executed, prepared)
     return evaluator.add_baselines(evaluator.evaluate(), targets)
