@@ -22,6 +22,7 @@ from lrc.compressors.checkpoint.quantizer import (
 )
 from lrc.compressors.checkpoint.reader import Contents, check_checkpoint, stored_dtype
 from lrc.compressors.io.shortened import shortened
+from lrc.compressors.layers.component import SharedFactorComponent
 from lrc.compressors.layers.compressed_linear import sentinel
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.configuration import read_config
@@ -67,6 +68,12 @@ class CheckpointFiller(SkeletonFiller):
         for alias, name in architecture.tied.items():  # stored under either name
             if self._headers.get(name) is None:
                 self._headers[name] = stored.get(alias)
+        modules = {module: name for name, module in model.named_modules()}
+        self._shared = {
+            name: modules[module.first]
+            for module, name in modules.items()
+            if isinstance(module, SharedFactorComponent) and module.owner is not None
+        }
         missing = [name for name, header in self._headers.items() if header is None]
         if missing := [name for name in missing if name not in self._sentinels]:
             raise CheckpointError(
@@ -104,16 +111,33 @@ class CheckpointFiller(SkeletonFiller):
     ) -> None:
         """Load the module `name`, and check all values that are in memory.
 
+        Factors that other modules store, and that it shares, are loaded too.
+
         Raises
         ------
         CheckpointError
             As `check_values`.
         """
-        super().fill_(name, device=device, dtype=dtype, skip=skip)
+        for each in (name, *self._factors_elsewhere(name)):
+            super().fill_(each, device=device, dtype=dtype, skip=skip)
         try:
             check_values(self._architecture.model)
         except CheckpointError as error:
             raise CheckpointError(f"{self._folder}: {error}", code=error.code) from error
+
+
+    def empty_(self, name: str, *, skip: Collection[str] = ()) -> None:
+        """Move what `fill_` has loaded back to the meta device."""
+        for each in (name, *self._factors_elsewhere(name)):
+            super().empty_(each, skip=skip)
+
+    def _factors_elsewhere(self, name: str) -> list[str]:
+        prefix = f"{name}." if name else ""
+        return [
+            factor
+            for component, factor in self._shared.items()
+            if component.startswith(prefix) and not factor.startswith(prefix)
+        ]
 
 
 def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> ModelFiles:
