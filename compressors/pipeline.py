@@ -15,7 +15,7 @@ from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
-from lrc.compressors.evaluate.streaming import ModelBytes, streams
+from lrc.compressors.evaluate.streaming import ModelBytes, streams, why_too_large
 from lrc.compressors.heal.run import training_files
 from lrc.compressors.heal.trained_files import trained_tensors
 from lrc.compressors.io.files import new_folder, remove
@@ -59,6 +59,7 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
             if not written:
                 model, tokenizer = prepared.architecture.model, prepared.tokenizer
                 check_evaluation(model, tokenizer, recipe.evaluate, seed=recipe.seed)
+                _check_memory(session)
                 _check_source(session)
                 _save(session, _run_stages(session), loaded)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
@@ -138,6 +139,15 @@ def _check_source(session: Session) -> None:
     release_memory()
 
 
+def _check_memory(session: Session) -> None:
+    """Warn of scores that will be missing because they need whole models."""
+    evaluate, sizes = session.prepared.recipe.evaluate, _model_bytes(session, session.prepared.plan)
+    name, n_bytes = ("dense", sizes.dense) if evaluate.dense else ("compressed", sizes.compressed)
+    reason = why_too_large(n_bytes, name, session.device)
+    if reason and evaluate.tasks.names:
+        session.machine.on_warning(f"evaluate.tasks: {reason}")
+
+
 def _check_stages(session: Session) -> None:
     for kind, stage in STAGES.items():
         if stages := session.prepared.recipe.stages_of(kind):
@@ -198,14 +208,18 @@ def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
         )
 
 
+def _model_bytes(session: Session, plan: Plan) -> ModelBytes:
+    dense = session.prepared.plan.dense_parameters * session.models.dtype.itemsize
+    return ModelBytes(dense, plan.compressed_bytes)
+
+
 def _evaluate(session: Session) -> dict[str, Any]:
     """Score the dense and the compressed model and the baselines."""
     models, prepared, executed = session.models, session.prepared, _executed(session)
     recipe = prepared.recipe
     trusted = recipe.model.trust_remote_code
     targets = report.baseline_targets(executed, prepared)
-    dense_bytes = prepared.plan.dense_parameters * models.dtype.itemsize
-    sizes = ModelBytes(dense_bytes, executed.compressed_bytes)
+    sizes = _model_bytes(session, executed)
     streaming = StreamedEvaluation(
         dense=models.dense_files,
         compressed=lambda: open_checkpoint(session.checkpoint, trust_remote_code=trusted),

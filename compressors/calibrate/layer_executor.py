@@ -252,6 +252,8 @@ class LayerExecutor:
 
 
 def record_arguments(layer: nn.Module, call: LayerCall) -> RemovableHandle:
+    """Write into `call` how a layer is called, until the handle is removed."""
+
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call.by_keyword = not args
         hidden = kwargs["hidden_states"] if call.by_keyword else args[0]

@@ -125,7 +125,6 @@ class CheckpointFiller(SkeletonFiller):
         except CheckpointError as error:
             raise CheckpointError(f"{self._folder}: {error}", code=error.code) from error
 
-
     def empty_(self, name: str, *, skip: Collection[str] = ()) -> None:
         """Move what `fill_` has loaded back to the meta device."""
         for each in (name, *self._factors_elsewhere(name)):

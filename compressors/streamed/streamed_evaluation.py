@@ -217,8 +217,8 @@ class StreamedEvaluation:
         (spec,) = (each for each in wanted.options.perplexity if each.name == name)
         first = replace(windows, tokens=windows.tokens[: compared_windows(spec, wanted.options)])
         on_window = partial(self.on_step, f"evaluate dense and compressed: KL {name}")
-        readers = (runs[each].logits(name) for each in ("dense", "compressed"))
-        return agreement_scores(agreement_of(*readers, first, on_window=on_window), first)
+        dense, compressed = (runs[each].logits(name) for each in ("dense", "compressed"))
+        return agreement_scores(agreement_of(dense, compressed, first, on_window=on_window), first)
 
 
 def _model(runs: list[_Run]) -> StreamedModel:

@@ -53,20 +53,23 @@ WIDTHS = {
         "width_multiple": 2,
     }
 }
+DROP = {"slice": {"method": "drop", "keep": 0.9}}
 BLOCKS = {"slice": {"method": "slicegpt", "rotations": "block", "keep": 0.98}}
 INT4 = {"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}
 
 CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "llama": (LLAMA, [KFAC, {"quantize": {"method": "rtn", "bits": 8}}]),
+    "llama-dropped-layer": (LLAMA, [DROP]),
     "llama-tied-quantized-embedding": (
         {**LLAMA, "tie_word_embeddings": True},
         [SHARED, {"quantize": {"method": "rtn", "targets": [], "embeddings": "int8"}}],
     ),
-    "llama-tied": ({**LLAMA, "tie_word_embeddings": True}, [KFAC]),
-    "llama-widths-by-layer": (LLAMA, [WIDTHS, KFAC]),
+    "llama-widths-by-layer": (LLAMA, [WIDTHS, KFAC, {"quantize": {"method": "rtn", "bits": 8}}]),
     "llama-rotated-blocks": (
         LLAMA,
-        [BLOCKS, {"quantize": {"method": "rtn", "bits": 8, "embeddings": "int8", "lm_head": "int8"}}],
+        [
+            BLOCKS,
+            {"quantize": {"method": "rtn", "bits": 8, "embeddings": "int8", "lm_head": "int8"}},
+        ],
     ),
     "llama-plain-integers": (LLAMA, [INT4]),
     "gemma2-caps": (
@@ -269,13 +272,20 @@ def test_what_needs_whole_models_is_measured_or_its_reason_given(
 def test_it_can_be_stopped_and_starts_again(write: Callable[..., Path]) -> None:
     recipe = write(LLAMA, [KFAC])
     expected = run(recipe, "always")
+    recipe.write_text(
+        recipe.read_text().replace("samples: 4", "samples: 4\n  memory_limit_gib: 1.0e-06")
+    )
+    buffer = recipe.parent / "run/work/evaluation.live"
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "evaluate layer by layer" and done == 4:
+            # Four bytes x tokens x width for both models and three baselines.
+            assert buffer.stat().st_size == 4 * (5 * 32 + 3 * 20) * 32 * 5
             raise Stopped("requested")
 
     with pytest.raises(Stopped):
         run(recipe, "always", on_step=stop)
+    assert not buffer.exists()
     assert run(recipe, "always") == expected
 
 
@@ -287,7 +297,7 @@ def test_damaged_weights_are_found_when_they_are_loaded(write: Callable[..., Pat
     with header.file.open("r+b") as file:
         file.seek(header.offset)
         file.write(b"\xff" * header.nbytes)  # NaN
-    with pytest.raises(CheckpointError, match="changed|differs|damaged"):
+    with pytest.raises(CheckpointError, match=r"changed|differs|damaged"):
         run(recipe, "always")
     shutil.rmtree(checkpoint / "lrc")  # as after save_pretrained: no hashes
     files = checkpoint_layers.open_checkpoint(checkpoint)
