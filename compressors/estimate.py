@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 
 from lrc.compressors.evaluate.side_by_side import unmeasured_pair
-from lrc.compressors.evaluate.streaming import ModelBytes, streams
+from lrc.compressors.evaluate.streaming_rule import ModelBytes, streams
 from lrc.compressors.io.machine import free_memory
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
 from lrc.compressors.methods.table import METHODS

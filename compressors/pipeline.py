@@ -15,7 +15,7 @@ from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
-from lrc.compressors.evaluate.streaming import ModelBytes, streams, why_too_large
+from lrc.compressors.evaluate.streaming_rule import ModelBytes, streams, why_too_large
 from lrc.compressors.heal.run import training_files
 from lrc.compressors.heal.trained_files import trained_tensors
 from lrc.compressors.io.files import new_folder, remove

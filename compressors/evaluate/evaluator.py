@@ -22,7 +22,7 @@ from lrc.compressors.evaluate.side_by_side import (
     refuse_pair,
     unmeasured_pair,
 )
-from lrc.compressors.evaluate.streaming import ModelBytes, Streaming, Unmeasured, why_too_large
+from lrc.compressors.evaluate.streaming_rule import ModelBytes, Streaming, Unmeasured, why_too_large
 from lrc.compressors.io.fingerprint import fingerprints
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, OnStep, release_memory

@@ -24,7 +24,7 @@ from lrc.compressors.evaluate.baselines import Baseline, Targets
 from lrc.compressors.evaluate.perplexity import check_fit, perplexity_of
 from lrc.compressors.evaluate.scores import Scores, attempt, perplexity_scores
 from lrc.compressors.evaluate.side_by_side import agreement_scores, compared_windows
-from lrc.compressors.evaluate.streaming import Unmeasured
+from lrc.compressors.evaluate.streaming_rule import Unmeasured
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep, release_memory
 from lrc.compressors.streamed.streamed_model import ModelFiles, StateLogits, StreamedModel

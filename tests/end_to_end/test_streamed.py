@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from lrc.compressors import pipeline
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
-from lrc.compressors.evaluate import streaming
+from lrc.compressors.evaluate import streaming_rule
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.io.shards import read_folder
 from lrc.compressors.model_versions import ModelVersions
@@ -243,7 +243,7 @@ def test_what_needs_whole_models_is_measured_or_its_reason_given(
     assert result["missing"] == []
     assert result["generations"][0]["prompt"] == "def"
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "free_memory", lambda device: 1000)
+        patch.setattr(streaming_rule, "free_memory", lambda device: 1000)
         patch.setattr("lrc.compressors.evaluate.side_by_side.free_memory", lambda device: 1000)
         patch.setattr("lrc.compressors.prepare.check_tasks", lambda tasks: None)
         patch.setattr(pipeline, "check_evaluation", lambda *_, **__: None)

@@ -5,7 +5,7 @@ import torch
 
 from lrc.compressors.evaluate.baselines import Targets
 from lrc.compressors.evaluate.evaluator import Evaluator
-from lrc.compressors.evaluate.streaming import ModelBytes
+from lrc.compressors.evaluate.streaming_rule import ModelBytes
 from lrc.compressors.io.journal import open_journal
 from lrc.compressors.io.machine import Clock, no_progress
 from lrc.configs.recipe import Evaluate, Perplexity

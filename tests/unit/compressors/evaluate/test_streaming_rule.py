@@ -2,7 +2,7 @@
 
 import pytest
 
-from lrc.compressors.evaluate.streaming import FRACTION, ModelBytes, streams, why_too_large
+from lrc.compressors.evaluate.streaming_rule import FRACTION, ModelBytes, streams, why_too_large
 from lrc.compressors.io import machine
 from lrc.configs.recipe import Evaluate
 
