@@ -1,19 +1,33 @@
 """`lrc bench`: the speed and memory of several models, side by side."""
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lrc.cli import console
+from lrc.cli.gate_results import (
+    GateTexts,
+    Junit,
+    gates_json,
+    missed_gates,
+    print_gates,
+    read_gates,
+    write_junit,
+)
 from lrc.cli.options import Device, Json, Quiet, TrustRemoteCode, all_positive, positive
 from lrc.compressors.benchmark.grid import Mode, Settings, default_modes
-from lrc.configs.errors import BenchmarkIncomplete, RecipeError
+from lrc.configs.errors import BenchmarkIncomplete, GateMissed, RecipeError
 from lrc.configs.shape import closest
 
+if TYPE_CHECKING:
+    from lrc.compressors.evaluate.gates import GateResult
+    from lrc.configs.recipe import Gate
+
+PHASE_NAMES = ("prefill", "decode")
+"""What gates are about: tokens per second, or with x relative to dense."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -65,12 +79,17 @@ def bench(
             help="Add the results to report and model card of the checkpoints that lrc compressed.",
         ),
     ] = False,
+    gate: GateTexts = None,
+    junit: Junit = None,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure how fast models read prompts and generate, next to the dense model."""
+    gates = read_gates(gate)
+    for each in gates:
+        known("--gate", each.metric, PHASE_NAMES)
     modes = [known("--mode", each, [*Mode]) for each in mode or []]
     if dtype is not None:
         known("--dtype", dtype, DTYPES)
@@ -101,11 +120,24 @@ def bench(
             repeats,
             seconds,
         )
-        found = run(models, against, settings, machine, dtype=dtype, trusted=trust_remote_code)
+        found = run(
+            models,
+            against,
+            settings,
+            machine,
+            dtype=dtype,
+            trusted=trust_remote_code,
+            compared=any(each.relative for each in gates),
+        )
+    results = check_speeds(gates, found)
     if as_json:
-        typer.echo(json.dumps(found, indent=2, allow_nan=False))
+        shown = found | {"gates": gates_json(results)} if gates else found
+        console.print_json(shown)
     else:
         print_benchmark(found)
+        print_gates(results)
+    if junit is not None:
+        write_junit(junit, "bench", results)
     for name, folder in reports.items():
         written = add_speed(folder, name, found)
         output = folder.resolve().parent
@@ -116,6 +148,8 @@ def bench(
             console.say(f"added the results to {', '.join(map(str, written))}")
     if missing := failures(found):
         raise BenchmarkIncomplete("\n".join(missing))
+    if sentences := missed_gates(results):
+        raise GateMissed(sentences, found)
 
 
 def run(
@@ -126,8 +160,11 @@ def run(
     *,
     dtype: str | None,
     trusted: bool = False,
+    compared: bool = False,
 ) -> dict[str, Any]:
     """Find all models, measure them, and return the results as JSON.
+
+    With `compared`, a dense model is required.
 
     Raises
     ------
@@ -153,6 +190,10 @@ def run(
         against, note = find_dense(names)
         if note is not None:
             notes.append(f"no ratios: {note}")
+    if compared and against is None:
+        raise RecipeError(
+            "--gate: x compares with the dense model, and none was found; name it with --against"
+        )
     if against is not None:
         dense = against
         names = [dense, *(name for name in names if not is_same(name, dense))]
@@ -178,6 +219,24 @@ def run(
             dense=against is not None,
             notes=notes,
         )
+
+
+def check_speeds(gates: "list[Gate]", found: dict[str, Any]) -> "dict[str, list[GateResult]]":
+    """Return the gates of every model but the dense one, at every point that was measured."""
+    from lrc.compressors.evaluate.gates import check_gates
+
+    results = {}
+    for each in found["results"] if gates else ():
+        if each["repeated"] or each["failed"] is not None or each["model"] == found["against"]:
+            continue
+        metrics = {}
+        for phase in PHASE_NAMES:
+            speed = each[phase]
+            dense = speed["median"] / speed["ratio"] if speed["ratio"] else None
+            metrics[phase] = {"compressed": speed["median"], "dense": dense}
+        place = f"{each['model']}, {each['mode']}, batch {each['batch']}, prompt {each['prompt']}"
+        results[place] = check_gates(gates, metrics)
+    return results
 
 
 def known(option: str, value: str, allowed: Sequence[str]) -> str:

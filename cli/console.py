@@ -1,5 +1,6 @@
 """Progress, signals and errors, on stderr; results go to stdout."""
 
+import json
 import os
 import signal
 import sys
@@ -10,10 +11,18 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import typer
+
+from lrc.cli.gate_results import annotation, on_github
 from lrc.configs.errors import LrcError, Stopped
 
 HEARTBEAT_SECONDS = 60.0
 AT_ONCE = "stopped: at once; the same command continues from the last finished step"
+
+
+def print_json(value: Any) -> None:
+    """Print a result as one JSON object to stdout."""
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
 class Steps:
@@ -144,6 +153,8 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
     if isinstance(error, LrcError):
         for problem in error.problems:
             say(f"error[{problem.code}]: {problem}")
+            if on_github():
+                say(annotation(problem))
         return error.exit_code
     if hasattr(error, "format_message"):  # typer's, about the command line
         text = " ".join(error.format_message().split()).removesuffix(".")

@@ -1,8 +1,7 @@
 """`lrc delta`: compress the difference between a tuned model and its base, and apply it."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -73,7 +72,7 @@ def make(
         facts = make_delta(base, tuned, partial, chosen, steps)
     facts = {"path": str(out), **facts, "file_bytes": _bytes(out)}
     if as_json:
-        _print_json(facts)
+        console.print_json(facts)
     else:
         print_delta(facts, every=every)
 
@@ -100,7 +99,7 @@ def apply(
         facts = apply_delta(base, delta, partial, steps)
     facts = {"path": str(out), **facts, "file_bytes": _bytes(out)}
     if as_json:
-        _print_json(facts)
+        console.print_json(facts)
     else:
         typer.echo(
             f"{out}: {facts['kind']}, {facts['tensors']} tensors from the delta, "
@@ -120,7 +119,3 @@ def _check_paths(source: Path, out: Path) -> None:
 
 def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))

@@ -14,6 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrc.compressors.checkpoint.reader import check_checkpoint, load_checkpoint, load_tokenizer
 from lrc.compressors.corpus.documents import check_source
+from lrc.compressors.evaluate.gates import (
+    PREDICTIONS,
+    SIZE,
+    GateResult,
+    Metrics,
+    check_gate_names,
+    check_gates,
+)
 from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.scores import (
     check_evaluation,
@@ -28,13 +36,14 @@ from lrc.compressors.models.architecture import build
 from lrc.compressors.models.configuration import check_code, refuse_adapter
 from lrc.compressors.models.source_check import check_contents
 from lrc.configs.errors import DataError, EvaluationIncomplete, ModelError, RecipeError
-from lrc.configs.recipe import Evaluate, Model
+from lrc.configs.recipe import Evaluate, Gate, Model
 
 OPTIONS = {
     "evaluate.perplexity.source": "--perplexity",
     "evaluate.perplexity.window": "--window",
     "evaluate.tasks.names": "--tasks",
     "evaluate.tasks.include_path": "--include-path",
+    "evaluate.gates": "--gate",
     "model.path: ": "",
     "set model.trust_remote_code: true": "add --trust-remote-code",
 }
@@ -61,6 +70,7 @@ def run(
         for spec in request.perplexity:
             check_source(spec.source, part="evaluation")
         check_tasks(request.tasks)
+        _check_gates(request.gates, request, checkpoints)
         # Before one of them is measured for hours.
         warnings = {
             checkpoint: check_model(checkpoint, trusted=trusted) for checkpoint in checkpoints
@@ -75,6 +85,7 @@ def run(
             step = partial(labelled, checkpoint)
             found = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
             found |= {"warnings": warnings[checkpoint], "kl": {}}
+            found["file_bytes"] = file_bytes(checkpoint)
             if scores and request.compared_texts:
                 first = _First(checkpoints[0], machine.chosen, trusted)
                 if first.has_vocabulary_of(model, tokenizer):
@@ -116,6 +127,68 @@ class _First:
         # On a CPU, models run in float32.
         refuse_pair(4 * sum(p.numel() for p in skeleton.parameters()), self.device)
         return load_model(self.path, self.device, trusted=self.trusted)[0], model
+
+
+def check_eval_gates(gates: list[Gate], blocks: dict[str, Any]) -> dict[str, list[GateResult]]:
+    """Return the gates of every checkpoint but the first, or of the only one.
+
+    If something could not be measured, none are returned: that is the error to report.
+    """
+    if list_missing(blocks):
+        return {}
+    first, *others = blocks
+    dense = None if not others else blocks[first]
+    return {
+        name: check_gates(gates, _metrics(name, blocks[name], dense) if gates else {})
+        for name in others or [first]
+    }
+
+
+def _metrics(name: str, block: dict[str, Any], dense: dict[str, Any] | None) -> Metrics:
+    """Return the metrics of a checkpoint, and those of the first under the name ``dense``."""
+    found = _values(block)
+    known = {} if dense is None else _values(dense)
+    metrics = {key: {"compressed": value, "dense": known.get(key)} for key, value in found.items()}
+    for kind, key in PREDICTIONS.items():
+        for text, entry in block["kl"].items():
+            metrics[f"{kind}.{text}"] = {"compressed": entry[key], "dense": None}
+    return metrics
+
+
+def _values(block: dict[str, Any]) -> dict[str, float | None]:
+    return {
+        **{f"perplexity.{text}": each["perplexity"] for text, each in block["perplexity"].items()},
+        **{
+            f"tasks.{task}.{metric}": each["value"]
+            for task, metrics in block["tasks"].items()
+            for metric, each in metrics.items()
+        },
+        **({} if block["file_bytes"] is None else {SIZE: block["file_bytes"]}),
+    }
+
+
+def file_bytes(path: str) -> int | None:
+    """Return the size of the weight files of a folder or a GGUF file; None of a Hub id."""
+    place = Path(path).expanduser()
+    files = [place] if place.is_file() else place.glob("*.safetensors")
+    return sum(each.stat().st_size for each in files) if place.exists() else None
+
+
+def _check_gates(gates: list[Gate], request: Evaluate, checkpoints: list[str]) -> None:
+    """Refuse gates on what will not be measured."""
+    check_gate_names(gates, request)
+    compared = [g for g in gates if g.relative or g.metric.partition(".")[0] in PREDICTIONS]
+    if compared and len(checkpoints) == 1:
+        raise RecipeError(
+            f"--gate: {compared[0]} compares with the first checkpoint, and there is only one; "
+            "give the dense model before it"
+        )
+    for path in checkpoints:
+        if any(gate.metric == SIZE for gate in gates) and file_bytes(path) is None:
+            raise RecipeError(
+                f"--gate: size is known of local files only, got the Hub id {path}; remove the "
+                "gate, or give a folder"
+            )
 
 
 def raise_if_missing(blocks: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """`lrc export`: write a checkpoint in the format of another program, or in another size."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,7 +152,7 @@ def _print(facts: dict[str, Any], out: Path, *, as_json: bool) -> None:
     files = out.rglob("*") if out.is_dir() else [out]
     facts["bytes"] = sum(file.stat().st_size for file in files if file.is_file())
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, allow_nan=False))
+        console.print_json(facts)
         return
     typer.echo(f"{facts['path']}: {facts['format']}, {facts['bytes'] / 2**20:.1f} MiB")
     for name, entry in facts.get("types", {}).items():

@@ -79,7 +79,7 @@ def latency(
             )
     write_text(output, json.dumps(table.to_json(), indent=1) + "\n")
     if as_json:
-        typer.echo(json.dumps(table.to_json(), indent=2))
+        console.print_json(table.to_json())
         return
     print_table(table)
     console.say(f"wrote {output}; name it under 'latency_table'")

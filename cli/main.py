@@ -1,25 +1,35 @@
 """The `lrc` command. Heavy libraries are imported inside the commands: `lrc --help` is instant."""
 
-import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lrc.cli import console, streams
-from lrc.cli.bench import bench
+from lrc.cli.bench import bench, known
 from lrc.cli.delta import delta_app
+from lrc.cli.eval_command import evaluate
 from lrc.cli.export import export
+from lrc.cli.gate_results import (
+    Junit,
+    print_gates,
+    write_junit,
+)
 from lrc.cli.latency import latency
-from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile, TrustRemoteCode, positive
+from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile, TrustRemoteCode
 from lrc.cli.pages import report as report_pages
-from lrc.configs import shipped
-from lrc.configs.errors import EvaluationIncomplete, GateMissed, RecipeError
-
-if TYPE_CHECKING:
-    from lrc.configs.load import LoadedRecipe
+from lrc.cli.recipes import recipes_app
+from lrc.cli.sweep import sweep
+from lrc.configs.errors import (
+    EvaluationIncomplete,
+    GateMissed,
+    LrcError,
+    RecipeError,
+    Stopped,
+)
+from lrc.configs.export_types import SETTINGS
 
 app = typer.Typer(
     name="lrc",
@@ -32,7 +42,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 4 a quality gate was missed, "
     "75 stopped on a signal with the state saved.",
 )
-recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lrc.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(delta_app, name="delta")
 
@@ -80,6 +89,25 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also draw the predicted loss of every matrix against its bits; implies "
+            "--sensitivity.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    program: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Print the bit widths of the plan as settings of another program; implies "
+            "--sensitivity.",
+            metavar="|".join(SETTINGS),
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -87,10 +115,14 @@ def plan(
     from lrc.configs.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    if sensitivity or profile is not None:
+    if sensitivity or profile is not None or svg is not None or program is not None:
         if every:
             raise RecipeError("--all: --sensitivity shows every matrix anyway; leave one out")
-        _sensitivity(loaded, profile, device, as_json=as_json, quiet=quiet)
+        if program is not None:
+            known("--format", program, SETTINGS)
+        from lrc.cli.loss_predictions import run
+
+        run(loaded, profile, device, svg=svg, program=program, as_json=as_json, quiet=quiet)
         return
     from lrc.cli import tables
     from lrc.compressors.estimate import estimate
@@ -106,7 +138,7 @@ def plan(
     found, unmeasured = prepared.plan, prepared.products if prepared.plan.unmeasured else []
     if as_json:
         times = predicted_times(found)
-        _print_json(
+        console.print_json(
             found.to_json()
             | {"estimate": vars(expected), "products_to_measure": len(unmeasured)}
             | {"predicted_times": None if times is None else times.to_json()}
@@ -125,6 +157,7 @@ def compress(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an earlier run in the output folder.")
     ] = False,
+    junit: Junit = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -133,6 +166,7 @@ def compress(
 
     loaded = load_recipe(recipe, overrides or [])
     from lrc.cli import tables
+    from lrc.compressors.evaluate.gates import check_gates, metrics_of
     from lrc.compressors.io.machine import Machine
     from lrc.compressors.pipeline import compress as run
 
@@ -144,82 +178,27 @@ def compress(
             report = run(loaded, machine)
         except (EvaluationIncomplete, GateMissed) as error:
             missed, report = error, error.report
+        except Stopped:
+            raise
+        except LrcError as error:
+            if junit is not None:
+                write_junit(junit, "compress", {}, error)
+            raise
+    output = loaded.recipe.output
+    incomplete = isinstance(missed, EvaluationIncomplete)
+    wanted = [] if incomplete else loaded.recipe.evaluate.gates
+    gates = {output: check_gates(wanted, metrics_of(report))}
     if as_json:
-        _print_json(report)
+        console.print_json(report)
     else:
-        tables.print_report(report, loaded.recipe.output)
+        tables.print_report(report, output)
+        print_gates(gates)
+    if junit is not None:
+        write_junit(junit, "compress", gates, missed if incomplete else None)
     if missed is not None:
         raise missed
     if not (steps.taken or quiet):
         console.say("finished earlier, nothing to do; --overwrite runs it again")
-
-
-@app.command("eval")
-def evaluate(
-    checkpoints: Annotated[
-        list[str],
-        typer.Argument(
-            help="Folders, Hub ids or .gguf files; the others are compared with the first.",
-            show_default=False,
-        ),
-    ],
-    perplexity: Annotated[
-        list[str] | None,
-        typer.Option(help="A text: `python-docs`, `wikitext2`, `c4` or a path. Can be repeated."),
-    ] = None,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
-    include_path: Annotated[
-        str | None, typer.Option(help="Folder with your own lm-eval task files.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(callback=positive, help="Documents per task, at most.")
-    ] = None,
-    window: Annotated[
-        int, typer.Option(callback=positive, help="Tokens per perplexity window.")
-    ] = 2048,
-    windows: Annotated[
-        int | None, typer.Option(callback=positive, help="Windows per text, at most.")
-    ] = None,
-    kl_tokens: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Tokens of every text on which predictions are compared with those of the first "
-            "model: KL divergence, top-1 agreement. 0 compares none.",
-        ),
-    ] = 32768,
-    seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
-    trust_remote_code: TrustRemoteCode = False,
-    device: Device = "auto",
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Measure perplexity, KL divergence and lm-eval tasks of checkpoints, side by side."""
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names and not perplexity:
-        raise RecipeError(
-            "lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"
-        )
-    from lrc.cli.evaluate import raise_if_missing, run
-    from lrc.cli.quality import print_evaluation
-    from lrc.compressors.io.machine import Machine
-    from lrc.configs.recipe import Evaluate, Perplexity, Tasks
-
-    request = Evaluate(
-        perplexity=[Perplexity(source=s, window=window, windows=windows) for s in perplexity or []],
-        tasks=Tasks(names=names, include_path=include_path, limit=limit),
-        kl_tokens=kl_tokens,
-    )
-
-    console.quiet_transformers()
-    with console.Steps(quiet=quiet).running() as steps:
-        machine = Machine(device, on_step=steps, on_warning=steps.warn)
-        blocks = run(checkpoints, request, machine, seed=seed, trusted=trust_remote_code)
-    if as_json:
-        _print_json({"checkpoints": blocks})
-    else:
-        print_evaluation(blocks)
-    raise_if_missing(blocks)
 
 
 @app.command()
@@ -240,16 +219,18 @@ def generate(
     console.quiet_transformers()
     texts = run(models, prompt, tokens=tokens, device=device, trusted=trust_remote_code)
     if as_json:
-        _print_json({"prompt": prompt, "continuations": texts})
+        console.print_json({"prompt": prompt, "continuations": texts})
         return
     typer.echo(f"prompt: {prompt}")
     for path, text in texts.items():
         typer.echo(f"\n{path}:\n{text.strip()}")
 
 
+app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(latency)
 app.command()(export)
+app.command()(sweep)
 app.command("report")(report_pages)
 
 
@@ -269,7 +250,7 @@ def inspect(
 
     facts = describe(checkpoint, verify=verify, device=Machine(device).chosen)
     if as_json:
-        _print_json(facts)
+        console.print_json(facts)
     else:
         tables.print_inspection(facts)
 
@@ -279,81 +260,7 @@ def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from lrc.configs.recipe import recipe_schema
 
-    _print_json(recipe_schema())
-
-
-@recipes_app.command("list")
-def recipes_list(as_json: Json = False) -> None:
-    """List the recipes that come with lrc."""
-    summaries = {name: shipped.summary(name) for name in shipped.names()}
-    if as_json:
-        _print_json(summaries)
-    else:
-        width = max(map(len, summaries))
-        for name, summary in summaries.items():
-            typer.echo(f"{name:<{width}}  {summary}")
-
-
-@recipes_app.command("show")
-def recipes_show(name: str) -> None:
-    """Print a recipe that comes with lrc."""
-    typer.echo(shipped.read(name), nl=False)
-
-
-@recipes_app.command("copy")
-def recipes_copy(
-    name: str,
-    to: Annotated[Path | None, typer.Argument(help="File to write; NAME.yaml here.")] = None,
-) -> None:
-    """Copy a recipe that comes with lrc, to edit it."""
-    text = shipped.read(name)
-    target = to or Path(f"{name}.yaml")
-    if target.exists():
-        raise RecipeError(f"{target} exists already; name another file")
-    try:
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        message = f"{target} cannot be written ({error.strerror}); name another file"
-        raise RecipeError(message) from error
-    console.say(f"wrote {target}")
-
-
-def _sensitivity(
-    loaded: "LoadedRecipe", windows: int | None, device: str, *, as_json: bool, quiet: bool
-) -> None:
-    if not loaded.recipe.stages_of("decompose"):
-        raise RecipeError(
-            "--sensitivity: shows predictions for 'decompose' stages, but the recipe has "
-            "no 'decompose' stage; add one, or leave the option out"
-        )
-    samples = loaded.recipe.calibration.samples
-    if windows is not None and not 1 <= windows <= samples:
-        raise RecipeError(
-            f"--profile: must be in [1, {samples}], the windows of the calibration, got "
-            f"{windows}; change it, or raise calibration.samples"
-        )
-    from lrc.cli.sensitivity import print_profile, print_sensitivity
-    from lrc.compressors import pipeline
-    from lrc.compressors.io.machine import Machine
-
-    console.quiet_transformers()
-    measured = None
-    with console.Steps(quiet=quiet).running() as steps:
-        machine = Machine(device, on_step=steps)  # warnings are printed with the plan
-        if windows is None:
-            plan = pipeline.measure(loaded, machine)
-        else:
-            plan, measured = pipeline.profile(loaded, windows, machine)
-    if as_json:
-        _print_json(plan.to_json() | ({"profile": measured.to_json(plan)} if measured else {}))
-        return
-    print_sensitivity(plan)
-    if measured is not None:
-        print_profile(plan, measured)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+    console.print_json(recipe_schema())
 
 
 def main() -> None:

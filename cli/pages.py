@@ -1,11 +1,11 @@
 """`lrc report`: the reports of runs as one HTML page."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lrc.cli import console
 from lrc.cli.options import Json
 from lrc.configs.errors import RecipeError
 
@@ -46,6 +46,6 @@ def report(
     write_text(output, render(found))
     if as_json:
         names = [{"name": run.name, "folder": str(run.folder)} for run in found]
-        typer.echo(json.dumps({"page": str(output), "runs": names}, indent=2))
+        console.print_json({"page": str(output), "runs": names})
     else:
         typer.echo(f"page: {output}")

@@ -33,6 +33,12 @@ def as_number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}" if value < 1e4 else f"{value:.3e}"
 
 
+def as_perplexity(value: float | None, error: float | None) -> str:
+    """Format a perplexity with its standard error, if known; empty if None."""
+    text = as_number(value)
+    return text if error is None or not text else f"{text} ± {as_number(error)}"
+
+
 def as_score(value: float | None, error: float | None) -> str:
     """Format a score with its standard error, if known; empty if None."""
     if value is None:
@@ -52,10 +58,10 @@ def print_comparison(evaluation: dict[str, Any]) -> None:
         change = "" if p["ratio"] is None else f"x {p['ratio']:.3f}"
         # Reports of earlier versions do not say it.
         domain = {True: "in domain", False: "other text"}.get(p.get("in_domain"), "")
+        errors = p.get("stderr", {"dense": None, "compressed": None})
         table.add_row(
             f"perplexity {name}",
-            as_number(p["dense"]),
-            as_number(p["compressed"]),
+            *(as_perplexity(p[model], errors[model]) for model in ("dense", "compressed")),
             ", ".join(filter(None, [change, domain])),
         )
     for task, metrics in evaluation["tasks"].items():
@@ -141,7 +147,7 @@ def print_evaluation(blocks: dict[str, Any]) -> None:
     for name in dict.fromkeys(name for block in models for name in block["perplexity"]):
         found = [block["perplexity"].get(name) for block in models]
         tokens = next(p["tokens"] for p in found if p)
-        cells = [as_number(p and p["perplexity"]) for p in found]
+        cells = ["" if p is None else as_perplexity(p["perplexity"], p["stderr"]) for p in found]
         table.add_row(f"perplexity {name} ({tokens:,} tokens)", *cells)
     for name in dict.fromkeys(name for block in models for name in block["kl"]):
         entries = [block["kl"].get(name) for block in models]

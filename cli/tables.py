@@ -10,12 +10,15 @@ from lrc.cli.bench_tables import print_slow_forms, print_slower_models
 from lrc.cli.quality import OUT, as_size, new_table, print_baselines, print_comparison
 from lrc.compressors.estimate import Estimate
 from lrc.compressors.io.natural_order import natural
+from lrc.compressors.planning.coverage import Coverage, plan_coverage
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import WeightSummary, summarize
+from lrc.compressors.planning.tasks import LayerTask
 from lrc.configs.sources import counts, described
 
 LAYER_NUMBER = re.compile(r"\.\d+\.")
+EXPERT_NUMBER = re.compile(r"(?<=experts)\.\d+\.")
 
 
 def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
@@ -28,6 +31,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     rows = summarize(plan)
     if rows:
         _print_weights(plan, rows, every=every)
+    _print_experts(plan)
     given = plan.calibration["source"]
     if not isinstance(given, str):
         OUT.print(f"calibration: {_shares(given, plan.calibration['samples'], 'windows')}")
@@ -58,6 +62,27 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     )
     if expected.not_estimated:
         OUT.print(f"not estimated: {', '.join(expected.not_estimated)}")
+
+
+def _print_experts(plan: Plan) -> None:
+    """Print how much of the calibration text is expected to reach an expert, or has."""
+    experts = plan.experts
+    if experts is None:
+        return
+    tokens = plan.calibration["samples"] * plan.calibration["length"]
+    measured = plan_coverage(plan)
+    text = (
+        f"experts: {experts.experts} in each of {experts.layers} layers, {experts.per_token} per "
+        "token"
+    )
+    if measured is not None:
+        text += f"; {measured.text}"
+    elif experts.needed:
+        text += (
+            f"; on average {experts.expected(tokens):,.0f} of {tokens:,} calibration tokens each, "
+            f"{experts.needed:,} needed"
+        )
+    OUT.print(text)
 
 
 def print_unmeasured(products: int, device: str) -> None:
@@ -100,16 +125,17 @@ def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> Non
     if one:
         columns.remove("method")
     model = plan.model
+    tasks = {task.name: task for task in plan.all_tasks}
     table = new_table(f"{model.source} ({model.architecture}, {model.dtype}{one})", *columns)
     for column in table.columns:
         column.no_wrap = column.header not in ("weight", "components")
     alike: dict[tuple[str, ...], list[WeightSummary]] = {}
     for row in rows:
         cells = (
-            row.name if every else LAYER_NUMBER.sub(".*.", row.name, count=1),
+            row.name if every else _any_layer(row.name),
             f"{row.shape[0]} x {row.shape[1]}",
             row.method,
-            _components(plan, row),
+            _components(plan, tasks[row.owner], row),
             "pending" if row.allocator else row.config.description,
         )
         alike.setdefault(cells, []).append(row)
@@ -130,6 +156,11 @@ def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> Non
         return
     for allocator in sorted({row.allocator for row in rows if row.allocator}):
         OUT.print(f"pending: the {allocator} allocator will choose within the budget")
+
+
+def _any_layer(name: str) -> str:
+    """Replace the numbers of the layer and of the expert in a name."""
+    return EXPERT_NUMBER.sub(".*.", LAYER_NUMBER.sub(".*.", name, count=1))
 
 
 def print_warnings(plan: Plan) -> None:
@@ -159,6 +190,9 @@ def print_report(report: dict[str, Any], output: str) -> None:
         _print_training(record)
     if size["source"]["quantized"]:
         OUT.print(f"the source file is itself quantized: {as_size(size['source']['file_bytes'])}")
+    experts = report.get("experts")  # reports of earlier versions have none
+    if experts and experts["coverage"]:
+        OUT.print(Coverage(**experts["coverage"]).text)
     if times := report.get("latency"):  # reports of earlier versions have none
         print_times(times, times["place"])
     print_comparison(report["evaluation"])
@@ -219,9 +253,8 @@ def _print_budgets(budgets: Sequence[float]) -> None:
     OUT.print(f"elastic: can be cut to {listed}, see `lrc export`; sizes are those of the first")
 
 
-def _components(plan: Plan, row: WeightSummary) -> str:
+def _components(plan: Plan, task: LayerTask, row: WeightSummary) -> str:
     """Return types, pattern and quantization of a weight, and the reason if it stays dense."""
-    task = next(task for task in plan.all_tasks if task.name == row.owner)
     if task.allocation is not None:
         types = plan.allocations[task.allocation].types
         args = None if task.quantize is None else task.quantize.args

@@ -1,5 +1,6 @@
 """Run a recipe from start to end, one call per phase."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
 from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
-from lrc.compressors.evaluate.gates import check_gates
+from lrc.compressors.evaluate.gates import check_gates, metrics_of
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
 from lrc.compressors.evaluate.streaming_rule import ModelBytes, streams, why_too_large
 from lrc.compressors.heal.run import training_files
@@ -21,22 +22,36 @@ from lrc.compressors.heal.trained_files import trained_tensors
 from lrc.compressors.io.files import new_folder, remove
 from lrc.compressors.io.machine import Machine, free_memory, release_memory
 from lrc.compressors.model_versions import slice_folder
+from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.page.page_file import PAGE, write_page
+from lrc.compressors.planning.loss_curves import LossCurves
 from lrc.compressors.planning.plan import Plan
-from lrc.compressors.prepare import prepare
+from lrc.compressors.prepare import Prepared, prepare
 from lrc.compressors.session import Session, open_session
 from lrc.compressors.stages import STAGES
-from lrc.compressors.stages.compress_weights import EXECUTED, executed_plan, predict_losses
+from lrc.compressors.stages.compress_weights import (
+    EXECUTED,
+    executed_plan,
+    predict_losses,
+    stored_curves,
+)
 from lrc.compressors.streamed.checkpoint_layers import open_checkpoint
 from lrc.compressors.streamed.streamed_evaluation import StreamedEvaluation
 from lrc.configs.errors import CheckpointError, EvaluationIncomplete, GateMissed, OutputError
 from lrc.configs.load import LoadedRecipe
 
 
-def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, Any]:
+def compress(
+    loaded: LoadedRecipe, machine: Machine | None = None, prepared: Prepared | None = None
+) -> dict[str, Any]:
     """Run a recipe: compile, run its stages, save, evaluate, report.
 
     Results of an earlier, interrupted run of the same recipe are used.
+
+    Parameters
+    ----------
+    prepared : Prepared, optional
+        Result of `prepare` for this recipe, if there is one.
 
     Returns
     -------
@@ -50,7 +65,7 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
     """
     machine = machine or Machine()
     recipe = loaded.recipe
-    prepared = prepare(recipe, STAGES)
+    prepared = prepared or prepare(recipe, STAGES)
     with open_session(prepared, machine) as session:
         written = _has_checkpoint(session)
         result = report.stored(prepared, session.journal) if written else None
@@ -74,13 +89,26 @@ def compress(loaded: LoadedRecipe, machine: Machine | None = None) -> dict[str, 
         session.journal.forget("compressed", "source", *sliced, *trained)
     if missing := missing_sentences(result["evaluation"]["missing"]):
         raise EvaluationIncomplete(missing, result)
-    missed = check_gates(recipe.evaluate.gates, result["evaluation"])
-    if missed:
+    gates = check_gates(recipe.evaluate.gates, metrics_of(result))
+    if missed := [each.sentence for each in gates if not each.passed]:
         raise GateMissed(missed, result)
     return result
 
 
-def measure(loaded: LoadedRecipe, machine: Machine | None = None) -> Plan:
+@dataclass(frozen=True)
+class Sensitivity:
+    """What is predicted before anything is compressed."""
+
+    plan: Plan
+    """After allocation, with predicted losses."""
+    curves: LossCurves
+    """Of the matrices whose size an allocator has chosen by predicted loss; empty if a finished run
+    has deleted them."""
+    architecture: Architecture
+    """Of the model that is decomposed."""
+
+
+def measure(loaded: LoadedRecipe, machine: Machine | None = None) -> Sensitivity:
     """Run a recipe as far as its allocation, and predict what every weight loses.
 
     `compress` continues from there. Results of an earlier run are used where they exist.
@@ -92,12 +120,12 @@ def measure(loaded: LoadedRecipe, machine: Machine | None = None) -> Plan:
     """
     prepared = prepare(loaded.recipe, STAGES)
     with open_session(prepared, machine or Machine()) as session:
-        return predict_losses(session, _sliced(session))
+        return _predict(session)
 
 
 def profile(
     loaded: LoadedRecipe, windows: int, machine: Machine | None = None
-) -> tuple[Plan, Profile]:
+) -> tuple[Sensitivity, Profile]:
     """Run `measure`, then compare its predictions with the dense model, see `profile_plan`.
 
     Parameters
@@ -112,9 +140,9 @@ def profile(
     """
     prepared = prepare(loaded.recipe, STAGES)
     with open_session(prepared, machine or Machine()) as session:
-        plan = predict_losses(session, _sliced(session))
-        return plan, profile_plan(
-            plan,
+        found = _predict(session)
+        return found, profile_plan(
+            found.plan,
             session.models.reader,
             session.journal,
             session.statistics,
@@ -124,6 +152,12 @@ def profile(
             device=session.device,
             on_step=session.on_step,
         )
+
+
+def _predict(session: Session) -> Sensitivity:
+    planned = _sliced(session)
+    plan = predict_losses(session, planned)
+    return Sensitivity(plan, stored_curves(session, planned), session.models.architecture)
 
 
 def _check_source(session: Session) -> None:

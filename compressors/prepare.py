@@ -7,8 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lrc.compressors.calibrate.layer_check import check_layers
 from lrc.compressors.checkpoint.loading_check import check_loading
 from lrc.compressors.checkpoint.plain import is_plain, loads_packed
@@ -18,6 +16,7 @@ from lrc.compressors.evaluate.generations import read_prompts
 from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.perplexity import check_window
 from lrc.compressors.io.journal import RESULTS, WORK
+from lrc.compressors.layers.experts import ordinary_linears
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.source import Source, load_tokenizer, locate
 from lrc.compressors.models.source_check import check_contents
@@ -138,8 +137,11 @@ def _check_output(recipe: Recipe, problems: Problems) -> None:
 def _needs_lrc(compiled: Compiled) -> list[str]:
     """Return a warning if only the model class prevents a plain checkpoint of integers."""
     model, modules = compiled.architecture.model, compiled.plan.modules()
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not modules or not is_plain(modules, linears) or loads_packed(model, modules):
+    linears = [linear.name for linear in compiled.architecture.linears]
+    if not modules or not is_plain(modules, [*linears, *ordinary_linears(model)]):
+        return []
+    experts = modules.keys() - {*ordinary_linears(model)}
+    if not experts and loads_packed(model, modules):
         return []
     return [
         f"stages: {type(model).__name__} cannot be loaded with packed integers by transformers "

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from lrc.compressors.calibrate.calibration_windows import provenance
+from lrc.compressors.calibrate.calibration_windows import provenance, vocabulary_warning
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.manifest import CHECKSUM, read_manifest, report_checksum
 from lrc.compressors.compress.profile import stored_profile
@@ -28,6 +28,7 @@ from lrc.compressors.io.files import write_text
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.versions import environment
 from lrc.compressors.models.source import HUB_ID
+from lrc.compressors.planning.coverage import coverage_json
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import summarize
@@ -75,6 +76,14 @@ SCHEMA = {
     "layers[].predicted_nats": "predicted loss increase, nats per token; null without gradients",
     "layers[].refit": "whether it was fitted to the inputs that the compressed model produces",
     "layers[].{note,fallback}": "why it stays dense; deviations from the plan; null if none",
+    "experts": "what the experts received of the calibration text; null without experts",
+    "experts.{layers,per_layer,per_token}": "layers with experts; number; selected by a token",
+    "experts.coverage.{experts,tokens_min,tokens_median}": (
+        "calibration tokens that they received; null if no statistics were needed"
+    ),
+    "experts.coverage.{needed,starved}": (
+        "tokens that statistics need; number of experts with fewer, which use a fallback"
+    ),
     "profile": "what `lrc plan --profile` measured before this run compressed; null if nothing",
     "profile.{windows,tokens,dense}": "of the calibration text; loss of the dense model on them",
     "profile.{divergences,increases}.NAME": (
@@ -87,8 +96,12 @@ SCHEMA = {
     "latency.{head_dense_seconds,head_seconds}": "of the output head, if quantized; else 0",
     "latency.slower_forms.FORM": "number of matrices for which it is never faster than dense",
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
+    "calibration.vocabulary.{used,size}": "different tokens in the windows; all of the model",
     "{calibration,training[].text}.texts[]": "of several sources: the same for each",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",
+    "evaluation.perplexity.NAME.stderr.{dense,compressed}": (
+        "standard error, from the differences between windows; null for one window"
+    ),
     "evaluation.perplexity.NAME.in_domain": (
         "whether it has the source or the hash of a text that the compression read; null if none"
     ),
@@ -150,6 +163,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
     gap = domain_gap(perplexity)
     evaluation = {**evaluation, "perplexity": perplexity, "domain_gap": gap}
     profile = stored_profile(plan, session.journal)
+    little = vocabulary_warning(calibration)
     report = {
         "schema_version": SCHEMA_VERSION,
         "recipe": prepared.recipe.model_dump(mode="json"),
@@ -158,6 +172,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "slices": plan.to_json()["slices"],
         "training": training,
         "layers": [row.to_json() for row in summarize(plan)],
+        "experts": coverage_json(plan),
         "profile": None if profile is None else asdict(profile),
         "latency": None if times is None else times.to_json(),
         "calibration": calibration,
@@ -171,6 +186,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
             *(record.facts["warning"] for record in plan.training if record.facts.get("warning")),
             *_source_warnings(prepared, evaluation),
             *([] if gap is None else [gap]),
+            *([] if little is None else [little]),
         ],
     }
     report[CHECKSUM] = report_checksum(checkpoint, report)

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate import statistics
-from lrc.compressors.calibrate.calibration_windows import SELF, sample_windows, take_windows
+from lrc.compressors.calibrate.calibration_windows import (
+    FILE,
+    SELF,
+    provenance,
+    sample_windows,
+    take_windows,
+    vocabulary_warning,
+)
 from lrc.compressors.corpus.documents import source_identity
 from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.io.journal import Journal, open_journal
@@ -75,7 +82,8 @@ class Session:
 
     def windows(self) -> Tensor:
         """Return the calibration windows [samples, length], drawn once per run."""
-        return take_windows(
+        known = self.journal.has(FILE)
+        windows = take_windows(
             self.calibration,
             self.prepared.tokenizer,
             self.journal,
@@ -84,6 +92,10 @@ class Session:
             dense=lambda: self.models.load_dense(self.models.dtype),
             on_step=self.on_step,
         )
+        warning = vocabulary_warning(provenance(self.journal))
+        if warning is not None and not known:
+            self.machine.on_warning(warning)
+        return windows
 
     def statistics(self, weight: Weight) -> Statistics:
         """Return the calibration statistics of a weight."""

@@ -133,6 +133,19 @@ class GateMissed(LrcError):
         super().__init__("\n".join(missed))
 
 
+class SweepIncomplete(LrcError):
+    """Some runs of a sweep failed; the others are complete and saved."""
+
+    default_code = "sweep-incomplete"
+
+
+class TargetMissed(LrcError):
+    """No run of a sweep meets the target; the runs are complete and saved."""
+
+    exit_code = 4
+    default_code = "target-missed"
+
+
 class Stopped(LrcError):
     """A signal requested a stop; the state is saved, and the same command continues the run."""
 

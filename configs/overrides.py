@@ -1,7 +1,7 @@
-"""Overrides of single values: `stages.0.decompose.keep=0.6`."""
+"""Overrides of single values: `stages.0.decompose.keep=0.6`, or `keep=0.6` if one stage has it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,12 @@ def apply_override(
     Missing mappings are made, and short forms on the way are written out.
     """
     path, source = assignment.path, assignment.source
+    places_of_key = option_paths(recipe, path[0], shape)
+    if len(places_of_key) > 1:
+        found = " or ".join(dotted((*place, *path[1:])) for place in places_of_key)
+        return [Problem("invalid-override", "", f"can mean {found}; write it out", source)]
+    if places_of_key:
+        path = (*places_of_key[0], *path[1:])
     here: Any = recipe
     at: Shape | None = shape
     for depth, step in enumerate(path[:-1], 1):
@@ -81,6 +87,38 @@ def apply_override(
         del places[known]
     places[path] = source
     return []
+
+
+def option_paths(recipe: Mapping[str, Any], key: str | int, shape: Shape) -> list[Path]:
+    """Return the places of a key of stages that is written without them.
+
+    Parameters
+    ----------
+    recipe : mapping
+        As read, with mistakes.
+    key : str or int
+        First step of an override. Keys at the top of a recipe have no other place.
+    shape : Shape
+        What is allowed in a recipe.
+
+    Returns
+    -------
+    list of Path
+        Those where the recipe has the key, or else those where it may be added.
+    """
+    written, allowed = list[Path](), list[Path]()
+    stages = recipe.get("stages")
+    if shape.inside(key) is None and isinstance(key, str) and isinstance(stages, list):
+        for index, stage in enumerate(stages):
+            for kind, options in stage.items() if isinstance(stage, dict) else ():
+                at: Shape | None = shape
+                for step in ("stages", index, kind, key):
+                    at = at and at.inside(step)
+                if at is not None and isinstance(options, dict):
+                    allowed.append(("stages", index, kind, key))
+                    if key in options:
+                        written.append(("stages", index, kind, key))
+    return written or allowed
 
 
 def _obstacle(here: Any, step: str | int, path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import Field, PositiveInt, create_model, model_validator
 
 from lrc.configs.decompose_methods import Decompose
+from lrc.configs.gate_text import parse_gate
 from lrc.configs.heal import Heal
 from lrc.configs.quantize import SCHEME, Quantize
 from lrc.configs.slice import Slice
@@ -146,12 +147,18 @@ class Generations(Strict):
 
 
 class Gate(Strict):
-    """A quality threshold; the command exits with 4 if the compressed model misses it."""
+    """A threshold; the command exits with 4 if the compressed model misses it.
+
+    Short form: a comparison, `perplexity.c4 <= 1.02x`.
+    """
+
+    short_form = (str, "metric")
+    short_words = "A comparison such as `perplexity.c4 <= 1.02x`; x: relative."
 
     metric: Text
     """`perplexity.NAME`, `kl.NAME` (KL divergence from the dense model, nats per token),
-    `agreement.NAME` (fraction of positions with the same most likely token) or
-    `tasks.NAME.METRIC`."""
+    `agreement.NAME` (fraction of positions with the same most likely token),
+    `tasks.NAME.METRIC`, or `size` (bytes of the weight files)."""
     at_most: float | None = None
     """Highest value that passes."""
     at_least: float | None = None
@@ -159,11 +166,21 @@ class Gate(Strict):
     relative: bool = False
     """Compare compressed / dense instead of the compressed value."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_short_form(cls, value: Any) -> Any:
+        return parse_gate(value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _one_bound(self) -> "Gate":
         if self.at_most is None and self.at_least is None:
             raise ValueError("give 'at_most', 'at_least' or both, got neither")
         return self
+
+    def __str__(self) -> str:
+        bounds = (("<=", self.at_most), (">=", self.at_least))
+        end = "x" if self.relative else ""
+        return " and ".join(f"{self.metric} {s} {v:g}{end}" for s, v in bounds if v is not None)
 
 
 class Evaluate(Strict):

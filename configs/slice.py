@@ -67,10 +67,16 @@ class Slicegpt(SliceBase):
     number of heads, as its config requires."""
 
 
+class Reap(SliceBase):
+    """REAP: experts of mixture-of-experts layers, those that add least to the output."""
+
+    method: Literal["reap"]
+
+
 Slice = Annotated[
-    Drop | Modegpt | Slicegpt,
+    Drop | Modegpt | Slicegpt | Reap,
     Field(
         discriminator="method",
-        description="Remove layers or channels; the result is a smaller dense model.",
+        description="Remove layers, experts or channels; the result is a smaller dense model.",
     ),
 ]

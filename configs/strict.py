@@ -27,7 +27,7 @@ def _complete_schema(schema: dict[str, Any], part: type["Strict"]) -> None:
         value = schema["properties"][key]
         value = value.get("anyOf", [value])[0]  # only a plain value can be a short form
         short = {name: rule for name, rule in value.items() if name in same}
-        short["description"] = f"Short for `{{{key}: ...}}`."
+        short["description"] = part.short_words or f"Short for `{{{key}: ...}}`."
         full = dict(schema)
         schema.clear()
         schema |= {"title": full["title"], "description": full["description"]}
@@ -52,6 +52,8 @@ class Strict(BaseModel):
 
     short_form: ClassVar[tuple[type[str] | type[list[Any]], str] | None] = None
     """`(type, key)`: a bare value of that type stands for a mapping with that one key."""
+    short_words: ClassVar[str | None] = None
+    """Description of the short form where it stands for more than one key."""
 
     @model_validator(mode="before")
     @classmethod

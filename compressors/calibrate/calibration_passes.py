@@ -6,15 +6,19 @@ propagates the gradient at its output to its input, and sums over the gradients 
 its linears.
 """
 
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lrc.compressors.calibrate.calibration_context import Labels, check_finite
 from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches, watch
 from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
+from lrc.compressors.layers.experts import Expert
 from lrc.compressors.solvers.moments import token_weights
 
 # Logits of this many tokens at once: with a vocabulary of 128k a GiB on a GPU is 2k tokens.
@@ -22,15 +26,16 @@ HEAD_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 def forward_layer(
-    executor: LayerExecutor, index: int, hidden: Tensor, required: Required
-) -> LinearStatistics:
+    executor: LayerExecutor, index: int, hidden: Tensor, required: Sequence[Required]
+) -> tuple[list[dict[str, Tensor]], Counter[str]]:
     """Replace the hidden states [n_windows, length, d_model] by the layer's output, in place.
 
-    Returns the sums for the linears in `required`. Inputs or hidden states that are not finite
-    raise `ModelError`.
+    Returns the sums for the linears in each entry of `required`, and the number of tokens that
+    every linear received. Inputs or hidden states that are not finite raise `ModelError`.
     """
     linears, groups = executor.linears(index), executor.calls[index].groups
-    statistics = LinearStatistics.forward(groups, linears, required)
+    parts = [LinearStatistics.forward(groups, linears, each) for each in required]
+    statistics = LinearStatistics.union(parts)
     model = executor.architecture.model
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
@@ -39,14 +44,35 @@ def forward_layer(
         if name in statistics.capped:
             x = x.reshape(-1, x.shape[-1])
             x = x * token_weights(x, executor.tokens.shape[1]).sqrt()
+        expert = name.rpartition(".")[0]
+        if name in statistics.gated and expert in gates:
+            x, y = x * gates[expert], y * gates[expert]
         statistics.add(name, LinearBatch(x, y, linear.weight))
 
-    with executor.layer(index), watch(model, statistics.watched, see):
+    gates: dict[str, Tensor] = {}  # of the present batch
+    with (
+        executor.layer(index) as layer,
+        watch_gates(executor.architecture.layer_names[index], layer, gates),
+        watch(model, statistics.watched, see),
+    ):
         executor.advance_(index, hidden)
     for key, total in statistics.sums.items():
         check_finite(total, f"the inputs of {key.rpartition('.')[0]}")
     check_finite(hidden, f"the output of {executor.architecture.layer_names[index]}")
-    return statistics
+    return [part.of(statistics.sums) for part in parts], statistics.n_tokens
+
+
+def watch_gates(name: str, layer: nn.Module, gates: dict[str, Tensor]) -> ExitStack:
+    """Keep the weights [n_tokens, 1] by which the router scales each expert, within the context.
+
+    By the full name of the expert; `name` is that of the layer.
+    """
+    hooks = ExitStack()
+    for expert, module in layer.named_modules(prefix=name):
+        if isinstance(module, Expert):
+            hook = partial(lambda expert, _, args: gates.__setitem__(expert, args[1]), expert)
+            hooks.enter_context(module.register_forward_pre_hook(hook))
+    return hooks
 
 
 def logit_gradient(
@@ -108,15 +134,16 @@ def backward_layer(
     index: int,
     states: Tensor,
     gradients: Tensor,
-    required: Required,
-) -> LinearStatistics:
+    required: Sequence[Required],
+) -> list[dict[str, Tensor]]:
     """Replace the gradients at a layer's output by those at its input, in place.
 
     `states` and `gradients` are [n_windows, length, d_model], the states at the layer's input.
-    Returns the sums for the linears in `required`. Gradients that are not finite raise
-    `ModelError`.
+    Returns the sums for the linears in each entry of `required`. Gradients that are not finite
+    raise `ModelError`.
     """
-    statistics = LinearStatistics.backward(executor.linears(index), required)
+    parts = [LinearStatistics.backward(executor.linears(index), each) for each in required]
+    statistics = LinearStatistics.union(parts)
     model, context = executor.architecture.model, executor.context
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
@@ -144,10 +171,15 @@ def backward_layer(
             "its weights are damaged or overflow: check the source model, or choose a method "
             "without gradients, such as svd-llm",
         )
-    return statistics
+    return [part.of(statistics.sums) for part in parts]
 
 
 def _by_window(x: Tensor, hidden: Tensor) -> Tensor:
-    """Undo the flattening of all tokens into one dimension, as in OPT: [n, length, d]."""
-    flat = x.ndim == 2 and len(x) == hidden.shape[0] * hidden.shape[1]
-    return x.unflatten(0, hidden.shape[:2]) if flat else x
+    """Undo the flattening of all tokens into one dimension, as in OPT: [n, length, d].
+
+    The tokens of an expert, whose windows are not known here, count as one: [1, n_tokens, d].
+    """
+    if x.ndim != 2:
+        return x
+    n, length = hidden.shape[:2]
+    return x.unflatten(0, (n, length)) if len(x) == n * length else x[None]

@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ FILE = "windows.safetensors"
 SELF = "self"
 """The source that is sampled from the model."""
 SAMPLED_TOGETHER = 16
+LITTLE_VOCABULARY = 0.02
+"""Fraction of the vocabulary below which there is a warning. 8,192 tokens of ``python-docs`` have
+2.9 % of a vocabulary of 49,152, and 32,768 have 6.3 %."""
 
 
 def take_windows(
@@ -62,6 +65,10 @@ def take_windows(
             "bos": bos is not None,
             "tokens": tokens.numel(),
             "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "vocabulary": {
+                "used": tokens.unique().numel(),
+                "size": embedding.weight.shape[0],
+            },
         }
         journal.write_tensors(FILE, {"tokens": tokens}, {"facts": facts})
     return journal.read_tensor(FILE, "tokens")
@@ -84,6 +91,24 @@ def _facts(found: list[Windows], source: str) -> dict[str, Any]:
             {**text, "tokens": each.tokens.numel()} for text, each in zip(texts, found, strict=True)
         ],
     }
+
+
+def vocabulary_warning(facts: Mapping[str, Any] | None) -> str | None:
+    """Return a warning if the windows contain little of the vocabulary; None if not, or unknown.
+
+    Parameters
+    ----------
+    facts : mapping or None
+        From `provenance`.
+    """
+    found = (facts or {}).get("vocabulary")  # journals of earlier versions have none
+    if found is None or found["used"] >= LITTLE_VOCABULARY * found["size"]:
+        return None
+    return (
+        f"calibration: the text has {found['used']:,} of the {found['size']:,} tokens of the "
+        f"vocabulary ({found['used'] / found['size']:.1%}), and nothing is known about the others; "
+        "use more or more varied text, such as several sources"
+    )
 
 
 def provenance(journal: Journal) -> dict[str, Any] | None:

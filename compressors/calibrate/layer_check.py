@@ -21,6 +21,7 @@ from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor, b
 from lrc.compressors.calibrate.replaceable import irreplaceable, is_linear
 from lrc.compressors.calibrate.simulated_weights import SimulatedProducts, SimulatedReader
 from lrc.compressors.io.journal import Journal
+from lrc.compressors.layers.experts import split_modules
 from lrc.compressors.models.architecture import Architecture, build, unsupported
 from lrc.compressors.models.configuration import first_line
 from lrc.compressors.models.source import Source
@@ -59,13 +60,14 @@ def check_layers(architecture: Architecture) -> Architecture:
         raise unsupported(config, reason)
     for linear in architecture.linears:
         uses = wholes[0].uses.get(linear.name, 0)
-        if linear.name not in unused and uses != 1:
+        unrouted = uses == 0 and linear.expert is not None
+        if linear.name not in unused and uses != 1 and not unrouted:
             unused[linear.name] = f"is called {uses} times in a forward, not once"
     linears = [linear for linear in architecture.linears if linear.name not in unused]
     if not linears:
         name, why = next(iter(unused.items()))
         raise unsupported(config, f"no linear layer can be replaced: {name} {why}")
-    return replace(architecture, linears=linears, unused=unused)
+    return replace(architecture, linears=linears, unused=unused, experts=wholes[0].experts)
 
 
 def simulated_calls(architecture: Architecture) -> list[LayerCall]:
@@ -175,6 +177,8 @@ class _Whole:
     uses: dict[str, int]
     """Number of calls of every layer and linear by name."""
     logits: Tensor
+    experts: dict[str, tuple[int, int]]
+    """Name of a module of experts -> their number, and how many of them a token selects."""
 
 
 def _run_whole(executor: LayerExecutor, tokens: Tensor) -> _Whole:
@@ -209,6 +213,14 @@ def _run_whole(executor: LayerExecutor, tokens: Tensor) -> _Whole:
 
         return hook
 
+    experts: dict[str, tuple[int, int]] = {}
+
+    def route(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            experts[name] = module.n_experts, module.selected(*args)
+
+        return hook
+
     with ExitStack() as stack:
         stack.enter_context(executor.around_layers(head=True))
         for index, layer in enumerate(architecture.layers):
@@ -220,8 +232,10 @@ def _run_whole(executor: LayerExecutor, tokens: Tensor) -> _Whole:
         for name in [*architecture.layer_names, *(each.name for each in architecture.linears)]:
             module = architecture.model.get_submodule(name)
             stack.enter_context(module.register_forward_hook(count(name)))
+        for name, module in split_modules(architecture.model):
+            stack.enter_context(module.register_forward_pre_hook(route(name)))
         logits = architecture.model(input_ids=tokens, use_cache=False).logits
-    return _Whole(inputs, outputs, arguments, uses, logits)
+    return _Whole(inputs, outputs, arguments, uses, logits, experts)
 
 
 def _structure(executor: LayerExecutor, wholes: list[_Whole]) -> str:

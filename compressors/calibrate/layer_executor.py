@@ -192,6 +192,10 @@ class LayerExecutor:
                     hooks.enter_context(record_arguments(layer, call))
                 with self._layers_replaced(calls, identity):
                     self._forward(last)
+        for index, call in enumerate(calls):
+            # Experts that received none of the first tokens; none shares its input.
+            called = {name for group in call.groups for name in group}
+            call.groups += [[name] for name in self.linears(index) if name not in called]
         return calls
 
     def _trace_layer(

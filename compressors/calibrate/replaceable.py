@@ -12,7 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from lrc.compressors.layers import ComponentConfig, CompressedLinear, WeightConfig
+from lrc.compressors.layers.experts import split_modules
 from lrc.compressors.models.architecture import Architecture
+
+ROUTER = re.compile(r"(.*_)?(gate|router)")
 
 
 def irreplaceable(architecture: Architecture) -> dict[str, str]:
@@ -22,23 +25,48 @@ def irreplaceable(architecture: Architecture) -> dict[str, str]:
     tells: on the CPU they do not run.
     """
     found = {}
+    routers = _routers(architecture)
     for linear in architecture.linears:
         module = architecture.model.get_submodule(linear.name)
         *parents, leaf = linear.name.split(".")
+        if linear.name in routers:
+            found[linear.name] = "selects or weights experts, and small errors change which"
         for depth in range(len(parents) + 1):
             owner: Any = type(architecture.model.get_submodule(".".join(parents[:depth])))
-            if re.search(rf"\.{leaf}\.(weight|bias)\b(?!\.device)", _code(owner)):
+            if _reads(owner, leaf):
                 found[linear.name] = f"is read by {owner.__name__}, not only called"
         if not is_linear(type(module)):
             found[linear.name] = f"is a {type(module).__name__}, which computes something else"
-    others = [linear.name for linear in architecture.linears if linear.name not in found]
+    # All experts are alike, and there can be thousands.
+    others = [n.name for n in architecture.linears if n.name not in found and not n.expert]
     if not _loads(architecture.model, others):
         kinds: dict[str, list[str]] = {}
         for name in others:
             kinds.setdefault(name.rpartition(".")[2], []).append(name)
-        for names in kinds.values():
+        for kind, names in kinds.items():
             if not _loads(architecture.model, names):
-                found |= dict.fromkeys(names, "is read while the model is loaded")
+                found |= {
+                    linear.name: "is read while the model is loaded"
+                    for linear in architecture.linears
+                    if linear.name in names
+                    or (linear.name.rpartition(".")[2] == kind and linear.expert)
+                }
+    return found
+
+
+def _routers(architecture: Architecture) -> set[str]:
+    """Return the linears that choose among the experts of a layer, or scale what they return.
+
+    They are in the same block as the experts, in a module called ``gate`` or ``router``, or one
+    such as ``shared_expert_gate``.
+    """
+    blocks = {name.rpartition(".")[0] for name, _ in split_modules(architecture.model)}
+    found = set()
+    for linear in architecture.linears:
+        parts = linear.name.split(".")
+        for depth in range(1, len(parts)):
+            if ".".join(parts[:depth]) in blocks and ROUTER.fullmatch(parts[depth]):
+                found.add(linear.name)
     return found
 
 
@@ -47,7 +75,13 @@ def _loads(model: nn.Module, names: Iterable[str]) -> bool:
 
     It calls the `_init_weights` of the class for every module, also of those that are stored.
     """
-    trial: Any = copy.deepcopy(model)
+    shared = {
+        id(expert): expert
+        for _, experts in split_modules(model)
+        for number, expert in experts.named_children()
+        if number != "0"
+    }
+    trial: Any = copy.deepcopy(model, shared)
     for name in names:
         linear = trial.get_submodule(name)
         config = WeightConfig(
@@ -76,6 +110,11 @@ def is_linear(kind: type[nn.Module]) -> bool:
         return torch.allclose(module(x), functional.linear(x, like.weight, like.bias))
     except Exception:  # it needs attributes that a linear layer does not have
         return False
+
+
+@lru_cache
+def _reads(owner: Any, leaf: str) -> bool:
+    return re.search(rf"\.{leaf}\.(weight|bias)\b(?!\.device)", _code(owner)) is not None
 
 
 @lru_cache

@@ -17,6 +17,7 @@ from lrc.compressors.calibrate.activation_cache import ActivationCache
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
 from lrc.compressors.calibrate.layer_executor import ForwardEnded, LayerExecutor
 from lrc.compressors.calibrate.statistic_table import RunningSums
+from lrc.compressors.layers.experts import SplitExperts
 from lrc.compressors.solvers.error_compensation import PrefixMoments
 from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.compressors.solvers.moments import token_weights
@@ -117,8 +118,12 @@ class SequentialCalibration:
         return seen[0], stream
 
     def _residual_writers(self, layer: int, module: nn.Module) -> list[str]:
-        """Return the linears of a layer that write to the residual stream, in order of use."""
+        """Return the linears of a layer that write to the residual stream, in order of use.
+
+        The experts of a layer count as one: only their sum is as long as the stream.
+        """
         names = [name for group in self.groups(layer) for name in group]
+        names = list(dict.fromkeys(self._experts_of(name) or name for name in names))
         prefix = f"{self._executor.architecture.layer_names[layer]}."
         kind = (type(module), *(name.removeprefix(prefix) for name in names))
         if kind not in self._writers:
@@ -129,6 +134,11 @@ class SequentialCalibration:
             )
             self._writers[kind] = [name.removeprefix(prefix) for name in found]
         return [prefix + name for name in self._writers[kind]]
+
+    def _experts_of(self, linear: str) -> str | None:
+        """Return the module of all experts of a layer, one of whose linears is given."""
+        parent = linear.rpartition(".")[0].rpartition(".")[0]
+        return parent if isinstance(self._linear(parent), SplitExperts) else None
 
     def _linear(self, name: str) -> nn.Module:
         module: nn.Module = self._executor.architecture.model.get_submodule(name)

@@ -53,12 +53,16 @@ class SimulatedReader(SkeletonFiller):
         } | {name for name, p in self._parameters.items() if p.numel() > MAX_VALUES}
 
     def read(self, name: str, *, device: str | torch.device = "cpu") -> Tensor:
-        """Return random values, or a meta tensor instead of a large matrix.
+        """Return random values, a meta tensor instead of a large matrix, or a buffer as it is.
+
+        A buffer that the model class computes can be a mask, of which random values would let
+        tokens depend on later ones.
 
         Vectors are between 0.5 and 1.5, as norms are; the products of matrices keep the scale.
         """
         parameter = self._parameters[name]
-        if name in self._large or not parameter.is_floating_point():
+        computed = not isinstance(parameter, nn.Parameter) and not parameter.is_meta
+        if name in self._large or computed or not parameter.is_floating_point():
             return parameter.detach()
         values = torch.rand(parameter.shape, generator=_generator(self._seed_name(name)))
         if parameter.ndim < 2:

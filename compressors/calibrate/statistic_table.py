@@ -3,8 +3,8 @@
 A new statistic is a row of `FORWARD` or `BACKWARD` and a field of the same name in `Statistics`.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -100,12 +100,16 @@ class LinearStatistics:
         table: Mapping[str, Row],
         rows: Mapping[str, Collection[str]],
         capped: Collection[str] = (),
+        gated: Collection[str] = (),
     ) -> None:
         """Accumulate ``rows[name]`` of the table for each linear `name`.
 
-        The tokens of the linears in `capped` are to be weighted by `token_weights`.
+        The tokens of the linears in `capped` are to be weighted by `token_weights`, those of the
+        linears in `gated` by the router, if they belong to an expert.
         """
-        self.capped = capped
+        self.capped, self.gated = capped, gated
+        self.n_tokens: Counter[str] = Counter()
+        """By linear."""
         self._table = table
         self._rows = {name: dict.fromkeys(selected) for name, selected in rows.items()}
         self.sums = RunningSums()
@@ -113,8 +117,23 @@ class LinearStatistics:
 
     def add(self, name: str, batch: LinearBatch) -> None:
         """Add a batch of one linear."""
+        self.n_tokens[name] += len(batch.tokens)
         for row in self._rows[name]:
             self._table[row].accumulate(self.sums, f"{name}.{row}", batch)
+
+    @classmethod
+    def union(cls, parts: Sequence[Self]) -> Self:
+        """Select the rows of all `parts`, which are of one table and weight tokens equally."""
+        rows: defaultdict[str, list[str]] = defaultdict(list)
+        for part in parts:
+            for name, selected in part._rows.items():
+                rows[name] += selected
+        return cls(parts[0]._table, rows, parts[0].capped, parts[0].gated)
+
+    def of(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of the sums of a union that belong to this part of it."""
+        selected = (f"{name}.{row}" for name, rows in self._rows.items() for row in rows)
+        return {key: sums[key] for key in selected if key in sums}
 
     @classmethod
     def forward(
@@ -124,9 +143,13 @@ class LinearStatistics:
 
         The second moment of an input that is wider than all outputs computed from it is
         accumulated as its images through the weights: the second moments of those outputs.
+
+        Inputs of experts are weighted by the router, so that the error of an output counts as much
+        as it changes the output of the layer, unless gradients weight it already, or a mean is
+        needed too.
         """
         rows: defaultdict[str, list[str]] = defaultdict(list)
-        capped = set()
+        capped, gated = set(), set()
         for group in groups:
             leader, members = group[0], [name for name in group if required.get(name)]
             names = {each for name in members for each in required[name]}
@@ -137,6 +160,8 @@ class LinearStatistics:
             rows[leader].append("diagonal")
             if all("capped_inputs" in required[name] for name in members):
                 capped.add(leader)
+            if not names & {"gradients", "input_mean"}:
+                gated.add(leader)
             width, heights = linears[leader].d_in, [linears[name].d_out for name in moments]
             smaller = max(heights) <= width and sum(height**2 for height in heights) < width**2
             if smaller and "whole_inputs" not in names:
@@ -144,7 +169,7 @@ class LinearStatistics:
                     rows[name].append("image")
             else:
                 rows[leader].append("inputs")
-        return cls(FORWARD, rows, capped)
+        return cls(FORWARD, rows, capped, gated)
 
     @classmethod
     def backward(cls, linears: Mapping[str, Linear], required: Required) -> Self:
@@ -171,10 +196,34 @@ def sum_names(table: Mapping[str, Row], name: str, leader: str) -> dict[str, str
 
 
 def build_statistics(
-    n_tokens: int, forward: Mapping[str, Tensor], backward: Mapping[str, Tensor]
+    n_tokens: int,
+    forward: Mapping[str, Tensor],
+    backward: Mapping[str, Tensor],
+    n_routed: int | None = None,
 ) -> Statistics:
-    """Build the record of one linear from its sums, by row of the tables."""
+    """Build the record of one linear from its sums, by row of the tables.
+
+    Parameters
+    ----------
+    n_tokens : int
+        Tokens of the calibration text.
+    forward, backward : mapping of str to Tensor
+    n_routed : int, optional
+        Those that reach the linear, which belongs to an expert.
+
+    Notes
+    -----
+    Kronecker factoring treats inputs and gradients as independent. For an expert that holds among
+    its own tokens; the gradients of all others are zero. The second moment of its inputs is
+    therefore extended to `n_tokens` tokens like its own, so that products of both moments are on
+    the scale of those of other linears, and weighted by the tokens of the expert.
+    """
     inputs, gradients = _moment(forward, "inputs"), _moment(backward, "gradients")
+    if n_routed is not None:
+        if inputs is not None and gradients is not None:
+            inputs = inputs.scaled(n_tokens / n_routed)
+        else:
+            n_tokens = n_routed
     parts = ("inputs", "gradients", "image", "diagonal")
     plain = {key: sums[key] for sums in (forward, backward) for key in sums if key not in parts}
     return Statistics(n_tokens, inputs=inputs, gradients=gradients, **plain)

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lrc.compressors.calibrate.statistic_table import Required
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import to_host
 from lrc.compressors.solvers.linalg import tensor_cores
-from lrc.compressors.solvers.moments import Statistics
+from lrc.compressors.solvers.moments import Statistics, needed_tokens
 
 INPUTS, GRADIENTS = 0, 1  # indices of `statistics_files`
 
@@ -33,27 +33,49 @@ def collect(context: CalibrationContext, required: Required) -> None:
     through. Hidden states, inputs or gradients that are not finite raise a `ModelError` that names
     the layer.
     """
-    layer_of = {linear.name: linear.layer for linear in context.architecture.linears}
-    by_layer: list[dict[str, Collection[str]]] = [{} for _ in context.architecture.layer_names]
-    for name, names in required.items():
-        if names:
-            by_layer[layer_of[name]][name] = names
+    collect_together(context, [(context.journal, required)])
+
+
+def collect_together(
+    context: CalibrationContext, wanted: Sequence[tuple[Journal, Required]]
+) -> None:
+    """Write what several runs require, each to a journal, in one pass.
+
+    The files are those of separate calls of `collect`. Snapshots are in the journal of the context,
+    which must be one for these requirements. Runs with ``capped_inputs`` need a pass of their own,
+    and so do all runs of a model with experts, whose tokens are weighted as the run requires.
+    """
+    variants = [_Variant.of(context, *each) for each in wanted]
     with tensor_cores(context.device):
-        _Collection(context, by_layer).run()
+        _Collection(context, variants).run()
 
 
 def load(journal: Journal, layer: int, name: str) -> Statistics:
-    """Return the statistics of one linear; empty if none were collected."""
+    """Return the statistics of one linear; empty if none were collected.
+
+    Those of an expert with fewer tokens than `needed_tokens` have the number of tokens only.
+    """
     inputs, gradients = statistics_files(layer)
     facts = journal.read_facts(inputs) if journal.has(inputs) else {"leaders": {}}
     leader = facts["leaders"].get(name)
     if leader is None:
         return Statistics()
+    n_routed, needed = facts["routed"].get(name, (None, 0))
+    if n_routed is not None and n_routed < needed:
+        return Statistics(n_routed)
     forward = journal.read_tensors(inputs, table.sum_names(table.FORWARD, name, leader))
     backward = {}
     if journal.has(gradients):
         backward = journal.read_tensors(gradients, table.sum_names(table.BACKWARD, name, leader))
-    return table.build_statistics(facts["n_tokens"], forward, backward)
+    return table.build_statistics(facts["n_tokens"], forward, backward, n_routed)
+
+
+def routed_tokens(journal: Journal, layer: int) -> dict[str, tuple[int, int]]:
+    """Return for each linear of an expert how many tokens it received, and how many it needs."""
+    inputs, _ = statistics_files(layer)
+    if not journal.has(inputs):
+        return {}
+    return {name: tuple(pair) for name, pair in journal.read_facts(inputs)["routed"].items()}
 
 
 def statistics_files(layer: int) -> tuple[str, str]:
@@ -65,24 +87,42 @@ def statistics_files(layer: int) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
+class _Variant:
+    """What one run requires, and the journal that it is written to."""
+
+    journal: Journal
+    required: Sequence[Required]
+    """By layer."""
+
+    @classmethod
+    def of(cls, context: CalibrationContext, journal: Journal, required: Required) -> Self:
+        layer_of = {linear.name: linear.layer for linear in context.architecture.linears}
+        by_layer: list[dict[str, Collection[str]]] = [{} for _ in context.architecture.layer_names]
+        for name, names in required.items():
+            if names:
+                by_layer[layer_of[name]][name] = names
+        return cls(journal, by_layer)
+
+    def missing(self, layer: int, side: int) -> Required:
+        """Return the statistics of a layer that one side of it still lacks."""
+        done = self.journal.has(statistics_files(layer)[side])
+        return {} if done else self.required[layer]
+
+
+@dataclass(frozen=True)
 class _Collection:
     """One run over the calibration windows: forward, and backward if gradients are required."""
 
     context: CalibrationContext
-    required: Sequence[Required]
-    """By layer."""
+    variants: Sequence[_Variant]
 
     @cached_property
     def executor(self) -> LayerExecutor:
         return LayerExecutor(self.context)
 
     def run(self) -> None:
-        differentiated = [
-            index
-            for index, required in enumerate(self.required)
-            if any({*table.BACKWARD} & {*names} for names in required.values())
-        ]
-        n_layers = len(self.required)
+        n_layers = len(self.context.architecture.layer_names)
+        differentiated = [index for index in range(n_layers) if self._differentiates(index)]
         backward = any(self._missing(index, GRADIENTS) for index in differentiated)
         forward = any(self._missing(index, INPUTS) for index in range(n_layers))
         if not (forward or backward):
@@ -108,41 +148,56 @@ class _Collection:
         self._backward(gradients, checkpoints, stop=differentiated[0])
 
     def _forward(self, states: ActivationCache, stop: int, checkpoints: list[Tensor]) -> None:
-        n_layers = len(self.required)
+        n_layers = len(self.context.architecture.layer_names)
         for index in range(states.done, stop):
             if checkpoints:
                 checkpoints[index].copy_(states.tensor)
-            required = self._missing(index, INPUTS)
-            statistics = forward_layer(self.executor, index, states.tensor, required)
-            if required:
-                groups = self.executor.calls[index].groups
-                leaders = {n: group[0] for group in groups for n in group if n in required}
-                facts = {"leaders": leaders, "n_tokens": self.executor.tokens.numel()}
-                self._write(index, INPUTS, statistics.sums, facts)
+            required = [each.missing(index, INPUTS) for each in self.variants]
+            found, n_tokens = forward_layer(self.executor, index, states.tensor, required)
+            groups = self.executor.calls[index].groups
+            for variant, names, sums in zip(self.variants, required, found, strict=True):
+                if names:
+                    leaders = {n: group[0] for group in groups for n in group if n in names}
+                    facts = {"leaders": leaders, "n_tokens": self.executor.tokens.numel()}
+                    routed = self._routed(index, names, n_tokens)
+                    file = statistics_files(index)[INPUTS]
+                    _write(variant.journal, file, sums, facts | {"routed": routed})
             states.finish_layer(save=not checkpoints and index < n_layers - 1)
             self.context.on_step("calibrate", index + 1, n_layers)
 
     def _backward(self, gradients: ActivationCache, checkpoints: list[Tensor], stop: int) -> None:
-        n_layers = len(self.required)
+        n_layers = len(self.context.architecture.layer_names)
         for index in range(n_layers - 1 - gradients.done, stop - 1, -1):
-            required = self._missing(index, GRADIENTS)
-            statistics = backward_layer(
+            required = [each.missing(index, GRADIENTS) for each in self.variants]
+            found = backward_layer(
                 self.executor, index, checkpoints[index], gradients.tensor, required
             )
-            if required:
-                self._write(index, GRADIENTS, statistics.sums, {})
+            for variant, names, sums in zip(self.variants, required, found, strict=True):
+                if names:
+                    _write(variant.journal, statistics_files(index)[GRADIENTS], sums, {})
             gradients.finish_layer(save=index > stop)
             self.context.on_step("gradients", gradients.done, n_layers - stop)
 
-    def _missing(self, layer: int, side: int) -> Required:
-        """Return the statistics of a layer that one side of it still lacks."""
-        done = self.context.journal.has(statistics_files(layer)[side])
-        return {} if done else self.required[layer]
+    def _routed(
+        self, layer: int, required: Required, n_tokens: Mapping[str, int]
+    ) -> dict[str, list[int]]:
+        """Return the number of tokens that each linear of an expert received, and that it needs."""
+        linears = self.executor.linears(layer)
+        return {
+            name: [n_tokens[name], needed_tokens(linears[name].d_in)]
+            for name in required
+            if linears[name].expert is not None
+        }
 
-    def _write(
-        self, layer: int, side: int, sums: Mapping[str, Tensor], facts: dict[str, Any]
-    ) -> None:
-        tensors = {key: to_host(total) for key, total in sums.items()}
-        # A safetensors file needs at least one tensor.
-        tensors = tensors or {"none": torch.zeros(1)}
-        self.context.journal.write_tensors(statistics_files(layer)[side], tensors, facts)
+    def _missing(self, layer: int, side: int) -> bool:
+        return any(each.missing(layer, side) for each in self.variants)
+
+    def _differentiates(self, layer: int) -> bool:
+        required = (names for each in self.variants for names in each.required[layer].values())
+        return any({*table.BACKWARD} & {*names} for names in required)
+
+
+def _write(journal: Journal, file: str, sums: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    tensors = {key: to_host(total) for key, total in sums.items()}
+    # A safetensors file needs at least one tensor.
+    journal.write_tensors(file, tensors or {"none": torch.zeros(1)}, facts)

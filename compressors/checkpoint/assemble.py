@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.companions import copy_companions
@@ -22,8 +22,10 @@ from lrc.compressors.checkpoint.plain import (
 )
 from lrc.compressors.checkpoint.writer import write_config, write_weights
 from lrc.compressors.layers import sentinel
+from lrc.compressors.layers.experts import ordinary_linears, split_modules
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.expert_tensors import with_fused
 from lrc.compressors.models.source import Source
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
@@ -58,8 +60,7 @@ def write_checkpoint(
     """
     modules = plan.modules()
     tables = tables_of(architecture.model.config)
-    named = architecture.model.named_modules()
-    linears = [name for name, module in named if isinstance(module, nn.Linear)]
+    linears = ordinary_linears(architecture.model)
     # Budgets in time are met by the layers of lrc; transformers alone expands integers.
     plain = is_plain(modules, linears) and not tables and plan.times is None
     plain = plain and loads_packed(architecture.model, modules)
@@ -94,7 +95,13 @@ def write_checkpoint(
                 kept = partial(compressed, owners[module], stored)
                 origin[final] = trained.get(stored, kept)
             meta[final] = torch.empty(shape, dtype=dtype or parameter.dtype, device="meta")
-    write_weights(folder, meta, lambda name: origin[name]())
+    experts = tuple(f"{name}." for name, _ in split_modules(architecture.model))
+
+    def read(name: str) -> Tensor:
+        return origin[name]()
+
+    split = any(name.startswith(experts) for name in modules)
+    write_weights(folder, *((meta, read) if split else with_fused(architecture, meta, read)))
     budgets = elastic_table(modules, plan.elastic)
     block = layout.quantization_config(modules, {**tables, **budgets})
     if plain and modules:

@@ -70,6 +70,12 @@ and the `config.json` of the original architecture. In addition:
   + eps)``; with a writer, ``x @ F @ F^T`` is subtracted from the output of the linear layer
   `writer`, with the input x of the norm and its tensor ``shortcut`` F [k, rank].
 
+* If layers of experts are compressed, which are called ``EXPERTS.NUMBER.gate_up_proj`` (or
+  ``up_proj``) and ``EXPERTS.NUMBER.down_proj`` after the module EXPERTS of the architecture, all
+  experts are stored under such names: dense matrices as ``NAME.weight`` [d_out, d_in], whichever
+  order the architecture has, and biases as ``NAME.bias``. Otherwise experts are stored in the
+  parameters of the architecture, which hold those of all experts.
+
 * A model whose weights are all symmetric integers, without such tables, is a plain checkpoint of
   the ``compressed-tensors`` method: ``NAME.weight_packed`` and so on, no sentinels.
 

@@ -10,6 +10,7 @@ from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.checkpoint.quantizer import LrcConfig, LrcQuantizer
 from lrc.compressors.checkpoint.writer import config_text
 from lrc.compressors.layers import ComponentConfig, WeightConfig
+from lrc.compressors.layers.experts import split_modules
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.configuration import first_line
 from lrc.compressors.planning.plan import Plan
@@ -40,6 +41,13 @@ def check_loading(plan: Plan, model: Any) -> None:
         for weight in task.weights
         if task.pending
     }
+    # All experts are alike, and there can be thousands.
+    others = {
+        f"{name}.{number}."
+        for name, experts in split_modules(model)
+        for number in range(1, experts.n_experts)
+    }
+    modules = {name: c for name, c in modules.items() if f"{_parent(name)}." not in others}
     tables = {**tables_of(model.config), **elastic_table(modules, plan.elastic)}
     block = quantization_config(modules, tables)
     try:
@@ -57,6 +65,10 @@ def check_loading(plan: Plan, model: Any) -> None:
             f"config.json ({first_line(error)}); exclude the layers named above "
             "with 'ignore', or use another model"
         ) from error
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _special_float(content: dict[str, Any]) -> Any:

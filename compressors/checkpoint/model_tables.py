@@ -1,11 +1,12 @@
 """Tables of a config in terms of a model: its names when it is loaded, its contents when saved."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from lrc.compressors.layers import CompressedLinear, WeightConfig
+from lrc.compressors.layers.experts import fused_modules
 from lrc.compressors.layers.model_shapes import SHAPES
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, find_module
 
@@ -37,6 +38,16 @@ def fit_names(tables: Mapping[str, Any], model: Any) -> dict[str, Any]:
             local = local or name
         renamed[name] = local
     return {key: _rename(table, renamed) for key, table in tables.items()}
+
+
+def has_experts(names: Iterable[str], model: Any) -> bool:
+    """Return whether some of the names are those of layers of fused experts, before they are split.
+
+    As for `fit_names`, either side may lack the prefix of the decoder.
+    """
+    prefix = f"{model.base_model_prefix}."
+    experts = tuple(f"{name.removeprefix(prefix)}." for name in fused_modules(model))
+    return any(name.removeprefix(prefix).startswith(experts) for name in names)
 
 
 def head_shapes(model: Any, known: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -37,6 +36,7 @@ from lrc.compressors.checkpoint.model_tables import (
     added_biases,
     current_tables,
     fit_names,
+    has_experts,
     head_shapes,
 )
 from lrc.compressors.io.freed_memory import ReplacedTensors
@@ -52,10 +52,12 @@ from lrc.compressors.layers import (
     WeightConfig,
 )
 from lrc.compressors.layers.component import finite_problems
+from lrc.compressors.layers.experts import fuse_experts_, split_experts_
 from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, widen_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
 from lrc.compressors.layers.siblings import share_inputs
 from lrc.compressors.models.contents import renamed
+from lrc.compressors.models.expert_tensors import own_conversions, without_experts
 from lrc.configs.errors import CheckpointError
 
 BLOCK = "config.json: quantization_config"
@@ -149,6 +151,8 @@ class LrcQuantizer(HfQuantizer):
 
     def rebuild_(self, model: Any) -> TensorSpecs:
         """Change a model without weights as the config states; return the tensors it expects."""
+        if has_experts(self.quantization_config.tables[MODULES], model):
+            split_experts_(model)
         tables = fit_names(self.quantization_config.tables, model)
         self.quantization_config.tables = tables
         modules = layout.parse_modules(tables[MODULES], BLOCK)
@@ -223,7 +227,13 @@ class LrcQuantizer(HfQuantizer):
                 owner = next(n for n, each in model.named_modules() if each is embedding)
                 model.all_tied_weights_keys[f"{name}.weight"] = f"{owner}.weight"
         widen_(model, self._original_shapes)  # those of the config without `quantization_config`
+        fuse_experts_(model)
         return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Leave the names of split experts as they are; called before weights are loaded."""
+        found: Any = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call, unused-ignore]
+        return without_experts(found, model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
         """Update the config, which `save_pretrained` writes after this call."""
@@ -361,7 +371,7 @@ def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) ->
     except ValueError as error:
         raise CheckpointError(f"{error}; {layout.COPY_AGAIN}") from error
     if model is not None:
-        names = renamed(headers, get_model_conversion_mapping(model), model).items()
+        names = renamed(headers, own_conversions(model), model).items()
         headers = {name: headers[key] for key, (name, converted) in names if not converted}
         expected = _other_weights(model) | expected
     wrong = layout.mismatches(expected, headers)

@@ -8,6 +8,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from lrc.compressors.calibrate.statistics import routed_tokens
 from lrc.compressors.compress.group import (
     CompressedGroup,
     WeightGroup,
@@ -156,8 +157,11 @@ class Compression:
         results: dict[str, LayerResult] = {}
         tensors: dict[str, Tensor] = {}
 
+        routed = routed_tokens(self.journal, layer)
+
         def store(done: CompressedGroup) -> None:
-            results[done.task.name] = self._predicted(done)
+            n_tokens, _ = routed.get(done.task.name, (None, 0))
+            results[done.task.name] = replace(self._predicted(done), n_tokens=n_tokens)
             tensors.update(done.tensors)
 
         tasks = [task for task in self.plan.tasks if task.layer == layer]

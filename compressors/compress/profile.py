@@ -17,6 +17,7 @@ from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
 from lrc.compressors.evaluate.perplexity import perplexity
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
+from lrc.compressors.layers.experts import split_experts_
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.tasks import LayerTask, Weight
@@ -114,6 +115,7 @@ def profile_plan(
     work = Compression(plan, reader, journal, statistics, device)
     if left:
         model = dense()
+        split_experts_(model)
         before = perplexity(model, tokens).nll_mean
     for done, layer in enumerate(layers, start=1):
         if layer in left:

@@ -11,6 +11,7 @@ from lrc.compressors.compress.group import WeightGroup
 from lrc.compressors.layers import BlockSparse, QuantizationArgs, WeightConfig
 from lrc.compressors.layers.bitmask import scatter_values, unpack_bits
 from lrc.compressors.layers.packing import encode_matrix, encode_values
+from lrc.compressors.methods.group_statistics import few_tokens
 from lrc.compressors.planning.tasks import QuantizationTask
 from lrc.compressors.solvers.gptq import quantize_matrix
 from lrc.compressors.solvers.low_rank_correction import low_rank_correction
@@ -19,8 +20,6 @@ from lrc.compressors.solvers.quantize_blocks import quantize_blocks
 from lrc.compressors.solvers.quantize_factors import quantize_low_rank, quantize_pivoted
 from lrc.compressors.solvers.quantize_values import quantize_sparse_values, quantize_values
 from lrc.compressors.solvers.quantized_matrix import round_to_nearest
-
-NO_INPUT = "saw no calibration token, or zeros only: rounded to nearest"
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,8 @@ def quantize_whole(group: WeightGroup, member: int, config: WeightConfig) -> Qua
             raise ScaleOverflow(f"the low-rank correction overflows {dtype}")
         parts.append(factors)
     needs_inputs = how.quantizer != "rtn" or len(parts) > 1
-    return QuantizedParts(parts, (NO_INPUT if H is None and needs_inputs else found.fallback))
+    fallback = _nearest_because(group, member) if H is None and needs_inputs else found.fallback
+    return QuantizedParts(parts, fallback)
 
 
 def quantize_parts(
@@ -91,10 +91,18 @@ def quantize_parts(
     joint = JOINT_QUANTIZERS.get(config.types)
     if H is None or joint is None or config.shares is not None or len(group.weights) > 1:
         nearest = [nearest_parts(part, args, group.dtype) for part in encoded]
-        return QuantizedParts(nearest, NO_INPUT if H is None and how.quantizer != "rtn" else None)
+        used = H is not None or how.quantizer == "rtn"
+        return QuantizedParts(nearest, None if used else _nearest_because(group, member))
     G = group.gradient_moment(member) if config.types in USES_GRADIENTS else None
     target = _Target(group.weights[member], H, G, args, how, group.dtype, group.seed)
     return QuantizedParts([joint(target, dict(encoded[0]))])
+
+
+def _nearest_because(group: WeightGroup, member: int) -> str:
+    known = group.statistics[member]
+    zeros = known.inputs is not None and known.inputs.empty
+    reason = "saw zeros only" if zeros else few_tokens(known.n_tokens)
+    return f"{reason}: rounded to nearest"
 
 
 def _quantizer(group: WeightGroup) -> QuantizationTask:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrc.compressors.evaluate.scores import Scores, check_same, perplexity_entry
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
+from lrc.compressors.layers.experts import split_experts_
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
 from lrc.compressors.solvers.quantized_matrix import NUMBERS, round_to_nearest
 from lrc.configs.errors import ModelError
@@ -79,6 +80,7 @@ class Baseline:
 
         `on_matrix` is called with (done, total) after each and may raise to stop.
         """
+        split_experts_(model)
         for done, (name, storage) in enumerate(self.stored.items(), 1):
             self._compress_(name, model.get_submodule(name).weight, storage)
             on_matrix(done, len(self.stored))

@@ -1,6 +1,7 @@
-"""Quality gates: thresholds that the scores of a compressed model must meet."""
+"""Gates: thresholds that the scores and the size of a compressed model must meet."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -10,6 +11,24 @@ from lrc.configs.recipe import Evaluate, Gate
 
 PREDICTIONS = {"kl": "forward", "agreement": "agreement"}
 """Kind of a metric that compares predictions of both models -> its key in the report."""
+SIZE = "size"
+WORDS = {"at_most": "at most", "at_least": "at least"}
+NAMES = "perplexity.NAME, kl.NAME, agreement.NAME, tasks.NAME.METRIC or size"
+Metrics = Mapping[str, Mapping[str, float | None]]
+"""Name of a metric -> its value of the compressed and of the dense model, if it has one."""
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """A threshold and the value that was measured."""
+
+    gate: str
+    """As text."""
+    value: float
+    dense: float | None
+    passed: bool
+    sentence: str
+    """Value and threshold."""
 
 
 def check_gate_names(gates: Sequence[Gate], evaluate: Evaluate) -> None:
@@ -30,12 +49,9 @@ def check_gate_names(gates: Sequence[Gate], evaluate: Evaluate) -> None:
             problems += _prediction_problems(where, gate, kind, evaluate)
         elif kind == "tasks" and "." in name:
             problems += _task_problems(where, gate.metric, evaluate)
-        else:
-            problems.append(
-                f"{where}.metric: must be perplexity.NAME, kl.NAME, agreement.NAME or"
-                f" tasks.NAME.METRIC, got '{gate.metric}'"
-            )
-        if gate.relative and not evaluate.dense and kind not in PREDICTIONS:
+        elif gate.metric != SIZE:
+            problems.append(f"{where}.metric: must be {NAMES}, got '{gate.metric}'")
+        if gate.relative and not evaluate.dense and kind not in (*PREDICTIONS, SIZE):
             problems.append(
                 f"{where}.relative: compares with the dense model, but evaluate.dense is false;"
                 " set it to true or drop relative"
@@ -75,12 +91,15 @@ def _task_problems(where: str, metric: str, evaluate: Evaluate) -> list[str]:
     return [_unknown(where, metric, known)]
 
 
-def check_gates(gates: Sequence[Gate], evaluation: dict[str, Any]) -> list[str]:
-    """Return a sentence for every threshold that an `evaluation` from `compare` misses.
+def metrics_of(report: Mapping[str, Any]) -> Metrics:
+    """Return everything that gates can be about of a report."""
+    size = report["size"]["model"]["file_bytes"]
+    return {**evaluation_metrics(report["evaluation"]), SIZE: size}
 
-    Raises a `RecipeError` if a gate needs a metric or a dense score that was not measured.
-    """
-    metrics = {
+
+def evaluation_metrics(evaluation: Mapping[str, Any]) -> Metrics:
+    """Return the metrics of an `evaluation` from `compare`."""
+    return {
         **{f"perplexity.{name}": entry for name, entry in evaluation["perplexity"].items()},
         **{
             f"{kind}.{name}": {"compressed": entry[key], "dense": None}
@@ -93,8 +112,18 @@ def check_gates(gates: Sequence[Gate], evaluation: dict[str, Any]) -> list[str]:
             for metric, entry in entries.items()
         },
     }
+
+
+def check_gates(gates: Sequence[Gate], metrics: Metrics) -> list[GateResult]:
+    """Compare metrics with every threshold of the gates.
+
+    Raises
+    ------
+    RecipeError
+        If a gate needs a metric or a dense score that was not measured.
+    """
     problems: list[str] = []
-    missed: list[str] = []
+    found: list[GateResult] = []
     for number, gate in enumerate(gates):
         entry = metrics.get(gate.metric)
         if entry is None:
@@ -105,27 +134,31 @@ def check_gates(gates: Sequence[Gate], evaluation: dict[str, Any]) -> list[str]:
                 f" {gate.metric}; set evaluate.dense: true or drop relative"
             )
         else:
-            missed += _missed(gate, entry)
+            found += _compared(gate, entry)
     if problems:
         raise RecipeError(problems)
-    return missed
+    return found
 
 
-def _missed(gate: Gate, entry: dict[str, Any]) -> list[str]:
+def _compared(gate: Gate, entry: Mapping[str, float | None]) -> Iterator[GateResult]:
     value, dense = entry["compressed"], entry["dense"]
+    assert value is not None
     got = f"{gate.metric} is {value:.4g}" + ("" if dense is None else f" (dense {dense:.4g})")
-    if gate.relative:
-        if dense == 0:
-            return [f"{got}: a ratio to a dense score of 0 is not defined"]
+    undefined = gate.relative and dense == 0
+    if undefined:
+        got = f"{got}: a ratio to a dense score of 0 is not defined"
+    elif gate.relative:
+        assert dense is not None
         value = value / dense
         got = f"{got}, compressed / dense {value:.4g}"
-    sentences = []
-    # Written so that NaN misses every threshold.
-    if gate.at_most is not None and not value <= gate.at_most:
-        sentences.append(f"{got}: must be at most {gate.at_most:g}")
-    if gate.at_least is not None and not value >= gate.at_least:
-        sentences.append(f"{got}: must be at least {gate.at_least:g}")
-    return sentences
+    for key, words in WORDS.items():
+        limit = getattr(gate, key)
+        if limit is None:
+            continue
+        met = value <= limit if key == "at_most" else value >= limit  # not if it is NaN
+        one = gate.model_copy(update=dict.fromkeys(WORDS) | {key: limit})
+        sentence = got if undefined else f"{got}: must be {words} {limit:g}"
+        yield GateResult(str(one), value, dense, not undefined and met, sentence)
 
 
 def _unknown(where: str, metric: str, known: Iterable[str]) -> str:

@@ -35,6 +35,9 @@ class PerplexityResult:
     perplexity: float
     nll_mean: float
     """Mean negative log-likelihood, nats a token."""
+    stderr: float | None
+    """Standard error of the perplexity, from the differences between windows: that of the mean,
+    times the perplexity (first order). None for one window."""
     tokens: int
     """Predicted tokens: `windows * window` with BOS, `windows * (window - 1)` without."""
     window: int
@@ -81,7 +84,7 @@ def perplexity_of(
 ) -> PerplexityResult:
     """Measure the perplexity of a model from its logits on the windows; raises as `perplexity`."""
     count, length = windows.tokens.shape
-    total = 0.0  # a Python float is a float64
+    likelihoods: list[float] = []
     for number, ids in enumerate(windows.tokens):
         nll = _window_nll(reader, number, ids)
         if not math.isfinite(nll):
@@ -90,11 +93,11 @@ def perplexity_of(
                 " model's logits are not finite; compress less, or evaluate in bfloat16"
                 " or float32 where float16 overflows"
             )
-        total += nll
+        likelihoods.append(nll)
         on_window(number + 1, count)
 
     predicted = count * (length - 1)
-    mean = total / predicted
+    mean = math.fsum(likelihoods) / predicted
     if mean > math.log(torch.finfo(torch.float64).max):
         raise ModelError(
             f"perplexity: the mean negative log-likelihood is {mean:.1f} nats a token, its"
@@ -103,12 +106,19 @@ def perplexity_of(
     return PerplexityResult(
         perplexity=math.exp(mean),
         nll_mean=mean,
+        stderr=_error_of_mean(likelihoods, length - 1) * math.exp(mean) if count > 1 else None,
         tokens=predicted,
         window=length - windows.bos,
         windows=count,
         bos=windows.bos,
         dtype=str(reader.dtype).removeprefix("torch."),
     )
+
+
+def _error_of_mean(likelihoods: list[float], predicted: int) -> float:
+    """Return the standard error of the mean per token over windows of as many tokens."""
+    by_window = torch.tensor(likelihoods, dtype=torch.float64) / predicted
+    return float(by_window.std()) / math.sqrt(len(likelihoods))
 
 
 def check_window(config: Any, window: int, key: str = "evaluate.perplexity.window") -> None:

@@ -194,6 +194,7 @@ def _compare_perplexity(name: str, dense: Scores | None, compressed: Scores) -> 
         "dense": value,
         "compressed": compressed["perplexity"],
         "ratio": value and compressed["perplexity"] / value,
+        "stderr": {"dense": dense and dense["stderr"], "compressed": compressed["stderr"]},
         **{key: compressed[key] for key in SHARED},
     }
 

@@ -18,6 +18,7 @@ from lrc.compressors.io.machine import OnStep
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.layers.residual_basis import BIASES
 from lrc.compressors.models.architecture import build
+from lrc.compressors.models.expert_tensors import with_fused
 
 NEEDS_LRC = (
     "its layers have biases that the architecture lacks, which are listed in config.json: loading "
@@ -47,18 +48,18 @@ def write_dense(weights: StoredWeights, folder: Path, on_step: OnStep) -> list[s
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
     full = build(replace(weights.source, config=config))
-    meta = {
+    parts = {
         name: torch.empty(tensor.shape, dtype=weights.dtype, device="meta")
         for name, tensor in full.stored_parameters().items()
     }
 
-    done = count(1)
+    done, n_tensors = count(1), len(parts)
 
     def read(name: str) -> Tensor:
-        on_step("export", next(done), len(meta))
-        return _padded(weights.read(name).to(weights.dtype), list(meta[name].shape))
+        on_step("export", next(done), n_tensors)
+        return _padded(weights.read(name).to(weights.dtype), list(parts[name].shape))
 
-    write_weights(folder, meta, read)
+    write_weights(folder, *with_fused(full, parts, read))
     write_config(folder, full.model, block, weights.source.spec.dtype)
     copy_companions(weights.source, folder)
     return [NEEDS_LRC] if biases else []

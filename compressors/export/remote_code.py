@@ -18,6 +18,7 @@ from lrc.compressors.io.machine import OnStep
 from lrc.compressors.io.shards import INDEX, shard_files
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers import TensorSpec, TensorSpecs
+from lrc.compressors.layers.experts import split_modules
 from lrc.compressors.models.architecture import build
 from lrc.compressors.models.configuration import first_line, read_config
 from lrc.compressors.models.contents import renamed
@@ -61,7 +62,14 @@ class RemoteCodeExport:
         _refuse_other_formats(folder, contents.config)
         spec = Model(path=str(folder), dtype="float32", trust_remote_code=trust_remote_code)
         self._source = Source(spec, folder, read_config(folder, spec, ours=True))
-        name = type(build(self._source).model).__name__
+        model = build(self._source).model
+        name = type(model).__name__
+        if any(split_modules(model)):
+            raise ExportError(
+                f"{folder}: cannot be exported as remote-code: {FILE.name} does not compute with "
+                f"the separate experts of {name}; load it with lrc, or export it with --format "
+                "dense"
+            )
         self._config = _config(contents, name)
         self.notes = [LARGEST] if layout.ELASTIC in contents.config[runtime.BLOCK] else []
         self._check(contents, name)

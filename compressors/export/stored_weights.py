@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lrc.compressors.checkpoint.format import EDITED
 from lrc.compressors.checkpoint.plain import plain_name
@@ -20,6 +18,7 @@ from lrc.compressors.layers.residual_basis import NORMS
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.configuration import read_config
 from lrc.compressors.models.contents import renamed
+from lrc.compressors.models.expert_tensors import Piece, expert_pieces, own_conversions
 from lrc.compressors.models.source import Source
 from lrc.compressors.models.weights import WeightReader
 from lrc.configs.errors import CheckpointError, ExportError
@@ -100,6 +99,7 @@ class StoredWeights:
         self.shapes = {name: list(tensor.shape) for name, tensor in parameters.items()} | biases
         self._reader = None if self.modules else WeightReader(folder, self.architecture)
         self._headers = self._named_headers() if self.modules else {}
+        self._fused_experts, _ = expert_pieces(self._headers, [], self.architecture)
 
     def _check_modules(self) -> None:
         """Compare the shapes of compressed weights with those of the architecture."""
@@ -156,7 +156,7 @@ class StoredWeights:
 
     def _named_headers(self) -> dict[str, Header]:
         model, headers = self.architecture.model, self.contents.headers
-        named = renamed(headers, get_model_conversion_mapping(model), model)
+        named = renamed(headers, own_conversions(model), model)
         return {name: headers[key] for key, (name, _) in named.items()}
 
     def _stored(self, module: str, leaf: str) -> Tensor:
@@ -164,8 +164,9 @@ class StoredWeights:
         return self._tensor(name if self.contents.needs_lrc else plain_name(name))
 
     def _tensor(self, name: str) -> Tensor:
-        header = self._headers[name]
-        with safe_open(header.file, framework="pt") as file:
-            # Copied: an open mapping keeps all pages in memory that were touched.
-            tensor: Tensor = file.get_tensor(header.name).clone()
-        return tensor
+        header = self._headers.get(name)
+        if header is not None:
+            piece = Piece(header)
+        else:
+            (piece,) = self._fused_experts[name]
+        return piece.read().clone()  # an open mapping keeps all pages in memory that were touched

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrc.compressors.heal.budget import Budget
 from lrc.compressors.heal.parameters import TrainedParameters
-from lrc.compressors.heal.schedule import learning_rate
+from lrc.compressors.heal.schedule import WARM_UP, learning_rate
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 LARGEST_NORM = 1.0
@@ -27,8 +27,9 @@ def is_better(loss: float, best: float) -> bool:
 class Descent:
     """Adam; gradients are clipped, and the learning rate follows a schedule.
 
-    As long as no step was better than the untrained values, every measurement that is worse shows
-    that the rate is too high: training starts again with a lower one, for the steps that are left.
+    As long as no step was better than the untrained values, a measurement that is worse after the
+    rate has reached its highest value shows that it is too high: training starts again with a lower
+    one, for the steps that are left.
 
     The learning rate of a tensor is relative to the root mean square of its values at first, as in
     Adafactor [1]_: stored forms differ in scale by orders of magnitude, and so do models. For the
@@ -116,8 +117,13 @@ class Descent:
         self.losses.append((self.done, loss))
         if better:
             self.best, self.best_step = self.trained.rounded(), self.done
-        elif self.best_step == 0 < self.done < self.steps:
+        elif self.best_step == 0 and self._rises_no_more and self.done < self.steps:
             self._restart_()
+
+    @property
+    def _rises_no_more(self) -> bool:
+        """Whether the learning rate has reached its highest value since the last start."""
+        return self.done - self.rates[-1][0] >= WARM_UP
 
     def _restart_(self) -> None:
         """Return to the values at the start, and train with a lower rate from here on."""

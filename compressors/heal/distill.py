@@ -34,6 +34,7 @@ from lrc.compressors.heal.work import (
     selected_supports_,
     trained_parameters,
 )
+from lrc.compressors.layers.experts import split_experts_
 from lrc.configs.heal import Distill, Scales
 
 
@@ -52,6 +53,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     models, device = session.models, session.device
     stored = work.stored()
     student = models.load_sliced(torch.float32)
+    split_experts_(student)
     stored.compress_(student)
     ends = (student.get_input_embeddings(), student.get_output_embeddings())
     selected = select(student, options, ends)

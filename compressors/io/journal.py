@@ -6,6 +6,7 @@ run; a lock excludes a second process and ends with the process that holds it.
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lrc.compressors.io.files import (
+    new_file,
     new_folder,
     partial_path,
     remove,
@@ -94,11 +96,46 @@ class Journal:
             sizes = {str(f.relative_to(folder)): f.stat().st_size for f in _files(folder)}
             (folder / FILES).write_text(json.dumps(sizes), encoding="utf-8")
 
+    def borrow(self, other: "Journal", name: str, own: str | None = None) -> bool:
+        """Make a finished piece of another journal one of this, by default of the same name.
+
+        Files are linked where that is possible. What both journals have is left as it is.
+
+        Returns
+        -------
+        bool
+            Whether the other journal has the piece.
+        """
+        own = own or name
+        if not other.has(name):
+            return False
+        if self.has(own):
+            return True
+        if not other.path(name).is_dir():
+            with new_file(self.path(own)) as partial:
+                _link(other.path(name), partial)
+            return True
+        with self.new_folder(own) as folder:
+            for file in _files(other.path(name)):
+                if file.name != FILES:  # a list of its own, which is written into
+                    _link(file, folder / file.relative_to(other.path(name)))
+        return True
+
     def forget(self, *names: str) -> None:
         """Delete pieces that are no longer needed."""
         for name in names:
             with storage_errors(self.path(name)):
                 remove(self.path(name))
+
+
+def _link(file: Path, link: Path) -> None:
+    """Link a file, or copy it where the file system has no links."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)  # of a run that was killed
+    try:
+        link.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, link)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -6,7 +6,12 @@ import torch
 
 from lrc.compressors.solvers.moments import Moment, Statistics
 
-NO_TOKEN = "saw no calibration token; stays dense"
+
+def few_tokens(n_tokens: int) -> str:
+    """Return the reason why a weight has no statistics, although it may have received tokens."""
+    return (
+        f"saw {'only ' * (n_tokens > 0)}{n_tokens or 'no'} calibration token{'s' * (n_tokens > 1)}"
+    )
 
 
 def combined(known: Sequence[Statistics]) -> Statistics:
@@ -32,7 +37,7 @@ def missing_reason(known: Sequence[Statistics], needed: Collection[str]) -> str 
     if not missing:
         return None
     if all(each.n_tokens == 0 for each in known) or "inputs" in missing:
-        return NO_TOKEN
+        return f"{few_tokens(min(each.n_tokens for each in known))}; stays dense"
     return f"calibration has no {', '.join(sorted(missing))} for it; stays dense"
 
 

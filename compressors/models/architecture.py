@@ -2,7 +2,7 @@
 
 The skeleton is the real model class with every parameter on the meta device: shapes, names and
 buffers, but no weights. Decoder layers are the `ModuleList` that holds most of the parameters;
-every `nn.Linear` inside can be compressed.
+every `nn.Linear` inside can be compressed. Fused experts are split into linear layers.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from lrc.compressors.layers.experts import Expert, FusedTensor, split_experts_, split_modules
 from lrc.compressors.layers.model_shapes import rebuild_
 from lrc.compressors.models.configuration import SUPPORTED, first_line
 from lrc.compressors.models.source import Source
@@ -33,6 +34,8 @@ class Linear:
     d_out: int
     d_in: int
     bias: bool
+    expert: int | None = None
+    """Number of the expert that it belongs to, which receives only some of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class Architecture:
     tied: dict[str, str]
     unused: dict[str, str] = field(default_factory=dict)
     """Linears of decoder layers that no stage may replace, and why; see `layer_check`."""
+    experts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Name of a module of experts -> their number, and how many of them a token selects; found by
+    `layer_check`."""
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -58,6 +64,20 @@ class Architecture:
         """Return name -> meta tensor of everything in a checkpoint: tied parameters once."""
         state: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
         return {name: tensor for name, tensor in state.items() if name not in self.tied}
+
+    def fused_tensors(self) -> dict[str, tuple[FusedTensor, list[str]]]:
+        """Return the parameters that the model class has for all experts of a layer at once.
+
+        By full name, with the names of the tensors of the skeleton that hold one expert each.
+        """
+        return {
+            f"{name}.{tensor.leaf}": (
+                tensor,
+                [f"{name}.{tensor.name_of(expert)}" for expert in range(module.n_experts)],
+            )
+            for name, module in split_modules(self.model)
+            for tensor in module.tensors
+        }
 
 
 def build(source: Source) -> Architecture:
@@ -82,6 +102,7 @@ def build(source: Source) -> Architecture:
             )
     except Exception as error:  # modeling code may raise anything for the values of a config
         raise unsupported(config, first_line(error)) from error
+    split_experts_(model)
     rebuild_(model)
     for parameter in model.parameters():  # not the buffers: computed tables and scales stay exact
         parameter.data = parameter.data.to(source.dtype)
@@ -96,8 +117,18 @@ def describe(model: Any) -> Architecture:
     linears = []
     for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
         _refuse_unsupported_weights(name, layer, config)
+        experts = {
+            n: int(n.rpartition(".")[2]) for n, m in layer.named_modules() if type(m) is Expert
+        }
         linears += [
-            Linear(f"{name}.{n}", index, m.out_features, m.in_features, m.bias is not None)
+            Linear(
+                f"{name}.{n}",
+                index,
+                m.out_features,
+                m.in_features,
+                m.bias is not None,
+                experts.get(n.rpartition(".")[0]),
+            )
             for n, m in layer.named_modules()
             if isinstance(m, nn.Linear)
         ]

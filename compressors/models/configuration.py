@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Model
 
-TESTED = "Llama, Mistral, Qwen2, Qwen3, Gemma-3, OPT and GPT-NeoX"
+TESTED = "Llama, Mistral, Qwen2, Qwen3, Gemma-3, OPT, GPT-NeoX, Mixtral and Qwen3-MoE"
 SUPPORTED = f"decoder-only models whose layers hold torch.nn.Linear (tested: {TESTED})"
 # Names of classes with a head for the next token; `build` refuses those of masked tokens.
 CAUSAL = re.compile(r"(For(CausalLM|ConditionalGeneration|MaskedLM)|LMHeadModel)$")

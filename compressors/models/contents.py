@@ -6,8 +6,9 @@ be compressed silently. Here missing tensors are reported as problems, and unkno
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -21,6 +22,7 @@ from transformers.core_model_loading import (
 from lrc.compressors.io.shards import Header, read_folder, same_tensor
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.models.architecture import Architecture, unsupported
+from lrc.compressors.models.expert_tensors import Piece, as_header, expert_pieces
 from lrc.configs.errors import ModelError
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -47,6 +49,8 @@ class Contents:
     problems: list[str]
     """Descriptions of parameters that are missing, stored twice with different values, quantized,
     or of a wrong shape."""
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    """How tensors of single experts are read; `stored` has a description of each."""
 
     def header_of(self, name: str) -> Header | None:
         """Return the header of a parameter; a tied one may be stored under another name."""
@@ -91,9 +95,11 @@ def read_contents(folder: Path, architecture: Architecture) -> Contents:
     except ValueError as error:
         raise ModelError(f"model.path: {error}; copy or download it again") from error
     conversions = get_model_conversion_mapping(architecture.model)
-    found = renamed(headers, conversions, architecture.model)
+    pieces, used = expert_pieces(headers, conversions, architecture)
+    others = {key: header for key, header in headers.items() if key not in used}
+    found = renamed(others, conversions, architecture.model)
     names = {key: None if converted else name for key, (name, converted) in found.items()}
-    contents = match(headers, names, architecture)
+    contents = match(others, names, architecture, pieces)
     changed = [key for key, name in names.items() if name is None]
     if changed and contents.problems:
         raise unsupported(
@@ -127,19 +133,29 @@ def renamed(
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     tree, prefix = model.state_dict(), model.base_model_prefix
-    found = {k: rename_source_key(k, renamings, converters, prefix, tree) for k in keys}
-    return {key: (name, converted is not None) for key, (name, converted) in found.items()}
+
+    def rename(key: str) -> tuple[str, bool]:
+        name, converted = rename_source_key(key, renamings, converters, prefix, tree)
+        if name not in tree and key in tree:
+            return key, False  # a pattern for older names that also matches this one
+        return name, converted is not None
+
+    return {key: rename(key) for key in keys}
 
 
 def match(
-    headers: Mapping[str, Header], names: Mapping[str, str | None], architecture: Architecture
+    headers: Mapping[str, Header],
+    names: Mapping[str, str | None],
+    architecture: Architecture,
+    pieces: Mapping[str, list[Piece]] = MappingProxyType({}),
 ) -> Contents:
     """Assign tensors to the module tree.
 
     `names` maps a key to its name in the module tree, or to None if transformers would also change
-    the tensor.
+    the tensor. `pieces` are those of tensors of experts, which `headers` lacks.
     """
-    contents = Contents(architecture, {}, [], [])
+    stored = {name: as_header(parts) for name, parts in pieces.items()}
+    contents = Contents(architecture, stored, [], [], dict(pieces))
     tree = architecture.model.state_dict()
     for key, header in headers.items():
         name = names[key]

@@ -66,10 +66,15 @@ def check_gguf(path: Path, architecture: Architecture) -> tuple[Contents, list[s
     Raises
     ------
     ModelError
-        A part of a model, missing tensors, or metadata that changes the computation and that
-        transformers does not read.
+        A mixture of experts, a part of a model, missing tensors, or metadata that changes the
+        computation and that transformers does not read.
     """
     metadata, headers = read_gguf(path)
+    if architecture.fused_tensors():
+        raise ModelError(
+            f"model.path: {path} holds a mixture of experts, which lrc reads from safetensors "
+            "only; give the original model"
+        )
     refuse_part(path, metadata, len(headers), len(architecture.stored_parameters()))
     contents = match(headers, _names(path, metadata, headers, architecture), architecture)
     for name, parameter in architecture.stored_parameters().items():

@@ -5,11 +5,12 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.contents import read_contents
+from lrc.compressors.models.expert_tensors import Piece
 from lrc.configs.errors import ModelError
 
 
@@ -106,8 +107,11 @@ class WeightReader(SkeletonFiller):
         super().__init__(architecture)
         self.folder = folder
         contents = read_contents(folder, architecture)
-        found = {name: contents.header_of(name) for name in self._parameters}
-        self._keys = {name: (h.name, h.file) for name, h in found.items() if h is not None}
+        self._pieces = dict(contents.pieces)
+        for name in self._parameters:
+            header = contents.header_of(name)
+            if header is not None and name not in self._pieces:
+                self._pieces[name] = [Piece(header)]
 
     def read(self, name: str, *, device: str | torch.device = "cpu") -> Tensor:
         """Read one tensor at the precision of the reference model.
@@ -117,17 +121,16 @@ class WeightReader(SkeletonFiller):
         ModelError
             If a number in it is not finite, or the file is gone.
         """
-        key, path = self._keys[name]
-        # Opened each time and copied: an open mapping keeps all pages resident that were touched.
+        pieces, dtype = self._pieces[name], self._parameters[name].dtype
         try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(key)
-                tensor = tensor.to(device, self._parameters[name].dtype, copy=True)
+            parts = [piece.read().to(device, dtype, copy=True) for piece in pieces]
         except (SafetensorError, OSError) as error:
+            path, reason = pieces[0].header.file, str(error).strip()[:200]
             raise ModelError(
-                f"model.path: {path} can no longer be read ({str(error).strip()[:200]}); put it "
-                "back unchanged and run the same command again, it continues"
+                f"model.path: {path} can no longer be read ({reason}); put it back unchanged and "
+                "run the same command again, it continues"
             ) from error
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise not_finite(name, self._parameters[name].dtype)
         return tensor

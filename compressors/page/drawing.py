@@ -22,6 +22,20 @@ VARIABLES = {
     LINE: "line",
     **{color: f"series-{index}" for index, color in enumerate(SERIES)},
 }
+COLORS = {
+    "ink": "#1b1f24",
+    "muted": "#5b6470",
+    "line": "#cfd4da",
+    "series-0": "#2f6fd0",
+    "series-1": "#c2570c",
+    "series-2": "#16803c",
+    "series-3": "#8b3fc7",
+    "series-4": "#b3166b",
+    "series-5": "#0e7c86",
+    "series-6": "#7a6100",
+    "series-7": "#55606e",
+}
+"""CSS variable -> its value on a light page."""
 WIDTH = 3.75
 """Inches of a figure: 360 pixels of a page, which fit on a phone."""
 PIXELS_PER_POINT = 4 / 3
@@ -85,6 +99,14 @@ class Page:
             f'<title id="{name}-title">{escape(title)}</title>'
             f'<desc id="{name}-text">{escape(description)}</desc>{body}</svg>'
         )
+
+
+def standalone(svg: str) -> str:
+    """Return an SVG file, in the colours of a light page, of an element from `Page.svg`."""
+    for name, color in COLORS.items():
+        svg = svg.replace(f"var(--{name})", color)
+    head = '<svg xmlns="http://www.w3.org/2000/svg" font-family="DejaVu Sans, Verdana, sans-serif" '
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{svg.replace("<svg ", head, 1)}\n'
 
 
 def fix_layout(figure: Figure) -> None:

@@ -90,13 +90,12 @@ def quality(run: SavedRun, page: Page) -> list[Part]:
     """Return perplexities, divergences, task scores and continuations."""
     evaluation = run.report["evaluation"]
     parts = tables(
-        "Perplexity per token; lower is better",
+        "Perplexity per token ± standard error; lower is better",
         ["text", "dense", "compressed", "ratio", "tokens", "windows", "dtype"],
         (
             [
                 name,
-                "" if p["dense"] is None else score_text(p["dense"]),
-                score_text(p["compressed"]),
+                *(_perplexity(p, model) for model in ("dense", "compressed")),
                 "" if p["ratio"] is None else f"{p['ratio']:.3f}",
                 f"{p['tokens']:,}",
                 f"{p['windows']} of {p['window']}{', BOS each' if p['bos'] else ''}",
@@ -137,6 +136,14 @@ def _divergences(kl: Mapping[str, Any], page: Page) -> list[Part]:
     ]
     caption = "Predictions compared with the dense model, nats per token ± standard error"
     return tables(caption, head, rows)
+
+
+def _perplexity(entry: Mapping[str, Any], model: str) -> str:
+    value = entry[model]
+    if value is None:
+        return ""
+    error = entry.get("stderr", {}).get(model)  # not in reports of all versions
+    return score_text(value) + ("" if error is None else f" ± {score_text(error)}")
 
 
 def _with_error(text: str, errors: Mapping[str, float] | None, key: str) -> str:

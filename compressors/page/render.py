@@ -1,16 +1,18 @@
 """Render the page of a run, or of several runs, as one self-contained HTML file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from lrc.compressors.page.comparison import compared
-from lrc.compressors.page.drawing import Page
+from lrc.compressors.page.drawing import COLORS, Page, standalone
 from lrc.compressors.page.parts import Section
 from lrc.compressors.page.saved_runs import AGAIN, SavedRun
 from lrc.compressors.page.sections import sections_of
+from lrc.compressors.page.sweep_parts import sweep_plots, sweep_sections
 from lrc.configs.errors import CheckpointError
 
 
@@ -37,6 +39,20 @@ def render(runs: Sequence[SavedRun]) -> str:
         ) from error
 
 
+def render_sweep(sweep: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the page of a sweep, and its first plot as an SVG file; empty without results.
+
+    Parameters
+    ----------
+    sweep : mapping
+        The content of ``sweep.json``.
+    """
+    page = Page()
+    plots = sweep_plots(sweep, page)
+    title = f"Sweep of {Path(sweep['recipe']).name}"
+    return _html(title, sweep_sections(sweep, plots)), standalone(plots[0][0]) if plots else ""
+
+
 def _model(run: SavedRun) -> str:
     path = str(run.report["recipe"]["model"]["path"])
     return Path(path).name.removesuffix(".gguf") or path
@@ -47,4 +63,4 @@ def _html(title: str, sections: Sequence[Section]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = resources.files("lrc.compressors.page").joinpath("report.html.j2").read_text("utf-8")
-    return environment.from_string(template).render(title=title, sections=sections)
+    return environment.from_string(template).render(title=title, sections=sections, colors=COLORS)

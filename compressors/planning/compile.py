@@ -11,6 +11,7 @@ from torch import nn
 from lrc.compressors.latency.latency_table import LatencyTable, Product
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.source import Source
+from lrc.compressors.planning.coverage import check_expected, describe_experts
 from lrc.compressors.planning.needed_products import Choices, needed_products
 from lrc.compressors.planning.plan import (
     Allocation,
@@ -176,6 +177,8 @@ def compile_plan(
     tasks = {id(task): task for task in draft.tasks.values()}.values()
     first = {linear.name: n for n, linear in enumerate(draft.architecture.linears)}
     ordered = [with_statistics(t) for t in sorted(tasks, key=lambda t: first[t.name])]
+    experts = describe_experts(draft.architecture, ordered)
+    check_expected(experts, draft.tokens, draft.problems)
     smaller = any(task.compressed for task in ordered) or (draft.embeddings and draft.sized)
     if draft.no_saving_advice is not None and not draft.problems and not smaller:
         draft.problems.add(
@@ -221,6 +224,7 @@ def compile_plan(
         warnings=warnings,
         elastic=draft.elastic,
         times=times,
+        experts=experts,
     )
     return Compiled(plan, draft.architecture, draft.sliced, draft.user_plans, draft.all_products)
 

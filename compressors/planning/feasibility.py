@@ -16,8 +16,15 @@ from lrc.configs.size import parse_size
 
 
 def cheapest(tasks: Sequence[LayerTask], allocation: Allocation) -> int:
-    """Return the lowest total cost that tasks can have under the floors of an allocation."""
-    return sum(_cheapest(task, allocation) for task in tasks)
+    """Return the lowest total cost that tasks of one stage can have under its floors.
+
+    Most tasks differ in their names only: there can be thousands of experts.
+    """
+    alike: dict[tuple[tuple[int, int], bool, int, bool], list[LayerTask]] = {}
+    for task in tasks:
+        key = task.shape, task.config.bias, len(task.weights), task.source_bias
+        alike.setdefault(key, []).append(task)
+    return sum(len(group) * _cheapest(group[0], allocation) for group in alike.values())
 
 
 def _cheapest(task: LayerTask, allocation: Allocation) -> int:

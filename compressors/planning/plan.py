@@ -149,6 +149,24 @@ class ProductTimes:
     """Tasks among `Plan.embeddings` that multiply: output heads, or embeddings tied to one."""
 
 
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a model that has any."""
+
+    layers: int
+    """Number of layers with experts."""
+    experts: int
+    """In each of these layers."""
+    per_token: int
+    """How many of them the router selects for a token."""
+    needed: int
+    """Calibration tokens that an expert needs for its statistics; 0 if none are collected."""
+
+    def expected(self, tokens: int) -> float:
+        """Return how many tokens an expert receives if the router favours none."""
+        return tokens * self.per_token / self.experts
+
+
 def with_times(allocations: Iterable[Allocation], times: ProductTimes | None) -> list[Allocation]:
     """Return allocations that count time by the table of `times`, if they count time."""
     if times is None:
@@ -185,6 +203,7 @@ class Plan:
     """Budgets that the checkpoint can be cut to, the stored one first; empty if there are none."""
     times: ProductTimes | None = None
     """None without ``measure: latency``, and before the times have been measured."""
+    experts: Experts | None = None
     version: Literal[2] = 2
 
     @property

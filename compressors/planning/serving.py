@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -52,7 +53,14 @@ class PlannedWeights:
                 found.setdefault(self._form(task), []).append(task)
         return found
 
+    @cached_property
+    def _of_experts(self) -> frozenset[str]:
+        """Weights that the file of a dense model has for all experts of a layer at once."""
+        return frozenset(each.name for each in self.architecture.linears if each.expert is not None)
+
     def _is_plain(self, task: LayerTask) -> bool:
+        if task.name in self._of_experts:
+            return False
         if task.allocation is not None:
             allocation = self.allocations[task.allocation]
             schemes = allocation.quantization
@@ -60,6 +68,8 @@ class PlannedWeights:
         return task.config.plain_integers
 
     def _form(self, task: LayerTask) -> str:
+        if task.name in self._of_experts:
+            return "compressed experts"
         if task.allocation is not None:
             return " or ".join(self.allocations[task.allocation].types) or "integers"
         scheme = task.config.quantization
@@ -110,7 +120,10 @@ class PlannedWeights:
 
 
 def serving_warnings(weights: PlannedWeights) -> list[str]:
-    """Return what serving engines refuse of a plain checkpoint of integers."""
+    """Return what serving engines refuse of a plain checkpoint of integers.
+
+    Formats are those of vLLM on GPUs; on CPUs it has fewer kernels, see `serve`.
+    """
     warnings = []
     if groups := weights.unequal_groups:
         warnings.append(
@@ -118,20 +131,14 @@ def serving_warnings(weights: PlannedWeights) -> list[str]:
             "such groups); serving engines that fuse these layers refuse the checkpoint: target "
             "all of a group with the same 'bits', or none"
         )
-    named: set[str] = set()
-    for key, engine in ENGINES.items():
-        wrong = {
-            scheme: names
-            for scheme, names in weights.schemes.items()
-            if scheme not in {*engine.schemes, *named}
-        }
-        named |= {*wrong}
-        if wrong:
-            names = [*dict.fromkeys(name for each in wrong.values() for name in each)]
-            warnings.append(
-                f"stages: {engine.title} has no kernel for {', '.join(wrong)} and will not load "
-                f"{shortened(names, ', ')} without lrc; 'serve: {key}' allows only what it loads"
-            )
+    engine = ENGINES["vllm"]
+    wrong = {s: names for s, names in weights.schemes.items() if s not in engine.schemes}
+    if wrong:
+        names = [*dict.fromkeys(name for each in wrong.values() for name in each)]
+        warnings.append(
+            f"stages: {engine.title} has no kernel for {', '.join(wrong)} and will not load "
+            f"{shortened(names, ', ')} without lrc; 'serve: vllm' allows only what it loads"
+        )
     return warnings
 
 

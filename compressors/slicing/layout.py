@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from lrc.compressors.layers.experts import split_experts_
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.rope import frequencies
 
@@ -140,7 +141,9 @@ def find_layout(architecture: Architecture) -> Layout | str:
 def skeleton(architecture: Architecture, config: PreTrainedConfig) -> Any:
     """Build a model of the same class with another config, without weights."""
     with init_empty_weights(include_buffers=False):
-        return type(architecture.model)(deepcopy(config))
+        model = type(architecture.model)(deepcopy(config))
+    split_experts_(model)
+    return model
 
 
 def _find_linears(

@@ -16,6 +16,7 @@ from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, write_config, wri
 from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.configuration import first_line
+from lrc.compressors.models.expert_tensors import with_fused
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.plan import SliceRecord
 from lrc.compressors.planning.size_budget import WholeModel
@@ -122,13 +123,9 @@ def apply_slice(
     architecture = build(sliced_source(source, sliced.config))
     stored = architecture.stored_parameters()
     # The writer asks for a tensor larger than a shard out of order, which a stream cannot serve.
-    largest = max(t.numel() * t.element_size() for t in stored.values())
-    write_weights(
-        folder,
-        stored,
-        _sequential_reader(sliced.tensors, stored),
-        max_shard_bytes=max(MAX_SHARD_BYTES, largest),
-    )
+    meta, read = with_fused(architecture, stored, _sequential_reader(sliced.tensors, stored))
+    largest = max(t.numel() * t.element_size() for t in meta.values())
+    write_weights(folder, meta, read, max_shard_bytes=max(MAX_SHARD_BYTES, largest))
     block = quantization_config({}, tables_of(sliced.config))
     write_config(folder, architecture.model, block, source.spec.dtype)
     text = json.dumps(sliced.facts, indent=1) + "\n"
@@ -154,11 +151,17 @@ def config_changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, li
 def _sequential_reader(
     tensors: Iterator[tuple[str, Tensor]], stored: Mapping[str, Tensor]
 ) -> Callable[[str], Tensor]:
-    """Return a reader by name of tensors that are requested in the order of the iterator."""
+    """Return a reader by name of tensors that are requested in the order of the iterator.
+
+    Those that are passed over, as the other matrices of an expert while one of all experts is
+    joined, are held until they are requested.
+    """
+    held: dict[str, Tensor] = {}
 
     def read(name: str) -> Tensor:
-        found, tensor = next(tensors)
-        assert found == name, f"sliced {found} where the file needs {name}"
+        while name not in held:
+            found, held[found] = next(tensors)
+        tensor = held.pop(name)
         assert tensor.shape == stored[name].shape, f"{name} is {list(tensor.shape)}"
         return tensor
 

@@ -3,6 +3,7 @@
 Everything is a sum over tokens, so that batches can be added; `n_tokens` is stored alongside.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import Self
@@ -13,6 +14,20 @@ from torch import Tensor
 TOKEN_CAP = 10.0
 """Energy ``|x|^2`` above this multiple of the window's median is capped. In layers without massive
 activations, only a few of 10,000 tokens are affected."""
+
+
+STARVED = 0.25
+"""Tokens per input channel below which an expert counts as starved."""
+
+
+def needed_tokens(d_in: int) -> int:
+    """Return the number of tokens that statistics of `d_in` input channels of an expert need.
+
+    With fewer, most of the second moment is damping: a solver would fit a handful of tokens and
+    ignore all other directions. The limit only matters for experts that the calibration text hardly
+    uses; all other layers receive every token.
+    """
+    return math.ceil(STARVED * d_in)
 
 
 def token_weights(x: Tensor, window: int) -> Tensor:
@@ -101,6 +116,11 @@ class Moment(_Tensors):
             full=torch.diag(weights) if d <= other else None,
             image=(W * weights) @ W.T if d >= other else None,
         )
+
+    def scaled(self, factor: float) -> "Moment":
+        """Return the moment of tokens with weights `factor`."""
+        full, image = (None if m is None else m * factor for m in (self.full, self.image))
+        return Moment(self.diagonal * factor, full, image)
 
     @property
     def empty(self) -> bool:

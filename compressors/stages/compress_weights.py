@@ -1,6 +1,7 @@
 """What decomposition and quantization have in common: one pass over the layers does both."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,8 +16,12 @@ from lrc.compressors.compress.layerwise import (
 )
 from lrc.compressors.compress.quantize_embeddings import quantize_embeddings
 from lrc.compressors.io.files import write_text
+from lrc.compressors.io.machine import no_progress
 from lrc.compressors.planning.allocate import allocate
+from lrc.compressors.planning.coverage import measured_coverage, refuse_starved
+from lrc.compressors.planning.loss_curves import LossCurves, loss_curves
 from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.rate_distortion import curves_for, energies_file
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.session import Session
 from lrc.compressors.stages.measured_times import with_measured_times
@@ -74,17 +79,24 @@ def executed_plan(session: Session) -> Plan | None:
 
 def calibrate(session: Session, plan: Plan) -> None:
     """Collect the statistics that tasks of unfinished layers require."""
-    required = {
-        weight.name: task.statistics
-        for task in plan.tasks
-        if task.statistics and not session.journal.has(layer_file(task.layer))
-        for weight in task.weights
-    }
+    left = [task for task in plan.tasks if not session.journal.has(layer_file(task.layer))]
+    required = required_statistics(left)
     with session.clock("calibrate"):
         if not required:
             return
         statistics.collect(session.models.calibration(), required)
+        counts = {
+            name: pair
+            for layer in range(len(session.models.architecture.layers))
+            for name, pair in statistics.routed_tokens(session.journal, layer).items()
+        }
+        refuse_starved(measured_coverage(counts), session.windows().numel())
         session.journal.forget(*cache_files(session.journal))
+
+
+def required_statistics(tasks: Sequence[LayerTask]) -> dict[str, tuple[str, ...]]:
+    """Return the statistics that calibration has to collect for some tasks, by linear."""
+    return {w.name: task.statistics for task in tasks if task.statistics for w in task.weights}
 
 
 def allocate_budgets(session: Session, plan: Plan) -> Plan:
@@ -114,6 +126,24 @@ def predict_losses(session: Session, plan: Plan) -> Plan:
     for layer in {task.layer for task in plan.tasks if session.journal.has(layer_file(task.layer))}:
         plan = plan.with_results(read_results(session.journal, layer))
     return _allocate(session, plan, predict_all=True)
+
+
+def stored_curves(session: Session, plan: Plan) -> LossCurves:
+    """Return the loss curves of a plan before allocation, if they are still in the journal."""
+    plan = with_measured_times(session, plan)
+    pending = [task for task in plan.tasks if task.pending]
+    if not all(session.journal.has(energies_file(task.layer)) for task in pending):
+        return {}
+    curves = curves_for(
+        pending,
+        plan.allocations,
+        session.models.reader,
+        session.journal,
+        session.statistics,
+        device=session.device,
+        on_step=no_progress,
+    )
+    return loss_curves(plan, curves)
 
 
 def _allocate(session: Session, plan: Plan, *, predict_all: bool = False) -> Plan:

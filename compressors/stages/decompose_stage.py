@@ -109,9 +109,15 @@ def _announce_budgets(draft: Draft, index: int, options: DecomposeBase) -> None:
     draft.elastic = draft.elastic or budgets
 
 
-def compensation(options: Compensate | None) -> Compensation | None:
-    """Return the options of error compensation as tasks store them."""
-    return None if options is None else Compensation(**options.model_dump())
+def compensation(options: Compensate | None, linear: Linear) -> Compensation | None:
+    """Return the options of error compensation as the task of a linear stores them.
+
+    None for experts: the router sends other tokens to them in the compressed model, so that there
+    are no dense outputs to compare with.
+    """
+    if options is None or linear.expert is not None:
+        return None
+    return Compensation(**options.model_dump())
 
 
 def _claim_targets(
@@ -184,7 +190,7 @@ def _task(draft: Draft, index: int, options: DecomposeBase, group: list[Linear])
         ratio=options.ratios[0],
         source_bias=group[0].bias,
         quantize=quantize,
-        compensate=compensation(options.compensate),
+        compensate=compensation(options.compensate, group[0]),
     )
 
 

@@ -75,7 +75,7 @@ def _compile(draft: Draft, index: int, options: Quantize) -> None:
         problems,
         unused=draft.architecture.unused,
     )
-    taken: list[LayerTask] = []
+    found: dict[str, LayerTask] = {}
     for linear in matched:
         task = draft.tasks.get(linear.name) or LayerTask(
             weights=(Weight(linear.name, linear.layer),),
@@ -93,11 +93,12 @@ def _compile(draft: Draft, index: int, options: Quantize) -> None:
                 f"{linear.name} is already quantized by stages[{earlier.stage}]; list it under one "
                 "of the two 'ignore', or leave out 'schemes' there, if it has any",
             )
-        elif task not in taken:
-            taken.append(task)
-    names = {linear.name for linear in matched}
+        else:
+            found.setdefault(task.name, task)
+    taken = [*found.values()]
+    linears = {linear.name: linear for linear in matched}
     for task in taken:
-        left = [w.name for w in task.weights if w.name not in names]
+        left = [w.name for w in task.weights if w.name not in linears]
         if left:
             problems.add(
                 "shared-factor",
@@ -121,7 +122,9 @@ def _compile(draft: Draft, index: int, options: Quantize) -> None:
     # Marked even if there are problems, so that a second stage reports that it quantizes twice.
     marked = [
         replace(
-            task, quantize=quantize, compensate=task.compensate or compensation(options.compensate)
+            task,
+            quantize=quantize,
+            compensate=task.compensate or compensation(options.compensate, linears[task.name]),
         )
         for task in taken
     ]

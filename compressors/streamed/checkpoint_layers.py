@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lrc.compressors.calibrate.layer_check import simulated_calls
 from lrc.compressors.checkpoint.format import COPY_AGAIN
@@ -27,6 +26,7 @@ from lrc.compressors.layers.compressed_linear import sentinel
 from lrc.compressors.models.architecture import Architecture, build
 from lrc.compressors.models.configuration import read_config
 from lrc.compressors.models.contents import renamed
+from lrc.compressors.models.expert_tensors import Piece, expert_pieces, own_conversions
 from lrc.compressors.models.source import Source
 from lrc.compressors.models.weights import SkeletonFiller
 from lrc.compressors.streamed.streamed_model import ModelFiles
@@ -57,25 +57,28 @@ class CheckpointFiller(SkeletonFiller):
         super().__init__(architecture)
         self._folder = folder
         model, headers = architecture.model, contents.headers
-        names = renamed(headers, get_model_conversion_mapping(model), model)
+        names = renamed(headers, own_conversions(model), model)
         stored = {name: headers[key] for key, (name, _) in names.items()}
-        if contents.needs_lrc:
-            self._sentinels: Collection[str] = ()
-            self._headers = {name: stored.get(name) for name in self._parameters}
-        else:  # tensors of components have other names, and there are no sentinels
-            self._sentinels = {f"{name}.weight" for name in contents.modules}
-            self._headers = {name: stored.get(plain_name(name)) for name in self._parameters}
         for alias, name in architecture.tied.items():  # stored under either name
-            if self._headers.get(name) is None:
-                self._headers[name] = stored.get(alias)
+            if alias in stored:
+                stored.setdefault(name, stored[alias])
+        # Those of experts that are not compressed may be stored together.
+        experts, _ = expert_pieces(stored, [], architecture)
+        self._sentinels: Collection[str] = ()
+        if not contents.needs_lrc:  # tensors of components have other names
+            self._sentinels = {f"{name}.weight" for name in contents.modules}
+            stored = {n: stored[k] for n in self._parameters if (k := plain_name(n)) in stored}
+        self._pieces = {name: Piece(header) for name, header in stored.items()}
+        for name, (piece, *_) in experts.items():
+            self._pieces.setdefault(name, piece)
         modules = {module: name for name, module in model.named_modules()}
         self._shared = {
             name: modules[module.first]
             for module, name in modules.items()
             if isinstance(module, SharedFactorComponent) and module.owner is not None
         }
-        missing = [name for name, header in self._headers.items() if header is None]
-        if missing := [name for name in missing if name not in self._sentinels]:
+        found = {*self._pieces, *self._sentinels}
+        if missing := [name for name in self._parameters if name not in found]:
             raise CheckpointError(
                 f"{folder}: the weights lack {shortened(missing, ', ')}; {COPY_AGAIN}"
             )
@@ -88,17 +91,16 @@ class CheckpointFiller(SkeletonFiller):
         CheckpointError
             If the file is gone.
         """
-        header = self._headers[name]
-        if header is None:
+        piece = self._pieces.get(name)
+        if piece is None:
             return sentinel().to(device)
         try:
-            with safe_open(header.file, framework="pt") as file:
-                # Copied: an open mapping keeps all pages in memory that were touched.
-                tensor: Tensor = file.get_tensor(header.name)
-                return tensor.to(device, copy=True)
+            # Copied: an open mapping keeps all pages in memory that were touched.
+            return piece.read().to(device, copy=True)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{header.file}: can no longer be read ({str(error).strip()[:200]}); {COPY_AGAIN}"
+                f"{piece.header.file}: can no longer be read ({str(error).strip()[:200]});"
+                f" {COPY_AGAIN}"
             ) from error
 
     def fill_(

@@ -112,12 +112,17 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("GPT2LMHeadModel (model_type 'gpt2')", "attn.c_attn is a Conv1D", SUPPORTED),
     ),
     "fused experts": (
-        set_config(model_type="mixtral", architectures=["MixtralForCausalLM"]),
-        ("MixtralForCausalLM", "experts.gate_up_proj holds fused experts", SUPPORTED),
+        set_config(
+            model_type="jetmoe",
+            architectures=["JetMoeForCausalLM"],
+            kv_channels=8,
+            num_local_experts=4,
+        ),
+        ("JetMoeForCausalLM", "input_linear.weight holds fused experts", SUPPORTED),
     ),
-    "fused experts of Qwen": (
+    "other experts": (
         set_config(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], num_experts=4),
-        ("Qwen3MoeForCausalLM", "experts.gate_up_proj holds fused experts", SUPPORTED),
+        ("mlp.experts.0.gate_up_proj.weight is missing", "load and save it once"),
     ),
     "encoder and decoder": (
         set_config(model_type="t5", is_encoder_decoder=True, architectures=["T5Model"]),

@@ -1,4 +1,4 @@
-"""The README: all of its commands are run, in order, as by a user."""
+"""The README: all of its commands are run, in order, as by a user; and those of other pages."""
 
 import os
 import re
@@ -11,59 +11,16 @@ from typing import Any
 
 import gguf
 import pytest
-import yaml
-
-from lrc.compressors.benchmark.results import SCHEMA as BENCHMARK_SCHEMA
-from lrc.compressors.evaluate.gates import check_gate_names
-from lrc.compressors.report import SCHEMA
-from lrc.configs.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTINUED = ("docs/exporting.md", "docs/reports.md", "docs/loading.md")
+"""Pages whose commands and snippets use the checkpoint of the README."""
 MODEL = ROOT / ".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-def test_make_targets_named_in_the_readme_exist() -> None:
-    found = re.findall(r"(?m)^make (\w+)|`make (\w+)`", README)
-    targets = {name for pair in found for name in pair if name}
-    assert {"demo", "test", "model", "check"} <= targets
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
-
-
-def test_the_documented_report_keys_are_those_of_the_code() -> None:
-    for key, meaning in (*SCHEMA.items(), *BENCHMARK_SCHEMA.items()):
-        assert f"| `{key}` | {meaning} |" in README
-
-
-def test_stages_in_the_readme_are_valid() -> None:
-    whole, *parts = blocks("yaml")
-    stages = [part for part in parts if part.startswith("stages:")]
-    assert stages
-    kinds = set[str]()
-    for part in stages:
-        recipe = {**yaml.safe_load(whole), **yaml.safe_load(part)}
-        kinds |= {stage.kind for stage in Recipe.model_validate(recipe).stages}
-    assert kinds == {"decompose", "quantize", "heal"}
-
-
-def test_evaluations_in_the_readme_are_valid() -> None:
-    whole, *parts = blocks("yaml")
-    found = [part for part in parts if part.startswith("evaluate:")]
-    assert found
-    for part in found:
-        evaluate = Recipe.model_validate({**yaml.safe_load(whole), **yaml.safe_load(part)}).evaluate
-        check_gate_names(evaluate.gates, evaluate)
-
-
-def test_every_recipe_of_the_readme_is_shipped() -> None:
-    (named,) = re.findall(r"Recipes: (`.*`)\.", README)
-    shipped = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    assert set(re.findall(r"`([\w-]+)`", named)) <= shipped
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def write_excerpt(source: Path, path: Path, *, layers: int, tokens: int) -> None:
@@ -130,11 +87,17 @@ def test_every_command_of_the_walk_runs(
     first, *commands = [line for block in blocks("bash") for line in block.splitlines()]
     before = commands.index("lrc inspect runs/mine/checkpoint --verify")
     assert len(commands) > before > 0
+    for page in CONTINUED:
+        added = [line for block in blocks("bash", page) for line in block.splitlines()]
+        commands += [line for line in added if line not in commands]
     run(shlex.split(first))
     for command in commands[:before]:
         run_here(command)
     assert (tmp_path / "runs/mine/report.json").is_file()
-    snippet, *_ = blocks("python")  # the others need other checkpoints
+    snippet, *_ = blocks("python")
     assert "A compiler is" in run([sys.executable, "-c", snippet])
     for command in commands[before:]:
         run_here(command)
+    snippets = [snippet for page in CONTINUED for snippet in blocks("python", page)]
+    printed = run([sys.executable, "-c", "\n".join(snippets)])
+    assert "largest error: model.layers." in printed

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny_experts import save_experts, tiny_experts
 
 from lrc.configs import shipped
 
@@ -22,9 +23,13 @@ def test_a_shipped_recipe_runs(
     name: str,
     tiny_model_folder: Path,
     tiny_text: Path,
+    make_tokenizer: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     recipe, output = tmp_path / f"{name}.yaml", tmp_path / "run"
+    if name == "reap":
+        tiny_model_folder = tmp_path / "experts"
+        save_experts(tiny_experts("mixtral"), make_tokenizer(), tiny_model_folder)
     recipe.write_text(shipped.read(name), encoding="utf-8")
     perplexity = f"{{source: {tiny_text}, name: english, window: 32, windows: 2}}"
     overrides = [

@@ -118,7 +118,7 @@ def test_a_run_that_is_half_done_predicts_the_other_half(
     lrc, of_stage: Callable[..., Path], output: Path
 ) -> None:
     recipe = of_stage(STAGES["ranks known from shapes"])
-    whole = losses(measure(load_recipe(recipe), Machine(device="cpu")).to_json())
+    whole = losses(measure(load_recipe(recipe), Machine(device="cpu")).plan.to_json())
     shutil.rmtree(output)
 
     def stop(stage: str, done: int, total: int) -> None:

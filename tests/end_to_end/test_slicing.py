@@ -155,7 +155,7 @@ def test_a_decomposition_works_on_what_the_slice_leaves(
     assert whole["parameters"]["dense"] == report["slices"][0]["parameters"][0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
     assert len(model.model.layers) == 3
-    assert measure(loaded).slices[0].parameters[1] == report["slices"][0]["parameters"][1]
+    assert measure(loaded).plan.slices[0].parameters[1] == report["slices"][0]["parameters"][1]
 
 
 def test_a_slice_starts_from_the_result_of_the_one_before(

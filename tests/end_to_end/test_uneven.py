@@ -272,7 +272,7 @@ def test_heads_and_a_decomposition_go_with_it(
     facts = describe(folder, verify=True)
     assert facts["modules"]
     assert len(facts["shapes"]) == 6
-    assert measure(loaded).slices[0].bytes == tuple(cut["bytes"])
+    assert measure(loaded).plan.slices[0].bytes == tuple(cut["bytes"])
 
 
 def test_a_run_that_was_stopped_continues_with_the_chosen_widths(
@@ -286,7 +286,7 @@ def test_a_run_that_was_stopped_continues_with_the_chosen_widths(
         if stage == "compress":
             raise Stopped("here")
 
-    planned = measure(loaded)
+    planned = measure(loaded).plan
     with pytest.raises(Stopped):
         compress(loaded, Machine(device="cpu", on_step=stop))
     report = compress(loaded)

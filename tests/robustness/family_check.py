@@ -41,8 +41,9 @@ STAGES_OF = {
     "rtn": {"quantize": {"method": "rtn", "bits": 8}},
     "drop": {"slice": {"method": "drop", "keep": 0.75}},
 }
-# Of the standard deviation of the logits. Rounding to 8 bits changes them by 0.01 to 0.05.
-EXACT, CLOSE = 1e-4, 0.15
+# Of the standard deviation of the logits. Rounding to 8 bits changes them by 0.01 to 0.05, and by
+# more where it changes which experts a token selects.
+EXACT, CLOSE, CLOSE_WITH_EXPERTS = 1e-4, 0.15, 0.6
 
 
 @dataclass
@@ -117,7 +118,8 @@ class FamilyCheck:
         with self._collected("rtn"):
             compress(self._recipe("rtn"), Machine("cpu"))
             distance = _distance(self._same_as_stored("rtn"), dense)
-            assert distance <= CLOSE, f"int8 differs from the dense model by {distance:.2g}"
+            close = CLOSE_WITH_EXPERTS if self.prepared.dense.experts else CLOSE
+            assert distance <= close, f"int8 differs from the dense model by {distance:.2g}"
         with self._collected("layers in turn"):
             self._compare_layers_in_turn()
         with self._collected("drop"):
@@ -204,7 +206,7 @@ class FamilyCheck:
             result = plan.results[task.name]
             for weight in task.weights if result.config.compressed or result.refit else []:
                 W_hat = stored_weight(task, result, weight.name, tensors.__getitem__)
-                model.get_submodule(weight.name).weight.copy_(W_hat)
+                dense_weight(model, weight.name).copy_(W_hat)
         found = self._logits(self._load(f"{name}/checkpoint"))
         distance = _distance(found, self._logits(model))
         assert distance <= EXACT, f"the loaded model differs from its weights by {distance:.2g}"
@@ -242,6 +244,19 @@ class FamilyCheck:
             layer.forward = _passing(layer.forward)
         distance = _distance(self._logits(self._load("drop/checkpoint")), self._logits(model))
         assert distance <= EXACT, f"differs from the model without {dropped} by {distance:.2g}"
+
+
+def dense_weight(model: Any, name: str) -> Tensor:
+    """Return the weight [d_out, d_in] of a linear or of an expert, a view of a 3-D parameter."""
+    try:
+        found: Tensor = model.get_submodule(name).weight
+    except AttributeError:
+        experts, number, leaf = name.rsplit(".", 2)
+        module = model.get_submodule(experts)
+        found = getattr(module, leaf)[int(number)]
+        # Llama 4 does not state that its matrices are transposed.
+        found = found.T if getattr(module, "is_transposed", True) else found
+    return found
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -63,7 +63,7 @@ LINES = [
     ("evaluate: {gates: [{metric: perplexity.c4}]}", "conflicting-keys", "evaluate.gates[0]: give 'at_most', 'at_least' or both, got neither"),
     ("evaluate: {kl_tokens: -1}", "out-of-range", "evaluate.kl_tokens: must be a whole number >= 0, got -1; raise it"),
     ("evaluate: {generations: [a], dense: false}", "conflicting-keys", "evaluate: 'generations' compares with the dense model, but 'dense' is false; set 'dense' to true or remove 'generations'"),
-    ("evaluate: {gates: {metric: a}}", "wrong-type", "evaluate.gates: must be a list of entries, each a mapping with the keys metric, at_most, at_least, relative, got a mapping with the key metric; start every entry of the list with '- '"),
+    ("evaluate: {gates: {metric: a}}", "wrong-type", "evaluate.gates: must be a list of entries, each a string that is not empty or a mapping with the keys metric, at_most, at_least, relative, got a mapping with the key metric; start every entry of the list with '- '"),
     ("evaluate: {baselines: int8}", "wrong-type", "evaluate.baselines: must be a list of entries, each a baseline such as int8, int4-g64 or sparse, got 'int8'; write a list: [int8]"),
     ("evaluate: {baselines: [int9]}", "unknown-value", f"evaluate.baselines[0]: must be {BASELINE}, got 'int9'; {BASELINE_REMEDY}"),
     ("evaluate: {baselines: [int8, int4-g0]}", "unknown-value", f"evaluate.baselines[1]: must be {BASELINE}, got 'int4-g0'; {BASELINE_REMEDY}"),

@@ -118,6 +118,8 @@ SERVED: dict[str, dict[str, Any]] = {
     },
     "mamba": MAMBA,
     "minicpm3": MINICPM3,
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "minimax": {"num_local_experts": 4, "num_experts_per_tok": 2},  # its masks are stored buffers
 }
 
 
@@ -155,7 +157,7 @@ REJECTED: dict[str, tuple[str, dict[str, Any]]] = {
         {"model_type": "rwkv", "hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 512}
         | {"rescale_every": 2},
     ),
-    "fused experts": ("holds fused experts", {"model_type": "jamba"}),
+    "fused experts": ("holds fused experts", {"model_type": "jetmoe", "num_local_experts": 4}),
 }
 
 

@@ -12,7 +12,12 @@ import torch
 import yaml
 
 from lrc.compressors.evaluate import harness
-from lrc.compressors.evaluate.gates import check_gate_names, check_gates
+from lrc.compressors.evaluate.gates import (
+    check_gate_names,
+    check_gates,
+    evaluation_metrics,
+    metrics_of,
+)
 from lrc.compressors.evaluate.harness import check_requests, check_tasks, run_tasks
 from lrc.compressors.evaluate.scores import check_evaluation, compare, evaluate_model, recovery
 from lrc.configs.errors import DataError, ModelError, RecipeError
@@ -387,6 +392,7 @@ def block(perplexity, accuracy, **changes):
         "perplexity": {
             "w": {
                 "perplexity": perplexity,
+                "stderr": 0.5,
                 **shared,
                 "dtype": "float32",
                 "text_sha256": "0",
@@ -404,6 +410,7 @@ def test_compare_gives_the_shape_of_the_report():
                 "dense": 20.0,
                 "compressed": 25.0,
                 "ratio": 1.25,
+                "stderr": {"dense": 0.5, "compressed": 0.5},
                 "tokens": 10,
                 "window": 5,
                 "windows": 2,
@@ -458,6 +465,11 @@ def test_scores_on_different_texts_are_not_compared():
 # Gates
 
 
+def missed_gates(gates, evaluation):
+    found = check_gates(gates, evaluation_metrics(evaluation))
+    return [each.sentence for each in found if not each.passed]
+
+
 @pytest.mark.parametrize(
     ("gate", "missed"),
     [
@@ -477,7 +489,7 @@ def test_scores_on_different_texts_are_not_compared():
     ],
 )
 def test_missed_gates_are_sentences(gate, missed):
-    found = check_gates([Gate(**gate)], compare(block(20.0, 0.5), block(25.0, 0.4)))
+    found = missed_gates([Gate(**gate)], compare(block(20.0, 0.5), block(25.0, 0.4)))
     assert len(found) == len(missed)
     for sentence, words in zip(found, missed, strict=True):
         assert words in sentence
@@ -499,7 +511,7 @@ def test_missed_gates_are_sentences(gate, missed):
 def test_gates_on_predictions(gate, missed):
     pair = {"kl": {"w": {"forward": 0.1, "reverse": 0.3, "agreement": 0.9}}, "generations": {}}
     evaluation = compare(block(20.0, 0.5), block(25.0, 0.4), pair)
-    sentences = check_gates([Gate(**gate)], evaluation)
+    sentences = missed_gates([Gate(**gate)], evaluation)
     assert sentences == [f"{gate['metric']} {words}" for words in missed]
 
 
@@ -530,7 +542,19 @@ def test_a_comparison_of_predictions_has_no_relative_gate():
 @pytest.mark.parametrize("threshold", [{"at_most": 30.0}, {"at_least": 0.0}])
 def test_a_score_that_is_not_a_number_misses_every_gate(threshold):
     evaluation = compare(block(20.0, 0.5), block(math.nan, 0.4))
-    assert len(check_gates([Gate(metric="perplexity.w", **threshold)], evaluation)) == 1
+    assert len(missed_gates([Gate(metric="perplexity.w", **threshold)], evaluation)) == 1
+
+
+def test_gates_on_the_size_compare_bytes():
+    report = {
+        "evaluation": compare(None, block(25.0, 0.4)),
+        "size": {"model": {"file_bytes": {"dense": 4 * 2**20, "compressed": 2**20}}},
+    }
+    texts = ["size <= 0.3x", "size <= 1 MiB", "size <= 1.0e6"]
+    found = check_gates([Gate.model_validate(each) for each in texts], metrics_of(report))
+    assert [each.passed for each in found] == [True, True, False]
+    assert found[0].gate == "size <= 0.3x"
+    assert (found[0].value, found[1].value) == (0.25, 2**20)
 
 
 def test_gates_on_what_is_not_there_are_errors():
@@ -540,7 +564,7 @@ def test_gates_on_what_is_not_there_are_errors():
         Gate(metric="perplexity.w", at_most=2, relative=True),
     ]
     with pytest.raises(RecipeError) as caught:
-        check_gates(gates, evaluation)
+        missed_gates(gates, evaluation)
     assert "did you mean 'tasks.t.acc'" in str(caught.value.problems[0])
     assert "dense model was not scored" in str(caught.value.problems[1])
 
@@ -551,8 +575,8 @@ def test_gate_names_are_checked_before_the_run(folder):
         "perplexity.wx": "did you mean 'perplexity.w.x'",
         "tasks.toy_choice.ac": "did you mean 'tasks.toy_choice.acc'",
         "tasks.toy_choise.acc": "did you mean 'tasks.toy_choice.acc'",
-        "tasks.toy_choice": "must be perplexity.NAME, kl.NAME, agreement.NAME or tasks.NAME.METRIC",
-        "size.kept": "must be perplexity.NAME, kl.NAME, agreement.NAME or tasks.NAME.METRIC",
+        "tasks.toy_choice": "must be perplexity.NAME, kl.NAME, agreement.NAME, tasks.NAME.METRIC",
+        "size.kept": "tasks.NAME.METRIC or size, got 'size.kept'",
     }
     options = Evaluate(
         perplexity=[Perplexity(source="python-docs", name="w.x")],

@@ -34,6 +34,16 @@ def test_uniform_logits_give_the_size_of_the_vocabulary(tiny_llama, tokens):
     assert perplexity(model, tokens).perplexity == pytest.approx(512, rel=1e-6)
 
 
+def test_the_standard_error_is_that_of_independent_windows(tiny_llama, tokens):
+    model = tiny_llama()
+    whole = perplexity(model, tokens)
+    alone = [perplexity(model, window[None]) for window in tokens]
+    means = torch.tensor([each.nll_mean for each in alone], dtype=torch.float64)
+    expected = float(means.std(correction=1) / 3**0.5) * whole.perplexity
+    assert whole.stderr == pytest.approx(expected, rel=1e-6)
+    assert alone[0].stderr is None
+
+
 @pytest.mark.parametrize("piece", [7, 39, 256])
 def test_pieces_give_what_full_logits_give(tiny_llama, tokens, monkeypatch, piece):
     monkeypatch.setattr(module, "PIECE", piece)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lrc.compressors.heal.budget import StepBudget
 from lrc.compressors.heal.descent import BETAS, EPSILON, LARGEST_NORM, LOWER, Descent
 from lrc.compressors.heal.parameters import SMALLEST_SCALE, TrainedParameters
-from lrc.compressors.heal.schedule import learning_rate
+from lrc.compressors.heal.schedule import WARM_UP, learning_rate
 
 TARGET = torch.tensor([0.5, -0.25, 2.0])
 
@@ -102,28 +102,29 @@ def test_a_loss_that_is_not_finite_is_never_the_best() -> None:
 
 def test_training_starts_again_with_a_lower_rate_until_a_step_is_better() -> None:
     """With a rate of 30 the first steps overshoot; what is restored is the start, bit by bit."""
-    descent = start(rate=30.0)
+    descent = start(rate=30.0, steps=200)
     descent.judge(loss_of(descent).item())
     before = descent.trained.parameters["x"].detach().clone()
     while descent.best_step == 0:
-        assert torch.equal(descent.trained.parameters["x"], before)
+        assert torch.equal(descent.trained.parameters["x"], before) == (descent.done % WARM_UP == 0)
         advance(descent, 1)
-    assert [step for step, _ in descent.rates] == [*range(len(descent.rates))]
+    assert [step for step, _ in descent.rates] == [WARM_UP * i for i in range(len(descent.rates))]
     assert [rate for _, rate in descent.rates] == pytest.approx(
         [30 * LOWER**i for i in range(len(descent.rates))]
     )
     assert 1 < len(descent.rates) < 8
     count = len(descent.rates)
-    advance(descent, 60 - descent.done)
+    advance(descent, 200 - descent.done)
     assert descent.best_loss < 1e-2 * descent.losses[0][1]
     assert len(descent.rates) == count  # a worse step after a better one is no reason
 
 
 def test_a_restart_is_a_new_descent_for_the_steps_that_are_left() -> None:
-    descent, fresh = start(rate=30.0, steps=20), start(rate=30.0 * LOWER, steps=19)
+    descent = start(rate=30.0, steps=WARM_UP + 19)
+    fresh = start(rate=30.0 * LOWER, steps=19)
     for each in (descent, fresh):
         each.judge(loss_of(each).item())
-    advance(descent, 1)
+    advance(descent, WARM_UP)
     assert len(descent.rates) == 2
     for each in (descent, fresh):
         loss_of(each).backward()

@@ -15,7 +15,7 @@ OPTIONS = {
 }
 ALLOCATION = {"components", "storage", "ratio", "layers_per_group"}
 """Which components and sizes a weight may get, and which weights are solved together."""
-AFTERWARDS = {"schemes", "embeddings", "lm_head", "quantizer", "act_order", "balance"}
+AFTERWARDS = {"schemes", "embeddings", "lm_head", "quantizer", "act_order", "balance", "serve"}
 """How numbers are quantized."""
 
 

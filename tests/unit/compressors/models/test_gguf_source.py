@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from lrc.compressors.models.architecture import build
-from lrc.compressors.models.gguf_source import ignored_metadata
-from lrc.compressors.models.source import convert_gguf, locate
+from lrc.compressors.models.gguf_source import check_gguf, ignored_metadata
+from lrc.compressors.models.source import Source, convert_gguf, locate
 from lrc.compressors.models.source_check import check_contents
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Model
@@ -211,3 +211,11 @@ def test_float16_that_the_default_dtype_would_round_is_a_warning(write_gguf, mod
     (warning,) = check(path)
     assert warning.startswith("model.dtype: ")
     assert check(path, dtype="bfloat16") == check(path, dtype="float16") == []
+
+
+def test_experts_are_refused(write_gguf, model, tmp_path):
+    config = AutoConfig.for_model("mixtral", num_local_experts=2, num_hidden_layers=1)
+    path = write_gguf(tmp_path / "m.gguf", model)
+    experts = build(Source(Model(path="m"), Path("m"), config, weights_local=False))
+    with pytest.raises(ModelError, match="holds a mixture of experts, which lrc reads from safe"):
+        check_gguf(path, experts)
