@@ -43,6 +43,7 @@ LLAMA = {
     "head_dim": 8,
 }
 OPT = {"model_type": "opt", **SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 SLIDING = {"sliding_window": 9, "initializer_range": 0.5}  # windows are longer
 KFAC = {"decompose": {"method": "kfac", "keep": 0.6, "compensate": {}}}
 SVD = {"decompose": {"method": "svd-llm", "keep": 0.6}}
@@ -87,6 +88,11 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         [SVD],
     ),
     "opt": (OPT, [KFAC]),
+    "mixtral": (MIXTRAL, [SVD]),
+    "mixtral-attention-alone": (
+        MIXTRAL,
+        [{"decompose": {"method": "svd-llm", "keep": 0.6, "targets": ["*self_attn*"]}}],
+    ),
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")
