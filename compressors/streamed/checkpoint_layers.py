@@ -1,4 +1,4 @@
-"""Read a compressed checkpoint, or the dense source of a run, one decoder layer at a time."""
+"""Read a compressed checkpoint one decoder layer at a time."""
 
 from collections.abc import Collection
 from copy import deepcopy
