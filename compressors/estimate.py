@@ -12,6 +12,8 @@ import torch
 from pydantic import TypeAdapter
 
 from lrc.compressors.evaluate.side_by_side import unmeasured_pair
+from lrc.compressors.evaluate.streaming_rule import ModelBytes, streams
+from lrc.compressors.io.machine import free_memory
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.measures import BITS
@@ -120,7 +122,8 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     statistics = 4 * (gram + outputs)
     whole = plan.dense_parameters * (4 if device == "cpu" else prepared.source.dtype.itemsize)
     evaluates = bool(evaluate.perplexity or evaluate.tasks.names)
-    calibrating = min(hidden, int(calibration.memory_limit_gib * GIB)) + layer
+    limit = int(calibration.memory_limit_gib * GIB)
+    calibrating = min(hidden, limit) + layer
     calibrating += 4 * max((w for _, w in inputs), default=0) ** 2 * 3
     training = max((_training_bytes(plan, record) for record in plan.training), default=0)
     now = psutil.Process().memory_info().rss
@@ -129,8 +132,16 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     # Hidden states are replaced by writing new ones first.
     disk = statistics + 2 * hidden + plan.bits // 8 + plan.compressed_bytes + converted
     evaluating = whole if evaluates else 0
+    sizes = ModelBytes(whole, plan.compressed_bytes)
     if unmeasured_pair(evaluate)["missing"]:
-        evaluating = whole + plan.compressed_bytes
+        evaluating = sizes.both
+    if streams(evaluate, sizes, free_memory(device)):
+        # Both heads, then one layer and a copy of it for a baseline, and the hidden states. Tasks
+        # and generated text are left out, as what does not fit.
+        states = 4 * _width(prepared) * scored * (1 + evaluate.dense + len(evaluate.baselines))
+        ends = 4 * max(0, plan.dense_parameters - in_dense)
+        evaluating = max(2 * layer, 2 * ends) + min(states, limit)
+        disk += states if states > limit else 0
     memory = now + max(calibrating, evaluating, training, plan.compressed_bytes)
     return Estimate(seconds, memory, disk, not_estimated)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.calibrate.layer_check import build_checked
+from lrc.compressors.calibrate.layer_check import build_checked, simulated_calls
 from lrc.compressors.checkpoint.companions import copy_companions
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, Machine
@@ -29,6 +29,7 @@ from lrc.compressors.slicing.slices import (
     read_facts,
     sliced_source,
 )
+from lrc.compressors.streamed.streamed_model import ModelFiles
 from lrc.configs.recipe import Calibration
 from lrc.configs.slice import Slice, SliceBase
 
@@ -76,6 +77,11 @@ class ModelVersions:
         """Load the source model."""
         device = self.machine.chosen
         return load_dense(self.prepared.source, self.weights, dtype=dtype, device=device)
+
+    def dense_files(self) -> ModelFiles:
+        """Return the source model, to be read layer by layer."""
+        dense = self.prepared.dense
+        return ModelFiles(dense, WeightReader(self.weights, dense), simulated_calls(dense))
 
     def load_sliced(self, dtype: torch.dtype) -> Any:
         """Load the model after all slicing stages."""

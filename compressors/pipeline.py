@@ -16,10 +16,11 @@ from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates, metrics_of
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
+from lrc.compressors.evaluate.streaming_rule import ModelBytes, streams, why_too_large
 from lrc.compressors.heal.run import training_files
 from lrc.compressors.heal.trained_files import trained_tensors
 from lrc.compressors.io.files import new_folder, remove
-from lrc.compressors.io.machine import Machine, release_memory
+from lrc.compressors.io.machine import Machine, free_memory, release_memory
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.page.page_file import PAGE, write_page
@@ -34,6 +35,8 @@ from lrc.compressors.stages.compress_weights import (
     predict_losses,
     stored_curves,
 )
+from lrc.compressors.streamed.checkpoint_layers import open_checkpoint
+from lrc.compressors.streamed.streamed_evaluation import StreamedEvaluation
 from lrc.configs.errors import CheckpointError, EvaluationIncomplete, GateMissed, OutputError
 from lrc.configs.load import LoadedRecipe
 
@@ -71,6 +74,7 @@ def compress(
             if not written:
                 model, tokenizer = prepared.architecture.model, prepared.tokenizer
                 check_evaluation(model, tokenizer, recipe.evaluate, seed=recipe.seed)
+                _check_memory(session)
                 _check_source(session)
                 _save(session, _run_stages(session), loaded)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
@@ -169,6 +173,15 @@ def _check_source(session: Session) -> None:
     release_memory()
 
 
+def _check_memory(session: Session) -> None:
+    """Warn of scores that will be missing because they need whole models."""
+    evaluate, sizes = session.prepared.recipe.evaluate, _model_bytes(session, session.prepared.plan)
+    name, n_bytes = ("dense", sizes.dense) if evaluate.dense else ("compressed", sizes.compressed)
+    reason = why_too_large(n_bytes, name, session.device)
+    if reason and evaluate.tasks.names:
+        session.machine.on_warning(f"evaluate.tasks: {reason}")
+
+
 def _check_stages(session: Session) -> None:
     for kind, stage in STAGES.items():
         if stages := session.prepared.recipe.stages_of(kind):
@@ -229,11 +242,29 @@ def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
         )
 
 
+def _model_bytes(session: Session, plan: Plan) -> ModelBytes:
+    dense = session.prepared.plan.dense_parameters * session.models.dtype.itemsize
+    return ModelBytes(dense, plan.compressed_bytes)
+
+
 def _evaluate(session: Session) -> dict[str, Any]:
     """Score the dense and the compressed model and the baselines."""
     models, prepared, executed = session.models, session.prepared, _executed(session)
     recipe = prepared.recipe
     trusted = recipe.model.trust_remote_code
+    targets = report.baseline_targets(executed, prepared)
+    sizes = _model_bytes(session, executed)
+    streaming = StreamedEvaluation(
+        dense=models.dense_files,
+        compressed=lambda: open_checkpoint(session.checkpoint, trust_remote_code=trusted),
+        targets=targets,
+        journal=session.journal,
+        device=session.device,
+        dtype=models.dtype,
+        memory_limit_gib=session.calibration.memory_limit_gib,
+        on_step=session.on_step,
+    )
+    streamed = streams(recipe.evaluate, sizes, free_memory(session.device))
     evaluator = Evaluator(
         recipe.evaluate,
         recipe.seed,
@@ -241,8 +272,7 @@ def _evaluate(session: Session) -> dict[str, Any]:
         session.clock,
         session.on_step,
         precision={"dtype": str(models.dtype), "device": torch.device(session.device).type},
-        pair_bytes=prepared.plan.dense_parameters * models.dtype.itemsize
-        + executed.compressed_bytes,
+        sizes=sizes,
         load_tokenizer=lambda: load_tokenizer(session.checkpoint, trust_remote_code=trusted),
         load_dense=lambda: models.load_dense(models.dtype),
         load_compressed=lambda: load_checkpoint(
@@ -251,6 +281,6 @@ def _evaluate(session: Session) -> dict[str, Any]:
             device=session.device,
             trust_remote_code=trusted,
         ),
+        streaming=streaming if streamed else None,
     )
-    targets = report.baseline_targets(executed, prepared)
     return evaluator.add_baselines(evaluator.evaluate(), targets)

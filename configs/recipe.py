@@ -197,6 +197,9 @@ class Evaluate(Strict):
     kl_tokens: Annotated[int, Field(ge=0)] = 32768
     """Tokens of every `perplexity` text, from its start and in whole windows, on which the
     predictions of both models are compared: KL divergence and top-1 agreement. 0 compares none."""
+    streaming: Literal["auto", "always", "never"] = "auto"
+    """Whether perplexities and predictions are computed one decoder layer at a time, so that no
+    whole model is in memory: if the models do not fit into memory (`auto`), `always` or `never`."""
     generations: Generations = Generations()
     """Prompts that both models continue, for a comparison side by side."""
     baselines: list[Baseline] = ["int8", "int4-g64"]

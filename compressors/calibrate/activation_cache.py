@@ -1,4 +1,4 @@
-"""Buffers for what passes between decoder layers during calibration, for every window.
+"""Buffers for what passes between decoder layers, for every window.
 
 An activation cache holds the current layer's hidden states (forward pass) or gradients (backward
 pass) and is overwritten layer by layer. It is saved from time to time: repeating hours of work
@@ -22,7 +22,7 @@ SNAPSHOT_SECONDS = 30.0
 GIB = 2**30
 GPU_FRACTION = 0.25  # of the free memory: a layer, its moments and a batch need the rest
 LIVE = ".live"
-NAMES = ("states", "gradients", "checkpoints", "dense", "compressed")
+NAMES = ("states", "gradients", "checkpoints", "dense", "compressed", "evaluation")
 """Buffers that an interrupted run may leave on disk."""
 Shape = tuple[int, int, int]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches
+from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor, batches
 from lrc.compressors.calibrate.replaceable import irreplaceable, is_linear
 from lrc.compressors.calibrate.simulated_weights import SimulatedProducts, SimulatedReader
 from lrc.compressors.io.journal import Journal
@@ -68,6 +68,12 @@ def check_layers(architecture: Architecture) -> Architecture:
         name, why = next(iter(unused.items()))
         raise unsupported(config, f"no linear layer can be replaced: {name} {why}")
     return replace(architecture, linears=linears, unused=unused, experts=wholes[0].experts)
+
+
+def simulated_calls(architecture: Architecture) -> list[LayerCall]:
+    """Return how a model calls its decoder layers, from simulated weights and a short text."""
+    with _simulation(architecture, irreplaceable(architecture)) as executor:
+        return executor.calls
 
 
 def differing_layer(old: Architecture, new: Architecture, kept: Sequence[int]) -> str:

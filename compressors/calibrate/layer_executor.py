@@ -45,10 +45,13 @@ class ForwardEnded(Exception):
 
 
 class LayerExecutor:
-    """A model that computes in float32 on the calibration windows, one decoder layer at a time.
+    """A model that computes on the calibration windows, one decoder layer at a time.
 
     The skeleton of the context's architecture is filled and emptied in place.
     """
+
+    dtype = torch.float32
+    """Precision of the weights and of the computation."""
 
     def __init__(self, context: CalibrationContext, *, batch_tokens: int | None = None) -> None:
         self.context, self.architecture = context, context.architecture
@@ -94,7 +97,7 @@ class LayerExecutor:
     @contextmanager
     def _filled(self, name: str, skip: Sequence[str] = ()) -> Iterator[None]:
         reader = self.context.reader
-        reader.fill_(name, device=self.context.device, dtype=torch.float32, skip=skip)
+        reader.fill_(name, device=self.context.device, dtype=self.dtype, skip=skip)
         try:
             yield
         finally:
@@ -103,13 +106,19 @@ class LayerExecutor:
     @torch.no_grad()
     def embed_(self, states: Tensor) -> None:
         """Fill states [n_windows, length, d_model] with the input of the first layer."""
+        with self.around_layers():
+            self.embed_resident_(states)
+
+    @torch.no_grad()
+    def embed_resident_(self, states: Tensor) -> None:
+        """Do the same as `embed_`, within `around_layers`."""
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states[rows] = args[0] if args else kwargs["hidden_states"]
             raise ForwardEnded
 
         first = self.architecture.layers[0]
-        with self.around_layers(), first.register_forward_pre_hook(stop, with_kwargs=True):
+        with first.register_forward_pre_hook(stop, with_kwargs=True):
             for rows in self.batches:
                 with suppress(ForwardEnded):
                     self._forward(self.tokens[rows])
@@ -140,7 +149,7 @@ class LayerExecutor:
         call = self.calls[index]
         layer = self.architecture.layers[index] if layer is None else layer
         args, kwargs = call.arguments[len(hidden)]
-        hidden = hidden.to(self.context.device)
+        hidden = hidden.to(self.context.device, self.dtype)
         if call.by_keyword:
             out = layer(*args, hidden_states=hidden, **kwargs)
         else:
@@ -180,7 +189,7 @@ class LayerExecutor:
                     return args[0] if args else kwargs["hidden_states"]
 
                 for layer, call in zip(layers, calls, strict=True):
-                    hooks.enter_context(_record_arguments(layer, call))
+                    hooks.enter_context(record_arguments(layer, call))
                 with self._layers_replaced(calls, identity):
                     self._forward(last)
         for index, call in enumerate(calls):
@@ -214,7 +223,7 @@ class LayerExecutor:
             call.others = out[1:] if isinstance(out, tuple) else None
             inputs.clear()
 
-        hooks.enter_context(_record_arguments(layer, call))
+        hooks.enter_context(record_arguments(layer, call))
         hooks.enter_context(layer.register_forward_pre_hook(load))
         hooks.enter_context(layer.register_forward_hook(unload))
 
@@ -246,7 +255,9 @@ class LayerExecutor:
         self.architecture.model.base_model(input_ids=ids, use_cache=False)
 
 
-def _record_arguments(layer: nn.Module, call: LayerCall) -> RemovableHandle:
+def record_arguments(layer: nn.Module, call: LayerCall) -> RemovableHandle:
+    """Write into `call` how a layer is called, until the handle is removed."""
+
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call.by_keyword = not args
         hidden = kwargs["hidden_states"] if call.by_keyword else args[0]

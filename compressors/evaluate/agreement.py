@@ -1,10 +1,9 @@
 """How closely two models predict the same: KL divergence and top-1 agreement.
 
-Both models are in memory; their logits exist for a few positions at a time.
+The logits of both exist for a few positions at a time.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrc.compressors.corpus.windows import Windows
-from lrc.compressors.evaluate.logits import head_gives_logits, input_device, logit_pieces
+from lrc.compressors.evaluate.logits import LogitReader, model_logits
 from lrc.compressors.evaluate.perplexity import check_fit
 from lrc.configs.errors import ModelError
 
@@ -96,25 +95,35 @@ def compare_predictions(
     ModelError
         If a divergence is not finite.
     """
-    tokens = windows.tokens  # [n_windows, length]
-    count, length = tokens.shape
+    for model in (dense, compressed):
+        check_fit(model, windows.tokens, bos=windows.bos)
+    with (
+        model_logits(dense, windows.tokens) as expected,
+        model_logits(compressed, windows.tokens) as found,
+    ):
+        return agreement_of(expected, found, windows, on_window=on_window)
+
+
+def agreement_of(
+    dense: LogitReader,
+    compressed: LogitReader,
+    windows: Windows,
+    *,
+    on_window: Callable[[int, int], None] = lambda done, total: None,
+) -> Agreement:
+    """Compare predictions from the logits of two models; raises as `compare_predictions`."""
+    count, length = windows.tokens.shape
     values = torch.empty(count, 3, length - 1, dtype=torch.float64)
-    with torch.inference_mode(), ExitStack() as stack:
-        for model in (dense, compressed):
-            check_fit(model, tokens, bos=windows.bos)
-            stack.callback(model.train, model.training)
-            model.train(False)
-        readers = _Reader(dense, tokens[0]), _Reader(compressed, tokens[0])
-        for number, ids in enumerate(tokens):
-            for start, found in _compare_window(*readers, ids):
-                values[number, :, start : start + found.shape[1]] = found
-            if not bool(values[number].isfinite().all()):
-                raise ModelError(
-                    f"the divergence on window {number + 1} of {count} is not finite, because the"
-                    " logits of a model are not; compress less, or evaluate in bfloat16 or float32"
-                    " where float16 overflows"
-                )
-            on_window(number + 1, count)
+    for number in range(count):
+        for start, found in _compare_window(dense, compressed, number):
+            values[number, :, start : start + found.shape[1]] = found
+        if not bool(values[number].isfinite().all()):
+            raise ModelError(
+                f"the divergence on window {number + 1} of {count} is not finite, because the"
+                " logits of a model are not; compress less, or evaluate in bfloat16 or float32"
+                " where float16 overflows"
+            )
+        on_window(number + 1, count)
     mean, stderr = _statistics(values)
     return Agreement(
         mean=mean,
@@ -131,25 +140,12 @@ def compare_predictions(
     )
 
 
-class _Reader:
-    """Reads the logits of the windows of one model."""
-
-    def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
-        self._model, self._device = model, input_device(model)
-        self._head_only = head_gives_logits(model, ids.to(self._device))
-        self.vocabulary = int(model.config.get_text_config().vocab_size)
-
-    def pieces(self, ids: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-        ids = ids.to(self._device)
-        return logit_pieces(self._model, ids, head_only=self._head_only, size=size)
-
-
 def _compare_window(
-    dense: _Reader, compressed: _Reader, ids: Tensor
+    dense: LogitReader, compressed: LogitReader, number: int
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the first position of every piece, and the three measures [3, n] at its positions."""
     size = max(1, PIECE_LOGITS // dense.vocabulary)
-    pieces = (reader.pieces(ids, size) for reader in (dense, compressed))
+    pieces = (reader.pieces(number, size) for reader in (dense, compressed))
     for (start, expected), (_, found) in zip(*pieces, strict=True):
         log_p = log_probabilities(expected)
         log_q = log_probabilities(found.to(expected.device))

@@ -1,20 +1,21 @@
 """Baselines for a compressed model: the same matrices compressed without calibration.
 
 Either quantized by round-to-nearest or pruned to the largest entries of every row. A baseline is
-made from the dense model in memory, one matrix at a time; its size is that of a file.
+made from the dense model in memory, or from the layers of it that are, one matrix at a time; its
+size is that of a file.
 """
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.evaluate.scores import Scores, check_same, perplexity_entry
@@ -81,11 +82,37 @@ class Baseline:
         """
         split_experts_(model)
         for done, (name, storage) in enumerate(self.stored.items(), 1):
-            weight = model.get_submodule(name).weight
-            with torch.no_grad():
-                for rows in weight.split(max(1, NUMBERS // weight.shape[1])):
-                    rows.copy_(_compressed(name, rows, storage, self.targets.dtype))
+            self._compress_(name, model.get_submodule(name).weight, storage)
             on_matrix(done, len(self.stored))
+
+    @contextmanager
+    def applied(self, model: Any, tied: Mapping[str, str]) -> Iterator[None]:
+        """Compress the matrices of a dense model that are in memory, within the context.
+
+        Those on the meta device are left out. `tied` maps a parameter to the one whose values it
+        has, as in `Architecture`.
+
+        Raises
+        ------
+        ModelError
+            If a matrix cannot be quantized.
+        """
+        with ExitStack() as stack:
+            for name, module in model.named_modules():
+                full = f"{name}.weight"
+                stored = tied.get(full, full).removesuffix(".weight")
+                if stored in self.stored and not module.weight.is_meta:
+                    weight = module.weight
+                    own = nn.Parameter(weight.detach().clone(), requires_grad=False)
+                    self._compress_(stored, own, self.stored[stored])
+                    module.weight = own
+                    stack.callback(setattr, module, "weight", weight)
+            yield
+
+    @torch.no_grad()
+    def _compress_(self, name: str, weight: Tensor, storage: QuantizationArgs | int) -> None:
+        for rows in weight.split(max(1, NUMBERS // weight.shape[1])):
+            rows.copy_(_compressed(name, rows, storage, self.targets.dtype))
 
 
 def plan_baseline(written: str, targets: Targets) -> Baseline:

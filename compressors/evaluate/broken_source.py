@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.windows import evaluation_windows
 from lrc.compressors.evaluate.perplexity import perplexity
+from lrc.compressors.io.machine import free_memory
 from lrc.compressors.models.weights import not_finite
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Perplexity
@@ -69,11 +69,4 @@ def near_uniform(dense: dict[str, float | None], vocabulary: int) -> list[str]:
 
 def is_quick(n_bytes: int, device: str) -> bool:
     """Return whether the model fits in `MEMORY` of the free memory."""
-    kind = torch.device(device)
-    free = torch.cuda.mem_get_info(kind)[0] if kind.type == "cuda" else free_memory()
-    return n_bytes <= MEMORY * free
-
-
-def free_memory() -> int:
-    """Return the available memory of the machine, bytes."""
-    return int(psutil.virtual_memory().available)
+    return n_bytes <= MEMORY * free_memory(device)

@@ -1,6 +1,7 @@
 """Score the models of a run; a score that is on disk is not measured again."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lrc.compressors.evaluate.side_by_side import (
     refuse_pair,
     unmeasured_pair,
 )
+from lrc.compressors.evaluate.streaming_rule import ModelBytes, Streaming, Unmeasured, why_too_large
 from lrc.compressors.io.fingerprint import fingerprints
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, OnStep, release_memory
@@ -67,7 +69,8 @@ class Evaluator:
     """Scores one model after the other, and then both together.
 
     Until then at most one is in memory. The functions that load the tokenizer and the models are
-    called once per score.
+    called once per score. With `streaming`, whole models are loaded for tasks and generated text
+    only, after everything else has been measured layer by layer.
     """
 
     options: Evaluate
@@ -78,15 +81,18 @@ class Evaluator:
     on_step: OnStep
     precision: dict[str, str]
     """Dtype and kind of device, on which scores depend: those of another are measured again."""
-    pair_bytes: int
-    """Memory that both models take at least."""
+    sizes: ModelBytes
     load_tokenizer: Callable[[], Any]
     load_dense: Callable[[], Any]
     load_compressed: Callable[[], Any]
+    streaming: Streaming | None = None
+    """Measures the models layer by layer; None to load them whole."""
 
     def evaluate(self) -> dict[str, Any]:
         """Score the dense and the compressed model, and compare them."""
         with self.clock("evaluate"):
+            if self.streaming is not None:
+                self._stream(self.streaming)
             models = {}
             if self.options.perplexity or self.options.tasks.names:
                 if self.options.dense:
@@ -116,15 +122,46 @@ class Evaluator:
         sentence = compare_with_baselines(targets.compressed_bytes, ours, records)
         return evaluation | {"baselines": records, "baseline_comparison": sentence}
 
+    def _stream(self, streaming: Streaming) -> None:
+        """Measure layer by layer what the journal lacks, except tasks and generated text."""
+        names = ["dense", "compressed"] if self.options.dense else ["compressed"]
+        wanted = Unmeasured(
+            self.options,
+            self.load_tokenizer(),
+            models={name: self._stored(name, ALL) or unmeasured(self.options) for name in names},
+            pair=self._stored(PAIR, BOTH) or unmeasured_pair(self.options),
+            baselines={
+                written: plan_baseline(written, streaming.targets)
+                for written in self.options.baselines
+                if self._stored(written, {"perplexity"}) is None
+            },
+        )
+        if not wanted.texts():
+            return
+        streaming.measure_(wanted)
+        for name, scores in wanted.models.items():
+            self._store(name, ALL, scores)
+        self._store(PAIR, BOTH, wanted.pair)
+        for name, found in wanted.baseline_scores.items():
+            self._store(name, {"perplexity"}, found)
+
     def _score(self, name: str, load: Callable[[], Any]) -> Scores:
         """Score a model on what the journal lacks."""
-        scores = self._stored(name, ALL)
-        if scores is None or scores["missing"]:
+        scores, options = self._stored(name, ALL), self.options
+        if self.streaming is not None:  # has measured or given up all perplexities
+            options = options.model_copy(update={"perplexity": []})
+        wanted = unmeasured(options)["missing"]
+        if scores is None or {*scores["missing"]} & {*wanted}:
+            if self.streaming is not None and (reason := self._why_too_large(name)):
+                scores = deepcopy(scores) or unmeasured(self.options)
+                scores["missing"] |= dict.fromkeys({*scores["missing"]} & {*wanted}, reason)
+                self._store(name, ALL, scores)
+                return scores
             tokenizer = self.load_tokenizer()
             scores = evaluate_model(
                 load(),
                 tokenizer,
-                self.options,
+                options,
                 seed=self.seed,
                 on_step=self._labelled(name),
                 scores=scores,
@@ -134,19 +171,21 @@ class Evaluator:
 
     def _score_pair(self) -> Scores:
         """Compare both models on what the journal lacks."""
-        wanted = unmeasured_pair(self.options)
+        wanted, options = unmeasured_pair(self.options), self.options
         if not wanted["missing"]:
             return wanted
         scores = self._stored(PAIR, BOTH) or wanted
-        if scores["missing"]:
+        if self.streaming is not None:  # has compared all predictions, or given up
+            options = options.model_copy(update={"kl_tokens": 0})
+        if {*scores["missing"]} & {*unmeasured_pair(options)["missing"]}:
 
             def load() -> tuple[Any, Any]:
-                refuse_pair(self.pair_bytes, self.precision["device"])
+                refuse_pair(self.sizes.both, self.precision["device"])
                 return self.load_dense(), self.load_compressed()
 
             on_step = self._labelled("dense and compressed")
             tokenizer = self.load_tokenizer()
-            scores = evaluate_pair(load, tokenizer, self.options, scores, on_step=on_step)
+            scores = evaluate_pair(load, tokenizer, options, scores, on_step=on_step)
             self._store(PAIR, BOTH, scores)
         return scores
 
@@ -169,6 +208,10 @@ class Evaluator:
         }
         self.journal.write_json(f"evaluation-{name}.json", content)
         release_memory()
+
+    def _why_too_large(self, name: str) -> str | None:
+        n_bytes = self.sizes.dense if name == "dense" else self.sizes.compressed
+        return why_too_large(n_bytes, name, self.precision["device"])
 
     def _labelled(self, name: str) -> OnStep:
         def step(stage: str, done: int, total: int) -> None:

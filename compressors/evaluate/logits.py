@@ -6,13 +6,64 @@ are 2 GiB in float32.
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, cast
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 PROBE = 16  # positions on which the head is compared with the model
+
+
+class LogitReader(Protocol):
+    """Computes the logits of one model on given windows, a few positions at a time."""
+
+    vocabulary: int
+    dtype: torch.dtype
+    """Precision of the weights."""
+    repeats: bool
+    """Whether the decoder runs again for every piece of a window."""
+
+    def pieces(self, number: int, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield the logits at all positions of a window but the last.
+
+        Yields
+        ------
+        start : int
+            The first position of the piece.
+        logits : Tensor, shape [n, vocabulary]
+            With n at most `size`.
+        """
+
+
+class _ModelLogits:
+    """The logits of a model that is in memory as a whole, on windows [n_windows, length]."""
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor) -> None:
+        self._model, self._tokens, self._device = model, tokens, input_device(model)
+        self.repeats = not head_gives_logits(model, tokens[0].to(self._device))
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.dtype = model.dtype
+
+    def pieces(self, number: int, size: int) -> Iterator[tuple[int, Tensor]]:
+        ids = self._tokens[number].to(self._device)
+        return logit_pieces(self._model, ids, head_only=not self.repeats, size=size)
+
+
+@contextmanager
+def model_logits(model: PreTrainedModel, tokens: Tensor) -> Iterator[LogitReader]:
+    """Yield the reader of a model on windows [n_windows, length], without gradients.
+
+    The mode of the model (train or eval) is restored.
+    """
+    training = model.training
+    model.train(False)
+    try:
+        with torch.inference_mode():
+            yield _ModelLogits(model, tokens)
+    finally:
+        model.train(training)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lrc.compressors.corpus.tokens import check_vocabulary
 from lrc.compressors.corpus.windows import Windows
-from lrc.compressors.evaluate.logits import head_gives_logits, input_device, logit_pieces
+from lrc.compressors.evaluate.logits import LogitReader, model_logits
 from lrc.configs.errors import ModelError, RecipeError
 
 PROTOCOL = (
@@ -69,30 +69,32 @@ def perplexity(
     ModelError
         If the likelihood of a window is not finite. No window is left out.
     """
-    tokens = windows.tokens if isinstance(windows, Windows) else windows
-    bos = isinstance(windows, Windows) and windows.bos
-    count, length = tokens.shape
-    check_fit(model, tokens, bos=bos)
+    if isinstance(windows, Tensor):
+        windows = Windows(windows, "", None, bos=False, text_tokens=windows.numel())
+    check_fit(model, windows.tokens, bos=windows.bos)
+    with model_logits(model, windows.tokens) as reader:
+        return perplexity_of(reader, windows, on_window=on_window)
 
-    training = model.training
-    model.train(False)
+
+def perplexity_of(
+    reader: LogitReader,
+    windows: Windows,
+    *,
+    on_window: Callable[[int, int], None] = lambda done, total: None,
+) -> PerplexityResult:
+    """Measure the perplexity of a model from its logits on the windows; raises as `perplexity`."""
+    count, length = windows.tokens.shape
     likelihoods: list[float] = []
-    try:
-        with torch.inference_mode():
-            device = input_device(model)
-            head_only = head_gives_logits(model, tokens[0].to(device))
-            for number, ids in enumerate(tokens, 1):
-                nll = _window_nll(model, ids.to(device), head_only)
-                if not math.isfinite(nll):
-                    raise ModelError(
-                        f"perplexity: the likelihood of window {number} of {count} is {nll}: the"
-                        " model's logits are not finite; compress less, or evaluate in bfloat16"
-                        " or float32 where float16 overflows"
-                    )
-                likelihoods.append(nll)
-                on_window(number, count)
-    finally:
-        model.train(training)
+    for number, ids in enumerate(windows.tokens):
+        nll = _window_nll(reader, number, ids)
+        if not math.isfinite(nll):
+            raise ModelError(
+                f"perplexity: the likelihood of window {number + 1} of {count} is {nll}: the"
+                " model's logits are not finite; compress less, or evaluate in bfloat16"
+                " or float32 where float16 overflows"
+            )
+        likelihoods.append(nll)
+        on_window(number + 1, count)
 
     predicted = count * (length - 1)
     mean = math.fsum(likelihoods) / predicted
@@ -106,10 +108,10 @@ def perplexity(
         nll_mean=mean,
         stderr=_error_of_mean(likelihoods, length - 1) * math.exp(mean) if count > 1 else None,
         tokens=predicted,
-        window=length - bos,
+        window=length - windows.bos,
         windows=count,
-        bos=bos,
-        dtype=str(model.dtype).removeprefix("torch."),
+        bos=windows.bos,
+        dtype=str(reader.dtype).removeprefix("torch."),
     )
 
 
@@ -164,13 +166,13 @@ def _learned_positions(model: PreTrainedModel) -> int | None:
     return None
 
 
-def _window_nll(model: PreTrainedModel, ids: Tensor, head_only: bool) -> float:
-    """Sum the negative log-likelihood of tokens 1, 2, ... given those before."""
+def _window_nll(reader: LogitReader, number: int, ids: Tensor) -> float:
+    """Sum the negative log-likelihood of tokens 1, 2, ... of a window given those before."""
     size = PIECE
-    if not head_only:
-        size = max(PIECE, FALLBACK_LOGITS // model.config.get_text_config().vocab_size)
+    if reader.repeats:
+        size = max(PIECE, FALLBACK_LOGITS // reader.vocabulary)
     total = 0.0
-    for start, logits in logit_pieces(model, ids, head_only=head_only, size=size):
+    for start, logits in reader.pieces(number, size):
         target = ids[start + 1 : start + 1 + len(logits)].to(logits.device)
         nll = cross_entropy(logits.float(), target, reduction="none")  # [k]
         total += float(nll.double().sum())

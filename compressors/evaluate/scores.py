@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrc.compressors.corpus.windows import evaluation_windows
+from lrc.compressors.corpus.windows import Windows, evaluation_windows
 from lrc.compressors.evaluate.harness import check_requests, run_tasks
-from lrc.compressors.evaluate.perplexity import PROTOCOL, check_fit, check_window, perplexity
+from lrc.compressors.evaluate.perplexity import (
+    PROTOCOL,
+    PerplexityResult,
+    check_fit,
+    check_window,
+    perplexity,
+)
 from lrc.compressors.io.machine import OnStep, no_progress
 from lrc.configs.errors import DataError, LrcError, RecipeError, Stopped
 from lrc.configs.recipe import Evaluate, Perplexity
@@ -112,7 +118,11 @@ def perplexity_entry(
     """Measure one perplexity, as `evaluate_model` returns it."""
     windows = evaluation_windows(spec, tokenizer)
     on_window = partial(on_step, f"perplexity {spec.name}")
-    result = perplexity(model, windows, on_window=on_window)
+    return perplexity_scores(perplexity(model, windows, on_window=on_window), windows)
+
+
+def perplexity_scores(result: PerplexityResult, windows: Windows) -> Scores:
+    """Return a perplexity on windows as JSON values."""
     return asdict(result) | {"protocol": PROTOCOL, "text_sha256": windows.sha256}
 
 

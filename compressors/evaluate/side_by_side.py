@@ -12,12 +12,11 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrc.compressors.corpus.windows import evaluation_windows
-from lrc.compressors.evaluate.agreement import compare_predictions
-from lrc.compressors.evaluate.broken_source import free_memory
+from lrc.compressors.corpus.windows import Windows, evaluation_windows
+from lrc.compressors.evaluate.agreement import Agreement, compare_predictions
 from lrc.compressors.evaluate.generations import compare_continuations, read_prompts
 from lrc.compressors.evaluate.scores import Scores, attempt
-from lrc.compressors.io.machine import OnStep
+from lrc.compressors.io.machine import OnStep, free_memory
 from lrc.configs.errors import LrcError
 from lrc.configs.recipe import Evaluate, Perplexity
 
@@ -84,7 +83,7 @@ def evaluate_pair(
             f"both models do not fit into memory at the same time ({text}); use a device with more"
             " memory, or set kl_tokens to 0 and remove generations"
         )
-        missing |= dict.fromkeys(missing, reason)
+        missing |= dict.fromkeys({*missing} & {*unmeasured_pair(evaluate)["missing"]}, reason)
     return scores
 
 
@@ -100,11 +99,22 @@ def agreement_entry(
 
     At least one window is compared.
     """
-    most = max(1, evaluate.kl_tokens // spec.window)
-    first = spec.model_copy(update={"windows": min(most, spec.windows or most)})
+    first = spec.model_copy(update={"windows": compared_windows(spec, evaluate)})
     windows = evaluation_windows(first, tokenizer)
     on_window = partial(on_step, f"KL {spec.name}")
-    result = asdict(compare_predictions(dense, compressed, windows, on_window=on_window))
+    found = compare_predictions(dense, compressed, windows, on_window=on_window)
+    return agreement_scores(found, windows)
+
+
+def compared_windows(spec: Perplexity, evaluate: Evaluate) -> int:
+    """Return the highest number of windows on which predictions are compared."""
+    most = max(1, evaluate.kl_tokens // spec.window)
+    return min(most, spec.windows or most)
+
+
+def agreement_scores(found: Agreement, windows: Windows) -> Scores:
+    """Return how closely two models predict the same on windows, as JSON values."""
+    result = asdict(found)
     return {
         **_flat(result),
         # A list, as it is read back.
@@ -120,7 +130,7 @@ def refuse_pair(n_bytes: int, device: str) -> None:
 
     Linux ends a process that uses more memory than there is; a GPU raises an error by itself.
     """
-    if torch.device(device).type == "cpu" and n_bytes > (free := free_memory()):
+    if torch.device(device).type == "cpu" and n_bytes > (free := free_memory(device)):
         raise MemoryError(
             f"they take at least {n_bytes / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
         )

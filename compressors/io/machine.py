@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -88,6 +89,13 @@ class Clock:
             release_memory()
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
             self._journal.write_json("seconds.json", self.seconds)
+
+
+def free_memory(device: str) -> int:
+    """Return the bytes that are free on a GPU, or available on the host for ``cpu``."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from lrc.compressors.evaluate.baselines import Targets
 from lrc.compressors.evaluate.evaluator import Evaluator
+from lrc.compressors.evaluate.streaming_rule import ModelBytes
 from lrc.compressors.io.journal import open_journal
 from lrc.compressors.io.machine import Clock, no_progress
 from lrc.configs.recipe import Evaluate, Perplexity
@@ -43,7 +44,7 @@ def evaluate(tiny_llama, tiny_tokenizer, tmp_path):
                 clock=Clock(journal),
                 on_step=no_progress,
                 precision=precision,
-                pair_bytes=pair_bytes,
+                sizes=ModelBytes(0, pair_bytes),
                 load_tokenizer=lambda: tiny_tokenizer,
                 load_dense=load("dense"),
                 load_compressed=load("compressed", compressed),

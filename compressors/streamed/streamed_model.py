@@ -1,0 +1,132 @@
+"""A model on the windows of an evaluation text, with one decoder layer in memory.
+
+Unlike in calibration, no layer is read to find out how the model calls it: the arguments of a layer
+(masks, positions, rotary tables) do not depend on its weights, so that layers which return their
+input suffice. `layer_check` has verified this for the architecture.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor, record_arguments
+from lrc.compressors.layers import TiedHead
+from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.weights import SkeletonFiller
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model of which nothing is in memory."""
+
+    architecture: Architecture
+    reader: SkeletonFiller
+    calls: Sequence[LayerCall]
+    """How the layers are called on another text: only what they return is used."""
+
+
+class StreamedModel(LayerExecutor):
+    """A model on the windows of one text; several of them may share one skeleton.
+
+    Parameters
+    ----------
+    context : CalibrationContext
+        With the windows of the text.
+    calls : sequence of LayerCall
+        See `ModelFiles`.
+    dtype : torch.dtype
+        Precision of the weights and of the computation.
+    """
+
+    def __init__(
+        self, context: CalibrationContext, calls: Sequence[LayerCall], dtype: torch.dtype
+    ) -> None:
+        super().__init__(context)
+        self.dtype = dtype
+        self._returned = [call.others for call in calls]
+        embedding = self.architecture.model.get_input_embeddings()
+        modules = self.architecture.model.named_modules()
+        self._embeddings = [name for name, module in modules if module is embedding]
+
+    @torch.no_grad()
+    def trace(self) -> list[LayerCall]:
+        """Record how every layer is called on the first and the last batch.
+
+        Neither layers nor embeddings are read.
+        """
+        calls = [LayerCall(others=others) for others in self._returned]
+        with self._without_embedding(self._heads), ExitStack() as hooks:
+            for layer, call in zip(self.architecture.layers, calls, strict=True):
+                hooks.enter_context(record_arguments(layer, call))
+            hooks.enter_context(self._layers_replaced(calls, _first_argument))
+            for rows in (self.batches[0], self.batches[-1]):
+                self._forward(self.tokens[rows])
+        return calls
+
+    @contextmanager
+    def around_logits(self) -> Iterator[None]:
+        """Load what follows the layers: the last norm and the output embedding."""
+        tied = isinstance(self.architecture.model.get_output_embeddings(), TiedHead)
+        with self.around_layers(head=True) if tied else self._without_embedding():
+            yield
+
+    @contextmanager
+    def _without_embedding(self, skip: Sequence[str] = ()) -> Iterator[None]:
+        """Load everything outside the layers, and let the input embedding return zeros."""
+        skip = [*self.architecture.layer_names, *self._embeddings, *skip]
+        embedding = self.architecture.model.get_input_embeddings()
+        zeros = partial(_zeros, embedding.embedding_dim, self.context.device, self.dtype)
+        with self._filled("", skip), _forward_replaced(embedding, zeros):
+            yield
+
+
+class StateLogits:
+    """Reads the logits of a model from the output of its last layer, within `around_logits`.
+
+    Parameters
+    ----------
+    model : StreamedModel
+    states : Tensor, shape [n_windows, length, d_model]
+    """
+
+    repeats = False
+
+    def __init__(self, model: StreamedModel, states: Tensor) -> None:
+        self._model, self._states, self.dtype = model, states, model.dtype
+        config = model.architecture.model.config.get_text_config()
+        self.vocabulary = int(config.vocab_size)
+
+    def pieces(self, number: int, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first position of every piece of a window, and its logits [n, vocabulary]."""
+        last = self._states.shape[1] - 1
+        for start in range(0, last, size):
+            rows = slice(start, min(start + size, last))
+            hidden = self._states[number, rows].to(self._model.context.device, self.dtype)
+            ids = self._model.tokens[number, rows]
+            yield start, self._model.logits(hidden[None], ids[None])[0]
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # that of the class is visible again
+        if before is not None:
+            module.forward = before
+
+
+def _zeros(width: int, device: str, dtype: torch.dtype, ids: Tensor) -> Tensor:
+    return torch.zeros(*ids.shape, width, device=device, dtype=dtype)
+
+
+def _first_argument(*args: Any, **kwargs: Any) -> Any:
+    return args[0] if args else kwargs["hidden_states"]
