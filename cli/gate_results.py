@@ -74,12 +74,20 @@ def print_gates(results: Results) -> None:
         for each in found:
             table.add_row(
                 escape(f"{name}: {each.gate}" if several else each.gate),
-                f"{each.value:.4g}",
-                "" if each.dense is None else f"{each.dense:.4g}",
+                f"{each.value:.4g}x"
+                if each.gate.endswith("x") and each.dense
+                else _in_unit(each, each.value),
+                "" if each.dense is None else _in_unit(each, each.dense),
                 "passed" if each.passed else "[red]missed[/]",
             )
     if table.rows:
         OUT.print(table)
+
+
+def _in_unit(result: "GateResult", value: float) -> str:
+    from lrc.cli.quality import as_size
+
+    return as_size(round(value)) if result.gate.startswith("size ") else f"{value:.4g}"
 
 
 def gates_json(results: Results) -> list[dict[str, Any]]:

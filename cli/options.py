@@ -11,7 +11,9 @@ Overrides = Annotated[
     typer.Argument(help="Overrides, e.g. `stages.0.decompose.keep=0.6`.", metavar="[KEY=VALUE]..."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress and no warnings on stderr.")
+]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
 
 TrustRemoteCode = Annotated[

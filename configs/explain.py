@@ -94,7 +94,7 @@ def _unknown_key(
     if shape.tag is not None and shape.tag in value and key in shape.properties:
         text = f"not a key of {shape.tag} '{value[shape.tag]}'; remove it. {allow}"
         return "misplaced-key", text
-    homes = [name for name, inner in properties.items() if inner.inside(key) is not None]
+    homes = [name for name, inner in properties.items() if inner.names(key)]
     if homes:
         return "misplaced-key", f"unknown key here; move it under '{homes[0]}'. {allow}"
     remedy = f"did you mean '{known}'?" if known is not None else "remove it."

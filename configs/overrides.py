@@ -7,7 +7,7 @@ from typing import Any
 
 from lrc.configs.errors import Problem
 from lrc.configs.places import Path, Places, dotted, one_line, problem_at
-from lrc.configs.shape import Shape
+from lrc.configs.shape import Shape, closest
 from lrc.configs.words import got
 from lrc.configs.yaml_text import YamlError, read_yaml
 
@@ -64,6 +64,9 @@ def apply_override(
         return [Problem("invalid-override", "", f"can mean {found}; write it out", source)]
     if places_of_key:
         path = (*places_of_key[0], *path[1:])
+    elif meant := _meant(recipe, path, shape):
+        text = f"unknown key; did you mean '{meant}'?"
+        return [Problem("unknown-key", "", text, source)]
     here: Any = recipe
     at: Shape | None = shape
     for depth, step in enumerate(path[:-1], 1):
@@ -119,6 +122,25 @@ def option_paths(recipe: Mapping[str, Any], key: str | int, shape: Shape) -> lis
                     if key in options:
                         written.append(("stages", index, kind, key))
     return written or allowed
+
+
+def _meant(recipe: Mapping[str, Any], path: Path, shape: Shape) -> str | None:
+    """Return the option of a stage that an unknown first step probably stands for."""
+    top = shape.parts[-1].properties
+    stages = recipe.get("stages")
+    if path[0] in top or not isinstance(stages, list):
+        return None
+    options = set[str]()
+    for index, stage in enumerate(stages):
+        for kind in stage if isinstance(stage, dict) else ():
+            if kind == path[0]:
+                return dotted(("stages", index, *path))
+            at: Shape | None = shape
+            for step in ("stages", index, kind):
+                at = at and at.inside(step)
+            options |= at.parts[-1].properties.keys() if at is not None else set()
+    meant = closest(path[0], [*top, *sorted(options)])
+    return meant if meant in options else None
 
 
 def _obstacle(here: Any, step: str | int, path: Path) -> str:

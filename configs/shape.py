@@ -122,6 +122,11 @@ class Shape:
         best = max(shared, key=shared.__getitem__)
         return best if shared[best] or len(shared) == 1 else self
 
+    def names(self, key: str) -> bool:
+        """Return whether a mapping here, or an entry of a list here, has this key by name."""
+        entry = self.inside(0)
+        return key in self.parts[-1].properties or (entry is not None and entry.names(key))
+
     def inside(self, step: str | int) -> "Shape | None":
         """Return what is allowed under a key or for a list's entries; None if nothing is."""
         if isinstance(step, str):

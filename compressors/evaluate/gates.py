@@ -143,7 +143,9 @@ def check_gates(gates: Sequence[Gate], metrics: Metrics) -> list[GateResult]:
 def _compared(gate: Gate, entry: Mapping[str, float | None]) -> Iterator[GateResult]:
     value, dense = entry["compressed"], entry["dense"]
     assert value is not None
-    got = f"{gate.metric} is {value:.4g}" + ("" if dense is None else f" (dense {dense:.4g})")
+    number = "{:,.0f} bytes" if gate.metric == SIZE else "{:.4g}"
+    compared = "" if dense is None else f" (dense {number.format(dense)})"
+    got = f"{gate.metric} is {number.format(value)}{compared}"
     undefined = gate.relative and dense == 0
     if undefined:
         got = f"{got}: a ratio to a dense score of 0 is not defined"

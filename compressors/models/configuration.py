@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -197,4 +198,5 @@ def first_line(error: BaseException) -> str:
     """Return type and first line of another library's error; two lines if one ends in a colon."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+    text = shorten(text, 200, placeholder=" ...")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -10,6 +10,7 @@ import pytest
 
 from lrc.cli.bench import check_speeds
 from lrc.cli.gate_results import annotation, missed_gates, read_gates
+from lrc.cli.quality import as_size
 from lrc.configs.errors import Problem
 
 GATES = "evaluate.gates=['perplexity.english <= 1.5', 'size <= 0.99x', 'agreement.english >= 0']"
@@ -41,6 +42,9 @@ def test_compress_prints_every_gate_and_writes_them_as_tests(
     assert [row[-1] for row in rows] == ["missed", "passed", "passed"]
     value = json.loads((output / "report.json").read_text())["evaluation"]["perplexity"]["english"]
     assert f"{value['compressed']:.4g}" in rows[0]
+    sizes = json.loads((output / "report.json").read_text())["size"]["model"]["file_bytes"]
+    ratio = f"{sizes['compressed'] / sizes['dense']:.4g}x"
+    assert rows[1][3:-1] == [ratio, *as_size(sizes["dense"]).split()]
     assert cases(file) == {
         "compress": [],
         "perplexity.english <= 1.5": ["failure"],

@@ -29,6 +29,8 @@ LINES = [
     ("sead: 1", "unknown-key", f"sead: unknown key; did you mean 'seed'? {ALLOWED_AT_TOP}"),
     ("xyz: 1", "unknown-key", f"xyz: unknown key; remove it. {ALLOWED_AT_TOP}"),
     ("tasks: [piqa]", "misplaced-key", f"tasks: unknown key here; move it under 'evaluate'. {ALLOWED_AT_TOP}"),
+    ("decompose: {keep: 0.5}", "misplaced-key", f"decompose: unknown key here; move it under 'stages'. {ALLOWED_AT_TOP}"),
+    ("calibration: {sampels: 4}", "unknown-key", "calibration.sampels: unknown key; did you mean 'samples'? Allowed: source, samples, length, field, chat_template, labels, memory_limit_gib"),
     ("1: 2", "unknown-key", f"1: unknown key; remove it. {ALLOWED_AT_TOP}"),
     ("seed: -1", "out-of-range", "seed: must be a whole number >= 0 and < 9223372036854775808, got -1; raise it"),
     ("seed: 1e3", "wrong-type", "seed: must be a whole number >= 0 and < 9223372036854775808, got 1000.0; write 1000"),

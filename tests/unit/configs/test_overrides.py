@@ -1,3 +1,6 @@
+import pytest
+
+from lrc.configs.errors import RecipeError
 from lrc.configs.load import parse_recipe
 
 GOOD = """\
@@ -68,3 +71,20 @@ def test_an_override_changes_one_use_of_an_anchor() -> None:
     text = "model: a\noutput: b\nstages:\n- &s {decompose: {method: svd, keep: 0.8}}\n- *s\n"
     recipe = parse_recipe(text, name="recipe.yaml", overrides=["stages.1.decompose.keep=0.5"])
     assert [stage.decompose.keep for stage in recipe.stages] == [0.8, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("kep=0.5", "did you mean 'keep'?"),
+        ("decompose.keep=0.5", "did you mean 'stages[0].decompose.keep'?"),
+        ("sead=1", "did you mean 'seed'?"),
+        ("xyz=1", "xyz: unknown key; remove it."),
+    ],
+)
+def test_a_misspelled_or_shortened_key_is_named(override: str, meant: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(GOOD, name="recipe.yaml", overrides=[override])
+    (problem,) = refused.value.problems
+    assert problem.code == "unknown-key"
+    assert meant in str(problem)
