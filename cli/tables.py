@@ -313,10 +313,11 @@ def _print_sizes(plan: Plan) -> None:
             f"targeted weights: {as_size(plan.dense_bits // 8)} -> {as_size(plan.bits // 8)} "
             f"({kind} {plan.kept:.1%})"
         )
-    OUT.print(
-        f"whole model: {as_size(plan.dense_bytes)} -> {as_size(plan.compressed_bytes)}, "
-        f"{plan.dense_parameters:,} -> {plan.compressed_parameters:,} parameters"
-    )
+    whole = f"whole model: {as_size(plan.dense_bytes)} -> {as_size(plan.compressed_bytes)}"
+    # How many numbers fit into a budget depends on the bits that each will get.
+    if not any(t.pending and plan.allocations[t.allocation or 0].quantization for t in plan.tasks):
+        whole += f", {plan.dense_parameters:,} -> {plan.compressed_parameters:,} parameters"
+    OUT.print(whole)
     if plan.model.source_quantized:
         OUT.print(
             f"the source file is itself quantized and takes "
