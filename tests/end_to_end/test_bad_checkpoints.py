@@ -172,9 +172,9 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str, tuple[str, ...]]] = {
     "rank edited": (edit_first_component(rank=3), "tensor-mismatch", ("config.json",)),
     "rank no number": (edit_first_component(rank="3"), "invalid-config", ("'rank'", "got '3'")),
     "component unknown": (
-        edit_first_component(type="tensor_train"),
+        edit_first_component(type="butterfly"),
         "invalid-config",
-        ("low_rank, pivoted_low_rank", "got 'tensor_train'", "newer lrc", "upgrade"),
+        ("low_rank, pivoted_low_rank", "got 'butterfly'", "newer lrc", "upgrade"),
     ),
     "modules a list": (edit_block(modules=[1]), "invalid-config", ("modules must map names",)),
     "a table of another version": (

@@ -35,6 +35,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "shared dictionary": [
         {"decompose": {"method": "cospadi", "keep": 0.6, "rounds": 1, "layers_per_group": 2}}
     ],
+    "tensor_train": [{"decompose": {"method": "tensor-train", "keep": 0.6, "rounds": 1}}],
     "dense": [INT4],
     "dense, asymmetric": [
         {"quantize": {"method": "rtn", "bits": 3, "group_size": 16, "symmetric": False}}

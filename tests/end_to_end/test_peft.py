@@ -38,6 +38,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "sparse": [decompose("magnitude")],
     "semi_structured": [decompose("magnitude", pattern="n:8")],
     "dictionary": [decompose("compot")],
+    "tensor_train": [decompose("tensor-train", rounds=1)],
     "block_sparse": [{"quantize": {"method": "gqsa", "bits": 4, "group_size": 8}}],
     "dense": [rtn(bits=4, symmetric=False, embeddings="int8")],
     "dense+low_rank": [rtn(bits=4, group_size=16, low_rank_correction={"rank": 4})],

@@ -18,6 +18,7 @@ from lrc.compressors.layers import (
     WeightConfig,
 )
 from lrc.compressors.layers.bitmask import pack_bits
+from lrc.compressors.layers.chain_shape import pattern_for
 from lrc.compressors.layers.residual_basis import place_norms_
 from lrc.compressors.layers.siblings import share_inputs
 
@@ -48,6 +49,9 @@ MODELS: dict[str, list[Layer]] = {
             component("sparse", nonzeros=d_out * d_in // 4),
         ],
         lambda d_out, d_in: [component("semi_structured", n=4)],
+        lambda d_out, d_in: [
+            ComponentConfig("tensor_train", {"bond": 4}, pattern=pattern_for(d_out, d_in, cores=2))
+        ],
     ],
     "integers": [
         INTEGERS,

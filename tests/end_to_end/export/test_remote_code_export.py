@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lrc.compressors.layers import (
     QuantizationArgs,
     WeightConfig,
 )
+from lrc.compressors.layers.chain_shape import pattern_for
 
 pytestmark = pytest.mark.usefixtures("one_thread", "code_cache")
 
@@ -59,6 +61,7 @@ PARTS: list[tuple[str, str | None, dict[str, int]]] = [
     ("block_sparse", "int4-g16", {"groups": 50}),
     ("dictionary", None, {"atoms": 16, "nonzeros": 5}),
     ("dictionary", "int8", {"atoms": 24, "nonzeros": 1}),
+    ("tensor_train", None, {"bond": 6}),
 ]
 WITHOUT_LRC = """
 import json, logging, sys, warnings
@@ -195,6 +198,8 @@ def test_every_term_in_one_model(
     ]
     sums = [*([each] for each in components), [components[3], components[5]]]
     for (name, linear), parts in zip(linears.items(), sums, strict=False):
+        pattern = pattern_for(*linear.weight.shape, cores=2)
+        parts = [replace(p, pattern=pattern) if p.type == "tensor_train" else p for p in parts]
         modules[name] = WeightConfig(tuple(linear.weight.shape), tuple(parts))
         stored = random_components(modules[name].shape, parts)
         tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
