@@ -1,14 +1,18 @@
 """What tests of runs with several stages have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from lrc.compressors.io.machine import Machine
+from lrc.compressors.pipeline import compress
 from lrc.configs.errors import Stopped
+from lrc.configs.load import load_recipe
 
 Run = Callable[..., tuple[dict[str, Any], Path]]
 """Runs stages on the tiny model and returns the report and the output folder."""
@@ -29,6 +33,35 @@ class Stopper:
 def tensors_of(output: Path) -> dict[str, Tensor]:
     """Return the tensors of the checkpoint in an output folder."""
     return load_file(output / "checkpoint/model.safetensors")
+
+
+def dense_with(folder: Path, weights: Mapping[str, Tensor]) -> Any:
+    """Return a model in float32, rounded to bfloat16, in which some layers have other weights."""
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.copy_(parameter.bfloat16())
+        for name, weight in weights.items():
+            dense.get_submodule(name).weight.copy_(weight)
+    return dense
+
+
+def checkpoints_of(
+    base: Path, tiny_recipe: Callable[..., Path], stages: Mapping[str, list[dict[str, Any]]]
+) -> Callable[[str], Path]:
+    """Return a function that compresses ``base/source`` by named stages, once, in float32.
+
+    It returns the folder of the checkpoint.
+    """
+
+    def checkpoint(name: str) -> Path:
+        output = base / name.replace(", ", "-").replace(" ", "-")
+        if not output.exists():
+            path = tiny_recipe(base / "source", output, stages=stages[name])
+            compress(load_recipe(path, ["model.dtype=float32"]), Machine("cpu"))
+        return output / "checkpoint"
+
+    return checkpoint
 
 
 def changed(before: Path, after: Path) -> set[str]:

@@ -208,13 +208,14 @@ def run_together(x: Tensor, matrices: Sequence[tuple[Masked]]) -> list[Tensor] |
             first.group,
         )
         return together
-    return _products(x, members)
+    return _products(x, members, groups)
 
 
-def _products(x: Tensor, members: Sequence[Masked]) -> list[Tensor]:
+def _products(
+    x: Tensor, members: Sequence[Masked], groups: Sequence[masked_cuda.Groups]
+) -> list[Tensor]:
     """Multiply by groups of integers, which agree in all but their numbers of rows."""
-    index, groups = x.device.index or 0, [_groups(stored) for stored in members]
-    serves = 0 < len(x) <= SOME_ROWS and cuda_problem(index) is None
+    serves = 0 < len(x) <= SOME_ROWS and cuda_problem(x.device.index or 0) is None
     if not serves or not all([masked_cuda.serves_groups(g, x.shape[1]) for g in groups]):
         return [_product(x, stored) for stored in members]
     x = x.contiguous()
@@ -234,13 +235,11 @@ def group_linears(
     group: int,
 ) -> list[Tensor]:
     """Return the products of one input and matrices in groups of integers."""
-    return _products(
-        x,
-        [
-            Masked(GROUPS, columns, *tensors, bits=bits, group=group)
-            for tensors in zip(values, mask, scale, starts, offsets, strict=True)
-        ],
-    )
+    members = [
+        Masked(GROUPS, columns, *tensors, bits=bits, group=group)
+        for tensors in zip(values, mask, scale, starts, offsets, strict=True)
+    ]
+    return _products(x, members, [_groups(stored) for stored in members])
 
 
 @group_linears.register_fake

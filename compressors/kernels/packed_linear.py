@@ -194,14 +194,11 @@ def run_together(x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor] | None:
             return None
         if (zero is None) != (first_zero is None):
             return None
-    if torch.compiler.is_compiling():
-        together: list[Tensor] = packed_linears(
-            x, [m[0] for m in matrices], [m[1] for m in matrices], [m[2] for m in matrices], bits
-        )
-        return together
-    return _products(
+    multiply = packed_linears if torch.compiler.is_compiling() else _products
+    together: list[Tensor] = multiply(
         x, [m[0] for m in matrices], [m[1] for m in matrices], [m[2] for m in matrices], bits
     )
+    return together
 
 
 def refuse(need: Need) -> str | None:

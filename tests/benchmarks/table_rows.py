@@ -168,7 +168,7 @@ def timed() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def integers() -> Iterator[tuple[str, Stages]]:
-    """Yield the rows of integers: alone, behind low rank and sparsity, and planned jointly."""
+    """Yield the rows of integers: of plain rounding, of factors and values, and of joint plans."""
 
     def quantize(method: str, bits: int, group: int | None, **options: Any) -> dict[str, Any]:
         return {"quantize": {"method": method, "bits": bits, "group_size": group, **options}}

@@ -60,6 +60,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def plan_stages(
+    lrc: Callable[..., Any],
+    tiny_model_folder: Path,
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+) -> Callable[..., Any]:
+    """Call `lrc plan` with stages for the tiny model; return how it ended."""
+
+    def plan(*stages: dict[str, Any]) -> Any:
+        return lrc("plan", tiny_recipe(tiny_model_folder, tmp_path / "run", stages=[*stages]))
+
+    return plan
+
+
 @pytest.fixture(scope="module")
 def run_stages(
     tiny_model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path_factory: Any

@@ -163,16 +163,9 @@ BAD: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_error(
-    lrc: Callable[..., Any],
-    tiny_model_folder: Path,
-    tiny_recipe: Callable[..., Path],
-    tmp_path: Path,
-    case: str,
-) -> None:
+def test_a_mistake_is_one_error(plan_stages: Callable[..., Any], case: str) -> None:
     stages, code, where, words = BAD[case]
-    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
-    lrc("plan", recipe).refuses(2, *words, code=code, where=where)
+    plan_stages(*stages).refuses(2, *words, code=code, where=where)
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {

@@ -81,16 +81,9 @@ BAD: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_error(
-    lrc: Callable[..., Any],
-    tiny_model_folder: Path,
-    tiny_recipe: Callable[..., Path],
-    tmp_path: Path,
-    case: str,
-) -> None:
+def test_a_mistake_is_one_error(plan_stages: Callable[..., Any], case: str) -> None:
     options, code, where, words = BAD[case]
-    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=[INT4, {"heal": options}])
-    lrc("plan", recipe).refuses(2, *words, code=code, where=where)
+    plan_stages(INT4, {"heal": options}).refuses(2, *words, code=code, where=where)
 
 
 def test_scales_need_integers(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.heal_stages import BLOCK, DISTILL, INT4
+from tests.heal_stages import BLOCK, DISTILL, INT4, STORED
 from tests.shared_runs import Run, Stopper, changed, tensors_of
 from transformers import AutoModelForCausalLM
 
@@ -22,20 +22,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 FORMS: dict[str, list[dict[str, Any]]] = {
-    "low_rank": [{"decompose": {"method": "svd", "keep": 0.6, "storage": "low_rank"}}],
-    "shared low_rank": [{"decompose": {"method": "basis-sharing", "keep": 0.6}}],
-    "pivoted_low_rank": [
-        {"decompose": {"method": "svd", "keep": 0.6, "storage": "pivoted_low_rank"}}
-    ],
+    **STORED,
     "low_rank with a bias": [{"decompose": {"method": "lord", "keep": 0.6}}],
-    "sparse": [{"decompose": {"method": "magnitude", "keep": 0.6}}],
     "sparse 2:4": [{"decompose": {"method": "magnitude", "keep": 0.6, "pattern": "2:4"}}],
-    "semi_structured": [{"decompose": {"method": "magnitude", "keep": 0.6, "pattern": "n:8"}}],
-    "dictionary": [{"decompose": {"method": "dictionary", "keep": 0.6}}],
     "shared dictionary": [
         {"decompose": {"method": "cospadi", "keep": 0.6, "rounds": 1, "layers_per_group": 2}}
     ],
-    "tensor_train": [{"decompose": {"method": "tensor-train", "keep": 0.6, "rounds": 1}}],
     "dense": [INT4],
     "dense, asymmetric": [
         {"quantize": {"method": "rtn", "bits": 3, "group_size": 16, "symmetric": False}}
@@ -44,10 +36,6 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"quantize": {"method": "rtn", "bits": 2, "low_rank_correction": {"rank": 4}}}
     ],
     "block_sparse": [{"quantize": {"method": "gqsa", "bits": 4, "group_size": 16}}],
-    "quantized low_rank": [
-        {"decompose": {"method": "svd", "keep": 0.6, "storage": "low_rank"}},
-        {"quantize": {"method": "rtn", "bits": 4}},
-    ],
     "quantized pivoted_low_rank": [
         {"decompose": {"method": "svd", "keep": 0.6, "storage": "pivoted_low_rank"}},
         {"quantize": {"method": "rtn", "bits": 4}},

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.heal_stages import INT4, STORED
 from tests.shared_runs import Run, Stopper, changed, tensors_of
 from transformers import AutoModelForCausalLM
 
@@ -24,22 +25,13 @@ COMPACTER = {"train": "compacter", "rank": 2}
 BUDGET = {"rate": 2e-2, "batch": 4, "held_out": 512}
 DISTILL = {"method": "distill", "steps": 30, **LORA, **BUDGET}
 BLOCK = {"method": "block", "steps": 20, "samples": 16, **LORA, **BUDGET}
-INT4 = {"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}
 
 FORMS: dict[str, list[dict[str, Any]]] = {
-    "low_rank": [{"decompose": {"method": "svd", "keep": 0.6, "storage": "low_rank"}}],
-    "shared low_rank": [{"decompose": {"method": "basis-sharing", "keep": 0.6}}],
-    "pivoted_low_rank": [
-        {"decompose": {"method": "svd", "keep": 0.6, "storage": "pivoted_low_rank"}}
-    ],
-    "sparse": [{"decompose": {"method": "magnitude", "keep": 0.6}}],
-    "semi_structured": [{"decompose": {"method": "magnitude", "keep": 0.6, "pattern": "n:8"}}],
-    "dictionary": [{"decompose": {"method": "dictionary", "keep": 0.6}}],
+    **STORED,
     "quantized tensor_train": [
         {"decompose": {"method": "tensor-train", "keep": 0.6, "rounds": 1}},
         {"quantize": {"method": "rtn", "bits": 4}},
     ],
-    "tensor_train": [{"decompose": {"method": "tensor-train", "keep": 0.6, "rounds": 1}}],
     "integers": [INT4],
     "sliced integers": [
         {"slice": {"method": "slicegpt", "keep": 0.95, "rotations": "block"}},
@@ -47,10 +39,6 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     ],
     "asymmetric integers": [
         {"quantize": {"method": "rtn", "bits": 3, "group_size": 16, "symmetric": False}}
-    ],
-    "quantized low_rank": [
-        {"decompose": {"method": "svd", "keep": 0.6, "storage": "low_rank"}},
-        {"quantize": {"method": "rtn", "bits": 4}},
     ],
 }
 MIXED = [
@@ -305,14 +293,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_error(
-    lrc: Callable[..., Any],
-    tiny_model_folder: Path,
-    tiny_recipe: Callable[..., Path],
-    tmp_path: Path,
-    case: str,
-) -> None:
+def test_a_mistake_is_one_error(plan_stages: Callable[..., Any], case: str) -> None:
     first, train, code, where, words = BAD[case]
-    stages = [first, {"heal": options_for(train, "distill")}]
-    recipe = tiny_recipe(tiny_model_folder, tmp_path / "run", stages=stages)
-    lrc("plan", recipe).refuses(2, words, code=code, where=where)
+    ended = plan_stages(first, {"heal": options_for(train, "distill")})
+    ended.refuses(2, words, code=code, where=where)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.shared_runs import dense_with
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -122,13 +123,9 @@ def test_stock_transformers_compute_the_stored_weights_and_generate(
     tmp_path: Path,
 ) -> None:
     run = compressed(case)
-    dense = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
+    dense = dense_with(tiny_model_folder, weights_of(run))
     model = AutoModelForCausalLM.from_pretrained(run / "checkpoint", dtype=torch.float32).eval()
     with torch.no_grad():
-        for parameter in dense.parameters():
-            parameter.copy_(parameter.bfloat16())
-        for name, weight in weights_of(run).items():
-            dense.get_submodule(name).weight.copy_(weight)
         expected, logits = dense(sample).logits, model(sample).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
         assert torch.equal(logits.argmax(-1), expected.argmax(-1))

@@ -8,14 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tests.shared_runs import checkpoints_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lrc.compressors.integrations.peft_lora import AdapterError
-from lrc.compressors.io.machine import Machine
 from lrc.compressors.layers import COMPONENTS, CompressedLinear
-from lrc.compressors.pipeline import compress
-from lrc.configs.load import load_recipe
 
 # PEFT asks for an attribute that the newest transformers has renamed.
 pytestmark = [
@@ -63,15 +61,7 @@ def checkpoint(
     base = tmp_path_factory.mktemp("adapters")
     tiny_llama(tie_word_embeddings=True).save_pretrained(base / "source")
     make_tokenizer().save_pretrained(base / "source")
-
-    def result(form: str) -> Path:
-        output = base / form.replace(" ", "-")
-        if not output.exists():
-            path = tiny_recipe(base / "source", output, stages=FORMS[form])
-            compress(load_recipe(path, ["model.dtype=float32"]), Machine("cpu"))
-        return output / "checkpoint"
-
-    return result
+    return checkpoints_of(base, tiny_recipe, FORMS)
 
 
 def load(folder: Path, **options: Any) -> Any:

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.shared_runs import checkpoints_of
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lrc.compressors.io.machine import Machine
-from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError
-from lrc.configs.load import load_recipe
 
 # Before vLLM reads them: one process, so that errors can be seen, and little memory.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -64,15 +62,7 @@ def checkpoint(
         base / "source"
     )
     make_tokenizer().save_pretrained(base / "source")
-
-    def result(kind: str) -> Path:
-        output = base / kind.replace(", ", "-").replace(" ", "-")
-        if not output.exists():
-            path = tiny_recipe(base / "source", output, stages=(KINDS | SERVED)[kind])
-            compress(load_recipe(path, ["model.dtype=float32"]), Machine("cpu"))
-        return output / "checkpoint"
-
-    return result
+    return checkpoints_of(base, tiny_recipe, KINDS | SERVED)
 
 
 def engine(folder: Path, dtype: str = "float32") -> Any:
