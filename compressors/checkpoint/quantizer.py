@@ -118,6 +118,7 @@ class LrcQuantizer(HfQuantizer):
     requires_calibration = True  # loads compressed checkpoints; cannot compress while loading
     quantization_config: LrcConfig
     _wait_for_hashes: Callable[[], None] | None
+    _has_split_experts = False
     _cut = 0
     """Number of the budget to cut to after loading."""
 
@@ -151,7 +152,8 @@ class LrcQuantizer(HfQuantizer):
 
     def rebuild_(self, model: Any) -> TensorSpecs:
         """Change a model without weights as the config states; return the tensors it expects."""
-        if has_experts(self.quantization_config.tables[MODULES], model):
+        self._has_split_experts = has_experts(self.quantization_config.tables[MODULES], model)
+        if self._has_split_experts:
             split_experts_(model)
         tables = fit_names(self.quantization_config.tables, model)
         self.quantization_config.tables = tables
@@ -228,12 +230,16 @@ class LrcQuantizer(HfQuantizer):
                 model.all_tied_weights_keys[f"{name}.weight"] = f"{owner}.weight"
         widen_(model, self._original_shapes)  # those of the config without `quantization_config`
         fuse_experts_(model)
+        self._has_split_experts = False
         return model
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """Leave the names of split experts as they are; called before weights are loaded."""
-        found: Any = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call, unused-ignore]
-        return without_experts(found, model)
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        """Leave the names of split experts as they are; called before weights are loaded.
+
+        Older versions of transformers do not give the model.
+        """
+        found: Any = super().update_weight_conversions(weight_conversions, *model)  # type: ignore[no-untyped-call, unused-ignore]
+        return without_experts(found) if self._has_split_experts else found
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
         """Update the config, which `save_pretrained` writes after this call."""

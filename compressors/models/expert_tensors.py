@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -71,15 +71,11 @@ def own_conversions(model: Any) -> list[WeightTransform]:
     published models would take for their own.
     """
     found: list[WeightTransform] = get_model_conversion_mapping(model)
-    return without_experts(found, model)
+    return without_experts(found) if any(split_modules(model)) else found
 
 
-def without_experts(
-    conversions: Sequence[WeightTransform], model: nn.Module
-) -> list[WeightTransform]:
-    """Return the conversions without those that fuse experts, if those of the model are split."""
-    if not any(split_modules(model)):
-        return list(conversions)
+def without_experts(conversions: Sequence[WeightTransform]) -> list[WeightTransform]:
+    """Return the conversions without those that fuse experts."""
     return [
         each
         for each in conversions
