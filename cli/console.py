@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -29,11 +29,12 @@ class Steps:
     """Progress of a run: bars on a terminal, otherwise one line per finished stage.
 
     Calling it records a step. After a first signal it raises `Stopped`, because between steps
-    everything finished is on disk.
+    everything finished is on disk. Signals are ignored if `lost` returns True: launchers send one
+    when a process of several has ended, and that is reported instead.
     """
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
+    def __init__(self, *, quiet: bool, lost: Callable[[], bool] = lambda: False) -> None:
+        self._quiet, self._lost = quiet, lost
         self.taken = 0
         self._signal: int | None = None
         self._started = self._printed = time.monotonic()  # the stage; the last line
@@ -91,6 +92,8 @@ class Steps:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._lost():
+            return
         if self._signal is not None:  # the second one: exit now; what is finished is on disk
             if self._bars is not None:
                 say("\x1b[?25h")  # show the cursor, which the bars have hidden

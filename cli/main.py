@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lrc.cli import console, streams
+from lrc.cli import console, processes, streams
 from lrc.cli.bench import bench, known
 from lrc.cli.delta import delta_app
 from lrc.cli.eval_command import evaluate
@@ -56,12 +56,13 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    processes.refuse_several(context.invoked_subcommand)
 
 
 @app.command()
@@ -161,10 +162,17 @@ def compress(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a recipe to checkpoint and report; continues where an earlier run was stopped."""
+    """Run a recipe to checkpoint and report; continues where an earlier run was stopped.
+
+    Several processes, started by `torchrun -m lrc compress`, divide the work.
+    """
     from lrc.configs.load import load_recipe
 
+    team = processes.team(device) if processes.is_one_of_several() else None
     loaded = load_recipe(recipe, overrides or [])
+    if team is not None and team.assists:
+        processes.assist(team, loaded)
+        return
     from lrc.cli import tables
     from lrc.compressors.evaluate.gates import check_gates, metrics_of
     from lrc.compressors.io.machine import Machine
@@ -172,10 +180,10 @@ def compress(
 
     console.quiet_transformers()
     missed: EvaluationIncomplete | GateMissed | None = None
-    with console.Steps(quiet=quiet).running() as steps:
+    with console.Steps(quiet=quiet, lost=processes.lost).running() as steps:
         try:
             machine = Machine(device, overwrite=overwrite, on_step=steps, on_warning=steps.warn)
-            report = run(loaded, machine)
+            report = run(loaded, machine if team is None else team.machine(machine, loaded))
         except (EvaluationIncomplete, GateMissed) as error:
             missed, report = error, error.report
         except Stopped:
@@ -276,5 +284,6 @@ def main() -> None:
     except typer.Exit as done:  # --help, --version
         sys.exit(done.exit_code)
     except (Exception, KeyboardInterrupt) as error:
-        sys.exit(console.exit_code_of(error, debug="--debug" in sys.argv))
+        sys.exit(processes.exit_code_of(error, debug="--debug" in sys.argv))
+    processes.end()
     sys.exit(0)

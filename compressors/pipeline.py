@@ -27,7 +27,7 @@ from lrc.compressors.page.page_file import PAGE, write_page
 from lrc.compressors.planning.loss_curves import LossCurves
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import Prepared, prepare
-from lrc.compressors.session import Session, open_session
+from lrc.compressors.session import Session, join_session, open_session
 from lrc.compressors.stages import STAGES
 from lrc.compressors.stages.compress_weights import (
     EXECUTED,
@@ -78,7 +78,7 @@ def compress(
                 _check_source(session)
                 _save(session, _run_stages(session), loaded)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
-            evaluation = _evaluate(session)
+            evaluation = session.in_all_processes(_evaluate)
             remove(session.journal.output / PAGE)  # of an earlier evaluation
             result = report.write(session, _executed(session), evaluation)
         page = session.journal.output / PAGE
@@ -93,6 +93,18 @@ def compress(
     if missed := [each.sentence for each in gates if not each.passed]:
         raise GateMissed(missed, result)
     return result
+
+
+def assist(loaded: LoadedRecipe, machine: Machine) -> None:
+    """Take part in a run that the first of several processes executes with `compress`.
+
+    Raises
+    ------
+    LrcError
+        The state is saved, and the same call continues.
+    """
+    with join_session(prepare(loaded.recipe, STAGES), machine) as session:
+        session.assist()
 
 
 @dataclass(frozen=True)
@@ -261,10 +273,11 @@ def _evaluate(session: Session) -> dict[str, Any]:
         journal=session.journal,
         device=session.device,
         dtype=models.dtype,
-        memory_limit_gib=session.calibration.memory_limit_gib,
+        memory_limit_gib=session.calibration.memory_limit_gib / session.processes.size,
         on_step=session.on_step,
+        processes=session.processes,
     )
-    streamed = streams(recipe.evaluate, sizes, free_memory(session.device))
+    streamed = session.processes.agree(streams(recipe.evaluate, sizes, free_memory(session.device)))
     evaluator = Evaluator(
         recipe.evaluate,
         recipe.seed,
@@ -282,5 +295,6 @@ def _evaluate(session: Session) -> dict[str, Any]:
             trust_remote_code=trusted,
         ),
         streaming=streaming if streamed else None,
+        processes=session.processes,
     )
     return evaluator.add_baselines(evaluator.evaluate(), targets)

@@ -106,6 +106,12 @@ class OutputError(LrcError):
     default_code = "invalid-output"
 
 
+class ProcessLost(LrcError):
+    """A process of a run in several processes has ended; the same command continues."""
+
+    default_code = "process-lost"
+
+
 class EvaluationIncomplete(LrcError):
     """The run is complete and saved, but some texts or tasks could not be measured."""
 

@@ -30,20 +30,27 @@ Shape = tuple[int, int, int]
 class ActivationCache:
     """Hidden states or gradients [n_windows, length, d_model] in float32, after `done` layers.
 
+    Of the windows of this process; `first` is the number of windows of the processes before it.
     Kept on the GPU if there is room, else in memory up to the limit, else on disk. The name, one of
     `NAMES`, is that of the snapshots and of the file on disk.
     """
 
-    def __init__(self, context: CalibrationContext, name: str, shape: Shape) -> None:
+    def __init__(
+        self, context: CalibrationContext, name: str, shape: Shape, first: int = 0
+    ) -> None:
         self._journal, self._name = context.journal, name
+        self._alone, self._first = context.processes.alone, first
         self._saved = time.monotonic()
         self.done = 0
         self.tensor = _allocate(context, name, shape, torch.float32, context.device)
 
     def finish_layer(self, *, save: bool) -> None:
-        """Count one more finished layer; if `save`, write a snapshot when one is due."""
+        """Count one more finished layer; if `save`, write a snapshot when one is due.
+
+        Several processes write none: they are not at the same layer.
+        """
         self.done += 1
-        if save and time.monotonic() - self._saved > SNAPSHOT_SECONDS:
+        if save and self._alone and time.monotonic() - self._saved > SNAPSHOT_SECONDS:
             self.save()
 
     def save(self) -> None:
@@ -62,8 +69,10 @@ class ActivationCache:
         snapshots = self._snapshots()
         if not snapshots:
             return False
-        stored: Tensor = torch.from_file(str(snapshots[-1]), shared=False, size=self.tensor.numel())
-        self.tensor.copy_(stored.view_as(self.tensor))
+        offset = self._first * prod(self.tensor.shape[1:])
+        size = offset + self.tensor.numel()
+        stored: Tensor = torch.from_file(str(snapshots[-1]), shared=False, size=size)
+        self.tensor.copy_(stored[offset:].view_as(self.tensor))
         self.done = int(snapshots[-1].stem.removeprefix(f"{self._name}-"))
         return True
 
@@ -104,7 +113,7 @@ def _allocate(
         return torch.empty(shape, dtype=dtype, device=device)
     if n_bytes <= context.memory_limit_gib * GIB:
         return torch.empty(shape, dtype=dtype)
-    path = context.journal.path(f"{name}{LIVE}")
+    path = context.journal.path(live_file(name, context.processes.rank))
     with storage_errors(path):
         with path.open("wb") as file:
             # Reserve the space now: if the disk fills up later, writing to the map kills us.
@@ -116,7 +125,13 @@ def _allocate(
     return flat.view(shape)
 
 
+def live_file(name: str, rank: int = 0) -> str:
+    """Return the journal's name for the file of a buffer that does not fit into memory."""
+    return f"{name}-{rank}{LIVE}" if rank else f"{name}{LIVE}"
+
+
 def cache_files(journal: Journal) -> list[str]:
     """Return the journal's names of all buffers and snapshots that calibration may have left."""
-    snapshots = [path.name for name in NAMES for path in journal.work.glob(f"{name}-*.f32")]
-    return [*(f"{n}{LIVE}" for n in NAMES), *(f".{n}.partial" for n in NAMES), *snapshots]
+    found = [path.name for n in NAMES for path in journal.work.glob(f"{n}-*.f32")]
+    found += [path.name for n in NAMES for path in journal.work.glob(f"{n}*{LIVE}")]
+    return [*(f".{n}.partial" for n in NAMES), *found]

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.architecture import Architecture
@@ -32,6 +33,8 @@ class CalibrationContext:
     on_step: OnStep
     labels: Labels = "model"
     """Labels of the loss whose gradients are taken, see `logit_gradient`."""
+    processes: Processes = ALONE
+    """Processes over which the windows are divided."""
 
     @property
     def device_type(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lrc.compressors.calibrate.calibration_context import Labels, check_finite
-from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches, watch
+from lrc.compressors.calibrate.layer_executor import LayerExecutor, watch
 from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
 from lrc.compressors.layers.experts import Expert
 from lrc.compressors.solvers.moments import token_weights
@@ -31,7 +31,8 @@ def forward_layer(
     """Replace the hidden states [n_windows, length, d_model] by the layer's output, in place.
 
     Returns the sums for the linears in each entry of `required`, and the number of tokens that
-    every linear received. Inputs or hidden states that are not finite raise `ModelError`.
+    every linear received; of all processes in the last one only. Inputs or hidden states that are
+    not finite raise `ModelError`.
     """
     linears, groups = executor.linears(index), executor.calls[index].groups
     parts = [LinearStatistics.forward(groups, linears, each) for each in required]
@@ -54,6 +55,7 @@ def forward_layer(
         executor.layer(index) as layer,
         watch_gates(executor.architecture.layer_names[index], layer, gates),
         watch(model, statistics.watched, see),
+        executor.context.processes.continued(statistics.sums, statistics.n_tokens),
     ):
         executor.advance_(index, hidden)
     for key, total in statistics.sums.items():
@@ -120,8 +122,9 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
     context, tokens = executor.context, executor.tokens
     generator = torch.Generator(context.device)
     with executor.around_layers(head=True):
-        for rows in batches(tokens, HEAD_TOKENS[context.device_type]):
-            generator.manual_seed(context.seed + rows.start)  # independent of the batches before
+        for rows in executor.pieces(HEAD_TOKENS[context.device_type]):
+            # Independent of the batches before.
+            generator.manual_seed(context.seed + executor.numbers[rows.start])
             leaf = hidden[rows].to(context.device).requires_grad_()
             with torch.enable_grad():
                 logits = executor.logits(leaf, tokens[rows])
@@ -139,7 +142,8 @@ def backward_layer(
     """Replace the gradients at a layer's output by those at its input, in place.
 
     `states` and `gradients` are [n_windows, length, d_model], the states at the layer's input.
-    Returns the sums for the linears in each entry of `required`. Gradients that are not finite
+    Returns the sums for the linears in each entry of `required`, of all processes in the last one
+    only. Gradients that are not finite
     raise `ModelError`.
     """
     parts = [LinearStatistics.backward(executor.linears(index), each) for each in required]
@@ -157,7 +161,12 @@ def backward_layer(
     # The other attention kernels of a GPU sum their backward pass in no fixed order.
     on_gpu = context.device_type == "cuda"
     deterministic = sdpa_kernel(SDPBackend.MATH) if on_gpu else nullcontext()
-    with executor.layer(index), watch(model, statistics.watched, see), deterministic:
+    with (
+        executor.layer(index),
+        watch(model, statistics.watched, see),
+        deterministic,
+        context.processes.continued(statistics.sums, statistics.n_tokens),
+    ):
         for rows in executor.batches:
             leaf = states[rows].to(context.device, torch.float32).requires_grad_()
             with torch.enable_grad():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor, batches
+from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor
 from lrc.compressors.calibrate.replaceable import irreplaceable, is_linear
 from lrc.compressors.calibrate.simulated_weights import SimulatedProducts, SimulatedReader
 from lrc.compressors.io.journal import Journal
@@ -124,8 +124,7 @@ def _simulation(
         seed=0,
         on_step=lambda *_: None,
     )
-    executor = LayerExecutor(context)
-    executor.batches = batches(executor.tokens, BATCH * LENGTH)
+    executor = LayerExecutor(context, batch_tokens=BATCH * LENGTH)
     with _cheap(architecture.model), SimulatedProducts(), torch.no_grad():
         yield executor
 

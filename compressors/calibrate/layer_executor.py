@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from math import ceil
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from lrc.configs.errors import ModelError
 
 # Enough tokens a batch to keep matrix products efficient, few enough to keep attention small.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+MIN_BATCHES = 8
+"""If there are so many windows: several processes divide whole batches, of any number of processes
+the same ones."""
 
 
 @dataclass
@@ -48,16 +52,45 @@ class LayerExecutor:
     """A model that computes on the calibration windows, one decoder layer at a time.
 
     The skeleton of the context's architecture is filled and emptied in place.
+
+    Parameters
+    ----------
+    context : CalibrationContext
+        Its processes divide the batches of windows.
+    batch_tokens : int, optional
+        Tokens in a batch, at most.
+    in_turn : bool
+        Whether processes take batches in turn, instead of consecutive ones.
     """
 
     dtype = torch.float32
     """Precision of the weights and of the computation."""
 
-    def __init__(self, context: CalibrationContext, *, batch_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        context: CalibrationContext,
+        *,
+        batch_tokens: int | None = None,
+        in_turn: bool = False,
+    ) -> None:
         self.context, self.architecture = context, context.architecture
-        self.tokens = context.windows()
-        """[n_windows, length]"""
-        self.batches = batches(self.tokens, batch_tokens or BATCH_TOKENS[context.device_type])
+        windows, processes = context.windows(), context.processes
+        if batch_tokens is None:
+            few = ceil(len(windows) / MIN_BATCHES) * windows.shape[1]
+            batch_tokens = min(BATCH_TOKENS[context.device_type], few)
+        every = batches(windows, batch_tokens)
+        own = processes.turn(len(every)) if in_turn else processes.block(len(every))
+        self.n_tokens = windows.numel()
+        """Of all processes."""
+        self.n_batches = len(every)
+        """Of all processes."""
+        self.numbers = [n for each in own for n in range(len(windows))[every[each]]]
+        """Of the windows of this process, among all."""
+        self.tokens = windows[self.numbers]
+        """Windows of this process [n_windows, length]."""
+        self.batches = batches(self.tokens, batch_tokens)
+        """Of this process."""
+        self._traced = windows[every[0]]
         head = self.architecture.model.get_output_embeddings()
         self._heads = [n for n, module in self.architecture.model.named_modules() if module is head]
 
@@ -77,6 +110,14 @@ class LayerExecutor:
         return {
             linear.name: linear for linear in self.architecture.linears if linear.layer == index
         }
+
+    def pieces(self, most: int) -> list[slice]:
+        """Split every batch into pieces of at most `most` tokens, or of one window."""
+        return [
+            slice(rows.start + piece.start, min(rows.start + piece.stop, rows.stop))
+            for rows in self.batches
+            for piece in batches(self.tokens[rows], most)
+        ]
 
     @contextmanager
     def around_layers(self, *, head: bool = False) -> Iterator[None]:
@@ -168,7 +209,7 @@ class LayerExecutor:
 
     @torch.no_grad()
     def trace(self) -> list[LayerCall]:
-        """Run the first batch through all layers and record how each is called.
+        """Run the first batch of all processes through all layers and record how each is called.
 
         If the last batch is smaller, the model is run for it too, with layers that return their
         input: the arguments have other shapes, but no weight is needed.
@@ -178,11 +219,11 @@ class LayerExecutor:
         with self.around_layers(), ExitStack() as hooks, ExitStack() as loaded:
             for index, call in enumerate(calls):
                 self._trace_layer(index, call, hooks, loaded)
-            self._forward(self.tokens[self.batches[0]])
+            self._forward(self._traced)
             if not all(call.arguments for call in calls):
                 raise ModelError("model: its forward does not call every decoder layer")
             hooks.close()
-            last = self.tokens[self.batches[-1]]
+            last = self.tokens[self.batches[-1]] if self.batches else self._traced
             if len(last) not in calls[0].arguments:
 
                 def identity(*args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from lrc.compressors.calibrate.activation_cache import ActivationCache
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
 from lrc.compressors.calibrate.layer_executor import ForwardEnded, LayerExecutor
 from lrc.compressors.calibrate.statistic_table import RunningSums
+from lrc.compressors.distributed.processes import OrderedSum
 from lrc.compressors.layers.experts import SplitExperts
 from lrc.compressors.solvers.error_compensation import PrefixMoments
 from lrc.compressors.solvers.linalg import tensor_cores
@@ -36,8 +37,8 @@ class SequentialCalibration:
     def __init__(self, context: CalibrationContext) -> None:
         half = replace(context, memory_limit_gib=context.memory_limit_gib / 2)
         self._device = context.device
-        self._executor = LayerExecutor(half)
-        self.n_tokens = self._executor.tokens.numel()
+        self._executor = LayerExecutor(half, in_turn=True)
+        self.n_tokens = self._executor.n_tokens
         self._replaced: dict[tuple[str, str], nn.Parameter] = {}
         self._writers: dict[tuple[object, ...], list[str]] = {}  # by kind of layer
         self._dense = self._executor.embedded("dense")
@@ -66,31 +67,36 @@ class SequentialCalibration:
         of the inputs in the compressed model. Raises a `ModelError` that names the linear if the
         inputs are not finite.
         """
-        leader, sums = names[0], RunningSums()
+        executor, leader = self._executor, names[0]
+        ordered = OrderedSum(executor.context.processes, executor.n_batches)
         with self._loaded(layer) as module:
             writers = self._residual_writers(layer, module) if deficit else []
             # Without the output of the leader and of later writers, the output of the layer is the
             # residual stream to which the leader adds its output.
             zeroed = writers[writers.index(leader) :] if leader in writers else []
-            for rows in self._executor.batches:
+            for rows in executor.batches:
+                sums = RunningSums()
                 x, stream = self._input(layer, self._dense[rows], leader, zeroed)
                 with self._using_replaced():
                     x_hat, stream_hat = self._input(layer, self._compressed[rows], leader, zeroed)
                 if capped:
-                    weights = token_weights(x_hat, self._executor.tokens.shape[1]).sqrt()
+                    weights = token_weights(x_hat, executor.tokens.shape[1]).sqrt()
                     x, x_hat = weights * x, weights * x_hat
                 sums.add_square("H", x_hat)
                 sums.add_product("cross", x, x_hat)
                 if stream is not None and stream_hat is not None:
                     missing = (stream - stream_hat).flatten(0, -2)
                     sums.add_product("deficit", weights * missing if capped else missing, x_hat)
-        for total in sums.values():
+                ordered.add_(sums)
+        found = ordered.total()
+        for total in found.values():
             check_finite(
                 total,
                 f"the inputs of {leader} after the compressed layers",
                 "raise 'keep', or leave out 'compensate'",
             )
-        return PrefixMoments(sums["H"], sums["cross"], {leader: sums["deficit"]} if zeroed else {})
+        deficits = {leader: found["deficit"]} if zeroed else {}
+        return PrefixMoments(found["H"], found["cross"], deficits)
 
     def _input(
         self, layer: int, hidden: Tensor, leader: str, zeroed: Sequence[str]
@@ -127,11 +133,14 @@ class SequentialCalibration:
         prefix = f"{self._executor.architecture.layer_names[layer]}."
         kind = (type(module), *(name.removeprefix(prefix) for name in names))
         if kind not in self._writers:
-            hidden = self._dense[self._executor.batches[0]]
-            found = find_writers(
-                lambda: self._executor.apply(layer, hidden),
-                [(name, self._linear(name)) for name in names],
-            )
+            found, processes = list[str](), self._executor.context.processes
+            if processes.first:
+                hidden = self._dense[self._executor.batches[0]]
+                found = find_writers(
+                    lambda: self._executor.apply(layer, hidden),
+                    [(name, self._linear(name)) for name in names],
+                )
+            found = processes.agree(found)
             self._writers[kind] = [name.removeprefix(prefix) for name in found]
         return [prefix + name for name in self._writers[kind]]
 

@@ -128,7 +128,8 @@ class _Collection:
         if not (forward or backward):
             return
         shape = self.executor.shape
-        states = ActivationCache(self.context, "states", shape)
+        first = self.executor.numbers[0] if self.executor.numbers else 0
+        states = ActivationCache(self.context, "states", shape, first)
         if not backward:
             # Only a run without backward pass can resume from saved hidden states; a backward pass
             # needs the input of every layer.
@@ -136,7 +137,7 @@ class _Collection:
                 self.executor.embed_(states.tensor)
             self._forward(states, n_layers, [])
             return
-        gradients = ActivationCache(self.context, "gradients", shape)
+        gradients = ActivationCache(self.context, "gradients", shape, first)
         resumed = gradients.resume()
         left = n_layers - gradients.done  # layers that the backward pass still has to process
         checkpoints = allocate_checkpoints(self.context, left, shape)
@@ -156,9 +157,9 @@ class _Collection:
             found, n_tokens = forward_layer(self.executor, index, states.tensor, required)
             groups = self.executor.calls[index].groups
             for variant, names, sums in zip(self.variants, required, found, strict=True):
-                if names:
+                if names and self.context.processes.last:
                     leaders = {n: group[0] for group in groups for n in group if n in names}
-                    facts = {"leaders": leaders, "n_tokens": self.executor.tokens.numel()}
+                    facts = {"leaders": leaders, "n_tokens": self.executor.n_tokens}
                     routed = self._routed(index, names, n_tokens)
                     file = statistics_files(index)[INPUTS]
                     _write(variant.journal, file, sums, facts | {"routed": routed})
@@ -173,7 +174,7 @@ class _Collection:
                 self.executor, index, checkpoints[index], gradients.tensor, required
             )
             for variant, names, sums in zip(self.variants, required, found, strict=True):
-                if names:
+                if names and self.context.processes.last:
                     _write(variant.journal, statistics_files(index)[GRADIENTS], sums, {})
             gradients.finish_layer(save=index > stop)
             self.context.on_step("gradients", gradients.done, n_layers - stop)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +20,9 @@ from lrc.compressors.compress.group import (
 )
 from lrc.compressors.compress.refine import refine
 from lrc.compressors.compress.solve import compress_group, refit_dense
+from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.machine import OnStep
+from lrc.compressors.io.machine import OnStep, to_host
 from lrc.compressors.layers import layer_tensors
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
@@ -66,6 +69,7 @@ def compress_layers(
     finished: Callable[[int], None] = lambda layer: None,
     folder: str = COMPRESSED,
     base: str | None = None,
+    processes: Processes = ALONE,
 ) -> Plan:
     """Compress every weight of a plan.
 
@@ -85,30 +89,36 @@ def compress_layers(
     base : str, optional
         Folder with the results of the same plan at its smallest budget. Tasks that compensate then
         only add refinements to them.
+    processes : Processes
+        They divide the tasks of a layer that are solved at the same time, and the first one writes
+        the results.
 
     Returns
     -------
     Plan
-        With the results of all tasks. The journal has the tensors under their names in the
-        checkpoint and in the dtype of the model; those of a group are in the file of its first
-        layer.
+        With the results of all tasks, in the first process. The journal has the tensors under their
+        names in the checkpoint and in the dtype of the model; those of a group are in the file of
+        its first layer.
     """
-    work = Compression(plan, reader, journal, statistics, device, folder, base)
+    work = Compression(plan, reader, journal, statistics, device, folder, base, processes)
     layers = sorted({w.layer for task in plan.tasks for w in task.weights})
     # Hidden states are needed up to the last layer that still has to be refitted.
     refit = [task.layer for task in plan.tasks if task.compensate is not None]
-    last = max((i for i in refit if not journal.has(layer_file(i, folder))), default=-1)
+    stored = [i for i in layers if journal.has(layer_file(i, folder))]
+    stored = processes.agree(stored)
+    last = max((i for i in refit if i not in stored), default=-1)
     assert prefix is not None or last < 0
     for index in range(max(layers[-1], last) + 1):
         follows = prefix if index <= last else None
         if index in layers:
-            if not journal.has(layer_file(index, folder)):
+            if index not in stored:
                 work.write_layer(index, follows)
             elif follows is not None:
                 names = [name for group in follows.groups(index) for name in group]
                 work.insert(names, {}, {}, follows)  # resumed: this layer is on disk
-            finished(index)
-            plan = plan.with_results(read_results(journal, index, folder))
+            if processes.first:
+                finished(index)
+                plan = plan.with_results(read_results(journal, index, folder))
             on_step("compress", layers.index(index) + 1, len(layers))
         if follows is not None and index < last:
             follows.advance(index)
@@ -140,6 +150,13 @@ def write_results(
     journal.write_tensors(layer_file(layer, folder), stored, {"results": facts})
 
 
+def relative_cost(task: LayerTask) -> float:
+    """Return about how long a task takes to solve, relative to others of its plan."""
+    if not task.compressed:
+        return 0.0
+    return float(len(task.weights) * prod(task.shape) * min(task.shape))
+
+
 @dataclass(frozen=True)
 class Compression:
     """Compresses the tasks of a plan one after the other."""
@@ -151,6 +168,7 @@ class Compression:
     device: str
     folder: str = COMPRESSED
     base: str | None = None
+    processes: Processes = ALONE
 
     def write_layer(self, layer: int, prefix: Prefix | None) -> None:
         """Compress the tasks of a layer and finish its file."""
@@ -166,9 +184,7 @@ class Compression:
 
         tasks = [task for task in self.plan.tasks if task.layer == layer]
         refit = {t.name: t for t in tasks if t.compensate is not None and prefix is not None}
-        for task in tasks:
-            if task.name not in refit:
-                store(self.compress(task))
+        self._divide([task for task in tasks if task.name not in refit], self.compress, store)
         if prefix is not None:
             # Weights compressed so far are inserted before the next inputs are measured.
             for names in prefix.groups(layer):
@@ -177,12 +193,28 @@ class Compression:
                     deficit = any(t.compensate and t.compensate.residual > 0 for t in targets)
                     capped = all(caps_tokens(t) for t in targets)
                     measured = prefix.measure(layer, names, deficit=deficit, capped=capped)
-                    for task in targets:
-                        store(self._refit(task, measured))
+                    self._divide(targets, partial(self._refit, measured=measured), store)
                 self.insert(names, results, tensors, prefix)
-            for task in refit.values():  # not executed by the model, like an unused expert
-                store(self.compress(task))
-        write_results(self.journal, layer, results, tensors, self.folder)
+            # Those that the model does not execute, like an unused expert.
+            self._divide([*refit.values()], self.compress, store)
+        if self.processes.first:
+            write_results(self.journal, layer, results, tensors, self.folder)
+
+    def _divide(
+        self,
+        tasks: Sequence[LayerTask],
+        solve: Callable[[LayerTask], CompressedGroup],
+        store: Callable[[CompressedGroup], None],
+    ) -> None:
+        """Solve tasks that do not depend on each other, and store the results of all processes."""
+        owners = self.processes.owners([relative_cost(task) for task in tasks])
+        owned = zip(tasks, owners, strict=True)
+        solved = {t.name: solve(t) for t, owner in owned if owner == self.processes.rank}
+        for task, owner in zip(tasks, owners, strict=True):
+            done = solved.get(task.name, CompressedGroup(task, LayerResult(task.config)))
+            tensors, result = self.processes.exchange(owner, done.tensors, done.result)
+            tensors = {name: to_host(tensor) for name, tensor in tensors.items()}
+            store(CompressedGroup(task, result, tensors))
 
     def insert(
         self,
@@ -200,6 +232,7 @@ class Compression:
             file = layer_file(task.layer, self.folder)
             result = results.get(task.name)
             if result is None:
+                self.processes.barrier()  # the first process may still be writing
                 result = read_results(self.journal, task.layer, self.folder)[task.name]
 
             def read(key: str, file: str = file) -> Tensor:

@@ -3,6 +3,7 @@
 The logits of both exist for a few positions at a time.
 """
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrc.compressors.corpus.windows import Windows
+from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.logits import LogitReader, model_logits
 from lrc.compressors.evaluate.perplexity import check_fit
 from lrc.configs.errors import ModelError
@@ -82,11 +84,13 @@ def compare_predictions(
     windows: Windows,
     *,
     on_window: Callable[[int, int], None] = lambda done, total: None,
+    processes: Processes = ALONE,
 ) -> Agreement:
     """Compare the predictions of two models at every position of windows that has a next token.
 
     The models must have the same vocabulary. Their mode (train or eval) is restored. `on_window`
-    is called with (done, total) and may raise to stop.
+    is called with (done, total) and may raise to stop. The `processes` divide the windows, and each
+    has both models.
 
     Raises
     ------
@@ -98,8 +102,8 @@ def compare_predictions(
     for model in (dense, compressed):
         check_fit(model, windows.tokens, bos=windows.bos)
     with (
-        model_logits(dense, windows.tokens) as expected,
-        model_logits(compressed, windows.tokens) as found,
+        model_logits(dense, windows.tokens, processes) as expected,
+        model_logits(compressed, windows.tokens, processes) as found,
     ):
         return agreement_of(expected, found, windows, on_window=on_window)
 
@@ -113,17 +117,20 @@ def agreement_of(
 ) -> Agreement:
     """Compare predictions from the logits of two models; raises as `compare_predictions`."""
     count, length = windows.tokens.shape
-    values = torch.empty(count, 3, length - 1, dtype=torch.float64)
+    own, measured = dense.own(count), dict[int, Tensor]()
+    for done, number in enumerate(own, start=1):
+        pieces = [found for _, found in _compare_window(dense, compressed, number)]
+        measured[number] = torch.cat(pieces, dim=1)  # [3, length - 1]
+        on_window(done, len(own))
+    everywhere = ChainMap(*dense.processes.gather(measured))
+    values = torch.stack([everywhere[number] for number in range(count)])
     for number in range(count):
-        for start, found in _compare_window(dense, compressed, number):
-            values[number, :, start : start + found.shape[1]] = found
         if not bool(values[number].isfinite().all()):
             raise ModelError(
                 f"the divergence on window {number + 1} of {count} is not finite, because the"
                 " logits of a model are not; compress less, or evaluate in bfloat16 or float32"
                 " where float16 overflows"
             )
-        on_window(number + 1, count)
     mean, stderr = _statistics(values)
     return Agreement(
         mean=mean,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.scores import Scores, check_same, perplexity_entry
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.layers import ComponentConfig, QuantizationArgs, WeightConfig
@@ -187,6 +188,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     evaluate: Evaluate,
     on_step: OnStep,
+    processes: Processes = ALONE,
 ) -> dict[str, Scores | None]:
     """Apply a baseline to a dense model, in place, and return its perplexities by text.
 
@@ -198,7 +200,7 @@ def measure(
         baseline.apply_(model, partial(on_step, "weights"))
         for spec in evaluate.perplexity:
             with suppress(ModelError):
-                found[spec.name] = perplexity_entry(model, tokenizer, spec, on_step)
+                found[spec.name] = perplexity_entry(model, tokenizer, spec, on_step, processes)
     return found
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.compressors.corpus.documents import source_identity
+from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.baseline_comparison import compare_with_baselines
 from lrc.compressors.evaluate.baselines import Baseline, Targets, measure, plan_baseline, record
 from lrc.compressors.evaluate.generations import read_prompts
@@ -87,6 +88,8 @@ class Evaluator:
     load_compressed: Callable[[], Any]
     streaming: Streaming | None = None
     """Measures the models layer by layer; None to load them whole."""
+    processes: Processes = ALONE
+    """Processes that all measure together; the first one stores the scores."""
 
     def evaluate(self) -> dict[str, Any]:
         """Score the dense and the compressed model, and compare them."""
@@ -165,6 +168,7 @@ class Evaluator:
                 seed=self.seed,
                 on_step=self._labelled(name),
                 scores=scores,
+                processes=self.processes,
             )
             self._store(name, ALL, scores)
         return scores
@@ -180,17 +184,22 @@ class Evaluator:
         if {*scores["missing"]} & {*unmeasured_pair(options)["missing"]}:
 
             def load() -> tuple[Any, Any]:
-                refuse_pair(self.sizes.both, self.precision["device"])
+                refuse_pair(self.sizes.both, self.precision["device"], self.processes)
                 return self.load_dense(), self.load_compressed()
 
             on_step = self._labelled("dense and compressed")
             tokenizer = self.load_tokenizer()
-            scores = evaluate_pair(load, tokenizer, options, scores, on_step=on_step)
+            scores = evaluate_pair(
+                load, tokenizer, options, scores, on_step=on_step, processes=self.processes
+            )
             self._store(PAIR, BOTH, scores)
         return scores
 
     def _stored(self, name: str, keys: set[str]) -> Scores | None:
         """Return the scores of a model if they were measured with the same options in `keys`."""
+        return self.processes.agree(self._read(name, keys) if self.processes.first else None)
+
+    def _read(self, name: str, keys: set[str]) -> Scores | None:
         file = f"evaluation-{name}.json"
         if not self.journal.has(file):
             return None
@@ -206,7 +215,8 @@ class Evaluator:
             "precision": self.precision,
             "scores": scores,
         }
-        self.journal.write_json(f"evaluation-{name}.json", content)
+        if self.processes.first:
+            self.journal.write_json(f"evaluation-{name}.json", content)
         release_memory()
 
     def _why_too_large(self, name: str) -> str | None:
@@ -222,4 +232,4 @@ class Evaluator:
     def _measure(self, baseline: Baseline, on_step: OnStep) -> Scores:
         # The dense model is loaded for each baseline: no second copy of its weights is kept.
         tokenizer, dense = self.load_tokenizer(), self.load_dense()
-        return measure(baseline, dense, tokenizer, self.options, on_step)
+        return measure(baseline, dense, tokenizer, self.options, on_step, self.processes)

@@ -5,13 +5,15 @@ are 2 GiB in float32.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from lrc.compressors.distributed.processes import ALONE, Processes
 
 PROBE = 16  # positions on which the head is compared with the model
 
@@ -24,6 +26,11 @@ class LogitReader(Protocol):
     """Precision of the weights."""
     repeats: bool
     """Whether the decoder runs again for every piece of a window."""
+    processes: Processes
+    """Processes that divide the windows."""
+
+    def own(self, count: int) -> Sequence[int]:
+        """Return the numbers of those of the first `count` windows that this process reads."""
 
     def pieces(self, number: int, size: int) -> Iterator[tuple[int, Tensor]]:
         """Yield the logits at all positions of a window but the last.
@@ -40,11 +47,15 @@ class LogitReader(Protocol):
 class _ModelLogits:
     """The logits of a model that is in memory as a whole, on windows [n_windows, length]."""
 
-    def __init__(self, model: PreTrainedModel, tokens: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, processes: Processes) -> None:
+        self.processes = processes
         self._model, self._tokens, self._device = model, tokens, input_device(model)
         self.repeats = not head_gives_logits(model, tokens[0].to(self._device))
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.dtype = model.dtype
+
+    def own(self, count: int) -> Sequence[int]:
+        return self.processes.turn(count)
 
     def pieces(self, number: int, size: int) -> Iterator[tuple[int, Tensor]]:
         ids = self._tokens[number].to(self._device)
@@ -52,7 +63,9 @@ class _ModelLogits:
 
 
 @contextmanager
-def model_logits(model: PreTrainedModel, tokens: Tensor) -> Iterator[LogitReader]:
+def model_logits(
+    model: PreTrainedModel, tokens: Tensor, processes: Processes = ALONE
+) -> Iterator[LogitReader]:
     """Yield the reader of a model on windows [n_windows, length], without gradients.
 
     The mode of the model (train or eval) is restored.
@@ -61,7 +74,7 @@ def model_logits(model: PreTrainedModel, tokens: Tensor) -> Iterator[LogitReader
     model.train(False)
     try:
         with torch.inference_mode():
-            yield _ModelLogits(model, tokens)
+            yield _ModelLogits(model, tokens, processes)
     finally:
         model.train(training)
 

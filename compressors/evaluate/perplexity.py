@@ -5,6 +5,7 @@ taken over every predicted token of all of them. lm-eval's `word_perplexity` is 
 """
 
 import math
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lrc.compressors.corpus.tokens import check_vocabulary
 from lrc.compressors.corpus.windows import Windows
+from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.logits import LogitReader, model_logits
 from lrc.configs.errors import ModelError, RecipeError
 
@@ -53,12 +55,14 @@ def perplexity(
     windows: Windows | Tensor,
     *,
     on_window: Callable[[int, int], None] = lambda done, total: None,
+    processes: Processes = ALONE,
 ) -> PerplexityResult:
     """Measure the perplexity of a causal language model on windows [n, length], int64.
 
     Logits are taken in pieces, so a vocabulary of 262,144 costs megabytes, not gigabytes. The model
     may be on any device or several; its mode (train or eval) is restored. Windows that are a plain
-    tensor have no BOS token. `on_window` is called with (done, total) and may raise to stop.
+    tensor have no BOS token. `on_window` is called with (done, total) and may raise to stop. The
+    `processes` divide the windows, and each has the model.
 
     Raises
     ------
@@ -72,7 +76,7 @@ def perplexity(
     if isinstance(windows, Tensor):
         windows = Windows(windows, "", None, bos=False, text_tokens=windows.numel())
     check_fit(model, windows.tokens, bos=windows.bos)
-    with model_logits(model, windows.tokens) as reader:
+    with model_logits(model, windows.tokens, processes) as reader:
         return perplexity_of(reader, windows, on_window=on_window)
 
 
@@ -84,18 +88,19 @@ def perplexity_of(
 ) -> PerplexityResult:
     """Measure the perplexity of a model from its logits on the windows; raises as `perplexity`."""
     count, length = windows.tokens.shape
-    likelihoods: list[float] = []
-    for number, ids in enumerate(windows.tokens):
-        nll = _window_nll(reader, number, ids)
+    own, measured = reader.own(count), dict[int, float]()
+    for done, number in enumerate(own, start=1):
+        measured[number] = _window_nll(reader, number, windows.tokens[number])
+        on_window(done, len(own))
+    everywhere = ChainMap(*reader.processes.gather(measured))
+    likelihoods = [everywhere[number] for number in range(count)]
+    for number, nll in enumerate(likelihoods):
         if not math.isfinite(nll):
             raise ModelError(
                 f"perplexity: the likelihood of window {number + 1} of {count} is {nll}: the"
                 " model's logits are not finite; compress less, or evaluate in bfloat16"
                 " or float32 where float16 overflows"
             )
-        likelihoods.append(nll)
-        on_window(number + 1, count)
-
     predicted = count * (length - 1)
     mean = math.fsum(likelihoods) / predicted
     if mean > math.log(torch.finfo(torch.float64).max):

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.windows import Windows, evaluation_windows
+from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.harness import check_requests, run_tasks
 from lrc.compressors.evaluate.perplexity import (
     PROTOCOL,
@@ -19,7 +20,7 @@ from lrc.compressors.evaluate.perplexity import (
     perplexity,
 )
 from lrc.compressors.io.machine import OnStep, no_progress
-from lrc.configs.errors import DataError, LrcError, RecipeError, Stopped
+from lrc.configs.errors import DataError, LrcError, ProcessLost, RecipeError, Stopped
 from lrc.configs.recipe import Evaluate, Perplexity
 
 Scores = dict[str, Any]
@@ -43,12 +44,14 @@ def evaluate_model(
     seed: int,
     on_step: OnStep = no_progress,
     scores: Scores | None = None,
+    processes: Processes = ALONE,
 ) -> Scores:
     """Score one model on the texts and tasks of `evaluate`, or on those that `scores` lack.
 
     A text or task that fails costs no other. Returns JSON values only: ``{"perplexity": {NAME:
     {...}}, "tasks": {TASK: {METRIC: {...}}}, "missing": {"perplexity.NAME" or "tasks.TASK":
-    REASON}}``. `seed` is for the tasks' few-shot examples and sampling.
+    REASON}}``. `seed` is for the tasks' few-shot examples and sampling. The `processes` divide the
+    windows of texts; the first one runs the tasks.
 
     Raises
     ------
@@ -60,10 +63,10 @@ def evaluate_model(
     scores = deepcopy(scores) or unmeasured(evaluate)
     missing = scores["missing"]
     for spec in evaluate.perplexity:
-        entry = partial(perplexity_entry, model, tokenizer, spec, on_step)
+        entry = partial(perplexity_entry, model, tokenizer, spec, on_step, processes)
         found = attempt(missing, f"perplexity.{spec.name}", entry, LrcError)
         scores["perplexity"] |= {spec.name: found} if found else {}
-    for name in dict.fromkeys(evaluate.tasks.names):
+    for name in dict.fromkeys(evaluate.tasks.names if processes.first else []):
         one = evaluate.tasks.model_copy(update={"names": [name]})
         run = partial(run_tasks, model, tokenizer, one, seed=seed, on_step=on_step)
         # A task is a program of others: it may raise anything.
@@ -82,7 +85,7 @@ def attempt(
         return {}
     try:
         found = measure()
-    except (Stopped, RecipeError, MemoryError, torch.OutOfMemoryError):
+    except (Stopped, ProcessLost, RecipeError, MemoryError, torch.OutOfMemoryError):
         raise
     except errors as error:
         kind = "" if isinstance(error, LrcError) else f"{type(error).__name__}: "
@@ -114,11 +117,13 @@ def perplexity_entry(
     tokenizer: PreTrainedTokenizerBase,
     spec: Perplexity,
     on_step: OnStep,
+    processes: Processes = ALONE,
 ) -> Scores:
     """Measure one perplexity, as `evaluate_model` returns it."""
     windows = evaluation_windows(spec, tokenizer)
     on_window = partial(on_step, f"perplexity {spec.name}")
-    return perplexity_scores(perplexity(model, windows, on_window=on_window), windows)
+    found = perplexity(model, windows, on_window=on_window, processes=processes)
+    return perplexity_scores(found, windows)
 
 
 def perplexity_scores(result: PerplexityResult, windows: Windows) -> Scores:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.windows import Windows, evaluation_windows
+from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.agreement import Agreement, compare_predictions
 from lrc.compressors.evaluate.generations import compare_continuations, read_prompts
 from lrc.compressors.evaluate.scores import Scores, attempt
@@ -38,6 +39,7 @@ def evaluate_pair(
     scores: Scores,
     *,
     on_step: OnStep,
+    processes: Processes = ALONE,
 ) -> Scores:
     """Measure what `scores` of a pair lack.
 
@@ -54,6 +56,8 @@ def evaluate_pair(
         From `unmeasured_pair`, or from an earlier call.
     on_step : callable
         Called with progress; may raise to stop.
+    processes : Processes
+        They divide the windows of texts; the first one writes the continuations.
 
     Returns
     -------
@@ -67,9 +71,10 @@ def evaluate_pair(
         dense, compressed = load()
         for spec in evaluate.compared_texts:
             measure = partial(agreement_entry, dense, compressed, tokenizer, spec, evaluate)
-            found = attempt(missing, f"kl.{spec.name}", partial(measure, on_step), LrcError)
+            measure = partial(measure, on_step, processes)
+            found = attempt(missing, f"kl.{spec.name}", measure, LrcError)
             scores["kl"] |= {spec.name: found} if found else {}
-        prompts = read_prompts(evaluate.generations)
+        prompts = read_prompts(evaluate.generations) if processes.first else []
         for number, prompt in enumerate(prompts):
             write = partial(compare_continuations, dense, compressed, tokenizer, prompt)
             write = partial(write, evaluate.generations.tokens)
@@ -78,6 +83,8 @@ def evaluate_pair(
             scores["generations"] |= {str(number): found} if found else {}
             on_step("generations", number + 1, len(prompts))
     except OUT_OF_MEMORY as error:
+        if isinstance(error, torch.OutOfMemoryError) and not processes.alone:
+            raise  # the others may have enough
         text = " ".join(str(error).split())[:200] or "no details"
         reason = (
             f"both models do not fit into memory at the same time ({text}); use a device with more"
@@ -94,6 +101,7 @@ def agreement_entry(
     spec: Perplexity,
     evaluate: Evaluate,
     on_step: OnStep,
+    processes: Processes = ALONE,
 ) -> Scores:
     """Compare predictions on the first ``evaluate.kl_tokens`` tokens of a text.
 
@@ -102,7 +110,9 @@ def agreement_entry(
     first = spec.model_copy(update={"windows": compared_windows(spec, evaluate)})
     windows = evaluation_windows(first, tokenizer)
     on_window = partial(on_step, f"KL {spec.name}")
-    found = compare_predictions(dense, compressed, windows, on_window=on_window)
+    found = compare_predictions(
+        dense, compressed, windows, on_window=on_window, processes=processes
+    )
     return agreement_scores(found, windows)
 
 
@@ -125,12 +135,13 @@ def agreement_scores(found: Agreement, windows: Windows) -> Scores:
     }
 
 
-def refuse_pair(n_bytes: int, device: str) -> None:
+def refuse_pair(n_bytes: int, device: str, processes: Processes = ALONE) -> None:
     """Raise `MemoryError` if `n_bytes` exceed the free memory of the host, on which models run.
 
     Linux ends a process that uses more memory than there is; a GPU raises an error by itself.
     """
-    if torch.device(device).type == "cpu" and n_bytes > (free := free_memory(device)):
+    free = processes.agree(free_memory(device))
+    if torch.device(device).type == "cpu" and n_bytes > free:
         raise MemoryError(
             f"they take at least {n_bytes / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
         )

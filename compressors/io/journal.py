@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lrc.compressors.distributed.lifetime import FOLDER as PROCESSES
 from lrc.compressors.io.files import (
     new_file,
     new_folder,
@@ -34,7 +35,7 @@ FILES = "files.json"
 # plan.json, which users edit and may refer to in a recipe.
 RESULTS = ("checkpoint", "report.json", "report.html", "README.md")
 # A run that left only these has done no work and may be replaced by a corrected recipe.
-CLAIMS = (LOCK, IDENTITY, "seconds.json")
+CLAIMS = (LOCK, IDENTITY, "seconds.json", PROCESSES)
 # Instead of the identity of a run, of which any part may be deleted already.
 DELETING = {"deleting": True}
 

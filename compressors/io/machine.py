@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.io.freed_memory import trim
 from lrc.compressors.io.journal import Journal
 from lrc.configs.errors import Problem, RecipeError
@@ -28,18 +29,25 @@ def no_warning(text: str) -> None:
     """Ignore a warning."""
 
 
+def no_loss(ranks: list[int]) -> None:
+    """Ignore the end of other processes: communication with them fails."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """How to run, as opposed to what: the same recipe gives the same result elsewhere.
 
     `device` is a torch device or ``auto``; `on_step` may raise `Stopped`; `on_warning` is called
-    with every warning of the plan before work starts.
+    with every warning of the plan before work starts. `processes` execute the run together;
+    `on_lost` is called, in a thread, with the numbers of those that have ended before its end.
     """
 
     device: str = "auto"
     overwrite: bool = False
     on_step: OnStep = no_progress
     on_warning: Callable[[str], None] = no_warning
+    processes: Processes = ALONE
+    on_lost: Callable[[list[int]], None] = no_loss
 
     def __post_init__(self) -> None:
         """Raise `RecipeError` if the device does not exist here."""
@@ -71,10 +79,10 @@ class Machine:
 
 
 class Clock:
-    """Seconds of each stage, summed over the runs it took."""
+    """Seconds of each stage, summed over the runs it took; written to the journal if `keep`."""
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+    def __init__(self, journal: Journal, *, keep: bool = True) -> None:
+        self._journal, self._keep = journal, keep
         self.seconds: dict[str, float] = (
             journal.read_json("seconds.json") if journal.has("seconds.json") else {}
         )
@@ -88,7 +96,8 @@ class Clock:
         finally:
             release_memory()
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
-            self._journal.write_json("seconds.json", self.seconds)
+            if self._keep:
+                self._journal.write_json("seconds.json", self.seconds)
 
 
 def free_memory(device: str) -> int:

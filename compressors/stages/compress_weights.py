@@ -3,18 +3,20 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
+from lrc.compressors.calibrate.statistic_table import Required
 from lrc.compressors.compress.layerwise import (
     COMPRESSED,
     compress_layers,
     layer_file,
     read_results,
+    relative_cost,
 )
 from lrc.compressors.compress.quantize_embeddings import quantize_embeddings
+from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.io.files import write_text
 from lrc.compressors.io.machine import no_progress
 from lrc.compressors.planning.allocate import allocate
@@ -42,29 +44,19 @@ def compress_weights(session: Session, plan: Plan) -> Plan:
     calibrate(session, plan)
     plan = replace(allocate_budgets(session, plan), slices=plan.slices)
 
-    def finished(layer: int) -> None:
-        session.journal.forget(*statistics.statistics_files(layer))
-
-    reader, device = session.models.reader, session.device
     with session.clock("compress"):
-        plan = quantize_embeddings(plan, reader, session.journal, device=device)
+        plan = quantize_embeddings(
+            plan, session.models.reader, session.journal, device=session.device
+        )
         if plan.tasks:
-            compress = partial(
-                compress_layers,
-                reader=reader,
-                journal=session.journal,
-                statistics=session.statistics,
-                device=device,
-                on_step=session.on_step,
-            )
             base = None
             if any(_fits_each_budget(task) for task in plan.tasks):
                 base = SMALLEST
                 smallest = plan.with_tasks(
                     replace(task, config=task.config.at_budget(-1)) for task in plan.tasks
                 )
-                compress(smallest, prefix=_prefix(session, smallest, base), folder=base)
-            plan = compress(plan, prefix=_prefix(session, plan), finished=finished, base=base)
+                _compress(session, smallest, SMALLEST)
+            plan = _compress(session, plan, COMPRESSED, base)
     session.journal.write_json(EXECUTED, plan.to_json())
     session.journal.forget(SMALLEST)
     return plan
@@ -84,7 +76,8 @@ def calibrate(session: Session, plan: Plan) -> None:
     with session.clock("calibrate"):
         if not required:
             return
-        statistics.collect(session.models.calibration(), required)
+        session.windows()  # read once, for all processes
+        session.in_all_processes(_collect, required)
         counts = {
             name: pair
             for layer in range(len(session.models.architecture.layers))
@@ -92,6 +85,10 @@ def calibrate(session: Session, plan: Plan) -> None:
         }
         refuse_starved(measured_coverage(counts), session.windows().numel())
         session.journal.forget(*cache_files(session.journal))
+
+
+def _collect(session: Session, required: Required) -> None:
+    statistics.collect(session.divided_calibration(), required)
 
 
 def required_statistics(tasks: Sequence[LayerTask]) -> dict[str, tuple[str, ...]]:
@@ -105,6 +102,7 @@ def allocate_budgets(session: Session, plan: Plan) -> Plan:
     with session.clock("allocate"):
         if journal.has(ALLOCATED):
             return Plan.from_json(journal.read_json(ALLOCATED))
+        _share_curves(session, plan)
         plan = _allocate(session, plan)
         text = json.dumps(plan.to_json(), indent=1) + "\n"
         write_text(journal.output / "plan.json", text)
@@ -158,14 +156,82 @@ def _allocate(session: Session, plan: Plan, *, predict_all: bool = False) -> Pla
     )
 
 
+def _share_curves(session: Session, plan: Plan) -> None:
+    """Let all processes write the curves of a plan, some layers each."""
+    if not session.processes.alone and any(task.pending for task in plan.tasks):
+        session.in_all_processes(_write_curves, plan)
+
+
+def _write_curves(session: Session, plan: Plan) -> None:
+    pending = [task for task in plan.tasks if task.pending]
+    curves_for(
+        _own_layers(pending, session.processes),
+        plan.allocations,
+        session.models.reader,
+        session.journal,
+        session.statistics,
+        device=session.device,
+        on_step=session.on_step,
+    )
+
+
+def _own_layers(tasks: Sequence[LayerTask], processes: Processes) -> list[LayerTask]:
+    """Return the tasks of the layers that this process is responsible for."""
+    layers = sorted({task.layer for task in tasks})
+    costs = [sum(relative_cost(t) for t in tasks if t.layer == layer) for layer in layers]
+    own = dict(zip(layers, processes.owners(costs), strict=True))
+    return [task for task in tasks if own[task.layer] == processes.rank]
+
+
 def _fits_each_budget(task: LayerTask) -> bool:
     """Return whether a task compensates for errors that depend on the budget, with a refinement."""
     return task.compensate is not None and task.config.elastic and len(task.config.components) > 1
 
 
-def _prefix(session: Session, plan: Plan, folder: str = COMPRESSED) -> SequentialCalibration | None:
-    """Return the dense and the compressed model for error compensation, if layers need it."""
+def _compress(session: Session, plan: Plan, folder: str, base: str | None = None) -> Plan:
+    """Compress the tasks of a plan in all processes; return it with the results."""
     refit = {task.layer for task in plan.tasks if task.compensate is not None}
-    if all(session.journal.has(layer_file(layer, folder)) for layer in refit):
-        return None
-    return SequentialCalibration(session.models.calibration())
+    compensates = not all(session.journal.has(layer_file(layer, folder)) for layer in refit)
+    if compensates:
+        session.windows()
+    elif not session.processes.alone:
+        session.in_all_processes(_compress_own_layers, plan, folder)
+    return session.in_all_processes(_compress_layers, plan, folder, base, compensates)
+
+
+def _compress_own_layers(session: Session, plan: Plan, folder: str) -> None:
+    """Compress the layers of this process: without compensation, they do not depend on others."""
+    if tasks := _own_layers(plan.tasks, session.processes):
+        compress_layers(
+            replace(plan, tasks=tasks),
+            session.models.reader,
+            session.journal,
+            session.statistics,
+            device=session.device,
+            on_step=session.on_step,
+            folder=folder,
+        )
+
+
+def _compress_layers(
+    session: Session, plan: Plan, folder: str, base: str | None, compensates: bool
+) -> Plan:
+    """Compress all layers that are not in the journal, each by all processes."""
+
+    def finished(layer: int) -> None:
+        if folder == COMPRESSED:
+            session.journal.forget(*statistics.statistics_files(layer))
+
+    return compress_layers(
+        plan,
+        session.models.reader,
+        session.journal,
+        session.statistics,
+        device=session.device,
+        on_step=session.on_step,
+        prefix=SequentialCalibration(session.divided_calibration()) if compensates else None,
+        finished=finished,
+        folder=folder,
+        base=base,
+        processes=session.processes,
+    )

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.calibrate.activation_cache import ActivationCache
+from lrc.compressors.calibrate.activation_cache import ActivationCache, live_file
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.corpus.windows import Windows, evaluation_windows
+from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.agreement import agreement_of
 from lrc.compressors.evaluate.baselines import Baseline, Targets
 from lrc.compressors.evaluate.perplexity import check_fit, perplexity_of
@@ -76,6 +77,8 @@ class StreamedEvaluation:
     memory_limit_gib: float
     """For the hidden states of all texts; what is larger goes to disk."""
     on_step: OnStep
+    processes: Processes = ALONE
+    """Processes that divide the windows of every text."""
 
     @torch.no_grad()
     def measure_(self, wanted: Unmeasured) -> None:
@@ -109,7 +112,7 @@ class StreamedEvaluation:
             for run in runs:
                 run.states.clear()
             release_memory()
-            self.journal.forget(f"{BUFFER}.live")
+            self.journal.forget(live_file(BUFFER, self.processes.rank))
 
     def _windows(self, name: str, wanted: Unmeasured, models: Any) -> Windows | None:
         """Read a text; if that fails, note the reason for everything that needs it."""
@@ -144,6 +147,7 @@ class StreamedEvaluation:
                 self.memory_limit_gib,
                 seed=0,  # nothing is random
                 on_step=self.on_step,
+                processes=self.processes,
             )
 
         return {

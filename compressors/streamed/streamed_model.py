@@ -47,7 +47,7 @@ class StreamedModel(LayerExecutor):
     def __init__(
         self, context: CalibrationContext, calls: Sequence[LayerCall], dtype: torch.dtype
     ) -> None:
-        super().__init__(context)
+        super().__init__(context, in_turn=True)
         self.dtype = dtype
         self._returned = [call.others for call in calls]
         embedding = self.architecture.model.get_input_embeddings()
@@ -65,8 +65,9 @@ class StreamedModel(LayerExecutor):
             for layer, call in zip(self.architecture.layers, calls, strict=True):
                 hooks.enter_context(record_arguments(layer, call))
             hooks.enter_context(self._layers_replaced(calls, _first_argument))
-            for rows in (self.batches[0], self.batches[-1]):
-                self._forward(self.tokens[rows])
+            self._forward(self._traced)
+            if self.batches:
+                self._forward(self.tokens[self.batches[-1]])
         return calls
 
     @contextmanager
@@ -99,16 +100,22 @@ class StateLogits:
 
     def __init__(self, model: StreamedModel, states: Tensor) -> None:
         self._model, self._states, self.dtype = model, states, model.dtype
+        self.processes = model.context.processes
+        self._places = {number: place for place, number in enumerate(model.numbers)}
         config = model.architecture.model.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
 
+    def own(self, count: int) -> Sequence[int]:
+        """Return the numbers of those of the first `count` windows whose states are here."""
+        return [number for number in self._model.numbers if number < count]
+
     def pieces(self, number: int, size: int) -> Iterator[tuple[int, Tensor]]:
         """Yield the first position of every piece of a window, and its logits [n, vocabulary]."""
-        last = self._states.shape[1] - 1
+        place, last = self._places[number], self._states.shape[1] - 1
         for start in range(0, last, size):
             rows = slice(start, min(start + size, last))
-            hidden = self._states[number, rows].to(self._model.context.device, self.dtype)
-            ids = self._model.tokens[number, rows]
+            hidden = self._states[place, rows].to(self._model.context.device, self.dtype)
+            ids = self._model.tokens[place, rows]
             yield start, self._model.logits(hidden[None], ids[None])[0]
 
 

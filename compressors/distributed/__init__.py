@@ -1,0 +1,1 @@
+"""Several processes that execute one run together, started by ``torchrun`` or another launcher."""

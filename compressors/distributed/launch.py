@@ -1,0 +1,91 @@
+"""Join the processes that ``torchrun``, ``accelerate launch`` or another launcher has started."""
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+from lrc.compressors.distributed.processes import Processes
+from lrc.configs.errors import Problem, RecipeError
+
+FOREVER = timedelta(days=365)
+"""Processes wait while the first one does what is not divided. `Watch` notices those that end."""
+SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+EXAMPLE = "python -m torch.distributed.run --nproc-per-node 2 -m lrc compress recipe.yaml"
+
+
+def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a launcher has started several processes, of which this is one."""
+    return environment.get("WORLD_SIZE", "1").strip() not in ("", "1")
+
+
+def process_device(device: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Return the device of this process: every process of a host has a GPU of its own.
+
+    Parameters
+    ----------
+    device : str
+        As requested: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    RecipeError
+        If a variable of the launcher is missing or is not a number, or if there are not enough
+        GPUs.
+    """
+    missing = [name for name in SET_BY_LAUNCHERS if not environment.get(name)]
+    numbers = [environment.get(name, "") for name in SET_BY_LAUNCHERS[:3]]
+    if missing or not all(number.isdecimal() for number in numbers):
+        raise _refused(
+            "WORLD_SIZE",
+            f"says that there are several processes, but {', '.join(missing) or 'RANK'} is not "
+            f"set to what a launcher sets; unset WORLD_SIZE, or start with `{EXAMPLE}`",
+        )
+    local = int(environment["LOCAL_RANK"])
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    if device != "cuda":
+        raise _refused(
+            "--device",
+            f"must be auto, cpu or cuda for several processes, got {device!r}; with cuda, every "
+            "process uses a GPU of its own (CUDA_VISIBLE_DEVICES chooses which)",
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = int(environment.get("LOCAL_WORLD_SIZE") or local + 1)
+    if here > count:
+        remedy = f"start at most {count} with --nproc-per-node" if count else "use --device cpu"
+        raise _refused(
+            "--nproc-per-node",
+            f"{here} processes on this host, but torch sees {count} GPUs, and each needs one; "
+            f"{remedy}",
+        )
+    return f"cuda:{local}"
+
+
+def join(device: str) -> Processes:
+    """Connect to the other processes; `device` is from `process_device`."""
+    backend, bound = "gloo", None
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        backend, bound = "cpu:gloo,cuda:nccl", torch.device(device)
+    dist.init_process_group(backend, timeout=FOREVER, device_id=bound)
+    control = dist.new_group(backend="gloo", timeout=FOREVER)
+    return Processes(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def is_first_failure(processes: Processes) -> bool:
+    """Return whether no other process has reported a failure; at most one gets True."""
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        return bool(store.add("lrc-failed", 1) == 1)
+    except RuntimeError:  # the process that kept the store is lost: the first of the others reports
+        lost = [] if processes.watch is None else processes.watch.lost()
+        return all(rank in lost for rank in range(processes.rank))
+
+
+def _refused(where: str, message: str) -> RecipeError:
+    return RecipeError([Problem("bad-launch", where, message)])
