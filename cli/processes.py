@@ -159,8 +159,8 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
     from lrc.compressors.distributed.launch import is_first_failure
 
     _team.log.write("".join(traceback.format_exception(error)))
-    if isinstance(error, ProcessLost):
-        time.sleep(WATCH_SECONDS)  # ends in `on_lost` if the run had begun
+    if isinstance(error, ProcessLost) and _team.processes.watch is not None:
+        time.sleep(WATCH_SECONDS)  # ends in `on_lost`
     if is_first_failure(_team.processes):
         code = console.exit_code_of(error, debug=debug)
     else:

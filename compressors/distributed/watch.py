@@ -4,11 +4,10 @@ This also works while a process computes or waits for a GPU, and after any kind 
 other hosts are seen if the shared file system supports locks.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
-
-from filelock import FileLock, Timeout
 
 SECONDS = 1.0
 """Time between two looks at the locks."""
@@ -32,8 +31,8 @@ class Watch:
     ) -> None:
         self._folder, self._others = folder, [each for each in range(size) if each != rank]
         self._on_lost = on_lost
-        self._lock = FileLock(self._path(rank))
-        self._lock.acquire(timeout=0)
+        self._lock = os.open(self._path(rank), os.O_RDWR | os.O_CREAT)
+        _flock(self._lock, shared=False)
         self._ended = Event()
         self._thread = Thread(target=self._look, daemon=True)
 
@@ -48,7 +47,7 @@ class Watch:
 
     def release(self) -> None:
         """Release the lock, once no process looks any more."""
-        self._lock.release()
+        os.close(self._lock)
 
     def lost(self) -> list[int]:
         """Return the numbers of the processes that have ended."""
@@ -61,13 +60,21 @@ class Watch:
                 return
 
     def _is_free(self, rank: int) -> bool:
-        lock = FileLock(self._path(rank))
+        descriptor = os.open(self._path(rank), os.O_RDONLY)
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
+            _flock(descriptor, shared=True)  # several may look at the same time
+            return True
+        except BlockingIOError:
             return False
-        lock.release()
-        return True
+        finally:
+            os.close(descriptor)
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"{rank}.lock"
+
+
+def _flock(descriptor: int, *, shared: bool) -> None:
+    """Lock a file without waiting, until the descriptor is closed."""
+    import fcntl  # not on Windows, where no run has several processes
+
+    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
