@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lrc.cli import console, processes, streams
+from lrc.cli import console, streams, team
 from lrc.cli.bench import bench, known
 from lrc.cli.delta import delta_app
 from lrc.cli.eval_command import evaluate
@@ -62,7 +62,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    processes.refuse_several(context.invoked_subcommand)
+    team.refuse_several(context.invoked_subcommand)
 
 
 @app.command()
@@ -168,10 +168,10 @@ def compress(
     """
     from lrc.configs.load import load_recipe
 
-    team = processes.team(device) if processes.is_one_of_several() else None
+    several = team.join(device) if team.is_one_of_several() else None
     loaded = load_recipe(recipe, overrides or [])
-    if team is not None and team.assists:
-        processes.assist(team, loaded)
+    if several is not None and several.assists:
+        several.assist(loaded)
         return
     from lrc.cli import tables
     from lrc.compressors.evaluate.gates import check_gates, metrics_of
@@ -180,10 +180,10 @@ def compress(
 
     console.quiet_transformers()
     missed: EvaluationIncomplete | GateMissed | None = None
-    with console.Steps(quiet=quiet, lost=processes.lost).running() as steps:
+    with console.Steps(quiet=quiet, lost=team.lost).running() as steps:
         try:
             machine = Machine(device, overwrite=overwrite, on_step=steps, on_warning=steps.warn)
-            report = run(loaded, machine if team is None else team.machine(machine, loaded))
+            report = run(loaded, machine if several is None else several.machine(machine, loaded))
         except (EvaluationIncomplete, GateMissed) as error:
             missed, report = error, error.report
         except Stopped:
@@ -284,6 +284,6 @@ def main() -> None:
     except typer.Exit as done:  # --help, --version
         sys.exit(done.exit_code)
     except (Exception, KeyboardInterrupt) as error:
-        sys.exit(processes.exit_code_of(error, debug="--debug" in sys.argv))
-    processes.end()
+        sys.exit(team.exit_code_of(error, debug="--debug" in sys.argv))
+    team.end()
     sys.exit(0)

@@ -68,11 +68,10 @@ def process_device(device: str, environment: Mapping[str, str] = os.environ) -> 
 
 def join(device: str) -> Processes:
     """Connect to the other processes; `device` is from `process_device`."""
-    backend, bound = "gloo", None
-    if device.startswith("cuda"):
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
         torch.cuda.set_device(device)
-        backend, bound = "cpu:gloo,cuda:nccl", torch.device(device)
-    dist.init_process_group(backend, timeout=FOREVER, device_id=bound)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=FOREVER)
     control = dist.new_group(backend="gloo", timeout=FOREVER)
     return Processes(dist.get_rank(), dist.get_world_size(), device, control)
 

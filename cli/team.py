@@ -45,6 +45,14 @@ class Team:
         """Whether another process has the lead: writes the results and shows progress."""
         return not self.processes.first
 
+    def assist(self, loaded: "LoadedRecipe") -> None:
+        """Execute a recipe under the lead of another process."""
+        from lrc.compressors.io.machine import Machine
+        from lrc.compressors.pipeline import assist
+
+        console.quiet_transformers()
+        assist(loaded, self.machine(Machine(self.processes.device), loaded))
+
     def on_lost(self, ranks: list[int]) -> None:
         """End this process; the first that notices says why."""
         from lrc.compressors.distributed.launch import is_first_failure
@@ -100,8 +108,8 @@ def is_one_of_several() -> bool:
     return os.environ.get("WORLD_SIZE", "1").strip() not in ("", "1")
 
 
-def team(device: str) -> Team:
-    """Connect to the other processes.
+def join(device: str) -> Team:
+    """Connect to the other processes that a launcher has started.
 
     Raises
     ------
@@ -116,15 +124,6 @@ def team(device: str) -> Team:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     return _team
-
-
-def assist(team: Team, loaded: "LoadedRecipe") -> None:
-    """Execute a recipe under the lead of another process."""
-    from lrc.compressors.io.machine import Machine
-    from lrc.compressors.pipeline import assist as run
-
-    console.quiet_transformers()
-    run(loaded, team.machine(Machine(team.processes.device), loaded))
 
 
 def lost() -> bool:

@@ -1,0 +1,188 @@
+"""Time `lrc compress` in one and in several processes, and compare the checkpoints.
+
+usage: python tests/benchmarks/processes.py [--preset llama-3-8b] [--layers 8] [--method kfac] ...
+       python tests/benchmarks/processes.py --kills 10 --preset tiny --device cpu
+
+The random model and its text are those of shapes.py. Runs are processes of their own, started with
+the environment and the module path of this one: one process, then several with
+``torch.distributed.run``, one per GPU, then one process on the last GPU. Prints one JSON object per
+run: seconds per stage, how many times faster than one process each stage is, and whether the files
+of the checkpoint have the same bytes.
+
+With ``--kills``, one of several processes is killed at random moments instead; each time, a single
+process continues the run.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import shapes
+import torch
+
+from lrc.cli import console
+from lrc.compressors.io.machine import Machine
+from lrc.configs.yaml_text import write_yaml
+
+IGNORED = ("lrc/report.json", "README.md")  # they contain measured seconds and memory
+LAUNCHER = "torch.distributed.run"
+
+
+def hashes(checkpoint: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file that must be the same."""
+    return {
+        str(f.relative_to(checkpoint)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(checkpoint.rglob("*"))
+        if f.is_file() and str(f.relative_to(checkpoint)) not in IGNORED
+    }
+
+
+class Runs:
+    """Runs of one recipe in its folder."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self._folder, self._set = folder, args.set
+        self.output = folder / "run"
+        self._log = sys.stderr if args.verbose else subprocess.DEVNULL
+        own = str(Path(__file__).parent)
+        paths = [path for path in sys.path if path and path != own]
+        self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        # Of every process in every run: on a CPU, the last digits depend on it.
+        self._environment["OMP_NUM_THREADS"] = str(args.threads)
+
+    def start(self, processes: int, device: str) -> "subprocess.Popen[bytes]":
+        """Start a run; what is in the output folder is used."""
+        command = [sys.executable]
+        if processes > 1:
+            # A port of its own: a run that was killed may still hold the default one.
+            port = random.randint(20_000, 30_000)
+            command += ["-m", LAUNCHER, f"--nproc-per-node={processes}", f"--master-port={port}"]
+        command += ["-m", "lrc", "compress", str(self._folder / "recipe.yaml")]
+        command += [f"--device={device}", f"output={self.output}", *self._set]
+        return subprocess.Popen(
+            command, env=self._environment, stdout=subprocess.DEVNULL, stderr=self._log
+        )
+
+    def finish(self, processes: int, device: str) -> tuple[float, dict[str, float]]:
+        """Run to the end; return the seconds of everything, and of each stage."""
+        begun = time.monotonic()
+        code = self.start(processes, device).wait()
+        if code:
+            sys.exit(f"a run of {processes} processes on {device} ended with exit code {code}")
+        report = json.loads((self.output / "report.json").read_text())
+        return time.monotonic() - begun, report["timing"]["seconds"]
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> None:
+    """Make the model, the text and the recipe."""
+    sizes = dict(zip(shapes.SIZES, shapes.PRESETS[args.preset], strict=True))
+    sizes["num_hidden_layers"] = args.layers or sizes["num_hidden_layers"]
+    shapes.make_model(folder / "model", sizes, Machine(args.device).chosen)
+    loaded = shapes.recipe_of(args, str(folder / "model"), folder)
+    shapes.write_text(folder / "text.txt", str(folder / "model"), loaded.recipe.calibration)
+    recipe = json.loads(loaded.recipe.model_dump_json(exclude_unset=True))
+    if args.evaluate:
+        text = {"source": str(folder / "text.txt"), "window": args.length, "windows": 16}
+        recipe["evaluate"] = {"perplexity": [text]}
+    (folder / "recipe.yaml").write_text(write_yaml(recipe))
+
+
+def compare(args: argparse.Namespace, runs: Runs) -> bool:
+    """Print a JSON object for every run; return whether all checkpoints are the same."""
+    several = args.processes
+    plan = [(1, args.device, "one process")]
+    plan += [(several, args.device, f"{several} processes")]
+    if args.device.startswith("cuda"):
+        plan = [(1, "cuda:0", "cuda:0"), (several, "cuda", f"{several} processes")]
+        plan += [(1, f"cuda:{torch.cuda.device_count() - 1}", "last GPU")]
+    first: dict[str, Any] = {}
+    same = True
+    for processes, device, name in plan:
+        shutil.rmtree(runs.output, ignore_errors=True)
+        total, stages = runs.finish(processes, device)
+        seconds = {**stages, "stages": sum(stages.values()), "with imports": total}
+        files = hashes(runs.output / "checkpoint")
+        first = first or {"seconds": seconds, "files": files}
+        faster = {k: round(first["seconds"][k] / v, 2) for k, v in seconds.items() if v > 0}
+        differing = [n for n in first["files"] if files.get(n) != first["files"][n]]
+        same &= not differing
+        rounded = {key: round(value, 2) for key, value in seconds.items()}
+        facts = {"run": name, "device": device, "seconds": rounded, "times faster": faster}
+        print(json.dumps({**facts, "files that differ": differing}), flush=True)
+    return same
+
+
+def kill(args: argparse.Namespace, runs: Runs) -> bool:
+    """Print a JSON object for every kill; return whether all checkpoints are the same."""
+    duration, _ = runs.finish(args.processes, args.device)
+    expected, same = hashes(runs.output / "checkpoint"), True
+    draw = random.Random(0)
+    for number in range(args.kills):
+        shutil.rmtree(runs.output)
+        launcher = runs.start(args.processes, args.device)
+        time.sleep(draw.uniform(0.1, 0.95) * duration)
+        victim = draw.choice(children(launcher.pid) or [0])
+        if victim:
+            with suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        code = launcher.wait()
+        ended = time.monotonic() - killed
+        runs.finish(1, f"{args.device}:0" if args.device == "cuda" else args.device)
+        equal = hashes(runs.output / "checkpoint") == expected
+        same &= equal
+        facts = {"kill": number, "exit code": code, "seconds until all ended": round(ended, 1)}
+        print(json.dumps({**facts, "equal": equal}), flush=True)
+    return same
+
+
+def children(process: int) -> list[int]:
+    """Return the ids of the processes that a process has started (Linux)."""
+    listed = Path(f"/proc/{process}/task/{process}/children")
+    return [int(found) for found in re.findall(r"\d+", listed.read_text())]
+
+
+def main() -> None:
+    """Parse the command line, run, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--preset", choices=shapes.PRESETS, default="llama-3-8b")
+    parser.add_argument("--layers", type=int, help="fewer (or more) layers than the preset has")
+    parser.add_argument("--method", default="kfac")
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--length", type=int, default=1024, help="tokens a window")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate too, on 16 windows")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of every process")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--folder", help="an existing one, in which a temporary one is made")
+    parser.add_argument("--verbose", action="store_true", help="show what the runs print")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="processes-", dir=args.folder))
+    try:
+        prepare(args, folder)
+        runs = Runs(args, folder)
+        same = kill(args, runs) if args.kills else compare(args, runs)
+    finally:
+        shutil.rmtree(folder)
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    with console.quiet_libraries():
+        console.quiet_transformers()
+        main()
