@@ -175,7 +175,7 @@ class Processes:
         return box[0]
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=self.device)
+        return torch.empty(list(shape), dtype=dtype, device=self.device)
 
 
 ALONE = Processes()
