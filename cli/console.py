@@ -123,6 +123,7 @@ def quiet_libraries() -> Iterator[None]:
         ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),
         ("COMPRESSED_TENSORS_LOG_DISABLED", "true"),
+        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
         # MAGMA, with which CUDA would otherwise factor, is slower and prints advice to stdout.
         ("TORCH_LINALG_PREFER_CUSOLVER", "1"),
     ):

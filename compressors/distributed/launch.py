@@ -78,12 +78,15 @@ def join(device: str) -> Processes:
 
 def is_first_failure(processes: Processes) -> bool:
     """Return whether no other process has reported a failure; at most one gets True."""
-    store = dist.distributed_c10d._get_default_store()
+    lost = [] if processes.watch is None else processes.watch.lost()
     try:
-        return bool(store.add("lrc-failed", 1) == 1)
-    except RuntimeError:  # the process that kept the store is lost: the first of the others reports
-        lost = [] if processes.watch is None else processes.watch.lost()
-        return all(rank in lost for rank in range(processes.rank))
+        # torchrun keeps the store; other launchers let the first process do it.
+        if 0 not in lost or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.distributed_c10d._get_default_store()
+            return bool(store.add("lrc-failed", 1) == 1)
+    except RuntimeError:  # the store is gone
+        pass
+    return all(rank in lost for rank in range(processes.rank))  # the first of those that are left
 
 
 def _refused(where: str, message: str) -> RecipeError:
