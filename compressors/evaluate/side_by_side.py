@@ -140,8 +140,9 @@ def refuse_pair(n_bytes: int, device: str, processes: Processes = ALONE) -> None
 
     Linux ends a process that uses more memory than there is; a GPU raises an error by itself.
     """
-    free = processes.agree(free_memory(device))
-    if torch.device(device).type == "cpu" and n_bytes > free:
+    if torch.device(device).type == "cpu" and n_bytes > (
+        free := processes.agree(free_memory(device))
+    ):
         raise MemoryError(
             f"they take at least {n_bytes / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
         )

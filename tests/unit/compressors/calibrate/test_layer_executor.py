@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate import layer_executor, statistics
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, LayerExecutor, batches, watch
+from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture
 from lrc.configs.errors import ModelError
@@ -51,6 +53,7 @@ def executor(make_executor, tokens) -> LayerExecutor:
 @pytest.fixture
 def batches_of_two(monkeypatch, tokens) -> None:
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 2 * tokens.shape[1])
+    monkeypatch.setattr(layer_executor, "MIN_BATCHES", 1)
 
 
 def resident(architecture: Architecture) -> set[int]:
@@ -83,7 +86,8 @@ def test_only_the_executed_layer_has_weights(architecture, executor):
         statistics.collect(executor.context, required)
     assert all(layers == {layer} for layer, layers in seen)
     assert {layer for layer, _ in seen} == set(range(LAYERS))
-    assert len(seen) == 2 * len(architecture.linears)  # traced once, applied once
+    times = 1 + executor.n_batches  # traced once, and applied to every batch
+    assert len(seen) == times * len(architecture.linears)
     assert all(p.is_meta for p in architecture.model.parameters())
 
 
@@ -190,6 +194,23 @@ def test_a_batch_is_as_large_as_the_token_budget_allows(n_windows, length, expec
     assert [i for each in rows for i in range(n_windows)[each]] == list(range(n_windows))
     assert all(len(range(n_windows)[each]) == expected for each in rows[:-1])
     assert len(rows) == -(-n_windows // expected)
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_processes_have_the_batches_of_a_single_one(make_executor, tokens, in_turn):
+    context = make_executor(tokens).context
+    windows = tokens.repeat(3, 1)[:17]
+    alone = LayerExecutor(replace(context, windows=lambda: windows), in_turn=in_turn)
+    expected = [alone.numbers[rows] for rows in alone.batches]
+    assert len(expected) >= layer_executor.MIN_BATCHES
+    found = []
+    for rank in range(3):
+        one = replace(context, windows=lambda: windows, processes=Processes(rank, 3))
+        executor = LayerExecutor(one, in_turn=in_turn)
+        found += [executor.numbers[rows] for rows in executor.batches]
+        assert torch.equal(executor.tokens, windows[executor.numbers])
+        assert executor.n_tokens == windows.numel()
+    assert sorted(found) == expected
 
 
 @pytest.mark.usefixtures("batches_of_two")
