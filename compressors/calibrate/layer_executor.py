@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from math import ceil
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ class LayerExecutor:
         self.context, self.architecture = context, context.architecture
         windows, processes = context.windows(), context.processes
         if batch_tokens is None:
-            few = ceil(len(windows) / MIN_BATCHES) * windows.shape[1]
+            few = max(1, len(windows) // MIN_BATCHES) * windows.shape[1]
             batch_tokens = min(BATCH_TOKENS[context.device_type], few)
         every = batches(windows, batch_tokens)
         own = processes.turn(len(every)) if in_turn else processes.block(len(every))

@@ -199,7 +199,7 @@ def test_a_batch_is_as_large_as_the_token_budget_allows(n_windows, length, expec
 @pytest.mark.parametrize("in_turn", [False, True])
 def test_processes_have_the_batches_of_a_single_one(make_executor, tokens, in_turn):
     context = make_executor(tokens).context
-    windows = tokens.repeat(3, 1)[:17]
+    windows = tokens.repeat(5, 1)[:17]
     alone = LayerExecutor(replace(context, windows=lambda: windows), in_turn=in_turn)
     expected = [alone.numbers[rows] for rows in alone.batches]
     assert len(expected) >= layer_executor.MIN_BATCHES
