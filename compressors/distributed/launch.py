@@ -10,7 +10,7 @@ from torch import distributed as dist
 from lrc.compressors.distributed.processes import Processes
 from lrc.configs.errors import Problem, RecipeError
 
-FOREVER = timedelta(days=365)
+FOREVER = timedelta(days=20)
 """Processes wait while the first one does what is not divided. `Watch` notices those that end."""
 SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 EXAMPLE = "python -m torch.distributed.run --nproc-per-node 2 -m lrc compress recipe.yaml"
@@ -71,6 +71,9 @@ def join(device: str) -> Processes:
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
+        # `Watch` ends the processes when one is lost; PyTorch would abort without a message.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=FOREVER)
     control = dist.new_group(backend="gloo", timeout=FOREVER)
     return Processes(dist.get_rank(), dist.get_world_size(), device, control)
