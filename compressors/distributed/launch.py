@@ -16,11 +16,6 @@ SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 EXAMPLE = "python -m torch.distributed.run --nproc-per-node 2 -m lrc compress recipe.yaml"
 
 
-def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether a launcher has started several processes, of which this is one."""
-    return environment.get("WORLD_SIZE", "1").strip() not in ("", "1")
-
-
 def process_device(device: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return the device of this process: every process of a host has a GPU of its own.
 

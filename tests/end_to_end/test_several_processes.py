@@ -174,9 +174,7 @@ def test_processes_with_different_folders_are_refused(new_recipe, tmp_path):
 def test_other_commands_run_in_one_process(new_recipe, tmp_path):
     forked = in_two(tmp_path, "plan", new_recipe(KFAC))
     assert forked.wait() == [2, 2]
-    assert forked.printed(0).startswith(
-        "error[invalid-recipe]: plan: runs in one process; start it"
-    )
+    assert forked.printed(0).startswith("error[invalid-recipe]: plan: runs in one process (only")
     assert forked.printed(1) == ""
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrc.compressors.distributed.launch import is_launched, process_device
+from lrc.compressors.distributed.launch import process_device
 from lrc.compressors.distributed.watch import Watch
 from lrc.configs.errors import RecipeError
 
@@ -23,12 +23,6 @@ VARIABLES = {
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-
-
-def test_one_process_is_no_launch():
-    assert not is_launched({})
-    assert not is_launched({"WORLD_SIZE": "1"})
-    assert is_launched(VARIABLES)
 
 
 @pytest.mark.usefixtures("two_gpus")
