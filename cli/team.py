@@ -136,8 +136,8 @@ def refuse_several(command: str | None) -> None:
     """Refuse to run a command in several processes that does not divide its work."""
     if command not in (None, "compress") and is_one_of_several():
         raise RecipeError(
-            f"{command}: runs in one process (only `lrc compress` divides its work); start it without "
-            "torchrun or accelerate launch, or unset WORLD_SIZE"
+            f"{command}: runs in one process (only `lrc compress` divides its work); start it "
+            "without torchrun or accelerate launch, or unset WORLD_SIZE"
         )
 
 
