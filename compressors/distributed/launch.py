@@ -8,8 +8,10 @@ import torch
 from torch import distributed as dist
 
 from lrc.compressors.distributed.processes import Processes
-from lrc.configs.errors import Problem, RecipeError
+from lrc.configs.errors import Problem, ProcessLost, RecipeError
 
+START = timedelta(minutes=5)
+"""Time in which all processes must have started; launchers start them together."""
 FOREVER = timedelta(days=20)
 """Processes wait while the first one does what is not divided. `Watch` notices those that end."""
 SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -62,16 +64,31 @@ def process_device(device: str, environment: Mapping[str, str] = os.environ) -> 
 
 
 def join(device: str) -> Processes:
-    """Connect to the other processes; `device` is from `process_device`."""
+    """Connect to the other processes; `device` is from `process_device`.
+
+    Raises
+    ------
+    ProcessLost
+        If one of them does not start.
+    """
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
         # `Watch` ends the processes when one is lost; PyTorch would abort without a message.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=FOREVER)
-    control = dist.new_group(backend="gloo", timeout=FOREVER)
-    return Processes(dist.get_rank(), dist.get_world_size(), device, control)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=START)
+        tensors = dist.new_group(backend=backend, timeout=FOREVER)
+        control = dist.new_group(backend="gloo", timeout=FOREVER)
+    except RuntimeError as error:
+        raise ProcessLost(
+            f"not all of the {os.environ['WORLD_SIZE']} processes have started within "
+            f"{START.seconds // 60} minutes, or one has ended ({str(error).splitlines()[0][:200]})"
+            "; start all of them again"
+        ) from error
+    return Processes(dist.get_rank(), dist.get_world_size(), device, control, tensors)
 
 
 def is_first_failure(processes: Processes) -> bool:

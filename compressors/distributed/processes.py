@@ -40,14 +40,21 @@ class Processes:
         Where the tensors that are exchanged live.
     control : ProcessGroup, optional
         Group for Python objects, on the CPU; None for a single process.
+    tensors : ProcessGroup, optional
+        Group for tensors on the device; None for a single process.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, device: str = "cpu", control: Any = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        device: str = "cpu",
+        control: Any = None,
+        tensors: Any = None,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.watch: Watch | None = None
-        self._control = control
+        self._control, self._tensors = control, tensors
         self._sent: list[tuple[Any, Tensor]] = []
 
     @property
@@ -129,7 +136,7 @@ class Processes:
             tensor = tensors[name].to(self.device) if mine else self._empty(shape, dtype)
             tensor = tensor.contiguous()
             with _communication():
-                dist.broadcast(_bytes(tensor), owner)
+                dist.broadcast(_bytes(tensor), owner, group=self._tensors)
             found[name] = tensors[name] if mine else tensor
         return found, facts
 
@@ -139,14 +146,14 @@ class Processes:
         for tensor in tensors.values():
             content = _bytes(tensor.contiguous())
             with _communication():
-                self._sent.append((dist.isend(content, to), content))
+                self._sent.append((dist.isend(content, to, group=self._tensors), content))
 
     def receive_like(self, source: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors from a process that calls `send`, of the shapes of `tensors`."""
         found = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
         for tensor in found.values():
             with _communication():
-                dist.recv(_bytes(tensor), source)
+                dist.recv(_bytes(tensor), source, group=self._tensors)
         return found
 
     def _send(self, to: int, tensors: Mapping[str, Tensor], facts: Any) -> None:

@@ -182,12 +182,21 @@ def test_other_commands_run_in_one_process(new_recipe, tmp_path):
 def test_kills_at_random_moments_leave_a_run_that_continues_alone(new_recipe, tmp_path):
     recipe, run = new_recipe(KFAC), tmp_path / "run"
     files, _ = undisturbed(recipe)
-    begun = time.monotonic()
-    assert in_two(tmp_path, "compress", recipe, "--device", "cpu").wait() == [0, 0]
-    seconds, draw = time.monotonic() - begun, random.Random(0)
+    joined, draw = run / "work/processes/token", random.Random(0)
+
+    def start() -> tuple[Forked, float]:
+        """Start a run; return when both processes have joined it."""
+        forked = in_two(tmp_path, "compress", recipe, "--device", "cpu", "-q")
+        while not joined.exists():
+            time.sleep(0.01)
+        return forked, time.monotonic()
+
+    forked, begun = start()
+    assert forked.wait() == [0, 0]
+    seconds = time.monotonic() - begun
     for _ in range(10):
         shutil.rmtree(run, ignore_errors=True)
-        forked = in_two(tmp_path, "compress", recipe, "--device", "cpu", "-q")
+        forked, _ = start()
         time.sleep(draw.random() * seconds)
         victim = draw.randrange(2)
         os.kill(forked.ids[victim], signal.SIGKILL)
