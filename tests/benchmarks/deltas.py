@@ -100,8 +100,14 @@ class Task:
         self.test = read_rows(args.data / "validation.jsonl")[: args.test]
 
     def load(self) -> Any:
-        """Load the base model in float32."""
-        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        """Load the base model in float32.
+
+        Eager attention, because fused kernels return NaN gradients for padding on the left, whose
+        queries see no key.
+        """
+        model = AutoModelForCausalLM.from_pretrained(
+            self.base, dtype=torch.float32, attn_implementation="eager"
+        )
         return model.to(self.device).eval()
 
     def logits(self, model: Any, rows: list[dict[str, Any]]) -> Tensor:
