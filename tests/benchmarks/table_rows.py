@@ -156,7 +156,10 @@ def healed() -> Iterator[tuple[str, Stages]]:
         long = heal | {"tokens": 20_000_000}
         yield f"healed with 20 million tokens: {name}", [stage, {"heal": long}]
         for batch in (2, 4):  # more steps for the same tokens
-            yield f"healed in batches of {batch}: {name}", [stage, {"heal": heal | {"batch": batch}}]
+            yield (
+                f"healed in batches of {batch}: {name}",
+                [stage, {"heal": heal | {"batch": batch}}],
+            )
 
 
 def quantized_chains() -> Iterator[tuple[str, Stages]]:
