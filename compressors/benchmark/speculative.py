@@ -131,9 +131,7 @@ class SpeculativeDecoder:
             except Exception as error:
                 # Ending a recording that has failed raises an error without the reason.
                 reason = error.__context__ or error
-                raise RuntimeError(
-                    f"a round cannot be recorded ({first_line(reason)})"
-                ) from error
+                raise RuntimeError(f"a round cannot be recorded ({first_line(reason)})") from error
 
     def prefill(self) -> None:
         """Read the prompt with both models, and choose the first token."""
@@ -193,6 +191,5 @@ def acceptance_by_position(rounds: list[int], drafts: int) -> list[tuple[int, in
     [(2, 3), (1, 2)]
     """
     return [
-        (sum(each > i for each in rounds), sum(each >= i for each in rounds))
-        for i in range(drafts)
+        (sum(each > i for each in rounds), sum(each >= i for each in rounds)) for i in range(drafts)
     ]
