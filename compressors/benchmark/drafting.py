@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -93,6 +92,8 @@ class DraftingBenchmark:
     parent, drafter
         Causal language models of transformers with the same tokens, in eval mode.
     settings : DraftSettings
+    generate : bool
+        Whether to measure `transformers.generate` too, besides the loop of `SpeculativeDecoder`.
 
     Raises
     ------
@@ -100,7 +101,9 @@ class DraftingBenchmark:
         As `SpeculativeDecoder` raises them.
     """
 
-    def __init__(self, parent: Any, drafter: Any, settings: DraftSettings) -> None:
+    def __init__(
+        self, parent: Any, drafter: Any, settings: DraftSettings, *, generate: bool = True
+    ) -> None:
         self._parent, self._drafter, self._settings = parent, drafter, settings
         device = parent.get_input_embeddings().weight.device
         self._timer = Timer(str(device))
@@ -119,13 +122,11 @@ class DraftingBenchmark:
             self._pair = SpeculativeDecoder(
                 parent, drafter, self._prompt, tokens=settings.tokens, drafts=settings.drafts
             )
-        self.loops = [
-            Loop("generate", {ALONE: self._generate, PAIR: self._generate_assisted}),
-            Loop(
-                "CUDA graphs" if self._prompt.is_cuda else "static caches",
-                {ALONE: self._step_alone, PAIR: self._step_pair},
-            ),
-        ]
+        own = "CUDA graphs" if self._prompt.is_cuda else "static caches"
+        self.loops = [Loop(own, {ALONE: self._step_alone, PAIR: self._step_pair})]
+        if generate:
+            runs = {ALONE: self._generate, PAIR: self._generate_assisted}
+            self.loops.insert(0, Loop("generate", runs))
 
     @torch.inference_mode()
     def run(self, prompts: Mapping[str, Tensor], on_step: OnStep) -> dict[str, Any]:

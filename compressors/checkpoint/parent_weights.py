@@ -102,7 +102,9 @@ def read_tensors(parent: str, names: Mapping[str, str], dtype: torch.dtype) -> d
             with safe_open(headers[name].file, framework="pt") as file:
                 found[key] = file.get_tensor(name).to(dtype, copy=True)
     except (ValueError, OSError, SafetensorError) as error:
-        raise ModelError(f"{parent}: cannot be read ({error}); copy or download it again") from error
+        raise ModelError(
+            f"{parent}: cannot be read ({error}); copy or download it again"
+        ) from error
     return found
 
 

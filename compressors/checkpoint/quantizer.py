@@ -399,9 +399,9 @@ def check_headers(
 ) -> None:
     """Compare the tensors that a checkpoint must have with the headers of its files.
 
-    Those in `absent` need not be there. With `model`, names in the files are those that transformers reads as names of the model, and
-    its other weights must be there too, as floating-point numbers: transformers would initialize
-    missing ones, and convert integers.
+    Those in `absent` need not be there. With `model`, names in the files are those that
+    transformers reads as names of the model, and its other weights must be there too, as
+    floating-point numbers: transformers would initialize missing ones, and convert integers.
 
     Raises
     ------

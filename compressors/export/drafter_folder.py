@@ -103,7 +103,9 @@ def _shared(folder: Path, contents: Contents, parent: str) -> ParentWeights:
         if module not in shapes and torch.equal(weight, expected):
             tensors[module], found[module] = tensor, weight
         else:
-            why.append(f"{module} has other values: it was sliced or trained, or has another parent")
+            why.append(
+                f"{module} has other values: it was sliced or trained, or has another parent"
+            )
     dtypes = {weight.dtype for weight in found.values()}
     if len(dtypes) != 1:
         reasons = "; ".join(why) or f"no {own[0]}.weight is stored"
