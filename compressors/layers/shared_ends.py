@@ -35,7 +35,9 @@ def share_embeddings(drafter: Any, parent: Any) -> list[str]:
 
 def shared_bytes(one: nn.Module, other: nn.Module) -> int:
     """Return the bytes of the parameters and buffers that two models have in common."""
-    first, second = ({each.data_ptr(): each.nbytes() for each in _storages(m)} for m in (one, other))
+    first, second = (
+        {each.data_ptr(): each.nbytes() for each in _storages(m)} for m in (one, other)
+    )
     return sum(size for address, size in first.items() if address in second)
 
 

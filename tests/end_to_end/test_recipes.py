@@ -53,6 +53,9 @@ def test_a_shipped_recipe_runs(
         overrides.append("stages.1.heal." + ("steps=3" if name == "block" else "tokens=1000"))
     if name == "joint":
         overrides.append("stages.0.decompose.schemes=[int8, int4-g16, int3-g16, int2-g16]")
+    if name == "drafter":
+        overrides.append("stages.0.decompose.schemes=[int8, int4-g16, int3-g16]")
+        overrides.append("stages.0.decompose.drafter=[0.6, 0.3]")
     if name == "gguf":
         overrides.append("stages.0.decompose.schemes=[int8-g16, int5-g16, int4-g16]")
         overrides.append("stages.0.decompose.embeddings=int8-g16")
