@@ -43,9 +43,9 @@ def run(
             check_source(text.source, part="evaluation")
         warnings: list[str] = []
         for path in (parent, drafter):
-            warnings += [f"{path}: {text}" for text in check_model(path, trusted=trusted)]
-        for text in warnings:
-            machine.on_warning(text)
+            warnings += [f"{path}: {each}" for each in check_model(path, trusted=trusted)]
+        for warning in warnings:
+            machine.on_warning(warning)
         skeletons = {path: load_skeleton(path, trusted=trusted) for path in (parent, drafter)}
         tokenizer = skeletons[parent][1]
         _check_pair(parent, drafter, skeletons)

@@ -46,7 +46,8 @@ class RewindableModel:
         self._takes = {"position_ids", "logits_to_keep"} & names.keys()
         self._cache_name = "cache" if "cache" in names else "past_key_values"
         self._cache = StaticCache(config=model.config, max_cache_len=longest)
-        others = {type(layer).__name__ for layer in self._cache.layers} - {StaticLayer.__name__}
+        self._layers: list[Any] = self._cache.layers
+        others = {type(layer).__name__ for layer in self._layers} - {StaticLayer.__name__}
         if others:
             raise ValueError(
                 f"{type(model).__name__} has layers with a {min(others)}, which cannot go back to "
@@ -70,7 +71,7 @@ class RewindableModel:
         Tensor, shape [1, last]
         """
         positions = start + torch.arange(tokens.shape[1], device=tokens.device)
-        for layer in self._cache.layers:
+        for layer in self._layers:
             if layer.is_initialized:
                 layer.cumulative_length.copy_(start[0])
         options = {"position_ids": positions[None], "logits_to_keep": last}
