@@ -20,7 +20,7 @@ from lrc.compressors.checkpoint.format import EDITED, PARENT
 from lrc.compressors.io.shards import read_folder
 from lrc.compressors.io.weight_hash import WeightHash
 from lrc.compressors.models.source import locate
-from lrc.configs.errors import CheckpointError, ModelError, RecipeError
+from lrc.configs.errors import CheckpointError, ExportError, ModelError, RecipeError
 from lrc.configs.recipe import Model
 
 PARENT_MODEL = "parent_model"
@@ -154,6 +154,15 @@ def read_parent(weights: ParentWeights, parent: Any, folder: Path) -> dict[str, 
             code="other-parent",
         )
     return found
+
+
+def refuse_without_embedding(block: Mapping[str, Any], folder: Path) -> None:
+    """Raise an `ExportError` if a ``quantization_config`` says that weights are in the parent."""
+    if PARENT in block:
+        raise ExportError(
+            f"{folder}: cannot be exported: it has no embedding, but uses that of its parent; "
+            "export the checkpoint that it was made from"
+        )
 
 
 def expect_parent_(model: Any, modules: Mapping[str, str]) -> list[str]:

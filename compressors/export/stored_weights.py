@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lrc.compressors.checkpoint.format import EDITED, PARENT
+from lrc.compressors.checkpoint.format import EDITED
+from lrc.compressors.checkpoint.parent_weights import refuse_without_embedding
 from lrc.compressors.checkpoint.plain import plain_name
 from lrc.compressors.checkpoint.reader import check_checkpoint, stored_dtype
 from lrc.compressors.io.shards import Header
@@ -71,11 +72,7 @@ class StoredWeights:
         self.contents = check_checkpoint(folder)
         self.modules: dict[str, WeightConfig] = self.contents.modules
         block = self.contents.config.get("quantization_config") or {}
-        if PARENT in block:
-            raise ExportError(
-                f"{folder}: cannot be exported: it has no embedding, but uses that of its parent; "
-                "export the checkpoint that it was made from"
-            )
+        refuse_without_embedding(block, folder)
         if NORMS in block:
             raise ExportError(
                 f"{folder}: cannot be exported: with 'rotations: block' every block uses its own "

@@ -117,8 +117,11 @@ def _fastest_pair(
     budgets, pairs = allocation.all_budgets, []
     for each in budgets:
         decided = _decide(tasks, curves, each)
-        predicted = (_prediction(task, curves[task.name], loss) for task, loss in decided)
-        nats = sum(result.predicted_nats or 0.0 for result in predicted)
+        nats = sum(
+            _prediction(task, curves[task.name], loss).predicted_nats or 0.0
+            for task, loss in decided
+            if loss is not None
+        )
         planned = plan.with_tasks(task for task, _ in decided)
         times = predicted_times(planned)
         cost = planned.compressed_bytes / planned.dense_bytes if times is None else times.ratio
