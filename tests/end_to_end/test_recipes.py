@@ -80,7 +80,8 @@ def test_a_shipped_recipe_runs(
     elif quantized or name == "gguf":  # whose embedding counts here, but not in `keep`
         assert report["size"]["targeted"]["kept"] < 0.6
     elif decomposed:
-        keep = max(each["keep"] or each["elastic"][0] for each in decomposed)
-        assert keep - 0.1 < report["size"]["targeted"]["kept"] <= keep
+        keep = max(each["keep"] or (each["elastic"] or each["drafter"])[0] for each in decomposed)
+        smallest = 0.2 if name == "drafter" else keep - 0.1
+        assert smallest < report["size"]["targeted"]["kept"] <= keep
     assert report["evaluation"]["perplexity"]["english"]["compressed"] < 1e4
     assert lrc("inspect", output / "checkpoint", "--verify").code == 0
