@@ -45,6 +45,7 @@ class RewindableModel:
         names = inspect.signature(model.forward).parameters
         self._takes = {"position_ids", "logits_to_keep"} & names.keys()
         self._cache_name = "cache" if "cache" in names else "past_key_values"
+        self._longest = longest
         self._cache = StaticCache(config=model.config, max_cache_len=longest)
         self._layers: list[Any] = self._cache.layers
         others = {type(layer).__name__ for layer in self._layers} - {StaticLayer.__name__}
@@ -54,8 +55,16 @@ class RewindableModel:
                 "an earlier token; speculative decoding needs full attention in all layers"
             )
 
+    def prefill(self, prompt: Tensor) -> Tensor:
+        """Read a prompt [1, n] into the emptied cache; return the next token [1, 1]."""
+        self._cache.reset()
+        return self._forward(prompt, prompt.new_zeros(1), 1)
+
     def read(self, tokens: Tensor, start: Tensor, *, last: int) -> Tensor:
         """Return the most likely next token after each of the last tokens.
+
+        Nothing depends on numbers on the host, so that the call can be recorded. The mask is given,
+        because transformers looks at the length of the cache to choose one.
 
         Parameters
         ----------
@@ -70,14 +79,22 @@ class RewindableModel:
         -------
         Tensor, shape [1, last]
         """
-        positions = start + torch.arange(tokens.shape[1], device=tokens.device)
         for layer in self._layers:
-            if layer.is_initialized:
-                layer.cumulative_length.copy_(start[0])
+            layer.cumulative_length.copy_(start[0])
+        rows = start + torch.arange(tokens.shape[1], device=tokens.device)
+        columns = torch.arange(self._longest, device=tokens.device)
+        dtype = self._model.dtype
+        mask = torch.zeros(len(rows), self._longest, dtype=dtype, device=tokens.device)
+        mask = mask.masked_fill(columns > rows[:, None], torch.finfo(dtype).min)
+        return self._forward(tokens, start, last, attention_mask=mask[None, None])
+
+    def _forward(self, tokens: Tensor, start: Tensor, last: int, **mask: Tensor) -> Tensor:
+        positions = start + torch.arange(tokens.shape[1], device=tokens.device)
         options = {"position_ids": positions[None], "logits_to_keep": last}
         found = self._model(
             input_ids=tokens,
             use_cache=True,
+            **mask,
             **{self._cache_name: self._cache},
             **{name: options[name] for name in self._takes},
         )
@@ -137,10 +154,9 @@ class SpeculativeDecoder:
     def prefill(self) -> None:
         """Read the prompt with both models, and choose the first token."""
         n = self.prompt.shape[1]
-        start = torch.zeros_like(self._length)
         self._text[:, :n].copy_(self.prompt)
-        self._text[:, n : n + 1] = self._parent.read(self.prompt, start, last=1)
-        self._drafter.read(self.prompt, start, last=1)
+        self._text[:, n : n + 1] = self._parent.prefill(self.prompt)
+        self._drafter.prefill(self.prompt)
         self._length.fill_(n + 1)
         self.written, self.rounds = 1, []
 

@@ -26,6 +26,8 @@ from lrc.compressors.benchmark.drafting import DraftingBenchmark, DraftSettings
 from lrc.compressors.benchmark.timing import Timer
 from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
 from lrc.compressors.corpus.windows import evaluation_windows
+from lrc.compressors.export.drafter_folder import write_drafter
+from lrc.compressors.io.files import new_folder
 from lrc.compressors.io.machine import Machine, no_progress, release_memory
 from lrc.compressors.layers.shared_ends import share_embeddings
 from lrc.compressors.planning.draft_speed import best_drafts, expected_speed
@@ -89,7 +91,7 @@ class Drafter:
 def drafters(args: argparse.Namespace) -> list[Drafter]:
     """Return all checkpoints that the options name."""
     return [
-        Drafter(name, keep, folder(args, name) / f"keep={keep:g}" / "checkpoint")
+        Drafter(name, keep, folder(args, name) / f"keep={keep:g}" / "drafter")
         for name in args.only
         for keep in FAMILIES[name].keep
     ]
@@ -129,6 +131,11 @@ def compress(args: argparse.Namespace) -> None:
         for run, outcome in sweep.outcomes.items():
             if outcome.problems:
                 print(f"{name} {run}: {'; '.join(outcome.problems)}")
+            out = outcome.folder / "drafter"
+            if outcome.report is not None and not out.is_dir():
+                # In the format of lrc also if plain: transformers would expand the integers.
+                with new_folder(out) as partial:
+                    write_drafter(outcome.folder / "checkpoint", args.model, partial, no_progress)
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
