@@ -1,5 +1,6 @@
 """`lrc eval PARENT --draft COMPRESSED`: speculative decoding with a compressed model as drafter."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +39,11 @@ def run(
         If they cannot be used for speculative decoding.
     """
     with options_in_errors(), machine.current():
-        texts = [Perplexity(source=each, window=settings.prompt_tokens) for each in sources]
+        texts = [
+            Perplexity(source=each, window=settings.prompt_tokens)
+            for each in dict.fromkeys(sources)
+        ]
+        names = Counter(text.name for text in texts)
         for text in texts:
             check_source(text.source, part="evaluation")
         warnings: list[str] = []
@@ -50,7 +55,9 @@ def run(
         tokenizer = skeletons[parent][1]
         _check_pair(parent, drafter, skeletons)
         prompts = {
-            text.name: _spread(evaluation_windows(text, tokenizer).tokens, settings.prompts)
+            text.name if names[text.name] == 1 else text.source: _spread(
+                evaluation_windows(text, tokenizer).tokens, settings.prompts
+            )
             for text in texts
         }
         length = next(iter(prompts.values())).shape[1]  # with a BOS token, if there is one

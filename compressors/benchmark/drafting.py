@@ -117,7 +117,7 @@ class DraftingBenchmark:
         )
         self._prompt = torch.zeros(1, settings.prompt_tokens, dtype=torch.long, device=device)
         kind = GraphDecoder if self._prompt.is_cuda else StaticDecoder
-        with torch.inference_mode():
+        with torch.no_grad():
             self._alone = kind(parent, self._prompt, settings.tokens - 1)
             self._pair = SpeculativeDecoder(
                 parent, drafter, self._prompt, tokens=settings.tokens, drafts=settings.drafts
@@ -128,7 +128,7 @@ class DraftingBenchmark:
             runs = {ALONE: self._generate, PAIR: self._generate_assisted}
             self.loops.insert(0, Loop("generate", runs))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, prompts: Mapping[str, Tensor], on_step: OnStep) -> dict[str, Any]:
         """Measure all prompts.
 

@@ -16,8 +16,9 @@ from math import sqrt
 
 MOST_DRAFTS = 16
 ROOT_COEFFICIENT = 0.55
-"""(1 - top-1 agreement) / sqrt(KL divergence). Between 0.43 and 0.62 was measured for nine
-compressed versions of SmolLM2-135M with divergences from 0.02 to 2.2 nats per token."""
+"""(1 - top-1 agreement) / sqrt(KL divergence). Between 0.43 and 0.62 was measured on 1,022 to 4,088
+tokens with six compressed versions of SmolLM2-135M (`kfac`, `svd-llm`, `gptq`, `drop`, healed
+integers) with divergences from 0.02 to 2.2 nats per token."""
 
 
 @dataclass(frozen=True)

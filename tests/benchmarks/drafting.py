@@ -194,7 +194,7 @@ def one(
 def step_seconds(model: Any, prompt: Any, args: argparse.Namespace) -> float:
     """Return the seconds of a step that reads one token, the mean over one text."""
     kind = GraphDecoder if prompt.is_cuda else StaticDecoder
-    with torch.inference_mode():
+    with torch.no_grad():
         decoder = kind(model, prompt, args.tokens)
         decoder.prefill()
         timer = Timer(args.device)

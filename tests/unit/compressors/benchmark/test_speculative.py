@@ -128,7 +128,7 @@ def test_another_text_is_found_and_is_no_tie(parent: Any, drafter: Any) -> None:
     loop = benchmark.loops[1]
     alone = loop.runs["parent"]
     loop.runs = {"parent": alone, "pair": lambda prompt: _changed(alone(prompt))}
-    with torch.inference_mode():  # for its rounds, which are counted
+    with torch.no_grad():  # for its rounds, which are counted
         benchmark._step_pair(prompts(1, 7))
     found = benchmark.run({"one": prompts(1, 7)}, lambda *_: None)["exact"]["static caches"]
     assert [each["token"] for each in found["differ"]] == [5]
