@@ -176,8 +176,8 @@ def one(
     prompt = next(iter(prompts.values()))[:1].to(args.device)
     cost = step_seconds(model, prompt, args) / step_seconds(parent, prompt, args)
     drafts, runs = FIRST_DRAFTS, {}
-    for _ in range(2):
-        settings = DraftSettings(drafts, args.prompts, prompt.shape[1], args.tokens, args.repeats)
+    for repeats in (1, args.repeats):
+        settings = DraftSettings(drafts, args.prompts, prompt.shape[1], args.tokens, repeats)
         benchmark = DraftingBenchmark(parent, model, settings, generate=False)
         found = benchmark.run(prompts, no_progress)
         rounds = sum(each["rounds"] for each in found["acceptance"].values())
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--text-tokens", type=int, default=100_000)
-    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=2, help="of every text")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=2)
