@@ -170,8 +170,8 @@ def _evaluate_drafter(
         )
     if not texts:
         raise RecipeError("--draft: needs a text for prompts; give --perplexity python-docs")
-    from lrc.cli.drafting import run
-    from lrc.cli.drafting_tables import print_drafting
+    from lrc.cli.eval_draft import run
+    from lrc.cli.eval_draft_tables import print_drafting
     from lrc.compressors.benchmark.drafting import DraftSettings
     from lrc.compressors.io.machine import Machine
 

@@ -90,7 +90,7 @@ def test_other_tokens_are_refused_before_a_weight_is_read(
     def loads(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("lrc.cli.drafting.load_model", loads)
+    monkeypatch.setattr("lrc.cli.eval_draft.load_model", loads)
     larger, renamed = tmp_path / "larger", tmp_path / "renamed"
     tiny_llama(vocab_size=520).save_pretrained(larger)
     make_tokenizer().save_pretrained(larger)
