@@ -52,6 +52,30 @@ def evaluate(
         ),
     ] = 32768,
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of scores: speculative decoding of the model with this compressed one as "
+            "its drafter, on prompts from the --perplexity texts.",
+            metavar="COMPRESSED",
+            show_default=False,
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(callback=positive, help="Of --draft: drafts in a round [4].")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(callback=positive, help="Of --draft: prompts per text [4].")
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(callback=positive, help="Of --draft: tokens of a prompt [128].")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(callback=positive, help="Of --draft: new tokens [64].")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(callback=positive, help="Of --draft: timed repetitions [3].")
+    ] = None,
     gate: GateTexts = None,
     junit: Junit = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -61,6 +85,30 @@ def evaluate(
 ) -> None:
     """Measure perplexity, KL divergence and lm-eval tasks of checkpoints, side by side."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    options = {
+        "--draft-tokens": draft_tokens,
+        "--prompts": prompts,
+        "--prompt": prompt,
+        "--tokens": tokens,
+        "--repeats": repeats,
+    }
+    if draft is not None:
+        others = {"--tasks": tasks, "--gate": gate, "--junit": junit, "--windows": windows}
+        given = [name for name, value in others.items() if value]
+        _evaluate_drafter(
+            checkpoints,
+            draft,
+            perplexity or [],
+            [*options.values()],
+            given,
+            trusted=trust_remote_code,
+            device=device,
+            as_json=as_json,
+            quiet=quiet,
+        )
+        return
+    if idle := [name for name, value in options.items() if value is not None]:
+        raise RecipeError(f"{idle[0]}: is an option of --draft; leave it out, or give --draft")
     if not names and not perplexity:
         raise RecipeError(
             "lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"
@@ -99,3 +147,49 @@ def evaluate(
     raise_if_missing(blocks)
     if sentences := missed_gates(gates):
         raise GateMissed(sentences, blocks)
+
+
+def _evaluate_drafter(
+    checkpoints: list[str],
+    drafter: str,
+    texts: list[str],
+    numbers: list[int | None],
+    given: list[str],
+    *,
+    trusted: bool,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure a drafter with its parent; `numbers` are the fields of `DraftSettings`, or None."""
+    if given:
+        raise RecipeError(f"{given[0]}: cannot be combined with --draft; leave it out")
+    if len(checkpoints) != 1:
+        raise RecipeError(
+            f"--draft: needs one model, the parent, got {len(checkpoints)}; leave the others out"
+        )
+    if not texts:
+        raise RecipeError("--draft: needs a text for prompts; give --perplexity python-docs")
+    from lrc.cli.eval_draft import run
+    from lrc.cli.eval_draft_tables import print_drafting
+    from lrc.compressors.benchmark.drafting import DraftSettings
+    from lrc.compressors.io.machine import Machine
+
+    chosen = [
+        default if number is None else number
+        for number, default in zip(numbers, vars(DraftSettings()).values(), strict=True)
+    ]
+    settings = DraftSettings(*chosen)
+    if settings.tokens < settings.drafts + 2:
+        raise RecipeError(
+            f"--tokens: must be at least {settings.drafts + 2} with {settings.drafts} drafts in a "
+            f"round, so that there is a second one, got {settings.tokens}; raise it"
+        )
+    console.quiet_transformers()
+    with console.Steps(quiet=quiet).running() as steps:
+        machine = Machine(device, on_step=steps, on_warning=steps.warn)
+        found = run(checkpoints[0], drafter, texts, settings, machine, trusted=trusted)
+    if as_json:
+        console.print_json(found)
+    else:
+        print_drafting(found)

@@ -24,7 +24,8 @@ def export(
         typer.Option(
             "--format",
             help="`dense`: a folder for transformers; `gguf`: a file for llama.cpp; "
-            "`remote-code`: a folder with the compressed weights and the code that loads them.",
+            "`remote-code`: a folder with the compressed weights and the code that loads them; "
+            "`drafter`: a folder without the embedding, which is read from --parent.",
             show_default=False,
             metavar="|".join(FORMATS),
         ),
@@ -54,6 +55,13 @@ def export(
             show_default=False,
         ),
     ] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            help="Of drafter: folder or Hub id of the model that it was made from.",
+            show_default=False,
+        ),
+    ] = None,
     keep: Annotated[
         float | None,
         typer.Option(
@@ -70,7 +78,7 @@ def export(
     options = {"--type": matrices, "--embedding-type": embeddings, "--tokenizer": tokenizer}
     given = [name for name, value in options.items() if value is not None]
     if keep is not None:
-        others = ["--format"] if form else given
+        others = ["--format"] if form else [*given, *["--parent"] * (parent is not None)]
         _export_budget(folder, out, keep, others=others, as_json=as_json)
         return
     if not form:
@@ -81,6 +89,10 @@ def export(
     known("--format", form, FORMATS)
     if form != "gguf" and given:
         raise RecipeError(f"{given[0]}: is an option of --format gguf; leave it out")
+    if (form == "drafter") != (parent is not None):
+        remedy = "leave it out" if parent else "give the folder or Hub id of the dense model"
+        what = "is an option of" if parent else "is needed by"
+        raise RecipeError(f"--parent: {what} --format drafter; {remedy}")
     for name in ("--type", "--embedding-type"):
         if options[name] is not None:
             known(name, str(options[name]), GGUF_TYPES)
@@ -99,6 +111,13 @@ def export(
             facts["notes"] = with_code.notes
             with new_folder(out) as partial:
                 with_code.write(partial, steps)
+        elif form == "drafter":
+            from lrc.compressors.export.drafter_folder import write_drafter
+
+            assert parent is not None
+            with new_folder(out) as partial:
+                shared = write_drafter(folder, parent, partial, steps)
+            facts["notes"] = [f"{' and '.join(shared)}: read from {parent} when loaded"]
         elif form == "dense":
             from lrc.compressors.export.dense_folder import write_dense
 

@@ -11,6 +11,7 @@ from lrc.cli.quality import OUT, as_size, new_table, print_baselines, print_comp
 from lrc.compressors.estimate import Estimate
 from lrc.compressors.io.natural_order import natural
 from lrc.compressors.planning.coverage import Coverage, plan_coverage
+from lrc.compressors.planning.draft_speed import PredictedPair
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import WeightSummary, summarize
@@ -51,6 +52,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     _print_sizes(plan)
     if plan.elastic:
         _print_budgets(plan.elastic)
+    print_pairs(plan.pairs)
     times = predicted_times(plan)
     if times is not None:
         print_times(times.to_json(), times.place, pending=times.pending)
@@ -245,6 +247,25 @@ def print_inspection(facts: dict[str, Any]) -> None:
     if facts["evaluation"]:
         print_comparison(facts["evaluation"])
         print_baselines(facts)
+
+
+def print_pairs(pairs: Sequence[PredictedPair]) -> None:
+    """Print the predicted speeds of drafters with their parent."""
+    if not pairs:
+        return
+    columns = ("keep", "nats per token", "accepted", "step of parent", "drafts", "speed of pair")
+    table = new_table("predicted speed of the parent with this drafter", *columns, "")
+    for each in pairs:
+        table.add_row(
+            f"{each.keep:g}",
+            f"{each.nats:.4f}",
+            f"{each.acceptance:.1%}",
+            f"{each.cost:.2f}",
+            str(each.drafts or "none"),
+            f"{each.speed:.2f}x",
+            "chosen" if each.chosen else "",
+        )
+    OUT.print(table)
 
 
 def _print_budgets(budgets: Sequence[float]) -> None:

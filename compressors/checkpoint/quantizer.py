@@ -6,14 +6,14 @@ compares the safetensors headers with the expected tensors, because transformers
 missing tensors and leaves them uninitialized. After loading it checks masks, indices and scales.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -38,6 +38,13 @@ from lrc.compressors.checkpoint.model_tables import (
     fit_names,
     has_experts,
     head_shapes,
+)
+from lrc.compressors.checkpoint.parent_weights import (
+    PARENT_MODEL,
+    ParentWeights,
+    expect_parent_,
+    fill_from_parent_,
+    read_parent,
 )
 from lrc.compressors.io.freed_memory import ReplacedTensors
 from lrc.compressors.io.shards import read_headers
@@ -73,6 +80,8 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
     format_version : int
     elastic : dict, optional
         Budgets that the checkpoint can be cut to, see `parse_budgets`.
+    parent : dict, optional
+        What the checkpoint reads from its parent, see `ParentWeights`.
     **tables
         How a sliced model differs from its architecture: shapes of resized modules, added biases,
         and norms, see `TABLES`.
@@ -83,6 +92,7 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = layout.FORMAT_VERSION,
         elastic: dict[str, Any] | None = None,
+        parent: dict[str, Any] | None = None,
         **tables: Any,
     ) -> None:
         self.quant_method = layout.QUANT_METHOD  # type: ignore[assignment]  # an out-of-tree name
@@ -92,6 +102,8 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
         check_tables(tables, BLOCK)
         if parse_budgets(elastic, parsed, BLOCK):
             self.elastic = elastic  # not set otherwise, so that it is not saved
+        if ParentWeights.parse(parent, BLOCK) is not None:
+            self.parent = parent
         self.tables = {MODULES: modules or {}, **tables}
 
     @property
@@ -119,6 +131,8 @@ class LrcQuantizer(HfQuantizer):
     quantization_config: LrcConfig
     _wait_for_hashes: Callable[[], None] | None
     _has_split_experts = False
+    _parent: Mapping[str, Tensor] | None = None
+    """Weights of modules that the files lack, from the parent; None if there are none."""
     _cut = 0
     """Number of the budget to cut to after loading."""
 
@@ -138,17 +152,31 @@ class LrcQuantizer(HfQuantizer):
         keep = getattr(model.config, BUDGET, None)
         if keep is not None:
             self._cut = budget_index(options.budgets, keep, where=str(folder), key=BUDGET)
-        check_headers(self.rebuild_(model), checkpoint_files, model)
-        # Files are compared with their hashes while transformers loads them.
-        manifest = read_manifest(folder)
+        expected = self.rebuild_(model)
         devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
         skeleton = {*map(str, devices)} == {"meta"}
+        absent = self._read_parent(model, folder, skeleton=skeleton)
+        check_headers(expected, checkpoint_files, model, absent)
+        # Files are compared with their hashes while transformers loads them.
+        manifest = read_manifest(folder)
         self._wait_for_hashes = manifest.start_check() if manifest and not skeleton else None
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         if any(isinstance(end, CompressedLinear | TiedHead) for end in ends):
             # Not a bound method, which would be pickled as the one of the class.
             model.resize_token_embeddings = partial(_resize_token_embeddings, model)
         return model
+
+    def _read_parent(self, model: Any, folder: Path, *, skeleton: bool) -> list[str]:
+        """Read what the files lack from the parent; return the names of the weights."""
+        weights = ParentWeights.parse(vars(self.quantization_config).get(layout.PARENT), BLOCK)
+        if weights is None:
+            return []
+        local = fit_names({layout.PARENT: weights.tensors}, model)[layout.PARENT]
+        if not skeleton:
+            found = read_parent(weights, getattr(model.config, PARENT_MODEL, None), folder)
+            by_tensor = {weights.tensors[name]: tensor for name, tensor in found.items()}
+            self._parent = {name: by_tensor[tensor] for name, tensor in local.items()}
+        return expect_parent_(model, local)
 
     def rebuild_(self, model: Any) -> TensorSpecs:
         """Change a model without weights as the config states; return the tensors it expects."""
@@ -179,6 +207,12 @@ class LrcQuantizer(HfQuantizer):
         return expected
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self._parent is not None:
+            fill_from_parent_(model, self._parent)
+            self._parent = None
+            # The model is complete now, and so are the files that it may be saved to.
+            vars(self.quantization_config).pop(layout.PARENT, None)
+            vars(model.config).pop(PARENT_MODEL, None)
         if self._wait_for_hashes is not None:
             self._wait_for_hashes()
             self._wait_for_hashes = None  # a model is copied and pickled with its quantizer
@@ -360,12 +394,14 @@ def check_values(model: nn.Module) -> None:
         )
 
 
-def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) -> None:
+def check_headers(
+    expected: TensorSpecs, files: list[str], model: Any = None, absent: Collection[str] = ()
+) -> None:
     """Compare the tensors that a checkpoint must have with the headers of its files.
 
-    With `model`, names in the files are those that transformers reads as names of the model, and
-    its other weights must be there too, as floating-point numbers: transformers would initialize
-    missing ones, and convert integers.
+    Those in `absent` need not be there. With `model`, names in the files are those that
+    transformers reads as names of the model, and its other weights must be there too, as
+    floating-point numbers: transformers would initialize missing ones, and convert integers.
 
     Raises
     ------
@@ -380,6 +416,7 @@ def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) ->
         names = renamed(headers, own_conversions(model), model).items()
         headers = {name: headers[key] for key, (name, converted) in names if not converted}
         expected = _other_weights(model) | expected
+    expected = {name: spec for name, spec in expected.items() if name not in absent}
     wrong = layout.mismatches(expected, headers)
     if wrong:
         raise CheckpointError(

@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lrc.compressors.deltas.delta_codecs import CODECS, Encoded, decode
-from lrc.compressors.deltas.weight_hash import dtype_name
 from lrc.compressors.io.fingerprint import sha256
 from lrc.compressors.io.json_text import parse_json
 from lrc.compressors.io.shards import listed_file
+from lrc.compressors.io.weight_hash import dtype_name
 from lrc.configs.errors import DeltaError
 
 FORMAT_VERSION = 1

@@ -224,6 +224,14 @@ def _check_options(draft: Draft, found: DecomposeTargets) -> None:
             "cannot be combined with a later 'quantize', because integers cannot be cut; remove "
             "the 'quantize' stage, or replace elastic by 'keep'",
         )
+    predicts = METHODS[options.method].predicted_increase(0.0, 1) is not None
+    if options.drafter is not None and not (predicts and found.alone):
+        what = "a single 'decompose', got several" if predicts else "a method that predicts losses"
+        problems.add(
+            "contradiction",
+            f"{where}.drafter",
+            f"needs {what}; use method: kfac or mixed in one stage, or give 'keep'",
+        )
     if options.size is not None and draft.quantizes_linears:
         problems.add(
             "contradiction",

@@ -15,7 +15,7 @@ stages:
 output: out
 """
 ALLOWED_AT_TOP = "Allowed: model, calibration, stages, evaluate, output, seed"
-ALLOWED_ANYWHERE = "Allowed: method, keep, size, elastic, measure, allocation, rank_multiple, min_keep, max_relative_error, plan, compensate, targets, ignore, overrides, rows, latency_table"
+ALLOWED_ANYWHERE = "Allowed: method, keep, size, elastic, drafter, measure, allocation, rank_multiple, min_keep, max_relative_error, plan, compensate, targets, ignore, overrides, rows, latency_table"
 METHODS = "asvd, basis-sharing, compot, cospadi, dictionary, fwsvd, kfac, lord, magnitude, mixed, rocket, sparse, svd, svd-llm, tensor-train, wanda"
 UNITS = "write a number and a unit, one of B, kB, MB, GB, KiB, MiB, GiB"
 BASELINE = "a baseline such as int8, int4-g64 or sparse"
@@ -88,8 +88,8 @@ STAGES = [
     ("{decompose: {method: svd-llm, keep: '0,8'}}", "wrong-type", ".decompose.keep: must be null or a number > 0 and <= 1, got '0,8'; write 0.8"),
     ("{decompose: {method: svd-llm, keep: true}}", "wrong-type", ".decompose.keep: must be null or a number > 0 and <= 1, got true"),
     ("{decompose: {method: svd-llm, keep: .nan}}", "out-of-range", ".decompose.keep: must be null or a number > 0 and <= 1, got nan; write a finite number"),
-    ("{decompose: {method: svd-llm}}", "conflicting-keys", ".decompose: give exactly one of 'keep', 'size' and 'elastic', or a 'plan' with the ranks; got none of them"),
-    ("{decompose: {method: svd-llm, keep: 0.8, size: 1GB}}", "conflicting-keys", ".decompose: give exactly one of 'keep', 'size' and 'elastic', or a 'plan' with the ranks; got keep and size"),
+    ("{decompose: {method: svd-llm}}", "conflicting-keys", ".decompose: give exactly one of 'keep', 'size', 'elastic' and 'drafter', or a 'plan' with the ranks; got none of them"),
+    ("{decompose: {method: svd-llm, keep: 0.8, size: 1GB}}", "conflicting-keys", ".decompose: give exactly one of 'keep', 'size', 'elastic' and 'drafter', or a 'plan' with the ranks; got keep and size"),
     ("{decompose: {method: svd-llm, size: '180'}}", "unknown-value", f".decompose.size: must be null or a size such as 180MiB, got '180'; {UNITS}"),
     ("{decompose: {method: svd-llm, size: 180M}}", "unknown-value", f".decompose.size: must be null or a size such as 180MiB, got '180M'; {UNITS}"),
     ("{decompose: {method: svd-llm, size: -1MiB}}", "unknown-value", f".decompose.size: must be null or a size such as 180MiB, got '-1MiB'; {UNITS}"),
@@ -139,7 +139,7 @@ STAGES = [
     ("decompose:svd", "wrong-type", ": must be a mapping with the keys slice, decompose, quantize, heal, got 'decompose:svd'; put a space after the colon"),
     ("svd", "wrong-type", ": must be a mapping with the keys slice, decompose, quantize, heal, got 'svd'"),
     ("{}", "missing-key", ": is empty; write one of the keys slice, decompose, quantize, heal"),
-    ('{decompose: "a\\n\\ebxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}', "wrong-type", ".decompose: must be a mapping with the keys method, keep, size, elastic, measure, allocation, rank_multiple, min_keep and others, got 'a\\n?bxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...'"),
+    ('{decompose: "a\\n\\ebxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}', "wrong-type", ".decompose: must be a mapping with the keys method, keep, size, elastic, drafter, measure, allocation, rank_multiple and others, got 'a\\n?bxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...'"),
     ("{decompose: {method: svd, keep: 0.8, overrides: [{keep: 0.1}]}}", "missing-key", ".decompose.overrides[0].match: missing; add a string that is not empty (Shell pattern of full module names, such as `*.down_proj` or `model.layers.0.*`)"),
     ("{decompose: {method: svd, keep: 0.5, skip: [a]}}", "renamed-key", ".decompose.skip: this key is now called 'ignore'; rename it"),
     ("{decompose: {method: svd, keep: 0.5, storage: pivot}}", "renamed-value", ".decompose.storage: must be one of low_rank, pivoted_low_rank, got 'pivot'; this value is now called 'pivoted_low_rank'"),
