@@ -13,11 +13,15 @@ def size_text(n_bytes: float | None) -> str:
     return f"{n_bytes / 1024:.1f} KiB"
 
 
-def score_text(value: float | None) -> str:
-    """Format a perplexity; None stands for one that is not finite."""
+def score_text(value: float | None, error: float | None = None) -> str:
+    """Format a perplexity; None stands for one that is not finite.
+
+    A standard error is written in the notation of the value: 48,613 ± 144.
+    """
     if value is None:
         return "not finite"
-    return f"{value:.3f}" if value < 1e4 else f"{value:.3e}"
+    notation = ".3f" if value < 1e4 else ",.0f" if value < 1e9 else ".3e"
+    return " ± ".join(format(each, notation) for each in (value, error) if each is not None)
 
 
 def nats_text(value: float | None) -> str:

@@ -36,6 +36,7 @@ from tests.benchmarks.llama_quantize import TYPES, mean_squares
 from tests.llama_library import FOLDER, LlamaCpp, why_missing
 
 LRC = [sys.executable, "-m", "lrc"]
+DAY = 86400.0
 SAVED = 75
 """Exit code of `lrc compress` after a signal: stopped with the state saved."""
 GPTQ = {"method": "gptq", "bits": 4, "group_size": 32, "embeddings": "int8", "compensate": {}}
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--train", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--library", type=Path, default=FOLDER, help="of llama.cpp")
-    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--seconds", type=float, default=DAY)
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--length", type=int, default=1024, help="their tokens")
@@ -218,12 +219,12 @@ def _make(task: Task, row: str) -> bool:
     return True
 
 
-def _run(command: list[str], deadline: float = float("inf")) -> bool:
+def _run(command: list[str], deadline: float | None = None) -> bool:
     """Run a command; at the deadline, let it save its state, and return False."""
+    left = None if deadline is None else max(1, deadline - time.time())
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        left = deadline - time.time()
         try:
-            output, _ = process.communicate(timeout=None if left == float("inf") else max(1, left))
+            output, _ = process.communicate(timeout=left)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             output, _ = process.communicate()
@@ -236,7 +237,8 @@ def _measure_speed(task: Task, rows: list[str], rounds: int, threads: int) -> No
     """Measure one file of every combination of block types, on an otherwise idle machine."""
     target = task.output / "speed.json"
     timed = [row for row in rows if not row.endswith(" imatrix") and task.file(row).is_file()]
-    if target.is_file() or not timed or time.time() > task.deadline:
+    known = json.loads(target.read_text())["rows"] if target.is_file() else {}
+    if not timed or {*timed} <= {*known} or time.time() > task.deadline:
         return
     window = np.load(task.output / "windows.npy")[0]
     files = [task.file(row) for row in timed]
