@@ -249,16 +249,16 @@ def inspect(
     from lrc.compressors.deltas.delta_format import is_delta
     from lrc.compressors.io.machine import Machine
 
-    chosen = Machine(device).chosen
-    if is_delta(checkpoint):
-        facts, shown = describe_delta(checkpoint), delta_tables.print_delta
-    else:
-        facts = describe(checkpoint, verify=verify, device=chosen)
-        shown = tables.print_inspection
+    chosen, delta = Machine(device).chosen, is_delta(checkpoint)
+    facts = (
+        describe_delta(checkpoint) if delta else describe(checkpoint, verify=verify, device=chosen)
+    )
     if as_json:
         console.print_json(facts)
+    elif delta:
+        delta_tables.print_delta(facts)
     else:
-        shown(facts)
+        tables.print_inspection(facts)
 
 
 @app.command()

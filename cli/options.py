@@ -17,7 +17,6 @@ Quiet = Annotated[
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
 
 
-
 def checkpoint_of(path: str) -> str:
     """Return the checkpoint in the output folder of a run; every other path is returned as it is.
 

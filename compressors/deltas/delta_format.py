@@ -65,7 +65,6 @@ class Record:
         for part, (count, dtype) in self.counts.items():
             yield part, f"{self.codec}.{part}.{dtype}", count
 
-
     @property
     def bits(self) -> int:
         """Bits of the parts in the file."""
@@ -233,7 +232,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
             WEIGHTS in hashes
             and {"name", "sha256", "changed_sha256"} <= base.keys()
             and "method" in found["method"]
-            and SIZES <= found["sizes"].keys()
+            and found["sizes"].keys() >= SIZES
         )
         if not complete or found["kind"] not in ("model", "adapter"):
             raise ValueError("keys are missing")

@@ -146,7 +146,7 @@ def _reaching(name: str, where: str) -> Iterator[None]:
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
         reason = f"could not be fetched from the Hub ({first_line(error)})"
         path = Path(name)
-        if path.parent.name and path.parent.is_dir() or _similar(path):
+        if (path.parent.name and path.parent.is_dir()) or _similar(path):
             raise RecipeError(
                 f"{where}: no folder {name!r}, and it {reason}; {_path_advice(path)}"
             ) from error

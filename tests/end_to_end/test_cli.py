@@ -214,9 +214,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(
         assert isinstance(json.loads(ended.out), dict)
 
 
-def test_quiet_leaves_warnings_on_stderr(
-    lrc, recipe: Path, output: Path, tiny_text: Path
-) -> None:
+def test_quiet_leaves_warnings_on_stderr(lrc, recipe: Path, output: Path, tiny_text: Path) -> None:
     for command, warnings in (
         (("compress", recipe), ["warning: near-uniform-model"]),
         (("compress", recipe), []),  # finished already
