@@ -47,11 +47,11 @@ def seconds_text(seconds: float) -> str:
 def short_text(value: float) -> str:
     """Format a number for a cell of a heat map, in at most six characters.
 
-    >>> [short_text(x) for x in (576, 4.1279, 0.0312, 0.00002, 0)]
-    ['576', '4.13', '0.031', '2e-05', '0']
+    >>> [short_text(x) for x in (576, 4.1279, 0.0312, 0.00097, 0.00002, 0)]
+    ['576', '4.13', '0.031', '0.001', '2e-05', '0']
     """
     if value == int(value):
         return f"{value:.0f}"
-    if not isfinite(value) or abs(value) < 1e-3:
+    if not isfinite(value) or abs(value) < 9.5e-4:  # which is not rounded to 0.001
         return f"{value:.0e}"
     return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
