@@ -142,7 +142,8 @@ def _prepare(task: Task, test: str, count: int, length: int, missing: list[str])
     if not task.dense.is_file():
         _run([*LRC, "export", str(task.model), str(task.dense), "--format", "gguf", *_as("bf16")])
     windows, importance = task.output / "windows.npy", task.output / "importance.npz"
-    with LlamaCpp(task.library).open(task.dense) as model:
+    library = LlamaCpp(task.library)  # receives the log as long as it exists
+    with library.open(task.dense) as model:
         if not windows.is_file():
             np.save(windows, tokenized(model, test, count, length))
         if any("imatrix" in row for row in missing) and not importance.is_file():
@@ -175,7 +176,8 @@ def _row(task: Task, row: str) -> str:
             return "time is up; the same command continues"
         made = time.time()
         windows = np.load(task.output / "windows.npy")
-        with LlamaCpp(task.library).open(task.file(row)) as model:
+        library = LlamaCpp(task.library)
+        with library.open(task.file(row)) as model:
             loss = perplexity(
                 (model.logits(window.tolist(), threads=task.threads) for window in windows),
                 windows,
