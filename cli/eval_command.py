@@ -14,18 +14,12 @@ from lrc.cli.gate_results import (
     read_gates,
     write_junit,
 )
-from lrc.cli.options import Device, Json, Quiet, TrustRemoteCode, positive
-from lrc.configs.errors import GateMissed, LrcError, RecipeError, Stopped
+from lrc.cli.options import Device, Json, Models, Quiet, TrustRemoteCode, positive
+from lrc.configs.errors import GateMissed, LrcError, Stopped, UsageError
 
 
 def evaluate(
-    checkpoints: Annotated[
-        list[str],
-        typer.Argument(
-            help="Folders, Hub ids or .gguf files; the others are compared with the first.",
-            show_default=False,
-        ),
-    ],
+    checkpoints: Models,
     perplexity: Annotated[
         list[str] | None,
         typer.Option(help="A text: `python-docs`, `wikitext2`, `c4` or a path. Can be repeated."),
@@ -83,7 +77,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity, KL divergence and lm-eval tasks of checkpoints, side by side."""
+    """Measure perplexity, KL divergence from the first, and lm-eval tasks of several models."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     options = {
         "--draft-tokens": draft_tokens,
@@ -110,7 +104,7 @@ def evaluate(
     if idle := [name for name, value in options.items() if value is not None]:
         raise RecipeError(f"{idle[0]}: is an option of --draft; leave it out, or give --draft")
     if not names and not perplexity:
-        raise RecipeError(
+        raise UsageError(
             "lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"
         )
     from lrc.cli.evaluate import check_eval_gates, raise_if_missing, run

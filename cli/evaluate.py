@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,14 @@ from lrc.compressors.models import source as models
 from lrc.compressors.models.architecture import build
 from lrc.compressors.models.configuration import check_code, refuse_adapter
 from lrc.compressors.models.source_check import check_contents
-from lrc.configs.errors import DataError, EvaluationIncomplete, ModelError, RecipeError
+from lrc.configs.errors import (
+    DataError,
+    EvaluationIncomplete,
+    ModelError,
+    Problem,
+    RecipeError,
+    UsageError,
+)
 from lrc.configs.recipe import Evaluate, Gate, Model
 
 OPTIONS = {
@@ -179,13 +186,13 @@ def _check_gates(gates: list[Gate], request: Evaluate, checkpoints: list[str]) -
     check_gate_names(gates, request)
     compared = [g for g in gates if g.relative or g.metric.partition(".")[0] in PREDICTIONS]
     if compared and len(checkpoints) == 1:
-        raise RecipeError(
+        raise UsageError(
             f"--gate: {compared[0]} compares with the first checkpoint, and there is only one; "
             "give the dense model before it"
         )
     for path in checkpoints:
         if any(gate.metric == SIZE for gate in gates) and file_bytes(path) is None:
-            raise RecipeError(
+            raise UsageError(
                 f"--gate: size is known of local files only, got the Hub id {path}; remove the "
                 "gate, or give a folder"
             )
@@ -209,9 +216,14 @@ def options_in_errors() -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
-        raise RecipeError(
+        raise UsageError(
             [
-                replace(p, where=translate(p.where), message=translate(p.message))
+                Problem(
+                    UsageError.default_code if p.code == RecipeError.default_code else p.code,
+                    translate(p.where),
+                    translate(p.message),
+                    p.source,
+                )
                 for p in error.problems
             ]
         ) from error

@@ -123,7 +123,7 @@ def _shares(source: dict[str, float], total: int | None, unit: str) -> str:
 def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> None:
     methods = sorted({row.method for row in rows})
     one = f", {methods[0]}" if len(methods) == 1 else ""
-    columns = ["weight", "layers", "shape", "method", "components", "size", "MiB", "kept"]
+    columns = ["weight", "layers", "shape", "method", "components", "structure", "MiB", "kept"]
     if one:
         columns.remove("method")
     model = plan.model
@@ -141,7 +141,7 @@ def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> Non
             "pending" if row.allocator else row.config.description,
         )
         alike.setdefault(cells, []).append(row)
-    for (name, shape, method, components, size), group in alike.items():
+    for (name, shape, method, components, structure), group in alike.items():
         bits, dense_bits = sum(row.bits for row in group), sum(row.dense_bits for row in group)
         known = [f"{bits / 8 / 2**20:.2f}", f"{bits / dense_bits:.1%}"]
         table.add_row(
@@ -150,7 +150,7 @@ def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> Non
             shape,
             *([] if one else [method]),
             components,
-            size,
+            structure,
             *(["", ""] if group[0].allocator else known),
         )
     OUT.print(table)
@@ -215,7 +215,7 @@ def print_report(report: dict[str, Any], output: str) -> None:
 
 def print_inspection(facts: dict[str, Any]) -> None:
     """Print the facts of a checkpoint."""
-    columns = ("weight", "shape", "components", "size") if facts["modules"] else ()
+    columns = ("weight", "shape", "components", "structure") if facts["modules"] else ()
     table = new_table(f"{facts['path']} ({facts['architecture']})", *columns)
     for m in sorted(facts["modules"], key=lambda m: natural(m["name"])):
         patterns = [c["pattern"] for c in m["components"] if "pattern" in c]

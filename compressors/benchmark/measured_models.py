@@ -17,7 +17,7 @@ from lrc.compressors.checkpoint.manifest import read_object
 from lrc.compressors.checkpoint.reader import Contents, read_contents
 from lrc.compressors.models import source as models
 from lrc.compressors.models.configuration import check_code, first_line, refuse_adapter
-from lrc.configs.errors import CheckpointError, RecipeError
+from lrc.configs.errors import CheckpointError, UsageError
 from lrc.configs.recipe import Model
 
 GIVE_DENSE = "give --against DENSE for ratios"
@@ -56,7 +56,7 @@ def find_target(name: str, scratch: Path, *, trusted: bool = False) -> Target:
 
     Raises
     ------
-    RecipeError
+    UsageError
         If there is no such file or folder.
     CheckpointError, ModelError
         If it is damaged or cannot be read.
@@ -124,7 +124,7 @@ def check_targets(targets: Sequence[Target], settings: Settings) -> None:
 
     Raises
     ------
-    RecipeError
+    UsageError
         If vocabularies differ, or a prompt and what follows is longer than a model allows.
     """
     first, problems = targets[0], []
@@ -144,7 +144,7 @@ def check_targets(targets: Sequence[Target], settings: Settings) -> None:
             )
             break
     if problems:
-        raise RecipeError(problems)
+        raise UsageError(problems)
 
 
 def _source_of(name: str) -> str | None:

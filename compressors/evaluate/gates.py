@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from lrc.compressors.evaluate.harness import declared_metrics
+from lrc.compressors.evaluate.score_text import four_digits
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Evaluate, Gate
 
@@ -143,16 +144,16 @@ def check_gates(gates: Sequence[Gate], metrics: Metrics) -> list[GateResult]:
 def _compared(gate: Gate, entry: Mapping[str, float | None]) -> Iterator[GateResult]:
     value, dense = entry["compressed"], entry["dense"]
     assert value is not None
-    number = "{:,.0f} bytes" if gate.metric == SIZE else "{:.4g}"
-    compared = "" if dense is None else f" (dense {number.format(dense)})"
-    got = f"{gate.metric} is {number.format(value)}{compared}"
+    written = "{:,.0f} bytes".format if gate.metric == SIZE else four_digits
+    compared = "" if dense is None else f" (dense {written(dense)})"
+    got = f"{gate.metric} is {written(value)}{compared}"
     undefined = gate.relative and dense == 0
     if undefined:
         got = f"{got}: a ratio to a dense score of 0 is not defined"
     elif gate.relative:
         assert dense is not None
         value = value / dense
-        got = f"{got}, compressed / dense {value:.4g}"
+        got = f"{got}, compressed / dense {four_digits(value)}"
     for key, words in WORDS.items():
         limit = getattr(gate, key)
         if limit is None:

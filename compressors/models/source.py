@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def locate(spec: Model, *, weights: bool = True) -> Source:
     else:
         raise RecipeError(
             f"model.path: no file or folder {spec.path!r}, and it is not a Hub id (org/name) "
-            "either; check the path (it is relative to the current folder)"
+            f"either; {_path_advice(path)}"
         )
     _refuse_unsafe(source)
     return source
@@ -143,11 +144,39 @@ def _reaching(name: str, where: str) -> Iterator[None]:
     try:
         yield
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
+        reason = f"could not be fetched from the Hub ({first_line(error)})"
+        path = Path(name)
+        if (path.parent.name and path.parent.is_dir()) or _similar(path):
+            raise RecipeError(
+                f"{where}: no folder {name!r}, and it {reason}; {_path_advice(path)}"
+            ) from error
         raise ModelError(
-            f"{where}: {name!r} is not a local folder and could not be fetched from the Hub "
-            f"({first_line(error)}); check the name, log in for a gated model, or download it "
-            "elsewhere and give the folder"
+            f"{where}: {name!r} is not a local folder and {reason}; check the name, log in for a "
+            "gated model, or download it elsewhere and give the folder"
         ) from error
+
+
+def _path_advice(path: Path) -> str:
+    """Return what to do about a path that does not exist."""
+    if near := _similar(path):
+        return f"did you mean {' or '.join(near)}?"
+    existing = path.parent
+    while not existing.is_dir():
+        existing = existing.parent
+    missing = path.relative_to(existing).parts[0]
+    where = "the current folder" if existing == Path() else str(existing)
+    return f"check the path: {where} has no {missing!r}"
+
+
+def _similar(path: Path) -> list[str]:
+    """Return existing paths that differ from a missing one in its first missing part."""
+    for each in (path, *path.parents):
+        if each.parent.is_dir() and each.name:
+            names = [found.name for found in each.parent.iterdir()]
+            rest = path.relative_to(each)
+            near = (each.parent / name / rest for name in get_close_matches(each.name, names))
+            return [str(found) for found in near if found.exists()]
+    return []
 
 
 def _refuse_unsafe(source: Source) -> None:

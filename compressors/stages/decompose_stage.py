@@ -79,10 +79,13 @@ class DecomposeStage:
             remedy, keep = _no_saving_advice(each.options), each.options.largest_keep or 1
             dense = decided and not any(task.compressed for task in decided)
             if keep < 1 and dense and each.options.plan is None and len(draft.problems) == before:
+                reasons = dict.fromkeys(task.note for task in decided if task.note)
+                why = f" ({'; '.join(reasons)})" if len(reasons) == 1 else ""
                 draft.problems.add(
                     "nothing-smaller",
                     "stages" if each.alone else each.where,
-                    f"every targeted weight stays dense, so nothing would become smaller; {remedy}",
+                    f"every targeted weight stays dense{why}, so nothing would become smaller; "
+                    f"{remedy}",
                 )
             draft.no_saving_advice = draft.no_saving_advice or remedy
             _warn(draft, each)

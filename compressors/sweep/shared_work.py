@@ -89,10 +89,6 @@ class SharedWork:
         for own, name in _scores(prepared).items():
             self._of_model(prepared).borrow(journal, own, name)
 
-    def forget(self) -> None:
-        """Delete everything."""
-        self._root.forget(*(path.name for path in self._root.work.glob("shared-*")))
-
     def _collect(self, session: Session, group: Sequence[Prepared]) -> None:
         """Collect the statistics of runs that read the same text."""
         wanted = {

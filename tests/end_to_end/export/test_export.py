@@ -290,7 +290,7 @@ def test_paths_are_checked_and_nothing_is_overwritten(
         ([tmp_path / "none", tmp_path / "out", "--format", "dense"], "no such folder"),
         ([source, tmp_path / "out", "--format", "dense", "--type", "f16"], "--format gguf"),
     ):
-        lrc("export", *arguments).refuses(2, message, code="invalid-recipe")
+        lrc("export", *arguments).refuses(2, message, code="usage")
     assert taken.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["taken.gguf"]
 
