@@ -102,7 +102,7 @@ def evaluate(
         )
         return
     if idle := [name for name, value in options.items() if value is not None]:
-        raise RecipeError(f"{idle[0]}: is an option of --draft; leave it out, or give --draft")
+        raise UsageError(f"{idle[0]}: is an option of --draft; leave it out, or give --draft")
     if not names and not perplexity:
         raise UsageError(
             "lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"
@@ -157,13 +157,13 @@ def _evaluate_drafter(
 ) -> None:
     """Measure a drafter with its parent; `numbers` are the fields of `DraftSettings`, or None."""
     if given:
-        raise RecipeError(f"{given[0]}: cannot be combined with --draft; leave it out")
+        raise UsageError(f"{given[0]}: cannot be combined with --draft; leave it out")
     if len(checkpoints) != 1:
-        raise RecipeError(
+        raise UsageError(
             f"--draft: needs one model, the parent, got {len(checkpoints)}; leave the others out"
         )
     if not texts:
-        raise RecipeError("--draft: needs a text for prompts; give --perplexity python-docs")
+        raise UsageError("--draft: needs a text for prompts; give --perplexity python-docs")
     from lrc.cli.eval_draft import run
     from lrc.cli.eval_draft_tables import print_drafting
     from lrc.compressors.benchmark.drafting import DraftSettings
@@ -175,7 +175,7 @@ def _evaluate_drafter(
     ]
     settings = DraftSettings(*chosen)
     if settings.tokens < settings.drafts + 2:
-        raise RecipeError(
+        raise UsageError(
             f"--tokens: must be at least {settings.drafts + 2} with {settings.drafts} drafts in a "
             f"round, so that there is a second one, got {settings.tokens}; raise it"
         )

@@ -16,7 +16,7 @@ from lrc.compressors.evaluate.side_by_side import refuse_pair
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers.shared_ends import share_embeddings
-from lrc.configs.errors import ModelError, Problem, RecipeError
+from lrc.configs.errors import ModelError, Problem, UsageError
 from lrc.configs.recipe import Perplexity
 
 
@@ -33,7 +33,7 @@ def run(
 
     Raises
     ------
-    RecipeError
+    UsageError
         If the models have different tokens, or a text is too long for one of them.
     ModelError
         If they cannot be used for speculative decoding.
@@ -88,7 +88,7 @@ def run(
 def _check_pair(parent: str, drafter: str, skeletons: dict[str, tuple[Any, Any]]) -> None:
     """Reject models whose tokens differ, and those whose caches cannot go back."""
     if len(skeletons) == 1:
-        raise RecipeError(
+        raise UsageError(
             f"--draft: must be another model than the parent, got {drafter} twice; give the folder "
             "of a compressed checkpoint"
         )
@@ -103,7 +103,7 @@ def _check_pair(parent: str, drafter: str, skeletons: dict[str, tuple[Any, Any]]
             f"{drafter} must have the tokens of {parent}, because drafts are compared token by "
             f"token, but {why}; give a model that was compressed from {parent}"
         )
-        raise RecipeError([Problem("other-tokenizer", "--draft", text)])
+        raise UsageError([Problem("other-tokenizer", "--draft", text)])
     for path, (model, _) in skeletons.items():
         try:
             RewindableModel(model, 1)
@@ -116,7 +116,7 @@ def _check_context(skeletons: dict[str, tuple[Any, Any]], settings: DraftSetting
     for path, (model, _) in skeletons.items():
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and needed > context:
-            raise RecipeError(
+            raise UsageError(
                 f"--prompt: {settings.prompt_tokens:,} tokens, {settings.tokens:,} new ones and "
                 f"{settings.drafts:,} drafts must be at most {context:,} together, the context of "
                 f"{path}; lower --prompt or --tokens"
