@@ -1,4 +1,4 @@
-"""Time the compression of one or two layers with the shapes of Qwen3-30B-A3B, whose weights are random.
+"""Time the compression of a few random layers with the shapes of Qwen3-30B-A3B.
 
 usage: python tests/benchmarks/experts.py [--methods gptq reap mixed] [--layers 2] ...
 
