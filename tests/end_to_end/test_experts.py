@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from lrc.compressors.compress.group import stored_weight
 from lrc.compressors.io.machine import Machine
+from lrc.compressors.layers import expert_batches
+from lrc.compressors.layers.experts import split_modules
 from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import prepare
@@ -225,6 +227,35 @@ def test_a_model_can_be_saved_again_and_dequantized(name, runs, sample, tmp_path
     dense.save_pretrained(tmp_path / "dense")
     found = logits(load(tmp_path / "dense"), sample)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+@pytest.mark.parametrize("name", ["mixtral svd-llm", "nemotron_h svd-llm"])
+def test_experts_that_are_multiplied_together_change_nothing(
+    name, runs, sample, tmp_path, monkeypatch
+):
+    loop = load(runs(name) / "checkpoint")
+    expected = logits(loop, sample)
+    monkeypatch.setattr(expert_batches, "DEVICES", ("cpu",))
+    model = load(runs(name) / "checkpoint")
+    called = []
+    for _, module in split_modules(model):
+        apply = module.batches._batches[0].apply
+        monkeypatch.setattr(
+            module.batches._batches[0],
+            "apply",
+            lambda *a, apply=apply: called.append(1) or apply(*a),
+        )
+    atol = 1e-4 * float(expected.std())
+    torch.testing.assert_close(logits(model, sample), expected, rtol=0, atol=atol)
+    assert called
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(sample, **options), loop.generate(sample, **options))
+    model.save_pretrained(tmp_path)
+    saved, source = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path, runs(name) / "checkpoint")
+    )
+    assert saved.keys() == source.keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in source.items())
 
 
 def test_experts_that_are_not_compressed_stay_fused(folders, tiny_recipe, sample, tmp_path):
