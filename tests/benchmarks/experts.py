@@ -6,7 +6,8 @@ Prints one JSON object per method as soon as it is done. `seconds.layer` are tho
 stage, from one progress report to the next, so that loading and warming up are not in them.
 `seconds.extrapolated` is an estimate for all 48 layers, nothing measured: the time up to the last
 report, the time of a layer for each layer that was not made, and the time after it, in which files
-are written, in proportion to the bytes of the compressed model.
+are written, in proportion to the bytes of the compressed model. With --products, the block of
+experts of the loaded checkpoint is timed too, with and without products of several experts.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from shapes import forget_peaks, write_model, write_text
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lrc.cli import console
+from lrc.compressors.checkpoint.reader import load_checkpoint
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import LrcError
@@ -33,6 +35,7 @@ from lrc.configs.recipe import Calibration
 from lrc.configs.yaml_text import write_yaml
 
 LAYERS = 48
+TOKENS, REPEATS = (1, 2, 8, 64, 1024), 21
 PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {
         "vocab_size": 151_936,
@@ -145,6 +148,7 @@ def measure(args: argparse.Namespace, method: str, folder: Path) -> dict[str, An
     stored = report["size"]["model"]["tensor_bytes"]["compressed"]
     whole = outside + (stored - outside) * LAYERS / args.layers
     left = LAYERS - args.layers
+    products = time_products(folder / method / "checkpoint", args.device) if args.products else None
     shutil.rmtree(folder / method)
     return {
         "method": method,
@@ -166,9 +170,33 @@ def measure(args: argparse.Namespace, method: str, folder: Path) -> dict[str, An
                 + (end - steps.last) * whole / stored
             ),
         },
+        "milliseconds": products,
         **report["memory"],
         **report["environment"],
     }
+
+
+@torch.inference_mode()
+def time_products(checkpoint: Path, device: str) -> dict[str, dict[str, float]]:
+    """Return milliseconds of a block of experts by the number of tokens."""
+    machine = Machine(device)
+    model = load_checkpoint(checkpoint, dtype=torch.bfloat16, device=machine.chosen)
+    block = model.model.layers[-1].mlp
+    found: dict[str, dict[str, float]] = {}
+    for name in ("together", "one after the other"):
+        found[name] = {}
+        for n_tokens in TOKENS:
+            x = torch.randn(1, n_tokens, model.config.hidden_size).to(model.device, model.dtype)
+            took = []
+            for _ in range(REPEATS):
+                start = time.perf_counter()
+                block(x)
+                if x.is_cuda:
+                    torch.cuda.synchronize(x.device)
+                took.append(1e3 * (time.perf_counter() - start))
+            found[name][str(n_tokens)] = round(sorted(took)[REPEATS // 2], 3)
+        block.experts.batches = None  # of a plain checkpoint this means nothing
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -181,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--length", type=int, default=1024, help="tokens a window")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override")
+    parser.add_argument("--products", action="store_true", help="time the checkpoint, too")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", help="an existing one, in which a temporary one is made")
     args = parser.parse_args(arguments)
