@@ -158,14 +158,17 @@ class Compression:
         results: dict[str, LayerResult] = {}
         tensors: dict[str, Tensor] = {}
 
-        routed = routed_tokens(self.journal, layer)
+        tasks = [task for task in self.plan.tasks if task.layer == layer]
+        routed: dict[str, tuple[int, int]] = {}
+        for other in sorted({weight.layer for task in tasks for weight in task.weights}):
+            routed |= routed_tokens(self.journal, other)
 
         def store(done: CompressedGroup) -> None:
-            n_tokens, _ = routed.get(done.task.name, (None, 0))
+            counts = [routed[w.name][0] for w in done.task.weights if w.name in routed]
+            n_tokens = tuple(counts) if len(counts) > 1 else next(iter(counts), None)
             results[done.task.name] = replace(self._predicted(done), n_tokens=n_tokens)
             tensors.update(done.tensors)
 
-        tasks = [task for task in self.plan.tasks if task.layer == layer]
         refit = {t.name: t for t in tasks if t.compensate is not None and prefix is not None}
         for batch in batches([task for task in tasks if task.name not in refit], self.device):
             for done in self._compress_batch(batch):

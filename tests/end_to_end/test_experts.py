@@ -33,6 +33,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SVD = {"decompose": {"method": "svd", "keep": 0.6}}
 SVD_LLM = {"decompose": {"method": "svd-llm", "keep": 0.6}}
+SHARED = {
+    "decompose": {
+        "method": "basis-sharing",
+        "keep": 0.6,
+        "experts_per_group": 3,
+        "targets": ["*.experts.*"],
+    }
+}
 KFAC = {"decompose": {"method": "kfac", "keep": 0.6, "compensate": {}}}
 MIXED = {"decompose": {"method": "mixed", "keep": 0.4, "schemes": ["int4", "int8"]}}
 INT4 = {"quantize": {"method": "gptq", "bits": 4}}
@@ -47,6 +55,8 @@ RUNS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "granitemoe svd": ("granitemoe", [SVD]),
     "llama4_text kfac": ("llama4_text", [KFAC]),
     "nemotron_h svd-llm": ("nemotron_h", [SVD_LLM]),
+    "qwen3_moe basis-sharing": ("qwen3_moe", [SHARED]),
+    "gpt_oss basis-sharing, int8": ("gpt_oss", [SHARED, INT8]),
 }
 
 
@@ -149,13 +159,14 @@ def test_bytes_of_every_expert_are_those_of_the_plan(name, runs):
     plan, n_experts = plan_of(output), 0
     for task in plan.tasks:
         config = plan.stored_config(task)
+        members = tuple(f"{weight.name}." for weight in task.weights)
         found = sum(
             bits
             for key, bits in sizes.items()
-            if key.startswith(f"{task.name}.") and not key.endswith(".bias")
+            if key.startswith(members) and not key.endswith(".bias")
         )
         assert found == task.bits_of(config), task.name
-        n_experts += ".experts." in task.name
+        n_experts += sum(".experts." in name for name in members)
     assert plan.experts is not None
     assert n_experts == 2 * plan.experts.layers * plan.experts.experts
     assert sum(sizes.values()) == 8 * plan.compressed_bytes
@@ -348,6 +359,49 @@ def test_an_unused_expert_has_a_fallback_that_is_reported(stage, biased, tiny_re
     assert coverage["experts"] == 8
     assert (coverage["tokens_min"], coverage["starved"]) == (0, 2)
     assert coverage["tokens_median"] > coverage["needed"]
+
+
+def test_experts_of_one_layer_share_a_factor_and_all_other_matrices_those_of_two(
+    folders, tiny_recipe, tmp_path
+):
+    stage = {**SHARED["decompose"], "targets": ["*"], "ignore": ["*.experts.1.down_proj"]}
+    recipe = tiny_recipe(folders("qwen3_moe"), tmp_path / "run", stages=[{"decompose": stage}])
+    plan = prepare(load_recipe(recipe).recipe, STAGES).plan
+    groups = [[w.name.removeprefix("model.layers.") for w in task.weights] for task in plan.tasks]
+    assert [f"1.mlp.experts.{n}.gate_up_proj" for n in (0, 1, 2)] in groups
+    assert [f"1.mlp.experts.{n}.gate_up_proj" for n in (3, 4, 5)] in groups
+    assert ["0.mlp.experts.0.down_proj"] in groups
+    assert [f"0.mlp.experts.{n}.down_proj" for n in (2, 3, 4)] in groups
+    assert ["0.self_attn.q_proj", "1.self_attn.q_proj"] in groups
+    many = "stages.0.decompose.experts_per_group=7"
+    with pytest.raises(RecipeError, match="must be at most 6, the number of experts of a layer"):
+        prepare(load_recipe(recipe, [many]).recipe, STAGES)
+
+
+def test_an_unused_expert_shares_the_factor_of_the_others(biased, tiny_recipe, tmp_path):
+    recipe = tiny_recipe(biased(3), tmp_path / "run", stages=[SHARED], evaluate={"perplexity": []})
+    report = compress(load_recipe(recipe), Machine("cpu"))
+    coverage = report["experts"]["coverage"]
+    assert (coverage["experts"], coverage["tokens_min"], coverage["starved"]) == (8, 0, 2)
+    plan = plan_of(tmp_path / "run")
+    shared = [task for task in plan.tasks if ".experts.0." in task.name]
+    assert [len(task.weights) for task in shared] == [3] * 4
+    alone = [task for task in plan.tasks if ".experts.3." in task.name]
+    for task in alone:  # the last group
+        fallback = plan.results[task.name].fallback
+        assert fallback is not None
+        assert fallback.startswith("saw no calibration token")
+    recipe = tiny_recipe(
+        biased(2), tmp_path / "other", stages=[SHARED], evaluate={"perplexity": []}
+    )
+    compress(load_recipe(recipe), Machine("cpu"))
+    plan = plan_of(tmp_path / "other")
+    for task in (task for task in plan.tasks if ".experts.0." in task.name):
+        result = plan.results[task.name]
+        assert result.config.compressed
+        assert result.fallback is None
+        assert isinstance(result.n_tokens, tuple)
+        assert [count > 0 for count in result.n_tokens] == [True, True, False]
 
 
 def test_a_run_is_refused_if_most_experts_starve(biased, tiny_recipe, tmp_path):
