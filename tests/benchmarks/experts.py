@@ -178,15 +178,21 @@ def measure(args: argparse.Namespace, method: str, folder: Path) -> dict[str, An
 
 @torch.inference_mode()
 def time_products(checkpoint: Path, device: str) -> dict[str, dict[str, float]]:
-    """Return milliseconds of a block of experts by the number of tokens."""
+    """Return milliseconds of a block of experts by the number of tokens.
+
+    ``difference`` is the largest one between the outputs, relative to their standard deviation.
+    """
     machine = Machine(device)
     model = load_checkpoint(checkpoint, dtype=torch.bfloat16, device=machine.chosen)
     block = model.model.layers[-1].mlp
     found: dict[str, dict[str, float]] = {}
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, n, model.config.hidden_size, generator=generator) for n in TOKENS]
+    outputs: list[torch.Tensor] = []
     for name in ("together", "one after the other"):
         found[name] = {}
-        for n_tokens in TOKENS:
-            x = torch.randn(1, n_tokens, model.config.hidden_size).to(model.device, model.dtype)
+        for n_tokens, on_host in zip(TOKENS, inputs, strict=True):
+            x = on_host.to(model.device, model.dtype)
             took = []
             for _ in range(REPEATS):
                 start = time.perf_counter()
@@ -195,7 +201,13 @@ def time_products(checkpoint: Path, device: str) -> dict[str, dict[str, float]]:
                     torch.cuda.synchronize(x.device)
                 took.append(1e3 * (time.perf_counter() - start))
             found[name][str(n_tokens)] = round(sorted(took)[REPEATS // 2], 3)
+            outputs.append(block(x).float())
         block.experts.batches = None  # of a plain checkpoint this means nothing
+    pairs = [*zip(outputs[: len(TOKENS)], outputs[len(TOKENS) :], strict=True)]
+    found["difference"] = {
+        str(n): float((a - b).abs().max() / b.std())
+        for n, (a, b) in zip(TOKENS, pairs, strict=True)
+    }
     return found
 
 
