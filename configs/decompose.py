@@ -133,6 +133,11 @@ class DecomposeBase(Strict):
         return int(getattr(self, "layers_per_group", 1))
 
     @property
+    def group_experts(self) -> int:
+        """Number of experts of a layer that share a factor."""
+        return int(getattr(self, "experts_per_group", 1))
+
+    @property
     def scheme_choices(self) -> tuple[str, ...]:
         """Integer formats that the allocator may choose."""
         return tuple(getattr(self, "schemes", ()))

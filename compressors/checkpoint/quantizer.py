@@ -59,6 +59,7 @@ from lrc.compressors.layers import (
     WeightConfig,
 )
 from lrc.compressors.layers.component import finite_problems
+from lrc.compressors.layers.expert_batches import batch_experts
 from lrc.compressors.layers.experts import fuse_experts_, split_experts_
 from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, widen_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
@@ -224,6 +225,7 @@ class LrcQuantizer(HfQuantizer):
         replaced = ReplacedTensors()
         optimize(model, replaced=replaced)
         share_inputs(model, replaced=replaced)
+        batch_experts(model)
         replaced.flush()
         return model
 

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from lrc.compressors.calibrate.statistics import routed_tokens
+from lrc.compressors.compress.batches import batches, compress_together
 from lrc.compressors.compress.group import (
     CompressedGroup,
     WeightGroup,
@@ -157,18 +158,21 @@ class Compression:
         results: dict[str, LayerResult] = {}
         tensors: dict[str, Tensor] = {}
 
-        routed = routed_tokens(self.journal, layer)
+        tasks = [task for task in self.plan.tasks if task.layer == layer]
+        routed: dict[str, tuple[int, int]] = {}
+        for other in sorted({weight.layer for task in tasks for weight in task.weights}):
+            routed |= routed_tokens(self.journal, other)
 
         def store(done: CompressedGroup) -> None:
-            n_tokens, _ = routed.get(done.task.name, (None, 0))
+            counts = [routed[w.name][0] for w in done.task.weights if w.name in routed]
+            n_tokens = tuple(counts) if len(counts) > 1 else next(iter(counts), None)
             results[done.task.name] = replace(self._predicted(done), n_tokens=n_tokens)
             tensors.update(done.tensors)
 
-        tasks = [task for task in self.plan.tasks if task.layer == layer]
         refit = {t.name: t for t in tasks if t.compensate is not None and prefix is not None}
-        for task in tasks:
-            if task.name not in refit:
-                store(self.compress(task))
+        for batch in batches([task for task in tasks if task.name not in refit], self.device):
+            for done in self._compress_batch(batch):
+                store(done)
         if prefix is not None:
             # Weights compressed so far are inserted before the next inputs are measured.
             for names in prefix.groups(layer):
@@ -211,10 +215,18 @@ class Compression:
 
     def compress(self, task: LayerTask) -> CompressedGroup:
         """Compress a task with the statistics of the dense model."""
-        if not task.config.compressed:
-            return left_dense(task)
-        weights = [self._weight(w) for w in task.weights]
-        return compress_group(self._group(task, weights, weights[0].dtype))
+        (done,) = self._compress_batch([task])
+        return done
+
+    def _compress_batch(self, batch: Sequence[LayerTask]) -> list[CompressedGroup]:
+        """Compress tasks of equal configurations."""
+        if not batch[0].config.compressed:
+            return [left_dense(task) for task in batch]
+        groups = []
+        for task in batch:
+            weights = [self._weight(w) for w in task.weights]
+            groups.append(self._group(task, weights, weights[0].dtype))
+        return compress_together(groups)
 
     def _refit(self, task: LayerTask, measured: PrefixMoments) -> CompressedGroup:
         """Fit a weight to the dense outputs on the compressed model's inputs, and compress it."""

@@ -160,7 +160,7 @@ def _curve(
     if allocation is not None and allocation.quantization:
         quantization, total = _quantization_errors(task, allocation, stack, together)
     comparable = total > 0 and not has_zero_statistics(per_weight)
-    return Curve(energies, per_weight[0].n_tokens, None, comparable, points, total, quantization)
+    return Curve(energies, together.n_tokens, None, comparable, points, total, quantization)
 
 
 def size_families(

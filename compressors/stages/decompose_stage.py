@@ -164,7 +164,17 @@ def _claim_targets(
             f"must be at most {len(layers)}, the number of layers, got {size}; lower it",
         )
         size = 1
-    groups = layer_groups(linears, size, layers, overrides, where, problems)
+    n_experts = max((number for number, _ in draft.architecture.experts.values()), default=1)
+    if options.group_experts > n_experts:
+        problems.add(
+            "out-of-range",
+            f"{where}.experts_per_group",
+            f"must be at most {n_experts}, the number of experts of a layer, got "
+            f"{options.group_experts}; lower it",
+        )
+    groups = layer_groups(
+        linears, size, layers, overrides, where, problems, n_experts=options.group_experts
+    )
     tasks = [_task(draft, index, options, group) for group in groups]
     for task in tasks:
         for weight in task.weights:

@@ -22,7 +22,12 @@ from typing import Any, get_args
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from lrc.cli import console
 from lrc.compressors.checkpoint.writer import write_weights
@@ -47,7 +52,7 @@ DECAY = 0.5  # singular values fall about as the index to minus this: energies a
 
 
 def make_model(folder: Path, sizes: dict[str, Any], device: str) -> None:
-    """Write a random Llama in bfloat16, one matrix on the device at a time, and its tokenizer."""
+    """Write a random Llama in bfloat16 and its tokenizer."""
     config = LlamaConfig(
         **sizes,
         architectures=["LlamaForCausalLM"],
@@ -56,11 +61,18 @@ def make_model(folder: Path, sizes: dict[str, Any], device: str) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         max_position_embeddings=8192,
     )
-    config.save_pretrained(folder)
     with torch.device("meta"):
         meta = LlamaForCausalLM(config).to(torch.bfloat16).state_dict()
     if config.tie_word_embeddings:
         del meta["lm_head.weight"]
+    write_model(folder, config, meta, device)
+
+
+def write_model(
+    folder: Path, config: PreTrainedConfig, meta: dict[str, torch.Tensor], device: str
+) -> None:
+    """Write random weights in bfloat16, one matrix on the device at a time, and a tokenizer."""
+    config.save_pretrained(folder)
     generator = torch.Generator(device).manual_seed(0)
 
     def read(name: str) -> torch.Tensor:
@@ -90,7 +102,7 @@ def random_matrix(d_out: int, d_in: int, generator: torch.Generator) -> torch.Te
     return left.mul_(s / s.norm()) @ right  # [d_out, d_in]
 
 
-def element_std(name: str, d_in: int, config: LlamaConfig) -> float:
+def element_std(name: str, d_in: int, config: PreTrainedConfig) -> float:
     """Return the spread that keeps hidden states near 1 and logits near 1 at any depth."""
     if name == "model.embed_tokens.weight" and not config.tie_word_embeddings:
         return 1.0

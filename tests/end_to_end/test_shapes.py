@@ -72,3 +72,23 @@ def test_singular_values_of_random_matrices_fall_as_a_power(shapes):
     values = torch.linalg.svdvals(W)
     assert 5 < float(values[0] / values[100]) < 20  # 100 ** DECAY is 10
     assert values[-1] > 0
+
+
+def test_layers_of_experts_are_timed_and_extrapolated(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    experts = importlib.import_module("experts")
+    arguments = ["--preset", "tiny", "--folder", str(tmp_path), "--device", "cpu"]
+    sizes = ["--layers", "3", "--samples", "8", "--length", "64"]
+    experts.main([*arguments, *sizes, "--methods", "reap", "--products"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["experts"]["layers"] == 3
+    seconds, layer = facts["seconds"], facts["seconds"]["layer"]
+    assert [*layer] == ["slice"]
+    assert seconds["layer_total"] == layer["slice"]
+    assert seconds["extrapolated"] + 1 >= seconds["total"] - seconds["stages"]["save"]
+    outside = 2 * 2 * 512 * 128
+    stored, whole = facts["bytes"]["measured"], facts["bytes"]["extrapolated"]
+    assert whole - outside == pytest.approx((stored - outside) * 48 / 3, abs=1)
+    assert {*facts["milliseconds"]} == {"together", "one after the other", "difference"}
+    assert not any(facts["milliseconds"]["difference"].values())  # the same code on a CPU
+    assert list(tmp_path.iterdir()) == []

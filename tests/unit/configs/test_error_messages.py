@@ -111,7 +111,7 @@ STAGES = [
     ("{decompose: {method: svd, keep: 0.5, compensate: {mix: -1}}}", "out-of-range", ".decompose.compensate.mix: must be a number >= 0 and <= 1, got -1; raise it"),
     ("{decompose: {method: svd, keep: 0.5, compensate: {mx: 1}}}", "unknown-key", ".decompose.compensate.mx: unknown key; did you mean 'mix'? Allowed: mix, residual, damp"),
     ("{decompose: {method: basis-sharing, keep: 0.5, compensate: {}}}", "wrong-type", ".decompose.compensate: must be null, got {}; remove the key (Not available with this method, which solves several layers together)"),
-    ("{decompose: {method: basis-sharing, keep: 0.5, storage: pivoted_low_rank}}", "misplaced-key", f".decompose.storage: not a key of method 'basis-sharing'; remove it. {ALLOWED_ANYWHERE}, damp, layers_per_group"),
+    ("{decompose: {method: basis-sharing, keep: 0.5, storage: pivoted_low_rank}}", "misplaced-key", f".decompose.storage: not a key of method 'basis-sharing'; remove it. {ALLOWED_ANYWHERE}, damp, layers_per_group, experts_per_group"),
     ("{decompose: {method: cospadi, keep: 0.5, layers_per_group: 0}}", "out-of-range", ".decompose.layers_per_group: must be a whole number > 0, got 0; raise it"),
     ("{decompose: {method: cospadi, keep: 0.5, layers_per_group: 2, compensate: {}}}", "conflicting-keys", ".decompose: 'compensate' needs layers_per_group: 1, got 2, because layers that share a dictionary are solved together; remove compensate or set layers_per_group: 1"),
     ("{decompose: {method: svdllm, keep: 0.8}}", "unknown-value", f".decompose.method: must be one of {METHODS}, got 'svdllm'; did you mean 'svd-llm'?"),
