@@ -48,6 +48,9 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
             shares = f" ({_shares(source, trained.tokens, 'tokens')})"
             through += shares
         OUT.print(f"{trained.kind}, {trained.method}: {budget}{through}")
+    if plan.model.unchanged:
+        parts = (f"{p.name} ({p.kind}, {as_size(p.bytes)})" for p in plan.model.unchanged)
+        OUT.print(f"only the language model is compressed; unchanged: {', '.join(parts)}")
     _print_sizes(plan)
     if plan.elastic:
         _print_budgets(plan.elastic)

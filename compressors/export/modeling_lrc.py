@@ -541,7 +541,7 @@ def rebuild_(model: Any, block: dict[str, Any]) -> None:
         module = _find(model, name)
         module.bias = nn.Parameter(module.weight.new_empty(module.out_features))
     _replace_layers(model, block["modules"])
-    width, like = model.config.hidden_size, next(model.parameters())
+    width, like = model.config.get_text_config().hidden_size, next(model.parameters())
     for name, entry in block.get("norms", {}).items():
         norm = _find(model, name)
         eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
