@@ -248,7 +248,9 @@ def load_skeleton(path: str, *, trusted: bool = False) -> tuple[Any, Any]:
         found = models.locate(Model(path=path, trust_remote_code=trusted))
         config, tokenizer = found.config, models.load_tokenizer(found)
     with init_empty_weights():
-        model = (auto_class(config) or AutoModelForCausalLM).from_config(config, trust_remote_code=trusted)
+        model = (auto_class(config) or AutoModelForCausalLM).from_config(
+            config, trust_remote_code=trusted
+        )
     return model, tokenizer
 
 

@@ -85,6 +85,7 @@ def test_the_plan_says_what_is_compressed_and_what_is_not(
     assert f"model.{'text' if name in ('idefics3', 'smolvlm') else 'language'}_model.layers" in text
 
 
+@pytest.mark.oldest
 def test_everything_but_the_language_model_is_stored_bit_by_bit(
     results: dict[str, Result], name: str
 ) -> None:
@@ -162,6 +163,7 @@ def test_a_fresh_process_gives_the_logits_of_the_model_in_memory(
         assert torch.equal(found["text"], text), name
 
 
+@pytest.mark.oldest
 def test_commands_read_the_checkpoint(
     results: dict[str, Result], lrc: Callable[..., Any], tiny_text: Path, tmp_path: Path
 ) -> None:
