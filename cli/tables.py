@@ -49,8 +49,8 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
             through += shares
         OUT.print(f"{trained.kind}, {trained.method}: {budget}{through}")
     if plan.model.unchanged:
-        parts = (f"{p.name} ({p.kind}, {as_size(p.bytes)})" for p in plan.model.unchanged)
-        OUT.print(f"only the language model is compressed; unchanged: {', '.join(parts)}")
+        kept = (f"{p.name} ({p.kind}, {as_size(p.bytes)})" for p in plan.model.unchanged)
+        OUT.print(f"only the language model is compressed; unchanged: {', '.join(kept)}")
     _print_sizes(plan)
     if plan.elastic:
         _print_budgets(plan.elastic)

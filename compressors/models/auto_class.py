@@ -34,8 +34,9 @@ def auto_class(config: Mapping[str, Any] | PreTrainedConfig) -> Any:
         the model.
     """
     if isinstance(config, Mapping):
-        values, model_type = config, str(config.get("model_type"))
-        known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+        values, model_type = config, config.get("model_type")
+        # Its `get` does not load the classes.
+        known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
     else:
         values, known = vars(config), type(config)
     own, saved = values.get("auto_map") or {}, values.get("architectures") or []

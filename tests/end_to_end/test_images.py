@@ -94,7 +94,8 @@ def test_everything_but_the_language_model_is_stored_bit_by_bit(
     stored = load_file(result.checkpoint / "model.safetensors")
     for part in IMAGE_MODELS[name].unchanged:
         names = {tensor for tensor in dense if tensor.startswith(f"{part}.")}
-        assert names and names == {tensor for tensor in stored if tensor.startswith(f"{part}.")}
+        assert names
+        assert names == {tensor for tensor in stored if tensor.startswith(f"{part}.")}
         for tensor in names:
             assert dense[tensor].dtype == stored[tensor].dtype == torch.bfloat16
             assert torch.equal(dense[tensor].view(torch.int16), stored[tensor].view(torch.int16))

@@ -48,7 +48,7 @@ class OwnConfig(PreTrainedConfig):
     max_position_embeddings: int = 256
     tie_word_embeddings: bool = False
 """
-# Nothing of transformers' own models: an average of all earlier tokens takes the place of attention.
+# No model of transformers: an average of all earlier tokens takes the place of attention.
 OWN_MODEL = """
 import torch
 from torch import nn

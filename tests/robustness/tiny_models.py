@@ -91,6 +91,7 @@ CHANGES: list[dict[str, int]] = [
     {"layers": 12, "periods": 1},
     {"layers": 12, "periods": 1, "head_dim": 32},
     {"off": 1},
+    {"sections": 1},
 ]
 
 
@@ -207,7 +208,8 @@ def _shrunk(
         elif isinstance(value, list) and value and isinstance(value[-1], list):
             reduced[name] = [_repeated(entry) for entry in value]  # [[kinds, times], ...]
         elif name == "rope_parameters" and isinstance(value, dict):
-            reduced[name] = _rope(value)
+            sections = {"mrope_section": [4, 2, 2]} if "sections" in changes else {}
+            reduced[name] = _rope(value | sections)
     return {name: value for name, value in reduced.items() if value != values[name]}
 
 
