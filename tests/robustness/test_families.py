@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from tests.robustness.table import read_rows
+from tests.robustness.family_check import Outcome
+from tests.robustness.table import read_rows, with_outcomes
 from tests.robustness.tiny_models import causal_families
 
 SAMPLE = ("bart", "falcon", "gemma3", "gpt2", "mamba", "qwen3_moe")
@@ -53,3 +54,19 @@ def test_families_are_compressed_correctly_or_rejected_by_the_plan(
     assert not changed
     slow = {o["family"]: o["seconds"] for o in outcomes if o["status"] == "rejected"}
     assert not {family: seconds for family, seconds in slow.items() if seconds > 5}
+
+
+def test_the_rows_of_checked_families_are_replaced() -> None:
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    before = read_rows(page)
+    outcomes = [
+        Outcome("llama", status="rejected", reason="model: X (model_type 'x') is not supported"),
+        Outcome("gpt2", "GPT2LMHeadModel", "served", compressed=0.5),
+    ]
+    after = read_rows(with_outcomes(page, outcomes, everything=False))
+    assert after["rejected"]["llama"] == "| llama | X (model_type 'x') is not supported |"
+    assert after["served"]["gpt2"] == "| gpt2 | GPT2LMHeadModel | 50% | yes | no | no |"
+    assert after["served"].keys() == before["served"].keys() - {"llama"} | {"gpt2"}
+    assert after["not built"] == before["not built"]
+    assert read_rows(with_outcomes(page, [], everything=False)) == before
+    assert read_rows(with_outcomes(page, outcomes[:1], everything=True))["served"] == {}
