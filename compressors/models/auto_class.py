@@ -34,7 +34,7 @@ def auto_class(config: Mapping[str, Any] | PreTrainedConfig) -> Any:
         the model.
     """
     if isinstance(config, Mapping):
-        values, model_type = config, config.get("model_type")
+        values, model_type = config, str(config.get("model_type"))
         # Its `get` does not load the classes.
         known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
     else:
