@@ -74,6 +74,7 @@ oldest: install $(OLDEST)
 
 $(OLDEST): | $(VENV)/installed
 	mkdir -p .cache
+	rm -rf $@.partial
 	$(BIN)/python -m pip freeze --exclude-editable \
 	  | grep -v -e ^transformers= -e ^huggingface > .cache/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint .cache/constraints.txt \
