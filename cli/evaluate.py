@@ -33,6 +33,7 @@ from lrc.compressors.evaluate.side_by_side import evaluate_pair, refuse_pair, un
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.models import source as models
 from lrc.compressors.models.architecture import build
+from lrc.compressors.models.auto_class import auto_class
 from lrc.compressors.models.configuration import check_code, refuse_adapter
 from lrc.compressors.models.source_check import check_contents
 from lrc.configs.errors import (
@@ -259,7 +260,9 @@ def load_skeleton(path: str, *, trusted: bool = False) -> tuple[Any, Any]:
         found = models.locate(Model(path=path, trust_remote_code=trusted))
         config, tokenizer = found.config, models.load_tokenizer(found)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        model = (auto_class(config) or AutoModelForCausalLM).from_config(
+            config, trust_remote_code=trusted
+        )
     return model, tokenizer
 
 

@@ -49,6 +49,9 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
             shares = f" ({_shares(source, trained.tokens, 'tokens')})"
             through += shares
         OUT.print(f"{trained.kind}, {trained.method}: {budget}{through}")
+    if plan.model.unchanged:
+        kept = (f"{p.name} ({p.kind}, {as_size(p.bytes)})" for p in plan.model.unchanged)
+        OUT.print(f"only the language model is compressed; unchanged: {', '.join(kept)}")
     _print_sizes(plan)
     if plan.elastic:
         _print_budgets(plan.elastic)

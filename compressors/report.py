@@ -36,6 +36,10 @@ from lrc.compressors.prepare import Prepared
 from lrc.compressors.session import Session
 
 SCHEMA_VERSION = 2
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+}
 SCHEMA = {
     "schema_version": "2; raised when a key changes its meaning or is removed",
     "recipe": "the recipe, written out in full",
@@ -230,7 +234,7 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
     types = {c["type"] for layer in report["layers"] for c in layer["config"]["components"]}
     header = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=PIPELINES.get(plan.model.auto_class, "any-to-any"),
         tags=["lrc", "compressed", *sorted(each.replace("_", "-") for each in types - {"dense"})],
         **({"base_model": base} if on_hub else {}),
     )
@@ -242,6 +246,8 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
         name=name,
         report=report,
         architecture=plan.model.architecture,
+        auto_class=plan.model.auto_class,
+        unchanged=plan.model.unchanged,
         dtype=plan.model.dtype,
         base=base if on_hub else name,
         plain=plain,

@@ -21,6 +21,7 @@ from lrc.compressors.io.shards import Header, read_folder
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers import TensorSpecs, WeightConfig
 from lrc.compressors.layers.model_shapes import SHAPES
+from lrc.compressors.models.auto_class import auto_class
 from lrc.compressors.models.configuration import check_code, tokenizer_needs_code
 from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import CheckpointError
@@ -58,7 +59,8 @@ def load_checkpoint(
     wait_for_hashes = manifest.start_check() if manifest else lambda: None
     try:
         with _without_bars():
-            found: Any = AutoModelForCausalLM.from_pretrained(
+            kind = auto_class(contents.config) or AutoModelForCausalLM
+            found: Any = kind.from_pretrained(
                 folder,
                 dtype=dtype or "auto",
                 device_map=device,

@@ -13,11 +13,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lrc.compressors.layers.experts import Expert, FusedTensor, split_experts_, split_modules
 from lrc.compressors.layers.model_shapes import rebuild_
+from lrc.compressors.models.auto_class import auto_class
 from lrc.compressors.models.configuration import SUPPORTED, first_line
 from lrc.compressors.models.source import Source
 from lrc.configs.errors import ModelError
@@ -60,6 +60,25 @@ class Architecture:
         """The decoder layers, in order."""
         return [self.model.get_submodule(name) for name in self.layer_names]
 
+    def other_parts(self) -> dict[str, nn.Module]:
+        """Return the modules next to the text decoder, such as a vision tower, by name.
+
+        Embeddings and output heads of the text are not among them.
+        """
+        decoder = self.model.get_decoder()
+        path = next((name for name, each in self.model.named_modules() if each is decoder), "")
+        if not self.layer_names[0].startswith(f"{path}.") or not path:
+            return {}
+        ends = (decoder, self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        found, parts = {}, path.split(".")
+        for depth in range(len(parts)):
+            owner = ".".join(parts[:depth])
+            for leaf, module in self.model.get_submodule(owner).named_children():
+                known = leaf == parts[depth] or any(module is end for end in ends)
+                if not known and any(True for _ in module.parameters()):
+                    found[f"{owner}.{leaf}" if owner else leaf] = module
+        return found
+
     def stored_parameters(self) -> dict[str, torch.Tensor]:
         """Return name -> meta tensor of everything in a checkpoint: tied parameters once."""
         state: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
@@ -93,11 +112,12 @@ def build(source: Source) -> Architecture:
         raise unsupported(config, "it is an encoder-decoder model")
     if any(name.endswith("ForMaskedLM") for name in config.architectures or []):
         raise unsupported(config, "it predicts masked tokens, not the next one")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+    kind = auto_class(config)
+    if kind is None:
         raise unsupported(config, "transformers has no causal language model of this type")
     try:
         with init_empty_weights(include_buffers=False), _NoLargeTensors():
-            model = AutoModelForCausalLM.from_config(
+            model = kind.from_config(
                 config, dtype=torch.float32, trust_remote_code=source.spec.trust_remote_code
             )
     except Exception as error:  # modeling code may raise anything for the values of a config

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from lrc.compressors.io.fingerprint import fingerprint, fingerprints
 from lrc.compressors.io.shards import shard_files
+from lrc.compressors.models.auto_class import auto_class
 from lrc.compressors.models.configuration import (
     first_line,
     read_config,
@@ -232,7 +233,7 @@ def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str
     `weights` is the folder of safetensors (for GGUF, the converted one); `device` may be ``auto``,
     which spreads the model over all devices.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = auto_class(source.config).from_pretrained(
         weights,
         config=deepcopy(source.config),
         dtype=dtype,

@@ -10,6 +10,7 @@ from torch import nn
 
 from lrc.compressors.latency.latency_table import LatencyTable, Product
 from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.auto_class import auto_class
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.coverage import check_expected, describe_experts
 from lrc.compressors.planning.needed_products import Choices, needed_products
@@ -20,6 +21,7 @@ from lrc.compressors.planning.plan import (
     ProductTimes,
     SliceRecord,
     TrainingRecord,
+    UnchangedPart,
     with_times,
 )
 from lrc.compressors.planning.problems import Problems
@@ -210,6 +212,8 @@ def compile_plan(
             bytes=whole.bytes,
             source_file_bytes=source.file_bytes,
             source_quantized=source.gguf is not None,
+            unchanged=_unchanged(draft.architecture),
+            auto_class=auto_class(source.config).__name__,
         ),
         seed=recipe.seed,
         calibration=calibration.model_dump(mode="json"),
@@ -234,6 +238,13 @@ def _times(draft: Draft) -> ProductTimes | None:
         return None
     table = draft.table.only(draft.all_products)
     return ProductTimes(tuple(draft.timed), table, tuple(task.name for task in draft.heads))
+
+
+def _unchanged(architecture: Architecture) -> list[UnchangedPart]:
+    return [
+        UnchangedPart(name, type(part).__name__, sum(p.nbytes for p in part.parameters()))
+        for name, part in architecture.other_parts().items()
+    ]
 
 
 def _unused(architecture: Architecture) -> list[str]:

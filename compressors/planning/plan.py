@@ -82,6 +82,16 @@ class Allocation:
 
 
 @dataclass(frozen=True)
+class UnchangedPart:
+    """A module next to the language model, such as a vision tower, which no stage changes."""
+
+    name: str
+    kind: str
+    """Name of its class."""
+    bytes: int
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """The model that is compressed, after slicing."""
 
@@ -95,6 +105,9 @@ class ModelInfo:
     source_file_bytes: int | None
     """Size of the weights as the source stores them, which may be quantized; None if unknown."""
     source_quantized: bool
+    unchanged: list[UnchangedPart] = field(default_factory=list)
+    auto_class: str = "AutoModelForCausalLM"
+    """Name of the class of transformers that loads the result."""
 
 
 @dataclass(frozen=True)

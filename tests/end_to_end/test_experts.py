@@ -136,6 +136,7 @@ def dense_with_stored_weights(source: Path, output: Path) -> Any:
     return model
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", RUNS)
 def test_a_loaded_model_equals_the_dense_one_with_its_weights(name, runs, folders, sample):
     source, output = folders(RUNS[name][0]), runs(name)
@@ -227,6 +228,7 @@ def test_a_fresh_process_gives_the_same_logits(runs, sample, tmp_path):
     assert max(json.loads(done.stdout).values()) <= 1e-5
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", ["mixtral svd-llm", "qwen3_moe mixed", "gpt_oss gptq"])
 def test_a_model_can_be_saved_again_and_dequantized(name, runs, sample, tmp_path):
     model = load(runs(name) / "checkpoint")
