@@ -255,12 +255,14 @@ def _evaluate(session: Session) -> dict[str, Any]:
     targets = report.baseline_targets(executed, prepared)
     sizes = _model_bytes(session, executed)
     streaming = StreamedEvaluation(
-        dense=models.dense_files,
-        compressed=lambda: open_checkpoint(session.checkpoint, trust_remote_code=trusted),
-        targets=targets,
+        {
+            "dense": models.dense_files,
+            "compressed": lambda: open_checkpoint(
+                session.checkpoint, dtype=models.dtype, trust_remote_code=trusted
+            ),
+        },
         journal=session.journal,
         device=session.device,
-        dtype=models.dtype,
         memory_limit_gib=session.calibration.memory_limit_gib,
         on_step=session.on_step,
     )
@@ -283,4 +285,4 @@ def _evaluate(session: Session) -> dict[str, Any]:
         ),
         streaming=streaming if streamed else None,
     )
-    return evaluator.add_baselines(evaluator.evaluate(), targets)
+    return evaluator.add_baselines(evaluator.evaluate(targets), targets)

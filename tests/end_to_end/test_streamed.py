@@ -1,5 +1,6 @@
 """Evaluation layer by layer measures what whole models give, with one layer in memory."""
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lrc.cli import whole_models
 from lrc.compressors import pipeline
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.evaluate import streaming_rule
@@ -306,6 +308,36 @@ def test_damaged_weights_are_found_when_they_are_loaded(write: Callable[..., Pat
     with pytest.raises(CheckpointError, match=r"changed|differs|damaged"):
         run(recipe, "always")
     shutil.rmtree(checkpoint / "lrc")  # as after save_pretrained: no hashes
-    files = checkpoint_layers.open_checkpoint(checkpoint)
+    files = checkpoint_layers.open_checkpoint(checkpoint, dtype=torch.float32)
     with pytest.raises(CheckpointError, match=r"layers.1.input_layernorm.weight is not finite"):
         files.reader.fill_("model.layers.1", device="cpu", dtype=torch.float32)
+
+
+def test_lrc_eval_reads_all_checkpoints_layer_by_layer(
+    write: Callable[..., Path],
+    lrc: Callable[..., Any],
+    tiny_text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = write(LLAMA, [KFAC], perplexity=[])
+    compress(load_recipe(recipe), Machine("cpu"))
+    source, result = recipe.parent / "source", recipe.parent / "run/checkpoint"
+    texts = ["--perplexity", tiny_text, "--window", 32, "--windows", 5, "--kl-tokens", 100]
+    options = [*texts, "--device", "cpu", "--json", "-q"]
+
+    def measured(streaming: str) -> dict[str, Any]:
+        done = lrc("eval", source, result, *options, "--streaming", streaming)
+        assert done.code == 0, done.err
+        return leaves(json.loads(done.out))
+
+    expected = measured("never")
+    monkeypatch.setattr(whole_models, "load_checkpoint", refuse)
+    found = measured("always")
+    assert found.keys() == expected.keys()
+    assert any("/kl/" in key for key in found)
+    for key, value in expected.items():
+        assert found[key] == (
+            pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+        ), key
+    monkeypatch.setattr("lrc.cli.evaluate.free_memory", lambda device: 1000)
+    assert measured("auto") == found
