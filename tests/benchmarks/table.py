@@ -158,8 +158,7 @@ def _calibrate(loaded: LoadedRecipe, folder: Path) -> None:
         shared,
         seed=loaded.recipe.seed,
         embedding=architecture.model.get_input_embeddings(),
-        dense=lambda: None,
-        on_step=lambda *_: None,
+        sample=lambda *_: torch.empty(0),
     )
     context = CalibrationContext(
         architecture,
