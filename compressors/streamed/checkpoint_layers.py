@@ -20,6 +20,7 @@ from lrc.compressors.checkpoint.quantizer import (
     replace_layers,
 )
 from lrc.compressors.checkpoint.reader import Contents, check_checkpoint, stored_dtype
+from lrc.compressors.io.machine import to_device
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers.component import SharedFactorComponent
 from lrc.compressors.layers.compressed_linear import sentinel
@@ -95,8 +96,7 @@ class CheckpointFiller(SkeletonFiller):
         if piece is None:
             return sentinel().to(device)
         try:
-            # Copied: an open mapping keeps all pages in memory that were touched.
-            return piece.read().to(device, copy=True)
+            return to_device(piece.read(), device)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{piece.header.file}: can no longer be read ({str(error).strip()[:200]});"
