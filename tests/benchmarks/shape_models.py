@@ -40,9 +40,14 @@ class RandomModel:
     depth : int
         Decoder layers of the model of which these are the first and the last: all but two first
         layers, and the last two. It sets the size of what layers add to the residual stream.
+    gaussian : bool
+        Whether entries are independent, which is made in much less time. Singular values then fall
+        less than those of weights.
     """
 
-    def __init__(self, sizes: dict[str, Any], device: str, depth: int) -> None:
+    def __init__(
+        self, sizes: dict[str, Any], device: str, depth: int, *, gaussian: bool = False
+    ) -> None:
         self.config = LlamaConfig(
             **sizes,
             architectures=["LlamaForCausalLM"],
@@ -55,7 +60,7 @@ class RandomModel:
             self.meta = LlamaForCausalLM(self.config).to(torch.bfloat16).state_dict()
         if self.config.tie_word_embeddings:
             del self.meta["lm_head.weight"]
-        self.depth, self._device = depth, device
+        self.depth, self._device, self._gaussian = depth, device, gaussian
 
     def read(self, name: str) -> torch.Tensor:
         """Return a parameter in bfloat16: the same values every time."""
@@ -64,7 +69,10 @@ class RandomModel:
             return torch.ones(shape, dtype=torch.bfloat16, device=self._device)
         seed = int.from_bytes(hashlib.sha256(self._name(name).encode()).digest()[:4], "big")
         generator = torch.Generator(self._device).manual_seed(seed)
-        W = random_matrix(*shape, generator)
+        if self._gaussian:
+            W = torch.randn(*shape, generator=generator, device=self._device)
+        else:
+            W = random_matrix(*shape, generator)
         return W.mul_(self._std(name, shape[1])).to(torch.bfloat16)
 
     def _name(self, name: str) -> str:

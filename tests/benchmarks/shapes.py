@@ -83,7 +83,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         sizes = dict(zip(SIZES, PRESETS[args.preset], strict=True))
         depth = depth or sizes["num_hidden_layers"]
         sizes["num_hidden_layers"] = args.layers or sizes["num_hidden_layers"]
-        random = RandomModel(sizes, device, max(depth, sizes["num_hidden_layers"]))
+        depth_at_least = max(depth, sizes["num_hidden_layers"])
+        random = RandomModel(sizes, device, depth_at_least, gaussian=args.gaussian)
         (folder / "model").mkdir()
         if args.generated:
             source = random.generated(folder / "model")
@@ -202,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     which.add_argument("--sizes", action="store_true", help=f"all of {', '.join(GROWING)}")
     which.add_argument("--model", help="folder, .gguf file or Hub id; then nothing is made")
     parser.add_argument("--generated", action="store_true", help="weights are made when read")
+    parser.add_argument("--gaussian", action="store_true", help="weights without structure")
     parser.add_argument("--layers", type=int, help="fewer (or more) layers than the preset has")
     parser.add_argument("--depth", type=int, help="layers to extrapolate to, by default all")
     parser.add_argument("--method", default="kfac")

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 from weakref import finalize
@@ -100,18 +101,25 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def write(
-    tmp_path: Path,
-    tiny_text: Path,
+@pytest.fixture(scope="module")
+def text(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """File of about a thousand tokens, which are tokenized many times."""
+    path = tmp_path_factory.mktemp("short") / "text.txt"
+    path.write_text(tiny_text.read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def write_in(
+    text: Path,
     tiny_recipe: Callable[..., Path],
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> Callable[..., Path]:
-    """Write a random model, and a recipe that compresses it to ``run``."""
+    """Write a random model to a folder, and a recipe that compresses it to ``run``."""
 
-    def write(config: dict[str, Any], stages: list[dict[str, Any]], **evaluate: Any) -> Path:
+    def write(folder: Path, config: dict[str, Any], stages: list[dict[str, Any]]) -> Path:
         options = dict(config)
-        source = tmp_path / "source"
+        source = folder / "source"
         with torch.random.fork_rng():
             torch.manual_seed(0)
             made = AutoConfig.for_model(options.pop("model_type"), **options)
@@ -119,24 +127,44 @@ def write(
         model.to(torch.bfloat16).save_pretrained(source)
         make_tokenizer(bos="gemma" in config["model_type"]).save_pretrained(source)
         texts = [
-            {"source": str(tiny_text), "name": "long", "window": 32, "windows": 5},
-            {"source": str(tiny_text), "name": "short", "window": 20, "windows": 3},
+            {"source": str(text), "name": "long", "window": 32, "windows": 5},
+            {"source": str(text), "name": "short", "window": 20, "windows": 3},
         ]
-        evaluate = {
-            **{"perplexity": texts, "kl_tokens": 100, "baselines": ["int8", "int4-g16", "sparse"]},
-            **evaluate,
-        }
-        return tiny_recipe(source, tmp_path / "run", stages=stages, evaluate=evaluate)
+        baselines = ["int4-g16", "sparse"]
+        evaluate = {"perplexity": texts, "kl_tokens": 100, "baselines": baselines}
+        return tiny_recipe(source, folder / "run", stages=stages, evaluate=evaluate)
 
     return write
 
 
-def run(recipe: Path, streaming: str, **options: Any) -> dict[str, Any]:
+@pytest.fixture
+def write(tmp_path: Path, write_in: Callable[..., Path]) -> Callable[..., Path]:
+    return partial(write_in, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(write_in: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipe of a model that has been compressed, and evaluated as a whole."""
+    recipe = write_in(tmp_path_factory.mktemp("finished"), LLAMA, [KFAC])
+    run(recipe, "never")
+    return recipe
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """Recipe of a copy of a finished run."""
+    shutil.copytree(finished.parent, tmp_path, dirs_exist_ok=True)
+    recipe = tmp_path / finished.name
+    recipe.write_text(finished.read_text().replace(str(finished.parent), str(tmp_path)))
+    return recipe
+
+
+def run(recipe: Path, streaming: str, *overrides: str, **options: Any) -> dict[str, Any]:
     """Run a recipe, or only its evaluation if the rest is there."""
     for path in (recipe.parent / "run").glob("work/evaluation-*"):
         path.unlink()
     (recipe.parent / "run/report.json").unlink(missing_ok=True)
-    loaded = load_recipe(recipe, [f"evaluate.streaming={streaming}"])
+    loaded = load_recipe(recipe, [f"evaluate.streaming={streaming}", *overrides])
     result: dict[str, Any] = compress(loaded, Machine("cpu", **options))["evaluation"]
     return result
 
@@ -225,18 +253,17 @@ def test_each_layer_is_read_once_and_one_layer_is_in_memory(
 
 
 def test_it_is_chosen_where_whole_models_do_not_fit(
-    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = write(LLAMA, [KFAC], baselines=["int8"])
     seen: list[str] = []
 
     def on_step(stage: str, done: int, total: int) -> None:
         seen.append(stage)
 
-    whole = run(recipe, "auto", on_step=on_step)
+    whole = run(copied, "auto", on_step=on_step)
     assert "evaluate layer by layer" not in seen
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
-    found = run(recipe, "auto", on_step=on_step)
+    found = run(copied, "auto", on_step=on_step)
     assert seen.count("evaluate layer by layer") == 2 * 3
     assert found["perplexity"]["long"]["compressed"] == pytest.approx(
         whole["perplexity"]["long"]["compressed"], rel=1e-4
@@ -244,10 +271,10 @@ def test_it_is_chosen_where_whole_models_do_not_fit(
 
 
 def test_what_needs_whole_models_is_measured_or_its_reason_given(
-    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = write(LLAMA, [KFAC], generations={"prompts": ["def"], "tokens": 4}, baselines=[])
-    result = run(recipe, "always")
+    more = ["evaluate.generations={prompts: [def], tokens: 4}", "evaluate.baselines=[]"]
+    result = run(copied, "always", *more)
     assert result["missing"] == []
     assert result["generations"][0]["prompt"] == "def"
     with monkeypatch.context() as patch:
@@ -256,16 +283,9 @@ def test_what_needs_whole_models_is_measured_or_its_reason_given(
         patch.setattr("lrc.compressors.prepare.check_tasks", lambda tasks: None)
         patch.setattr(pipeline, "check_evaluation", lambda *_, **__: None)
         patch.setattr(pipeline, "_check_source", lambda session: None)
-        loaded = load_recipe(
-            recipe,
-            [
-                *("evaluate.streaming=always", "evaluate.tasks=[arc_easy]"),
-                f"output={recipe.parent / 'other'}",
-            ],
-        )
         patch.setattr(ModelVersions, "load_dense", refuse)
         with pytest.raises(EvaluationIncomplete) as incomplete:
-            compress(loaded, Machine("cpu"))
+            run(copied, "always", *more, "evaluate.tasks=[arc_easy]")
     evaluation = incomplete.value.report["evaluation"]
     assert evaluation["perplexity"] == result["perplexity"]
     reasons = {f"{m['model']} {m['metric']}": m["reason"] for m in evaluation["missing"]}
@@ -277,8 +297,8 @@ def test_what_needs_whole_models_is_measured_or_its_reason_given(
     assert "both models do not fit" in reasons["compressed generations.0"]
 
 
-def test_it_can_be_stopped_and_starts_again(write: Callable[..., Path]) -> None:
-    recipe = write(LLAMA, [KFAC])
+def test_it_can_be_stopped_and_starts_again(copied: Path) -> None:
+    recipe = copied
     expected = run(recipe, "always")
     recipe.write_text(
         recipe.read_text().replace("samples: 4", "samples: 4\n  memory_limit_gib: 1.0e-06")
@@ -287,8 +307,8 @@ def test_it_can_be_stopped_and_starts_again(write: Callable[..., Path]) -> None:
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "evaluate layer by layer" and done == 4:
-            # Four bytes x tokens x width for both models and three baselines.
-            assert buffer.stat().st_size == 4 * (5 * 32 + 3 * 20) * 32 * 5
+            # Four bytes x tokens x width for both models and two baselines.
+            assert buffer.stat().st_size == 4 * (5 * 32 + 3 * 20) * 32 * 4
             raise Stopped("requested")
 
     with pytest.raises(Stopped):
@@ -297,16 +317,14 @@ def test_it_can_be_stopped_and_starts_again(write: Callable[..., Path]) -> None:
     assert run(recipe, "always") == expected
 
 
-def test_damaged_weights_are_found_when_they_are_loaded(write: Callable[..., Path]) -> None:
-    recipe = write(LLAMA, [KFAC], baselines=[])
-    run(recipe, "never")
-    checkpoint = recipe.parent / "run/checkpoint"
+def test_damaged_weights_are_found_when_they_are_loaded(copied: Path) -> None:
+    checkpoint = copied.parent / "run/checkpoint"
     header = read_folder(checkpoint)["model.layers.1.input_layernorm.weight"]
     with header.file.open("r+b") as file:
         file.seek(header.offset)
         file.write(b"\xff" * header.nbytes)  # NaN
     with pytest.raises(CheckpointError, match=r"changed|differs|damaged"):
-        run(recipe, "always")
+        run(copied, "always")
     shutil.rmtree(checkpoint / "lrc")  # as after save_pretrained: no hashes
     files = checkpoint_layers.open_checkpoint(checkpoint, dtype=torch.float32)
     with pytest.raises(CheckpointError, match=r"layers.1.input_layernorm.weight is not finite"):
@@ -314,15 +332,13 @@ def test_damaged_weights_are_found_when_they_are_loaded(write: Callable[..., Pat
 
 
 def test_lrc_eval_reads_all_checkpoints_layer_by_layer(
-    write: Callable[..., Path],
+    finished: Path,
     lrc: Callable[..., Any],
-    tiny_text: Path,
+    text: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = write(LLAMA, [KFAC], perplexity=[])
-    compress(load_recipe(recipe), Machine("cpu"))
-    source, result = recipe.parent / "source", recipe.parent / "run/checkpoint"
-    texts = ["--perplexity", tiny_text, "--window", 32, "--windows", 5, "--kl-tokens", 100]
+    source, result = finished.parent / "source", finished.parent / "run/checkpoint"
+    texts = ["--perplexity", text, "--window", 32, "--windows", 5, "--kl-tokens", 100]
     options = [*texts, "--device", "cpu", "--json", "-q"]
 
     def measured(streaming: str) -> dict[str, Any]:
