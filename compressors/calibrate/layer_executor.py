@@ -102,7 +102,7 @@ class LayerExecutor:
             yield self.architecture.layers[index]
 
     def _read_ahead(self, name: str) -> None:
-        self.context.reader.read_ahead(name, device=self.context.device, dtype=self.dtype)
+        self.context.reader.read_ahead(name, device=self.context.device)
 
     @contextmanager
     def _filled(self, name: str, skip: Sequence[str] = ()) -> Iterator[None]:

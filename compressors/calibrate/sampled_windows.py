@@ -91,13 +91,13 @@ def loaded_by_layer(
     with ExitStack() as stack:
         reader.fill_("", device=device, dtype=dtype, skip=names)
         stack.callback(reader.empty_, "")
-        stack.callback(reader.read_ahead, "", device=device, dtype=dtype)
+        stack.callback(reader.read_ahead, "", device=device)
         following = [*names[1:], names[0]]  # for the next token
         for name, ahead, layer in zip(names, following, architecture.layers, strict=True):
 
             def load(*_: Any, name: str = name, ahead: str = ahead) -> None:
                 reader.fill_(name, device=device, dtype=dtype)
-                reader.read_ahead(ahead, device=device, dtype=dtype)
+                reader.read_ahead(ahead, device=device)
 
             def unload(*_: Any, name: str = name) -> None:
                 reader.empty_(name)

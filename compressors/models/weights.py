@@ -37,7 +37,7 @@ class SkeletonFiller(ABC):
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
         self._parameters = architecture.stored_parameters()
-        self._ahead: tuple[tuple[str, str, torch.dtype], ReadAhead] | None = None
+        self._ahead: tuple[tuple[str, str], ReadAhead] | None = None
 
     def __contains__(self, name: object) -> bool:
         return name in self._parameters
@@ -59,25 +59,26 @@ class SkeletonFiller(ABC):
         Modules in `skip` and their descendants are left unchanged.
         """
         values = {}
-        if self._ahead is not None and self._ahead[0] == (name, str(device), dtype):
+        if self._ahead is not None and self._ahead[0] == (name, str(device)):
             values = self._ahead[1].take()
             self._ahead = None
         for full, owner, leaf in self._entries(name, skip):
             stored = self._architecture.tied.get(full, full)
-            if stored in values:
-                tensor = values.pop(stored)
-            elif stored in self._parameters:
-                tensor = self._value(stored, device, dtype)
+            if stored in self._parameters:
+                found = values.pop(stored, None)
+                tensor = self.read(stored, device=device) if found is None else found
+                tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
             else:  # a buffer that is not stored has its value already
                 tensor = getattr(owner, leaf).to(device)
             _set(owner, leaf, tensor)
 
-    def read_ahead(self, name: str, *, device: str, dtype: torch.dtype) -> None:
+    def read_ahead(self, name: str, *, device: str) -> None:
         """Start to read the module `name` for the next `fill_` of it, if the device is a GPU.
 
-        One module is read ahead. Without a name, one that was not used is forgotten.
+        One module is read ahead, in its stored precision. Without a name, one that was not used is
+        forgotten.
         """
-        key = (name, device, dtype)
+        key = (name, device)
         if self._ahead is not None and self._ahead[0] == key:
             return
         self._ahead = None
@@ -85,12 +86,7 @@ class SkeletonFiller(ABC):
             full_names = [full for full, _, _ in self._entries(name, ())]
             stored = {self._architecture.tied.get(full, full) for full in full_names}
             stored &= self._parameters.keys()
-            read = partial(self._value, device=device, dtype=dtype)
-            self._ahead = key, ReadAhead(sorted(stored), read, device)
-
-    def _value(self, name: str, device: str | torch.device, dtype: torch.dtype) -> Tensor:
-        tensor = self.read(name, device=device)
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+            self._ahead = key, ReadAhead(sorted(stored), partial(self.read, device=device), device)
 
     def empty_(self, name: str, *, skip: Collection[str] = ()) -> None:
         """Move the weights of the module `name` back to the meta device."""
