@@ -194,10 +194,11 @@ def smaller_gpu(device: str, gib: float | None) -> Iterator[None]:
         return
     real: Callable[..., tuple[int, int]] = torch.cuda.mem_get_info
     limit, total = int(gib * GIB), real(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    index = torch.device(device).index or 0
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), index)
     torch.cuda.mem_get_info = lambda *_: (limit - torch.cuda.memory_reserved(device), limit)
     try:
         yield
     finally:
         torch.cuda.mem_get_info = real
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
