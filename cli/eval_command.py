@@ -1,6 +1,6 @@
 """The command `lrc eval`; heavy libraries are imported inside."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -45,6 +45,13 @@ def evaluate(
             "model: KL divergence, top-1 agreement. 0 compares none.",
         ),
     ] = 32768,
+    streaming: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option(
+            help="Whether to read models one decoder layer at a time, without tasks: if they do "
+            "not fit into memory (auto), always or never."
+        ),
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
     draft: Annotated[
         str | None,
@@ -116,6 +123,7 @@ def evaluate(
         perplexity=[Perplexity(source=s, window=window, windows=windows) for s in perplexity or []],
         tasks=Tasks(names=names, include_path=include_path, limit=limit),
         kl_tokens=kl_tokens,
+        streaming=streaming,
         gates=read_gates(gate),
     )
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.cli.evaluate import check_model, load_model, load_skeleton, options_in_errors
+from lrc.cli.evaluate import check_model, options_in_errors
+from lrc.cli.whole_models import Skeleton, load_model, load_skeleton
 from lrc.compressors.benchmark.drafting import DraftingBenchmark, DraftSettings
 from lrc.compressors.benchmark.speculative import RewindableModel
 from lrc.compressors.corpus.documents import check_source
@@ -46,13 +47,15 @@ def run(
         names = Counter(text.name for text in texts)
         for text in texts:
             check_source(text.source, part="evaluation")
+        skeletons: dict[str, Skeleton] = {}
         warnings: list[str] = []
-        for path in (parent, drafter):
-            warnings += [f"{path}: {each}" for each in check_model(path, trusted=trusted)]
+        for path in dict.fromkeys((parent, drafter)):
+            found = check_model(path, trusted=trusted)
+            skeletons[path] = load_skeleton(path, found, trusted=trusted)
+            warnings += [f"{path}: {each}" for each in found]
         for warning in warnings:
             machine.on_warning(warning)
-        skeletons = {path: load_skeleton(path, trusted=trusted) for path in (parent, drafter)}
-        tokenizer = skeletons[parent][1]
+        tokenizer = skeletons[parent].tokenizer
         _check_pair(parent, drafter, skeletons)
         prompts = {
             text.name if names[text.name] == 1 else text.source: _spread(
@@ -63,12 +66,12 @@ def run(
         length = next(iter(prompts.values())).shape[1]  # with a BOS token, if there is one
         settings = replace(settings, prompt_tokens=length)
         _check_context(skeletons, settings)
-        refuse_pair(4 * sum(_numbers(model) for model, _ in skeletons.values()), machine.chosen)
+        refuse_pair(4 * sum(_numbers(each.model) for each in skeletons.values()), machine.chosen)
         models = [load_model(path, machine.chosen, trusted=trusted)[0] for path in skeletons]
         shared = share_embeddings(models[1], models[0])
         try:
             benchmark = DraftingBenchmark(models[0], models[1], settings)
-            found = benchmark.run(prompts, machine.on_step)
+            scores = benchmark.run(prompts, machine.on_step)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -80,20 +83,20 @@ def run(
         "device": machine.chosen,
         "dtype": dict(zip(("parent", "drafter"), dtypes, strict=True)),
         "shared": shared,
-        **found,
+        **scores,
         "warnings": warnings,
     }
 
 
-def _check_pair(parent: str, drafter: str, skeletons: dict[str, tuple[Any, Any]]) -> None:
+def _check_pair(parent: str, drafter: str, skeletons: dict[str, Skeleton]) -> None:
     """Reject models whose tokens differ, and those whose caches cannot go back."""
     if len(skeletons) == 1:
         raise UsageError(
             f"--draft: must be another model than the parent, got {drafter} twice; give the folder "
             "of a compressed checkpoint"
         )
-    sizes = [skeletons[p][0].config.get_text_config().vocab_size for p in (parent, drafter)]
-    vocabularies = [skeletons[path][1].get_vocab() for path in (parent, drafter)]
+    sizes = [skeletons[p].model.config.get_text_config().vocab_size for p in (parent, drafter)]
+    vocabularies = [skeletons[path].tokenizer.get_vocab() for path in (parent, drafter)]
     differ = sorted(dict(vocabularies[0].items() ^ vocabularies[1].items()))
     why = f"they differ in {shortened([repr(each) for each in differ], ', ')}"
     if sizes[0] != sizes[1]:
@@ -104,17 +107,17 @@ def _check_pair(parent: str, drafter: str, skeletons: dict[str, tuple[Any, Any]]
             f"token, but {why}; give a model that was compressed from {parent}"
         )
         raise UsageError([Problem("other-tokenizer", "--draft", text)])
-    for path, (model, _) in skeletons.items():
+    for path, each in skeletons.items():
         try:
-            RewindableModel(model, 1)
+            RewindableModel(each.model, 1)
         except ValueError as error:
             raise ModelError(f"{path}: {error}") from error
 
 
-def _check_context(skeletons: dict[str, tuple[Any, Any]], settings: DraftSettings) -> None:
+def _check_context(skeletons: dict[str, Skeleton], settings: DraftSettings) -> None:
     needed = settings.prompt_tokens + settings.tokens + settings.drafts
-    for path, (model, _) in skeletons.items():
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for path, each in skeletons.items():
+        context = getattr(each.model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and needed > context:
             raise UsageError(
                 f"--prompt: {settings.prompt_tokens:,} tokens, {settings.tokens:,} new ones and "

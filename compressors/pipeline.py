@@ -1,6 +1,6 @@
 """Run a recipe from start to end, one call per phase."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -141,17 +141,9 @@ def profile(
     prepared = prepare(loaded.recipe, STAGES)
     with open_session(prepared, machine or Machine()) as session:
         found = _predict(session)
-        return found, profile_plan(
-            found.plan,
-            session.models.reader,
-            session.journal,
-            session.statistics,
-            session.windows()[:windows],
-            # Rounding in 16 bits would change the loss more than most weights do.
-            dense=lambda: session.models.load_sliced(torch.float32),
-            device=session.device,
-            on_step=session.on_step,
-        )
+        context = session.models.calibration()
+        context = replace(context, windows=lambda: session.windows()[:windows])
+        return found, profile_plan(found.plan, session.models.reader, session.statistics, context)
 
 
 def _predict(session: Session) -> Sensitivity:
@@ -255,12 +247,14 @@ def _evaluate(session: Session) -> dict[str, Any]:
     targets = report.baseline_targets(executed, prepared)
     sizes = _model_bytes(session, executed)
     streaming = StreamedEvaluation(
-        dense=models.dense_files,
-        compressed=lambda: open_checkpoint(session.checkpoint, trust_remote_code=trusted),
-        targets=targets,
+        {
+            "dense": models.dense_files,
+            "compressed": lambda: open_checkpoint(
+                session.checkpoint, dtype=models.dtype, trust_remote_code=trusted
+            ),
+        },
         journal=session.journal,
         device=session.device,
-        dtype=models.dtype,
         memory_limit_gib=session.calibration.memory_limit_gib,
         on_step=session.on_step,
     )
@@ -283,4 +277,4 @@ def _evaluate(session: Session) -> dict[str, Any]:
         ),
         streaming=streaming if streamed else None,
     )
-    return evaluator.add_baselines(evaluator.evaluate(), targets)
+    return evaluator.add_baselines(evaluator.evaluate(targets), targets)

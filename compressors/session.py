@@ -1,9 +1,10 @@
 """The context of one run: the prepared recipe, the journal of its results, and the machine."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,19 @@ from lrc.compressors.calibrate.calibration_windows import (
     FILE,
     SELF,
     provenance,
-    sample_windows,
     take_windows,
     vocabulary_warning,
 )
+from lrc.compressors.calibrate.sampled_windows import (
+    loaded_by_layer,
+    sample_windows,
+    windows_together,
+)
 from lrc.compressors.corpus.documents import source_identity
 from lrc.compressors.corpus.tokens import default_bos
+from lrc.compressors.evaluate.streaming_rule import FRACTION, GIB
 from lrc.compressors.io.journal import Journal, open_journal
-from lrc.compressors.io.machine import Clock, Machine, OnStep
+from lrc.compressors.io.machine import Clock, Machine, OnStep, free_memory
 from lrc.compressors.io.versions import versions
 from lrc.compressors.model_versions import ModelVersions
 from lrc.compressors.planning.tasks import Weight
@@ -72,13 +78,7 @@ class Session:
         """
         if self.calibration.source == SELF and self.calibration.length == length:
             return self.windows()
-        return sample_windows(
-            self.models.load_dense(self.models.dtype),
-            (samples, length),
-            bos=default_bos(self.prepared.tokenizer),
-            generator=torch.Generator().manual_seed(seed),
-            on_step=self.on_step,
-        )
+        return self._sample((samples, length), torch.Generator().manual_seed(seed))
 
     def windows(self) -> Tensor:
         """Return the calibration windows [samples, length], drawn once per run."""
@@ -89,13 +89,35 @@ class Session:
             self.journal,
             seed=self.prepared.plan.seed,
             embedding=self.prepared.dense.model.get_input_embeddings(),
-            dense=lambda: self.models.load_dense(self.models.dtype),
-            on_step=self.on_step,
+            sample=self._sample,
         )
         warning = vocabulary_warning(provenance(self.journal))
         if warning is not None and not known:
             self.machine.on_warning(warning)
         return windows
+
+    def _sample(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Sample windows from the dense model, layer by layer if it does not fit into memory."""
+        bos = default_bos(self.prepared.tokenizer)
+        sample = partial(sample_windows, bos=bos, generator=generator, on_step=self.on_step)
+        models, free = self.models, free_memory(self.device)
+        n_bytes = self.prepared.plan.dense_parameters * models.dtype.itemsize
+        if n_bytes <= FRACTION * free:
+            return sample(models.load_dense(models.dtype), shape)
+        samples, length = shape
+        files = models.dense_files()
+        together = windows_together(files.architecture, length, dtype=models.dtype, free=free)
+        times = math.ceil(samples / together) * (length - 1)
+        self.machine.on_warning(
+            f"source: self: the model does not fit into memory ({n_bytes / GIB:.1f} GiB of weights,"
+            f" {free / GIB:.1f} GiB are free), so that its layers are read once per token:"
+            f" {times * n_bytes / GIB:,.0f} GiB in all; shorter windows need fewer reads, and a"
+            " text as the source none"
+        )
+        with loaded_by_layer(
+            files.architecture, files.reader, device=self.device, dtype=models.dtype
+        ) as model:
+            return sample(model, shape, together=together)
 
     def statistics(self, weight: Weight) -> Statistics:
         """Return the calibration statistics of a weight."""

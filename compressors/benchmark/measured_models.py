@@ -66,8 +66,11 @@ def find_target(name: str, scratch: Path, *, trusted: bool = False) -> Target:
         found = models.locate(Model(path=name, trust_remote_code=trusted))
         folder = found.folder
         if found.gguf is not None:
+            # It imports the package gguf, which takes a third of a second.
+            from lrc.compressors.checkpoint.gguf_conversion import convert_gguf
+
             folder = scratch / f"{len([*scratch.iterdir()])}"
-            models.convert_gguf(found, folder)
+            convert_gguf(found, folder)
     refuse_adapter(folder)
     contents = read_contents(folder)
     check_code(contents.config, folder, trusted=trusted)

@@ -22,7 +22,10 @@ SNAPSHOT_SECONDS = 30.0
 GIB = 2**30
 GPU_FRACTION = 0.25  # of the free memory: a layer, its moments and a batch need the rest
 LIVE = ".live"
-NAMES = ("states", "gradients", "checkpoints", "dense", "compressed", "evaluation")
+NAMES = (
+    *("states", "gradients", "checkpoints", "dense", "compressed", "evaluation"),
+    *("changed", "final"),
+)
 """Buffers that an interrupted run may leave on disk."""
 Shape = tuple[int, int, int]
 

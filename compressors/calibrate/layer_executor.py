@@ -57,6 +57,8 @@ class LayerExecutor:
         self.context, self.architecture = context, context.architecture
         self.tokens = context.windows()
         """[n_windows, length]"""
+        self._last = -1
+        """Index of the layer that was loaded last."""
         self.batches = batches(self.tokens, batch_tokens or BATCH_TOKENS[context.device_type])
         head = self.architecture.model.get_output_embeddings()
         self._heads = [n for n, module in self.architecture.model.named_modules() if module is head]
@@ -85,14 +87,22 @@ class LayerExecutor:
         The output embedding, which can be larger than a layer, is loaded only if `head`.
         """
         skip = [*self.architecture.layer_names, *([] if head else self._heads)]
+        self._read_ahead("")
         with self._filled("", skip):
             yield
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Load one decoder layer."""
-        with self._filled(self.architecture.layer_names[index]):
+        """Load one decoder layer, and start to read the next in the direction of the pass."""
+        step = -1 if self._last == index + 1 else 1
+        self._last, names = index, self.architecture.layer_names
+        with self._filled(names[index]):
+            if 0 <= index + step < len(names):
+                self._read_ahead(names[index + step])
             yield self.architecture.layers[index]
+
+    def _read_ahead(self, name: str) -> None:
+        self.context.reader.read_ahead(name, device=self.context.device)
 
     @contextmanager
     def _filled(self, name: str, skip: Sequence[str] = ()) -> Iterator[None]:

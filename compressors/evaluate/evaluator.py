@@ -88,11 +88,14 @@ class Evaluator:
     streaming: Streaming | None = None
     """Measures the models layer by layer; None to load them whole."""
 
-    def evaluate(self) -> dict[str, Any]:
-        """Score the dense and the compressed model, and compare them."""
+    def evaluate(self, targets: Targets) -> dict[str, Any]:
+        """Score the dense and the compressed model, and compare them.
+
+        Baselines compress `targets`. Layer by layer, they are measured in the same pass.
+        """
         with self.clock("evaluate"):
             if self.streaming is not None:
-                self._stream(self.streaming)
+                self._stream(self.streaming, targets)
             models = {}
             if self.options.perplexity or self.options.tasks.names:
                 if self.options.dense:
@@ -122,16 +125,17 @@ class Evaluator:
         sentence = compare_with_baselines(targets.compressed_bytes, ours, records)
         return evaluation | {"baselines": records, "baseline_comparison": sentence}
 
-    def _stream(self, streaming: Streaming) -> None:
+    def _stream(self, streaming: Streaming, targets: Targets) -> None:
         """Measure layer by layer what the journal lacks, except tasks and generated text."""
         names = ["dense", "compressed"] if self.options.dense else ["compressed"]
         wanted = Unmeasured(
             self.options,
             self.load_tokenizer(),
+            "dense",
             models={name: self._stored(name, ALL) or unmeasured(self.options) for name in names},
-            pair=self._stored(PAIR, BOTH) or unmeasured_pair(self.options),
+            pairs={"compressed": self._stored(PAIR, BOTH) or unmeasured_pair(self.options)},
             baselines={
-                written: plan_baseline(written, streaming.targets)
+                written: plan_baseline(written, targets)
                 for written in self.options.baselines
                 if self._stored(written, {"perplexity"}) is None
             },
@@ -141,7 +145,7 @@ class Evaluator:
         streaming.measure_(wanted)
         for name, scores in wanted.models.items():
             self._store(name, ALL, scores)
-        self._store(PAIR, BOTH, wanted.pair)
+        self._store(PAIR, BOTH, wanted.pairs["compressed"])
         for name, found in wanted.baseline_scores.items():
             self._store(name, {"perplexity"}, found)
 

@@ -20,6 +20,10 @@ OnStep = Callable[[str, int, int], None]
 May raise to stop. Must not print to stdout, which is redirected while an lm-eval task runs."""
 
 
+PINNED_BYTES = 2**25
+"""Bytes that are copied to a GPU at once."""
+
+
 def no_progress(stage: str, done: int, total: int) -> None:
     """Ignore progress."""
 
@@ -107,6 +111,25 @@ def to_host(tensor: Tensor) -> Tensor:
     if not tensor.is_cuda:
         return tensor.cpu()
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+
+
+def to_device(
+    tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return a copy of a tensor on the CPU; to a GPU in pieces, through pinned memory.
+
+    A copy even on the CPU: the pages of a mapped file that were touched stay in memory as long as
+    the file is mapped. A GPU receives the pieces on the current stream, while the next is read.
+    """
+    if torch.device(device).type == "cpu" or not tensor.numel():
+        return tensor.to(device, dtype, copy=True)
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    size = max(1, PINNED_BYTES // tensor.element_size())
+    for part, place in zip(tensor.reshape(-1).split(size), out.view(-1).split(size), strict=True):
+        # PyTorch reuses pinned memory when the copy from it has ended.
+        pinned = torch.empty_like(part, pin_memory=True).copy_(part)
+        place.copy_(pinned, non_blocking=True)
+    return out if dtype is None else out.to(dtype)
 
 
 def release_memory() -> None:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download, snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.utils.quantization_config import GgufConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from lrc.compressors.io.fingerprint import fingerprint, fingerprints
 from lrc.compressors.io.shards import shard_files
@@ -248,30 +247,6 @@ def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(source.dtype))
     return model.eval()
-
-
-def convert_gguf(source: Source, folder: Path) -> None:
-    """Dequantize a GGUF file into a folder of safetensors at the recipe's precision.
-
-    `GgufConfig(dequantize=True)` clears the quantizer state that would prevent saving. The config
-    is passed, because reading the file's metadata takes seconds.
-    """
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            gguf_file=source.gguf,
-            config=deepcopy(source.config),
-            dtype=source.dtype,
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers and gguf raise nearly anything
-        raise ModelError(
-            f"model.path: {source.folder / str(source.gguf)} could not be dequantized "
-            f"({first_line(error)}); it may be truncated, or of an architecture that "
-            "transformers does not read from GGUF"
-        ) from error
-    _complete(loaded, source.folder / str(source.gguf)).save_pretrained(folder)
 
 
 def _complete(loaded: tuple[Any, Mapping[str, Any]], where: Path) -> Any:

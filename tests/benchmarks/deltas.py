@@ -73,7 +73,8 @@ def prepare(model: Path, folder: Path) -> Path:
     """Return the folder of a model; a GGUF file is converted into `folder` first."""
     if model.suffix != ".gguf":
         return model
-    from lrc.compressors.models.source import convert_gguf, load_tokenizer, locate
+    from lrc.compressors.checkpoint.gguf_conversion import convert_gguf
+    from lrc.compressors.models.source import load_tokenizer, locate
     from lrc.configs.recipe import Model
 
     source = locate(Model(path=str(model)))

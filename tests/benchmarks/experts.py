@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import forget_peaks, write_model, write_text
+from shape_models import RandomModel, write_text
+from stage_costs import reset_peaks
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lrc.cli import console
 from lrc.compressors.checkpoint.reader import load_checkpoint
-from lrc.compressors.io.machine import Machine
+from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import LrcError
 from lrc.configs.load import LoadedRecipe, parse_recipe
-from lrc.configs.recipe import Calibration
 from lrc.configs.yaml_text import write_yaml
 
 LAYERS = 48
@@ -94,7 +94,8 @@ def make_model(folder: Path, sizes: dict[str, Any], layers: int, device: str) ->
         for part, stacked in parts.items():
             for number, matrix in enumerate(stacked):
                 meta[f"{experts}.{number}.{part}.weight"] = matrix
-    write_model(folder, config, meta, device)
+    folder.mkdir()
+    RandomModel(config, meta, device, layers).save(folder)
 
 
 class Steps:
@@ -136,7 +137,8 @@ def recipe_of(args: argparse.Namespace, method: str, folder: Path) -> LoadedReci
 
 def measure(args: argparse.Namespace, method: str, folder: Path) -> dict[str, Any]:
     """Compress the model in `folder` by one method and return the facts."""
-    forget_peaks()
+    release_memory()
+    reset_peaks()
     steps = Steps()
     report = compress(
         recipe_of(args, method, folder), Machine(args.device, overwrite=True, on_step=steps)
@@ -229,8 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = PRESETS[args.preset] | ({"num_experts": args.experts} if args.experts else {})
     try:
         make_model(folder / "model", sizes, args.layers, Machine(args.device).chosen)
-        windows = Calibration(samples=args.samples, length=args.length)
-        write_text(folder / "text.txt", str(folder / "model"), windows)
+        n_tokens = 3 * args.samples * args.length  # windows start anywhere
+        write_text(folder / "text.txt", str(folder / "model"), n_tokens)
         for method in args.methods:
             print(json.dumps(measure(args, method, folder), indent=1), flush=True)
     finally:
