@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,9 @@ def open_session(prepared: Prepared, machine: Machine) -> Iterator[Session]:
     output = Path(prepared.recipe.output).expanduser()
     known = identity(prepared)
     with machine.current(), open_journal(output, known, overwrite=machine.overwrite) as journal:
-        yield Session(prepared, journal, machine, Clock(journal))
+        clock = Clock(journal)
+        watched = replace(machine, on_step=clock.disk.watching(machine.on_step))
+        yield Session(prepared, journal, watched, clock)
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:

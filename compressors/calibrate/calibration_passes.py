@@ -22,7 +22,9 @@ from lrc.compressors.layers.experts import Expert
 from lrc.compressors.solvers.moments import token_weights
 
 # Logits of this many tokens at once: with a vocabulary of 128k a GiB on a GPU is 2k tokens.
-HEAD_TOKENS = {"cpu": 1024, "cuda": 4096}
+HEAD_TOKENS = {"cpu": 512, "cuda": 2048}
+HEAD_TENSORS = 6
+"""Tensors of the size of these logits that exist at once while their gradient is taken."""
 
 
 def forward_layer(
@@ -101,8 +103,8 @@ def logit_gradient(
     p = logits.float().softmax(dim=-1)
     if labels == "model":
         z = torch.randn(p.shape, generator=generator, device=p.device)
-        drawn = p.sqrt() * z
-        return drawn - p * drawn.sum(dim=-1, keepdim=True)
+        drawn = z.mul_(p.sqrt())  # in place: logits are the largest tensors of a run
+        return drawn.sub_(p.mul_(drawn.sum(dim=-1, keepdim=True)))
     if labels == "sampled":
         y = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(*p.shape[:2], 1)
         return p.scatter_add_(-1, y, torch.full_like(y, -1, dtype=p.dtype))

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache, Shape
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.io.freed_memory import trim
 from lrc.compressors.models.architecture import Linear
 from lrc.configs.errors import ModelError
 
@@ -102,6 +103,7 @@ class LayerExecutor:
             yield
         finally:
             reader.empty_(name, skip=skip)
+            trim()  # otherwise memory grows with the number of layers
 
     @torch.no_grad()
     def embed_(self, states: Tensor) -> None:

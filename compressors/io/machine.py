@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from lrc.compressors.io.disk_use import DiskUse
 from lrc.compressors.io.freed_memory import trim
 from lrc.compressors.io.journal import Journal
 from lrc.configs.errors import Problem, RecipeError
@@ -71,10 +72,11 @@ class Machine:
 
 
 class Clock:
-    """Seconds of each stage, summed over the runs it took."""
+    """Seconds of each stage, summed over the runs it took, and the disk space of this one."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        self.disk = DiskUse(journal.output)
         self.seconds: dict[str, float] = (
             journal.read_json("seconds.json") if journal.has("seconds.json") else {}
         )
@@ -87,6 +89,7 @@ class Clock:
             yield
         finally:
             release_memory()
+            self.disk.look()
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
             self._journal.write_json("seconds.json", self.seconds)
 

@@ -1,7 +1,6 @@
 """What decomposition and quantization have in common: one pass over the layers does both."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +21,7 @@ from lrc.compressors.planning.coverage import measured_coverage, refuse_starved
 from lrc.compressors.planning.loss_curves import LossCurves, loss_curves
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.rate_distortion import curves_for, energies_file
+from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.session import Session
 from lrc.compressors.stages.measured_times import with_measured_times
@@ -92,11 +92,6 @@ def calibrate(session: Session, plan: Plan) -> None:
         }
         refuse_starved(measured_coverage(counts), session.windows().numel())
         session.journal.forget(*cache_files(session.journal))
-
-
-def required_statistics(tasks: Sequence[LayerTask]) -> dict[str, tuple[str, ...]]:
-    """Return the statistics that calibration has to collect for some tasks, by linear."""
-    return {w.name: task.statistics for task in tasks if task.statistics for w in task.weights}
 
 
 def allocate_budgets(session: Session, plan: Plan) -> Plan:
