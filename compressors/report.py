@@ -319,9 +319,7 @@ def baseline_targets(plan: Plan, prepared: Prepared) -> Targets:
 
 def stored_estimate(journal: Journal) -> dict[str, Any] | None:
     """Return the JSON values of the estimate with which a run has begun."""
-    found: dict[str, Any] | None = (
-        journal.read_json(ESTIMATE) if journal.has(ESTIMATE) else None
-    )
+    found: dict[str, Any] | None = journal.read_json(ESTIMATE) if journal.has(ESTIMATE) else None
     return found
 
 

@@ -35,23 +35,26 @@ def disk_space(
             kept += record.bytes[1]
         found["slice"] = kept + on_disk.get("slice", 0) + _snapshots(work, seconds["slice"])
     statistics, results = work.statistics_bytes, work.results
-    if work.statistics:
+    total, calibrating = sum(statistics), on_disk.get("calibrate", 0)
+    if work.segments is not None:  # collected by the stages that use them
+        total, statistics = work.segments.bytes + calibrating, [0] * len(statistics)
+    elif work.statistics:
         saved = _snapshots(work, seconds["calibrate"])
-        found["calibrate"] = kept + sum(statistics) + on_disk.get("calibrate", 0) + saved
+        found["calibrate"] = kept + total + calibrating + saved
     curves = sum(8 * min(task.stacked_shape) for task in work.tasks if task.pending)
     if curves:
-        found["allocate"] = kept + sum(statistics) + curves
+        found["allocate"] = kept + total + curves
     kept += curves
     if work.tasks:
         # A layer's statistics are deleted after its results have been written.
-        left = [sum(statistics), *(sum(statistics) - done for done in accumulate(statistics))]
+        left = [total, *(total - done for done in accumulate(statistics))]
         written = accumulate(results)
         peak = max(a + b for a, b in zip(left, written, strict=False))
         found["compress"] = kept + peak + on_disk.get("compress", 0)
     kept += sum(results)
-    for record in plan.training:
+    for training in plan.training:
         # The best values so far, and the state of the optimizer: two averages.
-        trained = plan.compressed_bytes if record.method != "block" else max(results, default=0)
+        trained = plan.compressed_bytes if training.method != "block" else max(results, default=0)
         found["heal"] = kept + 6 * trained
         kept += trained
     kept += plan.compressed_bytes + TOKENIZER * 2 * work.vocabulary
@@ -62,6 +65,5 @@ def disk_space(
 
 
 def _snapshots(work: Workload, seconds: float) -> int:
-    """Return the size of the saved hidden states, of which a new copy is written before the old
-    one is deleted."""
+    """Return the size of the saved hidden states: two copies while they are replaced."""
     return work.states * min(2, int(seconds / SNAPSHOT_SECONDS))

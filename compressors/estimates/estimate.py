@@ -4,7 +4,6 @@ Everything follows from shapes, the plan and the measured speed of the machine. 
 within about 20 %, the time within a factor of 1.5 on a machine that does nothing else.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,14 +12,15 @@ from typing import Any
 import psutil
 import torch
 
+from lrc.compressors.calibrate.segments import VALUE_BYTES
 from lrc.compressors.estimates.buffers import Buffers
 from lrc.compressors.estimates.disk_space import disk_space
 from lrc.compressors.estimates.machine_rates import measure_rates
 from lrc.compressors.estimates.memory_peaks import memory_peaks
 from lrc.compressors.estimates.stage_seconds import stage_seconds
-from lrc.compressors.estimates.workload import STATISTICS_BYTES, Workload
+from lrc.compressors.estimates.workload import Workload
 from lrc.compressors.evaluate.streaming_rule import streams
-from lrc.compressors.io.disk_use import folder_bytes
+from lrc.compressors.io.disk_use import existing_folder, folder_bytes, free_disk
 from lrc.compressors.io.machine import free_memory
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.prepare import Prepared
@@ -72,7 +72,7 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     """Estimate a run on `device`, whose speed is measured at the first call."""
     work = Workload(prepared, device)
     dtype = torch.float32 if work.kind == "cpu" else prepared.source.dtype
-    rates = measure_rates(device, dtype, existing_folder(prepared))
+    rates = measure_rates(device, dtype, existing_folder(Path(prepared.recipe.output).expanduser()))
     free = free_memory(device)
     buffers = place_buffers(work, free)
     seconds = stage_seconds(work, rates)
@@ -85,12 +85,6 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         disk_bytes=disk_space(work, buffers, seconds),
         not_estimated=_not_estimated(work),
     )
-
-
-def existing_folder(prepared: Prepared) -> Path:
-    """Return the output folder of a run, or the nearest folder above that exists."""
-    path = Path(prepared.recipe.output).expanduser().absolute()
-    return next(each for each in (path, *path.parents) if each.is_dir())
 
 
 def place_buffers(work: Workload, free: int) -> dict[str, Buffers]:
@@ -113,7 +107,7 @@ def place_buffers(work: Workload, free: int) -> dict[str, Buffers]:
     if streams(work.evaluate, work.model_bytes, free):
         models = 1 + work.evaluate.dense + len(work.evaluate.baselines)
         found["evaluate"] = Buffers(gpu, work.memory_limit)
-        found["evaluate"].add(STATISTICS_BYTES * work.width * work.scored_tokens * models)
+        found["evaluate"].add(VALUE_BYTES * work.width * work.scored_tokens * models)
     return found
 
 
@@ -139,7 +133,7 @@ def refuse_too_large(expected: Estimate, prepared: Prepared, device: str) -> Non
     if expected.gpu_bytes:
         free = free_memory(device)
         _check(problems, "GPU memory", expected.gpu_bytes, free, MARGIN, GPU_REMEDIES)
-    free = shutil.disk_usage(existing_folder(prepared)).free + folder_bytes(output)
+    free = free_disk(output) + folder_bytes(output)
     _check(problems, f"disk in {output}", expected.disk_bytes, free, 1.0, DISK_REMEDIES)
     problems.raise_if_any()
 

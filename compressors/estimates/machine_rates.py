@@ -57,7 +57,7 @@ class MachineRates:
         """
         (small, fast), (large, slow) = self.eigenproblems
         power = math.log(slow / fast) / math.log(large / small)
-        return slow * (size / large) ** (3.0 if size > large else power)
+        return float(slow * (size / large) ** (3.0 if size > large else power))
 
 
 @cache
@@ -75,10 +75,14 @@ def measure_rates(device: str, dtype: torch.dtype, folder: Path) -> MachineRates
     kind = torch.device(device).type
     rows, width = ROWS[kind], WIDTH[kind]
 
-    def product(dtype: torch.dtype) -> float:
+    def products(dtype: torch.dtype) -> float:
         x = torch.ones(rows, width, dtype=dtype, device=device)
         W = torch.ones(width, width, dtype=dtype, device=device)
         return 2 * rows * width**2 / _seconds(lambda: x @ W.T, device)
+
+    def elementwise() -> float:
+        x = torch.ones(NUMBERS[kind], device=device)
+        return x.numel() / _seconds(lambda: x.mul_(1), device)
 
     def eigenvectors(size: int) -> float:
         generator = torch.Generator(device).manual_seed(0)
@@ -88,18 +92,16 @@ def measure_rates(device: str, dtype: torch.dtype, folder: Path) -> MachineRates
         return _seconds(lambda: torch.linalg.eigh(M), device)
 
     with tensor_cores(device):
-        products = product(torch.float32)
-    numbers = torch.ones(NUMBERS[kind], device=device)
+        single = products(torch.float32)
     small, large = EIGENPROBLEMS[kind]
     rates = MachineRates(
-        products,
-        product(torch.float64),
-        products if dtype == torch.float32 else product(dtype),
+        single,
+        products(torch.float64),
+        single if dtype == torch.float32 else products(dtype),
         ((small, eigenvectors(small)), (large, eigenvectors(large))),
-        numbers.numel() / _seconds(lambda: numbers.mul_(1), device),
+        elementwise(),
         WRITTEN / _writing_seconds(folder),
     )
-    del numbers
     if kind == "cuda":
         torch.cuda.empty_cache()
     return rates

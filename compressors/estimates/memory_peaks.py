@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lrc.compressors.calibrate.calibration_passes import HEAD_TENSORS
+from lrc.compressors.calibrate.segments import VALUE_BYTES
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES
 from lrc.compressors.estimates.buffers import Buffers
-from lrc.compressors.estimates.workload import STATISTICS_BYTES, Workload, numbers, sides
+from lrc.compressors.estimates.workload import Workload, numbers, sides
 from lrc.compressors.evaluate.agreement import PIECE_LOGITS
 from lrc.compressors.evaluate.streaming_rule import streams
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
@@ -67,7 +68,7 @@ def memory_peaks(
         computing = _largest_solution(work)
         if work.compensated:
             widest = max(linear.d_in for each in work.linears for linear in each.values())
-            sums = STATISTICS_BYTES * 3 * widest**2
+            sums = VALUE_BYTES * 3 * widest**2
             computing = max(_passes(work, sums, models=2), computing + sums)
         needs["compress"] = Need(computing, _largest_moments(work) + max(work.results))
     training = max((_training(work, record) for record in plan.training), default=0)
@@ -104,8 +105,7 @@ def _ends(work: Workload, *, head: bool) -> tuple[int, int]:
 
 
 def _passes(work: Workload, sums: int, models: int = 1) -> int:
-    """Return the peak of a forward pass over the layers, which the first batch goes through with
-    the embedding in memory."""
+    """Return the peak of a forward pass, in whose trace the embedding is in memory."""
     ends, reading = _ends(work, head=False)
     layer = 4 * max(work.layers) * models
     return max(ends + reading, ends + layer + _activations(work), layer + _activations(work) + sums)
@@ -132,7 +132,7 @@ def _moments(work: Workload, task: LayerTask) -> int:
     whole = any(name.startswith("whole_") for name in task.statistics)
     near = d_in if whole else min(d_out, d_in)
     far = d_out if whole else min(d_out, d_in)
-    return STATISTICS_BYTES * (inputs * near**2 + gradients * far**2)
+    return VALUE_BYTES * (inputs * near**2 + gradients * far**2)
 
 
 def _largest_moments(work: Workload) -> int:
@@ -141,9 +141,9 @@ def _largest_moments(work: Workload) -> int:
 
 def _solution(work: Workload, task: LayerTask) -> int:
     """Return the bytes of a task while it is solved, in float64."""
-    short, long = sides(task)
+    short, _ = sides(task)
     matrix, moments = DOUBLE * numbers(task), _moments(work, task)
-    twice = DOUBLE // STATISTICS_BYTES * moments
+    twice = DOUBLE // VALUE_BYTES * moments
     method = METHODS[task.method]
     allocation = None if task.allocation is None else work.plan.allocations[task.allocation]
     wanted = (task.config.types,) if allocation is None else allocation.types

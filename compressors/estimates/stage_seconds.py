@@ -48,8 +48,9 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
             for record, config in zip(plan.slices, work.prepared.sliced, strict=True)
         )
         seconds["slice"] += sum(record.bytes[1] for record in plan.slices) / rates.disk
-    if work.statistics:
-        seconds["calibrate"] = _calibration(work, rates)
+    calibration = _calibration(work, rates) if work.statistics else 0.0
+    if work.statistics and work.segments is None:
+        seconds["calibrate"] = calibration
     curves, solutions = fixed_size_flops(plan)
     pending = [task for task in work.tasks if task.pending and _low_rank(task)]
     if pending or curves:
@@ -57,6 +58,10 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
         seconds["allocate"] += sum(_spectrum(task, rates, values=True) for task in pending)
     if work.tasks:
         seconds["compress"] = _compression(work, rates) + 2 * solutions / rates.products
+    if work.segments is not None:
+        # Each stage collects what it uses.
+        for stage in seconds.keys() & {"allocate", "compress"}:
+            seconds[stage] += calibration
     if plan.training:
         tokens = sum(record.passes * (record.tokens or 0) for record in plan.training)
         seconds["heal"] = tokens * 2 * sum(work.layers) / (EFFICIENCY * rates.products)

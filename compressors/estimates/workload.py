@@ -2,13 +2,19 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 
 import torch
 
 from lrc.compressors.calibrate.calibration_passes import HEAD_TOKENS
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
-from lrc.compressors.calibrate.statistic_table import LinearStatistics
+from lrc.compressors.calibrate.segments import (
+    VALUE_BYTES,
+    Segments,
+    differentiates,
+    statistics_bytes,
+)
 from lrc.compressors.evaluate.side_by_side import compared_windows, unmeasured_pair
 from lrc.compressors.evaluate.streaming_rule import ModelBytes
 from lrc.compressors.models.architecture import Architecture, Linear
@@ -16,16 +22,15 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.prepare import Prepared
+from lrc.compressors.session import statistic_segments
 from lrc.configs.recipe import Calibration, Evaluate, Perplexity
 
-STATISTICS_BYTES = 4
-"""Sums and hidden states are in float32."""
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a prepared recipe computes and stores on a device. Sizes are in bytes, tokens counted."""
+    """What a prepared recipe computes and stores on a device; sizes are in bytes."""
 
     prepared: Prepared
     device: str
@@ -144,43 +149,36 @@ class Workload:
     @cached_property
     def differentiates(self) -> bool:
         """Whether calibration has a backward pass."""
-        return any({"gradients", "row_fisher"} & {*names} for names in self.statistics.values())
-
-    @cached_property
-    def sums(self) -> list[LinearStatistics]:
-        """Sums of every layer in the forward pass, then those of the backward pass."""
-        forward, backward = [], []
-        for linears, groups in zip(self.linears, self.architecture.groups, strict=True):
-            needed = {n: self.statistics[n] for n in linears if n in self.statistics}
-            known = [[n for n in group if n in linears] for group in groups]
-            forward.append(LinearStatistics.forward([g for g in known if g], linears, needed))
-            backward.append(LinearStatistics.backward(linears, needed))
-        return forward + backward
+        return differentiates(self.statistics)
 
     @cached_property
     def statistics_bytes(self) -> list[int]:
         """Statistics of every layer on disk."""
-        forward, backward = self.sums[: len(self.layers)], self.sums[len(self.layers) :]
-        return [
-            STATISTICS_BYTES * (a.numbers(linears) + b.numbers(linears))
-            for a, b, linears in zip(forward, backward, self.linears, strict=True)
-        ]
+        return statistics_bytes(self.architecture, self.statistics)
+
+    @cached_property
+    def segments(self) -> Segments | None:
+        """How the layers are divided if their statistics do not fit on the disk together."""
+        return statistic_segments(self.prepared)
 
     @property
     def sum_flops(self) -> int:
         """Multiplications of a token for all second moments."""
-        return sum(each // STATISTICS_BYTES for each in self.statistics_bytes)
+        return sum(each // VALUE_BYTES for each in self.statistics_bytes)
 
     @property
     def states(self) -> int:
         """Hidden states of all calibration windows after one layer."""
-        return STATISTICS_BYTES * self.tokens * self.width
+        return VALUE_BYTES * self.tokens * self.width
 
     @property
     def checkpoints(self) -> list[int]:
-        """Inputs of all layers, which the backward pass starts from; empty without one."""
+        """Inputs of the layers that a backward pass goes through; empty without one."""
         numbers = self.tokens * self.width
-        return [numbers * max(2, self.itemsize)] * (len(self.layers) if self.differentiates else 0)
+        layers = len(self.layers)
+        if self.segments is not None:
+            layers = max(b - a for a, b in pairwise(self.segments.ends))
+        return [numbers * max(2, self.itemsize)] * (layers if self.differentiates else 0)
 
     @cached_property
     def results(self) -> list[int]:

@@ -1,6 +1,7 @@
 """Disk space that the files of a folder take."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,17 @@ def folder_bytes(folder: Path) -> int:
     return sum(found.values())
 
 
+def existing_folder(path: Path) -> Path:
+    """Return a folder, or the nearest one above it that exists."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.is_dir())
+
+
+def free_disk(folder: Path) -> int:
+    """Return the free space of the disk that a folder is on, or will be."""
+    return shutil.disk_usage(existing_folder(folder)).free
+
+
 class DiskUse:
     """Largest disk space of a run's folder, as seen between its steps."""
 
@@ -40,9 +52,7 @@ class DiskUse:
         now = time.monotonic()
         self._next = now + SHARE * (now - start)
 
-    def watching(
-        self, on_step: Callable[[str, int, int], None]
-    ) -> Callable[[str, int, int], None]:
+    def watching(self, on_step: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
         """Return a progress callback that measures the folder first, not too often."""
 
         def step(stage: str, done: int, total: int) -> None:
