@@ -23,7 +23,7 @@ from lrc.compressors.solvers.moments import token_weights
 
 # Logits of this many tokens at once: with a vocabulary of 128k a GiB on a GPU is 2k tokens.
 HEAD_TOKENS = {"cpu": 512, "cuda": 2048}
-HEAD_TENSORS = 6
+HEAD_TENSORS = 8
 """Tensors of the size of these logits that exist at once while their gradient is taken."""
 
 

@@ -21,7 +21,7 @@ from lrc.compressors.planning.tasks import LayerTask
 
 READING = 2.5
 """Copies of a tensor in the dtype of its file while it is read and checked for numbers."""
-FORWARD_WIDTHS, FORWARD_STATES = 4, 8
+FORWARD_WIDTHS, FORWARD_STATES = 4, 4
 """Tensors of the width of the widest linear, and of the width of the stream, in a forward pass."""
 BACKWARD_STATES = 12
 """Tensors of the width of the stream that a backward pass keeps, besides two per linear."""
@@ -30,6 +30,9 @@ ATTENTION = 5
 COMPARED = 11
 """Tensors of `PIECE_LOGITS` while two models are compared."""
 DOUBLE = 8
+OVERHEAD = 100 * 2**20
+"""Host memory that grows with the first calls of libraries: buffers, code and pages kept by the
+allocator."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,9 @@ def memory_peaks(
     for stage, need in needs.items():
         placed = buffers.get(stage, Buffers(0, 0))
         if on_gpu:
-            found[stage] = need.host + placed.host, need.device + placed.gpu
+            found[stage] = OVERHEAD + need.host + placed.host, need.device + placed.gpu
         else:
-            found[stage] = max(need.host, need.device) + placed.host, 0
+            found[stage] = OVERHEAD + max(need.host, need.device) + placed.host, 0
     return found
 
 
@@ -186,7 +189,8 @@ def _evaluation(work: Workload, free: int) -> Need:
     compared = 4 * PIECE_LOGITS * COMPARED if work.compares else 0
     window = max((spec.window for spec in work.evaluate.perplexity), default=0)
     widest = max(linear.d_out for each in work.linears for linear in each.values())
-    running = compared + itemsize * window * (FORWARD_STATES * work.width + 4 * widest)
+    running = itemsize * window * (FORWARD_STATES * work.width + FORWARD_WIDTHS * widest)
+    running += compared
     if streams(work.evaluate, sizes, free):
         ends = 2 * itemsize * (work.embedding + work.heads)
         layer = 2 * itemsize * max(work.dense_layers)

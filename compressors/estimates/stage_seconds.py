@@ -30,8 +30,14 @@ COMPENSATION_PASSES = 7
 MLP block, and once to advance."""
 VALUES_ONLY = 1 / 3
 """Time of eigenvalues alone, of that with their vectors."""
-CODE_PASSES = 8
-"""Products of the size of GPTQ's, with coordinate descent and the comparison with rounding."""
+CODE_PASSES = 26
+"""GPTQ with coordinate descent takes as long as this many products of a matrix and its moment."""
+COLUMN_SECONDS = {"cpu": 0.0, "cuda": 1e-4}
+"""GPTQ goes through a matrix column by column, and starts a few kernels for each."""
+READING_TEXT = 2.0
+"""Seconds to read and tokenize a text."""
+LOADING = 1.5
+"""Seconds to load a model that is evaluated, besides reading its weights."""
 
 
 def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
@@ -48,6 +54,11 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
             for record, config in zip(plan.slices, work.prepared.sliced, strict=True)
         )
         seconds["slice"] += sum(record.bytes[1] for record in plan.slices) / rates.disk
+        # Rotations of all weights, and second moments of the stream before every norm.
+        rotated = plan.dense_parameters * work.width * len(plan.slices)
+        seconds["slice"] += 2 * rotated / rates.double_products
+        moments = work.tokens * 2 * len(work.dense_layers) * work.width**2
+        seconds["slice"] += 2 * moments / rates.products
     calibration = _calibration(work, rates) if work.statistics else 0.0
     if work.statistics and work.segments is None:
         seconds["calibrate"] = calibration
@@ -73,8 +84,13 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
         seconds["evaluate"] = a_token * (models * work.scored_tokens + 2 * work.compared_tokens)
         compared = 12 * work.compared_tokens * work.vocabulary
         seconds["evaluate"] += compared / rates.elementwise
+        seconds["evaluate"] += LOADING * (models + 2 * work.compares)
         if work.evaluate.baselines:
-            seconds["baselines"] = a_token * len(work.evaluate.baselines) * work.scored_tokens
+            number = len(work.evaluate.baselines)
+            seconds["baselines"] = number * (LOADING + a_token * work.scored_tokens)
+    if work.tokens:
+        first = next(stage for stage in ("slice", "calibrate", "compress") if stage in seconds)
+        seconds[first] += READING_TEXT
     return seconds
 
 
@@ -123,6 +139,7 @@ def _compression(work: Workload, rates: MachineRates) -> float:
             d_in = task.stacked_shape[1]
             products = CODE_PASSES * numbers(task) * d_in + 2 * d_in**3
             seconds += 2 * products / rates.double_products
+            seconds += len(task.weights) * d_in * COLUMN_SECONDS[work.kind]
     seconds += sum(work.results) / rates.disk
     if not work.compensated:
         return seconds
