@@ -34,6 +34,8 @@ CODE_PASSES = 26
 """GPTQ with coordinate descent takes as long as this many products of a matrix and its moment."""
 COLUMN_SECONDS = {"cpu": 0.0, "cuda": 1e-4}
 """GPTQ goes through a matrix column by column, and starts a few kernels for each."""
+READING = 2e9
+"""Bytes a second at which weights are read from the page cache, checked, and converted."""
 READING_TEXT = 2.0
 """Seconds to read and tokenize a text."""
 LOADING = 1.5
@@ -77,7 +79,7 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
         tokens = sum(record.passes * (record.tokens or 0) for record in plan.training)
         seconds["heal"] = tokens * 2 * sum(work.layers) / (EFFICIENCY * rates.products)
         seconds["heal"] += sum(60 * (record.minutes or 0) for record in plan.training)
-    seconds["save"] = plan.compressed_bytes / rates.disk
+    seconds["save"] = plan.compressed_bytes * (1 / rates.disk + 1 / READING)
     if work.scored_tokens:
         a_token = 2 * plan.dense_parameters / (EFFICIENCY * rates.model_products)
         models = 1 + work.evaluate.dense
@@ -96,11 +98,11 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
 
 def _forward(work: Workload, rates: MachineRates, layers: list[int]) -> float:
     """Return the seconds of a pass of the calibration text through layers, and of the trace."""
-    tokens = work.tokens + work.batch
+    tokens, reading = work.tokens + work.batch, work.itemsize * sum(layers) / READING
     attention = 4 * work.calibration.length * work.width * len(layers)
     products = (2 * sum(layers) + attention) / (EFFICIENCY * rates.products)
     elementwise = ELEMENTWISE * work.width * len(layers) / rates.elementwise
-    return tokens * (products + elementwise)
+    return reading + tokens * (products + elementwise)
 
 
 def _calibration(work: Workload, rates: MachineRates) -> float:
