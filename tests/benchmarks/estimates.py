@@ -38,8 +38,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "gptq": [{"quantize": {"method": "gptq", "bits": 4, "group_size": 64}}],
-    "slicegpt": [{"slice": {"method": "slicegpt", "keep": 0.8}}],
-    "drop": [{"slice": {"method": "drop", "keep": 0.8}}],
+    "slicegpt": [{"slice": {"method": "slicegpt", "keep": 0.85}}],
+    "drop": [{"slice": {"method": "drop", "keep": 0.85}}],
     "svd-llm, compensated": [
         {
             "decompose": {
