@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lrc.compressors.calibrate.calibration_context import Labels, check_finite
 from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches, watch
 from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
+from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.layers.experts import Expert
 from lrc.compressors.solvers.moments import token_weights
 
@@ -60,7 +61,9 @@ def forward_layer(
         executor.advance_(index, hidden)
     for key, total in statistics.sums.items():
         check_finite(total, f"the inputs of {key.rpartition('.')[0]}")
-    check_finite(hidden, f"the output of {executor.architecture.layer_names[index]}")
+    for rows in executor.batches:
+        check_finite(hidden[rows], f"the output of {executor.architecture.layer_names[index]}")
+        drop_shared_pages(hidden[rows])
     return [part.of(statistics.sums) for part in parts], statistics.n_tokens
 
 
@@ -129,6 +132,8 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
                 logits = executor.logits(leaf, tokens[rows])
             at_logits = logit_gradient(logits.detach(), tokens[rows], context.labels, generator)
             (gradients[rows],) = torch.autograd.grad(logits, leaf, at_logits.to(logits.dtype))
+            drop_shared_pages(hidden[rows])
+            drop_shared_pages(gradients[rows])
 
 
 def backward_layer(
@@ -166,7 +171,10 @@ def backward_layer(
                 out = executor.apply(index, leaf)
             at_output = gradients[rows].to(context.device)
             (gradients[rows],) = torch.autograd.grad(out, leaf, at_output)
-    for total in (*statistics.sums.values(), gradients):
+            drop_shared_pages(states[rows])
+            drop_shared_pages(gradients[rows])
+    at_inputs = (gradients[rows] for rows in executor.batches)
+    for total in (*statistics.sums.values(), *at_inputs):
         check_finite(
             total,
             f"the gradients in {executor.architecture.layer_names[index]}",

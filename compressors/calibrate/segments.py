@@ -33,8 +33,9 @@ from lrc.compressors.calibrate.statistics import (
     statistics_files,
 )
 from lrc.compressors.io.files import new_file
+from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.solvers.linalg import tensor_cores
 
 FOLDER = "boundaries"
@@ -49,8 +50,10 @@ def statistics_bytes(architecture: Architecture, required: Required) -> list[int
     The statistics of experts without tokens, which are known after calibration only, are included.
     """
     found = [0] * len(architecture.layer_names)
-    for layer, groups in enumerate(architecture.groups):
-        linears = {each.name: each for each in architecture.linears if each.layer == layer}
+    by_layer: list[dict[str, Linear]] = [{} for _ in found]
+    for linear in architecture.linears:
+        by_layer[linear.layer][linear.name] = linear
+    for layer, (linears, groups) in enumerate(zip(by_layer, architecture.groups, strict=True)):
         needed = {name: required[name] for name in linears if name in required}
         known = [[name for name in group if name in linears] for group in groups]
         for sums in (
@@ -227,6 +230,7 @@ def _write(journal: Journal, piece: str, tensor: Tensor) -> None:
     with new_file(journal.path(piece)) as partial, partial.open("wb") as file:
         for window in tensor:
             file.write(window.cpu().numpy().data)
+            drop_shared_pages(window)
 
 
 def _read(journal: Journal, piece: str, tensor: Tensor) -> None:
@@ -235,3 +239,4 @@ def _read(journal: Journal, piece: str, tensor: Tensor) -> None:
         for window in tensor:
             values = np.fromfile(file, dtype=np.float32, count=prod(window.shape))
             window.copy_(torch.from_numpy(values).view(window.shape))
+            drop_shared_pages(window)

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate import statistic_table as table
-from lrc.compressors.calibrate.activation_cache import ActivationCache, allocate_checkpoints
+from lrc.compressors.calibrate.activation_cache import (
+    ActivationCache,
+    allocate_checkpoints,
+    copy_states,
+)
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_passes import (
     backward_head,
@@ -181,7 +185,7 @@ class Collector:
         n_layers = len(self.context.architecture.layer_names)
         for index in range(start, stop):
             if checkpoints:
-                checkpoints[index - start].copy_(states.tensor)
+                copy_states(checkpoints[index - start], states.tensor)
             required = [each.missing(index, INPUTS) if sums else {} for each in self.variants]
             found, n_tokens = forward_layer(self.executor, index, states.tensor, required)
             groups = self.executor.calls[index].groups

@@ -104,6 +104,7 @@ def measure_rates(device: str, dtype: torch.dtype, folder: Path) -> MachineRates
     )
     if kind == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # they are those of the run in its report
     return rates
 
 

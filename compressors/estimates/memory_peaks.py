@@ -27,7 +27,7 @@ BACKWARD_STATES = 12
 """Tensors of the width of the stream that a backward pass keeps, besides two per linear."""
 ATTENTION = 5
 """Matrices of attention weights of a backward pass on a GPU, which has no fused attention."""
-COMPARED = 11
+COMPARED = 9
 """Tensors of `PIECE_LOGITS` while two models are compared."""
 DOUBLE = 8
 OVERHEAD = 100 * 2**20

@@ -56,11 +56,6 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
             for record, config in zip(plan.slices, work.prepared.sliced, strict=True)
         )
         seconds["slice"] += sum(record.bytes[1] for record in plan.slices) / rates.disk
-        # Rotations of all weights, and second moments of the stream before every norm.
-        rotated = plan.dense_parameters * work.width * len(plan.slices)
-        seconds["slice"] += 2 * rotated / rates.double_products
-        moments = work.tokens * 2 * len(work.dense_layers) * work.width**2
-        seconds["slice"] += 2 * moments / rates.products
     calibration = _calibration(work, rates) if work.statistics else 0.0
     if work.statistics and work.segments is None:
         seconds["calibrate"] = calibration

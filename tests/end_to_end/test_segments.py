@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
+from lrc.configs.errors import Stopped
 from lrc.configs.load import load_recipe
 
 LIMIT = 4e-5  # GiB; the statistics of one layer and the boundaries take about this much
@@ -42,6 +43,19 @@ class Kept:
         self.most = max(self.most, len([*files]))
 
 
+@dataclass
+class StopsAt:
+    """Stops a run at the n-th step of a stage."""
+
+    stage: str
+    left: int
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.left -= stage == self.stage
+        if self.left == 0:
+            raise Stopped("stopped")
+
+
 @pytest.fixture(scope="module")
 def model_folder(
     tiny_llama: Callable[..., LlamaForCausalLM],
@@ -52,6 +66,26 @@ def model_folder(
     tiny_llama(num_hidden_layers=5).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def test_a_run_that_was_stopped_in_a_segment_gives_the_same_checkpoint(
+    model_folder: Path, tiny_recipe: Callable[..., Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    calibration = {"source": str(tiny_text), "samples": 2, "length": 16, "disk_limit_gib": LIMIT}
+    found = []
+    for stops in ([], ["gradients", "allocate", "compress"]):
+        output = tmp_path / str(len(stops))
+        stages = STAGES["allocation with compensation"]
+        loaded = load_recipe(
+            tiny_recipe(model_folder, output, stages=stages, calibration=calibration)
+        )
+        for stage in stops:
+            with pytest.raises(Stopped):
+                compress(loaded, Machine("cpu", on_step=StopsAt(stage, 2)))
+        compress(loaded, Machine("cpu"))
+        found.append(load_file(output / "checkpoint" / "model.safetensors"))
+    whole, continued = found
+    assert all(whole[key].equal(continued[key]) for key in whole)
 
 
 @pytest.mark.parametrize("name", STAGES)
