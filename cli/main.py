@@ -128,7 +128,7 @@ def plan(
         run(loaded, profile, device, svg=svg, program=program, as_json=as_json, quiet=quiet)
         return
     from lrc.cli import tables
-    from lrc.compressors.estimate import estimate
+    from lrc.compressors.estimates.estimate import estimate, refuse_too_large
     from lrc.compressors.io.machine import Machine
     from lrc.compressors.planning.predicted_times import predicted_times
     from lrc.compressors.prepare import prepare
@@ -138,12 +138,13 @@ def plan(
     machine = Machine(device)
     prepared = prepare(loaded.recipe, STAGES, weights=False)
     expected = estimate(prepared, machine.chosen)
+    refuse_too_large(expected, prepared, machine.chosen)
     found, unmeasured = prepared.plan, prepared.products if prepared.plan.unmeasured else []
     if as_json:
         times = predicted_times(found)
         console.print_json(
             found.to_json()
-            | {"estimate": vars(expected), "products_to_measure": len(unmeasured)}
+            | {"estimate": expected.to_json(), "products_to_measure": len(unmeasured)}
             | {"predicted_times": None if times is None else times.to_json()}
         )
     else:

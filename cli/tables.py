@@ -8,7 +8,7 @@ from typing import Any
 
 from lrc.cli.bench_tables import print_slow_forms, print_slower_models
 from lrc.cli.quality import OUT, as_size, new_table, print_baselines, print_comparison
-from lrc.compressors.estimate import Estimate
+from lrc.compressors.estimates.estimate import Estimate
 from lrc.compressors.io.natural_order import natural
 from lrc.compressors.planning.coverage import Coverage, plan_coverage
 from lrc.compressors.planning.draft_speed import PredictedPair
@@ -61,9 +61,10 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
         print_times(times.to_json(), times.place, pending=times.pending)
     print_warnings(plan)
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
+    gpu = "" if expected.peak_gpu is None else f", GPU memory {as_size(expected.peak_gpu)}"
     OUT.print(
-        f"estimate: {parts}; memory {as_size(expected.memory_bytes)}; disk "
-        f"{as_size(expected.disk_bytes)} while it runs"
+        f"estimate: {parts}; memory {as_size(expected.peak_host)}{gpu}, disk "
+        f"{as_size(expected.peak_disk)} while it runs"
     )
     if expected.not_estimated:
         OUT.print(f"not estimated: {', '.join(expected.not_estimated)}")
@@ -212,8 +213,21 @@ def print_report(report: dict[str, Any], output: str) -> None:
         f"{sum(seconds.values()):.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}), "
         f"peak memory {as_size(report['memory']['peak_rss_bytes'])}"
     )
+    if expected := report.get("estimate"):  # reports of earlier versions have none
+        _print_estimate(expected, report["memory"])
     drawn = ", report.html" if Path(output, "report.html").expanduser().is_file() else ""
     OUT.print(f"checkpoint: {output}/checkpoint   report: {output}/report.json{drawn}")
+
+
+def _print_estimate(expected: dict[str, Any], memory: dict[str, int | None]) -> None:
+    """Print what was expected next to what was used."""
+    names = {"host": "peak_rss_bytes", "gpu": "peak_gpu_bytes", "disk": "peak_disk_bytes"}
+    parts = [
+        f"{name} {as_size(guessed)} ({as_size(memory[key])} used)"
+        for name, key in names.items()
+        if (guessed := expected["peak"][f"{name}_bytes"]) is not None
+    ]
+    OUT.print(f"estimated: {sum(expected['seconds'].values()):.0f} s, {', '.join(parts)}")
 
 
 def print_inspection(facts: dict[str, Any]) -> None:

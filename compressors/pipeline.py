@@ -12,6 +12,7 @@ from lrc.compressors.checkpoint.assemble import write_checkpoint
 from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer, missing_files
 from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
+from lrc.compressors.estimates.estimate import estimate, refuse_too_large
 from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates, metrics_of
@@ -74,6 +75,7 @@ def compress(
             if not written:
                 model, tokenizer = prepared.architecture.model, prepared.tokenizer
                 check_evaluation(model, tokenizer, recipe.evaluate, seed=recipe.seed)
+                _check_estimate(session)
                 _check_memory(session)
                 _check_source(session)
                 _save(session, _run_stages(session), loaded)
@@ -150,6 +152,14 @@ def _predict(session: Session) -> Sensitivity:
     planned = _sliced(session)
     plan = predict_losses(session, planned)
     return Sensitivity(plan, stored_curves(session, planned), session.models.architecture)
+
+
+def _check_estimate(session: Session) -> None:
+    """Estimate what the run needs, once, and refuse what cannot fit."""
+    expected = estimate(session.prepared, session.device)
+    refuse_too_large(expected, session.prepared, session.device)
+    if not session.journal.has(report.ESTIMATE):
+        session.journal.write_json(report.ESTIMATE, expected.to_json())
 
 
 def _check_source(session: Session) -> None:

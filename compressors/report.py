@@ -35,6 +35,8 @@ from lrc.compressors.planning.summary import summarize
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.session import Session
 
+ESTIMATE = "estimate.json"
+"""The journal's name for the estimate with which a run has begun."""
 SCHEMA_VERSION = 2
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -134,7 +136,15 @@ SCHEMA = {
     "evaluation.baselines[].perplexity.NAME": "measured in this run; null if not finite",
     "evaluation.baseline_comparison": "which wins, result or baseline: one sentence, or null",
     "timing.seconds.STAGE": "wall time; after an interruption, the sum over all attempts",
+    "timing.cpu_seconds.STAGE": "of all threads of the process that finished the run",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
+    "memory.peak_disk_bytes": "largest size of the output folder in that process, between steps",
+    "estimate": "what was expected before the work began; null if nothing was left to do",
+    "estimate.{seconds,host_bytes,gpu_bytes,disk_bytes}.STAGE": (
+        "time, and the peaks of resident memory, GPU memory and the output folder"
+    ),
+    "estimate.peak.{host_bytes,gpu_bytes,disk_bytes}": "the largest of all stages; GPU or null",
+    "estimate.not_estimated[]": "parts of the evaluation that the estimate does not include",
     "environment": "versions, processor, threads, device",
     "speed": "result of `lrc bench --report`: its JSON for this model and dense; null if none",
     "warnings": (
@@ -181,8 +191,12 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "latency": None if times is None else times.to_json(),
         "calibration": calibration,
         "evaluation": evaluation,
-        "timing": {"seconds": {k: round(s, 2) for k, s in session.clock.seconds.items()}},
-        "memory": _memory(session.device),
+        "timing": {
+            "seconds": {k: round(s, 2) for k, s in session.clock.seconds.items()},
+            "cpu_seconds": {k: round(s, 2) for k, s in session.clock.cpu_seconds.items()},
+        },
+        "memory": _memory(session),
+        "estimate": stored_estimate(session.journal),
         "environment": environment(session.device),
         "speed": None,
         "warnings": [
@@ -313,8 +327,15 @@ def baseline_targets(plan: Plan, prepared: Prepared) -> Targets:
     return Targets(shapes, prepared.source.dtype, plan.dense_bytes, plan.compressed_bytes)
 
 
-def _memory(device: str) -> dict[str, int | None]:
-    unit = 1 if sys.platform == "darwin" else 1024
+def stored_estimate(journal: Journal) -> dict[str, Any] | None:
+    """Return the JSON values of the estimate with which a run has begun."""
+    found: dict[str, Any] | None = journal.read_json(ESTIMATE) if journal.has(ESTIMATE) else None
+    return found
+
+
+def _memory(session: Session) -> dict[str, int | None]:
+    device, unit = session.device, 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     gpu = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
-    return {"peak_rss_bytes": peak, "peak_gpu_bytes": gpu}
+    disk = session.clock.disk.peak
+    return {"peak_rss_bytes": peak, "peak_gpu_bytes": gpu, "peak_disk_bytes": disk}

@@ -1,9 +1,9 @@
 """The context of one run: the prepared recipe, the journal of its results, and the machine."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,25 @@ from lrc.compressors.calibrate.sampled_windows import (
     sample_windows,
     windows_together,
 )
+from lrc.compressors.calibrate.segments import (
+    VALUE_BYTES,
+    SegmentedStatistics,
+    Segments,
+    differentiates,
+    divide_layers,
+    statistics_bytes,
+)
+from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.corpus.documents import source_identity
 from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.evaluate.streaming_rule import FRACTION, GIB
+from lrc.compressors.io.disk_use import folder_bytes, free_disk
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import Clock, Machine, OnStep, free_memory
 from lrc.compressors.io.versions import versions
 from lrc.compressors.model_versions import ModelVersions
+from lrc.compressors.planning.coverage import measured_coverage, refuse_starved
+from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.planning.tasks import Weight
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.solvers.moments import Statistics
@@ -119,9 +131,55 @@ class Session:
         ) as model:
             return sample(model, shape, together=together)
 
+    @cached_property
+    def segments(self) -> SegmentedStatistics | None:
+        """Collects statistics when they are used; None if those of all layers are collected first.
+
+        Layers that are compressed already need none.
+        """
+        found = statistic_segments(self.prepared)
+        if found is None:
+            return None
+        tasks = self.prepared.plan.tasks
+        left = [task for task in tasks if not self.journal.has(layer_file(task.layer))]
+        return SegmentedStatistics(self.models.calibration(), required_statistics(left), found)
+
     def statistics(self, weight: Weight) -> Statistics:
         """Return the calibration statistics of a weight."""
+        if self.segments is not None:
+            collected = self.segments.collect_for(weight.layer)
+            self.check_coverage(collected)
         return statistics.load(self.journal, weight.layer, weight.name)
+
+    def check_coverage(self, layers: Iterable[int]) -> None:
+        """Raise a `DataError` if most experts of some layers received too few tokens."""
+        counts = statistics.expert_tokens(self.journal, layers)
+        refuse_starved(
+            measured_coverage(counts), self.calibration.samples * self.calibration.length
+        )
+
+
+def statistic_segments(prepared: Prepared) -> Segments | None:
+    """Return how the layers are divided to collect statistics; None if they need not be.
+
+    Without a limit in the recipe, the statistics may take what is free on the disk besides the
+    result.
+    """
+    plan, calibration = prepared.plan, Calibration.model_validate(prepared.plan.calibration)
+    required = required_statistics(plan.tasks)
+    sizes = statistics_bytes(prepared.architecture, required)
+    if calibration.disk_limit_gib is None:
+        output = Path(prepared.recipe.output).expanduser().absolute()
+        limit = free_disk(output) + folder_bytes(output)
+        limit -= 2 * plan.compressed_bytes + sum(record.bytes[1] for record in plan.slices)
+        limit -= plan.dense_bytes if prepared.source.gguf is not None else 0
+    else:
+        limit = int(calibration.disk_limit_gib * 2**30)
+    if sum(sizes) <= limit:
+        return None
+    width = int(getattr(prepared.source.config.get_text_config(), "hidden_size", 0) or 0)
+    states = VALUE_BYTES * calibration.samples * calibration.length * width
+    return divide_layers(sizes, states, limit, differentiates=differentiates(required))
 
 
 def _text_identity(source: str | Mapping[str, float]) -> str | list[list[str | float]]:
@@ -138,13 +196,16 @@ def open_session(prepared: Prepared, machine: Machine) -> Iterator[Session]:
     output = Path(prepared.recipe.output).expanduser()
     known = identity(prepared)
     with machine.current(), open_journal(output, known, overwrite=machine.overwrite) as journal:
-        yield Session(prepared, journal, machine, Clock(journal))
+        clock = Clock(journal)
+        watched = replace(machine, on_step=clock.disk.watching(machine.on_step))
+        yield Session(prepared, journal, watched, clock)
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
     """Return everything that determines the bytes of the checkpoint."""
     recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
-    del recipe["calibration"]["memory_limit_gib"]
+    for key in ("memory_limit_gib", "disk_limit_gib"):
+        del recipe["calibration"][key]
     texts = [recipe["calibration"], *(o for stage in recipe["stages"] for o in stage.values())]
     for options in texts:
         if options.get("source") is not None:

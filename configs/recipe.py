@@ -73,6 +73,9 @@ class Calibration(Strict):
     token sampled from it (`sampled`), or the actual next token (`real`)."""
     memory_limit_gib: Annotated[float, Field(gt=0)] = 2.0
     """Hidden states larger than this (GiB) are kept on disk."""
+    disk_limit_gib: Annotated[float, Field(gt=0)] | None = None
+    """Statistics larger than this (GiB) are collected for a few layers at a time, in more passes
+    over the text; the result is the same. What is free on the disk if left out."""
 
     @model_validator(mode="after")
     def _a_window_of_every_source(self) -> "Calibration":

@@ -18,11 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lrc.compressors.calibrate.calibration_context import Labels, check_finite
 from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches, watch
 from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
+from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.layers.experts import Expert
 from lrc.compressors.solvers.moments import token_weights
 
 # Logits of this many tokens at once: with a vocabulary of 128k a GiB on a GPU is 2k tokens.
-HEAD_TOKENS = {"cpu": 1024, "cuda": 4096}
+HEAD_TOKENS = {"cpu": 512, "cuda": 2048}
+HEAD_TENSORS = 8
+"""Tensors of the size of these logits that exist at once while their gradient is taken."""
 
 
 def forward_layer(
@@ -58,7 +61,9 @@ def forward_layer(
         executor.advance_(index, hidden)
     for key, total in statistics.sums.items():
         check_finite(total, f"the inputs of {key.rpartition('.')[0]}")
-    check_finite(hidden, f"the output of {executor.architecture.layer_names[index]}")
+    for rows in executor.batches:
+        check_finite(hidden[rows], f"the output of {executor.architecture.layer_names[index]}")
+        drop_shared_pages(hidden[rows])
     return [part.of(statistics.sums) for part in parts], statistics.n_tokens
 
 
@@ -101,8 +106,8 @@ def logit_gradient(
     p = logits.float().softmax(dim=-1)
     if labels == "model":
         z = torch.randn(p.shape, generator=generator, device=p.device)
-        drawn = p.sqrt() * z
-        return drawn - p * drawn.sum(dim=-1, keepdim=True)
+        drawn = z.mul_(p.sqrt())  # in place: logits are the largest tensors of a run
+        return drawn.sub_(p.mul_(drawn.sum(dim=-1, keepdim=True)))
     if labels == "sampled":
         y = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(*p.shape[:2], 1)
         return p.scatter_add_(-1, y, torch.full_like(y, -1, dtype=p.dtype))
@@ -127,6 +132,8 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
                 logits = executor.logits(leaf, tokens[rows])
             at_logits = logit_gradient(logits.detach(), tokens[rows], context.labels, generator)
             (gradients[rows],) = torch.autograd.grad(logits, leaf, at_logits.to(logits.dtype))
+            drop_shared_pages(hidden[rows])
+            drop_shared_pages(gradients[rows])
 
 
 def backward_layer(
@@ -164,7 +171,10 @@ def backward_layer(
                 out = executor.apply(index, leaf)
             at_output = gradients[rows].to(context.device)
             (gradients[rows],) = torch.autograd.grad(out, leaf, at_output)
-    for total in (*statistics.sums.values(), gradients):
+            drop_shared_pages(states[rows])
+            drop_shared_pages(gradients[rows])
+    at_inputs = (gradients[rows] for rows in executor.batches)
+    for total in (*statistics.sums.values(), *at_inputs):
         check_finite(
             total,
             f"the gradients in {executor.architecture.layer_names[index]}",

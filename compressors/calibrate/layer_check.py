@@ -54,6 +54,7 @@ def check_layers(architecture: Architecture) -> Architecture:
         with _simulation(architecture, unused) as executor:
             wholes = [_run_whole(executor, executor.tokens[rows]) for rows in executor.batches]
             reason = _structure(executor, wholes) or _differences(executor, wholes)
+            groups = [] if reason else [call.groups for call in executor.calls]
     except Exception as error:  # modeling code may raise anything
         raise unsupported(config, f"it fails on a short text ({first_line(error)})") from error
     if reason:
@@ -67,7 +68,9 @@ def check_layers(architecture: Architecture) -> Architecture:
     if not linears:
         name, why = next(iter(unused.items()))
         raise unsupported(config, f"no linear layer can be replaced: {name} {why}")
-    return replace(architecture, linears=linears, unused=unused, experts=wholes[0].experts)
+    return replace(
+        architecture, linears=linears, unused=unused, experts=wholes[0].experts, groups=groups
+    )
 
 
 def simulated_calls(architecture: Architecture) -> list[LayerCall]:

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache, Shape
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.io.freed_memory import drop_shared_pages, trim
 from lrc.compressors.models.architecture import Linear
 from lrc.configs.errors import ModelError
 
@@ -112,6 +113,7 @@ class LayerExecutor:
             yield
         finally:
             reader.empty_(name, skip=skip)
+            trim()  # otherwise memory grows with the number of layers
 
     @torch.no_grad()
     def embed_(self, states: Tensor) -> None:
@@ -132,6 +134,7 @@ class LayerExecutor:
             for rows in self.batches:
                 with suppress(ForwardEnded):
                     self._forward(self.tokens[rows])
+                drop_shared_pages(states[rows])
 
     def embedded(self, name: str = "states") -> Tensor:
         """Return the input of the first layer in the buffer of a new activation cache."""
@@ -175,6 +178,7 @@ class LayerExecutor:
         """
         for rows in self.batches:
             states[rows] = self.apply(index, states[rows], layer)
+            drop_shared_pages(states[rows])
 
     @torch.no_grad()
     def trace(self) -> list[LayerCall]:

@@ -13,10 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.calibrate.activation_cache import ActivationCache
+from lrc.compressors.calibrate.activation_cache import ActivationCache, copy_states
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
 from lrc.compressors.calibrate.layer_executor import ForwardEnded, LayerExecutor
 from lrc.compressors.calibrate.statistic_table import RunningSums
+from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.layers.experts import SplitExperts
 from lrc.compressors.solvers.error_compensation import PrefixMoments
 from lrc.compressors.solvers.linalg import tensor_cores
@@ -42,7 +43,7 @@ class SequentialCalibration:
         self._writers: dict[tuple[object, ...], list[str]] = {}  # by kind of layer
         self._dense = self._executor.embedded("dense")
         self._compressed = ActivationCache(half, "compressed", self._executor.shape).tensor
-        self._compressed.copy_(self._dense)
+        copy_states(self._compressed, self._dense)
 
     def groups(self, layer: int) -> list[list[str]]:
         """Return the linears of a decoder layer that share an input, in order of use."""
@@ -79,6 +80,8 @@ class SequentialCalibration:
                 if capped:
                     weights = token_weights(x_hat, self._executor.tokens.shape[1]).sqrt()
                     x, x_hat = weights * x, weights * x_hat
+                drop_shared_pages(self._dense[rows])
+                drop_shared_pages(self._compressed[rows])
                 sums.add_square("H", x_hat)
                 sums.add_product("cross", x, x_hat)
                 if stream is not None and stream_hat is not None:

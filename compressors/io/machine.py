@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from lrc.compressors.io.disk_use import DiskUse
 from lrc.compressors.io.freed_memory import trim
 from lrc.compressors.io.journal import Journal
 from lrc.configs.errors import Problem, RecipeError
@@ -75,10 +76,13 @@ class Machine:
 
 
 class Clock:
-    """Seconds of each stage, summed over the runs it took."""
+    """Seconds of each stage, summed over the runs it took, and the disk space of this one."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        self.disk = DiskUse(journal.output)
+        self.cpu_seconds: dict[str, float] = {}
+        """Time of all threads of this process."""
         self.seconds: dict[str, float] = (
             journal.read_json("seconds.json") if journal.has("seconds.json") else {}
         )
@@ -86,11 +90,15 @@ class Clock:
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the time spent inside to a stage, also if it ends in an error."""
-        start = time.monotonic()
+        start, processor = time.monotonic(), time.process_time()
         try:
             yield
         finally:
             release_memory()
+            self.disk.look()
+            self.cpu_seconds[stage] = (
+                self.cpu_seconds.get(stage, 0.0) + time.process_time() - processor
+            )
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
             self._journal.write_json("seconds.json", self.seconds)
 

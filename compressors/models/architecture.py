@@ -54,6 +54,8 @@ class Architecture:
     experts: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Name of a module of experts -> their number, and how many of them a token selects; found by
     `layer_check`."""
+    groups: list[list[list[str]]] = field(default_factory=list)
+    """By layer, the linears of each distinct input, in order of use; found by `layer_check`."""
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -50,6 +50,7 @@ def allocate(
     device: str,
     on_step: OnStep,
     predict_all: bool = False,
+    finished: Callable[[int], None] = lambda layer: None,
 ) -> Plan:
     """Choose the configuration of every pending task.
 
@@ -59,6 +60,8 @@ def allocate(
         Returns the calibration statistics of a weight.
     predict_all : bool
         Predict the losses of tasks with known configurations too, unless known.
+    finished : callable
+        Called with a layer when its statistics are no longer needed for this.
 
     Returns
     -------
@@ -81,6 +84,7 @@ def allocate(
         statistics,
         device=device,
         on_step=on_step,
+        finished=finished,
     )
     decided: list[LayerTask] = []
     results = {task.name: _prediction(task, curves[task.name], None) for task in known}

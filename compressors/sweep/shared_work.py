@@ -21,9 +21,9 @@ from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import Clock, Machine
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.rate_distortion import curves_for, energies_file
+from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.session import Session, identity
-from lrc.compressors.stages.compress_weights import required_statistics
 
 SOURCE = "source"
 """The journal's name for a source that had to be converted."""
