@@ -67,7 +67,7 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     backward = any({"gradients", "row_fisher"} & {*task.statistics} for _, task in measured)
     compensates = any(task.compensate is not None for task in plan.tasks)
     reads = measured or compensates or plan.slices
-    tokens = calibration.samples * calibration.length if reads else 0
+    tokens = calibration.samples * calibration.window if reads else 0
 
     seconds = {}
     if plan.slices:
@@ -107,6 +107,7 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         if not spec.windows
     ]
     not_estimated += [f"task {name}" for name in evaluate.tasks.names]
+    not_estimated += [f"task {evaluate.task.name}"] if evaluate.task else []
     if scored:
         models = 1 + evaluate.dense + len(evaluate.baselines)
         compared = sum(
@@ -121,7 +122,7 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
     layer = 4 * max(in_layers, in_dense) // n_layers
     statistics = 4 * (gram + outputs)
     whole = plan.dense_parameters * (4 if device == "cpu" else prepared.source.dtype.itemsize)
-    evaluates = bool(evaluate.perplexity or evaluate.tasks.names)
+    evaluates = evaluate.scores_models
     limit = int(calibration.memory_limit_gib * GIB)
     calibrating = min(hidden, limit) + layer
     calibrating += 4 * max((w for _, w in inputs), default=0) ** 2 * 3

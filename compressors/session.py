@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.calibration_sentences import take_sentences
 from lrc.compressors.calibrate.calibration_windows import (
     FILE,
     SELF,
@@ -20,6 +21,8 @@ from lrc.compressors.calibrate.calibration_windows import (
     vocabulary_warning,
 )
 from lrc.compressors.corpus.documents import source_identity
+from lrc.compressors.corpus.examples import task_identity
+from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import Clock, Machine, OnStep
@@ -63,7 +66,14 @@ class Session:
     @cached_property
     def models(self) -> ModelVersions:
         """The source model and what slicing leaves of it."""
-        return ModelVersions(self.prepared, self.journal, self.machine, self.clock, self.windows)
+        return ModelVersions(
+            self.prepared,
+            self.journal,
+            self.machine,
+            self.clock,
+            self.windows,
+            self.sentences if self.prepared.dense.kind.encoder else None,
+        )
 
     def sampled_windows(self, samples: int, length: int, *, seed: int) -> Tensor:
         """Return windows [samples, length] of text that the dense model writes.
@@ -82,6 +92,8 @@ class Session:
 
     def windows(self) -> Tensor:
         """Return the calibration windows [samples, length], drawn once per run."""
+        if self.prepared.dense.kind.encoder:
+            return self.sentences().tokens
         known = self.journal.has(FILE)
         windows = take_windows(
             self.calibration,
@@ -92,10 +104,27 @@ class Session:
             dense=lambda: self.models.load_dense(self.models.dtype),
             on_step=self.on_step,
         )
+        self._warn_of_little_text(known=known)
+        return windows
+
+    def sentences(self) -> Sentences:
+        """Return the calibration texts of an encoder, drawn once per run."""
+        known, dense = self.journal.has(FILE), self.prepared.dense
+        found = take_sentences(
+            self.calibration,
+            self.prepared.tokenizer,
+            self.journal,
+            seed=self.prepared.plan.seed,
+            embedding=dense.model.get_input_embeddings(),
+            classes=dense.model.config.id2label if dense.kind.classifies else None,
+        )
+        self._warn_of_little_text(known=known)
+        return found
+
+    def _warn_of_little_text(self, *, known: bool) -> None:
         warning = vocabulary_warning(provenance(self.journal))
         if warning is not None and not known:
             self.machine.on_warning(warning)
-        return windows
 
     def statistics(self, weight: Weight) -> Statistics:
         """Return the calibration statistics of a weight."""
@@ -123,6 +152,8 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     """Return everything that determines the bytes of the checkpoint."""
     recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
     del recipe["calibration"]["memory_limit_gib"]
+    if (task := prepared.recipe.calibration.task) is not None:
+        recipe["calibration"]["task"]["data"] = task_identity(task)
     texts = [recipe["calibration"], *(o for stage in recipe["stages"] for o in stage.values())]
     for options in texts:
         if options.get("source") is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from lrc.compressors.evaluate.encoder_scores import encoder_metrics
 from lrc.compressors.evaluate.harness import declared_metrics
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Evaluate, Gate
@@ -80,6 +81,9 @@ def _prediction_problems(where: str, gate: Gate, kind: str, evaluate: Evaluate) 
 
 def _task_problems(where: str, metric: str, evaluate: Evaluate) -> list[str]:
     task, _, name = metric.removeprefix("tasks.").rpartition(".")
+    if evaluate.task is not None:
+        known = [f"tasks.{evaluate.task.name}.{each}" for each in encoder_metrics(evaluate)]
+        return [] if metric in known else [_unknown(where, metric, known)]
     declared = declared_metrics(evaluate.tasks, task)
     if declared is None or name.partition(",")[0] in declared:
         return []

@@ -13,12 +13,13 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from lrc.compressors.layers.experts import Expert, FusedTensor, split_experts_, split_modules
 from lrc.compressors.layers.model_shapes import rebuild_
 from lrc.compressors.models.configuration import SUPPORTED, first_line
+from lrc.compressors.models.model_kinds import ModelKind, kind_of
 from lrc.compressors.models.source import Source
 from lrc.configs.errors import ModelError
 
@@ -56,6 +57,11 @@ class Architecture:
     `layer_check`."""
 
     @property
+    def kind(self) -> ModelKind:
+        """What the model computes."""
+        return kind_of(self.model.config)
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
         return [self.model.get_submodule(name) for name in self.layer_names]
@@ -88,21 +94,24 @@ def build(source: Source) -> Architecture:
     ModelError
         If the architecture is unknown, or its weights have an unsupported form.
     """
-    config = source.config
+    config, kind = source.config, kind_of(source.config)
     if getattr(config, "is_encoder_decoder", False):
         raise unsupported(config, "it is an encoder-decoder model")
     if any(name.endswith("ForMaskedLM") for name in config.architectures or []):
         raise unsupported(config, "it predicts masked tokens, not the next one")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+    known = kind.encoder or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known and not hasattr(config, "auto_map"):
         raise unsupported(config, "transformers has no causal language model of this type")
     try:
         with init_empty_weights(include_buffers=False), _NoLargeTensors():
-            model = AutoModelForCausalLM.from_config(
+            model = kind.auto_class.from_config(
                 config, dtype=torch.float32, trust_remote_code=source.spec.trust_remote_code
             )
     except Exception as error:  # modeling code may raise anything for the values of a config
         raise unsupported(config, first_line(error)) from error
     split_experts_(model)
+    if kind.encoder and any(split_modules(model)):
+        raise unsupported(config, "it is an encoder with experts")
     rebuild_(model)
     for parameter in model.parameters():  # not the buffers: computed tables and scales stay exact
         parameter.data = parameter.data.to(source.dtype)
@@ -157,7 +166,7 @@ def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
     Of the lists with the length that the config states (or else of all) it is the outermost one:
     the towers of other modalities are deeper. Of several, it has the most parameters.
     """
-    decoder = model.get_decoder()
+    decoder = model.base_model if kind_of(config).encoder else model.get_decoder()
     if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
         decoder = model  # ModernBERT's `decoder` is its head
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")

@@ -22,6 +22,7 @@ from lrc.compressors.models.configuration import (
     read_gguf_config,
     tokenizer_needs_code,
 )
+from lrc.compressors.models.model_kinds import kind_of
 from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.recipe import Model
@@ -203,7 +204,7 @@ def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str
     `weights` is the folder of safetensors (for GGUF, the converted one); `device` may be ``auto``,
     which spreads the model over all devices.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = kind_of(source.config).auto_class.from_pretrained(
         weights,
         config=deepcopy(source.config),
         dtype=dtype,

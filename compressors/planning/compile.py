@@ -163,8 +163,8 @@ def compile_plan(
         exist, budgets that cannot be met, plan files of other models, nothing that becomes smaller.
     """
     calibration = recipe.calibration
-    tokens = calibration.samples * calibration.length
-    draft = Draft(source, architecture, recipe.seed, tokens, calibration.length, table=table)
+    tokens = calibration.samples * calibration.window
+    draft = Draft(source, architecture, recipe.seed, tokens, calibration.window, table=table)
     if slices is not None:
         draft.slices, draft.executed_slices = slices, True
     requested = {kind: recipe.stages_of(kind) for kind in kinds}
