@@ -67,13 +67,12 @@ def prepare(
             check_source(spec.source, part="evaluation")
     with _collected(problems):
         read_prompts(recipe.evaluate.generations)
-    for part, task in (
-        ("calibration", recipe.calibration.task),
-        ("evaluation", recipe.evaluate.task),
-    ):
-        with _collected(problems):
-            if task is not None:
-                check_task_data(task, part)
+    with _collected(problems):
+        if recipe.calibration.task is not None:
+            check_task_data(recipe.calibration.task, "calibration")
+    with _collected(problems):
+        if recipe.evaluate.task is not None:
+            check_task_data(recipe.evaluate.task, "evaluation")
     if recipe.calibration.task is None:
         for name in fractions(recipe.calibration.source):
             with _collected(problems):

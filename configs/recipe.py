@@ -94,12 +94,14 @@ class Calibration(Strict):
         if self.task is None:
             return self
         text = sorted({"source", "field", "chat_template", "length"} & self.model_fields_set)
-        changed = [key for key in text if getattr(self, key) != type(self).model_fields[key].default]
+        changed = [
+            key for key in text if getattr(self, key) != type(self).model_fields[key].default
+        ]
         if changed:
             keys = ", ".join(f"'{key}'" for key in changed)
             raise ValueError(
-                f"'task' replaces the calibration text, got also {keys}; remove one of them (a task "
-                "has its own 'length')"
+                f"'task' replaces the calibration text, got also {keys}; remove one of them (a "
+                "task has its own 'length')"
             )
         if self.task.label is not None and "labels" not in self.model_fields_set:
             object.__setattr__(self, "labels", "real")

@@ -319,16 +319,13 @@ class LayerExecutor:
 
     def _forward(self, rows: slice) -> None:
         device = self.context.device
-        if self.sentences is None:
-            inputs = {"input_ids": self.tokens[rows].to(device), "use_cache": False}
-        else:
-            inputs = self.sentences[rows].inputs(device)
+        inputs: dict[str, Any] = {"input_ids": self.tokens[rows].to(device), "use_cache": False}
+        if self.sentences is not None:
+            inputs = {**self.sentences[rows].inputs(device)}
         self.architecture.model.base_model(**inputs)
 
 
-def record_arguments(
-    layer: nn.Module, call: LayerCall, key: int | None = None
-) -> RemovableHandle:
+def record_arguments(layer: nn.Module, call: LayerCall, key: int | None = None) -> RemovableHandle:
     """Write into `call` how a layer is called, until the handle is removed.
 
     By default, the key is the number of windows.

@@ -98,8 +98,9 @@ class SequentialCalibration:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the input [n_tokens, d_in] of the linear `leader`, and the output of the layer.
 
-        Both without padding, for a batch of the states. The outputs of the linears `zeroed` are replaced by zeros. Without any, the layer is left
-        after the input has been seen, and its output is None.
+        Both without padding, for a batch of the states. The outputs of the linears `zeroed` are
+        replaced by zeros. Without any, the layer is left after the input has been seen, and its
+        output is None.
         """
         seen: list[Tensor] = []
 

@@ -1,6 +1,6 @@
 """Example texts as padded batches of tokens, for encoders."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,18 @@ class Sentences:
         """Return some of the texts, as long as they are here."""
         parts = (self.tokens, self.mask, self.segments, self.labels)
         return Sentences(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
+
+    def batches(self, size: int) -> Iterator["Sentences"]:
+        """Yield all texts, at most `size` at a time, by length and with little padding."""
+        lengths = self.mask.sum(dim=1)
+        for rows in lengths.argsort(stable=True).split(size):
+            columns = slice(int(lengths[rows].max()))
+            yield Sentences(
+                self.tokens[rows, columns],
+                self.mask[rows, columns],
+                None if self.segments is None else self.segments[rows, columns],
+                None if self.labels is None else self.labels[rows],
+            )
 
     def inputs(self, device: str | torch.device) -> dict[str, Tensor]:
         """Return the arguments for the forward of an encoder."""

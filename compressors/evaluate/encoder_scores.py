@@ -33,7 +33,8 @@ def evaluation_sentences(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: EvaluationTask
 ) -> Sentences:
     """Read the examples of a task, as tokens for a model, which may be a skeleton."""
-    classes = model.config.id2label if kind_of(model.config).classifies else None
+    config: Any = model.config
+    classes = config.id2label if kind_of(config).classifies else None
     found = read_examples(task, "evaluation", classes=classes, limit=task.samples)
     sentences = tokenize_sentences(found.texts, tokenizer, length=task.length, labels=found.labels)
     check_vocabulary(sentences.tokens, model.get_input_embeddings())
@@ -52,13 +53,12 @@ def accuracy_entry(
     The standard error is that of a mean of 0s and 1s with an unknown variance.
     """
     sentences, kind = evaluation_sentences(model, tokenizer, task), kind_of(model.config)
-    assert sentences.labels is not None
-    correct = []
-    for rows in _batches(sentences, task):
-        part = sentences[rows]
+    correct: list[Tensor] = []
+    for part in sentences.batches(task.batch_size):
+        assert part.labels is not None
         predicted = sentence_outputs(model, part, kind, model.device).argmax(dim=-1).cpu()
-        correct.append((predicted == part.labels).double())
-        on_step(task.name, min(rows.stop, len(sentences.tokens)), len(sentences.tokens))
+        correct.append(torch.eq(predicted, part.labels).double())
+        on_step(task.name, sum(map(len, correct)), len(sentences.tokens))
     return _entry(torch.cat(correct))
 
 
@@ -72,18 +72,12 @@ def similarity_entry(
 ) -> dict[str, Any]:
     """Measure the mean cosine similarity of the embeddings of two encoders, see `mean_pooled`."""
     sentences = evaluation_sentences(compressed, tokenizer, task)
-    found = []
-    for rows in _batches(sentences, task):
-        part = sentences[rows]
+    found: list[Tensor] = []
+    for part in sentences.batches(task.batch_size):
         one, other = (mean_pooled(m, part, m.device).double().cpu() for m in (dense, compressed))
         found.append((one * other).sum(dim=-1))
-        on_step(f"similarity {task.name}", min(rows.stop, len(sentences.tokens)), len(sentences.tokens))
+        on_step(f"similarity {task.name}", sum(map(len, found)), len(sentences.tokens))
     return _entry(torch.cat(found))
-
-
-def _batches(sentences: Sentences, task: EvaluationTask) -> list[slice]:
-    size = task.batch_size
-    return [slice(start, start + size) for start in range(0, len(sentences.tokens), size)]
 
 
 def _entry(values: Tensor) -> dict[str, Any]:

@@ -31,7 +31,12 @@ def unmeasured_pair(evaluate: Evaluate) -> Scores:
     wanted += [f"generations.{i}" for i in range(len(read_prompts(evaluate.generations)))]
     if evaluate.task is not None and SIMILARITY in encoder_metrics(evaluate):
         wanted.append(f"tasks.{evaluate.task.name}.{SIMILARITY}")
-    return {"kl": {}, "generations": {}, "similarity": {}, "missing": dict.fromkeys(wanted, "not measured yet")}
+    return {
+        "kl": {},
+        "generations": {},
+        "similarity": {},
+        "missing": dict.fromkeys(wanted, "not measured yet"),
+    }
 
 
 def evaluate_pair(

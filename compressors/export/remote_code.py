@@ -134,7 +134,7 @@ def _config(contents: Contents, name: str) -> dict[str, Any]:
     config = {key: value for key, value in contents.config.items() if key != BUDGET}
     block = {key: value for key, value in config[runtime.BLOCK].items() if key != layout.ELASTIC}
     block["modules"] = {module: c.at_budget(0).to_json() for module, c in contents.modules.items()}
-    auto_map = {"AutoModelForCausalLM": f"{FILE.stem}.{name}"}
+    auto_map = {contents.kind.auto_class.__name__: f"{FILE.stem}.{name}"}
     names = config.get("architectures") or [name]  # missing if the source was a GGUF file
     return {**config, "architectures": names, runtime.BLOCK: block, "auto_map": auto_map}
 

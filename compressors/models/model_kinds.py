@@ -1,6 +1,6 @@
 """Kinds of models that can be compressed, told from their configs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
+
+from lrc.configs.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def kind_named(architectures: Collection[str], model_type: str, *, decoder: bool
     """
     if decoder or model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return CAUSAL
-    tables = {
+    tables: dict[ModelKind, Mapping[str, Any]] = {
         CLASSIFIER: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         EMBEDDING: MODEL_MAPPING_NAMES,
     }
@@ -69,6 +71,15 @@ def problem_type(config: Any, kind: ModelKind) -> str:
         return ""
     single = "regression" if config.num_labels == 1 else "single_label_classification"
     return getattr(config, "problem_type", None) or single
+
+
+def refuse_encoder(kind: ModelKind, where: str, what: str) -> None:
+    """Raise `ModelError` if a model is an encoder, which `what` does not support."""
+    if kind.encoder:
+        raise ModelError(
+            f"{where}: {what} is for causal language models, got an encoder; the recipe key "
+            "evaluate.task measures encoders"
+        )
 
 
 def longest_input(model: Any) -> int | None:

@@ -24,6 +24,7 @@ from lrc.compressors.io.machine import release_memory
 from lrc.configs.load import parse_recipe
 
 BATCH, RATE, LENGTH, WARM_UP = 32, 2e-4, 64, 20
+CALIBRATION_LENGTH = 32  # few texts of the training set are longer
 Stages = list[dict[str, Any]]
 
 
@@ -33,7 +34,9 @@ def main() -> None:
     if not classifier.exists():
         train(options.model, options.data / "train.jsonl", classifier, options.steps)
     models = {"classifier": classifier, "embeddings": options.model}
-    print("| stages | kept | file, MiB | accuracy | similarity, classifier | similarity, embeddings |")
+    print(
+        "| stages | kept | file, MiB | accuracy | similarity, classifier | similarity, embeddings |"
+    )
     print("|---|---|---|---|---|---|")
     for name, stages in rows():
         if options.only and options.only not in name:
@@ -42,7 +45,9 @@ def main() -> None:
         for kind, model in models.items():
             output = options.folder / f"{kind}-{name.replace(' ', '-')}"
             if not (output / "report.json").exists():
-                pipeline.compress(parse_recipe(yaml.safe_dump(recipe(kind, model, options, stages, output))))
+                pipeline.compress(
+                    parse_recipe(yaml.safe_dump(recipe(kind, model, options, stages, output)))
+                )
                 release_memory()
             found[kind] = json.loads((output / "report.json").read_text())
         print(row(name, **found), flush=True)
@@ -54,7 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--only", default="")
     return parser.parse_args()
 
@@ -82,7 +87,11 @@ def recipe(
     return {
         "model": str(model),
         "calibration": {
-            "task": {"data": str(options.data / "train.jsonl"), **task},
+            "task": {
+                **task,
+                "data": str(options.data / "train.jsonl"),
+                "length": CALIBRATION_LENGTH,
+            },
             "samples": options.samples,
         },
         "stages": stages,

@@ -11,7 +11,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tests.tiny_encoders import FAMILIES, LABELS, WORDS, save_encoder, tiny_words, write_examples
+from tests.tiny_encoders import (
+    FAMILIES,
+    LABELS,
+    WORDS,
+    save_encoder,
+    tiny_encoder,
+    tiny_words,
+    write_examples,
+)
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -33,7 +41,8 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 HEADS = {"classifier": True, "embeddings": False}
 CASES = [(family, head, "kfac") for family in FAMILIES for head in HEADS]
-CASES += [(family, head, "gptq") for family in FAMILIES for head in HEADS]
+CASES += [("bert", "classifier", "gptq"), ("roberta", "embeddings", "gptq")]
+CASES += [("modernbert", "classifier", "gptq")]
 CASES += [("bert", "classifier", name) for name in ("mixed", "svd-llm", "fwsvd", "svd")]
 
 
@@ -96,7 +105,6 @@ import torch
 import lrc
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
-from transformers import CompressedTensorsConfig
 
 inputs, found = load_file(sys.argv[2]), {}
 for name, (folder, classifies) in json.loads(sys.argv[1]).items():
@@ -165,10 +173,11 @@ def test_scores_are_those_of_transformers(case: tuple[str, str, str], runs: Any)
         embedded = []
         for name, model in models.items():
             with torch.no_grad():
+                # The whole model first: packed integers of transformers are expanded by that.
+                whole = model(**inputs)
                 embedded.append(model.base_model(**inputs)[0][0].mean(0))
                 if HEADS[head]:
-                    predicted = int(model(**inputs).logits.argmax())
-                    correct[name].append(predicted == row["label"])
+                    correct[name].append(int(whole.logits.argmax()) == row["label"])
         cosines.append(float(torch.cosine_similarity(*embedded, dim=0)))
     scores = report["evaluation"]["tasks"]["examples"]
     values = torch.tensor(cosines, dtype=torch.float64)
@@ -187,21 +196,20 @@ def test_scores_are_those_of_transformers(case: tuple[str, str, str], runs: Any)
 
 
 def test_keep_1_leaves_outputs_unchanged(tmp_path: Path) -> None:
-    model = save_encoder(tmp_path / "bert-classifier", "bert", classifies=True)
-    stage = {
-        "decompose": {
-            "method": "svd-llm",
-            "keep": 0.98,
-            "overrides": [{"match": "*.attention.*", "keep": 1.0}],
-        }
-    }
-    recipe = write_recipe(tmp_path, model, stage)
-    compress(load_recipe(recipe), Machine("cpu"))
-    stored = load_file(tmp_path / "run/checkpoint/model.safetensors")
-    dense = load(model, "classifier")
-    for name, tensor in dense.state_dict().items():
-        if "attention" in name:
-            assert torch.equal(tensor, stored[name])
+    """Everything but one matrix keeps all of its bits; that matrix keeps the same values."""
+    dense = tiny_encoder("bert", classifies=True)
+    low = dense.bert.encoder.layer[0].attention.self.query
+    with torch.no_grad():  # of rank 4, so that half of the bits lose nothing
+        U, S, V = torch.linalg.svd(low.weight)
+        low.weight.copy_((U[:, :4] * S[:4]) @ V[:4])
+    model = tmp_path / "bert-classifier"
+    dense.save_pretrained(model)
+    tiny_words().save_pretrained(model)
+    overrides = [{"match": "*.layer.0.*.query", "keep": 0.5}, {"match": "*", "keep": 1.0}]
+    stage = {"method": "svd-llm", "keep": 0.99, "overrides": overrides}
+    compress(load_recipe(write_recipe(tmp_path, model, {"decompose": stage})), Machine("cpu"))
+    found = outputs_of(load(tmp_path / "run/checkpoint", "classifier"))
+    torch.testing.assert_close(found, outputs_of(dense), rtol=0, atol=1e-4)
 
 
 def test_labels_of_the_task_are_the_default(tmp_path: Path) -> None:
@@ -224,7 +232,11 @@ def test_a_text_can_calibrate_too(tmp_path: Path, tiny_text: Path) -> None:
 
 def test_pairs_of_texts_and_names_of_classes(tmp_path: Path) -> None:
     model = save_encoder(tmp_path / "bert-classifier", "bert", classifies=True)
-    rows = [json.loads(line) for line in write_examples(tmp_path / "x.jsonl").read_text().split("\n") if line]
+    rows = [
+        json.loads(line)
+        for line in write_examples(tmp_path / "x.jsonl").read_text().split("\n")
+        if line
+    ]
     lines = ["sentence,other,label"]
     lines += [f"{row['sentence']},{row['other']},{LABELS[row['label']]}" for row in rows]
     (tmp_path / "pairs.csv").write_text("\n".join(lines), encoding="utf-8")
@@ -234,8 +246,103 @@ def test_pairs_of_texts_and_names_of_classes(tmp_path: Path) -> None:
         model,
         STAGES["fwsvd"],
         calibration={"task": {**task, "length": 20}, "samples": 20},
-        evaluate={"task": {**task, "length": 20, "samples": 8}, "gates": ["tasks.pairs.accuracy >= 0"]},
+        evaluate={
+            "task": {**task, "length": 20, "samples": 8},
+            "gates": ["tasks.pairs.accuracy >= 0"],
+        },
     )
     report = compress(load_recipe(recipe), Machine("cpu"))
     assert report["evaluation"]["tasks"]["pairs"]["accuracy"]["documents"] == 8
     assert report["recipe"]["calibration"]["labels"] == "real"
+
+
+@pytest.mark.parametrize("form", ["dense", "remote-code"])
+def test_exports_compute_the_same(form: str, runs: Any, lrc: Any, tmp_path: Path) -> None:
+    folder, _ = runs("bert", "classifier", "svd-llm")
+    checkpoint, out = folder / "run/checkpoint", tmp_path / "export"
+    assert lrc("export", checkpoint, out, "--format", form).code == 0
+    options = {"trust_remote_code": True} if form == "remote-code" else {}
+    exported = AutoModelForSequenceClassification.from_pretrained(out, **options).eval()
+    expected = outputs_of(load(checkpoint, "classifier"))
+    torch.testing.assert_close(outputs_of(exported), expected, rtol=1e-4, atol=1e-4)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
+    "slice": ({"stages": [{"slice": {"method": "drop", "keep": 0.5}}]}, "stages[0].slice", ()),
+    "heal": (
+        {"stages": [KFAC, {"heal": {"method": "distill", "tokens": 1000}}]},
+        "stages[1].heal",
+        ("an encoder",),
+    ),
+    "perplexity": ({"evaluate": {"perplexity": ["c4"]}}, "evaluate.perplexity", ("task",)),
+    "lm-eval": ({"evaluate": {"tasks": ["piqa"]}}, "evaluate.tasks", ("evaluate.task",)),
+    "generations": (
+        {"evaluate": {"generations": ["A film"]}},
+        "evaluate.generations",
+        ("causal language models",),
+    ),
+    "sampled from itself": (
+        {"calibration": {"source": "self", "length": 16}},
+        "calibration.source",
+        ("writes no text",),
+    ),
+    "too long": (
+        {"calibration": {"source": "python-docs", "length": 64}},
+        "calibration.length",
+        ("must be at most 40", "got 64"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_only_causal_models_support_is_refused(case: str, lrc: Any, tmp_path: Path) -> None:
+    changes, where, words = REFUSED[case]
+    model = save_encoder(tmp_path / "bert-classifier", "bert", classifies=True)
+    recipe = write_recipe(tmp_path, model, KFAC, **changes)
+    lrc("plan", recipe).refuses(2, *words, where=where)
+
+
+def test_labels_need_a_head(lrc: Any, tmp_path: Path) -> None:
+    model = save_encoder(tmp_path / "bert-classifier", "bert", classifies=False)
+    lrc("plan", write_recipe(tmp_path, model, KFAC)).refuses(
+        2, "BertModel has no classification head", count=2, where="evaluate.task.label"
+    )
+
+
+def test_positions_of_padding_do_not_count(lrc: Any, tmp_path: Path) -> None:
+    """RoBERTa numbers positions from the one after the padding token."""
+    model = save_encoder(tmp_path / "roberta-classifier", "roberta", classifies=True)
+    calibration = {"source": "python-docs", "length": 39}
+    recipe = write_recipe(tmp_path, model, KFAC, calibration=calibration)
+    lrc("plan", recipe).refuses(2, "must be at most 38", where="calibration.length")
+
+
+def test_causal_models_have_no_task(lrc: Any, tiny_model_folder: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_model_folder, KFAC)
+    lrc("plan", recipe).refuses(2, "is for encoders", count=2, where="calibration.task")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("BertForMaskedLM", "it predicts masked tokens"),
+        ("BertForTokenClassification", "describes a BertForTokenClassification"),
+    ],
+)
+def test_other_heads_are_refused(name: str, words: str, lrc: Any, tmp_path: Path) -> None:
+    model = save_encoder(tmp_path / "bert-classifier", "bert", classifies=True)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
+    lrc("plan", write_recipe(tmp_path, model, KFAC)).refuses(1, words, code="invalid-model")
+
+
+def test_commands_for_causal_models_refuse_encoders(lrc: Any, tmp_path: Path) -> None:
+    model = save_encoder(tmp_path / "bert-classifier", "bert", classifies=True)
+    for command in (
+        ("eval", model, "--perplexity", "python-docs"),
+        ("generate", model, "--prompt", "A film"),
+        ("bench", model),
+    ):
+        lrc(*command).refuses(1, "got an encoder", code="invalid-model")
+    recipe = write_recipe(tmp_path, model, KFAC)
+    lrc("plan", recipe, "--profile", "2").refuses(1, "got an encoder", code="invalid-model")

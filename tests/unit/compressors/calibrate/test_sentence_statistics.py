@@ -1,6 +1,7 @@
 """Statistics of padded texts are those of the same texts without padding, one after the other."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def batches_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sentences() -> Sentences:
-    texts = [(" ".join(WORDS[(i + j) % len(WORDS)] for j in range(n)),) for i, n in enumerate(LENGTHS)]
+    texts = [
+        (" ".join(WORDS[(i + j) % len(WORDS)] for j in range(n)),) for i, n in enumerate(LENGTHS)
+    ]
     return tokenize_sentences(texts, tiny_words(), length=32, labels=[0, 1, 2, 0, 2])
 
 
@@ -75,21 +78,19 @@ def one_by_one(model: nn.Module, names: list[str], loss: Any) -> dict[str, dict[
     def add(name: str, key: str, value: Tensor) -> None:
         sums[name][key] = sums[name].get(key, 0) + value.double()
 
+    def see(name: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        x = args[0].detach()[0]
+        add(name, "inputs", x.T @ x)
+        add(name, "input_mean", x.sum(0))
+        add(name, "input_magnitude", x.abs().sum(0))
+        add(name, "n_tokens", torch.tensor(len(x)))
+        y.register_hook(lambda g: add(name, "gradients", g[0].T @ g[0]))
+
     found = sentences()
     for row, mask in enumerate(found.mask):
         ids = found.tokens[row : row + 1, mask]
         hooks = [
-            model.get_submodule(name).register_forward_hook(
-                lambda _, args, y, name=name: (
-                    add(name, "inputs", args[0].detach()[0].T @ args[0].detach()[0]),
-                    add(name, "input_mean", args[0].detach()[0].sum(0)),
-                    add(name, "input_magnitude", args[0].detach()[0].abs().sum(0)),
-                    add(name, "n_tokens", torch.tensor(len(args[0][0]))),
-                    y.register_hook(lambda g: add(name, "gradients", g[0].T @ g[0])),
-                )
-                and None
-            )
-            for name in names
+            model.get_submodule(name).register_forward_hook(partial(see, name)) for name in names
         ]
         weights = [model.get_submodule(name).weight for name in names]
         gradients = torch.autograd.grad(loss(ids, row), weights)
@@ -105,7 +106,8 @@ def assert_same(journal: Journal, linears: Any, expected: dict[str, dict[str, Te
         found = statistics.load(journal, linear.layer, linear.name)
         assert found.n_tokens == sum(LENGTHS) + 2 * len(LENGTHS)
         assert found.n_tokens == expected[linear.name]["n_tokens"]
-        assert found.inputs is not None and found.gradients is not None
+        assert found.inputs is not None
+        assert found.gradients is not None
         values = {
             "inputs": found.inputs.full,
             "gradients": found.gradients.full,
@@ -180,7 +182,10 @@ def test_compensation_sees_no_padding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("problem", "hessian"),
     [
-        ("single_label_classification", lambda z: z.softmax(0).diag() - torch.outer(z.softmax(0), z.softmax(0))),
+        (
+            "single_label_classification",
+            lambda z: z.softmax(0).diag() - torch.outer(z.softmax(0), z.softmax(0)),
+        ),
         ("multi_label_classification", lambda z: (z.sigmoid() * (1 - z.sigmoid())).diag()),
         ("regression", lambda z: torch.eye(len(z))),
     ],
@@ -191,5 +196,3 @@ def test_gradients_have_the_second_moment_of_the_hessian(problem: str, hessian: 
     generator = torch.Generator().manual_seed(0)
     g = output_gradient(many, None, problem, "model", generator)
     torch.testing.assert_close(g.T @ g / len(g), hessian(outputs), rtol=0, atol=0.01)
-
-
