@@ -81,13 +81,16 @@ def prepare(
         source = locate(recipe.model, weights=weights)
     _check_output(recipe, problems)
     problems.raise_if_any()
-    for number, spec in enumerate(recipe.evaluate.perplexity):
-        with _collected(problems):
-            check_window(source.config, spec.window, f"evaluate.perplexity[{number}].window")
-    encoder = kind_of(source.config).encoder
-    if not encoder:
-        with _collected(problems):
-            check_window(source.config, recipe.calibration.length, "calibration.length")
+    if not kind_of(source.config).encoder:
+        windows = {
+            f"evaluate.perplexity[{number}].window": spec.window
+            for number, spec in enumerate(recipe.evaluate.perplexity)
+        }
+        if recipe.calibration.task is None:
+            windows["calibration.length"] = recipe.calibration.length
+        for key, window in windows.items():
+            with _collected(problems):
+                check_window(source.config, window, key)
     dense, warnings = build(source), list[str]()
     if source.weights_local:  # reads headers only
         source, dense, warnings = check_contents(source, dense)
@@ -96,7 +99,7 @@ def prepare(
     check_recipe_kind(recipe, dense, problems)
     if len(problems) > before:
         problems.raise_if_any()
-    if encoder:
+    if dense.kind.encoder:
         check_examples(recipe, dense.model)
     with _collected(problems):
         compiled = compile_plan(recipe, source, dense, stages)

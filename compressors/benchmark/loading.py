@@ -10,7 +10,6 @@ from lrc.compressors.benchmark.measured_models import Target
 from lrc.compressors.benchmark.memory import Meter, fit_together, read_pages, weight_bytes
 from lrc.compressors.benchmark.timing import Timer
 from lrc.compressors.checkpoint.reader import load_checkpoint
-from lrc.compressors.models.model_kinds import kind_of, refuse_encoder
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
@@ -73,7 +72,6 @@ def load(
         seconds = timer(run)
         resident = meter.used() - before
     model = models.pop().requires_grad_(False)
-    refuse_encoder(kind_of(model.config), str(target.folder), "lrc bench")
     return Loaded(model, Loading(seconds, weight_bytes(model), resident, peak.grown))
 
 

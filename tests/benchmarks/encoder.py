@@ -45,9 +45,8 @@ def main() -> None:
         for kind, model in models.items():
             output = options.folder / f"{kind}-{name.replace(' ', '-')}"
             if not (output / "report.json").exists():
-                pipeline.compress(
-                    parse_recipe(yaml.safe_dump(recipe(kind, model, options, stages, output)))
-                )
+                text = yaml.safe_dump(recipe(kind, model, options, stages, output))
+                pipeline.compress(parse_recipe(text, name=output.name))
                 release_memory()
             found[kind] = json.loads((output / "report.json").read_text())
         print(row(name, **found), flush=True)
