@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lrc.compressors import pipeline
 from lrc.compressors.io.machine import release_memory
-from lrc.configs.load import parse_recipe
+from lrc.configs.load import load_recipe
 
 BATCH, RATE, LENGTH, WARM_UP = 32, 2e-4, 64, 20
 CALIBRATION_LENGTH = 32  # few texts of the training set are longer
@@ -43,10 +43,11 @@ def main() -> None:
             continue
         found = {}
         for kind, model in models.items():
-            output = options.folder / f"{kind}-{name.replace(' ', '-')}"
+            output = options.folder / f"{kind}-{name.replace(' ', '-').replace('.', '')}"
             if not (output / "report.json").exists():
-                text = yaml.safe_dump(recipe(kind, model, options, stages, output))
-                pipeline.compress(parse_recipe(text, name=output.name))
+                file = output.with_suffix(".yaml")
+                file.write_text(yaml.safe_dump(recipe(kind, model, options, stages, output)))
+                pipeline.compress(load_recipe(file))
                 release_memory()
             found[kind] = json.loads((output / "report.json").read_text())
         print(row(name, **found), flush=True)

@@ -1,6 +1,7 @@
 """Encoders with and without a classification head, from a plan to a fresh process."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
+from lrc.configs.errors import CheckpointError
 from lrc.configs.load import load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -265,6 +267,17 @@ def test_exports_compute_the_same(form: str, runs: Any, lrc: Any, tmp_path: Path
     exported = AutoModelForSequenceClassification.from_pretrained(out, **options).eval()
     expected = outputs_of(load(checkpoint, "classifier"))
     torch.testing.assert_close(outputs_of(exported), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_head_is_an_error(runs: Any, tmp_path: Path) -> None:
+    """It would be drawn at random otherwise."""
+    folder, _ = runs("bert", "classifier", "svd-llm")
+    checkpoint = Path(shutil.copytree(folder / "run/checkpoint", tmp_path / "checkpoint"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["classifier.weight"]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"classifier\.weight"):
+        load(checkpoint, "classifier")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
