@@ -280,6 +280,22 @@ def test_a_missing_head_is_an_error(runs: Any, tmp_path: Path) -> None:
         load(checkpoint, "classifier")
 
 
+def test_modules_of_sentence_transformers_come_with_the_result(tmp_path: Path) -> None:
+    model = save_encoder(tmp_path / "bert-embeddings", "bert", classifies=False)
+    folders = ["", "1_Pooling", "2_Normalize", "../outside"]
+    (model / "modules.json").write_text(json.dumps([{"path": each} for each in folders]))
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/config.json").write_text("{}")
+    compress(load_recipe(write_recipe(tmp_path, model, STAGES["svd"])), Machine("cpu"))
+    checkpoint = tmp_path / "run/checkpoint"
+    assert (checkpoint / "modules.json").is_file()
+    found = (checkpoint / "1_Pooling/config.json").read_text()
+    assert found == '{"pooling_mode_mean_tokens": true}'
+    assert not (tmp_path / "run/outside").exists()
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "slice": ({"stages": [{"slice": {"method": "drop", "keep": 0.5}}]}, "stages[0].slice", ()),
     "heal": (
