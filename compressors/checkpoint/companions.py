@@ -19,9 +19,10 @@ def copy_companions(source: Source, folder: Path) -> None:
     """Copy what a loader may need in addition to weights, config and tokenizer.
 
     These are processors of images and sound, chat templates, vocabularies of other tokenizer
-    libraries, the generation config, the modules that sentence-transformers adds to an encoder,
-    and the code of the model if the recipe trusts it. Adapters, indices of weights, states of trainers and hidden files are left out. Files that exist in
-    `folder` are kept. Next to a GGUF file may be anything, so nothing is copied from there.
+    libraries, the generation config, the modules that sentence-transformers adds to an encoder, and
+    the code of the model if the recipe trusts it. Adapters, indices of weights, states of trainers
+    and hidden files are left out. Files that exist in `folder` are kept. Next to a GGUF file may be
+    anything, so nothing is copied from there.
     """
     if source.gguf is not None:
         return

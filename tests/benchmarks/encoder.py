@@ -1,12 +1,18 @@
 """Compress an encoder: accuracy of a classifier, and embeddings, by method and size.
 
-usage: python tests/benchmarks/encoder.py MODEL DATA FOLDER [--steps N] [--samples N] [--only NAME]
+usage: python tests/benchmarks/encoder.py KIND MODEL DATA FOLDER [--steps N] [--samples N]
+           [--examples N]
 
 MODEL is a folder with all-MiniLM-L6-v2, DATA one with train.jsonl and validation.jsonl of SST-2
-(columns sentence and label). The model is trained as a classifier first, unless FOLDER/classifier
-exists. Each row is then a run in FOLDER, which is not repeated if it is there: of the classifier,
-calibrated with the cross entropy of the labels, and of the embedding model, calibrated with the
-cosine distance of embeddings. `keep` counts bits in bfloat16.
+(columns sentence and label). KIND is one of
+
+classifier
+    The model is first trained as a classifier, unless FOLDER/classifier exists, and then
+    calibrated with the cross entropy of the labels.
+embeddings
+    The model is calibrated with the cosine distance of embeddings.
+
+Each row is a run in FOLDER, which is not repeated if it is there. `keep` counts bits in bfloat16.
 """
 
 import argparse
@@ -30,37 +36,33 @@ Stages = list[dict[str, Any]]
 
 def main() -> None:
     options = arguments()
-    classifier = options.folder / "classifier"
-    if not classifier.exists():
-        train(options.model, options.data / "train.jsonl", classifier, options.steps)
-    models = {"classifier": classifier, "embeddings": options.model}
+    model = options.model
+    if options.kind == "classifier":
+        model = options.folder / "classifier"
+        if not model.exists():
+            train(options.model, options.data / "train.jsonl", model, options.steps)
     print(
-        "| stages | kept | file, MiB | accuracy | similarity, classifier | similarity, embeddings |"
+        "| stages | kept | file, MiB | accuracy | similarity |\n|---|---|---|---|---|", flush=True
     )
-    print("|---|---|---|---|---|---|")
     for name, stages in rows():
-        if options.only and options.only not in name:
-            continue
-        found = {}
-        for kind, model in models.items():
-            output = options.folder / f"{kind}-{name.replace(' ', '-').replace('.', '')}"
-            if not (output / "report.json").exists():
-                file = output.with_suffix(".yaml")
-                file.write_text(yaml.safe_dump(recipe(kind, model, options, stages, output)))
-                pipeline.compress(load_recipe(file))
-                release_memory()
-            found[kind] = json.loads((output / "report.json").read_text())
-        print(row(name, **found), flush=True)
+        output = options.folder / f"{options.kind}-{name.replace(' ', '-').replace('.', '')}"
+        if not (output / "report.json").exists():
+            file = output.with_suffix(".yaml")
+            file.write_text(yaml.safe_dump(recipe(model, options, stages, output)))
+            pipeline.compress(load_recipe(file))
+            release_memory()
+        print(row(name, json.loads((output / "report.json").read_text())), flush=True)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=["classifier", "embeddings"])
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--examples", type=int, default=872)
     return parser.parse_args()
 
 
@@ -79,47 +81,41 @@ def rows() -> Iterator[tuple[str, Stages]]:
 
 
 def recipe(
-    kind: str, model: Path, options: argparse.Namespace, stages: Stages, output: Path
+    model: Path, options: argparse.Namespace, stages: Stages, output: Path
 ) -> dict[str, Any]:
-    task = {"text": "sentence", "length": LENGTH}
-    if kind == "classifier":
+    task: dict[str, Any] = {"text": "sentence"}
+    if options.kind == "classifier":
         task["label"] = "label"
+    calibration = {"data": str(options.data / "train.jsonl"), "length": CALIBRATION_LENGTH}
+    evaluation = {"data": str(options.data / "validation.jsonl"), "length": LENGTH}
     return {
         "model": str(model),
-        "calibration": {
-            "task": {
-                **task,
-                "data": str(options.data / "train.jsonl"),
-                "length": CALIBRATION_LENGTH,
-            },
-            "samples": options.samples,
-        },
+        "calibration": {"task": {**task, **calibration}, "samples": options.samples},
         "stages": stages,
-        "evaluate": {
-            "task": {"data": str(options.data / "validation.jsonl"), "name": "sst2", **task}
-        },
+        "evaluate": {"task": {**task, **evaluation, "name": "sst2", "samples": options.examples}},
         "output": str(output),
     }
 
 
-def row(name: str, classifier: dict[str, Any], embeddings: dict[str, Any]) -> str:
-    scores = classifier["evaluation"]["tasks"]["sst2"]
-    size = classifier["size"]["model"]["file_bytes"]["compressed"] / 2**20
-    kept = classifier["size"]["targeted"]["kept"]
-    similarities = (scores, embeddings["evaluation"]["tasks"]["sst2"])
+def row(name: str, report: dict[str, Any]) -> str:
+    scores, size = report["evaluation"]["tasks"]["sst2"], report["size"]
     cells = [
-        f"{kept:.3f}",
-        f"{size:.1f}",
-        percent(scores["accuracy"]),
-        *(f"{each['similarity']['compressed']:.4f}" for each in similarities),
+        name,
+        f"{size['targeted']['kept']:.3f}",
+        f"{size['model']['file_bytes']['compressed'] / 2**20:.1f}",
+        percent(scores["accuracy"]) if "accuracy" in scores else "",
+        with_error(scores["similarity"], "{:.4f}"),
     ]
-    return f"| {name} | " + " | ".join(cells) + " |"
+    return f"| {' | '.join(cells)} |"
 
 
 def percent(entry: dict[str, Any]) -> str:
-    return (
-        f"{entry['compressed']:.1%} ± {entry['stderr']['compressed']:.1%} "
-        f"(dense {entry['dense']:.1%})"
+    return f"{with_error(entry, '{:.1%}')} (dense {entry['dense']:.1%})"
+
+
+def with_error(entry: dict[str, Any], form: str) -> str:
+    return " ± ".join(
+        form.format(each) for each in (entry["compressed"], entry["stderr"]["compressed"])
     )
 
 
