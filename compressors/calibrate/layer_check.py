@@ -21,7 +21,7 @@ from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor, b
 from lrc.compressors.calibrate.replaceable import irreplaceable, is_linear
 from lrc.compressors.calibrate.simulated_weights import SimulatedProducts, SimulatedReader
 from lrc.compressors.corpus.sentences import Sentences
-from lrc.compressors.evaluate.embeddings import sentence_outputs
+from lrc.compressors.evaluate.encoder_outputs import sentence_outputs
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.layers.experts import split_modules
 from lrc.compressors.models.architecture import Architecture, build, unsupported

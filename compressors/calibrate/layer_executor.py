@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache, Shape
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.evaluate.embeddings import sentence_outputs
+from lrc.compressors.evaluate.encoder_outputs import sentence_outputs
 from lrc.compressors.models.architecture import Linear
 from lrc.configs.errors import ModelError
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrc.compressors.corpus.examples import read_examples
 from lrc.compressors.corpus.sentences import Sentences, tokenize_sentences
 from lrc.compressors.corpus.tokens import check_vocabulary
-from lrc.compressors.evaluate.embeddings import mean_pooled, sentence_outputs
+from lrc.compressors.evaluate.encoder_outputs import mean_pooled, sentence_outputs
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.model_kinds import kind_of
 from lrc.configs.errors import ModelError

@@ -18,7 +18,7 @@ from lrc.compressors.calibrate.layer_check import build_checked
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.corpus.sentences import Sentences, tokenize_sentences
-from lrc.compressors.evaluate.embeddings import mean_pooled
+from lrc.compressors.evaluate.encoder_outputs import mean_pooled
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
