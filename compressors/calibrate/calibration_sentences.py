@@ -18,6 +18,9 @@ from lrc.configs.errors import DataError
 from lrc.configs.recipe import Calibration
 from lrc.configs.sources import counts, described
 
+STORED = ("tokens", "mask", "segments", "labels")
+"""Parts of `Sentences`, by their names in the journal."""
+
 
 def take_sentences(
     calibration: Calibration,
@@ -73,10 +76,7 @@ def take_sentences(
             },
         }
         journal.write_tensors(FILE, tensors, {"facts": facts})
-    return Sentences(**journal.read_tensors(FILE, {name: name for name in _STORED}))
-
-
-_STORED = ("tokens", "mask", "segments", "labels")
+    return Sentences(**journal.read_tensors(FILE, {name: name for name in STORED}))
 
 
 def _pieces(calibration: Calibration) -> tuple[list[tuple[str, ...]], str]:

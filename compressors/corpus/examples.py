@@ -104,7 +104,7 @@ def _rows(spec: TaskData, part: Part, key: str) -> Iterator[tuple[str, Row]]:
     where = f"{key}.data {spec.data}"
     read = readers.get(path.suffix.lower())
     if read is None:
-        yield from enumerate_rows(_hub(spec, spec.split or SPLITS[part], where), where)
+        yield from _numbered(_hub(spec, spec.split or SPLITS[part], where), where)
         return
     try:
         yield from read(path, where)
@@ -114,8 +114,7 @@ def _rows(spec: TaskData, part: Part, key: str) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{where}: must be UTF-8 text; convert it to UTF-8") from error
 
 
-def enumerate_rows(rows: Iterable[Row], where: str) -> Iterator[tuple[str, Row]]:
-    """Yield rows with their numbers, from 1."""
+def _numbered(rows: Iterable[Row], where: str) -> Iterator[tuple[str, Row]]:
     for number, row in enumerate(rows, 1):
         yield f"{where}, row {number}", row
 
@@ -138,7 +137,7 @@ def _json_lines(path: Path, where: str) -> Iterator[tuple[str, Row]]:
 def _csv(path: Path, where: str) -> Iterator[tuple[str, Row]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            for here, row in enumerate_rows(csv.DictReader(file, strict=True), where):
+            for here, row in _numbered(csv.DictReader(file, strict=True), where):
                 if None in row or None in row.values():
                     raise DataError(f"{here}: must have as many fields as the first line")
                 yield here, row
@@ -153,7 +152,7 @@ def _parquet(path: Path, where: str) -> Iterator[tuple[str, Row]]:
     try:
         with ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            yield from enumerate_rows(rows, where)
+            yield from _numbered(rows, where)
     except ArrowException as error:
         raise DataError(f"{where}: is not a valid Parquet file ({error})") from error
 

@@ -331,6 +331,26 @@ def test_what_only_causal_models_support_is_refused(case: str, lrc: Any, tmp_pat
     lrc("plan", recipe).refuses(2, *words, where=where)
 
 
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        ("tasks.examples.accuracy >= 0.5", ()),
+        ("tasks.examples.similarity >= 0.9x", ("is a comparison with the dense model already",)),
+        ("tasks.examples.f1 >= 0.5", ("no evaluated metric is named 'tasks.examples.f1'",)),
+    ],
+)
+def test_gates_name_what_is_measured(
+    gate: str, words: tuple[str, ...], lrc: Any, tmp_path: Path
+) -> None:
+    model = save_encoder(tmp_path / "bert-classifier", "bert", classifies=True)
+    recipe = write_recipe(tmp_path, model, KFAC)
+    ended = lrc("plan", recipe, f"evaluate.gates=[{gate}]")
+    if words:
+        ended.refuses(2, *words)
+    else:
+        assert ended.code == 0, ended.err
+
+
 def test_labels_need_a_head(lrc: Any, tmp_path: Path) -> None:
     model = save_encoder(tmp_path / "bert-classifier", "bert", classifies=False)
     lrc("plan", write_recipe(tmp_path, model, KFAC)).refuses(
