@@ -30,6 +30,7 @@ from lrc.compressors.io.machine import Machine, free_memory
 from lrc.compressors.models import source as models
 from lrc.compressors.models.architecture import build
 from lrc.compressors.models.configuration import check_code, refuse_adapter
+from lrc.compressors.models.model_kinds import kind_of, refuse_encoder
 from lrc.compressors.models.source_check import check_contents
 from lrc.configs.errors import (
     DataError,
@@ -218,12 +219,15 @@ def check_model(path: str, *, trusted: bool = False) -> list[str]:
     """Refuse a folder, Hub id or GGUF file that cannot be loaded as it is; return warnings."""
     folder = Path(path)
     if folder.is_dir():
-        config = check_checkpoint(folder).config
+        contents = check_checkpoint(folder)
+        config = contents.config
         refuse_adapter(folder)
         check_code(config, folder, trusted=trusted)
+        refuse_encoder(contents.kind, path, "this command")
         if config.get("quantization_config"):
             return []  # has other tensors than the model in its config
     found = models.locate(Model(path=path, dtype="bfloat16", trust_remote_code=trusted))
+    refuse_encoder(kind_of(found.config), path, "this command")
     try:
         architecture = build(found)
     except ModelError:  # one that can be measured but not compressed

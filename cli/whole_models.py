@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
 from lrc.compressors.evaluate.scores import Scores, evaluate_model, unmeasured
@@ -16,7 +16,7 @@ from lrc.compressors.evaluate.side_by_side import evaluate_pair, refuse_pair, un
 from lrc.compressors.evaluate.streaming_rule import why_too_large
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models import source as models
-from lrc.compressors.models.auto_class import auto_class
+from lrc.compressors.models.model_kinds import kind_of
 from lrc.configs.recipe import Evaluate, Model
 
 
@@ -109,8 +109,7 @@ def load_skeleton(path: str, warnings: list[str], *, trusted: bool = False) -> S
         found = models.locate(Model(path=path, trust_remote_code=trusted))
         config, tokenizer = found.config, models.load_tokenizer(found)
     with init_empty_weights():
-        kind = auto_class(config) or AutoModelForCausalLM
-        model = kind.from_config(config, trust_remote_code=trusted)
+        model = kind_of(config).auto_class.from_config(config, trust_remote_code=trusted)
     return Skeleton(path, model, tokenizer, warnings)
 
 

@@ -15,6 +15,7 @@ from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_check import build_checked, simulated_calls
 from lrc.compressors.checkpoint.companions import copy_companions
+from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, Machine
 from lrc.compressors.models.architecture import Architecture
@@ -46,6 +47,8 @@ class ModelVersions:
     clock: Clock
     windows: Callable[[], Tensor]
     """Returns the calibration windows [samples, length]."""
+    sentences: Callable[[], Sentences] | None = None
+    """Returns the calibration texts of an encoder."""
 
     @cached_property
     def weights(self) -> Path:
@@ -122,6 +125,7 @@ class ModelVersions:
             self.prepared.plan.seed,
             self.machine.on_step,
             calibration.labels,
+            self.sentences,
         )
 
     def _slice(self, number: int, record: SliceRecord) -> None:

@@ -24,6 +24,7 @@ from lrc.compressors.io.files import new_folder, remove
 from lrc.compressors.io.machine import Machine, free_memory, release_memory
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.model_kinds import refuse_encoder
 from lrc.compressors.page.page_file import PAGE, write_page
 from lrc.compressors.planning.loss_curves import LossCurves
 from lrc.compressors.planning.plan import Plan
@@ -141,6 +142,7 @@ def profile(
         The state is saved, and the same call continues.
     """
     prepared = prepare(loaded.recipe, STAGES)
+    refuse_encoder(prepared.dense.kind, "model", "--profile")
     with open_session(prepared, machine or Machine()) as session:
         found = _predict(session)
         context = session.models.calibration()

@@ -27,6 +27,7 @@ from lrc.compressors.heal.run import training_report
 from lrc.compressors.io.files import write_text
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.versions import environment
+from lrc.compressors.models.model_kinds import CAUSAL, ModelKind
 from lrc.compressors.models.source import HUB_ID
 from lrc.compressors.planning.coverage import coverage_json
 from lrc.compressors.planning.plan import Plan
@@ -38,10 +39,6 @@ from lrc.compressors.session import Session
 ESTIMATE = "estimate.json"
 """The journal's name for the estimate with which a run has begun."""
 SCHEMA_VERSION = 2
-PIPELINES = {
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForImageTextToText": "image-text-to-text",
-}
 SCHEMA = {
     "schema_version": "2; raised when a key changes its meaning or is removed",
     "recipe": "the recipe, written out in full",
@@ -211,7 +208,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     manifest = read_manifest(checkpoint)
     assert manifest is not None
-    card = model_card(report, plan, plain=manifest.plain)
+    card = model_card(report, plan, prepared.dense.kind, plain=manifest.plain)
     write_text(checkpoint / layout.REPORT, text)
     for folder in (checkpoint, session.journal.output):
         write_text(folder / "README.md", card)
@@ -236,7 +233,7 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
     return report if known and is_current(journal, prepared.recipe.evaluate) else None
 
 
-def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
+def model_card(report: dict[str, Any], plan: Plan, kind: ModelKind = CAUSAL, *, plain: bool) -> str:
     """Render the model card: contents, comparison, loading, provenance.
 
     `plain` states that transformers loads the checkpoint without lrc.
@@ -248,7 +245,7 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
     types = {c["type"] for layer in report["layers"] for c in layer["config"]["components"]}
     header = ModelCardData(
         library_name="transformers",
-        pipeline_tag=PIPELINES.get(plan.model.auto_class, "any-to-any"),
+        pipeline_tag=kind.pipeline,
         tags=["lrc", "compressed", *sorted(each.replace("_", "-") for each in types - {"dense"})],
         **({"base_model": base} if on_hub else {}),
     )
@@ -260,11 +257,11 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
         name=name,
         report=report,
         architecture=plan.model.architecture,
-        auto_class=plan.model.auto_class,
         unchanged=plan.model.unchanged,
         dtype=plan.model.dtype,
         base=base if on_hub else name,
         plain=plain,
+        auto_class=kind.auto_class.__name__,
         integers="dense" in types,
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.calibration_sentences import take_sentences
 from lrc.compressors.calibrate.calibration_windows import (
     FILE,
     SELF,
@@ -34,6 +35,8 @@ from lrc.compressors.calibrate.segments import (
 )
 from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.corpus.documents import source_identity
+from lrc.compressors.corpus.examples import task_identity
+from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.evaluate.streaming_rule import FRACTION, GIB
 from lrc.compressors.io.disk_use import folder_bytes, free_disk
@@ -81,7 +84,14 @@ class Session:
     @cached_property
     def models(self) -> ModelVersions:
         """The source model and what slicing leaves of it."""
-        return ModelVersions(self.prepared, self.journal, self.machine, self.clock, self.windows)
+        return ModelVersions(
+            self.prepared,
+            self.journal,
+            self.machine,
+            self.clock,
+            self.windows,
+            self.sentences if self.prepared.dense.kind.encoder else None,
+        )
 
     def sampled_windows(self, samples: int, length: int, *, seed: int) -> Tensor:
         """Return windows [samples, length] of text that the dense model writes.
@@ -94,6 +104,8 @@ class Session:
 
     def windows(self) -> Tensor:
         """Return the calibration windows [samples, length], drawn once per run."""
+        if self.prepared.dense.kind.encoder:
+            return self.sentences().tokens
         known = self.journal.has(FILE)
         windows = take_windows(
             self.calibration,
@@ -103,10 +115,27 @@ class Session:
             embedding=self.prepared.dense.model.get_input_embeddings(),
             sample=self._sample,
         )
+        self._warn_of_little_text(known=known)
+        return windows
+
+    def sentences(self) -> Sentences:
+        """Return the calibration texts of an encoder, drawn once per run."""
+        known, dense = self.journal.has(FILE), self.prepared.dense
+        found = take_sentences(
+            self.calibration,
+            self.prepared.tokenizer,
+            self.journal,
+            seed=self.prepared.plan.seed,
+            embedding=dense.model.get_input_embeddings(),
+            classes=dense.model.config.id2label if dense.kind.classifies else None,
+        )
+        self._warn_of_little_text(known=known)
+        return found
+
+    def _warn_of_little_text(self, *, known: bool) -> None:
         warning = vocabulary_warning(provenance(self.journal))
         if warning is not None and not known:
             self.machine.on_warning(warning)
-        return windows
 
     def _sample(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Sample windows from the dense model, layer by layer if it does not fit into memory."""
@@ -206,6 +235,8 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
     for key in ("memory_limit_gib", "disk_limit_gib"):
         del recipe["calibration"][key]
+    if (task := prepared.recipe.calibration.task) is not None:
+        recipe["calibration"]["task"]["data"] = task_identity(task)
     texts = [recipe["calibration"], *(o for stage in recipe["stages"] for o in stage.values())]
     for options in texts:
         if options.get("source") is not None:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.architecture import Architecture
@@ -32,6 +33,8 @@ class CalibrationContext:
     on_step: OnStep
     labels: Labels = "model"
     """Labels of the loss whose gradients are taken, see `logit_gradient`."""
+    sentences: Callable[[], Sentences] | None = None
+    """Of an encoder: returns the padded texts whose tokens are the `windows`."""
 
     @property
     def device_type(self) -> str:

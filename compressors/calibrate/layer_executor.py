@@ -3,7 +3,8 @@
 A trace first sends one batch through the whole model, loading each layer as it is reached. It
 records how every layer is called (masks, positions, rotary tables: whatever the architecture
 passes) and which linears share an input. After that, layers can be applied to the hidden states of
-all batches, layer by layer, without the model around them.
+all batches, layer by layer, without the model around them. Encoders have another mask in every
+batch, and their calls are recorded for each.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache, Shape
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.evaluate.encoder_outputs import sentence_outputs
 from lrc.compressors.io.freed_memory import drop_shared_pages, trim
 from lrc.compressors.models.architecture import Linear
 from lrc.configs.errors import ModelError
@@ -31,7 +33,8 @@ class LayerCall:
     """How the model calls one decoder layer, apart from its hidden states."""
 
     arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    """Number of windows in a batch -> (args, kwargs): masks may have the shape of the batch."""
+    """Number of windows in a batch -> (args, kwargs): masks may have the shape of the batch. Of an
+    encoder, by the first row of the batch instead."""
     by_keyword: bool = False
     """Whether the hidden states are passed as a keyword."""
     groups: list[list[str]] = field(default_factory=list)
@@ -56,6 +59,8 @@ class LayerExecutor:
 
     def __init__(self, context: CalibrationContext, *, batch_tokens: int | None = None) -> None:
         self.context, self.architecture = context, context.architecture
+        self.sentences = context.sentences() if context.sentences is not None else None
+        """Texts with padding, of an encoder."""
         self.tokens = context.windows()
         """[n_windows, length]"""
         self._last = -1
@@ -74,6 +79,26 @@ class LayerExecutor:
         """Shape of the hidden states: [n_windows, length, d_model]."""
         n_windows, length = self.tokens.shape
         return n_windows, length, self.calls[0].d_model
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens, without padding."""
+        return self.tokens.numel() if self.sentences is None else self.sentences.n_tokens
+
+    @property
+    def window(self) -> int | None:
+        """Tokens per window; None if they differ in length."""
+        return self.tokens.shape[1] if self.sentences is None else None
+
+    def without_padding(self, x: Tensor, rows: slice) -> Tensor:
+        """Return ``x`` [..., d] of a batch as [n_tokens, d], without padding.
+
+        If there is none, `x` is returned as it is.
+        """
+        if self.sentences is None:
+            return x
+        mask = self.sentences.mask[rows].to(x.device)
+        return x.reshape(*mask.shape, -1)[mask]  # some models flatten the windows
 
     def linears(self, index: int) -> dict[str, Linear]:
         """Return the linears of a decoder layer by name."""
@@ -133,7 +158,7 @@ class LayerExecutor:
         with first.register_forward_pre_hook(stop, with_kwargs=True):
             for rows in self.batches:
                 with suppress(ForwardEnded):
-                    self._forward(self.tokens[rows])
+                    self._forward(rows)
                 drop_shared_pages(states[rows])
 
     def embedded(self, name: str = "states") -> Tensor:
@@ -141,6 +166,21 @@ class LayerExecutor:
         states = ActivationCache(self.context, name, self.shape).tensor
         self.embed_(states)
         return states
+
+    def outputs(self, hidden: Tensor, rows: slice) -> Tensor:
+        """Return the outputs of an encoder for some texts, from the output of the last layer.
+
+        Differentiable in `hidden` [n, length, d_model]; see `logits`.
+
+        Returns
+        -------
+        Tensor, shape [n, n_outputs]
+            Logits of classes, or embeddings of length 1.
+        """
+        assert self.sentences is not None
+        part, model, device = self.sentences[rows], self.architecture.model, self.context.device
+        with self._layers_replaced(self.calls, lambda *_, **__: hidden):
+            return sentence_outputs(model, part, self.architecture.kind, device)
 
     def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits [n, length, vocabulary] for the output of the last layer.
@@ -154,14 +194,22 @@ class LayerExecutor:
             result: Tensor = model(input_ids=ids, use_cache=False).logits
         return result
 
-    def apply(self, index: int, hidden: Tensor, layer: nn.Module | None = None) -> Tensor:
+    def apply(
+        self,
+        index: int,
+        hidden: Tensor,
+        layer: nn.Module | None = None,
+        *,
+        rows: slice | None = None,
+    ) -> Tensor:
         """Apply a resident layer to hidden states [n, length, d_model], as its model would.
 
-        Another `layer` with the same signature can take its place.
+        Another `layer` with the same signature can take its place. Of an encoder, `rows` must be
+        one of the batches.
         """
         call = self.calls[index]
         layer = self.architecture.layers[index] if layer is None else layer
-        args, kwargs = call.arguments[len(hidden)]
+        args, kwargs = call.arguments[self._key(hidden, rows)]
         hidden = hidden.to(self.context.device, self.dtype)
         if call.by_keyword:
             out = layer(*args, hidden_states=hidden, **kwargs)
@@ -177,35 +225,45 @@ class LayerExecutor:
         For `layer`, see `apply`.
         """
         for rows in self.batches:
-            states[rows] = self.apply(index, states[rows], layer)
-            drop_shared_pages(states[rows])
+            self.advance_batch_(index, states, rows, layer)
+
+    @torch.no_grad()
+    def advance_batch_(
+        self, index: int, states: Tensor, rows: slice, layer: nn.Module | None = None
+    ) -> None:
+        """Do the same as `advance_` for one of the batches."""
+        states[rows] = self.apply(index, states[rows], layer, rows=rows)
+        drop_shared_pages(states[rows])
 
     @torch.no_grad()
     def trace(self) -> list[LayerCall]:
         """Run the first batch through all layers and record how each is called.
 
         If the last batch is smaller, the model is run for it too, with layers that return their
-        input: the arguments have other shapes, but no weight is needed.
+        input: the arguments have other shapes, but no weight is needed. So it is for every batch of
+        an encoder.
         """
         layers = self.architecture.layers
         calls = [LayerCall() for _ in layers]
         with self.around_layers(), ExitStack() as hooks, ExitStack() as loaded:
             for index, call in enumerate(calls):
                 self._trace_layer(index, call, hooks, loaded)
-            self._forward(self.tokens[self.batches[0]])
+            self._forward(self.batches[0])
             if not all(call.arguments for call in calls):
                 raise ModelError("model: its forward does not call every decoder layer")
             hooks.close()
-            last = self.tokens[self.batches[-1]]
-            if len(last) not in calls[0].arguments:
 
-                def identity(*args: Any, **kwargs: Any) -> Any:
-                    return args[0] if args else kwargs["hidden_states"]
+            def identity(*args: Any, **kwargs: Any) -> Any:
+                return args[0] if args else kwargs["hidden_states"]
 
-                for layer, call in zip(layers, calls, strict=True):
-                    hooks.enter_context(record_arguments(layer, call))
-                with self._layers_replaced(calls, identity):
-                    self._forward(last)
+            for rows in self.batches[1:]:
+                key = self._key(self.tokens[rows], rows)
+                if key in calls[0].arguments:
+                    continue
+                with ExitStack() as recording, self._layers_replaced(calls, identity):
+                    for layer, call in zip(layers, calls, strict=True):
+                        recording.enter_context(record_arguments(layer, call, key))
+                    self._forward(rows)
         for index, call in enumerate(calls):
             # Experts that received none of the first tokens; none shares its input.
             called = {name for group in call.groups for name in group}
@@ -237,7 +295,9 @@ class LayerExecutor:
             call.others = out[1:] if isinstance(out, tuple) else None
             inputs.clear()
 
-        hooks.enter_context(record_arguments(layer, call))
+        first = self.batches[0]
+        key = self._key(self.tokens[first], first)
+        hooks.enter_context(record_arguments(layer, call, key))
         hooks.enter_context(layer.register_forward_pre_hook(load))
         hooks.enter_context(layer.register_forward_hook(unload))
 
@@ -264,19 +324,33 @@ class LayerExecutor:
                 if own is not None:
                     layer.forward = own
 
-    def _forward(self, tokens: Tensor) -> None:
-        ids = tokens.to(self.context.device)
-        self.architecture.model.base_model(input_ids=ids, use_cache=False)
+    def _key(self, batch: Tensor, rows: slice | None) -> int:
+        """Return the key of the arguments of a batch in `LayerCall.arguments`."""
+        if self.sentences is None:
+            return len(batch)
+        assert rows is not None, "the masks of an encoder differ between batches"
+        return int(rows.start)
+
+    def _forward(self, rows: slice) -> None:
+        device = self.context.device
+        inputs: dict[str, Any] = {"input_ids": self.tokens[rows].to(device), "use_cache": False}
+        if self.sentences is not None:
+            inputs = {**self.sentences[rows].inputs(device)}
+        self.architecture.model.base_model(**inputs)
 
 
-def record_arguments(layer: nn.Module, call: LayerCall) -> RemovableHandle:
-    """Write into `call` how a layer is called, until the handle is removed."""
+def record_arguments(layer: nn.Module, call: LayerCall, key: int | None = None) -> RemovableHandle:
+    """Write into `call` how a layer is called, until the handle is removed.
+
+    By default, the key is the number of windows.
+    """
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call.by_keyword = not args
         hidden = kwargs["hidden_states"] if call.by_keyword else args[0]
         rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        call.arguments[len(hidden)], call.d_model = (args[1:], rest), hidden.shape[-1]
+        call.arguments[len(hidden) if key is None else key] = args[1:], rest
+        call.d_model = hidden.shape[-1]
 
     return layer.register_forward_pre_hook(record, with_kwargs=True)
 

@@ -38,7 +38,7 @@ class SequentialCalibration:
         half = replace(context, memory_limit_gib=context.memory_limit_gib / 2)
         self._device = context.device
         self._executor = LayerExecutor(half)
-        self.n_tokens = self._executor.tokens.numel()
+        self.n_tokens = self._executor.n_tokens
         self._replaced: dict[tuple[str, str], nn.Parameter] = {}
         self._writers: dict[tuple[object, ...], list[str]] = {}  # by kind of layer
         self._dense = self._executor.embedded("dense")
@@ -74,11 +74,12 @@ class SequentialCalibration:
             # residual stream to which the leader adds its output.
             zeroed = writers[writers.index(leader) :] if leader in writers else []
             for rows in self._executor.batches:
-                x, stream = self._input(layer, self._dense[rows], leader, zeroed)
+                x, stream = self._input(layer, self._dense, rows, leader, zeroed)
                 with self._using_replaced():
-                    x_hat, stream_hat = self._input(layer, self._compressed[rows], leader, zeroed)
+                    x_hat, stream_hat = self._input(layer, self._compressed, rows, leader, zeroed)
                 if capped:
-                    weights = token_weights(x_hat, self._executor.tokens.shape[1]).sqrt()
+                    weights = token_weights(x_hat, self._executor.window or len(x_hat))
+                    weights = weights.sqrt()
                     x, x_hat = weights * x, weights * x_hat
                 drop_shared_pages(self._dense[rows])
                 drop_shared_pages(self._compressed[rows])
@@ -96,17 +97,19 @@ class SequentialCalibration:
         return PrefixMoments(sums["H"], sums["cross"], {leader: sums["deficit"]} if zeroed else {})
 
     def _input(
-        self, layer: int, hidden: Tensor, leader: str, zeroed: Sequence[str]
+        self, layer: int, states: Tensor, rows: slice, leader: str, zeroed: Sequence[str]
     ) -> tuple[Tensor, Tensor | None]:
         """Return the input [n_tokens, d_in] of the linear `leader`, and the output of the layer.
 
-        The outputs of the linears `zeroed` are replaced by zeros. Without any, the layer is left
-        after the input has been seen, and its output is None.
+        Both without padding, for a batch of the states. The outputs of the linears `zeroed` are
+        replaced by zeros. Without any, the layer is left after the input has been seen, and its
+        output is None.
         """
         seen: list[Tensor] = []
 
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0].reshape(-1, args[0].shape[-1]))
+            x = self._executor.without_padding(args[0], rows)
+            seen.append(x.reshape(-1, x.shape[-1]))
             if not zeroed:
                 raise ForwardEnded
 
@@ -116,7 +119,8 @@ class SequentialCalibration:
             suppress(ForwardEnded),
             silenced(map(self._linear, zeroed)),
         ):
-            stream = self._executor.apply(layer, hidden)
+            stream = self._executor.apply(layer, states[rows], rows=rows)
+            stream = self._executor.without_padding(stream, rows)
         assert seen, f"{leader} was called when the layer was recorded, but not now"
         return seen[0], stream
 
@@ -130,9 +134,9 @@ class SequentialCalibration:
         prefix = f"{self._executor.architecture.layer_names[layer]}."
         kind = (type(module), *(name.removeprefix(prefix) for name in names))
         if kind not in self._writers:
-            hidden = self._dense[self._executor.batches[0]]
+            rows = self._executor.batches[0]
             found = find_writers(
-                lambda: self._executor.apply(layer, hidden),
+                lambda: self._executor.apply(layer, self._dense[rows], rows=rows),
                 [(name, self._linear(name)) for name in names],
             )
             self._writers[kind] = [name.removeprefix(prefix) for name in found]

@@ -192,7 +192,7 @@ class Collector:
             for variant, names, totals in zip(self.variants, required, found, strict=True):
                 if names:
                     leaders = {n: group[0] for group in groups for n in group if n in names}
-                    facts = {"leaders": leaders, "n_tokens": self.executor.tokens.numel()}
+                    facts = {"leaders": leaders, "n_tokens": self.executor.n_tokens}
                     routed = self._routed(index, names, n_tokens)
                     file = statistics_files(index)[INPUTS]
                     _write(variant.journal, file, totals, facts | {"routed": routed})

@@ -66,6 +66,7 @@ from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, pl
 from lrc.compressors.layers.siblings import share_inputs
 from lrc.compressors.models.contents import renamed
 from lrc.compressors.models.expert_tensors import own_conversions, without_experts
+from lrc.compressors.models.model_kinds import kind_of
 from lrc.configs.errors import CheckpointError
 
 BLOCK = "config.json: quantization_config"
@@ -428,15 +429,17 @@ def check_headers(
 
 
 def _other_weights(model: Any) -> TensorSpecs:
-    """Return the floating-point tensors of the decoder and the output head, without tied ones.
+    """Return the floating-point tensors of the decoder and the head, without tied ones.
 
     The head is left out if the files are of another class, such as the decoder alone.
     """
     prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
-    if type(model).__name__ not in (model.config.architectures or [type(model).__name__]):
+    own = type(model).__name__ in (model.config.architectures or [type(model).__name__])
+    if not own:
         head = None
     heads = tuple(f"{name}." for name, module in model.named_modules() if module is head)
-    if model.base_model is model:  # names have no prefix
+    classifies = own and kind_of(model.config).classifies
+    if model.base_model is model or classifies:  # names have no prefix, or the head has several
         prefix = ""
     return {
         name: TensorSpec(list(tensor.shape))

@@ -114,7 +114,8 @@ def place_buffers(work: Workload, free: int) -> dict[str, Buffers]:
 def _not_estimated(work: Workload) -> list[str]:
     texts = [spec.name for spec in work.evaluate.perplexity if work.scored(spec) is None]
     found = [f"perplexity on the whole of {name}" for name in texts]
-    return found + [f"task {name}" for name in work.evaluate.tasks.names]
+    tasks = [*work.evaluate.tasks.names, *([work.evaluate.task.name] if work.evaluate.task else [])]
+    return found + [f"task {name}" for name in tasks]
 
 
 def refuse_too_large(expected: Estimate, prepared: Prepared, device: str) -> None:

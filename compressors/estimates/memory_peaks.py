@@ -78,7 +78,7 @@ def memory_peaks(
     if training:
         needs["heal"] = Need(training)
     needs["save"] = Need(0, min(MAX_SHARD_BYTES, plan.compressed_bytes))
-    if work.evaluate.perplexity or work.compares or work.evaluate.tasks.names:
+    if work.evaluate.scores_models or work.compares:
         needs["evaluate"] = _evaluation(work, free)
     found = {}
     for stage, need in needs.items():
@@ -122,7 +122,7 @@ def _backward(work: Workload, sums: int) -> int:
     logits = 4 * work.head_batch * work.vocabulary * HEAD_TENSORS
     config = work.prepared.source.config.get_text_config()
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    attention = ATTENTION * heads * work.calibration.length if work.kind == "cuda" else 0
+    attention = ATTENTION * heads * work.calibration.window if work.kind == "cuda" else 0
     linears = max(sum(linear.d_out for linear in each.values()) for each in work.linears)
     kept = 4 * work.batch * (BACKWARD_STATES * work.width + 2 * linears + attention)
     return max(ends + reading, ends + logits, 4 * max(work.layers) + kept + sums)

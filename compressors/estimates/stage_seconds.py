@@ -94,7 +94,7 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
 def _forward(work: Workload, rates: MachineRates, layers: list[int]) -> float:
     """Return the seconds of a pass of the calibration text through layers, and of the trace."""
     tokens, reading = work.tokens + work.batch, work.itemsize * sum(layers) / READING
-    attention = 4 * work.calibration.length * work.width * len(layers)
+    attention = 4 * work.calibration.window * work.width * len(layers)
     products = (2 * sum(layers) + attention) / (EFFICIENCY * rates.products)
     elementwise = ELEMENTWISE * work.width * len(layers) / rates.elementwise
     return reading + tokens * (products + elementwise)

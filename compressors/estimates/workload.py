@@ -69,7 +69,7 @@ class Workload:
     def tokens(self) -> int:
         """Calibration tokens; 0 if no text is read."""
         reads = self.statistics or self.plan.slices or self.compensated
-        return self.calibration.samples * self.calibration.length if reads else 0
+        return self.calibration.samples * self.calibration.window if reads else 0
 
     @property
     def batch(self) -> int:
@@ -83,7 +83,7 @@ class Workload:
 
     def whole_windows(self, most: int) -> int:
         """Return the tokens of as many windows as fit into `most`, at least of one."""
-        length = self.calibration.length
+        length = self.calibration.window
         return min(self.tokens, max(1, most // length) * length)
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.compressors.corpus.documents import source_identity
+from lrc.compressors.corpus.examples import task_identity
 from lrc.compressors.evaluate.baseline_comparison import compare_with_baselines
 from lrc.compressors.evaluate.baselines import Baseline, Targets, measure, plan_baseline, record
 from lrc.compressors.evaluate.generations import read_prompts
@@ -28,9 +29,9 @@ from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, OnStep, release_memory
 from lrc.configs.recipe import Evaluate
 
-ALL = {"perplexity", "tasks"}
+ALL = {"perplexity", "tasks", "task"}
 """Options of an evaluation that a score of one model depends on."""
-BOTH = {"perplexity", "kl_tokens", "generations"}
+BOTH = {"perplexity", "kl_tokens", "generations", "task"}
 """Options that the scores of both models together depend on."""
 PAIR = "pair"
 """Name of the scores of both models together."""
@@ -42,6 +43,8 @@ def score_options(options: Evaluate, keys: set[str]) -> dict[str, Any]:
     """Return the options in `keys`, and what identifies the content of their files."""
     found = options.model_dump(mode="json", include=keys)
     found["texts"] = [source_identity(spec.source) for spec in options.perplexity]
+    if options.task is not None and "task" in keys:
+        found["task"]["data"] = task_identity(options.task)
     folder = options.tasks.include_path
     if "tasks" in keys and folder is not None:
         found["task_files"] = fingerprints(Path(folder).expanduser(), *TASK_FILES)
@@ -53,7 +56,7 @@ def score_options(options: Evaluate, keys: set[str]) -> dict[str, Any]:
 def is_current(journal: Journal, options: Evaluate) -> bool:
     """Return whether all scores are those of the present texts, tasks and prompts."""
     wanted = {}
-    if options.perplexity or options.tasks.names:
+    if options.scores_models:
         wanted["compressed"] = ALL
     if unmeasured_pair(options)["missing"]:
         wanted[PAIR] = BOTH
@@ -97,7 +100,7 @@ class Evaluator:
             if self.streaming is not None:
                 self._stream(self.streaming, targets)
             models = {}
-            if self.options.perplexity or self.options.tasks.names:
+            if self.options.scores_models:
                 if self.options.dense:
                     models["dense"] = self._score("dense", self.load_dense)
                 models["compressed"] = self._score("compressed", self.load_compressed)

@@ -21,7 +21,6 @@ from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers import TensorSpec, TensorSpecs
 from lrc.compressors.layers.experts import split_modules
 from lrc.compressors.models.architecture import build
-from lrc.compressors.models.auto_class import auto_class
 from lrc.compressors.models.configuration import first_line, read_config
 from lrc.compressors.models.contents import renamed
 from lrc.compressors.models.source import Source
@@ -72,7 +71,7 @@ class RemoteCodeExport:
                 f"the separate experts of {name}; load it with lrc, or export it with --format "
                 "dense"
             )
-        self._config = _config(contents, name, auto_class(self._source.config))
+        self._config = _config(contents, name)
         self.notes = [LARGEST] if layout.ELASTIC in contents.config[runtime.BLOCK] else []
         self._check(contents, name)
 
@@ -132,12 +131,12 @@ def _refuse_other_formats(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _config(contents: Contents, name: str, auto: Any) -> dict[str, Any]:
-    """Return the ``config.json`` of a model of the class `name`, which the class `auto` loads."""
+def _config(contents: Contents, name: str) -> dict[str, Any]:
+    """Return the ``config.json`` of a model of the class `name`."""
     config = {key: value for key, value in contents.config.items() if key != BUDGET}
     block = {key: value for key, value in config[runtime.BLOCK].items() if key != layout.ELASTIC}
     block["modules"] = {module: c.at_budget(0).to_json() for module, c in contents.modules.items()}
-    auto_map = {auto.__name__: f"{FILE.stem}.{name}"}
+    auto_map = {contents.kind.auto_class.__name__: f"{FILE.stem}.{name}"}
     names = config.get("architectures") or [name]  # missing if the source was a GGUF file
     return {**config, "architectures": names, runtime.BLOCK: block, "auto_map": auto_map}
 

@@ -19,6 +19,7 @@ from lrc.compressors.layers.experts import Expert, FusedTensor, split_experts_, 
 from lrc.compressors.layers.model_shapes import rebuild_
 from lrc.compressors.models.auto_class import auto_class
 from lrc.compressors.models.configuration import SUPPORTED, first_line
+from lrc.compressors.models.model_kinds import ModelKind, kind_of
 from lrc.compressors.models.source import Source
 from lrc.configs.errors import ModelError
 
@@ -56,6 +57,11 @@ class Architecture:
     `layer_check`."""
     groups: list[list[list[str]]] = field(default_factory=list)
     """By layer, the linears of each distinct input, in order of use; found by `layer_check`."""
+
+    @property
+    def kind(self) -> ModelKind:
+        """What the model computes."""
+        return kind_of(self.model.config)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -109,22 +115,23 @@ def build(source: Source) -> Architecture:
     ModelError
         If the architecture is unknown, or its weights have an unsupported form.
     """
-    config = source.config
+    config, kind = source.config, kind_of(source.config)
     if getattr(config, "is_encoder_decoder", False):
         raise unsupported(config, "it is an encoder-decoder model")
     if any(name.endswith("ForMaskedLM") for name in config.architectures or []):
         raise unsupported(config, "it predicts masked tokens, not the next one")
-    kind = auto_class(config)
-    if kind is None:
+    if not kind.encoder and auto_class(config) is None:
         raise unsupported(config, "transformers has no causal language model of this type")
     try:
         with init_empty_weights(include_buffers=False), _NoLargeTensors():
-            model = kind.from_config(
+            model = kind.auto_class.from_config(
                 config, dtype=torch.float32, trust_remote_code=source.spec.trust_remote_code
             )
     except Exception as error:  # modeling code may raise anything for the values of a config
         raise unsupported(config, first_line(error)) from error
     split_experts_(model)
+    if kind.encoder and any(split_modules(model)):
+        raise unsupported(config, "it is an encoder with experts")
     rebuild_(model)
     for parameter in model.parameters():  # not the buffers: computed tables and scales stay exact
         parameter.data = parameter.data.to(source.dtype)
@@ -179,7 +186,7 @@ def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
     Of the lists with the length that the config states (or else of all) it is the outermost one:
     the towers of other modalities are deeper. Of several, it has the most parameters.
     """
-    decoder = model.get_decoder()
+    decoder = model.base_model if kind_of(config).encoder else model.get_decoder()
     if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
         decoder = model  # ModernBERT's `decoder` is its head
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")

@@ -16,13 +16,13 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from lrc.compressors.io.fingerprint import fingerprint, fingerprints
 from lrc.compressors.io.shards import shard_files
-from lrc.compressors.models.auto_class import auto_class
 from lrc.compressors.models.configuration import (
     first_line,
     read_config,
     read_gguf_config,
     tokenizer_needs_code,
 )
+from lrc.compressors.models.model_kinds import kind_of
 from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.recipe import Model
@@ -232,7 +232,7 @@ def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str
     `weights` is the folder of safetensors (for GGUF, the converted one); `device` may be ``auto``,
     which spreads the model over all devices.
     """
-    loaded: Any = auto_class(source.config).from_pretrained(
+    loaded: Any = kind_of(source.config).auto_class.from_pretrained(
         weights,
         config=deepcopy(source.config),
         dtype=dtype,

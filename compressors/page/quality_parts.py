@@ -178,7 +178,7 @@ def _tasks(tasks: Mapping[str, Any], page: Page) -> list[Part]:
     figure = charts.pairs(page, title, "score", plot) if plot else None
     return [
         *tables(
-            "Scores of lm-eval tasks ± standard error",
+            "Scores of tasks ± standard error",
             ["task", "dense", "compressed", "of dense", "documents"],
             rows,
         ),

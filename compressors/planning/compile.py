@@ -10,7 +10,6 @@ from torch import nn
 
 from lrc.compressors.latency.latency_table import LatencyTable, Product
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.models.auto_class import auto_class
 from lrc.compressors.models.source import Source
 from lrc.compressors.planning.coverage import check_expected, describe_experts
 from lrc.compressors.planning.needed_products import Choices, needed_products
@@ -165,8 +164,8 @@ def compile_plan(
         exist, budgets that cannot be met, plan files of other models, nothing that becomes smaller.
     """
     calibration = recipe.calibration
-    tokens = calibration.samples * calibration.length
-    draft = Draft(source, architecture, recipe.seed, tokens, calibration.length, table=table)
+    tokens = calibration.samples * calibration.window
+    draft = Draft(source, architecture, recipe.seed, tokens, calibration.window, table=table)
     if slices is not None:
         draft.slices, draft.executed_slices = slices, True
     requested = {kind: recipe.stages_of(kind) for kind in kinds}
@@ -213,7 +212,7 @@ def compile_plan(
             source_file_bytes=source.file_bytes,
             source_quantized=source.gguf is not None,
             unchanged=_unchanged(draft.architecture),
-            auto_class=auto_class(source.config).__name__,
+            auto_class=draft.architecture.kind.auto_class.__name__,
         ),
         seed=recipe.seed,
         calibration=calibration.model_dump(mode="json"),

@@ -64,7 +64,7 @@ class StreamedModel(LayerExecutor):
                 hooks.enter_context(record_arguments(layer, call))
             hooks.enter_context(self._layers_replaced(calls, _first_argument))
             for rows in (self.batches[0], self.batches[-1]):
-                self._forward(self.tokens[rows])
+                self._forward(rows)
         return calls
 
     @contextmanager
