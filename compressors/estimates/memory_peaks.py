@@ -59,7 +59,8 @@ def memory_peaks(
     needs: dict[str, Need] = {}
     plan, on_gpu = work.plan, work.kind == "cuda"
     if work.prepared.source.gguf is not None:
-        needs["convert"] = Need(0, 2 * plan.dense_bytes)
+        shard = min(plan.dense_bytes, MAX_SHARD_BYTES)
+        needs["convert"] = Need(0, shard + VALUE_BYTES * work.embedding)
     if plan.slices:
         needs["slice"] = Need(_passes(work, sums=0) + 6 * DOUBLE * work.width**2, _layer_file(work))
     if work.statistics:
