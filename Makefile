@@ -12,7 +12,7 @@ TORCH  ?= torch==2.13.0
 JOBS   ?= $(shell n=$$(nproc); echo $$((n > 8 ? 8 : n)))
 
 .DELETE_ON_ERROR:
-.PHONY: help install model llama demo test robustness check format clean
+.PHONY: help install model llama demo test oldest robustness check format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -61,6 +61,25 @@ test: install $(MODEL)
 	echo "== quiet tests, one at a time"; \
 	$(BIN)/python -m pytest -q -m "quiet and not robustness" || failed=1; \
 	exit $$failed
+
+## make oldest   loading of all stored forms with the oldest version of transformers that lrc supports
+#
+# It is installed into a folder that comes first on the search path. Its dependencies have the
+# versions of the virtual environment, as far as it accepts them.
+OLDEST := .cache/transformers-$(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+oldest: install $(OLDEST)
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -q -m oldest -n $(JOBS) --dist worksteal \
+	  tests/end_to_end/test_components.py tests/end_to_end/test_experts.py \
+	  tests/end_to_end/test_images.py tests/unit/compressors/models
+
+$(OLDEST): | $(VENV)/installed
+	mkdir -p .cache
+	rm -rf $@.partial
+	$(BIN)/python -m pip freeze --exclude-editable \
+	  | grep -v -e ^transformers= -e ^huggingface > .cache/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint .cache/constraints.txt \
+	  --target $@.partial $(subst .cache/transformers-,transformers==,$@)
+	mv $@.partial $@
 
 ## make robustness   every model family of transformers, and damaged checkpoints; minutes
 robustness: install

@@ -17,9 +17,9 @@ from lrc.cli.gate_results import (
     read_gates,
     write_junit,
 )
-from lrc.cli.options import Device, Json, Quiet, TrustRemoteCode, all_positive, positive
+from lrc.cli.options import Device, Json, Models, Quiet, TrustRemoteCode, all_positive, positive
 from lrc.compressors.benchmark.grid import Mode, Settings, default_modes
-from lrc.configs.errors import BenchmarkIncomplete, GateMissed, RecipeError
+from lrc.configs.errors import BenchmarkIncomplete, GateMissed, UsageError
 from lrc.configs.shape import closest
 
 if TYPE_CHECKING:
@@ -32,9 +32,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def bench(
-    models: Annotated[
-        list[str], typer.Argument(help="Folders, Hub ids or .gguf files.", show_default=False)
-    ],
+    models: Models,
     against: Annotated[
         str | None,
         typer.Option(
@@ -94,7 +92,7 @@ def bench(
     if dtype is not None:
         known("--dtype", dtype, DTYPES)
     if seconds is not None and not seconds > 0:
-        raise RecipeError(f"--seconds: must be above 0, got {seconds:g}; raise it")
+        raise UsageError(f"--seconds: must be above 0, got {seconds:g}; raise it")
     from lrc.cli.bench_tables import print_benchmark
     from lrc.compressors.benchmark.measured_models import is_same
     from lrc.compressors.benchmark.results import failures
@@ -108,7 +106,7 @@ def bench(
     with console.Steps(quiet=quiet).running() as steps:
         machine = Machine(device, on_step=steps, on_warning=steps.warn)
         if "graph" in modes and not machine.chosen.startswith("cuda"):
-            raise RecipeError(
+            raise UsageError(
                 f"--mode: graph must run on a GPU, and the device is {machine.chosen}; use eager "
                 "or compile, or --device cuda"
             )
@@ -168,7 +166,7 @@ def run(
 
     Raises
     ------
-    RecipeError
+    UsageError
         If there is no such model, or the models cannot read the same prompts.
     CheckpointError, ModelError
         If a model is damaged.
@@ -191,7 +189,7 @@ def run(
         if note is not None:
             notes.append(f"no ratios: {note}")
     if compared and against is None:
-        raise RecipeError(
+        raise UsageError(
             "--gate: x compares with the dense model, and none was found; name it with --against"
         )
     if against is not None:
@@ -246,4 +244,4 @@ def known(option: str, value: str, allowed: Sequence[str]) -> str:
     *others, last = allowed
     near = closest(value, [*allowed])
     hint = "choose one of them" if near is None else f"did you mean {near}?"
-    raise RecipeError(f"{option}: must be {', '.join(others)} or {last}, got {value!r}; {hint}")
+    raise UsageError(f"{option}: must be {', '.join(others)} or {last}, got {value!r}; {hint}")

@@ -62,9 +62,8 @@ class Steps:
             say(f"{stage}: {done} of {total}")
 
     def warn(self, text: str) -> None:
-        """Print a warning, unless quiet: it is in the report too."""
-        if not self._quiet:
-            say(f"warning: {text}")
+        """Print a warning, also if quiet: a job of a pipeline shows nothing else."""
+        warn(text)
 
     @contextmanager
     def running(self) -> Iterator["Steps"]:

@@ -7,7 +7,7 @@ import typer
 
 from lrc.cli import console
 from lrc.cli.options import Json, Quiet
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import UsageError
 
 METHODS = "ternary|low-rank|int|sparse"
 
@@ -64,13 +64,13 @@ def make(
     from lrc.cli.delta_tables import print_delta
     from lrc.cli.evaluate import options_in_errors
     from lrc.compressors.deltas.make_delta import make_delta
-    from lrc.compressors.io.files import new_folder
+    from lrc.compressors.io.files import folder_bytes, new_folder
 
     console.quiet_transformers()
     steps = console.Steps(quiet=quiet)
     with steps.running(), options_in_errors(), new_folder(out) as partial:
         facts = make_delta(base, tuned, partial, chosen, steps)
-    facts = {"path": str(out), **facts, "file_bytes": _bytes(out)}
+    facts = {"path": str(out), **facts, "file_bytes": folder_bytes(out)}
     if as_json:
         console.print_json(facts)
     else:
@@ -91,13 +91,13 @@ def apply(
     _check_paths(delta, out)
     from lrc.cli.evaluate import options_in_errors
     from lrc.compressors.deltas.apply_delta import apply_delta
-    from lrc.compressors.io.files import new_folder
+    from lrc.compressors.io.files import folder_bytes, new_folder
 
     console.quiet_transformers()
     steps = console.Steps(quiet=quiet)
     with steps.running(), options_in_errors(), new_folder(out) as partial:
         facts = apply_delta(base, delta, partial, steps)
-    facts = {"path": str(out), **facts, "file_bytes": _bytes(out)}
+    facts = {"path": str(out), **facts, "file_bytes": folder_bytes(out)}
     if as_json:
         console.print_json(facts)
     else:
@@ -110,12 +110,8 @@ def apply(
 def _check_paths(source: Path, out: Path) -> None:
     """Reject paths that cannot work, before a library is imported."""
     if not source.is_dir():
-        raise RecipeError(f"{source}: no such folder; check the path")
+        raise UsageError(f"{source}: no such folder; check the path")
     if out.exists() or out.is_symlink():
-        raise RecipeError(f"{out}: exists already; choose another name, or delete it")
+        raise UsageError(f"{out}: exists already; choose another name, or delete it")
     if out.resolve().is_relative_to(source.resolve()):
-        raise RecipeError(f"{out}: must not be inside {source}; choose another folder")
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        raise UsageError(f"{out}: must not be inside {source}; choose another folder")

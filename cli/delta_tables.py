@@ -8,8 +8,8 @@ from lrc.cli.tables import LAYER_NUMBER
 from lrc.compressors.io.natural_order import natural
 
 
-def print_delta(facts: dict[str, Any], *, every: bool) -> None:
-    """Print what `make_delta` returned.
+def print_delta(facts: dict[str, Any], *, every: bool = False) -> None:
+    """Print the facts of a delta, with the error of every tensor if it has just been made.
 
     Tensors that differ only in the number of their layer share a row, unless `every` is set.
     """
@@ -18,15 +18,17 @@ def print_delta(facts: dict[str, Any], *, every: bool) -> None:
         name = each["name"] if every else LAYER_NUMBER.sub(".*.", each["name"], count=1)
         shape = " x ".join(map(str, each["shape"]))
         alike.setdefault((name, shape, each["codec"]), []).append(each)
+    measured = all("relative_error" in each for each in facts["tensors"])
     columns = ("tensor", "layers", "shape", "stored", "bits/number", "largest error")
     title = f"{facts['path']} ({facts['method']['method']}, {facts['kind']})"
-    table = new_table(title, *columns)
+    table = new_table(title, *(columns if measured else columns[:-1]))
     for (name, shape, codec), group in alike.items():
         bits = sum(each["bits"] for each in group)
         numbers = sum(prod(each["shape"]) for each in group)
-        error = max(each["relative_error"] for each in group)
-        cells = (str(len(group)), shape, codec.replace("_", " "))
-        table.add_row(name, *cells, f"{bits / numbers:.3f}", f"{error:.1%}")
+        cells = [str(len(group)), shape, codec.replace("_", " "), f"{bits / numbers:.3f}"]
+        if measured:
+            cells.append(f"{max(each['relative_error'] for each in group):.1%}")
+        table.add_row(name, *cells)
     OUT.print(table)
     sizes = facts["sizes"]
     OUT.print(

@@ -1,6 +1,6 @@
 """The command `lrc eval`; heavy libraries are imported inside."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,18 +14,12 @@ from lrc.cli.gate_results import (
     read_gates,
     write_junit,
 )
-from lrc.cli.options import Device, Json, Quiet, TrustRemoteCode, positive
-from lrc.configs.errors import GateMissed, LrcError, RecipeError, Stopped
+from lrc.cli.options import Device, Json, Models, Quiet, TrustRemoteCode, positive
+from lrc.configs.errors import GateMissed, LrcError, Stopped, UsageError
 
 
 def evaluate(
-    checkpoints: Annotated[
-        list[str],
-        typer.Argument(
-            help="Folders, Hub ids or .gguf files; the others are compared with the first.",
-            show_default=False,
-        ),
-    ],
+    checkpoints: Models,
     perplexity: Annotated[
         list[str] | None,
         typer.Option(help="A text: `python-docs`, `wikitext2`, `c4` or a path. Can be repeated."),
@@ -51,7 +45,38 @@ def evaluate(
             "model: KL divergence, top-1 agreement. 0 compares none.",
         ),
     ] = 32768,
+    streaming: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option(
+            help="Whether to read models one decoder layer at a time, without tasks: if they do "
+            "not fit into memory (auto), always or never."
+        ),
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of lm-eval's few-shot sampling.")] = 0,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of scores: speculative decoding of the model with this compressed one as "
+            "its drafter, on prompts from the --perplexity texts.",
+            metavar="COMPRESSED",
+            show_default=False,
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(callback=positive, help="Of --draft: drafts in a round [4].")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(callback=positive, help="Of --draft: prompts per text [4].")
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(callback=positive, help="Of --draft: tokens of a prompt [128].")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(callback=positive, help="Of --draft: new tokens [64].")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(callback=positive, help="Of --draft: timed repetitions [3].")
+    ] = None,
     gate: GateTexts = None,
     junit: Junit = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -59,10 +84,34 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity, KL divergence and lm-eval tasks of checkpoints, side by side."""
+    """Measure perplexity, KL divergence from the first, and lm-eval tasks of several models."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    options = {
+        "--draft-tokens": draft_tokens,
+        "--prompts": prompts,
+        "--prompt": prompt,
+        "--tokens": tokens,
+        "--repeats": repeats,
+    }
+    if draft is not None:
+        others = {"--tasks": tasks, "--gate": gate, "--junit": junit, "--windows": windows}
+        given = [name for name, value in others.items() if value]
+        _evaluate_drafter(
+            checkpoints,
+            draft,
+            perplexity or [],
+            [*options.values()],
+            given,
+            trusted=trust_remote_code,
+            device=device,
+            as_json=as_json,
+            quiet=quiet,
+        )
+        return
+    if idle := [name for name, value in options.items() if value is not None]:
+        raise UsageError(f"{idle[0]}: is an option of --draft; leave it out, or give --draft")
     if not names and not perplexity:
-        raise RecipeError(
+        raise UsageError(
             "lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"
         )
     from lrc.cli.evaluate import check_eval_gates, raise_if_missing, run
@@ -74,6 +123,7 @@ def evaluate(
         perplexity=[Perplexity(source=s, window=window, windows=windows) for s in perplexity or []],
         tasks=Tasks(names=names, include_path=include_path, limit=limit),
         kl_tokens=kl_tokens,
+        streaming=streaming,
         gates=read_gates(gate),
     )
 
@@ -99,3 +149,49 @@ def evaluate(
     raise_if_missing(blocks)
     if sentences := missed_gates(gates):
         raise GateMissed(sentences, blocks)
+
+
+def _evaluate_drafter(
+    checkpoints: list[str],
+    drafter: str,
+    texts: list[str],
+    numbers: list[int | None],
+    given: list[str],
+    *,
+    trusted: bool,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure a drafter with its parent; `numbers` are the fields of `DraftSettings`, or None."""
+    if given:
+        raise UsageError(f"{given[0]}: cannot be combined with --draft; leave it out")
+    if len(checkpoints) != 1:
+        raise UsageError(
+            f"--draft: needs one model, the parent, got {len(checkpoints)}; leave the others out"
+        )
+    if not texts:
+        raise UsageError("--draft: needs a text for prompts; give --perplexity python-docs")
+    from lrc.cli.eval_draft import run
+    from lrc.cli.eval_draft_tables import print_drafting
+    from lrc.compressors.benchmark.drafting import DraftSettings
+    from lrc.compressors.io.machine import Machine
+
+    chosen = [
+        default if number is None else number
+        for number, default in zip(numbers, vars(DraftSettings()).values(), strict=True)
+    ]
+    settings = DraftSettings(*chosen)
+    if settings.tokens < settings.drafts + 2:
+        raise UsageError(
+            f"--tokens: must be at least {settings.drafts + 2} with {settings.drafts} drafts in a "
+            f"round, so that there is a second one, got {settings.tokens}; raise it"
+        )
+    console.quiet_transformers()
+    with console.Steps(quiet=quiet).running() as steps:
+        machine = Machine(device, on_step=steps, on_warning=steps.warn)
+        found = run(checkpoints[0], drafter, texts, settings, machine, trusted=trusted)
+    if as_json:
+        console.print_json(found)
+    else:
+        print_drafting(found)

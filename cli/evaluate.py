@@ -3,16 +3,13 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from lrc.compressors.checkpoint.reader import check_checkpoint, load_checkpoint, load_tokenizer
+from lrc.cli.streamed_eval import StreamedScores, stream
+from lrc.cli.whole_models import Skeleton, WholeModel, file_bytes, load_skeleton
+from lrc.compressors.checkpoint.reader import check_checkpoint
 from lrc.compressors.corpus.documents import check_source
 from lrc.compressors.evaluate.gates import (
     PREDICTIONS,
@@ -25,17 +22,24 @@ from lrc.compressors.evaluate.gates import (
 from lrc.compressors.evaluate.harness import check_tasks
 from lrc.compressors.evaluate.scores import (
     check_evaluation,
-    evaluate_model,
     list_missing,
     missing_sentences,
 )
-from lrc.compressors.evaluate.side_by_side import evaluate_pair, refuse_pair, unmeasured_pair
-from lrc.compressors.io.machine import Machine
+from lrc.compressors.evaluate.streaming_rule import ModelBytes, streams
+from lrc.compressors.io.machine import Machine, free_memory
 from lrc.compressors.models import source as models
 from lrc.compressors.models.architecture import build
 from lrc.compressors.models.configuration import check_code, refuse_adapter
+from lrc.compressors.models.model_kinds import kind_of, refuse_encoder
 from lrc.compressors.models.source_check import check_contents
-from lrc.configs.errors import DataError, EvaluationIncomplete, ModelError, RecipeError
+from lrc.configs.errors import (
+    DataError,
+    EvaluationIncomplete,
+    ModelError,
+    Problem,
+    RecipeError,
+    UsageError,
+)
 from lrc.configs.recipe import Evaluate, Gate, Model
 
 OPTIONS = {
@@ -44,6 +48,7 @@ OPTIONS = {
     "evaluate.tasks.names": "--tasks",
     "evaluate.tasks.include_path": "--include-path",
     "evaluate.gates": "--gate",
+    "evaluate.streaming": "--streaming",
     "model.path: ": "",
     "set model.trust_remote_code: true": "add --trust-remote-code",
 }
@@ -72,61 +77,54 @@ def run(
         check_tasks(request.tasks)
         _check_gates(request.gates, request, checkpoints)
         # Before one of them is measured for hours.
-        warnings = {
-            checkpoint: check_model(checkpoint, trusted=trusted) for checkpoint in checkpoints
-        }
-        for checkpoint, texts in warnings.items():
-            for text in texts:
-                machine.on_warning(f"{checkpoint}: {text}")
-            check_evaluation(*load_skeleton(checkpoint, trusted=trusted), request, seed=seed)
-        scores: dict[str, Any] = {}
+        skeletons = {}
         for checkpoint in checkpoints:
-            model, tokenizer = load_model(checkpoint, machine.chosen, trusted=trusted)
+            warnings = check_model(checkpoint, trusted=trusted)
+            for text in warnings:
+                machine.on_warning(f"{checkpoint}: {text}")
+            skeleton = load_skeleton(checkpoint, warnings, trusted=trusted)
+            check_evaluation(skeleton.model, skeleton.tokenizer, request, seed=seed)
+            skeletons[checkpoint] = skeleton
+        first, *others = skeletons.values()
+        comparable = [each.path for each in others if each.has_vocabulary_of(first)]
+        for each in others:
+            if request.compared_texts and each.path not in comparable:
+                text = f"has another vocabulary than {first.path}; no KL divergence from it"
+                machine.on_warning(f"{each.path}: {text}")
+                each.warnings.append(text)
+        streamed = _streamed(skeletons, comparable, request, machine, trusted=trusted)
+        scores: dict[str, Any] = {}
+        for checkpoint, skeleton in skeletons.items():
             step = partial(labelled, checkpoint)
-            found = evaluate_model(model, tokenizer, request, seed=seed, on_step=step)
-            found |= {"warnings": warnings[checkpoint], "kl": {}}
+            whole = WholeModel(skeleton, first, request, machine.chosen, seed, trusted, step)
+            if streamed is not None:
+                found = whole.add_tasks(streamed.models[checkpoint])
+                pair = streamed.pairs.get(checkpoint)
+            else:
+                found, pair = whole.measure(compare=checkpoint in comparable)
+            found |= {"warnings": skeleton.warnings, "kl": pair["kl"] if pair else {}}
             found["file_bytes"] = file_bytes(checkpoint)
-            if scores and request.compared_texts:
-                first = _First(checkpoints[0], machine.chosen, trusted)
-                if first.has_vocabulary_of(model, tokenizer):
-                    pair = evaluate_pair(
-                        partial(first.beside, model),
-                        tokenizer,
-                        request,
-                        unmeasured_pair(request),
-                        on_step=step,
-                    )
-                    found["kl"] = pair["kl"]
-                    found["missing"] |= pair["missing"]
-                else:
-                    text = f"has another vocabulary than {checkpoints[0]}; no KL divergence from it"
-                    machine.on_warning(f"{checkpoint}: {text}")
-                    found["warnings"].append(text)
+            found["missing"] |= pair["missing"] if pair else {}
             scores[checkpoint] = found
-            del model
     return scores
 
 
-@dataclass(frozen=True)
-class _First:
-    """The checkpoint with which the others are compared."""
-
-    path: str
-    device: str
-    trusted: bool
-
-    def has_vocabulary_of(self, model: Any, tokenizer: Any) -> bool:
-        """Return whether its tokens are those of another checkpoint, which is in memory."""
-        skeleton, own = load_skeleton(self.path, trusted=self.trusted)
-        sizes = {each.config.get_text_config().vocab_size for each in (skeleton, model)}
-        return len(sizes) == 1 and bool(own.get_vocab() == tokenizer.get_vocab())
-
-    def beside(self, model: Any) -> tuple[Any, Any]:
-        """Load it, and return it with another checkpoint."""
-        skeleton, _ = load_skeleton(self.path, trusted=self.trusted)
-        # On a CPU, models run in float32.
-        refuse_pair(4 * sum(p.numel() for p in skeleton.parameters()), self.device)
-        return load_model(self.path, self.device, trusted=self.trusted)[0], model
+def _streamed(
+    skeletons: dict[str, Skeleton],
+    comparable: list[str],
+    request: Evaluate,
+    machine: Machine,
+    *,
+    trusted: bool,
+) -> StreamedScores | None:
+    """Measure layer by layer all but tasks, if the option or the memory requires it."""
+    first, *others = (each.bytes_on(machine.chosen) for each in skeletons.values())
+    sizes = ModelBytes(first, max(others)) if others else ModelBytes(0, first)
+    if not streams(request, sizes, free_memory(machine.chosen)):
+        return None
+    tokenizers = {name: each.tokenizer for name, each in skeletons.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        return stream(tokenizers, comparable, request, machine, Path(scratch), trusted=trusted)
 
 
 def check_eval_gates(gates: list[Gate], blocks: dict[str, Any]) -> dict[str, list[GateResult]]:
@@ -167,25 +165,18 @@ def _values(block: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def file_bytes(path: str) -> int | None:
-    """Return the size of the weight files of a folder or a GGUF file; None of a Hub id."""
-    place = Path(path).expanduser()
-    files = [place] if place.is_file() else place.glob("*.safetensors")
-    return sum(each.stat().st_size for each in files) if place.exists() else None
-
-
 def _check_gates(gates: list[Gate], request: Evaluate, checkpoints: list[str]) -> None:
     """Refuse gates on what will not be measured."""
     check_gate_names(gates, request)
     compared = [g for g in gates if g.relative or g.metric.partition(".")[0] in PREDICTIONS]
     if compared and len(checkpoints) == 1:
-        raise RecipeError(
+        raise UsageError(
             f"--gate: {compared[0]} compares with the first checkpoint, and there is only one; "
             "give the dense model before it"
         )
     for path in checkpoints:
         if any(gate.metric == SIZE for gate in gates) and file_bytes(path) is None:
-            raise RecipeError(
+            raise UsageError(
                 f"--gate: size is known of local files only, got the Hub id {path}; remove the "
                 "gate, or give a folder"
             )
@@ -209,9 +200,14 @@ def options_in_errors() -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
-        raise RecipeError(
+        raise UsageError(
             [
-                replace(p, where=translate(p.where), message=translate(p.message))
+                Problem(
+                    UsageError.default_code if p.code == RecipeError.default_code else p.code,
+                    translate(p.where),
+                    translate(p.message),
+                    p.source,
+                )
                 for p in error.problems
             ]
         ) from error
@@ -223,45 +219,18 @@ def check_model(path: str, *, trusted: bool = False) -> list[str]:
     """Refuse a folder, Hub id or GGUF file that cannot be loaded as it is; return warnings."""
     folder = Path(path)
     if folder.is_dir():
-        config = check_checkpoint(folder).config
+        contents = check_checkpoint(folder)
+        config = contents.config
         refuse_adapter(folder)
         check_code(config, folder, trusted=trusted)
+        refuse_encoder(contents.kind, path, "this command")
         if config.get("quantization_config"):
             return []  # has other tensors than the model in its config
     found = models.locate(Model(path=path, dtype="bfloat16", trust_remote_code=trusted))
+    refuse_encoder(kind_of(found.config), path, "this command")
     try:
         architecture = build(found)
     except ModelError:  # one that can be measured but not compressed
         return []
     _, _, warnings = check_contents(found, architecture)
     return [text.removeprefix("model.path: ") for text in warnings]
-
-
-def load_skeleton(path: str, *, trusted: bool = False) -> tuple[Any, Any]:
-    """Return the tokenizer and, in its original shapes, the model of `load_model` on meta."""
-    folder = Path(path)
-    if folder.is_dir():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
-    else:
-        found = models.locate(Model(path=path, trust_remote_code=trusted))
-        config, tokenizer = found.config, models.load_tokenizer(found)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-    return model, tokenizer
-
-
-def load_model(path: str, device: str, *, trusted: bool = False) -> tuple[Any, Any]:
-    """Load model and tokenizer: a folder as it is stored, a Hub id or GGUF file as in a recipe."""
-    dtype = torch.float32 if device == "cpu" else None
-    load = partial(load_checkpoint, dtype=dtype, device=device, trust_remote_code=trusted)
-    folder = Path(path)
-    if folder.is_dir():
-        return load(folder), load_tokenizer(folder, trust_remote_code=trusted)
-    found = models.locate(Model(path=path, trust_remote_code=trusted))
-    tokenizer = models.load_tokenizer(found)
-    if found.gguf is None:
-        return load(found.folder), tokenizer
-    with tempfile.TemporaryDirectory() as converted:
-        models.convert_gguf(found, Path(converted))
-        return load(Path(converted)), tokenizer

@@ -7,15 +7,15 @@ import typer
 
 from lrc.cli import console
 from lrc.cli.bench import known
-from lrc.cli.options import Json, Quiet, TrustRemoteCode
-from lrc.configs.errors import RecipeError
+from lrc.cli.options import Checkpoint, Json, Quiet, TrustRemoteCode
+from lrc.configs.errors import UsageError
 from lrc.configs.export_types import FORMATS, GGUF_TYPES
 
 TYPES = "|".join(GGUF_TYPES)
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
+    folder: Checkpoint,
     out: Annotated[
         Path, typer.Argument(help="Folder, or file NAME.gguf, to write.", show_default=False)
     ],
@@ -24,7 +24,8 @@ def export(
         typer.Option(
             "--format",
             help="`dense`: a folder for transformers; `gguf`: a file for llama.cpp; "
-            "`remote-code`: a folder with the compressed weights and the code that loads them.",
+            "`remote-code`: a folder with the compressed weights and the code that loads them; "
+            "`drafter`: a folder without the embedding, which is read from --parent.",
             show_default=False,
             metavar="|".join(FORMATS),
         ),
@@ -54,6 +55,13 @@ def export(
             show_default=False,
         ),
     ] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            help="Of drafter: folder or Hub id of the model that it was made from.",
+            show_default=False,
+        ),
+    ] = None,
     keep: Annotated[
         float | None,
         typer.Option(
@@ -70,17 +78,21 @@ def export(
     options = {"--type": matrices, "--embedding-type": embeddings, "--tokenizer": tokenizer}
     given = [name for name, value in options.items() if value is not None]
     if keep is not None:
-        others = ["--format"] if form else given
+        others = ["--format"] if form else [*given, *["--parent"] * (parent is not None)]
         _export_budget(folder, out, keep, others=others, as_json=as_json)
         return
     if not form:
-        raise RecipeError(
+        raise UsageError(
             f"--format: missing; give {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or --keep for a "
             "budget of an elastic checkpoint"
         )
     known("--format", form, FORMATS)
     if form != "gguf" and given:
-        raise RecipeError(f"{given[0]}: is an option of --format gguf; leave it out")
+        raise UsageError(f"{given[0]}: is an option of --format gguf; leave it out")
+    if (form == "drafter") != (parent is not None):
+        remedy = "leave it out" if parent else "give the folder or Hub id of the dense model"
+        what = "is an option of" if parent else "is needed by"
+        raise UsageError(f"--parent: {what} --format drafter; {remedy}")
     for name in ("--type", "--embedding-type"):
         if options[name] is not None:
             known(name, str(options[name]), GGUF_TYPES)
@@ -99,6 +111,13 @@ def export(
             facts["notes"] = with_code.notes
             with new_folder(out) as partial:
                 with_code.write(partial, steps)
+        elif form == "drafter":
+            from lrc.compressors.export.drafter_folder import write_drafter
+
+            assert parent is not None
+            with new_folder(out) as partial:
+                shared = write_drafter(folder, parent, partial, steps)
+            facts["notes"] = [f"{' and '.join(shared)}: read from {parent} when loaded"]
         elif form == "dense":
             from lrc.compressors.export.dense_folder import write_dense
 
@@ -120,7 +139,7 @@ def _export_budget(
     folder: Path, out: Path, keep: float, *, others: list[str], as_json: bool
 ) -> None:
     if others:
-        raise RecipeError(
+        raise UsageError(
             f"{others[0]}: cannot be combined with --keep; export the budget first, and then the "
             "result in another format"
         )
@@ -135,17 +154,17 @@ def _export_budget(
 def _check_paths(folder: Path, out: Path, form: str = "", tokenizer: Path | None = None) -> None:
     """Reject paths that cannot work, before a library is imported."""
     if not folder.is_dir():
-        raise RecipeError(
+        raise UsageError(
             f"{folder}: no such folder; the checkpoint of a run is its folder OUTPUT/checkpoint"
         )
     if out.exists() or out.is_symlink():
-        raise RecipeError(f"{out}: exists already; choose another name, or delete it")
+        raise UsageError(f"{out}: exists already; choose another name, or delete it")
     if out.resolve().is_relative_to(folder.resolve()):
-        raise RecipeError(f"{out}: must not be inside the checkpoint; choose another folder")
+        raise UsageError(f"{out}: must not be inside the checkpoint; choose another folder")
     if form == "gguf" and out.suffix != ".gguf":
-        raise RecipeError(f"{out}: the name of a GGUF file must end in .gguf; use {out.name}.gguf")
+        raise UsageError(f"{out}: the name of a GGUF file must end in .gguf; use {out.name}.gguf")
     if tokenizer is not None and not tokenizer.exists():
-        raise RecipeError(f"--tokenizer: no file or folder {tokenizer}; check the path")
+        raise UsageError(f"--tokenizer: no file or folder {tokenizer}; check the path")
 
 
 def _print(facts: dict[str, Any], out: Path, *, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import typer
 from rich.markup import escape
 
-from lrc.configs.errors import LrcError, Problem, RecipeError
+from lrc.configs.errors import LrcError, Problem, UsageError
 from lrc.configs.gate_text import parse_gate
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def read_gates(texts: Sequence[str] | None) -> "list[Gate]":
 
     Raises
     ------
-    RecipeError
+    UsageError
         With every text that is none.
     """
     from lrc.configs.recipe import Gate
@@ -49,7 +49,7 @@ def read_gates(texts: Sequence[str] | None) -> "list[Gate]":
         except ValueError as error:
             problems.append(Problem("invalid-gate", "--gate", str(error)))
     if problems:
-        raise RecipeError(problems)
+        raise UsageError(problems)
     return gates
 
 
@@ -67,6 +67,7 @@ def missed_gates(results: Results) -> list[str]:
 def print_gates(results: Results) -> None:
     """Print every gate with its value."""
     from lrc.cli.quality import OUT, new_table
+    from lrc.compressors.evaluate.score_text import four_digits
 
     table = new_table("gates", "gate", "value", "dense", "")
     several = len(results) > 1
@@ -74,7 +75,7 @@ def print_gates(results: Results) -> None:
         for each in found:
             table.add_row(
                 escape(f"{name}: {each.gate}" if several else each.gate),
-                f"{each.value:.4g}x"
+                f"{four_digits(each.value)}x"
                 if each.gate.endswith("x") and each.dense
                 else _in_unit(each, each.value),
                 "" if each.dense is None else _in_unit(each, each.dense),
@@ -86,8 +87,9 @@ def print_gates(results: Results) -> None:
 
 def _in_unit(result: "GateResult", value: float) -> str:
     from lrc.cli.quality import as_size
+    from lrc.compressors.evaluate.score_text import four_digits
 
-    return as_size(round(value)) if result.gate.startswith("size ") else f"{value:.4g}"
+    return as_size(round(value)) if result.gate.startswith("size ") else four_digits(value)
 
 
 def gates_json(results: Results) -> list[dict[str, Any]]:

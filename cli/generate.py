@@ -1,10 +1,11 @@
 """`lrc generate`: the continuations of one prompt by several models."""
 
 from lrc.cli import console
-from lrc.cli.evaluate import check_model, load_model, options_in_errors
+from lrc.cli.evaluate import check_model, options_in_errors
+from lrc.cli.whole_models import load_model
 from lrc.compressors.evaluate.generations import continue_greedily
 from lrc.compressors.io.machine import Machine
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import UsageError
 
 
 def run(
@@ -14,13 +15,13 @@ def run(
 
     Raises
     ------
-    RecipeError
+    UsageError
         If the prompt is empty or `tokens` is out of range.
     """
     if not prompt:
-        raise RecipeError(["--prompt: must contain text, got none; give a sentence to continue"])
+        raise UsageError(["--prompt: must contain text, got none; give a sentence to continue"])
     if tokens < 1:
-        raise RecipeError([f"--tokens: must be a whole number >= 1, got {tokens}"])
+        raise UsageError([f"--tokens: must be a whole number >= 1, got {tokens}"])
     machine = Machine(device)
     with options_in_errors(), machine.current():
         for path in models:

@@ -15,8 +15,10 @@ from lrc.compressors.checkpoint.reader import (
     read_contents,
     stored_dtype,
 )
+from lrc.compressors.deltas.delta_format import read_delta
+from lrc.compressors.io.files import folder_bytes
 from lrc.compressors.layers.model_shapes import SHAPES
-from lrc.configs.errors import CheckpointError, RecipeError
+from lrc.configs.errors import CheckpointError, UsageError
 
 
 def describe(folder: Path, *, verify: bool, device: str = "cpu") -> dict[str, Any]:
@@ -26,7 +28,7 @@ def describe(folder: Path, *, verify: bool, device: str = "cpu") -> dict[str, An
     or, with `verify`, changed.
     """
     if not folder.is_dir():
-        raise RecipeError(
+        raise UsageError(
             f"{folder}: no such folder; the checkpoint of a run is its folder OUTPUT/checkpoint"
         )
     if not is_ours(read_config(folder)) and not (folder / layout.FOLDER).is_dir():
@@ -66,6 +68,25 @@ def describe(folder: Path, *, verify: bool, device: str = "cpu") -> dict[str, An
             key: report.get(key)
             for key in ("slices", "evaluation", "size", "environment", "recipe", "speed")
         },
+    }
+
+
+def describe_delta(folder: Path) -> dict[str, Any]:
+    """Return the facts of a delta, whose files are always compared with their hashes.
+
+    Raises a `DeltaError` if it is damaged or changed.
+    """
+    delta = read_delta(folder)
+    keys = ("kind", "method", "base", "sizes")
+    return {
+        "path": str(folder),
+        **{key: delta.description[key] for key in keys},
+        "tensors": [
+            {"name": each.name, "codec": each.codec, "shape": each.shape, "bits": each.bits}
+            for each in delta.records.values()
+        ],
+        "file_bytes": folder_bytes(folder),
+        "verified": True,
     }
 
 

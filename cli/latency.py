@@ -9,7 +9,7 @@ import typer
 from lrc.cli import console
 from lrc.cli.bench import DTYPES, known
 from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import UsageError
 
 if TYPE_CHECKING:
     from lrc.compressors.latency.latency_table import LatencyTable
@@ -37,9 +37,9 @@ def latency(
 ) -> None:
     """Measure the times of all products that stages with `measure: latency` may choose."""
     if output is None:
-        raise RecipeError("--output: missing; name the file to write, such as latency.json")
+        raise UsageError("--output: missing; name the file to write, such as latency.json")
     if output.exists():
-        raise RecipeError(f"--output: {output} exists already; name another file, or delete it")
+        raise UsageError(f"--output: {output} exists already; name another file, or delete it")
     if dtype is not None:
         known("--dtype", dtype, DTYPES)
     from lrc.configs.load import load_recipe
@@ -47,7 +47,7 @@ def latency(
     loaded = load_recipe(recipe, overrides or [])
     timed = [o for o in loaded.recipe.stages_of("decompose").values() if o.measure == "latency"]
     if not timed:
-        raise RecipeError(
+        raise UsageError(
             "lrc latency: measures times for 'decompose' stages with measure: latency, but the "
             "recipe has none; add stages.0.decompose.measure=latency"
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from lrc.cli import console
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import UsageError
 
 if TYPE_CHECKING:
     from lrc.configs.load import LoadedRecipe
@@ -36,7 +36,7 @@ def run(
 
     Raises
     ------
-    RecipeError
+    UsageError
         If there is nothing to predict, or an option is out of range.
     """
     _check(loaded, windows, svg, program, as_json=as_json)
@@ -59,7 +59,7 @@ def run(
     plan = found.plan
     if svg is not None:
         if not found.curves:
-            raise RecipeError(
+            raise UsageError(
                 "--svg: no curves of the loss by size, which methods with output gradients and "
                 "allocation: lagrangian have until a run is finished; change the recipe or its "
                 "output"
@@ -95,17 +95,17 @@ def _check(
 ) -> None:
     """Refuse what cannot be predicted, drawn or printed."""
     if not loaded.recipe.stages_of("decompose"):
-        raise RecipeError(
+        raise UsageError(
             "--sensitivity: shows predictions for 'decompose' stages, but the recipe has "
             "no 'decompose' stage; add one, or leave the option out"
         )
     samples = loaded.recipe.calibration.samples
     if windows is not None and not 1 <= windows <= samples:
-        raise RecipeError(
+        raise UsageError(
             f"--profile: must be in [1, {samples}], the windows of the calibration, got "
             f"{windows}; change it, or raise calibration.samples"
         )
     if svg is not None and svg.suffix.lower() != ".svg":
-        raise RecipeError(f"--svg: must end in .svg, got {svg}; name another file")
+        raise UsageError(f"--svg: must end in .svg, got {svg}; name another file")
     if program is not None and as_json:
-        raise RecipeError("--json: --format prints the settings of a program; leave one out")
+        raise UsageError("--json: --format prints the settings of a program; leave one out")

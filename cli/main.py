@@ -18,17 +18,20 @@ from lrc.cli.gate_results import (
     write_junit,
 )
 from lrc.cli.latency import latency
-from lrc.cli.options import Device, Json, Overrides, Quiet, RecipeFile, TrustRemoteCode
+from lrc.cli.options import (
+    Checkpoint,
+    Device,
+    Json,
+    Models,
+    Overrides,
+    Quiet,
+    RecipeFile,
+    TrustRemoteCode,
+)
 from lrc.cli.pages import report as report_pages
 from lrc.cli.recipes import recipes_app
 from lrc.cli.sweep import sweep
-from lrc.configs.errors import (
-    EvaluationIncomplete,
-    GateMissed,
-    LrcError,
-    RecipeError,
-    Stopped,
-)
+from lrc.configs.errors import EvaluationIncomplete, GateMissed, LrcError, Stopped, UsageError
 from lrc.configs.export_types import SETTINGS
 
 app = typer.Typer(
@@ -118,7 +121,7 @@ def plan(
     loaded = load_recipe(recipe, overrides or [])
     if sensitivity or profile is not None or svg is not None or program is not None:
         if every:
-            raise RecipeError("--all: --sensitivity shows every matrix anyway; leave one out")
+            raise UsageError("--all: --sensitivity shows every matrix anyway; leave one out")
         if program is not None:
             known("--format", program, SETTINGS)
         from lrc.cli.loss_predictions import run
@@ -126,7 +129,7 @@ def plan(
         run(loaded, profile, device, svg=svg, program=program, as_json=as_json, quiet=quiet)
         return
     from lrc.cli import tables
-    from lrc.compressors.estimate import estimate
+    from lrc.compressors.estimates.estimate import estimate, refuse_too_large
     from lrc.compressors.io.machine import Machine
     from lrc.compressors.planning.predicted_times import predicted_times
     from lrc.compressors.prepare import prepare
@@ -136,12 +139,13 @@ def plan(
     machine = Machine(device)
     prepared = prepare(loaded.recipe, STAGES, weights=False)
     expected = estimate(prepared, machine.chosen)
+    refuse_too_large(expected, prepared, machine.chosen)
     found, unmeasured = prepared.plan, prepared.products if prepared.plan.unmeasured else []
     if as_json:
         times = predicted_times(found)
         console.print_json(
             found.to_json()
-            | {"estimate": vars(expected), "products_to_measure": len(unmeasured)}
+            | {"estimate": expected.to_json(), "products_to_measure": len(unmeasured)}
             | {"predicted_times": None if times is None else times.to_json()}
         )
     else:
@@ -211,10 +215,7 @@ def compress(
 
 @app.command()
 def generate(
-    models: Annotated[
-        list[str],
-        typer.Argument(help="Folders, Hub ids or .gguf files.", show_default=False),
-    ],
+    models: Models,
     prompt: Annotated[str, typer.Option(help="The text to continue.", show_default=False)],
     tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 40,
     trust_remote_code: TrustRemoteCode = False,
@@ -244,21 +245,27 @@ app.command("report")(report_pages)
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
+    checkpoint: Checkpoint,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with its recorded hash.")
     ] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Show what a compressed checkpoint contains, and which of it has no fast path on a device."""
-    from lrc.cli import tables
-    from lrc.cli.inspect import describe
+    """Show what a checkpoint or delta contains, and what of it has no fast path on a device."""
+    from lrc.cli import delta_tables, tables
+    from lrc.cli.inspect import describe, describe_delta
+    from lrc.compressors.deltas.delta_format import is_delta
     from lrc.compressors.io.machine import Machine
 
-    facts = describe(checkpoint, verify=verify, device=Machine(device).chosen)
+    chosen, delta = Machine(device).chosen, is_delta(checkpoint)
+    facts = (
+        describe_delta(checkpoint) if delta else describe(checkpoint, verify=verify, device=chosen)
+    )
     if as_json:
         console.print_json(facts)
+    elif delta:
+        delta_tables.print_delta(facts)
     else:
         tables.print_inspection(facts)
 

@@ -12,10 +12,39 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress and no warnings on stderr.")
+    bool, typer.Option("--quiet", "-q", help="No progress on stderr; warnings and errors stay.")
 ]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
 
+
+def checkpoint_of(path: str) -> str:
+    """Return the checkpoint in the output folder of a run; every other path is returned as it is.
+
+    >>> checkpoint_of("HuggingFaceTB/SmolLM2-135M")
+    'HuggingFaceTB/SmolLM2-135M'
+    """
+    folder = Path(path).expanduser()
+    inside = folder / "checkpoint"
+    is_run = not (folder / "config.json").exists() and (inside / "config.json").is_file()
+    return str(Path(path) / "checkpoint") if is_run else path
+
+
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of a checkpoint, or of the run that wrote it.",
+        show_default=False,
+        callback=lambda path: Path(checkpoint_of(str(path))),
+    ),
+]
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        help="Folders of models or runs, Hub ids or .gguf files.",
+        show_default=False,
+        callback=lambda names: [checkpoint_of(name) for name in names],
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
 ]

@@ -7,7 +7,7 @@ import typer
 
 from lrc.cli import console
 from lrc.cli.options import Json
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import UsageError
 
 COMPARISON = Path("comparison.html")
 
@@ -34,7 +34,7 @@ def report(
 ) -> None:
     """Draw the report of a run, or a comparison of several runs, as one HTML page."""
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
-        raise RecipeError(f"--output: must end in .html, got {output}; name another file")
+        raise UsageError(f"--output: must end in .html, got {output}; name another file")
     from lrc.compressors.io.files import write_text
     from lrc.compressors.page.page_file import PAGE
     from lrc.compressors.page.render import render

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lrc.compressors.page.number_text import score_text
+
 # A pipe or a file is not 80 columns wide.
 OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
@@ -28,15 +30,9 @@ def as_size(n_bytes: int | None) -> str:
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
 
 
-def as_number(value: float | None) -> str:
-    """Format a perplexity; empty if None."""
-    return "" if value is None else f"{value:.3f}" if value < 1e4 else f"{value:.3e}"
-
-
 def as_perplexity(value: float | None, error: float | None) -> str:
     """Format a perplexity with its standard error, if known; empty if None."""
-    text = as_number(value)
-    return text if error is None or not text else f"{text} ± {as_number(error)}"
+    return "" if value is None else score_text(value, error)
 
 
 def as_score(value: float | None, error: float | None) -> str:
@@ -134,8 +130,7 @@ def print_baselines(report: dict[str, Any]) -> None:
     columns = ["", "tensors", "of dense", *(f"perplexity {text}" for text in texts)]
     table = new_table("comparison with baselines", *columns)
     for name, size, values in sorted(rows, key=lambda row: -row[1]):
-        cells = ["not finite" if value is None else as_number(value) for value in values]
-        table.add_row(name, as_size(size), f"{size / sizes['dense']:.1%}", *cells)
+        table.add_row(name, as_size(size), f"{size / sizes['dense']:.1%}", *map(score_text, values))
     OUT.print(table)
     OUT.print(evaluation["baseline_comparison"])
 

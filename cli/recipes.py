@@ -8,7 +8,7 @@ import typer
 from lrc.cli import console
 from lrc.cli.options import Json
 from lrc.configs import shipped
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import UsageError
 
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lrc.")
 
@@ -40,10 +40,10 @@ def recipes_copy(
     text = shipped.read(name)
     target = to or Path(f"{name}.yaml")
     if target.exists():
-        raise RecipeError(f"{target} exists already; name another file")
+        raise UsageError(f"{target} exists already; name another file")
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:
         message = f"{target} cannot be written ({error.strerror}); name another file"
-        raise RecipeError(message) from error
+        raise UsageError(message) from error
     console.say(f"wrote {target}")

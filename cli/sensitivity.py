@@ -7,7 +7,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from lrc.cli.quality import OUT
-from lrc.cli.tables import print_warnings
+from lrc.cli.tables import print_pairs, print_warnings
 from lrc.compressors.compress.profile import Profile, rank_correlation
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.summary import WeightSummary, summarize
@@ -124,6 +124,7 @@ def print_sensitivity(plan: Plan) -> None:
     embeddings = [f"{task.name} as {task.config.quantization}" for task in plan.embeddings]
     included = f", including {' and '.join(embeddings)}" if embeddings else ""
     OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted weights{included}")
+    print_pairs(plan.pairs)
     print_warnings(plan)
 
 

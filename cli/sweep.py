@@ -16,6 +16,7 @@ from lrc.configs.errors import (
     RecipeError,
     SweepIncomplete,
     TargetMissed,
+    UsageError,
 )
 from lrc.configs.gate_text import parse_gate
 
@@ -62,9 +63,16 @@ def sweep(
 
     axes = read_axes(values or [])
     if "output" in axes:
-        raise RecipeError("output: is one folder for every run of a sweep; use --output")
+        raise UsageError(
+            f"output: is one folder for all runs of a sweep; write --output {axes['output'][0]}"
+        )
     runs = combinations(axes)
     first = load_recipe(recipe, runs[0].overrides).recipe
+    if len(runs) == 1 and target is None:
+        raise UsageError(
+            "lrc sweep: must have a key with several values, such as keep=0.9,0.8, or a --target; "
+            "`lrc compress` runs a recipe once"
+        )
     gate = None if target is None else _gate(target, axes, first)
     folder = (output or Path(f"{first.output}-sweep")).expanduser()
     from lrc.cli.sweep_table import print_sweep
@@ -100,20 +108,20 @@ def sweep(
 def _gate(text: str, axes: dict[str, list[str]], recipe: "Recipe") -> "Gate":
     """Return the target, or refuse what cannot be searched for."""
     if "keep" in axes:
-        raise RecipeError(f"--target: searches keep, got keep={','.join(axes['keep'])}; remove it")
+        raise UsageError(f"--target: searches keep, got keep={','.join(axes['keep'])}; remove it")
     from lrc.compressors.evaluate.gates import check_gate_names
     from lrc.configs.recipe import Gate
 
     try:
         gate = Gate.model_validate(parse_gate(text))
     except ValueError as error:
-        raise RecipeError(f"--target: {error}") from None
+        raise UsageError(f"--target: {error}") from None
     try:
         check_gate_names([gate], recipe.evaluate)
     except RecipeError as error:
         key = re.compile(r"evaluate\.gates\[0\]\.\w+")
-        raise RecipeError(
-            [replace(p, where=key.sub("--target", p.where)) for p in error.problems]
+        raise UsageError(
+            [replace(p, code="usage", where=key.sub("--target", p.where)) for p in error.problems]
         ) from None
     return gate
 

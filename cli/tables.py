@@ -8,9 +8,10 @@ from typing import Any
 
 from lrc.cli.bench_tables import print_slow_forms, print_slower_models
 from lrc.cli.quality import OUT, as_size, new_table, print_baselines, print_comparison
-from lrc.compressors.estimate import Estimate
+from lrc.compressors.estimates.estimate import Estimate
 from lrc.compressors.io.natural_order import natural
 from lrc.compressors.planning.coverage import Coverage, plan_coverage
+from lrc.compressors.planning.draft_speed import PredictedPair
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import WeightSummary, summarize
@@ -48,17 +49,22 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
             shares = f" ({_shares(source, trained.tokens, 'tokens')})"
             through += shares
         OUT.print(f"{trained.kind}, {trained.method}: {budget}{through}")
+    if plan.model.unchanged:
+        kept = (f"{p.name} ({p.kind}, {as_size(p.bytes)})" for p in plan.model.unchanged)
+        OUT.print(f"only the language model is compressed; unchanged: {', '.join(kept)}")
     _print_sizes(plan)
     if plan.elastic:
         _print_budgets(plan.elastic)
+    print_pairs(plan.pairs)
     times = predicted_times(plan)
     if times is not None:
         print_times(times.to_json(), times.place, pending=times.pending)
     print_warnings(plan)
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
+    gpu = "" if expected.peak_gpu is None else f", GPU memory {as_size(expected.peak_gpu)}"
     OUT.print(
-        f"estimate: {parts}; memory {as_size(expected.memory_bytes)}; disk "
-        f"{as_size(expected.disk_bytes)} while it runs"
+        f"estimate: {parts}; memory {as_size(expected.peak_host)}{gpu}, disk "
+        f"{as_size(expected.peak_disk)} while it runs"
     )
     if expected.not_estimated:
         OUT.print(f"not estimated: {', '.join(expected.not_estimated)}")
@@ -121,7 +127,7 @@ def _shares(source: dict[str, float], total: int | None, unit: str) -> str:
 def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> None:
     methods = sorted({row.method for row in rows})
     one = f", {methods[0]}" if len(methods) == 1 else ""
-    columns = ["weight", "layers", "shape", "method", "components", "size", "MiB", "kept"]
+    columns = ["weight", "layers", "shape", "method", "components", "structure", "MiB", "kept"]
     if one:
         columns.remove("method")
     model = plan.model
@@ -139,7 +145,7 @@ def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> Non
             "pending" if row.allocator else row.config.description,
         )
         alike.setdefault(cells, []).append(row)
-    for (name, shape, method, components, size), group in alike.items():
+    for (name, shape, method, components, structure), group in alike.items():
         bits, dense_bits = sum(row.bits for row in group), sum(row.dense_bits for row in group)
         known = [f"{bits / 8 / 2**20:.2f}", f"{bits / dense_bits:.1%}"]
         table.add_row(
@@ -148,7 +154,7 @@ def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> Non
             shape,
             *([] if one else [method]),
             components,
-            size,
+            structure,
             *(["", ""] if group[0].allocator else known),
         )
     OUT.print(table)
@@ -207,13 +213,26 @@ def print_report(report: dict[str, Any], output: str) -> None:
         f"{sum(seconds.values()):.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}), "
         f"peak memory {as_size(report['memory']['peak_rss_bytes'])}"
     )
+    if expected := report.get("estimate"):  # reports of earlier versions have none
+        _print_estimate(expected, report["memory"])
     drawn = ", report.html" if Path(output, "report.html").expanduser().is_file() else ""
     OUT.print(f"checkpoint: {output}/checkpoint   report: {output}/report.json{drawn}")
 
 
+def _print_estimate(expected: dict[str, Any], memory: dict[str, int | None]) -> None:
+    """Print what was expected next to what was used."""
+    names = {"host": "peak_rss_bytes", "gpu": "peak_gpu_bytes", "disk": "peak_disk_bytes"}
+    parts = [
+        f"{name} {as_size(guessed)} ({as_size(memory[key])} used)"
+        for name, key in names.items()
+        if (guessed := expected["peak"][f"{name}_bytes"]) is not None
+    ]
+    OUT.print(f"estimated: {sum(expected['seconds'].values()):.0f} s, {', '.join(parts)}")
+
+
 def print_inspection(facts: dict[str, Any]) -> None:
     """Print the facts of a checkpoint."""
-    columns = ("weight", "shape", "components", "size") if facts["modules"] else ()
+    columns = ("weight", "shape", "components", "structure") if facts["modules"] else ()
     table = new_table(f"{facts['path']} ({facts['architecture']})", *columns)
     for m in sorted(facts["modules"], key=lambda m: natural(m["name"])):
         patterns = [c["pattern"] for c in m["components"] if "pattern" in c]
@@ -245,6 +264,25 @@ def print_inspection(facts: dict[str, Any]) -> None:
     if facts["evaluation"]:
         print_comparison(facts["evaluation"])
         print_baselines(facts)
+
+
+def print_pairs(pairs: Sequence[PredictedPair]) -> None:
+    """Print the predicted speeds of drafters with their parent."""
+    if not pairs:
+        return
+    columns = ("keep", "nats per token", "accepted", "step of parent", "drafts", "speed of pair")
+    table = new_table("predicted speed of the parent with this drafter", *columns, "")
+    for each in pairs:
+        table.add_row(
+            f"{each.keep:g}",
+            f"{each.nats:.4f}",
+            f"{each.acceptance:.1%}",
+            f"{each.cost:.2f}",
+            str(each.drafts or "none"),
+            f"{each.speed:.2f}x",
+            "chosen" if each.chosen else "",
+        )
+    OUT.print(table)
 
 
 def _print_budgets(budgets: Sequence[float]) -> None:

@@ -15,11 +15,12 @@ from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_check import build_checked, simulated_calls
 from lrc.compressors.checkpoint.companions import copy_companions
+from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, Machine
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.configuration import read_config
-from lrc.compressors.models.source import Source, convert_gguf, load_dense
+from lrc.compressors.models.source import Source, load_dense
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import SliceRecord
 from lrc.compressors.prepare import Prepared
@@ -46,6 +47,8 @@ class ModelVersions:
     clock: Clock
     windows: Callable[[], Tensor]
     """Returns the calibration windows [samples, length]."""
+    sentences: Callable[[], Sentences] | None = None
+    """Returns the calibration texts of an encoder."""
 
     @cached_property
     def weights(self) -> Path:
@@ -54,6 +57,9 @@ class ModelVersions:
         if source.gguf is None:
             return source.folder
         if not self.journal.has("source"):
+            # It imports the package gguf, which takes a third of a second.
+            from lrc.compressors.checkpoint.gguf_conversion import convert_gguf
+
             with self.clock("convert"), self.journal.new_folder("source") as folder:
                 convert_gguf(source, folder)
         return self.journal.path("source")
@@ -81,7 +87,8 @@ class ModelVersions:
     def dense_files(self) -> ModelFiles:
         """Return the source model, to be read layer by layer."""
         dense = self.prepared.dense
-        return ModelFiles(dense, WeightReader(self.weights, dense), simulated_calls(dense))
+        reader = WeightReader(self.weights, dense)
+        return ModelFiles(dense, reader, simulated_calls(dense), self.dtype)
 
     def load_sliced(self, dtype: torch.dtype) -> Any:
         """Load the model after all slicing stages."""
@@ -118,6 +125,7 @@ class ModelVersions:
             self.prepared.plan.seed,
             self.machine.on_step,
             calibration.labels,
+            self.sentences,
         )
 
     def _slice(self, number: int, record: SliceRecord) -> None:

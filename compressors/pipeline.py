@@ -1,6 +1,6 @@
 """Run a recipe from start to end, one call per phase."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from lrc.compressors.checkpoint.assemble import write_checkpoint
 from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer, missing_files
 from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
+from lrc.compressors.estimates.estimate import estimate, refuse_too_large
 from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates, metrics_of
@@ -23,6 +24,7 @@ from lrc.compressors.io.files import new_folder, remove
 from lrc.compressors.io.machine import Machine, free_memory, release_memory
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.models.architecture import Architecture
+from lrc.compressors.models.model_kinds import refuse_encoder
 from lrc.compressors.page.page_file import PAGE, write_page
 from lrc.compressors.planning.loss_curves import LossCurves
 from lrc.compressors.planning.plan import Plan
@@ -74,6 +76,7 @@ def compress(
             if not written:
                 model, tokenizer = prepared.architecture.model, prepared.tokenizer
                 check_evaluation(model, tokenizer, recipe.evaluate, seed=recipe.seed)
+                _check_estimate(session)
                 _check_memory(session)
                 _check_source(session)
                 _save(session, _run_stages(session), loaded)
@@ -151,25 +154,26 @@ def profile(
         The state is saved, and the same call continues.
     """
     prepared = prepare(loaded.recipe, STAGES)
+    refuse_encoder(prepared.dense.kind, "model", "--profile")
     with open_session(prepared, machine or Machine()) as session:
         found = _predict(session)
-        return found, profile_plan(
-            found.plan,
-            session.models.reader,
-            session.journal,
-            session.statistics,
-            session.windows()[:windows],
-            # Rounding in 16 bits would change the loss more than most weights do.
-            dense=lambda: session.models.load_sliced(torch.float32),
-            device=session.device,
-            on_step=session.on_step,
-        )
+        context = session.models.calibration()
+        context = replace(context, windows=lambda: session.windows()[:windows])
+        return found, profile_plan(found.plan, session.models.reader, session.statistics, context)
 
 
 def _predict(session: Session) -> Sensitivity:
     planned = _sliced(session)
     plan = predict_losses(session, planned)
     return Sensitivity(plan, stored_curves(session, planned), session.models.architecture)
+
+
+def _check_estimate(session: Session) -> None:
+    """Estimate what the run needs, once, and refuse what cannot fit."""
+    expected = estimate(session.prepared, session.device)
+    refuse_too_large(expected, session.prepared, session.device)
+    if not session.journal.has(report.ESTIMATE):
+        session.journal.write_json(report.ESTIMATE, expected.to_json())
 
 
 def _check_source(session: Session) -> None:
@@ -267,12 +271,14 @@ def _evaluate(session: Session) -> dict[str, Any]:
     targets = report.baseline_targets(executed, prepared)
     sizes = _model_bytes(session, executed)
     streaming = StreamedEvaluation(
-        dense=models.dense_files,
-        compressed=lambda: open_checkpoint(session.checkpoint, trust_remote_code=trusted),
-        targets=targets,
+        {
+            "dense": models.dense_files,
+            "compressed": lambda: open_checkpoint(
+                session.checkpoint, dtype=models.dtype, trust_remote_code=trusted
+            ),
+        },
         journal=session.journal,
         device=session.device,
-        dtype=models.dtype,
         memory_limit_gib=session.calibration.memory_limit_gib / session.processes.size,
         on_step=session.on_step,
         processes=session.processes,
@@ -297,4 +303,4 @@ def _evaluate(session: Session) -> dict[str, Any]:
         streaming=streaming if streamed else None,
         processes=session.processes,
     )
-    return evaluator.add_baselines(evaluator.evaluate(), targets)
+    return evaluator.add_baselines(evaluator.evaluate(targets), targets)

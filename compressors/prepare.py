@@ -11,6 +11,7 @@ from lrc.compressors.calibrate.layer_check import check_layers
 from lrc.compressors.checkpoint.loading_check import check_loading
 from lrc.compressors.checkpoint.plain import is_plain, loads_packed
 from lrc.compressors.corpus.documents import check_source
+from lrc.compressors.corpus.examples import check_task_data
 from lrc.compressors.evaluate.gates import check_gate_names
 from lrc.compressors.evaluate.generations import read_prompts
 from lrc.compressors.evaluate.harness import check_tasks
@@ -18,9 +19,11 @@ from lrc.compressors.evaluate.perplexity import check_window
 from lrc.compressors.io.journal import RESULTS, WORK
 from lrc.compressors.layers.experts import ordinary_linears
 from lrc.compressors.models.architecture import Architecture, build
+from lrc.compressors.models.model_kinds import kind_of
 from lrc.compressors.models.source import Source, load_tokenizer, locate
 from lrc.compressors.models.source_check import check_contents
 from lrc.compressors.planning.compile import Compiled, StageCompiler, compile_plan
+from lrc.compressors.planning.encoder_recipe import check_examples, check_recipe_kind
 from lrc.compressors.planning.problems import Problems
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Recipe
@@ -64,22 +67,40 @@ def prepare(
             check_source(spec.source, part="evaluation")
     with _collected(problems):
         read_prompts(recipe.evaluate.generations)
-    for name in fractions(recipe.calibration.source):
-        with _collected(problems):
-            check_source(name, part="calibration")
+    with _collected(problems):
+        if recipe.calibration.task is not None:
+            check_task_data(recipe.calibration.task, "calibration")
+    with _collected(problems):
+        if recipe.evaluate.task is not None:
+            check_task_data(recipe.evaluate.task, "evaluation")
+    if recipe.calibration.task is None:
+        for name in fractions(recipe.calibration.source):
+            with _collected(problems):
+                check_source(name, part="calibration")
     with _collected(problems):
         source = locate(recipe.model, weights=weights)
     _check_output(recipe, problems)
     problems.raise_if_any()
-    for number, spec in enumerate(recipe.evaluate.perplexity):
-        with _collected(problems):
-            check_window(source.config, spec.window, f"evaluate.perplexity[{number}].window")
-    with _collected(problems):
-        check_window(source.config, recipe.calibration.length, "calibration.length")
+    if not kind_of(source.config).encoder:
+        windows = {
+            f"evaluate.perplexity[{number}].window": spec.window
+            for number, spec in enumerate(recipe.evaluate.perplexity)
+        }
+        if recipe.calibration.task is None:
+            windows["calibration.length"] = recipe.calibration.length
+        for key, window in windows.items():
+            with _collected(problems):
+                check_window(source.config, window, key)
     dense, warnings = build(source), list[str]()
     if source.weights_local:  # reads headers only
         source, dense, warnings = check_contents(source, dense)
     dense = check_layers(dense)
+    before = len(problems)
+    check_recipe_kind(recipe, dense, problems)
+    if len(problems) > before:
+        problems.raise_if_any()
+    if dense.kind.encoder:
+        check_examples(recipe, dense.model)
     with _collected(problems):
         compiled = compile_plan(recipe, source, dense, stages)
     with _collected(problems):
@@ -100,6 +121,8 @@ def _check_output(recipe: Recipe, problems: Problems) -> None:
     """Report inputs that the run itself would delete or replace, as with ``--overwrite``."""
     texts = {
         "calibration.source": recipe.calibration.source,
+        "calibration.task.data": recipe.calibration.task and recipe.calibration.task.data,
+        "evaluate.task.data": recipe.evaluate.task and recipe.evaluate.task.data,
         **{f"stages[{i}].heal.source": o.source for i, o in recipe.stages_of("heal").items()},
     }
     inputs = [(key, name) for key, source in texts.items() if source for name in fractions(source)]

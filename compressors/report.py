@@ -27,6 +27,7 @@ from lrc.compressors.heal.run import training_report
 from lrc.compressors.io.files import write_text
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.versions import environment
+from lrc.compressors.models.model_kinds import CAUSAL, ModelKind
 from lrc.compressors.models.source import HUB_ID
 from lrc.compressors.planning.coverage import coverage_json
 from lrc.compressors.planning.plan import Plan
@@ -35,6 +36,8 @@ from lrc.compressors.planning.summary import summarize
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.session import Session
 
+ESTIMATE = "estimate.json"
+"""The journal's name for the estimate with which a run has begun."""
 SCHEMA_VERSION = 2
 SCHEMA = {
     "schema_version": "2; raised when a key changes its meaning or is removed",
@@ -130,7 +133,15 @@ SCHEMA = {
     "evaluation.baselines[].perplexity.NAME": "measured in this run; null if not finite",
     "evaluation.baseline_comparison": "which wins, result or baseline: one sentence, or null",
     "timing.seconds.STAGE": "wall time; after an interruption, the sum over all attempts",
+    "timing.cpu_seconds.STAGE": "of all threads of the process that finished the run",
     "memory.{peak_rss_bytes,peak_gpu_bytes}": "of the process that finished the run",
+    "memory.peak_disk_bytes": "largest size of the output folder in that process, between steps",
+    "estimate": "what was expected before the work began; null if nothing was left to do",
+    "estimate.{seconds,host_bytes,gpu_bytes,disk_bytes}.STAGE": (
+        "time, and the peaks of resident memory, GPU memory and the output folder"
+    ),
+    "estimate.peak.{host_bytes,gpu_bytes,disk_bytes}": "the largest of all stages; GPU or null",
+    "estimate.not_estimated[]": "parts of the evaluation that the estimate does not include",
     "environment": "versions, processor, threads, device",
     "speed": "result of `lrc bench --report`: its JSON for this model and dense; null if none",
     "warnings": (
@@ -177,8 +188,12 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "latency": None if times is None else times.to_json(),
         "calibration": calibration,
         "evaluation": evaluation,
-        "timing": {"seconds": {k: round(s, 2) for k, s in session.clock.seconds.items()}},
-        "memory": _memory(session.device),
+        "timing": {
+            "seconds": {k: round(s, 2) for k, s in session.clock.seconds.items()},
+            "cpu_seconds": {k: round(s, 2) for k, s in session.clock.cpu_seconds.items()},
+        },
+        "memory": _memory(session),
+        "estimate": stored_estimate(session.journal),
         "environment": environment(session.device),
         "speed": None,
         "warnings": [
@@ -193,7 +208,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     manifest = read_manifest(checkpoint)
     assert manifest is not None
-    card = model_card(report, plan, plain=manifest.plain)
+    card = model_card(report, plan, prepared.dense.kind, plain=manifest.plain)
     write_text(checkpoint / layout.REPORT, text)
     for folder in (checkpoint, session.journal.output):
         write_text(folder / "README.md", card)
@@ -218,7 +233,7 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
     return report if known and is_current(journal, prepared.recipe.evaluate) else None
 
 
-def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
+def model_card(report: dict[str, Any], plan: Plan, kind: ModelKind = CAUSAL, *, plain: bool) -> str:
     """Render the model card: contents, comparison, loading, provenance.
 
     `plain` states that transformers loads the checkpoint without lrc.
@@ -230,7 +245,7 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
     types = {c["type"] for layer in report["layers"] for c in layer["config"]["components"]}
     header = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=kind.pipeline,
         tags=["lrc", "compressed", *sorted(each.replace("_", "-") for each in types - {"dense"})],
         **({"base_model": base} if on_hub else {}),
     )
@@ -242,9 +257,11 @@ def model_card(report: dict[str, Any], plan: Plan, *, plain: bool) -> str:
         name=name,
         report=report,
         architecture=plan.model.architecture,
+        unchanged=plan.model.unchanged,
         dtype=plan.model.dtype,
         base=base if on_hub else name,
         plain=plain,
+        auto_class=kind.auto_class.__name__,
         integers="dense" in types,
     )
 
@@ -307,8 +324,15 @@ def baseline_targets(plan: Plan, prepared: Prepared) -> Targets:
     return Targets(shapes, prepared.source.dtype, plan.dense_bytes, plan.compressed_bytes)
 
 
-def _memory(device: str) -> dict[str, int | None]:
-    unit = 1 if sys.platform == "darwin" else 1024
+def stored_estimate(journal: Journal) -> dict[str, Any] | None:
+    """Return the JSON values of the estimate with which a run has begun."""
+    found: dict[str, Any] | None = journal.read_json(ESTIMATE) if journal.has(ESTIMATE) else None
+    return found
+
+
+def _memory(session: Session) -> dict[str, int | None]:
+    device, unit = session.device, 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     gpu = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
-    return {"peak_rss_bytes": peak, "peak_gpu_bytes": gpu}
+    disk = session.clock.disk.peak
+    return {"peak_rss_bytes": peak, "peak_gpu_bytes": gpu, "peak_disk_bytes": disk}

@@ -1,9 +1,10 @@
 """The context of one run: the prepared recipe, the journal of its results, and the machine."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,22 +13,42 @@ from torch import Tensor
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.calibration_sentences import take_sentences
 from lrc.compressors.calibrate.calibration_windows import (
     FILE,
     SELF,
     provenance,
-    sample_windows,
     take_windows,
     vocabulary_warning,
 )
+from lrc.compressors.calibrate.sampled_windows import (
+    loaded_by_layer,
+    sample_windows,
+    windows_together,
+)
+from lrc.compressors.calibrate.segments import (
+    VALUE_BYTES,
+    SegmentedStatistics,
+    Segments,
+    differentiates,
+    divide_layers,
+    statistics_bytes,
+)
+from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.corpus.documents import source_identity
+from lrc.compressors.corpus.examples import task_identity
+from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.distributed.lifetime import watched
 from lrc.compressors.distributed.processes import Processes
+from lrc.compressors.evaluate.streaming_rule import FRACTION, GIB
+from lrc.compressors.io.disk_use import folder_bytes, free_disk
 from lrc.compressors.io.journal import Journal, open_journal
-from lrc.compressors.io.machine import Clock, Machine, OnStep
+from lrc.compressors.io.machine import Clock, Machine, OnStep, free_memory
 from lrc.compressors.io.versions import versions
 from lrc.compressors.model_versions import ModelVersions
+from lrc.compressors.planning.coverage import measured_coverage, refuse_starved
+from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.planning.tasks import Weight
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.solvers.moments import Statistics
@@ -74,7 +95,14 @@ class Session:
     @cached_property
     def models(self) -> ModelVersions:
         """The source model and what slicing leaves of it."""
-        return ModelVersions(self.prepared, self.journal, self.machine, self.clock, self.windows)
+        return ModelVersions(
+            self.prepared,
+            self.journal,
+            self.machine,
+            self.clock,
+            self.windows,
+            self.sentences if self.prepared.dense.kind.encoder else None,
+        )
 
     def sampled_windows(self, samples: int, length: int, *, seed: int) -> Tensor:
         """Return windows [samples, length] of text that the dense model writes.
@@ -83,16 +111,12 @@ class Session:
         """
         if self.calibration.source == SELF and self.calibration.length == length:
             return self.windows()
-        return sample_windows(
-            self.models.load_dense(self.models.dtype),
-            (samples, length),
-            bos=default_bos(self.prepared.tokenizer),
-            generator=torch.Generator().manual_seed(seed),
-            on_step=self.on_step,
-        )
+        return self._sample((samples, length), torch.Generator().manual_seed(seed))
 
     def windows(self) -> Tensor:
         """Return the calibration windows [samples, length], drawn once per run."""
+        if self.prepared.dense.kind.encoder:
+            return self.sentences().tokens
         known = self.journal.has(FILE)
         windows = take_windows(
             self.calibration,
@@ -100,17 +124,79 @@ class Session:
             self.journal,
             seed=self.prepared.plan.seed,
             embedding=self.prepared.dense.model.get_input_embeddings(),
-            dense=lambda: self.models.load_dense(self.models.dtype),
-            on_step=self.on_step,
+            sample=self._sample,
         )
+        self._warn_of_little_text(known=known)
+        return windows
+
+    def sentences(self) -> Sentences:
+        """Return the calibration texts of an encoder, drawn once per run."""
+        known, dense = self.journal.has(FILE), self.prepared.dense
+        found = take_sentences(
+            self.calibration,
+            self.prepared.tokenizer,
+            self.journal,
+            seed=self.prepared.plan.seed,
+            embedding=dense.model.get_input_embeddings(),
+            classes=dense.model.config.id2label if dense.kind.classifies else None,
+        )
+        self._warn_of_little_text(known=known)
+        return found
+
+    def _warn_of_little_text(self, *, known: bool) -> None:
         warning = vocabulary_warning(provenance(self.journal))
         if warning is not None and not known:
             self.machine.on_warning(warning)
-        return windows
+
+    def _sample(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Sample windows from the dense model, layer by layer if it does not fit into memory."""
+        bos = default_bos(self.prepared.tokenizer)
+        sample = partial(sample_windows, bos=bos, generator=generator, on_step=self.on_step)
+        models, free = self.models, free_memory(self.device)
+        n_bytes = self.prepared.plan.dense_parameters * models.dtype.itemsize
+        if n_bytes <= FRACTION * free:
+            return sample(models.load_dense(models.dtype), shape)
+        samples, length = shape
+        files = models.dense_files()
+        together = windows_together(files.architecture, length, dtype=models.dtype, free=free)
+        times = math.ceil(samples / together) * (length - 1)
+        self.machine.on_warning(
+            f"source: self: the model does not fit into memory ({n_bytes / GIB:.1f} GiB of weights,"
+            f" {free / GIB:.1f} GiB are free), so that its layers are read once per token:"
+            f" {times * n_bytes / GIB:,.0f} GiB in all; shorter windows need fewer reads, and a"
+            " text as the source none"
+        )
+        with loaded_by_layer(
+            files.architecture, files.reader, device=self.device, dtype=models.dtype
+        ) as model:
+            return sample(model, shape, together=together)
+
+    @cached_property
+    def segments(self) -> SegmentedStatistics | None:
+        """Collects statistics when they are used; None if those of all layers are collected first.
+
+        Layers that are compressed already need none.
+        """
+        found = statistic_segments(self.prepared) if self.processes.alone else None
+        if found is None:
+            return None
+        tasks = self.prepared.plan.tasks
+        left = [task for task in tasks if not self.journal.has(layer_file(task.layer))]
+        return SegmentedStatistics(self.models.calibration(), required_statistics(left), found)
 
     def statistics(self, weight: Weight) -> Statistics:
         """Return the calibration statistics of a weight."""
+        if self.segments is not None:
+            collected = self.segments.collect_for(weight.layer)
+            self.check_coverage(collected)
         return statistics.load(self.journal, weight.layer, weight.name)
+
+    def check_coverage(self, layers: Iterable[int]) -> None:
+        """Raise a `DataError` if most experts of some layers received too few tokens."""
+        counts = statistics.expert_tokens(self.journal, layers)
+        refuse_starved(
+            measured_coverage(counts), self.calibration.samples * self.calibration.length
+        )
 
     def divided_calibration(self) -> CalibrationContext:
         """Return the context of work in which all processes take part, see `in_all_processes`."""
@@ -139,6 +225,29 @@ class Session:
             self.processes.barrier()
 
 
+def statistic_segments(prepared: Prepared) -> Segments | None:
+    """Return how the layers are divided to collect statistics; None if they need not be.
+
+    Without a limit in the recipe, the statistics may take what is free on the disk besides the
+    result.
+    """
+    plan, calibration = prepared.plan, Calibration.model_validate(prepared.plan.calibration)
+    required = required_statistics(plan.tasks)
+    sizes = statistics_bytes(prepared.architecture, required)
+    if calibration.disk_limit_gib is None:
+        output = Path(prepared.recipe.output).expanduser().absolute()
+        limit = free_disk(output) + folder_bytes(output)
+        limit -= 2 * plan.compressed_bytes + sum(record.bytes[1] for record in plan.slices)
+        limit -= plan.dense_bytes if prepared.source.gguf is not None else 0
+    else:
+        limit = int(calibration.disk_limit_gib * 2**30)
+    if sum(sizes) <= limit:
+        return None
+    width = int(getattr(prepared.source.config.get_text_config(), "hidden_size", 0) or 0)
+    states = VALUE_BYTES * calibration.samples * calibration.length * width
+    return divide_layers(sizes, states, limit, differentiates=differentiates(required))
+
+
 def _text_identity(source: str | Mapping[str, float]) -> str | list[list[str | float]]:
     if isinstance(source, str):
         return source_identity(source)
@@ -154,14 +263,16 @@ def open_session(prepared: Prepared, machine: Machine) -> Iterator[Session]:
     for warning in prepared.plan.warnings:
         machine.on_warning(warning)
     output, processes = Path(prepared.recipe.output).expanduser(), machine.processes
-    _check_windows(prepared, processes)
+    _check_division(prepared, processes)
     known = identity(prepared)
     with (
         machine.current(),
         open_journal(output, known, overwrite=machine.overwrite) as journal,
         watched(processes, journal.work, machine.on_lost),
     ):
-        yield Session(prepared, journal, machine, Clock(journal))
+        clock = Clock(journal)
+        watching = replace(machine, on_step=clock.disk.watching(machine.on_step))
+        yield Session(prepared, journal, watching, clock)
         processes.agree(None)
 
 
@@ -173,8 +284,21 @@ def join_session(prepared: Prepared, machine: Machine) -> Iterator[Session]:
         yield Session(prepared, journal, machine, Clock(journal, keep=False))
 
 
-def _check_windows(prepared: Prepared, processes: Processes) -> None:
-    """Refuse more processes than there are calibration windows to divide."""
+def _check_division(prepared: Prepared, processes: Processes) -> None:
+    """Refuse what several processes cannot divide."""
+    if processes.alone:
+        return
+    if prepared.dense.kind.encoder:
+        raise RecipeError(
+            f"model: is an encoder, whose texts cannot be divided between {processes.size} "
+            "processes; start one"
+        )
+    if statistic_segments(prepared) is not None:
+        raise RecipeError(
+            "calibration.disk_limit_gib: the statistics of all layers must fit on the disk if "
+            f"{processes.size} processes share them; start one, raise it, or choose an output "
+            "folder with more room"
+        )
     samples = prepared.recipe.calibration.samples
     if processes.size > samples:
         raise RecipeError(
@@ -186,7 +310,10 @@ def _check_windows(prepared: Prepared, processes: Processes) -> None:
 def identity(prepared: Prepared) -> dict[str, Any]:
     """Return everything that determines the bytes of the checkpoint."""
     recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
-    del recipe["calibration"]["memory_limit_gib"]
+    for key in ("memory_limit_gib", "disk_limit_gib"):
+        del recipe["calibration"][key]
+    if (task := prepared.recipe.calibration.task) is not None:
+        recipe["calibration"]["task"]["data"] = task_identity(task)
     texts = [recipe["calibration"], *(o for stage in recipe["stages"] for o in stage.values())]
     for options in texts:
         if options.get("source") is not None:

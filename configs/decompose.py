@@ -67,6 +67,9 @@ class DecomposeBase(Strict):
     elastic: Budgets | None = None
     """Instead of `keep`: two or more budgets below 1, the largest first. The checkpoint stores the
     largest, and can be cut to any of the others without calibration. For low-rank methods."""
+    drafter: Budgets | None = None
+    """Instead of `keep`: budgets below 1, of which the one is used that is predicted to make the
+    fastest pair of the source model and the result as its drafter. For `lagrangian` allocation."""
     measure: Literal["bits", "macs", "latency"] = "bits"
     """What `keep` is a fraction of: stored bits, multiply-adds per token, or the time of the
     products on the device that runs `lrc compress` or that `latency_table` was made on."""
@@ -104,7 +107,8 @@ class DecomposeBase(Strict):
     @property
     def largest_keep(self) -> float | None:
         """The budget as a fraction, of several the largest; None if it is a size or in a plan."""
-        return self.keep if self.elastic is None else self.elastic[0]
+        several = self.elastic or self.drafter
+        return self.keep if several is None else max(several)
 
     @property
     def component_types(self) -> tuple[str, ...]:
@@ -129,6 +133,11 @@ class DecomposeBase(Strict):
         return int(getattr(self, "layers_per_group", 1))
 
     @property
+    def group_experts(self) -> int:
+        """Number of experts of a layer that share a factor."""
+        return int(getattr(self, "experts_per_group", 1))
+
+    @property
     def scheme_choices(self) -> tuple[str, ...]:
         """Integer formats that the allocator may choose."""
         return tuple(getattr(self, "schemes", ()))
@@ -140,10 +149,13 @@ class DecomposeBase(Strict):
 
     @model_validator(mode="after")
     def _one_budget(self) -> "DecomposeBase":
-        names = ("keep", "size", "elastic")
+        names = ("keep", "size", "elastic", "drafter")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1 or not (given or self.plan):
-            text = "give exactly one of 'keep', 'size' and 'elastic', or a 'plan' with the ranks"
+            text = (
+                "give exactly one of 'keep', 'size', 'elastic' and 'drafter', or a 'plan' with the "
+                "ranks"
+            )
             raise ValueError(f"{text}; got {' and '.join(given) or 'none of them'}")
         if self.size is not None and self.measure != "bits":
             raise ValueError(
@@ -190,6 +202,33 @@ class DecomposeBase(Strict):
             raise ValueError(
                 "'min_keep' must be at most the smallest of 'elastic', "
                 f"{self.elastic[-1]:g}, got {self.min_keep:g}; lower min_keep"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drafter_budgets(self) -> "DecomposeBase":
+        if self.drafter is None:
+            return self
+        listed = f"[{', '.join(f'{each:g}' for each in self.drafter)}]"
+        if max(self.drafter) == 1 or len({*self.drafter}) < len(self.drafter):
+            raise ValueError(
+                f"'drafter' must list different budgets below 1, got {listed}; change or remove "
+                "those that are not"
+            )
+        if self.min_keep > min(self.drafter):
+            raise ValueError(
+                f"'min_keep' must be at most the smallest of 'drafter', {min(self.drafter):g}, got "
+                f"{self.min_keep:g}; lower min_keep"
+            )
+        if self.measure == "macs":
+            raise ValueError(
+                "'drafter' compares times, which multiply-adds do not give; set measure: latency, "
+                "or measure: bits for times in proportion to bytes"
+            )
+        if self.allocation != "lagrangian":
+            raise ValueError(
+                f"'drafter' needs predicted losses, got allocation: {self.allocation}; set "
+                "allocation: lagrangian"
             )
         return self
 

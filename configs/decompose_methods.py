@@ -138,6 +138,9 @@ class BasisSharing(DecomposeBase):
     damp: Damp = 1e-6
     layers_per_group: Annotated[int, Field(ge=2)] = 2
     """Number of consecutive layers that share a factor."""
+    experts_per_group: PositiveInt = 1
+    """Number of experts of a layer that share a factor. 1: experts of the same number in
+    consecutive layers share one, like other matrices."""
     compensate: None = None
     """Not available with this method, which solves several layers together."""
 

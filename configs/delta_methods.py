@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError, model_validator
 
 from lrc.configs.decompose import Keep, Size
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import UsageError
 from lrc.configs.explain import explain
 from lrc.configs.overrides import apply_override, read_overrides
 from lrc.configs.places import Places
@@ -109,7 +109,7 @@ def parse_delta_method(method: str, options: Sequence[str]) -> DeltaMethod:
 
     Raises
     ------
-    RecipeError
+    UsageError
         With every unknown method, unknown key and value out of range.
     """
     assignments, problems = read_overrides(options)
@@ -123,5 +123,5 @@ def parse_delta_method(method: str, options: Sequence[str]) -> DeltaMethod:
     except ValidationError as error:
         problems += explain(error, value, shape, places)
     if problems:
-        raise RecipeError(problems)
+        raise UsageError(problems)
     return found

@@ -23,7 +23,7 @@ class Problem:
     """The line of the file or the override that wrote the value at `where`; may be empty."""
 
     @classmethod
-    def parse(cls, text: str) -> "Problem":
+    def parse(cls, text: str, code: str = "invalid-recipe") -> "Problem":
         """Split a sentence of the form `where: message`; `where` has no spaces.
 
         >>> Problem.parse("stages[0].decompose.keep: must be at most 1, got 2").where
@@ -31,7 +31,7 @@ class Problem:
         """
         found = re.match(r"(\S+): (?=\S)", text)
         where = found[1] if found else ""
-        return cls("invalid-recipe", where, text[found.end() :] if found else text)
+        return cls(code, where, text[found.end() :] if found else text)
 
     def __str__(self) -> str:
         return ": ".join(filter(None, (self.source, self.where, self.message)))
@@ -54,10 +54,10 @@ class LrcError(Exception):
 
 
 class RecipeError(LrcError):
-    """The recipe, an override or the command line requests something impossible.
+    """The recipe or an override requests something impossible.
 
-    All problems are shown together. Plain sentences, `where: message`, have the code
-    `invalid-recipe`; a single one needs no list.
+    All problems are shown together. Plain sentences, `where: message`, have the code of the class;
+    a single one needs no list.
     """
 
     exit_code = 2
@@ -65,9 +65,16 @@ class RecipeError(LrcError):
 
     def __init__(self, problems: str | Sequence[Problem | str]) -> None:
         problems = [problems] if isinstance(problems, str) else problems
-        found = [Problem.parse(each) if isinstance(each, str) else each for each in problems]
+        code = self.default_code
+        found = [Problem.parse(each, code) if isinstance(each, str) else each for each in problems]
         super().__init__("\n".join(map(str, found)), code=found[0].code if found else None)
         self.problems = found
+
+
+class UsageError(RecipeError):
+    """An argument or option of the command line requests something impossible."""
+
+    default_code = "usage"
 
 
 class ModelError(LrcError):

@@ -17,6 +17,7 @@ from lrc.configs.quantize import SCHEME, Quantize
 from lrc.configs.slice import Slice
 from lrc.configs.sources import Source, counts
 from lrc.configs.strict import Strict, Text, repeated
+from lrc.configs.task_data import CalibrationTask, EvaluationTask
 
 Baseline = Annotated[
     str,
@@ -59,8 +60,10 @@ class Calibration(Strict):
     """`python-docs` (packaged), `self` (sampled from the model), `c4`, `wikitext2`, or a path to a
     `.jsonl` or `.txt` file; of a long file, evenly spaced excerpts are used. Several sources are
     written with their fractions, as in `{c4: 0.5, self: 0.5}`."""
+    task: CalibrationTask | None = None
+    """Examples to use instead of windows of a text: only for encoders."""
     samples: PositiveInt = 32
-    """Number of windows."""
+    """Number of windows, or of examples of a task."""
     length: PositiveInt = 1024
     """Tokens per window."""
     field: str = "text"
@@ -70,9 +73,14 @@ class Calibration(Strict):
     text as one user turn)."""
     labels: Literal["model", "sampled", "real"] = "model"
     """Targets of the loss whose gradients are computed: the model's own distribution (`model`), one
-    token sampled from it (`sampled`), or the actual next token (`real`)."""
+    token sampled from it (`sampled`), or the actual next token (`real`). Of a classifier, the label
+    is that of the whole example, and `real`, the label in the data, is the default if `task` has a
+    column of labels."""
     memory_limit_gib: Annotated[float, Field(gt=0)] = 2.0
     """Hidden states larger than this (GiB) are kept on disk."""
+    disk_limit_gib: Annotated[float, Field(gt=0)] | None = None
+    """Statistics larger than this (GiB) are collected for a few layers at a time, in more passes
+    over the text; the result is the same. What is free on the disk if left out."""
 
     @model_validator(mode="after")
     def _a_window_of_every_source(self) -> "Calibration":
@@ -83,6 +91,34 @@ class Calibration(Strict):
                     f"{name}; raise it"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _labels_of_the_task(self) -> "Calibration":
+        if self.task is None:
+            return self
+        text = sorted({"source", "field", "chat_template", "length"} & self.model_fields_set)
+        changed = [
+            key for key in text if getattr(self, key) != type(self).model_fields[key].default
+        ]
+        if changed:
+            keys = ", ".join(f"'{key}'" for key in changed)
+            raise ValueError(
+                f"'task' replaces the calibration text, got also {keys}; remove one of them (a "
+                "task has its own 'length')"
+            )
+        if self.task.label is not None and "labels" not in self.model_fields_set:
+            object.__setattr__(self, "labels", "real")
+        if self.labels == "real" and self.task.label is None:
+            raise ValueError(
+                "labels: real needs the column of the labels, got a 'task' without 'label'; name "
+                "the column, or choose labels: model"
+            )
+        return self
+
+    @property
+    def window(self) -> int:
+        """Tokens per window, or per example of a task."""
+        return self.length if self.task is None else self.task.length
 
     def of(self, source: str, samples: int) -> "Calibration":
         """Return the same options for one source and a number of windows."""
@@ -158,7 +194,8 @@ class Gate(Strict):
     metric: Text
     """`perplexity.NAME`, `kl.NAME` (KL divergence from the dense model, nats per token),
     `agreement.NAME` (fraction of positions with the same most likely token),
-    `tasks.NAME.METRIC`, or `size` (bytes of the weight files)."""
+    `tasks.NAME.METRIC` (of an encoder, `accuracy` or `similarity`), or `size` (bytes of the weight
+    files)."""
     at_most: float | None = None
     """Highest value that passes."""
     at_least: float | None = None
@@ -190,6 +227,8 @@ class Evaluate(Strict):
     """Texts to measure perplexity on."""
     tasks: Tasks = Tasks()
     """lm-eval tasks to score."""
+    task: EvaluationTask | None = None
+    """Examples to score an encoder on: only for encoders."""
     gates: list[Gate] = []
     """Quality thresholds for the compressed model."""
     dense: bool = True
@@ -223,6 +262,11 @@ class Evaluate(Strict):
                 "true or remove 'generations'"
             )
         return self
+
+    @property
+    def scores_models(self) -> bool:
+        """Whether each model is scored by itself."""
+        return bool(self.perplexity or self.tasks.names or self.task)
 
     @property
     def compared_texts(self) -> list[Perplexity]:

@@ -73,8 +73,17 @@ class Reap(SliceBase):
     method: Literal["reap"]
 
 
+class Ream(SliceBase):
+    """REAM: experts of mixture-of-experts layers, which are merged into the others."""
+
+    method: Literal["ream"]
+    group_size: Annotated[int, Field(ge=2)] = 16
+    """Largest number of experts that are merged into one. With larger groups, fewer of the kept
+    experts change."""
+
+
 Slice = Annotated[
-    Drop | Modegpt | Slicegpt | Reap,
+    Drop | Modegpt | Slicegpt | Reap | Ream,
     Field(
         discriminator="method",
         description="Remove layers, experts or channels; the result is a smaller dense model.",

@@ -162,6 +162,8 @@ class LlamaCpp:
         target: Path,
         file_type: int,
         importance: Mapping[str, np.ndarray] | None = None,
+        *,
+        threads: int = 1,
     ) -> None:
         """Quantize a file as ``llama-quantize`` does.
 
@@ -172,6 +174,7 @@ class LlamaCpp:
             Number of the mixture of block types, see `gguf.LlamaFileType`.
         importance : mapping of str to ndarray, optional
             Importance matrix: tensor -> mean square of each of its inputs.
+        threads : int, default 1
 
         Raises
         ------
@@ -180,7 +183,7 @@ class LlamaCpp:
         """
         self._log.clear()
         parameters = self._llama.llama_model_quantize_default_params()
-        parameters.nthread, parameters.ftype = 1, file_type
+        parameters.nthread, parameters.ftype = threads, file_type
         kept = [np.ascontiguousarray(each, np.float32) for each in (importance or {}).values()]
         if importance is not None:
             entries = zip((name.encode() for name in importance), kept, strict=True)

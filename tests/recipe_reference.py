@@ -19,6 +19,8 @@ TOP = ("model", "calibration", "evaluate")
 PARTS = {
     "evaluate.perplexity[]": "Perplexity",
     "evaluate.tasks": "Tasks",
+    "calibration.task": "CalibrationTask",
+    "evaluate.task": "EvaluationTask",
     "evaluate.generations": "Generations",
     "evaluate.gates[]": "Gate",
     "compensate": "Compensate",

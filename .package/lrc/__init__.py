@@ -24,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from lrc.compressors.layers.streaming import stream_low_rank
 
         return stream_low_rank
+    if name == "share_embeddings":
+        from lrc.compressors.layers.shared_ends import share_embeddings
+
+        return share_embeddings
     if name in ("LoadedDeltas", "load_delta"):
         from lrc.compressors.deltas import loaded_deltas
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from lrc.compressors.checkpoint.format import expected_tensors
 from lrc.compressors.checkpoint.reader import Contents
@@ -20,6 +20,7 @@ from lrc.compressors.kernels import FastPath, optimize, slow_layers
 from lrc.compressors.kernels.failures import described
 from lrc.compressors.layers import ComponentConfig, CompressedLinear, WeightConfig
 from lrc.compressors.layers.component import Component
+from lrc.compressors.models.model_kinds import kind_of
 
 REBUILT = "the matrix is rebuilt for every call"
 Reasons = dict[str, str]
@@ -157,6 +158,6 @@ def _looked_up(folder: Path, contents: Contents) -> set[str]:
     with suppress(Exception), torch.device("meta"):  # a class that needs its own code, say
         # Explicitly untrusted: transformers would ask on the terminal.
         found: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_config(found, trust_remote_code=False)
+        model: Any = kind_of(found).auto_class.from_config(found, trust_remote_code=False)
         return {name for name, each in model.named_modules() if isinstance(each, nn.Embedding)}
     return set()

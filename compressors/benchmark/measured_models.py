@@ -17,7 +17,8 @@ from lrc.compressors.checkpoint.manifest import read_object
 from lrc.compressors.checkpoint.reader import Contents, read_contents
 from lrc.compressors.models import source as models
 from lrc.compressors.models.configuration import check_code, first_line, refuse_adapter
-from lrc.configs.errors import CheckpointError, RecipeError
+from lrc.compressors.models.model_kinds import refuse_encoder
+from lrc.configs.errors import CheckpointError, UsageError
 from lrc.configs.recipe import Model
 
 GIVE_DENSE = "give --against DENSE for ratios"
@@ -56,7 +57,7 @@ def find_target(name: str, scratch: Path, *, trusted: bool = False) -> Target:
 
     Raises
     ------
-    RecipeError
+    UsageError
         If there is no such file or folder.
     CheckpointError, ModelError
         If it is damaged or cannot be read.
@@ -66,11 +67,15 @@ def find_target(name: str, scratch: Path, *, trusted: bool = False) -> Target:
         found = models.locate(Model(path=name, trust_remote_code=trusted))
         folder = found.folder
         if found.gguf is not None:
+            # It imports the package gguf, which takes a third of a second.
+            from lrc.compressors.checkpoint.gguf_conversion import convert_gguf
+
             folder = scratch / f"{len([*scratch.iterdir()])}"
-            models.convert_gguf(found, folder)
+            convert_gguf(found, folder)
     refuse_adapter(folder)
     contents = read_contents(folder)
     check_code(contents.config, folder, trusted=trusted)
+    refuse_encoder(contents.kind, name, "lrc bench")
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         text = config.get_text_config(decoder=True)
@@ -124,7 +129,7 @@ def check_targets(targets: Sequence[Target], settings: Settings) -> None:
 
     Raises
     ------
-    RecipeError
+    UsageError
         If vocabularies differ, or a prompt and what follows is longer than a model allows.
     """
     first, problems = targets[0], []
@@ -144,7 +149,7 @@ def check_targets(targets: Sequence[Target], settings: Settings) -> None:
             )
             break
     if problems:
-        raise RecipeError(problems)
+        raise UsageError(problems)
 
 
 def _source_of(name: str) -> str | None:

@@ -15,7 +15,7 @@ from lrc.compressors.benchmark.results import PHASES, failures, slower_models
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.manifest import CHECKSUM, read_object, report_checksum
 from lrc.compressors.io.files import write_text
-from lrc.configs.errors import CheckpointError, RecipeError
+from lrc.configs.errors import CheckpointError, UsageError
 
 KEY = "speed"
 """Of the report."""
@@ -49,7 +49,7 @@ def find_reports(names: list[str]) -> dict[str, Path]:
 
     Raises
     ------
-    RecipeError
+    UsageError
         If there is none.
     CheckpointError
         If a report was damaged or edited.
@@ -57,7 +57,7 @@ def find_reports(names: list[str]) -> dict[str, Path]:
     folders = {name: Path(name).expanduser() for name in names}
     found = {name: each for name, each in folders.items() if (each / layout.REPORT).is_file()}
     if not found:
-        raise RecipeError(
+        raise UsageError(
             "--report: adds to the reports of checkpoints that lrc compressed, and no model has "
             f"one ({layout.REPORT}); give the folder OUTPUT/checkpoint of a run"
         )

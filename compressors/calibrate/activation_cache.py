@@ -16,13 +16,17 @@ from torch import Tensor
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.io.files import publish, storage_errors
+from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.io.journal import Journal
 
 SNAPSHOT_SECONDS = 30.0
 GIB = 2**30
 GPU_FRACTION = 0.25  # of the free memory: a layer, its moments and a batch need the rest
 LIVE = ".live"
-NAMES = ("states", "gradients", "checkpoints", "dense", "compressed", "evaluation")
+NAMES = (
+    *("states", "gradients", "checkpoints", "dense", "compressed", "evaluation"),
+    *("changed", "final"),
+)
 """Buffers that an interrupted run may leave on disk."""
 Shape = tuple[int, int, int]
 
@@ -58,7 +62,9 @@ class ActivationCache:
         previous = self._snapshots()
         partial = self._journal.path(f".{self._name}.partial")
         with storage_errors(partial), partial.open("wb") as file:
-            file.write(self.tensor.cpu().numpy().data)  # tofile would hide the errno
+            for window in self.tensor:
+                file.write(window.cpu().numpy().data)  # tofile would hide the errno
+                drop_shared_pages(window)
         publish(partial, self._journal.path(f"{self._name}-{self.done:04d}.f32"))
         for path in previous:
             path.unlink()
@@ -78,6 +84,14 @@ class ActivationCache:
 
     def _snapshots(self) -> list[Path]:
         return sorted(self._journal.work.glob(f"{self._name}-*.f32"))
+
+
+def copy_states(target: Tensor, source: Tensor) -> None:
+    """Copy states [n_windows, length, d_model], one window in memory at a time."""
+    for new, old in zip(target, source, strict=True):
+        new.copy_(old)
+        drop_shared_pages(new)
+        drop_shared_pages(old)
 
 
 def allocate_checkpoints(context: CalibrationContext, n_layers: int, shape: Shape) -> list[Tensor]:

@@ -18,11 +18,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lrc.compressors.calibrate.calibration_context import Labels, check_finite
 from lrc.compressors.calibrate.layer_executor import LayerExecutor, watch
 from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
+from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.layers.experts import Expert
+from lrc.compressors.models.model_kinds import problem_type
 from lrc.compressors.solvers.moments import token_weights
 
 # Logits of this many tokens at once: with a vocabulary of 128k a GiB on a GPU is 2k tokens.
-HEAD_TOKENS = {"cpu": 1024, "cuda": 4096}
+HEAD_TOKENS = {"cpu": 512, "cuda": 2048}
+HEAD_TENSORS = 8
+"""Tensors of the size of these logits that exist at once while their gradient is taken."""
 
 
 def forward_layer(
@@ -42,25 +46,31 @@ def forward_layer(
     def see(name: str, x: Tensor, y: Tensor) -> None:
         linear = model.get_submodule(name)
         y = y if linear.bias is None else y - linear.bias
+        x, y = executor.without_padding(x, present[0]), executor.without_padding(y, present[0])
         if name in statistics.capped:
             x = x.reshape(-1, x.shape[-1])
-            x = x * token_weights(x, executor.tokens.shape[1]).sqrt()
+            x = x * token_weights(x, executor.window or len(x)).sqrt()
         expert = name.rpartition(".")[0]
         if name in statistics.gated and expert in gates:
             x, y = x * gates[expert], y * gates[expert]
         statistics.add(name, LinearBatch(x, y, linear.weight))
 
     gates: dict[str, Tensor] = {}  # of the present batch
+    present: list[slice] = []
     with (
         executor.layer(index) as layer,
         watch_gates(executor.architecture.layer_names[index], layer, gates),
         watch(model, statistics.watched, see),
         executor.context.processes.continued(statistics.sums, statistics.n_tokens),
     ):
-        executor.advance_(index, hidden)
+        for rows in executor.batches:
+            present[:] = [rows]
+            executor.advance_batch_(index, hidden, rows)
     for key, total in statistics.sums.items():
         check_finite(total, f"the inputs of {key.rpartition('.')[0]}")
-    check_finite(hidden, f"the output of {executor.architecture.layer_names[index]}")
+    for rows in executor.batches:
+        check_finite(hidden[rows], f"the output of {executor.architecture.layer_names[index]}")
+        drop_shared_pages(hidden[rows])
     return [part.of(statistics.sums) for part in parts], statistics.n_tokens
 
 
@@ -78,7 +88,7 @@ def watch_gates(name: str, layer: nn.Module, gates: dict[str, Tensor]) -> ExitSt
 
 
 def logit_gradient(
-    logits: Tensor, tokens: Tensor, labels: Labels, generator: torch.Generator
+    logits: Tensor, tokens: Tensor | None, labels: Labels, generator: torch.Generator
 ) -> Tensor:
     """Return the gradient [n, length, vocabulary] of every token's loss with respect to its logits.
 
@@ -89,8 +99,8 @@ def logit_gradient(
     Parameters
     ----------
     logits : Tensor, shape [n, length, vocabulary]
-    tokens : Tensor, shape [n, length]
-        Input tokens; the label of a position is the token after it.
+    tokens : Tensor, shape [n, length], optional
+        Input tokens, for ``real``; the label of a position is the token after it.
     labels : {"model", "sampled", "real"}
         ``model``: ``sqrt(p) * z - p (sqrt(p) . z)`` with Gaussian z, a random combination of all
         labels with second moment ``diag(p) - p p^T``. ``sampled``: ``p - onehot(y)`` with y drawn
@@ -103,33 +113,79 @@ def logit_gradient(
     p = logits.float().softmax(dim=-1)
     if labels == "model":
         z = torch.randn(p.shape, generator=generator, device=p.device)
-        drawn = p.sqrt() * z
-        return drawn - p * drawn.sum(dim=-1, keepdim=True)
+        drawn = z.mul_(p.sqrt())  # in place: logits are the largest tensors of a run
+        return drawn.sub_(p.mul_(drawn.sum(dim=-1, keepdim=True)))
     if labels == "sampled":
         y = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(*p.shape[:2], 1)
         return p.scatter_add_(-1, y, torch.full_like(y, -1, dtype=p.dtype))
+    assert tokens is not None
     y = tokens[:, 1:, None].to(p.device)  # [n, length - 1, 1]
     p[:, :-1].scatter_add_(-1, y, torch.full_like(y, -1, dtype=p.dtype))
     p[:, -1] = 0
     return p
 
 
-def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) -> None:
-    """Fill `gradients` with those of the summed token losses at the last layer's output.
+def output_gradient(
+    outputs: Tensor, labels: Tensor | None, problem: str, drawn: Labels, generator: torch.Generator
+) -> Tensor:
+    """Return the gradient [n, n_outputs] of the loss of every text with respect to its outputs.
 
-    `hidden` [n_windows, length, d_model] is that output for all windows.
+    Parameters
+    ----------
+    outputs : Tensor, shape [n, n_outputs]
+        Of an encoder.
+    labels : Tensor, shape [n], optional
+        Classes, for ``real``.
+    problem : str
+        ``single_label_classification`` has the cross entropy as its loss, see `logit_gradient`, and
+        ``multi_label_classification`` one for each output. All others have half the squared error
+        to the outputs of the dense model, whose Hessian is the identity: for embeddings of length
+        1, that is the cosine distance.
+    drawn : {"model", "sampled", "real"}
+        As in `logit_gradient`; of the other losses, always ``model``.
+    generator : torch.Generator
+        On the device of `outputs`.
     """
-    context, tokens = executor.context, executor.tokens
+    if problem == "single_label_classification":
+        if drawn != "real":
+            return logit_gradient(outputs[:, None], labels, drawn, generator)[:, 0]
+        assert labels is not None
+        p, y = outputs.float().softmax(dim=-1), labels[:, None].to(outputs.device)
+        return p.scatter_add_(-1, y, torch.full_like(y, -1, dtype=p.dtype))
+    z = torch.randn(outputs.shape, generator=generator, device=outputs.device)
+    if problem == "multi_label_classification":
+        p = outputs.float().sigmoid()
+        return (p * (1 - p)).sqrt() * z
+    return z
+
+
+def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) -> None:
+    """Fill `gradients` with those of the summed losses at the last layer's output.
+
+    `hidden` [n_windows, length, d_model] is that output for all windows. The losses are those of
+    tokens, or of the texts of an encoder.
+    """
+    context, tokens, sentences = executor.context, executor.tokens, executor.sentences
     generator = torch.Generator(context.device)
+    problem = problem_type(context.architecture.model.config, context.architecture.kind)
     with executor.around_layers(head=True):
         for rows in executor.pieces(HEAD_TOKENS[context.device_type]):
             # Independent of the batches before.
             generator.manual_seed(context.seed + executor.numbers[rows.start])
             leaf = hidden[rows].to(context.device).requires_grad_()
             with torch.enable_grad():
-                logits = executor.logits(leaf, tokens[rows])
-            at_logits = logit_gradient(logits.detach(), tokens[rows], context.labels, generator)
-            (gradients[rows],) = torch.autograd.grad(logits, leaf, at_logits.to(logits.dtype))
+                if sentences is None:
+                    out = executor.logits(leaf, tokens[rows])
+                else:
+                    out = executor.outputs(leaf, rows)
+            if sentences is None:
+                at_out = logit_gradient(out.detach(), tokens[rows], context.labels, generator)
+            else:
+                labels = sentences[rows].labels
+                at_out = output_gradient(out.detach(), labels, problem, context.labels, generator)
+            (gradients[rows],) = torch.autograd.grad(out, leaf, at_out.to(out.dtype))
+            drop_shared_pages(hidden[rows])
+            drop_shared_pages(gradients[rows])
 
 
 def backward_layer(
@@ -143,8 +199,7 @@ def backward_layer(
 
     `states` and `gradients` are [n_windows, length, d_model], the states at the layer's input.
     Returns the sums for the linears in each entry of `required`, of all processes in the last one
-    only. Gradients that are not finite
-    raise `ModelError`.
+    only. Gradients that are not finite raise `ModelError`.
     """
     parts = [LinearStatistics.backward(executor.linears(index), each) for each in required]
     statistics = LinearStatistics.union(parts)
@@ -170,10 +225,13 @@ def backward_layer(
         for rows in executor.batches:
             leaf = states[rows].to(context.device, torch.float32).requires_grad_()
             with torch.enable_grad():
-                out = executor.apply(index, leaf)
+                out = executor.apply(index, leaf, rows=rows)
             at_output = gradients[rows].to(context.device)
             (gradients[rows],) = torch.autograd.grad(out, leaf, at_output)
-    for total in (*statistics.sums.values(), gradients):
+            drop_shared_pages(states[rows])
+            drop_shared_pages(gradients[rows])
+    at_inputs = (gradients[rows] for rows in executor.batches)
+    for total in (*statistics.sums.values(), *at_inputs):
         check_finite(
             total,
             f"the gradients in {executor.architecture.layer_names[index]}",

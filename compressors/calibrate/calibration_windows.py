@@ -1,7 +1,6 @@
 """The calibration windows of a run: from a text or sampled from the model, kept in the journal."""
 
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,14 +10,12 @@ from torch import Tensor
 from lrc.compressors.corpus.tokens import check_vocabulary, default_bos
 from lrc.compressors.corpus.windows import Windows, calibration_windows
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.machine import OnStep
 from lrc.configs.recipe import Calibration
 from lrc.configs.sources import counts, described
 
 FILE = "windows.safetensors"
 SELF = "self"
 """The source that is sampled from the model."""
-SAMPLED_TOGETHER = 16
 LITTLE_VOCABULARY = 0.02
 """Fraction of the vocabulary below which there is a warning. 8,192 tokens of ``python-docs`` have
 2.9 % of a vocabulary of 49,152, and 32,768 have 6.3 %."""
@@ -31,13 +28,12 @@ def take_windows(
     *,
     seed: int,
     embedding: Any,
-    dense: Callable[[], Any],
-    on_step: OnStep,
+    sample: Callable[[tuple[int, int], torch.Generator], Tensor],
 ) -> Tensor:
     """Return the windows [samples, length] that statistics are collected on.
 
-    The model's `embedding` must have a row for every token. `dense` loads the whole model; it is
-    called only for the source ``self``, which samples from it.
+    The model's `embedding` must have a row for every token. `sample` returns windows of a shape
+    that the model writes itself; it is called only for the source ``self``.
     """
     if not journal.has(FILE):
         generator = torch.Generator().manual_seed(seed)
@@ -45,10 +41,7 @@ def take_windows(
         found = []
         for source, samples in counts(calibration.source, calibration.samples).items():
             if source == SELF:
-                shape = samples, calibration.length
-                sampled = sample_windows(
-                    dense(), shape, bos=bos, generator=generator, on_step=on_step
-                )
+                sampled = sample((samples, calibration.length), generator)
                 found.append(Windows(sampled, SELF, None, bos is not None, sampled.numel()))
                 continue
             part = calibration.of(source, samples)
@@ -117,40 +110,3 @@ def provenance(journal: Journal) -> dict[str, Any] | None:
         return None
     facts: dict[str, Any] = journal.read_facts(FILE)["facts"]
     return facts
-
-
-@torch.inference_mode()
-def sample_windows(
-    model: Any,
-    shape: tuple[int, int],
-    *,
-    bos: int | None,
-    generator: torch.Generator,
-    on_step: OnStep,
-) -> Tensor:
-    """Sample windows of tokens (int64) of a shape [samples, length] at temperature 1.
-
-    The idea of LLM-QAT (arXiv:2305.17888): generated text is close to the training data. The first
-    token of every window is `bos`, or drawn uniformly from the vocabulary. The generator is on the
-    CPU, so that every device samples from the same random numbers.
-    """
-    # transformers 5.24 calls it `cache` and warns about the name that it had before.
-    parameters = inspect.signature(type(model).forward).parameters
-    key = "cache" if "cache" in parameters else "past_key_values"
-    (samples, length), windows = shape, []
-    for start in range(0, samples, SAMPLED_TOGETHER):
-        count = min(SAMPLED_TOGETHER, samples - start)
-        if bos is None:
-            tokens = torch.randint(model.config.vocab_size, (count, 1), generator=generator)
-        else:
-            tokens = torch.full((count, 1), bos)
-        cache = None
-        while tokens.shape[1] < length:
-            out = model(tokens[:, -1:].to(model.device), use_cache=True, **{key: cache})
-            cache = out.past_key_values
-            p = out.logits[:, -1].float().softmax(-1).cpu()  # [count, vocabulary]
-            last = torch.multinomial(p, 1, generator=generator)
-            tokens = torch.cat([tokens, last], dim=1)
-        windows.append(tokens)
-        on_step("sample", start + count, samples)
-    return torch.cat(windows)

@@ -20,6 +20,8 @@ from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor
 from lrc.compressors.calibrate.replaceable import irreplaceable, is_linear
 from lrc.compressors.calibrate.simulated_weights import SimulatedProducts, SimulatedReader
+from lrc.compressors.corpus.sentences import Sentences
+from lrc.compressors.evaluate.encoder_outputs import sentence_outputs
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.layers.experts import split_modules
 from lrc.compressors.models.architecture import Architecture, build, unsupported
@@ -52,8 +54,9 @@ def check_layers(architecture: Architecture) -> Architecture:
     unused = irreplaceable(architecture)
     try:
         with _simulation(architecture, unused) as executor:
-            wholes = [_run_whole(executor, executor.tokens[rows]) for rows in executor.batches]
+            wholes = [_run_whole(executor, rows) for rows in executor.batches]
             reason = _structure(executor, wholes) or _differences(executor, wholes)
+            groups = [] if reason else [call.groups for call in executor.calls]
     except Exception as error:  # modeling code may raise anything
         raise unsupported(config, f"it fails on a short text ({first_line(error)})") from error
     if reason:
@@ -67,7 +70,9 @@ def check_layers(architecture: Architecture) -> Architecture:
     if not linears:
         name, why = next(iter(unused.items()))
         raise unsupported(config, f"no linear layer can be replaced: {name} {why}")
-    return replace(architecture, linears=linears, unused=unused, experts=wholes[0].experts)
+    return replace(
+        architecture, linears=linears, unused=unused, experts=wholes[0].experts, groups=groups
+    )
 
 
 def simulated_calls(architecture: Architecture) -> list[LayerCall]:
@@ -93,7 +98,7 @@ def differing_layer(old: Architecture, new: Architecture, kept: Sequence[int]) -
         _simulation(new, irreplaceable(new), seed_name) as after,
     ):
         rows = before.batches[0]
-        whole = _run_whole(before, before.tokens[rows])
+        whole = _run_whole(before, rows)
         embedded = torch.empty(after.shape)
         after.embed_(embedded)
         if not _close(embedded[rows], whole.inputs[0]):
@@ -104,7 +109,7 @@ def differing_layer(old: Architecture, new: Architecture, kept: Sequence[int]) -
                     return f"{old.layer_names[i]} computes something else as layer {j}"
         with after.around_layers(head=True):
             logits = after.logits(whole.outputs[-1], before.tokens[rows])
-        return "" if _close(logits, whole.logits) else "the logits are scaled differently"
+        return "" if _close(logits, whole.results) else "the logits are scaled differently"
 
 
 @contextmanager
@@ -114,6 +119,7 @@ def _simulation(
     seed_name: Callable[[str], str] = lambda name: name,
 ) -> Iterator[LayerExecutor]:
     """Yield an executor of the architecture on simulated weights and random tokens."""
+    encoder = architecture.kind.encoder
     context = CalibrationContext(
         architecture,
         SimulatedReader(architecture, exact, seed_name),
@@ -123,6 +129,7 @@ def _simulation(
         memory_limit_gib=1.0,
         seed=0,
         on_step=lambda *_: None,
+        sentences=(lambda: _sentences(architecture.model)) if encoder else None,
     )
     executor = LayerExecutor(context, batch_tokens=BATCH * LENGTH)
     with _cheap(architecture.model), SimulatedProducts(), torch.no_grad():
@@ -165,6 +172,18 @@ def _tokens(model: Any) -> Tensor:
     return tokens
 
 
+def _sentences(model: Any) -> Sentences:
+    """Return random texts; the first two differ in a token of padding only.
+
+    In RoBERTa the padding token, which has no position, is among the tokens of the others.
+    """
+    tokens = _tokens(model)
+    mask = torch.ones(tokens.shape, dtype=torch.bool)
+    mask[:BATCH, -1] = False
+    mask[BATCH, LENGTH // 2 :] = False
+    return Sentences(tokens, mask)
+
+
 @dataclass(frozen=True)
 class _Whole:
     """What the decoder layers of the whole model received and returned for one batch."""
@@ -175,14 +194,15 @@ class _Whole:
     """Other arguments by name or position."""
     uses: dict[str, int]
     """Number of calls of every layer and linear by name."""
-    logits: Tensor
+    results: Tensor
+    """Logits [n, length, vocabulary]; of an encoder, its outputs [n, n_outputs]."""
     experts: dict[str, tuple[int, int]]
     """Name of a module of experts -> their number, and how many of them a token selects."""
 
 
-def _run_whole(executor: LayerExecutor, tokens: Tensor) -> _Whole:
-    """Run the whole model on a batch [n, length]."""
-    architecture = executor.architecture
+def _run_whole(executor: LayerExecutor, rows: slice) -> _Whole:
+    """Run the whole model on a batch."""
+    architecture, sentences = executor.architecture, executor.sentences
     n_layers = len(architecture.layers)
     inputs, outputs = [None] * n_layers, [None] * n_layers
     arguments: list[dict[str, Any]] = [{} for _ in range(n_layers)]
@@ -233,8 +253,12 @@ def _run_whole(executor: LayerExecutor, tokens: Tensor) -> _Whole:
             stack.enter_context(module.register_forward_hook(count(name)))
         for name, module in split_modules(architecture.model):
             stack.enter_context(module.register_forward_pre_hook(route(name)))
-        logits = architecture.model(input_ids=tokens, use_cache=False).logits
-    return _Whole(inputs, outputs, arguments, uses, logits, experts)
+        if sentences is None:
+            results = architecture.model(input_ids=executor.tokens[rows], use_cache=False).logits
+        else:
+            kind = architecture.kind
+            results = sentence_outputs(architecture.model, sentences[rows], kind, "cpu")
+    return _Whole(inputs, outputs, arguments, uses, results, experts)
 
 
 def _structure(executor: LayerExecutor, wholes: list[_Whole]) -> str:
@@ -251,10 +275,14 @@ def _structure(executor: LayerExecutor, wholes: list[_Whole]) -> str:
                 f"the hidden states of {name} have the shape {list(states.shape)} for {BATCH} "
                 f"windows of {LENGTH} tokens, not [{BATCH}, {LENGTH}, width]"
             )
-    for states in (*whole.inputs, whole.logits):
+    encoder = executor.sentences is not None
+    for states in (*whole.inputs, whole.results):
         if not bool(states.isfinite().all()):
             return "its hidden states overflow on simulated weights"
-        if not _close(states[0, :-1], states[1, :-1]):
+        ends = slice(None) if states.ndim == 2 else slice(-1)  # outputs of an encoder
+        if not _close(states[0, ends], states[1, ends]):
+            if encoder:
+                return "its outputs depend on padding"
             return "its predictions depend on later tokens: it is not a causal language model"
     return ""
 
@@ -279,16 +307,22 @@ def _differences(executor: LayerExecutor, wholes: list[_Whole]) -> str:
             )
     with executor.around_layers(head=True):
         for rows, whole in pairs:
-            if not _close(executor.logits(states[rows], executor.tokens[rows]), whole.logits):
+            if executor.sentences is None:
+                results = executor.logits(states[rows], executor.tokens[rows])
+            else:
+                results = executor.outputs(states[rows], rows)
+            if not _close(results, whole.results):
                 return (
                     _unequal_argument(names, wholes)
-                    or "its logits depend on more than the output of the last layer"
+                    or "its outputs depend on more than the output of the last layer"
                 )
     return ""
 
 
 def _unequal_argument(names: list[str], wholes: list[_Whole]) -> str:
     """Return which argument of a layer depends on the tokens, or ""."""
+    if wholes[0].results.ndim == 2:
+        return ""  # of an encoder, whose arguments are recorded for every batch
     first, second = wholes[:2]
     for name, before, after in zip(names, first.arguments, second.arguments, strict=True):
         (old, _), (new, _) = tree_flatten_with_path(before), tree_flatten_with_path(after)

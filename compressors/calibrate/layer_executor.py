@@ -3,7 +3,8 @@
 A trace first sends one batch through the whole model, loading each layer as it is reached. It
 records how every layer is called (masks, positions, rotary tables: whatever the architecture
 passes) and which linears share an input. After that, layers can be applied to the hidden states of
-all batches, layer by layer, without the model around them.
+all batches, layer by layer, without the model around them. Encoders have another mask in every
+batch, and their calls are recorded for each.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache, Shape
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.evaluate.encoder_outputs import sentence_outputs
+from lrc.compressors.io.freed_memory import drop_shared_pages, trim
 from lrc.compressors.models.architecture import Linear
 from lrc.configs.errors import ModelError
 
@@ -33,7 +36,8 @@ class LayerCall:
     """How the model calls one decoder layer, apart from its hidden states."""
 
     arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    """Number of windows in a batch -> (args, kwargs): masks may have the shape of the batch."""
+    """Number of windows in a batch -> (args, kwargs): masks may have the shape of the batch. Of an
+    encoder, by the first row of the batch instead."""
     by_keyword: bool = False
     """Whether the hidden states are passed as a keyword."""
     groups: list[list[str]] = field(default_factory=list)
@@ -73,14 +77,16 @@ class LayerExecutor:
         in_turn: bool = False,
     ) -> None:
         self.context, self.architecture = context, context.architecture
+        self.sentences = context.sentences() if context.sentences is not None else None
+        """Texts with padding, of an encoder, in a single process."""
         windows, processes = context.windows(), context.processes
         if batch_tokens is None:
             few = max(1, len(windows) // MIN_BATCHES) * windows.shape[1]
             batch_tokens = min(BATCH_TOKENS[context.device_type], few)
         every = batches(windows, batch_tokens)
         own = processes.turn(len(every)) if in_turn else processes.block(len(every))
-        self.n_tokens = windows.numel()
-        """Of all processes."""
+        self.n_tokens = windows.numel() if self.sentences is None else self.sentences.n_tokens
+        """Of all processes, without padding."""
         self.n_batches = len(every)
         """Of all processes."""
         self.numbers = [n for each in own for n in range(len(windows))[every[each]]]
@@ -89,7 +95,9 @@ class LayerExecutor:
         """Windows of this process [n_windows, length]."""
         self.batches = batches(self.tokens, batch_tokens)
         """Of this process."""
-        self._traced = windows[every[0]]
+        self._first, self._traced = every[0], windows[every[0]]
+        self._last = -1
+        """Index of the layer that was loaded last."""
         head = self.architecture.model.get_output_embeddings()
         self._heads = [n for n, module in self.architecture.model.named_modules() if module is head]
 
@@ -103,6 +111,21 @@ class LayerExecutor:
         """Shape of the hidden states: [n_windows, length, d_model]."""
         n_windows, length = self.tokens.shape
         return n_windows, length, self.calls[0].d_model
+
+    @property
+    def window(self) -> int | None:
+        """Tokens per window; None if they differ in length."""
+        return self.tokens.shape[1] if self.sentences is None else None
+
+    def without_padding(self, x: Tensor, rows: slice) -> Tensor:
+        """Return ``x`` [..., d] of a batch as [n_tokens, d], without padding.
+
+        If there is none, `x` is returned as it is.
+        """
+        if self.sentences is None:
+            return x
+        mask = self.sentences.mask[rows].to(x.device)
+        return x.reshape(*mask.shape, -1)[mask]  # some models flatten the windows
 
     def linears(self, index: int) -> dict[str, Linear]:
         """Return the linears of a decoder layer by name."""
@@ -125,14 +148,22 @@ class LayerExecutor:
         The output embedding, which can be larger than a layer, is loaded only if `head`.
         """
         skip = [*self.architecture.layer_names, *([] if head else self._heads)]
+        self._read_ahead("")
         with self._filled("", skip):
             yield
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Load one decoder layer."""
-        with self._filled(self.architecture.layer_names[index]):
+        """Load one decoder layer, and start to read the next in the direction of the pass."""
+        step = -1 if self._last == index + 1 else 1
+        self._last, names = index, self.architecture.layer_names
+        with self._filled(names[index]):
+            if 0 <= index + step < len(names):
+                self._read_ahead(names[index + step])
             yield self.architecture.layers[index]
+
+    def _read_ahead(self, name: str) -> None:
+        self.context.reader.read_ahead(name, device=self.context.device)
 
     @contextmanager
     def _filled(self, name: str, skip: Sequence[str] = ()) -> Iterator[None]:
@@ -142,6 +173,7 @@ class LayerExecutor:
             yield
         finally:
             reader.empty_(name, skip=skip)
+            trim()  # otherwise memory grows with the number of layers
 
     @torch.no_grad()
     def embed_(self, states: Tensor) -> None:
@@ -161,13 +193,29 @@ class LayerExecutor:
         with first.register_forward_pre_hook(stop, with_kwargs=True):
             for rows in self.batches:
                 with suppress(ForwardEnded):
-                    self._forward(self.tokens[rows])
+                    self._forward(self.tokens[rows], rows)
+                drop_shared_pages(states[rows])
 
     def embedded(self, name: str = "states") -> Tensor:
         """Return the input of the first layer in the buffer of a new activation cache."""
         states = ActivationCache(self.context, name, self.shape).tensor
         self.embed_(states)
         return states
+
+    def outputs(self, hidden: Tensor, rows: slice) -> Tensor:
+        """Return the outputs of an encoder for some texts, from the output of the last layer.
+
+        Differentiable in `hidden` [n, length, d_model]; see `logits`.
+
+        Returns
+        -------
+        Tensor, shape [n, n_outputs]
+            Logits of classes, or embeddings of length 1.
+        """
+        assert self.sentences is not None
+        part, model, device = self.sentences[rows], self.architecture.model, self.context.device
+        with self._layers_replaced(self.calls, lambda *_, **__: hidden):
+            return sentence_outputs(model, part, self.architecture.kind, device)
 
     def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits [n, length, vocabulary] for the output of the last layer.
@@ -181,14 +229,22 @@ class LayerExecutor:
             result: Tensor = model(input_ids=ids, use_cache=False).logits
         return result
 
-    def apply(self, index: int, hidden: Tensor, layer: nn.Module | None = None) -> Tensor:
+    def apply(
+        self,
+        index: int,
+        hidden: Tensor,
+        layer: nn.Module | None = None,
+        *,
+        rows: slice | None = None,
+    ) -> Tensor:
         """Apply a resident layer to hidden states [n, length, d_model], as its model would.
 
-        Another `layer` with the same signature can take its place.
+        Another `layer` with the same signature can take its place. Of an encoder, `rows` must be
+        one of the batches.
         """
         call = self.calls[index]
         layer = self.architecture.layers[index] if layer is None else layer
-        args, kwargs = call.arguments[len(hidden)]
+        args, kwargs = call.arguments[self._key(hidden, rows)]
         hidden = hidden.to(self.context.device, self.dtype)
         if call.by_keyword:
             out = layer(*args, hidden_states=hidden, **kwargs)
@@ -204,34 +260,45 @@ class LayerExecutor:
         For `layer`, see `apply`.
         """
         for rows in self.batches:
-            states[rows] = self.apply(index, states[rows], layer)
+            self.advance_batch_(index, states, rows, layer)
+
+    @torch.no_grad()
+    def advance_batch_(
+        self, index: int, states: Tensor, rows: slice, layer: nn.Module | None = None
+    ) -> None:
+        """Do the same as `advance_` for one of the batches."""
+        states[rows] = self.apply(index, states[rows], layer, rows=rows)
+        drop_shared_pages(states[rows])
 
     @torch.no_grad()
     def trace(self) -> list[LayerCall]:
         """Run the first batch of all processes through all layers and record how each is called.
 
         If the last batch is smaller, the model is run for it too, with layers that return their
-        input: the arguments have other shapes, but no weight is needed.
+        input: the arguments have other shapes, but no weight is needed. So it is for every batch of
+        an encoder.
         """
         layers = self.architecture.layers
         calls = [LayerCall() for _ in layers]
         with self.around_layers(), ExitStack() as hooks, ExitStack() as loaded:
             for index, call in enumerate(calls):
                 self._trace_layer(index, call, hooks, loaded)
-            self._forward(self._traced)
+            self._forward(self._traced, self._first)
             if not all(call.arguments for call in calls):
                 raise ModelError("model: its forward does not call every decoder layer")
             hooks.close()
-            last = self.tokens[self.batches[-1]] if self.batches else self._traced
-            if len(last) not in calls[0].arguments:
 
-                def identity(*args: Any, **kwargs: Any) -> Any:
-                    return args[0] if args else kwargs["hidden_states"]
+            def identity(*args: Any, **kwargs: Any) -> Any:
+                return args[0] if args else kwargs["hidden_states"]
 
-                for layer, call in zip(layers, calls, strict=True):
-                    hooks.enter_context(record_arguments(layer, call))
-                with self._layers_replaced(calls, identity):
-                    self._forward(last)
+            for rows in self.batches:
+                key = self._key(self.tokens[rows], rows)
+                if key in calls[0].arguments:
+                    continue
+                with ExitStack() as recording, self._layers_replaced(calls, identity):
+                    for layer, call in zip(layers, calls, strict=True):
+                        recording.enter_context(record_arguments(layer, call, key))
+                    self._forward(self.tokens[rows], rows)
         for index, call in enumerate(calls):
             # Experts that received none of the first tokens; none shares its input.
             called = {name for group in call.groups for name in group}
@@ -263,7 +330,8 @@ class LayerExecutor:
             call.others = out[1:] if isinstance(out, tuple) else None
             inputs.clear()
 
-        hooks.enter_context(record_arguments(layer, call))
+        key = self._key(self._traced, self._first)
+        hooks.enter_context(record_arguments(layer, call, key))
         hooks.enter_context(layer.register_forward_pre_hook(load))
         hooks.enter_context(layer.register_forward_hook(unload))
 
@@ -290,19 +358,34 @@ class LayerExecutor:
                 if own is not None:
                     layer.forward = own
 
-    def _forward(self, tokens: Tensor) -> None:
-        ids = tokens.to(self.context.device)
-        self.architecture.model.base_model(input_ids=ids, use_cache=False)
+    def _key(self, batch: Tensor, rows: slice | None) -> int:
+        """Return the key of the arguments of a batch in `LayerCall.arguments`."""
+        if self.sentences is None:
+            return len(batch)
+        assert rows is not None, "the masks of an encoder differ between batches"
+        return int(rows.start)
+
+    def _forward(self, tokens: Tensor, rows: slice) -> None:
+        """Run the model on some windows; of an encoder, they are the texts `rows`."""
+        device = self.context.device
+        inputs: dict[str, Any] = {"input_ids": tokens.to(device), "use_cache": False}
+        if self.sentences is not None:
+            inputs = {**self.sentences[rows].inputs(device)}
+        self.architecture.model.base_model(**inputs)
 
 
-def record_arguments(layer: nn.Module, call: LayerCall) -> RemovableHandle:
-    """Write into `call` how a layer is called, until the handle is removed."""
+def record_arguments(layer: nn.Module, call: LayerCall, key: int | None = None) -> RemovableHandle:
+    """Write into `call` how a layer is called, until the handle is removed.
+
+    By default, the key is the number of windows.
+    """
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call.by_keyword = not args
         hidden = kwargs["hidden_states"] if call.by_keyword else args[0]
         rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        call.arguments[len(hidden)], call.d_model = (args[1:], rest), hidden.shape[-1]
+        call.arguments[len(hidden) if key is None else key] = args[1:], rest
+        call.d_model = hidden.shape[-1]
 
     return layer.register_forward_pre_hook(record, with_kwargs=True)
 

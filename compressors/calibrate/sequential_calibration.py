@@ -13,11 +13,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.calibrate.activation_cache import ActivationCache
+from lrc.compressors.calibrate.activation_cache import ActivationCache, copy_states
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
 from lrc.compressors.calibrate.layer_executor import ForwardEnded, LayerExecutor
 from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.distributed.processes import OrderedSum
+from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.layers.experts import SplitExperts
 from lrc.compressors.solvers.error_compensation import PrefixMoments
 from lrc.compressors.solvers.linalg import tensor_cores
@@ -43,7 +44,7 @@ class SequentialCalibration:
         self._writers: dict[tuple[object, ...], list[str]] = {}  # by kind of layer
         self._dense = self._executor.embedded("dense")
         self._compressed = ActivationCache(half, "compressed", self._executor.shape).tensor
-        self._compressed.copy_(self._dense)
+        copy_states(self._compressed, self._dense)
 
     def groups(self, layer: int) -> list[list[str]]:
         """Return the linears of a decoder layer that share an input, in order of use."""
@@ -76,12 +77,14 @@ class SequentialCalibration:
             zeroed = writers[writers.index(leader) :] if leader in writers else []
             for rows in executor.batches:
                 sums = RunningSums()
-                x, stream = self._input(layer, self._dense[rows], leader, zeroed)
+                x, stream = self._input(layer, self._dense, rows, leader, zeroed)
                 with self._using_replaced():
-                    x_hat, stream_hat = self._input(layer, self._compressed[rows], leader, zeroed)
+                    x_hat, stream_hat = self._input(layer, self._compressed, rows, leader, zeroed)
                 if capped:
-                    weights = token_weights(x_hat, executor.tokens.shape[1]).sqrt()
+                    weights = token_weights(x_hat, executor.window or len(x_hat)).sqrt()
                     x, x_hat = weights * x, weights * x_hat
+                drop_shared_pages(self._dense[rows])
+                drop_shared_pages(self._compressed[rows])
                 sums.add_square("H", x_hat)
                 sums.add_product("cross", x, x_hat)
                 if stream is not None and stream_hat is not None:
@@ -99,17 +102,19 @@ class SequentialCalibration:
         return PrefixMoments(found["H"], found["cross"], deficits)
 
     def _input(
-        self, layer: int, hidden: Tensor, leader: str, zeroed: Sequence[str]
+        self, layer: int, states: Tensor, rows: slice, leader: str, zeroed: Sequence[str]
     ) -> tuple[Tensor, Tensor | None]:
         """Return the input [n_tokens, d_in] of the linear `leader`, and the output of the layer.
 
-        The outputs of the linears `zeroed` are replaced by zeros. Without any, the layer is left
-        after the input has been seen, and its output is None.
+        Both without padding, for a batch of the states. The outputs of the linears `zeroed` are
+        replaced by zeros. Without any, the layer is left after the input has been seen, and its
+        output is None.
         """
         seen: list[Tensor] = []
 
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0].reshape(-1, args[0].shape[-1]))
+            x = self._executor.without_padding(args[0], rows)
+            seen.append(x.reshape(-1, x.shape[-1]))
             if not zeroed:
                 raise ForwardEnded
 
@@ -119,7 +124,8 @@ class SequentialCalibration:
             suppress(ForwardEnded),
             silenced(map(self._linear, zeroed)),
         ):
-            stream = self._executor.apply(layer, hidden)
+            stream = self._executor.apply(layer, states[rows], rows=rows)
+            stream = self._executor.without_padding(stream, rows)
         assert seen, f"{leader} was called when the layer was recorded, but not now"
         return seen[0], stream
 
@@ -135,9 +141,9 @@ class SequentialCalibration:
         if kind not in self._writers:
             found, processes = list[str](), self._executor.context.processes
             if processes.first:
-                hidden = self._dense[self._executor.batches[0]]
+                rows = self._executor.batches[0]
                 found = find_writers(
-                    lambda: self._executor.apply(layer, hidden),
+                    lambda: self._executor.apply(layer, self._dense[rows], rows=rows),
                     [(name, self._linear(name)) for name in names],
                 )
             found = processes.agree(found)

@@ -20,6 +20,9 @@ from lrc.compressors.models.weights import SkeletonFiller
 
 MAX_VALUES = 2**24
 """Parameters with more values stay on the meta device; whatever computes with them fails."""
+PERIOD = 2**16 + 1
+"""Random values of a parameter, which repeat: drawing them all would take longer than computing
+with them. A prime number, so that no two rows are equal."""
 
 
 class SimulatedReader(SkeletonFiller):
@@ -64,10 +67,15 @@ class SimulatedReader(SkeletonFiller):
         computed = not isinstance(parameter, nn.Parameter) and not parameter.is_meta
         if name in self._large or computed or not parameter.is_floating_point():
             return parameter.detach()
-        values = torch.rand(parameter.shape, generator=_generator(self._seed_name(name)))
+        count = parameter.numel()
+        values = torch.rand(min(count, PERIOD), generator=_generator(self._seed_name(name)))
         if parameter.ndim < 2:
-            return values + 0.5
-        return (2 * values - 1) / math.sqrt(parameter.shape[-1])
+            values += 0.5
+        else:
+            values = (2 * values - 1) / math.sqrt(parameter.shape[-1])
+        if count > PERIOD:
+            values = values.repeat(-(-count // PERIOD))[:count]
+        return values.view(parameter.shape)
 
     def fill_(
         self,

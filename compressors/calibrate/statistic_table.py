@@ -6,6 +6,7 @@ A new statistic is a row of `FORWARD` or `BACKWARD` and a field of the same name
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple, Self
 
 from torch import Tensor
@@ -71,6 +72,11 @@ class Row:
     shared: bool = False
     """Depends on the inputs only: collected once for all linears with the same input."""
 
+    def numbers(self, linear: Linear) -> int:
+        """Return how many numbers the sum of a linear has."""
+        sides: list[int] = [getattr(linear, side) for side in self.shape.strip("[]").split(", ")]
+        return prod(sides)
+
 
 def _add_row_fisher(sums: RunningSums, key: str, batch: LinearBatch) -> None:
     for g, x in zip(batch.y, batch.x, strict=True):  # a window is a sample
@@ -134,6 +140,14 @@ class LinearStatistics:
         """Return those of the sums of a union that belong to this part of it."""
         selected = (f"{name}.{row}" for name, rows in self._rows.items() for row in rows)
         return {key: sums[key] for key in selected if key in sums}
+
+    def numbers(self, linears: Mapping[str, Linear]) -> int:
+        """Return how many numbers all sums have."""
+        return sum(
+            self._table[row].numbers(linears[name])
+            for name, rows in self._rows.items()
+            for row in rows
+        )
 
     @classmethod
     def forward(

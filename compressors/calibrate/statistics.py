@@ -1,6 +1,6 @@
 """Collect statistics of targeted linear layers: of inputs forward, of output gradients backward."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate import statistic_table as table
-from lrc.compressors.calibrate.activation_cache import ActivationCache, allocate_checkpoints
+from lrc.compressors.calibrate.activation_cache import (
+    ActivationCache,
+    allocate_checkpoints,
+    copy_states,
+)
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_passes import (
     backward_head,
@@ -45,9 +49,9 @@ def collect_together(
     which must be one for these requirements. Runs with ``capped_inputs`` need a pass of their own,
     and so do all runs of a model with experts, whose tokens are weighted as the run requires.
     """
-    variants = [_Variant.of(context, *each) for each in wanted]
+    variants = [Variant.of(context, *each) for each in wanted]
     with tensor_cores(context.device):
-        _Collection(context, variants).run()
+        Collector(context, variants).run()
 
 
 def load(journal: Journal, layer: int, name: str) -> Statistics:
@@ -78,6 +82,11 @@ def routed_tokens(journal: Journal, layer: int) -> dict[str, tuple[int, int]]:
     return {name: tuple(pair) for name, pair in journal.read_facts(inputs)["routed"].items()}
 
 
+def expert_tokens(journal: Journal, layers: Iterable[int]) -> dict[str, tuple[int, int]]:
+    """Return `routed_tokens` of several layers."""
+    return {name: pair for layer in layers for name, pair in routed_tokens(journal, layer).items()}
+
+
 def statistics_files(layer: int) -> tuple[str, str]:
     """Return the journal's names for the input and the gradient statistics of a decoder layer."""
     return (
@@ -87,7 +96,7 @@ def statistics_files(layer: int) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class _Variant:
+class Variant:
     """What one run requires, and the journal that it is written to."""
 
     journal: Journal
@@ -96,6 +105,7 @@ class _Variant:
 
     @classmethod
     def of(cls, context: CalibrationContext, journal: Journal, required: Required) -> Self:
+        """Sort the required statistics of the linears in `context` by layer."""
         layer_of = {linear.name: linear.layer for linear in context.architecture.linears}
         by_layer: list[dict[str, Collection[str]]] = [{} for _ in context.architecture.layer_names]
         for name, names in required.items():
@@ -110,19 +120,21 @@ class _Variant:
 
 
 @dataclass(frozen=True)
-class _Collection:
+class Collector:
     """One run over the calibration windows: forward, and backward if gradients are required."""
 
     context: CalibrationContext
-    variants: Sequence[_Variant]
+    variants: Sequence[Variant]
 
     @cached_property
     def executor(self) -> LayerExecutor:
+        """Applies the layers; traces the model at the first use."""
         return LayerExecutor(self.context)
 
     def run(self) -> None:
+        """Collect everything that is missing, and continue from a snapshot if there is one."""
         n_layers = len(self.context.architecture.layer_names)
-        differentiated = [index for index in range(n_layers) if self._differentiates(index)]
+        differentiated = [index for index in range(n_layers) if self.differentiates(index)]
         backward = any(self._missing(index, GRADIENTS) for index in differentiated)
         forward = any(self._missing(index, INPUTS) for index in range(n_layers))
         if not (forward or backward):
@@ -135,49 +147,92 @@ class _Collection:
             # needs the input of every layer.
             if not states.resume():
                 self.executor.embed_(states.tensor)
-            self._forward(states, n_layers, [])
+            self.forward(states, states.done, n_layers, [], save=True)
             return
         gradients = ActivationCache(self.context, "gradients", shape, first)
         resumed = gradients.resume()
         left = n_layers - gradients.done  # layers that the backward pass still has to process
         checkpoints = allocate_checkpoints(self.context, left, shape)
         self.executor.embed_(states.tensor)
-        self._forward(states, left, checkpoints)
+        self.forward(states, 0, left, checkpoints)
         if not resumed:
             backward_head(self.executor, states.tensor, gradients.tensor)
         del states
-        self._backward(gradients, checkpoints, stop=differentiated[0])
+        self.backward(gradients, left, differentiated[0], checkpoints, save=True)
 
-    def _forward(self, states: ActivationCache, stop: int, checkpoints: list[Tensor]) -> None:
+    def forward(
+        self,
+        states: ActivationCache,
+        start: int,
+        stop: int,
+        checkpoints: Sequence[Tensor],
+        *,
+        sums: bool = True,
+        save: bool = False,
+    ) -> None:
+        """Replace the states at layer `start` by those at layer `stop`.
+
+        Parameters
+        ----------
+        states : ActivationCache
+        start, stop : int
+        checkpoints : sequence of Tensor
+            To be filled with the inputs of these layers; may be empty.
+        sums : bool
+            Whether to write the statistics of these layers that are missing.
+        save : bool
+            Whether to save the states from time to time.
+        """
         n_layers = len(self.context.architecture.layer_names)
-        for index in range(states.done, stop):
+        for index in range(start, stop):
             if checkpoints:
-                checkpoints[index].copy_(states.tensor)
-            required = [each.missing(index, INPUTS) for each in self.variants]
+                copy_states(checkpoints[index - start], states.tensor)
+            required = [each.missing(index, INPUTS) if sums else {} for each in self.variants]
             found, n_tokens = forward_layer(self.executor, index, states.tensor, required)
             groups = self.executor.calls[index].groups
-            for variant, names, sums in zip(self.variants, required, found, strict=True):
+            for variant, names, totals in zip(self.variants, required, found, strict=True):
                 if names and self.context.processes.last:
                     leaders = {n: group[0] for group in groups for n in group if n in names}
                     facts = {"leaders": leaders, "n_tokens": self.executor.n_tokens}
                     routed = self._routed(index, names, n_tokens)
                     file = statistics_files(index)[INPUTS]
-                    _write(variant.journal, file, sums, facts | {"routed": routed})
-            states.finish_layer(save=not checkpoints and index < n_layers - 1)
+                    _write(variant.journal, file, totals, facts | {"routed": routed})
+            states.finish_layer(save=save and index < n_layers - 1)
             self.context.on_step("calibrate", index + 1, n_layers)
 
-    def _backward(self, gradients: ActivationCache, checkpoints: list[Tensor], stop: int) -> None:
+    def backward(
+        self,
+        gradients: ActivationCache,
+        start: int,
+        stop: int,
+        checkpoints: Sequence[Tensor],
+        *,
+        first: int = 0,
+        sums: bool = True,
+        save: bool = False,
+    ) -> None:
+        """Replace the gradients at the input of layer `start` by those at the earlier `stop`.
+
+        Parameters
+        ----------
+        gradients : ActivationCache
+        start, stop : int
+        checkpoints : sequence of Tensor
+            The inputs of layer `first` and those after it.
+        sums, save : bool
+            As of `forward`.
+        """
         n_layers = len(self.context.architecture.layer_names)
-        for index in range(n_layers - 1 - gradients.done, stop - 1, -1):
-            required = [each.missing(index, GRADIENTS) for each in self.variants]
+        for index in range(start - 1, stop - 1, -1):
+            required = [each.missing(index, GRADIENTS) if sums else {} for each in self.variants]
             found = backward_layer(
-                self.executor, index, checkpoints[index], gradients.tensor, required
+                self.executor, index, checkpoints[index - first], gradients.tensor, required
             )
-            for variant, names, sums in zip(self.variants, required, found, strict=True):
+            for variant, names, totals in zip(self.variants, required, found, strict=True):
                 if names and self.context.processes.last:
-                    _write(variant.journal, statistics_files(index)[GRADIENTS], sums, {})
-            gradients.finish_layer(save=index > stop)
-            self.context.on_step("gradients", gradients.done, n_layers - stop)
+                    _write(variant.journal, statistics_files(index)[GRADIENTS], totals, {})
+            gradients.finish_layer(save=save and index > stop)
+            self.context.on_step("gradients", n_layers - index, n_layers - stop)
 
     def _routed(
         self, layer: int, required: Required, n_tokens: Mapping[str, int]
@@ -193,7 +248,8 @@ class _Collection:
     def _missing(self, layer: int, side: int) -> bool:
         return any(each.missing(layer, side) for each in self.variants)
 
-    def _differentiates(self, layer: int) -> bool:
+    def differentiates(self, layer: int) -> bool:
+        """Return whether statistics of gradients are required of a layer."""
         required = (names for each in self.variants for names in each.required[layer].values())
         return any({*table.BACKWARD} & {*names} for names in required)
 

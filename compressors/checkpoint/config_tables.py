@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lrc.compressors.checkpoint.format import EDITED, ELASTIC
+from lrc.compressors.checkpoint.format import EDITED, ELASTIC, PARENT
 from lrc.compressors.layers.model_shapes import SHAPES
 from lrc.compressors.layers.residual_basis import BIASES, NORMS
 from lrc.configs.errors import CheckpointError
@@ -56,7 +56,7 @@ def _is_size(number: Any) -> bool:
     return type(number) is int and number >= 1
 
 
-OTHER_KEYS = ("quant_method", "format_version", "modules", ELASTIC)
+OTHER_KEYS = ("quant_method", "format_version", "modules", ELASTIC, PARENT)
 RULES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     SHAPES: (
         "map names of linear layers to [d_out, d_in]",

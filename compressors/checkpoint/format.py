@@ -68,6 +68,11 @@ and the `config.json` of the original architecture. In addition:
   rows of ``a.weight`` and the first r columns of ``b.weight``; everything else is the same for all
   budgets. ``"budget"`` in ``config.json`` is the one that is loaded unless another is requested.
 
+* A drafter that shares embedding and head with its parent has ``"parent": {"tensors": {MODULE:
+  TENSOR, ...}, "dtype": "bfloat16", "sha256": ...}`` and does not store the weights of these
+  modules, which are tensors in the files of the parent. ``"parent_model"`` in ``config.json`` is
+  the folder or Hub id of the parent.
+
 * An input embedding is stored like a layer of d_out tokens and d_in channels with a ``dense``
   component. What the architecture ties to it has neither tensors nor an entry and uses the same
   integers.
@@ -110,6 +115,7 @@ from lrc.configs.errors import CheckpointError
 QUANT_METHOD = "lrc"
 FORMAT_VERSION = 2
 ELASTIC = "elastic"
+PARENT = "parent"
 COPY_AGAIN = "copy or download the checkpoint again, or compress again"
 EDITED = f"the file was edited: {COPY_AGAIN}"
 SAFETENSORS_NAMES = {

@@ -52,9 +52,15 @@ def loads_packed(model: Any, names: Iterable[str]) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a tensor of a ``dense`` component in a plain checkpoint."""
+    """Return the name of a tensor of a ``dense`` component in a plain checkpoint.
+
+    Linear layers of some models are called ``dense`` too; their biases keep their names.
+
+    >>> plain_name("mlp.dense.dense.weight_packed"), plain_name("mlp.dense.bias")
+    ('mlp.dense.weight_packed', 'mlp.dense.bias')
+    """
     module, found, leaf = name.rpartition(".dense.")
-    return f"{module}.{leaf}" if found else name
+    return f"{module}.{leaf}" if found and leaf.startswith("weight_") else name
 
 
 def compressed_tensors_config(

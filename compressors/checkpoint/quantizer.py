@@ -6,14 +6,14 @@ compares the safetensors headers with the expected tensors, because transformers
 missing tensors and leaves them uninitialized. After loading it checks masks, indices and scales.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -39,6 +39,13 @@ from lrc.compressors.checkpoint.model_tables import (
     has_experts,
     head_shapes,
 )
+from lrc.compressors.checkpoint.parent_weights import (
+    PARENT_MODEL,
+    ParentWeights,
+    expect_parent_,
+    fill_from_parent_,
+    read_parent,
+)
 from lrc.compressors.io.freed_memory import ReplacedTensors
 from lrc.compressors.io.shards import read_headers
 from lrc.compressors.io.shortened import shortened
@@ -52,12 +59,14 @@ from lrc.compressors.layers import (
     WeightConfig,
 )
 from lrc.compressors.layers.component import finite_problems
+from lrc.compressors.layers.expert_batches import batch_experts
 from lrc.compressors.layers.experts import fuse_experts_, split_experts_
 from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, widen_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
 from lrc.compressors.layers.siblings import share_inputs
 from lrc.compressors.models.contents import renamed
 from lrc.compressors.models.expert_tensors import own_conversions, without_experts
+from lrc.compressors.models.model_kinds import kind_of
 from lrc.configs.errors import CheckpointError
 
 BLOCK = "config.json: quantization_config"
@@ -73,6 +82,8 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
     format_version : int
     elastic : dict, optional
         Budgets that the checkpoint can be cut to, see `parse_budgets`.
+    parent : dict, optional
+        What the checkpoint reads from its parent, see `ParentWeights`.
     **tables
         How a sliced model differs from its architecture: shapes of resized modules, added biases,
         and norms, see `TABLES`.
@@ -83,6 +94,7 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = layout.FORMAT_VERSION,
         elastic: dict[str, Any] | None = None,
+        parent: dict[str, Any] | None = None,
         **tables: Any,
     ) -> None:
         self.quant_method = layout.QUANT_METHOD  # type: ignore[assignment]  # an out-of-tree name
@@ -92,6 +104,8 @@ class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc,
         check_tables(tables, BLOCK)
         if parse_budgets(elastic, parsed, BLOCK):
             self.elastic = elastic  # not set otherwise, so that it is not saved
+        if ParentWeights.parse(parent, BLOCK) is not None:
+            self.parent = parent
         self.tables = {MODULES: modules or {}, **tables}
 
     @property
@@ -119,6 +133,8 @@ class LrcQuantizer(HfQuantizer):
     quantization_config: LrcConfig
     _wait_for_hashes: Callable[[], None] | None
     _has_split_experts = False
+    _parent: Mapping[str, Tensor] | None = None
+    """Weights of modules that the files lack, from the parent; None if there are none."""
     _cut = 0
     """Number of the budget to cut to after loading."""
 
@@ -138,17 +154,31 @@ class LrcQuantizer(HfQuantizer):
         keep = getattr(model.config, BUDGET, None)
         if keep is not None:
             self._cut = budget_index(options.budgets, keep, where=str(folder), key=BUDGET)
-        check_headers(self.rebuild_(model), checkpoint_files, model)
-        # Files are compared with their hashes while transformers loads them.
-        manifest = read_manifest(folder)
+        expected = self.rebuild_(model)
         devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
         skeleton = {*map(str, devices)} == {"meta"}
+        absent = self._read_parent(model, folder, skeleton=skeleton)
+        check_headers(expected, checkpoint_files, model, absent)
+        # Files are compared with their hashes while transformers loads them.
+        manifest = read_manifest(folder)
         self._wait_for_hashes = manifest.start_check() if manifest and not skeleton else None
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         if any(isinstance(end, CompressedLinear | TiedHead) for end in ends):
             # Not a bound method, which would be pickled as the one of the class.
             model.resize_token_embeddings = partial(_resize_token_embeddings, model)
         return model
+
+    def _read_parent(self, model: Any, folder: Path, *, skeleton: bool) -> list[str]:
+        """Read what the files lack from the parent; return the names of the weights."""
+        weights = ParentWeights.parse(vars(self.quantization_config).get(layout.PARENT), BLOCK)
+        if weights is None:
+            return []
+        local = fit_names({layout.PARENT: weights.tensors}, model)[layout.PARENT]
+        if not skeleton:
+            found = read_parent(weights, getattr(model.config, PARENT_MODEL, None), folder)
+            by_tensor = {weights.tensors[name]: tensor for name, tensor in found.items()}
+            self._parent = {name: by_tensor[tensor] for name, tensor in local.items()}
+        return expect_parent_(model, local)
 
     def rebuild_(self, model: Any) -> TensorSpecs:
         """Change a model without weights as the config states; return the tensors it expects."""
@@ -179,6 +209,12 @@ class LrcQuantizer(HfQuantizer):
         return expected
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self._parent is not None:
+            fill_from_parent_(model, self._parent)
+            self._parent = None
+            # The model is complete now, and so are the files that it may be saved to.
+            vars(self.quantization_config).pop(layout.PARENT, None)
+            vars(model.config).pop(PARENT_MODEL, None)
         if self._wait_for_hashes is not None:
             self._wait_for_hashes()
             self._wait_for_hashes = None  # a model is copied and pickled with its quantizer
@@ -190,6 +226,7 @@ class LrcQuantizer(HfQuantizer):
         replaced = ReplacedTensors()
         optimize(model, replaced=replaced)
         share_inputs(model, replaced=replaced)
+        batch_experts(model)
         replaced.flush()
         return model
 
@@ -360,12 +397,14 @@ def check_values(model: nn.Module) -> None:
         )
 
 
-def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) -> None:
+def check_headers(
+    expected: TensorSpecs, files: list[str], model: Any = None, absent: Collection[str] = ()
+) -> None:
     """Compare the tensors that a checkpoint must have with the headers of its files.
 
-    With `model`, names in the files are those that transformers reads as names of the model, and
-    its other weights must be there too, as floating-point numbers: transformers would initialize
-    missing ones, and convert integers.
+    Those in `absent` need not be there. With `model`, names in the files are those that
+    transformers reads as names of the model, and its other weights must be there too, as
+    floating-point numbers: transformers would initialize missing ones, and convert integers.
 
     Raises
     ------
@@ -380,6 +419,7 @@ def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) ->
         names = renamed(headers, own_conversions(model), model).items()
         headers = {name: headers[key] for key, (name, converted) in names if not converted}
         expected = _other_weights(model) | expected
+    expected = {name: spec for name, spec in expected.items() if name not in absent}
     wrong = layout.mismatches(expected, headers)
     if wrong:
         raise CheckpointError(
@@ -389,15 +429,17 @@ def check_headers(expected: TensorSpecs, files: list[str], model: Any = None) ->
 
 
 def _other_weights(model: Any) -> TensorSpecs:
-    """Return the floating-point tensors of the decoder and the output head, without tied ones.
+    """Return the floating-point tensors of the decoder and the head, without tied ones.
 
     The head is left out if the files are of another class, such as the decoder alone.
     """
     prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
-    if type(model).__name__ not in (model.config.architectures or [type(model).__name__]):
+    own = type(model).__name__ in (model.config.architectures or [type(model).__name__])
+    if not own:
         head = None
     heads = tuple(f"{name}." for name, module in model.named_modules() if module is head)
-    if model.base_model is model:  # names have no prefix
+    classifies = own and kind_of(model.config).classifies
+    if model.base_model is model or classifies:  # names have no prefix, or the head has several
         prefix = ""
     return {
         name: TensorSpec(list(tensor.shape))

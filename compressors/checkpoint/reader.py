@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.config_tables import check_tables
@@ -22,6 +22,7 @@ from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers import TensorSpecs, WeightConfig
 from lrc.compressors.layers.model_shapes import SHAPES
 from lrc.compressors.models.configuration import check_code, tokenizer_needs_code
+from lrc.compressors.models.model_kinds import ModelKind, kind_of
 from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import CheckpointError
 
@@ -33,7 +34,7 @@ def load_checkpoint(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a causal language model from a local folder.
+    """Load a causal language model or an encoder from a local folder.
 
     Parameters
     ----------
@@ -58,7 +59,7 @@ def load_checkpoint(
     wait_for_hashes = manifest.start_check() if manifest else lambda: None
     try:
         with _without_bars():
-            found: Any = AutoModelForCausalLM.from_pretrained(
+            found: Any = contents.kind.auto_class.from_pretrained(
                 folder,
                 dtype=dtype or "auto",
                 device_map=device,
@@ -145,6 +146,11 @@ class Contents:
     """Compressed layers; empty for a dense model, or one that another tool compressed."""
     needs_lrc: bool
     """Whether the format is that of lrc, so that loading calls `LrcQuantizer`."""
+
+    @property
+    def kind(self) -> ModelKind:
+        """What the model computes."""
+        return kind_of(self.config)
 
     def stored_tensors(self) -> TensorSpecs:
         """Return the tensors of compressed layers by their names in the file."""

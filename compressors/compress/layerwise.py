@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from lrc.compressors.calibrate.statistics import routed_tokens
+from lrc.compressors.compress.batches import batches, compress_together
 from lrc.compressors.compress.group import (
     CompressedGroup,
     WeightGroup,
@@ -175,16 +176,20 @@ class Compression:
         results: dict[str, LayerResult] = {}
         tensors: dict[str, Tensor] = {}
 
-        routed = routed_tokens(self.journal, layer)
+        tasks = [task for task in self.plan.tasks if task.layer == layer]
+        routed: dict[str, tuple[int, int]] = {}
+        for other in sorted({weight.layer for task in tasks for weight in task.weights}):
+            routed |= routed_tokens(self.journal, other)
 
         def store(done: CompressedGroup) -> None:
-            n_tokens, _ = routed.get(done.task.name, (None, 0))
+            counts = [routed[w.name][0] for w in done.task.weights if w.name in routed]
+            n_tokens = tuple(counts) if len(counts) > 1 else next(iter(counts), None)
             results[done.task.name] = replace(self._predicted(done), n_tokens=n_tokens)
             tensors.update(done.tensors)
 
-        tasks = [task for task in self.plan.tasks if task.layer == layer]
         refit = {t.name: t for t in tasks if t.compensate is not None and prefix is not None}
-        self._divide([task for task in tasks if task.name not in refit], self.compress, store)
+        together = batches([task for task in tasks if task.name not in refit], self.device)
+        self._divide(together, self._compress_batch, store)
         if prefix is not None:
             # Weights compressed so far are inserted before the next inputs are measured.
             for names in prefix.groups(layer):
@@ -193,28 +198,33 @@ class Compression:
                     deficit = any(t.compensate and t.compensate.residual > 0 for t in targets)
                     capped = all(caps_tokens(t) for t in targets)
                     measured = prefix.measure(layer, names, deficit=deficit, capped=capped)
-                    self._divide(targets, partial(self._refit, measured=measured), store)
+                    solve = partial(self._refit_alone, measured=measured)
+                    self._divide([[task] for task in targets], solve, store)
                 self.insert(names, results, tensors, prefix)
             # Those that the model does not execute, like an unused expert.
-            self._divide([*refit.values()], self.compress, store)
+            self._divide([[task] for task in refit.values()], self._compress_batch, store)
         if self.processes.first:
             write_results(self.journal, layer, results, tensors, self.folder)
 
     def _divide(
         self,
-        tasks: Sequence[LayerTask],
-        solve: Callable[[LayerTask], CompressedGroup],
+        together: Sequence[Sequence[LayerTask]],
+        solve: Callable[[Sequence[LayerTask]], list[CompressedGroup]],
         store: Callable[[CompressedGroup], None],
     ) -> None:
-        """Solve tasks that do not depend on each other, and store the results of all processes."""
-        owners = self.processes.owners([relative_cost(task) for task in tasks])
-        owned = zip(tasks, owners, strict=True)
-        solved = {t.name: solve(t) for t, owner in owned if owner == self.processes.rank}
-        for task, owner in zip(tasks, owners, strict=True):
-            done = solved.get(task.name, CompressedGroup(task, LayerResult(task.config)))
-            tensors, result = self.processes.exchange(owner, done.tensors, done.result)
-            tensors = {name: to_host(tensor) for name, tensor in tensors.items()}
-            store(CompressedGroup(task, result, tensors))
+        """Solve batches of tasks that do not depend on each other; store those of all processes."""
+        costs = [sum(relative_cost(task) for task in batch) for batch in together]
+        owners = self.processes.owners(costs)
+        solved: dict[str, CompressedGroup] = {}
+        for batch, owner in zip(together, owners, strict=True):
+            if owner == self.processes.rank:
+                solved |= {done.task.name: done for done in solve(batch)}
+        for batch, owner in zip(together, owners, strict=True):
+            for task in batch:
+                done = solved.get(task.name, CompressedGroup(task, LayerResult(task.config)))
+                tensors, result = self.processes.exchange(owner, done.tensors, done.result)
+                tensors = {name: to_host(tensor) for name, tensor in tensors.items()}
+                store(CompressedGroup(task, result, tensors))
 
     def insert(
         self,
@@ -244,10 +254,23 @@ class Compression:
 
     def compress(self, task: LayerTask) -> CompressedGroup:
         """Compress a task with the statistics of the dense model."""
-        if not task.config.compressed:
-            return left_dense(task)
-        weights = [self._weight(w) for w in task.weights]
-        return compress_group(self._group(task, weights, weights[0].dtype))
+        (done,) = self._compress_batch([task])
+        return done
+
+    def _compress_batch(self, batch: Sequence[LayerTask]) -> list[CompressedGroup]:
+        """Compress tasks of equal configurations with the statistics of the dense model."""
+        if not batch[0].config.compressed:
+            return [left_dense(task) for task in batch]
+        groups = []
+        for task in batch:
+            weights = [self._weight(w) for w in task.weights]
+            groups.append(self._group(task, weights, weights[0].dtype))
+        return compress_together(groups)
+
+    def _refit_alone(
+        self, batch: Sequence[LayerTask], measured: PrefixMoments
+    ) -> list[CompressedGroup]:
+        return [self._refit(task, measured) for task in batch]
 
     def _refit(self, task: LayerTask, measured: PrefixMoments) -> CompressedGroup:
         """Fit a weight to the dense outputs on the compressed model's inputs, and compress it."""

@@ -1,23 +1,18 @@
 """Measure the effect of each compressed weight alone, to compare it with the prediction."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
-import torch
 from scipy.stats import spearmanr
-from torch import Tensor, nn
 
+from lrc.compressors.calibrate.activation_cache import cache_files
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.statistics import statistics_files
-from lrc.compressors.compress.group import CompressedGroup
+from lrc.compressors.compress.layer_effects import LayerEffects
 from lrc.compressors.compress.layerwise import Compression
-from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
-from lrc.compressors.evaluate.perplexity import perplexity
 from lrc.compressors.io.journal import Journal
-from lrc.compressors.io.machine import OnStep
-from lrc.compressors.layers.experts import split_experts_
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.tasks import LayerTask, Weight
@@ -73,17 +68,13 @@ def rank_correlation(x: list[float], y: list[float]) -> float | None:
 def profile_plan(
     plan: Plan,
     reader: WeightReader,
-    journal: Journal,
     statistics: Callable[[Weight], Statistics],
-    tokens: Tensor,
-    *,
-    dense: Callable[[], Any],
-    device: str,
-    on_step: OnStep,
+    context: CalibrationContext,
 ) -> Profile:
     """Measure the dense model with one compressed task at a time.
 
-    Each layer is one file of the journal. Nothing is compensated: all other weights are dense.
+    Each layer is one file of the journal. Nothing is compensated: all other weights are dense. One
+    decoder layer is in memory; see `LayerEffects`.
 
     Parameters
     ----------
@@ -91,10 +82,8 @@ def profile_plan(
         Without pending tasks.
     statistics : callable
         Returns the calibration statistics of a weight.
-    tokens : Tensor, shape [n_windows, length]
-        Calibration windows, int64.
-    dense : callable
-        Loads the dense model; called if a layer has yet to be measured.
+    context : CalibrationContext
+        Of the model that is compressed, with the windows over which losses are measured.
 
     Raises
     ------
@@ -110,21 +99,35 @@ def profile_plan(
     """
     tasks = [task for task in plan.tasks if plan.stored_config(task).compressed]
     layers = sorted({task.layer for task in tasks})
+    journal, tokens = context.journal, context.windows()
     left = [layer for layer in layers if not _measured(journal, layer, len(tokens))]
     _check_statistics([task for task in tasks if task.layer in left], journal)
-    work = Compression(plan, reader, journal, statistics, device)
+    work = Compression(plan, reader, journal, statistics, context.device)
     if left:
-        model = dense()
-        split_experts_(model)
-        before = perplexity(model, tokens).nll_mean
-    for done, layer in enumerate(layers, start=1):
-        if layer in left:
-            here = [task for task in tasks if task.layer == layer]
-            measured = {task.name: _compare(model, work.compress(task), tokens) for task in here}
-            facts = {"windows": len(tokens), "dense": before, "measured": measured}
-            journal.write_json(profile_file(layer), facts)
-        on_step("profile", done, len(layers))
+        effects = LayerEffects(context, work.compress)
+        by_layer = {layer: [task for task in tasks if task.layer == layer] for layer in left}
+        for together in _blocks(by_layer, effects.most_tasks()):
+            before, found = effects.measure(together)
+            for layer, here in together.items():
+                measured = {task.name: found[task.name] for task in here}
+                facts = {"windows": len(tokens), "dense": before, "measured": measured}
+                journal.write_json(profile_file(layer), facts)
+                context.on_step("profile", layers.index(layer) + 1, len(layers))
+        journal.forget(*cache_files(journal))
     return _collect(journal, layers, windows=len(tokens), length=tokens.shape[1])
+
+
+def _blocks(
+    by_layer: dict[int, list[LayerTask]], most: int
+) -> Iterator[dict[int, list[LayerTask]]]:
+    """Yield layers with at most `most` tasks together, or one layer with more."""
+    block: dict[int, list[LayerTask]] = {}
+    for layer, tasks in by_layer.items():
+        if block and sum(map(len, block.values())) + len(tasks) > most:
+            yield block
+            block = {}
+        block[layer] = tasks
+    yield block
 
 
 def stored_profile(plan: Plan, journal: Journal) -> Profile | None:
@@ -169,47 +172,3 @@ def _check_statistics(tasks: list[LayerTask], journal: Journal) -> None:
                 "deleted its statistics, which profiling needs; choose another folder",
                 code="statistics-deleted",
             )
-
-
-@torch.inference_mode()
-def _compare(model: Any, done: CompressedGroup, tokens: Tensor) -> tuple[float, float]:
-    """Return KL divergence and increase of the loss, in nats per token, due to one group."""
-    divergence = increase = 0.0
-    for window in tokens:
-        row = window[None].to(model.device)
-
-        def predictions(row: Tensor = row) -> Tensor:
-            logits: Tensor = model(input_ids=row, use_cache=False).logits
-            return log_probabilities(logits[0, :-1])  # [length - 1, vocabulary]
-
-        p = predictions()
-        with _replaced(model, done):
-            q = predictions()
-        divergence += float(kl_divergence(p, q).sum(dtype=torch.float64))
-        increase += float((p - q).gather(1, row[0, 1:, None]).sum(dtype=torch.float64))
-    count = tokens.shape[0] * (tokens.shape[1] - 1)
-    return divergence / count, increase / count
-
-
-@contextmanager
-def _replaced(model: Any, done: CompressedGroup) -> Iterator[None]:
-    """Put the compressed weights of a group into the model inside the context."""
-    before: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-
-    def put(name: str, leaf: str, value: Tensor) -> None:
-        linear = model.get_submodule(name)
-        before.append((linear, leaf, getattr(linear, leaf)))
-        value = value.to(linear.weight.device, linear.weight.dtype)
-        setattr(linear, leaf, nn.Parameter(value, requires_grad=False))
-
-    try:
-        if done.result.config.compressed:
-            for weight in done.task.weights:
-                put(weight.name, "weight", done.weight(weight.name))
-                bias = done.tensors.get(f"{weight.name}.bias")
-                if bias is not None:
-                    put(weight.name, "bias", bias)
-        yield
-    finally:
-        for linear, leaf, parameter in reversed(before):
-            setattr(linear, leaf, parameter)

@@ -19,7 +19,7 @@ from lrc.compressors.solvers.quantization_grid import ScaleOverflow
 from lrc.compressors.solvers.quantize_blocks import quantize_blocks
 from lrc.compressors.solvers.quantize_factors import quantize_low_rank, quantize_pivoted
 from lrc.compressors.solvers.quantize_values import quantize_sparse_values, quantize_values
-from lrc.compressors.solvers.quantized_matrix import round_to_nearest
+from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,12 @@ class QuantizedParts:
     fallback: str | None = None
 
 
-def quantize_whole(group: WeightGroup, member: int, config: WeightConfig) -> QuantizedParts:
+def quantize_whole(
+    group: WeightGroup, member: int, config: WeightConfig, solved: QuantizedMatrix | None = None
+) -> QuantizedParts:
     """Quantize a weight that is not decomposed, with a low-rank correction if planned.
+
+    `solved` is its quantized matrix, if that is known.
 
     Raises
     ------
@@ -48,7 +52,7 @@ def quantize_whole(group: WeightGroup, member: int, config: WeightConfig) -> Qua
         )
         encoded = BlockSparse.encode(codes=kept.codes, scale=kept.scale, mask=kept.mask, args=args)
         return QuantizedParts([encoded], kept.fallback)
-    found = quantize_matrix(
+    found = solved or quantize_matrix(
         W, H, args, quantizer=how.quantizer, dtype=dtype, damp=how.damp, act_order=how.act_order
     )
     parts = [encode_matrix("weight", found.codes, found.scale, found.zero, args)]

@@ -30,6 +30,7 @@ from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerResult, LayerTask
 from lrc.compressors.solvers.linalg import weighted_error
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
+from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix
 from lrc.compressors.solvers.shared_factors import shared_spectrum, split, split_codes
 from lrc.compressors.solvers.spectrum import Factors, Spectrum
 from lrc.configs.errors import ModelError
@@ -51,13 +52,13 @@ def compress_group(group: WeightGroup) -> CompressedGroup:
     """
     task = group.task
     if task.config.components[0].type in WHOLE_TYPES:
-        return _quantized_weights(group, task.config)
+        return quantized_weights(group, task.config)
     found = _decomposed(group)
     args = task.config.quantization
     if found.result.config.compressed or args is None:
         return found
     config = SizeSteps(task, "dense", args).config(1)
-    return _quantized_weights(group, replace(config, bias=False), found.result.fallback)
+    return quantized_weights(group, replace(config, bias=False), found.result.fallback)
 
 
 def refit_dense(
@@ -251,10 +252,15 @@ def _bias(group: WeightGroup, compressed: CompressedGroup, mean: Tensor) -> Tens
     return whole.to(group.dtype)
 
 
-def _quantized_weights(
-    group: WeightGroup, config: WeightConfig, fallback: str | None = None
+def quantized_weights(
+    group: WeightGroup,
+    config: WeightConfig,
+    fallback: str | None = None,
+    solved: QuantizedMatrix | None = None,
 ) -> CompressedGroup:
     """Quantize whole weights, as planned or because their components cannot be stored.
+
+    `solved` is the only weight of the group if it is quantized already.
 
     Raises
     ------
@@ -266,7 +272,7 @@ def _quantized_weights(
     error = total = 0.0
     for member, (weight, W) in enumerate(zip(task.weights, group.weights, strict=True)):
         try:
-            found = quantize_whole(group, member, config)
+            found = quantize_whole(group, member, config, solved)
         except ScaleOverflow as overflow:
             raise ModelError(
                 f"{weight.name} {list(task.shape)}: cannot be quantized to {config.quantization}: "

@@ -14,8 +14,8 @@ from lrc.compressors.checkpoint.writer import write_weights
 from lrc.compressors.deltas.delta_format import Delta, read_delta
 from lrc.compressors.deltas.lora_folder import WEIGHTS
 from lrc.compressors.deltas.weight_files import WeightFiles
-from lrc.compressors.deltas.weight_hash import WeightHash
 from lrc.compressors.io.machine import OnStep
+from lrc.compressors.io.weight_hash import WeightHash
 from lrc.configs.errors import DeltaError
 
 

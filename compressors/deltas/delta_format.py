@@ -25,15 +25,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lrc.compressors.deltas.delta_codecs import CODECS, Encoded, decode
-from lrc.compressors.deltas.weight_hash import dtype_name
 from lrc.compressors.io.fingerprint import sha256
 from lrc.compressors.io.json_text import parse_json
 from lrc.compressors.io.shards import listed_file
+from lrc.compressors.io.weight_hash import dtype_name
 from lrc.configs.errors import DeltaError
 
 FORMAT_VERSION = 1
 DESCRIPTION, WEIGHTS, FILES, TABLE = "delta.json", "delta.safetensors", "files", "table"
 MAX_TABLE_BYTES = 2**27
+SIZES = frozenset({"numbers", "bits", "bits_per_number", "ratio", "relative_error"})
 COPY_AGAIN = "copy the delta again, or make it again with `lrc delta make`"
 
 
@@ -63,6 +64,12 @@ class Record:
         """Name of every part, the tensor of the file that contains it, and its number of values."""
         for part, (count, dtype) in self.counts.items():
             yield part, f"{self.codec}.{part}.{dtype}", count
+
+    @property
+    def bits(self) -> int:
+        """Bits of the parts in the file."""
+        sizes = ((count, getattr(torch, dtype)) for count, dtype in self.counts.values())
+        return sum(8 * count * dtype.itemsize for count, dtype in sizes)
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,11 @@ def write_delta(
     (folder / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def is_delta(folder: Path) -> bool:
+    """Return whether a folder contains the description of a delta."""
+    return (folder / DESCRIPTION).is_file()
+
+
 def read_delta(folder: Path) -> Delta:
     """Read a delta and compare its files with their hashes.
 
@@ -216,7 +228,12 @@ def _read_description(folder: Path) -> dict[str, Any]:
         hashes, base = found["sha256"], found["base"]
         for name in hashes:
             listed_file(folder, name)
-        complete = WEIGHTS in hashes and {"name", "sha256", "changed_sha256"} <= base.keys()
+        complete = (
+            WEIGHTS in hashes
+            and {"name", "sha256", "changed_sha256"} <= base.keys()
+            and "method" in found["method"]
+            and found["sizes"].keys() >= SIZES
+        )
         if not complete or found["kind"] not in ("model", "adapter"):
             raise ValueError("keys are missing")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -9,8 +9,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lrc.compressors.deltas.delta_format import FILES, Delta, read_delta
 from lrc.compressors.deltas.lora_folder import CONFIG, Lora, parse_config
-from lrc.compressors.deltas.weight_hash import WeightHash, dtype_name
 from lrc.compressors.io.shortened import shortened
+from lrc.compressors.io.weight_hash import WeightHash, dtype_name
 from lrc.compressors.models.contents import renamed
 from lrc.configs.errors import DeltaError
 

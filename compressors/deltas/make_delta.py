@@ -21,10 +21,10 @@ from lrc.compressors.deltas.encoded_tensors import EncodedTensors
 from lrc.compressors.deltas.lora_folder import CONFIG, Lora, is_adapter, read_lora
 from lrc.compressors.deltas.ranks import matrix_ranks
 from lrc.compressors.deltas.weight_files import WeightFiles
-from lrc.compressors.deltas.weight_hash import WeightHash, dtype_name
 from lrc.compressors.io.fingerprint import sha256
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.io.shortened import shortened
+from lrc.compressors.io.weight_hash import WeightHash, dtype_name
 from lrc.configs.delta_methods import DeltaMethod, LowRank
 from lrc.configs.errors import DeltaError
 

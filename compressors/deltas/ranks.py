@@ -10,7 +10,7 @@ from torch import Tensor
 from lrc.compressors.deltas.delta_codecs import difference
 from lrc.compressors.deltas.lora_folder import Lora, truncated_product
 from lrc.configs.delta_methods import LowRank
-from lrc.configs.errors import RecipeError
+from lrc.configs.errors import UsageError
 from lrc.configs.size import parse_size
 
 
@@ -38,7 +38,7 @@ def matrix_ranks(pairs: Iterable[tuple[str, Tensor, Tensor]], options: LowRank) 
 
     Raises
     ------
-    RecipeError
+    UsageError
         If a rank is out of range, or the size too small.
     """
     matrices, rest = {}, 0
@@ -66,7 +66,7 @@ def adapter_ranks(lora: Lora, options: LowRank) -> dict[str, int]:
 
     Raises
     ------
-    RecipeError
+    UsageError
         If a rank is out of range, or the size too small.
     """
     matrices = {}
@@ -98,7 +98,7 @@ def _ranks(matrices: Mapping[str, _Matrix], options: LowRank, rest: int) -> dict
     if options.rank is not None:
         for name, matrix in matrices.items():
             if options.rank > matrix.most:
-                raise RecipeError(
+                raise UsageError(
                     f"rank: must be in [1, {matrix.most}] for {name} {matrix.shape}, got "
                     f"{options.rank}; lower it, or give 'keep' instead"
                 )
@@ -121,7 +121,7 @@ def _within_size(matrices: Mapping[str, _Matrix], options: LowRank, rest: int) -
     least = rest + sum(cost.values())
     left = parse_size(options.size) - least
     if left < 0:
-        raise RecipeError(
+        raise UsageError(
             f"size: must be at least {least}B, the bytes of rank 1 and of tensors that are stored "
             f"as they are, got {options.size}; raise it"
         )

@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lrc.compressors.evaluate.score_text import four_digits
+
 TOLERANCE = 0.005
 """Numbers that differ by a smaller fraction count as equal; the sentence says so."""
 EQUAL = f"within {100 * TOLERANCE:g} %"
@@ -118,7 +120,7 @@ def _and(words: Sequence[str]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "not finite"
+    return four_digits(value) if math.isfinite(value) else "not finite"
 
 
 def _sizes(one: int, other: int) -> str:

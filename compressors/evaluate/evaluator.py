@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.compressors.corpus.documents import source_identity
+from lrc.compressors.corpus.examples import task_identity
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.baseline_comparison import compare_with_baselines
 from lrc.compressors.evaluate.baselines import Baseline, Targets, measure, plan_baseline, record
@@ -29,9 +30,9 @@ from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, OnStep, release_memory
 from lrc.configs.recipe import Evaluate
 
-ALL = {"perplexity", "tasks"}
+ALL = {"perplexity", "tasks", "task"}
 """Options of an evaluation that a score of one model depends on."""
-BOTH = {"perplexity", "kl_tokens", "generations"}
+BOTH = {"perplexity", "kl_tokens", "generations", "task"}
 """Options that the scores of both models together depend on."""
 PAIR = "pair"
 """Name of the scores of both models together."""
@@ -43,6 +44,8 @@ def score_options(options: Evaluate, keys: set[str]) -> dict[str, Any]:
     """Return the options in `keys`, and what identifies the content of their files."""
     found = options.model_dump(mode="json", include=keys)
     found["texts"] = [source_identity(spec.source) for spec in options.perplexity]
+    if options.task is not None and "task" in keys:
+        found["task"]["data"] = task_identity(options.task)
     folder = options.tasks.include_path
     if "tasks" in keys and folder is not None:
         found["task_files"] = fingerprints(Path(folder).expanduser(), *TASK_FILES)
@@ -54,7 +57,7 @@ def score_options(options: Evaluate, keys: set[str]) -> dict[str, Any]:
 def is_current(journal: Journal, options: Evaluate) -> bool:
     """Return whether all scores are those of the present texts, tasks and prompts."""
     wanted = {}
-    if options.perplexity or options.tasks.names:
+    if options.scores_models:
         wanted["compressed"] = ALL
     if unmeasured_pair(options)["missing"]:
         wanted[PAIR] = BOTH
@@ -91,13 +94,16 @@ class Evaluator:
     processes: Processes = ALONE
     """Processes that all measure together; the first one stores the scores."""
 
-    def evaluate(self) -> dict[str, Any]:
-        """Score the dense and the compressed model, and compare them."""
+    def evaluate(self, targets: Targets) -> dict[str, Any]:
+        """Score the dense and the compressed model, and compare them.
+
+        Baselines compress `targets`. Layer by layer, they are measured in the same pass.
+        """
         with self.clock("evaluate"):
             if self.streaming is not None:
-                self._stream(self.streaming)
+                self._stream(self.streaming, targets)
             models = {}
-            if self.options.perplexity or self.options.tasks.names:
+            if self.options.scores_models:
                 if self.options.dense:
                     models["dense"] = self._score("dense", self.load_dense)
                 models["compressed"] = self._score("compressed", self.load_compressed)
@@ -125,16 +131,17 @@ class Evaluator:
         sentence = compare_with_baselines(targets.compressed_bytes, ours, records)
         return evaluation | {"baselines": records, "baseline_comparison": sentence}
 
-    def _stream(self, streaming: Streaming) -> None:
+    def _stream(self, streaming: Streaming, targets: Targets) -> None:
         """Measure layer by layer what the journal lacks, except tasks and generated text."""
         names = ["dense", "compressed"] if self.options.dense else ["compressed"]
         wanted = Unmeasured(
             self.options,
             self.load_tokenizer(),
+            "dense",
             models={name: self._stored(name, ALL) or unmeasured(self.options) for name in names},
-            pair=self._stored(PAIR, BOTH) or unmeasured_pair(self.options),
+            pairs={"compressed": self._stored(PAIR, BOTH) or unmeasured_pair(self.options)},
             baselines={
-                written: plan_baseline(written, streaming.targets)
+                written: plan_baseline(written, targets)
                 for written in self.options.baselines
                 if self._stored(written, {"perplexity"}) is None
             },
@@ -144,7 +151,7 @@ class Evaluator:
         streaming.measure_(wanted)
         for name, scores in wanted.models.items():
             self._store(name, ALL, scores)
-        self._store(PAIR, BOTH, wanted.pair)
+        self._store(PAIR, BOTH, wanted.pairs["compressed"])
         for name, found in wanted.baseline_scores.items():
             self._store(name, {"perplexity"}, found)
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from lrc.compressors.evaluate.encoder_scores import SIMILARITY, encoder_metrics
 from lrc.compressors.evaluate.harness import declared_metrics
+from lrc.compressors.evaluate.score_text import four_digits
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Evaluate, Gate
 
@@ -48,7 +50,7 @@ def check_gate_names(gates: Sequence[Gate], evaluate: Evaluate) -> None:
         elif kind in PREDICTIONS:
             problems += _prediction_problems(where, gate, kind, evaluate)
         elif kind == "tasks" and "." in name:
-            problems += _task_problems(where, gate.metric, evaluate)
+            problems += _task_problems(where, gate, evaluate)
         elif gate.metric != SIZE:
             problems.append(f"{where}.metric: must be {NAMES}, got '{gate.metric}'")
         if gate.relative and not evaluate.dense and kind not in (*PREDICTIONS, SIZE):
@@ -71,15 +73,22 @@ def _prediction_problems(where: str, gate: Gate, kind: str, evaluate: Evaluate) 
     if gate.metric not in names:
         return [_unknown(where, gate.metric, names)]
     if gate.relative:
-        return [
-            f"{where}.relative: {gate.metric} is a comparison with the dense model already; drop"
-            " relative"
-        ]
+        return [_already_compared(where, gate.metric)]
     return []
 
 
-def _task_problems(where: str, metric: str, evaluate: Evaluate) -> list[str]:
+def _already_compared(where: str, metric: str) -> str:
+    return f"{where}.relative: {metric} is a comparison with the dense model already; drop relative"
+
+
+def _task_problems(where: str, gate: Gate, evaluate: Evaluate) -> list[str]:
+    metric = gate.metric
     task, _, name = metric.removeprefix("tasks.").rpartition(".")
+    if evaluate.task is not None:
+        known = [f"tasks.{evaluate.task.name}.{each}" for each in encoder_metrics(evaluate)]
+        if metric not in known:
+            return [_unknown(where, metric, known)]
+        return [_already_compared(where, metric)] if gate.relative and name == SIMILARITY else []
     declared = declared_metrics(evaluate.tasks, task)
     if declared is None or name.partition(",")[0] in declared:
         return []
@@ -143,16 +152,16 @@ def check_gates(gates: Sequence[Gate], metrics: Metrics) -> list[GateResult]:
 def _compared(gate: Gate, entry: Mapping[str, float | None]) -> Iterator[GateResult]:
     value, dense = entry["compressed"], entry["dense"]
     assert value is not None
-    number = "{:,.0f} bytes" if gate.metric == SIZE else "{:.4g}"
-    compared = "" if dense is None else f" (dense {number.format(dense)})"
-    got = f"{gate.metric} is {number.format(value)}{compared}"
+    written = "{:,.0f} bytes".format if gate.metric == SIZE else four_digits
+    compared = "" if dense is None else f" (dense {written(dense)})"
+    got = f"{gate.metric} is {written(value)}{compared}"
     undefined = gate.relative and dense == 0
     if undefined:
         got = f"{got}: a ratio to a dense score of 0 is not defined"
     elif gate.relative:
         assert dense is not None
         value = value / dense
-        got = f"{got}, compressed / dense {value:.4g}"
+        got = f"{got}, compressed / dense {four_digits(value)}"
     for key, words in WORDS.items():
         limit = getattr(gate, key)
         if limit is None:

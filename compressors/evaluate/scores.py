@@ -11,6 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.windows import Windows, evaluation_windows
 from lrc.compressors.distributed.processes import ALONE, Processes
+from lrc.compressors.evaluate.encoder_scores import (
+    ACCURACY,
+    accuracy_entry,
+    encoder_metrics,
+    evaluation_sentences,
+)
 from lrc.compressors.evaluate.harness import check_requests, run_tasks
 from lrc.compressors.evaluate.perplexity import (
     PROTOCOL,
@@ -33,6 +39,8 @@ def unmeasured(evaluate: Evaluate) -> Scores:
     """Return the scores of a model of which nothing has been measured."""
     wanted = [f"perplexity.{spec.name}" for spec in evaluate.perplexity]
     wanted += [f"tasks.{name}" for name in evaluate.tasks.names]
+    if evaluate.task is not None and ACCURACY in encoder_metrics(evaluate):
+        wanted.append(f"tasks.{evaluate.task.name}.{ACCURACY}")
     return {"perplexity": {}, "tasks": {}, "missing": dict.fromkeys(wanted, "not measured yet")}
 
 
@@ -71,6 +79,10 @@ def evaluate_model(
         run = partial(run_tasks, model, tokenizer, one, seed=seed, on_step=on_step)
         # A task is a program of others: it may raise anything.
         scores["tasks"] |= attempt(missing, f"tasks.{name}", run, Exception)
+    if evaluate.task is not None:
+        entry = partial(accuracy_entry, model, tokenizer, evaluate.task, on_step)
+        found = attempt(missing, f"tasks.{evaluate.task.name}.{ACCURACY}", entry, LrcError)
+        scores["tasks"] |= {evaluate.task.name: {ACCURACY: found}} if found else {}
     return scores
 
 
@@ -109,6 +121,8 @@ def check_evaluation(
     for spec in evaluate.perplexity:
         windows = evaluation_windows(spec, tokenizer)
         check_fit(model, windows.tokens, bos=windows.bos)
+    if evaluate.task is not None:
+        evaluation_sentences(model, tokenizer, evaluate.task)
     check_requests(model, tokenizer, evaluate.tasks, seed=seed)
 
 
@@ -140,7 +154,7 @@ def compare(dense: Scores | None, compressed: Scores, pair: Scores | None = None
     the same precision.
     """
     dense = dense or {"perplexity": {}, "tasks": {}}
-    pair = pair or {"kl": {}, "generations": {}}
+    pair = pair or {"kl": {}, "generations": {}, "similarity": {}}
     numbered = sorted(pair["generations"].items(), key=lambda item: int(item[0]))
     return {
         "perplexity": {
@@ -150,9 +164,10 @@ def compare(dense: Scores | None, compressed: Scores, pair: Scores | None = None
         "tasks": {
             task: {
                 metric: _compare_metric(task, dense["tasks"].get(task, {}).get(metric), entry)
-                for metric, entry in metrics.items()
+                for source in (compressed["tasks"], pair["similarity"])
+                for metric, entry in source.get(task, {}).items()
             }
-            for task, metrics in compressed["tasks"].items()
+            for task in {**compressed["tasks"], **pair["similarity"]}
         },
         "kl": pair["kl"],
         "generations": [entry for _, entry in numbered],

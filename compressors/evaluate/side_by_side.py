@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrc.compressors.corpus.windows import Windows, evaluation_windows
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.agreement import Agreement, compare_predictions
+from lrc.compressors.evaluate.encoder_scores import SIMILARITY, encoder_metrics, similarity_entry
 from lrc.compressors.evaluate.generations import compare_continuations, read_prompts
 from lrc.compressors.evaluate.scores import Scores, attempt
 from lrc.compressors.io.machine import OnStep, free_memory
@@ -29,7 +30,14 @@ def unmeasured_pair(evaluate: Evaluate) -> Scores:
     """Return the scores of a pair of which nothing has been measured."""
     wanted = [f"kl.{spec.name}" for spec in evaluate.compared_texts]
     wanted += [f"generations.{i}" for i in range(len(read_prompts(evaluate.generations)))]
-    return {"kl": {}, "generations": {}, "missing": dict.fromkeys(wanted, "not measured yet")}
+    if evaluate.task is not None and SIMILARITY in encoder_metrics(evaluate):
+        wanted.append(f"tasks.{evaluate.task.name}.{SIMILARITY}")
+    return {
+        "kl": {},
+        "generations": {},
+        "similarity": {},
+        "missing": dict.fromkeys(wanted, "not measured yet"),
+    }
 
 
 def evaluate_pair(
@@ -62,8 +70,8 @@ def evaluate_pair(
     Returns
     -------
     dict
-        ``{"kl": {NAME: {...}}, "generations": {NUMBER: {...}}, "missing": {"kl.NAME" or
-        "generations.NUMBER": REASON}}``.
+        ``{"kl": {NAME: {...}}, "generations": {NUMBER: {...}}, "similarity": {NAME: {...}},
+        "missing": {"kl.NAME", "generations.NUMBER" or "tasks.NAME.similarity": REASON}}``.
     """
     scores = deepcopy(scores)
     missing = scores["missing"]
@@ -74,6 +82,11 @@ def evaluate_pair(
             measure = partial(measure, on_step, processes)
             found = attempt(missing, f"kl.{spec.name}", measure, LrcError)
             scores["kl"] |= {spec.name: found} if found else {}
+        if (task := evaluate.task) is not None:
+            key = f"tasks.{task.name}.{SIMILARITY}"
+            measure = partial(similarity_entry, dense, compressed, tokenizer, task, on_step)
+            found = attempt(missing, key, measure, LrcError)
+            scores["similarity"] |= {task.name: {SIMILARITY: found}} if found else {}
         prompts = read_prompts(evaluate.generations) if processes.first else []
         for number, prompt in enumerate(prompts):
             write = partial(compare_continuations, dense, compressed, tokenizer, prompt)

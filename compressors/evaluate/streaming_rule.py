@@ -7,7 +7,7 @@ from the hidden states after the last layer, which `lrc.compressors.streamed` co
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lrc.compressors.evaluate.baselines import Baseline, Targets
+from lrc.compressors.evaluate.baselines import Baseline
 from lrc.compressors.evaluate.scores import Scores
 from lrc.compressors.io.machine import free_memory
 from lrc.configs.recipe import Evaluate
@@ -71,22 +71,29 @@ class Unmeasured:
 
     options: Evaluate
     tokenizer: Any
+    reference: str
+    """Name of the model that others are compared with, and that baselines are made of."""
     models: dict[str, Scores]
-    """``dense``, unless it is not wanted, and ``compressed`` -> scores from `unmeasured`."""
-    pair: Scores
-    """Scores of both, from `unmeasured_pair`."""
-    baselines: dict[str, Baseline]
+    """Name -> scores from `unmeasured`."""
+    pairs: dict[str, Scores]
+    """Name -> scores of the reference and that model, from `unmeasured_pair`."""
+    baselines: dict[str, Baseline] = field(default_factory=dict)
     """Baselines to measure, by their names in the recipe."""
     baseline_scores: dict[str, dict[str, Scores | None]] = field(default_factory=dict)
     """The same names -> perplexities by text, as from `measure`."""
 
     def unmeasured_models(self) -> list[str]:
         """Return the names in `models` of those whose predictions are missing anywhere."""
-        pair = any(key.startswith("kl.") for key in self.pair["missing"])
+        compared = {
+            name
+            for other, scores in self.pairs.items()
+            if any(key.startswith("kl.") for key in scores["missing"])
+            for name in (self.reference, other)
+        }
         return [
             name
             for name, scores in self.models.items()
-            if pair or any(key.startswith("perplexity.") for key in scores["missing"])
+            if name in compared or any(key.startswith("perplexity.") for key in scores["missing"])
         ]
 
     def texts(self) -> list[str]:
@@ -96,16 +103,12 @@ class Unmeasured:
             for spec in self.options.perplexity
             if self.baselines
             or any(f"perplexity.{spec.name}" in each["missing"] for each in self.models.values())
-            or f"kl.{spec.name}" in self.pair["missing"]
+            or any(f"kl.{spec.name}" in each["missing"] for each in self.pairs.values())
         ]
 
 
 class Streaming(Protocol):
     """Measures models one decoder layer at a time."""
-
-    @property
-    def targets(self) -> Targets:
-        """What baselines compress."""
 
     def measure_(self, wanted: Unmeasured) -> None:
         """Measure what is missing: perplexities, predictions and baselines, in one pass.

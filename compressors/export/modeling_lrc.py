@@ -541,9 +541,9 @@ def rebuild_(model: Any, block: dict[str, Any]) -> None:
         module = _find(model, name)
         module.bias = nn.Parameter(module.weight.new_empty(module.out_features))
     _replace_layers(model, block["modules"])
-    width, like = model.config.hidden_size, next(model.parameters())
+    like = next(model.parameters())
     for name, entry in block.get("norms", {}).items():
-        norm = _find(model, name)
+        norm, width = _find(model, name), model.config.hidden_size
         eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
         if not entry:
             model.set_submodule(name, UnitNorm(width, eps, None))

@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.companions import copy_companions
 from lrc.compressors.checkpoint.elastic_budgets import BUDGET
+from lrc.compressors.checkpoint.parent_weights import refuse_without_embedding
 from lrc.compressors.checkpoint.reader import Contents, check_checkpoint, is_ours
 from lrc.compressors.export import modeling_lrc as runtime
 from lrc.compressors.io.machine import OnStep
@@ -121,6 +122,7 @@ def _refuse_other_formats(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: --format remote-code is for checkpoints that need lrc, and this one loads "
             f"with {loads} alone; use the folder as it is"
         )
+    refuse_without_embedding(config[runtime.BLOCK], folder)
     if "auto_map" in config:
         raise ExportError(
             f"{folder}: cannot be exported as remote-code: the model comes with code already "
@@ -134,7 +136,7 @@ def _config(contents: Contents, name: str) -> dict[str, Any]:
     config = {key: value for key, value in contents.config.items() if key != BUDGET}
     block = {key: value for key, value in config[runtime.BLOCK].items() if key != layout.ELASTIC}
     block["modules"] = {module: c.at_budget(0).to_json() for module, c in contents.modules.items()}
-    auto_map = {"AutoModelForCausalLM": f"{FILE.stem}.{name}"}
+    auto_map = {contents.kind.auto_class.__name__: f"{FILE.stem}.{name}"}
     names = config.get("architectures") or [name]  # missing if the source was a GGUF file
     return {**config, "architectures": names, runtime.BLOCK: block, "auto_map": auto_map}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.checkpoint.format import EDITED
+from lrc.compressors.checkpoint.parent_weights import refuse_without_embedding
 from lrc.compressors.checkpoint.plain import plain_name
 from lrc.compressors.checkpoint.reader import check_checkpoint, stored_dtype
 from lrc.compressors.io.shards import Header
@@ -71,6 +72,7 @@ class StoredWeights:
         self.contents = check_checkpoint(folder)
         self.modules: dict[str, WeightConfig] = self.contents.modules
         block = self.contents.config.get("quantization_config") or {}
+        refuse_without_embedding(block, folder)
         if NORMS in block:
             raise ExportError(
                 f"{folder}: cannot be exported: with 'rotations: block' every block uses its own "

@@ -118,6 +118,11 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder and below."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def remove(path: Path) -> None:
     """Delete a file or folder, if it exists, in one step: its name is free, or it is unchanged."""
     partial = partial_path(path)

@@ -68,6 +68,20 @@ def drop_file_pages(tensors: Iterable[Tensor]) -> None:
             advise(ctypes.c_void_p(first), ctypes.c_size_t(length), MADV_DONTNEED)
 
 
+def drop_shared_pages(tensor: Tensor) -> None:
+    """Drop the pages of a tensor in a file that is mapped shared; its values stay in the file.
+
+    For buffers that are larger than memory: without this, all pages that were used stay resident
+    until another process needs memory. Other tensors stay as they are.
+    """
+    if tensor.device.type != "cpu" or tensor.untyped_storage().filename is None:
+        return
+    if (advise := _of_libc("madvise")) is not None:
+        first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - first
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(length), MADV_DONTNEED)
+
+
 def _mapped_files() -> list[tuple[int, int]]:
     """Return the addresses of private mappings of files."""
     try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.distributed.processes import ALONE, Processes
+from lrc.compressors.io.disk_use import DiskUse
 from lrc.compressors.io.freed_memory import trim
 from lrc.compressors.io.journal import Journal
 from lrc.configs.errors import Problem, RecipeError
@@ -19,6 +20,10 @@ from lrc.configs.errors import Problem, RecipeError
 OnStep = Callable[[str, int, int], None]
 """Progress callback, called with (stage, done, total) when everything finished so far is on disk.
 May raise to stop. Must not print to stdout, which is redirected while an lm-eval task runs."""
+
+
+PINNED_BYTES = 2**25
+"""Bytes that are copied to a GPU at once."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -79,10 +84,16 @@ class Machine:
 
 
 class Clock:
-    """Seconds of each stage, summed over the runs it took; written to the journal if `keep`."""
+    """Seconds of each stage, summed over the runs it took, and the disk space of this one.
+
+    The seconds are written to the journal if `keep`.
+    """
 
     def __init__(self, journal: Journal, *, keep: bool = True) -> None:
         self._journal, self._keep = journal, keep
+        self.disk = DiskUse(journal.output)
+        self.cpu_seconds: dict[str, float] = {}
+        """Time of all threads of this process."""
         self.seconds: dict[str, float] = (
             journal.read_json("seconds.json") if journal.has("seconds.json") else {}
         )
@@ -90,11 +101,15 @@ class Clock:
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the time spent inside to a stage, also if it ends in an error."""
-        start = time.monotonic()
+        start, processor = time.monotonic(), time.process_time()
         try:
             yield
         finally:
             release_memory()
+            self.disk.look()
+            self.cpu_seconds[stage] = (
+                self.cpu_seconds.get(stage, 0.0) + time.process_time() - processor
+            )
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
             if self._keep:
                 self._journal.write_json("seconds.json", self.seconds)
@@ -116,6 +131,25 @@ def to_host(tensor: Tensor) -> Tensor:
     if not tensor.is_cuda:
         return tensor.cpu()
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+
+
+def to_device(
+    tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return a copy of a tensor on the CPU; to a GPU in pieces, through pinned memory.
+
+    A copy even on the CPU: the pages of a mapped file that were touched stay in memory as long as
+    the file is mapped. A GPU receives the pieces on the current stream, while the next is read.
+    """
+    if torch.device(device).type == "cpu" or not tensor.numel():
+        return tensor.to(device, dtype, copy=True)
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    size = max(1, PINNED_BYTES // tensor.element_size())
+    for part, place in zip(tensor.reshape(-1).split(size), out.view(-1).split(size), strict=True):
+        # PyTorch reuses pinned memory when the copy from it has ended.
+        pinned = torch.empty_like(part, pin_memory=True).copy_(part)
+        place.copy_(pinned, non_blocking=True)
+    return out if dtype is None else out.to(dtype)
 
 
 def release_memory() -> None:

@@ -29,9 +29,9 @@ from lrc.compressors.latency.time_curve import TimeCurve
 from lrc.compressors.layers.component import Component
 from lrc.compressors.solvers.cuda_graphs import record
 
-CACHES = {"cpu": 128 << 20, "cuda": 256 << 20}
+CACHES = {"cpu": 128 << 20, "cuda": 128 << 20}
 """Bytes of all copies in turn: several times a cache of 32 MiB, and one of 50 MiB."""
-MOST_COPIES = 256
+MOST_COPIES = 128
 """So that preparing small matrices does not take long."""
 BATCH = 512 << 20
 """Bytes of the matrices, one copy each, that are in memory at the same time."""

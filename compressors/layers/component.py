@@ -194,7 +194,7 @@ class Component(nn.Module, ABC):
     @classmethod
     def describe(cls, d_out: int, d_in: int, config: ComponentConfig) -> str:
         """Return the sizes as tables show them."""
-        return ", ".join(str(config.sizes[name]) for name in cls.SIZES)
+        return ", ".join(f"{name} {config.sizes[name]}" for name in cls.SIZES)
 
     @staticmethod
     @abstractmethod

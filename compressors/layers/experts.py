@@ -81,6 +81,10 @@ class SplitExperts(nn.Module):
         its activation only. The linear layers of the experts are views of the parameters.
     """
 
+    batches: Any = None
+    """Callable with the arguments of `forward` and the activation that returns the same, or None if
+    it cannot; its method `stack` is called after tensors have been moved, see `ExpertBatches`."""
+
     def __init__(self, fused: Any) -> None:
         super().__init__()
         self.tensors = fused_tensors(fused)
@@ -103,6 +107,12 @@ class SplitExperts(nn.Module):
         top_k_weights : Tensor, shape [n_tokens, top_k]
         """
         activation = self._activation
+        if self.batches is not None:
+            found: Tensor | None = self.batches(
+                hidden_states, top_k_index, top_k_weights, activation
+            )
+            if found is not None:
+                return found
         order = top_k_index.flatten().argsort(stable=True)
         counts = top_k_index.flatten().bincount(minlength=self.n_experts).tolist()
         selected = order // top_k_index.shape[1]  # tokens, expert by expert
@@ -122,6 +132,13 @@ class SplitExperts(nn.Module):
         fused: Any = vars(self)["fused"]
         found: Callable[[Tensor], Tensor] = fused._apply_gate if fused.has_gate else fused.act_fn
         return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or convert all tensors, and stack them again where they are now."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.batches is not None:
+            self.batches.stack()
+        return self
 
     def selected(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> int:
         """Return how many experts a token selects, given the arguments of a call."""

@@ -122,11 +122,13 @@ def encode_values(
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """Return the matrix [rows, columns] that codes represent, in the dtype of `scale`."""
-    rows, groups = scale.shape
-    grouped = codes.view(rows, groups, -1)
-    steps = grouped if zero is None else grouped.to(torch.int16) - zero.to(torch.int16)[:, :, None]
-    return (steps.to(scale.dtype) * scale[:, :, None]).view(rows, -1)
+    """Return the matrix [rows, columns] that codes represent, in the dtype of `scale`.
+
+    Or a stack of them, if `codes`, `scale` and `zero` have a first dimension more.
+    """
+    grouped = codes.view(*scale.shape, -1)  # [..., rows, groups, width]
+    steps = grouped if zero is None else grouped.to(torch.int16) - zero.to(torch.int16)[..., None]
+    return (steps.to(scale.dtype) * scale[..., None]).flatten(-2)
 
 
 def read_values(packed: Tensor, scale: Tensor, count: int, args: QuantizationArgs) -> Tensor:

@@ -28,12 +28,16 @@ def combined(known: Sequence[Statistics]) -> Statistics:
     if len(known) == 1:
         return known[0]
     moments = [each.inputs.whole() for each in known if each.inputs is not None]
-    return Statistics(known[0].n_tokens, Moment.of(torch.stack(moments).sum(dim=0)))
+    n_tokens = max(each.n_tokens for each in known)
+    return Statistics(n_tokens, Moment.of(torch.stack(moments).sum(dim=0)))
 
 
 def missing_reason(known: Sequence[Statistics], needed: Collection[str]) -> str | None:
-    """Return why weights cannot be compressed with these statistics; None if nothing is missing."""
-    missing = {name for each in known for name in each.missing(needed)}
+    """Return why weights cannot be compressed with these statistics; None if nothing is missing.
+
+    Of several weights that are solved together, one must have them.
+    """
+    missing = set.intersection(*({*each.missing(needed)} for each in known))
     if not missing:
         return None
     if all(each.n_tokens == 0 for each in known) or "inputs" in missing:

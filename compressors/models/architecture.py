@@ -13,12 +13,13 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lrc.compressors.layers.experts import Expert, FusedTensor, split_experts_, split_modules
 from lrc.compressors.layers.model_shapes import rebuild_
+from lrc.compressors.models.auto_class import auto_class
 from lrc.compressors.models.configuration import SUPPORTED, first_line
+from lrc.compressors.models.model_kinds import ModelKind, kind_of
 from lrc.compressors.models.source import Source
 from lrc.configs.errors import ModelError
 
@@ -54,11 +55,37 @@ class Architecture:
     experts: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Name of a module of experts -> their number, and how many of them a token selects; found by
     `layer_check`."""
+    groups: list[list[list[str]]] = field(default_factory=list)
+    """By layer, the linears of each distinct input, in order of use; found by `layer_check`."""
+
+    @property
+    def kind(self) -> ModelKind:
+        """What the model computes."""
+        return kind_of(self.model.config)
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
         return [self.model.get_submodule(name) for name in self.layer_names]
+
+    def other_parts(self) -> dict[str, nn.Module]:
+        """Return the modules next to the text decoder, such as a vision tower, by name.
+
+        Embeddings and output heads of the text are not among them.
+        """
+        decoder = self.model.get_decoder()
+        path = next((name for name, each in self.model.named_modules() if each is decoder), "")
+        if not self.layer_names[0].startswith(f"{path}.") or not path:
+            return {}
+        ends = (decoder, self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        found, parts = {}, path.split(".")
+        for depth in range(len(parts)):
+            owner = ".".join(parts[:depth])
+            for leaf, module in self.model.get_submodule(owner).named_children():
+                known = leaf == parts[depth] or any(module is end for end in ends)
+                if not known and any(True for _ in module.parameters()):
+                    found[f"{owner}.{leaf}" if owner else leaf] = module
+        return found
 
     def stored_parameters(self) -> dict[str, torch.Tensor]:
         """Return name -> meta tensor of everything in a checkpoint: tied parameters once."""
@@ -88,21 +115,23 @@ def build(source: Source) -> Architecture:
     ModelError
         If the architecture is unknown, or its weights have an unsupported form.
     """
-    config = source.config
+    config, kind = source.config, kind_of(source.config)
     if getattr(config, "is_encoder_decoder", False):
         raise unsupported(config, "it is an encoder-decoder model")
     if any(name.endswith("ForMaskedLM") for name in config.architectures or []):
         raise unsupported(config, "it predicts masked tokens, not the next one")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+    if not kind.encoder and auto_class(config) is None:
         raise unsupported(config, "transformers has no causal language model of this type")
     try:
         with init_empty_weights(include_buffers=False), _NoLargeTensors():
-            model = AutoModelForCausalLM.from_config(
+            model = kind.auto_class.from_config(
                 config, dtype=torch.float32, trust_remote_code=source.spec.trust_remote_code
             )
     except Exception as error:  # modeling code may raise anything for the values of a config
         raise unsupported(config, first_line(error)) from error
     split_experts_(model)
+    if kind.encoder and any(split_modules(model)):
+        raise unsupported(config, "it is an encoder with experts")
     rebuild_(model)
     for parameter in model.parameters():  # not the buffers: computed tables and scales stay exact
         parameter.data = parameter.data.to(source.dtype)
@@ -157,7 +186,7 @@ def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
     Of the lists with the length that the config states (or else of all) it is the outermost one:
     the towers of other modalities are deeper. Of several, it has the most parameters.
     """
-    decoder = model.get_decoder()
+    decoder = model.base_model if kind_of(config).encoder else model.get_decoder()
     if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
         decoder = model  # ModernBERT's `decoder` is its head
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")

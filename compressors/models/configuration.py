@@ -15,11 +15,16 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from lrc.compressors.models.model_kinds import kind_of
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Model
 
 TESTED = "Llama, Mistral, Qwen2, Qwen3, Gemma-3, OPT, GPT-NeoX, Mixtral and Qwen3-MoE"
-SUPPORTED = f"decoder-only models whose layers hold torch.nn.Linear (tested: {TESTED})"
+ENCODERS = "BERT, RoBERTa and ModernBERT, as embedding models or with a classification head"
+SUPPORTED = (
+    f"decoder-only models whose layers hold torch.nn.Linear (tested: {TESTED}), and encoders "
+    f"(tested: {ENCODERS})"
+)
 # Names of classes with a head for the next token; `build` refuses those of masked tokens.
 CAUSAL = re.compile(r"(For(CausalLM|ConditionalGeneration|MaskedLM)|LMHeadModel)$")
 
@@ -119,9 +124,11 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def _refuse_other_heads(raw: dict[str, Any], path: Path) -> None:
-    """Refuse models that predict anything else than the next token."""
+    """Refuse models that are neither encoders nor predict the next token."""
     names = raw.get("architectures") or []
     names = names if isinstance(names, list) else [names]
+    if kind_of({**raw, "architectures": names}).encoder:
+        return
     tables = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES)  # the latter: bare decoders
     known = [table.get(str(raw.get("model_type"))) for table in tables]
     own = "AutoModelForCausalLM" in str(raw.get("auto_map"))
@@ -129,8 +136,8 @@ def _refuse_other_heads(raw: dict[str, Any], path: Path) -> None:
     if other and not own:
         raise ModelError(
             f"model.path: {path} describes a {other[0]} (architectures), which is no causal "
-            "language model: the result would lose its head; give the causal language model from "
-            f"which it was made; supported are {SUPPORTED}"
+            "language model: the result would lose its head; give the model from which it was "
+            f"made; supported are {SUPPORTED}"
         )
 
 

@@ -5,14 +5,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download, snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.utils.quantization_config import GgufConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from lrc.compressors.io.fingerprint import fingerprint, fingerprints
 from lrc.compressors.io.shards import shard_files
@@ -22,6 +22,7 @@ from lrc.compressors.models.configuration import (
     read_gguf_config,
     tokenizer_needs_code,
 )
+from lrc.compressors.models.model_kinds import kind_of
 from lrc.compressors.models.tokenizer_files import why_no_tokenizer
 from lrc.configs.errors import ModelError, RecipeError
 from lrc.configs.recipe import Model
@@ -104,7 +105,7 @@ def locate(spec: Model, *, weights: bool = True) -> Source:
     else:
         raise RecipeError(
             f"model.path: no file or folder {spec.path!r}, and it is not a Hub id (org/name) "
-            "either; check the path (it is relative to the current folder)"
+            f"either; {_path_advice(path)}"
         )
     _refuse_unsafe(source)
     return source
@@ -143,11 +144,39 @@ def _reaching(name: str, where: str) -> Iterator[None]:
     try:
         yield
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
+        reason = f"could not be fetched from the Hub ({first_line(error)})"
+        path = Path(name)
+        if (path.parent.name and path.parent.is_dir()) or _similar(path):
+            raise RecipeError(
+                f"{where}: no folder {name!r}, and it {reason}; {_path_advice(path)}"
+            ) from error
         raise ModelError(
-            f"{where}: {name!r} is not a local folder and could not be fetched from the Hub "
-            f"({first_line(error)}); check the name, log in for a gated model, or download it "
-            "elsewhere and give the folder"
+            f"{where}: {name!r} is not a local folder and {reason}; check the name, log in for a "
+            "gated model, or download it elsewhere and give the folder"
         ) from error
+
+
+def _path_advice(path: Path) -> str:
+    """Return what to do about a path that does not exist."""
+    if near := _similar(path):
+        return f"did you mean {' or '.join(near)}?"
+    existing = path.parent
+    while not existing.is_dir():
+        existing = existing.parent
+    missing = path.relative_to(existing).parts[0]
+    where = "the current folder" if existing == Path() else str(existing)
+    return f"check the path: {where} has no {missing!r}"
+
+
+def _similar(path: Path) -> list[str]:
+    """Return existing paths that differ from a missing one in its first missing part."""
+    for each in (path, *path.parents):
+        if each.parent.is_dir() and each.name:
+            names = [found.name for found in each.parent.iterdir()]
+            rest = path.relative_to(each)
+            near = (each.parent / name / rest for name in get_close_matches(each.name, names))
+            return [str(found) for found in near if found.exists()]
+    return []
 
 
 def _refuse_unsafe(source: Source) -> None:
@@ -203,7 +232,7 @@ def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str
     `weights` is the folder of safetensors (for GGUF, the converted one); `device` may be ``auto``,
     which spreads the model over all devices.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = kind_of(source.config).auto_class.from_pretrained(
         weights,
         config=deepcopy(source.config),
         dtype=dtype,
@@ -218,30 +247,6 @@ def load_dense(source: Source, weights: Path, *, dtype: torch.dtype, device: str
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(source.dtype))
     return model.eval()
-
-
-def convert_gguf(source: Source, folder: Path) -> None:
-    """Dequantize a GGUF file into a folder of safetensors at the recipe's precision.
-
-    `GgufConfig(dequantize=True)` clears the quantizer state that would prevent saving. The config
-    is passed, because reading the file's metadata takes seconds.
-    """
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            gguf_file=source.gguf,
-            config=deepcopy(source.config),
-            dtype=source.dtype,
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers and gguf raise nearly anything
-        raise ModelError(
-            f"model.path: {source.folder / str(source.gguf)} could not be dequantized "
-            f"({first_line(error)}); it may be truncated, or of an architecture that "
-            "transformers does not read from GGUF"
-        ) from error
-    _complete(loaded, source.folder / str(source.gguf)).save_pretrained(folder)
 
 
 def _complete(loaded: tuple[Any, Mapping[str, Any]], where: Path) -> Any:

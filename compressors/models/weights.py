@@ -2,15 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lrc.compressors.io.machine import to_device
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.contents import read_contents
 from lrc.compressors.models.expert_tensors import Piece
+from lrc.compressors.models.read_ahead import DEVICE_TYPES, ReadAhead
 from lrc.configs.errors import ModelError
 
 
@@ -34,6 +37,7 @@ class SkeletonFiller(ABC):
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
         self._parameters = architecture.stored_parameters()
+        self._ahead: tuple[tuple[str, str], ReadAhead] | None = None
 
     def __contains__(self, name: object) -> bool:
         return name in self._parameters
@@ -54,14 +58,35 @@ class SkeletonFiller(ABC):
 
         Modules in `skip` and their descendants are left unchanged.
         """
+        values = {}
+        if self._ahead is not None and self._ahead[0] == (name, str(device)):
+            values = self._ahead[1].take()
+            self._ahead = None
         for full, owner, leaf in self._entries(name, skip):
             stored = self._architecture.tied.get(full, full)
             if stored in self._parameters:
-                tensor = self.read(stored, device=device)
+                found = values.pop(stored, None)
+                tensor = self.read(stored, device=device) if found is None else found
                 tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
             else:  # a buffer that is not stored has its value already
                 tensor = getattr(owner, leaf).to(device)
             _set(owner, leaf, tensor)
+
+    def read_ahead(self, name: str, *, device: str) -> None:
+        """Start to read the module `name` for the next `fill_` of it, if the device is a GPU.
+
+        One module is read ahead, in its stored precision. Without a name, one that was not used is
+        forgotten.
+        """
+        key = (name, device)
+        if self._ahead is not None and self._ahead[0] == key:
+            return
+        self._ahead = None
+        if name and torch.device(device).type in DEVICE_TYPES:
+            full_names = [full for full, _, _ in self._entries(name, ())]
+            stored = {self._architecture.tied.get(full, full) for full in full_names}
+            stored &= self._parameters.keys()
+            self._ahead = key, ReadAhead(sorted(stored), partial(self.read, device=device), device)
 
     def empty_(self, name: str, *, skip: Collection[str] = ()) -> None:
         """Move the weights of the module `name` back to the meta device."""
@@ -123,7 +148,7 @@ class WeightReader(SkeletonFiller):
         """
         pieces, dtype = self._pieces[name], self._parameters[name].dtype
         try:
-            parts = [piece.read().to(device, dtype, copy=True) for piece in pieces]
+            parts = [to_device(piece.read(), device, dtype) for piece in pieces]
         except (SafetensorError, OSError) as error:
             path, reason = pieces[0].header.file, str(error).strip()[:200]
             raise ModelError(

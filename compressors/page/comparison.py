@@ -136,7 +136,7 @@ def _tasks(runs: dict[str, SavedRun]) -> list[Part]:
         for metric in metrics
     )
     return tables(
-        "Scores of lm-eval tasks ± standard error",
+        "Scores of tasks ± standard error",
         ["task", *runs],
         ([f"{t} {m}", *(value(run, t, m) for run in runs.values())] for t, m in names),
     )

@@ -94,7 +94,7 @@ def bytes_by_place(run: SavedRun, page: Page) -> list[Part]:
             (
                 charts.bytes_by_part(page, title, bars),
                 "Stored bytes by projection, over all layers, and the percentage kept. Other "
-                f"tensors are those that are not targeted, such as norms{sliced}.",
+                f"tensors are those that are not targeted, such as embedding and norms{sliced}.",
             ),
             (
                 charts.bytes_by_layer(page, layers, by_layer),

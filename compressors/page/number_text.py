@@ -13,11 +13,15 @@ def size_text(n_bytes: float | None) -> str:
     return f"{n_bytes / 1024:.1f} KiB"
 
 
-def score_text(value: float | None) -> str:
-    """Format a perplexity; None stands for one that is not finite."""
+def score_text(value: float | None, error: float | None = None) -> str:
+    """Format a perplexity; None stands for one that is not finite.
+
+    A standard error is written in the notation of the value: 48,613 ± 144.
+    """
     if value is None:
         return "not finite"
-    return f"{value:.3f}" if value < 1e4 else f"{value:.3e}"
+    notation = ".3f" if value < 1e4 else ",.0f" if value < 1e9 else ".3e"
+    return " ± ".join(format(each, notation) for each in (value, error) if each is not None)
 
 
 def nats_text(value: float | None) -> str:
@@ -43,11 +47,11 @@ def seconds_text(seconds: float) -> str:
 def short_text(value: float) -> str:
     """Format a number for a cell of a heat map, in at most six characters.
 
-    >>> [short_text(x) for x in (576, 4.1279, 0.0312, 0.00002, 0)]
-    ['576', '4.13', '0.031', '2e-05', '0']
+    >>> [short_text(x) for x in (576, 4.1279, 0.0312, 0.00097, 0.00002, 0)]
+    ['576', '4.13', '0.031', '0.001', '2e-05', '0']
     """
     if value == int(value):
         return f"{value:.0f}"
-    if not isfinite(value) or abs(value) < 1e-3:
+    if not isfinite(value) or abs(value) < 9.5e-4:  # which is not rounded to 0.001
         return f"{value:.0e}"
     return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"

@@ -143,7 +143,7 @@ def _perplexity(entry: Mapping[str, Any], model: str) -> str:
     if value is None:
         return ""
     error = entry.get("stderr", {}).get(model)  # not in reports of all versions
-    return score_text(value) + ("" if error is None else f" ± {score_text(error)}")
+    return score_text(value, error)
 
 
 def _with_error(text: str, errors: Mapping[str, float] | None, key: str) -> str:
@@ -178,7 +178,7 @@ def _tasks(tasks: Mapping[str, Any], page: Page) -> list[Part]:
     figure = charts.pairs(page, title, "score", plot) if plot else None
     return [
         *tables(
-            "Scores of lm-eval tasks ± standard error",
+            "Scores of tasks ± standard error",
             ["task", "dense", "compressed", "of dense", "documents"],
             rows,
         ),

@@ -1,6 +1,6 @@
 """Sections about the run itself: time, text, recipe, environment, and what is missing."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import yaml
@@ -11,23 +11,40 @@ from lrc.compressors.page.number_text import seconds_text, size_text
 from lrc.compressors.page.parts import Code, Part, Table, figures, tables
 from lrc.compressors.page.saved_runs import SavedRun
 
+PEAKS = (
+    ("peak memory", "peak_rss_bytes", "host_bytes"),
+    ("peak GPU memory", "peak_gpu_bytes", "gpu_bytes"),
+    ("peak disk space", "peak_disk_bytes", "disk_bytes"),
+)
+"""Name, key of the report's `memory`, and key of its estimate."""
+
 
 def timings(run: SavedRun, page: Page) -> list[Part]:
-    """Return wall times and peak memory."""
+    """Return wall times and peaks of memory and disk, next to what was estimated."""
     seconds, memory = run.report["timing"]["seconds"], run.report["memory"]
     if not seconds:
         return []
-    rows = [[name, seconds_text(value)] for name, value in seconds.items()]
-    rows.append(["all phases", seconds_text(sum(seconds.values()))])
+    expected = run.report.get("estimate") or {"seconds": {}, "peak": {}}  # earlier versions
+    guessed = expected["seconds"]
+
+    def cells(value: float | None, text: Callable[[Any], str]) -> str:
+        return "" if value is None else text(value)
+
+    rows = [
+        [name, seconds_text(value), cells(guessed.get(name), seconds_text)]
+        for name, value in seconds.items()
+    ]
+    total = sum(guessed.values()) or None
+    rows.append(["all phases", seconds_text(sum(seconds.values())), cells(total, seconds_text)])
     rows += [
-        [name, size_text(memory[key])]
-        for name, key in (("peak memory", "peak_rss_bytes"), ("peak GPU memory", "peak_gpu_bytes"))
-        if memory[key] is not None
+        [name, size_text(memory[key]), cells(expected["peak"].get(guess), size_text)]
+        for name, key, guess in PEAKS
+        if memory.get(key) is not None
     ]
     figure = charts.durations(page, [*seconds.items()])
     return [
         *figures((figure, "Wall time; after an interruption, the sum over all attempts.")),
-        *tables("Wall time and memory", ["", "value"], rows),
+        *tables("Wall time, memory and disk", ["", "value", "estimate"], rows),
     ]
 
 

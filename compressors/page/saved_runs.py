@@ -9,7 +9,7 @@ from lrc.compressors.checkpoint.manifest import CHECKSUM, report_checksum
 from lrc.compressors.io.journal import IDENTITY, WORK
 from lrc.compressors.io.json_text import parse_json
 from lrc.compressors.report import SCHEMA_VERSION
-from lrc.configs.errors import CheckpointError, RecipeError
+from lrc.configs.errors import CheckpointError, UsageError
 
 REPORT = "report.json"
 GIVEN = f"{layout.FOLDER}/recipe.given.yaml"
@@ -41,7 +41,7 @@ def read_run(path: Path) -> SavedRun:
 
     Raises
     ------
-    RecipeError
+    UsageError
         If there is no report.
     CheckpointError
         If the report is damaged, was edited, or has another version.
@@ -80,11 +80,11 @@ def _find(path: Path) -> tuple[Path, Path]:
     if (path / layout.REPORT).is_file():
         return path / layout.REPORT, path
     if not path.exists():
-        raise RecipeError(
+        raise UsageError(
             f"{path}: no such folder; give the output folder of a finished run of `lrc compress`"
         )
     unfinished = (path / WORK / IDENTITY).is_file()
-    raise RecipeError(
+    raise UsageError(
         f"{path}: a run that is not finished, without {REPORT}; continue it with `lrc compress`"
         if unfinished
         else f"{path}: not the output folder of a run, it has no {REPORT}; give the 'output' of a "

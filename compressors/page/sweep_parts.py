@@ -36,12 +36,10 @@ def metric_text(entry: Mapping[str, Any] | None) -> str:
     """Format a measurement with its standard error; empty if there is none."""
     if entry is None:
         return ""
-    error = entry["stderr"]
-    return _number(entry["value"]) + ("" if error is None else f" ± {_number(error)}")
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 10 else score_text(value)
+    value, error = entry["value"], entry["stderr"]
+    if abs(value) >= 10:
+        return score_text(value, error)
+    return " ± ".join(f"{each:.4f}" for each in (value, error) if each is not None)
 
 
 def _runs(sweep: Mapping[str, Any]) -> list[Part]:

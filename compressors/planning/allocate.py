@@ -1,6 +1,7 @@
 """Choose the configurations of pending tasks from rate-distortion curves and budgets."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep
@@ -15,10 +16,12 @@ from lrc.compressors.planning.candidates import (
     schemes_for,
     tail_candidates,
 )
+from lrc.compressors.planning.draft_speed import PredictedPair
 from lrc.compressors.planning.elastic import nested_choices, with_budgets
 from lrc.compressors.planning.feasibility import unreachable
 from lrc.compressors.planning.fused_layers import fused_groups
 from lrc.compressors.planning.plan import Allocation, Plan
+from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.rate_distortion import Curve, curves_for
 from lrc.compressors.planning.refinements import elastic_config, is_refined, refined_choices
@@ -32,6 +35,11 @@ ALLOCATORS = {
     "heavy-tail": (tail_candidates, heavy_tail),
 }
 
+NO_FASTER_PAIR = (
+    "drafter: at no budget is the pair predicted to be faster than the parent alone; the one that "
+    "slows it down least was chosen"
+)
+
 
 def allocate(
     plan: Plan,
@@ -42,6 +50,7 @@ def allocate(
     device: str,
     on_step: OnStep,
     predict_all: bool = False,
+    finished: Callable[[int], None] = lambda layer: None,
 ) -> Plan:
     """Choose the configuration of every pending task.
 
@@ -51,6 +60,8 @@ def allocate(
         Returns the calibration statistics of a weight.
     predict_all : bool
         Predict the losses of tasks with known configurations too, unless known.
+    finished : callable
+        Called with a layer when its statistics are no longer needed for this.
 
     Returns
     -------
@@ -73,6 +84,7 @@ def allocate(
         statistics,
         device=device,
         on_step=on_step,
+        finished=finished,
     )
     decided: list[LayerTask] = []
     results = {task.name: _prediction(task, curves[task.name], None) for task in known}
@@ -80,6 +92,13 @@ def allocate(
     for index, allocation in enumerate(plan.allocations):
         tasks = [task for task in pending if task.allocation == index]
         try:
+            if allocation.drafter and tasks:
+                pairs, allocation = _fastest_pair(plan, tasks, curves, allocation)
+                kept = [*plan.allocations]
+                kept[index] = allocation
+                plan = replace(plan, allocations=kept, pairs=pairs)
+                if not any(pair.drafts for pair in pairs):
+                    plan = replace(plan, warnings=[*plan.warnings, NO_FASTER_PAIR])
             decide = _decide_elastic if allocation.elastic else _decide
             for task, loss in decide(tasks, curves, allocation):
                 decided.append(with_statistics(task))
@@ -89,6 +108,32 @@ def allocate(
             problems.append(unreachable(allocation.all_budgets[-1], error.smallest))
     problems.raise_if_any()
     return plan.with_tasks(decided).with_results(results)
+
+
+def _fastest_pair(
+    plan: Plan, tasks: Sequence[LayerTask], curves: dict[str, Curve], allocation: Allocation
+) -> tuple[tuple[PredictedPair, ...], Allocation]:
+    """Predict the speed of a drafter at each budget; return all, and the one that is fastest.
+
+    A step takes time in proportion to the bytes of the whole model or, with measured times, to the
+    products with the targeted matrices.
+    """
+    budgets, pairs = allocation.all_budgets, []
+    for each in budgets:
+        decided = _decide(tasks, curves, each)
+        nats = sum(
+            _prediction(task, curves[task.name], loss).predicted_nats or 0.0
+            for task, loss in decided
+            if loss is not None
+        )
+        planned = plan.with_tasks(task for task, _ in decided)
+        times = predicted_times(planned)
+        cost = planned.compressed_bytes / planned.dense_bytes if times is None else times.ratio
+        assert each.keep is not None
+        pairs.append(PredictedPair.predict(each.keep, nats, cost))
+    best = max(range(len(pairs)), key=lambda i: (pairs[i].speed, pairs[i].with_one_draft))
+    pairs[best] = replace(pairs[best], chosen=True)
+    return tuple(pairs), budgets[best]
 
 
 def _predictable(task: LayerTask, plan: Plan) -> bool:

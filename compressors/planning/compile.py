@@ -20,6 +20,7 @@ from lrc.compressors.planning.plan import (
     ProductTimes,
     SliceRecord,
     TrainingRecord,
+    UnchangedPart,
     with_times,
 )
 from lrc.compressors.planning.problems import Problems
@@ -163,8 +164,8 @@ def compile_plan(
         exist, budgets that cannot be met, plan files of other models, nothing that becomes smaller.
     """
     calibration = recipe.calibration
-    tokens = calibration.samples * calibration.length
-    draft = Draft(source, architecture, recipe.seed, tokens, calibration.length, table=table)
+    tokens = calibration.samples * calibration.window
+    draft = Draft(source, architecture, recipe.seed, tokens, calibration.window, table=table)
     if slices is not None:
         draft.slices, draft.executed_slices = slices, True
     requested = {kind: recipe.stages_of(kind) for kind in kinds}
@@ -210,6 +211,8 @@ def compile_plan(
             bytes=whole.bytes,
             source_file_bytes=source.file_bytes,
             source_quantized=source.gguf is not None,
+            unchanged=_unchanged(draft.architecture),
+            auto_class=draft.architecture.kind.auto_class.__name__,
         ),
         seed=recipe.seed,
         calibration=calibration.model_dump(mode="json"),
@@ -234,6 +237,13 @@ def _times(draft: Draft) -> ProductTimes | None:
         return None
     table = draft.table.only(draft.all_products)
     return ProductTimes(tuple(draft.timed), table, tuple(task.name for task in draft.heads))
+
+
+def _unchanged(architecture: Architecture) -> list[UnchangedPart]:
+    return [
+        UnchangedPart(name, type(part).__name__, sum(p.nbytes for p in part.parameters()))
+        for name, part in architecture.other_parts().items()
+    ]
 
 
 def _unused(architecture: Architecture) -> list[str]:

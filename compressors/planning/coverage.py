@@ -63,7 +63,10 @@ def plan_coverage(plan: Plan) -> Coverage | None:
     for task in plan.tasks:
         result = plan.results.get(task.name)
         if result is not None and result.n_tokens is not None:
-            counts[task.name] = result.n_tokens, needed_tokens(task.shape[1])
+            received = result.n_tokens
+            each = received if isinstance(received, tuple) else (received,)
+            for weight, count in zip(task.weights, each, strict=True):
+                counts[weight.name] = count, needed_tokens(task.shape[1])
     return measured_coverage(counts)
 
 

@@ -14,6 +14,7 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from lrc.compressors.latency.latency_table import LatencyTable
 from lrc.compressors.layers import WeightConfig
+from lrc.compressors.planning.draft_speed import PredictedPair
 from lrc.compressors.planning.measures import Latency, MeasureField
 from lrc.compressors.planning.tasks import ArgsField, LayerResult, LayerTask
 
@@ -59,24 +60,35 @@ class Allocation:
     """Whether layers that serving engines fuse get the same scheme."""
     elastic: tuple[float, ...] = ()
     """All budgets of an elastic checkpoint, as the recipe states them; `keep` is the first."""
+    drafter: tuple[float, ...] = ()
+    """Budgets, the largest first, of which the fastest drafter is chosen."""
 
     @property
     def key(self) -> str:
         """Key of the budget in the recipe."""
-        if self.elastic:
-            return "elastic"
+        if self.elastic or self.drafter:
+            return "elastic" if self.elastic else "drafter"
         return "size" if self.keep is None else "keep"
 
     @property
     def all_budgets(self) -> "list[Allocation]":
         """The same allocation with each of the budgets, from this one on."""
-        if not self.elastic:
+        several = self.elastic or self.drafter
+        if not several:
             return [self]
         assert self.keep is not None
         fixed = int(self.keep * self.total) - self.budget
-        return [
-            replace(self, keep=keep, budget=int(keep * self.total) - fixed) for keep in self.elastic
-        ]
+        return [replace(self, keep=keep, budget=int(keep * self.total) - fixed) for keep in several]
+
+
+@dataclass(frozen=True)
+class UnchangedPart:
+    """A module next to the language model, such as a vision tower, which no stage changes."""
+
+    name: str
+    kind: str
+    """Name of its class."""
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,9 @@ class ModelInfo:
     source_file_bytes: int | None
     """Size of the weights as the source stores them, which may be quantized; None if unknown."""
     source_quantized: bool
+    unchanged: list[UnchangedPart] = field(default_factory=list)
+    auto_class: str = "AutoModelForCausalLM"
+    """Name of the class of transformers that loads the result."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +216,8 @@ class Plan:
     """By the name of the task."""
     elastic: tuple[float, ...] = ()
     """Budgets that the checkpoint can be cut to, the stored one first; empty if there are none."""
+    pairs: tuple[PredictedPair, ...] = ()
+    """Predicted speeds of the budgets in `drafter`; empty before the allocation."""
     times: ProductTimes | None = None
     """None without ``measure: latency``, and before the times have been measured."""
     experts: Experts | None = None

@@ -89,9 +89,14 @@ def curves_for(
     *,
     device: str,
     on_step: OnStep,
+    finished: Callable[[int], None] = lambda layer: None,
 ) -> dict[str, Curve]:
-    """Return the curve of every task by name."""
-    layers = sorted({task.layer for task in tasks})
+    """Return the curve of every task by name.
+
+    `finished` is called with a layer when its curves are stored. The last layer comes first, as in
+    the backward pass.
+    """
+    layers = sorted({task.layer for task in tasks}, reverse=True)
     curves: dict[str, Curve] = {}
     for done, layer in enumerate(layers, start=1):
         requested: dict[str, tuple[LayerTask, Allocation | None]] = {}
@@ -112,6 +117,7 @@ def curves_for(
             saved = {key: asdict(curve) for key, curve in computed.items()}
             energies = {key: facts.pop("energies") for key, facts in saved.items()}
             journal.write_tensors(file, energies, {"curves": saved})
+            finished(layer)
         for key, (task, _) in requested.items():
             facts = saved[key] | {"points": [Point(**point) for point in saved[key]["points"]]}
             curves[task.name] = Curve(journal.read_tensor(file, key), **facts)
@@ -160,7 +166,7 @@ def _curve(
     if allocation is not None and allocation.quantization:
         quantization, total = _quantization_errors(task, allocation, stack, together)
     comparable = total > 0 and not has_zero_statistics(per_weight)
-    return Curve(energies, per_weight[0].n_tokens, None, comparable, points, total, quantization)
+    return Curve(energies, together.n_tokens, None, comparable, points, total, quantization)
 
 
 def size_families(

@@ -1,5 +1,6 @@
 """Which statistics a task needs."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from lrc.compressors.methods.table import METHODS, Quantization
@@ -37,3 +38,8 @@ def with_statistics(task: LayerTask) -> LayerTask:
     if method.full_moments or task.quantize is not None:
         needed |= {f"whole_{side}" for side in ("inputs", "gradients") if side in needed}
     return replace(task, statistics=tuple(sorted(needed)))
+
+
+def required_statistics(tasks: Iterable[LayerTask]) -> dict[str, tuple[str, ...]]:
+    """Return the statistics that calibration has to collect for some tasks, by linear."""
+    return {w.name: task.statistics for task in tasks if task.statistics for w in task.weights}

@@ -41,20 +41,27 @@ def layer_groups(
     keys: Mapping[str, object],
     where: str,
     problems: Problems,
+    *,
+    n_experts: int = 1,
 ) -> list[list[Linear]]:
     """Group the same matrix of up to `size` consecutive layers, in the order of the first.
 
+    With `n_experts` above 1, the same matrix of so many consecutive experts of one layer instead.
     Layers with different `keys` are never grouped. Different shapes in a group are a problem.
     """
-    if size == 1:
-        return [[linear] for linear in linears]
     groups: list[list[Linear]] = []
     latest: dict[tuple[object, ...], list[Linear]] = {}
     for linear in linears:
-        key = linear.name.removeprefix(layer_names[linear.layer]), keys.get(linear.name)
+        within = n_experts > 1 and linear.expert is not None
+        most = n_experts if within else size
+        name = linear.name.removeprefix(layer_names[linear.layer])
+        key: tuple[object, ...] = name, keys.get(linear.name)
+        if within:
+            experts, leaf = name.rpartition(f".{linear.expert}.")[::2]
+            key = experts, leaf, linear.layer, keys.get(linear.name)
         group = latest.get(key)
-        last = group[-1] if group and len(group) < size else None
-        if last is not None and group is not None and last.layer + 1 == linear.layer:
+        last = group[-1] if group and len(group) < most else None
+        if last is not None and group is not None and _follows(linear, last, within=within):
             if (last.d_out, last.d_in) == (linear.d_out, linear.d_in):
                 group.append(linear)
                 continue
@@ -69,6 +76,13 @@ def layer_groups(
         latest[key] = [linear]
         groups.append(latest[key])
     return groups
+
+
+def _follows(linear: Linear, last: Linear, *, within: bool) -> bool:
+    """Return whether a linear belongs to the next expert of the layer, or to the next layer."""
+    if within and linear.expert is not None and last.expert is not None:
+        return last.expert + 1 == linear.expert
+    return last.layer + 1 == linear.layer
 
 
 def _no_match(pattern: str, names: list[str]) -> str:

@@ -245,5 +245,5 @@ class LayerResult:
     """Whether the weight was fitted to the inputs that the compressed model produces."""
     fallback: str | None = None
     """Description of deviations from the plan, such as increased damping."""
-    n_tokens: int | None = None
-    """Calibration tokens that an expert received; None for other weights."""
+    n_tokens: int | tuple[int, ...] | None = None
+    """Calibration tokens that an expert received, or each of several; None for other weights."""

@@ -1,11 +1,11 @@
 """Remove experts of mixture-of-experts layers, which always leaves a plain checkpoint."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.slicing.layout import skeleton
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
 from lrc.configs.slice import Reap as Options
+from lrc.configs.slice import SliceBase
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Config keys for the number of experts; a class reads one of them."""
@@ -25,30 +26,49 @@ GROUPS = ("n_group", "num_expert_group")
 """Config keys for the number of groups of experts of which the router first selects some."""
 
 
-@dataclass(frozen=True)
-class _Layer:
+OptionsT = TypeVar("OptionsT", bound=SliceBase)
+
+
+@dataclass
+class ExpertScores:
     """Scores of the experts of one layer, and the tokens that they received."""
 
-    scores: Tensor
-    """[n_experts]"""
+    totals: Tensor
+    """[n_experts], sums of the norms of weighted outputs."""
     tokens: Tensor
     """[n_experts]"""
 
+    @classmethod
+    def zero(cls, n_experts: int) -> Self:
+        """Return those of no tokens."""
+        return cls(
+            torch.zeros(n_experts, dtype=torch.float64), torch.zeros(n_experts, dtype=torch.int64)
+        )
 
-class Reap(SliceMethod[Options]):
-    """Remove the experts that add least to the output of their layer; the same number everywhere.
+    @property
+    def scores(self) -> Tensor:
+        """[n_experts], 0 for experts without tokens."""
+        return self.totals / self.tokens.clamp_min(1)
 
-    The score of an expert is the mean, over the tokens that select it, of the norm of its output
-    times the weight of the router. The rows of the router for removed experts go with them, so that
-    their tokens select the next best experts.
+    def watch(self, experts: nn.Module) -> ExitStack:
+        """Add the tokens that the experts of a module receive within the context."""
 
-    References
-    ----------
-    .. [1] M. Lasby et al., "REAP the Experts", 2025. https://arxiv.org/abs/2510.13999 (equation 9)
-    """
+        def see(number: int, _: nn.Module, __: object, y: Tensor) -> None:
+            self.totals[number] += y.norm(dim=-1).sum(dtype=torch.float64).cpu()
+            self.tokens[number] += len(y)
+
+        hooks = ExitStack()
+        for name, module in experts.named_children():
+            if isinstance(module, Expert):
+                hooks.enter_context(module.register_forward_hook(partial(see, int(name))))
+        return hooks
+
+
+class FewerExperts(SliceMethod[OptionsT]):
+    """Keep the same number of experts in every layer, and their part of the router."""
 
     def plan(
-        self, architecture: Architecture, options: Options, budget: Budget
+        self, architecture: Architecture, options: OptionsT, budget: Budget
     ) -> PreTrainedConfig:
         """Return a config with as many experts as fit the budget; calibration chooses which."""
         model, kind = architecture.model, type(architecture.model).__name__
@@ -63,7 +83,7 @@ class Reap(SliceMethod[Options]):
             )
         of_experts = [p for _, module in split_modules(model) for p in module.parameters()]
         each = sum(p.numel() * p.element_size() for p in of_experts) // n_experts
-        rest, groups = budget.dense_bytes - n_experts * each, _groups(model.config)
+        rest, groups = budget.dense_bytes - n_experts * each, router_groups(model.config)
         kept = min(n_experts, (budget.bytes - rest) // each) // groups * groups
         least = _least(model.config, per_token)
         if kept < least:
@@ -85,6 +105,19 @@ class Reap(SliceMethod[Options]):
             f"{', '.join(COUNTS)}; use another method"
         )
 
+
+class Reap(FewerExperts[Options]):
+    """Remove the experts that add least to the output of their layer; the same number everywhere.
+
+    The score of an expert is the mean, over the tokens that select it, of the norm of its output
+    times the weight of the router. The rows of the router for removed experts go with them, so that
+    their tokens select the next best experts.
+
+    References
+    ----------
+    .. [1] M. Lasby et al., "REAP the Experts", 2025. https://arxiv.org/abs/2510.13999 (equation 9)
+    """
+
     def apply(
         self, context: CalibrationContext, options: Options, config: PreTrainedConfig
     ) -> SlicedModel:
@@ -92,8 +125,8 @@ class Reap(SliceMethod[Options]):
         found = expert_scores(context)
         smaller = skeleton(context.architecture, config)
         n_kept = next(module.n_experts for _, module in split_modules(smaller))
-        groups = _groups(config)
-        kept = {name: _best(layer.scores, n_kept, groups) for name, layer in found.items()}
+        groups = router_groups(config)
+        kept = {name: best_experts(layer.scores, n_kept, groups) for name, layer in found.items()}
         facts = {
             "dropped": {
                 name: [n for n in range(len(found[name].scores)) if n not in chosen]
@@ -102,36 +135,35 @@ class Reap(SliceMethod[Options]):
             "scores": {name: layer.scores.tolist() for name, layer in found.items()},
             "tokens": {name: layer.tokens.tolist() for name, layer in found.items()},
         }
-        return SlicedModel(config, _without(context, kept, _shapes(smaller)), facts)
+        shapes = stored_shapes(smaller)
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name in context.architecture.stored_parameters():
+                yield from kept_part(name, kept, shapes, context.reader.read)
+
+        return SlicedModel(config, tensors(), facts)
 
 
 @torch.no_grad()
-def expert_scores(context: CalibrationContext) -> dict[str, _Layer]:
-    """Return the scores of the experts by the name of their module; 0 for those without tokens."""
+def expert_scores(context: CalibrationContext) -> dict[str, ExpertScores]:
+    """Return the scores of the experts by the name of their module."""
     executor, names = LayerExecutor(context), context.architecture.layer_names
     states = executor.embedded()
     sizes = {name: number for name, (number, _) in context.architecture.experts.items()}
-    totals = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
-    tokens = {name: torch.zeros(size, dtype=torch.int64) for name, size in sizes.items()}
-
-    def see(experts: str, number: int, _: nn.Module, __: object, y: Tensor) -> None:
-        totals[experts][number] += y.norm(dim=-1).sum(dtype=torch.float64).cpu()
-        tokens[experts][number] += len(y)
-
+    found = {name: ExpertScores.zero(size) for name, size in sizes.items()}
     for index, name in enumerate(names):
-        with executor.layer(index) as layer, ExitStack() as hooks:
-            for full, module in layer.named_modules(prefix=name):
-                if isinstance(module, Expert):
-                    experts, _, number = full.rpartition(".")
-                    hook = partial(see, experts, int(number))
-                    hooks.enter_context(module.register_forward_hook(hook))
+        with executor.layer(index), ExitStack() as hooks:
+            for experts, scores in found.items():
+                if experts.startswith(f"{name}."):
+                    module = context.architecture.model.get_submodule(experts)
+                    hooks.enter_context(scores.watch(module))
             executor.advance_(index, states)
         check_finite(states, f"the output of {name}")
         context.on_step("slice", index + 1, len(names))
-    return {name: _Layer(totals[name] / tokens[name].clamp_min(1), tokens[name]) for name in sizes}
+    return found
 
 
-def _best(scores: Tensor, n_kept: int, groups: int) -> list[int]:
+def best_experts(scores: Tensor, n_kept: int, groups: int) -> list[int]:
     """Return the numbers of the experts with the highest scores, as many of every group."""
     size = len(scores) // groups
     best = scores.view(groups, size).topk(n_kept // groups, dim=1).indices  # [groups, kept]
@@ -139,7 +171,8 @@ def _best(scores: Tensor, n_kept: int, groups: int) -> list[int]:
     return sorted(best.flatten().tolist())
 
 
-def _groups(config: Any) -> int:
+def router_groups(config: Any) -> int:
+    """Return the number of groups of experts of which the router first selects some."""
     text = config.get_text_config()
     return max(int(getattr(text, key, None) or 1) for key in GROUPS)
 
@@ -150,7 +183,7 @@ def _least(config: Any, per_token: int) -> int:
     The router of a model with groups ranks these by their two best experts, then selects among the
     experts of the best groups.
     """
-    groups = _groups(config)
+    groups = router_groups(config)
     if groups == 1:
         return per_token
     selected = int(getattr(config.get_text_config(), "topk_group", None) or 1)
@@ -160,10 +193,10 @@ def _least(config: Any, per_token: int) -> int:
 def _fits(architecture: Architecture, config: PreTrainedConfig, n_experts: int, kept: int) -> bool:
     """Return whether a config only removes experts, and what the router has for each of them."""
     try:
-        new = _shapes(skeleton(architecture, config))
+        new = stored_shapes(skeleton(architecture, config))
     except Exception:  # modeling code may raise anything for unexpected sizes
         return False
-    old = _shapes(architecture.model)
+    old = stored_shapes(architecture.model)
     removed = tuple(
         f"{name}.{number}." for name in architecture.experts for number in range(kept, n_experts)
     )
@@ -177,7 +210,8 @@ def _fits(architecture: Architecture, config: PreTrainedConfig, n_experts: int, 
     )
 
 
-def _shapes(model: nn.Module) -> dict[str, list[int]]:
+def stored_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Return the shapes of the parameters and buffers of a model by name."""
     return {name: [*tensor.shape] for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
@@ -190,21 +224,34 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _without(
-    context: CalibrationContext, kept: Mapping[str, list[int]], shapes: Mapping[str, list[int]]
+def kept_part(
+    name: str,
+    kept: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, list[int]],
+    read: Callable[[str], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the stored parameters of a model of these `shapes`, without the other experts."""
-    for name in context.architecture.stored_parameters():
-        experts = _block(name, kept)
-        chosen = [] if experts is None else kept[experts]
-        if experts is not None and name.startswith(f"{experts}."):
-            number, _, leaf = name.removeprefix(f"{experts}.").partition(".")
-            if int(number) in chosen:
-                new = chosen.index(int(number))
-                yield f"{experts}.{new}.{leaf}", context.reader.read(name)
-            continue
-        tensor = context.reader.read(name)
-        for dim, (before, after) in enumerate(zip(tensor.shape, shapes[name], strict=True)):
-            if before != after:
-                tensor = tensor.index_select(dim, torch.tensor(chosen))
-        yield name, tensor
+    """Yield what is left of a stored parameter, and its new name; nothing of a removed expert.
+
+    Parameters
+    ----------
+    name : str
+        Of the parameter in the original model.
+    kept : mapping of str to sequence of int
+        Name of a module of experts -> the numbers of those that are kept, in their new order.
+    shapes : mapping of str to list of int
+        Of the smaller model.
+    read : callable
+        Returns the parameter.
+    """
+    experts = _block(name, kept)
+    chosen = [] if experts is None else [*kept[experts]]
+    if experts is not None and name.startswith(f"{experts}."):
+        number, _, leaf = name.removeprefix(f"{experts}.").partition(".")
+        if int(number) in chosen:
+            yield f"{experts}.{chosen.index(int(number))}.{leaf}", read(name)
+        return
+    tensor = read(name)
+    for dim, (before, after) in enumerate(zip(tensor.shape, shapes[name], strict=True)):
+        if before != after:
+            tensor = tensor.index_select(dim, torch.tensor(chosen))
+    yield name, tensor

@@ -26,11 +26,12 @@ Outputs = tuple[Tensor, Tensor]
 
 
 class ColumnQuantizer:
-    """Quantizer of the columns of one matrix, a block at a time.
+    """Quantizer of the columns of a matrix, or of a stack of matrices, a block at a time.
 
-    Tensors are transposed, [columns, rows], so that a column is contiguous. They are in float64 on
-    a CPU and in float32 on CUDA, where launching half a dozen kernels per column takes longest:
-    the kernels of a block are recorded once, as a CUDA graph.
+    Tensors are transposed, [..., columns, rows], so that a column is contiguous. They are in
+    float64 on a CPU and in float32 on CUDA, where launching half a dozen kernels per column takes
+    longest: the kernels of a block are recorded once, as a CUDA graph, and matrices of equal shape
+    are stacked.
     """
 
     def __init__(self, scheme: QuantizationArgs, device: torch.device) -> None:
@@ -53,18 +54,19 @@ class ColumnQuantizer:
 
         Parameters
         ----------
-        target : Tensor, shape [width, rows]
+        target : Tensor, shape [..., width, rows]
             Values that the columns are to take, before the block changes.
-        coupling : Tensor, shape [width, width]
-            ``coupling[i, j]`` times the change of column i is added to the target of column j > i.
-        scale, zero : Tensor, shape [width, rows]
+        coupling : Tensor, shape [..., width, width]
+            ``coupling[..., i, j]`` times the change of column i is added to the target of column
+            j > i.
+        scale, zero : Tensor, shape [..., width, rows]
             Scales and, unless None, zero points.
-        current : Tensor, shape [width, rows], optional
+        current : Tensor, shape [..., width, rows], optional
             Values from which changes are counted. Default: the target of each column.
 
         Returns
         -------
-        delta, steps : Tensor, shape [width, rows]
+        delta, steps : Tensor, shape [..., width, rows]
             Changes of the columns, and codes minus zero points; the values are ``steps * scale``.
             On CUDA the next call overwrites both.
         """
@@ -92,13 +94,23 @@ class ColumnQuantizer:
 def _quantize(scheme: QuantizationArgs, inputs: Inputs, outputs: Outputs) -> None:
     target, coupling, scale, zero, current = inputs
     delta, steps = outputs
-    for k in range(len(target)):
-        value = torch.addmv(target[k], delta[:k].T, coupling[:k, k]) if k else target[k]
-        step = torch.div(value, scale[k], out=steps[k]).round_()
-        if zero is not None:
-            step.add_(zero[k])
+    for k in range(target.shape[-2]):
+        value = target[..., k, :]
+        if k:
+            value = _moved(value, coupling[..., :k, k], delta[..., :k, :])
+        unit, offset = scale[..., k, :], None if zero is None else zero[..., k, :]
+        step = torch.div(value, unit, out=steps[..., k, :]).round_()
+        if offset is not None:
+            step.add_(offset)
         step.clamp_(scheme.lowest, scheme.highest)
-        if zero is not None:
-            step.sub_(zero[k])
-        start = value if current is None else current[k]
-        torch.addcmul(start, step, scale[k], value=-1, out=delta[k]).neg_()
+        if offset is not None:
+            step.sub_(offset)
+        start = value if current is None else current[..., k, :]
+        torch.addcmul(start, step, unit, value=-1, out=delta[..., k, :]).neg_()
+
+
+def _moved(value: Tensor, coupling: Tensor, delta: Tensor) -> Tensor:
+    """Return the values [..., rows] after changes `delta` [..., k, rows] of columns before it."""
+    if value.ndim == 1:
+        return torch.addmv(value, delta.T, coupling)
+    return torch.baddbmm(value[:, None], coupling[:, None], delta)[:, 0]

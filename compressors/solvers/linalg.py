@@ -34,10 +34,19 @@ def tensor_cores(device: str | torch.device) -> Iterator[None]:
 
 
 def damped(H: Tensor, damp: float) -> Tensor:
-    """Return ``H + damp * mean(diag(H)) * I`` as a new tensor."""
+    """Return ``H + damp * mean(diag(H)) * I`` as a new tensor; `H` is [..., d, d]."""
     result = H.clone()
-    result.diagonal().add_(damp * H.diagonal().mean())
+    diagonal = result.diagonal(dim1=-2, dim2=-1)  # [..., d]
+    diagonal.add_(damp * diagonal.mean(dim=-1, keepdim=True))
     return result
+
+
+def add_product_(total: Tensor, A: Tensor, B: Tensor) -> None:
+    """Add ``A @ B`` to `total` without a copy; all are matrices, or stacks of as many of them."""
+    if total.ndim == 2:
+        total.addmm_(A, B)
+    else:
+        total.baddbmm_(A, B)
 
 
 def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:

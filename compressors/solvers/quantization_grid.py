@@ -27,7 +27,7 @@ class ScaleOverflow(ValueError):
 
 @dataclass(frozen=True)
 class Grid:
-    """The scale of every group of numbers, and the code of zero."""
+    """The scale of every group of numbers, and the code of zero; of a matrix or a stack of them."""
 
     scale: Tensor
     """[rows, groups], at the precision of the file; may be negative, never zero."""
@@ -35,10 +35,10 @@ class Grid:
     """[rows, groups], int8; None for a symmetric scheme."""
 
     def expand(self, columns: int) -> tuple[Tensor, Tensor | None]:
-        """Return the scale and zero point of every number, both [rows, columns]."""
-        width = columns // self.scale.shape[1]
-        scale = self.scale.repeat_interleave(width, dim=1)
-        return scale, None if self.zero is None else self.zero.repeat_interleave(width, dim=1)
+        """Return the scale and zero point of every number, both [..., rows, columns]."""
+        width = columns // self.scale.shape[-1]
+        scale = self.scale.repeat_interleave(width, dim=-1)
+        return scale, None if self.zero is None else self.zero.repeat_interleave(width, dim=-1)
 
 
 def find_grid(

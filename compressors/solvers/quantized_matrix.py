@@ -15,7 +15,10 @@ NUMBERS = 2**24
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """Integer codes, scales and zero points, at the precision of the file."""
+    """Integer codes, scales and zero points, at the precision of the file.
+
+    Within solvers also those of several matrices, stacked in a first dimension.
+    """
 
     codes: Tensor
     """[rows, columns], int8"""

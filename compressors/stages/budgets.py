@@ -96,6 +96,7 @@ def spend_budget(draft: Draft, found: DecomposeTargets) -> list[LayerTask]:
         total=total,
         overrides=bool(options.overrides),
         elastic=tuple(options.elastic or ()),
+        drafter=tuple(sorted(options.drafter or (), reverse=True)),
     )
     smallest, lowest = (
         0 if measure.provisional else cheapest(rest, allocation),

@@ -1,11 +1,12 @@
 """What decomposition and quantization have in common: one pass over the layers does both."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.activation_cache import cache_files
+from lrc.compressors.calibrate.segments import FOLDER
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.calibrate.statistic_table import Required
 from lrc.compressors.compress.layerwise import (
@@ -20,10 +21,10 @@ from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.io.files import write_text
 from lrc.compressors.io.machine import no_progress
 from lrc.compressors.planning.allocate import allocate
-from lrc.compressors.planning.coverage import measured_coverage, refuse_starved
 from lrc.compressors.planning.loss_curves import LossCurves, loss_curves
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.rate_distortion import curves_for, energies_file
+from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.session import Session
 from lrc.compressors.stages.measured_times import with_measured_times
@@ -58,7 +59,7 @@ def compress_weights(session: Session, plan: Plan) -> Plan:
                 _compress(session, smallest, SMALLEST)
             plan = _compress(session, plan, COMPRESSED, base)
     session.journal.write_json(EXECUTED, plan.to_json())
-    session.journal.forget(SMALLEST)
+    session.journal.forget(SMALLEST, FOLDER)
     return plan
 
 
@@ -70,30 +71,23 @@ def executed_plan(session: Session) -> Plan | None:
 
 
 def calibrate(session: Session, plan: Plan) -> None:
-    """Collect the statistics that tasks of unfinished layers require."""
+    """Collect the statistics that tasks of unfinished layers require.
+
+    If they do not fit on the disk, they are collected when they are used instead.
+    """
     left = [task for task in plan.tasks if not session.journal.has(layer_file(task.layer))]
     required = required_statistics(left)
     with session.clock("calibrate"):
-        if not required:
+        if not required or session.segments is not None:
             return
         session.windows()  # read once, for all processes
         session.in_all_processes(_collect, required)
-        counts = {
-            name: pair
-            for layer in range(len(session.models.architecture.layers))
-            for name, pair in statistics.routed_tokens(session.journal, layer).items()
-        }
-        refuse_starved(measured_coverage(counts), session.windows().numel())
+        session.check_coverage(range(len(session.models.architecture.layers)))
         session.journal.forget(*cache_files(session.journal))
 
 
 def _collect(session: Session, required: Required) -> None:
     statistics.collect(session.divided_calibration(), required)
-
-
-def required_statistics(tasks: Sequence[LayerTask]) -> dict[str, tuple[str, ...]]:
-    """Return the statistics that calibration has to collect for some tasks, by linear."""
-    return {w.name: task.statistics for task in tasks if task.statistics for w in task.weights}
 
 
 def allocate_budgets(session: Session, plan: Plan) -> Plan:
@@ -153,6 +147,7 @@ def _allocate(session: Session, plan: Plan, *, predict_all: bool = False) -> Pla
         device=session.device,
         on_step=session.on_step,
         predict_all=predict_all,
+        finished=_forgetting(session),
     )
 
 
@@ -181,6 +176,11 @@ def _own_layers(tasks: Sequence[LayerTask], processes: Processes) -> list[LayerT
     costs = [sum(relative_cost(t) for t in tasks if t.layer == layer) for layer in layers]
     own = dict(zip(layers, processes.owners(costs), strict=True))
     return [task for task in tasks if own[task.layer] == processes.rank]
+
+
+def _forgetting(session: Session) -> Callable[[int], None]:
+    """Return what deletes the statistics of a layer if they can be collected again."""
+    return (lambda _: None) if session.segments is None else session.segments.forget
 
 
 def _fits_each_budget(task: LayerTask) -> bool:
@@ -217,10 +217,15 @@ def _compress_layers(
     session: Session, plan: Plan, folder: str, base: str | None, compensates: bool
 ) -> Plan:
     """Compress all layers that are not in the journal, each by all processes."""
+    segments = session.segments
 
     def finished(layer: int) -> None:
-        if folder == COMPRESSED:
-            session.journal.forget(*statistics.statistics_files(layer))
+        if folder != COMPRESSED:
+            _forgetting(session)(layer)
+            return
+        if segments is not None:
+            segments.finish(layer)
+        session.journal.forget(*statistics.statistics_files(layer))
 
     return compress_layers(
         plan,

@@ -79,10 +79,13 @@ class DecomposeStage:
             remedy, keep = _no_saving_advice(each.options), each.options.largest_keep or 1
             dense = decided and not any(task.compressed for task in decided)
             if keep < 1 and dense and each.options.plan is None and len(draft.problems) == before:
+                reasons = dict.fromkeys(task.note for task in decided if task.note)
+                why = f" ({'; '.join(reasons)})" if len(reasons) == 1 else ""
                 draft.problems.add(
                     "nothing-smaller",
                     "stages" if each.alone else each.where,
-                    f"every targeted weight stays dense, so nothing would become smaller; {remedy}",
+                    f"every targeted weight stays dense{why}, so nothing would become smaller; "
+                    f"{remedy}",
                 )
             draft.no_saving_advice = draft.no_saving_advice or remedy
             _warn(draft, each)
@@ -161,7 +164,17 @@ def _claim_targets(
             f"must be at most {len(layers)}, the number of layers, got {size}; lower it",
         )
         size = 1
-    groups = layer_groups(linears, size, layers, overrides, where, problems)
+    n_experts = max((number for number, _ in draft.architecture.experts.values()), default=1)
+    if options.group_experts > n_experts:
+        problems.add(
+            "out-of-range",
+            f"{where}.experts_per_group",
+            f"must be at most {n_experts}, the number of experts of a layer, got "
+            f"{options.group_experts}; lower it",
+        )
+    groups = layer_groups(
+        linears, size, layers, overrides, where, problems, n_experts=options.group_experts
+    )
     tasks = [_task(draft, index, options, group) for group in groups]
     for task in tasks:
         for weight in task.weights:
@@ -223,6 +236,14 @@ def _check_options(draft: Draft, found: DecomposeTargets) -> None:
             f"{where}.elastic",
             "cannot be combined with a later 'quantize', because integers cannot be cut; remove "
             "the 'quantize' stage, or replace elastic by 'keep'",
+        )
+    predicts = METHODS[options.method].predicted_increase(0.0, 1) is not None
+    if options.drafter is not None and not (predicts and found.alone):
+        what = "a single 'decompose', got several" if predicts else "a method that predicts losses"
+        problems.add(
+            "contradiction",
+            f"{where}.drafter",
+            f"needs {what}; use method: kfac or mixed in one stage, or give 'keep'",
         )
     if options.size is not None and draft.quantizes_linears:
         problems.add(

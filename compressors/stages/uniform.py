@@ -26,7 +26,7 @@ def uniform(tasks: list[LayerTask], allocation: Allocation, problems: Problems) 
         check_pattern_fraction(f"{where}.{allocation.key}", tasks, keep, measure, problems)
     fraction = _even_fraction(tasks, allocation, keep)
     if keep is not None and fraction <= 0:
-        return tasks
+        return [_without_budget(task, keep, measure, multiple) for task in tasks]
     if fraction <= (floor if keep is None else 0):
         key = allocation.key
         problems.add(
@@ -156,11 +156,18 @@ def within(
         return task.with_config(steps.config(step))
     if stated is not None and not steps.within(stated, measure, multiple=multiple):
         keep = stated
-    least = steps.config(multiple)
-    rank = "rank " if "rank" in least.sizes else ""
     return task.kept_dense(
-        f"too small: {rank}{least.description} needs more than {keep:.0%} of its {measure.words}"
+        f"too small: {steps.config(multiple).description} needs more than {100 * keep:.3g}% of its "
+        f"{measure.words}"
     )
+
+
+def _without_budget(task: LayerTask, keep: float, measure: Measure, multiple: int) -> LayerTask:
+    """Return a task that stays dense because the budget pays for none, with the reason."""
+    alone = within(task, keep, measure, multiple)
+    if alone.config.compressed:
+        return task.kept_dense("weights that are too small for the budget use all of it")
+    return alone
 
 
 def check_pattern_fraction(

@@ -20,6 +20,7 @@ from lrc.compressors.checkpoint.quantizer import (
     replace_layers,
 )
 from lrc.compressors.checkpoint.reader import Contents, check_checkpoint, stored_dtype
+from lrc.compressors.io.machine import to_device
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers.component import SharedFactorComponent
 from lrc.compressors.layers.compressed_linear import sentinel
@@ -95,8 +96,7 @@ class CheckpointFiller(SkeletonFiller):
         if piece is None:
             return sentinel().to(device)
         try:
-            # Copied: an open mapping keeps all pages in memory that were touched.
-            return piece.read().to(device, copy=True)
+            return to_device(piece.read(), device)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{piece.header.file}: can no longer be read ({str(error).strip()[:200]});"
@@ -141,8 +141,18 @@ class CheckpointFiller(SkeletonFiller):
         ]
 
 
-def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> ModelFiles:
+def open_checkpoint(
+    folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False
+) -> ModelFiles:
     """Compare a checkpoint that lrc wrote with its hashes, and build its skeleton.
+
+    Parameters
+    ----------
+    folder : Path
+    dtype : torch.dtype
+        Precision to run in.
+    trust_remote_code : bool
+        Whether to run the Python code of the checkpoint, if it has any.
 
     Raises
     ------
@@ -152,8 +162,8 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> ModelFi
         If the architecture is not supported.
     """
     contents = check_checkpoint(folder)
-    dtype: Any = str(stored_dtype(contents)).removeprefix("torch.")
-    spec = Model(path=str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
+    stored: Any = str(stored_dtype(contents)).removeprefix("torch.")
+    spec = Model(path=str(folder), dtype=stored, trust_remote_code=trust_remote_code)
     config = deepcopy(read_config(folder, spec, ours=True))
     block = vars(config).pop("quantization_config", None)
     architecture = build(Source(spec, folder, config))
@@ -168,4 +178,5 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> ModelFi
         replace_layers(model, contents.modules)
     # A head that is tied to a quantized embedding is no longer tied by name.
     architecture = replace(architecture, tied=dict(model.all_tied_weights_keys))
-    return ModelFiles(architecture, CheckpointFiller(folder, contents, architecture), calls)
+    filler = CheckpointFiller(folder, contents, architecture)
+    return ModelFiles(architecture, filler, calls, dtype)

@@ -1,8 +1,8 @@
 """Perplexities, divergences and baselines of models of which one layer is in memory.
 
-The hidden states of all windows of all texts go through the dense model layer by layer. While a
-layer is in memory, its baselines are made of it one after the other, each with its own hidden
-states; so each layer of the dense model is read once. Those of the compressed model follow.
+The hidden states of all windows of all texts go through one model after the other, layer by layer.
+While a layer is in memory, its baselines are made of it one after the other, each with its own
+hidden states; so each layer of a model is read once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.corpus.windows import Windows, evaluation_windows
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.agreement import agreement_of
-from lrc.compressors.evaluate.baselines import Baseline, Targets
+from lrc.compressors.evaluate.baselines import Baseline
 from lrc.compressors.evaluate.perplexity import check_fit, perplexity_of
 from lrc.compressors.evaluate.scores import Scores, attempt, perplexity_scores
 from lrc.compressors.evaluate.side_by_side import agreement_scores, compared_windows
@@ -40,6 +40,8 @@ class _Run:
     """Hidden states that pass through the layers of a model, or of a baseline made from it."""
 
     name: str
+    model: str
+    """Name of the model whose layers are read."""
     texts: Mapping[str, StreamedModel]
     baseline: Baseline | None
     states: dict[str, Tensor]
@@ -64,16 +66,12 @@ class _Run:
 
 @dataclass(frozen=True)
 class StreamedEvaluation:
-    """Evaluates the dense and the compressed model of a run one layer at a time."""
+    """Evaluates models one layer at a time."""
 
-    dense: Callable[[], ModelFiles]
-    compressed: Callable[[], ModelFiles]
-    targets: Targets
-    """What baselines compress."""
+    models: Mapping[str, Callable[[], ModelFiles]]
+    """Name -> opens the model."""
     journal: Journal
     device: str
-    dtype: torch.dtype
-    """Precision in which the models run."""
     memory_limit_gib: float
     """For the hidden states of all texts; what is larger goes to disk."""
     on_step: OnStep
@@ -89,11 +87,9 @@ class StreamedEvaluation:
         LrcError
             If a model cannot be read.
         """
-        names, models = wanted.unmeasured_models(), dict[str, ModelFiles]()
-        if "dense" in names or wanted.baselines:
-            models["dense"] = self.dense()
-        if "compressed" in names:
-            models["compressed"] = self.compressed()
+        names, base = wanted.unmeasured_models(), wanted.reference
+        read = dict.fromkeys([*([base] if wanted.baselines else []), *names])
+        models = {name: self.models[name]() for name in read}
         windows = {}
         for name in wanted.texts():
             found = self._windows(name, wanted, models.values())
@@ -102,8 +98,8 @@ class StreamedEvaluation:
         if not windows:
             return
         made = {name: self._on_texts(files, windows) for name, files in models.items()}
-        runs = [_Run(name, made[name], None, {}) for name in names]
-        runs += [_Run(name, made["dense"], each, {}) for name, each in wanted.baselines.items()]
+        runs = [_Run(name, name, made[name], None, {}) for name in names]
+        runs += [_Run(name, base, made[base], each, {}) for name, each in wanted.baselines.items()]
         try:
             self._allocate(runs)
             self._pass_layers(runs)
@@ -127,7 +123,7 @@ class StreamedEvaluation:
         reasons = {name: "to be read"}
         found = attempt(reasons, name, read, LrcError)
         if not found:
-            for scores in (*wanted.models.values(), wanted.pair):
+            for scores in (*wanted.models.values(), *wanted.pairs.values()):
                 for key in {f"perplexity.{name}", f"kl.{name}"} & {*scores["missing"]}:
                     scores["missing"][key] = reasons[name]
             return None
@@ -150,10 +146,7 @@ class StreamedEvaluation:
                 processes=self.processes,
             )
 
-        return {
-            name: StreamedModel(context(each.tokens), files.calls, self.dtype)
-            for name, each in windows.items()
-        }
+        return {name: StreamedModel(context(each.tokens), files) for name, each in windows.items()}
 
     def _allocate(self, runs: list[_Run]) -> None:
         """Give every run its hidden states, which are parts of one buffer."""
@@ -167,9 +160,8 @@ class StreamedEvaluation:
     def _pass_layers(self, runs: list[_Run]) -> None:
         """Replace all states by the output of the last layer."""
         on_step = partial(self.on_step, "evaluate layer by layer")
-        by_model = [[r for r in runs if r.name != "compressed"]]
-        by_model.append([r for r in runs if r.name == "compressed"])
-        by_model = [each for each in by_model if each]
+        names = dict.fromkeys(run.model for run in runs)
+        by_model = [[run for run in runs if run.model == name] for name in names]
         total = sum(len(_model(each).architecture.layers) for each in by_model)
         done = 0
         for sharing in by_model:
@@ -185,19 +177,29 @@ class StreamedEvaluation:
     def _score(self, runs: list[_Run], windows: Mapping[str, Windows], wanted: Unmeasured) -> None:
         """Measure everything from the final states."""
         whole = {run.name: run for run in runs if run.baseline is None}
-        with ExitStack() as heads:
+        reference = whole.get(wanted.reference)
+        with ExitStack() as head:
+            if reference is not None:
+                head.enter_context(_model([reference]).around_logits())
+                self._score_run(reference, None, windows, wanted)
             for run in whole.values():
-                heads.enter_context(_model([run]).around_logits())
-            for name, each in windows.items():
-                for model, run in whole.items():
-                    perplexity = partial(self._perplexity, run, name, each)
-                    _fill_(wanted.models[model], "perplexity", name, perplexity)
-                if len(whole) == 2:
-                    agreement = partial(self._agreement, whole, name, each, wanted)
-                    _fill_(wanted.pair, "kl", name, agreement)
+                if run is not reference:
+                    with _model([run]).around_logits():
+                        self._score_run(run, reference, windows, wanted)
         for run in runs:
             if run.baseline is not None:
                 wanted.baseline_scores[run.name] = self._baseline(run, windows, wanted)
+
+    def _score_run(
+        self, run: _Run, reference: _Run | None, windows: Mapping[str, Windows], wanted: Unmeasured
+    ) -> None:
+        """Measure what is missing of a model, whose head is in memory, and of the pair."""
+        for name, each in windows.items():
+            perplexity = partial(self._perplexity, run, name, each)
+            _fill_(wanted.models[run.name], "perplexity", name, perplexity)
+            if reference is not None and run.name in wanted.pairs:
+                agreement = partial(self._agreement, (reference, run), name, each, wanted)
+                _fill_(wanted.pairs[run.name], "kl", name, agreement)
 
     def _baseline(
         self, run: _Run, windows: Mapping[str, Windows], wanted: Unmeasured
@@ -216,13 +218,14 @@ class StreamedEvaluation:
         return perplexity_scores(found, windows)
 
     def _agreement(
-        self, runs: Mapping[str, _Run], name: str, windows: Windows, wanted: Unmeasured
+        self, pair: tuple[_Run, _Run], name: str, windows: Windows, wanted: Unmeasured
     ) -> Scores:
         (spec,) = (each for each in wanted.options.perplexity if each.name == name)
         first = replace(windows, tokens=windows.tokens[: compared_windows(spec, wanted.options)])
-        on_window = partial(self.on_step, f"evaluate dense and compressed: KL {name}")
-        dense, compressed = (runs[each].logits(name) for each in ("dense", "compressed"))
-        return agreement_scores(agreement_of(dense, compressed, first, on_window=on_window), first)
+        both = " and ".join(run.name for run in pair)
+        on_window = partial(self.on_step, f"evaluate {both}: KL {name}")
+        p, q = (run.logits(name) for run in pair)
+        return agreement_scores(agreement_of(p, q, first, on_window=on_window), first)
 
 
 def _model(runs: list[_Run]) -> StreamedModel:

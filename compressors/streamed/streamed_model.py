@@ -29,6 +29,8 @@ class ModelFiles:
     reader: SkeletonFiller
     calls: Sequence[LayerCall]
     """How the layers are called on another text: only what they return is used."""
+    dtype: torch.dtype
+    """Precision in which it runs."""
 
 
 class StreamedModel(LayerExecutor):
@@ -38,18 +40,14 @@ class StreamedModel(LayerExecutor):
     ----------
     context : CalibrationContext
         With the windows of the text.
-    calls : sequence of LayerCall
-        See `ModelFiles`.
-    dtype : torch.dtype
-        Precision of the weights and of the computation.
+    files : ModelFiles
+        The model.
     """
 
-    def __init__(
-        self, context: CalibrationContext, calls: Sequence[LayerCall], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, context: CalibrationContext, files: ModelFiles) -> None:
         super().__init__(context, in_turn=True)
-        self.dtype = dtype
-        self._returned = [call.others for call in calls]
+        self.dtype = files.dtype
+        self._returned = [call.others for call in files.calls]
         embedding = self.architecture.model.get_input_embeddings()
         modules = self.architecture.model.named_modules()
         self._embeddings = [name for name, module in modules if module is embedding]
@@ -65,9 +63,9 @@ class StreamedModel(LayerExecutor):
             for layer, call in zip(self.architecture.layers, calls, strict=True):
                 hooks.enter_context(record_arguments(layer, call))
             hooks.enter_context(self._layers_replaced(calls, _first_argument))
-            self._forward(self._traced)
-            if self.batches:
-                self._forward(self.tokens[self.batches[-1]])
+            self._forward(self._traced, self._first)
+            for rows in self.batches[-1:]:
+                self._forward(self.tokens[rows], rows)
         return calls
 
     @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lrc.compressors.io.files import write_text
+from lrc.compressors.io.files import remove, write_text
 from lrc.compressors.io.journal import open_journal
 from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.pipeline import compress
@@ -56,12 +56,15 @@ class Sweep:
     def opened(self) -> Iterator[SharedWork]:
         """Lock the folder, and yield what its runs share, which is deleted after the last run.
 
+        Nothing of it remains but the runs and the results, unless the sweep was interrupted.
+
         Raises
         ------
         OutputError
             If the folder holds something else, is in use, or is not writable.
         """
-        if self.output.is_dir() and not (self.output / SHARED).is_dir():
+        own = any((self.output / name).exists() for name in (SHARED, RESULTS))
+        if self.output.is_dir() and not own:
             others = sorted(path.name for path in self.output.iterdir())
             if others:
                 raise OutputError(
@@ -69,9 +72,8 @@ class Sweep:
                     f"holds {others[0]}); choose another folder, or move what is in it"
                 )
         with open_journal(self.output / SHARED, {"sweep": 1}) as root:
-            shared = SharedWork(root, self._labelled("shared"))
-            yield shared
-            shared.forget()
+            yield SharedWork(root, self._labelled("shared"))
+        remove(self.output / SHARED)
 
     def load(self, combinations: Sequence[Combination]) -> dict[str, LoadedRecipe]:
         """Read the recipes of combinations.

@@ -21,9 +21,9 @@ from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import Clock, Machine
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.rate_distortion import curves_for, energies_file
+from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.session import Session, identity
-from lrc.compressors.stages.compress_weights import required_statistics
 
 SOURCE = "source"
 """The journal's name for a source that had to be converted."""
@@ -88,10 +88,6 @@ class SharedWork:
         journal = Journal(Path(prepared.recipe.output).expanduser())
         for own, name in _scores(prepared).items():
             self._of_model(prepared).borrow(journal, own, name)
-
-    def forget(self) -> None:
-        """Delete everything."""
-        self._root.forget(*(path.name for path in self._root.work.glob("shared-*")))
 
     def _collect(self, session: Session, group: Sequence[Prepared]) -> None:
         """Collect the statistics of runs that read the same text."""

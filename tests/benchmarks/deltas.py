@@ -73,7 +73,8 @@ def prepare(model: Path, folder: Path) -> Path:
     """Return the folder of a model; a GGUF file is converted into `folder` first."""
     if model.suffix != ".gguf":
         return model
-    from lrc.compressors.models.source import convert_gguf, load_tokenizer, locate
+    from lrc.compressors.checkpoint.gguf_conversion import convert_gguf
+    from lrc.compressors.models.source import load_tokenizer, locate
     from lrc.configs.recipe import Model
 
     source = locate(Model(path=str(model)))
@@ -100,8 +101,14 @@ class Task:
         self.test = read_rows(args.data / "validation.jsonl")[: args.test]
 
     def load(self) -> Any:
-        """Load the base model in float32."""
-        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        """Load the base model in float32.
+
+        Eager attention, because fused kernels return NaN gradients for padding on the left, whose
+        queries see no key.
+        """
+        model = AutoModelForCausalLM.from_pretrained(
+            self.base, dtype=torch.float32, attn_implementation="eager"
+        )
         return model.to(self.device).eval()
 
     def logits(self, model: Any, rows: list[dict[str, Any]]) -> Tensor:

@@ -15,6 +15,7 @@ medians are printed. Needs `make llama`.
 import argparse
 import math
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def tokenized(model: LlamaModel, text: str, count: int, length: int) -> np.ndarr
     return np.array(ids[: count * length], dtype=np.int64).reshape(count, length)
 
 
-def perplexity(logits: list[np.ndarray], windows: np.ndarray) -> float:
+def perplexity(logits: Iterable[np.ndarray], windows: np.ndarray) -> float:
     """Return the perplexity of all tokens but the first of each window."""
     losses = [
         torch.nn.functional.cross_entropy(torch.from_numpy(each[:-1]), torch.from_numpy(ids[1:]))

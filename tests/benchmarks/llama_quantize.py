@@ -50,9 +50,12 @@ def main() -> None:
 
 
 @torch.no_grad()
-def mean_squares(folder: Path, windows: np.ndarray) -> dict[str, np.ndarray]:
+def mean_squares(
+    folder: Path, windows: np.ndarray, *, device: str = "cpu"
+) -> dict[str, np.ndarray]:
     """Return the mean square of the inputs of every linear layer, by its name in GGUF."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval().to(device)
     arch = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2}[model.config.model_type]
     names = get_tensor_name_map(arch, model.config.num_hidden_layers)
     sums: dict[str, Tensor] = {}
@@ -66,8 +69,8 @@ def mean_squares(folder: Path, windows: np.ndarray) -> dict[str, np.ndarray]:
             stored = f"{names.get_name(name)}.weight"
             module.register_forward_pre_hook(lambda _, inputs, n=stored: add(n, inputs[0]))
     for window in windows:
-        model(torch.from_numpy(window[None]), logits_to_keep=1)
-    return {name: (total / windows.size).float().numpy() for name, total in sums.items()}
+        model(torch.from_numpy(window[None]).to(device), logits_to_keep=1)
+    return {name: (total / windows.size).float().cpu().numpy() for name, total in sums.items()}
 
 
 if __name__ == "__main__":

@@ -89,13 +89,13 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Make the model, the text and the recipe."""
     sizes = dict(zip(shapes.SIZES, shapes.PRESETS[args.preset], strict=True))
     sizes["num_hidden_layers"] = args.layers or sizes["num_hidden_layers"]
-    shapes.make_model(folder / "model", sizes, Machine(args.device).chosen)
+    layers, device = sizes["num_hidden_layers"], Machine(args.device).chosen
+    (folder / "model").mkdir()
+    shapes.RandomModel.llama(sizes, device, layers).save(folder / "model")
     loaded = shapes.recipe_of(args, str(folder / "model"), folder)
-    shapes.write_text(folder / "text.txt", str(folder / "model"), loaded.recipe.calibration)
+    n_tokens = 3 * args.samples * args.length  # windows start anywhere
+    shapes.write_text(folder / "text.txt", str(folder / "model"), n_tokens)
     recipe = json.loads(loaded.recipe.model_dump_json(exclude_unset=True))
-    if args.evaluate:
-        text = {"source": str(folder / "text.txt"), "window": args.length, "windows": 16}
-        recipe["evaluate"] = {"perplexity": [text]}
     (folder / "recipe.yaml").write_text(write_yaml(recipe))
 
 
@@ -164,7 +164,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--length", type=int, default=1024, help="tokens a window")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override")
-    parser.add_argument("--evaluate", action="store_true", help="evaluate too, on 16 windows")
+    parser.add_argument("--compensate", action="store_true", help="with error compensation")
+    parser.add_argument("--evaluate", type=int, metavar="WINDOWS", help="evaluate, too")
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every process")

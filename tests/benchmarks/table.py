@@ -36,10 +36,11 @@ from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_windows import FILE as WINDOWS
 from lrc.compressors.calibrate.calibration_windows import take_windows
+from lrc.compressors.checkpoint.gguf_conversion import convert_gguf
 from lrc.compressors.evaluate.scores import evaluate_model
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import release_memory
-from lrc.compressors.models.source import convert_gguf, load_dense, load_tokenizer, locate
+from lrc.compressors.models.source import load_dense, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
 from lrc.compressors.session import identity
@@ -157,8 +158,7 @@ def _calibrate(loaded: LoadedRecipe, folder: Path) -> None:
         shared,
         seed=loaded.recipe.seed,
         embedding=architecture.model.get_input_embeddings(),
-        dense=lambda: None,
-        on_step=lambda *_: None,
+        sample=lambda *_: torch.empty(0),
     )
     context = CalibrationContext(
         architecture,

@@ -110,7 +110,7 @@ def every_row() -> Iterator[tuple[str, Stages, dict[str, Any]]]:
         yield name, [{"decompose": options}], changes
     for name, options, changes in slices():
         yield name, [options if "slice" in options else {"decompose": options}], changes
-    for name, stages in [*integers(), *healed()]:
+    for name, stages in [*integers(), *healed(), *quantized_chains()]:
         yield name, stages, {}
     for name, options in timed():
         yield name, [{"decompose": options}], {}
@@ -132,6 +132,9 @@ def healed() -> Iterator[tuple[str, Stages]]:
     def integer(method: str, bits: int, group: int, **options: Any) -> dict[str, Any]:
         return {"quantize": {"method": method, "bits": bits, "group_size": group, **options}}
 
+    def chain(keep: float) -> dict[str, Any]:
+        return {"decompose": {"method": "tensor-train", "keep": keep}}
+
     distill: dict[str, Any] = {"method": "distill", "tokens": 1_200_000}
     scales = distill | {"method": "scales"}
     for name, stage, heal in (
@@ -145,11 +148,26 @@ def healed() -> Iterator[tuple[str, Stages]]:
         ("dictionary 0.6", {"decompose": {"method": "dictionary", "keep": 0.6}}, distill),
         ("gqsa W4S50", integer("gqsa", 4, 16, sparsity=0.5, compensate={}), scales),
         ("int2-g32", integer("gptq", 2, 32, compensate={}), scales),
+        ("tensor-train 0.8", chain(0.8), distill),
+        ("tensor-train 0.6", chain(0.6), distill),
     ):
         yield f"before healing: {name}", [stage]
         yield f"healed: {name}", [stage, {"heal": heal}]
         long = heal | {"tokens": 20_000_000}
         yield f"healed with 20 million tokens: {name}", [stage, {"heal": long}]
+        for batch in (2, 4):  # more steps for the same tokens
+            yield (
+                f"healed in batches of {batch}: {name}",
+                [stage, {"heal": heal | {"batch": batch}}],
+            )
+
+
+def quantized_chains() -> Iterator[tuple[str, Stages]]:
+    """Yield tensor trains with cores of 8 bits, which may hold twice the numbers in the bytes."""
+    for keep in (0.8, 0.6):
+        chain = {"decompose": {"method": "tensor-train", "keep": keep}}
+        rounded = {"quantize": {"method": "rtn", "bits": 8, "group_size": None}}
+        yield f"tensor-train, int8 cores, {keep}", [chain, rounded]
 
 
 def timed() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -170,7 +170,7 @@ OVERRIDES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         "stages.0.decompose.keep=0.001",
         "nothing-smaller",
         "stages",
-        ("raise 'keep'",),
+        ("(too small: rank 1 needs more than 0.1% of its bits)", "raise 'keep'"),
     ),
     "a gate on nothing": (
         "evaluate.gates=[{metric: perplexity.englsh, at_most: 1}]",

@@ -277,6 +277,11 @@ def test_a_single_file_must_be_gguf(
     )
     missing = tiny_recipe("nowhere.gguf", output)
     lrc("compress", missing).refuses(2, "no file or folder 'nowhere.gguf'", code="invalid-recipe")
+    typed = tiny_recipe(model.parent / "modle", output)
+    lrc("compress", typed).refuses(2, f"did you mean {model}?", code="invalid-recipe")
+    lrc("eval", model.parent / "modle", "--perplexity", "python-docs").refuses(
+        2, f"did you mean {model}?", code="usage"
+    )
     assert not output.exists()
 
 

@@ -214,16 +214,33 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(
         assert isinstance(json.loads(ended.out), dict)
 
 
-def test_quiet_writes_nothing_to_stderr(lrc, recipe: Path, output: Path, tiny_text: Path) -> None:
-    for command in (
-        ("compress", recipe),
-        ("compress", recipe),  # finished already
-        ("eval", output / "checkpoint", "--perplexity", tiny_text, *WINDOW),
+def test_quiet_leaves_warnings_on_stderr(lrc, recipe: Path, output: Path, tiny_text: Path) -> None:
+    for command, warnings in (
+        (("compress", recipe), ["warning: near-uniform-model"]),
+        (("compress", recipe), []),  # finished already
+        (("eval", output / "checkpoint", "--perplexity", tiny_text, *WINDOW), []),
     ):
         ended = lrc(*command, "-q")
-        assert (ended.code, ended.err) == (0, "")
+        assert ended.code == 0
+        assert [line.rpartition(": ")[0][:27] for line in ended.err.splitlines()] == warnings
         assert ended.out
         assert "\x1b" not in ended.out
+
+
+def test_commands_find_the_checkpoint_of_a_run(
+    lrc, recipe: Path, output: Path, tmp_path: Path
+) -> None:
+    lrc("inspect", output).refuses(2, "no such folder", code="usage")
+    assert lrc("compress", recipe, "evaluate={}", "-q").code == 0
+    for command in (
+        ("inspect", output),
+        ("generate", output, "--prompt", "a", "--tokens", 1),
+        ("bench", output, "--batch", 1, "--prompt", 4, "--tokens", 2, "--repeats", 1),
+        ("export", output, tmp_path / "dense", "--format", "dense"),
+    ):
+        ended = lrc(*command)
+        assert ended.code == 0, ended.err
+    assert (tmp_path / "dense/config.json").is_file()
 
 
 def test_a_missed_gate_exits_with_4_after_all_results_are_written_and_shown(

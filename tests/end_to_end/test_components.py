@@ -284,6 +284,7 @@ def expected(stored: Stored, sample: Tensor) -> Tensor:
     return logits_of(stored.load(), sample)
 
 
+@pytest.mark.oldest
 def test_it_computes_what_it_represents(stored, sample, expected) -> None:
     # Measured 4e-6, of logits up to 6.
     torch.testing.assert_close(expected, logits_of(stored.dense, sample), rtol=0, atol=1e-4)
@@ -309,6 +310,7 @@ def test_dtype_at_load_converts_numbers_and_no_indices(stored, sample, expected,
     assert (logits_of(model, sample) - expected).abs().max() <= bound
 
 
+@pytest.mark.oldest
 def test_saving_again_changes_nothing(stored, sample, expected, tmp_path) -> None:
     stored.load().save_pretrained(tmp_path)
     before, after = state_of(stored.folder), state_of(tmp_path)

@@ -267,6 +267,26 @@ def test_the_table_has_one_row_for_layers_that_are_alike(
     assert MATRIX in every
 
 
+def test_inspect_shows_what_make_has_reported(
+    make: Callable[..., dict[str, Any]], lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    facts = make("tuned", tmp_path / "delta", "sparse", "density=0.1")
+    ended = lrc("inspect", tmp_path / "delta", "--json")
+    assert (ended.code, ended.err) == (0, "")
+    shown = json.loads(ended.out)
+    for each in facts["tensors"]:
+        del each["relative_error"]  # of which the folder has only the total
+    for key in ("kind", "method", "sizes", "tensors", "file_bytes"):
+        assert shown[key] == facts[key]
+    assert "model.layers.*.self_attn.q_proj.weight" in lrc("inspect", tmp_path / "delta").out
+    weights_file = tmp_path / "delta/delta.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-1] + b"x")
+    lrc("inspect", tmp_path / "delta").refuses(1, "has changed", code="changed-file")
+    description = tmp_path / "delta/delta.json"
+    description.write_text(description.read_text().replace('"numbers"', '"number"'))
+    lrc("inspect", tmp_path / "delta").refuses(1, "keys are missing", code="invalid-delta")
+
+
 def test_other_bases_are_refused(
     make: Callable[..., dict[str, Any]], lrc: Callable[..., Any], models: Path, tmp_path: Path
 ) -> None:
@@ -369,9 +389,9 @@ def test_other_bad_input_is_refused(
         (["size=1kB"], "size: must be at least"),
     ):
         arguments = ("make", base, tuned, out, *options, "--method", "low-rank", "-q")
-        refused(*arguments, exit_code=2, code="invalid-recipe", words=words)
+        refused(*arguments, exit_code=2, code="usage", words=words)
     arguments = ("make", base, models / "adapter", out, "rank=5", "--method", "low-rank")
-    refused(*arguments, exit_code=2, code="invalid-recipe", words="must be in [1, 4]")
+    refused(*arguments, exit_code=2, code="usage", words="must be in [1, 4]")
     refused("make", base, tmp_path / "no", out, exit_code=2, code="", words="no such folder")
     refused("apply", base, tuned, out, exit_code=1, code="invalid-delta", words="delta.json")
 

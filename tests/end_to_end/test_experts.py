@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from lrc.compressors.compress.group import stored_weight
 from lrc.compressors.io.machine import Machine
+from lrc.compressors.layers import expert_batches
+from lrc.compressors.layers.experts import split_modules
 from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import prepare
@@ -31,6 +33,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SVD = {"decompose": {"method": "svd", "keep": 0.6}}
 SVD_LLM = {"decompose": {"method": "svd-llm", "keep": 0.6}}
+SHARED = {
+    "decompose": {
+        "method": "basis-sharing",
+        "keep": 0.6,
+        "experts_per_group": 3,
+        "targets": ["*.experts.*"],
+    }
+}
 KFAC = {"decompose": {"method": "kfac", "keep": 0.6, "compensate": {}}}
 MIXED = {"decompose": {"method": "mixed", "keep": 0.4, "schemes": ["int4", "int8"]}}
 INT4 = {"quantize": {"method": "gptq", "bits": 4}}
@@ -45,6 +55,8 @@ RUNS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "granitemoe svd": ("granitemoe", [SVD]),
     "llama4_text kfac": ("llama4_text", [KFAC]),
     "nemotron_h svd-llm": ("nemotron_h", [SVD_LLM]),
+    "qwen3_moe basis-sharing": ("qwen3_moe", [SHARED]),
+    "gpt_oss basis-sharing, int8": ("gpt_oss", [SHARED, INT8]),
 }
 
 
@@ -124,6 +136,7 @@ def dense_with_stored_weights(source: Path, output: Path) -> Any:
     return model
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", RUNS)
 def test_a_loaded_model_equals_the_dense_one_with_its_weights(name, runs, folders, sample):
     source, output = folders(RUNS[name][0]), runs(name)
@@ -147,13 +160,14 @@ def test_bytes_of_every_expert_are_those_of_the_plan(name, runs):
     plan, n_experts = plan_of(output), 0
     for task in plan.tasks:
         config = plan.stored_config(task)
+        members = tuple(f"{weight.name}." for weight in task.weights)
         found = sum(
             bits
             for key, bits in sizes.items()
-            if key.startswith(f"{task.name}.") and not key.endswith(".bias")
+            if key.startswith(members) and not key.endswith(".bias")
         )
         assert found == task.bits_of(config), task.name
-        n_experts += ".experts." in task.name
+        n_experts += sum(".experts." in name for name in members)
     assert plan.experts is not None
     assert n_experts == 2 * plan.experts.layers * plan.experts.experts
     assert sum(sizes.values()) == 8 * plan.compressed_bytes
@@ -214,6 +228,7 @@ def test_a_fresh_process_gives_the_same_logits(runs, sample, tmp_path):
     assert max(json.loads(done.stdout).values()) <= 1e-5
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", ["mixtral svd-llm", "qwen3_moe mixed", "gpt_oss gptq"])
 def test_a_model_can_be_saved_again_and_dequantized(name, runs, sample, tmp_path):
     model = load(runs(name) / "checkpoint")
@@ -225,6 +240,35 @@ def test_a_model_can_be_saved_again_and_dequantized(name, runs, sample, tmp_path
     dense.save_pretrained(tmp_path / "dense")
     found = logits(load(tmp_path / "dense"), sample)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+@pytest.mark.parametrize("name", ["mixtral svd-llm", "nemotron_h svd-llm"])
+def test_experts_that_are_multiplied_together_change_nothing(
+    name, runs, sample, tmp_path, monkeypatch
+):
+    loop = load(runs(name) / "checkpoint")
+    expected = logits(loop, sample)
+    monkeypatch.setattr(expert_batches, "DEVICES", ("cpu",))
+    model = load(runs(name) / "checkpoint")
+    called = []
+    for _, module in split_modules(model):
+        apply = module.batches._batches[0].apply
+        monkeypatch.setattr(
+            module.batches._batches[0],
+            "apply",
+            lambda *a, apply=apply: called.append(1) or apply(*a),
+        )
+    atol = 1e-4 * float(expected.std())
+    torch.testing.assert_close(logits(model, sample), expected, rtol=0, atol=atol)
+    assert called
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(sample, **options), loop.generate(sample, **options))
+    model.save_pretrained(tmp_path)
+    saved, source = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path, runs(name) / "checkpoint")
+    )
+    assert saved.keys() == source.keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in source.items())
 
 
 def test_experts_that_are_not_compressed_stay_fused(folders, tiny_recipe, sample, tmp_path):
@@ -317,6 +361,49 @@ def test_an_unused_expert_has_a_fallback_that_is_reported(stage, biased, tiny_re
     assert coverage["experts"] == 8
     assert (coverage["tokens_min"], coverage["starved"]) == (0, 2)
     assert coverage["tokens_median"] > coverage["needed"]
+
+
+def test_experts_of_one_layer_share_a_factor_and_all_other_matrices_those_of_two(
+    folders, tiny_recipe, tmp_path
+):
+    stage = {**SHARED["decompose"], "targets": ["*"], "ignore": ["*.experts.1.down_proj"]}
+    recipe = tiny_recipe(folders("qwen3_moe"), tmp_path / "run", stages=[{"decompose": stage}])
+    plan = prepare(load_recipe(recipe).recipe, STAGES).plan
+    groups = [[w.name.removeprefix("model.layers.") for w in task.weights] for task in plan.tasks]
+    assert [f"1.mlp.experts.{n}.gate_up_proj" for n in (0, 1, 2)] in groups
+    assert [f"1.mlp.experts.{n}.gate_up_proj" for n in (3, 4, 5)] in groups
+    assert ["0.mlp.experts.0.down_proj"] in groups
+    assert [f"0.mlp.experts.{n}.down_proj" for n in (2, 3, 4)] in groups
+    assert ["0.self_attn.q_proj", "1.self_attn.q_proj"] in groups
+    many = "stages.0.decompose.experts_per_group=7"
+    with pytest.raises(RecipeError, match="must be at most 6, the number of experts of a layer"):
+        prepare(load_recipe(recipe, [many]).recipe, STAGES)
+
+
+def test_an_unused_expert_shares_the_factor_of_the_others(biased, tiny_recipe, tmp_path):
+    recipe = tiny_recipe(biased(3), tmp_path / "run", stages=[SHARED], evaluate={"perplexity": []})
+    report = compress(load_recipe(recipe), Machine("cpu"))
+    coverage = report["experts"]["coverage"]
+    assert (coverage["experts"], coverage["tokens_min"], coverage["starved"]) == (8, 0, 2)
+    plan = plan_of(tmp_path / "run")
+    shared = [task for task in plan.tasks if ".experts.0." in task.name]
+    assert [len(task.weights) for task in shared] == [3] * 4
+    alone = [task for task in plan.tasks if ".experts.3." in task.name]
+    for task in alone:  # the last group
+        fallback = plan.results[task.name].fallback
+        assert fallback is not None
+        assert fallback.startswith("saw no calibration token")
+    recipe = tiny_recipe(
+        biased(2), tmp_path / "other", stages=[SHARED], evaluate={"perplexity": []}
+    )
+    compress(load_recipe(recipe), Machine("cpu"))
+    plan = plan_of(tmp_path / "other")
+    for task in (task for task in plan.tasks if ".experts.0." in task.name):
+        result = plan.results[task.name]
+        assert result.config.compressed
+        assert result.fallback is None
+        assert isinstance(result.n_tokens, tuple)
+        assert [count > 0 for count in result.n_tokens] == [True, True, False]
 
 
 def test_a_run_is_refused_if_most_experts_starve(biased, tiny_recipe, tmp_path):

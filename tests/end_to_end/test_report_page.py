@@ -341,9 +341,9 @@ def test_what_was_measured_later_or_by_other_options_is_shown(
 @pytest.mark.parametrize(
     ("make", "exit_code", "words", "code"),
     [
-        (None, 2, ["no such folder; give the output folder of a finished run"], "invalid-recipe"),
-        ({}, 2, ["not the output folder of a run, it has no report.json"], "invalid-recipe"),
-        ({"work/run.json": "{}"}, 2, ["a run that is not finished"], "invalid-recipe"),
+        (None, 2, ["no such folder; give the output folder of a finished run"], "usage"),
+        ({}, 2, ["not the output folder of a run, it has no report.json"], "usage"),
+        ({"work/run.json": "{}"}, 2, ["a run that is not finished"], "usage"),
         ({"report.json": "{"}, 1, ["not a readable JSON file", "again"], "invalid-report"),
         ({"report.json": "[]"}, 1, ["must be a JSON object, got []"], "invalid-report"),
         ({"report.json": "{}"}, 1, ["schema_version must be 2, got None"], "invalid-report"),
@@ -391,5 +391,5 @@ def test_an_edited_report_is_refused(lrc, drawn: dict[str, Drawn], tmp_path: Pat
 
 def test_only_pages_are_overwritten(lrc, drawn: dict[str, Drawn], tmp_path: Path) -> None:
     lrc("report", drawn["healed"].output, "--output", tmp_path / "recipe.yaml").refuses(
-        2, "--output", "must end in .html", code="invalid-recipe"
+        2, "--output", "must end in .html", code="usage"
     )

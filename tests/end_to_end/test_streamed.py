@@ -1,8 +1,11 @@
 """Evaluation layer by layer measures what whole models give, with one layer in memory."""
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 from weakref import finalize
@@ -11,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lrc.cli import whole_models
 from lrc.compressors import pipeline
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.evaluate import streaming_rule
@@ -20,6 +24,8 @@ from lrc.compressors.model_versions import ModelVersions
 from lrc.compressors.models import weights
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.pipeline import compress
+from lrc.compressors.prepare import Prepared, prepare
+from lrc.compressors.stages import STAGES
 from lrc.compressors.streamed import checkpoint_layers
 from lrc.compressors.streamed.checkpoint_layers import CheckpointFiller
 from lrc.configs.errors import CheckpointError, EvaluationIncomplete, Stopped
@@ -95,21 +101,32 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
 }
 
+WITH_BASELINES = {"llama-tied-quantized-embedding", "gemma2-caps", "opt", "mixtral"}
+PREPARED: dict[tuple[Path, str], Prepared] = {}
+"""The last recipe, which several runs evaluate in different ways."""
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def write(
-    tmp_path: Path,
-    tiny_text: Path,
+@pytest.fixture(scope="module")
+def text(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """File of about a thousand tokens, which are tokenized many times."""
+    path = tmp_path_factory.mktemp("short") / "text.txt"
+    path.write_text(tiny_text.read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def write_in(
+    text: Path,
     tiny_recipe: Callable[..., Path],
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> Callable[..., Path]:
-    """Write a random model, and a recipe that compresses it to ``run``."""
+    """Write a random model to a folder, and a recipe that compresses it to ``run``."""
 
-    def write(config: dict[str, Any], stages: list[dict[str, Any]], **evaluate: Any) -> Path:
+    def write(folder: Path, config: dict[str, Any], stages: list[dict[str, Any]]) -> Path:
         options = dict(config)
-        source = tmp_path / "source"
+        source = folder / "source"
         with torch.random.fork_rng():
             torch.manual_seed(0)
             made = AutoConfig.for_model(options.pop("model_type"), **options)
@@ -117,25 +134,50 @@ def write(
         model.to(torch.bfloat16).save_pretrained(source)
         make_tokenizer(bos="gemma" in config["model_type"]).save_pretrained(source)
         texts = [
-            {"source": str(tiny_text), "name": "long", "window": 32, "windows": 5},
-            {"source": str(tiny_text), "name": "short", "window": 20, "windows": 3},
+            {"source": str(text), "name": "long", "window": 32, "windows": 5},
+            {"source": str(text), "name": "short", "window": 20, "windows": 3},
         ]
-        evaluate = {
-            **{"perplexity": texts, "kl_tokens": 100, "baselines": ["int8", "int4-g16", "sparse"]},
-            **evaluate,
-        }
-        return tiny_recipe(source, tmp_path / "run", stages=stages, evaluate=evaluate)
+        baselines = ["int4-g16", "sparse"]
+        evaluate = {"perplexity": texts, "kl_tokens": 100, "baselines": baselines}
+        return tiny_recipe(source, folder / "run", stages=stages, evaluate=evaluate)
 
     return write
 
 
-def run(recipe: Path, streaming: str, **options: Any) -> dict[str, Any]:
+@pytest.fixture
+def write(tmp_path: Path, write_in: Callable[..., Path]) -> Callable[..., Path]:
+    return partial(write_in, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(write_in: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipe of a model that has been compressed, and evaluated as a whole."""
+    recipe = write_in(tmp_path_factory.mktemp("finished"), LLAMA, [KFAC])
+    run(recipe, "never")
+    return recipe
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """Recipe of a copy of a finished run."""
+    shutil.copytree(finished.parent, tmp_path, dirs_exist_ok=True)
+    recipe = tmp_path / finished.name
+    recipe.write_text(finished.read_text().replace(str(finished.parent), str(tmp_path)))
+    return recipe
+
+
+def run(recipe: Path, streaming: str, *overrides: str, **options: Any) -> dict[str, Any]:
     """Run a recipe, or only its evaluation if the rest is there."""
     for path in (recipe.parent / "run").glob("work/evaluation-*"):
         path.unlink()
     (recipe.parent / "run/report.json").unlink(missing_ok=True)
-    loaded = load_recipe(recipe, [f"evaluate.streaming={streaming}"])
-    result: dict[str, Any] = compress(loaded, Machine("cpu", **options))["evaluation"]
+    loaded = load_recipe(recipe, [f"evaluate.streaming={streaming}", *overrides])
+    key = recipe, recipe.read_text(encoding="utf-8")
+    if key not in PREPARED:
+        PREPARED.clear()
+        PREPARED[key] = prepare(loaded.recipe, STAGES)
+    prepared = replace(PREPARED[key], recipe=loaded.recipe)
+    result: dict[str, Any] = compress(loaded, Machine("cpu", **options), prepared)["evaluation"]
     return result
 
 
@@ -157,13 +199,14 @@ def test_scores_are_those_of_whole_models(
 ) -> None:
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 64)  # several windows in a batch, the last alone
     recipe = write(*CASES[case])
-    expected = leaves(run(recipe, "never"))
+    few = [] if case in WITH_BASELINES else ["evaluate.baselines=[]"]
+    expected = leaves(run(recipe, "never", *few))
     monkeypatch.setattr(ModelVersions, "load_dense", refuse)
     monkeypatch.setattr(pipeline, "load_checkpoint", refuse)
-    found = leaves(run(recipe, "always"))
+    found = leaves(run(recipe, "always", *few))
     assert found.keys() == expected.keys()
     assert expected["/kl/long/forward"] > 1e-4
-    assert expected["/baselines/1/perplexity/short"] is not None
+    assert few or expected["/baselines/1/perplexity/short"] is not None
     for key, value in expected.items():
         if isinstance(value, float):
             assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
@@ -175,7 +218,7 @@ def test_scores_are_those_of_whole_models(
 def test_each_layer_is_read_once_and_one_layer_is_in_memory(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = write({**LLAMA, "num_hidden_layers": 8}, [KFAC])
+    recipe = write({**LLAMA, "num_hidden_layers": 5}, [KFAC])
     run(recipe, "never")
     reads: Counter[str] = Counter()
     alive, peak = 0, 0
@@ -219,22 +262,21 @@ def test_each_layer_is_read_once_and_one_layer_is_in_memory(
     assert alive == 0
     # Both heads at once, or an embedding, or one layer.
     assert 4 * max(head, layer) <= peak <= 4 * 2 * head
-    assert peak < 4 * (2 * head + 8 * layer) / 2  # of the dense model
+    assert peak < 4 * (2 * head + 5 * layer) / 2  # of the dense model
 
 
 def test_it_is_chosen_where_whole_models_do_not_fit(
-    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = write(LLAMA, [KFAC], baselines=["int8"])
     seen: list[str] = []
 
     def on_step(stage: str, done: int, total: int) -> None:
         seen.append(stage)
 
-    whole = run(recipe, "auto", on_step=on_step)
+    whole = run(copied, "auto", on_step=on_step)
     assert "evaluate layer by layer" not in seen
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
-    found = run(recipe, "auto", on_step=on_step)
+    found = run(copied, "auto", on_step=on_step)
     assert seen.count("evaluate layer by layer") == 2 * 3
     assert found["perplexity"]["long"]["compressed"] == pytest.approx(
         whole["perplexity"]["long"]["compressed"], rel=1e-4
@@ -242,10 +284,10 @@ def test_it_is_chosen_where_whole_models_do_not_fit(
 
 
 def test_what_needs_whole_models_is_measured_or_its_reason_given(
-    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = write(LLAMA, [KFAC], generations={"prompts": ["def"], "tokens": 4}, baselines=[])
-    result = run(recipe, "always")
+    more = ["evaluate.generations={prompts: [def], tokens: 4}", "evaluate.baselines=[]"]
+    result = run(copied, "always", *more)
     assert result["missing"] == []
     assert result["generations"][0]["prompt"] == "def"
     with monkeypatch.context() as patch:
@@ -254,16 +296,9 @@ def test_what_needs_whole_models_is_measured_or_its_reason_given(
         patch.setattr("lrc.compressors.prepare.check_tasks", lambda tasks: None)
         patch.setattr(pipeline, "check_evaluation", lambda *_, **__: None)
         patch.setattr(pipeline, "_check_source", lambda session: None)
-        loaded = load_recipe(
-            recipe,
-            [
-                *("evaluate.streaming=always", "evaluate.tasks=[arc_easy]"),
-                f"output={recipe.parent / 'other'}",
-            ],
-        )
         patch.setattr(ModelVersions, "load_dense", refuse)
         with pytest.raises(EvaluationIncomplete) as incomplete:
-            compress(loaded, Machine("cpu"))
+            run(copied, "always", *more, "evaluate.tasks=[arc_easy]")
     evaluation = incomplete.value.report["evaluation"]
     assert evaluation["perplexity"] == result["perplexity"]
     reasons = {f"{m['model']} {m['metric']}": m["reason"] for m in evaluation["missing"]}
@@ -275,8 +310,8 @@ def test_what_needs_whole_models_is_measured_or_its_reason_given(
     assert "both models do not fit" in reasons["compressed generations.0"]
 
 
-def test_it_can_be_stopped_and_starts_again(write: Callable[..., Path]) -> None:
-    recipe = write(LLAMA, [KFAC])
+def test_it_can_be_stopped_and_starts_again(copied: Path) -> None:
+    recipe = copied
     expected = run(recipe, "always")
     recipe.write_text(
         recipe.read_text().replace("samples: 4", "samples: 4\n  memory_limit_gib: 1.0e-06")
@@ -285,8 +320,8 @@ def test_it_can_be_stopped_and_starts_again(write: Callable[..., Path]) -> None:
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "evaluate layer by layer" and done == 4:
-            # Four bytes x tokens x width for both models and three baselines.
-            assert buffer.stat().st_size == 4 * (5 * 32 + 3 * 20) * 32 * 5
+            # Four bytes x tokens x width for both models and two baselines.
+            assert buffer.stat().st_size == 4 * (5 * 32 + 3 * 20) * 32 * 4
             raise Stopped("requested")
 
     with pytest.raises(Stopped):
@@ -295,17 +330,43 @@ def test_it_can_be_stopped_and_starts_again(write: Callable[..., Path]) -> None:
     assert run(recipe, "always") == expected
 
 
-def test_damaged_weights_are_found_when_they_are_loaded(write: Callable[..., Path]) -> None:
-    recipe = write(LLAMA, [KFAC], baselines=[])
-    run(recipe, "never")
-    checkpoint = recipe.parent / "run/checkpoint"
+def test_damaged_weights_are_found_when_they_are_loaded(copied: Path) -> None:
+    checkpoint = copied.parent / "run/checkpoint"
     header = read_folder(checkpoint)["model.layers.1.input_layernorm.weight"]
     with header.file.open("r+b") as file:
         file.seek(header.offset)
         file.write(b"\xff" * header.nbytes)  # NaN
     with pytest.raises(CheckpointError, match=r"changed|differs|damaged"):
-        run(recipe, "always")
+        run(copied, "always")
     shutil.rmtree(checkpoint / "lrc")  # as after save_pretrained: no hashes
-    files = checkpoint_layers.open_checkpoint(checkpoint)
+    files = checkpoint_layers.open_checkpoint(checkpoint, dtype=torch.float32)
     with pytest.raises(CheckpointError, match=r"layers.1.input_layernorm.weight is not finite"):
         files.reader.fill_("model.layers.1", device="cpu", dtype=torch.float32)
+
+
+def test_lrc_eval_reads_all_checkpoints_layer_by_layer(
+    finished: Path,
+    lrc: Callable[..., Any],
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, result = finished.parent / "source", finished.parent / "run/checkpoint"
+    texts = ["--perplexity", text, "--window", 32, "--windows", 5, "--kl-tokens", 100]
+    options = [*texts, "--device", "cpu", "--json", "-q"]
+
+    def measured(streaming: str) -> dict[str, Any]:
+        done = lrc("eval", source, result, *options, "--streaming", streaming)
+        assert done.code == 0, done.err
+        return leaves(json.loads(done.out))
+
+    expected = measured("never")
+    monkeypatch.setattr(whole_models, "load_checkpoint", refuse)
+    found = measured("always")
+    assert found.keys() == expected.keys()
+    assert any("/kl/" in key for key in found)
+    for key, value in expected.items():
+        assert found[key] == (
+            pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+        ), key
+    monkeypatch.setattr("lrc.cli.evaluate.free_memory", lambda device: 1000)
+    assert measured("auto") == found

@@ -63,7 +63,7 @@ def test_runs_are_those_of_compress_and_share_statistics_curves_and_dense_scores
     assert ended.err.count("evaluate dense: perplexity english") == 1
     assert ended.err.count("tokens are few for") <= 2  # input widths
     assert ended.err.count("evaluate int8: perplexity english") == 1
-    assert [path.name for path in (folder / "shared/work").glob("shared-*")] == []
+    assert not (folder / "shared").exists()
     names = [run["name"] for run in found["runs"]]
     assert names == [
         f"keep={k}_method={m}" for k in (0.7, 0.5) for m in ("kfac", "mixed", "svd-llm")
@@ -86,14 +86,14 @@ def test_a_second_call_adds_runs_and_repeats_none(
     lrc: Callable[..., Any], recipe: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "sweep"
-    assert lrc("sweep", recipe, "keep=0.7", "--output", folder, "-q").code == 0
-    before = (folder / "run/report.json").stat().st_mtime_ns
-    ended = lrc("sweep", recipe, "keep=0.7", "--output", folder, "--json")
+    assert lrc("sweep", recipe, "keep=0.7,0.6", "--output", folder, "-q").code == 0
+    before = (folder / "keep=0.7/report.json").stat().st_mtime_ns
+    ended = lrc("sweep", recipe, "keep=0.7,0.6", "--output", folder, "--json")
     assert ended.code == 0
     assert "compress" not in ended.err
-    assert (folder / "run/report.json").stat().st_mtime_ns == before
-    assert lrc("sweep", recipe, "keep=0.7,0.6", "--output", folder, "-q").code == 0
-    assert (folder / "keep=0.6/checkpoint").is_dir()
+    assert lrc("sweep", recipe, "keep=0.7,0.5", "--output", folder, "-q").code == 0
+    assert (folder / "keep=0.7/report.json").stat().st_mtime_ns == before
+    assert (folder / "keep=0.5/checkpoint").is_dir()
 
 
 def test_an_interrupted_sweep_continues(
@@ -134,11 +134,13 @@ def test_missed_gates_exit_with_4_and_keep_the_run(
     lrc: Callable[..., Any], recipe: Path, tmp_path: Path
 ) -> None:
     gate = "evaluate.gates=['perplexity.english <= 0.1x']"
-    ended = lrc("sweep", recipe, gate, "--output", tmp_path / "sweep", "--json", "-q")
+    ended = lrc(
+        "sweep", recipe, gate, "keep=0.7,0.6", "--output", tmp_path / "sweep", "--json", "-q"
+    )
     assert ended.code == 4
-    (run,) = json.loads(ended.out)["runs"]
-    assert run["status"] == "gate-missed"
-    assert run["metrics"]["perplexity.english"]["value"] > 0
+    for run in json.loads(ended.out)["runs"]:
+        assert run["status"] == "gate-missed"
+        assert run["metrics"]["perplexity.english"]["value"] > 0
 
 
 def test_a_target_is_met_with_the_smallest_keep_of_six_runs(
@@ -168,7 +170,9 @@ def test_a_target_is_met_with_the_smallest_keep_of_six_runs(
         (["keep=0.5,0.5"], "must not list a value twice"),
         (["keep=0.5", "keep=0.6"], "keep is given twice"),
         (["keep"], "must be key=value"),
-        (["output=a,b"], "use --output"),
+        (["output=a"], "write --output a"),
+        ([], "must have a key with several values"),
+        (["keep=0.5"], "must have a key with several values"),
         (["keep=0.5", "--target", "kl.english <= 1"], "searches keep"),
         (["--target", "kl.english < 1"], "must be a gate such as"),
         (["--target", "kl.englis <= 1"], "did you mean 'kl.english'"),
@@ -187,7 +191,7 @@ def test_a_folder_of_others_is_refused(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").touch()
-    ended = lrc("sweep", recipe, "keep=0.5", "--output", tmp_path / "mine", "-q")
+    ended = lrc("sweep", recipe, "keep=0.5,0.6", "--output", tmp_path / "mine", "-q")
     ended.refuses(1, "was not written by lrc sweep", "notes.txt")
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
-from tests.robustness.tiny_models import NotBuilt, causal_families, tiny_model
+from tests.robustness.tiny_models import NotBuilt, auto_class_of, causal_families, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lrc.compressors.calibrate import layer_executor
 from lrc.compressors.compress.group import stored_weight
@@ -181,7 +181,8 @@ class FamilyCheck:
 
     def _load(self, name: str) -> Any:
         """Load with transformers; nothing may be missing, left over or of another shape."""
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        auto = auto_class_of(causal_families()[self.outcome.family])
+        model, loading = auto.from_pretrained(
             self.folder / name, dtype=torch.float32, output_loading_info=True
         )
         problems = {key: sorted(map(str, value)) for key, value in loading.items() if value}

@@ -1,7 +1,8 @@
 """Check model families one by one, each in a forked process with a time limit.
 
-``python -m tests.robustness.sweep --table MODELS.md`` checks all families that transformers knows
-and writes the table of the documentation; names of families print the outcomes of these.
+``python -m tests.robustness.sweep --table docs/models.md`` checks all families that transformers
+knows and writes the tables of the documentation. With names of families, only these are checked,
+and their rows replaced.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.robustness.family_check import FamilyCheck, Outcome
-from tests.robustness.table import table
+from tests.robustness.table import with_outcomes
 from tests.robustness.tiny_models import causal_families
 
 CPU_SECONDS, SECONDS = 60, 300.0
@@ -103,7 +104,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", help="names (model_type); all if left out")
-    parser.add_argument("--table", type=Path, help="Markdown file whose table is replaced")
+    parser.add_argument("--table", type=Path, help="page whose tables are updated")
     parser.add_argument("--json", type=Path, help="file for the outcomes, one JSON object a line")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
@@ -124,8 +125,9 @@ def main() -> None:
     if options.json:
         options.json.write_text("".join(json.dumps(asdict(o)) + "\n" for o in found))
     if options.table:
-        before, _, _ = options.table.read_text(encoding="utf-8").partition("<!-- sweep -->")
-        options.table.write_text(f"{before}<!-- sweep -->\n\n{table(found)}", encoding="utf-8")
+        page = options.table.read_text(encoding="utf-8")
+        page = with_outcomes(page, found, everything=not options.families)
+        options.table.write_text(page, encoding="utf-8")
     sys.exit(any(outcome.status == "failed" for outcome in found))
 
 

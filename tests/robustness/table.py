@@ -1,4 +1,4 @@
-"""The table of the documentation: what becomes of every model family."""
+"""The tables of ``docs/models.md``: what becomes of every model family."""
 
 import re
 from collections.abc import Iterable
@@ -6,43 +6,76 @@ from collections.abc import Iterable
 import transformers
 from tests.robustness.family_check import Outcome
 
+from lrc.compressors.export import gguf_families
+from lrc.compressors.slicing import families as rotations
 
-def table(outcomes: Iterable[Outcome]) -> str:
-    """Return the Markdown of three tables: served, rejected, and not tested."""
-    by_status: dict[str, list[Outcome]] = {}
-    for outcome in sorted(outcomes, key=lambda outcome: outcome.family):
-        by_status.setdefault(outcome.status, []).append(outcome)
-    served, rejected, not_built, failed = (
-        by_status.get(status, []) for status in ("served", "rejected", "not built", "failed")
-    )
+MARK = "<!-- written by tests.robustness.sweep -->"
+HEADINGS = {
+    "served": "### Supported",
+    "rejected": "### Rejected by `lrc plan`",
+    "not built": "### Not tested",
+    "failed": "### Failed",
+}
+COLUMNS = ["`model_type`", "class", "matrices", "`drop`", "`slicegpt`", "GGUF"]
+Rows = dict[str, dict[str, str]]
+"""Status -> family -> row."""
+
+
+def read_rows(page: str) -> Rows:
+    """Return the rows of the tables of a page."""
+    rows: Rows = {status: {} for status in HEADINGS}
+    status = None
+    for line in page.partition(MARK)[2].splitlines():
+        if line.startswith("#"):
+            status = next((s for s, heading in HEADINGS.items() if heading == line), None)
+        elif status and (row := re.match(r"\| ([\w.-]+) \|", line)):
+            rows[status][row[1]] = line
+    return rows
+
+
+def with_outcomes(page: str, outcomes: Iterable[Outcome], *, everything: bool) -> str:
+    """Return a page with the rows of these families; all others are removed if `everything`."""
+    rows: Rows = {status: {} for status in HEADINGS} if everything else read_rows(page)
+    for outcome in outcomes:
+        for families in rows.values():
+            families.pop(outcome.family, None)
+        rows[outcome.status][outcome.family] = _row(outcome)
+    total = sum(map(len, rows.values()))
     parts = [
-        f"With transformers {transformers.__version__}, {len(served)} of "
-        f"{sum(map(len, by_status.values()))} families are supported.",
-        "### Supported",
-        "\n".join(
-            [
-                "| `model_type` | class | compressible part of the layers | removing layers |",
-                "|---|---|---|---|",
-                *(f"| {o.family} | {o.model} | {o.compressed:.0%} | {_drop(o)} |" for o in served),
-            ]
-        ),
-        "### Rejected by `lrc plan`",
-        _reasons(rejected),
-        "### Not tested",
-        _reasons(not_built),
+        f"{page.partition(MARK)[0]}{MARK}",
+        f"With transformers {transformers.__version__}, {len(rows['served'])} of {total} model "
+        "types are supported.",
     ]
-    if failed:
-        parts += ["### Failed", _reasons(failed)]
+    for status, families in rows.items():
+        if families:
+            columns = COLUMNS if status == "served" else ["`model_type`", "reason"]
+            head = [_line(columns), "|---" * len(columns) + "|"]
+            parts += [HEADINGS[status], "\n".join([*head, *map(families.get, sorted(families))])]
     return "\n\n".join(parts) + "\n"
 
 
-def _reasons(outcomes: list[Outcome]) -> str:
-    rows = [f"| {o.family} | {_short(o.reason or '; '.join(o.failures))} |" for o in outcomes]
-    return "\n".join(["| `model_type` | reason |", "|---|---|", *rows])
+def _row(outcome: Outcome) -> str:
+    kind = outcome.family
+    if outcome.status != "served":
+        return _line([kind, _short(outcome.reason or "; ".join(outcome.failures))])
+    return _line(
+        [
+            kind,
+            outcome.model,
+            f"{outcome.compressed:.0%}",
+            f"no: {_short(outcome.drop)}" if outcome.drop else "yes",
+            _yes(kind in rotations.FAMILIES),
+            _yes(kind in gguf_families.FAMILIES),
+        ]
+    )
 
 
-def _drop(outcome: Outcome) -> str:
-    return f"no: {_short(outcome.drop)}" if outcome.drop else "yes"
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _yes(condition: bool) -> str:
+    return "yes" if condition else "no"
 
 
 def _short(reason: str) -> str:

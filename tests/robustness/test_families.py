@@ -1,13 +1,14 @@
-"""Every causal language model of transformers is compressed correctly, or rejected by the plan."""
+"""Every language model of transformers is compressed correctly, or rejected by the plan."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import transformers
+from tests.robustness.family_check import Outcome
+from tests.robustness.table import read_rows, with_outcomes
 from tests.robustness.tiny_models import causal_families
 
 SAMPLE = ("bart", "falcon", "gemma3", "gpt2", "mamba", "qwen3_moe")
@@ -17,16 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 def documented() -> dict[str, str]:
     """Return family -> status in the documentation, if that is about the installed version."""
-    text = (ROOT / "MODELS.md").read_text(encoding="utf-8")
-    if f"With transformers {transformers.__version__}," not in text:
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    if f"With transformers {transformers.__version__}," not in page:
         return {}
-    found, status = {}, ""
-    for line in text.splitlines():
-        if heading := re.match(r"### (\w+)", line):
-            status = {"Supported": "served", "Rejected": "rejected"}.get(heading[1], "not built")
-        elif status and (row := re.match(r"\| ([\w.-]+) \|", line)):
-            found[row[1]] = status
-    return found
+    return {family: status for status, rows in read_rows(page).items() for family in rows}
 
 
 @pytest.mark.parametrize(
@@ -59,3 +54,19 @@ def test_families_are_compressed_correctly_or_rejected_by_the_plan(
     assert not changed
     slow = {o["family"]: o["seconds"] for o in outcomes if o["status"] == "rejected"}
     assert not {family: seconds for family, seconds in slow.items() if seconds > 5}
+
+
+def test_the_rows_of_checked_families_are_replaced() -> None:
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    before = read_rows(page)
+    outcomes = [
+        Outcome("llama", status="rejected", reason="model: X (model_type 'x') is not supported"),
+        Outcome("gpt2", "GPT2LMHeadModel", "served", compressed=0.5),
+    ]
+    after = read_rows(with_outcomes(page, outcomes, everything=False))
+    assert after["rejected"]["llama"] == "| llama | X (model_type 'x') is not supported |"
+    assert after["served"]["gpt2"] == "| gpt2 | GPT2LMHeadModel | 50% | yes | no | no |"
+    assert after["served"].keys() == before["served"].keys() - {"llama"} | {"gpt2"}
+    assert after["not built"] == before["not built"]
+    assert read_rows(with_outcomes(page, [], everything=False)) == before
+    assert read_rows(with_outcomes(page, outcomes[:1], everything=True))["served"] == {}

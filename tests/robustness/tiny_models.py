@@ -1,4 +1,4 @@
-"""Tiny random models of any causal language model of transformers, from its config class alone.
+"""Tiny random models of any language model of transformers, from its config class alone.
 
 Config classes name the same thing in many ways (`hidden_size`, `d_model`, `n_embd`): `tiny_model`
 sets every size by the words in its name, and tries a few such configs until the model can be built
@@ -6,18 +6,21 @@ and run. Nothing here is written for a particular family.
 """
 
 import dataclasses
+import importlib
 import inspect
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 VOCABULARY = 576  # the shared tokenizer has 512 tokens; the rest are markers of other modalities
 LAYERS, HIDDEN, HEAD, WINDOW = 4, 64, 16, 16
@@ -88,6 +91,7 @@ CHANGES: list[dict[str, int]] = [
     {"layers": 12, "periods": 1},
     {"layers": 12, "periods": 1, "head_dim": 32},
     {"off": 1},
+    {"sections": 1},
 ]
 
 
@@ -96,8 +100,18 @@ class NotBuilt(Exception):
 
 
 def causal_families() -> dict[str, type[PreTrainedConfig]]:
-    """Return model_type -> config class of every causal language model that transformers knows."""
-    return {config.model_type: config for config in MODEL_FOR_CAUSAL_LM_MAPPING}
+    """Return model_type -> config class of every language model that transformers knows.
+
+    Those that read images too are among them, unless they have another class for text alone.
+    """
+    known = (*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, *MODEL_FOR_CAUSAL_LM_MAPPING)
+    return {config.model_type: config for config in known}
+
+
+def auto_class_of(config_class: type[PreTrainedConfig]) -> Any:
+    """Return the Auto class of a family, the one for text alone if there are two."""
+    text = config_class in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if text else AutoModelForImageTextToText
 
 
 def tiny_model(config_class: type[PreTrainedConfig], tokens: torch.Tensor) -> nn.Module:
@@ -134,13 +148,13 @@ def _candidates(
 def _built(config: PreTrainedConfig) -> Any:
     """Build a model with random weights of a scale at which predictions differ from uniform."""
     with init_empty_weights():
-        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        empty = auto_class_of(type(config)).from_config(config, dtype=torch.float32)
     count = sum(p.numel() for p in empty.parameters())
     if count > MOST_PARAMETERS:
         name, largest = max(empty.named_parameters(), key=lambda item: item[1].numel())
         raise ValueError(f"{count:,} parameters; {name} is {list(largest.shape)}")
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: Any = auto_class_of(type(config)).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -194,7 +208,8 @@ def _shrunk(
         elif isinstance(value, list) and value and isinstance(value[-1], list):
             reduced[name] = [_repeated(entry) for entry in value]  # [[kinds, times], ...]
         elif name == "rope_parameters" and isinstance(value, dict):
-            reduced[name] = _rope(value)
+            sections = {"mrope_section": [4, 2, 2]} if "sections" in changes else {}
+            reduced[name] = _rope(value | sections)
     return {name: value for name, value in reduced.items() if value != values[name]}
 
 
@@ -265,7 +280,8 @@ def _filled(
 
 def _layer_types(config_class: type[PreTrainedConfig]) -> list[str]:
     """Return the kinds of layers that the code of a family names."""
-    code = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[config_class].__module__])
+    module = config_class.__module__.replace(".configuration_", ".modeling_")
+    code = inspect.getsource(importlib.import_module(module))
     return [kind for kind in ALLOWED_LAYER_TYPES if f'"{kind}"' in code]
 
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lrc.compressors.checkpoint.gguf_conversion import convert_gguf
 from lrc.compressors.export.gguf_families import FAMILIES as FAMILIES_OF_GGUF
 from lrc.compressors.export.stored_weights import StoredWeights
 from lrc.compressors.io.files import partial_path
 from lrc.compressors.io.gguf_file import read_gguf
 from lrc.compressors.io.machine import Machine
-from lrc.compressors.models.source import convert_gguf, locate
+from lrc.compressors.models.source import locate
 from lrc.compressors.models.source_check import check_contents
 from lrc.compressors.pipeline import compress
 from lrc.configs.load import load_recipe
@@ -290,7 +291,7 @@ def test_paths_are_checked_and_nothing_is_overwritten(
         ([tmp_path / "none", tmp_path / "out", "--format", "dense"], "no such folder"),
         ([source, tmp_path / "out", "--format", "dense", "--type", "f16"], "--format gguf"),
     ):
-        lrc("export", *arguments).refuses(2, message, code="invalid-recipe")
+        lrc("export", *arguments).refuses(2, message, code="usage")
     assert taken.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["taken.gguf"]
 

@@ -15,7 +15,7 @@ stages:
 output: out
 """
 ALLOWED_AT_TOP = "Allowed: model, calibration, stages, evaluate, output, seed"
-ALLOWED_ANYWHERE = "Allowed: method, keep, size, elastic, measure, allocation, rank_multiple, min_keep, max_relative_error, plan, compensate, targets, ignore, overrides, rows, latency_table"
+ALLOWED_ANYWHERE = "Allowed: method, keep, size, elastic, drafter, measure, allocation, rank_multiple, min_keep, max_relative_error, plan, compensate, targets, ignore, overrides, rows, latency_table"
 METHODS = "asvd, basis-sharing, compot, cospadi, dictionary, fwsvd, kfac, lord, magnitude, mixed, rocket, sparse, svd, svd-llm, tensor-train, wanda"
 UNITS = "write a number and a unit, one of B, kB, MB, GB, KiB, MiB, GiB"
 BASELINE = "a baseline such as int8, int4-g64 or sparse"
@@ -30,7 +30,7 @@ LINES = [
     ("xyz: 1", "unknown-key", f"xyz: unknown key; remove it. {ALLOWED_AT_TOP}"),
     ("tasks: [piqa]", "misplaced-key", f"tasks: unknown key here; move it under 'evaluate'. {ALLOWED_AT_TOP}"),
     ("decompose: {keep: 0.5}", "misplaced-key", f"decompose: unknown key here; move it under 'stages'. {ALLOWED_AT_TOP}"),
-    ("calibration: {sampels: 4}", "unknown-key", "calibration.sampels: unknown key; did you mean 'samples'? Allowed: source, samples, length, field, chat_template, labels, memory_limit_gib"),
+    ("calibration: {sampels: 4}", "unknown-key", "calibration.sampels: unknown key; did you mean 'samples'? Allowed: source, task, samples, length, field, chat_template, labels, memory_limit_gib"),
     ("1: 2", "unknown-key", f"1: unknown key; remove it. {ALLOWED_AT_TOP}"),
     ("seed: -1", "out-of-range", "seed: must be a whole number >= 0 and < 9223372036854775808, got -1; raise it"),
     ("seed: 1e3", "wrong-type", "seed: must be a whole number >= 0 and < 9223372036854775808, got 1000.0; write 1000"),
@@ -46,7 +46,7 @@ LINES = [
     ("calibration: {source: {}}", "conflicting-keys", "calibration.source: fractions of sources must add up to 1, got 0; change them, as in {c4: 0.5, self: 0.5}"),
     ("calibration: {source: [c4, self]}", "wrong-type", "calibration.source: must be a string that is not empty or a mapping of sources to fractions, got a list of 2 entries; write one name, or every source with its fraction: {c4: 0.5, self: 0.5}"),
     ("calibration: {source: {c4: 0.9, self: 0.1}, samples: 4}", "conflicting-keys", "calibration: 'samples' must give every source a window, got 4 and none for self; raise it"),
-    ("calibration: ''", "out-of-range", "calibration: must be a string that is not empty or a mapping with the keys source, samples, length, field, chat_template, labels, memory_limit_gib, got ''; write it out"),
+    ("calibration: ''", "out-of-range", "calibration: must be a string that is not empty or a mapping with the keys source, task, samples, length, field, chat_template, labels, memory_limit_gib, got ''; write it out"),
     ("calibration: {field: [text]}", "wrong-type", "calibration.field: must be a string, got a list of 1 entry"),
     ("calibration: {chat_template: yes}", "wrong-type", "calibration.chat_template: must be true or false, got 'yes'; write true"),
     ("calibration: {chat_template: off}", "wrong-type", "calibration.chat_template: must be true or false, got 'off'; write false"),
@@ -54,8 +54,8 @@ LINES = [
     ("calibration: {labels: reel}", "unknown-value", "calibration.labels: must be one of model, sampled, real, got 'reel'; did you mean 'real'?"),
     ("calibration: {memory_limit_gib: 0}", "out-of-range", "calibration.memory_limit_gib: must be a number > 0, got 0; raise it"),
     ("calibration: {memory_limit_gib: .inf}", "out-of-range", "calibration.memory_limit_gib: must be a number > 0, got inf; write a finite number"),
-    ("evaluate:", "wrong-type", "evaluate: must be a mapping with the keys perplexity, tasks, gates, dense, kl_tokens, streaming, generations, baselines, got nothing; write a value or remove the key"),
-    ("evaluate: [tasks: [piqa]]", "wrong-type", "evaluate: must be a mapping with the keys perplexity, tasks, gates, dense, kl_tokens, streaming, generations, baselines, got a list of 1 entry; remove the '- ' in front of the keys"),
+    ("evaluate:", "wrong-type", "evaluate: must be a mapping with the keys perplexity, tasks, task, gates, dense, kl_tokens, streaming, generations and others, got nothing; write a value or remove the key"),
+    ("evaluate: [tasks: [piqa]]", "wrong-type", "evaluate: must be a mapping with the keys perplexity, tasks, task, gates, dense, kl_tokens, streaming, generations and others, got a list of 1 entry; remove the '- ' in front of the keys"),
     ("evaluate: {perplexity: c4}", "wrong-type", "evaluate.perplexity: must be a list of entries, each a string that is not empty or a mapping with the keys source, name, window, windows, tokens, field, got 'c4'; write a list: [c4]"),
     ("evaluate: {perplexity: [c4, c4]}", "conflicting-keys", "evaluate: the names of the 'perplexity' entries must differ, got twice: ['c4']; give one of each pair another 'name'"),
     ("evaluate: {perplexity: [{window: 9}]}", "missing-key", "evaluate.perplexity[0].source: missing; add a string that is not empty (`python-docs`, `wikitext2`, `c4`, or a path to a `.jsonl` or `.txt` file)"),
@@ -88,8 +88,8 @@ STAGES = [
     ("{decompose: {method: svd-llm, keep: '0,8'}}", "wrong-type", ".decompose.keep: must be null or a number > 0 and <= 1, got '0,8'; write 0.8"),
     ("{decompose: {method: svd-llm, keep: true}}", "wrong-type", ".decompose.keep: must be null or a number > 0 and <= 1, got true"),
     ("{decompose: {method: svd-llm, keep: .nan}}", "out-of-range", ".decompose.keep: must be null or a number > 0 and <= 1, got nan; write a finite number"),
-    ("{decompose: {method: svd-llm}}", "conflicting-keys", ".decompose: give exactly one of 'keep', 'size' and 'elastic', or a 'plan' with the ranks; got none of them"),
-    ("{decompose: {method: svd-llm, keep: 0.8, size: 1GB}}", "conflicting-keys", ".decompose: give exactly one of 'keep', 'size' and 'elastic', or a 'plan' with the ranks; got keep and size"),
+    ("{decompose: {method: svd-llm}}", "conflicting-keys", ".decompose: give exactly one of 'keep', 'size', 'elastic' and 'drafter', or a 'plan' with the ranks; got none of them"),
+    ("{decompose: {method: svd-llm, keep: 0.8, size: 1GB}}", "conflicting-keys", ".decompose: give exactly one of 'keep', 'size', 'elastic' and 'drafter', or a 'plan' with the ranks; got keep and size"),
     ("{decompose: {method: svd-llm, size: '180'}}", "unknown-value", f".decompose.size: must be null or a size such as 180MiB, got '180'; {UNITS}"),
     ("{decompose: {method: svd-llm, size: 180M}}", "unknown-value", f".decompose.size: must be null or a size such as 180MiB, got '180M'; {UNITS}"),
     ("{decompose: {method: svd-llm, size: -1MiB}}", "unknown-value", f".decompose.size: must be null or a size such as 180MiB, got '-1MiB'; {UNITS}"),
@@ -111,7 +111,7 @@ STAGES = [
     ("{decompose: {method: svd, keep: 0.5, compensate: {mix: -1}}}", "out-of-range", ".decompose.compensate.mix: must be a number >= 0 and <= 1, got -1; raise it"),
     ("{decompose: {method: svd, keep: 0.5, compensate: {mx: 1}}}", "unknown-key", ".decompose.compensate.mx: unknown key; did you mean 'mix'? Allowed: mix, residual, damp"),
     ("{decompose: {method: basis-sharing, keep: 0.5, compensate: {}}}", "wrong-type", ".decompose.compensate: must be null, got {}; remove the key (Not available with this method, which solves several layers together)"),
-    ("{decompose: {method: basis-sharing, keep: 0.5, storage: pivoted_low_rank}}", "misplaced-key", f".decompose.storage: not a key of method 'basis-sharing'; remove it. {ALLOWED_ANYWHERE}, damp, layers_per_group"),
+    ("{decompose: {method: basis-sharing, keep: 0.5, storage: pivoted_low_rank}}", "misplaced-key", f".decompose.storage: not a key of method 'basis-sharing'; remove it. {ALLOWED_ANYWHERE}, damp, layers_per_group, experts_per_group"),
     ("{decompose: {method: cospadi, keep: 0.5, layers_per_group: 0}}", "out-of-range", ".decompose.layers_per_group: must be a whole number > 0, got 0; raise it"),
     ("{decompose: {method: cospadi, keep: 0.5, layers_per_group: 2, compensate: {}}}", "conflicting-keys", ".decompose: 'compensate' needs layers_per_group: 1, got 2, because layers that share a dictionary are solved together; remove compensate or set layers_per_group: 1"),
     ("{decompose: {method: svdllm, keep: 0.8}}", "unknown-value", f".decompose.method: must be one of {METHODS}, got 'svdllm'; did you mean 'svd-llm'?"),
@@ -139,7 +139,7 @@ STAGES = [
     ("decompose:svd", "wrong-type", ": must be a mapping with the keys slice, decompose, quantize, heal, got 'decompose:svd'; put a space after the colon"),
     ("svd", "wrong-type", ": must be a mapping with the keys slice, decompose, quantize, heal, got 'svd'"),
     ("{}", "missing-key", ": is empty; write one of the keys slice, decompose, quantize, heal"),
-    ('{decompose: "a\\n\\ebxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}', "wrong-type", ".decompose: must be a mapping with the keys method, keep, size, elastic, measure, allocation, rank_multiple, min_keep and others, got 'a\\n?bxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...'"),
+    ('{decompose: "a\\n\\ebxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}', "wrong-type", ".decompose: must be a mapping with the keys method, keep, size, elastic, drafter, measure, allocation, rank_multiple and others, got 'a\\n?bxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...'"),
     ("{decompose: {method: svd, keep: 0.8, overrides: [{keep: 0.1}]}}", "missing-key", ".decompose.overrides[0].match: missing; add a string that is not empty (Shell pattern of full module names, such as `*.down_proj` or `model.layers.0.*`)"),
     ("{decompose: {method: svd, keep: 0.5, skip: [a]}}", "renamed-key", ".decompose.skip: this key is now called 'ignore'; rename it"),
     ("{decompose: {method: svd, keep: 0.5, storage: pivot}}", "renamed-value", ".decompose.storage: must be one of low_rank, pivoted_low_rank, got 'pivot'; this value is now called 'pivoted_low_rank'"),

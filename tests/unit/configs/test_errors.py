@@ -7,6 +7,7 @@ from lrc.configs.errors import (
     ModelError,
     Problem,
     RecipeError,
+    UsageError,
 )
 
 
@@ -32,6 +33,9 @@ def test_an_error_has_the_code_of_its_class_or_its_own() -> None:
     error = CheckpointError("is damaged", code="hash-mismatch", where="model.safetensors")
     assert str(error) == "model.safetensors: is damaged"
     assert error.problems == [Problem("hash-mismatch", "model.safetensors", "is damaged")]
+    assert UsageError("--keep: must be a number").problems == [
+        Problem("usage", "--keep", "must be a number")
+    ]
 
 
 def test_every_class_of_errors_has_a_code_and_an_exit_code() -> None:

@@ -34,6 +34,7 @@ def test_overrides_reach_every_place_in_order() -> None:
         "keep": 0.6,
         "size": None,
         "elastic": None,
+        "drafter": None,
         "measure": "bits",
         "rows": 1,
         "latency_table": None,

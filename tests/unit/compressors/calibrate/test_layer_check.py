@@ -158,6 +158,11 @@ REJECTED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"rescale_every": 2},
     ),
     "fused experts": ("holds fused experts", {"model_type": "jetmoe", "num_local_experts": 4}),
+    "a layer that is called for every layer": (
+        "calls encoder.albert_layer_groups.0 4 times, not once",
+        {"model_type": "albert", "architectures": ["AlbertModel"]},
+    ),
+    "no mask": ("depend on padding", {"model_type": "fnet", "architectures": ["FNetModel"]}),
 }
 
 
@@ -169,6 +174,17 @@ def test_others_are_rejected_with_the_reason(case: str) -> None:
         checked(**config)
     assert error.value.code == "invalid-model"
     assert time.monotonic() - start < 60  # a second on an idle machine
+
+
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
+@pytest.mark.parametrize(("family", "prefix"), [("distilbert", "DistilBert"), ("gte", "Gte")])
+def test_encoders_are_accepted(family: str, prefix: str, head: str) -> None:
+    found = checked(family, architectures=[prefix + head], n_layers=4, dim=64, hidden_dim=96)
+    assert type(found.model).__name__ == prefix + head
+    assert len(found.layers) == 4
+    assert found.kind.encoder
+    assert found.kind.classifies == (head != "Model")
+    assert all("layer" in linear.name for linear in found.linears)
 
 
 def test_a_bert_without_a_head_is_not_taken_for_a_decoder_unless_it_is_one() -> None:

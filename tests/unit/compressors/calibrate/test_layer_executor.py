@@ -1,5 +1,6 @@
 """Layer by layer execution gives the result of the whole model."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, LayerExecutor, batches, watch
 from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.io.journal import Journal
+from lrc.compressors.models import weights
 from lrc.compressors.models.architecture import Architecture
 from lrc.configs.errors import ModelError
 
@@ -89,6 +91,56 @@ def test_only_the_executed_layer_has_weights(architecture, executor):
     times = 1 + executor.n_batches  # traced once, and applied to every batch
     assert len(seen) == times * len(architecture.linears)
     assert all(p.is_meta for p in architecture.model.parameters())
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_the_next_layer_is_read_while_one_computes(
+    architecture, executor, reader, monkeypatch, order
+):
+    executor.calls  # the trace goes up  # noqa: B018
+    expected = [reader.read(linear.name + ".weight") for linear in architecture.linears]
+    monkeypatch.setattr(weights, "DEVICE_TYPES", {"cpu"})
+    threads: dict[int, set[bool]] = {index: set() for index in range(LAYERS)}
+    read = reader.read
+
+    def seen(name, **options):
+        ahead = threading.current_thread() is not threading.main_thread()
+        threads[int(name.split(".")[2])].add(ahead)
+        return read(name, **options)
+
+    reader.read = seen
+    found = {}
+    for index in order:
+        with executor.layer(index):
+            assert resident(architecture) == {index}
+            for linear in executor.linears(index).values():
+                module = architecture.model.get_submodule(linear.name)
+                found[linear.name] = module.weight.clone()
+    assert all(map(torch.equal, (found[each.name] for each in architecture.linears), expected))
+    # The direction of a pass is known from its second layer on.
+    assert threads[order[0]] == {False}
+    assert threads[order[2]] == {True}
+    executor._read_ahead("")
+    assert reader._ahead is None
+
+
+def test_an_error_while_reading_ahead_is_raised_when_the_layer_is_needed(
+    executor, reader, monkeypatch
+):
+    executor.calls  # noqa: B018
+    monkeypatch.setattr(weights, "DEVICE_TYPES", {"cpu"})
+    read = reader.read
+
+    def damaged(name, **options):
+        if name.startswith("model.layers.1."):
+            raise ModelError("damaged")
+        return read(name, **options)
+
+    reader.read = damaged
+    with executor.layer(0):
+        pass
+    with pytest.raises(ModelError, match="damaged"), executor.layer(1):
+        pass
 
 
 def test_the_head_is_never_read(architecture, executor):

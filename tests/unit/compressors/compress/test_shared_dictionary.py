@@ -139,11 +139,21 @@ def test_a_group_of_one_is_an_ordinary_weight(known: list[Statistics]) -> None:
     assert shares(task) == [None]
 
 
-def test_a_member_without_calibration_tokens_keeps_the_group_dense(
+def test_a_member_without_calibration_tokens_is_solved_with_the_moment_of_the_others(
     known: list[Statistics],
 ) -> None:
     weights = [normal(D_OUT, D_IN, seed=seed) for seed in (30, 40)]
     done = solved(task_of(), weights, [known[0], Statistics()])
+    none = Statistics(known[0].n_tokens, Moment.of(torch.zeros(D_IN, D_IN)))
+    expected = solved(task_of(), weights, [known[0], none])
+    assert done.result.config.compressed
+    assert done.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(done.tensors[n], tensor) for n, tensor in expected.tensors.items())
+
+
+def test_a_group_without_calibration_tokens_stays_dense() -> None:
+    weights = [normal(D_OUT, D_IN, seed=seed) for seed in (30, 40)]
+    done = solved(task_of(), weights, [Statistics(), Statistics()])
     assert not done.result.config.compressed
     assert done.result.fallback == "saw no calibration token; stays dense"
     assert not done.tensors

@@ -50,7 +50,7 @@ def evaluate(tiny_llama, tiny_tokenizer, tmp_path):
                 load_compressed=load("compressed", compressed),
             )
             targets = Targets({"model.layers.0.mlp.up_proj": (48, 32)}, torch.float32, 9, 9)
-            return evaluator.add_baselines(evaluator.evaluate(), targets), loaded
+            return evaluator.add_baselines(evaluator.evaluate(targets), targets), loaded
 
     return run
 

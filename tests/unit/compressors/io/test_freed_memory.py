@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from lrc.compressors.benchmark.memory import Meter, weight_bytes
 from lrc.compressors.io import freed_memory
-from lrc.compressors.io.freed_memory import ReplacedTensors, drop_file_pages, trim
+from lrc.compressors.io.freed_memory import (
+    ReplacedTensors,
+    drop_file_pages,
+    drop_shared_pages,
+    trim,
+)
 from lrc.compressors.kernels import optimize
 from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.layers.packed_weight import PackedLinear
@@ -112,3 +117,18 @@ def test_loading_leaves_one_copy_and_peaks_at_one_layer_more(tmp_path: Any, sche
     noise, layer = 4 * MIB, 2048 * 2048 * 4
     assert resident <= 1.1 * stored + noise
     assert peak.grown <= 1.1 * stored + layer + noise
+
+
+@linux
+def test_pages_of_a_shared_file_are_dropped_and_keep_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "states"
+    path.write_bytes(bytes(64 * MIB))
+    states = torch.from_file(str(path), shared=True, size=16 * MIB, dtype=torch.float32)
+    meter, expected = Meter("cpu"), torch.arange(16.0)
+    states.view(-1, 16).copy_(expected)
+    before = meter.used()
+    drop_shared_pages(states[: 8 * MIB])
+    assert before - meter.used() > 28 * MIB
+    assert bool((states.view(-1, 16) == expected).all())
+    drop_shared_pages(expected)  # not in a file: nothing happens
+    assert expected.tolist() == [*range(16)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lrc.cli import evaluate, generate
+from lrc.cli import evaluate, generate, whole_models
 from lrc.compressors import pipeline
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
@@ -110,13 +110,13 @@ def test_every_command_works_with_its_device_current(
         inside.pop()
 
     monkeypatch.setattr(Machine, "current", current)
-    load = evaluate.load_model
+    load = whole_models.load_model
 
     def loading(*arguments: Any, **options: Any) -> Any:
         loads.append(inside[-1])
         return load(*arguments, **options)
 
-    for module in (evaluate, generate):
+    for module in (whole_models, generate):
         monkeypatch.setattr(module, "load_model", loading)
 
     def on_step(stage: str, done: int, total: int) -> None:

@@ -13,7 +13,7 @@ OPTIONS = {
     for model in get_args(get_args(Decompose)[0])
     for name in get_args(model.model_fields["method"].annotation)
 }
-ALLOCATION = {"components", "storage", "ratio", "layers_per_group"}
+ALLOCATION = {"components", "storage", "ratio", "layers_per_group", "experts_per_group"}
 """Which components and sizes a weight may get, and which weights are solved together."""
 AFTERWARDS = {"schemes", "embeddings", "lm_head", "quantizer", "act_order", "balance", "serve"}
 """How numbers are quantized."""

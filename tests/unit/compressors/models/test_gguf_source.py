@@ -5,12 +5,11 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from lrc.compressors.models.architecture import build
 from lrc.compressors.models.gguf_source import check_gguf, ignored_metadata
-from lrc.compressors.models.source import Source, convert_gguf, locate
+from lrc.compressors.models.source import Source, locate
 from lrc.compressors.models.source_check import check_contents
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Model
@@ -28,14 +27,8 @@ def check(path: Path, **options: str) -> list[str]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_whole_file_gives_no_warnings_and_the_same_model(write_gguf, tiny_llama, tmp_path, tied):
-    model = tiny_llama(tie_word_embeddings=tied)
-    path = write_gguf(tmp_path / "m.gguf", model)
-    assert check(path) == []
-    convert_gguf(locate(Model(path=str(path), dtype="float32")), tmp_path / "converted")
-    stored = load_file(tmp_path / "converted/model.safetensors")
-    assert ("lm_head.weight" in stored) != tied
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in stored.items())
+def test_a_whole_file_gives_no_warnings(write_gguf, tiny_llama, tmp_path, tied):
+    assert check(write_gguf(tmp_path / "m.gguf", tiny_llama(tie_word_embeddings=tied))) == []
 
 
 @pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "token_embd.weight", "output_norm.weight"])

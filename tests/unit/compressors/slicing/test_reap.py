@@ -15,7 +15,7 @@ from lrc.compressors.calibrate.layer_check import build_checked
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.source import Source, locate
 from lrc.compressors.models.weights import WeightReader
-from lrc.compressors.slicing.reap import _best, expert_scores
+from lrc.compressors.slicing.reap import best_experts, expert_scores
 from lrc.compressors.slicing.slices import FACTS, apply_slice, plan_slices
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Model
@@ -116,8 +116,8 @@ def test_the_result_is_the_dense_model_without_the_removed_experts(family, token
 
 def test_every_group_loses_the_same_number():
     scores = torch.tensor([9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 3.0, 4.0])
-    assert _best(scores, 4, groups=1) == [0, 1, 2, 3]
-    assert _best(scores, 4, groups=2) == [0, 1, 6, 7]
+    assert best_experts(scores, 4, groups=1) == [0, 1, 2, 3]
+    assert best_experts(scores, 4, groups=2) == [0, 1, 6, 7]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""Estimate memory, disk space and time of a run, and refuse what cannot fit.
+
+Everything follows from shapes, the plan and the measured speed of the machine. Memory and disk are
+within about 20 %, the time within a factor of 1.5 on a machine that does nothing else.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lrc.compressors.calibrate.segments import VALUE_BYTES
+from lrc.compressors.estimates.buffers import Buffers
+from lrc.compressors.estimates.disk_space import disk_space
+from lrc.compressors.estimates.machine_rates import measure_rates
+from lrc.compressors.estimates.memory_peaks import memory_peaks
+from lrc.compressors.estimates.stage_seconds import stage_seconds
+from lrc.compressors.estimates.workload import Workload
+from lrc.compressors.evaluate.streaming_rule import streams
+from lrc.compressors.io.disk_use import existing_folder, folder_bytes, free_disk
+from lrc.compressors.io.machine import free_memory
+from lrc.compressors.planning.problems import Problems
+from lrc.compressors.prepare import Prepared
+
+GIB = 2**30
+MARGIN = 1.2
+"""An estimate of memory is refused only if it exceeds what is free by this factor."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What every stage of a run needs; what depends on text that is not read is not included."""
+
+    seconds: dict[str, float]
+    host_bytes: dict[str, int]
+    """Resident memory of the process at its peak."""
+    gpu_bytes: dict[str, int]
+    """Allocated memory of the GPU at its peak; empty on a CPU."""
+    disk_bytes: dict[str, int]
+    """Size of the output folder at its peak."""
+    not_estimated: list[str]
+
+    @property
+    def peak_host(self) -> int:
+        """Peak of the whole run."""
+        return max(self.host_bytes.values())
+
+    @property
+    def peak_gpu(self) -> int | None:
+        """Peak of the whole run; None on a CPU."""
+        return max(self.gpu_bytes.values(), default=None)
+
+    @property
+    def peak_disk(self) -> int:
+        """Peak of the whole run."""
+        return max(self.disk_bytes.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values: by stage, and the peaks."""
+        peaks = {
+            "host_bytes": self.peak_host,
+            "gpu_bytes": self.peak_gpu,
+            "disk_bytes": self.peak_disk,
+        }
+        return {**asdict(self), "peak": peaks}
+
+
+def estimate(prepared: Prepared, device: str) -> Estimate:
+    """Estimate a run on `device`, whose speed is measured at the first call."""
+    work = Workload(prepared, device)
+    dtype = torch.float32 if work.kind == "cpu" else prepared.source.dtype
+    rates = measure_rates(device, dtype, existing_folder(Path(prepared.recipe.output).expanduser()))
+    free = free_memory(device)
+    buffers = place_buffers(work, free)
+    seconds = stage_seconds(work, rates)
+    now = psutil.Process().memory_info().rss
+    peaks = memory_peaks(work, buffers, free)
+    return Estimate(
+        seconds=seconds,
+        host_bytes={stage: now + host for stage, (host, _) in peaks.items()},
+        gpu_bytes={s: gpu for s, (_, gpu) in peaks.items()} if work.kind == "cuda" else {},
+        disk_bytes=disk_space(work, buffers, seconds),
+        not_estimated=_not_estimated(work),
+    )
+
+
+def place_buffers(work: Workload, free: int) -> dict[str, Buffers]:
+    """Return the buffers of hidden states of every stage, with `free` memory of the device."""
+    gpu = free if work.kind == "cuda" else 0
+    found: dict[str, Buffers] = {}
+    if work.plan.slices:
+        found["slice"] = Buffers(gpu, work.memory_limit)
+        found["slice"].add(work.states)
+    if work.statistics:
+        calibrating = found["calibrate"] = Buffers(gpu, work.memory_limit)
+        calibrating.add(work.states)
+        if work.differentiates:
+            calibrating.add(work.states)  # the gradients
+            calibrating.add_checkpoints(work.checkpoints)
+    if work.compensated:
+        compressing = found["compress"] = Buffers(gpu, work.memory_limit // 2)
+        compressing.add(work.states)
+        compressing.add(work.states)
+    if streams(work.evaluate, work.model_bytes, free):
+        models = 1 + work.evaluate.dense + len(work.evaluate.baselines)
+        found["evaluate"] = Buffers(gpu, work.memory_limit)
+        found["evaluate"].add(VALUE_BYTES * work.width * work.scored_tokens * models)
+    return found
+
+
+def _not_estimated(work: Workload) -> list[str]:
+    texts = [spec.name for spec in work.evaluate.perplexity if work.scored(spec) is None]
+    found = [f"perplexity on the whole of {name}" for name in texts]
+    tasks = [*work.evaluate.tasks.names, *([work.evaluate.task.name] if work.evaluate.task else [])]
+    return found + [f"task {name}" for name in tasks]
+
+
+def refuse_too_large(expected: Estimate, prepared: Prepared, device: str) -> None:
+    """Refuse a run for which the memory or the disk does not suffice.
+
+    Files that an earlier attempt has left in the output folder count as part of the run.
+
+    Raises
+    ------
+    RecipeError
+        Names the stage that needs most, and settings with which it needs less.
+    """
+    problems, output = Problems(), Path(prepared.recipe.output).expanduser()
+    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    _check(problems, "host memory", expected.host_bytes, available, MARGIN, HOST_REMEDIES)
+    if expected.gpu_bytes:
+        free = free_memory(device)
+        _check(problems, "GPU memory", expected.gpu_bytes, free, MARGIN, GPU_REMEDIES)
+    free = free_disk(output) + folder_bytes(output)
+    _check(problems, f"disk in {output}", expected.disk_bytes, free, 1.0, DISK_REMEDIES)
+    problems.raise_if_any()
+
+
+LESS_TEXT = "lower calibration.samples"
+HOST_REMEDIES = {
+    "convert": ("model.path", "give a folder with safetensors, which needs no conversion"),
+    "calibrate": (
+        "calibration.memory_limit_gib",
+        "lower it, so that hidden states are kept on disk, or lower calibration.length",
+    ),
+    "evaluate": ("evaluate.streaming", "set it to always, or leave out evaluate.perplexity"),
+    "heal": ("stages", "use method: block of 'heal', which trains one layer at a time"),
+    "": ("calibration.memory_limit_gib", "lower it, or use a machine with more memory"),
+}
+GPU_REMEDIES = {
+    "calibrate": ("calibration.length", "lower it, or use --device cpu"),
+    "evaluate": ("evaluate.streaming", "set it to always, or use --device cpu"),
+    "heal": ("stages", "use method: block of 'heal', which trains one layer at a time"),
+    "": ("--device", "use cpu, or a GPU with more memory"),
+}
+DISK_REMEDIES = {
+    "": ("output", f"choose a folder on a larger disk, or {LESS_TEXT}"),
+}
+"""Stage -> the setting that helps, and how; the last entry is for all other stages."""
+
+
+def _check(
+    problems: Problems,
+    what: str,
+    needed: Mapping[str, int],
+    free: int,
+    margin: float,
+    remedies: Mapping[str, tuple[str, str]],
+) -> None:
+    """Report a stage that needs more than is free."""
+    stage = max(needed, key=needed.__getitem__)
+    if needed[stage] <= margin * free:
+        return
+    where, remedy = remedies.get(stage, remedies[""])
+    problems.add(
+        "does-not-fit",
+        where,
+        f"the stage {stage} needs about {needed[stage] / GIB:,.1f} GiB of {what}, "
+        f"{free / GIB:,.1f} GiB are available; {remedy}",
+    )

@@ -1,0 +1,136 @@
+"""How fast a machine computes and writes, from measurements that take about a second."""
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrc.compressors.solvers.linalg import tensor_cores
+
+SECONDS = 0.15
+"""For each measurement, of which the fastest run counts."""
+MOST_RUNS, LEAST_RUNS = 50, 3
+ROWS, WIDTH = {"cpu": 256, "cuda": 8192}, {"cpu": 768, "cuda": 4096}
+"""Of the products that are timed."""
+EIGENPROBLEMS = {"cpu": (128, 384), "cuda": (512, 2048)}
+"""Sizes of the two eigenproblems that are timed; others follow from both."""
+NUMBERS = {"cpu": 2**24, "cuda": 2**26}
+"""Of the tensor whose elementwise operations are timed."""
+WRITTEN = 2**24
+"""Bytes of the file that is written to measure the disk."""
+
+
+@dataclass(frozen=True)
+class MachineRates:
+    """Speeds of a device, and of the disk that a run writes to."""
+
+    products: float
+    """Operations a second of products in float32, two per multiplication."""
+    double_products: float
+    """The same in float64."""
+    model_products: float
+    """The same in the dtype that whole models run in."""
+    eigenproblems: tuple[tuple[int, float], tuple[int, float]]
+    """Two sizes, smaller first, and the seconds of all eigenvectors in float64."""
+    elementwise: float
+    """Numbers a second of an elementwise operation in float32."""
+    disk: float
+    """Bytes a second, written and flushed."""
+
+    def eigenvectors(self, size: int) -> float:
+        """Return the seconds of a symmetric eigenproblem.
+
+        From the measured ones by a power law. Beyond them the exponent is 3, that of the
+        arithmetic, which is hidden by fixed costs at small sizes.
+
+        >>> rates = MachineRates(1, 1, 1, ((100, 1.0), (200, 4.0)), 1, 1)
+        >>> rates.eigenvectors(50), rates.eigenvectors(400)
+        (0.25, 32.0)
+        """
+        (small, fast), (large, slow) = self.eigenproblems
+        power = math.log(slow / fast) / math.log(large / small)
+        return float(slow * (size / large) ** (3.0 if size > large else power))
+
+
+@cache
+def measure_rates(device: str, dtype: torch.dtype, folder: Path) -> MachineRates:
+    """Measure a device and the disk of a folder, once per process.
+
+    Parameters
+    ----------
+    device : str
+    dtype : torch.dtype
+        In which whole models run.
+    folder : Path
+        An existing folder.
+    """
+    kind = torch.device(device).type
+    rows, width = ROWS[kind], WIDTH[kind]
+
+    def products(dtype: torch.dtype) -> float:
+        x = torch.ones(rows, width, dtype=dtype, device=device)
+        W = torch.ones(width, width, dtype=dtype, device=device)
+        return 2 * rows * width**2 / _seconds(lambda: x @ W.T, device)
+
+    def elementwise() -> float:
+        x = torch.ones(NUMBERS[kind], device=device)
+        return x.numel() / _seconds(lambda: x.mul_(1), device)
+
+    def eigenvectors(size: int) -> float:
+        generator = torch.Generator(device).manual_seed(0)
+        given: dict[str, Any] = {"dtype": torch.float64, "device": device, "generator": generator}
+        x = torch.randn(size, size, **given)
+        M = x @ x.T
+        return _seconds(lambda: torch.linalg.eigh(M), device)
+
+    with tensor_cores(device):
+        single = products(torch.float32)
+    small, large = EIGENPROBLEMS[kind]
+    rates = MachineRates(
+        single,
+        products(torch.float64),
+        single if dtype == torch.float32 else products(dtype),
+        ((small, eigenvectors(small)), (large, eigenvectors(large))),
+        elementwise(),
+        WRITTEN / _writing_seconds(folder),
+    )
+    if kind == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # they are those of the run in its report
+    return rates
+
+
+def _seconds(run: Callable[[], Any], device: str) -> float:
+    """Return the shortest time of some runs; the first ones include what happens only once.
+
+    On a CPU, time in which the system runs other processes is left out.
+    """
+    on_gpu = device.startswith("cuda")
+    clock = time.perf_counter if on_gpu else time.thread_time
+    times: list[float] = []
+    while len(times) < LEAST_RUNS or (sum(times) < SECONDS and len(times) < MOST_RUNS):
+        start = clock()
+        run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        times.append(clock() - start)
+    return min(times)
+
+
+def _writing_seconds(folder: Path) -> float:
+    """Return the time to write and flush a file; that of a fast disk if the folder is read-only."""
+    start = time.perf_counter()
+    with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(WRITTEN))
+        file.flush()
+        os.fsync(file.fileno())
+        return time.perf_counter() - start
+    return WRITTEN / 1e9

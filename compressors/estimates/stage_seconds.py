@@ -1,0 +1,177 @@
+"""Seconds that the stages of a run take, from counted work and the speed of the machine.
+
+The constants count passes and products in the code that they name, or were measured.
+"""
+
+from pydantic import TypeAdapter
+
+from lrc.compressors.calibrate.calibration_passes import HEAD_TENSORS
+from lrc.compressors.estimates.machine_rates import MachineRates
+from lrc.compressors.estimates.workload import Workload, numbers, sides
+from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
+from lrc.compressors.methods.table import METHODS
+from lrc.compressors.planning.measures import BITS
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.rate_distortion import size_families
+from lrc.compressors.planning.sizes import SizeSteps
+from lrc.compressors.planning.tasks import LayerTask
+from lrc.compressors.slicing import METHODS as SLICERS
+from lrc.configs.slice import Slice, SliceBase
+
+SLICE_OPTIONS: TypeAdapter[SliceBase] = TypeAdapter(Slice)
+EFFICIENCY = 0.75
+"""Of products in a model, relative to one large product."""
+ELEMENTWISE = 60
+"""Elementwise operations on hidden states in a layer: norms, rotary embedding, activations."""
+BACKWARD_PASSES = 3
+"""A backward pass repeats the forward pass and takes two more for the gradients."""
+COMPENSATION_PASSES = 7
+"""Compensation runs dense and compressed layers, once to measure every group of an attention or
+MLP block, and once to advance."""
+VALUES_ONLY = 1 / 3
+"""Time of eigenvalues alone, of that with their vectors."""
+CODE_PASSES = 26
+"""GPTQ with coordinate descent takes as long as this many products of a matrix and its moment."""
+COLUMN_SECONDS = {"cpu": 0.0, "cuda": 1e-4}
+"""GPTQ goes through a matrix column by column, and starts a few kernels for each."""
+READING = 2e9
+"""Bytes a second at which weights are read from the page cache, checked, and converted."""
+READING_TEXT = 2.0
+"""Seconds to read and tokenize a text."""
+LOADING = 1.5
+"""Seconds to load a model that is evaluated, besides reading its weights."""
+
+
+def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
+    """Return the seconds of every stage; tasks and text of unknown length are not included."""
+    plan, seconds = work.plan, dict[str, float]()
+    if work.prepared.source.gguf is not None:
+        seconds["convert"] = plan.dense_bytes / rates.disk + 12 * plan.dense_parameters / (
+            rates.elementwise
+        )
+    if plan.slices:
+        once = _forward(work, rates, work.dense_layers)
+        seconds["slice"] = once * sum(
+            SLICERS[record.method].passes(SLICE_OPTIONS.validate_python(record.options), config)
+            for record, config in zip(plan.slices, work.prepared.sliced, strict=True)
+        )
+        seconds["slice"] += sum(record.bytes[1] for record in plan.slices) / rates.disk
+    calibration = _calibration(work, rates) if work.statistics else 0.0
+    if work.statistics and work.segments is None:
+        seconds["calibrate"] = calibration
+    curves, solutions = fixed_size_flops(plan)
+    pending = [task for task in work.tasks if task.pending and _low_rank(task)]
+    if pending or curves:
+        seconds["allocate"] = 2 * curves / rates.products
+        seconds["allocate"] += sum(_spectrum(task, rates, values=True) for task in pending)
+    if work.tasks:
+        seconds["compress"] = _compression(work, rates) + 2 * solutions / rates.products
+    if work.segments is not None:
+        # Each stage collects what it uses.
+        for stage in seconds.keys() & {"allocate", "compress"}:
+            seconds[stage] += calibration
+    if plan.training:
+        tokens = sum(record.passes * (record.tokens or 0) for record in plan.training)
+        seconds["heal"] = tokens * 2 * sum(work.layers) / (EFFICIENCY * rates.products)
+        seconds["heal"] += sum(60 * (record.minutes or 0) for record in plan.training)
+    seconds["save"] = plan.compressed_bytes * (1 / rates.disk + 1 / READING)
+    if work.scored_tokens:
+        a_token = 2 * plan.dense_parameters / (EFFICIENCY * rates.model_products)
+        models = 1 + work.evaluate.dense
+        seconds["evaluate"] = a_token * (models * work.scored_tokens + 2 * work.compared_tokens)
+        compared = 12 * work.compared_tokens * work.vocabulary
+        seconds["evaluate"] += compared / rates.elementwise
+        seconds["evaluate"] += LOADING * (models + 2 * work.compares)
+        if work.evaluate.baselines:
+            number = len(work.evaluate.baselines)
+            seconds["baselines"] = number * (LOADING + a_token * work.scored_tokens)
+    if work.tokens:
+        first = next(stage for stage in ("slice", "calibrate", "compress") if stage in seconds)
+        seconds[first] += READING_TEXT
+    return seconds
+
+
+def _forward(work: Workload, rates: MachineRates, layers: list[int]) -> float:
+    """Return the seconds of a pass of the calibration text through layers, and of the trace."""
+    tokens, reading = work.tokens + work.batch, work.itemsize * sum(layers) / READING
+    attention = 4 * work.calibration.window * work.width * len(layers)
+    products = (2 * sum(layers) + attention) / (EFFICIENCY * rates.products)
+    elementwise = ELEMENTWISE * work.width * len(layers) / rates.elementwise
+    return reading + tokens * (products + elementwise)
+
+
+def _calibration(work: Workload, rates: MachineRates) -> float:
+    seconds = _forward(work, rates, work.layers)
+    seconds += 2 * work.tokens * work.sum_flops / rates.products
+    seconds += sum(work.statistics_bytes) / rates.disk
+    if not work.differentiates:
+        return seconds
+    seconds += BACKWARD_PASSES * _forward(work, rates, work.layers)
+    head = work.heads or work.embedding
+    seconds += work.tokens * 3 * 2 * head / (EFFICIENCY * rates.products)
+    # Gaussian numbers take as long as several other operations.
+    return seconds + 4 * HEAD_TENSORS * work.tokens * work.vocabulary / rates.elementwise
+
+
+def _low_rank(task: LayerTask) -> bool:
+    return bool({*METHODS[task.method].types} & {*LOW_RANK_TYPES})
+
+
+def _spectrum(task: LayerTask, rates: MachineRates, *, values: bool) -> float:
+    """Return the seconds to decompose a matrix under its metrics."""
+    short, long = sides(task)
+    eigen = rates.eigenvectors(short)
+    products = 3 * short**3 + short**2 * long
+    if any(name.startswith("whole_") for name in task.statistics):
+        products += short * long**2
+    if not values:
+        products += 3 * short**2 * long
+    return (VALUES_ONLY if values else 1.0) * eigen + 2 * products / rates.double_products
+
+
+def _compression(work: Workload, rates: MachineRates) -> float:
+    seconds = sum(_spectrum(task, rates, values=False) for task in work.tasks if _low_rank(task))
+    for task in work.tasks:
+        if task.quantize is not None and task.quantize.quantizer == "gptq":
+            d_in = task.stacked_shape[1]
+            products = CODE_PASSES * numbers(task) * d_in + 2 * d_in**3
+            seconds += 2 * products / rates.double_products
+            seconds += len(task.weights) * d_in * COLUMN_SECONDS[work.kind]
+    seconds += sum(work.results) / rates.disk
+    if not work.compensated:
+        return seconds
+    seconds += COMPENSATION_PASSES * _forward(work, rates, work.layers)
+    inputs = {(w.layer, task.shape[1]) for task in work.compensated for w in task.weights}
+    seconds += 2 * 2 * work.tokens * sum(width**2 for _, width in inputs) / rates.products
+    refits = sum(2 * numbers(t) * t.shape[1] + t.shape[1] ** 3 for t in work.compensated)
+    return seconds + 2 * refits / rates.double_products
+
+
+def fixed_size_flops(plan: Plan) -> tuple[int, int]:
+    """Return the multiply-adds of fixed-size methods: for curves, and for the final solutions.
+
+    Where an allocator has yet to choose, the most expensive components count.
+    """
+    curves = solutions = 0
+    for task in plan.tasks:
+        if not task.compressed:
+            continue
+        allocation = None if task.allocation is None else plan.allocations[task.allocation]
+        wanted = (task.config.types,) if allocation is None else allocation.types
+        largest = 0
+        for types, part in METHODS[task.method].parts.items():
+            if types not in wanted or not isinstance(part, FixedSizeMethod):
+                continue
+            options = part.select(task.options)
+            families = size_families(task, types, allocation)
+            if allocation is None:
+                final = [sizes for _, found in families for sizes in found]
+            else:
+                looked_at = [sizes for _, found in families for sizes in found]
+                curves += part.flops(*task.stacked_shape, looked_at, curve=True, **options)
+                steps = SizeSteps(task, types, ratio=families[0][0].ratio)
+                step = steps.within(task.bits / task.dense_bits, BITS)
+                final = [steps.config(step).sizes] if step else []
+            largest = max(largest, part.flops(*task.stacked_shape, final, curve=False, **options))
+        solutions += largest
+    return curves, solutions

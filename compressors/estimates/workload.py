@@ -1,0 +1,242 @@
+"""The sizes of a run, counted from the plan and the shapes of the model."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+
+import torch
+
+from lrc.compressors.calibrate.calibration_passes import HEAD_TOKENS
+from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
+from lrc.compressors.calibrate.segments import (
+    VALUE_BYTES,
+    Segments,
+    differentiates,
+    statistics_bytes,
+)
+from lrc.compressors.evaluate.side_by_side import compared_windows, unmeasured_pair
+from lrc.compressors.evaluate.streaming_rule import ModelBytes
+from lrc.compressors.models.architecture import Architecture, Linear
+from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.required_statistics import required_statistics
+from lrc.compressors.planning.tasks import LayerTask
+from lrc.compressors.prepare import Prepared
+from lrc.compressors.session import statistic_segments
+from lrc.configs.recipe import Calibration, Evaluate, Perplexity
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a prepared recipe computes and stores on a device; sizes are in bytes."""
+
+    prepared: Prepared
+    device: str
+
+    @property
+    def kind(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return torch.device(self.device).type
+
+    @property
+    def plan(self) -> Plan:
+        """The plan before allocation."""
+        return self.prepared.plan
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model that is decomposed."""
+        return self.prepared.architecture
+
+    @property
+    def evaluate(self) -> Evaluate:
+        """Options of the evaluation."""
+        return self.prepared.recipe.evaluate
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Options of the calibration."""
+        return Calibration.model_validate(self.plan.calibration)
+
+    @property
+    def memory_limit(self) -> int:
+        """Hidden states larger than this are on disk."""
+        return int(self.calibration.memory_limit_gib * GIB)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Calibration tokens; 0 if no text is read."""
+        reads = self.statistics or self.plan.slices or self.compensated
+        return self.calibration.samples * self.calibration.window if reads else 0
+
+    @property
+    def batch(self) -> int:
+        """Tokens that a layer is applied to at a time."""
+        return self.whole_windows(BATCH_TOKENS[self.kind])
+
+    @property
+    def head_batch(self) -> int:
+        """Tokens whose logits exist at a time while gradients are taken."""
+        return self.whole_windows(HEAD_TOKENS[self.kind])
+
+    def whole_windows(self, most: int) -> int:
+        """Return the tokens of as many windows as fit into `most`, at least of one."""
+        length = self.calibration.window
+        return min(self.tokens, max(1, most // length) * length)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number as the source is read."""
+        return self.prepared.source.dtype.itemsize
+
+    @cached_property
+    def width(self) -> int:
+        """Size of a hidden state."""
+        config = self.prepared.source.config.get_text_config()
+        return int(getattr(config, "hidden_size", 0) or 0)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Number of logits of a token."""
+        return int(self.prepared.source.config.get_text_config().vocab_size)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Parameters of every decoder layer."""
+        return [sum(p.numel() for p in layer.parameters()) for layer in self.architecture.layers]
+
+    @cached_property
+    def dense_layers(self) -> list[int]:
+        """Parameters of every decoder layer of the source."""
+        layers = self.prepared.dense.layers
+        return [sum(p.numel() for p in layer.parameters()) for layer in layers]
+
+    @cached_property
+    def embedding(self) -> int:
+        """Parameters of the input embedding."""
+        return int(self.architecture.model.get_input_embeddings().weight.numel())
+
+    @cached_property
+    def heads(self) -> int:
+        """Parameters of the output embedding if it is not that of the input."""
+        return max(0, self.plan.dense_parameters - sum(self.dense_layers) - self.embedding)
+
+    @cached_property
+    def linears(self) -> list[dict[str, Linear]]:
+        """Linears of every layer by name."""
+        found: list[dict[str, Linear]] = [{} for _ in self.layers]
+        for linear in self.architecture.linears:
+            found[linear.layer][linear.name] = linear
+        return found
+
+    @property
+    def tasks(self) -> list[LayerTask]:
+        """Tasks that change a weight."""
+        return [task for task in self.plan.tasks if task.compressed]
+
+    @cached_property
+    def compensated(self) -> list[LayerTask]:
+        """Tasks that compensate for errors of the layers before."""
+        return [task for task in self.plan.tasks if task.compensate is not None]
+
+    @cached_property
+    def statistics(self) -> dict[str, tuple[str, ...]]:
+        """Statistics that calibration collects, by linear."""
+        return required_statistics(self.plan.tasks)
+
+    @cached_property
+    def differentiates(self) -> bool:
+        """Whether calibration has a backward pass."""
+        return differentiates(self.statistics)
+
+    @cached_property
+    def statistics_bytes(self) -> list[int]:
+        """Statistics of every layer on disk."""
+        return statistics_bytes(self.architecture, self.statistics)
+
+    @cached_property
+    def segments(self) -> Segments | None:
+        """How the layers are divided if their statistics do not fit on the disk together."""
+        return statistic_segments(self.prepared)
+
+    @property
+    def sum_flops(self) -> int:
+        """Multiplications of a token for all second moments."""
+        return sum(each // VALUE_BYTES for each in self.statistics_bytes)
+
+    @property
+    def states(self) -> int:
+        """Hidden states of all calibration windows after one layer."""
+        return VALUE_BYTES * self.tokens * self.width
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Inputs of the layers that a backward pass goes through; empty without one."""
+        numbers = self.tokens * self.width
+        layers = len(self.layers)
+        if self.segments is not None:
+            layers = max(b - a for a, b in pairwise(self.segments.ends))
+        return [numbers * max(2, self.itemsize)] * (layers if self.differentiates else 0)
+
+    @cached_property
+    def results(self) -> list[int]:
+        """Compressed tensors of every layer on disk."""
+        found = [0] * len(self.layers)
+        for task in self.plan.tasks:
+            if task.compressed or task.compensate is not None:
+                found[task.layer] += task.bits // 8
+        return found
+
+    def scored(self, spec: Perplexity) -> int | None:
+        """Return the tokens of an evaluation text; None if they are not known before it is read."""
+        counts = [spec.windows, None if spec.tokens is None else spec.tokens // spec.window]
+        known = [count for count in counts if count is not None]
+        return min(known) * spec.window if known else None
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens of all evaluation texts, as far as they are known."""
+        return sum(self.scored(spec) or 0 for spec in self.evaluate.perplexity)
+
+    @property
+    def compared_tokens(self) -> int:
+        """Tokens on which the predictions of both models are compared."""
+        return sum(
+            min(self.scored(spec) or 0, compared_windows(spec, self.evaluate) * spec.window)
+            for spec in self.evaluate.compared_texts
+        )
+
+    @property
+    def model_itemsize(self) -> int:
+        """Bytes of a number of the models that are evaluated; CPUs compute in float32."""
+        return 4 if self.kind == "cpu" else self.itemsize
+
+    @cached_property
+    def model_bytes(self) -> ModelBytes:
+        """Memory of the weights of the dense and the compressed model."""
+        dense = self.plan.dense_parameters * self.model_itemsize
+        quantized = [task for task in self.tasks if task.quantize is not None]
+        if not quantized or any(task.pending for task in quantized):
+            compressed = self.plan.compressed_bytes * self.model_itemsize // self.itemsize
+        elif all(task.config.types == "dense" for task in quantized):  # expanded by transformers
+            compressed = dense
+        else:
+            compressed = self.plan.compressed_bytes
+        return ModelBytes(dense, compressed)
+
+    @property
+    def compares(self) -> bool:
+        """Whether both models are in memory together."""
+        return bool(unmeasured_pair(self.evaluate)["missing"])
+
+
+def sides(task: LayerTask) -> tuple[int, int]:
+    """Return the shorter and the longer side of a task's matrix."""
+    return min(task.stacked_shape), max(task.stacked_shape)
+
+
+def numbers(task: LayerTask) -> int:
+    """Return the numbers of a task's dense matrix."""
+    return prod(task.stacked_shape)

@@ -1,0 +1,120 @@
+"""Predicted losses of a small trained mixture of experts against measured ones.
+
+Predictions are second-order expansions of the loss around the dense model, in which every token
+keeps its experts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_experts import tiny_experts
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+from lrc.compressors.compress import profile as module
+from lrc.compressors.io.machine import Machine
+from lrc.compressors.pipeline import profile
+from lrc.configs.load import load_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WORDS, LENGTH = 64, 64
+
+
+@pytest.fixture(scope="module")
+def text() -> Tensor:
+    """Sample from a random Markov chain of second order, [n_windows, length]."""
+    g = torch.Generator().manual_seed(0)
+    first, second = 1.5 * torch.randn(2, WORDS, WORDS, generator=g)
+    tokens = torch.randint(WORDS, (512, LENGTH), generator=g)
+    for t in range(2, LENGTH):
+        scores = first[tokens[:, t - 1]] + second[tokens[:, t - 2]]
+        tokens[:, t] = torch.multinomial(scores.softmax(-1), 1, generator=g)[:, 0]
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def trained(text: Tensor, tmp_path_factory: Any) -> Path:
+    """Train a model on the text for seconds."""
+    sizes = {"vocab_size": WORDS, "num_experts": 6, "initializer_range": 0.02}
+    model = tiny_experts("qwen3_moe", **sizes).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(80):
+        rows = text[torch.randint(len(text), (16,), generator=g)]
+        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(loss.detach()) < 3.9  # a uniform distribution has 4.16
+    folder: Path = tmp_path_factory.mktemp("trained")
+    model.save_pretrained(folder)
+    words = models.WordLevel({str(n): n for n in range(WORDS)}, unk_token="0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="0").save_pretrained(folder)
+    rows = [" ".join(map(str, row)) for row in text.tolist()]
+    (folder / "text.txt").write_text("\n\n".join(rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def measure(
+    trained: Path, tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: Any
+) -> Callable[..., tuple[list[float], list[float]]]:
+    """Return predicted and measured divergences of all matrices, one compressed at a time."""
+    dense: dict[int, Tensor] = {}
+    route, replaced = Qwen3MoeTopKRouter.forward, module._replaced
+    inside: list[bool] = []
+
+    def routed(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, gates, index = route(self, x)
+        if not inside:
+            dense[id(self)] = index
+            return logits, gates, index
+        index = dense[id(self)]
+        gates = logits.softmax(-1).gather(-1, index)
+        return logits, gates / gates.sum(-1, keepdim=True), index
+
+    @contextmanager
+    def held(*args: Any) -> Iterator[None]:
+        with replaced(*args):
+            inside.append(True)
+            yield
+            inside.clear()
+
+    def run(*, hold: bool) -> tuple[list[float], list[float]]:
+        if hold:
+            monkeypatch.setattr(Qwen3MoeTopKRouter, "forward", routed)
+            monkeypatch.setattr(module, "_replaced", held)
+        recipe = tiny_recipe(
+            trained,
+            tmp_path / str(hold),
+            model={"path": str(trained), "dtype": "float32"},
+            calibration={"source": str(trained / "text.txt"), "samples": 48, "length": LENGTH},
+            stages=[{"decompose": {"method": "kfac", "keep": 0.7, "allocation": "uniform"}}],
+        )
+        found, measured = profile(load_recipe(recipe), 8, Machine("cpu"))
+        nats = {name: result.predicted_nats for name, result in found.plan.results.items()}
+        return measured.compared(nats)
+
+    return run
+
+
+def test_losses_are_as_predicted_if_tokens_keep_their_experts(measure):
+    predicted, measured = measure(hold=True)
+    assert len(predicted) == 2 * (4 + 2 * 6)
+    ratios = sorted(real / value for value, real in zip(predicted, measured, strict=True))
+    assert 0.8 < sum(measured) / sum(predicted) < 1.25
+    assert 0.6 < ratios[len(ratios) // 2] < 1.6
+
+
+def test_tokens_that_change_their_experts_add_to_the_loss(measure):
+    """A new expert changes the output at once, however small the change that selected it."""
+    predicted, measured = measure(hold=False)
+    assert sum(measured) > 1.25 * sum(predicted)

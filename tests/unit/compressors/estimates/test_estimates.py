@@ -1,0 +1,242 @@
+"""Estimates as arithmetic, against bytes that are counted independently or were really used."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from lrc.compressors.calibrate.activation_cache import ActivationCache
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.estimates import estimate as estimates
+from lrc.compressors.estimates.buffers import Buffers
+from lrc.compressors.estimates.estimate import Estimate, estimate, place_buffers, refuse_too_large
+from lrc.compressors.estimates.machine_rates import MachineRates
+from lrc.compressors.estimates.memory_peaks import memory_peaks
+from lrc.compressors.estimates.stage_seconds import stage_seconds
+from lrc.compressors.estimates.workload import Workload
+from lrc.compressors.io.disk_use import DiskUse, folder_bytes
+from lrc.compressors.io.journal import Journal
+from lrc.compressors.io.machine import Machine
+from lrc.compressors.pipeline import compress
+from lrc.compressors.prepare import Prepared, prepare
+from lrc.compressors.stages import STAGES
+from lrc.configs.errors import RecipeError
+from lrc.configs.load import load_recipe
+
+WIDTH, INNER, LAYERS, SAMPLES, LENGTH = 128, 320, 3, 4, 64
+KFAC = [{"decompose": {"method": "kfac", "keep": 0.6, "allocation": "uniform"}}]
+MIXED = [{"decompose": {"method": "mixed", "keep": 0.6}}]
+COMPENSATED = [{"decompose": {"method": "svd-llm", "keep": 0.6, "compensate": {}}}]
+RATES = MachineRates(1e9, 1e9, 1e9, ((100, 1e-2), (200, 8e-2)), 1e9, 1e9)
+
+
+@pytest.fixture(scope="module")
+def model_folder(
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    make_tokenizer: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    model = tiny_llama(hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def written(
+    model_folder: Path, tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> Callable[..., Path]:
+    """Write a recipe for the model."""
+
+    def write(stages: list[dict[str, Any]], **changes: Any) -> Path:
+        return tiny_recipe(model_folder, tmp_path / "run", stages=stages, **changes)
+
+    return write
+
+
+@pytest.fixture
+def prepared(written: Callable[..., Path]) -> Callable[..., Prepared]:
+    return lambda *given, **changes: prepare(load_recipe(written(*given, **changes)).recipe, STAGES)
+
+
+def test_statistics_are_counted_as_the_methods_need_them(
+    prepared: Callable[..., Prepared],
+) -> None:
+    heads = WIDTH // 2  # of keys and values together with half of the heads
+    inputs = 3 * (WIDTH**2 + WIDTH) + WIDTH**2 + INNER  # q k v, o, gate up; image of down
+    outputs = WIDTH**2 + 2 * heads**2 + WIDTH**2 + 2 * WIDTH**2 + WIDTH**2  # images of gate, up
+    diagonals = WIDTH + 2 * heads + WIDTH + 2 * INNER + WIDTH
+    expected = 4 * (inputs + outputs + diagonals)
+    assert Workload(prepared(KFAC), "cpu").statistics_bytes == [expected] * LAYERS
+    whole = 4 * (
+        3 * (WIDTH**2 + WIDTH)
+        + (INNER**2 + INNER)
+        + (3 * WIDTH**2 + 2 * heads**2 + 2 * INNER**2)
+        + diagonals
+    )
+    assert Workload(prepared(MIXED), "cpu").statistics_bytes == [whole] * LAYERS
+
+
+def test_buffers_are_the_bytes_of_the_tensors(
+    prepared: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    recipe = prepared(KFAC)
+    work = Workload(recipe, "cpu")
+    context = CalibrationContext(
+        recipe.architecture,
+        reader=None,  # type: ignore[arg-type]  # nothing is read
+        windows=lambda: torch.zeros(SAMPLES, LENGTH, dtype=torch.int64),
+        journal=Journal(tmp_path),
+        device="cpu",
+        memory_limit_gib=1.0,
+        seed=0,
+        on_step=lambda *_: None,
+    )
+    states = ActivationCache(context, "states", (SAMPLES, LENGTH, WIDTH))
+    assert work.states == states.tensor.nbytes
+    assert work.checkpoints == [states.tensor.nbytes // 2] * LAYERS  # in bfloat16
+    assert Workload(prepared(COMPENSATED), "cpu").checkpoints == []
+
+
+def test_buffers_are_placed_on_the_gpu_then_on_the_host_then_on_the_disk() -> None:
+    buffers = Buffers(free_gpu=1000, limit=300)
+    buffers.add(250)  # at most a quarter of what is free
+    buffers.add(250)
+    buffers.add(301)
+    assert (buffers.gpu, buffers.host, buffers.disk) == (250, 250, 301)
+    buffers.add_checkpoints([100] * 4)  # one fits into a quarter of 750
+    assert (buffers.gpu, buffers.host, buffers.disk) == (350, 550, 301)
+
+
+def test_compensation_keeps_the_states_of_two_models_within_half_the_limit_each(
+    prepared: Callable[..., Prepared],
+) -> None:
+    calibration = {"samples": SAMPLES, "length": LENGTH}
+    states = SAMPLES * LENGTH * WIDTH * 4
+    for limit, place in ((2.1, "host"), (1.9, "disk")):
+        options = {**calibration, "memory_limit_gib": limit * states / 2**30}
+        work = Workload(prepared(COMPENSATED, calibration=options), "cpu")
+        assert getattr(place_buffers(work, free=0)["compress"], place) == 2 * states
+
+
+@pytest.mark.parametrize("stages", [KFAC, MIXED, COMPENSATED], ids=["kfac", "mixed", "svd-llm"])
+def test_the_files_of_a_run_take_the_estimated_space(
+    stages: list[dict[str, Any]], written: Callable[..., Path]
+) -> None:
+    report = compress(load_recipe(written(stages)), Machine("cpu"))
+    expected = report["estimate"]
+    assert expected["peak"]["disk_bytes"] == max(expected["disk_bytes"].values())
+    actual = report["memory"]["peak_disk_bytes"]
+    assert expected["peak"]["disk_bytes"] == pytest.approx(actual, rel=0.2)
+    assert {*report["timing"]["seconds"]} <= {*expected["seconds"]} | {"allocate", "evaluate"}
+
+
+def test_logits_of_a_backward_pass_count(prepared: Callable[..., Prepared]) -> None:
+    peaks = []
+    for stages in ([{"decompose": {"method": "svd-llm", "keep": 0.6}}], KFAC):
+        work = Workload(prepared(stages), "cpu")
+        peaks.append(memory_peaks(work, place_buffers(work, 0), 0)["calibrate"][0])
+    logits = SAMPLES * LENGTH * 512 * 4
+    states = SAMPLES * LENGTH * WIDTH * 4
+    assert peaks[1] - peaks[0] >= 3 * logits + states
+
+
+def test_time_is_proportional_to_the_text_and_inverse_to_the_speed(
+    prepared: Callable[..., Prepared],
+) -> None:
+    few, many = (
+        Workload(prepared(KFAC, calibration={"samples": n, "length": 64}), "cpu")
+        for n in (100, 200)
+    )
+    rates = MachineRates(1e6, 1e6, 1e6, ((100, 1e-2), (200, 8e-2)), 1e6, 1e12)
+    once, twice = (stage_seconds(work, rates)["calibrate"] for work in (few, many))
+    assert twice / once == pytest.approx(2, rel=0.2)  # the trace and reading do not grow
+    slower = MachineRates(5e5, 5e5, 5e5, ((100, 2e-2), (200, 16e-2)), 5e5, 1e12)
+    assert stage_seconds(few, slower)["calibrate"] / once == pytest.approx(2, rel=0.01)
+
+
+@pytest.fixture
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimates, "measure_rates", lambda *_: RATES)
+
+
+def _with_free(monkeypatch: pytest.MonkeyPatch, memory: int, disk: int) -> None:
+    class Available:
+        available = memory
+
+    monkeypatch.setattr(estimates.psutil, "virtual_memory", lambda: Available)
+    monkeypatch.setattr(estimates, "free_disk", lambda folder: disk)
+
+
+@pytest.mark.usefixtures("known_rates")
+def test_what_fits_is_not_refused(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = prepared(KFAC)
+    _with_free(monkeypatch, 2**40, 2**40)
+    refuse_too_large(estimate(recipe, "cpu"), recipe, "cpu")
+
+
+@pytest.mark.usefixtures("known_rates")
+@pytest.mark.parametrize(
+    ("stage", "where"),
+    [("calibrate", "calibration.memory_limit_gib"), ("evaluate", "evaluate.streaming")],
+)
+def test_the_refusal_names_the_setting_that_helps(
+    stage: str,
+    where: str,
+    prepared: Callable[..., Prepared],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = prepared(KFAC)
+    _with_free(monkeypatch, 2**40, 2**40)
+    expected = Estimate({}, {"save": 1, stage: 2**50}, {}, {"save": 1}, [])
+    with pytest.raises(RecipeError, match=r"1,048,576.0 GiB of host memory") as error:
+        refuse_too_large(expected, recipe, "cpu")
+    (problem,) = error.value.problems
+    assert (problem.code, problem.where) == ("does-not-fit", where)
+
+
+@pytest.mark.usefixtures("known_rates")
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_commands_refuse_a_run_for_which_the_disk_is_too_small(
+    command: str,
+    lrc: Callable[..., Any],
+    written: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = written(KFAC)
+    _with_free(monkeypatch, 2**40, 1000)
+    ended = lrc(command, recipe)
+    ended.refuses(2, "GiB of disk in", code="does-not-fit", where="output")
+    left = {path.name for path in (tmp_path / "run").rglob("*")}
+    assert left <= {"work", "lock", "run.json", "seconds.json"}
+
+
+@pytest.mark.usefixtures("known_rates")
+def test_plan_shows_estimates(lrc: Callable[..., Any], written: Callable[..., Path]) -> None:
+    recipe = written(KFAC)
+    shown = lrc("plan", recipe)
+    assert shown.code == 0
+    assert "estimate: calibrate" in shown.out
+    values = json.loads(lrc("plan", recipe, "--json").out)["estimate"]
+    assert values["peak"]["gpu_bytes"] is None
+    assert values["peak"]["host_bytes"] == max(values["host_bytes"].values())
+
+
+def test_linked_files_count_once(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(8192))
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    use = DiskUse(tmp_path)
+    use.look()
+    assert folder_bytes(tmp_path) == use.peak == 8192
+    (tmp_path / "a").unlink()
+    (tmp_path / "b").unlink()
+    use.look()
+    assert (folder_bytes(tmp_path), use.peak) == (0, 8192)
