@@ -149,10 +149,12 @@ def test_statistics_of_embeddings_are_those_of_the_cosine_distance(
     ours = context(folder, tmp_path / "out", "model")
     found = sentences()
     drawn = torch.randn(len(found.tokens), 32, generator=torch.Generator().manual_seed(1))
-    rows = iter(drawn.split(len(LENGTHS)))
-    monkeypatch.setattr(
-        "lrc.compressors.calibrate.calibration_passes.torch.randn", lambda *_, **__: next(rows)
-    )
+    rows = iter(drawn)
+
+    def draw(shape: tuple[int, int], **_: object) -> Tensor:
+        return torch.stack([next(rows) for _ in range(shape[0])])
+
+    monkeypatch.setattr("lrc.compressors.calibrate.calibration_passes.torch.randn", draw)
     used = ours.architecture.linears
     statistics.collect(ours, {linear.name: EVERYTHING for linear in used})
     monkeypatch.undo()
