@@ -1,7 +1,7 @@
 """The context of one run: the prepared recipe, the journal of its results, and the machine."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -27,31 +27,24 @@ from lrc.compressors.calibrate.sampled_windows import (
     windows_together,
 )
 from lrc.compressors.calibrate.segments import (
-    VALUE_BYTES,
     SegmentedStatistics,
-    Segments,
-    differentiates,
-    divide_layers,
-    statistics_bytes,
 )
 from lrc.compressors.compress.layerwise import layer_file
-from lrc.compressors.corpus.documents import source_identity
-from lrc.compressors.corpus.examples import task_identity
 from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.distributed.lifetime import watched
 from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.evaluate.streaming_rule import FRACTION, GIB
-from lrc.compressors.io.disk_use import folder_bytes, free_disk
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import Clock, Machine, OnStep, free_memory
-from lrc.compressors.io.versions import versions
 from lrc.compressors.model_versions import ModelVersions
 from lrc.compressors.planning.coverage import measured_coverage, refuse_starved
 from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.planning.tasks import Weight
 from lrc.compressors.prepare import Prepared
+from lrc.compressors.run_identity import identity
 from lrc.compressors.solvers.moments import Statistics
+from lrc.compressors.statistic_division import statistic_segments
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Calibration
 
@@ -225,35 +218,6 @@ class Session:
             self.processes.barrier()
 
 
-def statistic_segments(prepared: Prepared) -> Segments | None:
-    """Return how the layers are divided to collect statistics; None if they need not be.
-
-    Without a limit in the recipe, the statistics may take what is free on the disk besides the
-    result.
-    """
-    plan, calibration = prepared.plan, Calibration.model_validate(prepared.plan.calibration)
-    required = required_statistics(plan.tasks)
-    sizes = statistics_bytes(prepared.architecture, required)
-    if calibration.disk_limit_gib is None:
-        output = Path(prepared.recipe.output).expanduser().absolute()
-        limit = free_disk(output) + folder_bytes(output)
-        limit -= 2 * plan.compressed_bytes + sum(record.bytes[1] for record in plan.slices)
-        limit -= plan.dense_bytes if prepared.source.gguf is not None else 0
-    else:
-        limit = int(calibration.disk_limit_gib * 2**30)
-    if sum(sizes) <= limit:
-        return None
-    width = int(getattr(prepared.source.config.get_text_config(), "hidden_size", 0) or 0)
-    states = VALUE_BYTES * calibration.samples * calibration.length * width
-    return divide_layers(sizes, states, limit, differentiates=differentiates(required))
-
-
-def _text_identity(source: str | Mapping[str, float]) -> str | list[list[str | float]]:
-    if isinstance(source, str):
-        return source_identity(source)
-    return [[source_identity(name), fraction] for name, fraction in source.items()]
-
-
 @contextmanager
 def open_session(prepared: Prepared, machine: Machine) -> Iterator[Session]:
     """Say the warnings of a plan and enter the output folder; raises as `open_journal`.
@@ -305,24 +269,3 @@ def _check_division(prepared: Prepared, processes: Processes) -> None:
             f"calibration.samples: must be at least the number of processes, {processes.size}, "
             f"which divide the windows, got {samples}; start fewer processes, or raise it"
         )
-
-
-def identity(prepared: Prepared) -> dict[str, Any]:
-    """Return everything that determines the bytes of the checkpoint."""
-    recipe = prepared.recipe.model_dump(mode="json", include={"calibration", "stages", "seed"})
-    for key in ("memory_limit_gib", "disk_limit_gib"):
-        del recipe["calibration"][key]
-    if (task := prepared.recipe.calibration.task) is not None:
-        recipe["calibration"]["task"]["data"] = task_identity(task)
-    texts = [recipe["calibration"], *(o for stage in recipe["stages"] for o in stage.values())]
-    for options in texts:
-        if options.get("source") is not None:
-            options["source"] = _text_identity(options["source"])
-    installed, times = versions(), prepared.plan.times
-    return {
-        "model": prepared.source.fingerprint(),
-        **recipe,
-        **({} if times is None else {"latency_table": times.table.digest}),
-        "user_plans": {str(k): v for k, v in prepared.plan.user_plans.items()},
-        "versions": {name: installed[name] for name in ("lrc", "torch", "transformers")},
-    }

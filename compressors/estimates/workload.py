@@ -22,7 +22,7 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.prepare import Prepared
-from lrc.compressors.session import statistic_segments
+from lrc.compressors.statistic_division import statistic_segments
 from lrc.configs.recipe import Calibration, Evaluate, Perplexity
 
 GIB = 2**30

@@ -23,7 +23,8 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.rate_distortion import curves_for, energies_file
 from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.prepare import Prepared
-from lrc.compressors.session import Session, identity
+from lrc.compressors.run_identity import identity
+from lrc.compressors.session import Session
 
 SOURCE = "source"
 """The journal's name for a source that had to be converted."""

@@ -43,7 +43,7 @@ from lrc.compressors.io.machine import release_memory
 from lrc.compressors.models.source import load_dense, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
-from lrc.compressors.session import identity
+from lrc.compressors.run_identity import identity
 from lrc.compressors.stages import STAGES
 from lrc.configs.decompose import DecomposeBase
 from lrc.configs.decompose_methods import Decompose
