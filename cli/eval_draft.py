@@ -66,7 +66,8 @@ def run(
         length = next(iter(prompts.values())).shape[1]  # with a BOS token, if there is one
         settings = replace(settings, prompt_tokens=length)
         _check_context(skeletons, settings)
-        refuse_pair(4 * sum(_numbers(each.model) for each in skeletons.values()), machine.chosen)
+        n_bytes = sum(each.bytes_on(machine.chosen) for each in skeletons.values())
+        refuse_pair(n_bytes, machine.chosen)
         models = [load_model(path, machine.chosen, trusted=trusted)[0] for path in skeletons]
         shared = share_embeddings(models[1], models[0])
         try:
@@ -130,7 +131,3 @@ def _spread(windows: Tensor, count: int) -> Tensor:
     """Return at most `count` windows [n, length] that are evenly spaced in a text."""
     count = min(count, len(windows))
     return windows[torch.arange(count) * len(windows) // count]
-
-
-def _numbers(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

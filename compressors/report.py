@@ -4,8 +4,6 @@
 """
 
 import json
-import resource
-import sys
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -26,6 +24,7 @@ from lrc.compressors.evaluate.evaluator import is_current
 from lrc.compressors.heal.run import training_report
 from lrc.compressors.io.files import write_text
 from lrc.compressors.io.journal import Journal
+from lrc.compressors.io.machine import peak_resident_bytes
 from lrc.compressors.io.versions import environment
 from lrc.compressors.models.model_kinds import CAUSAL, ModelKind
 from lrc.compressors.models.source import HUB_ID
@@ -331,8 +330,7 @@ def stored_estimate(journal: Journal) -> dict[str, Any] | None:
 
 
 def _memory(session: Session) -> dict[str, int | None]:
-    device, unit = session.device, 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    device, peak = session.device, peak_resident_bytes()
     gpu = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None
     disk = session.clock.disk.peak
     return {"peak_rss_bytes": peak, "peak_gpu_bytes": gpu, "peak_disk_bytes": disk}

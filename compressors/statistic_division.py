@@ -9,10 +9,15 @@ from lrc.compressors.calibrate.segments import (
     divide_layers,
     statistics_bytes,
 )
-from lrc.compressors.io.disk_use import folder_bytes, free_disk
+from lrc.compressors.io.disk_use import free_disk, used_disk
 from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.prepare import Prepared
 from lrc.configs.recipe import Calibration
+
+
+def state_width(prepared: Prepared) -> int:
+    """Return the size of a hidden state, 0 if the config does not give it."""
+    return int(getattr(prepared.source.config.get_text_config(), "hidden_size", 0) or 0)
 
 
 def statistic_segments(prepared: Prepared) -> Segments | None:
@@ -26,13 +31,12 @@ def statistic_segments(prepared: Prepared) -> Segments | None:
     sizes = statistics_bytes(prepared.architecture, required)
     if calibration.disk_limit_gib is None:
         output = Path(prepared.recipe.output).expanduser().absolute()
-        limit = free_disk(output) + folder_bytes(output)
+        limit = free_disk(output) + used_disk(output)
         limit -= 2 * plan.compressed_bytes + sum(record.bytes[1] for record in plan.slices)
         limit -= plan.dense_bytes if prepared.source.gguf is not None else 0
     else:
         limit = int(calibration.disk_limit_gib * 2**30)
     if sum(sizes) <= limit:
         return None
-    width = int(getattr(prepared.source.config.get_text_config(), "hidden_size", 0) or 0)
-    states = VALUE_BYTES * calibration.samples * calibration.length * width
+    states = VALUE_BYTES * calibration.samples * calibration.window * state_width(prepared)
     return divide_layers(sizes, states, limit, differentiates=differentiates(required))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.checkpoint.reader import Contents
-from lrc.compressors.io.machine import release_memory
+from lrc.compressors.io.machine import free_memory, release_memory
 
 SAMPLING_SECONDS = 0.002
 """Between two readings of the process memory; a shorter peak may be missed."""
@@ -53,9 +53,7 @@ class Meter:
 
     def available(self) -> int:
         """Return the bytes that can still be allocated."""
-        if self.on_gpu:
-            return int(torch.cuda.mem_get_info(self._device)[0])
-        return int(psutil.virtual_memory().available)
+        return free_memory(self._device)
 
     @contextmanager
     def peak(self) -> Iterator[Peak]:

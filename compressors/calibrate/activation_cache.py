@@ -18,6 +18,7 @@ from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.io.files import publish, storage_errors
 from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.io.journal import Journal
+from lrc.compressors.io.machine import free_memory
 
 SNAPSHOT_SECONDS = 30.0
 GIB = 2**30
@@ -114,8 +115,7 @@ def allocate_checkpoints(context: CalibrationContext, n_layers: int, shape: Shap
 
 def _device_room(device: str) -> float:
     """Return how many bytes of a GPU one of these buffers may use."""
-    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 0
-    return GPU_FRACTION * free
+    return GPU_FRACTION * free_memory(device) if device.startswith("cuda") else 0
 
 
 def _allocate(

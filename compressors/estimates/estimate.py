@@ -20,7 +20,7 @@ from lrc.compressors.estimates.memory_peaks import memory_peaks
 from lrc.compressors.estimates.stage_seconds import stage_seconds
 from lrc.compressors.estimates.workload import Workload
 from lrc.compressors.evaluate.streaming_rule import streams
-from lrc.compressors.io.disk_use import existing_folder, folder_bytes, free_disk
+from lrc.compressors.io.disk_use import existing_folder, free_disk, used_disk
 from lrc.compressors.io.machine import free_memory
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.prepare import Prepared
@@ -134,7 +134,7 @@ def refuse_too_large(expected: Estimate, prepared: Prepared, device: str) -> Non
     if expected.gpu_bytes:
         free = free_memory(device)
         _check(problems, "GPU memory", expected.gpu_bytes, free, MARGIN, GPU_REMEDIES)
-    free = free_disk(output) + folder_bytes(output)
+    free = free_disk(output) + used_disk(output)
     _check(problems, f"disk in {output}", expected.disk_bytes, free, 1.0, DISK_REMEDIES)
     problems.raise_if_any()
 

@@ -22,7 +22,7 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.prepare import Prepared
-from lrc.compressors.statistic_division import statistic_segments
+from lrc.compressors.statistic_division import state_width, statistic_segments
 from lrc.configs.recipe import Calibration, Evaluate, Perplexity
 
 GIB = 2**30
@@ -94,8 +94,7 @@ class Workload:
     @cached_property
     def width(self) -> int:
         """Size of a hidden state."""
-        config = self.prepared.source.config.get_text_config()
-        return int(getattr(config, "hidden_size", 0) or 0)
+        return state_width(self.prepared)
 
     @cached_property
     def vocabulary(self) -> int:

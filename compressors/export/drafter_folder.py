@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from lrc.compressors.checkpoint import format as layout
 from lrc.compressors.checkpoint.manifest import UNLISTED, write_manifest
@@ -30,6 +30,7 @@ from lrc.compressors.io.shards import Header
 from lrc.compressors.io.weight_hash import dtype_name
 from lrc.compressors.layers import sentinel
 from lrc.compressors.layers.model_shapes import SHAPES
+from lrc.compressors.models.model_kinds import kind_of
 from lrc.compressors.models.source import locate
 from lrc.configs.errors import ExportError
 from lrc.configs.recipe import Model
@@ -61,6 +62,11 @@ def write_drafter(folder: Path, parent: str, out: Path, on_step: OnStep) -> list
         If nothing can be shared.
     """
     contents = check_checkpoint(folder)
+    if contents.kind.encoder:
+        raise ExportError(
+            f"{folder}: --format drafter is for causal language models, got an encoder; export it "
+            "with --format dense or remote-code"
+        )
     block = contents.config.get("quantization_config") or {}
     if layout.PARENT in block or (block and not (contents.needs_lrc or contents.modules)):
         raise ExportError(
@@ -116,7 +122,7 @@ def _shared(folder: Path, contents: Contents, parent: str) -> ParentWeights:
 def _ends(config: Any) -> list[str]:
     """Return the names of the embedding and the output head of a model."""
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = kind_of(config).auto_class.from_config(config)
     names = {id(module): name for name, module in model.named_modules()}
     return [names[id(end)] for end in (model.get_input_embeddings(), model.get_output_embeddings())]
 

@@ -1,7 +1,5 @@
 """Run a stage that trains: its text, its method, and the record of what it did."""
 
-import resource
-import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,6 +27,7 @@ from lrc.compressors.heal.trained_files import (
 )
 from lrc.compressors.heal.work import HealWork
 from lrc.compressors.io.journal import Journal
+from lrc.compressors.io.machine import peak_resident_bytes
 from lrc.compressors.planning.plan import Plan, TrainingRecord
 from lrc.compressors.session import Session
 from lrc.configs.heal import Block, Distill, HealBase, Scales
@@ -135,5 +134,4 @@ def _peak_memory(device: str) -> int:
     """Return the peak so far: of the GPU's memory, or of the process on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()

@@ -11,7 +11,7 @@ SHARE = 20
 BLOCK = 512  # bytes, the unit of `st_blocks` whatever the file system
 
 
-def folder_bytes(folder: Path) -> int:
+def used_disk(folder: Path) -> int:
     """Return the disk space of all files below a folder; files that are linked count once."""
     found: dict[tuple[int, int], int] = {}
     for path, _, names in os.walk(folder):
@@ -48,7 +48,7 @@ class DiskUse:
     def look(self) -> None:
         """Measure the folder."""
         start = time.monotonic()
-        self.peak = max(self.peak, folder_bytes(self._folder))
+        self.peak = max(self.peak, used_disk(self._folder))
         now = time.monotonic()
         self._next = now + SHARE * (now - start)
 

@@ -1,8 +1,7 @@
 """Equal layers whose tensors are stacked, for products of a batch with one layer for each element.
 
-The tensors stay parameters and buffers of their layers, whose numbers follow each other in the
-memory of one tensor: this takes no additional memory, and names, files and training in place do not
-change.
+The tensors remain parameters and buffers of their layers, as views of one common tensor. This takes
+no additional memory, and leaves names, files and training in place as they are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,7 +44,7 @@ class StackedLayers:
     ----------
     layers : sequence of nn.Module
     owners : sequence of nn.Module
-        Modules that call the layers, and that must be as unchanged as these.
+        Modules that call the layers; `unchanged` checks them, too.
     """
 
     def __init__(self, layers: Sequence[nn.Module], owners: Sequence[nn.Module] = ()) -> None:

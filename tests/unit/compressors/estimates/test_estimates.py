@@ -18,7 +18,7 @@ from lrc.compressors.estimates.machine_rates import MachineRates
 from lrc.compressors.estimates.memory_peaks import memory_peaks
 from lrc.compressors.estimates.stage_seconds import stage_seconds
 from lrc.compressors.estimates.workload import Workload
-from lrc.compressors.io.disk_use import DiskUse, folder_bytes
+from lrc.compressors.io.disk_use import DiskUse, used_disk
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
@@ -235,8 +235,8 @@ def test_linked_files_count_once(tmp_path: Path) -> None:
     (tmp_path / "b").hardlink_to(tmp_path / "a")
     use = DiskUse(tmp_path)
     use.look()
-    assert folder_bytes(tmp_path) == use.peak == 8192
+    assert used_disk(tmp_path) == use.peak == 8192
     (tmp_path / "a").unlink()
     (tmp_path / "b").unlink()
     use.look()
-    assert (folder_bytes(tmp_path), use.peak) == (0, 8192)
+    assert (used_disk(tmp_path), use.peak) == (0, 8192)
