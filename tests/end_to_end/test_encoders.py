@@ -269,6 +269,13 @@ def test_exports_compute_the_same(form: str, runs: Any, lrc: Any, tmp_path: Path
     torch.testing.assert_close(outputs_of(exported), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_encoder_cannot_draft(runs: Any, lrc: Any, tmp_path: Path) -> None:
+    folder, _ = runs("bert", "classifier", "svd-llm")
+    checkpoint = folder / "run/checkpoint"
+    options = ("--format", "drafter", "--parent", checkpoint)
+    lrc("export", checkpoint, tmp_path / "out", *options).refuses(1, "got an encoder")
+
+
 def test_a_missing_head_is_an_error(runs: Any, tmp_path: Path) -> None:
     """It would be drawn at random otherwise."""
     folder, _ = runs("bert", "classifier", "svd-llm")
