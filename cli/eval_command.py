@@ -94,7 +94,14 @@ def evaluate(
         "--repeats": repeats,
     }
     if draft is not None:
-        others = {"--tasks": tasks, "--gate": gate, "--junit": junit, "--windows": windows}
+        others = {
+            "--tasks": tasks,
+            "--include-path": include_path,
+            "--limit": limit,
+            "--windows": windows,
+            "--gate": gate,
+            "--junit": junit,
+        }
         given = [name for name, value in others.items() if value]
         _evaluate_drafter(
             checkpoints,

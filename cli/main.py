@@ -41,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Compress a language model after training, from one YAML recipe, into a checkpoint that "
-    "stock transformers loads.",
+    "transformers loads.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 4 a quality gate was missed, "
     "75 stopped on a signal with the state saved.",
 )

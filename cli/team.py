@@ -1,4 +1,4 @@
-"""`lrc compress` as one of several processes: one of them speaks for all, and each writes a log."""
+"""`lrc compress` as one of several processes: the first one prints, and each writes a log."""
 
 import os
 import signal

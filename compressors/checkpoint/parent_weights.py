@@ -91,7 +91,7 @@ def read_tensors(parent: str, names: Mapping[str, str], dtype: torch.dtype) -> d
     if source.gguf is not None:
         raise ModelError(
             f"{parent}: must be a folder of safetensors or a Hub id, got a GGUF file; convert it "
-            "once with transformers (from_pretrained with gguf_file=..., and save_pretrained)"
+            f"once with `lrc export {parent} FOLDER --format dense`"
         )
     found = {}
     try:

@@ -19,7 +19,7 @@ EXAMPLE = "python -m torch.distributed.run --nproc-per-node 2 -m lrc compress re
 
 
 def process_device(device: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the device of this process: every process of a host has a GPU of its own.
+    """Return the device of this process: every process of a host has a separate GPU.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def process_device(device: str, environment: Mapping[str, str] = os.environ) -> 
         raise _refused(
             "--device",
             f"must be auto, cpu or cuda for several processes, got {device!r}; with cuda, every "
-            "process uses a GPU of its own (CUDA_VISIBLE_DEVICES chooses which)",
+            "process uses a separate GPU (CUDA_VISIBLE_DEVICES selects them)",
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = int(environment.get("LOCAL_WORLD_SIZE") or local + 1)

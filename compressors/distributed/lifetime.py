@@ -1,4 +1,4 @@
-"""From the moment at which all processes know the output folder to the end of a run."""
+"""Watch the processes of a run, from the opening of its output folder to its end."""
 
 import socket
 import time
@@ -12,7 +12,7 @@ from lrc.compressors.distributed.watch import Watch
 from lrc.configs.errors import OutputError
 
 FOLDER = "processes"
-"""Of the journal: locks and logs of processes."""
+"""Folder of the journal with the locks and logs of all processes."""
 TOKEN = "token"
 SHARED_SECONDS = 30.0
 """Time in which a file that one host has written must appear on the others."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from threading import Event, Thread
 
 SECONDS = 1.0
-"""Time between two looks at the locks."""
+"""Time between two checks of the locks."""
 
 
 class Watch:
-    """Holds the lock of this process, and looks at those of the others.
+    """Holds the lock of this process, and checks those of the others.
 
     Parameters
     ----------
@@ -37,16 +37,16 @@ class Watch:
         self._thread = Thread(target=self._look, daemon=True)
 
     def start(self) -> None:
-        """Begin to look, once all processes hold their locks."""
+        """Start checking, once all processes hold their locks."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop looking; the lock is kept until `release`."""
+        """Stop checking; the lock is kept until `release`."""
         self._ended.set()
         self._thread.join()
 
     def release(self) -> None:
-        """Release the lock, once no process looks any more."""
+        """Release the lock, once no process checks any more."""
         os.close(self._lock)
 
     def lost(self) -> list[int]:
@@ -62,7 +62,7 @@ class Watch:
     def _is_free(self, rank: int) -> bool:
         descriptor = os.open(self._path(rank), os.O_RDONLY)
         try:
-            _flock(descriptor, shared=True)  # several may look at the same time
+            _flock(descriptor, shared=True)  # several may check at the same time
             return True
         except BlockingIOError:
             return False

@@ -1,1 +1,1 @@
-"""What a run will need of a machine: memory, disk space and time, by stage."""
+"""Estimates of the memory, disk space and time of a run, by stage."""

@@ -1,4 +1,4 @@
-"""Disk space that a run takes while it is at work, by stage."""
+"""Peak disk space of a run, by stage."""
 
 from collections.abc import Mapping
 from itertools import accumulate

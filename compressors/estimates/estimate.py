@@ -32,7 +32,7 @@ MARGIN = 1.2
 
 @dataclass(frozen=True)
 class Estimate:
-    """What every stage of a run needs; what depends on text that is not read is not included."""
+    """Estimated needs of every stage, without the parts of the evaluation in `not_estimated`."""
 
     seconds: dict[str, float]
     host_bytes: dict[str, int]

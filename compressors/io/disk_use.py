@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SHARE = 20
-"""Looking at the files takes at most one part of this many of the time."""
+"""Measuring the folder takes at most this part of the time: one in ``SHARE``."""
 BLOCK = 512  # bytes, the unit of `st_blocks` whatever the file system
 
 
