@@ -13,6 +13,7 @@ from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer, m
 from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
 from lrc.compressors.estimates.estimate import estimate, refuse_too_large
+from lrc.compressors.estimates.workload import Workload
 from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates, metrics_of
@@ -259,8 +260,7 @@ def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
 
 
 def _model_bytes(session: Session, plan: Plan) -> ModelBytes:
-    dense = session.prepared.plan.dense_parameters * session.models.dtype.itemsize
-    return ModelBytes(dense, plan.compressed_bytes)
+    return Workload(replace(session.prepared, plan=plan), session.device).model_bytes
 
 
 def _evaluate(session: Session) -> dict[str, Any]:
