@@ -19,6 +19,7 @@ from lrc.compressors.estimates.machine_rates import measure_rates
 from lrc.compressors.estimates.memory_peaks import memory_peaks
 from lrc.compressors.estimates.stage_seconds import stage_seconds
 from lrc.compressors.estimates.workload import Workload
+from lrc.compressors.evaluate.generations import read_prompts
 from lrc.compressors.evaluate.streaming_rule import streams
 from lrc.compressors.io.disk_use import existing_folder, free_disk, used_disk
 from lrc.compressors.io.machine import free_memory
@@ -115,7 +116,8 @@ def _not_estimated(work: Workload) -> list[str]:
     texts = [spec.name for spec in work.evaluate.perplexity if work.scored(spec) is None]
     found = [f"perplexity on the whole of {name}" for name in texts]
     tasks = [*work.evaluate.tasks.names, *([work.evaluate.task.name] if work.evaluate.task else [])]
-    return found + [f"task {name}" for name in tasks]
+    found += [f"task {name}" for name in tasks]
+    return [*found, "generated text"] if read_prompts(work.evaluate.generations) else found
 
 
 def refuse_too_large(expected: Estimate, prepared: Prepared, device: str) -> None:

@@ -230,6 +230,16 @@ def test_plan_shows_estimates(lrc: Callable[..., Any], written: Callable[..., Pa
     assert values["peak"]["host_bytes"] == max(values["host_bytes"].values())
 
 
+def test_what_is_not_estimated_is_named(prepared: Callable[..., Prepared]) -> None:
+    evaluate = {
+        "perplexity": [{"source": "python-docs", "name": "all", "window": 64}],
+        "tasks": ["piqa"],
+        "generations": {"prompts": ["A"]},
+    }
+    found = estimate(prepared(KFAC, evaluate=evaluate), "cpu").not_estimated
+    assert found == ["perplexity on the whole of all", "task piqa", "generated text"]
+
+
 def test_linked_files_count_once(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(8192))
     (tmp_path / "b").hardlink_to(tmp_path / "a")
