@@ -38,9 +38,16 @@ from lrc.compressors.stages.compress_weights import (
     predict_losses,
     stored_curves,
 )
+from lrc.compressors.statistic_division import statistic_segments
 from lrc.compressors.streamed.checkpoint_layers import open_checkpoint
 from lrc.compressors.streamed.streamed_evaluation import StreamedEvaluation
-from lrc.configs.errors import CheckpointError, EvaluationIncomplete, GateMissed, OutputError
+from lrc.configs.errors import (
+    CheckpointError,
+    EvaluationIncomplete,
+    GateMissed,
+    OutputError,
+    RecipeError,
+)
 from lrc.configs.load import LoadedRecipe
 
 
@@ -156,6 +163,11 @@ def profile(
     """
     prepared = prepare(loaded.recipe, STAGES)
     refuse_encoder(prepared.dense.kind, "model", "--profile")
+    if statistic_segments(prepared) is not None:
+        raise RecipeError(
+            "calibration.disk_limit_gib: --profile needs the statistics of all layers, which do "
+            "not fit on the disk together; raise it, or choose an output folder with more room"
+        )
     with open_session(prepared, machine or Machine()) as session:
         found = _predict(session)
         context = session.models.calibration()

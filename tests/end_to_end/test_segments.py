@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from lrc.compressors.io.machine import Machine
-from lrc.compressors.pipeline import compress
-from lrc.configs.errors import Stopped
+from lrc.compressors.pipeline import compress, profile
+from lrc.configs.errors import RecipeError, Stopped
 from lrc.configs.load import load_recipe
 
 LIMIT = 4e-5  # GiB; the statistics of one layer and the boundaries take about this much
@@ -86,6 +86,17 @@ def test_a_run_that_was_stopped_in_a_segment_gives_the_same_checkpoint(
         found.append(load_file(output / "checkpoint" / "model.safetensors"))
     whole, continued = found
     assert all(whole[key].equal(continued[key]) for key in whole)
+
+
+def test_a_profile_needs_all_statistics_together(
+    model_folder: Path, tiny_recipe: Callable[..., Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    calibration = {"source": str(tiny_text), "samples": 2, "length": 16, "disk_limit_gib": LIMIT}
+    stages = STAGES["allocation"]
+    recipe = tiny_recipe(model_folder, tmp_path / "run", stages=stages, calibration=calibration)
+    with pytest.raises(RecipeError, match="disk_limit_gib: --profile needs"):
+        profile(load_recipe(recipe), 2, Machine("cpu"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", STAGES)
