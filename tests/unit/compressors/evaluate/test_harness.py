@@ -439,7 +439,8 @@ def test_compare_gives_the_shape_of_the_report():
 
 
 def test_the_comparison_of_both_models_is_part_of_the_report():
-    pair = {"kl": {"w": {"forward": 0.1}}, "generations": {"10": "c", "2": "b", "0": "a"}}
+    texts = {"10": "c", "2": "b", "0": "a"}
+    pair = {"kl": {"w": {"forward": 0.1}}, "generations": texts, "similarity": {}}
     report = compare(block(20.0, 0.5), block(25.0, 0.4), pair)
     assert report["kl"] == {"w": {"forward": 0.1}}
     assert report["generations"] == ["a", "b", "c"]
@@ -509,7 +510,8 @@ def test_missed_gates_are_sentences(gate, missed):
     ],
 )
 def test_gates_on_predictions(gate, missed):
-    pair = {"kl": {"w": {"forward": 0.1, "reverse": 0.3, "agreement": 0.9}}, "generations": {}}
+    kl = {"w": {"forward": 0.1, "reverse": 0.3, "agreement": 0.9}}
+    pair = {"kl": kl, "generations": {}, "similarity": {}}
     evaluation = compare(block(20.0, 0.5), block(25.0, 0.4), pair)
     sentences = missed_gates([Gate(**gate)], evaluation)
     assert sentences == [f"{gate['metric']} {words}" for words in missed]
