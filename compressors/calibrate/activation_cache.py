@@ -22,7 +22,6 @@ from lrc.compressors.io.machine import free_memory
 
 SNAPSHOT_SECONDS = 30.0
 GIB = 2**30
-GPU_FRACTION = 0.25  # of the free memory: a layer, its moments and a batch need the rest
 LIVE = ".live"
 NAMES = (
     *("states", "gradients", "checkpoints", "dense", "compressed", "evaluation"),
@@ -105,7 +104,7 @@ def allocate_checkpoints(context: CalibrationContext, n_layers: int, shape: Shap
     stored = next(iter(context.architecture.stored_parameters().values())).dtype
     dtype = torch.float32 if stored == torch.float32 else torch.bfloat16
     # Layers are read and written one at a time, so the GPU may hold only some of them.
-    on_device = min(n_layers, int(_device_room(device) // (prod(shape) * dtype.itemsize)))
+    on_device = min(n_layers, int(_device_room(context, device) // (prod(shape) * dtype.itemsize)))
     layers = [*torch.empty((on_device, *shape), dtype=dtype, device=device)]
     if on_device < n_layers:
         rest = ((n_layers - on_device) * shape[0], *shape[1:])
@@ -113,9 +112,9 @@ def allocate_checkpoints(context: CalibrationContext, n_layers: int, shape: Shap
     return layers
 
 
-def _device_room(device: str) -> float:
+def _device_room(context: CalibrationContext, device: str) -> float:
     """Return how many bytes of a GPU one of these buffers may use."""
-    return GPU_FRACTION * free_memory(device) if device.startswith("cuda") else 0
+    return context.gpu_fraction * free_memory(device) if device.startswith("cuda") else 0
 
 
 def _allocate(
@@ -123,7 +122,7 @@ def _allocate(
 ) -> Tensor:
     """Allocate on the GPU if it has room, else in memory up to the limit, else on disk."""
     n_bytes = prod(shape) * dtype.itemsize
-    if n_bytes <= _device_room(device):
+    if n_bytes <= _device_room(context, device):
         return torch.empty(shape, dtype=dtype, device=device)
     if n_bytes <= context.memory_limit_gib * GIB:
         return torch.empty(shape, dtype=dtype)

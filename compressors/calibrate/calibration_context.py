@@ -15,6 +15,7 @@ from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import SkeletonFiller
 from lrc.configs.errors import ModelError
 
+GPU_FRACTION = 0.25  # a layer, its moments and a batch need the rest
 Labels = Literal["model", "sampled", "real"]
 
 
@@ -38,6 +39,8 @@ class CalibrationContext:
     """Of an encoder: returns the padded texts whose tokens are the `windows`."""
     processes: Processes = ALONE
     """Processes over which the windows are divided."""
+    gpu_fraction: float = GPU_FRACTION
+    """Part of the free memory of a GPU that each buffer of hidden states may take."""
 
     @property
     def device_type(self) -> str:

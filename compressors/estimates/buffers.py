@@ -6,7 +6,7 @@ This follows the rules of `lrc.compressors.calibrate.activation_cache`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lrc.compressors.calibrate.activation_cache import GPU_FRACTION
+from lrc.compressors.calibrate.calibration_context import GPU_FRACTION
 
 
 @dataclass

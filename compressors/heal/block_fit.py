@@ -84,8 +84,11 @@ class BlockFit:
         count = -(-len(text.training) // self._together) * self._together
         training = text.training[torch.arange(count) % len(text.training)]
         windows = torch.cat([text.held_out[: self._n_held_out], training])
-        third = replace(
-            context, windows=lambda: windows, memory_limit_gib=context.memory_limit_gib / 3
+        third = replace(  # for each of three buffers
+            context,
+            windows=lambda: windows,
+            memory_limit_gib=context.memory_limit_gib / 3,
+            gpu_fraction=context.gpu_fraction / 3,
         )
         self._executor = LayerExecutor(third, batch_tokens=self._together * length)
         self._dense = self._executor.embedded("dense")

@@ -35,7 +35,7 @@ FILES = "files.json"
 # plan.json, which users edit and may refer to in a recipe.
 RESULTS = ("checkpoint", "report.json", "report.html", "README.md")
 # A run that left only these has done no work and may be replaced by a corrected recipe.
-CLAIMS = (LOCK, IDENTITY, "seconds.json", PROCESSES)
+CLAIMS = (LOCK, IDENTITY, "seconds.json", "estimate.json", PROCESSES)
 # Instead of the identity of a run, of which any part may be deleted already.
 DELETING = {"deleting": True}
 

@@ -71,8 +71,10 @@ class Architecture:
     def other_parts(self) -> dict[str, nn.Module]:
         """Return the modules next to the text decoder, such as a vision tower, by name.
 
-        Embeddings and output heads of the text are not among them.
+        Embeddings and output heads of the text are not among them, and an encoder has none.
         """
+        if self.kind.encoder:
+            return {}
         decoder = self.model.get_decoder()
         path = next((name for name, each in self.model.named_modules() if each is decoder), "")
         if not self.layer_names[0].startswith(f"{path}.") or not path:

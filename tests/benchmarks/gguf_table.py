@@ -23,9 +23,11 @@ import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -74,6 +76,8 @@ class Task:
     length: int
     threads: int
     deadline: float
+    tokenizer: str | None
+    """GGUF file of the same model from which the tokenizer is copied."""
 
     @property
     def dense(self) -> Path:
@@ -103,6 +107,7 @@ def main() -> None:
     parser.add_argument("--train", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--library", type=Path, default=FOLDER, help="of llama.cpp")
+    parser.add_argument("--tokenizer", metavar="FILE", help="as of lrc export")
     parser.add_argument("--seconds", type=float, default=DAY)
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
@@ -124,6 +129,7 @@ def main() -> None:
         asked.length,
         asked.threads,
         time.time() + asked.seconds,
+        asked.tokenizer,
     )
     for folder in ("files", "rows", "runs"):
         (task.output / folder).mkdir(parents=True, exist_ok=True)
@@ -140,7 +146,7 @@ def main() -> None:
 def _prepare(task: Task, test: str, count: int, length: int, missing: list[str]) -> None:
     """Write what rows share: the dense file, the windows, and the importance matrix."""
     if not task.dense.is_file():
-        _run([*LRC, "export", str(task.model), str(task.dense), "--format", "gguf", *_as("bf16")])
+        _export(task, task.model, task.dense, *_as("bf16"))
     windows, importance = task.output / "windows.npy", task.output / "importance.npz"
     library = LlamaCpp(task.library)  # receives the log as long as it exists
     with library.open(task.dense) as model:
@@ -153,17 +159,33 @@ def _prepare(task: Task, test: str, count: int, length: int, missing: list[str])
             print(f"importance: {found.size} tokens", flush=True)
 
 
+def _export(task: Task, source: Path, target: Path, *options: str) -> None:
+    command = [*LRC, "export", str(source), str(target), "--format", "gguf", *options]
+    _run([*command, "--tokenizer", task.tokenizer] if task.tokenizer else command)
+
+
 def _as(name: str) -> list[str]:
     return ["--type", name, "--embedding-type", name]
 
 
 def _make_all(task: Task, rows: list[str]) -> None:
-    """Make rows side by side; one that fails is reported and does not end the others."""
+    """Make rows side by side; one that fails is reported and does not end the others.
+
+    Each has a process of its own, because llama.cpp ends its process where it finds a fault.
+    """
     jobs = max(1, (os.cpu_count() or 1) // task.threads)
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # CUDA survives no fork
-        futures: dict[str, Future[str]] = {row: pool.submit(_row, task, row) for row in rows}
-        for row, future in futures.items():
-            print(f"{row}: {future.result()}", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        for row, told in zip(rows, pool.map(partial(_alone, task), rows), strict=True):
+            print(f"{row}: {told}", flush=True)
+
+
+def _alone(task: Task, row: str) -> str:
+    """Make and measure a row in a new process; return what to tell about it."""
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # CUDA survives no fork
+            return pool.submit(_row, task, row).result()
+    except BrokenProcessPool as error:
+        return f"failed: {error}"
 
 
 def _row(task: Task, row: str) -> str:
@@ -197,8 +219,8 @@ def _row(task: Task, row: str) -> str:
 def _make(task: Task, row: str) -> bool:
     """Write the file of a row; return False if the time is up."""
     target = task.file(row)
-    partial = target.with_name(f"partial-{target.name}")
-    partial.unlink(missing_ok=True)
+    unfinished = target.with_name(f"partial-{target.name}")
+    unfinished.unlink(missing_ok=True)
     if row in OURS:
         recipe, *changes = OURS[row]
         run = task.output / "runs" / target.stem
@@ -209,15 +231,14 @@ def _make(task: Task, row: str) -> bool:
         ]
         if not _run(command, task.deadline):
             return False
-        checkpoint = str(run / "checkpoint")
-        _run([*LRC, "export", checkpoint, str(partial), "--format", "gguf"])
+        _export(task, run / "checkpoint", unfinished)
     else:
         name, _, kind = row.partition(" ")
         importance = dict(np.load(task.output / "importance.npz")) if kind else None
         LlamaCpp(task.library).quantize(
-            task.dense, partial, int(TYPES[name]), importance, threads=task.threads
+            task.dense, unfinished, int(TYPES[name]), importance, threads=task.threads
         )
-    partial.rename(target)
+    unfinished.rename(target)
     return True
 
 

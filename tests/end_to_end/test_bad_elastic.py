@@ -70,7 +70,7 @@ BAD: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
         [{"decompose": {**SVD_LLM, "keep": 0.9}}],
         "conflicting-keys",
         "stages[0].decompose",
-        ("exactly one of 'keep', 'size' and 'elastic'", "got keep and elastic"),
+        ("exactly one of 'keep', 'size', 'elastic' and 'drafter'", "got keep and elastic"),
     ),
     "a method without ranks": (
         [{"decompose": {"method": "sparse", "elastic": BUDGETS}}],

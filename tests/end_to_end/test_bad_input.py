@@ -492,7 +492,7 @@ def test_texts_that_cannot_be_used_are_refused_before_the_work(
     (tmp_path / name).write_bytes(content)
     lrc("compress", recipe, f"{key}={tmp_path / name}").refuses(1, *words, code="invalid-text")
     left = {f.name for f in output.rglob("*")}
-    assert left <= {"work", "lock", "run.json", "seconds.json"}
+    assert left <= {"work", "lock", "run.json", "seconds.json", "estimate.json"}
 
 
 def test_too_few_tokens_for_calibration(lrc, recipe: Path, output: Path) -> None:

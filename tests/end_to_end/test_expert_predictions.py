@@ -4,8 +4,7 @@ Predictions are second-order expansions of the loss around the dense model, in w
 keeps its experts.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.compress import profile as module
+from lrc.compressors.compress.layer_effects import LayerEffects
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import profile
 from lrc.configs.load import load_recipe
@@ -68,30 +69,43 @@ def measure(
     trained: Path, tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: Any
 ) -> Callable[..., tuple[list[float], list[float]]]:
     """Return predicted and measured divergences of all matrices, one compressed at a time."""
-    dense: dict[int, Tensor] = {}
-    route, replaced = Qwen3MoeTopKRouter.forward, module._replaced
-    inside: list[bool] = []
+    route, advance = Qwen3MoeTopKRouter.forward, LayerExecutor.advance_batch_
+    dense: dict[tuple[int, int], Tensor] = {}  # by router and first window of the batch
+    batch, held = [0], [False]
 
     def routed(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, gates, index = route(self, x)
-        if not inside:
-            dense[id(self)] = index
+        if not held[0]:
+            dense[id(self), batch[0]] = index
             return logits, gates, index
-        index = dense[id(self)]
+        index = dense[id(self), batch[0]]
         gates = logits.softmax(-1).gather(-1, index)
         return logits, gates / gates.sum(-1, keepdim=True), index
 
-    @contextmanager
-    def held(*args: Any) -> Iterator[None]:
-        with replaced(*args):
-            inside.append(True)
-            yield
-            inside.clear()
+    def advanced(self: Any, index: int, states: Tensor, rows: slice, layer: Any = None) -> None:
+        batch[0] = rows.start
+        advance(self, index, states, rows, layer)
+
+    class Held(LayerEffects):
+        """Every token keeps the experts that it has in the dense model."""
+
+        def measure(self, tasks: Any) -> Any:
+            states = torch.empty(self.executor.shape)
+            self.executor.embed_(states)
+            for index in range(len(self.context.architecture.layers)):
+                with self.executor.layer(index):
+                    self.executor.advance_(index, states)
+            held[0] = True
+            try:
+                return super().measure(tasks)
+            finally:
+                held[0] = False
 
     def run(*, hold: bool) -> tuple[list[float], list[float]]:
         if hold:
             monkeypatch.setattr(Qwen3MoeTopKRouter, "forward", routed)
-            monkeypatch.setattr(module, "_replaced", held)
+            monkeypatch.setattr(LayerExecutor, "advance_batch_", advanced)
+            monkeypatch.setattr(module, "LayerEffects", Held)
         recipe = tiny_recipe(
             trained,
             tmp_path / str(hold),

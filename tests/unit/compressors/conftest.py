@@ -41,11 +41,15 @@ class Skeleton(nn.Module):
 
     def __init__(self, layers: int) -> None:
         super().__init__()
+        self.config = LlamaConfig()
         self.embed = nn.Embedding(100, 64, device="meta", dtype=torch.bfloat16)
         for layer in range(layers):
             for name, (d_out, d_in) in SHAPES.items():
                 module = nn.Linear(d_in, d_out, bias=False, device="meta", dtype=torch.bfloat16)
                 self.add_module(f"layers_{layer}_{name}".replace(".", "_"), module)
+
+    def get_decoder(self) -> nn.Module:
+        return self
 
 
 @pytest.fixture(scope="session")

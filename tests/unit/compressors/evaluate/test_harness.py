@@ -510,11 +510,8 @@ def test_missed_gates_are_sentences(gate, missed):
     ],
 )
 def test_gates_on_predictions(gate, missed):
-    pair = {
-        "kl": {"w": {"forward": 0.1, "reverse": 0.3, "agreement": 0.9}},
-        "generations": {},
-        "similarity": {},
-    }
+    kl = {"w": {"forward": 0.1, "reverse": 0.3, "agreement": 0.9}}
+    pair = {"kl": kl, "generations": {}, "similarity": {}}
     evaluation = compare(block(20.0, 0.5), block(25.0, 0.4), pair)
     sentences = missed_gates([Gate(**gate)], evaluation)
     assert sentences == [f"{gate['metric']} {words}" for words in missed]
