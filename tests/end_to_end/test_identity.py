@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lrc.compressors import session
+from lrc.compressors import run_identity
 
 
 @pytest.fixture
@@ -128,8 +128,8 @@ def test_a_comment_and_another_order_of_keys_change_nothing(
 def test_another_version_is_another_run(
     lrc: Callable[..., Any], done: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    installed = session.versions()
-    monkeypatch.setattr(session, "versions", lambda: installed | {package: "99.0"})
+    installed = run_identity.versions()
+    monkeypatch.setattr(run_identity, "versions", lambda: installed | {package: "99.0"})
     lrc("compress", done).refuses(
         1, f"differs in versions.{package}", '"99.0" here', code="invalid-output"
     )
