@@ -83,7 +83,7 @@ $(OLDEST): | $(VENV)/installed
 
 ## make robustness   every model family of transformers, and damaged checkpoints; minutes
 robustness: install
-	$(BIN)/python -m pytest -q -m robustness -n $(JOBS) --dist worksteal tests/robustness
+	$(BIN)/python -m pytest -q -m robustness -n $(JOBS) --dist worksteal tests
 
 ## make check     formatting, lint, types, import contracts
 check: install

@@ -23,7 +23,7 @@ from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import profile
 from lrc.configs.load import load_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.robustness]
 WORDS, LENGTH = 64, 64
 
 

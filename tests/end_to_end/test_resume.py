@@ -232,7 +232,14 @@ def test_kills_at_random_moments_give_equal_checkpoints(case, request):
     assert len(stages) >= min(4, KILLS[case] // 2), stages
 
 
-@pytest.mark.parametrize("case", ["undisturbed", "recommended", "allocated", "grouped"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "undisturbed",
+        "recommended",
+        *(pytest.param(case, marks=pytest.mark.robustness) for case in ("allocated", "grouped")),
+    ],
+)
 def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoint(case, request):
     """Files get their names by `os.replace`: kill right after each new name."""
     undisturbed: Undisturbed = request.getfixturevalue(case)
