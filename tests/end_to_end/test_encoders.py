@@ -44,8 +44,7 @@ STAGES: dict[str, dict[str, Any]] = {
 HEADS = {"classifier": True, "embeddings": False}
 CASES = [(family, head, "kfac") for family in FAMILIES for head in HEADS]
 CASES += [("bert", "classifier", "gptq"), ("roberta", "embeddings", "gptq")]
-CASES += [("modernbert", "classifier", "gptq")]
-CASES += [("bert", "classifier", name) for name in ("mixed", "svd-llm", "fwsvd", "svd")]
+CASES += [("bert", "classifier", name) for name in ("mixed", "fwsvd")]
 
 
 def write_recipe(folder: Path, model: Path, stage: dict[str, Any], **changes: Any) -> Path:
