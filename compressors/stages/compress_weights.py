@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.activation_cache import cache_files
@@ -19,7 +20,7 @@ from lrc.compressors.compress.layerwise import (
 from lrc.compressors.compress.quantize_embeddings import quantize_embeddings
 from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.io.files import write_text
-from lrc.compressors.io.machine import no_progress
+from lrc.compressors.io.machine import OnStep, no_progress
 from lrc.compressors.planning.allocate import allocate
 from lrc.compressors.planning.loss_curves import LossCurves, loss_curves
 from lrc.compressors.planning.plan import Plan
@@ -126,16 +127,7 @@ def stored_curves(session: Session, plan: Plan) -> LossCurves:
     pending = [task for task in plan.tasks if task.pending]
     if not all(session.journal.has(energies_file(task.layer)) for task in pending):
         return {}
-    curves = curves_for(
-        pending,
-        plan.allocations,
-        session.models.reader,
-        session.journal,
-        session.statistics,
-        device=session.device,
-        on_step=no_progress,
-    )
-    return loss_curves(plan, curves)
+    return loss_curves(plan, _curves(session, plan, pending, no_progress))
 
 
 def _allocate(session: Session, plan: Plan, *, predict_all: bool = False) -> Plan:
@@ -159,14 +151,18 @@ def _share_curves(session: Session, plan: Plan) -> None:
 
 def _write_curves(session: Session, plan: Plan) -> None:
     pending = [task for task in plan.tasks if task.pending]
-    curves_for(
-        _own_layers(pending, session.processes),
+    _curves(session, plan, _own_layers(pending, session.processes), session.on_step)
+
+
+def _curves(session: Session, plan: Plan, tasks: Sequence[LayerTask], on_step: OnStep) -> Any:
+    return curves_for(
+        tasks,
         plan.allocations,
         session.models.reader,
         session.journal,
         session.statistics,
         device=session.device,
-        on_step=session.on_step,
+        on_step=on_step,
     )
 
 
@@ -202,15 +198,7 @@ def _compress(session: Session, plan: Plan, folder: str, base: str | None = None
 def _compress_own_layers(session: Session, plan: Plan, folder: str) -> None:
     """Compress the layers of this process: without compensation, they do not depend on others."""
     if tasks := _own_layers(plan.tasks, session.processes):
-        compress_layers(
-            replace(plan, tasks=tasks),
-            session.models.reader,
-            session.journal,
-            session.statistics,
-            device=session.device,
-            on_step=session.on_step,
-            folder=folder,
-        )
+        _layers_of(session, replace(plan, tasks=tasks), folder=folder)
 
 
 def _compress_layers(
@@ -227,6 +215,18 @@ def _compress_layers(
             segments.finish(layer)
         session.journal.forget(*statistics.statistics_files(layer))
 
+    return _layers_of(
+        session,
+        plan,
+        prefix=SequentialCalibration(session.divided_calibration()) if compensates else None,
+        finished=finished,
+        folder=folder,
+        base=base,
+        processes=session.processes,
+    )
+
+
+def _layers_of(session: Session, plan: Plan, **options: Any) -> Plan:
     return compress_layers(
         plan,
         session.models.reader,
@@ -234,9 +234,5 @@ def _compress_layers(
         session.statistics,
         device=session.device,
         on_step=session.on_step,
-        prefix=SequentialCalibration(session.divided_calibration()) if compensates else None,
-        finished=finished,
-        folder=folder,
-        base=base,
-        processes=session.processes,
+        **options,
     )

@@ -48,7 +48,7 @@ CASES += [("bert", "classifier", name) for name in ("mixed", "fwsvd")]
 
 
 def write_recipe(folder: Path, model: Path, stage: dict[str, Any], **changes: Any) -> Path:
-    """Write a recipe beside its output; `changes` replace top-level keys."""
+    """Write a recipe into the folder of its output; `changes` replace top-level keys."""
     task = {"data": str(write_examples(folder / "examples.jsonl")), "text": "sentence"}
     if "classifier" in model.name:
         task["label"] = "label"

@@ -34,7 +34,11 @@ from lrc.configs.load import load_recipe
 # Newer Pythons warn of any fork with threads; those of torch are idle.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
-KILLS = {"recommended": 12, "allocated": 6}
+KILLS = [
+    ("recommended", 12),
+    pytest.param("recommended", 20, marks=pytest.mark.robustness),
+    ("allocated", 6),
+]
 LAYERS = 3
 DIFFERENT_EACH_TIME = {"lrc/report.json", "README.md"}  # they contain times and peaks
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -207,19 +211,20 @@ def stage_of(run: Path) -> str:
 
 
 @pytest.mark.quiet
-@pytest.mark.parametrize("case", KILLS)
-def test_kills_at_random_moments_give_equal_checkpoints(case, request):
+@pytest.mark.parametrize(("case", "least"), KILLS)
+def test_kills_at_random_moments_give_equal_checkpoints(case, least, request):
     undisturbed: Undisturbed = request.getfixturevalue(case)
     run = undisturbed.recipe.with_name("run")
     random_ = random.Random(0)
     stages, seconds, kills, attempts = set(), undisturbed.seconds, 0, 0
-    while kills < KILLS[case]:
+    # A run of a second may spend little time in some stages: then there are more kills.
+    while kills < least or len(stages) < min(4, least // 2):
         attempts += 1
-        assert attempts < 4 * KILLS[case], "runs finish before they can be killed"
+        assert attempts < 4 * least, f"{kills} kills, in the stages {stages}"
         shutil.rmtree(run, ignore_errors=True)
         child = start(undisturbed.recipe)
         # One moment of each equal part of a run, in turn.
-        time.sleep((kills + random_.random()) / KILLS[case] * seconds)
+        time.sleep((kills % least + random_.random()) / least * seconds)
         os.kill(child, signal.SIGKILL)
         if not was_killed(child):
             seconds *= 0.8  # the machine has become quicker
@@ -229,7 +234,6 @@ def test_kills_at_random_moments_give_equal_checkpoints(case, request):
         seconds = max(seconds, finish(undisturbed.recipe))  # or slower
         assert checkpoint_of(run) == undisturbed.files
         assert work_of(run) == undisturbed.work
-    assert len(stages) >= min(4, KILLS[case] // 3), stages
 
 
 @pytest.mark.parametrize(
