@@ -23,9 +23,9 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="`dense`: a folder for transformers; `gguf`: a file for llama.cpp; "
-            "`remote-code`: a folder with the compressed weights and the code that loads them; "
-            "`drafter`: a folder without the embedding, which is read from --parent.",
+            help="`dense`: a folder for transformers, also of a GGUF file; `gguf`: a file for "
+            "llama.cpp; `remote-code`: a folder with the compressed weights and the code that "
+            "loads them; `drafter`: a folder without the embedding, which is read from --parent.",
             show_default=False,
             metavar="|".join(FORMATS),
         ),
@@ -118,6 +118,12 @@ def export(
             with new_folder(out) as partial:
                 shared = write_drafter(folder, parent, partial, steps)
             facts["notes"] = [f"{' and '.join(shared)}: read from {parent} when loaded"]
+        elif folder.suffix == ".gguf":
+            from lrc.compressors.export.dense_folder import write_gguf_as_dense
+
+            with new_folder(out) as partial:
+                write_gguf_as_dense(folder, partial)
+            facts["notes"] = []
         elif form == "dense":
             from lrc.compressors.export.dense_folder import write_dense
 
@@ -153,7 +159,13 @@ def _export_budget(
 
 def _check_paths(folder: Path, out: Path, form: str = "", tokenizer: Path | None = None) -> None:
     """Reject paths that cannot work, before a library is imported."""
-    if not folder.is_dir():
+    if folder.is_file() and folder.suffix == ".gguf":
+        if form != "dense":
+            raise UsageError(
+                f"{folder}: a GGUF file can only be exported with --format dense; other formats "
+                "need the folder of a checkpoint"
+            )
+    elif not folder.is_dir():
         raise UsageError(
             f"{folder}: no such folder; the checkpoint of a run is its folder OUTPUT/checkpoint"
         )

@@ -22,6 +22,8 @@ from lrc.compressors.calibrate.calibration_windows import (
     vocabulary_warning,
 )
 from lrc.compressors.calibrate.sampled_windows import (
+    SAMPLED_TOGETHER,
+    SAMPLED_TOGETHER_ON_GPU,
     loaded_by_layer,
     sample_windows,
     windows_together,
@@ -147,11 +149,14 @@ class Session:
         sample = partial(sample_windows, bos=bos, generator=generator, on_step=self.on_step)
         models, free = self.models, free_memory(self.device)
         n_bytes = self.prepared.plan.dense_parameters * models.dtype.itemsize
-        if n_bytes <= FRACTION * free:
-            return sample(models.load_dense(models.dtype), shape)
         samples, length = shape
+        together = windows_together(self.prepared.dense, length, dtype=models.dtype, free=free)
+        if n_bytes <= FRACTION * free:
+            # A GPU takes nearly the same time for a step with many windows as with few.
+            most = SAMPLED_TOGETHER if self.device == "cpu" else SAMPLED_TOGETHER_ON_GPU
+            dense = models.load_dense(models.dtype)
+            return sample(dense, shape, together=min(most, together))
         files = models.dense_files()
-        together = windows_together(files.architecture, length, dtype=models.dtype, free=free)
         times = math.ceil(samples / together) * (length - 1)
         self.machine.on_warning(
             f"source: self: the model does not fit into memory ({n_bytes / GIB:.1f} GiB of weights,"

@@ -13,7 +13,8 @@ from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import SkeletonFiller
 
 SAMPLED_TOGETHER = 16
-"""Windows in a batch, if the whole model is in memory."""
+SAMPLED_TOGETHER_ON_GPU = 128
+"""Largest number of windows in a batch, if the whole model is in memory."""
 CACHE_FRACTION = 0.5  # of the free memory; a layer, the embeddings and the logits need the rest
 
 

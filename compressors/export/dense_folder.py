@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lrc.compressors.checkpoint.companions import copy_companions
 from lrc.compressors.checkpoint.format import quantization_config
+from lrc.compressors.checkpoint.gguf_conversion import convert_gguf
 from lrc.compressors.checkpoint.model_tables import added_biases
 from lrc.compressors.checkpoint.writer import write_config, write_weights
 from lrc.compressors.export.stored_weights import StoredWeights
@@ -19,6 +20,8 @@ from lrc.compressors.layers.model_shapes import tables_of
 from lrc.compressors.layers.residual_basis import BIASES
 from lrc.compressors.models.architecture import build
 from lrc.compressors.models.expert_tensors import with_fused
+from lrc.compressors.models.source import load_tokenizer, locate
+from lrc.configs.recipe import Model
 
 NEEDS_LRC = (
     "its layers have biases that the architecture lacks, which are listed in config.json: loading "
@@ -63,6 +66,20 @@ def write_dense(weights: StoredWeights, folder: Path, on_step: OnStep) -> list[s
     write_config(folder, full.model, block, weights.source.spec.dtype)
     copy_companions(weights.source, folder)
     return [NEEDS_LRC] if biases else []
+
+
+def write_gguf_as_dense(path: Path, folder: Path) -> None:
+    """Fill an empty folder with the model of a GGUF file, dequantized to bfloat16.
+
+    Raises
+    ------
+    ModelError
+        If the file is damaged, or of a type or architecture that cannot be converted.
+    """
+    source = locate(Model(path=str(path)))
+    tokenizer = load_tokenizer(source)
+    convert_gguf(source, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _padded(tensor: Tensor, shape: list[int]) -> Tensor:

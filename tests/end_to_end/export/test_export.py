@@ -182,6 +182,14 @@ def test_the_tokenizer_is_copied_from_the_gguf_source(
     assert {"tokenizer.ggml.merges", "tokenizer.chat_template"} < copied
     assert {key: after[key] for key in copied} == {key: before[key] for key in copied}
     assert after["general.name"] == before["general.name"] == "tiny"
+    arguments = ("export", given, tmp_path / "dense", "--format")
+    assert lrc(*arguments, "dense").code == 0
+    tensors = load_file(tmp_path / "dense/model.safetensors")
+    expected = load_file(source / "model.safetensors")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key].bfloat16()) for key in tensors)
+    assert (tmp_path / "dense/tokenizer.json").is_file()
+    lrc(*arguments, "remote-code").refuses(2, "only be exported with --format dense", code="usage")
     given.unlink()
     arguments = ("export", output / "checkpoint", tmp_path / "2.gguf", "--format", "gguf")
     lrc(*arguments).refuses(1, "was made from", "--tokenizer", code="cannot-export")
