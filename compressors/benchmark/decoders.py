@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from lrc.compressors.benchmark.grid import SEED, Mode, Point
+from lrc.compressors.io.machine import release_memory
 from lrc.compressors.models.configuration import first_line
 from lrc.compressors.solvers.cuda_graphs import record
 
@@ -159,16 +160,37 @@ class GraphDecoder(StaticDecoder):
         self.prefill()
         for _ in range(WARM_UP):
             super().step()
-        try:
-            self._repeat = record(super().step, prompt.device)
-        except Exception as error:
-            # Ending a recording that has failed raises an error that does not give the reason.
-            reason = error.__context__ or error
-            raise RuntimeError(f"a step cannot be recorded ({first_line(reason)})") from error
+        self._repeat = recorded(super().step, prompt.device, "a step")
 
     def step(self) -> None:
         """Repeat the recorded step."""
         self._repeat()
+
+
+def recorded(step: Callable[[], object], device: torch.device, name: str) -> Callable[[], object]:
+    """Return a function that repeats a step as one CUDA graph.
+
+    Parameters
+    ----------
+    step : callable
+        Has run before, so that kernels are chosen and compiled.
+    device : torch.device
+    name : str
+        What `step` is, for messages.
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot be recorded.
+    """
+    # A decoder and its recording refer to each other, so that recordings of earlier decoders, and
+    # their memory, are left until garbage is collected. The next recording may get the stream of
+    # such a one, with which it would share the workspace of cuBLAS.
+    release_memory()
+    try:
+        return record(step, device)
+    except Exception as error:  # models and libraries raise nearly anything
+        raise RuntimeError(f"{name} cannot be recorded ({first_line(error)})") from error
 
 
 DECODERS: dict[Mode, Callable[[Any, Tensor, int], Decoder]] = {

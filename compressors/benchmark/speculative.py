@@ -19,9 +19,7 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
-from lrc.compressors.benchmark.decoders import WARM_UP
-from lrc.compressors.models.configuration import first_line
-from lrc.compressors.solvers.cuda_graphs import record
+from lrc.compressors.benchmark.decoders import WARM_UP, recorded
 
 
 class RewindableModel:
@@ -144,12 +142,7 @@ class SpeculativeDecoder:
             self.prefill()
             for _ in range(WARM_UP):
                 self._round()
-            try:
-                self._repeat = record(self._round, prompt.device)  # type: ignore[assignment]
-            except Exception as error:
-                # Ending a recording that has failed raises an error without the reason.
-                reason = error.__context__ or error
-                raise RuntimeError(f"a round cannot be recorded ({first_line(reason)})") from error
+            self._repeat = recorded(self._round, prompt.device, "a round")  # type: ignore[assignment]
 
     def prefill(self) -> None:
         """Read the prompt with both models, and choose the first token."""

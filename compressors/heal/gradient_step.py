@@ -82,7 +82,7 @@ class GradientStep:
             if runs == 0:
                 raise
             self._recordable = False
-            log.info("training steps are not recorded: %s", first_line(error.__context__ or error))
+            log.info("training steps are not recorded: %s", first_line(error))
             torch.cuda.empty_cache()
         for parameter, gradient, value in zip(self._parameters, gradients, before, strict=True):
             assert gradient is not None

@@ -1,10 +1,15 @@
 """Recording of short sequences of CUDA kernels, which take longer to launch than to run."""
 
-from collections.abc import Callable
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+log = logging.getLogger(__name__)
 
 
 def record(
@@ -18,24 +23,69 @@ def record(
     and with it the tensors that `step` refers to, whose addresses are part of the recording.
     Recordings with the same `pool`, see `torch.cuda.graph_pool_handle`, share the memory of their
     intermediate results.
+
+    A recording that fails with a RuntimeError is repeated once, with all unused memory returned to
+    the device. The second error is raised if that fails too, and is the one of the operation
+    within `step`, if there is one.
     """
     if device.type != "cuda":
         step()
         return step
-    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream(device)
     current = torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):  # also makes `device` the current one
         step()  # libraries allocate their workspaces on first use, which cannot be recorded
         stream.synchronize()
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            step()
-        finally:
-            graph.capture_end()
+        graph = _captured(step, pool)
     current.wait_stream(stream)
 
     return _Recording(step, graph, device)
+
+
+def _captured(step: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    """Record a function on the current stream, again if it fails the first time."""
+    try:
+        return _capture(step, pool)
+    except RuntimeError as error:
+        log.info("a recording has failed and is repeated: %s", error)
+    # After the handler, so that the error no longer refers to tensors of the step. If memory is
+    # short, the allocator frees some in order to get more, which ends a recording.
+    gc.collect()
+    with suppress(RuntimeError):  # torch before 2.12 still counts the recording that failed
+        torch.cuda.empty_cache()
+    return _capture(step, pool)
+
+
+def _capture(step: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
+    """Record a function on the current stream."""
+    graph = torch.cuda.CUDAGraph()
+    with _no_garbage_collection():
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            step()
+        except BaseException:
+            with suppress(RuntimeError):  # which would hide the reason
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    return graph
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep the garbage collector from freeing earlier recordings in the meantime.
+
+    That is not permitted while a stream is recorded: torch only prints a warning, and the next
+    operation fails, such as a product with CUBLAS_STATUS_EXECUTION_FAILED.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ serves as calibration text if none is given. Results are also written to FOLDER/
 import argparse
 import json
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,18 @@ def measure(args: argparse.Namespace) -> None:
         if not drafter.folder.is_dir() or time.monotonic() - start > args.seconds:
             print(f"{drafter.family} {drafter.keep:g}: not measured")
             continue
-        drafter.facts = one(parent, drafter, prompts, dtype, args)
+        try:
+            drafter.facts = one(parent, drafter, prompts, dtype, args)
+        except RuntimeError as error:  # the others may still be measured
+            traceback.print_exc()
+            print(f"{drafter.family} {drafter.keep:g}: {error}", flush=True)
+            continue
+        finally:
+            release_memory()
         done.append(drafter)
-        release_memory()
+        facts = [{"family": d.family, "keep": d.keep, **d.facts} for d in done]
+        (Path(args.folder) / "drafting.json").write_text(json.dumps(facts, indent=1) + "\n")
     report(done)
-    facts = [{"family": d.family, "keep": d.keep, **d.facts} for d in done]
-    (Path(args.folder) / "drafting.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def one(
