@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lrc.cli import console
-from lrc.cli.options import Json, Quiet
+from lrc.cli.options import Device, Json, Quiet
 from lrc.configs.errors import UsageError
 
 METHODS = "ternary|low-rank|int|sparse"
@@ -35,7 +35,9 @@ def make(
         list[str] | None,
         typer.Argument(
             help="Options of the method. `ternary`: density, scale (least-squares, std), alpha. "
-            "`low-rank`: rank, keep or size (2MiB), dtype. `int`: bits, group_size. `sparse`: "
+            "`low-rank`: rank, keep or size (2MiB), dtype, calibration.source (a text such as c4, "
+            "or a file), calibration.samples, calibration.length, gradients. `int`: bits, group_size. "
+            "`sparse`: "
             "density, values (exact, bfloat16). All but `low-rank`, for adapters: balance "
             "(measured, stored, even, rotated).",
             metavar="[KEY=VALUE]...",
@@ -50,6 +52,7 @@ def make(
             metavar=METHODS,
         ),
     ] = "ternary",
+    device: Device = "auto",
     every: Annotated[
         bool, typer.Option("--all", help="One row per tensor, even where layers are alike.")
     ] = False,
@@ -65,11 +68,13 @@ def make(
     from lrc.cli.evaluate import options_in_errors
     from lrc.compressors.deltas.make_delta import make_delta
     from lrc.compressors.io.files import folder_bytes, new_folder
+    from lrc.compressors.io.machine import Machine
 
     console.quiet_transformers()
     steps = console.Steps(quiet=quiet)
+    machine = Machine(device, on_step=steps)
     with steps.running(), options_in_errors(), new_folder(out) as partial:
-        facts = make_delta(base, tuned, partial, chosen, steps)
+        facts = make_delta(base, tuned, partial, chosen, machine)
     facts = {"path": str(out), **facts, "file_bytes": folder_bytes(out)}
     if as_json:
         console.print_json(facts)

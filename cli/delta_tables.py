@@ -36,4 +36,5 @@ def print_delta(facts: dict[str, Any], *, every: bool = False) -> None:
         f"{sizes['bits_per_number']:.3f} bits each, {sizes['ratio']:.1f} times smaller than in 16 "
         f"bits; all files {as_size(facts['file_bytes'])}; relative error "
         f"{sizes['relative_error']:.1%}"
+        + (f", {sizes['weighted_error']:.1%} as calibrated" if "weighted_error" in sizes else "")
     )

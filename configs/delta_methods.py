@@ -10,6 +10,7 @@ from lrc.configs.errors import UsageError
 from lrc.configs.explain import explain
 from lrc.configs.overrides import apply_override, read_overrides
 from lrc.configs.places import Places
+from lrc.configs.recipe import Calibration
 from lrc.configs.shape import Shape
 from lrc.configs.strict import Strict
 
@@ -63,6 +64,11 @@ class LowRank(Strict):
     that the squared error of all matrices together is smallest."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the factors."""
+    calibration: Calibration | None = None
+    """Text on which the tuned model is calibrated: errors are weighted by the second moments of
+    inputs and output gradients. All errors count the same if left out."""
+    gradients: bool = True
+    """Of `calibration`: whether to weight by the gradients too, which needs a backward pass."""
 
     default_keep: ClassVar[float] = 0.1
 
@@ -73,6 +79,15 @@ class LowRank(Strict):
             raise ValueError(
                 f"give at most one of 'rank', 'keep' and 'size', got {' and '.join(given)}; "
                 "keep one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_of_the_calibration(self) -> "LowRank":
+        if self.calibration is None and "gradients" in self.model_fields_set:
+            raise ValueError(
+                f"'gradients' is an option of 'calibration', got {self.gradients} and no "
+                "'calibration'; name a text, or leave 'gradients' out"
             )
         return self
 

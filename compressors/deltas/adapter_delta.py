@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lrc.compressors.deltas.calibrated_moments import MomentsOf, no_moments
 from lrc.compressors.deltas.delta_codecs import ENCODERS, Encoded, decode, encode_exact
 from lrc.compressors.deltas.encoded_tensors import EncodedTensors
 from lrc.compressors.deltas.lora_folder import Lora, keys, truncated_product
@@ -14,8 +15,17 @@ from lrc.configs.delta_methods import DeltaMethod, LowRank, Ternary
 Factors = tuple[Tensor, Tensor]
 
 
-def encode_adapter(lora: Lora, options: DeltaMethod) -> tuple[Lora, EncodedTensors]:
+def encode_adapter(
+    lora: Lora, options: DeltaMethod, moments: MomentsOf = no_moments
+) -> tuple[Lora, EncodedTensors]:
     """Encode the factors of every layer.
+
+    Parameters
+    ----------
+    lora : Lora
+    options : DeltaMethod
+    moments : callable
+        Metrics of the products, for `low-rank`.
 
     Returns
     -------
@@ -34,7 +44,7 @@ def encode_adapter(lora: Lora, options: DeltaMethod) -> tuple[Lora, EncodedTenso
     Scales of `ternary` with the least squared error are those of the products.
     """
     if isinstance(options, LowRank):
-        result = truncated(lora, adapter_ranks(lora, options))
+        result = truncated(lora, adapter_ranks(lora, options, moments), moments)
         candidates = ["stored"]
     else:
         result, measured = lora, options.balance == "measured"
@@ -43,13 +53,14 @@ def encode_adapter(lora: Lora, options: DeltaMethod) -> tuple[Lora, EncodedTenso
     for module in lora.modules:
         product, own = _product(lora.factors(module)), result.factors(module)
         tried = [_encode(factors, options) for factors in _balanced(own, candidates)]
-        errors = [float((_decoded(each, own) - product).norm()) for each in tried]
-        best = tried[errors.index(min(errors))]
+        distances = [float((_decoded(each, own) - product).norm()) for each in tried]
+        best = tried[distances.index(min(distances))]
         scaling = lora.scaling(module)
         exact, stored = scaling * product, scaling * _decoded(best, own)
-        error = found.measure(torch.zeros_like(exact), exact, stored)
+        metric = moments(f"{module}.weight")
+        errors = found.measure(torch.zeros_like(exact), exact, stored, metric)
         for name, factor, each in zip(reversed(keys(module)), own, best, strict=True):
-            found.add(name, factor, each, error)
+            found.add(name, factor, each, errors)
     return result, found
 
 

@@ -23,8 +23,10 @@ from lrc.compressors.deltas.chosen_places import (
 )
 from lrc.compressors.layers.packing import read_values, repack_integers
 from lrc.compressors.layers.quantization_args import QuantizationArgs
+from lrc.compressors.solvers.factor_balancing import equalize_norms
 from lrc.compressors.solvers.linalg import check_size
 from lrc.compressors.solvers.quantize_values import quantize_values
+from lrc.compressors.solvers.spectrum import Spectrum, spectrum
 from lrc.configs.delta_methods import Integers, Sparse, Ternary
 
 SCALE_DTYPE = torch.bfloat16
@@ -153,11 +155,16 @@ def decode_integers(encoded: Encoded, base: Tensor, dtype: torch.dtype) -> Tenso
     return add(base, read_values(codes, scale, base.numel(), scheme), dtype)
 
 
-def encode_low_rank(base: Tensor, tuned: Tensor, rank: int, dtype: torch.dtype) -> Encoded:
+def encode_low_rank(
+    base: Tensor,
+    tuned: Tensor,
+    rank: int,
+    dtype: torch.dtype,
+    decompose: Callable[[Tensor], Spectrum] = spectrum,
+) -> Encoded:
     """Store the product of two factors that is closest to the difference of two matrices.
 
-    Computed from the eigenvectors of the smaller Gram matrix in float64. The left factor, or the
-    right one if the matrix is wide, contains the singular values.
+    The metric is that of `decompose`, by default the identity. Computed in float64.
 
     Raises
     ------
@@ -166,10 +173,8 @@ def encode_low_rank(base: Tensor, tuned: Tensor, rank: int, dtype: torch.dtype) 
     """
     change = difference(base, tuned).double()  # [d_out, d_in]
     check_size("rank", rank, min(change.shape), change.shape)
-    wide = change.shape[0] < change.shape[1]
-    M = change.T if wide else change  # tall
-    V = torch.linalg.eigh(M.T @ M).eigenvectors.flip(1)[:, :rank]
-    B, A = (V, (M @ V).T) if wide else (M @ V, V.T)  # [d_out, rank], [rank, d_in]
+    found = decompose(change)
+    B, A = equalize_norms(found.B[:, :rank], found.A[:rank])  # [d_out, rank], [rank, d_in]
     parts = {"a": A.to(dtype).flatten(), "b": B.to(dtype).flatten()}
     return Encoded("low_rank", {"rank": rank}, parts)
 

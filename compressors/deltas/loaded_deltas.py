@@ -187,8 +187,4 @@ def _adapted(delta: Delta) -> dict[str, Tensor]:
     """Return what an adapter adds to every matrix."""
     config = parse_config(delta.folder / FILES / CONFIG)
     lora = Lora(delta.folder, config, delta.read_adapter())
-    found = {}
-    for module in lora.modules:
-        B, A = lora.factors(module)
-        found[f"{module}.weight"] = lora.scaling(module) * (B.float() @ A.float())
-    return found
+    return {f"{module}.weight": lora.change(module) for module in lora.modules}

@@ -50,6 +50,11 @@ class Lora:
         first, second = keys(module)
         return self.tensors[second], self.tensors[first]
 
+    def change(self, module: str) -> Tensor:
+        """Return what is added to the weight of a layer [d_out, d_in], in float32."""
+        B, A = self.factors(module)
+        return self.scaling(module) * (B.float() @ A.float())
+
     def scaling(self, module: str) -> float:
         """Return the factor of the product ``B @ A`` of a layer."""
         patterns: dict[str, float] = self.config.get("alpha_pattern") or {}

@@ -2,13 +2,15 @@
 
 import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lrc.compressors.deltas.calibrated_moments import Moments, MomentsOf, no_moments
 from lrc.compressors.deltas.delta_codecs import difference
 from lrc.compressors.deltas.lora_folder import Lora, truncated_product
+from lrc.compressors.solvers.factor_balancing import equalize_norms
 from lrc.configs.delta_methods import LowRank
 from lrc.configs.errors import UsageError
 from lrc.configs.size import parse_size
@@ -27,7 +29,11 @@ class _Matrix:
     """Squared singular values, in descending order; only if a size is given."""
 
 
-def matrix_ranks(pairs: Iterable[tuple[str, Tensor, Tensor]], options: LowRank) -> dict[str, int]:
+def matrix_ranks(
+    pairs: Iterable[tuple[str, Tensor, Tensor]],
+    options: LowRank,
+    moments: MomentsOf = no_moments,
+) -> dict[str, int]:
     """Return the ranks of the differences of matrices [d_out, d_in], by name.
 
     Parameters
@@ -35,24 +41,37 @@ def matrix_ranks(pairs: Iterable[tuple[str, Tensor, Tensor]], options: LowRank) 
     pairs : iterable
         Name, tensor of the base and tuned tensor of everything that is stored. All except
         floating-point matrices are stored as they are.
+    moments : callable
+        Metrics of the differences. A matrix without one, such as an embedding, is weighted by the
+        mean energy of all others over their squared norms.
 
     Raises
     ------
     UsageError
         If a rank is out of range, or the size too small.
     """
-    matrices, rest = {}, 0
+    matrices, rest = dict[str, _Matrix](), 0
+    plain, weighted, without = 0.0, 0.0, set[str]()
     for name, base, tuned in pairs:
         if not is_matrix(tuned):
             rest += tuned.numel() * tuned.element_size()
             continue
         energies = None
         if options.size is not None:
-            change = difference(base, tuned).double()
-            M = change.T if change.shape[0] < change.shape[1] else change
-            energies = torch.linalg.eigvalsh(M.T @ M).flip(0).clamp_min(0).tolist()
+            change, metric = difference(base, tuned).double(), moments(name)
+            energies = metric.energies(change).tolist()
+            if metric.known:
+                plain += float(change.square().sum())
+                weighted += sum(energies)
+            else:
+                without.add(name)
         shape = list(tuned.shape)
         matrices[name] = _Matrix(shape, min(shape), tuned.numel(), energies)
+    if plain:
+        for name in without:
+            same = matrices[name]
+            scaled = [weighted / plain * energy for energy in same.energies or []]
+            matrices[name] = replace(same, energies=scaled)
     return _ranks(matrices, options, rest)
 
 
@@ -61,7 +80,7 @@ def is_matrix(tensor: Tensor) -> bool:
     return tensor.ndim == 2 and tensor.is_floating_point()
 
 
-def adapter_ranks(lora: Lora, options: LowRank) -> dict[str, int]:
+def adapter_ranks(lora: Lora, options: LowRank, moments: MomentsOf = no_moments) -> dict[str, int]:
     """Return the ranks of the products of an adapter by the names of the layers.
 
     Raises
@@ -74,21 +93,32 @@ def adapter_ranks(lora: Lora, options: LowRank) -> dict[str, int]:
         B, A = lora.factors(module)
         energies = None
         if options.size is not None:
-            scaled = lora.scaling(module) * truncated_product(B, A, 1)[2]
+            scaled = lora.scaling(module) * _truncated(B, A, 1, moments(f"{module}.weight"))[2]
             energies = scaled.square().tolist()
         shape = [len(B), A.shape[1]]
         matrices[module] = _Matrix(shape, min(*shape, len(A)), B.numel() + A.numel(), energies)
     return _ranks(matrices, options, 0)
 
 
-def truncated(lora: Lora, ranks: Mapping[str, int]) -> Lora:
+def truncated(lora: Lora, ranks: Mapping[str, int], moments: MomentsOf = no_moments) -> Lora:
     """Return an adapter with the closest products of these ranks, in the dtype of its tensors."""
     factors = {}
     for module, rank in ranks.items():
         B, A = lora.factors(module)
-        B_hat, A_hat, _ = truncated_product(B, A, rank)
+        B_hat, A_hat, _ = _truncated(B, A, rank, moments(f"{module}.weight"))
         factors[module] = (B_hat.to(B.dtype), A_hat.to(A.dtype))
     return lora.with_factors(factors)
+
+
+def _truncated(B: Tensor, A: Tensor, rank: int, metric: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the factors of `truncated_product` in a metric, and all singular values."""
+    if not metric.known:
+        return truncated_product(B, A, rank)
+    K, L = metric.roots(len(B), A.shape[1])
+    left, right, values = truncated_product(K.T @ B.double(), A.double() @ L, rank)
+    B_hat = torch.linalg.solve_triangular(K.T, left, upper=True)
+    A_hat = torch.linalg.solve_triangular(L, right, upper=False, left=False)
+    return *equalize_norms(B_hat, A_hat), values
 
 
 def _ranks(matrices: Mapping[str, _Matrix], options: LowRank, rest: int) -> dict[str, int]:

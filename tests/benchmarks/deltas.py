@@ -258,9 +258,7 @@ def make(job: tuple[str, Path, Path, float, str, list[str]]) -> dict[str, Any]:
     base, tuned, folder, ratio, method, options = job
     remove(folder)
     with new_folder(folder) as partial:
-        found = make_delta(
-            base, tuned, partial, parse_delta_method(method, options), lambda *step: None
-        )
+        found = make_delta(base, tuned, partial, parse_delta_method(method, options))
     n_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     shown = " ".join(options)
     return {"target": ratio, "method": method, "options": shown, "bytes": n_bytes} | found["sizes"]

@@ -171,6 +171,28 @@ def test_ranks_fit_a_size_and_are_chosen_by_error(
         assert chosen["relative_error"] < uniform["relative_error"]
 
 
+@pytest.mark.parametrize("tuned", ["tuned", "adapter"])
+def test_calibrated_ranks_lose_less_of_what_the_text_uses(
+    tuned: str, make: Callable[..., dict[str, Any]], models: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some words that the model has to read, and then some more of them. " * 40)
+    calibration = [f"calibration.source={text}", "calibration.samples=4", "calibration.length=32"]
+    plain = make(tuned, tmp_path / "plain", "low-rank", "rank=2")
+    size = f"size={plain['sizes']['bits'] // 8}B"
+    uniform, chosen = (
+        make(tuned, tmp_path / rank, "low-rank", rank, *calibration) for rank in ("rank=2", size)
+    )
+    assert uniform["sizes"]["bits"] == plain["sizes"]["bits"] >= chosen["sizes"]["bits"]
+    assert uniform["sizes"]["relative_error"] > plain["sizes"]["relative_error"]
+    assert chosen["sizes"]["weighted_error"] < uniform["sizes"]["weighted_error"] < 1
+    weighted = [each["name"] for each in uniform["tensors"] if "weighted_error" in each]
+    assert any("down_proj" in name for name in weighted)
+    assert not any("norm" in name or "lm_head" in name for name in weighted)
+    assert not list(tmp_path.rglob("calibration-*"))
+    assert uniform["method"]["calibration"]["length"] == 32
+
+
 def test_what_is_not_smaller_as_factors_is_stored_as_it_is(
     make: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -390,6 +412,13 @@ def test_other_bad_input_is_refused(
     ):
         arguments = ("make", base, tuned, out, *options, "--method", "low-rank", "-q")
         refused(*arguments, exit_code=2, code="usage", words=words)
+    for option, code, words in (
+        ("gradients=false", "conflicting-keys", "is an option of 'calibration'"),
+        ("calibration.source=no.jsonl", "", "no.jsonl"),
+        ("calibration.length=100000", "", "calibration.length"),
+    ):
+        arguments = ("make", base, tuned, out, option, "--method", "low-rank", "-q")
+        refused(*arguments, exit_code=2, code=code, words=words)
     arguments = ("make", base, models / "adapter", out, "rank=5", "--method", "low-rank")
     refused(*arguments, exit_code=2, code="usage", words="must be in [1, 4]")
     refused("make", base, tmp_path / "no", out, exit_code=2, code="", words="no such folder")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrc.compressors.deltas.calibrated_moments import DAMPING, Moments
 from lrc.compressors.deltas.chosen_places import BITMAP, decode_places, encode_places, largest
 from lrc.compressors.deltas.delta_codecs import (
     Encoded,
@@ -19,6 +20,8 @@ from lrc.compressors.deltas.delta_codecs import (
     encode_ternary,
 )
 from lrc.compressors.deltas.golomb import code_length
+from lrc.compressors.solvers.moments import Moment
+from lrc.compressors.solvers.spectrum import spectrum
 from lrc.configs.delta_methods import Integers, Sparse, Ternary
 
 
@@ -146,6 +149,75 @@ def test_the_error_of_a_rank_is_the_tail_of_the_spectrum(shape: tuple[int, int])
         encoded = encode_low_rank(base, tuned, rank, torch.float64)
         error = (decode(encoded, base, torch.float64) - tuned).square().sum()
         torch.testing.assert_close(error, S[rank:].square().sum(), rtol=1e-9, atol=1e-20)
+
+
+def moments(d_out: int, d_in: int) -> Moments:
+    """Return moments of inputs and gradients whose channels differ in size."""
+    g = torch.Generator().manual_seed(1)
+    sides = []
+    for d in (d_in, d_out):
+        scale = torch.logspace(-2, 1, d, dtype=torch.float64)
+        x = torch.randn(200, d, generator=g, dtype=torch.float64) * scale
+        sides.append(Moment.of(x.T @ x))
+    return Moments(*sides)
+
+
+def damped_root(moment: Moment | None, damp: float) -> Tensor:
+    """Return the symmetric root of a damped moment."""
+    assert moment is not None
+    M = moment.whole()
+    energies, V = torch.linalg.eigh(M + damp * M.diagonal().mean() * torch.eye(len(M)))
+    return (V * energies.sqrt()) @ V.T
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_the_calibrated_error_of_a_rank_is_the_tail_of_the_weighted_spectrum(
+    shape: tuple[int, int],
+) -> None:
+    base, tuned = (tensor.double() for tensor in tensors(*shape))
+    metric = moments(*shape)
+    G = damped_root(metric.gradients, DAMPING["gradient_damp"])
+    H = damped_root(metric.inputs, DAMPING["damp"])
+    S = torch.linalg.svdvals(G @ (tuned - base) @ H)
+    for rank in (1, 4, min(shape)):
+        encoded = encode_low_rank(base, tuned, rank, torch.float64, metric.spectrum)
+        wrong = decode(encoded, base, torch.float64) - tuned
+        tail = float(S[rank:].square().sum())
+        assert metric.energy(wrong) == pytest.approx(tail, rel=1e-7, abs=1e-12 * float(S[0] ** 2))
+        assert float((G @ wrong @ H).square().sum()) == pytest.approx(
+            tail, rel=1e-7, abs=1e-12 * float(S[0] ** 2)
+        )
+        if rank < min(shape):
+            plain = encode_low_rank(base, tuned, rank, torch.float64)
+            assert metric.energy(decode(plain, base, torch.float64) - tuned) > 1.1 * tail
+        else:
+            torch.testing.assert_close(wrong, torch.zeros_like(wrong), rtol=0, atol=1e-12)
+
+
+def test_moments_of_the_identity_give_the_plain_factors() -> None:
+    base, tuned = (tensor.double() for tensor in tensors(12, 20))
+    same = Moments(*(Moment.of(torch.eye(d, dtype=torch.float64)) for d in (20, 12)))
+    found, plain = (
+        decode(encode_low_rank(base, tuned, 3, torch.float64, metric.spectrum), base, base.dtype)
+        for metric in (same, Moments())
+    )
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+
+
+def test_what_the_inputs_use_is_kept_rather_than_what_is_large() -> None:
+    used, unused = torch.zeros(2, 20, dtype=torch.float64)
+    used[:10], unused[10:] = 0.1, 1.0
+    base = torch.zeros(12, 20, dtype=torch.float64)
+    tuned = torch.ones(12, 1, dtype=torch.float64) * used + torch.eye(12, 1) * unused
+    x = torch.randn(50, 20, generator=torch.Generator().manual_seed(0)).double()
+    x[:, 10:] *= 1e-3
+    metric = Moments(Moment.of(x.T @ x))
+    plain, found = (
+        decode(encode_low_rank(base, tuned, 1, torch.float64, each), base, torch.float64)
+        for each in (spectrum, metric.spectrum)
+    )
+    assert float((x @ (found - tuned).T).norm() / (x @ tuned.T).norm()) < 0.01
+    assert float((x @ (plain - tuned).T).norm() / (x @ tuned.T).norm()) > 0.9
 
 
 @pytest.mark.parametrize("rank", [0, 13])

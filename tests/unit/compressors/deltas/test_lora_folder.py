@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from lrc.compressors.deltas.adapter_delta import encode_adapter
+from lrc.compressors.deltas.calibrated_moments import Moments
 from lrc.compressors.deltas.lora_folder import Lora, keys, truncated_product
 from lrc.compressors.deltas.ranks import truncated
+from lrc.compressors.solvers.moments import Moment
 from lrc.configs.delta_methods import DeltaMethod, LowRank, Sparse, Ternary
 
 
@@ -65,6 +67,24 @@ def test_the_error_of_a_rank_is_the_tail_of_the_spectra(rank: int) -> None:
     expected = float((tail[rank:].sum() / tail.sum()).sqrt())
     found = error_of(LowRank(method="low-rank", rank=rank, dtype="float32"))
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_calibrated_factors_are_those_of_the_whole_product() -> None:
+    g = torch.Generator().manual_seed(2)
+    sides = []
+    for d in (32, 24):
+        x = torch.randn(100, d, generator=g, dtype=torch.float64) * torch.logspace(-2, 1, d)
+        sides.append(Moment.of(x.T @ x))
+    metric, whole = Moments(*sides), lora()
+    result = truncated(whole, {module: 2 for module in whole.modules}, lambda name: metric)
+    for module in whole.modules:
+        B, A = (factor.double() for factor in whole.factors(module))
+        best = metric.spectrum(B @ A).truncate(2)
+        found = torch.linalg.multi_dot([each.double() for each in result.factors(module)])
+        torch.testing.assert_close(found, best.B @ best.A, rtol=0, atol=1e-5)
+        plain = truncated_product(B, A, 2)
+        errors = [metric.energy(each - B @ A) for each in (found, plain[0] @ plain[1])]
+        assert errors[0] < 0.9 * errors[1]
 
 
 def error_of(options: DeltaMethod) -> float:
