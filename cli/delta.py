@@ -36,10 +36,9 @@ def make(
         typer.Argument(
             help="Options of the method. `ternary`: density, scale (least-squares, std), alpha. "
             "`low-rank`: rank, keep or size (2MiB), dtype, calibration.source (a text such as c4, "
-            "or a file), calibration.samples, calibration.length, gradients. `int`: bits, group_size. "
-            "`sparse`: "
-            "density, values (exact, bfloat16). All but `low-rank`, for adapters: balance "
-            "(measured, stored, even, rotated).",
+            "or a file), calibration.samples, calibration.length, gradients. `int`: bits, "
+            "group_size. `sparse`: density, values (exact, bfloat16). All but `low-rank`, for "
+            "adapters: balance (measured, stored, even, rotated).",
             metavar="[KEY=VALUE]...",
         ),
     ] = None,

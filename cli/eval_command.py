@@ -17,8 +17,14 @@ from lrc.cli.gate_results import (
 from lrc.cli.options import Device, Json, Models, Quiet, TrustRemoteCode, positive
 from lrc.configs.errors import GateMissed, LrcError, Stopped, UsageError
 
+OF_TASKS = ("include_path", "limit", "seed")
+OF_TEXTS = ("window", "windows", "kl_tokens")
+OF_DRAFT = ("draft_tokens", "prompts", "prompt", "tokens", "repeats")
+"""In the order of `DraftSettings`."""
+
 
 def evaluate(
+    context: typer.Context,
     checkpoints: Models,
     perplexity: Annotated[
         list[str] | None,
@@ -86,41 +92,29 @@ def evaluate(
 ) -> None:
     """Measure perplexity, KL divergence from the first, and lm-eval tasks of several models."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    options = {
-        "--draft-tokens": draft_tokens,
-        "--prompts": prompts,
-        "--prompt": prompt,
-        "--tokens": tokens,
-        "--repeats": repeats,
-    }
     if draft is not None:
-        others = {
-            "--tasks": tasks,
-            "--include-path": include_path,
-            "--limit": limit,
-            "--windows": windows,
-            "--gate": gate,
-            "--junit": junit,
-        }
-        given = [name for name, value in others.items() if value]
+        others = ("tasks", *OF_TASKS, *OF_TEXTS, "streaming", "gate", "junit")
+        _refuse(context, others, "cannot be combined with --draft; leave it out")
         _evaluate_drafter(
             checkpoints,
             draft,
             perplexity or [],
-            [*options.values()],
-            given,
+            [context.params[name] for name in OF_DRAFT],
             trusted=trust_remote_code,
             device=device,
             as_json=as_json,
             quiet=quiet,
         )
         return
-    if idle := [name for name, value in options.items() if value is not None]:
-        raise UsageError(f"{idle[0]}: is an option of --draft; leave it out, or give --draft")
+    _refuse(context, OF_DRAFT, "is an option of --draft; leave it out, or give --draft")
     if not names and not perplexity:
         raise UsageError(
             "lrc eval: nothing to measure; give --perplexity python-docs or --tasks arc_easy,piqa"
         )
+    if not names:
+        _refuse(context, OF_TASKS, "is an option of --tasks; leave it out, or give --tasks")
+    if not perplexity:
+        _refuse(context, OF_TEXTS, "is an option of --perplexity; leave it out, or give a text")
     from lrc.cli.evaluate import check_eval_gates, raise_if_missing, run
     from lrc.cli.quality import print_evaluation
     from lrc.compressors.io.machine import Machine
@@ -158,12 +152,20 @@ def evaluate(
         raise GateMissed(sentences, blocks)
 
 
+def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """Refuse options that were given and have no effect, by the names of their parameters."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        # Not the class of click, of which some versions of typer have a copy.
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"{parameter.opts[0]}: {why}")
+
+
 def _evaluate_drafter(
     checkpoints: list[str],
     drafter: str,
     texts: list[str],
     numbers: list[int | None],
-    given: list[str],
     *,
     trusted: bool,
     device: str,
@@ -171,8 +173,6 @@ def _evaluate_drafter(
     quiet: bool,
 ) -> None:
     """Measure a drafter with its parent; `numbers` are the fields of `DraftSettings`, or None."""
-    if given:
-        raise UsageError(f"{given[0]}: cannot be combined with --draft; leave it out")
     if len(checkpoints) != 1:
         raise UsageError(
             f"--draft: needs one model, the parent, got {len(checkpoints)}; leave the others out"

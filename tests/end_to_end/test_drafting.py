@@ -113,7 +113,12 @@ def test_other_tokens_are_refused_before_a_weight_is_read(
         (["--draft", "x", "--tasks", "piqa"], "--tasks: cannot be combined"),
         (["--draft", "x", "--tokens", "3"], "must be at least 6"),
         (["--draft", "{other}", "--prompt", "250"], "the context of"),
+        (["--draft", "x", "--kl-tokens", "32768"], "--kl-tokens: cannot be combined"),
+        (["--draft", "x", "--streaming", "auto"], "--streaming: cannot be combined"),
+        (["--draft", "x", "--seed", "0"], "--seed: cannot be combined"),
+        (["--draft", "x", "--window", "64"], "--window: cannot be combined"),
         (["--prompts", "3"], "is an option of --draft"),
+        (["--limit", "3"], "--limit: is an option of --tasks"),
         (["{model}", "--draft", "x"], "needs one model"),
     ],
 )
