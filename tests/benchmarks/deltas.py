@@ -8,7 +8,8 @@ with train.jsonl and validation.jsonl of rows {"sentence": ..., "label": 0 or 1}
 GLUE. The model is trained to continue a prompt with " positive" or " negative", once by a LoRA
 adapter of PEFT on all linear layers and once in all parameters. Both results are compressed by
 every method of `lrc delta make` to about the given ratios, where the method has an option that
-reaches them, and loaded one after the other on the same base model.
+reaches them, `low-rank` also with training examples as calibration text, and loaded one after the
+other on the same base model.
 
 Ratios are bits of the tensors at 16 bits per number over stored bits. Prints one row of a Markdown
 table per delta, with the bytes of all its files, and writes WORK/results.json.
@@ -30,6 +31,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT, LABELS = "Review: {}\nThe sentiment of this review is", (" negative", " positive")
+CALIBRATION = "calibration.txt"
 RATES = {"adapter": 1e-3, "model": 3e-5}
 """Highest learning rates, reached after a tenth of the steps; they fall linearly to zero."""
 
@@ -54,6 +56,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     base = prepare(args.model, args.work / "base")
     task = Task(base, args)
+    task.write_text(args.work / CALIBRATION)
     kinds = [args.only] if args.only else ["adapter", "model"]
     model = task.load()
     results = [{"kind": "base", "accuracy": task.accuracy(model)}]
@@ -99,6 +102,13 @@ class Task:
         self.batch = args.batch
         self.train = read_rows(args.data / "train.jsonl")[: args.rows]
         self.test = read_rows(args.data / "validation.jsonl")[: args.test]
+
+    def write_text(self, path: Path) -> None:
+        """Write the examples to train on as a calibration text."""
+        lines = (
+            PROMPT.format(row["sentence"].strip()) + LABELS[row["label"]] for row in self.train
+        )
+        path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 
     def load(self) -> Any:
         """Load the base model in float32.
@@ -223,10 +233,11 @@ def settings(kind: str, args: argparse.Namespace) -> Iterator[tuple[float, str, 
             yield ratio, "ternary", [f"density={density}", "scale=std", f"alpha={alpha}"]
         yield ratio, "ternary", [f"density={density}"]
         yield ratio, "sparse", [f"density={density_of(16 / ratio, bits=16)}", "values=bfloat16"]
-        if kind == "model":
-            yield ratio, "low-rank", [f"keep={1 / ratio}"]
-        elif args.rank >= ratio:
-            yield ratio, "low-rank", [f"rank={round(args.rank / ratio)}"]
+        size = f"keep={1 / ratio}" if kind == "model" else f"rank={round(args.rank / ratio)}"
+        if kind == "model" or args.rank >= ratio:
+            yield ratio, "low-rank", [size]
+            text = f"calibration.source={args.work / CALIBRATION}"
+            yield ratio, "low-rank", [size, text, "calibration.length=512"]
         bits = int(16 / ratio)
         if bits >= 2:
             yield ratio, "int", [f"bits={bits}", "group_size=128"]
@@ -260,7 +271,7 @@ def make(job: tuple[str, Path, Path, float, str, list[str]]) -> dict[str, Any]:
     with new_folder(folder) as partial:
         found = make_delta(base, tuned, partial, parse_delta_method(method, options))
     n_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    shown = " ".join(options)
+    shown = " ".join("calibrated" if "source" in each else each for each in options)
     return {"target": ratio, "method": method, "options": shown, "bytes": n_bytes} | found["sizes"]
 
 
