@@ -130,7 +130,7 @@ def collected_moments(
     with TemporaryDirectory(prefix="calibration-", dir=folder) as work, machine.current():
         journal = Journal(Path(work))
         journal.work.mkdir(parents=True)
-        _refuse_full_disk(architecture, journal.work, gradients=gradients)
+        refuse_full_disk(architecture, journal.work, gradients=gradients)
         context = _context(source, base, architecture, calibration, journal, machine)
         statistics.collect(context, {linear.name: needs for linear in architecture.linears})
         yield _reading(architecture, journal, names)
@@ -148,7 +148,7 @@ def _check(source: Source, calibration: Calibration) -> None:
     check_window(source.config, calibration.length, "calibration.length")
 
 
-def _refuse_full_disk(architecture: Architecture, folder: Path, *, gradients: bool) -> None:
+def refuse_full_disk(architecture: Architecture, folder: Path, *, gradients: bool) -> None:
     """Raise a `DeltaError` if the statistics do not fit on the disk."""
     shared = {
         member: group[0] for layer in architecture.groups for group in layer for member in group
@@ -164,7 +164,7 @@ def _refuse_full_disk(architecture: Architecture, folder: Path, *, gradients: bo
             f"calibration: the statistics take {4 * numbers / 2**30:.1f} GiB in {folder}, where "
             f"{free / 2**30:.1f} GiB are free; write the delta to another disk, set "
             "gradients=false, or leave the calibration out",
-            code="disk-full",
+            code="does-not-fit",
         )
 
 
