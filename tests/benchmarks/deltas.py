@@ -2,6 +2,7 @@
 
 usage: python tests/benchmarks/deltas.py MODEL DATA WORK [--steps 400] [--rows 24000] [--batch 64]
            [--ratios 8 16 50] [--alphas 1] [--rank 16] [--test 872] [--jobs 8] [--only adapter]
+           [--methods low-rank]
 
 MODEL is a folder of a causal language model with its tokenizer, or a GGUF file, and DATA a folder
 with train.jsonl and validation.jsonl of rows {"sentence": ..., "label": 0 or 1}, such as SST-2 of
@@ -32,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT, LABELS = "Review: {}\nThe sentiment of this review is", (" negative", " positive")
 CALIBRATION = "calibration.txt"
+METHODS = ("ternary", "sparse", "low-rank", "int")
 RATES = {"adapter": 1e-3, "model": 3e-5}
 """Highest learning rates, reached after a tenth of the steps; they fall linearly to zero."""
 
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=872)
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--only", choices=["adapter", "model"])
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS)
     args = parser.parse_args()
     started = time.monotonic()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -209,7 +212,8 @@ def compressed(
     from lrc.compressors.deltas.loaded_deltas import LoadedDeltas
 
     jobs = []
-    for number, (ratio, method, options) in enumerate(settings(kind, args)):
+    chosen = [each for each in settings(kind, args) if each[1] in args.methods]
+    for number, (ratio, method, options) in enumerate(chosen):
         folder = args.work / f"delta-{kind}-{number}"
         jobs.append((str(base), tuned, folder, ratio, method, options))
     # Spawned: CUDA does not survive a fork.
