@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
-
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.statistics import statistics_files
