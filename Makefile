@@ -11,9 +11,6 @@ TORCH  ?= torch==2.13.0
 # Processes of `make test`; each takes about 1 GB.
 JOBS   ?= $(shell n=$$(nproc); echo $$((n > 8 ? 8 : n)))
 
-# Tests start processes, which should not all compile the same modules again.
-export PYTHONDONTWRITEBYTECODE :=
-
 .DELETE_ON_ERROR:
 .PHONY: help install model llama demo test oldest robustness check format clean
 
