@@ -51,15 +51,16 @@ demo: install $(MODEL)
 ## make test      every test that needs no GPU
 #
 # Most run in as many processes as there are cores, each calculating on one thread. What measures
-# time or sends signals (marked `quiet`) follows on its own. Both parts always run. Tests marked
-# `robustness` are left out, see below. Where llama.cpp cannot be fetched, its tests are skipped.
+# time (marked `quiet`) follows on its own. Both parts always run. Tests marked `robustness` are left
+# out, see below. Where llama.cpp cannot be fetched, its tests are skipped.
 test: install $(MODEL)
 	-@$(BIN)/python tests/llama_library.py
 	@failed=0; \
 	echo "== tests in $(JOBS) processes"; \
 	$(BIN)/python -m pytest -q -m "not quiet and not robustness" -n $(JOBS) --dist worksteal || failed=1; \
 	echo "== quiet tests, one at a time"; \
-	$(BIN)/python -m pytest -q -m "quiet and not robustness" || failed=1; \
+	$(BIN)/python -m pytest -q -m "quiet and not robustness" \
+	  $$(grep -rl --include='test_*.py' 'pytest.mark.quiet' tests) || failed=1; \
 	exit $$failed
 
 ## make oldest   loading of all stored forms with the oldest version of transformers that lrc supports

@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -58,7 +59,7 @@ def parse_recipe(text: str, *, name: str, overrides: Sequence[str] = ()) -> Reci
     if document.value is None:
         text = "is empty; `lrc recipes show svd-llm` prints a recipe"
         raise RecipeError([Problem("empty-recipe", "", text, name), *problems])
-    shape = Shape(recipe_schema())
+    shape = _recipe_shape()
     places = {(): name} | {path: f"{name}:{line}" for path, line in document.lines.items()}
     problems += [problem_at(*each, places) for each in document.problems]
     for each in assignments if isinstance(document.value, dict) else ():
@@ -78,6 +79,12 @@ def parse_recipe(text: str, *, name: str, overrides: Sequence[str] = ()) -> Reci
 def dump_recipe(recipe: Recipe) -> str:
     """Write a recipe out in full; the text parses back to an equal recipe."""
     return write_yaml(recipe.model_dump(mode="json"))
+
+
+@cache
+def _recipe_shape() -> Shape:
+    """Return what a recipe may contain; made once, because its schema takes a while."""
+    return Shape(recipe_schema())
 
 
 def _read(path: Path) -> str:

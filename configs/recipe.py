@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import PureWindowsPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import Field, PositiveInt, create_model, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, create_model, model_validator
 
 from lrc.configs.decompose_methods import Decompose
 from lrc.configs.gate_text import parse_gate
@@ -276,6 +276,10 @@ class Evaluate(Strict):
 
 class Stage(Strict):
     """One step of the pipeline: a mapping with one key, its kind, and the options under it."""
+
+    # The source code of models that are made at run time is searched in all loaded modules, which
+    # takes a second, and not found.
+    model_config = ConfigDict(use_attribute_docstrings=False)
 
     @property
     def kind(self) -> str:

@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from lrc.compressors.corpus.documents import read_documents
+from lrc.compressors.estimates.machine_rates import measure_rates
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # By default tqdm, which torch.compile uses, has a lock that processes share: a child that a test
@@ -344,13 +345,13 @@ class Child:
     """The command line in a process forked from this one, which has paid for the imports."""
 
     def __init__(self, folder: Path, arguments: tuple[object, ...], before: Callable[[], None]):
-        self._out, self._err = folder / "child.out", folder / "child.err"
+        self.out, self.err = folder / "child.out", folder / "child.err"
         self.id = os.fork() or self._run([str(a) for a in arguments], before)
 
     def _run(self, arguments: list[str], before: Callable[[], None]) -> NoReturn:
         code = 70
         try:
-            for stream, path in ((1, self._out), (2, self._err)):
+            for stream, path in ((1, self.out), (2, self.err)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
             sys.argv = ["lrc", *arguments]
@@ -374,9 +375,7 @@ class Child:
         """Wait for the end; code 70 stands for an exception, -N for a signal."""
         _, status = os.waitpid(self.id, 0)
         self.id = 0
-        return Ended(
-            os.waitstatus_to_exitcode(status), self._out.read_text(), self._err.read_text()
-        )
+        return Ended(os.waitstatus_to_exitcode(status), self.out.read_text(), self.err.read_text())
 
 
 @pytest.fixture
@@ -387,6 +386,7 @@ def fork_lrc(tmp_path: Path) -> Iterator[Callable[..., Child]]:
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    measure_rates("cpu", torch.float32, tmp_path)  # once, and not in every child
 
     children: list[Child] = []
 

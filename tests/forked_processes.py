@@ -14,6 +14,8 @@ from typing import NoReturn
 
 import torch
 
+from lrc.compressors.estimates.machine_rates import measure_rates
+
 SECONDS = 100
 
 
@@ -31,6 +33,7 @@ class Forked:
     def __init__(self, folder: Path, work: Sequence[Callable[[], None]]) -> None:
         self._folder, threads = folder, torch.get_num_threads()
         torch.set_num_threads(1)
+        measure_rates("cpu", torch.float32, folder)  # once, and not in every process
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

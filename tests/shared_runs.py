@@ -1,10 +1,14 @@
 """What tests of runs with several stages have in common."""
 
+import pickle
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -16,6 +20,27 @@ from lrc.configs.load import load_recipe
 
 Run = Callable[..., tuple[dict[str, Any], Path]]
 """Runs stages on the tiny model and returns the report and the output folder."""
+
+
+def made_once(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any], *, worker: str
+) -> Any:
+    """Return what `make` returns for a new folder, for which it is called in one process only.
+
+    Processes of pytest-xdist, whose `worker` is not ``master``, share the result by pickling it.
+    Nobody may change what is in the folder.
+    """
+    base = factory.getbasetemp()
+    shared = (base if worker == "master" else base.parent) / "made-once"
+    shared.mkdir(exist_ok=True)
+    folder, result = shared / name, shared / f"{name}.pickle"
+    with FileLock(shared / f"{name}.lock"):
+        if not result.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process in which `make` has failed
+            folder.mkdir()
+            made = pickle.dumps(make(folder))
+            result.write_bytes(made)
+        return pickle.loads(result.read_bytes())
 
 
 class Stopper:

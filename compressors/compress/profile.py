@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
-from scipy.stats import spearmanr
-
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.statistics import statistics_files
@@ -61,6 +59,8 @@ def rank_correlation(x: list[float], y: list[float]) -> float | None:
     """Return Spearman's correlation; None if it is undefined, as for constant values."""
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
+    from scipy.stats import spearmanr  # takes a while, and few commands need it
+
     found = float(spearmanr(x, y).statistic)
     return found if isfinite(found) else None
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CHUNK, OVERLAP = 2**17, 2**12  # characters
 AGREEING = 8  # tokens on either side of a joint
+CHARACTERS_PER_TOKEN = 8  # more than in most texts
 
 
 def tokenize(
@@ -37,8 +38,11 @@ def tokenize(
     pieces: Iterable[str] = (text,) if isinstance(text, str) else text
     # Only fast tokenizers tell which characters a token covers.
     cut = _joined if getattr(tokenizer, "is_fast", False) else _prefixes
+    size = CHUNK
+    if limit is not None:  # a short start of the text does not need long chunks
+        size = min(CHUNK, max(4 * OVERLAP, CHARACTERS_PER_TOKEN * limit))
     found, n_tokens = [torch.empty(0, dtype=torch.int64)], 0
-    for ids in cut(pieces, tokenizer):
+    for ids in cut(pieces, tokenizer, size):
         found.append(torch.tensor(ids, dtype=torch.int64))
         n_tokens += len(ids)
         if limit is not None and n_tokens >= limit:
@@ -92,25 +96,29 @@ def _encode(text: str, tokenizer: "PreTrainedTokenizerBase", first: int = 0) -> 
     )
 
 
-def _joined(pieces: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+def _joined(
+    pieces: Iterable[str], tokenizer: "PreTrainedTokenizerBase", size: int
+) -> Iterator[list[int]]:
     """Yield the tokens of a text chunk by chunk, each up to the joint with the next."""
     before, first = _Encoded([], [], []), 0
-    for text in _chunks(pieces):
+    for text in _chunks(pieces, size):
         after = _encode(text, tokenizer)
-        joint = _joint(before, after)
+        joint = _joint(before, after, size)
         if joint is None:  # they disagree everywhere, as in one endless word: cut it
-            end = bisect_left(before.starts, CHUNK - OVERLAP // 2)
-            start = before.starts[end] if end < len(before.starts) else CHUNK
-            after, joint = _encode(text, tokenizer, start - (CHUNK - OVERLAP)), (end, 0)
+            end = bisect_left(before.starts, size - OVERLAP // 2)
+            start = before.starts[end] if end < len(before.starts) else size
+            after, joint = _encode(text, tokenizer, start - (size - OVERLAP)), (end, 0)
         yield before.ids[first : joint[0]]
         before, first = after, joint[1]
     yield before.ids[first:]
 
 
-def _prefixes(pieces: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+def _prefixes(
+    pieces: Iterable[str], tokenizer: "PreTrainedTokenizerBase", size: int
+) -> Iterator[list[int]]:
     """Yield the tokens of a text from prefixes that double in length, except for the last ones."""
-    text, done, wanted = "", 0, CHUNK
-    for chunk in _chunks(pieces):
+    text, done, wanted = "", 0, size
+    for chunk in _chunks(pieces, size):
         text += chunk if not text else chunk[OVERLAP:]
         if len(text) >= wanted:
             ids = _encode_plain(text, tokenizer)[:-OVERLAP]  # the end of the prefix may cut a token
@@ -125,31 +133,31 @@ def _encode_plain(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return encoded
 
 
-def _joint(before: _Encoded, after: _Encoded) -> tuple[int, int] | None:
+def _joint(before: _Encoded, after: _Encoded, size: int) -> tuple[int, int] | None:
     """Return the tokens of two neighbours that start at a character where they agree."""
     if not before.ids:
         return 0, 0
-    origin = CHUNK - OVERLAP  # of the second chunk in the first
-    for i in range(bisect_left(before.starts, CHUNK - OVERLAP // 2), len(before.ids)):
+    origin = size - OVERLAP  # of the second chunk in the first
+    for i in range(bisect_left(before.starts, size - OVERLAP // 2), len(before.ids)):
         j = bisect_left(after.starts, before.starts[i] - origin)
         if before.around(i, origin) == after.around(j, 0):
             return i, j
     return None
 
 
-def _chunks(pieces: Iterable[str]) -> Iterator[str]:
-    """Cut a text into chunks of `CHUNK` characters, of which neighbours share `OVERLAP`."""
+def _chunks(pieces: Iterable[str], size: int) -> Iterator[str]:
+    """Cut a text into chunks of `size` characters, of which neighbours share `OVERLAP`."""
     held: list[str] = []
     length = fresh = 0
     for piece in pieces:
-        for start in range(0, len(piece), CHUNK):
-            part = piece[start : start + CHUNK]
+        for start in range(0, len(piece), size):
+            part = piece[start : start + size]
             held.append(part)
             length, fresh = length + len(part), fresh + len(part)
-            while length >= CHUNK:
+            while length >= size:
                 text = "".join(held)
-                yield text[:CHUNK]
-                held = [text[CHUNK - OVERLAP :]]
-                length, fresh = len(held[0]), len(text) - CHUNK
+                yield text[:size]
+                held = [text[size - OVERLAP :]]
+                length, fresh = len(held[0]), len(text) - size
     if fresh:
         yield "".join(held)

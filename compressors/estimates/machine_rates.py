@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ NUMBERS = {"cpu": 2**24, "cuda": 2**26}
 """Of the tensor whose elementwise operations are timed."""
 WRITTEN = 2**24
 """Bytes of the file that is written to measure the disk."""
+_DISKS: dict[int, float] = {}
+"""Bytes a second of the disks that were measured, by the number that the system gives them."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,8 @@ class MachineRates:
         return float(slow * (size / large) ** (3.0 if size > large else power))
 
 
-@cache
 def measure_rates(device: str, dtype: torch.dtype, folder: Path) -> MachineRates:
-    """Measure a device and the disk of a folder, once per process.
+    """Measure a device and the disk of a folder, each device and each disk once per process.
 
     Parameters
     ----------
@@ -72,6 +73,15 @@ def measure_rates(device: str, dtype: torch.dtype, folder: Path) -> MachineRates
     folder : Path
         An existing folder.
     """
+    disk = folder.stat().st_dev
+    if disk not in _DISKS:
+        _DISKS[disk] = WRITTEN / _writing_seconds(folder)
+    return replace(_measure_device(device, dtype), disk=_DISKS[disk])
+
+
+@cache
+def _measure_device(device: str, dtype: torch.dtype) -> MachineRates:
+    """Return the rates of a device, with zero for the disk."""
     kind = torch.device(device).type
     rows, width = ROWS[kind], WIDTH[kind]
 
@@ -100,7 +110,7 @@ def measure_rates(device: str, dtype: torch.dtype, folder: Path) -> MachineRates
         single if dtype == torch.float32 else products(dtype),
         ((small, eigenvectors(small)), (large, eigenvectors(large))),
         elementwise(),
-        WRITTEN / _writing_seconds(folder),
+        disk=0.0,
     )
     if kind == "cuda":
         torch.cuda.empty_cache()

@@ -24,6 +24,11 @@ from lrc.compressors.models.source import Source
 from lrc.configs.errors import ModelError
 
 MAX_BUFFER = 2**28  # values of the largest table that is computed in memory
+RANDOM = {
+    *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_),
+    *(torch.Tensor.normal_, torch.Tensor.uniform_),
+}
+"""Functions that draw the values of parameters."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +174,19 @@ def describe(model: Any) -> Architecture:
 
 
 class _NoLargeTensors(TorchFunctionMode):
-    """Create what would not fit into memory, such as the experts of a layer, without values."""
+    """Create what would not fit into memory, such as the experts of a layer, without values.
+
+    Tensors without values are not initialized, which takes PyTorch a millisecond each.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in RANDOM:
+            tensor: torch.Tensor = kwargs.get("tensor", args[0] if args else None)
+            if tensor.is_meta:
+                return tensor
         if func in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand):
             sizes = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
             if prod(sizes) > MAX_BUFFER and kwargs.get("device") is None:

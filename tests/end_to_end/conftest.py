@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tests.shared_runs import Run
+from tests.shared_runs import Run, made_once
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -241,16 +241,21 @@ def sample() -> Tensor:
 def families(
     tmp_path_factory: pytest.TempPathFactory,
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+    worker_id: str,
 ) -> Callable[[str], Compressed]:
-    """Compress a family of the table at the first request."""
+    """Compress a family of the table at the first request of any process."""
     done: dict[str, Compressed] = {}
 
     def compressed(name: str) -> Compressed:
         if name not in done:
-            folder = tmp_path_factory.mktemp(name)
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # two would mostly wait for each other
-            done[name] = _compress(folder, FAMILIES[name], make_tokenizer)
+            done[name] = made_once(
+                tmp_path_factory,
+                name,
+                lambda folder: _compress(folder, FAMILIES[name], make_tokenizer),
+                worker=worker_id,
+            )
             torch.set_num_threads(threads)
         return done[name]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tests.shared_runs import made_once
 from tests.tiny_encoders import (
     FAMILIES,
     LABELS,
@@ -66,18 +67,21 @@ def write_recipe(folder: Path, model: Path, stage: dict[str, Any], **changes: An
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, dict[str, Any]]]:
-    """Compress a case at the first request; return the folder and the report."""
-    done: dict[tuple[str, ...], tuple[Path, dict[str, Any]]] = {}
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    """Compress a case at the first request of any process; return the folder and the report."""
 
     def start(family: str, head: str, method: str) -> tuple[Path, dict[str, Any]]:
-        case = (family, head, method)
-        if case not in done:
-            folder = tmp_path_factory.mktemp("-".join(case))
+        def make(folder: Path) -> tuple[Path, dict[str, Any]]:
             model = save_encoder(folder / f"{family}-{head}", family, classifies=HEADS[head])
             recipe = write_recipe(folder, model, STAGES[method])
-            done[case] = folder, compress(load_recipe(recipe), Machine("cpu"))
-        return done[case]
+            return folder, compress(load_recipe(recipe), Machine("cpu"))
+
+        name = f"{family}-{head}-{method}"
+        found: tuple[Path, dict[str, Any]]
+        found = made_once(tmp_path_factory, name, make, worker=worker_id)
+        return found
 
     return start
 
@@ -120,17 +124,25 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def fresh(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def fresh(
+    runs: Any, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> dict[str, list[Any]]:
     """Load all checkpoints in a process without anything of this one; return their outputs."""
-    inputs = tmp_path_factory.mktemp("inputs") / "inputs.safetensors"
-    save_file(batch(), inputs)
-    folders = {
-        "-".join(case): (str(runs(*case)[0] / "run/checkpoint"), HEADS[case[1]]) for case in CASES
-    }
-    command = [sys.executable, "-c", SCRIPT, json.dumps(folders), str(inputs)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    found: dict[str, list[Any]] = json.loads(ended.stdout.splitlines()[-1])
+
+    def outputs(folder: Path) -> Any:
+        save_file(batch(), folder / "inputs.safetensors")
+        folders = {
+            "-".join(case): (str(runs(*case)[0] / "run/checkpoint"), HEADS[case[1]])
+            for case in CASES
+        }
+        arguments = [json.dumps(folders), str(folder / "inputs.safetensors")]
+        command = [sys.executable, "-c", SCRIPT, *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+        return json.loads(ended.stdout.splitlines()[-1])
+
+    found: dict[str, list[Any]]
+    found = made_once(tmp_path_factory, "encoders-fresh", outputs, worker=worker_id)
     return found
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests.shared_runs import made_once
 from torch import Tensor, nn
 
 from lrc.compressors.planning.summary import summarize
@@ -225,42 +226,39 @@ print(json.dumps({"loaded": loaded, "difference": difference("llama")}))
 
 @pytest.fixture(scope="module")
 def fresh(
-    all_families: dict[str, Any], sample: Tensor, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], Any]]:
-    """Run the two scripts, in parallel, on the checkpoints and their expected logits."""
-    file = tmp_path_factory.mktemp("logits") / "logits.safetensors"
-    with torch.no_grad():
-        logits = {name: run.in_memory()(sample).logits for name, run in all_families.items()}
-    save_file({"sample": sample, **logits}, file)
-    folders = json.dumps({name: str(run.checkpoint) for name, run in all_families.items()})
-    processes = {
-        script: subprocess.Popen(
-            [sys.executable, "-c", script, folders, str(file)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for script in (WITH_LRC, WITHOUT_THEN_WITH)
-    }
+    all_families: dict[str, Any],
+    sample: Tensor,
+    tmp_path_factory: pytest.TempPathFactory,
+    worker_id: str,
+) -> dict[str, Any]:
+    """Run the two scripts on the checkpoints and their expected logits; return their answers."""
 
-    def answer(script: str) -> Any:
-        out, err = processes[script].communicate(timeout=120)
-        assert processes[script].returncode == 0, err
-        return json.loads(out)
+    def answers(folder: Path) -> dict[str, Any]:
+        file = folder / "logits.safetensors"
+        with torch.no_grad():
+            logits = {name: run.in_memory()(sample).logits for name, run in all_families.items()}
+        save_file({"sample": sample, **logits}, file)
+        folders = json.dumps({name: str(run.checkpoint) for name, run in all_families.items()})
+        found = {}
+        for script in (WITH_LRC, WITHOUT_THEN_WITH):
+            command = [sys.executable, "-c", script, folders, str(file)]
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert ended.returncode == 0, ended.stderr
+            found[script] = json.loads(ended.stdout)
+        return found
 
-    yield answer
-    for process in processes.values():
-        process.kill()
-        process.communicate()
+    found: dict[str, Any]
+    found = made_once(tmp_path_factory, "families-fresh", answers, worker=worker_id)
+    return found
 
 
 def test_a_fresh_process_gives_the_same_logits(fresh, all_families):
-    differences = fresh(WITH_LRC)
+    differences = fresh[WITH_LRC]
     assert set(differences) == set(all_families)
     assert max(differences.values()) <= 1e-5, differences
 
 
 def test_a_process_without_lrc_refuses_until_lrc_is_imported(fresh):
-    answer = fresh(WITHOUT_THEN_WITH)
+    answer = fresh[WITHOUT_THEN_WITH]
     assert answer["loaded"] == []
     assert answer["difference"] <= 1e-5

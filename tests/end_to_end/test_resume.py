@@ -26,6 +26,7 @@ from tqdm import tqdm
 from lrc.compressors import session
 from lrc.compressors.calibrate import activation_cache
 from lrc.compressors.corpus.documents import read_documents
+from lrc.compressors.estimates.machine_rates import measure_rates
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import OutputError, Stopped
@@ -45,10 +46,12 @@ CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endf
 
 
 @pytest.fixture(scope="module", autouse=True)
-def settings() -> Iterator[None]:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Calculate on one thread, and save the hidden states after every layer."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    # Once, and not in every child.
+    measure_rates("cpu", torch.float32, tmp_path_factory.getbasetemp())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(activation_cache, "SNAPSHOT_SECONDS", 0.0)
         yield

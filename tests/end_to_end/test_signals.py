@@ -18,10 +18,7 @@ from lrc.compressors.pipeline import compress
 from lrc.configs.load import load_recipe
 
 # Newer Pythons warn of any fork with threads; those of torch are idle.
-pytestmark = [
-    pytest.mark.quiet,
-    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 FOREVER = 60.0
 CONTINUES = "the same command continues from here"
@@ -55,11 +52,15 @@ def hold(tmp_path: Path) -> Callable[..., Callable[[], None]]:
     return make
 
 
-def wait_for(path: Path) -> None:
+def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
     end = time.monotonic() + FOREVER
-    while not path.exists():
-        assert time.monotonic() < end, f"{path.name} never came"
+    while not condition():
+        assert time.monotonic() < end, otherwise
         time.sleep(0.01)
+
+
+def wait_for(path: Path) -> None:
+    wait_until(path.exists, f"{path.name} never came")
 
 
 def checkpoint_of(output: Path) -> dict[str, bytes]:
@@ -142,7 +143,8 @@ def test_a_second_signal_stops_at_once(
         1, "is in use by another lrc compress", code="invalid-output"
     )  # while the child runs
     os.kill(child.id, signal.SIGINT)
-    time.sleep(0.1)  # simultaneous equal signals would arrive as one
+    # Simultaneous equal signals would arrive as one.
+    wait_until(lambda: "stopping after this step" in child.err.read_text(), "no answer to a signal")
     start = time.monotonic()
     os.kill(child.id, signal.SIGINT)
     ended = child.ended()

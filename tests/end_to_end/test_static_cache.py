@@ -196,7 +196,6 @@ def test_norms_that_change_the_basis_decode_in_one_graph(make, graphs) -> None:
     assert_one_graph(model, graphs)
 
 
-@pytest.mark.quiet  # three compilations each
 @pytest.mark.parametrize("kind", ["nothing", "pivots", "dictionaries"])
 def test_numbers_of_tokens_do_not_recompile_more_than_a_dense_model(make, graphs, kind) -> None:
     model = make(MODELS[kind])

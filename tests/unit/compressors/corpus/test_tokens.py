@@ -108,10 +108,11 @@ def test_chunks_give_the_tokens_of_the_whole(tokenizers, name, make, fast, monke
     if not fast:
         monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda self: False))
     assert torch.equal(tokenize(text, tokenizer), whole)
-    pieces = (text[start : start + 777] for start in range(0, len(text), 777))
-    assert torch.equal(tokenize(pieces, tokenizer, limit=999), whole[:999])
-    if fast:
-        assert next(pieces, None) is not None  # the rest was not read
+    for limit in (99, 999):  # of which the first needs shorter chunks
+        pieces = (text[start : start + 777] for start in range(0, len(text), 777))
+        assert torch.equal(tokenize(pieces, tokenizer, limit=limit), whole[:limit])
+        if fast:
+            assert next(pieces, None) is not None  # the rest was not read
 
 
 @pytest.mark.parametrize("length", [0, 1, 2999, 3000, 3001, 5500])
