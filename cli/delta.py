@@ -8,6 +8,7 @@ import typer
 from lrc.cli import console
 from lrc.cli.options import Device, Json, Quiet
 from lrc.configs.errors import UsageError
+from lrc.configs.size import MIB
 
 METHODS = "ternary|low-rank|int|sparse"
 
@@ -107,7 +108,7 @@ def apply(
     else:
         typer.echo(
             f"{out}: {facts['kind']}, {facts['tensors']} tensors from the delta, "
-            f"{facts['file_bytes'] / 2**20:.1f} MiB"
+            f"{facts['file_bytes'] / MIB:.1f} MiB"
         )
 
 

@@ -10,6 +10,7 @@ from lrc.cli.bench import known
 from lrc.cli.options import Checkpoint, Json, Quiet, TrustRemoteCode
 from lrc.configs.errors import UsageError
 from lrc.configs.export_types import FORMATS, GGUF_TYPES
+from lrc.configs.size import MIB
 
 TYPES = "|".join(GGUF_TYPES)
 
@@ -185,9 +186,9 @@ def _print(facts: dict[str, Any], out: Path, *, as_json: bool) -> None:
     if as_json:
         console.print_json(facts)
         return
-    typer.echo(f"{facts['path']}: {facts['format']}, {facts['bytes'] / 2**20:.1f} MiB")
+    typer.echo(f"{facts['path']}: {facts['format']}, {facts['bytes'] / MIB:.1f} MiB")
     for name, entry in facts.get("types", {}).items():
-        size = entry["bytes"] / 2**20
+        size = entry["bytes"] / MIB
         typer.echo(f"  {name:<5} {entry['tensors']:>5} tensors {size:>10.1f} MiB")
     for note in facts["notes"]:
         typer.echo(f"note: {note}")

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lrc.compressors.page.number_text import score_text
+from lrc.configs.size import GIB, MIB
 
 # A pipe or a file is not 80 columns wide.
 OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -25,9 +26,9 @@ def as_size(n_bytes: int | None) -> str:
     """Format bytes in a suitable unit."""
     if n_bytes is None:
         return "unknown"
-    if n_bytes < 2**20:
+    if n_bytes < MIB:
         return f"{n_bytes / 2**10:.1f} KiB"
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB else f"{n_bytes / MIB:.1f} MiB"
 
 
 def as_perplexity(value: float | None, error: float | None) -> str:

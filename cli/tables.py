@@ -16,6 +16,7 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import WeightSummary, summarize
 from lrc.compressors.planning.tasks import LayerTask
+from lrc.configs.size import MIB
 from lrc.configs.sources import counts, described
 
 LAYER_NUMBER = re.compile(r"\.\d+\.")
@@ -147,7 +148,7 @@ def _print_weights(plan: Plan, rows: list[WeightSummary], *, every: bool) -> Non
         alike.setdefault(cells, []).append(row)
     for (name, shape, method, components, structure), group in alike.items():
         bits, dense_bits = sum(row.bits for row in group), sum(row.dense_bits for row in group)
-        known = [f"{bits / 8 / 2**20:.2f}", f"{bits / dense_bits:.1%}"]
+        known = [f"{bits / 8 / MIB:.2f}", f"{bits / dense_bits:.1%}"]
         table.add_row(
             name,
             str(len(group)),

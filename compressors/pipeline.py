@@ -4,25 +4,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from lrc.compressors import report
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.checkpoint.assemble import write_checkpoint
-from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer, missing_files
+from lrc.compressors.checkpoint.reader import missing_files
 from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
 from lrc.compressors.estimates.estimate import estimate, refuse_too_large
-from lrc.compressors.estimates.workload import Workload
 from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
-from lrc.compressors.evaluate.evaluator import Evaluator
 from lrc.compressors.evaluate.gates import check_gates, metrics_of
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
-from lrc.compressors.evaluate.streaming_rule import ModelBytes, streams, why_too_large
 from lrc.compressors.heal.run import training_files
 from lrc.compressors.heal.trained_files import trained_tensors
 from lrc.compressors.io.files import new_folder, remove
-from lrc.compressors.io.machine import Machine, free_memory, release_memory
+from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.model_kinds import refuse_encoder
@@ -30,6 +25,7 @@ from lrc.compressors.page.page_file import PAGE, write_page
 from lrc.compressors.planning.loss_curves import LossCurves
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.prepare import Prepared, prepare
+from lrc.compressors.run_evaluation import evaluate_run, warn_of_missing_tasks
 from lrc.compressors.session import Session, join_session, open_session
 from lrc.compressors.stages import STAGES
 from lrc.compressors.stages.compress_weights import (
@@ -39,8 +35,6 @@ from lrc.compressors.stages.compress_weights import (
     stored_curves,
 )
 from lrc.compressors.statistic_division import statistic_segments
-from lrc.compressors.streamed.checkpoint_layers import open_checkpoint
-from lrc.compressors.streamed.streamed_evaluation import StreamedEvaluation
 from lrc.configs.errors import (
     CheckpointError,
     EvaluationIncomplete,
@@ -85,11 +79,11 @@ def compress(
                 model, tokenizer = prepared.architecture.model, prepared.tokenizer
                 check_evaluation(model, tokenizer, recipe.evaluate, seed=recipe.seed)
                 _check_estimate(session)
-                _check_memory(session)
+                warn_of_missing_tasks(session)
                 _check_source(session)
                 _save(session, _run_stages(session), loaded)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
-            evaluation = session.in_all_processes(_evaluate)
+            evaluation = session.in_all_processes(evaluate_run)
             remove(session.journal.output / PAGE)  # of an earlier evaluation
             result = report.write(session, _executed(session), evaluation)
         page = session.journal.output / PAGE
@@ -202,15 +196,6 @@ def _check_source(session: Session) -> None:
     release_memory()
 
 
-def _check_memory(session: Session) -> None:
-    """Warn of scores that will be missing because they need whole models."""
-    evaluate, sizes = session.prepared.recipe.evaluate, _model_bytes(session, session.prepared.plan)
-    name, n_bytes = ("dense", sizes.dense) if evaluate.dense else ("compressed", sizes.compressed)
-    reason = why_too_large(n_bytes, name, session.device)
-    if reason and evaluate.tasks.names:
-        session.machine.on_warning(f"evaluate.tasks: {reason}")
-
-
 def _check_stages(session: Session) -> None:
     for kind, stage in STAGES.items():
         if stages := session.prepared.recipe.stages_of(kind):
@@ -269,50 +254,3 @@ def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
             compressed=lambda layer, name: session.journal.read_tensor(layer_file(layer), name),
             trained=trained_tensors(session.journal, plan),
         )
-
-
-def _model_bytes(session: Session, plan: Plan) -> ModelBytes:
-    return Workload(replace(session.prepared, plan=plan), session.device).model_bytes
-
-
-def _evaluate(session: Session) -> dict[str, Any]:
-    """Score the dense and the compressed model and the baselines."""
-    models, prepared, executed = session.models, session.prepared, _executed(session)
-    recipe = prepared.recipe
-    trusted = recipe.model.trust_remote_code
-    targets = report.baseline_targets(executed, prepared)
-    sizes = _model_bytes(session, executed)
-    streaming = StreamedEvaluation(
-        {
-            "dense": models.dense_files,
-            "compressed": lambda: open_checkpoint(
-                session.checkpoint, dtype=models.dtype, trust_remote_code=trusted
-            ),
-        },
-        journal=session.journal,
-        device=session.device,
-        memory_limit_gib=session.calibration.memory_limit_gib / session.processes.size,
-        on_step=session.on_step,
-        processes=session.processes,
-    )
-    streamed = session.processes.agree(streams(recipe.evaluate, sizes, free_memory(session.device)))
-    evaluator = Evaluator(
-        recipe.evaluate,
-        recipe.seed,
-        session.journal,
-        session.clock,
-        session.on_step,
-        precision={"dtype": str(models.dtype), "device": torch.device(session.device).type},
-        sizes=sizes,
-        load_tokenizer=lambda: load_tokenizer(session.checkpoint, trust_remote_code=trusted),
-        load_dense=lambda: models.load_dense(models.dtype),
-        load_compressed=lambda: load_checkpoint(
-            session.checkpoint,
-            dtype=models.dtype,
-            device=session.device,
-            trust_remote_code=trusted,
-        ),
-        streaming=streaming if streamed else None,
-        processes=session.processes,
-    )
-    return evaluator.add_baselines(evaluator.evaluate(targets), targets)

@@ -34,6 +34,7 @@ from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import summarize
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.session import Session
+from lrc.configs.size import MIB
 
 ESTIMATE = "estimate.json"
 """The journal's name for the estimate with which a run has begun."""
@@ -249,7 +250,7 @@ def model_card(report: dict[str, Any], plan: Plan, kind: ModelKind = CAUSAL, *, 
         **({"base_model": base} if on_hub else {}),
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["mib"] = lambda n: "unknown" if n is None else f"{n / 2**20:,.1f} MiB"
+    environment.filters["mib"] = lambda n: "unknown" if n is None else f"{n / MIB:,.1f} MiB"
     template = resources.files("lrc.compressors").joinpath("card.md.j2").read_text("utf-8")
     return environment.from_string(template).render(
         header=header.to_yaml(),

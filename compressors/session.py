@@ -36,7 +36,7 @@ from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.distributed.lifetime import watched
 from lrc.compressors.distributed.processes import Processes
-from lrc.compressors.evaluate.streaming_rule import FRACTION, GIB
+from lrc.compressors.evaluate.streaming_rule import FRACTION
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import Clock, Machine, OnStep, free_memory
 from lrc.compressors.model_versions import ModelVersions
@@ -49,6 +49,7 @@ from lrc.compressors.solvers.moments import Statistics
 from lrc.compressors.statistic_division import statistic_segments
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Calibration
+from lrc.configs.size import GIB
 
 T = TypeVar("T")
 

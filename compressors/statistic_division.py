@@ -13,6 +13,7 @@ from lrc.compressors.io.disk_use import free_disk, used_disk
 from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.prepare import Prepared
 from lrc.configs.recipe import Calibration
+from lrc.configs.size import GIB
 
 
 def state_width(prepared: Prepared) -> int:
@@ -35,7 +36,7 @@ def statistic_segments(prepared: Prepared) -> Segments | None:
         limit -= 2 * plan.compressed_bytes + sum(record.bytes[1] for record in plan.slices)
         limit -= plan.dense_bytes if prepared.source.gguf is not None else 0
     else:
-        limit = int(calibration.disk_limit_gib * 2**30)
+        limit = int(calibration.disk_limit_gib * GIB)
     if sum(sizes) <= limit:
         return None
     states = VALUE_BYTES * calibration.samples * calibration.window * state_width(prepared)

@@ -3,8 +3,9 @@
 import re
 from fractions import Fraction
 
+MIB, GIB = 2**20, 2**30
 DECIMAL_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-UNITS = DECIMAL_UNITS | {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+UNITS = DECIMAL_UNITS | {"KiB": 2**10, "MiB": MIB, "GiB": GIB}
 """Bytes of each unit."""
 
 SIZE = rf"^[0-9]{{1,15}}(\.[0-9]{{1,15}})? ?({'|'.join(UNITS)})$"

@@ -48,6 +48,15 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 tqdm.tqdm.set_lock(threading.RLock())
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Two would mostly wait for each other over matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def frozen_heap() -> None:
     """Hide what imports and earlier modules made from the garbage collector.

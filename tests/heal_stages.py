@@ -22,3 +22,10 @@ STORED: dict[str, list[dict[str, Any]]] = {
     ],
 }
 """Stages by what they store: the forms that train, and that absorb adapters."""
+
+MIXED = [
+    {"decompose": {"method": "svd", "keep": 0.6, "targets": ["*.mlp.*"]}},
+    {"decompose": {"method": "magnitude", "keep": 0.6, "targets": ["*.q_proj", "*.k_proj"]}},
+    {"quantize": {"method": "rtn", "bits": 4, "targets": ["*.o_proj"]}},
+]
+"""A checkpoint of several forms."""

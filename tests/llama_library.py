@@ -24,6 +24,7 @@ URL = "https://registry.npmjs.org/@node-llama-cpp/linux-x64/-/linux-x64-3.21.1.t
 SHA512 = "Totj6RTDMGo3FoK2yNUaz/oGmZD0olAqTrRluFUWmu0kW2i9TOzHSW0OWCAiGkzRCVX0WsU2CyUQo/W2NYtdPA=="
 FOLDER = Path(__file__).parents[1] / ".cache/llama.cpp/3.21.1"
 LIBRARIES = ("libggml-base.so", "libggml.v0.4.0.so", "libllama.v0.4.0.so")
+CPU = "libggml-cpu-"
 SECONDS = 60
 
 
@@ -34,6 +35,11 @@ def why_missing(folder: Path = FOLDER) -> str | None:
     if not all((folder / name).is_file() for name in LIBRARIES):
         return f"llama.cpp is not in {folder}: run `make llama`"
     return None
+
+
+def variants(folder: Path = FOLDER) -> list[str]:
+    """Return the names of the CPU code in the library, such as ``icelake``."""
+    return sorted(path.stem.removeprefix(CPU) for path in folder.glob(f"{CPU}*.so"))
 
 
 def fetch(folder: Path = FOLDER) -> None:
@@ -112,9 +118,16 @@ class LlamaCpp:
     ----------
     folder : Path
         Where `fetch` has put the library.
+    variant : str, optional
+        CPU code, one of `variants`. llama.cpp chooses the latest that the processor supports.
+
+    Raises
+    ------
+    ValueError
+        If there is no such variant, or the processor does not support it.
     """
 
-    def __init__(self, folder: Path = FOLDER) -> None:
+    def __init__(self, folder: Path = FOLDER, variant: str | None = None) -> None:
         _, ggml, llama = (
             ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL) for name in LIBRARIES
         )
@@ -153,8 +166,16 @@ class LlamaCpp:
         kind = ctypes.CFUNCTYPE(None, ctypes.c_int, text, pointer)
         self._on_log = kind(lambda level, line, data: self._log.append(line.decode()))
         llama.llama_log_set(self._on_log, None)
-        ggml.ggml_backend_load_all_from_path.argtypes = [text]
-        ggml.ggml_backend_load_all_from_path(str(folder).encode())
+        if variant is None:
+            ggml.ggml_backend_load_all_from_path.argtypes = [text]
+            ggml.ggml_backend_load_all_from_path(str(folder).encode())
+        else:
+            load = ggml.ggml_backend_load
+            load.restype, load.argtypes = pointer, [text]
+            if variant not in variants(folder):
+                raise ValueError(f"no CPU code {variant!r}; there is {', '.join(variants(folder))}")
+            if not load(str(folder / f"{CPU}{variant}.so").encode()):
+                raise ValueError(f"this processor does not support the CPU code {variant!r}")
 
     def quantize(
         self,

@@ -21,6 +21,16 @@ from lrc.configs.load import load_recipe
 Run = Callable[..., tuple[dict[str, Any], Path]]
 """Runs stages on the tiny model and returns the report and the output folder."""
 
+DISK = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "disk",
+    "model.layers.1": "cpu",
+    "model.norm": "cpu",
+    "lm_head": "cpu",
+}
+"""Device map of the tiny model, with one layer on disk."""
+
 
 def made_once(
     factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any], *, worker: str

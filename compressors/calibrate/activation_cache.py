@@ -19,9 +19,9 @@ from lrc.compressors.io.files import publish, storage_errors
 from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import free_memory
+from lrc.configs.size import GIB
 
 SNAPSHOT_SECONDS = 30.0
-GIB = 2**30
 LIVE = ".live"
 NAMES = (
     *("states", "gradients", "checkpoints", "dense", "compressed", "evaluation"),

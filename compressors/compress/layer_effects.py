@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.calibrate.activation_cache import GIB, ActivationCache
+from lrc.compressors.calibrate.activation_cache import ActivationCache
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.compress.group import CompressedGroup
 from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
 from lrc.compressors.evaluate.perplexity import PIECE
 from lrc.compressors.planning.tasks import LayerTask
+from lrc.configs.size import GIB
 
 
 @dataclass

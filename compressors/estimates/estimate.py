@@ -25,8 +25,9 @@ from lrc.compressors.io.disk_use import existing_folder, free_disk, used_disk
 from lrc.compressors.io.machine import free_memory
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.prepare import Prepared
+from lrc.configs.recipe import Recipe
+from lrc.configs.size import GIB
 
-GIB = 2**30
 MARGIN = 1.2
 """An estimate of memory is refused only if it exceeds what is free by this factor."""
 
@@ -131,37 +132,54 @@ def refuse_too_large(expected: Estimate, prepared: Prepared, device: str) -> Non
         Names the stage that needs most, and settings with which it needs less.
     """
     problems, output = Problems(), Path(prepared.recipe.output).expanduser()
+    host, gpu = _memory_remedies(prepared.recipe)
     available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    _check(problems, "host memory", expected.host_bytes, available, MARGIN, HOST_REMEDIES)
+    _check(problems, "host memory", expected.host_bytes, available, MARGIN, host)
     if expected.gpu_bytes:
         free = free_memory(device)
-        _check(problems, "GPU memory", expected.gpu_bytes, free, MARGIN, GPU_REMEDIES)
+        _check(problems, "GPU memory", expected.gpu_bytes, free, MARGIN, gpu)
     free = free_disk(output) + used_disk(output)
     _check(problems, f"disk in {output}", expected.disk_bytes, free, 1.0, DISK_REMEDIES)
     problems.raise_if_any()
 
 
-LESS_TEXT = "lower calibration.samples"
-HOST_REMEDIES = {
-    "convert": ("model.path", "give a folder with safetensors, which needs no conversion"),
-    "calibrate": (
-        "calibration.memory_limit_gib",
-        "lower it, so that hidden states are kept on disk, or lower calibration.length",
-    ),
-    "evaluate": ("evaluate.streaming", "set it to always, or leave out evaluate.perplexity"),
-    "heal": ("stages", "use method: block of 'heal', which trains one layer at a time"),
-    "": ("calibration.memory_limit_gib", "lower it, or use a machine with more memory"),
+Remedies = Mapping[str, tuple[str, str]]
+"""Stage -> the setting that helps, and how; the entry "" is for all other stages."""
+DISK_REMEDIES: Remedies = {
+    "": ("output", "choose a folder on a larger disk, or lower calibration.samples"),
 }
-GPU_REMEDIES = {
-    "calibrate": ("calibration.length", "lower it, or use --device cpu"),
-    "evaluate": ("evaluate.streaming", "set it to always, or use --device cpu"),
-    "heal": ("stages", "use method: block of 'heal', which trains one layer at a time"),
-    "": ("--device", "use cpu, or a GPU with more memory"),
-}
-DISK_REMEDIES = {
-    "": ("output", f"choose a folder on a larger disk, or {LESS_TEXT}"),
-}
-"""Stage -> the setting that helps, and how; the last entry is for all other stages."""
+
+
+def _memory_remedies(recipe: Recipe) -> tuple[Remedies, Remedies]:
+    """Return what helps if memory of the host or of a GPU does not suffice for a recipe."""
+    length = "calibration.length" if recipe.calibration.task is None else "calibration.task.length"
+    evaluate, heal = (
+        recipe.evaluate,
+        "use method: block of 'heal', which trains one layer at a time",
+    )
+    if not evaluate.perplexity:  # only perplexities are measured one layer at a time
+        where, how = "evaluate.tasks" if evaluate.task is None else "evaluate.task", "leave it out"
+    elif evaluate.streaming == "always":
+        where, how = "evaluate.perplexity", "lower window"
+    else:
+        where, how = "evaluate.streaming", "set it to always"
+    host = {
+        "convert": ("model.path", "give a folder with safetensors, which needs no conversion"),
+        "calibrate": (
+            "calibration.memory_limit_gib",
+            f"lower it, so that hidden states are kept on disk, or lower {length}",
+        ),
+        "evaluate": (where, f"{how}, or use a machine with more memory"),
+        "heal": ("stages", heal),
+        "": ("calibration.memory_limit_gib", "lower it, or use a machine with more memory"),
+    }
+    gpu = {
+        "calibrate": (length, "lower it, or use --device cpu"),
+        "evaluate": (where, f"{how}, or use --device cpu"),
+        "heal": ("stages", heal),
+        "": ("--device", "use cpu, or a GPU with more memory"),
+    }
+    return host, gpu
 
 
 def _check(
@@ -170,7 +188,7 @@ def _check(
     needed: Mapping[str, int],
     free: int,
     margin: float,
-    remedies: Mapping[str, tuple[str, str]],
+    remedies: Remedies,
 ) -> None:
     """Report a stage that needs more than is free."""
     stage = max(needed, key=needed.__getitem__)

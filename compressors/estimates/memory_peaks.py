@@ -18,6 +18,7 @@ from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.plan import TrainingRecord
 from lrc.compressors.planning.tasks import LayerTask
+from lrc.configs.size import MIB
 
 READING = 2.5
 """Copies of a tensor in the dtype of its file while it is read and checked for numbers."""
@@ -30,7 +31,7 @@ ATTENTION = 5
 COMPARED = 9
 """Tensors of `PIECE_LOGITS` while two models are compared."""
 DOUBLE = 8
-OVERHEAD = 100 * 2**20
+OVERHEAD = 100 * MIB
 """Host memory that grows with the first calls of libraries: buffers, code and pages kept by the
 allocator."""
 

@@ -24,8 +24,7 @@ from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.statistic_division import state_width, statistic_segments
 from lrc.configs.recipe import Calibration, Evaluate, Perplexity
-
-GIB = 2**30
+from lrc.configs.size import GIB
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from lrc.compressors.evaluate.scores import Scores, attempt
 from lrc.compressors.io.machine import OnStep, free_memory
 from lrc.configs.errors import LrcError
 from lrc.configs.recipe import Evaluate, Perplexity
+from lrc.configs.size import GIB
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-GIB = 2**30
 
 
 def unmeasured_pair(evaluate: Evaluate) -> Scores:

@@ -11,11 +11,11 @@ from lrc.compressors.evaluate.baselines import Baseline
 from lrc.compressors.evaluate.scores import Scores
 from lrc.compressors.io.machine import free_memory
 from lrc.configs.recipe import Evaluate
+from lrc.configs.size import GIB
 
 FRACTION = 0.8
 """Largest fraction of the free memory that the weights of whole models may take. Hidden states and
 logits need the rest: less than 1 GiB, but free memory also changes while a run is going on."""
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from lrc.compressors.export.stored_weights import Integers, StoredWeights
 from lrc.compressors.io.shortened import shortened
 from lrc.configs.errors import ExportError
 from lrc.configs.export_types import FLOAT_TYPES, GGUF_TYPES
+from lrc.configs.size import MIB
 
 ROLES = ("integers", "weights", "products", "vectors")
 """How a tensor relates to the checkpoint: the stored codes as blocks, a weight of the source, the
@@ -196,7 +197,7 @@ class TensorPlanner:
 
 def mib(size: float) -> str:
     """Return a number of bytes in MiB."""
-    return f"{size / 2**20:.1f} MiB"
+    return f"{size / MIB:.1f} MiB"
 
 
 def totals(tensors: Sequence[GgufTensor]) -> dict[str, dict[str, int]]:

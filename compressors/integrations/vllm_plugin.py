@@ -36,13 +36,13 @@ from lrc.compressors.integrations.vllm_methods import (
     CompressedLinearMethod,
 )
 from lrc.compressors.layers import QuantizationArgs, WeightConfig
+from lrc.configs.size import MIB
 
 log = logging.getLogger(__name__)
 
 TESTED = ((0, 32), (0, 33))
 """First tested version, and the first that is not: the interface changes between versions."""
 ENGINE = f"vLLM {vllm.__version__}"
-MIB = 2**20
 
 
 class LrcConfig(QuantizationConfig):  # type: ignore[misc, unused-ignore]

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-BATCH = 2 * 2**20
+from lrc.configs.size import MIB
+
+BATCH = 2 * MIB
 """Bytes of tensors that are collected before memory is given back: it takes milliseconds."""
 MADV_DONTNEED = 4
 """Of Linux. Pages of a file that is mapped privately are read again if they are needed."""

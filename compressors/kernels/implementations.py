@@ -118,5 +118,6 @@ def _refusal(entry: Entry, need: Need) -> str | None:
     if need.codec not in entry.codecs:
         return f"codec {need.codec} is not supported"
     if need.dtype not in entry.dtypes:
-        return f"{str(need.dtype).removeprefix('torch.')} is not supported"
+        given, *allowed = (str(each).removeprefix("torch.") for each in (need.dtype, *entry.dtypes))
+        return f"needs {' or '.join(allowed)}, and the weights are in {given}"
     return entry.refuse(need)

@@ -18,8 +18,8 @@ from lrc.compressors.page.drawing import (
     shortened_label,
 )
 from lrc.compressors.page.number_text import percent_text, size_text
+from lrc.configs.size import MIB
 
-MIB = 2**20
 WIDE_RANGE = 5.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
 

@@ -6,8 +6,8 @@ from typing import Any
 from lrc.compressors.page.drawing import INK, MARKERS, MUTED, SERIES, Page, shortened_label
 from lrc.compressors.page.number_text import percent_text, score_text, size_text
 from lrc.compressors.page.parts import Part, Section, Table, Text, figures, tables
+from lrc.configs.size import MIB
 
-MIB = 2**20
 ALONG = ("keep", "size", "bits")
 """Keys along which a line is drawn, of those that vary."""
 Plot = tuple[str, str]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import PreTrainedConfig
 
-from lrc.compressors.calibrate.activation_cache import GIB, ActivationCache
+from lrc.compressors.calibrate.activation_cache import ActivationCache
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
 from lrc.compressors.calibrate.layer_check import differing_layer
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
@@ -18,6 +18,7 @@ from lrc.compressors.models.architecture import Architecture, describe
 from lrc.compressors.slicing.layout import skeleton
 from lrc.compressors.slicing.slice_method import Budget, SlicedModel, SliceMethod
 from lrc.configs.errors import RecipeError
+from lrc.configs.size import GIB
 from lrc.configs.slice import Drop as Options
 
 N_LAYERS = "num_hidden_layers"

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.benchmarks.model_folder import as_folder
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     args.work.mkdir(parents=True, exist_ok=True)
-    base = prepare(args.model, args.work / "base")
+    base = as_folder(args.model, args.work / "base")
     task = Task(base, args)
     task.write_text(args.work / CALIBRATION)
     kinds = [args.only] if args.only else ["adapter", "model"]
@@ -73,20 +74,6 @@ def main() -> None:
     (args.work / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print_table(results)
     print(f"{time.monotonic() - started:.0f} s")
-
-
-def prepare(model: Path, folder: Path) -> Path:
-    """Return the folder of a model; a GGUF file is converted into `folder` first."""
-    if model.suffix != ".gguf":
-        return model
-    from lrc.compressors.checkpoint.gguf_conversion import convert_gguf
-    from lrc.compressors.models.source import load_tokenizer, locate
-    from lrc.configs.recipe import Model
-
-    source = locate(Model(path=str(model)))
-    convert_gguf(source, folder)
-    load_tokenizer(source).save_pretrained(folder)
-    return folder
 
 
 class Task:

@@ -26,6 +26,8 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file, save_file
 
+from lrc.configs.size import GIB, MIB
+
 ROWS: dict[str, list[dict[str, Any]]] = {
     "kfac": [{"decompose": {"method": "kfac", "keep": 0.8}}],
     "mixed": [
@@ -58,7 +60,6 @@ RECIPE: dict[str, Any] = {
     },
 }
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
-GIB, MIB = 2**30, 2**20
 
 
 def cut_model(model: Path, layers: int, folder: Path) -> Path:

@@ -1,18 +1,21 @@
 """Compare GGUF files of lrc with those of llama.cpp's own quantizer: one table, made in pieces.
 
 usage: python -m tests.benchmarks.gguf_table MODEL OUTPUT --train TEXT.jsonl --test TEXT.jsonl
-           [--library FOLDER] [--seconds N] [--rows PATTERN ...] [--threads 4] [--rounds 7] ...
+           [--library FOLDER] [--cpu-variant NAME] [--seconds N] [--rows PATTERN ...]
+           [--threads 4] [--rounds 5] ...
 
-MODEL is a folder of safetensors. Rows of lrc are compressed on the GPU, if there is one, with
-`--samples` windows of `--length` tokens of `--train`, and exported. Rows of llama.cpp are made from
-the model in bfloat16, without and with an importance matrix of as many tokens of the same text.
-llama.cpp then measures the perplexity of every file on disjoint windows of `--test`. Rows run side
-by side, each on `--threads` cores. When all are finished, their speed is measured, the files one
-after the other in every round; the medians are recorded.
+MODEL is a folder of safetensors, or a GGUF file, which is converted. Rows of lrc are compressed on
+the GPU, if there is one, with `--samples` windows of `--length` tokens of `--train`, and exported.
+Rows of llama.cpp are made from the model in bfloat16, without and with an importance matrix of as
+many tokens of the same text. llama.cpp then measures the perplexity of every file on disjoint
+windows of `--test`. Rows run side by side, each on `--threads` cores; one that fails is reported,
+and the others go on. Then the speed of all files is measured in one process, the files one after
+the other in every round; the medians are recorded.
 
-Everything is below OUTPUT: rows/NAME.json for every finished row, speed.json, and the files. The
-same command continues with what is missing, and prints the table of what is there. After N seconds
-no further row starts, and compressions stop with their state saved.
+Everything is below OUTPUT: rows/NAME.json for every finished row, speed.json, logs, and the files.
+The same command continues with what is missing, and prints the table of what is there. After N
+seconds no further row starts, and compressions stop with their state saved. The exit code is 1 if a
+row has failed.
 """
 
 import argparse
@@ -23,19 +26,14 @@ import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
-import torch
-from tests.benchmarks.llama_cpp import alternating, perplexity, tokenized
-from tests.benchmarks.llama_quantize import TYPES, mean_squares
-from tests.llama_library import FOLDER, LlamaCpp, why_missing
+from tests.benchmarks.gguf_steps import StepError, run_step
+from tests.benchmarks.model_folder import as_folder
+from tests.llama_library import FOLDER, variants, why_missing
 
 LRC = [sys.executable, "-m", "lrc"]
 DAY = 86400.0
@@ -71,6 +69,7 @@ class Task:
     model: Path
     output: Path
     library: Path
+    variant: str | None
     train: str
     samples: int
     length: int
@@ -84,6 +83,16 @@ class Task:
         """The model in bfloat16, from which llama.cpp quantizes."""
         return self.output / "files" / "BF16.gguf"
 
+    @property
+    def windows(self) -> Path:
+        """Tokens of the evaluation."""
+        return self.output / "windows.npy"
+
+    @property
+    def importance(self) -> Path:
+        """The importance matrix."""
+        return self.output / "importance.npz"
+
     def file(self, row: str) -> Path:
         """Return the GGUF file of a row."""
         return self.output / "files" / f"{row.replace(' ', '-')}.gguf"
@@ -92,6 +101,14 @@ class Task:
         """Return the file with the measurements of a row."""
         return self.output / "rows" / f"{row.replace(' ', '-')}.json"
 
+    def step(self, step: str, log: str, **options: object) -> str:
+        """Run a step with llama.cpp in a process; return what to tell about it."""
+        paths = {
+            key: str(each) if isinstance(each, Path) else each for key, each in options.items()
+        }
+        file = self.output / "logs" / f"{log.replace(' ', '-')}.log"
+        return run_step(step, file, self.variant, library=str(self.library), **paths)
+
 
 def every_row() -> list[str]:
     """Return the names of the rows, those that take longest first."""
@@ -99,7 +116,7 @@ def every_row() -> list[str]:
     return [*OURS, *EXACT, *imatrix, *THEIRS]
 
 
-def main() -> None:
+def main() -> int:
     """Make what is missing until the time is up, then print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", type=Path)
@@ -107,6 +124,7 @@ def main() -> None:
     parser.add_argument("--train", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--library", type=Path, default=FOLDER, help="of llama.cpp")
+    parser.add_argument("--cpu-variant", metavar="NAME", help="CPU code, such as icelake")
     parser.add_argument("--tokenizer", metavar="FILE", help="as of lrc export")
     parser.add_argument("--seconds", type=float, default=DAY)
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN")
@@ -115,53 +133,71 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64, help="evaluation windows")
     parser.add_argument("--window", type=int, default=512, help="their tokens")
     parser.add_argument("--threads", type=int, default=4, help="cores per row")
-    parser.add_argument("--rounds", type=int, default=7, help="of the measurement of speed")
+    parser.add_argument("--rounds", type=int, default=5, help="of the measurement of speed")
     parser.add_argument("--speed-threads", type=int, default=1)
     asked = parser.parse_args()
     if (reason := why_missing(asked.library)) is not None:
         sys.exit(reason)
+    if asked.cpu_variant is not None and asked.cpu_variant not in variants(asked.library):
+        parser.error(f"--cpu-variant: must be one of {', '.join(variants(asked.library))}")
     task = Task(
-        asked.model.resolve(),
+        as_folder(asked.model, asked.output / "model").resolve(),
         asked.output.resolve(),
         asked.library.resolve(),
+        asked.cpu_variant,
         asked.train,
         asked.samples,
         asked.length,
         asked.threads,
         time.time() + asked.seconds,
-        asked.tokenizer,
+        asked.tokenizer or (str(asked.model) if asked.model.suffix == ".gguf" else None),
     )
-    for folder in ("files", "rows", "runs"):
+    for folder in ("files", "rows", "runs", "logs"):
         (task.output / folder).mkdir(parents=True, exist_ok=True)
     rows = [row for row in every_row() if any(fnmatchcase(row, each) for each in asked.rows)]
     if missing := [row for row in rows if not task.result(row).is_file()]:
-        _prepare(task, asked.test, asked.windows, asked.window, missing)
+        try:
+            _prepare(task, asked.test, [asked.windows, asked.window], missing)
+        except StepError as error:
+            sys.exit(f"nothing can be measured: {error}")
         _make_all(task, missing)
     finished = [row for row in rows if task.result(row).is_file()]
-    if asked.rounds and len(finished) == len(rows):
-        _measure_speed(task, rows, asked.rounds, asked.speed_threads)
+    failed = len(finished) < len(rows)
+    if asked.rounds and finished and time.time() < task.deadline:
+        try:
+            _measure_speed(task, finished, asked.rounds, asked.speed_threads)
+        except StepError as error:
+            print(f"speed: failed: {error}", flush=True)
+            failed = True
     _print(task, finished)
+    return int(failed)
 
 
-def _prepare(task: Task, test: str, count: int, length: int, missing: list[str]) -> None:
+def _prepare(task: Task, test: str, shape: list[int], missing: list[str]) -> None:
     """Write what rows share: the dense file, the windows, and the importance matrix."""
     if not task.dense.is_file():
         _export(task, task.model, task.dense, *_as("bf16"))
-    windows, importance = task.output / "windows.npy", task.output / "importance.npz"
-    library = LlamaCpp(task.library)  # receives the log as long as it exists
-    with library.open(task.dense) as model:
-        if not windows.is_file():
-            np.save(windows, tokenized(model, test, count, length))
-        if any("imatrix" in row for row in missing) and not importance.is_file():
-            found = tokenized(model, task.train, task.samples, task.length)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            np.savez(importance, **mean_squares(task.model, found, device=device))
-            print(f"importance: {found.size} tokens", flush=True)
+    needed = any("imatrix" in row for row in missing) and not task.importance.is_file()
+    if task.windows.is_file() and not needed:
+        return
+    importance = {
+        "file": str(task.importance),
+        "text": task.train,
+        "shape": [task.samples, task.length],
+        "model": str(task.model),
+    }
+    task.step(
+        "prepare",
+        "prepare",
+        dense=task.dense,
+        windows={"file": str(task.windows), "text": test, "shape": shape},
+        importance=importance if needed else None,
+    )
 
 
 def _export(task: Task, source: Path, target: Path, *options: str) -> None:
     command = [*LRC, "export", str(source), str(target), "--format", "gguf", *options]
-    _run([*command, "--tokenizer", task.tokenizer] if task.tokenizer else command)
+    _run([*command, "--tokenizer", task.tokenizer] if task.tokenizer else command, task.threads)
 
 
 def _as(name: str) -> list[str]:
@@ -169,51 +205,35 @@ def _as(name: str) -> list[str]:
 
 
 def _make_all(task: Task, rows: list[str]) -> None:
-    """Make rows side by side; one that fails is reported and does not end the others.
-
-    Each has a process of its own, because llama.cpp ends its process where it finds a fault.
-    """
+    """Make rows side by side; one that fails is reported and does not end the others."""
     jobs = max(1, (os.cpu_count() or 1) // task.threads)
     with ThreadPoolExecutor(jobs) as pool:
-        for row, told in zip(rows, pool.map(partial(_alone, task), rows), strict=True):
-            print(f"{row}: {told}", flush=True)
-
-
-def _alone(task: Task, row: str) -> str:
-    """Make and measure a row in a new process; return what to tell about it."""
-    try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # CUDA survives no fork
-            return pool.submit(_row, task, row).result()
-    except BrokenProcessPool as error:
-        return f"failed: {error}"
+        running = {pool.submit(_row, task, row): row for row in rows}
+        for each in as_completed(running):
+            print(f"{running[each]}: {each.result()}", flush=True)
 
 
 def _row(task: Task, row: str) -> str:
     """Make and measure a row; return what to tell about it."""
-    os.environ["OMP_NUM_THREADS"] = str(task.threads)
-    torch.set_num_threads(task.threads)
     started = time.time()
     try:
         if started > task.deadline or not (task.file(row).is_file() or _make(task, row)):
             return "time is up; the same command continues"
         made = time.time()
-        windows = np.load(task.output / "windows.npy")
-        library = LlamaCpp(task.library)
-        with library.open(task.file(row)) as model:
-            loss = perplexity(
-                (model.logits(window.tolist(), threads=task.threads) for window in windows),
-                windows,
-            )
-    except Exception:
-        return f"failed\n{traceback.format_exc()}"
-    facts = {
-        "bytes": task.file(row).stat().st_size,
-        "perplexity": loss,
-        "tokens": windows.size - len(windows),
-        "seconds": {"make": made - started, "evaluate": time.time() - made},
-    }
-    task.result(row).write_text(json.dumps(facts))
-    return f"{facts['bytes'] / 2**20:.1f} MiB, perplexity {loss:.3f}, {time.time() - started:.0f} s"
+        told = task.step(
+            "perplexity",
+            row,
+            file=task.file(row),
+            windows=task.windows,
+            threads=task.threads,
+            target=task.result(row),
+        )
+    except Exception as error:
+        # Any fault of one row, reported with its place, so that the other rows go on.
+        return f"failed: {error if isinstance(error, StepError) else traceback.format_exc()}"
+    facts = json.loads(task.result(row).read_text())
+    seconds = f"made in {made - started:.0f} s, evaluated in {time.time() - made:.0f} s"
+    return f"{_mebibytes(facts)} MiB, perplexity {facts['perplexity']:.3f}, {seconds}{told}"
 
 
 def _make(task: Task, row: str) -> bool:
@@ -229,48 +249,65 @@ def _make(task: Task, row: str) -> bool:
             *(*LRC, "compress", str(Path("recipes") / recipe), f"model={task.model}"),
             *(f"calibration={json.dumps(calibration)}", "evaluate={}", f"output={run}", *changes),
         ]
-        if not _run(command, task.deadline):
+        if not _run(command, task.threads, task.deadline):
             return False
         _export(task, run / "checkpoint", unfinished)
     else:
-        name, _, kind = row.partition(" ")
-        importance = dict(np.load(task.output / "importance.npz")) if kind else None
-        LlamaCpp(task.library).quantize(
-            task.dense, unfinished, int(TYPES[name]), importance, threads=task.threads
+        kind, _, imatrix = row.partition(" ")
+        task.step(
+            "quantize",
+            row,
+            source=task.dense,
+            target=unfinished,
+            kind=kind,
+            importance=task.importance if imatrix else None,
+            threads=task.threads,
         )
     unfinished.rename(target)
     return True
 
 
-def _run(command: list[str], deadline: float | None = None) -> bool:
+def _run(command: list[str], threads: int, deadline: float | None = None) -> bool:
     """Run a command; at the deadline, let it save its state, and return False."""
     left = None if deadline is None else max(1, deadline - time.time())
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
         try:
             output, _ = process.communicate(timeout=left)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             output, _ = process.communicate()
     if process.returncode not in {0, SAVED}:
-        raise RuntimeError(f"{' '.join(command)}\n{output.decode()[-4000:]}")
+        raise StepError(" ".join(command), process.returncode, output.decode(errors="replace"))
     return process.returncode == 0
 
 
 def _measure_speed(task: Task, rows: list[str], rounds: int, threads: int) -> None:
-    """Measure one file of every combination of block types, on an otherwise idle machine."""
+    """Measure all files in the same rounds, on an otherwise idle machine."""
     target = task.output / "speed.json"
-    timed = [row for row in rows if not row.endswith(" imatrix") and task.file(row).is_file()]
     known = json.loads(target.read_text())["rows"] if target.is_file() else {}
-    if not timed or {*timed} <= {*known} or time.time() > task.deadline:
+    if {*rows} <= {*known}:
         return
-    window = np.load(task.output / "windows.npy")[0]
-    files = [task.file(row) for row in timed]
-    found = alternating(LlamaCpp(task.library), files, window, rounds, threads)
-    speeds = {
-        row: {"prompt": prompt, "generated": generated}
-        for row, (prompt, generated) in zip(timed, found, strict=True)
-    }
-    target.write_text(json.dumps({"threads": threads, "rounds": rounds, "rows": speeds}))
+    files = {row: str(task.file(row)) for row in rows}
+    told = task.step(
+        "speed",
+        "speed",
+        files=files,
+        windows=task.windows,
+        threads=threads,
+        rounds=rounds,
+        target=target,
+    )
+    if told:
+        print(f"speed{told}", flush=True)
+
+
+def _mebibytes(facts: dict[str, float]) -> str:
+    return f"{facts['bytes'] / 2**20:.1f}"
 
 
 def _print(task: Task, rows: list[str]) -> None:
@@ -281,10 +318,10 @@ def _print(task: Task, rows: list[str]) -> None:
     facts = {row: json.loads(task.result(row).read_text()) for row in rows}
     for row in sorted(facts, key=lambda row: facts[row]["bytes"]):
         speed = measured["rows"].get(row)
-        cells = [f"{facts[row]['bytes'] / 2**20:.1f}", f"{facts[row]['perplexity']:.3f}"]
+        cells = [_mebibytes(facts[row]), f"{facts[row]['perplexity']:.3f}"]
         cells += [f"{speed[key]:.0f}" if speed else "" for key in ("prompt", "generated")]
         print(f"| {row} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from lrc.compressors.io.machine import Clock, OnStep
+from lrc.configs.size import GIB
 
-GIB = 2**30
 BY_LAYER = ("calibrate", "gradients", "allocate", "compress", "evaluate layer by layer")
 """Steps of the progress that are layers."""
 OTHER = "other"

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,6 @@ LLAMA = {"model_type": "llama", **SIZES, **GATED}
 OPT = {"model_type": "opt", **SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2}
 SVD_LLM = {"method": "svd-llm", "keep": 0.6}
 KFAC = {"method": "kfac", "keep": 0.6, "compensate": {}}  # by the lagrangian, as pivot rows
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Two would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,10 +1,7 @@
 """A recipe, text or name that cannot be used: one clear error each, and nothing half-written."""
 
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -359,76 +356,6 @@ def test_a_cap_on_losses_that_no_budget_allows(lrc, recipe: Path, output: Path) 
     assert not (output / "plan.json").exists()
 
 
-def of_first(**changes: Any) -> Callable[[dict[str, Any]], object]:
-    """Change the configuration of the first task."""
-    return lambda plan: plan["tasks"][0]["config"].update(changes)
-
-
-def components(*changed: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
-    return of_first(components=[*changed])
-
-
-def add_unknown(plan: dict[str, Any]) -> None:
-    weights = [{"name": "model.layers.9.up", "layer": 9}]
-    plan["tasks"].append({**plan["tasks"][0], "weights": weights})
-
-
-PLANS: dict[str, tuple[Callable[[dict[str, Any]], object], str, tuple[str, ...]]] = {
-    "a matrix missing": (lambda plan: plan["tasks"].pop(0), "missing-layer", ("q_proj",)),
-    "an unknown name": (add_unknown, "unknown-layer", ("model.layers.9.up",)),
-    "another shape": (of_first(shape=[64, 32]), "unequal-shapes", ("[32, 32]", "[64, 32]")),
-    "a rank too large": (
-        components({"type": "low_rank", "rank": 40}),
-        "size-out-of-range",
-        ("[1, 32]", "got 40"),
-    ),
-    "a rank that saves nothing": (
-        components({"type": "low_rank", "rank": 20}),
-        "size-out-of-range",
-        ("20", "at most 15"),
-    ),
-    "an unknown type": (components({"type": "wavelet"}), "invalid-user-plan", ("'wavelet'",)),
-    "a type of another method": (
-        components({"type": "sparse", "nonzeros": 100}),
-        "wrong-component",
-        ("low_rank or pivoted_low_rank", "got sparse"),
-    ),
-    "a type without its size": (
-        components({"type": "sparse"}),
-        "invalid-user-plan",
-        ("'nonzeros'", "got None"),
-    ),
-    "no list": (lambda plan: plan.pop("tasks"), "invalid-user-plan", ("'tasks'",)),
-}
-
-
-@pytest.mark.parametrize("case", PLANS)
-def test_plans_that_do_not_match_the_model(
-    lrc, recipe: Path, output: Path, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spoil, code, words = PLANS[case]
-    plan = json.loads(lrc("plan", recipe, "--json").out)
-    spoil(plan)
-    file = recipe.with_name("plan.json")
-    file.write_text(json.dumps(plan))
-    monkeypatch.setattr(WeightReader, "read", None)
-    given = f"stages=[{{decompose: {{method: svd-llm, plan: {file}}}}}]"
-    for command in ("plan", "compress"):
-        lrc(command, recipe, given).refuses(2, str(file), *words, code=code)
-    assert not output.exists()
-
-
-def test_files_that_are_not_plans(lrc, recipe: Path, output: Path) -> None:
-    file = recipe.with_name("plan.json")
-    given = f"stages=[{{decompose: {{method: svd-llm, plan: {file}}}}}]"
-    where = "stages[0].decompose.plan"
-    lrc("compress", recipe, given).refuses(2, str(file), code="unreadable-file", where=where)
-    for content in (b"\xff\x00", b'{"tasks": [', b"[1]", b'{"version": 1, "tasks": []}'):
-        file.write_bytes(content)
-        lrc("compress", recipe, given).refuses(2, str(file), code="invalid-user-plan", where=where)
-    assert not output.exists()
-
-
 def test_a_model_that_is_neither_local_nor_on_the_hub(lrc, recipe: Path, output: Path) -> None:
     words = ("'no-such/model'", "not a local folder", "Hub", "check the name")
     for override, where in (("model", "model.path"), ("model.tokenizer", "model.tokenizer")):
@@ -468,63 +395,3 @@ def test_all_problems_are_reported_at_once(lrc, recipe: Path, output: Path) -> N
         2, "got 257", "got 258", "'*.router'", "perplexity.french", count=4
     )
     assert not output.exists()
-
-
-TEXTS: dict[str, tuple[bytes, tuple[str, ...]]] = {
-    "empty.txt": (b"", ("the file is empty; give a file with text",)),
-    "blank.txt": (b" \n\n \n", ("holds no text",)),
-    "binary.txt": (b"\x00\x01\xff", ("must be UTF-8 text, got NUL bytes", "convert it")),
-    "latin.txt": (b"caf\xe9", ("got byte 0xe9 at offset 3",)),
-    "short.txt": (b"a few words", ("holds", "tokens", "lower")),
-    "empty.jsonl": (b"", ("the file is empty",)),
-    "binary.jsonl": (b'{"text": "\x00"}', ("must be UTF-8 text, got NUL bytes",)),
-    "bad.jsonl": (b'{"text": "a"}\n{"text"\n', ("line 2: must be one JSON object",)),
-    "other.jsonl": (b'{"body": "a"}\n', ("line 1: no key 'text'; got 'body'", "under 'field'")),
-}
-
-
-@pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("key", ["calibration.source", "evaluate.perplexity.0.source"])
-def test_texts_that_cannot_be_used_are_refused_before_the_work(
-    lrc, recipe: Path, output: Path, name: str, key: str, tmp_path: Path
-) -> None:
-    content, words = TEXTS[name]
-    (tmp_path / name).write_bytes(content)
-    lrc("compress", recipe, f"{key}={tmp_path / name}").refuses(1, *words, code="invalid-text")
-    left = {f.name for f in output.rglob("*")}
-    assert left <= {"work", "lock", "run.json", "seconds.json", "estimate.json"}
-
-
-def test_too_few_tokens_for_calibration(lrc, recipe: Path, output: Path) -> None:
-    ended = lrc("compress", recipe, "calibration.samples=9999")
-    ended.refuses(
-        1, "9,999 x 64 = 639,936; lower calibration.samples to at most", code="invalid-text"
-    )
-    assert not (output / "checkpoint").exists()
-    # The suggested change needs no --overwrite, because that run has no results.
-    assert lrc("compress", recipe, "calibration.samples=5", "-q").code == 0
-
-
-def test_a_tokenizer_of_another_model(
-    lrc, tiny_llama: Callable[..., Any], make_tokenizer: Callable[..., Any], recipe: Path
-) -> None:
-    model = recipe.parent / "small"
-    tiny_llama(vocab_size=300).save_pretrained(model)
-    make_tokenizer().save_pretrained(model)
-    for override in ((), ("evaluate={}",)):
-        ended = lrc("compress", recipe, f"model={model}", *override)
-        ended.refuses(1, "model.tokenizer", "300 tokens", code="invalid-text")
-
-
-def test_a_window_with_bos_that_leaves_a_table_of_positions(
-    lrc, make_tokenizer: Callable[..., Any], recipe: Path
-) -> None:
-    from transformers import OPTConfig, OPTForCausalLM
-
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1}
-    config = OPTConfig(vocab_size=512, num_attention_heads=4, max_position_embeddings=64, **sizes)
-    OPTForCausalLM(config).save_pretrained(recipe.parent / "opt")
-    make_tokenizer(bos=True).save_pretrained(recipe.parent / "opt")
-    run = ("compress", recipe, f"model={recipe.parent / 'opt'}", "-q")
-    lrc(*run, "evaluate.perplexity.0.window=64").refuses(2, "must be at most 63", "64 positions")
-    assert lrc(*run, "evaluate.perplexity.0.window=63").code == 0

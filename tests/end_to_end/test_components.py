@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.shared_runs import DISK
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -136,14 +137,6 @@ TABLES: dict[str, tuple[dict[str, list[ComponentConfig]], str | None]] = {
         },
         DOWN_PROJ,
     ),
-}
-DISK = {
-    "model.embed_tokens": "cpu",
-    "model.rotary_emb": "cpu",
-    "model.layers.0": "disk",
-    "model.layers.1": "cpu",
-    "model.norm": "cpu",
-    "lm_head": "cpu",
 }
 
 

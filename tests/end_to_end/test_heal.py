@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.heal_stages import BLOCK, DISTILL, INT4, STORED
+from tests.heal_stages import BLOCK, DISTILL, INT4, MIXED, STORED
 from tests.shared_runs import Run, Stopper, changed, tensors_of
 from transformers import AutoModelForCausalLM
 
@@ -113,13 +113,6 @@ def test_a_result_that_is_no_better_is_not_used(run_stages: Run) -> None:
     assert record["best_step"] == 0
     _, plain = run_stages(INT4)
     assert changed(plain, output) == set()
-
-
-MIXED = [
-    {"decompose": {"method": "svd", "keep": 0.6, "targets": ["*.mlp.*"]}},
-    {"decompose": {"method": "magnitude", "keep": 0.6, "targets": ["*.q_proj", "*.k_proj"]}},
-    {"quantize": {"method": "rtn", "bits": 4, "targets": ["*.o_proj"]}},
-]
 
 
 @pytest.mark.parametrize("method", ["distill", "block"])

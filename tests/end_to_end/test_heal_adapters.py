@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.heal_stages import INT4, STORED
+from tests.heal_stages import INT4, MIXED, STORED
 from tests.shared_runs import Run, Stopper, changed, tensors_of
 from transformers import AutoModelForCausalLM
 
@@ -41,11 +41,6 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"quantize": {"method": "rtn", "bits": 3, "group_size": 16, "symmetric": False}}
     ],
 }
-MIXED = [
-    {"decompose": {"method": "svd", "keep": 0.6, "targets": ["*.mlp.*"]}},
-    {"decompose": {"method": "magnitude", "keep": 0.6, "targets": ["*.q_proj", "*.k_proj"]}},
-    {"quantize": {"method": "rtn", "bits": 4, "targets": ["*.o_proj"]}},
-]
 
 
 def options_for(train: dict[str, Any], method: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Models that read images: the language model is compressed, everything else stays as it is."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,11 +113,11 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_images import read_image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-for folder, plain, whole, inputs, outputs in json.loads(sys.argv[1]):
-    if not plain:
+for folder, needs_lrc, whole, inputs, outputs in json.loads(sys.argv[1]):
+    if needs_lrc:
         import lrc
     model, loading = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=not needs_lrc
     )
     assert not any(loading.values()), loading
     reader = (AutoProcessor if whole else AutoImageProcessor).from_pretrained(folder)
@@ -133,22 +134,31 @@ for folder, plain, whole, inputs, outputs in json.loads(sys.argv[1]):
 
 def test_a_fresh_process_gives_the_logits_of_the_model_in_memory(
     results: dict[str, Result],
+    lrc: Callable[..., Any],
     weights_of: Callable[[Path], dict[str, Tensor]],
     tmp_path: Path,
 ) -> None:
     todo = []
+    outputs: dict[str, list[Path]] = {}
     for name, result in results.items():
-        plain = "quantize" in STAGES[name]
         whole = (result.source / "processor_config.json").is_file()
-        files = [str(tmp_path / f"{name}-{kind}.safetensors") for kind in ("inputs", "outputs")]
-        save_file(result.inputs, files[0])
-        todo.append((str(result.checkpoint), plain, whole, *files))
-    todo.sort(key=lambda each: not each[1])  # plain ones before lrc is imported
+        inputs = tmp_path / f"{name}-inputs.safetensors"
+        save_file(result.inputs, inputs)
+        folders = {result.checkpoint: "quantize" not in STAGES[name]}
+        if folders[result.checkpoint]:
+            with_code = tmp_path / f"{name}-code"
+            assert lrc("export", result.checkpoint, with_code, "--format", "remote-code").code == 0
+            folders[with_code] = False
+        for number, (folder, needs_lrc) in enumerate(folders.items()):
+            file = tmp_path / f"{name}-{number}.safetensors"
+            outputs.setdefault(name, []).append(file)
+            todo.append((str(folder), needs_lrc, whole, str(inputs), str(file)))
+    todo.sort(key=lambda each: each[1])  # before lrc is imported, what loads without it
     command = [sys.executable, "-c", SCRIPT, json.dumps(todo)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     for name, result in results.items():
-        found = load_file(tmp_path / f"{name}-outputs.safetensors")
         weights = weights_of(result.output)
         assert len(weights) == 14
         model, dense = result.reference(weights), result.reference({})
@@ -159,9 +169,10 @@ def test_a_fresh_process_gives_the_logits_of_the_model_in_memory(
                 torch.arange(34, 50)[None], max_new_tokens=4, min_new_tokens=4, do_sample=False
             )
         assert torch.isfinite(expected).all()
-        assert (found["logits"] - expected).abs().max() <= 2e-5, name
         assert (expected - before).abs().max() > 1e-3, name  # something was compressed
-        assert torch.equal(found["text"], text), name
+        for found in map(load_file, outputs[name]):
+            assert (found["logits"] - expected).abs().max() <= 2e-5, name
+            assert torch.equal(found["text"], text), name
 
 
 @pytest.mark.oldest

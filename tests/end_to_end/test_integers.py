@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.shared_runs import DISK
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -46,14 +47,6 @@ PLAIN: dict[str, list[dict[str, Any]]] = {
             }
         }
     ],
-}
-DISK = {
-    "model.embed_tokens": "cpu",
-    "model.rotary_emb": "cpu",
-    "model.layers.0": "disk",
-    "model.layers.1": "cpu",
-    "model.norm": "cpu",
-    "lm_head": "cpu",
 }
 
 

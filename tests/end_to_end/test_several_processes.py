@@ -7,12 +7,11 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.forked_processes import Forked
 
 from lrc.compressors.distributed import lifetime
@@ -21,20 +20,15 @@ from lrc.compressors.pipeline import compress
 from lrc.configs.load import load_recipe
 
 # Newer Pythons warn of any fork with threads; those of torch are idle.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 KFAC = {"decompose": {"method": "kfac", "keep": 0.6, "compensate": {"residual": 0.5}}}
 GPTQ = {"quantize": {"method": "gptq", "bits": 4, "group_size": 16}}
 MIXED = {"decompose": {"method": "mixed", "keep": 0.5}}
 DIFFERENT_EACH_TIME = ("lrc/report.json", "README.md")  # they contain times and peaks
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

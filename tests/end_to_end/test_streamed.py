@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lrc.cli import whole_models
-from lrc.compressors import pipeline
+from lrc.compressors import pipeline, run_evaluation
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.evaluate import streaming_rule
 from lrc.compressors.io.machine import Machine
@@ -202,7 +202,7 @@ def test_scores_are_those_of_whole_models(
     few = [] if case in WITH_BASELINES else ["evaluate.baselines=[]"]
     expected = leaves(run(recipe, "never", *few))
     monkeypatch.setattr(ModelVersions, "load_dense", refuse)
-    monkeypatch.setattr(pipeline, "load_checkpoint", refuse)
+    monkeypatch.setattr(run_evaluation, "load_checkpoint", refuse)
     found = leaves(run(recipe, "always", *few))
     assert found.keys() == expected.keys()
     assert expected["/kl/long/forward"] > 1e-4
@@ -251,7 +251,7 @@ def test_each_layer_is_read_once_and_one_layer_is_in_memory(
     counted(WeightReader, "dense")
     counted(CheckpointFiller, "compressed")
     monkeypatch.setattr(ModelVersions, "load_dense", refuse)
-    monkeypatch.setattr(pipeline, "load_checkpoint", refuse)
+    monkeypatch.setattr(run_evaluation, "load_checkpoint", refuse)
     run(recipe, "always")
 
     for model, folder in (("dense", "source"), ("compressed", "run/checkpoint")):
@@ -275,7 +275,7 @@ def test_it_is_chosen_where_whole_models_do_not_fit(
 
     whole = run(copied, "auto", on_step=on_step)
     assert "evaluate layer by layer" not in seen
-    monkeypatch.setattr(pipeline, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(run_evaluation, "free_memory", lambda device: 1000)
     found = run(copied, "auto", on_step=on_step)
     assert seen.count("evaluate layer by layer") == 2 * 3
     assert found["perplexity"]["long"]["compressed"] == pytest.approx(

@@ -1,7 +1,6 @@
 """Gradients layer by layer are those of the whole model; labels have their documented moments."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,17 +23,10 @@ from lrc.compressors.solvers.moments import Statistics, token_weights
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS = 3  # of the model in conftest.py
 EVERYTHING = frozenset({"inputs", "gradients", "input_mean", "input_magnitude", "row_fisher"})
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: two would mostly wait for each other over matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Statistics of padded texts are those of the same texts without padding, one after the other."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,13 @@ from lrc.compressors.models.source import locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.configs.recipe import Model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EVERYTHING = frozenset(
     {"inputs", "gradients", "input_mean", "input_magnitude", "row_fisher", "whole_inputs"}
     | {"whole_gradients"}
 )
 LENGTHS = (3, 12, 1, 7, 5)  # words
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ from lrc.compressors.prepare import Prepared, prepare
 from lrc.compressors.stages import STAGES
 from lrc.configs.errors import RecipeError
 from lrc.configs.load import load_recipe
+from lrc.configs.recipe import Perplexity
+from lrc.configs.task_data import EvaluationTask
 
 WIDTH, INNER, LAYERS, SAMPLES, LENGTH = 128, 320, 3, 4, 64
 KFAC = [{"decompose": {"method": "kfac", "keep": 0.6, "allocation": "uniform"}}]
 MIXED = [{"decompose": {"method": "mixed", "keep": 0.6}}]
 COMPENSATED = [{"decompose": {"method": "svd-llm", "keep": 0.6, "compensate": {}}}]
+TEXT = Perplexity(source="python-docs")
 RATES = MachineRates(1e9, 1e9, 1e9, ((100, 1e-2), (200, 8e-2)), 1e9, 1e9)
 
 
@@ -184,16 +188,24 @@ def test_what_fits_is_not_refused(
 
 @pytest.mark.usefixtures("known_rates")
 @pytest.mark.parametrize(
-    ("stage", "where"),
-    [("calibrate", "calibration.memory_limit_gib"), ("evaluate", "evaluate.streaming")],
+    ("stage", "changes", "where"),
+    [
+        ("calibrate", {}, "calibration.memory_limit_gib"),
+        ("evaluate", {"perplexity": [TEXT]}, "evaluate.streaming"),
+        ("evaluate", {"perplexity": [TEXT], "streaming": "always"}, "evaluate.perplexity"),
+        ("evaluate", {"task": EvaluationTask(data="t.csv")}, "evaluate.task"),
+    ],
 )
-def test_the_refusal_names_the_setting_that_helps(
+def test_the_refusal_names_a_setting_that_the_recipe_can_use(
     stage: str,
+    changes: dict[str, Any],
     where: str,
     prepared: Callable[..., Prepared],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = prepared(KFAC)
+    evaluate = recipe.recipe.evaluate.model_copy(update=changes)
+    recipe = replace(recipe, recipe=recipe.recipe.model_copy(update={"evaluate": evaluate}))
     _with_free(monkeypatch, 2**40, 2**40)
     expected = Estimate({}, {"save": 1, stage: 2**50}, {}, {"save": 1}, [])
     with pytest.raises(RecipeError, match=r"1,048,576.0 GiB of host memory") as error:

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from lrc.compressors.evaluate.baseline_comparison import compare_with_baselines
-
-MIB = 2**20
+from lrc.configs.size import MIB
 
 
 def baseline(name: str, mib: float, **perplexity: float | None) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from lrc.compressors.io.freed_memory import (
 from lrc.compressors.kernels import optimize
 from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.layers.packed_weight import PackedLinear
+from lrc.configs.size import MIB
 
-MIB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="uses madvise")
 
 

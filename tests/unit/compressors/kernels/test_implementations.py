@@ -1,5 +1,6 @@
 """The table of fast products: one name in `MODULES` switches an implementation on."""
 
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -28,3 +29,8 @@ def test_a_name_in_modules_switches_kernels_on(name: str, monkeypatch: pytest.Mo
     assert select(need) == f"{module.ENTRIES[0].name}: no GPU here"
     monkeypatch.setattr(module, problem, lambda device: None)
     assert select(need) in module.ENTRIES
+
+
+def test_integers_in_float32_on_a_gpu_name_the_types_that_have_kernels() -> None:
+    need = replace(NEEDS["packed_linear"], dtype=torch.float32)
+    assert select(need) == "CUDA: needs bfloat16 or float16, and the weights are in float32"

@@ -1,6 +1,6 @@
 """Dictionary-sparse factorisation: what every solver promises, then the fast ones."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
@@ -22,20 +22,13 @@ from lrc.compressors.solvers.sparse_coding import (
 from lrc.compressors.solvers.spectrum import spectrum
 from lrc.compressors.solvers.thresholding import orthogonal_codes, polar_factor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 FAST = [name for name, solver in SOLVERS.items() if solver.gradients]
 CASES: list[tuple[str, Pattern]] = [
     (name, pattern) for name, solver in SOLVERS.items() for pattern in solver.patterns
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread, and on a busy machine wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def solve_dictionary(

@@ -1,6 +1,6 @@
 """The solver of CoSpaDi: its pursuit against independent ones, its sweep against the SVD."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,14 +11,7 @@ from lrc.compressors.solvers.dictionary_learning import DictionaryProblem
 from lrc.compressors.solvers.ksvd import ksvd_update, matching_pursuit
 from lrc.compressors.solvers.sparse_coding import squared_error
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread, and on a busy machine wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

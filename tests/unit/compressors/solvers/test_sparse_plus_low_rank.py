@@ -1,6 +1,5 @@
 """Sums of a product and entries: planted ones, bounds by either part alone, and their sizes."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -20,17 +19,10 @@ from lrc.compressors.solvers.sparse_plus_low_rank import (
 )
 from lrc.compressors.solvers.spectrum import energies_only, spectrum
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DAMPING = {"damp": 1e-6, "gradient_damp": 0.1}
 SHAPES = [(48, 64), (64, 48)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two would mostly wait for each other over products this thin."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
