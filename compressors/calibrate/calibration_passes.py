@@ -184,6 +184,7 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
                 labels = sentences[rows].labels
                 at_out = output_gradient(out.detach(), labels, problem, context.labels, generator)
             (gradients[rows],) = torch.autograd.grad(out, leaf, at_out.to(out.dtype))
+            del leaf, out, at_out  # before the next logits are computed
             drop_shared_pages(hidden[rows])
             drop_shared_pages(gradients[rows])
 
@@ -228,6 +229,7 @@ def backward_layer(
                 out = executor.apply(index, leaf, rows=rows)
             at_output = gradients[rows].to(context.device)
             (gradients[rows],) = torch.autograd.grad(out, leaf, at_output)
+            del out, at_output  # and the graph, whose hooks keep the inputs of all linears
             drop_shared_pages(states[rows])
             drop_shared_pages(gradients[rows])
     at_inputs = (gradients[rows] for rows in executor.batches)

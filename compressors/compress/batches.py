@@ -10,6 +10,7 @@ import torch
 
 from lrc.compressors.compress.group import CompressedGroup, WeightGroup
 from lrc.compressors.compress.solve import compress_group, quantized_weights
+from lrc.compressors.planning.equal_tasks import split_batches
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.solvers.gptq import gptq_together
 from lrc.compressors.solvers.quantization_grid import ScaleOverflow
@@ -22,20 +23,15 @@ takes about 5 GiB."""
 
 def batches(tasks: Sequence[LayerTask], device: str) -> list[list[LayerTask]]:
     """Split the tasks of a layer into batches for `compress_together`."""
-    limit = NUMBERS.get(torch.device(device).type, 0)
-    found: list[list[LayerTask]] = []
-    growing: dict[str, list[LayerTask]] = {}
-    for task in tasks:
+
+    def kind(task: LayerTask) -> str | None:
+        return f"{task.shape} {task.config} {task.quantize}" if _is_gptq(task) else None
+
+    def size(task: LayerTask) -> int:
         d_out, d_in = task.shape
-        key = f"{task.shape} {task.config} {task.quantize}"
-        batch = growing.get(key)
-        full = batch is None or (len(batch) + 1) * (d_out + d_in) * d_in > limit
-        if batch is None or full or not _is_gptq(task):
-            batch = []
-            found.append(batch)
-            growing[key] = batch
-        batch.append(task)
-    return found
+        return (d_out + d_in) * d_in
+
+    return split_batches(tasks, kind, size, NUMBERS.get(torch.device(device).type, 0))
 
 
 def compress_together(groups: Sequence[WeightGroup]) -> list[CompressedGroup]:

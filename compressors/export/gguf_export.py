@@ -93,7 +93,7 @@ class GgufExport:
             **_tokenizer(weights, options.tokenizer, rows),
             **{f"{self._arch}.{key}": value for key, value in keys.items()},
         }
-        self.notes = _notes(self.tensors, weights, config, keys["context_length"])
+        self.notes = _notes(self.tensors, config, keys["context_length"])
 
     def write(self, path: Path, on_step: OnStep) -> None:
         """Write the file, with one matrix in memory at a time."""
@@ -138,7 +138,7 @@ class GgufExport:
         kind = GGMLQuantizationType.F32
         table = GgufTensor(
             "rope_freqs.weight",
-            "",
+            (),
             [len(factors)],
             kind,
             "vectors",
@@ -167,7 +167,10 @@ def _mlp_widths(weights: StoredWeights, family: Family) -> list[int]:
     other = [name for name in table if name.split(".")[-1] not in MLP]
     shapes = weights.shapes
     names = weights.architecture.layer_names
-    widths = [shapes[f"{name}.mlp.up_proj.weight"][0] for name in names]
+    if family.experts:
+        widths = [weights.architecture.model.config.intermediate_size] * len(names)
+    else:
+        widths = [shapes[f"{name}.mlp.up_proj.weight"][0] for name in names]
     uneven = len({*widths}) > 1 and family.layer_widths is None
     if other or uneven:
         what = shortened(other or list(table), ", ")
@@ -215,15 +218,13 @@ def _source_gguf(weights: StoredWeights) -> Path | None:
     return path
 
 
-def _notes(
-    tensors: list[GgufTensor], weights: StoredWeights, config: Any, context: int
-) -> list[str]:
+def _notes(tensors: list[GgufTensor], config: Any, context: int) -> list[str]:
     """Return what the user should know about the result."""
     notes = []
     products = [tensor for tensor in tensors if tensor.role == "products"]
     if products:
         size = sum(tensor.nbytes for tensor in products)
-        stored = sum(weights.stored_bytes(tensor.source) for tensor in products)
+        stored = sum(tensor.stored_bytes for tensor in products)
         notes.append(
             f"matrices stored as dense products: {len(products)}, {mib(size)}, against "
             f"{mib(stored)} in the checkpoint"
@@ -231,11 +232,11 @@ def _notes(
     larger = [
         tensor
         for tensor in tensors
-        if tensor.role == "integers" and tensor.nbytes > 1.02 * weights.stored_bytes(tensor.source)
+        if tensor.role == "integers" and tensor.nbytes > 1.02 * tensor.stored_bytes
     ]
     if larger:
         size = sum(tensor.nbytes for tensor in larger)
-        stored = sum(weights.stored_bytes(tensor.source) for tensor in larger)
+        stored = sum(tensor.stored_bytes for tensor in larger)
         notes.append(
             f"matrices of integers that need more space in GGUF: {len(larger)}, {mib(size)}, "
             f"against {mib(stored)} in the checkpoint; int4-g32, int5-g32 and int8-g32 take the "

@@ -5,7 +5,7 @@ transformers, and under which conditions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -45,6 +45,10 @@ class Family:
     """Added to the weights of norms."""
     window: bool = False
     """Whether some layers attend to a window of recent tokens."""
+    experts: bool = False
+    """Whether all MLPs are mixtures of experts."""
+    expert_width: str | None = None
+    """Key of config.json for the width of the experts; None if it is `intermediate_size`."""
     required: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Keys of config.json and their only supported values, if they are set."""
     check: Check = lambda config: None
@@ -84,6 +88,12 @@ def _check_qwen(config: Any) -> str | None:
     return "some of its layers attend to a window (layer_types)" if windows else None
 
 
+def _check_qwen_experts(config: Any) -> str | None:
+    if config.decoder_sparse_step != 1 or config.mlp_only_layers:
+        return "some of its layers have no experts (decoder_sparse_step, mlp_only_layers)"
+    return "some of its layers attend to a window" if config.use_sliding_window else None
+
+
 LLAMA = Family(
     MODEL_ARCH.LLAMA,
     "silu",
@@ -95,8 +105,17 @@ LLAMA = Family(
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": LLAMA,
+    "mixtral": replace(LLAMA, biases=(), layer_widths=None, experts=True),
     "qwen2": Family(MODEL_ARCH.QWEN2, "silu", biases=ATTENTION, check=_check_qwen),
     "qwen3": Family(MODEL_ARCH.QWEN3, "silu", check=_check_qwen),
+    "qwen3_moe": Family(
+        MODEL_ARCH.QWEN3MOE,
+        "silu",
+        experts=True,
+        expert_width="moe_intermediate_size",
+        required={"norm_topk_prob": True},
+        check=_check_qwen_experts,
+    ),
     "gemma3_text": Family(
         MODEL_ARCH.GEMMA3,
         "gelu_pytorch_tanh",

@@ -56,6 +56,11 @@ def model_metadata(
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.dimension_count": head_dim,
     }
+    if family.experts:
+        experts = getattr(config, "num_local_experts", None) or config.num_experts
+        keys |= {"expert_count": experts, "expert_used_count": config.num_experts_per_tok}
+        if family.expert_width is not None:
+            keys["expert_feed_forward_length"] = getattr(config, family.expert_width)
     if family.window:
         keys["attention.sliding_window"] = window
         keys["attention.sliding_window_pattern"] = sliding_period(config)

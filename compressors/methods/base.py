@@ -114,6 +114,22 @@ class FixedSizeMethod(Method, ABC):
     ) -> tuple[list[float], float]:
         """Estimate the squared error at several sizes, and return that of removing W."""
 
+    def squared_errors_of(
+        self,
+        weights: Sequence[Tensor],
+        statistics: Sequence[Statistics],
+        sizes: Sequence[Sizes],
+        **options: Any,
+    ) -> list[tuple[list[float], float]]:
+        """Return `squared_errors` of weights of equal shape.
+
+        Methods may work on all of them at once, where that takes less time.
+        """
+        return [
+            self.squared_errors(W, own, sizes, **options)
+            for W, own in zip(weights, statistics, strict=True)
+        ]
+
     @abstractmethod
     def flops(
         self, d_out: int, d_in: int, sizes: Sequence[Sizes], *, curve: bool, **options: Any

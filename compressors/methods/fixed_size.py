@@ -20,6 +20,7 @@ from lrc.compressors.solvers.pruning import (
     Saliency,
     prune,
     prune_curve,
+    prune_curves,
 )
 from lrc.compressors.solvers.sparse_plus_low_rank import (
     CURVE_LAST_ROUNDS,
@@ -71,9 +72,8 @@ class Pruning(FixedSizeMethod):
     ) -> tuple[list[float], float]:
         """Estimate the squared error for several numbers of entries, and return that of W."""
         inputs, gradients = _moments(self, statistics)
-        damping = {key: value for key, value in options.items() if key != "pattern"}
+        damping, pattern = _curve_options(sizes, options)
         total = weighted_energy(W, inputs, gradients, **damping)
-        pattern = _pattern(sizes[0], options) if sizes else "unstructured"
         if pattern == "2:4":  # a single size; solving it takes less than a curve
             solved = [self.solve(W, statistics, each, **options) for each in sizes]
             return [each.squared_error for each in solved], total
@@ -88,6 +88,31 @@ class Pruning(FixedSizeMethod):
         )
         return found, total
 
+    def squared_errors_of(
+        self,
+        weights: Sequence[Tensor],
+        statistics: Sequence[Statistics],
+        sizes: Sequence[Sizes],
+        **options: Any,
+    ) -> list[tuple[list[float], float]]:
+        """Search the masks of all weights at once."""
+        damping, pattern = _curve_options(sizes, options)
+        if len(weights) == 1 or self.saliency != "second-order" or pattern == "2:4":
+            return super().squared_errors_of(weights, statistics, sizes, **options)
+        moments = [_moments(self, each) for each in statistics]
+        curves = prune_curves(
+            weights,
+            [inputs for inputs, _ in moments],
+            [gradients for _, gradients in moments],
+            nonzeros=[_count(each, weights[0]) for each in sizes],
+            pattern=pattern,
+            **damping,
+        )
+        totals = [
+            weighted_energy(W, *both, **damping) for W, both in zip(weights, moments, strict=True)
+        ]
+        return list(zip(curves, totals, strict=True))
+
     def flops(
         self, d_out: int, d_in: int, sizes: Sequence[Sizes], *, curve: bool, **options: Any
     ) -> int:
@@ -100,6 +125,14 @@ class Pruning(FixedSizeMethod):
 def _pattern(sizes: Sizes, options: Mapping[str, Any]) -> Pattern:
     """Return the pattern of a pruned weight: only the sizes of n:8 tell it in a mixed plan."""
     return "n:8" if "n" in sizes else options.get("pattern", "unstructured")
+
+
+def _curve_options(
+    sizes: Sequence[Sizes], options: Mapping[str, Any]
+) -> tuple[dict[str, Any], Pattern]:
+    """Return the damping and the pattern of a curve."""
+    damping = {key: value for key, value in options.items() if key != "pattern"}
+    return damping, _pattern(sizes[0], options) if sizes else "unstructured"
 
 
 def _count(sizes: Sizes, W: Tensor) -> int:

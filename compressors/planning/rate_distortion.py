@@ -4,11 +4,12 @@ For low-rank methods, the singular values give the error at every rank. All othe
 dictionaries, sums), called fixed-size methods, must be solved for every size separately. They are
 solved at some sizes, those with `FRACTIONS` of the cost of the dense weight, and interpolated in
 between. Curves are computed layer by layer and kept in the journal, the folder of finished
-intermediate results, one file per layer.
+intermediate results, one file per layer. Those of experts of equal shape are computed together: on
+a GPU most of the time for one small matrix passes between its many short steps.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -22,6 +23,7 @@ from lrc.compressors.methods.group_statistics import combined, has_zero_statisti
 from lrc.compressors.methods.size_families import coarse
 from lrc.compressors.methods.table import METHODS, LowRankMethod
 from lrc.compressors.models.weights import WeightReader
+from lrc.compressors.planning.equal_tasks import split_batches
 from lrc.compressors.planning.plan import Allocation
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerTask, Weight
@@ -34,6 +36,9 @@ from lrc.compressors.solvers.spectrum import energies_only
 # Between them, the logarithm of the error is close to linear in the size.
 FRACTIONS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 POINTS_BETWEEN = 8
+NUMBERS = {"cuda": 2**26}
+"""Weights and entries of second moments of matrices whose curves are computed together, by type of
+device; a full batch takes about 4 GiB."""
 QUANTIZER_ERROR = {"rtn": 1.0, "gptq": 0.4}
 """Squared error of each quantizer over that of rounding to nearest. For `gptq`, 0.33 to 0.46 were
 measured on the weights of SmolLM2-135M."""
@@ -110,11 +115,13 @@ def curves_for(
         file = energies_file(layer)
         saved = journal.read_facts(file)["curves"] if journal.has(file) else {}
         if not requested.keys() <= saved.keys():
-            computed = {
-                key: _curve(task, allocation, reader, statistics, device)
-                for key, (task, allocation) in requested.items()
-            }
-            saved = {key: asdict(curve) for key, curve in computed.items()}
+            computed: dict[str, Curve] = {}
+            for keys in _batches(requested, device):
+                together = [requested[key][0] for key in keys]
+                allocation = requested[keys[0]][1]
+                found = _curves(together, allocation, reader, statistics, device)
+                computed |= zip(keys, found, strict=True)
+            saved = {key: asdict(computed[key]) for key in requested}
             energies = {key: facts.pop("energies") for key, facts in saved.items()}
             journal.write_tensors(file, energies, {"curves": saved})
             finished(layer)
@@ -125,31 +132,75 @@ def curves_for(
     return curves
 
 
-def _curve(
-    task: LayerTask,
+def _batches(
+    requested: Mapping[str, tuple[LayerTask, Allocation | None]], device: str
+) -> list[list[str]]:
+    """Split the keys of a layer's tasks into batches of tasks that differ in their names only."""
+    tasks = {key: task for key, (task, _) in requested.items()}
+
+    def kind(key: str) -> str | None:
+        alone = len(tasks[key].weights) > 1
+        return None if alone else f"{key == tasks[key].name} {replace(tasks[key], weights=())}"
+
+    def size(key: str) -> int:
+        d_out, d_in = tasks[key].shape
+        return d_out * d_in + d_out**2 + d_in**2
+
+    return split_batches(tasks, kind, size, NUMBERS.get(torch.device(device).type, 0))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A task with its weights stacked along their outputs, and their statistics."""
+
+    task: LayerTask
+    W: Tensor
+    statistics: Statistics
+    zero: bool
+    """See `has_zero_statistics`."""
+
+
+def _curves(
+    tasks: Sequence[LayerTask],
     allocation: Allocation | None,
     reader: WeightReader,
     statistics: Callable[[Weight], Statistics],
     device: str,
-) -> Curve:
-    stack = torch.cat([reader.read(f"{w.name}.weight", device=device) for w in task.weights])
-    if allocation is not None and allocation.allocator == "heavy-tail":
-        return Curve(energies_only(stack).cpu(), 0)
-    method = METHODS[task.method]
-    per_weight = [statistics(w) if method.statistics else Statistics() for w in task.weights]
-    energies = torch.zeros(min(stack.shape), dtype=torch.float64)
-    note = missing_reason(per_weight, method.statistics)
-    if note is not None:
-        return Curve(energies, 0, note)
-    per_weight = [each.to(device) for each in per_weight]
-    together = combined(per_weight)
-    points: list[Point] = []
-    total = 0.0  # the same for all parts: they share the metric of the method
+) -> list[Curve]:
+    """Return the curves of tasks that differ in their names only."""
+    method, found, known = METHODS[tasks[0].method], dict[str, Curve](), list[_Known]()
+    for task in tasks:
+        W = torch.cat([reader.read(f"{w.name}.weight", device=device) for w in task.weights])
+        if allocation is not None and allocation.allocator == "heavy-tail":
+            found[task.name] = Curve(energies_only(W).cpu(), 0)
+            continue
+        per_weight = [statistics(w) if method.statistics else Statistics() for w in task.weights]
+        note = missing_reason(per_weight, method.statistics)
+        if note is not None:
+            found[task.name] = Curve(torch.zeros(min(W.shape), dtype=torch.float64), 0, note)
+            continue
+        per_weight = [each.to(device) for each in per_weight]
+        zero = has_zero_statistics(per_weight)
+        known.append(_Known(task, W, combined(per_weight), zero))
+    if known:
+        solved = _solved_curves(known, allocation)
+        found |= {each.task.name: curve for each, curve in zip(known, solved, strict=True)}
+    return [found[task.name] for task in tasks]
+
+
+def _solved_curves(known: Sequence[_Known], allocation: Allocation | None) -> list[Curve]:
+    """Return the curves of tasks that differ in their names only, from their statistics."""
+    task = known[0].task
+    weights, statistics = [each.W for each in known], [each.statistics for each in known]
     wanted = (task.config.at_budget(-1).types,) if allocation is None else allocation.types
-    parts = {types: part for types, part in method.parts.items() if types in wanted}
+    parts = {types: p for types, p in METHODS[task.method].parts.items() if types in wanted}
     low_rank = next((part for part in parts.values() if isinstance(part, LowRankMethod)), None)
+    energies = [torch.zeros(min(W.shape), dtype=torch.float64) for W in weights]
     if low_rank is not None:
-        energies = low_rank.energies(stack, together, **low_rank.select(task.options)).cpu()
+        options = low_rank.select(task.options)
+        energies = [low_rank.energies(each.W, each.statistics, **options).cpu() for each in known]
+    points: list[list[Point]] = [[] for _ in known]
+    totals = [0.0] * len(known)  # the same for all parts: they share the metric of the method
     for types, part in parts.items():
         if not isinstance(part, FixedSizeMethod):
             continue
@@ -157,16 +208,23 @@ def _curve(
         sizes: list[Sizes] = []
         for _, family in families:
             sizes += [each for each in family if each not in sizes]
-        errors, total = part.squared_errors(stack, together, sizes, **part.select(task.options))
-        for steps, family in families:
-            solved = [Point(types, each, errors[sizes.index(each)]) for each in family]
-            points += _interpolated(steps, solved) if task.pending else solved
-    total = float(energies.sum()) or total
-    quantization: dict[str, float] = {}
-    if allocation is not None and allocation.quantization:
-        quantization, total = _quantization_errors(task, allocation, stack, together)
-    comparable = total > 0 and not has_zero_statistics(per_weight)
-    return Curve(energies, together.n_tokens, None, comparable, points, total, quantization)
+        solved = part.squared_errors_of(weights, statistics, sizes, **part.select(task.options))
+        for number, (errors, total) in enumerate(solved):
+            totals[number] = total
+            for steps, family in families:
+                own = [Point(types, each, errors[sizes.index(each)]) for each in family]
+                points[number] += _interpolated(steps, own) if task.pending else own
+    curves = []
+    for number, each in enumerate(known):
+        total = float(energies[number].sum()) or totals[number]
+        integers: dict[str, float] = {}
+        if allocation is not None and allocation.quantization:
+            integers, total = _quantization_errors(task, allocation, each.W, each.statistics)
+        n_tokens, comparable = each.statistics.n_tokens, total > 0 and not each.zero
+        curves.append(
+            Curve(energies[number], n_tokens, None, comparable, points[number], total, integers)
+        )
+    return curves
 
 
 def size_families(

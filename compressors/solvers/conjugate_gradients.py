@@ -15,7 +15,7 @@ def conjugate_gradients(
     *,
     steps: int,
     precondition: Operator = lambda r: r,
-    dim: int | None = None,
+    dim: int | tuple[int, ...] | None = None,
     floor: Tensor | float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Solve ``operator(x) == b`` approximately, in a fixed number of steps.
@@ -34,8 +34,8 @@ def conjugate_gradients(
     precondition : callable
         Symmetric positive semi-definite approximation of the inverse. Entries of `x` for which it
         returns zero do not change: a preconditioner with a mask solves the problem on the mask.
-    dim : int, optional
-        Dimension of the unknowns in a batch of independent problems. Default: one problem.
+    dim : int or tuple of int, optional
+        Dimensions of the unknowns in a batch of independent problems. Default: one problem.
     floor : Tensor or float
         A problem whose squared preconditioned residual is not above this is not changed any more.
         This is decided by a mask, without synchronization with a GPU.

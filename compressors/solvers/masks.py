@@ -1,4 +1,8 @@
-"""Boolean masks: selection of entries by score, in any place or equally many of every group."""
+"""Boolean masks: selection of entries by score, in any place or equally many of every group.
+
+What searches use (`drop_and_swap`, `swap_in_groups` and `largest_of_groups`) also works on a stack
+of matrices [..., d_out, d_in], for each of them as if it were alone.
+"""
 
 from typing import Literal
 
@@ -12,8 +16,18 @@ GROUP_SIZES: dict[Pattern, int] = {"2:4": 4, "n:8": 8}
 
 def largest(scores: Tensor, count: int) -> Tensor:
     """Return a mask of the shape of `scores`, True for exactly the `count` largest."""
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    return mask.index_fill_(0, scores.flatten().topk(count).indices, True).view(scores.shape)
+    return _largest_of_rows(scores.flatten(), count).view(scores.shape)
+
+
+def _largest_of_rows(scores: Tensor, count: int) -> Tensor:
+    """Return a mask of the `count` largest scores along the last dimension."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter_(-1, scores.topk(count).indices, True)
+
+
+def _flat(matrices: Tensor) -> Tensor:
+    """Return one row per matrix of a stack, or all entries of a single tensor."""
+    return matrices.flatten(-2) if matrices.ndim > 2 else matrices.flatten()
 
 
 def largest_of_groups(scores: Tensor, count: int, size: int, dim: int) -> Tensor:
@@ -41,18 +55,20 @@ def drop_and_swap(mask: Tensor, losses: Tensor, gains: Tensor, *, drop: int, swa
     losses, gains : Tensor, of the shape of `mask`
         Cost of removing each kept entry, and benefit of keeping each removed one.
     drop : int
-        Number of entries to remove, those of smallest loss.
+        Number of entries to remove from each matrix, those of smallest loss.
     swaps : int
-        Maximum number of exchanges. The next smallest losses are paired with the largest gains, and
-        a pair is exchanged if the gain exceeds the loss.
+        Maximum number of exchanges in each matrix. The next smallest losses are paired with the
+        largest gains, and a pair is exchanged if the gain exceeds the loss.
     """
-    out, outgoing = torch.where(mask, losses, torch.inf).flatten().topk(drop + swaps, largest=False)
-    come, incoming = torch.where(mask, -torch.inf, gains).flatten().topk(swaps)
-    pays = come > out[drop:]
-    flat = mask.flatten().clone()
-    flat[outgoing[:drop]] = False
-    flat[outgoing[drop:]] &= ~pays
-    flat[incoming] |= pays
+    leaving = _flat(torch.where(mask, losses, torch.inf))
+    out, outgoing = leaving.topk(drop + swaps, largest=False)  # [..., drop + swaps]
+    come, incoming = _flat(torch.where(mask, -torch.inf, gains)).topk(swaps)
+    pays = come > out[..., drop:]
+    flat = _flat(mask).clone()
+    flat.scatter_(-1, outgoing[..., :drop], False)
+    exchanged = outgoing[..., drop:]
+    flat.scatter_(-1, exchanged, flat.gather(-1, exchanged) & ~pays)
+    flat.scatter_(-1, incoming, flat.gather(-1, incoming) | pays)
     return flat.view(mask.shape)
 
 
@@ -65,9 +81,15 @@ def swap_in_groups(mask: Tensor, losses: Tensor, gains: Tensor, *, size: int, sw
     matrices of SmolLM2-135M at 4:8, and 7 to 11 % more at 2:4. Parameters are those of
     `drop_and_swap`.
     """
-    out, outgoing = torch.where(mask, losses, torch.inf).reshape(-1, size).min(dim=1)  # [groups]
-    come, incoming = torch.where(mask, -torch.inf, gains).reshape(-1, size).max(dim=1)
-    chosen = largest(come - out, min(swaps, len(out))) & (come > out)
+
+    def grouped(scores: Tensor) -> Tensor:
+        groups: Tensor = _flat(scores).unflatten(-1, (-1, size))  # [..., groups, size]
+        return groups
+
+    out, outgoing = grouped(torch.where(mask, losses, torch.inf)).min(dim=-1)  # [..., groups]
+    come, incoming = grouped(torch.where(mask, -torch.inf, gains)).max(dim=-1)
+    chosen = _largest_of_rows(come - out, min(swaps, out.shape[-1])) & (come > out)
     places = torch.arange(size, device=mask.device)
-    pair = (places == outgoing[:, None]) | (places == incoming[:, None])  # [groups, size]
-    return mask ^ (pair & chosen[:, None]).view(mask.shape)
+    pair = (places == outgoing[..., None]) | (places == incoming[..., None])
+    swapped: Tensor = pair & chosen[..., None]  # [..., groups, size]
+    return mask ^ swapped.view(mask.shape)

@@ -1,5 +1,6 @@
 """The weighted squared error ``tr(G E H E^T)`` that compression minimizes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,11 @@ from lrc.compressors.solvers.moments import Moment, without_empty
 
 @dataclass(frozen=True)
 class Metric:
-    """The weights of ``tr(G E H E^T)`` for errors E [d_out, d_in]; None is the identity."""
+    """The weights of ``tr(G E H E^T)`` for errors E [d_out, d_in]; None is the identity.
+
+    Or those of a stack of errors [n, d_out, d_in]; H and G then have the same first dimension, and
+    G is not a diagonal.
+    """
 
     H: Tensor | None = None
     """[d_in, d_in], of the inputs."""
@@ -23,29 +28,32 @@ class Metric:
         E = E if self.H is None else E @ self.H  # [d_out, d_in]
         if self.G is None:
             return E
-        return self.G @ E if self.G.ndim == 2 else self.G[:, None] * E
+        return self.G[:, None] * E if self.G.ndim == 1 else self.G @ E
 
     def energy(self, E: Tensor) -> Tensor:
-        """Return ``tr(G E H E^T)``, at least 0.
+        """Return ``tr(G E H E^T)``, at least 0, for each matrix of a stack.
 
         Errors that a singular metric does not weigh, such as that of inputs of rank one, sum to
         rounding errors of either sign.
         """
-        return (E * self(E)).sum().clamp(min=0)
+        return (E * self(E)).sum(dim=(-2, -1)).clamp(min=0)
 
     def diagonals(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the diagonals of G [d_out, 1] and H [d_in], for errors like `W`."""
-        left = W.new_ones(W.shape[0]) if self.G is None else self.G
-        right = W.new_ones(W.shape[1]) if self.H is None else self.H.diagonal()
-        return (left if left.ndim == 1 else left.diagonal())[:, None], right
+        """Return the diagonals of G [..., d_out, 1] and H [..., 1, d_in], for errors like `W`."""
+        left = W.new_ones(W.shape[-2]) if self.G is None else self.G
+        left = left if left.ndim == 1 else left.diagonal(dim1=-2, dim2=-1)
+        right = W.new_ones(W.shape[-1])
+        if self.H is not None:
+            right = self.H.diagonal(dim1=-2, dim2=-1)
+        return left[..., :, None], right[..., None, :]
 
     def scaled(self, left: Tensor, right: Tensor) -> "Metric":
-        """Return the metric of ``left * E * right``, for `left` [d_out, 1] and `right` [d_in]."""
+        """Return the metric of ``left * E * right``, for vectors like those of `diagonals`."""
         H, G = self.H, self.G
         if H is not None:
-            H = H / right / right[:, None]
+            H = H / right / right.mT
         if G is not None:
-            G = G / left[:, 0] / (left if G.ndim == 2 else left[:, 0])
+            G = G / left[:, 0] / left[:, 0] if G.ndim == 1 else G / left.mT / left
         return Metric(H, G)
 
     def inverse(self, damp: float) -> tuple["Metric", str | None]:
@@ -56,15 +64,26 @@ class Metric:
             if M is None or M.ndim == 1:
                 sides.append(None if M is None else 1 / (M + damp * M.mean()))
                 continue
-            L, note = whitening_factor(M, damp)
-            sides.append(torch.cholesky_inverse(L))
-            if note is not None:
-                notes.append(f"{name}: {note}")
-        return Metric(*sides), "; ".join(notes) or None
+            inverses = []
+            for each in M.reshape(-1, *M.shape[-2:]):
+                L, note = whitening_factor(each, damp)
+                inverses.append(torch.cholesky_inverse(L))
+                if note is not None:
+                    notes.append(f"{name}: {note}")
+            sides.append(inverses[0] if M.ndim == 2 else torch.stack(inverses))
+        return Metric(*sides), "; ".join(dict.fromkeys(notes)) or None
 
     def to(self, dtype: torch.dtype) -> "Metric":
         """Return the same metric in another dtype."""
         return Metric(*(None if M is None else M.to(dtype) for M in (self.H, self.G)))
+
+
+def stacked(metrics: Sequence[Metric]) -> Metric | None:
+    """Return the metric of a stack of errors; None if one of them lacks a whole matrix."""
+    H, G = [each.H for each in metrics], [each.G for each in metrics]
+    if not all(M is not None and M.ndim == 2 for M in (*H, *G)):
+        return None
+    return Metric(torch.stack(H), torch.stack(G))  # type: ignore[arg-type]
 
 
 def damped_metric(

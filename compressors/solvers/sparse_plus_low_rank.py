@@ -170,7 +170,7 @@ class SparsePlusLowRankProblem:
         rows = sparse.error[largest]  # [directions, d_in]
         for _ in range(START_STEPS):
             B, rows = subspace_iteration(sparse.error, search.metric, rows, rank)
-        return _State(sparse, B, rows, sparse.error, sparse.energy)
+        return _State(sparse, B, rows, sparse.error, float(sparse.energy))
 
     def _check(self, rank: int, nonzeros: int) -> None:
         check_size("rank", rank, min(self.W.shape), self.W.shape)

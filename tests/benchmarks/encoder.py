@@ -1,7 +1,7 @@
 """Compress an encoder: accuracy of a classifier, and embeddings, by method and size.
 
 usage: python tests/benchmarks/encoder.py KIND MODEL DATA FOLDER [--steps N] [--samples N]
-           [--examples N]
+           [--examples N] [--rows NAME ...]
 
 MODEL is a folder with all-MiniLM-L6-v2, DATA one with train.jsonl and validation.jsonl of SST-2
 (columns sentence and label). KIND is one of
@@ -40,6 +40,7 @@ Stages = list[dict[str, Any]]
 
 def main() -> None:
     options = arguments()
+    options.folder.mkdir(parents=True, exist_ok=True)
     model = options.model
     if options.kind == "classifier":
         model = options.folder / "classifier"
@@ -50,6 +51,8 @@ def main() -> None:
     dense = outputs(load_checkpoint(model, dtype=torch.float32), sentences)
     print(row("dense", {}, dense, dense), flush=True)
     for name, stages in rows():
+        if options.rows and name not in options.rows:
+            continue
         output = options.folder / f"{options.kind}-{name.replace(' ', '-').replace('.', '')}"
         if not (output / "report.json").exists():
             file = output.with_suffix(".yaml")
@@ -70,6 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--examples", type=int, default=872)
+    parser.add_argument("--rows", nargs="+", help="such as 'mixed 0.5'; default: all")
     return parser.parse_args()
 
 

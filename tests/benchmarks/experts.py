@@ -3,7 +3,9 @@
 usage: python tests/benchmarks/experts.py [--methods gptq reap mixed] [--layers 2] ...
 
 Prints one JSON object per method as soon as it is done. `seconds.layer` are those of one layer by
-stage, from one progress report to the next, so that loading and warming up are not in them.
+stage, from one progress report to the next, so that loading and warming up are not in them; with
+--layers 1 those of the whole stage, which contain both. `peak_so_far` is the largest GPU memory up
+to the last report of a stage, in GiB.
 `seconds.extrapolated` is an estimate for all 48 layers, nothing measured: the time up to the last
 report, the time of a layer for each layer that was not made, and the time after it, in which files
 are written, in proportion to the bytes of the compressed model. With --products, the block of
@@ -104,18 +106,21 @@ class Steps:
     def __init__(self) -> None:
         self.start = self.last = time.monotonic()
         self.at: defaultdict[str, list[float]] = defaultdict(list)
+        self.peaks: dict[str, float] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Record a report of progress."""
         self.last = time.monotonic()
         self.at[stage].append(self.last)
+        if torch.cuda.is_available():
+            self.peaks[stage] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
-    def per_layer(self) -> dict[str, float]:
-        """Return the mean seconds between reports by stage; stages with one report are left out."""
+    def per_layer(self, whole: dict[str, float]) -> dict[str, float]:
+        """Return the mean seconds between reports by stage; of a stage with one report, `whole`."""
         return {
-            stage: (times[-1] - times[0]) / (len(times) - 1)
+            stage: (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else whole[stage]
             for stage, times in self.at.items()
-            if len(times) > 1
+            if len(times) > 1 or stage in whole
         }
 
 
@@ -144,7 +149,7 @@ def measure(args: argparse.Namespace, method: str, folder: Path) -> dict[str, An
         recipe_of(args, method, folder), Machine(args.device, overwrite=True, on_step=steps)
     )
     end = time.monotonic()
-    per_layer = steps.per_layer()
+    per_layer = steps.per_layer(report["timing"]["seconds"] if args.layers == 1 else {})
     sizes = PRESETS[args.preset]
     outside = 2 * 2 * sizes["vocab_size"] * sizes["hidden_size"]  # embeddings, in bfloat16
     stored = report["size"]["model"]["tensor_bytes"]["compressed"]
@@ -172,6 +177,7 @@ def measure(args: argparse.Namespace, method: str, folder: Path) -> dict[str, An
                 + (end - steps.last) * whole / stored
             ),
         },
+        "peak_so_far": steps.peaks,
         "milliseconds": products,
         **report["memory"],
         **report["environment"],
@@ -218,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="qwen3-30b-a3b")
     parser.add_argument("--methods", nargs="+", choices=STAGES, default=["gptq", "reap", "mixed"])
-    parser.add_argument("--layers", type=int, default=2, help="2 or more")
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--experts", type=int, help="fewer per layer than the preset has")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--length", type=int, default=1024, help="tokens a window")

@@ -271,6 +271,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "scale": ({"model_type": "gemma3_text"}, "query_pre_attn_scalar must be 16, got 256"),
     "biases": ({"model_type": "qwen3", "attention_bias": True}, "no such tensor"),
+    "gates": ({"model_type": "qwen3_moe", "norm_topk_prob": False}, "norm_topk_prob must be True"),
 }
 
 

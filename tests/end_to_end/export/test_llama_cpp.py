@@ -38,6 +38,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "head_dim": 32},
     "qwen2": {"vocab_size": 520},
     "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
     "gemma3_text": {**WINDOW, "num_hidden_layers": 7},
     "gemma3-scaled": {
         **WINDOW,

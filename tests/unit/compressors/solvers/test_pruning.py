@@ -13,7 +13,7 @@ from lrc.compressors.solvers.masked_least_squares import (
     masked_least_squares,
 )
 from lrc.compressors.solvers.moments import Moment
-from lrc.compressors.solvers.pruning import Saliency, prune, prune_curve
+from lrc.compressors.solvers.pruning import Saliency, prune, prune_curve, prune_curves
 
 DAMPING = {"damp": 1e-6, "gradient_damp": 1e-4}
 
@@ -391,3 +391,25 @@ def test_n_of_eight_needs_a_number_for_equal_groups() -> None:
 def test_a_curve_rejects_what_prune_rejects() -> None:
     with pytest.raises(ValueError, match=r"nonzeros must be in \[1, 132\]"):
         prune_curve(weight(6, 22), nonzeros=[9, 133])
+
+
+@pytest.mark.parametrize("rounds", [2, 8])
+@pytest.mark.parametrize("pattern", ["unstructured", "n:8"])
+def test_curves_of_several_weights_equal_those_of_each_alone(pattern: str, rounds: int) -> None:
+    weights = [weight(24, 40, seed) for seed in range(4)]
+    weights[1] *= weight(24, 40, seed=9).abs() > 1  # for which the search ends early
+    weights[2].zero_()
+    inputs = [Moment.of(correlated(40, seed)) for seed in range(10, 14)]
+    gradients = [Moment.of(correlated(24, seed)) for seed in range(30, 34)]
+    options = {"nonzeros": [480, 720, 240], "pattern": pattern, "rounds": rounds, **DAMPING}
+    several = prune_curves(weights, inputs, gradients, **options)
+    alone = [
+        prune_curve(W, H, G, **options) for W, H, G in zip(weights, inputs, gradients, strict=True)
+    ]
+    # Products of stacks may round differently in float32, in which masks are searched.
+    torch.testing.assert_close(torch.tensor(several), torch.tensor(alone), rtol=1e-3, atol=1e-12)
+    assert several[2] == [0.0, 0.0, 0.0]
+    # Without whole matrices of all gradients, each is solved alone.
+    gradients[3] = diagonal_of(gradients[3], weights[3])
+    mixed = prune_curves(weights, inputs, gradients, **options)
+    assert mixed[3] == prune_curve(weights[3], inputs[3], gradients[3], **options)
