@@ -8,7 +8,7 @@ from lrc.compressors import report
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.checkpoint.assemble import write_checkpoint
 from lrc.compressors.checkpoint.reader import missing_files
-from lrc.compressors.compress.layerwise import layer_file
+from lrc.compressors.compress.layerwise import Solved, layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
 from lrc.compressors.estimates.estimate import estimate, refuse_too_large
 from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
@@ -46,7 +46,11 @@ from lrc.configs.load import LoadedRecipe
 
 
 def compress(
-    loaded: LoadedRecipe, machine: Machine | None = None, prepared: Prepared | None = None
+    loaded: LoadedRecipe,
+    machine: Machine | None = None,
+    prepared: Prepared | None = None,
+    *,
+    solved: Solved = lambda batch: None,
 ) -> dict[str, Any]:
     """Run a recipe: compile, run its stages, save, evaluate, report.
 
@@ -56,6 +60,8 @@ def compress(
     ----------
     prepared : Prepared, optional
         Result of `prepare` for this recipe, if there is one.
+    solved : callable
+        Returns results of tasks that need not be solved.
 
     Returns
     -------
@@ -70,7 +76,7 @@ def compress(
     machine = machine or Machine()
     recipe = loaded.recipe
     prepared = prepared or prepare(recipe, STAGES)
-    with open_session(prepared, machine) as session:
+    with open_session(prepared, machine, solved) as session:
         written = _has_checkpoint(session)
         result = report.stored(prepared, session.journal) if written else None
         if result is None:

@@ -31,7 +31,7 @@ from lrc.compressors.calibrate.sampled_windows import (
 from lrc.compressors.calibrate.segments import (
     SegmentedStatistics,
 )
-from lrc.compressors.compress.layerwise import layer_file
+from lrc.compressors.compress.layerwise import Solved, layer_file
 from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.distributed.lifetime import watched
@@ -62,6 +62,8 @@ class Session:
     journal: Journal
     machine: Machine
     clock: Clock
+    solved: Solved = lambda batch: None
+    """Returns results of tasks that need not be solved."""
 
     @property
     def device(self) -> str:
@@ -225,7 +227,9 @@ class Session:
 
 
 @contextmanager
-def open_session(prepared: Prepared, machine: Machine) -> Iterator[Session]:
+def open_session(
+    prepared: Prepared, machine: Machine, solved: Solved = lambda batch: None
+) -> Iterator[Session]:
     """Say the warnings of a plan and enter the output folder; raises as `open_journal`.
 
     Ends the run of the other processes, unless an error is raised inside the context.
@@ -242,7 +246,7 @@ def open_session(prepared: Prepared, machine: Machine) -> Iterator[Session]:
     ):
         clock = Clock(journal)
         watching = replace(machine, on_step=clock.disk.watching(machine.on_step))
-        yield Session(prepared, journal, watching, clock)
+        yield Session(prepared, journal, watching, clock, solved)
         processes.agree(None)
 
 

@@ -14,6 +14,7 @@ from lrc.configs.decompose_methods import Decompose
 from lrc.configs.gate_text import parse_gate
 from lrc.configs.heal import Heal
 from lrc.configs.quantize import SCHEME, Quantize
+from lrc.configs.size import size_words
 from lrc.configs.slice import Slice
 from lrc.configs.sources import Source, counts
 from lrc.configs.strict import Strict, Text, repeated
@@ -216,8 +217,14 @@ class Gate(Strict):
 
     def __str__(self) -> str:
         bounds = (("<=", self.at_most), (">=", self.at_least))
-        end = "x" if self.relative else ""
-        return " and ".join(f"{self.metric} {s} {v:g}{end}" for s, v in bounds if v is not None)
+        written = (f"{self.metric} {s} {self.limit(v)}" for s, v in bounds if v is not None)
+        return " and ".join(written)
+
+    def limit(self, value: float) -> str:
+        """Return a bound as a comparison writes it: ``1.02x``, ``80MiB``."""
+        if self.relative:
+            return f"{value:g}x"
+        return size_words(value) if self.metric == "size" else f"{value:g}"
 
 
 class Evaluate(Strict):

@@ -30,3 +30,16 @@ def parse_size(text: str) -> int:
         raise ValueError(f"must be {SIZE_WORDS}, got '{text}'; {SIZE_REMEDY}")
     unit = text.lstrip("0123456789. ")
     return int(Fraction(text.removesuffix(unit).strip()) * UNITS[unit])
+
+
+def size_words(n_bytes: float) -> str:
+    """Return an exact size in the largest unit that leaves at most two decimals.
+
+    >>> size_words(230 * 2**20), size_words(1.5 * 2**30), size_words(80 * 10**6), size_words(1537)
+    ('230MiB', '1.5GiB', '80MB', '1537B')
+    """
+    for unit, size in sorted(UNITS.items(), key=lambda each: -each[1]):
+        number = n_bytes / size
+        if number >= 1 and round(number, 2) * size == n_bytes:
+            return f"{number:.15g}{unit}"
+    return f"{n_bytes:.15g}B"

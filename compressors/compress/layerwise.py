@@ -32,6 +32,8 @@ from lrc.compressors.planning.tasks import LayerResult, LayerTask, Weight
 from lrc.compressors.solvers.error_compensation import PrefixMoments, refit_target
 from lrc.compressors.solvers.moments import Moment, Statistics
 
+Solved = Callable[[Sequence[LayerTask]], list[CompressedGroup] | None]
+"""Returns the results of tasks that are solved together, if they are known already."""
 COMPRESSED = "compressed"
 """Folder of the journal with the results."""
 _RESULTS = TypeAdapter(dict[str, LayerResult])
@@ -71,6 +73,7 @@ def compress_layers(
     folder: str = COMPRESSED,
     base: str | None = None,
     processes: Processes = ALONE,
+    solved: Solved = lambda batch: None,
 ) -> Plan:
     """Compress every weight of a plan.
 
@@ -93,6 +96,8 @@ def compress_layers(
     processes : Processes
         They divide the tasks of a layer that are solved at the same time, and the first one writes
         the results.
+    solved : callable
+        Returns results of tasks that need not be solved.
 
     Returns
     -------
@@ -101,7 +106,7 @@ def compress_layers(
         names in the checkpoint and in the dtype of the model; those of a group are in the file of
         its first layer.
     """
-    work = Compression(plan, reader, journal, statistics, device, folder, base, processes)
+    work = Compression(plan, reader, journal, statistics, device, folder, base, processes, solved)
     layers = sorted({w.layer for task in plan.tasks for w in task.weights})
     # Hidden states are needed up to the last layer that still has to be refitted.
     refit = [task.layer for task in plan.tasks if task.compensate is not None]
@@ -170,6 +175,7 @@ class Compression:
     folder: str = COMPRESSED
     base: str | None = None
     processes: Processes = ALONE
+    solved: Solved = lambda batch: None
 
     def write_layer(self, layer: int, prefix: Prefix | None) -> None:
         """Compress the tasks of a layer and finish its file."""
@@ -261,6 +267,8 @@ class Compression:
         """Compress tasks of equal configurations with the statistics of the dense model."""
         if not batch[0].config.compressed:
             return [left_dense(task) for task in batch]
+        if (known := self.solved(batch)) is not None:
+            return known
         groups = []
         for task in batch:
             weights = [self._weight(w) for w in task.weights]

@@ -113,7 +113,7 @@ def evaluation_metrics(evaluation: Mapping[str, Any]) -> Metrics:
         **{
             f"{kind}.{name}": {"compressed": entry[key], "dense": None}
             for kind, key in PREDICTIONS.items()
-            for name, entry in evaluation["kl"].items()
+            for name, entry in evaluation.get("kl", {}).items()  # not of all versions
         },
         **{
             f"tasks.{task}.{metric}": entry
@@ -168,7 +168,7 @@ def _compared(gate: Gate, entry: Mapping[str, float | None]) -> Iterator[GateRes
             continue
         met = value <= limit if key == "at_most" else value >= limit  # not if it is NaN
         one = gate.model_copy(update=dict.fromkeys(WORDS) | {key: limit})
-        sentence = got if undefined else f"{got}: must be {words} {limit:g}"
+        sentence = got if undefined else f"{got}: must be {words} {gate.limit(limit)}"
         yield GateResult(str(one), value, dense, not undefined and met, sentence)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from lrc.compressors.evaluate.scores import SHARED
 from lrc.compressors.page import charts
 from lrc.compressors.page.drawing import Page
+from lrc.compressors.page.gate_parts import HEAD, gate_rows
 from lrc.compressors.page.number_text import percent_text, score_text, seconds_text, size_text
 from lrc.compressors.page.parts import Part, Section, Table, Text, figures, tables
 from lrc.compressors.page.quality_parts import Row, model_rows, points_of
@@ -20,6 +21,7 @@ def compared(runs: Sequence[SavedRun], page: Page) -> list[Section]:
         Section("comparison", "Comparison", _table(named)),
         Section("quality", "Size and quality", _quality(named, page)),
         Section("tasks", "Tasks", _tasks(named)),
+        Section("gates", "Gates", _gates(named)),
         Section("timing", "Time and memory", _timings(named)),
         *(
             Section(f"run-{number}", name, [*recipe(run, page), *environment(run, page)])
@@ -140,6 +142,11 @@ def _tasks(runs: dict[str, SavedRun]) -> list[Part]:
         ["task", *runs],
         ([f"{t} {m}", *(value(run, t, m) for run in runs.values())] for t, m in names),
     )
+
+
+def _gates(runs: dict[str, SavedRun]) -> list[Part]:
+    rows = ([name, *row.cells] for name, run in runs.items() for row in gate_rows(run))
+    return tables("Thresholds of the recipes; x: relative to the dense model", ["run", *HEAD], rows)
 
 
 def _timings(runs: dict[str, SavedRun]) -> list[Part]:

@@ -7,6 +7,7 @@ from lrc.compressors.benchmark.results import PHASES
 from lrc.compressors.page import charts
 from lrc.compressors.page.charts import Interval, Point
 from lrc.compressors.page.drawing import Page
+from lrc.compressors.page.gate_parts import gate_rows, passed_text
 from lrc.compressors.page.number_text import nats_text, percent_text, score_text, size_text
 from lrc.compressors.page.parts import Facts, Part, Table, Text, figures, tables
 from lrc.compressors.page.saved_runs import SavedRun
@@ -38,6 +39,8 @@ def overview(run: SavedRun, page: Page) -> list[Part]:
         ratio = entry["ratio"]
         dense = "" if ratio is None else f"{ratio:.3f} times the dense {score_text(entry['dense'])}"
         items.append((f"perplexity {name}", score_text(entry["compressed"]), dense))
+    if rows := gate_rows(run):
+        items.append(("gates", passed_text(rows), "thresholds of the recipe"))
     parts: list[Part] = [Facts(items)]
     if comparison := report["evaluation"]["baseline_comparison"]:
         parts.append(Text(f"Compared with plain quantization or pruning: {comparison}"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from lrc.compressors.page import matrix_parts, quality_parts, run_parts, stage_parts
+from lrc.compressors.page import gate_parts, matrix_parts, quality_parts, run_parts, stage_parts
 from lrc.compressors.page.drawing import Page
 from lrc.compressors.page.parts import Part, Section
 from lrc.compressors.page.saved_runs import SavedRun
@@ -12,6 +12,7 @@ SECTIONS: dict[str, tuple[str, Callable[[SavedRun, Page], list[Part]]]] = {
     "warnings": ("Warnings", quality_parts.warnings),
     "size": ("Size", quality_parts.sizes),
     "quality": ("Quality", quality_parts.quality),
+    "gates": ("Gates", gate_parts.gates),
     "baselines": ("Comparison with baselines", quality_parts.baselines),
     "speed": ("Speed", quality_parts.speed),
     "latency": ("Predicted times", matrix_parts.latency),

@@ -234,5 +234,6 @@ def _layers_of(session: Session, plan: Plan, **options: Any) -> Plan:
         session.statistics,
         device=session.device,
         on_step=session.on_step,
+        solved=session.solved,
         **options,
     )

@@ -123,7 +123,7 @@ class Sweep:
         with self._recorded(each) as outcome:
             shared.lend(prepared)
             try:
-                outcome.report = compress(loaded, machine, prepared)
+                outcome.report = compress(loaded, machine, prepared, solved=shared.solved(prepared))
             finally:
                 shared.keep(prepared)
         release_memory()

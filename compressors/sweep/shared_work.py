@@ -17,6 +17,7 @@ from lrc.compressors import report
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_windows import FILE as WINDOWS
+from lrc.compressors.compress.layerwise import Solved
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import Clock, Machine
 from lrc.compressors.planning.plan import Plan
@@ -25,6 +26,7 @@ from lrc.compressors.planning.required_statistics import required_statistics
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.run_identity import identity
 from lrc.compressors.session import Session
+from lrc.compressors.sweep.solved_tasks import SolvedTasks
 
 SOURCE = "source"
 """The journal's name for a source that had to be converted."""
@@ -45,6 +47,7 @@ class SharedWork:
     def __init__(self, root: Journal, machine: Machine) -> None:
         self._root, self._machine = root, machine
         self._identities: dict[str, Any] = {}  # by output; files are hashed
+        self._solved: dict[Path, SolvedTasks] = {}  # by folder of the curves
 
     def compute(self, runs: Sequence[Prepared]) -> None:
         """Collect the statistics and curves of all runs that have yet to be compressed."""
@@ -85,10 +88,23 @@ class SharedWork:
                 journal.borrow(curves, energies_file(layer))
 
     def keep(self, prepared: Prepared) -> None:
-        """Keep the scores of other models that a run has measured, for later runs."""
+        """Keep what a run has measured and solved, for later runs."""
         journal = Journal(Path(prepared.recipe.output).expanduser())
+        if _is_compressed(prepared) and (known := self._solved_of(prepared)):
+            known.add(journal.output / "checkpoint", self._machine.chosen)
         for own, name in _scores(prepared).items():
             self._of_model(prepared).borrow(journal, own, name)
+
+    def solved(self, prepared: Prepared) -> Solved:
+        """Return what looks up results of earlier runs that a run need not solve again."""
+        known = self._solved_of(prepared)
+        return known.find if known else lambda batch: None
+
+    def _solved_of(self, prepared: Prepared) -> SolvedTasks | None:
+        """Return the results that runs of other budgets share with a run, if there can be any."""
+        if not _shares_statistics(prepared):
+            return None
+        return self._solved.setdefault(self._of_curves(prepared).output, SolvedTasks())
 
     def _collect(self, session: Session, group: Sequence[Prepared]) -> None:
         """Collect the statistics of runs that read the same text."""

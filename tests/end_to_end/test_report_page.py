@@ -12,7 +12,11 @@ import pytest
 import torch
 
 from lrc.compressors import pipeline
+from lrc.compressors.evaluate.score_text import four_digits
 from lrc.compressors.page import page_file, render
+from lrc.compressors.page.gate_parts import gate_rows
+from lrc.compressors.page.number_text import size_text
+from lrc.compressors.page.saved_runs import SavedRun
 from lrc.compressors.page.sections import SECTIONS
 from lrc.configs.load import load_recipe
 
@@ -44,9 +48,10 @@ RUNS: dict[str, tuple[list[dict[str, Any]], set[str]]] = {
     "joint": ([JOINT], MATRICES | {"calibration"}),
     "low rank": ([LOW_RANK], MATRICES | {"calibration", "profile"}),
     "slice": ([SLICE], {"slices", "calibration"}),
-    "healed": ([{"quantize": {"method": "rtn", "bits": 4}}, HEAL], MATRICES | {"healing"}),
+    "healed": ([{"quantize": {"method": "rtn", "bits": 4}}, HEAL], MATRICES | {"healing", "gates"}),
 }
 """Stages, and the sections that a run has besides `ALWAYS`."""
+GATES = ["size <= 3MiB", "size <= 0.99x", "perplexity.english <= 1e9"]
 NEVER_EMPTY = {"h1", "h2", "section", "table", "caption", "tbody", "figcaption", "title", "desc"}
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -120,12 +125,10 @@ def drawn(
         patch.setattr(pipeline, "write_page", page_file.write_page)
         for name, (stages, expected) in RUNS.items():
             output = tmp_path_factory.mktemp("pages") / name.replace(" ", "-")
-            recipe = tiny_recipe(
-                tiny_model_folder,
-                output,
-                stages=stages,
-                evaluate={"perplexity": [perplexity], "baselines": ["int4-g16"]},
-            )
+            evaluate: dict[str, Any] = {"perplexity": [perplexity], "baselines": ["int4-g16"]}
+            if "gates" in expected:
+                evaluate["gates"] = GATES
+            recipe = tiny_recipe(tiny_model_folder, output, stages=stages, evaluate=evaluate)
             loaded = load_recipe(recipe)
             if "profile" in expected:
                 pipeline.profile(loaded, 1)
@@ -229,6 +232,7 @@ def test_several_runs_are_compared_on_one_page(lrc, drawn: dict[str, Drawn], tmp
     assert found.sections == [
         "comparison",
         "quality",
+        "gates",
         "timing",
         *(f"run-{n + 1}" for n in range(5)),
     ]
@@ -236,6 +240,41 @@ def test_several_runs_are_compared_on_one_page(lrc, drawn: dict[str, Drawn], tmp
         assert name in found.text
     assert "decompose mixed" in found.text
     assert "quantize rtn, heal distill" in found.text
+
+
+def test_gates_are_shown_with_bound_value_and_outcome(
+    drawn: dict[str, Drawn], tmp_path: Path
+) -> None:
+    report = json.loads((drawn["healed"].output / "report.json").read_text())
+    assert "all 3 passed" in Checked(drawn["healed"].page).text
+    gates = report["recipe"]["evaluate"]["gates"]
+    gates[2]["at_most"] = 1.0
+    gates.append({"metric": "tasks.piqa.acc", "at_least": 0.5, "relative": True})
+    rows = gate_rows(SavedRun("run", report, None, tmp_path))
+    files = report["size"]["model"]["file_bytes"]
+    assert [row.cells for row in rows] == [
+        ["size", "<= 3MiB", *map(size_text, (files["compressed"], files["dense"])), "passed"],
+        [
+            "size",
+            "<= 0.99x",
+            f"{files['compressed'] / files['dense']:.4g}x",
+            size_text(files["dense"]),
+            "passed",
+        ],
+        [
+            "perplexity.english",
+            "<= 1",
+            *(
+                four_digits(report["evaluation"]["perplexity"]["english"][model])
+                for model in ("compressed", "dense")
+            ),
+            "missed",
+        ],
+        ["tasks.piqa.acc", ">= 0.5x", "", "", "not measured"],
+    ]
+    assert page_file.write_page(tmp_path, report, pytest.fail)
+    found = check_self_contained((tmp_path / "report.html").read_text())
+    assert found.text.count("2 of 4 passed") == 2  # overview and table
 
 
 def test_perplexities_of_other_windows_are_not_plotted_together(

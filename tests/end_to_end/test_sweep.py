@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from lrc.compressors.calibrate import statistics
+from lrc.compressors.compress import layerwise
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.planning import rate_distortion
 from lrc.compressors.sweep.run_sweep import Sweep
+from lrc.compressors.sweep.solved_tasks import FinishedRun
 from lrc.configs.axes import combinations, read_axes
 from lrc.configs.errors import Stopped
 
@@ -80,6 +82,50 @@ def test_runs_are_those_of_compress_and_share_statistics_curves_and_dense_scores
             == (evaluation["perplexity"]["english"]["dense"])
         )
         shutil.rmtree(alone)
+
+
+@pytest.mark.parametrize(
+    ("options", "values", "solved"),
+    [
+        # A checkpoint of integers only is plain: its tensors have other names.
+        ({"components": ["dense"], "schemes": ["int8-g16", "int4-g16"]}, "keep=0.4,0.38", 0),
+        ({"components": ["pivoted_low_rank", "sparse"]}, "embeddings=int8,int4-g16", 14),
+    ],
+)
+def test_what_a_finished_run_has_solved_is_not_solved_again(
+    lrc: Callable[..., Any],
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    values: str,
+    solved: int,
+) -> None:
+    stages = json.dumps([{"decompose": {"method": "mixed", "keep": 0.4, **options}}])
+    settings = (recipe, f"stages={stages}", "evaluate={}", "-q")
+    calls = Calls(monkeypatch, layerwise, "compress_together")
+    folder = tmp_path / "sweep"
+    assert lrc("sweep", *settings, values, "--output", folder).code == 0
+    if solved:
+        assert calls.count == solved
+    assert 14 <= calls.count < 28  # matrices of one run, and of two
+    (axis,) = read_axes([values]).items()
+    for value in axis[1]:
+        alone = tmp_path / value
+        assert lrc("compress", *settings, f"{axis[0]}={value}", f"output={alone}").code == 0
+        both = (alone, folder / f"{axis[0]}={value}")
+        assert contents(both[0] / "checkpoint") == contents(both[1] / "checkpoint")
+        plans, layers = [], []
+        for output in both:
+            plans.append(json.loads((output / "checkpoint/lrc/plan.json").read_text()))
+            layers.append(json.loads((output / "report.json").read_text())["layers"])
+        assert plans[0] == plans[1]
+        assert layers[0] == layers[1]
+    checkpoint = alone / "checkpoint"
+    (task, *_) = FinishedRun(checkpoint, "cpu").plan.tasks
+    assert FinishedRun(checkpoint, "cpu").find([task]) is not None
+    (checkpoint / "config.json").write_text("{}")  # changed since
+    assert FinishedRun(checkpoint, "cpu").find([task]) is None
 
 
 def test_a_second_call_adds_runs_and_repeats_none(
