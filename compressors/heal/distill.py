@@ -26,6 +26,7 @@ from lrc.compressors.heal.work import (
     HealWork,
     Snapshots,
     budget_facts,
+    coordinates_of,
     deterministic,
     finite,
     loss_facts,
@@ -63,7 +64,8 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     forms |= selected_supports_(student, selected, options)
     if options.train != "scales":
         forms |= unpack_factors_(student, selected, stored)
-    trained = trained_parameters(selected, stored, forms, seed=work.seed)
+    coordinates = coordinates_of(student, selected, options)
+    trained = trained_parameters(selected, stored, forms, coordinates, seed=work.seed)
     names = models.architecture.layer_names
     if options.checkpointing:
         for name in names:
@@ -80,7 +82,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     )
     most = BATCH_TOKENS[torch.device(device).type] // text.training.shape[1]
     together = min(options.batch, options.micro_batch or max(1, most))
-    descent = Descent(trained, budget=work.budget(), rate=options.rate)
+    descent = Descent(trained, budget=work.budget(), rate=options.rate, optimizer=options.optimizer)
     snapshots = Snapshots(work, descent)
     switch = BudgetSwitch(student, work.plan.elastic)
 
