@@ -153,6 +153,12 @@ class Distill(Selective, LogitFit):
     """
 
     method: Literal["distill"]
+    nuclear_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a further term of the loss: the sum of the singular values of all `low_rank`
+    components in floating point. Afterwards, small ones are removed: ranks, and the size, fall."""
+    truncate: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """With `nuclear_norm`: singular values of a component below this fraction of its largest one
+    are removed, unless the result would be worse than before training, [0, 1)."""
     merge: bool = True
     """Of `lora`: whether integers are rounded to the sum with their adapters. Otherwise they stay,
     and the adapters are stored as low-rank components, which adds to the size."""
