@@ -31,6 +31,9 @@ Support = Annotated[
     ),
 ]
 
+Optimizer = Literal["adam", "muon"]
+"""Names of optimizers."""
+
 Rate = Annotated[
     float,
     Field(
@@ -104,6 +107,12 @@ class Selective(AdapterOptions, HealBase):
 
     train: Train = "all"
     support: Support = "fixed"
+    optimizer: Optimizer = "adam"
+    """Of matrices; all other tensors are trained by Adam. `muon` makes all singular values of an
+    update equal."""
+    precondition: bool = False
+    """Whether the two factors of a low-rank component are trained in coordinates in which the
+    other one is orthonormal at first."""
 
     @property
     def moves_support(self) -> bool:
@@ -144,6 +153,12 @@ class Distill(Selective, LogitFit):
     """
 
     method: Literal["distill"]
+    nuclear_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a further term of the loss: the sum of the singular values of all `low_rank`
+    components in floating point. Afterwards, small ones are removed: ranks, and the size, fall."""
+    truncate: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """With `nuclear_norm`: singular values of a component below this fraction of its largest one
+    are removed, unless the result would be worse than before training, [0, 1)."""
     merge: bool = True
     """Of `lora`: whether integers are rounded to the sum with their adapters. Otherwise they stay,
     and the adapters are stored as low-rank components, which adds to the size."""
@@ -159,6 +174,16 @@ class Scales(LogitFit):
     def train(self) -> Literal["scales"]:
         """What is trained."""
         return "scales"
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of matrices, of which none is trained."""
+        return "adam"
+
+    @property
+    def precondition(self) -> bool:
+        """Whether factors are trained in other coordinates; none is trained."""
+        return False
 
 
 class Block(Selective):

@@ -31,6 +31,7 @@ from lrc.compressors.heal.layer_fit import Apply, LayerData, LayerFit, find_part
 from lrc.compressors.heal.trained_files import TRAINED, layer_file, write_trained
 from lrc.compressors.heal.work import (
     HealWork,
+    coordinates_of,
     deterministic,
     finite,
     loss_facts,
@@ -178,7 +179,10 @@ class BlockFit:
             named = {f"{prefix}.{name}": selected[name] for name in part.parameters}
             seed = work.seed * 1_000_003 + index
             moving = {f"{prefix}.{n}": supports[n] for n in part.parameters if n in supports}
-            trained = trained_parameters(named, self._stored, moving, seed=seed)
+            coordinates = coordinates_of(
+                compressed, {n: selected[n] for n in part.parameters}, options, f"{prefix}."
+            )
+            trained = trained_parameters(named, self._stored, moving, coordinates, seed=seed)
             fit = LayerFit(apply, dense, compressed, part, data)
             budget = self._budget(index, parts_left=len(parts) - number)
             descent = fit.run(trained, options, budget=budget, seed=seed)

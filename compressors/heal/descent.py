@@ -1,15 +1,17 @@
 """Gradient descent on trained parameters, with the best result so far."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.heal.budget import Budget
+from lrc.compressors.heal.muon import MOMENTUM, muon_updates
 from lrc.compressors.heal.parameters import TrainedParameters
 from lrc.compressors.heal.schedule import WARM_UP, learning_rate
+from lrc.configs.heal import Optimizer
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 LARGEST_NORM = 1.0
@@ -25,7 +27,7 @@ def is_better(loss: float, best: float) -> bool:
 
 
 class Descent:
-    """Adam; gradients are clipped, and the learning rate follows a schedule.
+    """Adam, or Muon for matrices; gradients are clipped, and the rate follows a schedule.
 
     As long as no step was better than the untrained values, a measurement that is worse after the
     rate has reached its highest value shows that it is too high: training starts again with a lower
@@ -34,6 +36,7 @@ class Descent:
     The learning rate of a tensor is relative to the root mean square of its values at first, as in
     Adafactor [1]_: stored forms differ in scale by orders of magnitude, and so do models. For the
     weights of SmolLM2-135M (0.19) 1e-3 is 2e-4, for those of a Llama of 8B parameters about 2e-5.
+    Parameters with coordinates, see `factor_coordinates`, are trained in these.
 
     Parameters
     ----------
@@ -41,6 +44,8 @@ class Descent:
     budget : Budget
     rate : float
         Highest learning rate, relative, until a restart.
+    optimizer : {"adam", "muon"}
+        For matrices; for all other parameters it is Adam.
 
     References
     ----------
@@ -48,7 +53,14 @@ class Descent:
        ICML 2018, section 8. https://arxiv.org/abs/1804.04235
     """
 
-    def __init__(self, trained: TrainedParameters, *, budget: Budget, rate: float) -> None:
+    def __init__(
+        self,
+        trained: TrainedParameters,
+        *,
+        budget: Budget,
+        rate: float,
+        optimizer: Optimizer = "adam",
+    ) -> None:
         self.trained, self.budget = trained, budget
         self.done = 0
         self.rates = [(0, rate)]
@@ -62,10 +74,17 @@ class Descent:
         self.best_step = 0
         self._sizes = [max(trained.scale(name), SMALLEST_SIZE) for name in trained.parameters]
         self._parameters = [*trained.parameters.values()]
+        self._coordinates = [trained.coordinates.get(name) for name in trained.parameters]
+        matrices = [optimizer == "muon" and trained.is_matrix(name) for name in trained.parameters]
+        self._matrices = [index for index, each in enumerate(matrices) if each]
+        self._others = [index for index, each in enumerate(matrices) if not each]
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)  # stays, as recorded steps add to it
         self._averages = [torch.zeros_like(parameter) for parameter in self._parameters]
-        self._squares = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._squares = [
+            parameter.new_zeros(0) if is_matrix else torch.zeros_like(parameter)
+            for parameter, is_matrix in zip(self._parameters, matrices, strict=True)
+        ]
 
     @property
     def steps(self) -> int:
@@ -87,7 +106,7 @@ class Descent:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, LARGEST_NORM)
         gradients: Any = [parameter.grad for parameter in self._parameters]
         if bool(norm.isfinite()):
-            self._adam_(gradients)
+            self._step_(gradients)
             self.trained.limit_()
         else:
             self.skipped += 1
@@ -96,20 +115,46 @@ class Descent:
         self.budget.advance()
 
     @torch.no_grad()
-    def _adam_(self, gradients: Any) -> None:
-        """Update all tensors by a few operations; torch's optimizer needs some for each rate."""
+    def _step_(self, gradients: Any) -> None:
+        """Move all parameters along their gradients."""
         start, highest = self.rates[-1]
         rate = learning_rate(self.done - start, self.steps - start, highest)
+        gradients = [
+            gradient if coordinates is None else coordinates.of_gradient(gradient)
+            for gradient, coordinates in zip(gradients, self._coordinates, strict=True)
+        ]
+        self._updates += 1
+        for indices, updates_of in ((self._others, self._adam), (self._matrices, self._muon)):
+            if not indices:
+                continue
+            updates = updates_of([gradients[index] for index in indices], indices)
+            torch._foreach_mul_(updates, [-rate * self._sizes[index] for index in indices])
+            for place, index in enumerate(indices):
+                coordinates = self._coordinates[index]
+                if coordinates is not None:
+                    updates[place] = coordinates.of_parameter(updates[place])
+            torch._foreach_add_([self._parameters[index] for index in indices], updates)
+
+    def _adam(self, gradients: Any, indices: Sequence[int]) -> Any:
+        """Return Adam's updates by a few operations; torch's optimizer needs some for each rate."""
         first, second = BETAS
-        self._updates = count = self._updates + 1
-        torch._foreach_lerp_(self._averages, gradients, 1 - first)
-        torch._foreach_mul_(self._squares, second)
-        torch._foreach_addcmul_(self._squares, gradients, gradients, value=1 - second)
-        roots = torch._foreach_sqrt(self._squares)
-        torch._foreach_div_(roots, math.sqrt(1 - second**count))
+        averages, squares = ([all_[i] for i in indices] for all_ in (self._averages, self._squares))
+        torch._foreach_lerp_(averages, gradients, 1 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - second)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, math.sqrt(1 - second**self._updates))
         torch._foreach_add_(roots, EPSILON)
-        factors = [-rate * size / (1 - first**count) for size in self._sizes]
-        torch._foreach_addcdiv_(self._parameters, self._averages, roots, factors)
+        torch._foreach_mul_(roots, 1 - first**self._updates)
+        torch._foreach_reciprocal_(roots)
+        torch._foreach_mul_(roots, averages)
+        return roots
+
+    def _muon(self, gradients: Any, indices: Sequence[int]) -> Any:
+        """Return Muon's updates, with Nesterov's momentum."""
+        averages = [self._averages[index] for index in indices]
+        torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
+        return muon_updates(torch._foreach_lerp(gradients, averages, MOMENTUM))
 
     def judge(self, loss: float) -> None:
         """Record the loss on held-out text; the values are kept if it is the lowest so far."""

@@ -15,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.heal.budget_switch import BudgetSwitch
-from lrc.compressors.heal.descent import Descent
+from lrc.compressors.heal.descent import Descent, is_better
 from lrc.compressors.heal.divergence import Predictor, add_gradients, mean_divergence
 from lrc.compressors.heal.gradient_step import GradientStep
 from lrc.compressors.heal.moving_support import MovingSupport
+from lrc.compressors.heal.nuclear_norm import NuclearNorm
+from lrc.compressors.heal.parameters import TrainedParameters
 from lrc.compressors.heal.schedule import batch_rows
 from lrc.compressors.heal.trained_files import model_file, write_trained
 from lrc.compressors.heal.unpacked_factors import UnpackedFactor, unpack_factors_
@@ -26,6 +28,7 @@ from lrc.compressors.heal.work import (
     HealWork,
     Snapshots,
     budget_facts,
+    coordinates_of,
     deterministic,
     finite,
     loss_facts,
@@ -63,7 +66,9 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     forms |= selected_supports_(student, selected, options)
     if options.train != "scales":
         forms |= unpack_factors_(student, selected, stored)
-    trained = trained_parameters(selected, stored, forms, seed=work.seed)
+    coordinates = coordinates_of(student, selected, options)
+    trained = trained_parameters(selected, stored, forms, coordinates, seed=work.seed)
+    penalty = _penalty(student, trained, options)
     names = models.architecture.layer_names
     if options.checkpointing:
         for name in names:
@@ -80,7 +85,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     )
     most = BATCH_TOKENS[torch.device(device).type] // text.training.shape[1]
     together = min(options.batch, options.micro_batch or max(1, most))
-    descent = Descent(trained, budget=work.budget(), rate=options.rate)
+    descent = Descent(trained, budget=work.budget(), rate=options.rate, optimizer=options.optimizer)
     snapshots = Snapshots(work, descent)
     switch = BudgetSwitch(student, work.plan.elastic)
 
@@ -117,6 +122,8 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
             with work.pace.step(windows.numel()):
                 for part in windows.split(together):
                     add(part, variant=switch.used if switch.budgets else None)
+                if penalty is not None:
+                    penalty.add_gradients_()
                 descent.update_()
             if descent.is_judged:
                 descent.judge(fmean(held_out_losses()))
@@ -127,9 +134,19 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
             before = held_out_losses()
             trained.set_(descent.best)
             budgets = budget_facts(switch.budgets, before, held_out_losses())
-    kept = descent.best_step > 0
+        kept, after, ranks = descent.best_step > 0, descent.best_loss, {}
+        if kept and penalty is not None and isinstance(options, Distill):
+            truncated, ranks = penalty.truncated(descent.best, options.truncate)
+            trained.set_(truncated)
+            loss = fmean(held_out_losses()) if ranks else after
+            if ranks and is_better(loss, descent.losses[0][1]):
+                descent.best, after = truncated, loss
+            else:
+                ranks = {}
     if kept:
         tensors = trained.encoded(descent.best)
+        if penalty is not None:
+            tensors = penalty.cut(tensors, ranks)
         write_trained(session.journal, model_file(work.stage), tensors, {})
     snapshots.forget()
     return {
@@ -137,9 +154,19 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
         "kept": kept,
         **({"added": trained.added} if kept and trained.added else {}),
         "before": finite(descent.losses[0][1]),
-        "after": finite(descent.best_loss),
+        **({"ranks": ranks} if penalty is not None else {}),
+        "after": finite(after),
         "budgets": budgets,
     }
+
+
+def _penalty(
+    student: nn.Module, trained: TrainedParameters, options: Distill | Scales
+) -> NuclearNorm | None:
+    """Return the penalty on ranks if the options want one and there are factors for it."""
+    if not isinstance(options, Distill) or not options.nuclear_norm:
+        return None
+    return NuclearNorm(options.nuclear_norm, student, trained.parameters) or None
 
 
 def recompute_(layer: nn.Module) -> None:

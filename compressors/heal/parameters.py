@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from lrc.compressors.heal.factor_coordinates import Coordinates
 from lrc.compressors.heal.moving_support import VALUES, MovingSupport
 from lrc.compressors.heal.unpacked_factors import UnpackedFactor
 from lrc.compressors.layers import CompressedLinear
@@ -92,6 +93,8 @@ class TrainedParameters:
         Of the stored tensors, whose values the parameters have.
     forms : mapping of str to MovingSupport or UnpackedFactor
         Of the parameters that are stored in another form: only the largest entries, or integers.
+    coordinates : mapping of str to Coordinates
+        In which parameters are trained, see `factor_coordinates`; others are trained as they are.
     """
 
     def __init__(
@@ -99,8 +102,9 @@ class TrainedParameters:
         parameters: Mapping[str, nn.Parameter],
         dtypes: Mapping[str, torch.dtype],
         forms: Mapping[str, MovingSupport | UnpackedFactor] = MappingProxyType({}),
+        coordinates: Mapping[str, Coordinates] = MappingProxyType({}),
     ) -> None:
-        self._forms = forms
+        self._forms, self.coordinates = forms, coordinates
         self.parameters = {name: parameters[name].requires_grad_(True) for name in parameters}
         self._dtypes = dtypes
         self.start = self.rounded()
@@ -157,7 +161,14 @@ class TrainedParameters:
 
     def scale(self, name: str) -> float:
         """Return the size to which the learning rate of a parameter is relative."""
+        if name in self.coordinates:
+            return self.coordinates[name].size
         return float(self.parameters[name].detach().square().mean().sqrt())
+
+    def is_matrix(self, name: str) -> bool:
+        """Return whether a parameter is a matrix that inputs are multiplied by."""
+        is_stored = name.endswith(".weight") and name not in self._forms
+        return is_stored and self.parameters[name].ndim == 2
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:

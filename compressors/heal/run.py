@@ -17,6 +17,7 @@ from lrc.compressors.heal.held_out import (
     text_requests,
     training_text,
 )
+from lrc.compressors.heal.nuclear_norm import with_ranks
 from lrc.compressors.heal.pace import Pace
 from lrc.compressors.heal.trained_files import (
     facts_file,
@@ -69,6 +70,7 @@ def run_training(session: Session, plan: Plan, options: dict[int, HealBase]) -> 
         done = replace(record, facts=journal.read_json(facts_file(stage)))
         training = [done if each.stage == stage else each for each in plan.training]
         plan = with_added(replace(plan, training=training), done.facts.get("added", {}))
+        plan = with_ranks(plan, done.facts.get("ranks", {}))
     return plan
 
 

@@ -16,6 +16,7 @@ from lrc.compressors.heal.adapter_kinds import ADAPTERS, AdapterSite, adaptable
 from lrc.compressors.heal.added_components import adding
 from lrc.compressors.heal.budget import Budget, StepBudget, TimeBudget
 from lrc.compressors.heal.descent import Descent
+from lrc.compressors.heal.factor_coordinates import Coordinates, factor_coordinates
 from lrc.compressors.heal.held_out import TrainingText
 from lrc.compressors.heal.moving_support import MovingSupport, move_supports_
 from lrc.compressors.heal.pace import Pace
@@ -100,6 +101,21 @@ def selected_supports_(
     return move_supports_(root, selected) if options.moves_support else {}
 
 
+def coordinates_of(
+    root: nn.Module, selected: Mapping[str, Trainable], options: Any, prefix: str = ""
+) -> dict[str, Coordinates]:
+    """Return the coordinates of the selected factors if the options want them.
+
+    Names in `root` and `selected` lack the `prefix` that the result has.
+    """
+    if not options.precondition:
+        return {}
+    parameters = {
+        f"{prefix}{n}": each for n, each in selected.items() if isinstance(each, nn.Parameter)
+    }
+    return factor_coordinates(root, parameters, prefix)
+
+
 def nothing_to_train(where: str, train: str) -> RecipeError:
     """Return the error for a model without parameters of the kind that is trained."""
     return RecipeError(
@@ -112,6 +128,7 @@ def trained_parameters(
     selected: Mapping[str, Trainable],
     stored: StoredModel,
     forms: Mapping[str, MovingSupport | UnpackedFactor],
+    coordinates: Mapping[str, Coordinates],
     *,
     seed: int,
 ) -> TrainedParameters:
@@ -122,7 +139,10 @@ def trained_parameters(
         unpacked = {n for n, form in forms.items() if isinstance(form, UnpackedFactor)}
         dtypes = stored.dtypes(parameters.keys() - unpacked)
         return TrainedParameters(
-            parameters, {**dtypes, **dict.fromkeys(unpacked, torch.float32)}, forms
+            parameters,
+            {**dtypes, **dict.fromkeys(unpacked, torch.float32)},
+            forms,
+            coordinates,
         )
     matrices = {name: site.matrix for name, site in sites.items()}
     for name, matrix in matrices.items():

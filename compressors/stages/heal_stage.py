@@ -1,6 +1,6 @@
 """The stage ``heal``: train what is stored in floating point."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lrc.compressors.calibrate.calibration_windows import SELF
 from lrc.compressors.corpus.documents import check_source
@@ -20,6 +20,7 @@ from lrc.compressors.heal.held_out import (
 )
 from lrc.compressors.heal.run import read_text, requests_of, run_training
 from lrc.compressors.layers import COMPONENTS
+from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.masked_entries import MaskedEntries
 from lrc.compressors.layers.masked_weight import MaskedWeight
 from lrc.compressors.methods.base import LOW_RANK_TYPES
@@ -30,7 +31,7 @@ from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.session import Session
 from lrc.compressors.slicing import METHODS as SLICERS
 from lrc.configs.errors import RecipeError
-from lrc.configs.heal import Block, HealBase, LogitFit
+from lrc.configs.heal import Block, Distill, HealBase, LogitFit
 from lrc.configs.sources import fractions
 
 # In forward passes: the dense model's, the compressed model's, and two for its gradients. The fit
@@ -149,6 +150,8 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
             "must be fixed unless earlier stages leave masks or dictionaries in floating point, "
             "got moving; remove the key",
         )
+    if isinstance(options, Distill) and options.nuclear_norm:
+        _check_nuclear_norm(draft, where, options, found)
     train = getattr(options, "train", "all")
     if train in ADAPTERS:
         forms = [
@@ -166,6 +169,21 @@ def _check(draft: Draft, index: int, options: HealBase) -> None:
             f"{NAMES[train]}; choose another value, such as "
             f"{'distill' if key == 'method' else 'all'}, or remove the stage",
         )
+
+
+def _check_nuclear_norm(
+    draft: Draft, where: str, options: Distill, found: Sequence[tuple[set[str], bool, bool]]
+) -> None:
+    """Report a penalty on ranks that there is nothing for."""
+    exact = any(exact and LowRank.TYPE in kinds for kinds, _, exact in found)
+    if exact and options.train in ("all", "factors") and not draft.elastic:
+        return
+    draft.problems.add(
+        "nothing-to-train",
+        f"{where}.nuclear_norm",
+        "needs low_rank components in floating point for one budget, and train: all or factors, "
+        f"got {options.nuclear_norm:g}; set decompose.storage: low_rank, or remove the key",
+    )
 
 
 def _possible(draft: Draft, task: LayerTask) -> tuple[set[str], bool, bool]:

@@ -4,9 +4,10 @@ usage: python tests/benchmarks/table.py RECIPE FOLDER [KEY=VALUE ...]
            [--seconds N] [--jobs N] [--rows PATTERN ...] [--checkpoints]
 
 RECIPE gives model, calibration text and evaluation, as tests/benchmarks/protocol_a.yaml does; rows
-of table_rows.py replace its stages. Rows that want the same calibration share its statistics. A row
-that is finished in FOLDER is not run again, and one that was begun goes on, so that the table can
-be made in pieces of N seconds.
+of table_rows.py replace its stages. Rows that want the same calibration share its statistics. Rows
+that train the same decomposed weights share these: their seconds of compression are those of the
+first row only. A row that is finished in FOLDER is not run again, and one that was begun goes on,
+so that the table can be made in pieces of N seconds.
 A small model leaves most of a GPU idle: several rows may be made side by side, at the expense of
 the column of seconds.
 """
@@ -22,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -37,9 +39,10 @@ from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_windows import FILE as WINDOWS
 from lrc.compressors.calibrate.calibration_windows import take_windows
 from lrc.compressors.checkpoint.gguf_conversion import convert_gguf
+from lrc.compressors.compress.layerwise import COMPRESSED
 from lrc.compressors.evaluate.scores import evaluate_model
 from lrc.compressors.io.journal import Journal, open_journal
-from lrc.compressors.io.machine import release_memory
+from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.models.source import load_dense, load_tokenizer, locate
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.prepare import prepare
@@ -188,6 +191,12 @@ def _family(row: Row) -> str:
     return hashlib.sha256(json.dumps([changes, shared]).encode()).hexdigest()[:16]
 
 
+def _same_weights(row: Row) -> str:
+    """Name what rows have in common that train the same compressed weights."""
+    _, changes, stages = row
+    return hashlib.sha256(json.dumps([changes, stages[:-1]]).encode()).hexdigest()[:16]
+
+
 def _make_all(
     pool: ProcessPoolExecutor, make: Callable[[list[Row]], bool], families: list[list[Row]]
 ) -> bool:
@@ -244,7 +253,19 @@ def _row(recipe: Path, folder: Path, overrides: list[str], row: Row, keep: Path 
         pipeline.measure(loaded)
         _link(journal.path("energies"), curves)
         (curves / "seconds.json").write_text(json.dumps(time.monotonic() - started))
-    report = pipeline.compress(loaded)
+    compressed = folder / "compressed" / _same_weights(row)
+    shares = "decompose" in stages[0] and "heal" in stages[-1]
+    if shares and compressed.is_dir() and not journal.path(COMPRESSED).exists():
+        _link(compressed, journal.path(COMPRESSED))
+
+    def share(stage: str, *_: object) -> None:
+        if shares and stage == "heal" and not compressed.exists():
+            partial_copy = compressed.with_name(f"{compressed.name}.{os.getpid()}")
+            _link(journal.path(COMPRESSED), partial_copy)
+            with suppress(OSError):  # another row was faster
+                partial_copy.rename(compressed)
+
+    report = pipeline.compress(loaded, Machine(on_step=share))
     seconds = report["timing"]["seconds"]
     seconds["allocate"] = seconds.get("allocate", 0) + before
     seconds["compress"] = seconds.get("compress", 0) + seconds.get("slice", 0)

@@ -1,6 +1,7 @@
 """The rows of table.py: names, stages, and changes of the calibration."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 METHODS = ["svd", "asvd", "fwsvd", "lord", "svd-llm", "basis-sharing", "kfac"]
@@ -160,6 +161,24 @@ def healed() -> Iterator[tuple[str, Stages]]:
                 f"healed in batches of {batch}: {name}",
                 [stage, {"heal": heal | {"batch": batch}}],
             )
+        if "kfac" in name or "mixed" in name:
+            yield from tuned(name, stage, distill)
+
+
+def tuned(name: str, stage: dict[str, Any], heal: dict[str, Any]) -> Iterator[tuple[str, Stages]]:
+    """Yield rows with other optimizers and rates, for the same tokens."""
+    for optimizer, precondition, batch, rate in product(
+        ("adam", "muon"), (False, True), (1, 2, 4, 8), (3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3)
+    ):
+        options = {
+            "optimizer": optimizer,
+            "precondition": precondition,
+            "batch": batch,
+            "rate": rate,
+        }
+        kind = f"{optimizer}{', precondition' if precondition else ''}"
+        row = f"healed, {kind}, batch {batch}, rate {rate:g}: {name}"
+        yield row, [stage, {"heal": heal | options}]
 
 
 def quantized_chains() -> Iterator[tuple[str, Stages]]:
