@@ -66,6 +66,8 @@ def check_layers(architecture: Architecture) -> Architecture:
     for linear in architecture.linears:
         uses = wholes[0].uses.get(linear.name, 0)
         unrouted = uses == 0 and linear.expert is not None
+        if uses == 0 and architecture.kind.translates:
+            raise unsupported(config, f"its forward does not call {linear.name} for every text")
         if linear.name not in unused and uses != 1 and not unrouted:
             unused[linear.name] = f"is called {uses} times in a forward, not once"
     linears = [linear for linear in architecture.linears if linear.name not in unused]

@@ -427,7 +427,7 @@ class CompressedLinear(nn.Module):
         if tuple(dense.weight.shape) != shape:
             raise ValueError(f"must have the shape {list(dense.weight.shape)}, got {list(shape)}")
         like = dense.weight.detach()
-        self.register_buffer("weight", like.new_zeros(1, dtype=torch.uint8))
+        self._buffers["weight"] = like.new_zeros(1, dtype=torch.uint8)
         self.types = [component["type"] for component in record["components"]]
         for kind, component in zip(self.types, record["components"], strict=True):
             if kind not in COMPONENTS:
@@ -435,6 +435,14 @@ class CompressedLinear(nn.Module):
             self.add_module(kind, COMPONENTS[kind](shape, component, like))
         has_bias = getattr(dense, "bias", None) is not None or record.get("bias", False)
         self.bias = nn.Parameter(like.new_empty(self.out_features)) if has_bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The sentinel as int8: models that convert inputs to the dtype of a weight leave them."""
+        stored: Any = self._buffers["weight"]
+        view: Any = stored.view(torch.int8)
+        view._is_hf_initialized = getattr(stored, "_is_hf_initialized", False)  # once it is loaded
+        return view  # type: ignore[no-any-return]
 
     @property
     def num_embeddings(self) -> int:
