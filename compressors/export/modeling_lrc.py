@@ -632,6 +632,12 @@ class CompressedModel:
                     "files do not belong together: download the checkpoint again"
                 )
         _check_values(model, pretrained_model_name_or_path)
+        kept = {*(getattr(model, "_keep_in_fp32_modules", None) or [])}
+        for name, module in model.named_modules():
+            if isinstance(module, CompressedLinear) and kept & {*name.split(".")}:
+                tensors = [*module.parameters(), *module.buffers()]
+                if model.dtype != torch.float32 and torch.float32 in {x.dtype for x in tensors}:
+                    module.register_forward_pre_hook(_to_float32)
         if KEY in vars(model.config):
             setattr(model.config, BLOCK, vars(model.config).pop(KEY))
         return (model, info) if output_loading_info else model
@@ -658,6 +664,10 @@ class CompressedModel:
             f"cannot resize the vocabulary from {size} to {new_num_tokens} tokens, because the "
             "embedding or the head is stored as integers; compress the model without these"
         )
+
+
+def _to_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() for x in args)
 
 
 def _check_values(model: nn.Module, folder: Any) -> None:

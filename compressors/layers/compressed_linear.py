@@ -215,6 +215,24 @@ class CompressedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
+def convert_inputs_(model: Any) -> None:
+    """Convert the inputs of compressed layers that are in float32 in a model of 16 bits.
+
+    Some classes, such as T5, keep layers in float32 if a model is loaded in float16, where their
+    outputs could overflow.
+    """
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or [])}
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLinear) and kept & {*name.split(".")}:
+            tensors = [*module.parameters(), *module.buffers()]
+            if model.dtype != torch.float32 and torch.float32 in {x.dtype for x in tensors}:
+                module.register_forward_pre_hook(_to_float32)
+
+
+def _to_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() for x in args)
+
+
 def layer_tensors(config: WeightConfig, *, bias: bool = False) -> TensorSpecs:
     """Return all stored tensors of a compressed layer by their names within it.
 
