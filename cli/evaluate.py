@@ -121,7 +121,9 @@ def _streamed(
     trusted: bool,
 ) -> StreamedScores | None:
     """Measure layer by layer all but tasks, if the option or the memory requires it."""
-    translating = [name for name, each in skeletons.items() if kind_of(each.model.config).translates]
+    translating = [
+        name for name, each in skeletons.items() if kind_of(each.model.config).translates
+    ]
     if translating:
         if request.streaming == "always":
             raise UsageError(

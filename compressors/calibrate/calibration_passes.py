@@ -208,8 +208,8 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
             if sentences is None:
                 at_out = logit_gradient(out.detach(), tokens[rows], context.labels, generator)
             elif isinstance(sentences, Pairs):
-                labels = sentences[rows].labels
-                at_out = label_gradient(out.detach(), labels, context.labels, generator)
+                targets = sentences[rows].labels
+                at_out = label_gradient(out.detach(), targets, context.labels, generator)
             else:
                 labels = sentences[rows].labels
                 at_out = output_gradient(out.detach(), labels, problem, context.labels, generator)

@@ -399,7 +399,7 @@ class LayerExecutor:
 
     @contextmanager
     def _replaced_in_trace(self, calls: Sequence[LayerCall]) -> Iterator[None]:
-        """Let the layers return their inputs, while the arguments for other batches are recorded."""
+        """Let layers return their inputs while the arguments for other batches are recorded."""
         with self._layers_replaced(calls, first_argument):
             yield
 
@@ -427,8 +427,12 @@ class LayerExecutor:
 
 def _others(out: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Return what a layer returned after the hidden states, with its arguments as `Received`."""
-    received = {id(x): key for key, x in [*enumerate(args), *kwargs.items()] if x is not None}
-    return tuple(Received(received[id(x)]) if id(x) in received else x for x in out[1:])
+    received: dict[int, int | str] = {id(x): number for number, x in enumerate(args)}
+    received |= {id(x): name for name, x in kwargs.items()}
+    return tuple(
+        Received(received[id(x)]) if isinstance(x, Tensor) and id(x) in received else x
+        for x in out[1:]
+    )
 
 
 def record_arguments(

@@ -16,6 +16,7 @@ from lrc.compressors.models.model_kinds import kind_of
 from lrc.configs.errors import ModelError
 from lrc.configs.task_data import EvaluationTask
 
+
 def evaluation_sentences(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: EvaluationTask
 ) -> Sentences:

@@ -28,8 +28,8 @@ PROTOCOL = (
     "exp of the mean negative log-likelihood of every predicted token"
 )
 HALVES = (
-    "documents joined by a blank line, tokenized once, disjoint windows, the first half of each read "
-    "by the encoder, exp of the mean negative log-likelihood of every token of the second half"
+    "documents joined by a blank line, tokenized once, disjoint windows, the first half of each "
+    "read by the encoder, exp of the mean negative log-likelihood of every token of the second half"
 )
 """The protocol of encoder-decoder models."""
 SHORTEST = 4
@@ -151,8 +151,8 @@ def check_halves(kind: ModelKind, window: int, key: str = "evaluate.perplexity.w
     """Refuse windows whose halves are too short; `key` is that of the recipe."""
     if kind.translates and window < SHORTEST:
         raise RecipeError(
-            f"{key}: must be at least {SHORTEST} for an encoder-decoder model, which reads the first "
-            f"half and predicts the second, got {window}; raise it"
+            f"{key}: must be at least {SHORTEST} for an encoder-decoder model, which reads the "
+            f"first half and predicts the second, got {window}; raise it"
         )
 
 

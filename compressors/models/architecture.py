@@ -124,7 +124,9 @@ def build(source: Source) -> Architecture:
     """
     config, kind = source.config, kind_of(source.config)
     if getattr(config, "is_encoder_decoder", False) and not kind.translates:
-        raise unsupported(config, "it is an encoder-decoder model that AutoModelForSeq2SeqLM does not load")
+        raise unsupported(
+            config, "it is an encoder-decoder model that AutoModelForSeq2SeqLM does not load"
+        )
     if any(name.endswith("ForMaskedLM") for name in config.architectures or []):
         raise unsupported(config, "it predicts masked tokens, not the next one")
     if not kind.padded and auto_class(config) is None:

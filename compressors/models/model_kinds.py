@@ -61,8 +61,9 @@ PREDICTING = {kind.auto_class: kind for kind in (CAUSAL, IMAGES, MULTIMODAL)}
 def kind_of(config: Mapping[str, Any] | PreTrainedConfig) -> ModelKind:
     """Return the kind of the model that a config describes; `CAUSAL` if transformers has no class.
 
-    Encoder-decoder models are those whose config says so, and that predict tokens. Encoders are the types that transformers also has a model of masked tokens for, unless their
-    config says that tokens attend to earlier ones only.
+    Encoder-decoder models are those whose config says so, and that predict tokens. Encoders are the
+    types that transformers also has a model of masked tokens for, unless their config says that
+    tokens attend to earlier ones only.
 
     Parameters
     ----------
