@@ -109,20 +109,34 @@ class EncoderDecoderExecutor(LayerExecutor):
 
         `rows` must be one of the batches. For `layer`, see `LayerExecutor.apply`.
         """
+        n = self.sentences.n_source
+        own = self._run(index, hidden, layer, rows)
+        hidden = hidden.to(self.context.device, self.dtype)
+        if index >= self.architecture.n_encoder:
+            return torch.cat([hidden[:, :n], own], dim=1)
+        if index == self.architecture.n_encoder - 1:
+            assert rows is not None
+            own = self._finished(own, rows)
+        return torch.cat([own, hidden[:, n:]], dim=1)
+
+    def stream(self, index: int, hidden: Tensor, *, rows: slice) -> Tensor:
+        """Return what a resident layer itself returns: [n, n_source or n_target, d_model].
+
+        For the last layer of the encoder, this is before the modules that follow it.
+        """
+        return self._run(index, hidden, None, rows)
+
+    def _run(
+        self, index: int, hidden: Tensor, layer: nn.Module | None, rows: slice | None
+    ) -> Tensor:
         call, n = self.calls[index], self.sentences.n_source
         layer = self.architecture.layers[index] if layer is None else layer
         args, kwargs = call.arguments[self._key(hidden, rows)]
         hidden = hidden.to(self.context.device, self.dtype)
-        source, target = hidden[:, :n], hidden[:, n:]
+        source = hidden[:, :n]
         args = tuple(source if x is SOURCE else x for x in args)
         kwargs = {key: source if x is SOURCE else x for key, x in kwargs.items()}
-        if index >= self.architecture.n_encoder:
-            return torch.cat([source, call.run(layer, target, args, kwargs)], dim=1)
-        source = call.run(layer, source, args, kwargs)
-        if index == self.architecture.n_encoder - 1:
-            assert rows is not None
-            source = self._finished(source, rows)
-        return torch.cat([source, target], dim=1)
+        return call.run(layer, hidden[:, self.columns(index)], args, kwargs)
 
     def _finished(self, source: Tensor, rows: slice) -> Tensor:
         """Return the output of the encoder for that of its last layer [n, n_source, d_model]."""

@@ -285,6 +285,13 @@ class LayerExecutor:
         hidden = hidden.to(self.context.device, self.dtype)
         return call.run(layer, hidden, args, kwargs)
 
+    def stream(self, index: int, hidden: Tensor, *, rows: slice) -> Tensor:
+        """Return what a resident layer itself returns for its part of the hidden states.
+
+        Here, the same as `apply`.
+        """
+        return self.apply(index, hidden, rows=rows)
+
     @torch.no_grad()
     def advance_(self, index: int, states: Tensor, layer: nn.Module | None = None) -> None:
         """Replace the states [n_windows, length, d_model] by the output of a resident layer.

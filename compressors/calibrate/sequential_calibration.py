@@ -125,8 +125,7 @@ class SequentialCalibration:
             suppress(ForwardEnded),
             silenced(map(self._linear, zeroed)),
         ):
-            stream = self._executor.apply(layer, states[rows], rows=rows)
-            stream = stream[:, self._executor.columns(layer)]
+            stream = self._executor.stream(layer, states[rows], rows=rows)
             stream = self._executor.without_padding(stream, rows)
         assert seen, f"{leader} was called when the layer was recorded, but not now"
         return seen[0], stream
@@ -143,9 +142,9 @@ class SequentialCalibration:
         if kind not in self._writers:
             found, processes = list[str](), self._executor.context.processes
             if processes.first:
-                rows, columns = self._executor.batches[0], self._executor.columns(layer)
+                rows = self._executor.batches[0]
                 found = find_writers(
-                    lambda: self._executor.apply(layer, self._dense[rows], rows=rows)[:, columns],
+                    lambda: self._executor.stream(layer, self._dense[rows], rows=rows),
                     [(name, self._linear(name)) for name in names],
                 )
             found = processes.agree(found)
