@@ -17,6 +17,7 @@ from lrc.compressors.evaluate.side_by_side import refuse_pair
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers.shared_ends import share_embeddings
+from lrc.compressors.models.model_kinds import kind_of, refuse_encoder_decoder
 from lrc.configs.errors import ModelError, Problem, UsageError
 from lrc.configs.recipe import Perplexity
 
@@ -52,6 +53,7 @@ def run(
         for path in dict.fromkeys((parent, drafter)):
             found = check_model(path, trusted=trusted)
             skeletons[path] = load_skeleton(path, found, trusted=trusted)
+            refuse_encoder_decoder(kind_of(skeletons[path].model.config), path, "--draft")
             warnings += [f"{path}: {each}" for each in found]
         for warning in warnings:
             machine.on_warning(warning)

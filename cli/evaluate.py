@@ -30,7 +30,7 @@ from lrc.compressors.io.machine import Machine, free_memory
 from lrc.compressors.models import source as models
 from lrc.compressors.models.architecture import build
 from lrc.compressors.models.configuration import check_code, refuse_adapter
-from lrc.compressors.models.model_kinds import kind_of, refuse_encoder
+from lrc.compressors.models.model_kinds import kind_of, refuse_encoder, refuse_encoder_decoder
 from lrc.compressors.models.source_check import check_contents
 from lrc.configs.errors import (
     DataError,
@@ -83,6 +83,9 @@ def run(
             for text in warnings:
                 machine.on_warning(f"{checkpoint}: {text}")
             skeleton = load_skeleton(checkpoint, warnings, trusted=trusted)
+            if request.tasks.names:
+                kind = kind_of(skeleton.model.config)
+                refuse_encoder_decoder(kind, checkpoint, "--tasks")
             check_evaluation(skeleton.model, skeleton.tokenizer, request, seed=seed)
             skeletons[checkpoint] = skeleton
         first, *others = skeletons.values()
@@ -118,6 +121,16 @@ def _streamed(
     trusted: bool,
 ) -> StreamedScores | None:
     """Measure layer by layer all but tasks, if the option or the memory requires it."""
+    translating = [
+        name for name, each in skeletons.items() if kind_of(each.model.config).translates
+    ]
+    if translating:
+        if request.streaming == "always":
+            raise UsageError(
+                f"--streaming: always is for decoder-only models, got {translating[0]}, an "
+                "encoder-decoder model; leave it out"
+            )
+        return None
     first, *others = (each.bytes_on(machine.chosen) for each in skeletons.values())
     sizes = ModelBytes(first, max(others)) if others else ModelBytes(0, first)
     if not streams(request, sizes, free_memory(machine.chosen)):

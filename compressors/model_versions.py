@@ -15,6 +15,7 @@ from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_check import build_checked, simulated_calls
 from lrc.compressors.checkpoint.companions import copy_companions
+from lrc.compressors.corpus.pairs import Pairs
 from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import Clock, Machine
@@ -47,8 +48,8 @@ class ModelVersions:
     clock: Clock
     windows: Callable[[], Tensor]
     """Returns the calibration windows [samples, length]."""
-    sentences: Callable[[], Sentences] | None = None
-    """Returns the calibration texts of an encoder."""
+    sentences: Callable[[], Sentences | Pairs] | None = None
+    """Returns the calibration texts of an encoder or an encoder-decoder model."""
 
     @cached_property
     def weights(self) -> Path:

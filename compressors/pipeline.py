@@ -20,7 +20,7 @@ from lrc.compressors.io.files import new_folder, remove
 from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.models.architecture import Architecture
-from lrc.compressors.models.model_kinds import refuse_encoder
+from lrc.compressors.models.model_kinds import refuse_encoder, refuse_encoder_decoder
 from lrc.compressors.page.page_file import PAGE, write_page
 from lrc.compressors.planning.loss_curves import LossCurves
 from lrc.compressors.planning.plan import Plan
@@ -163,6 +163,7 @@ def profile(
     """
     prepared = prepare(loaded.recipe, STAGES)
     refuse_encoder(prepared.dense.kind, "model", "--profile")
+    refuse_encoder_decoder(prepared.dense.kind, "model", "--profile")
     if statistic_segments(prepared) is not None:
         raise RecipeError(
             "calibration.disk_limit_gib: --profile needs the statistics of all layers, which do "

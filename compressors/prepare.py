@@ -15,7 +15,7 @@ from lrc.compressors.corpus.examples import check_task_data
 from lrc.compressors.evaluate.gates import check_gate_names
 from lrc.compressors.evaluate.generations import read_prompts
 from lrc.compressors.evaluate.harness import check_tasks
-from lrc.compressors.evaluate.perplexity import check_window
+from lrc.compressors.evaluate.perplexity import check_halves, check_window
 from lrc.compressors.io.journal import RESULTS, WORK
 from lrc.compressors.layers.experts import ordinary_linears
 from lrc.compressors.models.architecture import Architecture, build
@@ -81,7 +81,8 @@ def prepare(
         source = locate(recipe.model, weights=weights)
     _check_output(recipe, problems)
     problems.raise_if_any()
-    if not kind_of(source.config).encoder:
+    kind = kind_of(source.config)
+    if not kind.encoder:
         windows = {
             f"evaluate.perplexity[{number}].window": spec.window
             for number, spec in enumerate(recipe.evaluate.perplexity)
@@ -91,6 +92,7 @@ def prepare(
         for key, window in windows.items():
             with _collected(problems):
                 check_window(source.config, window, key)
+                check_halves(kind, window, key)
     dense, warnings = build(source), list[str]()
     if source.weights_local:  # reads headers only
         source, dense, warnings = check_contents(source, dense)
@@ -99,7 +101,7 @@ def prepare(
     check_recipe_kind(recipe, dense, problems)
     if len(problems) > before:
         problems.raise_if_any()
-    if dense.kind.encoder:
+    if dense.kind.padded:
         check_examples(recipe, dense.model)
     with _collected(problems):
         compiled = compile_plan(recipe, source, dense, stages)

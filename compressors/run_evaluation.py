@@ -55,6 +55,7 @@ def evaluate_run(session: Session) -> dict[str, Any]:
         processes=session.processes,
     )
     streamed = session.processes.agree(streams(recipe.evaluate, sizes, free_memory(session.device)))
+    streamed = streamed and not prepared.dense.kind.translates
     evaluator = Evaluator(
         recipe.evaluate,
         recipe.seed,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.calibration_pairs import take_pairs
 from lrc.compressors.calibrate.calibration_sentences import take_sentences
 from lrc.compressors.calibrate.calibration_windows import (
     FILE,
@@ -32,6 +33,7 @@ from lrc.compressors.calibrate.segments import (
     SegmentedStatistics,
 )
 from lrc.compressors.compress.layerwise import Solved, layer_file
+from lrc.compressors.corpus.pairs import Pairs
 from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.distributed.lifetime import watched
@@ -99,7 +101,7 @@ class Session:
             self.machine,
             self.clock,
             self.windows,
-            self.sentences if self.prepared.dense.kind.encoder else None,
+            self.sentences if self.prepared.dense.kind.padded else None,
         )
 
     def sampled_windows(self, samples: int, length: int, *, seed: int) -> Tensor:
@@ -113,8 +115,11 @@ class Session:
 
     def windows(self) -> Tensor:
         """Return the calibration windows [samples, length], drawn once per run."""
-        if self.prepared.dense.kind.encoder:
+        if self.prepared.dense.kind.padded:
             return self.sentences().tokens
+        return self._windows_of_text()
+
+    def _windows_of_text(self) -> Tensor:
         known = self.journal.has(FILE)
         windows = take_windows(
             self.calibration,
@@ -127,9 +132,25 @@ class Session:
         self._warn_of_little_text(known=known)
         return windows
 
-    def sentences(self) -> Sentences:
-        """Return the calibration texts of an encoder, drawn once per run."""
+    def sentences(self) -> Sentences | Pairs:
+        """Return the padded calibration texts, drawn once per run.
+
+        Those of an encoder, or pairs for an encoder-decoder model.
+        """
         known, dense = self.journal.has(FILE), self.prepared.dense
+        found: Sentences | Pairs
+        if dense.kind.translates:
+            found = take_pairs(
+                self.calibration,
+                self.prepared.tokenizer,
+                self.journal,
+                seed=self.prepared.plan.seed,
+                model=dense.model,
+                windows=self._windows_of_text,
+            )
+            if self.calibration.task is not None:
+                self._warn_of_little_text(known=known)
+            return found
         found = take_sentences(
             self.calibration,
             self.prepared.tokenizer,
@@ -262,9 +283,10 @@ def _check_division(prepared: Prepared, processes: Processes) -> None:
     """Refuse what several processes cannot divide."""
     if processes.alone:
         return
-    if prepared.dense.kind.encoder:
+    if prepared.dense.kind.padded:
+        what = "encoder" if prepared.dense.kind.encoder else "encoder-decoder model"
         raise RecipeError(
-            f"model: is an encoder, whose texts cannot be divided between {processes.size} "
+            f"model: is an {what}, whose texts cannot be divided between {processes.size} "
             "processes; start one"
         )
     if statistic_segments(prepared) is not None:

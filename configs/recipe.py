@@ -62,11 +62,12 @@ class Calibration(Strict):
     `.jsonl` or `.txt` file; of a long file, evenly spaced excerpts are used. Several sources are
     written with their fractions, as in `{c4: 0.5, self: 0.5}`."""
     task: CalibrationTask | None = None
-    """Examples to use instead of windows of a text: only for encoders."""
+    """Examples to use instead of windows of a text: for encoders and encoder-decoder models."""
     samples: PositiveInt = 32
     """Number of windows, or of examples of a task."""
     length: PositiveInt = 1024
-    """Tokens per window."""
+    """Tokens per window; of an encoder-decoder model, the first half is the source text, and the
+    second half the target."""
     field: str = "text"
     """The key that holds the text of a `.jsonl` row."""
     chat_template: bool = False
@@ -109,17 +110,17 @@ class Calibration(Strict):
             )
         if self.task.label is not None and "labels" not in self.model_fields_set:
             object.__setattr__(self, "labels", "real")
-        if self.labels == "real" and self.task.label is None:
+        if self.labels == "real" and self.task.label is None and self.task.target is None:
             raise ValueError(
-                "labels: real needs the column of the labels, got a 'task' without 'label'; name "
-                "the column, or choose labels: model"
+                "labels: real needs the column of the labels or of the targets, got a 'task' "
+                "without 'label' and 'target'; name the column, or choose labels: model"
             )
         return self
 
     @property
     def window(self) -> int:
         """Tokens per window, or per example of a task."""
-        return self.length if self.task is None else self.task.length
+        return self.length if self.task is None else self.task.tokens
 
     def of(self, source: str, samples: int) -> "Calibration":
         """Return the same options for one source and a number of windows."""
@@ -136,7 +137,8 @@ class Perplexity(Strict):
     name: str = ""
     """Name in the report; that of the source if left out."""
     window: PositiveInt = 2048
-    """Tokens per window."""
+    """Tokens per window; of an encoder-decoder model, the first half is the source text, and the
+    second half is predicted."""
     windows: PositiveInt | None = None
     """Highest number of windows; the whole text if left out."""
     tokens: PositiveInt | None = None
@@ -195,7 +197,8 @@ class Gate(Strict):
     metric: Text
     """`perplexity.NAME`, `kl.NAME` (KL divergence from the dense model, nats per token),
     `agreement.NAME` (fraction of positions with the same most likely token),
-    `tasks.NAME.METRIC` (of an encoder, `accuracy` or `similarity`), or `size` (bytes of the weight
+    `tasks.NAME.METRIC` (of an encoder, `accuracy` or `similarity`; of an encoder-decoder model,
+    `perplexity`), or `size` (bytes of the weight
     files)."""
     at_most: float | None = None
     """Highest value that passes."""
@@ -235,7 +238,7 @@ class Evaluate(Strict):
     tasks: Tasks = Tasks()
     """lm-eval tasks to score."""
     task: EvaluationTask | None = None
-    """Examples to score an encoder on: only for encoders."""
+    """Examples to score a model on: for encoders and encoder-decoder models."""
     gates: list[Gate] = []
     """Quality thresholds for the compressed model."""
     dense: bool = True

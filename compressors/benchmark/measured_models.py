@@ -17,7 +17,7 @@ from lrc.compressors.checkpoint.manifest import read_object
 from lrc.compressors.checkpoint.reader import Contents, read_contents
 from lrc.compressors.models import source as models
 from lrc.compressors.models.configuration import check_code, first_line, refuse_adapter
-from lrc.compressors.models.model_kinds import refuse_encoder
+from lrc.compressors.models.model_kinds import refuse_encoder, refuse_encoder_decoder
 from lrc.configs.errors import CheckpointError, UsageError
 from lrc.configs.recipe import Model
 
@@ -76,6 +76,7 @@ def find_target(name: str, scratch: Path, *, trusted: bool = False) -> Target:
     contents = read_contents(folder)
     check_code(contents.config, folder, trusted=trusted)
     refuse_encoder(contents.kind, name, "lrc bench")
+    refuse_encoder_decoder(contents.kind, name, "lrc bench")
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         text = config.get_text_config(decoder=True)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lrc.compressors.corpus.pairs import Pairs
 from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.io.journal import Journal
@@ -35,8 +36,9 @@ class CalibrationContext:
     on_step: OnStep
     labels: Labels = "model"
     """Labels of the loss whose gradients are taken, see `logit_gradient`."""
-    sentences: Callable[[], Sentences] | None = None
-    """Of an encoder: returns the padded texts whose tokens are the `windows`."""
+    sentences: Callable[[], Sentences | Pairs] | None = None
+    """Of an encoder or an encoder-decoder model: returns the padded texts whose tokens are the
+    `windows`."""
     processes: Processes = ALONE
     """Processes over which the windows are divided."""
     gpu_fraction: float = GPU_FRACTION

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lrc.compressors.calibrate.calibration_context import Labels, check_finite
 from lrc.compressors.calibrate.layer_executor import LayerExecutor, watch
 from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
+from lrc.compressors.corpus.pairs import IGNORED, Pairs
 from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.layers.experts import Expert
 from lrc.compressors.models.model_kinds import problem_type
@@ -125,6 +126,31 @@ def logit_gradient(
     return p
 
 
+def label_gradient(
+    logits: Tensor, labels: Tensor, drawn: Labels, generator: torch.Generator
+) -> Tensor:
+    """Return the gradient [n, length, vocabulary] of the loss of every label in an encoder-decoder.
+
+    Parameters
+    ----------
+    logits : Tensor, shape [n, length, vocabulary]
+    labels : Tensor, shape [n, length]
+        Tokens of the target, each at the position that predicts it. The gradient is 0 where it is
+        `IGNORED`.
+    drawn : {"model", "sampled", "real"}
+        As in `logit_gradient`; for ``real``, `labels`.
+    generator : torch.Generator
+        On the device of `logits`.
+    """
+    counted = (labels != IGNORED).to(logits.device)
+    if drawn == "real":
+        found, y = logits.float().softmax(dim=-1), labels.clamp(min=0)[..., None].to(logits.device)
+        found.scatter_add_(-1, y, torch.full_like(y, -1, dtype=found.dtype))
+    else:
+        found = logit_gradient(logits, None, drawn, generator)
+    return found.mul_(counted[..., None])
+
+
 def output_gradient(
     outputs: Tensor, labels: Tensor | None, problem: str, drawn: Labels, generator: torch.Generator
 ) -> Tensor:
@@ -163,7 +189,8 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
     """Fill `gradients` with those of the summed losses at the last layer's output.
 
     `hidden` [n_windows, length, d_model] is that output for all windows. The losses are those of
-    tokens, or of the texts of an encoder.
+    tokens, or of the texts of an encoder. Of an encoder-decoder model, gradients at the states of
+    the source are 0: they reach the outputs through the decoder only.
     """
     context, tokens, sentences = executor.context, executor.tokens, executor.sentences
     generator = torch.Generator(context.device)
@@ -180,6 +207,9 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
                     out = executor.outputs(leaf, rows)
             if sentences is None:
                 at_out = logit_gradient(out.detach(), tokens[rows], context.labels, generator)
+            elif isinstance(sentences, Pairs):
+                targets = sentences[rows].labels
+                at_out = label_gradient(out.detach(), targets, context.labels, generator)
             else:
                 labels = sentences[rows].labels
                 at_out = output_gradient(out.detach(), labels, problem, context.labels, generator)

@@ -4,11 +4,9 @@ import hashlib
 from functools import partial
 from typing import Any
 
-import torch
-
 from lrc.compressors.calibrate.calibration_windows import FILE
 from lrc.compressors.corpus.documents import read_documents
-from lrc.compressors.corpus.examples import read_examples, task_identity
+from lrc.compressors.corpus.examples import drawn_examples, task_identity
 from lrc.compressors.corpus.excerpts import TextHash, excerpts, measured
 from lrc.compressors.corpus.sentences import Sentences, tokenize_sentences
 from lrc.compressors.corpus.tokens import check_vocabulary
@@ -48,17 +46,8 @@ def take_sentences(
             texts, text_hash = _pieces(calibration)
             labels, source = None, described(calibration.source)
         else:
-            examples = read_examples(task, "calibration", classes=classes)
-            if len(examples.texts) < calibration.samples:
-                raise DataError(
-                    f"calibration.task.data {task.data}: has {len(examples.texts):,} examples, "
-                    f"calibration.samples needs {calibration.samples:,}; lower it"
-                )
-            generator = torch.Generator().manual_seed(seed)
-            drawn = torch.randperm(len(examples.texts), generator=generator)
-            chosen = drawn[: calibration.samples].tolist()
-            texts = [examples.texts[i] for i in chosen]
-            labels = None if examples.labels is None else [examples.labels[i] for i in chosen]
+            examples = drawn_examples(task, calibration.samples, seed=seed, classes=classes)
+            texts, labels = examples.texts, examples.labels
             source, text_hash = task.data, task_identity(task).rpartition(" ")[2]
         found = tokenize_sentences(texts, tokenizer, length=calibration.window, labels=labels)
         check_vocabulary(found.tokens, embedding)

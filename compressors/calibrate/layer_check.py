@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.encoder_decoder_executor import executor_of
 from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor
 from lrc.compressors.calibrate.replaceable import irreplaceable, is_linear
 from lrc.compressors.calibrate.simulated_weights import SimulatedProducts, SimulatedReader
+from lrc.compressors.corpus.pairs import Pairs
 from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.evaluate.encoder_outputs import sentence_outputs
 from lrc.compressors.io.journal import Journal
@@ -64,6 +66,8 @@ def check_layers(architecture: Architecture) -> Architecture:
     for linear in architecture.linears:
         uses = wholes[0].uses.get(linear.name, 0)
         unrouted = uses == 0 and linear.expert is not None
+        if uses == 0 and architecture.kind.translates:
+            raise unsupported(config, f"its forward does not call {linear.name} for every text")
         if linear.name not in unused and uses != 1 and not unrouted:
             unused[linear.name] = f"is called {uses} times in a forward, not once"
     linears = [linear for linear in architecture.linears if linear.name not in unused]
@@ -119,19 +123,21 @@ def _simulation(
     seed_name: Callable[[str], str] = lambda name: name,
 ) -> Iterator[LayerExecutor]:
     """Yield an executor of the architecture on simulated weights and random tokens."""
-    encoder = architecture.kind.encoder
+    model, kind = architecture.model, architecture.kind
+    texts = _pairs(model) if kind.translates else _sentences(model) if kind.encoder else None
+    windows = _tokens(model) if texts is None else texts.tokens
     context = CalibrationContext(
         architecture,
         SimulatedReader(architecture, exact, seed_name),
-        lambda: _tokens(architecture.model),
+        lambda: windows,
         Journal(Path()),  # nothing is written
         "cpu",
         memory_limit_gib=1.0,
         seed=0,
         on_step=lambda *_: None,
-        sentences=(lambda: _sentences(architecture.model)) if encoder else None,
+        sentences=None if texts is None else lambda: texts,
     )
-    executor = LayerExecutor(context, batch_tokens=BATCH * LENGTH)
+    executor = executor_of(context, batch_tokens=BATCH * windows.shape[1])
     with _cheap(architecture.model), SimulatedProducts(), torch.no_grad():
         yield executor
 
@@ -182,6 +188,18 @@ def _sentences(model: Any) -> Sentences:
     mask[:BATCH, -1] = False
     mask[BATCH, LENGTH // 2 :] = False
     return Sentences(tokens, mask)
+
+
+def _pairs(model: Any) -> Pairs:
+    """Return random pairs; the first two differ in the last tokens only.
+
+    That of the source is padding.
+    """
+    read = _sentences(model)
+    written = read.tokens[:, 1:].flip(0).clone()  # the lengths must differ
+    written[1, :-1] = written[0, :-1]
+    everywhere = torch.ones(written.shape, dtype=torch.bool)
+    return Pairs(read.tokens, read.mask, written, written, everywhere)
 
 
 @dataclass(frozen=True)
@@ -270,18 +288,23 @@ def _structure(executor: LayerExecutor, wholes: list[_Whole]) -> str:
             return f"its forward calls {name} {uses} times, not once"
         if not isinstance(states, Tensor):
             return f"{name} does not receive hidden states"
-        if states.shape[:-1] != (BATCH, LENGTH):
+        length = len(range(executor.tokens.shape[1])[executor.columns(names.index(name))])
+        if states.shape[:-1] != (BATCH, length):
             return (
                 f"the hidden states of {name} have the shape {list(states.shape)} for {BATCH} "
-                f"windows of {LENGTH} tokens, not [{BATCH}, {LENGTH}, width]"
+                f"windows of {length} tokens, not [{BATCH}, {length}, width]"
             )
-    encoder = executor.sentences is not None
+    if len(widths := {states.shape[-1] for states in whole.inputs}) > 1:
+        return f"its layers have hidden states of different widths, {sorted(widths)}"
+    padded = executor.sentences is not None
     for states in (*whole.inputs, whole.results):
         if not bool(states.isfinite().all()):
             return "its hidden states overflow on simulated weights"
         ends = slice(None) if states.ndim == 2 else slice(-1)  # outputs of an encoder
         if not _close(states[0, ends], states[1, ends]):
-            if encoder:
+            if executor.architecture.kind.translates:
+                return "its predictions depend on padding or on later tokens"
+            if padded:
                 return "its outputs depend on padding"
             return "its predictions depend on later tokens: it is not a causal language model"
     return ""
@@ -289,20 +312,23 @@ def _structure(executor: LayerExecutor, wholes: list[_Whole]) -> str:
 
 def _differences(executor: LayerExecutor, wholes: list[_Whole]) -> str:
     """Return where layers applied one after the other differ from the whole model, or ""."""
-    names = executor.architecture.layer_names
+    names, padded = executor.architecture.layer_names, executor.sentences is not None
     pairs = list(zip(executor.batches, wholes, strict=True))
     states = torch.empty(executor.shape)
     executor.embed_(states)
     for index, name in enumerate(names):
-        if not all(_close(states[rows], whole.inputs[index]) for rows, whole in pairs):
+        own = states[:, executor.columns(index)]
+        if not all(_close(own[rows], whole.inputs[index]) for rows, whole in pairs):
             change = "is changed outside the layers"
             if index == 0:
                 change = "differs between two identical runs"
-            return _unequal_argument(names, wholes) or f"the input of {name} {change}"
+            return _unequal_argument(names, wholes, padded) or f"the input of {name} {change}"
         with executor.layer(index):
             executor.advance_(index, states)
-        if not all(_close(states[rows], whole.outputs[index]) for rows, whole in pairs):
-            return _unequal_argument(names, wholes) or (
+        if index + 1 == executor.architecture.n_encoder:
+            continue  # more follows the last layer of an encoder; compared in what its readers give
+        if not all(_close(own[rows], whole.outputs[index]) for rows, whole in pairs):
+            return _unequal_argument(names, wholes, padded) or (
                 f"{name} gives other outputs when it is called again (it keeps state between calls)"
             )
     with executor.around_layers(head=True):
@@ -313,16 +339,16 @@ def _differences(executor: LayerExecutor, wholes: list[_Whole]) -> str:
                 results = executor.outputs(states[rows], rows)
             if not _close(results, whole.results):
                 return (
-                    _unequal_argument(names, wholes)
+                    _unequal_argument(names, wholes, padded)
                     or "its outputs depend on more than the output of the last layer"
                 )
     return ""
 
 
-def _unequal_argument(names: list[str], wholes: list[_Whole]) -> str:
+def _unequal_argument(names: list[str], wholes: list[_Whole], padded: bool) -> str:
     """Return which argument of a layer depends on the tokens, or ""."""
-    if wholes[0].results.ndim == 2:
-        return ""  # of an encoder, whose arguments are recorded for every batch
+    if padded:
+        return ""  # its arguments are recorded for every batch
     first, second = wholes[:2]
     for name, before, after in zip(names, first.arguments, second.arguments, strict=True):
         (old, _), (new, _) = tree_flatten_with_path(before), tree_flatten_with_path(after)

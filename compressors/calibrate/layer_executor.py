@@ -7,7 +7,7 @@ all batches, layer by layer, without the model around them. Encoders have anothe
 batch, and their calls are recorded for each.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -31,6 +31,17 @@ MIN_BATCHES = 8
 the same ones."""
 
 
+@dataclass(frozen=True)
+class Received:
+    """An argument of a layer that the layer returns again, by its position or name."""
+
+    key: int | str
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the argument of a call."""
+        return args[self.key] if isinstance(self.key, int) else kwargs[self.key]
+
+
 @dataclass
 class LayerCall:
     """How the model calls one decoder layer, apart from its hidden states."""
@@ -43,8 +54,20 @@ class LayerCall:
     groups: list[list[str]] = field(default_factory=list)
     """Full names of the linears of each distinct input, in order of use."""
     others: tuple[Any, ...] | None = None
-    """What the layer returns after the hidden states, if it returns a tuple."""
+    """What the layer returns after the hidden states, if it returns a tuple: `Received`, or a value
+    for the first batch."""
     d_model: int = 0
+
+    def run(
+        self, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Return the hidden states that a layer computes from others and recorded arguments."""
+        if self.by_keyword:
+            out = layer(*args, hidden_states=hidden, **kwargs)
+        else:
+            out = layer(hidden, *args, **kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
 
 class ForwardEnded(Exception):
@@ -78,7 +101,7 @@ class LayerExecutor:
     ) -> None:
         self.context, self.architecture = context, context.architecture
         self.sentences = context.sentences() if context.sentences is not None else None
-        """Texts with padding, of an encoder, in a single process."""
+        """Texts with padding, of an encoder or an encoder-decoder model, in a single process."""
         windows, processes = context.windows(), context.processes
         if batch_tokens is None:
             few = max(1, len(windows) // MIN_BATCHES) * windows.shape[1]
@@ -124,8 +147,12 @@ class LayerExecutor:
         """
         if self.sentences is None:
             return x
-        mask = self.sentences.mask[rows].to(x.device)
+        mask = self.sentences[rows].mask_of(x).to(x.device)
         return x.reshape(*mask.shape, -1)[mask]  # some models flatten the windows
+
+    def columns(self, index: int) -> slice:
+        """Return the positions of the hidden states that a layer replaces: here, all."""
+        return slice(None)
 
     def linears(self, index: int) -> dict[str, Linear]:
         """Return the linears of a decoder layer by name."""
@@ -155,6 +182,12 @@ class LayerExecutor:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Load one decoder layer, and start to read the next in the direction of the pass."""
+        with self._layer_alone(index) as layer:
+            yield layer
+
+    @contextmanager
+    def _layer_alone(self, index: int) -> Iterator[nn.Module]:
+        """Do the same as `layer`, without modules around the layer that are part of its step."""
         step = -1 if self._last == index + 1 else 1
         self._last, names = index, self.architecture.layer_names
         with self._filled(names[index]):
@@ -203,19 +236,23 @@ class LayerExecutor:
         return states
 
     def outputs(self, hidden: Tensor, rows: slice) -> Tensor:
-        """Return the outputs of an encoder for some texts, from the output of the last layer.
+        """Return the outputs for some texts with padding, from the output of the last layer.
 
         Differentiable in `hidden` [n, length, d_model]; see `logits`.
 
         Returns
         -------
-        Tensor, shape [n, n_outputs]
-            Logits of classes, or embeddings of length 1.
+        Tensor
+            See `sentence_outputs`.
         """
         assert self.sentences is not None
         part, model, device = self.sentences[rows], self.architecture.model, self.context.device
-        with self._layers_replaced(self.calls, lambda *_, **__: hidden):
+        with self._layers_replaced(self.calls, self._constant(hidden)):
             return sentence_outputs(model, part, self.architecture.kind, device)
+
+    def _constant(self, hidden: Tensor) -> Callable[..., Tensor]:
+        """Return a forward that gives some hidden states, whatever its arguments are."""
+        return lambda *_, **__: hidden
 
     def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits [n, length, vocabulary] for the output of the last layer.
@@ -246,12 +283,14 @@ class LayerExecutor:
         layer = self.architecture.layers[index] if layer is None else layer
         args, kwargs = call.arguments[self._key(hidden, rows)]
         hidden = hidden.to(self.context.device, self.dtype)
-        if call.by_keyword:
-            out = layer(*args, hidden_states=hidden, **kwargs)
-        else:
-            out = layer(hidden, *args, **kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
+        return call.run(layer, hidden, args, kwargs)
+
+    def stream(self, index: int, hidden: Tensor, *, rows: slice) -> Tensor:
+        """Return what a resident layer itself returns for its part of the hidden states.
+
+        Here, the same as `apply`.
+        """
+        return self.apply(index, hidden, rows=rows)
 
     @torch.no_grad()
     def advance_(self, index: int, states: Tensor, layer: nn.Module | None = None) -> None:
@@ -287,18 +326,15 @@ class LayerExecutor:
             if not all(call.arguments for call in calls):
                 raise ModelError("model: its forward does not call every decoder layer")
             hooks.close()
-
-            def identity(*args: Any, **kwargs: Any) -> Any:
-                return args[0] if args else kwargs["hidden_states"]
-
-            for rows in self.batches:
-                key = self._key(self.tokens[rows], rows)
-                if key in calls[0].arguments:
-                    continue
-                with ExitStack() as recording, self._layers_replaced(calls, identity):
-                    for layer, call in zip(layers, calls, strict=True):
-                        recording.enter_context(record_arguments(layer, call, key))
-                    self._forward(self.tokens[rows], rows)
+            with self._replaced_in_trace(calls):
+                for rows in self.batches:
+                    key = self._key(self.tokens[rows], rows)
+                    if key in calls[0].arguments:
+                        continue
+                    with ExitStack() as recording:
+                        for layer, call in zip(layers, calls, strict=True):
+                            recording.enter_context(self._recorded(layer, call, key))
+                        self._forward(self.tokens[rows], rows)
         for index, call in enumerate(calls):
             # Experts that received none of the first tokens; none shares its input.
             called = {name for group in call.groups for name in group}
@@ -321,32 +357,42 @@ class LayerExecutor:
             inputs.append((x, [linear]))
 
         def load(*_: Any) -> None:
-            loaded.enter_context(self.layer(index))
+            loaded.enter_context(self._layer_alone(index))
             loaded.enter_context(watch(self.architecture.model, self.linears(index), see))
 
-        def unload(_: nn.Module, __: Any, out: Any) -> None:
+        def unload(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             loaded.close()
             call.groups = [members for _, members in inputs]
-            call.others = out[1:] if isinstance(out, tuple) else None
+            call.others = _others(out, args, kwargs) if isinstance(out, tuple) else None
             inputs.clear()
 
         key = self._key(self._traced, self._first)
-        hooks.enter_context(record_arguments(layer, call, key))
+        hooks.enter_context(self._recorded(layer, call, key))
         hooks.enter_context(layer.register_forward_pre_hook(load))
-        hooks.enter_context(layer.register_forward_hook(unload))
+        hooks.enter_context(layer.register_forward_hook(unload, with_kwargs=True))
 
     @contextmanager
     def _layers_replaced(
-        self, calls: Sequence[LayerCall], forward: Callable[..., Tensor]
+        self,
+        calls: Sequence[LayerCall],
+        forward: Callable[..., Tensor],
+        *,
+        keep: Collection[int] = (),
     ) -> Iterator[None]:
-        """Let `forward` compute the hidden states in place of every decoder layer."""
-        layers = self.architecture.layers
+        """Let `forward` compute the hidden states in place of every layer but those in `keep`."""
+        layers = [x for index, x in enumerate(self.architecture.layers) if index not in keep]
+        calls = [call for index, call in enumerate(calls) if index not in keep]
         before = [vars(layer).get("forward") for layer in layers]
 
         def replaced(others: tuple[Any, ...] | None) -> Callable[..., Any]:
             if others is None:
                 return forward
-            return lambda *args, **kwargs: (forward(*args, **kwargs), *others)
+
+            def result(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+                rest = (x.of(args, kwargs) if isinstance(x, Received) else x for x in others)
+                return forward(*args, **kwargs), *rest
+
+            return result
 
         for layer, call in zip(layers, calls, strict=True):
             layer.forward = replaced(call.others)
@@ -358,6 +404,16 @@ class LayerExecutor:
                 if own is not None:
                     layer.forward = own
 
+    @contextmanager
+    def _replaced_in_trace(self, calls: Sequence[LayerCall]) -> Iterator[None]:
+        """Let layers return their inputs while the arguments for other batches are recorded."""
+        with self._layers_replaced(calls, first_argument):
+            yield
+
+    def _recorded(self, layer: nn.Module, call: LayerCall, key: int) -> RemovableHandle:
+        """Record how a layer is called in the trace, until the handle is removed."""
+        return record_arguments(layer, call, key)
+
     def _key(self, batch: Tensor, rows: slice | None) -> int:
         """Return the key of the arguments of a batch in `LayerCall.arguments`."""
         if self.sentences is None:
@@ -368,26 +424,50 @@ class LayerExecutor:
     def _forward(self, tokens: Tensor, rows: slice) -> None:
         """Run the model on some windows; of an encoder, they are the texts `rows`."""
         device = self.context.device
-        inputs: dict[str, Any] = {"input_ids": tokens.to(device), "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": tokens.to(device)}
         if self.sentences is not None:
             inputs = {**self.sentences[rows].inputs(device)}
+        if not self.architecture.kind.encoder:
+            inputs["use_cache"] = False
         self.architecture.model.base_model(**inputs)
 
 
-def record_arguments(layer: nn.Module, call: LayerCall, key: int | None = None) -> RemovableHandle:
+def _others(out: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a layer returned after the hidden states, with its arguments as `Received`."""
+    received: dict[int, int | str] = {id(x): number for number, x in enumerate(args)}
+    received |= {id(x): name for name, x in kwargs.items()}
+    return tuple(
+        Received(received[id(x)]) if isinstance(x, Tensor) and id(x) in received else x
+        for x in out[1:]
+    )
+
+
+def record_arguments(
+    layer: nn.Module,
+    call: LayerCall,
+    key: int | None = None,
+    stored: Callable[[Any], Any] = lambda argument: argument,
+) -> RemovableHandle:
     """Write into `call` how a layer is called, until the handle is removed.
 
-    By default, the key is the number of windows.
+    By default, the key is the number of windows. `stored` maps every argument but the hidden states
+    to what is recorded in its place.
     """
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call.by_keyword = not args
         hidden = kwargs["hidden_states"] if call.by_keyword else args[0]
-        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-        call.arguments[len(hidden) if key is None else key] = args[1:], rest
+        rest = {key: stored(value) for key, value in kwargs.items() if key != "hidden_states"}
+        values = tuple(stored(value) for value in args[1:])
+        call.arguments[len(hidden) if key is None else key] = values, rest
         call.d_model = hidden.shape[-1]
 
     return layer.register_forward_pre_hook(record, with_kwargs=True)
+
+
+def first_argument(*args: Any, **kwargs: Any) -> Any:
+    """Return the hidden states that a layer receives."""
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def batches(tokens: Tensor, most: int) -> list[slice]:

@@ -114,7 +114,13 @@ def is_linear(kind: type[nn.Module]) -> bool:
 
 @lru_cache
 def _reads(owner: Any, leaf: str) -> bool:
-    return re.search(rf"\.{leaf}\.(weight|bias)\b(?!\.device)", _code(owner)) is not None
+    code = _code(owner)
+    if f".{leaf}.weight.dtype != torch.int8" in code:
+        # It converts inputs to the dtype of a weight unless that is int8, as `CompressedLinear`
+        # says of its own.
+        code = re.sub(rf"isinstance\(self\.{leaf}\.weight, torch\.Tensor\)", "", code)
+        code = re.sub(rf"\.{leaf}\.weight\.dtype\b", "", code)
+    return re.search(rf"\.{leaf}\.(weight|bias)\b(?!\.device)", code) is not None
 
 
 @lru_cache

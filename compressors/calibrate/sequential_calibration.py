@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache, copy_states
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
-from lrc.compressors.calibrate.layer_executor import ForwardEnded, LayerExecutor
+from lrc.compressors.calibrate.encoder_decoder_executor import executor_of
+from lrc.compressors.calibrate.layer_executor import ForwardEnded
 from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.distributed.processes import OrderedSum
 from lrc.compressors.io.freed_memory import drop_shared_pages
@@ -38,7 +39,7 @@ class SequentialCalibration:
     def __init__(self, context: CalibrationContext) -> None:
         half = replace(context, memory_limit_gib=context.memory_limit_gib / 2)
         self._device = context.device
-        self._executor = LayerExecutor(half, in_turn=True)
+        self._executor = executor_of(half, in_turn=True)
         self.n_tokens = self._executor.n_tokens
         self._replaced: dict[tuple[str, str], nn.Parameter] = {}
         self._writers: dict[tuple[object, ...], list[str]] = {}  # by kind of layer
@@ -124,7 +125,7 @@ class SequentialCalibration:
             suppress(ForwardEnded),
             silenced(map(self._linear, zeroed)),
         ):
-            stream = self._executor.apply(layer, states[rows], rows=rows)
+            stream = self._executor.stream(layer, states[rows], rows=rows)
             stream = self._executor.without_padding(stream, rows)
         assert seen, f"{leader} was called when the layer was recorded, but not now"
         return seen[0], stream
@@ -143,7 +144,7 @@ class SequentialCalibration:
             if processes.first:
                 rows = self._executor.batches[0]
                 found = find_writers(
-                    lambda: self._executor.apply(layer, self._dense[rows], rows=rows),
+                    lambda: self._executor.stream(layer, self._dense[rows], rows=rows),
                     [(name, self._linear(name)) for name in names],
                 )
             found = processes.agree(found)

@@ -220,17 +220,19 @@ def build_statistics(
     Parameters
     ----------
     n_tokens : int
-        Tokens of the calibration text.
+        Tokens of the calibration text; of an encoder-decoder model, those that are predicted, over
+        which losses are means.
     forward, backward : mapping of str to Tensor
     n_routed : int, optional
-        Those that reach the linear, which belongs to an expert.
+        Those that reach the linear, if it belongs to an expert or to an encoder-decoder model.
 
     Notes
     -----
     Kronecker factoring treats inputs and gradients as independent. For an expert that holds among
     its own tokens; the gradients of all others are zero. The second moment of its inputs is
     therefore extended to `n_tokens` tokens like its own, so that products of both moments are on
-    the scale of those of other linears, and weighted by the tokens of the expert.
+    the scale of those of other linears, and weighted by the tokens of the expert. So it
+    is for encoder-decoder models, whose encoder has other tokens than the decoder.
     """
     inputs, gradients = _moment(forward, "inputs"), _moment(backward, "gradients")
     if n_routed is not None:

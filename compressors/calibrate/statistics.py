@@ -20,6 +20,7 @@ from lrc.compressors.calibrate.calibration_passes import (
     backward_layer,
     forward_layer,
 )
+from lrc.compressors.calibrate.encoder_decoder_executor import executor_of
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.statistic_table import Required
 from lrc.compressors.io.journal import Journal
@@ -71,7 +72,8 @@ def load(journal: Journal, layer: int, name: str) -> Statistics:
     backward = {}
     if journal.has(gradients):
         backward = journal.read_tensors(gradients, table.sum_names(table.BACKWARD, name, leader))
-    return table.build_statistics(facts["n_tokens"], forward, backward, n_routed)
+    n_own = facts.get("received", {}).get(name, n_routed)
+    return table.build_statistics(facts["n_tokens"], forward, backward, n_own)
 
 
 def routed_tokens(journal: Journal, layer: int) -> dict[str, tuple[int, int]]:
@@ -129,7 +131,7 @@ class Collector:
     @cached_property
     def executor(self) -> LayerExecutor:
         """Applies the layers; traces the model at the first use."""
-        return LayerExecutor(self.context)
+        return executor_of(self.context)
 
     def run(self) -> None:
         """Collect everything that is missing, and continue from a snapshot if there is one."""
@@ -194,9 +196,10 @@ class Collector:
                 if names and self.context.processes.last:
                     leaders = {n: group[0] for group in groups for n in group if n in names}
                     facts = {"leaders": leaders, "n_tokens": self.executor.n_tokens}
-                    routed = self._routed(index, names, n_tokens)
-                    file = statistics_files(index)[INPUTS]
-                    _write(variant.journal, file, totals, facts | {"routed": routed})
+                    facts["routed"] = self._routed(index, names, n_tokens)
+                    if self.context.architecture.kind.translates:
+                        facts["received"] = {name: n_tokens[leaders[name]] for name in leaders}
+                    _write(variant.journal, statistics_files(index)[INPUTS], totals, facts)
             states.finish_layer(save=save and index < n_layers - 1)
             self.context.on_step("calibrate", index + 1, n_layers)
 

@@ -59,6 +59,7 @@ from lrc.compressors.layers import (
     WeightConfig,
 )
 from lrc.compressors.layers.component import finite_problems
+from lrc.compressors.layers.compressed_linear import convert_inputs_
 from lrc.compressors.layers.expert_batches import batch_experts
 from lrc.compressors.layers.experts import fuse_experts_, split_experts_
 from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, widen_
@@ -223,6 +224,7 @@ class LrcQuantizer(HfQuantizer):
             cut_model_(model, self._cut)
             self._forget_budgets(model)
             setattr(model.config, BUDGET, None)
+        convert_inputs_(model)
         replaced = ReplacedTensors()
         optimize(model, replaced=replaced)
         share_inputs(model, replaced=replaced)

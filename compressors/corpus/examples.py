@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from lrc.compressors.corpus.chat import check_unicode, shown
 from lrc.compressors.corpus.hub import quiet_datasets
 from lrc.compressors.io.fingerprint import sha256
@@ -95,6 +97,25 @@ def read_examples(
     if not texts:
         raise DataError(f"{key}.data {spec.data}: has no rows; give a table with some")
     return Examples(texts, labels or None)
+
+
+def drawn_examples(
+    spec: TaskData, samples: int, *, seed: int, classes: Mapping[int, str] | None = None
+) -> Examples:
+    """Read the examples of a calibration table, and draw some of them at random.
+
+    Raises as `read_examples`, and `DataError` if there are too few. For `classes`, see there.
+    """
+    found = read_examples(spec, "calibration", classes=classes)
+    if len(found.texts) < samples:
+        raise DataError(
+            f"calibration.task.data {spec.data}: has {len(found.texts):,} examples, "
+            f"calibration.samples needs {samples:,}; lower it"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(found.texts), generator=generator)[:samples].tolist()
+    labels = None if found.labels is None else [found.labels[i] for i in chosen]
+    return Examples([found.texts[i] for i in chosen], labels)
 
 
 def _rows(spec: TaskData, part: Part, key: str) -> Iterator[tuple[str, Row]]:

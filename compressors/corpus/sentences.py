@@ -32,6 +32,10 @@ class Sentences:
         """Number of tokens without padding."""
         return int(self.mask.sum())
 
+    def mask_of(self, x: Tensor) -> Tensor:
+        """Return the mask of the positions of ``x`` [..., d], which are all positions."""
+        return self.mask
+
     def __getitem__(self, rows: slice) -> "Sentences":
         """Return some of the texts, as long as they are here."""
         parts = (self.tokens, self.mask, self.segments, self.labels)

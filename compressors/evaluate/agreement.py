@@ -102,8 +102,8 @@ def compare_predictions(
     for model in (dense, compressed):
         check_fit(model, windows.tokens, bos=windows.bos)
     with (
-        model_logits(dense, windows.tokens, processes) as expected,
-        model_logits(compressed, windows.tokens, processes) as found,
+        model_logits(dense, windows, processes) as expected,
+        model_logits(compressed, windows, processes) as found,
     ):
         return agreement_of(expected, found, windows, on_window=on_window)
 
@@ -120,7 +120,7 @@ def agreement_of(
     own, measured = dense.own(count), dict[int, Tensor]()
     for done, number in enumerate(own, start=1):
         pieces = [found for _, found in _compare_window(dense, compressed, number)]
-        measured[number] = torch.cat(pieces, dim=1)  # [3, length - 1]
+        measured[number] = torch.cat(pieces, dim=1)  # [3, n_predicted]
         on_window(done, len(own))
     everywhere = ChainMap(*dense.processes.gather(measured))
     values = torch.stack([everywhere[number] for number in range(count)])
@@ -132,14 +132,18 @@ def agreement_of(
                 " where float16 overflows"
             )
     mean, stderr = _statistics(values)
+    first = dense.first(length)
+    predicted = length - 1 - first
     return Agreement(
         mean=mean,
         stderr=stderr,
         positions=tuple(
-            RangeAgreement((start + 1, stop), *_statistics(values[:, :, start:stop]))
-            for start, stop in _ranges(length - 1)
+            RangeAgreement(
+                (first + start + 1, first + stop), *_statistics(values[:, :, start:stop])
+            )
+            for start, stop in _ranges(predicted)
         ),
-        tokens=count * (length - 1),
+        tokens=count * predicted,
         window=length - windows.bos,
         windows=count,
         bos=windows.bos,

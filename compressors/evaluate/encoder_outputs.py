@@ -1,4 +1,4 @@
-"""Outputs of encoders: logits of classes, and mean-pooled embeddings."""
+"""Outputs of models of padded texts: logits, and mean-pooled embeddings."""
 
 from typing import Any
 
@@ -6,17 +6,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lrc.compressors.corpus.pairs import Pairs
 from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.models.model_kinds import ModelKind
 
 
 def sentence_outputs(
-    model: Any, part: Sentences, kind: ModelKind, device: str | torch.device
+    model: Any, part: Sentences | Pairs, kind: ModelKind, device: str | torch.device
 ) -> Tensor:
-    """Return the outputs [n, n_outputs] of an encoder for some texts.
+    """Return the outputs of a model for some texts.
 
-    Logits of a classifier; embeddings of length 1 otherwise.
+    Of an encoder [n, n_outputs]: logits of a classifier; embeddings of length 1 otherwise. Of an
+    encoder-decoder model, the logits [n, n_target, vocabulary].
     """
+    if isinstance(part, Pairs):
+        predicted: Tensor = model(**part.inputs(device), use_cache=False).logits
+        return predicted
     if kind.classifies:
         logits: Tensor = model(**part.inputs(device)).logits
         return logits

@@ -14,19 +14,7 @@ from lrc.compressors.evaluate.encoder_outputs import mean_pooled, sentence_outpu
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.models.model_kinds import kind_of
 from lrc.configs.errors import ModelError
-from lrc.configs.recipe import Evaluate
 from lrc.configs.task_data import EvaluationTask
-
-ACCURACY, SIMILARITY = "accuracy", "similarity"
-"""Names of metrics."""
-
-
-def encoder_metrics(evaluate: Evaluate) -> list[str]:
-    """Return the metrics that are measured on the examples of a task."""
-    if evaluate.task is None:
-        return []
-    measured = {ACCURACY: evaluate.task.label is not None, SIMILARITY: evaluate.dense}
-    return [name for name, wanted in measured.items() if wanted]
 
 
 def evaluation_sentences(

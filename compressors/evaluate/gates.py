@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from lrc.compressors.evaluate.encoder_scores import SIMILARITY, encoder_metrics
 from lrc.compressors.evaluate.harness import declared_metrics
 from lrc.compressors.evaluate.score_text import four_digits
+from lrc.compressors.evaluate.task_metrics import SIMILARITY, task_metrics
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Evaluate, Gate
 
@@ -85,7 +85,7 @@ def _task_problems(where: str, gate: Gate, evaluate: Evaluate) -> list[str]:
     metric = gate.metric
     task, _, name = metric.removeprefix("tasks.").rpartition(".")
     if evaluate.task is not None:
-        known = [f"tasks.{evaluate.task.name}.{each}" for each in encoder_metrics(evaluate)]
+        known = [f"tasks.{evaluate.task.name}.{each}" for each in task_metrics(evaluate)]
         if metric not in known:
             return [_unknown(where, metric, known)]
         return [_already_compared(where, metric)] if gate.relative and name == SIMILARITY else []

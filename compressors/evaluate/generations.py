@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.documents import SUFFIXES, read_documents
 from lrc.compressors.evaluate.logits import input_device
+from lrc.compressors.models.model_kinds import kind_of
 from lrc.configs.errors import DataError, RecipeError
 from lrc.configs.recipe import Generations
 
@@ -61,7 +62,8 @@ def continue_greedily(
     inputs = tokenizer(prompt, return_tensors="pt").to(input_device(model))
     # The class of `generate` is annotated with every kind of output.
     written = cast(Any, model).generate(**inputs, max_new_tokens=tokens, do_sample=False)[0]
-    new = written[inputs["input_ids"].shape[1] :].tolist()
+    translates = kind_of(model.config).translates  # then only the start token is before the text
+    new = written[1 if translates else inputs["input_ids"].shape[1] :].tolist()
     text = tokenizer.decode(new, skip_special_tokens=True)
     return Continuation(new, cast(str, text))
 

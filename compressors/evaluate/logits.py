@@ -1,4 +1,4 @@
-"""The logits of a causal language model, a few positions at a time.
+"""The logits of a language model on windows, a few positions at a time.
 
 Logits take far more memory than hidden states: at 2,048 positions and a vocabulary of 262,144 they
 are 2 GiB in float32.
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lrc.compressors.corpus.pairs import IGNORED, source_tokens, split_windows
+from lrc.compressors.corpus.windows import Windows
 from lrc.compressors.distributed.processes import ALONE, Processes
+from lrc.compressors.models.model_kinds import kind_of
 
 PROBE = 16  # positions on which the head is compared with the model
 
@@ -32,8 +35,13 @@ class LogitReader(Protocol):
     def own(self, count: int) -> Sequence[int]:
         """Return the numbers of those of the first `count` windows that this process reads."""
 
+    def first(self, length: int) -> int:
+        """Return the first position of a window at which the next token is predicted."""
+
     def pieces(self, number: int, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the logits at all positions of a window but the last.
+        """Yield the logits at all positions of a window from the first that is predicted on.
+
+        There are none at the last position.
 
         Yields
         ------
@@ -57,16 +65,49 @@ class _ModelLogits:
     def own(self, count: int) -> Sequence[int]:
         return self.processes.turn(count)
 
+    def first(self, length: int) -> int:
+        return 0
+
     def pieces(self, number: int, size: int) -> Iterator[tuple[int, Tensor]]:
         ids = self._tokens[number].to(self._device)
         return logit_pieces(self._model, ids, head_only=not self.repeats, size=size)
 
 
+class _HalfLogits:
+    """The logits of an encoder-decoder model, for the second halves of windows.
+
+    The first halves are the source texts, see `split_windows`.
+    """
+
+    repeats = False
+
+    def __init__(self, model: PreTrainedModel, windows: Windows, processes: Processes) -> None:
+        self.processes = processes
+        self._model, self._device = model, input_device(model)
+        self._pairs = split_windows(windows.tokens, model, bos=windows.bos)
+        self._half = source_tokens(windows.tokens.shape[1])
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.dtype = model.dtype
+
+    def own(self, count: int) -> Sequence[int]:
+        return self.processes.turn(count)
+
+    def first(self, length: int) -> int:
+        return self._half - 1
+
+    def pieces(self, number: int, size: int) -> Iterator[tuple[int, Tensor]]:
+        pair = self._pairs[number : number + 1]
+        outputs = cast(Any, self._model)(**pair.inputs(self._device), use_cache=False)
+        logits = outputs.logits[0, pair.labels[0] != IGNORED]
+        for start in range(0, len(logits), size):
+            yield self._half - 1 + start, logits[start : start + size]
+
+
 @contextmanager
 def model_logits(
-    model: PreTrainedModel, tokens: Tensor, processes: Processes = ALONE
+    model: PreTrainedModel, windows: Windows, processes: Processes = ALONE
 ) -> Iterator[LogitReader]:
-    """Yield the reader of a model on windows [n_windows, length], without gradients.
+    """Yield the reader of a model on windows, without gradients.
 
     The mode of the model (train or eval) is restored.
     """
@@ -74,7 +115,10 @@ def model_logits(
     model.train(False)
     try:
         with torch.inference_mode():
-            yield _ModelLogits(model, tokens, processes)
+            if kind_of(model.config).translates:
+                yield _HalfLogits(model, windows, processes)
+            else:
+                yield _ModelLogits(model, windows.tokens, processes)
     finally:
         model.train(training)
 

@@ -20,12 +20,20 @@ from lrc.compressors.corpus.tokens import check_vocabulary
 from lrc.compressors.corpus.windows import Windows
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.logits import LogitReader, model_logits
+from lrc.compressors.models.model_kinds import ModelKind, kind_of
 from lrc.configs.errors import ModelError, RecipeError
 
 PROTOCOL = (
     "documents joined by a blank line, tokenized once, disjoint windows, "
     "exp of the mean negative log-likelihood of every predicted token"
 )
+HALVES = (
+    "documents joined by a blank line, tokenized once, disjoint windows, the first half of each "
+    "read by the encoder, exp of the mean negative log-likelihood of every token of the second half"
+)
+"""The protocol of encoder-decoder models."""
+SHORTEST = 4
+"""Tokens of the shortest window of which both halves have some."""
 PIECE = 256  # positions whose logits exist at once; 256 x 262,144 in fp32 are 0.25 GiB
 FALLBACK_LOGITS = 2**28  # if the decoder must run again for each piece: 1 GiB in fp32
 
@@ -41,7 +49,8 @@ class PerplexityResult:
     """Standard error of the perplexity, from the differences between windows: that of the mean,
     times the perplexity (first order). None for one window."""
     tokens: int
-    """Predicted tokens: `windows * window` with BOS, `windows * (window - 1)` without."""
+    """Predicted tokens: `windows * window` with BOS, `windows * (window - 1)` without; half of
+    these with an encoder-decoder model."""
     window: int
     """Text tokens per window, without BOS."""
     windows: int
@@ -57,7 +66,9 @@ def perplexity(
     on_window: Callable[[int, int], None] = lambda done, total: None,
     processes: Processes = ALONE,
 ) -> PerplexityResult:
-    """Measure the perplexity of a causal language model on windows [n, length], int64.
+    """Measure the perplexity of a language model on windows [n, length], int64.
+
+    An encoder-decoder model reads the first half of a window, and predicts the second.
 
     Logits are taken in pieces, so a vocabulary of 262,144 costs megabytes, not gigabytes. The model
     may be on any device or several; its mode (train or eval) is restored. Windows that are a plain
@@ -76,7 +87,7 @@ def perplexity(
     if isinstance(windows, Tensor):
         windows = Windows(windows, "", None, bos=False, text_tokens=windows.numel())
     check_fit(model, windows.tokens, bos=windows.bos)
-    with model_logits(model, windows.tokens, processes) as reader:
+    with model_logits(model, windows, processes) as reader:
         return perplexity_of(reader, windows, on_window=on_window)
 
 
@@ -101,8 +112,8 @@ def perplexity_of(
                 " model's logits are not finite; compress less, or evaluate in bfloat16"
                 " or float32 where float16 overflows"
             )
-    predicted = count * (length - 1)
-    mean = math.fsum(likelihoods) / predicted
+    predicted = length - 1 - reader.first(length)
+    mean = math.fsum(likelihoods) / (count * predicted)
     if mean > math.log(torch.finfo(torch.float64).max):
         raise ModelError(
             f"perplexity: the mean negative log-likelihood is {mean:.1f} nats a token, its"
@@ -111,8 +122,8 @@ def perplexity_of(
     return PerplexityResult(
         perplexity=math.exp(mean),
         nll_mean=mean,
-        stderr=_error_of_mean(likelihoods, length - 1) * math.exp(mean) if count > 1 else None,
-        tokens=predicted,
+        stderr=_error_of_mean(likelihoods, predicted) * math.exp(mean) if count > 1 else None,
+        tokens=count * predicted,
         window=length - windows.bos,
         windows=count,
         bos=windows.bos,
@@ -136,6 +147,15 @@ def check_window(config: Any, window: int, key: str = "evaluate.perplexity.windo
         )
 
 
+def check_halves(kind: ModelKind, window: int, key: str = "evaluate.perplexity.window") -> None:
+    """Refuse windows whose halves are too short; `key` is that of the recipe."""
+    if kind.translates and window < SHORTEST:
+        raise RecipeError(
+            f"{key}: must be at least {SHORTEST} for an encoder-decoder model, which reads the "
+            f"first half and predicts the second, got {window}; raise it"
+        )
+
+
 def check_fit(model: PreTrainedModel, tokens: Tensor, *, bos: bool) -> None:
     """Refuse windows [n, length] that a model, possibly without weights, cannot process.
 
@@ -143,6 +163,7 @@ def check_fit(model: PreTrainedModel, tokens: Tensor, *, bos: bool) -> None:
     """
     length = tokens.shape[1]
     check_window(model.config, length - bos)
+    check_halves(kind_of(model.config), length - bos)
     if length < 2:
         raise RecipeError(
             "evaluate.perplexity.window: must be at least 2 to predict a token, got 1; raise it"

@@ -11,21 +11,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.windows import Windows, evaluation_windows
 from lrc.compressors.distributed.processes import ALONE, Processes
-from lrc.compressors.evaluate.encoder_scores import (
-    ACCURACY,
-    accuracy_entry,
-    encoder_metrics,
-    evaluation_sentences,
-)
+from lrc.compressors.evaluate.encoder_scores import accuracy_entry, evaluation_sentences
 from lrc.compressors.evaluate.harness import check_requests, run_tasks
+from lrc.compressors.evaluate.pair_scores import evaluation_pairs, perplexity_metric
 from lrc.compressors.evaluate.perplexity import (
+    HALVES,
     PROTOCOL,
     PerplexityResult,
     check_fit,
     check_window,
     perplexity,
 )
+from lrc.compressors.evaluate.task_metrics import ACCURACY, PERPLEXITY, task_metrics
 from lrc.compressors.io.machine import OnStep, no_progress
+from lrc.compressors.models.model_kinds import kind_of
 from lrc.configs.errors import DataError, LrcError, ProcessLost, RecipeError, Stopped
 from lrc.configs.recipe import Evaluate, Perplexity
 
@@ -39,8 +38,9 @@ def unmeasured(evaluate: Evaluate) -> Scores:
     """Return the scores of a model of which nothing has been measured."""
     wanted = [f"perplexity.{spec.name}" for spec in evaluate.perplexity]
     wanted += [f"tasks.{name}" for name in evaluate.tasks.names]
-    if evaluate.task is not None and ACCURACY in encoder_metrics(evaluate):
-        wanted.append(f"tasks.{evaluate.task.name}.{ACCURACY}")
+    if evaluate.task is not None:
+        own = [name for name in task_metrics(evaluate) if name in (ACCURACY, PERPLEXITY)]
+        wanted += [f"tasks.{evaluate.task.name}.{name}" for name in own]
     return {"perplexity": {}, "tasks": {}, "missing": dict.fromkeys(wanted, "not measured yet")}
 
 
@@ -80,9 +80,12 @@ def evaluate_model(
         # A task is a program of others: it may raise anything.
         scores["tasks"] |= attempt(missing, f"tasks.{name}", run, Exception)
     if evaluate.task is not None:
-        entry = partial(accuracy_entry, model, tokenizer, evaluate.task, on_step)
-        found = attempt(missing, f"tasks.{evaluate.task.name}.{ACCURACY}", entry, LrcError)
-        scores["tasks"] |= {evaluate.task.name: {ACCURACY: found}} if found else {}
+        name, metric, measure = evaluate.task.name, ACCURACY, accuracy_entry
+        if evaluate.task.target is not None:
+            metric, measure = PERPLEXITY, perplexity_metric
+        entry = partial(measure, model, tokenizer, evaluate.task, on_step)
+        found = attempt(missing, f"tasks.{name}.{metric}", entry, LrcError)
+        scores["tasks"] |= {name: {metric: found}} if found else {}
     return scores
 
 
@@ -122,7 +125,8 @@ def check_evaluation(
         windows = evaluation_windows(spec, tokenizer)
         check_fit(model, windows.tokens, bos=windows.bos)
     if evaluate.task is not None:
-        evaluation_sentences(model, tokenizer, evaluate.task)
+        read = evaluation_sentences if evaluate.task.target is None else evaluation_pairs
+        read(model, tokenizer, evaluate.task)
     check_requests(model, tokenizer, evaluate.tasks, seed=seed)
 
 
@@ -137,12 +141,15 @@ def perplexity_entry(
     windows = evaluation_windows(spec, tokenizer)
     on_window = partial(on_step, f"perplexity {spec.name}")
     found = perplexity(model, windows, on_window=on_window, processes=processes)
-    return perplexity_scores(found, windows)
+    protocol = HALVES if kind_of(model.config).translates else PROTOCOL
+    return perplexity_scores(found, windows, protocol)
 
 
-def perplexity_scores(result: PerplexityResult, windows: Windows) -> Scores:
+def perplexity_scores(
+    result: PerplexityResult, windows: Windows, protocol: str = PROTOCOL
+) -> Scores:
     """Return a perplexity on windows as JSON values."""
-    return asdict(result) | {"protocol": PROTOCOL, "text_sha256": windows.sha256}
+    return asdict(result) | {"protocol": protocol, "text_sha256": windows.sha256}
 
 
 def compare(dense: Scores | None, compressed: Scores, pair: Scores | None = None) -> Scores:

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrc.compressors.corpus.windows import Windows, evaluation_windows
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.agreement import Agreement, compare_predictions
-from lrc.compressors.evaluate.encoder_scores import SIMILARITY, encoder_metrics, similarity_entry
+from lrc.compressors.evaluate.encoder_scores import similarity_entry
 from lrc.compressors.evaluate.generations import compare_continuations, read_prompts
 from lrc.compressors.evaluate.scores import Scores, attempt
+from lrc.compressors.evaluate.task_metrics import SIMILARITY, task_metrics
 from lrc.compressors.io.machine import OnStep, free_memory
 from lrc.configs.errors import LrcError
 from lrc.configs.recipe import Evaluate, Perplexity
@@ -30,7 +31,7 @@ def unmeasured_pair(evaluate: Evaluate) -> Scores:
     """Return the scores of a pair of which nothing has been measured."""
     wanted = [f"kl.{spec.name}" for spec in evaluate.compared_texts]
     wanted += [f"generations.{i}" for i in range(len(read_prompts(evaluate.generations)))]
-    if evaluate.task is not None and SIMILARITY in encoder_metrics(evaluate):
+    if evaluate.task is not None and SIMILARITY in task_metrics(evaluate):
         wanted.append(f"tasks.{evaluate.task.name}.{SIMILARITY}")
     return {
         "kl": {},

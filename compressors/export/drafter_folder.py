@@ -62,9 +62,10 @@ def write_drafter(folder: Path, parent: str, out: Path, on_step: OnStep) -> list
         If nothing can be shared.
     """
     contents = check_checkpoint(folder)
-    if contents.kind.encoder:
+    if contents.kind.padded:
+        what = "encoder" if contents.kind.encoder else "encoder-decoder model"
         raise ExportError(
-            f"{folder}: --format drafter is for causal language models, got an encoder; export it "
+            f"{folder}: --format drafter is for causal language models, got an {what}; export it "
             "with --format dense or remote-code"
         )
     block = contents.config.get("quantization_config") or {}

@@ -427,7 +427,7 @@ class CompressedLinear(nn.Module):
         if tuple(dense.weight.shape) != shape:
             raise ValueError(f"must have the shape {list(dense.weight.shape)}, got {list(shape)}")
         like = dense.weight.detach()
-        self.register_buffer("weight", like.new_zeros(1, dtype=torch.uint8))
+        self._buffers["weight"] = like.new_zeros(1, dtype=torch.uint8)
         self.types = [component["type"] for component in record["components"]]
         for kind, component in zip(self.types, record["components"], strict=True):
             if kind not in COMPONENTS:
@@ -435,6 +435,14 @@ class CompressedLinear(nn.Module):
             self.add_module(kind, COMPONENTS[kind](shape, component, like))
         has_bias = getattr(dense, "bias", None) is not None or record.get("bias", False)
         self.bias = nn.Parameter(like.new_empty(self.out_features)) if has_bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The sentinel as int8: models that convert inputs to the dtype of a weight leave them."""
+        stored: Any = self._buffers["weight"]
+        view: Any = stored.view(torch.int8)
+        view._is_hf_initialized = getattr(stored, "_is_hf_initialized", False)  # once it is loaded
+        return view  # type: ignore[no-any-return]
 
     @property
     def num_embeddings(self) -> int:
@@ -624,6 +632,12 @@ class CompressedModel:
                     "files do not belong together: download the checkpoint again"
                 )
         _check_values(model, pretrained_model_name_or_path)
+        kept = {*(getattr(model, "_keep_in_fp32_modules", None) or [])}
+        for name, module in model.named_modules():
+            if isinstance(module, CompressedLinear) and kept & {*name.split(".")}:
+                tensors = [*module.parameters(), *module.buffers()]
+                if model.dtype != torch.float32 and torch.float32 in {x.dtype for x in tensors}:
+                    module.register_forward_pre_hook(_to_float32)
         if KEY in vars(model.config):
             setattr(model.config, BLOCK, vars(model.config).pop(KEY))
         return (model, info) if output_loading_info else model
@@ -650,6 +664,10 @@ class CompressedModel:
             f"cannot resize the vocabulary from {size} to {new_num_tokens} tokens, because the "
             "embedding or the head is stored as integers; compress the model without these"
         )
+
+
+def _to_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() for x in args)
 
 
 def _check_values(model: nn.Module, folder: Any) -> None:

@@ -45,7 +45,6 @@ class CompressedLinear(nn.Module):
     """
 
     REPLACES: type[nn.Module] = nn.Linear
-    weight: Tensor
 
     def __init__(
         self,
@@ -58,7 +57,7 @@ class CompressedLinear(nn.Module):
         super().__init__()
         self.config = config
         self.out_features, self.in_features = config.shape
-        self.register_buffer("weight", torch.zeros(1, dtype=torch.uint8, device=device))
+        self._buffers["weight"] = torch.zeros(1, dtype=torch.uint8, device=device)
         for c in config.components:
             made = COMPONENTS[c.type](config.shape, c, device=device, dtype=dtype)
             self.add_module(c.type, made)
@@ -70,6 +69,19 @@ class CompressedLinear(nn.Module):
         """Return the layer that replaces `dense`, on its device and in its dtype."""
         bias = getattr(dense, "bias", None) is not None or config.bias
         return cls(config, bias=bias, device=dense.weight.device, dtype=dense.weight.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The sentinel [1], as int8.
+
+        Models that convert inputs to the dtype of a weight, such as T5, leave them unchanged if it
+        is int8, which is that of quantized weights.
+        """
+        stored: Any = self._buffers["weight"]
+        view: Any = stored.view(torch.int8)
+        # transformers marks tensors that it has loaded, and initializes the others.
+        view._is_hf_initialized = getattr(stored, "_is_hf_initialized", False)
+        return view  # type: ignore[no-any-return]
 
     @property
     def components(self) -> list[Component]:
@@ -201,6 +213,24 @@ class CompressedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Return the shape for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def convert_inputs_(model: Any) -> None:
+    """Convert the inputs of compressed layers that are in float32 in a model of 16 bits.
+
+    Some classes, such as T5, keep layers in float32 if a model is loaded in float16, where their
+    outputs could overflow.
+    """
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or [])}
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLinear) and kept & {*name.split(".")}:
+            tensors = [*module.parameters(), *module.buffers()]
+            if model.dtype != torch.float32 and torch.float32 in {x.dtype for x in tensors}:
+                module.register_forward_pre_hook(_to_float32)
+
+
+def _to_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() for x in args)
 
 
 def layer_tensors(config: WeightConfig, *, bias: bool = False) -> TensorSpecs:

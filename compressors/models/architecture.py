@@ -2,7 +2,8 @@
 
 The skeleton is the real model class with every parameter on the meta device: shapes, names and
 buffers, but no weights. Decoder layers are the `ModuleList` that holds most of the parameters;
-every `nn.Linear` inside can be compressed. Fused experts are split into linear layers.
+every `nn.Linear` inside can be compressed. Fused experts are split into linear layers. The layers
+of an encoder-decoder model are those of the encoder, followed by those of the decoder.
 """
 
 from dataclasses import dataclass, field
@@ -62,6 +63,9 @@ class Architecture:
     `layer_check`."""
     groups: list[list[list[str]]] = field(default_factory=list)
     """By layer, the linears of each distinct input, in order of use; found by `layer_check`."""
+    n_encoder: int = 0
+    """How many of the layers, from the first, are those of the encoder of an encoder-decoder
+    model."""
 
     @property
     def kind(self) -> ModelKind:
@@ -76,9 +80,10 @@ class Architecture:
     def other_parts(self) -> dict[str, nn.Module]:
         """Return the modules next to the text decoder, such as a vision tower, by name.
 
-        Embeddings and output heads of the text are not among them, and an encoder has none.
+        Embeddings and output heads of the text are not among them. Encoders and encoder-decoder
+        models have none.
         """
-        if self.kind.encoder:
+        if self.kind.padded:
             return {}
         decoder = self.model.get_decoder()
         path = next((name for name, each in self.model.named_modules() if each is decoder), "")
@@ -123,11 +128,13 @@ def build(source: Source) -> Architecture:
         If the architecture is unknown, or its weights have an unsupported form.
     """
     config, kind = source.config, kind_of(source.config)
-    if getattr(config, "is_encoder_decoder", False):
-        raise unsupported(config, "it is an encoder-decoder model")
+    if getattr(config, "is_encoder_decoder", False) and not kind.translates:
+        raise unsupported(
+            config, "it is an encoder-decoder model that AutoModelForSeq2SeqLM does not load"
+        )
     if any(name.endswith("ForMaskedLM") for name in config.architectures or []):
         raise unsupported(config, "it predicts masked tokens, not the next one")
-    if not kind.encoder and auto_class(config) is None:
+    if not kind.padded and auto_class(config) is None:
         raise unsupported(config, "transformers has no causal language model of this type")
     try:
         with init_empty_weights(include_buffers=False), _NoLargeTensors():
@@ -137,8 +144,8 @@ def build(source: Source) -> Architecture:
     except Exception as error:  # modeling code may raise anything for the values of a config
         raise unsupported(config, first_line(error)) from error
     split_experts_(model)
-    if kind.encoder and any(split_modules(model)):
-        raise unsupported(config, "it is an encoder with experts")
+    if kind.padded and any(split_modules(model)):
+        raise unsupported(config, "its encoder has experts")
     rebuild_(model)
     for parameter in model.parameters():  # not the buffers: computed tables and scales stay exact
         parameter.data = parameter.data.to(source.dtype)
@@ -148,8 +155,9 @@ def build(source: Source) -> Architecture:
 def describe(model: Any) -> Architecture:
     """Find the decoder layers and linears of a skeleton; raises as `build`."""
     config = model.config
-    list_name, layers = _decoder_layers(model, config)
-    names = [f"{list_name}.{index}" for index in range(len(layers))]
+    lists = _layer_lists(model, config)
+    names = [f"{name}.{index}" for name, layers in lists for index in range(len(layers))]
+    layers = [layer for _, each in lists for layer in each]
     linears = []
     for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
         _refuse_unsupported_weights(name, layer, config)
@@ -170,7 +178,9 @@ def describe(model: Any) -> Architecture:
         ]
     if not linears:
         raise unsupported(config, f"its layers ({type(layers[0]).__name__}) hold no nn.Linear")
-    return Architecture(model.eval(), names, linears, dict(model.all_tied_weights_keys))
+    n_encoder = len(lists[0][1]) if kind_of(config).translates else 0
+    tied = dict(model.all_tied_weights_keys)
+    return Architecture(model.eval(), names, linears, tied, n_encoder=n_encoder)
 
 
 class _NoLargeTensors(TorchFunctionMode):
@@ -194,17 +204,28 @@ class _NoLargeTensors(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _decoder_layers(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
-    """Find the list of repeated layers in the text decoder.
+def _layer_lists(model: Any, config: Any) -> list[tuple[str, nn.ModuleList]]:
+    """Find the list of repeated layers, or those of encoder and decoder, by name."""
+    kind = kind_of(config)
+    if kind.translates:
+        both = model.get_encoder(), model.get_decoder()
+        return [_repeated_layers(model, part, None, config) for part in both]
+    decoder = model.base_model if kind.encoder else model.get_decoder()
+    n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    return [_repeated_layers(model, decoder, n_layers, config)]
+
+
+def _repeated_layers(
+    model: Any, decoder: Any, n_layers: int | None, config: Any
+) -> tuple[str, nn.ModuleList]:
+    """Find the list of repeated layers in a part of a model, such as its text decoder.
 
     Of the lists with the length that the config states (or else of all) it is the outermost one:
     the towers of other modalities are deeper. Of several, it has the most parameters.
     """
-    decoder = model.base_model if kind_of(config).encoder else model.get_decoder()
     if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
         decoder = model  # ModernBERT's `decoder` is its head
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    n_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
 
     def rank(name: str, layers: nn.ModuleList) -> tuple[bool, int, int]:
         size = sum(parameter.numel() for parameter in layers.parameters())

@@ -21,9 +21,10 @@ from lrc.configs.recipe import Model
 
 TESTED = "Llama, Mistral, Qwen2, Qwen3, Gemma-3, OPT, GPT-NeoX, Mixtral and Qwen3-MoE"
 ENCODERS = "BERT, RoBERTa and ModernBERT, as embedding models or with a classification head"
+ENCODER_DECODERS = "T5 and BART"
 SUPPORTED = (
-    f"decoder-only models whose layers hold torch.nn.Linear (tested: {TESTED}), and encoders "
-    f"(tested: {ENCODERS})"
+    f"decoder-only models whose layers hold torch.nn.Linear (tested: {TESTED}), encoders (tested: "
+    f"{ENCODERS}), and encoder-decoder models (tested: {ENCODER_DECODERS})"
 )
 # Names of classes with a head for the next token; `build` refuses those of masked tokens.
 CAUSAL = re.compile(r"(For(CausalLM|ConditionalGeneration|MaskedLM)|LMHeadModel)$")
@@ -124,10 +125,10 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def _refuse_other_heads(raw: dict[str, Any], path: Path) -> None:
-    """Refuse models that are neither encoders nor predict the next token."""
+    """Refuse models that are no encoders and do not predict the next token."""
     names = raw.get("architectures") or []
     names = names if isinstance(names, list) else [names]
-    if kind_of({**raw, "architectures": names}).encoder:
+    if kind_of({**raw, "architectures": names}).padded:
         return
     tables = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES)  # the latter: bare decoders
     known = [table.get(str(raw.get("model_type"))) for table in tables]

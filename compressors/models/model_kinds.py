@@ -10,11 +10,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
@@ -34,6 +36,14 @@ class ModelKind:
     """Whether tokens see those after them, so that texts are padded and come with a mask."""
     classifies: bool = False
     """Whether the outputs are logits of classes."""
+    translates: bool = False
+    """Whether it is an encoder-decoder model: an encoder reads a source text, and a decoder
+    predicts the next token of a target text."""
+
+    @property
+    def padded(self) -> bool:
+        """Whether texts are padded and come with a mask, instead of being windows of one length."""
+        return self.encoder or self.translates
 
 
 CAUSAL = ModelKind(AutoModelForCausalLM, "text-generation")
@@ -43,6 +53,7 @@ CLASSIFIER = ModelKind(
     AutoModelForSequenceClassification, "text-classification", encoder=True, classifies=True
 )
 EMBEDDING = ModelKind(AutoModel, "feature-extraction", encoder=True)
+ENCODER_DECODER = ModelKind(AutoModelForSeq2SeqLM, "text2text-generation", translates=True)
 PREDICTING = {kind.auto_class: kind for kind in (CAUSAL, IMAGES, MULTIMODAL)}
 """Kinds that predict the next token."""
 
@@ -50,8 +61,9 @@ PREDICTING = {kind.auto_class: kind for kind in (CAUSAL, IMAGES, MULTIMODAL)}
 def kind_of(config: Mapping[str, Any] | PreTrainedConfig) -> ModelKind:
     """Return the kind of the model that a config describes; `CAUSAL` if transformers has no class.
 
-    Encoders are the types that transformers also has a model of masked tokens for, unless their
-    config says that tokens attend to earlier ones only.
+    Encoder-decoder models are those whose config says so, and that predict tokens. Encoders are the
+    types that transformers also has a model of masked tokens for, unless their config says that
+    tokens attend to earlier ones only.
 
     Parameters
     ----------
@@ -59,11 +71,14 @@ def kind_of(config: Mapping[str, Any] | PreTrainedConfig) -> ModelKind:
         The content of its ``config.json``, or the config that was read from it.
     """
     raw = isinstance(config, Mapping)
-    saved, model_type, decoder = (
+    saved, model_type, decoder, both = (
         config.get(key) if raw else getattr(config, key, None)
-        for key in ("architectures", "model_type", "is_decoder")
+        for key in ("architectures", "model_type", "is_decoder", "is_encoder_decoder")
     )
     model_type = str(model_type)
+    predicting = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if both and predicting is not None and predicting in (saved or [predicting]):
+        return ENCODER_DECODER
     if not decoder and model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         tables: dict[ModelKind, Mapping[str, Any]] = {
             CLASSIFIER: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -95,8 +110,17 @@ def refuse_encoder(kind: ModelKind, where: str, what: str) -> None:
         )
 
 
+def refuse_encoder_decoder(kind: ModelKind, where: str, what: str) -> None:
+    """Raise `ModelError` if a model is an encoder-decoder model, which `what` does not support."""
+    if kind.translates:
+        raise ModelError(
+            f"{where}: {what} is for decoder-only models, got an encoder-decoder model; 'lrc eval' "
+            "and 'lrc generate' support these"
+        )
+
+
 def longest_input(model: Any) -> int | None:
-    """Return the highest number of tokens of an encoder; None if nothing limits it."""
+    """Return the highest number of tokens of a text; None if nothing limits it."""
     embeddings = getattr(model.base_model, "embeddings", None)
     positions = getattr(embeddings, "position_embeddings", None)
     if isinstance(positions, nn.Embedding):

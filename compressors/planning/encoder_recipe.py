@@ -5,6 +5,7 @@ from typing import Any
 from lrc.compressors.corpus.examples import read_examples
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.model_kinds import longest_input, problem_type
+from lrc.compressors.planning.encoder_decoder_recipe import check_encoder_decoder
 from lrc.compressors.planning.problems import Problems
 from lrc.configs.recipe import Recipe
 from lrc.configs.sources import fractions
@@ -17,6 +18,9 @@ def check_recipe_kind(recipe: Recipe, architecture: Architecture, problems: Prob
     if architecture.kind.encoder:
         _check_encoder(recipe, architecture, problems)
         return
+    if architecture.kind.translates:
+        check_encoder_decoder(recipe, architecture, problems)
+        return
     requested = {
         "calibration.task": recipe.calibration.task,
         "evaluate.task": recipe.evaluate.task,
@@ -26,7 +30,8 @@ def check_recipe_kind(recipe: Recipe, architecture: Architecture, problems: Prob
             problems.add(
                 CODE,
                 where,
-                f"is for encoders, got it for {_name(architecture)}, a causal language model; use "
+                "is for encoders and encoder-decoder models, got it for "
+                f"{_name(architecture)}, a causal language model; use "
                 f"{'source' if 'calibration' in where else 'tasks or perplexity'} instead",
             )
 
@@ -61,6 +66,13 @@ def _check_encoder(recipe: Recipe, architecture: Architecture, problems: Problem
                 CODE,
                 "calibration.chat_template",
                 f"is for causal language models, got it for {name}, an encoder; remove it",
+            )
+    for where, task in (("calibration", calibration.task), ("evaluate", evaluate.task)):
+        if task is not None and task.target is not None:
+            problems.add(
+                CODE,
+                f"{where}.task.target",
+                f"is for encoder-decoder models, got it for {name}, an encoder; remove it",
             )
     _check_labels(recipe, architecture, problems)
     _check_lengths(recipe, architecture, problems)

@@ -55,7 +55,8 @@ def layer_groups(
         within = n_experts > 1 and linear.expert is not None
         most = n_experts if within else size
         name = linear.name.removeprefix(layer_names[linear.layer])
-        key: tuple[object, ...] = name, keys.get(linear.name)
+        stack = layer_names[linear.layer].rpartition(".")[0]  # encoder or decoder
+        key: tuple[object, ...] = name, stack, keys.get(linear.name)
         if within:
             experts, leaf = name.rpartition(f".{linear.expert}.")[::2]
             key = experts, leaf, linear.layer, keys.get(linear.name)

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor, record_arguments
+from lrc.compressors.calibrate.layer_executor import (
+    LayerCall,
+    LayerExecutor,
+    first_argument,
+    record_arguments,
+)
 from lrc.compressors.layers import TiedHead
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import SkeletonFiller
@@ -62,7 +67,7 @@ class StreamedModel(LayerExecutor):
         with self._without_embedding(self._heads), ExitStack() as hooks:
             for layer, call in zip(self.architecture.layers, calls, strict=True):
                 hooks.enter_context(record_arguments(layer, call))
-            hooks.enter_context(self._layers_replaced(calls, _first_argument))
+            hooks.enter_context(self._layers_replaced(calls, first_argument))
             self._forward(self._traced, self._first)
             for rows in self.batches[-1:]:
                 self._forward(self.tokens[rows], rows)
@@ -107,6 +112,10 @@ class StateLogits:
         """Return the numbers of those of the first `count` windows whose states are here."""
         return [number for number in self._model.numbers if number < count]
 
+    def first(self, length: int) -> int:
+        """Return 0: a token is predicted at every position but the last."""
+        return 0
+
     def pieces(self, number: int, size: int) -> Iterator[tuple[int, Tensor]]:
         """Yield the first position of every piece of a window, and its logits [n, vocabulary]."""
         place, last = self._places[number], self._states.shape[1] - 1
@@ -131,7 +140,3 @@ def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
 
 def _zeros(width: int, device: str, dtype: torch.dtype, ids: Tensor) -> Tensor:
     return torch.zeros(*ids.shape, width, device=device, dtype=dtype)
-
-
-def _first_argument(*args: Any, **kwargs: Any) -> Any:
-    return args[0] if args else kwargs["hidden_states"]
