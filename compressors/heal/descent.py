@@ -127,7 +127,8 @@ class Descent:
         for indices, updates_of in ((self._others, self._adam), (self._matrices, self._muon)):
             if not indices:
                 continue
-            updates = updates_of([gradients[index] for index in indices], indices)
+            # torch._foreach functions may return tuples.
+            updates = list(updates_of([gradients[index] for index in indices], indices))
             torch._foreach_mul_(updates, [-rate * self._sizes[index] for index in indices])
             for place, index in enumerate(indices):
                 coordinates = self._coordinates[index]
