@@ -21,7 +21,7 @@ from lrc.compressors.models.weights import SkeletonFiller
 MAX_VALUES = 2**24
 """Parameters with more values stay on the meta device; whatever computes with them fails."""
 PERIOD = 2**16 + 1
-"""Random values of a parameter, which repeat: drawing them all would take longer than computing
+"""Random values of matrices repeat after so many: drawing them all would take longer than computing
 with them. A prime number, so that no two rows are equal."""
 
 
@@ -49,6 +49,7 @@ class SimulatedReader(SkeletonFiller):
     ) -> None:
         super().__init__(architecture)
         self._seed_name = seed_name
+        self._drawn: dict[int, Tensor] = {}
         self._large = {
             f"{name}.weight"
             for name, module in architecture.model.named_modules()
@@ -67,15 +68,24 @@ class SimulatedReader(SkeletonFiller):
         computed = not isinstance(parameter, nn.Parameter) and not parameter.is_meta
         if name in self._large or computed or not parameter.is_floating_point():
             return parameter.detach()
-        count = parameter.numel()
-        values = torch.rand(min(count, PERIOD), generator=_generator(self._seed_name(name)))
+        count, seed = parameter.numel(), crc32(self._seed_name(name).encode())
         if parameter.ndim < 2:
-            values += 0.5
-        else:
-            values = (2 * values - 1) / math.sqrt(parameter.shape[-1])
-        if count > PERIOD:
-            values = values.repeat(-(-count // PERIOD))[:count]
-        return values.view(parameter.shape)
+            return torch.rand(count, generator=torch.Generator().manual_seed(seed)) + 0.5
+        start = seed % PERIOD
+        values = self._matrix_values(parameter.shape[-1], start + count)
+        return values[start : start + count].view(parameter.shape)
+
+    def _matrix_values(self, d_in: int, count: int) -> Tensor:
+        """Return at least `count` random values with the scale of a matrix with `d_in` columns.
+
+        Matrices are views of these, from different places on: copies would take most of the time.
+        """
+        values = self._drawn.get(d_in)
+        if values is None or len(values) < count:
+            once = torch.rand(PERIOD, generator=torch.Generator().manual_seed(0))
+            values = ((2 * once - 1) / math.sqrt(d_in)).repeat(-(-count // PERIOD))
+            self._drawn[d_in] = values
+        return values
 
     def fill_(
         self,
