@@ -116,8 +116,13 @@ def windows_together(
     `free` are the bytes of memory; keys and values of all layers take `CACHE_FRACTION` of it.
     """
     config = architecture.model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # Some architectures name or list heads in another way; no cache is wider than the hidden states
+    # of all layers.
+    heads = getattr(config, "num_attention_heads", None)
     kept = getattr(config, "num_key_value_heads", None) or heads
-    per_window = 2 * kept * width * length * len(architecture.layer_names) * dtype.itemsize
+    if isinstance(heads, int) and isinstance(kept, int):
+        width = kept * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    else:
+        width = config.hidden_size
+    per_window = 2 * width * length * len(architecture.layer_names) * dtype.itemsize
     return max(1, int(CACHE_FRACTION * free // per_window))
