@@ -200,7 +200,20 @@ def test_a_budget_of_seconds_ends_the_rounds_early(lrc, tiny_model_folder: Path)
 @pytest.mark.quiet
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_steps_are_compiled_for_a_dense_and_a_compressed_model(lrc, checkpoint: Path) -> None:
+def test_steps_are_compiled_for_a_dense_and_a_compressed_model(
+    lrc: Any,
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    make_tokenizer: Callable[..., Any],
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """With one layer: a C++ compiler takes seconds for every kernel."""
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    stages = [{"decompose": {"method": "svd", "keep": 0.6}}]
+    recipe = tiny_recipe(tmp_path / "model", tmp_path / "run", stages=stages)
+    assert lrc("compress", recipe, "-q").code == 0
+    checkpoint = tmp_path / "run/checkpoint"
     report = results(lrc("bench", checkpoint, *SMALL, "--mode", "compile", "--json"))
     assert [each["mode"] for each in report["results"]] == ["compile"] * 3
 
