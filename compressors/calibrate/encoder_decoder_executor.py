@@ -55,7 +55,9 @@ class EncoderDecoderExecutor(LayerExecutor):
         model, names = self.architecture.model, self.architecture.layer_names
         self._encoder = model.get_encoder()
         self._name = next(name for name, each in model.named_modules() if each is self._encoder)
-        words = self._encoder.get_input_embeddings()
+        words = None
+        with suppress(AttributeError, NotImplementedError):  # not every encoder has the method
+            words = self._encoder.get_input_embeddings()
         self._unneeded = [n for n, each in model.named_modules() if each is words]
         self._unneeded += names[: self.architecture.n_encoder]
         self._encoded: Tensor | None = None

@@ -436,6 +436,7 @@ def _other_weights(model: Any) -> TensorSpecs:
     The head is left out if the files are of another class, such as the decoder alone.
     """
     prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    computed = model._keys_to_ignore_on_save or ()
     own = type(model).__name__ in (model.config.architectures or [type(model).__name__])
     if not own:
         head = None
@@ -448,6 +449,7 @@ def _other_weights(model: Any) -> TensorSpecs:
         for name, tensor in model.state_dict().items()
         if name.startswith((prefix, *heads))
         and name not in model.all_tied_weights_keys
+        and name not in computed
         and tensor.is_floating_point()
     }
 

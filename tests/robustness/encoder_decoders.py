@@ -1,11 +1,10 @@
 """Check every type of encoder-decoder models that transformers has, from its config class alone.
 
 ``python -m tests.robustness.encoder_decoders docs/encoder-decoders.md`` writes the tables of the
-documentation.
+documentation; with names of types, only their rows.
 """
 
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from tests.robustness.family_check import FamilyCheck, Outcome, byte_tokenizer
-from tests.robustness.table import HEADINGS, markdown_row, short_reason
+from tests.robustness.table import HEADINGS, markdown_row, read_rows, short_reason
 from tests.robustness.tiny_models import CHANGES, NotBuilt, shrunk_config
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
@@ -83,10 +82,10 @@ class EncoderDecoderCheck(FamilyCheck):
         return logits
 
 
-def outcomes() -> list[Outcome]:
-    """Check all types, one after the other."""
+def outcomes(names: Iterable[str] = ()) -> list[Outcome]:
+    """Check types, by default all, one after the other."""
     found = []
-    for family in sorted(families()):
+    for family in sorted(names or families()):
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found.append(EncoderDecoderCheck(family, Path(folder)).run())
@@ -95,26 +94,21 @@ def outcomes() -> list[Outcome]:
 
 def read_statuses(page: str) -> dict[str, str]:
     """Return type -> status in a page; empty if it is about another version of transformers."""
-    tables = page.partition(MARK)[2]
-    if f"With transformers {transformers.__version__}," not in tables:
+    if f"With transformers {transformers.__version__}," not in page.partition(MARK)[2]:
         return {}
-    found, status = dict[str, str](), ""
-    for line in tables.splitlines():
-        if line.startswith("#"):
-            status = next(each for each, heading in HEADINGS.items() if heading == line)
-        elif row := re.match(r"\| ([\w-]+) \|", line):
-            found[row[1]] = status
-    return found
+    return {name: status for status, rows in read_rows(page, MARK).items() for name in rows}
 
 
 def with_tables(page: str, found: Iterable[Outcome]) -> str:
-    """Return a page with the tables of these outcomes."""
-    rows: dict[str, list[str]] = {status: [] for status in HEADINGS}
+    """Return a page with the rows of these outcomes in its tables."""
+    rows = read_rows(page, MARK)
     for each in found:
+        for others in rows.values():
+            others.pop(each.family, None)
         cells = [each.family, short_reason(each.reason or "; ".join(each.failures))]
         if each.status == "served":
             cells = [each.family, each.model, f"{each.compressed:.0%}"]
-        rows[each.status].append(markdown_row(cells))
+        rows[each.status][each.family] = markdown_row(cells)
     total = sum(map(len, rows.values()))
     parts = [
         f"{page.partition(MARK)[0]}{MARK}",
@@ -126,22 +120,23 @@ def with_tables(page: str, found: Iterable[Outcome]) -> str:
             columns = ["`model_type`", "class", "matrices"]
             columns = columns if status == "served" else ["`model_type`", "reason"]
             head = [markdown_row(columns), "|---" * len(columns) + "|"]
-            parts += [HEADINGS[status], "\n".join([*head, *lines])]
+            parts += [HEADINGS[status], "\n".join([*head, *map(lines.get, sorted(lines))])]
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
-    """Write the tables into the page that is given."""
-    page = Path(sys.argv[1])
+    """Write the rows of all types, or of those that are given, into the page that is given."""
+    page, *names = sys.argv[1:]
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    found = outcomes()
+    found = outcomes(names)
     for each in found:
         print(f"{each.status:<9} {each.seconds:5.1f} s  {each.family}  {each.reason[:200]}")
         for failure in each.failures:
             print(f"          {failure}")
-    page.write_text(with_tables(page.read_text(encoding="utf-8"), found), encoding="utf-8")
+    text = Path(page).read_text(encoding="utf-8")
+    Path(page).write_text(with_tables(text, found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ Rows = dict[str, dict[str, str]]
 """Status -> family -> row."""
 
 
-def read_rows(page: str) -> Rows:
-    """Return the rows of the tables of a page."""
+def read_rows(page: str, mark: str = MARK) -> Rows:
+    """Return the rows of the tables after the mark of a page."""
     rows: Rows = {status: {} for status in HEADINGS}
     status = None
-    for line in page.partition(MARK)[2].splitlines():
+    for line in page.partition(mark)[2].splitlines():
         if line.startswith("#"):
             status = next((s for s, heading in HEADINGS.items() if heading == line), None)
         elif status and (row := re.match(r"\| ([\w.-]+) \|", line)):
