@@ -59,7 +59,7 @@ from lrc.compressors.layers import (
     WeightConfig,
 )
 from lrc.compressors.layers.component import finite_problems
-from lrc.compressors.layers.compressed_linear import convert_inputs_
+from lrc.compressors.layers.compressed_linear import Int8Linear, compares_dtype, convert_inputs_
 from lrc.compressors.layers.expert_batches import batch_experts
 from lrc.compressors.layers.experts import fuse_experts_, split_experts_
 from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, widen_
@@ -343,7 +343,9 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
             dense: Any = model.get_submodule(name)
         except AttributeError:
             dense = None
-        kind = CompressedEmbedding if isinstance(dense, nn.Embedding) else CompressedLinear
+        kind: type[CompressedLinear] = CompressedLinear
+        if isinstance(dense, nn.Embedding):
+            kind = CompressedEmbedding
         if not isinstance(dense, kind.REPLACES):
             raise CheckpointError(
                 f"{BLOCK}.modules names {name!r}, which is not a linear "
@@ -357,6 +359,9 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
                 raise ValueError(f"shape must be {list(weight.shape)}, got {list(config.shape)}")
             bias = getattr(dense, "bias", None) is not None
             expected |= layout.expected_tensors(name, config, bias=bias)
+        parent, _, leaf = name.rpartition(".")
+        if kind is CompressedLinear and compares_dtype(type(model.get_submodule(parent)), leaf):
+            kind = Int8Linear
         replaced[name] = kind.replacing(dense, config)
         replaced[name].requires_grad_(weight.requires_grad)
         model.set_submodule(name, replaced[name])
