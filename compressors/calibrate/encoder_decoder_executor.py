@@ -55,11 +55,17 @@ class EncoderDecoderExecutor(LayerExecutor):
         model, names = self.architecture.model, self.architecture.layer_names
         self._encoder = model.get_encoder()
         self._name = next(name for name, each in model.named_modules() if each is self._encoder)
-        words = self._encoder.get_input_embeddings()
+        words = None
+        with suppress(AttributeError, NotImplementedError):  # not every encoder has the method
+            words = self._encoder.get_input_embeddings()
         self._unneeded = [n for n, each in model.named_modules() if each is words]
         self._unneeded += names[: self.architecture.n_encoder]
         self._encoded: Tensor | None = None
         """Output of the encoder while the model is traced."""
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        """By id, tensors that layers have received in the present batch, and what is recorded."""
+        self._first_seen: list[Tensor] = []
+        """Those of the first batch."""
 
     def columns(self, index: int) -> slice:
         """Return the positions of the hidden states that a layer replaces."""
@@ -174,12 +180,25 @@ class EncoderDecoderExecutor(LayerExecutor):
     def _recorded(self, layer: nn.Module, call: LayerCall, key: int) -> RemovableHandle:
         def stored(argument: Any) -> Any:
             encoded = self._encoded
-            if encoded is None or not isinstance(argument, Tensor):
+            if not isinstance(argument, Tensor):
                 return argument
-            same = argument.shape == encoded.shape and argument.data_ptr() == encoded.data_ptr()
-            return SOURCE if same else argument
+            if encoded is not None and _same(encoded, argument):
+                return SOURCE
+            if id(argument) not in self._seen:
+                self._seen[id(argument)] = argument, self._known(argument)
+            return self._seen[id(argument)][1]
 
         return record_arguments(layer, call, key, stored)
+
+    def _known(self, argument: Tensor) -> Tensor:
+        """Return an equal argument of the first batch, so that what all share is kept once.
+
+        The position bias of T5 is as large as the attention weights of all heads.
+        """
+        for known in self._first_seen:
+            if known.shape == argument.shape and torch.equal(known, argument):
+                return known
+        return argument
 
     def _forward(self, tokens: Tensor, rows: slice) -> None:
         """Run the model on some pairs, up to its last layer: the head is not in memory."""
@@ -197,4 +216,11 @@ class EncoderDecoderExecutor(LayerExecutor):
             suppress(ForwardEnded),
         ):
             super()._forward(tokens, rows)
-        self._encoded = None
+        if not self._first_seen:
+            self._first_seen = [argument for argument, _ in self._seen.values()]
+        self._encoded, self._seen = None, {}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are the same numbers in memory."""
+    return a.shape == b.shape and a.data_ptr() == b.data_ptr()

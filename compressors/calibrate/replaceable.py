@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from lrc.compressors.layers import ComponentConfig, CompressedLinear, WeightConfig
+from lrc.compressors.layers.compressed_linear import Int8Linear, compares_dtype
 from lrc.compressors.layers.experts import split_modules
 from lrc.compressors.models.architecture import Architecture
 
@@ -87,7 +88,10 @@ def _loads(model: nn.Module, names: Iterable[str]) -> bool:
         config = WeightConfig(
             tuple(linear.weight.shape), (ComponentConfig("low_rank", {"rank": 1}),)
         )
-        trial.set_submodule(name, CompressedLinear.replacing(linear, config))
+        parent, _, leaf = name.rpartition(".")
+        int8 = compares_dtype(type(trial.get_submodule(parent)), leaf)
+        kind = Int8Linear if int8 else CompressedLinear
+        trial.set_submodule(name, kind.replacing(linear, config))
     for tensor in (*trial.parameters(), *trial.buffers()):
         tensor._is_hf_initialized = True
     for module in trial.modules():
@@ -115,9 +119,7 @@ def is_linear(kind: type[nn.Module]) -> bool:
 @lru_cache
 def _reads(owner: Any, leaf: str) -> bool:
     code = _code(owner)
-    if f".{leaf}.weight.dtype != torch.int8" in code:
-        # It converts inputs to the dtype of a weight unless that is int8, as `CompressedLinear`
-        # says of its own.
+    if compares_dtype(owner, leaf):  # then `Int8Linear` can take its place
         code = re.sub(rf"isinstance\(self\.{leaf}\.weight, torch\.Tensor\)", "", code)
         code = re.sub(rf"\.{leaf}\.weight\.dtype\b", "", code)
     return re.search(rf"\.{leaf}\.(weight|bias)\b(?!\.device)", code) is not None

@@ -59,7 +59,7 @@ from lrc.compressors.layers import (
     WeightConfig,
 )
 from lrc.compressors.layers.component import finite_problems
-from lrc.compressors.layers.compressed_linear import convert_inputs_
+from lrc.compressors.layers.compressed_linear import Int8Linear, compares_dtype, convert_inputs_
 from lrc.compressors.layers.expert_batches import batch_experts
 from lrc.compressors.layers.experts import fuse_experts_, split_experts_
 from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, widen_
@@ -343,7 +343,9 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
             dense: Any = model.get_submodule(name)
         except AttributeError:
             dense = None
-        kind = CompressedEmbedding if isinstance(dense, nn.Embedding) else CompressedLinear
+        kind: type[CompressedLinear] = CompressedLinear
+        if isinstance(dense, nn.Embedding):
+            kind = CompressedEmbedding
         if not isinstance(dense, kind.REPLACES):
             raise CheckpointError(
                 f"{BLOCK}.modules names {name!r}, which is not a linear "
@@ -357,6 +359,9 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
                 raise ValueError(f"shape must be {list(weight.shape)}, got {list(config.shape)}")
             bias = getattr(dense, "bias", None) is not None
             expected |= layout.expected_tensors(name, config, bias=bias)
+        parent, _, leaf = name.rpartition(".")
+        if kind is CompressedLinear and compares_dtype(type(model.get_submodule(parent)), leaf):
+            kind = Int8Linear
         replaced[name] = kind.replacing(dense, config)
         replaced[name].requires_grad_(weight.requires_grad)
         model.set_submodule(name, replaced[name])
@@ -436,6 +441,7 @@ def _other_weights(model: Any) -> TensorSpecs:
     The head is left out if the files are of another class, such as the decoder alone.
     """
     prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    computed = model._keys_to_ignore_on_save or ()
     own = type(model).__name__ in (model.config.architectures or [type(model).__name__])
     if not own:
         head = None
@@ -448,6 +454,7 @@ def _other_weights(model: Any) -> TensorSpecs:
         for name, tensor in model.state_dict().items()
         if name.startswith((prefix, *heads))
         and name not in model.all_tied_weights_keys
+        and name not in computed
         and tensor.is_floating_point()
     }
 

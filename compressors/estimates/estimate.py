@@ -20,7 +20,6 @@ from lrc.compressors.estimates.memory_peaks import memory_peaks
 from lrc.compressors.estimates.stage_seconds import stage_seconds
 from lrc.compressors.estimates.workload import Workload
 from lrc.compressors.evaluate.generations import read_prompts
-from lrc.compressors.evaluate.streaming_rule import streams
 from lrc.compressors.io.disk_use import existing_folder, free_disk, used_disk
 from lrc.compressors.io.machine import free_memory
 from lrc.compressors.planning.problems import Problems
@@ -106,7 +105,7 @@ def place_buffers(work: Workload, free: int) -> dict[str, Buffers]:
         compressing = found["compress"] = Buffers(gpu, work.memory_limit // 2)
         compressing.add(work.states)
         compressing.add(work.states)
-    if streams(work.evaluate, work.model_bytes, free):
+    if work.streams(free):
         models = 1 + work.evaluate.dense + len(work.evaluate.baselines)
         found["evaluate"] = Buffers(gpu, work.memory_limit)
         found["evaluate"].add(VALUE_BYTES * work.width * work.scored_tokens * models)

@@ -13,7 +13,6 @@ from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES
 from lrc.compressors.estimates.buffers import Buffers
 from lrc.compressors.estimates.workload import Workload, numbers, sides
 from lrc.compressors.evaluate.agreement import PIECE_LOGITS
-from lrc.compressors.evaluate.streaming_rule import streams
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.plan import TrainingRecord
@@ -193,7 +192,7 @@ def _evaluation(work: Workload, free: int) -> Need:
     widest = max(linear.d_out for each in work.linears for linear in each.values())
     running = itemsize * window * (FORWARD_STATES * work.width + FORWARD_WIDTHS * widest)
     running += compared
-    if streams(work.evaluate, sizes, free):
+    if work.streams(free):
         ends = 2 * itemsize * (work.embedding + work.heads)
         layer = 2 * itemsize * max(work.dense_layers)
         return Need(ends + layer + running, work.itemsize * work.embedding)

@@ -16,7 +16,7 @@ from lrc.compressors.calibrate.segments import (
     statistics_bytes,
 )
 from lrc.compressors.evaluate.side_by_side import compared_windows, unmeasured_pair
-from lrc.compressors.evaluate.streaming_rule import ModelBytes
+from lrc.compressors.evaluate.streaming_rule import ModelBytes, streams
 from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.required_statistics import required_statistics
@@ -223,6 +223,11 @@ class Workload:
         else:
             compressed = self.plan.compressed_bytes
         return ModelBytes(dense, compressed)
+
+    def streams(self, free: int) -> bool:
+        """Return whether models are evaluated layer by layer, for `free` bytes of memory."""
+        translates = self.prepared.dense.kind.translates  # its models are always whole
+        return not translates and streams(self.evaluate, self.model_bytes, free)
 
     @property
     def compares(self) -> bool:

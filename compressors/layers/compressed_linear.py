@@ -1,8 +1,10 @@
 """The layer that takes the place of a compressed linear layer."""
 
+import inspect
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ class CompressedLinear(nn.Module):
     """
 
     REPLACES: type[nn.Module] = nn.Linear
+    weight: Any
 
     def __init__(
         self,
@@ -69,19 +72,6 @@ class CompressedLinear(nn.Module):
         """Return the layer that replaces `dense`, on its device and in its dtype."""
         bias = getattr(dense, "bias", None) is not None or config.bias
         return cls(config, bias=bias, device=dense.weight.device, dtype=dense.weight.dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The sentinel [1], as int8.
-
-        Models that convert inputs to the dtype of a weight, such as T5, leave them unchanged if it
-        is int8, which is that of quantized weights.
-        """
-        stored: Any = self._buffers["weight"]
-        view: Any = stored.view(torch.int8)
-        # transformers marks tensors that it has loaded, and initializes the others.
-        view._is_hf_initialized = getattr(stored, "_is_hf_initialized", False)
-        return view  # type: ignore[no-any-return]
 
     @property
     def components(self) -> list[Component]:
@@ -213,6 +203,35 @@ class CompressedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Return the shape for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class Int8Linear(CompressedLinear):
+    """A compressed layer whose `weight` is an int8 tensor for those who ask.
+
+    The models for which `compares_dtype` holds convert the inputs of a layer to the dtype of its
+    weight, unless that is int8, which they take for a quantized one.
+    """
+
+    @property
+    def weight(self) -> Any:
+        """The sentinel [1], as int8."""
+        stored: Any = self._buffers["weight"]
+        view: Any = stored.view(torch.int8)
+        # transformers marks tensors that it has loaded, and initializes the others.
+        view._is_hf_initialized = getattr(stored, "_is_hf_initialized", False)
+        return view
+
+
+@lru_cache
+def compares_dtype(owner: type[nn.Module], leaf: str) -> bool:
+    """Return whether the code of a class asks if the weight of its child `leaf` is int8.
+
+    T5 and its relatives do.
+    """
+    try:
+        return f".{leaf}.weight.dtype != torch.int8" in inspect.getsource(owner)
+    except (OSError, TypeError):  # defined where no file is
+        return False
 
 
 def convert_inputs_(model: Any) -> None:

@@ -147,9 +147,27 @@ def build(source: Source) -> Architecture:
     if kind.padded and any(split_modules(model)):
         raise unsupported(config, "its encoder has experts")
     rebuild_(model)
+    _compute_unsaved_(model)
     for parameter in model.parameters():  # not the buffers: computed tables and scales stay exact
         parameter.data = parameter.data.to(source.dtype)
     return describe(model)
+
+
+def _compute_unsaved_(model: Any) -> None:
+    """Give values to parameters that the class computes instead of saving them.
+
+    They become buffers without a place in files, such as the positions of Marian.
+    """
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        parameter = owner._parameters.pop(leaf, None)
+        if parameter is not None:
+            value = nn.Parameter(torch.empty(parameter.shape), requires_grad=False)
+            owner.register_parameter(leaf, value)
+            model._init_weights(owner)
+            del owner._parameters[leaf]
+            owner.register_buffer(leaf, value.detach(), persistent=False)
 
 
 def describe(model: Any) -> Architecture:

@@ -21,11 +21,11 @@ Rows = dict[str, dict[str, str]]
 """Status -> family -> row."""
 
 
-def read_rows(page: str) -> Rows:
-    """Return the rows of the tables of a page."""
+def read_rows(page: str, mark: str = MARK) -> Rows:
+    """Return the rows of the tables after the mark of a page."""
     rows: Rows = {status: {} for status in HEADINGS}
     status = None
-    for line in page.partition(MARK)[2].splitlines():
+    for line in page.partition(mark)[2].splitlines():
         if line.startswith("#"):
             status = next((s for s, heading in HEADINGS.items() if heading == line), None)
         elif status and (row := re.match(r"\| ([\w.-]+) \|", line)):
@@ -49,7 +49,7 @@ def with_outcomes(page: str, outcomes: Iterable[Outcome], *, everything: bool) -
     for status, families in rows.items():
         if families:
             columns = COLUMNS if status == "served" else ["`model_type`", "reason"]
-            head = [_line(columns), "|---" * len(columns) + "|"]
+            head = [markdown_row(columns), "|---" * len(columns) + "|"]
             parts += [HEADINGS[status], "\n".join([*head, *map(families.get, sorted(families))])]
     return "\n\n".join(parts) + "\n"
 
@@ -57,20 +57,21 @@ def with_outcomes(page: str, outcomes: Iterable[Outcome], *, everything: bool) -
 def _row(outcome: Outcome) -> str:
     kind = outcome.family
     if outcome.status != "served":
-        return _line([kind, _short(outcome.reason or "; ".join(outcome.failures))])
-    return _line(
+        return markdown_row([kind, short_reason(outcome.reason or "; ".join(outcome.failures))])
+    return markdown_row(
         [
             kind,
             outcome.model,
             f"{outcome.compressed:.0%}",
-            f"no: {_short(outcome.drop)}" if outcome.drop else "yes",
+            f"no: {short_reason(outcome.drop)}" if outcome.drop else "yes",
             _yes(kind in rotations.FAMILIES),
             _yes(kind in gguf_families.FAMILIES),
         ]
     )
 
 
-def _line(cells: list[str]) -> str:
+def markdown_row(cells: list[str]) -> str:
+    """Return a row of a table."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -78,8 +79,8 @@ def _yes(condition: bool) -> str:
     return "yes" if condition else "no"
 
 
-def _short(reason: str) -> str:
-    """Return the reason of an error message, without the parts that all of them share."""
+def short_reason(reason: str) -> str:
+    """Return the reason of an error message without the parts that all of them share."""
     text = " ".join(reason.split())
     text = re.sub(r"^[\w.\[\]]+: ", "", text)
     text = re.sub(r"^\S+ \(model_type '[^']*'\) is not supported yet: ", "", text)
