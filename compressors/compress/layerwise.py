@@ -30,7 +30,7 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.required_statistics import caps_tokens, solver_statistics
 from lrc.compressors.planning.tasks import LayerResult, LayerTask, Weight
 from lrc.compressors.solvers.error_compensation import PrefixMoments, refit_target
-from lrc.compressors.solvers.moments import Moment, Statistics
+from lrc.compressors.solvers.moments import Moment, Statistics, needed_tokens
 
 Solved = Callable[[Sequence[LayerTask]], list[CompressedGroup] | None]
 """Returns the results of tasks that are solved together, if they are known already."""
@@ -46,11 +46,12 @@ class Prefix(Protocol):
         """Return the linear layers of a decoder layer grouped by input, in execution order."""
 
     def measure(
-        self, layer: int, names: Sequence[str], *, deficit: bool, capped: bool
+        self, layer: int, names: Sequence[str], *, deficit: bool, capped: bool, gated: bool
     ) -> PrefixMoments:
         """Return the moments of a common input, and with `deficit` what the residual stream lacks.
 
-        With `capped` tokens are weighted by `token_weights`. See `PrefixMoments`.
+        With `capped` tokens are weighted by `token_weights`, and with `gated` those of experts by
+        the router. See `PrefixMoments`.
         """
 
     def insert(self, name: str, W_hat: Tensor) -> None:
@@ -203,7 +204,11 @@ class Compression:
                 if targets:
                     deficit = any(t.compensate and t.compensate.residual > 0 for t in targets)
                     capped = all(caps_tokens(t) for t in targets)
-                    measured = prefix.measure(layer, names, deficit=deficit, capped=capped)
+                    # Gradients are weighted by the router already, see `LinearStatistics.forward`.
+                    plain = any({"gradients", "input_mean"} & {*t.statistics} for t in targets)
+                    measured = prefix.measure(
+                        layer, names, deficit=deficit, capped=capped, gated=not plain
+                    )
                     solve = partial(self._refit_alone, measured=measured)
                     self._divide([[task] for task in targets], solve, store)
                 self.insert(names, results, tensors, prefix)
@@ -282,8 +287,10 @@ class Compression:
 
     def _refit(self, task: LayerTask, measured: PrefixMoments) -> CompressedGroup:
         """Fit a weight to the dense outputs on the compressed model's inputs, and compress it."""
-        compensate = task.compensate
+        compensate, n_tokens = task.compensate, measured.n_tokens
         assert compensate is not None
+        if n_tokens is not None and n_tokens < needed_tokens(task.shape[1]):
+            return self.compress(task)  # an expert with too few tokens to be fitted to
         W = self._weight(task.weights[0])
         V, note = refit_target(
             W,
@@ -294,12 +301,15 @@ class Compression:
             deficit=measured.deficit.get(task.name),
             residual=compensate.residual,
         )
+        inputs = Moment.of(measured.H)
+        if n_tokens is not None and task.statistics:  # to their scale, see `build_statistics`
+            inputs = inputs.scaled(self.statistics(task.weights[0]).n_tokens / n_tokens)
         if self.base is not None:
-            group = self._group(task, [V], W.dtype, inputs=Moment.of(measured.H))
+            group = self._group(task, [V], W.dtype, inputs=inputs)
             return refine(group, self._at_smallest(task, self.base))
         if not task.config.compressed:
             return refit_dense(task, V, W.dtype, note)
-        done = compress_group(self._group(task, [V], W.dtype, inputs=Moment.of(measured.H)))
+        done = compress_group(self._group(task, [V], W.dtype, inputs=inputs))
         fallback = joined(note, done.result.fallback)
         if not done.result.config.compressed:
             return refit_dense(task, V, W.dtype, fallback)
