@@ -9,6 +9,7 @@ the change differs, and the linear is not a writer.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,23 @@ from torch import Tensor, nn
 from lrc.compressors.calibrate.activation_cache import ActivationCache, copy_states
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
 from lrc.compressors.calibrate.encoder_decoder_executor import executor_of
+from lrc.compressors.calibrate.expert_inputs import (
+    add_moments_,
+    by_matrix,
+    experts_of,
+    read_inputs,
+)
 from lrc.compressors.calibrate.layer_executor import ForwardEnded
 from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.distributed.processes import OrderedSum
 from lrc.compressors.io.freed_memory import drop_shared_pages
-from lrc.compressors.layers.experts import SplitExperts
 from lrc.compressors.solvers.error_compensation import PrefixMoments
 from lrc.compressors.solvers.linalg import tensor_cores
 from lrc.compressors.solvers.moments import token_weights
 
+REMEDY = "raise 'keep', or leave out 'compensate'"
+EXPERT_BYTES = 2**29
+"""Moments of experts that are summed in one pass over the calibration windows."""
 TOLERANCE = 1e-2  # relative; more than rounding causes, and less than a multiplier causes
 
 
@@ -34,6 +43,9 @@ class SequentialCalibration:
     `insert` sets a compressed weight, `measure` sums moments of the inputs of a linear in both
     models, and `advance` goes on to the next layer. Within a layer, call `measure` and `insert` in
     the order in which the linears are used.
+
+    While the inputs of experts are measured, the compressed model uses the experts and weights that
+    the router of the dense model has selected, so that both have the same tokens.
     """
 
     def __init__(self, context: CalibrationContext) -> None:
@@ -43,13 +55,14 @@ class SequentialCalibration:
         self.n_tokens = self._executor.n_tokens
         self._replaced: dict[tuple[str, str], nn.Parameter] = {}
         self._writers: dict[tuple[object, ...], list[str]] = {}  # by kind of layer
+        self._of_experts: dict[tuple[str, bool, bool], PrefixMoments] = {}
         self._dense = self._executor.embedded("dense")
         self._compressed = ActivationCache(half, "compressed", self._executor.shape).tensor
         copy_states(self._compressed, self._dense)
 
     def groups(self, layer: int) -> list[list[str]]:
-        """Return the linears of a decoder layer that share an input, in order of use."""
-        return self._executor.calls[layer].groups
+        """Return the linears of a decoder layer that share an input, in order; see `by_matrix`."""
+        return by_matrix(self._executor.architecture.model, self._executor.calls[layer].groups)
 
     def insert(self, name: str, W_hat: Tensor, bias: Tensor | None = None) -> None:
         """Use ``W_hat`` [d_out, d_in], and `bias` [d_out] if given, in the compressed model."""
@@ -60,16 +73,27 @@ class SequentialCalibration:
 
     @torch.no_grad()
     def measure(
-        self, layer: int, names: Sequence[str], *, deficit: bool, capped: bool = False
+        self,
+        layer: int,
+        names: Sequence[str],
+        *,
+        deficit: bool,
+        capped: bool = False,
+        gated: bool = False,
     ) -> PrefixMoments:
         """Return second moments of the input that the linears `names`, one of `groups`, share.
 
         With `deficit`, the moments of the difference between the residual streams are included if
         the first linear writes to the stream. With `capped`, tokens are weighted by `token_weights`
-        of the inputs in the compressed model. Raises a `ModelError` that names the linear if the
-        inputs are not finite.
+        of the inputs in the compressed model, and with `gated` those of an expert by the router.
+        Raises a `ModelError` that names the linear if the inputs are not finite.
         """
         executor, leader = self._executor, names[0]
+        if self._experts_of(leader):
+            key = leader, capped, gated
+            if key not in self._of_experts:
+                self._of_experts = self._measured_experts(layer, leader, capped, gated)
+            return self._of_experts.pop(key)
         ordered = OrderedSum(executor.context.processes, executor.n_batches)
         with self._loaded(layer) as module:
             writers = self._residual_writers(layer, module) if deficit else []
@@ -97,10 +121,47 @@ class SequentialCalibration:
             check_finite(
                 total,
                 f"the inputs of {leader} after the compressed layers",
-                "raise 'keep', or leave out 'compensate'",
+                REMEDY,
             )
         deficits = {leader: found["deficit"]} if zeroed else {}
         return PrefixMoments(found["H"], found["cross"], deficits)
+
+    def _measured_experts(
+        self, layer: int, leader: str, capped: bool, gated: bool
+    ) -> dict[tuple[str, bool, bool], PrefixMoments]:
+        """Return the moments of the input of one matrix of an expert, and of the experts after it.
+
+        Of as many as have `EXPERT_BYTES` of moments.
+        """
+        executor, leaf = self._executor, leader.rpartition(".")[2]
+        names = [group[0] for group in self.groups(layer) if group[0].rpartition(".")[2] == leaf]
+        d_in = executor.linears(layer)[leader].d_in
+        most = max(1, EXPERT_BYTES // (2 * d_in**2 * executor.dtype.itemsize))
+        start = names.index(leader)
+        names = names[start : start + most]
+        ordered = OrderedSum(executor.context.processes, executor.n_batches)
+        window = executor.window
+        add_ = partial(add_moments_, d_in=d_in, window=window, capped=capped, gated=gated)
+        with self._loaded(layer):
+            for rows in executor.batches:
+                dense = read_inputs(executor, layer, self._dense[rows], names)
+                with self._using_replaced():
+                    now = read_inputs(
+                        executor, layer, self._compressed[rows], names, dense.selected
+                    )
+                drop_shared_pages(self._dense[rows])
+                drop_shared_pages(self._compressed[rows])
+                sums = RunningSums()
+                for name in names:
+                    add_(sums, name, dense, now)
+                ordered.add_(sums)
+        found, measured = ordered.total(), {}
+        for name in names:
+            H, cross, n_tokens = (found[f"{name}.{key}"] for key in ("H", "cross", "n"))
+            for total in (H, cross):
+                check_finite(total, f"the inputs of {name} after the compressed layers", REMEDY)
+            measured[name, capped, gated] = PrefixMoments(H, cross, {}, int(n_tokens))
+        return measured
 
     def _input(
         self, layer: int, states: Tensor, rows: slice, leader: str, zeroed: Sequence[str]
@@ -152,9 +213,7 @@ class SequentialCalibration:
         return [prefix + name for name in self._writers[kind]]
 
     def _experts_of(self, linear: str) -> str | None:
-        """Return the module of all experts of a layer, one of whose linears is given."""
-        parent = linear.rpartition(".")[0].rpartition(".")[0]
-        return parent if isinstance(self._linear(parent), SplitExperts) else None
+        return experts_of(self._executor.architecture.model, linear)
 
     def _linear(self, name: str) -> nn.Module:
         module: nn.Module = self._executor.architecture.model.get_submodule(name)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -19,45 +19,25 @@ from lrc.compressors.compress.group import (
     left_dense,
     stored_weight,
 )
+from lrc.compressors.compress.prefix import Prefix, measure, rounds
 from lrc.compressors.compress.refine import refine
-from lrc.compressors.compress.solve import compress_group, refit_dense
+from lrc.compressors.compress.solve import refit_dense
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep, to_host
 from lrc.compressors.layers import layer_tensors
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
-from lrc.compressors.planning.required_statistics import caps_tokens, solver_statistics
+from lrc.compressors.planning.required_statistics import solver_statistics
 from lrc.compressors.planning.tasks import LayerResult, LayerTask, Weight
 from lrc.compressors.solvers.error_compensation import PrefixMoments, refit_target
-from lrc.compressors.solvers.moments import Moment, Statistics
+from lrc.compressors.solvers.moments import Moment, Statistics, needed_tokens
 
 Solved = Callable[[Sequence[LayerTask]], list[CompressedGroup] | None]
 """Returns the results of tasks that are solved together, if they are known already."""
 COMPRESSED = "compressed"
 """Folder of the journal with the results."""
 _RESULTS = TypeAdapter(dict[str, LayerResult])
-
-
-class Prefix(Protocol):
-    """The dense and the partially compressed model up to a layer, for error compensation."""
-
-    def groups(self, layer: int) -> list[list[str]]:
-        """Return the linear layers of a decoder layer grouped by input, in execution order."""
-
-    def measure(
-        self, layer: int, names: Sequence[str], *, deficit: bool, capped: bool
-    ) -> PrefixMoments:
-        """Return the moments of a common input, and with `deficit` what the residual stream lacks.
-
-        With `capped` tokens are weighted by `token_weights`. See `PrefixMoments`.
-        """
-
-    def insert(self, name: str, W_hat: Tensor) -> None:
-        """Use `W_hat` [d_out, d_in] as a weight of the present layer in the compressed model."""
-
-    def advance(self, layer: int) -> None:
-        """Advance the hidden states of both models by one layer."""
 
 
 def compress_layers(
@@ -198,15 +178,19 @@ class Compression:
         self._divide(together, self._compress_batch, store)
         if prefix is not None:
             # Weights compressed so far are inserted before the next inputs are measured.
-            for names in prefix.groups(layer):
-                targets = [refit.pop(name) for name in names if name in refit]
-                if targets:
-                    deficit = any(t.compensate and t.compensate.residual > 0 for t in targets)
-                    capped = all(caps_tokens(t) for t in targets)
-                    measured = prefix.measure(layer, names, deficit=deficit, capped=capped)
-                    solve = partial(self._refit_alone, measured=measured)
-                    self._divide([[task] for task in targets], solve, store)
-                self.insert(names, results, tensors, prefix)
+            for several in rounds(prefix.groups(layer), refit):
+                measured: dict[str, PrefixMoments] = {}
+                for names in several:
+                    targets = [refit[name] for name in names if name in refit]
+                    if targets:
+                        moments = measure(prefix, layer, names, targets)
+                        measured |= {task.name: moments for task in targets}
+                if waiting := [refit.pop(name) for name in measured]:
+                    alone = len(several) == 1
+                    split = [[t] for t in waiting] if alone else batches(waiting, self.device)
+                    self._divide(split, partial(self._refit_batch, measured=measured), store)
+                for names in several:
+                    self.insert(names, results, tensors, prefix)
             # Those that the model does not execute, like an unused expert.
             self._divide([[task] for task in refit.values()], self._compress_batch, store)
         if self.processes.first:
@@ -275,15 +259,36 @@ class Compression:
             groups.append(self._group(task, weights, weights[0].dtype))
         return compress_together(groups)
 
-    def _refit_alone(
-        self, batch: Sequence[LayerTask], measured: PrefixMoments
+    def _refit_batch(
+        self, batch: Sequence[LayerTask], measured: Mapping[str, PrefixMoments]
     ) -> list[CompressedGroup]:
-        return [self._refit(task, measured) for task in batch]
+        """Fit weights to the dense outputs on the compressed model's inputs, and compress them."""
+        done: dict[str, CompressedGroup] = {}
+        begun: list[tuple[WeightGroup, str | None]] = []
+        for task in batch:
+            found = self._refit(task, measured[task.name])
+            if isinstance(found, CompressedGroup):
+                done[task.name] = found
+            else:
+                begun.append(found)
+        solved = compress_together([group for group, _ in begun])
+        for (group, note), each in zip(begun, solved, strict=True):
+            task, fallback = group.task, joined(note, each.result.fallback)
+            if each.result.config.compressed:
+                result = replace(each.result, refit=True, fallback=fallback)
+                done[task.name] = replace(each, result=result)
+            else:
+                done[task.name] = refit_dense(task, group.weights[0], group.dtype, fallback)
+        return [done[task.name] for task in batch]
 
-    def _refit(self, task: LayerTask, measured: PrefixMoments) -> CompressedGroup:
-        """Fit a weight to the dense outputs on the compressed model's inputs, and compress it."""
-        compensate = task.compensate
+    def _refit(
+        self, task: LayerTask, measured: PrefixMoments
+    ) -> CompressedGroup | tuple[WeightGroup, str | None]:
+        """Fit a weight; return it with a note, to be compressed, or what is compressed already."""
+        compensate, n_tokens = task.compensate, measured.n_tokens
         assert compensate is not None
+        if n_tokens is not None and n_tokens < needed_tokens(task.shape[1]):
+            return self.compress(task)  # an expert with too few tokens to be fitted to
         W = self._weight(task.weights[0])
         V, note = refit_target(
             W,
@@ -294,16 +299,15 @@ class Compression:
             deficit=measured.deficit.get(task.name),
             residual=compensate.residual,
         )
+        inputs = Moment.of(measured.H)
+        if n_tokens is not None and task.statistics:  # to their scale, see `build_statistics`
+            inputs = inputs.scaled(self.statistics(task.weights[0]).n_tokens / n_tokens)
         if self.base is not None:
-            group = self._group(task, [V], W.dtype, inputs=Moment.of(measured.H))
+            group = self._group(task, [V], W.dtype, inputs=inputs)
             return refine(group, self._at_smallest(task, self.base))
         if not task.config.compressed:
             return refit_dense(task, V, W.dtype, note)
-        done = compress_group(self._group(task, [V], W.dtype, inputs=Moment.of(measured.H)))
-        fallback = joined(note, done.result.fallback)
-        if not done.result.config.compressed:
-            return refit_dense(task, V, W.dtype, fallback)
-        return replace(done, result=replace(done.result, refit=True, fallback=fallback))
+        return self._group(task, [V], W.dtype, inputs=inputs), note
 
     def _at_smallest(self, task: LayerTask, folder: str) -> CompressedGroup:
         """Return the result of a task for the smallest budget."""

@@ -4,11 +4,13 @@ The constants count tensors that exist at once in the code that they name. They 
 the peaks of runs on a CPU and on a GPU, see BENCHMARKS.md.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lrc.compressors.calibrate.calibration_passes import HEAD_TENSORS
 from lrc.compressors.calibrate.segments import VALUE_BYTES
+from lrc.compressors.calibrate.sequential_calibration import EXPERT_BYTES
 from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES
 from lrc.compressors.estimates.buffers import Buffers
 from lrc.compressors.estimates.workload import Workload, numbers, sides
@@ -72,7 +74,7 @@ def memory_peaks(
         computing = _largest_solution(work)
         if work.compensated:
             widest = max(linear.d_in for each in work.linears for linear in each.values())
-            sums = VALUE_BYTES * 3 * widest**2
+            sums = max(VALUE_BYTES * 3 * widest**2, _expert_moments(work))
             computing = max(_passes(work, sums, models=2), computing + sums)
         needs["compress"] = Need(computing, _largest_moments(work) + max(work.results))
     training = max((_training(work, record) for record in plan.training), default=0)
@@ -137,6 +139,20 @@ def _moments(work: Workload, task: LayerTask) -> int:
     near = d_in if whole else min(d_out, d_in)
     far = d_out if whole else min(d_out, d_in)
     return VALUE_BYTES * (inputs * near**2 + gradients * far**2)
+
+
+def _expert_moments(work: Workload) -> int:
+    """Return the bytes of the moments of compensated experts, which are summed for many at once.
+
+    The sums of a batch exist next to those of the batches before.
+    """
+    count = Counter(
+        (task.layer, task.shape[1])
+        for task in work.compensated
+        if task.compensate is not None and task.compensate.routed
+    )
+    sizes = [(number, 2 * VALUE_BYTES * d_in**2) for (_, d_in), number in count.items()]
+    return 2 * max((max(min(n * size, EXPERT_BYTES), size) for n, size in sizes), default=0)
 
 
 def _largest_moments(work: Workload) -> int:

@@ -26,13 +26,14 @@ def with_statistics(task: LayerTask) -> LayerTask:
     """Return the task with what calibration has to collect.
 
     A weight that is only quantized, on the inputs that the compressed model produces, is measured
-    during compression.
+    during compression; those of experts in any case, because some may receive too few tokens.
     """
     needed = solver_statistics(task)
     method = METHODS[task.method]
     if "inputs" in needed and caps_tokens(task):
         needed |= {"capped_inputs"}
-    if isinstance(method, Quantization) and task.compensate is not None:
+    compensate = task.compensate
+    if isinstance(method, Quantization) and compensate is not None and not compensate.routed:
         needed = frozenset()
     # The error of quantization is not in the span that an image through the weight shows.
     if method.full_moments or task.quantize is not None:

@@ -44,6 +44,9 @@ class Compensation:
     mix: float
     residual: float
     damp: float
+    routed: bool = False
+    """Whether the weight belongs to an expert, and is fitted to the tokens that the router of the
+    dense model sends to it."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ class PrefixMoments:
     deficit: dict[str, Tensor]
     """For each linear that writes to the residual stream ``(R - R').T @ X'`` [d_out, d_in], where
     R and R' are the residual streams to which its output is added."""
+    n_tokens: int | None = None
+    """Tokens of an expert; None for all other layers, which receive all of them."""
 
 
 def refit_target(

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from lrc.compressors.layers import QuantizationArgs, WeightConfig
+from lrc.compressors.layers.experts import GroupedExperts
 from lrc.compressors.methods.base import LOW_RANK_TYPES
 from lrc.compressors.methods.table import METHODS
-from lrc.compressors.models.architecture import Linear
+from lrc.compressors.models.architecture import Architecture, Linear
 from lrc.compressors.planning.compile import Draft
 from lrc.compressors.planning.embedding_tasks import check_user_embeddings
 from lrc.compressors.planning.plan import Plan
@@ -112,15 +113,22 @@ def _announce_budgets(draft: Draft, index: int, options: DecomposeBase) -> None:
     draft.elastic = draft.elastic or budgets
 
 
-def compensation(options: Compensate | None, linear: Linear) -> Compensation | None:
+def compensation(
+    options: Compensate | None, linear: Linear, architecture: Architecture
+) -> Compensation | None:
     """Return the options of error compensation as the task of a linear stores them.
 
-    None for experts: the router sends other tokens to them in the compressed model, so that there
-    are no dense outputs to compare with.
+    None for experts that do not get the selection of the router as an argument, so that it cannot
+    be kept. No expert alone writes to the residual stream.
     """
-    if options is None or linear.expert is not None:
+    if options is None:
         return None
-    return Compensation(**options.model_dump())
+    if linear.expert is None:
+        return Compensation(**options.model_dump())
+    experts = linear.name.rsplit(".", 2)[0]
+    if isinstance(architecture.model.get_submodule(experts), GroupedExperts):
+        return None
+    return Compensation(mix=options.mix, residual=0.0, damp=options.damp, routed=True)
 
 
 def _claim_targets(
@@ -204,7 +212,7 @@ def _task(draft: Draft, index: int, options: DecomposeBase, group: list[Linear])
         ratio=options.ratios[0],
         source_bias=group[0].bias,
         quantize=quantize,
-        compensate=compensation(options.compensate, group[0]),
+        compensate=compensation(options.compensate, group[0], draft.architecture),
     )
 
 

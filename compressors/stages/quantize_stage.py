@@ -124,7 +124,8 @@ def _compile(draft: Draft, index: int, options: Quantize) -> None:
         replace(
             task,
             quantize=quantize,
-            compensate=task.compensate or compensation(options.compensate, linears[task.name]),
+            compensate=task.compensate
+            or compensation(options.compensate, linears[task.name], draft.architecture),
         )
         for task in taken
     ]

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_experts import tiny_experts
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tests.trained_experts import LENGTH, markov_text, train_experts
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
@@ -24,43 +22,13 @@ from lrc.compressors.pipeline import profile
 from lrc.configs.load import load_recipe
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.robustness]
-WORDS, LENGTH = 64, 64
 
 
 @pytest.fixture(scope="module")
-def text() -> Tensor:
-    """Sample from a random Markov chain of second order, [n_windows, length]."""
-    g = torch.Generator().manual_seed(0)
-    first, second = 1.5 * torch.randn(2, WORDS, WORDS, generator=g)
-    tokens = torch.randint(WORDS, (512, LENGTH), generator=g)
-    for t in range(2, LENGTH):
-        scores = first[tokens[:, t - 1]] + second[tokens[:, t - 2]]
-        tokens[:, t] = torch.multinomial(scores.softmax(-1), 1, generator=g)[:, 0]
-    return tokens
-
-
-@pytest.fixture(scope="module")
-def trained(text: Tensor, tmp_path_factory: Any) -> Path:
-    """Train a model on the text for seconds."""
-    sizes = {"vocab_size": WORDS, "num_experts": 6, "initializer_range": 0.02}
-    model = tiny_experts("qwen3_moe", **sizes).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    g = torch.Generator().manual_seed(0)
-    for _ in range(80):
-        rows = text[torch.randint(len(text), (16,), generator=g)]
-        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert float(loss.detach()) < 3.9  # a uniform distribution has 4.16
+def trained(tmp_path_factory: Any) -> Path:
+    """Train a model for seconds."""
     folder: Path = tmp_path_factory.mktemp("trained")
-    model.save_pretrained(folder)
-    words = models.WordLevel({str(n): n for n in range(WORDS)}, unk_token="0")
-    tokenizer = Tokenizer(words)
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="0").save_pretrained(folder)
-    rows = [" ".join(map(str, row)) for row in text.tolist()]
-    (folder / "text.txt").write_text("\n\n".join(rows), encoding="utf-8")
+    assert train_experts(folder, markov_text(512), layers=2, steps=80) < 3.9
     return folder
 
 

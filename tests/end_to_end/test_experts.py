@@ -173,6 +173,15 @@ def test_bytes_of_every_expert_are_those_of_the_plan(name, runs):
     assert sum(sizes.values()) == 8 * plan.compressed_bytes
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4_text"])
+def test_experts_compensate_unless_the_selection_of_the_router_cannot_be_kept(family, runs):
+    plan = plan_of(runs(f"{family} kfac"))
+    of_experts = [plan.results[t.name] for t in plan.tasks if ".experts." in t.name]
+    assert {result.refit for result in of_experts} == {family == "qwen3_moe"}
+    others = [plan.results[t.name] for t in plan.tasks if ".experts." not in t.name]
+    assert all(result.refit for result in others)
+
+
 def test_integers_of_experts_are_said_to_need_lrc(runs):
     warnings = json.loads((runs("gpt_oss gptq") / "report.json").read_text())["warnings"]
     assert any("GptOssForCausalLM" in text and "`import lrc`" in text for text in warnings)

@@ -88,7 +88,7 @@ class Chain:
         return self.dense @ self._was(before).T, self.now @ self._is(before).T
 
     def measure(
-        self, layer: int, names: Sequence[str], *, deficit: bool, capped: bool
+        self, layer: int, names: Sequence[str], *, deficit: bool, capped: bool, gated: bool
     ) -> PrefixMoments:
         self.log.append(("measure", *names))
         self.capped.add(capped)
