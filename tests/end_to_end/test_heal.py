@@ -1,5 +1,6 @@
 """Healing: what is trained gets better on text that is held out, and nothing else changes."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -434,3 +435,19 @@ def test_every_family_heals(
     dtype = getattr(torch, family.family.dtype)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_small_singular_values_are_removed_after_a_nuclear_norm(run_stages: Run) -> None:
+    options = {**DISTILL, "nuclear_norm": 1e-6, "truncate": 0.6}
+    report, output = run_stages(*STORED["low_rank"], {"heal": options})
+    before, _ = run_stages(*STORED["low_rank"])
+    (record,) = report["training"]
+    assert record["ranks"]
+    assert record["after"] < record["before"]
+    assert report["size"]["targeted"]["kept"] < before["size"]["targeted"]["kept"]
+    assert AutoModelForCausalLM.from_pretrained(output / "checkpoint")
+    config = json.loads((output / "checkpoint/config.json").read_text())["quantization_config"]
+    tensors = tensors_of(output)
+    for name, rank in record["ranks"].items():
+        (component,) = config["modules"][name]["components"]
+        assert component["rank"] == rank == len(tensors[f"{name}.low_rank.a.weight"])
