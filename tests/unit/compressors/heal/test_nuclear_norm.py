@@ -34,7 +34,7 @@ def test_half_the_squares_of_balanced_factors_are_the_nuclear_norm_and_of_others
 def test_the_gradient_of_balanced_factors_is_the_subgradient_of_the_norm() -> None:
     """By the chain rule U V^T gives B^T U V^T = A for A, and U V^T A^T = B for B."""
     B, A = truncated_factors(*factors(torch.Generator().manual_seed(1)), 0.0)
-    U, S, Vt = torch.linalg.svd(B @ A, full_matrices=False)
+    U, _, Vt = torch.linalg.svd(B @ A, full_matrices=False)
     sign = U[:, :RANK] @ Vt[:RANK]
     torch.testing.assert_close(B.T @ sign, A)
     torch.testing.assert_close(sign @ A.T, B)
