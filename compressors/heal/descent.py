@@ -143,7 +143,7 @@ class Descent:
         torch._foreach_lerp_(averages, gradients, 1 - first)
         torch._foreach_mul_(squares, second)
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - second)
-        roots = [*torch._foreach_sqrt(squares)]  # some versions of torch return a tuple
+        roots = torch._foreach_sqrt(squares)
         torch._foreach_div_(roots, math.sqrt(1 - second**self._updates))
         torch._foreach_add_(roots, EPSILON)
         torch._foreach_mul_(roots, 1 - first**self._updates)
