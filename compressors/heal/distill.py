@@ -134,7 +134,8 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
             before = held_out_losses()
             trained.set_(descent.best)
             budgets = budget_facts(switch.budgets, before, held_out_losses())
-        kept, after, ranks = descent.best_step > 0, descent.best_loss, {}
+        kept, after = descent.best_step > 0, descent.best_loss
+        ranks: dict[str, int] = {}
         if kept and penalty is not None and isinstance(options, Distill):
             truncated, ranks = penalty.truncated(descent.best, options.truncate)
             trained.set_(truncated)

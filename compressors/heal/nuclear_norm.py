@@ -40,13 +40,11 @@ class NuclearNorm:
         Of the sum of all norms in the loss.
     root : nn.Module
         With its compressed layers.
-    parameters : mapping of str to nn.Parameter
+    parameters : mapping of str to Tensor
         What is trained, by the name in `root`.
     """
 
-    def __init__(
-        self, weight: float, root: nn.Module, parameters: Mapping[str, nn.Parameter]
-    ) -> None:
+    def __init__(self, weight: float, root: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         self._weight = weight
         layers = {n: m for n, m in root.named_modules() if isinstance(m, CompressedLinear)}
         owners = {layer.config.shares for layer in layers.values()}
@@ -54,7 +52,8 @@ class NuclearNorm:
         """Names of ``A`` and ``B`` by layer."""
         for name, layer in layers.items():
             for component in layer.components:
-                names = tuple(f"{name}.{component.TYPE}.{leaf}.weight" for leaf in ("a", "b"))
+                prefix = f"{name}.{component.TYPE}"
+                names = f"{prefix}.a.weight", f"{prefix}.b.weight"
                 plain = isinstance(component, LowRank) and not component.config.ranks
                 if plain and name not in owners and all(each in parameters for each in names):
                     self._factors[name] = names

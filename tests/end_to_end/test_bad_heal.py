@@ -71,6 +71,12 @@ BAD: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...]]] = {
         "stages[1].heal.train",
         ("no low-rank components",),
     ),
+    "no factors to lower the ranks of": (
+        {**DISTILL, "nuclear_norm": 1e-4},
+        "nothing-to-train",
+        "stages[1].heal.nuclear_norm",
+        ("low_rank components", "storage: low_rank"),
+    ),
     "a window that is too long": (
         {**DISTILL, "length": 300},
         "",

@@ -1,5 +1,6 @@
 """Healing: what is trained gets better on text that is held out, and nothing else changes."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -259,6 +260,7 @@ def test_stages_go_on_from_each_other(run_stages: Run) -> None:
 
 
 MOVING = {"train": "values", "support": "moving", "rate": 0.05}
+MUON = {"optimizer": "muon", "precondition": True, "rate": 2e-2}
 CHAINS: dict[str, list[dict[str, Any]]] = {
     "fixed": [MIXED[0], {"heal": {**BLOCK, "parts": "separate"}}, {"heal": DISTILL}],
     "moving": [
@@ -266,10 +268,15 @@ CHAINS: dict[str, list[dict[str, Any]]] = {
         {"heal": {**BLOCK, "parts": "separate", **MOVING}},
         {"heal": {**DISTILL, **MOVING}},
     ],
+    "muon": [
+        *STORED["pivoted_low_rank"],
+        {"heal": {**BLOCK, "parts": "separate", **MUON}},
+        {"heal": {**DISTILL, **MUON}},
+    ],
 }
 
 
-@pytest.mark.parametrize(("chain", "snapshots"), [("fixed", 0.0), ("fixed", 1e9), ("moving", 0.0)])
+@pytest.mark.parametrize(("chain", "snapshots"), [("fixed", 0.0), ("muon", 1e9), ("moving", 0.0)])
 def test_an_interrupted_run_ends_with_the_same_bytes(
     run_stages: Run,
     tiny_model_folder: Path,
@@ -434,3 +441,19 @@ def test_every_family_heals(
     dtype = getattr(torch, family.family.dtype)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_small_singular_values_are_removed_after_a_nuclear_norm(run_stages: Run) -> None:
+    options = {**DISTILL, "nuclear_norm": 1e-6, "truncate": 0.6}
+    report, output = run_stages(*STORED["low_rank"], {"heal": options})
+    before, _ = run_stages(*STORED["low_rank"])
+    (record,) = report["training"]
+    assert record["ranks"]
+    assert record["after"] < record["before"]
+    assert report["size"]["targeted"]["kept"] < before["size"]["targeted"]["kept"]
+    assert AutoModelForCausalLM.from_pretrained(output / "checkpoint")
+    config = json.loads((output / "checkpoint/config.json").read_text())["quantization_config"]
+    tensors = tensors_of(output)
+    for name, rank in record["ranks"].items():
+        (component,) = config["modules"][name]["components"]
+        assert component["rank"] == rank == len(tensors[f"{name}.low_rank.a.weight"])

@@ -82,6 +82,25 @@ def test_muon_changes_a_matrix_alike_for_all_factors_of_it(
     torch.testing.assert_close(*changes, rtol=1e-3, atol=1e-3 * float(changes[0].abs().max()))
 
 
+def test_adam_steps_in_coordinates(factors: tuple[Tensor, Tensor]) -> None:
+    """The first step is the learning rate times the sign of the gradient."""
+    B, A = factors
+    made = layer("low_rank", LowRank.encode(B, A))
+    parameters = dict(made.named_parameters())
+    found = factor_coordinates(made, parameters)
+    trained = TrainedParameters(parameters, dict.fromkeys(parameters, torch.float64), {}, found)
+    descent = Descent(trained, budget=StepBudget(1), rate=1e-3)
+    expected = {}
+    for name, parameter in parameters.items():
+        gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)).double()
+        parameter.grad.add_(gradient)  # type: ignore[union-attr]
+        change = -1e-3 * found[name].size * found[name].of_gradient(gradient).sign()
+        expected[name] = parameter.detach() + found[name].of_parameter(change)
+    descent.update_()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=0, atol=1e-6)
+
+
 def test_factors_that_are_cut_or_not_trained_together_have_none() -> None:
     tensors = {"a.weight": torch.ones(RANK, D_IN), "b.weight": torch.ones(D_OUT, RANK)}
     elastic = layer("low_rank", tensors, ranks=(4, 2))
