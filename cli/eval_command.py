@@ -17,8 +17,15 @@ from lrc.cli.gate_results import (
 from lrc.cli.options import Device, Json, Models, Quiet, TrustRemoteCode, positive
 from lrc.configs.errors import GateMissed, LrcError, Stopped, UsageError
 
+SCORES = (
+    *("tasks", "include_path", "limit", "window", "windows", "kl_tokens", "streaming", "seed"),
+    *("gate", "junit"),
+)
+"""Options that --draft does not have."""
+
 
 def evaluate(
+    context: typer.Context,
     checkpoints: Models,
     perplexity: Annotated[
         list[str] | None,
@@ -94,15 +101,11 @@ def evaluate(
         "--repeats": repeats,
     }
     if draft is not None:
-        others = {
-            "--tasks": tasks,
-            "--include-path": include_path,
-            "--limit": limit,
-            "--windows": windows,
-            "--gate": gate,
-            "--junit": junit,
-        }
-        given = [name for name, value in others.items() if value]
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in SCORES
+            if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+        ]
         _evaluate_drafter(
             checkpoints,
             draft,
