@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lrc.cli import console
-from lrc.cli.options import Json, Quiet
+from lrc.cli.options import Json, Quiet, named
 from lrc.configs.errors import UsageError
 from lrc.configs.size import MIB
 
@@ -17,7 +17,8 @@ delta_app = typer.Typer(
     help="Compressed differences between a tuned model, or a LoRA adapter, and its base model.",
 )
 Base = Annotated[
-    str, typer.Argument(help="Folder or Hub id of the base model.", show_default=False)
+    str,
+    typer.Argument(help="Folder or Hub id of the base model.", callback=named, show_default=False),
 ]
 Out = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
 

@@ -7,7 +7,7 @@ import typer
 
 from lrc.cli import console
 from lrc.cli.bench import known
-from lrc.cli.options import Checkpoint, Json, Quiet, TrustRemoteCode
+from lrc.cli.options import Checkpoint, Json, Quiet, TrustRemoteCode, named
 from lrc.configs.errors import UsageError
 from lrc.configs.export_types import FORMATS, GGUF_TYPES
 from lrc.configs.size import MIB
@@ -60,6 +60,7 @@ def export(
         str | None,
         typer.Option(
             help="Of drafter: folder or Hub id of the model that it was made from.",
+            callback=named,
             show_default=False,
         ),
     ] = None,

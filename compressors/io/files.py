@@ -27,6 +27,7 @@ REMEDIES = {
     errno.EISDIR: "a folder of that name is in the way: move it, or choose another 'output'",
     errno.ENOTEMPTY: "a folder of that name is in the way: move it, or choose another 'output'",
     errno.ENOENT: "the folder cannot be made there: choose another 'output'",
+    errno.ELOOP: "a part of the path is a link to itself: choose another 'output'",
     errno.ENAMETOOLONG: "the name is too long: choose another 'output'",
 }
 OS_ERROR = re.compile(r"(?:code: |os error )(\d+)")  # how safetensors and tokenizers write an errno

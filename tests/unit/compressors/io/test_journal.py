@@ -134,6 +134,12 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OutputError, match="is a link to itself"):
+        write_text(tmp_path / "loop" / "below" / "file", "")
+
+
 def test_errors_that_are_not_about_storage_pass_through(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="strange"), storage_errors(tmp_path):
         raise OSError(errno.EIO, "strange")
