@@ -66,11 +66,11 @@ def make(
     from lrc.cli.delta_tables import print_delta
     from lrc.cli.evaluate import options_in_errors
     from lrc.compressors.deltas.make_delta import make_delta
-    from lrc.compressors.io.files import folder_bytes, new_folder
+    from lrc.compressors.io.files import folder_bytes, new_folder, one_writer
 
     console.quiet_transformers()
     steps = console.Steps(quiet=quiet)
-    with steps.running(), options_in_errors(), new_folder(out) as partial:
+    with steps.running(), options_in_errors(), one_writer(out), new_folder(out) as partial:
         facts = make_delta(base, tuned, partial, chosen, steps)
     facts = {"path": str(out), **facts, "file_bytes": folder_bytes(out)}
     if as_json:
@@ -93,11 +93,11 @@ def apply(
     _check_paths(delta, out)
     from lrc.cli.evaluate import options_in_errors
     from lrc.compressors.deltas.apply_delta import apply_delta
-    from lrc.compressors.io.files import folder_bytes, new_folder
+    from lrc.compressors.io.files import folder_bytes, new_folder, one_writer
 
     console.quiet_transformers()
     steps = console.Steps(quiet=quiet)
-    with steps.running(), options_in_errors(), new_folder(out) as partial:
+    with steps.running(), options_in_errors(), one_writer(out), new_folder(out) as partial:
         facts = apply_delta(base, delta, partial, steps)
     facts = {"path": str(out), **facts, "file_bytes": folder_bytes(out)}
     if as_json:

@@ -53,7 +53,7 @@ def latency(
         )
     import torch
 
-    from lrc.compressors.io.files import new_file
+    from lrc.compressors.io.files import new_file, one_writer
     from lrc.compressors.io.machine import Machine
     from lrc.compressors.latency.product_timing import measure_table
     from lrc.compressors.prepare import prepare
@@ -62,7 +62,8 @@ def latency(
 
     console.quiet_transformers()
     # The file is opened first: one that cannot be written costs no measurement.
-    with new_file(output) as partial, console.Steps(quiet=quiet).running() as steps:
+    steps = console.Steps(quiet=quiet)
+    with one_writer(output), new_file(output) as partial, steps.running():
         partial.touch()
         machine = Machine(device, on_step=steps, on_warning=steps.warn)
         prepared = prepare(without_tables(loaded.recipe), STAGES, weights=False)
