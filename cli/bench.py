@@ -17,7 +17,16 @@ from lrc.cli.gate_results import (
     read_gates,
     write_junit,
 )
-from lrc.cli.options import Device, Json, Models, Quiet, TrustRemoteCode, all_positive, positive
+from lrc.cli.options import (
+    Device,
+    Json,
+    Models,
+    Quiet,
+    TrustRemoteCode,
+    all_positive,
+    named,
+    positive,
+)
 from lrc.compressors.benchmark.grid import Mode, Settings, default_modes
 from lrc.configs.errors import BenchmarkIncomplete, GateMissed, UsageError
 from lrc.configs.shape import closest
@@ -38,6 +47,7 @@ def bench(
         typer.Option(
             help="The dense model to compare with; the source of the models if left out.",
             metavar="DENSE",
+            callback=named,
             show_default=False,
         ),
     ] = None,

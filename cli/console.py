@@ -1,5 +1,6 @@
 """Progress, signals and errors, on stderr; results go to stdout."""
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,11 @@ from lrc.cli.gate_results import annotation, on_github
 from lrc.configs.errors import LrcError, Stopped
 
 HEARTBEAT_SECONDS = 60.0
+DISK = "check the disk and run the same command again, it continues"
+OS_REMEDIES = {
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "a part of the path is a link to itself: name another one",
+}
 AT_ONCE = "stopped: at once; the same command continues from the last finished step"
 
 
@@ -176,8 +182,8 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
         )
     elif isinstance(error, OSError) and error.errno is not None:
         say(
-            f"error[operating-system]: the operating system reports {text}; check the disk and run "
-            "the same command again, it continues"
+            f"error[operating-system]: the operating system reports {text}; "
+            f"{OS_REMEDIES.get(error.errno, DISK)}"
         )
     elif not debug:
         say(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lrc.cli import console
-from lrc.cli.options import Device, Json, Quiet
+from lrc.cli.options import Device, Json, Quiet, named
 from lrc.configs.errors import UsageError
 from lrc.configs.size import MIB
 
@@ -17,7 +17,8 @@ delta_app = typer.Typer(
     help="Compressed differences between a tuned model, or a LoRA adapter, and its base model.",
 )
 Base = Annotated[
-    str, typer.Argument(help="Folder or Hub id of the base model.", show_default=False)
+    str,
+    typer.Argument(help="Folder or Hub id of the base model.", callback=named, show_default=False),
 ]
 Out = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
 
@@ -67,13 +68,13 @@ def make(
     from lrc.cli.delta_tables import print_delta
     from lrc.cli.evaluate import options_in_errors
     from lrc.compressors.deltas.make_delta import make_delta
-    from lrc.compressors.io.files import folder_bytes, new_folder
+    from lrc.compressors.io.files import folder_bytes, new_folder, one_writer
     from lrc.compressors.io.machine import Machine
 
     console.quiet_transformers()
     steps = console.Steps(quiet=quiet)
     machine = Machine(device, on_step=steps)
-    with steps.running(), options_in_errors(), new_folder(out) as partial:
+    with steps.running(), options_in_errors(), one_writer(out), new_folder(out) as partial:
         facts = make_delta(base, tuned, partial, chosen, machine)
     facts = {"path": str(out), **facts, "file_bytes": folder_bytes(out)}
     if as_json:
@@ -96,11 +97,11 @@ def apply(
     _check_paths(delta, out)
     from lrc.cli.evaluate import options_in_errors
     from lrc.compressors.deltas.apply_delta import apply_delta
-    from lrc.compressors.io.files import folder_bytes, new_folder
+    from lrc.compressors.io.files import folder_bytes, new_folder, one_writer
 
     console.quiet_transformers()
     steps = console.Steps(quiet=quiet)
-    with steps.running(), options_in_errors(), new_folder(out) as partial:
+    with steps.running(), options_in_errors(), one_writer(out), new_folder(out) as partial:
         facts = apply_delta(base, delta, partial, steps)
     facts = {"path": str(out), **facts, "file_bytes": folder_bytes(out)}
     if as_json:

@@ -14,7 +14,7 @@ from lrc.cli.gate_results import (
     read_gates,
     write_junit,
 )
-from lrc.cli.options import Device, Json, Models, Quiet, TrustRemoteCode, positive
+from lrc.cli.options import Device, Json, Models, Quiet, TrustRemoteCode, named, positive
 from lrc.configs.errors import GateMissed, LrcError, Stopped, UsageError
 
 OF_TASKS = ("include_path", "limit", "seed")
@@ -65,6 +65,7 @@ def evaluate(
             help="Instead of scores: speculative decoding of the model with this compressed one as "
             "its drafter, on prompts from the --perplexity texts.",
             metavar="COMPRESSED",
+            callback=named,
             show_default=False,
         ),
     ] = None,

@@ -7,7 +7,7 @@ import typer
 
 from lrc.cli import console
 from lrc.cli.bench import known
-from lrc.cli.options import Checkpoint, Json, Quiet, TrustRemoteCode
+from lrc.cli.options import Checkpoint, Json, Quiet, TrustRemoteCode, named
 from lrc.configs.errors import UsageError
 from lrc.configs.export_types import FORMATS, GGUF_TYPES
 from lrc.configs.size import MIB
@@ -60,6 +60,7 @@ def export(
         str | None,
         typer.Option(
             help="Of drafter: folder or Hub id of the model that it was made from.",
+            callback=named,
             show_default=False,
         ),
     ] = None,
@@ -100,11 +101,11 @@ def export(
     _check_paths(folder, out, form, tokenizer)
     from lrc.cli.evaluate import options_in_errors
     from lrc.compressors.export.stored_weights import StoredWeights
-    from lrc.compressors.io.files import new_file, new_folder
+    from lrc.compressors.io.files import new_file, new_folder, one_writer
 
     console.quiet_transformers()
     facts: dict[str, Any] = {"format": form, "path": str(out)}
-    with console.Steps(quiet=quiet).running() as steps, options_in_errors():
+    with console.Steps(quiet=quiet).running() as steps, options_in_errors(), one_writer(out):
         if form == "remote-code":
             from lrc.compressors.export.remote_code import RemoteCodeExport
 
@@ -152,9 +153,11 @@ def _export_budget(
         )
     _check_paths(folder, out)
     from lrc.compressors.checkpoint.budget_export import export_budget
+    from lrc.compressors.io.files import one_writer
 
     console.quiet_transformers()
-    export_budget(folder, out, keep, key="--keep")
+    with one_writer(out):
+        export_budget(folder, out, keep, key="--keep")
     _print({"format": "lrc", "path": str(out), "keep": keep, "notes": []}, out, as_json=as_json)
 
 

@@ -38,7 +38,7 @@ def latency(
     """Measure the times of all products that stages with `measure: latency` may choose."""
     if output is None:
         raise UsageError("--output: missing; name the file to write, such as latency.json")
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise UsageError(f"--output: {output} exists already; name another file, or delete it")
     if dtype is not None:
         known("--dtype", dtype, DTYPES)
@@ -53,7 +53,7 @@ def latency(
         )
     import torch
 
-    from lrc.compressors.io.files import write_text
+    from lrc.compressors.io.files import new_file, one_writer
     from lrc.compressors.io.machine import Machine
     from lrc.compressors.latency.product_timing import measure_table
     from lrc.compressors.prepare import prepare
@@ -61,7 +61,10 @@ def latency(
     from lrc.compressors.stages.measured_times import without_tables
 
     console.quiet_transformers()
-    with console.Steps(quiet=quiet).running() as steps:
+    # The file is opened first: one that cannot be written costs no measurement.
+    steps = console.Steps(quiet=quiet)
+    with one_writer(output), new_file(output) as partial, steps.running():
+        partial.touch()
         machine = Machine(device, on_step=steps, on_warning=steps.warn)
         prepared = prepare(without_tables(loaded.recipe), STAGES, weights=False)
         chosen: torch.dtype = prepared.source.dtype
@@ -77,7 +80,7 @@ def latency(
                 rows=timed[0].rows,
                 on_step=machine.on_step,
             )
-    write_text(output, json.dumps(table.to_json(), indent=1) + "\n")
+        partial.write_text(json.dumps(table.to_json(), indent=1) + "\n", encoding="utf-8")
     if as_json:
         console.print_json(table.to_json())
         return

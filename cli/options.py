@@ -42,12 +42,19 @@ Models = Annotated[
     typer.Argument(
         help="Folders of models or runs, Hub ids or .gguf files.",
         show_default=False,
-        callback=lambda names: [checkpoint_of(name) for name in names],
+        callback=lambda names: [checkpoint_of(str(named(name))) for name in names],
     ),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
 ]
+
+
+def named(model: str | None) -> str | None:
+    """Refuse a model without a name."""
+    if model is not None and not model.strip():
+        raise typer.BadParameter("must be a folder, a .gguf file or a Hub id, got ''")
+    return model
 
 
 def positive(number: int | None) -> int | None:

@@ -1,6 +1,7 @@
 """Gates as text: `perplexity.c4 <= 1.02x`, `size <= 80MiB`."""
 
 import re
+from math import inf
 from typing import Any
 
 from lrc.configs.size import UNITS, parse_size
@@ -35,4 +36,6 @@ def parse_gate(text: str) -> dict[str, Any]:
     if unit in UNITS and metric != "size":
         raise ValueError(f"only size is in {unit}, got '{text}'; remove the unit")
     value = float(number) if unit in (None, "x") else float(parse_size(f"{number}{unit}"))
+    if value == inf:
+        raise ValueError(f"must be {GATE_WORDS}, got '{text}'; write a finite number")
     return {"metric": metric, BOUNDS[sign]: value, "relative": unit == "x"}

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,8 +28,11 @@ REMEDIES = {
     errno.EISDIR: "a folder of that name is in the way: move it, or choose another 'output'",
     errno.ENOTEMPTY: "a folder of that name is in the way: move it, or choose another 'output'",
     errno.ENOENT: "the folder cannot be made there: choose another 'output'",
+    errno.ELOOP: "a part of the path is a link to itself: choose another 'output'",
     errno.ENAMETOOLONG: "the name is too long: choose another 'output'",
 }
+SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+"""What `numpy.ndarray.tofile` says of a full disk, without an errno."""
 OS_ERROR = re.compile(r"(?:code: |os error )(\d+)")  # how safetensors and tokenizers write an errno
 
 
@@ -44,6 +48,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         code = getattr(error, "errno", None)
         if code is None and (found := OS_ERROR.search(str(error))):
             code = int(found[1])
+        if code is None and SHORT_WRITE.fullmatch(str(error)):
+            code = errno.ENOSPC
         named = getattr(error, "filename", None)
         if code not in REMEDIES or (named and not _concerns(Path(os.fsdecode(named)), path)):
             raise
@@ -116,6 +122,41 @@ def new_folder(final: Path) -> Iterator[Path]:
             publish(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def one_writer(final: Path) -> Iterator[None]:
+    """Exclude other processes that write the same new file or folder.
+
+    Both would write under the same unfinished name. Runs lock their output folder instead.
+
+    Raises
+    ------
+    OutputError
+        If another process is writing it, or has written it by now.
+    """
+    missing = [folder for folder in final.parents if not folder.exists()]  # the nearest first
+    lock = FileLock(final.with_name(f".{final.name}.lock"))
+    try:
+        with storage_errors(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(NotImplementedError):  # a file system without locks
+                lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(
+            f"{final}: another process is writing it; wait for it, or choose another name"
+        ) from error
+    try:
+        if final.exists() or final.is_symlink():
+            raise OutputError(f"{final}: exists by now; choose another name, or delete it")
+        yield
+    finally:
+        with suppress(OSError):  # while it is held: nobody else can have locked it
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # stops at the first that is not empty
+            for folder in missing:
+                folder.rmdir()
 
 
 def folder_bytes(folder: Path) -> int:

@@ -21,6 +21,7 @@ from lrc.configs.errors import (
     GateMissed,
     LrcError,
     OutputError,
+    Problem,
     RecipeError,
     Stopped,
 )
@@ -81,17 +82,24 @@ class Sweep:
         Raises
         ------
         RecipeError
-            With every problem of every combination.
+            With every problem of every combination; also if two are the same recipe.
         """
-        found, problems = {}, []
+        found: dict[str, LoadedRecipe] = {}
+        problems: list[Problem] = []
+        names: dict[str, str] = {}
+        repeated: list[Problem] = []
         for each in combinations:
             folder = json.dumps(str(self.output / each.name))
             try:
-                found[each.name] = load_recipe(self.recipe, [*each.overrides, f"output={folder}"])
+                loaded = load_recipe(self.recipe, [*each.overrides, f"output={folder}"])
+                content = loaded.recipe.model_dump_json(exclude={"output"})
+                if (first := names.setdefault(content, each.name)) != each.name:
+                    repeated = repeated or [_same(first, each.name)]
+                found[each.name] = loaded
             except RecipeError as error:
                 problems += [p for p in error.problems if p not in problems]
-        if problems:
-            raise RecipeError(problems)
+        if problems or repeated:
+            raise RecipeError(problems + repeated)
         return found
 
     def run(self, combinations: Sequence[Combination], shared: SharedWork) -> None:
@@ -158,3 +166,12 @@ class Sweep:
                 on_warning(f"{name}: {text}")
 
         return replace(self.machine, on_step=step, on_warning=warn)
+
+
+def _same(first: str, name: str) -> Problem:
+    return Problem(
+        "invalid-override",
+        "",
+        f"the combinations {first} and {name} are the same recipe; remove values that change "
+        "nothing, or keys that are given under two names",
+    )

@@ -87,6 +87,10 @@ USAGE: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "unknown option of lrc": (["--quick"], ("no such option: --quick", "`lrc --help`")),
     "no value": (["plan", "a.yaml", "--device"], ("'--device' requires an argument",)),
     "no number": (["eval", "a", "--window", "wide"], ("invalid value for '--window'",)),
+    "no name": (
+        ["export", "a", "b", "--format", "drafter", "--parent", ""],
+        ("invalid value for '--parent'", "must be a folder"),
+    ),
     "too much": (["schema", "more"], ("unexpected extra argument", "more")),
     "no such recipe": (["recipes", "show", "dmo"], ("demo", "svd-llm")),
 }

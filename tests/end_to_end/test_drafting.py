@@ -111,6 +111,7 @@ def test_other_tokens_are_refused_before_a_weight_is_read(
     [
         (["--draft", "{model}"], "another model than the parent"),
         (["--draft", "x", "--tasks", "piqa"], "--tasks: cannot be combined"),
+        (["--draft", "x", "--window", "2048"], "--window: cannot be combined"),
         (["--draft", "x", "--tokens", "3"], "must be at least 6"),
         (["--draft", "{other}", "--prompt", "250"], "the context of"),
         (["--draft", "x", "--kl-tokens", "32768"], "--kl-tokens: cannot be combined"),

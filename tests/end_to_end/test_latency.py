@@ -234,3 +234,11 @@ def test_wrong_usage_is_one_error(
     ended = lrc("latency", recipe, *given)
     assert ended.code == 2
     assert words in ended.err.replace("\n", " ")
+
+
+def test_a_file_that_cannot_be_written_costs_no_measurement(
+    lrc, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrc.compressors.latency.product_timing.measure_table", None)
+    ended = lrc("latency", recipe, "-o", recipe / "below.json", "-q")
+    ended.refuses(1, "cannot be written", where=str(recipe / "below.json"))

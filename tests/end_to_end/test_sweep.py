@@ -216,6 +216,7 @@ def test_a_target_is_met_with_the_smallest_keep_of_six_runs(
         (["keep=0.5,0.5"], "must not list a value twice"),
         (["keep=0.5", "keep=0.6"], "keep is given twice"),
         (["keep"], "must be key=value"),
+        (["keep=0.5,0.6", "stages.0.decompose.keep=0.7,0.8"], "are the same recipe"),
         (["output=a"], "write --output a"),
         ([], "must have a key with several values"),
         (["keep=0.5"], "must have a key with several values"),

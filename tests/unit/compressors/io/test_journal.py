@@ -3,10 +3,11 @@
 import errno
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from lrc.compressors.io.files import storage_errors, write_text
+from lrc.compressors.io.files import one_writer, storage_errors, write_text
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.configs.errors import OutputError
 
@@ -132,6 +133,38 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
         open_journal(tmp_path / "file" / "below", {}),
     ):
         pass
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OutputError, match="is a link to itself"):
+        write_text(tmp_path / "loop" / "below" / "file", "")
+
+
+def test_a_second_writer_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out.gguf"
+    with (
+        one_writer(target),
+        pytest.raises(OutputError, match="another process is writing it"),
+        one_writer(target),
+    ):
+        pass
+    assert not [*tmp_path.iterdir()]
+    with one_writer(target):
+        write_text(target, "whole")
+    assert [*target.parent.iterdir()] == [target]
+    with pytest.raises(OutputError, match="exists by now"), one_writer(target):
+        pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_arrays_that_a_disk_has_no_room_for_are_an_output_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="the disk is full"),
+        storage_errors(tmp_path),
+        Path("/dev/full").open("wb", buffering=0) as file,
+    ):
+        np.ones(10**5).tofile(file)
 
 
 def test_errors_that_are_not_about_storage_pass_through(tmp_path: Path) -> None:
