@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,16 @@ class MachineRates:
         return float(slow * (size / large) ** (3.0 if size > large else power))
 
 
-@cache
+@dataclass(frozen=True)
+class _Disk:
+    """The file system that holds a folder."""
+
+    number: int
+    folder: Path = field(compare=False)
+
+
 def measure_rates(device: str, dtype: torch.dtype, folder: Path) -> MachineRates:
-    """Measure a device and the disk of a folder, once per process.
+    """Measure a device and the disk of a folder, once per process and disk.
 
     Parameters
     ----------
@@ -72,6 +79,11 @@ def measure_rates(device: str, dtype: torch.dtype, folder: Path) -> MachineRates
     folder : Path
         An existing folder.
     """
+    return _measured(device, dtype, _Disk(folder.stat().st_dev, folder))
+
+
+@cache
+def _measured(device: str, dtype: torch.dtype, disk: _Disk) -> MachineRates:
     kind = torch.device(device).type
     rows, width = ROWS[kind], WIDTH[kind]
 
@@ -100,7 +112,7 @@ def measure_rates(device: str, dtype: torch.dtype, folder: Path) -> MachineRates
         single if dtype == torch.float32 else products(dtype),
         ((small, eigenvectors(small)), (large, eigenvectors(large))),
         elementwise(),
-        WRITTEN / _writing_seconds(folder),
+        WRITTEN / _writing_seconds(disk.folder),
     )
     if kind == "cuda":
         torch.cuda.empty_cache()
