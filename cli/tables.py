@@ -182,10 +182,13 @@ def print_report(report: dict[str, Any], output: str) -> None:
     table = new_table("size", "", "dense", "compressed", "kept")
     parameters, files = size["model"]["parameters"], size["model"]["file_bytes"]
     targeted = size["targeted"]
+    stages = (options for stage in report["recipe"]["stages"] for options in stage.values())
+    embedded = any(options.get("embeddings") for options in stages)
+    targets = "targeted weights, with the embedding" if embedded else "targeted weights"
     rows: list[tuple[str, Callable[[int], str], int, int]] = [
         ("parameters", "{:,}".format, parameters["dense"], parameters["compressed"]),
         ("weight files", as_size, files["dense"], files["compressed"]),
-        ("targeted weights", as_size, targeted["dense_bits"] // 8, targeted["bits"] // 8),
+        (targets, as_size, targeted["dense_bits"] // 8, targeted["bits"] // 8),
     ]
     for name, write, dense, compressed in rows:
         if dense:
@@ -348,9 +351,10 @@ def _speed(record: dict[str, Any]) -> str:
 def _print_sizes(plan: Plan) -> None:
     if plan.all_tasks:
         kind = "budget" if any(task.pending for task in plan.tasks) else "kept"
+        embedded = ", with the embedding" if plan.embeddings else ""
         OUT.print(
-            f"targeted weights: {as_size(plan.dense_bits // 8)} -> {as_size(plan.bits // 8)} "
-            f"({kind} {plan.kept:.1%})"
+            f"targeted weights{embedded}: {as_size(plan.dense_bits // 8)} -> "
+            f"{as_size(plan.bits // 8)} ({kind} {plan.kept:.1%})"
         )
     whole = f"whole model: {as_size(plan.dense_bytes)} -> {as_size(plan.compressed_bytes)}"
     # How many numbers fit into a budget depends on the bits that each will get.

@@ -1,6 +1,6 @@
 """Check a recipe against the model and all data before any work starts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,13 +31,12 @@ from lrc.configs.sources import fractions
 
 
 @dataclass(frozen=True)
-class Prepared(Compiled):
-    """A recipe whose names have all been looked up, and its plan; no weight has been read."""
+class CheckedModel:
+    """A source whose files and layers have been checked; no weight has been read."""
 
-    recipe: Recipe
     source: Source
-    dense: Architecture
-    """Architecture of the source."""
+    architecture: Architecture
+    warnings: Sequence[str]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -45,8 +44,35 @@ class Prepared(Compiled):
         return load_tokenizer(self.source)
 
 
+@dataclass(frozen=True)
+class Prepared(Compiled):
+    """A recipe whose names have all been looked up, and its plan; no weight has been read."""
+
+    recipe: Recipe
+    checked: CheckedModel
+
+    @property
+    def source(self) -> Source:
+        """Files of the source."""
+        return self.checked.source
+
+    @property
+    def dense(self) -> Architecture:
+        """Architecture of the source."""
+        return self.checked.architecture
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the source."""
+        return self.checked.tokenizer
+
+
 def prepare(
-    recipe: Recipe, stages: Mapping[str, StageCompiler], *, weights: bool = True
+    recipe: Recipe,
+    stages: Mapping[str, StageCompiler],
+    *,
+    weights: bool = True,
+    checked: MutableMapping[str, CheckedModel] | None = None,
 ) -> Prepared:
     """Look up the names in a recipe and compile it; everything invalid is rejected here.
 
@@ -56,6 +82,9 @@ def prepare(
         The registry of stages.
     weights : bool
         Whether to download weights from the Hub now.
+    checked : mutable mapping, optional
+        Models of earlier calls, which are not read and checked again; new ones are added. Reading
+        the metadata of a GGUF file takes seconds.
 
     Raises
     ------
@@ -77,8 +106,10 @@ def prepare(
         for name in fractions(recipe.calibration.source):
             with _collected(problems):
                 check_source(name, part="calibration")
+    known = {} if checked is None else checked
+    model = recipe.model.model_dump_json()
     with _collected(problems):
-        source = locate(recipe.model, weights=weights)
+        source = known[model].source if model in known else locate(recipe.model, weights=weights)
     _check_output(recipe, problems)
     problems.raise_if_any()
     kind = kind_of(source.config)
@@ -93,10 +124,10 @@ def prepare(
             with _collected(problems):
                 check_window(source.config, window, key)
                 check_halves(kind, window, key)
-    dense, warnings = build(source), list[str]()
-    if source.weights_local:  # reads headers only
-        source, dense, warnings = check_contents(source, dense)
-    dense = check_layers(dense)
+    if model not in known:
+        known[model] = _checked(source)
+    found = known[model]
+    source, dense, warnings = found.source, found.architecture, found.warnings
     before = len(problems)
     check_recipe_kind(recipe, dense, problems)
     if len(problems) > before:
@@ -113,10 +144,17 @@ def prepare(
     warnings = [*warnings, *compiled.plan.warnings, *_needs_lrc(compiled)]
     compiled = replace(compiled, plan=replace(compiled.plan, warnings=warnings))
     check_loading(compiled.plan, compiled.architecture.model)
-    prepared = Prepared(**vars(compiled), recipe=recipe, source=source, dense=dense)
+    prepared = Prepared(**vars(compiled), recipe=recipe, checked=known[model])
     if source.gguf is None and source.weights_local:
         _ = prepared.tokenizer
     return prepared
+
+
+def _checked(source: Source) -> CheckedModel:
+    dense, warnings = build(source), list[str]()
+    if source.weights_local:  # reads headers only
+        source, dense, warnings = check_contents(source, dense)
+    return CheckedModel(source, check_layers(dense), warnings)
 
 
 def _check_output(recipe: Recipe, problems: Problems) -> None:

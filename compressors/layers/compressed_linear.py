@@ -222,16 +222,21 @@ class Int8Linear(CompressedLinear):
         return view
 
 
-@lru_cache
-def compares_dtype(owner: type[nn.Module], leaf: str) -> bool:
-    """Return whether the code of a class asks if the weight of its child `leaf` is int8.
+def compares_dtype(owner: nn.Module, leaf: str) -> bool:
+    """Return whether the code of a module asks if the weight of its child `leaf` is int8.
 
     T5 and its relatives do.
     """
+    kind: Any = type(owner)
+    return f".{leaf}.weight.dtype != torch.int8" in _code_of(kind)
+
+
+@lru_cache
+def _code_of(kind: Any) -> str:
     try:
-        return f".{leaf}.weight.dtype != torch.int8" in inspect.getsource(owner)
+        return inspect.getsource(kind)
     except (OSError, TypeError):  # defined where no file is
-        return False
+        return ""
 
 
 def convert_inputs_(model: Any) -> None:

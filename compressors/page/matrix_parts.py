@@ -89,12 +89,14 @@ def bytes_by_place(run: SavedRun, page: Page) -> list[Part]:
     title = "Bytes by projection"
     # After slicing, the dense targeted matrices are those of the sliced model.
     sliced = ", and what slicing has removed" if run.report["slices"] else ""
+    embedded = any(matrix.layer is None for matrix in matrices)
+    others = "norms" if embedded else "embedding and norms"
     return [
         *figures(
             (
                 charts.bytes_by_part(page, title, bars),
                 "Stored bytes by projection, over all layers, and the percentage kept. Other "
-                f"tensors are those that are not targeted, such as embedding and norms{sliced}.",
+                f"tensors are those that are not targeted, such as {others}{sliced}.",
             ),
             (
                 charts.bytes_by_layer(page, layers, by_layer),

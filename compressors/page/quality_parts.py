@@ -8,8 +8,10 @@ from lrc.compressors.page import charts
 from lrc.compressors.page.charts import Interval, Point
 from lrc.compressors.page.drawing import Page
 from lrc.compressors.page.gate_parts import gate_rows, passed_text
-from lrc.compressors.page.number_text import nats_text, percent_text, score_text, size_text
+from lrc.compressors.page.matrices import matrices_of
+from lrc.compressors.page.number_text import percent_text, score_text, size_text
 from lrc.compressors.page.parts import Facts, Part, Table, Text, figures, tables
+from lrc.compressors.page.prediction_parts import divergences
 from lrc.compressors.page.saved_runs import SavedRun
 
 THIS = "this result"
@@ -32,7 +34,8 @@ def overview(run: SavedRun, page: Page) -> list[Part]:
             (
                 "targeted matrices",
                 percent_text(targeted["kept"]),
-                f"{size_text(targeted['bits'] / 8)} of {size_text(targeted['dense_bits'] / 8)}",
+                f"{size_text(targeted['bits'] / 8)} of {size_text(targeted['dense_bits'] / 8)}"
+                f"{_with_embedding(report)}",
             )
         )
     for name, entry in report["evaluation"]["perplexity"].items():
@@ -71,7 +74,8 @@ def sizes(run: SavedRun, page: Page) -> list[Part]:
     rows = [_size_row("weight files", model["file_bytes"], size_text)]
     if targeted["dense_bits"]:
         both = {"dense": targeted["dense_bits"] // 8, "compressed": targeted["bits"] // 8}
-        rows.append(_size_row("targeted matrices", both, size_text))
+        name = f"targeted matrices{_with_embedding(run.report)}"
+        rows.append(_size_row(name, both, size_text))
     rows.append(_size_row("parameters", model["parameters"], "{:,}".format))
     parts = tables("Size", ["", "dense", "compressed", "kept"], rows)
     if source["quantized"]:
@@ -84,6 +88,12 @@ def sizes(run: SavedRun, page: Page) -> list[Part]:
     return parts
 
 
+def _with_embedding(report: Mapping[str, Any]) -> str:
+    """Return a remark if the targeted matrices are more than those that `keep` is about."""
+    outside = any(matrix.layer is None for matrix in matrices_of(report))
+    return ", with the embedding" if outside else ""
+
+
 def _size_row(name: str, both: Mapping[str, int], write: Any) -> list[str]:
     dense, compressed = both["dense"], both["compressed"]
     return [name, write(dense), write(compressed), percent_text(compressed / dense)]
@@ -92,22 +102,22 @@ def _size_row(name: str, both: Mapping[str, int], write: Any) -> list[str]:
 def quality(run: SavedRun, page: Page) -> list[Part]:
     """Return perplexities, divergences, task scores and continuations."""
     evaluation = run.report["evaluation"]
+    dtypes = dict.fromkeys(entry["dtype"] for entry in evaluation["perplexity"].values())
     parts = tables(
-        "Perplexity per token ± standard error; lower is better",
-        ["text", "dense", "compressed", "ratio", "tokens", "windows", "dtype"],
+        f"Perplexity per token in {', '.join(dtypes)} ± standard error; lower is better",
+        ["text", "dense", "compressed", "ratio", "tokens", "windows"],
         (
             [
-                name,
+                f"{name}, in domain" if p.get("in_domain") else name,
                 *(_perplexity(p, model) for model in ("dense", "compressed")),
                 "" if p["ratio"] is None else f"{p['ratio']:.3f}",
                 f"{p['tokens']:,}",
                 f"{p['windows']} of {p['window']}{', BOS each' if p['bos'] else ''}",
-                p["dtype"],
             ]
             for name, p in evaluation["perplexity"].items()
         ),
     )
-    parts += _divergences(evaluation.get("kl", {}), page)  # not in reports of all versions
+    parts += divergences(evaluation.get("kl", {}))  # not in reports of all versions
     parts += _tasks(evaluation["tasks"], page)
     continued = evaluation.get("generations", [])
     if continued:
@@ -117,40 +127,12 @@ def quality(run: SavedRun, page: Page) -> list[Part]:
     return parts
 
 
-def _divergences(kl: Mapping[str, Any], page: Page) -> list[Part]:
-    head = [
-        "text",
-        "KL(dense || compressed)",
-        "KL(compressed || dense)",
-        "top-1 agreement",
-        "tokens",
-    ]
-    rows = [
-        [
-            name,
-            *(
-                _with_error(nats_text(entry[key]), entry["stderr"], key)
-                for key in ("forward", "reverse")
-            ),
-            percent_text(entry["agreement"]),
-            f"{entry['tokens']:,}",
-        ]
-        for name, entry in kl.items()
-    ]
-    caption = "Predictions compared with the dense model, nats per token ± standard error"
-    return tables(caption, head, rows)
-
-
 def _perplexity(entry: Mapping[str, Any], model: str) -> str:
     value = entry[model]
     if value is None:
         return ""
     error = entry.get("stderr", {}).get(model)  # not in reports of all versions
     return score_text(value, error)
-
-
-def _with_error(text: str, errors: Mapping[str, float] | None, key: str) -> str:
-    return text if errors is None else f"{text} ± {nats_text(errors[key])}"
 
 
 def _tasks(tasks: Mapping[str, Any], page: Page) -> list[Part]:

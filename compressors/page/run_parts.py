@@ -86,6 +86,14 @@ def missing(run: SavedRun, page: Page) -> list[Part]:
     absent = []
     if not report["evaluation"]["perplexity"]:
         absent.append(("perplexity", "add texts to 'evaluate.perplexity'"))
+    texts = report["evaluation"]["perplexity"].values()
+    if texts and all(entry.get("in_domain") for entry in texts):
+        absent.append(
+            (
+                "text of another kind than the calibration text, on which the model loses more",
+                "add one to 'evaluate.perplexity'",
+            )
+        )
     if not report["evaluation"]["tasks"]:
         absent.append(("task scores", "add tasks of lm-eval to 'evaluate.tasks'"))
     if report["speed"] is None:

@@ -11,7 +11,7 @@ from lrc.compressors.io.files import remove, write_text
 from lrc.compressors.io.journal import open_journal
 from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.pipeline import compress
-from lrc.compressors.prepare import Prepared, prepare
+from lrc.compressors.prepare import CheckedModel, Prepared, prepare
 from lrc.compressors.stages import STAGES
 from lrc.compressors.sweep.outcome import Outcome, sweep_json
 from lrc.compressors.sweep.shared_work import SharedWork
@@ -52,6 +52,7 @@ class Sweep:
     facts: dict[str, Any] = field(default_factory=dict)
     """Further keys of ``sweep.json``."""
     _warned: set[str] = field(default_factory=set)
+    _models: dict[str, CheckedModel] = field(default_factory=dict)
 
     @contextmanager
     def opened(self) -> Iterator[SharedWork]:
@@ -108,7 +109,9 @@ class Sweep:
         prepared: dict[str, Prepared] = {}
         for each in combinations:
             with self._recorded(each):
-                prepared[each.name] = prepare(loaded[each.name].recipe, STAGES)
+                prepared[each.name] = prepare(
+                    loaded[each.name].recipe, STAGES, checked=self._models
+                )
         shared.compute([*prepared.values()])
         for each in combinations:
             if each.name in prepared:

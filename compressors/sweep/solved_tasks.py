@@ -91,7 +91,8 @@ class FinishedRun:
         plain = self._manifest is not None and self._manifest.plain
         header = self._headers[plain_name(name) if plain else name]
         with safe_open(header.file, framework="pt") as file:
-            return file.get_tensor(header.name)
+            tensor: Tensor = file.get_tensor(header.name)
+        return tensor
 
 
 class SolvedTasks:

@@ -17,8 +17,6 @@ from lrc.compressors.sweep.solved_tasks import FinishedRun
 from lrc.configs.axes import combinations, read_axes
 from lrc.configs.errors import Stopped
 
-OWN_EACH_TIME = {"README.md", "lrc/report.json", "lrc/recipe.given.yaml"}
-
 
 @pytest.fixture
 def recipe(
@@ -33,7 +31,8 @@ def recipe(
 def contents(checkpoint: Path) -> dict[str, bytes]:
     files = [file for file in checkpoint.rglob("*") if file.is_file()]
     names = {str(file.relative_to(checkpoint)): file for file in files}
-    return {n: f.read_bytes() for n, f in names.items() if f.suffix == ".safetensors"}
+    other = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    return {n: f.read_bytes() for n, f in names.items() if f.suffix == ".safetensors" or n in other}
 
 
 class Calls:
