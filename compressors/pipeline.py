@@ -8,9 +8,7 @@ import torch
 
 from lrc.compressors import report
 from lrc.compressors.calibrate.activation_cache import cache_files
-from lrc.compressors.checkpoint.assemble import write_checkpoint
 from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer, missing_files
-from lrc.compressors.compress.layerwise import layer_file
 from lrc.compressors.compress.profile import Profile, profile_plan
 from lrc.compressors.estimates.estimate import estimate, refuse_too_large
 from lrc.compressors.estimates.workload import Workload
@@ -20,8 +18,7 @@ from lrc.compressors.evaluate.gates import check_gates, metrics_of
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
 from lrc.compressors.evaluate.streaming_rule import ModelBytes, streams, why_too_large
 from lrc.compressors.heal.run import training_files
-from lrc.compressors.heal.trained_files import trained_tensors
-from lrc.compressors.io.files import new_folder, remove
+from lrc.compressors.io.files import remove
 from lrc.compressors.io.machine import Machine, free_memory, release_memory
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.models.architecture import Architecture
@@ -38,6 +35,7 @@ from lrc.compressors.stages.compress_weights import (
     predict_losses,
     stored_curves,
 )
+from lrc.compressors.stages.save_checkpoint import save_checkpoint
 from lrc.compressors.statistic_division import statistic_segments
 from lrc.compressors.streamed.checkpoint_layers import open_checkpoint
 from lrc.compressors.streamed.streamed_evaluation import StreamedEvaluation
@@ -87,7 +85,7 @@ def compress(
                 _check_estimate(session)
                 _check_memory(session)
                 _check_source(session)
-                _save(session, _run_stages(session), loaded)
+                save_checkpoint(session, _run_stages(session), loaded)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
             evaluation = session.in_all_processes(_evaluate)
             remove(session.journal.output / PAGE)  # of an earlier evaluation
@@ -252,23 +250,6 @@ def _has_checkpoint(session: Session) -> bool:
             "again, which recreates it"
         )
     return True
-
-
-def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
-    """Write the checkpoint, completely or not at all."""
-    with session.clock("save"), new_folder(session.checkpoint) as folder:
-        write_checkpoint(
-            folder,
-            plan=plan,
-            loaded=loaded,
-            source=session.prepared.source,
-            architecture=session.models.architecture,
-            reader=session.models.reader,
-            tokenizer=session.prepared.tokenizer,
-            user_plans=session.prepared.user_plans,
-            compressed=lambda layer, name: session.journal.read_tensor(layer_file(layer), name),
-            trained=trained_tensors(session.journal, plan),
-        )
 
 
 def _model_bytes(session: Session, plan: Plan) -> ModelBytes:
