@@ -181,8 +181,9 @@ def _predict(session: Session) -> Sensitivity:
 
 def _check_estimate(session: Session) -> None:
     """Estimate what the run needs, once, and refuse what cannot fit."""
-    expected = estimate(session.prepared, session.device)
-    refuse_too_large(expected, session.prepared, session.device)
+    processes = session.processes
+    expected = estimate(session.prepared, session.device, processes.size)
+    refuse_too_large(expected, session.prepared, session.device, processes.on_host)
     if not session.journal.has(report.ESTIMATE):
         session.journal.write_json(report.ESTIMATE, expected.to_json())
 

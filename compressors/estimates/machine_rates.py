@@ -59,6 +59,21 @@ class MachineRates:
         power = math.log(slow / fast) / math.log(large / small)
         return float(slow * (size / large) ** (3.0 if size > large else power))
 
+    def shared(self, processes: int) -> "MachineRates":
+        """Return the speeds of each of several processes that compute on the cores of this CPU.
+
+        They are lower if there are more threads than cores.
+        """
+        slower = max(1.0, processes * torch.get_num_threads() / (os.cpu_count() or 1))
+        return MachineRates(
+            self.products / slower,
+            self.double_products / slower,
+            self.model_products / slower,
+            tuple((size, seconds * slower) for size, seconds in self.eigenproblems),
+            self.elementwise / slower,
+            self.disk,
+        )
+
 
 @cache
 def measure_rates(device: str, dtype: torch.dtype, folder: Path) -> MachineRates:
