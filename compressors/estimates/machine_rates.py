@@ -64,12 +64,13 @@ class MachineRates:
 
         They are lower if there are more threads than cores.
         """
+        (small, fast), (large, slow) = self.eigenproblems
         slower = max(1.0, processes * torch.get_num_threads() / (os.cpu_count() or 1))
         return MachineRates(
             self.products / slower,
             self.double_products / slower,
             self.model_products / slower,
-            tuple((size, seconds * slower) for size, seconds in self.eigenproblems),
+            ((small, fast * slower), (large, slow * slower)),
             self.elementwise / slower,
             self.disk,
         )
