@@ -112,6 +112,14 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Estimate a run of this many processes, as `torchrun --nproc-per-node` starts "
+            "them: time, and memory of each.",
+        ),
+    ] = 1,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -122,6 +130,8 @@ def plan(
     if sensitivity or profile is not None or svg is not None or program is not None:
         if every:
             raise UsageError("--all: --sensitivity shows every matrix anyway; leave one out")
+        if processes > 1:
+            raise UsageError("--processes: --sensitivity runs in one process; leave one out")
         if program is not None:
             known("--format", program, SETTINGS)
         from lrc.cli.loss_predictions import run
@@ -133,12 +143,14 @@ def plan(
     from lrc.compressors.io.machine import Machine
     from lrc.compressors.planning.predicted_times import predicted_times
     from lrc.compressors.prepare import prepare
+    from lrc.compressors.session import check_division
     from lrc.compressors.stages import STAGES
 
     console.quiet_transformers()
     machine = Machine(device)
     prepared = prepare(loaded.recipe, STAGES, weights=False)
-    expected = estimate(prepared, machine.chosen)
+    check_division(prepared, processes)
+    expected = estimate(prepared, machine.chosen, processes)
     refuse_too_large(expected, prepared, machine.chosen)
     found, unmeasured = prepared.plan, prepared.products if prepared.plan.unmeasured else []
     if as_json:

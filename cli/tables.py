@@ -63,8 +63,9 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     print_warnings(plan)
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
     gpu = "" if expected.peak_gpu is None else f", GPU memory {as_size(expected.peak_gpu)}"
+    each = f" of each of {expected.processes} processes" if expected.processes > 1 else ""
     OUT.print(
-        f"estimate: {parts}; memory {as_size(expected.peak_host)}{gpu}, disk "
+        f"estimate: {parts}; memory {as_size(expected.peak_host)}{gpu}{each}, disk "
         f"{as_size(expected.peak_disk)} while it runs"
     )
     if expected.not_estimated:

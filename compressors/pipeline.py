@@ -6,17 +6,15 @@ from typing import Any
 
 from lrc.compressors import report
 from lrc.compressors.calibrate.activation_cache import cache_files
-from lrc.compressors.checkpoint.assemble import write_checkpoint
 from lrc.compressors.checkpoint.reader import missing_files
-from lrc.compressors.compress.layerwise import Solved, layer_file
+from lrc.compressors.compress.layerwise import Solved
 from lrc.compressors.compress.profile import Profile, profile_plan
 from lrc.compressors.estimates.estimate import estimate, refuse_too_large
 from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.gates import check_gates, metrics_of
 from lrc.compressors.evaluate.scores import check_evaluation, missing_sentences
 from lrc.compressors.heal.run import training_files
-from lrc.compressors.heal.trained_files import trained_tensors
-from lrc.compressors.io.files import new_folder, remove
+from lrc.compressors.io.files import remove
 from lrc.compressors.io.machine import Machine, release_memory
 from lrc.compressors.model_versions import slice_folder
 from lrc.compressors.models.architecture import Architecture
@@ -34,6 +32,7 @@ from lrc.compressors.stages.compress_weights import (
     predict_losses,
     stored_curves,
 )
+from lrc.compressors.stages.save_checkpoint import save_checkpoint
 from lrc.compressors.statistic_division import statistic_segments
 from lrc.configs.errors import (
     CheckpointError,
@@ -87,7 +86,7 @@ def compress(
                 _check_estimate(session)
                 warn_of_missing_tasks(session)
                 _check_source(session)
-                _save(session, _run_stages(session), loaded)
+                save_checkpoint(session, _run_stages(session), loaded)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
             evaluation = session.in_all_processes(evaluate_run)
             remove(session.journal.output / PAGE)  # of an earlier evaluation
@@ -184,8 +183,9 @@ def _predict(session: Session) -> Sensitivity:
 
 def _check_estimate(session: Session) -> None:
     """Estimate what the run needs, once, and refuse what cannot fit."""
-    expected = estimate(session.prepared, session.device)
-    refuse_too_large(expected, session.prepared, session.device)
+    processes = session.processes
+    expected = estimate(session.prepared, session.device, processes.size)
+    refuse_too_large(expected, session.prepared, session.device, processes.on_host)
     if not session.journal.has(report.ESTIMATE):
         session.journal.write_json(report.ESTIMATE, expected.to_json())
 
@@ -244,20 +244,3 @@ def _has_checkpoint(session: Session) -> bool:
             "again, which recreates it"
         )
     return True
-
-
-def _save(session: Session, plan: Plan, loaded: LoadedRecipe) -> None:
-    """Write the checkpoint, completely or not at all."""
-    with session.clock("save"), new_folder(session.checkpoint) as folder:
-        write_checkpoint(
-            folder,
-            plan=plan,
-            loaded=loaded,
-            source=session.prepared.source,
-            architecture=session.models.architecture,
-            reader=session.models.reader,
-            tokenizer=session.prepared.tokenizer,
-            user_plans=session.prepared.user_plans,
-            compressed=lambda layer, name: session.journal.read_tensor(layer_file(layer), name),
-            trained=trained_tensors(session.journal, plan),
-        )

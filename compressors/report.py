@@ -140,6 +140,7 @@ SCHEMA = {
     "estimate.{seconds,host_bytes,gpu_bytes,disk_bytes}.STAGE": (
         "time, and the peaks of resident memory, GPU memory and the output folder"
     ),
+    "estimate.processes": "number of processes, each with these peaks of memory",
     "estimate.peak.{host_bytes,gpu_bytes,disk_bytes}": "the largest of all stages; GPU or null",
     "estimate.not_estimated[]": "parts of the evaluation that the estimate does not include",
     "environment": "versions, processor, threads, device",

@@ -258,7 +258,7 @@ def open_session(
     for warning in prepared.plan.warnings:
         machine.on_warning(warning)
     output, processes = Path(prepared.recipe.output).expanduser(), machine.processes
-    _check_division(prepared, processes)
+    check_division(prepared, processes.size)
     known = identity(prepared)
     with (
         machine.current(),
@@ -279,25 +279,25 @@ def join_session(prepared: Prepared, machine: Machine) -> Iterator[Session]:
         yield Session(prepared, journal, machine, Clock(journal, keep=False))
 
 
-def _check_division(prepared: Prepared, processes: Processes) -> None:
-    """Refuse what several processes cannot divide."""
-    if processes.alone:
+def check_division(prepared: Prepared, processes: int) -> None:
+    """Raise a `RecipeError` if a number of processes cannot divide a run."""
+    if processes == 1:
         return
     if prepared.dense.kind.padded:
         what = "encoder" if prepared.dense.kind.encoder else "encoder-decoder model"
         raise RecipeError(
-            f"model: is an {what}, whose texts cannot be divided between {processes.size} "
+            f"model: is an {what}, whose texts cannot be divided between {processes} "
             "processes; start one"
         )
     if statistic_segments(prepared) is not None:
         raise RecipeError(
             "calibration.disk_limit_gib: the statistics of all layers must fit on the disk if "
-            f"{processes.size} processes share them; start one, raise it, or choose an output "
+            f"{processes} processes share them; start one, raise it, or choose an output "
             "folder with more room"
         )
     samples = prepared.recipe.calibration.samples
-    if processes.size > samples:
+    if processes > samples:
         raise RecipeError(
-            f"calibration.samples: must be at least the number of processes, {processes.size}, "
+            f"calibration.samples: must be at least the number of processes, {processes}, "
             f"which divide the windows, got {samples}; start fewer processes, or raise it"
         )

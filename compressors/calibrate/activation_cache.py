@@ -8,6 +8,7 @@ input of every layer, from which the backward pass recomputes the layer.
 
 import os
 import time
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -48,13 +49,15 @@ class ActivationCache:
         self.done = 0
         self.tensor = _allocate(context, name, shape, torch.float32, context.device)
 
-    def finish_layer(self, *, save: bool) -> None:
+    def finish_layer(self, *, save: bool, before: Callable[[], None] = lambda: None) -> None:
         """Count one more finished layer; if `save`, write a snapshot when one is due.
 
-        Several processes write none: they are not at the same layer.
+        Several processes write none: they are not at the same layer. `before` waits until the
+        results of all layers so far are on disk: a run that continues does not go through them.
         """
         self.done += 1
         if save and self._alone and time.monotonic() - self._saved > SNAPSHOT_SECONDS:
+            before()
             self.save()
 
     def save(self) -> None:

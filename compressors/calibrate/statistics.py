@@ -1,8 +1,8 @@
 """Collect statistics of targeted linear layers: of inputs forward, of output gradients backward."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -23,6 +23,7 @@ from lrc.compressors.calibrate.calibration_passes import (
 from lrc.compressors.calibrate.encoder_decoder_executor import executor_of
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.statistic_table import Required
+from lrc.compressors.io.background_writes import BackgroundWrites
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import to_host
 from lrc.compressors.solvers.linalg import tensor_cores
@@ -185,23 +186,35 @@ class Collector:
         save : bool
             Whether to save the states from time to time.
         """
+        with BackgroundWrites(self.context.device) as writes:
+            for index in range(start, stop):
+                if checkpoints:
+                    copy_states(checkpoints[index - start], states.tensor)
+                self._forward_layer(index, states, writes, sums=sums, save=save)
+
+    def _forward_layer(
+        self,
+        index: int,
+        states: ActivationCache,
+        writes: BackgroundWrites,
+        *,
+        sums: bool,
+        save: bool,
+    ) -> None:
         n_layers = len(self.context.architecture.layer_names)
-        for index in range(start, stop):
-            if checkpoints:
-                copy_states(checkpoints[index - start], states.tensor)
-            required = [each.missing(index, INPUTS) if sums else {} for each in self.variants]
-            found, n_tokens = forward_layer(self.executor, index, states.tensor, required)
-            groups = self.executor.calls[index].groups
-            for variant, names, totals in zip(self.variants, required, found, strict=True):
-                if names and self.context.processes.last:
-                    leaders = {n: group[0] for group in groups for n in group if n in names}
-                    facts = {"leaders": leaders, "n_tokens": self.executor.n_tokens}
-                    facts["routed"] = self._routed(index, names, n_tokens)
-                    if self.context.architecture.kind.translates:
-                        facts["received"] = {name: n_tokens[leaders[name]] for name in leaders}
-                    _write(variant.journal, statistics_files(index)[INPUTS], totals, facts)
-            states.finish_layer(save=save and index < n_layers - 1)
-            self.context.on_step("calibrate", index + 1, n_layers)
+        required = [each.missing(index, INPUTS) if sums else {} for each in self.variants]
+        found, n_tokens = forward_layer(self.executor, index, states.tensor, required)
+        groups = self.executor.calls[index].groups
+        for variant, names, totals in zip(self.variants, required, found, strict=True):
+            if names and self.context.processes.last:
+                leaders = {n: group[0] for group in groups for n in group if n in names}
+                facts = {"leaders": leaders, "n_tokens": self.executor.n_tokens}
+                facts["routed"] = self._routed(index, names, n_tokens)
+                if self.context.architecture.kind.translates:
+                    facts["received"] = {name: n_tokens[leaders[name]] for name in leaders}
+                _write(writes, variant.journal, statistics_files(index)[INPUTS], totals, facts)
+        states.finish_layer(save=save and index < n_layers - 1, before=writes.finish)
+        self.context.on_step("calibrate", index + 1, n_layers)
 
     def backward(
         self,
@@ -226,16 +239,20 @@ class Collector:
             As of `forward`.
         """
         n_layers = len(self.context.architecture.layer_names)
-        for index in range(start - 1, stop - 1, -1):
-            required = [each.missing(index, GRADIENTS) if sums else {} for each in self.variants]
-            found = backward_layer(
-                self.executor, index, checkpoints[index - first], gradients.tensor, required
-            )
-            for variant, names, totals in zip(self.variants, required, found, strict=True):
-                if names and self.context.processes.last:
-                    _write(variant.journal, statistics_files(index)[GRADIENTS], totals, {})
-            gradients.finish_layer(save=save and index > stop)
-            self.context.on_step("gradients", n_layers - index, n_layers - stop)
+        with BackgroundWrites(self.context.device) as writes:
+            for index in range(start - 1, stop - 1, -1):
+                required = [
+                    each.missing(index, GRADIENTS) if sums else {} for each in self.variants
+                ]
+                found = backward_layer(
+                    self.executor, index, checkpoints[index - first], gradients.tensor, required
+                )
+                for variant, names, totals in zip(self.variants, required, found, strict=True):
+                    if names and self.context.processes.last:
+                        file = statistics_files(index)[GRADIENTS]
+                        _write(writes, variant.journal, file, totals, {})
+                gradients.finish_layer(save=save and index > stop, before=writes.finish)
+                self.context.on_step("gradients", n_layers - index, n_layers - stop)
 
     def _routed(
         self, layer: int, required: Required, n_tokens: Mapping[str, int]
@@ -257,7 +274,16 @@ class Collector:
         return any({*table.BACKWARD} & {*names} for names in required)
 
 
-def _write(journal: Journal, file: str, sums: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    tensors = {key: to_host(total) for key, total in sums.items()}
-    # A safetensors file needs at least one tensor.
-    journal.write_tensors(file, tensors or {"none": torch.zeros(1)}, facts)
+def _write(
+    writes: BackgroundWrites,
+    journal: Journal,
+    file: str,
+    sums: Mapping[str, Tensor],
+    facts: dict[str, Any],
+) -> None:
+    def prepare() -> Callable[[], None]:
+        tensors = {key: to_host(total) for key, total in sums.items()}
+        # A safetensors file needs at least one tensor.
+        return partial(journal.write_tensors, file, tensors or {"none": torch.zeros(1)}, facts)
+
+    writes.add(sum(total.nbytes for total in sums.values()), prepare)

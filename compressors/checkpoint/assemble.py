@@ -20,7 +20,8 @@ from lrc.compressors.checkpoint.plain import (
     loads_packed,
     plain_name,
 )
-from lrc.compressors.checkpoint.writer import write_config, write_weights
+from lrc.compressors.checkpoint.writer import reading_threads, write_config, write_weights
+from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.layers import sentinel
 from lrc.compressors.layers.experts import ordinary_linears, split_modules
 from lrc.compressors.layers.model_shapes import tables_of
@@ -32,38 +33,31 @@ from lrc.compressors.planning.plan import Plan
 from lrc.configs.load import LoadedRecipe, dump_recipe
 
 
-def write_checkpoint(
+def write_tensors(
     folder: Path,
     *,
     plan: Plan,
-    loaded: LoadedRecipe,
-    source: Source,
     architecture: Architecture,
     reader: WeightReader,
-    tokenizer: Any,
-    user_plans: Mapping[int, str],
     compressed: Callable[[int, str], Tensor],
     trained: Mapping[str, Callable[[], Tensor]],
+    processes: Processes = ALONE,
 ) -> None:
-    """Fill an empty folder with a checkpoint that `from_pretrained` loads.
+    """Write the weights of a checkpoint, with names that `from_pretrained` finds.
 
     Parameters
     ----------
     plan : Plan
         With results.
-    user_plans : mapping of int to str
-        Texts of plan files by stage.
     compressed : callable
-        Returns a compressed tensor by the layer in whose file it is, and its full name.
+        Returns a compressed tensor by the layer in whose file it is, and its full name. Called in
+        several threads.
     trained : mapping of str to callable
         Return tensors that take the place of stored ones, by their full names.
+    processes : Processes
+        All of them call this function, and write some of the files each.
     """
-    modules = plan.modules()
-    tables = tables_of(architecture.model.config)
-    linears = ordinary_linears(architecture.model)
-    # Budgets in time are met by the layers of lrc; transformers alone expands integers.
-    plain = is_plain(modules, linears) and not tables and plan.times is None
-    plain = plain and loads_packed(architecture.model, modules)
+    modules, plain = plan.modules(), _is_plain(plan, architecture)
     owners = plan.owner_layers()
     refit = {name for name, result in plan.results.items() if result.refit} - {*modules}
     origin: dict[str, Callable[[], Tensor]] = {}
@@ -101,7 +95,32 @@ def write_checkpoint(
         return origin[name]()
 
     split = any(name.startswith(experts) for name in modules)
-    write_weights(folder, *((meta, read) if split else with_fused(architecture, meta, read)))
+    tensors = (meta, read) if split else with_fused(architecture, meta, read)
+    write_weights(folder, *tensors, processes, threads=reading_threads())
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    plan: Plan,
+    loaded: LoadedRecipe,
+    source: Source,
+    architecture: Architecture,
+    reader: WeightReader,
+    tokenizer: Any,
+    user_plans: Mapping[int, str],
+) -> None:
+    """Complete a checkpoint, after `write_tensors`, so that `from_pretrained` loads it.
+
+    Parameters
+    ----------
+    plan : Plan
+        With results.
+    user_plans : mapping of int to str
+        Texts of plan files by stage.
+    """
+    modules, plain = plan.modules(), _is_plain(plan, architecture)
+    tables, linears = tables_of(architecture.model.config), ordinary_linears(architecture.model)
     budgets = elastic_table(modules, plan.elastic)
     block = layout.quantization_config(modules, {**tables, **budgets})
     if plain and modules:
@@ -122,6 +141,14 @@ def write_checkpoint(
     for stage, text in user_plans.items():
         _write(folder / layout.PLAN_GIVEN.format(stage=stage), text)
     write_manifest(folder, plain=plain)
+
+
+def _is_plain(plan: Plan, architecture: Architecture) -> bool:
+    """Return whether transformers alone can load the checkpoint."""
+    modules, linears = plan.modules(), ordinary_linears(architecture.model)
+    # Budgets in time are met by the layers of lrc; transformers alone expands integers.
+    plain = is_plain(modules, linears) and not tables_of(architecture.model.config)
+    return plain and plan.times is None and loads_packed(architecture.model, modules)
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,7 +1,9 @@
 """Write a compressed checkpoint, one shard in memory at a time."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,21 @@ from transformers import PreTrainedModel
 
 from lrc.compressors.checkpoint.elastic_budgets import BUDGET
 from lrc.compressors.checkpoint.format import ELASTIC, QUANT_METHOD
+from lrc.compressors.distributed.processes import ALONE, Processes
+from lrc.compressors.io.files import flush
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 10**9
+READING_THREADS = 4
 
 
 def write_weights(
     folder: Path,
     meta: dict[str, Tensor],
     read: Callable[[str], Tensor],
+    processes: Processes = ALONE,
     *,
+    threads: int = 1,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write safetensors shards under the names and with the index that transformers expects.
@@ -34,16 +41,34 @@ def write_weights(
         Every tensor of the checkpoint, in order, on the meta device.
     read : callable
         Returns the tensor of a name; called once each, shard after shard.
+    processes : Processes
+        All of them call this function, and write shards in turn.
+    threads : int
+        That call `read` at the same time. With one, calls are in the order of `meta`.
     max_shard_bytes : int
         A shard is held in memory while it is written.
     """
     split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_bytes)
-    for file, names in split.filename_to_tensors.items():
-        tensors = {name: read(name).contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
+    files = [*split.filename_to_tensors]
+    with ThreadPoolExecutor(threads, "read") as pool:
+        each = map if threads == 1 else pool.map
+        for number in processes.turn(len(files)):
+            names = split.filename_to_tensors[files[number]]
+            tensors = dict(
+                zip(names, each(lambda name: read(name).contiguous(), names), strict=True)
+            )
+            save_file(tensors, folder / files[number], metadata={"format": "pt"})
+            tensors.clear()
+            if not processes.first:
+                flush(folder / files[number])  # the first process may be on another host
+    if split.is_sharded and processes.first:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def reading_threads() -> int:
+    """Return how many threads read tensors that are only copied; more do not help."""
+    return min(READING_THREADS, os.cpu_count() or 1)
 
 
 def config_text(model: PreTrainedModel, block: Mapping[str, Any], dtype: str) -> str:

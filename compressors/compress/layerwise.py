@@ -1,7 +1,7 @@
 """Execute a plan: read weights, compress them and store the results, one layer at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -23,6 +23,7 @@ from lrc.compressors.compress.prefix import Prefix, measure, rounds
 from lrc.compressors.compress.refine import refine
 from lrc.compressors.compress.solve import refit_dense
 from lrc.compressors.distributed.processes import ALONE, Processes
+from lrc.compressors.io.background_writes import BackgroundWrites
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep, to_host
 from lrc.compressors.layers import layer_tensors
@@ -67,7 +68,7 @@ def compress_layers(
         Required if a task compensates.
     finished : callable
         Called with the index of a layer when its results are stored and its statistics can be
-        deleted.
+        deleted, perhaps in another thread.
     folder : str
         Of the journal, for the results.
     base : str, optional
@@ -86,7 +87,6 @@ def compress_layers(
         names in the checkpoint and in the dtype of the model; those of a group are in the file of
         its first layer.
     """
-    work = Compression(plan, reader, journal, statistics, device, folder, base, processes, solved)
     layers = sorted({w.layer for task in plan.tasks for w in task.weights})
     # Hidden states are needed up to the last layer that still has to be refitted.
     refit = [task.layer for task in plan.tasks if task.compensate is not None]
@@ -94,20 +94,35 @@ def compress_layers(
     stored = processes.agree(stored)
     last = max((i for i in refit if i not in stored), default=-1)
     assert prefix is not None or last < 0
-    for index in range(max(layers[-1], last) + 1):
-        follows = prefix if index <= last else None
-        if index in layers:
-            if index not in stored:
-                work.write_layer(index, follows)
-            elif follows is not None:
-                names = [name for group in follows.groups(index) for name in group]
-                work.insert(names, {}, {}, follows)  # resumed: this layer is on disk
-            if processes.first:
-                finished(index)
-                plan = plan.with_results(read_results(journal, index, folder))
-            on_step("compress", layers.index(index) + 1, len(layers))
-        if follows is not None and index < last:
-            follows.advance(index)
+    with BackgroundWrites(device) as writes:
+        work = Compression(
+            plan,
+            reader,
+            journal,
+            statistics,
+            device,
+            folder=folder,
+            base=base,
+            processes=processes,
+            solved=solved,
+            finished=finished,
+            writes=writes,
+        )
+        for index in range(max(layers[-1], last) + 1):
+            follows = prefix if index <= last else None
+            if index in layers:
+                if index not in stored:
+                    work.write_layer(index, follows)
+                elif follows is not None:
+                    names = [name for group in follows.groups(index) for name in group]
+                    work.insert(names, {}, {}, follows)  # resumed: this layer is on disk
+                if index in stored and processes.first:
+                    finished(index)
+                on_step("compress", layers.index(index) + 1, len(layers))
+            if follows is not None and index < last:
+                follows.advance(index)
+    for index in layers if processes.first else []:
+        plan = plan.with_results(read_results(journal, index, folder))
     return plan
 
 
@@ -156,9 +171,11 @@ class Compression:
     base: str | None = None
     processes: Processes = ALONE
     solved: Solved = lambda batch: None
+    finished: Callable[[int], None] = lambda layer: None
+    writes: BackgroundWrites = field(default_factory=lambda: BackgroundWrites("cpu"))
 
     def write_layer(self, layer: int, prefix: Prefix | None) -> None:
-        """Compress the tasks of a layer and finish its file."""
+        """Compress the tasks of a layer and write its file, which may end in the background."""
         results: dict[str, LayerResult] = {}
         tensors: dict[str, Tensor] = {}
 
@@ -193,8 +210,13 @@ class Compression:
                     self.insert(names, results, tensors, prefix)
             # Those that the model does not execute, like an unused expert.
             self._divide([[task] for task in refit.values()], self._compress_batch, store)
-        if self.processes.first:
+
+        def write() -> None:
             write_results(self.journal, layer, results, tensors, self.folder)
+            self.finished(layer)
+
+        if self.processes.first:
+            self.writes.add(sum(tensor.nbytes for tensor in tensors.values()), lambda: write)
 
     def _divide(
         self,
@@ -232,6 +254,7 @@ class Compression:
             file = layer_file(task.layer, self.folder)
             result = results.get(task.name)
             if result is None:
+                self.writes.finish()
                 self.processes.barrier()  # the first process may still be writing
                 result = read_results(self.journal, task.layer, self.folder)[task.name]
 

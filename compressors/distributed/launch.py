@@ -88,7 +88,9 @@ def join(device: str) -> Processes:
             f"{START.seconds // 60} minutes, or one has ended ({str(error).splitlines()[0][:200]})"
             "; start all of them again"
         ) from error
-    return Processes(dist.get_rank(), dist.get_world_size(), device, control, tensors)
+    size = dist.get_world_size()
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE") or size)
+    return Processes(dist.get_rank(), size, device, control, tensors, on_host)
 
 
 def is_first_failure(processes: Processes) -> bool:

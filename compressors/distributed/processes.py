@@ -42,6 +42,8 @@ class Processes:
         Group for Python objects, on the CPU; None for a single process.
     tensors : ProcessGroup, optional
         Group for tensors on the device; None for a single process.
+    on_host : int, optional
+        Number of processes on this host, by default all.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class Processes:
         device: str = "cpu",
         control: Any = None,
         tensors: Any = None,
+        on_host: int | None = None,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
+        self.on_host = size if on_host is None else on_host
         self.watch: Watch | None = None
         self._control, self._tensors = control, tensors
         self._sent: list[tuple[Any, Tensor]] = []

@@ -25,7 +25,9 @@ def disk_space(
         Of the stages: hidden states are saved from time to time.
     """
     plan, found = work.plan, {}
-    on_disk = {stage: each.disk for stage, each in buffers.items()}
+    # Slicing is not divided.
+    sizes = {stage: each.disk for stage, each in buffers.items()}
+    on_disk = {n: size * (1 if n == "slice" else work.processes) for n, size in sizes.items()}
     kept = plan.dense_bytes if work.prepared.source.gguf is not None else 0
     if kept:
         found["convert"] = kept
@@ -66,4 +68,6 @@ def disk_space(
 
 def _snapshots(work: Workload, seconds: float) -> int:
     """Return the size of the saved hidden states: two copies while they are replaced."""
+    if work.processes > 1:
+        return 0
     return work.states * min(2, int(seconds / SNAPSHOT_SECONDS))

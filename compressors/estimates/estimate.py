@@ -4,6 +4,7 @@ Everything follows from shapes, the plan and the measured speed of the machine. 
 within about 20 %, the time within a factor of 1.5 on a machine that does nothing else.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class Estimate:
     disk_bytes: dict[str, int]
     """Size of the output folder at its peak."""
     not_estimated: list[str]
+    processes: int = 1
+    """Number of processes; the memory is that of each."""
 
     @property
     def peak_host(self) -> int:
@@ -69,11 +72,16 @@ class Estimate:
         return {**asdict(self), "peak": peaks}
 
 
-def estimate(prepared: Prepared, device: str) -> Estimate:
-    """Estimate a run on `device`, whose speed is measured at the first call."""
-    work = Workload(prepared, device)
+def estimate(prepared: Prepared, device: str, processes: int = 1) -> Estimate:
+    """Estimate a run on `device`, whose speed is measured at the first call.
+
+    Each of several processes has a device like this one; on a CPU, they share its cores.
+    """
+    work = Workload(prepared, device, processes)
     dtype = torch.float32 if work.kind == "cpu" else prepared.source.dtype
     rates = measure_rates(device, dtype, existing_folder(Path(prepared.recipe.output).expanduser()))
+    if work.kind == "cpu":
+        rates = rates.shared(processes)
     free = free_memory(device)
     buffers = place_buffers(work, free)
     seconds = stage_seconds(work, rates)
@@ -85,6 +93,7 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         gpu_bytes={s: gpu for s, (_, gpu) in peaks.items()} if work.kind == "cuda" else {},
         disk_bytes=disk_space(work, buffers, seconds),
         not_estimated=_not_estimated(work),
+        processes=processes,
     )
 
 
@@ -94,7 +103,7 @@ def place_buffers(work: Workload, free: int) -> dict[str, Buffers]:
     found: dict[str, Buffers] = {}
     if work.plan.slices:
         found["slice"] = Buffers(gpu, work.memory_limit)
-        found["slice"].add(work.states)
+        found["slice"].add(round(work.states / work.window_share))  # one process has all windows
     if work.statistics:
         calibrating = found["calibrate"] = Buffers(gpu, work.memory_limit)
         calibrating.add(work.states)
@@ -108,7 +117,8 @@ def place_buffers(work: Workload, free: int) -> dict[str, Buffers]:
     if work.streams(free):
         models = 1 + work.evaluate.dense + len(work.evaluate.baselines)
         found["evaluate"] = Buffers(gpu, work.memory_limit)
-        found["evaluate"].add(VALUE_BYTES * work.width * work.scored_tokens * models)
+        tokens = math.ceil(work.scored_tokens * work.scored_share)
+        found["evaluate"].add(VALUE_BYTES * work.width * tokens * models)
     return found
 
 
@@ -120,10 +130,13 @@ def _not_estimated(work: Workload) -> list[str]:
     return [*found, "generated text"] if read_prompts(work.evaluate.generations) else found
 
 
-def refuse_too_large(expected: Estimate, prepared: Prepared, device: str) -> None:
+def refuse_too_large(
+    expected: Estimate, prepared: Prepared, device: str, on_host: int | None = None
+) -> None:
     """Refuse a run for which the memory or the disk does not suffice.
 
     Files that an earlier attempt has left in the output folder count as part of the run.
+    `on_host` is the number of processes on this host, by default all.
 
     Raises
     ------
@@ -133,7 +146,9 @@ def refuse_too_large(expected: Estimate, prepared: Prepared, device: str) -> Non
     problems, output = Problems(), Path(prepared.recipe.output).expanduser()
     host, gpu = _memory_remedies(prepared.recipe)
     available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    _check(problems, "host memory", expected.host_bytes, available, MARGIN, host)
+    number = on_host or expected.processes
+    together = {stage: number * n_bytes for stage, n_bytes in expected.host_bytes.items()}
+    _check(problems, "host memory", together, available, MARGIN, host)
     if expected.gpu_bytes:
         free = free_memory(device)
         _check(problems, "GPU memory", expected.gpu_bytes, free, MARGIN, gpu)

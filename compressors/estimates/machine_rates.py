@@ -61,6 +61,22 @@ class MachineRates:
         power = math.log(slow / fast) / math.log(large / small)
         return float(slow * (size / large) ** (3.0 if size > large else power))
 
+    def shared(self, processes: int) -> "MachineRates":
+        """Return the speeds of each of several processes that compute on the cores of this CPU.
+
+        They are lower if there are more threads than cores.
+        """
+        (small, fast), (large, slow) = self.eigenproblems
+        slower = max(1.0, processes * torch.get_num_threads() / (os.cpu_count() or 1))
+        return MachineRates(
+            self.products / slower,
+            self.double_products / slower,
+            self.model_products / slower,
+            ((small, fast * slower), (large, slow * slower)),
+            self.elementwise / slower,
+            self.disk,
+        )
+
 
 def measure_rates(device: str, dtype: torch.dtype, folder: Path) -> MachineRates:
     """Measure a device and the disk of a folder, each device and each disk once per process.

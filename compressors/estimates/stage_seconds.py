@@ -3,9 +3,15 @@
 The constants count passes and products in the code that they name, or were measured.
 """
 
+import math
+from collections import defaultdict
+
 from pydantic import TypeAdapter
 
 from lrc.compressors.calibrate.calibration_passes import HEAD_TENSORS
+from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES
+from lrc.compressors.compress.layerwise import relative_cost
+from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.estimates.machine_rates import MachineRates
 from lrc.compressors.estimates.workload import Workload, numbers, sides
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
@@ -43,14 +49,17 @@ LOADING = 1.5
 
 
 def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
-    """Return the seconds of every stage; tasks and text of unknown length are not included."""
+    """Return the seconds of every stage; tasks and text of unknown length are not included.
+
+    `rates` are those of a process while all of them compute.
+    """
     plan, seconds = work.plan, dict[str, float]()
     if work.prepared.source.gguf is not None:
         seconds["convert"] = plan.dense_bytes / rates.disk + 12 * plan.dense_parameters / (
             rates.elementwise
         )
     if plan.slices:
-        once = _forward(work, rates, work.dense_layers)
+        once = _forward(work, rates, work.dense_layers, share=1.0)  # by one process
         seconds["slice"] = once * sum(
             SLICERS[record.method].passes(SLICE_OPTIONS.validate_python(record.options), config)
             for record, config in zip(plan.slices, work.prepared.sliced, strict=True)
@@ -64,8 +73,13 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
     if pending or curves:
         seconds["allocate"] = 2 * curves / rates.products
         seconds["allocate"] += sum(_spectrum(task, rates, values=True) for task in pending)
+        seconds["allocate"] *= _layer_share(work)
     if work.tasks:
-        seconds["compress"] = _compression(work, rates) + 2 * solutions / rates.products
+        solving = 2 * solutions / rates.products + _solutions(work, rates)
+        seconds["compress"] = solving * (
+            _input_share(work) if work.compensated else _layer_share(work)
+        )
+        seconds["compress"] += sum(work.results) / rates.disk + _compensation(work, rates)
     if work.segments is not None:
         # Each stage collects what it uses.
         for stage in seconds.keys() & {"allocate", "compress"}:
@@ -74,12 +88,14 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
         tokens = sum(record.passes * (record.tokens or 0) for record in plan.training)
         seconds["heal"] = tokens * 2 * sum(work.layers) / (EFFICIENCY * rates.products)
         seconds["heal"] += sum(60 * (record.minutes or 0) for record in plan.training)
-    seconds["save"] = plan.compressed_bytes * (1 / rates.disk + 1 / READING)
+    files = work.share(math.ceil(plan.compressed_bytes / MAX_SHARD_BYTES))
+    seconds["save"] = files * plan.compressed_bytes * (1 / rates.disk + 1 / READING)
     if work.scored_tokens:
         a_token = 2 * plan.dense_parameters / (EFFICIENCY * rates.model_products)
+        a_token *= work.scored_share
         models = 1 + work.evaluate.dense
         seconds["evaluate"] = a_token * (models * work.scored_tokens + 2 * work.compared_tokens)
-        compared = 12 * work.compared_tokens * work.vocabulary
+        compared = 12 * work.compared_tokens * work.vocabulary * work.scored_share
         seconds["evaluate"] += compared / rates.elementwise
         seconds["evaluate"] += LOADING * (models + 2 * work.compares)
         if work.evaluate.baselines:
@@ -91,9 +107,15 @@ def stage_seconds(work: Workload, rates: MachineRates) -> dict[str, float]:
     return seconds
 
 
-def _forward(work: Workload, rates: MachineRates, layers: list[int]) -> float:
-    """Return the seconds of a pass of the calibration text through layers, and of the trace."""
-    tokens, reading = work.tokens + work.batch, work.itemsize * sum(layers) / READING
+def _forward(
+    work: Workload, rates: MachineRates, layers: list[int], share: float | None = None
+) -> float:
+    """Return the seconds of a pass of the calibration text through layers, and of the trace.
+
+    Of a process with a `share` of the windows, by default of each of several.
+    """
+    share = work.window_share if share is None else share
+    tokens, reading = work.tokens * share + work.batch, work.itemsize * sum(layers) / READING
     attention = 4 * work.calibration.window * work.width * len(layers)
     products = (2 * sum(layers) + attention) / (EFFICIENCY * rates.products)
     elementwise = ELEMENTWISE * work.width * len(layers) / rates.elementwise
@@ -101,16 +123,41 @@ def _forward(work: Workload, rates: MachineRates, layers: list[int]) -> float:
 
 
 def _calibration(work: Workload, rates: MachineRates) -> float:
-    seconds = _forward(work, rates, work.layers)
-    seconds += 2 * work.tokens * work.sum_flops / rates.products
-    seconds += sum(work.statistics_bytes) / rates.disk
-    if not work.differentiates:
-        return seconds
-    seconds += BACKWARD_PASSES * _forward(work, rates, work.layers)
-    head = work.heads or work.embedding
-    seconds += work.tokens * 3 * 2 * head / (EFFICIENCY * rates.products)
-    # Gaussian numbers take as long as several other operations.
-    return seconds + 4 * HEAD_TENSORS * work.tokens * work.vocabulary / rates.elementwise
+    tokens, n_layers = work.tokens * work.window_share, len(work.layers)
+    seconds = _forward(work, rates, work.layers) + 2 * tokens * work.sum_flops / rates.products
+    if work.differentiates:
+        seconds += BACKWARD_PASSES * _forward(work, rates, work.layers)
+        head = work.heads or work.embedding
+        seconds += tokens * 3 * 2 * head / (EFFICIENCY * rates.products)
+        # Gaussian numbers take as long as several other operations.
+        seconds += 4 * HEAD_TENSORS * tokens * work.vocabulary / rates.elementwise
+    # The last of several processes works as many layers behind the first as there are before it.
+    seconds *= (n_layers + work.processes - 1) / n_layers
+    return seconds + sum(work.statistics_bytes) / rates.disk
+
+
+def _layer_share(work: Workload) -> float:
+    """Return the part of the solutions that a process has if layers are divided."""
+    return work.share(len({task.layer for task in work.tasks}))
+
+
+def _input_share(work: Workload) -> float:
+    """Return the part that a process has if weights with the same input are divided.
+
+    Those with rows of equal length in one module count as weights with the same input.
+    """
+    sharing: dict[tuple[int, str, int], list[float]] = defaultdict(list)
+    for task in work.tasks:
+        parent = task.name.rpartition(".")[0]
+        sharing[task.layer, parent, task.stacked_shape[1]].append(relative_cost(task))
+    processes = Processes(size=work.processes)
+    longest = 0.0
+    for costs in sharing.values():
+        totals = [0.0] * work.processes
+        for cost, owner in zip(costs, processes.owners(costs), strict=True):
+            totals[owner] += cost
+        longest += max(totals)
+    return longest / sum(map(sum, sharing.values()))
 
 
 def _low_rank(task: LayerTask) -> bool:
@@ -129,7 +176,8 @@ def _spectrum(task: LayerTask, rates: MachineRates, *, values: bool) -> float:
     return (VALUES_ONLY if values else 1.0) * eigen + 2 * products / rates.double_products
 
 
-def _compression(work: Workload, rates: MachineRates) -> float:
+def _solutions(work: Workload, rates: MachineRates) -> float:
+    """Return the seconds of all solutions, except those of fixed-size methods."""
     seconds = sum(_spectrum(task, rates, values=False) for task in work.tasks if _low_rank(task))
     for task in work.tasks:
         if task.quantize is not None and task.quantize.quantizer == "gptq":
@@ -137,14 +185,18 @@ def _compression(work: Workload, rates: MachineRates) -> float:
             products = CODE_PASSES * numbers(task) * d_in + 2 * d_in**3
             seconds += 2 * products / rates.double_products
             seconds += len(task.weights) * d_in * COLUMN_SECONDS[work.kind]
-    seconds += sum(work.results) / rates.disk
-    if not work.compensated:
-        return seconds
-    seconds += COMPENSATION_PASSES * _forward(work, rates, work.layers)
-    inputs = {(w.layer, task.shape[1]) for task in work.compensated for w in task.weights}
-    seconds += 2 * 2 * work.tokens * sum(width**2 for _, width in inputs) / rates.products
     refits = sum(2 * numbers(t) * t.shape[1] + t.shape[1] ** 3 for t in work.compensated)
     return seconds + 2 * refits / rates.double_products
+
+
+def _compensation(work: Workload, rates: MachineRates) -> float:
+    """Return the seconds of what passes through the model while weights are compensated."""
+    if not work.compensated:
+        return 0.0
+    tokens = work.tokens * work.window_share
+    inputs = {(w.layer, task.shape[1]) for task in work.compensated for w in task.weights}
+    products = 2 * 2 * tokens * sum(width**2 for _, width in inputs) / rates.products
+    return COMPENSATION_PASSES * _forward(work, rates, work.layers) + products
 
 
 def fixed_size_flops(plan: Plan) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """The sizes of a run, counted from the plan and the shapes of the model."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -8,7 +9,7 @@ from math import prod
 import torch
 
 from lrc.compressors.calibrate.calibration_passes import HEAD_TOKENS
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
+from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, MIN_BATCHES
 from lrc.compressors.calibrate.segments import (
     VALUE_BYTES,
     Segments,
@@ -33,6 +34,8 @@ class Workload:
 
     prepared: Prepared
     device: str
+    processes: int = 1
+    """Number of processes that divide the work."""
 
     @property
     def kind(self) -> str:
@@ -61,8 +64,17 @@ class Workload:
 
     @property
     def memory_limit(self) -> int:
-        """Hidden states larger than this are on disk."""
-        return int(self.calibration.memory_limit_gib * GIB)
+        """Hidden states of a process that are larger than this are on disk."""
+        return int(self.calibration.memory_limit_gib * GIB / self.processes)
+
+    def share(self, pieces: int) -> float:
+        """Return the part of equal pieces of work that the process with most of them has."""
+        return math.ceil(pieces / self.processes) / max(pieces, 1)
+
+    @property
+    def window_share(self) -> float:
+        """Part of the calibration windows that a process has: whole batches."""
+        return self.share(math.ceil(self.tokens / self.batch)) if self.tokens else 1.0
 
     @cached_property
     def tokens(self) -> int:
@@ -73,12 +85,13 @@ class Workload:
     @property
     def batch(self) -> int:
         """Tokens that a layer is applied to at a time."""
-        return self.whole_windows(BATCH_TOKENS[self.kind])
+        few = max(1, self.calibration.samples // MIN_BATCHES) * self.calibration.window
+        return self.whole_windows(min(BATCH_TOKENS[self.kind], few))
 
     @property
     def head_batch(self) -> int:
         """Tokens whose logits exist at a time while gradients are taken."""
-        return self.whole_windows(HEAD_TOKENS[self.kind])
+        return min(self.batch, self.whole_windows(HEAD_TOKENS[self.kind]))
 
     def whole_windows(self, most: int) -> int:
         """Return the tokens of as many windows as fit into `most`, at least of one."""
@@ -166,13 +179,13 @@ class Workload:
 
     @property
     def states(self) -> int:
-        """Hidden states of all calibration windows after one layer."""
-        return VALUE_BYTES * self.tokens * self.width
+        """Hidden states of the calibration windows of a process after one layer."""
+        return int(VALUE_BYTES * self.tokens * self.width * self.window_share)
 
     @property
     def checkpoints(self) -> list[int]:
         """Inputs of the layers that a backward pass goes through; empty without one."""
-        numbers = self.tokens * self.width
+        numbers = int(self.tokens * self.width * self.window_share)
         layers = len(self.layers)
         if self.segments is not None:
             layers = max(b - a for a, b in pairwise(self.segments.ends))
@@ -205,6 +218,12 @@ class Workload:
             min(self.scored(spec) or 0, compared_windows(spec, self.evaluate) * spec.window)
             for spec in self.evaluate.compared_texts
         )
+
+    @property
+    def scored_share(self) -> float:
+        """Part of the windows of the evaluation texts that a process has."""
+        counts = [(self.scored(spec) or 0) // spec.window for spec in self.evaluate.perplexity]
+        return max((self.share(count) for count in counts if count), default=1.0)
 
     @property
     def model_itemsize(self) -> int:

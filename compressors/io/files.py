@@ -191,12 +191,13 @@ def publish(partial: Path, final: Path) -> None:
             if path.is_file():
                 with suppress(PermissionError):  # of a file system without permissions
                     path.chmod(0o666 & ~umask)
-            _fsync(path)
+            flush(path)
         os.replace(partial, final)
-        _fsync(final.parent)
+        flush(final.parent)
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,8 +19,9 @@ from lrc.compressors.io.journal import Journal
 from lrc.configs.errors import Problem, RecipeError
 
 OnStep = Callable[[str, int, int], None]
-"""Progress callback, called with (stage, done, total) when everything finished so far is on disk.
-May raise to stop. Must not print to stdout, which is redirected while an lm-eval task runs."""
+"""Progress callback, called with (stage, done, total) when everything finished so far is on disk,
+or is being written in the background, which ends before an error leaves the stage. May raise to
+stop. Must not print to stdout, which is redirected while an lm-eval task runs."""
 
 
 PINNED_BYTES = 2**25

@@ -89,8 +89,13 @@ def gptq(
     if not H.diagonal().any():
         nearest = round_to_nearest(W.double(), scheme, dtype=dtype)
         return replace(nearest, fallback="inputs were all zero; rounded to nearest")
-    start = _start(W, H, scheme, dtype=dtype, damp=damp, shrinkage=shrinkage, act_order=act_order)
-    found = _descended(start.W, start.H, start.inverse, start.grid, scheme, damp, passes)
+    start, inverse = _start(
+        W, H, scheme, dtype=dtype, damp=damp, shrinkage=shrinkage, act_order=act_order
+    )
+    codes = propagate_error(start.W, inverse, *start.grid.expand(W.shape[1]), scheme)
+    del inverse  # as large as H
+    found = QuantizedMatrix(codes, start.grid.scale, start.grid.zero, scheme)
+    found = coordinate_descent(start.W, start.H, found, damp=damp, passes=passes)
     return replace(better_rows(start.W, start.H, found, start.nearest), fallback=start.fallback)
 
 
@@ -122,27 +127,31 @@ def gptq_together(
     ValueError
         As `gptq`, if this holds for any of the matrices.
     """
-    starts = []
+    starts, inverses = [], []
     for W, H in zip(weights, moments, strict=True):
         check_metric(W, H)
-        starts.append(
-            _start(W, H, scheme, dtype=dtype, damp=damp, shrinkage=shrinkage, act_order=act_order)
+        start, inverse = _start(
+            W, H, scheme, dtype=dtype, damp=damp, shrinkage=shrinkage, act_order=act_order
         )
+        starts.append(start)
+        inverses.append(inverse)
 
     def stack(part: Callable[[_Start], Tensor]) -> Tensor:
         return torch.stack([part(start) for start in starts])
 
     inverse = InverseFactor(
-        stack(lambda start: start.inverse.order),
-        stack(lambda start: start.inverse.U),
-        stack(lambda start: start.inverse.weights),
+        torch.stack([each.order for each in inverses]),
+        torch.stack([each.U for each in inverses]),
+        torch.stack([each.weights for each in inverses]),
     )
     zero = None
     if not scheme.symmetric:
         zero = torch.stack([start.grid.zero for start in starts if start.grid.zero is not None])
     grid = Grid(stack(lambda start: start.grid.scale), zero)
     W, H = stack(lambda start: start.W), stack(lambda start: start.H)
-    found = _descended(W, H, inverse, grid, scheme, damp, passes)
+    codes = propagate_error(W, inverse, *grid.expand(W.shape[-1]), scheme)
+    found = QuantizedMatrix(codes, grid.scale, grid.zero, scheme)
+    found = coordinate_descent(W, H, found, damp=damp, passes=passes)
     results = []
     for number, start in enumerate(starts):
         zero = None if found.zero is None else found.zero[number]
@@ -160,7 +169,6 @@ class _Start:
     """[rows, columns], float64"""
     H: Tensor
     """[columns, columns], shrunk, float64"""
-    inverse: InverseFactor
     grid: Grid
     nearest: QuantizedMatrix
     fallback: str | None
@@ -175,28 +183,13 @@ def _start(
     damp: float,
     shrinkage: float,
     act_order: bool,
-) -> _Start:
+) -> tuple[_Start, InverseFactor]:
     W, H = W.double(), H.double()
     nearest = round_to_nearest(W, scheme, dtype=dtype, H=H)
     H = shrunk(H, shrinkage)
     inverse = factor_inverse_hessian(H, damp, act_order=act_order)
     grid = find_grid(W, scheme, dtype=dtype, weights=inverse.weights)
-    return _Start(W, H, inverse, grid, nearest, inverse.fallback)
-
-
-def _descended(
-    W: Tensor,
-    H: Tensor,
-    inverse: InverseFactor,
-    grid: Grid,
-    scheme: QuantizationArgs,
-    damp: float,
-    passes: int,
-) -> QuantizedMatrix:
-    """Quantize a matrix, or a stack of them, by error propagation and coordinate descent."""
-    codes = propagate_error(W, inverse, *grid.expand(W.shape[-1]), scheme)
-    start = QuantizedMatrix(codes, grid.scale, grid.zero, scheme)
-    return coordinate_descent(W, H, start, damp=damp, passes=passes)
+    return _Start(W, H, grid, nearest, inverse.fallback), inverse
 
 
 def shrunk(H: Tensor, shrinkage: float) -> Tensor:
@@ -232,9 +225,13 @@ def factor_inverse_hessian(H: Tensor, damp: float, *, act_order: bool = True) ->
         order = H.diagonal().argsort(descending=True, stable=True)
     # With the columns reversed, the lower Cholesky factor of H becomes an upper one R of the order,
     # H = R R^T, and U = R^-1. This avoids forming H^-1, which would lose digits.
-    L, fallback = whitening_factor(H[order][:, order].flip(0, 1), damp)
+    backwards = order.flip(0)
+    L, fallback = whitening_factor(H[backwards][:, backwards], damp)
     R = L.flip(0, 1)
-    U = torch.linalg.solve_triangular(R, torch.eye(len(H)).to(R), upper=True)
+    del L  # of large matrices, few copies fit into memory
+    U = torch.eye(len(H), dtype=R.dtype, device=R.device).mT  # in the layout of LAPACK
+    torch.linalg.solve_triangular(R, U, upper=True, out=U)
+    del R
     weights = torch.empty_like(H.diagonal())
     weights[order] = 1 / U.square().sum(dim=0)
     return InverseFactor(order, U, weights, fallback)

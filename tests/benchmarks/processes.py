@@ -1,13 +1,15 @@
 """Time `lrc compress` in one and in several processes, and compare the checkpoints.
 
 usage: python tests/benchmarks/processes.py [--preset llama-3-8b] [--layers 8] [--method kfac] ...
+       python tests/benchmarks/processes.py --runs one last --layers 2
        python tests/benchmarks/processes.py --kills 10 --preset tiny --device cpu
 
 The random model and its text are those of shapes.py. Runs are processes of their own, started with
 the environment and the module path of this one: one process, then several with
-``torch.distributed.run``, one per GPU, then one process on the last GPU. Prints one JSON object per
-run: seconds per stage, how many times faster than one process each stage is, and whether the files
-of the checkpoint have the same bytes.
+``torch.distributed.run``, one per GPU, then one process on the last GPU; ``--runs`` selects some of
+them. Prints one JSON object per run: seconds per stage, how many times faster than the first run
+each stage is, peak memory of the first process, and which files of the checkpoint have other bytes
+than those of the first run.
 
 With ``--kills``, one of several processes is killed at random moments instead; each time, a single
 process continues the run.
@@ -33,11 +35,14 @@ import shapes
 import torch
 
 from lrc.cli import console
-from lrc.compressors.io.machine import Machine
+from lrc.compressors.io.machine import Machine, release_memory
 from lrc.configs.yaml_text import write_yaml
 
 IGNORED = ("lrc/report.json", "README.md")  # they contain measured seconds and memory
 LAUNCHER = "torch.distributed.run"
+RUNS = ("one", "several", "last")
+LOG_LINES = 30
+"""Of a run that fails, that are shown."""
 
 
 def hashes(checkpoint: Path) -> dict[str, str]:
@@ -55,7 +60,7 @@ class Runs:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self._folder, self._set = folder, args.set
         self.output = folder / "run"
-        self._log = sys.stderr if args.verbose else subprocess.DEVNULL
+        self._verbose, self._log = args.verbose, folder / "log.txt"
         own = str(Path(__file__).parent)
         paths = [path for path in sys.path if path and path != own]
         self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -71,18 +76,22 @@ class Runs:
             command += ["-m", LAUNCHER, f"--nproc-per-node={processes}", f"--master-port={port}"]
         command += ["-m", "lrc", "compress", str(self._folder / "recipe.yaml")]
         command += [f"--device={device}", f"output={self.output}", *self._set]
-        return subprocess.Popen(
-            command, env=self._environment, stdout=subprocess.DEVNULL, stderr=self._log
-        )
+        with self._log.open("w") as log:
+            errors = sys.stderr if self._verbose else log
+            return subprocess.Popen(
+                command, env=self._environment, stdout=subprocess.DEVNULL, stderr=errors
+            )
 
-    def finish(self, processes: int, device: str) -> tuple[float, dict[str, float]]:
-        """Run to the end; return the seconds of everything, and of each stage."""
+    def finish(self, processes: int, device: str) -> tuple[float, dict[str, Any]]:
+        """Run to the end; return the seconds of everything, and the report."""
         begun = time.monotonic()
         code = self.start(processes, device).wait()
         if code:
-            sys.exit(f"a run of {processes} processes on {device} ended with exit code {code}")
-        report = json.loads((self.output / "report.json").read_text())
-        return time.monotonic() - begun, report["timing"]["seconds"]
+            last = self._log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+            failed = f"a run of {processes} processes on {device} ended with exit code {code}"
+            sys.exit("\n".join([*last, failed]))
+        report: dict[str, Any] = json.loads((self.output / "report.json").read_text())
+        return time.monotonic() - begun, report
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
@@ -97,21 +106,25 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     shapes.write_text(folder / "text.txt", str(folder / "model"), n_tokens)
     recipe = json.loads(loaded.recipe.model_dump_json(exclude_unset=True))
     (folder / "recipe.yaml").write_text(write_yaml(recipe))
+    release_memory()
 
 
 def compare(args: argparse.Namespace, runs: Runs) -> bool:
     """Print a JSON object for every run; return whether all checkpoints are the same."""
-    several = args.processes
-    plan = [(1, args.device, "one process")]
-    plan += [(several, args.device, f"{several} processes")]
-    if args.device.startswith("cuda"):
-        plan = [(1, "cuda:0", "cuda:0"), (several, "cuda", f"{several} processes")]
-        plan += [(1, f"cuda:{torch.cuda.device_count() - 1}", "last GPU")]
+    several, on_gpu = args.processes, args.device.startswith("cuda")
+    last = f"cuda:{torch.cuda.device_count() - 1}" if on_gpu else args.device
+    plan = {
+        "one": (1, "cuda:0" if on_gpu else args.device, "one process"),
+        "several": (several, "cuda" if on_gpu else args.device, f"{several} processes"),
+        "last": (1, last, "last GPU"),
+    }
     first: dict[str, Any] = {}
     same = True
-    for processes, device, name in plan:
+    for wanted in args.runs:
+        processes, device, name = plan[wanted]
         shutil.rmtree(runs.output, ignore_errors=True)
-        total, stages = runs.finish(processes, device)
+        total, report = runs.finish(processes, device)
+        stages = report["timing"]["seconds"]
         seconds = {**stages, "stages": sum(stages.values()), "with imports": total}
         files = hashes(runs.output / "checkpoint")
         first = first or {"seconds": seconds, "files": files}
@@ -120,6 +133,7 @@ def compare(args: argparse.Namespace, runs: Runs) -> bool:
         same &= not differing
         rounded = {key: round(value, 2) for key, value in seconds.items()}
         facts = {"run": name, "device": device, "seconds": rounded, "times faster": faster}
+        facts["memory"] = {"estimate": report["estimate"]["peak"], "actual": report["memory"]}
         print(json.dumps({**facts, "files that differ": differing}), flush=True)
     return same
 
@@ -169,10 +183,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every process")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, help="by default all; on a CPU no last")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--folder", help="an existing one, in which a temporary one is made")
     parser.add_argument("--verbose", action="store_true", help="show what the runs print")
     args = parser.parse_args()
+    args.runs = args.runs or (RUNS if args.device.startswith("cuda") else RUNS[:-1])
     folder = Path(tempfile.mkdtemp(prefix="processes-", dir=args.folder))
     try:
         prepare(args, folder)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from shape_models import PRESETS, SIZES, RandomModel, write_text
-from stage_costs import StageCosts, exponents, smaller_gpu
+from stage_costs import GIB, StageCosts, exponents, smaller_gpu
 
 from lrc.cli import console
 from lrc.compressors.io.machine import Machine, release_memory
@@ -133,11 +133,23 @@ def _described(
         "perplexity": evaluation["perplexity"],
         "kl": {name: each["forward"] for name, each in evaluation["kl"].items()},
         "baselines": evaluation["baselines"],
+        "estimate": _estimate(report["estimate"]),
         **report["environment"],
         "gpu_gib_limit": args.gpu_gib,
         "weights_generated": args.generated,
         "folder": str(folder) if args.keep_files else None,
     }
+
+
+def _estimate(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the estimates by stage, in the units of the measured stages."""
+    stages: dict[str, Any] = {
+        stage: {"seconds": round(seconds, 2)} for stage, seconds in found["seconds"].items()
+    }
+    for kind in ("gpu", "host", "disk"):
+        for stage, n_bytes in found[f"{kind}_bytes"].items():
+            stages.setdefault(stage, {})[f"{kind}_gib"] = round(n_bytes / GIB, 3)
+    return stages
 
 
 def _extrapolated(
@@ -171,6 +183,7 @@ def measure_sizes(args: argparse.Namespace) -> dict[str, Any]:
             "of_layers": depth,
             "seconds": facts["seconds"],
             "stages": facts["stages"],
+            "estimate": facts["estimate"],
             "extrapolated_seconds": whole,
         }
         costs[parameters] = {

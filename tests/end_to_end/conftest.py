@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,7 @@ def _compress(
         patch.setattr(
             assemble,
             "write_weights",
-            lambda *args: write_weights(*args, max_shard_bytes=family.shard_bytes),
+            partial(write_weights, max_shard_bytes=family.shard_bytes),
         )
         report = compress(load_recipe(recipe), Machine(device="cpu", on_step=keep_work))
     tokens = load_file(work / "windows.safetensors")["tokens"]

@@ -27,6 +27,7 @@ from lrc.compressors import session
 from lrc.compressors.calibrate import activation_cache
 from lrc.compressors.corpus.documents import read_documents
 from lrc.compressors.estimates.machine_rates import measure_rates
+from lrc.compressors.io import background_writes
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import OutputError, Stopped
@@ -250,7 +251,10 @@ def test_kills_at_random_moments_give_equal_checkpoints(case, least, request):
     ],
 )
 def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoint(case, request):
-    """Files get their names by `os.replace`: kill right after each new name."""
+    """Files get their names by `os.replace`: kill right after each new name.
+
+    In one case, results are written in the background, as on a GPU.
+    """
     undisturbed: Undisturbed = request.getfixturevalue(case)
     run, replace = undisturbed.recipe.with_name("run"), os.replace
     log = undisturbed.recipe.with_name("published")
@@ -263,9 +267,15 @@ def test_a_run_that_is_killed_after_every_file_it_writes_gives_the_same_checkpoi
             log.write_text(f"{log.read_text()}{name}\n")
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def before() -> None:
+        os.replace = kill_after  # type: ignore[assignment]
+        if case == "recommended":
+            background_writes.DEVICE_TYPES = {"cpu"}
+            background_writes.THREADS = 1  # two might publish a file each before the kill
+
     shutil.rmtree(run, ignore_errors=True)
     kills = 0
-    while was_killed(start(undisturbed.recipe, lambda: setattr(os, "replace", kill_after))):
+    while was_killed(start(undisturbed.recipe, before)):
         kills += 1
     published = log.read_text().split()
     assert kills == len(published) - 1

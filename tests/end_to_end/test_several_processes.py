@@ -8,13 +8,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.forked_processes import Forked
 
+from lrc.compressors.checkpoint import assemble
+from lrc.compressors.checkpoint.writer import write_weights
 from lrc.compressors.distributed import lifetime
+from lrc.compressors.io import background_writes
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
 from lrc.configs.load import load_recipe
@@ -28,6 +32,7 @@ pytestmark = [
 KFAC = {"decompose": {"method": "kfac", "keep": 0.6, "compensate": {"residual": 0.5}}}
 GPTQ = {"quantize": {"method": "gptq", "bits": 4, "group_size": 16}}
 MIXED = {"decompose": {"method": "mixed", "keep": 0.5}}
+SHARD_BYTES = 40_000
 DIFFERENT_EACH_TIME = ("lrc/report.json", "README.md")  # they contain times and peaks
 
 
@@ -89,9 +94,14 @@ def undisturbed(recipe: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     [(KFAC, {"streaming": "always"}), (GPTQ, {}), (MIXED, {"perplexity": []})],
     ids=["kfac", "gptq", "mixed"],
 )
-def test_two_processes_give_the_results_of_one(new_recipe, stage, evaluate, tmp_path):
+def test_two_processes_give_the_results_of_one(new_recipe, stage, evaluate, tmp_path, monkeypatch):
+    """With results that are written in the background, as on a GPU, and several weight files."""
+    monkeypatch.setattr(background_writes, "DEVICE_TYPES", {"cpu"})
+    small = partial(write_weights, max_shard_bytes=SHARD_BYTES)
+    monkeypatch.setattr(assemble, "write_weights", small)
     recipe = new_recipe(stage, **evaluate)
     files, evaluation = undisturbed(recipe)
+    assert sum(name.endswith(".safetensors") for name in files) > 1
     forked = in_two(tmp_path, "compress", recipe, "--device", "cpu")
     assert forked.wait() == [0, 0], forked.printed(0) + forked.printed(1)
     run = tmp_path / "run"

@@ -9,6 +9,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def make(
 
     def compressed(form: str, name: str = "run", **changes: Any) -> Checkpoint:
         if form == "two shards":
-            small = lambda *args: write_weights(*args, max_shard_bytes=100_000)  # noqa: E731
+            small = partial(write_weights, max_shard_bytes=100_000)
             monkeypatch.setattr(assemble, "write_weights", small)
         recipe = tiny_recipe(tiny_model_folder, tmp_path / name, stages=FORMS[form], **changes)
         compress(load_recipe(recipe), Machine(device="cpu"))

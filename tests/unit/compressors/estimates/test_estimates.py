@@ -1,6 +1,7 @@
 """Estimates as arithmetic, against bytes that are counted independently or were really used."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers import LlamaForCausalLM
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, MIN_BATCHES, batches
+from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.estimates import estimate as estimates
 from lrc.compressors.estimates.buffers import Buffers
 from lrc.compressors.estimates.estimate import Estimate, estimate, place_buffers, refuse_too_large
@@ -145,7 +148,7 @@ def test_logits_of_a_backward_pass_count(prepared: Callable[..., Prepared]) -> N
     for stages in ([{"decompose": {"method": "svd-llm", "keep": 0.6}}], KFAC):
         work = Workload(prepared(stages), "cpu")
         peaks.append(memory_peaks(work, place_buffers(work, 0), 0)["calibrate"][0])
-    logits = SAMPLES * LENGTH * 512 * 4
+    logits = LENGTH * 512 * 4  # of a batch, which is one of so few windows
     states = SAMPLES * LENGTH * WIDTH * 4
     assert peaks[1] - peaks[0] >= 3 * logits + states
 
@@ -162,6 +165,47 @@ def test_time_is_proportional_to_the_text_and_inverse_to_the_speed(
     assert twice / once == pytest.approx(2, rel=0.2)  # the trace and reading do not grow
     slower = MachineRates(5e5, 5e5, 5e5, ((100, 2e-2), (200, 16e-2)), 5e5, 1e12)
     assert stage_seconds(few, slower)["calibrate"] / once == pytest.approx(2, rel=0.01)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_process_has_as_many_windows_as_the_executor_gives_it(
+    prepared: Callable[..., Prepared], processes: int
+) -> None:
+    for samples in (4, 16, 70):
+        recipe = prepared(KFAC, calibration={"samples": samples, "length": LENGTH})
+        few = max(1, samples // MIN_BATCHES) * LENGTH
+        every = batches(torch.zeros(samples, LENGTH), min(BATCH_TOKENS["cpu"], few))
+        shares = [len(Processes(rank, processes).block(len(every))) for rank in range(processes)]
+        work = Workload(recipe, "cpu", processes)
+        assert work.window_share == pytest.approx(max(shares) / len(every))
+
+
+@pytest.mark.parametrize("stages", [KFAC, MIXED, COMPENSATED], ids=["kfac", "mixed", "svd-llm"])
+def test_two_processes_need_half_of_what_is_divided(
+    prepared: Callable[..., Prepared], stages: list[dict[str, Any]]
+) -> None:
+    text = [{"source": "python-docs", "window": 64, "windows": 8}]
+    recipe = prepared(
+        stages, calibration={"samples": 64, "length": LENGTH}, evaluate={"perplexity": text}
+    )
+    one, two = (Workload(recipe, "cpu", n) for n in (1, 2))
+    assert two.states == one.states / 2
+    assert two.scored_share == 1 / 2
+    slow = MachineRates(1e6, 1e6, 1e6, ((100, 1.0), (200, 8.0)), 1e6, 1e12)
+    alone, each = (stage_seconds(work, slow) for work in (one, two))
+    assert alone.keys() == each.keys()
+    faster = {stage: alone[stage] / each[stage] for stage in alone.keys() - {"save"}}
+    assert each["save"] == alone["save"]  # one small file
+    assert all(1.2 < times < 2.01 for times in faster.values()), faster
+    if stages != COMPENSATED:  # two of three layers
+        assert faster["compress"] == pytest.approx(1.5, rel=0.01)
+
+
+def test_processes_share_the_cores_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4 * torch.get_num_threads())
+    assert RATES.shared(4) == RATES
+    assert RATES.shared(8).products == RATES.products / 2
+    assert RATES.shared(8).eigenvectors(100) == 2 * RATES.eigenvectors(100)
 
 
 @pytest.fixture
@@ -240,6 +284,12 @@ def test_plan_shows_estimates(lrc: Callable[..., Any], written: Callable[..., Pa
     values = json.loads(lrc("plan", recipe, "--json").out)["estimate"]
     assert values["peak"]["gpu_bytes"] is None
     assert values["peak"]["host_bytes"] == max(values["host_bytes"].values())
+    assert values["processes"] == 1
+    shown = lrc("plan", recipe, "--processes", 2)
+    assert "of each of 2 processes" in " ".join(shown.out.split())
+    refused = lrc("plan", recipe, "--processes", 200)
+    assert refused.code == 2
+    assert "calibration.samples: must be at least the number of processes, 200" in refused.err
 
 
 def test_what_is_not_estimated_is_named(prepared: Callable[..., Prepared]) -> None:
