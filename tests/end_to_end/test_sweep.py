@@ -54,7 +54,7 @@ def test_runs_are_those_of_compress_and_share_statistics_curves_and_dense_scores
     folder = tmp_path / "sweep"
     values = ("keep=0.7,0.5", "method=kfac,mixed,svd-llm")
     forward = Calls(monkeypatch, statistics, "forward_layer")
-    curves = Calls(monkeypatch, rate_distortion, "_curve")
+    curves = Calls(monkeypatch, rate_distortion, "_curves")
     ended = lrc("sweep", recipe, *values, "--output", folder, "--json")
     assert ended.code == 0
     found = json.loads(ended.out)
