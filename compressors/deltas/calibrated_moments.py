@@ -32,6 +32,7 @@ from lrc.compressors.solvers.moments import Moment
 from lrc.compressors.solvers.spectrum import Spectrum, energies_only, spectrum
 from lrc.configs.errors import DeltaError, UsageError
 from lrc.configs.recipe import Calibration
+from lrc.configs.size import GIB
 from lrc.configs.sources import fractions
 
 DAMPING = {"damp": 1e-6, "gradient_damp": 0.1}
@@ -161,8 +162,8 @@ def refuse_full_disk(architecture: Architecture, folder: Path, *, gradients: boo
     free = shutil.disk_usage(folder).free
     if 4 * numbers > free:
         raise DeltaError(
-            f"calibration: the statistics take {4 * numbers / 2**30:.1f} GiB in {folder}, where "
-            f"{free / 2**30:.1f} GiB are free; write the delta to another disk, set "
+            f"calibration: the statistics take {4 * numbers / GIB:.1f} GiB in {folder}, where "
+            f"{free / GIB:.1f} GiB are free; write the delta to another disk, set "
             "gradients=false, or leave the calibration out",
             code="does-not-fit",
         )
