@@ -176,7 +176,7 @@ def _solution(work: Workload, task: LayerTask) -> int:
         elif {types} & {*LOW_RANK_TYPES}:
             found.append(3 * matrix + twice + 6 * DOUBLE * short**2)
     if task.quantize is not None:
-        found.append(6 * matrix + 5 * DOUBLE * task.stacked_shape[1] ** 2)
+        found.append(6 * matrix + 3 * DOUBLE * task.stacked_shape[1] ** 2)
     return max(found) + moments
 
 

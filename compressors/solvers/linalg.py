@@ -71,7 +71,8 @@ def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
     """
     used = damp
     while True:
-        L, info = torch.linalg.cholesky_ex(damped(H, used))
+        with _damping_(H, used):
+            L, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0:
             return L, None if used == damp else f"damping raised from {damp:g} to {used:g}"
         if used >= MAX_DAMP:
@@ -82,6 +83,18 @@ def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
     root = vectors * energies.clamp_min(floor).sqrt()  # [d, d], root @ root.T == H
     # With root.T == Q @ R the product root @ root.T is R.T @ R, and R.T is lower triangular.
     return torch.linalg.qr(root.T, mode="r").R.T, "Cholesky failed; whitened by eigenvectors"
+
+
+@contextmanager
+def _damping_(H: Tensor, damp: float) -> Iterator[None]:
+    """Let `H` have the values of `damped` in the context, without a copy of a large matrix."""
+    diagonal = H.diagonal()
+    before = diagonal.clone()
+    diagonal.add_(damp * diagonal.mean(dim=-1, keepdim=True))
+    try:
+        yield
+    finally:
+        diagonal.copy_(before)
 
 
 def descending_eigh(S: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,3 +75,13 @@ def test_weighted_error_is_the_output_error_on_the_tokens() -> None:
     W, W_hat = torch.randn(2, 4, 6, generator=g, dtype=torch.float64)
     outputs = float((X @ (W - W_hat).T).square().sum())
     assert weighted_error(W, W_hat, X.T @ X) == pytest.approx(outputs, rel=1e-12)
+
+
+@pytest.mark.parametrize("damp", [0.0, 0.1])
+def test_damping_leaves_the_matrix_as_it_was(damp: float) -> None:
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for H in (x.T @ x, x[:, :3].T @ x[:, :3]):  # the former only has a factor if it is damped
+        before = H.clone()
+        L, _ = whitening_factor(H, damp)
+        assert torch.equal(H, before)
+        torch.testing.assert_close(L @ L.T, damped(H, damp), atol=1e-5, rtol=1e-5)
