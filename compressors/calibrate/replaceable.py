@@ -89,7 +89,7 @@ def _loads(model: nn.Module, names: Iterable[str]) -> bool:
             tuple(linear.weight.shape), (ComponentConfig("low_rank", {"rank": 1}),)
         )
         parent, _, leaf = name.rpartition(".")
-        int8 = compares_dtype(trial.get_submodule(parent), leaf)
+        int8 = compares_dtype(type(trial.get_submodule(parent)), leaf)
         kind = Int8Linear if int8 else CompressedLinear
         trial.set_submodule(name, kind.replacing(linear, config))
     for tensor in (*trial.parameters(), *trial.buffers()):

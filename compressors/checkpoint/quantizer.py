@@ -360,7 +360,7 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
             bias = getattr(dense, "bias", None) is not None
             expected |= layout.expected_tensors(name, config, bias=bias)
         parent, _, leaf = name.rpartition(".")
-        if kind is CompressedLinear and compares_dtype(model.get_submodule(parent), leaf):
+        if kind is CompressedLinear and compares_dtype(type(model.get_submodule(parent)), leaf):
             kind = Int8Linear
         replaced[name] = kind.replacing(dense, config)
         replaced[name].requires_grad_(weight.requires_grad)

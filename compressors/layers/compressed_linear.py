@@ -222,12 +222,11 @@ class Int8Linear(CompressedLinear):
         return view
 
 
-def compares_dtype(owner: nn.Module, leaf: str) -> bool:
-    """Return whether the code of a module asks if the weight of its child `leaf` is int8.
+def compares_dtype(kind: Any, leaf: str) -> bool:
+    """Return whether the code of a class asks if the weight of its child `leaf` is int8.
 
     T5 and its relatives do.
     """
-    kind: Any = type(owner)
     return f".{leaf}.weight.dtype != torch.int8" in _code_of(kind)
 
 
