@@ -54,9 +54,8 @@ def warnings(run: SavedRun, page: Page) -> list[Part]:
     """Return what the run warned of."""
     evaluation = run.report["evaluation"]
     gap = evaluation.get("domain_gap")  # not in reports of all versions
-    found = [
-        Text(text, warning=True) for text in [*run.report["warnings"], *([gap] if gap else [])]
-    ]
+    texts = dict.fromkeys([*run.report["warnings"], *([gap] if gap else [])])  # often among them
+    found = [Text(text, warning=True) for text in texts]
     missing = (
         Text(
             f"{each['metric']} of the {each['model']} model was not measured: {each['reason']}",

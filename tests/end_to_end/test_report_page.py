@@ -272,8 +272,11 @@ def test_gates_are_shown_with_bound_value_and_outcome(
         ],
         ["tasks.piqa.acc", ">= 0.5x", "", "", "not measured"],
     ]
+    report["warnings"].append("domain-gap: much more")
+    report["evaluation"]["domain_gap"] = "domain-gap: much more"
     assert page_file.write_page(tmp_path, report, pytest.fail)
     found = check_self_contained((tmp_path / "report.html").read_text())
+    assert found.text.count("domain-gap: much more") == 1
     assert found.text.count("2 of 4 passed") == 2  # overview and table
 
 
