@@ -44,26 +44,35 @@ def _distinct(runs: Sequence[SavedRun]) -> dict[str, SavedRun]:
 
 def _table(runs: dict[str, SavedRun]) -> list[Part]:
     texts = _texts(runs)
-    return tables(
-        "One row for every run",
-        ["run", "stages", "weight files", "of dense", "targeted kept", *_heads(texts)],
-        ([name, *_cells(run, texts)] for name, run in runs.items()),
-    )
+    return [
+        *tables(
+            "Sizes",
+            ["run", "weight files", "of dense", "targeted kept"],
+            ([f"{name}: {_stages(run)}", *_sizes(run)] for name, run in runs.items()),
+        ),
+        *tables(
+            "Perplexity per token, and its ratio to that of the dense model",
+            ["run", *_heads(texts)],
+            ([name, *_scores(run, texts)] for name, run in runs.items() if texts),
+        ),
+    ]
 
 
 def _heads(texts: Sequence[str]) -> Iterator[str]:
     for text in texts:
-        yield f"perplexity {text}"
-        yield "ratio to dense"
+        yield text
+        yield "ratio"
 
 
-def _cells(run: SavedRun, texts: Sequence[str]) -> Iterator[str]:
+def _sizes(run: SavedRun) -> Iterator[str]:
     size = run.report["size"]
     files = size["model"]["file_bytes"]
-    yield _stages(run)
     yield size_text(files["compressed"])
     yield percent_text(files["compressed"] / files["dense"])
     yield percent_text(size["targeted"]["kept"]) if run.report["layers"] else ""
+
+
+def _scores(run: SavedRun, texts: Sequence[str]) -> Iterator[str]:
     for text in texts:
         entry = run.report["evaluation"]["perplexity"].get(text)
         yield "" if entry is None else score_text(entry["compressed"])
@@ -145,8 +154,12 @@ def _tasks(runs: dict[str, SavedRun]) -> list[Part]:
 
 
 def _gates(runs: dict[str, SavedRun]) -> list[Part]:
-    rows = ([name, *row.cells] for name, run in runs.items() for row in gate_rows(run))
-    return tables("Thresholds of the recipes; x: relative to the dense model", ["run", *HEAD], rows)
+    rows = (
+        [f"{name}: {row.gate}", *row.cells[1:]]
+        for name, run in runs.items()
+        for row in gate_rows(run)
+    )
+    return tables("Thresholds of the recipes; x: relative to the dense model", HEAD, rows)
 
 
 def _timings(runs: dict[str, SavedRun]) -> list[Part]:

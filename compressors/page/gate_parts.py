@@ -12,16 +12,15 @@ from lrc.compressors.page.saved_runs import SavedRun
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Gate
 
-HEAD = ("metric", "bound", "value", "dense", "result")
+HEAD = ("gate", "value", "dense", "result")
 
 
 @dataclass(frozen=True)
 class GateRow:
     """A threshold, and how the result compares with it."""
 
-    metric: str
-    bound: str
-    """Comparison and limit, such as ``<= 1.02x``."""
+    gate: str
+    """Metric, comparison and limit."""
     value: str
     dense: str
     """Value of the dense model; empty if there is none."""
@@ -36,7 +35,7 @@ class GateRow:
     @property
     def cells(self) -> list[str]:
         """Texts for the columns of `HEAD`."""
-        return [self.metric, self.bound, self.value, self.dense, self.result]
+        return [self.gate, self.value, self.dense, self.result]
 
 
 def gate_rows(run: SavedRun) -> list[GateRow]:
@@ -70,12 +69,11 @@ def _rows(run: SavedRun) -> Iterator[GateRow]:
         try:
             found = check_gates([gate], metrics)
         except RecipeError:  # a score that is missing, which the section of warnings explains
-            yield GateRow(gate.metric, str(gate).removeprefix(f"{gate.metric} "), "", "", None)
+            yield GateRow(str(gate), "", "", None)
             continue
         for each in found:
-            bound = each.gate.removeprefix(f"{gate.metric} ")
             dense = "" if each.dense is None else _in_unit(gate.metric, each.dense)
-            yield GateRow(gate.metric, bound, _value(gate, each), dense, each.passed)
+            yield GateRow(each.gate, _value(gate, each), dense, each.passed)
 
 
 def _value(gate: Gate, result: GateResult) -> str:
