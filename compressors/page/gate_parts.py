@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from lrc.compressors.evaluate.gates import SIZE, GateResult, check_gates, metrics_of
 from lrc.compressors.evaluate.score_text import four_digits
 from lrc.compressors.page.drawing import Page
-from lrc.compressors.page.number_text import percent_text, size_text
+from lrc.compressors.page.number_text import size_text
 from lrc.compressors.page.parts import Part, Table
 from lrc.compressors.page.saved_runs import SavedRun
 from lrc.configs.errors import RecipeError
@@ -85,4 +85,4 @@ def _value(gate: Gate, result: GateResult) -> str:
 def _in_unit(metric: str, value: float) -> str:
     if metric == SIZE:
         return size_text(value)
-    return percent_text(value) if metric.startswith("agreement.") else four_digits(value)
+    return four_digits(value)

@@ -59,7 +59,7 @@ def _facts_by_layer(page: Page, facts: Mapping[str, Any]) -> Iterator[tuple[str,
     for key, values in series.items():
         if len(values) > 1:
             title = MEANINGS.get(key, key)
-            yield charts.by_layer(page, title, values), f"{title}, by layer."
+            yield charts.by_layer(page, title, values), f"{title[:1].upper()}{title[1:]}, by layer."
 
 
 def _is_short(value: Any) -> bool:
