@@ -22,6 +22,7 @@ from lrc.compressors.models.model_kinds import refuse_encoder, refuse_encoder_de
 from lrc.compressors.page.page_file import PAGE, write_page
 from lrc.compressors.planning.loss_curves import LossCurves
 from lrc.compressors.planning.plan import Plan
+from lrc.compressors.planning.spectra import store_spectra
 from lrc.compressors.prepare import Prepared, prepare
 from lrc.compressors.run_evaluation import evaluate_run, warn_of_missing_tasks
 from lrc.compressors.session import Session, join_session, open_session
@@ -87,6 +88,7 @@ def compress(
                 warn_of_missing_tasks(session)
                 _check_source(session)
                 save_checkpoint(session, _run_stages(session), loaded)
+            store_spectra(_executed(session), session.journal)
             session.journal.forget("statistics", "energies", *cache_files(session.journal))
             evaluation = session.in_all_processes(evaluate_run)
             remove(session.journal.output / PAGE)  # of an earlier evaluation

@@ -31,6 +31,7 @@ from lrc.compressors.models.source import HUB_ID
 from lrc.compressors.planning.coverage import coverage_json
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
+from lrc.compressors.planning.spectra import stored_spectra
 from lrc.compressors.planning.summary import summarize
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.session import Session
@@ -79,6 +80,10 @@ SCHEMA = {
     "layers[].predicted_nats": "predicted loss increase, nats per token; null without gradients",
     "layers[].refit": "whether it was fitted to the inputs that the compressed model produces",
     "layers[].{note,fallback}": "why it stays dense; deviations from the plan; null if none",
+    "spectra[]": (
+        "of the weights whose ranks an allocator has chosen: weights (names), ranks, and the "
+        "fraction of the squared error of removing the weight that is lost at each rank"
+    ),
     "experts": "what the experts received of the calibration text; null without experts",
     "experts.{layers,per_layer,per_token}": "layers with experts; number; selected by a token",
     "experts.coverage.{experts,tokens_min,tokens_median}": (
@@ -184,6 +189,7 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
         "slices": plan.to_json()["slices"],
         "training": training,
         "layers": [row.to_json() for row in summarize(plan)],
+        "spectra": stored_spectra(session.journal),
         "experts": coverage_json(plan),
         "profile": None if profile is None else asdict(profile),
         "latency": None if times is None else times.to_json(),

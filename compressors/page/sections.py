@@ -2,7 +2,14 @@
 
 from collections.abc import Callable
 
-from lrc.compressors.page import gate_parts, matrix_parts, quality_parts, run_parts, stage_parts
+from lrc.compressors.page import (
+    gate_parts,
+    matrix_parts,
+    quality_parts,
+    run_parts,
+    spectrum_parts,
+    stage_parts,
+)
 from lrc.compressors.page.drawing import Page
 from lrc.compressors.page.parts import Part, Section
 from lrc.compressors.page.saved_runs import SavedRun
@@ -18,6 +25,7 @@ SECTIONS: dict[str, tuple[str, Callable[[SavedRun, Page], list[Part]]]] = {
     "latency": ("Predicted times", matrix_parts.latency),
     "bytes": ("Where the bytes go", matrix_parts.bytes_by_place),
     "matrices": ("Rank, bits and predicted loss", matrix_parts.matrices),
+    "spectra": ("Spectra", spectrum_parts.spectra),
     "profile": ("Predicted and measured loss", matrix_parts.profile),
     "slices": ("Slicing", stage_parts.slices),
     "healing": ("Healing", stage_parts.healing),

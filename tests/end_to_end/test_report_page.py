@@ -45,8 +45,8 @@ ALWAYS = {
 }
 MATRICES = {"bytes", "matrices"}
 RUNS: dict[str, tuple[list[dict[str, Any]], set[str]]] = {
-    "joint": ([JOINT], MATRICES | {"calibration"}),
-    "low rank": ([LOW_RANK], MATRICES | {"calibration", "profile"}),
+    "joint": ([JOINT], MATRICES | {"calibration", "spectra"}),
+    "low rank": ([LOW_RANK], MATRICES | {"calibration", "profile", "spectra"}),
     "slice": ([SLICE], {"slices", "calibration"}),
     "healed": ([{"quantize": {"method": "rtn", "bits": 4}}, HEAL], MATRICES | {"healing", "gates"}),
 }
