@@ -111,7 +111,7 @@ def test_the_tokens_of_a_perplexity_limit_its_windows(tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def long_rows(tmp_path_factory):
-    """4.2 MB of rows, each of its own number."""
+    """4.2 MB of rows with different numbers."""
     path = tmp_path_factory.mktemp("long") / "rows.jsonl"
     with path.open("w") as file:
         for i in range(70_000):
