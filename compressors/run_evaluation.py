@@ -9,9 +9,8 @@ from lrc.compressors import report
 from lrc.compressors.checkpoint.reader import load_checkpoint, load_tokenizer
 from lrc.compressors.estimates.workload import Workload
 from lrc.compressors.evaluate.evaluator import Evaluator
-from lrc.compressors.evaluate.streaming_rule import ModelBytes, streams, why_too_large
+from lrc.compressors.evaluate.streaming_rule import why_too_large
 from lrc.compressors.io.machine import free_memory
-from lrc.compressors.planning.plan import Plan
 from lrc.compressors.session import Session
 from lrc.compressors.stages.compress_weights import executed_plan
 from lrc.compressors.streamed.checkpoint_layers import open_checkpoint
@@ -20,7 +19,8 @@ from lrc.compressors.streamed.streamed_evaluation import StreamedEvaluation
 
 def warn_of_missing_tasks(session: Session) -> None:
     """Warn of scores that will be missing because they need whole models."""
-    evaluate, sizes = session.prepared.recipe.evaluate, _model_bytes(session, session.prepared.plan)
+    evaluate = session.prepared.recipe.evaluate
+    sizes = Workload(session.prepared, session.device).model_bytes
     name, n_bytes = ("dense", sizes.dense) if evaluate.dense else ("compressed", sizes.compressed)
     reason = why_too_large(n_bytes, name, session.device)
     if reason and evaluate.tasks.names:
@@ -40,7 +40,7 @@ def evaluate_run(session: Session) -> dict[str, Any]:
     recipe = prepared.recipe
     trusted = recipe.model.trust_remote_code
     targets = report.baseline_targets(executed, prepared)
-    sizes = _model_bytes(session, executed)
+    work = Workload(replace(prepared, plan=executed), session.device)
     streaming = StreamedEvaluation(
         {
             "dense": models.dense_files,
@@ -54,8 +54,7 @@ def evaluate_run(session: Session) -> dict[str, Any]:
         on_step=session.on_step,
         processes=session.processes,
     )
-    streamed = session.processes.agree(streams(recipe.evaluate, sizes, free_memory(session.device)))
-    streamed = streamed and not prepared.dense.kind.translates
+    streamed = session.processes.agree(work.streams(free_memory(session.device)))
     evaluator = Evaluator(
         recipe.evaluate,
         recipe.seed,
@@ -63,7 +62,7 @@ def evaluate_run(session: Session) -> dict[str, Any]:
         session.clock,
         session.on_step,
         precision={"dtype": str(models.dtype), "device": torch.device(session.device).type},
-        sizes=sizes,
+        sizes=work.model_bytes,
         load_tokenizer=lambda: load_tokenizer(session.checkpoint, trust_remote_code=trusted),
         load_dense=lambda: models.load_dense(models.dtype),
         load_compressed=lambda: load_checkpoint(
@@ -76,7 +75,3 @@ def evaluate_run(session: Session) -> dict[str, Any]:
         processes=session.processes,
     )
     return evaluator.add_baselines(evaluator.evaluate(targets), targets)
-
-
-def _model_bytes(session: Session, plan: Plan) -> ModelBytes:
-    return Workload(replace(session.prepared, plan=plan), session.device).model_bytes

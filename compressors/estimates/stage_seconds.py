@@ -131,7 +131,7 @@ def _calibration(work: Workload, rates: MachineRates) -> float:
         seconds += tokens * 3 * 2 * head / (EFFICIENCY * rates.products)
         # Gaussian numbers take as long as several other operations.
         seconds += 4 * HEAD_TENSORS * tokens * work.vocabulary / rates.elementwise
-    # The last of several processes works as many layers behind the first as there are before it.
+    # Of several processes, each starts a layer when the one before it has finished that layer.
     seconds *= (n_layers + work.processes - 1) / n_layers
     return seconds + sum(work.statistics_bytes) / rates.disk
 
