@@ -1,17 +1,14 @@
-"""Write `report.json` and the model card.
+"""Write `report.json`, and the model card that is made from it.
 
 `SCHEMA` documents every key of the report; a test compares it with a real report.
 """
 
 import json
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
-from jinja2 import Environment, StrictUndefined
 
 from lrc.compressors.calibrate.calibration_windows import provenance, vocabulary_warning
 from lrc.compressors.checkpoint import format as layout
@@ -26,8 +23,8 @@ from lrc.compressors.io.files import write_text
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import peak_resident_bytes
 from lrc.compressors.io.versions import environment
-from lrc.compressors.models.model_kinds import CAUSAL, ModelKind
-from lrc.compressors.models.source import HUB_ID
+from lrc.compressors.model_card import model_card
+from lrc.compressors.models.source_license import stated_license
 from lrc.compressors.planning.coverage import coverage_json
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
@@ -35,7 +32,6 @@ from lrc.compressors.planning.spectra import stored_spectra
 from lrc.compressors.planning.summary import summarize
 from lrc.compressors.prepare import Prepared
 from lrc.compressors.session import Session
-from lrc.configs.size import MIB
 
 ESTIMATE = "estimate.json"
 """The journal's name for the estimate with which a run has begun."""
@@ -215,7 +211,13 @@ def write(session: Session, plan: Plan, evaluation: dict[str, Any]) -> dict[str,
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     manifest = read_manifest(checkpoint)
     assert manifest is not None
-    card = model_card(report, plan, prepared.dense.kind, plain=manifest.plain)
+    card = model_card(
+        report,
+        plan,
+        prepared.dense.kind,
+        plain=manifest.plain,
+        stated_license=stated_license(prepared.source),
+    )
     write_text(checkpoint / layout.REPORT, text)
     for folder in (checkpoint, session.journal.output):
         write_text(folder / "README.md", card)
@@ -238,39 +240,6 @@ def stored(prepared: Prepared, journal: Journal) -> dict[str, Any] | None:
     except (OSError, ValueError, TypeError, KeyError):  # edited: written again
         return None
     return report if known and is_current(journal, prepared.recipe.evaluate) else None
-
-
-def model_card(report: dict[str, Any], plan: Plan, kind: ModelKind = CAUSAL, *, plain: bool) -> str:
-    """Render the model card: contents, comparison, loading, provenance.
-
-    `plain` states that transformers loads the checkpoint without lrc.
-    """
-    base = report["recipe"]["model"]["path"]
-    local = Path(base).expanduser()
-    on_hub = HUB_ID.match(base) is not None and not local.exists()
-    name = base.rpartition("/")[2] if on_hub else local.resolve().name.removesuffix(".gguf")
-    types = {c["type"] for layer in report["layers"] for c in layer["config"]["components"]}
-    header = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=kind.pipeline,
-        tags=["lrc", "compressed", *sorted(each.replace("_", "-") for each in types - {"dense"})],
-        **({"base_model": base} if on_hub else {}),
-    )
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["mib"] = lambda n: "unknown" if n is None else f"{n / MIB:,.1f} MiB"
-    template = resources.files("lrc.compressors").joinpath("card.md.j2").read_text("utf-8")
-    return environment.from_string(template).render(
-        header=header.to_yaml(),
-        name=name,
-        report=report,
-        architecture=plan.model.architecture,
-        unchanged=plan.model.unchanged,
-        dtype=plan.model.dtype,
-        base=base if on_hub else name,
-        plain=plain,
-        auto_class=kind.auto_class.__name__,
-        integers="dense" in types,
-    )
 
 
 def _source_warnings(prepared: Prepared, evaluation: dict[str, Any]) -> list[str]:

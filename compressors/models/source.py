@@ -30,6 +30,8 @@ from lrc.configs.recipe import Model
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 # Files of tokenizers and configs; never a pickle.
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+CARD = "README.md"
+"""The model card, for the licence that it states."""
 # Those of them that a result depends on.
 IDENTIFYING = (
     *("config.json", "generation_config.json", "*token*", "vocab*", "merges*", "chat_template*"),
@@ -136,7 +138,7 @@ def _from_hub(spec: Model, *, weights: bool) -> Source:
 
 
 def _small_files(spec: Model) -> list[str]:
-    return SMALL_FILES + ["*.py"] * spec.trust_remote_code
+    return [*SMALL_FILES, CARD, *["*.py"] * spec.trust_remote_code]
 
 
 @contextmanager

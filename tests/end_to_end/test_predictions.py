@@ -14,9 +14,9 @@ from lrc.compressors import report
 from lrc.compressors.corpus.windows import evaluation_windows
 from lrc.compressors.evaluate import side_by_side
 from lrc.compressors.io.machine import Machine
+from lrc.compressors.model_card import model_card
 from lrc.compressors.pipeline import compress
 from lrc.compressors.planning.plan import Plan
-from lrc.compressors.report import model_card
 from lrc.configs.errors import EvaluationIncomplete, Stopped
 from lrc.configs.load import load_recipe
 from lrc.configs.recipe import Perplexity
