@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.calibration_windows import counted_tokens
 from lrc.compressors.calibrate.layer_check import build_checked, simulated_calls
 from lrc.compressors.checkpoint.companions import copy_companions
 from lrc.compressors.corpus.pairs import Pairs
@@ -127,6 +128,7 @@ class ModelVersions:
             self.machine.on_step,
             calibration.labels,
             self.sentences,
+            lambda: counted_tokens(self.journal),
         )
 
     def _slice(self, number: int, record: SliceRecord) -> None:

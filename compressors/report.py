@@ -100,6 +100,7 @@ SCHEMA = {
     "latency.{head_dense_seconds,head_seconds}": "of the output head, if quantized; else 0",
     "latency.slower_forms.FORM": "number of matrices for which it is never faster than dense",
     "calibration": "source, tokens, bos, hashes of text and tokens; null if no method needed any",
+    "calibration.loss_tokens": "with `loss: answers`: tokens of the windows that count in the loss",
     "calibration.vocabulary.{used,size}": "different tokens in the windows; all of the model",
     "{calibration,training[].text}.texts[]": "of several sources: the same for each",
     "evaluation.perplexity.NAME": "dense, compressed, ratio, tokens, window, windows, bos, dtype",

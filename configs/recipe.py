@@ -78,6 +78,9 @@ class Calibration(Strict):
     token sampled from it (`sampled`), or the actual next token (`real`). Of a classifier, the label
     is that of the whole example, and `real`, the label in the data, is the default if `task` has a
     column of labels."""
+    loss: Literal["all", "answers"] = "all"
+    """Tokens that count in this loss: all of them, or with `chat_template` only `answers`, the
+    contents of the assistant's messages. Text without messages always counts."""
     memory_limit_gib: Annotated[float, Field(gt=0)] = 2.0
     """Hidden states larger than this (GiB) are kept on disk."""
     disk_limit_gib: Annotated[float, Field(gt=0)] | None = None
@@ -92,6 +95,15 @@ class Calibration(Strict):
                     f"'samples' must give every source a window, got {self.samples} and none for "
                     f"{name}; raise it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_of_conversations(self) -> "Calibration":
+        if self.loss == "answers" and not self.chat_template:
+            raise ValueError(
+                "loss: answers needs conversations (rows with 'messages'), got chat_template: "
+                "false; set chat_template: true, or loss: all"
+            )
         return self
 
     @model_validator(mode="after")

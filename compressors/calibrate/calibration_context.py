@@ -39,6 +39,8 @@ class CalibrationContext:
     sentences: Callable[[], Sentences | Pairs] | None = None
     """Of an encoder or an encoder-decoder model: returns the padded texts whose tokens are the
     `windows`."""
+    counted: Callable[[], Tensor | None] = lambda: None
+    """Returns which tokens count in the loss [n_windows, length]; None for all."""
     processes: Processes = ALONE
     """Processes over which the windows are divided."""
     gpu_fraction: float = GPU_FRACTION

@@ -126,6 +126,15 @@ def logit_gradient(
     return p
 
 
+def targets_count(counted: Tensor) -> Tensor:
+    """Return 1 for every position whose label counts in the loss, else 0; [n, length, 1].
+
+    `counted` [n, length] is True for tokens that count. The label of a position is the token after
+    it; the last one, whose label lies outside the window, counts if its own token does.
+    """
+    return torch.cat([counted[:, 1:], counted[:, -1:]], dim=1).float()[..., None]
+
+
 def label_gradient(
     logits: Tensor, labels: Tensor, drawn: Labels, generator: torch.Generator
 ) -> Tensor:
@@ -193,7 +202,7 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
     the source are 0: they reach the outputs through the decoder only.
     """
     context, tokens, sentences = executor.context, executor.tokens, executor.sentences
-    generator = torch.Generator(context.device)
+    generator, counted = torch.Generator(context.device), context.counted()
     problem = problem_type(context.architecture.model.config, context.architecture.kind)
     with executor.around_layers(head=True):
         for rows in executor.pieces(HEAD_TOKENS[context.device_type]):
@@ -207,6 +216,8 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
                     out = executor.outputs(leaf, rows)
             if sentences is None:
                 at_out = logit_gradient(out.detach(), tokens[rows], context.labels, generator)
+                if counted is not None:
+                    at_out.mul_(targets_count(counted[executor.numbers[rows]]).to(at_out.device))
             elif isinstance(sentences, Pairs):
                 targets = sentences[rows].labels
                 at_out = label_gradient(out.detach(), targets, context.labels, generator)

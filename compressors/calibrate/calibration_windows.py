@@ -10,6 +10,7 @@ from torch import Tensor
 from lrc.compressors.corpus.tokens import check_vocabulary, default_bos
 from lrc.compressors.corpus.windows import Windows, calibration_windows
 from lrc.compressors.io.journal import Journal
+from lrc.configs.errors import DataError
 from lrc.configs.recipe import Calibration
 from lrc.configs.sources import counts, described
 
@@ -50,8 +51,10 @@ def take_windows(
                 calibration_windows(part, tokenizer, generator=generator, fraction=fraction)
             )
         tokens = torch.cat([windows.tokens for windows in found])
+        counted = torch.cat([_counted(windows) for windows in found])
         if len(found) > 1:  # the first windows are then of all sources, too
-            tokens = tokens[torch.randperm(len(tokens), generator=generator)]
+            order = torch.randperm(len(tokens), generator=generator)
+            tokens, counted = tokens[order], counted[order]
         check_vocabulary(tokens, embedding)
         facts = {
             **_facts(found, described(calibration.source)),
@@ -63,8 +66,34 @@ def take_windows(
                 "size": embedding.weight.shape[0],
             },
         }
-        journal.write_tensors(FILE, {"tokens": tokens}, {"facts": facts})
+        tensors = {"tokens": tokens}
+        if calibration.loss == "answers":
+            facts["loss_tokens"] = _loss_tokens(counted)
+            tensors["counted"] = counted
+        journal.write_tensors(FILE, tensors, {"facts": facts})
     return journal.read_tensor(FILE, "tokens")
+
+
+def _counted(windows: Windows) -> Tensor:
+    found = windows.counted
+    return torch.ones_like(windows.tokens, dtype=torch.bool) if found is None else found
+
+
+def _loss_tokens(counted: Tensor) -> int:
+    """Return the number of tokens in the loss; refuse a text without any."""
+    if not bool(counted.any()):
+        raise DataError(
+            "calibration.loss: answers needs windows with an assistant's message, got none; give "
+            "other conversations or more 'samples', or set loss: all"
+        )
+    return int(counted.sum())
+
+
+def counted_tokens(journal: Journal) -> Tensor | None:
+    """Return which tokens of the windows count in the loss [samples, length]; None for all."""
+    if "loss_tokens" not in (provenance(journal) or {}):
+        return None
+    return journal.read_tensor(FILE, "counted")
 
 
 def _facts(found: list[Windows], source: str) -> dict[str, Any]:

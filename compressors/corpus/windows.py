@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lrc.compressors.corpus.answers import answer_tokens, evenly_kept
 from lrc.compressors.corpus.chat import Document, Renderer, chat_renderer
 from lrc.compressors.corpus.documents import SOURCES, read_documents
 from lrc.compressors.corpus.excerpts import TextHash, excerpts, joined, measured
@@ -39,6 +40,8 @@ class Windows:
     """Whether every window starts with the tokenizer's BOS token."""
     text_tokens: int
     """Number of tokens of the text that was tokenized."""
+    counted: Tensor | None = None
+    """Which tokens count in the loss, [n, length]; None for all."""
 
 
 def random_windows(
@@ -61,7 +64,16 @@ def random_windows(
     DataError
         If the text holds fewer than `samples * length` tokens.
     """
-    n_tokens, wanted = ids.numel(), samples * length
+    starts = _random_starts(
+        ids.numel(), samples=samples, length=length, generator=generator, fraction=fraction
+    )
+    return _windows_at(ids, starts, length, bos)
+
+
+def _random_starts(
+    n_tokens: int, *, samples: int, length: int, generator: torch.Generator, fraction: float
+) -> Tensor:
+    wanted = samples * length
     if n_tokens < wanted:
         key, at_most = "samples", int(n_tokens // length / fraction)
         if not at_most:
@@ -72,7 +84,10 @@ def random_windows(
             " or give more text"
         )
     # max: a text of exactly one window has one start, which randint's open end would leave out
-    starts = torch.randint(0, max(1, n_tokens - length), (samples,), generator=generator)
+    return torch.randint(0, max(1, n_tokens - length), (samples,), generator=generator)
+
+
+def _windows_at(ids: Tensor, starts: Tensor, length: int, bos: int | None) -> Tensor:
     windows = ids[starts[:, None] + torch.arange(length)]  # [samples, length]
     return windows if bos is None else with_bos(windows[:, :-1], bos)
 
@@ -106,6 +121,8 @@ class Text:
     """[n_tokens], int64."""
     sha256: str
     """Of the whole text in UTF-8, before a chat template."""
+    counted: Tensor | None = None
+    """Which tokens count in the loss, [n_tokens]; None for all."""
 
 
 def calibration_windows(
@@ -121,16 +138,20 @@ def calibration_windows(
     of the recipe.
     """
     text, bos = calibration_text(calibration, tokenizer), default_bos(tokenizer)
-    tokens = random_windows(
-        text.ids,
+    length, n_tokens = calibration.length, text.ids.numel()
+    starts = _random_starts(
+        n_tokens,
         samples=calibration.samples,
-        length=calibration.length,
+        length=length,
         generator=generator,
-        bos=bos,
         fraction=fraction,
     )
-    source, n_tokens = described(calibration.source), text.ids.numel()
-    return Windows(tokens, source, text.sha256, bos is not None, n_tokens)
+    tokens, counted = _windows_at(text.ids, starts, length, bos), None
+    if text.counted is not None:
+        # No position predicts the BOS token.
+        counted = _windows_at(text.counted, starts, length, None if bos is None else False)
+    source = described(calibration.source)
+    return Windows(tokens, source, text.sha256, bos is not None, n_tokens, counted)
 
 
 def calibration_text(
@@ -142,6 +163,7 @@ def calibration_text(
 
     A file longer than `WHOLE_CHARACTERS`, and than `CHARACTERS_PER_TOKEN` for every token of the
     windows, is not tokenized whole, but only as many evenly spaced excerpts as there are windows.
+    With ``loss: answers`` they are whole documents.
     """
     samples, length = calibration.samples, calibration.length
     (source,) = fractions(calibration.source)
@@ -157,6 +179,12 @@ def calibration_text(
         characters=characters,
         key=key,
     )
+    if calibration.loss == "answers":
+        text_hash = TextHash()
+        limit = max(characters, WHOLE_CHARACTERS)
+        kept = evenly_kept(text_hash.reading(read()), measured, limit)
+        ids, counted = answer_tokens(kept, render, tokenizer)
+        return Text(ids, text_hash.hexdigest(), counted)
     whole = source in SOURCES  # of known size, and drawn from as in the papers
     total, text_hash = 0, TextHash()
     documents: list[Document] = []

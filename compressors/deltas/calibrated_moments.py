@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.calibrate.calibration_windows import take_windows
+from lrc.compressors.calibrate.calibration_windows import counted_tokens, take_windows
 from lrc.compressors.calibrate.layer_check import build_checked
 from lrc.compressors.calibrate.sampled_windows import sample_windows
 from lrc.compressors.corpus.documents import check_source
@@ -204,6 +204,7 @@ def _context(
         SEED,
         machine.on_step,
         calibration.labels,
+        counted=lambda: counted_tokens(journal),
     )
 
 

@@ -56,7 +56,9 @@ def known(journal: Journal, architecture: Architecture) -> dict[str, Statistics]
     return {lin.name: statistics.load(journal, lin.layer, lin.name) for lin in architecture.linears}
 
 
-def of_whole_model(source, tokens: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def of_whole_model(
+    source, tokens: Tensor, counted: Tensor | None = None
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Return inputs, output gradients and squared weight gradients of rows, by plain autograd."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -69,6 +71,8 @@ def of_whole_model(source, tokens: Tensor) -> dict[str, tuple[Tensor, Tensor, Te
         module.register_forward_hook(watch)
     logits = model(tokens).logits
     labels = tokens[:, 1:].flatten()
+    if counted is not None:
+        labels = labels.where(counted[:, 1:].flatten(), -100)
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum")
     loss.backward()
     result = {}
@@ -271,6 +275,17 @@ def test_real_labels_give_the_gradient_of_the_cross_entropy(tokens):
     (expected,) = torch.autograd.grad(loss, logits)
     found = logit_gradient(logits.detach(), tokens, "real", torch.Generator())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_that_do_not_count_have_no_gradient(source, architecture, reader, tokens, tmp_path):
+    counted = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    journal = collect(architecture, reader, tokens, tmp_path / "out", counted=lambda: counted)
+    expected = of_whole_model(source, tokens, counted)
+    for name, found in known(journal, architecture).items():
+        x, g, fisher = expected[name]
+        close(found.gradients.diagonal, g.square().sum(dim=0))
+        close(found.row_fisher, fisher)
+        close(found.inputs.diagonal, x.square().sum(dim=0))
 
 
 @pytest.mark.parametrize("batch", [6, 4])
