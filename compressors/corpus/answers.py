@@ -99,12 +99,15 @@ def _answers(
     """Return the characters of the answers in the rendered text of a conversation."""
     at = 0
     for number, message in enumerate(conversation.messages):
-        content = message["content"].strip()
-        if message["role"] != ASSISTANT or not content:
+        content = message["content"]
+        if message["role"] != ASSISTANT or not content.strip():
             continue
         # An answer may repeat what was said before it.
         before = _rendered(tokenizer, conversation.messages[:number]) if number else ""
-        at = text.find(content, max(at, _common(before, text)))
+        start = max(at, _common(before, text))
+        if text.find(content, start) < 0:  # many templates leave out white space at both ends
+            content = content.strip()
+        at = text.find(content, start)
         if at < 0:
             raise DataError(
                 f"calibration.source {conversation.where}, message {number + 1}: the chat template "
