@@ -25,7 +25,8 @@ def export(
         typer.Option(
             "--format",
             help="`dense`: a folder for transformers, also of a GGUF file; `gguf`: a file for "
-            "llama.cpp; `remote-code`: a folder with the compressed weights and the code that "
+            "llama.cpp; `int-quantized`: a folder of int8 weights, also with inputs in 8 bits; "
+            "`remote-code`: a folder with the compressed weights and the code that "
             "loads them; `drafter`: a folder without the embedding, which is read from --parent.",
             show_default=False,
             metavar="|".join(FORMATS),
@@ -132,6 +133,12 @@ def export(
             weights = StoredWeights(folder, trust_remote_code=trust_remote_code)
             with new_folder(out) as partial:
                 facts["notes"] = write_dense(weights, partial, steps)
+        elif form == "int-quantized":
+            from lrc.compressors.export.int_quantized import write_int_quantized
+
+            weights = StoredWeights(folder, trust_remote_code=trust_remote_code)
+            with new_folder(out) as partial:
+                facts["notes"] = write_int_quantized(weights, partial, steps)
         else:
             from lrc.compressors.export.gguf_export import GgufExport, GgufOptions
 

@@ -41,6 +41,7 @@ UNEVEN = {
 }
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "plain": [quantize(bits=4, group_size=32)],  # in the format of compressed-tensors
+    "int8": [quantize(bits=8, ignore=["*.1.mlp.up_proj"])],
     "embedded": [quantize(bits=3, embeddings="int8")],
     "asymmetric": [quantize(bits=4, group_size=32, symmetric=False)],
     "mixed": [

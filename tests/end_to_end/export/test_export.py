@@ -295,7 +295,10 @@ def test_paths_are_checked_and_nothing_is_overwritten(
         ([source, tmp_path, "--format", "dense"], "exists already"),
         ([source, tmp_path / "out", "--format", "gguf"], "must end in .gguf"),
         ([source, tmp_path / "out", "--format", "gguff"], "did you mean gguf?"),
-        ([source, tmp_path / "out"], "--format: missing; give dense, gguf, remote-code or drafter"),
+        (
+            [source, tmp_path / "out"],
+            "--format: missing; give dense, gguf, int-quantized, remote-code or drafter",
+        ),
         ([source, source / "out", "--format", "dense"], "must not be inside"),
         ([tmp_path / "none", tmp_path / "out", "--format", "dense"], "no such folder"),
         ([source, tmp_path / "out", "--format", "dense", "--type", "f16"], "--format gguf"),
