@@ -59,9 +59,10 @@ def test_every_command_of_the_pipeline_runs(lrc: Callable[..., Any], folder: Pat
     assert {"compress.xml", "eval.xml", "bench.xml"} <= {path.name for path in folder.iterdir()}
     (found,) = json.loads(Path("search.json").read_text())["target"]["found"]
     assert 0 < found["keep"] < 1
-    if shutil.which("jq") is not None:
-        for line in "".join(blocks("jq")).splitlines():
-            subprocess.run(shlex.split(line), check=True, capture_output=True)
+    if shutil.which("jq") is None:
+        pytest.skip("all commands of the pipeline ran; jq is not installed, so its lines were not")
+    for line in "".join(blocks("jq")).splitlines():
+        subprocess.run(shlex.split(line), check=True, capture_output=True)
 
 
 def test_the_gates_of_the_document_are_valid() -> None:
