@@ -5,8 +5,9 @@ from typing import Any
 
 from rich.markup import escape
 
-from lrc.cli.quality import OUT, as_size, new_table
+from lrc.cli.quality import OUT, new_table
 from lrc.compressors.benchmark.results import PHASES, slower_models
+from lrc.configs.size import size_text
 
 REPEATED = "dense, repeated"
 NAMED = 6
@@ -57,7 +58,7 @@ def _print_models(report: dict[str, Any]) -> None:
         seconds = model["load_seconds"]
         table.add_row(
             _label(model["name"], dense=model["dense"]),
-            *(as_size(model[key]) for key in sizes),
+            *(size_text(model[key]) for key in sizes),
             "" if seconds is None else f"{seconds:.2f}",
         )
     OUT.print(table)
@@ -82,7 +83,7 @@ def _print_point(rows: list[dict[str, Any]], *, compared: bool) -> None:
             cells = [cell for phase in PHASES for cell in _cells(row[phase], compared=compared)]
             if row["predicted_ratio"] is not None:
                 cells[-1] += f" (predicted {row['predicted_ratio']:.2f}x)"
-        table.add_row(name, *cells, as_size(row["peak_bytes"]) if row["peak_bytes"] else "")
+        table.add_row(name, *cells, size_text(row["peak_bytes"]) if row["peak_bytes"] else "")
     OUT.print(table)
     for name, reason in failed:
         OUT.print(f"[red]failed[/]: {name}: ", end="")

@@ -3,9 +3,10 @@
 from math import prod
 from typing import Any
 
-from lrc.cli.quality import OUT, as_size, new_table
+from lrc.cli.quality import OUT, new_table
 from lrc.cli.tables import LAYER_NUMBER
 from lrc.compressors.io.natural_order import natural
+from lrc.configs.size import size_text
 
 
 def print_delta(facts: dict[str, Any], *, every: bool = False) -> None:
@@ -32,9 +33,9 @@ def print_delta(facts: dict[str, Any], *, every: bool = False) -> None:
     OUT.print(table)
     sizes = facts["sizes"]
     OUT.print(
-        f"{sizes['numbers']:,} numbers in {as_size(sizes['bits'] // 8)}: "
+        f"{sizes['numbers']:,} numbers in {size_text(sizes['bits'] // 8)}: "
         f"{sizes['bits_per_number']:.3f} bits each, {sizes['ratio']:.1f} times smaller than in 16 "
-        f"bits; all files {as_size(facts['file_bytes'])}; relative error "
+        f"bits; all files {size_text(facts['file_bytes'])}; relative error "
         f"{sizes['relative_error']:.1%}"
         + (f", {sizes['weighted_error']:.1%} as calibrated" if "weighted_error" in sizes else "")
     )

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lrc.cli.quality import OUT, as_size, new_table
+from lrc.cli.quality import OUT, new_table
+from lrc.configs.size import size_text
 
 
 def print_drafting(found: dict[str, Any]) -> None:
@@ -23,7 +24,7 @@ def print_drafting(found: dict[str, Any]) -> None:
     OUT.print(table)
     for loop, entry in found["exact"].items():
         OUT.print(f"{loop}: {exactness(entry)}", markup=False)
-    memory = {name: as_size(size) for name, size in found["memory"].items()}
+    memory = {name: size_text(size) for name, size in found["memory"].items()}
     OUT.print(
         f"weights: parent {memory['parent']}, drafter {memory['drafter']}, of which "
         f"{memory['shared']} are those of the parent; together {memory['together']}"

@@ -86,10 +86,10 @@ def print_gates(results: Results) -> None:
 
 
 def _in_unit(result: "GateResult", value: float) -> str:
-    from lrc.cli.quality import as_size
     from lrc.compressors.evaluate.score_text import four_digits
+    from lrc.configs.size import size_text
 
-    return as_size(round(value)) if result.gate.startswith("size ") else four_digits(value)
+    return size_text(round(value)) if result.gate.startswith("size ") else four_digits(value)
 
 
 def gates_json(results: Results) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ def write_junit(path: Path, command: str, results: Results, error: LrcError | No
         for each in found:
             test = ElementTree.SubElement(tests, "testcase", classname=name, name=each.gate)
             if each.passed:
-                ElementTree.SubElement(test, "system-out").text = f"value {each.value:.6g}"
+                ElementTree.SubElement(test, "system-out").text = each.sentence
             else:
                 failure = ElementTree.SubElement(test, "failure", message=each.sentence)
                 failure.text = each.sentence

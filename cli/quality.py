@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lrc.compressors.page.number_text import score_text
-from lrc.configs.size import GIB, MIB
+from lrc.configs.size import size_text
 
 # A pipe or a file is not 80 columns wide.
 OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -20,15 +20,6 @@ def new_table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if table.columns else "left", overflow="fold")
     return table
-
-
-def as_size(n_bytes: int | None) -> str:
-    """Format bytes in a suitable unit."""
-    if n_bytes is None:
-        return "unknown"
-    if n_bytes < MIB:
-        return f"{n_bytes / 2**10:.1f} KiB"
-    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB else f"{n_bytes / MIB:.1f} MiB"
 
 
 def as_perplexity(value: float | None, error: float | None) -> str:
@@ -131,7 +122,9 @@ def print_baselines(report: dict[str, Any]) -> None:
     columns = ["", "tensors", "of dense", *(f"perplexity {text}" for text in texts)]
     table = new_table("comparison with baselines", *columns)
     for name, size, values in sorted(rows, key=lambda row: -row[1]):
-        table.add_row(name, as_size(size), f"{size / sizes['dense']:.1%}", *map(score_text, values))
+        table.add_row(
+            name, size_text(size), f"{size / sizes['dense']:.1%}", *map(score_text, values)
+        )
     OUT.print(table)
     OUT.print(evaluation["baseline_comparison"])
 

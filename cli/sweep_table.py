@@ -5,8 +5,9 @@ from typing import Any
 
 from rich.markup import escape
 
-from lrc.cli.quality import OUT, as_size, new_table
+from lrc.cli.quality import OUT, new_table
 from lrc.compressors.page.sweep_parts import metric_text
+from lrc.configs.size import size_text
 
 SHOWN = 6
 """Metrics in the table, so that it fits on a screen; all are on the page."""
@@ -21,7 +22,7 @@ def print_sweep(sweep: dict[str, Any], folder: Path) -> None:
         best = [m for m in metrics if run["name"] in sweep["pareto"][m]]
         table.add_row(
             escape(run["name"]),
-            as_size(run["bytes"]),
+            size_text(run["bytes"]),
             f"{run['bytes'] / run['dense_bytes']:.1%}",
             *(metric_text(run["metrics"].get(m)) + (" *" if m in best else "") for m in metrics),
             "" if run["status"] == "finished" else run["status"],

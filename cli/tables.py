@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.cli.bench_tables import print_slow_forms, print_slower_models
-from lrc.cli.quality import OUT, as_size, new_table, print_baselines, print_comparison
+from lrc.cli.quality import OUT, new_table, print_baselines, print_comparison
 from lrc.compressors.estimates.estimate import Estimate
 from lrc.compressors.io.natural_order import natural
 from lrc.compressors.planning.coverage import Coverage, plan_coverage
@@ -16,7 +16,7 @@ from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.predicted_times import predicted_times
 from lrc.compressors.planning.summary import WeightSummary, summarize
 from lrc.compressors.planning.tasks import LayerTask
-from lrc.configs.size import MIB
+from lrc.configs.size import MIB, size_text, size_texts
 from lrc.configs.sources import counts, described
 
 LAYER_NUMBER = re.compile(r"\.\d+\.")
@@ -40,7 +40,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
     for trained in plan.training:
         through = " through every layer" if trained.method == "block" else ""
         if trained.added_bytes:
-            through += f"; adds up to {as_size(trained.added_bytes)} to the sizes below"
+            through += f"; adds up to {size_text(trained.added_bytes)} to the sizes below"
         if trained.steps is None:
             budget = f"{trained.minutes:g} minutes"
         else:
@@ -51,7 +51,7 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
             through += shares
         OUT.print(f"{trained.kind}, {trained.method}: {budget}{through}")
     if plan.model.unchanged:
-        kept = (f"{p.name} ({p.kind}, {as_size(p.bytes)})" for p in plan.model.unchanged)
+        kept = (f"{p.name} ({p.kind}, {size_text(p.bytes)})" for p in plan.model.unchanged)
         OUT.print(f"only the language model is compressed; unchanged: {', '.join(kept)}")
     _print_sizes(plan)
     if plan.elastic:
@@ -62,11 +62,11 @@ def print_plan(plan: Plan, expected: Estimate, *, every: bool) -> None:
         print_times(times.to_json(), times.place, pending=times.pending)
     print_warnings(plan)
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in expected.seconds.items())
-    gpu = "" if expected.peak_gpu is None else f", GPU memory {as_size(expected.peak_gpu)}"
+    gpu = "" if expected.peak_gpu is None else f", GPU memory {size_text(expected.peak_gpu)}"
     each = f" of each of {expected.processes} processes" if expected.processes > 1 else ""
     OUT.print(
-        f"estimate: {parts}; memory {as_size(expected.peak_host)}{gpu}{each}, disk "
-        f"{as_size(expected.peak_disk)} while it runs"
+        f"estimate: {parts}; memory {size_text(expected.peak_host)}{gpu}{each}, disk "
+        f"{size_text(expected.peak_disk)} while it runs"
     )
     if expected.not_estimated:
         OUT.print(f"not estimated: {', '.join(expected.not_estimated)}")
@@ -188,8 +188,8 @@ def print_report(report: dict[str, Any], output: str) -> None:
     targets = "targeted weights, with the embedding" if embedded else "targeted weights"
     rows: list[tuple[str, Callable[[int], str], int, int]] = [
         ("parameters", "{:,}".format, parameters["dense"], parameters["compressed"]),
-        ("weight files", as_size, files["dense"], files["compressed"]),
-        (targets, as_size, targeted["dense_bits"] // 8, targeted["bits"] // 8),
+        ("weight files", size_text, files["dense"], files["compressed"]),
+        (targets, size_text, targeted["dense_bits"] // 8, targeted["bits"] // 8),
     ]
     for name, write, dense, compressed in rows:
         if dense:
@@ -200,7 +200,7 @@ def print_report(report: dict[str, Any], output: str) -> None:
     for record in report.get("training", []):  # reports of earlier versions have none
         _print_training(record)
     if size["source"]["quantized"]:
-        OUT.print(f"the source file is itself quantized: {as_size(size['source']['file_bytes'])}")
+        OUT.print(f"the source file is itself quantized: {size_text(size['source']['file_bytes'])}")
     experts = report.get("experts")  # reports of earlier versions have none
     if experts and experts["coverage"]:
         OUT.print(Coverage(**experts["coverage"]).text)
@@ -216,7 +216,7 @@ def print_report(report: dict[str, Any], output: str) -> None:
     seconds = report["timing"]["seconds"]
     OUT.print(
         f"{sum(seconds.values()):.0f} s ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}), "
-        f"peak memory {as_size(report['memory']['peak_rss_bytes'])}"
+        f"peak memory {size_text(report['memory']['peak_rss_bytes'])}"
     )
     if expected := report.get("estimate"):  # reports of earlier versions have none
         _print_estimate(expected, report["memory"])
@@ -228,7 +228,7 @@ def _print_estimate(expected: dict[str, Any], memory: dict[str, int | None]) -> 
     """Print what was expected next to what was used."""
     names = {"host": "peak_rss_bytes", "gpu": "peak_gpu_bytes", "disk": "peak_disk_bytes"}
     parts = [
-        f"{name} {as_size(guessed)} ({as_size(memory[key])} used)"
+        f"{name} {size_text(guessed)} ({size_text(memory[key])} used)"
         for name, key in names.items()
         if (guessed := expected["peak"][f"{name}_bytes"]) is not None
     ]
@@ -248,7 +248,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
     for record in facts["slices"] or []:
         _print_slice(record)
     OUT.print(
-        f"{facts['parameters']:,} parameters, {as_size(facts['file_bytes'])} of weights, format "
+        f"{facts['parameters']:,} parameters, {size_text(facts['file_bytes'])} of weights, format "
         f"version {facts['format_version']}"
         + (", every hash verified" if facts["verified"] else "")
     )
@@ -319,8 +319,8 @@ def _print_slice(record: dict[str, Any]) -> None:
     for key, each in record["facts"].items():
         if isinstance(each, list) and len(each) == 2 and isinstance(each[1], list):
             changes.append(f"{key} {each[0]} -> {min(each[1])} to {max(each[1])}")
-    before, after = map(as_size, record["bytes"])
-    OUT.print(f"slice, {record['method']}: {', '.join(changes)}; {before} -> {after}")
+    sizes = " -> ".join(size_texts(*record["bytes"]))
+    OUT.print(f"slice, {record['method']}: {', '.join(changes)}; {sizes}")
     if pending := record["facts"].get("pending"):
         OUT.print(f"pending: {pending}; shown is an even split of the same size")
 
@@ -353,11 +353,9 @@ def _print_sizes(plan: Plan) -> None:
     if plan.all_tasks:
         kind = "budget" if any(task.pending for task in plan.tasks) else "kept"
         embedded = ", with the embedding" if plan.embeddings else ""
-        OUT.print(
-            f"targeted weights{embedded}: {as_size(plan.dense_bits // 8)} -> "
-            f"{as_size(plan.bits // 8)} ({kind} {plan.kept:.1%})"
-        )
-    whole = f"whole model: {as_size(plan.dense_bytes)} -> {as_size(plan.compressed_bytes)}"
+        sizes = " -> ".join(size_texts(plan.dense_bits // 8, plan.bits // 8))
+        OUT.print(f"targeted weights{embedded}: {sizes} ({kind} {plan.kept:.1%})")
+    whole = f"whole model: {' -> '.join(size_texts(plan.dense_bytes, plan.compressed_bytes))}"
     # How many numbers fit into a budget depends on the bits that each will get.
     if not any(t.pending and plan.allocations[t.allocation or 0].quantization for t in plan.tasks):
         whole += f", {plan.dense_parameters:,} -> {plan.compressed_parameters:,} parameters"
@@ -365,6 +363,6 @@ def _print_sizes(plan: Plan) -> None:
     if plan.model.source_quantized:
         OUT.print(
             f"the source file is itself quantized and takes "
-            f"{as_size(plan.model.source_file_bytes)}; sizes above compare with the model at "
+            f"{size_text(plan.model.source_file_bytes)}; sizes above compare with the model at "
             f"{plan.model.dtype}"
         )

@@ -13,7 +13,7 @@ from lrc.compressors.deltas.lora_folder import Lora, truncated_product
 from lrc.compressors.solvers.factor_balancing import equalize_norms
 from lrc.configs.delta_methods import LowRank
 from lrc.configs.errors import UsageError
-from lrc.configs.size import parse_size
+from lrc.configs.size import least_text, parse_size, unit_of
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ def _within_size(matrices: Mapping[str, _Matrix], options: LowRank, rest: int) -
     left = parse_size(options.size) - least
     if left < 0:
         raise UsageError(
-            f"size: must be at least {least}B, the bytes of rank 1 and of tensors that are stored "
-            f"as they are, got {options.size}; raise it"
+            f"size: must be at least {least_text(least, unit_of(options.size))}, for rank 1 and "
+            f"tensors that are stored as they are, got {options.size}; raise it"
         )
     ranks = dict.fromkeys(matrices, 1)
 

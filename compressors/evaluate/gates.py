@@ -10,6 +10,7 @@ from lrc.compressors.evaluate.score_text import four_digits
 from lrc.compressors.evaluate.task_metrics import SIMILARITY, task_metrics
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Evaluate, Gate
+from lrc.configs.size import apart_text, size_text, size_texts, size_words, unit_of
 
 PREDICTIONS = {"kl": "forward", "agreement": "agreement"}
 """Kind of a metric that compares predictions of both models -> its key in the report."""
@@ -152,24 +153,39 @@ def check_gates(gates: Sequence[Gate], metrics: Metrics) -> list[GateResult]:
 def _compared(gate: Gate, entry: Mapping[str, float | None]) -> Iterator[GateResult]:
     value, dense = entry["compressed"], entry["dense"]
     assert value is not None
-    written = "{:,.0f} bytes".format if gate.metric == SIZE else four_digits
-    compared = "" if dense is None else f" (dense {written(dense)})"
-    got = f"{gate.metric} is {written(value)}{compared}"
     undefined = gate.relative and dense == 0
-    if undefined:
-        got = f"{got}: a ratio to a dense score of 0 is not defined"
-    elif gate.relative:
+    if gate.relative and not undefined:
         assert dense is not None
         value = value / dense
-        got = f"{got}, compressed / dense {four_digits(value)}"
     for key, words in WORDS.items():
         limit = getattr(gate, key)
         if limit is None:
             continue
         met = value <= limit if key == "at_most" else value >= limit  # not if it is NaN
         one = gate.model_copy(update=dict.fromkeys(WORDS) | {key: limit})
-        sentence = got if undefined else f"{got}: must be {words} {gate.limit(limit)}"
+        got = _measured(gate, entry, limit)
+        if undefined:
+            sentence = f"{got}: a ratio to a dense score of 0 is not defined"
+        else:
+            ratio = f", compressed / dense {four_digits(value)}" if gate.relative else ""
+            sentence = f"{got}{ratio}: must be {words} {gate.limit(limit)}"
         yield GateResult(str(one), value, dense, not undefined and met, sentence)
+
+
+def _measured(gate: Gate, entry: Mapping[str, float | None], limit: float) -> str:
+    """Return what was measured in words; sizes are in one unit, that of the limit if it has one."""
+    value, dense = entry["compressed"], entry["dense"]
+    assert value is not None
+    both = [value] if dense is None else [value, dense]
+    if gate.metric != SIZE:
+        written = [four_digits(each) for each in both]
+    elif gate.relative:
+        written = size_texts(*both)
+    else:
+        unit = unit_of(size_words(limit))
+        written = [apart_text(value, limit, unit), *(size_text(each, unit) for each in both[1:])]
+    compared = "" if dense is None else f" (dense {written[1]})"
+    return f"{gate.metric} is {written[0]}{compared}"
 
 
 def _unknown(where: str, metric: str, known: Iterable[str]) -> str:

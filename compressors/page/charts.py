@@ -17,8 +17,8 @@ from lrc.compressors.page.drawing import (
     Page,
     shortened_label,
 )
-from lrc.compressors.page.number_text import percent_text, size_text
-from lrc.configs.size import MIB
+from lrc.compressors.page.number_text import percent_text
+from lrc.configs.size import MIB, size_text
 
 WIDE_RANGE = 5.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""

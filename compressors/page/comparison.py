@@ -7,11 +7,12 @@ from lrc.compressors.evaluate.scores import SHARED
 from lrc.compressors.page import charts
 from lrc.compressors.page.drawing import Page
 from lrc.compressors.page.gate_parts import HEAD, gate_rows
-from lrc.compressors.page.number_text import percent_text, score_text, seconds_text, size_text
+from lrc.compressors.page.number_text import percent_text, score_text, seconds_text
 from lrc.compressors.page.parts import Part, Section, Table, Text, figures, tables
 from lrc.compressors.page.quality_parts import Row, model_rows, points_of
 from lrc.compressors.page.run_parts import environment, recipe
 from lrc.compressors.page.saved_runs import SavedRun
+from lrc.configs.size import size_text
 
 
 def compared(runs: Sequence[SavedRun], page: Page) -> list[Section]:

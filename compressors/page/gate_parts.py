@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from lrc.compressors.evaluate.gates import SIZE, GateResult, check_gates, metrics_of
 from lrc.compressors.evaluate.score_text import four_digits
 from lrc.compressors.page.drawing import Page
-from lrc.compressors.page.number_text import size_text
 from lrc.compressors.page.parts import Part, Table
 from lrc.compressors.page.saved_runs import SavedRun
 from lrc.configs.errors import RecipeError
 from lrc.configs.recipe import Gate
+from lrc.configs.size import size_text
 
 HEAD = ("gate", "value", "dense", "result")
 

@@ -9,9 +9,10 @@ from lrc.compressors.page.charts import Bar
 from lrc.compressors.page.drawing import Page
 from lrc.compressors.page.heat_maps import heat_map, kinds_map
 from lrc.compressors.page.matrices import Matrix, grid_of, labels, matrices_of, mean
-from lrc.compressors.page.number_text import nats_text, percent_text, size_text
+from lrc.compressors.page.number_text import nats_text, percent_text
 from lrc.compressors.page.parts import Part, Table, Text, figures, tables
 from lrc.compressors.page.saved_runs import SavedRun
+from lrc.configs.size import size_text
 
 NATS = "nats per token"
 OTHER = "other tensors"

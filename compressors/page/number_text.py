@@ -3,16 +3,6 @@
 from math import isfinite
 
 
-def size_text(n_bytes: float | None) -> str:
-    """Format bytes in a suitable unit."""
-    if n_bytes is None:
-        return "unknown"
-    for exponent, unit in ((3, "GiB"), (2, "MiB")):
-        if n_bytes >= 1024**exponent:
-            return f"{n_bytes / 1024**exponent:.{exponent - 1}f} {unit}"
-    return f"{n_bytes / 1024:.1f} KiB"
-
-
 def score_text(value: float | None, error: float | None = None) -> str:
     """Format a perplexity; None stands for one that is not finite.
 

@@ -9,10 +9,11 @@ from lrc.compressors.page.charts import Interval, Point
 from lrc.compressors.page.drawing import Page
 from lrc.compressors.page.gate_parts import gate_rows, passed_text
 from lrc.compressors.page.matrices import matrices_of
-from lrc.compressors.page.number_text import percent_text, score_text, size_text
+from lrc.compressors.page.number_text import percent_text, score_text
 from lrc.compressors.page.parts import Facts, Part, Table, Text, figures, tables
 from lrc.compressors.page.prediction_parts import divergences
 from lrc.compressors.page.saved_runs import SavedRun
+from lrc.configs.size import size_text
 
 THIS = "this result"
 

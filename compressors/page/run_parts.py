@@ -7,9 +7,10 @@ import yaml
 
 from lrc.compressors.page import charts
 from lrc.compressors.page.drawing import Page
-from lrc.compressors.page.number_text import seconds_text, size_text
+from lrc.compressors.page.number_text import seconds_text
 from lrc.compressors.page.parts import Code, Part, Table, figures, tables
 from lrc.compressors.page.saved_runs import SavedRun
+from lrc.configs.size import size_text
 
 PEAKS = (
     ("peak memory", "peak_rss_bytes", "host_bytes"),

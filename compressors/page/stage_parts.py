@@ -5,9 +5,10 @@ from typing import Any
 
 from lrc.compressors.page import charts
 from lrc.compressors.page.drawing import Page
-from lrc.compressors.page.number_text import nats_text, seconds_text, size_text
+from lrc.compressors.page.number_text import nats_text, seconds_text
 from lrc.compressors.page.parts import Part, figures, tables
 from lrc.compressors.page.saved_runs import SavedRun
+from lrc.configs.size import size_text
 
 NATS = "nats per token"
 MEANINGS = {

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lrc.compressors.page.drawing import INK, MARKERS, MUTED, SERIES, Page, shortened_label
-from lrc.compressors.page.number_text import percent_text, score_text, size_text
+from lrc.compressors.page.number_text import percent_text, score_text
 from lrc.compressors.page.parts import Part, Section, Table, Text, figures, tables
-from lrc.configs.size import MIB
+from lrc.configs.size import MIB, size_text
 
 ALONG = ("keep", "size", "bits")
 """Keys along which a line is drawn, of those that vary."""

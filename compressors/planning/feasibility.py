@@ -12,7 +12,7 @@ from lrc.compressors.planning.rate_distortion import size_families
 from lrc.compressors.planning.sizes import SizeSteps
 from lrc.compressors.planning.tasks import LayerTask
 from lrc.configs.errors import Problem
-from lrc.configs.size import parse_size
+from lrc.configs.size import least_text, parse_size, unit_of
 
 
 def cheapest(tasks: Sequence[LayerTask], allocation: Allocation) -> int:
@@ -66,7 +66,7 @@ def unreachable(allocation: Allocation, smallest: int) -> Problem:
     missing = smallest - allocation.budget
     if allocation.size is not None:
         got = allocation.size
-        least = f"{parse_size(allocation.size) + ceil(missing / 8):,} bytes"
+        least = least_text(parse_size(got) + ceil(missing / 8), unit_of(got))
     else:
         assert allocation.keep is not None
         got = f"{allocation.keep:g}"

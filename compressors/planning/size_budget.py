@@ -10,7 +10,7 @@ from lrc.compressors.layers import QuantizationArgs, TensorSpecs, WeightConfig, 
 from lrc.compressors.methods.size_families import components_at
 from lrc.compressors.planning.problems import Problems
 from lrc.compressors.planning.tasks import LayerTask
-from lrc.configs.size import parse_size
+from lrc.configs.size import least_text, most_text, parse_size, unit_of
 
 SHARD_BYTES = 10**9
 """`write_weights` aims at 2e9 bytes and two neighbouring shards exceed that together."""
@@ -100,11 +100,12 @@ class WholeModel:
         rest += self.header_bytes(tasks, types, schemes)
         rest -= sum(t.dense_bits - t.bits for t in self.embeddings) // 8
         if not rest < wanted < dense:
+            unit = unit_of(size)
             problems.add(
                 "infeasible-size",
                 f"{where}.size",
-                f"must be above {rest:,} bytes, which the weights that are not targeted take, and "
-                f"below the {dense:,} bytes of the dense model, got {size} ({wanted:,}); "
+                f"must be above {least_text(rest, unit)}, which the weights that are not targeted "
+                f"take, and below the {most_text(dense, unit)} of the dense model, got {size}; "
                 f"{'raise size or target more layers' if wanted <= rest else 'lower size'}",
             )
         return (wanted - rest) * 8

@@ -23,7 +23,7 @@ from lrc.compressors.planning.size_budget import WholeModel
 from lrc.compressors.slicing import METHODS
 from lrc.compressors.slicing.slice_method import Budget
 from lrc.configs.errors import RecipeError
-from lrc.configs.size import parse_size
+from lrc.configs.size import least_text, most_text, parse_size, unit_of
 from lrc.configs.slice import SliceBase
 
 FACTS = "lrc-slice.json"
@@ -176,9 +176,11 @@ def _budget(options: SliceBase, whole: WholeModel, number: int) -> Budget:
     header = whole.header_bytes([])
     allowed = parse_size(options.size) - header
     if not 0 < allowed < whole.bytes:
+        unit = unit_of(options.size)
         raise RecipeError(
-            f"{where}.size: must be above the {header:,} bytes of file headers and below the "
-            f"{whole.bytes + header:,} bytes of the model to slice, got {options.size}; "
+            f"{where}.size: must be above the {least_text(header, unit)} of file headers and below "
+            f"the {most_text(whole.bytes + header, unit)} of the model to slice, got "
+            f"{options.size}; "
             f"{'raise' if allowed <= 0 else 'lower'} size"
         )
     return Budget(f"{where}.size", allowed, whole.bytes)

@@ -253,19 +253,19 @@ BUDGETS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         "{method: kfac, size: 60kB}",
         "infeasible-size",
         "stages[0].decompose.size",
-        ("above 73,023 bytes", "60kB"),
+        ("above 73.1 kB", "below the 98.7 kB", "got 60kB"),
     ),
     "a size barely above the rest": (
         "{method: kfac, size: 74kB}",
         "infeasible-budget",
         "stages[0].decompose.size",
-        ("at least", "bytes"),
+        ("at least 75.8 kB, the cost", "got 74kB"),
     ),
     "a size above the dense model": (
         "{method: kfac, size: 1MiB}",
         "infeasible-size",
         "stages[0].decompose.size",
-        ("below the 98,769 bytes", "got 1MiB (1,048,576)", "lower size"),
+        ("below the 0.0941 MiB", "got 1MiB", "lower size"),
     ),
     "a size in multiply-adds": (
         "{method: kfac, size: 90kB, measure: macs}",

@@ -10,8 +10,8 @@ import pytest
 
 from lrc.cli.bench import check_speeds
 from lrc.cli.gate_results import annotation, missed_gates, read_gates
-from lrc.cli.quality import as_size
 from lrc.configs.errors import Problem
+from lrc.configs.size import size_text
 
 GATES = "evaluate.gates=['perplexity.english <= 1.5', 'size <= 0.99x', 'agreement.english >= 0']"
 
@@ -44,7 +44,7 @@ def test_compress_prints_every_gate_and_writes_them_as_tests(
     assert f"{value['compressed']:.4g}" in rows[0]
     sizes = json.loads((output / "report.json").read_text())["size"]["model"]["file_bytes"]
     ratio = f"{sizes['compressed'] / sizes['dense']:.4g}x"
-    assert rows[1][3:-1] == [ratio, *as_size(sizes["dense"]).split()]
+    assert rows[1][3:-1] == [ratio, *size_text(sizes["dense"]).split()]
     assert cases(file) == {
         "compress": [],
         "perplexity.english <= 1.5": ["failure"],

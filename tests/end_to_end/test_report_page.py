@@ -15,10 +15,10 @@ from lrc.compressors import pipeline
 from lrc.compressors.evaluate.score_text import four_digits
 from lrc.compressors.page import page_file, render
 from lrc.compressors.page.gate_parts import gate_rows
-from lrc.compressors.page.number_text import size_text
 from lrc.compressors.page.saved_runs import SavedRun
 from lrc.compressors.page.sections import SECTIONS
 from lrc.configs.load import load_recipe
+from lrc.configs.size import size_text
 
 JOINT = {
     "decompose": {

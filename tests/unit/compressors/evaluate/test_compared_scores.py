@@ -206,6 +206,11 @@ def test_gates_on_the_size_compare_bytes():
     assert [each.passed for each in found] == [True, True, False]
     assert found[0].gate == "size <= 0.3x"
     assert (found[0].value, found[1].value) == (0.25, 2**20)
+    assert [each.sentence for each in found] == [
+        "size is 1.0 MiB (dense 4.0 MiB), compressed / dense 0.25: must be at most 0.3x",
+        "size is 1.0 MiB (dense 4.0 MiB): must be at most 1MiB",
+        "size is 1.1 MB (dense 4.2 MB): must be at most 1MB",
+    ]
 
 
 def test_gates_on_what_is_not_there_are_errors():

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from lrc.compressors.page.matrices import grid_of, labels, matrices_of, mean
-from lrc.compressors.page.number_text import nats_text, score_text, seconds_text, size_text
+from lrc.compressors.page.number_text import nats_text, score_text, seconds_text
+from lrc.configs.size import size_text
 
 
 def record(name: str, nats: float | None = None, rank: int | None = None) -> dict[str, Any]:

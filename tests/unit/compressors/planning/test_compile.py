@@ -284,7 +284,7 @@ REJECTED: dict[str, tuple[list[dict[str, Any]], str, str, str]] = {
         [{"size": "1GB"}],
         "infeasible-size",
         f"{WHERE}.size",
-        "got 1GB (1,000,000,000); lower size",
+        "got 1GB; lower size",
     ),
     "a size for two stages": (
         [{"size": "43kB", "targets": ["*mlp*"]}, {"keep": 0.5, "targets": ["*attn*"]}],
