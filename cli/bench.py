@@ -183,7 +183,7 @@ def run(
     """
     import torch
 
-    from lrc.cli.evaluate import options_in_errors
+    from lrc.cli.option_names import options_in_errors
     from lrc.compressors.benchmark.measure import Benchmark
     from lrc.compressors.benchmark.measured_models import (
         check_targets,
@@ -231,6 +231,7 @@ def run(
 
 def check_speeds(gates: "list[Gate]", found: dict[str, Any]) -> "dict[str, list[GateResult]]":
     """Return the gates of every model but the dense one, at every point that was measured."""
+    from lrc.cli.option_names import options_in_errors
     from lrc.compressors.evaluate.gates import check_gates
 
     results = {}
@@ -243,7 +244,8 @@ def check_speeds(gates: "list[Gate]", found: dict[str, Any]) -> "dict[str, list[
             dense = speed["median"] / speed["ratio"] if speed["ratio"] else None
             metrics[phase] = {"compressed": speed["median"], "dense": dense}
         place = f"{each['model']}, {each['mode']}, batch {each['batch']}, prompt {each['prompt']}"
-        results[place] = check_gates(gates, metrics)
+        with options_in_errors():
+            results[place] = check_gates(gates, metrics)
     return results
 
 

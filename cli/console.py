@@ -23,6 +23,12 @@ OS_REMEDIES = {
     errno.ENAMETOOLONG: "use a shorter name",
     errno.ELOOP: "a part of the path is a link to itself: name another one",
 }
+WITH_RECIPE = {"plan", "compress", "sweep", "latency"}
+"""Commands that read a recipe."""
+LESS_MEMORY = (
+    "lower calibration.memory_limit_gib or use --device cpu, and the same command continues; or "
+    "lower calibration.samples or length and pass --overwrite"
+)
 AT_ONCE = "stopped: at once; the same command continues from the last finished step"
 
 
@@ -175,11 +181,9 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
         return int(getattr(error, "exit_code", 1))
     text = " ".join(str(error).split())[:500]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        say(
-            f"error[out-of-memory]: out of memory ({text[:200] or 'no details'}); lower "
-            "calibration.memory_limit_gib or use --device cpu, and the same command continues; "
-            "or lower calibration.samples or length and pass --overwrite"
-        )
+        with_recipe = WITH_RECIPE.intersection(sys.argv[1:3])  # after --debug
+        remedy = LESS_MEMORY if with_recipe else "use --device cpu or a machine with more memory"
+        say(f"error[out-of-memory]: out of memory ({text[:200] or 'no details'}); {remedy}")
     elif isinstance(error, OSError) and error.errno is not None:
         say(
             f"error[operating-system]: the operating system reports {text}; "

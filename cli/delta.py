@@ -66,7 +66,7 @@ def make(
     chosen = parse_delta_method(method, options or [])
     _check_paths(tuned, out)
     from lrc.cli.delta_tables import print_delta
-    from lrc.cli.evaluate import options_in_errors
+    from lrc.cli.option_names import options_in_errors
     from lrc.compressors.deltas.make_delta import make_delta
     from lrc.compressors.io.files import folder_bytes, new_folder, one_writer
     from lrc.compressors.io.machine import Machine
@@ -74,7 +74,8 @@ def make(
     console.quiet_transformers()
     steps = console.Steps(quiet=quiet)
     machine = Machine(device, on_step=steps)
-    with steps.running(), options_in_errors(), one_writer(out), new_folder(out) as partial:
+    words = options_in_errors(runs_code=False)
+    with steps.running(), words, one_writer(out), new_folder(out) as partial:
         facts = make_delta(base, tuned, partial, chosen, machine)
     facts = {"path": str(out), **facts, "file_bytes": folder_bytes(out)}
     if as_json:
@@ -95,13 +96,14 @@ def apply(
 ) -> None:
     """Write the tuned model as a dense folder, or the adapter as a folder of PEFT."""
     _check_paths(delta, out)
-    from lrc.cli.evaluate import options_in_errors
+    from lrc.cli.option_names import options_in_errors
     from lrc.compressors.deltas.apply_delta import apply_delta
     from lrc.compressors.io.files import folder_bytes, new_folder, one_writer
 
     console.quiet_transformers()
     steps = console.Steps(quiet=quiet)
-    with steps.running(), options_in_errors(), one_writer(out), new_folder(out) as partial:
+    words = options_in_errors(runs_code=False)
+    with steps.running(), words, one_writer(out), new_folder(out) as partial:
         facts = apply_delta(base, delta, partial, steps)
     facts = {"path": str(out), **facts, "file_bytes": folder_bytes(out)}
     if as_json:

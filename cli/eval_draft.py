@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.cli.evaluate import check_model, options_in_errors
+from lrc.cli.evaluate import check_model
+from lrc.cli.option_names import options_in_errors
 from lrc.cli.whole_models import Skeleton, load_model, load_skeleton
 from lrc.compressors.benchmark.drafting import DraftingBenchmark, DraftSettings
 from lrc.compressors.benchmark.speculative import RewindableModel

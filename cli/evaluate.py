@@ -1,12 +1,11 @@
 """`lrc eval`: measure checkpoints, Hub models or GGUF files."""
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lrc.cli.option_names import options_in_errors, without_keys
 from lrc.cli.streamed_eval import StreamedScores, stream
 from lrc.cli.whole_models import Skeleton, WholeModel, file_bytes, load_skeleton
 from lrc.compressors.checkpoint.reader import check_checkpoint
@@ -32,26 +31,8 @@ from lrc.compressors.models.architecture import build
 from lrc.compressors.models.configuration import check_code, refuse_adapter
 from lrc.compressors.models.model_kinds import kind_of, refuse_encoder, refuse_encoder_decoder
 from lrc.compressors.models.source_check import check_contents
-from lrc.configs.errors import (
-    DataError,
-    EvaluationIncomplete,
-    ModelError,
-    Problem,
-    RecipeError,
-    UsageError,
-)
+from lrc.configs.errors import EvaluationIncomplete, ModelError, UsageError
 from lrc.configs.recipe import Evaluate, Gate, Model
-
-OPTIONS = {
-    "evaluate.perplexity.source": "--perplexity",
-    "evaluate.perplexity.window": "--window",
-    "evaluate.tasks.names": "--tasks",
-    "evaluate.tasks.include_path": "--include-path",
-    "evaluate.gates": "--gate",
-    "evaluate.streaming": "--streaming",
-    "model.path: ": "",
-    "set model.trust_remote_code: true": "add --trust-remote-code",
-}
 
 
 def run(
@@ -101,14 +82,15 @@ def run(
             step = partial(labelled, checkpoint)
             whole = WholeModel(skeleton, first, request, machine.chosen, seed, trusted, step)
             if streamed is not None:
-                found = whole.add_tasks(streamed.models[checkpoint])
+                block = whole.add_tasks(streamed.models[checkpoint])
                 pair = streamed.pairs.get(checkpoint)
             else:
-                found, pair = whole.measure(compare=checkpoint in comparable)
-            found |= {"warnings": skeleton.warnings, "kl": pair["kl"] if pair else {}}
-            found["file_bytes"] = file_bytes(checkpoint)
-            found["missing"] |= pair["missing"] if pair else {}
-            scores[checkpoint] = found
+                block, pair = whole.measure(compare=checkpoint in comparable)
+            block |= {"warnings": skeleton.warnings, "kl": pair["kl"] if pair else {}}
+            block["file_bytes"] = file_bytes(checkpoint)
+            missing = block["missing"] | (pair["missing"] if pair else {})
+            block["missing"] = {name: without_keys(why) for name, why in missing.items()}
+            scores[checkpoint] = block
     return scores
 
 
@@ -149,10 +131,11 @@ def check_eval_gates(gates: list[Gate], blocks: dict[str, Any]) -> dict[str, lis
         return {}
     first, *others = blocks
     dense = None if not others else blocks[first]
-    return {
-        name: check_gates(gates, _metrics(name, blocks[name], dense) if gates else {})
-        for name in others or [first]
-    }
+    with options_in_errors():
+        return {
+            name: check_gates(gates, _metrics(name, blocks[name], dense) if gates else {})
+            for name in others or [first]
+        }
 
 
 def _metrics(name: str, block: dict[str, Any], dense: dict[str, Any] | None) -> Metrics:
@@ -201,33 +184,6 @@ def raise_if_missing(blocks: dict[str, Any]) -> None:
         raise EvaluationIncomplete(missing_sentences(missing), blocks)
 
 
-@contextmanager
-def options_in_errors() -> Iterator[None]:
-    """Replace the keys of a recipe in error messages by the options of the command."""
-
-    def translate(text: str) -> str:
-        for key, option in OPTIONS.items():
-            text = text.replace(key, option)
-        return text
-
-    try:
-        yield
-    except RecipeError as error:
-        raise UsageError(
-            [
-                Problem(
-                    UsageError.default_code if p.code == RecipeError.default_code else p.code,
-                    translate(p.where),
-                    translate(p.message),
-                    p.source,
-                )
-                for p in error.problems
-            ]
-        ) from error
-    except (ModelError, DataError) as error:
-        raise type(error)(translate(str(error)), code=error.code) from error
-
-
 def check_model(path: str, *, trusted: bool = False) -> list[str]:
     """Refuse a folder, Hub id or GGUF file that cannot be loaded as it is; return warnings."""
     folder = Path(path)
@@ -246,4 +202,4 @@ def check_model(path: str, *, trusted: bool = False) -> list[str]:
     except ModelError:  # one that can be measured but not compressed
         return []
     _, _, warnings = check_contents(found, architecture)
-    return [text.removeprefix("model.path: ") for text in warnings]
+    return [without_keys(text) for text in warnings]

@@ -100,7 +100,7 @@ def export(
         if options[name] is not None:
             known(name, str(options[name]), GGUF_TYPES)
     _check_paths(folder, out, form, tokenizer)
-    from lrc.cli.evaluate import options_in_errors
+    from lrc.cli.option_names import options_in_errors
     from lrc.compressors.export.stored_weights import StoredWeights
     from lrc.compressors.io.files import new_file, new_folder, one_writer
 

@@ -1,7 +1,8 @@
 """`lrc generate`: the continuations of one prompt by several models."""
 
 from lrc.cli import console
-from lrc.cli.evaluate import check_model, options_in_errors
+from lrc.cli.evaluate import check_model
+from lrc.cli.option_names import options_in_errors
 from lrc.cli.whole_models import load_model
 from lrc.compressors.evaluate.generations import continue_greedily
 from lrc.compressors.io.machine import Machine

@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["LRC_TEST_THREADS"] or (
 )
 
 import gc
+import re
 import signal
 import sys
 import threading
@@ -39,13 +40,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lrc.cli.console import WITH_RECIPE
 from lrc.compressors.corpus.documents import read_documents
 from lrc.compressors.estimates.machine_rates import measure_rates
+from lrc.configs.recipe import Evaluate, Model
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # By default tqdm, which torch.compile uses, has a lock that processes share: a child that a test
 # kills while it holds the lock would stop all later tests.
 tqdm.tqdm.set_lock(threading.RLock())
+
+
+RECIPE_KEY = re.compile(
+    rf"\b(model\.({'|'.join(Model.model_fields)})|evaluate\.({'|'.join(Evaluate.model_fields)}))\b"
+)
+"""What commands without a recipe must not name."""
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +348,8 @@ def lrc(
         captured = capsys.readouterr()
         code = ended.value.code
         assert isinstance(code, int)
+        if not WITH_RECIPE.intersection(map(str, arguments[:2])):
+            assert not RECIPE_KEY.search(captured.err), captured.err
         return Ended(code, captured.out, captured.err)
 
     yield run

@@ -125,7 +125,7 @@ def collected_moments(
     UsageError, DeltaError, ModelError, DataError
         If the model or the text cannot be used, or the statistics do not fit on the disk.
     """
-    _check(source, calibration)
+    _check(source, base, calibration)
     architecture = build_checked(source)
     needs = {"inputs", "whole_inputs"} | ({"gradients", "whole_gradients"} if gradients else set())
     with TemporaryDirectory(prefix="calibration-", dir=folder) as work, machine.current():
@@ -137,16 +137,26 @@ def collected_moments(
         yield _reading(architecture, journal, names)
 
 
-def _check(source: Source, calibration: Calibration) -> None:
+def _check(source: Source, base: Source, calibration: Calibration) -> None:
     if kind_of(source.config).encoder or calibration.task is not None:
         raise UsageError(
             "calibration: must be a text for a model that generates text, got "
             f"{'a task' if calibration.task is not None else 'a model of another kind'}; leave it "
             "out, which uses the plain SVD"
         )
+    if not (_has_tokenizer(source) or _has_tokenizer(base)):
+        raise UsageError(
+            f"calibration: needs a tokenizer, and there is none in {source.folder} or "
+            f"{base.folder}; put tokenizer.json into one of them, or leave the calibration out, "
+            "which uses the plain SVD"
+        )
     for name in fractions(calibration.source):
         check_source(name, part="calibration")
     check_window(source.config, calibration.length, "calibration.length")
+
+
+def _has_tokenizer(source: Source) -> bool:
+    return any(source.folder.glob("tokenizer*")) or any(source.folder.glob("vocab*"))
 
 
 def refuse_full_disk(architecture: Architecture, folder: Path, *, gradients: bool) -> None:
@@ -177,8 +187,7 @@ def _context(
     journal: Journal,
     machine: Machine,
 ) -> CalibrationContext:
-    has_tokenizer = any(source.folder.glob("tokenizer*")) or any(source.folder.glob("vocab*"))
-    tokenizer = load_tokenizer(source if has_tokenizer else base)
+    tokenizer = load_tokenizer(source if _has_tokenizer(source) else base)
 
     def sample(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
         dtype = torch.float32 if machine.chosen == "cpu" else source.dtype

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -297,6 +298,30 @@ def test_running_out_of_memory_names_what_to_lower(
 
     monkeypatch.setattr(pipeline, "prepare", fail)
     lrc("compress", recipe).refuses(1, "calibration.memory_limit_gib", code="out-of-memory")
+
+
+def test_without_a_recipe_running_out_of_memory_names_no_key(
+    lrc, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lrc.cli import generate
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(generate, "run", fail)
+    ended = lrc("generate", tiny_model_folder, "--prompt", "a")
+    ended.refuses(1, "use --device cpu", code="out-of-memory")
+    assert "calibration" not in ended.err
+
+
+def test_a_broken_tokenizer_is_named_without_keys_of_a_recipe(
+    lrc, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    (folder / "tokenizer.json").write_text("{")
+    ended = lrc("generate", folder, "--prompt", "a")
+    ended.refuses(1, "no tokenizer could be loaded", str(folder))
 
 
 def test_a_closed_pipe_is_not_an_error() -> None:

@@ -419,6 +419,17 @@ def test_other_bad_input_is_refused(
     ):
         arguments = ("make", base, tuned, out, option, "--method", "low-rank", "-q")
         refused(*arguments, exit_code=2, code=code, words=words)
+    for name in ("base", "tuned"):
+        plain = shutil.ignore_patterns("tokenizer*")
+        shutil.copytree(models / name, tmp_path / f"plain-{name}", ignore=plain)
+    arguments = ("make", tmp_path / "plain-base", tmp_path / "plain-tuned", out, "-q")
+    options = ("--method", "low-rank", "calibration.source=python-docs")
+    words = "leave the calibration out"
+    refused(*arguments, *options, exit_code=2, code="usage", words=words)
+    coded = json.loads((base / "config.json").read_text())
+    coded |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (tmp_path / "plain-base/config.json").write_text(json.dumps(coded))
+    refused(*arguments, exit_code=1, code="invalid-model", words="this command cannot run it")
     arguments = ("make", base, models / "adapter", out, "rank=5", "--method", "low-rank")
     refused(*arguments, exit_code=2, code="usage", words="must be in [1, 4]")
     refused("make", base, tmp_path / "no", out, exit_code=2, code="", words="no such folder")
