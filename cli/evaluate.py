@@ -29,7 +29,12 @@ from lrc.compressors.io.machine import Machine, free_memory
 from lrc.compressors.models import source as models
 from lrc.compressors.models.architecture import build
 from lrc.compressors.models.configuration import check_code, refuse_adapter
-from lrc.compressors.models.model_kinds import kind_of, refuse_encoder, refuse_encoder_decoder
+from lrc.compressors.models.model_kinds import (
+    ModelKind,
+    kind_of,
+    refuse_encoder,
+    refuse_encoder_decoder,
+)
 from lrc.compressors.models.source_check import check_contents
 from lrc.configs.errors import EvaluationIncomplete, ModelError, UsageError
 from lrc.configs.recipe import Evaluate, Gate, Model
@@ -55,18 +60,20 @@ def run(
     with options_in_errors(), machine.current():
         for spec in request.perplexity:
             check_source(spec.source, part="evaluation")
+        check = partial(check_model, trusted=trusted, tasks=bool(request.tasks.names))
+        # What takes longest comes last: the import of lm-eval seconds, a download minutes, and a
+        # measurement hours.
+        remote = {each for each in checkpoints if models.is_on_hub(each)}
+        warnings = {each: check(each) for each in checkpoints if each not in remote}
         check_tasks(request.tasks)
         _check_gates(request.gates, request, checkpoints)
-        # Before one of them is measured for hours.
+        warnings |= {each: check(each) for each in checkpoints if each in remote}
         skeletons = {}
         for checkpoint in checkpoints:
-            warnings = check_model(checkpoint, trusted=trusted)
-            for text in warnings:
+            found = warnings[checkpoint]
+            for text in found:
                 machine.on_warning(f"{checkpoint}: {text}")
-            skeleton = load_skeleton(checkpoint, warnings, trusted=trusted)
-            if request.tasks.names:
-                kind = kind_of(skeleton.model.config)
-                refuse_encoder_decoder(kind, checkpoint, "--tasks")
+            skeleton = load_skeleton(checkpoint, found, trusted=trusted)
             check_evaluation(skeleton.model, skeleton.tokenizer, request, seed=seed)
             skeletons[checkpoint] = skeleton
         first, *others = skeletons.values()
@@ -184,22 +191,31 @@ def raise_if_missing(blocks: dict[str, Any]) -> None:
         raise EvaluationIncomplete(missing_sentences(missing), blocks)
 
 
-def check_model(path: str, *, trusted: bool = False) -> list[str]:
-    """Refuse a folder, Hub id or GGUF file that cannot be loaded as it is; return warnings."""
+def check_model(path: str, *, trusted: bool = False, tasks: bool = False) -> list[str]:
+    """Refuse a folder, Hub id or GGUF file that cannot be loaded as it is; return warnings.
+
+    With `tasks`, models that lm-eval tasks cannot score are refused too.
+    """
     folder = Path(path)
     if folder.is_dir():
         contents = check_checkpoint(folder)
         config = contents.config
         refuse_adapter(folder)
         check_code(config, folder, trusted=trusted)
-        refuse_encoder(contents.kind, path, "this command")
+        _refuse_kind(contents.kind, path, tasks=tasks)
         if config.get("quantization_config"):
             return []  # has other tensors than the model in its config
     found = models.locate(Model(path=path, dtype="bfloat16", trust_remote_code=trusted))
-    refuse_encoder(kind_of(found.config), path, "this command")
+    _refuse_kind(kind_of(found.config), path, tasks=tasks)
     try:
         architecture = build(found)
     except ModelError:  # one that can be measured but not compressed
         return []
     _, _, warnings = check_contents(found, architecture)
     return [without_keys(text) for text in warnings]
+
+
+def _refuse_kind(kind: ModelKind, path: str, *, tasks: bool) -> None:
+    refuse_encoder(kind, path, "this command")
+    if tasks:
+        refuse_encoder_decoder(kind, path, "--tasks", "leave --tasks out, and give --perplexity")

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from lrc.compressors.corpus.hub import HUB_SOURCES
 from lrc.compressors.models.model_kinds import CAUSAL, ModelKind
-from lrc.compressors.models.source import HUB_ID
+from lrc.compressors.models.source import is_on_hub
 from lrc.compressors.planning.plan import Plan
 from lrc.configs.size import MIB
 
@@ -33,7 +33,7 @@ def model_card(
     """
     base = report["recipe"]["model"]["path"]
     local = Path(base).expanduser()
-    on_hub = HUB_ID.match(base) is not None and not local.exists()
+    on_hub = is_on_hub(base)
     name = base.rpartition("/")[2] if on_hub else local.resolve().name.removesuffix(".gguf")
     types = {c["type"] for layer in report["layers"] for c in layer["config"]["components"]}
     stated = stated_license or {}

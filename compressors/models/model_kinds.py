@@ -105,17 +105,21 @@ def refuse_encoder(kind: ModelKind, where: str, what: str) -> None:
     """Raise `ModelError` if a model is an encoder, which `what` does not support."""
     if kind.encoder:
         raise ModelError(
-            f"{where}: {what} is for causal language models, got an encoder; the recipe key "
-            "evaluate.task measures encoders"
+            f"{where}: {what} is for causal language models, got an encoder; 'lrc compress' "
+            "measures encoders, on the task that its recipe has under 'evaluate'"
         )
 
 
-def refuse_encoder_decoder(kind: ModelKind, where: str, what: str) -> None:
+def refuse_encoder_decoder(
+    kind: ModelKind,
+    where: str,
+    what: str,
+    remedy: str = "'lrc eval' and 'lrc generate' support these",
+) -> None:
     """Raise `ModelError` if a model is an encoder-decoder model, which `what` does not support."""
     if kind.translates:
         raise ModelError(
-            f"{where}: {what} is for decoder-only models, got an encoder-decoder model; 'lrc eval' "
-            "and 'lrc generate' support these"
+            f"{where}: {what} is for decoder-only models, got an encoder-decoder model; {remedy}"
         )
 
 

@@ -85,6 +85,12 @@ class Source:
             return []
 
 
+def is_on_hub(path: str) -> bool:
+    """Return whether the path of a model is the id of one on the Hub, and no file or folder."""
+    on_hub = HUB_ID.match(path) is not None and not path.endswith(".gguf")
+    return on_hub and not Path(path).expanduser().exists()
+
+
 def locate(spec: Model, *, weights: bool = True) -> Source:
     """Find a model and read its config; download weights from the Hub too if `weights`.
 
@@ -102,7 +108,7 @@ def locate(spec: Model, *, weights: bool = True) -> Source:
         if spec.file:
             return locate(spec.model_copy(update={"path": str(path / spec.file), "file": None}))
         source = Source(spec, path, read_config(path, spec))
-    elif HUB_ID.match(spec.path) and not spec.path.endswith(".gguf"):
+    elif is_on_hub(spec.path):
         source = _from_hub(spec, weights=weights)
     else:
         raise RecipeError(

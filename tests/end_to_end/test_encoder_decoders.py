@@ -229,7 +229,7 @@ def test_layers_that_are_kept_in_float32_run_in_float16(runs: Any) -> None:
     torch.testing.assert_close(outputs_of(half).float(), expected, rtol=0, atol=0.05)
 
 
-def test_commands(runs: Any, lrc: Any, tmp_path: Path) -> None:
+def test_commands(runs: Any, lrc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = runs("bart", "kfac")
     checkpoint = folder / "run/checkpoint"
     written = lrc("generate", checkpoint, "--prompt", "good film", "--tokens", "3")
@@ -243,6 +243,9 @@ def test_commands(runs: Any, lrc: Any, tmp_path: Path) -> None:
         lrc(*command).refuses(1, "got an encoder-decoder model", code="invalid-model")
     options = ("--format", "drafter", "--parent", checkpoint)
     lrc("export", checkpoint, tmp_path / "out", *options).refuses(1, "got an encoder-decoder")
+    # Before lm-eval is imported, which takes seconds.
+    monkeypatch.setattr("lrc.cli.evaluate.check_tasks", None)
+    lrc("eval", checkpoint, "--tasks", "none").refuses(1, "got an encoder-decoder", "--perplexity")
 
 
 @pytest.fixture(scope="module")
