@@ -71,7 +71,7 @@ def run(
         _check_context(skeletons, settings)
         n_bytes = sum(each.bytes_on(machine.chosen) for each in skeletons.values())
         refuse_pair(n_bytes, machine.chosen)
-        models = [load_model(path, machine.chosen, trusted=trusted)[0] for path in skeletons]
+        models = [load_model(path, machine.chosen, trusted=trusted) for path in skeletons]
         shared = share_embeddings(models[1], models[0])
         try:
             benchmark = DraftingBenchmark(models[0], models[1], settings)

@@ -3,7 +3,7 @@
 from lrc.cli import console
 from lrc.cli.evaluate import check_model
 from lrc.cli.option_names import options_in_errors
-from lrc.cli.whole_models import load_model
+from lrc.cli.whole_models import find_tokenizer, load_model
 from lrc.compressors.evaluate.generations import continue_greedily
 from lrc.compressors.io.machine import Machine
 from lrc.configs.errors import UsageError
@@ -34,5 +34,6 @@ def run(
 
 
 def _continuation(path: str, prompt: str, tokens: int, device: str, trusted: bool) -> str:
-    model, tokenizer = load_model(path, device, trusted=trusted)
+    tokenizer = find_tokenizer(path, trusted=trusted)
+    model = load_model(path, device, trusted=trusted)
     return continue_greedily(model, tokenizer, prompt, tokens).text

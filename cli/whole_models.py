@@ -61,7 +61,7 @@ class WholeModel:
 
     def measure(self, *, compare: bool) -> tuple[Scores, Scores | None]:
         """Return the scores of the checkpoint and, if requested, of both."""
-        model, tokenizer = self._load(self.skeleton)
+        model, tokenizer = self._load(self.skeleton), self.skeleton.tokenizer
         options: Any = {"on_step": self.on_step}
         found = evaluate_model(model, tokenizer, self.request, seed=self.seed, **options)
         if not (compare and self.request.compared_texts):
@@ -69,7 +69,7 @@ class WholeModel:
 
         def both() -> tuple[Any, Any]:
             refuse_pair(self.first.bytes_on(self.device), self.device)
-            return self._load(self.first)[0], model
+            return self._load(self.first), model
 
         missing = unmeasured_pair(self.request)
         return found, evaluate_pair(both, tokenizer, self.request, missing, **options)
@@ -83,12 +83,16 @@ class WholeModel:
         n_bytes = self.skeleton.bytes_on(self.device)
         if reason := why_too_large(n_bytes, self.skeleton.path, self.device):
             return scores | {"missing": scores["missing"] | dict.fromkeys(wanted, reason)}
-        model, tokenizer = self._load(self.skeleton)
         return evaluate_model(
-            model, tokenizer, tasks, seed=self.seed, on_step=self.on_step, scores=scores
+            self._load(self.skeleton),
+            self.skeleton.tokenizer,
+            tasks,
+            seed=self.seed,
+            on_step=self.on_step,
+            scores=scores,
         )
 
-    def _load(self, skeleton: Skeleton) -> tuple[Any, Any]:
+    def _load(self, skeleton: Skeleton) -> Any:
         return load_model(skeleton.path, self.device, trusted=self.trusted)
 
 
@@ -104,29 +108,35 @@ def load_skeleton(path: str, warnings: list[str], *, trusted: bool = False) -> S
     folder = Path(path)
     if folder.is_dir():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
     else:
-        found = models.locate(Model(path=path, trust_remote_code=trusted))
-        config, tokenizer = found.config, models.load_tokenizer(found)
+        config = models.locate(Model(path=path, trust_remote_code=trusted)).config
+    tokenizer = find_tokenizer(path, trusted=trusted)
     with init_empty_weights():
         model = kind_of(config).auto_class.from_config(config, trust_remote_code=trusted)
     return Skeleton(path, model, tokenizer, warnings)
 
 
-def load_model(path: str, device: str, *, trusted: bool = False) -> tuple[Any, Any]:
-    """Load model and tokenizer: a folder as it is stored, a Hub id or GGUF file as in a recipe."""
+def find_tokenizer(path: str, *, trusted: bool = False) -> Any:
+    """Load the tokenizer of a folder, Hub id or GGUF file."""
+    folder = Path(path)
+    if folder.is_dir():
+        return load_tokenizer(folder, trust_remote_code=trusted)
+    return models.load_tokenizer(models.locate(Model(path=path, trust_remote_code=trusted)))
+
+
+def load_model(path: str, device: str, *, trusted: bool = False) -> Any:
+    """Load a model: a folder as it is stored, a Hub id or GGUF file as in a recipe."""
     dtype = torch.float32 if device == "cpu" else None
     load = partial(load_checkpoint, dtype=dtype, device=device, trust_remote_code=trusted)
     folder = Path(path)
     if folder.is_dir():
-        return load(folder), load_tokenizer(folder, trust_remote_code=trusted)
+        return load(folder)
     found = models.locate(Model(path=path, trust_remote_code=trusted))
-    tokenizer = models.load_tokenizer(found)
     if found.gguf is None:
-        return load(found.folder), tokenizer
+        return load(found.folder)
     # It imports the package gguf, which takes a third of a second.
     from lrc.compressors.checkpoint.gguf_conversion import convert_gguf
 
     with tempfile.TemporaryDirectory() as converted:
         convert_gguf(found, Path(converted))
-        return load(Path(converted)), tokenizer
+        return load(Path(converted))

@@ -3,6 +3,8 @@
 import json
 import re
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -38,7 +40,8 @@ def read_gguf_config(path: Path) -> PreTrainedConfig:
     try:
         metadata, headers = read_gguf(path)
         _refuse_other_gguf(path, metadata, len(headers))
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        found = path.stat()
+        config = _config_in_gguf(path.resolve(), (found.st_mtime_ns, found.st_size))
     except ModelError:
         raise
     except Exception as error:  # the readers of transformers and gguf raise nearly anything
@@ -48,7 +51,16 @@ def read_gguf_config(path: Path) -> PreTrainedConfig:
             "again, or give the original model"
         ) from error
     assert isinstance(config, PreTrainedConfig)
-    return config
+    return deepcopy(config)
+
+
+@lru_cache(maxsize=8)
+def _config_in_gguf(path: Path, version: tuple[int, int]) -> Any:
+    """Let transformers make a config of the metadata, once for each `version` of a file.
+
+    It takes seconds for it, because it makes an array of every token.
+    """
+    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def read_config(folder: Path, spec: Model, *, ours: bool = False) -> PreTrainedConfig:
