@@ -7,8 +7,8 @@ from typing import Any
 from lrc.compressors import report
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.checkpoint.reader import missing_files
-from lrc.compressors.compress.layerwise import Solved
 from lrc.compressors.compress.profile import Profile, profile_plan
+from lrc.compressors.compress.task_solver import Solved
 from lrc.compressors.estimates.estimate import estimate, refuse_too_large
 from lrc.compressors.evaluate.broken_source import check_source_model, is_quick
 from lrc.compressors.evaluate.gates import check_gates, metrics_of

@@ -32,7 +32,8 @@ from lrc.compressors.calibrate.sampled_windows import (
 from lrc.compressors.calibrate.segments import (
     SegmentedStatistics,
 )
-from lrc.compressors.compress.layerwise import Solved, layer_file
+from lrc.compressors.compress.layerwise import layer_file
+from lrc.compressors.compress.task_solver import Solved
 from lrc.compressors.corpus.pairs import Pairs
 from lrc.compressors.corpus.sentences import Sentences
 from lrc.compressors.corpus.tokens import default_bos

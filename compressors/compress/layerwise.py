@@ -1,7 +1,7 @@
 """Execute a plan: read weights, compress them and store the results, one layer at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -11,17 +11,10 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from lrc.compressors.calibrate.statistics import routed_tokens
-from lrc.compressors.compress.batches import batches, compress_together
-from lrc.compressors.compress.group import (
-    CompressedGroup,
-    WeightGroup,
-    joined,
-    left_dense,
-    stored_weight,
-)
+from lrc.compressors.compress.batches import batches
+from lrc.compressors.compress.group import CompressedGroup, stored_weight
 from lrc.compressors.compress.prefix import Prefix, measure, rounds
-from lrc.compressors.compress.refine import refine
-from lrc.compressors.compress.solve import refit_dense
+from lrc.compressors.compress.task_solver import Solved, TaskSolver
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.io.background_writes import BackgroundWrites
 from lrc.compressors.io.journal import Journal
@@ -29,13 +22,10 @@ from lrc.compressors.io.machine import OnStep, to_host
 from lrc.compressors.layers import layer_tensors
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
-from lrc.compressors.planning.required_statistics import solver_statistics
 from lrc.compressors.planning.tasks import LayerResult, LayerTask, Weight
-from lrc.compressors.solvers.error_compensation import PrefixMoments, refit_target
-from lrc.compressors.solvers.moments import Moment, Statistics, needed_tokens
+from lrc.compressors.solvers.error_compensation import PrefixMoments
+from lrc.compressors.solvers.moments import Statistics
 
-Solved = Callable[[Sequence[LayerTask]], list[CompressedGroup] | None]
-"""Returns the results of tasks that are solved together, if they are known already."""
 COMPRESSED = "compressed"
 """Folder of the journal with the results."""
 _RESULTS = TypeAdapter(dict[str, LayerResult])
@@ -95,19 +85,9 @@ def compress_layers(
     last = max((i for i in refit if i not in stored), default=-1)
     assert prefix is not None or last < 0
     with BackgroundWrites(device) as writes:
-        work = Compression(
-            plan,
-            reader,
-            journal,
-            statistics,
-            device,
-            folder=folder,
-            base=base,
-            processes=processes,
-            solved=solved,
-            finished=finished,
-            writes=writes,
-        )
+        smallest = None if base is None else partial(_read_group, journal, folder=base)
+        solver = TaskSolver(reader, statistics, device, plan.seed, solved, smallest)
+        work = _Compression(plan, solver, journal, folder, processes, finished, writes)
         for index in range(max(layers[-1], last) + 1):
             follows = prefix if index <= last else None
             if index in layers:
@@ -159,26 +139,23 @@ def relative_cost(task: LayerTask) -> float:
 
 
 @dataclass(frozen=True)
-class Compression:
-    """Compresses the tasks of a plan one after the other."""
+class _Compression:
+    """Compresses the layers of a plan one after the other; see `compress_layers`."""
 
     plan: Plan
-    reader: WeightReader
+    solver: TaskSolver
     journal: Journal
-    statistics: Callable[[Weight], Statistics]
-    device: str
-    folder: str = COMPRESSED
-    base: str | None = None
-    processes: Processes = ALONE
-    solved: Solved = lambda batch: None
-    finished: Callable[[int], None] = lambda layer: None
-    writes: BackgroundWrites = field(default_factory=lambda: BackgroundWrites("cpu"))
+    folder: str
+    processes: Processes
+    finished: Callable[[int], None]
+    writes: BackgroundWrites
 
     def write_layer(self, layer: int, prefix: Prefix | None) -> None:
         """Compress the tasks of a layer and write its file, which may end in the background."""
         results: dict[str, LayerResult] = {}
         tensors: dict[str, Tensor] = {}
 
+        device = self.solver.device
         tasks = [task for task in self.plan.tasks if task.layer == layer]
         routed: dict[str, tuple[int, int]] = {}
         for other in sorted({weight.layer for task in tasks for weight in task.weights}):
@@ -191,8 +168,8 @@ class Compression:
             tensors.update(done.tensors)
 
         refit = {t.name: t for t in tasks if t.compensate is not None and prefix is not None}
-        together = batches([task for task in tasks if task.name not in refit], self.device)
-        self._divide(together, self._compress_batch, store)
+        together = batches([task for task in tasks if task.name not in refit], device)
+        self._divide(together, self.solver.compress_batch, store)
         if prefix is not None:
             # Weights compressed so far are inserted before the next inputs are measured.
             for several in rounds(prefix.groups(layer), refit):
@@ -204,12 +181,12 @@ class Compression:
                         measured |= {task.name: moments for task in targets}
                 if waiting := [refit.pop(name) for name in measured]:
                     alone = len(several) == 1
-                    split = [[t] for t in waiting] if alone else batches(waiting, self.device)
-                    self._divide(split, partial(self._refit_batch, measured=measured), store)
+                    split = [[t] for t in waiting] if alone else batches(waiting, device)
+                    self._divide(split, partial(self.solver.refit_batch, measured=measured), store)
                 for names in several:
                     self.insert(names, results, tensors, prefix)
             # Those that the model does not execute, like an unused expert.
-            self._divide([[task] for task in refit.values()], self._compress_batch, store)
+            self._divide([[task] for task in refit.values()], self.solver.compress_batch, store)
 
         def write() -> None:
             write_results(self.journal, layer, results, tensors, self.folder)
@@ -260,87 +237,10 @@ class Compression:
 
             def read(key: str, file: str = file) -> Tensor:
                 known = tensors[key] if key in tensors else self.journal.read_tensor(file, key)
-                return known.to(self.device)
+                return known.to(self.solver.device)
 
             if result.config.compressed or result.refit:
                 prefix.insert(name, stored_weight(task, result, name, read))
-
-    def compress(self, task: LayerTask) -> CompressedGroup:
-        """Compress a task with the statistics of the dense model."""
-        (done,) = self._compress_batch([task])
-        return done
-
-    def _compress_batch(self, batch: Sequence[LayerTask]) -> list[CompressedGroup]:
-        """Compress tasks of equal configurations with the statistics of the dense model."""
-        if not batch[0].config.compressed:
-            return [left_dense(task) for task in batch]
-        if (known := self.solved(batch)) is not None:
-            return known
-        groups = []
-        for task in batch:
-            weights = [self._weight(w) for w in task.weights]
-            groups.append(self._group(task, weights, weights[0].dtype))
-        return compress_together(groups)
-
-    def _refit_batch(
-        self, batch: Sequence[LayerTask], measured: Mapping[str, PrefixMoments]
-    ) -> list[CompressedGroup]:
-        """Fit weights to the dense outputs on the compressed model's inputs, and compress them."""
-        done: dict[str, CompressedGroup] = {}
-        begun: list[tuple[WeightGroup, str | None]] = []
-        for task in batch:
-            found = self._refit(task, measured[task.name])
-            if isinstance(found, CompressedGroup):
-                done[task.name] = found
-            else:
-                begun.append(found)
-        solved = compress_together([group for group, _ in begun])
-        for (group, note), each in zip(begun, solved, strict=True):
-            task, fallback = group.task, joined(note, each.result.fallback)
-            if each.result.config.compressed:
-                result = replace(each.result, refit=True, fallback=fallback)
-                done[task.name] = replace(each, result=result)
-            else:
-                done[task.name] = refit_dense(task, group.weights[0], group.dtype, fallback)
-        return [done[task.name] for task in batch]
-
-    def _refit(
-        self, task: LayerTask, measured: PrefixMoments
-    ) -> CompressedGroup | tuple[WeightGroup, str | None]:
-        """Fit a weight; return it with a note, to be compressed, or what is compressed already."""
-        compensate, n_tokens = task.compensate, measured.n_tokens
-        assert compensate is not None
-        if n_tokens is not None and n_tokens < needed_tokens(task.shape[1]):
-            return self.compress(task)  # an expert with too few tokens to be fitted to
-        W = self._weight(task.weights[0])
-        V, note = refit_target(
-            W,
-            measured.H,
-            measured.cross,
-            mix=compensate.mix,
-            damp=compensate.damp,
-            deficit=measured.deficit.get(task.name),
-            residual=compensate.residual,
-        )
-        inputs = Moment.of(measured.H)
-        if n_tokens is not None and task.statistics:  # to their scale, see `build_statistics`
-            inputs = inputs.scaled(self.statistics(task.weights[0]).n_tokens / n_tokens)
-        if self.base is not None:
-            group = self._group(task, [V], W.dtype, inputs=inputs)
-            return refine(group, self._at_smallest(task, self.base))
-        if not task.config.compressed:
-            return refit_dense(task, V, W.dtype, note)
-        return self._group(task, [V], W.dtype, inputs=inputs), note
-
-    def _at_smallest(self, task: LayerTask, folder: str) -> CompressedGroup:
-        """Return the result of a task for the smallest budget."""
-        file = layer_file(task.layer, folder)
-        result = read_results(self.journal, task.layer, folder)[task.name]
-        leaves = [leaf for leaf in layer_tensors(result.config) if leaf != "weight"]
-        if not result.config.compressed:
-            leaves = ["weight"] if result.refit else []
-        names = {f"{task.name}.{leaf}": f"{task.name}.{leaf}" for leaf in leaves}
-        return CompressedGroup(task, result, self.journal.read_tensors(file, names))
 
     def _predicted(self, done: CompressedGroup) -> LayerResult:
         """Return the result with the allocator's prediction where the solver made none."""
@@ -349,23 +249,13 @@ class Compression:
             return result
         return replace(result, predicted_nats=planned.predicted_nats)
 
-    def _group(
-        self,
-        task: LayerTask,
-        weights: list[Tensor],
-        dtype: torch.dtype,
-        *,
-        inputs: Moment | None = None,
-    ) -> WeightGroup:
-        """Return weights and their statistics; `inputs` replaces those of the dense model."""
-        known = [self.statistics(w) if task.statistics else Statistics() for w in task.weights]
-        if inputs is not None and "inputs" in solver_statistics(task):
-            known = [replace(each, inputs=inputs) for each in known]
-        bias = None
-        if task.config.bias and task.source_bias:
-            bias = self.reader.read(f"{task.name}.bias", device=self.device)
-        on_device = [each.to(self.device) for each in known]
-        return WeightGroup(task, weights, on_device, dtype, self.plan.seed, bias)
 
-    def _weight(self, weight: Weight) -> Tensor:
-        return self.reader.read(f"{weight.name}.weight", device=self.device)
+def _read_group(journal: Journal, task: LayerTask, folder: str) -> CompressedGroup:
+    """Read the result of a task and its tensors."""
+    file = layer_file(task.layer, folder)
+    result = read_results(journal, task.layer, folder)[task.name]
+    leaves = [leaf for leaf in layer_tensors(result.config) if leaf != "weight"]
+    if not result.config.compressed:
+        leaves = ["weight"] if result.refit else []
+    names = {f"{task.name}.{leaf}": f"{task.name}.{leaf}" for leaf in leaves}
+    return CompressedGroup(task, result, journal.read_tensors(file, names))

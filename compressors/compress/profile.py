@@ -9,7 +9,7 @@ from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.statistics import statistics_files
 from lrc.compressors.compress.layer_effects import LayerEffects
-from lrc.compressors.compress.layerwise import Compression
+from lrc.compressors.compress.task_solver import TaskSolver
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
@@ -102,9 +102,9 @@ def profile_plan(
     journal, tokens = context.journal, context.windows()
     left = [layer for layer in layers if not _measured(journal, layer, len(tokens))]
     _check_statistics([task for task in tasks if task.layer in left], journal)
-    work = Compression(plan, reader, journal, statistics, context.device)
+    solver = TaskSolver(reader, statistics, context.device, plan.seed)
     if left:
-        effects = LayerEffects(context, work.compress)
+        effects = LayerEffects(context, solver.compress)
         by_layer = {layer: [task for task in tasks if task.layer == layer] for layer in left}
         for together in _blocks(by_layer, effects.most_tasks()):
             before, found = effects.measure(together)

@@ -17,7 +17,7 @@ from lrc.compressors import report
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.activation_cache import cache_files
 from lrc.compressors.calibrate.calibration_windows import FILE as WINDOWS
-from lrc.compressors.compress.layerwise import Solved
+from lrc.compressors.compress.task_solver import Solved
 from lrc.compressors.io.journal import Journal, open_journal
 from lrc.compressors.io.machine import Clock, Machine
 from lrc.compressors.planning.plan import Plan

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lrc.compressors.calibrate import statistics
-from lrc.compressors.compress import layerwise
+from lrc.compressors.compress import task_solver
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.planning import rate_distortion
 from lrc.compressors.sweep.run_sweep import Sweep
@@ -102,7 +102,7 @@ def test_what_a_finished_run_has_solved_is_not_solved_again(
 ) -> None:
     stages = json.dumps([{"decompose": {"method": "mixed", "keep": 0.4, **options}}])
     settings = (recipe, f"stages={stages}", "evaluate={}", "-q")
-    calls = Calls(monkeypatch, layerwise, "compress_together")
+    calls = Calls(monkeypatch, task_solver, "compress_together")
     folder = tmp_path / "sweep"
     assert lrc("sweep", *settings, values, "--output", folder).code == 0
     if solved:
