@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lrc.compressors.calibrate.calibration_context import Labels, check_finite
-from lrc.compressors.calibrate.layer_executor import LayerExecutor, watch
+from lrc.compressors.calibrate.layer_calls import watch
+from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.statistic_table import LinearBatch, LinearStatistics, Required
 from lrc.compressors.corpus.pairs import IGNORED, Pairs
 from lrc.compressors.io.freed_memory import drop_shared_pages

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.calibrate.layer_executor import (
-    ForwardEnded,
+from lrc.compressors.calibrate.layer_calls import (
     LayerCall,
-    LayerExecutor,
     first_argument,
+    layers_replaced,
     record_arguments,
 )
+from lrc.compressors.calibrate.layer_executor import ForwardEnded, LayerExecutor
 from lrc.compressors.corpus.pairs import Pairs
 from lrc.compressors.io.freed_memory import drop_shared_pages
 
@@ -94,7 +94,10 @@ class EncoderDecoderExecutor(LayerExecutor):
             return hook
 
         present: list[slice] = []
-        with ExitStack() as hooks, self._layers_replaced(self.calls, first_argument):
+        with (
+            ExitStack() as hooks,
+            layers_replaced(self.architecture.layers, self.calls, first_argument),
+        ):
             for index in firsts:
                 layer = self.architecture.layers[index]
                 hooks.enter_context(layer.register_forward_pre_hook(keep(index), with_kwargs=True))
@@ -147,7 +150,7 @@ class EncoderDecoderExecutor(LayerExecutor):
     def _finished(self, source: Tensor, rows: slice) -> Tensor:
         """Return the output of the encoder for that of its last layer [n, n_source, d_model]."""
         mask = self.sentences[rows].source_mask.long().to(source.device)
-        with self._layers_replaced(self.calls, lambda *_, **__: source):
+        with layers_replaced(self.architecture.layers, self.calls, lambda *_, **__: source):
             encoded: Tensor = self._encoder(inputs_embeds=source, attention_mask=mask)[0]
         return encoded
 
@@ -172,7 +175,9 @@ class EncoderDecoderExecutor(LayerExecutor):
             if any(isinstance(each, Tensor) for each in call.others or ())
         ]
         with ExitStack() as stack:
-            stack.enter_context(self._layers_replaced(calls, first_argument, keep=makers))
+            stack.enter_context(
+                layers_replaced(self.architecture.layers, calls, first_argument, keep=makers)
+            )
             for index in makers:
                 stack.enter_context(self._layer_alone(index))
             yield

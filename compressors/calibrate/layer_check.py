@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.encoder_decoder_executor import executor_of
-from lrc.compressors.calibrate.layer_executor import LayerCall, LayerExecutor
+from lrc.compressors.calibrate.layer_calls import LayerCall
+from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.replaceable import irreplaceable, is_linear
 from lrc.compressors.calibrate.simulated_weights import SimulatedProducts, SimulatedReader
 from lrc.compressors.corpus.pairs import Pairs

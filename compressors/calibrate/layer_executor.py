@@ -7,10 +7,9 @@ all batches, layer by layer, without the model around them. Encoders have anothe
 batch, and their calls are recorded for each.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,9 +18,17 @@ from torch.utils.hooks import RemovableHandle
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache, Shape
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.layer_calls import (
+    LayerCall,
+    first_argument,
+    layers_replaced,
+    record_arguments,
+    returned_with_states,
+    watch,
+)
+from lrc.compressors.calibrate.resident_modules import ResidentModules
 from lrc.compressors.evaluate.encoder_outputs import sentence_outputs
-from lrc.compressors.io.freed_memory import drop_shared_pages, trim
-from lrc.compressors.models.architecture import Linear
+from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.configs.errors import ModelError
 
 # Enough tokens a batch to keep matrix products efficient, few enough to keep attention small.
@@ -31,50 +38,11 @@ MIN_BATCHES = 8
 the same ones."""
 
 
-@dataclass(frozen=True)
-class Received:
-    """An argument of a layer that the layer returns again, by its position or name."""
-
-    key: int | str
-
-    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the argument of a call."""
-        return args[self.key] if isinstance(self.key, int) else kwargs[self.key]
-
-
-@dataclass
-class LayerCall:
-    """How the model calls one decoder layer, apart from its hidden states."""
-
-    arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    """Number of windows in a batch -> (args, kwargs): masks may have the shape of the batch. Of an
-    encoder, by the first row of the batch instead."""
-    by_keyword: bool = False
-    """Whether the hidden states are passed as a keyword."""
-    groups: list[list[str]] = field(default_factory=list)
-    """Full names of the linears of each distinct input, in order of use."""
-    others: tuple[Any, ...] | None = None
-    """What the layer returns after the hidden states, if it returns a tuple: `Received`, or a value
-    for the first batch."""
-    d_model: int = 0
-
-    def run(
-        self, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Return the hidden states that a layer computes from others and recorded arguments."""
-        if self.by_keyword:
-            out = layer(*args, hidden_states=hidden, **kwargs)
-        else:
-            out = layer(hidden, *args, **kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
-
-
 class ForwardEnded(Exception):
     """Ends a forward at the module whose input is needed."""
 
 
-class LayerExecutor:
+class LayerExecutor(ResidentModules):
     """A model that computes on the calibration windows, one decoder layer at a time.
 
     The skeleton of the context's architecture is filled and emptied in place.
@@ -89,9 +57,6 @@ class LayerExecutor:
         Whether processes take batches in turn, instead of consecutive ones.
     """
 
-    dtype = torch.float32
-    """Precision of the weights and of the computation."""
-
     def __init__(
         self,
         context: CalibrationContext,
@@ -99,7 +64,7 @@ class LayerExecutor:
         batch_tokens: int | None = None,
         in_turn: bool = False,
     ) -> None:
-        self.context, self.architecture = context, context.architecture
+        super().__init__(context)
         self.sentences = context.sentences() if context.sentences is not None else None
         """Texts with padding, of an encoder or an encoder-decoder model, in a single process."""
         windows, processes = context.windows(), context.processes
@@ -119,10 +84,6 @@ class LayerExecutor:
         self.batches = batches(self.tokens, batch_tokens)
         """Of this process."""
         self._first, self._traced = every[0], windows[every[0]]
-        self._last = -1
-        """Index of the layer that was loaded last."""
-        head = self.architecture.model.get_output_embeddings()
-        self._heads = [n for n, module in self.architecture.model.named_modules() if module is head]
 
     @cached_property
     def calls(self) -> list[LayerCall]:
@@ -154,12 +115,6 @@ class LayerExecutor:
         """Return the positions of the hidden states that a layer replaces: here, all."""
         return slice(None)
 
-    def linears(self, index: int) -> dict[str, Linear]:
-        """Return the linears of a decoder layer by name."""
-        return {
-            linear.name: linear for linear in self.architecture.linears if linear.layer == index
-        }
-
     def pieces(self, most: int) -> list[slice]:
         """Split every batch into pieces of at most `most` tokens, or of one window."""
         return [
@@ -167,46 +122,6 @@ class LayerExecutor:
             for rows in self.batches
             for piece in batches(self.tokens[rows], most)
         ]
-
-    @contextmanager
-    def around_layers(self, *, head: bool = False) -> Iterator[None]:
-        """Load everything outside the layers (embeddings, norms, rotary tables).
-
-        The output embedding, which can be larger than a layer, is loaded only if `head`.
-        """
-        skip = [*self.architecture.layer_names, *([] if head else self._heads)]
-        self._read_ahead("")
-        with self._filled("", skip):
-            yield
-
-    @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Load one decoder layer, and start to read the next in the direction of the pass."""
-        with self._layer_alone(index) as layer:
-            yield layer
-
-    @contextmanager
-    def _layer_alone(self, index: int) -> Iterator[nn.Module]:
-        """Do the same as `layer`, without modules around the layer that are part of its step."""
-        step = -1 if self._last == index + 1 else 1
-        self._last, names = index, self.architecture.layer_names
-        with self._filled(names[index]):
-            if 0 <= index + step < len(names):
-                self._read_ahead(names[index + step])
-            yield self.architecture.layers[index]
-
-    def _read_ahead(self, name: str) -> None:
-        self.context.reader.read_ahead(name, device=self.context.device)
-
-    @contextmanager
-    def _filled(self, name: str, skip: Sequence[str] = ()) -> Iterator[None]:
-        reader = self.context.reader
-        reader.fill_(name, device=self.context.device, dtype=self.dtype, skip=skip)
-        try:
-            yield
-        finally:
-            reader.empty_(name, skip=skip)
-            trim()  # otherwise memory grows with the number of layers
 
     @torch.no_grad()
     def embed_(self, states: Tensor) -> None:
@@ -247,7 +162,7 @@ class LayerExecutor:
         """
         assert self.sentences is not None
         part, model, device = self.sentences[rows], self.architecture.model, self.context.device
-        with self._layers_replaced(self.calls, self._constant(hidden)):
+        with layers_replaced(self.architecture.layers, self.calls, self._constant(hidden)):
             return sentence_outputs(model, part, self.architecture.kind, device)
 
     def _constant(self, hidden: Tensor) -> Callable[..., Tensor]:
@@ -261,7 +176,7 @@ class LayerExecutor:
         layers replaced by the constant `hidden`, so that whatever follows the layers (norms,
         scaling, soft-capping) is applied. Needs ``around_layers(head=True)``.
         """
-        with self._layers_replaced(self.calls, lambda *_, **__: hidden):
+        with layers_replaced(self.architecture.layers, self.calls, lambda *_, **__: hidden):
             model, ids = self.architecture.model, tokens.to(self.context.device)
             result: Tensor = model(input_ids=ids, use_cache=False).logits
         return result
@@ -363,7 +278,9 @@ class LayerExecutor:
         def unload(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             loaded.close()
             call.groups = [members for _, members in inputs]
-            call.others = _others(out, args, kwargs) if isinstance(out, tuple) else None
+            call.others = (
+                returned_with_states(out, args, kwargs) if isinstance(out, tuple) else None
+            )
             inputs.clear()
 
         key = self._key(self._traced, self._first)
@@ -372,42 +289,9 @@ class LayerExecutor:
         hooks.enter_context(layer.register_forward_hook(unload, with_kwargs=True))
 
     @contextmanager
-    def _layers_replaced(
-        self,
-        calls: Sequence[LayerCall],
-        forward: Callable[..., Tensor],
-        *,
-        keep: Collection[int] = (),
-    ) -> Iterator[None]:
-        """Let `forward` compute the hidden states in place of every layer but those in `keep`."""
-        layers = [x for index, x in enumerate(self.architecture.layers) if index not in keep]
-        calls = [call for index, call in enumerate(calls) if index not in keep]
-        before = [vars(layer).get("forward") for layer in layers]
-
-        def replaced(others: tuple[Any, ...] | None) -> Callable[..., Any]:
-            if others is None:
-                return forward
-
-            def result(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-                rest = (x.of(args, kwargs) if isinstance(x, Received) else x for x in others)
-                return forward(*args, **kwargs), *rest
-
-            return result
-
-        for layer, call in zip(layers, calls, strict=True):
-            layer.forward = replaced(call.others)
-        try:
-            yield
-        finally:
-            for layer, own in zip(layers, before, strict=True):
-                del layer.forward  # the class's own is visible again
-                if own is not None:
-                    layer.forward = own
-
-    @contextmanager
     def _replaced_in_trace(self, calls: Sequence[LayerCall]) -> Iterator[None]:
         """Let layers return their inputs while the arguments for other batches are recorded."""
-        with self._layers_replaced(calls, first_argument):
+        with layers_replaced(self.architecture.layers, calls, first_argument):
             yield
 
     def _recorded(self, layer: nn.Module, call: LayerCall, key: int) -> RemovableHandle:
@@ -432,61 +316,8 @@ class LayerExecutor:
         self.architecture.model.base_model(**inputs)
 
 
-def _others(out: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what a layer returned after the hidden states, with its arguments as `Received`."""
-    received: dict[int, int | str] = {id(x): number for number, x in enumerate(args)}
-    received |= {id(x): name for name, x in kwargs.items()}
-    return tuple(
-        Received(received[id(x)]) if isinstance(x, Tensor) and id(x) in received else x
-        for x in out[1:]
-    )
-
-
-def record_arguments(
-    layer: nn.Module,
-    call: LayerCall,
-    key: int | None = None,
-    stored: Callable[[Any], Any] = lambda argument: argument,
-) -> RemovableHandle:
-    """Write into `call` how a layer is called, until the handle is removed.
-
-    By default, the key is the number of windows. `stored` maps every argument but the hidden states
-    to what is recorded in its place.
-    """
-
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call.by_keyword = not args
-        hidden = kwargs["hidden_states"] if call.by_keyword else args[0]
-        rest = {key: stored(value) for key, value in kwargs.items() if key != "hidden_states"}
-        values = tuple(stored(value) for value in args[1:])
-        call.arguments[len(hidden) if key is None else key] = values, rest
-        call.d_model = hidden.shape[-1]
-
-    return layer.register_forward_pre_hook(record, with_kwargs=True)
-
-
-def first_argument(*args: Any, **kwargs: Any) -> Any:
-    """Return the hidden states that a layer receives."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
 def batches(tokens: Tensor, most: int) -> list[slice]:
     """Split windows [n_windows, length] into batches of at most `most` tokens, or of one window."""
     n_windows, length = tokens.shape
     size = max(1, most // length)
     return [slice(start, start + size) for start in range(0, n_windows, size)]
-
-
-def watch(
-    model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Tensor], None]
-) -> ExitStack:
-    """Call ``see(name, x, y)`` after a module has returned ``y`` for ``x``, within the context.
-
-    Runs before hooks that belong to the model, which may add to a linear's output.
-    """
-    hooks = ExitStack()
-    for name in names:
-        hook = partial(lambda name, _, args, y: see(name, args[0], y), name)
-        module = model.get_submodule(name)
-        hooks.enter_context(module.register_forward_hook(hook, prepend=True))
-    return hooks

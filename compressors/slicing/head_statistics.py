@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
-from lrc.compressors.calibrate.layer_executor import LayerExecutor, watch
+from lrc.compressors.calibrate.layer_calls import watch
+from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.slicing.layout import Heads
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lrc.compressors.calibrate.activation_cache import LIVE
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, check_finite
-from lrc.compressors.calibrate.layer_executor import LayerExecutor, watch
+from lrc.compressors.calibrate.layer_calls import watch
+from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.slicing.families import Block, Family
 from lrc.compressors.solvers.linalg import descending_eigh, tensor_cores

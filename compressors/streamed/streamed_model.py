@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.calibrate.layer_executor import (
+from lrc.compressors.calibrate.layer_calls import (
     LayerCall,
-    LayerExecutor,
     first_argument,
+    layers_replaced,
     record_arguments,
 )
+from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.layers import TiedHead
 from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import SkeletonFiller
@@ -67,7 +68,7 @@ class StreamedModel(LayerExecutor):
         with self._without_embedding(self._heads), ExitStack() as hooks:
             for layer, call in zip(self.architecture.layers, calls, strict=True):
                 hooks.enter_context(record_arguments(layer, call))
-            hooks.enter_context(self._layers_replaced(calls, first_argument))
+            hooks.enter_context(layers_replaced(self.architecture.layers, calls, first_argument))
             self._forward(self._traced, self._first)
             for rows in self.batches[-1:]:
                 self._forward(self.tokens[rows], rows)

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lrc.compressors.calibrate.layer_executor import watch
+from lrc.compressors.calibrate.layer_calls import watch
 from lrc.compressors.calibrate.sequential_calibration import find_writers
 from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lrc.compressors.calibrate import layer_executor, statistics
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, LayerExecutor, batches, watch
+from lrc.compressors.calibrate.layer_calls import watch
+from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, LayerExecutor, batches
 from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models import weights

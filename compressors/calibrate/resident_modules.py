@@ -1,0 +1,71 @@
+"""Load only some modules of a model: one decoder layer, or everything around the layers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.io.freed_memory import trim
+from lrc.compressors.models.architecture import Linear
+
+
+class ResidentModules:
+    """Fills and empties the skeleton of the context's architecture in place."""
+
+    dtype = torch.float32
+    """Precision of the weights and of the computation."""
+
+    def __init__(self, context: CalibrationContext) -> None:
+        self.context, self.architecture = context, context.architecture
+        self._last = -1
+        """Index of the layer that was loaded last."""
+        head = self.architecture.model.get_output_embeddings()
+        self._heads = [n for n, module in self.architecture.model.named_modules() if module is head]
+
+    def linears(self, index: int) -> dict[str, Linear]:
+        """Return the linears of a decoder layer by name."""
+        return {
+            linear.name: linear for linear in self.architecture.linears if linear.layer == index
+        }
+
+    @contextmanager
+    def around_layers(self, *, head: bool = False) -> Iterator[None]:
+        """Load everything outside the layers (embeddings, norms, rotary tables).
+
+        The output embedding, which can be larger than a layer, is loaded only if `head`.
+        """
+        skip = [*self.architecture.layer_names, *([] if head else self._heads)]
+        self._read_ahead("")
+        with self._filled("", skip):
+            yield
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Load one decoder layer, and start to read the next in the direction of the pass."""
+        with self._layer_alone(index) as layer:
+            yield layer
+
+    @contextmanager
+    def _layer_alone(self, index: int) -> Iterator[nn.Module]:
+        """Do the same as `layer`, without modules around the layer that are part of its step."""
+        step = -1 if self._last == index + 1 else 1
+        self._last, names = index, self.architecture.layer_names
+        with self._filled(names[index]):
+            if 0 <= index + step < len(names):
+                self._read_ahead(names[index + step])
+            yield self.architecture.layers[index]
+
+    def _read_ahead(self, name: str) -> None:
+        self.context.reader.read_ahead(name, device=self.context.device)
+
+    @contextmanager
+    def _filled(self, name: str, skip: Sequence[str] = ()) -> Iterator[None]:
+        reader = self.context.reader
+        reader.fill_(name, device=self.context.device, dtype=self.dtype, skip=skip)
+        try:
+            yield
+        finally:
+            reader.empty_(name, skip=skip)
+            trim()  # otherwise memory grows with the number of layers
