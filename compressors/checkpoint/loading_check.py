@@ -7,7 +7,8 @@ from accelerate import init_empty_weights
 
 from lrc.compressors.checkpoint.elastic_budgets import elastic_table
 from lrc.compressors.checkpoint.format import quantization_config
-from lrc.compressors.checkpoint.quantizer import LrcConfig, LrcQuantizer
+from lrc.compressors.checkpoint.lrc_config import LrcConfig
+from lrc.compressors.checkpoint.quantizer import LrcQuantizer
 from lrc.compressors.checkpoint.writer import config_text
 from lrc.compressors.layers import ComponentConfig, WeightConfig
 from lrc.compressors.layers.experts import split_modules

@@ -6,8 +6,7 @@ compares the safetensors headers with the expected tensors, because transformers
 missing tensors and leaves them uninitialized. After loading it checks masks, indices and scales.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,14 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrc.compressors.checkpoint import format as layout
-from lrc.compressors.checkpoint.config_tables import check_tables
 from lrc.compressors.checkpoint.elastic_budgets import (
     BUDGET,
     budget_index,
     cut_model_,
-    parse_budgets,
 )
+from lrc.compressors.checkpoint.lrc_config import BLOCK, LrcConfig, edited_config
 from lrc.compressors.checkpoint.manifest import read_manifest
 from lrc.compressors.checkpoint.model_tables import (
     MODULES,
@@ -46,9 +43,8 @@ from lrc.compressors.checkpoint.parent_weights import (
     fill_from_parent_,
     read_parent,
 )
+from lrc.compressors.checkpoint.tensor_checks import check_headers, check_values
 from lrc.compressors.io.freed_memory import ReplacedTensors
-from lrc.compressors.io.shards import read_headers
-from lrc.compressors.io.shortened import shortened
 from lrc.compressors.kernels import optimize
 from lrc.compressors.layers import (
     CompressedEmbedding,
@@ -58,73 +54,14 @@ from lrc.compressors.layers import (
     TiedHead,
     WeightConfig,
 )
-from lrc.compressors.layers.component import finite_problems
 from lrc.compressors.layers.compressed_linear import Int8Linear, compares_dtype, convert_inputs_
 from lrc.compressors.layers.expert_batches import batch_experts
 from lrc.compressors.layers.experts import fuse_experts_, split_experts_
-from lrc.compressors.layers.model_shapes import SHAPES, TABLES, resize_, widen_
+from lrc.compressors.layers.model_shapes import SHAPES, resize_, widen_
 from lrc.compressors.layers.residual_basis import BIASES, NORMS, add_biases_, place_norms_
 from lrc.compressors.layers.siblings import share_inputs
-from lrc.compressors.models.contents import renamed
-from lrc.compressors.models.expert_tensors import own_conversions, without_experts
-from lrc.compressors.models.model_kinds import kind_of
+from lrc.compressors.models.expert_tensors import without_experts
 from lrc.configs.errors import CheckpointError
-
-BLOCK = "config.json: quantization_config"
-
-
-class LrcConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call, misc, unused-ignore]
-    """The `quantization_config` block of a compressed checkpoint.
-
-    Parameters
-    ----------
-    modules : dict
-        Name of a layer or embedding -> its `WeightConfig` as JSON.
-    format_version : int
-    elastic : dict, optional
-        Budgets that the checkpoint can be cut to, see `parse_budgets`.
-    parent : dict, optional
-        What the checkpoint reads from its parent, see `ParentWeights`.
-    **tables
-        How a sliced model differs from its architecture: shapes of resized modules, added biases,
-        and norms, see `TABLES`.
-    """
-
-    def __init__(
-        self,
-        modules: dict[str, dict[str, Any]] | None = None,
-        format_version: int = layout.FORMAT_VERSION,
-        elastic: dict[str, Any] | None = None,
-        parent: dict[str, Any] | None = None,
-        **tables: Any,
-    ) -> None:
-        self.quant_method = layout.QUANT_METHOD  # type: ignore[assignment]  # an out-of-tree name
-        self.format_version = format_version
-        layout.check_version(format_version, BLOCK)
-        parsed = layout.parse_modules(modules or {}, BLOCK)
-        check_tables(tables, BLOCK)
-        if parse_budgets(elastic, parsed, BLOCK):
-            self.elastic = elastic  # not set otherwise, so that it is not saved
-        if ParentWeights.parse(parent, BLOCK) is not None:
-            self.parent = parent
-        self.tables = {MODULES: modules or {}, **tables}
-
-    @property
-    def budgets(self) -> tuple[float, ...]:
-        """The budgets that the checkpoint can be cut to, the stored one first."""
-        return tuple(vars(self).get(layout.ELASTIC, {}).get("budgets", ()))
-
-    @property
-    def tables(self) -> dict[str, Any]:
-        """The tables `modules`, and those of a sliced model that are not empty."""
-        return {key: table for key, table in vars(self).items() if key in (MODULES, *TABLES)}
-
-    @tables.setter
-    def tables(self, tables: Mapping[str, Any]) -> None:
-        for key in (MODULES, *TABLES):  # empty ones are not set, so that they are not saved either
-            vars(self).pop(key, None)
-            if tables.get(key) or key == MODULES:
-                setattr(self, key, tables[key])
 
 
 class LrcQuantizer(HfQuantizer):
@@ -190,7 +127,7 @@ class LrcQuantizer(HfQuantizer):
         self.quantization_config.tables = tables
         modules = layout.parse_modules(tables[MODULES], BLOCK)
         shapes, biases = tables.get(SHAPES, {}), tables.get(BIASES, [])
-        with _as_checkpoint_error(BLOCK):
+        with edited_config(BLOCK):
             self._original_shapes = resize_(model, shapes)
             if NORMS in tables:
                 heads = head_shapes(model, shapes)
@@ -203,7 +140,7 @@ class LrcQuantizer(HfQuantizer):
             if name not in modules:
                 expected[f"{name}.bias"] = TensorSpec([model.get_submodule(name).out_features])
         expected |= replace_layers(model, modules)
-        with _as_checkpoint_error(BLOCK):
+        with edited_config(BLOCK):
             # They change the basis of the residual stream between blocks.
             shortcuts = place_norms_(model, tables.get(NORMS, {}))
         expected |= {name: TensorSpec(shape) for name, shape in shortcuts.items()}
@@ -317,17 +254,6 @@ def _resize_token_embeddings(
     )
 
 
-@contextmanager
-def _as_checkpoint_error(where: str) -> Iterator[None]:
-    """Convert a ValueError about a part of the config to a CheckpointError."""
-    try:
-        yield
-    except ValueError as error:
-        raise CheckpointError(
-            f"{where}: {error}; the config was edited, or belongs to another model"
-        ) from error
-
-
 def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> TensorSpecs:
     """Replace layers by uninitialized compressed ones; return the tensors that they expect.
 
@@ -354,7 +280,7 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
                 code="invalid-config",
             )
         weight: nn.Parameter = dense.get_parameter("weight")
-        with _as_checkpoint_error(f"{BLOCK}.modules[{name!r}]"):
+        with edited_config(f"{BLOCK}.modules[{name!r}]"):
             if tuple(weight.shape) != config.shape:
                 raise ValueError(f"shape must be {list(weight.shape)}, got {list(config.shape)}")
             bias = getattr(dense, "bias", None) is not None
@@ -371,92 +297,9 @@ def replace_layers(model: nn.Module, modules: Mapping[str, WeightConfig]) -> Ten
             owner._is_hf_initialized = True
     # A second pass, because the layer that stores a shared factor may be listed after its users.
     for name, layer in replaced.items():
-        with _as_checkpoint_error(f"{BLOCK}.modules[{name!r}]"):
+        with edited_config(f"{BLOCK}.modules[{name!r}]"):
             layer.connect(model)
     return expected
-
-
-def check_values(model: nn.Module) -> None:
-    """Check the tensors of a model that has been loaded.
-
-    All numbers must be finite, and masks, indices and scales of compressed layers consistent.
-    Weights that are offloaded to disk are not checked.
-
-    Raises
-    ------
-    CheckpointError
-        Naming the layers whose tensors violate the invariants of their components.
-    """
-    problems, checked = [], set()
-    for name, module in model.named_modules():
-        if isinstance(module, CompressedLinear):
-            tensors = [*module.parameters(), *module.buffers()]
-            checked |= {*map(id, tensors)}
-            if not any(tensor.is_meta for tensor in tensors):
-                problems += [f"{name}.{text}" for text in module.problems()]
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in checked and not parameter.is_meta:
-            problems += [f"{name} {text}" for text in finite_problems(parameter)]
-    if problems:
-        raise CheckpointError(
-            f"the weights are damaged: {shortened(problems)}; {layout.COPY_AGAIN}",
-            code="damaged-weights",
-        )
-
-
-def check_headers(
-    expected: TensorSpecs, files: list[str], model: Any = None, absent: Collection[str] = ()
-) -> None:
-    """Compare the tensors that a checkpoint must have with the headers of its files.
-
-    Those in `absent` need not be there. With `model`, names in the files are those that
-    transformers reads as names of the model, and its other weights must be there too, as
-    floating-point numbers: transformers would initialize missing ones, and convert integers.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is truncated, or tensors are missing or have a wrong shape or dtype.
-    """
-    try:
-        headers = read_headers(map(Path, files))
-    except ValueError as error:
-        raise CheckpointError(f"{error}; {layout.COPY_AGAIN}") from error
-    if model is not None:
-        names = renamed(headers, own_conversions(model), model).items()
-        headers = {name: headers[key] for key, (name, converted) in names if not converted}
-        expected = _other_weights(model) | expected
-    expected = {name: spec for name, spec in expected.items() if name not in absent}
-    wrong = layout.mismatches(expected, headers)
-    if wrong:
-        raise CheckpointError(
-            f"the weights do not match config.json: {shortened(wrong)}; {layout.COPY_AGAIN}",
-            code="tensor-mismatch",
-        )
-
-
-def _other_weights(model: Any) -> TensorSpecs:
-    """Return the floating-point tensors of the decoder and the head, without tied ones.
-
-    The head is left out if the files are of another class, such as the decoder alone.
-    """
-    prefix, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
-    computed = model._keys_to_ignore_on_save or ()
-    own = type(model).__name__ in (model.config.architectures or [type(model).__name__])
-    if not own:
-        head = None
-    heads = tuple(f"{name}." for name, module in model.named_modules() if module is head)
-    classifies = own and kind_of(model.config).classifies
-    if model.base_model is model or classifies:  # names have no prefix, or the head has several
-        prefix = ""
-    return {
-        name: TensorSpec(list(tensor.shape))
-        for name, tensor in model.state_dict().items()
-        if name.startswith((prefix, *heads))
-        and name not in model.all_tied_weights_keys
-        and name not in computed
-        and tensor.is_floating_point()
-    }
 
 
 def register() -> None:

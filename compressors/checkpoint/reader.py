@@ -16,7 +16,7 @@ from lrc.compressors.checkpoint.elastic_budgets import parse_budgets
 from lrc.compressors.checkpoint.format import COPY_AGAIN
 from lrc.compressors.checkpoint.manifest import Manifest, read_manifest, read_object
 from lrc.compressors.checkpoint.plain import plain_name, read_plain
-from lrc.compressors.checkpoint.quantizer import check_values
+from lrc.compressors.checkpoint.tensor_checks import check_values
 from lrc.compressors.io.shards import Header, read_folder
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers import TensorSpecs, WeightConfig

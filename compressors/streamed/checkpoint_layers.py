@@ -12,14 +12,11 @@ from torch import Tensor
 
 from lrc.compressors.calibrate.layer_check import simulated_calls
 from lrc.compressors.checkpoint.format import COPY_AGAIN
+from lrc.compressors.checkpoint.lrc_config import LrcConfig
 from lrc.compressors.checkpoint.plain import plain_name
-from lrc.compressors.checkpoint.quantizer import (
-    LrcConfig,
-    LrcQuantizer,
-    check_values,
-    replace_layers,
-)
+from lrc.compressors.checkpoint.quantizer import LrcQuantizer, replace_layers
 from lrc.compressors.checkpoint.reader import Contents, check_checkpoint, stored_dtype
+from lrc.compressors.checkpoint.tensor_checks import check_values
 from lrc.compressors.io.machine import to_device
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers.component import SharedFactorComponent

@@ -29,8 +29,9 @@ from tests.damaged_checkpoints import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lrc.compressors.checkpoint.lrc_config import LrcConfig
 from lrc.compressors.checkpoint.manifest import write_manifest
-from lrc.compressors.checkpoint.quantizer import LrcConfig, LrcQuantizer
+from lrc.compressors.checkpoint.quantizer import LrcQuantizer
 from lrc.configs.errors import CheckpointError
 
 EVAL = ("--perplexity", "python-docs", "--window", 32, "--windows", 1, "-q")

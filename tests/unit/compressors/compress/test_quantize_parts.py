@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.checkpoint.format import expected_tensors
-from lrc.compressors.checkpoint.quantizer import check_values, replace_layers
+from lrc.compressors.checkpoint.quantizer import replace_layers
+from lrc.compressors.checkpoint.tensor_checks import check_values
 from lrc.compressors.compress.group import WeightGroup
 from lrc.compressors.compress.quantize_parts import quantize_parts, quantize_whole
 from lrc.compressors.compress.solve import compress_group

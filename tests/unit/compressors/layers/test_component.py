@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrc.compressors.checkpoint.format import SAFETENSORS_NAMES
-from lrc.compressors.checkpoint.quantizer import check_headers, check_values, replace_layers
+from lrc.compressors.checkpoint.quantizer import replace_layers
+from lrc.compressors.checkpoint.tensor_checks import check_headers, check_values
 from lrc.compressors.io.shards import read_headers
 from lrc.compressors.layers import (
     COMPONENTS,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.checkpoint.quantizer import check_values, replace_layers
+from lrc.compressors.checkpoint.quantizer import replace_layers
+from lrc.compressors.checkpoint.tensor_checks import check_values
 from lrc.compressors.layers import (
     COMPONENTS,
     ComponentConfig,
