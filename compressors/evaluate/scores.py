@@ -11,9 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrc.compressors.corpus.windows import Windows, evaluation_windows
 from lrc.compressors.distributed.processes import ALONE, Processes
-from lrc.compressors.evaluate.encoder_scores import accuracy_entry, evaluation_sentences
 from lrc.compressors.evaluate.harness import check_requests, run_tasks
-from lrc.compressors.evaluate.pair_scores import evaluation_pairs, perplexity_metric
 from lrc.compressors.evaluate.perplexity import (
     HALVES,
     PROTOCOL,
@@ -23,6 +21,12 @@ from lrc.compressors.evaluate.perplexity import (
     perplexity,
 )
 from lrc.compressors.evaluate.task_metrics import ACCURACY, PERPLEXITY, task_metrics
+from lrc.compressors.evaluate.task_scores import (
+    accuracy_metric,
+    evaluation_pairs,
+    evaluation_sentences,
+    perplexity_metric,
+)
 from lrc.compressors.io.machine import OnStep, no_progress
 from lrc.compressors.models.model_kinds import kind_of
 from lrc.configs.errors import DataError, LrcError, ProcessLost, RecipeError, Stopped
@@ -80,7 +84,7 @@ def evaluate_model(
         # A task is a program of others: it may raise anything.
         scores["tasks"] |= attempt(missing, f"tasks.{name}", run, Exception)
     if evaluate.task is not None:
-        name, metric, measure = evaluate.task.name, ACCURACY, accuracy_entry
+        name, metric, measure = evaluate.task.name, ACCURACY, accuracy_metric
         if evaluate.task.target is not None:
             metric, measure = PERPLEXITY, perplexity_metric
         entry = partial(measure, model, tokenizer, evaluate.task, on_step)

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrc.compressors.corpus.windows import Windows, evaluation_windows
 from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.evaluate.agreement import Agreement, compare_predictions
-from lrc.compressors.evaluate.encoder_scores import similarity_entry
 from lrc.compressors.evaluate.generations import compare_continuations, read_prompts
 from lrc.compressors.evaluate.scores import Scores, attempt
 from lrc.compressors.evaluate.task_metrics import SIMILARITY, task_metrics
+from lrc.compressors.evaluate.task_scores import similarity_metric
 from lrc.compressors.io.machine import OnStep, free_memory
 from lrc.configs.errors import LrcError
 from lrc.configs.recipe import Evaluate, Perplexity
@@ -85,7 +85,7 @@ def evaluate_pair(
             scores["kl"] |= {spec.name: found} if found else {}
         if (task := evaluate.task) is not None:
             key = f"tasks.{task.name}.{SIMILARITY}"
-            measure = partial(similarity_entry, dense, compressed, tokenizer, task, on_step)
+            measure = partial(similarity_metric, dense, compressed, tokenizer, task, on_step)
             found = attempt(missing, key, measure, LrcError)
             scores["similarity"] |= {task.name: {SIMILARITY: found}} if found else {}
         prompts = read_prompts(evaluate.generations) if processes.first else []

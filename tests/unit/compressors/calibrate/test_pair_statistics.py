@@ -1,7 +1,5 @@
 """Statistics of padded pairs of texts are those of the same pairs without padding."""
 
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +7,29 @@ import pytest
 import torch
 from tests.tiny_encoder_decoders import save_encoder_decoder, tiny_encoder_decoder
 from tests.tiny_encoders import WORDS, tiny_words
+from tests.unpadded_sums import (
+    EVERYTHING,
+    Sums,
+    assert_close,
+    assert_same_sums,
+    one_by_one,
+    padded_context,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_passes import label_gradient
-from lrc.compressors.calibrate.layer_check import build_checked
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.corpus.pairs import IGNORED, Pairs, split_windows, tokenize_pairs
-from lrc.compressors.io.journal import Journal
-from lrc.compressors.models.source import locate
-from lrc.compressors.models.weights import WeightReader
-from lrc.configs.recipe import Model
 
-EVERYTHING = frozenset(
-    {"inputs", "gradients", "input_mean", "input_magnitude", "row_fisher", "whole_inputs"}
-    | {"whole_gradients"}
-)
 LENGTHS = ((3, 4), (12, 2), (1, 9), (7, 3), (5, 6))  # words
 SPECIAL = 2  # tokens around every text
 FAMILIES = ("t5", "bart")
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -59,74 +50,30 @@ def pairs(model: Any) -> Pairs:
 @pytest.fixture(params=FAMILIES)
 def calibration(request: pytest.FixtureRequest, tmp_path: Path) -> CalibrationContext:
     folder = save_encoder_decoder(tmp_path / "model", request.param)
-    architecture = build_checked(locate(Model(path=str(folder), dtype="float32")))
-    journal = Journal(tmp_path / "out")
-    journal.work.mkdir(parents=True)
-    found = pairs(architecture.model)
-    return CalibrationContext(
-        architecture,
-        WeightReader(folder, architecture),
-        lambda: found.tokens,
-        journal,
-        device="cpu",
-        memory_limit_gib=1.0,
-        seed=0,
-        on_step=lambda *_: None,
-        labels="real",
-        sentences=lambda: found,
-    )
+    return padded_context(folder, tmp_path / "out", pairs, "real")
 
 
-def one_by_one(model: Any, names: list[str]) -> dict[str, dict[str, Tensor]]:
-    """Sum inputs, gradients and Fisher information over unpadded pairs, by plain autograd."""
-    sums: dict[str, dict[str, Any]] = {name: {} for name in names}
-
-    def add(name: str, key: str, value: Tensor) -> None:
-        sums[name][key] = sums[name].get(key, 0) + value.double()
-
-    def see(name: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        x = args[0].detach()[0]
-        add(name, "inputs", x.T @ x)
-        add(name, "input_mean", x.sum(0))
-        add(name, "input_magnitude", x.abs().sum(0))
-        add(name, "n_tokens", torch.tensor(len(x)))
-        y.register_hook(lambda g: add(name, "gradients", g[0].T @ g[0]))
-
-    found = pairs(model)
-    for row in range(len(LENGTHS)):
-        ids = found.sources[row : row + 1, found.source_mask[row]]
-        labels = found.labels[row : row + 1, found.target_mask[row]]
-        hooks = [
-            model.get_submodule(name).register_forward_hook(partial(see, name)) for name in names
-        ]
-        loss = model(input_ids=ids, labels=labels).loss * labels.numel()
-        weights = [model.get_submodule(name).weight for name in names]
-        gradients = torch.autograd.grad(loss, weights)
-        for hook in hooks:
-            hook.remove()
-        for name, gradient in zip(names, gradients, strict=True):
-            add(name, "row_fisher", gradient.square().sum(dim=1))
-    return sums
-
-
-def dense(context: CalibrationContext) -> tuple[Any, dict[str, dict[str, Tensor]]]:
-    """Return the model as transformers loads it, and its sums."""
+def dense(context: CalibrationContext) -> Sums:
+    """Return the sums of the model as transformers loads it."""
     folder = context.reader.folder  # type: ignore[attr-defined]
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, one_by_one(model, [linear.name for linear in context.architecture.linears])
+    found = pairs(model)
 
+    def loss(row: int) -> Tensor:
+        ids = found.sources[row : row + 1, found.source_mask[row]]
+        labels = found.labels[row : row + 1, found.target_mask[row]]
+        summed: Tensor = model(input_ids=ids, labels=labels).loss * labels.numel()
+        return summed
 
-def assert_close(found: Tensor | None, expected: Tensor, key: str) -> None:
-    assert found is not None, key
-    scale = expected.abs().max()
-    torch.testing.assert_close(found.double() / scale, expected / scale, rtol=1e-4, atol=2e-5)
+    names = [linear.name for linear in context.architecture.linears]
+    return one_by_one(model, names, len(LENGTHS), loss)
 
 
 def test_statistics_are_those_of_unpadded_pairs(calibration: CalibrationContext) -> None:
     """Sums of gradients among them: in the encoder, those of the loss of the targets."""
     linears = calibration.architecture.linears
     statistics.collect(calibration, {linear.name: EVERYTHING for linear in linears})
-    _, expected = dense(calibration)
+    expected = dense(calibration)
     n_source, n_target = (sum(n) + SPECIAL * len(LENGTHS) for n in zip(*LENGTHS, strict=True))
     counts = set()
     for linear in linears:
@@ -134,19 +81,14 @@ def test_statistics_are_those_of_unpadded_pairs(calibration: CalibrationContext)
         wanted, n_own = expected[linear.name], int(expected[linear.name]["n_tokens"])
         counts.add((linear.layer < calibration.architecture.n_encoder, n_own))
         assert found.n_tokens == n_target
-        assert found.inputs is not None
-        assert found.gradients is not None
         # On the scale of as many tokens as are predicted, see `build_statistics`.
-        assert_close(found.inputs.full, wanted["inputs"] * (n_target / n_own), "inputs")
-        assert_close(found.gradients.full, wanted["gradients"], "gradients")
-        for key in ("row_fisher", "input_mean", "input_magnitude"):
-            assert_close(getattr(found, key), wanted[key], key)
+        assert_same_sums(found, wanted, scale=n_target / n_own)
     assert counts == {(True, n_source), (False, n_source), (False, n_target)}
 
 
 def test_compensation_sees_both_texts_without_padding(calibration: CalibrationContext) -> None:
     """A model that is not compressed lacks nothing, and what writes to the stream is found."""
-    _, expected = dense(calibration)
+    expected = dense(calibration)
     sequential, deficits = SequentialCalibration(calibration), []
     for layer in range(len(calibration.architecture.layers)):
         for group in sequential.groups(layer):

@@ -1,34 +1,26 @@
 """Statistics of padded texts are those of the same texts without padding, one after the other."""
 
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.tiny_encoders import FAMILIES, WORDS, save_encoder, tiny_words
+from tests.unpadded_sums import EVERYTHING, assert_same_sums, one_by_one, padded_context
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from lrc.compressors.calibrate import statistics
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, Labels
 from lrc.compressors.calibrate.calibration_passes import output_gradient
-from lrc.compressors.calibrate.layer_check import build_checked
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.corpus.sentences import Sentences, tokenize_sentences
 from lrc.compressors.evaluate.encoder_outputs import mean_pooled
-from lrc.compressors.io.journal import Journal
-from lrc.compressors.models.source import locate
-from lrc.compressors.models.weights import WeightReader
-from lrc.configs.recipe import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EVERYTHING = frozenset(
-    {"inputs", "gradients", "input_mean", "input_magnitude", "row_fisher", "whole_inputs"}
-    | {"whole_gradients"}
-)
 LENGTHS = (3, 12, 1, 7, 5)  # words
 
 
@@ -46,73 +38,27 @@ def sentences() -> Sentences:
 
 
 def context(folder: Path, output: Path, labels: Labels) -> CalibrationContext:
-    architecture = build_checked(locate(Model(path=str(folder), dtype="float32")))
-    journal = Journal(output)
-    journal.work.mkdir(parents=True)
-    found = sentences()
-    return CalibrationContext(
-        architecture,
-        WeightReader(folder, architecture),
-        lambda: found.tokens,
-        journal,
-        device="cpu",
-        memory_limit_gib=1.0,
-        seed=0,
-        on_step=lambda *_: None,
-        labels=labels,
-        sentences=lambda: found,
-    )
+    return padded_context(folder, output, lambda _: sentences(), labels)
 
 
-def one_by_one(model: nn.Module, names: list[str], loss: Any) -> dict[str, dict[str, Tensor]]:
-    """Sum inputs, gradients and Fisher information over unpadded texts, by plain autograd."""
-    sums: dict[str, dict[str, Any]] = {name: {} for name in names}
+def assert_same(
+    ours: CalibrationContext, model: nn.Module, loss: Callable[[Tensor, int], Tensor]
+) -> None:
+    """Compare what was collected with the sums of a loss of tokens [1, length] and their number."""
+    linears, texts = ours.architecture.linears, sentences()
 
-    def add(name: str, key: str, value: Tensor) -> None:
-        sums[name][key] = sums[name].get(key, 0) + value.double()
+    def of_row(row: int) -> Tensor:
+        return loss(texts.tokens[row : row + 1, texts.mask[row]], row)
 
-    def see(name: str, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        x = args[0].detach()[0]
-        add(name, "inputs", x.T @ x)
-        add(name, "input_mean", x.sum(0))
-        add(name, "input_magnitude", x.abs().sum(0))
-        add(name, "n_tokens", torch.tensor(len(x)))
-        y.register_hook(lambda g: add(name, "gradients", g[0].T @ g[0]))
-
-    found = sentences()
-    for row, mask in enumerate(found.mask):
-        ids = found.tokens[row : row + 1, mask]
-        hooks = [
-            model.get_submodule(name).register_forward_hook(partial(see, name)) for name in names
-        ]
-        weights = [model.get_submodule(name).weight for name in names]
-        gradients = torch.autograd.grad(loss(ids, row), weights)
-        for hook in hooks:
-            hook.remove()
-        for name, gradient in zip(names, gradients, strict=True):
-            add(name, "row_fisher", gradient.square().sum(dim=1))
-    return sums
-
-
-def assert_same(journal: Journal, linears: Any, expected: dict[str, dict[str, Tensor]]) -> None:
+    expected = one_by_one(model, [linear.name for linear in linears], len(LENGTHS), of_row)
     for linear in linears:
-        found = statistics.load(journal, linear.layer, linear.name)
+        found, wanted = (
+            statistics.load(ours.journal, linear.layer, linear.name),
+            expected[linear.name],
+        )
         assert found.n_tokens == sum(LENGTHS) + 2 * len(LENGTHS)
-        assert found.n_tokens == expected[linear.name]["n_tokens"]
-        assert found.inputs is not None
-        assert found.gradients is not None
-        values = {
-            "inputs": found.inputs.full,
-            "gradients": found.gradients.full,
-            "row_fisher": found.row_fisher,
-            "input_mean": found.input_mean,
-            "input_magnitude": found.input_magnitude,
-        }
-        for key, value in values.items():
-            assert value is not None, key
-            wanted = expected[linear.name][key]
-            scale = wanted.abs().max()
-            torch.testing.assert_close(value.double() / scale, wanted / scale, rtol=1e-4, atol=2e-5)
+        assert found.n_tokens == wanted["n_tokens"]
+        assert_same_sums(found, wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,8 +75,7 @@ def test_statistics_of_a_task_are_those_of_its_unpadded_texts(family: str, tmp_p
         assert labels is not None
         return nn.functional.cross_entropy(model(input_ids=ids).logits, labels[row : row + 1])
 
-    expected = one_by_one(model, [linear.name for linear in linears], loss)
-    assert_same(ours.journal, linears, expected)
+    assert_same(ours, model, loss)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -157,7 +102,7 @@ def test_statistics_of_embeddings_are_those_of_the_cosine_distance(
         part = Sentences(ids, torch.ones_like(ids, dtype=torch.bool))
         return (mean_pooled(model, part, "cpu")[0] * drawn[row]).sum()
 
-    assert_same(ours.journal, used, one_by_one(model, [linear.name for linear in used], loss))
+    assert_same(ours, model, loss)
 
 
 def test_compensation_sees_no_padding(tmp_path: Path) -> None:
