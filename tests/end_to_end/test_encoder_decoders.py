@@ -2,16 +2,20 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file, save_file
+from tests.padded_runs import (
+    fresh_outputs,
+    outputs_of,
+    padded_batch,
+    replace_weights_,
+    write_task_recipe,
+)
+from tests.shared_runs import made_once
 from tests.tiny_encoder_decoders import save_encoder_decoder, tiny_encoder_decoder, write_pairs
 from tests.tiny_encoders import WORDS, tiny_words
 from torch import Tensor
@@ -34,18 +38,8 @@ CASES = [(family, method) for family in ("t5", "bart") for method in STAGES]
 
 def write_recipe(folder: Path, model: Path, stage: dict[str, Any], **changes: Any) -> Path:
     """Write a recipe into the folder of its output; `changes` replace top-level keys."""
-    task = {"data": str(write_pairs(folder / "pairs.jsonl")), "target": "target", "length": 16}
-    recipe = {
-        "model": {"path": str(model), "dtype": "float32"},
-        "calibration": {"task": task, "samples": 20},
-        "stages": [stage],
-        "evaluate": {"task": task},
-        "output": str(folder / "run"),
-        **changes,
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
+    task = {"data": str(write_pairs(folder / "pairs.jsonl")), "target": "target"}
+    return write_task_recipe(folder, model, stage, task, **changes)
 
 
 def write_text(path: Path) -> Path:
@@ -55,20 +49,19 @@ def write_text(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, dict[str, Any]]]:
-    """Compress a case at the first request; return the folder and the report.
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    """Compress a case at the first request of any process; return the folder and the report.
 
     `kfac` of BART is calibrated and evaluated on a text, everything else on pairs.
     """
-    done: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
 
     def start(family: str, method: str) -> tuple[Path, dict[str, Any]]:
-        case = (family, method)
-        if case not in done:
-            folder = tmp_path_factory.mktemp("-".join(case))
+        def make(folder: Path) -> tuple[Path, dict[str, Any]]:
             model = save_encoder_decoder(folder / family, family)
             changes: dict[str, Any] = {}
-            if case == ("bart", "kfac"):
+            if (family, method) == ("bart", "kfac"):
                 text = str(write_text(folder / "words.txt"))
                 changes["calibration"] = {"source": text, "samples": 20, "length": 15}
                 changes["evaluate"] = {
@@ -77,54 +70,38 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
                     "baselines": ["int8"],
                 }
             recipe = write_recipe(folder, model, STAGES[method], **changes)
-            done[case] = folder, compress(load_recipe(recipe), Machine("cpu"))
-        return done[case]
+            return folder, compress(load_recipe(recipe), Machine("cpu"))
+
+        found: tuple[Path, dict[str, Any]]
+        found = made_once(tmp_path_factory, f"{family}-{method}", make, worker=worker_id)
+        return found
 
     return start
 
 
 def batch() -> dict[str, Tensor]:
-    found = tiny_words()([" ".join(WORDS), "good film"], padding=True, return_tensors="pt")
-    inputs = {key: found[key] for key in ("input_ids", "attention_mask")}
-    return {**inputs, "decoder_input_ids": torch.tensor([[1, 0, 5, 9], [1, 0, 7, 4]])}
-
-
-def outputs_of(model: Any) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(**batch()).logits
-    return logits
+    return {**padded_batch(), "decoder_input_ids": torch.tensor([[1, 0, 5, 9], [1, 0, 7, 4]])}
 
 
 def load(folder: Path) -> Any:
     return AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-SCRIPT = """
-import json, sys
-import torch
-import lrc
-from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM
-
-inputs, found = load_file(sys.argv[2]), {}
-for name, folder in json.loads(sys.argv[1]).items():
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        found[name] = model(**inputs).logits.tolist()
-print(json.dumps(found))
-"""
-
-
 @pytest.fixture(scope="module")
-def fresh(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def fresh(
+    runs: Any, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> dict[str, list[Any]]:
     """Load all checkpoints in a process without anything of this one; return their outputs."""
-    inputs = tmp_path_factory.mktemp("inputs") / "inputs.safetensors"
-    save_file(batch(), inputs)
-    folders = {"-".join(case): str(runs(*case)[0] / "run/checkpoint") for case in CASES}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(folders), str(inputs)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    found: dict[str, list[Any]] = json.loads(ended.stdout.splitlines()[-1])
+
+    def outputs(folder: Path) -> Any:
+        checkpoints = {
+            "-".join(case): (runs(*case)[0] / "run/checkpoint", "AutoModelForSeq2SeqLM")
+            for case in CASES
+        }
+        return fresh_outputs(checkpoints, batch(), folder)
+
+    found: dict[str, list[Any]]
+    found = made_once(tmp_path_factory, "encoder-decoders-fresh", outputs, worker=worker_id)
     return found
 
 
@@ -138,18 +115,12 @@ def test_a_fresh_process_computes_with_the_compressed_weights(
     """
     folder, report = runs(*case)
     dense = load(folder / case[0])
-    before = outputs_of(dense)
+    before = outputs_of(dense, batch())
     weights = weights_of(folder / "run")
     assert len(weights) == len(report["layers"]) == 32
-    with torch.no_grad():
-        for name, weight in weights.items():
-            dense.get_submodule(name).weight.copy_(weight)
-        biases = load_file(folder / "run/checkpoint/model.safetensors")
-        for name, parameter in dense.named_parameters():
-            if name.endswith(".bias"):
-                parameter.copy_(biases[name])
+    replace_weights_(dense, weights, folder / "run/checkpoint")
     found = torch.tensor(fresh["-".join(case)])
-    torch.testing.assert_close(found, outputs_of(dense), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, outputs_of(dense, batch()), rtol=1e-4, atol=1e-4)
     assert float((found - before).abs().max()) > 1e-4
 
 
@@ -206,8 +177,8 @@ def test_keep_1_leaves_logits_unchanged(tmp_path: Path) -> None:
     overrides = [{"match": "decoder.*.0.*.wo", "keep": 0.5}, {"match": "*", "keep": 1.0}]
     stage = {"method": "svd-llm", "keep": 0.99, "overrides": overrides}
     compress(load_recipe(write_recipe(tmp_path, model, {"decompose": stage})), Machine("cpu"))
-    found = outputs_of(load(tmp_path / "run/checkpoint"))
-    torch.testing.assert_close(found, outputs_of(dense), rtol=0, atol=1e-4)
+    found = outputs_of(load(tmp_path / "run/checkpoint"), batch())
+    torch.testing.assert_close(found, outputs_of(dense, batch()), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["dense", "remote-code"])
@@ -217,7 +188,7 @@ def test_exports_compute_the_same(form: str, runs: Any, lrc: Any, tmp_path: Path
     assert lrc("export", checkpoint, out, "--format", form).code == 0
     options = {"trust_remote_code": True} if form == "remote-code" else {}
     exported = AutoModelForSeq2SeqLM.from_pretrained(out, **options).eval()
-    torch.testing.assert_close(outputs_of(exported), outputs_of(load(checkpoint)))
+    torch.testing.assert_close(outputs_of(exported, batch()), outputs_of(load(checkpoint), batch()))
 
 
 def test_layers_that_are_kept_in_float32_run_in_float16(runs: Any) -> None:
@@ -225,8 +196,8 @@ def test_layers_that_are_kept_in_float32_run_in_float16(runs: Any) -> None:
     checkpoint = folder / "run/checkpoint"
     half = AutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=torch.float16).eval()
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16, torch.float32}
-    expected = outputs_of(load(checkpoint))
-    torch.testing.assert_close(outputs_of(half).float(), expected, rtol=0, atol=0.05)
+    expected = outputs_of(load(checkpoint), batch())
+    torch.testing.assert_close(outputs_of(half, batch()).float(), expected, rtol=0, atol=0.05)
 
 
 def test_commands(runs: Any, lrc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,28 +2,31 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
+import transformers
 from safetensors.torch import load_file, save_file
+from tests.padded_runs import (
+    fresh_outputs,
+    outputs_of,
+    padded_batch,
+    replace_weights_,
+    write_task_recipe,
+)
 from tests.shared_runs import made_once
 from tests.tiny_encoders import (
     FAMILIES,
     LABELS,
-    WORDS,
     save_encoder,
     tiny_encoder,
     tiny_words,
     write_examples,
 )
-from torch import Tensor
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
@@ -43,6 +46,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "gptq": GPTQ,
 }
 HEADS = {"classifier": True, "embeddings": False}
+CLASSES = {"classifier": "AutoModelForSequenceClassification", "embeddings": "AutoModel"}
 CASES = [(family, head, "kfac") for family in FAMILIES for head in HEADS]
 CASES += [("bert", "classifier", "gptq"), ("roberta", "embeddings", "gptq")]
 CASES += [("bert", "classifier", name) for name in ("mixed", "fwsvd")]
@@ -53,17 +57,7 @@ def write_recipe(folder: Path, model: Path, stage: dict[str, Any], **changes: An
     task = {"data": str(write_examples(folder / "examples.jsonl")), "text": "sentence"}
     if "classifier" in model.name:
         task["label"] = "label"
-    recipe = {
-        "model": {"path": str(model), "dtype": "float32"},
-        "calibration": {"task": {**task, "length": 16}, "samples": 20},
-        "stages": [stage],
-        "evaluate": {"task": {**task, "length": 16}},
-        "output": str(folder / "run"),
-        **changes,
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return path
+    return write_task_recipe(folder, model, stage, task, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -86,41 +80,8 @@ def runs(
     return start
 
 
-def batch() -> dict[str, Tensor]:
-    found = tiny_words()([" ".join(WORDS), "good film"], padding=True, return_tensors="pt")
-    return {key: found[key] for key in ("input_ids", "attention_mask")}
-
-
-def outputs_of(model: Any) -> Tensor:
-    """Return logits, or the hidden states of all tokens but padding."""
-    inputs = batch()
-    with torch.no_grad():
-        found = model(**inputs)
-    return found.logits if "logits" in found else found[0][inputs["attention_mask"].bool()]
-
-
 def load(folder: Path, head: str) -> Any:
-    kind = AutoModelForSequenceClassification if HEADS[head] else AutoModel
-    return kind.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-SCRIPT = """
-import json, sys
-import torch
-import lrc
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification
-
-inputs, found = load_file(sys.argv[2]), {}
-for name, (folder, classifies) in json.loads(sys.argv[1]).items():
-    kind = AutoModelForSequenceClassification if classifies else AutoModel
-    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        out = model(**inputs)
-    out = out.logits if classifies else out[0][inputs["attention_mask"].bool()]
-    found[name] = out.tolist()
-print(json.dumps(found))
-"""
+    return getattr(transformers, CLASSES[head]).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -130,16 +91,10 @@ def fresh(
     """Load all checkpoints in a process without anything of this one; return their outputs."""
 
     def outputs(folder: Path) -> Any:
-        save_file(batch(), folder / "inputs.safetensors")
-        folders = {
-            "-".join(case): (str(runs(*case)[0] / "run/checkpoint"), HEADS[case[1]])
-            for case in CASES
+        checkpoints = {
+            "-".join(case): (runs(*case)[0] / "run/checkpoint", CLASSES[case[1]]) for case in CASES
         }
-        arguments = [json.dumps(folders), str(folder / "inputs.safetensors")]
-        command = [sys.executable, "-c", SCRIPT, *arguments]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert ended.returncode == 0, ended.stderr
-        return json.loads(ended.stdout.splitlines()[-1])
+        return fresh_outputs(checkpoints, padded_batch(), folder)
 
     found: dict[str, list[Any]]
     found = made_once(tmp_path_factory, "encoders-fresh", outputs, worker=worker_id)
@@ -154,18 +109,12 @@ def test_a_fresh_process_computes_with_the_compressed_weights(
     folder, report = runs(*case)
     family, head, _ = case
     dense = load(folder / f"{family}-{head}", head)
-    before = outputs_of(dense)
+    before = outputs_of(dense, padded_batch())
     weights = weights_of(folder / "run")
     assert len(weights) == len(report["layers"]) > 0
-    with torch.no_grad():
-        for name, weight in weights.items():
-            dense.get_submodule(name).weight.copy_(weight)
-        biases = load_file(folder / "run/checkpoint/model.safetensors")
-        for name, parameter in dense.named_parameters():
-            if name.endswith(".bias"):
-                parameter.copy_(biases[name])
+    replace_weights_(dense, weights, folder / "run/checkpoint")
     found = torch.tensor(fresh["-".join(case)])
-    torch.testing.assert_close(found, outputs_of(dense), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, outputs_of(dense, padded_batch()), rtol=1e-4, atol=1e-4)
     assert float((found - before).abs().max()) > 1e-4
 
 
@@ -221,8 +170,8 @@ def test_keep_1_leaves_outputs_unchanged(tmp_path: Path) -> None:
     overrides = [{"match": "*.layer.0.*.query", "keep": 0.5}, {"match": "*", "keep": 1.0}]
     stage = {"method": "svd-llm", "keep": 0.99, "overrides": overrides}
     compress(load_recipe(write_recipe(tmp_path, model, {"decompose": stage})), Machine("cpu"))
-    found = outputs_of(load(tmp_path / "run/checkpoint", "classifier"))
-    torch.testing.assert_close(found, outputs_of(dense), rtol=0, atol=1e-4)
+    found = outputs_of(load(tmp_path / "run/checkpoint", "classifier"), padded_batch())
+    torch.testing.assert_close(found, outputs_of(dense, padded_batch()), rtol=0, atol=1e-4)
 
 
 def test_labels_of_the_task_are_the_default(tmp_path: Path) -> None:
@@ -276,8 +225,8 @@ def test_exports_compute_the_same(form: str, runs: Any, lrc: Any, tmp_path: Path
     assert lrc("export", checkpoint, out, "--format", form).code == 0
     options = {"trust_remote_code": True} if form == "remote-code" else {}
     exported = AutoModelForSequenceClassification.from_pretrained(out, **options).eval()
-    expected = outputs_of(load(checkpoint, "classifier"))
-    torch.testing.assert_close(outputs_of(exported), expected, rtol=1e-4, atol=1e-4)
+    expected = outputs_of(load(checkpoint, "classifier"), padded_batch())
+    torch.testing.assert_close(outputs_of(exported, padded_batch()), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_encoder_cannot_draft(runs: Any, lrc: Any, tmp_path: Path) -> None:
