@@ -123,7 +123,7 @@ def print_sensitivity(plan: Plan) -> None:
     # Nothing is predicted for embeddings.
     embeddings = [f"{task.name} as {task.config.quantization}" for task in plan.embeddings]
     included = f", including {' and '.join(embeddings)}" if embeddings else ""
-    OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted weights{included}")
+    OUT.print(f"kept {plan.kept:.1%} of the bits of the targeted matrices{included}")
     print_pairs(plan.pairs)
     print_warnings(plan)
 

@@ -185,7 +185,7 @@ def print_report(report: dict[str, Any], output: str) -> None:
     targeted = size["targeted"]
     stages = (options for stage in report["recipe"]["stages"] for options in stage.values())
     embedded = any(options.get("embeddings") for options in stages)
-    targets = "targeted weights, with the embedding" if embedded else "targeted weights"
+    targets = "targeted matrices, with the embedding" if embedded else "targeted matrices"
     rows: list[tuple[str, Callable[[int], str], int, int]] = [
         ("parameters", "{:,}".format, parameters["dense"], parameters["compressed"]),
         ("weight files", size_text, files["dense"], files["compressed"]),
@@ -253,7 +253,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
         + (", every hash verified" if facts["verified"] else "")
     )
     if facts["totals"] and facts["modules"]:
-        OUT.print(f"kept {facts['totals']['kept']:.1%} of the bits of the targeted weights")
+        OUT.print(f"kept {facts['totals']['kept']:.1%} of the bits of the targeted matrices")
     if facts["elastic"]:
         _print_budgets(facts["elastic"])
     if facts["environment"]:
@@ -354,7 +354,7 @@ def _print_sizes(plan: Plan) -> None:
         kind = "budget" if any(task.pending for task in plan.tasks) else "kept"
         embedded = ", with the embedding" if plan.embeddings else ""
         sizes = " -> ".join(size_texts(plan.dense_bits // 8, plan.bits // 8))
-        OUT.print(f"targeted weights{embedded}: {sizes} ({kind} {plan.kept:.1%})")
+        OUT.print(f"targeted matrices{embedded}: {sizes} ({kind} {plan.kept:.1%})")
     whole = f"whole model: {' -> '.join(size_texts(plan.dense_bytes, plan.compressed_bytes))}"
     # How many numbers fit into a budget depends on the bits that each will get.
     if not any(t.pending and plan.allocations[t.allocation or 0].quantization for t in plan.tasks):

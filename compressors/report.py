@@ -40,7 +40,7 @@ SCHEMA = {
     "schema_version": "2; raised when a key changes its meaning or is removed",
     "recipe": "the recipe, written out in full",
     "seed": "the recipe's seed",
-    "size.targeted.{bits,dense_bits}": "of the targeted weights: stored, and in model.dtype",
+    "size.targeted.{bits,dense_bits}": "of the targeted matrices: stored, and in model.dtype",
     "size.targeted.{kept,removed}": "bits / dense_bits, and 1 minus that; 1 and 0 without targets",
     "size.model.parameters.{dense,compressed}": "of the whole model; tied ones once",
     "size.model.file_bytes.{dense,compressed}": "safetensors files; dense: in the recipe's dtype",
@@ -67,7 +67,7 @@ SCHEMA = {
     "training[].layers[]": "of `block`: the same for every fit, with relative errors of outputs",
     "training[].{text,warning}": "source, hash, numbers of tokens; whether it is repeated",
     "training[].{seconds,peak_bytes}": "wall time; peak memory up to its end, of the GPU if used",
-    "layers[].{name,stage,method}": "one record per targeted weight; index of its stage",
+    "layers[].{name,stage,method}": "one record per targeted matrix; index of its stage",
     "layers[].config": "how it is stored: shape and components, as in config.json",
     "layers[].{bits,dense_bits}": "size as stored, and in model.dtype",
     "layers[].relative_error": (

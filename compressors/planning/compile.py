@@ -185,7 +185,7 @@ def compile_plan(
         draft.problems.add(
             "nothing-smaller",
             "stages",
-            f"every targeted weight stays dense, so nothing would become smaller; "
+            f"every targeted matrix stays dense, so nothing would become smaller; "
             f"{draft.no_saving_advice}",
         )
     weights = PlannedWeights(draft.architecture, ordered, draft.embeddings, draft.allocations)

@@ -230,12 +230,12 @@ class Plan:
 
     @property
     def dense_bits(self) -> int:
-        """Size of the dense targeted weights."""
+        """Size of the dense targeted matrices."""
         return sum(task.dense_bits for task in self.all_tasks)
 
     @property
     def bits(self) -> int:
-        """Size of the targeted weights as they will be, or are, stored."""
+        """Size of the targeted matrices as they will be, or are, stored."""
         return sum(self._stored(task).bits for task in self.all_tasks)
 
     @property

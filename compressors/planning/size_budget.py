@@ -1,4 +1,4 @@
-"""Budgets for the size of the weight files: what remains for the targeted weights."""
+"""Budgets for the size of the weight files: what remains for the targeted matrices."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence

@@ -51,7 +51,7 @@ class WeightSummary:
 
 
 def summarize(plan: Plan) -> list[WeightSummary]:
-    """Return one row for every targeted weight, those of embedding and head last.
+    """Return one row for every targeted matrix, those of embedding and head last.
 
     Weights of groups are ordered by layer, as in the model.
     """

@@ -176,7 +176,7 @@ def _check_patterns(found: DecomposeTargets, problems: Problems) -> None:
 
 
 def _check_factors(found: DecomposeTargets, problems: Problems) -> None:
-    """Report factors whose product is no dimension of a targeted weight."""
+    """Report factors whose product is no dimension of a targeted matrix."""
     if not isinstance(found.options, TensorTrain) or not found.tasks:
         return
     dimensions = sorted({d for task in found.tasks for d in task.shape})
@@ -185,7 +185,7 @@ def _check_factors(found: DecomposeTargets, problems: Problems) -> None:
             problems.add(
                 "no-match",
                 f"{found.where}.factors[{number}]",
-                f"must multiply to a dimension of a targeted weight "
+                f"must multiply to a dimension of a targeted matrix "
                 f"({', '.join(map(str, dimensions))}), got {factors} with product "
                 f"{prod(factors)}; correct or remove it",
             )

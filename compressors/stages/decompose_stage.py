@@ -85,7 +85,7 @@ class DecomposeStage:
                 draft.problems.add(
                     "nothing-smaller",
                     "stages" if each.alone else each.where,
-                    f"every targeted weight stays dense{why}, so nothing would become smaller; "
+                    f"every targeted matrix stays dense{why}, so nothing would become smaller; "
                     f"{remedy}",
                 )
             draft.no_saving_advice = draft.no_saving_advice or remedy
@@ -287,7 +287,7 @@ def _check_options(draft: Draft, found: DecomposeTargets) -> None:
             problems.add(
                 "indivisible-rows",
                 f"{where}.schemes[{number}]",
-                "must have a group size that divides the row length of a targeted weight "
+                "must have a group size that divides the row length of a targeted matrix "
                 f"(row lengths: {', '.join(map(str, widths))}), got {scheme}; change the number "
                 "after -g, or remove the scheme",
             )

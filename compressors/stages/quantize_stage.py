@@ -39,7 +39,7 @@ class QuantizeStage:
             draft.group_multiple = lcm(draft.group_multiple, options.group_size or 1)
 
     def compile(self, draft: Draft, stages: Mapping[int, Quantize]) -> None:
-        """Quantize targeted weights, as earlier stages leave them or dense."""
+        """Quantize targeted matrices, as earlier stages leave them or dense."""
         for index, options in stages.items():
             if options.rounds_linears:
                 _compile(draft, index, options)

@@ -19,7 +19,7 @@ SCHEMA = {
     "runs[].status": "`finished`, or the code of the error",
     "runs[].problems": "what failed, or which gates were missed",
     "runs[].{bytes,dense_bytes}": "weight files of the run and of the dense model; null if none",
-    "runs[].kept": "stored bits over dense bits of the targeted weights",
+    "runs[].kept": "stored bits over dense bits of the targeted matrices",
     "runs[].metrics.NAME.{value,dense,stderr}": "a measurement, under the name that gates use",
     "runs[].metrics.NAME.higher_is_better": "direction of the metric",
     "runs[].seconds": "wall time by stage, without what runs share",

@@ -136,7 +136,7 @@ def test_ranks_are_shown_next_to_losses_if_they_fit(
     kept = plan_of(weights).kept
     assert wide[7:] == [
         "predicted loss increase, sum: 0.15700 nats per token",
-        f"kept {kept:.1%} of the bits of the targeted weights",
+        f"kept {kept:.1%} of the bits of the targeted matrices",
         "warning: too few tokens",
     ]
     narrow = printed(100, monkeypatch, print_sensitivity, plan_of(weights))

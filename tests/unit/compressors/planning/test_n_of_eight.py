@@ -214,7 +214,7 @@ REJECTED: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]], str, str, 
         {},
         "nothing-smaller",
         "stages",
-        ["every targeted weight stays dense", "raise 'keep'"],
+        ["every targeted matrix stays dense", "raise 'keep'"],
     ),
     "less than one of eight, by the lagrangian": (
         {"keep": 0.1},

@@ -50,7 +50,7 @@ MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "nothing that becomes smaller": (
         {"keep": 1.0},
-        "stages: every targeted weight stays dense, so nothing would become smaller; lower 'keep'",
+        "stages: every targeted matrix stays dense, so nothing would become smaller; lower 'keep'",
     ),
 }
 
