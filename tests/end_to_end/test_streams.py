@@ -117,4 +117,5 @@ def test_progress_on_a_terminal_of_five_columns(tiny_recipe, tiny_model_folder, 
     os.close(main)
     assert process.returncode == 0, seen
     assert b"Traceback" not in seen
+    assert b": loading libraries" in seen  # printed before seconds without progress
     assert (tmp_path / "run/report.json").exists()
