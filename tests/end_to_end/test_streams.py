@@ -76,7 +76,7 @@ def test_paths_outside_the_encoding_of_the_streams(shell, tiny_recipe, tiny_mode
     good(shell(f"lrc compress '{recipe}' --device cpu", PYTHONIOENCODING="ascii"))
     ended = shell(f"lrc inspect '{odd}/run/checkpoint'", PYTHONIOENCODING="ascii")
     good(ended)
-    assert b"m\\xf6del" in ended.stdout
+    assert b"m\\xf6del" in ended.stdout.replace(b"\n", b"")  # long paths are broken into lines
     good(shell(f"lrc plan '{odd}/none.yaml'", PYTHONIOENCODING="ascii"), 2)
     good(shell(f"lrc plan '{odd}/none.yaml'", LC_ALL="C"), 2)
 
