@@ -6,7 +6,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  := .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
-# The CPU build: installed first, so that nothing after it asks for gigabytes of CUDA libraries.
+# Installed alone, so that it is this version, not the newest one. The README says how to get the
+# CPU build, which needs no CUDA libraries.
 TORCH  ?= torch==2.13.0
 # Processes of `make test`; each takes about 1 GB.
 JOBS   ?= $(shell n=$$(nproc); echo $$((n > 8 ? 8 : n)))
@@ -20,8 +21,11 @@ help:
 ## make install   virtual environment in .venv with lrc, editable, and what its tests need
 install: $(VENV)/installed
 
+# An environment without pip is what `venv` leaves where Debian's package python3-venv is missing.
 $(VENV)/installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'lrc needs Python 3.11 or newer; name one: make install PYTHON=python3.12' >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@

@@ -119,6 +119,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def preparing(recipe: object, *, quiet: bool) -> None:
+    """Say on a terminal what takes ten seconds or more before there is progress to show."""
+    if not quiet and sys.stderr.isatty():
+        say(f"{recipe}: loading libraries, checking the model and planning")
+
+
 def warn(text: str) -> None:
     """Print a warning to stderr."""
     say(f"warning: {text}")

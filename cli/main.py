@@ -134,10 +134,12 @@ def plan(
             raise UsageError("--processes: --sensitivity runs in one process; leave one out")
         if program is not None:
             known("--format", program, SETTINGS)
+        console.preparing(recipe, quiet=quiet)
         from lrc.cli.loss_predictions import run
 
         run(loaded, profile, device, svg=svg, program=program, as_json=as_json, quiet=quiet)
         return
+    console.preparing(recipe, quiet=quiet)
     from lrc.cli import tables
     from lrc.compressors.estimates.estimate import estimate, refuse_too_large
     from lrc.compressors.io.machine import Machine
@@ -189,6 +191,7 @@ def compress(
     if several is not None and several.assists:
         several.assist(loaded)
         return
+    console.preparing(recipe, quiet=quiet)
     from lrc.cli import tables
     from lrc.compressors.evaluate.gates import check_gates, metrics_of
     from lrc.compressors.io.machine import Machine

@@ -58,9 +58,10 @@ class Calibration(Strict):
     short_form = (str, "source")
 
     source: Source = "python-docs"
-    """`python-docs` (packaged), `self` (sampled from the model), `c4`, `wikitext2`, or a path to a
-    `.jsonl` or `.txt` file; of a long file, evenly spaced excerpts are used. Several sources are
-    written with their fractions, as in `{c4: 0.5, self: 0.5}`."""
+    """`python-docs` (the help topics of the installed Python), `self` (sampled from the model),
+    `c4`, `wikitext2`, or a path to a `.jsonl` or `.txt` file; of a long file, evenly spaced
+    excerpts are used. Several sources are written with their fractions, as in
+    `{c4: 0.5, self: 0.5}`."""
     task: CalibrationTask | None = None
     """Examples to use instead of windows of a text: for encoders and encoder-decoder models."""
     samples: PositiveInt = 32

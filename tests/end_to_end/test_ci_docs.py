@@ -1,6 +1,7 @@
 """docs/ci.md: its recipe is valid and all of its commands are run, in order."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -76,3 +77,19 @@ def test_the_gates_of_the_document_are_valid() -> None:
 def test_the_job_of_github_is_yaml() -> None:
     job = yaml.safe_load(blocks("yaml")[1])["jobs"]["compress"]
     assert any(step.get("run", "").startswith("lrc compress") for step in job["steps"])
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "ended"),
+    [(0, "good enough", 0), (4, "not good enough", 1), (1, "not measured", 2)],
+)
+def test_the_script_distinguishes_the_exit_codes(
+    code: int, printed: str, ended: int, tmp_path: Path
+) -> None:
+    (script,) = blocks("sh")
+    command = tmp_path / "lrc"  # ends as `lrc eval` does
+    command.write_text(f"#!/bin/sh\nexit {code}\n", encoding="utf-8")
+    command.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "MODEL": "model"}
+    result = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True)
+    assert (result.stdout.strip(), result.returncode) == (printed, ended)

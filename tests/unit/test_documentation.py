@@ -181,7 +181,7 @@ def test_measured_numbers_are_those_of_the_benchmarks() -> None:
 
 def commands(page: Path) -> Iterator[tuple[list[str], bool]]:
     """Yield the arguments of every `lrc` command, and whether it is complete."""
-    for content in blocks(page, "", "bash"):
+    for content in blocks(page, "", "bash", "sh"):
         for line in re.sub(r"\\?\n +", " ", content).splitlines():
             if line.startswith("lrc "):
                 words = shlex.split(line, comments=True)
