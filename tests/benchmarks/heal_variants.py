@@ -72,6 +72,7 @@ class Variant:
     length: int | None = None
     source: Any = None
     micro_batch: int | None = None
+    held_out: int = 16384
     restart: bool = True
     """Start again with a lower rate, as `Descent` does."""
     warm_up: int = 10
@@ -322,6 +323,7 @@ class Trainer:
             length=variant.length,
             source=source,
             micro_batch=variant.micro_batch,
+            held_out=variant.held_out,
         )
 
     def _text(self, variant: Variant) -> TrainingText:
