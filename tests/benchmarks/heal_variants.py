@@ -10,6 +10,7 @@ that FOLDER has measured already is left out.
 """
 
 import gc
+import inspect
 import json
 import math
 import sys
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from lrc.compressors import session as session_module
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
+from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
 from lrc.compressors.evaluate.scores import evaluate_model
 from lrc.compressors.heal import descent as descent_module
@@ -90,6 +92,10 @@ class Variant:
     """Whether the embedding, and a head tied to it, is trained too."""
     block: float = 0.0
     """Rate of a fit of every layer first; 0 for none."""
+    written: float = 0.0
+    """Fraction of the tokens that the dense model writes; of the text, each window is repeated."""
+    prompt: int = 64
+    """Tokens of the text that it continues; 0 starts with nothing."""
     profile: bool = False
     """Whether the kernels of a few more steps are listed."""
 
@@ -97,29 +103,31 @@ class Variant:
 P: dict[str, Any] = {"half_life": True, "warm_up": 30}
 TWO: dict[str, Any] = {**P, "batch": 2, "rate": 7e-4}
 VARIANTS: dict[str, Variant] = {
-    "batch 4": Variant(),
-    "batch 2": Variant(**TWO),
-    "labels 0.3": Variant(labels=0.3, **P),
+    "written": Variant(written=0.68, **P),
+    "only written": Variant(written=1.0, **P),
+    "written, hidden 1": Variant(written=0.68, hidden=1.0, **P),
+    "written, rate 0.002": Variant(written=0.68, rate=2e-3, **P),
     "hidden 1": Variant(hidden=1.0, **P),
     "profile": Variant(tokens=80_000, profile=True, **TWO),
-    "embeddings": Variant(embeddings=True, **TWO),  # more positions at once are not recorded
-    "batch 4, half-life": Variant(**P),
-    "rate 0.002": Variant(rate=2e-3, **P),
-    "length 2048": Variant(length=2048, batch=2, rate=1e-3, half_life=True, warm_up=30),
-    "average": Variant(average=0.2, **P),
-    "self": Variant(source={"TEXT": 0.5, "self": 0.5}, **P),
-    "both": Variant(divergence="both", **P),
-    "labels 1": Variant(labels=1.0, **P),
+    "written, batch 8": Variant(written=0.68, batch=8, rate=1.4e-3, **P),
+    "labels 0.3": Variant(labels=0.3, **P),
+    "written after nothing": Variant(written=0.68, prompt=0, **P),
+    "written, batch 2": Variant(written=0.68, **TWO),
     "hidden 5": Variant(hidden=5.0, **P),
+    "written, 3 million": Variant(written=0.87, tokens=3_000_000, **P),
+    "embeddings": Variant(embeddings=True, **TWO),  # more positions at once are not recorded
+    "average": Variant(average=0.2, **P),
+    "both": Variant(divergence="both", **P),
+    "length 2048": Variant(length=2048, batch=2, rate=1e-3, half_life=True, warm_up=30),
     "muon": Variant(optimizer="muon", **P),
     "rate 0.0005": Variant(rate=5e-4, **P),
-    "linear": Variant(decay="linear", **P),
     "no coordinates, 0.0003": Variant(precondition=False, rate=3e-4, **P),
-    "batch 1": Variant(batch=1, rate=5e-4, half_life=True, warm_up=60),
-    "labels 0.3, embeddings": Variant(labels=0.3, embeddings=True, **TWO),
-    "block first": Variant(block=5e-3, **P),
     "temperature 2": Variant(temperature=2.0, **P),
-    "5 million tokens": Variant(tokens=5_000_000, batch=8, warm_up=30),
+    "block first": Variant(block=5e-3, **P),
+    "batch 4": Variant(),
+    "batch 4, half-life": Variant(**P),
+    "batch 2": Variant(**TWO),
+    "batch 1": Variant(batch=1, rate=5e-4, half_life=True, warm_up=60),
 }
 """Names may be combined on the command line: "labels 0.3 + batch 2" has the changes of both."""
 
@@ -269,7 +277,7 @@ class Trainer:
 
     def run(self, name: str, variant: Variant) -> dict[str, Any]:
         """Train a fresh copy; return its facts."""
-        text = self._text(variant)
+        text = self._with_written(variant, self._text(variant))
         self._reset_()
         gc.collect()
         if self.device.type == "cuda":
@@ -290,7 +298,8 @@ class Trainer:
         parts = [f"{name}:", *(f"{key} {value:.3f}" for key, value in scores.items())]
         if facts:
             before, after = facts["losses"][0][1], facts["best"]
-            parts.append(f"| held out {before:.4f} -> {after:.4f}, train {facts['train']:.4f}")
+            first, last = facts["train"]
+            parts.append(f"| held out {before:.4f} -> {after:.4f}, train {first:.4f} -> {last:.4f}")
             parts.append(f"| {facts['seconds']:.1f} s, {facts['pace'] or 0:,.0f} tokens/s")
             parts.append(f"{facts['gib']:.1f} GiB | best step {facts['best_step']} of")
             parts.append(f"{facts['steps']}, rates {facts['rates']}")
@@ -361,6 +370,53 @@ class Trainer:
             print(f"text {key}: {text.training.numel():,} tokens, {seconds:.1f} s", flush=True)
         return text
 
+    def _with_written(self, variant: Variant, text: TrainingText) -> TrainingText:
+        """Replace windows of the text by some that the dense model writes, each used once."""
+        length = text.training.shape[1]
+        wanted = -(-variant.tokens // length)
+        count = round(variant.written * wanted)
+        if not count:
+            return text
+        path = self.texts.output / f"written-{variant.prompt}-{length}.pt"
+        windows = torch.load(path) if path.is_file() else text.training[:0]
+        if len(windows) < count:
+            started = time.monotonic()
+            # As many for all variants.
+            windows = self._write(text.training, max(count, 1_200_000 // length), variant.prompt)
+            torch.save(windows, path)
+            seconds = time.monotonic() - started
+            print(f"written after {variant.prompt}: {windows.numel():,} tokens, {seconds:.1f} s")
+        others = text.training[torch.arange(wanted - count) % len(text.training)]
+        return replace(text, training=torch.cat([others, windows[:count]]))
+
+    @torch.no_grad()
+    def _write(self, text: Tensor, count: int, prompt: int, together: int = 1024) -> Tensor:
+        """Return windows [count, length] with the start of random places of the text."""
+        bos = default_bos(self.session.prepared.tokenizer)
+        length, random = text.shape[1], torch.Generator().manual_seed(1)
+        first = torch.randint(len(text), (count,), generator=random)
+        places = torch.randint(1, length - prompt, (count,), generator=random)
+        starts = text[first[:, None], places[:, None] + torch.arange(prompt)]
+        beginning = 0 if bos is None else bos
+        if bos is not None or not prompt:
+            starts = torch.cat([torch.full((count, 1), beginning), starts], dim=1)
+        generator = torch.Generator(self.device).manual_seed(2)
+        key = "past_key_values"
+        if "cache" in inspect.signature(type(self.teacher).forward).parameters:
+            key = "cache"
+        found = []
+        for rows in starts.to(self.device).split(together):
+            pieces, ids, cache = [rows], rows, None
+            for _ in range(length - rows.shape[1]):
+                out = self.teacher(ids, use_cache=True, logits_to_keep=1, **{key: cache})
+                cache = out.past_key_values
+                ids = torch.multinomial(
+                    out.logits[:, -1].float().softmax(-1), 1, generator=generator
+                )
+                pieces.append(ids)
+            found.append(torch.cat(pieces, dim=1).cpu())
+        return torch.cat(found)
+
     @torch.no_grad()
     def _reset_(self) -> None:
         for name, parameter in self.student.named_parameters():
@@ -428,7 +484,9 @@ class Trainer:
                 with descent.averaged(), trained.as_stored():
                     return mean_divergence(dense, compressed, windows, together=8)
 
+            own = text.training[: len(text.held_out)]
             with deterministic(self.session.device):
+                first = measure(own)
                 descent.judge(measure())
                 while descent.done < steps:
                     rows = batch_rows(
@@ -444,7 +502,7 @@ class Trainer:
                         with descent.averaged():
                             descent.judge(mean_of(trained, dense, compressed, text.held_out))
                         assert descent.best_step >= better
-                last = measure(text.training[: len(text.held_out)])
+                last = measure(own)
                 if variant.profile:
                     _profile(lambda: (add(part), descent.update_()))
         facts = {
@@ -453,7 +511,7 @@ class Trainer:
             "best_step": descent.best_step,
             "steps": descent.done,
             "rates": descent.rates,
-            "train": last,
+            "train": [first, last],
             "pace": pace.tokens_per_second,
         }
         return {n: t.clone() for n, t in descent.best.items()}, facts
