@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 from table_rows import healed
 from torch import Tensor, nn
 
-from lrc.compressors import session as session_module
 from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
@@ -150,7 +149,6 @@ def main() -> None:
     results = base / f"{name.replace(' ', '-')}.jsonl"
     done = {json.loads(line)["name"] for line in _lines(results)}
     started = time.monotonic()
-    session_module.SAMPLED_TOGETHER_ON_GPU = 1024  # quicker for a small model
     with open_session(prepare(loaded.recipe, STAGES), Machine()) as session:
         plan = session.prepared.plan
         for kind in ("slice", "decompose", "quantize"):
