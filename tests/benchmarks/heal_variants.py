@@ -10,13 +10,12 @@ that FOLDER has measured already is left out.
 """
 
 import gc
-import inspect
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
@@ -37,6 +36,7 @@ from lrc.compressors.heal.block_fit import fit_blocks
 from lrc.compressors.heal.budget import StepBudget
 from lrc.compressors.heal.descent import Descent
 from lrc.compressors.heal.divergence import Predictor, mean_divergence
+from lrc.compressors.heal.extended_text import extended
 from lrc.compressors.heal.gradient_step import GradientStep
 from lrc.compressors.heal.held_out import TrainingText, mixed, text_requests, training_text
 from lrc.compressors.heal.hidden_states import hidden_distance, recorded
@@ -74,6 +74,7 @@ class Variant:
     source: Any = None
     micro_batch: int | None = None
     held_out: int = 16384
+    extend: bool = False
     restart: bool = True
     """Start again with a lower rate, as `Descent` does."""
     warm_up: int = 10
@@ -91,42 +92,32 @@ class Variant:
     """Whether the embedding, and a head tied to it, is trained too."""
     block: float = 0.0
     """Rate of a fit of every layer first; 0 for none."""
-    written: float = 0.0
-    """Fraction of the tokens that the dense model writes; of the text, each window is repeated."""
-    prompt: int = 64
-    """Tokens of the text that it continues; 0 starts with nothing."""
     profile: bool = False
     """Whether the kernels of a few more steps are listed."""
 
 
 P: dict[str, Any] = {"half_life": True, "warm_up": 30}
-TWO: dict[str, Any] = {**P, "batch": 2, "rate": 7e-4}
 VARIANTS: dict[str, Variant] = {
-    "written": Variant(written=0.68, **P),
-    "only written": Variant(written=1.0, **P),
-    "written, hidden 1": Variant(written=0.68, hidden=1.0, **P),
-    "written, rate 0.002": Variant(written=0.68, rate=2e-3, **P),
-    "hidden 1": Variant(hidden=1.0, **P),
-    "profile": Variant(tokens=80_000, profile=True, **TWO),
-    "written, batch 8": Variant(written=0.68, batch=8, rate=1.4e-3, **P),
-    "labels 0.3": Variant(labels=0.3, **P),
-    "written after nothing": Variant(written=0.68, prompt=0, **P),
-    "written, batch 2": Variant(written=0.68, **TWO),
-    "hidden 5": Variant(hidden=5.0, **P),
-    "written, 3 million": Variant(written=0.87, tokens=3_000_000, **P),
-    "embeddings": Variant(embeddings=True, **TWO),  # more positions at once are not recorded
-    "average": Variant(average=0.2, **P),
-    "both": Variant(divergence="both", **P),
-    "length 2048": Variant(length=2048, batch=2, rate=1e-3, half_life=True, warm_up=30),
-    "muon": Variant(optimizer="muon", **P),
-    "rate 0.0005": Variant(rate=5e-4, **P),
-    "no coordinates, 0.0003": Variant(precondition=False, rate=3e-4, **P),
-    "temperature 2": Variant(temperature=2.0, **P),
-    "block first": Variant(block=5e-3, **P),
+    "extend": Variant(extend=True, profile=True),
+    "extend, hidden 1": Variant(extend=True, hidden=1.0),
+    "extend, rate 0.002": Variant(extend=True, rate=2e-3),
+    "extend, labels 0.3": Variant(extend=True, labels=0.3),
+    "extend, batch 2": Variant(extend=True, batch=2, rate=7e-4),
+    "extend, half-life": Variant(extend=True, **P),
+    "extend, rate 0.0005": Variant(extend=True, rate=5e-4),
+    "hidden 1": Variant(hidden=1.0),
+    "extend, no coordinates": Variant(extend=True, precondition=False, rate=3e-4),
+    "extend, muon": Variant(extend=True, optimizer="muon"),
+    "extend, 3 million": Variant(extend=True, tokens=3_000_000),
+    "extend, embeddings": Variant(extend=True, embeddings=True, batch=2, rate=7e-4),
+    "extend, batch 8": Variant(extend=True, batch=8),
+    "extend, average": Variant(extend=True, average=0.2),
+    "extend, both": Variant(extend=True, divergence="both"),
+    "extend, hidden 5": Variant(extend=True, hidden=5.0),
+    "block first": Variant(block=5e-3),
+    "length 2048": Variant(length=2048, batch=2),
     "batch 4": Variant(),
-    "batch 4, half-life": Variant(**P),
-    "batch 2": Variant(**TWO),
-    "batch 1": Variant(batch=1, rate=5e-4, half_life=True, warm_up=60),
+    "batch 2": Variant(batch=2, rate=7e-4),
 }
 """Names may be combined on the command line: "labels 0.3 + batch 2" has the changes of both."""
 
@@ -186,7 +177,7 @@ def _chosen(patterns: list[str]) -> Iterator[tuple[str, Variant]]:
 
 def _combined(names: list[str]) -> Variant:
     """Return a variant with the changes of all; a name may also be a field=value."""
-    usual, found = asdict(Variant()), Variant(**P)
+    usual, found = asdict(Variant()), Variant()
     for name in names:
         if "=" in name:
             key, _, value = name.partition("=")
@@ -275,7 +266,7 @@ class Trainer:
 
     def run(self, name: str, variant: Variant) -> dict[str, Any]:
         """Train a fresh copy; return its facts."""
-        text = self._with_written(variant, self._text(variant))
+        text = self._text(variant)
         self._reset_()
         gc.collect()
         if self.device.type == "cuda":
@@ -331,12 +322,13 @@ class Trainer:
             source=source,
             micro_batch=variant.micro_batch,
             held_out=variant.held_out,
+            extend=variant.extend,
         )
 
     def _text(self, variant: Variant) -> TrainingText:
         """Return the windows of a variant; those of the model itself are sampled once."""
-        options = self._options(variant)
-        key = f"{options.length}-{options.source}-{options.tokens}-{options.batch}"
+        options = self._options(replace(variant, batch=8))  # the same for all batches
+        key = f"{options.length}-{options.source}-{options.tokens}-{options.extend}"
         if key in self._read:
             return self._read[key]
         session = self.session
@@ -362,58 +354,22 @@ class Trainer:
             )
             for each in requests
         ]
+        if options.extend:
+            found = [
+                extended(
+                    text,
+                    request,
+                    journal,
+                    bos=default_bos(session.prepared.tokenizer),
+                    continue_=partial(session.continued_windows, seed=request.seed + 3),
+                )
+                for text, request in zip(found, requests, strict=True)
+            ]
         text = self._read[key] = mixed(requests, found)
         seconds = time.monotonic() - started
         if seconds > 1:
             print(f"text {key}: {text.training.numel():,} tokens, {seconds:.1f} s", flush=True)
         return text
-
-    def _with_written(self, variant: Variant, text: TrainingText) -> TrainingText:
-        """Replace windows of the text by some that the dense model writes, each used once."""
-        length = text.training.shape[1]
-        wanted = -(-variant.tokens // length)
-        count = round(variant.written * wanted)
-        if not count:
-            return text
-        path = self.texts.output / f"written-{variant.prompt}-{length}.pt"
-        windows = torch.load(path) if path.is_file() else text.training[:0]
-        if len(windows) < count:
-            started = time.monotonic()
-            # As many for all variants.
-            windows = self._write(text.training, max(count, 1_200_000 // length), variant.prompt)
-            torch.save(windows, path)
-            seconds = time.monotonic() - started
-            print(f"written after {variant.prompt}: {windows.numel():,} tokens, {seconds:.1f} s")
-        others = text.training[torch.arange(wanted - count) % len(text.training)]
-        return replace(text, training=torch.cat([others, windows[:count]]))
-
-    @torch.no_grad()
-    def _write(self, text: Tensor, count: int, prompt: int, together: int = 1024) -> Tensor:
-        """Return windows [count, length] with the start of random places of the text."""
-        bos = default_bos(self.session.prepared.tokenizer)
-        length, random = text.shape[1], torch.Generator().manual_seed(1)
-        first = torch.randint(len(text), (count,), generator=random)
-        places = torch.randint(1, length - prompt, (count,), generator=random)
-        starts = text[first[:, None], places[:, None] + torch.arange(prompt)]
-        beginning = 0 if bos is None else bos
-        if bos is not None or not prompt:
-            starts = torch.cat([torch.full((count, 1), beginning), starts], dim=1)
-        generator = torch.Generator(self.device).manual_seed(2)
-        key = "past_key_values"
-        if "cache" in inspect.signature(type(self.teacher).forward).parameters:
-            key = "cache"
-        found = []
-        for rows in starts.to(self.device).split(together):
-            pieces, ids, cache = [rows], rows, None
-            for _ in range(length - rows.shape[1]):
-                out = self.teacher(ids, use_cache=True, logits_to_keep=1, **{key: cache})
-                cache = out.past_key_values
-                ids = torch.multinomial(
-                    out.logits[:, -1].float().softmax(-1), 1, generator=generator
-                )
-                pieces.append(ids)
-            found.append(torch.cat(pieces, dim=1).cpu())
-        return torch.cat(found)
 
     @torch.no_grad()
     def _reset_(self) -> None:
@@ -502,7 +458,8 @@ class Trainer:
                         assert descent.best_step >= better
                 last = measure(own)
                 if variant.profile:
-                    _profile(lambda: (add(part), descent.update_()))
+                    with suppress(Exception):  # the result counts more
+                        _profile(lambda: (add(part), descent.update_()))
         facts = {
             "losses": descent.losses,
             "best": descent.best_loss,
