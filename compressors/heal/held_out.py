@@ -285,7 +285,9 @@ def repetition_warning(
 
     The number of `steps` is that which was made; if it is not known yet, there is no warning.
     """
-    if steps is None or (isinstance(request.options, LogitFit) and request.options.extend):
+    options = request.options
+    can_extend = isinstance(options, LogitFit) and options.minutes is None
+    if steps is None or (isinstance(options, LogitFit) and options.extend):
         return None
     repeats = request.used(steps) / (text.facts["training_tokens"] / request.length)
     if repeats <= REPEATED:
@@ -294,6 +296,6 @@ def repetition_warning(
     return (
         f"{request.where}: the text {request.source} has {text.facts['training_tokens']:,} tokens "
         f"to train on and is repeated {repeats:.1f} times, which may overfit; {more}, "
-        + ("set extend: true, " if isinstance(request.options, LogitFit) else "")
+        + ("set extend: true, " if can_extend else "")
         + "or lower the budget"
     )
