@@ -23,8 +23,8 @@ from lrc.compressors.calibrate.calibration_windows import (
     vocabulary_warning,
 )
 from lrc.compressors.calibrate.sampled_windows import (
+    SAMPLED_LOGITS,
     SAMPLED_TOGETHER,
-    SAMPLED_TOGETHER_ON_GPU,
     loaded_by_layer,
     sample_windows,
     windows_together,
@@ -114,6 +114,14 @@ class Session:
             return self.windows()
         return self._sample((samples, length), torch.Generator().manual_seed(seed))
 
+    def continued_windows(self, starts: Tensor, length: int, *, seed: int) -> Tensor:
+        """Return windows [samples, length] in which the dense model continues `starts`.
+
+        These are [samples, n], with BOS if there is one.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        return self._sample((len(starts), length), generator, starts)
+
     def windows(self) -> Tensor:
         """Return the calibration windows [samples, length], drawn once per run."""
         if self.prepared.dense.kind.padded:
@@ -168,18 +176,22 @@ class Session:
         if warning is not None and not known:
             self.machine.on_warning(warning)
 
-    def _sample(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    def _sample(
+        self, shape: tuple[int, int], generator: torch.Generator, starts: Tensor | None = None
+    ) -> Tensor:
         """Sample windows from the dense model, layer by layer if it does not fit into memory."""
         bos = default_bos(self.prepared.tokenizer)
-        sample = partial(sample_windows, bos=bos, generator=generator, on_step=self.on_step)
+        sample = partial(
+            sample_windows, bos=bos, generator=generator, on_step=self.on_step, starts=starts
+        )
         models, free = self.models, free_memory(self.device)
         n_bytes = self.prepared.plan.dense_parameters * models.dtype.itemsize
         samples, length = shape
         together = windows_together(self.prepared.dense, length, dtype=models.dtype, free=free)
         if n_bytes <= FRACTION * free:
-            # A GPU takes nearly the same time for a step with many windows as with few.
-            most = SAMPLED_TOGETHER if self.device == "cpu" else SAMPLED_TOGETHER_ON_GPU
-            dense = models.load_dense(models.dtype)
+            dense, most = models.load_dense(models.dtype), SAMPLED_TOGETHER
+            if self.device != "cpu":
+                most = max(1, SAMPLED_LOGITS // dense.config.get_text_config().vocab_size)
             return sample(dense, shape, together=min(most, together))
         files = models.dense_files()
         times = math.ceil(samples / together) * (length - 1)

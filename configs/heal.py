@@ -141,9 +141,22 @@ class LogitFit(HealBase):
     Not after slices that change the residual stream."""
     checkpointing: bool = False
     """Recompute the inside of every layer for the backward pass: less memory, a third slower."""
+    extend: bool = False
+    """If the training takes more tokens than the text has, let the dense model continue random
+    pieces of the text until there are enough, instead of repeating it, which overfits. Not with
+    `minutes`."""
     micro_batch: PositiveInt | None = None
     """Windows that are computed at once; the gradients of a step are added up. Fewer need less
     memory. By default as many as hold 8,192 tokens on a GPU, 2,048 on a CPU."""
+
+    @model_validator(mode="after")
+    def _extends_to_a_number(self) -> "LogitFit":
+        if self.extend and self.minutes is not None:
+            raise ValueError(
+                "'extend' needs a number of tokens, got 'minutes'; give 'tokens' or 'steps' "
+                "instead, or remove it"
+            )
+        return self
 
 
 class Distill(Selective, LogitFit):

@@ -16,7 +16,7 @@ from lrc.compressors.corpus.windows import calibration_text, with_bos
 from lrc.compressors.heal.trained_files import text_folder
 from lrc.compressors.io.journal import Journal
 from lrc.configs.errors import DataError, RecipeError
-from lrc.configs.heal import Block, HealBase
+from lrc.configs.heal import Block, HealBase, LogitFit
 from lrc.configs.recipe import Calibration, Perplexity
 from lrc.configs.sources import counts, described, fractions
 
@@ -285,7 +285,9 @@ def repetition_warning(
 
     The number of `steps` is that which was made; if it is not known yet, there is no warning.
     """
-    if steps is None:
+    options = request.options
+    can_extend = isinstance(options, LogitFit) and options.minutes is None
+    if steps is None or (isinstance(options, LogitFit) and options.extend):
         return None
     repeats = request.used(steps) / (text.facts["training_tokens"] / request.length)
     if repeats <= REPEATED:
@@ -293,6 +295,7 @@ def repetition_warning(
     more = "raise calibration.samples" if request.source == SELF else "give more text"
     return (
         f"{request.where}: the text {request.source} has {text.facts['training_tokens']:,} tokens "
-        f"to train on and is repeated {repeats:.1f} times, which may overfit; {more}, or lower the "
-        "budget"
+        f"to train on and is repeated {repeats:.1f} times, which may overfit; {more}, "
+        + ("set extend: true, " if can_extend else "")
+        + "or lower the budget"
     )

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.heal.added_components import with_added
 from lrc.compressors.heal.block_fit import fit_blocks
 from lrc.compressors.heal.distill import distill
+from lrc.compressors.heal.extended_text import extended
 from lrc.compressors.heal.held_out import (
     TextRequest,
     TrainingText,
@@ -31,7 +33,7 @@ from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import peak_resident_bytes
 from lrc.compressors.planning.plan import Plan, TrainingRecord
 from lrc.compressors.session import Session
-from lrc.configs.heal import Block, Distill, HealBase, Scales
+from lrc.configs.heal import Block, Distill, HealBase, LogitFit, Scales
 
 
 def requests_of(session: Session, stage: int, options: HealBase) -> list[TextRequest]:
@@ -111,6 +113,8 @@ def _train(
 ) -> dict[str, Any]:
     requests = requests_of(session, record.stage, options)
     texts = [read_text(session, request) for request in requests]
+    if isinstance(options, LogitFit) and options.extend:
+        texts = [_extended(session, *pair) for pair in zip(requests, texts, strict=True)]
     text = mixed(requests, texts)
     work = HealWork(session, plan, record.stage, options, record.steps, text, pace)
     if isinstance(options, Block):
@@ -130,6 +134,16 @@ def _train(
         "text": text.facts,
         "warning": "; ".join(filter(None, warnings)) or None,
     }
+
+
+def _extended(session: Session, request: TextRequest, text: TrainingText) -> TrainingText:
+    return extended(
+        text,
+        request,
+        session.journal,
+        bos=default_bos(session.prepared.tokenizer),
+        continue_=partial(session.continued_windows, seed=request.seed + 2 + request.stage),
+    )
 
 
 def _peak_memory(device: str) -> int:

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from lrc.compressors.kernels import FastPath, Need, run_or_restore, select
+from lrc.compressors.kernels import FastPath, Need, needs_gradients, run_or_restore, select
 from lrc.compressors.kernels.pivoted import TRANSPOSE_FROM, interleave_by_rows, inverse_of
 from lrc.compressors.layers.component import Component, ComponentConfig, check_range, is_plain
 from lrc.compressors.layers.packed_weight import PackedLinear
+from lrc.compressors.layers.permuted import permuted
 from lrc.compressors.layers.pivot_rows import pivot_rows
 from lrc.compressors.layers.quantization_args import TensorSpec, TensorSpecs
 from lrc.compressors.layers.tiles import exceeds, in_tiles
@@ -104,7 +105,12 @@ class PivotedLowRank(FastPath, Component):
         transposed = weight is not None and p.is_cpu and not torch.compiler.is_compiling()
         if transposed and len(rows) >= TRANSPOSE_FROM:
             return interleave_by_rows(rows, like, order).view(*p.shape[:-1], self.d_out)
-        return torch.cat([p, c(p)], dim=-1).index_select(-1, order.int())
+        joined = torch.cat([p, c(p)], dim=-1)
+        if not needs_gradients(joined) or torch.compiler.is_compiling():
+            return joined.index_select(-1, order.int())
+        if "inverse" not in self._derived:
+            self._derive(inverse=inverse_of(order))
+        return permuted(joined, order.int(), self.get_buffer("inverse"))
 
     def matrix(self) -> Tensor:
         """Return the matrix [d_out, d_in] in float32."""

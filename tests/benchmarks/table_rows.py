@@ -156,6 +156,10 @@ def healed() -> Iterator[tuple[str, Stages]]:
         yield f"healed: {name}", [stage, {"heal": heal}]
         long = heal | {"tokens": 20_000_000}
         yield f"healed with 20 million tokens: {name}", [stage, {"heal": long}]
+        extended = {"extend": True, "batch": 4}
+        if heal is distill:
+            extended["precondition"] = True
+        yield f"healed with extended text: {name}", [stage, {"heal": heal | extended}]
         for batch in (2, 4):  # more steps for the same tokens
             yield (
                 f"healed in batches of {batch}: {name}",

@@ -35,6 +35,12 @@ BAD: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...]]] = {
         "stages[1].heal.minutes",
         ("<= 10080, got 20000",),
     ),
+    "text without a number of tokens": (
+        {"method": "distill", "minutes": 1, "extend": True},
+        "",
+        "stages[1].heal",
+        ("'extend' needs a number of tokens", "got 'minutes'", "give 'tokens' or 'steps'"),
+    ),
     "too many Kronecker products": (
         {**DISTILL, "train": "compacter", "terms": 1000},
         "",

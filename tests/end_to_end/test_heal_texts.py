@@ -24,6 +24,18 @@ def test_a_text_that_is_repeated_is_warned_of(run_stages: Run) -> None:
     assert record["warning"] in report["warnings"]
 
 
+def test_a_text_that_is_extended_is_not_repeated(run_stages: Run) -> None:
+    options = {**DISTILL, "steps": 20, "batch": 8, "extend": True, "rate": 1e-3}
+    report, _ = run_stages(INT4, {"heal": options})
+    (record,) = report["training"]
+    text = record["text"]
+    assert text["training_tokens"] == 20 * 8 * 64 == record["tokens"]
+    read = text["text_tokens"] // 64 * 64 - text["held_out_tokens"]
+    assert text["written_tokens"] == text["training_tokens"] - read > 0
+    assert record["warning"] is None
+    assert record["kept"]
+
+
 def test_texts_that_do_not_do_are_refused_before_any_work(
     lrc: Callable[..., Any],
     tiny_model_folder: Path,

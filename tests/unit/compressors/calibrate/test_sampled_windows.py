@@ -16,9 +16,9 @@ from lrc.compressors.models.weights import WeightReader
 from lrc.configs.recipe import Model
 
 
-def sample(model, *, seed=0, together=16, bos=None, shape=(7, 12)):
+def sample(model, *, seed=0, together=16, bos=None, shape=(7, 12), starts=None):
     generator = torch.Generator().manual_seed(seed)
-    options = {"bos": bos, "on_step": no_progress, "together": together}
+    options = {"bos": bos, "on_step": no_progress, "together": together, "starts": starts}
     return sample_windows(model, shape, generator=generator, **options)
 
 
@@ -50,6 +50,14 @@ def test_windows_are_those_of_the_predictions_of_the_whole_model(tiny_llama):
         logits = model(windows).logits  # without a cache
     for last in range(11):
         assert torch.equal(draw(logits[:, last], drawn[:, last]), windows[:, last + 1])
+
+
+def test_starts_are_continued_as_if_the_model_had_written_them(tiny_llama):
+    model = tiny_llama().eval()
+    windows = sample(model)
+    assert torch.equal(sample(model, starts=windows[:, :5], together=3), windows)
+    others = sample(model, seed=1)
+    assert torch.equal(sample(model, starts=others[:, :5])[:, :5], others[:, :5])
 
 
 @pytest.mark.parametrize("tied", [True, False])
