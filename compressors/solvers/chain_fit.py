@@ -7,7 +7,7 @@ the weight whitened by it, and alternating least squares under the whole metric 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -90,6 +90,8 @@ class ChainProblem:
     total: float
     """Energy of the weight."""
     fallback: str | None
+    _bases: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+    """Left singular vectors of the first unfolding, which chains of all bond dimensions share."""
 
     @classmethod
     def of(
@@ -131,7 +133,7 @@ class ChainProblem:
         rounds : int
             Passes over all cores from the last to the first and back; 0 for the start alone.
         """
-        search = _Search(self, shape, tensor_train_svd(self.W, shape))
+        search = _Search(self, shape, tensor_train_svd(self.W, shape, self._bases))
         energy = before = search.energy()
         for _ in range(rounds):
             search.round()
@@ -157,12 +159,22 @@ class ChainProblem:
         return [core * (mean / norm) for core, norm in zip(found, norms, strict=True)]
 
 
-def tensor_train_svd(W: Tensor, shape: ChainShape) -> list[Tensor]:
+def tensor_train_svd(
+    W: Tensor, shape: ChainShape, bases: dict[tuple[int, ...], Tensor] | None = None
+) -> list[Tensor]:
     """Decompose a matrix [d_out, d_in] by successive truncated singular value decompositions.
 
     The error is at most ``sqrt(N - 1)`` times the least one of a chain of N cores with these bond
     dimensions [1]_. All cores but the last are orthogonal: as matrices [a m n, b] they have
     orthonormal columns.
+
+    Parameters
+    ----------
+    W : Tensor
+        The matrix [d_out, d_in].
+    bases : dict, optional
+        Kept by the caller for decompositions of the same `W` with other bond dimensions, which
+        have the first singular vectors in common.
 
     References
     ----------
@@ -172,11 +184,18 @@ def tensor_train_svd(W: Tensor, shape: ChainShape) -> list[Tensor]:
     count = len(shape.outputs)
     order = [axis for k in range(count) for axis in (k, count + k)]
     rest = W.reshape(*shape.outputs, *shape.inputs).permute(order)
-    cores = []
+    cores: list[Tensor] = []
+    bases = {} if bases is None else bases
     for core in shape.cores[:-1]:
         a, m, n, b = core
         rest = rest.reshape(a * m * n, -1)
-        Q = _leading_basis(rest, b)
+        if cores:
+            Q = _leading_basis(rest, b)
+        else:
+            key = (*shape.outputs, *shape.inputs)
+            if key not in bases:
+                bases[key] = _leading_basis(rest, min(rest.shape))
+            Q = bases[key][:, :b].contiguous()
         cores.append(Q.view(core))
         rest = Q.T @ rest
     return [*cores, rest.reshape(shape.cores[-1])]
