@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.checkpoint.format import COPY_AGAIN
+from lrc.compressors.checkpoint.format import COPY_AGAIN, PARENT
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers import (
     ComponentConfig,
@@ -35,6 +35,10 @@ TABLES = {
     NORMS: (
         "blocks use their own bases of the residual stream",
         "slice with 'rotations: global' to serve the model",
+    ),
+    PARENT: (
+        "weights are read from the parent of the drafter",
+        "serve the checkpoint that 'lrc export --format drafter' has read",
     ),
 }
 """Table of a checkpoint's config -> what it says, and what to do."""
