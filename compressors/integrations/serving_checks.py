@@ -64,7 +64,9 @@ def check_supported(
     where = "config.json: quantization_config"
     for key, (what, remedy) in TABLES.items():
         if tables.get(key):
-            example = next(iter(tables[key]))
+            example = next(
+                iter(tables[key].get("tensors", ()) if key == PARENT else tables[key]), ""
+            )
             raise CheckpointError(
                 f"{where}.{key}: {what} ({example}), which {engine} does not support; {remedy}, or "
                 "use transformers",

@@ -5,8 +5,8 @@
 Layers compute in float32 in all runs. What passes from one layer to the next, and the inputs of
 layers from which the backward pass recomputes them, is rounded to bfloat16 or not. Prints for each
 choice the largest and the median relative Frobenius difference of second moments from those of 32
-bits, and that of compressed matrices. A model of the first layers alone is calibrated and compressed
-(``--layers``); the perplexity is that of the whole model with these layers compressed.
+bits, and that of compressed matrices. A model of the first layers (``--layers``) is calibrated and
+compressed; the perplexity is that of the whole model with these layers compressed.
 """
 
 import argparse

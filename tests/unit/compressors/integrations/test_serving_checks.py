@@ -29,7 +29,10 @@ TENSORS = {
         ({"shapes": {Q_PROJ: [4, 6]}}, "shapes: layers have other widths"),
         ({"biases": [Q_PROJ]}, "biases: layers have biases"),
         ({"norms": {"model.norm": {}}}, "norms: blocks use their own bases"),
-        ({"parent": {"dtype": "float32"}}, "parent: weights are read from the parent"),
+        (
+            {"parent": {"tensors": {"head": "head.weight"}}},
+            "parent: weights are read from the parent",
+        ),
     ],
     ids=str,
 )
