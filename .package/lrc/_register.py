@@ -17,6 +17,7 @@ from types import ModuleType
 REGISTRIES = {
     "transformers.quantizers.auto": "lrc.compressors.checkpoint.quantizer",
     "peft.tuners.lora": "lrc.compressors.integrations.peft_lora",
+    "peft.utils.transformers_weight_conversion": "lrc.compressors.integrations.peft_experts",
 }
 """Module to wait for -> module whose function `register` is called then."""
 

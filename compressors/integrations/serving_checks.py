@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrc.compressors.checkpoint.format import COPY_AGAIN
+from lrc.compressors.checkpoint.format import COPY_AGAIN, PARENT
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers import (
     ComponentConfig,
@@ -36,6 +36,10 @@ TABLES = {
         "blocks use their own bases of the residual stream",
         "slice with 'rotations: global' to serve the model",
     ),
+    PARENT: (
+        "weights are read from the parent of the drafter",
+        "serve the checkpoint that 'lrc export --format drafter' has read",
+    ),
 }
 """Table of a checkpoint's config -> what it says, and what to do."""
 
@@ -60,7 +64,9 @@ def check_supported(
     where = "config.json: quantization_config"
     for key, (what, remedy) in TABLES.items():
         if tables.get(key):
-            example = next(iter(tables[key]))
+            example = next(
+                iter(tables[key].get("tensors", ()) if key == PARENT else tables[key]), ""
+            )
             raise CheckpointError(
                 f"{where}.{key}: {what} ({example}), which {engine} does not support; {remedy}, or "
                 "use transformers",

@@ -41,6 +41,11 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "dense": [rtn(bits=4, symmetric=False, embeddings="int8")],
     "dense+low_rank": [rtn(bits=4, group_size=16, low_rank_correction={"rank": 4})],
     "integer low_rank": [decompose("svd"), rtn(bits=8, group_size=4)],
+    "integer pivoted_low_rank": [
+        decompose("svd", storage="pivoted_low_rank"),
+        rtn(bits=8, group_size=4),
+    ],
+    "biased low_rank": [decompose("lord")],
     "shared low_rank": [decompose("basis-sharing")],
 }
 UNMERGEABLE = {"integer low_rank": "are quantized", "shared low_rank": "are shared"}

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     CompressedTensorsConfig,
     LlamaForCausalLM,
 )
@@ -52,6 +53,7 @@ KINDS: dict[str, tuple[bool, list[dict[str, Any]]]] = {
 }
 """Whether the head of the source is tied, and the stages."""
 PLAIN = [kind for kind in KINDS if kind.startswith("integer")]
+EVALUATED = ["shared", "new biases", "uneven", "blocks, embedding", "integers", "integer head"]
 PACKED_ROWS = [kind for kind in KINDS if "embedding" in kind]
 RESIZABLE = [kind for kind in KINDS if kind not in PLAIN + PACKED_ROWS]
 DISK = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"], "cpu")
@@ -246,3 +248,24 @@ def test_a_saved_decoder_is_inspected(results, tmp_path) -> None:
     names = {module["name"] for module in describe(tmp_path, verify=False)["modules"]}
     assert {"embed_tokens", "layers.0.mlp.up_proj"} <= names
     assert "lm_head" not in names
+
+
+# lm-eval hands the checkpoint's own block to transformers, which says that it was there already.
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize("kind", EVALUATED)
+def test_lm_eval_scores_it_as_transformers_predicts(kind, results) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder = results(kind)
+    harness = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1)
+    context, continuation = "The statement", " is executed"
+    request = Instance("loglikelihood", {}, (context, continuation), 0)
+    ((score, _),) = harness.loglikelihood([request], disable_tqdm=True)
+    encode = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([encode(context + continuation)["input_ids"]])
+    start = len(encode(context)["input_ids"])
+    with torch.no_grad():
+        logprobs = load(folder)(ids).logits[0, start - 1 : -1].log_softmax(-1)
+    expected = logprobs.gather(1, ids[0, start:, None]).sum()
+    assert score == pytest.approx(float(expected), abs=1e-3)

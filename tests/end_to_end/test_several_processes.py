@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -180,6 +181,23 @@ def test_other_commands_run_in_one_process(new_recipe, tmp_path):
     assert forked.wait() == [2, 2]
     assert forked.printed(0).startswith("error[invalid-recipe]: plan: runs in one process (only")
     assert forked.printed(1) == ""
+
+
+@pytest.mark.robustness
+def test_processes_of_accelerate_give_the_results_of_one(new_recipe, tmp_path):
+    """With the command of docs/distributed.md."""
+    recipe = new_recipe(KFAC, perplexity=[])
+    files, _ = undisturbed(recipe)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", "2", "-m", "lrc", "compress", str(recipe), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "run") == files
+    assert {file.name for file in (tmp_path / "run/work/processes").glob("*.log")} == {
+        "0.log",
+        "1.log",
+    }
 
 
 @pytest.mark.robustness

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(2, 512, (1, 40), generator=torch.Generator().manual_seed(2))
@@ -50,6 +51,33 @@ def test_stock_transformers_round_inputs_and_multiply_by_the_same_integers(
             module.register_forward_pre_hook(lambda _, args: (rounded(args[0]), *args[1:]))
     found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(TOKENS).logits
     torch.testing.assert_close(found, dense(TOKENS).logits, rtol=1e-3, atol=1e-3)
+
+
+# PEFT asks for an attribute that the newest transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_expanded_while_loading_it_takes_adapters_and_rounds_no_inputs(
+    checkpoint: Callable[[str], Path], lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    ended = lrc("export", checkpoint("int8"), tmp_path / "out", "--format", "int-quantized")
+    assert ended.code == 0, ended.err
+    options = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+    expanded, plain = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        for folder in (tmp_path / "out", checkpoint("int8"))
+    )
+    torch.testing.assert_close(expanded(TOKENS).logits, plain(TOKENS).logits)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(expanded, config)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.1)
+    adapted(TOKENS, labels=TOKENS).loss.backward()
+    assert all(parameter.grad is not None for parameter in trained)
+    tuned = adapted(TOKENS).logits
+    assert not torch.allclose(tuned, plain(TOKENS).logits, atol=0.01)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(TOKENS).logits, tuned, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,14 @@ TENSORS = {
         ({"shapes": {Q_PROJ: [4, 6]}}, "shapes: layers have other widths"),
         ({"biases": [Q_PROJ]}, "biases: layers have biases"),
         ({"norms": {"model.norm": {}}}, "norms: blocks use their own bases"),
+        (
+            {"parent": {"tensors": {"head": "head.weight"}}},
+            "parent: weights are read from the parent",
+        ),
     ],
     ids=str,
 )
-def test_tables_of_sliced_models_are_rejected(table, words) -> None:
+def test_tables_that_engines_do_not_know_are_rejected(table, words) -> None:
     with pytest.raises(CheckpointError, match=f"{words}.*which Engine 1.2 does not") as refused:
         check_supported(table, {Q_PROJ: LOW_RANK}, "Engine 1.2")
     assert refused.value.code == "unsupported-by-engine"
