@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache, Shape
+from lrc.compressors.calibrate.batch_size import batch_tokens as usual_batch
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_calls import (
     LayerCall,
@@ -30,12 +31,6 @@ from lrc.compressors.calibrate.resident_modules import ResidentModules
 from lrc.compressors.evaluate.encoder_outputs import sentence_outputs
 from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.configs.errors import ModelError
-
-# Enough tokens a batch to keep matrix products efficient, few enough to keep attention small.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
-MIN_BATCHES = 8
-"""If there are so many windows: several processes divide whole batches, of any number of processes
-the same ones."""
 
 
 class ForwardEnded(Exception):
@@ -69,8 +64,7 @@ class LayerExecutor(ResidentModules):
         """Texts with padding, of an encoder or an encoder-decoder model, in a single process."""
         windows, processes = context.windows(), context.processes
         if batch_tokens is None:
-            few = max(1, len(windows) // MIN_BATCHES) * windows.shape[1]
-            batch_tokens = min(BATCH_TOKENS[context.device_type], few)
+            batch_tokens = usual_batch(context.architecture, context.device_type, *windows.shape)
         every = batches(windows, batch_tokens)
         own = processes.turn(len(every)) if in_turn else processes.block(len(every))
         self.n_tokens = windows.numel() if self.sentences is None else self.sentences.n_tokens

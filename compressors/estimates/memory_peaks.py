@@ -25,10 +25,6 @@ READING = 2.5
 """Copies of a tensor in the dtype of its file while it is read and checked for numbers."""
 FORWARD_WIDTHS, FORWARD_STATES = 4, 4
 """Tensors of the width of the widest linear, and of the width of the stream, in a forward pass."""
-BACKWARD_STATES = 12
-"""Tensors of the width of the stream that a backward pass keeps, besides two per linear."""
-ATTENTION = 5
-"""Matrices of attention weights of a backward pass on a GPU, which has no fused attention."""
 COMPARED = 9
 """Tensors of `PIECE_LOGITS` while two models are compared."""
 DOUBLE = 8
@@ -123,11 +119,7 @@ def _backward(work: Workload, sums: int) -> int:
         return 0
     ends, reading = _ends(work, head=True)
     logits = 4 * work.head_batch * work.vocabulary * HEAD_TENSORS
-    config = work.prepared.source.config.get_text_config()
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    attention = ATTENTION * heads * work.calibration.window if work.kind == "cuda" else 0
-    linears = max(sum(linear.d_out for linear in each.values()) for each in work.linears)
-    kept = 4 * work.batch * (BACKWARD_STATES * work.width + 2 * linears + attention)
+    kept = work.batch * work.backward_bytes
     return max(ends + reading, ends + logits, 4 * max(work.layers) + kept + sums)
 
 

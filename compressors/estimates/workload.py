@@ -8,8 +8,8 @@ from math import prod
 
 import torch
 
+from lrc.compressors.calibrate.batch_size import backward_bytes, batch_tokens
 from lrc.compressors.calibrate.calibration_passes import HEAD_TOKENS
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, MIN_BATCHES
 from lrc.compressors.calibrate.segments import (
     VALUE_BYTES,
     Segments,
@@ -85,8 +85,13 @@ class Workload:
     @property
     def batch(self) -> int:
         """Tokens that a layer is applied to at a time."""
-        few = max(1, self.calibration.samples // MIN_BATCHES) * self.calibration.window
-        return self.whole_windows(min(BATCH_TOKENS[self.kind], few))
+        samples, window = self.calibration.samples, self.calibration.window
+        return self.whole_windows(batch_tokens(self.architecture, self.kind, samples, window))
+
+    @property
+    def backward_bytes(self) -> int:
+        """What a backward pass through a layer keeps for a token."""
+        return backward_bytes(self.architecture, self.kind, self.calibration.window)
 
     @property
     def head_batch(self) -> int:

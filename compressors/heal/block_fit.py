@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache, cache_files
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, LayerExecutor
+from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
+from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.heal.budget import Budget
 from lrc.compressors.heal.descent import is_better
 from lrc.compressors.heal.divergence import PIECE, divergence

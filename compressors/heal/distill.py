@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
+from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.heal.budget_switch import BudgetSwitch
 from lrc.compressors.heal.descent import Descent, is_better
 from lrc.compressors.heal.divergence import Predictor, add_gradients, mean_divergence

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from table_rows import healed
 from torch import Tensor, nn
 
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
+from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.corpus.tokens import default_bos
 from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
 from lrc.compressors.evaluate.scores import evaluate_model

@@ -22,7 +22,7 @@ from transformers import (
     dynamic_module_utils,
 )
 
-from lrc.compressors.calibrate import layer_executor
+from lrc.compressors.calibrate import batch_size
 from lrc.compressors.checkpoint import assemble
 from lrc.compressors.checkpoint.writer import write_weights
 from lrc.compressors.compress.group import stored_weight
@@ -294,7 +294,7 @@ def _compress(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
-            layer_executor.BATCH_TOKENS, "cpu", 2 * LENGTH
+            batch_size.BATCH_TOKENS, "cpu", 2 * LENGTH
         )  # several batches: masks come back
         patch.setattr(
             assemble,

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from lrc.cli import whole_models
 from lrc.compressors import pipeline, run_evaluation
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
+from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.evaluate import streaming_rule
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.io.shards import read_folder

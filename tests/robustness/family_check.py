@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lrc.compressors.calibrate import layer_executor
+from lrc.compressors.calibrate import batch_size, layer_executor
 from lrc.compressors.compress.group import stored_weight
 from lrc.compressors.io.machine import Machine
 from lrc.compressors.pipeline import compress
@@ -216,8 +216,8 @@ class FamilyCheck:
     @torch.no_grad()
     def _compare_layers_in_turn(self) -> None:
         """Apply the layers one after the other, in batches of two windows, and one of one."""
-        before = layer_executor.BATCH_TOKENS["cpu"]
-        layer_executor.BATCH_TOKENS["cpu"] = 2 * LENGTH
+        before = batch_size.BATCH_TOKENS["cpu"]
+        batch_size.BATCH_TOKENS["cpu"] = 2 * LENGTH
         try:
             prepared = prepare(self._recipe("svd-llm", "turn").recipe, STAGES)
             with open_session(prepared, Machine("cpu")) as session:
@@ -229,7 +229,7 @@ class FamilyCheck:
                 with executor.around_layers(head=True):
                     logits = [executor.logits(states[b], tokens[b]) for b in executor.batches]
         finally:
-            layer_executor.BATCH_TOKENS["cpu"] = before
+            batch_size.BATCH_TOKENS["cpu"] = before
         expected = self.source(input_ids=tokens, use_cache=False).logits
         distance = _distance(torch.cat(logits), expected)
         assert distance <= EXACT, f"differ from the whole model by {distance:.2g}"

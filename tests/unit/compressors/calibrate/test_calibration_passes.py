@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_passes import logit_gradient
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models.architecture import Architecture, build

@@ -10,10 +10,10 @@ from tests.tiny_experts import expert_weight, tiny_experts
 from torch import Tensor, nn
 
 from lrc.compressors.calibrate import sequential_calibration as module
+from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.expert_inputs import ExpertInputs, add_moments_, by_matrix
 from lrc.compressors.calibrate.layer_check import check_layers
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.calibrate.statistic_table import RunningSums
 from lrc.compressors.io.journal import Journal

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lrc.compressors.calibrate import layer_executor, statistics
+from lrc.compressors.calibrate import batch_size, statistics
+from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_calls import watch
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, LayerExecutor, batches
+from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches
 from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.models import weights
@@ -56,7 +57,7 @@ def executor(make_executor, tokens) -> LayerExecutor:
 @pytest.fixture
 def batches_of_two(monkeypatch, tokens) -> None:
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 2 * tokens.shape[1])
-    monkeypatch.setattr(layer_executor, "MIN_BATCHES", 1)
+    monkeypatch.setattr(batch_size, "MIN_BATCHES", 1)
 
 
 def resident(architecture: Architecture) -> set[int]:
@@ -255,7 +256,7 @@ def test_processes_have_the_batches_of_a_single_one(make_executor, tokens, in_tu
     windows = tokens.repeat(5, 1)[:17]
     alone = LayerExecutor(replace(context, windows=lambda: windows), in_turn=in_turn)
     expected = [alone.numbers[rows] for rows in alone.batches]
-    assert len(expected) >= layer_executor.MIN_BATCHES
+    assert len(expected) >= batch_size.MIN_BATCHES
     found = []
     for rank in range(3):
         one = replace(context, windows=lambda: windows, processes=Processes(rank, 3))

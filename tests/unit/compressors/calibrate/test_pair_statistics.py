@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
 from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.calibration_passes import label_gradient
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.corpus.pairs import IGNORED, Pairs, split_windows, tokenize_pairs
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from lrc.compressors.calibrate import statistics
+from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.calibrate.calibration_context import CalibrationContext, Labels
 from lrc.compressors.calibrate.calibration_passes import output_gradient
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.corpus.sentences import Sentences, tokenize_sentences
 from lrc.compressors.evaluate.encoder_outputs import mean_pooled

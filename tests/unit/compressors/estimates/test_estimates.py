@@ -12,8 +12,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache
+from lrc.compressors.calibrate.batch_size import BATCH_TOKENS, MIN_BATCHES
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.calibrate.layer_executor import BATCH_TOKENS, MIN_BATCHES, batches
+from lrc.compressors.calibrate.layer_executor import batches
 from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.estimates import estimate as estimates
 from lrc.compressors.estimates.buffers import Buffers
