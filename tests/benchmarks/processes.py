@@ -41,8 +41,8 @@ from lrc.configs.yaml_text import write_yaml
 IGNORED = ("lrc/report.json", "README.md")  # they contain measured seconds and memory
 LAUNCHER = "torch.distributed.run"
 RUNS = ("one", "several", "last")
-LOG_LINES = 30
-"""Of a run that fails, that are shown."""
+LOG_LINES = 80
+"""Of a run that fails, that are shown: the error is above the traceback of the launcher."""
 ENDING_SECONDS = 20
 """Time in which a run that is interrupted must end."""
 
