@@ -1,11 +1,13 @@
 """Coordinate descent on the codes and scales of a quantized matrix."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lrc.compressors.solvers.column_quantizer import ColumnQuantizer
+from lrc.compressors.solvers.cpu_threads import one_thread
 from lrc.compressors.solvers.linalg import add_product_, damping_
 from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix
 
@@ -54,15 +56,23 @@ def _descended(
     for _ in range(passes):
         for first in range(0, columns, size):
             block = slice(first, min(first + size, columns))
-            inside = steps[..., block, :], scale[..., block, :]
             slope = H[..., block, :] @ error  # [..., block, rows]
-            middle = None if zero is None else zero[..., block, :]
-            within = H[..., block, block]
-            for group in range(0, block.stop - first, width):
-                where = slice(group, group + width)
-                _update_scale_(*inside, slope, within, where, start.scale.dtype)
-                update_columns_(quantizer, inside[0], slope, within, where, inside[1], middle)
-            error[..., block, :] = torch.mul(*inside).sub_(W[..., block, :])
+            # What follows is short, unless the block is one group that is wide.
+            with one_thread(H.device) if size <= BLOCK else nullcontext():
+                for group in range(first, block.stop, width):
+                    left = slice(group, block.stop)  # slopes of earlier groups are not used again
+                    _descend_group_(
+                        quantizer,
+                        steps[..., left, :],
+                        scale[..., left, :],
+                        None if zero is None else zero[..., left, :],
+                        slope[..., group - first :, :],
+                        H[..., left, left],
+                        width,
+                        start.scale.dtype,
+                    )
+            values = steps[..., block, :] * scale[..., block, :]
+            error[..., block, :] = values.sub_(W[..., block, :])
     codes = steps if zero is None else steps + zero
     return replace(
         start,
@@ -100,14 +110,23 @@ def update_columns_(
         add_product_(slope, H[..., block], delta)
 
 
-def _update_scale_(
-    steps: Tensor, scale: Tensor, slope: Tensor, H: Tensor, where: slice, dtype: torch.dtype
+def _descend_group_(
+    quantizer: ColumnQuantizer,
+    steps: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    slope: Tensor,
+    H: Tensor,
+    width: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Set the scales of the group `where` to the best ones, which are stored in `dtype`.
+    """Change the scales, which are stored in `dtype`, and codes of the first `width` columns.
 
-    The other arguments are those of `update_columns_`; `scale` and `slope` are updated in place.
+    The tensors are those of `update_columns_`, of these columns and of later ones whose slopes are
+    needed; `scale` is updated in place, too.
     """
-    inside, before = steps[..., where, :], scale[..., where.start, :]
+    where = slice(0, width)
+    inside, before = steps[..., where, :], scale[..., 0, :]
     seen = H[..., where] @ inside  # [..., columns, rows]
     first = (inside * slope[..., where, :]).sum(dim=-2)  # [..., rows], half the derivative
     second = (inside * seen[..., where, :]).sum(dim=-2)
@@ -117,3 +136,4 @@ def _update_scale_(
     change = torch.where(helps, change, 0)[..., None, :]
     scale[..., where, :] += change
     slope += seen.mul_(change)
+    update_columns_(quantizer, steps, slope, H, where, scale, zero)
