@@ -170,7 +170,8 @@ def _solution(work: Workload, task: LayerTask) -> int:
         elif {types} & {*LOW_RANK_TYPES}:
             found.append(3 * matrix + twice + 6 * DOUBLE * short**2)
     if task.quantize is not None:
-        found.append(6 * matrix + 3 * DOUBLE * task.stacked_shape[1] ** 2)
+        square = DOUBLE * task.stacked_shape[1] ** 2
+        found.append(max(2 * matrix + 3 * square, 7 * matrix + square))  # the factor, the descent
     return max(found) + moments
 
 
