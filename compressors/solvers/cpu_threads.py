@@ -34,8 +34,8 @@ def map_in_threads(work: Callable[[A], B], parts: Iterable[A], device: torch.dev
 
     Each part is one thread's, which waits for no other. Parts must not depend on each other.
     """
-    threads = torch.get_num_threads()
+    threads, work = torch.get_num_threads(), torch.no_grad()(work)  # threads start with gradients
     if device.type != "cpu" or threads == 1:
         return [work(part) for part in parts]
     with one_thread(device), ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(torch.no_grad()(work), parts))
+        return list(pool.map(work, parts))
