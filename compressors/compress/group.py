@@ -28,9 +28,12 @@ class WeightGroup:
     """Bias [d_out] of the source layer, for methods that change it."""
 
     def input_moment(self, member: int) -> Tensor | None:
-        """Return the second moment of the inputs if it was accumulated as a whole."""
+        """Return the second moment of the inputs if it was accumulated as a whole.
+
+        In the precision in which it is stored: in float64 it would exist twice.
+        """
         inputs = self.statistics[member].inputs
-        return None if inputs is None or inputs.full is None or inputs.empty else inputs.whole()
+        return None if inputs is None or inputs.empty else inputs.full
 
     def gradient_moment(self, member: int) -> Tensor | None:
         """Return the damped second moment of the output gradients, if errors are weighted by it."""

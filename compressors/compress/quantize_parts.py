@@ -58,7 +58,7 @@ def quantize_whole(
     parts = [encode_matrix("weight", found.codes, found.scale, found.zero, args)]
     if len(config.components) > 1:
         assert how.correction is not None
-        metric = torch.eye(W.shape[1], dtype=torch.float64, device=W.device) if H is None else H
+        metric = (torch.eye(W.shape[1], device=W.device) if H is None else H).double()
         error, rank = W.double() - found.weight(), config.components[1].sizes["rank"]
         B, A = low_rank_correction(error, metric, rank, how.correction)
         factors = {"a.weight": A.to(dtype), "b.weight": B.to(dtype)}
@@ -98,7 +98,7 @@ def quantize_parts(
         used = H is not None or how.quantizer == "rtn"
         return QuantizedParts(nearest, None if used else _nearest_because(group, member))
     G = group.gradient_moment(member) if config.types in USES_GRADIENTS else None
-    target = _Target(group.weights[member], H, G, args, how, group.dtype, group.seed)
+    target = _Target(group.weights[member], H.double(), G, args, how, group.dtype, group.seed)
     return QuantizedParts([joint(target, dict(encoded[0]))])
 
 

@@ -4,7 +4,6 @@ The constants count tensors that exist at once in the code that they name. They 
 the peaks of runs on a CPU and on a GPU, see BENCHMARKS.md.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -138,12 +137,7 @@ def _expert_moments(work: Workload) -> int:
 
     The sums of a batch exist next to those of the batches before.
     """
-    count = Counter(
-        (task.layer, task.shape[1])
-        for task in work.compensated
-        if task.compensate is not None and task.compensate.routed
-    )
-    sizes = [(number, 2 * VALUE_BYTES * d_in**2) for (_, d_in), number in count.items()]
+    sizes = [(n, 2 * VALUE_BYTES * d_in**2) for (_, d_in), n in work.compensated_experts.items()]
     return 2 * max((max(min(n * size, EXPERT_BYTES), size) for n, size in sizes), default=0)
 
 
@@ -168,7 +162,8 @@ def _solution(work: Workload, task: LayerTask) -> int:
         elif {types} & {*LOW_RANK_TYPES}:
             found.append(3 * matrix + twice + 6 * DOUBLE * short**2)
     if task.quantize is not None:
-        found.append(6 * matrix + 3 * DOUBLE * task.stacked_shape[1] ** 2)
+        square = DOUBLE * task.stacked_shape[1] ** 2
+        found.append(max(2 * matrix + 3 * square, 7 * matrix + square))  # the factor, the descent
     return max(found) + moments
 
 

@@ -1,6 +1,7 @@
 """The sizes of a run, counted from the plan and the shapes of the model."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -130,6 +131,24 @@ class Workload:
         return [sum(p.numel() for p in layer.parameters()) for layer in layers]
 
     @cached_property
+    def used_share(self) -> float:
+        """Part of the parameters of all layers that a token uses: only some experts receive it."""
+        unused = 0.0
+        for linears in self.linears:
+            of_experts = [linear for linear in linears.values() if linear.expert is not None]
+            if number := len({linear.name.rpartition(".")[0] for linear in of_experts}):
+                share = max(0.0, 1 - self.experts_of_token / number)
+                unused += share * sum(linear.d_out * linear.d_in for linear in of_experts)
+        return 1 - unused / max(sum(self.layers), 1)
+
+    @property
+    def experts_of_token(self) -> int:
+        """Number of experts that receive a token; 2 if the config does not say so."""
+        config = self.prepared.source.config.get_text_config()
+        found = getattr(config, "num_experts_per_tok", None)
+        return found if isinstance(found, int) else 2
+
+    @cached_property
     def embedding(self) -> int:
         """Parameters of the input embedding."""
         return int(self.architecture.model.get_input_embeddings().weight.numel())
@@ -156,6 +175,16 @@ class Workload:
     def compensated(self) -> list[LayerTask]:
         """Tasks that compensate for errors of the layers before."""
         return [task for task in self.plan.tasks if task.compensate is not None]
+
+    @cached_property
+    def compensated_experts(self) -> Counter[tuple[int, int]]:
+        """Number of experts whose inputs compensation measures, by layer and width of the input."""
+        inputs = {
+            (task.layer, task.name.rpartition(".")[0], task.shape[1])
+            for task in self.compensated
+            if task.compensate is not None and task.compensate.routed
+        }
+        return Counter((layer, d_in) for layer, _, d_in in inputs)
 
     @cached_property
     def statistics(self) -> dict[str, tuple[str, ...]]:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -33,6 +34,8 @@ REMEDIES = {
 }
 SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 """What `numpy.ndarray.tofile` says of a full disk, without an errno."""
+_UMASK = Lock()
+"""Reading the umask sets it for a moment, and threads publish files at the same time."""
 OS_ERROR = re.compile(r"(?:code: |os error )(\d+)")  # how safetensors and tokenizers write an errno
 
 
@@ -184,8 +187,9 @@ def publish(partial: Path, final: Path) -> None:
 
     Files get the permissions of new files: safetensors lets only their owner read them.
     """
-    umask = os.umask(0o077)
-    os.umask(umask)
+    with _UMASK:
+        umask = os.umask(0o077)
+        os.umask(umask)
     with storage_errors(final):
         for path in [*partial.rglob("*"), partial] if partial.is_dir() else [partial]:
             if path.is_file():

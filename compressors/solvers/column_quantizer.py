@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.layers import QuantizationArgs
+from lrc.compressors.solvers.cpu_threads import one_thread
 from lrc.compressors.solvers.cuda_graphs import record
 
 # Columns of a block, which are quantized one by one. Their effect on the columns after the block is
@@ -73,7 +74,8 @@ class ColumnQuantizer:
         inputs: Inputs = (target, coupling, scale, zero, current)
         if self.device.type != "cuda":
             outputs = torch.empty_like(target), torch.empty_like(target)
-            _quantize(self.scheme, inputs, outputs)
+            with one_thread(self.device):
+                _quantize(self.scheme, inputs, outputs)
             return outputs
         if target.shape not in self._recorded:
             self._recorded[target.shape] = self._record(inputs)

@@ -10,9 +10,14 @@ from torch import Tensor
 from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.solvers.column_quantizer import ColumnQuantizer
 from lrc.compressors.solvers.coordinate_descent import PASSES, coordinate_descent
-from lrc.compressors.solvers.linalg import add_product_, whitening_factor
-from lrc.compressors.solvers.quantization_grid import Grid, check_finite, find_grid
-from lrc.compressors.solvers.quantized_matrix import QuantizedMatrix, better_rows, round_to_nearest
+from lrc.compressors.solvers.linalg import add_product_, invert_triangular_, whitening_factor
+from lrc.compressors.solvers.quantization_grid import Grid, check_finite, find_grids
+from lrc.compressors.solvers.quantized_matrix import (
+    QuantizedMatrix,
+    better_rows,
+    round_to_nearest,
+    rounded,
+)
 
 QuantizerName = Literal["rtn", "gptq"]
 
@@ -184,22 +189,21 @@ def _start(
     shrinkage: float,
     act_order: bool,
 ) -> tuple[_Start, InverseFactor]:
-    W, H = W.double(), H.double()
-    nearest = round_to_nearest(W, scheme, dtype=dtype, H=H)
-    H = shrunk(H, shrinkage)
+    W, H = W.double(), shrunk(H, shrinkage)
     inverse = factor_inverse_hessian(H, damp, act_order=act_order)
-    grid = find_grid(W, scheme, dtype=dtype, weights=inverse.weights)
-    return _Start(W, H, grid, nearest, inverse.fallback), inverse
+    weights = [H.diagonal(), inverse.weights]
+    plain, grid = find_grids(W, scheme, dtype=dtype, weights=weights)
+    return _Start(W, H, grid, rounded(W, plain, scheme), inverse.fallback), inverse
 
 
 def shrunk(H: Tensor, shrinkage: float) -> Tensor:
-    """Return ``(1 - shrinkage) H + shrinkage diag(H)``.
+    """Return ``(1 - shrinkage) H + shrinkage diag(H)`` in float64.
 
     The estimator with the target of unequal variances of Schaefer and Strimmer (2005),
     https://doi.org/10.2202/1544-6115.1175. Unlike damping it does not depend on the scale of the
     channels: a massive one does not make the others look independent.
     """
-    result = (1 - shrinkage) * H
+    result = H.to(torch.float64, copy=True).mul_(1 - shrinkage)
     result.diagonal().copy_(H.diagonal())
     return result
 
@@ -226,14 +230,13 @@ def factor_inverse_hessian(H: Tensor, damp: float, *, act_order: bool = True) ->
     # With the columns reversed, the lower Cholesky factor of H becomes an upper one R of the order,
     # H = R R^T, and U = R^-1. This avoids forming H^-1, which would lose digits.
     backwards = order.flip(0)
-    L, fallback = whitening_factor(H[backwards][:, backwards], damp)
-    R = L.flip(0, 1)
+    L, fallback = whitening_factor(H[backwards[:, None], backwards], damp)
+    inverse = L.mT.flip(0, 1)  # the transpose of R, with contiguous rows
     del L  # of large matrices, few copies fit into memory
-    U = torch.eye(len(H), dtype=R.dtype, device=R.device).mT  # in the layout of LAPACK
-    torch.linalg.solve_triangular(R, U, upper=True, out=U)
-    del R
+    invert_triangular_(inverse)
+    U = inverse.mT
     weights = torch.empty_like(H.diagonal())
-    weights[order] = 1 / U.square().sum(dim=0)
+    weights[order] = torch.linalg.vector_norm(U, dim=0) ** -2
     return InverseFactor(order, U, weights, fallback)
 
 
@@ -248,18 +251,20 @@ def propagate_error(
     quantizer = ColumnQuantizer(scheme, W.device)
     U = inverse.U
     places = inverse.order[..., None].expand(*W.mT.shape)  # [..., columns, rows]
-    coupling = (U / U.diagonal(dim1=-2, dim2=-1)[..., None]).to(quantizer.dtype)
+    diagonal = U.diagonal(dim1=-2, dim2=-1)[..., None]
     target, step = (t.mT.gather(-2, places).to(quantizer.dtype) for t in (W, scale))
     middle = None if zero is None else zero.mT.gather(-2, places).to(quantizer.dtype)
     codes = torch.empty_like(target, dtype=torch.int8)
     for start in range(0, target.shape[-2], quantizer.width):
         block = slice(start, start + quantizer.width)
         offset = None if middle is None else middle[..., block, :]
+        coupling = (U[..., block, start:] / diagonal[..., block, :]).to(quantizer.dtype)
+        within, later = coupling[..., : quantizer.width], coupling[..., quantizer.width :]
         delta, steps = quantizer.quantize(
-            target[..., block, :], coupling[..., block, block], step[..., block, :], offset
+            target[..., block, :], within, step[..., block, :], offset
         )
         codes[..., block, :] = (steps if offset is None else steps + offset).to(torch.int8)
-        add_product_(target[..., block.stop :, :], coupling[..., block, block.stop :].mT, delta)
+        add_product_(target[..., block.stop :, :], later.mT, delta)
     return torch.empty_like(codes).scatter_(-2, places, codes).mT.contiguous()
 
 

@@ -7,6 +7,7 @@ solved in float64, damping is relative to the mean diagonal, and every fallback 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 MAX_DAMP = 1e-1
 # Eigenvalues below this fraction of the largest are rounding errors of a float64 Gram matrix.
 RANK_TOLERANCE = 1e-14
+
+
+TRIANGULAR_BLOCK = 512
 
 
 @contextmanager
@@ -49,6 +53,25 @@ def add_product_(total: Tensor, A: Tensor, B: Tensor) -> None:
         total.baddbmm_(A, B)
 
 
+def invert_triangular_(L: Tensor) -> None:
+    """Replace a lower triangular matrix [d, d] by its inverse.
+
+    In blocks, which needs a third of the operations of a triangular solve with the identity on the
+    right-hand side, and no second matrix. On a CPU, fastest if rows are contiguous.
+    """
+    ends = [*range(0, len(L), TRIANGULAR_BLOCK), len(L)]
+    for start, stop in pairwise(ends):
+        block = slice(start, stop)
+        eye = torch.eye(stop - start, dtype=L.dtype, device=L.device)
+        corner = torch.linalg.solve_triangular(L[block, block], eye, upper=False)
+        # Rows above are those of the inverse V: V_ij = -V_ii sum_k L_ik V_kj, with zeros for k < j.
+        sums = torch.empty_like(L[block, :start])
+        for first, last in pairwise(end for end in ends if end <= start):
+            sums[:, first:last] = L[block, first:start] @ L[first:start, first:last]
+        L[block, :start] = torch.mm(corner, sums).neg_()
+        L[block, block] = corner
+
+
 def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
     """Factor a second moment as ``L @ L.T == H + damp * mean(diag(H)) * I``.
 
@@ -71,7 +94,7 @@ def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
     """
     used = damp
     while True:
-        with _damping_(H, used):
+        with damping_(H, used):
             L, info = torch.linalg.cholesky_ex(H)
         if int(info) == 0:
             return L, None if used == damp else f"damping raised from {damp:g} to {used:g}"
@@ -86,9 +109,9 @@ def whitening_factor(H: Tensor, damp: float) -> tuple[Tensor, str | None]:
 
 
 @contextmanager
-def _damping_(H: Tensor, damp: float) -> Iterator[None]:
+def damping_(H: Tensor, damp: float) -> Iterator[None]:
     """Let `H` have the values of `damped` in the context, without a copy of a large matrix."""
-    diagonal = H.diagonal()
+    diagonal = H.diagonal(dim1=-2, dim2=-1)  # [..., d]
     before = diagonal.clone()
     diagonal.add_(damp * diagonal.mean(dim=-1, keepdim=True))
     try:
@@ -126,6 +149,19 @@ def weighted_error(
     error of the layer's output, summed over the tokens of `H`.
     """
     E = (W - W_hat).double()
+    if H is not None and G is None:
+        return max(0.0, float(_quadratic_form(E, H)))  # of a singular H, rounding has either sign
     right = E if H is None else E @ H.double()  # [d_out, d_in]
     left = E if G is None else G.double() @ E  # [d_out, d_in]
     return max(0.0, float((left * right).sum()))  # of a singular H, rounding has either sign
+
+
+def _quadratic_form(E: Tensor, H: Tensor) -> Tensor:
+    """Return ``tr(E H E^T)`` from the lower triangle of `H`, by blocks of columns."""
+    total = E.new_zeros(())
+    for start in range(0, len(H), TRIANGULAR_BLOCK):
+        block = slice(start, start + TRIANGULAR_BLOCK)
+        rows = H[block, : block.stop].to(torch.float64, copy=True)  # [block, columns up to here]
+        rows[:, :start] *= 2
+        total += ((E[:, : block.stop] @ rows.T) * E[:, block]).sum()
+    return total

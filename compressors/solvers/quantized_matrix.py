@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lrc.compressors.layers import QuantizationArgs
 from lrc.compressors.layers.packing import dequantize, encode_matrix
-from lrc.compressors.solvers.quantization_grid import find_grid, round_to_grid
+from lrc.compressors.solvers.quantization_grid import Grid, find_grid, round_to_grid
 
 NUMBERS = 2**24
 """Numbers of an embedding that are quantized at once, in float64."""
@@ -47,6 +47,11 @@ def round_to_nearest(
     inputs, weights the errors by which `find_grid` chooses, which also raises the errors.
     """
     grid = find_grid(W, scheme, dtype=dtype, weights=None if H is None else H.diagonal())
+    return rounded(W, grid, scheme)
+
+
+def rounded(W: Tensor, grid: Grid, scheme: QuantizationArgs) -> QuantizedMatrix:
+    """Round every number of a matrix [rows, columns] to the nearest point of a grid."""
     return QuantizedMatrix(round_to_grid(W, grid, scheme), grid.scale, grid.zero, scheme)
 
 
@@ -62,8 +67,11 @@ def better_rows(
 
     All matrices are in float64. If errors are equal, the row of `first` is taken; so is `fallback`.
     """
-    good = row_errors(W - first.weight(), H) <= row_errors(W - second.weight(), H)  # [rows]
-    pick = ~good[:, None]
+    # The difference of both errors, ``d H s^T`` with the difference and the sum of both residuals.
+    one, other = first.weight(), second.weight()
+    difference = other - one
+    total = one.add_(other).sub_(W, alpha=2).neg_()
+    pick = ((difference @ H).mul_(total).sum(dim=1) > 0)[:, None]  # [rows, 1]
     codes = torch.where(pick, second.codes, first.codes)
     scale = torch.where(pick, second.scale, first.scale)
     zero = first.zero

@@ -143,7 +143,7 @@ def recipe_of(args: argparse.Namespace, method: str, folder: Path) -> LoadedReci
 def measure(args: argparse.Namespace, method: str, folder: Path) -> dict[str, Any]:
     """Compress the model in `folder` by one method and return the facts."""
     release_memory()
-    reset_peaks()
+    reset_peaks(Machine(args.device).chosen)
     steps = Steps()
     report = compress(
         recipe_of(args, method, folder), Machine(args.device, overwrite=True, on_step=steps)

@@ -25,7 +25,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any
 
 import shapes
 import torch
+from run_folder import run_folder
 
 from lrc.cli import console
 from lrc.compressors.io.machine import Machine, release_memory
@@ -41,8 +41,10 @@ from lrc.configs.yaml_text import write_yaml
 IGNORED = ("lrc/report.json", "README.md")  # they contain measured seconds and memory
 LAUNCHER = "torch.distributed.run"
 RUNS = ("one", "several", "last")
-LOG_LINES = 30
-"""Of a run that fails, that are shown."""
+LOG_LINES = 80
+"""Of a run that fails, that are shown: the error is above the traceback of the launcher."""
+ENDING_SECONDS = 20
+"""Time in which a run that is interrupted must end."""
 
 
 def hashes(checkpoint: Path) -> dict[str, str]:
@@ -85,7 +87,15 @@ class Runs:
     def finish(self, processes: int, device: str) -> tuple[float, dict[str, Any]]:
         """Run to the end; return the seconds of everything, and the report."""
         begun = time.monotonic()
-        code = self.start(processes, device).wait()
+        run = self.start(processes, device)
+        try:
+            code = run.wait()
+        except BaseException:  # it would go on using the device, and the files of the next run
+            run.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                run.wait(ENDING_SECONDS)
+            run.kill()
+            raise
         if code:
             last = self._log.read_text(errors="replace").splitlines()[-LOG_LINES:]
             failed = f"a run of {processes} processes on {device} ended with exit code {code}"
@@ -189,13 +199,10 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="show what the runs print")
     args = parser.parse_args()
     args.runs = args.runs or (RUNS if args.device.startswith("cuda") else RUNS[:-1])
-    folder = Path(tempfile.mkdtemp(prefix="processes-", dir=args.folder))
-    try:
+    with run_folder("processes", args.folder) as folder:
         prepare(args, folder)
         runs = Runs(args, folder)
         same = kill(args, runs) if args.kills else compare(args, runs)
-    finally:
-        shutil.rmtree(folder)
     sys.exit(not same)
 
 

@@ -17,9 +17,7 @@ labelled as such. With `--sizes`, models of 135M to 70B parameters run with `--l
 
 import argparse
 import json
-import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +25,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
+from run_folder import run_folder
 from shape_models import PRESETS, SIZES, RandomModel, write_text
 from stage_costs import GIB, StageCosts, exponents, smaller_gpu
 
@@ -200,12 +199,8 @@ def measure_sizes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _in_folder(args: argparse.Namespace) -> dict[str, Any]:
-    folder = Path(tempfile.mkdtemp(prefix="shapes-", dir=args.folder))
-    try:
+    with run_folder("shapes", args.folder, keep=args.keep_files) as folder:
         return measure(args, folder)
-    finally:
-        if not args.keep_files:
-            shutil.rmtree(folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

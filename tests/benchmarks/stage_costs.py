@@ -52,7 +52,7 @@ class StageCosts:
                 yield
 
         Clock.__call__ = watched
-        reset_peaks()
+        reset_peaks(self._device)
         try:
             with watch(OTHER):
                 yield
@@ -95,7 +95,7 @@ class StageCosts:
         for stage in self._open:
             for key, value in peaks.items():
                 self.stages[stage][key] = max(self.stages[stage][key], value)
-        reset_peaks()
+        reset_peaks(self._device)
 
     def _look_at_disk(self) -> None:
         self._looked = time.monotonic()
@@ -151,10 +151,10 @@ def peak_resident() -> int:
     return 0
 
 
-def reset_peaks() -> None:
-    """Measure peaks of memory from here on."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def reset_peaks(device: str) -> None:
+    """Measure peaks of memory of the host and of `device` from here on."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):  # Linux; elsewhere the peak of the whole process is reported
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_experts import tiny_experts
 from transformers import LlamaForCausalLM
 
 from lrc.compressors.calibrate.activation_cache import ActivationCache
@@ -17,6 +18,7 @@ from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_executor import batches
 from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.estimates import estimate as estimates
+from lrc.compressors.estimates import stage_seconds as seconds_of_stages
 from lrc.compressors.estimates.buffers import Buffers
 from lrc.compressors.estimates.estimate import Estimate, estimate, place_buffers, refuse_too_large
 from lrc.compressors.estimates.machine_rates import MachineRates
@@ -313,3 +315,27 @@ def test_linked_files_count_once(tmp_path: Path) -> None:
     (tmp_path / "b").unlink()
     use.look()
     assert (used_disk(tmp_path), use.peak) == (0, 8192)
+
+
+def test_time_of_experts_counts_the_passes_over_the_text_and_the_experts_of_a_token(
+    tiny_recipe: Callable[..., Path],
+    make_tokenizer: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_experts("mixtral", hidden_size=32, intermediate_size=32)
+    model.save_pretrained(tmp_path / "source")
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    recipe = load_recipe(tiny_recipe(tmp_path / "source", tmp_path / "run", stages=COMPENSATED))
+    work = Workload(prepare(recipe.recipe, STAGES), "cpu")
+    layer = model.model.layers[0]
+    of_experts = sum(p.numel() for p in layer.mlp.experts.parameters())
+    whole = sum(p.numel() for p in layer.parameters())
+    assert work.used_share == pytest.approx(1 - of_experts / 2 / whole)  # two of four experts
+
+    times = {}
+    for together in (4, 2, 1):
+        monkeypatch.setattr(seconds_of_stages, "EXPERT_BYTES", together * 2 * 4 * 32**2)
+        times[together] = stage_seconds(work, RATES)["compress"]
+    assert times[1] - times[4] == pytest.approx(3 * (times[2] - times[4]))
+    assert times[2] > times[4]

@@ -1,6 +1,9 @@
 """The journal: whole or not there, one process at a time, nothing of others touched."""
 
 import errno
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +173,22 @@ def test_arrays_that_a_disk_has_no_room_for_are_an_output_error(tmp_path: Path) 
 def test_errors_that_are_not_about_storage_pass_through(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="strange"), storage_errors(tmp_path):
         raise OSError(errno.EIO, "strange")
+
+
+def test_files_that_threads_write_together_have_the_permissions_of_new_files(tmp_path, monkeypatch):
+    set_mask = os.umask
+
+    def slow(mask: int) -> int:
+        before = set_mask(mask)
+        time.sleep(0.02)
+        return before
+
+    expected = set_mask(0o022)
+    try:
+        monkeypatch.setattr(os, "umask", slow)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda name: write_text(tmp_path / name, "text"), ["a", "b"]))
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
+        assert set_mask(0o022) == 0o022
+    finally:
+        set_mask(expected)

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.layers import QuantizationArgs
+from lrc.compressors.solvers import coordinate_descent as coordinate_descent_module
+from lrc.compressors.solvers import quantization_grid
 from lrc.compressors.solvers.coordinate_descent import coordinate_descent
 from lrc.compressors.solvers.gptq import factor_inverse_hessian, gptq, propagate_error, shrunk
 from lrc.compressors.solvers.linalg import damped, weighted_error
@@ -90,6 +92,19 @@ def test_descent_ends_where_no_single_code_can_be_better(matrices, written):
             codes[:, column] = (codes[:, column] + move).clamp(scheme.lowest, scheme.highest)
             other = QuantizedMatrix(codes, state.scale, state.zero, scheme)
             assert bool((row_errors(W - other.weight(), H) >= least * (1 - 1e-9)).all())
+
+
+@pytest.mark.parametrize("written", ["int4-g8", "int3", "int4-g8-asymmetric"])
+def test_results_do_not_depend_on_the_sizes_of_blocks(matrices, written, monkeypatch):
+    W, H = matrices(columns=80)
+    scheme = QuantizationArgs.parse(written)
+    whole = gptq(W, H, scheme, dtype=torch.bfloat16)
+    monkeypatch.setattr(coordinate_descent_module, "BLOCK", 24)
+    monkeypatch.setattr(quantization_grid, "NUMBERS", {"cpu": 5 * 80})
+    parts = gptq(W, H, scheme, dtype=torch.bfloat16)
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.scale, whole.scale)
+    assert whole.zero is None or torch.equal(parts.zero, whole.zero)
 
 
 def test_with_independent_inputs_it_rounds_to_nearest(matrices):

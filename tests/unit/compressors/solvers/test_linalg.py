@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from lrc.compressors.solvers import linalg
 from lrc.compressors.solvers.linalg import (
     MAX_DAMP,
     damped,
     descending_eigh,
+    invert_triangular_,
     weighted_error,
     whitening_factor,
 )
@@ -85,3 +87,21 @@ def test_damping_leaves_the_matrix_as_it_was(damp: float) -> None:
         L, _ = whitening_factor(H, damp)
         assert torch.equal(H, before)
         torch.testing.assert_close(L @ L.T, damped(H, damp), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 7, 16, 64])
+def test_blocks_invert_a_triangle_and_use_one_triangle_of_a_moment(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linalg, "TRIANGULAR_BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(90, 40, generator=generator, dtype=torch.float64)
+    W, H = X[:20], X.T @ X
+    L = torch.linalg.cholesky(H)
+    inverse = L.clone()
+    invert_triangular_(inverse)
+    torch.testing.assert_close(inverse, torch.linalg.inv(L).tril(), rtol=1e-10, atol=1e-12)
+    assert torch.equal(inverse, inverse.tril())
+    before = H.clone()
+    assert weighted_error(W, 0 * W, H) == pytest.approx(float((W @ H * W).sum()), rel=1e-12)
+    assert torch.equal(H, before)
