@@ -16,6 +16,7 @@ from lrc.compressors.io.machine import free_memory
 from lrc.compressors.models.weights import not_finite
 from lrc.configs.errors import ModelError
 from lrc.configs.recipe import Perplexity
+from lrc.configs.size import GIB
 
 NEAR_UNIFORM = 0.5
 """Fraction of the vocabulary size, the perplexity of random guessing, from which a model is
@@ -23,6 +24,8 @@ reported. Trained models stay far below on any text in a language: a byte-level 
 has about 3."""
 MEMORY = 0.5
 """Largest fraction of the free memory that the dense model may take to be checked in advance."""
+LARGEST = 4 * GIB
+"""Larger models take too long to load for a check; the evaluation finds out."""
 
 
 def check_source_model(
@@ -68,5 +71,5 @@ def near_uniform(dense: dict[str, float | None], vocabulary: int) -> list[str]:
 
 
 def is_quick(n_bytes: int, device: str) -> bool:
-    """Return whether the model fits in `MEMORY` of the free memory."""
-    return n_bytes <= MEMORY * free_memory(device)
+    """Return whether a model of so many bytes is loaded quickly, and into little of the memory."""
+    return n_bytes <= min(LARGEST, MEMORY * free_memory(device))
