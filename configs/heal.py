@@ -139,6 +139,9 @@ class LogitFit(HealBase):
     """Weight of a second term of the loss: the L1 distance between the outputs of every layer in
     the two models, relative to the dense one at each position, as a mean over positions and layers.
     Not after slices that change the residual stream."""
+    cross_entropy: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a third term of the loss: the cross entropy of the next token of the text, as a
+    mean over positions."""
     checkpointing: bool = False
     """Recompute the inside of every layer for the backward pass: less memory, a third slower."""
     extend: bool = False

@@ -103,6 +103,7 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
             kind=options.divergence,
             positions=options.batch * text.training.shape[1],
             hidden=options.hidden,
+            labels=options.cross_entropy,
         ),
         [*trained.parameters.values()],
         torch.device(device),

@@ -11,12 +11,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 
 from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
 from lrc.compressors.evaluate.logits import head_gives_logits
 from lrc.compressors.heal.hidden_states import hidden_distance, recorded
 
 PIECE = {"cpu": 256, "cuda": 2048}
+NO_LABEL = -100
+"""Label of the last position of a window, whose next token is unknown."""
 Kind = Literal["forward", "reverse", "both"]
 
 
@@ -121,20 +124,35 @@ def add_gradients(
     kind: Kind,
     positions: int,
     hidden: float = 0.0,
+    labels: float = 0.0,
 ) -> None:
     """Add the gradients of the divergence on windows [n, length], divided by `positions`.
 
-    With `hidden`, that multiple of `hidden_distance` is added to the divergence.
+    Parameters
+    ----------
+    hidden : float
+        Multiple of `hidden_distance` that is added to the divergence.
+    labels : float
+        Multiple of the cross entropy of the next tokens of `windows` that is added; the last
+        position of a window has none.
     """
     with torch.no_grad(), recorded(dense.layers) as expected_states:
         expected = dense.features(windows)
     with recorded(compressed.layers) as states:
         found = compressed.features(windows)
     leaf = found.detach().requires_grad_(True)
+    if labels:
+        following = pad(windows[:, 1:], (0, 1), value=NO_LABEL).flatten().to(found.device)
     for rows in compressed.pieces(len(found)):
         with torch.no_grad():
             logits = dense.logits(expected[rows])
-        loss = divergence(logits, compressed.logits(leaf[rows]), kind)
+        own = compressed.logits(leaf[rows])
+        loss = divergence(logits, own, kind)
+        if labels:
+            entropy = cross_entropy(
+                own.float(), following[rows], ignore_index=NO_LABEL, reduction="sum"
+            )
+            loss = loss + labels * entropy
         (loss / positions).backward()
     if not hidden:
         found.backward(leaf.grad)

@@ -160,6 +160,8 @@ def healed() -> Iterator[tuple[str, Stages]]:
         if heal is distill:
             extended["precondition"] = True
         yield f"healed with extended text: {name}", [stage, {"heal": heal | extended}]
+        labels = extended | {"cross_entropy": 0.3}
+        yield f"healed with extended text, cross entropy: {name}", [stage, {"heal": heal | labels}]
         for batch in (2, 4):  # more steps for the same tokens
             yield (
                 f"healed in batches of {batch}: {name}",

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import kl_div
+from torch.nn.functional import cross_entropy, kl_div
 
 from lrc.compressors.heal import divergence as module
 from lrc.compressors.heal.divergence import Predictor, add_gradients, divergence, mean_divergence
@@ -50,6 +50,23 @@ def test_gradients_in_pieces_are_those_of_the_whole_loss(
     if kind == "forward":
         measured = mean_divergence(dense, compressed, tokens, together=2)
         assert measured == pytest.approx(loss.item() / 60, rel=1e-5)
+
+
+def test_cross_entropy_is_added_for_all_positions_but_the_last_of_a_window(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(module.PIECE, "cpu", 7)  # pieces end within windows
+    models = [tiny_llama(seed=s) for s in range(2)]
+    tokens = torch.randint(0, 60, (3, 20), generator=torch.Generator().manual_seed(0))
+    dense, compressed = (Predictor(model, tokens, dtype=torch.float32) for model in models)
+    p, q = (model(input_ids=tokens, use_cache=False).logits for model in models)
+    entropy = cross_entropy(q[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    loss = divergence(p.flatten(0, 1), q.flatten(0, 1), "forward") + 0.3 * entropy
+    parameters = [*models[1].model.layers.parameters()]
+    expected = torch.autograd.grad(loss / 60, parameters)
+    add_gradients(dense, compressed, tokens, kind="forward", positions=60, labels=0.3)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
