@@ -252,4 +252,11 @@ class DecomposeBase(Strict):
                     f"'elastic' cannot be combined with {key}: {value}; "
                     + (f"set {key}: {remedy}" if remedy else f"remove '{key}'")
                 )
+        if self.compensate is not None and self.component_types == ("pivoted_low_rank",):
+            raise ValueError(
+                "'elastic' cannot be combined with 'compensate' and storage: pivoted_low_rank, "
+                "because pivot rows that are fitted to the inputs of the smallest budget make all "
+                "larger budgets worse; remove 'compensate' and add a 'heal' stage, or set storage: "
+                "low_rank"
+            )
         return self

@@ -20,7 +20,7 @@ KFAC = {
     "overrides": [{"match": "*.1.mlp.down_proj", "rank": 7}],
 }
 REFINED = {"method": "kfac", "elastic": BUDGETS}
-EVENLY_REFINED = {**REFINED, "allocation": "uniform", "compensate": {}}
+EVENLY_REFINED = {**REFINED, "allocation": "uniform"}
 STAGES = {"svd-llm": SVD_LLM, "kfac": KFAC, "refined": REFINED, "evenly refined": EVENLY_REFINED}
 
 

@@ -19,7 +19,6 @@ from lrc.compressors.distributed.processes import ALONE, Processes
 from lrc.compressors.io.background_writes import BackgroundWrites
 from lrc.compressors.io.journal import Journal
 from lrc.compressors.io.machine import OnStep, to_host
-from lrc.compressors.layers import layer_tensors
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.tasks import LayerResult, LayerTask, Weight
@@ -41,8 +40,6 @@ def compress_layers(
     on_step: OnStep,
     prefix: Prefix | None = None,
     finished: Callable[[int], None] = lambda layer: None,
-    folder: str = COMPRESSED,
-    base: str | None = None,
     processes: Processes = ALONE,
     solved: Solved = lambda batch: None,
 ) -> Plan:
@@ -59,11 +56,6 @@ def compress_layers(
     finished : callable
         Called with the index of a layer when its results are stored and its statistics can be
         deleted, perhaps in another thread.
-    folder : str
-        Of the journal, for the results.
-    base : str, optional
-        Folder with the results of the same plan at its smallest budget. Tasks that compensate then
-        only add refinements to them.
     processes : Processes
         They divide the tasks of a layer that are solved at the same time, and the first one writes
         the results.
@@ -80,14 +72,13 @@ def compress_layers(
     layers = sorted({w.layer for task in plan.tasks for w in task.weights})
     # Hidden states are needed up to the last layer that still has to be refitted.
     refit = [task.layer for task in plan.tasks if task.compensate is not None]
-    stored = [i for i in layers if journal.has(layer_file(i, folder))]
+    stored = [i for i in layers if journal.has(layer_file(i))]
     stored = processes.agree(stored)
     last = max((i for i in refit if i not in stored), default=-1)
     assert prefix is not None or last < 0
     with BackgroundWrites(device) as writes:
-        smallest = None if base is None else partial(_read_group, journal, folder=base)
-        solver = TaskSolver(reader, statistics, device, plan.seed, solved, smallest)
-        work = _Compression(plan, solver, journal, folder, processes, finished, writes)
+        solver = TaskSolver(reader, statistics, device, plan.seed, solved)
+        work = _Compression(plan, solver, journal, processes, finished, writes)
         for index in range(max(layers[-1], last) + 1):
             follows = prefix if index <= last else None
             if index in layers:
@@ -102,18 +93,18 @@ def compress_layers(
             if follows is not None and index < last:
                 follows.advance(index)
     for index in layers if processes.first else []:
-        plan = plan.with_results(read_results(journal, index, folder))
+        plan = plan.with_results(read_results(journal, index))
     return plan
 
 
-def layer_file(layer: int, folder: str = COMPRESSED) -> str:
+def layer_file(layer: int) -> str:
     """Return the journal's name for the compressed tensors of one decoder layer."""
-    return f"{folder}/layer-{layer:04d}.safetensors"
+    return f"{COMPRESSED}/layer-{layer:04d}.safetensors"
 
 
-def read_results(journal: Journal, layer: int, folder: str = COMPRESSED) -> dict[str, LayerResult]:
+def read_results(journal: Journal, layer: int) -> dict[str, LayerResult]:
     """Read the results of the tasks that belong to a finished layer."""
-    facts: Any = journal.read_facts(layer_file(layer, folder))["results"]
+    facts: Any = journal.read_facts(layer_file(layer))["results"]
     return _RESULTS.validate_python(facts)
 
 
@@ -122,13 +113,12 @@ def write_results(
     layer: int,
     results: Mapping[str, LayerResult],
     tensors: Mapping[str, Tensor],
-    folder: str = COMPRESSED,
 ) -> None:
     """Write results and tensors of a layer; a layer whose file exists is finished."""
     facts = _RESULTS.dump_python(dict(results), mode="json")
     # A safetensors file needs at least one tensor, and a layer may stay dense as a whole.
     stored = tensors or {"none": torch.zeros(1)}
-    journal.write_tensors(layer_file(layer, folder), stored, {"results": facts})
+    journal.write_tensors(layer_file(layer), stored, {"results": facts})
 
 
 def relative_cost(task: LayerTask) -> float:
@@ -145,7 +135,6 @@ class _Compression:
     plan: Plan
     solver: TaskSolver
     journal: Journal
-    folder: str
     processes: Processes
     finished: Callable[[int], None]
     writes: BackgroundWrites
@@ -189,7 +178,7 @@ class _Compression:
             self._divide([[task] for task in refit.values()], self.solver.compress_batch, store)
 
         def write() -> None:
-            write_results(self.journal, layer, results, tensors, self.folder)
+            write_results(self.journal, layer, results, tensors)
             self.finished(layer)
 
         if self.processes.first:
@@ -228,12 +217,12 @@ class _Compression:
             if name not in task_of:
                 continue
             task = task_of[name]
-            file = layer_file(task.layer, self.folder)
+            file = layer_file(task.layer)
             result = results.get(task.name)
             if result is None:
                 self.writes.finish()
                 self.processes.barrier()  # the first process may still be writing
-                result = read_results(self.journal, task.layer, self.folder)[task.name]
+                result = read_results(self.journal, task.layer)[task.name]
 
             def read(key: str, file: str = file) -> Tensor:
                 known = tensors[key] if key in tensors else self.journal.read_tensor(file, key)
@@ -248,14 +237,3 @@ class _Compression:
         if planned is None or result.predicted_nats is not None or planned.config != result.config:
             return result
         return replace(result, predicted_nats=planned.predicted_nats)
-
-
-def _read_group(journal: Journal, task: LayerTask, folder: str) -> CompressedGroup:
-    """Read the result of a task and its tensors."""
-    file = layer_file(task.layer, folder)
-    result = read_results(journal, task.layer, folder)[task.name]
-    leaves = [leaf for leaf in layer_tensors(result.config) if leaf != "weight"]
-    if not result.config.compressed:
-        leaves = ["weight"] if result.refit else []
-    names = {f"{task.name}.{leaf}": f"{task.name}.{leaf}" for leaf in leaves}
-    return CompressedGroup(task, result, journal.read_tensors(file, names))

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lrc.compressors.compress.batches import compress_together
 from lrc.compressors.compress.group import CompressedGroup, WeightGroup, joined, left_dense
-from lrc.compressors.compress.refine import refine
 from lrc.compressors.compress.solve import refit_dense
 from lrc.compressors.models.weights import WeightReader
 from lrc.compressors.planning.required_statistics import solver_statistics
@@ -29,9 +28,6 @@ class TaskSolver:
     device: str
     seed: int
     solved: Solved = lambda batch: None
-    smallest: Callable[[LayerTask], CompressedGroup] | None = None
-    """Returns the result of a task for the smallest budget, if tasks that compensate only add
-    refinements to it."""
 
     def compress(self, task: LayerTask) -> CompressedGroup:
         """Compress a task with the statistics of the dense model."""
@@ -93,9 +89,6 @@ class TaskSolver:
         inputs = Moment.of(measured.H)
         if n_tokens is not None and task.statistics:  # to their scale, see `build_statistics`
             inputs = inputs.scaled(self.statistics(task.weights[0]).n_tokens / n_tokens)
-        if self.smallest is not None:
-            group = self._group(task, [V], W.dtype, inputs=inputs)
-            return refine(group, self.smallest(task))
         if not task.config.compressed:
             return refit_dense(task, V, W.dtype, note)
         return self._group(task, [V], W.dtype, inputs=inputs), note

@@ -11,7 +11,6 @@ from lrc.compressors.calibrate.segments import FOLDER
 from lrc.compressors.calibrate.sequential_calibration import SequentialCalibration
 from lrc.compressors.calibrate.statistic_table import Required
 from lrc.compressors.compress.layerwise import (
-    COMPRESSED,
     compress_layers,
     layer_file,
     read_results,
@@ -30,8 +29,6 @@ from lrc.compressors.planning.tasks import LayerTask
 from lrc.compressors.session import Session
 from lrc.compressors.stages.measured_times import with_measured_times
 
-SMALLEST = "smallest"
-"""Folder of the journal with weights at the smallest budget, to which refinements are added."""
 ALLOCATED, EXECUTED = "plan.json", "executed.json"
 """Plans in the journal: before compression, and with results."""
 
@@ -51,16 +48,9 @@ def compress_weights(session: Session, plan: Plan) -> Plan:
             plan, session.models.reader, session.journal, device=session.device
         )
         if plan.tasks:
-            base = None
-            if any(_fits_each_budget(task) for task in plan.tasks):
-                base = SMALLEST
-                smallest = plan.with_tasks(
-                    replace(task, config=task.config.at_budget(-1)) for task in plan.tasks
-                )
-                _compress(session, smallest, SMALLEST)
-            plan = _compress(session, plan, COMPRESSED, base)
+            plan = _compress(session, plan)
     session.journal.write_json(EXECUTED, plan.to_json())
-    session.journal.forget(SMALLEST, FOLDER)
+    session.journal.forget(FOLDER)
     return plan
 
 
@@ -179,38 +169,28 @@ def _forgetting(session: Session) -> Callable[[int], None]:
     return (lambda _: None) if session.segments is None else session.segments.forget
 
 
-def _fits_each_budget(task: LayerTask) -> bool:
-    """Return whether a task compensates for errors that depend on the budget, with a refinement."""
-    return task.compensate is not None and task.config.elastic and len(task.config.components) > 1
-
-
-def _compress(session: Session, plan: Plan, folder: str, base: str | None = None) -> Plan:
+def _compress(session: Session, plan: Plan) -> Plan:
     """Compress the tasks of a plan in all processes; return it with the results."""
     refit = {task.layer for task in plan.tasks if task.compensate is not None}
-    compensates = not all(session.journal.has(layer_file(layer, folder)) for layer in refit)
+    compensates = not all(session.journal.has(layer_file(layer)) for layer in refit)
     if compensates:
         session.windows()
     elif not session.processes.alone:
-        session.in_all_processes(_compress_own_layers, plan, folder)
-    return session.in_all_processes(_compress_layers, plan, folder, base, compensates)
+        session.in_all_processes(_compress_own_layers, plan)
+    return session.in_all_processes(_compress_layers, plan, compensates)
 
 
-def _compress_own_layers(session: Session, plan: Plan, folder: str) -> None:
+def _compress_own_layers(session: Session, plan: Plan) -> None:
     """Compress the layers of this process: without compensation, they do not depend on others."""
     if tasks := _own_layers(plan.tasks, session.processes):
-        _layers_of(session, replace(plan, tasks=tasks), folder=folder)
+        _layers_of(session, replace(plan, tasks=tasks))
 
 
-def _compress_layers(
-    session: Session, plan: Plan, folder: str, base: str | None, compensates: bool
-) -> Plan:
+def _compress_layers(session: Session, plan: Plan, compensates: bool) -> Plan:
     """Compress all layers that are not in the journal, each by all processes."""
     segments = session.segments
 
     def finished(layer: int) -> None:
-        if folder != COMPRESSED:
-            _forgetting(session)(layer)
-            return
         if segments is not None:
             segments.finish(layer)
         session.journal.forget(*statistics.statistics_files(layer))
@@ -220,8 +200,6 @@ def _compress_layers(
         plan,
         prefix=SequentialCalibration(session.divided_calibration()) if compensates else None,
         finished=finished,
-        folder=folder,
-        base=base,
         processes=session.processes,
     )
 

@@ -2,7 +2,7 @@
 
 usage: python tests/benchmarks/elastic.py RECIPE FOLDER [KEY=VALUE ...]
            [--budgets 0.9 0.8 ...] [--dedicated [0.9 ...]] [--method NAME] [--storage TYPE]
-           [--compensate] [--heal TOKENS]
+           [--heal TOKENS]
 
 RECIPE gives model, calibration text and evaluation, as tests/benchmarks/protocol_a.yaml does; its
 stages are replaced. Each run is written into a folder of FOLDER and is not repeated if it is there,
@@ -69,7 +69,6 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--method", default="kfac")
     parser.add_argument("--storage", default="pivoted_low_rank")
-    parser.add_argument("--compensate", action="store_true")
     parser.add_argument("--heal", type=int, default=0, metavar="TOKENS")
     return parser.parse_intermixed_args()
 
@@ -85,8 +84,6 @@ def run(
     """Compress with one budget or several, unless that is done; return the folder of the run."""
     stage: dict[str, Any] = {"method": options.method, "storage": options.storage, **budget}
     stages: list[dict[str, Any]] = [{"decompose": stage}]
-    if options.compensate:
-        stage["compensate"], name = {}, f"{name}-compensate"
     if options.heal:
         stages.append({"heal": {"method": "distill", "tokens": options.heal}})
         name = f"{name}-heal-{options.heal}"

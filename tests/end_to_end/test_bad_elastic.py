@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.elastic_runs import BUDGETS, SVD_LLM
+from tests.elastic_runs import BUDGETS, REFINED, SVD_LLM
 from tests.shared_runs import Run
 from transformers import AutoModelForCausalLM
 
@@ -113,6 +113,15 @@ BAD: dict[str, tuple[list[dict[str, Any]], str, str, tuple[str, ...]]] = {
         "conflicting-keys",
         "stages[0].decompose",
         ("allocation: heavy-tail", "set allocation: uniform or lagrangian"),
+    ),
+    "pivot rows with compensation": (
+        [{"decompose": {**REFINED, "compensate": {}}}],
+        "conflicting-keys",
+        "stages[0].decompose",
+        (
+            "'elastic' cannot be combined with 'compensate' and storage: pivoted_low_rank",
+            "remove 'compensate' and add a 'heal' stage, or set storage: low_rank",
+        ),
     ),
     "a floor above the smallest budget": (
         [{"decompose": {**SVD_LLM, "min_keep": 0.65}}],

@@ -8,15 +8,8 @@ from torch import Tensor
 
 from lrc.compressors.compress import solve
 from lrc.compressors.compress.group import CompressedGroup, WeightGroup
-from lrc.compressors.compress.refine import refine
 from lrc.compressors.compress.solve import compress_group
-from lrc.compressors.layers import (
-    ComponentConfig,
-    CompressedLinear,
-    WeightConfig,
-    reconstruct,
-    sentinel,
-)
+from lrc.compressors.layers import CompressedLinear, WeightConfig, reconstruct, sentinel
 from lrc.compressors.layers.pivot_rows import NoPivotRows
 from lrc.compressors.planning.refinements import refined
 from lrc.compressors.planning.sizes import SizeSteps
@@ -68,37 +61,6 @@ def test_the_whole_weight_is_the_largest_budget(group: WeightGroup) -> None:
     done = compress_group(group)
     whole = reconstruct(done.result.config, lambda leaf: done.tensors[f"q.{leaf}"])
     torch.testing.assert_close(whole, cut(done, 0), rtol=1e-6, atol=1e-6)
-
-
-def test_another_target_for_the_largest_budget_changes_the_refinement_only(
-    group: WeightGroup,
-) -> None:
-    smallest = replace(group.task, config=group.task.config.at_budget(-1))
-    base = compress_group(replace(group, task=smallest))
-    noise = torch.randn(40, 56, generator=torch.Generator().manual_seed(1))
-    V = group.weights[0] + 0.02 * noise
-    done = refine(replace(group, weights=[V]), base)
-    assert all(torch.equal(done.tensors[name], base.tensors[name]) for name in base.tensors)
-    torch.testing.assert_close(cut(done, 3), base.weight("q"), rtol=1e-5, atol=1e-5)
-    missing = V - base.weight("q")
-    U, s, W = torch.linalg.svd(missing, full_matrices=False)
-    for index, rank in enumerate(RANKS[:-1]):
-        best = (U[:, :rank] * s[:rank]) @ W[:rank]
-        error = (cut(done, index) - base.weight("q") - best).norm() / best.norm()
-        assert error < 0.01  # 0.005
-    tail = s[RANKS[0] :].square().sum() / V.square().sum()
-    assert done.result.relative_error == pytest.approx(float(tail), rel=1e-3)
-
-
-def test_a_weight_that_is_dense_at_all_budgets_has_no_refinement(group: WeightGroup) -> None:
-    dense = replace(group, task=replace(group.task, config=WeightConfig((40, 56))))
-    base = compress_group(replace(group, task=replace(group.task, config=plain_low_rank())))
-    assert refine(dense, base) is base
-    assert refine(group, base) is base  # it could not be stored as pivot rows
-
-
-def plain_low_rank() -> WeightConfig:
-    return WeightConfig((40, 56), (ComponentConfig("low_rank", {"rank": 9}),))
 
 
 def test_a_weight_of_low_rank_has_a_smaller_refinement_or_none(group: WeightGroup) -> None:
