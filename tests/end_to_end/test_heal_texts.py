@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_text_that_is_repeated_is_warned_of(run_stages: Run) -> None:
-    report, _ = run_stages(INT4, {"heal": {**DISTILL, "steps": 400, "rate": 1e-5}})
+    report, _ = run_stages(INT4, {"heal": {**DISTILL, "steps": 30, "batch": 32, "rate": 1e-5}})
     (record,) = report["training"]
     assert "is repeated" in record["warning"]
     assert record["warning"] in report["warnings"]
