@@ -90,7 +90,7 @@ def problems(stage: dict[str, Any], folder: Path, recipe: Callable[..., Path], t
         (
             {"factors": [[4, 9]]},
             "[no-match] stages[0].decompose.factors[0]: must multiply to a dimension of a targeted "
-            "weight (16, 32, 48), got [4, 9] with product 36; correct or remove it",
+            "matrix (16, 32, 48), got [4, 9] with product 36; correct or remove it",
         ),
         (
             {"factors": [[1, 32], [1, 16], [1, 48]]},
