@@ -24,6 +24,8 @@ def run_folder(name: str, parent: str | None, *, keep: bool = False) -> Iterator
     """
     root = Path(parent or tempfile.gettempdir())
     for left in root.glob(f"{name}-*/{LOCK}"):
+        # A folder stays if its process runs (Timeout), has just deleted it or belongs to another
+        # user (OSError), or if the file system has no locks: tidying must not stop a benchmark.
         with suppress(OSError, NotImplementedError, Timeout), FileLock(left, timeout=0):
             shutil.rmtree(left.parent, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
