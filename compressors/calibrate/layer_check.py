@@ -60,6 +60,7 @@ def check_layers(architecture: Architecture) -> Architecture:
             wholes = [_run_whole(executor, rows) for rows in executor.batches]
             reason = _structure(executor, wholes) or _differences(executor, wholes)
             groups = [] if reason else [call.groups for call in executor.calls]
+            plain = bool(groups) and all(call.others is None for call in executor.calls)
     except Exception as error:  # modeling code may raise anything
         raise unsupported(config, f"it fails on a short text ({first_line(error)})") from error
     if reason:
@@ -75,8 +76,17 @@ def check_layers(architecture: Architecture) -> Architecture:
     if not linears:
         name, why = next(iter(unused.items()))
         raise unsupported(config, f"no linear layer can be replaced: {name} {why}")
+    experts = wholes[0].experts
+    # The simulated text is too short to reach all experts, and encoders have a mask in every batch.
+    plain &= not (experts or architecture.kind.padded)
+    plain &= hasattr(architecture.model.get_input_embeddings(), "embedding_dim")
     return replace(
-        architecture, linears=linears, unused=unused, experts=wholes[0].experts, groups=groups
+        architecture,
+        linears=linears,
+        unused=unused,
+        experts=experts,
+        groups=groups,
+        plain_layers=plain,
     )
 
 

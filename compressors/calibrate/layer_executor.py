@@ -1,10 +1,12 @@
 """Run a model one decoder layer at a time, with only that layer's weights in memory.
 
-A trace first sends one batch through the whole model, loading each layer as it is reached. It
-records how every layer is called (masks, positions, rotary tables: whatever the architecture
-passes) and which linears share an input. After that, layers can be applied to the hidden states of
-all batches, layer by layer, without the model around them. Encoders have another mask in every
-batch, and their calls are recorded for each.
+A trace first sends one batch through the whole model. It records how every layer is called (masks,
+positions, rotary tables: whatever the architecture passes) and which linears share an input. After
+that, layers can be applied to the hidden states of all batches, layer by layer, without the model
+around them. Encoders have another mask in every batch, and their calls are recorded for each.
+
+The trace loads each layer as it is reached, unless `layer_check` has found all that depends on
+layers: which linears share an input, and that layers return nothing but hidden states.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -120,7 +122,7 @@ class LayerExecutor(ResidentModules):
     @torch.no_grad()
     def embed_(self, states: Tensor) -> None:
         """Fill states [n_windows, length, d_model] with the input of the first layer."""
-        with self.around_layers():
+        with self.around_layers(ahead=0):
             self.embed_resident_(states)
 
     @torch.no_grad()
@@ -226,6 +228,14 @@ class LayerExecutor(ResidentModules):
         input: the arguments have other shapes, but no weight is needed. So it is for every batch of
         an encoder.
         """
+        if self.architecture.plain_layers:
+            calls = []
+            for index, groups in enumerate(self.architecture.groups):
+                own = self.linears(index)  # without those that cannot be replaced
+                found = ([name for name in group if name in own] for group in groups)
+                calls.append(LayerCall(groups=[group for group in found if group]))
+            self._record(calls)
+            return calls
         layers = self.architecture.layers
         calls = [LayerCall() for _ in layers]
         with self.around_layers(), ExitStack() as hooks, ExitStack() as loaded:
@@ -249,6 +259,21 @@ class LayerExecutor(ResidentModules):
             called = {name for group in call.groups for name in group}
             call.groups += [[name] for name in self.linears(index) if name not in called]
         return calls
+
+    def _record(self, calls: Sequence[LayerCall]) -> None:
+        """Record the arguments of all layers for the first and the last batch.
+
+        Layers return their input, and what `calls` know of the rest. The arguments do not depend on
+        weights, so that neither layers nor embeddings are read.
+        """
+        layers = self.architecture.layers
+        with self._without_embedding(self._heads), ExitStack() as hooks:
+            for layer, call in zip(layers, calls, strict=True):
+                hooks.enter_context(record_arguments(layer, call))
+            hooks.enter_context(layers_replaced(layers, calls, first_argument))
+            self._forward(self._traced, self._first)
+            for rows in self.batches[-1:]:
+                self._forward(self.tokens[rows], rows)
 
     def _trace_layer(
         self, index: int, call: LayerCall, hooks: ExitStack, loaded: ExitStack

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.io.freed_memory import trim
@@ -22,7 +24,10 @@ class ResidentModules:
         self._last = -1
         """Index of the layer that was loaded last."""
         head = self.architecture.model.get_output_embeddings()
-        self._heads = [n for n, module in self.architecture.model.named_modules() if module is head]
+        embedding = self.architecture.model.get_input_embeddings()
+        modules = [*self.architecture.model.named_modules()]
+        self._heads = [name for name, module in modules if module is head]
+        self._embeddings = [name for name, module in modules if module is embedding]
 
     def linears(self, index: int) -> dict[str, Linear]:
         """Return the linears of a decoder layer by name."""
@@ -31,14 +36,18 @@ class ResidentModules:
         }
 
     @contextmanager
-    def around_layers(self, *, head: bool = False) -> Iterator[None]:
+    def around_layers(self, *, head: bool = False, ahead: int | None = None) -> Iterator[None]:
         """Load everything outside the layers (embeddings, norms, rotary tables).
 
-        The output embedding, which can be larger than a layer, is loaded only if `head`.
+        The output embedding, which can be larger than a layer, is loaded only if `head`. Inside the
+        context, the layer `ahead` is read if it is given.
         """
-        skip = [*self.architecture.layer_names, *([] if head else self._heads)]
+        names = self.architecture.layer_names
+        skip = [*names, *([] if head else self._heads)]
         self._read_ahead("")
         with self._filled("", skip):
+            if ahead is not None:
+                self._read_ahead(names[ahead])
             yield
 
     @contextmanager
@@ -57,6 +66,15 @@ class ResidentModules:
                 self._read_ahead(names[index + step])
             yield self.architecture.layers[index]
 
+    @contextmanager
+    def _without_embedding(self, skip: Sequence[str] = ()) -> Iterator[None]:
+        """Load everything outside the layers, and let the input embedding return zeros."""
+        skip = [*self.architecture.layer_names, *self._embeddings, *skip]
+        embedding = self.architecture.model.get_input_embeddings()
+        zeros = partial(_zeros, embedding.embedding_dim, self.context.device, self.dtype)
+        with self._filled("", skip), _forward_replaced(embedding, zeros):
+            yield
+
     def _read_ahead(self, name: str) -> None:
         self.context.reader.read_ahead(name, device=self.context.device)
 
@@ -69,3 +87,19 @@ class ResidentModules:
         finally:
             reader.empty_(name, skip=skip)
             trim()  # otherwise memory grows with the number of layers
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # that of the class is visible again
+        if before is not None:
+            module.forward = before
+
+
+def _zeros(width: int, device: str, dtype: torch.dtype, ids: Tensor) -> Tensor:
+    return torch.zeros(*ids.shape, width, device=device, dtype=dtype)

@@ -63,6 +63,9 @@ class Architecture:
     `layer_check`."""
     groups: list[list[list[str]]] = field(default_factory=list)
     """By layer, the linears of each distinct input, in order of use; found by `layer_check`."""
+    plain_layers: bool = False
+    """Whether `groups` and the arguments of the layers are all there is to know about their calls:
+    layers return hidden states only, and have no experts; found by `layer_check`."""
     n_encoder: int = 0
     """How many of the layers, from the first, are those of the encoder of an encoder-decoder
     model."""

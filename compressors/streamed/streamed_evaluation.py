@@ -166,7 +166,7 @@ class StreamedEvaluation:
         done = 0
         for sharing in by_model:
             model = _model(sharing)
-            with model.around_layers():
+            with model.around_layers(ahead=0):
                 _each(sharing, lambda text, states: text.embed_resident_(states))
             for index in range(len(model.architecture.layers)):
                 with model.layer(index):
@@ -186,9 +186,11 @@ class StreamedEvaluation:
                 if run is not reference:
                     with _model([run]).around_logits():
                         self._score_run(run, reference, windows, wanted)
-        for run in runs:
-            if run.baseline is not None:
-                wanted.baseline_scores[run.name] = self._baseline(run, windows, wanted)
+        baselines = [run for run in runs if run.baseline is not None]
+        if baselines:
+            with _model(baselines).around_logits():  # of the reference, which is read once for all
+                for run in baselines:
+                    wanted.baseline_scores[run.name] = self._baseline(run, windows, wanted)
 
     def _score_run(
         self, run: _Run, reference: _Run | None, windows: Mapping[str, Windows], wanted: Unmeasured
@@ -204,9 +206,12 @@ class StreamedEvaluation:
     def _baseline(
         self, run: _Run, windows: Mapping[str, Windows], wanted: Unmeasured
     ) -> dict[str, Scores | None]:
-        """Return the perplexities of a baseline; None where they are not finite."""
+        """Return the perplexities of a baseline; None where they are not finite.
+
+        The head of its model is in memory.
+        """
         found: dict[str, Scores | None] = {s.name: None for s in wanted.options.perplexity}
-        with _model([run]).around_logits(), run.weights():
+        with run.weights():
             for name in run.states:
                 with suppress(ModelError):
                     found[name] = self._perplexity(run, name, windows[name])

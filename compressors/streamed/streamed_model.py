@@ -6,21 +6,14 @@ input suffice. `layer_check` has verified this for the architecture.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
-from lrc.compressors.calibrate.layer_calls import (
-    LayerCall,
-    first_argument,
-    layers_replaced,
-    record_arguments,
-)
+from lrc.compressors.calibrate.layer_calls import LayerCall
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
 from lrc.compressors.layers import TiedHead
 from lrc.compressors.models.architecture import Architecture
@@ -54,9 +47,6 @@ class StreamedModel(LayerExecutor):
         super().__init__(context, in_turn=True)
         self.dtype = files.dtype
         self._returned = [call.others for call in files.calls]
-        embedding = self.architecture.model.get_input_embeddings()
-        modules = self.architecture.model.named_modules()
-        self._embeddings = [name for name, module in modules if module is embedding]
 
     @torch.no_grad()
     def trace(self) -> list[LayerCall]:
@@ -65,13 +55,7 @@ class StreamedModel(LayerExecutor):
         Neither layers nor embeddings are read.
         """
         calls = [LayerCall(others=others) for others in self._returned]
-        with self._without_embedding(self._heads), ExitStack() as hooks:
-            for layer, call in zip(self.architecture.layers, calls, strict=True):
-                hooks.enter_context(record_arguments(layer, call))
-            hooks.enter_context(layers_replaced(self.architecture.layers, calls, first_argument))
-            self._forward(self._traced, self._first)
-            for rows in self.batches[-1:]:
-                self._forward(self.tokens[rows], rows)
+        self._record(calls)
         return calls
 
     @contextmanager
@@ -79,15 +63,6 @@ class StreamedModel(LayerExecutor):
         """Load what follows the layers: the last norm and the output embedding."""
         tied = isinstance(self.architecture.model.get_output_embeddings(), TiedHead)
         with self.around_layers(head=True) if tied else self._without_embedding():
-            yield
-
-    @contextmanager
-    def _without_embedding(self, skip: Sequence[str] = ()) -> Iterator[None]:
-        """Load everything outside the layers, and let the input embedding return zeros."""
-        skip = [*self.architecture.layer_names, *self._embeddings, *skip]
-        embedding = self.architecture.model.get_input_embeddings()
-        zeros = partial(_zeros, embedding.embedding_dim, self.context.device, self.dtype)
-        with self._filled("", skip), _forward_replaced(embedding, zeros):
             yield
 
 
@@ -125,19 +100,3 @@ class StateLogits:
             hidden = self._states[place, rows].to(self._model.context.device, self.dtype)
             ids = self._model.tokens[place, rows]
             yield start, self._model.logits(hidden[None], ids[None])[0]
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward  # that of the class is visible again
-        if before is not None:
-            module.forward = before
-
-
-def _zeros(width: int, device: str, dtype: torch.dtype, ids: Tensor) -> Tensor:
-    return torch.zeros(*ids.shape, width, device=device, dtype=dtype)

@@ -6,7 +6,9 @@ usage: python tests/benchmarks/estimates.py MODEL FOLDER [--device cpu] [--layer
 Every recipe runs in a new process, and what is finished in FOLDER is not run again. Prints a table
 in Markdown: estimated and actual peaks of host memory, GPU memory and disk, and seconds of all
 stages. On a CPU that other processes use too, the processor time of the run divided by its threads
-is the better measure; it is the last column.
+is the better measure; it is the last column. Each row is printed when its recipe has finished;
+seconds by stage follow after the table. A recipe that fails has an empty row and the exit status is
+1 at the end.
 
 MODEL is a folder with safetensors and a tokenizer. `--layers` keeps only the first decoder layers
 of a model whose config.json has `num_hidden_layers` and whose layers are named `model.layers.N`.
@@ -142,17 +144,24 @@ def main() -> None:
     model = options.model
     if options.layers is not None:
         model = cut_model(model, options.layers, options.folder / f"model-{options.layers}")
-    reports = {
-        name: run(name, model, options.folder, options.device, overrides) for name in options.rows
-    }
     print("| recipe | host, GiB | GPU, GiB | disk, MiB | seconds | processor seconds |")
-    print("|---|---|---|---|---|---|")
-    for name, report in reports.items():
-        print(row(name, report))
+    print("|---|---|---|---|---|---|", flush=True)
+    reports = {}
+    for name in options.rows:
+        try:
+            report = run(name, model, options.folder, options.device, overrides)
+        except subprocess.CalledProcessError as error:
+            print(f"{name}: exit status {error.returncode}", file=sys.stderr)
+            print(f"| {name} | | | | | |", flush=True)
+        else:
+            reports[name] = report
+            print(row(name, report), flush=True)
     print("\nSeconds by stage: estimated / wall (processor)")
     for name, report in reports.items():
         print(f"{name}: {stages(report)}")
-    print(f"\nload average {os.getloadavg()}")
+    print(f"\nload average {os.getloadavg()}", flush=True)
+    if len(reports) < len(options.rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from lrc.compressors.io.machine import Clock, OnStep
 from lrc.configs.size import GIB
 
-BY_LAYER = ("calibrate", "gradients", "allocate", "compress", "evaluate layer by layer")
+BY_LAYER = ("calibrate", "gradients", "allocate", "compress", "heal", "evaluate layer by layer")
 """Steps of the progress that are layers."""
 OTHER = "other"
 SAMPLE_SECONDS = 0.5  # between two looks at the disk
