@@ -15,6 +15,7 @@ from lrc.compressors.calibrate import batch_size, statistics
 from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.calibrate.layer_calls import watch
+from lrc.compressors.calibrate.layer_check import check_layers
 from lrc.compressors.calibrate.layer_executor import LayerExecutor, batches
 from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.io.journal import Journal
@@ -291,3 +292,22 @@ def test_a_forward_of_the_layer_instance_is_restored(architecture, executor, tok
         executor.logits(hidden, tokens)
     assert vars(architecture.layers[1])["forward"] is own
     assert "forward" not in vars(architecture.layers[0])
+
+
+def test_known_calls_are_those_of_a_trace_and_read_no_layer(
+    make_executor, architecture, reader, tokens, batches_of_two, monkeypatch
+):
+    traced, checked = make_executor(tokens[:3]), check_layers(architecture)
+    assert checked.plain_layers
+    known = LayerExecutor(replace(traced.context, architecture=checked))
+    read: list[str] = []
+    real = reader.read
+    monkeypatch.setattr(reader, "read", lambda name, **how: read.append(name) or real(name, **how))
+    for before, after in zip(traced.trace(), known.calls, strict=True):
+        assert (after.groups, after.others) == (before.groups, None)
+        assert (after.d_model, after.by_keyword) == (before.d_model, before.by_keyword)
+        torch.testing.assert_close(after.arguments, before.arguments, rtol=0, atol=0)
+    assert len(read) > LAYERS  # by the trace
+    read.clear()
+    known.trace()
+    assert not [name for name in read if "layers" in name or "embed" in name]
