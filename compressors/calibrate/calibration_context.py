@@ -16,7 +16,7 @@ from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.models.weights import SkeletonFiller
 from lrc.configs.errors import ModelError
 
-GPU_FRACTION = 0.25  # a layer, its moments and a batch need the rest
+GPU_FRACTION = 0.15  # of each of three buffers; a layer, its moments and a batch need the rest
 Labels = Literal["model", "sampled", "real"]
 
 

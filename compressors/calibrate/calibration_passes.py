@@ -24,11 +24,19 @@ from lrc.compressors.io.freed_memory import drop_shared_pages
 from lrc.compressors.layers.experts import Expert
 from lrc.compressors.models.model_kinds import problem_type
 from lrc.compressors.solvers.moments import token_weights
+from lrc.configs.size import GIB
 
-# Logits of this many tokens at once: with a vocabulary of 128k a GiB on a GPU is 2k tokens.
 HEAD_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Tokens whose logits exist at once, at most."""
 HEAD_TENSORS = 8
 """Tensors of the size of these logits that exist at once while their gradient is taken."""
+HEAD_BYTES = 4 * GIB
+"""Of these tensors: with a vocabulary of 128k, they are those of 1k tokens."""
+
+
+def head_tokens(device_type: str, vocabulary: int) -> int:
+    """Return the number of tokens whose logits exist at once while their gradient is taken."""
+    return max(1, min(HEAD_TOKENS[device_type], HEAD_BYTES // (4 * HEAD_TENSORS * vocabulary)))
 
 
 def forward_layer(
@@ -205,8 +213,9 @@ def backward_head(executor: LayerExecutor, hidden: Tensor, gradients: Tensor) ->
     context, tokens, sentences = executor.context, executor.tokens, executor.sentences
     generator, counted = torch.Generator(context.device), context.counted()
     problem = problem_type(context.architecture.model.config, context.architecture.kind)
+    vocabulary = int(getattr(context.architecture.model.config.get_text_config(), "vocab_size", 1))
     with executor.around_layers(head=True):
-        for rows in executor.pieces(HEAD_TOKENS[context.device_type]):
+        for rows in executor.pieces(head_tokens(context.device_type, vocabulary)):
             # Independent of the batches before.
             generator.manual_seed(context.seed + executor.numbers[rows.start])
             leaf = hidden[rows].to(context.device).requires_grad_()

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from lrc.compressors.calibrate.calibration_passes import HEAD_TENSORS
 from lrc.compressors.calibrate.segments import VALUE_BYTES
 from lrc.compressors.calibrate.sequential_calibration import EXPERT_BYTES
-from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES
+from lrc.compressors.checkpoint.writer import MAX_SHARD_BYTES, reading_threads
 from lrc.compressors.estimates.buffers import Buffers
 from lrc.compressors.estimates.workload import Workload, numbers, sides
 from lrc.compressors.evaluate.agreement import PIECE_LOGITS
+from lrc.compressors.io.background_writes import BYTES, DEVICE_TYPES
 from lrc.compressors.methods.base import LOW_RANK_TYPES, FixedSizeMethod
 from lrc.compressors.methods.table import METHODS
 from lrc.compressors.planning.plan import TrainingRecord
@@ -27,6 +28,11 @@ FORWARD_WIDTHS, FORWARD_STATES = 4, 4
 COMPARED = 9
 """Tensors of `PIECE_LOGITS` while two models are compared."""
 DOUBLE = 8
+PINNED = 1.25
+"""Pinned memory of results over their size: PyTorch rounds it up to a power of two for each tensor.
+So much for the moments of layers of Llama shapes."""
+LOADED = 2
+"""Copies of statistics while they are read: the pages of the file, and the tensor."""
 OVERHEAD = 100 * MIB
 """Host memory that grows with the first calls of libraries: buffers, code and pages kept by the
 allocator."""
@@ -62,7 +68,8 @@ def memory_peaks(
         needs["slice"] = Need(_passes(work, sums=0) + 6 * DOUBLE * work.width**2, _layer_file(work))
     if work.statistics:
         sums = max(work.statistics_bytes)
-        needs["calibrate"] = Need(max(_passes(work, sums), _backward(work, sums)), 2 * sums)
+        host = max(2 * sums, _waiting(work, sums))
+        needs["calibrate"] = Need(max(_passes(work, sums), _backward(work, sums)), host)
     if any(task.pending for task in work.tasks):
         needs["allocate"] = Need(_largest_solution(work), _largest_moments(work))
     if work.tasks:
@@ -71,11 +78,16 @@ def memory_peaks(
             widest = max(linear.d_in for each in work.linears for linear in each.values())
             sums = max(VALUE_BYTES * 3 * widest**2, _expert_moments(work))
             computing = max(_passes(work, sums, models=2), computing + sums)
-        needs["compress"] = Need(computing, _largest_moments(work) + max(work.results))
+        results = max(work.results)
+        host = LOADED * _largest_moments(work) + max(results, _waiting(work, results))
+        needs["compress"] = Need(computing, host)
     training = max((_training(work, record) for record in plan.training), default=0)
     if training:
         needs["heal"] = Need(training)
-    needs["save"] = Need(0, min(MAX_SHARD_BYTES, plan.compressed_bytes))
+    # A shard, and the mapped pages of the tensors of it that are being read.
+    shard = min(MAX_SHARD_BYTES, plan.compressed_bytes)
+    reading = reading_threads() * work.itemsize * max(work.embedding, work.heads)
+    needs["save"] = Need(0, shard + min(shard, reading))
     if work.evaluate.scores_models or work.compares:
         needs["evaluate"] = _evaluation(work, free)
     found = {}
@@ -86,6 +98,13 @@ def memory_peaks(
         else:
             found[stage] = OVERHEAD + max(need.host, need.device) + placed.host, 0
     return found
+
+
+def _waiting(work: Workload, result: int) -> int:
+    """Return the host memory of the results of layers that wait to be written; 0 on a CPU."""
+    if work.kind not in DEVICE_TYPES or not result:
+        return 0
+    return int(PINNED * result * max(1, min(len(work.layers), BYTES // result)))
 
 
 def _layer_file(work: Workload) -> int:

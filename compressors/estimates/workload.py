@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from lrc.compressors.calibrate.batch_size import backward_bytes, batch_tokens
-from lrc.compressors.calibrate.calibration_passes import HEAD_TOKENS
+from lrc.compressors.calibrate.calibration_passes import head_tokens
 from lrc.compressors.calibrate.segments import (
     VALUE_BYTES,
     Segments,
@@ -97,7 +97,7 @@ class Workload:
     @property
     def head_batch(self) -> int:
         """Tokens whose logits exist at a time while gradients are taken."""
-        return min(self.batch, self.whole_windows(HEAD_TOKENS[self.kind]))
+        return min(self.batch, self.whole_windows(head_tokens(self.kind, self.vocabulary)))
 
     def whole_windows(self, most: int) -> int:
         """Return the tokens of as many windows as fit into `most`, at least of one."""
