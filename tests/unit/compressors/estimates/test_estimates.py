@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 from lrc.compressors.calibrate.activation_cache import ActivationCache
 from lrc.compressors.calibrate.batch_size import BATCH_TOKENS, MIN_BATCHES
 from lrc.compressors.calibrate.calibration_context import CalibrationContext
+from lrc.compressors.calibrate.calibration_passes import HEAD_BYTES, HEAD_TENSORS, head_tokens
 from lrc.compressors.calibrate.layer_executor import batches
 from lrc.compressors.distributed.processes import Processes
 from lrc.compressors.estimates import estimate as estimates
@@ -115,12 +116,21 @@ def test_buffers_are_the_bytes_of_the_tensors(
 
 def test_buffers_are_placed_on_the_gpu_then_on_the_host_then_on_the_disk() -> None:
     buffers = Buffers(free_gpu=1000, limit=300)
-    buffers.add(250)  # at most a quarter of what is free
-    buffers.add(250)
+    buffers.add(150)  # at most 15 % of what is free
+    buffers.add(150)
     buffers.add(301)
-    assert (buffers.gpu, buffers.host, buffers.disk) == (250, 250, 301)
-    buffers.add_checkpoints([100] * 4)  # one fits into a quarter of 750
-    assert (buffers.gpu, buffers.host, buffers.disk) == (350, 550, 301)
+    assert (buffers.gpu, buffers.host, buffers.disk) == (150, 150, 301)
+    buffers.add_checkpoints([100] * 4)  # one fits into 15 % of 850
+    assert (buffers.gpu, buffers.host, buffers.disk) == (250, 450, 301)
+
+
+def test_fewer_logits_of_a_large_vocabulary_exist_at_once() -> None:
+    for vocabulary in (32_000, 128_256, 262_144):
+        n_bytes = 4 * HEAD_TENSORS * vocabulary
+        tokens = head_tokens("cuda", vocabulary)
+        assert tokens == 2048 or tokens * n_bytes <= HEAD_BYTES < (tokens + 1) * n_bytes
+    assert head_tokens("cuda", 32_000) == 2048
+    assert head_tokens("cuda", 2**40) == 1
 
 
 def test_compensation_keeps_the_states_of_two_models_within_half_the_limit_each(
