@@ -30,6 +30,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 
 from tests.benchmarks.gguf_steps import StepError, run_step
@@ -51,6 +52,7 @@ OURS = {
     "lrc int4-g32": ["gptq.yaml", f"stages.0.quantize={json.dumps(GPTQ)}"],
     "lrc gguf 4.5": _joint(0.282),
     "lrc gguf 4.6": _joint(0.2895),
+    "lrc gguf 4.6 head8": _joint(0.2895),
     "lrc gguf 5": _joint(0.314),
     "lrc gguf 5.5": _joint(0.345),
     "lrc gguf 6.5": _joint(0.407),
@@ -58,6 +60,19 @@ OURS = {
 """Row -> recipe and overrides; the numbers are bits per weight, of which 4.5 is the minimum.
 
 4.6 and 5.5 are the sizes of Q3_K_M and Q4_K_M where rows are no multiples of 256.
+"""
+ENDS = {
+    "lrc int4-g32": ("int4-g32", "int5-g32"),
+    "lrc gguf 4.5": ("int4-g32", "int5-g32"),
+    "lrc gguf 4.6": ("int4-g32", "int5-g32"),
+    "lrc gguf 4.6 head8": ("int4-g32", "int8-g32"),
+    "lrc gguf 5": ("int5-g32", "int5-g32"),
+    "lrc gguf 5.5": ("int5-g32", "int8-g32"),
+    "lrc gguf 6.5": ("int8-g32", "int8-g32"),
+}
+"""Row -> formats of embedding and head of a model whose head is not tied; a tied one has int8.
+
+llama.cpp stores an embedding that is not tied in the type of most matrices, and the head as Q6_K.
 """
 SMALL = ("Q3_K_S", "Q3_K_M", "IQ4_XS", "Q4_0", "IQ4_NL", "Q4_K_S", "Q4_K_M")
 THEIRS = (*SMALL, "Q5_0", "Q5_K_S", "Q5_K_M", "Q6_K")
@@ -104,6 +119,16 @@ class Task:
         """Return the file with the measurements of a row."""
         return self.output / "rows" / f"{row.replace(' ', '-')}.json"
 
+    def ours(self) -> list[str]:
+        """Return the rows of lrc that differ for this model."""
+        return [row for row in OURS if not (self.tied and row.endswith("head8"))]
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        return bool(config.get("tie_word_embeddings", False))
+
     def step(self, step: str, log: str, **options: object) -> str:
         """Run a step with llama.cpp in a process; return what to tell about it."""
         paths = {
@@ -113,10 +138,10 @@ class Task:
         return run_step(step, file, self.variant, library=str(self.library), **paths)
 
 
-def every_row() -> list[str]:
+def every_row(task: Task) -> list[str]:
     """Return the names of the rows, those that take longest first."""
     imatrix = [f"{each} imatrix" for each in THEIRS]
-    return [*OURS, *EXACT, *imatrix, *THEIRS]
+    return [*task.ours(), *EXACT, *imatrix, *THEIRS]
 
 
 def main() -> int:
@@ -158,7 +183,7 @@ def main() -> int:
     )
     for folder in ("files", "rows", "runs", "logs"):
         (task.output / folder).mkdir(parents=True, exist_ok=True)
-    rows = [row for row in every_row() if any(fnmatchcase(row, each) for each in asked.rows)]
+    rows = [row for row in every_row(task) if any(fnmatchcase(row, each) for each in asked.rows)]
     if missing := [row for row in rows if not task.result(row).is_file()]:
         try:
             _prepare(task, asked.test, [asked.windows, asked.window], missing)
@@ -249,6 +274,10 @@ def _make(task: Task, row: str) -> bool:
     unfinished.unlink(missing_ok=True)
     if row in OURS:
         recipe, *changes = OURS[row]
+        if not task.tied:
+            stage = f"stages.0.{'quantize' if recipe == 'gptq.yaml' else 'decompose'}"
+            keys = zip(("embeddings", "lm_head"), ENDS[row], strict=True)
+            changes += [f"{stage}.{key}={scheme}" for key, scheme in keys]
         run = task.output / "runs" / target.stem
         calibration = {"source": task.train, "samples": task.samples, "length": task.length}
         command = [
