@@ -88,6 +88,17 @@ def _check_qwen(config: Any) -> str | None:
     return "some of its layers attend to a window (layer_types)" if windows else None
 
 
+def _check_qwen2(config: Any) -> str | None:
+    heads, width = config.num_attention_heads, config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or width // heads
+    if heads * head_dim != width:  # as after `slicegpt`; other families may have any width
+        return (
+            f"num_attention_heads times head_dim must be hidden_size, {width}, got "
+            f"{heads} times {head_dim}"
+        )
+    return _check_qwen(config)
+
+
 def _check_qwen_experts(config: Any) -> str | None:
     if config.decoder_sparse_step != 1 or config.mlp_only_layers:
         return "some of its layers have no experts (decoder_sparse_step, mlp_only_layers)"
@@ -106,7 +117,7 @@ FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "mixtral": replace(LLAMA, biases=(), layer_widths=None, experts=True),
-    "qwen2": Family(MODEL_ARCH.QWEN2, "silu", biases=ATTENTION, check=_check_qwen),
+    "qwen2": Family(MODEL_ARCH.QWEN2, "silu", biases=ATTENTION, check=_check_qwen2),
     "qwen3": Family(MODEL_ARCH.QWEN3, "silu", check=_check_qwen),
     "qwen3_moe": Family(
         MODEL_ARCH.QWEN3MOE,
@@ -156,5 +167,7 @@ def family_of(config: Any) -> Family:
     if activation != family.activation:
         problem = f"its activation must be {family.activation}, got {activation}"
     if problem is not None:
-        raise ExportError(f"llama.cpp would compute another model of {kind}: {problem}")
+        raise ExportError(
+            f"llama.cpp would refuse a model of {kind}, or compute another: {problem}"
+        )
     return family

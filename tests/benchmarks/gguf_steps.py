@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,20 +157,29 @@ def speed(
     windows: str,
     threads: int,
     rounds: int,
+    deadline: float,
     target: str,
 ) -> None:
-    """Write the speed of all files, which alternate in every round."""
+    """Write the speed of all files, which alternate in every round, after every round.
+
+    No round starts after the deadline, in seconds since 1970.
+    """
     from tests.benchmarks.llama_cpp import alternating
 
     window = np.load(windows)[0]
     paths = [Path(file) for file in files.values()]
-    found = alternating(_library(library, variant), paths, window, rounds, threads)
-    rows = {
-        row: {"prompt": prompt, "generated": generated}
-        for row, (prompt, generated) in zip(files, found, strict=True)
-    }
-    facts = {"threads": threads, "rounds": rounds, "variant": variant, "rows": rows}
-    Path(target).write_text(json.dumps(facts), encoding="utf-8")
+    measured = alternating(_library(library, variant), paths, window, rounds, threads)
+    for done, found in enumerate(measured, start=1):
+        rows = {
+            row: {"prompt": prompt, "generated": generated}
+            for row, (prompt, generated) in zip(files, found, strict=True)
+        }
+        facts = {"threads": threads, "rounds": done, "variant": variant, "rows": rows}
+        unfinished = Path(f"{target}.partial")
+        unfinished.write_text(json.dumps(facts), encoding="utf-8")
+        unfinished.replace(target)
+        if time.time() > deadline:
+            break
 
 
 STEPS: dict[str, Callable[..., None]] = {

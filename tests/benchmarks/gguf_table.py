@@ -1,8 +1,8 @@
 """Compare GGUF files of lrc with those of llama.cpp's own quantizer: one table, made in pieces.
 
 usage: python -m tests.benchmarks.gguf_table MODEL OUTPUT --train TEXT.jsonl --test TEXT.jsonl
-           [--library FOLDER] [--cpu-variant NAME] [--seconds N] [--rows PATTERN ...]
-           [--threads 4] [--rounds 5] ...
+           [--library FOLDER] [--cpu-variant NAME] [--seconds N] [--speed-seconds M]
+           [--rows PATTERN ...] [--threads 4] [--rounds 5] ...
 
 MODEL is a folder of safetensors, or a GGUF file, which is converted. Rows of lrc are compressed on
 the GPU, if there is one, with `--samples` windows of `--length` tokens of `--train`, and exported.
@@ -10,12 +10,13 @@ Rows of llama.cpp are made from the model in bfloat16, without and with an impor
 many tokens of the same text. llama.cpp then measures the perplexity of every file on disjoint
 windows of `--test`. Rows run side by side, each on `--threads` cores; one that fails is reported,
 and the others go on. Then the speed of all files is measured in one process, the files one after
-the other in every round; the medians are recorded.
+the other in every round; the medians are recorded after every round.
 
 Everything is below OUTPUT: rows/NAME.json for every finished row, speed.json, logs, and the files.
 The same command continues with what is missing, and prints the table of what is there. After N
-seconds no further row starts, and compressions stop with their state saved. The exit code is 1 if a
-row has failed.
+seconds, less those of `--speed-seconds`, no further row starts, and compressions stop with their
+state saved; after N seconds no further round of the speed starts. The exit code is 1 if a row has
+failed.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 
 from tests.benchmarks.gguf_steps import StepError, run_step
@@ -50,6 +52,8 @@ OURS = {
     "lrc int4-g32": ["gptq.yaml", f"stages.0.quantize={json.dumps(GPTQ)}"],
     "lrc gguf 4.5": _joint(0.282),
     "lrc gguf 4.6": _joint(0.2895),
+    "lrc gguf 4.6 head8": _joint(0.2895),
+    "lrc gguf 5": _joint(0.314),
     "lrc gguf 5.5": _joint(0.345),
     "lrc gguf 6.5": _joint(0.407),
 }
@@ -57,7 +61,21 @@ OURS = {
 
 4.6 and 5.5 are the sizes of Q3_K_M and Q4_K_M where rows are no multiples of 256.
 """
-THEIRS = ("Q4_0", "IQ4_NL", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_K_M", "Q6_K")
+ENDS = {
+    "lrc int4-g32": ("int4-g32", "int5-g32"),
+    "lrc gguf 4.5": ("int4-g32", "int5-g32"),
+    "lrc gguf 4.6": ("int4-g32", "int5-g32"),
+    "lrc gguf 4.6 head8": ("int4-g32", "int8-g32"),
+    "lrc gguf 5": ("int5-g32", "int5-g32"),
+    "lrc gguf 5.5": ("int5-g32", "int8-g32"),
+    "lrc gguf 6.5": ("int8-g32", "int8-g32"),
+}
+"""Row -> formats of embedding and head of a model whose head is not tied; a tied one has int8.
+
+llama.cpp stores an embedding that is not tied in the type of most matrices, and the head as Q6_K.
+"""
+SMALL = ("Q3_K_S", "Q3_K_M", "IQ4_XS", "Q4_0", "IQ4_NL", "Q4_K_S", "Q4_K_M")
+THEIRS = (*SMALL, "Q5_0", "Q5_K_S", "Q5_K_M", "Q6_K")
 EXACT = ("BF16", "Q8_0")
 """Types that are made without an importance matrix only."""
 
@@ -101,6 +119,16 @@ class Task:
         """Return the file with the measurements of a row."""
         return self.output / "rows" / f"{row.replace(' ', '-')}.json"
 
+    def ours(self) -> list[str]:
+        """Return the rows of lrc that differ for this model."""
+        return [row for row in OURS if not (self.tied and row.endswith("head8"))]
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        return bool(config.get("tie_word_embeddings", False))
+
     def step(self, step: str, log: str, **options: object) -> str:
         """Run a step with llama.cpp in a process; return what to tell about it."""
         paths = {
@@ -110,10 +138,10 @@ class Task:
         return run_step(step, file, self.variant, library=str(self.library), **paths)
 
 
-def every_row() -> list[str]:
+def every_row(task: Task) -> list[str]:
     """Return the names of the rows, those that take longest first."""
     imatrix = [f"{each} imatrix" for each in THEIRS]
-    return [*OURS, *EXACT, *imatrix, *THEIRS]
+    return [*task.ours(), *EXACT, *imatrix, *THEIRS]
 
 
 def main() -> int:
@@ -127,6 +155,7 @@ def main() -> int:
     parser.add_argument("--cpu-variant", metavar="NAME", help="CPU code, such as icelake")
     parser.add_argument("--tokenizer", metavar="FILE", help="as of lrc export")
     parser.add_argument("--seconds", type=float, default=DAY)
+    parser.add_argument("--speed-seconds", type=float, default=0, help="of them, kept for speed")
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--length", type=int, default=1024, help="their tokens")
@@ -149,12 +178,12 @@ def main() -> int:
         asked.samples,
         asked.length,
         asked.threads,
-        time.time() + asked.seconds,
+        time.time() + asked.seconds - asked.speed_seconds,
         asked.tokenizer or (str(asked.model) if asked.model.suffix == ".gguf" else None),
     )
     for folder in ("files", "rows", "runs", "logs"):
         (task.output / folder).mkdir(parents=True, exist_ok=True)
-    rows = [row for row in every_row() if any(fnmatchcase(row, each) for each in asked.rows)]
+    rows = [row for row in every_row(task) if any(fnmatchcase(row, each) for each in asked.rows)]
     if missing := [row for row in rows if not task.result(row).is_file()]:
         try:
             _prepare(task, asked.test, [asked.windows, asked.window], missing)
@@ -163,9 +192,11 @@ def main() -> int:
         _make_all(task, missing)
     finished = [row for row in rows if task.result(row).is_file()]
     failed = len(finished) < len(rows)
-    if asked.rounds and finished and time.time() < task.deadline:
+    deadline = task.deadline + asked.speed_seconds
+    _print(task, finished)
+    if asked.rounds and finished and time.time() < deadline:
         try:
-            _measure_speed(task, finished, asked.rounds, asked.speed_threads)
+            _measure_speed(task, finished, asked.rounds, asked.speed_threads, deadline)
         except StepError as error:
             print(f"speed: failed: {error}", flush=True)
             failed = True
@@ -243,6 +274,10 @@ def _make(task: Task, row: str) -> bool:
     unfinished.unlink(missing_ok=True)
     if row in OURS:
         recipe, *changes = OURS[row]
+        if not task.tied:
+            stage = f"stages.0.{'quantize' if recipe == 'gptq.yaml' else 'decompose'}"
+            keys = zip(("embeddings", "lm_head"), ENDS[row], strict=True)
+            changes += [f"{stage}.{key}={scheme}" for key, scheme in keys]
         run = task.output / "runs" / target.stem
         calibration = {"source": task.train, "samples": task.samples, "length": task.length}
         command = [
@@ -286,11 +321,11 @@ def _run(command: list[str], threads: int, deadline: float | None = None) -> boo
     return process.returncode == 0
 
 
-def _measure_speed(task: Task, rows: list[str], rounds: int, threads: int) -> None:
+def _measure_speed(task: Task, rows: list[str], rounds: int, threads: int, deadline: float) -> None:
     """Measure all files in the same rounds, on an otherwise idle machine."""
     target = task.output / "speed.json"
-    known = json.loads(target.read_text())["rows"] if target.is_file() else {}
-    if {*rows} <= {*known}:
+    known = json.loads(target.read_text()) if target.is_file() else {"rows": {}, "rounds": 0}
+    if {*rows} <= {*known["rows"]} and known["rounds"] >= rounds:
         return
     files = {row: str(task.file(row)) for row in rows}
     told = task.step(
@@ -300,6 +335,7 @@ def _measure_speed(task: Task, rows: list[str], rounds: int, threads: int) -> No
         windows=task.windows,
         threads=threads,
         rounds=rounds,
+        deadline=deadline,
         target=target,
     )
     if told:
@@ -312,15 +348,17 @@ def _mebibytes(facts: dict[str, float]) -> str:
 
 def _print(task: Task, rows: list[str]) -> None:
     path = task.output / "speed.json"
-    measured = json.loads(path.read_text()) if path.is_file() else {"threads": 0, "rows": {}}
-    print(f"speed: threads {measured['threads']}; prompt and generated in tokens/s")
+    measured = json.loads(path.read_text()) if path.is_file() else None
+    measured = measured or {"threads": 0, "rounds": 0, "rows": {}}
+    how = f"{measured['threads']} threads, median of {measured['rounds']} rounds"
+    print(f"speed: prompt and generated in tokens/s; {how}")
     print("| file | MiB | perplexity | prompt | generated |\n|---|---|---|---|---|")
     facts = {row: json.loads(task.result(row).read_text()) for row in rows}
     for row in sorted(facts, key=lambda row: facts[row]["bytes"]):
         speed = measured["rows"].get(row)
         cells = [_mebibytes(facts[row]), f"{facts[row]['perplexity']:.3f}"]
         cells += [f"{speed[key]:.0f}" if speed else "" for key in ("prompt", "generated")]
-        print(f"| {row} | {' | '.join(cells)} |")
+        print(f"| {row} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

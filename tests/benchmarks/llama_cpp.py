@@ -15,7 +15,7 @@ medians are printed. Needs `make llama`.
 import argparse
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -65,26 +65,28 @@ def main() -> None:
             f"largest difference {difference:.3f} standard deviations, {same:.1%} of argmax equal"
         )
     if args.rounds:
-        speeds = alternating(library, args.files, windows[0], args.rounds, args.threads)
+        *_, speeds = alternating(library, args.files, windows[0], args.rounds, args.threads)
         for path, (prompt, generated) in zip(args.files, speeds, strict=True):
             print(f"{path.name}: prompt {prompt:.0f}, generated {generated:.0f} tokens/s")
 
 
 def alternating(
     library: LlamaCpp, files: list[Path], window: np.ndarray, rounds: int, threads: int
-) -> list[list[float]]:
-    """Return the median speed of prompt and generation of every file, in tokens per second."""
+) -> Iterator[list[list[float]]]:
+    """Yield, after every round, the median speeds of every file so far, in tokens per second.
+
+    The speeds of a file are those of the prompt and of generation.
+    """
     prompt = window[:PROMPT].tolist()
     with ExitStack() as stack:
         models = [stack.enter_context(library.open(path)) for path in files]
         for model in models:
             model.speed(prompt, TOKENS, threads=threads)  # reads the file into memory
-        found = [
-            [model.speed(prompt, TOKENS, threads=threads) for model in models]
-            for _ in range(rounds)
-        ]
-    medians: list[list[float]] = np.median(np.array(found), axis=0).tolist()
-    return medians
+        found = []
+        for _ in range(rounds):
+            found.append([model.speed(prompt, TOKENS, threads=threads) for model in models])
+            medians: list[list[float]] = np.median(np.array(found), axis=0).tolist()
+            yield medians
 
 
 def tokenized(model: LlamaModel, text: str, count: int, length: int) -> np.ndarray:

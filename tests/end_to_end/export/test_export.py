@@ -269,6 +269,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "every n-th one",
     ),
+    "width": (
+        {"model_type": "qwen2", "head_dim": 32},
+        "num_attention_heads times head_dim must be hidden_size, 64, got 4 times 32",
+    ),
     "scale": ({"model_type": "gemma3_text"}, "query_pre_attn_scalar must be 16, got 256"),
     "biases": ({"model_type": "qwen3", "attention_bias": True}, "no such tensor"),
     "gates": ({"model_type": "qwen3_moe", "norm_topk_prob": False}, "norm_topk_prob must be True"),
