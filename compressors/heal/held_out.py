@@ -213,9 +213,10 @@ def training_text(
         }
         tensors = [training, held_out]
         if counted is not None:
-            tensors += split(counted, request)
-            _check_counted(*tensors[2:], request)
-            facts["loss_tokens"] = int(tensors[2].sum())
+            masks = split(counted, request)
+            _check_counted(*masks, request)
+            tensors += masks
+            facts["loss_tokens"] = int(masks[0].sum())
         journal.write_tensors(piece, dict(zip(names, tensors, strict=True)), {"facts": facts})
     read = journal.read_tensors(piece, {name: name for name in names})
     return TrainingText(**read, facts=journal.read_facts(piece)["facts"])
