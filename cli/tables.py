@@ -331,6 +331,11 @@ def _print_training(record: dict[str, Any]) -> None:
         f"heal, {record['method']}: {record['trainable']:,} numbers, {record['steps']:,} steps, "
         f"{record['tokens']:,} tokens, {record['seconds']:.0f} s{_speed(record)}; divergence from "
         f"dense on held-out text {_change(record)} nats per token"
+        + (
+            f", cross entropy {_change(record['cross_entropy'])}"
+            if "cross_entropy" in record
+            else ""
+        )
         + ("" if record["kept"] else "; no step was better, so the weights are those before it")
     )
     for each in record.get("budgets", []):

@@ -57,8 +57,12 @@ SCHEMA = {
     "training[].{trainable,kept}": "numbers that were trained; whether the result is used",
     "training[].moved": "values that have other places; null if places are fixed",
     "training[].{before,after}": "divergence from dense on held-out text, nats per token",
+    "training[].cross_entropy.{before,after}": (
+        "with `cross_entropy`: of the next tokens of held-out text, nats per token; else absent"
+    ),
     "training[].{losses,best_step,skipped}": (
-        "of the whole model, [step, divergence]; steps without finite gradients"
+        "of the whole model, [step, divergence, with `cross_entropy` plus its multiple]; steps "
+        "without finite gradients"
     ),
     "training[].rates": "steps done at every start of training, and the learning rate from there",
     "training[].budgets[].{keep,before,after}": (

@@ -141,7 +141,8 @@ class LogitFit(HealBase):
     Not after slices that change the residual stream."""
     cross_entropy: Annotated[float, Field(ge=0)] = 0.0
     """Weight of a third term of the loss: the cross entropy of the next token of the text, as a
-    mean over positions."""
+    mean over positions. The best step is then the one with the lowest sum of the divergence and
+    this term on held-out text."""
     checkpointing: bool = False
     """Recompute the inside of every layer for the backward pass: less memory, a third slower."""
     extend: bool = False

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from lrc.compressors.calibrate.activation_cache import ActivationCache, cache_files
 from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.calibrate.layer_executor import LayerExecutor
+from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
 from lrc.compressors.heal.budget import Budget
 from lrc.compressors.heal.descent import is_better
-from lrc.compressors.heal.divergence import PIECE, divergence
+from lrc.compressors.heal.divergence import PIECE
 from lrc.compressors.heal.layer_fit import Apply, LayerData, LayerFit, find_parts
 from lrc.compressors.heal.trained_files import TRAINED, layer_file, write_trained
 from lrc.compressors.heal.work import (
@@ -223,9 +224,11 @@ class BlockFit:
             for number, ids in enumerate(tokens):
                 for start in range(0, len(ids), size):
                     rows = (slice(number, number + 1), slice(start, start + size))
-                    dense, found = (
-                        executor.logits(each[rows].to(executor.context.device), tokens[rows])
+                    log_p, log_q = (
+                        log_probabilities(
+                            executor.logits(each[rows].to(executor.context.device), tokens[rows])
+                        )
                         for each in (self._dense, states)
                     )
-                    total += float(divergence(dense[0], found[0], "forward"))
+                    total += float(kl_divergence(log_p, log_q).sum())
         return total / tokens.numel()

@@ -13,11 +13,14 @@ References
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import nn
 
 from lrc.compressors.heal.schedule import batch_rows
 from lrc.compressors.layers.low_rank import LowRank
+
+T = TypeVar("T")
 
 
 class BudgetSwitch:
@@ -49,8 +52,8 @@ class BudgetSwitch:
         if self.budgets:
             self.use(int(batch_rows(step, n_windows=len(self.budgets), batch=1, seed=seed)))
 
-    def measure(self, loss: Callable[[], float]) -> list[float]:
-        """Return the loss at every budget; one number if the model is not elastic."""
+    def measure(self, loss: Callable[[], T]) -> list[T]:
+        """Return the loss at every budget; one value if the model is not elastic."""
         found = []
         for index in range(max(1, len(self.budgets))):
             self.use(index)

@@ -5,6 +5,7 @@ at 1e-4 took the C4 perplexity of SmolLM2-135M at half its bits from 37.0 to 34.
 39 seconds on a GPU.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lrc.compressors.calibrate.batch_size import BATCH_TOKENS
 from lrc.compressors.heal.budget_switch import BudgetSwitch
 from lrc.compressors.heal.descent import Descent, is_better
-from lrc.compressors.heal.divergence import Predictor, add_gradients, mean_divergence
+from lrc.compressors.heal.divergence import Losses, Predictor, add_gradients, mean_losses
 from lrc.compressors.heal.gradient_step import GradientStep
 from lrc.compressors.heal.moving_support import MovingSupport
 from lrc.compressors.heal.nuclear_norm import NuclearNorm
@@ -45,7 +46,8 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     """Train by distillation and write the best values; return the facts for the report.
 
     An elastic model is trained with a random budget in every step, and its loss is the mean over
-    budgets. If nothing is better on held-out text than before, nothing is written.
+    budgets. On held-out text, the loss is the forward divergence plus the multiple of the cross
+    entropy that is trained with. If nothing is better than before, nothing is written.
 
     Raises
     ------
@@ -89,11 +91,23 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
     snapshots = Snapshots(work, descent)
     switch = BudgetSwitch(student, work.plan.elastic)
 
-    def held_out_losses() -> list[float]:
+    def held_out_losses() -> list[Losses]:
         with trained.as_stored():
             return switch.measure(
-                lambda: mean_divergence(dense, compressed, text.held_out, together=together)
+                lambda: mean_losses(
+                    dense,
+                    compressed,
+                    text.held_out,
+                    together=together,
+                    counted=text.held_out_counted,
+                )
             )
+
+    def judged(found: Sequence[Losses]) -> float:
+        divergence = fmean(each.divergence for each in found)
+        if not options.cross_entropy:
+            return divergence
+        return divergence + options.cross_entropy * fmean(each.cross_entropy for each in found)
 
     add = GradientStep(
         partial(
@@ -101,16 +115,15 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
             dense,
             compressed,
             kind=options.divergence,
-            positions=options.batch * text.training.shape[1],
             hidden=options.hidden,
-            labels=options.cross_entropy,
+            cross_entropy=options.cross_entropy,
         ),
         [*trained.parameters.values()],
         torch.device(device),
     )
     with deterministic(device):
         if not snapshots.resume():
-            descent.judge(fmean(held_out_losses()))
+            descent.judge(judged(held_out_losses()))
         while descent.done < descent.steps:
             rows = batch_rows(
                 descent.done,
@@ -118,31 +131,32 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
                 batch=options.batch,
                 seed=work.seed,
             )
-            windows = text.training[rows]
+            windows, weights = text.training[rows], text.weights(rows)
             switch.use_for(descent.done, seed=work.seed)
             with work.pace.step(windows.numel()):
-                for part in windows.split(together):
-                    add(part, variant=switch.used if switch.budgets else None)
+                for part in zip(windows.split(together), weights.split(together), strict=True):
+                    add(*part, variant=switch.used if switch.budgets else None)
                 if penalty is not None:
                     penalty.add_gradients_()
                 descent.update_()
             if descent.is_judged:
-                descent.judge(fmean(held_out_losses()))
+                descent.judge(judged(held_out_losses()))
             snapshots.finish_step()
-        budgets = []
-        if switch.budgets:
+        before, after = [], []
+        if switch.budgets or options.cross_entropy:  # otherwise the judged losses are reported
             trained.set_(trained.start)
             before = held_out_losses()
             trained.set_(descent.best)
-            budgets = budget_facts(switch.budgets, before, held_out_losses())
-        kept, after = descent.best_step > 0, descent.best_loss
+            after = held_out_losses()
+        kept, loss_after = descent.best_step > 0, descent.best_loss
         ranks: dict[str, int] = {}
         if kept and penalty is not None and isinstance(options, Distill):
             truncated, ranks = penalty.truncated(descent.best, options.truncate)
             trained.set_(truncated)
-            loss = fmean(held_out_losses()) if ranks else after
-            if ranks and is_better(loss, descent.losses[0][1]):
-                descent.best, after = truncated, loss
+            found = held_out_losses() if ranks else []
+            if ranks and is_better(judged(found), descent.losses[0][1]):
+                descent.best, loss_after = truncated, judged(found)
+                after = found if after else []
             else:
                 ranks = {}
     if kept:
@@ -157,8 +171,25 @@ def distill(work: HealWork, options: Distill | Scales) -> dict[str, Any]:
         **({"added": trained.added} if kept and trained.added else {}),
         "before": finite(descent.losses[0][1]),
         **({"ranks": ranks} if penalty is not None else {}),
-        "after": finite(after),
-        "budgets": budgets,
+        "after": finite(loss_after),
+        **(_separate(before, after) if options.cross_entropy else {}),
+        "budgets": budget_facts(
+            switch.budgets, *([each.divergence for each in found] for found in (before, after))
+        )
+        if switch.budgets
+        else [],
+    }
+
+
+def _separate(before: Sequence[Losses], after: Sequence[Losses]) -> dict[str, Any]:
+    """Return divergence and cross entropy before and after training, as means over budgets."""
+    (divergence, entropy), (trained_divergence, trained_entropy) = (
+        [finite(fmean(values)) for values in zip(*found, strict=True)] for found in (before, after)
+    )
+    return {
+        "before": divergence,
+        "after": trained_divergence,
+        "cross_entropy": {"before": entropy, "after": trained_entropy},
     }
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lrc.compressors.heal.held_out import TextRequest, TrainingText
+from lrc.compressors.heal.held_out import TextRequest, TrainingText, everywhere
 from lrc.compressors.heal.trained_files import text_folder
 from lrc.compressors.io.journal import Journal
 
@@ -54,7 +54,10 @@ def extended(
     written = journal.read_tensor(piece, "written")
     training = torch.cat([text.training, written])
     facts = {"training_tokens": training.numel(), "written_tokens": written.numel()}
-    return replace(text, training=training, facts={**text.facts, **facts})
+    counted = text.training_counted
+    if counted is not None:  # text of the model counts whole
+        counted = torch.cat([counted, everywhere(written, None)])
+    return replace(text, training=training, training_counted=counted, facts={**text.facts, **facts})
 
 
 def random_pieces(windows: Tensor, count: int, *, seed: int, bos: int | None) -> Tensor:

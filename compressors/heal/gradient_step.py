@@ -26,8 +26,8 @@ class GradientStep:
     Parameters
     ----------
     add : callable
-        Adds the gradients for a batch of token ids [n, length] on the device to those of the
-        parameters, in place.
+        Adds the gradients for the tensors of a batch on the device, such as token ids [n, length],
+        to those of the parameters, in place.
     parameters : sequence of Tensor
         Their gradients exist.
     device : torch.device
@@ -35,49 +35,50 @@ class GradientStep:
 
     def __init__(
         self,
-        add: Callable[[Tensor], object],
+        add: Callable[..., object],
         parameters: Sequence[Tensor],
         device: torch.device,
     ) -> None:
         self._add, self._parameters, self._device = add, parameters, device
-        self._recorded: dict[Hashable, tuple[Tensor, Callable[[], object]]] = {}
+        self._recorded: dict[Hashable, tuple[list[Tensor], Callable[[], object]]] = {}
         self._recordable = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._recordable else None
 
-    def __call__(self, windows: Tensor, variant: Hashable = None) -> None:
-        """Add the gradients for `windows` [n, length].
+    def __call__(self, *batch: Tensor, variant: Hashable = None) -> None:
+        """Add the gradients for the tensors of a batch.
 
         Parameters
         ----------
         variant : hashable, optional
             Everything else on the host that determines what is computed.
         """
-        key = windows.shape, variant
+        key = tuple(tensor.shape for tensor in batch), variant
         if self._recordable and key not in self._recorded:
-            self._record(windows, key)
+            self._record(batch, key)
         if key not in self._recorded:
-            self._add(windows.to(self._device))
+            self._add(*(tensor.to(self._device) for tensor in batch))
             return
-        place, repeat = self._recorded[key]
-        place.copy_(windows)
+        places, repeat = self._recorded[key]
+        for place, tensor in zip(places, batch, strict=True):
+            place.copy_(tensor)
         repeat()
 
-    def _record(self, windows: Tensor, key: Hashable) -> None:
+    def _record(self, batch: Sequence[Tensor], key: Hashable) -> None:
         """Record without effect on the gradients."""
         gradients = [parameter.grad for parameter in self._parameters]
         before = [gradient.clone() for gradient in gradients if gradient is not None]
-        place = windows.to(self._device, copy=True)
+        places = [tensor.to(self._device, copy=True) for tensor in batch]
         runs = 0
 
         def step() -> None:
             nonlocal runs
-            self._add(place)
+            self._add(*places)
             runs += 1
             if runs == 1:  # what it needed cannot be used again by the recording
                 torch.cuda.empty_cache()
 
         try:
-            self._recorded[key] = place, record(step, self._device, self._pool)
+            self._recorded[key] = places, record(step, self._device, self._pool)
         except Exception as error:
             if runs == 0:
                 raise

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lrc.compressors.calibrate.calibration_windows import SELF
 from lrc.compressors.corpus.documents import SOURCES, read_documents
@@ -37,6 +38,22 @@ class TrainingText:
     """[n_held_out, length]; evenly spaced in the text."""
     facts: dict[str, Any]
     """Source, hash and number of tokens."""
+    training_counted: Tensor | None = None
+    """[n_windows, length], bool: the positions that predict a token that counts in the loss; all if
+    None."""
+    held_out_counted: Tensor | None = None
+    """[n_held_out, length]."""
+
+    def weights(self, rows: Tensor) -> Tensor:
+        """Return the weights [n, length] of positions of training windows, whose sum is one.
+
+        They are all zero if none of the positions counts.
+        """
+        if self.training_counted is None:
+            shape = len(rows), self.training.shape[1]
+            return torch.full(shape, 1 / (shape[0] * shape[1]))
+        counted = self.training_counted[rows].float()
+        return counted / counted.sum().clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -176,25 +193,44 @@ def training_text(
         As `read_documents`, or if the text is too short.
     """
     piece = f"{text_folder(request.stage)}/{request.number}.safetensors"
+    names = ["training", "held_out"]
+    if request.source != SELF and request.calibration.loss == "answers":
+        names += ["training_counted", "held_out_counted"]
     if not journal.has(piece):
         if request.source == SELF:
-            found, sha256 = sample(request.available, request.length), None
+            found, counted, sha256 = sample(request.available, request.length), None, None
             n_tokens = found.numel()
         else:
-            found, sha256, n_tokens = _read(request, tokenizer)
+            found, counted, sha256, n_tokens = _read(request, tokenizer)
         training, held_out = split(found, request)
         check_vocabulary(found, embedding)
-        facts = {
+        facts: dict[str, Any] = {
             "source": request.source,
             "text_sha256": sha256,
             "text_tokens": n_tokens,
             "training_tokens": training.numel(),
             "held_out_tokens": held_out.numel(),
         }
-        tensors = {"training": training, "held_out": held_out}
-        journal.write_tensors(piece, tensors, {"facts": facts})
-    read = journal.read_tensors(piece, {"training": "training", "held_out": "held_out"})
-    return TrainingText(read["training"], read["held_out"], journal.read_facts(piece)["facts"])
+        tensors = [training, held_out]
+        if counted is not None:
+            masks = split(counted, request)
+            _check_counted(*masks, request)
+            tensors += masks
+            facts["loss_tokens"] = int(masks[0].sum())
+        journal.write_tensors(piece, dict(zip(names, tensors, strict=True)), {"facts": facts})
+    read = journal.read_tensors(piece, {name: name for name in names})
+    return TrainingText(**read, facts=journal.read_facts(piece)["facts"])
+
+
+def _check_counted(training: Tensor, held_out: Tensor, request: TextRequest) -> None:
+    """Refuse a text without answers to train on or to measure."""
+    for name, counted in {"training": training, "held-out": held_out}.items():
+        if counted.numel() and not bool(counted.any()):
+            raise DataError(
+                f"{request.where}: calibration.loss: answers needs an assistant's message in the "
+                f"{name} windows of {request.source}, got none in {len(counted)}; give other or "
+                "more conversations, change 'held_out', or set loss: all"
+            )
 
 
 def mixed(requests: Sequence[TextRequest], texts: Sequence[TrainingText]) -> TrainingText:
@@ -205,10 +241,11 @@ def mixed(requests: Sequence[TextRequest], texts: Sequence[TrainingText]) -> Tra
     """
     if len(texts) == 1:
         return texts[0]
-    training = [
-        text.training[torch.arange(request.wanted) % len(text.training)]
+    rows = [
+        torch.arange(request.wanted) % len(text.training)
         for request, text in zip(requests, texts, strict=True)
     ]
+    training = [text.training[each] for text, each in zip(texts, rows, strict=True)]
     places = [torch.arange(len(text.held_out)).add(0.5) / len(text.held_out) for text in texts]
     order = torch.cat(places).argsort(stable=True)
     held_out = torch.cat([text.held_out for text in texts])[order]
@@ -219,11 +256,27 @@ def mixed(requests: Sequence[TextRequest], texts: Sequence[TrainingText]) -> Tra
         **{key: sum(text.facts[key] for text in texts) for key in keys},
         "texts": [text.facts for text in texts],
     }
-    return TrainingText(torch.cat(training), held_out, facts)
+    counted: tuple[Tensor, ...] = ()
+    if any(text.training_counted is not None for text in texts):
+        masks = [
+            (
+                everywhere(text.training, text.training_counted)[each],
+                everywhere(text.held_out, text.held_out_counted),
+            )
+            for text, each in zip(texts, rows, strict=True)
+        ]
+        trained, measured = (torch.cat(each) for each in zip(*masks, strict=True))
+        counted = trained, measured[order]
+    return TrainingText(torch.cat(training), held_out, facts, *counted)
 
 
-def _read(request: TextRequest, tokenizer: Any) -> tuple[Tensor, str, int]:
-    """Return all disjoint windows of the text, its hash, and its number of tokens."""
+def everywhere(windows: Tensor, counted: Tensor | None) -> Tensor:
+    """Return which positions of windows [n, length] count; all of them if that is None."""
+    return torch.ones_like(windows, dtype=torch.bool) if counted is None else counted
+
+
+def _read(request: TextRequest, tokenizer: Any) -> tuple[Tensor, Tensor | None, str, int]:
+    """Return the disjoint windows of a text, the positions that count, its hash and its length."""
     bos = default_bos(tokenizer)
     calibration = request.calibration.of(request.source, request.available)
     calibration = calibration.model_copy(update={"length": request.length})
@@ -231,8 +284,14 @@ def _read(request: TextRequest, tokenizer: Any) -> tuple[Tensor, str, int]:
     width = request.length - (bos is not None)
     count = text.ids.numel() // max(1, width)
     windows = text.ids[: count * width].view(count, width)
-    n_tokens = text.ids.numel()
-    return windows if bos is None else with_bos(windows, bos), text.sha256, n_tokens
+    counted = text.counted
+    if counted is not None:
+        counted = counted[: count * width].view(count, width)
+        # A position counts if the token after it does; with BOS all tokens are after a position.
+        counted = counted[:, 1:] if bos is None else counted
+        counted = pad(counted, (0, 1), value=False)
+    windows = windows if bos is None else with_bos(windows, bos)
+    return windows, counted, text.sha256, text.ids.numel()
 
 
 def split(windows: Tensor, request: TextRequest) -> tuple[Tensor, Tensor]:

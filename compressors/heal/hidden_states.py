@@ -25,7 +25,7 @@ def recorded(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def hidden_distance(dense: Sequence[Tensor], compressed: Sequence[Tensor]) -> Tensor:
-    """Return the relative L1 distance of hidden states, summed over positions.
+    """Return the relative L1 distance of hidden states at every position, shape [n_positions].
 
     For every position and layer, it is ``sum_j |c_j - d_j| / sum_j |d_j|``; the mean over layers is
     taken. The states of a few tokens are hundreds of times larger than others (massive
@@ -40,5 +40,5 @@ def hidden_distance(dense: Sequence[Tensor], compressed: Sequence[Tensor]) -> Te
     for expected, found in zip(dense, compressed, strict=True):
         size = expected.float().abs().sum(-1)
         error = (found.float() - expected.float()).abs().sum(-1)
-        distances.append((error / size.clamp_min(torch.finfo(size.dtype).tiny)).sum())
-    return torch.stack(distances).mean()
+        distances.append((error / size.clamp_min(torch.finfo(size.dtype).tiny)).flatten())
+    return torch.stack(distances).mean(0)

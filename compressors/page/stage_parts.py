@@ -87,6 +87,11 @@ def healing(run: SavedRun, page: Page) -> list[Part]:
         rows = [
             ["divergence on held-out text before", f"{nats_text(record['before'])} {NATS}"],
             ["divergence after", f"{nats_text(record['after'])} {NATS}"],
+            *(
+                [f"cross entropy {when}", f"{nats_text(record['cross_entropy'][when])} {NATS}"]
+                for when in ("before", "after")
+                if "cross_entropy" in record
+            ),
             ["steps", f"{record['steps']:,}"],
             ["training tokens", f"{record['tokens']:,}"],
             ["trained numbers", f"{record['trainable']:,}"],
@@ -111,7 +116,8 @@ def _losses(page: Page, name: str, record: Mapping[str, Any]) -> tuple[str, str]
     losses = [(step, value) for step, value in record.get("losses") or [] if value is not None]
     if len(losses) < 2:
         return None
-    title = f"{name}: divergence on held-out text by training step"
+    measured = "loss (divergence and cross entropy)" if "cross_entropy" in record else "divergence"
+    title = f"{name}: {measured} on held-out text by training step"
     return charts.training_losses(page, title, losses, record.get("best_step")), f"{title}."
 
 

@@ -1,8 +1,8 @@
 """Compare each budget of an elastic checkpoint with a run for this budget alone.
 
 usage: python tests/benchmarks/elastic.py RECIPE FOLDER [KEY=VALUE ...]
-           [--budgets 0.9 0.8 ...] [--dedicated [0.9 ...]] [--method NAME] [--storage TYPE]
-           [--heal TOKENS]
+           [--budgets 0.9 0.8 ...] [--cuts 0.9 ...] [--dedicated [0.9 ...]] [--method NAME]
+           [--storage TYPE] [--heal TOKENS]
 
 RECIPE gives model, calibration text and evaluation, as tests/benchmarks/protocol_a.yaml does; its
 stages are replaced. Each run is written into a folder of FOLDER and is not repeated if it is there,
@@ -41,11 +41,14 @@ def main() -> None:
     print("dense: " + ", ".join(f"{name} {dense[name]['dense']:.3f}" for name in names))
     for record in report_of(elastic)["training"]:
         print(json.dumps(record["budgets"]), flush=True)
-    scores = {keep: cut(loaded.recipe, elastic, keep) for keep in budgets}
-    for keep, found in scores.items():
-        print(f"cut to {keep:g}: " + ", ".join(f"{n} {found[n]['perplexity']:.3f}" for n in names))
+    scores = {}
+    cuts = budgets if options.cuts is None else sorted(options.cuts, reverse=True)
+    for keep in cuts:
+        found = scores[keep] = cut(loaded.recipe, elastic, keep)
+        values = ", ".join(f"{name} {found[name]['perplexity']:.3f}" for name in names)
+        print(f"cut to {keep:g}: {values}", flush=True)
     print("\n| keep | file, MiB | text | dedicated | cut | ratio |\n|---|---|---|---|---|---|")
-    for keep in budgets if options.dedicated is None else sorted(options.dedicated, reverse=True):
+    for keep in cuts if options.dedicated is None else sorted(options.dedicated, reverse=True):
         dedicated = run(loaded, options, {"keep": keep}, f"keep-{keep:g}", dense=False)
         for name in names:
             alone = report_of(dedicated)["evaluation"]["perplexity"][name]["compressed"]
@@ -64,13 +67,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
+    parser.add_argument("--cuts", type=float, nargs="+", help="budgets to measure; all by default")
     parser.add_argument(
         "--dedicated", type=float, nargs="*", help="budgets with a run for this one alone, or none"
     )
     parser.add_argument("--method", default="kfac")
     parser.add_argument("--storage", default="pivoted_low_rank")
     parser.add_argument("--heal", type=int, default=0, metavar="TOKENS")
-    return parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
+    for name, wanted in {"--cuts": options.cuts, "--dedicated": options.dedicated}.items():
+        allowed = options.budgets if name == "--cuts" else options.cuts or options.budgets
+        if unknown := set(wanted or ()) - set(allowed):
+            parser.error(f"{name}: must be among {sorted(allowed)}, got {sorted(unknown)}")
+    return options
 
 
 def run(

@@ -26,6 +26,7 @@ def test_a_text_that_is_repeated_is_warned_of(run_stages: Run) -> None:
 
 def test_a_text_that_is_extended_is_not_repeated(run_stages: Run) -> None:
     options = {**DISTILL, "steps": 20, "batch": 8, "extend": True, "rate": 1e-3}
+    options["cross_entropy"] = 0.3
     report, _ = run_stages(INT4, {"heal": options})
     (record,) = report["training"]
     text = record["text"]
@@ -34,6 +35,12 @@ def test_a_text_that_is_extended_is_not_repeated(run_stages: Run) -> None:
     assert text["written_tokens"] == text["training_tokens"] - read > 0
     assert record["warning"] is None
     assert record["kept"]
+    # Steps are judged by the sum of both terms, which are reported separately.
+    judged = dict(record["losses"])
+    for step, when in {0: "before", record["best_step"]: "after"}.items():
+        loss = record[when] + 0.3 * record["cross_entropy"][when]
+        assert loss == pytest.approx(judged[step], rel=1e-5)
+    assert judged[record["best_step"]] == min(judged.values())
 
 
 def test_texts_that_do_not_do_are_refused_before_any_work(

@@ -30,10 +30,10 @@ def recipe(
     chat.write_text(f"{json.dumps({'messages': CHAT})}\n" * 20, encoding="utf-8")
     options = {"source": str(chat), "samples": 6, "length": 32, "chat_template": True}
 
-    def write(**changes: Any) -> Path:
-        stages = [{"decompose": {"method": "kfac", "keep": 0.6}}]
+    def write(*stages: dict[str, Any], **changes: Any) -> Path:
+        stages = stages or ({"decompose": {"method": "kfac", "keep": 0.6}},)
         calibration = {**options, "loss": "answers", **changes}
-        return tiny_recipe(model, tmp_path / "run", stages=stages, calibration=calibration)
+        return tiny_recipe(model, tmp_path / "run", stages=[*stages], calibration=calibration)
 
     return write
 
@@ -58,6 +58,22 @@ def test_text_of_the_model_counts_whole(recipe: Callable[..., Path], tmp_path: P
     source = {str(tmp_path / "chat.jsonl"): 0.5, "self": 0.5}
     report = compress(load_recipe(recipe(source=source)), Machine("cpu"))
     assert 3 * 32 < report["calibration"]["loss_tokens"] < 6 * 32
+
+
+def test_healing_has_its_loss_on_answers(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    rtn = {"quantize": {"method": "rtn", "bits": 4, "group_size": 16}}
+    options = {"method": "distill", "steps": 4, "batch": 4, "rate": 0.001, "held_out": 128}
+    records = {}
+    for loss in ("answers", "all"):
+        written = recipe(rtn, {"heal": options}, loss=loss)
+        made = load_recipe(written, [f"output={tmp_path / loss}"])
+        (records[loss],) = compress(made, Machine("cpu"))["training"]
+    text = records["answers"]["text"]
+    counted = text.pop("loss_tokens")
+    assert text == records["all"]["text"]
+    assert 0 < counted < text["training_tokens"] / 2
+    assert records["answers"]["kept"]
+    assert records["answers"]["before"] != records["all"]["before"]
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,6 +117,15 @@ def test_a_mixture_has_its_fractions_of_training_and_held_out_windows() -> None:
     assert text.facts["source"] == "75 % c4, 25 % self"
     assert text.facts["training_tokens"] == 24 * 8 + 4 * 8
     assert [each["source"] for each in text.facts["texts"]] == ["c4", "self"]
+    # Text without messages counts whole next to conversations.
+    assert text.training_counted is None
+    c4_counted = texts[0].training % 2 > 0, texts[0].held_out % 2 > 0
+    chat = replace(texts[0], training_counted=c4_counted[0], held_out_counted=c4_counted[1])
+    counted = mixed(both, [chat, texts[1]])
+    assert counted.training_counted is not None
+    assert counted.held_out_counted is not None
+    assert torch.equal(counted.training_counted, (text.training % 2 > 0) | (text.training <= 0))
+    assert torch.equal(counted.held_out_counted, (text.held_out % 2 > 0) | own_windows[:, None])
     assert repetition_warning(own, texts[1], 8) is None
     assert "calibration.samples" in str(repetition_warning(own, texts[1], 12))
     assert repetition_warning(c4, texts[0], 12) is None

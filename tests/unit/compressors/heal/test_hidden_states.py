@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
-from lrc.compressors.heal.divergence import Predictor, add_gradients, divergence
+from lrc.compressors.heal.divergence import Predictor, add_gradients
 from lrc.compressors.heal.hidden_states import hidden_distance, recorded
 
 
@@ -15,13 +16,13 @@ def test_the_distance_is_relative_to_every_state() -> None:
         torch.tensor([[[0.0, 2.0], [1.0, 1.0]]]),
     ]
     compressed = [each.clone() for each in dense]
-    assert hidden_distance(dense, compressed) == 0
+    assert hidden_distance(dense, compressed).tolist() == [0, 0]
     compressed[0][0, 0, 0] += 2  # half of the size of the state
     compressed[0][0, 1, 1] -= 100  # a quarter
     compressed[1][0, 0] *= -1  # twice
-    assert float(hidden_distance(dense, compressed)) == (0.5 + 0.25 + 2) / 2
+    assert hidden_distance(dense, compressed).tolist() == [(0.5 + 2) / 2, 0.25 / 2]
     scaled = [[1e3 * each for each in states] for states in (dense, compressed)]
-    assert float(hidden_distance(*scaled)) == pytest.approx(2.75 / 2)
+    assert hidden_distance(*scaled).tolist() == pytest.approx([2.5 / 2, 0.25 / 2])
 
 
 def states_of(model: Any, tokens: Tensor) -> list[Tensor]:
@@ -56,10 +57,13 @@ def test_gradients_are_those_of_the_sum_of_both_losses(tiny_llama: Callable[...,
         ((found - expected).abs().mean(-1) / expected.abs().mean(-1)).mean()
         for found, expected in zip(states_of(models[1], tokens), expected_states, strict=True)
     ]
-    loss = divergence(logits[0].detach(), logits[1], "forward") / 60 + 0.7 * sum(relative) / 2
+    log_p, log_q = (each.log_softmax(-1) for each in logits)
+    divergence = kl_div(log_q, log_p.detach(), reduction="sum", log_target=True)
+    loss = divergence / 60 + 0.7 * sum(relative) / 2
     parameters = [*models[1].model.layers.parameters()]
     expected = torch.autograd.grad(loss, parameters)
     for windows in (tokens[:2], tokens[2:]):
-        add_gradients(dense, compressed, windows, kind="forward", positions=60, hidden=0.7)
+        weights = torch.full(windows.shape, 1 / 60)
+        add_gradients(dense, compressed, windows, weights, kind="forward", hidden=0.7)
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
