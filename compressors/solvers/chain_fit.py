@@ -7,7 +7,7 @@ the weight whitened by it, and alternating least squares under the whole metric 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -278,6 +278,14 @@ class _Search:
         self.problem, self.cores = problem, cores
         # A tensor: a number would have to be waited for.
         self.floor = (ROUNDING * problem.metric(problem.W).norm()) ** 2
+        left, right = (side.mean() for side in problem.metric.diagonals(problem.W))
+        tiny = torch.finfo(problem.W.dtype).tiny
+        self.scale = (left * right).clamp_min(tiny)
+        H, G = problem.metric.H, problem.metric.G
+        self.metric = Metric(
+            None if H is None else (H / right.clamp_min(tiny)).float(),
+            None if G is None else (G / left.clamp_min(tiny)).float(),
+        )
 
     def round(self) -> None:
         """Solve for all cores from the last one to the first, and back."""
@@ -296,17 +304,23 @@ class _Search:
             self.cores[k + 1] = torch.einsum("cb,bmnd->cmnd", R, self.cores[k + 1])
 
     def _improve(self, k: int) -> None:
-        """Reduce the error by changing core `k` alone."""
+        """Reduce the error by changing core `k` alone.
+
+        The residual is exact, and the change that it requires is solved for in float32.
+        """
         frame = _Frame.of(self.cores, k)
         metric, core = self.problem.metric, self.cores[k]
-        error = self.problem.W - frame.matrix(core)
-        self.cores[k], _ = conjugate_gradients(
-            lambda change: frame.core(metric(frame.matrix(change))),
-            core,
-            frame.core(metric(error)),
+        residual = frame.core(metric(self.problem.W - frame.matrix(core)))
+        size = residual.norm().clamp_min(torch.finfo(core.dtype).tiny)
+        single = frame.single()
+        change, _ = conjugate_gradients(
+            lambda change: single.core(self.metric(single.matrix(change))),
+            torch.zeros_like(core, dtype=torch.float32),
+            (residual / size).float(),
             steps=CG_STEPS,
-            floor=self.floor,
+            floor=self.floor / size**2,
         )
+        self.cores[k] = core + change.double() * (size / self.scale)
 
 
 @dataclass(frozen=True)
@@ -338,6 +352,10 @@ class _Frame:
             m1, n1 = m * m1, n * n1
         a, m, n, b = cores[k].shape
         return cls(before, after, (m0, m, m1, n0, n, n1), (a, b))
+
+    def single(self) -> "_Frame":
+        """Return the same frame in float32."""
+        return replace(self, before=self.before.float(), after=self.after.float())
 
     def matrix(self, core: Tensor) -> Tensor:
         """Return the matrix [d_out, d_in] with a core [a, m, n, b]."""
