@@ -20,11 +20,11 @@ from lrc.compressors.solvers.linalg import descending_eigh
 from lrc.compressors.solvers.metric import Metric, damped_metric
 from lrc.compressors.solvers.moments import Moment
 
-CG_STEPS = 24
+CG_STEPS = 16
 """Conjugate gradient steps for a core, before its neighbour is next.
 
-With the same number of products, many steps in few rounds reduce the error more than few steps in
-many rounds: the problem of a core is poorly conditioned.
+The problem of a core is poorly conditioned. At `keep: 0.6`, 4 rounds of 16 steps left between 1 %
+more and 25 % less error than 8 rounds of 8 steps, on ten matrices of SmolLM2-135M.
 """
 CONVERGED = 1e-3
 """The search ends when a round reduces the error by less than this fraction."""
