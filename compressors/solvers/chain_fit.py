@@ -280,7 +280,6 @@ class _Search:
         self.floor = (ROUNDING * problem.metric(problem.W).norm()) ** 2
         left, right = (side.mean() for side in problem.metric.diagonals(problem.W))
         tiny = torch.finfo(problem.W.dtype).tiny
-        self.scale = (left * right).clamp_min(tiny)
         H, G = problem.metric.H, problem.metric.G
         self.metric = Metric(
             None if H is None else (H / right.clamp_min(tiny)).float(),
@@ -306,7 +305,8 @@ class _Search:
     def _improve(self, k: int) -> None:
         """Reduce the error by changing core `k` alone.
 
-        The residual is exact, and the change that it requires is solved for in float32.
+        The residual is computed in float64, and the change that it requires in float32. The best
+        step along this change, in float64 again, never increases the error.
         """
         frame = _Frame.of(self.cores, k)
         metric, core = self.problem.metric, self.cores[k]
@@ -320,7 +320,11 @@ class _Search:
             steps=CG_STEPS,
             floor=self.floor / size**2,
         )
-        self.cores[k] = core + change.double() * (size / self.scale)
+        # Of a metric that is singular in float32, the change may have overflowed.
+        step = torch.where(change.isfinite().all(), change, 0).double()
+        curvature = (step * frame.core(metric(frame.matrix(step)))).sum()
+        length = torch.where(curvature > 0, (step * residual).sum() / curvature, 0)
+        self.cores[k] = core + length * step
 
 
 @dataclass(frozen=True)

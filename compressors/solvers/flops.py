@@ -44,7 +44,7 @@ def chain_work(d_out: int, d_in: int, *, cores: int, rounds: int, starts: int = 
     Products with the other cores are left out. They take less as long as the bond dimensions are
     below the sides of the matrix.
     """
-    steps = rounds * (2 * (cores - 1) * (CG_STEPS + 1) + 1) + METRICS + starts
+    steps = rounds * (2 * (cores - 1) * (CG_STEPS + 2) + 1) + METRICS + starts
     return steps * d_out * d_in * (d_out + d_in) + EIGENVECTORS * min(d_out, d_in) ** 3
 
 
