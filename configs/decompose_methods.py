@@ -263,7 +263,7 @@ class TensorTrain(FixedSize):
     """How to factor dimensions: lists of as many factors as there are cores, such as
     `[[24, 24], [32, 48]]` for the dimensions 576 and 1536. Others are factored automatically, into
     factors of similar size."""
-    rounds: Annotated[PositiveInt, Field(description="Alternating updates of all cores.")] = 8
+    rounds: Annotated[PositiveInt, Field(description="Alternating updates of all cores.")] = 4
     damp: Damp = 1e-6
     gradient_damp: GradientDamp = 0.1
     allocation: FixedSizeAllocation = "lagrangian"

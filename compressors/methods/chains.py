@@ -19,7 +19,7 @@ class TensorTrain(FixedSizeMethod):
     """Decompose a weight into a chain of cores, refined by alternating least squares."""
 
     CURVE_ROUNDS = 1
-    """One round shows the shape of a rate-distortion curve."""
+    """Rounds at one size of a rate-distortion curve, relative to which the others are estimated."""
 
     options: tuple[str, ...] = field(
         default=("cores", "factors", "rounds", "damp", "gradient_damp"), kw_only=True
@@ -42,18 +42,28 @@ class TensorTrain(FixedSizeMethod):
     def squared_errors(
         self, W: Tensor, statistics: Statistics, sizes: Sequence[Sizes], **options: Any
     ) -> tuple[list[float], float]:
-        """Estimate the squared error at several sizes after few rounds, and return that of W."""
+        """Estimate the squared error at several sizes, and return that of removing W.
+
+        Errors before any round are multiplied by a factor, the reduction by a round at the size in
+        the middle. It differs between matrices, and little between sizes.
+        """
         problem = self._problem(W, statistics, **options)
         rounds = min(options["rounds"], self.CURVE_ROUNDS)
         shapes = self._shapes(W, sizes, options)
-        return [problem.solve(shape, rounds).energy for shape in shapes], problem.total
+        starts, middle = problem.start_energies(shapes), len(shapes) // 2
+        refined = problem.solve(shapes[middle], rounds).energy
+        factor = refined / starts[middle] if starts[middle] > 0 else 1.0
+        return [start * factor for start in starts], problem.total
 
     def flops(
         self, d_out: int, d_in: int, sizes: Sequence[Sizes], *, curve: bool, **options: Any
     ) -> int:
-        """Return the multiply-adds of all rounds."""
-        rounds = min(options["rounds"], self.CURVE_ROUNDS) if curve else options["rounds"]
-        return len(sizes) * chain_work(d_out, d_in, cores=options["cores"], rounds=rounds)
+        """Return the multiply-adds of all rounds, and of the errors before them for a curve."""
+        cores, rounds, count = options["cores"], options["rounds"], len(sizes)
+        if curve:
+            rounds = min(rounds, self.CURVE_ROUNDS)
+            return chain_work(d_out, d_in, cores=cores, rounds=rounds, starts=count)
+        return count * chain_work(d_out, d_in, cores=cores, rounds=rounds)
 
     def _shapes(
         self, W: Tensor, sizes: Sequence[Sizes], options: Mapping[str, Any]

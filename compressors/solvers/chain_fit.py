@@ -7,7 +7,7 @@ the weight whitened by it, and alternating least squares under the whole metric 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -20,13 +20,19 @@ from lrc.compressors.solvers.linalg import descending_eigh
 from lrc.compressors.solvers.metric import Metric, damped_metric
 from lrc.compressors.solvers.moments import Moment
 
-CG_STEPS = 8
-"""Conjugate gradient steps for a core, before its neighbour is next."""
+CG_STEPS = 16
+"""Conjugate gradient steps for a core, before its neighbour is next.
+
+The problem of a core is poorly conditioned. At `keep: 0.6`, 4 rounds of 16 steps left between 1 %
+more and 25 % less error than 8 rounds of 8 steps, on ten matrices of SmolLM2-135M.
+"""
 CONVERGED = 1e-3
 """The search ends when a round reduces the error by less than this fraction."""
 # Relative to the largest. A singular metric has no inverse; the start need not be exact.
 SMALLEST_EIGENVALUE = 1e-8
 ROUNDING = 1e-14
+SHIFT = 1e-14
+"""Added to the diagonal of a Gram matrix before it is factored, relative to its trace."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,8 @@ class ChainProblem:
     total: float
     """Energy of the weight."""
     fallback: str | None
-    _bases: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
-    """Left singular vectors of the first unfolding, which chains of all bond dimensions share."""
+    _splits: dict[tuple[int, ...], "_Split"] = field(default_factory=dict, repr=False)
+    """Of the first unfolding, which chains of all bond dimensions share."""
 
     @classmethod
     def of(
@@ -133,15 +139,28 @@ class ChainProblem:
         rounds : int
             Passes over all cores from the last to the first and back; 0 for the start alone.
         """
-        search = _Search(self, shape, tensor_train_svd(self.W, shape, self._bases))
-        energy = before = search.energy()
+        search = _Search(self, self._start(shape))
+        energy = before = float(self._energy(search.cores))
         for _ in range(rounds):
             search.round()
-            before, energy = energy, search.energy()
+            before, energy = energy, float(self._energy(search.cores))
             if energy >= (1 - CONVERGED) * before:
                 break
         relative = min(1.0, energy / self.total) if self.total > 0 else 0.0
         return ChainSolution(self._unwhitened(search.cores), energy, relative, self.fallback)
+
+    def start_energies(self, shapes: Sequence[ChainShape]) -> list[float]:
+        """Return the weighted squared errors of chains before any round."""
+        energies = [self._energy(self._start(shape)) for shape in shapes]
+        found: list[float] = torch.stack(energies).tolist()
+        return found
+
+    def _start(self, shape: ChainShape) -> list[Tensor]:
+        return tensor_train_svd(self.W, shape, self._splits)
+
+    def _energy(self, cores: Sequence[Tensor]) -> Tensor:
+        """Return the weighted squared error of cores of the whitened weight."""
+        return self.metric.energy(self.W - multiply_out(cores))
 
     def _unwhitened(self, cores: list[Tensor]) -> list[Tensor]:
         """Return cores of the weight itself, all with the same norm."""
@@ -152,7 +171,7 @@ class ChainProblem:
             if self.right is not None:
                 core = torch.einsum("ij,amjb->amib", self.right.inverses[k], core)
             found.append(core)
-        norms = [float(core.norm()) for core in found]
+        norms: list[float] = torch.stack([core.norm() for core in found]).tolist()
         if min(norms) == 0:
             return found
         mean = prod(norm ** (1 / len(norms)) for norm in norms)
@@ -160,7 +179,7 @@ class ChainProblem:
 
 
 def tensor_train_svd(
-    W: Tensor, shape: ChainShape, bases: dict[tuple[int, ...], Tensor] | None = None
+    W: Tensor, shape: ChainShape, splits: dict[tuple[int, ...], "_Split"] | None = None
 ) -> list[Tensor]:
     """Decompose a matrix [d_out, d_in] by successive truncated singular value decompositions.
 
@@ -172,9 +191,9 @@ def tensor_train_svd(
     ----------
     W : Tensor
         The matrix [d_out, d_in].
-    bases : dict, optional
+    splits : dict, optional
         Kept by the caller for decompositions of the same `W` with other bond dimensions, which
-        have the first singular vectors in common.
+        have the decomposition of the first unfolding in common.
 
     References
     ----------
@@ -185,29 +204,67 @@ def tensor_train_svd(
     order = [axis for k in range(count) for axis in (k, count + k)]
     rest = W.reshape(*shape.outputs, *shape.inputs).permute(order)
     cores: list[Tensor] = []
-    bases = {} if bases is None else bases
+    splits = {} if splits is None else splits
     for core in shape.cores[:-1]:
         a, m, n, b = core
         rest = rest.reshape(a * m * n, -1)
         if cores:
-            Q = _leading_basis(rest, b)
+            split = _Split.of(rest, b)
         else:
             key = (*shape.outputs, *shape.inputs)
-            if key not in bases:
-                bases[key] = _leading_basis(rest, min(rest.shape))
-            Q = bases[key][:, :b].contiguous()
-        cores.append(Q.view(core))
-        rest = Q.T @ rest
+            if key not in splits:
+                splits[key] = _Split.of(rest, min(rest.shape))
+            split = splits[key]
+        Q, rest = split.truncated(b)
+        cores.append(Q.reshape(core))
     return [*cores, rest.reshape(shape.cores[-1])]
 
 
-def _leading_basis(M: Tensor, rank: int) -> Tensor:
-    """Return an orthonormal basis [rows, rank] of the leading left singular vectors."""
-    if M.shape[0] <= M.shape[1]:
-        return descending_eigh(M @ M.T)[1][:, :rank].contiguous()
-    _, V = descending_eigh(M.T @ M)
-    Q: Tensor = torch.linalg.qr(M @ V[:, :rank]).Q
-    return Q
+@dataclass(frozen=True)
+class _Split:
+    """A product ``Q @ R @ V.T`` that is the best approximation of its rank of a matrix M."""
+
+    Q: Tensor
+    """[rows, rank], with orthonormal columns."""
+    R: Tensor | None
+    """[rank, rank], upper triangular; None if the product is ``Q @ V.T``."""
+    V: Tensor
+    """[columns, rank]: the leading right singular vectors, or ``M.T @ Q``."""
+
+    @classmethod
+    def of(cls, M: Tensor, rank: int) -> "_Split":
+        """Use the eigenvectors of the smaller Gram matrix."""
+        if M.shape[0] <= M.shape[1]:
+            Q = descending_eigh(M @ M.T)[1][:, :rank].contiguous()
+            return cls(Q, None, M.T @ Q)
+        V = descending_eigh(M.T @ M)[1][:, :rank].contiguous()
+        return cls(*orthonormalized(M @ V), V)
+
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return factors [rows, rank] and [rank, columns] of the best product of a lower rank."""
+        right = self.V[:, :rank].T
+        return self.Q[:, :rank], right if self.R is None else self.R[:rank, :rank] @ right
+
+
+def orthonormalized(C: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor a matrix C [rows, columns] into Q with orthonormal columns, and R upper triangular.
+
+    By the Cholesky factor R of the Gram matrix with a small shift [1]_, which on a GPU takes a
+    fraction of the time of Householder reflections, and never fails. ``C == Q @ R`` holds up to
+    rounding errors in any case. Columns of Q are shorter than 1 for singular values of C that are
+    not above ``sqrt(SHIFT)`` of its norm.
+
+    References
+    ----------
+    .. [1] T. Fukaya et al., "Shifted Cholesky QR for Computing the QR Factorization of
+       Ill-Conditioned Matrices", SIAM J. Sci. Comput. 42 (1), 2020.
+       https://doi.org/10.1137/18M1218212
+    """
+    gram = C.T @ C
+    diagonal = gram.diagonal()
+    diagonal.add_((SHIFT * diagonal.sum()).clamp_min(torch.finfo(C.dtype).tiny))
+    L, _ = torch.linalg.cholesky_ex(gram)  # without the synchronization that a check would take
+    return torch.linalg.solve_triangular(L.T, C, upper=True, left=False), L.T
 
 
 class _Search:
@@ -217,13 +274,17 @@ class _Search:
     after it orthonormal rows. The problem of a core is then no worse conditioned than the metric.
     """
 
-    def __init__(self, problem: ChainProblem, shape: ChainShape, cores: list[Tensor]) -> None:
-        self.problem, self.shape, self.cores = problem, shape, cores
-        self.rounding = ROUNDING * float(problem.metric(problem.W).norm())
-
-    def energy(self) -> float:
-        """Return the weighted squared error."""
-        return float(self.problem.metric.energy(self.problem.W - multiply_out(self.cores)))
+    def __init__(self, problem: ChainProblem, cores: list[Tensor]) -> None:
+        self.problem, self.cores = problem, cores
+        # A tensor: a number would have to be waited for.
+        self.floor = (ROUNDING * problem.metric(problem.W).norm()) ** 2
+        left, right = (side.mean() for side in problem.metric.diagonals(problem.W))
+        tiny = torch.finfo(problem.W.dtype).tiny
+        H, G = problem.metric.H, problem.metric.G
+        self.metric = Metric(
+            None if H is None else (H / right.clamp_min(tiny)).float(),
+            None if G is None else (G / left.clamp_min(tiny)).float(),
+        )
 
     def round(self) -> None:
         """Solve for all cores from the last one to the first, and back."""
@@ -231,28 +292,39 @@ class _Search:
         for k in range(last, 0, -1):
             self._improve(k)
             a, m, n, b = self.cores[k].shape
-            Q, R = torch.linalg.qr(self.cores[k].reshape(a, -1).T)  # [m * n * b, a], [a, a]
+            Q, R = orthonormalized(self.cores[k].reshape(a, -1).T)  # [m * n * b, a], [a, a]
             self.cores[k] = Q.T.reshape(a, m, n, b)
             self.cores[k - 1] = self.cores[k - 1] @ R.T
         for k in range(last):
             self._improve(k)
             a, m, n, b = self.cores[k].shape
-            Q, R = torch.linalg.qr(self.cores[k].reshape(-1, b))  # [a * m * n, b], [b, b]
-            self.cores[k] = Q.view(a, m, n, b)
+            Q, R = orthonormalized(self.cores[k].reshape(-1, b))  # [a * m * n, b], [b, b]
+            self.cores[k] = Q.reshape(a, m, n, b)
             self.cores[k + 1] = torch.einsum("cb,bmnd->cmnd", R, self.cores[k + 1])
 
     def _improve(self, k: int) -> None:
-        """Reduce the error by changing core `k` alone."""
+        """Reduce the error by changing core `k` alone.
+
+        The residual is computed in float64, and the change that it requires in float32. The best
+        step along this change, in float64 again, never increases the error.
+        """
         frame = _Frame.of(self.cores, k)
         metric, core = self.problem.metric, self.cores[k]
-        error = self.problem.W - frame.matrix(core)
-        self.cores[k], _ = conjugate_gradients(
-            lambda change: frame.core(metric(frame.matrix(change))),
-            core,
-            frame.core(metric(error)),
+        residual = frame.core(metric(self.problem.W - frame.matrix(core)))
+        size = residual.norm().clamp_min(torch.finfo(core.dtype).tiny)
+        single = frame.single()
+        change, _ = conjugate_gradients(
+            lambda change: single.core(self.metric(single.matrix(change))),
+            torch.zeros_like(core, dtype=torch.float32),
+            (residual / size).float(),
             steps=CG_STEPS,
-            floor=self.rounding**2,
+            floor=self.floor / size**2,
         )
+        # Of a metric that is singular in float32, the change may have overflowed.
+        step = torch.where(change.isfinite().all(), change, 0).double()
+        curvature = (step * frame.core(metric(frame.matrix(step)))).sum()
+        length = torch.where(curvature > 0, (step * residual).sum() / curvature, 0)
+        self.cores[k] = core + length * step
 
 
 @dataclass(frozen=True)
@@ -284,6 +356,10 @@ class _Frame:
             m1, n1 = m * m1, n * n1
         a, m, n, b = cores[k].shape
         return cls(before, after, (m0, m, m1, n0, n, n1), (a, b))
+
+    def single(self) -> "_Frame":
+        """Return the same frame in float32."""
+        return replace(self, before=self.before.float(), after=self.after.float())
 
     def matrix(self, core: Tensor) -> Tensor:
         """Return the matrix [d_out, d_in] with a core [a, m, n, b]."""

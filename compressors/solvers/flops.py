@@ -36,13 +36,15 @@ def sum_work(d_out: int, d_in: int, *, rank: int, rounds: int, start: bool) -> i
     return fits * metric + steps * (step + EIGENVECTORS * wide**3)
 
 
-def chain_work(d_out: int, d_in: int, *, cores: int, rounds: int) -> int:
+def chain_work(d_out: int, d_in: int, *, cores: int, rounds: int, starts: int = 0) -> int:
     """Count the search for a chain of cores: products with the metric, and the eigenvectors.
+
+    `starts` counts other chains whose errors are measured before any round.
 
     Products with the other cores are left out. They take less as long as the bond dimensions are
     below the sides of the matrix.
     """
-    steps = rounds * (2 * (cores - 1) * (CG_STEPS + 1) + 1) + METRICS
+    steps = rounds * (2 * (cores - 1) * (CG_STEPS + 2) + 1) + METRICS + starts
     return steps * d_out * d_in * (d_out + d_in) + EIGENVECTORS * min(d_out, d_in) ** 3
 
 

@@ -26,7 +26,7 @@ OPTIONS = {
     | {
         "dictionary": {"rounds": 15},
         "compot": {"rounds": 20},
-        "tensor-train": {"rounds": 4, "cores": 2, "factors": []},
+        "tensor-train": {"rounds": 1, "cores": 2, "factors": []},
     }.get(name, {})
     for name in SIZES
 }
