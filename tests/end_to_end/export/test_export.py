@@ -180,6 +180,8 @@ def test_the_tokenizer_is_copied_from_the_gguf_source(
     out = tmp_path / "out.gguf"
     ended = lrc("export", output / "checkpoint", out, "--format", "gguf")
     assert ended.code == 0, ended.err
+    config = json.loads((output / "checkpoint/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]  # which GGUF files do not state
     before, after = read_gguf(given)[0], read_gguf(out)[0]
     copied = {key for key in before if key.startswith("tokenizer.")}
     assert {"tokenizer.ggml.merges", "tokenizer.chat_template"} < copied
