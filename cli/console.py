@@ -18,18 +18,40 @@ from lrc.cli.gate_results import annotation, on_github
 from lrc.configs.errors import LrcError, Stopped
 
 HEARTBEAT_SECONDS = 60.0
-DISK = "check the disk and run the same command again, it continues"
+DISK = "check the disk and run the same command again"
 OS_REMEDIES = {
     errno.ENAMETOOLONG: "use a shorter name",
     errno.ELOOP: "a part of the path is a link to itself: name another one",
 }
 WITH_RECIPE = {"plan", "compress", "sweep", "latency"}
 """Commands that read a recipe."""
+CONTINUING = {"compress", "sweep"}
+"""Commands that keep finished steps in the output folder."""
+SENSITIVITY = {"--sensitivity", "--profile", "--svg", "--format"}
+"""Options with which `lrc plan` does too."""
 LESS_MEMORY = (
     "lower calibration.memory_limit_gib or use --device cpu, and the same command continues; or "
     "lower calibration.samples or length and pass --overwrite"
 )
-AT_ONCE = "stopped: at once; the same command continues from the last finished step"
+RESTARTS = "the same command starts from the beginning"
+
+
+def command_name() -> str:
+    """Return the name of the command that was given, or an empty text."""
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+
+
+def continues() -> bool:
+    """Return whether the command that was given continues where it was stopped."""
+    options = {word.partition("=")[0] for word in sys.argv[1:]}
+    name = command_name()
+    return name in CONTINUING or (name == "plan" and not SENSITIVITY.isdisjoint(options))
+
+
+def at_once() -> str:
+    """Say that the program stops before the end of a step."""
+    place = "the same command continues from the last finished step"
+    return f"stopped: at once; {place if continues() else RESTARTS}"
 
 
 def print_json(value: Any) -> None:
@@ -41,7 +63,7 @@ class Steps:
     """Progress of a run: bars on a terminal, otherwise one line per finished stage.
 
     Calling it records a step. After a first signal it raises `Stopped`, because between steps
-    everything finished is on disk. Signals are ignored if `lost` returns True: launchers send one
+    what a command keeps is on disk. Signals are ignored if `lost` returns True: launchers send one
     when a process of several has ended, and that is reported instead.
     """
 
@@ -58,7 +80,8 @@ class Steps:
         self.taken += 1
         if self._signal is not None:
             name = signal.Signals(self._signal).name
-            raise Stopped(f"stopped on {name}; the same command continues from here")
+            then = "the same command continues from here" if continues() else RESTARTS
+            raise Stopped(f"stopped on {name}; {then}")
         now = time.monotonic()
         if self._quiet:
             return
@@ -105,10 +128,10 @@ class Steps:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._lost():
             return
-        if self._signal is not None:  # the second one: exit now; what is finished is on disk
+        if self._signal is not None:  # the second one: exit now
             if self._bars is not None:
                 say("\x1b[?25h")  # show the cursor, which the bars have hidden
-            say(AT_ONCE)
+            say(at_once())
             os._exit(Stopped.exit_code)
         self._signal = number
         say("stopping after this step; a second signal stops at once")
@@ -166,7 +189,7 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        say(AT_ONCE)
+        say(at_once())
         return Stopped.exit_code
     if isinstance(error, Stopped):
         say(f"stopped: {str(error).removeprefix('stopped ')}")
@@ -187,8 +210,7 @@ def exit_code_of(error: BaseException, *, debug: bool) -> int:
         return int(getattr(error, "exit_code", 1))
     text = " ".join(str(error).split())[:500]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        with_recipe = WITH_RECIPE.intersection(sys.argv[1:3])  # after --debug
-        remedy = LESS_MEMORY if with_recipe else "use --device cpu or a machine with more memory"
+        remedy = LESS_MEMORY if continues() else "use --device cpu or a machine with more memory"
         say(f"error[out-of-memory]: out of memory ({text[:200] or 'no details'}); {remedy}")
     elif isinstance(error, OSError) and error.errno is not None:
         say(

@@ -51,13 +51,18 @@ def size_words(n_bytes: float) -> str:
     return f"{n_bytes:.15g}B"
 
 
+def suitable_unit(n_bytes: float) -> str:
+    """Return the unit in which a size is printed."""
+    return "GiB" if n_bytes >= GIB else "MiB" if n_bytes >= MIB else "KiB"
+
+
 def size_text(n_bytes: float | None, unit: str = "") -> str:
     """Return a size rounded as in tables, in `unit` or one that suits it.
 
     >>> size_text(1536), size_text(3 * 2**20), size_text(3 * 2**20, "GiB"), size_text(None)
     ('1.5 KiB', '3.0 MiB', '0.00293 GiB', 'unknown')
     """
-    return "unknown" if n_bytes is None else _rounded(n_bytes, unit or _suitable(n_bytes))
+    return "unknown" if n_bytes is None else _rounded(n_bytes, unit or suitable_unit(n_bytes))
 
 
 def size_texts(*n_bytes: float) -> list[str]:
@@ -66,7 +71,7 @@ def size_texts(*n_bytes: float) -> list[str]:
     >>> size_texts(3 * 2**29, 2**28)
     ['1.50 GiB', '0.250 GiB']
     """
-    return [size_text(each, _suitable(max(n_bytes))) for each in n_bytes]
+    return [size_text(each, suitable_unit(max(n_bytes))) for each in n_bytes]
 
 
 def least_text(n_bytes: float, unit: str) -> str:
@@ -92,10 +97,6 @@ def apart_text(n_bytes: float, bound: float, unit: str) -> str:
     if n_bytes == bound or size_text(n_bytes, unit) != size_text(bound, unit):
         return size_text(n_bytes, unit)
     return least_text(n_bytes, unit) if n_bytes > bound else most_text(n_bytes, unit)
-
-
-def _suitable(n_bytes: float) -> str:
-    return "GiB" if n_bytes >= GIB else "MiB" if n_bytes >= MIB else "KiB"
 
 
 def _rounded(n_bytes: float, unit: str, rounding: str = ROUND_HALF_EVEN) -> str:

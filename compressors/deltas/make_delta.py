@@ -273,10 +273,10 @@ def _targets(original: WeightFiles, lora: Lora) -> set[str]:
         elif header.shape != shape:
             problems.append(f"{module}.weight is {header.shape}, not {shape}")
     if problems:
+        name = lora.config.get("base_model_name_or_path")
         raise DeltaError(
             f"{original.path}: must be the model that the adapter {lora.folder} belongs to: "
-            f"{shortened(problems)}; give its base model "
-            f"({lora.config.get('base_model_name_or_path')})",
+            f"{shortened(problems)}; give its base model{f' ({name})' if name else ''}",
             code="tensor-mismatch",
         )
     return {f"{module}.weight" for module in lora.modules}

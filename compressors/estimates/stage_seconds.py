@@ -147,11 +147,14 @@ def _layer_share(work: Workload) -> float:
 def _input_share(work: Workload) -> float:
     """Return the part that a process has if weights with the same input are divided.
 
-    Those with rows of equal length in one module count as weights with the same input.
+    Those with rows of equal length in one module count as weights with the same input. Experts are
+    divided together although their inputs differ, see `rounds`.
     """
     sharing: dict[tuple[int, str, int], list[float]] = defaultdict(list)
     for task in work.tasks:
-        parent = task.name.rpartition(".")[0]
+        parent, _, leaf = task.name.rpartition(".")
+        if task.compensate is not None and task.compensate.routed:
+            parent = f"{parent.rpartition('.')[0]}.{leaf}"
         sharing[task.layer, parent, task.stacked_shape[1]].append(relative_cost(task))
     processes = Processes(size=work.processes)
     longest = 0.0

@@ -200,7 +200,9 @@ class TensorPlanner:
             shapes = self.weights.shapes
             now = sum(map(self.weights.stored_bytes, names))
             then = sum(2 * prod(shapes[name]) for name in names)
-            *others, last = GGUF_TYPES[1:]
+            whole_blocks = all(shapes[name][-1] % BLOCK == 0 for name in names)
+            kinds = [k for k in GGUF_TYPES[1:] if whole_blocks or k in FLOAT_TYPES]
+            *others, last = kinds
             options = "--embedding-type" if {*names} <= self._ends else "--type"
             text += (
                 f"; {options} {', '.join(others)} or {last} stores the dense matrix instead: "

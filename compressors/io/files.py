@@ -18,7 +18,7 @@ from torch import Tensor
 from lrc.configs.errors import OutputError
 
 REMEDIES = {
-    errno.ENOSPC: "the disk is full: free space and run the same command again, it continues",
+    errno.ENOSPC: "the disk is full: free space and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free space and run the same command again",
     errno.EFBIG: "larger than files may be here: raise the limit and run the same command again",
     errno.EROFS: "the file system is read-only: choose another 'output'",

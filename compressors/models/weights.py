@@ -153,7 +153,7 @@ class WeightReader(SkeletonFiller):
             path, reason = pieces[0].header.file, str(error).strip()[:200]
             raise ModelError(
                 f"model.path: {path} can no longer be read ({reason}); put it back unchanged and "
-                "run the same command again, it continues"
+                "run the same command again"
             ) from error
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -54,11 +54,8 @@ class Drop(SliceMethod[Options]):
                 "none can be removed; use another method"
             )
         if kept == 0:
-            least = rest + layer_bytes
-            raise budget.refusal(
-                f"must be at least {least / budget.dense_bytes:.3f} of the model ({least:,} bytes: "
-                "one layer and everything outside the layers), got "
-                f"{budget.bytes:,} of {budget.dense_bytes:,} bytes; raise it"
+            raise budget.too_small(
+                rest + layer_bytes, "one layer and everything outside the layers"
             )
         # Calibration chooses the layers; these shift all positions from the first on, one or most.
         for start in sorted({0, min(1, len(layers) - kept), len(layers) - kept}, reverse=True):

@@ -57,12 +57,11 @@ def solve_widths(
         if width >= min(multiple, layout.width):
             return width, narrower
     smallest = min(multiple, layout.width)
-    least = size(smallest, choices[-1])
     heads = "" if head_dim is None else f" and heads of {choices[-1]}"
-    raise budget.refusal(
-        f"must be at least {least / budget.dense_bytes:.3f} of the bytes, for MLPs of {smallest} "
-        f"channels{heads}, the smallest; got {budget.bytes:,} of {budget.dense_bytes:,} bytes; "
-        "raise it, or slice with 'drop', which removes whole layers"
+    raise budget.too_small(
+        size(smallest, choices[-1]),
+        f"MLPs of {smallest} channels{heads}, the smallest",
+        "slice with 'drop', which removes whole layers",
     )
 
 

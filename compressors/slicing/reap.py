@@ -87,11 +87,10 @@ class FewerExperts(SliceMethod[OptionsT]):
         kept = min(n_experts, (budget.bytes - rest) // each) // groups * groups
         least = _least(model.config, per_token)
         if kept < least:
-            bound = rest + least * each
-            raise budget.refusal(
-                f"must be at least {bound / budget.dense_bytes:.3f} of the model ({bound:,} bytes: "
+            raise budget.too_small(
+                rest + least * each,
                 f"{least} of {n_experts} experts, of which a token selects {per_token}, and "
-                f"everything else), got {budget.bytes:,} of {budget.dense_bytes:,} bytes; raise it"
+                "everything else",
             )
         for key in COUNTS:
             smaller: PreTrainedConfig = deepcopy(model.config)

@@ -6,6 +6,7 @@ Shapes that config.json cannot describe are stored in tables inside it, see `mod
 that depend on calibration are planned evenly at the same total size.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from copy import deepcopy
@@ -19,6 +20,7 @@ from lrc.compressors.calibrate.calibration_context import CalibrationContext
 from lrc.compressors.checkpoint.format import quantization_config
 from lrc.compressors.models.architecture import Architecture
 from lrc.configs.errors import RecipeError
+from lrc.configs.size import least_text, most_text, suitable_unit
 from lrc.configs.slice import SliceBase
 
 OptionsT = TypeVar("OptionsT", bound=SliceBase)
@@ -32,6 +34,29 @@ class Budget:
     """Key path of the budget in the recipe, such as ``stages[0].slice.keep``."""
     bytes: int
     dense_bytes: int
+    header_bytes: int = 0
+    """Headers of the files, which are part of the sizes in the recipe if it gives that of files."""
+
+    @property
+    def allowed(self) -> str:
+        """The budget as messages show it."""
+        return most_text(self.bytes + self.header_bytes, suitable_unit(self.dense_bytes))
+
+    def needed(self, n_bytes: int) -> str:
+        """Return the budget that a model with tensors of so many bytes needs, rounded up."""
+        return least_text(n_bytes + self.header_bytes, suitable_unit(self.dense_bytes))
+
+    def too_small(self, least: int, what: str, otherwise: str = "") -> RecipeError:
+        """Return the error for a budget below the `least` bytes that a model can have.
+
+        `what` describes that model, and `otherwise` is another remedy.
+        """
+        remedy = f"raise it, or {otherwise}" if otherwise else "raise it"
+        share = math.ceil(1000 * least / self.dense_bytes) / 1000
+        return self.refusal(
+            f"must be at least {share:.3f} of the model ({self.needed(least)}: {what}), got "
+            f"{self.allowed} of {self.needed(self.dense_bytes)}; {remedy}"
+        )
 
     def refusal(self, reason: str) -> RecipeError:
         """Return the error for a budget that cannot be met."""

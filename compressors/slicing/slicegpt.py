@@ -66,19 +66,21 @@ class Slicegpt(SliceMethod[Options]):
         if not widths:
             least, untied = min(step, D), ""
             if roles.unties_head:
-                untied = f"; with an untied head it has {size(D)} at the full width of {D}"
+                full = budget.needed(size(D))
+                untied = f", with an untied head {full} at the full width of {D}"
             raise budget.refusal(
-                f"at most {budget.bytes} bytes are allowed, but the model has {size(least)} at its "
-                f"smallest width of {least} (a multiple of {step}); the dense model has "
-                f"{budget.dense_bytes} bytes{untied}; allow more bytes, or slice with 'drop'"
+                f"must be at least {budget.needed(size(least))}, the size of the model at its "
+                f"smallest width of {least} (a multiple of {step}), got {budget.allowed}; the "
+                f"dense model has {budget.needed(budget.dense_bytes)}{untied}; raise it, or slice "
+                "with 'drop'"
             )
         k = widths[-1]
         if size(k) > budget.dense_bytes:
             raise budget.refusal(
                 "the model would only grow: slicing unties the head; the dense model has "
-                f"{budget.dense_bytes} bytes, the sliced one {size(k)} at {k} of {D}, its widest "
-                f"within {budget.bytes}; allow at most {budget.dense_bytes} bytes, or slice with "
-                "'modegpt' or 'drop', which keep the head tied"
+                f"{budget.needed(budget.dense_bytes)}, the sliced one {budget.needed(size(k))} at "
+                f"{k} of {D}, its widest within {budget.allowed}; lower it to the size of the "
+                "dense model or less, or slice with 'modegpt' or 'drop', which keep the head tied"
             )
         return untied_config(config, roles.tables(k)) if per_block else _narrowed(config, k)
 

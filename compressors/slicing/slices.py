@@ -183,4 +183,4 @@ def _budget(options: SliceBase, whole: WholeModel, number: int) -> Budget:
             f"{options.size}; "
             f"{'raise' if allowed <= 0 else 'lower'} size"
         )
-    return Budget(f"{where}.size", allowed, whole.bytes)
+    return Budget(f"{where}.size", allowed, whole.bytes, header)

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tests.shared_runs import Run, made_once
+from tests.shared_runs import Run, checkpoints_of, made_once
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     dynamic_module_utils,
 )
@@ -83,6 +85,29 @@ def run_stages(
         return done[key]
 
     return start
+
+
+@pytest.fixture(scope="module")
+def compressed(
+    tiny_llama: Callable[..., LlamaForCausalLM],
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+    tiny_recipe: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Callable[[str], Path]]:
+    """Save a tiny model, by default a Llama with a tied head; return `checkpoints_of` of stages."""
+
+    def save(
+        stages: Mapping[str, list[dict[str, Any]]],
+        model: PreTrainedModel | None = None,
+        **changes: Any,
+    ) -> Callable[[str], Path]:
+        base = tmp_path_factory.mktemp("compressed")
+        made = model or tiny_llama(**{"tie_word_embeddings": True, **changes})
+        made.save_pretrained(base / "source")
+        make_tokenizer().save_pretrained(base / "source")
+        return checkpoints_of(base, tiny_recipe, stages)
+
+    return save
 
 
 @dataclass(frozen=True)

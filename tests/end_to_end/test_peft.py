@@ -8,9 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.shared_runs import checkpoints_of
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lrc.compressors.integrations.peft_lora import AdapterError
 from lrc.compressors.layers import COMPONENTS, CompressedLinear
@@ -56,17 +55,9 @@ TOKENS = torch.arange(2, 42)[None]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    make_tokenizer: Callable[..., Any],
-    tiny_recipe: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], Path]:
+def checkpoint(compressed: Callable[..., Any]) -> Any:
     """Run the recipe of a form once, and return its checkpoint."""
-    base = tmp_path_factory.mktemp("adapters")
-    tiny_llama(tie_word_embeddings=True).save_pretrained(base / "source")
-    make_tokenizer().save_pretrained(base / "source")
-    return checkpoints_of(base, tiny_recipe, FORMS)
+    return compressed(FORMS)
 
 
 def load(folder: Path, **options: Any) -> Any:

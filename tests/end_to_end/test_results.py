@@ -17,15 +17,11 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     CompressedTensorsConfig,
-    LlamaForCausalLM,
 )
 
 from lrc.cli.inspect import describe
-from lrc.compressors.io.machine import Machine
 from lrc.compressors.layers import CompressedLinear
-from lrc.compressors.pipeline import compress
 from lrc.configs.errors import CheckpointError
-from lrc.configs.load import load_recipe
 
 BLOCKS = {"slice": {"method": "slicegpt", "keep": 0.9, "width_multiple": 1, "rotations": "block"}}
 LOW_RANK = {"decompose": {"method": "svd-llm", "keep": 0.6}}
@@ -63,27 +59,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def results(
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    make_tokenizer: Callable[..., Any],
-    tiny_recipe: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], Path]:
+def results(compressed: Callable[..., Any]) -> Callable[[str], Path]:
     """Run the recipe of a kind once, and return its checkpoint."""
-    base = tmp_path_factory.mktemp("results")
-    for tied in (True, False):
-        tiny_llama(tie_word_embeddings=tied).save_pretrained(base / f"source-{tied}")
-        make_tokenizer().save_pretrained(base / f"source-{tied}")
-
-    def result(kind: str) -> Path:
-        output = base / kind.replace(", ", "-").replace(" ", "-")
-        if not output.exists():
-            tied, stages = KINDS[kind]
-            path = tiny_recipe(base / f"source-{tied}", output, stages=stages)
-            compress(load_recipe(path, ["model.dtype=float32"]), Machine("cpu"))
-        return output / "checkpoint"
-
-    return result
+    stages = {kind: each for kind, (_, each) in KINDS.items()}
+    made = {tied: compressed(stages, tie_word_embeddings=tied) for tied in (True, False)}
+    return lambda kind: made[KINDS[kind][0]](kind)
 
 
 def load(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
@@ -193,7 +173,7 @@ def test_dequantizing_takes_a_dtype(results) -> None:
 @pytest.mark.parametrize("kind", PLAIN)
 def test_integers_are_expanded_while_loading_as_the_readme_says(kind, results, tmp_path) -> None:
     expected = output_of(load(results(kind)))
-    expanded = CompressedTensorsConfig(run_compressed=False)
+    expanded = CompressedTensorsConfig(dequantize=True)
     options = {"device_map": DISK, "offload_folder": tmp_path / "offload"}
     offloaded = load(results(kind), quantization_config=expanded, **options)
     torch.testing.assert_close(output_of(offloaded), expected)

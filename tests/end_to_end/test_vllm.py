@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.shared_runs import checkpoints_of
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lrc.configs.errors import CheckpointError
 
@@ -49,20 +48,10 @@ PROMPTS = [[7, 5, 300, 12, 44, 91, 6, 23, 18, 19, 250], [3, 9, 4]]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(
-    tiny_llama: Callable[..., LlamaForCausalLM],
-    make_tokenizer: Callable[..., Any],
-    tiny_recipe: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], Path]:
+def checkpoint(compressed: Callable[..., Any]) -> Any:
     """Run the recipe of a kind once, and return its checkpoint."""
-    base = tmp_path_factory.mktemp("vllm")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}  # heads of 32
-    tiny_llama(**sizes, num_key_value_heads=1, tie_word_embeddings=True).save_pretrained(
-        base / "source"
-    )
-    make_tokenizer().save_pretrained(base / "source")
-    return checkpoints_of(base, tiny_recipe, KINDS | SERVED)
+    return compressed(KINDS | SERVED, **sizes, num_key_value_heads=1)
 
 
 def engine(folder: Path, dtype: str = "float32") -> Any:

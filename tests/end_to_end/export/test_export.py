@@ -11,6 +11,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.shared_runs import Run
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +30,8 @@ from lrc.configs.recipe import Model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 INT4 = {"quantize": {"method": "rtn", "bits": 4, "group_size": 32}}
+INT8_OF_48 = {"quantize": {"method": "rtn", "targets": ["*.down_proj"]}}
+"""Whose rows in the tiny model have 48 numbers."""
 TOKENS = torch.arange(2, 60)[None]
 
 
@@ -177,6 +180,8 @@ def test_the_tokenizer_is_copied_from_the_gguf_source(
     out = tmp_path / "out.gguf"
     ended = lrc("export", output / "checkpoint", out, "--format", "gguf")
     assert ended.code == 0, ended.err
+    config = json.loads((output / "checkpoint/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]  # which GGUF files do not state
     before, after = read_gguf(given)[0], read_gguf(out)[0]
     copied = {key for key in before if key.startswith("tokenizer.")}
     assert {"tokenizer.ggml.merges", "tokenizer.chat_template"} < copied
@@ -217,6 +222,14 @@ def test_what_gguf_cannot_express_is_refused_with_an_alternative(
     ended = lrc("export", checkpoint(name), out, "--format", "gguf", *options)
     ended.refuses(2 if options else 1, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_type_of_blocks_is_advised_for_rows_that_are_not_whole_blocks(
+    run_stages: Run, lrc: Callable[..., Any], tmp_path: Path
+) -> None:
+    _, run = run_stages(INT8_OF_48)
+    ended = lrc("export", run / "checkpoint", tmp_path / "out.gguf", "--format", "gguf")
+    ended.refuses(1, "rows of 48", "; --type f16 or bf16 stores", code="cannot-export")
 
 
 @pytest.mark.parametrize(
@@ -325,7 +338,10 @@ def test_an_interrupted_export_leaves_nothing(
         return read(weights, name)
 
     monkeypatch.setattr(StoredWeights, "read", stop)
-    assert lrc("export", source, out, "--format", form).code == 75
+    ended = lrc("export", source, out, "--format", form)
+    assert ended.code == 75
+    last = "stopped: at once; the same command starts from the beginning"
+    assert ended.err.splitlines()[-1] == last
     assert not list(tmp_path.iterdir())
 
 

@@ -61,7 +61,7 @@ def test_expanded_while_loading_it_takes_adapters_and_rounds_no_inputs(
 ) -> None:
     ended = lrc("export", checkpoint("int8"), tmp_path / "out", "--format", "int-quantized")
     assert ended.code == 0, ended.err
-    options = {"quantization_config": CompressedTensorsConfig(run_compressed=False)}
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     expanded, plain = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         for folder in (tmp_path / "out", checkpoint("int8"))

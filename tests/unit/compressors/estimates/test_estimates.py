@@ -349,3 +349,6 @@ def test_time_of_experts_counts_the_passes_over_the_text_and_the_experts_of_a_to
         times[together] = stage_seconds(work, RATES)["compress"]
     assert times[1] - times[4] == pytest.approx(3 * (times[2] - times[4]))
     assert times[2] > times[4]
+
+    # Of two processes, each has half of the experts, and q and k or o and v, whose sizes are equal.
+    assert seconds_of_stages._input_share(Workload(work.prepared, "cpu", 2)) == 0.5

@@ -23,6 +23,7 @@ from lrc.compressors.slicing.slicegpt import Slicegpt
 from lrc.compressors.slicing.stream_bases import principal_axes, stream_moment
 from lrc.configs.errors import ModelError, RecipeError, Stopped
 from lrc.configs.recipe import Model
+from lrc.configs.size import least_text
 from lrc.configs.slice import Slicegpt as Options
 
 WIDTH = 32
@@ -321,9 +322,9 @@ def test_a_budget_below_the_smallest_width_is_refused(make_case):
     with pytest.raises(RecipeError) as refused:
         case.plan(1000)
     (problem,) = map(str, refused.value.problems)
-    assert problem.startswith(f"{WHERE}: at most 1000 bytes")
-    assert "smallest width of 8 (a multiple of 8)" in problem
-    assert f"the dense model has {case.dense_bytes} bytes" in problem
+    assert problem.startswith(f"{WHERE}: must be at least ")
+    assert "smallest width of 8 (a multiple of 8), got 0.976 KiB" in problem
+    assert f"the dense model has {least_text(case.dense_bytes, 'KiB')}" in problem
 
 
 def test_a_tied_model_that_would_only_grow_is_refused(make_case):
@@ -333,9 +334,10 @@ def test_a_tied_model_that_would_only_grow_is_refused(make_case):
         case.plan(2 * case.dense_bytes)
     (problem,) = map(str, refused.value.problems)
     assert problem.startswith(f"{WHERE}: the model would only grow")
-    assert f"the dense model has {case.dense_bytes} bytes" in problem
-    assert f"{case.dense_bytes + head} at 32 of 32" in problem
-    with pytest.raises(RecipeError, match=f"has {case.dense_bytes + head} at the full width of 32"):
+    assert f"the dense model has {least_text(case.dense_bytes, 'KiB')}" in problem
+    untied = least_text(case.dense_bytes + head, "KiB")
+    assert f"{untied} at 32 of 32" in problem
+    with pytest.raises(RecipeError, match=f"with an untied head {untied} at the full width of 32"):
         case.plan(1000)
     assert case.plan(case.dense_bytes).hidden_size < WIDTH
 
