@@ -39,7 +39,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from lrc.compressors.corpus.documents import SEPARATOR, read_documents
-from lrc.compressors.heal.divergence import divergence
+from lrc.compressors.evaluate.agreement import kl_divergence, log_probabilities
 from lrc.compressors.slicing.stream_bases import principal_axes
 
 START = 32
@@ -153,7 +153,8 @@ class Run:
             expected = self.dense(ids, use_cache=False).logits
         with self.precision():
             found = model(ids, use_cache=False).logits
-        loss = divergence(expected, found, "forward") / ids.numel()
+        log_p, log_q = log_probabilities(expected), log_probabilities(found)
+        loss = kl_divergence(log_p, log_q).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
