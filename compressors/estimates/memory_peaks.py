@@ -77,7 +77,9 @@ def memory_peaks(
         if work.compensated:
             widest = max(linear.d_in for each in work.linears for linear in each.values())
             sums = max(VALUE_BYTES * 3 * widest**2, _expert_moments(work))
-            computing = max(_passes(work, sums, models=2), computing + sums)
+            computing = max(
+                _passes(work, sums, models=2), max(computing, _largest_refit(work)) + sums
+            )
         results = max(work.results)
         host = LOADED * _largest_moments(work) + max(results, _waiting(work, results))
         needs["compress"] = Need(computing, host)
@@ -188,6 +190,14 @@ def _solution(work: Workload, task: LayerTask) -> int:
 
 def _largest_solution(work: Workload) -> int:
     return max((_solution(work, task) for task in work.tasks), default=0)
+
+
+def _largest_refit(work: Workload) -> int:
+    """Return the bytes of a weight that is refitted: its moment, a factor, and three matrices."""
+    return max(
+        2 * DOUBLE * task.stacked_shape[1] ** 2 + 3 * DOUBLE * numbers(task)
+        for task in work.compensated
+    )
 
 
 def _training(work: Workload, record: TrainingRecord) -> int:

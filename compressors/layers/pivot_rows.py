@@ -6,10 +6,12 @@ PIFA (https://arxiv.org/abs/2501.19090) introduced this for language models; in 
 the interpolative decomposition.
 """
 
+from contextlib import suppress
 from math import isfinite
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import preferred_linalg_library
 
 # Largest coefficient, so that rounding the coefficients to 16 bits is harmless. Relative error of
 # the product in bfloat16, for spectra and metrics with condition numbers up to 1e6:
@@ -99,7 +101,7 @@ def _lower_factor(B: Tensor) -> tuple[Tensor, Tensor]:
     d_out, rank = B.shape
     if not bool(torch.isfinite(B).all()):
         raise NoPivotRows("the factors must be finite, got infinities or NaN")
-    LU, swaps, _ = torch.linalg.lu_factor_ex(B)
+    LU, swaps = _lu_factor(B)
     # What elimination leaves of a linearly dependent column is rounding error.
     rounding = d_out * torch.finfo(B.dtype).eps * B.abs().amax(dim=0)  # [rank]
     dependent = int((LU.diagonal().abs() <= rounding).sum())
@@ -114,6 +116,24 @@ def _lower_factor(B: Tensor) -> tuple[Tensor, Tensor]:
     L = LU.tril(-1)
     L.diagonal().fill_(1)
     return L, torch.tensor(rows, device=B.device)
+
+
+def _lu_factor(B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors [d_out, rank] of LU with partial pivoting, and the swaps [rank].
+
+    On a GPU, PyTorch factors matrices that are not square with a routine of MAGMA for batches of
+    small ones, which is slow for a single large one and prints a warning for each.
+    """
+    before = preferred_linalg_library()
+    if B.is_cuda:
+        with suppress(RuntimeError):  # PyTorch was built without cuSOLVER
+            preferred_linalg_library("cusolver")
+    try:
+        LU, swaps, _ = torch.linalg.lu_factor_ex(B)
+    finally:
+        if B.is_cuda:
+            preferred_linalg_library(before)
+    return LU, swaps
 
 
 def _exchange_(here: Tensor, C: Tensor) -> bool:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from lrc.compressors.solvers.linalg import whitening_factor
 
+COLUMNS = 2048
+"""Columns of a difference of moments that are in memory at the same time."""
+
 
 @dataclass(frozen=True)
 class PrefixMoments:
@@ -75,8 +78,18 @@ def refit_target(
         return W, None
     if not H.diagonal().any():
         return W, "inputs were all zero; nothing to compensate"
-    L, fallback = whitening_factor(H, damp)
-    correction = mix * (W @ (cross.double() - H))  # [d_out, d_in]
+    # H is the largest tensor: with 14336 inputs, each matrix of its size has 1.5 GiB.
+    correction = _product_of_difference(W, cross, H).mul_(mix)  # [d_out, d_in]
     if deficit is not None:
-        correction += residual * deficit.double()
-    return W + torch.cholesky_solve(correction.T, L).T, fallback
+        correction.add_(deficit.double(), alpha=residual)
+    L, fallback = whitening_factor(H, damp)
+    del H
+    # Two triangular solves, as cholesky_solve would copy the factor on a GPU.
+    half = torch.linalg.solve_triangular(L.T, correction, upper=True, left=False)
+    return W + torch.linalg.solve_triangular(L, half, upper=False, left=False), fallback
+
+
+def _product_of_difference(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return ``W @ (A - B)`` in float64, without another matrix of the size of A."""
+    columns = zip(A.split(COLUMNS, dim=1), B.split(COLUMNS, dim=1), strict=True)
+    return torch.cat([W @ (a.double() - b) for a, b in columns], dim=1)
