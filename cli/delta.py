@@ -8,7 +8,7 @@ import typer
 from lrc.cli import console
 from lrc.cli.options import Device, Json, Quiet, named
 from lrc.configs.errors import UsageError
-from lrc.configs.size import MIB
+from lrc.configs.size import size_text
 
 METHODS = "ternary|low-rank|int|sparse"
 
@@ -111,7 +111,7 @@ def apply(
     else:
         typer.echo(
             f"{out}: {facts['kind']}, {facts['tensors']} tensors from the delta, "
-            f"{facts['file_bytes'] / MIB:.1f} MiB"
+            f"{size_text(facts['file_bytes'])}"
         )
 
 

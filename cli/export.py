@@ -10,7 +10,7 @@ from lrc.cli.bench import known
 from lrc.cli.options import Checkpoint, Json, Quiet, TrustRemoteCode, named
 from lrc.configs.errors import UsageError
 from lrc.configs.export_types import FORMATS, GGUF_TYPES
-from lrc.configs.size import MIB
+from lrc.configs.size import size_text
 
 TYPES = "|".join(GGUF_TYPES)
 
@@ -196,9 +196,9 @@ def _print(facts: dict[str, Any], out: Path, *, as_json: bool) -> None:
     if as_json:
         console.print_json(facts)
         return
-    typer.echo(f"{facts['path']}: {facts['format']}, {facts['bytes'] / MIB:.1f} MiB")
+    typer.echo(f"{facts['path']}: {facts['format']}, {size_text(facts['bytes'])}")
     for name, entry in facts.get("types", {}).items():
-        size = entry["bytes"] / MIB
-        typer.echo(f"  {name:<5} {entry['tensors']:>5} tensors {size:>10.1f} MiB")
+        size = size_text(entry["bytes"])
+        typer.echo(f"  {name:<5} {entry['tensors']:>5} tensors {size:>14}")
     for note in facts["notes"]:
         typer.echo(f"note: {note}")

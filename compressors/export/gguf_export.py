@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from lrc.compressors.export.gguf_metadata import (
     model_metadata,
 )
 from lrc.compressors.export.gguf_rope import rope
-from lrc.compressors.export.gguf_tensors import GgufTensor, TensorPlanner, mib, totals
+from lrc.compressors.export.gguf_tensors import GgufTensor, TensorPlanner, totals
 from lrc.compressors.export.gguf_tokenizer import REMEDY, folder_tokenizer, gguf_tokenizer
 from lrc.compressors.export.stored_weights import StoredWeights
 from lrc.compressors.io.machine import OnStep
 from lrc.compressors.io.shortened import shortened
 from lrc.compressors.layers.model_shapes import SHAPES, tables_of
 from lrc.configs.errors import ExportError
+from lrc.configs.size import size_texts
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 MAX_UINT32 = 2**32 - 1
@@ -218,16 +220,21 @@ def _source_gguf(weights: StoredWeights) -> Path | None:
     return path
 
 
+def _sizes(tensors: Sequence[GgufTensor]) -> list[str]:
+    """Return the sizes of tensors in GGUF and in the checkpoint."""
+    written = sum(tensor.nbytes for tensor in tensors)
+    return size_texts(written, sum(tensor.stored_bytes for tensor in tensors))
+
+
 def _notes(tensors: list[GgufTensor], config: Any, context: int) -> list[str]:
     """Return what the user should know about the result."""
     notes = []
     products = [tensor for tensor in tensors if tensor.role == "products"]
     if products:
-        size = sum(tensor.nbytes for tensor in products)
-        stored = sum(tensor.stored_bytes for tensor in products)
+        size, stored = _sizes(products)
         notes.append(
-            f"matrices stored as dense products: {len(products)}, {mib(size)}, against "
-            f"{mib(stored)} in the checkpoint"
+            f"matrices stored as dense products: {len(products)}, {size}, against "
+            f"{stored} in the checkpoint"
         )
     larger = [
         tensor
@@ -235,11 +242,10 @@ def _notes(tensors: list[GgufTensor], config: Any, context: int) -> list[str]:
         if tensor.role == "integers" and tensor.nbytes > 1.02 * tensor.stored_bytes
     ]
     if larger:
-        size = sum(tensor.nbytes for tensor in larger)
-        stored = sum(tensor.stored_bytes for tensor in larger)
+        size, stored = _sizes(larger)
         notes.append(
-            f"matrices of integers that need more space in GGUF: {len(larger)}, {mib(size)}, "
-            f"against {mib(stored)} in the checkpoint; int4-g32, int5-g32 and int8-g32 take the "
+            f"matrices of integers that need more space in GGUF: {len(larger)}, {size}, "
+            f"against {stored} in the checkpoint; int4-g32, int5-g32 and int8-g32 take the "
             "same space in both"
         )
     if any(tensor.kind.name in ("Q4_1", "Q5_1") for tensor in tensors):

@@ -23,7 +23,7 @@ from lrc.compressors.export.stored_weights import Integers, StoredWeights
 from lrc.compressors.io.shortened import shortened
 from lrc.configs.errors import ExportError
 from lrc.configs.export_types import FLOAT_TYPES, GGUF_TYPES
-from lrc.configs.size import MIB
+from lrc.configs.size import size_texts
 
 ROLES = ("integers", "weights", "products", "vectors")
 """How a tensor relates to the checkpoint: the stored codes as blocks, a weight of the source, the
@@ -200,13 +200,14 @@ class TensorPlanner:
             shapes = self.weights.shapes
             now = sum(map(self.weights.stored_bytes, names))
             then = sum(2 * prod(shapes[name]) for name in names)
+            dense, stored = size_texts(then, now)
             whole_blocks = all(shapes[name][-1] % BLOCK == 0 for name in names)
             kinds = [k for k in GGUF_TYPES[1:] if whole_blocks or k in FLOAT_TYPES]
             *others, last = kinds
             options = "--embedding-type" if {*names} <= self._ends else "--type"
             text += (
                 f"; {options} {', '.join(others)} or {last} stores the dense matrix instead: "
-                f"{mib(then)} in 16 bits, {mib(now)} in the checkpoint"
+                f"{dense} in 16 bits, {stored} in the checkpoint"
             )
         return f"{shortened(names, ', ')}: {text}"
 
@@ -274,11 +275,6 @@ def expert_origins(name: str, members: Sequence[str], shape: Sequence[int]) -> l
         Origin(f"{prefix}.{part}.weight", tuple(members), half, where)
         for part, where in parts.items()
     ]
-
-
-def mib(size: float) -> str:
-    """Return a number of bytes in MiB."""
-    return f"{size / MIB:.1f} MiB"
 
 
 def totals(tensors: Sequence[GgufTensor]) -> dict[str, dict[str, int]]:

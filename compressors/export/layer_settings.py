@@ -27,7 +27,7 @@ from lrc.compressors.models.architecture import Architecture
 from lrc.compressors.planning.plan import Plan
 from lrc.compressors.planning.summary import WeightSummary, summarize
 from lrc.configs.errors import ExportError
-from lrc.configs.size import MIB
+from lrc.configs.size import size_texts
 
 SUPERBLOCK, BLOCK = 256, 32
 SUPERBLOCK_TYPES = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K"}
@@ -101,11 +101,8 @@ def _llama_cpp(
         else:
             option = "--token-embedding-type" if "embd" in stored else "--output-tensor-type"
             lines.append(f"{option} {kind}")
-    planned = sum(row.bits for row in rows.values())
-    note = (
-        f"these matrices take {bits / 8 / MIB:.1f} MiB as types of ggml, "
-        f"{planned / 8 / MIB:.1f} MiB as planned"
-    )
+    size, planned = size_texts(bits / 8, sum(row.bits for row in rows.values()) / 8)
+    note = f"these matrices take {size} as types of ggml, {planned} as planned"
     return Settings("\n".join(lines), [note])
 
 

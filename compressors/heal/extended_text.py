@@ -17,7 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lrc.compressors.heal.held_out import TextRequest, TrainingText, everywhere
+from lrc.compressors.heal.held_out import TrainingText, everywhere
+from lrc.compressors.heal.text_request import TextRequest
 from lrc.compressors.heal.trained_files import text_folder
 from lrc.compressors.io.journal import Journal
 

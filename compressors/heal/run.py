@@ -11,16 +11,10 @@ from lrc.compressors.heal.added_components import with_added
 from lrc.compressors.heal.block_fit import fit_blocks
 from lrc.compressors.heal.distill import distill
 from lrc.compressors.heal.extended_text import extended
-from lrc.compressors.heal.held_out import (
-    TextRequest,
-    TrainingText,
-    mixed,
-    repetition_warning,
-    text_requests,
-    training_text,
-)
+from lrc.compressors.heal.held_out import TrainingText, mixed, repetition_warning, training_text
 from lrc.compressors.heal.nuclear_norm import with_ranks
 from lrc.compressors.heal.pace import Pace
+from lrc.compressors.heal.text_request import TextRequest, text_requests
 from lrc.compressors.heal.trained_files import (
     facts_file,
     folder,

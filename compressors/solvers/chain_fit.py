@@ -250,9 +250,13 @@ def orthonormalized(C: Tensor) -> tuple[Tensor, Tensor]:
     """Factor a matrix C [rows, columns] into Q with orthonormal columns, and R upper triangular.
 
     By the Cholesky factor R of the Gram matrix with a small shift [1]_, which on a GPU takes a
-    fraction of the time of Householder reflections, and never fails. ``C == Q @ R`` holds up to
-    rounding errors in any case. Columns of Q are shorter than 1 for singular values of C that are
-    not above ``sqrt(SHIFT)`` of its norm.
+    fraction of the time of Householder reflections. ``C == Q @ R`` holds up to rounding errors in
+    any case. Columns of Q are shorter than 1 for singular values of C that are not above
+    ``sqrt(SHIFT)`` of its norm.
+
+    Rounding errors of the Gram matrix and of its factorization are at most
+    ``(rows + columns + 1) * eps / 2`` times its trace, so that a shift of a few times as much
+    cannot fail. It is used if `SHIFT` does.
 
     References
     ----------
@@ -260,10 +264,13 @@ def orthonormalized(C: Tensor) -> tuple[Tensor, Tensor]:
        Ill-Conditioned Matrices", SIAM J. Sci. Comput. 42 (1), 2020.
        https://doi.org/10.1137/18M1218212
     """
-    gram = C.T @ C
-    diagonal = gram.diagonal()
-    diagonal.add_((SHIFT * diagonal.sum()).clamp_min(torch.finfo(C.dtype).tiny))
-    L, _ = torch.linalg.cholesky_ex(gram)  # without the synchronization that a check would take
+    gram, numbers = C.T @ C, torch.finfo(C.dtype)
+    diagonal, trace = gram.diagonal(), gram.trace()
+    diagonal.add_((SHIFT * trace).clamp_min(numbers.tiny))
+    L, info = torch.linalg.cholesky_ex(gram)
+    diagonal.add_((4 * sum(C.shape) * numbers.eps * trace).clamp_min(numbers.tiny))
+    # Both are computed: a decision on the host would have to wait for a GPU.
+    L = torch.where(info == 0, L, torch.linalg.cholesky_ex(gram)[0])
     return torch.linalg.solve_triangular(L.T, C, upper=True, left=False), L.T
 
 

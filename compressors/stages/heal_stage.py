@@ -13,12 +13,9 @@ from lrc.compressors.heal.adapter_checks import (
     finds_adaptable,
 )
 from lrc.compressors.heal.adapter_kinds import ADAPTERS
-from lrc.compressors.heal.held_out import (
-    check_evaluation_texts,
-    check_held_out,
-    repetition_warning,
-)
+from lrc.compressors.heal.held_out import check_held_out, repetition_warning
 from lrc.compressors.heal.run import read_text, requests_of, run_training
+from lrc.compressors.heal.text_request import check_evaluation_texts
 from lrc.compressors.layers import COMPONENTS
 from lrc.compressors.layers.low_rank import LowRank
 from lrc.compressors.layers.masked_entries import MaskedEntries

@@ -39,12 +39,20 @@ from lrc.configs.errors import LrcError, Stopped
 from lrc.configs.load import LoadedRecipe, load_recipe
 
 BATCH = 8
+HEALED = "healed: "
 HEADER = "| options | divergence | cross entropy | {texts} | tasks | s | tokens/s | GiB |"
 
 
 def main() -> None:
-    """Compress, then train and measure the variants."""
-    options = arguments()
+    """Compress, then train and measure the variants; an error of the recipe ends the program."""
+    try:
+        measure(arguments())
+    except LrcError as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Print a row for every variant."""
     base = options.folder / options.name.replace(" ", "-")
     results = base / f"results{'-tasks' if options.tasks else ''}.jsonl"
     lines = results.read_text().splitlines() if results.is_file() else []
@@ -73,7 +81,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("variants", nargs="*", default=["steps=0", ""])
     parser.add_argument("--tasks", action="store_true", help="run the tasks of the recipe, too")
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    rows = (row for row, _ in healed() if row.startswith(HEALED))
+    names = [row.removeprefix(HEALED) for row in rows]
+    if asked.name not in names:
+        parser.error(f"NAME: must be one of {', '.join(names)}, got {asked.name}")
+    return asked
 
 
 def load(options: argparse.Namespace, stages: Stages, output: Path) -> LoadedRecipe:
@@ -88,7 +101,7 @@ def load(options: argparse.Namespace, stages: Stages, output: Path) -> LoadedRec
 
 def stages_of(options: argparse.Namespace, variant: str) -> Stages:
     """Return the stages of a variant."""
-    stage, heal = dict(healed())[f"healed: {options.name}"]
+    stage, heal = dict(healed())[HEALED + options.name]
     pairs = (each.partition("=")[::2] for each in variant.split())
     changed: dict[str, Any] = heal["heal"] | {key: yaml.safe_load(value) for key, value in pairs}
     if "steps" in changed or "minutes" in changed:

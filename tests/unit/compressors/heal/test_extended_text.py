@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lrc.compressors.heal.extended_text import extended, random_pieces
-from lrc.compressors.heal.held_out import TrainingText, text_requests
+from lrc.compressors.heal.held_out import TrainingText
+from lrc.compressors.heal.text_request import text_requests
 from lrc.compressors.io.journal import Journal
 from lrc.configs.heal import Distill
 from lrc.configs.recipe import Calibration

@@ -5,15 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.compressors.heal.held_out import (
-    TOKENS_PER_SECOND,
-    TextRequest,
-    TrainingText,
-    mixed,
-    repetition_warning,
-    split,
-    text_requests,
-)
+from lrc.compressors.heal.held_out import TrainingText, mixed, repetition_warning, split
+from lrc.compressors.heal.text_request import TOKENS_PER_SECOND, TextRequest, text_requests
 from lrc.configs.errors import DataError
 from lrc.configs.heal import Block, Distill, HealBase
 from lrc.configs.recipe import Calibration

@@ -9,7 +9,7 @@ from torch import Tensor
 from lrc.compressors.layers.chain_shape import ChainShape, largest_bond, pattern_for
 from lrc.compressors.layers.tensor_train import multiply_out
 from lrc.compressors.solvers import chain_fit
-from lrc.compressors.solvers.chain_fit import ChainProblem, tensor_train_svd
+from lrc.compressors.solvers.chain_fit import ChainProblem, orthonormalized, tensor_train_svd
 from lrc.compressors.solvers.linalg import damped, weighted_error
 from lrc.compressors.solvers.moments import Moment
 from lrc.compressors.solvers.spectrum import spectrum
@@ -155,3 +155,16 @@ def test_a_weight_of_zeros_is_a_chain_of_zeros() -> None:
     found = problem_of(W, chain).solve(chain, 2)
     assert (found.energy, found.relative_error) == (0, 0)
     assert not multiply_out(found.cores).any()
+
+
+def test_orthonormalization_does_not_fail_if_its_smallest_shift_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chain_fit, "SHIFT", 0.0)
+    C = normal(40, 5) @ normal(5, 20, seed=1)
+    assert int(torch.linalg.cholesky_ex(C.T @ C).info) > 0
+    Q, R = orthonormalized(C)
+    torch.testing.assert_close(Q @ R, C, rtol=0, atol=1e-12 * float(C.norm()))
+    lengths = torch.linalg.svdvals(Q)  # of the rank 5, orthonormal columns; the rest are rounding
+    torch.testing.assert_close(lengths[:5], torch.ones(5, dtype=Q.dtype), rtol=1e-9, atol=0)
+    assert float(lengths[5:].max()) < 1e-2
