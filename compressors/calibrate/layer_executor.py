@@ -5,8 +5,9 @@ positions, rotary tables: whatever the architecture passes) and which linears sh
 that, layers can be applied to the hidden states of all batches, layer by layer, without the model
 around them. Encoders have another mask in every batch, and their calls are recorded for each.
 
-The trace loads each layer as it is reached, unless `layer_check` has found all that depends on
-layers: which linears share an input, and that layers return nothing but hidden states.
+The trace runs the layers to find out which linears share an input and what the layers return. If
+`layer_check` has found both in a model without weights (`Architecture.plain_layers`), the layers
+are neither loaded nor run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
