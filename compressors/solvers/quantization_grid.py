@@ -174,8 +174,8 @@ def _common(X: Tensor, scale: Tensor, weights: Tensor, scheme: QuantizationArgs)
     def error_of(tried: Tensor) -> Tensor:
         step = (tried[:, :, None] / unit).float()
         steps = (relative / step).round_().clamp_(scheme.lowest, scheme.highest)
-        squares = steps.mul_(step).sub_(relative).square_().mul(weights)
-        return squares.sum(dim=2, dtype=torch.float64)
+        squares: Tensor = steps.mul_(step).sub_(relative).square_().mul(weights)
+        return squares.sum(dim=2).double()
 
     # Groups of zeros, which any scale represents, must not determine the common number.
     wanted = torch.where(X.abs().amax(dim=2) > 0, scale.double(), 0)

@@ -67,7 +67,8 @@ def round_up(numbers: Tensor, digits: int) -> Tensor:
 
 def multiples(ratio: Tensor, toward: Tensor | None = None) -> Tensor:
     """Return the nearest allowed multiples, of the same sign; never zero."""
-    sign = torch.where((ratio if toward is None else toward) < 0, -1.0, 1.0)
+    ones = torch.ones_like(ratio)
+    sign = ones.copysign(ratio if toward is None else toward)
     return sign * ratio.mul(sign).round().clamp(1, LARGEST_MULTIPLE)
 
 
