@@ -9,9 +9,10 @@ from lrc.compressors.layers.super_blocks import LARGEST_MULTIPLE, common_digits
 
 LARGEST_OF_FLOAT16 = 65504
 SMALLEST_OF_FLOAT16 = 2.0**-24
-FEWEST_STEPS = 22
-"""Common numbers are tried of which the largest scale is 31 to this many times as large. On
-SmolLM2-135M, fewer steps lower the error of int3-g16-s256 by less than 0.1 %."""
+FEWEST_STEPS = 25
+"""Common numbers are tried of which the largest scale is 31 down to this many times as large. On
+five matrices with rows of 512, trying them down to 16 lowers the error of int6-g16-s256 by 0.2 %
+and does not lower that of int3-g16-s256."""
 
 ErrorOf = Callable[[Tensor], Tensor]
 """Scales [rows, groups] -> squared errors of rounding to them [rows, groups]."""
