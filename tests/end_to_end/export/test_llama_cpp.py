@@ -150,6 +150,7 @@ def test_super_blocks_are_planned_by_their_bits_in_gguf(
         tmp_path / "run",
         stages=[{"decompose": {**options, "keep": 0.3, "embeddings": "int8-g32"}}],
     )
+    assert "sizes above are those in a GGUF file" in lrc("plan", recipe).out
     assert lrc("compress", recipe).code == 0
     checkpoint, out = tmp_path / "run" / "checkpoint", tmp_path / "out.gguf"
     assert lrc("export", checkpoint, out, "--format", "gguf").code == 0
